@@ -1,0 +1,56 @@
+"""Record a language model once into a memory-mapped store, then ask the store.
+
+    import workbench as wb
+
+    model = wb.load_model("gpt2")
+    store = wb.record(model, "stories.jsonl", sites=["resid_post"], out="runs/gpt2.acts")
+    store["resid_post", 3]                                   # activations, memory-mapped
+    store.where("token = ' Monday'")["resid_post", 3]        # of the tokens that SQL selects
+
+Probes live in the package `probes`. Names are loaded when first used: this import needs neither torch nor
+transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "load_model": "workbench.models",
+    "Model": "workbench.models",
+    "record": "workbench.recorder",
+    "Recording": "workbench.settings",
+    "open_store": "workbench.store.reader",
+    "Store": "workbench.store.reader",
+    "ActivationArray": "workbench.store.reader",
+    "Rows": "workbench.store.reader",
+    "Result": "workbench.result",
+    "load_result": "workbench.result",
+    "Probe": "workbench.probe",
+    "WorkbenchError": "workbench.errors",
+    "RequestError": "workbench.errors",
+    "DataError": "workbench.errors",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from workbench.errors import DataError, RequestError, WorkbenchError
+    from workbench.models import Model, load_model
+    from workbench.probe import Probe
+    from workbench.recorder import record
+    from workbench.result import Result, load_result
+    from workbench.settings import Recording
+    from workbench.store.reader import ActivationArray, Rows, Store, open_store

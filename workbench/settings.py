@@ -1,0 +1,55 @@
+"""What a recording was asked to be: one frozen record, read by the API, the CLI and the manifest alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from workbench.errors import RequestError
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+BosPolicy = Literal["model", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Settings of a recording. Together with the model and the texts they fix every byte of the store."""
+
+    sites: tuple[str, ...] = ("resid_post",)
+    """Sites to record: `resid_post`, `resid_post.3`, `resid_post.0:8:2`, TransformerLens names, globs."""
+    context: int | None = None
+    """Longest sequence in tokens, BOS included. None: 256, or the model's limit where that is smaller."""
+    dtype: Dtype = "float16"
+    """Stored type of every activation. Values beyond its range are stored as its largest and counted."""
+    bos: BosPolicy = "model"
+    """Whether sequences begin with BOS: as the tokenizer does by itself, always, or never."""
+    packed: bool = False
+    """Fill each sequence with consecutive documents instead of giving each document its own sequences."""
+    max_rows: int | None = None
+    """Stop after this many tokens; the last sequence is cut to fit. None: all of the texts."""
+    text_column: str = "text"
+    """Column that holds the text, in files and datasets with columns."""
+    metadata: tuple[str, ...] | None = None
+    """Columns kept beside each token. None: all but the text; (): none."""
+    batch_tokens: int = 4096
+    """Tokens in one forward pass, padding included. Larger is faster until memory or cache runs out."""
+    segment_rows: int | None = None
+    """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("context", 1), ("max_rows", 1), ("batch_tokens", 1), ("segment_rows", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name, choices in (("dtype", Dtype), ("bos", BosPolicy)):
+            value = getattr(self, name)
+            if value not in choices.__args__:
+                raise RequestError(f"{name} must be one of {', '.join(choices.__args__)}, not {value!r}")
+        for name in ("sites", "metadata"):  # a list is as good as a tuple to a caller, but not to a frozen record
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise RequestError(f"{name} must be a list of names, not the one string {value!r}; write [{value!r}]")
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        if not self.sites:
+            raise RequestError("sites is empty; name at least one, for example resid_post")
