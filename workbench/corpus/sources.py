@@ -1,0 +1,360 @@
+"""Where documents come from: strings, files, datasets and lists of token ids, read as one stream.
+
+Every source is first a stream of values, each a string, a mapping with a text column, or token ids, with a
+label that says where it was found (`stories.jsonl:7`); one function then makes a Document of any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from workbench.corpus.tokens import TOKEN_SCHEMA
+from workbench.errors import RequestError, nearest
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+_UNDERSTOOD = f"understood: files ({' '.join(SUFFIXES)}), hf:NAME[:SPLIT], lists of strings or of token id lists"
+_TOKEN_IDS = "input_ids"  # the name the field gives a column of token ids
+_PEEK = 100  # lines of a JSON file looked at to learn its columns before anything is tokenized
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or one list of token ids, with what is known about it.
+
+    Text is as it was read: lone surrogates, which also stand for invalid UTF-8 bytes of a file, are still in
+    it, and `plan_sequences` replaces and counts them.
+    """
+
+    index: int
+    """Place in the source, from 0."""
+    text: str | None
+    """The text, or None where the document is given as token ids."""
+    token_ids: Sequence[int] | None
+    """The token ids, or None where the document is given as text."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Column name to value: None, bool, int, float or str (nested values as compact JSON)."""
+
+
+def check_source(texts: Any) -> None:
+    """Raise RequestError where `texts` can be seen to be wrong without reading it or importing anything heavy.
+
+    Looks at kinds, paths, suffixes and sizes, also of the paths inside a list. Generators are not touched.
+    """
+    if isinstance(texts, str | Path):
+        _resolve(texts)
+    elif isinstance(texts, list | tuple):
+        if not texts:
+            raise RequestError(f"texts is an empty list; {_UNDERSTOOD}")
+        for number, item in enumerate(texts):
+            _check_item(item, number)
+    elif hasattr(texts, "column_names") and not isinstance(texts, Mapping | pa.Table):
+        return
+    elif isinstance(texts, bytes | Mapping | pa.Table) or hasattr(texts, "columns") or not isinstance(texts, Iterable):
+        hint = f"pass one of its entries: {', '.join(map(repr, texts))}" if isinstance(texts, Mapping) else _UNDERSTOOD
+        raise RequestError(f"texts is a {type(texts).__name__}, which is not read; {hint}")
+
+
+def read_documents(
+    texts: Any, *, text_column: str = "text", metadata: Sequence[str] | None = None
+) -> Iterator[Document]:
+    """Read `texts` as a stream of documents, numbered from 0.
+
+    `texts` is one of
+    - a list or any iterable of strings (a document each), Paths (files), mappings with a text column, and lists
+      or 1-d arrays of token ids (taken as they are); a generator may be endless;
+    - a Path or a string naming a file: `.txt` (the whole file is one document), `.jsonl` or `.json` (per line an
+      object or a bare string), `.parquet` (read by row group);
+    - `"hf:NAME[:SPLIT]"`, a dataset of the Hugging Face hub, streamed; its split `train` where none is named;
+    - a Hugging Face dataset object, whose `text_column` holds strings or token ids, or with an `input_ids` column;
+    - a string with white space in it that names no file: one document.
+
+    `metadata` names the columns to keep; None keeps all but the one with the text. Paths, known columns and hub
+    ids are checked by the call itself, what is inside the documents as they are read: RequestError.
+    """
+    check_source(texts)
+    source = _open_hub(texts) if isinstance(texts, str) and texts.startswith("hf:") else _resolve(texts)
+    _check_columns(source, text_column, metadata)
+    return _documents(source, text_column, metadata)
+
+
+def _documents(source: Iterable[Any], text_column: str, metadata: Sequence[str] | None) -> Iterator[Document]:
+    columns: dict[str, None] = {}
+    for index, (where, value) in enumerate(_values(source, text_column, metadata)):
+        record = {}
+        if isinstance(value, Mapping):
+            record = {replace_surrogates(str(name))[0]: item for name, item in value.items()}
+            columns.update(dict.fromkeys(record))
+            value = record.pop(_content_column(record, text_column, where))
+            if metadata is not None:
+                record = {name: record[name] for name in metadata if name in record}
+            _check_reserved(record, where)
+        kept = {name: _scalar(item) for name, item in record.items()}
+        if value is None or isinstance(value, str):
+            yield Document(index, value or "", None, kept)
+        else:
+            yield Document(index, None, _token_ids(value, index, where), kept)
+    _check_known(metadata or (), columns, "the documents")
+
+
+# Kinds of source
+
+
+def _resolve(texts: Any) -> Iterable[Any]:
+    """The iterable of items that `texts` stands for, files being Paths; raises where a path is wrong."""
+    if isinstance(texts, Path):
+        _check_file(texts)
+        return [texts]
+    if not isinstance(texts, str):
+        return texts
+    if not texts:
+        raise RequestError(f"texts is an empty string; {_UNDERSTOOD}")
+    if texts.startswith("hf:"):
+        return _hub_name(texts)
+    if os.path.exists(texts) or not any(map(str.isspace, texts)) or _names_file(texts):
+        _check_file(Path(texts), hint=f"to record the string itself, pass [{texts!r}]; ")
+        return [Path(texts)]
+    return [texts]
+
+
+def _names_file(text: str) -> bool:
+    """Whether a string looks like the name of a file that could be read here."""
+    return "\n" not in text and text.lower().endswith(SUFFIXES)
+
+
+def _check_item(item: Any, number: int) -> None:
+    if isinstance(item, Path):
+        _check_file(item)
+    elif isinstance(item, str) and _names_file(item) and os.path.isfile(item):
+        raise RequestError(
+            f"texts[{number}] is the string {item!r}, which is a file; "
+            "strings in a list are the texts themselves: pass pathlib.Path, or the path alone without a list"
+        )
+    elif isinstance(item, int | float):
+        raise RequestError(
+            f"texts[{number}] is {item!r} ({type(item).__name__}), neither a string nor a list of token ids; "
+            "token ids are given as one list for each document, as in [[1, 15, 7], [1, 9]]"
+        )
+
+
+def _check_file(path: Path, hint: str = "") -> None:
+    name = str(path)
+    if not os.path.exists(path):
+        folder = path.parent
+        if not os.path.isdir(folder):
+            raise RequestError(f"texts: no file {name!r}, there is no folder {str(folder)!r}; {hint}{_UNDERSTOOD}")
+        beside = islice(os.listdir(folder), 2000) if os.access(folder, os.R_OK) else ()
+        raise RequestError(f"texts: no file {name!r}{nearest(path.name, beside)}; {hint}{_UNDERSTOOD}")
+    if os.path.isdir(path):
+        raise RequestError(f"texts: {name!r} is a folder; pass its files, as in sorted(Path({name!r}).glob('*.jsonl'))")
+    if not os.path.isfile(path):
+        raise RequestError(f"texts: {name!r} is not a regular file; {_UNDERSTOOD}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise RequestError(f"texts: {name!r} ends in {path.suffix or 'no suffix'!r}, which is not read; {_UNDERSTOOD}")
+    if not os.access(path, os.R_OK):
+        raise RequestError(f"texts: no permission to read {name!r}; change its mode or run as its owner")
+    if path.stat().st_size == 0:
+        raise RequestError(f"texts: {name!r} is empty (0 bytes); pass a file with text in it")
+
+
+def _hub_name(texts: str) -> tuple[str, str]:
+    """Name and split of `hf:NAME[:SPLIT]`."""
+    found = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(\S+))?", texts)
+    if not found:
+        raise RequestError(f"texts: {texts!r} is not of the form hf:NAME[:SPLIT], as in hf:user/dataset:train")
+    return found[1], found[2] or "train"
+
+
+def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
+    """The streamed dataset that `hf:NAME[:SPLIT]` names; the only place where the network is touched."""
+    import datasets
+
+    name, split = _hub_name(texts)
+    try:
+        return datasets.load_dataset(name, split=split, streaming=True, trust_remote_code=False)
+    except Exception as error:  # the hub client, the readers and the builders each raise their own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"texts: cannot open {texts!r}: {reason}; check its name, the split {split!r} and the network, "
+            "or load it yourself and pass the dataset object"
+        ) from error
+
+
+# Values of a source, each with the place it was found at
+
+
+def _values(source: Iterable[Any], text_column: str, metadata: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    for number, item in enumerate(source):
+        _check_item(item, number)
+        if not isinstance(item, Path):
+            yield f"texts[{number}]", item
+        elif item.suffix.lower() == ".txt":
+            yield str(item), _read_text(item)
+        elif item.suffix.lower() == ".parquet":
+            yield from _parquet_rows(item, None if metadata is None else {text_column, _TOKEN_IDS, *metadata})
+        else:
+            yield from _json_lines(item)
+
+
+def _read_text(path: Path) -> str:
+    # newline="" keeps "\r\n" as it stands, so that offsets point into the file's own text
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return file.read()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise RequestError(
+                    f"{path}:{number}: not JSON ({found}); each line must hold one JSON object or string"
+                ) from None
+            if not isinstance(value, str | dict | list):
+                raise RequestError(
+                    f"{path}:{number}: found {line.strip()[:40]}; each line must hold a JSON object or string"
+                )
+            yield f"{path}:{number}", value
+
+
+def _parquet_rows(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _open_parquet(path) as file:
+        names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+        row = 0
+        for batch in file.iter_batches(batch_size=256, columns=names):
+            for values in zip(*map(_pylist, batch.columns), strict=True):
+                yield f"{path}, row {row}", dict(zip(names, values, strict=True))
+                row += 1
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        reason = str(error).split(". ")[0]
+        raise RequestError(f"texts: {str(path)!r} is not a Parquet file ({reason}); {_UNDERSTOOD}") from None
+
+
+def _pylist(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # Parquet promises UTF-8, but not every writer keeps the promise
+        values = column.cast(pa.large_binary()).to_pylist()
+        return [value if value is None else value.decode("utf-8", "surrogateescape") for value in values]
+
+
+# Columns
+
+
+def _check_columns(source: Any, text_column: str, metadata: Sequence[str] | None) -> None:
+    """Check the columns that can be known before reading: those of files and of dataset objects."""
+    _check_reserved(metadata or (), "metadata")
+    known: dict[str, None] = {}
+    for where, columns in _known_columns(source):
+        _content_column(columns, text_column, where)
+        if metadata is None:
+            _check_reserved([name for name in columns if name != text_column], where)
+        known.update(dict.fromkeys(columns))
+    if known:
+        _check_known(metadata or (), known, "the texts")
+
+
+def _known_columns(source: Any) -> Iterator[tuple[str, list[str]]]:
+    if columns := getattr(source, "column_names", None):
+        yield "the dataset", list(columns)
+    for path in source if isinstance(source, list | tuple) else ():
+        if not isinstance(path, Path) or path.suffix.lower() == ".txt":
+            continue
+        if path.suffix.lower() == ".parquet":
+            with _open_parquet(path) as file:
+                if file.metadata.num_rows == 0:
+                    raise RequestError(f"texts: {str(path)!r} is empty (0 rows); pass a file with text in it")
+                yield str(path), file.schema_arrow.names
+        else:
+            lines = [value for _, value in islice(_json_lines(path), _PEEK) if isinstance(value, Mapping)]
+            if lines:
+                yield str(path), list(dict.fromkeys(name for value in lines for name in value))
+
+
+def _content_column(columns: Iterable[str], text_column: str, where: str) -> str:
+    """The column a document is made of: the text column, else the one with token ids."""
+    columns = list(columns)
+    for name in (text_column, _TOKEN_IDS):
+        if name in columns:
+            return name
+    raise RequestError(
+        f"{where}: no column {text_column!r}; its columns are {', '.join(columns) or 'none'}; "
+        "name the one with the text in text_column="
+    )
+
+
+def _check_reserved(columns: Iterable[str], where: str) -> None:
+    for name in columns:
+        if name in TOKEN_SCHEMA.names:
+            raise RequestError(
+                f"{where}: a metadata column cannot be called {name!r}, which is a column of the token table itself; "
+                "rename it, or name the columns to keep in metadata=, as in metadata=['source'] ([] for none)"
+            )
+
+
+def _check_known(asked: Iterable[str], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for name in asked:
+        if name not in known:
+            raise RequestError(
+                f"metadata names {name!r}, but {where} have no such column{nearest(name, known)}; "
+                f"the columns are {', '.join(known) or 'none'}"
+            )
+
+
+# Values
+
+
+def replace_surrogates(text: str) -> tuple[str, int]:
+    """`text` with U+FFFD for each lone surrogate, so that it can be encoded and offsets hold, and their number."""
+    return _SURROGATE.subn("\ufffd", text)
+
+
+def _scalar(value: Any) -> bool | int | float | str | None:
+    """A metadata value as one of the types a table column has."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict | list | tuple):
+        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    return replace_surrogates(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))[0]
+
+
+def _token_ids(value: Any, index: int, where: str) -> list[int]:
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, list | tuple | range):
+        raise RequestError(
+            f"document {index} ({where}) is a {type(value).__name__}; a string or a list of token ids is needed"
+        )
+    ids = list(ids)
+    if not all(type(item) is int for item in ids):
+        for place, item in enumerate(ids):
+            if not isinstance(item, Integral) or isinstance(item, bool):
+                raise RequestError(
+                    f"document {index} ({where}) has {item!r} ({type(item).__name__}) at place {place}; "
+                    "token ids are whole numbers in one flat list"
+                )
+    return [int(item) for item in ids]
