@@ -1,0 +1,74 @@
+"""Files that are there as a whole or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Suffix of everything that is still being written; nobody reads it, and the next writer removes it."""
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+"""What the system answers to a write that finds no room: no space, file size limit, quota."""
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes in memory."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file, read in blocks: memory stays bounded, one pass over the file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's bytes, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a whole file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Replace a file: at any moment, and after any crash, a reader finds the old bytes or the new ones, whole."""
+    partial = path.with_name(path.name + PARTIAL)
+    write_durably(partial, data)
+    rename_durably(partial, path)
+
+
+def rename_durably(partial: Path, path: Path) -> None:
+    """Give a finished file or directory its name, and wait until the name is on the disk."""
+    os.replace(partial, path)
+    fsync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole directory, where it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes as people read it, in binary units: 0 B, 1.5 KiB, 256.0 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

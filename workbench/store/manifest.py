@@ -1,0 +1,288 @@
+"""What a store holds, as frozen records: parsed at the border, written last, the same bytes for the same recording.
+
+`manifest.json` lists the committed segments with a checksum of each one's `segment.json`, which in turn holds the
+checksums of the segment's files. What the manifest does not list does not exist.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from workbench.errors import DataError, RequestError, nearest
+from workbench.store.files import replace_durably, sha256_bytes
+from workbench.store.parse import from_json, parse, to_json
+
+FORMAT = "workbench.activations"
+VERSION = 1
+MANIFEST = "manifest.json"
+SEGMENT = "segment.json"
+SEGMENTS = "segments"
+TOKENS = "tokens.parquet"
+UNEMBED = "unembed.safetensors"
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Stored types and the bytes of one value."""
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """A recorded place in the model; in every segment it is one file with one tensor [rows, *shape]."""
+
+    name: str
+    """TransformerLens name: `blocks.3.hook_resid_post`."""
+    short: str | None
+    """Short form `resid_post.3`; None where there is none."""
+    axes: tuple[str, ...]
+    """Axis names, the first is `row`: ("row", "d_model"), ("row", "head", "key")."""
+    shape: tuple[int, ...]
+    """Lengths of the axes after `row`."""
+    dtype: str
+    """float16, bfloat16 or float32."""
+
+    def __post_init__(self) -> None:
+        for name in (self.name, self.short):
+            if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):  # it becomes a file's name
+                raise ValueError(f"{name!r} is no site name; letters, digits, '_', '.' and '-' only")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"dtype of {self.name} must be one of {', '.join(ITEM_BYTES)}, not {self.dtype!r}")
+        if self.axes[:1] != ("row",) or len(self.axes) != len(self.shape) + 1 or min(self.shape, default=1) < 1:
+            raise ValueError(f"axes {self.axes} of {self.name} do not fit the shape (row, {self.shape})")
+
+    @property
+    def label(self) -> str:
+        """The short form, or the name where there is none: what errors, tensors and files call the site."""
+        return self.short or self.name
+
+    @property
+    def file(self) -> str:
+        """Name of the site's file in every segment."""
+        return f"{self.label}.safetensors"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The model that was recorded; two with the same fingerprints give the same activations."""
+
+    name: str
+    """What the model was asked for by, without a machine's own paths."""
+    architecture: str
+    fingerprint: str
+    """SHA-256 of the weights."""
+    config_fingerprint: str
+    tokenizer_fingerprint: str | None
+    """None: recorded from token ids, without a tokenizer."""
+    dtype: str
+    """Type the model computed in."""
+    revision: str | None
+    n_layers: int
+    d_model: int
+    vocab: int
+    adapter: str | None
+    """TransformerLens' adapter that gave the site names; None: found by structure."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The texts of one recording call, as planned; a store that was appended to has several."""
+
+    rows: int
+    sequences: int
+    documents: int
+    skipped_documents: int
+    """Documents without a token of their own."""
+    replaced_characters: int
+    """Characters that are not valid Unicode, stored as U+FFFD."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A committed slice of the store."""
+
+    name: str
+    """Folder under `segments/`: 00000, 00001, ..."""
+    rows: int
+    sequences: int
+    part: int
+    """Index of the part its texts came from."""
+    digest: str
+    """SHA-256 over the token ids and sequence lengths: the same texts, cut the same way."""
+    checksum: str
+    """SHA-256 of its `segment.json`."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d{5,}", self.name, re.ASCII):
+            raise ValueError(f"{self.name!r} is no segment name; five digits or more expected")
+        if self.rows < 1:
+            raise ValueError(f"segment {self.name} has {self.rows} rows; at least 1 expected")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of one file of a segment."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """`segment.json`: what a segment's folder holds, and what its recorder counted."""
+
+    files: dict[str, FileRecord]
+    rows: int
+    sequences: int
+    overflow: dict[str, int]
+    """Values beyond the stored type's range, stored as its largest, by site name; sites without any left out."""
+    nonfinite: dict[str, int]
+    """NaN and infinite values the model itself gave, by site name; sites without any left out."""
+    model: str
+    """Fingerprint of the model."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All there is to know of a store before opening its arrays."""
+
+    model: ModelRecord
+    sites: tuple[SiteRecord, ...]
+    recording: dict[str, Any]
+    """The settings asked for: the fields of `workbench.settings.Recording`."""
+    tokens_added: dict[str, tuple[int, ...]]
+    """Token ids put around each sequence: `prefix` (BOS) and `suffix`."""
+    environment: dict[str, str]
+    """Library versions at the time of the recording."""
+    unembed: str | None
+    """SHA-256 of `unembed.safetensors` (final norm and W_U); None: there is none."""
+    unembed_reason: str | None
+    """Why there is no unembedding; None where there is one."""
+    parts: tuple[Part, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def planned_rows(self) -> int:
+        """Rows of all parts, committed or not yet."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned row is committed."""
+        return self.rows == self.planned_rows
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all it says: two stores with the same hold the same rows of the same model."""
+        return manifest_checksum({field.name: getattr(self, field.name) for field in fields(self)})
+
+    @cached_property
+    def starts(self) -> Int64[np.ndarray, " segments_plus_1"]:
+        """First row of each segment, then the number of committed rows: (0,) for a store without segments."""
+        return np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the store at `path`, as it is at this moment.
+
+    Raises:
+        RequestError: No store there, or one written by a newer version.
+        DataError: A manifest that is damaged or not of this format.
+    """
+    return parse_manifest(read_manifest_text(path), Path(path) / MANIFEST)
+
+
+def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of `manifest.json`; RequestError, with the nearest stores, where `path` is no store."""
+    path = Path(path)
+    try:
+        return (path / MANIFEST).read_bytes()
+    except OSError as error:
+        reason = error
+    if path.is_file():
+        raise RequestError(f"{path} is a file; a store is a directory with a {MANIFEST}")
+    if path.is_dir() and not (path / MANIFEST).exists():
+        raise RequestError(f"{path} is no store: it has no {MANIFEST}{_nearest_store(path)}")
+    if not path.parent.is_dir():
+        raise RequestError(f"no store at {path}: the folder {path.parent} does not exist")
+    if not path.exists():
+        raise RequestError(f"no store at {path}{_nearest_store(path)}")
+    raise RequestError(f"{path / MANIFEST} cannot be read: {reason.strerror}")
+
+
+def parse_manifest(text: bytes, source: Path) -> Manifest:
+    """Parse the bytes of a `manifest.json`; `source` names it in errors. Its own checksum is left to `verify`."""
+    value = from_json(text, source)
+    if value.get("format") != FORMAT:
+        raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; this is no store")
+    version = value.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise RequestError(
+            f"{source} has format version {version} and this workbench reads up to {VERSION}; upgrade the workbench"
+        )
+    if version != VERSION:
+        raise DataError(f"{source}: version is {version!r}, expected {VERSION}")
+    value.pop("checksum", None)
+    return parse(Manifest, value, str(source))
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace the manifest of the store at `path`, atomically and durably."""
+    body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    text = to_json({**body, "checksum": manifest.fingerprint})
+    replace_durably(path / MANIFEST, text.encode())
+
+
+def manifest_checksum(body: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's own JSON without its `checksum` key: tells an edited or damaged one."""
+    return sha256_bytes(to_json({key: value for key, value in body.items() if key != "checksum"}).encode())
+
+
+def parse_segment(text: bytes, source: Path) -> SegmentRecord:
+    """Parse the bytes of a `segment.json`; `source` names it in errors."""
+    return parse(SegmentRecord, from_json(text, source), str(source))
+
+
+def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
+    """The store in a few lines, a fact a line: where, which model, which sites, how many rows."""
+    model, parts = manifest.model, manifest.parts
+    state = "complete" if manifest.complete else f"of {manifest.planned_rows:,} planned; the same command resumes it"
+    facts = {
+        "store": path,
+        "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
+        "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
+        "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
+        "texts": f"{sum(part.documents for part in parts):,} documents, {sum(part.sequences for part in parts):,} "
+        f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
+        "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
+    }
+    return "\n".join(f"{name:<8} {fact}" for name, fact in facts.items())
+
+
+def short_list(names: list[str], limit: int = 8) -> str:
+    """How many names, and the names, the middle of a long list left out: "12: resid_post.0, ..., resid_post.11"."""
+    shown = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
+    return f"{len(names)}: {', '.join(shown)}"
+
+
+def _nearest_store(path: Path) -> str:
+    place = path.absolute().parent
+    return nearest(path.name, sorted(entry.name for entry in place.iterdir() if (entry / MANIFEST).is_file()))

@@ -1,0 +1,96 @@
+"""SQL over the token table: DuckDB reads the committed segments' Parquet files, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
+from workbench.errors import DataError, RequestError, nearest
+from workbench.store.manifest import SEGMENTS, TOKENS, Manifest
+from workbench.store.tokens import COLUMNS
+
+# The predicate may come from a stranger's notebook: it sees the tokens of this store and no other file,
+# no Python variable, and never the network
+_SETTINGS = (
+    "SET autoinstall_known_extensions = false",
+    "SET autoload_known_extensions = false",
+    "SET python_enable_replacements = false",
+    "SET temp_directory = ''",
+    "SET enable_external_access = false",
+    "SET lock_configuration = true",
+)
+
+
+def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Int64[np.ndarray, " selected"]:
+    """Row ids, ascending, of the committed tokens for which the SQL condition `predicate` holds.
+
+    The condition may use the token table's columns, metadata included: "token = ' Monday' AND position > 0".
+    Reads only the columns it names.
+
+    Raises:
+        RequestError: A condition DuckDB refuses: an unknown column, a wrong type, a syntax error.
+        DataError: A token table that is missing or damaged.
+    """
+    if not manifest.segments:
+        return np.empty(0, np.int64)
+    with _tokens_where(path, manifest, predicate) as relation:
+        return np.sort(relation.project('"row"').fetchnumpy()["row"])
+
+
+def query_tokens(
+    path: str | os.PathLike[str], manifest: Manifest, predicate: str, limit: int | None = None
+) -> pa.Table:
+    """The token table's rows, in row order, for which `predicate` holds; the first `limit` of them, or all.
+
+    Raises as `select_rows` does.
+    """
+    if not manifest.segments:
+        return COLUMNS.empty_table()
+    with _tokens_where(path, manifest, predicate) as relation:
+        ordered = relation.order('"row"')
+        return (ordered if limit is None else ordered.limit(limit)).to_arrow_table()
+
+
+@contextmanager
+def _tokens_where(
+    path: str | os.PathLike[str], manifest: Manifest, predicate: str
+) -> Iterator[duckdb.DuckDBPyRelation]:
+    if not predicate.strip():
+        raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
+    folder = Path(path).absolute() / SEGMENTS
+    names = [str(folder / segment.name / TOKENS) for segment in manifest.segments]
+    with duckdb.connect() as connection:
+        quoted = str(folder).replace("'", "''")
+        connection.execute("; ".join((f"SET allowed_directories = ['{quoted}']", *_SETTINGS)))
+        try:
+            tokens = connection.read_parquet(names, hive_partitioning=False)
+        except duckdb.Error as error:
+            raise _damaged(path, error) from None
+        try:
+            # a relation's filter is parsed as one expression: no second statement, no ORDER BY, gets past it
+            yield tokens.filter(predicate)
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise _damaged(path, error) from None
+        except duckdb.Error as error:
+            raise _refused(predicate, error, tokens.columns) from None
+
+
+def _refused(predicate: str, error: duckdb.Error, columns: list[str]) -> RequestError:
+    reason = _first_line(error)
+    unknown = reason.split('"')[1] if reason.startswith("Referenced column") else ""
+    return RequestError(f"query {predicate!r}: {reason}; columns: {', '.join(columns)}{nearest(unknown, columns)}")
+
+
+def _damaged(path: str | os.PathLike[str], error: duckdb.Error) -> DataError:
+    return DataError(f"the token table of {path} cannot be read ({_first_line(error)}); run workbench verify {path}")
+
+
+def _first_line(error: duckdb.Error) -> str:
+    return str(error).splitlines()[0].split(" Error: ", 1)[-1].rstrip("!.")

@@ -1,0 +1,305 @@
+"""Reading a store: every site is one array over all rows, on the disk until it is indexed.
+
+store = open_store("runs/demo.acts")
+store["resid_post", 3][:100]                       # torch.Tensor (100, d_model)
+store.where("token = ' Monday'")["resid_post", 3]  # torch.Tensor (n_selected, d_model)
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from workbench.errors import DataError, RequestError, nearest
+from workbench.sites import SHORT_NAMES
+from workbench.store.gather import gather
+from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, read_manifest, short_list
+from workbench.store.query import select_rows
+from workbench.store.tensorfile import STORED, map_rows
+from workbench.store.tokens import COLUMNS, read_tokens, take_tokens
+from workbench.store.verify import verify
+
+_OPEN_MAPS = 256  # each holds a file descriptor, of which a process commonly has 1,024
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Open the store at `path` as it is now; rows committed later are seen by opening it again.
+
+    Costs the reading of its manifest. Raises RequestError where there is no store, DataError where it is damaged.
+    """
+    path = Path(path).absolute()
+    return Store(path, read_manifest(path))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Store:
+    """A recording on the disk. Pickles as its path: a worker process opens it for itself, as it is at that moment."""
+
+    path: Path
+    manifest: Manifest
+
+    __iter__ = None  # a store is asked by site name; Python would otherwise try 0, 1, 2, ...
+
+    def __reduce__(self) -> tuple[Callable[[Path], Store], tuple[Path]]:
+        return open_store, (self.path,)
+
+    def __repr__(self) -> str:
+        return describe(self.path, self.manifest)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, one per token."""
+        return int(self.manifest.starts[-1])
+
+    @property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """What was recorded."""
+        return self.manifest.sites
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """The token table of all rows, columns as in `workbench.store.tokens.COLUMNS`, then metadata.
+
+        Read when first asked for, into about 50 bytes a row; `where` and `Rows.tokens` do without.
+        """
+        return read_tokens([folder / TOKENS for folder in self._folders])
+
+    def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
+        """The array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or its TransformerLens name."""
+        label = ".".join(map(str, site)) if isinstance(site, tuple) else site
+        for record in self.sites:
+            if label in (record.name, record.short):
+                return ActivationArray(self, record)
+        raise _not_recorded(self, str(label))
+
+    def where(self, predicate: str) -> Rows:
+        """The rows for which an SQL condition over the token table holds: "token = ' Monday' AND position > 0".
+
+        Raises RequestError, with the columns there are, for a condition DuckDB refuses.
+        """
+        return Rows(self, select_rows(self.path, self.manifest, predicate))
+
+    def verify(self) -> pd.DataFrame:
+        """Findings of a full check, none for a sound store; see `workbench.store.verify`. Reads every byte once."""
+        return verify(self.path)
+
+    @cached_property
+    def _folders(self) -> list[Path]:
+        return [self.path / SEGMENTS / segment.name for segment in self.manifest.segments]
+
+    @cached_property
+    def _map(self) -> Callable[[int, SiteRecord], np.ndarray]:
+        """`_map(segment, site)`: the map of one file; the latest stay open."""
+        return functools.lru_cache(_OPEN_MAPS)(functools.partial(_open_map, self.manifest, self._folders))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationArray:
+    """One site over all rows: axes (row, ...), read from the disk where it is indexed.
+
+    `array[3]`, slices, integer arrays, masks and `Rows` give torch tensors that own their memory: editing one never
+    reaches the store. (A view of the file would crash the process that writes to it, or, copied on write, leave the
+    edit in the next read.) Reads cost what a NumPy memory map's cost, whatever the number of segments; gathers are
+    quickest in row order. Pickles as path and name, and is safe to use after a fork.
+    """
+
+    store: Store
+    site: SiteRecord
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{axis} {length:,}" for axis, length in zip(self.axes, self.shape, strict=True))
+        return f"{self.site.label} ({shape}) {self.site.dtype}"
+
+    def __len__(self) -> int:
+        return self.store.rows
+
+    @property
+    def name(self) -> str:
+        """TransformerLens name of the site."""
+        return self.site.name
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names, `row` first."""
+        return self.site.axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, ...)"""
+        return (len(self), *self.site.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored type, which reads give."""
+        return getattr(torch, self.site.dtype)
+
+    def __getitem__(self, index: Any) -> Float[Tensor, "*shape"]:
+        """Activations of a row, a slice, integers of any shape (negative ones from the end), a mask, or `Rows`.
+
+        Integers keep their order and shape: indices (a, b) give (a, b, d_model). Raises IndexError beyond the end.
+        """
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            return self._read(start, max(start, stop)) if step == 1 else self._gather(np.arange(start, stop, step))
+        if isinstance(index, Rows):
+            return self._gather(index.ids_in(self.store))
+        ids = _row_ids(index, self)
+        return self._gather(ids.reshape(-1)).reshape(*ids.shape, *self.site.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All rows in memory, for NumPy, which has no bfloat16: it comes as float32."""
+        if copy is False:
+            raise ValueError(f"{self.site.label} is on the disk and cannot become an array without a copy")
+        values = self[:]
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy().astype(dtype, copy=False)
+
+    def blocks(self, rows: int = 8192) -> Iterator[tuple[slice, Float[Tensor, "row ..."]]]:
+        """All rows in order, `rows` at a time, each with the slice it is: memory stays that of one block."""
+        for start in range(0, len(self), rows):
+            stop = min(start + rows, len(self))
+            yield slice(start, stop), self._read(start, stop)
+
+    def view(self, segment: int) -> Shaped[np.ndarray, "row ..."]:
+        """One segment's rows as a read-only memory map, without a copy; bfloat16 as its uint16 bits."""
+        return self.store._map(segment, self.site)
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        values = np.empty((stop - start, *self.site.shape), STORED[self.site.dtype][1])
+        starts = self.store.manifest.starts
+        row = start
+        while row < stop:
+            segment = int(np.searchsorted(starts, row, side="right")) - 1
+            last = min(stop, int(starts[segment + 1]))
+            values[row - start : last - start] = self.view(segment)[row - starts[segment] : last - starts[segment]]
+            row = last
+        return self._tensor(values)
+
+    def _gather(self, ids: Int64[np.ndarray, " selected"]) -> Tensor:
+        if not len(ids):
+            return self._read(0, 0)
+        starts = self.store.manifest.starts
+        segments = np.searchsorted(starts, ids, side="right") - 1
+        touched = np.flatnonzero(np.bincount(segments))
+        if len(touched) > _OPEN_MAPS:
+            values = torch.empty((len(ids), *self.site.shape), dtype=self.dtype)
+            for some in np.array_split(touched, -(-len(touched) // _OPEN_MAPS)):
+                chosen = np.flatnonzero((segments >= some[0]) & (segments <= some[-1]))
+                values[chosen] = self._gather(ids[chosen])
+            return values
+        local = ids - starts[segments]
+        return self._tensor(gather([self.view(int(s)) for s in touched], np.searchsorted(touched, segments), local))
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        # NumPy allocates, not torch: its large arrays use huge pages, and filling them takes a fifth of the time
+        tensor = torch.from_numpy(values)
+        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows:
+    """A selection of a store's rows. `&`, `|` and `-` combine two; `rows[:10]` is the first ten."""
+
+    store: Store
+    ids: Int64[np.ndarray, " selected"]
+    """Row ids, ascending, each once. May be given in any order."""
+
+    __iter__ = None
+
+    def __post_init__(self) -> None:
+        ids = np.unique(self.ids).astype(np.int64, casting="same_kind")
+        if len(ids) and not 0 <= ids[0] <= ids[-1] < self.store.rows:
+            raise RequestError(f"rows {ids[0]} to {ids[-1]} are not within the {self.store.rows} of {self.store.path}")
+        ids.flags.writeable = False
+        object.__setattr__(self, "ids", ids)
+
+    def __repr__(self) -> str:
+        return f"{len(self):,} of {self.store.rows:,} rows of {self.store.path}"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, site: str | tuple[str, int] | slice) -> Rows | Float[Tensor, "row ..."]:
+        """`rows["resid_post", 3]`: the site's activations (n_selected, ...); a slice: some of these rows."""
+        return Rows(self.store, self.ids[site]) if isinstance(site, slice) else self.store[site][self]
+
+    def __and__(self, other: Rows) -> Rows:
+        return Rows(self.store, np.intersect1d(self.ids, other.ids_in(self.store), assume_unique=True))
+
+    def __or__(self, other: Rows) -> Rows:
+        return Rows(self.store, np.union1d(self.ids, other.ids_in(self.store)))
+
+    def __sub__(self, other: Rows) -> Rows:
+        return Rows(self.store, np.setdiff1d(self.ids, other.ids_in(self.store), assume_unique=True))
+
+    @property
+    def tokens(self) -> pa.Table:
+        """The token table of these rows, in row order. Reads the tables of the segments they lie in."""
+        starts = self.store.manifest.starts
+        edges = np.searchsorted(self.ids, starts)
+        touched = np.flatnonzero(np.diff(edges)).tolist()
+        if not touched:
+            return (self.store.tokens if self.store.rows else COLUMNS.empty_table()).slice(0, 0)
+        paths = [self.store._folders[segment] / TOKENS for segment in touched]
+        return take_tokens(paths, [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched])
+
+    def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
+        """The ids, after making sure that they are `store`'s: another store's rows are other tokens."""
+        if self.store.path != store.path:
+            raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")
+        return self.ids
+
+
+def _open_map(manifest: Manifest, folders: list[Path], segment: int, site: SiteRecord) -> np.ndarray:
+    path = folders[segment] / site.file
+    rows = np.asarray(map_rows(path))  # a plain array: indexing a np.memmap takes several times as long
+    expected = (manifest.segments[segment].rows, *site.shape)
+    if rows.shape != expected or rows.dtype != STORED[site.dtype][1]:
+        raise DataError(f"{path} holds {rows.dtype} {rows.shape}, not {site.dtype} {expected}; run workbench verify")
+    return rows
+
+
+def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
+    """Integers or a mask as row ids counted from the beginning; IndexError for anything else."""
+    rows, label = len(array), array.site.label
+    if isinstance(index, tuple):
+        raise IndexError(f"{label} is indexed by rows alone: write array[rows][:, ...] for the other axes")
+    ids = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+    if ids.dtype == bool:
+        if ids.shape != (rows,):
+            raise IndexError(f"a mask of shape {ids.shape} does not choose among the {rows} rows of {label}")
+        return np.flatnonzero(ids)
+    if not ids.size:
+        return ids.astype(np.int64)
+    if ids.dtype.kind not in "iu":
+        raise IndexError(f"rows of {label} are chosen by whole numbers, slices, masks or Rows, not {ids.dtype} values")
+    if not -rows <= ids.min() <= ids.max() < rows:
+        beyond = ids.min() if ids.min() < -rows else ids.max()
+        raise IndexError(f"row {beyond} is out of range: {label} has {rows} rows")
+    ids = ids.astype(np.int64)
+    return np.where(ids < 0, ids + rows, ids)
+
+
+def _not_recorded(store: Store, label: str) -> RequestError:
+    known = [name for site in store.sites for name in (site.name, site.short) if name]
+    text = f"{label} is not recorded in {store.path}; recorded are {short_list([site.label for site in store.sites])}"
+    stem = re.fullmatch(r"(\w+?)(\.\d+)?", label)
+    if stem and stem[1] in SHORT_NAMES:
+        name = store.manifest.model.name
+        return RequestError(f"{text}; to have it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
+    return RequestError(f"{text}{nearest(label, known)}")

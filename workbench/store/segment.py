@@ -1,0 +1,75 @@
+"""One segment while it is being written: a tensor file per site, the token table, and the record of them all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
+
+from workbench.store import files
+from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord
+from workbench.store.parse import to_json
+from workbench.store.tensorfile import TensorFile
+from workbench.store.tokens import encode_tokens
+
+
+class SegmentWriter:
+    """A segment being written. Made by `Writer.segment`; threads that use it must be done before its block ends."""
+
+    def __init__(self, folder: Path, manifest: Manifest, rows: int, tokens: pa.Table) -> None:
+        self._folder, self._manifest, self._rows = folder, manifest, rows
+        files.write_durably(folder / TOKENS, encode_tokens(tokens))
+        self._tensors = {
+            site.name: TensorFile(
+                folder / site.file,
+                site.label,
+                site.dtype,
+                (rows, *site.shape),
+                {"site": site.name, "model": manifest.model.fingerprint, "axes": " ".join(site.axes)},
+            )
+            for site in manifest.sites
+        }
+        self._counts = {"overflow": Counter(), "nonfinite": Counter()}
+        self._lock = threading.Lock()
+
+    def write(self, site: str, first_row: int, rows: Shaped[np.ndarray, "row ..."]) -> None:
+        """Write rows of the site with this TransformerLens name; `first_row` counts from the segment's first.
+
+        Contiguous, of the stored type (bfloat16 as uint16 bits), in any order and from any thread.
+        """
+        self._tensors[site].write(first_row, rows)
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        """Shape of one row of the site: (d_model,), (head, context)."""
+        return self._tensors[site].shape[1:]
+
+    def count(self, site: str, *, overflow: int = 0, nonfinite: int = 0) -> None:
+        """Add to the site's values that were beyond the stored type's range, or NaN or infinite in the model."""
+        with self._lock:
+            self._counts["overflow"][site] += int(overflow)
+            self._counts["nonfinite"][site] += int(nonfinite)
+
+    def finish(self, sequences: int) -> str:
+        """Put everything on the disk, write `segment.json`, and give its SHA-256."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # waiting and hashing both release the GIL
+            list(pool.map(TensorFile.finish, self._tensors.values()))
+            paths = sorted(self._folder.iterdir())
+            checksums = list(pool.map(files.sha256_file, paths))
+        record = SegmentRecord(
+            files={path.name: FileRecord(path.stat().st_size, sum) for path, sum in zip(paths, checksums, strict=True)},
+            rows=self._rows,
+            sequences=sequences,
+            overflow=dict(+self._counts["overflow"]),
+            nonfinite=dict(+self._counts["nonfinite"]),
+            model=self._manifest.model.fingerprint,
+        )
+        text = to_json(record).encode()
+        files.write_durably(self._folder / SEGMENT, text)
+        files.fsync(self._folder)
+        return files.sha256_bytes(text)

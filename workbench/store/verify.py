@@ -1,0 +1,257 @@
+"""A full check of a store: every byte is read once, and each thing that is not as it should be is named in a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from workbench.errors import DataError, RequestError
+from workbench.store import files
+from workbench.store.manifest import (
+    MANIFEST,
+    SEGMENT,
+    SEGMENTS,
+    TOKENS,
+    UNEMBED,
+    Manifest,
+    Segment,
+    SegmentRecord,
+    SiteRecord,
+    manifest_checksum,
+    parse_manifest,
+    parse_segment,
+    read_manifest_text,
+)
+from workbench.store.parse import from_json
+from workbench.store.tensorfile import TensorHeader, read_header
+from workbench.store.tokens import check_tokens, read_tokens
+
+_BLOCK_BYTES = 8 << 20
+_EXPONENT = {"float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80), "float32": ("<u4", 0x7F800000)}
+
+Progress = Callable[[int], object]
+Severity = Literal["error", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be, or worth knowing."""
+
+    segment: str
+    """Name of the segment; empty for the store's own files."""
+    file: str
+    finding: str
+    """missing segment, missing file, truncated, size differs, checksum differs, unreadable, wrong model, wrong tensor,
+    wrong tokens, not finite, overflow, incomplete, leftover or unlisted."""
+    detail: str
+    severity: Severity = "error"
+
+
+def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd.DataFrame:
+    """Check the store at `path`; a sound one has no row of severity "error".
+
+    Columns segment, file, finding, detail, severity. A damaged file does not stop the check of the others. Reads
+    every byte once, in bounded memory, and calls `progress` with the bytes of each block.
+
+    Raises:
+        RequestError: There is no store at `path`, or one of a newer version.
+    """
+    columns = [field.name for field in dataclasses.fields(Finding)]
+    findings = list(_check_store(Path(path), progress or (lambda _: None)))
+    return pd.DataFrame([dataclasses.astuple(finding) for finding in findings], columns=columns)
+
+
+def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
+    text = read_manifest_text(path)
+    try:
+        manifest = parse_manifest(text, path / MANIFEST)
+    except DataError as error:
+        yield Finding("", MANIFEST, "unreadable", str(error))
+        return
+    body = from_json(text, path / MANIFEST)
+    if body.get("checksum") != manifest_checksum(body):
+        yield Finding("", MANIFEST, "checksum differs", "edited or damaged since it was written")
+    if not manifest.complete:
+        detail = f"{manifest.rows} of {manifest.planned_rows} planned rows are committed"
+        yield Finding("", MANIFEST, "incomplete", detail, "note")
+    if manifest.unembed is not None:
+        yield from _check_unembed(path / UNEMBED, manifest.unembed, progress)
+    yield from _check_leftovers(path, manifest)
+    row = sequence = 0
+    for segment in manifest.segments:
+        folder = path / SEGMENTS / segment.name
+        yield from _check_segment(_Check(folder, manifest, segment, row, sequence, progress))
+        row, sequence = row + segment.rows, sequence + segment.sequences
+
+
+def _check_unembed(path: Path, listed: str, progress: Progress) -> Iterator[Finding]:
+    try:
+        found = files.sha256_file(path)
+        progress(path.stat().st_size)
+    except OSError as error:
+        yield Finding("", path.name, "missing file", f"{error.strerror}; the manifest lists it")
+        return
+    if found != listed:
+        yield Finding("", path.name, "checksum differs", f"SHA-256 {found[:12]}, recorded {listed[:12]}")
+
+
+def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
+    listed = {segment.name for segment in manifest.segments}
+    inside = [entry for entry in path.glob(f"{SEGMENTS}/*") if entry.name not in listed]
+    for entry in sorted([*path.glob(f"*{files.PARTIAL}"), *inside]):
+        if entry.name.endswith(files.PARTIAL):
+            detail = "being written, or left by a crash; the next recording removes it"
+            yield Finding("", entry.name, "leftover", detail, "note")
+        else:
+            yield Finding("", entry.name, "unlisted", "the manifest does not list it, so nobody reads it", "note")
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What the checks of one segment's files need to know."""
+
+    folder: Path
+    manifest: Manifest
+    segment: Segment
+    first_row: int
+    first_sequence: int
+    progress: Progress
+    record: SegmentRecord | None = None
+    """`segment.json`; None where it cannot be read."""
+
+    def finding(self, file: str, finding: str, detail: str, severity: Severity = "error") -> Finding:
+        return Finding(self.segment.name, file, finding, detail, severity)
+
+    def wrong_model(self, file: str, found: str) -> Finding:
+        model = self.manifest.model
+        detail = f"recorded from weights {found[:12]}, the manifest is of {model.name} with {model.fingerprint[:12]}"
+        return self.finding(file, "wrong model", detail)
+
+    def checksum(self, file: str, found: str) -> Iterator[Finding]:
+        listed = self.record.files.get(file) if self.record else None
+        if listed and listed.sha256 != found:
+            yield self.finding(file, "checksum differs", f"SHA-256 {found[:12]}, recorded {listed.sha256[:12]}")
+
+
+def _check_segment(check: _Check) -> Iterator[Finding]:
+    if not check.folder.is_dir():
+        last_row = check.first_row + check.segment.rows - 1
+        yield check.finding("", "missing segment", f"rows {check.first_row} to {last_row} are gone")
+        return
+    record, problems = _read_record(check)
+    yield from problems
+    check = replace(check, record=record)
+    sites = {site.file: site for site in check.manifest.sites}
+    for file in (TOKENS, *sites):
+        listed = record.files.get(file) if record else None
+        try:
+            size = (check.folder / file).stat().st_size
+            if listed and size != listed.bytes:
+                finding = "truncated" if size < listed.bytes else "size differs"
+                yield check.finding(file, finding, f"{size} bytes, recorded {listed.bytes}")
+            else:
+                yield from _check_tokens(check) if file == TOKENS else _check_tensor(check, sites[file])
+        except FileNotFoundError:
+            yield check.finding(file, "missing file", "every segment has it")
+        except OSError as error:
+            yield check.finding(file, "unreadable", str(error.strerror))
+        except DataError as error:
+            yield check.finding(file, "unreadable", str(error))
+    for entry in sorted(check.folder.iterdir()):
+        if entry.name not in (SEGMENT, TOKENS, *sites):
+            yield check.finding(entry.name, "unlisted", "no file of this store's sites; nobody reads it", "note")
+
+
+def _read_record(check: _Check) -> tuple[SegmentRecord | None, list[Finding]]:
+    """`segment.json`, as far as it can serve to check the other files, and what is wrong with it."""
+    try:
+        text = (check.folder / SEGMENT).read_bytes()
+    except OSError as error:
+        return None, [check.finding(SEGMENT, "missing file", f"{error.strerror}; checksums are unknown")]
+    problems, found, listed = [], files.sha256_bytes(text), check.segment.checksum
+    if found != listed:
+        problems = [check.finding(SEGMENT, "checksum differs", f"SHA-256 {found[:12]}, the manifest has {listed[:12]}")]
+    try:
+        record = parse_segment(text, check.folder / SEGMENT)
+    except DataError as error:
+        return None, [*problems, check.finding(SEGMENT, "unreadable", str(error))]
+    if record.model != check.manifest.model.fingerprint:
+        problems.append(check.wrong_model(SEGMENT, record.model))
+    for site, count in record.overflow.items():
+        detail = f"{count} values of {site} were beyond the stored type's range and are its largest"
+        problems.append(check.finding(SEGMENT, "overflow", detail, "note"))
+    return record, problems
+
+
+def _check_tensor(check: _Check, site: SiteRecord) -> Iterator[Finding]:
+    path, file, record = check.folder / site.file, site.file, check.record
+    header = read_header(path)
+    checksum, nonfinite, first = _scan(path, header, check.progress)
+    yield from check.checksum(file, checksum)
+    found = (header.metadata.get("site"), header.dtype, header.shape, header.metadata.get("axes"))
+    expected = (site.name, site.dtype, (check.segment.rows, *site.shape), " ".join(site.axes))
+    if found != expected:
+        yield check.finding(file, "wrong tensor", f"holds {found}, the manifest has {expected}")
+    model = header.metadata.get("model", "")
+    if model != check.manifest.model.fingerprint and not (record and record.model == model):  # said already, once
+        yield check.wrong_model(file, model)
+    counted = record.nonfinite.get(site.name, 0) if record else 0
+    if nonfinite or counted:
+        detail = f"{nonfinite} values are NaN or infinite, {counted} came so from the model"
+        where = "" if first is None else f"; first in row {check.first_row + first}"
+        yield check.finding(file, "not finite", detail + where, "note" if nonfinite == counted else "error")
+
+
+def _check_tokens(check: _Check) -> Iterator[Finding]:
+    path, segment = check.folder / TOKENS, check.segment
+    yield from check.checksum(TOKENS, files.sha256_file(path))
+    check.progress(path.stat().st_size)
+    table = read_tokens([path])
+    try:
+        check_tokens(table, segment.rows, check.first_row, None)
+    except RequestError as error:
+        yield check.finding(TOKENS, "wrong tokens", str(error))
+        return
+    context = check.manifest.recording.get("context")
+    if wrong := _wrong_sequences(table, segment.sequences, check.first_sequence, context):
+        yield check.finding(TOKENS, "wrong tokens", wrong)
+
+
+def _wrong_sequences(table: pa.Table, sequences: int, first_sequence: int, context: int | None) -> str | None:
+    sequence, position = table["sequence"].to_numpy(), table["position"].to_numpy()
+    begins = np.flatnonzero(np.diff(sequence, prepend=-1))
+    lengths = np.diff(begins, append=len(sequence))
+    if not np.array_equal(sequence[begins], np.arange(first_sequence, first_sequence + sequences)):
+        return f"sequences are not {first_sequence} to {first_sequence + sequences - 1}, each in one piece"
+    if not np.array_equal(position, np.arange(len(position)) - np.repeat(begins, lengths)):
+        return "positions do not count from 0 in every sequence"
+    if context is not None and lengths.max() > context:
+        return f"a sequence has {lengths.max()} tokens, more than the context of {context}"
+    return None
+
+
+def _scan(path: Path, header: TensorHeader, progress: Progress) -> tuple[str, int, int | None]:
+    """SHA-256 of a tensor file, how many of its values are NaN or infinite, and the row of the first: one pass."""
+    kind, exponent = _EXPONENT[header.dtype]
+    digest, nonfinite, first, values = hashlib.sha256(), 0, None, 0
+    with open(path, "rb") as file:
+        digest.update(file.read(header.offset))
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            bad = (np.frombuffer(block, kind) & exponent) == exponent  # an exponent of all ones: NaN or infinite
+            if first is None and bad.any():
+                first = (values + int(bad.argmax())) // math.prod(header.shape[1:])
+            nonfinite += int(np.count_nonzero(bad))
+            values += len(bad)
+            progress(len(block))
+    return digest.hexdigest(), nonfinite, first
