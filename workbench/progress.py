@@ -1,0 +1,57 @@
+"""Progress of long work: a bar in terminals and notebooks, a plain line now and then everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY = 10.0
+"""Seconds between plain lines."""
+
+
+@contextmanager
+def progress(
+    label: str, total: int | None, unit: str, *, shown: bool = True, done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with how many more are finished. `done` were finished before we began."""
+    if not shown:
+        yield lambda _n: None
+    elif sys.stderr.isatty() or "ipykernel" in sys.modules:
+        from tqdm.auto import tqdm
+
+        with tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+            yield bar.update
+    else:
+        yield _Lines(label, total, unit, done).advance
+
+
+class _Lines:
+    """Counts, and says so every few seconds: `recording: 120,000 of 1,000,000 rows, 8,123 rows/s, 1 min 48 s left`."""
+
+    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.began = self.said = time.monotonic()
+        self.new = 0
+
+    def advance(self, n: int) -> None:
+        self.done, self.new = self.done + n, self.new + n
+        now = time.monotonic()
+        if now - self.said >= EVERY:
+            self.said = now
+            print(self.line(now - self.began), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """What is said after `seconds` of work."""
+        rate = self.new / seconds
+        of = f" of {self.total:,}" if self.total else ""
+        left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
+        return f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f} {self.unit}/s{left}"
+
+
+def duration(seconds: float) -> str:
+    """`95` -> "1 min 35 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
