@@ -1,0 +1,18 @@
+"""The probes: one question each, one file each, asked of a store. Each is loaded when first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {"LogitLens": "probes.logit_lens"}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'probes' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+if TYPE_CHECKING:
+    from probes.logit_lens import LogitLens

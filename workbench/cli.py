@@ -1,0 +1,270 @@
+"""The command line: one verb each, settings read from the same dataclasses as the API.
+
+Exit codes: 0 done; 1 the data is not as it should be; 2 the request was wrong. What goes wrong is said in one
+line on stderr; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from workbench.errors import DataError, RequestError, WorkbenchError, nearest
+from workbench.settings import Recording
+
+
+@dataclass(frozen=True)
+class Record:
+    """Run a model over texts once and store the activations of chosen sites."""
+
+    model: Positional[str]
+    """A local directory, or a hub id such as gpt2."""
+    text: Positional[tuple[str, ...]]
+    """Files (.txt, .jsonl, .parquet), hf:NAME of a dataset, or a quoted text."""
+    out: Path
+    """The store to write; an unfinished one of the same request is resumed."""
+    recording: OmitArgPrefixes[Recording] = dataclasses.field(default_factory=Recording)
+    append: bool = False
+    """Add the texts to what the store holds."""
+    tokenizer: str | None = None
+    """Directory or hub id of another tokenizer than the model's."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; auto spreads over all. Default: the GPU if there is one."""
+    model_dtype: str = "auto"
+    """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    allow_pickle: bool = False
+    """Read pickled weights, which can run code."""
+
+    def run(self) -> int:
+        from workbench.corpus import check_source
+        from workbench.models import load_model, locate
+
+        if not self.text:
+            raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
+        texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text]
+        check_source(texts)
+        locate(self.model)
+        model = load_model(
+            self.model,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            dtype=self.model_dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+        )
+        from workbench.recorder import record_with
+
+        record_with(self.recording, model, texts, out=self.out, append=self.append)
+        return Info(self.out).run()
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a store holds."""
+
+    store: Positional[Path]
+
+    def run(self) -> int:
+        from workbench.store.manifest import describe, read_manifest
+
+        print(_plain(describe(self.store, read_manifest(self.store))))
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every file of a store: checksums, shapes, finite values, one model throughout."""
+
+    store: Positional[Path]
+
+    def run(self) -> int:
+        from workbench.store.verify import verify
+
+        findings = verify(self.store)
+        for finding in findings.itertuples():
+            place = "/".join(part for part in (finding.segment, finding.file) if part)
+            print(_plain(f"{finding.severity:5}  {place}: {finding.finding}: {finding.detail}"))
+        errors = int((findings["severity"] == "error").sum())
+        print(f"{errors} errors, {len(findings) - errors} notes")
+        return 1 if errors else 0
+
+
+@dataclass(frozen=True)
+class Query:
+    """List the tokens that an SQL predicate selects."""
+
+    store: Positional[Path]
+    predicate: Positional[str]
+    """For example "token = ' Monday' AND position > 0"; columns: see the heading of the answer."""
+    limit: int = 20
+    """Rows listed at most; all are counted."""
+
+    def run(self) -> int:
+        from workbench.store.manifest import read_manifest
+        from workbench.store.query import query_tokens, select_rows
+
+        if self.limit < 0:
+            raise RequestError(f"limit must be at least 0, not {self.limit}")
+        manifest = read_manifest(self.store)
+        total = len(select_rows(self.store, manifest, self.predicate))
+        shown = query_tokens(self.store, manifest, self.predicate, self.limit)
+        if shown.num_rows:
+            _print_table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
+        print(f"{total:,} of {manifest.rows:,} rows" + (f", {shown.num_rows} shown" if total > shown.num_rows else ""))
+        return 0
+
+
+@dataclass(frozen=True)
+class Probes:
+    """List the installed probes."""
+
+    def run(self) -> int:
+        from workbench.probe import installed_probes, summary
+
+        for name, entry in installed_probes().items():
+            print(_plain(f"  {name:<16} {summary(entry)}"))
+        return 0
+
+
+VERBS: dict[str, type] = {"record": Record, "info": Info, "verify": Verify, "query": Query, "probes": Probes}
+_PROBE_HELP = "Ask one probe of a store and save its result with figures: workbench probe NAME STORE --out DIR"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `workbench` command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        status = _command(arguments).run()
+    except WorkbenchError as error:
+        if debug:
+            raise
+        print(f"workbench: {_plain(str(error))}", file=sys.stderr)
+        status = 1 if isinstance(error, DataError) else 2
+    except KeyboardInterrupt:
+        print("workbench: interrupted; what is committed stays, and the same command resumes", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        status = 0
+    except Exception as error:
+        if debug:
+            raise
+        told = " ".join(str(error).split()) or "no message"
+        print(f"workbench: unexpected {type(error).__name__}: {_plain(told)}; --debug shows where", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _command(arguments: list[str]) -> Any:
+    """The command that the arguments spell. Only the probe asked for is imported."""
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        return _Help()
+    if verb == "probe":
+        return _probe_command(rest)
+    if verb not in VERBS:
+        raise RequestError(f"there is no command {verb!r}{nearest(verb, [*VERBS, 'probe'])}; see workbench --help")
+    return _parse(VERBS[verb], f"workbench {verb}", rest)
+
+
+def _probe_command(arguments: list[str]) -> Any:
+    from workbench.probe import find_probe, installed_probes
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_PROBE_HELP + "\n")
+        return Probes()
+    name, *rest = arguments
+    if name not in installed_probes():
+        find_probe(name)  # refuses it by name
+    if rest and not rest[0].startswith("-"):
+        from workbench.store.manifest import read_manifest
+
+        read_manifest(rest[0])  # a wrong path answers before the probe, and torch, are loaded
+    settings = find_probe(name)
+    command = dataclasses.make_dataclass(
+        name,
+        [
+            ("store", Annotated[Positional[Path], arg(help="The store to ask.")]),
+            ("out", Annotated[Path, arg(help="Folder for data, table and figures.")]),
+            ("settings", OmitArgPrefixes[settings], dataclasses.field(default_factory=settings)),
+        ],
+        bases=(_RunProbe,),
+        frozen=True,
+    )
+    return _parse(command, f"workbench probe {name}", rest, (settings.__doc__ or "").strip())
+
+
+class _RunProbe:
+    def run(self) -> int:
+        from workbench.store.reader import open_store
+
+        result = self.settings.run(open_store(self.store))
+        path = result.save(self.out)
+        print(_plain(repr(result)))
+        for figure in sorted((path / "figures").glob("*.html")):
+            print(f"figure  {figure}")
+        return 0
+
+
+class _Help:
+    def run(self) -> int:
+        print("usage: workbench COMMAND ...    (workbench COMMAND --help tells more; --debug shows tracebacks)\n")
+        lines = {name: (kind.__doc__ or "").strip() for name, kind in VERBS.items()} | {"probe": _PROBE_HELP}
+        for name, line in lines.items():
+            print(f"  {name:<8} {line}")
+        return 0
+
+
+def _parse(kind: type, program: str, arguments: list[str], description: str | None = None) -> Any:
+    """The arguments as an instance of `kind`; what tyro has to say about wrong ones becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=program, description=description, args=arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│ ").strip() for line in said.getvalue().splitlines()]
+        body = list(itertools.takewhile(lambda line: not line.startswith("─"), lines[1:]))
+        raise RequestError(f"{' '.join(body).rstrip('.')}; see {program} --help") from None
+
+
+def _source(text: str) -> str | Path:
+    """In a list of texts a string is a document, so a file must be told apart."""
+    return text if any(character.isspace() for character in text) and not Path(text).is_file() else Path(text)
+
+
+def _print_table(heading: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    cells = [[str(name) for name in heading], *([_cell(value) for value in line] for line in lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any, limit: int = 40) -> str:
+    text = _plain(repr(value) if isinstance(value, str) else "" if value is None else str(value))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _plain(text: str) -> str:
+    """Text for a terminal: nothing that came from a model or a file can move the cursor or change colours."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

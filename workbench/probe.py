@@ -1,0 +1,58 @@
+"""What a probe is, and which are installed.
+
+A probe is a frozen dataclass of settings whose `run(store)` answers one question about a store. It becomes
+known by an entry point in the group "workbench.probes"; ours and anybody else's plug in the same way.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from workbench.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from workbench.result import Result
+    from workbench.store.reader import Store
+
+GROUP = "workbench.probes"
+
+
+class Probe(Protocol):
+    """The contract: a frozen dataclass with a name, a run and the figures of its result."""
+
+    name: ClassVar[str]
+
+    def run(self, store: Store) -> Result:
+        """Answers the probe's question from the store alone."""
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Figure]:
+        """The figures of a result by name, the one for a paper first; made of the result and nothing else."""
+
+
+def installed_probes() -> dict[str, EntryPoint]:
+    """Every registered probe by name, not yet imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+def summary(entry: EntryPoint) -> str:
+    """First line of a probe's docstring, read from its source: importing every probe would take seconds."""
+    spec = find_spec(entry.module)
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    classes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+    found = next((ast.get_docstring(node) for node in classes if node.name == entry.attr), None)
+    return (found or "").strip().partition("\n")[0]
+
+
+def find_probe(name: str) -> type[Probe]:
+    """The probe class registered as `name`. Raises RequestError with the nearest names."""
+    known = installed_probes()
+    if name not in known:
+        raise RequestError(f"probe {name!r} is not installed{nearest(name, known)}; known: {', '.join(known)}")
+    return known[name].load()

@@ -1,0 +1,125 @@
+"""Results: what a probe found, with axes, units and where it came from; the only thing figures are made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import DataError, RequestError
+from workbench.probe import find_probe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from plotly.graph_objects import Figure
+
+_RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
+_FORMAT = "workbench.result"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one probe found in one store.
+
+    `data` holds arrays with named axes, units in each variable's `attrs["units"]`; `table` the same, tidy, one
+    observation a row; `provenance` the model, store, settings and version that made it.
+    """
+
+    probe: str
+    data: xr.Dataset
+    table: pd.DataFrame
+    provenance: Mapping[str, Any]
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure of this result by name, the one for a paper first."""
+        return find_probe(self.probe).figures(self)
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One figure; by default the first. Raises RequestError for a name there is none of."""
+        figures = self.figures()
+        if name is not None and name not in figures:
+            raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
+        return figures[name or next(iter(figures))]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes data (netCDF), table (Parquet), provenance (JSON) and figures (HTML) into the folder `path`.
+
+        A folder that holds the same result is replaced; one that holds anything else is refused.
+        """
+        path = Path(path)
+        _refuse_other(path, self)
+        fresh = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(fresh, ignore_errors=True)
+        (fresh / "figures").mkdir(parents=True)
+        self.data.to_netcdf(fresh / _DATA, engine="scipy")
+        self.table.to_parquet(fresh / _TABLE)
+        for name, figure in self.figures().items():
+            html = fresh / "figures" / f"{name}.html"
+            figure.write_html(html, include_plotlyjs="directory", include_mathjax=False, div_id=name)
+        record = {"format": _FORMAT, "version": 1, "probe": self.probe, "provenance": dict(self.provenance)}
+        (fresh / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        if path.exists():
+            shutil.rmtree(path)
+        fresh.rename(path)
+        return path
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
+        return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+
+
+def load_result(path: str | Path) -> Result:
+    """Reads what `Result.save` wrote. Raises RequestError where there is no result, DataError where it is damaged."""
+    import pandas as pd
+    import xarray as xr
+
+    path = Path(path)
+    if not (path / _RECORD).is_file():
+        raise RequestError(
+            f"result {str(path)!r}: no {_RECORD} there; give a folder that `workbench probe --out` wrote"
+        )
+    try:
+        record = json.loads((path / _RECORD).read_text())
+        data = xr.load_dataset(path / _DATA, engine="scipy")
+        return Result(record["probe"], data, pd.read_parquet(path / _TABLE), record["provenance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"result {str(path)!r} is damaged: {error}; run the probe again") from error
+
+
+def provenance(store: Any, settings: Any) -> dict[str, Any]:
+    """Where a result comes from: model, store and its fingerprint, probe settings, versions."""
+    from dataclasses import asdict
+
+    model = store.manifest.model
+    return {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "store": Path(store.path).name,
+        "store_fingerprint": store.manifest.fingerprint,
+        "rows": store.rows,
+        "settings": asdict(settings),
+        "workbench": version("interp-workbench"),
+    }
+
+
+def _refuse_other(path: Path, result: Result) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    record = path / _RECORD
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    if known.get("format") != _FORMAT:
+        raise RequestError(f"out {str(path)!r} exists and is no result; choose another folder")
+    same = ("model_fingerprint", "store_fingerprint", "settings")
+    if known["probe"] != result.probe or any(known["provenance"][k] != _plain(result.provenance[k]) for k in same):
+        raise RequestError(
+            f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
