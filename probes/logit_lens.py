@@ -24,6 +24,7 @@ from workbench.errors import RequestError
 from workbench.figures.grid import layer_curves, token_grid
 from workbench.figures.text import label
 from workbench.lens import Unembed, load_unembed
+from workbench.models import usable_device
 from workbench.result import Result, provenance
 from workbench.store.reader import Store
 
@@ -74,12 +75,14 @@ class LogitLens:
         counted. A stored fp16 value is off by up to 0.05 %, and what is computed from it accordingly.
 
         Costs layers x rows products with W_U; memory is bounded by a block of logits, not by rows. Raises
-        RequestError where the site or the last block was not recorded, or the store holds no unembedding.
+        RequestError where the site or the last block was not recorded, or the store holds no unembedding, or the device
+        cannot be used.
         """
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
+        device = usable_device(self.device)
         layers, labels = _recorded_layers(store, self.site)
         final = store[last]
-        unembed = load_unembed(store.path, self.device)
+        unembed = load_unembed(store.path, device)
         if self.top_k > unembed.vocab:
             raise RequestError(f"top_k is {self.top_k} and the vocabulary has {unembed.vocab}; give at most that")
         rows = np.arange(store.rows) if self.where is None else store.where(self.where).ids
@@ -89,12 +92,13 @@ class LogitLens:
         kept = _Kept(len(layers), min(self.detail, len(rows)), self.top_k)
         totals = _Totals(len(layers))
         for block in _blocks(len(rows), unembed.vocab):
-            model_log = _log_probabilities(unembed, final[rows[block]], self.device)
-            target = torch.from_numpy(targets[block]).to(self.device)
+            model_log = _log_probabilities(unembed, final[rows[block]])
+            model_top = model_log.argmax(1)
+            target = torch.from_numpy(targets[block]).to(device)
             for index, site in enumerate(labels):
-                log = model_log if site == last else _log_probabilities(unembed, store[site][rows[block]], self.device)
+                log = model_log if site == last else _log_probabilities(unembed, store[site][rows[block]])
                 found = lens_statistics(log, model_log, target, self.top_k)
-                totals.add(index, found, model_log, target)
+                totals.add(index, found, log.argmax(1), model_top, target)
                 kept.add(index, block.start, found)
         data = _dataset(kept, totals, layers, rows)
         return Result(self.name, data, _table(data, store, targets, unembed), provenance(store, self))
@@ -199,10 +203,16 @@ def _curves(result: Result) -> Any:
 
 
 def _recorded_layers(store: Store, kind: str) -> tuple[list[int], list[str]]:
-    known = [site.short for site in store.sites if site.short]
-    layers = sorted(int(name.split(".")[1]) for name in known if name.split(".")[0] == kind and "." in name)
-    if not layers:
+    """Layers of which sites of this kind were recorded, and the sites' labels."""
+    if "." in kind:
+        raise RequestError(f"site must be a kind without a layer, such as resid_post, not {kind!r}")
+    found = {int(site.short.split(".")[1]): site for site in store.sites if (site.short or "").startswith(f"{kind}.")}
+    if not found:
         store[kind, 0]  # refused by the store, with the record command that would provide it
+    axes = next(iter(found.values())).axes
+    if axes != ("row", "d_model"):
+        raise RequestError(f"site {kind!r} has axes ({', '.join(axes)}); the lens reads (row, d_model)")
+    layers = sorted(found)
     return layers, [f"{kind}.{layer}" for layer in layers]
 
 
@@ -211,9 +221,9 @@ def _blocks(rows: int, vocab: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def _log_probabilities(unembed: Unembed, resid: Tensor, device: str) -> Float[Tensor, "row vocab"]:
+def _log_probabilities(unembed: Unembed, resid: Tensor) -> Float[Tensor, "row vocab"]:
     with torch.inference_mode():
-        return unembed(resid.to(device)).log_softmax(-1)
+        return unembed(resid.to(unembed.weight.device)).log_softmax(-1)
 
 
 class _Kept:
@@ -244,15 +254,14 @@ class _Totals:
         self.sums = {name: np.zeros(layers) for name in ("entropy", "kl", "cross_entropy", "agreement", "accuracy")}
         self.rows, self.targets = np.zeros(layers), np.zeros(layers)
 
-    def add(self, layer: int, found: dict[str, Tensor], model_log: Tensor, target: Tensor) -> None:
+    def add(self, layer: int, found: dict[str, Tensor], top: Tensor, model_top: Tensor, target: Tensor) -> None:
         known = target >= 0
-        top = found["top_id"][:, 0]
         self.rows[layer] += len(target)
         self.targets[layer] += int(known.sum())
         values = {
             **{name: found[name] for name in ("entropy", "kl")},
             "cross_entropy": found["cross_entropy"][known],
-            "agreement": top == model_log.argmax(1),
+            "agreement": top == model_top,
             "accuracy": (top == target)[known],
         }
         for name, value in values.items():

@@ -25,20 +25,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 
 from workbench import corpus
 from workbench.corpus import AddedTokens, Document, added_tokens, check_source, read_documents, token_texts
-from workbench.errors import RequestError
+from workbench.errors import DataError, RequestError
 
-SHARED = Path(__file__).parents[2] / "shared"
 NOTHING = AddedTokens()
 
 
 # Tokenizers: two real ones, and one of each kind that behaves in its own way
 
 
-def real_tokenizer(name):
-    folder = SHARED / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"needs the pretrained tokenizer {name} of the shared models")
-    return AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def stories(stories260k):
+    """SentencePiece's kind of BPE with byte pieces; adds BOS."""
+    return AutoTokenizer.from_pretrained(stories260k)
+
+
+@pytest.fixture(scope="module")
+def letters(babyllama):
+    """Single characters; adds BOS; newline is <unk>."""
+    return AutoTokenizer.from_pretrained(babyllama)
 
 
 def byte_level():
@@ -75,6 +79,15 @@ def unigram():
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def letters_as_bytes():
+    """SentencePiece's byte fallback with a vocabulary that holds no letter: "a" is the byte 0x61."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
 def word_pieces():
@@ -219,6 +232,13 @@ def test_parquet_is_read_across_row_groups_with_only_the_columns_asked_for(tmp_p
     assert [d.metadata for d in documents] == [{"n": i} for i in range(1000)]
     assert next(read_documents(file, text_column="story")).metadata == {"n": 0, "other": "x"}
     assert next(read_documents(file, text_column="story", metadata=())).metadata == {}
+    chunk = pq.read_metadata(file).row_group(0).column(2)
+    with file.open("r+b") as damaged:
+        damaged.seek(chunk.dictionary_page_offset)
+        damaged.write(b"\xff" * chunk.total_compressed_size)
+    with pytest.raises(DataError, match=r"stories.parquet: damaged after row 0 .*; fetch it again"):
+        list(read_documents(file, text_column="story"))
+    assert list(read_documents(file, text_column="story", metadata=["n"])) == documents
 
 
 def test_parquet_with_invalid_utf8_is_read(tmp_path):
@@ -233,10 +253,10 @@ def test_parquet_with_invalid_utf8_is_read(tmp_path):
 def test_token_ids_are_taken_as_they_are():
     torch = pytest.importorskip("torch")
     expected = [[1, 2, 3], [4]]
-    for given in ([[1, 2, 3], [4]], [(1, 2, 3), range(4, 5)], [np.array([1, 2, 3]), torch.tensor([4])]):
-        assert [d.token_ids for d in read_documents(given)] == expected
-        assert lists(plan(given, UNIGRAM, bos="always")) == expected
-        assert lists(plan(given, None)) == expected
+    for texts in ([[1, 2, 3], [4]], [(1, 2, 3), range(4, 5)], [np.array([1, 2, 3]), torch.tensor([4])]):
+        assert [d.token_ids for d in read_documents(texts)] == expected
+        assert lists(plan(texts, UNIGRAM, bos="always")) == expected
+        assert lists(plan(texts, None)) == expected
     assert lists(plan(np.array([[1, 2], [3, 4]]), None)) == [[1, 2], [3, 4]]
 
 
@@ -288,31 +308,43 @@ UNDERSTOOD = "understood: files (.txt .json .jsonl .parquet), hf:NAME[:SPLIT], l
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("storis.jsonl", "texts: no file 'storis.jsonl'; nearest: stories.jsonl; to record the string itself, pass "
-                         f"['storis.jsonl']; {UNDERSTOOD}"),
-        ("my storis.jsonl", "texts: no file 'my storis.jsonl'; nearest: stories.jsonl; to record the string itself, pass "
-                            f"['my storis.jsonl']; {UNDERSTOOD}"),
+        (
+            "storis.jsonl",
+            "texts: no file 'storis.jsonl'; nearest: stories.jsonl; to record the string itself, pass "
+            f"['storis.jsonl']; {UNDERSTOOD}",
+        ),
+        (
+            "my storis.jsonl",
+            "texts: no file 'my storis.jsonl'; nearest: stories.jsonl; to record the string itself, pass "
+            f"['my storis.jsonl']; {UNDERSTOOD}",
+        ),
         (Path("away/a.txt"), f"texts: no file 'away/a.txt', there is no folder 'away'; {UNDERSTOOD}"),
         ([Path("storis.jsonl")], f"texts: no file 'storis.jsonl'; nearest: stories.jsonl; {UNDERSTOOD}"),
         (Path("folder"), "texts: 'folder' is a folder; pass its files, as in sorted(Path('folder').glob('*.jsonl'))"),
-        ("table.csv", f"texts: 'table.csv' ends in '.csv', which is not read; {UNDERSTOOD}"),
-        ("plain", f"texts: 'plain' ends in 'no suffix', which is not read; {UNDERSTOOD}"),
+        ("table.csv", f"texts: 'table.csv' has the suffix '.csv', which is not read; {UNDERSTOOD}"),
+        ("plain", f"texts: 'plain' has the suffix '', which is not read; {UNDERSTOOD}"),
         ("empty.txt", "texts: 'empty.txt' is empty (0 bytes); pass a file with text in it"),
         ("pipe.txt", f"texts: 'pipe.txt' is not a regular file; {UNDERSTOOD}"),
-        (["fine", "stories.jsonl"], "texts[1] is the string 'stories.jsonl', which is a file; strings in a list are the "
-                                    "texts themselves: pass pathlib.Path, or the path alone without a list"),
-        ([1, 2, 3], "texts[0] is 1 (int), neither a string nor a list of token ids; token ids are given as one list for "
-                    "each document, as in [[1, 15, 7], [1, 9]]"),
+        (
+            ["fine", "stories.jsonl"],
+            "texts[1] is the string 'stories.jsonl', which is a file; strings in a list are the "
+            "texts themselves: pass pathlib.Path, or the path alone without a list",
+        ),
+        (
+            [1, 2, 3],
+            "texts[0] is 1 (int), neither a string nor a list of token ids; token ids are given as one list for "
+            "each document, as in [[1, 15, 7], [1, 9]]",
+        ),
         ("", f"texts is an empty string; {UNDERSTOOD}"),
         ([], f"texts is an empty list; {UNDERSTOOD}"),
-        (None, f"texts is a NoneType, which is not read; {UNDERSTOOD}"),
-        (b"bytes", f"texts is a bytes, which is not read; {UNDERSTOOD}"),
-        (pa.table({"text": ["a"]}), f"texts is a Table, which is not read; {UNDERSTOOD}"),
-        ({"train": 1, "test": 2}, "texts is a dict, which is not read; pass one of its entries: 'train', 'test'"),
+        (None, f"texts is of type NoneType, which is not read; {UNDERSTOOD}"),
+        (b"bytes", f"texts is of type bytes, which is not read; {UNDERSTOOD}"),
+        (pa.table({"text": ["a"]}), f"texts is of type Table, which is not read; {UNDERSTOOD}"),
+        ({"train": 1, "test": 2}, "texts is of type dict, which is not read; pass one of its entries: 'train', 'test'"),
         ("hf:", "texts: 'hf:' is not of the form hf:NAME[:SPLIT], as in hf:user/dataset:train"),
         ("hf:a/b/c", "texts: 'hf:a/b/c' is not of the form hf:NAME[:SPLIT], as in hf:user/dataset:train"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_source_is_refused_before_anything_is_read(texts, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("stories.jsonl", "table.csv", "plain"):
@@ -329,7 +361,7 @@ def test_a_wrong_source_is_refused_before_anything_is_read(texts, message, tmp_p
 def test_a_frame_is_refused_and_its_column_is_read():
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"text": ["a", "b"]})
-    with pytest.raises(RequestError, match="texts is a DataFrame, which is not read"):
+    with pytest.raises(RequestError, match="texts is of type DataFrame, which is not read"):
         check_source(frame)
     assert texts_of(frame["text"]) == ["a", "b"]
 
@@ -346,23 +378,41 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"text": "b"', "FILE:2: not JSON (Expecting ',' delimiter at column 13); each line must hold one "
-                                        "JSON object or string"),
+        (
+            '{"text": "a"}\n{"text": "b"',
+            "FILE:2: not JSON (Expecting ',' delimiter at column 13); each line must hold one JSON object or string",
+        ),
         ('"a"\n\n17\n', "FILE:3: found 17; each line must hold a JSON object or string"),
         ("[" * 100_000, "FILE:1: not JSON (maximum recursion depth exceeded"),
-        ('{"text": "a"}\n{"body": "b"}', "FILE:2: no column 'text'; its columns are body; name the one with the text in "
-                                         "text_column="),
-        ('{"body": "a", "tag": 1}', "FILE: no column 'text'; its columns are body, tag; name the one with the text in "
-                                    "text_column="),
-        ('"a"\n{"text": 5}', "document 1 (FILE:2) is a int; a string or a list of token ids is needed"),
-        ('{"text": [1, 2.5]}', "document 0 (FILE:1) has 2.5 (float) at place 1; token ids are whole numbers in one flat list"),
-        ('{"text": [[1]]}', "document 0 (FILE:1) has [1] (list) at place 0; token ids are whole numbers in one flat list"),
-        ('{"text": [1, true]}', "document 0 (FILE:1) has True (bool) at place 1; token ids are whole numbers in one flat"),
-        ('{"text": "a", "token": "x"}', "FILE: a metadata column cannot be called 'token', which is a column of the token "
-                                        "table itself; rename it, or name the columns to keep in metadata=, as in "
-                                        "metadata=['source'] ([] for none)"),
+        (
+            '{"text": "a"}\n{"body": "b"}',
+            "FILE:2: no column 'text'; its columns are body; name the one with the text in text_column=",
+        ),
+        (
+            '{"body": "a", "tag": 1}',
+            "FILE: no column 'text'; its columns are body, tag; name the one with the text in text_column=",
+        ),
+        ('"a"\n{"text": 5}', "document 1 (FILE:2) is of type int; a string or a list of token ids is needed"),
+        (
+            '{"text": [1, 2.5]}',
+            "document 0 (FILE:1) has 2.5 (float) at place 1; token ids are whole numbers in one flat list",
+        ),
+        (
+            '{"text": [[1]]}',
+            "document 0 (FILE:1) has [1] (list) at place 0; token ids are whole numbers in one flat list",
+        ),
+        (
+            '{"text": [1, true]}',
+            "document 0 (FILE:1) has True (bool) at place 1; token ids are whole numbers in one flat",
+        ),
+        (
+            '{"text": "a", "token": "x"}',
+            "FILE: a metadata column cannot be called 'token', which is a column of the token "
+            "table itself; rename it, or name the columns to keep in metadata=, as in "
+            "metadata=['source'] ([] for none)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_in_a_json_file_is_named_with_its_line(content, message, tmp_path):
     file = tmp_path / "file.jsonl"
     file.write_text(content)
@@ -415,13 +465,13 @@ def test_damaged_and_empty_parquet_files_are_named(tmp_path):
 # What the tokenizer adds, and what a token stands for
 
 
-def test_added_tokens_are_found_by_behaviour():
+def test_added_tokens_are_found_by_behaviour(stories):
     assert added_tokens(BYTE_LEVEL, "model") == NOTHING
     assert added_tokens(APPENDS_EOS, "model") == AddedTokens((), (257,))
     assert added_tokens(UNIGRAM, "model") == AddedTokens((1,), (2,))
     assert added_tokens(Letters(), "model") == AddedTokens((0,), (1,))
     assert added_tokens(two_words(), "model") == NOTHING
-    assert added_tokens(real_tokenizer("stories260K"), "model") == AddedTokens((1,), ())
+    assert added_tokens(stories, "model") == AddedTokens((1,), ())
 
 
 def test_bos_policies():
@@ -436,23 +486,22 @@ def test_bos_policies():
     assert str(caught.value) == "bos='always', but the tokenizer has no BOS token; use bos='model' or bos='never'"
 
 
-@pytest.mark.parametrize("name", ["stories260K", "babyllama-105"])
-def test_token_texts_of_real_tokenizers_join_to_the_text(name):
-    tokenizer = real_tokenizer(name)
+def test_token_texts_of_real_tokenizers_join_to_the_text(stories, letters):
     text = "Once upon a time, Lily had a needle. It was sharp!"
-    ids = tokenizer(text).input_ids
-    assert "".join(token_texts(tokenizer, ids)) == "<s> " + text
-    assert token_texts(tokenizer, [0, 1]) == ["<unk>", "<s>"]
+    for tokenizer in (stories, letters):
+        ids = tokenizer(text).input_ids
+        assert "".join(token_texts(tokenizer, ids)) == "<s> " + text
+        assert token_texts(tokenizer, [0, 1]) == ["<unk>", "<s>"]
 
 
-def test_token_texts_by_kind_of_tokenizer():
-    sentencepiece = real_tokenizer("stories260K")
-    grin = sentencepiece("\n\x00😀", add_special_tokens=False).input_ids
-    assert token_texts(sentencepiece, grin) == [" ", "\n", "\x00", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+def test_token_texts_by_kind_of_tokenizer(stories):
+    grin = stories("\n\x00😀", add_special_tokens=False).input_ids
+    assert token_texts(stories, grin) == [" ", "\n", "\x00", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
     ids = BYTE_LEVEL(" the the\nsin é").input_ids
     assert token_texts(BYTE_LEVEL, ids) == [" the", " the", "\n", "s", "in", " ", "Ã", "©"]
     assert token_texts(BYTE_LEVEL, [260, 261]) == ["<|endoftext|>", "<261>"]
     assert token_texts(UNIGRAM, [1, 3, 4, 5, 6, 2, 0]) == ["<s>", " the", " ", "ing", "a", "</s>", "<unk>"]
+    assert token_texts(letters_as_bytes(), [1 + 0x62, 1 + 0x0A, 1 + 0xE2, 257]) == ["b", "\n", "<0xE2>", " the"]
     assert token_texts(word_pieces(), [5, 3, 4, 6]) == [" the", " cat", "s", "."]
     assert token_texts(two_words(), [0, 1]) == [" hello", " world"]
     assert token_texts(Letters(), [0, 3, 11, 2]) == ["<", "a", " ", "?"]
@@ -555,17 +604,16 @@ def check_offsets(sequences, texts, tokenizer, added):
                 assert span == (at, at)
 
 
-def test_offsets_point_at_the_characters_that_the_tokenizer_names():
-    tokenizer = real_tokenizer("stories260K")
+def test_offsets_point_at_the_characters_that_the_tokenizer_names(stories):
     text = "Lily said: “Ünder the 😀 tree”, and שלום.\x00 " + "And so on. " * 5
-    sequences = plan([text], tokenizer, context=10)
-    frame = table(sequences, tokenizer).to_pandas()
+    sequences = plan([text], stories, context=10)
+    frame = table(sequences, stories).to_pandas()
     own = frame[~frame.is_special]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = stories(text, add_special_tokens=False, return_offsets_mapping=True)
     assert own.token_id.tolist() == encoded.input_ids
     assert list(zip(own.char_start, own.char_end, strict=True)) == encoded.offset_mapping
     words = [(token, text[a:b]) for token, a, b in zip(own.token, own.char_start, own.char_end, strict=True)]
-    assert (" tree", " tree") in words or (" t", " t") in words
+    assert (" the", " the") in words
     assert ("<0xF0>", "😀") in words
 
 
@@ -592,6 +640,28 @@ def test_documents_of_several_kinds_and_lengths():
         [7, 8, 9, 10, 1],
         [1, space, g, 2, 5],
     ]
+
+
+def test_cut_documents_are_those_that_do_not_fit_with_what_is_added():
+    fits = ["abc"]  # with "▁" and both added tokens, six
+    assert [plan(fits, UNIGRAM, context=n).cut_documents for n in (5, 6)] == [1, 0]
+    assert [plan(fits, UNIGRAM, context=n, packed=True).cut_documents for n in (5, 6)] == [1, 0]
+    assert [plan(fits, UNIGRAM, context=n, bos="never").cut_documents for n in (3, 4)] == [1, 0]
+    assert [plan([[1, 2, 3]], UNIGRAM, context=n).cut_documents for n in (2, 3)] == [1, 0]
+
+
+def test_the_suffix_stands_at_the_end_of_the_text_not_of_its_last_token(tmp_path):
+    sequences = corpus.plan_sequences(
+        read_documents([" cat  "]),
+        word_pieces(),
+        context=8,
+        added=AddedTokens((1,), (1,)),
+        packed=False,
+        max_rows=None,
+        workdir=tmp_path,
+    )
+    assert sequences.char_start.tolist() == [1, 1, 6]
+    assert sequences.char_end.tolist() == [1, 4, 6]
 
 
 def test_a_prefix_that_fills_a_packed_sequence_is_begun_again():
@@ -625,8 +695,7 @@ def test_max_rows_is_exact_and_an_endless_generator_is_read_no_further_than_need
         assert len(asked) <= 1.25 * sequences.documents + 1
 
 
-def test_a_text_of_a_megabyte_is_one_document_without_a_warning():
-    tokenizer = real_tokenizer("stories260K")
+def test_a_text_of_a_megabyte_is_one_document_without_a_warning(stories):
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -634,7 +703,7 @@ def test_a_text_of_a_megabyte_is_one_document_without_a_warning():
     logger.addHandler(handler)
     try:
         text = "One day, a little girl named Lily found a needle in her room.\n" * 17_000
-        sequences = plan([text], tokenizer, context=256)
+        sequences = plan([text], stories, context=256)
     finally:
         logger.removeHandler(handler)
     assert len(text) > 1_000_000
@@ -642,7 +711,7 @@ def test_a_text_of_a_megabyte_is_one_document_without_a_warning():
     assert sequences.documents == sequences.cut_documents == 1
     assert sequences.char_end[-1] == len(text)
     assert (sequences.token_ids[sequences.starts[:-1]] == 1).all()
-    assert len(sequences.token_ids) - len(sequences.lengths) == len(tokenizer(text, verbose=False).input_ids) - 1
+    assert len(sequences.token_ids) - len(sequences.lengths) == len(stories(text, verbose=False).input_ids) - 1
 
 
 def test_lone_surrogates_and_invalid_bytes_are_replaced_counted_and_keep_offsets(tmp_path):
@@ -668,9 +737,8 @@ def test_a_tokenizer_without_offsets_gives_nulls():
     assert frame["token"].to_pylist()[:4] == ["<", "a", "b", "c"]
 
 
-def test_unknown_is_text_unless_it_is_bos_or_eos_as_well():
-    tokenizer = real_tokenizer("babyllama-105")
-    frame = table(plan(["a\nb"], tokenizer), tokenizer).to_pandas()
+def test_unknown_is_text_unless_it_is_bos_or_eos_as_well(letters):
+    frame = table(plan(["a\nb"], letters), letters).to_pandas()
     assert frame.token.tolist() == ["<s>", " ", "a", "<unk>", "b"]
     assert frame.is_special.tolist() == [True, False, False, False, False]
     assert plan(["a"], BYTE_LEVEL).special_ids == {260}
@@ -690,27 +758,55 @@ def test_memory_does_not_grow_with_the_corpus():
             tracemalloc.stop()
 
     peak(10)
-    assert peak(1200) < peak(400) + 200_000, "800,000 more rows take 16 MB on the disk and none in memory"
+    assert peak(1200) < peak(600) + 200_000, "600,000 more rows take 12 MB on the disk and none in memory"
 
 
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
         (["a"], {"tokenizer": None}, "the model has no tokenizer; pass tokenizer= or give lists of token ids"),
-        (["a"], {"context": 1}, "context=1 leaves no room for text after the 1 tokens that begin each sequence; use at least "
-                                "2, or bos='never'"),
-        ([[1], [5, -2]], {}, "document 1: token id -2 is not one of the model's, 0 to 2147483647; was another tokenizer used?"),
+        (
+            ["a"],
+            {"context": 1},
+            "context=1 leaves no room for text, since added tokens (1) begin each sequence; use at least "
+            "2, or bos='never'",
+        ),
+        (
+            [[1], [5, -2]],
+            {},
+            "document 1: token id -2 is not one of the model's, 0 to 2147483647; was another tokenizer used?",
+        ),
         ([[1, 2**31]], {}, "document 0: token id 2147483648 is not one of the model's, 0 to 2147483647; was another"),
         ([[1, 2**70]], {}, f"document 0: token id {2**70} is not one of the model's, 0 to 2147483647; was another"),
-        ([[1], [511, 512]], {"vocab": 512}, "document 1: token id 512 is not one of the model's, 0 to 511; was another"),
-        (["z"], {"vocab": 20}, "document 0: token id 31 is not one of the model's, 0 to 19; was another tokenizer used?"),
-        ([[0]], {"vocab": 1}, "the tokenizer's special tokens: token id 1 is not one of the model's, 0 to 0; was another"),
+        (
+            [[1], [511, 512]],
+            {"vocab": 512},
+            "document 1: token id 512 is not one of the model's, 0 to 511; was another",
+        ),
+        (
+            ["z"],
+            {"vocab": 20},
+            "document 0: token id 31 is not one of the model's, 0 to 19; was another tokenizer used?",
+        ),
+        (
+            [[0]],
+            {"vocab": 1},
+            "the tokenizer's special tokens: token id 1 is not one of the model's, 0 to 0; was another",
+        ),
         (["", []], {}, "texts: nothing to record; 2 documents were read and none has a token"),
         (iter([]), {}, "texts: nothing to record; there are no documents"),
-        (["hello you"], {"tokenizer": two_words()}, "the tokenizer cannot encode the texts: WordLevel error: Missing [UNK]"),
-        ([{"text": object()}], {}, "document 0 (texts[0]) is a object; a string or a list of token ids is needed"),
+        (
+            ["hello you"],
+            {"tokenizer": two_words()},
+            "the tokenizer cannot encode the texts: WordLevel error: Missing [UNK]",
+        ),
+        (
+            [{"text": object()}],
+            {},
+            "document 0 (texts[0]) is of type object; a string or a list of token ids is needed",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_planned_is_refused(texts, options, message):
     with pytest.raises(RequestError) as caught:
         plan(texts, **{"tokenizer": UNIGRAM, **options})
@@ -884,25 +980,19 @@ def test_the_digest_is_fixed_and_sees_ids_and_lengths():
     assert len({corpus.digest(ids, lengths), *others}) == 4
 
 
-# Real corpora
+# The real thing, and what it costs to import
 
 
-def test_tinystories_with_a_real_tokenizer():
-    file = SHARED / "corpora" / "tinystories_1000.jsonl"
-    if not file.exists():
-        pytest.skip("needs the shared corpus tinystories_1000.jsonl")
-    tokenizer = real_tokenizer("stories260K")
-    sequences = plan(file, tokenizer, context=256)
-    stories = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+def test_tinystories_with_a_real_tokenizer(stories, tinystories):
+    sequences = plan(tinystories, stories, context=256)
+    texts = [json.loads(line)["text"] for line in tinystories.read_text(encoding="utf-8").splitlines()]
     assert sequences.documents == 1000
     assert sequences.skipped_documents == sequences.replaced_characters == 0
     for index in (0, 499, 999):
-        rows = sequences.document == index
-        ids = tokenizer(stories[index], verbose=False).input_ids
-        own = sequences.token_ids[rows]
-        begins = np.arange(0, len(own), 256)
-        assert np.delete(own, begins[1:]).tolist() == ids
-    again = plan(file, tokenizer, context=256)
+        rows = sequences.token_ids[sequences.document == index]
+        continuations = np.arange(256, len(rows), 256)
+        assert np.delete(rows, continuations).tolist() == stories(texts[index], verbose=False).input_ids
+    again = plan(tinystories, stories, context=256)
     assert corpus.digest(again.token_ids, again.lengths) == corpus.digest(sequences.token_ids, sequences.lengths)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -89,6 +90,7 @@ def capture(
 
 def _give(site: Site, tensor: Tensor, batch: tuple[int, ...], receive: Receive) -> None:
     """Some modules see batch and position as one axis, and fused heads come flat: both become `site.shape`."""
-    if tensor.shape[:2] != batch and tensor.shape[0] != batch[0] * batch[1]:
+    rows = tensor.shape[:2] == batch or tensor.shape[:1] == (math.prod(batch),)
+    if not rows or tensor.numel() != math.prod((*batch, *site.shape)):
         raise DataError(f"site {site.short or site.name}: a tensor of shape {tuple(tensor.shape)} for a batch {batch}")
     receive(site, tensor.reshape(*batch, *site.shape), 0)

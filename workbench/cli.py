@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,9 @@ class Record:
             raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
         texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text]
         check_source(texts)
-        locate(self.model)
+        locate(self.model, self.revision)
+        if self.tokenizer is not None:
+            locate(self.tokenizer, kind="tokenizer")
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
@@ -150,8 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    warnings.showwarning = _show_warning
     try:
         status = _command(arguments).run()
+        print(end="", flush=True)
     except WorkbenchError as error:
         if debug:
             raise
@@ -161,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("workbench: interrupted; what is committed stays, and the same command resumes", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
         status = 0
     except Exception as error:
         if debug:
@@ -170,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"workbench: unexpected {type(error).__name__}: {_plain(told)}; --debug shows where", file=sys.stderr)
         status = 1
     sys.exit(status)
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_how: Any) -> None:
+    print(f"workbench: warning: {_plain(str(message))}", file=sys.stderr)
 
 
 def _command(arguments: list[str]) -> Any:
@@ -213,9 +223,12 @@ def _probe_command(arguments: list[str]) -> Any:
 
 class _RunProbe:
     def run(self) -> int:
+        from workbench.result import provenance, refuse_other
         from workbench.store.reader import open_store
 
-        result = self.settings.run(open_store(self.store))
+        store = open_store(self.store)
+        refuse_other(self.out, self.settings.name, provenance(store, self.settings))
+        result = self.settings.run(store)
         path = result.save(self.out)
         print(_plain(repr(result)))
         for figure in sorted((path / "figures").glob("*.html")):
@@ -248,7 +261,9 @@ def _parse(kind: type, program: str, arguments: list[str], description: str | No
 
 def _source(text: str) -> str | Path:
     """In a list of texts a string is a document, so a file must be told apart."""
-    return text if any(character.isspace() for character in text) and not Path(text).is_file() else Path(text)
+    if text.startswith("hf:"):
+        raise RequestError(f"{text} cannot be mixed with other texts; record it alone and add the others with --append")
+    return text if any(map(str.isspace, text)) and not os.path.isfile(text) else Path(text)
 
 
 def _print_table(heading: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:

@@ -18,13 +18,16 @@ def text_config(module: nn.Module) -> Any:
 
 
 def run(module: nn.Module, ids: Int[Tensor, "batch position"], mask: Int[Tensor, "batch position"]) -> Any:
-    """One forward pass without gradients, cache or dropout. The attention mask is always given."""
+    """One forward pass without gradients, cache or dropout. The attention mask is always given.
+
+    A compiled model runs its own code uncompiled: every hook would break its graph, and leaving it early its guards.
+    """
     device = module.get_input_embeddings().weight.device
     wanted = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     given = {name: value for name, value in wanted.items() if open_ended or name in accepted}
-    with evaluating(module), torch.inference_mode():
+    with evaluating(module), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return module(input_ids=ids.to(device), **given)
 
 

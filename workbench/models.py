@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.errors import RequestError, nearest
 from workbench.sites import SiteMap
@@ -28,8 +29,14 @@ _CONTEXT_FIELDS = (
     "seq_length",
     "max_sequence_length",
 )
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?(?:/\w(?:[\w.-]*\w)?)?", re.ASCII)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", *_PICKLED)
+_MARKS = {
+    "model": ("config.json",),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
+}
+"""Files one of which a directory must hold to be a model, or a tokenizer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +119,24 @@ class Model:
         """A TransformerBridge of a copy of this model, for interventions in TransformerLens' style.
 
         The bridge rewrites its module in place and attends eagerly, so it gets its own copy: memory doubles.
+        Raises RequestError for an architecture TransformerLens has no adapter for.
         """
-        from transformer_lens.model_bridge import TransformerBridge
+        # not boot_transformers: for a model that also sees images it installs torchvision, and with it another torch
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+        from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
-        if self.tokenizer is None:
-            raise RequestError(f"model {self.name!r} has no tokenizer and TransformerBridge needs one; pass tokenizer=")
-        module = copy.deepcopy(self.module)
-        module.config.architectures = module.config.architectures or [self.architecture]
-        return TransformerBridge.boot_transformers(self.name, hf_model=module, tokenizer=self.tokenizer)
+        module, tokenizer = copy.deepcopy(self.module), copy.deepcopy(self.tokenizer)
+        config = copy.deepcopy(module.config)
+        config.architectures = config.architectures or [self.architecture]
+        if tokenizer is not None:  # or it would be loaded anew, by its path or from the hub
+            tokenizer.init_kwargs |= {"add_bos_token": True, "name_or_path": tokenizer.name_or_path}
+        try:
+            architecture = determine_architecture_from_hf_config(config)
+            return build_bridge_from_module(
+                module, architecture, hf_config=config, tokenizer=tokenizer, model_name=self.name
+            )
+        except ValueError as error:
+            raise RequestError(f"model {self.name!r} gets no TransformerBridge: {_first_line(error)}") from error
 
     def __repr__(self) -> str:
         sizes = f"{sum(part.numel() for part in self.module.parameters()):,} parameters"
@@ -144,21 +161,36 @@ def load_model(
     repository's own code runs only if `trust_remote_code`. Attention stays what transformers chooses (SDPA).
     Without a tokenizer only lists of token ids can be recorded.
 
-    Raises RequestError: no such directory or hub id, pickled weights, remote code, an unreadable checkpoint.
+    Raises RequestError: no such directory or hub id, pickled weights, remote code, an unreadable checkpoint or
+    one that lacks some of the model's weights, a device that cannot be used.
     """
     if not isinstance(source, str | Path):
         if not hasattr(source, "get_input_embeddings") or not hasattr(source, "config"):
             raise RequestError(
                 f"model must be a directory, a hub id or a transformers PreTrainedModel, not {type(source).__name__}"
             )
-        name = getattr(source.config, "_name_or_path", "") or type(source).__name__
-        return Model(source, _load_tokenizer(tokenizer, {}), name)
-    location = locate(source)
+        for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
+            if value not in (None, "auto"):
+                raise RequestError(f"{name}={value!r} is for a model that is loaded; a module stays as it is given")
+        return Model(source, _given_tokenizer(tokenizer, trust_remote_code), _module_name(source))
+    location = locate(source, revision)
+    if revision is not None and os.path.isdir(location.path):
+        raise RequestError(f"revision={revision!r} is for a hub id; the directory {str(source)!r} is what it is")
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": location.local}
     module = _load_module(location, device, dtype, allow_pickle, options)
     if tokenizer is None:
-        tokenizer = _own_tokenizer(location, options)
-    return Model(module, _load_tokenizer(tokenizer, options), location.name, revision)
+        return Model(module, _own_tokenizer(location, options), location.name, revision)
+    return Model(module, _given_tokenizer(tokenizer, trust_remote_code), location.name, revision)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises RequestError where it is unknown or cannot be used on this machine."""
+    import torch
+
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
+        raise RequestError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from error
 
 
 # ---- where a model is -----------------------------------------------------------------------------------
@@ -173,53 +205,69 @@ class Location:
     local: bool
 
 
-def locate(source: str | Path) -> Location:
+def locate(source: str | Path, revision: str | None = None, kind: Literal["model", "tokenizer"] = "model") -> Location:
     """Tells a directory from a hub id, quickly and without loading anything.
 
-    Raises RequestError for a path that is not there, a directory that holds no model, and a hub id when the
+    Raises RequestError for a path that is not there, a directory that holds no `kind`, and a hub id when the
     hub cannot be reached.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = ", ".join(sorted(child.name for child in path.iterdir())[:5]) or "nothing"
+    text = str(source)
+    path = Path(text).expanduser()
+    marks = _MARKS[kind]
+    if not text:
+        raise RequestError(f"{kind} is an empty string; give a directory or a hub id")
+    if os.path.isdir(path):
+        if not any((path / name).is_file() for name in marks):
+            inside = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
             raise RequestError(
-                f"model {str(source)!r} is a directory without config.json (it holds {inside}); "
+                f"{kind} {text!r} is a directory without {marks[0]} (it holds {inside}); "
                 "give the folder that save_pretrained wrote"
             )
         return Location(str(path), path.resolve().name, local=True)
-    text = str(source)
-    if path.exists():
-        raise RequestError(f"model {text!r} is a file; give the folder that holds config.json and model.safetensors")
-    inside_folder = "/" in text and path.parent.is_dir()  # models/typo beside a folder models is no hub id
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or text.startswith(".") or inside_folder:
-        parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    if os.path.exists(path):
+        raise RequestError(f"{kind} {text!r} is a file; give the folder that holds {marks[0]}")
+    inside_folder = "/" in text and os.path.isdir(path.parent)  # models/typo beside a folder models is no hub id
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or inside_folder:
+        parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
         wanted = path.absolute().relative_to(parent).parts[0]
-        close = nearest(wanted, (child.name for child in parent.iterdir() if child.is_dir()))
-        raise RequestError(f"model {text!r}: no such directory ({parent.name}/ has no {wanted!r}{close})")
-    return _locate_on_hub(text)
+        close = nearest(wanted, _folders(parent))
+        raise RequestError(f"{kind} {text!r}: no such directory ({parent.name}/ has no {wanted!r}{close})")
+    return _locate_on_hub(text, revision, kind)
 
 
-def _locate_on_hub(name: str) -> Location:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def _locate_on_hub(name: str, revision: str | None, kind: str) -> Location:
+    from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    # a config alone is in the cache after AutoConfig: the weights are still to be fetched
+    if _cached(name, _MARKS[kind], revision) and (kind != "model" or _cached(name, _WEIGHTS, revision)):
         return Location(name, name, local=True)
-    here = nearest(name, (child.name for child in Path.cwd().iterdir() if child.is_dir()))
+    here = nearest(name, _folders(Path.cwd()))
     if HF_HUB_OFFLINE:
         raise RequestError(
-            f"model {name!r} is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set){here}"
+            f"{kind} {name!r} is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set){here}"
         )
     try:
-        HfApi().model_info(name, timeout=1.5)
+        HfApi().model_info(name, revision=revision, timeout=1.5)
     except Exception as error:
         told = getattr(getattr(error, "response", None), "status_code", None)
         found = f"the hub answers {told}" if told else "the hub cannot be reached"
         raise RequestError(
-            f"model {name!r} is no directory here, and {found}; check the name or give a path{here}"
+            f"{kind} {name!r} is no directory here, and {found}; check the name or give a path{here}"
         ) from error
     return Location(name, name, local=False)
+
+
+def _cached(name: str, files: tuple[str, ...], revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
+
+
+def _folders(parent: Path) -> list[str]:
+    """Names of the folders in `parent` that a user may have meant."""
+    children = os.scandir(parent) if os.access(parent, os.R_OK) else ()
+    return [child.name for child in children if child.is_dir() and not child.name.startswith(".")]
 
 
 # ---- loading --------------------------------------------------------------------------------------------
@@ -229,18 +277,53 @@ def _load_module(location: Location, device: Any, dtype: Any, allow_pickle: bool
     import torch
     from transformers import AutoModelForCausalLM
 
+    _check_dtype(dtype)
+    where = {"device_map": "auto"} if device == "auto" else {}
+    if not where:
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if location.local and not allow_pickle:
         _refuse_pickles(location)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where = {"device_map": "auto"} if device == "auto" else {}
     with quietly():
         try:
-            module = AutoModelForCausalLM.from_pretrained(
-                location.path, dtype=dtype, use_safetensors=None if allow_pickle else True, **where, **options
+            module, found = AutoModelForCausalLM.from_pretrained(
+                location.path,
+                dtype=dtype,
+                use_safetensors=None if allow_pickle else True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **where,
+                **options,
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # config, hub, safetensors and pickle readers each raise their own kinds
+            if not options["trust_remote_code"] and "trust_remote_code" in str(error):
+                raise RequestError(
+                    f"model {location.name!r} needs code of its own repository, which is not run unasked; "
+                    "pass trust_remote_code=True if you trust its author"
+                ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {_first_line(error)}") from error
+    _refuse_random(location, module, found)
     return module if where else module.to(device)
+
+
+def _check_dtype(dtype: Any) -> None:
+    import torch
+
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise RequestError(f"dtype must be auto, float32, bfloat16 or float16, not {str(dtype)!r}")
+
+
+def _refuse_random(location: Location, module: PreTrainedModel, found: dict) -> None:
+    """transformers fills what a checkpoint lacks with random numbers, and says so in a log that nobody reads."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    misfits = {name: f" ({tuple(has)} there, {tuple(wants)} here)" for name, has, wants in found["mismatched_keys"]}
+    misfits |= {name: "" for name in found["missing_keys"] if name in parameters}
+    if misfits:
+        first = min(misfits)
+        raise RequestError(
+            f"model {location.name!r}: its checkpoint does not fit its config.json, {len(misfits)} of "
+            f"{len(parameters)} weights are missing or of another shape: {first}{misfits[first]}, ..."
+        )
 
 
 def _refuse_pickles(location: Location) -> None:
@@ -261,16 +344,32 @@ def _own_tokenizer(location: Location, options: dict) -> PreTrainedTokenizerBase
     return _load_tokenizer(location.path, options)
 
 
-def _load_tokenizer(tokenizer: Any, options: dict) -> PreTrainedTokenizerBase | None:
-    if tokenizer is None or not isinstance(tokenizer, str | Path):
+def _given_tokenizer(tokenizer: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """Another tokenizer than the model's: its place and revision have nothing to do with the model's."""
+    if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
         return tokenizer
+    if not isinstance(tokenizer, str | Path):
+        raise RequestError(
+            f"tokenizer must be a directory, a hub id or a transformers tokenizer, not {type(tokenizer).__name__}"
+        )
+    location = locate(tokenizer, kind="tokenizer")
+    return _load_tokenizer(location.path, {"trust_remote_code": trust_remote_code, "local_files_only": location.local})
+
+
+def _load_tokenizer(path: str, options: dict) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with quietly():
         try:
-            return AutoTokenizer.from_pretrained(str(tokenizer), **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise RequestError(f"tokenizer {str(tokenizer)!r} cannot be loaded: {_first_line(error)}") from error
+            return AutoTokenizer.from_pretrained(path, **options)
+        except Exception as error:  # as above: each reader raises its own kinds
+            raise RequestError(f"tokenizer {path!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _module_name(module: PreTrainedModel) -> str:
+    """What a module calls itself: a hub id, or the name, not the path, of the directory it came from."""
+    name = getattr(module.config, "_name_or_path", "") or type(module).__name__
+    return Path(name).resolve().name if os.path.isdir(name) or os.path.isabs(name) else name
 
 
 @contextmanager

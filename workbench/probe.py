@@ -43,14 +43,17 @@ def installed_probes() -> dict[str, EntryPoint]:
 
 def summary(entry: EntryPoint) -> str:
     """First line of a probe's docstring, read from its source: importing every probe would take seconds."""
-    spec = find_spec(entry.module)
+    try:
+        spec = find_spec(entry.module)
+    except ModuleNotFoundError:  # one probe half uninstalled must not hide the others
+        return f"cannot be loaded: there is no module {entry.module}"
     source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
     classes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
     found = next((ast.get_docstring(node) for node in classes if node.name == entry.attr), None)
     return (found or "").strip().partition("\n")[0]
 
 
-def find_probe(name: str) -> type[Probe]:
+def find_probe(name: str) -> type:
     """The probe class registered as `name`. Raises RequestError with the nearest names."""
     known = installed_probes()
     if name not in known:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +31,9 @@ from workbench.errors import RequestError
 from workbench.lens import NoUnembed, measure_unembed, save_unembed
 from workbench.models import Model, load_model
 from workbench.progress import progress
-from workbench.settings import Recording
+from workbench.settings import Recording, recording
 from workbench.sites import Site
-from workbench.store.manifest import ModelRecord, Part, SiteRecord
+from workbench.store.manifest import ModelRecord, Part, SiteRecord, read_counts
 from workbench.store.segment import SegmentWriter
 from workbench.store.writer import Writer, check_space, open_writer, required_bytes
 
@@ -52,7 +53,7 @@ def record(
     out: str | Path,
     sites: Sequence[str] | str = Recording.sites,
     context: int | None = Recording.context,
-    dtype: str = Recording.dtype,
+    dtype: str | torch.dtype = Recording.dtype,
     bos: str = Recording.bos,
     packed: bool = Recording.packed,
     max_rows: int | None = Recording.max_rows,
@@ -77,7 +78,7 @@ def record(
     Raises RequestError for a request that cannot be met (unknown site, other settings than the store's, not
     enough space), DataError when the disk fails; what is committed stays readable.
     """
-    settings = Recording(
+    settings = recording(
         sites=sites,
         context=context,
         dtype=dtype,
@@ -139,7 +140,27 @@ def record_with(
         _record_part(writer, model, taps, records, sequences, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
-    return open_store(out)
+    store = open_store(out)
+    _warn_of_lost_values(store)
+    return store
+
+
+def _warn_of_lost_values(store: Store) -> None:
+    overflow, nonfinite = read_counts(store.path, store.manifest)
+    for site in store.sites:
+        if count := overflow[site.name]:
+            limit = torch.finfo(getattr(torch, site.dtype)).max
+            warnings.warn(
+                f"{count:,} values of {site.label} are beyond {site.dtype} and stored as ±{limit:g}; "
+                "record with dtype='bfloat16' or 'float32' to keep them",
+                stacklevel=4,
+            )
+        if count := nonfinite[site.name]:
+            warnings.warn(
+                f"{count:,} values of {site.label} came as NaN or infinite from the model and are stored as they came; "
+                "a model loaded in another dtype may not have them",
+                stacklevel=4,
+            )
 
 
 def context_length(settings: Recording, model: Model) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
-_FORMAT = "workbench.result"
+_FORMAT, _VERSION = "workbench.result", 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +51,8 @@ class Result:
 
         A folder that holds the same result is replaced; one that holds anything else is refused.
         """
-        path = Path(path)
-        _refuse_other(path, self)
+        asked, path = Path(path), Path(path).resolve()  # a link, or ".", cannot be replaced by name
+        refuse_other(asked, self.probe, self.provenance)
         fresh = path.with_name(f".{path.name}.partial")
         shutil.rmtree(fresh, ignore_errors=True)
         (fresh / "figures").mkdir(parents=True)
@@ -61,12 +61,12 @@ class Result:
         for name, figure in self.figures().items():
             html = fresh / "figures" / f"{name}.html"
             figure.write_html(html, include_plotlyjs="directory", include_mathjax=False, div_id=name)
-        record = {"format": _FORMAT, "version": 1, "probe": self.probe, "provenance": dict(self.provenance)}
+        record = {"format": _FORMAT, "version": _VERSION, "probe": self.probe, "provenance": dict(self.provenance)}
         (fresh / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         if path.exists():
             shutil.rmtree(path)
         fresh.rename(path)
-        return path
+        return asked
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
@@ -84,10 +84,14 @@ def load_result(path: str | Path) -> Result:
             f"result {str(path)!r}: no {_RECORD} there; give a folder that `workbench probe --out` wrote"
         )
     try:
-        record = json.loads((path / _RECORD).read_text())
+        record = _read_record(path)
+        if record["version"] > _VERSION:
+            raise RequestError(f"result {str(path)!r} has format version {record['version']}; upgrade the workbench")
         data = xr.load_dataset(path / _DATA, engine="scipy")
         return Result(record["probe"], data, pd.read_parquet(path / _TABLE), record["provenance"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # netCDF, Parquet and JSON readers each raise their own kinds
         raise DataError(f"result {str(path)!r} is damaged: {error}; run the probe again") from error
 
 
@@ -107,18 +111,30 @@ def provenance(store: Any, settings: Any) -> dict[str, Any]:
     }
 
 
-def _refuse_other(path: Path, result: Result) -> None:
+def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) -> None:
+    """Raises RequestError where `path` holds anything but the same probe's result of the same store and settings."""
+    path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    record = path / _RECORD
-    known = json.loads(record.read_text()) if record.is_file() else {}
-    if known.get("format") != _FORMAT:
-        raise RequestError(f"out {str(path)!r} exists and is no result; choose another folder")
+    try:
+        known = _read_record(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"out {str(path)!r} exists and is no result; choose another folder") from error
     same = ("model_fingerprint", "store_fingerprint", "settings")
-    if known["probe"] != result.probe or any(known["provenance"][k] != _plain(result.provenance[k]) for k in same):
+    if known["probe"] != probe or any(known["provenance"].get(k) != _plain(provenance[k]) for k in same):
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = json.loads((path / _RECORD).read_text())
+    kinds = {"format": str, "version": int, "probe": str, "provenance": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{_RECORD} lacks one of {', '.join(kinds)}")
+    if record["format"] != _FORMAT:
+        raise ValueError(f"format is {record['format']!r}, expected {_FORMAT!r}")
+    return record
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from workbench.errors import RequestError
 
@@ -37,19 +37,25 @@ class Recording:
     """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 1), ("max_rows", 1), ("batch_tokens", 1), ("segment_rows", 1)):
+        for name in ("context", "max_rows", "batch_tokens", "segment_rows"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name, choices in (("dtype", Dtype), ("bos", BosPolicy)):
-            value = getattr(self, name)
-            if value not in choices.__args__:
-                raise RequestError(f"{name} must be one of {', '.join(choices.__args__)}, not {value!r}")
-        for name in ("sites", "metadata"):  # a list is as good as a tuple to a caller, but not to a frozen record
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise RequestError(f"{name} must be a list of names, not the one string {value!r}; write [{value!r}]")
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1, not {value}")
         if not self.sites:
             raise RequestError("sites is empty; name at least one, for example resid_post")
+
+
+def recording(*, sites: Any, metadata: Any, dtype: Any, bos: Any, **others: Any) -> Recording:
+    """A `Recording` from what a caller may write: one name or any sequence of names, a torch dtype.
+
+    Raises RequestError for a choice there is not.
+    """
+    asked = {"dtype": str(dtype).removeprefix("torch."), "bos": bos}
+    for name, choices in (("dtype", get_args(Dtype)), ("bos", get_args(BosPolicy))):
+        if asked[name] not in choices:
+            raise RequestError(f"{name} must be one of {', '.join(choices)}, not {asked[name]!r}")
+    return Recording(sites=_names(sites), metadata=None if metadata is None else _names(metadata), **asked, **others)
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -2,12 +2,14 @@
 
 An adapter is a tree of components that knows, for one architecture, which module plays which part and what
 TransformerLens calls its input and output. Nothing is wrapped: the tree is only read. For an architecture
-no adapter knows, the residual stream is found by structure. Either way every name is then tried on two short
-sequences: a site is offered where a tensor with batch and position axes passes exactly once, and nowhere else.
+no adapter knows, the residual stream is found by structure. Either way every name is then tried on short
+sequences of two lengths: a site is offered where a tensor with batch and position axes, and otherwise of one
+shape, passes exactly once, and nowhere else.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ _ATTENTION_SITES = {
     "hook_pattern": "weights",
 }
 _HEADED = {"hook_q": "query", "hook_k": "key", "hook_v": "value", "hook_z": "output"}
-_BATCH, _LENGTHS = 2, (7, 5)
+_BATCH, _LENGTHS, _OTHER_LENGTHS = 2, (7, 5), (6, 11)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Names:
 class _Trial:
     """What one trial pass saw. `order` counts every observation, so sites can be sorted by when they happen."""
 
+    lengths: tuple[int, ...]
     shapes: dict[Tap, tuple[int, ...]] = field(default_factory=dict)
     counts: dict[Tap, int] = field(default_factory=dict)
     order: dict[Tap, int] = field(default_factory=dict)
@@ -64,12 +67,21 @@ class _Trial:
         if tensor is not None and tensor.is_floating_point():
             self.shapes[tap] = tuple(tensor.shape)
 
+    def row_shape(self, tap: Tap) -> tuple[int, ...] | None:
+        """Shape of one row of what passed there; None: it has no batch and position axes."""
+        shape, positions = self.shapes.get(tap, ()), max(self.lengths)
+        if shape[:2] == (_BATCH, positions):
+            return shape[2:]
+        return shape[1:] if shape[:1] == (_BATCH * positions,) else None
+
 
 def find_sites(module: nn.Module) -> SiteMap:
-    """The site map of a Hugging Face causal LM. Costs one forward pass over 2 x 7 tokens."""
+    """The site map of a Hugging Face causal LM. Costs two forward passes, over 2 x 7 and 2 x 11 tokens."""
     names = _adapter_names(module) or _structural_names(module)
     modules = dict(module.named_modules())
-    trial = _try(module, names, modules)
+    trial = _try(module, names, modules, _LENGTHS)
+    other = _try(module, names, modules, _OTHER_LENGTHS)
+    trial.refused |= other.refused
     n_layers = len(modules[names.blocks])
     taps, missing = _resolve(names, trial, modules)
     by_tap: dict[Tap, list[str]] = {}
@@ -77,7 +89,7 @@ def find_sites(module: nn.Module) -> SiteMap:
         by_tap.setdefault(tap, []).append(name)
     sites, synonyms = {}, {}
     for tap in sorted(by_tap, key=trial.order.__getitem__):
-        reason = _refusal(tap, trial)
+        reason = _refusal(tap, trial, other)
         canonical = min(by_tap[tap], key=lambda name: (short_name(name) is None, name not in names.aliases))
         if reason:
             missing |= dict.fromkeys(by_tap[tap], reason)
@@ -105,33 +117,70 @@ def _adapter_names(module: nn.Module) -> _Names | None:
             taps[f"{name}.hook_in"], taps[f"{name}.hook_out"] = Tap(path, "in"), Tap(path, "out")
         elif "out" in component.submodules:  # no module of its own: OPT's MLP is two layers of its block
             aliases[f"{name}.hook_out"] = (f"{name}.out.hook_out",)
-        for alias, targets in component.hook_aliases.items():
+        for alias, targets in _bound_aliases(component, modules.get(path) if own else None).items():
             targets = (targets,) if isinstance(targets, str) else targets
             aliases[f"{name}.{alias}"] = tuple(f"{name}.{target}" for target in targets)
         if hasattr(component, "hook_pattern"):
             attention.append(name)
             if own:
                 taps[f"{name}.hook_pattern"] = Tap(path, "returned_weights")
-            if hasattr(component, "hook_rot_q"):
-                rotary.add(name)
+            if hasattr(component, "hook_rot_q") and not hasattr(component, "hook_q"):
+                rotary.add(name)  # multi-head latent attention rotates a part, and calls what it attends with q and k
         for key, child in component.submodules.items():
             walk(child, f"{name}.{key}", f"{path}.{child.name}".strip(".") if child.name else path)
 
-    blocks = None
-    for key, component in adapter.component_mapping.items():
-        if component.is_list_item:
-            if key == "blocks":
-                blocks = component.name
-                for layer in range(len(modules.get(blocks, ()))):
-                    walk(component, f"blocks.{layer}", f"{blocks}.{layer}")
-        else:
-            walk(component, key, component.name or "")
-    if blocks is None or not isinstance(modules.get(blocks), nn.ModuleList):
+    blocks = adapter.component_mapping.get("blocks")
+    inner = blocks and _inner_path(modules, blocks.name)
+    if inner is None:
         return None
+    list_path = f"{inner}{blocks.name}"
+    for layer in range(len(modules[list_path])):
+        walk(blocks, f"blocks.{layer}", f"{list_path}.{layer}")
+    for key, component in adapter.component_mapping.items():
+        if not component.is_list_item:
+            walk(component, key, f"{inner}{component.name}" if component.name else "")
     taps["logits"] = Tap("", "logits")
     n_heads, d_head = getattr(adapter.cfg, "n_heads", 0) or 0, getattr(adapter.cfg, "d_head", 0) or 0
     heads = ((n_heads, d_head), (getattr(adapter.cfg, "n_key_value_heads", None) or n_heads, d_head))
-    return _Names(taps, aliases, blocks, type(adapter).__name__, frozenset(rotary), tuple(attention), heads)
+    return _Names(taps, aliases, list_path, type(adapter).__name__, frozenset(rotary), tuple(attention), heads)
+
+
+def _inner_path(modules: Mapping[str, nn.Module], blocks: str) -> str | None:
+    """Where the model itself begins: "" or, inside of PEFT or torch.compile, "base_model.model." or "_orig_mod."."""
+    lists = (path for path, part in modules.items() if isinstance(part, nn.ModuleList))
+    return min(
+        (path.removesuffix(blocks) for path in lists if f".{path}".endswith(f".{blocks}")), key=len, default=None
+    )
+
+
+def _bound_aliases(component, part: nn.Module | None) -> Mapping[str, str | list[str]]:
+    """The aliases of a component in one layer. Some choose them when they are bound to their module (a mixture of
+    experts, by whether this layer is dense), so a copy is bound to a stand-in; but attention is not, whose binding
+    reaches into transformers, and which has no such choice."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    binds = type(component).set_original_component is not GeneralizedComponent.set_original_component
+    if part is None or not binds or hasattr(component, "hook_pattern"):
+        return component.hook_aliases
+    bound = copy.deepcopy(component, {id(component.config): component.config})
+    try:
+        with torch.device("meta"):  # some split fused weights: nothing is allocated, no random number drawn
+            bound.set_original_component(_stand_in(part))
+    except Exception:  # a component that cannot be bound this way keeps the names it was declared with
+        return component.hook_aliases
+    return bound.hook_aliases
+
+
+def _stand_in(part: nn.Module) -> nn.Module:
+    """A module of the same structure without weights, which may be changed and leaves `part` as it is."""
+    twin = copy.copy(part)
+    weights = part._parameters.items()
+    twin._parameters = {
+        name: w if w is None else nn.Parameter(torch.empty_like(w, device="meta")) for name, w in weights
+    }
+    twin._buffers = dict(part._buffers)
+    twin._modules = {name: child if child is None else _stand_in(child) for name, child in part._modules.items()}
+    return twin
 
 
 def transformer_lens_adapter(module: nn.Module):
@@ -179,12 +228,13 @@ def _structural_names(module: nn.Module) -> _Names:
 # ---- trial: what is really there ------------------------------------------------------------------------
 
 
-def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module]) -> _Trial:
-    trial = _Trial()
+def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module], lengths: tuple[int, ...]) -> _Trial:
+    """Runs the model over right-padded sequences of these lengths and notes what passes at every tap."""
+    trial = _Trial(lengths)
     generator = torch.Generator().manual_seed(0)
     vocab = module.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(min(8, vocab - 1), min(vocab, 4096), (_BATCH, max(_LENGTHS)), generator=generator)
-    mask = (torch.arange(max(_LENGTHS)) < torch.tensor(_LENGTHS)[:, None]).long()
+    ids = torch.randint(min(8, vocab - 1), min(vocab, 4096), (_BATCH, max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     paths = {path: part for path, part in modules.items() if path.startswith(f"{names.blocks}.")}
     callbacks = {part: partial(_see_call, trial, path) for path, part in paths.items()} if names.attention else {}
     with ExitStack() as stack:
@@ -196,7 +246,7 @@ def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module]) -> 
             output = run(module, ids, mask)
         except Exception as error:
             raise RequestError(
-                f"model {type(module).__name__}: a trial pass over {_BATCH} x {max(_LENGTHS)} tokens failed: "
+                f"model {type(module).__name__}: a trial pass over {_BATCH} x {max(lengths)} tokens failed: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
     trial.see(Tap("", "logits"), first_tensor(output.logits))
@@ -205,9 +255,9 @@ def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module]) -> 
 
 def _see_weights(trial: _Trial, tap: Tap, weights: Tensor | None) -> None:
     """Notes attention weights that a module returns, if they are: rows that sum to 1 and do not look ahead."""
-    if weights is None or weights.shape[::2] != (_BATCH, max(_LENGTHS)):
+    if weights is None or weights.shape[::2] != (_BATCH, max(trial.lengths)):
         return
-    real = weights[0].float()
+    real = weights[trial.lengths.index(max(trial.lengths))].float()
     if torch.allclose(real.sum(-1), torch.ones(()).to(real), atol=0.01) and not real.triu(1).any():
         trial.see(tap, weights.transpose(1, 2))
 
@@ -219,14 +269,14 @@ def _see_call(trial: _Trial, path: str, call: AttentionCall) -> None:
     trial.see(Tap(path, "output"), call.output)
     trial.see(Tap(path, "weights"), None)
     trial.calls[path] = call
-    trial.shapes[Tap(path, "weights")] = (_BATCH, max(_LENGTHS), call.query.shape[1], call.key.shape[2])
+    trial.shapes[Tap(path, "weights")] = (_BATCH, max(trial.lengths), call.query.shape[1], call.key.shape[2])
     if call.key.shape[2] != call.query.shape[2]:
         trial.refused[path] = "queries and keys differ in number"
         return
     groups = call.query.shape[1] // call.key.shape[1]
     value = call.value.float().repeat_interleave(groups, dim=1)
     z = torch.cat([block @ value for _, block in pattern_blocks(call)], dim=2).transpose(1, 2)
-    real = torch.arange(z.shape[1]) < torch.tensor(_LENGTHS)[:, None]
+    real = torch.arange(z.shape[1]) < torch.tensor(trial.lengths)[:, None]
     error = (z.cpu() - call.output.float().cpu())[real].abs().max()
     scale = call.output.float().abs().max().cpu()
     if not error <= 0.02 * scale + 1e-6:  # bf16 output against float32 pattern: 1 % apart at most
@@ -283,7 +333,7 @@ def _attention_taps(attention: str, names: _Names, trial: _Trial) -> Iterator[tu
                 ),
             )
         elif site in ("hook_rot_q", "hook_rot_k") and attention not in names.rotary:
-            yield site, "it has no rotary embedding"
+            yield site, "its queries and keys are not rotated, or not as a whole; record q and k"
         elif site in ("hook_q", "hook_k") and attention in names.rotary:
             yield site, "before rotation it exists only inside a fused projection; record rot_q and rot_k"
         elif site == "hook_pattern" and paths[0] in trial.refused:
@@ -294,27 +344,22 @@ def _attention_taps(attention: str, names: _Names, trial: _Trial) -> Iterator[tu
         yield "hook_z", Tap(paths[0], "output")
 
 
-def _refusal(tap: Tap, trial: _Trial) -> str | None:
+def _refusal(tap: Tap, trial: _Trial, other: _Trial) -> str | None:
     if trial.counts[tap] != 1:
         return f"it runs {trial.counts[tap]} times in a forward pass"
+    if other.counts.get(tap) != 1:
+        return "whether it runs depends on the sequence"
     if tap not in trial.shapes:
         return "what passes there is no tensor of numbers"
-    if _row_shape(trial.shapes[tap]) is None:
+    if trial.row_shape(tap) is None:
         return f"its tensor of shape {trial.shapes[tap]} has no batch and position axes"
-    return None
-
-
-def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    positions = max(_LENGTHS)
-    if shape[:2] == (_BATCH, positions):
-        return shape[2:]
-    if shape[:1] == (_BATCH * positions,):
-        return shape[1:]
+    if tap.part not in ("weights", "returned_weights") and trial.row_shape(tap) != other.row_shape(tap):
+        return "its shape depends on the length of the sequence"
     return None
 
 
 def _site(name: str, tap: Tap, trial: _Trial, names: _Names) -> Site:
-    shape = _row_shape(trial.shapes[tap])
+    shape = trial.row_shape(tap)
     if tap.part in ("weights", "returned_weights"):
         return Site(name, ("head", "key"), (shape[0], None), tap)
     if len(shape) == 1 and name.rsplit(".", 1)[-1] in _HEADED:
@@ -342,7 +387,7 @@ def _axes(name: str, shape: tuple[int, ...], trial: _Trial, names: _Names) -> tu
         return ("vocab",)
     if len(shape) == 2 and hook in {*_HEADED, *_ATTENTION_SITES}:
         return ("head", "d_head")
-    residual = _row_shape(trial.shapes.get(Tap(f"{names.blocks}.0", "in"), ())) or ()
+    residual = trial.row_shape(Tap(f"{names.blocks}.0", "in")) or ()
     if shape == residual:
         return ("d_model",)
     if owner == "mlp" and len(shape) == 1:

@@ -1,1 +1,4 @@
-"""Benchmarks: both sides in one process, ratios printed."""
+"""Speed and memory of the workbench beside what one would use instead, both measured in the same run.
+
+python -m experiments.benchmarks [NAME ...] [--quick] [--write docs/benchmarks.md]
+"""

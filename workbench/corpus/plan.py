@@ -22,7 +22,6 @@ from workbench.errors import RequestError
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1_000_000
-_METADATA_BATCH = 1024
 _COLUMNS = {
     "token_ids": np.int32,
     "char_start": np.int32,
@@ -80,6 +79,7 @@ def plan_sequences(
 ) -> Sequences:
     """Tokenize all documents, once, and lay them into sequences of at most `context` tokens.
 
+    Documents are numbered from 0 without a gap, as `read_documents` does.
     Every sequence begins with `added.prefix`, the continuation of a long document too; `added.suffix` follows the
     last token of each document. Documents given as token ids get neither. Each document begins a sequence, or, if
     `packed`, follows the one before with its own prefix, and sequences are cut at exactly `context`.
@@ -92,8 +92,8 @@ def plan_sequences(
     """
     if context <= len(added.prefix):
         raise RequestError(
-            f"context={context} leaves no room for text after the {len(added.prefix)} tokens that begin each "
-            f"sequence; use at least {len(added.prefix) + 1}, or bos='never'"
+            f"context={context} leaves no room for text, since added tokens ({len(added.prefix)}) begin each sequence; "
+            f"use at least {len(added.prefix) + 1}, or bos='never'"
         )
     _check_ids(np.array(added.prefix + added.suffix, np.int64), vocab, "the tokenizer's special tokens")
     workdir = Path(workdir)
@@ -252,7 +252,7 @@ class _MetadataSpool:
             return schema.empty_table()
         self.lines.seek(0)
         with pa.ipc.new_file(path, schema) as sink:
-            while records := [json.loads(line) for line in islice(self.lines, _METADATA_BATCH)]:
+            while records := [json.loads(line) for line in islice(self.lines, _BATCH_DOCUMENTS)]:
                 sink.write_batch(
                     pa.record_batch(
                         [pa.array([_cast(r.get(f.name), f.type) for r in records], f.type) for f in schema],
@@ -327,8 +327,10 @@ def token_table(
     ]
     schema = TOKEN_SCHEMA
     present, inverse = np.unique(document, return_inverse=True)
-    for name in sequences.metadata.column_names:
-        column = sequences.metadata[name].take(pa.array(present)).combine_chunks()
+    # Slice, then take: from a column of many chunks `take` would first copy the whole of it.
+    metadata = sequences.metadata.slice(present[0], present[-1] - present[0] + 1)
+    for name in metadata.column_names:
+        column = metadata[name].combine_chunks().take(pa.array(present - present[0]))
         if pa.types.is_string(column.type):
             column = column.dictionary_encode()
         schema = schema.append(pa.field(name, column.type))

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from workbench.corpus.tokens import TOKEN_SCHEMA
-from workbench.errors import RequestError, nearest
+from workbench.errors import DataError, RequestError, nearest
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 _UNDERSTOOD = f"understood: files ({' '.join(SUFFIXES)}), hf:NAME[:SPLIT], lists of strings or of token id lists"
@@ -52,7 +52,9 @@ def check_source(texts: Any) -> None:
 
     Looks at kinds, paths, suffixes and sizes, also of the paths inside a list. Generators are not touched.
     """
-    if isinstance(texts, str | Path):
+    if _is_hub_name(texts):
+        _hub_name(texts)
+    elif isinstance(texts, str | Path):
         _resolve(texts)
     elif isinstance(texts, list | tuple):
         if not texts:
@@ -63,7 +65,7 @@ def check_source(texts: Any) -> None:
         return
     elif isinstance(texts, bytes | Mapping | pa.Table) or hasattr(texts, "columns") or not isinstance(texts, Iterable):
         hint = f"pass one of its entries: {', '.join(map(repr, texts))}" if isinstance(texts, Mapping) else _UNDERSTOOD
-        raise RequestError(f"texts is a {type(texts).__name__}, which is not read; {hint}")
+        raise RequestError(f"texts is of type {type(texts).__name__}, which is not read; {hint}")
 
 
 def read_documents(
@@ -84,7 +86,7 @@ def read_documents(
     ids are checked by the call itself, what is inside the documents as they are read: RequestError.
     """
     check_source(texts)
-    source = _open_hub(texts) if isinstance(texts, str) and texts.startswith("hf:") else _resolve(texts)
+    source = _open_hub(texts) if _is_hub_name(texts) else _resolve(texts)
     _check_columns(source, text_column, metadata)
     return _documents(source, text_column, metadata)
 
@@ -120,8 +122,6 @@ def _resolve(texts: Any) -> Iterable[Any]:
         return texts
     if not texts:
         raise RequestError(f"texts is an empty string; {_UNDERSTOOD}")
-    if texts.startswith("hf:"):
-        return _hub_name(texts)
     if os.path.exists(texts) or not any(map(str.isspace, texts)) or _names_file(texts):
         _check_file(Path(texts), hint=f"to record the string itself, pass [{texts!r}]; ")
         return [Path(texts)]
@@ -161,11 +161,15 @@ def _check_file(path: Path, hint: str = "") -> None:
     if not os.path.isfile(path):
         raise RequestError(f"texts: {name!r} is not a regular file; {_UNDERSTOOD}")
     if path.suffix.lower() not in SUFFIXES:
-        raise RequestError(f"texts: {name!r} ends in {path.suffix or 'no suffix'!r}, which is not read; {_UNDERSTOOD}")
+        raise RequestError(f"texts: {name!r} has the suffix {path.suffix!r}, which is not read; {_UNDERSTOOD}")
     if not os.access(path, os.R_OK):
         raise RequestError(f"texts: no permission to read {name!r}; change its mode or run as its owner")
     if path.stat().st_size == 0:
         raise RequestError(f"texts: {name!r} is empty (0 bytes); pass a file with text in it")
+
+
+def _is_hub_name(texts: Any) -> bool:
+    return isinstance(texts, str) and texts.startswith("hf:")
 
 
 def _hub_name(texts: str) -> tuple[str, str]:
@@ -236,10 +240,14 @@ def _parquet_rows(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, di
     with _open_parquet(path) as file:
         names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
         row = 0
-        for batch in file.iter_batches(batch_size=256, columns=names):
-            for values in zip(*map(_pylist, batch.columns), strict=True):
-                yield f"{path}, row {row}", dict(zip(names, values, strict=True))
-                row += 1
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=names):
+                for values in zip(*map(_pylist, batch.columns), strict=True):
+                    yield f"{path}, row {row}", dict(zip(names, values, strict=True))
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error
 
 
 def _open_parquet(path: Path) -> Any:
@@ -347,7 +355,7 @@ def _token_ids(value: Any, index: int, where: str) -> list[int]:
     ids = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(ids, list | tuple | range):
         raise RequestError(
-            f"document {index} ({where}) is a {type(value).__name__}; a string or a list of token ids is needed"
+            f"document {index} ({where}) is of type {type(value).__name__}; a string or a list of token ids is needed"
         )
     ids = list(ids)
     if not all(type(item) is int for item in ids):

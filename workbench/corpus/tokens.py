@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -33,8 +32,6 @@ TOKEN_SCHEMA = pa.schema(
 `row`, `sequence` and `document` count through the store, `position` from the sequence's first token. `char_start` and
 `char_end` are offsets into the document's text, null where there is none.
 """
-
-_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def token_texts(tokenizer: Any, ids: Int[np.ndarray, " token"] | Sequence[int]) 
             texts.append(f"<{token_id}>")
             continue
         text = _decode(tokenizer, [*anchor, token_id])
-        # A decoder that changes the anchor itself (by merging bytes, say) has not been seen, but would be wrong here.
+        # Not so where the anchor is one byte: with part of a character after it the two are no character together.
         text = text[len(anchored) :] if text.startswith(anchored) else _decode(tokenizer, [token_id])
         texts.append(piece if token_id in special or "\ufffd" in text else text)
     return texts
@@ -162,9 +159,7 @@ def _anchor(tokenizer: Any) -> list[int]:
     """An ordinary token to decode others after; none where the vocabulary has no whole ordinary token."""
     for text in _plain_texts(tokenizer):
         anchor = _ids(tokenizer, text)[-1]
-        # Byte pieces are joined with their neighbours before decoding, so they cannot stand in front.
-        is_byte = _BYTE_PIECE.fullmatch(tokenizer.convert_ids_to_tokens(anchor))
-        if anchor not in tokenizer.all_special_ids and not is_byte and _decode(tokenizer, [anchor]) == text:
+        if anchor not in tokenizer.all_special_ids and _decode(tokenizer, [anchor]) == text:
             return [anchor]
     return []
 

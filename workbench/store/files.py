@@ -35,7 +35,7 @@ def fsync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file and wait until it is on the disk."""
     with open(path, "wb") as file:
         file.write(data)

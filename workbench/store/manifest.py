@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -259,6 +260,23 @@ def manifest_checksum(body: dict[str, Any]) -> str:
 def parse_segment(text: bytes, source: Path) -> SegmentRecord:
     """Parse the bytes of a `segment.json`; `source` names it in errors."""
     return parse(SegmentRecord, from_json(text, source), str(source))
+
+
+def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Counter[str], Counter[str]]:
+    """By site name: values that overflowed the stored type, and values the model gave as NaN or infinite.
+
+    Costs the reading of every `segment.json`. Raises DataError where one is missing or damaged.
+    """
+    overflow, nonfinite = Counter(), Counter()
+    for segment in manifest.segments:
+        source = Path(path) / SEGMENTS / segment.name / SEGMENT
+        try:
+            record = parse_segment(source.read_bytes(), source)
+        except OSError as error:
+            raise DataError(f"{source} cannot be read: {error.strerror}; run workbench verify") from None
+        overflow.update(record.overflow)
+        nonfinite.update(record.nonfinite)
+    return overflow, nonfinite
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -59,16 +61,17 @@ def query_tokens(
 
 
 @contextmanager
-def _tokens_where(
-    path: str | os.PathLike[str], manifest: Manifest, predicate: str
-) -> Iterator[duckdb.DuckDBPyRelation]:
+def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Iterator[Any]:
+    """The relation of the tokens for which `predicate` holds. (Not named in the signature: DuckDB prints of leaks when
+    the process ends and a run-time type checker has kept its classes.)"""
     if not predicate.strip():
         raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
-    folder = Path(path).absolute() / SEGMENTS
-    names = [str(folder / segment.name / TOKENS) for segment in manifest.segments]
+    folder = str(Path(path).absolute() / SEGMENTS)
+    pattern = re.sub(r"([*?[])", r"[\1]", folder)  # DuckDB takes every path for a glob
+    names = [f"{pattern}/{segment.name}/{TOKENS}" for segment in manifest.segments]
+    allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in (folder, pattern))
     with duckdb.connect() as connection:
-        quoted = str(folder).replace("'", "''")
-        connection.execute("; ".join((f"SET allowed_directories = ['{quoted}']", *_SETTINGS)))
+        connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
         try:
             tokens = connection.read_parquet(names, hive_partitioning=False)
         except duckdb.Error as error:
@@ -82,15 +85,15 @@ def _tokens_where(
             raise _refused(predicate, error, tokens.columns) from None
 
 
-def _refused(predicate: str, error: duckdb.Error, columns: list[str]) -> RequestError:
+def _refused(predicate: str, error: Exception, columns: list[str]) -> RequestError:
     reason = _first_line(error)
     unknown = reason.split('"')[1] if reason.startswith("Referenced column") else ""
     return RequestError(f"query {predicate!r}: {reason}; columns: {', '.join(columns)}{nearest(unknown, columns)}")
 
 
-def _damaged(path: str | os.PathLike[str], error: duckdb.Error) -> DataError:
+def _damaged(path: str | os.PathLike[str], error: Exception) -> DataError:
     return DataError(f"the token table of {path} cannot be read ({_first_line(error)}); run workbench verify {path}")
 
 
-def _first_line(error: duckdb.Error) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].split(" Error: ", 1)[-1].rstrip("!.")

@@ -23,16 +23,15 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from workbench.errors import DataError, RequestError, nearest
+from workbench.errors import RequestError, nearest
 from workbench.sites import SHORT_NAMES
-from workbench.store.gather import gather
 from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, read_manifest, short_list
+from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
-from workbench.store.tensorfile import STORED, map_rows
 from workbench.store.tokens import COLUMNS, read_tokens, take_tokens
 from workbench.store.verify import verify
 
-_OPEN_MAPS = 256  # each holds a file descriptor, of which a process commonly has 1,024
+_OPEN_MAPS = 32_768  # Linux grants a process 65,530
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -78,7 +77,7 @@ class Store:
 
         Read when first asked for, into about 50 bytes a row; `where` and `Rows.tokens` do without.
         """
-        return read_tokens([folder / TOKENS for folder in self._folders])
+        return read_tokens(self._files(TOKENS))
 
     def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
         """The array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or its TransformerLens name."""
@@ -99,14 +98,17 @@ class Store:
         """Findings of a full check, none for a sound store; see `workbench.store.verify`. Reads every byte once."""
         return verify(self.path)
 
-    @cached_property
-    def _folders(self) -> list[Path]:
-        return [self.path / SEGMENTS / segment.name for segment in self.manifest.segments]
+    def _files(self, name: str) -> list[Path]:
+        return [self.path / SEGMENTS / segment.name / name for segment in self.manifest.segments]
 
     @cached_property
-    def _map(self) -> Callable[[int, SiteRecord], np.ndarray]:
-        """`_map(segment, site)`: the map of one file; the latest stay open."""
-        return functools.lru_cache(_OPEN_MAPS)(functools.partial(_open_map, self.manifest, self._folders))
+    def _maps(self) -> Callable[[SiteRecord], SiteMaps]:
+        """The maps of a site; those of the latest sites stay open."""
+
+        def open_maps(site: SiteRecord) -> SiteMaps:
+            return SiteMaps(self._files(site.file), self.manifest.starts, site.shape, site.dtype)
+
+        return functools.lru_cache(max(1, _OPEN_MAPS // max(1, len(self.manifest.segments))))(open_maps)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,11 +158,15 @@ class ActivationArray:
         """
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
-            return self._read(start, max(start, stop)) if step == 1 else self._gather(np.arange(start, stop, step))
+            if step == 1:
+                return self._tensor(self._maps.read(start, max(start, stop)))
+            return self._tensor(self._maps.gather(np.arange(start, stop, step)))
         if isinstance(index, Rows):
-            return self._gather(index.ids_in(self.store))
+            return self._tensor(self._maps.gather(index.ids_in(self.store)))
         ids = _row_ids(index, self)
-        return self._gather(ids.reshape(-1)).reshape(*ids.shape, *self.site.shape)
+        if not ids.ndim:
+            return self._tensor(self._maps.read(int(ids), int(ids) + 1))[0]
+        return self._tensor(self._maps.gather(ids.reshape(-1))).reshape(*ids.shape, *self.site.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All rows in memory, for NumPy, which has no bfloat16: it comes as float32."""
@@ -173,40 +179,18 @@ class ActivationArray:
         """All rows in order, `rows` at a time, each with the slice it is: memory stays that of one block."""
         for start in range(0, len(self), rows):
             stop = min(start + rows, len(self))
-            yield slice(start, stop), self._read(start, stop)
+            yield slice(start, stop), self[start:stop]
 
     def view(self, segment: int) -> Shaped[np.ndarray, "row ..."]:
         """One segment's rows as a read-only memory map, without a copy; bfloat16 as its uint16 bits."""
-        return self.store._map(segment, self.site)
+        return self._maps.segment(segment)
 
-    def _read(self, start: int, stop: int) -> Tensor:
-        values = np.empty((stop - start, *self.site.shape), STORED[self.site.dtype][1])
-        starts = self.store.manifest.starts
-        row = start
-        while row < stop:
-            segment = int(np.searchsorted(starts, row, side="right")) - 1
-            last = min(stop, int(starts[segment + 1]))
-            values[row - start : last - start] = self.view(segment)[row - starts[segment] : last - starts[segment]]
-            row = last
-        return self._tensor(values)
-
-    def _gather(self, ids: Int64[np.ndarray, " selected"]) -> Tensor:
-        if not len(ids):
-            return self._read(0, 0)
-        starts = self.store.manifest.starts
-        segments = np.searchsorted(starts, ids, side="right") - 1
-        touched = np.flatnonzero(np.bincount(segments))
-        if len(touched) > _OPEN_MAPS:
-            values = torch.empty((len(ids), *self.site.shape), dtype=self.dtype)
-            for some in np.array_split(touched, -(-len(touched) // _OPEN_MAPS)):
-                chosen = np.flatnonzero((segments >= some[0]) & (segments <= some[-1]))
-                values[chosen] = self._gather(ids[chosen])
-            return values
-        local = ids - starts[segments]
-        return self._tensor(gather([self.view(int(s)) for s in touched], np.searchsorted(touched, segments), local))
+    @property
+    def _maps(self) -> SiteMaps:
+        return self.store._maps(self.site)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        # NumPy allocates, not torch: its large arrays use huge pages, and filling them takes a fifth of the time
+        # NumPy allocated, not torch: its large arrays use huge pages, and filling them takes a fifth of the time
         tensor = torch.from_numpy(values)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
@@ -255,23 +239,16 @@ class Rows:
         touched = np.flatnonzero(np.diff(edges)).tolist()
         if not touched:
             return (self.store.tokens if self.store.rows else COLUMNS.empty_table()).slice(0, 0)
-        paths = [self.store._folders[segment] / TOKENS for segment in touched]
-        return take_tokens(paths, [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched])
+        files = self.store._files(TOKENS)
+        return take_tokens(
+            [files[s] for s in touched], [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched]
+        )
 
     def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
         """The ids, after making sure that they are `store`'s: another store's rows are other tokens."""
         if self.store.path != store.path:
             raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")
         return self.ids
-
-
-def _open_map(manifest: Manifest, folders: list[Path], segment: int, site: SiteRecord) -> np.ndarray:
-    path = folders[segment] / site.file
-    rows = np.asarray(map_rows(path))  # a plain array: indexing a np.memmap takes several times as long
-    expected = (manifest.segments[segment].rows, *site.shape)
-    if rows.shape != expected or rows.dtype != STORED[site.dtype][1]:
-        raise DataError(f"{path} holds {rows.dtype} {rows.shape}, not {site.dtype} {expected}; run workbench verify")
-    return rows
 
 
 def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
@@ -288,11 +265,11 @@ def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
         return ids.astype(np.int64)
     if ids.dtype.kind not in "iu":
         raise IndexError(f"rows of {label} are chosen by whole numbers, slices, masks or Rows, not {ids.dtype} values")
-    if not -rows <= ids.min() <= ids.max() < rows:
-        beyond = ids.min() if ids.min() < -rows else ids.max()
-        raise IndexError(f"row {beyond} is out of range: {label} has {rows} rows")
-    ids = ids.astype(np.int64)
-    return np.where(ids < 0, ids + rows, ids)
+    low, high = ids.min(), ids.max()
+    if not -rows <= low <= high < rows:
+        raise IndexError(f"row {low if low < -rows else high} is out of range: {label} has {rows} rows")
+    ids = ids.astype(np.int64, copy=False)
+    return ids if low >= 0 else np.where(ids < 0, ids + rows, ids)
 
 
 def _not_recorded(store: Store, label: str) -> RequestError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Shaped
 
 from workbench.errors import DataError, RequestError
@@ -118,17 +119,15 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
 
 
 def map_rows(path: str | os.PathLike[str]) -> Shaped[np.ndarray, "row ..."]:
-    """The tensor as a read-only memory map, axes (row, ...): nothing is read until it is indexed.
+    """The tensor as a read-only view of the file, axes (row, ...): nothing is read until it is indexed.
 
-    bfloat16 comes as its uint16 bits. The map holds a file descriptor for as long as it lives.
+    bfloat16 comes as its uint16 bits. Arrow makes the map: NumPy's keeps a file descriptor for as long as it lives,
+    of which a process has some thousand, and indexing an `np.memmap` takes several times as long as an array.
     """
     header = read_header(path)
-    dtype = STORED[header.dtype][1]
-    if not header.nbytes:  # the system maps no empty ranges
-        empty = np.empty(header.shape, dtype)
-        empty.flags.writeable = False
-        return empty
-    return np.memmap(path, dtype, "r", header.offset, header.shape)
+    with pa.memory_map(os.fspath(path)) as file:
+        data = file.read_buffer()
+    return np.frombuffer(data, STORED[header.dtype][1], math.prod(header.shape), header.offset).reshape(header.shape)
 
 
 def _header_bytes(name: str, dtype: str, shape: tuple[int, ...], metadata: Mapping[str, str]) -> bytes:

@@ -80,7 +80,7 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
         return
     body = from_json(text, path / MANIFEST)
     if body.get("checksum") != manifest_checksum(body):
-        yield Finding("", MANIFEST, "checksum differs", "edited or damaged since it was written")
+        yield Finding("", MANIFEST, "checksum differs", "edited or damaged; findings below may follow from it")
     if not manifest.complete:
         detail = f"{manifest.rows} of {manifest.planned_rows} planned rows are committed"
         yield Finding("", MANIFEST, "incomplete", detail, "note")
@@ -178,9 +178,10 @@ def _read_record(check: _Check) -> tuple[SegmentRecord | None, list[Finding]]:
         text = (check.folder / SEGMENT).read_bytes()
     except OSError as error:
         return None, [check.finding(SEGMENT, "missing file", f"{error.strerror}; checksums are unknown")]
-    problems, found, listed = [], files.sha256_bytes(text), check.segment.checksum
-    if found != listed:
-        problems = [check.finding(SEGMENT, "checksum differs", f"SHA-256 {found[:12]}, the manifest has {listed[:12]}")]
+    problems = []
+    if files.sha256_bytes(text) != check.segment.checksum:
+        detail = "edited or damaged; findings in its segment may follow from it"
+        problems.append(check.finding(SEGMENT, "checksum differs", detail))
     try:
         record = parse_segment(text, check.folder / SEGMENT)
     except DataError as error:
@@ -227,7 +228,7 @@ def _check_tokens(check: _Check) -> Iterator[Finding]:
         yield check.finding(TOKENS, "wrong tokens", wrong)
 
 
-def _wrong_sequences(table: pa.Table, sequences: int, first_sequence: int, context: int | None) -> str | None:
+def _wrong_sequences(table: pa.Table, sequences: int, first_sequence: int, context: object) -> str | None:
     sequence, position = table["sequence"].to_numpy(), table["position"].to_numpy()
     begins = np.flatnonzero(np.diff(sequence, prepend=-1))
     lengths = np.diff(begins, append=len(sequence))
@@ -235,7 +236,7 @@ def _wrong_sequences(table: pa.Table, sequences: int, first_sequence: int, conte
         return f"sequences are not {first_sequence} to {first_sequence + sequences - 1}, each in one piece"
     if not np.array_equal(position, np.arange(len(position)) - np.repeat(begins, lengths)):
         return "positions do not count from 0 in every sequence"
-    if context is not None and lengths.max() > context:
+    if isinstance(context, int) and lengths.max() > context:
         return f"a sequence has {lengths.max()} tokens, more than the context of {context}"
     return None
 

@@ -1,0 +1,265 @@
+"""Records a tiny model of one type and holds every value against readings that share none of our code.
+
+The recorder sees sequences of unequal lengths in one padded batch. Each of them is then run alone, without padding:
+the plain model's `output_hidden_states` give the residual stream, eager attention gives the patterns, and
+TransformerBridge, booted on a copy, gives the other sites by its own hooks. The store's unembedding, applied to the
+last recorded residual stream, has to give the recorded logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+import workbench as wb
+from experiments.architectures.tiny import tiny_model
+from workbench.errors import RequestError
+from workbench.lens import load_unembed
+from workbench.models import Model, quietly
+from workbench.store.reader import Store
+
+LENGTHS = (11, 7, 9, 5)
+"""Tokens in each sequence. The longest is longer than the windows and chunks of the tiny models, which are 8."""
+CONTEXT = 16
+TOLERANCE = 1e-5
+"""Largest difference that passes, in float32, relative to the largest value read, or to 1 where that is larger."""
+LENS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one model type offers, and how far from the independent readings it is recorded."""
+
+    model_type: str
+    adapter: str | None = None
+    """TransformerLens' adapter; None: found by structure, or not recordable."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of site offered, in the order of the forward pass."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Largest relative difference of each kind that could be compared; 0: equal."""
+    lens: float | str | None = None
+    """Largest relative difference of the last block's lens from the logits, or why the store has no lens."""
+    remarks: tuple[str, ...] = ()
+    """What could not be compared, and why."""
+    failure: str | None = None
+    """Why it does not pass; None: it does."""
+
+    @property
+    def passed(self) -> bool:
+        return self.failure is None
+
+    @property
+    def recordable(self) -> bool:
+        """Whether any site is offered."""
+        return bool(self.kinds)
+
+
+def check(model_type: str) -> Check:
+    """Records a tiny random model of this type and compares. Never raises: what goes wrong is part of the answer."""
+    found = Check(model_type)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quietly():
+            warnings.simplefilter("ignore")  # transformers and TransformerLens have many about old architectures
+            model = Model(tiny_model(model_type), None, model_type)
+            kinds = dict.fromkeys(_kind(site.short) for site in model.site_map.sites.values() if site.short)
+            found = replace(found, adapter=model.site_map.adapter, kinds=tuple(kinds))
+            return _compare(found, model, Path(folder))
+    except (RequestError, ValueError) as error:
+        return replace(found, failure=_one_line(error))
+    except Exception as error:
+        return replace(found, failure=f"{type(error).__name__}: {_one_line(error)}")
+
+
+def _compare(found: Check, model: Model, folder: Path) -> Check:
+    if "resid_post" not in found.kinds:
+        missing = model.site_map.missing.get("blocks.0.hook_resid_post", "its architecture has none")
+        return replace(found, failure=f"no resid_post: {missing}")
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(8, 120, (n,), generator=generator) for n in LENGTHS]
+    sites = [site.short for site in model.site_map.sites.values() if site.short]
+    texts = [one.tolist() for one in ids]
+    store = wb.record(
+        model, texts, out=folder / "store", sites=sites, context=CONTEXT, dtype="float32", show_progress=False
+    )
+    recorded = _Recorded(store, ids)
+    remarks: list[str] = []
+    errors = _against_plain_model(recorded, model.module)
+    if "pattern" in found.kinds:
+        errors |= _against_eager_attention(recorded, tiny_model(found.model_type), remarks)
+    if found.adapter:
+        errors |= _against_bridge(recorded, model, folder, remarks)
+    lens = _lens(recorded, remarks)
+    failures = [f"{kind} differs by {shown(error)}" for kind, error in errors.items() if not error <= TOLERANCE]
+    if isinstance(lens, float) and not lens <= LENS_TOLERANCE:
+        failures.append(f"the lens differs from the logits by {shown(lens)}")
+    return replace(found, errors=errors, lens=lens, remarks=tuple(remarks), failure="; ".join(failures) or None)
+
+
+# ---- the readings ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The store, and the sequences it was recorded from."""
+
+    store: Store
+    ids: list[Tensor]
+
+    def layers(self, kind: str) -> list[int]:
+        """The layers in which a kind was recorded."""
+        labels = [site.short.split(".") for site in self.store.sites]
+        return sorted(int(label[1]) for label in labels if label[0] == kind and len(label) == 2)
+
+    def read(self, site: str, sequence: int) -> Tensor:
+        """One sequence's rows of a site."""
+        first = sum(LENGTHS[:sequence])
+        return self.store[site][first : first + LENGTHS[sequence]]
+
+
+def _against_plain_model(recorded: _Recorded, module: nn.Module) -> dict[str, float]:
+    """resid_post and logits, of every sequence run alone."""
+    layers, errors = recorded.layers("resid_post"), {"resid_post": 0.0, "logits": 0.0}
+    for sequence, ids in enumerate(recorded.ids):
+        output = _run_alone(module, ids, output_hidden_states=True)
+        _note(errors, "logits", recorded.read("logits", sequence), output.logits[0])
+        after = output.hidden_states[-len(layers) :]  # without the embedding, which most types put first
+        for layer, state in zip(layers, after, strict=True):
+            residual = recorded.read(f"resid_post.{layer}", sequence)
+            if layer == layers[-1] and not _difference(residual, state[0]) <= TOLERANCE:
+                continue  # the last of them is behind the final norm in most types: the lens tells
+            _note(errors, "resid_post", residual, state[0])
+    return errors
+
+
+def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: list[str]) -> dict[str, float]:
+    """pattern, of every sequence run alone in a model that attends eagerly; and that no query sees a later key."""
+    module.set_attn_implementation("eager")
+    layers, errors = recorded.layers("pattern"), {"pattern": 0.0}
+    for sequence, ids in enumerate(recorded.ids):
+        n = len(ids)
+        weights = _run_alone(module, ids, output_attentions=True).attentions or ()
+        if len(weights) > len(layers):  # one for every layer, of which some do not attend
+            weights = [weights[layer] for layer in layers]
+        if len(weights) != len(layers) or any(w is None or w.shape[-2:] != (n, n) for w in weights):
+            _remark(remarks, "eager attention gives no weights to compare the pattern with")
+            weights = [None] * len(layers)
+        for layer, weight in zip(layers, weights, strict=True):
+            ours = recorded.read(f"pattern.{layer}", sequence)
+            _note(errors, "pattern", ours.triu(1) if ours.ndim == 2 else ours.transpose(0, 1).triu(1), torch.zeros(()))
+            sums = torch.ones(n, ours.shape[1]) if weight is None else weight[0].sum(-1).T
+            if (sums < 1 - 1e-3).any():
+                _remark(remarks, "patterns sum to less than 1: each head has a sink that is no token")
+            _note(errors, "pattern", ours.sum(-1), sums)
+            if weight is not None:
+                _note(errors, "pattern", ours[..., :n], weight[0].transpose(0, 1))
+    return errors
+
+
+def _against_bridge(recorded: _Recorded, model: Model, folder: Path, remarks: list[str]) -> dict[str, float]:
+    """Every site that TransformerBridge has too, of every sequence run alone through it."""
+    try:
+        bridge = _bridge(model, folder)
+        with torch.no_grad():
+            caches = [bridge.run_with_cache(ids[None], use_cache=False)[1] for ids in recorded.ids]
+    except Exception as error:
+        remarks.append(f"TransformerBridge does not run it ({type(error).__name__}: {_one_line(error)})")
+        return {}
+    errors: dict[str, float] = {}
+    for site in recorded.store.sites:
+        for sequence, cache in enumerate(caches):
+            if isinstance(cache[site.name] if site.name in cache else None, Tensor):
+                _note(errors, _kind(site.short), recorded.read(site.short, sequence), cache[site.name][0])
+    own = errors.pop("resid_post", 0.0)  # compared with the plain model already: here it is the bridge that is tried
+    if own > TOLERANCE:
+        remarks.append(f"TransformerBridge's own residual stream is {shown(own)} from the plain model's")
+        return {}
+    absent = {_kind(site.short) for site in recorded.store.sites} - {*errors, "resid_post", "pattern", "logits"}
+    if absent:
+        remarks.append(f"TransformerBridge has no {', '.join(sorted(absent))}")
+    errors.pop("pattern", None)
+    return errors
+
+
+def _lens(recorded: _Recorded, remarks: list[str]) -> float | str:
+    """The store's unembedding of the last block against the recorded logits."""
+    last = recorded.store[f"resid_post.{recorded.layers('resid_post')[-1]}"][:]
+    try:
+        unembed = load_unembed(recorded.store.path)
+    except RequestError as error:
+        return _one_line(error).removeprefix("store store holds no unembedding: ")
+    return _difference(unembed(last), recorded.store["logits"][:])
+
+
+def _run_alone(module: nn.Module, ids: Tensor, **asked: bool) -> Any:
+    with torch.no_grad():
+        return module(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False, **asked)
+
+
+def _bridge(model: Model, folder: Path) -> Any:
+    """TransformerBridge on a copy. It insists on a tokenizer, and would install torchvision for some types."""
+    tokenizer = Tokenizer(WordLevel({f"t{token}": token for token in range(128)}, unk_token="t0"))
+    special = {"pad_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    with _silent(), mock.patch.object(subprocess, "check_call", side_effect=OSError("nothing is installed here")):
+        return Model(model.module, tokenizer, model.name).bridge()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---- differences ----------------------------------------------------------------------------------------
+
+
+def _note(errors: dict[str, float], kind: str, ours: Tensor, theirs: Tensor) -> None:
+    errors[kind] = max(errors.get(kind, 0.0), _difference(ours, theirs))
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest of `theirs`, or to 1; infinite where they are not the same thing.
+
+    `theirs` may have its heads before its positions, or flat.
+    """
+    if theirs.ndim == 3 and theirs.shape != ours.shape and theirs.transpose(0, 1).shape == ours.shape:
+        theirs = theirs.transpose(0, 1)
+    if theirs.ndim and theirs.numel() != ours.numel():
+        return float("inf")
+    theirs = theirs.reshape(ours.shape) if theirs.ndim else theirs
+    difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+    return difference if difference == difference else float("inf")
+
+
+def shown(error: float) -> str:
+    """`3.4e-07` -> "3e-7"."""
+    digit, exponent = f"{error:.0e}".split("e") if error and error != float("inf") else (str(error), None)
+    return f"{digit}e{int(exponent)}" if exponent else digit.removesuffix(".0")
+
+
+def _remark(remarks: list[str], text: str) -> None:
+    if text not in remarks:
+        remarks.append(text)
+
+
+def _kind(short: str) -> str:
+    return short.split(".")[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,158 @@
+"""Two sides of a comparison, run in turn; a comparison as one line of a table; peak memory of a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from statistics import median
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one repeat after another gave on our side and on the other, and what was hoped for."""
+
+    what: str
+    against: str
+    ours: tuple[float, ...]
+    other: tuple[float, ...]
+    unit: str
+    by: Literal["ratio", "difference"] = "ratio"
+    """How the medians are compared: ours / other or ours - other."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The two medians compared."""
+        return self._compare(median(self.ours), median(self.other))
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Lowest and highest value of a single repeat, ours beside the other side of the same turn."""
+        each = [self._compare(ours, other) for ours, other in zip(self.ours, self.other, strict=True)]
+        return min(each), max(each)
+
+    @property
+    def verdict(self) -> str:
+        """met, missed, or nothing where there is no target."""
+        if self.at_least is None and self.at_most is None:
+            return ""
+        kept = (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+        return "met" if kept else "missed"
+
+    def cells(self) -> tuple[str, ...]:
+        """The cells of `COLUMNS`."""
+        low, high = self.spread
+        return (
+            self.what,
+            self.against,
+            f"{_number(median(self.ours))} {self.unit}",
+            f"{_number(median(self.other))} {self.unit}",
+            self._value(self.value),
+            f"{_number(low)} to {_number(high)}" if len(self.ours) > 1 else "",
+            "".join(
+                f"{sign} {limit}" for sign, limit in (("≥", self.at_least), ("≤", self.at_most)) if limit is not None
+            ),
+            self.verdict,
+        )
+
+    def _compare(self, ours: float, other: float) -> float:
+        return ours / other if self.by == "ratio" else ours - other
+
+    def _value(self, value: float) -> str:
+        return f"{_number(value)} times" if self.by == "ratio" else f"{_number(value)} {self.unit} more"
+
+
+COLUMNS = ("", "compared with", "workbench", "the other", "workbench is", "over the repeats", "target", "")
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """The comparisons as a Markdown table, aligned to be read as it is."""
+    rows = [COLUMNS, *(comparison.cells() for comparison in comparisons)]
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(COLUMNS))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def interleaved(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str, tuple[float, ...]]:
+    """Calls each side once a turn, in turn, so that what else the machine does meets all of them alike."""
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            gc.collect()
+            values[name].append(side())
+    return {name: tuple(each) for name, each in values.items()}
+
+
+def per_second(amount: float, work: Callable[[], Any]) -> Callable[[], float]:
+    """A side that does `work` once and gives `amount` by the seconds it took."""
+
+    def side() -> float:
+        began = time.perf_counter()
+        work()
+        return amount / (time.perf_counter() - began)
+
+    return side
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident memory of a process, in MB (10^6 bytes)."""
+
+    loaded: float
+    """When everything was loaded and the work was about to begin."""
+    peak: float
+    """The most at any moment of the work."""
+
+    @property
+    def rise(self) -> float:
+        """What the work added to what was loaded."""
+        return self.peak - self.loaded
+
+
+def peak_memory(prepare: Callable[..., Callable[[], Any]], **arguments: Any) -> Memory:
+    """Memory of the work that `prepare(**arguments)` loads and returns, in a fresh process. Linux only.
+
+    `prepare` is a function of a module, its arguments are JSON.
+    """
+    call = json.dumps([prepare.__module__, prepare.__qualname__, arguments])
+    command = [sys.executable, "-m", "experiments.benchmarks.measure", call]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{prepare.__qualname__}({arguments}) failed in a process of its own:\n{done.stderr}")
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure_here(call: str) -> None:
+    module, name, arguments = json.loads(call)
+    work = getattr(import_module(module), name)(**arguments)
+    gc.collect()
+    loaded = _resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # what loading took at most is forgotten: the peak begins anew
+    work()
+    print(json.dumps({"loaded": loaded, "peak": _resident("VmHWM")}))
+
+
+def _resident(field: str) -> float:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+if __name__ == "__main__":
+    _measure_here(sys.argv[1])

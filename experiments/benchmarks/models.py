@@ -1,0 +1,73 @@
+"""What the benchmarks run: GPT-2 shapes with random weights, token ids, and the folder with trained models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import workbench as wb
+
+SHARED = Path(__file__).parents[3] / "shared"
+"""Trained models and corpora, beside the checkout."""
+
+
+def gpt2(layers: int = 12, positions: int = 1024) -> GPT2LMHeadModel:
+    """A GPT-2 of 768 dimensions, 12 heads and 50,257 tokens: random weights, float32, on the CPU."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers, n_positions=positions, architectures=["GPT2LMHeadModel"])
+    return GPT2LMHeadModel(config).eval()
+
+
+def token_ids(sequences: int, context: int, vocab: int = 50257) -> Int64[np.ndarray, "sequence position"]:
+    """Random token ids, the same at each call."""
+    return np.random.default_rng(0).integers(0, vocab, (sequences, context))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One that knows nothing, for those who will not do without one."""
+    words = Tokenizer(WordLevel({"<s>": 0, "?": 1}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<s>", unk_token="?")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Rows per second of one recording."""
+
+    recording: float
+    """From the first forward pass on, to the committed store. What a long recording comes to."""
+    whole: float
+    """The whole call: planning, the fingerprint of the weights and the stored unembedding too."""
+
+
+def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Path, **settings: Any) -> Recorded:
+    """Records `ids` with `wb.record` and times it."""
+    passes: list[float] = []
+
+    def note(_module, _args, given):
+        if given["input_ids"].numel() > 14:  # smaller are the trial passes that look for sites and the unembedding
+            passes.append(time.perf_counter())
+
+    handle = model.module.register_forward_pre_hook(note, with_kwargs=True)
+    began = time.perf_counter()
+    try:
+        wb.record(model, ids.tolist(), out=out, context=ids.shape[1], show_progress=False, **settings)
+    finally:
+        handle.remove()
+    end = time.perf_counter()
+    return Recorded(ids.size / (end - passes[0]), ids.size / (end - began))
+
+
+def forward(module: torch.nn.Module, ids: Int64[np.ndarray, "sequence position"], batch: int) -> None:
+    """Runs `module` over `ids`, `batch` sequences at a time, and drops what it gives."""
+    with torch.inference_mode():
+        for rows in torch.from_numpy(ids).split(batch):
+            module(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)

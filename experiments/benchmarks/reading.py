@@ -1,0 +1,114 @@
+"""Reads of a store beside the same reads of np.memmap on the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+import workbench as wb
+from experiments.benchmarks.measure import Comparison, interleaved, per_second
+from experiments.benchmarks.models import gpt2, token_ids
+
+Gathers = list[Int64[np.ndarray, " selected"]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Rows of 768 float16 values from a file in the page cache, each read into memory of its own."""
+
+    rows: int = 131_072
+    segments: int = 16
+    gathers: tuple[int, ...] = (1000, 10_000)
+    gathered: int = 100_000
+    """Rows that one repeat reads, in gathers of the sizes above."""
+    block: int = 8192
+    repeats: int = 15
+
+    def run(self, folder: Path) -> list[Comparison]:
+        one, many = self._record(folder, self.rows), self._record(folder, self.rows // self.segments)
+        if not torch.equal(one[:], many[:]):
+            raise RuntimeError("one segment and many do not hold the same rows")
+        raw = _memmap(one)
+        found = []
+        rng = np.random.default_rng(0)
+        for size in self.gathers:
+            gathers = [rng.integers(0, self.rows, size) for _ in range(self.gathered // size)]
+            found += self._compare(
+                f"{size:,} random rows at a time",
+                size * len(gathers),
+                {
+                    "one": lambda gathers=gathers: _gather(one, gathers),
+                    "memmap": lambda gathers=gathers: _gather(raw, gathers),
+                    "many": lambda gathers=gathers: _gather(many, gathers),
+                },
+                at_least=0.7,
+            )
+        return found + self._compare(
+            f"all rows in order, {self.block:,} at a time",
+            self.rows,
+            {
+                "one": lambda: _copy_all(one, self.block),
+                "memmap": lambda: _copy_all(raw, self.block),
+                "many": lambda: _copy_all(many, self.block),
+            },
+            at_least=0.8,
+        )
+
+    def _record(self, folder: Path, segment_rows: int) -> wb.ActivationArray:
+        context = 1024
+        store = wb.record(
+            wb.load_model(gpt2(layers=1)),
+            token_ids(self.rows // context, context).tolist(),
+            out=folder / f"segments_of_{segment_rows}.acts",
+            sites=["embed"],
+            context=context,
+            segment_rows=segment_rows,
+            show_progress=False,
+        )
+        return store["embed"]
+
+    def _compare(self, what: str, rows: int, sides: dict[str, Callable[[], None]], at_least: float) -> list[Comparison]:
+        for read in sides.values():
+            read()
+        speeds = interleaved(self.repeats, {name: per_second(rows, read) for name, read in sides.items()})
+        return [
+            Comparison(what, "np.memmap", speeds["one"], speeds["memmap"], "rows/s", at_least=at_least),
+            Comparison(
+                f"the same out of {self.segments} segments",
+                "np.memmap, one file",
+                speeds["many"],
+                speeds["memmap"],
+                "rows/s",
+            ),
+        ]
+
+
+def _memmap(array: wb.ActivationArray) -> np.memmap:
+    """The tensor of a store of one segment, found as the safetensors format says and mapped by NumPy."""
+    (path,) = array.store.path.glob(f"segments/*/{array.site.file}")
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return np.memmap(path, np.float16, mode="r", offset=8 + header, shape=array.shape)
+
+
+def _gather(array: wb.ActivationArray | np.memmap, gathers: Gathers) -> None:
+    for rows in gathers:
+        array[rows]
+
+
+def _copy_all(array: wb.ActivationArray | np.memmap, block: int) -> None:
+    if isinstance(array, np.memmap):
+        for start in range(0, len(array), block):
+            np.array(array[start : start + block])
+    else:
+        for _ in array.blocks(block):
+            pass
+
+
+FULL = Reading()
+QUICK = Reading(rows=8192, segments=4, gathered=20_000, block=1024, repeats=3)
