@@ -170,7 +170,8 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         positions=line["position"].tolist(),
         layers=layers.tolist(),
         title=f"Logit lens of {label(str(result.provenance['model']), 60)}, {label(site)}, sequence {sequence}",
-        unit="probability of the top token",
+        subtitle="in each cell the token this layer would predict next, coloured by its probability",
+        unit="probability",
     )
 
 

@@ -176,7 +176,7 @@ def test_numbers_the_model_got_wrong_are_reported(llama, sequences, tmp_path):
             Model(module, None, "broken"), sequences, tmp_path / "s", dtype="float16", sites=["resid_post.0"]
         )
     assert torch.isnan(store["resid_post", 0][2]).any()
-    assert not torch.isnan(store["resid_post", 0][:2]).any()
+    assert not torch.isnan(store["resid_post", 0][11:14]).any()  # the next sequence
     findings = store.verify()
     assert findings["finding"].tolist() == ["not finite"]
     assert findings["severity"].tolist() == ["error"]
@@ -311,6 +311,12 @@ def test_too_little_space_is_refused_before_the_first_batch(llama, sequences, tm
     monkeypatch.setattr(recorder, "capture", lambda *_args: pytest.fail("a batch ran"))
     with pytest.raises(RequestError, match=r"needs .* and its disk has 1000 B free; record fewer"):
         record(llama, sequences, tmp_path / "s")
+
+
+def test_a_request_that_came_to_nothing_does_not_bind_the_next(llama, sequences, tmp_path):
+    with pytest.raises(RequestError, match="document 1: token id 9999 is not one of the model's"):
+        record(llama, [sequences[0], [9999]], tmp_path / "s", context=16)
+    assert record(llama, sequences, tmp_path / "s", context=8).rows == sum(RAGGED)
 
 
 def test_an_unknown_site_is_refused_before_the_store_is_made(llama, sequences, tmp_path):

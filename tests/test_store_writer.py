@@ -178,6 +178,27 @@ def test_an_exception_in_the_block_leaves_the_writer_usable(tmp_path):
     assert contents(tmp_path / "x") == contents(write_store(tmp_path / "y", SEGMENTS))
 
 
+def test_the_disk_says_what_is_committed_when_the_manifest_fails(tmp_path, monkeypatch):
+    """The new manifest is in place and then the disk refuses to confirm it: that segment is committed."""
+    real = files.fsync
+
+    def fail(path):
+        if path == tmp_path / "x":
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    with writing(tmp_path / "x") as store:
+        store.begin(part_of(SEGMENTS), append=False)
+        monkeypatch.setattr(files, "fsync", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_segment(store, SEGMENTS[0])
+        monkeypatch.undo()
+        assert store.manifest.rows == 5
+        for lengths in SEGMENTS[1:]:
+            write_segment(store, lengths)
+    assert contents(tmp_path / "x") == contents(write_store(tmp_path / "y", SEGMENTS))
+
+
 def test_a_row_that_was_not_written_is_not_committed(tmp_path):
     def record(store):
         with store.segment(3, 1, "", token_table([3])) as open_segment:

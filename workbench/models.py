@@ -31,7 +31,7 @@ _CONTEXT_FIELDS = (
 )
 _HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?(?:/\w(?:[\w.-]*\w)?)?", re.ASCII)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", *_PICKLED)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MARKS = {
     "model": ("config.json",),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
@@ -135,7 +135,7 @@ class Model:
             return build_bridge_from_module(
                 module, architecture, hf_config=config, tokenizer=tokenizer, model_name=self.name
             )
-        except ValueError as error:
+        except Exception as error:  # adapters raise whatever the module lacks
             raise RequestError(f"model {self.name!r} gets no TransformerBridge: {_first_line(error)}") from error
 
     def __repr__(self) -> str:
@@ -174,7 +174,7 @@ def load_model(
                 raise RequestError(f"{name}={value!r} is for a model that is loaded; a module stays as it is given")
         return Model(source, _given_tokenizer(tokenizer, trust_remote_code), _module_name(source))
     location = locate(source, revision)
-    if revision is not None and os.path.isdir(location.path):
+    if revision is not None and not location.hub:
         raise RequestError(f"revision={revision!r} is for a hub id; the directory {str(source)!r} is what it is")
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": location.local}
     module = _load_module(location, device, dtype, allow_pickle, options)
@@ -198,11 +198,15 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 @dataclass(frozen=True)
 class Location:
-    """A local directory or a hub id; `local` when it can be read without the network."""
+    """Where a model or tokenizer is: in a directory, which may be the hub's cache of it, or on the hub."""
 
     path: str
+    """Directory, or hub id where it is yet to be fetched."""
     name: str
     local: bool
+    """Whether it is read without the network."""
+    hub: bool
+    """Whether `name` is a hub id."""
 
 
 def locate(source: str | Path, revision: str | None = None, kind: Literal["model", "tokenizer"] = "model") -> Location:
@@ -223,7 +227,7 @@ def locate(source: str | Path, revision: str | None = None, kind: Literal["model
                 f"{kind} {text!r} is a directory without {marks[0]} (it holds {inside}); "
                 "give the folder that save_pretrained wrote"
             )
-        return Location(str(path), path.resolve().name, local=True)
+        return Location(str(path), path.resolve().name, local=True, hub=False)
     if os.path.exists(path):
         raise RequestError(f"{kind} {text!r} is a file; give the folder that holds {marks[0]}")
     inside_folder = "/" in text and os.path.isdir(path.parent)  # models/typo beside a folder models is no hub id
@@ -239,9 +243,9 @@ def _locate_on_hub(name: str, revision: str | None, kind: str) -> Location:
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    # a config alone is in the cache after AutoConfig: the weights are still to be fetched
-    if _cached(name, _MARKS[kind], revision) and (kind != "model" or _cached(name, _WEIGHTS, revision)):
-        return Location(name, name, local=True)
+    snapshot = _snapshot(name, revision, kind)
+    if snapshot is not None:
+        return Location(str(snapshot), name, local=True, hub=True)
     here = nearest(name, _folders(Path.cwd()))
     if HF_HUB_OFFLINE:
         raise RequestError(
@@ -255,13 +259,23 @@ def _locate_on_hub(name: str, revision: str | None, kind: str) -> Location:
         raise RequestError(
             f"{kind} {name!r} is no directory here, and {found}; check the name or give a path{here}"
         ) from error
-    return Location(name, name, local=False)
+    return Location(name, name, local=False, hub=True)
 
 
-def _cached(name: str, files: tuple[str, ...], revision: str | None) -> bool:
+def _snapshot(name: str, revision: str | None, kind: str) -> Path | None:
+    """The folder in the hub's cache that holds all of it: a config alone is there after AutoConfig, and a download
+    may have stopped between two parts of the weights."""
     from huggingface_hub import try_to_load_from_cache
 
-    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
+    found = (try_to_load_from_cache(name, mark, revision=revision) for mark in _MARKS[kind])
+    folder = next((Path(path).parent for path in found if isinstance(path, str)), None)
+    if folder is None or kind == "tokenizer":
+        return folder
+    parts = {
+        part for index in folder.glob("*.index.json") for part in json.loads(index.read_text())["weight_map"].values()
+    }
+    whole = all((folder / part).is_file() for part in parts)
+    return folder if whole and (parts or any((folder / weights).is_file() for weights in _WEIGHTS)) else None
 
 
 def _folders(parent: Path) -> list[str]:
@@ -337,10 +351,13 @@ def _refuse_pickles(location: Location) -> None:
 
 
 def _own_tokenizer(location: Location, options: dict) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved beside the model; None where there is none."""
+    """The tokenizer saved beside the model; None where a directory has none."""
     folder = Path(location.path)
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
-        return None
+    if location.local and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        if not location.hub:
+            return None
+        location = locate(location.name, options["revision"], "tokenizer")  # of this the cache had the weights only
+        options = options | {"local_files_only": location.local}
     return _load_tokenizer(location.path, options)
 
 

@@ -35,7 +35,7 @@ from workbench.settings import Recording, recording
 from workbench.sites import Site
 from workbench.store.manifest import ModelRecord, Part, SiteRecord, read_counts
 from workbench.store.segment import SegmentWriter
-from workbench.store.writer import Writer, check_space, open_writer, required_bytes
+from workbench.store.writer import Writer, check_space, explain_full_disk, open_writer, required_bytes
 
 if TYPE_CHECKING:
     from workbench.store.reader import Store
@@ -126,17 +126,18 @@ def record_with(
         _scratch(Path(out)) as workdir,
         progress("tokenizing", None, "tokens", shown=show_progress) as tick,
     ):
-        sequences = corpus.plan_sequences(
-            documents,
-            model.tokenizer,
-            context=context,
-            added=added,
-            packed=settings.packed,
-            max_rows=settings.max_rows,
-            workdir=workdir,
-            vocab=model.vocab,
-            progress=tick,
-        )
+        with explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows):
+            sequences = corpus.plan_sequences(
+                documents,
+                model.tokenizer,
+                context=context,
+                added=added,
+                packed=settings.packed,
+                max_rows=settings.max_rows,
+                workdir=workdir,
+                vocab=model.vocab,
+                progress=tick,
+            )
         _record_part(writer, model, taps, records, sequences, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 

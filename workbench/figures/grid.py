@@ -21,6 +21,7 @@ def token_grid(
     positions: Sequence[int],
     layers: Sequence[int],
     title: str,
+    subtitle: str,
     unit: str,
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> go.Figure:
@@ -50,7 +51,7 @@ def token_grid(
     )
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title},
+        title={"text": title, "subtitle": {"text": subtitle}},
         width=max(640, 190 + 62 * len(columns)),
         height=190 + 30 * len(layers),
     )

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-PROBABILITY = [
-    [0.0, "#f7fbff"],
-    [0.2, "#d0e1f2"],
-    [0.4, "#94c4df"],
-    [0.6, "#4a98c9"],
-    [0.8, "#1764ab"],
-    [1.0, "#08306b"],
-]
-"""Sequential, light to dark, equal steps of lightness: for values from none to all."""
+PROBABILITY = [[0, "#f7fbff"], [0.25, "#dbe9f6"], [0.5, "#a3cce3"], [0.7, "#4a90c2"], [0.85, "#1c5fa6"], [1, "#08306b"]]
+"""Sequential, light to dark, for values from none to all; light up to the middle, so that text in cells reads."""
 
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's colours: told apart with any colour vision."""

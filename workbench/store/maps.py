@@ -68,8 +68,10 @@ class SiteMaps:
         """
         if not len(ids):
             return self.read(0, 0)
-        if ids.min() < 0 or ids.max() >= self._starts[-1]:  # an address out of this range would end the process
+        if ids.min() < 0 or ids.max() >= self._starts[-1]:  # an address out of range would end the process
             raise IndexError(f"rows {ids.min()} to {ids.max()} are not within 0 to {self._starts[-1] - 1}")
+        if len(self._paths) == 1:
+            return self.segment(0).take(ids, axis=0)
         segments = np.searchsorted(self._starts, ids, side="right") - 1
         if not self._addresses[segments].all():
             for index in np.unique(segments):

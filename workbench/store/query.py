@@ -18,16 +18,9 @@ from workbench.errors import DataError, RequestError, nearest
 from workbench.store.manifest import SEGMENTS, TOKENS, Manifest
 from workbench.store.tokens import COLUMNS
 
-# The predicate may come from a stranger's notebook: it sees the tokens of this store and no other file,
-# no Python variable, and never the network
-_SETTINGS = (
-    "SET autoinstall_known_extensions = false",
-    "SET autoload_known_extensions = false",
-    "SET python_enable_replacements = false",
-    "SET temp_directory = ''",
-    "SET enable_external_access = false",
-    "SET lock_configuration = true",
-)
+# The predicate may come from a stranger's notebook. It sees the tokens of this store: no other file, no variable of
+# this process, no extension from the network.
+_SETTINGS = ("SET temp_directory = ''", "SET enable_external_access = false", "SET lock_configuration = true")
 
 
 def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Int64[np.ndarray, " selected"]:

@@ -41,18 +41,18 @@ def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema |
         raise RequestError(f"the token table must count its rows {first_row} to {first_row + rows - 1} without a gap")
 
 
-def read_tokens(paths: Sequence[str | os.PathLike[str]], columns: list[str] | None = None) -> pa.Table:
+def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
     """The token tables of several segments as one, with one dictionary per column.
 
     Raises:
         DataError: A file that is missing or damaged.
     """
-    return _concatenate([_read(path, columns) for path in paths])
+    return _concatenate([_read(path) for path in paths])
 
 
 def take_tokens(paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray]) -> pa.Table:
     """The named rows of each segment's table, as one table. Holds one whole segment at a time."""
-    return _concatenate([_read(path, None).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
+    return _concatenate([_read(path).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
 
 
 def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
@@ -63,9 +63,9 @@ def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
         raise _unreadable(path, error) from None
 
 
-def _read(path: str | os.PathLike[str], columns: list[str] | None) -> pa.Table:
+def _read(path: str | os.PathLike[str]) -> pa.Table:
     try:
-        return pq.ParquetFile(path, memory_map=True).read(columns)
+        return pq.ParquetFile(path, memory_map=True).read()
     except (OSError, pa.ArrowInvalid) as error:
         raise _unreadable(path, error) from None
 

@@ -210,7 +210,7 @@ def _check_tensor(check: _Check, site: SiteRecord) -> Iterator[Finding]:
     if nonfinite or counted:
         detail = f"{nonfinite} values are NaN or infinite, {counted} came so from the model"
         where = "" if first is None else f"; first in row {check.first_row + first}"
-        yield check.finding(file, "not finite", detail + where, "note" if nonfinite == counted else "error")
+        yield check.finding(file, "not finite", detail + where)  # an error whoever made them: means over them are NaN
 
 
 def _check_tokens(check: _Check) -> Iterator[Finding]:

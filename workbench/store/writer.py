@@ -104,7 +104,7 @@ def open_writer(
         unembed_reason=None,
     )
     with _locked(path):
-        with _disk_full_explained(path, "the unembedding", 0):
+        with explain_full_disk(path, "the unembedding", 0):
             manifest = _reopen(path, asked) if (path / MANIFEST).exists() else _create(path, asked)
             if manifest.unembed is None and manifest.unembed_reason is None:
                 manifest = _add_unembed(path, manifest, unembed, unembed_reason)
@@ -176,7 +176,7 @@ class Writer:
         check_tokens(tokens, rows, manifest.rows, self._token_schema())
         folder = self.path / SEGMENTS / name
         partial = folder.with_name(name + files.PARTIAL)
-        with _disk_full_explained(self.path, f"segment {name}", manifest.rows):
+        with explain_full_disk(self.path, f"segment {name}", manifest.rows):
             try:
                 files.remove(partial)
                 files.remove(folder)
@@ -244,7 +244,12 @@ def _create(path: Path, manifest: Manifest) -> Manifest:
 def _reopen(path: Path, asked: Manifest) -> Manifest:
     """The store's manifest, after refusing one of another recording and removing what a crash left behind."""
     found = read_manifest(path)
-    if differences := _differences(_settings(found), _settings(asked)):
+    differences = _differences(_settings(found), _settings(asked))
+    if not found.segments and (differences or found.parts):  # an earlier request that came to nothing binds nobody
+        files.remove(path / UNEMBED)
+        write_manifest(path, asked)
+        return asked
+    if differences:
         more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise RequestError(
             f"{path} was recorded otherwise: {'; '.join(differences[:6])}{more}; ask for the same or choose another out"
@@ -311,7 +316,8 @@ def _texts(part: Part) -> str:
 
 
 @contextmanager
-def _disk_full_explained(path: Path, what: str, rows: int) -> Iterator[None]:
+def explain_full_disk(path: Path, what: str, rows: int) -> Iterator[None]:
+    """Inside, a full disk raises DataError that says what was being written and that `rows` are safe."""
     try:
         yield
     except OSError as error:
