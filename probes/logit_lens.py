@@ -126,7 +126,7 @@ def lens_statistics(
     at_target = log.gather(1, target.clamp(min=0)[:, None])
     top = log.topk(top_k, dim=1)
     return {
-        "entropy": -(log.exp() * log).sum(1),
+        "entropy": (log.exp() * -log).sum(1),
         "kl": (p_model * (model_log - log)).sum(1).clamp(min=0),
         "cross_entropy": torch.where(known, -at_target[:, 0], torch.nan),
         "rank": torch.where(known, 1 + (log > at_target).sum(1), 0),
@@ -294,12 +294,12 @@ def _table(data: xr.Dataset, store: Store, targets: np.ndarray, unembed: Unembed
     tiled = {name: np.tile(tokens[name].to_numpy(), n_layers) for name in ("row", "sequence", "position", "document")}
     columns: dict[str, Any] = {"layer": np.repeat(data["layer"].to_numpy(), len(rows)), **tiled}
     columns["token"] = np.tile(np.array(tokens["token"].to_pylist(), dtype=object), n_layers)
-    following = [unembed.token(target) if target >= 0 else "" for target in targets[: len(rows)]]
+    following = [unembed.token(target) if target >= 0 else "" for target in targets[: len(rows)].tolist()]
     columns["next_token"] = np.tile(np.array(following, dtype=object), n_layers)
     for name in ("entropy", "kl", "cross_entropy", "rank"):
         columns[name] = data[name].to_numpy().ravel()
     for k in range(data.sizes["top"]):
         ids = data["top_id"].to_numpy()[:, :, k].ravel()
-        columns[f"top_token_{k + 1}"] = [unembed.token(token_id) for token_id in ids]
+        columns[f"top_token_{k + 1}"] = [unembed.token(token_id) for token_id in ids.tolist()]
         columns[f"top_probability_{k + 1}"] = data["top_probability"].to_numpy()[:, :, k].ravel()
     return pd.DataFrame(columns)

@@ -92,5 +92,6 @@ def _give(site: Site, tensor: Tensor, batch: tuple[int, ...], receive: Receive) 
     """Some modules see batch and position as one axis, and fused heads come flat: both become `site.shape`."""
     rows = tensor.shape[:2] == batch or tensor.shape[:1] == (math.prod(batch),)
     if not rows or tensor.numel() != math.prod((*batch, *site.shape)):
-        raise DataError(f"site {site.short or site.name}: a tensor of shape {tuple(tensor.shape)} for a batch {batch}")
+        found = f"a tensor of shape {tuple(tensor.shape)} for a batch {tuple(batch)}"
+        raise DataError(f"site {site.short or site.name}: {found}")
     receive(site, tensor.reshape(*batch, *site.shape), 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -27,8 +28,13 @@ def run(module: nn.Module, ids: Int[Tensor, "batch position"], mask: Int[Tensor,
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     given = {name: value for name, value in wanted.items() if open_ended or name in accepted}
-    with evaluating(module), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with evaluating(module), torch.inference_mode(), _uncompiled():
         return module(input_ids=ids.to(device), **given)
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Compiled code stays unused inside. Where nothing was compiled, saying so would import the compiler: seconds."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
         raise DataError(f"store {Path(store_path).name}: unembed.safetensors is missing; run `workbench verify`")
     with safe_open(str(path), framework="pt", device=str(device)) as file:
         scalars = json.loads(file.metadata()["unembed"])
-        scalars["tokens"] = scalars["tokens"] and tuple(scalars["tokens"])
+        scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
     return Unembed(**{"bias": None, **tensors, **scalars})
 

@@ -172,6 +172,7 @@ def load_model(
         for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
             if value not in (None, "auto"):
                 raise RequestError(f"{name}={value!r} is for a model that is loaded; a module stays as it is given")
+        source = getattr(source, "_orig_mod", source)  # torch.compile's wrapper: hooks would break its graphs anyway
         return Model(source, _given_tokenizer(tokenizer, trust_remote_code), _module_name(source))
     location = locate(source, revision)
     if revision is not None and not location.hub:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -56,12 +57,14 @@ class Result:
         fresh = path.with_name(f".{path.name}.partial")
         shutil.rmtree(fresh, ignore_errors=True)
         (fresh / "figures").mkdir(parents=True)
-        self.data.to_netcdf(fresh / _DATA, engine="scipy")
+        empty = {name: part.to_dict(data=False) for name, part in self.data.variables.items() if not part.size}
+        self.data.drop_vars(empty).to_netcdf(fresh / _DATA, engine="scipy")
         self.table.to_parquet(fresh / _TABLE)
         for name, figure in self.figures().items():
             html = fresh / "figures" / f"{name}.html"
             figure.write_html(html, include_plotlyjs="directory", include_mathjax=False, div_id=name)
         record = {"format": _FORMAT, "version": _VERSION, "probe": self.probe, "provenance": dict(self.provenance)}
+        record["empty"] = empty  # netCDF 3 has no axes of length 0
         (fresh / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         if path.exists():
             shutil.rmtree(path)
@@ -75,6 +78,7 @@ class Result:
 
 def load_result(path: str | Path) -> Result:
     """Reads what `Result.save` wrote. Raises RequestError where there is no result, DataError where it is damaged."""
+    import numpy as np
     import pandas as pd
     import xarray as xr
 
@@ -87,12 +91,18 @@ def load_result(path: str | Path) -> Result:
         record = _read_record(path)
         if record["version"] > _VERSION:
             raise RequestError(f"result {str(path)!r} has format version {record['version']}; upgrade the workbench")
-        data = xr.load_dataset(path / _DATA, engine="scipy")
+        data = xr.load_dataset(io.BytesIO((path / _DATA).read_bytes()), engine="scipy")
+        empty = {
+            name: xr.Variable(part["dims"], np.empty(part["shape"], part["dtype"]), part["attrs"])
+            for name, part in record["empty"].items()
+        }
+        data = data.assign(empty)
         return Result(record["probe"], data, pd.read_parquet(path / _TABLE), record["provenance"])
     except RequestError:
         raise
     except Exception as error:  # netCDF, Parquet and JSON readers each raise their own kinds
-        raise DataError(f"result {str(path)!r} is damaged: {error}; run the probe again") from error
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"result {str(path)!r} is damaged: {told}; run the probe again") from error
 
 
 def provenance(store: Any, settings: Any) -> dict[str, Any]:
@@ -129,7 +139,7 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
 
 def _read_record(path: Path) -> dict[str, Any]:
     record = json.loads((path / _RECORD).read_text())
-    kinds = {"format": str, "version": int, "probe": str, "provenance": dict}
+    kinds = {"format": str, "version": int, "probe": str, "provenance": dict, "empty": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{_RECORD} lacks one of {', '.join(kinds)}")
     if record["format"] != _FORMAT:

@@ -388,8 +388,9 @@ def _axes(name: str, shape: tuple[int, ...], trial: _Trial, names: _Names) -> tu
     if len(shape) == 2 and hook in {*_HEADED, *_ATTENTION_SITES}:
         return ("head", "d_head")
     residual = trial.row_shape(Tap(f"{names.blocks}.0", "in")) or ()
-    if shape == residual:
-        return ("d_model",)
+    if shape == residual and len(shape) <= 2:
+        return ("stream", "d_model")[-len(shape) :]  # hyper-connections carry several residual streams
     if owner == "mlp" and len(shape) == 1:
         return ("d_mlp",)
-    return tuple(f"d_{owner or hook}" if len(shape) == 1 else f"d_{owner or hook}_{axis}" for axis in range(len(shape)))
+    part = hook.removeprefix("hook_") if owner.isdigit() or not owner else owner
+    return tuple(f"d_{part}" if len(shape) == 1 else f"d_{part}_{axis}" for axis in range(len(shape)))

@@ -97,12 +97,12 @@ def _compare(found: Check, model: Model, folder: Path) -> Check:
     )
     recorded = _Recorded(store, ids)
     remarks: list[str] = []
-    errors = _against_plain_model(recorded, model.module)
+    lens = _lens(recorded)
+    errors = _against_plain_model(recorded, model.module, isinstance(lens, float), remarks)
     if "pattern" in found.kinds:
         errors |= _against_eager_attention(recorded, tiny_model(found.model_type), remarks)
     if found.adapter:
         errors |= _against_bridge(recorded, model, folder, remarks)
-    lens = _lens(recorded, remarks)
     failures = [f"{kind} differs by {shown(error)}" for kind, error in errors.items() if not error <= TOLERANCE]
     if isinstance(lens, float) and not lens <= LENS_TOLERANCE:
         failures.append(f"the lens differs from the logits by {shown(lens)}")
@@ -130,17 +130,23 @@ class _Recorded:
         return self.store[site][first : first + LENGTHS[sequence]]
 
 
-def _against_plain_model(recorded: _Recorded, module: nn.Module) -> dict[str, float]:
+def _against_plain_model(
+    recorded: _Recorded, module: nn.Module, has_lens: bool, remarks: list[str]
+) -> dict[str, float]:
     """resid_post and logits, of every sequence run alone."""
     layers, errors = recorded.layers("resid_post"), {"resid_post": 0.0, "logits": 0.0}
     for sequence, ids in enumerate(recorded.ids):
         output = _run_alone(module, ids, output_hidden_states=True)
         _note(errors, "logits", recorded.read("logits", sequence), output.logits[0])
-        after = output.hidden_states[-len(layers) :]  # without the embedding, which most types put first
+        states = output.hidden_states
+        begins = _difference(recorded.read(f"resid_pre.{layers[0]}", sequence), states[0][0]) <= TOLERANCE
+        after = states[begins : begins + len(layers)]  # most types put first what goes into the first block
         for layer, state in zip(layers, after, strict=True):
             residual = recorded.read(f"resid_post.{layer}", sequence)
             if layer == layers[-1] and not _difference(residual, state[0]) <= TOLERANCE:
-                continue  # the last of them is behind the final norm in most types: the lens tells
+                if not has_lens:
+                    _remark(remarks, "resid_post of the last block could not be compared")
+                continue  # most types give their last one behind the final norm: there the lens tells
             _note(errors, "resid_post", residual, state[0])
     return errors
 
@@ -159,7 +165,7 @@ def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: li
             weights = [None] * len(layers)
         for layer, weight in zip(layers, weights, strict=True):
             ours = recorded.read(f"pattern.{layer}", sequence)
-            _note(errors, "pattern", ours.triu(1) if ours.ndim == 2 else ours.transpose(0, 1).triu(1), torch.zeros(()))
+            _note(errors, "pattern", ours.transpose(0, 1).triu(1), torch.zeros(()))
             sums = torch.ones(n, ours.shape[1]) if weight is None else weight[0].sum(-1).T
             if (sums < 1 - 1e-3).any():
                 _remark(remarks, "patterns sum to less than 1: each head has a sink that is no token")
@@ -181,7 +187,7 @@ def _against_bridge(recorded: _Recorded, model: Model, folder: Path, remarks: li
     errors: dict[str, float] = {}
     for site in recorded.store.sites:
         for sequence, cache in enumerate(caches):
-            if isinstance(cache[site.name] if site.name in cache else None, Tensor):
+            if site.name in cache and isinstance(cache[site.name], Tensor):
                 _note(errors, _kind(site.short), recorded.read(site.short, sequence), cache[site.name][0])
     own = errors.pop("resid_post", 0.0)  # compared with the plain model already: here it is the bridge that is tried
     if own > TOLERANCE:
@@ -194,7 +200,7 @@ def _against_bridge(recorded: _Recorded, model: Model, folder: Path, remarks: li
     return errors
 
 
-def _lens(recorded: _Recorded, remarks: list[str]) -> float | str:
+def _lens(recorded: _Recorded) -> float | str:
     """The store's unembedding of the last block against the recorded logits."""
     last = recorded.store[f"resid_post.{recorded.layers('resid_post')[-1]}"][:]
     try:

@@ -22,7 +22,7 @@ class SaeLens:
     shuffled. Theirs stops at the hooked layer, too: for all twelve sites it runs 6.5 times all blocks."""
 
     layers: int = 12
-    sequences: int = 32
+    sequences: int = 16
     context: int = 256
     batch_tokens: int = 4096
     repeats: int = 2

@@ -1,0 +1,145 @@
+"""`python -m experiments.architectures` writes docs/architectures.md: which models can be recorded, and how exactly."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: TransformerBridge looks for tokenizers on the hub
+
+import torch
+
+from experiments.architectures.sweep import LENGTHS, Check, check, shown
+from experiments.architectures.tiny import causal_lm_types
+
+OUT = Path(__file__).parents[2] / "docs" / "architectures.md"
+COLUMNS = ("resid_post", "pattern", "z", "mlp_post", "logits")
+"""Kinds of site with a column of their own."""
+
+TEXT = """# Architectures
+
+Which models can be recorded, and how exactly. Written by `python -m experiments.architectures`.
+
+For every type that transformers {transformers} maps to a causal language model, the smallest random model of it is
+built in float32 on the CPU, and every site that has a short name is recorded from sequences of {lengths} tokens in
+one padded batch. What the store then holds is compared with readings of each sequence alone, without padding:
+`resid_post` and `logits` with the model's own `output_hidden_states` and logits, `pattern` with eager attention,
+everything else with the hooks of TransformerBridge (TransformerLens {transformer_lens}), and the store's lens at the
+last block with the recorded logits.
+
+A number is the largest difference, relative to the largest value or to 1, whichever is more. It is rounding, and
+changes a little from machine to machine. A type passes when every site that could be compared is within 1e-5, and
+the lens within 1e-4. A dash: not offered, or not compared; the remark says why.
+
+- Through TransformerLens' adapters: {adapted_pass} of {adapted} types pass.
+- By structure (residual stream and logits only): {structural_pass} of {structural} types pass.
+- Not recordable: {refused} types.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.architectures", description=__doc__)
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all of them, if left out")
+    parser.add_argument("--out", type=Path, help=f"Markdown to write; docs/{OUT.name}, or with --types standard output")
+    asked = parser.parse_args(arguments)
+    types = asked.types or causal_lm_types()
+    unknown = sorted({*types} - {*causal_lm_types()})
+    if unknown:
+        parser.error(f"transformers has no causal language model of type {', '.join(unknown)}")
+    text = page(_sweep(types))
+    out = asked.out or (None if asked.types else OUT)
+    if out is None:
+        print(text, end="")
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+    return 0
+
+
+def _sweep(types: Sequence[str]) -> list[Check]:
+    torch.set_num_threads(1)
+    checks = []
+    for done, model_type in enumerate(types, 1):
+        checks.append(check(model_type))
+        outcome = "passes" if checks[-1].passed else checks[-1].failure
+        print(f"{done}/{len(types)} {model_type}: {outcome}", file=sys.stderr, flush=True)
+    return checks
+
+
+def page(checks: Sequence[Check]) -> str:
+    """The Markdown page of a sweep; the same checks give the same text."""
+    adapted = [found for found in checks if found.kinds and found.adapter]
+    structural = [found for found in checks if found.kinds and not found.adapter]
+    refused = [found for found in checks if not found.kinds]
+    text = TEXT.format(
+        transformers=version("transformers"),
+        transformer_lens=version("transformer-lens"),
+        lengths=f"{', '.join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]}",
+        adapted_pass=sum(found.passed for found in adapted),
+        adapted=len(adapted),
+        structural_pass=sum(found.passed for found in structural),
+        structural=len(structural),
+        refused=len(refused),
+    )
+    adapters = [found.adapter.removesuffix("ArchitectureAdapter") for found in adapted]
+    parts = [
+        text,
+        "## Through TransformerLens' adapters\n",
+        _table({"type": [found.model_type for found in adapted], "adapter": adapters} | _columns(adapted, COLUMNS)),
+        "## By structure\n",
+        _table({"type": [found.model_type for found in structural]} | _columns(structural, ("resid_post", "logits"))),
+        "## Not recordable\n",
+        _table(
+            {
+                "type": [found.model_type for found in refused],
+                "reason": [_short(found.failure) for found in refused],
+            }
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _columns(checks: Sequence[Check], kinds: Sequence[str]) -> dict[str, list[str]]:
+    """Sites, the largest error of each of `kinds`, of all other kinds, of the lens, and the remarks."""
+    errors = {kind: [_shown(found.errors.get(kind)) for found in checks] for kind in kinds}
+    others = [max((found.errors[kind] for kind in found.errors.keys() - {*kinds}), default=None) for found in checks]
+    return {
+        "sites": [" ".join(found.kinds) for found in checks],
+        **errors,
+        **({"others": [_shown(error) for error in others]} if any(error is not None for error in others) else {}),
+        "lens": [_shown(found.lens) for found in checks],
+        "remark": ["; ".join(map(_short, _remarks(found))) for found in checks],
+    }
+
+
+def _remarks(found: Check) -> list[str]:
+    failure = [f"FAILS: {found.failure}"] if found.failure else []
+    lens = [f"no lens: {found.lens}"] if isinstance(found.lens, str) else []
+    return [*failure, *found.remarks, *lens]
+
+
+def _shown(error: float | str | None) -> str:
+    return shown(error) if isinstance(error, float) else "-"
+
+
+def _short(text: str, limit: int = 240) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _table(columns: dict[str, list[str]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "".join(f"| {' | '.join(map(_plain, line))} |\n" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """`text` as Markdown that shows it and does nothing else."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("*", "\\*")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
