@@ -375,6 +375,29 @@ def test_taps_nest_and_another_model_passes_through(llama, tiny_models, batch):
     assert calls["outer"][0].key.shape == (2, 2, N, 8)
 
 
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [
+        ({}, True, {"scaling": 8**-0.5, "causal": True, "softcap": None, "sliding_window": None}),
+        ({}, False, {"scaling": 8**-0.5, "causal": False}),
+        ({"scaling": 0.3, "is_causal": False}, True, {"scaling": 0.3, "causal": False}),
+        ({"scaling": 0.0, "is_causal": True}, False, {"scaling": 0.0, "causal": True}),
+        ({"softcap": 2.0, "sliding_window": 5}, True, {"softcap": 2.0, "sliding_window": 5}),
+    ],
+)
+def test_a_call_is_handed_over_as_it_was_made(given, own, expected):
+    module, calls = torch.nn.Module(), []
+    module.is_causal = own
+    query = torch.randn(1, 2, 3, 8)
+    with tap_attention("sdpa", {module: calls.append}):
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, query, query, None, **given)
+    (call,) = calls
+    assert {name: getattr(call, name) for name in expected} == expected
+    assert call.query is query
+    assert call.output is output
+    assert call.output.shape == (1, 3, 2, 8)
+
+
 def test_eager_attention_is_tapped_and_gives_its_own_weights(tiny_models, batch):
     module = copy.deepcopy(tiny_models["llama"])
     sdpa = captured(module, find_sites(module).select(["pattern.1", "z.1"]), batch)
@@ -458,6 +481,10 @@ CASES = {
     "flash attention's window": (
         {"mask": PADDED, "sliding_window": 3},
         lambda b, i, j: i - 3 < j <= i and PADDED[b, j],
+    ),
+    "flash attention's padding, not causal": (
+        {"mask": PADDED, "causal": False},
+        lambda b, _i, j: PADDED[b, j],
     ),
     "no mask, so no window": ({"sliding_window": 3}, causal),
 }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import workbench as wb
@@ -81,7 +81,7 @@ def test_visible(token, shown):
         ("&lt;", "&amp;lt;"),
         ("$x$", "&#36;x&#36;"),
         ("\"'", "&quot;&#x27;"),
-        ("<" * 9, "&lt;" * 8 + "…"),
+        ("<" * 10, "&lt;" * 8 + "…"),
     ],
 )
 def test_label(token, shown):
@@ -189,12 +189,13 @@ def pages(tiny_models, tmp_path_factory):
     for kind in ("harmless", "hostile"):
         names = [HOSTILE[i] if kind == "hostile" and i < len(HOSTILE) else f"token{i}" for i in range(320)]
         backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="token319"))
+        backend.decoder = decoders.Fuse()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
         model = Model(tiny_models["llama"], tokenizer, HOSTILE[1] + "$y$" if kind == "hostile" else "a model")
         folder = tmp_path_factory.mktemp(kind)
-        ids = [list(range(len(HOSTILE))), list(reversed(range(len(HOSTILE))))]
+        ids = [list(range(len(HOSTILE)))]
         store = wb.record(model, ids, out=folder / "acts", dtype="float32", show_progress=False)
-        result = LogitLens(top_k=320).run(store)
+        result = LogitLens(top_k=64).run(store)
         result.save(folder / "lens")
         made[kind] = (store, result, folder / "lens")
     return made
@@ -214,7 +215,7 @@ MARKUP = re.compile(r"<b>|</b>|<br>|<extra></extra>")
 def test_the_names_are_really_there(pages):
     store, result, _ = pages["hostile"]
     assert store.tokens["token"].to_pylist()[: len(HOSTILE)] == HOSTILE
-    named = {text for k in range(1, 321) for text in result.table[f"top_token_{k}"]}
+    named = {text for k in range(1, 65) for text in result.table[f"top_token_{k}"]}
     assert set(HOSTILE) <= named
 
 
@@ -224,7 +225,7 @@ def test_no_text_of_a_model_is_markup_in_a_figure(pages):
         texts = strings(
             json.loads(json.dumps({name: f.to_plotly_json() for name, f in result.figures().items()}, default=list))
         )
-        assert len(texts) > 1000
+        assert len(texts) > 200
         bare = [MARKUP.sub("", text) for text in texts]
         assert [text for text in bare if set(text) & set("<>$")] == []
         assert [text for text in bare if re.sub(r"&(lt|gt|amp|quot|#x27|#36);", "", text).count("&")] == []

@@ -2,7 +2,11 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from workbench.errors import RequestError
 from workbench.sitemap import find_sites
 from workbench.sites import SHORT_NAMES, Site, SiteMap, Tap, full_name, short_name
 
+ROOT = Path(__file__).parents[1]
 LAYERS = 12
 
 
@@ -361,6 +366,22 @@ def test_finding_sites_leaves_the_model_alone(tiny_models):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert before.keys() == module.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_the_order_is_the_same_in_every_process():
+    """CodeGen's attention gives its output and its weights at once. Sets of strings are ordered anew each time."""
+    code = (
+        "from experiments.architectures.tiny import tiny_model; from workbench.sitemap import find_sites; "
+        "print(*find_sites(tiny_model('codegen')).sites)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    running = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT, stdout=subprocess.PIPE)
+        for seed in ("0", "1")
+    ]
+    one, other = (process.communicate(timeout=300)[0].decode().split() for process in running)
+    assert "blocks.0.attn.hook_pattern" in one
+    assert one == other
 
 
 # ---- by structure ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -254,9 +255,17 @@ def _parse(kind: type, program: str, arguments: list[str], description: str | No
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip("│ ").strip() for line in said.getvalue().splitlines()]
-        body = list(itertools.takewhile(lambda line: not line.startswith("─"), lines[1:]))
-        raise RequestError(f"{' '.join(body).rstrip('.')}; see {program} --help") from None
+        problem, *rest = _sections(said.getvalue())
+        meant = [name for part in rest if part.startswith("Perhaps") for name in re.findall(r"--[\w-]+", part)]
+        hint = f"; nearest: {', '.join(dict.fromkeys(meant))}" if meant else ""
+        raise RequestError(f"{problem.rstrip('.')}{hint}; see {program} --help") from None
+
+
+def _sections(framed: str) -> list[str]:
+    """What stands between the rules of tyro's frame, which is drawn with other characters where output is not UTF-8."""
+    lines = [line.strip("│ ") for line in framed.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line[:1] in tuple("╭╰") or (len(line) > 9 and set(line) <= set("─-"))]
+    return [" ".join(filter(None, lines[first + 1 : last])) for first, last in itertools.pairwise([*rules, len(lines)])]
 
 
 def _source(text: str) -> str | Path:

@@ -59,7 +59,7 @@ def record(
     max_rows: int | None = Recording.max_rows,
     text_column: str = Recording.text_column,
     metadata: Sequence[str] | None = Recording.metadata,
-    batch_tokens: int = Recording.batch_tokens,
+    batch_tokens: int | None = Recording.batch_tokens,
     segment_rows: int | None = Recording.segment_rows,
     append: bool = False,
     show_progress: bool = True,
@@ -230,7 +230,7 @@ def _fill(
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     dtype = getattr(torch, settings.dtype)
     with _backlog() as submit:
-        for batch in corpus.batch_plan(lengths, settings.batch_tokens):
+        for batch in corpus.batch_plan(lengths, settings.batch_tokens or _batch_tokens(model)):
             tokens, mask = _padded(ids, starts[batch], lengths[batch])
             rows = _Rows(starts[batch], lengths[batch])
 
@@ -406,6 +406,10 @@ def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
         save_unembed(named, path, model.module.get_output_embeddings().weight.dtype)
 
     return write, None
+
+
+def _batch_tokens(model: Model) -> int:
+    return 2048 if model.device.type == "cpu" else 16_384
 
 
 def _segment_rows(records: Sequence[SiteRecord]) -> int:

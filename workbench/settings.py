@@ -31,8 +31,9 @@ class Recording:
     """Column that holds the text, in files and datasets with columns."""
     metadata: tuple[str, ...] | None = None
     """Columns kept beside each token. None: all but the text; (): none."""
-    batch_tokens: int = 4096
-    """Tokens in one forward pass, padding included. Larger is faster until memory or cache runs out."""
+    batch_tokens: int | None = None
+    """Tokens in one forward pass, padding included. None: 2,048 on a CPU, whose caches more would overflow, and
+    16,384 on a GPU."""
     segment_rows: int | None = None
     """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
 

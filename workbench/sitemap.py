@@ -238,7 +238,8 @@ def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module], len
     paths = {path: part for path, part in modules.items() if path.startswith(f"{names.blocks}.")}
     callbacks = {part: partial(_see_call, trial, path) for path, part in paths.items()} if names.attention else {}
     with ExitStack() as stack:
-        for tap in {tap for tap in names.taps.values() if tap.path in modules and tap.part != "logits"}:
+        taps = dict.fromkeys(names.taps.values())  # no set: hooks of one module run in this order, which sites keep
+        for tap in (tap for tap in taps if tap.path in modules and tap.part != "logits"):
             see = partial(_see_weights if tap.part == "returned_weights" else _Trial.see, trial, tap)
             stack.enter_context(hook_tensor(modules[tap.path], tap.part, see))
         stack.enter_context(tap_attention(text_config(module)._attn_implementation, callbacks))

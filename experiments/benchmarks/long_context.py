@@ -24,7 +24,7 @@ class LongContext:
     layers: int = 4
     context: int = 4096
     sequences: int = 1
-    repeats: int = 3
+    repeats: int = 2
 
     def run(self, folder: Path) -> list[Comparison]:
         return [*self._memory(folder), *self._speed(folder)]

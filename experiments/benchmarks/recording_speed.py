@@ -16,9 +16,9 @@ class RecordingSpeed:
     """A GPT-2 shape, float32 on the CPU, and resid_post of every layer in float16, over the same batches."""
 
     layers: int = 12
-    sequences: int = 32
+    sequences: int = 24
     context: int = 256
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
