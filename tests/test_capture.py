@@ -20,6 +20,10 @@ from workbench.sites import Site, Tap
 
 LENGTHS = (9, 4)
 N = max(LENGTHS)
+PADDED = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+RANDOM_MASK = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(2)) > 0.4
+RANDOM_MASK |= torch.eye(6, dtype=torch.bool)
+BIAS = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
@@ -383,19 +387,26 @@ def test_taps_nest_and_another_model_passes_through(llama, tiny_models, batch):
         ({"scaling": 0.3, "is_causal": False}, True, {"scaling": 0.3, "causal": False}),
         ({"scaling": 0.0, "is_causal": True}, False, {"scaling": 0.0, "causal": True}),
         ({"softcap": 2.0, "sliding_window": 5}, True, {"softcap": 2.0, "sliding_window": 5}),
+        ({"position_bias": BIAS}, True, {"position_bias": BIAS}),
     ],
 )
-def test_a_call_is_handed_over_as_it_was_made(given, own, expected):
+def test_a_call_is_handed_over_as_it_was_made(given, own, expected, monkeypatch):
+    def attend(_module, query, _key, _value, _mask, **passed_on):
+        assert passed_on == given
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "made_up", attend)
     module, calls = torch.nn.Module(), []
     module.is_causal = own
-    query = torch.randn(1, 2, 3, 8)
-    with tap_attention("sdpa", {module: calls.append}):
-        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, query, query, None, **given)
+    query, key, value = torch.randn(3, 1, 2, 3, 8)
+    with tap_attention("made_up", {module: calls.append}):
+        output, _ = ALL_ATTENTION_FUNCTIONS["made_up"](module, query, key, value, PADDED, **given)
     (call,) = calls
+    assert ALL_ATTENTION_FUNCTIONS["made_up"] is attend
     assert {name: getattr(call, name) for name in expected} == expected
-    assert call.query is query
+    assert (call.query is query, call.key is key, call.value is value, call.mask is PADDED) == (True,) * 4
     assert call.output is output
-    assert call.output.shape == (1, 3, 2, 8)
+    assert call.weights is None
 
 
 def test_eager_attention_is_tapped_and_gives_its_own_weights(tiny_models, batch):
@@ -455,11 +466,6 @@ def brute_force(call, visible):
 def causal(_b, i, j):
     return j <= i
 
-
-PADDED = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-RANDOM_MASK = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(2)) > 0.4
-RANDOM_MASK |= torch.eye(6, dtype=torch.bool)
-BIAS = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(4))
 
 CASES = {
     "causal": ({}, causal),

@@ -24,6 +24,7 @@ from workbench import cli
 from workbench.models import Model
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # output is buffered, as a user has it
 
 
 def run(*arguments, encoding: str = "utf-8") -> tuple[int, str, str]:
@@ -44,7 +45,7 @@ def run(*arguments, encoding: str = "utf-8") -> tuple[int, str, str]:
 def process(code: str, *arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -451,9 +452,7 @@ def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch):
 def test_what_reads_our_output_may_go_away(store):
     for limit in (1, 3_000):  # what fits in a pipe, and what does not
         command = [sys.executable, "-c", MAIN, "query", str(store), "position >= 0", "--limit", str(limit)]
-        ran = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+        ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
         ran.stdout.close()
         assert ran.stderr.read() == b""
         ran.stderr.close()

@@ -434,7 +434,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
-    settings = LogitLens(where="position != 3")
+    settings = LogitLens(where="position != 3", detail=10)
     whole = settings.run(llama_store)
     rows = int(whole.data["rows"])
     for block in (7, 1, rows):

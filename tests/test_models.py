@@ -484,6 +484,12 @@ def test_pickled_weights_only_where_allowed(model_dir, tiny_models):
     assert torch.equal(model.module(IDS).logits, tiny_models["llama"](IDS).logits)
 
 
+def test_a_stray_safetensors_file_lets_no_pickle_in(model_dir):
+    torch.save(load_file(model_dir / "model.safetensors"), model_dir / "pytorch_model.bin")
+    (model_dir / "model.safetensors").rename(model_dir / "adapter.safetensors")
+    assert refusal(load_model, model_dir).startswith("model 'tiny-llama' cannot be loaded: Error no file named model.")
+
+
 def test_a_pickle_that_would_run_code_does_not(model_dir):
     (model_dir / "model.safetensors").unlink()
     torch.save({"weight": Marker(model_dir / "ran")}, model_dir / "pytorch_model.bin")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: TransformerBridge looks for tokenizers on the hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here comes from the hub
 
 import torch
 

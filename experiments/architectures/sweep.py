@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 import workbench as wb
 from experiments.architectures.tiny import tiny_model
@@ -102,7 +97,7 @@ def _compare(found: Check, model: Model, folder: Path) -> Check:
     if "pattern" in found.kinds:
         errors |= _against_eager_attention(recorded, tiny_model(found.model_type), remarks)
     if found.adapter:
-        errors |= _against_bridge(recorded, model, folder, remarks)
+        errors |= _against_bridge(recorded, model, remarks)
     failures = [f"{kind} differs by {shown(error)}" for kind, error in errors.items() if not error <= TOLERANCE]
     if isinstance(lens, float) and not lens <= LENS_TOLERANCE:
         failures.append(f"the lens differs from the logits by {shown(lens)}")
@@ -175,11 +170,11 @@ def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: li
     return errors
 
 
-def _against_bridge(recorded: _Recorded, model: Model, folder: Path, remarks: list[str]) -> dict[str, float]:
+def _against_bridge(recorded: _Recorded, model: Model, remarks: list[str]) -> dict[str, float]:
     """Every site that TransformerBridge has too, of every sequence run alone through it."""
     try:
-        bridge = _bridge(model, folder)
-        with torch.no_grad():
+        with _silent(), torch.no_grad():
+            bridge = model.bridge()
             caches = [bridge.run_with_cache(ids[None], use_cache=False)[1] for ids in recorded.ids]
     except Exception as error:
         remarks.append(f"TransformerBridge does not run it ({type(error).__name__}: {_one_line(error)})")
@@ -213,16 +208,6 @@ def _lens(recorded: _Recorded) -> float | str:
 def _run_alone(module: nn.Module, ids: Tensor, **asked: bool) -> Any:
     with torch.no_grad():
         return module(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False, **asked)
-
-
-def _bridge(model: Model, folder: Path) -> Any:
-    """TransformerBridge on a copy. It insists on a tokenizer, and would install torchvision for some types."""
-    tokenizer = Tokenizer(WordLevel({f"t{token}": token for token in range(128)}, unk_token="t0"))
-    special = {"pad_token": "t0", "bos_token": "t1", "eos_token": "t2"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    with _silent(), mock.patch.object(subprocess, "check_call", side_effect=OSError("nothing is installed here")):
-        return Model(model.module, tokenizer, model.name).bridge()
 
 
 @contextlib.contextmanager
