@@ -1,5 +1,6 @@
 """The recorder: what is stored is what the model computed, for every setting, and only once."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -31,9 +32,12 @@ def record(model, texts, path, **settings):
 
 
 def hidden_states(module, ids):
-    """Plain Hugging Face on one unpadded sequence: outputs of every block but the last, and the logits."""
+    """Plain Hugging Face on one unpadded sequence: outputs of every block but the last, and the logits.
+
+    Of a copy: a model that was once asked for hidden states keeps transformers' hooks for them.
+    """
     with torch.no_grad():
-        output = module(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        output = copy.deepcopy(module)(input_ids=torch.tensor([ids]), output_hidden_states=True)
     return [state[0] for state in output.hidden_states[1:-1]], output.logits[0]
 
 
@@ -63,19 +67,18 @@ def test_patterns_are_those_of_eager_attention(tiny_models, sequences, tmp_path)
     """Also where keys are shared (GQA), windows slide and scores are capped; keys behind the sequence are 0."""
     for family, module in tiny_models.items():
         store = record(Model(module, None, family), sequences, tmp_path / family, sites=["pattern"], context=20)
-        was = module.config._attn_implementation
-        module.set_attn_implementation("eager")
+        eager = copy.deepcopy(module)
+        eager.set_attn_implementation("eager")
         first = 0
         for ids in sequences:
             with torch.no_grad():
-                attentions = module(input_ids=torch.tensor([ids]), output_attentions=True).attentions
+                attentions = eager(input_ids=torch.tensor([ids]), output_attentions=True).attentions
             for layer, expected in enumerate(attentions):
                 found = store["pattern", layer][first : first + len(ids)]
                 assert found.shape == (len(ids), 4, 20)
                 torch.testing.assert_close(found[..., : len(ids)], expected[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
                 assert not found[..., len(ids) :].any()
             first += len(ids)
-        module.set_attn_implementation(was)
 
 
 def test_heads_are_those_the_bridge_shows(tiny_models, sequences, tiny_tokenizer, tmp_path):
@@ -140,8 +143,6 @@ def test_dtype_is_what_is_stored(dtype, step, llama, sequences, tmp_path):
 
 
 def test_values_beyond_the_stored_type_are_counted_reported_and_stay_finite(llama, sequences, tmp_path):
-    import copy
-
     module = copy.deepcopy(llama.module)
     with torch.no_grad():
         module.model.layers[0].mlp.down_proj.weight[5] = 1e6
@@ -165,8 +166,6 @@ def test_values_beyond_the_stored_type_are_counted_reported_and_stay_finite(llam
 
 
 def test_numbers_the_model_got_wrong_are_reported(llama, sequences, tmp_path):
-    import copy
-
     module = copy.deepcopy(llama.module)
     module.model.embed_tokens.weight.data[sequences[0][2], 3] = torch.nan
     with pytest.warns(
@@ -270,8 +269,6 @@ def test_append_adds_texts_behind(llama, sequences, tmp_path):
 
 
 def test_other_settings_model_or_texts_are_refused_with_the_difference(llama, tiny_models, sequences, tmp_path):
-    import copy
-
     record(llama, sequences, tmp_path / "s", context=16)
     for settings, difference in (
         ({"context": 8}, "context: 16 in the store, 8 asked"),

@@ -133,6 +133,8 @@ class Writer:
             )
         if not parts or (append and not unfinished):
             self._replace(replace(self.manifest, parts=(*parts, part)))
+        elif parts[-1] != part and unfinished and not self._part_segments():  # begun, and came to nothing
+            self._replace(replace(self.manifest, parts=(*parts[:-1], part)))
         elif parts[-1] != part:
             hint = "resume that part with its own texts" if append else "pass append=True to add texts"
             raise RequestError(
@@ -245,7 +247,7 @@ def _reopen(path: Path, asked: Manifest) -> Manifest:
     """The store's manifest, after refusing one of another recording and removing what a crash left behind."""
     found = read_manifest(path)
     differences = _differences(_settings(found), _settings(asked))
-    if not found.segments and (differences or found.parts):  # an earlier request that came to nothing binds nobody
+    if differences and not found.segments:  # an earlier request that came to nothing binds nobody
         files.remove(path / UNEMBED)
         write_manifest(path, asked)
         return asked
