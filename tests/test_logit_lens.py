@@ -74,6 +74,7 @@ def plain_logits(module, sequences) -> np.ndarray:
     """[layer, row, vocab] in float64, from output_hidden_states and the model's own logits; nothing of ours."""
     norm, head = module.get_submodule(NORMS[type(module).__name__]), module.get_output_embeddings()
     cap = getattr(module.config, "final_logit_softcapping", None)
+    module = copy.deepcopy(module)  # transformers leaves hooks in a model that was asked for hidden states
     parts = []
     with torch.inference_mode():
         for ids in sequences:

@@ -157,14 +157,14 @@ def test_a_module_is_taken_as_it_is(tiny_model, tiny_tokenizer):
     module = copy.deepcopy(tiny_model)
     module.train()
     module.get_input_embeddings().eval()
-    modes = [part.training for part in module.modules()]
+    modes, hooked = [part.training for part in module.modules()], hooks(module)
     before = {name: part.clone() for name, part in module.state_dict().items()}
     model = load_model(module, tokenizer=tiny_tokenizer)
     assert model.module is module
     assert model.tokenizer is tiny_tokenizer
     assert (model.name, model.revision) == (type(module).__name__, None)
     assert "resid_post.2" in model.sites  # one trial pass has run
-    assert hooks(module) == 0
+    assert hooks(module) == hooked
     assert [part.training for part in module.modules()] == modes
     assert all(torch.equal(part, before[name]) for name, part in module.state_dict().items())
     assert module.config._attn_implementation == tiny_model.config._attn_implementation
@@ -695,7 +695,7 @@ def test_context_limit_of_real_configs(tiny_model):
 def test_the_bridge_agrees_and_the_model_stays(tiny_model, no_network):
     model = load_model(tiny_model)
     classes = [type(part) for part in tiny_model.modules()]
-    hidden = tiny_model(IDS, output_hidden_states=True).hidden_states
+    hidden = copy.deepcopy(tiny_model)(IDS, output_hidden_states=True).hidden_states
     before, hooked = tiny_model(IDS).logits, hooks(tiny_model)
     bridge = model.bridge()
     logits, cache = bridge.run_with_cache(IDS)

@@ -32,8 +32,8 @@ class Recording:
     metadata: tuple[str, ...] | None = None
     """Columns kept beside each token. None: all but the text; (): none."""
     batch_tokens: int | None = None
-    """Tokens in one forward pass, padding included. None: 2,048 on a CPU, whose caches more would overflow, and
-    16,384 on a GPU."""
+    """Tokens in one forward pass, padding included. None: on a CPU 2,048, and up to 8,192 for models narrower than
+    768; on a GPU 16,384."""
     segment_rows: int | None = None
     """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
 

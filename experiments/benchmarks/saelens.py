@@ -18,14 +18,13 @@ from experiments.benchmarks.models import SHARED, gpt2, record, token_ids, token
 
 @dataclass(frozen=True)
 class SaeLens:
-    """The same tokens and stored type (float16), each side with the batch it takes by default: 2,048 tokens ours, 32
-    sequences theirs. Loading is timed on neither side, and theirs is not shuffled. Theirs stops at the hooked layer,
+    """The same tokens and stored type (float16), each side with the batch it takes by default: theirs is 32
+    sequences. Loading is timed on neither side, and theirs is not shuffled. Theirs stops at the hooked layer,
     too: for all twelve sites it runs 6.5 times all blocks, which bounds the ratio where batches are the same."""
 
     layers: int = 12
     sequences: int = 32
     context: int = 256
-    batch_tokens: int = 2048
     batch_sequences: int = 32
     repeats: int = 1
     trained: str = "stories260K"
@@ -62,14 +61,14 @@ class SaeLens:
 
         def ours(ids: np.ndarray = ids) -> float:
             shutil.rmtree(folder / "ours.acts", ignore_errors=True)
-            speed = record(model, ids, folder / "ours.acts", sites=sites, batch_tokens=self.batch_tokens)
+            speed = record(model, ids, folder / "ours.acts", sites=sites)
             whole.append(speed.whole)
             return speed.recording
 
         def theirs() -> float:
             return ids.size / sum(runner.seconds() for runner in runners)
 
-        ours(ids[: self.batch_tokens // self.context])
+        ours(ids[: self.batch_sequences])
         whole.clear()
         speeds = interleaved(repeats, {"ours": ours, "theirs": theirs})
         what = f"{path.name}, {len(hooks)} site{'s'[: len(hooks) > 1]}"
