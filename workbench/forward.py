@@ -32,6 +32,13 @@ def run(module: nn.Module, ids: Int[Tensor, "batch position"], mask: Int[Tensor,
         return module(input_ids=ids.to(device), **given)
 
 
+def trial_ids(module: nn.Module, batch: int, positions: int, seed: int) -> Int[Tensor, "batch position"]:
+    """Random ordinary token ids to try a model on, the same for a seed; the first few are often special."""
+    vocab = module.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(min(8, vocab - 1), min(vocab, 4096), (batch, positions), generator=generator)
+
+
 def _uncompiled() -> AbstractContextManager:
     """Compiled code stays unused inside. Where nothing was compiled, saying so would import the compiler: seconds."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

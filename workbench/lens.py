@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.errors import DataError, RequestError
-from workbench.forward import evaluating, first_tensor, hook_tensor, run, text_config
+from workbench.forward import evaluating, first_tensor, hook_tensor, run, text_config, trial_ids
 
 _EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 
@@ -250,8 +250,7 @@ def _tensors(unembed: Unembed) -> dict[str, Tensor]:
 
 
 def _trial_tokens(module: nn.Module) -> tuple[Tensor, Tensor]:
-    vocab = module.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(min(8, vocab - 1), min(vocab, 4096), (2, 7), generator=torch.Generator().manual_seed(1))
+    ids = trial_ids(module, 2, 7, seed=1)
     return ids, torch.ones_like(ids)
 
 

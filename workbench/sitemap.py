@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workbench.attention import AttentionCall, pattern_blocks, tap_attention
 from workbench.errors import RequestError
-from workbench.forward import first_tensor, hook_tensor, run, text_config
+from workbench.forward import first_tensor, hook_tensor, run, text_config, trial_ids
 from workbench.sites import Site, SiteMap, Tap, short_name
 
 _TOP_ALIASES = {"hook_embed": ("embed_ln.hook_out", "embed.hook_out"), "hook_pos_embed": ("pos_embed.hook_out",)}
@@ -231,9 +231,7 @@ def _structural_names(module: nn.Module) -> _Names:
 def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module], lengths: tuple[int, ...]) -> _Trial:
     """Runs the model over right-padded sequences of these lengths and notes what passes at every tap."""
     trial = _Trial(lengths)
-    generator = torch.Generator().manual_seed(0)
-    vocab = module.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(min(8, vocab - 1), min(vocab, 4096), (_BATCH, max(lengths)), generator=generator)
+    ids = trial_ids(module, _BATCH, max(lengths), seed=0)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     paths = {path: part for path, part in modules.items() if path.startswith(f"{names.blocks}.")}
     callbacks = {part: partial(_see_call, trial, path) for path, part in paths.items()} if names.attention else {}
