@@ -59,6 +59,7 @@ def record(
     max_rows: int | None = Recording.max_rows,
     text_column: str = Recording.text_column,
     metadata: Sequence[str] | None = Recording.metadata,
+    span_column: str | None = Recording.span_column,
     batch_tokens: int | None = Recording.batch_tokens,
     segment_rows: int | None = Recording.segment_rows,
     append: bool = False,
@@ -87,6 +88,7 @@ def record(
         max_rows=max_rows,
         text_column=text_column,
         metadata=metadata,
+        span_column=span_column,
         batch_tokens=batch_tokens,
         segment_rows=segment_rows,
     )
@@ -109,7 +111,12 @@ def record_with(
     taps = model.site_map.select(settings.sites)
     context = context_length(settings, model)
     added = corpus.added_tokens(model.tokenizer, settings.bos)
-    documents = corpus.read_documents(texts, text_column=settings.text_column, metadata=settings.metadata)
+    documents = corpus.read_documents(
+        texts,
+        text_column=settings.text_column,
+        metadata=settings.metadata,
+        span_column=settings.span_column,
+    )
     records = [_site_record(site, context, settings.dtype) for site in taps]
     unembed, reason = _unembed(model)
     with (

@@ -30,7 +30,10 @@ class Recording:
     text_column: str = "text"
     """Column that holds the text, in files and datasets with columns."""
     metadata: tuple[str, ...] | None = None
-    """Columns kept beside each token. None: all but the text; (): none."""
+    """Columns kept beside each token. None: all but the text and the spans; (): none."""
+    span_column: str | None = "spans"
+    """Column with labelled spans of the text, where there is one: each label becomes two columns beside each token.
+    None: read no spans."""
     batch_tokens: int | None = None
     """Tokens in one forward pass, padding included. None: on a CPU 2,048, and up to 8,192 for models narrower than
     768; on a GPU 16,384."""
@@ -42,6 +45,12 @@ class Recording:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} must be at least 1, not {value}")
+        for name, columns in (("text_column", (self.text_column,)), ("metadata", self.metadata or ())):
+            if self.span_column in columns:
+                raise RequestError(
+                    f"{name} names {self.span_column!r}, which is the column of spans; name another in span_column=, "
+                    "or pass span_column=None (--span-column None) to read no spans"
+                )
         if not self.sites:
             raise RequestError("sites is empty; name at least one, for example resid_post")
 

@@ -1,6 +1,7 @@
 """From what a user calls texts to planned sequences of token ids; knows nothing of models and stores.
 
     sources  read_documents, check_source     strings, files, datasets, token ids -> a stream of documents
+    spans    Span, read_spans, label_tokens   labelled parts of a text -> columns of the token table
     tokens   added_tokens, token_texts        what the tokenizer puts around a text; what a token stands for
     plan     plan_sequences and the rest      documents -> sequences on disk, segments, batches, token table
 
@@ -17,6 +18,7 @@ from workbench.corpus.plan import (
     token_table,
 )
 from workbench.corpus.sources import Document, check_source, read_documents
+from workbench.corpus.spans import Span
 from workbench.corpus.tokens import TOKEN_SCHEMA, AddedTokens, added_tokens, token_texts
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "AddedTokens",
     "Document",
     "Sequences",
+    "Span",
     "added_tokens",
     "batch_plan",
     "check_source",

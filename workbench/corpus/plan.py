@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int32, Int64
 
-from workbench.corpus.sources import Document, replace_surrogates
-from workbench.corpus.tokens import TOKEN_SCHEMA, AddedTokens, Encoding, encode, special_ids
+from workbench.corpus.sources import Document
+from workbench.corpus.spans import label_tokens, span_type
+from workbench.corpus.tokens import TOKEN_SCHEMA, AddedTokens, Encoding, encode, replace_surrogates, special_ids
 from workbench.errors import RequestError
 
 _BATCH_DOCUMENTS = 256
@@ -33,8 +34,8 @@ _COLUMNS = {
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sequences of token ids, ready for the model: arrays over rows, mapped from files, and one row of metadata
-    for each document."""
+    """Sequences of token ids, ready for the model: arrays over rows, mapped from files, and one row of metadata and
+    spans for each document."""
 
     token_ids: Int32[np.ndarray, " row"]
     char_start: Int32[np.ndarray, " row"]
@@ -48,6 +49,8 @@ class Sequences:
     """First row of each sequence, and the number of rows."""
     metadata: pa.Table
     """One row for each document read, skipped ones included; no columns where the texts have no metadata."""
+    spans: pa.Table
+    """The same for labelled spans: a column for each label, of `span_type`, empty lists where there is none."""
     special_ids: frozenset[int]
     """Ids of tokens that are not text."""
     documents: int
@@ -102,7 +105,10 @@ def plan_sequences(
     count = skipped = cut = replaced = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(workdir / f"{name}.bin", "wb")) for name in _COLUMNS}
-        metadata = _MetadataSpool(stack.enter_context(open(workdir / "metadata.jsonl", "w+", encoding="ascii")))
+        spools = {
+            name: _Spool(stack.enter_context(open(workdir / f"{name}.jsonl", "w+", encoding="ascii")), name == "spans")
+            for name in ("metadata", "spans")
+        }
         layout = _Layout(files, context=context, packed=packed, max_rows=max_rows)
         while batch := _take(stream, min(_BATCH_CHARACTERS, max_rows - layout.rows), added):
             before = layout.rows
@@ -111,7 +117,8 @@ def plan_sequences(
                     break
                 count += 1
                 replaced += bad
-                metadata.add(document.metadata)
+                spools["metadata"].add(document.metadata)
+                spools["spans"].add(document.spans)
                 _check_ids(encoding.ids, vocab, f"document {document.index}")
                 if encoding.ids.size == 0:
                     skipped += 1
@@ -129,10 +136,10 @@ def plan_sequences(
                 if count
                 else "texts: nothing to record; there are no documents"
             )
-        table = metadata.table(workdir / "metadata.arrow")
+        tables = {name: spool.table(workdir / f"{name}.arrow") for name, spool in spools.items()}
     return Sequences(
         **{name: np.memmap(workdir / f"{name}.bin", dtype, mode="r") for name, dtype in _COLUMNS.items()},
-        metadata=table,
+        **tables,
         special_ids=special_ids(tokenizer, added),
         documents=count,
         skipped_documents=skipped,
@@ -233,33 +240,48 @@ def _with_suffix(encoding: Encoding, suffix: tuple[int, ...], text: str | None) 
     )
 
 
-class _MetadataSpool:
-    """Metadata on its way to a table: the type of a column is known only when the last document has been read."""
+class _Spool:
+    """Metadata, or spans, on their way to a table: the type of a column is known only when the last document has been
+    read."""
 
-    def __init__(self, lines: Any) -> None:
-        self.lines = lines
+    def __init__(self, lines: Any, spans: bool) -> None:
+        self.lines, self.spans = lines, spans
         self.kinds: dict[str, set[str]] = {}  # column -> kinds of value seen, columns in order of appearance
 
-    def add(self, metadata: Mapping[str, Any]) -> None:
-        for name, value in metadata.items():
-            self.kinds.setdefault(name, set()).update(_kind(value))
-        self.lines.write(json.dumps(dict(metadata)) + "\n")
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """What is known of the next document: column to value, or label to spans."""
+        for name, value in columns.items():
+            values = [span.value for span in value] if self.spans else [value]
+            self.kinds.setdefault(name, set()).update(*map(_kind, values))
+        # Starts, ends and values: JSON reads three lists faster than many small ones
+        line = {label: list(zip(*spans, strict=True)) for label, spans in columns.items()} if self.spans else columns
+        self.lines.write(json.dumps(dict(line)) + "\n")
 
     def table(self, path: Path) -> pa.Table:
-        """All metadata as a table mapped from `path`, in Arrow's file format."""
-        schema = pa.schema([(name, _column_type(kinds)) for name, kinds in self.kinds.items()])
+        """A row for each document, mapped from `path`, in Arrow's file format."""
+        types = {name: _column_type(kinds) for name, kinds in self.kinds.items()}
+        schema = pa.schema([(name, span_type(type) if self.spans else type) for name, type in types.items()])
         if not schema.names:
             return schema.empty_table()
         self.lines.seek(0)
         with pa.ipc.new_file(path, schema) as sink:
             while records := [json.loads(line) for line in islice(self.lines, _BATCH_DOCUMENTS)]:
-                sink.write_batch(
-                    pa.record_batch(
-                        [pa.array([_cast(r.get(f.name), f.type) for r in records], f.type) for f in schema],
-                        schema=schema,
-                    )
-                )
+                arrays = [_array([record.get(field.name) for record in records], field.type) for field in schema]
+                sink.write_batch(pa.record_batch(arrays, schema=schema))
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _array(values: list[Any], column_type: pa.DataType) -> pa.Array:
+    """What a spool's lines hold of one column; of a label, the starts, ends and values of each document's spans."""
+    if not pa.types.is_list(column_type):
+        return pa.array([_cast(value, column_type) for value in values], column_type)
+    fields = list(column_type.value_type)
+    parts = [list(chain.from_iterable(spans[i] for spans in values if spans)) for i in range(len(fields))]
+    spans = pa.StructArray.from_arrays(
+        [_array(part, field.type) for part, field in zip(parts, fields, strict=True)], fields=fields
+    )
+    first = np.cumsum([0, *(len(spans[0]) if spans else 0 for spans in values)])
+    return pa.ListArray.from_arrays(pa.array(first, pa.int32()), spans, type=column_type)
 
 
 def _kind(value: Any) -> tuple[str, ...]:
@@ -297,11 +319,13 @@ def token_table(
     document_offset: int,
     text_of: Callable[[np.ndarray], list[str]],
 ) -> pa.Table:
-    """The token table of sequences `first` to `last` (exclusive): TOKEN_SCHEMA, then the columns of metadata.
+    """The token table of sequences `first` to `last` (exclusive): TOKEN_SCHEMA, then the columns of metadata, then for
+    each label of spans `<label>`, the value of the span that the token lies in, and `<label>_span`, its number.
 
     The offsets are what the store held before these sequences were planned: row i of the plan is row
     `row_offset + i` of the store, and so for sequences and documents. `text_of` gives the texts of an array of
-    unique token ids. Texts, also those of metadata, are dictionary-encoded. Cost: about 50 ns a row and column.
+    unique token ids. Texts, also those of metadata and spans, are dictionary-encoded. Cost: about 50 ns a row and
+    column.
     """
     starts = np.asarray(sequences.starts[first : last + 1])
     rows = slice(int(starts[0]), int(starts[-1]))
@@ -327,15 +351,24 @@ def token_table(
     ]
     schema = TOKEN_SCHEMA
     present, inverse = np.unique(document, return_inverse=True)
-    # Slice, then take: from a column of many chunks `take` would first copy the whole of it.
-    metadata = sequences.metadata.slice(present[0], present[-1] - present[0] + 1)
-    for name in metadata.column_names:
-        column = metadata[name].combine_chunks().take(pa.array(present - present[0]))
-        if pa.types.is_string(column.type):
-            column = column.dictionary_encode()
+    for name, column in _columns_of(present, sequences.metadata):
+        column = column.dictionary_encode() if pa.types.is_string(column.type) else column
         schema = schema.append(pa.field(name, column.type))
         arrays.append(column.take(pa.array(inverse)))
+    for label, spans in _columns_of(present, sequences.spans):
+        value, number = label_tokens(spans, inverse, char_start, char_end)
+        value = value.dictionary_encode() if pa.types.is_string(value.type) else value
+        schema = schema.append(pa.field(label, value.type)).append(pa.field(f"{label}_span", number.type))
+        arrays += [value, number]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _columns_of(documents: np.ndarray, table: pa.Table) -> Iterator[tuple[str, pa.Array]]:
+    """Each column of `table` with the entries of `documents`, which rise."""
+    # Slice, then take: from a column of many chunks `take` would first copy the whole of it.
+    part = table.slice(documents[0], documents[-1] - documents[0] + 1)
+    for name in part.column_names:
+        yield name, part[name].combine_chunks().take(pa.array(documents - documents[0]))
 
 
 def _dictionary(texts: list[str], where: np.ndarray) -> pa.DictionaryArray:

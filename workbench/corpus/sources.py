@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from workbench.corpus.tokens import TOKEN_SCHEMA
+from workbench.corpus.spans import Span, check_labels, read_spans
+from workbench.corpus.tokens import TOKEN_SCHEMA, replace_surrogates
 from workbench.errors import DataError, RequestError, nearest
+from workbench.settings import Recording
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 _UNDERSTOOD = f"understood: files ({' '.join(SUFFIXES)}), hf:NAME[:SPLIT], lists of strings or of token id lists"
 _TOKEN_IDS = "input_ids"  # the name the field gives a column of token ids
 _PEEK = 100  # lines of a JSON file looked at to learn its columns before anything is tokenized
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Document:
     """The token ids, or None where the document is given as text."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Column name to value: None, bool, int, float or str (nested values as compact JSON)."""
+    spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
+    """Label to spans of the text, in order of their start and without overlap."""
 
 
 def check_source(texts: Any) -> None:
@@ -69,7 +72,11 @@ def check_source(texts: Any) -> None:
 
 
 def read_documents(
-    texts: Any, *, text_column: str = "text", metadata: Sequence[str] | None = None
+    texts: Any,
+    *,
+    text_column: str = Recording.text_column,
+    metadata: Sequence[str] | None = Recording.metadata,
+    span_column: str | None = Recording.span_column,
 ) -> Iterator[Document]:
     """Read `texts` as a stream of documents, numbered from 0.
 
@@ -82,32 +89,46 @@ def read_documents(
     - a Hugging Face dataset object, whose `text_column` holds strings or token ids, or with an `input_ids` column;
     - a string with white space in it that names no file: one document.
 
-    `metadata` names the columns to keep; None keeps all but the one with the text. Paths, known columns and hub
-    ids are checked by the call itself, what is inside the documents as they are read: RequestError.
+    `metadata` names the columns to keep; None keeps all but those with the text and the spans. `span_column` holds
+    labelled spans of the text, as `read_spans` takes them; a document may lack it. Paths, known columns and hub ids are
+    checked by the call itself, what is inside the documents as they are read: RequestError.
     """
     check_source(texts)
     source = _open_hub(texts) if _is_hub_name(texts) else _resolve(texts)
-    _check_columns(source, text_column, metadata)
-    return _documents(source, text_column, metadata)
+    _check_columns(source, text_column, metadata, span_column)
+    return _documents(source, text_column, metadata, span_column)
 
 
-def _documents(source: Iterable[Any], text_column: str, metadata: Sequence[str] | None) -> Iterator[Document]:
+def _documents(
+    source: Iterable[Any], text_column: str, metadata: Sequence[str] | None, span_column: str | None
+) -> Iterator[Document]:
     columns: dict[str, None] = {}
-    for index, (where, value) in enumerate(_values(source, text_column, metadata)):
-        record = {}
+    names: dict[str, Any] = {}  # metadata columns so far
+    labels: dict[str, Any] = {}
+    wanted = None if metadata is None else {text_column, _TOKEN_IDS, span_column, *metadata}
+    for index, (where, value) in enumerate(_values(source, wanted)):
+        record, given = {}, None
         if isinstance(value, Mapping):
             record = {replace_surrogates(str(name))[0]: item for name, item in value.items()}
             columns.update(dict.fromkeys(record))
             value = record.pop(_content_column(record, text_column, where))
+            given = None if span_column is None else record.pop(span_column, None)
             if metadata is not None:
                 record = {name: record[name] for name in metadata if name in record}
             _check_reserved(record, where)
         kept = {name: _scalar(item) for name, item in record.items()}
         if value is None or isinstance(value, str):
-            yield Document(index, value or "", None, kept)
+            text, ids = value or "", None
         else:
-            yield Document(index, None, _token_ids(value, index, where), kept)
-    _check_known(metadata or (), columns, "the documents")
+            text, ids = None, _token_ids(value, index, where)
+        spans = {} if given is None else read_spans(given, text, span_column, f"document {index} ({where})")
+        if not (spans.keys() <= labels.keys() and kept.keys() <= names.keys()):
+            labels.update(spans)
+            names.update(kept)
+            check_labels(labels, names, f"document {index} ({where})")
+        yield Document(index, text, ids, kept, spans)
+    _check_known("metadata", metadata or (), columns, "the documents")
+    _check_known("span_column", _expected(span_column), columns, "the documents")
 
 
 # Kinds of source
@@ -198,7 +219,7 @@ def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
 # Values of a source, each with the place it was found at
 
 
-def _values(source: Iterable[Any], text_column: str, metadata: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+def _values(source: Iterable[Any], wanted: set[str | None] | None) -> Iterator[tuple[str, Any]]:
     for number, item in enumerate(source):
         _check_item(item, number)
         if not isinstance(item, Path):
@@ -206,7 +227,7 @@ def _values(source: Iterable[Any], text_column: str, metadata: Sequence[str] | N
         elif item.suffix.lower() == ".txt":
             yield str(item), _read_text(item)
         elif item.suffix.lower() == ".parquet":
-            yield from _parquet_rows(item, None if metadata is None else {text_column, _TOKEN_IDS, *metadata})
+            yield from _parquet_rows(item, wanted)
         else:
             yield from _json_lines(item)
 
@@ -236,7 +257,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", value
 
 
-def _parquet_rows(path: Path, wanted: set[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, wanted: set[str | None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_parquet(path) as file:
         names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
         row = 0
@@ -271,17 +292,23 @@ def _pylist(column: pa.Array) -> list[Any]:
 # Columns
 
 
-def _check_columns(source: Any, text_column: str, metadata: Sequence[str] | None) -> None:
+def _check_columns(source: Any, text_column: str, metadata: Sequence[str] | None, span_column: str | None) -> None:
     """Check the columns that can be known before reading: those of files and of dataset objects."""
     _check_reserved(metadata or (), "metadata")
     known: dict[str, None] = {}
     for where, columns in _known_columns(source):
         _content_column(columns, text_column, where)
         if metadata is None:
-            _check_reserved([name for name in columns if name != text_column], where)
+            _check_reserved([name for name in columns if name not in (text_column, span_column)], where)
         known.update(dict.fromkeys(columns))
     if known:
-        _check_known(metadata or (), known, "the texts")
+        _check_known("metadata", metadata or (), known, "the texts")
+        _check_known("span_column", _expected(span_column), known, "the texts")
+
+
+def _expected(span_column: str | None) -> tuple[str, ...]:
+    """The column of spans, if it must be there: the one of the default setting need not."""
+    return () if span_column in (None, Recording.span_column) else (span_column,)
 
 
 def _known_columns(source: Any) -> Iterator[tuple[str, list[str]]]:
@@ -322,22 +349,17 @@ def _check_reserved(columns: Iterable[str], where: str) -> None:
             )
 
 
-def _check_known(asked: Iterable[str], known: Iterable[str], where: str) -> None:
+def _check_known(setting: str, asked: Iterable[str], known: Iterable[str], where: str) -> None:
     known = list(known)
     for name in asked:
         if name not in known:
             raise RequestError(
-                f"metadata names {name!r}, but {where} have no such column{nearest(name, known)}; "
+                f"{setting} names {name!r}, but {where} have no such column{nearest(name, known)}; "
                 f"the columns are {', '.join(known) or 'none'}"
             )
 
 
 # Values
-
-
-def replace_surrogates(text: str) -> tuple[str, int]:
-    """`text` with U+FFFD for each lone surrogate, so that it can be encoded and offsets hold, and their number."""
-    return _SURROGATE.subn("\ufffd", text)
 
 
 def _scalar(value: Any) -> bool | int | float | str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -27,11 +28,13 @@ TOKEN_SCHEMA = pa.schema(
         ("is_special", pa.bool_()),
     ]
 )
-"""The token table's own columns, in this order; columns of metadata follow them.
+"""The token table's own columns, in this order; columns of metadata and of labels follow them.
 
 `row`, `sequence` and `document` count through the store, `position` from the sequence's first token. `char_start` and
 `char_end` are offsets into the document's text, null where there is none.
 """
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ def special_ids(tokenizer: Any, added: AddedTokens) -> frozenset[int]:
     unknown = {tokenizer.convert_tokens_to_ids(names[name]) for name in ("unk_token",) if name in names}
     borders = {tokenizer.convert_tokens_to_ids(names[name]) for name in ("bos_token", "eos_token") if name in names}
     return frozenset(set(tokenizer.all_special_ids) - (unknown - borders)).union(added.prefix, added.suffix)
+
+
+def replace_surrogates(text: str) -> tuple[str, int]:
+    """`text` with U+FFFD for each lone surrogate, so that it can be encoded and offsets hold, and their number."""
+    return _SURROGATE.subn("\ufffd", text)
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[Encoding]:

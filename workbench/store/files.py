@@ -1,12 +1,17 @@
-"""Files that are there as a whole or not at all, and their checksums."""
+"""Files that are there as a whole or not at all, their checksums, and directories that one process writes."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from workbench.errors import RequestError
 
 PARTIAL = ".partial"
 """Suffix of everything that is still being written; nobody reads it, and the next writer removes it."""
@@ -72,3 +77,25 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the directory, made where it does not exist. The lock is the kernel's: it ends with the process."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise RequestError(f"out={path} cannot be made a directory: {error.strerror}; choose another out") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(
+                f"{path} is being written by another process; wait for it or choose another out"
+            ) from None
+        except OSError as error:  # some network file systems
+            raise RequestError(f"{path} cannot be locked: {error.strerror}; choose an out on a local disk") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,6 @@ Needs a POSIX system (`flock`, `pwrite`).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -103,7 +102,7 @@ def open_writer(
         unembed=None,
         unembed_reason=None,
     )
-    with _locked(path):
+    with files.locked(path):
         with explain_full_disk(path, "the unembedding", 0):
             manifest = _reopen(path, asked) if (path / MANIFEST).exists() else _create(path, asked)
             if manifest.unembed is None and manifest.unembed_reason is None:
@@ -211,28 +210,6 @@ class Writer:
         self.manifest = manifest
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the directory, made where it does not exist. The lock is the kernel's: it ends with the process."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise RequestError(f"out={path} cannot be made a directory: {error.strerror}; choose another out") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(
-                f"{path} is being written by another process; wait for it or choose another out"
-            ) from None
-        except OSError as error:  # some network file systems
-            raise RequestError(f"{path} cannot be locked: {error.strerror}; choose an out on a local disk") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _create(path: Path, manifest: Manifest) -> Manifest:
     others = sorted(entry.name for entry in path.iterdir() if entry.name != MANIFEST + files.PARTIAL)
     if others:
@@ -246,8 +223,10 @@ def _create(path: Path, manifest: Manifest) -> Manifest:
 def _reopen(path: Path, asked: Manifest) -> Manifest:
     """The store's manifest, after refusing one of another recording and removing what a crash left behind."""
     found = read_manifest(path)
-    differences = _differences(_settings(found), _settings(asked))
-    if differences and not found.segments:  # an earlier request that came to nothing binds nobody
+    newer = asked.recording.keys() - found.recording.keys()  # settings that there were not when the store was begun
+    wanted = {name: value for name, value in _settings(asked).items() if name not in newer}
+    differences = _differences(_settings(found), wanted)
+    if (differences or newer) and not found.segments:  # an earlier request that came to nothing binds nobody
         files.remove(path / UNEMBED)
         write_manifest(path, asked)
         return asked

@@ -1,0 +1,131 @@
+"""Labelled spans of texts: checked as documents are read, laid over tokens as the token table is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32, Int64
+
+from workbench.corpus.tokens import TOKEN_SCHEMA, replace_surrogates
+from workbench.errors import RequestError
+
+_FORM = "{'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}"
+_KEYS = {"start", "end", "value"}
+_SCALARS = (bool, int, float, str)
+_MAPPING = (dict, Mapping)  # asked in this order: an abstract class takes five times longer to answer
+_NUMPY = (np.generic, np.ndarray)
+
+
+class Span(NamedTuple):
+    """Characters of a text, `start` to `end` (exclusive), and the value that they have under some label."""
+
+    start: int
+    end: int
+    value: bool | int | float | str
+
+
+def span_type(value: pa.DataType) -> pa.DataType:
+    """Arrow's type for the spans that one label has in one document, with values of type `value`."""
+    return pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32()), ("value", value)]))
+
+
+def read_spans(given: Any, text: str | None, column: str, where: str) -> dict[str, tuple[Span, ...]]:
+    """The spans of one document by label, each label's in order of their start.
+
+    `given` is what the document's `column` holds: a mapping of label to a list of {"start", "end", "value"}, or to None
+    where the label has no span. `text` is None for a document given as token ids, which cannot have any.
+    Cost: about 3 us a span, and as much again to plan it. Raises RequestError, beginning with `where`: another form, a
+    span that is empty or leaves the text, spans of one label that overlap.
+    """
+    if not isinstance(given, Mapping):
+        raise _malformed(f"{where}: column {column!r}", given)
+    spans = {}
+    for label, entries in given.items():
+        if not isinstance(label, str) or not label:
+            raise RequestError(f"{where}: column {column!r} has a label {label!r}; labels are strings, and not empty")
+        entries = _plain(entries)
+        if not isinstance(entries, list | tuple | None):
+            raise _malformed(f"{where}: label {label!r} of column {column!r}", entries)
+        if entries and text is None:
+            raise RequestError(
+                f"{where} is given as token ids, which have no characters, and has spans of label {label!r}; "
+                "give its text instead, or pass span_column=None (--span-column None)"
+            )
+        found = [_span(entry, text, f"{where}: span {i} of label {label!r}") for i, entry in enumerate(entries or ())]
+        found.sort(key=lambda span: span.start)
+        for one, other in pairwise(found):
+            if other.start < one.end:
+                raise RequestError(
+                    f"{where}: spans {one.start} to {one.end} and {other.start} to {other.end} of label {label!r} "
+                    "overlap; a character has one value, so leave one out or give it another label"
+                )
+        spans[replace_surrogates(label)[0]] = tuple(found)
+    return spans
+
+
+def check_labels(labels: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:
+    """Raise RequestError where the two columns of a label have the name of another column of the token table."""
+    taken = dict.fromkeys(TOKEN_SCHEMA.names, "a column of the token table itself")
+    taken |= dict.fromkeys(metadata, "a metadata column")
+    for label in labels:
+        for name in (label, f"{label}_span"):
+            if name in taken:
+                raise RequestError(
+                    f"{where}: label {label!r} needs a column {name!r}, which is {taken[name]}; rename the label"
+                )
+            taken[name] = f"made of label {label!r}"
+
+
+def label_tokens(
+    spans: pa.ListArray,
+    document: Int64[np.ndarray, " row"],
+    char_start: Int32[np.ndarray, " row"],
+    char_end: Int32[np.ndarray, " row"],
+) -> tuple[pa.Array, pa.Array]:
+    """For each token the value of the span that it shares a character with, and the number of that span.
+
+    `spans` holds one label: an entry, of `span_type`, for each document, and `document` says which entry is a token's.
+    A token in several spans has the first; one in none, without width or without offsets has nulls. Spans are numbered
+    from 0 in their document. Cost: a binary search for each row.
+    """
+    first = spans.offsets.to_numpy()
+    first = first - first[0]
+    start, end, value = spans.flatten().flatten()  # lists to spans, spans to columns
+    # All documents on one line, each far from the next, so that ends rise and one search serves all.
+    owner = np.repeat(np.arange(len(spans)), np.diff(first)) << 32
+    own = document << 32
+    found = np.searchsorted(owner + end.to_numpy(), own + char_start, side="right")
+    begins = np.append(owner + start.to_numpy(), np.iinfo(np.int64).max)[found]
+    outside = (begins >= own + char_end) | (char_start == char_end)
+    number = (found - first[document]).astype(np.int32)
+    return value.take(pa.array(found, mask=outside)), pa.array(number, mask=outside)
+
+
+def _span(entry: Any, text: str, place: str) -> Span:
+    if not (isinstance(entry, _MAPPING) and entry.keys() == _KEYS):
+        raise _malformed(place, entry)
+    start, end, value = _plain(entry["start"]), _plain(entry["end"]), _plain(entry["value"])
+    if not (type(start) is int and type(end) is int and isinstance(value, _SCALARS)):
+        raise _malformed(place, entry)
+    if not 0 <= start < end <= len(text):
+        raise RequestError(
+            f"{place} has start {start} and end {end}; they must be characters of the text, "
+            f"0 <= start < end <= {len(text)}"
+        )
+    return Span(start, end, replace_surrogates(value)[0] if isinstance(value, str) else value)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, _NUMPY) else value
+
+
+def _malformed(place: str, found: Any) -> RequestError:
+    shown = repr(found)
+    return RequestError(
+        f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}; spans are given as {_FORM}: name the column "
+        "that holds them in span_column=, or pass span_column=None (--span-column None) to read none"
+    )
