@@ -1,0 +1,283 @@
+"""How well a sparse autoencoder fits a store: sparsity, variance explained, dead features, and what the model loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor, nn
+
+from workbench.errors import DataError, RequestError
+from workbench.forward import first_tensor, run
+from workbench.models import Model
+from workbench.sae.extract import block_rows, encode_checked, matching_site
+from workbench.sae.load import Sae
+from workbench.sites import Site
+from workbench.store.reader import ActivationArray, Rows, Store
+
+_LOGIT_BYTES = 256 << 20  # of one batch's logits in float32
+
+
+@dataclass(frozen=True)
+class SplicedLoss:
+    """Mean cross-entropy of the token that follows, in nats, with the site as it is, replaced, and emptied."""
+
+    tokens: int
+    """Tokens predicted."""
+    clean: float
+    spliced: float
+    """With the SAE's reconstruction in place of the site's rows of text."""
+    zeroed: float
+    """With zeros in their place."""
+
+    @property
+    def recovered(self) -> float:
+        """(zeroed - spliced) / (zeroed - clean): 1 as good as the model, 0 as bad as zeros; beyond where it is worse or
+        better than either. NaN where zeros change nothing."""
+        lost = self.zeroed - self.clean
+        return (self.zeroed - self.spliced) / lost if lost else float("nan")
+
+
+@dataclass(frozen=True)
+class SaeMetrics:
+    """What `sae_metrics` found."""
+
+    rows: int
+    """Rows counted."""
+    l0: float
+    """Mean number of active features a row, 0 to d_sae."""
+    explained_variance: float
+    """1 - Σ|x - x̂|² / Σ|x - x̄|² over the rows, x̄ their mean: 1 is perfect, 0 no better than always answering x̄, below
+    0 worse. NaN where all rows are the same."""
+    dead_share: float
+    """Share of features active on none of the rows, 0 to 1."""
+    loss: SplicedLoss | None
+    """None where no model was given."""
+
+
+def sae_metrics(
+    store: Store,
+    sae: Sae,
+    site: str | tuple[str, int] | None = None,
+    *,
+    model: Model | None = None,
+    rows: str | Rows | None = None,
+    force: bool = False,
+) -> SaeMetrics:
+    """Fits of `sae` to the rows of a site: L0, explained variance, dead share; with `model`, the loss recovered.
+
+    `site`, `force`: as for `extract_features`. `rows`: SQL over the tokens, or `Rows`. None: all but special tokens,
+    because BOS, an attention sink, can have a hundred times the norm of the others: variance would then be its
+    variance, and explaining it alone would look like explaining everything.
+
+    With `model`, the one that was recorded, every sequence that has some of the rows is run again three times: as it
+    is, with the site's rows of text replaced by the SAE's reconstruction, and by zeros; special tokens' rows stay as
+    they are. The loss is that of the tokens which follow the rows in their document and sequence.
+
+    Sums are in float64, in one pass; memory is a few blocks of 64 MiB, with `model` also its logits of 256 MiB.
+
+    Raises RequestError as `extract_features` does, for a transcoder, which reconstructs another site than it reads, for
+    a selection of no rows, another model than the store's, or a site that cannot be replaced.
+    """
+    array = matching_site(store, sae, site, force=force)
+    if "transcoder" in sae.architecture:
+        raise RequestError(f"SAE {sae.name!r} is a {sae.architecture}: what it writes is not what it reads")
+    if not isinstance(rows, Rows):
+        rows = store.where("NOT is_special" if rows is None else rows)
+    ids = rows.ids_in(store)
+    if not len(ids):
+        raise RequestError(f"rows: none of the {store.rows} of {store.path} is selected")
+    spliced = None if model is None else _spliced_loss(array, sae, model, ids)
+    return SaeMetrics(len(ids), *_fit(array, sae, ids), spliced)
+
+
+@contextmanager
+def splice(
+    module: nn.Module,
+    site: Site,
+    mask: Bool[Tensor, "batch position"],
+    replace: Callable[[Float[Tensor, "row ..."]], Float[Tensor, "row ..."]],
+) -> Iterator[None]:
+    """Inside, the site's rows where `mask` is true are what `replace` makes of them; the model runs on with those.
+
+    For forward passes over a batch of the mask's shape. The hook is gone afterwards, exceptions included.
+
+    Raises RequestError for a site that is not the one way into or out of a module, DataError where the block is left
+    and the site was not seen.
+    """
+    if site.tap.part not in ("in", "out") or site.name.endswith("hook_resid_mid"):
+        raise RequestError(
+            f"site {site.short or site.name} cannot be replaced: it is read in several places, or inside of attention; "
+            "resid_pre, resid_post, attn_out and mlp_out can"
+        )
+    seen = 0
+
+    def change(tensor: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        rows = tensor.reshape(mask.numel(), *site.shape).clone()
+        chosen = mask.flatten().to(rows.device)
+        rows[chosen] = replace(rows[chosen]).to(rows)
+        return rows.reshape(tensor.shape)
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return (_changed(args, change), kwargs) if args else (args, _changed(kwargs, change))
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return _changed(output, change)
+
+    part = module.get_submodule(site.tap.path)
+    if site.tap.part == "in":
+        handle = part.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = part.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not seen:
+        raise DataError(f"site {site.short or site.name} did not come up in the forward pass: nothing was replaced")
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a module is given or gives, with `change` of its first tensor in that one's place."""
+    first = first_tensor(value)
+    if isinstance(value, Tensor) or first is None:
+        return value if first is None else change(value)
+    if isinstance(value, dict):
+        key = next(key for key, part in value.items() if part is first)
+        changed = value.copy()
+        changed[key] = change(first)
+        return changed
+    return type(value)(change(part) if part is first else part for part in value)
+
+
+def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tuple[float, float, float]:
+    """L0, explained variance and dead share over the rows `ids`."""
+    entries, error, moments = 0, 0.0, _Moments()
+    alive = np.zeros(sae.d_sae, bool)
+    step = block_rows(sae)
+    for start in range(0, len(ids), step):
+        block = ids[start : start + step]
+        values = array[block]
+        activations = encode_checked(array, sae, block, values)
+        x = values.double().flatten(1)
+        error += float((x - sae.decode(activations).double().cpu()).square().sum())
+        moments.add(x.numpy())
+        active = activations != 0
+        entries += int(active.sum())
+        alive |= active.any(0).cpu().numpy()
+    explained = 1 - error / moments.spread if moments.spread else float("nan")
+    return entries / len(ids), explained, 1 - float(alive.mean())
+
+
+class _Moments:
+    """Rows seen so far: how many, their mean, and the sum of squared distances from it (Chan, Golub and LeVeque)."""
+
+    def __init__(self) -> None:
+        self.rows, self.spread, self.mean = 0, 0.0, np.zeros(())
+
+    def add(self, x: Float[np.ndarray, "row d_model"]) -> None:
+        rows, mean = self.rows + len(x), x.mean(0)
+        away = mean - self.mean
+        self.spread += float(np.square(x - mean).sum() + np.square(away).sum() * self.rows * len(x) / rows)
+        self.mean = self.mean + away * len(x) / rows
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Right-padded sequences."""
+
+    ids: Int64[Tensor, "batch position"]
+    mask: Int64[Tensor, "batch position"]
+    replaced: Bool[Tensor, "batch position"]
+    targets: Int64[Tensor, "batch position"]
+    """The token that follows; -1 where it does not count."""
+
+
+def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.ndarray, " row"]) -> SplicedLoss:
+    recorded = array.store.manifest.model
+    if model.fingerprint() != recorded.fingerprint:
+        raise RequestError(
+            f"model {model.name} with weights {model.fingerprint()[:12]} is not the one that {array.store.path} is of, "
+            f"{recorded.name} with weights {recorded.fingerprint[:12]}"
+        )
+    (site,) = model.site_map.select((array.name,))
+    ways: dict[str, Callable[[Tensor], Tensor] | None] = {
+        "clean": None,
+        "spliced": lambda rows: sae.decode(sae.encode(rows)).reshape(rows.shape),
+        "zeroed": torch.zeros_like,
+    }
+    totals, tokens = dict.fromkeys(ways, 0.0), 0
+    for batch in _batches(array.store, ids, max(1, _LOGIT_BYTES // (4 * model.vocab))):
+        tokens += int((batch.targets >= 0).sum())
+        for way, replace in ways.items():
+            totals[way] += _loss(model.module, site, batch, replace)
+    if not tokens:
+        raise RequestError("rows: no token follows any of them in its document, so there is no loss to compare")
+    return SplicedLoss(tokens, **{way: total / tokens for way, total in totals.items()})
+
+
+def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tensor], Tensor] | None) -> float:
+    """Summed cross-entropy of a batch's targets."""
+    with splice(module, site, batch.replaced, replace) if replace else nullcontext():
+        logits = run(module, batch.ids, batch.mask).logits
+    targets = batch.targets.to(logits.device)
+    counted = targets >= 0
+    losses = nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
+    return float(losses.double().sum())
+
+
+def _batches(store: Store, rows: Int64[np.ndarray, " row"], tokens: int) -> Iterator[_Batch]:
+    """The sequences that have some of `rows`, in order, as many at a time as make `tokens`, and at least one."""
+    table = store.tokens
+    names = ("token_id", "sequence", "document", "is_special")
+    ids, sequence, document, special = (table[name].to_numpy() for name in names)
+    follows = (sequence[1:] == sequence[:-1]) & (document[1:] == document[:-1])
+    targets = np.full(len(ids), -1, np.int64)
+    known = rows[np.append(follows, False)[rows]]
+    targets[known] = ids[known + 1]
+    starts = np.flatnonzero(np.append(True, sequence[1:] != sequence[:-1]))
+    ends = np.append(starts[1:], len(ids))
+    wanted = np.unique(np.searchsorted(starts, rows, side="right") - 1)
+    batch: list[slice] = []
+    for index in wanted:
+        span = slice(int(starts[index]), int(ends[index]))
+        if batch and max(_length(part) for part in [*batch, span]) * (len(batch) + 1) > tokens:
+            yield _padded(batch, ids, ~special, targets)
+            batch = []
+        batch.append(span)
+    if batch:
+        yield _padded(batch, ids, ~special, targets)
+
+
+def _padded(
+    spans: list[slice],
+    ids: Int[np.ndarray, " row"],
+    ordinary: Bool[np.ndarray, " row"],
+    targets: Int64[np.ndarray, " row"],
+) -> _Batch:
+    shape = (len(spans), max(map(_length, spans)))
+    batch = _Batch(
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.bool),
+        torch.full(shape, -1),
+    )
+    for line, span in enumerate(spans):
+        own = slice(_length(span))
+        batch.ids[line, own] = torch.from_numpy(ids[span].astype(np.int64))
+        batch.mask[line, own] = 1
+        batch.replaced[line, own] = torch.from_numpy(ordinary[span])
+        batch.targets[line, own] = torch.from_numpy(targets[span])
+    return batch
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
