@@ -104,6 +104,17 @@ class LogitLens:
         return Result(self.name, data, _table(data, store, targets, unembed), provenance(store, self))
 
     @staticmethod
+    def headline(result: Result) -> str:
+        """Where the loss falls, and from which layer on the lens mostly agrees with the model."""
+        loss, agreement = result.data["mean_cross_entropy"].to_numpy(), result.data["mean_agreement"].to_numpy()
+        layers = result.data["layer"].to_numpy()
+        agrees = layers[np.argmax(agreement > 0.5)]
+        return (
+            f"cross-entropy {loss[0]:.2f} nats at layer {layers[0]}, {loss[-1]:.2f} at layer {layers[-1]}; "
+            f"the model's own top token is the lens's on most tokens from layer {agrees}"
+        )
+
+    @staticmethod
     def figures(result: Result) -> dict[str, Any]:
         """ "grid": layers by tokens of the first sequence; "by_layer": mean entropy, KL and loss over all tokens."""
         figures = {"by_layer": _curves(result)}

@@ -24,7 +24,10 @@ GROUP = "workbench.probes"
 
 
 class Probe(Protocol):
-    """The contract: a frozen dataclass with a name, a run and the figures of its result."""
+    """The contract: a frozen dataclass with a name, a run and the figures of its result.
+
+    A probe may also have a static `headline(result) -> str`: what was found and where, in one line of plain text.
+    """
 
     name: ClassVar[str]
 

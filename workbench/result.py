@@ -47,6 +47,11 @@ class Result:
             raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
         return figures[name or next(iter(figures))]
 
+    def headline(self) -> str:
+        """What was found and where, in one line of plain text; of a probe that has none to tell, what there is."""
+        told = getattr(find_probe(self.probe), "headline", None)
+        return repr(self) if told is None else told(self)
+
     def save(self, path: str | Path) -> Path:
         """Writes data (netCDF), table (Parquet), provenance (JSON) and figures (HTML) into the folder `path`.
 
