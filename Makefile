@@ -1,17 +1,15 @@
 # `make demo` and `make test` work on a fresh machine: they create .venv and install into it first, once.
 PYTHON ?= python3
 JOBS ?= 2
-SITES ?= resid_post
-OUT ?= runs/demo.acts
-RESULT ?= results/demo
+OUT ?= runs/demo
 
 BIN := .venv/bin
 EXTRAS := dev,notebook,export
 INSTALLED := .venv/.installed
-export MODEL TEXT SITES OUT RESULT
+export OUT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-request test lint format bench docs constraints clean
+.PHONY: help demo test lint format bench docs demo-model constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,12 +19,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
-demo-request:
-	@$(if $(and $(MODEL),$(TEXT)),:,$(error make demo needs a model and a text: make demo MODEL=openai-community/gpt2 TEXT=story.txt))
-
-demo: demo-request $(INSTALLED) ## record MODEL on TEXT and draw its logit lens [SITES= OUT= RESULT=]
-	set -f; $(BIN)/workbench record "$$MODEL" "$$TEXT" --sites $$SITES --out "$$OUT"
-	$(BIN)/workbench probe logit-lens "$$OUT" --out "$$RESULT"
+demo: $(INSTALLED) ## every probe on the embedded model, ending in a report [OUT=runs/demo]
+	$(BIN)/workbench demo --out "$$OUT"
 
 test: lint ## lint, then every test [JOBS=2, PYTEST="-k store"]
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST)
@@ -44,6 +38,14 @@ bench: $(INSTALLED) ## measure speed and memory against the neighbours
 
 docs: $(INSTALLED) ## write the generated pages under docs/ anew
 	$(BIN)/python -m experiments.architectures
+
+demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds: about two hours on two cores
+	$(BIN)/python -m experiments.demo.train --seed 0 --out runs/demo-0
+	$(BIN)/python -m experiments.demo.train --seed 1 --out runs/demo-1
+	$(BIN)/python -m experiments.demo.sae runs/demo-0
+	$(BIN)/python -m experiments.demo.sae runs/demo-1
+	$(BIN)/python -m experiments.demo.card runs/demo-0 runs/demo-1
+	$(BIN)/python -m experiments.demo.ship runs/demo-0
 
 constraints: ## resolve constraints.txt anew, keeping its torch line
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints

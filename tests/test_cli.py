@@ -250,7 +250,7 @@ def test_another_tokenizer_and_dtype(stories260k, tiny_tokenizer, tmp_path):
 
 
 def test_unknown_verbs():
-    assert refused("prbe") == ("there is no command 'prbe'; nearest: probe, probes, record; see workbench --help")
+    assert refused("prbe") == ("there is no command 'prbe'; nearest: probe, probes, report; see workbench --help")
     assert refused("zzz") == "there is no command 'zzz'; see workbench --help"
     assert refused("--limit").startswith("there is no command '--limit'; ")
 
@@ -390,7 +390,7 @@ def test_help_lists_every_verb():
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == ["record", "info", "verify", "query", "probes", "probe"]
+    assert listed == ["demo", "record", "info", "verify", "query", "features", "top", "probes", "report", "probe"]
     assert {*cli.VERBS, "probe"} == set(listed)
 
 

@@ -62,32 +62,29 @@ def test_the_python_of_the_environment_is_one_the_project_takes():
     assert f"Python {python}," in (ROOT / "constraints.txt").read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("given", [(), ("MODEL=gpt2",), ("TEXT=story.txt",)])
-def test_make_demo_without_model_and_text_says_how_in_one_line(given):
-    asked = run_make("demo", "MODEL=", "TEXT=", *given)
-    assert asked.returncode == 2
-    assert asked.stdout == ""
-    told = "make demo needs a model and a text: make demo MODEL=openai-community/gpt2 TEXT=story.txt"
-    assert re.fullmatch(rf"Makefile:\d+: \*\*\* {re.escape(told)}\.  Stop\.\n", asked.stderr)
-
-
-def test_make_demo_records_and_probes(tmp_path):
+def test_make_demo_runs_the_demo_where_it_is_told(tmp_path):
     workbench = tmp_path / "bin" / "workbench"  # writes down how it was called
     workbench.parent.mkdir()
     workbench.write_text(f'#!/bin/sh\nprintf "%s|" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n')
     workbench.chmod(0o755)
-    given = ("MODEL=some model", "TEXT=it's one.txt", "SITES=embed blocks.*", "OUT=o.acts", "RESULT=r")
-    demo = run_make("-o", ".venv/.installed", f"BIN={workbench.parent}", "demo", *given)
-    assert demo.returncode == 0, demo.stderr
-    assert (tmp_path / "calls").read_text().splitlines() == [
-        "record|some model|it's one.txt|--sites|embed|blocks.*|--out|o.acts|",
-        "probe|logit-lens|o.acts|--out|r|",
-    ]
+    for given in ((), ("OUT=it's here",)):
+        demo = run_make("-o", ".venv/.installed", f"BIN={workbench.parent}", "demo", *given)
+        assert demo.returncode == 0, demo.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == ["demo|--out|runs/demo|", "demo|--out|it's here|"]
+
+
+def test_everything_embedded_is_packaged_and_small():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "workbench" / "embedded"
+    packaged = {path for pattern in patterns["workbench.embedded"] for path in folder.glob(pattern)}
+    present = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert packaged == present
+    assert sum(path.stat().st_size for path in present) < 20_000_000
 
 
 def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.M)[1].split()) - {"demo-request"}
+    targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.M)[1].split())
     listed = {line.split()[1] for line in run_make("help").stdout.splitlines()}
     assert listed == targets
 

@@ -17,6 +17,13 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "load_model": "workbench.models",
     "Model": "workbench.models",
+    "demo_corpus": "workbench.embedded",
+    "load_sae": "workbench.sae.load",
+    "Sae": "workbench.sae.load",
+    "sae_metrics": "workbench.sae.metrics",
+    "extract_features": "workbench.sae.extract",
+    "open_features": "workbench.sae.features",
+    "Features": "workbench.sae.features",
     "record": "workbench.recorder",
     "Recording": "workbench.settings",
     "open_store": "workbench.store.reader",
@@ -47,10 +54,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from workbench.embedded import demo_corpus
     from workbench.errors import DataError, RequestError, WorkbenchError
     from workbench.models import Model, load_model
     from workbench.probe import Probe
     from workbench.recorder import record
     from workbench.result import Result, load_result
+    from workbench.sae.extract import extract_features
+    from workbench.sae.features import Features, open_features
+    from workbench.sae.load import Sae, load_sae
+    from workbench.sae.metrics import sae_metrics
     from workbench.settings import Recording
     from workbench.store.reader import ActivationArray, Rows, Store, open_store

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -135,6 +135,70 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Extract the sparse features of a store with an SAE."""
+
+    store: Positional[Path]
+    sae: str
+    """A directory that SAELens wrote, a release of its list, or demo."""
+    sae_id: str | None = None
+    """Which SAE of a release, or of a directory of several."""
+    site: str | None = None
+    """The site to read. Default: the one that the SAE was trained on."""
+    name: str | None = None
+    """Folder under the store's features/. Default: the site and the SAE's name."""
+    out: Path | None = None
+    """Another folder instead."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Stored type of the activations."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    force: bool = False
+    """Use an SAE of another site or model."""
+
+    def run(self) -> int:
+        from workbench.store.manifest import read_manifest
+
+        read_manifest(self.store)  # a wrong path answers before torch and SAELens are loaded
+        from workbench.sae.extract import extract_features
+        from workbench.sae.load import load_sae
+        from workbench.store.reader import open_store
+
+        sae = load_sae(self.sae, self.sae_id, device=self.device)
+        found = extract_features(
+            open_store(self.store),
+            sae,
+            self.site,
+            name=self.name,
+            out=self.out,
+            dtype=self.dtype,
+            force=self.force,
+        )
+        print(_plain(f"{found}\nfeatures  {found.path}"))
+        return 0
+
+
+@dataclass(frozen=True)
+class Top:
+    """List the tokens where a feature is strongest."""
+
+    features: Positional[Path]
+    """The folder that `workbench features` named."""
+    feature: Positional[int]
+    k: int = 20
+    """Tokens listed at most."""
+    context: int = 5
+    """Tokens shown on either side."""
+
+    def run(self) -> int:
+        from workbench.sae.features import open_features
+
+        table = open_features(self.features).top(self.feature, self.k, self.context)
+        _print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+        return 0
+
+
+@dataclass(frozen=True)
 class Probes:
     """List the installed probes."""
 
@@ -146,7 +210,51 @@ class Probes:
         return 0
 
 
-VERBS: dict[str, type] = {"record": Record, "info": Info, "verify": Verify, "query": Query, "probes": Probes}
+@dataclass(frozen=True)
+class Demo:
+    """Show everything on the embedded model: record, features, every probe, report.html."""
+
+    out: Path = Path("runs/demo")
+    """Folder for store, results and report."""
+
+    def run(self) -> int:
+        from workbench.demo import demo
+
+        demo(self.out, say=lambda line: print(_plain(line), flush=True))
+        return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Put results of probes on one HTML page that needs no network."""
+
+    result: Positional[tuple[Path, ...]]
+    """Folders that `workbench probe --out` wrote."""
+    out: Path
+    """The page to write."""
+    title: str = "Report"
+    """Its heading."""
+
+    def run(self) -> int:
+        from workbench.report import section, write_report
+        from workbench.result import load_result
+
+        page = write_report([section(load_result(path)) for path in self.result], self.out, title=self.title)
+        print(f"report  {page}")
+        return 0
+
+
+VERBS: dict[str, type] = {
+    "demo": Demo,
+    "record": Record,
+    "info": Info,
+    "verify": Verify,
+    "query": Query,
+    "features": Features,
+    "top": Top,
+    "probes": Probes,
+    "report": Report,
+}
 _PROBE_HELP = "Ask one probe of a store and save its result with figures: workbench probe NAME STORE --out DIR"
 
 
@@ -275,15 +383,16 @@ def _source(text: str) -> str | Path:
     return text if any(map(str.isspace, text)) and not os.path.isfile(text) else Path(text)
 
 
-def _print_table(heading: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    cells = [[str(name) for name in heading], *([_cell(value) for value in line] for line in lines)]
+def _print_table(heading: Sequence[str], lines: Sequence[Sequence[Any]], limit: int = 40) -> None:
+    cells = [[str(name) for name in heading], *([_cell(value, limit) for value in line] for line in lines)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _cell(value: Any, limit: int = 40) -> str:
-    text = _plain(repr(value) if isinstance(value, str) else "" if value is None else str(value))
+def _cell(value: Any, limit: int) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    text = _plain(repr(value) if isinstance(value, str) else text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

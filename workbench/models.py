@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from workbench import embedded
 from workbench.errors import RequestError, nearest
 from workbench.sites import SiteMap
 
@@ -153,7 +154,9 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Model:
-    """Loads a causal LM from a local directory, a hub id, or takes a Hugging Face module as it is.
+    """Loads a causal LM from a local directory or a hub id, or takes a Hugging Face module as it is.
+
+    `"demo"` is the model that ships with the package.
 
     `device`: "cpu", "cuda:1", ...; "auto" spreads a large model over all devices; None: the GPU if there is
     one. `dtype`: "auto" keeps the checkpoint's. A directory is read without touching the network, and so is a
@@ -211,7 +214,7 @@ class Location:
 
 
 def locate(source: str | Path, revision: str | None = None, kind: Literal["model", "tokenizer"] = "model") -> Location:
-    """Tells a directory from a hub id, quickly and without loading anything.
+    """Tells a directory from a hub id, quickly and without loading anything; "demo" is the embedded model's.
 
     Raises RequestError for a path that is not there, a directory that holds no `kind`, and a hub id when the
     hub cannot be reached.
@@ -221,6 +224,8 @@ def locate(source: str | Path, revision: str | None = None, kind: Literal["model
     marks = _MARKS[kind]
     if not text:
         raise RequestError(f"{kind} is an empty string; give a directory or a hub id")
+    if text == embedded.NAME:
+        return Location(str(embedded.MODEL), text, local=True, hub=False)
     if os.path.isdir(path):
         if not any((path / name).is_file() for name in marks):
             inside = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"

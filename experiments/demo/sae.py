@@ -1,0 +1,106 @@
+"""Train the demo's sparse autoencoder: `python -m experiments.demo.sae runs/demo-0`.
+
+SAELens' trainer, fed from a store of ours: the activations are recorded once, then read in random order from the
+memory map. BOS is left out, since the sink's norm would dominate the loss. About five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+import workbench as wb
+from experiments.demo.corpus import documents
+
+
+@dataclass(frozen=True)
+class SaeRecipe:
+    """Everything that decides the autoencoder, besides the model and the machine."""
+
+    site: str = "resid_post.1"
+    d_sae: int = 1024
+    k: int = 24
+    """Latents active at once; L0 is at most this."""
+    documents: int = 1500
+    """Documents of about 250 tokens whose activations are trained on."""
+    seed: int = 0
+    steps: int = 3000
+    batch: int = 1024
+    """Tokens a step."""
+    learning_rate: float = 1e-3
+
+
+def train_sae(recipe: SaeRecipe, model: wb.Model, store: wb.Store) -> TopKTrainingSAE:
+    """An SAE on `recipe.site` of `store`, by SAELens' trainer."""
+    torch.manual_seed(recipe.seed)
+    array = store[recipe.site]
+    config = TopKTrainingSAEConfig(
+        d_in=array.shape[1],
+        d_sae=recipe.d_sae,
+        k=recipe.k,
+        normalize_activations="expected_average_only_in",
+        metadata=SAEMetadata(
+            model_name="demo", hook_name=array.name, context_size=model.context_limit, prepend_bos=True
+        ),
+    )
+    sae = TopKTrainingSAE(config)
+    rows = store.where("NOT is_special").ids
+    with torch.no_grad():
+        sae.b_dec.copy_(array[rows[:: max(1, len(rows) // 20_000)]].float().mean(0))
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=recipe.steps * recipe.batch,
+            train_batch_size_samples=recipe.batch,
+            lr=recipe.learning_rate,
+            lr_end=recipe.learning_rate / 10,
+            lr_warm_up_steps=100,
+            lr_decay_steps=recipe.steps // 4,
+            dead_feature_window=300,
+            n_batches_for_norm_estimate=50,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae,
+        batches(array, rows, recipe),
+    )
+    return trainer.fit()
+
+
+def batches(array: wb.ActivationArray, rows: np.ndarray, recipe: SaeRecipe) -> Iterator[Float[Tensor, "row d_model"]]:
+    """Activations of `rows` in random order, forever; each row once an epoch but for the last, partial batch."""
+    draw = np.random.default_rng(recipe.seed)
+    while True:
+        order = draw.permutation(rows)
+        for first in range(0, len(order) - recipe.batch + 1, recipe.batch):
+            yield array[np.sort(order[first : first + recipe.batch])].float()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="what experiments.demo.train wrote; the SAE goes beside its model")
+    for name in ("site", "d_sae", "k", "documents", "seed", "steps"):
+        default = getattr(SaeRecipe, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    asked = vars(parser.parse_args(arguments))
+    run = asked.pop("run")
+    model, out = wb.load_model(run / "model"), run / "sae"
+    recipe = SaeRecipe(**asked)
+    texts = (document.text for document in documents(recipe.documents, seed=2000 + recipe.seed))
+    store = wb.record(model, list(texts), sites=[recipe.site], out=run / "sae.acts")
+    sae = train_sae(recipe, model, store)
+    sae.save_inference_model(str(out))
+    print(f"{SAE.load_from_disk(str(out)).cfg.architecture()} of {recipe.d_sae} latents on {recipe.site}: {out}")
+
+
+if __name__ == "__main__":
+    main()
