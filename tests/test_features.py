@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from sae_example import ARCHITECTURES, encode64, save_sae, set_weights
 from safetensors.numpy import load_file
 from scipy.sparse import csr_array
@@ -59,13 +60,6 @@ def loaded(folder: Path, architecture: str = "standard", **settings):
 
 def taken(store, sae, *arguments, **settings):
     return extract_features(store, sae, *arguments, **{"show_progress": False, **settings})
-
-
-def refused(kind, call) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- what is extracted ------------------------------------------------------------------------------------

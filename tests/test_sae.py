@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from sae_example import ARCHITECTURES, edit_config, encode64, save_sae, set_weights
 from safetensors.numpy import load_file
 from store_example import values, write_store
@@ -24,13 +25,6 @@ from workbench.store import SiteRecord, open_store
 X = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 1
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
 TEXTS = ["Once upon a time the little day was Monday", "Monday and Tuesday was the day to Once upon a time", "the"]
-
-
-def refused(kind, call) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- loading ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from store_example import (
     BRAIN,
     HALF,
@@ -37,13 +38,6 @@ ROWS = 22
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
     return open_store(write_store(tmp_path_factory.mktemp("stores") / "x.acts", SEGMENTS))
-
-
-def refused(kind, call) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- arrays -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refused
 from safetensors.numpy import save_file
 from store_example import (
     HALF,
@@ -40,13 +41,6 @@ SEGMENTS = [[3, 2], [4], [1, 1, 5]]
 
 class Crash(BaseException):
     """What stands for the end of the process; no handler for errors catches it."""
-
-
-def refused(kind, call) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------

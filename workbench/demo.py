@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from workbench.embedded import NAME, demo_corpus
@@ -69,9 +70,9 @@ def label_features(features: Features) -> pd.DataFrame:
     for columns in (["entity"], ["concept"], ["ordinal"], ["ordinal", "ordinal_index"], ["trigger"]):
         for values, rows in tokens.groupby(columns, observed=True).indices.items():
             values = values if isinstance(values, tuple) else (values,)
-            mask = pd.Series(False, tokens.index)
-            mask.iloc[rows] = True
-            found = features.enrichment(mask.to_numpy()).iloc[0]
+            mask = np.zeros(len(tokens), bool)
+            mask[rows] = True
+            found = features.enrichment(mask).iloc[0]
             label = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
             told = {name: float(found[name]) for name in ("precision", "recall", "f1")}
             lines.append({"label": label, "feature": int(found["feature"]), **told, "tokens": len(rows)})

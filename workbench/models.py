@@ -240,7 +240,7 @@ def locate(source: str | Path, revision: str | None = None, kind: Literal["model
     if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or inside_folder:
         parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
         wanted = path.absolute().relative_to(parent).parts[0]
-        close = nearest(wanted, _folders(parent))
+        close = nearest(wanted, folders(parent))
         raise RequestError(f"{kind} {text!r}: no such directory ({parent.name}/ has no {wanted!r}{close})")
     return _locate_on_hub(text, revision, kind)
 
@@ -252,7 +252,7 @@ def _locate_on_hub(name: str, revision: str | None, kind: str) -> Location:
     snapshot = _snapshot(name, revision, kind)
     if snapshot is not None:
         return Location(str(snapshot), name, local=True, hub=True)
-    here = nearest(name, _folders(Path.cwd()))
+    here = nearest(name, folders(Path.cwd()))
     if HF_HUB_OFFLINE:
         raise RequestError(
             f"{kind} {name!r} is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set){here}"
@@ -284,7 +284,7 @@ def _snapshot(name: str, revision: str | None, kind: str) -> Path | None:
     return folder if whole and (parts or any((folder / weights).is_file() for weights in _WEIGHTS)) else None
 
 
-def _folders(parent: Path) -> list[str]:
+def folders(parent: Path) -> list[str]:
     """Names of the folders in `parent` that a user may have meant."""
     children = os.scandir(parent) if os.access(parent, os.R_OK) else ()
     return [child.name for child in children if child.is_dir() and not child.name.startswith(".")]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import RequestError
 from workbench.figures.text import visible
+from workbench.store.files import replace_durably
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,9 +75,7 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
         raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'report.html')!r}")
     page = _page(sections, title, text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.partial")
-    fresh.write_text(page, encoding="utf-8")
-    fresh.replace(path)
+    replace_durably(path, page.encode())
     return path
 
 

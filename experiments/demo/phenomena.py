@@ -45,9 +45,9 @@ class Finding:
     value: float
     unit: str
     wanted: str
-    """What the demo must show, as text; empty for a number beside it."""
-    holds: bool | None
-    """Whether it does; None where nothing was asked."""
+    """What the demo must show, as text."""
+    holds: bool
+    """Whether it does."""
     where: str = ""
     """Layer, head or interval."""
 
@@ -142,7 +142,7 @@ def _value_norm_ratio(model: wb.Model, store: wb.Store) -> Float[Tensor, "layer 
 
 def active_dormant(store: wb.Store) -> list[Finding]:
     """The head whose attention to BOS differs most between two domains, BOS's own row left out."""
-    tokens = store.tokens.select(["sequence", "position", "domain", "document"]).to_pandas()
+    tokens = store.tokens.select(["position", "domain", "document"]).to_pandas()
     later = tokens["position"].to_numpy() > 0
     layers = range(store.manifest.model.n_layers)
     to_bos = np.stack([store["pattern", layer][:][:, :, 0].numpy() for layer in layers], 1)[later]

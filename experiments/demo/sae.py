@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
@@ -97,9 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = SaeRecipe(**asked)
     texts = (document.text for document in documents(recipe.documents, seed=2000 + recipe.seed))
     store = wb.record(model, list(texts), sites=[recipe.site], out=run / "sae.acts")
-    sae = train_sae(recipe, model, store)
-    sae.save_inference_model(str(out))
-    print(f"{SAE.load_from_disk(str(out)).cfg.architecture()} of {recipe.d_sae} latents on {recipe.site}: {out}")
+    train_sae(recipe, model, store).save_inference_model(str(out))
+    print(f"topk of {recipe.d_sae} latents on {recipe.site}: {out}")
 
 
 if __name__ == "__main__":

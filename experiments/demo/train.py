@@ -200,11 +200,8 @@ def _checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimiz
 def _resume(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer) -> list[float]:
     """Put back what `_checkpoint` wrote; gives the losses until then."""
     with safe_open(path, "pt") as file, torch.no_grad():
-        known = json.loads(file.metadata()["recipe"])
-        if known != json.loads(json.dumps(asdict(recipe))):
-            differs = [
-                name for name, value in asdict(recipe).items() if known.get(name) != json.loads(json.dumps(value))
-            ]
+        known, asked = json.loads(file.metadata()["recipe"]), json.loads(json.dumps(asdict(recipe)))
+        if differs := [name for name in {**asked, **known} if known.get(name) != asked.get(name)]:
             raise RequestError(
                 f"out {str(path.parent)!r} holds a run with another {', '.join(differs)}; choose another folder"
             )

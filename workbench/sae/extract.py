@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -92,7 +90,8 @@ def extract_features(
     if _holds_same(target, asked, array, dtype):
         return open_features(target, store)
     partial = target.with_name(f".{target.name}{files.PARTIAL}")
-    with files.locked(partial), _explained(target):
+    full = files.explain_full_disk(f"features {target}", "nothing was kept; free space and run again")
+    with files.locked(partial), full:
         try:
             for leftover in partial.iterdir():
                 files.remove(leftover)
@@ -301,15 +300,3 @@ def _same_model(one: str, other: str) -> bool:
         return official.casefold().rsplit("/", 1)[-1]
 
     return plain(one) == plain(other)
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in files.DISK_FULL:
-            raise
-        raise DataError(
-            f"disk full while writing features {target} ({error.strerror}): nothing was kept; free space and run again"
-        ) from error

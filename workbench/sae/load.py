@@ -24,7 +24,7 @@ from torch import Tensor
 
 from workbench import embedded
 from workbench.errors import DataError, RequestError, nearest
-from workbench.models import quietly, usable_device
+from workbench.models import folders, quietly, usable_device
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -148,7 +148,7 @@ def load_sae(
     if not isinstance(name, str) or not text or os.sep in text:  # no release has a slash
         parent = next(folder for folder in path.absolute().parents if folder.is_dir())
         missing = path.absolute().relative_to(parent).parts[:1]
-        raise RequestError(f"SAE {text!r}: no such directory{nearest(''.join(missing), _folders(parent))}")
+        raise RequestError(f"SAE {text!r}: no such directory{nearest(''.join(missing), folders(parent))}")
     return _load_release(text, sae_id, device)
 
 
@@ -196,7 +196,7 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
 
     releases = get_pretrained_saes_directory()
     if release not in releases:
-        here = nearest(release, [*releases, *_folders(Path.cwd())])
+        here = nearest(release, [*releases, *folders(Path.cwd())])
         raise RequestError(f"SAE {release!r} is no directory here and no release that SAELens lists{here}")
     ids = list(releases[release].saes_map)
     if sae_id not in ids:
@@ -254,10 +254,6 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
     if unknown:
         close = nearest(unknown[0], known, 1)
         raise DataError(f"{source}: SAELens knows no {unknown[0]!r} of a {architecture} SAE and would ignore it{close}")
-
-
-def _folders(parent: Path) -> list[str]:
-    return [entry.name for entry in parent.iterdir() if entry.is_dir()] if os.access(parent, os.R_OK) else []
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from workbench.errors import RequestError
+from workbench.errors import DataError, RequestError
 
 PARTIAL = ".partial"
 """Suffix of everything that is still being written; nobody reads it, and the next writer removes it."""
@@ -77,6 +77,17 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+@contextmanager
+def explain_full_disk(what: str, kept: str) -> Iterator[None]:
+    """Inside, a full disk raises DataError that says what was being written, and what is kept and to be done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DataError(f"disk full while writing {what} ({error.strerror}): {kept}") from error
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
-from workbench.errors import DataError, RequestError
+from workbench.errors import RequestError
 from workbench.settings import Recording
 from workbench.store import files
 from workbench.store.manifest import (
@@ -296,15 +296,7 @@ def _texts(part: Part) -> str:
     return f"{part.rows} rows of {part.sequences} sequences from {part.documents} documents"
 
 
-@contextmanager
-def explain_full_disk(path: Path, what: str, rows: int) -> Iterator[None]:
+def explain_full_disk(path: Path, what: str, rows: int) -> AbstractContextManager[None]:
     """Inside, a full disk raises DataError that says what was being written and that `rows` are safe."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in files.DISK_FULL:
-            raise
-        raise DataError(
-            f"disk full while writing {what} of {path} ({error.strerror}): {rows} rows are committed and readable; "
-            "free space and run the same command to resume"
-        ) from error
+    kept = f"{rows} rows are committed and readable; free space and run the same command to resume"
+    return files.explain_full_disk(f"{what} of {path}", kept)
