@@ -322,7 +322,7 @@ def test_where_selects_what_pandas_does(store, predicate):
     [
         ("tokn = 'x'", 'Referenced column "tokn" not found in FROM clause', "; nearest: token, token_id"),
         ("position >", 'syntax error at or near ">"', ""),
-        ("token = 1", "Could not convert string ' Monday' to INT32 when casting from source column token", ""),
+        ("token = 1", "Could not convert string '", ""),  # which token, the threads decide
         ("row = 1; DROP TABLE x", "Cannot have any modifiers in the expression list", ""),
         ("row = 1 ORDER BY row", "Cannot have any modifiers in the expression list", ""),
     ],
