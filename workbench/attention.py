@@ -3,7 +3,8 @@
 transformers sends every attention layer through one table of functions, `AttentionInterface`. Inside
 `tap_attention` the entry a model uses is wrapped: the same function still computes the output (SDPA stays
 SDPA), and the layers asked for also hand over their queries, keys, values and mask. Attention patterns are
-recomputed from those a few query rows at a time, so no layer ever holds a full T x T array.
+recomputed from those a few query rows at a time, so no layer ever holds a full T x T array. What a whole pattern
+comes down to (attention received, entropies) is summed over the same blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 
@@ -81,6 +82,48 @@ def _visible(call: AttentionCall, rows: slice, n_keys: int) -> Bool[Tensor, "#ba
     if call.sliding_window:
         visible = visible & (query - key < call.sliding_window)
     return visible[None, None] & mask[:, None, None, :n_keys].bool()  # flash attention's 2-D padding mask
+
+
+class Columns:
+    """What each key receives, summed over blocks of query rows: from the queries that are real and not before it.
+
+    A query outside of whose window the key lies counts, and pays 0.
+    """
+
+    def __init__(self, real: Shaped[Tensor, "batch query"]) -> None:
+        """`real`: which positions of the right-padded sequences are tokens."""
+        self._real = real.bool()
+        self._mass = self._logs = torch.zeros(())
+
+    def add(self, first: int, block: Float[Tensor, "batch head query key"]) -> None:
+        """Counts a block of the pattern whose first query is `first`. Each block comes once, in any order."""
+        self._real = self._real.to(block.device)
+        padding = ~self._real[:, None, first : first + block.shape[2], None]
+        seen = block.tril(first).masked_fill(padding, 0)
+        self._mass = self._mass.to(seen) + seen.sum(2)
+        self._logs = self._logs.to(seen) + torch.xlogy(seen, seen).sum(2)
+
+    def received(self) -> Float[Tensor, "batch key head"]:
+        """Mean over the real queries from the key on of the attention they pay to it: 0 to 1; alpha of Gu et al. 2024.
+
+        1/(T - k) of everything where attention is the key's own alone: the last keys have few queries.
+        """
+        queries = self._real.flip(1).cumsum(1).flip(1).clamp(min=1)
+        return (self._mass / queries[:, None]).transpose(1, 2)
+
+    def entropy(self) -> Float[Tensor, "batch key head"]:
+        """Entropy in nats of the column, normalised to sum 1: 0 (one query pays, or none) to ln(T - k) (all alike)."""
+        return _entropy(self._mass, self._logs).transpose(1, 2)
+
+
+def row_entropy(block: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch query head"]:
+    """Entropy in nats of what each query pays, normalised to sum 1: 0 (one key) to ln of the keys it sees (uniform)."""
+    return _entropy(block.sum(-1), torch.xlogy(block, block).sum(-1)).transpose(1, 2)
+
+
+def _entropy(mass: Float[Tensor, "*shape"], logs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Of weights w / S, from S = sum w and sum w ln w: ln S - (sum w ln w) / S; 0 where there are none."""
+    return torch.where(mass > 0, mass.log() - logs / mass, 0).clamp(min=0)
 
 
 @contextmanager

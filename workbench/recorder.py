@@ -242,7 +242,7 @@ def _fill(
             rows = _Rows(starts[batch], lengths[batch])
 
             def receive(site: Site, tensor: Tensor, first: int, rows: _Rows = rows) -> None:
-                if site.axes[-1] == "key":
+                if site.axes[-1:] == ("key",):
                     tensor = torch.nn.functional.pad(tensor, (0, segment.shape(site.name)[-1] - tensor.shape[-1]))
                 real, runs = rows.take(tensor, first)
                 submit(_write, segment, site.name, _to_host(*_stored(real, dtype)), runs)
@@ -279,14 +279,15 @@ def _stored(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int, Tensor
     """`x` in the stored type, in memory of its own; how many finite values were beyond its range (they become
     its largest), and how many were not finite to begin with (they stay)."""
     limit = torch.finfo(dtype).max
+    fresh = {"copy": True, "memory_format": torch.contiguous_format}  # heads of a lone sequence may come as a view
     if x.device.type == "cpu" and x.numel():
         low, high = torch.aminmax(x)
         if low >= -limit and high <= limit:  # false for NaN too
-            return x.to(dtype, copy=True), 0, 0
+            return x.to(dtype, **fresh), 0, 0
     finite = torch.isfinite(x)
     beyond = finite & (x.abs() > limit)
     clamped = torch.where(finite, x.clamp(-limit, limit), x)
-    return clamped.to(dtype, copy=True), beyond.sum(), (~finite).sum()
+    return clamped.to(dtype, **fresh), beyond.sum(), (~finite).sum()
 
 
 def _to_host(x: Tensor, *counts: Tensor | int) -> Callable[[], tuple[np.ndarray, list[int]]]:

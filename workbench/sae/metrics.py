@@ -110,7 +110,7 @@ def splice(
     Raises RequestError for a site that is not the one way into or out of a module, DataError where the block is left
     and the site was not seen.
     """
-    if site.tap.part not in ("in", "out") or site.name.endswith("hook_resid_mid"):
+    if site.of or site.tap.part not in ("in", "out") or site.name.endswith("hook_resid_mid"):
         raise RequestError(
             f"site {site.short or site.name} cannot be replaced: it is read in several places, or inside of attention; "
             "resid_pre, resid_post, attn_out and mlp_out can"
