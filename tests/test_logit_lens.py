@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig
 
 import workbench as wb
-from probes import LogitLens, logit_lens
-from probes.logit_lens import lens_grid, lens_statistics, next_tokens
+from probes import LogitLens
+from workbench import trajectory
 from workbench.errors import RequestError
 from workbench.lens import load_unembed
 from workbench.models import Model
+from workbench.trajectory import lens_grid, lens_statistics, next_tokens
 
 NORMS = {
     "GPT2LMHeadModel": "transformer.ln_f",
@@ -100,6 +101,12 @@ def check_against(data, logs: np.ndarray, targets: np.ndarray, atol: float = 1e-
     np.testing.assert_allclose(data["entropy"], -(p * logs).sum(-1), **close)
     np.testing.assert_allclose(data["kl"], (p[-1] * (logs[-1] - logs)).sum(-1), **close)
     np.testing.assert_allclose(data["cross_entropy"], -at, **close)
+    middle = np.log((p + p[-1]) / 2)
+    js = ((p * (logs - middle)).sum(-1) + (p[-1] * (logs[-1] - middle)).sum(-1)) / 2
+    np.testing.assert_allclose(data["js"], js, **close)
+    np.testing.assert_allclose(data["tv"], abs(p - p[-1]).sum(-1) / 2, **close)
+    chosen = logs[-1].argmax(-1)[None, :, None]
+    np.testing.assert_allclose(data["surprise"], -np.take_along_axis(logs, chosen, -1)[..., 0], **close)
     rank = data["rank"].to_numpy()
     assert (rank[:, ~known] == 0).all()
     surely, perhaps = ((logs > at[..., None] + shift).sum(-1) for shift in (atol, -atol))
@@ -439,13 +446,13 @@ def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
     whole = settings.run(llama_store)
     rows = int(whole.data["rows"])
     for block in (7, 1, rows):
-        monkeypatch.setattr(logit_lens, "_BLOCK_BYTES", block * 4 * 320)
+        monkeypatch.setattr(trajectory, "_BLOCK_BYTES", block * 4 * 320)
         with LargestLogits(320) as seen:
             blocked = settings.run(llama_store)
         assert seen.rows == block
         for name in whole.data.data_vars:
             np.testing.assert_allclose(blocked.data[name], whole.data[name], atol=1e-5)
-    monkeypatch.setattr(logit_lens, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
+    monkeypatch.setattr(trajectory, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
     assert settings.run(llama_store).data["rank"].equals(whole.data["rank"])
 
 
@@ -457,7 +464,7 @@ def test_the_table_says_what_the_arrays_say(llama_store):
     data, table, tokens = result.data, result.table, llama_store.tokens.to_pandas()
     assert table.columns.tolist() == [
         *("layer", "row", "sequence", "position", "document", "token", "next_token"),
-        *("entropy", "kl", "cross_entropy", "rank"),
+        *("entropy", "kl", "js", "tv", "cross_entropy", "surprise", "rank"),
         *("top_token_1", "top_probability_1", "top_token_2", "top_probability_2"),
     ]
     assert len(table) == 3 * llama_store.rows
@@ -471,7 +478,7 @@ def test_the_table_says_what_the_arrays_say(llama_store):
         ]
         target = targets[line["row"]]
         assert line["next_token"] == ("" if target < 0 else words[target])
-        for name in ("entropy", "kl", "cross_entropy", "rank"):
+        for name in ("entropy", "kl", "js", "tv", "cross_entropy", "surprise", "rank"):
             np.testing.assert_array_equal(line[name], here[name])
         for k in (1, 2):
             assert line[f"top_token_{k}"] == words[int(here["top_id"].sel(top=k))]
@@ -480,13 +487,17 @@ def test_the_table_says_what_the_arrays_say(llama_store):
 
 def test_every_variable_has_a_unit(llama_store):
     units = {name: variable.attrs["units"] for name, variable in LogitLens().run(llama_store).data.items()}
+    nats = ["entropy", "kl", "js", "cross_entropy", "surprise"]
     assert units == {
-        **dict.fromkeys(["entropy", "kl", "cross_entropy", "mean_entropy", "mean_kl", "mean_cross_entropy"], "nats"),
-        **dict.fromkeys(["mean_agreement", "mean_accuracy"], "share of tokens"),
+        **dict.fromkeys(nats, "nats"),
+        **dict.fromkeys([f"mean_{name}" for name in nats], "nats"),
+        **dict.fromkeys(["mean_agreement", "mean_accuracy", "depth_share"], "share of tokens"),
+        **dict.fromkeys(["tv", "mean_tv", "top_probability"], "probability"),
         **dict.fromkeys(["rows", "rows_with_next"], "tokens"),
         "rank": "1 = top",
         "top_id": "token id",
-        "top_probability": "probability",
+        "prediction_depth": "index on the layer axis",
+        "error_auc": "area under the ROC curve",
     }
 
 

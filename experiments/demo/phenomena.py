@@ -24,9 +24,9 @@ import workbench as wb
 from experiments.demo.corpus import HELD_OUT, documents
 from experiments.demo.world import ORDINALS
 from probes import LogitLens
-from probes.logit_lens import next_tokens
 from workbench.demo import label_features
 from workbench.lens import load_unembed
+from workbench.trajectory import next_tokens
 
 LENGTH, EPSILON = 64, 0.3
 """T and epsilon of the sink metric (Gu et al., arXiv 2410.10781)."""

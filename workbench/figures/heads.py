@@ -1,0 +1,53 @@
+"""A heat map of heads: layers upward, heads rightward, one value each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from workbench.figures.theme import PROBABILITY, TEMPLATE
+
+
+def head_grid(
+    values: Float[np.ndarray, "layer head"],
+    *,
+    hover: Sequence[Sequence[str]],
+    layers: Sequence[int],
+    title: str,
+    subtitle: str,
+    unit: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> go.Figure:
+    """Layers (upward) by heads (rightward), coloured by `values`; NaN, a head that is not there, stays white.
+
+    `title`, `subtitle` and `hover` are markup: their maker has made model text safe.
+    """
+    layer_names, head_names = [str(layer) for layer in layers], [str(head) for head in range(values.shape[1])]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=head_names,
+            y=layer_names,
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            colorscale=PROBABILITY,
+            zmin=limits[0],
+            zmax=limits[1],
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        )
+    )
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": subtitle}},
+        width=max(640, 190 + 26 * len(head_names)),
+        height=210 + 26 * len(layer_names),
+    )
+    figure.update_xaxes(title="head", type="category", showgrid=False)
+    figure.update_yaxes(title="layer", type="category", showgrid=False)
+    return figure
