@@ -3,7 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {"LogitLens": "probes.logit_lens"}
+_PUBLIC = {
+    "AttentionSinks": "probes.attention_sinks",
+    "LogitLens": "probes.logit_lens",
+    "SuccessorHeads": "probes.successor_heads",
+    "TunedLens": "probes.tuned_lens",
+}
 
 __all__ = sorted(_PUBLIC)
 
@@ -15,4 +20,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from probes.attention_sinks import AttentionSinks
     from probes.logit_lens import LogitLens
+    from probes.successor_heads import SuccessorHeads
+    from probes.tuned_lens import TunedLens
