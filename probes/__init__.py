@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "AttentionSinks": "probes.attention_sinks",
+    "FutureLens": "probes.future_lens",
     "LogitLens": "probes.logit_lens",
     "SuccessorHeads": "probes.successor_heads",
+    "TokenErasure": "probes.token_erasure",
     "TunedLens": "probes.tuned_lens",
 }
 
@@ -21,6 +23,8 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from probes.attention_sinks import AttentionSinks
+    from probes.future_lens import FutureLens
     from probes.logit_lens import LogitLens
     from probes.successor_heads import SuccessorHeads
+    from probes.token_erasure import TokenErasure
     from probes.tuned_lens import TunedLens

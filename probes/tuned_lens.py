@@ -24,6 +24,7 @@ from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.progress import progress
 from workbench.result import Result, provenance
+from workbench.statistics import divided
 from workbench.store.reader import Store
 from workbench.trajectory import lens_curves, lens_grid, log_probabilities, read_lens, recorded_layers, selected_rows
 
@@ -86,7 +87,10 @@ class TunedLens:
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         store[last]  # refused here, before training, if it was not recorded
         translated = [(layer, name) for layer, name in zip(layers, labels, strict=True) if name != last]
-        training, validation, tested = self._split(store)
+        rows = selected_rows(store, self.where)
+        document = store.tokens["document"].to_numpy()[rows]
+        parts = divided(document, self.held_out, purpose="a tuned lens", seed=self.seed)
+        training, validation, tested = (rows[part] for part in parts)
         unembed = load_unembed(store.path, device)
         lens = _Trained(len(translated), unembed.weight.shape[1], device)
         if self.epochs:
@@ -106,22 +110,6 @@ class TunedLens:
         data["validation_rows"] = ((), len(validation), {"units": "tokens"})
         data.attrs["note"] = _note(len(training), unembed.weight.shape[1])
         return Result(self.name, data, table, provenance(store, self))
-
-    def _split(self, store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows to train on, to stop by and to read, by document."""
-        rows = selected_rows(store, self.where)
-        document = store.tokens["document"].to_numpy()[rows]
-        documents = np.random.default_rng(self.seed).permutation(np.unique(document))
-        tested = max(1, round(self.held_out * len(documents)))
-        validating = max(1, round(tested / 2))
-        if len(documents) < tested + validating + 1:
-            raise RequestError(
-                f"store has {len(documents)} documents among the selected tokens; a tuned lens needs three or more, "
-                "to train on, to stop by and to read"
-            )
-        parts = np.split(documents, [tested, tested + validating])
-        tested, validation, training = (rows[np.isin(document, part)] for part in parts)
-        return training, validation, tested
 
     def _train(
         self,

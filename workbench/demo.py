@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """What a second recording holds, in sequences of 64 tokens: the sink metrics compare sequences of one length."""
-SETTINGS: Mapping[str, Mapping[str, Any]] = {"attention-sinks": {"domain": "domain"}, "tuned-lens": {"epochs": 4}}
-"""Probe to those of its settings that are not the default here."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "attention-sinks": {"domain": "domain"},
+    "future-lens": {"epochs": 1, "horizons": 2},
+    "token-erasure": {"epochs": 2, "offsets": (-2, -1, 0), "late": 3},
+    "tuned-lens": {"epochs": 2},
+}
+"""Probe to those of its settings that are not the default here: all of it is to take less than a minute."""
 _FEATURES_SHOWN = 24
 _LEAST = 20  # tokens of a label: on fewer, precision is luck
 

@@ -77,7 +77,7 @@ class Result:
         return asked
 
     def __repr__(self) -> str:
-        axes = ", ".join(f"{name} {size}" for name, size in self.data.sizes.items())
+        axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
         return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
 
 

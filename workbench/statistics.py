@@ -1,4 +1,4 @@
-"""Means with intervals over tokens that are not independent: what resamples is the document, never the token."""
+"""Tokens are not independent: documents are what is divided, and resampled for an interval, never single tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
+
+from workbench.errors import RequestError
 
 LEVEL = 0.95
 
@@ -17,6 +19,27 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def divided(
+    documents: Int[np.ndarray, " row"], held_out: float, *, purpose: str, seed: int = 0
+) -> tuple[Bool[np.ndarray, " row"], Bool[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
+    """Which rows to train on, to stop training by, and to test on; no document is in two parts.
+
+    `held_out` of the documents are tested on, half as many decide when training ends, at least one each. Raises
+    RequestError where that leaves none to train on; `purpose` says what for.
+    """
+    known = np.random.default_rng(seed).permutation(np.unique(documents))
+    tested = max(1, round(held_out * len(known)))
+    validating = max(1, round(tested / 2))
+    if len(known) < tested + validating + 1:
+        raise RequestError(
+            f"store has {len(known)} documents among the selected tokens; {purpose} needs three or more, "
+            "to train on, to stop by and to read"
+        )
+    parts = np.split(known, [tested, tested + validating])
+    tested, validation, training = (np.isin(documents, part) for part in parts)
+    return training, validation, tested
 
 
 def clustered_means(

@@ -1,0 +1,115 @@
+"""Linear softmax probes: which token can be read off a state by one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_SCALE_ROWS = 20_000
+_PATIENCE = 2
+
+States = Callable[[np.ndarray], Tensor]
+"""From row ids to states `[row, d_model]`."""
+
+
+@dataclass(frozen=True)
+class SoftmaxFit:
+    """How a softmax probe is trained: AdamW over passes in random order, the rate brought to 0 along a line."""
+
+    epochs: int = 8
+    """Most passes; training ends when two in a row make no probe better on the validation rows."""
+    batch: int = 1024
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SoftmaxProbes:
+    """Maps without bias, several on the same states: logits of `classes` are `(states / scale) @ weight`."""
+
+    weight: Float[Tensor, "probe d_model class"]
+    scale: Float[Tensor, " d_model"]
+    classes: Int[np.ndarray, " class"]
+    """Token ids, ascending."""
+
+    def log_probabilities(self, probe: int, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row class"]:
+        """In nats."""
+        return ((states.float() / self.scale) @ self.weight[probe]).log_softmax(1)
+
+    def class_of(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """Index of token ids among the classes; -1 for those that training never saw."""
+        index = np.searchsorted(self.classes, ids).clip(max=len(self.classes) - 1)
+        return np.where(self.classes[index] == ids, index, -1)
+
+
+def fit_softmax(
+    states: States,
+    training: Int[np.ndarray, " row"],
+    targets: Int[np.ndarray, "probe row"],
+    validation: Int[np.ndarray, " held_row"],
+    held_targets: Int[np.ndarray, "probe held_row"],
+    settings: SoftmaxFit,
+    *,
+    tick: Callable[[int], None] = lambda steps: None,
+) -> SoftmaxProbes:
+    """One map without bias for each line of `targets`, by softmax cross-entropy; token ids, -1 where there is none.
+
+    States are divided by their standard deviation first, which the map could do itself and AdamW finds hard. Each probe
+    keeps its best pass on the validation rows. Costs epochs x rows x probes products with the map; memory is a batch of
+    logits and the maps. Classes are the tokens that training meets.
+    """
+    classes = np.unique(targets[targets >= 0])
+    sample = states(training[:: max(1, len(training) // _SCALE_ROWS)]).float()
+    scale = sample.std(0, correction=0).clamp(min=1e-6)
+    weight = torch.zeros(len(targets), sample.shape[1], len(classes), device=sample.device, requires_grad=True)
+    probes = SoftmaxProbes(weight, scale, classes)
+    optimizer = torch.optim.AdamW([weight], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    steps = settings.epochs * -(-len(training) // settings.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    draw = np.random.default_rng(settings.seed)
+    wanted, held = (torch.from_numpy(probes.class_of(part)).to(sample.device) for part in (targets, held_targets))
+    best, kept = torch.full((len(targets),), torch.inf, device=sample.device), weight.detach().clone()
+    since = 0
+    for _ in range(settings.epochs):
+        for part in _batches(draw.permutation(len(training)), settings.batch):
+            x = states(training[part])
+            loss = sum(_loss(probes, index, x, wanted[index, part]) for index in range(len(targets)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            tick(1)
+        found = _held_loss(probes, states, validation, held, settings.batch)
+        better = found < best
+        kept[better] = weight.detach()[better]
+        best = torch.minimum(best, found)
+        since = 0 if better.any() else since + 1
+        if since >= _PATIENCE:
+            break
+    return SoftmaxProbes(kept, scale, classes)
+
+
+def _batches(order: np.ndarray, batch: int) -> Sequence[np.ndarray]:
+    return [np.sort(part) for part in np.split(order, range(batch, len(order), batch))]
+
+
+def _loss(probes: SoftmaxProbes, index: int, x: Tensor, target: Tensor) -> Tensor:
+    """Mean over rows that have a target; 0 where none has."""
+    total = torch.nn.functional.nll_loss(probes.log_probabilities(index, x), target, ignore_index=-1, reduction="sum")
+    return total / (target >= 0).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _held_loss(probes: SoftmaxProbes, states: States, rows: np.ndarray, held: Tensor, batch: int) -> Tensor:
+    total = torch.zeros(len(held), device=held.device)
+    for part in _batches(np.arange(len(rows)), batch):
+        x = states(rows[part])
+        for index, target in enumerate(held):
+            total[index] += _loss(probes, index, x, target[part]) * len(part)
+    return total / max(len(rows), 1)
