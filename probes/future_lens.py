@@ -379,7 +379,7 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         subtitle="in each cell the token read N tokens past the next, from this token's state at the best layer",
         unit="probability",
     )
-    return figure.update_yaxes(title="N, tokens past the next")
+    return figure.update_yaxes(title="N")
 
 
 # ---- fitting --------------------------------------------------------------------------------------------

