@@ -16,10 +16,11 @@ import workbench as wb
 from workbench import embedded
 from workbench.errors import DataError, RequestError
 from workbench.forward import run
+from workbench.interventions import splice
 from workbench.models import Model
 from workbench.sae import metrics
 from workbench.sae.load import load_sae
-from workbench.sae.metrics import SplicedLoss, sae_metrics, splice
+from workbench.sae.metrics import SplicedLoss, sae_metrics
 from workbench.store import SiteRecord, open_store
 
 X = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 1

@@ -9,11 +9,11 @@ its share of that, through the projection's weights without bias.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from workbench.capture import capture
 from workbench.errors import RequestError
-from workbench.forward import first_tensor, hook_tensor, run, trial_ids
+from workbench.forward import change_tensor, first_tensor, hook_tensor, run, trial_ids
 from workbench.lens import Unembed
 from workbench.models import Model
 from workbench.sites import Site
@@ -130,8 +130,8 @@ def first_mlp(model: Model, ids: Int[Tensor, " token"], form: FirstMlp = "residu
     block, streams = _block(model, 0), []
     for chunk in embedded.split(_TOKENS):
         with (
-            _changed(block, "in", partial(_instead, chunk)),
-            _changed(first.last, "out", torch.zeros_like),
+            change_tensor(block, "in", partial(_instead, chunk)),
+            change_tensor(first.last, "out", torch.zeros_like),
             hook_tensor(block, "out", streams.append),
         ):
             _run_alone(model, len(chunk))
@@ -156,7 +156,7 @@ def head_writes(
     for chunk in x.split(_TOKENS):
         with ExitStack() as stack:
             for layer, output in outputs.items():
-                stack.enter_context(_changed(_block(model, layer), "in", partial(_instead, chunk)))
+                stack.enter_context(change_tensor(_block(model, layer), "in", partial(_instead, chunk)))
                 stack.enter_context(hook_tensor(output.project, "in", seen[layer].append))
             _run_alone(model, len(chunk))
     for layer, output in outputs.items():
@@ -230,33 +230,3 @@ def _run_alone(model: Model, tokens: int) -> None:
 
 def _instead(value: Tensor, original: Tensor) -> Tensor:
     return value.to(original).reshape(original.shape)
-
-
-@contextmanager
-def _changed(module: nn.Module, side: Literal["in", "out"], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the first tensor that goes into `module` or comes out of it is `change` of it."""
-
-    def before(_module, args, kwargs):
-        return (_with_first(args, change), kwargs) if args else (args, _with_first(kwargs, change))
-
-    def after(_module, _args, output):
-        return _with_first(output, change)
-
-    if side == "in":
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _with_first(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with the tensor that `first_tensor` finds in it changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-    at = next(key for key, part in pairs if isinstance(part, Tensor))
-    changed = [(key, change(part) if key == at else part) for key, part in pairs]
-    return dict(changed) if isinstance(value, dict) else tuple(part for _, part in changed)

@@ -18,8 +18,14 @@ def text_config(module: nn.Module) -> Any:
     return module.config.get_text_config(decoder=True)
 
 
-def run(module: nn.Module, ids: Int[Tensor, "batch position"], mask: Int[Tensor, "batch position"]) -> Any:
-    """One forward pass without gradients, cache or dropout. The attention mask is always given.
+def run(
+    module: nn.Module,
+    ids: Int[Tensor, "batch position"],
+    mask: Int[Tensor, "batch position"],
+    *,
+    gradients: bool = False,
+) -> Any:
+    """One forward pass without cache or dropout, and unless asked without gradients. The mask is always given.
 
     A compiled model runs its own code uncompiled: every hook would break its graph, and leaving it early its guards.
     """
@@ -28,7 +34,7 @@ def run(module: nn.Module, ids: Int[Tensor, "batch position"], mask: Int[Tensor,
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     given = {name: value for name, value in wanted.items() if open_ended or name in accepted}
-    with evaluating(module), torch.inference_mode(), _uncompiled():
+    with evaluating(module), torch.enable_grad() if gradients else torch.inference_mode(), _uncompiled():
         return module(input_ids=ids.to(device), **given)
 
 
@@ -72,14 +78,48 @@ def hook_tensor(
     def after(_module, _args, output):
         receive(pick(output))
 
-    if side == "in":
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
+    with _hooked(module, before if side == "in" else None, after):
+        yield
+
+
+@contextmanager
+def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, each time `module` runs, the first tensor that goes into it or comes out of it is `change` of it."""
+
+    def before(_module, args, kwargs):
+        return (_changed(args, change), kwargs) if args else (args, _changed(kwargs, change))
+
+    def after(_module, _args, output):
+        return _changed(output, change)
+
+    with _hooked(module, before if side == "in" else None, after):
+        yield
+
+
+@contextmanager
+def _hooked(module: nn.Module, before: Callable | None, after: Callable) -> Iterator[None]:
+    """Inside, `before` runs ahead of `module`, or where there is none, `after` behind it."""
+    if before is None:
         handle = module.register_forward_hook(after)
+    else:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a module is given or gives, with `change` of its first tensor in that one's place."""
+    first = first_tensor(value)
+    if isinstance(value, Tensor) or first is None:
+        return value if first is None else change(value)
+    if isinstance(value, dict):
+        key = next(key for key, part in value.items() if part is first)
+        changed = value.copy()
+        changed[key] = change(first)
+        return changed
+    return type(value)(change(part) if part is first else part for part in value)
 
 
 def first_tensor(value: Any) -> Tensor | None:

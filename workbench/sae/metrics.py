@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from workbench.errors import DataError, RequestError
-from workbench.forward import first_tensor, run
+from workbench.errors import RequestError
+from workbench.forward import run
+from workbench.interventions import splice
 from workbench.models import Model
 from workbench.sae.extract import block_rows, encode_checked, matching_site
 from workbench.sae.load import Sae
@@ -94,67 +94,6 @@ def sae_metrics(
         raise RequestError(f"rows: none of the {store.rows} of {store.path} is selected")
     spliced = None if model is None else _spliced_loss(array, sae, model, ids)
     return SaeMetrics(len(ids), *_fit(array, sae, ids), spliced)
-
-
-@contextmanager
-def splice(
-    module: nn.Module,
-    site: Site,
-    mask: Bool[Tensor, "batch position"],
-    replace: Callable[[Float[Tensor, "row ..."]], Float[Tensor, "row ..."]],
-) -> Iterator[None]:
-    """Inside, the site's rows where `mask` is true are what `replace` makes of them; the model runs on with those.
-
-    For forward passes over a batch of the mask's shape. The hook is gone afterwards, exceptions included.
-
-    Raises RequestError for a site that is not the one way into or out of a module, DataError where the block is left
-    and the site was not seen.
-    """
-    if site.of or site.tap.part not in ("in", "out") or site.name.endswith("hook_resid_mid"):
-        raise RequestError(
-            f"site {site.short or site.name} cannot be replaced: it is read in several places, or inside of attention; "
-            "resid_pre, resid_post, attn_out and mlp_out can"
-        )
-    seen = 0
-
-    def change(tensor: Tensor) -> Tensor:
-        nonlocal seen
-        seen += 1
-        rows = tensor.reshape(mask.numel(), *site.shape).clone()
-        chosen = mask.flatten().to(rows.device)
-        rows[chosen] = replace(rows[chosen]).to(rows)
-        return rows.reshape(tensor.shape)
-
-    def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return (_changed(args, change), kwargs) if args else (args, _changed(kwargs, change))
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return _changed(output, change)
-
-    part = module.get_submodule(site.tap.path)
-    if site.tap.part == "in":
-        handle = part.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = part.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if not seen:
-        raise DataError(f"site {site.short or site.name} did not come up in the forward pass: nothing was replaced")
-
-
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a module is given or gives, with `change` of its first tensor in that one's place."""
-    first = first_tensor(value)
-    if isinstance(value, Tensor) or first is None:
-        return value if first is None else change(value)
-    if isinstance(value, dict):
-        key = next(key for key, part in value.items() if part is first)
-        changed = value.copy()
-        changed[key] = change(first)
-        return changed
-    return type(value)(change(part) if part is first else part for part in value)
 
 
 def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tuple[float, float, float]:
