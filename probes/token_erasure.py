@@ -31,13 +31,12 @@ from workbench.linear import SoftmaxFit, SoftmaxProbes, fit_softmax
 from workbench.models import usable_device
 from workbench.progress import progress
 from workbench.result import Result, provenance
-from workbench.statistics import central, clustered_means, divided
+from workbench.statistics import ROWS_A_DIMENSION, clustered_means, divided, intervals
 from workbench.store.reader import Store
-from workbench.trajectory import recorded_layers, selected_rows
+from workbench.trajectory import recorded_layers, selected_rows, tokens_at
 
 SCORED = (0, -1, -2)
 """Offsets that the erasure score is made of."""
-_ROWS_A_DIMENSION = 5
 _SHOWN = 40
 _GROUPS = ("last", "control")
 
@@ -111,7 +110,7 @@ class TokenErasure:
             store.tokens["document"].to_numpy()[rows], self.held_out, purpose="token erasure", seed=self.seed
         )
         training, validation, tested = (rows[part] for part in parts)
-        targets = _targets(store, self.offsets)
+        targets = np.stack([tokens_at(store, offset) for offset in self.offsets])
         right = np.zeros((len(layers), len(self.offsets), len(tested)), bool)
         kept: dict[int, Float[np.ndarray, "offset row"]] = {}
         device = usable_device(self.device)
@@ -137,7 +136,7 @@ class TokenErasure:
         if set(SCORED) <= set(self.offsets):
             delta = {offset: kept[early][at] - kept[late][at] for at, offset in enumerate(self.offsets)}
             table = _segments(store, tested, delta, spans, self.longest)
-            data = data.assign(_agreement(table, spans, store, tested))
+            data = data.assign(_agreement(table, spans, tested))
         return Result(self.name, data, table, provenance(store, self))
 
     def _layers(self, store: Store, layers: list[int]) -> tuple[int, int]:
@@ -170,22 +169,22 @@ class TokenErasure:
             values.reshape(-1, len(tested)).T, document, resamples=self.resamples, seed=self.seed
         )
         mean, drawn = mean.reshape(shape), drawn.reshape(-1, *shape)
-        bounds = np.array([central(column) for column in drawn.reshape(len(drawn), -1).T]).reshape(*shape, 2)
+        bounds = intervals(drawn)
         early, late = (layers.index(layer) for layer in scored)
         fall = mean[..., early] - mean[..., late]
         fallen = drawn[..., early] - drawn[..., late]
-        more = np.array([central(column) for column in (fallen[:, 0] - fallen[:, 1]).T])
+        more = intervals(fallen[:, 0] - fallen[:, 1])
         share = {"units": "share of tokens"}
         axes = ("group", "offset", "layer")
         return xr.Dataset(
             {
                 "accuracy": (axes, mean, share),
-                "accuracy_low": (axes, bounds[..., 0], share),
-                "accuracy_high": (axes, bounds[..., 1], share),
+                "accuracy_low": (axes, bounds[0], share),
+                "accuracy_high": (axes, bounds[1], share),
                 "tokens": (("group", "offset"), groups.sum(2), {"units": "tokens"}),
                 "fall": (("offset",), fall[0] - fall[1], share),
-                "fall_low": (("offset",), more[:, 0], share),
-                "fall_high": (("offset",), more[:, 1], share),
+                "fall_low": (("offset",), more[0], share),
+                "fall_high": (("offset",), more[1], share),
             },
             coords={"group": list(_GROUPS), "offset": list(self.offsets), "layer": layers},
         )
@@ -224,18 +223,6 @@ class TokenErasure:
 
 
 # ---- what is read ---------------------------------------------------------------------------------------
-
-
-def _targets(store: Store, offsets: tuple[int, ...]) -> Int[np.ndarray, "offset row"]:
-    """The token at each offset from each row, in its document and sequence; -1 where there is none."""
-    tokens = store.tokens
-    ids, sequence, document = (tokens[name].to_numpy() for name in ("token_id", "sequence", "document"))
-    found = np.full((len(offsets), len(ids)), -1, dtype=np.int64)
-    for index, offset in enumerate(offsets):
-        source = np.arange(max(0, -offset), len(ids) - max(0, offset))
-        same = (sequence[source] == sequence[source + offset]) & (document[source] == document[source + offset])
-        found[index, source] = np.where(same, ids[source + offset], -1)
-    return found
 
 
 @torch.no_grad()
@@ -402,7 +389,7 @@ def _inside(parts: Any) -> list[np.ndarray]:
     return [own, previous, second]
 
 
-def _agreement(table: pd.DataFrame, spans: _Spans, store: Store, tested: np.ndarray) -> dict[str, Any]:
+def _agreement(table: pd.DataFrame, spans: _Spans, tested: np.ndarray) -> dict[str, Any]:
     """How many segments of several tokens are words of several tokens, and how many of these are found."""
     several = table[table["tokens"] > 1]
     words = np.unique(spans.first[tested[spans.length[tested] > 1]])
@@ -417,7 +404,7 @@ def _agreement(table: pd.DataFrame, spans: _Spans, store: Store, tested: np.ndar
 
 
 def _note(rows: int, d_model: int) -> str:
-    wanted = _ROWS_A_DIMENSION * d_model
+    wanted = ROWS_A_DIMENSION * d_model
     return "" if rows >= wanted else f"{rows:,} training rows are few for {d_model} dimensions; {wanted:,} are wanted"
 
 

@@ -24,12 +24,11 @@ from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.progress import progress
 from workbench.result import Result, provenance
-from workbench.statistics import divided
+from workbench.statistics import divided, few_rows
 from workbench.store.reader import Store
 from workbench.trajectory import lens_curves, lens_grid, log_probabilities, read_lens, recorded_layers, selected_rows
 
 _PATIENCE = 2  # passes without a better layer
-_ROWS_A_PARAMETER = 5  # fewer training rows than this times d_model leave a linear map badly determined
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class TunedLens:
         data = data.assign(_translators(lens, layers, place))
         data["training_rows"] = ((), len(training), {"units": "tokens"})
         data["validation_rows"] = ((), len(validation), {"units": "tokens"})
-        data.attrs["note"] = _note(len(training), unembed.weight.shape[1])
+        data.attrs["note"] = few_rows(len(training), unembed.weight.shape[1])
         return Result(self.name, data, table, provenance(store, self))
 
     def _train(
@@ -225,13 +224,6 @@ def _translators(lens: _Trained, layers: list[int], place: dict[int, int]) -> di
         "bias": xr.Variable(("layer", "d_model"), bias, {"units": "activation"}),
         "epochs": xr.Variable(("layer",), epochs, {"units": "passes over the training rows"}),
     }
-
-
-def _note(rows: int, d_model: int) -> str:
-    if rows >= _ROWS_A_PARAMETER * d_model:
-        return ""
-    wanted = _ROWS_A_PARAMETER * d_model
-    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {wanted:,} or more are wanted"
 
 
 def _comparison(result: Result) -> Any:

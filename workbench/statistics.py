@@ -12,6 +12,9 @@ from workbench.errors import RequestError
 
 LEVEL = 0.95
 
+ROWS_A_DIMENSION = 5
+"""Training rows wanted for each dimension of a state; fewer leave a linear map badly determined."""
+
 
 class Interval(NamedTuple):
     """A mean and the central 95 % of its bootstrap distribution; NaN where there was nothing to average."""
@@ -22,24 +25,38 @@ class Interval(NamedTuple):
 
 
 def divided(
-    documents: Int[np.ndarray, " row"], held_out: float, *, purpose: str, seed: int = 0
+    documents: Int[np.ndarray, " row"],
+    held_out: float,
+    validation: float | None = None,
+    *,
+    purpose: str,
+    uses: str = "to train on, to stop by and to read",
+    seed: int = 0,
 ) -> tuple[Bool[np.ndarray, " row"], Bool[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
     """Which rows to train on, to stop training by, and to test on; no document is in two parts.
 
-    `held_out` of the documents are tested on, half as many decide when training ends, at least one each. Raises
-    RequestError where that leaves none to train on; `purpose` says what for.
+    `held_out` of the documents are tested on, `validation` of them (None: half as many) decide when training ends or
+    what is chosen, at least one each. Raises RequestError where that leaves none to train on; `purpose` says what
+    for, `uses` what the three parts are for.
     """
     known = np.random.default_rng(seed).permutation(np.unique(documents))
     tested = max(1, round(held_out * len(known)))
-    validating = max(1, round(tested / 2))
+    validating = max(1, round(tested / 2 if validation is None else validation * len(known)))
     if len(known) < tested + validating + 1:
         raise RequestError(
-            f"store has {len(known)} documents among the selected tokens; {purpose} needs three or more, "
-            "to train on, to stop by and to read"
+            f"store has {len(known)} documents among the selected tokens; {purpose} needs three or more, {uses}"
         )
     parts = np.split(known, [tested, tested + validating])
     tested, validation, training = (np.isin(documents, part) for part in parts)
     return training, validation, tested
+
+
+def few_rows(rows: int, d_model: int) -> str:
+    """What to say of a d_model x d_model map fitted on so many rows; "" where they are enough."""
+    wanted = ROWS_A_DIMENSION * d_model
+    if rows >= wanted:
+        return ""
+    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {wanted:,} or more are wanted"
 
 
 def clustered_means(
@@ -78,6 +95,12 @@ def clustered_interval(
     """`clustered_means` of one column, as mean, low and high."""
     mean, drawn = clustered_means(values[:, None], clusters, resamples=resamples, seed=seed)
     return Interval(float(mean[0]), *central(drawn[:, 0]))
+
+
+def intervals(drawn: Float[np.ndarray, "resample ..."]) -> Float[np.ndarray, "bound ..."]:
+    """`central` of every column of a bootstrap: [low or high, ...]."""
+    flat = drawn.reshape(len(drawn), -1)
+    return np.array([central(column) for column in flat.T]).T.reshape(2, *drawn.shape[1:])
 
 
 def central(drawn: Float[np.ndarray, " resample"] | Sequence[float]) -> tuple[float, float]:

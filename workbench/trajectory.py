@@ -161,12 +161,19 @@ def lens_statistics(
 
 def next_tokens(store: Store) -> Int[np.ndarray, " row"]:
     """The id of the token that follows each row in its document and sequence; -1 where none does."""
+    return tokens_at(store, 1)
+
+
+def tokens_at(store: Store, offset: int) -> Int[np.ndarray, " row"]:
+    """The id of the token `offset` tokens after each row (before, where negative), in its document and sequence; -1
+    where there is none."""
     tokens = store.tokens
     ids, sequence, document = (tokens[name].to_numpy() for name in ("token_id", "sequence", "document"))
-    following = np.full(len(ids), -1, dtype=np.int64)
-    same = (sequence[1:] == sequence[:-1]) & (document[1:] == document[:-1])
-    following[:-1] = np.where(same, ids[1:], -1)
-    return following
+    source = np.arange(max(0, -offset), len(ids) - max(0, offset))
+    same = (sequence[source] == sequence[source + offset]) & (document[source] == document[source + offset])
+    found = np.full(len(ids), -1, dtype=np.int64)
+    found[source] = np.where(same, ids[source + offset], -1)
+    return found
 
 
 def lens_grid(result: Result, sequence: int | None = None, first: int = 0, tokens: int = _GRID_TOKENS) -> Any:
