@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "AttentionSinks": "probes.attention_sinks",
     "FutureLens": "probes.future_lens",
+    "FuturePrompts": "probes.future_prompts",
     "LogitLens": "probes.logit_lens",
     "SuccessorHeads": "probes.successor_heads",
     "TokenErasure": "probes.token_erasure",
@@ -24,6 +25,7 @@ def __getattr__(name: str) -> Any:
 if TYPE_CHECKING:
     from probes.attention_sinks import AttentionSinks
     from probes.future_lens import FutureLens
+    from probes.future_prompts import FuturePrompts
     from probes.logit_lens import LogitLens
     from probes.successor_heads import SuccessorHeads
     from probes.token_erasure import TokenErasure

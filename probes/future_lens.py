@@ -27,23 +27,22 @@ from workbench.errors import RequestError
 from workbench.figures.grid import token_grid
 from workbench.figures.text import label
 from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.progress import progress
 from workbench.result import Result, provenance
-from workbench.statistics import central, clustered_means
+from workbench.statistics import clustered_means, few_rows, intervals
 from workbench.store.reader import ActivationArray, Store
-from workbench.trajectory import blocks, log_probabilities, next_tokens, recorded_layers, selected_rows
+from workbench.trajectory import blocks, log_probabilities, next_tokens, recorded_layers
 
 Read = Callable[[Tensor], Tensor]
 """From states `[row, d_model]` to logits `[row, vocab]`."""
 
-_ROWS_A_PARAMETER = 5  # fewer training rows than this times d_model leave a linear map badly determined
 _FEW = 10  # documents, below which an interval over them is not to be trusted
 _BINS = 10
 _BATCH = 256
 _GRID_TOKENS = 20
-_NONE = -100  # no target: the index that torch's cross-entropy leaves out
 
 UNITS = {
     "precision": "share of tokens",
@@ -170,8 +169,10 @@ class FutureLens:
         unembed = load_unembed(store.path, device)
         if self.top_k > unembed.vocab:
             raise RequestError(f"top_k is {self.top_k} and the vocabulary has {unembed.vocab}; give at most that")
-        rows = self._rows(store)
-        said = _said(final, unembed, rows)
+        rows = future_rows(
+            store, self.horizons, self.where, held_out=self.held_out, validation=self.validation, seed=self.seed
+        )
+        said = said_tokens(final, unembed, rows)
         direct = unembed.vocab <= self.direct_vocab
         methods = ["linear", "direct"] if direct else ["linear"]
         found = _Found(self, (len(methods), len(layers), self.horizons), rows, said, next_tokens(store))
@@ -212,43 +213,12 @@ class FutureLens:
         data.attrs["note"] = _note(int(arrays["training_rows"].min()), final.shape[1], int(arrays["documents"]))
         return Result(self.name, data, _table(data), provenance(store, self))
 
-    def _rows(self, store: Store) -> _Rows:
-        """Rows to fit on, to choose by and to test, by document, and how far each reaches."""
-        tokens = store.tokens
-        sequence, document = (tokens[name].to_numpy() for name in ("sequence", "document"))
-        reach = np.ones(store.rows, dtype=np.int64)
-        for ahead in range(1, self.horizons):
-            same = (sequence[ahead:] == sequence[:-ahead]) & (document[ahead:] == document[:-ahead])
-            reach[:-ahead] += same
-        chosen = selected_rows(store, self.where)
-        plain = (tokens["position"].to_numpy() > 0) & ~tokens["is_special"].to_numpy()
-        chosen = chosen[plain[chosen]]
-        documents = np.random.default_rng(self.seed).permutation(np.unique(document[chosen]))
-        tested = max(1, round(self.held_out * len(documents)))
-        validating = max(1, round(self.validation * len(documents)))
-        if len(documents) < tested + validating + 1:
-            raise RequestError(
-                f"store has {len(documents)} documents among the selected tokens; a future lens needs three or more, "
-                "to fit on, to choose by and to test"
-            )
-        parts = np.split(documents, [tested, tested + validating])
-        tested, validation, training = (chosen[np.isin(document[chosen], part)] for part in parts)
-        rows = _Rows(training, validation, tested, reach, document)
-        for part in ("training", "validation", "tested"):
-            if not len(rows.at(part, self.horizons - 1)):
-                longest = int(reach[getattr(rows, part)].max())
-                raise RequestError(
-                    f"horizons is {self.horizons} and no {part} token has {self.horizons - 1} more after it in its "
-                    f"document and sequence; give at most {longest}"
-                )
-        return rows
-
     def _linear(
         self,
         site: ActivationArray,
         final: ActivationArray,
         unembed: Unembed,
-        rows: _Rows,
+        rows: FutureRows,
         said: Int[np.ndarray, " row"],
     ) -> list[_Fitted]:
         """For each horizon, of the ridge maps the one whose reading has the least cross-entropy on validation rows."""
@@ -265,7 +235,7 @@ class FutureLens:
         return fitted[::-1]
 
     def _direct(
-        self, site: ActivationArray, unembed: Unembed, rows: _Rows, said: Int[np.ndarray, " row"]
+        self, site: ActivationArray, unembed: Unembed, rows: FutureRows, said: Int[np.ndarray, " row"]
     ) -> list[_Fitted]:
         """For each horizon, softmax regression on what the model says; all horizons take each batch together.
 
@@ -300,7 +270,7 @@ class FutureLens:
                 states = (site[batch].to(device).float() - mean) * scale
                 logits = torch.einsum("rd,dhv->rhv", states, weight) + bias
                 loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), targets.flatten(), ignore_index=_NONE, reduction="sum"
+                    logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
                 )
                 (loss / len(batch)).backward()
                 optimizer.step()
@@ -386,28 +356,6 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows by what they are for; for every row of the store, how many horizons it reaches, and its document."""
-
-    training: Int[np.ndarray, " training_row"]
-    validation: Int[np.ndarray, " validation_row"]
-    tested: Int[np.ndarray, " tested_row"]
-    reach: Int[np.ndarray, " row"]
-    document: Int[np.ndarray, " row"]
-
-    def at(self, part: str, horizon: int) -> Int[np.ndarray, " row"]:
-        """Those whose T+N lies in their own document and sequence."""
-        rows = getattr(self, part)
-        return rows[self.reach[rows] > horizon]
-
-    def targets(self, rows: np.ndarray, said: np.ndarray, horizons: int) -> Int[np.ndarray, "row horizon"]:
-        """What the model says at T+N; where T does not reach, `_NONE`."""
-        ahead = np.arange(horizons)
-        inside = ahead < self.reach[rows][:, None]
-        return np.where(inside, said[np.where(inside, rows[:, None] + ahead, 0)], _NONE)
-
-
-@dataclass(frozen=True)
 class _Fitted:
     """A reading of one horizon at one layer, how it does on validation rows, and the penalty or pass chosen."""
 
@@ -418,7 +366,7 @@ class _Fitted:
 
 
 def _moments(
-    site: ActivationArray, final: ActivationArray, rows: _Rows, horizons: int, device: torch.device
+    site: ActivationArray, final: ActivationArray, rows: FutureRows, horizons: int, device: torch.device
 ) -> Iterator[tuple[int, Float[Tensor, "x x"], Float[Tensor, "x y"]]]:
     """For each horizon, the last first, sums over its training rows of x x' and x y': x the state and a 1, y h_(T+N).
 
@@ -485,16 +433,6 @@ def _log_unigrams(said: Int[np.ndarray, " row"], vocab: int) -> Float[Tensor, " 
     return (counts / counts.sum()).log().float()
 
 
-def _said(final: ActivationArray, unembed: Unembed, rows: _Rows) -> Int[np.ndarray, " row"]:
-    """The model's top token at every row that is some T+N; -1 elsewhere."""
-    said = np.full(len(rows.reach), -1, dtype=np.int64)
-    chosen = np.concatenate([rows.training, rows.validation, rows.tested])
-    needed = np.unique(np.concatenate([chosen[rows.reach[chosen] > n] + n for n in range(int(rows.reach.max()))]))
-    for block in blocks(len(needed), unembed.vocab):
-        said[needed[block]] = log_probabilities(unembed, final[needed[block]]).argmax(1).cpu().numpy()
-    return said
-
-
 def _score(
     read: Read, site: ActivationArray, rows: np.ndarray, targets: np.ndarray, unembed: Unembed
 ) -> tuple[float, float]:
@@ -519,7 +457,7 @@ class _Found:
         self,
         probe: FutureLens,
         shape: tuple[int, int, int],
-        rows: _Rows,
+        rows: FutureRows,
         said: Int[np.ndarray, " row"],
         text: Int[np.ndarray, " row"],
     ) -> None:
@@ -621,7 +559,7 @@ class _Found:
         gain, drawn = clustered_means(above, document, seed=self.probe.seed)
         if len(np.unique(document)) < 2:
             drawn[:] = np.nan  # of one document every draw is the same: no interval
-        low, high = np.array([central(column) for column in drawn.T]).T
+        low, high = intervals(drawn)
         with np.errstate(invalid="ignore"):  # no tested token has a text so long: NaN
             bigram_text = np.divide((bigram == following).sum(), (following >= 0).sum())
         shape = self.top[horizon].shape[:2]
@@ -633,23 +571,6 @@ class _Found:
             "bigram_text_precision": bigram_text,
             "unigram_precision": (targets == mode).mean(),
         }
-
-
-def bigrams(
-    token: Int[np.ndarray, " training_row"], said: Int[np.ndarray, " training_row"], asked: Int[np.ndarray, " row"]
-) -> tuple[Int[np.ndarray, " row"], int]:
-    """What was most often said with each `asked` token, and what was said most often of all.
-
-    The latter stands in for a token that was never seen. Of equal counts the more frequent of all, then the smaller id.
-    """
-    overall = np.bincount(said)
-    pairs, counts = np.unique(np.stack([token, said]), axis=1, return_counts=True)
-    order = np.lexsort((pairs[1], -overall[pairs[1]], -counts, pairs[0]))
-    seen, first = np.unique(pairs[0][order], return_index=True)
-    most = pairs[1][order][first]
-    place = np.minimum(np.searchsorted(seen, asked), len(seen) - 1)
-    mode = int(overall.argmax())
-    return np.where(seen[place] == asked, most[place], mode), mode
 
 
 def _read(
@@ -670,10 +591,7 @@ def _read(
 
 
 def _note(rows: int, d_model: int, documents: int) -> str:
-    notes = []
-    wanted = _ROWS_A_PARAMETER * d_model
-    if rows < wanted:
-        notes.append(f"{rows:,} training rows are few for {d_model} x {d_model} maps; {wanted:,} or more are wanted")
+    notes = list(filter(None, [few_rows(rows, d_model)]))
     if documents < _FEW:
         notes.append(f"intervals over {documents} tested documents, fewer than {_FEW}")
     return "; ".join(notes)

@@ -176,9 +176,9 @@ def test_probes():
     code, out, err = run("probes")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    names = ("attention-sinks", "future-lens", "logit-lens", "successor-heads", "token-erasure", "tuned-lens")
-    assert [line.split()[0] for line in lines] == list(names)
-    assert lines[2] == (
+    names = "attention-sinks future-lens future-prompts logit-lens successor-heads token-erasure tuned-lens".split()
+    assert [line.split()[0] for line in lines] == names
+    assert lines[3] == (
         "  logit-lens       What each layer would predict, were the model to stop there: top tokens, entropy, "
         "KL to the output, loss."
     )

@@ -35,6 +35,13 @@ HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_fi
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention-sinks": {"domain": "domain"},
     "future-lens": {"epochs": 1, "horizons": 2},
+    "future-prompts": {
+        "prompts": ('The multi-tokens present here are "',),
+        "horizons": 2,
+        "row_limit": 80,
+        "training_rows": 300,
+        "epochs": 1,
+    },
     "token-erasure": {"epochs": 2, "offsets": (-2, -1, 0), "late": 3},
     "tuned-lens": {"epochs": 2},
 }
