@@ -22,13 +22,14 @@ from torch import Tensor
 
 from workbench.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
 from workbench.errors import RequestError, nearest
+from workbench.figures.heads import head_grid
 from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, MONOSPACE, PROBABILITY, TEMPLATE
+from workbench.figures.theme import CATEGORIES, MONOSPACE, TEMPLATE
 from workbench.lens import Unembed, load_unembed
 from workbench.models import Model, usable_device
 from workbench.origin import recorded_model
 from workbench.result import Result, provenance
-from workbench.statistics import central, clustered_means
+from workbench.statistics import clustered_means, intervals
 from workbench.store.reader import Store
 from workbench.trajectory import next_tokens
 
@@ -88,6 +89,8 @@ class SuccessorHeads:
     """Shuffles of the successors within their class, for the null."""
     seed: int = 0
     """Of shuffles, splits and resamples."""
+    arithmetic: float = 1.0
+    """k in x - k f_i + k f_j, where f_i is what the numbers that end in i have in common."""
     row_limit: int = 2000
     """Places in the text, from the first on, in which direct effects are compared. 0: none."""
     device: str = "cpu"
@@ -104,6 +107,8 @@ class SuccessorHeads:
                 raise RequestError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.threshold < 1:
             raise RequestError(f"threshold must be at least 0 and below 1, not {self.threshold}")
+        if not 0 < self.arithmetic < float("inf"):
+            raise RequestError(f"arithmetic must be above 0, not {self.arithmetic}")
 
     def run(self, store: Store, model: Model | None = None) -> Result:
         """Scores every head of the model that `store` was recorded from; `model` is that model, where it is loaded.
@@ -114,7 +119,9 @@ class SuccessorHeads:
         copying, the share of tokens whose own logit is the largest; null_macro; p_value, the share of shuffles with as
         high a macro ((1 + count) / (1 + permutations); 1 is the trivial value), and p_family, the same for the best
         head of each shuffle. Over task: words listed, members that are single tokens, tokens scored, chance,
-        first_mlp_score (what heads read, read without a head), mod10_accuracy. Over (member, output): logits of the
+        first_mlp_score (what heads read, read without a head), mod10_accuracy, and arithmetic, the share of changes of
+        last digit i to j for which x - k f_i + k f_j makes the best head raise a member that ends in j + 1 most, beside
+        shuffled_arithmetic, with the features f dealt to digits anew. Over (member, output): logits of the
         best head in its best class. With `z` and the last `resid_post` recorded, over (layer, head): wins, the share of
         places in the text where the next token is the successor of the nearest class member up to 8 tokens back and
         this head raises it most, with its 95 % interval over documents (wins_low, wins_high), and direct_effect, the
@@ -142,7 +149,8 @@ class SuccessorHeads:
         best_layer, best_head = np.unravel_index(data["macro"].to_numpy().argmax(), data["macro"].shape)
         best = int(best_layer), int(best_head)
         data = data.merge(_circuit(model, x, ids, unembed, pairs, chains, best, heads.layers, data))
-        data, said = _mod_10(data, chains, ids, x, self.seed)
+        read = _OneHead(model, unembed, ids, heads.layers[best[0]], best[1])
+        data, said = _mod_10(data, chains, ids, x, read, self)
         notes += said
         data, said = _behaviour(data, store, heads, chains, unembed, self)
         notes += said
@@ -382,27 +390,95 @@ def _circuit(
 # ---- index modulo 10 ------------------------------------------------------------------------------------
 
 
+Read = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token target"]]
+"""From what a head reads to the logits it gives the class members."""
+
+
+@dataclass(frozen=True)
+class _OneHead:
+    """The logits over the tokens `ids` that one head gives where it attends only to what it is given."""
+
+    model: Model
+    unembed: Unembed
+    ids: Int[Tensor, " token"]
+    layer: int
+    head: int
+
+    def __call__(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token target"]:
+        layers = ov_logits(self.model, x.to(self.model.device), self.ids, self.unembed)
+        return next(logits for layer, logits in layers if layer == self.layer)[self.head]
+
+
 def _mod_10(
-    data: xr.Dataset, chains: Sequence[Chain], ids: Tensor, x: Float[Tensor, "token d_model"], seed: int
+    data: xr.Dataset,
+    chains: Sequence[Chain],
+    ids: Tensor,
+    x: Float[Tensor, "token d_model"],
+    read: Read,
+    settings: SuccessorHeads,
 ) -> tuple[xr.Dataset, list[str]]:
     """How well a linear map of what heads read, fitted on numbers, gives the index modulo 10: of numbers held out, and
-    of the other tasks, none of which it has seen."""
+    of the other tasks, none of which it has seen. And whether changing the last digit there changes the successor."""
     values = x.double().cpu().numpy()
-    tokens, index = {}, {}
-    for task in data["task"].to_numpy().tolist():
-        own = [chain for chain in chains if chain.task == task]
-        tokens[task] = values[np.searchsorted(ids.numpy(), np.concatenate([chain.ids for chain in own]))]
-        index[task] = np.concatenate([chain.index for chain in own])
+    tasks = data["task"].to_numpy().tolist()
+    of_task = {task: [chain for chain in chains if chain.task == task] for task in tasks}
+    tokens = {
+        task: values[np.searchsorted(ids.numpy(), np.concatenate([chain.ids for chain in own]))]
+        for task, own in of_task.items()
+    }
+    index = {task: np.concatenate([chain.index for chain in own]) for task, own in of_task.items()}
     known = len(tokens.get("numbers", ()))
-    accuracy = np.full(data.sizes["task"], np.nan)
+    accuracy, moved, shuffled = (np.full(len(tasks), np.nan) for _ in range(3))
     if known >= _NUMBERS:
         numbers = tokens["numbers"], index["numbers"]
-        for i, task in enumerate(tokens):
+        features = digit_features(numbers[0], numbers[1] % 10)
+        dealt = features[np.random.default_rng(settings.seed).permutation(10)]
+        for i, task in enumerate(tasks):
             right = ridge(numbers[0], numbers[1] % 10, tokens[task]) == index[task] % 10
-            accuracy[i] = held_out(*numbers, seed) if task == "numbers" else right.mean()
-    attrs = {"units": "share of tokens", "long_name": "index modulo 10 by a linear map of what heads read; chance 0.1"}
+            accuracy[i] = held_out(*numbers, settings.seed) if task == "numbers" else right.mean()
+            moved[i], shuffled[i] = (
+                arithmetic(of_task[task], ids, x, settings.arithmetic * steps, read) for steps in (features, dealt)
+            )
     notes = [] if known >= _NUMBERS else [f"modulo 10 left out: {known} numbers are single tokens, {_NUMBERS} needed"]
-    return data.assign(mod10_accuracy=(("task",), accuracy, attrs)), notes
+    told = "index modulo 10 by a linear map of what heads read; chance 0.1"
+    return data.assign(
+        mod10_accuracy=(("task",), accuracy, {"units": "share of tokens", "long_name": told}),
+        arithmetic=(("task",), moved, {"units": "share of changes"}),
+        shuffled_arithmetic=(("task",), shuffled, {"units": "share of changes"}),
+    ), notes
+
+
+def digit_features(
+    x: Float[np.ndarray, "token d_model"], digit: Int[np.ndarray, " token"]
+) -> Float[np.ndarray, "digit d_model"]:
+    """Mean of the tokens of each last digit, less the mean of all ten; a digit with no token has that of all."""
+    means = np.array([x[digit == i].mean(0) if (digit == i).any() else x.mean(0) for i in range(10)])
+    return means - means.mean(0)
+
+
+def arithmetic(
+    chains: Sequence[Chain],
+    ids: Int[Tensor, " token"],
+    x: Float[Tensor, "token d_model"],
+    features: Float[np.ndarray, "digit d_model"],
+    read: Read,
+) -> float:
+    """Share of members of index i and digits j != i for which x - f_i + f_j makes a member that ends in j + 1 the
+    strict maximum of its class; j that no member's successor could follow are left out. NaN where none is left."""
+    right = []
+    steps = torch.from_numpy(features).to(x)
+    for chain in chains:
+        places = torch.from_numpy(np.searchsorted(ids.numpy(), chain.ids))
+        member, j = np.meshgrid(np.arange(len(chain.ids)), np.arange(10), indexing="ij")
+        i, wanted = chain.index[member] % 10, (j + 1) % 10
+        possible = (i != j) & np.isin(wanted, chain.index % 10)
+        member, j, i, wanted = (part[possible] for part in (member, j, i, wanted))
+        if not len(member):
+            continue
+        logits = read(x[places[member]] - steps[i] + steps[j])[:, places]
+        top = strict_argmax(logits[None])[0]
+        right.append((top >= 0) & (chain.index[top] % 10 == wanted))
+    return float(np.concatenate(right).mean()) if right else float("nan")
 
 
 def held_out(x: Float[np.ndarray, "token d_model"], index: Int[np.ndarray, " token"], seed: int) -> float:
@@ -482,7 +558,7 @@ def _behaviour(
     wins = (flat == top[:, 1:]) & (top[:, 1:] > top[:, :1]) if flat.shape[1] > 1 else np.ones_like(flat, bool)
     documents = store.tokens.take(rows)["document"].to_numpy()
     share, drawn = clustered_means(wins.astype(float), documents, seed=settings.seed)
-    low, high = np.array([central(column) for column in drawn.T]).T
+    low, high = intervals(drawn)
     arrays = {
         "wins": (share, "share of places"),
         "wins_low": (low, "share of places"),
@@ -581,35 +657,15 @@ def _score_map(result: Result) -> go.Figure:
         ]
         for i, layer in enumerate(data["layer"].to_numpy().tolist())
     ]
-    figure = go.Figure(
-        go.Heatmap(
-            z=data["macro"].to_numpy(),
-            x=[str(head) for head in data["head"].to_numpy()],
-            y=[str(layer) for layer in data["layer"].to_numpy()],
-            text=[[str(count) if count else "" for count in row] for row in above.tolist()],
-            texttemplate="%{text}",
-            customdata=hover,
-            hovertemplate="%{customdata}<extra></extra>",
-            colorscale=PROBABILITY,
-            zmin=0,
-            zmax=1,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "share of tokens, mean over tasks", "side": "right"}, "thickness": 14},
-        )
+    return head_grid(
+        data["macro"].to_numpy(),
+        hover=hover,
+        cells=[[str(count) if count else "" for count in row] for row in above.tolist()],
+        layers=data["layer"].to_numpy().tolist(),
+        title=_title(result),
+        subtitle=f"successor score; in a cell the tasks, of {data.sizes['task']}, above {threshold:g}",
+        unit="share of tokens, mean over tasks",
     )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={
-            "text": _title(result),
-            "subtitle": {"text": f"successor score; in a cell the tasks, of {data.sizes['task']}, above {threshold:g}"},
-        },
-        width=max(520, 200 + 36 * data.sizes["head"]),
-        height=200 + 30 * data.sizes["layer"],
-    )
-    figure.update_xaxes(title="head", type="category", showgrid=False)
-    figure.update_yaxes(title="layer", type="category", showgrid=False)
-    return figure
 
 
 def wilson(share: Float[np.ndarray, " task"], number: Int[np.ndarray, " task"]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,8 @@ from probes import successor_heads
 from probes.successor_heads import (
     TASKS,
     SuccessorHeads,
+    arithmetic,
+    digit_features,
     held_out,
     ridge,
     shuffled_null,
@@ -330,6 +332,7 @@ def test_model_and_device(planted, result, tokenizer, tmp_path):
         ({"permutations": 0}, "permutations must be at least 1, not 0"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"row_limit": -1}, "row_limit must be at least 0, not -1"),
+        ({"arithmetic": 0.0}, "arithmetic must be above 0, not 0.0"),
         ({"threshold": 1.0}, "threshold must be at least 0 and below 1, not 1.0"),
     ],
 )
@@ -506,14 +509,66 @@ def test_modulo_10_of_numbers_and_of_what_was_not_fitted(result):
     x = torch.tensor(digits(np.concatenate([numbers.index, days.index]), generator), dtype=torch.float32)
     data = result.data.sel(task=["numbers", "days"])
     ids = torch.arange(107)
-    found, notes = successor_heads._mod_10(data, [numbers, days], ids, x, 0)
+    found, notes = successor_heads._mod_10(data, [numbers, days], ids, x, lambda x: torch.zeros(len(x), 107), FEW)
     assert (found["mod10_accuracy"].to_numpy().tolist(), notes) == ([1, 1], [])
+    assert found["arithmetic"].to_numpy().tolist() == [0, 0]  # ties are failures
     assert np.isnan(result.data["mod10_accuracy"]).all()
     assert "modulo 10 left out: 9 numbers are single tokens, 50 needed" in result.data.attrs["note"]
 
 
+def test_a_digit_is_changed_and_the_successor_with_it():
+    """States of tens and last digit, one-hot each: a head that puts the digit one on goes with it, whether or not it
+    keeps to its ten; too small a step, or features dealt to other digits, give another digit's successor."""
+    index = np.arange(10, 100)
+    numbers, ids = replace_chain("numbers", index, first=0), torch.arange(90)
+    states = torch.cat([torch.eye(11)[index // 10], torch.eye(10)[index % 10]], 1)
+    features = digit_features(states.double().numpy(), index % 10)
+    own = torch.eye(10)[index % 10].T
+    shifts = torch.eye(10).roll(1, 1)
+
+    def by_digit(x):
+        return x[:, 11:] @ shifts @ own + 0.1 * x[:, :11] @ torch.eye(11)[index // 10].T
+
+    def by_number(x):
+        return 9 * (x[:, :11] @ torch.eye(11)[index // 10].T) + x[:, 11:] @ shifts @ own
+
+    assert arithmetic([numbers], ids, states, features, by_digit) == 1
+    assert arithmetic([numbers], ids, states, 0.1 * features, by_digit) == 0
+    assert arithmetic([numbers], ids, states, np.roll(features, 1, axis=0), by_digit) == 0
+    assert arithmetic([numbers], ids, states, features, by_number) == 1  # within its own ten
+    short = replace_chain("days", range(1, 4), first=0)  # only 1, 2 and 3 can follow: from 0, 1 and 2
+    seen = []
+    arithmetic([short], ids, states, features, lambda x: seen.append(len(x)) or by_digit(x))
+    assert seen == [2 + 2 + 3]
+    assert np.isnan(arithmetic([], ids, states, features, by_digit))
+
+
+def test_digit_features_are_means(result):
+    x, digit = np.arange(24.0).reshape(8, 3), np.array([0, 1, 2, 3, 4, 5, 6, 6])
+    features = digit_features(x, digit)
+    means = np.array([x[0], x[1], x[2], x[3], x[4], x[5], x[6:8].mean(0), *[x.mean(0)] * 3])
+    np.testing.assert_allclose(features, means - means.mean(0))
+
+
+def test_the_scale_of_the_arithmetic_counts():
+    numbers = replace_chain("numbers", range(10, 100), first=0)
+    x = torch.cat([torch.eye(11)[numbers.index // 10], torch.eye(10)[numbers.index % 10]], 1)
+    own = torch.eye(10)[numbers.index % 10].T
+
+    def head(x):
+        return x[:, 11:] @ torch.eye(10).roll(1, 1) @ own + 0.1 * x[:, :11] @ torch.eye(11)[numbers.index // 10].T
+
+    data = xr.Dataset(coords={"task": ["numbers"]})
+    found = [
+        successor_heads._mod_10(data, [numbers], torch.arange(90), x, head, replace(FEW, arithmetic=k))[0]
+        for k in (1.0, 0.1)
+    ]
+    assert [float(one["arithmetic"][0]) for one in found] == [1, 0]
+    assert float(found[0]["shuffled_arithmetic"][0]) < 0.3
+
+
 def replace_chain(task, indices, first):
-    found = [(index - 1, first + place) for place, index in enumerate(indices)]
+    found = [(int(index) - 1, first + place) for place, index in enumerate(indices)]
     return successor_heads._chain(task, found, len(found), wrap=False)
 
 

@@ -15,6 +15,7 @@ def head_grid(
     values: Float[np.ndarray, "layer head"],
     *,
     hover: Sequence[Sequence[str]],
+    cells: Sequence[Sequence[str]] | None = None,
     layers: Sequence[int],
     title: str,
     subtitle: str,
@@ -23,7 +24,7 @@ def head_grid(
 ) -> go.Figure:
     """Layers (upward) by heads (rightward), coloured by `values`; NaN, a head that is not there, stays white.
 
-    `title`, `subtitle` and `hover` are markup: their maker has made model text safe.
+    `cells`: text in each. `title`, `subtitle`, `hover` and `cells` are markup: their maker has made model text safe.
     """
     layer_names, head_names = [str(layer) for layer in layers], [str(head) for head in range(values.shape[1])]
     figure = go.Figure(
@@ -31,6 +32,8 @@ def head_grid(
             z=values,
             x=head_names,
             y=layer_names,
+            text=cells,
+            texttemplate=None if cells is None else "%{text}",
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
             colorscale=PROBABILITY,
