@@ -29,7 +29,7 @@ from workbench.figures.heads import head_grid
 from workbench.figures.text import label
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.result import Result, provenance
-from workbench.statistics import central, clustered_means
+from workbench.statistics import clustered_means, intervals
 from workbench.store.reader import Store
 
 _BLOCK_BYTES = 64 << 20  # of one block of patterns in float64; a few such live at a time
@@ -435,21 +435,15 @@ def _domains(
         mean, drawn = mean.reshape(n, heads), drawn.reshape(-1, n, heads)
         drawn[:, documents < 2] = np.nan  # of one document every draw is the same: no interval
         arrays["attention"][:, *at] = mean
-        arrays["attention_low"][:, *at], arrays["attention_high"][:, *at] = _central(drawn)
+        arrays["attention_low"][:, *at], arrays["attention_high"][:, *at] = intervals(drawn)
         if n < 2:
             continue
         most, least, head = mean.argmax(0), mean.argmin(0), np.arange(heads)
         arrays["gap"][at] = mean[most, head] - mean[least, head]
         gaps = drawn[:, most, head] - drawn[:, least, head]
-        arrays["gap_low"][at], arrays["gap_high"][at] = _central(gaps)
+        arrays["gap_low"][at], arrays["gap_high"][at] = intervals(gaps)
         arrays["gap_most"][at], arrays["gap_least"][at] = most, least
     return arrays | {"documents": documents}
-
-
-def _central(drawn: Float[np.ndarray, "resample ..."]) -> np.ndarray:
-    """[low or high, ...]"""
-    flat = drawn.reshape(len(drawn), -1)
-    return np.array([central(column) for column in flat.T]).T.reshape(2, *drawn.shape[1:])
 
 
 # ---- the result -----------------------------------------------------------------------------------------

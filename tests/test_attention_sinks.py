@@ -10,7 +10,7 @@ import pytest
 import torch
 from refusals import refused
 from store_example import token_table, writing
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import workbench as wb
 from probes.attention_sinks import AttentionSinks, massive_activation
@@ -385,6 +385,82 @@ def plain(folder, sequences):
         )
         for i in range(len(attentions))
     ]
+
+
+PLAIN, TRIGGERS = range(1, 9), range(9, 25)  # token ids; 0 is BOS, and trigger 9 + i may stand at position i alone
+
+
+def backcopy_model(strength):
+    """The solution of the Bigram-Backcopy task (Guo et al., arXiv 2410.13835) in one head: a plain token gives BOS the
+    logit `strength` and everything else 0, a trigger gives it to the token before, and BOS has no value.
+
+    Every feature stands twice, with both signs, so that LayerNorm takes no mean; all streams are as long, so that its
+    scale is one number. A trigger knows its position, since in one head tokens and positions cannot be multiplied.
+    """
+    tokens, positions = 25, 16
+    half = tokens + positions
+    config = GPT2Config(vocab_size=tokens, n_positions=positions, n_embd=2 * half, n_layer=1, n_head=1)
+    module = GPT2LMHeadModel(config).eval()
+    scale = half**0.5 / 2**0.5  # of a feature after LayerNorm, two of `half` being 1
+    query, key, value = (torch.zeros(half, half) for _ in range(3))  # [feature, channel]
+    query[PLAIN, 0] = key[0, 0] = 1.0
+    for position in range(1, positions):
+        query[TRIGGERS[position], position] = 1.0
+        key[tokens + position - 1, position] = 1.0
+    value[PLAIN, PLAIN] = 1.0
+    gain = (strength * (2 * half) ** 0.5) ** 0.5 / scale
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+        block = module.transformer.h[0]
+        for norm in (block.ln_1, block.ln_2, module.transformer.ln_f):
+            norm.weight.fill_(1.0)
+        signs = torch.cat([torch.eye(half), -torch.eye(half)], 1)
+        module.transformer.wte.weight = torch.nn.Parameter(signs[:tokens].clone())
+        module.transformer.wpe.weight.copy_(signs[tokens:])
+        for part, weight in enumerate((gain * query, gain * key, value)):
+            block.attn.c_attn.weight[:half, 2 * half * part : 2 * half * part + half] = weight
+        block.attn.c_proj.weight.copy_(10 * torch.cat([signs, torch.zeros_like(signs)]))
+        module.lm_head.weight = torch.nn.Parameter(torch.zeros(tokens, 2 * half))
+        module.lm_head.weight[PLAIN, PLAIN] = 10.0
+    return module
+
+
+def backcopy_texts(triggered, sequences=6, length=16):
+    """[sequence, position] of token ids: BOS, plain tokens, and every third token a trigger with what it copies."""
+    draw, texts = np.random.default_rng(0), []
+    for _ in range(sequences):
+        ids = [0]
+        while len(ids) < length:
+            if triggered and len(ids) % 3 == 0:
+                ids += [TRIGGERS[len(ids)], ids[-1]]
+            else:
+                ids.append(int(draw.choice(PLAIN)))
+        texts.append(ids[:length])
+    return np.array(texts)
+
+
+def test_the_hand_set_solution_of_the_backcopy_task(tmp_path):
+    strength, T = 4.0, 16
+    module = backcopy_model(strength)
+    texts = np.concatenate([backcopy_texts(triggered) for triggered in (False, True)])
+    model = Model(module, None, "backcopy")
+    settings = {"sites": ["pattern", "v"], "dtype": "float32", "show_progress": False}
+    store = wb.record(model, texts.tolist(), out=tmp_path / "s", **settings)
+    visible = np.arange(1, T + 1)
+    resting = 1 / (1 + (visible - 1) * np.exp(-strength))
+    resting[0] = 1
+    copying = 1 / (np.exp(strength) + visible - 1)
+    trigger = texts >= TRIGGERS[0]
+    to_bos = np.where(trigger, copying, resting)
+    data = run(store, length=T).data
+    np.testing.assert_allclose(data["alpha"][0, 0, 0], to_bos.mean(), rtol=1e-4)
+    assert float(data["sink_k"][0]) == 100
+    assert float(data["value_norm_ratio"][0, 0]) < 1e-6
+    with torch.no_grad():  # and it does the task: after a trigger, the token before it
+        logits = module(torch.from_numpy(texts)).logits
+    before = torch.from_numpy(np.roll(texts, 1, axis=1))
+    assert torch.nn.functional.cross_entropy(logits[trigger], before[trigger]) < 0.01
 
 
 @pytest.mark.parametrize("name", ["stories260k", "babyllama"])
