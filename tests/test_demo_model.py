@@ -5,23 +5,18 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 import workbench as wb
+from experiments.controls import random_copy
 from experiments.demo import train as training
-from experiments.demo.card import random_copy
 from experiments.demo.phenomena import (
     EPSILON,
     LENGTH,
-    _last_of,
     _repeats,
-    _ridge,
-    _softmax_probe,
-    _successor_score,
-    active_dormant,
     induction,
+    record_heads,
     sinks,
     successors,
 )
@@ -131,41 +126,6 @@ def test_random_repeats_come_back(demo):
 # Measures
 
 
-def test_the_successor_score_of_planted_circuits():
-    shift = torch.roll(torch.eye(7), 1, dims=1)  # source x gives token x + 1
-    planted = torch.stack([shift, torch.eye(7), torch.zeros(7, 7)])
-    assert _successor_score(planted, torch.arange(1, 7)).tolist() == [1, 0, 0]  # successor, copy, ties
-    assert _successor_score(shift[None], torch.tensor([1, 2, 3, 0, 0, 0])).tolist() == [0.5]
-
-
-def test_the_last_token_of_a_span_is_found_where_spans_and_documents_meet():
-    tokens = pd.DataFrame(
-        {"span": [0, 0, 1, None, 2, 2, 2, 2], "document": [0, 0, 0, 0, 0, 0, 1, 1]},
-    ).astype({"span": "Int32"})
-    assert _last_of(tokens, "span").tolist() == [False, True, True, False, False, True, False, True]
-
-
-def test_the_probe_reads_a_planted_code_and_noise_gives_chance():
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(8, (4000,), generator=generator)
-    code = torch.randn(8, 16, generator=generator)
-    x = code[target] + 0.05 * torch.randn(4000, 16, generator=generator)
-    assert ((x @ _softmax_probe(x, target)).argmax(1) == target).float().mean() > 0.99
-    noise = torch.randn(4000, 16, generator=generator)
-    fitted = _softmax_probe(noise[:2000], target[:2000])
-    assert ((noise[2000:] @ fitted).argmax(1) == target[2000:]).float().mean() < 0.2
-
-
-def test_ridge_recovers_an_affine_map():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 6, generator=generator)
-    weight, shift = torch.randn(6, 3, generator=generator), torch.randn(3, generator=generator)
-    asked = torch.randn(10, 6, generator=generator)
-    torch.testing.assert_close(_ridge(x, x @ weight + shift, asked, penalty=0.0), asked @ weight + shift)
-    shrunk = _ridge(x, x @ weight + shift, asked, penalty=100.0)
-    assert (shrunk - (x @ weight + shift).mean(0)).norm() < 0.1 * (asked @ weight).norm()
-
-
 def test_repeats_are_bos_and_distinct_tokens_twice(demo):
     for line in _repeats(demo, sequences=4).tolist():
         assert line[0] == demo.tokenizer.bos_token_id
@@ -211,14 +171,11 @@ def test_the_shipped_model_knows_its_world(demo):
 def heads(demo, tmp_path_factory):
     """What the shipped model and one of random weights show of heads: by model, whether each measure is as wanted."""
     shown = {}
-    random = wb.load_model(random_copy(demo), tokenizer=demo.tokenizer)
+    random = random_copy(demo)
     for name, model in (("demo", demo), ("random", random)):
         folder = tmp_path_factory.mktemp(name)
-        sites = ["pattern", "v", "resid_post"]
-        store = wb.record(
-            model, demo_corpus()[:50], sites=sites, context=LENGTH, out=folder / "heads", show_progress=False
-        )
-        found = [*sinks(model, store), *active_dormant(store), *successors(model), *induction(model, folder)]
+        store = record_heads(model, demo_corpus()[:50], folder)
+        found = [*sinks(store), *successors(model, store), *induction(model, folder)]
         shown[name] = {finding.measure: bool(finding.holds) for finding in found}
     return shown
 
@@ -257,11 +214,8 @@ def test_random_weights_show_none_of_it_but_a_large_norm_at_bos(heads):
 
 
 def test_sink_one_equals_its_definition_in_float64(demo, tmp_path):
-    texts = demo_corpus()[:5]
-    store = wb.record(
-        demo, texts, sites=["pattern", "v", "resid_post"], context=LENGTH, out=tmp_path / "s", show_progress=False
-    )
-    (found, *_) = sinks(demo, store)
+    store = record_heads(demo, demo_corpus()[:5], tmp_path)
+    (found, *_) = sinks(store)
     ids = store.tokens["token_id"].to_numpy()
     counts = np.bincount(store.tokens["sequence"].to_numpy())
     full = [ids[end - LENGTH : end] for end, count in zip(np.cumsum(counts), counts, strict=True) if count == LENGTH]

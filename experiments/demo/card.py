@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 import workbench as wb
+from experiments.controls import random_copy
 from experiments.demo.phenomena import Finding, measure
 from experiments.demo.train import Recipe, read_recipe
 
@@ -42,13 +42,7 @@ def trained(run: Path, title: str) -> Column:
 def untrained(run: Path) -> Column:
     """The findings on a model of the run's shape with Hugging Face's random weights."""
     like = wb.load_model(run / "model")
-    return Column("random weights", *measure(wb.load_model(random_copy(like), tokenizer=like.tokenizer)))
-
-
-def random_copy(model: wb.Model) -> nn.Module:
-    """A model of the same shape with Hugging Face's random weights, seed 0."""
-    torch.manual_seed(0)
-    return type(model.module)(model.module.config)
+    return Column("random weights", *measure(random_copy(like)))
 
 
 def write(runs: Sequence[Path], page: Path, tried: str) -> None:
@@ -154,7 +148,7 @@ _DOMAINS = {
 
 _CURVES = {
     "erasure": "Token erasure: accuracy of the linear probe for the previous token, 95 % intervals over documents",
-    "future_lens": "Future lens: linear N = 1 accuracy by layer",
+    "future_lens": "Future lens: N = 1 accuracy by layer, of what the model says",
     "logit_lens": "Logit lens: mean cross-entropy of the text (nats)",
 }
 
@@ -195,10 +189,10 @@ predicted). Every step's loss of the shipped run is in `workbench/embedded/model
 
 _MEASURED = """## Phenomena
 
-Measured by `experiments/demo/phenomena.py` on 300 documents held out from training. ✓ and ✗: whether it is as
-wanted. The last column is a model of the same shape with Hugging Face's random weights:
-what it has as well, training did not make. There BOS, which attends to itself alone, has a large norm beside means of
-many tokens; what it says next hardly varies, so that one state tells it all (future lens).
+Measured by the probes (`experiments/demo/phenomena.py`) on 300 documents held out from training. ✓ and ✗: whether it
+is as wanted. The last column is a model of the same shape with Hugging Face's random weights: what it has as well,
+training did not make. There BOS, which attends to itself alone, has a large norm beside means of many tokens; what it
+says next hardly varies, so that one state tells it all (future lens).
 
 """
 
