@@ -38,6 +38,7 @@ bench: $(INSTALLED) ## measure speed and memory against the neighbours
 
 docs: $(INSTALLED) ## write the generated pages under docs/ anew
 	$(BIN)/python -m experiments.architectures
+	$(BIN)/python -m experiments.findings
 
 demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds: about two hours on two cores
 	$(BIN)/python -m experiments.demo.train --seed 0 --out runs/demo-0

@@ -1,0 +1,59 @@
+"""Time and memory of every probe that needs nothing but a store, beside what each is allowed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import workbench as wb
+from experiments.benchmarks.measure import Comparison, peak_memory
+from experiments.demo.corpus import documents
+from workbench.demo import HEAD_SITES, SITES
+from workbench.probe import find_probe
+
+PROBES = ("attention-sinks", "future-lens", "logit-lens", "token-erasure", "tuned-lens")
+_SEED = 77  # of documents that neither training nor the shipped corpus has
+
+
+@dataclass(frozen=True)
+class StoreProbes:
+    """Each probe with its default settings, on the embedded model and texts of its corpus, in a process of its own.
+    The time is that of `run`, the memory the most of the whole process."""
+
+    rows: int = 20_000
+    seconds: float = 30.0
+    megabytes: float = 2_000.0
+
+    def run(self, folder: Path) -> list[Comparison]:
+        model = wb.load_model("demo", device="cpu")
+        texts = [document.record() for document in documents(self.rows // 100, _SEED)]
+        stores = {}
+        for name, sites, context in (("rows", SITES, None), ("heads", HEAD_SITES, 64)):
+            stores[name] = str(folder / f"{name}.acts")
+            wb.record(
+                model, texts, out=stores[name], sites=sites, context=context, max_rows=self.rows, show_progress=False
+            )
+        found = []
+        for probe in PROBES:
+            store = stores["heads" if probe == "attention-sinks" else "rows"]
+            seconds, work = [], asked(probe, store)
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+            memory = peak_memory(asked, probe=probe, store=store)
+            allowed = f"the {self.seconds:.0f} s allowed", f"the {self.megabytes:,.0f} MB allowed"
+            found.append(Comparison(probe, allowed[0], tuple(seconds), (self.seconds,), "s", at_most=1))
+            found.append(Comparison(probe, allowed[1], (memory.peak,), (self.megabytes,), "MB", at_most=1))
+        return found
+
+
+def asked(probe: str, store: str) -> Callable[[], Any]:
+    opened, settings = wb.open_store(store), find_probe(probe)()
+    return lambda: settings.run(opened)
+
+
+FULL = StoreProbes()
+QUICK = StoreProbes(rows=2_000)
