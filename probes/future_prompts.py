@@ -544,6 +544,12 @@ def _ranks(result: Result) -> go.Figure:
                 mode="lines+markers",
                 line={"color": CATEGORIES[horizon % len(CATEGORIES)], "dash": dash},
             )
-    figure.update_layout(template=TEMPLATE, title={"text": _title(result, "precision at k")}, height=480, width=860)
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": _title(result, "precision at k")},
+        legend={"y": -0.22, "yanchor": "top"},
+        height=480 + 12 * len(figure.data),
+        width=860,
+    )
     figure.update_xaxes(title="k", dtick=1)
     return figure.update_yaxes(title="share of tokens", rangemode="tozero")

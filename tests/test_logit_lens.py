@@ -445,6 +445,7 @@ def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
     settings = LogitLens(where="position != 3", detail=10)
     whole = settings.run(llama_store)
     rows = int(whole.data["rows"])
+    monkeypatch.setattr(trajectory, "_BLOCK_ROWS", 1)
     for block in (7, 1, rows):
         monkeypatch.setattr(trajectory, "_BLOCK_BYTES", block * 4 * 320)
         with LargestLogits(320) as seen:
@@ -454,6 +455,10 @@ def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
             np.testing.assert_allclose(blocked.data[name], whole.data[name], atol=1e-5)
     monkeypatch.setattr(trajectory, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
     assert settings.run(llama_store).data["rank"].equals(whole.data["rank"])
+    monkeypatch.setattr(trajectory, "_BLOCK_ROWS", 5)
+    with LargestLogits(320) as seen:
+        settings.run(llama_store)
+    assert seen.rows == 5
 
 
 # The table

@@ -38,8 +38,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "future-prompts": {
         "prompts": ('The multi-tokens present here are "',),
         "horizons": 2,
-        "row_limit": 80,
-        "training_rows": 300,
+        "row_limit": 60,
+        "training_rows": 200,
         "epochs": 1,
     },
     "token-erasure": {"epochs": 2, "offsets": (-2, -1, 0), "late": 3},

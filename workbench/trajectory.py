@@ -29,7 +29,8 @@ from workbench.store.reader import Store
 Translate = Callable[[int, Tensor], Tensor]
 """From a layer and its states `[row, d_model]` to what the final norm is given."""
 
-_BLOCK_BYTES = 64 << 20  # of one block of logits in float32; five such live at a time
+_BLOCK_BYTES = 4 << 20  # of one block of logits in float32: five such, which live at a time, stay in a CPU's cache
+_BLOCK_ROWS = 128  # at least, or reading W_U for every block would be most of the work
 _GRID_TOKENS = 20
 
 UNITS = {
@@ -256,8 +257,8 @@ def recorded_layers(store: Store, kind: str) -> tuple[list[int], list[str]]:
 
 
 def blocks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of `rows` whose logits take 64 MiB in float32."""
-    step = max(1, _BLOCK_BYTES // (4 * vocab))
+    """Slices of `rows` whose logits take 4 MiB in float32, of 128 rows or more."""
+    step = max(_BLOCK_ROWS, _BLOCK_BYTES // (4 * vocab))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
