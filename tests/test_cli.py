@@ -176,7 +176,15 @@ def test_probes():
     code, out, err = run("probes")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    names = "attention-sinks future-lens future-prompts logit-lens successor-heads token-erasure tuned-lens".split()
+    names = [
+        "attention-sinks",
+        "future-lens",
+        "future-prompts",
+        "logit-lens",
+        "successor-heads",
+        "token-erasure",
+        "tuned-lens",
+    ]
     assert [line.split()[0] for line in lines] == names
     assert lines[3] == (
         "  logit-lens       What each layer would predict, were the model to stop there: top tokens, entropy, "
