@@ -40,13 +40,14 @@ docs: $(INSTALLED) ## write the generated pages under docs/ anew
 	$(BIN)/python -m experiments.architectures
 	$(BIN)/python -m experiments.findings
 
-demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds: about two hours on two cores
-	$(BIN)/python -m experiments.demo.train --seed 0 --out runs/demo-0
-	$(BIN)/python -m experiments.demo.train --seed 1 --out runs/demo-1
-	$(BIN)/python -m experiments.demo.sae runs/demo-0
-	$(BIN)/python -m experiments.demo.sae runs/demo-1
+demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds side by side: about an hour on two cores
+	$(MAKE) -j 2 demo-run-0 demo-run-1
 	$(BIN)/python -m experiments.demo.card runs/demo-0 runs/demo-1
 	$(BIN)/python -m experiments.demo.ship runs/demo-0
+
+demo-run-%: $(INSTALLED)
+	$(BIN)/python -m experiments.demo.train --seed $* --out runs/demo-$*
+	$(BIN)/python -m experiments.demo.sae runs/demo-$*
 
 constraints: ## resolve constraints.txt anew, keeping its torch line
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints

@@ -20,7 +20,8 @@ import torch
 import workbench as wb
 from experiments.controls import random_copy
 from experiments.demo.phenomena import Finding, measure
-from experiments.demo.train import Recipe, read_recipe
+from experiments.demo.tokenizer import train_tokenizer
+from experiments.demo.train import Recipe, build, read_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "demo-model.md"
 
@@ -45,6 +46,13 @@ def untrained(run: Path) -> Column:
     return Column("random weights", *measure(random_copy(like)))
 
 
+def begun(run: Path) -> Column:
+    """The findings on the model that the run began as."""
+    tokenizer = train_tokenizer(seed=0)
+    module = build(read_recipe(run / "training.json"), tokenizer).eval()
+    return Column("before training", *measure(wb.Model(module, tokenizer, "before training")))
+
+
 def write(runs: Sequence[Path], page: Path, tried: str) -> None:
     """Measure every run and write the card."""
     recipe = read_recipe(runs[0] / "training.json")
@@ -52,7 +60,7 @@ def write(runs: Sequence[Path], page: Path, tried: str) -> None:
         trained(run, f"seed {read_recipe(run / 'training.json').seed}" + " (shipped)" * (run == runs[0]))
         for run in runs
     ]
-    columns.append(untrained(runs[0]))
+    columns += [begun(runs[0]), untrained(runs[0])]
     model = wb.load_model(runs[0] / "model")
     sae = wb.load_sae(runs[0] / "sae")
     size = sum(weight.numel() for weight in model.module.parameters())
@@ -143,7 +151,7 @@ _DOMAINS = {
     "lists": "consecutive days, months, number words, digits, letters, ordinals",
     "copy": "meaningless passages, repeated",
     "backcopy": "a bigram chain; after a trigger word the word before it returns",
-    "random repeats": "3 to 64 random tokens in phrases, repeated until the sequence is full; no text",
+    "random repeats": "3 to 64 random tokens, repeated until the sequence is full; no text",
 }
 
 _CURVES = {
@@ -172,12 +180,23 @@ into two to five tokens, as rare names do. Ordinals are one token with and witho
 ## Recipe
 
 Llama architecture, plain Hugging Face format: {recipe.layers} layers, d_model {recipe.d_model}, {recipe.heads} heads,
-d_mlp {recipe.d_mlp}, tied embeddings, RoPE, context {recipe.context}, BOS first. Every head begins by copying: W_O is
-W_V transposed (mimetic initialisation, Trockman & Kolter, arXiv 2305.09828). AdamW, betas 0.9 and 0.95, weight decay
-{recipe.weight_decay} on matrices, gradient norm clipped at 1, learning rate {recipe.learning_rate:g} after
-{recipe.warmup} steps of warm-up, kept, and brought linearly to a tenth over the last fifth of {recipe.steps:,} steps of
-{recipe.batch} sequences of {recipe.context} tokens, in fp32 on {recipe.threads} CPU threads ({python}). Stored in fp16,
+d_mlp {recipe.d_mlp}, tied embeddings, RoPE, biases in attention, context {recipe.context}, BOS first. AdamW, betas 0.9
+and 0.975, weight decay {recipe.weight_decay} on matrices, gradient norm clipped at 1, learning rate
+{recipe.learning_rate:g} after {recipe.warmup} steps of warm-up and then a cosine down to a tenth over {recipe.steps:,}
+steps of {recipe.batch} sequences of {recipe.context} tokens, in fp32 on one CPU thread ({python}). Stored in fp16,
 loaded as fp32.
+
+**What the start gives and training does not have to find.** Six million tokens are few, so the weights begin as random
+ones with three helps (`build` in `experiments/demo/train.py`):
+
+- two heads of block 0 attend to the previous token, through biases of queries and keys;
+- all heads of blocks 1 and 2 copy what they attend to, W_O = W_V transposed (mimetic initialisation, Trockman & Kolter,
+  arXiv 2305.09828);
+- all heads of blocks 2 and 3 prefer what is far to what is near, so that none can rest on its own token.
+
+That heads of blocks 2 and 3 look away from their neighbours is therefore no discovery. That they come to rest on BOS,
+in some texts or in all, is one, as are induction and successor heads: the column "before training" has none of them.
+
 """
 
 _LOSSES = """## Losses
@@ -190,9 +209,9 @@ predicted). Every step's loss of the shipped run is in `workbench/embedded/model
 _MEASURED = """## Phenomena
 
 Measured by the probes (`experiments/demo/phenomena.py`) on 300 documents held out from training. ✓ and ✗: whether it
-is as wanted. The last column is a model of the same shape with Hugging Face's random weights: what it has as well,
-training did not make. There BOS, which attends to itself alone, has a large norm beside means of many tokens; what it
-says next hardly varies, so that one state tells it all (future lens).
+is as wanted. The last columns are the shipped model before its first step, and a model of the same shape with Hugging
+Face's random weights: what they have as well, training did not make. What such a model says next hardly varies, so one
+state tells it all (future lens, "what the model says"); of the text it knows nothing.
 
 """
 

@@ -1,7 +1,7 @@
 """Train the demo's tokenizer and model: `python -m experiments.demo.train --out runs/demo-0 [--seed 0]`.
 
-Two CPU cores need about a second a step. A run that was stopped goes on from its last checkpoint, and the same seed
-gives the same losses on the same machine.
+One CPU core needs about a second a step, and two seeds can be trained side by side. A run that was stopped goes on
+from its last checkpoint, and the same seed gives the same losses on the same machine.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from random import Random
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,10 +29,18 @@ from workbench.errors import RequestError
 from workbench.progress import progress
 
 RANDOM_REPEATS = "random repeats"
-"""A domain of token ids alone: 3 to 64 random tokens in short phrases, said over and over, in order or in any order.
+"""A domain of token ids alone: some random tokens, said over and over. Induction heads form on it."""
+PERIODS = (3, 64)
+"""How many tokens that are, by a uniform logarithm."""
 
-Induction heads form on it. The shortest lead there: attention spread over a few tokens teaches a head to copy, and only
-a head that copies has something to gain from looking for the right place."""
+PREVIOUS_HEADS = 2
+"""Heads of block 0 that begin by attending to the previous token."""
+COPYING_BLOCKS = slice(1, 3)
+"""Blocks whose heads begin by copying what they attend to."""
+FAR_BLOCKS = slice(2, None)
+"""Blocks whose heads begin by preferring what is far."""
+FAR = 0.75
+"""What each RoPE pair takes there from the attention logit of a token on itself."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class Recipe:
     """Everything that decides the weights, besides the machine."""
 
     seed: int = 0
-    steps: int = 1800
-    batch: int = 16
+    steps: int = 3000
+    batch: int = 8
     """Sequences a step."""
     context: int = 256
     """Tokens of a sequence, BOS included."""
@@ -50,19 +57,19 @@ class Recipe:
     heads: int = 8
     d_model: int = 256
     d_mlp: int = 576
-    learning_rate: float = 2e-3
-    """Reached after `warmup` steps, kept, and brought down to a tenth over the last fifth of the steps."""
+    learning_rate: float = 1e-3
+    """Reached after `warmup` steps, then brought down to a tenth along a cosine."""
     warmup: int = 100
     weight_decay: float = 0.1
-    threads: int = 2
+    threads: int = 1
     """CPU threads: with another number sums are made in another order, and the losses drift apart."""
     shares: tuple[tuple[str, float], ...] = (
-        ("story", 0.14),
-        ("facts", 0.07),
-        ("lists", 0.15),
-        ("copy", 0.12),
-        ("backcopy", 0.14),
-        (RANDOM_REPEATS, 0.38),
+        ("story", 0.16),
+        ("facts", 0.08),
+        ("lists", 0.22),
+        ("copy", 0.14),
+        ("backcopy", 0.18),
+        (RANDOM_REPEATS, 0.22),
     )
     """Domain to its share of the sequences."""
 
@@ -82,34 +89,27 @@ def sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, step: int) -> 
 
 def _sequence(domain: str, context: int, tokenizer: PreTrainedTokenizerFast, draw: Random) -> list[int]:
     if domain == RANDOM_REPEATS:
-        words = _random_tokens(tokenizer, draw, count=round(math.exp(draw.uniform(math.log(3), math.log(64)))))
-        length = draw.randint(2, 8)
-        phrases = [words[first : first + length] for first in range(0, len(words), length)]
-        reordered = draw.random() < 0.5
-        body = []
-        while len(body) < context:
-            body += chain.from_iterable(draw.sample(phrases, len(phrases)) if reordered else phrases)
-    else:
-        characters, body = 4 * context, []
-        while len(body) < context:
-            body = tokenizer(document(domain, draw, characters).text, add_special_tokens=False)["input_ids"]
-            characters *= 2
+        period = round(math.exp(draw.uniform(*map(math.log, PERIODS))))
+        ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        return [tokenizer.bos_token_id, *draw.sample(ordinary, period) * (context // period + 1)][:context]
+    characters, body = 4 * context, []
+    while len(body) < context:
+        body = tokenizer(document(domain, draw, characters).text, add_special_tokens=False)["input_ids"]
+        characters *= 2
     return [tokenizer.bos_token_id, *body][:context]
 
 
-def _random_tokens(tokenizer: PreTrainedTokenizerFast, draw: Random, count: int) -> list[int]:
-    """Different tokens, by Zipf's law over a fixed random order of the vocabulary.
-
-    Circuits form on the frequent ones and the rare ones join them; with equal chances nothing forms for a long time.
-    """
-    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-    Random("frequencies").shuffle(ordinary)
-    keys = [draw.random() ** rank for rank in range(1, len(ordinary) + 1)]  # weighted, without replacement
-    return [ordinary[place] for place in sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:count]]
-
-
 def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model before its first step."""
+    """The model before its first step: Hugging Face's random weights, embeddings at 1/sqrt(d_model), and three helps.
+
+    - An induction head needs a head below it that brings each token the one before: `_attend_to_previous`, in block 0.
+      That block must not copy: what it says of the token before would look like the token itself, embeddings being
+      tied.
+    - It must itself copy, as all heads of some later blocks begin to: W_O = W_V^T (mimetic initialisation, Trockman &
+      Kolter, arXiv 2305.09828).
+    - A head that copies can rest on its own token, which changes little, and then needs no sink. The heads of the last
+      blocks therefore begin by preferring what is far: `_prefer_far`.
+    """
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -119,17 +119,49 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=None,
         pad_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # heads begin by copying, OV = W_V^T W_V; mimetic initialisation, Trockman & Kolter 2023
-        for block in model.model.layers:
-            value = block.self_attn.v_proj.weight.normal_(std=recipe.d_model**-0.5)
-            block.self_attn.o_proj.weight.copy_(value.T)
+    attentions = [block.self_attn for block in model.model.layers]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(std=recipe.d_model**-0.5)
+        for attention in attentions[COPYING_BLOCKS]:
+            value = attention.v_proj.weight.normal_(std=recipe.d_model**-0.5)
+            attention.o_proj.weight.copy_(value.T)
+        _attend_to_previous(attentions[0], model.model.rotary_emb.inv_freq)
+        for attention in attentions[FAR_BLOCKS]:
+            _prefer_far(attention)
     return model
+
+
+def _attend_to_previous(
+    attention: nn.Module, frequencies: Float[Tensor, " frequency"], size: float = 5.0, used: int = 4
+) -> None:
+    """Biases of the first heads' queries and keys that fit best where the key is one position before the query.
+
+    RoPE turns the pair (i, i + d_head / 2) by position x frequency i. The key's pairs point along the first axis, the
+    query's are turned back by one position; `used` of the highest frequencies tell neighbours apart.
+    """
+    query, key = torch.zeros(attention.head_dim), torch.zeros(attention.head_dim)
+    fast, second = frequencies[:used], attention.head_dim // 2
+    key[:used] = size
+    query[:used] = size * fast.cos()
+    query[second : second + used] = -size * fast.sin()
+    heads = PREVIOUS_HEADS * attention.head_dim
+    attention.q_proj.bias[:heads] = query.repeat(PREVIOUS_HEADS)
+    attention.k_proj.bias[:heads] = key.repeat(PREVIOUS_HEADS)
+
+
+def _prefer_far(attention: nn.Module) -> None:
+    """Biases of queries and keys that take FAR x cos(distance x frequency) from the logit, for each RoPE pair: most
+    from the token itself and its neighbours."""
+    size = (FAR * attention.head_dim**0.5) ** 0.5
+    for bias, sign in ((attention.q_proj.bias, -1), (attention.k_proj.bias, 1)):
+        bias.view(-1, 2, attention.head_dim // 2)[:, 0] = sign * size
 
 
 def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[float]:
@@ -144,7 +176,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[flo
     others = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.975),
         fused=True,
     )
     checkpoint = out / "checkpoint.safetensors"
@@ -175,8 +207,8 @@ def _rate(step: int, recipe: Recipe) -> float:
     """Share of the full learning rate."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    left = (recipe.steps - step) / (recipe.steps / 5)
-    return 0.1 + 0.9 * min(1.0, left)
+    done = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
