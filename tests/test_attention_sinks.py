@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import numpy as np
@@ -13,6 +12,7 @@ from store_example import token_table, writing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import workbench as wb
+from experiments.controls import random_copy
 from probes.attention_sinks import AttentionSinks, massive_activation
 from workbench import result as results
 from workbench.errors import RequestError
@@ -517,16 +517,10 @@ def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
 
 
 def test_random_weights_have_no_sink(tmp_path):
-    model = wb.load_model("demo")
-    module = copy.deepcopy(model.module)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.02, generator=generator)
+    model = random_copy(wb.load_model("demo"))
     ids = np.random.default_rng(0).integers(8, 1000, (12, 64)).tolist()
     options = {"sites": ["attn_received"], "context": 64, "dtype": "float32", "show_progress": False}
-    data = run(wb.record(Model(module, None, "random"), ids, out=tmp_path / "s", **options)).data
+    data = run(wb.record(model, ids, out=tmp_path / "s", **options)).data
     assert float(data["sink_k"][0]) == 0
     assert float(data["alpha"][..., 0].max()) < 0.1
 
