@@ -120,7 +120,8 @@ STEPS = [
     (files, "write_durably", 2),  # segment.json
     (files, "fsync", 1),
     (files, "rename_durably", 1),  # the segment
-    (files, "rename_durably", 2),  # the manifest
+    (files, "rename_durably", 2),  # its row, which waits for the manifest
+    (files, "rename_durably", 3),  # the manifest
 ]
 
 
@@ -154,7 +155,7 @@ def test_resuming_after_a_crash_gives_the_bytes_of_an_undisturbed_recording(
         record()
     monkeypatch.undo()
     committed = len(read_manifest(path).segments)
-    assert committed == (2 if (name, call, after) == ("rename_durably", 2, True) else 1)
+    assert committed == (2 if (name, call, after) == ("rename_durably", 3, True) else 1)
     assert np.array_equal(open_store(path)["resid_post", 0][:5], values(HALF, 0, 5))
     assert "error" not in set(open_store(path).verify()["severity"])
     write_store(path, SEGMENTS)

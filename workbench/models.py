@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,22 @@ _MARKS = {
 """Files one of which a directory must hold to be a model, or a tokenizer."""
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What `load_model` was asked for, device aside: another process can load the same model with it."""
+
+    source: str | Path
+    tokenizer: str | Path | PreTrainedTokenizerBase | None
+    dtype: str | torch.dtype
+    revision: str | None
+    trust_remote_code: bool
+    allow_pickle: bool
+
+    def load(self, device: str | torch.device | None) -> Model:
+        """The model, on that device."""
+        return load_model(**{field.name: getattr(self, field.name) for field in fields(self)}, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A Hugging Face module as it is, with its tokenizer and where it came from.
@@ -52,6 +68,8 @@ class Model:
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     revision: str | None = None
+    loading: Loading | None = None
+    """How `load_model` came by it; None: the module was given."""
 
     @cached_property
     def site_map(self) -> SiteMap:
@@ -182,9 +200,9 @@ def load_model(
         raise RequestError(f"revision={revision!r} is for a hub id; the directory {str(source)!r} is what it is")
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": location.local}
     module = _load_module(location, device, dtype, allow_pickle, options)
-    if tokenizer is None:
-        return Model(module, _own_tokenizer(location, options), location.name, revision)
-    return Model(module, _given_tokenizer(tokenizer, trust_remote_code), location.name, revision)
+    loading = Loading(source, tokenizer, dtype, revision, trust_remote_code, allow_pickle)
+    own = _own_tokenizer(location, options) if tokenizer is None else _given_tokenizer(tokenizer, trust_remote_code)
+    return Model(module, own, location.name, revision, loading)
 
 
 def usable_device(device: str | torch.device) -> torch.device:

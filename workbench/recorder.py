@@ -11,14 +11,14 @@ import platform
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ from workbench.models import Model, load_model
 from workbench.progress import progress
 from workbench.settings import Recording, recording
 from workbench.sites import Site
-from workbench.store.manifest import ModelRecord, Part, SiteRecord, read_counts
+from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord, read_counts
 from workbench.store.segment import SegmentWriter
+from workbench.store.staging import PlannedSegment, hand_in, staged
 from workbench.store.writer import Writer, check_space, explain_full_disk, open_writer, required_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def record(
     batch_tokens: int | None = Recording.batch_tokens,
     segment_rows: int | None = Recording.segment_rows,
     append: bool = False,
+    workers: Workers | None = None,
     show_progress: bool = True,
 ) -> Store:
     """Runs `model` over `texts` once and stores every activation of `sites` under `out`; returns the opened store.
@@ -70,7 +72,8 @@ def record(
     `model`: what `load_model` gives or takes. `texts`: a .txt, .jsonl or .parquet file, "hf:NAME" of a dataset, a
     Dataset object, a list of strings, or lists of token ids (taken as they are). The settings are those of
     `Recording`. If `out` holds an unfinished recording of the same model, texts and settings it is resumed;
-    a finished one is returned as it is; `append=True` adds the texts after what is there.
+    a finished one is returned as it is; `append=True` adds the texts after what is there. `workers`: processes that
+    write segments side by side, `RayWorkers` or a `Share` of `workbench.distributed`; None: this one.
 
     The same request gives the same bytes on the same machine, interrupted or not. Memory: the model, one batch and
     its backlog, whatever the number of rows. Disk: `rows x sum of site sizes`, compared with the free space
@@ -92,7 +95,7 @@ def record(
         batch_tokens=batch_tokens,
         segment_rows=segment_rows,
     )
-    return record_with(settings, model, texts, out=out, append=append, show_progress=show_progress)
+    return record_with(settings, model, texts, out=out, append=append, workers=workers, show_progress=show_progress)
 
 
 def record_with(
@@ -102,12 +105,14 @@ def record_with(
     *,
     out: str | Path,
     append: bool = False,
+    workers: Workers | None = None,
     show_progress: bool = True,
 ) -> Store:
     """`record` with its settings as one frozen record."""
 
     corpus.check_source(texts)
-    model = model if isinstance(model, Model) else load_model(model)
+    workers = workers or ThisProcess()
+    model = model if isinstance(model, Model) else load_model(model, device=workers.own_device)
     taps = model.site_map.select(settings.sites)
     context = context_length(settings, model)
     added = corpus.added_tokens(model.tokenizer, settings.bos)
@@ -126,11 +131,12 @@ def record_with(
             sites=records,
             recording=settings,
             tokens_added={"prefix": list(added.prefix), "suffix": list(added.suffix)},
-            environment=_environment(model),
+            environment=environment() | {"device": workers.device(model)},
             unembed=unembed,
             unembed_reason=reason,
+            shared=workers.shared,
         ) as writer,
-        _scratch(Path(out)) as workdir,
+        _scratch(Path(out), workers.name) as workdir,
         progress("tokenizing", None, "tokens", shown=show_progress) as tick,
     ):
         with explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows):
@@ -145,7 +151,7 @@ def record_with(
                 vocab=model.vocab,
                 progress=tick,
             )
-        _record_part(writer, model, taps, records, sequences, settings, append, show_progress)
+        _record_part(writer, workers, model, sequences, workdir, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
     store = open_store(out)
@@ -183,19 +189,104 @@ def context_length(settings: Recording, model: Model) -> int:
     return settings.context
 
 
+class Workers(Protocol):
+    """Who writes the segments of a recording."""
+
+    own_device: str | None
+    """Where the process that plans loads the model; None: the GPU if there is one."""
+    shared: bool
+    """Whether other processes write the same store at this moment."""
+    name: str
+    """What tells this process's files in the store from those of others that share it."""
+
+    def device(self, model: Model) -> str:
+        """Kind of device that computes: cpu, cuda."""
+
+    def write(
+        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+    ) -> Generator[None]:
+        """Write these segments, or this process's share of them; yields whenever one has been handed in."""
+
+
+@dataclass(frozen=True)
+class ThisProcess:
+    """One segment after another, here."""
+
+    own_device: str | None = None
+    shared: bool = False
+    name: str = ""
+
+    def device(self, model: Model) -> str:
+        return model.device.type
+
+    def write(
+        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+    ) -> Generator[None]:
+        recorder = SegmentRecorder(work, model)
+        for segment in left:
+            recorder.write(segment, tick)
+            yield
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a process with the model needs to write any segment of a part. Small: it travels to other machines."""
+
+    store: Path
+    plan: Path
+    """Folder of the planned sequences."""
+    manifest: Manifest
+    """The store's, without its segments."""
+    settings: Recording
+    row_offset: int
+    """Rows of the store before the part."""
+    sequence_offset: int
+    document_offset: int
+
+
+class SegmentRecorder:
+    """Runs a model over planned segments and writes them."""
+
+    def __init__(self, work: Work, model: Model) -> None:
+        self.work, self.model = work, model
+        self.taps = model.site_map.select(work.settings.sites)
+        self.sequences = corpus.open_sequences(work.plan)
+        self.text_of = partial(corpus.token_texts, model.tokenizer)
+
+    def write(self, planned: PlannedSegment, tick: Callable[[int], None]) -> None:
+        """One segment, from forward passes to a finished folder that waits for its commit."""
+        work, sequences = self.work, self.sequences
+        first = planned.first_sequence - work.sequence_offset
+        last = first + planned.sequences
+        ids = sequences.token_ids[sequences.starts[first] : sequences.starts[last]]
+        table = corpus.token_table(
+            sequences,
+            first,
+            last,
+            row_offset=work.row_offset,
+            sequence_offset=work.sequence_offset,
+            document_offset=work.document_offset,
+            text_of=self.text_of,
+        )
+        what = f"segment {planned.name}"
+        with explain_full_disk(work.store, what, planned.first_row):
+            with staged(work.store, work.manifest, planned, table) as segment:
+                _fill(segment, self.model, self.taps, ids, sequences.lengths[first:last], work.settings, tick)
+            hand_in(work.store, planned)
+
+
 def _record_part(
     writer: Writer,
+    workers: Workers,
     model: Model,
-    taps: Sequence[Site],
-    records: Sequence[SiteRecord],
     sequences: corpus.Sequences,
+    plan: Path,
     settings: Recording,
     append: bool,
     show_progress: bool,
 ) -> None:
     """Everything after planning: what is committed is checked, the rest is run and committed segment by segment."""
-    lengths = sequences.lengths
-    plan = corpus.segment_plan(lengths, settings.segment_rows or _segment_rows(records))
+    records, lengths = writer.manifest.sites, sequences.lengths
     part = Part(
         rows=int(lengths.sum()),
         sequences=len(lengths),
@@ -203,25 +294,43 @@ def _record_part(
         skipped_documents=sequences.skipped_documents,
         replaced_characters=sequences.replaced_characters,
     )
-    spans = [sequences.token_ids[sequences.starts[first] : sequences.starts[last]] for first, last in plan]
-    digests = [corpus.digest(ids, lengths[first:last]) for ids, (first, last) in zip(spans, plan, strict=True)]
     begun = writer.begin(part, append=append)
-    for index, digest in enumerate(digests[:begun]):
-        writer.check(index, digest)
-    rows_left = sum(len(ids) for ids in spans[begun:])
+    before, committed = writer.manifest.parts[:-1], writer.manifest.segments
+    work = Work(
+        store=writer.path.absolute(),
+        plan=plan.absolute(),
+        manifest=replace(writer.manifest, segments=()),
+        settings=settings,
+        row_offset=sum(part.rows for part in before),
+        sequence_offset=sum(part.sequences for part in before),
+        document_offset=sum(part.documents for part in before),
+    )
+    planned = [
+        PlannedSegment(
+            name=f"{len(committed) - begun + index:05d}",
+            part=len(before),
+            rows=int(sequences.starts[last] - sequences.starts[first]),
+            sequences=last - first,
+            first_row=int(sequences.starts[first]) + work.row_offset,
+            first_sequence=first + work.sequence_offset,
+            digest=corpus.digest(
+                sequences.token_ids[sequences.starts[first] : sequences.starts[last]], lengths[first:last]
+            ),
+        )
+        for index, (first, last) in enumerate(
+            corpus.segment_plan(lengths, settings.segment_rows or segment_rows(records))
+        )
+    ]
+    for index, segment in enumerate(planned[:begun]):
+        writer.check(index, segment.digest)
+    left = writer.take_up(planned)
+    rows_left = sum(segment.rows for segment in left)
     check_space(writer.path, required_bytes(records, rows_left))
-    before = writer.manifest.parts[:-1]
-    offsets = {
-        "row_offset": sum(part.rows for part in before),
-        "sequence_offset": sum(part.sequences for part in before),
-        "document_offset": sum(part.documents for part in before),
-    }
-    text_of = partial(corpus.token_texts, model.tokenizer)
     with progress("recording", part.rows, "rows", shown=show_progress, done=part.rows - rows_left) as tick:
-        for (first, last), ids, digest in list(zip(plan, spans, digests, strict=True))[begun:]:
-            table = corpus.token_table(sequences, first, last, text_of=text_of, **offsets)
-            with writer.segment(rows=len(ids), sequences=last - first, digest=digest, tokens=table) as segment:
-                _fill(segment, model, taps, ids, lengths[first:last], settings, tick)
+        with closing(workers.write(work, model, left, tick)) as handed_in:
+            for _ in handed_in:
+                writer.commit_waiting()
+    writer.commit_waiting()
 
 
 def _fill(
@@ -389,14 +498,13 @@ def _model_record(model: Model) -> ModelRecord:
     )
 
 
-def _environment(model: Model) -> dict[str, str]:
-    """What may change the last bit of a number: versions and kind of device."""
+def environment() -> dict[str, str]:
+    """What may change the last bit of a number, the kind of device aside: versions."""
     versions = {name: version(name) for name in _LIBRARIES}
     return {
         "python": platform.python_version(),
         "workbench": version("interp-workbench"),
         **versions,
-        "device": model.device.type,
     }
 
 
@@ -421,14 +529,15 @@ def _batch_tokens(model: Model) -> int:
     return max(2048, min(8192, 768 * 2048 // model.d_model)) if model.device.type == "cpu" else 16_384
 
 
-def _segment_rows(records: Sequence[SiteRecord]) -> int:
+def segment_rows(records: Sequence[SiteRecord]) -> int:
+    """Rows of a segment, where nobody asks for another number."""
     return max(1, min(_SEGMENT_ROWS, _SEGMENT_BYTES // sum(record.row_bytes for record in records)))
 
 
 @contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
+def _scratch(out: Path, name: str) -> Iterator[Path]:
     """A folder for the planned tokens, on the store's own disk; gone afterwards, and before if left by a kill."""
-    path = out / "tokens.partial"
+    path = out / f"tokens{name}.partial"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     try:

@@ -30,6 +30,7 @@ _COLUMNS = {
     "document": np.int64,
     "starts": np.int64,
 }
+_COUNTS = "counts.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +137,27 @@ def plan_sequences(
                 if count
                 else "texts: nothing to record; there are no documents"
             )
-        tables = {name: spool.table(workdir / f"{name}.arrow") for name, spool in spools.items()}
+        for name, spool in spools.items():
+            spool.write_table(workdir / f"{name}.arrow")
+    counts = {
+        "special_ids": sorted(special_ids(tokenizer, added)),
+        "documents": count,
+        "skipped_documents": skipped,
+        "cut_documents": cut,
+        "replaced_characters": replaced,
+    }
+    (workdir / _COUNTS).write_text(json.dumps(counts))
+    return open_sequences(workdir)
+
+
+def open_sequences(workdir: str | Path) -> Sequences:
+    """What `plan_sequences` left in `workdir`; another process may open it too, for as long as the folder is there."""
+    workdir = Path(workdir)
+    counts = json.loads((workdir / _COUNTS).read_text())
     return Sequences(
         **{name: np.memmap(workdir / f"{name}.bin", dtype, mode="r") for name, dtype in _COLUMNS.items()},
-        **tables,
-        special_ids=special_ids(tokenizer, added),
-        documents=count,
-        skipped_documents=skipped,
-        cut_documents=cut,
-        replaced_characters=replaced,
+        **{name: _open_table(workdir / f"{name}.arrow") for name in ("metadata", "spans")},
+        **{**counts, "special_ids": frozenset(counts["special_ids"])},
     )
 
 
@@ -257,18 +270,21 @@ class _Spool:
         line = {label: list(zip(*spans, strict=True)) for label, spans in columns.items()} if self.spans else columns
         self.lines.write(json.dumps(dict(line)) + "\n")
 
-    def table(self, path: Path) -> pa.Table:
-        """A row for each document, mapped from `path`, in Arrow's file format."""
+    def write_table(self, path: Path) -> None:
+        """A row for each document, in Arrow's file format; no file where there are no columns."""
         types = {name: _column_type(kinds) for name, kinds in self.kinds.items()}
         schema = pa.schema([(name, span_type(type) if self.spans else type) for name, type in types.items()])
         if not schema.names:
-            return schema.empty_table()
+            return
         self.lines.seek(0)
         with pa.ipc.new_file(path, schema) as sink:
             while records := [json.loads(line) for line in islice(self.lines, _BATCH_DOCUMENTS)]:
                 arrays = [_array([record.get(field.name) for record in records], field.type) for field in schema]
                 sink.write_batch(pa.record_batch(arrays, schema=schema))
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _open_table(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.exists() else pa.schema([]).empty_table()
 
 
 def _array(values: list[Any], column_type: pa.DataType) -> pa.Array:

@@ -91,8 +91,11 @@ def explain_full_disk(what: str, kept: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the directory, made where it does not exist. The lock is the kernel's: it ends with the process."""
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold the directory, made where it does not exist: alone, or `shared` with others that share it too.
+
+    The lock is the kernel's: it ends with the process. Raises RequestError where somebody else holds it, unless `wait`.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -100,7 +103,7 @@ def locked(path: Path) -> Iterator[None]:
         raise RequestError(f"out={path} cannot be made a directory: {error.strerror}; choose another out") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RequestError(
                 f"{path} is being written by another process; wait for it or choose another out"

@@ -33,12 +33,17 @@ def encode_tokens(table: pa.Table) -> memoryview:
 
 def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema | None) -> None:
     """Refuse a table that does not fit its segment or has other columns than the segments before it (`schema`)."""
-    own = table.schema.remove_metadata()
-    expected = schema.remove_metadata() if schema else COLUMNS
-    if not own.equals(expected) and not (schema is None and pa.schema(list(own)[: len(COLUMNS)]).equals(COLUMNS)):
-        raise RequestError(f"the token table's columns are {_columns(own)}; the store's are {_columns(expected)}")
+    first = pa.schema(list(table.schema)[: len(COLUMNS)])
+    check_columns(table.schema if schema else first, schema or COLUMNS)
     if table.num_rows != rows or not np.array_equal(table["row"], np.arange(first_row, first_row + rows)):
         raise RequestError(f"the token table must count its rows {first_row} to {first_row + rows - 1} without a gap")
+
+
+def check_columns(schema: pa.Schema, expected: pa.Schema) -> None:
+    """Refuse a token table of other columns than the store's."""
+    own, expected = schema.remove_metadata(), expected.remove_metadata()
+    if not own.equals(expected):
+        raise RequestError(f"the token table's columns are {_columns(own)}; the store's are {_columns(expected)}")
 
 
 def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:

@@ -52,7 +52,7 @@ class Finding:
     file: str
     finding: str
     """missing segment, missing file, truncated, size differs, checksum differs, unreadable, wrong model, wrong tensor,
-    wrong tokens, not finite, overflow, incomplete, leftover or unlisted."""
+    wrong tokens, not finite, overflow, incomplete, leftover, waiting or unlisted."""
     detail: str
     severity: Severity = "error"
 
@@ -108,10 +108,17 @@ def _check_unembed(path: Path, listed: str, progress: Progress) -> Iterator[Find
 def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
     listed = {segment.name for segment in manifest.segments}
     inside = [entry for entry in path.glob(f"{SEGMENTS}/*") if entry.name not in listed]
+    waiting = {entry.stem for entry in inside if entry.suffix == ".json"} - listed
     for entry in sorted([*path.glob(f"*{files.PARTIAL}"), *inside]):
         if entry.name.endswith(files.PARTIAL):
             detail = "being written, or left by a crash; the next recording removes it"
             yield Finding("", entry.name, "leftover", detail, "note")
+        elif entry.name in waiting:
+            yield Finding(
+                "", entry.name, "waiting", "finished; the recording lists it once those before it are", "note"
+            )
+        elif entry.stem in waiting:
+            continue
         else:
             yield Finding("", entry.name, "unlisted", "the manifest does not list it, so nobody reads it", "note")
 

@@ -1,17 +1,16 @@
-"""Writing a store: segments are committed as a whole, one writer at a time, and nothing a crash leaves is ever read.
+"""Writing a store: segments are committed as a whole, and nothing a crash leaves is ever read.
 
-A segment is written under a temporary name, put on the disk, checksummed and renamed; then the manifest is replaced.
-Needs a POSIX system (`flock`, `pwrite`).
+A segment is written under a temporary name, put on the disk, checksummed and renamed; then the manifest is replaced, by
+one process at a time. Needs a POSIX system (`flock`, `pwrite`).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 
 from workbench.errors import RequestError
 from workbench.settings import Recording
-from workbench.store import files
+from workbench.store import files, staging
 from workbench.store.manifest import (
     MANIFEST,
     SEGMENTS,
@@ -35,7 +34,8 @@ from workbench.store.manifest import (
 )
 from workbench.store.parse import from_json, to_json
 from workbench.store.segment import SegmentWriter
-from workbench.store.tokens import ROW_BYTES, check_tokens, read_schema
+from workbench.store.staging import PlannedSegment
+from workbench.store.tokens import ROW_BYTES, check_columns, check_tokens, read_schema
 
 _HEADERS = 4096  # bytes, at most, of a site's header and its share of the manifest
 
@@ -75,8 +75,9 @@ def open_writer(
     environment: Mapping[str, str],
     unembed: Callable[[Path], None] | None,
     unembed_reason: str | None,
+    shared: bool = False,
 ) -> Iterator[Writer]:
-    """Create the store at `path`, or reopen it to resume or append, holding it alone until the block is left.
+    """Create the store at `path`, or reopen it to resume or append, holding it until the block is left.
 
     Args:
         path: An empty or new directory, or a store.
@@ -87,6 +88,7 @@ def open_writer(
         environment: Library versions. A store of others is resumed with a warning.
         unembed: Writes the final norm and unembedding to the path it is given; called for a new store only.
         unembed_reason: Why there is no unembedding, where `unembed` is None.
+        shared: Write beside others that share it and make the same recording, each its own segments. Otherwise alone.
 
     Raises:
         RequestError: The path is taken by something else or by another writer, or the store was recorded otherwise.
@@ -102,21 +104,29 @@ def open_writer(
         unembed=None,
         unembed_reason=None,
     )
-    with files.locked(path):
-        with explain_full_disk(path, "the unembedding", 0):
-            manifest = _reopen(path, asked) if (path / MANIFEST).exists() else _create(path, asked)
+    with files.locked(path, shared=shared):
+        with _turn(path, shared), explain_full_disk(path, "the unembedding", 0):
+            manifest = _reopen(path, asked, shared) if (path / MANIFEST).exists() else _create(path, asked, shared)
             if manifest.unembed is None and manifest.unembed_reason is None:
                 manifest = _add_unembed(path, manifest, unembed, unembed_reason)
-        yield Writer(path, manifest)
+        yield Writer(path, manifest, shared)
+
+
+def _turn(path: Path, shared: bool) -> AbstractContextManager[None]:
+    """Inside, nobody else changes the manifest. Who holds the store alone need not wait for it."""
+    return files.locked(path / SEGMENTS, wait=True) if shared else nullcontext()
 
 
 class Writer:
-    """An open store that this process alone may add to. Made by `open_writer`."""
+    """An open store that this process may add to. Made by `open_writer`."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, shared: bool) -> None:
         self.path = path
         self.manifest = manifest
-        """What is committed so far; replaced with each commit."""
+        """What is committed, as this process knows it; replaced with each commit."""
+        self._shared = shared
+        self._begun = False
+        self._planned: dict[str, PlannedSegment] = {}  # what may be committed: a row of other texts may lie there
         self._schema: pa.Schema | None = None
 
     def begin(self, part: Part, append: bool) -> int:
@@ -125,22 +135,26 @@ class Writer:
         Without `append` the store must be new or hold this very part. With it, an unfinished last part is resumed
         first: it must be this one; otherwise the part is added after the others.
         """
-        parts, unfinished = self.manifest.parts, not self.manifest.complete
-        if len(parts) > 1 and not append:
-            raise RequestError(
-                f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts"
-            )
-        if not parts or (append and not unfinished):
-            self._replace(replace(self.manifest, parts=(*parts, part)))
-        elif parts[-1] != part and unfinished and not self._part_segments():  # begun, and came to nothing
-            self._replace(replace(self.manifest, parts=(*parts[:-1], part)))
-        elif parts[-1] != part:
-            hint = "resume that part with its own texts" if append else "pass append=True to add texts"
-            raise RequestError(
-                f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} asked; "
-                f"{hint}, or choose another out"
-            )
-        return len(self._part_segments())
+        if self._shared and append:  # the last to come could not tell a part to add from one that is finished
+            raise RequestError("several processes that share a store cannot append to it; append with one")
+        with self._turn():
+            parts, unfinished = self.manifest.parts, not self.manifest.complete
+            if len(parts) > 1 and not append:
+                raise RequestError(
+                    f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts"
+                )
+            if not parts or (append and not unfinished):
+                self._replace(replace(self.manifest, parts=(*parts, part)))
+            elif parts[-1] != part and unfinished and not self._part_segments():  # begun, and came to nothing
+                self._replace(replace(self.manifest, parts=(*parts[:-1], part)))
+            elif parts[-1] != part:
+                hint = "resume that part with its own texts" if append else "pass append=True to add texts"
+                raise RequestError(
+                    f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} asked; "
+                    f"{hint}, or choose another out"
+                )
+            self._begun = True
+            return len(self._part_segments())
 
     def check(self, index: int, digest: str) -> None:
         """Refuse to resume on other texts: `digest` of the part's segment `index` must be that of the committed one.
@@ -155,6 +169,30 @@ class Writer:
                 f"the texts differ from the recorded ones in segment {segments[index].name} of {self.path} "
                 f"(rows {first} to {after - 1}); give the same texts in the same order, or choose another out"
             )
+
+    def take_up(self, planned: Sequence[PlannedSegment]) -> list[PlannedSegment]:
+        """Those of the part's segments that nobody has finished; what a crash left of them is removed.
+
+        A finished one that the manifest does not list yet, because its writer or the committer died, is kept.
+        """
+        with self._turn():
+            planned = planned[len(self._part_segments()) :]
+            left = staging.keep_finished(self.path, self.manifest, planned)
+            self._planned = {segment.name: segment for segment in planned}
+            if not self._shared:
+                _remove_leftovers(self.path, self.manifest, self._planned)
+            self._commit_waiting()
+        return left
+
+    def commit_waiting(self) -> None:
+        """List, in their order, the finished segments that follow those listed; later ones wait for the gap to close.
+
+        Raises:
+            RequestError: A segment with other token columns than the store's, or another recording at this path.
+            DataError: The disk is full.
+        """
+        with self._turn(), explain_full_disk(self.path, "the manifest", self.manifest.rows):
+            self._commit_waiting()
 
     @contextmanager
     def segment(self, rows: int, sequences: int, digest: str, tokens: pa.Table) -> Iterator[SegmentWriter]:
@@ -171,27 +209,34 @@ class Writer:
         """
         manifest, name = self.manifest, f"{len(self.manifest.segments):05d}"
         part = manifest.parts[-1]
-        planned = part.rows - sum(segment.rows for segment in self._part_segments())
-        if not 1 <= rows <= planned:
-            raise RequestError(f"segment {name} has {rows} rows; 1 to {planned} of the planned {part.rows} are left")
+        left = part.rows - sum(segment.rows for segment in self._part_segments())
+        if not 1 <= rows <= left:
+            raise RequestError(f"segment {name} has {rows} rows; 1 to {left} of the planned {part.rows} are left")
         check_tokens(tokens, rows, manifest.rows, self._token_schema())
-        folder = self.path / SEGMENTS / name
-        partial = folder.with_name(name + files.PARTIAL)
+        first_sequence = sum(segment.sequences for segment in manifest.segments)
+        planned = PlannedSegment(name, len(manifest.parts) - 1, rows, sequences, manifest.rows, first_sequence, digest)
         with explain_full_disk(self.path, f"segment {name}", manifest.rows):
-            try:
-                files.remove(partial)
-                files.remove(folder)
-                partial.mkdir(parents=True)
-                segment = SegmentWriter(partial, manifest, rows, tokens)
+            staging.discard(self.path, name)
+            with staging.staged(self.path, manifest, planned, tokens) as segment:
                 yield segment
-                checksum = segment.finish(sequences)
-                files.rename_durably(partial, folder)
-                committed = Segment(name, rows, sequences, len(manifest.parts) - 1, digest, checksum)
-                self._replace(replace(manifest, segments=(*manifest.segments, committed)))
-            except BaseException:
-                files.remove(partial)
-                raise
-        self._schema = tokens.schema
+            staging.hand_in(self.path, planned)
+            self._planned[name] = planned
+            self._commit_waiting()
+
+    def _commit_waiting(self) -> None:
+        listed = self.manifest.segments
+        rows: list[Segment] = []
+        while planned := self._planned.get(f"{len(listed) + len(rows):05d}"):
+            row = staging.waiting(self.path, planned.name)
+            if row is None or row != planned.committed(row.checksum):
+                break
+            schema = read_schema(self.path / SEGMENTS / row.name / TOKENS)
+            self._schema = self._token_schema() or schema
+            check_columns(schema, self._schema)
+            rows.append(row)
+        if rows:
+            self._replace(replace(self.manifest, segments=(*listed, *rows)))
+            staging.forget(self.path, [row.name for row in rows])
 
     def _part_segments(self) -> list[Segment]:
         return [segment for segment in self.manifest.segments if segment.part == len(self.manifest.parts) - 1]
@@ -200,6 +245,20 @@ class Writer:
         if self._schema is None and self.manifest.segments:
             self._schema = read_schema(self.path / SEGMENTS / self.manifest.segments[0].name / TOKENS)
         return self._schema
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Inside, this process alone changes the manifest, and knows what others have committed."""
+        with _turn(self.path, self._shared):
+            if self._shared:
+                found = read_manifest(self.path)
+                if self._begun and replace(found, segments=()) != replace(self.manifest, segments=()):
+                    raise RequestError(
+                        f"{self.path}: another process makes another recording there; give all that share it the same "
+                        "texts, model and settings"
+                    )
+                self.manifest = found
+            yield
 
     def _replace(self, manifest: Manifest) -> None:
         try:
@@ -210,8 +269,9 @@ class Writer:
         self.manifest = manifest
 
 
-def _create(path: Path, manifest: Manifest) -> Manifest:
-    others = sorted(entry.name for entry in path.iterdir() if entry.name != MANIFEST + files.PARTIAL)
+def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
+    ours = (MANIFEST + files.PARTIAL, SEGMENTS) if shared else (MANIFEST + files.PARTIAL,)
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
     if others:
         raise RequestError(
             f"out={path} is not empty and no store: it holds {others[0]} and no {MANIFEST}; choose another out"
@@ -220,14 +280,16 @@ def _create(path: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _reopen(path: Path, asked: Manifest) -> Manifest:
-    """The store's manifest, after refusing one of another recording and removing what a crash left behind."""
+def _reopen(path: Path, asked: Manifest, shared: bool) -> Manifest:
+    """The store's manifest, after refusing one of another recording and removing what a crash left behind (unless
+    others that share the store may be writing it)."""
     found = read_manifest(path)
     newer = asked.recording.keys() - found.recording.keys()  # settings that there were not when the store was begun
     wanted = {name: value for name, value in _settings(asked).items() if name not in newer}
     differences = _differences(_settings(found), wanted)
     if (differences or newer) and not found.segments:  # an earlier request that came to nothing binds nobody
         files.remove(path / UNEMBED)
+        _remove_leftovers(path, found, keep=())
         write_manifest(path, asked)
         return asked
     if differences:
@@ -240,17 +302,25 @@ def _reopen(path: Path, asked: Manifest) -> Manifest:
             f"{path} was begun with other versions: {'; '.join(differences)}; further rows may differ in the last bits",
             stacklevel=4,
         )
-    listed = {segment.name for segment in found.segments}
-    leftovers = list(path.glob(f"*{files.PARTIAL}"))
-    if (path / SEGMENTS).is_dir():
-        leftovers += [
-            entry
-            for entry in (path / SEGMENTS).iterdir()
-            if re.fullmatch(rf"\d+({re.escape(files.PARTIAL)})?", entry.name) and entry.name not in listed
-        ]
-    for entry in leftovers:
-        files.remove(entry)
+    if not shared:
+        _remove_leftovers(path, found, keep=None)
     return found
+
+
+def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | None) -> None:
+    """Remove what is neither committed nor finished; of what is finished `keep` these segments, None: all."""
+    for entry in path.glob(f"*{files.PARTIAL}"):
+        files.remove(entry)
+    listed = {segment.name for segment in manifest.segments}
+    for entry in list((path / SEGMENTS).iterdir()) if (path / SEGMENTS).is_dir() else ():
+        name, *suffix = entry.name.split(".", 1)
+        kept = name not in listed and (keep is None or name in keep) and staging.waiting(path, name)
+        if name.isdecimal() and (suffix in (["json"], []) or entry.name.endswith(files.PARTIAL)):
+            if not suffix and (name in listed or kept):
+                continue
+            if suffix == ["json"] and kept:
+                continue
+            files.remove(entry)
 
 
 def _add_unembed(
