@@ -25,6 +25,9 @@ _PUBLIC = {
     "open_features": "workbench.sae.features",
     "Features": "workbench.sae.features",
     "record": "workbench.recorder",
+    "RayWorkers": "workbench.distributed",
+    "Share": "workbench.distributed",
+    "plan": "workbench.sizing",
     "Recording": "workbench.settings",
     "open_store": "workbench.store.reader",
     "Store": "workbench.store.reader",
@@ -54,6 +57,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from workbench.distributed import RayWorkers, Share
     from workbench.embedded import demo_corpus
     from workbench.errors import DataError, RequestError, WorkbenchError
     from workbench.models import Model, load_model
@@ -65,4 +69,5 @@ if TYPE_CHECKING:
     from workbench.sae.load import Sae, load_sae
     from workbench.sae.metrics import sae_metrics
     from workbench.settings import Recording
+    from workbench.sizing import plan
     from workbench.store.reader import ActivationArray, Rows, Store, open_store

@@ -27,6 +27,33 @@ from workbench.settings import Recording
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """Who does the work, besides this process alone."""
+
+    workers: int | None = None
+    """Processes that write segments side by side, one GPU or share of the cores each. Needs Ray."""
+    ray_address: str | None = None
+    """A Ray cluster for them: auto, or ray://HOST:PORT. Default: this machine."""
+    threads: int | None = None
+    """CPU threads of each worker. Default: this machine's cores by their number; on a cluster 1."""
+    share: bool = False
+    """This process is one of a torchrun or srun job: do its share, by RANK and WORLD_SIZE or SLURM_PROCID and
+    SLURM_NTASKS."""
+
+    def who(self, device: str | None) -> Any:
+        """What `workbench.record` takes as `workers`."""
+        if self.workers is None and (self.ray_address or self.threads):
+            raise RequestError("--ray-address and --threads are about workers; say how many with --workers")
+        if self.share and self.workers is not None:
+            raise RequestError("--share and --workers are two ways to divide the work; give one of them")
+        from workbench.distributed import RayWorkers, Share
+
+        if self.share:
+            return Share.from_environment()
+        return self.workers and RayWorkers(self.workers, self.ray_address, self.threads, device)
+
+
+@dataclass(frozen=True)
 class Record:
     """Run a model over texts once and store the activations of chosen sites."""
 
@@ -37,6 +64,7 @@ class Record:
     out: Path
     """The store to write; an unfinished one of the same request is resumed."""
     recording: OmitArgPrefixes[Recording] = dataclasses.field(default_factory=Recording)
+    parallel: OmitArgPrefixes[Parallel] = dataclasses.field(default_factory=Parallel)
     append: bool = False
     """Add the texts to what the store holds."""
     tokenizer: str | None = None
@@ -63,10 +91,11 @@ class Record:
         locate(self.model, self.revision)
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
+        workers = self.parallel.who(self.device)
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
-            device=self.device,
+            device=(workers and workers.own_device) or self.device,
             dtype=self.model_dtype,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
@@ -74,8 +103,47 @@ class Record:
         )
         from workbench.recorder import record_with
 
-        record_with(self.recording, model, texts, out=self.out, append=self.append)
+        record_with(self.recording, model, texts, out=self.out, append=self.append, workers=workers)
         return Info(self.out).run()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a recording will take on disk, in memory and of time, from a short measured sample."""
+
+    model: Positional[str]
+    """A local directory, or a hub id such as gpt2."""
+    text: Positional[tuple[str, ...]] = ()
+    """Texts to sample, as for `record`. Default: random tokens, every sequence as long as the context."""
+    rows: float | None = None
+    """Tokens to be recorded: 1e8. Default: the recording's max-rows."""
+    workers: int = 1
+    """Workers, each like the process that measures."""
+    seconds: float = 10.0
+    """About how long to measure."""
+    recording: OmitArgPrefixes[Recording] = dataclasses.field(default_factory=Recording)
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    model_dtype: str = "auto"
+    """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
+
+    def run(self) -> int:
+        from workbench.corpus import check_source
+        from workbench.models import load_model, locate
+        from workbench.sizing import plan_with
+
+        texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text] or None
+        if texts is not None:
+            check_source(texts)
+        locate(self.model)
+        rows = self.recording.max_rows if self.rows is None else self.rows
+        if rows is None:
+            raise RequestError("rows: how many tokens are to be recorded? for example --rows 1e8")
+        model = load_model(self.model, device=self.device, dtype=self.model_dtype)
+        print(
+            _plain(str(plan_with(self.recording, model, texts, rows=rows, workers=self.workers, seconds=self.seconds)))
+        )
+        return 0
 
 
 @dataclass(frozen=True)
@@ -247,6 +315,7 @@ class Report:
 VERBS: dict[str, type] = {
     "demo": Demo,
     "record": Record,
+    "plan": Plan,
     "info": Info,
     "verify": Verify,
     "query": Query,

@@ -61,7 +61,7 @@ class RayWorkers:
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None]:
+    ) -> Generator[None, None, None]:
         if not left:
             return
         threads = self.threads or (1 if self.address else max(1, (os.cpu_count() or 1) // self.count))
@@ -158,7 +158,7 @@ class Share:
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None]:
+    ) -> Generator[None, None, None]:
         return ThisProcess().write(
             work, model, [part for part in left if int(part.name) % self.size == self.rank], tick
         )
@@ -174,7 +174,8 @@ class _Worker:
         torch.set_num_threads(threads)
         if not work.plan.is_dir():
             raise RequestError(
-                f"a worker on {socket.gethostname()} finds no {work.store}; out must be on a disk that all machines share"
+                f"a worker on {socket.gethostname()} finds no {work.store}; out must be on a disk that all machines "
+                "share"
             )
         model = carried.load(device) if isinstance(carried, Loading) else carried
         if not isinstance(carried, Loading):
@@ -241,9 +242,10 @@ def _refuse_more_than_there_is(ray: Any, count: int, resources: Mapping[str, int
     """Ray would wait for what may never come."""
     there = ray.cluster_resources()
     for name, unit, hint in (("CPU", "num_cpus", "fewer workers or threads"), ("GPU", "num_gpus", "fewer workers")):
-        if count * resources[unit] > there.get(name, 0):
+        needed = count * resources[unit]
+        if needed > there.get(name, 0):
             raise RequestError(
-                f"{count} workers need {count * resources[unit]} {name}s and Ray has {there.get(name, 0):g}; ask for {hint}"
+                f"{count} workers need {needed} {name}s and Ray has {there.get(name, 0):g}; ask for {hint}"
             )
 
 

@@ -204,7 +204,7 @@ class Workers(Protocol):
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None]:
+    ) -> Generator[None, None, None]:
         """Write these segments, or this process's share of them; yields whenever one has been handed in."""
 
 
@@ -221,7 +221,7 @@ class ThisProcess:
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None]:
+    ) -> Generator[None, None, None]:
         recorder = SegmentRecorder(work, model)
         for segment in left:
             recorder.write(segment, tick)
@@ -326,10 +326,12 @@ def _record_part(
     left = writer.take_up(planned)
     rows_left = sum(segment.rows for segment in left)
     check_space(writer.path, required_bytes(records, rows_left))
-    with progress("recording", part.rows, "rows", shown=show_progress, done=part.rows - rows_left) as tick:
-        with closing(workers.write(work, model, left, tick)) as handed_in:
-            for _ in handed_in:
-                writer.commit_waiting()
+    with (
+        progress("recording", part.rows, "rows", shown=show_progress, done=part.rows - rows_left) as tick,
+        closing(workers.write(work, model, left, tick)) as handed_in,
+    ):
+        for _ in handed_in:
+            writer.commit_waiting()
     writer.commit_waiting()
 
 
@@ -346,7 +348,7 @@ def _fill(
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     dtype = getattr(torch, settings.dtype)
     with _backlog() as submit:
-        for batch in corpus.batch_plan(lengths, settings.batch_tokens or _batch_tokens(model)):
+        for batch in corpus.batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
             tokens, mask = _padded(ids, starts[batch], lengths[batch])
             rows = _Rows(starts[batch], lengths[batch])
 
@@ -524,7 +526,7 @@ def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
     return write, None
 
 
-def _batch_tokens(model: Model) -> int:
+def batch_tokens(model: Model) -> int:
     """On a CPU as many tokens as its caches hold the activations of, measured at 768 x 2,048; a GPU wants more."""
     return max(2048, min(8192, 768 * 2048 // model.d_model)) if model.device.type == "cpu" else 16_384
 

@@ -27,6 +27,8 @@ class Comparison:
     """How the medians are compared: ours / other or ours - other."""
     at_least: float | None = None
     at_most: float | None = None
+    target_of: Literal["value", "ours"] = "value"
+    """What the target is about: the comparison, or our side alone."""
 
     @property
     def value(self) -> float:
@@ -44,9 +46,8 @@ class Comparison:
         """met, missed, or nothing where there is no target."""
         if self.at_least is None and self.at_most is None:
             return ""
-        kept = (self.at_least is None or self.value >= self.at_least) and (
-            self.at_most is None or self.value <= self.at_most
-        )
+        value = self.value if self.target_of == "value" else median(self.ours)
+        kept = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
         return "met" if kept else "missed"
 
     def cells(self) -> tuple[str, ...]:
@@ -60,7 +61,9 @@ class Comparison:
             self._value(self.value),
             f"{_number(low)} to {_number(high)}" if len(self.ours) > 1 else "",
             "".join(
-                f"{sign} {limit}" for sign, limit in (("≥", self.at_least), ("≤", self.at_most)) if limit is not None
+                f"{sign} {limit}" + (f" {self.unit}" if self.target_of == "ours" else "")
+                for sign, limit in (("≥", self.at_least), ("≤", self.at_most))
+                if limit is not None
             ),
             self.verdict,
         )

@@ -58,7 +58,7 @@ class TensorFile:
     def __init__(self, path: Path, name: str, dtype: str, shape: tuple[int, ...], metadata: Mapping[str, str]) -> None:
         """Create `path`, which must not exist, for a tensor of `shape` (rows, ...), and write its header."""
         self.path, self.dtype, self.shape = path, dtype, shape
-        header = _header_bytes(name, dtype, shape, metadata)
+        header = header_bytes(name, dtype, shape, metadata)
         self._offset = len(header)
         self._written: list[tuple[int, int]] = []  # append is atomic, so threads need no lock
         with open(path, "xb") as file:
@@ -130,7 +130,8 @@ def map_rows(path: str | os.PathLike[str]) -> Shaped[np.ndarray, "row ..."]:
     return np.frombuffer(data, STORED[header.dtype][1], math.prod(header.shape), header.offset).reshape(header.shape)
 
 
-def _header_bytes(name: str, dtype: str, shape: tuple[int, ...], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(name: str, dtype: str, shape: tuple[int, ...], metadata: Mapping[str, str]) -> bytes:
+    """What stands in a file before its tensor."""
     code, stored = STORED[dtype]
     end = math.prod(shape) * np.dtype(stored).itemsize
     tensor = {"dtype": code, "shape": shape, "data_offsets": (0, end)}

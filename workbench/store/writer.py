@@ -303,23 +303,21 @@ def _reopen(path: Path, asked: Manifest, shared: bool) -> Manifest:
             stacklevel=4,
         )
     if not shared:
+        for entry in path.glob(f"*{files.PARTIAL}"):
+            files.remove(entry)
         _remove_leftovers(path, found, keep=None)
     return found
 
 
 def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | None) -> None:
-    """Remove what is neither committed nor finished; of what is finished `keep` these segments, None: all."""
-    for entry in path.glob(f"*{files.PARTIAL}"):
-        files.remove(entry)
+    """Remove segments that are neither committed nor finished; of those finished `keep` these, None: all."""
     listed = {segment.name for segment in manifest.segments}
     for entry in list((path / SEGMENTS).iterdir()) if (path / SEGMENTS).is_dir() else ():
-        name, *suffix = entry.name.split(".", 1)
-        kept = name not in listed and (keep is None or name in keep) and staging.waiting(path, name)
-        if name.isdecimal() and (suffix in (["json"], []) or entry.name.endswith(files.PARTIAL)):
-            if not suffix and (name in listed or kept):
-                continue
-            if suffix == ["json"] and kept:
-                continue
+        name, _, suffix = entry.name.partition(".")
+        if not name.isdecimal() or (suffix not in ("", "json") and not entry.name.endswith(files.PARTIAL)):
+            continue  # not ours
+        finished = name not in listed and (keep is None or name in keep) and staging.waiting(path, name)
+        if not (finished if suffix else finished or name in listed) or entry.name.endswith(files.PARTIAL):
             files.remove(entry)
 
 

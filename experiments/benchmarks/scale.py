@@ -1,0 +1,135 @@
+"""A SIMULATION of scale: manifest and queries of a store of 100 million rows that no model has recorded.
+
+Token tables are real: the columns, types and encodings of a recording of the embedded corpus, a file per segment,
+every row of it there, with its own row, sequence and document numbers, so that `where` reads what it would read. Only
+their texts repeat: each table is one of some dozen of the corpus. Activations are files of the true size with nothing
+in them (sparse), so a gather meets as many files, maps and pages as it would, but no disk. Everything is in the page
+cache, as far as it fits. Targets are about the largest store; "the other" is the smallest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pyarrow as pa
+
+import workbench as wb
+from experiments.benchmarks.measure import Comparison
+from workbench.store.files import sha256_bytes
+from workbench.store.manifest import SEGMENTS, TOKENS, Part, Segment, SiteRecord, read_manifest, write_manifest
+from workbench.store.tensorfile import TensorFile
+from workbench.store.tokens import encode_tokens
+
+_SITE = SiteRecord("blocks.0.hook_resid_post", "resid_post.0", ("row", "d_model"), (768,), "float16")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Stores of 10,000 rows a segment, one site of 768 float16 values."""
+
+    rows: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
+    segment_rows: int = 10_000
+    tables: int = 16
+    """Different token tables, dealt out in turn."""
+    predicate: str = "token = ' Monday' AND position > 0"
+    gathered: int = 1000
+    repeats: int = 3
+
+    def run(self, folder: Path) -> list[Comparison]:
+        corpus = wb.record(
+            wb.load_model("demo"),
+            wb.demo_corpus() * (1 + self.tables * self.segment_rows // 20_000),
+            out=folder / "corpus",
+            sites=["resid_post.0"],
+            max_rows=self.tables * self.segment_rows,
+            show_progress=False,
+        )
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for rows in self.rows:
+            path = self._write(folder / f"{rows}", corpus, rows)
+            for what, seconds in self._measure(path, rows).items():
+                found.setdefault(what, []).append(seconds)
+        targets = {"open": 1.0, "where": 2.0, "gather": 0.5}
+        comparisons = []
+        for what, each in found.items():
+            for rows, seconds in list(zip(self.rows, each, strict=True))[1:]:
+                limit = next((limit for name, limit in targets.items() if what.startswith(name)), None)
+                comparisons.append(
+                    Comparison(
+                        f"{what}: {rows:,} rows",
+                        f"{self.rows[0]:,} rows",
+                        seconds,
+                        each[0],
+                        "s",
+                        at_most=limit if rows == self.rows[-1] else None,
+                        target_of="ours",
+                    )
+                )
+        return comparisons
+
+    def _measure(self, path: Path, rows: int) -> dict[str, tuple[float, ...]]:
+        ids = np.random.default_rng(0).integers(0, rows, (self.repeats + 1, self.gathered))
+
+        def first_gather(repeat: int) -> Callable[[], object]:
+            store = wb.open_store(path)
+            return lambda: store["resid_post", 0][ids[repeat]]
+
+        store = wb.open_store(path)
+        opened = store["resid_post", 0]
+        opened[ids[-1]]
+        return {
+            "open": self._times(lambda _: lambda: wb.open_store(path)),
+            "where, a token": self._times(lambda _: lambda: store.where(self.predicate)),
+            f"gather {self.gathered:,} random rows, the first time": self._times(first_gather),
+            f"gather {self.gathered:,} random rows, again": self._times(lambda _: lambda: opened[ids[-1]]),
+        }
+
+    def _times(self, prepare: Callable[[int], Callable[[], object]]) -> tuple[float, ...]:
+        seconds = []
+        for repeat in range(self.repeats):
+            work = prepare(repeat)
+            began = perf_counter()
+            work()
+            seconds.append(perf_counter() - began)
+        return tuple(seconds)
+
+    def _write(self, path: Path, corpus: wb.Store, rows: int) -> Path:
+        tables = [corpus.tokens.slice(i * self.segment_rows, self.segment_rows) for i in range(self.tables)]
+        tables = [_from_zero(table) for table in tables]
+        sequences = [table["sequence"][-1].as_py() + 1 for table in tables]
+        segments, first_sequence = [], 0
+        for index in range(rows // self.segment_rows):
+            which, name = index % self.tables, f"{index:05d}"
+            folder = path / SEGMENTS / name
+            folder.mkdir(parents=True)
+            shifts = {"row": index * self.segment_rows, "sequence": first_sequence, "document": first_sequence}
+            (folder / TOKENS).write_bytes(encode_tokens(_shifted(tables[which], shifts)))
+            tensor = TensorFile(folder / _SITE.file, _SITE.label, _SITE.dtype, (self.segment_rows, *_SITE.shape), {})
+            os.truncate(tensor.path, tensor.path.stat().st_size + self.segment_rows * _SITE.row_bytes)
+            checksum = sha256_bytes(name.encode())
+            segments.append(Segment(name, self.segment_rows, sequences[which], 0, checksum, checksum))
+            first_sequence += sequences[which]
+        manifest = read_manifest(corpus.path)
+        part = Part(rows, first_sequence, first_sequence, 0, 0)
+        write_manifest(path, replace(manifest, sites=(_SITE,), parts=(part,), segments=tuple(segments), unembed=None))
+        return path
+
+
+def _from_zero(table: pa.Table) -> pa.Table:
+    return _shifted(table, {name: -table[name][0].as_py() for name in ("row", "sequence", "document")})
+
+
+def _shifted(table: pa.Table, by: dict[str, int]) -> pa.Table:
+    for name, shift in by.items():
+        where = table.column_names.index(name)
+        table = table.set_column(where, table.field(where), pa.array(table[name].to_numpy() + shift))
+    return table
+
+
+FULL = Scale()
+QUICK = Scale(rows=(10_000, 100_000), segment_rows=1000, tables=4, repeats=2)
