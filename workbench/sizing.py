@@ -27,6 +27,7 @@ from workbench.recorder import (
 )
 from workbench.settings import Recording, recording
 from workbench.store.files import human_bytes
+from workbench.store.groups import SIZE as GROUP_SIZE
 from workbench.store.manifest import SEGMENT, SEGMENTS, TOKENS, UNEMBED, Manifest, read_manifest
 from workbench.store.staging import PlannedSegment
 from workbench.store.tensorfile import read_header
@@ -185,6 +186,7 @@ def _plan(
     whole = settings.segment_rows or segment_rows(manifest.sites)
     # a segment ends with a sequence
     segments = -(-rows // max(context, whole // context * context))
+    grouped = segments // GROUP_SIZE * GROUP_SIZE / segments  # of these the tables are there twice
     headers = sum(read_header(_of_segment(store, manifest, 0) / site.file).offset for site in manifest.sites)
     tokens = sum((_of_segment(store, manifest, i) / TOKENS).stat().st_size for i in range(len(manifest.segments)))
     unembed = (store / UNEMBED).stat().st_size if manifest.unembed else 0
@@ -199,7 +201,7 @@ def _plan(
         rows=rows,
         segments=segments,
         activations=sum(site.row_bytes for site in manifest.sites) * rows + headers * segments,
-        tokens=int(rows * tokens / manifest.rows) if real else rows * ROW_BYTES,
+        tokens=int(rows * tokens / manifest.rows * (1 + grouped)) if real else rows * ROW_BYTES,
         others=unembed + (record + _ROW_OF_MANIFEST) * segments,
         scratch=rows * 28,
         memory=_peak_memory(),

@@ -21,6 +21,7 @@ import pyarrow as pa
 import workbench as wb
 from experiments.benchmarks.measure import Comparison
 from workbench.store.files import sha256_bytes
+from workbench.store.groups import SIZE, write_groups
 from workbench.store.manifest import SEGMENTS, TOKENS, Part, Segment, SiteRecord, read_manifest, write_manifest
 from workbench.store.tensorfile import TensorFile
 from workbench.store.tokens import encode_tokens
@@ -116,7 +117,10 @@ class Scale:
             first_sequence += sequences[which]
         manifest = read_manifest(corpus.path)
         part = Part(rows, first_sequence, first_sequence, 0, 0)
-        write_manifest(path, replace(manifest, sites=(_SITE,), parts=(part,), segments=tuple(segments), unembed=None))
+        manifest = replace(manifest, sites=(_SITE,), parts=(part,), segments=tuple(segments), unembed=None)
+        for group in range(SIZE, len(segments) + 1, SIZE):  # as commits do, one after another
+            write_groups(path, replace(manifest, segments=manifest.segments[:group]))
+        write_manifest(path, manifest)
         return path
 
 

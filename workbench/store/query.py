@@ -15,7 +15,8 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from workbench.errors import DataError, RequestError, nearest
-from workbench.store.manifest import SEGMENTS, TOKENS, Manifest
+from workbench.store.groups import GROUPS, token_files
+from workbench.store.manifest import SEGMENTS, Manifest
 from workbench.store.tokens import COLUMNS
 
 # The predicate may come from a stranger's notebook. It sees the tokens of this store: no other file, no variable of
@@ -59,10 +60,11 @@ def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: s
     the process ends and a run-time type checker has kept its classes.)"""
     if not predicate.strip():
         raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
-    folder = str(Path(path).absolute() / SEGMENTS)
-    pattern = re.sub(r"([*?[])", r"[\1]", folder)  # DuckDB takes every path for a glob
-    names = [f"{pattern}/{segment.name}/{TOKENS}" for segment in manifest.segments]
-    allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in (folder, pattern))
+    store = Path(path).absolute()
+    names = [_pattern(file) for file in token_files(store, manifest)]
+    folders = [store / SEGMENTS, store / GROUPS]
+    places = [place for folder in folders for place in (str(folder), _pattern(folder))]
+    allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in places)
     with duckdb.connect() as connection:
         connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
         try:
@@ -76,6 +78,11 @@ def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: s
             raise _damaged(path, error) from None
         except duckdb.Error as error:
             raise _refused(predicate, error, tokens.columns) from None
+
+
+def _pattern(path: Path) -> str:
+    """DuckDB takes every path for a glob."""
+    return re.sub(r"([*?[])", r"[\1]", str(path))
 
 
 def _refused(predicate: str, error: Exception, columns: list[str]) -> RequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +22,17 @@ _RISING = ("row", "position", "char_start", "char_end")  # differences compress 
 def encode_tokens(table: pa.Table) -> memoryview:
     """The bytes of the table as Parquet: zstd, dictionaries for what repeats, equal for equal tables."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.replace_schema_metadata(None).combine_chunks(),
-        sink,
-        compression="zstd",
-        use_dictionary=[name for name in table.column_names if name not in _RISING],
-        column_encoding=dict.fromkeys(_RISING, "DELTA_BINARY_PACKED"),
-    )
+    pq.write_table(table.replace_schema_metadata(None).combine_chunks(), sink, **parquet_options(table.schema))
     return memoryview(sink.getvalue())
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How a token table is written."""
+    return {
+        "compression": "zstd",
+        "use_dictionary": [name for name in schema.names if name not in _RISING],
+        "column_encoding": dict.fromkeys(_RISING, "DELTA_BINARY_PACKED"),
+    }
 
 
 def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from workbench.errors import DataError, RequestError
 from workbench.store import files
+from workbench.store.groups import GROUPS, complete_groups
 from workbench.store.manifest import (
     MANIFEST,
     SEGMENT,
@@ -87,6 +90,7 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
     if manifest.unembed is not None:
         yield from _check_unembed(path / UNEMBED, manifest.unembed, progress)
     yield from _check_leftovers(path, manifest)
+    yield from _check_groups(path, manifest)
     row = sequence = 0
     for segment in manifest.segments:
         folder = path / SEGMENTS / segment.name
@@ -121,6 +125,35 @@ def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
             continue
         else:
             yield Finding("", entry.name, "unlisted", "the manifest does not list it, so nobody reads it", "note")
+
+
+def _check_groups(path: Path, manifest: Manifest) -> Iterator[Finding]:
+    """Queries read groups instead of the segments' own tables, so the two must hold the same."""
+    groups = dict(complete_groups(path, manifest))
+    for entry in sorted((path / GROUPS).glob("*")):
+        name = f"{GROUPS}/{entry.name}"
+        if entry.name.endswith(files.PARTIAL):
+            yield Finding(
+                "", name, "leftover", "being written, or left by a crash; the next recording removes it", "note"
+            )
+        elif entry not in groups:
+            yield Finding("", name, "unlisted", "made of no segments of this store; nobody reads it", "note")
+        elif differing := _differing_segment(path, entry, groups[entry]):
+            yield Finding("", name, "wrong tokens", f"{differing}; remove it: queries then read the segments' tables")
+
+
+def _differing_segment(path: Path, file: Path, group: Sequence[Segment]) -> str | None:
+    try:
+        with pq.ParquetFile(file) as found:
+            if found.num_row_groups != len(group):
+                return f"{found.num_row_groups} row groups for {len(group)} segments"
+            for index, segment in enumerate(group):
+                with contextlib.suppress(DataError):  # said of the segment
+                    if not found.read_row_group(index).equals(read_tokens([path / SEGMENTS / segment.name / TOKENS])):
+                        return f"not those of segment {segment.name}"
+    except (OSError, pa.ArrowException) as error:
+        return f"cannot be read ({str(error).splitlines()[0]})"
+    return None
 
 
 @dataclass(frozen=True)

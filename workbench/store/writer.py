@@ -19,6 +19,7 @@ import pyarrow as pa
 from workbench.errors import RequestError
 from workbench.settings import Recording
 from workbench.store import files, staging
+from workbench.store.groups import GROUPS, write_groups
 from workbench.store.manifest import (
     MANIFEST,
     SEGMENTS,
@@ -237,6 +238,7 @@ class Writer:
         if rows:
             self._replace(replace(self.manifest, segments=(*listed, *rows)))
             staging.forget(self.path, [row.name for row in rows])
+            write_groups(self.path, self.manifest)
 
     def _part_segments(self) -> list[Segment]:
         return [segment for segment in self.manifest.segments if segment.part == len(self.manifest.parts) - 1]
@@ -303,8 +305,9 @@ def _reopen(path: Path, asked: Manifest, shared: bool) -> Manifest:
             stacklevel=4,
         )
     if not shared:
-        for entry in path.glob(f"*{files.PARTIAL}"):
+        for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
             files.remove(entry)
+        write_groups(path, found)  # a crash may have come between a commit and its group
         _remove_leftovers(path, found, keep=None)
     return found
 

@@ -1,0 +1,72 @@
+"""The token tables of many segments as one file, so that a query of a large store opens few.
+
+`tokens/00000-00063-1f2e3d4c5b6a.parquet` holds a row group for each of these segments, whose own tables stay what
+counts: a group is made of them, named after their checksums, and may be removed at any time; a query then reads the
+segments' files. Opening a file costs a query as much as reading some thousand rows of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from workbench.store import files
+from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, Segment
+from workbench.store.tokens import parquet_options, read_tokens
+
+GROUPS = "tokens"
+SIZE = 64
+"""Segments of a group; fewer, at the end of a store, stay by themselves."""
+
+
+def token_files(path: Path, manifest: Manifest) -> list[Path]:
+    """The files that hold all committed rows' tokens, in row order: groups where there are any, segments' elsewhere."""
+    found: list[Path] = []
+    for first, group in _groups(manifest):
+        file = group_file(path, group)
+        if len(group) == SIZE and file.exists():
+            found.append(file)
+        else:
+            found += [path / SEGMENTS / segment.name / TOKENS for segment in manifest.segments[first : first + SIZE]]
+    return found
+
+
+def write_groups(path: Path, manifest: Manifest) -> None:
+    """Write the last groups that are complete and not there. Holds one segment's table at a time."""
+    for _, group in reversed(list(_groups(manifest))):
+        file = group_file(path, group)
+        if len(group) < SIZE:
+            continue
+        if file.exists():
+            return
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(file.name + files.PARTIAL)
+        files.remove(partial)
+        writer = None
+        try:
+            for segment in group:
+                table = read_tokens([path / SEGMENTS / segment.name / TOKENS])
+                if writer is None:
+                    writer = pq.ParquetWriter(partial, table.schema, **parquet_options(table.schema))
+                writer.write_table(table.combine_chunks(), row_group_size=segment.rows)
+        finally:
+            if writer is not None:
+                writer.close()
+        files.fsync(partial)
+        files.rename_durably(partial, file)
+
+
+def complete_groups(path: Path, manifest: Manifest) -> list[tuple[Path, tuple[Segment, ...]]]:
+    """Each group's file, there or not, and its segments."""
+    return [(group_file(path, group), group) for _, group in _groups(manifest) if len(group) == SIZE]
+
+
+def group_file(path: Path, group: tuple[Segment, ...]) -> Path:
+    """Where the group of these segments lies."""
+    digest = files.sha256_bytes("".join(segment.checksum for segment in group).encode())
+    return path / GROUPS / f"{group[0].name}-{group[-1].name}-{digest[:12]}.parquet"
+
+
+def _groups(manifest: Manifest) -> list[tuple[int, tuple[Segment, ...]]]:
+    return [(first, manifest.segments[first : first + SIZE]) for first in range(0, len(manifest.segments), SIZE)]
