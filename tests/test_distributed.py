@@ -23,6 +23,7 @@ from workbench.store import read_manifest
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning", "-W", "ignore::ResourceWarning")  # as pyproject.toml's
 SETTINGS = {"sites": ["resid_post", "pattern.1"], "context": 64, "segment_rows": 200, "batch_tokens": 256}
 
 
@@ -61,7 +62,7 @@ def start(out: str, folder: Path, **who) -> subprocess.Popen:
     """Records in a process of its own, as a user's script would; warnings are errors there, too."""
     given = json.dumps([str(folder), str(folder / out), texts(), SETTINGS, who])
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", PROGRAM, given],
+        [sys.executable, *WARNINGS, "-c", PROGRAM, given],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,7 +7,9 @@ from store_example import contents, digest, part_of, token_table, values, write_
 
 from workbench.errors import DataError, RequestError
 from workbench.store import read_manifest
+from workbench.store.groups import token_files
 from workbench.store.manifest import SEGMENTS
+from workbench.store.query import select_rows
 from workbench.store.staging import PlannedSegment, hand_in, staged, waiting
 
 LENGTHS = [[3, 2], [4], [1, 1, 1], [5]]
@@ -193,3 +195,59 @@ def test_verify_tells_what_waits_from_what_a_crash_left(tmp_path):
         write(path, 2)
     found = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
     assert found == [("manifest.json", "incomplete", "note"), ("00002", "waiting", "note")]
+
+
+# ---- groups of token tables -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A store of 130 segments: two groups, and two segments by themselves."""
+    return write_store(tmp_path_factory.mktemp("many") / "x", [[1 + i % 3] for i in range(130)])
+
+
+def test_a_query_reads_groups_where_there_are_any_and_finds_what_the_segments_hold(many, tmp_path):
+    manifest = read_manifest(many)
+    files = token_files(many, manifest)
+    assert [file.parent.name for file in files] == ["tokens", "tokens", "00128", "00129"]
+    rows = {predicate: select_rows(many, manifest, predicate) for predicate in ("position = 2", "token = ' Monday'")}
+    plain = tmp_path / "x[1]"  # and a path that DuckDB could take for a pattern
+    shutil.copytree(many, plain)
+    shutil.rmtree(plain / "tokens")
+    assert len(token_files(plain, manifest)) == 130
+    for predicate, expected in rows.items():
+        assert len(expected)
+        assert select_rows(plain, manifest, predicate).tolist() == expected.tolist()
+    (plain / "tokens").mkdir()
+    shutil.copy(files[1], plain / "tokens")  # one of two
+    assert len(token_files(plain, manifest)) == 64 + 1 + 2
+    assert select_rows(plain, manifest, "position = 2").tolist() == rows["position = 2"].tolist()
+
+
+def test_groups_do_not_depend_on_when_they_were_written(many, tmp_path):
+    shutil.copytree(many, tmp_path / "x")
+    shutil.rmtree(tmp_path / "x" / "tokens")
+    (tmp_path / "x" / "tokens").mkdir()
+    (tmp_path / "x" / "tokens" / "half.parquet.partial").touch()
+    with writing(tmp_path / "x"):  # as after a crash between a commit and its group
+        pass
+    assert contents(tmp_path / "x") == contents(many)
+
+
+def test_verify_compares_groups_with_the_segments_they_are_made_of(many, tmp_path):
+    from workbench.store.verify import verify
+
+    assert verify(many).empty
+    path = tmp_path / "x"
+    shutil.copytree(many, path)
+    first, second = token_files(path, read_manifest(path))[:2]
+    shutil.copy(second, first)
+    second.write_bytes(second.read_bytes()[:100])
+    (path / "tokens" / "notes").touch()
+    found = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
+    assert found == [
+        (f"tokens/{first.name}", "wrong tokens", "error"),
+        (f"tokens/{second.name}", "wrong tokens", "error"),
+        ("tokens/notes", "unlisted", "note"),
+    ]
+    assert "not those of segment 00000; remove it" in verify(path)["detail"][0]

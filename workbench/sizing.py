@@ -154,7 +154,7 @@ def plan_with(
         return _plan(store, settings, context, int(rows), workers, texts is not None, counted, model.device.type)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Timed(ThisProcess):
     """Writes segments as a recording does, with an eye on the clock."""
 
