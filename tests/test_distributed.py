@@ -310,3 +310,47 @@ def test_without_ray_the_error_says_what_to_install(folder, tmp_path, monkeypatc
 def test_workers_that_cannot_be_are_refused(asked, message):
     with pytest.raises(RequestError, match=message):
         wb.RayWorkers(**asked)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--workers", "0"], "workers must be at least 1, not 0"),
+        (["--threads", "2"], "--ray-address and --threads are about workers; say how many with --workers"),
+        (["--workers", "2", "--share"], "--share and --workers are two ways to divide the work; give one of them"),
+        (
+            ["--share"],
+            "share: neither RANK and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are set; start the command",
+        ),
+        (["--workers", "2", "--device", "cuda:1"], "device of workers must be cpu or cuda, each has one of its own"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be(capsys, tmp_path, asked, message):
+    from workbench import cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["record", "demo", "a text", "--out", str(tmp_path / "x"), *asked])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_takes_its_share(monkeypatch, capsys, tmp_path):
+    from workbench import cli
+
+    text = tmp_path / "texts.jsonl"
+    text.write_text("".join(json.dumps({"text": f"A text of a few words, number {i}."}) + "\n" for i in range(12)))
+    arguments = ["record", "demo", str(text), "--out", str(tmp_path / "x"), "--segment-rows", "50", "--share"]
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert not stopped.value.code
+        said = capsys.readouterr().out
+        assert ("(complete)" in said) == (rank == "0")
+        assert ("planned; the same command resumes it" in said) == (rank == "1")

@@ -164,6 +164,25 @@ def test_two_that_share_a_store_list_each_others_segments(tmp_path, expected):
     assert contents(path) == expected
 
 
+def test_who_comes_late_touches_nothing_that_others_are_writing(tmp_path, expected):
+    path, plan = tmp_path / "x", planned()
+    with writing(path, shared=True) as one, writing(path, shared=True) as late:
+        one.begin(part_of(LENGTHS), append=False)
+        assert one.take_up(plan, plan[0::2]) == plan[0::2]
+        stage(path, plan[0], LENGTHS[0])  # named, not yet handed in
+        for name in ("00002.0a1b2c3d.partial", "00003.0a1b2c3d.partial"):
+            (path / SEGMENTS / name).mkdir()
+        late.begin(part_of(LENGTHS), append=False)
+        assert late.take_up(plan, plan[1::2]) == plan[1::2]
+        assert sorted(entry.name for entry in (path / SEGMENTS).iterdir()) == ["00000", "00002.0a1b2c3d.partial"]
+        (path / SEGMENTS / "00002.0a1b2c3d.partial").rmdir()
+        hand_in(path, plan[0])
+        for index in (1, 2, 3):
+            write(path, index)
+        late.commit_waiting()
+    assert contents(path) == expected
+
+
 def test_sharing_and_writing_alone_exclude_each_other(tmp_path):
     for first, second in ((True, False), (False, True), (False, False)):
         with (

@@ -50,7 +50,7 @@ class Parallel:
 
         if self.share:
             return Share.from_environment()
-        return self.workers and RayWorkers(self.workers, self.ray_address, self.threads, device)
+        return None if self.workers is None else RayWorkers(self.workers, self.ray_address, self.threads, device)
 
 
 @dataclass(frozen=True)

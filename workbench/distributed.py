@@ -59,6 +59,9 @@ class RayWorkers:
 
         return self.kind or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
+        return planned
+
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
@@ -83,7 +86,10 @@ class RayWorkers:
                     worker, segment = busy.pop(done)
                     try:
                         answer = ray.get(done)
-                    except ray.exceptions.RayActorError as error:
+                    except ray.exceptions.RayTaskError as error:
+                        raise _as_raised(error) from None
+                    except ray.exceptions.RayError as error:  # the worker, its machine or its memory is gone
+                        ray.kill(worker)
                         deaths[segment] += 1
                         if deaths[segment] == _DEATHS:
                             raise _gives_up(work, segment, error) from None
@@ -92,9 +98,8 @@ class RayWorkers:
                         worker = make()
                         busy[worker.start.remote(work, carried, device, threads)] = worker, None
                         continue
-                    except ray.exceptions.RayTaskError as error:
-                        raise _as_raised(error) from None
                     if segment is None:
+                        deaths[None] = 0
                         _warn_of_other_versions(work, answer, told)
                     else:
                         tick(segment.rows)
@@ -156,12 +161,13 @@ class Share:
     def device(self, model: Model) -> str:
         return model.device.type
 
+    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
+        return [segment for segment in planned if int(segment.name) % self.size == self.rank]
+
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        return ThisProcess().write(
-            work, model, [part for part in left if int(part.name) % self.size == self.rank], tick
-        )
+        return ThisProcess().write(work, model, left, tick)
 
 
 class _Worker:

@@ -112,7 +112,8 @@ def record_with(
 
     corpus.check_source(texts)
     workers = workers or ThisProcess()
-    model = model if isinstance(model, Model) else load_model(model, device=workers.own_device)
+    if not isinstance(model, Model):
+        model = load_model(model, device=workers.own_device if isinstance(model, str | Path) else None)
     taps = model.site_map.select(settings.sites)
     context = context_length(settings, model)
     added = corpus.added_tokens(model.tokenizer, settings.bos)
@@ -202,10 +203,13 @@ class Workers(Protocol):
     def device(self, model: Model) -> str:
         """Kind of device that computes: cpu, cuda."""
 
+    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
+        """Which of the part's segments this process has to do with."""
+
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        """Write these segments, or this process's share of them; yields whenever one has been handed in."""
+        """Write these segments; yields whenever one has been handed in."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,9 @@ class ThisProcess:
 
     def device(self, model: Model) -> str:
         return model.device.type
+
+    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
+        return planned
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
@@ -323,11 +330,12 @@ def _record_part(
     ]
     for index, segment in enumerate(planned[:begun]):
         writer.check(index, segment.digest)
-    left = writer.take_up(planned)
-    rows_left = sum(segment.rows for segment in left)
+    own = workers.own(planned)
+    left = writer.take_up(planned, own)
+    rows, rows_left = (sum(segment.rows for segment in some) for some in (own, left))
     check_space(writer.path, required_bytes(records, rows_left))
     with (
-        progress("recording", part.rows, "rows", shown=show_progress, done=part.rows - rows_left) as tick,
+        progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as tick,
         closing(workers.write(work, model, left, tick)) as handed_in,
     ):
         for _ in handed_in:

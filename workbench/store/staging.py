@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import secrets
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,12 +105,19 @@ def waiting(path: Path, name: str) -> Segment | None:
 
 
 def keep_finished(path: Path, manifest: Manifest, planned: Iterable[PlannedSegment]) -> list[PlannedSegment]:
-    """Which of the planned segments are still to be written; what is there of those, unfinished or of others, goes."""
-    left = []
+    """Which of the planned segments are still to be written; what is there of those, unfinished or of others, goes.
+
+    Nobody else may be writing them.
+    """
+    left, unfinished = [], defaultdict(list)
+    for entry in (path / SEGMENTS).glob(f"*{files.PARTIAL}"):
+        unfinished[entry.name.split(".")[0]].append(entry)
     for segment in planned:
         row = waiting(path, segment.name)
         if row is None or row != segment.committed(row.checksum) or not _whole(path, manifest, row):
             discard(path, segment.name)
+            for entry in unfinished[segment.name]:
+                files.remove(entry)
             left.append(segment)
     return left
 

@@ -171,14 +171,18 @@ class Writer:
                 f"(rows {first} to {after - 1}); give the same texts in the same order, or choose another out"
             )
 
-    def take_up(self, planned: Sequence[PlannedSegment]) -> list[PlannedSegment]:
-        """Those of the part's segments that nobody has finished; what a crash left of them is removed.
+    def take_up(
+        self, planned: Sequence[PlannedSegment], own: Sequence[PlannedSegment] | None = None
+    ) -> list[PlannedSegment]:
+        """Those of the part's segments that nobody has finished, and of those this process's `own`, None: all.
 
-        A finished one that the manifest does not list yet, because its writer or the committer died, is kept.
+        What a crash left of them is removed. A finished one that the manifest does not list yet, because its writer or
+        the committer died, is kept.
         """
         with self._turn():
             planned = planned[len(self._part_segments()) :]
-            left = staging.keep_finished(self.path, self.manifest, planned)
+            mine = planned if own is None else [segment for segment in planned if segment in set(own)]
+            left = staging.keep_finished(self.path, self.manifest, mine)
             self._planned = {segment.name: segment for segment in planned}
             if not self._shared:
                 _remove_leftovers(self.path, self.manifest, self._planned)
