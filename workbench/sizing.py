@@ -28,9 +28,9 @@ from workbench.recorder import (
 from workbench.settings import Recording, recording
 from workbench.store.files import human_bytes
 from workbench.store.groups import SIZE as GROUP_SIZE
-from workbench.store.manifest import SEGMENT, SEGMENTS, TOKENS, UNEMBED, Manifest, read_manifest
+from workbench.store.manifest import SEGMENT, SEGMENTS, TOKENS, UNEMBED, Manifest, SiteRecord, read_manifest
 from workbench.store.staging import PlannedSegment
-from workbench.store.tensorfile import read_header
+from workbench.store.tensorfile import header_bytes, read_header
 from workbench.store.tokens import ROW_BYTES
 
 _ROW_OF_MANIFEST = 300
@@ -184,10 +184,14 @@ def _plan(
 ) -> Plan:
     manifest = read_manifest(store)
     whole = settings.segment_rows or segment_rows(manifest.sites)
-    # a segment ends with a sequence
-    segments = -(-rows // max(context, whole // context * context))
+    full = max(context, whole // context * context)  # a segment ends with a sequence
+    segments = -(-rows // full)
+    last = rows - (segments - 1) * full
     grouped = segments // GROUP_SIZE * GROUP_SIZE / segments  # of these the tables are there twice
-    headers = sum(read_header(_of_segment(store, manifest, 0) / site.file).offset for site in manifest.sites)
+    headers = sum(
+        _header(store, manifest, site, full) * (segments - 1) + _header(store, manifest, site, last)
+        for site in manifest.sites
+    )
     tokens = sum((_of_segment(store, manifest, i) / TOKENS).stat().st_size for i in range(len(manifest.segments)))
     unembed = (store / UNEMBED).stat().st_size if manifest.unembed else 0
     record = (_of_segment(store, manifest, 0) / SEGMENT).stat().st_size
@@ -200,7 +204,7 @@ def _plan(
     return Plan(
         rows=rows,
         segments=segments,
-        activations=sum(site.row_bytes for site in manifest.sites) * rows + headers * segments,
+        activations=sum(site.row_bytes for site in manifest.sites) * rows + headers,
         tokens=int(rows * tokens / manifest.rows * (1 + grouped)) if real else rows * ROW_BYTES,
         others=unembed + (record + _ROW_OF_MANIFEST) * segments,
         scratch=rows * 28,
@@ -211,6 +215,12 @@ def _plan(
         workers=workers,
         device=device,
     )
+
+
+def _header(store: Path, manifest: Manifest, site: SiteRecord, rows: int) -> int:
+    """Bytes before the tensor in a file of the site with so many rows."""
+    own = read_header(_of_segment(store, manifest, 0) / site.file)
+    return len(header_bytes(own.name, site.dtype, (rows, *site.shape), own.metadata))
 
 
 def _of_segment(store: Path, manifest: Manifest, index: int) -> Path:

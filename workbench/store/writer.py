@@ -181,7 +181,8 @@ class Writer:
         """
         with self._turn():
             planned = planned[len(self._part_segments()) :]
-            mine = planned if own is None else [segment for segment in planned if segment in set(own)]
+            chosen = set(planned if own is None else own)
+            mine = [segment for segment in planned if segment in chosen]
             left = staging.keep_finished(self.path, self.manifest, mine)
             self._planned = {segment.name: segment for segment in planned}
             if not self._shared:
