@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -190,6 +190,7 @@ def context_length(settings: Recording, model: Model) -> int:
     return settings.context
 
 
+@runtime_checkable  # for the shape checks of the tests
 class Workers(Protocol):
     """Who writes the segments of a recording."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -47,6 +48,8 @@ class Scale:
             wb.demo_corpus() * (1 + self.tables * self.segment_rows // 20_000),
             out=folder / "corpus",
             sites=["resid_post.0"],
+            metadata=(),
+            span_column=None,
             max_rows=self.tables * self.segment_rows,
             show_progress=False,
         )
@@ -103,20 +106,24 @@ class Scale:
         tables = [corpus.tokens.slice(i * self.segment_rows, self.segment_rows) for i in range(self.tables)]
         tables = [_from_zero(table) for table in tables]
         sequences = [table["sequence"][-1].as_py() + 1 for table in tables]
-        segments, first_sequence = [], 0
-        for index in range(rows // self.segment_rows):
-            which, name = index % self.tables, f"{index:05d}"
+        which = np.arange(rows // self.segment_rows) % self.tables
+        first = np.cumsum([0, *(sequences[table] for table in which)])
+
+        def write(index: int) -> Segment:
+            name, table = f"{index:05d}", which[index]
             folder = path / SEGMENTS / name
             folder.mkdir(parents=True)
-            shifts = {"row": index * self.segment_rows, "sequence": first_sequence, "document": first_sequence}
-            (folder / TOKENS).write_bytes(encode_tokens(_shifted(tables[which], shifts)))
+            shifts = {"row": index * self.segment_rows, "sequence": first[index], "document": first[index]}
+            (folder / TOKENS).write_bytes(encode_tokens(_shifted(tables[table], shifts)))
             tensor = TensorFile(folder / _SITE.file, _SITE.label, _SITE.dtype, (self.segment_rows, *_SITE.shape), {})
             os.truncate(tensor.path, tensor.path.stat().st_size + self.segment_rows * _SITE.row_bytes)
             checksum = sha256_bytes(name.encode())
-            segments.append(Segment(name, self.segment_rows, sequences[which], 0, checksum, checksum))
-            first_sequence += sequences[which]
+            return Segment(name, self.segment_rows, sequences[table], 0, checksum, checksum)
+
+        with ThreadPoolExecutor() as pool:
+            segments = list(pool.map(write, range(len(which))))
         manifest = read_manifest(corpus.path)
-        part = Part(rows, first_sequence, first_sequence, 0, 0)
+        part = Part(rows, int(first[-1]), int(first[-1]), 0, 0)
         manifest = replace(manifest, sites=(_SITE,), parts=(part,), segments=tuple(segments), unembed=None)
         for group in range(SIZE, len(segments) + 1, SIZE):  # as commits do, one after another
             write_groups(path, replace(manifest, segments=manifest.segments[:group]))
