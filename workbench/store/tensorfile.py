@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -126,8 +127,21 @@ def map_rows(path: str | os.PathLike[str]) -> Shaped[np.ndarray, "row ..."]:
     """
     header = read_header(path)
     with pa.memory_map(os.fspath(path)) as file:
-        data = file.read_buffer()
-    return np.frombuffer(data, STORED[header.dtype][1], math.prod(header.shape), header.offset).reshape(header.shape)
+        first = file.read_buffer(1)  # the map is of the whole file, but what is "read" the kernel fetches ahead, whole
+    return np.asarray(_Mapped(first, header))
+
+
+class _Mapped:
+    """A file's tensor in memory, for NumPy; keeps the map for as long as the array lives."""
+
+    def __init__(self, first: pa.Buffer, header: TensorHeader) -> None:
+        self.map = first
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "data": (first.address + header.offset, True),
+            "shape": header.shape,
+            "typestr": STORED[header.dtype][1],
+        }
 
 
 def header_bytes(name: str, dtype: str, shape: tuple[int, ...], metadata: Mapping[str, str]) -> bytes:
