@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,9 @@ from jaxtyping import Int64, Shaped
 
 from workbench.errors import DataError
 from workbench.store.tensorfile import STORED, map_rows
+
+_FAR = 256 << 10  # bytes between rows from which on reading ahead is in vain
+_madvise = ctypes.CDLL(None).madvise
 
 
 class SiteMaps:
@@ -29,6 +34,7 @@ class SiteMaps:
         self._row_bytes = int(np.prod(row, dtype=np.int64)) * self._dtype.itemsize
         self._maps: list[np.ndarray | None] = [None] * len(paths)
         self._addresses = np.zeros(len(paths), np.int64)
+        self._scattered: set[int] = set()  # files whose last rows were read far from each other
         self._lock = threading.Lock()
 
     def segment(self, index: int) -> Shaped[np.ndarray, "row ..."]:
@@ -55,6 +61,9 @@ class SiteMaps:
         while row < stop:
             index = int(np.searchsorted(self._starts, row, side="right")) - 1
             begin, end = int(self._starts[index]), min(stop, int(self._starts[index + 1]))
+            if index in self._scattered:
+                self._advise(index, mmap.MADV_NORMAL)
+                self._scattered.discard(index)
             values[row - start : end - start] = self.segment(index)[row - begin : end - begin]
             row = end
         return values
@@ -70,16 +79,28 @@ class SiteMaps:
             return self.read(0, 0)
         if ids.min() < 0 or ids.max() >= self._starts[-1]:  # an address out of range would end the process
             raise IndexError(f"rows {ids.min()} to {ids.max()} are not within 0 to {self._starts[-1] - 1}")
-        if len(self._paths) == 1:
+        far = len(ids) * _FAR < self._starts[-1] * self._row_bytes
+        if len(self._paths) == 1 and not far:
             return self.segment(0).take(ids, axis=0)
         segments = np.searchsorted(self._starts, ids, side="right") - 1
         if not self._addresses[segments].all():
             for index in np.unique(segments):
                 self.segment(int(index))
+        if far:  # or each row would fetch its surroundings too: as much as the disk reads ahead, up to megabytes
+            for index in set(segments.tolist()) - self._scattered:
+                self._advise(index, mmap.MADV_RANDOM)
+                self._scattered.add(index)
         addresses = self._addresses[segments] + (ids - self._starts[segments]) * self._row_bytes
         lowest = int(addresses.min())
         memory = np.asarray(_Memory(lowest, int(addresses.max()) + 1 - lowest, self._row_bytes))
         return memory[addresses - lowest].view(self._dtype).reshape(-1, *self._row)
+
+    def _advise(self, index: int, advice: int) -> None:
+        """Tell the kernel how a file's rows will be read; where it does not listen nothing is lost but time."""
+        rows = self.segment(index)
+        address = int(self._addresses[index])
+        start = address - address % mmap.PAGESIZE
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + rows.nbytes - start), advice)
 
 
 class _Memory:
