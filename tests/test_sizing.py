@@ -33,7 +33,7 @@ def tiny(tiny_models):
 def test_disk_is_that_of_the_recording(tiny, tmp_path, settings, within):
     """Activations to the byte; the whole within a few per cent, of which the rows of the smallest store are hardest."""
     rows = 6000
-    texts = [[(5 * i + j) % 300 for j in range(settings["context"])] for i in range(rows)]
+    texts = [[(5 * i + j) % 300 for j in range(settings["context"])] for i in range(400)]
     wb.record(tiny, texts, out=tmp_path / "x", max_rows=rows, show_progress=False, **settings)
     plan = wb.plan(tiny, texts, rows=rows, seconds=0.1, **settings)
     assert plan.segments == wb.open_store(tmp_path / "x").manifest.segments.__len__()

@@ -99,9 +99,9 @@ def plan(
     model: Model | Any,
     texts: Any = None,
     *,
-    rows: float,
+    rows: int | float,
     workers: int = 1,
-    seconds: float = 10.0,
+    seconds: int | float = 10.0,
     sites: Sequence[str] | str = Recording.sites,
     dtype: Any = Recording.dtype,
     **settings: Any,
@@ -119,7 +119,13 @@ def plan(
 
 
 def plan_with(
-    settings: Recording, model: Model | Any, texts: Any = None, *, rows: float, workers: int = 1, seconds: float = 10.0
+    settings: Recording,
+    model: Model | Any,
+    texts: Any = None,
+    *,
+    rows: int | float,
+    workers: int = 1,
+    seconds: float = 10.0,
 ) -> Plan:
     """`plan` with the settings as one frozen record."""
     if not (rows >= 1 and float(rows).is_integer()):
