@@ -26,8 +26,8 @@ from workbench.attention import Columns, row_entropy
 from workbench.errors import RequestError, nearest
 from workbench.figures.grid import layer_curves
 from workbench.figures.heads import head_grid
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.result import Result, provenance
 from workbench.statistics import clustered_means, intervals
 from workbench.store.reader import Store
@@ -575,7 +575,7 @@ def _sinks(result: Result) -> go.Figure:
         title=f"Attention sinks of {_model(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
         subtitle=f"mean attention that position {sink} receives from itself and later tokens; "
         f"epsilon {settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences",
-        unit="alpha",
+        unit=units(data["alpha"].attrs, "alpha"),
     )
 
 
@@ -607,7 +607,7 @@ def _positions(result: Result) -> go.Figure:
             )
             for chosen, name, color in (
                 (reliable, "sink", CATEGORIES[0]),
-                (~reliable, f"seen by fewer than {settings['min_visible']} tokens: unreliable", "#b8bec9"),
+                (~reliable, f"seen by fewer than {settings['min_visible']} tokens: unreliable", NEUTRAL),
             )
         ]
     )
@@ -617,7 +617,7 @@ def _positions(result: Result) -> go.Figure:
         template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}}, height=420, width=760, showlegend=True
     )
     figure.update_xaxes(title="position, from 0")
-    figure.update_yaxes(title="% of heads", rangemode="tozero")
+    figure.update_yaxes(title=units(data["sink_k"].attrs), rangemode="tozero")
     return figure
 
 
@@ -632,9 +632,9 @@ def _norms(result: Result) -> go.Figure:
         },
         layers=known.to_numpy().tolist(),
         title=f"Residual norm of the sink in {_model(result)}",
-        unit="L2 norm",
+        unit=units(data["residual_norm_sink"].attrs),
     )
-    figure.update_yaxes(type="log", rangemode="normal", dtick="D2")
+    figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
     return figure
 
 
@@ -673,7 +673,7 @@ def _by_domain(result: Result) -> go.Figure:
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
     figure.update_xaxes(title="layer.head, largest gaps first", type="category")
-    figure.update_yaxes(title="attention to the sink", rangemode="tozero")
+    figure.update_yaxes(title=units(data["attention"].attrs) + " to the sink", rangemode="tozero")
     return figure
 
 

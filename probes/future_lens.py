@@ -25,8 +25,8 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.figures.grid import token_grid
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
@@ -347,7 +347,7 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         layers=horizons,
         title=f"Future lens of {_model(result)}, sequence {sequence}",
         subtitle="in each cell the token read N tokens past the next, from this token's state at the best layer",
-        unit="probability",
+        unit=units(data["top_probability"].attrs),
     )
     return figure.update_yaxes(title="N")
 
@@ -647,7 +647,7 @@ def _precision(result: Result) -> go.Figure:
     )
     figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title="share of tokens", col=1)
+    return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
 
 
 def _calibration(result: Result) -> go.Figure:
@@ -668,8 +668,8 @@ def _calibration(result: Result) -> go.Figure:
     title = f"Future lens of {_model(result)}: right, by how sure it is"
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=480, width=640)
     figure.update_xaxes(title="probability of the token read", range=[0, 1])
-    return figure.update_yaxes(title="share of tokens", range=[0, 1])
+    return figure.update_yaxes(title=units(data["calibration"].attrs), range=[0, 1])
 
 
 _BEST = ("horizon", "best_method", "best_layer")
-_DIAGONAL: Mapping[str, Any] = {"color": "#9aa1ad", "dash": "dot"}
+_DIAGONAL: Mapping[str, Any] = {"color": NEUTRAL, "dash": "dot"}

@@ -23,8 +23,8 @@ from torch import Tensor
 from workbench.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
 from workbench.errors import RequestError, nearest
 from workbench.figures.heads import head_grid
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, MONOSPACE, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, MONOSPACE, SIGNED, TEMPLATE
 from workbench.lens import Unembed, load_unembed
 from workbench.models import Model, usable_device
 from workbench.origin import recorded_model
@@ -693,7 +693,7 @@ def _task_bars(result: Result) -> go.Figure:
     }
     colours = CATEGORIES[_SHOWN : _SHOWN + len(levels)]
     for (name, level), colour, symbol in zip(levels.items(), colours, ("diamond", "line-ew-open", "x"), strict=True):
-        marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2}}
+        marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}}
         figure.add_scatter(x=tasks, y=level.to_numpy(), mode="markers", name=name, marker=marker)
     figure.update_layout(
         template=TEMPLATE,
@@ -708,7 +708,7 @@ def _task_bars(result: Result) -> go.Figure:
         tickvals=tasks,
         ticktext=[f"{task}<br>n = {n}" for task, n in zip(tasks, data["tokens"].to_numpy().tolist(), strict=True)],
     )
-    figure.update_yaxes(title="share of tokens", range=[0, 1.05])
+    figure.update_yaxes(title=units(data["score"].attrs), range=[0, 1.05])
     return figure
 
 
@@ -723,9 +723,9 @@ def _circuit_map(result: Result) -> go.Figure:
             y=places,
             customdata=[[f"{read} → {written}" for written in words] for read in words],
             hovertemplate="%{customdata}: %{z:.3f} logits<extra></extra>",
-            colorscale="RdBu_r",
+            colorscale=SIGNED,
             zmid=float(values.mean()),
-            colorbar={"title": {"text": "logits", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar={"title": {"text": units(values.attrs), "side": "right"}, "thickness": 14, "outlinewidth": 0},
         )
     )
     head = f"{values.attrs['layer']}.{values.attrs['head']}"

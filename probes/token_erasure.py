@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.figures.text import label, visible
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
 from workbench.linear import SoftmaxFit, SoftmaxProbes, fit_softmax
 from workbench.models import usable_device
 from workbench.progress import progress
@@ -439,7 +439,7 @@ def _curves(result: Result) -> go.Figure:
         margin={"t": 130},
     )
     figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
-    figure.update_yaxes(title="accuracy of the token at this offset", rangemode="tozero")
+    figure.update_yaxes(title=units(data["accuracy"].attrs, "accuracy of the token at this offset"), rangemode="tozero")
     return figure
 
 
@@ -486,9 +486,10 @@ def _document(result: Result) -> go.Figure:
     figure = go.Figure(
         go.Bar(
             x=shown["tokens"],
-            y=[f"{place:>3} {visible(text, 30)}" for place, text in enumerate(shown["text"])],
+            y=[f"{place:>3} {label(text, 30)}" for place, text in enumerate(shown["text"])],
             orientation="h",
-            marker={"color": shown["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": "RdBu", "showscale": True},
+            marker={"color": shown["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": SIGNED}
+            | {"showscale": True, "colorbar": {"title": {"text": "psi", "side": "right"}}},
             customdata=np.stack([shown["psi"], shown["is_span"]], 1),
             hovertemplate="psi %{customdata[0]:.3f}, a word: %{customdata[1]}<extra></extra>",
         )

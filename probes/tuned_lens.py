@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.figures.grid import layer_curves
-from workbench.figures.text import label
+from workbench.figures.text import label, units
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.progress import progress
@@ -232,5 +232,5 @@ def _comparison(result: Result) -> Any:
         {"tuned lens": data["mean_kl"].to_numpy(), "logit lens": data["logit_mean_kl"].to_numpy()},
         layers=data["layer"].to_numpy().tolist(),
         title=f"KL(model ‖ lens) of {model}: {int(data['rows']):,} held-out tokens",
-        unit="nats",
+        unit=units(data["mean_kl"].attrs),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.figures.grid import layer_curves, token_grid
-from workbench.figures.text import label
+from workbench.figures.text import label, units
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.result import Result
@@ -204,7 +204,7 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         layers=layers.tolist(),
         title=f"{_lens(result)} of {model}, {label(site)}, sequence {sequence}",
         subtitle="in each cell the token this layer would predict next, coloured by its probability",
-        unit="probability",
+        unit=units(result.data["top_probability"].attrs),
     )
 
 
@@ -235,7 +235,7 @@ def lens_curves(result: Result) -> Any:
         {shown: data[f"mean_{name}"].to_numpy() for name, shown in names.items()},
         layers=data["layer"].to_numpy().tolist(),
         title=f"{_lens(result)} of {label(str(result.provenance['model']), 60)}: mean over {counted:,} tokens",
-        unit="nats",
+        unit=units(data["mean_entropy"].attrs),
     )
 
 
