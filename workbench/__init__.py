@@ -32,6 +32,7 @@ _PUBLIC = {
     "Rows": "workbench.store.reader",
     "Result": "workbench.result",
     "load_result": "workbench.result",
+    "export": "workbench.export",
     "Probe": "workbench.probe",
     "WorkbenchError": "workbench.errors",
     "RequestError": "workbench.errors",
@@ -56,6 +57,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from workbench.embedded import demo_corpus
     from workbench.errors import DataError, RequestError, WorkbenchError
+    from workbench.export import export
     from workbench.models import Model, load_model
     from workbench.probe import Probe
     from workbench.recorder import record

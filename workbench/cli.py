@@ -244,6 +244,37 @@ class Report:
         return 0
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write the figures of a result as files: HTML, PDF, SVG, PNG, their data, captions and provenance."""
+
+    result: Positional[Path]
+    """Folder that `workbench probe --out` wrote."""
+    out: Path
+    """Folder for the files."""
+    figures: tuple[str, ...] = ()
+    """Names of those wanted. Default: all."""
+    formats: tuple[Literal["html", "pdf", "svg", "png"], ...] = ("html", "pdf", "svg", "png")
+    """All but html need a Chrome."""
+    columns: Literal[1, 2] = 1
+    """Columns of a paper that a printed figure is wide: 1, 3.25 in; 2, 6.75 in."""
+    theme: Literal["light", "dark"] = "light"
+    """Of the HTML pages."""
+    data: Literal["parquet", "csv"] = "parquet"
+    """What is drawn is written as this."""
+    plotlyjs: Literal["shared", "inside"] = "shared"
+    """One plotly script for the folder's pages, or one inside each, 5 MB."""
+
+    def run(self) -> int:
+        from workbench.export import export
+        from workbench.result import load_result
+
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[3:]}
+        for path in export(load_result(self.result), self.out, figures=self.figures or None, **chosen):
+            print(_plain(f"wrote  {path}"))
+        return 0
+
+
 VERBS: dict[str, type] = {
     "demo": Demo,
     "record": Record,
@@ -254,6 +285,7 @@ VERBS: dict[str, type] = {
     "top": Top,
     "probes": Probes,
     "report": Report,
+    "export": Export,
 }
 _PROBE_HELP = "Ask one probe of a store and save its result with figures: workbench probe NAME STORE --out DIR"
 
