@@ -58,9 +58,9 @@ def export(
     is drawn; NAME.json, caption, alternative text, provenance and what print had no room for.
 
     `figures`: names of those wanted, by default all. `formats`: of html, pdf, svg, png. `theme`: light or dark. `data`:
-    parquet or csv. `plotlyjs`: shared, one script for all pages of the folder, or inside, 5 MB of it in each. Files of the same names are replaced, others are left alone. Costs
-    about 2 s for Chrome and 0.5 s a picture. Raises RequestError for what there is none of. Warns, and writes the other
-    files, where no Chrome draws.
+    parquet or csv. `plotlyjs`: shared, one script for all pages of the folder, or inside, 5 MB of it in each. Files of
+    the same names are replaced, others are left alone. Costs about 2 s for Chrome and 0.5 s a picture. Raises
+    RequestError for what there is none of. Warns, and writes the other files, where no Chrome draws.
     """
     folder = Path(folder)
     drawn = _chosen(what, folder, figures)

@@ -17,7 +17,9 @@ _WIDE = 0.6  # of the type size: one character of a monospaced face
 _CELL = 6 * POINT  # type in cells
 _LEAST = 3  # characters in a cell that still tell something
 _ROW, _ROWS = 9.5 * POINT, 60  # of a labelled category, so that each keeps its label; more would not fit a page
+_MATRIX = 45.0  # rows' height of a matrix, at most
 _AROUND = 1.1 * INCH  # beside the cells of a grid: titles, labels of layers, the colour bar
+_BESIDE = 0.75 * INCH  # the same but for the labels
 _SHAPE = 0.68  # height by width of a plot without rows of its own
 _TITLE, _TICK = 8 * POINT, 7 * POINT
 
@@ -54,11 +56,11 @@ def paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]:
     for axis in copy.select_xaxes():
         if axis.ticktext and max(len(plain(text)) for text in axis.ticktext) > _LEAST:
             axis.tickangle = -90
-    beside = max((_reach(axis, copy, "y") for axis in copy.select_yaxes()), default=0)
+    labels = max((_reach(axis, copy, "y") for axis in copy.select_yaxes()), default=0)
+    inside = width - max(_AROUND, labels + _BESIDE)
     for axis in copy.select_xaxes():
-        _thin(axis, copy, width - max(_AROUND, beside + 4 * _TITLE))
-    _set_height(copy, width)
-    cut += _thin_labels(copy, width - _AROUND, copy.layout.height - _AROUND)
+        _thin(axis, copy, inside)
+    cut += _thin_labels(copy, inside, _set_height(copy, width))
     return copy, cut
 
 
@@ -89,9 +91,10 @@ def _thin_labels(figure: go.Figure, width: float, height: float) -> list[str]:
     return cut
 
 
-def _set_height(figure: go.Figure, width: float) -> None:
-    """Room for every label: rows, panels above each other, titles of panels, axis titles in lines, and the key."""
-    rows = max((_rows(trace) for trace in figure.data), default=0)
+def _set_height(figure: go.Figure, width: float) -> float:
+    """Room for every label: rows, panels above each other, titles of panels, axis titles in lines, and the key. Gives
+    the height that is left for rows."""
+    rows = max((_rows(trace, width) for trace in figure.data), default=0)
     panels = len({axis.domain for axis in figure.select_yaxes() if axis.domain}) or 1
     height = max(_SHAPE * width * (1 + 0.6 * (panels - 1)), _AROUND + _ROW * rows)
     beside, below = (
@@ -105,18 +108,19 @@ def _set_height(figure: go.Figure, width: float) -> None:
         for axis in axes:
             _wrap(axis, room * (axis.domain[1] - axis.domain[0] if axis.domain else 1))
     lines = max((axis.title.text.count("<br>") + 1 for axis in figure.select_xaxes() if axis.title.text), default=0)
-    height += _key(figure, width) + below + 1.3 * _TITLE * max(0, lines - 1)
-    figure.update_layout(height=4 * math.ceil(height / 4))  # whole points: what Chrome makes of a page's size
+    whole = height + _key(figure, width) + below + 1.3 * _TITLE * max(0, lines - 1)
+    figure.update_layout(height=4 * math.ceil(whole / 4))  # whole points: what Chrome makes of a page's size
     # the margin that plotly makes by itself ends at the base line of the title
     figure.layout.margin.b = (below or 1.4 * _TICK) + (1.3 * lines + 0.7) * _TITLE
     if figure.layout.annotations:
         figure.layout.margin.t = 1.6 * _TICK
+    return float(height - _AROUND)
 
 
 def _reach(axis: go.layout.XAxis | go.layout.YAxis, figure: go.Figure, name: str) -> float:
     """How far the labels of categories reach from an axis; 0 where there are none, or they are not turned."""
     if name == "x" and axis.tickangle != -90:
-        return 0
+        return 0.0
     bars = [t for t in figure.data if t.type == "bar" and t.orientation == "h"] if name == "y" else []
     texts = axis.ticktext or [value for trace in bars for value in trace.y]
     lines = [plain(line) for text in texts for line in str(text).split("<br>")]
@@ -143,20 +147,20 @@ def _wrap(axis: go.layout.XAxis | go.layout.YAxis, room: float) -> None:
         axis.title.text = "<br>".join(lines)
 
 
-def _rows(trace: Any) -> int:
-    """Lines of text that the categories a trace stacks up need; cells without text whose labels are numbers, half."""
+def _rows(trace: Any, width: float) -> float:
+    """Lines of text that the categories a trace stacks up need; cells without text need no more than look well."""
     upward = trace.type == "heatmap" or (trace.type == "bar" and trace.orientation == "h")
     number = len(trace.y) if upward and trace.y is not None else 0
-    if trace.type == "heatmap" and trace.text is None and all(str(value).isdigit() for value in trace.y or ()):
-        number = math.ceil(number / 2)
-    return number if number <= _ROWS else 0
+    if trace.type == "heatmap" and trace.text is None:
+        return min(float(number), 1.5 * (width - _AROUND) / _ROW, _MATRIX)
+    return float(number if number <= _ROWS else 0)
 
 
 def _key(figure: go.Figure, width: float) -> float:
     """Height of the key below the plot, its entries flowing over lines of this width."""
     names = [plain(t.name or "") for t in figure.data if t.showlegend is not False and t.name]
     if len(names) < 2 and not figure.layout.showlegend:
-        return 0
+        return 0.0
     longest = max((len(name) for name in names), default=0) * 0.55 * 7 * POINT + 45
     return 11 * POINT * math.ceil(len(names) / max(1, int(width // longest)))
 

@@ -25,8 +25,8 @@ def figure_data(figure: go.Figure) -> pd.DataFrame:
     parts = [_trace(figure, trace) for trace in figure.data]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["series"])
     for axis in ("x", "y"):
-        if axis in table and table[axis].dtype == object:  # Parquet has one type a column
-            table[axis] = [plain(value) for value in table[axis]]
+        if axis in table and not pd.api.types.is_numeric_dtype(table[axis]):  # Parquet has one type a column
+            table[axis] = [None if value is None else plain(str(value)) for value in table[axis]]
     return table[[name for name in COLUMNS if name in table and (name == "series" or table[name].notna().any())]]
 
 
@@ -83,7 +83,7 @@ def _trace(figure: go.Figure, trace: Any) -> pd.DataFrame:
 
 def _heatmap(trace: Any) -> dict[str, object]:
     values = np.asarray(trace.z, dtype=float)
-    x, y = (np.arange(n) if given is None else np.asarray(given, dtype=object) for given, n in _sides(trace, values))
+    x, y = (np.arange(n) if given is None else np.asarray(given) for given, n in _sides(trace, values))
     columns = {"x": np.tile(x, len(y)), "y": np.repeat(y, len(x)), "value": values.ravel()}
     if trace.text is not None:
         columns["text"] = [plain(text) for row in trace.text for text in row]
