@@ -451,7 +451,8 @@ def vocabulary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _vocabulary(result: Result) -> go.Figure:
-    best = vocabulary(result.table).head(_SHOWN)
+    spans = vocabulary(result.table)
+    best = spans.head(_SHOWN)
     names = [f"{label(line.text, 30)} ({line.times})" for line in best.itertuples()]
     figure = go.Figure()
     for known, shown in ((True, "a word"), (False, "no word")):
@@ -467,7 +468,8 @@ def _vocabulary(result: Result) -> go.Figure:
         title={
             "text": "The implicit vocabulary: spans with the highest erasure score",
             "subtitle": {
-                "text": f"spans of several tokens (times found); words: {label(result.data.attrs['spans'], 60)}"
+                "text": f"{len(best)} of {len(spans):,} spans of several tokens (times found); "
+                f"words: {label(result.data.attrs['spans'], 60)}"
             },
         },
         width=760,
@@ -482,7 +484,8 @@ def _vocabulary(result: Result) -> go.Figure:
 def _document(result: Result) -> go.Figure:
     """The first tested sequence, wrapped into lines; width is tokens, colour psi."""
     table = result.table
-    shown = table[table["sequence"] == table["sequence"].iloc[0]].head(_SHOWN)
+    shown = table[table["sequence"] == table["sequence"].iloc[0]]
+    known, shown = len(shown), shown.head(_SHOWN)
     figure = go.Figure(
         go.Bar(
             x=shown["tokens"],
@@ -496,7 +499,10 @@ def _document(result: Result) -> go.Figure:
     )
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": f"Segments of sequence {int(shown['sequence'].iloc[0])}, in order"},
+        title={
+            "text": f"Segments of sequence {int(shown['sequence'].iloc[0])}, in order",
+            "subtitle": {"text": f"{len(shown)} of {known:,} segments"},
+        },
         width=760,
         height=160 + 18 * len(shown),
     )

@@ -251,7 +251,7 @@ def test_no_text_of_a_model_is_markup_in_a_page(pages):
             parser = Elements()
             parser.feed(page.read_text())
             found.setdefault(page.name, {})[kind] = parser.found
-    assert list(found) == ["by_layer.html", "grid.html"]
+    assert list(found) == ["by_layer.html", "depth.html", "grid.html"]
     for page in found.values():
         assert page["harmless"] == page["hostile"]
         assert sum(tag == "script" for tag, _ in page["hostile"]) == 3
