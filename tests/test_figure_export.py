@@ -7,16 +7,17 @@ import html
 import html.parser
 import json
 import re
-import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
+import zlib
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from browser import chrome, text_boxes
 from plotly.subplots import make_subplots
 from refusals import refused
 
@@ -24,27 +25,17 @@ import workbench as wb
 from probes import LogitLens
 from workbench.cli import main
 from workbench.errors import RequestError
+from workbench.figures.attention import head_attention
 from workbench.figures.grid import layer_curves, token_grid
-from workbench.figures.heads import head_grid
+from workbench.figures.heads import beside, head_grid
 from workbench.figures.paper import paper
+from workbench.figures.strip import token_strip
 from workbench.figures.text import label, plain, sentence, units
 from workbench.figures.theme import CATEGORIES, COLUMNS, DARK, INCH, POINT, PROBABILITY, SIGNED, dark
 from workbench.figures.told import alt_text, caption, figure_data
 from workbench.models import Model
 
 HOSTILE = "<script>alert(1)</script><a href='x'>&amp;$x$\u202e\x00\"%{x}"
-
-
-def browser() -> str | None:
-    from choreographer.browsers.chromium import Chromium
-
-    return Chromium.find_browser()
-
-
-@pytest.fixture
-def chrome() -> str:
-    pytest.importorskip("kaleido")
-    return browser() or pytest.skip("needs a Chrome")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +76,21 @@ def bars() -> go.Figure:
     return figure.update_xaxes(title="a title of an axis that is longer than the axis", dtick=1)
 
 
+WORDS = [f" token{n}" for n in range(30)]
 SHAPES = {"curves": curves, "grid": lambda: grid([f"·token{n}" for n in range(20)]), "heads": heads}
 SHAPES |= {
+    "menu": lambda: head_attention(
+        np.full((2, 30, 30), 1 / 30), heads=["0.1", "1.0"], tokens=WORDS, title="t", subtitle=""
+    ),
+    "strip": lambda: token_strip(
+        np.arange(30.0), tokens=WORDS, positions=range(30), title="", subtitle="", unit="nats"
+    ),
+    "beside": lambda: beside(
+        heads(), {"position 0": np.arange(1.0, 5), "others": np.full(4, 80.0)}, unit="residual L2 norm"
+    ),
+    "deep": lambda: head_grid(
+        np.eye(48, 64), hover=[[""] * 64] * 48, layers=range(48), title="t", subtitle="s", unit="alpha (attention)"
+    ),
     "panels": panels,
     "bars": bars,
     "long_key": lambda: curves([f"a series of a long name, {n}" for n in "abcdefg"]),
@@ -232,35 +236,61 @@ def test_paper_has_real_units_and_no_title(shape, columns):
     layout = made.layout.template.layout
     sizes = [layout.xaxis.tickfont.size, layout.xaxis.title.font.size, layout.legend.font.size, layout.font.size]
     assert [size / POINT for size in sizes] == pytest.approx([7, 8, 7, 8])
-    pd.testing.assert_series_equal(*(figure_data(f).get("value", pd.Series()) for f in (made, figure)))
+    shown = go.Figure(figure)
+    shown.data = [trace for trace in shown.data if trace.visible is not False]
+    pd.testing.assert_series_equal(*(figure_data(f).get("value", pd.Series()) for f in (made, shown)))
 
 
 def test_text_in_cells_is_cut_and_said():
     narrow, cut = paper(grid(["abcdefghi"] * 20))
     assert (narrow.data[0].text, cut) == (None, ["the text in cells, for which they are too narrow"])
     some, cut = paper(grid(["abcdefghi"] * 20), 2)
-    assert {text for row in some.data[0].text for text in row} == {"abc…"}
-    assert cut == ["the text in cells after 4 characters"]
+    assert {text for row in some.data[0].text for text in row} == {"abcd…"}
+    assert cut == ["the text in cells after 5 characters"]
     whole, cut = paper(grid(["abc", "<b>"]))
     assert whole.data[0].text[0] == ("abc", "&lt;b&gt;")
     assert cut == []
+    menu, cut = paper(SHAPES["menu"]())
+    assert [trace.name for trace in menu.data] == ["head 0.1"]
+    assert not menu.layout.updatemenus
+    assert cut == ["what the menu shows: head 1.0"]
+    long, cut = paper(grid(["abcdefghi"] * 60))
+    assert list(long.layout.xaxis.tickvals) == [str(place) for place in range(0, 60, 3)]
+    assert cut[1:] == ["labels of the x axis, all but one in 3"]
     assert refused(RequestError, lambda: paper(curves(), 3)) == "columns must be 1 or 2, not 3"
 
 
 # Files
 
 
+def drawn_at(pdf: bytes) -> float:
+    """By how much a page's drawing is scaled: CSS pixels are 0.75 pt."""
+    for start in (match.end() for match in re.finditer(rb"stream\r?\n", pdf)):
+        try:
+            drawing = zlib.decompressobj().decompress(pdf[start:])
+        except zlib.error:
+            continue
+        page = re.match(rb"([\d.]+) 0 0 -[\d.]+ 0 [\d.]+ cm\nq\n([\d.]+) 0 0 [\d.]+ ([\d.]+) ([\d.]+) cm", drawing)
+        if page:
+            assert (float(page[3]), float(page[4])) == (0, 0)  # from the corner on
+            return round(float(page[1]) * float(page[2]) / 0.75, 4)
+    raise AssertionError("no drawing found")
+
+
 def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_everything_twice_is_the_same_bytes(result, chrome, tmp_path):
+def test_everything_twice_is_the_same_bytes(result, tmp_path):
+    chrome()
     paths = wb.export(result, tmp_path / "one")
     wb.export(result, tmp_path / "two")
     one = contents(tmp_path / "one")
     assert one == contents(tmp_path / "two")
     kinds = ("html", "json", "parquet", "pdf", "png", "svg")
-    assert list(one) == sorted([*(f"{name}.{k}" for name in ("grid", "by_layer") for k in kinds), "plotly.min.js"])
+    assert list(one) == sorted(
+        [*(f"{name}.{k}" for name in ("grid", "by_layer", "depth") for k in kinds), "plotly.min.js"]
+    )
     assert sorted(path.name for path in paths) == list(one)
     for name, file in one.items():
         if name.endswith(".pdf"):
@@ -270,6 +300,7 @@ def test_everything_twice_is_the_same_bytes(result, chrome, tmp_path):
             assert fonts
             assert len(re.findall(rb"/FontFile", file)) == len(fonts)  # each is embedded
             assert b"D:19700101000000" in file
+            assert drawn_at(file) == 1  # 8 pt are 8 pt
         if name.endswith(".svg"):
             tree = ElementTree.fromstring(file)
             tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
@@ -281,42 +312,30 @@ def test_everything_twice_is_the_same_bytes(result, chrome, tmp_path):
             assert int.from_bytes(file[16:20]) == 3.25 * 300
 
 
-MEASURE = """
-<script>
-const found = [...document.querySelectorAll("svg.main-svg")].map(svg => {
-  const page = svg.getBoundingClientRect();
-  const texts = [...svg.querySelectorAll("text")].filter(t => t.textContent.trim()).map(t => {
-    const box = t.getBoundingClientRect();
-    return [t.textContent, box.left - page.left, box.top - page.top, page.right - box.right, page.bottom - box.bottom,
-            box.width, box.height];
-  });
-  return texts.filter(t => t[5] > 0);
-});
-document.body.textContent = JSON.stringify(found);
-</script>
-"""
+def overlapping(texts) -> list[tuple[str, str]]:
+    """Pairs of texts that share more than a sliver."""
+    boxes = [(text, left, top, left + width, top + height) for text, left, top, _, _, width, height in texts]
+    found = []
+    for (a, *one), (b, *two) in combinations(boxes, 2):
+        wide = min(one[2], two[2]) - max(one[0], two[0])
+        high = min(one[3], two[3]) - max(one[1], two[1])
+        if min(wide, high) >= 3:
+            found.append((a, b))
+    return found
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_no_label_in_print_is_cut_or_lies_on_another(chrome, tmp_path, columns):
-    """As Chrome lays the SVG out: every text is inside the page, and no two share more than a sliver."""
+def test_no_label_in_print_is_cut_or_lies_on_another(tmp_path, columns):
+    chrome()
     for name, shape in SHAPES.items():
         wb.export(shape(), tmp_path / name, formats=["svg"], columns=columns)
     drawings = [(tmp_path / name / f"{name}.svg").read_text() for name in SHAPES]
-    page = tmp_path / "page.html"
-    page.write_text('<!doctype html><meta charset="utf-8"><body>' + "\n".join(drawings) + MEASURE)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    ran = subprocess.run([chrome, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300)
-    found = json.loads(html.unescape(re.search(r"<body>(.*)</body>", ran.stdout, re.DOTALL)[1]))
+    found = text_boxes(drawings, tmp_path)
     assert len(found) == len(SHAPES)
     for name, texts in zip(SHAPES, found, strict=True):
         assert len(texts) > 5
         assert [text for text in texts if min(text[1:5]) < -0.5] == [], name
-        boxes = [(t, left, top, left + width, top + height) for t, left, top, _, _, width, height in texts]
-        for (a, *one), (b, *two) in combinations(boxes, 2):
-            wide = min(one[2], two[2]) - max(one[0], two[0])
-            high = min(one[3], two[3]) - max(one[1], two[1])
-            assert min(wide, high) < 3, (name, a, b)
+        assert overlapping(texts) == [], name
 
 
 def test_hostile_text_is_text_in_every_file(result, tmp_path):
@@ -411,7 +430,7 @@ def test_refusals(result, tmp_path):
     assert said(data="xls").startswith("data has 'xls'")
     assert said(plotlyjs="cdn") == "plotlyjs has 'cdn'; known: shared, inside"
     assert said(columns=3) == "columns must be 1 or 2, not 3"
-    assert said(result, figures=["gird"]) == "figure 'gird' is none of grid, by_layer"
+    assert said(result, figures=["gird"]) == "figure 'gird' is none of grid, by_layer, depth"
     (tmp_path / "file").touch()
     assert said(folder=tmp_path / "file") == f"folder {str(tmp_path / 'file')!r} is a file; name a folder"
 
@@ -436,4 +455,4 @@ def test_the_command(result, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["export", str(tmp_path / "lens"), "--out", str(out), "--figures", "gird"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "workbench: figure 'gird' is none of grid, by_layer\n"
+    assert capsys.readouterr().err == "workbench: figure 'gird' is none of grid, by_layer, depth\n"
