@@ -43,7 +43,7 @@ def units(attrs: Mapping[str, Any], name: str = "") -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(text).replace("$", "&#36;")
+    return html.escape(text).replace("&quot;", "&#34;").replace("$", "&#36;")  # plotly knows no &quot;
 
 
 def _printable(char: str) -> str:
