@@ -88,10 +88,13 @@ class Sae:
 
         Costs 2 d_in d_sae operations and 4 d_sae bytes a row; jumprelu holds four times that for a moment.
         """
-        flat = rows.to(self.device, torch.float32).flatten(1)
-        # an autoencoder of z takes heads apart; one head as wide as all of them flattens to the same
         with torch.no_grad():
-            return self.module.encode(flat[:, None] if self._takes_heads else flat)
+            return self.module.encode(self._shaped(rows)).flatten(1)
+
+    def prepared(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
+        """Rows as the encoder's weights take them: normalised, less the decoder's bias, as far as its settings say."""
+        with torch.no_grad():
+            return self.module.process_sae_in(self._shaped(rows)).flatten(1)
 
     def decode(self, activations: Float[Tensor, "row feature"]) -> Float[Tensor, "row d_model"]:
         """The reconstruction of the rows encoded last: with layer_norm SAELens keeps their mean and scale aside."""
@@ -120,9 +123,10 @@ class Sae:
     def _metadata(self) -> Mapping[str, Any]:
         return self.module.cfg.metadata.to_dict()  # the object itself answers None to whatever it is asked
 
-    @property
-    def _takes_heads(self) -> bool:
-        return self.module.cfg.reshape_activations == "hook_z"
+    def _shaped(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+        flat = rows.to(self.device, torch.float32).flatten(1)
+        # an autoencoder of z takes heads apart; one head as wide as all of them flattens to the same
+        return flat[:, None] if self.module.cfg.reshape_activations == "hook_z" else flat
 
 
 def load_sae(
