@@ -19,7 +19,9 @@ from store_example import BRAIN, HALF, MODEL, part_of, token_table, values, writ
 
 from workbench.errors import DataError, RequestError
 from workbench.sae import extract
+from workbench.sae.allocate import FeatureChoice, MutualChoice
 from workbench.sae.arrays import ArrayFile, map_arrays
+from workbench.sae.encode import Encoder
 from workbench.sae.extract import extract_features, matching_site
 from workbench.sae.features import by_feature_layout, by_row_layout, open_features
 from workbench.sae.index import feature_groups, invert
@@ -95,14 +97,14 @@ def test_float16_activations_of_heads_come_flat(example, tmp_path):
 
 def test_blocks_hold_as_many_rows_as_asked(example, sae, tmp_path, monkeypatch):
     sizes = []
-    plain = type(sae).encode
-    monkeypatch.setattr(type(sae), "encode", lambda self, rows: sizes.append(len(rows)) or plain(self, rows))
+    plain = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, rows: sizes.append(len(rows)) or plain(self, rows))
     taken(example, sae, out=tmp_path / "one", batch_rows=20)
     assert sizes == [20, 20, 11]
     sizes.clear()
-    monkeypatch.setattr(extract, "_LATENT_BYTES", 4 * 20 * 30)
+    monkeypatch.setattr(Encoder, "block_rows", 8)
     taken(example, sae, out=tmp_path / "two")
-    assert sizes == [30, 21]
+    assert sizes == [32, 19]
 
 
 def test_float16_keeps_the_support_and_counts_what_overflows(example, tmp_path):
@@ -462,7 +464,7 @@ def test_features_lie_in_the_store_by_default(store, sae):
 
 def test_the_same_features_are_opened_and_not_made_again(store, sae, tmp_path, monkeypatch):
     first = taken(store, sae)
-    monkeypatch.setattr(type(sae), "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded again"))
     again = taken(store, sae, batch_rows=3)
     assert (again.path, again.record) == (first.path, first.record)
     assert again.store is store
@@ -537,17 +539,90 @@ def test_features_that_are_not_finite_are_refused_by_row(tmp_path):
     assert text == "SAE 'sae' gives row 16 of resid_post.1 features that are not finite"
 
 
-@pytest.mark.parametrize("place", ["invert", "to_json"])
-def test_an_interrupted_extraction_leaves_nothing(place, store, sae, monkeypatch):
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("segment_rows", [7, 51, 100])
+def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", segment_rows)
+    found = taken(store, sae, name="mine")[:]
+    monkeypatch.setattr(extract, "ENTRIES", 10)
+    other = taken(store, sae, name="other", batch_rows=3)[:]
+    for one in (found, other):  # a product of other blocks may round otherwise
+        assert np.array_equal(one.indices, features[:].indices)
+        np.testing.assert_allclose(one.data, features[:].data, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "place", "after"),
+    [
+        (None, ("extract", "_commit"), 0),
+        (FeatureChoice(3), ("extract", "_commit"), 2),
+        (MutualChoice(3), ("extract", "entry_rows"), 1),
+        (None, ("extract", "invert"), 0),
+        (None, ("extract.files", "replace_durably"), 1),
+        (None, ("extract.files", "replace_durably"), 2),
+        (None, ("extract.files", "rename_durably"), 6),
+    ],
+)
+def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, allocation, store, sae, monkeypatch):
+    """The exception that no one catches and cleans up after stands for the kill."""
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
+    expected = contents(taken(store, sae, name="whole", batch_rows=4, allocation=allocation).path)
+    owner = extract if place[0] == "extract" else extract.files
+    plain, calls = getattr(owner, place[1]), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise Killed
+        return plain(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, place[1], killed)
+        with pytest.raises(Killed):
+            taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
+    assert not (store.path / "features" / "mine").exists()
+    encoded = []
+    again = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, rows: encoded.append(len(rows)) or again(self, rows))
+    found = taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
+    assert contents(found.path) == {**expected, "features.json": (found.path / "features.json").read_bytes()}
+    assert found.record == open_features(store.path / "features" / "whole").record
+    assert sorted(path.name for path in (store.path / "features").iterdir()) == ["mine", "whole"]
+    if place[1] in ("entry_rows", "invert"):
+        assert encoded == []
+    if place == ("extract", "_commit"):
+        assert sum(encoded) == ROWS - 12 * after
+
+
+def test_what_was_begun_otherwise_is_not_thrown_away(store, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
+
     def stop(*_arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract, place, stop)
+        patched.setattr(extract, "invert", stop)
         with pytest.raises(KeyboardInterrupt):
-            taken(store, sae)
-    assert list((store.path / "features").iterdir()) == []
-    assert taken(store, sae)[:].nnz > 0
+            taken(store, sae, name="mine")
+    partial = store.path / "features" / ".mine.partial"
+    assert sorted(path.name for path in partial.iterdir() if path.suffix != ".partial")[-1] == "extraction.json"
+    text = refused(RequestError, lambda: taken(store, sae, name="mine", dtype="float16"))
+    assert text == (
+        "features mine were begun otherwise: dtype is float32, asked is float16; ask for the same to resume, choose "
+        f"another name, or remove {partial}"
+    )
+    state = json.loads((partial / "extraction.json").read_text())
+    state["environment"]["torch"] = "1.0"
+    (partial / "extraction.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match=r"^features mine were begun with other library versions"):
+        taken(store, sae, name="mine")
 
 
 def test_what_a_crash_left_is_cleared(store, sae, features):
@@ -567,8 +642,8 @@ def test_a_full_disk_is_said_in_one_line(store, sae, monkeypatch):
     monkeypatch.setattr(ArrayFile, "append", full)
     text = refused(DataError, lambda: taken(store, sae, name="mine"))
     assert text == (
-        f"disk full while writing features {store.path / 'features' / 'mine'} (No space left on device): nothing was "
-        "kept; free space and run again"
+        f"disk full while writing features {store.path / 'features' / 'mine'} (No space left on device): what is "
+        "committed stays; free space and run the same command to resume"
     )
     assert list((store.path / "features").iterdir()) == []
 

@@ -140,7 +140,7 @@ class Features:
 
     store: Positional[Path]
     sae: str
-    """A directory that SAELens wrote, a release of its list, or demo."""
+    """A directory that SAELens, sparsify or dictionary_learning wrote, a release of SAELens' list, or demo."""
     sae_id: str | None = None
     """Which SAE of a release, or of a directory of several."""
     site: str | None = None
@@ -151,6 +151,11 @@ class Features:
     """Another folder instead."""
     dtype: Literal["float32", "float16"] = "float32"
     """Stored type of the activations."""
+    allocation: Literal["own", "topk", "mutual-choice", "feature-choice"] = "own"
+    """Which pre-activations stay: those of the SAE's own activation function, the k largest of each row, or of all rows
+    together, or of each feature."""
+    k: int | None = None
+    """Features a row, on average, of an allocation that is not the SAE's own."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
     force: bool = False
@@ -160,10 +165,14 @@ class Features:
         from workbench.store.manifest import read_manifest
 
         read_manifest(self.store)  # a wrong path answers before torch and SAELens are loaded
+        if (self.allocation == "own") != (self.k is None):
+            raise RequestError(f"--allocation {self.allocation} {'needs a' if self.k is None else 'takes no'} --k")
+        from workbench.sae.allocate import CHOICES
         from workbench.sae.extract import extract_features
         from workbench.sae.load import load_sae
         from workbench.store.reader import open_store
 
+        allocation = None if self.k is None else CHOICES[self.allocation](self.k)
         sae = load_sae(self.sae, self.sae_id, device=self.device)
         found = extract_features(
             open_store(self.store),
@@ -172,6 +181,7 @@ class Features:
             name=self.name,
             out=self.out,
             dtype=self.dtype,
+            allocation=allocation,
             force=self.force,
         )
         print(_plain(f"{found}\nfeatures  {found.path}"))

@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.benchmarks.measure import Comparison, table
 
-NAMES = ("recording_speed", "long_context", "saelens", "reading", "memory", "probes", "import_time")
+NAMES = ("recording_speed", "long_context", "saelens", "reading", "memory", "probes", "encoding", "import_time")
 _LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets", "numpy", "pyarrow")
 
 

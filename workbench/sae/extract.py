@@ -1,22 +1,33 @@
-"""From a store's activations to sparse features: encoded block by block, committed as a whole."""
+"""From a store's activations to sparse features: encoded and committed by segments, merged and indexed at the end.
+
+What is being made lies in a hidden folder beside its place: `extraction.json`, which says what was asked, and segments,
+each there as a whole or not at all. They are merged into the order by row, that is indexed by feature, and the folder
+gets its name. Killed at any moment, the same call goes on from there and ends in the same bytes.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from workbench.errors import DataError, RequestError
 from workbench.progress import progress
+from workbench.sae.allocate import Allocation, Bound, Entries, allocation_record, find_cut
 from workbench.sae.arrays import ArrayFile, map_arrays
+from workbench.sae.encode import Above, Encoder, NotFinite, Precision, SparseRows, TopK, encoder
 from workbench.sae.features import (
     BY_FEATURE,
     BY_ROW,
@@ -29,17 +40,20 @@ from workbench.sae.features import (
     open_features,
     read_record,
 )
-from workbench.sae.index import invert
+from workbench.sae.index import ENTRIES, entry_rows, invert
 from workbench.sae.load import Sae
 from workbench.sites import full_name
 from workbench.store import files
 from workbench.store.manifest import FileRecord
-from workbench.store.parse import to_json
+from workbench.store.parse import from_json, parse, to_json
 from workbench.store.reader import ActivationArray, Store
 
 FOLDER = "features"
+STATE, SEGMENTS = "extraction.json", "segments"
+
 _LATENT_BYTES = 64 << 20  # of one block's dense activations in float32
-_COPY_ENTRIES = 1 << 22
+_SEGMENT_ROWS = 1 << 16
+_BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
 
 DTYPES = ("float32", "float16")
 """Stored types of activations."""
@@ -54,6 +68,8 @@ def extract_features(
     out: str | os.PathLike[str] | None = None,
     batch_rows: int | None = None,
     dtype: str = "float32",
+    allocation: Allocation | None = None,
+    precision: Precision | None = None,
     force: bool = False,
     show_progress: bool = True,
 ) -> Features:
@@ -66,39 +82,62 @@ def extract_features(
         site: The site to read. None: the one that the SAE was trained on.
         name: Folder under the store's `features/`. None: the site and the SAE's name.
         out: Another folder instead.
-        batch_rows: Rows encoded at a time. None: as many as make 64 MiB of dense activations.
+        batch_rows: Rows encoded at a time. None: four dense blocks of the encoder, each of 16 MiB or 64 rows.
         dtype: Stored type of activations: float32, or float16 in half the bytes, where values beyond its range are
             stored as its largest and counted.
+        allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
+            of each row, MutualChoice(k) or FeatureChoice(k) of all rows together. Of those what is above 0.
+        precision: float32, or bfloat16 for bounds first; the features are the same. None: the device's faster one.
         force: Use an SAE of another site or model.
         show_progress: Say how far it is.
 
-    Costs one product with the encoder; memory is a few dense blocks, the index needs twice the features' bytes on the
-    disk while it is built. Interrupted, it leaves nothing that opens. Features of the same SAE, store and settings are
-    opened instead of made again.
+    Costs one product with the encoder; memory is a few dense blocks and a segment. While the index is built the disk
+    holds the features three times; with MutualChoice and FeatureChoice up to ten times before, because what stays is
+    known only at the end. Interrupted or killed, the same call resumes: what is committed stays. Features of the same
+    SAE, store and settings are opened instead of made again.
 
     Raises RequestError: a site that was not recorded or is not as wide as the SAE's input; another site or model than
-    the SAE's, unless `force`; a name taken by other features. Raises DataError: activations that are not finite, a
-    full disk.
+    the SAE's, unless `force`; a name taken by other features, or by others that are not finished; an allocation of an
+    SAE without pre-activations. Raises DataError: activations that are not finite, a full disk.
     """
     if dtype not in DTYPES:
         raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
     if batch_rows is not None and batch_rows < 1:
         raise RequestError(f"batch_rows must be at least 1, not {batch_rows}")
     array = matching_site(store, sae, site, force=force)
-    target = _target(store, name, out, default=f"{array.site.label}-{sae.name}")
-    asked = SaeRecord(sae.name, sae.fingerprint(), sae.config())
-    if _holds_same(target, asked, array, dtype):
+    made = _Extraction(array, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
+    made.quotas()
+    asked = _State(
+        sae=_sae_record(sae, allocation),
+        site=array.name,
+        store_fingerprint=store.manifest.fingerprint,
+        rows=store.rows,
+        dtype=dtype,
+        environment={library: version(library) for library in ("interp-workbench", "sae-lens", "torch")},
+        overflow=None,
+    )
+    target = _target(store, name, out, default=f"{array.site.label}-{asked.sae.name}")
+    if _holds_same(target, asked):
         return open_features(target, store)
     partial = target.with_name(f".{target.name}{files.PARTIAL}")
-    full = files.explain_full_disk(f"features {target}", "nothing was kept; free space and run again")
+    full = files.explain_full_disk(
+        f"features {target}", "what is committed stays; free space and run the same command to resume"
+    )
     with files.locked(partial), full:
         try:
-            for leftover in partial.iterdir():
-                files.remove(leftover)
-            _write(partial, target, array, sae, asked, batch_rows, dtype, show_progress)
+            if not _finished(partial, asked):
+                state = _begin(partial, target, asked)
+                if state.overflow is None:
+                    made.write_segments(partial)
+                    state = made.merge(partial, state)
+                made.write_index(partial, target, state)
+            files.remove(partial / SEGMENTS)
+            files.remove(partial / STATE)
             files.rename_durably(partial, target)
-        finally:
-            files.remove(partial)
+        except BaseException:
+            if not (partial / BY_ROW).exists() and not any(_segments(partial)):
+                files.remove(partial)  # nothing that would be worth resuming
+            raise
     features = open_features(target, store)
     if overflow := features.record.overflow:
         warnings.warn(
@@ -153,89 +192,330 @@ def encode_checked(
 ) -> Float[Tensor, "row feature"]:
     """`sae.encode` of rows `ids`; DataError, with the row, where they or their features are not finite."""
     if (bad := ~values.isfinite().flatten(1).all(1)).any():
-        row = ids[int(bad.nonzero()[0])]
-        raise DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
+        raise _not_finite(array, sae, ids[int(bad.nonzero()[0])], features=False)
     activations = sae.encode(values)
     if (bad := ~activations.isfinite().all(1).cpu()).any():
-        row = ids[int(bad.nonzero()[0])]
-        raise DataError(f"SAE {sae.name!r} gives row {row} of {array.site.label} features that are not finite")
+        raise _not_finite(array, sae, ids[int(bad.nonzero()[0])], features=True)
     return activations
 
 
-def _write(
-    folder: Path,
-    target: Path,
-    array: ActivationArray,
-    sae: Sae,
-    asked: SaeRecord,
-    batch_rows: int | None,
-    dtype: str,
-    show_progress: bool,
-) -> None:
-    """Everything of the features, into the folder that becomes `target`."""
-    store = array.store
-    lengths, counts, overflow = _encode(folder, array, sae, batch_rows, dtype, show_progress)
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    size = (store.rows, sae.d_sae, int(indptr[-1]), dtype)
-    layout = by_row_layout(*size)
-    with ArrayFile(folder / BY_ROW, layout) as file:
-        file.append("indptr", indptr)
-        for part in ("feature", "value"):
-            _append_spill(file, part, folder / part, layout[part][0])
-    by_row = map_arrays(folder / BY_ROW, layout)
-    layout = by_feature_layout(*size)
-    with ArrayFile(folder / BY_FEATURE, layout) as file:
-        invert(indptr, by_row["feature"], by_row["value"], counts, file, folder / "dealt", layout["row"][0])
-    record = FeaturesRecord(
-        sae=asked,
-        site=array.name,
-        store=os.path.relpath(store.path, target),
-        store_fingerprint=store.manifest.fingerprint,
-        rows=store.rows,
-        features=sae.d_sae,
-        entries=size[2],
-        dtype=dtype,
-        overflow=overflow,
-        files={
-            path.name: FileRecord(path.stat().st_size, files.sha256_file(path)) for path in sorted(folder.iterdir())
-        },
-        environment={library: version(library) for library in ("interp-workbench", "sae-lens", "torch")},
-    )
-    files.write_durably(folder / RECORD, to_json(record).encode())
-    files.fsync(folder)
+def _not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> DataError:
+    if features:
+        return DataError(f"SAE {sae.name!r} gives row {row} of {array.site.label} features that are not finite")
+    return DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
 
 
-def _encode(
-    folder: Path, array: ActivationArray, sae: Sae, batch_rows: int | None, dtype: str, show_progress: bool
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Entries of all rows, one after the other, into the files `feature` and `value`; entries of each row and of each
-    feature, and how many overflowed."""
-    kind = by_row_layout(0, sae.d_sae, 0, dtype)["feature"][0]
-    lengths, counts, overflow = np.zeros(len(array), np.int64), np.zeros(sae.d_sae, np.int64), 0
-    limit = torch.finfo(getattr(torch, dtype)).max
-    with (
-        open(folder / "feature", "wb") as features,
-        open(folder / "value", "wb") as values,
-        progress("extracting features", len(array), "rows", shown=show_progress) as advance,
-    ):
-        for rows, block in array.blocks(batch_rows or block_rows(sae)):
-            activations = encode_checked(array, sae, np.arange(rows.start, rows.stop), block)
-            active = activations != 0
-            found, value = active.nonzero()[:, 1].cpu().numpy(), activations[active]
-            overflow += int((value.abs() > limit).sum())
-            features.write(found.astype(kind))
-            values.write(value.clamp(-limit, limit).to(getattr(torch, dtype)).cpu().numpy())
-            lengths[rows] = active.sum(1).cpu().numpy()
-            counts += np.bincount(found, minlength=sae.d_sae)
-            advance(len(active))
-    return lengths, counts, overflow
+@dataclass(frozen=True)
+class _State:
+    """`extraction.json`: what was asked, and how far its making is."""
+
+    sae: SaeRecord
+    site: str
+    store_fingerprint: str
+    rows: int
+    dtype: str
+    environment: dict[str, str]
+    overflow: int | None
+    """Activations beyond the range of `dtype`, once the segments are merged."""
 
 
-def _append_spill(file: ArrayFile, part: str, spill: Path, dtype: str) -> None:
-    with open(spill, "rb") as source:
-        while len(values := np.fromfile(source, dtype, _COPY_ENTRIES)):
-            file.append(part, values)
-    spill.unlink()
+@dataclass(frozen=True)
+class _Extraction:
+    """The making of features from one array, step by step, each of which leaves its files finished in the folder."""
+
+    array: ActivationArray
+    encoder: Encoder
+    allocation: Allocation | None
+    batch_rows: int | None
+    show_progress: bool
+
+    def write_segments(self, folder: Path) -> None:
+        """Encode all rows from the first that is not committed on. A segment is written while the next is encoded."""
+        committed = list(_segments(folder))
+        done = committed[-1][1] if committed else 0
+        bound, unsettled = None, 0
+        for path, rows in zip(_paths(folder), committed, strict=True):
+            bound = self._raised(bound, _segment(path, rows, self.kind))
+        with (
+            ThreadPoolExecutor(1) as writer,
+            progress("extracting features", len(self.array), "rows", shown=self.show_progress, done=done) as advance,
+        ):
+            writing: Future[None] | None = None
+            while done < len(self.array):
+                stop, parts, entries = done, [], 0
+                making = self.encoder if bound is None else _above(self.encoder, bound)
+                for block in self._blocks(done, min(done + _SEGMENT_ROWS, len(self.array))):
+                    part = self._encode(making, stop, block)
+                    parts.append(part)
+                    stop += len(block)
+                    entries += len(part["feature"])
+                    unsettled += int(part["unsettled"][0])
+                    advance(len(block))
+                    if entries >= ENTRIES:
+                        break
+                segment = _together(parts)
+                bound = self._raised(bound, segment)
+                if writing:
+                    writing.result()
+                writing = writer.submit(_commit, folder / SEGMENTS, (done, stop), segment)
+                done = stop
+            if writing:
+                writing.result()
+        if unsettled and self.show_progress:
+            print(
+                f"{unsettled:,} of {len(self.array):,} rows were encoded in float32: bounds did not settle them",
+                file=sys.stderr,
+            )
+
+    def merge(self, folder: Path, state: _State) -> _State:
+        """All segments as one file in the order by row, cut as the allocation says; then they are removed."""
+        paths, rows = list(_paths(folder)), list(_segments(folder))
+        maps = [_segment(path, own, self.kind) for path, own in zip(paths, rows, strict=True)]
+
+        def entries() -> Iterator[Entries]:
+            return ((part["feature"], part["value"]) for part in maps)
+
+        cut = find_cut(entries, quotas) if (quotas := self.quotas()) is not None else None
+        kept = cut.kept(entries()) if cut else (np.ones(len(part["feature"]), bool) for part in maps)
+        size = cut.entries if cut else sum(len(part["feature"]) for part in maps)
+        layout = by_row_layout(len(self.array), self.encoder.sae.d_sae, size, state.dtype)
+        limit, overflow = float(torch.finfo(getattr(torch, state.dtype)).max), 0
+        lengths = np.zeros(len(self.array), np.int64)
+        unfinished = folder / (BY_ROW + files.PARTIAL)
+        files.remove(unfinished)
+        with ArrayFile(unfinished, layout) as file:
+            for (first, last), part, own in zip(rows, maps, kept, strict=True):
+                value = part["value"][own]
+                overflow += int((np.abs(value) > limit).sum())
+                file.append("feature", part["feature"][own])
+                file.append("value", value.clip(-limit, limit).astype(state.dtype))
+                row = entry_rows(part["indptr"], 0, len(own))[own]
+                lengths[first:last] = np.bincount(row, minlength=last - first)
+            file.append("indptr", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        files.rename_durably(unfinished, folder / BY_ROW)
+        state = replace(state, overflow=overflow)
+        files.replace_durably(folder / STATE, to_json(state).encode())
+        files.remove(folder / SEGMENTS)
+        return state
+
+    def write_index(self, folder: Path, target: Path, state: _State) -> None:
+        """The order by feature, and the record that makes the folder features."""
+        store, features = self.array.store, self.encoder.sae.d_sae
+        entries = _entries(folder / BY_ROW, len(self.array), features, state.dtype)
+        size = (len(self.array), features, entries, state.dtype)
+        by_row = map_arrays(folder / BY_ROW, by_row_layout(*size))
+        counts = np.zeros(features, np.int64)
+        for start in range(0, entries, ENTRIES):
+            counts += np.bincount(by_row["feature"][start : start + ENTRIES], minlength=features)
+        layout = by_feature_layout(*size)
+        files.remove(folder / BY_FEATURE)
+        with ArrayFile(folder / BY_FEATURE, layout) as file:
+            invert(
+                by_row["indptr"], by_row["feature"], by_row["value"], counts, file, folder / "dealt", layout["row"][0]
+            )
+        record = FeaturesRecord(
+            sae=state.sae,
+            site=state.site,
+            store=os.path.relpath(store.path, target),
+            store_fingerprint=state.store_fingerprint,
+            rows=store.rows,
+            features=features,
+            entries=entries,
+            dtype=state.dtype,
+            overflow=state.overflow or 0,
+            files={
+                name: FileRecord((folder / name).stat().st_size, files.sha256_file(folder / name))
+                for name in (BY_FEATURE, BY_ROW)
+            },
+            environment=state.environment,
+        )
+        files.replace_durably(folder / RECORD, to_json(record).encode())
+
+    @property
+    def kind(self) -> str:
+        """Type of feature ids."""
+        return by_row_layout(0, self.encoder.sae.d_sae, 0, "float32")["feature"][0]
+
+    def quotas(self) -> Int64[np.ndarray, " group"] | None:
+        """Entries that may stay of each group of features; None where rows do not compete. Raises as `quotas` does."""
+        if self.allocation is None or isinstance(self.allocation, TopK):
+            return None
+        return self.allocation.quotas(len(self.array), self.encoder.sae.d_sae)
+
+    def _raised(self, bound: Bound | None, segment: dict[str, np.ndarray]) -> Bound | None:
+        """The bound after a segment. It depends on committed segments alone, and so goes on unchanged after a kill."""
+        if (quotas := self.quotas()) is None:
+            return None
+        entries = segment["feature"], segment["value"]
+        bound = bound or Bound(quotas, self.encoder.sae.d_sae, entries)
+        bound.add(entries)
+        return bound
+
+    def _blocks(self, start: int, stop: int) -> Iterator[Float[Tensor, "row ..."]]:
+        """Rows on the encoder's device, the next ones read, and copied, while these are encoded."""
+        step = self.batch_rows or _BLOCKS * self.encoder.block_rows
+        device = self.encoder.sae.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+        def read(first: int) -> Tensor:
+            rows = self.array[first : min(first + step, stop)]
+            if stream is None:
+                return rows
+            with torch.cuda.stream(stream):
+                rows = rows.pin_memory().to(device, non_blocking=True)
+            stream.synchronize()  # in this thread: the pinned rows are free again, and those copied are complete
+            return rows
+
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, start)
+            for first in range(start, stop, step):
+                rows = coming.result()
+                if first + step < stop:
+                    coming = reader.submit(read, first + step)
+                if stream is not None:
+                    rows.record_stream(torch.cuda.current_stream(device))
+                yield rows
+
+    def _encode(self, making: Encoder, first: int, rows: Float[Tensor, "row ..."]) -> dict[str, np.ndarray]:
+        try:
+            found: SparseRows = making(rows)
+        except NotFinite as error:
+            raise _not_finite(self.array, self.encoder.sae, first + error.row, error.features) from None
+        return {
+            "indptr": found.indptr.cpu().numpy(),
+            "feature": found.feature.cpu().numpy().astype(self.kind),
+            "value": found.value.cpu().numpy(),
+            "unsettled": np.array([found.unsettled]),
+        }
+
+
+def _encoder(sae: Sae, allocation: Allocation | None, precision: Precision | None) -> Encoder:
+    if allocation is None or isinstance(allocation, TopK):
+        return encoder(sae, allocation, precision)
+    # its threshold rises as rows are seen, and bounds are made for one threshold
+    return encoder(sae, Above(torch.zeros(sae.d_sae, device=sae.device)), "float32")
+
+
+def _above(making: Encoder, bound: Bound) -> Encoder:
+    threshold = torch.from_numpy(np.array(bound.threshold())).to(making.sae.device)
+    return replace(making, choice=Above(threshold))
+
+
+def _sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
+    """With an allocation the autoencoder counts as another one: it changes the mathematics as its settings do."""
+    if allocation is None:
+        return SaeRecord(sae.name, sae.fingerprint(), sae.config())
+    made = allocation_record(allocation)
+    fingerprint = files.sha256_bytes(f"{sae.fingerprint()} {made}".encode())
+    return SaeRecord(f"{sae.name}-{made['choice']}-{allocation.k}", fingerprint, sae.config() | {"allocation": made})
+
+
+def _begin(partial: Path, target: Path, asked: _State) -> _State:
+    """What is there of these features, after removing what a crash left behind; RequestError where it is of others."""
+    state = asked
+    if (partial / STATE).is_file():
+        source = partial / STATE
+        found = parse(_State, from_json(source.read_bytes(), source), str(source))
+        if not (partial / BY_ROW).exists() and not any(_segments(partial)):
+            found = asked  # what came to nothing binds nobody
+        if differing := _differing(found, asked):
+            raise RequestError(
+                f"features {target.name} were begun otherwise: {differing}; ask for the same to resume, choose "
+                f"another name, or remove {partial}"
+            )
+        if found.environment != asked.environment:
+            warnings.warn(
+                f"features {target.name} were begun with other library versions; further rows may differ in the last "
+                "bits",
+                stacklevel=3,
+            )
+        state = found
+    else:
+        for leftover in partial.iterdir():
+            files.remove(leftover)
+    files.replace_durably(partial / STATE, to_json(state).encode())
+    keep = {STATE, SEGMENTS} if state.overflow is None else {STATE, BY_ROW}
+    for leftover in partial.iterdir():
+        if leftover.name not in keep:
+            files.remove(leftover)
+    (partial / SEGMENTS).mkdir(exist_ok=True)
+    committed = {_segment_name(rows) for rows in _segments(partial)}
+    for leftover in (partial / SEGMENTS).iterdir():
+        if leftover.name not in committed:
+            files.remove(leftover)
+    return state
+
+
+def _finished(partial: Path, asked: _State) -> bool:
+    """Whether the folder lacks nothing but its name."""
+    if not (partial / RECORD).is_file():
+        return False
+    return not _differing(read_record(partial), asked)
+
+
+def _segments(folder: Path) -> Iterator[tuple[int, int]]:
+    """Rows of the committed segments, first and behind the last, without a gap from row 0 on."""
+    done = 0
+    for path in sorted((folder / SEGMENTS).glob("*-*.safetensors")):
+        first, stop = map(int, path.stem.split("-"))
+        if first != done:
+            return
+        yield first, stop
+        done = stop
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    return (folder / SEGMENTS / _segment_name(rows) for rows in _segments(folder))
+
+
+def _segment_name(rows: tuple[int, int]) -> str:
+    return f"{rows[0]:012d}-{rows[1]:012d}.safetensors"
+
+
+def _segment_layout(rows: int, entries: int, kind: str) -> dict[str, tuple[str, int]]:
+    return {"indptr": ("int64", rows + 1), "feature": (kind, entries), "value": ("float32", entries)}
+
+
+def _segment(path: Path, rows: tuple[int, int], kind: str) -> dict[str, np.ndarray]:
+    """A committed segment's arrays, as views of its file."""
+    width = 4 + np.dtype(kind).itemsize
+    header = 8 + int.from_bytes(_head(path, 8), "little")
+    entries = (path.stat().st_size - header - 8 * (rows[1] - rows[0] + 1)) // width
+    return map_arrays(path, _segment_layout(rows[1] - rows[0], entries, kind))
+
+
+def _entries(path: Path, rows: int, features: int, dtype: str) -> int:
+    """Entries of a finished order by row, which its size tells."""
+    header = 8 + int.from_bytes(_head(path, 8), "little")
+    kinds = by_row_layout(rows, features, 1, dtype)
+    width = sum(np.dtype(kinds[name][0]).itemsize for name in ("feature", "value"))
+    return (path.stat().st_size - header - 8 * (rows + 1)) // width
+
+
+def _head(path: Path, length: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(length)
+
+
+def _together(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    lengths = np.concatenate([np.diff(part["indptr"]) for part in parts])
+    return {
+        "indptr": np.concatenate([[0], np.cumsum(lengths)]),
+        "feature": np.concatenate([part["feature"] for part in parts]),
+        "value": np.concatenate([part["value"] for part in parts]),
+    }
+
+
+def _commit(folder: Path, rows: tuple[int, int], segment: dict[str, np.ndarray]) -> None:
+    """Write a segment, and only then give it its name."""
+    path = folder / _segment_name(rows)
+    unfinished = path.with_name(path.name + files.PARTIAL)
+    files.remove(unfinished)
+    layout = _segment_layout(rows[1] - rows[0], len(segment["feature"]), segment["feature"].dtype.name)
+    with ArrayFile(unfinished, layout) as file:
+        for name in layout:
+            file.append(name, segment[name])
+    files.rename_durably(unfinished, path)
 
 
 def _target(store: Store, name: str | None, out: str | os.PathLike[str] | None, default: str) -> Path:
@@ -249,31 +529,33 @@ def _target(store: Store, name: str | None, out: str | os.PathLike[str] | None, 
     return store.path / FOLDER / name
 
 
-def _holds_same(target: Path, asked: SaeRecord, array: ActivationArray, dtype: str) -> bool:
+def _holds_same(target: Path, asked: _State) -> bool:
     """Whether `target` holds just these features, or nothing yet; RequestError where it holds anything else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     if not (target / RECORD).is_file():
         raise RequestError(f"{target} exists and holds no features; choose another name or out")
-    found, manifest = read_record(target), array.store.manifest
-    differing = [
+    if differing := _differing(read_record(target), asked):
+        raise RequestError(f"features {target.name} exist and differ: {differing}; choose another name")
+    return True
+
+
+def _differing(found: FeaturesRecord | _State, asked: _State) -> str:
+    return "; ".join(
         f"{what} is {has}, asked is {wants}"
         for what, has, wants, same in (
-            ("SAE", _sae_text(found.sae), _sae_text(asked), found.sae.fingerprint == asked.fingerprint),
-            ("site", found.site, array.name, found.site == array.name),
-            ("dtype", found.dtype, dtype, found.dtype == dtype),
+            ("SAE", _sae_text(found.sae), _sae_text(asked.sae), found.sae.fingerprint == asked.sae.fingerprint),
+            ("site", found.site, asked.site, found.site == asked.site),
+            ("dtype", found.dtype, asked.dtype, found.dtype == asked.dtype),
             (
                 "store",
                 f"{found.store_fingerprint[:12]} of {found.rows} rows",
-                f"{manifest.fingerprint[:12]} of {manifest.rows} rows",
-                found.store_fingerprint == manifest.fingerprint,
+                f"{asked.store_fingerprint[:12]} of {asked.rows} rows",
+                found.store_fingerprint == asked.store_fingerprint,
             ),
         )
         if not same
-    ]
-    if differing:
-        raise RequestError(f"features {target.name} exist and differ: {'; '.join(differing)}; choose another name")
-    return True
+    )
 
 
 def _sae_text(sae: SaeRecord) -> str:
