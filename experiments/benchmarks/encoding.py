@@ -19,7 +19,7 @@ from workbench.sae.load import Sae, load_sae
 @dataclass(frozen=True)
 class Encoding:
     """Random rows, encoder columns of norm 1; the jumprelu's threshold gives as many active features as the topk has.
-    Where there is no fast bfloat16, the product in it is measured on 32 rows."""
+    Where there is no fast bfloat16, the product in it is measured on 4 rows."""
 
     d_in: int = 768
     d_sae: int = 24_576
@@ -32,7 +32,7 @@ class Encoding:
         for architecture in ("topk", "jumprelu"):
             sae, x = made(folder / architecture, architecture, self.d_in, self.d_sae, self.k, self.rows)
             weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, self.d_sae)
-            few = x[: self.rows if fast_bfloat16(sae.device) else 32].bfloat16()
+            few = x[: self.rows if fast_bfloat16(sae.device) else 4].bfloat16()
             ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
             _check_same(ours(), theirs())
             speeds = interleaved(

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Int64, Integer, UInt32
 from workbench.errors import RequestError
 from workbench.sae.encode import TopK
 
-Entries = tuple[Integer[np.ndarray, " _entry"], Float32[np.ndarray, " entry"]]
+Entries = tuple[Integer[np.ndarray, " _entry"], Float32[np.ndarray, " _entry"]]
 """Features and activations above 0, in the order of rows, features ascending within a row."""
 
 
@@ -109,7 +109,7 @@ class Bound:
         below = np.nextafter(np.nextafter(value.astype(np.float32), np.float32(0)), np.float32(0))
         return np.broadcast_to(below, self._features) if len(below) == 1 else below
 
-    def _group(self, feature: Integer[np.ndarray, " _entry"]) -> Integer[np.ndarray, " entry"]:
+    def _group(self, feature: Integer[np.ndarray, " _entry"]) -> Integer[np.ndarray, " _entry"]:
         return _grouped(feature, len(self._quotas))
 
 
@@ -168,5 +168,5 @@ def find_cut(entries: Callable[[], Iterable[Entries]], quotas: Int64[np.ndarray,
     return Cut(np.where(short, np.uint32(0), last), np.where(short, 0, left), total)
 
 
-def _grouped(feature: Integer[np.ndarray, " _entry"], groups: int) -> Int64[np.ndarray, " entry"]:
+def _grouped(feature: Integer[np.ndarray, " _entry"], groups: int) -> Int64[np.ndarray, " _entry"]:
     return np.zeros(len(feature), np.int64) if groups == 1 else feature.astype(np.int64)
