@@ -104,7 +104,7 @@ def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
     assert blocks == [150]
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 4 * D_SAE * 70)
     again = encoder(sae, precision="float32")(X)
-    assert blocks == [150, 70, 70, 10]
+    assert blocks == [150, 50, 50, 50]
     assert_same(matrix(whole), torch.from_numpy(matrix(again)))
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
     assert encoder(sae, precision="float32").block_rows == 64

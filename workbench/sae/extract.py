@@ -82,7 +82,7 @@ def extract_features(
         site: The site to read. None: the one that the SAE was trained on.
         name: Folder under the store's `features/`. None: the site and the SAE's name.
         out: Another folder instead.
-        batch_rows: Rows encoded at a time. None: four dense blocks of the encoder, each of 16 MiB or 64 rows.
+        batch_rows: Rows encoded at a time. None: four dense blocks of the encoder, each of 40 MiB or 64 rows.
         dtype: Stored type of activations: float32, or float16 in half the bytes, where values beyond its range are
             stored as its largest and counted.
         allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
