@@ -1,4 +1,4 @@
-"""Loading a sparse autoencoder: a SAELens directory, a SAELens release, or the one that comes along.
+"""Loading a sparse autoencoder: a SAELens directory, another library's, a SAELens release, or the one that comes along.
 
 SAELens reads the files and does the mathematics. What it would pass over in silence is refused here: a misspelt key of
 `cfg.json`, a training form without inference class, weights that do not fit. Its import takes seconds, so a path that
@@ -25,6 +25,7 @@ from torch import Tensor
 from workbench import embedded
 from workbench.errors import DataError, RequestError, nearest
 from workbench.models import folders, quietly, usable_device
+from workbench.sae.formats import Converted, converter
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -72,6 +73,11 @@ class Sae:
     def context_size(self) -> int | None:
         """Tokens in a sequence it was trained on; None where its files do not say."""
         return self._metadata.get("context_size")
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it writes what it reads; a transcoder writes another site."""
+        return "transcoder" not in self.architecture and not self._metadata.get("transcode")
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +140,9 @@ def load_sae(
 ) -> Sae:
     """Loads a sparse autoencoder in float32.
 
-    `name`: a directory that SAELens wrote (`cfg.json` and `sae_weights.safetensors`), or one that holds several, of
-    which `sae_id` is the folder; a release in SAELens' own list, with `sae_id` one of its ids: the only case that may
+    `name`: a directory that SAELens wrote (`cfg.json` and `sae_weights.safetensors`), sparsify (`cfg.json` and
+    `sae.safetensors`) or dictionary_learning (`config.json` and `ae.safetensors`), or one that holds several, of which
+    `sae_id` is the folder; a release in SAELens' own list, with `sae_id` one of its ids: the only case that may
     use the network; or "demo", the one that comes with the workbench. `device`: the GPU if there is one.
 
     Raises RequestError: no such directory, release or id, an architecture that cannot encode rows, a device that
@@ -166,10 +173,10 @@ def _demo_directory() -> Path:
 def _checked_directory(path: Path, folder: Path, sae_id: str | None) -> Path:
     if path.is_file():
         raise RequestError(f"SAE {str(path)!r} is a file; give the folder that holds {CONFIG} and {WEIGHTS}")
-    several = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG}"))
+    several = sorted({entry.parent.name for name in (CONFIG, "config.json") for entry in path.glob(f"*/{name}")})
     if not folder.is_dir():
         raise RequestError(f"sae_id {sae_id!r}: no such folder in {str(path)!r}{nearest(str(sae_id), several)}")
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and converter(folder) is None:
         if several and sae_id is None:
             raise RequestError(f"SAE {str(path)!r} holds several; give one as sae_id: {', '.join(several[:8])}")
         inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
@@ -182,6 +189,8 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
         from sae_lens import SAE
         from safetensors import SafetensorError
 
+    if foreign := converter(folder):
+        return _ready(_converted(foreign(), folder, device), name)
     _check_config(_read_config(folder / CONFIG), folder / CONFIG)
     try:
         with _silently():
@@ -191,6 +200,19 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
     except Exception as error:  # SAELens and torch raise whatever a config and weights that do not fit lead to
         raise DataError(f"SAE {str(folder)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
     return _ready(module, name)
+
+
+def _converted(found: Converted, folder: Path, device: torch.device) -> SAE:
+    from sae_lens import SAE
+
+    config, weights = found
+    config |= {"device": str(device), "dtype": "float32"}
+    weights = {name: part.to(device) for name, part in weights.items()}
+    try:
+        with _silently():
+            return SAE.load_from_disk(folder, device=str(device), converter=lambda *_, **__: (config, weights))
+    except Exception as error:  # torch raises whatever weights that do not fit each other lead to
+        raise DataError(f"SAE {str(folder)!r}: its settings and weights do not fit: {_line(error)}") from error
 
 
 def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae:
@@ -258,6 +280,8 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
     if unknown:
         close = nearest(unknown[0], known, 1)
         raise DataError(f"{source}: SAELens knows no {unknown[0]!r} of a {architecture} SAE and would ignore it{close}")
+    if not older and "k" in known and "k" not in config:
+        raise DataError(f"{source}: k is missing, and SAELens would take 100 for it")
 
 
 @contextmanager

@@ -85,8 +85,9 @@ def sae_metrics(
     a selection of no rows, another model than the store's, or a site that cannot be replaced.
     """
     array = matching_site(store, sae, site, force=force)
-    if "transcoder" in sae.architecture:
-        raise RequestError(f"SAE {sae.name!r} is a {sae.architecture}: what it writes is not what it reads")
+    if not sae.reconstructs:
+        kind = sae.architecture if "transcoder" in sae.architecture else "transcoder"
+        raise RequestError(f"SAE {sae.name!r} is a {kind}: what it writes is not what it reads")
     if not isinstance(rows, Rows):
         rows = store.where("NOT is_special" if rows is None else rows)
     ids = rows.ids_in(store)
