@@ -164,6 +164,7 @@ def test_damaged_and_misspelt_files_are_refused(tmp_path):
         )
 
     assert text(d_sae="20") == ": d_sae is '20', expected a whole number above 0"
+    assert text(remove=("k",)) == ": k is missing, and SAELens would take 100 for it"
     assert text(remove=("d_in",)) == ": d_in is None, expected a whole number above 0"
     unknown = ": SAELens knows no 'rescale_act_by_decoder_norm' of a topk SAE and would ignore it"
     assert text(rescale_act_by_decoder_norm=True) == f"{unknown}; nearest: rescale_acts_by_decoder_norm"

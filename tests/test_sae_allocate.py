@@ -9,11 +9,13 @@ from refusals import refused
 from sae_example import save_sae
 from store_example import values, write_store
 
+from workbench.cli import main
 from workbench.errors import RequestError
 from workbench.sae import extract
 from workbench.sae.allocate import Bound, FeatureChoice, MutualChoice, allocation_record, find_cut
 from workbench.sae.encode import TopK
 from workbench.sae.extract import extract_features
+from workbench.sae.features import open_features
 from workbench.sae.load import load_sae
 from workbench.store import SiteRecord, open_store
 
@@ -174,3 +176,29 @@ def test_allocations_out_of_range_are_refused(store, sae, tmp_path):
     pursuit = load_sae(save_sae(tmp_path / "mp", "matching_pursuit", hook_name=SITE.name), device="cpu")
     text = refused(RequestError, lambda: extract_features(store, pursuit, allocation=MutualChoice(3)))
     assert text == "SAE 'mp' (matching_pursuit) has no pre-activations to choose among"
+
+
+def test_the_command_allocates(store, tmp_path, capsys):
+    save_sae(tmp_path / "sae", "topk", hook_name=SITE.name, model_name="demo")
+    command = [
+        "features",
+        str(store.path),
+        "--sae",
+        str(tmp_path / "sae"),
+        "--out",
+        str(tmp_path / "f"),
+        "--device",
+        "cpu",
+    ]
+    for extra, message in (
+        (["--allocation", "mutual-choice"], "--allocation mutual-choice needs a --k"),
+        (["--k", "3"], "--allocation own takes no --k"),
+        (["--allocation", "topk", "--k", "0"], "k must be at least 1, not 0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *extra])
+        assert (stopped.value.code, capsys.readouterr().err) == (2, f"workbench: {message}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--allocation", "mutual-choice", "--k", "2"])
+    assert stopped.value.code == 0
+    assert open_features(tmp_path / "f", store).record.entries == 2 * ROWS
