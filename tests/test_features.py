@@ -26,6 +26,7 @@ from workbench.sae.extract import extract_features, matching_site
 from workbench.sae.features import by_feature_layout, by_row_layout, open_features
 from workbench.sae.index import feature_groups, invert
 from workbench.sae.load import load_sae
+from workbench.sae.metrics import sae_metrics
 from workbench.store import SiteRecord, open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
@@ -80,6 +81,21 @@ def test_features_are_what_saelens_gives(architecture, example, tmp_path):
         np.testing.assert_allclose(found, encode64(tmp_path / "sae", values(SITE, 0, ROWS)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch_rows", [1, 13, None])
+def test_a_temporal_autoencoder_reads_whole_sequences(batch_rows, example, tmp_path, monkeypatch):
+    """Wherever blocks and segments would end by themselves, they end where a sequence does."""
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 20)
+    sae = loaded(tmp_path / "sae", "temporal")
+    found = taken(example, sae, out=tmp_path / "f", batch_rows=batch_rows)[:].toarray()
+    x = torch.from_numpy(values(SITE, 0, ROWS))
+    with torch.no_grad():
+        dense = torch.cat([sae.module.encode(part[None])[0] for part in x.split(sum(SEGMENTS, []))]).numpy()
+    assert np.array_equal(found != 0, dense != 0)
+    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-5)
+    text = refused(RequestError, lambda: sae_metrics(example, sae))
+    assert text == "SAE 'sae' is temporal: its features alone do not reconstruct a row"
+
+
 def test_special_rows_are_extracted_too(features, example):
     special = example.where("is_special")
     assert len(special) == 7
@@ -98,7 +114,7 @@ def test_float16_activations_of_heads_come_flat(example, tmp_path):
 def test_blocks_hold_as_many_rows_as_asked(example, sae, tmp_path, monkeypatch):
     sizes = []
     plain = Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda self, rows: sizes.append(len(rows)) or plain(self, rows))
+    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: sizes.append(len(given[0])) or plain(self, *given))
     taken(example, sae, out=tmp_path / "one", batch_rows=20)
     assert sizes == [20, 20, 11]
     sizes.clear()
@@ -557,8 +573,8 @@ def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch
 @pytest.mark.parametrize(
     ("allocation", "place", "after"),
     [
-        (None, ("extract", "_commit"), 0),
-        (FeatureChoice(3), ("extract", "_commit"), 2),
+        (None, ("extract", "commit"), 0),
+        (FeatureChoice(3), ("extract", "commit"), 2),
         (MutualChoice(3), ("extract", "entry_rows"), 1),
         (None, ("extract", "invert"), 0),
         (None, ("extract.files", "replace_durably"), 1),
@@ -590,14 +606,14 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, allocation, 
     assert not (store.path / "features" / "mine").exists()
     encoded = []
     again = Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda self, rows: encoded.append(len(rows)) or again(self, rows))
+    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: encoded.append(len(given[0])) or again(self, *given))
     found = taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
     assert contents(found.path) == {**expected, "features.json": (found.path / "features.json").read_bytes()}
     assert found.record == open_features(store.path / "features" / "whole").record
     assert sorted(path.name for path in (store.path / "features").iterdir()) == ["mine", "whole"]
     if place[1] in ("entry_rows", "invert"):
         assert encoded == []
-    if place == ("extract", "_commit"):
+    if place == ("extract", "commit"):
         assert sum(encoded) == ROWS - 12 * after
 
 
@@ -633,6 +649,20 @@ def test_what_a_crash_left_is_cleared(store, sae, features):
     found = taken(store, sae, name="mine")
     assert not left.exists()
     assert found.record.files == features.record.files  # deterministic, to the byte
+
+
+def test_features_finished_while_waiting_for_the_lock_are_opened(store, sae, monkeypatch):
+    """Another process ends between the look at the place and the lock."""
+    plain = extract.files.locked
+
+    def late(partial):
+        monkeypatch.setattr(extract.files, "locked", plain)
+        taken(store, sae, name="mine")
+        return plain(partial)
+
+    monkeypatch.setattr(extract.files, "locked", late)
+    assert taken(store, sae, name="mine").shape == (51, 20)
+    assert [path.name for path in (store.path / "features").iterdir()] == ["mine"]
 
 
 def test_a_full_disk_is_said_in_one_line(store, sae, monkeypatch):

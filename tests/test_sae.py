@@ -191,15 +191,6 @@ def test_a_normalisation_that_the_files_lack_is_warned_of(way, tmp_path):
         load_sae(folder, device="cpu")
 
 
-def test_a_sae_of_whole_sequences_is_refused(tmp_path):
-    from workbench.sae.load import _ready
-
-    sae = load_sae(save_sae(tmp_path / "one"), device="cpu")
-    sae.module.cfg.architecture = lambda: "temporal"
-    text = refused(RequestError, lambda: _ready(sae.module, "one"))
-    assert text == "SAE 'one' is temporal: it encodes whole sequences, and here each row counts for itself"
-
-
 def test_a_release_is_fetched_only_when_it_exists(tmp_path, monkeypatch):
     from sae_lens import SAE
 

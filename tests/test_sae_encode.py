@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from sae_example import ARCHITECTURES, edit_config, save_sae, set_weights
+from sae_example import ARCHITECTURES, edit_config, encode64, save_sae, set_weights
 from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 
@@ -95,6 +95,61 @@ def test_settings_are_honoured(architecture, options, precision, tmp_path):
         assert not np.allclose(found, plain.encode(X).numpy())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_iterations": 3},
+        {"residual_threshold": 2.5},
+        {"stop_on_duplicate_support": False, "max_iterations": 30},
+    ],
+    ids=str,
+)
+def test_matching_pursuit_is_its_definition_in_float64(options, tmp_path):
+    """Row by row; SAELens goes on with a whole batch until its last row is done."""
+    options = {"apply_b_dec_to_input": False, **options}
+    folder = save_sae(tmp_path / "sae", "matching_pursuit", d_in=D_IN, d_sae=60, **options)
+    directions = load_file(folder / "sae_weights.safetensors")["W_dec"]
+    set_weights(folder, W_dec=directions / np.linalg.norm(directions, axis=1, keepdims=True))
+    x = torch.cat([X[:40], torch.zeros(2, D_IN), -X[:1], 1e-3 * X[:1]])
+    found = encoder(load_sae(folder, device="cpu"))(x)
+    expected = encode64(folder, x.numpy())
+    assert_same(matrix(found, 60), torch.from_numpy(expected), 1e-5)
+    assert len({int(count) for count in found.indptr.diff()}) > 1
+
+
+SEQUENCES = [[150], [1, 30, 70, 49], [50, 50, 50]]
+
+
+@pytest.mark.parametrize("options", [{}, {"sae_diff_type": "relu"}, {"tied_weights": False}], ids=str)
+@pytest.mark.parametrize("lengths", SEQUENCES, ids=str)
+def test_temporal_autoencoders_read_sequences(lengths, options, tmp_path):
+    """A sequence at a time from its beginning, as SAELens' own `encode` takes it, and no row sees another sequence."""
+    sae = saved(tmp_path / "sae", "temporal", kval_topk=9, **options)
+    made = encoder(sae)
+    with torch.no_grad():
+        dense = torch.cat([sae.module.encode(part[None])[0] for part in X.split(lengths)])
+    assert_same(matrix(made(X, lengths)), dense)
+    if len(lengths) == 1:
+        assert_same(matrix(made(X)), dense)
+        assert_same(matrix(made(X)), sae.encode(X))
+    else:
+        assert not np.allclose(matrix(made(X, lengths)), matrix(made(X)))
+    if not options:
+        assert (dense != 0).sum(1).max() == 9
+    text = refused(RequestError, lambda: made(X, [100]))
+    assert text == "lengths make 100 rows, and there are 150"
+    x = X.clone()
+    x[131, 5] = torch.nan
+    with pytest.raises(NotFinite, match=r"^row 131 is not finite$"):
+        made(x, lengths)
+    x[131] = 3e38
+    with torch.no_grad():  # attention carries it to the whole sequence
+        first = next(i for i, part in enumerate(x.split(lengths)) if not sae.module.encode(part[None]).isfinite().all())
+    with pytest.raises(NotFinite, match=rf"^row {sum(lengths[:first])} gives features that are not finite$"):
+        made(x, lengths)
+
+
 def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
     blocks = []
@@ -111,7 +166,7 @@ def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
     assert_same(matrix(encoder(sae, precision="bfloat16")(X)), sae.encode(X))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "matching_pursuit"])
+@pytest.mark.parametrize("architecture", ["topk", "matching_pursuit", "temporal"])
 def test_no_rows_have_no_features(architecture, tmp_path):
     found = encoder(saved(tmp_path / "sae", architecture))(X[:0])
     assert (found.indptr.tolist(), len(found.feature), len(found.value)) == ([0], 0, 0)
@@ -239,7 +294,7 @@ def test_ties_at_the_last_place_take_any_of_them(precision, tmp_path):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ["topk", "abstopk", "jumprelu", "standard", "gated"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES[:-1], *TRANSCODERS])
 def test_rows_below_every_threshold_are_empty(architecture, precision, tmp_path):
     sae = saved(tmp_path / "sae", architecture, apply_b_dec_to_input=False)
     biases = [name for name, _ in sae.module.named_parameters() if name.startswith("b_") and name != "b_dec"]
@@ -282,7 +337,7 @@ def test_a_pre_activation_at_its_threshold_is_off(precision, tmp_path):
     assert np.array_equal(matrix(encoder(sae, precision=precision)(torch.from_numpy(x)), 300), pre * (pre > 17))
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "matching_pursuit"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *TRANSCODERS])
 def test_a_row_that_is_not_finite_is_named(architecture, tmp_path):
     made = encoder(saved(tmp_path / "sae", architecture))
     for value in (np.nan, np.inf, -np.inf):
@@ -294,7 +349,7 @@ def test_a_row_that_is_not_finite_is_named(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ["standard", "topk", "abstopk", "gated", "jumprelu"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES[:-1], *TRANSCODERS])
 def test_features_that_are_not_finite_are_named_by_row(architecture, precision, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)  # several blocks: the row is that of all rows
     sae = saved(tmp_path / "sae", architecture)

@@ -4,8 +4,8 @@ Most autoencoders are one product and a choice: pre-activations x W + b, of whic
 or its k largest. The reference is that product in float32, a block of bounded size at a time, and the choice on each
 block. Where the device multiplies bfloat16 much faster, a product in bfloat16 gives an upper bound of each instead;
 only those whose bound reaches far enough are computed in float32, and a row that its bounds do not settle is encoded
-the first way. What is no product and choice (matching pursuit, an autoencoder with hooks) goes through its own
-`encode`.
+the first way. What is no product and choice (matching pursuit, temporal, an autoencoder with hooks) goes through its
+own `encode`.
 
 The bound: x·w - x̃·w̃ = x·(w - w̃) + (x - x̃)·w̃ for the rounded x̃ and w̃, so by Cauchy and Schwarz
 |x·w - x̃·w̃| <= |x| |w - w̃| + |x - x̃| |w̃|. The norms are computed once a row and once a feature. The product is that of
@@ -14,7 +14,7 @@ vectors longer by what must be added, (x̃, |x|, |x - x̃|, 1) and (w̃, |w - w�
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -153,27 +153,30 @@ class Encoder:
     screen: Screen | None
     """None: everything is computed in float32."""
 
-    def __call__(self, rows: Float[Tensor, "row ..."]) -> SparseRows:
+    def __call__(self, rows: Float[Tensor, "row ..."], lengths: Sequence[int] | None = None) -> SparseRows:
         """Features of `rows`, which may lie anywhere. Heads are flattened.
 
+        `lengths`: what a temporal autoencoder must know, lengths of the sequences that the rows are, one after another
+        and each from its beginning. None: they are one.
+
         Costs one product with the encoder, and the memory of the rows in float32, of their features, and of one dense
-        block: 40 MiB (512 MiB on an accelerator) or 64 rows, whichever is more. Raises NotFinite.
+        block: 40 MiB (512 MiB on an accelerator) or 64 rows, whichever is more; of a temporal one a sequence. Raises
+        NotFinite.
         """
         rows = rows.to(self.sae.device, torch.float32).flatten(1)
         if (bad := _first(~rows.isfinite().all(1))) is not None:
             raise NotFinite(bad, features=False)
-        found, blocks = [], max(1, -(-len(rows) // self.block_rows))
-        step = max(1, -(-len(rows) // blocks))  # of one size: a small last one would be slow
+        found, start, sizes = [], 0, self._sizes(len(rows), lengths)
         with torch.no_grad(), _full_precision():
             x = rows if self.linear is None else self.sae.prepared(rows)
-            out = x.new_empty(min(step, len(x)), self.sae.d_sae) if self.linear and not self.screen else None
-            for start in range(0, len(x), step):
-                block = x[start : start + step]
+            out = x.new_empty(max(sizes, default=0), self.sae.d_sae) if self.linear and not self.screen else None
+            for block in x.split(sizes):
                 try:
                     found.append(self._dense_own(block) if self.linear is None else self._chosen(block, out))
                 except NotFinite as error:
                     raise NotFinite(start + error.row, error.features) from None
                 found[-1].row.add_(start)
+                start += len(block)
         return _joined(found, len(rows), rows.device)
 
     @property
@@ -181,6 +184,16 @@ class Encoder:
         """Rows in a dense block."""
         room = _BLOCK_BYTES if self.sae.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
         return max(_LEAST_ROWS, room // (4 * self.sae.d_sae))
+
+    def _sizes(self, rows: int, lengths: Sequence[int] | None) -> list[int]:
+        """Of blocks: sequences where they are needed whole, else about the same, because a small last one is slow."""
+        if not self.sae.sequential:
+            blocks = -(-rows // self.block_rows)
+            return [(index + 1) * rows // blocks - index * rows // blocks for index in range(blocks)]
+        sizes = [rows] if lengths is None else list(lengths)
+        if sum(sizes) != rows or min(sizes, default=0) < 0:
+            raise RequestError(f"lengths make {sum(sizes)} rows, and there are {rows}")
+        return [size for size in sizes if size]
 
     def _dense_own(self, rows: Float32[Tensor, "row d_in"]) -> _Found:
         activations = self.sae.encode(rows)
@@ -219,7 +232,7 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: Precision |
     the device has fast instructions for it.
 
     Costs the norms of the weights, for bfloat16 a copy of them in that and, unless they lie so already, in float32.
-    Raises RequestError: a choice where there are no pre-activations (matching pursuit, hooks), k beyond d_sae.
+    Raises RequestError: a choice where there are no pre-activations (matching pursuit, temporal, hooks), k > d_sae.
     """
     with torch.no_grad():
         found = _linear(sae, own=choice is None)
@@ -386,7 +399,7 @@ def _linear(sae: Sae, own: bool) -> tuple[Linear, Above | TopK] | None:
 
 def _places(mask: Bool[Tensor, "row feature"]) -> tuple[Int64[Tensor, " entry"], Int64[Tensor, " entry"]]:
     """Row and feature of what is true, row by row."""
-    if mask.is_cuda:
+    if mask.device.type != "cpu":
         row, feature = mask.nonzero().unbind(1)
         return row, feature
     flat = np.flatnonzero(mask.numpy())  # several times as fast as torch's

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from workbench.errors import DataError, RequestError
+from workbench.errors import RequestError
 from workbench.progress import progress
 from workbench.sae.allocate import Allocation, Bound, Entries, allocation_record, find_cut
-from workbench.sae.arrays import ArrayFile, map_arrays
+from workbench.sae.arrays import ArrayFile, array_bytes, map_arrays
 from workbench.sae.encode import Above, Encoder, NotFinite, Precision, SparseRows, TopK, encoder
 from workbench.sae.features import (
     BY_FEATURE,
@@ -42,7 +41,8 @@ from workbench.sae.features import (
 )
 from workbench.sae.index import ENTRIES, entry_rows, invert
 from workbench.sae.load import Sae
-from workbench.sites import full_name
+from workbench.sae.segments import Segment, clear, commit, committed, joined, read
+from workbench.sae.site import matching_site, not_finite
 from workbench.store import files
 from workbench.store.manifest import FileRecord
 from workbench.store.parse import from_json, parse, to_json
@@ -51,7 +51,6 @@ from workbench.store.reader import ActivationArray, Store
 FOLDER = "features"
 STATE, SEGMENTS = "extraction.json", "segments"
 
-_LATENT_BYTES = 64 << 20  # of one block's dense activations in float32
 _SEGMENT_ROWS = 1 << 16
 _BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
 
@@ -82,7 +81,8 @@ def extract_features(
         site: The site to read. None: the one that the SAE was trained on.
         name: Folder under the store's `features/`. None: the site and the SAE's name.
         out: Another folder instead.
-        batch_rows: Rows encoded at a time. None: four dense blocks of the encoder, each of 40 MiB or 64 rows.
+        batch_rows: Rows encoded at a time. None: four dense blocks of the encoder, each of 40 MiB or 64 rows. Of a
+            temporal SAE as many sequences as fit in them, and at least one.
         dtype: Stored type of activations: float32, or float16 in half the bytes, where values beyond its range are
             stored as its largest and counted.
         allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
@@ -105,7 +105,8 @@ def extract_features(
     if batch_rows is not None and batch_rows < 1:
         raise RequestError(f"batch_rows must be at least 1, not {batch_rows}")
     array = matching_site(store, sae, site, force=force)
-    made = _Extraction(array, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
+    ends = _sequence_ends(store) if sae.sequential else None
+    made = _Extraction(array, ends, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
     made.quotas()
     asked = _State(
         sae=_sae_record(sae, allocation),
@@ -124,18 +125,21 @@ def extract_features(
         f"features {target}", "what is committed stays; free space and run the same command to resume"
     )
     with files.locked(partial), full:
+        if _holds_same(target, asked):  # another process finished them before the lock was free
+            files.remove(partial)
+            return open_features(target, store)
         try:
             if not _finished(partial, asked):
                 state = _begin(partial, target, asked)
                 if state.overflow is None:
-                    made.write_segments(partial)
+                    made.write_segments(partial / SEGMENTS)
                     state = made.merge(partial, state)
                 made.write_index(partial, target, state)
             files.remove(partial / SEGMENTS)
             files.remove(partial / STATE)
             files.rename_durably(partial, target)
         except BaseException:
-            if not (partial / BY_ROW).exists() and not any(_segments(partial)):
+            if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
                 files.remove(partial)  # nothing that would be worth resuming
             raise
     features = open_features(target, store)
@@ -145,64 +149,6 @@ def extract_features(
             stacklevel=2,
         )
     return features
-
-
-def matching_site(
-    store: Store, sae: Sae, site: str | tuple[str, int] | None = None, *, force: bool = False
-) -> ActivationArray:
-    """The array of `store` that `sae` encodes, by default that of the SAE's own site.
-
-    The residual stream before a block is the one after the block before: an SAE of either reads both. Raises
-    RequestError naming both sides where width, site or model differ; `force` allows all but the width.
-    """
-    own = full_name(sae.site) if sae.site else None
-    if site is None:
-        if own is None:
-            raise RequestError(f"site: SAE {sae.name!r} does not say where it was trained; give site=")
-        recorded = {record.name for record in store.sites}
-        site = next((name for name in _names(own) if name in recorded), own)
-    array = store[site]
-    width = prod(array.site.shape)
-    if width != sae.d_in:
-        raise RequestError(
-            f"SAE {sae.name!r} takes rows of {sae.d_in} numbers and {array.site.label} of {store.path} has {width}"
-        )
-    if force:
-        return array
-    if own and array.name not in _names(own):
-        raise RequestError(
-            f"SAE {sae.name!r} was trained on {own} and site is {array.name}; leave site out, or force=True"
-        )
-    model = store.manifest.model.name
-    if sae.model_name and not _same_model(sae.model_name, model):
-        raise RequestError(
-            f"SAE {sae.name!r} was trained on the model {sae.model_name} and {store.path} is of {model}; "
-            "if they are the same, force=True"
-        )
-    return array
-
-
-def block_rows(sae: Sae) -> int:
-    """Rows whose dense activations make 64 MiB."""
-    return max(1, _LATENT_BYTES // (4 * sae.d_sae))
-
-
-def encode_checked(
-    array: ActivationArray, sae: Sae, ids: np.ndarray, values: Float[Tensor, "row ..."]
-) -> Float[Tensor, "row feature"]:
-    """`sae.encode` of rows `ids`; DataError, with the row, where they or their features are not finite."""
-    if (bad := ~values.isfinite().flatten(1).all(1)).any():
-        raise _not_finite(array, sae, ids[int(bad.nonzero()[0])], features=False)
-    activations = sae.encode(values)
-    if (bad := ~activations.isfinite().all(1).cpu()).any():
-        raise _not_finite(array, sae, ids[int(bad.nonzero()[0])], features=True)
-    return activations
-
-
-def _not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> DataError:
-    if features:
-        return DataError(f"SAE {sae.name!r} gives row {row} of {array.site.label} features that are not finite")
-    return DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
 
 
 @dataclass(frozen=True)
@@ -224,6 +170,8 @@ class _Extraction:
     """The making of features from one array, step by step, each of which leaves its files finished in the folder."""
 
     array: ActivationArray
+    ends: Int64[np.ndarray, " sequence"] | None
+    """Rows behind the last of each sequence, for an autoencoder that takes sequences."""
     encoder: Encoder
     allocation: Allocation | None
     batch_rows: int | None
@@ -231,11 +179,10 @@ class _Extraction:
 
     def write_segments(self, folder: Path) -> None:
         """Encode all rows from the first that is not committed on. A segment is written while the next is encoded."""
-        committed = list(_segments(folder))
-        done = committed[-1][1] if committed else 0
-        bound, unsettled = None, 0
-        for path, rows in zip(_paths(folder), committed, strict=True):
-            bound = self._raised(bound, _segment(path, rows, self.kind))
+        done, bound, unsettled = 0, None, 0
+        for rows in committed(folder):
+            bound = self._raised(bound, read(folder, rows, self.kind))
+            done = rows[1]
         with (
             ThreadPoolExecutor(1) as writer,
             progress("extracting features", len(self.array), "rows", shown=self.show_progress, done=done) as advance,
@@ -244,20 +191,20 @@ class _Extraction:
             while done < len(self.array):
                 stop, parts, entries = done, [], 0
                 making = self.encoder if bound is None else _above(self.encoder, bound)
-                for block in self._blocks(done, min(done + _SEGMENT_ROWS, len(self.array))):
-                    part = self._encode(making, stop, block)
-                    parts.append(part)
+                for block in self._blocks(done, self._end(done, _SEGMENT_ROWS)):
+                    found = self._encode(making, stop, block)
+                    parts.append(self._on_the_host(found))
                     stop += len(block)
-                    entries += len(part["feature"])
-                    unsettled += int(part["unsettled"][0])
+                    entries += len(found.feature)
+                    unsettled += found.unsettled
                     advance(len(block))
                     if entries >= ENTRIES:
                         break
-                segment = _together(parts)
+                segment = joined(parts)
                 bound = self._raised(bound, segment)
                 if writing:
                     writing.result()
-                writing = writer.submit(_commit, folder / SEGMENTS, (done, stop), segment)
+                writing = writer.submit(commit, folder, (done, stop), segment)
                 done = stop
             if writing:
                 writing.result()
@@ -269,27 +216,27 @@ class _Extraction:
 
     def merge(self, folder: Path, state: _State) -> _State:
         """All segments as one file in the order by row, cut as the allocation says; then they are removed."""
-        paths, rows = list(_paths(folder)), list(_segments(folder))
-        maps = [_segment(path, own, self.kind) for path, own in zip(paths, rows, strict=True)]
+        rows = list(committed(folder / SEGMENTS))
+        parts = [read(folder / SEGMENTS, own, self.kind) for own in rows]
 
         def entries() -> Iterator[Entries]:
-            return ((part["feature"], part["value"]) for part in maps)
+            return ((part.feature, part.value) for part in parts)
 
         cut = find_cut(entries, quotas) if (quotas := self.quotas()) is not None else None
-        kept = cut.kept(entries()) if cut else (np.ones(len(part["feature"]), bool) for part in maps)
-        size = cut.entries if cut else sum(len(part["feature"]) for part in maps)
+        kept = cut.kept(entries()) if cut else (np.ones(len(part.feature), bool) for part in parts)
+        size = cut.entries if cut else sum(len(part.feature) for part in parts)
         layout = by_row_layout(len(self.array), self.encoder.sae.d_sae, size, state.dtype)
         limit, overflow = float(torch.finfo(getattr(torch, state.dtype)).max), 0
         lengths = np.zeros(len(self.array), np.int64)
         unfinished = folder / (BY_ROW + files.PARTIAL)
         files.remove(unfinished)
         with ArrayFile(unfinished, layout) as file:
-            for (first, last), part, own in zip(rows, maps, kept, strict=True):
-                value = part["value"][own]
+            for (first, last), part, own in zip(rows, parts, kept, strict=True):
+                value = part.value[own]
                 overflow += int((np.abs(value) > limit).sum())
-                file.append("feature", part["feature"][own])
+                file.append("feature", part.feature[own])
                 file.append("value", value.clip(-limit, limit).astype(state.dtype))
-                row = entry_rows(part["indptr"], 0, len(own))[own]
+                row = entry_rows(part.indptr, 0, len(own))[own]
                 lengths[first:last] = np.bincount(row, minlength=last - first)
             file.append("indptr", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         files.rename_durably(unfinished, folder / BY_ROW)
@@ -342,11 +289,11 @@ class _Extraction:
             return None
         return self.allocation.quotas(len(self.array), self.encoder.sae.d_sae)
 
-    def _raised(self, bound: Bound | None, segment: dict[str, np.ndarray]) -> Bound | None:
+    def _raised(self, bound: Bound | None, segment: Segment) -> Bound | None:
         """The bound after a segment. It depends on committed segments alone, and so goes on unchanged after a kill."""
         if (quotas := self.quotas()) is None:
             return None
-        entries = segment["feature"], segment["value"]
+        entries = segment.feature, segment.value
         bound = bound or Bound(quotas, self.encoder.sae.d_sae, entries)
         bound.add(entries)
         return bound
@@ -358,7 +305,7 @@ class _Extraction:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
         def read(first: int) -> Tensor:
-            rows = self.array[first : min(first + step, stop)]
+            rows = self.array[first : min(self._end(first, step), stop)]
             if stream is None:
                 return rows
             with torch.cuda.stream(stream):
@@ -368,25 +315,44 @@ class _Extraction:
 
         with ThreadPoolExecutor(1) as reader:
             coming = reader.submit(read, start)
-            for first in range(start, stop, step):
+            while start < stop:
                 rows = coming.result()
-                if first + step < stop:
-                    coming = reader.submit(read, first + step)
+                start += len(rows)
+                if start < stop:
+                    coming = reader.submit(read, start)
                 if stream is not None:
                     rows.record_stream(torch.cuda.current_stream(device))
                 yield rows
 
-    def _encode(self, making: Encoder, first: int, rows: Float[Tensor, "row ..."]) -> dict[str, np.ndarray]:
+    def _encode(self, making: Encoder, first: int, rows: Float[Tensor, "row ..."]) -> SparseRows:
         try:
-            found: SparseRows = making(rows)
+            return making(rows, self._lengths(first, first + len(rows)))
         except NotFinite as error:
-            raise _not_finite(self.array, self.encoder.sae, first + error.row, error.features) from None
-        return {
-            "indptr": found.indptr.cpu().numpy(),
-            "feature": found.feature.cpu().numpy().astype(self.kind),
-            "value": found.value.cpu().numpy(),
-            "unsettled": np.array([found.unsettled]),
-        }
+            raise not_finite(self.array, self.encoder.sae, first + error.row, error.features) from None
+
+    def _on_the_host(self, found: SparseRows) -> Segment:
+        indptr, feature, value = (part.cpu().numpy() for part in (found.indptr, found.feature, found.value))
+        return Segment(indptr, feature.astype(self.kind), value)
+
+    def _end(self, first: int, rows: int) -> int:
+        """Where about `rows` rows from `first` on end: where a sequence does, if they are needed whole."""
+        stop = min(first + rows, len(self.array))
+        if self.ends is None:
+            return stop
+        before, within = np.searchsorted(self.ends, [first, stop], side="right")
+        return int(self.ends[max(before, within - 1)])
+
+    def _lengths(self, first: int, stop: int) -> list[int] | None:
+        """Of the sequences that these rows are."""
+        if self.ends is None:
+            return None
+        inside = self.ends[(self.ends > first) & (self.ends <= stop)]
+        return np.diff(inside, prepend=first).tolist()
+
+
+def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:
+    sequence = store.tokens["sequence"].to_numpy()
+    return np.flatnonzero(np.append(sequence[1:] != sequence[:-1], True)[: len(sequence)]) + 1
 
 
 def _encoder(sae: Sae, allocation: Allocation | None, precision: Precision | None) -> Encoder:
@@ -416,7 +382,7 @@ def _begin(partial: Path, target: Path, asked: _State) -> _State:
     if (partial / STATE).is_file():
         source = partial / STATE
         found = parse(_State, from_json(source.read_bytes(), source), str(source))
-        if not (partial / BY_ROW).exists() and not any(_segments(partial)):
+        if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
             found = asked  # what came to nothing binds nobody
         if differing := _differing(found, asked):
             raise RequestError(
@@ -438,11 +404,7 @@ def _begin(partial: Path, target: Path, asked: _State) -> _State:
     for leftover in partial.iterdir():
         if leftover.name not in keep:
             files.remove(leftover)
-    (partial / SEGMENTS).mkdir(exist_ok=True)
-    committed = {_segment_name(rows) for rows in _segments(partial)}
-    for leftover in (partial / SEGMENTS).iterdir():
-        if leftover.name not in committed:
-            files.remove(leftover)
+    clear(partial / SEGMENTS)
     return state
 
 
@@ -453,69 +415,11 @@ def _finished(partial: Path, asked: _State) -> bool:
     return not _differing(read_record(partial), asked)
 
 
-def _segments(folder: Path) -> Iterator[tuple[int, int]]:
-    """Rows of the committed segments, first and behind the last, without a gap from row 0 on."""
-    done = 0
-    for path in sorted((folder / SEGMENTS).glob("*-*.safetensors")):
-        first, stop = map(int, path.stem.split("-"))
-        if first != done:
-            return
-        yield first, stop
-        done = stop
-
-
-def _paths(folder: Path) -> Iterator[Path]:
-    return (folder / SEGMENTS / _segment_name(rows) for rows in _segments(folder))
-
-
-def _segment_name(rows: tuple[int, int]) -> str:
-    return f"{rows[0]:012d}-{rows[1]:012d}.safetensors"
-
-
-def _segment_layout(rows: int, entries: int, kind: str) -> dict[str, tuple[str, int]]:
-    return {"indptr": ("int64", rows + 1), "feature": (kind, entries), "value": ("float32", entries)}
-
-
-def _segment(path: Path, rows: tuple[int, int], kind: str) -> dict[str, np.ndarray]:
-    """A committed segment's arrays, as views of its file."""
-    width = 4 + np.dtype(kind).itemsize
-    header = 8 + int.from_bytes(_head(path, 8), "little")
-    entries = (path.stat().st_size - header - 8 * (rows[1] - rows[0] + 1)) // width
-    return map_arrays(path, _segment_layout(rows[1] - rows[0], entries, kind))
-
-
 def _entries(path: Path, rows: int, features: int, dtype: str) -> int:
     """Entries of a finished order by row, which its size tells."""
-    header = 8 + int.from_bytes(_head(path, 8), "little")
     kinds = by_row_layout(rows, features, 1, dtype)
     width = sum(np.dtype(kinds[name][0]).itemsize for name in ("feature", "value"))
-    return (path.stat().st_size - header - 8 * (rows + 1)) // width
-
-
-def _head(path: Path, length: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(length)
-
-
-def _together(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    lengths = np.concatenate([np.diff(part["indptr"]) for part in parts])
-    return {
-        "indptr": np.concatenate([[0], np.cumsum(lengths)]),
-        "feature": np.concatenate([part["feature"] for part in parts]),
-        "value": np.concatenate([part["value"] for part in parts]),
-    }
-
-
-def _commit(folder: Path, rows: tuple[int, int], segment: dict[str, np.ndarray]) -> None:
-    """Write a segment, and only then give it its name."""
-    path = folder / _segment_name(rows)
-    unfinished = path.with_name(path.name + files.PARTIAL)
-    files.remove(unfinished)
-    layout = _segment_layout(rows[1] - rows[0], len(segment["feature"]), segment["feature"].dtype.name)
-    with ArrayFile(unfinished, layout) as file:
-        for name in layout:
-            file.append(name, segment[name])
-    files.rename_durably(unfinished, path)
+    return (array_bytes(path) - 8 * (rows + 1)) // width
 
 
 def _target(store: Store, name: str | None, out: str | os.PathLike[str] | None, default: str) -> Path:
@@ -560,25 +464,3 @@ def _differing(found: FeaturesRecord | _State, asked: _State) -> str:
 
 def _sae_text(sae: SaeRecord) -> str:
     return f"{sae.name} ({sae.fingerprint[:12]})"
-
-
-def _names(site: str) -> tuple[str, ...]:
-    """A residual site's two names, before a block and after the one before it; any other's own."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
-    if not found:
-        return (site,)
-    layer = int(found[1])
-    other = f"blocks.{layer - 1}.hook_resid_post" if found[2] == "pre" else f"blocks.{layer + 1}.hook_resid_pre"
-    return (site, other)
-
-
-def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: owners differ between hubs, and TransformerLens has names of its own."""
-    from transformer_lens.supported_models import MODEL_ALIASES
-
-    def plain(name: str) -> str:
-        name = name.casefold()
-        official = next((own for own, known in MODEL_ALIASES.items() if name in map(str.casefold, known)), name)
-        return official.casefold().rsplit("/", 1)[-1]
-
-    return plain(one) == plain(other)

@@ -80,6 +80,11 @@ class Sae:
         return "transcoder" not in self.architecture and not self._metadata.get("transcode")
 
     @property
+    def sequential(self) -> bool:
+        """Whether it encodes a row with those before it in the sequence (temporal), and not each for itself."""
+        return self.architecture == "temporal"
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return self.W_dec.device
@@ -92,10 +97,13 @@ class Sae:
     def encode(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row feature"]:
         """Activations of every feature, dense, in float32: SAELens' own `encode`. Heads are flattened.
 
+        A temporal one takes `rows` as one sequence from its beginning, and gives its novel codes.
+
         Costs 2 d_in d_sae operations and 4 d_sae bytes a row; jumprelu holds four times that for a moment.
         """
         with torch.no_grad():
-            return self.module.encode(self._shaped(rows)).flatten(1)
+            shaped = self._shaped(rows)
+            return self.module.encode(shaped[None])[0] if self.sequential else self.module.encode(shaped).flatten(1)
 
     def prepared(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
         """Rows as the encoder's weights take them: normalised, less the decoder's bias, as far as its settings say."""
@@ -238,8 +246,6 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
 
 def _ready(module: Any, name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
-    if sae.architecture == "temporal":
-        raise RequestError(f"SAE {name!r} is temporal: it encodes whole sequences, and here each row counts for itself")
     if module.cfg.normalize_activations in _UNFOLDED:
         warnings.warn(
             f"SAE {name!r} was trained on inputs under {module.cfg.normalize_activations}, which its files do not hold "
