@@ -89,7 +89,9 @@ def test_a_temporal_autoencoder_reads_whole_sequences(batch_rows, example, tmp_p
     found = taken(example, sae, out=tmp_path / "f", batch_rows=batch_rows)[:].toarray()
     x = torch.from_numpy(values(SITE, 0, ROWS))
     with torch.no_grad():
-        dense = torch.cat([sae.module.encode(part[None])[0] for part in x.split(sum(SEGMENTS, []))]).numpy()
+        dense = torch.cat(
+            [sae.module.encode(part[None])[0] for part in x.split([n for part in SEGMENTS for n in part])]
+        ).numpy()
     assert np.array_equal(found != 0, dense != 0)
     np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-5)
     text = refused(RequestError, lambda: sae_metrics(example, sae))

@@ -15,10 +15,10 @@ from scipy.sparse import csr_array
 
 from workbench.errors import RequestError
 from workbench.sae import encode
-from workbench.sae.encode import Above, AbsTopK, NotFinite, TopK, encoder, fast_bfloat16, top
+from workbench.sae.encode import Above, AbsTopK, Bfloat16, Int8, NotFinite, TopK, encoder, fastest, top
 from workbench.sae.load import load_sae
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 D_IN, D_SAE = 24, 500
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(150, D_IN)).astype(np.float32) + 0.3)
@@ -62,13 +62,11 @@ def test_every_architecture_is_saelens_own(architecture, precision, tmp_path):
     made = encoder(sae, precision=precision)
     found = made(X)
     assert (made.linear is None) == (architecture == "matching_pursuit")
-    assert (made.screen is not None) == (
-        precision == "bfloat16" and architecture not in ("abstopk", "matching_pursuit")
-    )
+    assert (made.screen is not None) == (precision != "float32" and architecture not in ("abstopk", "matching_pursuit"))
     dense = sae.encode(X)
     assert 0 < (dense != 0).sum() < dense.numel() / 2
     assert_same(matrix(found), dense)
-    if made.screen:
+    if precision == "bfloat16" and made.screen:
         assert found.unsettled < len(X) / 2
 
 
@@ -188,29 +186,79 @@ def test_a_hook_of_the_users_is_called(tmp_path):
     assert text == "SAE 'sae' (jumprelu) has no pre-activations to choose among"
 
 
-def test_lower_precision_asked_of_torch_changes_nothing(tmp_path):
+@pytest.mark.parametrize("way", ["medium", "newer"])
+def test_lower_precision_asked_of_torch_changes_nothing(way, tmp_path):
     sae = saved(tmp_path / "sae", "topk")
     expected = matrix(encoder(sae)(X))
-    matmul = torch.backends.cuda.matmul
-    torch.set_float32_matmul_precision("medium")
+    matmul, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision, mkldnn.fp32_precision
+    if way == "medium":
+        torch.set_float32_matmul_precision(way)
+    else:
+        matmul.fp32_precision, mkldnn.fp32_precision = "tf32", "bf16"
+    matmul.allow_bf16_reduced_precision_reduction = True, False
     try:
         assert np.array_equal(matrix(encoder(sae)(X)), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert (matmul.fp32_precision, mkldnn.fp32_precision) == ("tf32", "bf16")
         assert matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_bf16_reduced_precision_reduction_split_k
     finally:
         torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision, mkldnn.fp32_precision = before
+        matmul.allow_bf16_reduced_precision_reduction = True
 
 
 def test_precision_is_the_devices(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
-    for capabilities, screened in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for capabilities, kind, precision in (
+        ({}, None, "float32"),
+        ({"avx2": True}, Int8, "int8"),
+        ({"avx2": True, "avx512_bf16": True}, Bfloat16, "bfloat16"),
+        ({"amx_bf16": True}, Bfloat16, "bfloat16"),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert fast_bfloat16(torch.device("cpu")) is screened
-        assert (encoder(sae).screen is not None) is screened
+        assert fastest(cpu) == precision
+        made = encoder(sae)
+        assert type(made.screen and made.screen.bounds) is (kind or type(None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    assert not fast_bfloat16(torch.device("cuda"))
+    assert fastest(cuda) == "float32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    assert fast_bfloat16(torch.device("cuda"))
+    assert fastest(cuda) == "bfloat16"
+
+
+def test_a_precision_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    sae = saved(tmp_path / "sae", "topk")
+    text = refused(RequestError, lambda: encoder(sae, precision="int4"))
+    assert text == "precision must be float32, bfloat16 or int8, not 'int4'"
+    monkeypatch.setattr(encode, "_has_fbgemm", lambda: False)
+    text = refused(RequestError, lambda: encoder(sae, precision="int8"))
+    assert text == "precision int8 needs a CPU and FBGEMM, not cpu; leave it out"
+
+
+@pytest.mark.parametrize("value", [90, -90])
+def test_products_of_whole_numbers_do_not_saturate(value):
+    """The largest there are: pairs of products are summed in 16 bits on the way."""
+    whole = torch.full((40, 3000), value, dtype=torch.int8)
+    packed = encode._packed(whole, torch.full((40,), 0.5))
+    x = torch.full((3, 3000), 90.0)
+    x[1], x[2, ::2] = -90, 7
+    found = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 90, packed)
+    assert torch.equal(found.double(), x.double() @ whole.double().T / 2)
+
+
+def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monkeypatch):
+    """Every feature the same: no bound tells them apart, and after one block none is tried."""
+    sae = planted(tmp_path / "sae", "topk", np.ones((8, 200)), k=7)
+    monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
+    calls = []
+    plain = Int8.__call__
+    monkeypatch.setattr(Int8, "__call__", lambda self, x: calls.append(len(x)) or plain(self, x))
+    x = torch.ones(192, 8)
+    found = encoder(sae, precision="int8")(x)
+    assert calls == [64]
+    assert found.unsettled == 192
+    assert_top(matrix(found, 200), np.full((192, 200), 8.0), 7)
 
 
 # ---- other choices ----------------------------------------------------------------------------------------
@@ -290,7 +338,7 @@ def test_ties_at_the_last_place_take_any_of_them(precision, tmp_path):
     x = np.random.default_rng(2).integers(-3, 4, (50, 8)).astype(np.float32)
     found = encoder(sae, precision=precision)(torch.from_numpy(x))
     assert_top(matrix(found, 200), x.astype(np.float64) @ weight.astype(np.float32), 7)
-    assert (found.unsettled > 0) == (precision == "bfloat16")
+    assert (found.unsettled > 0) == (precision != "float32")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -322,7 +370,7 @@ def test_a_near_tie_at_the_last_place_is_told_apart(gap, precision, tmp_path):
     pre = x.astype(np.float64) @ weight
     expected = ((-pre).argsort(1).argsort(1) < 9) & (pre > 0)
     assert np.array_equal(matrix(found, 200) != 0, expected)
-    assert (found.unsettled > 0) == (precision == "bfloat16")
+    assert (found.unsettled > 0) == (precision != "float32")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -383,9 +431,10 @@ def test_weights_that_are_not_finite_are_left_to_the_autoencoder(tmp_path):
     spread=st.floats(0, 4),
     shift=st.sampled_from([0, 1, 1000]),
     scaled=st.booleans(),
+    kind=st.sampled_from([Bfloat16, Int8]),
 )
 @settings(max_examples=30, deadline=None)
-def test_a_bound_is_never_below(seed, d_in, spread, shift, scaled):
+def test_a_bound_is_never_below(seed, d_in, spread, shift, scaled, kind):
     """Against float64: coordinates of very different sizes, and sums that cancel."""
     random = np.random.default_rng(seed)
     x = random.normal(size=(20, d_in)) * np.exp(spread * random.normal(size=d_in)) + shift
@@ -395,13 +444,14 @@ def test_a_bound_is_never_below(seed, d_in, spread, shift, scaled):
     scale = np.exp(random.normal(size=50))
     x, weight, bias, threshold, scale = (part.astype(np.float32) for part in (x, weight, bias, threshold, scale))
     linear = encode.Linear(*map(torch.from_numpy, (weight, bias)), torch.from_numpy(scale) if scaled else None)
-    screen = encode._screen(linear, Above(torch.from_numpy(threshold)))
-    bounds = screen.bounds(torch.from_numpy(x)).double().numpy()
+    screen = encode._screen(linear, Above(torch.from_numpy(threshold)), kind)
+    bounds, unit = screen.bounds(torch.from_numpy(x))
+    bounds = (bounds.double() * (unit if kind is Bfloat16 else unit.double()[:, None])).numpy()
     double = partial(np.asarray, dtype=np.float64)
     exact = (double(x) @ double(weight) + bias) * (double(scale) if scaled else 1) - threshold
     assert (bounds + np.abs(bounds) / 256 >= exact).all()
     size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=0) + np.abs(bias)
-    assert (bounds - exact <= 0.02 * (size * (scale if scaled else 1) + threshold)).all()
+    assert (bounds - exact <= (0.02 if kind is Bfloat16 else 0.1) * (size * (scale if scaled else 1) + threshold)).all()
 
 
 @given(

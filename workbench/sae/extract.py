@@ -87,7 +87,7 @@ def extract_features(
             stored as its largest and counted.
         allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
             of each row, MutualChoice(k) or FeatureChoice(k) of all rows together. Of those what is above 0.
-        precision: float32, or bfloat16 for bounds first; the features are the same. None: the device's faster one.
+        precision: float32, or bfloat16 or int8 for bounds first; the features are the same. None: the device's fastest.
         force: Use an SAE of another site or model.
         show_progress: Say how far it is.
 
