@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
-from workbench.sae.encode import encoder, fastest
+from workbench.sae.encode import encoder, fast_bfloat16
 from workbench.sae.load import Sae, load_sae
 
 
@@ -32,7 +32,7 @@ class Encoding:
         for architecture in ("topk", "jumprelu"):
             sae, x = made(folder / architecture, architecture, self.d_in, self.d_sae, self.k, self.rows)
             weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, self.d_sae)
-            few = x[: self.rows if fastest(sae.device) == "bfloat16" else 4].bfloat16()
+            few = x[: self.rows if fast_bfloat16(sae.device) else 4].bfloat16()
             ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
             _check_same(ours(), theirs())
             speeds = interleaved(

@@ -2,14 +2,14 @@
 
 Most autoencoders are one product and a choice: pre-activations x W + b, of which a row keeps those above a threshold,
 or its k largest. The reference is that product in float32, a block of bounded size at a time, and the choice on each
-block. Where the device multiplies bfloat16 or small whole numbers much faster, such a product gives an upper bound of
-each instead; only those whose bound reaches far enough are computed in float32, and a row that its bounds do not settle
-is encoded the first way. What is no product and choice (matching pursuit, temporal, an autoencoder with hooks) goes
-through its own `encode`.
+block. Where the device multiplies bfloat16 much faster, a product in bfloat16 gives an upper bound of each instead;
+only those whose bound reaches far enough are computed in float32, and a row that its bounds do not settle is encoded
+the first way. What is no product and choice (matching pursuit, temporal, an autoencoder with hooks) goes through its
+own `encode`.
 
 The bound: x·w - x̃·w̃ = x·(w - w̃) + (x - x̃)·w̃ for the rounded x̃ and w̃, so by Cauchy and Schwarz
-|x·w - x̃·w̃| <= |x| |w - w̃| + |x - x̃| |w̃|. The norms are computed once a row and once a feature. What must be added is
-itself a product, of (|x|, |x - x̃|, 1) with (|w - w̃|, |w̃|, b).
+|x·w - x̃·w̃| <= |x| |w - w̃| + |x - x̃| |w̃|. The norms are computed once a row and once a feature. The product is that of
+vectors longer by what must be added, (x̃, |x|, |x - x̃|, 1) and (w̃, |w - w̃|, |w̃|, b), so its result is the bound.
 """
 
 from __future__ import annotations
@@ -18,30 +18,26 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Float, Float32, Float64, Int64
-from jaxtyping import Int8 as Int8Tensor
+from jaxtyping import BFloat16, Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from workbench.errors import DataError, RequestError
 from workbench.sae.load import Sae
 
-Precision = Literal["float32", "bfloat16", "int8"]
+PRECISIONS = ("float32", "bfloat16")
+"""Types of the first product: float32 is exact, bfloat16 gives bounds."""
 
 _BLOCK_BYTES = 40 << 20  # of dense pre-activations on a CPU: smaller blocks make the product slower
 _ACCELERATOR_BLOCK_BYTES = 512 << 20
 _LEAST_ROWS = 64  # with fewer at a time the product waits for the weights
 _GATHER_BYTES = 32 << 20
 _SAFE = 1e37  # below it no sum in float32 overflows
-_TINY = torch.finfo(torch.float32).tiny
-_WHOLE = 90  # largest of the whole numbers that rows and weights are rounded to
-_LEAST_SCALE = 1e-6  # of whole numbers: what is divided by it stays finite
-_SAFE_WHOLE = 1e20  # weights and biases below it stay finite in units of a scale
 _MORE = 1.01  # outweighs rounding a norm to bfloat16
 _HOPELESS = 0.5  # with a larger share of a block's rows not settled, the next ones are not tried
+_CROWDED = 8  # with more than one in so many above its threshold, screening a row saves nothing
 
 
 @dataclass(frozen=True)
@@ -114,102 +110,26 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Bfloat16:
-    """Bounds by one product in bfloat16, of longer vectors, so that nothing is left to add."""
-
-    crowded: ClassVar[int] = 8
-    """With more than one in so many above its threshold, screening a row saves nothing."""
+class Screen:
+    """Upper bounds of pre-activations, less their thresholds where the choice has some, by a product in bfloat16."""
 
     weight: BFloat16[Tensor, "d_in_and_bounds feature"]
     """Of each feature the rounded weights, norms of what rounding took and of what it left, bias less threshold."""
+    rows: Float32[Tensor, "feature d_in"]
+    """The weights as they are, those of a feature side by side."""
+    linear: Linear
 
-    @classmethod
-    def of(cls, linear: Linear, below: Float32[Tensor, " feature"]) -> Bfloat16:
-        """`below`: what is added to a product."""
-        d_in, features = linear.weight.shape
-        weight = linear.weight.new_zeros(-(-(d_in + 5) // 8) * 8, features, dtype=torch.bfloat16)
-        for part, own in _columns(linear):
-            weight[:d_in, part] = low = own.bfloat16()
-            weight[d_in, part] = (own - low).norm(dim=0) * _MORE
-            weight[d_in + 1, part] = low.double().norm(dim=0) * _MORE + _TINY
-        for index in range(3):  # a float32 is the sum of three bfloat16
-            weight[d_in + 2 + index] = below
-            below = below - weight[d_in + 2 + index]
-        return cls(weight)
-
-    def __call__(self, x: Float32[Tensor, "row d_in"]) -> tuple[BFloat16[Tensor, "row feature"], float]:
-        """Bounds, rounded to bfloat16, in units of 1."""
+    def bounds(self, x: Float32[Tensor, "row d_in"]) -> BFloat16[Tensor, "row feature"]:
+        """At least the pre-activation less the threshold, whatever the order of summation, then rounded to bfloat16."""
         low = x.bfloat16()
-        norm, lost = _norms(x, low.float())
+        norm = x.norm(dim=1)
+        lost = (x - low.float()).norm(dim=1) + norm * _accumulation(x.shape[1])
         longer = low.new_zeros(len(x), self.weight.shape[0])
         longer[:, : x.shape[1]] = low
         longer[:, x.shape[1]] = norm * _MORE
         longer[:, x.shape[1] + 1] = lost * _MORE
         longer[:, x.shape[1] + 2 : x.shape[1] + 5] = 1
-        return longer @ self.weight, 1.0
-
-    @staticmethod
-    def candidates(k: int) -> int:
-        """Largest bounds of which the k largest pre-activations nearly always are."""
-        return k + k // 2 + 8
-
-
-@dataclass(frozen=True)
-class Int8:
-    """Bounds by a product of small whole numbers, each row and each feature with a scale of its own.
-
-    Without VNNI the instructions for it add two products of an unsigned and a signed byte in 16 bits, and saturate.
-    Whole numbers up to 90 cannot make them: rows are shifted to 0 to 180, and 2 · 180 · 90 < 2^15.
-    """
-
-    crowded: ClassVar[int] = 32
-    """With more than one in so many above its threshold, screening a row saves nothing."""
-
-    packed: torch.ScriptObject
-    """Whole numbers and scales of all features, as FBGEMM lays them out."""
-    added: Float32[Tensor, "3 feature"]
-    """Of each feature the norms of what rounding took and of what it left, and bias less threshold."""
-
-    @classmethod
-    def of(cls, linear: Linear, below: Float32[Tensor, " feature"]) -> Int8:
-        """`below`: what is added to a product."""
-        d_in, features = linear.weight.shape
-        whole = torch.empty(features, d_in, dtype=torch.int8)
-        scale, added = torch.empty(features), torch.empty(3, features)
-        for part, own in _columns(linear):
-            scale[part] = (own.abs().amax(0) / _WHOLE).clamp(min=_LEAST_SCALE).float()
-            rounded = (own / scale[part].double()).round().clamp(-_WHOLE, _WHOLE)
-            whole[part] = rounded.T.to(torch.int8)
-            left = rounded * scale[part].double()
-            added[0, part] = (own - left).norm(dim=0).float() * _MORE
-            added[1, part] = left.norm(dim=0).float() * _MORE + _TINY
-        added[2] = below
-        return cls(_packed(whole, scale), added)
-
-    def __call__(self, x: Float32[Tensor, "row d_in"]) -> tuple[Float32[Tensor, "row feature"], Tensor]:
-        """Bounds, each row's in units of its scale, and the scales."""
-        scale = (x.abs().amax(1, keepdim=True) / _WHOLE).clamp(min=_LEAST_SCALE)
-        whole = (x / scale).round().clamp(-_WHOLE, _WHOLE)
-        norm, lost = _norms(x, whole * scale)
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(whole, 1.0, _WHOLE, self.packed)
-        terms = torch.stack([norm * _MORE, lost * _MORE, torch.ones_like(norm)], 1) / scale
-        return product.addmm_(terms, self.added), scale[:, 0]
-
-    @staticmethod
-    def candidates(k: int) -> int:
-        """Largest bounds of which the k largest pre-activations nearly always are."""
-        return 8 * k
-
-
-@dataclass(frozen=True)
-class Screen:
-    """Upper bounds of pre-activations, less their thresholds where the choice has some, and some of them exactly."""
-
-    bounds: Bfloat16 | Int8
-    """Of rows: at least each pre-activation less its threshold, whatever the order of summation."""
-    rows: Float32[Tensor, "feature d_in"]
-    """The weights as they are, those of a feature side by side."""
-    linear: Linear
+        return longer @ self.weight
 
     def exact(
         self, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Int64[Tensor, " entry"]
@@ -306,16 +226,15 @@ class Encoder:
         return _Found(*_by_row(found, dense), len(unsettled))
 
 
-def encoder(sae: Sae, choice: TopK | Above | None = None, precision: Precision | None = None) -> Encoder:
+def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None = None) -> Encoder:
     """What encodes rows with `sae`.
 
     `choice`: another one of its pre-activations than its own activation function makes; of a gated autoencoder those of
-    its magnitudes. `precision`: float32, or bfloat16 or int8 for bounds first; the features are the same. None: what
-    `fastest` says of the device.
+    its magnitudes. `precision`: float32, or bfloat16 for bounds first; the features are the same. None: bfloat16 where
+    the device has fast instructions for it.
 
-    Costs the norms of the weights, for bounds a copy of them in that type and, unless they lie so already, in float32.
-    Raises RequestError: a choice where there are no pre-activations (matching pursuit, temporal, hooks), k > d_sae,
-    a precision that the device lacks.
+    Costs the norms of the weights, for bfloat16 a copy of them in that and, unless they lie so already, in float32.
+    Raises RequestError: a choice where there are no pre-activations (matching pursuit, temporal, hooks), k > d_sae.
     """
     with torch.no_grad():
         found = _linear(sae, own=choice is None)
@@ -327,30 +246,20 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: Precision |
         choice = choice or own
         if isinstance(choice, TopK) and choice.k > sae.d_sae:
             raise RequestError(f"k is {choice.k} and SAE {sae.name!r} has {sae.d_sae} features")
-        precision = precision or fastest(sae.device)
-        if precision not in get_args(Precision):
-            raise RequestError(f"precision must be float32, bfloat16 or int8, not {precision!r}")
-        if precision == "int8" and (sae.device.type != "cpu" or not _has_fbgemm()):
-            raise RequestError(f"precision int8 needs a CPU and FBGEMM, not {sae.device}; leave it out")
-        kind, most = {"float32": (None, 0), "bfloat16": (Bfloat16, _SAFE), "int8": (Int8, _SAFE_WHOLE)}[precision]
-        if kind is None or max(linear.reach) >= most or isinstance(choice, AbsTopK):
-            return Encoder(sae, linear, choice, None)
-        return Encoder(sae, linear, choice, _screen(linear, choice, kind))
+        precision = precision or ("bfloat16" if fast_bfloat16(sae.device) else "float32")
+        if precision not in PRECISIONS:
+            raise RequestError(f"precision must be {' or '.join(PRECISIONS)}, not {precision!r}")
+        finite = max(linear.reach) < _SAFE
+        screened = precision == "bfloat16" and finite and not isinstance(choice, AbsTopK)
+        return Encoder(sae, linear, choice, _screen(linear, choice) if screened else None)
 
 
-def fastest(device: torch.device) -> Precision:
-    """The precision whose products are so much faster there than others that bounds pay.
-
-    bfloat16 where there are instructions for it; else int8, on a CPU whose FBGEMM is there.
-    """
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there than in float32 by a factor that pays for bounds."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    if device.type != "cpu":
-        return "float32"
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if features.get("amx_bf16") or features.get("avx512_bf16"):
-        return "bfloat16"
-    return "int8" if features.get("avx2") and _has_fbgemm() else "float32"
+    return device.type == "cpu" and bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
 
 def top(pre: Float[Tensor, "row feature"], k: int) -> tuple[Float[Tensor, "row k"], Int64[Tensor, "row k"]]:
@@ -398,8 +307,8 @@ def _screened_above(
     choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"]
 ) -> tuple[_Found, Int64[Tensor, " unsettled"]]:
     """Entries by way of bounds, and the rows for which that is not worth it."""
-    maybe = screen.bounds(x)[0] > 0
-    crowded = maybe.sum(1) > maybe.shape[1] / screen.bounds.crowded
+    maybe = screen.bounds(x) > 0
+    crowded = maybe.sum(1) > maybe.shape[1] / _CROWDED
     maybe &= ~crowded[:, None]
     row, feature = _places(maybe)
     value = screen.exact(x, row, feature)
@@ -411,12 +320,12 @@ def _screened_top(
     choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"]
 ) -> tuple[_Found, Int64[Tensor, " unsettled"]]:
     """Entries by way of bounds, and the rows that they do not settle."""
-    bounds, unit = screen.bounds(x)
-    bound, feature = top(bounds, min(screen.bounds.candidates(choice.k), bounds.shape[1]))
+    bounds = screen.bounds(x)
+    bound, feature = top(bounds, min(choice.k + choice.k // 2 + 8, bounds.shape[1]))
     value = screen.exact(x, _row_numbers(feature).flatten(), feature.flatten()).view(feature.shape)
     value, place = value.topk(choice.k, dim=1)
     # what was left out is no larger than this; the product came rounded to bfloat16
-    left = bound.amin(1).float() * unit
+    left = bound.amin(1).float()
     left += left.abs() / 128
     settled = (value[:, -1] > left) | (left <= 0) | (feature.shape[1] == bounds.shape[1])
     feature, order = feature.gather(1, place).sort(dim=1)
@@ -433,42 +342,23 @@ def _activated(choice: Above, row: Tensor, feature: Tensor, value: Tensor) -> _F
     return _Found(row[on], feature[on], value[on])
 
 
-def _screen(linear: Linear, choice: Above | TopK, kind: type[Bfloat16] | type[Int8]) -> Screen:
+def _screen(linear: Linear, choice: Above | TopK) -> Screen:
+    d_in, features = linear.weight.shape
     bias = linear.bias if linear.scale is None else linear.bias * linear.scale
     below = (bias - choice.threshold if isinstance(choice, Above) else bias).clamp(-_SAFE, _SAFE)
-    below = below + (below.abs() + bias.abs()) * _accumulation(len(linear.weight)) + _TINY
-    return Screen(kind.of(linear, below), linear.weight.T.contiguous(), linear)
-
-
-def _columns(linear: Linear) -> Iterator[tuple[slice, Float64[Tensor, "d_in _feature"]]]:
-    """The weights with their scales, some features at a time, in float64."""
-    for start in range(0, linear.weight.shape[1], 4096):
+    below = below + (below.abs() + bias.abs()) * _accumulation(d_in) + torch.finfo(torch.float32).tiny
+    weight = linear.weight.new_zeros(-(-(d_in + 5) // 8) * 8, features, dtype=torch.bfloat16)
+    for start in range(0, features, 4096):
         part = slice(start, start + 4096)
         own = linear.weight[:, part].double()
-        yield part, own if linear.scale is None else own * linear.scale[part]
-
-
-def _has_fbgemm() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def _norms(
-    x: Float32[Tensor, "row d_in"], rounded: Float32[Tensor, "row d_in"]
-) -> tuple[Float32[Tensor, " row"], Float32[Tensor, " row"]]:
-    """Norms of rows, and of what rounding took, with what sums in float32 lose."""
-    norm = x.norm(dim=1)
-    return norm, (x - rounded).norm(dim=1) + norm * _accumulation(x.shape[1])
-
-
-def _packed(whole: Int8Tensor[Tensor, "feature d_in"], scale: Float32[Tensor, " feature"]) -> torch.ScriptObject:
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        quantized = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(quantized, None)
-    finally:
-        torch.backends.quantized.engine = engine
+        own = own if linear.scale is None else own * linear.scale[part]
+        weight[:d_in, part] = low = own.bfloat16()
+        weight[d_in, part] = (own - low).norm(dim=0) * _MORE
+        weight[d_in + 1, part] = low.double().norm(dim=0) * _MORE + torch.finfo(torch.float32).tiny
+    for index in range(3):  # a float32 is the sum of three bfloat16
+        weight[d_in + 2 + index] = below
+        below = below - weight[d_in + 2 + index]
+    return Screen(weight, linear.weight.T.contiguous(), linear)
 
 
 def _products(x: Tensor, weight: Tensor, row: Tensor, feature: Tensor) -> Float32[Tensor, " entry"]:

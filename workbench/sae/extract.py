@@ -26,7 +26,7 @@ from workbench.errors import RequestError
 from workbench.progress import progress
 from workbench.sae.allocate import Allocation, Bound, Entries, allocation_record, find_cut
 from workbench.sae.arrays import ArrayFile, array_bytes, map_arrays
-from workbench.sae.encode import Above, Encoder, NotFinite, Precision, SparseRows, TopK, encoder
+from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
 from workbench.sae.features import (
     BY_FEATURE,
     BY_ROW,
@@ -68,7 +68,7 @@ def extract_features(
     batch_rows: int | None = None,
     dtype: str = "float32",
     allocation: Allocation | None = None,
-    precision: Precision | None = None,
+    precision: str | None = None,
     force: bool = False,
     show_progress: bool = True,
 ) -> Features:
@@ -87,7 +87,7 @@ def extract_features(
             stored as its largest and counted.
         allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
             of each row, MutualChoice(k) or FeatureChoice(k) of all rows together. Of those what is above 0.
-        precision: float32, or bfloat16 or int8 for bounds first; the features are the same. None: the device's fastest.
+        precision: float32, or bfloat16 for bounds first; the features are the same. None: the device's faster one.
         force: Use an SAE of another site or model.
         show_progress: Say how far it is.
 
@@ -355,7 +355,7 @@ def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:
     return np.flatnonzero(np.append(sequence[1:] != sequence[:-1], True)[: len(sequence)]) + 1
 
 
-def _encoder(sae: Sae, allocation: Allocation | None, precision: Precision | None) -> Encoder:
+def _encoder(sae: Sae, allocation: Allocation | None, precision: str | None) -> Encoder:
     if allocation is None or isinstance(allocation, TopK):
         return encoder(sae, allocation, precision)
     # its threshold rises as rows are seen, and bounds are made for one threshold
