@@ -19,14 +19,15 @@ from workbench.sae.load import Sae, load_sae
 @dataclass(frozen=True)
 class Encoding:
     """Random rows, encoder columns of norm 1; the jumprelu's threshold gives as many active features as the topk has.
-    Where there is no fast bfloat16, the product in it is measured on 4 rows, and the targets, set for a CPU that has it,
-    are out of reach: everything is computed in float32, and no faster than that product.
+    Where there is no fast bfloat16, the product in it is measured on 4 rows, and the targets, set for a CPU that has
+    it, are out of reach: everything is computed in float32, and no faster than that product.
 
     Tried for such CPUs and not kept: selection by products of whole numbers up to 90 (FBGEMM's int8; beyond that pairs
-    of products saturate in 16 bits on AVX2), with the same bound. Its product takes 340 to 370 µs a row on one core where
-    float32 takes 600, but its bounds are ten times as wide as bfloat16's: about 200 features for 32 must be computed again,
-    384 for all rows of a topk to be settled. In all 715 µs a row against 748 (topk, a fifth of the rows not settled) and
-    1,568 rows/s against 1,540 (jumprelu), and torch is giving up the types it needs.
+    of products saturate in 16 bits on AVX2), with the same bound. Its product takes 340 to 370 µs a row on one core
+    where float32 takes 600, but its bounds are ten times as wide as bfloat16's: about 200 features for 32 must be
+    computed again, 384 for all rows of a topk to be settled. In all 715 µs a row against 748 (topk, a fifth of the rows
+    not settled); jumprelu, whose threshold is known, adds up to about 390 against 520. torch is giving up the types
+    that it needs, and rows with a few far larger dimensions widen its bounds.
     """
 
     d_in: int = 768

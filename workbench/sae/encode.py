@@ -308,7 +308,7 @@ def _screened_above(
 ) -> tuple[_Found, Int64[Tensor, " unsettled"]]:
     """Entries by way of bounds, and the rows for which that is not worth it."""
     maybe = screen.bounds(x) > 0
-    crowded = maybe.sum(1) > maybe.shape[1] / _CROWDED
+    crowded = _counts(maybe) > maybe.shape[1] / _CROWDED
     maybe &= ~crowded[:, None]
     row, feature = _places(maybe)
     value = screen.exact(x, row, feature)
@@ -431,6 +431,13 @@ def _places(mask: Bool[Tensor, "row feature"]) -> tuple[Int64[Tensor, " entry"],
     flat = np.flatnonzero(mask.numpy())  # several times as fast as torch's
     row = flat // mask.shape[1]
     return torch.from_numpy(row), torch.from_numpy(flat - row * mask.shape[1])
+
+
+def _counts(mask: Bool[Tensor, "row feature"]) -> Int64[Tensor, " row"]:
+    """How much of each row is true."""
+    if mask.device.type != "cpu":
+        return mask.sum(1)
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))  # ten times as fast as torch's sum
 
 
 def _row_numbers(values: Float[Tensor, "row k"] | Int64[Tensor, "row k"]) -> Int64[Tensor, "row k"]:
