@@ -788,7 +788,7 @@ def test_ids_beyond_the_last_are_refused_when_read(copied):
     features = opened()
     feature = int(features[0].indices[0])
     overwritten(path / "by_row.safetensors", "feature", 0, 20)
-    overwritten(path / "by_feature.safetensors", "row", int(features._by_feature["indptr"][feature]), 51)
+    overwritten(path / "by_feature.safetensors", "row", int(features.by_feature["indptr"][feature]), 51)
     assert "by_row.safetensors is damaged: a feature beyond the last" in refused(DataError, lambda: opened()[0])
     text = refused(DataError, lambda: opened().top(feature))
     assert "by_feature.safetensors is damaged: a row beyond the last" in text
