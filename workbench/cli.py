@@ -184,27 +184,61 @@ class Features:
             allocation=allocation,
             force=self.force,
         )
-        print(_plain(f"{found}\nfeatures  {found.path}"))
+        never = int((found.counts == 0).sum())
+        print(_plain(f"{found}, {never:,} never active\nfeatures  {found.path}"))
         return 0
 
 
 @dataclass(frozen=True)
 class Top:
-    """List the tokens where a feature is strongest."""
+    """List the tokens where a feature is strongest, or put all about it on an HTML page."""
 
     features: Positional[Path]
     """The folder that `workbench features` named."""
     feature: Positional[int]
     k: int = 20
     """Tokens listed at most."""
-    context: int = 5
-    """Tokens shown on either side."""
+    context: int | None = None
+    """Tokens shown on either side. Default: 5, on a page 20."""
+    where: str | None = None
+    """Only tokens that this SQL predicate selects, such as "NOT is_special"."""
+    page: Path | None = None
+    """Write a page instead: contexts, histogram, features active together."""
+    sae: str | None = None
+    """For the page, the SAE that made the features: tokens promoted, nearest features."""
+    sae_id: str | None = None
+    """Which SAE of a release, or of a directory of several."""
 
     def run(self) -> int:
+        if self.page is None and (self.sae or self.sae_id):
+            raise RequestError("sae is for the page; give page too, or leave sae out")
+        if self.page is not None and self.where is not None:
+            raise RequestError("where chooses among the tokens that are listed; give where or page, not both")
+        if self.sae is None and self.sae_id is not None:
+            raise RequestError("sae_id chooses one of several; give sae too")
         from workbench.sae.features import open_features
 
-        table = open_features(self.features).top(self.feature, self.k, self.context)
-        _print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+        features = open_features(self.features)
+        return self._list(features) if self.page is None else self._write_page(features)
+
+    def _list(self, features: Any) -> int:
+        table = features.top(self.feature, self.k, 5 if self.context is None else self.context, self.where)
+        if len(table):
+            _print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+        active = int(features.counts[self.feature])
+        print(
+            f"active on {active:,} of {len(features):,} rows" + (f", {len(table)} shown" if len(table) < active else "")
+        )
+        return 0
+
+    def _write_page(self, features: Any) -> int:
+        from workbench.sae.load import load_sae
+        from workbench.sae.page import feature_page
+
+        features.rows_of(self.feature)  # one that is not there is refused before SAELens is loaded
+        sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
+        context = 20 if self.context is None else self.context
+        print(f"page  {feature_page(features, self.feature, self.page, sae=sae, k=self.k, context=context)}")
         return 0
 
 
