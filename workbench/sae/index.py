@@ -55,11 +55,12 @@ def invert(
 
     `feature`, `value`: the entries by row; `counts`: entries of each feature; `spill`: a file to use meanwhile, as
     large as the entries. Two passes: entries are dealt to groups of neighbouring features that fit in memory, then
-    each group is sorted. Everything is read and written in long stretches.
+    each group is sorted. Everything is read and written in long stretches, and every sort is a radix sort.
     """
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     groups = list(feature_groups(starts, entries))
-    ends = np.array([group.stop for group in groups])
+    group_of = np.repeat(np.arange(len(groups)), [group.stop - group.start for group in groups])
+    group_of = group_of.astype(np.uint16 if len(groups) <= 1 << 16 else np.int64)
     places = starts[[group.start for group in groups]]
     record = np.dtype([("feature", feature.dtype), ("row", row_type), ("value", value.dtype)])
     file.append("indptr", starts)
@@ -69,7 +70,7 @@ def invert(
             records = np.empty(stop - start, record)
             records["feature"], records["value"] = feature[start:stop], value[start:stop]
             records["row"] = entry_rows(indptr, start, stop)
-            group = np.searchsorted(ends, records["feature"], side="right")
+            group = group_of[feature[start:stop]]
             order = np.argsort(group, kind="stable")
             records, dealing = records[order], np.bincount(group, minlength=len(groups))
             done = 0
@@ -81,7 +82,28 @@ def invert(
         for group in groups:
             dealt.seek(int(starts[group.start]) * record.itemsize)
             records = np.fromfile(dealt, record, int(starts[group.stop] - starts[group.start]))
-            records = records[np.lexsort((-records["value"], records["feature"]))]  # stable: rows stay in order
-            file.append("row", records["row"])
-            file.append("value", records["value"])
+            order = _order(records["feature"], records["value"], group.start)
+            file.append("row", records["row"][order])
+            file.append("value", records["value"][order])
     spill.unlink()
+
+
+def _order(
+    feature: Integer[np.ndarray, " entry"], value: Float[np.ndarray, " entry"], first: int
+) -> Int64[np.ndarray, " entry"]:
+    """The stable order by feature, of which `first` is the lowest, and from the largest value to the smallest.
+
+    What `np.lexsort` gives, at several times its speed: NumPy has a radix sort for integers of 16 bits.
+    """
+    kind = np.dtype(f"uint{8 * value.dtype.itemsize}")
+    sign = kind.type(1 << (8 * kind.itemsize - 1))
+    bits = np.ascontiguousarray(value).view(kind)
+    bits = np.where(bits == sign, 0, bits)  # -0 is 0
+    falling = np.where(bits & sign, bits, ~(bits | sign))
+    local = (feature.astype(np.int64) - first).astype(np.uint32)
+    parts = [(falling >> shift).astype(np.uint16) for shift in range(0, 8 * kind.itemsize, 16)]
+    parts += [(local >> shift).astype(np.uint16) for shift in (0, 16) if shift == 0 or local.max(initial=0) >> 16]
+    order = np.argsort(parts[0], kind="stable")
+    for part in parts[1:]:
+        order = order[np.argsort(part[order], kind="stable")]
+    return order
