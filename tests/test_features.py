@@ -190,6 +190,42 @@ def test_the_index_is_scipys_sorted_by_activation(entries, kind, row_type, tmp_p
         assert list(zip(-found["value"][first:last], found["row"][first:last], strict=True)) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_index_orders_every_kind_of_value(dtype, tmp_path):
+    """Ties, both zeros, subnormals, extremes and negative values, of rows far enough apart that few bits are left for
+    features: 64 of them in a group where values are float32."""
+    rng = np.random.default_rng(0)
+    limits = np.finfo(dtype)
+    kinds = np.array([0.0, -0.0, 1, -1, limits.max, limits.min, limits.tiny, limits.smallest_subnormal, 0.5], dtype)
+    rows, features, last = 1 << 26, 200, 40  # only the last rows have features
+    lengths = rng.integers(0, features, last)
+    feature = np.concatenate([np.sort(rng.permutation(features)[:n]) for n in lengths]).astype(np.uint16)
+    value = np.where(rng.random(len(feature)) < 0.6, rng.choice(kinds, len(feature)), rng.normal(size=len(feature)))
+    value = value.astype(dtype)
+    with open(tmp_path / "indptr", "wb") as file:
+        file.seek(8 * (rows + 1 - last))  # zeros that take no space
+        file.write(np.cumsum(lengths))
+    indptr = np.memmap(tmp_path / "indptr", np.int64, "r")
+    counts = np.bincount(feature, minlength=features)
+    layout = {"indptr": ("int64", features + 1), "row": ("int32", len(feature)), "value": (dtype, len(feature))}
+    with ArrayFile(tmp_path / "f", layout) as file:
+        invert(indptr, feature, value, counts, file, tmp_path / "spill", "int32", 500)
+    found, row = load_file(tmp_path / "f"), rows - last + np.repeat(np.arange(last), lengths)
+    expected = sorted(range(len(feature)), key=lambda n: (feature[n], -float(value[n]), row[n]))
+    assert np.array_equal(found["row"], row[expected])
+    assert np.array_equal(found["value"], value[expected])
+    assert np.array_equal(found["indptr"], np.concatenate([[0], np.cumsum(counts)]))
+
+
+def test_an_index_of_more_rows_than_its_keys_count_is_refused(tmp_path):
+    indptr, none = np.broadcast_to(np.int64(0), (2**32 + 2,)), np.zeros(0, np.float32)
+    file = ArrayFile(tmp_path / "f", {"indptr": ("int64", 4)})
+    arguments = (indptr, none.astype(np.uint16), none, np.zeros(3, np.int64), file, tmp_path / "spill", "int64")
+    text = refused(RequestError, lambda: invert(*arguments))
+    file._file.close()
+    assert text == "4294967297 rows are too many for an index of float32; float16 takes more"
+
+
 def test_groups_hold_at_most_the_entries_allowed():
     indptr = np.array([0, 0, 3, 5, 15, 15, 16, 19, 19])
     groups = list(feature_groups(indptr, 5))
@@ -202,6 +238,7 @@ def test_groups_hold_at_most_the_entries_allowed():
         (6, 8),
     ]
     assert [(group.start, group.stop) for group in feature_groups(indptr, 100)] == [(0, 8)]
+    assert [(group.start, group.stop) for group in feature_groups(indptr, 100, most=3)] == [(0, 3), (3, 6), (6, 8)]
 
 
 def test_the_files_are_safetensors_and_the_orders_agree(features):
