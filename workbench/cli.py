@@ -37,6 +37,17 @@ class Record:
     out: Path
     """The store to write; an unfinished one of the same request is resumed."""
     recording: OmitArgPrefixes[Recording] = dataclasses.field(default_factory=Recording)
+    sae: str | None = None
+    """Extract the features of this SAE, and store its site's activations only if sites says so: a directory that
+    SAELens, sparsify or dictionary_learning wrote, a release of SAELens' list, or demo."""
+    sae_id: str | None = None
+    """Which SAE of a release, or of a directory of several."""
+    sae_site: str | None = None
+    """The site it reads. Default: the one that it was trained on."""
+    sae_dtype: Literal["float32", "float16"] = "float32"
+    """Stored type of its features' activations."""
+    sae_force: bool = False
+    """Use an SAE of another site or model."""
     append: bool = False
     """Add the texts to what the store holds."""
     tokenizer: str | None = None
@@ -58,6 +69,8 @@ class Record:
 
         if not self.text:
             raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
+        if self.sae is None and (self.sae_id or self.sae_site or self.sae_force):
+            raise RequestError("--sae-id, --sae-site and --sae-force are for --sae; give it too")
         texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text]
         check_source(texts)
         locate(self.model, self.revision)
@@ -74,8 +87,17 @@ class Record:
         )
         from workbench.recorder import record_with
 
-        record_with(self.recording, model, texts, out=self.out, append=self.append)
+        record_with(self.recording, model, texts, out=self.out, features=self._features(), append=self.append)
         return Info(self.out).run()
+
+    def _features(self) -> Any:
+        if self.sae is None:
+            return None
+        from workbench.sae.load import load_sae
+        from workbench.sae.recording import RecordedFeatures
+
+        sae = load_sae(self.sae, self.sae_id, device=None if self.device == "auto" else self.device)
+        return RecordedFeatures(sae, self.sae_site, self.sae_dtype, self.sae_force)
 
 
 @dataclass(frozen=True)
@@ -194,7 +216,7 @@ class Top:
     """List the tokens where a feature is strongest, or put all about it on an HTML page."""
 
     features: Positional[Path]
-    """The folder that `workbench features` named."""
+    """The folder that `workbench features` named, or a store with one."""
     feature: Positional[int]
     k: int = 20
     """Tokens listed at most."""

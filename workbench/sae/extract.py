@@ -44,15 +44,14 @@ from workbench.sae.load import Sae
 from workbench.sae.segments import Segment, clear, commit, committed, joined, read
 from workbench.sae.site import matching_site, not_finite
 from workbench.store import files
-from workbench.store.manifest import FileRecord
+from workbench.store.manifest import FEATURES, FileRecord, SiteRecord
 from workbench.store.parse import from_json, parse, to_json
 from workbench.store.reader import ActivationArray, Store
 
-FOLDER = "features"
 STATE, SEGMENTS = "extraction.json", "segments"
 
 _SEGMENT_ROWS = 1 << 16
-_BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
+BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
 
 DTYPES = ("float32", "float16")
 """Stored types of activations."""
@@ -100,27 +99,29 @@ def extract_features(
     the SAE's, unless `force`; a name taken by other features, or by others that are not finished; an allocation of an
     SAE without pre-activations. Raises DataError: activations that are not finite, a full disk.
     """
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     if batch_rows is not None and batch_rows < 1:
         raise RequestError(f"batch_rows must be at least 1, not {batch_rows}")
     array = matching_site(store, sae, site, force=force)
     ends = _sequence_ends(store) if sae.sequential else None
-    made = _Extraction(array, ends, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
+    made = Extraction(array, ends, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
     made.quotas()
-    asked = _State(
-        sae=_sae_record(sae, allocation),
-        site=array.name,
-        store_fingerprint=store.manifest.fingerprint,
-        rows=store.rows,
-        dtype=dtype,
-        environment={library: version(library) for library in ("interp-workbench", "sae-lens", "torch")},
-        overflow=None,
-    )
-    target = _target(store, name, out, default=f"{array.site.label}-{asked.sae.name}")
+    asked = asked_state(sae_record(sae, allocation), array.name, store.manifest.fingerprint, store.rows, dtype)
+    return finish(made, target_of(store.path, array.site, asked.sae.name, name, out), asked)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises RequestError for a type that activations are not stored in."""
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+
+
+def finish(made: Extraction, target: Path, asked: State) -> Features:
+    """The features at `target`, made from where their making stopped; where they are there, they are opened."""
+    store = made.array.store
     if _holds_same(target, asked):
         return open_features(target, store)
-    partial = target.with_name(f".{target.name}{files.PARTIAL}")
+    partial = partial_of(target)
     full = files.explain_full_disk(
         f"features {target}", "what is committed stays; free space and run the same command to resume"
     )
@@ -130,7 +131,7 @@ def extract_features(
             return open_features(target, store)
         try:
             if not _finished(partial, asked):
-                state = _begin(partial, target, asked)
+                state = begin(partial, target, asked)
                 if state.overflow is None:
                     made.write_segments(partial / SEGMENTS)
                     state = made.merge(partial, state)
@@ -139,20 +140,19 @@ def extract_features(
             files.remove(partial / STATE)
             files.rename_durably(partial, target)
         except BaseException:
-            if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
-                files.remove(partial)  # nothing that would be worth resuming
+            remove_if_empty(partial)
             raise
     features = open_features(target, store)
     if overflow := features.record.overflow:
         warnings.warn(
             f"{overflow} activations are beyond float16's range and stored as its largest; dtype='float32' keeps them",
-            stacklevel=2,
+            stacklevel=3,
         )
     return features
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """`extraction.json`: what was asked, and how far its making is."""
 
     sae: SaeRecord
@@ -166,7 +166,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Extraction:
+class Extraction:
     """The making of features from one array, step by step, each of which leaves its files finished in the folder."""
 
     array: ActivationArray
@@ -193,7 +193,7 @@ class _Extraction:
                 making = self.encoder if bound is None else _above(self.encoder, bound)
                 for block in self._blocks(done, self._end(done, _SEGMENT_ROWS)):
                     found = self._encode(making, stop, block)
-                    parts.append(self._on_the_host(found))
+                    parts.append(self.on_the_host(found))
                     stop += len(block)
                     entries += len(found.feature)
                     unsettled += found.unsettled
@@ -214,7 +214,7 @@ class _Extraction:
                 file=sys.stderr,
             )
 
-    def merge(self, folder: Path, state: _State) -> _State:
+    def merge(self, folder: Path, state: State) -> State:
         """All segments as one file in the order by row, cut as the allocation says; then they are removed."""
         rows = list(committed(folder / SEGMENTS))
         parts = [read(folder / SEGMENTS, own, self.kind) for own in rows]
@@ -245,7 +245,7 @@ class _Extraction:
         files.remove(folder / SEGMENTS)
         return state
 
-    def write_index(self, folder: Path, target: Path, state: _State) -> None:
+    def write_index(self, folder: Path, target: Path, state: State) -> None:
         """The order by feature, and the record that makes the folder features."""
         store, features = self.array.store, self.encoder.sae.d_sae
         entries = _entries(folder / BY_ROW, len(self.array), features, state.dtype)
@@ -300,7 +300,7 @@ class _Extraction:
 
     def _blocks(self, start: int, stop: int) -> Iterator[Float[Tensor, "row ..."]]:
         """Rows on the encoder's device, the next ones read, and copied, while these are encoded."""
-        step = self.batch_rows or _BLOCKS * self.encoder.block_rows
+        step = self.batch_rows or BLOCKS * self.encoder.block_rows
         device = self.encoder.sae.device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -330,7 +330,7 @@ class _Extraction:
         except NotFinite as error:
             raise not_finite(self.array, self.encoder.sae, first + error.row, error.features) from None
 
-    def _on_the_host(self, found: SparseRows) -> Segment:
+    def on_the_host(self, found: SparseRows) -> Segment:
         indptr, feature, value = (part.cpu().numpy() for part in (found.indptr, found.feature, found.value))
         return Segment(indptr, feature.astype(self.kind), value)
 
@@ -367,7 +367,13 @@ def _above(making: Encoder, bound: Bound) -> Encoder:
     return replace(making, choice=Above(threshold))
 
 
-def _sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
+def asked_state(sae: SaeRecord, site: str, fingerprint: str, rows: int, dtype: str) -> State:
+    """What is asked of `rows` rows of a store with this fingerprint, nothing being made yet."""
+    environment = {library: version(library) for library in ("interp-workbench", "sae-lens", "torch")}
+    return State(sae, site, fingerprint, rows, dtype, environment, overflow=None)
+
+
+def sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
     """With an allocation the autoencoder counts as another one: it changes the mathematics as its settings do."""
     if allocation is None:
         return SaeRecord(sae.name, sae.fingerprint(), sae.config())
@@ -376,12 +382,12 @@ def _sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
     return SaeRecord(f"{sae.name}-{made['choice']}-{allocation.k}", fingerprint, sae.config() | {"allocation": made})
 
 
-def _begin(partial: Path, target: Path, asked: _State) -> _State:
+def begin(partial: Path, target: Path, asked: State) -> State:
     """What is there of these features, after removing what a crash left behind; RequestError where it is of others."""
     state = asked
     if (partial / STATE).is_file():
         source = partial / STATE
-        found = parse(_State, from_json(source.read_bytes(), source), str(source))
+        found = parse(State, from_json(source.read_bytes(), source), str(source))
         if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
             found = asked  # what came to nothing binds nobody
         if differing := _differing(found, asked):
@@ -408,7 +414,18 @@ def _begin(partial: Path, target: Path, asked: _State) -> _State:
     return state
 
 
-def _finished(partial: Path, asked: _State) -> bool:
+def partial_of(target: Path) -> Path:
+    """The hidden folder in which the features of `target` are made."""
+    return target.with_name(f".{target.name}{files.PARTIAL}")
+
+
+def remove_if_empty(partial: Path) -> None:
+    """Removes what holds nothing that would be worth resuming."""
+    if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
+        files.remove(partial)
+
+
+def _finished(partial: Path, asked: State) -> bool:
     """Whether the folder lacks nothing but its name."""
     if not (partial / RECORD).is_file():
         return False
@@ -422,18 +439,21 @@ def _entries(path: Path, rows: int, features: int, dtype: str) -> int:
     return (array_bytes(path) - 8 * (rows + 1)) // width
 
 
-def _target(store: Store, name: str | None, out: str | os.PathLike[str] | None, default: str) -> Path:
+def target_of(
+    store: Path, site: SiteRecord, sae: str, name: str | None = None, out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Where features lie: by default in the store, under the site's and the SAE's names."""
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, not both")
     if out is not None:
         return Path(out).absolute()
-    name = re.sub(r"[^\w.-]+", "-", default, flags=re.ASCII) if name is None else name
+    name = re.sub(r"[^\w.-]+", "-", f"{site.label}-{sae}", flags=re.ASCII) if name is None else name
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise RequestError(f"name {name!r} is no folder's name; letters, digits, '_', '.' and '-' only")
-    return store.path / FOLDER / name
+    return store / FEATURES / name
 
 
-def _holds_same(target: Path, asked: _State) -> bool:
+def _holds_same(target: Path, asked: State) -> bool:
     """Whether `target` holds just these features, or nothing yet; RequestError where it holds anything else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
@@ -444,7 +464,7 @@ def _holds_same(target: Path, asked: _State) -> bool:
     return True
 
 
-def _differing(found: FeaturesRecord | _State, asked: _State) -> str:
+def _differing(found: FeaturesRecord | State, asked: State) -> str:
     return "; ".join(
         f"{what} is {has}, asked is {wants}"
         for what, has, wants, same in (

@@ -24,7 +24,7 @@ from workbench.errors import DataError, RequestError
 from workbench.sae.arrays import map_arrays
 from workbench.sae.index import feature_groups, feature_sums
 from workbench.store.files import sha256_file
-from workbench.store.manifest import FileRecord
+from workbench.store.manifest import FEATURES, MANIFEST, FileRecord
 from workbench.store.parse import from_json, parse
 from workbench.store.reader import Rows, Store, open_store
 
@@ -95,12 +95,15 @@ def by_feature_layout(rows: int, features: int, entries: int, dtype: str) -> dic
 
 
 def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Features:
-    """Open extracted features. `store`: where it lies now, if it was moved away from them.
+    """Open extracted features: their folder, or a store that has one. `store`: where it lies now, if it was moved away
+    from them.
 
-    Costs the reading of both indices' row pointers. Raises RequestError where there are no features, or the store is
-    not there or has other rows than it had; DataError where a file is damaged.
+    Costs the reading of both indices' row pointers. Raises RequestError where there are no features or several, or the
+    store is not there or has other rows than it had; DataError where a file is damaged.
     """
     path = Path(path).absolute()
+    if (path / MANIFEST).is_file():
+        path = _only_folder(path)
     record = read_record(path)
     if not isinstance(store, Store):
         place = Path(os.path.normpath(path / record.store)) if store is None else Path(store)
@@ -110,6 +113,15 @@ def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike
     features = Features(path, record, store)
     features._check()
     return features
+
+
+def _only_folder(store: Path) -> Path:
+    found = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found)
+        several = f"holds features of several names in {FEATURES}/; name one: {names}"
+        raise RequestError(f"{store} {several if found else 'has no features; workbench features makes them'}")
+    return found[0]
 
 
 def read_record(path: Path) -> FeaturesRecord:

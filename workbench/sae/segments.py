@@ -63,6 +63,13 @@ def read(folder: Path, rows: tuple[int, int], kind: str) -> Segment:
     return Segment(**map_arrays(path, _layout(rows, entries, kind)))
 
 
+def discard(folder: Path, rows: int) -> None:
+    """Remove the segments that reach beyond that many rows."""
+    for own in list(committed(folder)):
+        if own[1] > rows:
+            files.remove(_path(folder, own))
+
+
 def clear(folder: Path) -> None:
     """Make the folder where there is none, and remove what is in it but the committed segments."""
     folder.mkdir(exist_ok=True)

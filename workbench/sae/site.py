@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from math import prod
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 from workbench.errors import DataError, RequestError
 from workbench.sae.load import Sae
 from workbench.sites import full_name
+from workbench.store.manifest import SiteRecord
 from workbench.store.reader import ActivationArray, Store
 
 _LATENT_BYTES = 64 << 20  # of one block's dense activations in float32
@@ -30,26 +32,30 @@ def matching_site(
         if own is None:
             raise RequestError(f"site: SAE {sae.name!r} does not say where it was trained; give site=")
         recorded = {record.name for record in store.sites}
-        site = next((name for name in _names(own) if name in recorded), own)
+        site = next((name for name in site_names(own) if name in recorded), own)
     array = store[site]
-    width = prod(array.site.shape)
+    check_fit(sae, array.site, store.manifest.model.name, store.path, force=force)
+    return array
+
+
+def check_fit(sae: Sae, site: SiteRecord, model: str, store: Path, *, force: bool) -> None:
+    """Raises RequestError where `sae` is of another width or, unless `force`, of another site or model than what
+    `store` holds, or is to hold."""
+    width = prod(site.shape)
     if width != sae.d_in:
-        raise RequestError(
-            f"SAE {sae.name!r} takes rows of {sae.d_in} numbers and {array.site.label} of {store.path} has {width}"
-        )
+        raise RequestError(f"SAE {sae.name!r} takes rows of {sae.d_in} numbers and {site.label} of {store} has {width}")
     if force:
-        return array
-    if own and array.name not in _names(own):
+        return
+    own = full_name(sae.site) if sae.site else None
+    if own and site.name not in site_names(own):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on {own} and site is {array.name}; leave site out, or force=True"
+            f"SAE {sae.name!r} was trained on {own} and site is {site.name}; leave site out, or force=True"
         )
-    model = store.manifest.model.name
     if sae.model_name and not _same_model(sae.model_name, model):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on the model {sae.model_name} and {store.path} is of {model}; "
+            f"SAE {sae.name!r} was trained on the model {sae.model_name} and {store} is of {model}; "
             "if they are the same, force=True"
         )
-    return array
 
 
 def block_rows(sae: Sae) -> int:
@@ -75,7 +81,7 @@ def not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> Da
     return DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
 
 
-def _names(site: str) -> tuple[str, ...]:
+def site_names(site: str) -> tuple[str, ...]:
     """A residual site's two names, before a block and after the one before it; any other's own."""
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
     if not found:

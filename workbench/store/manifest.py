@@ -29,6 +29,8 @@ SEGMENT = "segment.json"
 SEGMENTS = "segments"
 TOKENS = "tokens.parquet"
 UNEMBED = "unembed.safetensors"
+FEATURES = "features"
+"""Folder of the folders of sparse features."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Stored types and the bytes of one value."""
@@ -161,7 +163,8 @@ class Manifest:
     model: ModelRecord
     sites: tuple[SiteRecord, ...]
     recording: dict[str, Any]
-    """The settings asked for: the fields of `workbench.settings.Recording`."""
+    """The settings asked for: the fields of `workbench.settings.Recording`, and `features` where those of a site were
+    extracted that is not stored."""
     tokens_added: dict[str, tuple[int, ...]]
     """Token ids put around each sequence: `prefix` (BOS) and `suffix`."""
     environment: dict[str, str]
@@ -286,12 +289,16 @@ def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
     facts = {
         "store": path,
         "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
-        "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
+        "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites])
+        if manifest.sites
+        else "none",
         "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
         "texts": f"{sum(part.documents for part in parts):,} documents, {sum(part.sequences for part in parts):,} "
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
+    if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
+        facts["features"] = short_list(features)
     return "\n".join(f"{name:<8} {fact}" for name, fact in facts.items())
 
 
