@@ -289,9 +289,7 @@ def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
     facts = {
         "store": path,
         "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
-        "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites])
-        if manifest.sites
-        else "none",
+        "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
         "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
         "texts": f"{sum(part.documents for part in parts):,} documents, {sum(part.sequences for part in parts):,} "
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
@@ -304,6 +302,8 @@ def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
 
 def short_list(names: list[str], limit: int = 8) -> str:
     """How many names, and the names, the middle of a long list left out: "12: resid_post.0, ..., resid_post.11"."""
+    if not names:
+        return "none"
     shown = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
     return f"{len(names)}: {', '.join(shown)}"
 
