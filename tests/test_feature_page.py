@@ -32,6 +32,8 @@ HOSTILE = (
     "\u202egnp",
     "</span></div>",
     "\ud800",
+    "nul\0l",
+    "🦜",
     "plain",
 )
 TAGS = {
@@ -107,8 +109,8 @@ def test_hostile_tokens_stay_text(hostile, tmp_path):
         "·&amp;·",
         "</span></div>",
     } <= shown
-    assert {"a⏎b", "\\u202egnp"} <= shown
-    assert "\u202e" not in text
+    assert {"a⏎b", "\\u202egnp", "nul\\x00l", "🦜"} <= shown
+    assert not {"\u202e", "\0"} & set(text)
     assert any("model <b>tiny</b>; 58 tokens" in part for part in page.texts("p", "from"))
 
 
