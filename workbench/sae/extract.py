@@ -91,7 +91,7 @@ def extract_features(
         show_progress: Say how far it is.
 
     Costs one product with the encoder; memory is a few dense blocks and a segment. While the index is built the disk
-    holds the features three times; with MutualChoice and FeatureChoice up to ten times before, because what stays is
+    holds the features nearly twice; with MutualChoice and FeatureChoice up to ten times before, because what stays is
     known only at the end. Interrupted or killed, the same call resumes: what is committed stays. Features of the same
     SAE, store and settings are opened instead of made again.
 
