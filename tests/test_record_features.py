@@ -15,7 +15,6 @@ from workbench import recorder
 from workbench.cli import main
 from workbench.errors import DataError, RequestError
 from workbench.models import Model
-from workbench.sae.recording import RecordedFeatures
 
 RAGGED = [11, 3, 7, 1, 16, 7, 20, 5]
 SITE = "blocks.1.hook_resid_post"
@@ -305,10 +304,6 @@ def test_a_row_that_is_not_finite_is_refused_by_number(tiny_models, sequences, s
         f"row {row} of resid_post.1 came not finite from the model; one loaded in another dtype may not have such rows"
     )
     assert wb.open_store(tmp_path / "p").rows <= row
-
-
-def test_settings_are_one_record(sae):
-    assert RecordedFeatures(sae) == RecordedFeatures(sae, None, "float32", False)
 
 
 # ---- the command --------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ class Record:
         locate(self.model, self.revision)
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
+        features = self._features()
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
@@ -87,7 +88,7 @@ class Record:
         )
         from workbench.recorder import record_with
 
-        record_with(self.recording, model, texts, out=self.out, features=self._features(), append=self.append)
+        record_with(self.recording, model, texts, out=self.out, features=features, append=self.append)
         return Info(self.out).run()
 
     def _features(self) -> Any:
