@@ -291,6 +291,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(about, settings
     assert not (tmp_path / "p").exists()
 
 
+def test_settings_of_an_sae_need_one(llama, sequences, tmp_path):
+    for settings in ({"sae_site": "resid_post.1"}, {"sae_force": True}):
+        text = refused(RequestError, lambda settings=settings: record(llama, sequences, tmp_path / "p", **settings))
+        assert text == "sae_site and sae_force are for sae; give it too"
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_row_that_is_not_finite_is_refused_by_number(tiny_models, sequences, sae, tmp_path):
     import copy
 

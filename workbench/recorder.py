@@ -106,6 +106,8 @@ def record(
         segment_rows=segment_rows,
     )
     features = None
+    if sae is None and (sae_site is not None or sae_force):
+        raise RequestError("sae_site and sae_force are for sae; give it too")
     if sae is not None:
         from workbench.sae.recording import RecordedFeatures  # SAELens' import takes seconds
 
