@@ -152,7 +152,7 @@ def _bars(features: Features, feature: int) -> str:
     )
     return (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="histogram">{bars}</svg>'
-        f'<div class="axis"><span>{edges[0]:.3g}</span><span>activation; the highest bar is {counts.max():,} tokens'
+        f'<div class="axis"><span>{edges[0]:.3g}</span><span>highest bar: {counts.max():,} tokens'
         f"</span><span>{edges[-1]:.3g}</span></div>"
     )
 

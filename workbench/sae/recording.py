@@ -56,7 +56,7 @@ class RecordedFeatures:
             wanted = site_names(full_name(self.sae.site))
         known = [name for name in wanted if name in sites.recordable or name in sites.synonyms]
         known = [site.name for site in stored if site.name in known] or known
-        found = sites.select(known[:1] or wanted[:1])
+        found = sites.select(known[:1] or [self.site or wanted[0]])
         if len(found) != 1:
             raise RequestError(f"sae_site {self.site!r} names {len(found)} sites; give one, such as resid_post.3")
         return found[0]
