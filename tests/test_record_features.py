@@ -91,6 +91,15 @@ def test_they_are_the_autoencoders_of_the_models_own_states(llama, sequences, sa
     np.testing.assert_allclose(found[:].toarray(), dense, rtol=1e-4, atol=1e-4)
 
 
+def test_a_temporal_autoencoder_reads_whole_sequences(llama, sequences, tmp_path):
+    about = {"hook_name": SITE, "model_name": "tiny-llama"}
+    own = wb.load_sae(save_sae(tmp_path / "own", "temporal", d_in=32, d_sae=60, **about), device="cpu")
+    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=own).path)
+    stored = record(llama, sequences, tmp_path / "s", sites=["resid_post.1"])
+    assert arrays(found) == arrays(wb.extract_features(stored, own, show_progress=False))
+    assert len(found.by_row["value"]) > sum(RAGGED)
+
+
 def test_a_site_that_is_stored_has_its_features_too(llama, sequences, sae, tmp_path):
     both = record(llama, sequences, tmp_path / "b", sites=["embed", "resid_post.1"], sae=sae)
     plain = record(llama, sequences, tmp_path / "p", sites=["embed", "resid_post.1"])
