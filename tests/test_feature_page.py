@@ -16,6 +16,7 @@ from test_cli import run
 
 import workbench as wb
 from workbench.errors import RequestError
+from workbench.figures.text import visible
 from workbench.lens import measure_unembed, save_unembed
 from workbench.models import Model
 from workbench.sae.decoder import decoder_logits
@@ -106,9 +107,11 @@ def test_hostile_tokens_stay_text(hostile, tmp_path):
         "<script>alert(1)</script>",
         '"><img src=x onerror=alert(1)>',
         " &amp; ",
-        "·&amp;·",
         "</span></div>",
     } <= shown
+    told = {visible(token.replace("\ud800", "?"), 60) for token in HOSTILE}
+    assert len(set(page.texts("code"))) > 3
+    assert set(page.texts("code")) <= told
     assert {"a⏎b", "\\u202egnp", "nul\\x00l", "🦜"} <= shown
     assert not {"\u202e", "\0"} & set(text)
     assert any("model <b>tiny</b>; 58 tokens" in part for part in page.texts("p", "from"))
