@@ -41,7 +41,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "training_rows": 200,
         "epochs": 1,
     },
-    "token-erasure": {"epochs": 2, "offsets": (-2, -1, 0), "late": 3},
+    "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0), "late": 3},
     "tuned-lens": {"epochs": 2},
 }
 """Probe to those of its settings that are not the default here: all of it is to take less than a minute."""
