@@ -80,9 +80,10 @@ def record(
     a finished one is returned as it is; `append=True` adds the texts after what is there.
 
     `sae`: what `load_sae` gives. Its features are extracted into the store's `features/`, the same that
-    `extract_features` makes of a recorded site, and the site itself is stored only if it is among `sites`, which by
-    default are none then. `sae_site`: another site than the one it was trained on; `sae_dtype`: the stored type of
-    features, float32 or float16; `sae_force`: use an SAE of another site or model.
+    `extract_features` makes of a recorded site, up to the last bits where threads share a product. The site itself is
+    stored only if it is among `sites`, which by default are none then. `sae_site`: another site than the one it was
+    trained on; `sae_dtype`: the stored type of features, float32 or float16; `sae_force`: use an SAE of another site or
+    model.
 
     The same request gives the same bytes on the same machine, interrupted or not. Memory: the model, one batch and
     its backlog, whatever the number of rows. Disk: `rows x sum of site sizes`, compared with the free space

@@ -66,7 +66,7 @@ class RecordedFeatures:
 
         Raises RequestError where the SAE is of another width or, unless forced, of another site or model.
         """
-        check_fit(self.sae, site, model, out, force=self.force)
+        check_fit(self.sae, site, model, out, force=self.force, arguments=("sae_site", "sae_force"))
         return EncodedSite(self, tap, site)
 
 

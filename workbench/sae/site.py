@@ -38,9 +38,12 @@ def matching_site(
     return array
 
 
-def check_fit(sae: Sae, site: SiteRecord, model: str, store: Path, *, force: bool) -> None:
+def check_fit(
+    sae: Sae, site: SiteRecord, model: str, store: Path, *, force: bool, arguments: tuple[str, str] = ("site", "force")
+) -> None:
     """Raises RequestError where `sae` is of another width or, unless `force`, of another site or model than what
-    `store` holds, or is to hold."""
+    `store` holds, or is to hold. `arguments`: what the caller's site and force are called."""
+    asked_site, asked_force = arguments
     width = prod(site.shape)
     if width != sae.d_in:
         raise RequestError(f"SAE {sae.name!r} takes rows of {sae.d_in} numbers and {site.label} of {store} has {width}")
@@ -49,12 +52,13 @@ def check_fit(sae: Sae, site: SiteRecord, model: str, store: Path, *, force: boo
     own = full_name(sae.site) if sae.site else None
     if own and site.name not in site_names(own):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on {own} and site is {site.name}; leave site out, or force=True"
+            f"SAE {sae.name!r} was trained on {own} and {asked_site} is {site.name}; leave {asked_site} out, or "
+            f"{asked_force}=True"
         )
     if sae.model_name and not _same_model(sae.model_name, model):
         raise RequestError(
             f"SAE {sae.name!r} was trained on the model {sae.model_name} and {store} is of {model}; "
-            "if they are the same, force=True"
+            f"if they are the same, {asked_force}=True"
         )
 
 
