@@ -18,7 +18,17 @@ from typing import Any
 
 from experiments.benchmarks.measure import Comparison, table
 
-NAMES = ("recording_speed", "long_context", "saelens", "reading", "memory", "probes", "import_time")
+NAMES = (
+    "recording_speed",
+    "long_context",
+    "saelens",
+    "reading",
+    "encoding",
+    "features",
+    "memory",
+    "probes",
+    "import_time",
+)
 INTRODUCTION = """\
 # Benchmarks
 
