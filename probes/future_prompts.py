@@ -21,8 +21,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.future import FutureRows, bigrams, future_rows, said_tokens
 from workbench.interventions import run_prompted, token_embeddings
 from workbench.lens import Unembed, load_unembed
@@ -508,7 +508,7 @@ def _precision(result: Result) -> go.Figure:
                 )
             bigram = np.full(len(layers), float(one["bigram_precision"]))
             shown = {"legendgroup": "bigram", "showlegend": row == column == 1}
-            line = {"color": "#9aa1ad", "dash": "dash"}
+            line = {"color": NEUTRAL, "dash": "dash"}
             figure.add_scatter(x=layers, y=bigram, name="bigram", mode="lines", line=line, **shown, **at)
     figure.update_layout(
         template=TEMPLATE,
@@ -526,7 +526,7 @@ def _precision(result: Result) -> go.Figure:
     figure.update_xaxes(dtick=max(1, len(layers) // 12))
     figure.update_xaxes(title="layer", row=len(REGIMES))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title="share of tokens", col=1)
+    return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
 
 
 def _ranks(result: Result) -> go.Figure:
@@ -552,4 +552,4 @@ def _ranks(result: Result) -> go.Figure:
         width=860,
     )
     figure.update_xaxes(title="k", dtick=1)
-    return figure.update_yaxes(title="share of tokens", rangemode="tozero")
+    return figure.update_yaxes(title=units(data["precision"].attrs), rangemode="tozero")

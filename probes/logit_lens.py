@@ -17,7 +17,7 @@ import numpy as np
 from workbench.errors import RequestError
 from workbench.result import Result, provenance
 from workbench.store.reader import Store
-from workbench.trajectory import lens_curves, lens_grid, read_lens, selected_rows
+from workbench.trajectory import lens_curves, lens_depth, lens_grid, read_lens, selected_rows
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class LogitLens:
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """ "grid": layers by tokens of the first sequence; "by_layer": mean entropy, KL and loss over all tokens."""
+        """ "grid": layers by tokens of the first sequence; "by_layer": mean entropy, KL and loss over all tokens;
+        "depth": the text, each token coloured by where its prediction is settled."""
         figures = {"by_layer": lens_curves(result)}
-        return {"grid": lens_grid(result), **figures} if len(result.table) else figures
+        if not len(result.table):
+            return figures
+        return {"grid": lens_grid(result), **figures, "depth": lens_depth(result)}

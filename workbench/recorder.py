@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -33,14 +33,17 @@ from workbench.models import Model, load_model
 from workbench.progress import progress
 from workbench.settings import Recording, recording
 from workbench.sites import Site
-from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord, read_counts
+from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord, read_counts, read_manifest
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment, hand_in, staged
 from workbench.store.writer import Writer, check_space, explain_full_disk, open_writer, required_bytes
 
 if TYPE_CHECKING:
+    from workbench.sae.load import Sae
+    from workbench.sae.recording import EncodedSite, RecordedFeatures
     from workbench.store.reader import Store
 
+_SITES = ("resid_post",)
 _SEGMENT_BYTES = 256 << 20
 _SEGMENT_ROWS = 65_536
 _BACKLOG = 8
@@ -52,7 +55,7 @@ def record(
     texts: Any,
     *,
     out: str | Path,
-    sites: Sequence[str] | str = Recording.sites,
+    sites: Sequence[str] | str | None = Recording.sites,
     context: int | None = Recording.context,
     dtype: str | torch.dtype = Recording.dtype,
     bos: str = Recording.bos,
@@ -63,6 +66,10 @@ def record(
     span_column: str | None = Recording.span_column,
     batch_tokens: int | None = Recording.batch_tokens,
     segment_rows: int | None = Recording.segment_rows,
+    sae: Sae | None = None,
+    sae_site: str | None = None,
+    sae_dtype: str = "float32",
+    sae_force: bool = False,
     append: bool = False,
     workers: Workers | None = None,
     show_progress: bool = True,
@@ -75,12 +82,19 @@ def record(
     a finished one is returned as it is; `append=True` adds the texts after what is there. `workers`: processes that
     write segments side by side, `RayWorkers` or a `Share` of `workbench.distributed`; None: this one.
 
+    `sae`: what `load_sae` gives. Its features are extracted into the store's `features/`, the same that
+    `extract_features` makes of a recorded site, up to the last bits where threads share a product. The site itself is
+    stored only if it is among `sites`, which by default are none then. `sae_site`: another site than the one it was
+    trained on; `sae_dtype`: the stored type of features, float32 or float16; `sae_force`: use an SAE of another site or
+    model.
+
     The same request gives the same bytes on the same machine, interrupted or not. Memory: the model, one batch and
     its backlog, whatever the number of rows. Disk: `rows x sum of site sizes`, compared with the free space
     before the first pass.
 
     Raises RequestError for a request that cannot be met (unknown site, other settings than the store's, not
-    enough space), DataError when the disk fails; what is committed stays readable.
+    enough space, an SAE of another width, site or model), DataError when the disk fails or a row to be encoded is not
+    finite; what is committed stays readable.
     """
     settings = recording(
         sites=sites,
@@ -95,7 +109,23 @@ def record(
         batch_tokens=batch_tokens,
         segment_rows=segment_rows,
     )
-    return record_with(settings, model, texts, out=out, append=append, workers=workers, show_progress=show_progress)
+    features = None
+    if sae is None and (sae_site is not None or sae_force):
+        raise RequestError("sae_site and sae_force are for sae; give it too")
+    if sae is not None:
+        from workbench.sae.recording import RecordedFeatures  # SAELens' import takes seconds
+
+        features = RecordedFeatures(sae, sae_site, sae_dtype, sae_force)
+    return record_with(
+        settings,
+        model,
+        texts,
+        out=out,
+        features=features,
+        append=append,
+        workers=workers,
+        show_progress=show_progress,
+    )
 
 
 def record_with(
@@ -104,17 +134,24 @@ def record_with(
     texts: Any,
     *,
     out: str | Path,
+    features: RecordedFeatures | None = None,
     append: bool = False,
     workers: Workers | None = None,
     show_progress: bool = True,
 ) -> Store:
-    """`record` with its settings as one frozen record."""
+    """`record` with its settings as one frozen record, and those of an SAE as another."""
 
     corpus.check_source(texts)
+    if features is not None and workers is not None:
+        raise RequestError(
+            "sae: features are extracted by one process; record its site with workers, then call extract_features"
+        )
     workers = workers or ThisProcess()
     if not isinstance(model, Model):
         model = load_model(model, device=workers.own_device if isinstance(model, str | Path) else None)
-    taps = model.site_map.select(settings.sites)
+    if settings.sites is None and features is None:
+        settings = replace(settings, sites=_SITES)
+    taps = model.site_map.select(settings.sites or ())
     context = context_length(settings, model)
     added = corpus.added_tokens(model.tokenizer, settings.bos)
     documents = corpus.read_documents(
@@ -124,6 +161,13 @@ def record_with(
         span_column=settings.span_column,
     )
     records = [_site_record(site, context, settings.dtype) for site in taps]
+    encoded = passing = None
+    if features is not None:
+        tap = features.tap(model.site_map, taps)
+        encoded = features.of(tap, _site_record(tap, context, settings.dtype), model.name, Path(out))
+        passing = encoded if tap not in taps else None  # its activations are not stored
+        workers = ThisProcess(passing=passing)
+    held = [*records, passing.site] if passing else records
     unembed, reason = _unembed(model)
     with (
         open_writer(
@@ -135,11 +179,17 @@ def record_with(
             environment=environment() | {"device": workers.device(model)},
             unembed=unembed,
             unembed_reason=reason,
+            features=passing and passing.label,
             shared=workers.shared,
         ) as writer,
         _scratch(Path(out), workers.name) as workdir,
         progress("tokenizing", None, "tokens", shown=show_progress) as tick,
     ):
+        if passing and append and writer.manifest.rows and writer.manifest.complete:
+            raise RequestError(
+                f"append: features of the {writer.manifest.rows:,} rows before need their {passing.site.label} again, "
+                "which was not stored; choose another out"
+            )
         with explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows):
             sequences = corpus.plan_sequences(
                 documents,
@@ -152,17 +202,19 @@ def record_with(
                 vocab=model.vocab,
                 progress=tick,
             )
-        _record_part(writer, workers, model, sequences, workdir, settings, append, show_progress)
+        _record_part(writer, workers, model, sequences, held, workdir, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
     store = open_store(out)
-    _warn_of_lost_values(store)
+    _warn_of_lost_values(store, held)
+    if encoded:
+        encoded.finish(store, show_progress=show_progress)
     return store
 
 
-def _warn_of_lost_values(store: Store) -> None:
+def _warn_of_lost_values(store: Store, sites: Sequence[SiteRecord]) -> None:
     overflow, nonfinite = read_counts(store.path, store.manifest)
-    for site in store.sites:
+    for site in sites:
         if count := overflow[site.name]:
             limit = torch.finfo(getattr(torch, site.dtype)).max
             warnings.warn(
@@ -220,6 +272,8 @@ class ThisProcess:
     own_device: str | None = None
     shared: bool = False
     name: str = ""
+    passing: EncodedSite | None = None
+    """A site whose features are extracted and whose activations are not stored."""
 
     def device(self, model: Model) -> str:
         return model.device.type
@@ -230,10 +284,12 @@ class ThisProcess:
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        recorder = SegmentRecorder(work, model)
-        for segment in left:
-            recorder.write(segment, tick)
-            yield
+        encoding = self.passing.writer(work.store, read_manifest(work.store)) if self.passing and left else None
+        with encoding or nullcontext() as encode:
+            recorder = SegmentRecorder(work, model, self.passing, encode)
+            for segment in left:
+                recorder.write(segment, tick)
+                yield
 
 
 @dataclass(frozen=True)
@@ -255,9 +311,16 @@ class Work:
 class SegmentRecorder:
     """Runs a model over planned segments and writes them."""
 
-    def __init__(self, work: Work, model: Model) -> None:
-        self.work, self.model = work, model
-        self.taps = model.site_map.select(work.settings.sites)
+    def __init__(
+        self,
+        work: Work,
+        model: Model,
+        passing: EncodedSite | None = None,
+        encode: Callable[[int, Tensor, Sequence[int]], None] | None = None,
+    ) -> None:
+        """`encode`: takes the rows of `passing`, a site that is not stored, before the segment is handed in."""
+        self.work, self.model, self.passing, self.encode = work, model, passing, encode
+        self.taps = model.site_map.select(work.settings.sites or ())
         self.sequences = corpus.open_sequences(work.plan)
         self.text_of = partial(corpus.token_texts, model.tokenizer)
 
@@ -266,6 +329,7 @@ class SegmentRecorder:
         work, sequences = self.work, self.sequences
         first = planned.first_sequence - work.sequence_offset
         last = first + planned.sequences
+        lengths = sequences.lengths[first:last]
         ids = sequences.token_ids[sequences.starts[first] : sequences.starts[last]]
         table = corpus.token_table(
             sequences,
@@ -279,7 +343,12 @@ class SegmentRecorder:
         what = f"segment {planned.name}"
         with explain_full_disk(work.store, what, planned.first_row):
             with staged(work.store, work.manifest, planned, table) as segment:
-                _fill(segment, self.model, self.taps, ids, sequences.lengths[first:last], work.settings, tick)
+                if self.encode is None:
+                    _fill(segment, self.model, self.taps, ids, lengths, work.settings, tick)
+                else:  # its features first: a segment that is finished has them
+                    passed = _Passed(segment, self.passing.site, planned.rows)
+                    _fill(passed, self.model, [*self.taps, self.passing.tap], ids, lengths, work.settings, tick)
+                    self.encode(planned.first_row, passed.values, lengths.tolist())
             hand_in(work.store, planned)
 
 
@@ -288,13 +357,14 @@ def _record_part(
     workers: Workers,
     model: Model,
     sequences: corpus.Sequences,
+    held: Sequence[SiteRecord],
     plan: Path,
     settings: Recording,
     append: bool,
     show_progress: bool,
 ) -> None:
     """Everything after planning: what is committed is checked, the rest is run and committed segment by segment."""
-    records, lengths = writer.manifest.sites, sequences.lengths
+    lengths = sequences.lengths
     part = Part(
         rows=int(lengths.sum()),
         sequences=len(lengths),
@@ -325,16 +395,14 @@ def _record_part(
                 sequences.token_ids[sequences.starts[first] : sequences.starts[last]], lengths[first:last]
             ),
         )
-        for index, (first, last) in enumerate(
-            corpus.segment_plan(lengths, settings.segment_rows or segment_rows(records))
-        )
+        for index, (first, last) in enumerate(corpus.segment_plan(lengths, settings.segment_rows or segment_rows(held)))
     ]
     for index, segment in enumerate(planned[:begun]):
         writer.check(index, segment.digest)
     own = workers.own(planned)
     left = writer.take_up(planned, own)
     rows, rows_left = (sum(segment.rows for segment in some) for some in (own, left))
-    check_space(writer.path, required_bytes(records, rows_left))
+    check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
     with (
         progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as tick,
         closing(workers.write(work, model, left, tick)) as handed_in,
@@ -344,8 +412,27 @@ def _record_part(
     writer.commit_waiting()
 
 
+class _Passed:
+    """A segment being written, of which one more site is kept in memory and not written."""
+
+    def __init__(self, segment: SegmentWriter, site: SiteRecord, rows: int) -> None:
+        self._segment, self._site = segment, site
+        self.values = torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype))
+        """What passed at the site: [row, *shape], as it would be stored."""
+        self.count = segment.count
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        return self._site.shape if site == self._site.name else self._segment.shape(site)
+
+    def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
+        if site == self._site.name:
+            _as_numpy(self.values)[first_row : first_row + len(rows)] = rows
+        else:
+            self._segment.write(site, first_row, rows)
+
+
 def _fill(
-    segment: SegmentWriter,
+    segment: SegmentWriter | _Passed,
     model: Model,
     taps: Sequence[Site],
     ids: Int[np.ndarray, " row"],
@@ -445,7 +532,7 @@ def _as_numpy(x: Tensor) -> np.ndarray:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def _write(segment: SegmentWriter, name: str, arrived: Callable, runs: list[tuple[int, int, int]]) -> None:
+def _write(segment: SegmentWriter | _Passed, name: str, arrived: Callable, runs: list[tuple[int, int, int]]) -> None:
     array, (overflow, nonfinite) = arrived()
     for row, first, n in runs:
         segment.write(name, row, array[first : first + n])

@@ -37,8 +37,24 @@ class Result:
     provenance: Mapping[str, Any]
 
     def figures(self) -> dict[str, Figure]:
-        """Every figure of this result by name, the one for a paper first."""
-        return find_probe(self.probe).figures(self)
+        """Every figure of this result by name, the one for a paper first; each knows in `layout.meta["provenance"]`,
+        as a line of plotly text, where it came from."""
+        from workbench.figures.text import sentence
+
+        figures = find_probe(self.probe).figures(self)
+        for figure in figures.values():
+            figure.update_layout(meta={"provenance": sentence(self.source())})
+        return figures
+
+    def source(self) -> str:
+        """Where this result came from, in one line of plain text: model, store, probe, settings, version."""
+        known = self.provenance
+        settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(known["settings"].items()))
+        return (
+            f"model {known['model']} ({known['model_fingerprint'][:12]}), store {known['store']} "
+            f"({known['store_fingerprint'][:12]}), {known['rows']:,} rows; probe {self.probe}"
+            f"{': ' if settings else ''}{settings}; workbench {known['workbench']}"
+        )
 
     def figure(self, name: str | None = None) -> Figure:
         """One figure; by default the first. Raises RequestError for a name there is none of."""

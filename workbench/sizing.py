@@ -102,7 +102,7 @@ def plan(
     rows: int | float,
     workers: int = 1,
     seconds: int | float = 10.0,
-    sites: Sequence[str] | str = Recording.sites,
+    sites: Sequence[str] | str | None = Recording.sites,
     dtype: Any = Recording.dtype,
     **settings: Any,
 ) -> Plan:

@@ -29,6 +29,8 @@ SEGMENT = "segment.json"
 SEGMENTS = "segments"
 TOKENS = "tokens.parquet"
 UNEMBED = "unembed.safetensors"
+FEATURES = "features"
+"""Folder of the folders of sparse features."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Stored types and the bytes of one value."""
@@ -161,7 +163,8 @@ class Manifest:
     model: ModelRecord
     sites: tuple[SiteRecord, ...]
     recording: dict[str, Any]
-    """The settings asked for: the fields of `workbench.settings.Recording`."""
+    """The settings asked for: the fields of `workbench.settings.Recording`, and `features` where those of a site were
+    extracted that is not stored."""
     tokens_added: dict[str, tuple[int, ...]]
     """Token ids put around each sequence: `prefix` (BOS) and `suffix`."""
     environment: dict[str, str]
@@ -292,11 +295,15 @@ def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
+    if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
+        facts["features"] = short_list(features)
     return "\n".join(f"{name:<8} {fact}" for name, fact in facts.items())
 
 
 def short_list(names: list[str], limit: int = 8) -> str:
     """How many names, and the names, the middle of a long list left out: "12: resid_post.0, ..., resid_post.11"."""
+    if not names:
+        return "none"
     shown = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
     return f"{len(names)}: {', '.join(shown)}"
 

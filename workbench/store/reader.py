@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,9 @@ from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
 from workbench.store.tokens import COLUMNS, read_tokens, take_tokens
 from workbench.store.verify import verify
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 _OPEN_MAPS = 32_768  # Linux grants a process 65,530
 
@@ -93,6 +96,22 @@ class Store:
         Raises RequestError, with the columns there are, for a condition DuckDB refuses.
         """
         return Rows(self, select_rows(self.path, self.manifest, predicate))
+
+    def figures(self) -> dict[str, Figure]:
+        """The store at a glance, by name: "sites" and their sizes, the most frequent "tokens", "norms" by layer.
+
+        Reads the token table and 1,024 rows of each site.
+        """
+        from workbench.store.figures import overview
+
+        return overview(self)
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One of these; by default the first. Raises RequestError for a name there is none of."""
+        figures = self.figures()
+        if name is not None and name not in figures:
+            raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
+        return figures[name or next(iter(figures))]
 
     def verify(self) -> pd.DataFrame:
         """Findings of a full check, none for a sound store; see `workbench.store.verify`. Reads every byte once."""

@@ -76,6 +76,7 @@ def open_writer(
     environment: Mapping[str, str],
     unembed: Callable[[Path], None] | None,
     unembed_reason: str | None,
+    features: str | None = None,
     shared: bool = False,
 ) -> Iterator[Writer]:
     """Create the store at `path`, or reopen it to resume or append, holding it until the block is left.
@@ -89,6 +90,7 @@ def open_writer(
         environment: Library versions. A store of others is resumed with a warning.
         unembed: Writes the final norm and unembedding to the path it is given; called for a new store only.
         unembed_reason: Why there is no unembedding, where `unembed` is None.
+        features: Which features of an SAE are extracted from a site that is not stored; a store of others is refused.
         shared: Write beside others that share it and make the same recording, each its own segments. Otherwise alone.
 
     Raises:
@@ -99,7 +101,7 @@ def open_writer(
     asked = Manifest(
         model=model,
         sites=tuple(sites),
-        recording=from_json(to_json(recording), "recording"),
+        recording=from_json(to_json(recording), "recording") | ({"features": features} if features else {}),
         tokens_added={name: tuple(map(int, tokens_added[name])) for name in ("prefix", "suffix")},
         environment=dict(environment),
         unembed=None,
