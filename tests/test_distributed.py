@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,9 +21,6 @@ from workbench.errors import DataError, RequestError
 from workbench.models import Model
 from workbench.store import read_manifest
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning", "-W", "ignore::ResourceWarning")  # as pyproject.toml's
 SETTINGS = {"sites": ["resid_post", "pattern.1"], "context": 64, "segment_rows": 200, "batch_tokens": 256}
 
 
@@ -33,52 +30,48 @@ def texts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_models) -> Path:
+def forks():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["workbench.recorder", "workbench.distributed", "transformers.models.llama"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def folder(forks, tmp_path_factory, tiny_models) -> Path:
     """A saved model, and `one`, its recording by one process with one thread."""
     place = tmp_path_factory.mktemp("distributed")
     tiny_models["llama"].save_pretrained(place / "model")
-    assert run("one", place)[0] == 0
+    finish(start(forks, place, "one", None))
     return place
 
 
-PROGRAM = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-import workbench as wb
-from workbench.errors import WorkbenchError
-
-place, out, texts, settings, who = json.loads(sys.argv[1])
-who = who and getattr(wb, who.pop("kind"))(**who)
-try:
-    store = wb.record(place + "/model", texts, out=out, workers=who, show_progress=False, **settings)
-    print(store.rows)
-except WorkbenchError as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-"""
+def record(folder: Path, out: str, workers) -> wb.Store:
+    return wb.record(folder / "model", texts(), out=folder / out, workers=workers, show_progress=False, **SETTINGS)
 
 
-def start(out: str, folder: Path, **who) -> subprocess.Popen:
-    """Records in a process of its own, as a user's script would; warnings are errors there, too."""
-    given = json.dumps([str(folder), str(folder / out), texts(), SETTINGS, who])
-    return subprocess.Popen(
-        [sys.executable, *WARNINGS, "-c", PROGRAM, given],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def record_here(folder: Path, out: str, workers) -> None:
+    """All of a process: with one thread, the bytes do not depend on the machine's cores."""
+    import torch
+
+    torch.set_num_threads(1)
+    record(folder, out, workers)
 
 
-def run(out: str, folder: Path, **who) -> tuple[int, str, str]:
-    process = start(out, folder, **who)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def start(forks, folder: Path, out: str, workers):
+    process = forks.Process(target=record_here, args=(folder, out, workers))
+    process.start()
+    return process
 
 
-def wait_for(ready, process: subprocess.Popen) -> None:
+def finish(*job) -> None:
+    for process in job:
+        process.join(300)
+    assert [process.exitcode for process in job] == [0] * len(job)
+
+
+def wait_for(ready, process) -> None:
     while not ready():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive()
         time.sleep(0.002)
 
 
@@ -91,42 +84,18 @@ def segments(path: Path) -> dict[str, int]:
 # ---- shares ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["workbench.recorder", "workbench.distributed", "transformers.models.llama"])
-    return context
-
-
-def record_share(folder: str, out: str, rank: int, size: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    share = wb.Share.from_environment({"RANK": str(rank), "WORLD_SIZE": str(size)})
-    wb.record(folder + "/model", texts(), out=f"{folder}/{out}", workers=share, show_progress=False, **SETTINGS)
-
-
-def start_shares(forks, folder, out, size):
-    job = [forks.Process(target=record_share, args=(str(folder), out, rank, size)) for rank in range(size)]
-    for process in job:
-        process.start()
-    return job
+def start_shares(forks, folder: Path, out: str, size: int):
+    return [start(forks, folder, out, wb.Share(rank, size)) for rank in range(size)]
 
 
 def test_shares_side_by_side_give_the_bytes_of_one_process(forks, folder):
-    job = start_shares(forks, folder, "shares", 3)
-    for process in job:
-        process.join(300)
-    assert [process.exitcode for process in job] == [0, 0, 0]
+    finish(*start_shares(forks, folder, "shares", 3))
     assert contents(folder / "shares") == contents(folder / "one")
 
 
 def test_shares_one_after_another_each_do_their_own(forks, folder):
     for rank in (1, 0):
-        process = forks.Process(target=record_share, args=(str(folder), "serial", rank, 2))
-        process.start()
-        process.join(300)
-        assert process.exitcode == 0
+        finish(start(forks, folder, "serial", wb.Share(rank, 2)))
         found = read_manifest(folder / "serial")
         assert {int(name) % 2 for name in segments(folder / "serial")} == ({1} if rank else {0, 1})
         assert found.complete == (rank == 0)
@@ -150,12 +119,11 @@ def test_killed_shares_lose_nothing_that_was_finished_whatever_the_size_of_the_n
     handed_in |= {row.stem for row in (path / "segments").glob("*.json") if (path / "segments" / row.stem).is_dir()}
     before = segments(path)
     assert 0 < len(handed_in) < len(segments(folder / "one"))
-    for process in start_shares(forks, folder, "killed", 1):
-        process.join(300)
+    finish(*start_shares(forks, folder, "killed", 1))
     after = segments(path)
     assert {name: after[name] for name in handed_in} == {name: before[name] for name in handed_in}
     leftovers = list(path.rglob("*.partial"))  # of ranks that are no more: a process alone removes them
-    assert run("killed", folder)[0] == 0
+    finish(start(forks, folder, "killed", None))
     assert not list(path.rglob("*.partial")), leftovers
     assert contents(path) == contents(folder / "one")
 
@@ -189,14 +157,20 @@ def test_a_share_that_cannot_be_is_refused(environment, message):
 # ---- Ray ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def ray():
-    return pytest.importorskip("ray", reason="workers need Ray: pip install 'interp-workbench[distributed]'")
+@pytest.fixture(scope="module")
+def session():
+    """The one cluster of this module: it takes seconds to start, on two cores twenty. Users come with its address,
+    or find it started in their process; then it is used, and left alone."""
+    pytest.importorskip("ray", reason="workers need Ray: pip install 'interp-workbench[distributed]'")
+    from workbench import distributed
+
+    with distributed._ray(None, 2) as connected:
+        yield connected
 
 
-def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+def ray_workers() -> list[psutil.Process]:
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in psutil.Process().children(recursive=True):
         try:
             if "ray::_Worker" in " ".join(child.cmdline()):
                 found.append(child)
@@ -205,45 +179,29 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-def test_two_ray_workers_give_the_bytes_of_one_process(ray, folder):
-    """Also when one of them is killed in the middle: another takes its place, and its segment up."""
-    process, path = start("ray", folder, kind="RayWorkers", count=2, threads=1), folder / "ray"
+def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(session, forks, folder):
+    """Another worker takes up a dead one's segment, the next driver a dead one's store; workers die with their driver.
+    In the end there are the bytes of one process."""
+    path, workers = folder / "ray", wb.RayWorkers(2, threads=1)
+    address = session.get_runtime_context().gcs_address
+    process = start(forks, folder, "ray", replace(workers, address=address))
     wait_for(lambda: len(segments(path)) > 3, process)
-    busy = workers_of(process)
+    busy = ray_workers()
     assert len(busy) == 2
     busy[0].kill()
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert int(out) == read_manifest(path).rows
-    assert contents(path) == contents(folder / "one")
-
-
-def test_a_killed_driver_takes_its_workers_along_and_the_next_one_goes_on(ray, folder):
-    process, path = start("driver", folder, kind="RayWorkers", count=2, threads=1), folder / "driver"
-    wait_for(lambda: len(segments(path)) > 3, process)
-    family = psutil.Process(process.pid).children(recursive=True)
+    held = len(segments(path))
+    wait_for(lambda: len(segments(path)) > held + 6 and len(ray_workers()) == 2, process)
     process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    process.join()
+    _, alive = psutil.wait_procs(busy + ray_workers(), timeout=60)
     assert alive == []
-    committed = read_manifest(path)
-    before = segments(path)
+    committed, before = read_manifest(path), segments(path)
     assert 0 < committed.rows < committed.planned_rows
-    code, _, err = run("driver", folder, kind="RayWorkers", count=1, threads=1)
-    assert (code, err) == (0, "")
+    assert record(folder, "ray", workers).rows == committed.planned_rows
     after = segments(path)
     listed = [segment.name for segment in committed.segments]
     assert {name: after[name] for name in listed} == {name: before[name] for name in listed}
     assert contents(path) == contents(folder / "one")
-
-
-@pytest.fixture(scope="module")
-def session(ray):
-    """A session that the caller holds already: it is used, and left alone."""
-    from workbench import distributed
-
-    with distributed._ray(None, 2) as connected:
-        yield connected
 
 
 def test_a_module_in_memory_is_sent_and_a_callers_session_stays(session, folder, tiny_models, tmp_path):
@@ -312,6 +270,13 @@ def test_workers_that_cannot_be_are_refused(asked, message):
         wb.RayWorkers(**asked)
 
 
+@pytest.mark.parametrize("workers", [wb.RayWorkers(2), wb.Share(0, 2)])
+def test_features_while_recording_are_one_process_work(demo, tmp_path, workers):
+    with pytest.raises(RequestError, match="sae: features are extracted by one process; record its site with workers"):
+        wb.record(demo, texts(), out=tmp_path / "x", sae=wb.load_sae("demo"), workers=workers, show_progress=False)
+    assert not (tmp_path / "x").exists()
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -325,6 +290,7 @@ def test_workers_that_cannot_be_are_refused(asked, message):
             ["--share"],
             "share: neither RANK and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are set; start the command",
         ),
+        (["--workers", "2", "--sae", "demo"], "--sae: features are extracted by one process; record its site with"),
         (["--workers", "2", "--device", "cuda:1"], "device of workers must be cpu or cuda, each has one of its own"),
     ],
 )

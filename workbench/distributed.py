@@ -213,10 +213,11 @@ def _carried(model: Model) -> Loading | Model:
 def _ray(address: str | None, cpus: int) -> Iterator[Any]:
     """Ray, connected: to the session that the caller has, to a cluster, or to workers of this machine that go with us.
 
-    Quiet, reports nothing to anybody, and listens to this machine only unless an address is given.
+    Quiet, and reports nothing to anybody. What it starts listens on this machine's address to who has Ray's token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")  # of its agents; a busy machine needs a minute
     try:
         import ray
     except ImportError:
@@ -232,12 +233,15 @@ def _ray(address: str | None, cpus: int) -> Iterator[Any]:
         "num_cpus": cpus,
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE,
-        "_node_ip_address": "127.0.0.1",
     }
-    try:
-        ray.init(log_to_driver=False, configure_logging=False, **({"address": address} if address else own))
-    except Exception as error:  # each step of connecting raises its own kind
-        raise RequestError(f"ray address {address or 'local'}: {_first_line(error)}") from error
+    for tries_left in (0,) if address else (1, 0):  # Ray gives itself 30 s to start, which a busy machine may exceed
+        try:
+            ray.init(log_to_driver=False, configure_logging=False, **({"address": address} if address else own))
+            break
+        except Exception as error:  # each step of connecting raises its own kind
+            ray.shutdown()
+            if not tries_left:
+                raise RequestError(f"ray address {address or 'local'}: {_first_line(error)}") from error
     try:
         yield ray
     finally:

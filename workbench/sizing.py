@@ -138,9 +138,10 @@ def plan_with(
     batch = max(context, settings.batch_tokens or batch_tokens(model))
     with tempfile.TemporaryDirectory(prefix="workbench-plan-") as folder:
         timed = _Timed()
-        size = batch  # one batch a segment; the first warms up and is not counted
+        own = settings.segment_rows or batch
+        size = min(batch, max(context, 8 * own))  # a batch, or some small segments
         for name in ("first", "second"):
-            sample = replace(sampled, max_rows=2 * size, segment_rows=size)
+            sample = replace(sampled, max_rows=2 * size, segment_rows=min(size, settings.segment_rows or size))
             store = Path(folder) / name
             timed.seconds.clear()
             record_with(

@@ -243,8 +243,11 @@ class Writer:
             check_columns(schema, self._schema)
             rows.append(row)
         if rows:
-            self._replace(replace(self.manifest, segments=(*listed, *rows)))
-            staging.forget(self.path, [row.name for row in rows])
+            try:
+                self._replace(replace(self.manifest, segments=(*listed, *rows)))
+            finally:  # also where the new manifest took its place and the disk failed after that
+                listed = self.manifest.segments[len(listed) :]
+                staging.forget(self.path, [row.name for row in listed])
             write_groups(self.path, self.manifest)
 
     def _part_segments(self) -> list[Segment]:
