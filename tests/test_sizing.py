@@ -27,7 +27,8 @@ def tiny(tiny_models):
     [
         (6000, {"sites": ["resid_post", "pattern.1"], "context": 32, "segment_rows": 1000}, 0.03),
         (6000, {"sites": ["logits"], "context": 64, "dtype": "bfloat16", "segment_rows": 640}, 0.02),
-        (6240, {"sites": ["q.0"], "context": 16, "dtype": "float32", "segment_rows": 100}, 0.1),  # 65, of them 64 a group
+        # 65 segments, of them 64 in a group
+        (6240, {"sites": ["q.0"], "context": 16, "dtype": "float32", "segment_rows": 100}, 0.1),
     ],
 )
 def test_disk_is_that_of_the_recording(tiny, tmp_path, rows, settings, within):

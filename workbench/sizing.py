@@ -138,8 +138,8 @@ def plan_with(
     batch = max(context, settings.batch_tokens or batch_tokens(model))
     with tempfile.TemporaryDirectory(prefix="workbench-plan-") as folder:
         timed = _Timed()
-        own = settings.segment_rows or batch
-        size = min(batch, max(context, 8 * own))  # a batch, or some small segments
+        segment = settings.segment_rows or batch
+        size = min(batch, max(context, 8 * segment))  # a batch, or some small segments; the first warms up
         for name in ("first", "second"):
             sample = replace(sampled, max_rows=2 * size, segment_rows=min(size, settings.segment_rows or size))
             store = Path(folder) / name
