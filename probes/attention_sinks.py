@@ -39,6 +39,9 @@ _HEADS_SHOWN = 12
 UNITS = {
     "alpha": "attention",
     "sink_k": "% of heads",
+    "sink": "% of heads",
+    "sink_low": "% of heads",
+    "sink_high": "% of heads",
     "reliable": "1 = min_visible queries or more see it",
     "sink_share": "share of sequences",
     "row_entropy": "share of the largest entropy",
@@ -110,7 +113,7 @@ class AttentionSinks:
     massive_ratio: float = 1000.0
     """And larger than this many times the median of its layer and sequence."""
     resamples: int = 1000
-    """Draws of documents for the intervals of the comparison of domains."""
+    """Draws of documents for the intervals of the metric and of the comparison of domains."""
     seed: int = 0
     """Of these draws."""
 
@@ -134,8 +137,9 @@ class AttentionSinks:
     def run(self, store: Store) -> Result:
         """Reads `pattern` (and `v`, `resid_post`), or what was derived from them while recording.
 
-        `data` has, over (position): sink_k, the papers' metric, 0 to 100; over (layer, head, position): alpha, its mean
-        over sequences, 0 to 1 (H_T / T at the first key of a head that attends uniformly: 0.074 for T = 64). Over
+        `data` has, over (position): sink_k, the papers' metric, 0 to 100; sink, the same of the position `sink`, and its
+        95 % interval over documents, sink_low and sink_high. Over (layer, head, position): alpha, its mean over
+        sequences, 0 to 1 (H_T / T at the first key of a head that attends uniformly: 0.074 for T = 64). Over
         (layer, head), at the position `sink`: sink_share, whose mean is sink_k; value norms (1: as the others'); the
         detector's two entropies, 0 to 1, and the share of sequences in which it takes the head. Over (layer):
         residual norms and massive activations. With `domain`: mean attention of later tokens to the sink over (domain,
@@ -168,6 +172,7 @@ class AttentionSinks:
         arrays |= _over_layers(every, residual)
         heads_seen = len(sequences) * sum(len(part["sink_share"]) for part in found.values())
         arrays["sink_k"] = 100 * sum(part["above"] for part in found.values()) / heads_seen
+        arrays |= _sink_interval(self, found, sequences)
         arrays["reliable"] = (self.length - np.arange(self.length) >= self.min_visible).astype(np.int8)
         if self.domain is not None:
             paid = {layer: part["paid"] for layer, part in found.items()}
@@ -306,8 +311,9 @@ def _domain_of(probe: AttentionSinks, tokens: Any, starts: np.ndarray) -> tuple[
 def _attention(
     probe: AttentionSinks, store: Store, source: str, layer: int, sequences: _Sequences
 ) -> dict[str, np.ndarray]:
-    """Of one layer: means over sequences for each head; "above", how often each position is a sink; and for domains
-    "paid", the attention to the sink [sequence, head]. What was not recorded is missing."""
+    """Of one layer: means over sequences for each head; "above", how often each position is a sink; "sinks", how many
+    heads have `sink` as one [sequence]; and for domains "paid", the attention to it [sequence, head]. What was not
+    recorded is missing."""
     length, parts = probe.length, []
     kind = "pattern" if source == "pattern" else "attn_received"
     for _, rows in sequences.blocks(int(np.prod(store[kind, layer].shape[1:]))):
@@ -318,6 +324,7 @@ def _attention(
             "alpha": rearrange(alpha, "sequence position head -> sequence head position").sum(0),
             "above": (alpha > probe.epsilon).sum((0, 2)),
             "sink_share": (alpha[:, probe.sink] > probe.epsilon).sum(0),
+            "sinks": (alpha[:, probe.sink] > probe.epsilon).sum(1),
         }
         if "row" in seen:  # the first query sees one key: no entropy
             part["row"] = (seen["row"][:, 1:] / np.log(np.arange(2, length + 1))[:, None]).sum(1) / length
@@ -334,7 +341,19 @@ def _attention(
     if {"row", "column"} <= each.keys():
         taken = (each["row"] < probe.row_entropy) & (each["column"] > probe.column_entropy)
         found["detected"] = taken.mean(0)
-    return found | {"above": total["above"]} | ({"paid": each["paid"]} if "paid" in each else {})
+    return found | {"above": total["above"], "sinks": each["sinks"]} | ({"paid": each["paid"]} if "paid" in each else {})
+
+
+def _sink_interval(
+    probe: AttentionSinks, found: Mapping[int, Mapping[str, np.ndarray]], sequences: _Sequences
+) -> dict[str, np.ndarray]:
+    """Sink_k of the position `sink`, and its interval: a bootstrap over documents, NaN where there is one alone."""
+    heads = sum(len(part["sink_share"]) for part in found.values())
+    share = 100 * sum(part["sinks"] for part in found.values())[:, None] / heads
+    mean, drawn = clustered_means(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
+    alone = len(np.unique(sequences.document)) < 2
+    low, high = np.full(2, np.nan) if alone else intervals(drawn)[:, 0]
+    return {"sink": mean[0], "sink_low": low, "sink_high": high}
 
 
 def _read_pattern(store: Store, layer: int, rows: np.ndarray, sink: int) -> dict[str, np.ndarray]:

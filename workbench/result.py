@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError, RequestError
+from workbench.experiment import find_experiment, installed_experiments
 from workbench.probe import find_probe
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _FORMAT, _VERSION = "workbench.result", 1
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one probe found in one store.
+    """What one probe found in one store, or an experiment in one run or many.
 
     `data` holds arrays with named axes, units in each variable's `attrs["units"]`; `table` the same, tidy, one
     observation a row; `provenance` the model, store, settings and version that made it.
@@ -38,7 +39,7 @@ class Result:
 
     def figures(self) -> dict[str, Figure]:
         """Every figure of this result by name, the one for a paper first."""
-        return find_probe(self.probe).figures(self)
+        return _asker(self.probe).figures(self)
 
     def figure(self, name: str | None = None) -> Figure:
         """One figure; by default the first. Raises RequestError for a name there is none of."""
@@ -49,7 +50,7 @@ class Result:
 
     def headline(self) -> str:
         """What was found and where, in one line of plain text; of a probe that has none to tell, what there is."""
-        told = getattr(find_probe(self.probe), "headline", None)
+        told = getattr(_asker(self.probe), "headline", None)
         return repr(self) if told is None else told(self)
 
     def save(self, path: str | Path) -> Path:
@@ -140,6 +141,11 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )
+
+
+def _asker(name: str) -> Any:
+    """The probe or the experiment that made a result."""
+    return find_experiment(name) if name in installed_experiments() else find_probe(name)
 
 
 def _ordered(data: xr.Dataset) -> xr.Dataset:
