@@ -116,10 +116,10 @@ def curves(
                 **cell,
             )
             told.add(name)
-    averaged = "mean over seeds" if _AVERAGED in differing(result) else ""
+    told_below = "; ".join(filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing(result) else ""]))
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": "; ".join(filter(None, [subtitle, averaged]))}, "y": 0.98, "yanchor": "top"},
+        title={"text": title, "subtitle": {"text": told_below}, "y": 0.98, "yanchor": "top"},
         width=max(700, 120 + 300 * columns),
         height=190 + 290 * rows,
         margin={"t": 110, "b": 90},

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 import workbench as wb
 from experiments.inputs import RECORDINGS, check_counts, documents_of, model_of
@@ -109,9 +108,8 @@ def headline(result: wb.Result) -> str:
 def figures(result: wb.Result) -> dict[str, Any]:
     """ "emergence": Sink_1 by training step; "loss": the mean loss beside it."""
     shared = {"x": "step", "x_title": "training step", "besides": ("checkpoints",)}
-    sink: go.Figure = curves(
-        result, y="sink", interval=("sink_low", "sink_high"), title="Attention sinks emerge", unit="% of heads", **shared
-    )
+    interval = ("sink_low", "sink_high")
+    sink = curves(result, y="sink", interval=interval, title="Attention sinks emerge", unit="% of heads", **shared)
     loss = curves(result, y="loss", title="Loss of the checkpoints", unit="nats", **shared)
     return {"emergence": sink, "loss": loss}
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
-import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import workbench as wb
@@ -56,7 +55,7 @@ def run(config: Config) -> wb.Result:
     store = _store(config)
     result = AttentionSinks(epsilon=config.epsilon, length=config.length, seed=config.seed).run(store)
     best = result.table.nlargest(1, "alpha").iloc[0]
-    residual = result.data["residual_norm_ratio"] if "residual_norm_ratio" in result.data else None
+    residual = result.data.get("residual_norm_ratio")
     line = {
         **{name: float(result.data[name]) for name in ("sink", "sink_low", "sink_high")},
         "sequences": int(result.data["sequences"]),
@@ -109,12 +108,12 @@ def figures(result: wb.Result) -> dict[str, Any]:
                 row=1,
                 col=place + 1,
             )
-    averaged = "mean over seeds, whiskers from the lowest to the highest" if "seed" in differing(result) else "whiskers:"
+    seeds = "mean over seeds, " if "seed" in differing(result) else ""
     figure.update_layout(
         template=TEMPLATE,
         title={
             "text": "Heads with a sink at the first position",
-            "subtitle": {"text": f"{averaged} 95 % interval over documents"},
+            "subtitle": {"text": f"{seeds}whiskers: 95 % interval over documents"},
         },
         width=max(700, 120 + 330 * len(parts)),
         height=460,

@@ -65,7 +65,9 @@ def figures(result: wb.Result) -> dict[str, Any]:
     """ "heads": every head's macro score, a column for each model and setting, p < 0.05 over all heads filled."""
     figure = go.Figure()
     told = set()
-    for place, (name, part) in enumerate(groups(result, ())):
+    columns = groups(result, ())
+    names = [name.replace(", ", "<br>") for name, _ in columns]
+    for place, (_, part) in enumerate(columns):
         heads = part.groupby(["layer", "head"], as_index=False)[["macro", "p_family"]].mean()
         for certain in (True, False):
             shown = heads[(heads["p_family"] < 0.05) == certain]
@@ -87,7 +89,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
         figure.add_annotation(
             x=place, y=best["macro"], text=f"{best['layer']:.0f}.{best['head']:.0f}", showarrow=False, yshift=14
         )
-    names = [name.replace(", ", "<br>") for name, _ in groups(result, ())]
     figure.update_layout(
         template=TEMPLATE,
         title={
@@ -98,7 +99,9 @@ def figures(result: wb.Result) -> dict[str, Any]:
         height=480,
         margin={"t": 110},
     )
-    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, showgrid=False, range=[-0.5, len(names) - 0.5])
+    figure.update_xaxes(
+        tickvals=list(range(len(names))), ticktext=names, showgrid=False, range=[-0.5, len(names) - 0.5]
+    )
     figure.update_yaxes(title="macro successor score", range=[-0.03, 1.1])
     return {"heads": figure}
 

@@ -137,8 +137,8 @@ class AttentionSinks:
     def run(self, store: Store) -> Result:
         """Reads `pattern` (and `v`, `resid_post`), or what was derived from them while recording.
 
-        `data` has, over (position): sink_k, the papers' metric, 0 to 100; sink, the same of the position `sink`, and its
-        95 % interval over documents, sink_low and sink_high. Over (layer, head, position): alpha, its mean over
+        `data` has, over (position): sink_k, the papers' metric, 0 to 100; sink, the same of the position `sink`, with
+        its 95 % interval over documents, sink_low and sink_high. Over (layer, head, position): alpha, its mean over
         sequences, 0 to 1 (H_T / T at the first key of a head that attends uniformly: 0.074 for T = 64). Over
         (layer, head), at the position `sink`: sink_share, whose mean is sink_k; value norms (1: as the others'); the
         detector's two entropies, 0 to 1, and the share of sequences in which it takes the head. Over (layer):
@@ -341,7 +341,9 @@ def _attention(
     if {"row", "column"} <= each.keys():
         taken = (each["row"] < probe.row_entropy) & (each["column"] > probe.column_entropy)
         found["detected"] = taken.mean(0)
-    return found | {"above": total["above"], "sinks": each["sinks"]} | ({"paid": each["paid"]} if "paid" in each else {})
+    return (
+        found | {"above": total["above"], "sinks": each["sinks"]} | ({"paid": each["paid"]} if "paid" in each else {})
+    )
 
 
 def _sink_interval(

@@ -30,6 +30,7 @@ _PUBLIC = {
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
+    "compare": "workbench.comparison",
     "Result": "workbench.result",
     "load_result": "workbench.result",
     "Probe": "workbench.probe",
@@ -54,6 +55,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from workbench.comparison import compare
     from workbench.embedded import demo_corpus
     from workbench.errors import DataError, RequestError, WorkbenchError
     from workbench.models import Model, load_model

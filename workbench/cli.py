@@ -265,7 +265,7 @@ class Compare:
 
         for store in (self.store_a, self.store_b):
             read_manifest(store)  # a wrong path answers before torch is loaded
-        from workbench.compare import compare
+        from workbench.comparison import compare
         from workbench.store.reader import open_store
 
         found = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
@@ -520,7 +520,8 @@ class _Listed:
 class _Help:
     def run(self) -> int:
         print("usage: workbench COMMAND ...    (workbench COMMAND --help tells more; --debug shows tracebacks)\n")
-        lines = {name: (kind.__doc__ or "").strip() for name, kind in VERBS.items()} | {"probe": _PROBE_HELP, "sweep": _SWEEP_HELP}
+        lines = {name: (kind.__doc__ or "").strip() for name, kind in VERBS.items()}
+        lines |= {"probe": _PROBE_HELP, "sweep": _SWEEP_HELP}
         for name, line in lines.items():
             print(f"  {name:<8} {line}")
         return 0

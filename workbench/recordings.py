@@ -78,7 +78,7 @@ def _digest(texts: Sequence[Any] | str | Path) -> str:
 def _as_list(value: Any) -> Any:
     if hasattr(value, "tolist"):  # token ids as an array
         return value.tolist()
-    raise RequestError(f"texts holds a {type(value).__name__}; a shared recording takes strings, mappings and token ids")
+    raise RequestError(f"texts holds a {type(value).__name__}; give strings, mappings or token ids")
 
 
 def _slug(name: str) -> str:

@@ -1,11 +1,11 @@
 """Sweeps: one experiment over a grid of settings, a run folder each, and one table and its figures in the end.
 
-    runs/sinks/
-      demo-0b1f6c2e/ ...         a run folder each (see `workbench.runs`)
-      summary/                   the runs that are complete, together
-        table.parquet table.csv  config columns first, then the experiment's own
-        figures/NAME.html        of all runs
-        sweep.json               the cells, and which of them failed with what
+runs/sinks/
+  demo-0b1f6c2e/ ...         a run folder each (see `workbench.runs`)
+  summary/                   the runs that are complete, together
+    table.parquet table.csv  config columns first, then the experiment's own
+    figures/NAME.html        of all runs
+    sweep.json               the cells, and which of them failed with what
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import RequestError, nearest
 from workbench.experiment import find_experiment, identity
 from workbench.progress import duration
-from workbench.runs import RESULTS, Cell, Outcome, attempt, cell_of
+from workbench.runs import RESULTS, Cell, Outcome, attempt, cell_of, share_script
 from workbench.store.files import PARTIAL, locked
 
 if TYPE_CHECKING:
@@ -95,7 +95,12 @@ def _titles(configs: Sequence[Any]) -> list[str]:
     """What tells each config from the others: "model=demo epsilon=0.2"; all settings that differ among them."""
     settings = [identity(config) for config in configs]
     differ = [name for name in settings[0] if len({json.dumps(one[name]) for one in settings}) > 1] if settings else []
-    return [" ".join(f"{name}={one[name]}" for name in differ) or "one cell" for one in settings]
+    return [" ".join(f"{name}={_short(one[name])}" for name in differ) or "one cell" for one in settings]
+
+
+def _short(value: Any) -> str:
+    """A path by its last part."""
+    return Path(value).name or value if isinstance(value, str) else str(value)
 
 
 def _line(outcome: Outcome, title: str, ended: Sequence[Outcome], cells: int) -> str:
@@ -117,6 +122,7 @@ def _summarise(experiment: str, outcomes: Sequence[Outcome], out: Path) -> Resul
         fresh.mkdir(parents=True)
     else:
         result.save(fresh)
+        share_script(fresh, out)
         result.table.to_csv(fresh / TABLE, index=False)
     cells = [
         {
