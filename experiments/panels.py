@@ -33,7 +33,7 @@ def named(name: str, value: Any) -> str:
     """A setting as a figure tells it, safe as plotly text."""
     if name in PLACES:
         return label(str(value), 40)
-    return label(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}", 40)
+    return f"{name} {_value(value)}"
 
 
 def shortened(table: pd.DataFrame) -> pd.DataFrame:

@@ -120,7 +120,8 @@ def figures(result: wb.Result) -> dict[str, Any]:
         margin={"t": 120, "b": 80},
         legend={"yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )
-    figure.update_yaxes(title="% of heads", range=[0, 100], col=1)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title="% of heads", col=1)
     return {"sinks": figure}
 
 

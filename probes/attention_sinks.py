@@ -355,7 +355,7 @@ def _sink_interval(
     mean, drawn = clustered_means(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
     alone = len(np.unique(sequences.document)) < 2
     low, high = np.full(2, np.nan) if alone else intervals(drawn)[:, 0]
-    return {"sink": mean[0], "sink_low": low, "sink_high": high}
+    return {"sink": np.asarray(mean[0]), "sink_low": np.asarray(low), "sink_high": np.asarray(high)}
 
 
 def _read_pattern(store: Store, layer: int, rows: np.ndarray, sink: int) -> dict[str, np.ndarray]:

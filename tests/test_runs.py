@@ -225,7 +225,7 @@ def test_experiments_are_listed_and_found():
         "experiment 'toys' is not installed; nearest: toy; known: toy"
     )
     gone = EntryPoint("gone", "no_such_package.study", "workbench.experiments")
-    assert summary(gone) == "cannot be loaded: there is no module no_such_package"
+    assert summary(gone) == "cannot be loaded: there is no module no_such_package.study"
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------

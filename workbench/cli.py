@@ -265,9 +265,11 @@ class Compare:
 
         for store in (self.store_a, self.store_b):
             read_manifest(store)  # a wrong path answers before torch is loaded
-        from workbench.comparison import compare
+        from workbench.comparison import compare, refuse_full
         from workbench.store.reader import open_store
 
+        if self.out is not None:
+            refuse_full(self.out)
         found = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
         _print_table(list(found.sites.columns), found.sites.to_numpy().tolist())
         if len(found.probes):

@@ -21,6 +21,7 @@ from torch import Tensor
 from workbench.errors import RequestError, WorkbenchError, nearest
 from workbench.probe import find_probe, installed_probes
 from workbench.progress import progress
+from workbench.sites import short_name
 from workbench.statistics import clustered_means, intervals, resampled_means
 from workbench.store.manifest import SiteRecord, short_list
 from workbench.store.reader import Rows, Store
@@ -93,13 +94,18 @@ class Comparison:
     def save(self, folder: str | Path) -> Path:
         """Writes sites.csv, probes.csv and cosine.html into `folder`. Raises RequestError where it holds something."""
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
+        refuse_full(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.sites.to_csv(folder / "sites.csv", index=False)
         self.probes.to_csv(folder / "probes.csv", index=False)
         self.figure().write_html(folder / "cosine.html", include_mathjax=False, div_id="cosine")
         return folder
+
+
+def refuse_full(folder: Path) -> None:
+    """Raises RequestError where `folder` is there and not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
 
 
 def compare(
@@ -187,7 +193,7 @@ def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: s
         if not names:
             close = nearest(pattern, [site.label for site in store.sites])
             raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}")
-        if lacking := [name for name in others if name not in names]:
+        if lacking := [short_name(name) or name for name in others if name not in names]:
             raise RequestError(
                 f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} has not; "
                 "name the sites that both have"

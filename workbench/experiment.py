@@ -96,7 +96,7 @@ def found(name: str, config: Any, table: pd.DataFrame, *stores: Store, data: xr.
     provenance = {
         "model": ", ".join(dict.fromkeys(manifest.model.name for manifest in manifests)),
         "model_fingerprint": " ".join(dict.fromkeys(manifest.model.fingerprint for manifest in manifests)),
-        "store": ", ".join(dict.fromkeys(Path(store.path).parent.name for store in stores)),
+        "store": ", ".join(dict.fromkeys(f"{store.path.parent.name}/{store.path.name}" for store in stores)),
         "store_fingerprint": " ".join(manifest.fingerprint for manifest in manifests),
         "rows": sum(store.rows for store in stores),
         "settings": settings,

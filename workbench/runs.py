@@ -193,6 +193,7 @@ def share_script(result: Path, runs: Path) -> None:
     own = result / "figures" / "plotly.min.js"
     others = runs.glob(f"*/{RESULTS}/figures/{own.name}")
     with contextlib.suppress(OSError):  # no figure, or no hard links there
+        others = (path for path in others if not path.samefile(own))
         other = next((path for path in others if filecmp.cmp(own, path, shallow=False)), None)
         if other is not None:
             link = own.with_name(own.name + PARTIAL)
