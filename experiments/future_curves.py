@@ -66,7 +66,7 @@ def headline(result: wb.Result) -> str:
 
 def figures(result: wb.Result) -> dict[str, Any]:
     """ "precision": by layer, a colour for each horizon, dotted what the token alone tells; "gain": the difference."""
-    known = result.table.assign(N=result.table["horizon"].astype(str))
+    known = result.table.assign(N=[f"N = {horizon}" for horizon in result.table["horizon"]])
     bigram = known.assign(method="bigram of the token", precision=known["bigram_precision"])
     table = pd.concat([known, bigram], ignore_index=True)
     shared = {"x": "layer", "x_title": "layer", "colour": "N", "dash": "method", "besides": ("horizons",)}

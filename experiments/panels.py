@@ -31,9 +31,7 @@ def differing(result: Result) -> list[str]:
 
 def named(name: str, value: Any) -> str:
     """A setting as a figure tells it, safe as plotly text."""
-    if name in PLACES:
-        return label(str(value), 40)
-    return f"{name} {_value(value)}"
+    return _value(value) if name in PLACES else f"{name} {_value(value)}"
 
 
 def shortened(table: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +100,7 @@ def curves(
             of = dict(zip(lines, values, strict=True))
             at = line.groupby(x, sort=True)
             mean = at[y].mean()
-            name = ", ".join(named(key, value) if key != colour else _value(value) for key, value in of.items())
+            name = ", ".join(_value(value) for key, value in of.items() if result.table[key].nunique() > 1)
             figure.add_scatter(
                 x=mean.index.tolist(),
                 y=mean.to_numpy(),
@@ -137,7 +135,8 @@ def _scale(values: Any, choices: Sequence[str]) -> dict[Any, str]:
 
 
 def _value(value: Any) -> str:
-    return label(f"{value:g}" if isinstance(value, float) else str(value), 40)
+    told = label(f"{value:g}" if isinstance(value, float) else str(value), 40)
+    return told.replace("·", " ")  # a setting is read as words, not as a token
 
 
 def _whiskers(at: Any, mean: pd.Series, interval: tuple[str, str] | None) -> dict[str, Any] | None:

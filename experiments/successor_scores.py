@@ -74,7 +74,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             if not len(shown):
                 continue
             figure.add_scatter(
-                x=place + 0.5 * (shown["head"] + 0.5) / (heads["head"].max() + 1) - 0.25,
+                x=place + _aside(shown["head"], heads["head"].max()),
                 y=shown["macro"],
                 mode="markers",
                 marker={"symbol": "circle" if certain else "circle-open", "size": 8, "color": CATEGORIES[0]},
@@ -87,7 +87,11 @@ def figures(result: wb.Result) -> dict[str, Any]:
             told.add(certain)
         best = heads.loc[heads["macro"].idxmax()]
         figure.add_annotation(
-            x=place, y=best["macro"], text=f"{best['layer']:.0f}.{best['head']:.0f}", showarrow=False, yshift=14
+            x=place + _aside(best["head"], heads["head"].max()),
+            y=best["macro"],
+            text=f"{best['layer']:.0f}.{best['head']:.0f}",
+            showarrow=False,
+            yshift=14,
         )
     figure.update_layout(
         template=TEMPLATE,
@@ -104,6 +108,11 @@ def figures(result: wb.Result) -> dict[str, Any]:
     )
     figure.update_yaxes(title="macro successor score", range=[-0.03, 1.1])
     return {"heads": figure}
+
+
+def _aside(head: Any, last: int) -> Any:
+    """Heads stand side by side, within a quarter of a column to either side."""
+    return 0.5 * (head + 0.5) / (last + 1) - 0.25
 
 
 if __name__ == "__main__":

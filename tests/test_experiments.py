@@ -149,7 +149,9 @@ def test_sinks_emerge_between_checkpoints(recordings, tmp_path):
     assert table["loss"][0] == pytest.approx(math.log(model.vocab), abs=0.3)  # it knows nothing
     ids = torch.tensor([model.tokenizer(inputs.documents_of("demo", 1000, 0)[0]["text"])["input_ids"][:32]])
     assert 1 < table["loss"][1] < table["loss"][0] - 1
-    assert float(model.module(ids, labels=ids).loss) == pytest.approx(table["loss"][1], abs=1.5)
+    with torch.no_grad():
+        plain = float(model.module(ids, labels=ids).loss)
+    assert plain == pytest.approx(table["loss"][1], abs=1.5)
 
 
 def test_steps_are_read_off_names():
@@ -279,7 +281,7 @@ def test_a_sweep_over_models_shares_recordings_and_survives_a_missing_one(tmp_pa
     found = sweep("sinks", configs, tmp_path / "out", say=said.append)
     assert [outcome.state for outcome in found.outcomes] == ["done"] * 6 + ["failed"] * 6
     assert len(made) == 3  # epsilon shares them
-    assert f"model path {str(tmp_path / 'none')!r} does not exist" in found.failed[0].told
+    assert found.failed[0].told.startswith(f"model {str(tmp_path / 'none')!r}: no such directory")
     table = pd.read_parquet(tmp_path / "out" / "summary" / "table.parquet")
     assert table[["input", "epsilon"]].to_numpy().tolist() == [
         [kind, epsilon] for kind in ("natural", "random", "repeated") for epsilon in (0.2, 0.3)
