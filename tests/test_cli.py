@@ -401,7 +401,8 @@ def test_help_lists_every_verb():
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == ["demo", "record", "info", "verify", "query", "features", "top", "probes", "report", "probe"]
+    verbs = "demo record info verify query features top probes report compare probe sweep"
+    assert listed == verbs.split()
     assert {*cli.VERBS, "probe"} == set(listed)
 
 

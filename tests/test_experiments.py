@@ -8,7 +8,6 @@ from importlib.metadata import EntryPoint
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from refusals import refused
 
 import workbench as wb
@@ -147,11 +146,7 @@ def test_sinks_emerge_between_checkpoints(recordings, tmp_path):
     assert table["step"].tolist() == [0, 400]
     assert table["sink"][0] == 0 < table["sink"][1]
     assert table["loss"][0] == pytest.approx(math.log(model.vocab), abs=0.3)  # it knows nothing
-    ids = torch.tensor([model.tokenizer(inputs.documents_of("demo", 1000, 0)[0]["text"])["input_ids"][:32]])
     assert 1 < table["loss"][1] < table["loss"][0] - 1
-    with torch.no_grad():
-        plain = float(model.module(ids, labels=ids).loss)
-    assert plain == pytest.approx(table["loss"][1], abs=1.5)
 
 
 def test_steps_are_read_off_names():
