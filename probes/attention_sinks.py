@@ -94,6 +94,17 @@ class AttentionSinks:
     """Which heads attend to one token whatever the text, how that token differs, and in which domains they do."""
 
     name: ClassVar[str] = "attention-sinks"
+    sources: ClassVar[tuple[str, ...]] = (
+        "Gu et al. 2024, When attention sink emerges in language models, arXiv 2410.10781",
+        "Guo et al. 2024, Active-dormant attention heads, arXiv 2410.13835",
+        "Sun et al. 2024, Massive activations in large language models, arXiv 2402.17762",
+    )
+    controls: ClassVar[Mapping[str, str]] = {
+        "a uniform head": "has alpha of H_T / T at position 0: 0.074 for T = 64, far below epsilon",
+        "random weights": "the same architecture with random weights has no sink: Sink_1 is 0",
+        "value_norm_others": "value norm of the other tokens, beside which the sink's is small",
+        "residual_norm_others": "residual norm of the other tokens, beside which the sink's is large",
+    }
 
     epsilon: float = 0.3
     """A key is a sink of a head in a sequence if its alpha is more than this."""

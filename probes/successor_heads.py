@@ -69,6 +69,13 @@ class SuccessorHeads:
     """Which heads map a token to its successor: numbers, days, months, letters, in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
+    sources: ClassVar[tuple[str, ...]] = ("Gould et al. 2023, Successor heads, arXiv 2312.09230",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "null_macro": "the same score with the successors shuffled within their class",
+        "p_family": "share of shuffles in which the best of all heads scores as high as this one",
+        "chance": "1 / n for a class of n members",
+        "first_mlp_score": "what heads read, scored without a head: how much the first MLP does by itself",
+    }
 
     model: str | None = None
     """Directory or hub id of the recorded model, where the name in the store is not enough to load it."""
