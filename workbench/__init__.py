@@ -40,6 +40,7 @@ _PUBLIC = {
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
+    "TokenView": "workbench.token_view",
     "Result": "workbench.result",
     "load_result": "workbench.result",
     "export": "workbench.export",
@@ -88,3 +89,4 @@ if TYPE_CHECKING:
     )
     from workbench.settings import Recording
     from workbench.store.reader import ActivationArray, Rows, Store, open_store
+    from workbench.token_view import TokenView

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
 _FORMAT, _VERSION = "workbench.result", 1
+_ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,24 @@ class Result:
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
         return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card, frame
+
+        try:
+            found = self.headline()
+        except RequestError as error:  # a result of a probe that is not installed can be looked at all the same
+            found = str(error)
+        axes = ", ".join(f"{name} {size:,}" for name, size in sorted(self.data.sizes.items()))
+        told = {
+            "found": found,
+            "model": self.provenance["model"],
+            "store": f"{self.provenance['store']}, {self.provenance['rows']:,} rows",
+            "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
+            "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
+        }
+        shown = self.table.iloc[:, :_COLUMNS_SHOWN]
+        return card(f"Result of {self.probe}", told, frame(shown, _ROWS_SHOWN) if len(shown) else "")
 
 
 def load_result(path: str | Path) -> Result:
