@@ -21,9 +21,17 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 PATIENCE = 120
 """Seconds that anything may take on a busy machine."""
 _FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --no-first-run "
-    "--disable-extensions --hide-scrollbars --mute-audio --remote-debugging-port=0 --remote-allow-origins=*"
-).split()
+    "--headless=new",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+    "--remote-allow-origins=*",
+)
 
 
 class Page:
@@ -70,9 +78,7 @@ class Page:
         self.wait("document.readyState == 'complete'")
 
     def size(self, width: int, height: int, *, mobile: bool = False) -> None:
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def media(self, scheme: str) -> None:
         """light or dark, as the reader's system asks for it."""
@@ -87,7 +93,8 @@ class Page:
         """Moves to the middle of what `selector` finds (kind "move"), or clicks there."""
         place = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{place}.scrollIntoView({{block: 'center'}})")
-        x, y = self.run(f"(() => {{ const b = {place}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] }})()")
+        box = self.run(f"{place}.getBoundingClientRect().toJSON()")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         if kind == "click":
             for half in ("mousePressed", "mouseReleased"):

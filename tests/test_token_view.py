@@ -115,11 +115,16 @@ def test_what_cannot_be_shown_is_refused(store, features, change, told):
 
 MODEL = """
 const state = STATE, heard = {};
-for (const name of BINARY) state[name] = new DataView(Uint8Array.from(atob(state[name]), (c) => c.charCodeAt(0)).buffer);
+for (const name of BINARY) {
+  state[name] = new DataView(Uint8Array.from(atob(state[name]), (char) => char.charCodeAt(0)).buffer);
+}
 window.sent = {};
 window.model = {
   get: (name) => state[name],
-  set: (name, value) => { state[name] = value; window.sent[name] = value; (heard["change:" + name] ?? []).forEach((f) => f()); },
+  set: (name, value) => {
+    state[name] = window.sent[name] = value;
+    (heard["change:" + name] ?? []).forEach((does) => does());
+  },
   save_changes: () => {},
   on: (name, does) => (heard[name] ??= []).push(does),
   off: () => {},
@@ -132,11 +137,13 @@ def page_of(view, folder):
     """The widget's own script and style, with its state, on a page."""
     state = {name: value for name, value in view.get_state().items() if not name.startswith("_")}
     binary = [name for name, value in state.items() if isinstance(value, bytes | memoryview)]
-    state = {n: base64.b64encode(v).decode() if n in binary else v for n, v in state.items() if n not in ("layout", "tabbable", "tooltip")}
+    state |= {name: base64.b64encode(state[name]).decode() for name in binary}
+    told = json.dumps(state, default=str).replace("<", "\\u003c")
     script = view._esm.replace("export default { render };", "") + MODEL
-    script = script.replace("STATE", json.dumps(state).replace("<", "\\u003c")).replace("BINARY", json.dumps(binary))
+    script = script.replace("STATE", told).replace("BINARY", json.dumps(binary))
     path = folder / "view.html"
-    path.write_text(f'<!doctype html><meta charset="utf-8"><title>view</title><style>{view._css}</style><div id="here"></div><script>{script}</script>')
+    head = f'<!doctype html><meta charset="utf-8"><title>view</title><style>{view._css}</style>'
+    path.write_text(f'{head}<div id="here"></div><script>{script}</script>')
     return path.as_uri()
 
 

@@ -132,6 +132,7 @@ def _span(values: xr.DataArray) -> str:
 def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) -> str:
     from plotly.offline import get_plotlyjs
 
+    links = "".join(map(_link, enumerate(sections)))
     scripts = [get_plotlyjs(), (_FOLDER / "report.js").read_text(encoding="utf-8")]
     style = (_FOLDER / "report.css").read_text(encoding="utf-8")
     return "\n".join(
@@ -143,7 +144,7 @@ def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) ->
             '<a class="skip" href="#results">Skip to the results</a>',
             f"<header><h1>{text(title)}</h1>",
             *_paragraphs(paragraphs),
-            f'<nav id="contents" aria-label="Contents"><ol>{"".join(map(_link, enumerate(sections)))}</ol></nav></header>',
+            f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav></header>',
             '<main id="results">',
             *(_part(number, part) for number, part in enumerate(sections)),
             "</main>",

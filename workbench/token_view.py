@@ -35,8 +35,8 @@ _TOKEN_LENGTH = 40
 class TokenView(anywidget.AnyWidget):
     """A widget: one sequence of a store, a slider through sequences, layers and features, and a selection of rows.
 
-    `layer` is the place of a layer among those of `values`; `colour` is "values" or "feature"; `selected` holds row ids of the
-    store, of any sequence. All of these, and `sequence` and `feature`, can be read and set from Python while the widget is shown.
+    `layer` is the place of a layer among those of `values`; `colour` is "values" or "feature"; `selected` holds row ids
+    of the store, of any sequence. These, `sequence` and `feature` can be read and set from Python while it is shown.
     """
 
     _esm = (_FOLDER / "token_view.js").read_text(encoding="utf-8")
@@ -76,14 +76,14 @@ class TokenView(anywidget.AnyWidget):
         Args:
             store: Whose tokens are shown.
             values: What colours them. A kind of site, "resid_post": the L2 norm at every recorded layer. An array over
-                all rows, or over (layer, row). A variable of a result over (row) or (layer, row); rows that it lacks are
-                uncoloured. None: the kind that was recorded first.
+                all rows, or over (layer, row). A variable of a result over (row) or (layer, row); rows that it lacks
+                are uncoloured. None: the kind that was recorded first.
             features: Sparse features of the store, for the feature slider.
             sequence: Which sequence is shown first.
 
-        Full colour is the largest absolute value of the sequence, special tokens apart, layer by layer. Reading a sequence
-        costs its activations; of a longer one the first 2,048 tokens are shown. Raises RequestError for a site that was
-        not recorded, an array of other rows, features of another store, a sequence there is not.
+        Full colour is the largest absolute value of the sequence, special tokens apart, layer by layer. Reading a
+        sequence costs its activations; of a longer one the first 2,048 tokens are shown. Raises RequestError for a site
+        that was not recorded, an array of other rows, features of another store, a sequence there is not.
         """
         if not store.rows:
             raise RequestError(f"{store.path} holds no rows; record some first")
@@ -165,7 +165,8 @@ class _Measured:
             self._given = np.atleast_2d(values)
             if self._given.ndim != 2 or self._given.shape[1] != store.rows:
                 raise RequestError(f"values has shape {values.shape}; {store.rows} rows, or layers by rows, expected")
-            self.layers, self.name = [str(layer) if values.ndim > 1 else "" for layer in range(len(self._given))], "value"
+            self.layers = [str(layer) if values.ndim > 1 else "" for layer in range(len(self._given))]
+            self.name = "value"
         else:
             names = [site.label for site in store.sites]
             kind = (names[0] if values is None else values).partition(".")[0]

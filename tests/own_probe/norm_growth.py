@@ -23,7 +23,7 @@ class NormGrowth:
     """SQL over the token table: which tokens count."""
 
     def run(self, store):
-        """`data` has the mean norm over (layer), 0 up. Reads each site once. Raises RequestError for what is not there."""
+        """`data` has the mean norm over (layer), 0 up. Reads each site once. Refuses what was not recorded."""
         layers, labels = recorded_layers(store, self.site)
         rows = selected_rows(store, self.where)
         norms = [float(store[label][rows].double().norm(dim=1).mean()) for label in labels]
@@ -32,7 +32,8 @@ class NormGrowth:
 
     @staticmethod
     def headline(result):
-        return f"{float(result.data.norm[-1] / result.data.norm[0]):.1f} times as long at the end as after the first block"
+        growth = float(result.data.norm[-1] / result.data.norm[0])
+        return f"{growth:.1f} times as long at the end as after the first block"
 
     @staticmethod
     def figures(result):

@@ -169,7 +169,7 @@ class Features:
             "sae": self.record.sae.name,
             "row": f"{rows:,}",
             "feature": f"{features:,}, {int((self.counts == 0).sum()):,} of them never active here",
-            "active": f"{self.record.entries / max(1, rows):.1f} a row, {self.record.entries:,} stored as {self.record.dtype}",
+            "active": f"{self.record.entries / max(1, rows):.1f} a row, stored as {self.record.dtype}",
             "folder": self.path,
             "store": self.store.path,
         }
