@@ -96,7 +96,7 @@ def test_a_long_sequence_is_cut_and_says_so(store, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda s, f: wb.TokenView(s, sequence=99), "sequence 99 does not exist; the store has 0 to 2"),
+        (lambda s, f: wb.TokenView(s, sequence=99), "sequence 99 does not exist; the store has 0 to 4"),
         (lambda s, f: wb.TokenView(s, "patern"), "values 'patern' is no recorded kind of site"),
         (lambda s, f: wb.TokenView(s, np.zeros(3)), r"values has shape \(3,\); .* rows, or layers by rows, expected"),
         (lambda s, f: wb.TokenView(s, xr.DataArray([0.0], dims="head")), r"values has axes \('head',\); \(row\) or"),

@@ -64,7 +64,7 @@ def section(result: Result) -> Section:
     source = {name: value for name, value in result.provenance.items() if name != "settings"}
     notes = [f"{name}: {value}" for name in ("note", "few") if (value := result.data.attrs.get(name))]
     return Section(
-        title=result.probe,
+        title=f"{result.probe} of {result.provenance['model']}",
         text=[result.headline(), *notes],
         figures=result.figures(),
         table=result.table,
