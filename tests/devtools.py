@@ -65,14 +65,13 @@ class Page:
             raise RuntimeError(f"{script}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
-    def wait(self, script: str, seconds: float = PATIENCE) -> Any:
-        """The value of an expression once it is true."""
+    def wait(self, script: str, seconds: float = PATIENCE) -> None:
+        """Until an expression is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not self.run(f"!!({script})"):
             if time.monotonic() > end:
-                raise TimeoutError(f"{script} is {value!r} after {seconds} s")
+                raise TimeoutError(f"{script} is {self.run(script)!r} after {seconds} s")
             time.sleep(0.1)
-        return value
 
     def open(self, address: str) -> None:
         self.ask("Page.navigate", url=address)
@@ -152,7 +151,11 @@ def chromium(arguments: Sequence[str] = ()) -> Iterator[Page]:
 
         with urlopen(f"http://127.0.0.1:{told.read_text().split()[0]}/json", timeout=PATIENCE) as answer:
             tab = next(part for part in json.load(answer) if part["type"] == "page")
-        yield Page(tab["webSocketDebuggerUrl"])
+        page = Page(tab["webSocketDebuggerUrl"])
+        try:
+            yield page
+        finally:
+            page._socket.close()
     finally:
         browser.terminate()
         try:

@@ -254,7 +254,8 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         # what is drawn is what was found
         drawn = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.data.length)")
         assert drawn == [len(figure.data) for figure in figures]
-        shown = page.run("Array.from(document.querySelector('.plot > div').data[0].z, (line) => Array.from(line))")
+        values = "document.querySelector('.plot > div').calcdata[0][0].z"
+        shown = page.run(f"Array.from({values}, (line) => Array.from(line))")
         np.testing.assert_allclose(shown, np.asarray(figures[0].data[0].z, float), rtol=1e-6)
         # the keyboard reaches everything, in the order of the page
         expected = page.run(REACHABLE)

@@ -177,7 +177,9 @@ def test_the_view_in_a_browser(store, features, tmp_path):
         np.testing.assert_allclose(shown, 0.65 * np.minimum(1, values(view)[2] / view.scales[2]), atol=0.01)
         # hovering tells the value and the features, and one of these colours by itself
         page.mouse(".token:nth-child(4)", "move")
-        said = page.wait("document.querySelector('[role=status]').textContent", 10)
+        status = "document.querySelector('[role=status]').textContent"
+        page.wait(status, 10)
+        said = page.run(status)
         assert f"row {view.rows[3]}, position 3, L2 norm of resid_post: {values(view)[2, 3]:.4g}"[:-1] in said
         own = features[view.rows[3]].toarray()[0]
         page.mouse(".features button")

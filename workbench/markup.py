@@ -50,7 +50,7 @@ def table(heading: Sequence[Any], lines: Iterable[Sequence[str]]) -> str:
 def frame(values: pd.DataFrame, rows: int) -> str:
     """The first `rows` rows of a table."""
     head = values.head(rows).astype(object)
-    return table(values.columns, ([cell(value) for value in line] for line in head.itertuples(index=False)))
+    return table(list(values.columns), ([cell(value) for value in line] for line in head.itertuples(index=False)))
 
 
 def prose(docstring: str) -> str:
