@@ -235,7 +235,7 @@ def test_the_same_results_give_the_same_page(results, path, tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-REACHABLE = """[...document.querySelectorAll('a[href], .wide, summary')]
+REACHABLE = """[...document.querySelectorAll('a[href], .wide, summary, button')]
   .filter((part) => part.checkVisibility() && !part.closest('details:not([open]) > :not(summary)'))
   .map((part) => part.outerHTML.slice(0, 60))"""
 
