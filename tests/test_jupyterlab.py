@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import PATIENCE, chromium
+from devtools import PATIENCE, chromium
 
 pytest.importorskip("jupyterlab", reason="needs jupyterlab: pip install 'interp-workbench[notebook]'")
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
