@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 120
+PATIENCE = 300
 """Seconds that anything may take on a busy machine."""
 _FLAGS = (
     "--headless=new",
