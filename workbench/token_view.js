@@ -36,6 +36,7 @@ function slider(model, root, trait, name, count, told) {
 
 function render({ model, el }) {
   const root = make("div", "workbench-tokens", el);
+  root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's: its arrow keys would move through the cells
   const controls = make("div", "controls", root);
   const list = make("div", "tokens", root);
   const status = make("div", "status", root);
@@ -159,7 +160,7 @@ function render({ model, el }) {
     else if (event.key === "Escape") { model.set("selected", []); model.save_changes(); }
     else return;
     event.preventDefault();
-    event.stopPropagation(); // JupyterLab takes these keys for itself
+    event.stopPropagation();
   });
 
   const reload = () => { load(); paint(); };
