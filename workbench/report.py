@@ -62,10 +62,10 @@ def section(result: Result) -> Section:
     """A result as part of a page: what was found, its figures, and what its probe says of itself."""
     probe = find_probe(result.probe)
     source = {name: value for name, value in result.provenance.items() if name != "settings"}
-    notes = [f"{name}: {value}" for name in ("note", "few") if (value := result.data.attrs.get(name))]
+    note = result.data.attrs.get("note")
     return Section(
         title=f"{result.probe} of {result.provenance['model']}",
-        text=[result.headline(), *notes],
+        text=[result.headline(), *([f"Note: {note}"] if note else [])],
         figures=result.figures(),
         table=result.table,
         source=source,
