@@ -160,6 +160,7 @@ def test_probe(store, tmp_path):
     assert said.splitlines() == [
         repr(result),
         f"figure  {out}/figures/by_layer.html",
+        f"figure  {out}/figures/depth.html",
         f"figure  {out}/figures/grid.html",
     ]
     assert result.provenance["settings"] == {

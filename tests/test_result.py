@@ -69,6 +69,7 @@ def test_the_folder_holds_open_formats(result, saved):
     assert sorted(contents(saved)) == [
         "data.nc",
         "figures/by_layer.html",
+        "figures/depth.html",
         "figures/grid.html",
         "figures/plotly.min.js",
         "result.json",

@@ -337,7 +337,7 @@ def test_hostile_text_is_text_in_a_browser(views, tmp_path):
     assert [line for line in console if "WARN: Invalid color specifier: number" not in line] == []
     for name, page in zip(views, seen, strict=True):
         told = page["told"]
-        assert page["requests"] == [(tmp_path / "plotly.min.js").as_uri()], name
+        assert {*page["requests"]} <= {(tmp_path / "plotly.min.js").as_uri()}, name
         assert told["drawn"] > 0, name
         assert told["scripts"] == 2, name  # plotly's and the figure's
         assert (told["links"], told["hacked"]) == (0, None), name

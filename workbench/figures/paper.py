@@ -18,6 +18,7 @@ _CELL = 6 * POINT  # type in cells
 _LEAST = 3  # characters in a cell that still tell something
 _ROW, _ROWS = 9.5 * POINT, 60  # of a labelled category, so that each keeps its label; more would not fit a page
 _MATRIX = 45.0  # rows' height of a matrix, at most
+_TALL, _FEW = 28 * POINT, 4  # a row of a matrix of few, and what counts as few: the colour bar needs room
 _AROUND = 1.1 * INCH  # beside the cells of a grid: titles, labels of layers, the colour bar
 _BESIDE = 0.75 * INCH  # the same but for the labels
 _SHAPE = 0.68  # height by width of a plot without rows of its own
@@ -51,6 +52,8 @@ def paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]:
         if trace.type in ("bar", "scatter") and trace.marker.showscale:
             trace.marker.colorbar = _bar_title(trace.marker.colorbar, PAPER.data.heatmap[0].colorbar.to_plotly_json())
     copy.update_annotations(font={"size": _TICK})
+    for axis in copy.select_xaxes(lambda axis: axis.type == "log"):
+        axis.dtick = 1  # powers of ten: no room for what lies between
     copy.update_xaxes(tickfont={"size": _TICK})
     copy.update_yaxes(tickfont={"size": _TICK})
     for axis in copy.select_xaxes():
@@ -97,6 +100,8 @@ def _set_height(figure: go.Figure, width: float) -> float:
     rows = max((_rows(trace, width) for trace in figure.data), default=0)
     panels = len({axis.domain for axis in figure.select_yaxes() if axis.domain}) or 1
     height = max(_SHAPE * width * (1 + 0.6 * (panels - 1)), _AROUND + _ROW * rows)
+    if rows and panels == 1 and all(trace.type == "heatmap" for trace in figure.data):
+        height = min(height, _AROUND + _TALL * max(rows, _FEW))
     beside, below = (
         max((_reach(axis, figure, name) for axis in axes), default=0)
         for name, axes in (("y", figure.select_yaxes()), ("x", figure.select_xaxes()))
