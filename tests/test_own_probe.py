@@ -77,7 +77,7 @@ def test_an_installed_probe_is_used_like_ours(installed, tmp_path):
         "4.0 times as long at the end as after the first block",
         "How long the residual stream is after each block.",
         "without training the norm grows",
-        "SQL over the token table: which tokens count. (default &quot;NOT is_special&quot;)",
+        "SQL over the token table: which tokens count. (default &#34;NOT is_special&#34;)",
         "<code>norm(l) = mean |h_l|</code>",
     ):
         assert said in page

@@ -37,6 +37,7 @@ function slider(model, root, trait, name, count, told) {
 function render({ model, el }) {
   const root = make("div", "workbench-tokens", el);
   root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's: its arrow keys would move through the cells
+  root.addEventListener("keydown", (event) => event.stopPropagation()); // nor shall its notebook take the focus away
   const controls = make("div", "controls", root);
   const list = make("div", "tokens", root);
   const status = make("div", "status", root);
