@@ -39,6 +39,7 @@ bench: $(INSTALLED) ## measure speed and memory against the neighbours
 docs: $(INSTALLED) ## write the generated pages under docs/ anew
 	$(BIN)/python -m experiments.architectures
 	$(BIN)/python -m experiments.findings
+	$(BIN)/python -m experiments.pictures
 
 demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds side by side: about an hour on two cores
 	$(MAKE) -j 2 demo-run-0 demo-run-1

@@ -10,6 +10,7 @@ entropy detector of sink heads, and by how much the attention a head pays to the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,10 +25,11 @@ from jaxtyping import Float, Int
 
 from workbench.attention import Columns, row_entropy
 from workbench.errors import RequestError, nearest
+from workbench.figures.attention import head_attention
 from workbench.figures.grid import layer_curves
-from workbench.figures.heads import head_grid
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.heads import beside, head_grid
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.result import Result, provenance
 from workbench.statistics import clustered_means, intervals
 from workbench.store.reader import Store
@@ -35,6 +37,7 @@ from workbench.store.reader import Store
 _BLOCK_BYTES = 64 << 20  # of one block of patterns in float64; a few such live at a time
 _FEW = 10
 _HEADS_SHOWN = 12
+_EXAMPLE = 128  # tokens
 
 UNITS = {
     "alpha": "attention",
@@ -69,6 +72,9 @@ UNITS = {
     "gap_most": "index of a domain",
     "gap_least": "index of a domain",
     "documents": "documents",
+    "example_pattern": "attention",
+    "example_layer": "layer",
+    "example_head": "head",
 }
 
 _AXES = {
@@ -91,6 +97,17 @@ class AttentionSinks:
     """Which heads attend to one token whatever the text, how that token differs, and in which domains they do."""
 
     name: ClassVar[str] = "attention-sinks"
+    sources: ClassVar[tuple[str, ...]] = (
+        "Gu et al. 2024, When attention sink emerges in language models, arXiv 2410.10781",
+        "Guo et al. 2024, Active-dormant attention heads, arXiv 2410.13835",
+        "Sun et al. 2024, Massive activations in large language models, arXiv 2402.17762",
+    )
+    controls: ClassVar[Mapping[str, str]] = {
+        "a uniform head": "has alpha of H_T / T at position 0: 0.074 for T = 64, far below epsilon",
+        "random weights": "the same architecture with random weights has no sink: Sink_1 is 0",
+        "value_norm_others": "value norm of the other tokens, beside which the sink's is small",
+        "residual_norm_others": "residual norm of the other tokens, beside which the sink's is large",
+    }
 
     epsilon: float = 0.3
     """A key is a sink of a head in a sequence if its alpha is more than this."""
@@ -112,13 +129,15 @@ class AttentionSinks:
     """A massive activation is larger than this."""
     massive_ratio: float = 1000.0
     """And larger than this many times the median of its layer and sequence."""
+    examples: int = 8
+    """Heads, those with the largest alpha, whose attention over the first sequence is kept; 0: none."""
     resamples: int = 1000
     """Draws of documents for the intervals of the metric and of the comparison of domains."""
     seed: int = 0
     """Of these draws."""
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 3), ("min_visible", 2), ("resamples", 1), ("seed", 0)):
+        for name, least in (("length", 3), ("min_visible", 2), ("resamples", 1), ("seed", 0), ("examples", 0)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("epsilon", "row_entropy", "column_entropy"):
@@ -144,7 +163,8 @@ class AttentionSinks:
         detector's two entropies, 0 to 1, and the share of sequences in which it takes the head. Over (layer):
         residual norms and massive activations. With `domain`: mean attention of later tokens to the sink over (domain,
         layer, head) with its interval, and the gap between the most and the least attending domain, in that order,
-        with the interval of this difference: both from a bootstrap over documents.
+        with the interval of this difference: both from a bootstrap over documents. Where `pattern` was recorded, over
+        (example, query, key): the attention of some heads over the first 128 tokens of the first sequence.
 
         Where attention is recorded both ways, the one with more layers is read, `pattern` if equal. What was not
         recorded is left out and named in `data.attrs["note"]`. Costs one pass over the sites; memory is some blocks of
@@ -178,6 +198,7 @@ class AttentionSinks:
             paid = {layer: part["paid"] for layer, part in found.items()}
             arrays |= _domains(self, every, arrays["sink_share"].shape[1], paid, sequences)
         data = _dataset(arrays, every, self, sequences)
+        data = data.assign(_examples(self, store, data["alpha"], sequences))
         data.attrs = {"source": source, **_remarks(self, data, sequences)}
         return Result(self.name, data, _table(data, self.sink), provenance(store, self))
 
@@ -202,14 +223,16 @@ class AttentionSinks:
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """ "sinks": layers by heads, coloured by alpha of the sink; "positions": Sink_k; where they were recorded,
-        "norms": residual norms by layer, and "domains": attention to the sink in each domain, for the heads with the
-        largest gaps."""
+        """ "sinks": layers by heads, coloured by alpha of the sink, with residual norms beside; "positions": Sink_k;
+        where they were recorded, "norms": residual norms by layer, "domains": attention to the sink in each domain, for
+        the heads with the largest gaps, and "attention": of single heads, over a text."""
         figures = {"sinks": _sinks(result), "positions": _positions(result)}
         if "residual_norm_ratio" in result.data:
             figures["norms"] = _norms(result)
         if result.data.sizes.get("domain", 0) > 1:
             figures["domains"] = _by_domain(result)
+        if "example_pattern" in result.data:
+            figures["attention"] = _over_text(result)
         return figures
 
 
@@ -470,6 +493,33 @@ def _domains(
 # ---- the result -----------------------------------------------------------------------------------------
 
 
+def _examples(
+    probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequences: _Sequences
+) -> dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]]:
+    """Attention over the first sequence that counts, of the heads with the largest alpha among those recorded whole."""
+    at_sink = alpha.isel(position=probe.sink).to_numpy()
+    recorded = set(_layers(store, "pattern"))
+    ranked = [np.unravel_index(i, at_sink.shape) for i in np.argsort(-at_sink, axis=None, kind="stable")]  # NaN last
+    layers = alpha["layer"].to_numpy()
+    chosen = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(at_sink[i, head])]
+    chosen = [place for place in chosen if place[0] in recorded][: probe.examples]
+    if not chosen:
+        return {}
+    rows = sequences.starts[0] + np.arange(min(sequences.length, _EXAMPLE))
+    patterns = [store["pattern", layer][rows][:, head, : len(rows)].float().numpy() for layer, head in chosen]
+    tokens = store.tokens["token"].take(rows).to_pylist()
+    arrays = {"example_pattern": (("example", "query", "key"), np.stack(patterns))}
+    arrays |= {
+        f"example_{name}": (("example",), part)
+        for name, part in zip(("layer", "head"), np.array(chosen).T, strict=True)
+    }
+    found = {name: (axes, array, {"units": UNITS[name]}) for name, (axes, array) in arrays.items()}
+    found["example_pattern"][2]["tokens"] = json.dumps(
+        tokens
+    )  # as JSON: a token may hold characters that netCDF does not
+    return found
+
+
 def _over_heads(layers: Sequence[int], found: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """[layer, head, ...], NaN where a layer was not recorded or has fewer heads."""
     names = [name for name in _OF_HEADS if any(name in part for part in found.values())]
@@ -589,14 +639,38 @@ def _sinks(result: Result) -> go.Figure:
     alpha = alpha.sel(layer=alpha["layer"][alpha.notnull().any("head").to_numpy()])
     lines = {(row["layer"], row["head"]): _hover(row) for row in result.table.to_dict("records")}
     layers = alpha["layer"].to_numpy().tolist()
-    return head_grid(
+    figure = head_grid(
         alpha.to_numpy(),
         hover=[[lines.get((layer, head), "") for head in range(alpha.sizes["head"])] for layer in layers],
         layers=layers,
         title=f"Attention sinks of {_model(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
         subtitle=f"mean attention that position {sink} receives from itself and later tokens; "
         f"epsilon {settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences",
-        unit="alpha",
+        unit=units(data["alpha"].attrs, "alpha"),
+    )
+    if "residual_norm_ratio" not in data:
+        return figure
+    curves = {name: curve.sel(layer=layers).to_numpy() for name, curve in _norm_curves(result).items()}
+    return beside(figure, curves, unit=f"residual {units(data['residual_norm_sink'].attrs)}")
+
+
+def _norm_curves(result: Result) -> dict[str, xr.DataArray]:
+    data, sink = result.data, result.provenance["settings"]["sink"]
+    return {f"position {sink}": data["residual_norm_sink"], "the others, mean": data["residual_norm_others"]}
+
+
+def _over_text(result: Result) -> go.Figure:
+    data = result.data
+    patterns = data["example_pattern"]
+    heads = zip(data["example_layer"].to_numpy().tolist(), data["example_head"].to_numpy().tolist(), strict=True)
+    length, known = result.provenance["settings"]["length"], int(data["alpha"].isel(position=0).notnull().sum())
+    return head_attention(
+        patterns.to_numpy(),
+        heads=[f"{layer}.{head}" for layer, head in heads],
+        tokens=json.loads(patterns.attrs["tokens"]),
+        title=f"Attention in {_model(result)}",
+        subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
+        f"{patterns.sizes['example']} of {known:,} heads, those with the largest alpha",
     )
 
 
@@ -628,7 +702,7 @@ def _positions(result: Result) -> go.Figure:
             )
             for chosen, name, color in (
                 (reliable, "sink", CATEGORIES[0]),
-                (~reliable, f"seen by fewer than {settings['min_visible']} tokens: unreliable", "#b8bec9"),
+                (~reliable, f"seen by fewer than {settings['min_visible']} tokens: unreliable", NEUTRAL),
             )
         ]
     )
@@ -638,24 +712,20 @@ def _positions(result: Result) -> go.Figure:
         template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}}, height=420, width=760, showlegend=True
     )
     figure.update_xaxes(title="position, from 0")
-    figure.update_yaxes(title="% of heads", rangemode="tozero")
+    figure.update_yaxes(title=units(data["sink_k"].attrs), rangemode="tozero")
     return figure
 
 
 def _norms(result: Result) -> go.Figure:
     data = result.data
     known = data["residual_norm_ratio"].dropna("layer")["layer"]
-    sink = result.provenance["settings"]["sink"]
     figure = layer_curves(
-        {
-            f"position {sink}": data["residual_norm_sink"].sel(layer=known).to_numpy(),
-            "the others, mean": data["residual_norm_others"].sel(layer=known).to_numpy(),
-        },
+        {name: curve.sel(layer=known).to_numpy() for name, curve in _norm_curves(result).items()},
         layers=known.to_numpy().tolist(),
         title=f"Residual norm of the sink in {_model(result)}",
-        unit="L2 norm",
+        unit=units(data["residual_norm_sink"].attrs),
     )
-    figure.update_yaxes(type="log", rangemode="normal", dtick="D2")
+    figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
     return figure
 
 
@@ -694,7 +764,7 @@ def _by_domain(result: Result) -> go.Figure:
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
     figure.update_xaxes(title="layer.head, largest gaps first", type="category")
-    figure.update_yaxes(title="attention to the sink", rangemode="tozero")
+    figure.update_yaxes(title=units(data["attention"].attrs) + " to the sink", rangemode="tozero")
     return figure
 
 

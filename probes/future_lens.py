@@ -24,9 +24,9 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.figures.grid import token_grid
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.grid import MOST_TOKENS, shown_of, token_grid
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
@@ -98,6 +98,12 @@ class FutureLens:
     """How much of what the model will say one, two, three tokens past the next can be read from one hidden state."""
 
     name: ClassVar[str] = "future-lens"
+    sources: ClassVar[tuple[str, ...]] = ("Pal et al. 2023, Future Lens, arXiv 2311.04897",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "bigram_precision": "what the token at T tells of T+N without any state",
+        "unigram_precision": "the most frequent token, which needs nothing",
+        "shuffled_precision": "the same maps given the states of other tokens",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid."""
@@ -311,15 +317,16 @@ class FutureLens:
 def future_view(result: Result, sequence: int | None = None, first: int = 0, tokens: int = _GRID_TOKENS) -> go.Figure:
     """For each token of a tested sequence and each horizon, the token that is read there by the best layer.
 
-    `sequence`: one of those in `data["sequence"]`, by default the first; `first`: position it begins at. Raises
-    RequestError where none of it was kept.
+    `sequence`: one of those in `data["sequence"]`, by default the first; `first`: position it begins at; `tokens`:
+    1,024 at most. What is left out the subtitle says. Raises RequestError where none of it was kept.
     """
     data = result.data
     names = {int(token): text for token, text in json.loads(data.attrs["tokens"]).items()} | {-1: ""}
     sequence = int(data["sequence"][0]) if sequence is None else sequence
-    place = np.flatnonzero((data["sequence"].to_numpy() == sequence) & (data["position"].to_numpy() >= first))[:tokens]
-    if not len(place):
+    known = np.flatnonzero((data["sequence"].to_numpy() == sequence) & (data["position"].to_numpy() >= first))
+    if not len(known):
         raise RequestError(f"sequence {sequence} from position {first} was not kept; see result.data['sequence']")
+    place = known[: min(tokens, MOST_TOKENS)]
     part = data.isel(row=place)
     horizons = part["horizon"].to_numpy().tolist()
     ids = {name: part[name].to_numpy().tolist() for name in ("top_id", "said_id", "text_id")}
@@ -346,8 +353,8 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         positions=part["position"].to_numpy().tolist(),
         layers=horizons,
         title=f"Future lens of {_model(result)}, sequence {sequence}",
-        subtitle="in each cell the token read N tokens past the next, from this token's state at the best layer",
-        unit="probability",
+        subtitle="; ".join(filter(None, [_VIEW, shown_of(len(place), len(known))])),
+        unit=units(data["top_probability"].attrs),
     )
     return figure.update_yaxes(title="N")
 
@@ -647,7 +654,7 @@ def _precision(result: Result) -> go.Figure:
     )
     figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title="share of tokens", col=1)
+    return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
 
 
 def _calibration(result: Result) -> go.Figure:
@@ -668,8 +675,9 @@ def _calibration(result: Result) -> go.Figure:
     title = f"Future lens of {_model(result)}: right, by how sure it is"
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=480, width=640)
     figure.update_xaxes(title="probability of the token read", range=[0, 1])
-    return figure.update_yaxes(title="share of tokens", range=[0, 1])
+    return figure.update_yaxes(title=units(data["calibration"].attrs), range=[0, 1])
 
 
+_VIEW = "in each cell the token read N tokens past the next, from this token's state at the best layer"
 _BEST = ("horizon", "best_method", "best_layer")
-_DIAGONAL: Mapping[str, Any] = {"color": "#9aa1ad", "dash": "dot"}
+_DIAGONAL: Mapping[str, Any] = {"color": NEUTRAL, "dash": "dot"}

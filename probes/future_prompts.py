@@ -7,7 +7,7 @@ read is right where it is the model's own top token at T+N in the text; N = 0 is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +21,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.future import FutureRows, bigrams, future_rows, said_tokens
 from workbench.interventions import run_prompted, token_embeddings
 from workbench.lens import Unembed, load_unembed
@@ -76,6 +76,12 @@ class FuturePrompts:
     """How much of what the model will say past the next token it says itself, when given one hidden state of a text."""
 
     name: ClassVar[str] = "future-prompts"
+    sources: ClassVar[tuple[str, ...]] = ("Pal et al. 2023, Future Lens, arXiv 2311.04897",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "zero_precision": "zeros in place of the state: what prompt and fed tokens tell by themselves",
+        "shuffled_precision": "the states of other tokens",
+        "bigram_precision": "what the last token known tells without any state",
+    }
 
     model: str | None = None
     """Directory or hub id of the recorded model, where the name in the store is not enough to load it."""
@@ -508,7 +514,7 @@ def _precision(result: Result) -> go.Figure:
                 )
             bigram = np.full(len(layers), float(one["bigram_precision"]))
             shown = {"legendgroup": "bigram", "showlegend": row == column == 1}
-            line = {"color": "#9aa1ad", "dash": "dash"}
+            line = {"color": NEUTRAL, "dash": "dash"}
             figure.add_scatter(x=layers, y=bigram, name="bigram", mode="lines", line=line, **shown, **at)
     figure.update_layout(
         template=TEMPLATE,
@@ -526,7 +532,7 @@ def _precision(result: Result) -> go.Figure:
     figure.update_xaxes(dtick=max(1, len(layers) // 12))
     figure.update_xaxes(title="layer", row=len(REGIMES))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title="share of tokens", col=1)
+    return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
 
 
 def _ranks(result: Result) -> go.Figure:
@@ -552,4 +558,4 @@ def _ranks(result: Result) -> go.Figure:
         width=860,
     )
     figure.update_xaxes(title="k", dtick=1)
-    return figure.update_yaxes(title="share of tokens", rangemode="tozero")
+    return figure.update_yaxes(title=units(data["precision"].attrs), rangemode="tozero")

@@ -9,6 +9,7 @@ are not distributions the model would ever emit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ import numpy as np
 from workbench.errors import RequestError
 from workbench.result import Result, provenance
 from workbench.store.reader import Store
-from workbench.trajectory import lens_curves, lens_grid, read_lens, selected_rows
+from workbench.trajectory import lens_curves, lens_depth, lens_grid, read_lens, selected_rows
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class LogitLens:
     """What each layer would predict, were the model to stop there: top tokens, entropy, KL to the output, loss."""
 
     name: ClassVar[str] = "logit-lens"
+    sources: ClassVar[tuple[str, ...]] = ("nostalgebraist 2020, interpreting GPT: the logit lens",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "a uniform guess": "has entropy and cross-entropy of ln(vocab) nats",
+        "random weights": "the same architecture with random weights has no fall of mean_cross_entropy over layers",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid, attn_out, mlp_out."""
@@ -74,6 +80,9 @@ class LogitLens:
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """ "grid": layers by tokens of the first sequence; "by_layer": mean entropy, KL and loss over all tokens."""
+        """ "grid": layers by tokens of the first sequence; "by_layer": mean entropy, KL and loss over all tokens;
+        "depth": the text, each token coloured by where its prediction is settled."""
         figures = {"by_layer": lens_curves(result)}
-        return {"grid": lens_grid(result), **figures} if len(result.table) else figures
+        if not len(result.table):
+            return figures
+        return {"grid": lens_grid(result), **figures, "depth": lens_depth(result)}

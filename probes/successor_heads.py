@@ -23,8 +23,8 @@ from torch import Tensor
 from workbench.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
 from workbench.errors import RequestError, nearest
 from workbench.figures.heads import head_grid
-from workbench.figures.text import label
-from workbench.figures.theme import CATEGORIES, MONOSPACE, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE
 from workbench.lens import Unembed, load_unembed
 from workbench.models import Model, usable_device
 from workbench.origin import recorded_model
@@ -69,6 +69,13 @@ class SuccessorHeads:
     """Which heads map a token to its successor: numbers, days, months, letters, in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
+    sources: ClassVar[tuple[str, ...]] = ("Gould et al. 2023, Successor heads, arXiv 2312.09230",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "null_macro": "the same score with the successors shuffled within their class",
+        "p_family": "share of shuffles in which the best of all heads scores as high as this one",
+        "chance": "1 / n for a class of n members",
+        "first_mlp_score": "what heads read, scored without a head: how much the first MLP does by itself",
+    }
 
     model: str | None = None
     """Directory or hub id of the recorded model, where the name in the store is not enough to load it."""
@@ -196,8 +203,10 @@ class SuccessorHeads:
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """ "scores": macro score of every head; "tasks": the best heads by task; "circuit": one class's logits."""
-        return {"scores": _score_map(result), "tasks": _task_bars(result), "circuit": _circuit_map(result)}
+        """ "scores": macro score of every head; "tasks": the best heads by task; "circuit": one class's logits;
+        "ov": how much every head's OV circuit copies and how much it succeeds."""
+        figures = {"scores": _score_map(result), "tasks": _task_bars(result)}
+        return {**figures, "circuit": _circuit_map(result), "ov": _ov_scatter(result)}
 
 
 # ---- classes --------------------------------------------------------------------------------------------
@@ -693,7 +702,7 @@ def _task_bars(result: Result) -> go.Figure:
     }
     colours = CATEGORIES[_SHOWN : _SHOWN + len(levels)]
     for (name, level), colour, symbol in zip(levels.items(), colours, ("diamond", "line-ew-open", "x"), strict=True):
-        marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2}}
+        marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}}
         figure.add_scatter(x=tasks, y=level.to_numpy(), mode="markers", name=name, marker=marker)
     figure.update_layout(
         template=TEMPLATE,
@@ -708,7 +717,7 @@ def _task_bars(result: Result) -> go.Figure:
         tickvals=tasks,
         ticktext=[f"{task}<br>n = {n}" for task, n in zip(tasks, data["tokens"].to_numpy().tolist(), strict=True)],
     )
-    figure.update_yaxes(title="share of tokens", range=[0, 1.05])
+    figure.update_yaxes(title=units(data["score"].attrs), range=[0, 1.05])
     return figure
 
 
@@ -723,9 +732,9 @@ def _circuit_map(result: Result) -> go.Figure:
             y=places,
             customdata=[[f"{read} → {written}" for written in words] for read in words],
             hovertemplate="%{customdata}: %{z:.3f} logits<extra></extra>",
-            colorscale="RdBu_r",
+            colorscale=SIGNED,
             zmid=float(values.mean()),
-            colorbar={"title": {"text": "logits", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar={"title": {"text": units(values.attrs), "side": "right"}, "thickness": 14, "outlinewidth": 0},
         )
     )
     head = f"{values.attrs['layer']}.{values.attrs['head']}"
@@ -740,3 +749,45 @@ def _circuit_map(result: Result) -> go.Figure:
     figure.update_xaxes(title="token that is raised", tickangle=-45, tickfont={"family": MONOSPACE}, **ticks)
     figure.update_yaxes(title="token attended to", autorange="reversed", tickfont={"family": MONOSPACE}, **ticks)
     return figure
+
+
+def _ov_scatter(result: Result) -> go.Figure:
+    """Every head a point: how much its OV circuit copies, how much it succeeds, and what shuffled successors give."""
+    data = result.data
+    copying, macro, null = (data[name].to_numpy().ravel() for name in ("copying", "macro", "null_macro"))
+    names = [f"{layer}.{head}" for layer in data["layer"].to_numpy().tolist() for head in range(data.sizes["head"])]
+    best = int(np.argmax(macro))
+    figure = go.Figure()
+    for name, score, colour, size in (
+        ("shuffled successors", null, NEUTRAL, 5),
+        ("successors", macro, CATEGORIES[0], 7),
+    ):
+        figure.add_scatter(
+            x=copying,
+            y=score,
+            name=name,
+            mode="markers",
+            marker={"color": colour, "size": size},
+            customdata=names,
+            hovertemplate="head %{customdata}: copying %{x:.3f}, %{y:.3f}",
+        )
+    figure.add_scatter(
+        x=copying[[best]],
+        y=macro[[best]],
+        mode="text",
+        text=[names[best]],
+        textposition="middle right",
+        showlegend=False,
+    )
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": f"{_title(result)}: OV circuits",
+            "subtitle": {"text": "a point for each head, a mean over tasks"},
+        },
+        width=640,
+        height=560,
+        margin={"t": 110},
+    )
+    figure.update_xaxes(title=f"copying ({units(data['copying'].attrs)})", range=[-0.03, 1.1], dtick=0.2)
+    return figure.update_yaxes(title=f"successor score ({units(data['macro'].attrs)})", range=[-0.03, 1.05])

@@ -12,6 +12,7 @@ with s = -1 where t + i lies before p and m the number of terms in the sum; term
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,8 +26,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.figures.text import label, visible
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.text import label, units
+from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
 from workbench.linear import SoftmaxFit, SoftmaxProbes, fit_softmax
 from workbench.models import usable_device
 from workbench.progress import progress
@@ -46,6 +47,12 @@ class TokenErasure:
     """Whether last tokens of words forget the tokens before them, and which spans of the text behave like words."""
 
     name: ClassVar[str] = "token-erasure"
+    sources: ClassVar[tuple[str, ...]] = ("Feucht et al. 2024, Token erasure, arXiv 2406.20086",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "the control group": "tokens that end no word of several tokens: `fall` is what last tokens lose beyond them",
+        "fall_low": "lower end of the 95 % interval over documents of `fall`, which is to be above 0",
+        "random weights": "the same architecture with random weights, whose `fall` is near 0",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer."""
@@ -439,7 +446,7 @@ def _curves(result: Result) -> go.Figure:
         margin={"t": 130},
     )
     figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
-    figure.update_yaxes(title="accuracy of the token at this offset", rangemode="tozero")
+    figure.update_yaxes(title=units(data["accuracy"].attrs, "accuracy of the token at this offset"), rangemode="tozero")
     return figure
 
 
@@ -451,7 +458,8 @@ def vocabulary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _vocabulary(result: Result) -> go.Figure:
-    best = vocabulary(result.table).head(_SHOWN)
+    spans = vocabulary(result.table)
+    best = spans.head(_SHOWN)
     names = [f"{label(line.text, 30)} ({line.times})" for line in best.itertuples()]
     figure = go.Figure()
     for known, shown in ((True, "a word"), (False, "no word")):
@@ -467,7 +475,8 @@ def _vocabulary(result: Result) -> go.Figure:
         title={
             "text": "The implicit vocabulary: spans with the highest erasure score",
             "subtitle": {
-                "text": f"spans of several tokens (times found); words: {label(result.data.attrs['spans'], 60)}"
+                "text": f"{len(best)} of {len(spans):,} spans of several tokens (times found); "
+                f"words: {label(result.data.attrs['spans'], 60)}"
             },
         },
         width=760,
@@ -482,20 +491,25 @@ def _vocabulary(result: Result) -> go.Figure:
 def _document(result: Result) -> go.Figure:
     """The first tested sequence, wrapped into lines; width is tokens, colour psi."""
     table = result.table
-    shown = table[table["sequence"] == table["sequence"].iloc[0]].head(_SHOWN)
+    shown = table[table["sequence"] == table["sequence"].iloc[0]]
+    known, shown = len(shown), shown.head(_SHOWN)
     figure = go.Figure(
         go.Bar(
             x=shown["tokens"],
-            y=[f"{place:>3} {visible(text, 30)}" for place, text in enumerate(shown["text"])],
+            y=[f"{place:>3} {label(text, 30)}" for place, text in enumerate(shown["text"])],
             orientation="h",
-            marker={"color": shown["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": "RdBu", "showscale": True},
+            marker={"color": shown["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": SIGNED}
+            | {"showscale": True, "colorbar": {"title": {"text": "psi", "side": "right"}}},
             customdata=np.stack([shown["psi"], shown["is_span"]], 1),
             hovertemplate="psi %{customdata[0]:.3f}, a word: %{customdata[1]}<extra></extra>",
         )
     )
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": f"Segments of sequence {int(shown['sequence'].iloc[0])}, in order"},
+        title={
+            "text": f"Segments of sequence {int(shown['sequence'].iloc[0])}, in order",
+            "subtitle": {"text": f"{len(shown)} of {known:,} segments"},
+        },
         width=760,
         height=160 + 18 * len(shown),
     )

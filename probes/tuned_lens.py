@@ -8,6 +8,7 @@ has none: its row is the model's own output. Trained on some documents of the st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,14 +20,22 @@ from torch import Tensor
 
 from workbench.errors import RequestError
 from workbench.figures.grid import layer_curves
-from workbench.figures.text import label
+from workbench.figures.text import label, units
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.progress import progress
 from workbench.result import Result, provenance
 from workbench.statistics import divided, few_rows
 from workbench.store.reader import Store
-from workbench.trajectory import lens_curves, lens_grid, log_probabilities, read_lens, recorded_layers, selected_rows
+from workbench.trajectory import (
+    lens_curves,
+    lens_depth,
+    lens_grid,
+    log_probabilities,
+    read_lens,
+    recorded_layers,
+    selected_rows,
+)
 
 _PATIENCE = 2  # passes without a better layer
 
@@ -36,6 +45,11 @@ class TunedLens:
     """What each layer would predict after a trained change of basis, on documents the training did not see."""
 
     name: ClassVar[str] = "tuned-lens"
+    sources: ClassVar[tuple[str, ...]] = ("Belrose et al. 2023, the tuned lens, arXiv 2303.08112",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "logit_mean_kl": "the logit lens on the same held-out tokens, with nothing trained",
+        "logit_mean_cross_entropy": "the same, of the token that follows",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid."""
@@ -174,9 +188,12 @@ class TunedLens:
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """ "by_layer": KL of tuned and logit lens; "grid": layers by tokens; "losses": entropy, KL and loss."""
+        """ "by_layer": KL of tuned and logit lens; "grid": layers by tokens; "losses": entropy, KL and loss;
+        "depth": the text, each token coloured by where its prediction is settled."""
         figures = {"by_layer": _comparison(result), "losses": lens_curves(result)}
-        return {**figures, "grid": lens_grid(result)} if len(result.table) else figures
+        if not len(result.table):
+            return figures
+        return {**figures, "grid": lens_grid(result), "depth": lens_depth(result)}
 
 
 class _Trained:
@@ -232,5 +249,5 @@ def _comparison(result: Result) -> Any:
         {"tuned lens": data["mean_kl"].to_numpy(), "logit lens": data["logit_mean_kl"].to_numpy()},
         layers=data["layer"].to_numpy().tolist(),
         title=f"KL(model ‖ lens) of {model}: {int(data['rows']):,} held-out tokens",
-        unit="nats",
+        unit=units(data["mean_kl"].attrs),
     )

@@ -22,6 +22,8 @@ def save_sae(
     about = {name: settings.pop(name) for name in ("hook_name", "model_name", "context_size") if name in settings}
     if architecture in ("topk", "abstopk", "batchtopk"):
         settings.setdefault("k", 3)
+    if architecture == "temporal":
+        settings = {"n_heads": 2, "bottleneck_factor": 5, "kval_topk": 3} | settings
     kind, config = (get_sae_training_class if architecture == "batchtopk" else get_sae_class)(architecture)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -65,6 +67,8 @@ def encode64(folder: Path, x: np.ndarray) -> np.ndarray:
         x = x / (x.std(1, ddof=1, keepdims=True) + 1e-5)
     if config["apply_b_dec_to_input"]:
         x = x - weights["b_dec"]
+    if config["architecture"] == "matching_pursuit":
+        return np.array([_pursued(row, weights["W_dec"], config) for row in x])
     if config["architecture"] == "gated":
         gate = x @ weights["W_enc"] + weights["b_gate"] > 0
         return gate * np.maximum(x @ (weights["W_enc"] * np.exp(weights["r_mag"])) + weights["b_mag"], 0)
@@ -76,3 +80,20 @@ def encode64(folder: Path, x: np.ndarray) -> np.ndarray:
         kept = np.argsort(np.argsort(rank, axis=1), axis=1) < config["k"]
         return np.where(kept, pre if config["architecture"] == "abstopk" else np.maximum(pre, 0), 0)
     return np.maximum(pre, 0) * (pre > weights.get("threshold", 0))
+
+
+def _pursued(residual: np.ndarray, directions: np.ndarray, config: dict) -> np.ndarray:
+    """One row's matching pursuit: the direction that explains most of what is left, until too little is, or the support
+    stays."""
+    activations = np.zeros(len(directions))
+    for _ in range(config["max_iterations"] or len(residual)):
+        before = activations != 0
+        best = np.argmax(directions @ residual)
+        step = max(0.0, directions[best] @ residual)
+        activations[best] += step
+        residual = residual - step * directions[best]
+        if config["stop_on_duplicate_support"] and np.array_equal(before, activations != 0):
+            break
+        if config["residual_threshold"] > 0 and np.linalg.norm(residual) < config["residual_threshold"]:
+            break
+    return activations

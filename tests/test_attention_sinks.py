@@ -368,7 +368,7 @@ def test_one_document_has_no_interval_and_one_domain_no_gap(tmp_path):
     assert result.data.attrs["few"] == "only 2 sequences; fewer than 10 documents in 1 of 1 domains"
     assert "no gap: all sequences are of one source" in result.data.attrs["note"]
     assert AttentionSinks.headline(result).endswith(result.data.attrs["few"])
-    assert list(AttentionSinks.figures(result)) == ["sinks", "positions"]
+    assert list(AttentionSinks.figures(result)) == ["sinks", "positions", "attention"]
 
 
 def test_a_sink_elsewhere_is_paid_by_those_behind_it(tmp_path):
@@ -525,7 +525,7 @@ def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
     ours, derived = run(store, **settings).data, run(other, **settings).data
     assert (ours.attrs["source"], derived.attrs["source"]) == ("pattern", "derived")
     assert int(derived["short_sequences"]) == 2
-    left_out = {name for name in ours if name.startswith("massive")}
+    left_out = {name for name in ours if name.startswith(("massive", "example"))}
     assert {*ours} - {*derived} == left_out
     assert "no massive: resid_post is not recorded" in derived.attrs["note"]
     for name in derived:
@@ -669,7 +669,7 @@ def test_figures_are_made_of_the_saved_result_alone(two_domains, tmp_path, monke
     again = wb.load_result(tmp_path / "result")
     assert again.headline() == result.headline()
     figures = again.figures()
-    assert list(figures) == ["sinks", "positions", "norms", "domains"]
+    assert list(figures) == ["sinks", "positions", "norms", "domains", "attention"]
     assert {name: figure.to_json() for name, figure in result.figures().items()} == {
         name: figure.to_json() for name, figure in figures.items()
     }

@@ -160,6 +160,7 @@ def test_probe(store, tmp_path):
     assert said.splitlines() == [
         repr(result),
         f"figure  {out}/figures/by_layer.html",
+        f"figure  {out}/figures/depth.html",
         f"figure  {out}/figures/grid.html",
     ]
     assert result.provenance["settings"] == {
@@ -401,7 +402,7 @@ def test_help_lists_every_verb():
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    verbs = "demo record info verify query features top probes report compare probe sweep"
+    verbs = "demo record info verify query features top probes report export compare probe sweep"
     assert listed == verbs.split()
     assert {*cli.VERBS, "probe"} == set(listed)
 

@@ -19,11 +19,14 @@ from store_example import BRAIN, HALF, MODEL, part_of, token_table, values, writ
 
 from workbench.errors import DataError, RequestError
 from workbench.sae import extract
+from workbench.sae.allocate import FeatureChoice, MutualChoice
 from workbench.sae.arrays import ArrayFile, map_arrays
+from workbench.sae.encode import Encoder
 from workbench.sae.extract import extract_features, matching_site
 from workbench.sae.features import by_feature_layout, by_row_layout, open_features
 from workbench.sae.index import feature_groups, invert
 from workbench.sae.load import load_sae
+from workbench.sae.metrics import sae_metrics
 from workbench.store import SiteRecord, open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
@@ -78,6 +81,23 @@ def test_features_are_what_saelens_gives(architecture, example, tmp_path):
         np.testing.assert_allclose(found, encode64(tmp_path / "sae", values(SITE, 0, ROWS)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch_rows", [1, 13, None])
+def test_a_temporal_autoencoder_reads_whole_sequences(batch_rows, example, tmp_path, monkeypatch):
+    """Wherever blocks and segments would end by themselves, they end where a sequence does."""
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 20)
+    sae = loaded(tmp_path / "sae", "temporal")
+    found = taken(example, sae, out=tmp_path / "f", batch_rows=batch_rows)[:].toarray()
+    x = torch.from_numpy(values(SITE, 0, ROWS))
+    with torch.no_grad():
+        dense = torch.cat(
+            [sae.module.encode(part[None])[0] for part in x.split([n for part in SEGMENTS for n in part])]
+        ).numpy()
+    assert np.array_equal(found != 0, dense != 0)
+    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-5)
+    text = refused(RequestError, lambda: sae_metrics(example, sae))
+    assert text == "SAE 'sae' is temporal: its features alone do not reconstruct a row"
+
+
 def test_special_rows_are_extracted_too(features, example):
     special = example.where("is_special")
     assert len(special) == 7
@@ -95,14 +115,14 @@ def test_float16_activations_of_heads_come_flat(example, tmp_path):
 
 def test_blocks_hold_as_many_rows_as_asked(example, sae, tmp_path, monkeypatch):
     sizes = []
-    plain = type(sae).encode
-    monkeypatch.setattr(type(sae), "encode", lambda self, rows: sizes.append(len(rows)) or plain(self, rows))
+    plain = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: sizes.append(len(given[0])) or plain(self, *given))
     taken(example, sae, out=tmp_path / "one", batch_rows=20)
     assert sizes == [20, 20, 11]
     sizes.clear()
-    monkeypatch.setattr(extract, "_LATENT_BYTES", 4 * 20 * 30)
+    monkeypatch.setattr(Encoder, "block_rows", 8)
     taken(example, sae, out=tmp_path / "two")
-    assert sizes == [30, 21]
+    assert sizes == [32, 19]
 
 
 def test_float16_keeps_the_support_and_counts_what_overflows(example, tmp_path):
@@ -170,6 +190,42 @@ def test_the_index_is_scipys_sorted_by_activation(entries, kind, row_type, tmp_p
         assert list(zip(-found["value"][first:last], found["row"][first:last], strict=True)) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_index_orders_every_kind_of_value(dtype, tmp_path):
+    """Ties, both zeros, subnormals, extremes and negative values, of rows far enough apart that few bits are left for
+    features: 64 of them in a group where values are float32."""
+    rng = np.random.default_rng(0)
+    limits = np.finfo(dtype)
+    kinds = np.array([0.0, -0.0, 1, -1, limits.max, limits.min, limits.tiny, limits.smallest_subnormal, 0.5], dtype)
+    rows, features, last = 1 << 26, 200, 40  # only the last rows have features
+    lengths = rng.integers(0, features, last)
+    feature = np.concatenate([np.sort(rng.permutation(features)[:n]) for n in lengths]).astype(np.uint16)
+    value = np.where(rng.random(len(feature)) < 0.6, rng.choice(kinds, len(feature)), rng.normal(size=len(feature)))
+    value = value.astype(dtype)
+    with open(tmp_path / "indptr", "wb") as file:
+        file.seek(8 * (rows + 1 - last))  # zeros that take no space
+        file.write(np.cumsum(lengths))
+    indptr = np.memmap(tmp_path / "indptr", np.int64, "r")
+    counts = np.bincount(feature, minlength=features)
+    layout = {"indptr": ("int64", features + 1), "row": ("int32", len(feature)), "value": (dtype, len(feature))}
+    with ArrayFile(tmp_path / "f", layout) as file:
+        invert(indptr, feature, value, counts, file, tmp_path / "spill", "int32", 500)
+    found, row = load_file(tmp_path / "f"), rows - last + np.repeat(np.arange(last), lengths)
+    expected = sorted(range(len(feature)), key=lambda n: (feature[n], -float(value[n]), row[n]))
+    assert np.array_equal(found["row"], row[expected])
+    assert np.array_equal(found["value"], value[expected])
+    assert np.array_equal(found["indptr"], np.concatenate([[0], np.cumsum(counts)]))
+
+
+def test_an_index_of_more_rows_than_its_keys_count_is_refused(tmp_path):
+    indptr, none = np.broadcast_to(np.int64(0), (2**32 + 2,)), np.zeros(0, np.float32)
+    file = ArrayFile(tmp_path / "f", {"indptr": ("int64", 4)})
+    arguments = (indptr, none.astype(np.uint16), none, np.zeros(3, np.int64), file, tmp_path / "spill", "int64")
+    text = refused(RequestError, lambda: invert(*arguments))
+    file._file.close()
+    assert text == "4294967297 rows are too many for an index of float32; float16 takes more"
+
+
 def test_groups_hold_at_most_the_entries_allowed():
     indptr = np.array([0, 0, 3, 5, 15, 15, 16, 19, 19])
     groups = list(feature_groups(indptr, 5))
@@ -182,6 +238,7 @@ def test_groups_hold_at_most_the_entries_allowed():
         (6, 8),
     ]
     assert [(group.start, group.stop) for group in feature_groups(indptr, 100)] == [(0, 8)]
+    assert [(group.start, group.stop) for group in feature_groups(indptr, 100, most=3)] == [(0, 3), (3, 6), (6, 8)]
 
 
 def test_the_files_are_safetensors_and_the_orders_agree(features):
@@ -462,7 +519,7 @@ def test_features_lie_in_the_store_by_default(store, sae):
 
 def test_the_same_features_are_opened_and_not_made_again(store, sae, tmp_path, monkeypatch):
     first = taken(store, sae)
-    monkeypatch.setattr(type(sae), "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded again"))
     again = taken(store, sae, batch_rows=3)
     assert (again.path, again.record) == (first.path, first.record)
     assert again.store is store
@@ -537,17 +594,90 @@ def test_features_that_are_not_finite_are_refused_by_row(tmp_path):
     assert text == "SAE 'sae' gives row 16 of resid_post.1 features that are not finite"
 
 
-@pytest.mark.parametrize("place", ["invert", "to_json"])
-def test_an_interrupted_extraction_leaves_nothing(place, store, sae, monkeypatch):
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("segment_rows", [7, 51, 100])
+def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", segment_rows)
+    found = taken(store, sae, name="mine")[:]
+    monkeypatch.setattr(extract, "ENTRIES", 10)
+    other = taken(store, sae, name="other", batch_rows=3)[:]
+    for one in (found, other):  # a product of other blocks may round otherwise
+        assert np.array_equal(one.indices, features[:].indices)
+        np.testing.assert_allclose(one.data, features[:].data, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "place", "after"),
+    [
+        (None, ("extract", "commit"), 0),
+        (FeatureChoice(3), ("extract", "commit"), 2),
+        (MutualChoice(3), ("extract", "entry_rows"), 1),
+        (None, ("extract", "invert"), 0),
+        (None, ("extract.files", "replace_durably"), 1),
+        (None, ("extract.files", "replace_durably"), 2),
+        (None, ("extract.files", "rename_durably"), 6),
+    ],
+)
+def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, allocation, store, sae, monkeypatch):
+    """The exception that no one catches and cleans up after stands for the kill."""
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
+    expected = contents(taken(store, sae, name="whole", batch_rows=4, allocation=allocation).path)
+    owner = extract if place[0] == "extract" else extract.files
+    plain, calls = getattr(owner, place[1]), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise Killed
+        return plain(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, place[1], killed)
+        with pytest.raises(Killed):
+            taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
+    assert not (store.path / "features" / "mine").exists()
+    encoded = []
+    again = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: encoded.append(len(given[0])) or again(self, *given))
+    found = taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
+    assert contents(found.path) == {**expected, "features.json": (found.path / "features.json").read_bytes()}
+    assert found.record == open_features(store.path / "features" / "whole").record
+    assert sorted(path.name for path in (store.path / "features").iterdir()) == ["mine", "whole"]
+    if place[1] in ("entry_rows", "invert"):
+        assert encoded == []
+    if place == ("extract", "commit"):
+        assert sum(encoded) == ROWS - 12 * after
+
+
+def test_what_was_begun_otherwise_is_not_thrown_away(store, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
+
     def stop(*_arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract, place, stop)
+        patched.setattr(extract, "invert", stop)
         with pytest.raises(KeyboardInterrupt):
-            taken(store, sae)
-    assert list((store.path / "features").iterdir()) == []
-    assert taken(store, sae)[:].nnz > 0
+            taken(store, sae, name="mine")
+    partial = store.path / "features" / ".mine.partial"
+    assert sorted(path.name for path in partial.iterdir() if path.suffix != ".partial")[-1] == "extraction.json"
+    text = refused(RequestError, lambda: taken(store, sae, name="mine", dtype="float16"))
+    assert text == (
+        "features mine were begun otherwise: dtype is float32, asked is float16; ask for the same to resume, choose "
+        f"another name, or remove {partial}"
+    )
+    state = json.loads((partial / "extraction.json").read_text())
+    state["environment"]["torch"] = "1.0"
+    (partial / "extraction.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match=r"^features mine were begun with other library versions"):
+        taken(store, sae, name="mine")
 
 
 def test_what_a_crash_left_is_cleared(store, sae, features):
@@ -560,6 +690,20 @@ def test_what_a_crash_left_is_cleared(store, sae, features):
     assert found.record.files == features.record.files  # deterministic, to the byte
 
 
+def test_features_finished_while_waiting_for_the_lock_are_opened(store, sae, monkeypatch):
+    """Another process ends between the look at the place and the lock."""
+    plain = extract.files.locked
+
+    def late(partial):
+        monkeypatch.setattr(extract.files, "locked", plain)
+        taken(store, sae, name="mine")
+        return plain(partial)
+
+    monkeypatch.setattr(extract.files, "locked", late)
+    assert taken(store, sae, name="mine").shape == (51, 20)
+    assert [path.name for path in (store.path / "features").iterdir()] == ["mine"]
+
+
 def test_a_full_disk_is_said_in_one_line(store, sae, monkeypatch):
     def full(*_arguments):
         raise OSError(28, os.strerror(28))
@@ -567,8 +711,8 @@ def test_a_full_disk_is_said_in_one_line(store, sae, monkeypatch):
     monkeypatch.setattr(ArrayFile, "append", full)
     text = refused(DataError, lambda: taken(store, sae, name="mine"))
     assert text == (
-        f"disk full while writing features {store.path / 'features' / 'mine'} (No space left on device): nothing was "
-        "kept; free space and run again"
+        f"disk full while writing features {store.path / 'features' / 'mine'} (No space left on device): what is "
+        "committed stays; free space and run the same command to resume"
     )
     assert list((store.path / "features").iterdir()) == []
 
@@ -681,7 +825,7 @@ def test_ids_beyond_the_last_are_refused_when_read(copied):
     features = opened()
     feature = int(features[0].indices[0])
     overwritten(path / "by_row.safetensors", "feature", 0, 20)
-    overwritten(path / "by_feature.safetensors", "row", int(features._by_feature["indptr"][feature]), 51)
+    overwritten(path / "by_feature.safetensors", "row", int(features.by_feature["indptr"][feature]), 51)
     assert "by_row.safetensors is damaged: a feature beyond the last" in refused(DataError, lambda: opened()[0])
     text = refused(DataError, lambda: opened().top(feature))
     assert "by_feature.safetensors is damaged: a row beyond the last" in text

@@ -348,7 +348,7 @@ def test_no_token_has_a_next(tiny_models, tmp_path):
     assert np.isnan(result.data["mean_cross_entropy"]).all()
     assert np.isnan(result.data["mean_accuracy"]).all()
     assert int(result.data["rows_with_next"]) == 0
-    assert result.figures().keys() == {"grid", "by_layer"}
+    assert result.figures().keys() == {"grid", "by_layer", "depth"}
 
 
 # Settings
@@ -402,7 +402,7 @@ def test_detail_keeps_fewer_lines_and_the_same_means(llama_store, detail):
     everything, some = LogitLens().run(llama_store), LogitLens(detail=detail).run(llama_store)
     assert some.data["row"].values.tolist() == list(range(detail))
     assert len(some.table) == 3 * detail
-    assert some.figures().keys() == {"grid", "by_layer"} if detail else {"by_layer"}
+    assert some.figures().keys() == {"grid", "by_layer", "depth"} if detail else {"by_layer"}
     for name in ("entropy", "kl", "cross_entropy", "agreement", "accuracy"):
         np.testing.assert_array_equal(some.data[f"mean_{name}"], everything.data[f"mean_{name}"])
     for name in ("entropy", "rank", "top_id"):

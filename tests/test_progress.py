@@ -109,7 +109,7 @@ def test_a_bar_where_it_can_be_drawn(place, clock, monkeypatch):
         def update(self, n):
             self.counts.append(n)
 
-    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr("tqdm.tqdm" if place == "terminal" else "tqdm.notebook.tqdm", Bar)
     if place == "terminal":
         monkeypatch.setattr(sys, "stderr", Terminal())
     else:
@@ -132,3 +132,9 @@ def test_a_bar_where_it_can_be_drawn(place, clock, monkeypatch):
     with progress("recording", 100, "rows", shown=False):
         pass
     assert len(bars) == 1
+
+
+def test_a_notebook_without_widgets_has_a_bar_of_characters(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", progress_module)
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: None)
+    assert progress_module._bar().__module__ == "tqdm.std"

@@ -69,6 +69,7 @@ def test_the_folder_holds_open_formats(result, saved):
     assert sorted(contents(saved)) == [
         "data.nc",
         "figures/by_layer.html",
+        "figures/depth.html",
         "figures/grid.html",
         "figures/plotly.min.js",
         "result.json",
@@ -119,10 +120,10 @@ def test_a_result_without_rows_in_detail(store, tmp_path):
 
 
 def test_figures_by_name(result):
-    assert list(result.figures()) == ["grid", "by_layer"]
+    assert list(result.figures()) == ["grid", "by_layer", "depth"]
     assert result.figure().to_json() == result.figure("grid").to_json()
     assert result.figure("by_layer").to_json() != result.figure("grid").to_json()
-    assert refusal(RequestError, lambda: result.figure("gird")) == "figure 'gird' is none of grid, by_layer"
+    assert refusal(RequestError, lambda: result.figure("gird")) == "figure 'gird' is none of grid, by_layer, depth"
 
 
 def test_saved_figures_ask_nothing_of_the_network(saved):

@@ -164,6 +164,7 @@ def test_damaged_and_misspelt_files_are_refused(tmp_path):
         )
 
     assert text(d_sae="20") == ": d_sae is '20', expected a whole number above 0"
+    assert text(remove=("k",)) == ": k is missing, and SAELens would take 100 for it"
     assert text(remove=("d_in",)) == ": d_in is None, expected a whole number above 0"
     unknown = ": SAELens knows no 'rescale_act_by_decoder_norm' of a topk SAE and would ignore it"
     assert text(rescale_act_by_decoder_norm=True) == f"{unknown}; nearest: rescale_acts_by_decoder_norm"
@@ -188,15 +189,6 @@ def test_a_normalisation_that_the_files_lack_is_warned_of(way, tmp_path):
     folder = save_sae(tmp_path / "one", normalize_activations=way)
     with pytest.warns(UserWarning, match=rf"^SAE 'one' was trained on inputs under {way}, which its files do not hold"):
         load_sae(folder, device="cpu")
-
-
-def test_a_sae_of_whole_sequences_is_refused(tmp_path):
-    from workbench.sae.load import _ready
-
-    sae = load_sae(save_sae(tmp_path / "one"), device="cpu")
-    sae.module.cfg.architecture = lambda: "temporal"
-    text = refused(RequestError, lambda: _ready(sae.module, "one"))
-    assert text == "SAE 'one' is temporal: it encodes whole sequences, and here each row counts for itself"
 
 
 def test_a_release_is_fetched_only_when_it_exists(tmp_path, monkeypatch):

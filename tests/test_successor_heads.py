@@ -625,7 +625,7 @@ def test_what_is_saved_comes_back_with_its_figures(result, tmp_path):
     assert data["member_text"].to_numpy().tolist() == result.data["member_text"].to_numpy().tolist()
     assert SuccessorHeads.headline(again) == SuccessorHeads.headline(result)
     ours, theirs = (SuccessorHeads.figures(part) for part in (result, again))
-    assert list(ours) == ["scores", "tasks", "circuit"]
+    assert list(ours) == ["scores", "tasks", "circuit", "ov"]
     assert [json.loads(ours[name].to_json()) for name in ours] == [json.loads(theirs[name].to_json()) for name in ours]
 
 

@@ -262,7 +262,7 @@ def test_a_missing_last_block_is_refused_with_the_command(planted, tmp_path):
 
 
 def test_result_headline_and_figures(trained, tmp_path):
-    assert list(trained.figures()) == ["by_layer", "losses", "grid"]
+    assert list(trained.figures()) == ["by_layer", "losses", "grid", "depth"]
     assert trained.headline().startswith("KL to the output 0.00 nats at layer 0, logit lens ")
     again = wb.load_result(trained.save(tmp_path / "tuned"))
     assert again.data.identical(trained.data)

@@ -24,6 +24,16 @@ _PUBLIC = {
     "extract_features": "workbench.sae.extract",
     "open_features": "workbench.sae.features",
     "Features": "workbench.sae.features",
+    "feature_statistics": "workbench.sae.questions",
+    "feature_histogram": "workbench.sae.questions",
+    "active_rows": "workbench.sae.questions",
+    "best_features": "workbench.sae.questions",
+    "coactivation": "workbench.sae.questions",
+    "feature_page": "workbench.sae.page",
+    "export_delphi": "workbench.sae.export",
+    "export_neuronpedia": "workbench.sae.export",
+    "nearest_features": "workbench.sae.decoder",
+    "promoted_tokens": "workbench.sae.decoder",
     "record": "workbench.recorder",
     "Recording": "workbench.settings",
     "open_store": "workbench.store.reader",
@@ -31,8 +41,10 @@ _PUBLIC = {
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
     "compare": "workbench.comparison",
+    "TokenView": "workbench.token_view",
     "Result": "workbench.result",
     "load_result": "workbench.result",
+    "export": "workbench.export",
     "Probe": "workbench.probe",
     "WorkbenchError": "workbench.errors",
     "RequestError": "workbench.errors",
@@ -58,13 +70,25 @@ if TYPE_CHECKING:
     from workbench.comparison import compare
     from workbench.embedded import demo_corpus
     from workbench.errors import DataError, RequestError, WorkbenchError
+    from workbench.export import export
     from workbench.models import Model, load_model
     from workbench.probe import Probe
     from workbench.recorder import record
     from workbench.result import Result, load_result
+    from workbench.sae.decoder import nearest_features, promoted_tokens
+    from workbench.sae.export import export_delphi, export_neuronpedia
     from workbench.sae.extract import extract_features
     from workbench.sae.features import Features, open_features
     from workbench.sae.load import Sae, load_sae
     from workbench.sae.metrics import sae_metrics
+    from workbench.sae.page import feature_page
+    from workbench.sae.questions import (
+        active_rows,
+        best_features,
+        coactivation,
+        feature_histogram,
+        feature_statistics,
+    )
     from workbench.settings import Recording
     from workbench.store.reader import ActivationArray, Rows, Store, open_store
+    from workbench.token_view import TokenView

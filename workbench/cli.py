@@ -40,6 +40,17 @@ class Record:
     out: Path
     """The store to write; an unfinished one of the same request is resumed."""
     recording: OmitArgPrefixes[Recording] = dataclasses.field(default_factory=Recording)
+    sae: str | None = None
+    """Extract the features of this SAE, and store its site's activations only if sites says so: a directory that
+    SAELens, sparsify or dictionary_learning wrote, a release of SAELens' list, or demo."""
+    sae_id: str | None = None
+    """Which SAE of a release, or of a directory of several."""
+    sae_site: str | None = None
+    """The site it reads. Default: the one that it was trained on."""
+    sae_dtype: Literal["float32", "float16"] = "float32"
+    """Stored type of its features' activations."""
+    sae_force: bool = False
+    """Use an SAE of another site or model."""
     append: bool = False
     """Add the texts to what the store holds."""
     tokenizer: str | None = None
@@ -61,11 +72,14 @@ class Record:
 
         if not self.text:
             raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
+        if self.sae is None and (self.sae_id or self.sae_site or self.sae_force):
+            raise RequestError("--sae-id, --sae-site and --sae-force are for --sae; give it too")
         texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text]
         check_source(texts)
         locate(self.model, self.revision)
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
+        features = self._features()
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
@@ -77,8 +91,17 @@ class Record:
         )
         from workbench.recorder import record_with
 
-        record_with(self.recording, model, texts, out=self.out, append=self.append)
+        record_with(self.recording, model, texts, out=self.out, features=features, append=self.append)
         return Info(self.out).run()
+
+    def _features(self) -> Any:
+        if self.sae is None:
+            return None
+        from workbench.sae.load import load_sae
+        from workbench.sae.recording import RecordedFeatures
+
+        sae = load_sae(self.sae, self.sae_id, device=None if self.device == "auto" else self.device)
+        return RecordedFeatures(sae, self.sae_site, self.sae_dtype, self.sae_force)
 
 
 @dataclass(frozen=True)
@@ -143,7 +166,7 @@ class Features:
 
     store: Positional[Path]
     sae: str
-    """A directory that SAELens wrote, a release of its list, or demo."""
+    """A directory that SAELens, sparsify or dictionary_learning wrote, a release of SAELens' list, or demo."""
     sae_id: str | None = None
     """Which SAE of a release, or of a directory of several."""
     site: str | None = None
@@ -154,6 +177,11 @@ class Features:
     """Another folder instead."""
     dtype: Literal["float32", "float16"] = "float32"
     """Stored type of the activations."""
+    allocation: Literal["own", "topk", "mutual-choice", "feature-choice"] = "own"
+    """Which pre-activations stay: those of the SAE's own activation function, the k largest of each row, or of all rows
+    together, or of each feature."""
+    k: int | None = None
+    """Features a row, on average, of an allocation that is not the SAE's own."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
     force: bool = False
@@ -163,10 +191,14 @@ class Features:
         from workbench.store.manifest import read_manifest
 
         read_manifest(self.store)  # a wrong path answers before torch and SAELens are loaded
+        if (self.allocation == "own") != (self.k is None):
+            raise RequestError(f"--allocation {self.allocation} {'needs a' if self.k is None else 'takes no'} --k")
+        from workbench.sae.allocate import CHOICES
         from workbench.sae.extract import extract_features
         from workbench.sae.load import load_sae
         from workbench.store.reader import open_store
 
+        allocation = None if self.k is None else CHOICES[self.allocation](self.k)
         sae = load_sae(self.sae, self.sae_id, device=self.device)
         found = extract_features(
             open_store(self.store),
@@ -175,29 +207,64 @@ class Features:
             name=self.name,
             out=self.out,
             dtype=self.dtype,
+            allocation=allocation,
             force=self.force,
         )
-        print(_plain(f"{found}\nfeatures  {found.path}"))
+        never = int((found.counts == 0).sum())
+        print(_plain(f"{found}, {never:,} never active\nfeatures  {found.path}"))
         return 0
 
 
 @dataclass(frozen=True)
 class Top:
-    """List the tokens where a feature is strongest."""
+    """List the tokens where a feature is strongest, or put all about it on an HTML page."""
 
     features: Positional[Path]
-    """The folder that `workbench features` named."""
+    """The folder that `workbench features` named, or a store with one."""
     feature: Positional[int]
     k: int = 20
     """Tokens listed at most."""
-    context: int = 5
-    """Tokens shown on either side."""
+    context: int | None = None
+    """Tokens shown on either side. Default: 5, on a page 20."""
+    where: str | None = None
+    """Only tokens that this SQL predicate selects, such as "NOT is_special"."""
+    page: Path | None = None
+    """Write a page instead: contexts, histogram, features active together."""
+    sae: str | None = None
+    """For the page, the SAE that made the features: tokens promoted, nearest features."""
+    sae_id: str | None = None
+    """Which SAE of a release, or of a directory of several."""
 
     def run(self) -> int:
+        if self.page is None and (self.sae or self.sae_id):
+            raise RequestError("sae is for the page; give page too, or leave sae out")
+        if self.page is not None and self.where is not None:
+            raise RequestError("where chooses among the tokens that are listed; give where or page, not both")
+        if self.sae is None and self.sae_id is not None:
+            raise RequestError("sae_id chooses one of several; give sae too")
         from workbench.sae.features import open_features
 
-        table = open_features(self.features).top(self.feature, self.k, self.context)
-        _print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+        features = open_features(self.features)
+        return self._list(features) if self.page is None else self._write_page(features)
+
+    def _list(self, features: Any) -> int:
+        table = features.top(self.feature, self.k, 5 if self.context is None else self.context, self.where)
+        if len(table):
+            _print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+        active = int(features.counts[self.feature])
+        print(
+            f"active on {active:,} of {len(features):,} rows" + (f", {len(table)} shown" if len(table) < active else "")
+        )
+        return 0
+
+    def _write_page(self, features: Any) -> int:
+        from workbench.sae.load import load_sae
+        from workbench.sae.page import feature_page
+
+        features.rows_of(self.feature)  # one that is not there is refused before SAELens is loaded
+        sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
+        context = 20 if self.context is None else self.context
+        print(f"page  {feature_page(features, self.feature, self.page, sae=sae, k=self.k, context=context)}")
         return 0
 
 
@@ -248,6 +315,37 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write the figures of a result as files: HTML, PDF, SVG, PNG, their data, captions and provenance."""
+
+    result: Positional[Path]
+    """Folder that `workbench probe --out` wrote."""
+    out: Path
+    """Folder for the files."""
+    figures: tuple[str, ...] = ()
+    """Names of those wanted. Default: all."""
+    formats: tuple[Literal["html", "pdf", "svg", "png"], ...] = ("html", "pdf", "svg", "png")
+    """All but html need a Chrome."""
+    columns: Literal[1, 2] = 1
+    """Columns of a paper that a printed figure is wide: 1, 3.25 in; 2, 6.75 in."""
+    theme: Literal["light", "dark"] = "light"
+    """Of the HTML pages."""
+    data: Literal["parquet", "csv"] = "parquet"
+    """What is drawn is written as this."""
+    plotlyjs: Literal["shared", "inside"] = "shared"
+    """One plotly script for the folder's pages, or one inside each, 5 MB."""
+
+    def run(self) -> int:
+        from workbench.export import export
+        from workbench.result import load_result
+
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[3:]}
+        for path in export(load_result(self.result), self.out, figures=self.figures or None, **chosen):
+            print(_plain(f"wrote  {path}"))
+        return 0
+
+
+@dataclass(frozen=True)
 class Compare:
     """Put two stores of the same tokens side by side: two models, checkpoints or dtypes."""
 
@@ -292,6 +390,7 @@ VERBS: dict[str, type] = {
     "top": Top,
     "probes": Probes,
     "report": Report,
+    "export": Export,
     "compare": Compare,
 }
 _SWEEP_HELP = "Run an experiment over a grid of settings: workbench sweep EXPERIMENT --model a b --seed 0 1 2 --out DIR"

@@ -7,6 +7,9 @@ known by an entry point in the group "workbench.probes"; ours and anybody else's
 from __future__ import annotations
 
 import ast
+import inspect
+import textwrap
+from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +29,12 @@ GROUP = "workbench.probes"
 class Probe(Protocol):
     """The contract: a frozen dataclass with a name, a run and the figures of its result.
 
-    A probe may also have a static `headline(result) -> str`: what was found and where, in one line of plain text.
+    A report quotes its module's docstring as the definition and the docstrings of its settings. A probe may also have
+
+        headline(result) -> str             static: what was found and where, in one line of plain text
+        sources: ClassVar[tuple[str, ...]]  the papers, as they are cited: "Gu et al. 2024, arXiv 2410.10781"
+        controls: ClassVar[Mapping]         what to hold the result against: a variable of `data`, or a name of its own,
+                                            to what it means
     """
 
     name: ClassVar[str]
@@ -62,3 +70,30 @@ def find_probe(name: str) -> type:
     if name not in known:
         raise RequestError(f"probe {name!r} is not installed{nearest(name, known)}; known: {', '.join(known)}")
     return known[name].load()
+
+
+def definition(probe: type) -> str:
+    """How a probe's module defines what it measures: its docstring; "" where it has none."""
+    return inspect.cleandoc(getattr(inspect.getmodule(probe), "__doc__", None) or "")
+
+
+def settings_told(probe: type) -> dict[str, str]:
+    """Meaning of each setting, inherited ones too: the docstring under its field. "" where there is none, or no source
+    to read."""
+    told = {}
+    for base in filter(is_dataclass, reversed(probe.__mro__)):
+        told |= _own_settings(base)
+    return told
+
+
+def _own_settings(probe: type) -> dict[str, str]:
+    try:
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(probe))).body
+    except (OSError, TypeError):
+        return {}
+    told = {}
+    for field, below in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            told[field.target.id] = inspect.cleandoc(str(below.value.value)) if said else ""
+    return told

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 EVERY = 10.0
 """Seconds between plain lines."""
@@ -19,12 +20,19 @@ def progress(
     if not shown:
         yield lambda _n: None
     elif sys.stderr.isatty() or "ipykernel" in sys.modules:
-        from tqdm.auto import tqdm
-
-        with tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+        with _bar()(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, leave=False) as bar:
             yield bar.update
     else:
         yield _Lines(label, total, unit, done).advance
+
+
+def _bar() -> type:
+    """tqdm's bar for where we are: a widget in a notebook that has ipywidgets, else characters."""
+    if "ipykernel" in sys.modules and find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm
 
 
 class _Lines:

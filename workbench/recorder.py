@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -38,8 +38,11 @@ from workbench.store.segment import SegmentWriter
 from workbench.store.writer import Writer, check_space, explain_full_disk, open_writer, required_bytes
 
 if TYPE_CHECKING:
+    from workbench.sae.load import Sae
+    from workbench.sae.recording import EncodedSite, RecordedFeatures
     from workbench.store.reader import Store
 
+_SITES = ("resid_post",)
 _SEGMENT_BYTES = 256 << 20
 _SEGMENT_ROWS = 65_536
 _BACKLOG = 8
@@ -51,7 +54,7 @@ def record(
     texts: Any,
     *,
     out: str | Path,
-    sites: Sequence[str] | str = Recording.sites,
+    sites: Sequence[str] | str | None = Recording.sites,
     context: int | None = Recording.context,
     dtype: str | torch.dtype = Recording.dtype,
     bos: str = Recording.bos,
@@ -62,6 +65,10 @@ def record(
     span_column: str | None = Recording.span_column,
     batch_tokens: int | None = Recording.batch_tokens,
     segment_rows: int | None = Recording.segment_rows,
+    sae: Sae | None = None,
+    sae_site: str | None = None,
+    sae_dtype: str = "float32",
+    sae_force: bool = False,
     append: bool = False,
     show_progress: bool = True,
 ) -> Store:
@@ -72,12 +79,19 @@ def record(
     `Recording`. If `out` holds an unfinished recording of the same model, texts and settings it is resumed;
     a finished one is returned as it is; `append=True` adds the texts after what is there.
 
+    `sae`: what `load_sae` gives. Its features are extracted into the store's `features/`, the same that
+    `extract_features` makes of a recorded site, up to the last bits where threads share a product. The site itself is
+    stored only if it is among `sites`, which by default are none then. `sae_site`: another site than the one it was
+    trained on; `sae_dtype`: the stored type of features, float32 or float16; `sae_force`: use an SAE of another site or
+    model.
+
     The same request gives the same bytes on the same machine, interrupted or not. Memory: the model, one batch and
     its backlog, whatever the number of rows. Disk: `rows x sum of site sizes`, compared with the free space
     before the first pass.
 
     Raises RequestError for a request that cannot be met (unknown site, other settings than the store's, not
-    enough space), DataError when the disk fails; what is committed stays readable.
+    enough space, an SAE of another width, site or model), DataError when the disk fails or a row to be encoded is not
+    finite; what is committed stays readable.
     """
     settings = recording(
         sites=sites,
@@ -92,7 +106,14 @@ def record(
         batch_tokens=batch_tokens,
         segment_rows=segment_rows,
     )
-    return record_with(settings, model, texts, out=out, append=append, show_progress=show_progress)
+    features = None
+    if sae is None and (sae_site is not None or sae_force):
+        raise RequestError("sae_site and sae_force are for sae; give it too")
+    if sae is not None:
+        from workbench.sae.recording import RecordedFeatures  # SAELens' import takes seconds
+
+        features = RecordedFeatures(sae, sae_site, sae_dtype, sae_force)
+    return record_with(settings, model, texts, out=out, features=features, append=append, show_progress=show_progress)
 
 
 def record_with(
@@ -101,14 +122,17 @@ def record_with(
     texts: Any,
     *,
     out: str | Path,
+    features: RecordedFeatures | None = None,
     append: bool = False,
     show_progress: bool = True,
 ) -> Store:
-    """`record` with its settings as one frozen record."""
+    """`record` with its settings as one frozen record, and those of an SAE as another."""
 
     corpus.check_source(texts)
     model = model if isinstance(model, Model) else load_model(model)
-    taps = model.site_map.select(settings.sites)
+    if settings.sites is None and features is None:
+        settings = replace(settings, sites=_SITES)
+    taps = model.site_map.select(settings.sites or ())
     context = context_length(settings, model)
     added = corpus.added_tokens(model.tokenizer, settings.bos)
     documents = corpus.read_documents(
@@ -118,6 +142,11 @@ def record_with(
         span_column=settings.span_column,
     )
     records = [_site_record(site, context, settings.dtype) for site in taps]
+    encoded = passing = None
+    if features is not None:
+        tap = features.tap(model.site_map, taps)
+        encoded = features.of(tap, _site_record(tap, context, settings.dtype), model.name, Path(out))
+        passing = encoded if tap not in taps else None  # its activations are not stored
     unembed, reason = _unembed(model)
     with (
         open_writer(
@@ -129,10 +158,16 @@ def record_with(
             environment=_environment(model),
             unembed=unembed,
             unembed_reason=reason,
+            features=passing and passing.label,
         ) as writer,
         _scratch(Path(out)) as workdir,
         progress("tokenizing", None, "tokens", shown=show_progress) as tick,
     ):
+        if passing and append and writer.manifest.rows and writer.manifest.complete:
+            raise RequestError(
+                f"append: features of the {writer.manifest.rows:,} rows before need their {passing.site.label} again, "
+                "which was not stored; choose another out"
+            )
         with explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows):
             sequences = corpus.plan_sequences(
                 documents,
@@ -145,17 +180,19 @@ def record_with(
                 vocab=model.vocab,
                 progress=tick,
             )
-        _record_part(writer, model, taps, records, sequences, settings, append, show_progress)
+        _record_part(writer, model, taps, records, passing, sequences, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
     store = open_store(out)
-    _warn_of_lost_values(store)
+    _warn_of_lost_values(store, [*records, passing.site] if passing else records)
+    if encoded:
+        encoded.finish(store, show_progress=show_progress)
     return store
 
 
-def _warn_of_lost_values(store: Store) -> None:
+def _warn_of_lost_values(store: Store, sites: Sequence[SiteRecord]) -> None:
     overflow, nonfinite = read_counts(store.path, store.manifest)
-    for site in store.sites:
+    for site in sites:
         if count := overflow[site.name]:
             limit = torch.finfo(getattr(torch, site.dtype)).max
             warnings.warn(
@@ -188,6 +225,7 @@ def _record_part(
     model: Model,
     taps: Sequence[Site],
     records: Sequence[SiteRecord],
+    passing: EncodedSite | None,
     sequences: corpus.Sequences,
     settings: Recording,
     append: bool,
@@ -195,7 +233,8 @@ def _record_part(
 ) -> None:
     """Everything after planning: what is committed is checked, the rest is run and committed segment by segment."""
     lengths = sequences.lengths
-    plan = corpus.segment_plan(lengths, settings.segment_rows or _segment_rows(records))
+    held = [*records, passing.site] if passing else records
+    plan = corpus.segment_plan(lengths, settings.segment_rows or _segment_rows(held))
     part = Part(
         rows=int(lengths.sum()),
         sequences=len(lengths),
@@ -217,15 +256,42 @@ def _record_part(
         "document_offset": sum(part.documents for part in before),
     }
     text_of = partial(corpus.token_texts, model.tokenizer)
-    with progress("recording", part.rows, "rows", shown=show_progress, done=part.rows - rows_left) as tick:
+    with (
+        passing.writer(writer.path, writer.manifest) if passing and rows_left else nullcontext() as encode,
+        progress("recording", part.rows, "rows", shown=show_progress, done=part.rows - rows_left) as tick,
+    ):
         for (first, last), ids, digest in list(zip(plan, spans, digests, strict=True))[begun:]:
             table = corpus.token_table(sequences, first, last, text_of=text_of, **offsets)
             with writer.segment(rows=len(ids), sequences=last - first, digest=digest, tokens=table) as segment:
-                _fill(segment, model, taps, ids, lengths[first:last], settings, tick)
+                if encode is None:
+                    _fill(segment, model, taps, ids, lengths[first:last], settings, tick)
+                    continue
+                passed = _Passed(segment, passing.site, len(ids))
+                _fill(passed, model, [*taps, passing.tap], ids, lengths[first:last], settings, tick)
+                encode(writer.manifest.rows, passed.values, lengths[first:last].tolist())
+
+
+class _Passed:
+    """A segment being written, of which one more site is kept in memory and not written."""
+
+    def __init__(self, segment: SegmentWriter, site: SiteRecord, rows: int) -> None:
+        self._segment, self._site = segment, site
+        self.values = torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype))
+        """What passed at the site: [row, *shape], as it would be stored."""
+        self.count = segment.count
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        return self._site.shape if site == self._site.name else self._segment.shape(site)
+
+    def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
+        if site == self._site.name:
+            _as_numpy(self.values)[first_row : first_row + len(rows)] = rows
+        else:
+            self._segment.write(site, first_row, rows)
 
 
 def _fill(
-    segment: SegmentWriter,
+    segment: SegmentWriter | _Passed,
     model: Model,
     taps: Sequence[Site],
     ids: Int[np.ndarray, " row"],
@@ -325,7 +391,7 @@ def _as_numpy(x: Tensor) -> np.ndarray:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def _write(segment: SegmentWriter, name: str, arrived: Callable, runs: list[tuple[int, int, int]]) -> None:
+def _write(segment: SegmentWriter | _Passed, name: str, arrived: Callable, runs: list[tuple[int, int, int]]) -> None:
     array, (overflow, nonfinite) = arrived()
     for row, first, n in runs:
         segment.write(name, row, array[first : first + n])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
 _FORMAT, _VERSION = "workbench.result", 1
+_ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,24 @@ class Result:
     provenance: Mapping[str, Any]
 
     def figures(self) -> dict[str, Figure]:
-        """Every figure of this result by name, the one for a paper first."""
-        return _asker(self.probe).figures(self)
+        """Every figure of this result by name, the one for a paper first; each knows in `layout.meta["provenance"]`,
+        as a line of plotly text, where it came from."""
+        from workbench.figures.text import sentence
+
+        figures = maker(self.probe).figures(self)
+        for figure in figures.values():
+            figure.update_layout(meta={"provenance": sentence(self.source())})
+        return figures
+
+    def source(self) -> str:
+        """Where this result came from, in one line of plain text: model, store, probe, settings, version."""
+        known = self.provenance
+        settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(known["settings"].items()))
+        return (
+            f"model {known['model']} ({known['model_fingerprint'][:12]}), store {known['store']} "
+            f"({known['store_fingerprint'][:12]}), {known['rows']:,} rows; probe {self.probe}"
+            f"{': ' if settings else ''}{settings}; workbench {known['workbench']}"
+        )
 
     def figure(self, name: str | None = None) -> Figure:
         """One figure; by default the first. Raises RequestError for a name there is none of."""
@@ -50,7 +67,7 @@ class Result:
 
     def headline(self) -> str:
         """What was found and where, in one line of plain text; of a probe that has none to tell, what there is."""
-        told = getattr(_asker(self.probe), "headline", None)
+        told = getattr(maker(self.probe), "headline", None)
         return repr(self) if told is None else told(self)
 
     def save(self, path: str | Path) -> Path:
@@ -80,6 +97,24 @@ class Result:
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
         return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card, frame
+
+        try:
+            found = self.headline()
+        except RequestError as error:  # a result of a probe that is not installed can be looked at all the same
+            found = str(error)
+        axes = ", ".join(f"{name} {size:,}" for name, size in sorted(self.data.sizes.items()))
+        told = {
+            "found": found,
+            "model": self.provenance["model"],
+            "store": f"{self.provenance['store']}, {self.provenance['rows']:,} rows",
+            "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
+            "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
+        }
+        shown = self.table.iloc[:, :_COLUMNS_SHOWN]
+        return card(f"Result of {self.probe}", told, frame(shown, _ROWS_SHOWN) if len(shown) else "")
 
 
 def load_result(path: str | Path) -> Result:
@@ -143,7 +178,7 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         )
 
 
-def _asker(name: str) -> Any:
+def maker(name: str) -> Any:
     """The probe or the experiment that made a result."""
     return find_experiment(name) if name in installed_experiments() else find_probe(name)
 

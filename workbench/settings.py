@@ -15,8 +15,9 @@ BosPolicy = Literal["model", "always", "never"]
 class Recording:
     """Settings of a recording. Together with the model and the texts they fix every byte of the store."""
 
-    sites: tuple[str, ...] = ("resid_post",)
-    """Sites to record: `resid_post`, `resid_post.3`, `resid_post.0:8:2`, TransformerLens names, globs."""
+    sites: tuple[str, ...] | None = None
+    """Sites to record: `resid_post`, `resid_post.3`, `resid_post.0:8:2`, TransformerLens names, globs. None:
+    resid_post; where an SAE's features are extracted, none."""
     context: int | None = None
     """Longest sequence in tokens, BOS included. None: 256, or the model's limit where that is smaller."""
     dtype: Dtype = "float16"
@@ -51,7 +52,7 @@ class Recording:
                     f"{name} names {self.span_column!r}, which is the column of spans; name another in span_column=, "
                     "or pass span_column=None (--span-column None) to read no spans"
                 )
-        if not self.sites:
+        if self.sites is not None and not self.sites:
             raise RequestError("sites is empty; name at least one, for example resid_post")
 
 
@@ -64,8 +65,8 @@ def recording(*, sites: Any, metadata: Any, dtype: Any, bos: Any, **others: Any)
     for name, choices in (("dtype", get_args(Dtype)), ("bos", get_args(BosPolicy))):
         if asked[name] not in choices:
             raise RequestError(f"{name} must be one of {', '.join(choices)}, not {asked[name]!r}")
-    return Recording(sites=_names(sites), metadata=None if metadata is None else _names(metadata), **asked, **others)
+    return Recording(sites=_names(sites), metadata=_names(metadata), **asked, **others)
 
 
-def _names(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _names(names: Any) -> tuple[str, ...] | None:
+    return (names,) if isinstance(names, str) else None if names is None else tuple(names)

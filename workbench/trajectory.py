@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import RequestError
-from workbench.figures.grid import layer_curves, token_grid
-from workbench.figures.text import label
+from workbench.figures.grid import MOST_TOKENS, layer_curves, shown_of, token_grid
+from workbench.figures.strip import token_strip
+from workbench.figures.text import label, units
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
 from workbench.result import Result
@@ -32,6 +33,7 @@ Translate = Callable[[int, Tensor], Tensor]
 _BLOCK_BYTES = 4 << 20  # of one block of logits in float32: five such, which live at a time, stay in a CPU's cache
 _BLOCK_ROWS = 128  # at least, or reading W_U for every block would be most of the work
 _GRID_TOKENS = 20
+_FULL_HOVER = 10_000  # cells whose hover tells all; of more it tells the top token, or the page would be too large
 
 UNITS = {
     "entropy": "nats",
@@ -180,8 +182,58 @@ def tokens_at(store: Store, offset: int) -> Int[np.ndarray, " row"]:
 def lens_grid(result: Result, sequence: int | None = None, first: int = 0, tokens: int = _GRID_TOKENS) -> Any:
     """The classic picture: for each layer and token, the lens's top token, coloured by its probability.
 
-    `sequence`: one of those in the table, by default the first; `first`: position it begins at.
+    `sequence`: one of those in the table, by default the first; `first`: position it begins at; `tokens`: 1,024 at
+    most. What is left out the subtitle says. Raises RequestError for a sequence and position the table has not.
     """
+    sequence, chosen = _of_sequence(result, sequence, first)
+    known = chosen["row"].nunique()
+    rows = np.sort(chosen["row"].unique())[: min(tokens, MOST_TOKENS)]
+    chosen = chosen[chosen["row"].isin(rows)].sort_values(["layer", "row"])
+    layers = chosen["layer"].unique()
+    shape = (len(layers), -1)
+    line = chosen.iloc[: len(chosen) // len(layers)]
+    told = ["in each cell the token this layer would predict next, coloured by its probability"]
+    told += [part for part in [shown_of(len(rows), known)] if part]
+    hover = _hover
+    if len(chosen) > _FULL_HOVER:
+        hover = _brief
+        told.append("hovering shows the top token alone")
+    site = result.provenance["settings"]["site"]
+    return token_grid(
+        chosen["top_probability_1"].to_numpy().reshape(shape),
+        cells=chosen["top_token_1"].to_numpy().reshape(shape).tolist(),
+        hover=np.array([hover(row) for row in chosen.to_dict("records")], dtype=object).reshape(shape).tolist(),
+        tokens=line["token"].tolist(),
+        positions=line["position"].tolist(),
+        layers=layers.tolist(),
+        title=f"{_lens(result)} of {_model(result)}, {label(site)}, sequence {sequence}",
+        subtitle="; ".join(told),
+        unit=units(result.data["top_probability"].attrs),
+    )
+
+
+def lens_depth(result: Result, sequence: int | None = None) -> Any:
+    """A text, each token coloured by the layer from which on its prediction stays the model's own; white: never.
+
+    `sequence`: one of those in the table, by default the first. Raises RequestError for one the table has not.
+    """
+    sequence, chosen = _of_sequence(result, sequence, 0)
+    layers = result.data["layer"].to_numpy()
+    line = chosen[chosen["layer"] == layers[0]].sort_values("row")
+    depth = result.data["prediction_depth"].sel(row=line["row"].to_numpy()).to_numpy()
+    return token_strip(
+        np.append(layers, np.nan)[depth],
+        tokens=line["token"].tolist(),
+        positions=line["position"].tolist(),
+        title=f"Where predictions are settled: {_lens(result)} of {_model(result)}, sequence {sequence}",
+        subtitle="each token coloured by the layer from which on the lens's top token after it stays the model's own",
+        unit="layer",
+        limits=(float(layers[0]), float(layers[-1])),
+    )
+
+
+def _of_sequence(result: Result, sequence: int | None, first: int) -> tuple[int, pd.DataFrame]:
+    """The table's lines of a sequence from a position on."""
     table = result.table
     sequence = table["sequence"].iloc[0] if sequence is None else sequence
     chosen = table[(table["sequence"] == sequence) & (table["position"] >= first)]
@@ -189,23 +241,11 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         raise RequestError(
             f"sequence {sequence} from position {first} is not in the table; see result.table['sequence']"
         )
-    chosen = chosen[chosen["row"].isin(np.sort(chosen["row"].unique())[:tokens])].sort_values(["layer", "row"])
-    layers = chosen["layer"].unique()
-    shape = (len(layers), -1)
-    line = chosen.iloc[: len(chosen) // len(layers)]
-    site = result.provenance["settings"]["site"]
-    model = label(str(result.provenance["model"]), 60)
-    return token_grid(
-        chosen["top_probability_1"].to_numpy().reshape(shape),
-        cells=chosen["top_token_1"].to_numpy().reshape(shape).tolist(),
-        hover=np.array([_hover(row) for row in chosen.to_dict("records")], dtype=object).reshape(shape).tolist(),
-        tokens=line["token"].tolist(),
-        positions=line["position"].tolist(),
-        layers=layers.tolist(),
-        title=f"{_lens(result)} of {model}, {label(site)}, sequence {sequence}",
-        subtitle="in each cell the token this layer would predict next, coloured by its probability",
-        unit="probability",
-    )
+    return int(sequence), chosen
+
+
+def _model(result: Result) -> str:
+    return label(str(result.provenance["model"]), 60)
 
 
 def _lens(result: Result) -> str:
@@ -226,6 +266,11 @@ def _hover(row: dict[str, Any]) -> str:
     return "<br>".join(lines)
 
 
+def _brief(row: dict[str, Any]) -> str:
+    top = label(row["top_token_1"])
+    return f"layer {row['layer']}, {row['position']} {label(row['token'])}: {top} {row['top_probability_1']:.3f}"
+
+
 def lens_curves(result: Result) -> Any:
     """Mean entropy, KL to the output and loss on the text, by layer."""
     data = result.data
@@ -234,8 +279,8 @@ def lens_curves(result: Result) -> Any:
     return layer_curves(
         {shown: data[f"mean_{name}"].to_numpy() for name, shown in names.items()},
         layers=data["layer"].to_numpy().tolist(),
-        title=f"{_lens(result)} of {label(str(result.provenance['model']), 60)}: mean over {counted:,} tokens",
-        unit="nats",
+        title=f"{_lens(result)} of {_model(result)}: mean over {counted:,} tokens",
+        unit=units(data["mean_entropy"].attrs),
     )
 
 

@@ -7,21 +7,20 @@ memory map. BOS is left out, since the sink's norm would dominate the loss. Abou
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
 
 import workbench as wb
 from experiments.demo.corpus import documents
+from experiments.train_sae import batches
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,6 @@ def _begin_at_the_data(sae: TopKTrainingSAE, array: wb.ActivationArray, rows: np
     sae.b_dec.copy_(mean)
     sae.W_dec.copy_(directions * sae.W_dec.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(directions.T * sae.W_enc.norm(dim=0))
-
-
-def batches(array: wb.ActivationArray, rows: np.ndarray, recipe: SaeRecipe) -> Iterator[Float[Tensor, "row d_model"]]:
-    """Activations of `rows` in random order, forever; each row once an epoch but for the last, partial batch."""
-    draw = np.random.default_rng(recipe.seed)
-    while True:
-        order = draw.permutation(rows)
-        for first in range(0, len(order) - recipe.batch + 1, recipe.batch):
-            yield array[np.sort(order[first : first + recipe.batch])].float()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -53,4 +53,20 @@ def head_grid(
     )
     figure.update_xaxes(title="head", type="category", showgrid=False)
     figure.update_yaxes(title="layer", type="category", showgrid=False)
+    return figure
+
+
+def beside(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " layer"]], *, unit: str) -> go.Figure:
+    """`figure`, a `head_grid`, with a panel to its right: a number or more of each of its layers, on a log scale."""
+    for name, values in curves.items():
+        figure.add_scatter(
+            x=values,
+            y=figure.data[0].y,
+            xaxis="x2",
+            name=name,
+            mode="lines+markers",
+            hovertemplate="layer %{y}: %{x:.4g}",
+        )
+    panel = {"domain": [0.77, 1], "anchor": "y", "type": "log", "title": {"text": unit}, "nticks": 4}
+    figure.update_layout(xaxis={"domain": [0, 0.72]}, xaxis2=panel, width=figure.layout.width + 260, margin={"t": 110})
     return figure

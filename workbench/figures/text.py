@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 _SHOWN = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -20,7 +23,27 @@ def visible(token: str, limit: int = 24) -> str:
 
 def label(token: str, limit: int = 24) -> str:
     """`visible`, and safe as a plotly text: nothing in it can become markup, a link or LaTeX."""
-    return html.escape(visible(token, limit)).replace("$", "&#36;")
+    return _escaped(visible(token, limit))
+
+
+def sentence(text: str) -> str:
+    """A line of prose that may hold text of models or files: safe as `label` is, its spaces left as they are."""
+    return _escaped("".join(map(_printable, text)))
+
+
+def plain(markup: str) -> str:
+    """What a plotly text says, as plain text: the inverse of `label` and `sentence`, with line breaks as "; "."""
+    return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<br ?/?>", "; ", str(markup))))
+
+
+def units(attrs: Mapping[str, Any], name: str = "") -> str:
+    """The title of an axis that shows a variable with these `attrs`: "name (units)", or the units alone."""
+    unit = str(attrs.get("units", ""))
+    return sentence(f"{name} ({unit})" if name and unit else name or unit)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text).replace("&quot;", "&#34;").replace("$", "&#36;")  # plotly knows no &quot;
 
 
 def _printable(char: str) -> str:

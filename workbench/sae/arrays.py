@@ -67,6 +67,12 @@ class ArrayFile:
                 os.fsync(self._file.fileno())
 
 
+def array_bytes(path: Path) -> int:
+    """Bytes of a finished file's arrays together, without its header: lengths can be told from them."""
+    with open(path, "rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
 def map_arrays(path: Path, layout: Mapping[str, tuple[str, int]]) -> dict[str, Shaped[np.ndarray, " entry"]]:
     """The arrays as read-only views of the file, nothing read until they are indexed. `layout` is what it must hold.
 

@@ -1,22 +1,32 @@
-"""From a store's activations to sparse features: encoded block by block, committed as a whole."""
+"""From a store's activations to sparse features: encoded and committed by segments, merged and indexed at the end.
+
+What is being made lies in a hidden folder beside its place: `extraction.json`, which says what was asked, and segments,
+each there as a whole or not at all. They are merged into the order by row, that is indexed by feature, and the folder
+gets its name. Killed at any moment, the same call goes on from there and ends in the same bytes.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from workbench.errors import DataError, RequestError
+from workbench.errors import RequestError
 from workbench.progress import progress
-from workbench.sae.arrays import ArrayFile, map_arrays
+from workbench.sae.allocate import Allocation, Bound, Entries, allocation_record, find_cut
+from workbench.sae.arrays import ArrayFile, array_bytes, map_arrays
+from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
 from workbench.sae.features import (
     BY_FEATURE,
     BY_ROW,
@@ -29,17 +39,19 @@ from workbench.sae.features import (
     open_features,
     read_record,
 )
-from workbench.sae.index import invert
+from workbench.sae.index import ENTRIES, entry_rows, invert
 from workbench.sae.load import Sae
-from workbench.sites import full_name
+from workbench.sae.segments import Segment, clear, commit, committed, joined, read
+from workbench.sae.site import matching_site, not_finite
 from workbench.store import files
-from workbench.store.manifest import FileRecord
-from workbench.store.parse import to_json
+from workbench.store.manifest import FEATURES, FileRecord, SiteRecord
+from workbench.store.parse import from_json, parse, to_json
 from workbench.store.reader import ActivationArray, Store
 
-FOLDER = "features"
-_LATENT_BYTES = 64 << 20  # of one block's dense activations in float32
-_COPY_ENTRIES = 1 << 22
+STATE, SEGMENTS = "extraction.json", "segments"
+
+_SEGMENT_ROWS = 1 << 16
+BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
 
 DTYPES = ("float32", "float16")
 """Stored types of activations."""
@@ -54,6 +66,8 @@ def extract_features(
     out: str | os.PathLike[str] | None = None,
     batch_rows: int | None = None,
     dtype: str = "float32",
+    allocation: Allocation | None = None,
+    precision: str | None = None,
     force: bool = False,
     show_progress: bool = True,
 ) -> Features:
@@ -66,237 +80,407 @@ def extract_features(
         site: The site to read. None: the one that the SAE was trained on.
         name: Folder under the store's `features/`. None: the site and the SAE's name.
         out: Another folder instead.
-        batch_rows: Rows encoded at a time. None: as many as make 64 MiB of dense activations.
+        batch_rows: Rows encoded at a time. None: four dense blocks of the encoder, each of 40 MiB or 64 rows. Of a
+            temporal SAE as many sequences as fit in them, and at least one.
         dtype: Stored type of activations: float32, or float16 in half the bytes, where values beyond its range are
             stored as its largest and counted.
+        allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
+            of each row, MutualChoice(k) or FeatureChoice(k) of all rows together. Of those what is above 0.
+        precision: float32, or bfloat16 for bounds first; the features are the same. None: the device's faster one.
         force: Use an SAE of another site or model.
         show_progress: Say how far it is.
 
-    Costs one product with the encoder; memory is a few dense blocks, the index needs twice the features' bytes on the
-    disk while it is built. Interrupted, it leaves nothing that opens. Features of the same SAE, store and settings are
-    opened instead of made again.
+    Costs one product with the encoder; memory is a few dense blocks and a segment. While the index is built the disk
+    holds the features nearly twice; with MutualChoice and FeatureChoice up to ten times before, because what stays is
+    known only at the end. Interrupted or killed, the same call resumes: what is committed stays. Features of the same
+    SAE, store and settings are opened instead of made again.
 
     Raises RequestError: a site that was not recorded or is not as wide as the SAE's input; another site or model than
-    the SAE's, unless `force`; a name taken by other features. Raises DataError: activations that are not finite, a
-    full disk.
+    the SAE's, unless `force`; a name taken by other features, or by others that are not finished; an allocation of an
+    SAE without pre-activations. Raises DataError: activations that are not finite, a full disk.
     """
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     if batch_rows is not None and batch_rows < 1:
         raise RequestError(f"batch_rows must be at least 1, not {batch_rows}")
     array = matching_site(store, sae, site, force=force)
-    target = _target(store, name, out, default=f"{array.site.label}-{sae.name}")
-    asked = SaeRecord(sae.name, sae.fingerprint(), sae.config())
-    if _holds_same(target, asked, array, dtype):
+    ends = _sequence_ends(store) if sae.sequential else None
+    made = Extraction(array, ends, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
+    made.quotas()
+    asked = asked_state(sae_record(sae, allocation), array.name, store.manifest.fingerprint, store.rows, dtype)
+    return finish(made, target_of(store.path, array.site, asked.sae.name, name, out), asked)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises RequestError for a type that activations are not stored in."""
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+
+
+def finish(made: Extraction, target: Path, asked: State) -> Features:
+    """The features at `target`, made from where their making stopped; where they are there, they are opened."""
+    store = made.array.store
+    if _holds_same(target, asked):
         return open_features(target, store)
-    partial = target.with_name(f".{target.name}{files.PARTIAL}")
-    full = files.explain_full_disk(f"features {target}", "nothing was kept; free space and run again")
+    partial = partial_of(target)
+    full = files.explain_full_disk(
+        f"features {target}", "what is committed stays; free space and run the same command to resume"
+    )
     with files.locked(partial), full:
-        try:
-            for leftover in partial.iterdir():
-                files.remove(leftover)
-            _write(partial, target, array, sae, asked, batch_rows, dtype, show_progress)
-            files.rename_durably(partial, target)
-        finally:
+        if _holds_same(target, asked):  # another process finished them before the lock was free
             files.remove(partial)
+            return open_features(target, store)
+        try:
+            if not _finished(partial, asked):
+                state = begin(partial, target, asked)
+                if state.overflow is None:
+                    made.write_segments(partial / SEGMENTS)
+                    state = made.merge(partial, state)
+                made.write_index(partial, target, state)
+            files.remove(partial / SEGMENTS)
+            files.remove(partial / STATE)
+            files.rename_durably(partial, target)
+        except BaseException:
+            remove_if_empty(partial)
+            raise
     features = open_features(target, store)
     if overflow := features.record.overflow:
         warnings.warn(
             f"{overflow} activations are beyond float16's range and stored as its largest; dtype='float32' keeps them",
-            stacklevel=2,
+            stacklevel=3,
         )
     return features
 
 
-def matching_site(
-    store: Store, sae: Sae, site: str | tuple[str, int] | None = None, *, force: bool = False
-) -> ActivationArray:
-    """The array of `store` that `sae` encodes, by default that of the SAE's own site.
+@dataclass(frozen=True)
+class State:
+    """`extraction.json`: what was asked, and how far its making is."""
 
-    The residual stream before a block is the one after the block before: an SAE of either reads both. Raises
-    RequestError naming both sides where width, site or model differ; `force` allows all but the width.
-    """
-    own = full_name(sae.site) if sae.site else None
-    if site is None:
-        if own is None:
-            raise RequestError(f"site: SAE {sae.name!r} does not say where it was trained; give site=")
-        recorded = {record.name for record in store.sites}
-        site = next((name for name in _names(own) if name in recorded), own)
-    array = store[site]
-    width = prod(array.site.shape)
-    if width != sae.d_in:
-        raise RequestError(
-            f"SAE {sae.name!r} takes rows of {sae.d_in} numbers and {array.site.label} of {store.path} has {width}"
+    sae: SaeRecord
+    site: str
+    store_fingerprint: str
+    rows: int
+    dtype: str
+    environment: dict[str, str]
+    overflow: int | None
+    """Activations beyond the range of `dtype`, once the segments are merged."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The making of features from one array, step by step, each of which leaves its files finished in the folder."""
+
+    array: ActivationArray
+    ends: Int64[np.ndarray, " sequence"] | None
+    """Rows behind the last of each sequence, for an autoencoder that takes sequences."""
+    encoder: Encoder
+    allocation: Allocation | None
+    batch_rows: int | None
+    show_progress: bool
+
+    def write_segments(self, folder: Path) -> None:
+        """Encode all rows from the first that is not committed on. A segment is written while the next is encoded."""
+        done, bound, unsettled = 0, None, 0
+        for rows in committed(folder):
+            bound = self._raised(bound, read(folder, rows, self.kind))
+            done = rows[1]
+        with (
+            ThreadPoolExecutor(1) as writer,
+            progress("extracting features", len(self.array), "rows", shown=self.show_progress, done=done) as advance,
+        ):
+            writing: Future[None] | None = None
+            while done < len(self.array):
+                stop, parts, entries = done, [], 0
+                making = self.encoder if bound is None else _above(self.encoder, bound)
+                for block in self._blocks(done, self._end(done, _SEGMENT_ROWS)):
+                    found = self._encode(making, stop, block)
+                    parts.append(self.on_the_host(found))
+                    stop += len(block)
+                    entries += len(found.feature)
+                    unsettled += found.unsettled
+                    advance(len(block))
+                    if entries >= ENTRIES:
+                        break
+                segment = joined(parts)
+                bound = self._raised(bound, segment)
+                if writing:
+                    writing.result()
+                writing = writer.submit(commit, folder, (done, stop), segment)
+                done = stop
+            if writing:
+                writing.result()
+        if unsettled and self.show_progress:
+            print(
+                f"{unsettled:,} of {len(self.array):,} rows were encoded in float32: bounds did not settle them",
+                file=sys.stderr,
+            )
+
+    def merge(self, folder: Path, state: State) -> State:
+        """All segments as one file in the order by row, cut as the allocation says; then they are removed."""
+        rows = list(committed(folder / SEGMENTS))
+        parts = [read(folder / SEGMENTS, own, self.kind) for own in rows]
+
+        def entries() -> Iterator[Entries]:
+            return ((part.feature, part.value) for part in parts)
+
+        cut = find_cut(entries, quotas) if (quotas := self.quotas()) is not None else None
+        kept = cut.kept(entries()) if cut else (np.ones(len(part.feature), bool) for part in parts)
+        size = cut.entries if cut else sum(len(part.feature) for part in parts)
+        layout = by_row_layout(len(self.array), self.encoder.sae.d_sae, size, state.dtype)
+        limit, overflow = float(torch.finfo(getattr(torch, state.dtype)).max), 0
+        lengths = np.zeros(len(self.array), np.int64)
+        unfinished = folder / (BY_ROW + files.PARTIAL)
+        files.remove(unfinished)
+        with ArrayFile(unfinished, layout) as file:
+            for (first, last), part, own in zip(rows, parts, kept, strict=True):
+                value = part.value[own]
+                overflow += int((np.abs(value) > limit).sum())
+                file.append("feature", part.feature[own])
+                file.append("value", value.clip(-limit, limit).astype(state.dtype))
+                row = entry_rows(part.indptr, 0, len(own))[own]
+                lengths[first:last] = np.bincount(row, minlength=last - first)
+            file.append("indptr", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        files.rename_durably(unfinished, folder / BY_ROW)
+        state = replace(state, overflow=overflow)
+        files.replace_durably(folder / STATE, to_json(state).encode())
+        files.remove(folder / SEGMENTS)
+        return state
+
+    def write_index(self, folder: Path, target: Path, state: State) -> None:
+        """The order by feature, and the record that makes the folder features."""
+        store, features = self.array.store, self.encoder.sae.d_sae
+        entries = _entries(folder / BY_ROW, len(self.array), features, state.dtype)
+        size = (len(self.array), features, entries, state.dtype)
+        by_row = map_arrays(folder / BY_ROW, by_row_layout(*size))
+        counts = np.zeros(features, np.int64)
+        for start in range(0, entries, ENTRIES):
+            counts += np.bincount(by_row["feature"][start : start + ENTRIES], minlength=features)
+        layout = by_feature_layout(*size)
+        files.remove(folder / BY_FEATURE)
+        with ArrayFile(folder / BY_FEATURE, layout) as file:
+            invert(
+                by_row["indptr"], by_row["feature"], by_row["value"], counts, file, folder / "dealt", layout["row"][0]
+            )
+        record = FeaturesRecord(
+            sae=state.sae,
+            site=state.site,
+            store=os.path.relpath(store.path, target),
+            store_fingerprint=state.store_fingerprint,
+            rows=store.rows,
+            features=features,
+            entries=entries,
+            dtype=state.dtype,
+            overflow=state.overflow or 0,
+            files={
+                name: FileRecord((folder / name).stat().st_size, files.sha256_file(folder / name))
+                for name in (BY_FEATURE, BY_ROW)
+            },
+            environment=state.environment,
         )
-    if force:
-        return array
-    if own and array.name not in _names(own):
-        raise RequestError(
-            f"SAE {sae.name!r} was trained on {own} and site is {array.name}; leave site out, or force=True"
-        )
-    model = store.manifest.model.name
-    if sae.model_name and not _same_model(sae.model_name, model):
-        raise RequestError(
-            f"SAE {sae.name!r} was trained on the model {sae.model_name} and {store.path} is of {model}; "
-            "if they are the same, force=True"
-        )
-    return array
+        files.replace_durably(folder / RECORD, to_json(record).encode())
+
+    @property
+    def kind(self) -> str:
+        """Type of feature ids."""
+        return by_row_layout(0, self.encoder.sae.d_sae, 0, "float32")["feature"][0]
+
+    def quotas(self) -> Int64[np.ndarray, " group"] | None:
+        """Entries that may stay of each group of features; None where rows do not compete. Raises as `quotas` does."""
+        if self.allocation is None or isinstance(self.allocation, TopK):
+            return None
+        return self.allocation.quotas(len(self.array), self.encoder.sae.d_sae)
+
+    def _raised(self, bound: Bound | None, segment: Segment) -> Bound | None:
+        """The bound after a segment. It depends on committed segments alone, and so goes on unchanged after a kill."""
+        if (quotas := self.quotas()) is None:
+            return None
+        entries = segment.feature, segment.value
+        bound = bound or Bound(quotas, self.encoder.sae.d_sae, entries)
+        bound.add(entries)
+        return bound
+
+    def _blocks(self, start: int, stop: int) -> Iterator[Float[Tensor, "row ..."]]:
+        """Rows on the encoder's device, the next ones read, and copied, while these are encoded."""
+        step = self.batch_rows or BLOCKS * self.encoder.block_rows
+        device = self.encoder.sae.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+        def read(first: int) -> Tensor:
+            rows = self.array[first : min(self._end(first, step), stop)]
+            if stream is None:
+                return rows
+            with torch.cuda.stream(stream):
+                rows = rows.pin_memory().to(device, non_blocking=True)
+            stream.synchronize()  # in this thread: the pinned rows are free again, and those copied are complete
+            return rows
+
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, start)
+            while start < stop:
+                rows = coming.result()
+                start += len(rows)
+                if start < stop:
+                    coming = reader.submit(read, start)
+                if stream is not None:
+                    rows.record_stream(torch.cuda.current_stream(device))
+                yield rows
+
+    def _encode(self, making: Encoder, first: int, rows: Float[Tensor, "row ..."]) -> SparseRows:
+        try:
+            return making(rows, self._lengths(first, first + len(rows)))
+        except NotFinite as error:
+            raise not_finite(self.array, self.encoder.sae, first + error.row, error.features) from None
+
+    def on_the_host(self, found: SparseRows) -> Segment:
+        indptr, feature, value = (part.cpu().numpy() for part in (found.indptr, found.feature, found.value))
+        return Segment(indptr, feature.astype(self.kind), value)
+
+    def _end(self, first: int, rows: int) -> int:
+        """Where about `rows` rows from `first` on end: where a sequence does, if they are needed whole."""
+        stop = min(first + rows, len(self.array))
+        if self.ends is None:
+            return stop
+        before, within = np.searchsorted(self.ends, [first, stop], side="right")
+        return int(self.ends[max(before, within - 1)])
+
+    def _lengths(self, first: int, stop: int) -> list[int] | None:
+        """Of the sequences that these rows are."""
+        if self.ends is None:
+            return None
+        inside = self.ends[(self.ends > first) & (self.ends <= stop)]
+        return np.diff(inside, prepend=first).tolist()
 
 
-def block_rows(sae: Sae) -> int:
-    """Rows whose dense activations make 64 MiB."""
-    return max(1, _LATENT_BYTES // (4 * sae.d_sae))
+def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:
+    sequence = store.tokens["sequence"].to_numpy()
+    return np.flatnonzero(np.append(sequence[1:] != sequence[:-1], True)[: len(sequence)]) + 1
 
 
-def encode_checked(
-    array: ActivationArray, sae: Sae, ids: np.ndarray, values: Float[Tensor, "row ..."]
-) -> Float[Tensor, "row feature"]:
-    """`sae.encode` of rows `ids`; DataError, with the row, where they or their features are not finite."""
-    if (bad := ~values.isfinite().flatten(1).all(1)).any():
-        row = ids[int(bad.nonzero()[0])]
-        raise DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
-    activations = sae.encode(values)
-    if (bad := ~activations.isfinite().all(1).cpu()).any():
-        row = ids[int(bad.nonzero()[0])]
-        raise DataError(f"SAE {sae.name!r} gives row {row} of {array.site.label} features that are not finite")
-    return activations
+def _encoder(sae: Sae, allocation: Allocation | None, precision: str | None) -> Encoder:
+    if allocation is None or isinstance(allocation, TopK):
+        return encoder(sae, allocation, precision)
+    # its threshold rises as rows are seen, and bounds are made for one threshold
+    return encoder(sae, Above(torch.zeros(sae.d_sae, device=sae.device)), "float32")
 
 
-def _write(
-    folder: Path,
-    target: Path,
-    array: ActivationArray,
-    sae: Sae,
-    asked: SaeRecord,
-    batch_rows: int | None,
-    dtype: str,
-    show_progress: bool,
-) -> None:
-    """Everything of the features, into the folder that becomes `target`."""
-    store = array.store
-    lengths, counts, overflow = _encode(folder, array, sae, batch_rows, dtype, show_progress)
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    size = (store.rows, sae.d_sae, int(indptr[-1]), dtype)
-    layout = by_row_layout(*size)
-    with ArrayFile(folder / BY_ROW, layout) as file:
-        file.append("indptr", indptr)
-        for part in ("feature", "value"):
-            _append_spill(file, part, folder / part, layout[part][0])
-    by_row = map_arrays(folder / BY_ROW, layout)
-    layout = by_feature_layout(*size)
-    with ArrayFile(folder / BY_FEATURE, layout) as file:
-        invert(indptr, by_row["feature"], by_row["value"], counts, file, folder / "dealt", layout["row"][0])
-    record = FeaturesRecord(
-        sae=asked,
-        site=array.name,
-        store=os.path.relpath(store.path, target),
-        store_fingerprint=store.manifest.fingerprint,
-        rows=store.rows,
-        features=sae.d_sae,
-        entries=size[2],
-        dtype=dtype,
-        overflow=overflow,
-        files={
-            path.name: FileRecord(path.stat().st_size, files.sha256_file(path)) for path in sorted(folder.iterdir())
-        },
-        environment={library: version(library) for library in ("interp-workbench", "sae-lens", "torch")},
-    )
-    files.write_durably(folder / RECORD, to_json(record).encode())
-    files.fsync(folder)
+def _above(making: Encoder, bound: Bound) -> Encoder:
+    threshold = torch.from_numpy(np.array(bound.threshold())).to(making.sae.device)
+    return replace(making, choice=Above(threshold))
 
 
-def _encode(
-    folder: Path, array: ActivationArray, sae: Sae, batch_rows: int | None, dtype: str, show_progress: bool
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Entries of all rows, one after the other, into the files `feature` and `value`; entries of each row and of each
-    feature, and how many overflowed."""
-    kind = by_row_layout(0, sae.d_sae, 0, dtype)["feature"][0]
-    lengths, counts, overflow = np.zeros(len(array), np.int64), np.zeros(sae.d_sae, np.int64), 0
-    limit = torch.finfo(getattr(torch, dtype)).max
-    with (
-        open(folder / "feature", "wb") as features,
-        open(folder / "value", "wb") as values,
-        progress("extracting features", len(array), "rows", shown=show_progress) as advance,
-    ):
-        for rows, block in array.blocks(batch_rows or block_rows(sae)):
-            activations = encode_checked(array, sae, np.arange(rows.start, rows.stop), block)
-            active = activations != 0
-            found, value = active.nonzero()[:, 1].cpu().numpy(), activations[active]
-            overflow += int((value.abs() > limit).sum())
-            features.write(found.astype(kind))
-            values.write(value.clamp(-limit, limit).to(getattr(torch, dtype)).cpu().numpy())
-            lengths[rows] = active.sum(1).cpu().numpy()
-            counts += np.bincount(found, minlength=sae.d_sae)
-            advance(len(active))
-    return lengths, counts, overflow
+def asked_state(sae: SaeRecord, site: str, fingerprint: str, rows: int, dtype: str) -> State:
+    """What is asked of `rows` rows of a store with this fingerprint, nothing being made yet."""
+    environment = {library: version(library) for library in ("interp-workbench", "sae-lens", "torch")}
+    return State(sae, site, fingerprint, rows, dtype, environment, overflow=None)
 
 
-def _append_spill(file: ArrayFile, part: str, spill: Path, dtype: str) -> None:
-    with open(spill, "rb") as source:
-        while len(values := np.fromfile(source, dtype, _COPY_ENTRIES)):
-            file.append(part, values)
-    spill.unlink()
+def sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
+    """With an allocation the autoencoder counts as another one: it changes the mathematics as its settings do."""
+    if allocation is None:
+        return SaeRecord(sae.name, sae.fingerprint(), sae.config())
+    made = allocation_record(allocation)
+    fingerprint = files.sha256_bytes(f"{sae.fingerprint()} {made}".encode())
+    return SaeRecord(f"{sae.name}-{made['choice']}-{allocation.k}", fingerprint, sae.config() | {"allocation": made})
 
 
-def _target(store: Store, name: str | None, out: str | os.PathLike[str] | None, default: str) -> Path:
+def begin(partial: Path, target: Path, asked: State) -> State:
+    """What is there of these features, after removing what a crash left behind; RequestError where it is of others."""
+    state = asked
+    if (partial / STATE).is_file():
+        source = partial / STATE
+        found = parse(State, from_json(source.read_bytes(), source), str(source))
+        if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
+            found = asked  # what came to nothing binds nobody
+        if differing := _differing(found, asked):
+            raise RequestError(
+                f"features {target.name} were begun otherwise: {differing}; ask for the same to resume, choose "
+                f"another name, or remove {partial}"
+            )
+        if found.environment != asked.environment:
+            warnings.warn(
+                f"features {target.name} were begun with other library versions; further rows may differ in the last "
+                "bits",
+                stacklevel=3,
+            )
+        state = found
+    else:
+        for leftover in partial.iterdir():
+            files.remove(leftover)
+    files.replace_durably(partial / STATE, to_json(state).encode())
+    keep = {STATE, SEGMENTS} if state.overflow is None else {STATE, BY_ROW}
+    for leftover in partial.iterdir():
+        if leftover.name not in keep:
+            files.remove(leftover)
+    clear(partial / SEGMENTS)
+    return state
+
+
+def partial_of(target: Path) -> Path:
+    """The hidden folder in which the features of `target` are made."""
+    return target.with_name(f".{target.name}{files.PARTIAL}")
+
+
+def remove_if_empty(partial: Path) -> None:
+    """Removes what holds nothing that would be worth resuming."""
+    if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
+        files.remove(partial)
+
+
+def _finished(partial: Path, asked: State) -> bool:
+    """Whether the folder lacks nothing but its name."""
+    if not (partial / RECORD).is_file():
+        return False
+    return not _differing(read_record(partial), asked)
+
+
+def _entries(path: Path, rows: int, features: int, dtype: str) -> int:
+    """Entries of a finished order by row, which its size tells."""
+    kinds = by_row_layout(rows, features, 1, dtype)
+    width = sum(np.dtype(kinds[name][0]).itemsize for name in ("feature", "value"))
+    return (array_bytes(path) - 8 * (rows + 1)) // width
+
+
+def target_of(
+    store: Path, site: SiteRecord, sae: str, name: str | None = None, out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Where features lie: by default in the store, under the site's and the SAE's names."""
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, not both")
     if out is not None:
         return Path(out).absolute()
-    name = re.sub(r"[^\w.-]+", "-", default, flags=re.ASCII) if name is None else name
+    name = re.sub(r"[^\w.-]+", "-", f"{site.label}-{sae}", flags=re.ASCII) if name is None else name
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise RequestError(f"name {name!r} is no folder's name; letters, digits, '_', '.' and '-' only")
-    return store.path / FOLDER / name
+    return store / FEATURES / name
 
 
-def _holds_same(target: Path, asked: SaeRecord, array: ActivationArray, dtype: str) -> bool:
+def _holds_same(target: Path, asked: State) -> bool:
     """Whether `target` holds just these features, or nothing yet; RequestError where it holds anything else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     if not (target / RECORD).is_file():
         raise RequestError(f"{target} exists and holds no features; choose another name or out")
-    found, manifest = read_record(target), array.store.manifest
-    differing = [
+    if differing := _differing(read_record(target), asked):
+        raise RequestError(f"features {target.name} exist and differ: {differing}; choose another name")
+    return True
+
+
+def _differing(found: FeaturesRecord | State, asked: State) -> str:
+    return "; ".join(
         f"{what} is {has}, asked is {wants}"
         for what, has, wants, same in (
-            ("SAE", _sae_text(found.sae), _sae_text(asked), found.sae.fingerprint == asked.fingerprint),
-            ("site", found.site, array.name, found.site == array.name),
-            ("dtype", found.dtype, dtype, found.dtype == dtype),
+            ("SAE", _sae_text(found.sae), _sae_text(asked.sae), found.sae.fingerprint == asked.sae.fingerprint),
+            ("site", found.site, asked.site, found.site == asked.site),
+            ("dtype", found.dtype, asked.dtype, found.dtype == asked.dtype),
             (
                 "store",
                 f"{found.store_fingerprint[:12]} of {found.rows} rows",
-                f"{manifest.fingerprint[:12]} of {manifest.rows} rows",
-                found.store_fingerprint == manifest.fingerprint,
+                f"{asked.store_fingerprint[:12]} of {asked.rows} rows",
+                found.store_fingerprint == asked.store_fingerprint,
             ),
         )
         if not same
-    ]
-    if differing:
-        raise RequestError(f"features {target.name} exist and differ: {'; '.join(differing)}; choose another name")
-    return True
+    )
 
 
 def _sae_text(sae: SaeRecord) -> str:
     return f"{sae.name} ({sae.fingerprint[:12]})"
-
-
-def _names(site: str) -> tuple[str, ...]:
-    """A residual site's two names, before a block and after the one before it; any other's own."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
-    if not found:
-        return (site,)
-    layer = int(found[1])
-    other = f"blocks.{layer - 1}.hook_resid_post" if found[2] == "pre" else f"blocks.{layer + 1}.hook_resid_pre"
-    return (site, other)
-
-
-def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: owners differ between hubs, and TransformerLens has names of its own."""
-    from transformer_lens.supported_models import MODEL_ALIASES
-
-    def plain(name: str) -> str:
-        name = name.casefold()
-        official = next((own for own, known in MODEL_ALIASES.items() if name in map(str.casefold, known)), name)
-        return official.casefold().rsplit("/", 1)[-1]
-
-    return plain(one) == plain(other)

@@ -24,7 +24,7 @@ from workbench.errors import DataError, RequestError
 from workbench.sae.arrays import map_arrays
 from workbench.sae.index import feature_groups, feature_sums
 from workbench.store.files import sha256_file
-from workbench.store.manifest import FileRecord
+from workbench.store.manifest import FEATURES, MANIFEST, FileRecord
 from workbench.store.parse import from_json, parse
 from workbench.store.reader import Rows, Store, open_store
 
@@ -95,12 +95,15 @@ def by_feature_layout(rows: int, features: int, entries: int, dtype: str) -> dic
 
 
 def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Features:
-    """Open extracted features. `store`: where it lies now, if it was moved away from them.
+    """Open extracted features: their folder, or a store that has one. `store`: where it lies now, if it was moved away
+    from them.
 
-    Costs the reading of both indices' row pointers. Raises RequestError where there are no features, or the store is
-    not there or has other rows than it had; DataError where a file is damaged.
+    Costs the reading of both indices' row pointers. Raises RequestError where there are no features or several, or the
+    store is not there or has other rows than it had; DataError where a file is damaged.
     """
     path = Path(path).absolute()
+    if (path / MANIFEST).is_file():
+        path = _only_folder(path)
     record = read_record(path)
     if not isinstance(store, Store):
         place = Path(os.path.normpath(path / record.store)) if store is None else Path(store)
@@ -110,6 +113,15 @@ def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike
     features = Features(path, record, store)
     features._check()
     return features
+
+
+def _only_folder(store: Path) -> Path:
+    found = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found)
+        several = f"holds features of several names in {FEATURES}/; name one: {names}"
+        raise RequestError(f"{store} {several if found else 'has no features; workbench features makes them'}")
+    return found[0]
 
 
 def read_record(path: Path) -> FeaturesRecord:
@@ -148,6 +160,21 @@ class Features:
         active = self.record.entries / rows if rows else 0
         return f"features of {self.record.site} (row {rows:,}, feature {features:,}), {active:.1f} active a row"
 
+    def _repr_html_(self) -> str:
+        from workbench.markup import card
+
+        rows, features = self.shape
+        told = {
+            "site": self.record.site,
+            "sae": self.record.sae.name,
+            "row": f"{rows:,}",
+            "feature": f"{features:,}, {int((self.counts == 0).sum()):,} of them never active here",
+            "active": f"{self.record.entries / max(1, rows):.1f} a row, stored as {self.record.dtype}",
+            "folder": self.path,
+            "store": self.store.path,
+        }
+        return card("Features", told)
+
     def __len__(self) -> int:
         return self.record.rows
 
@@ -162,14 +189,14 @@ class Features:
         Integers keep their order; negative ones count from the end. Raises IndexError beyond it.
         """
         ids = self._row_ids(index)
-        starts = self._by_row["indptr"][ids]
-        lengths = self._by_row["indptr"][ids + 1] - starts
+        starts = self.by_row["indptr"][ids]
+        lengths = self.by_row["indptr"][ids + 1] - starts
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         entries = np.repeat(starts - indptr[:-1], lengths) + np.arange(indptr[-1])
-        feature = self._by_row["feature"][entries].astype(np.int32)
+        feature = self.by_row["feature"][entries].astype(np.int32)
         if len(feature) and not 0 <= feature.min() <= feature.max() < self.shape[1]:  # SciPy would read beyond memory
             raise self._damaged(BY_ROW, "a feature beyond the last")
-        values = self._by_row["value"][entries].astype(np.float32)
+        values = self.by_row["value"][entries].astype(np.float32)
         return csr_array((values, feature, indptr), shape=(len(ids), self.shape[1]))
 
     def rows_of(self, feature: int | np.integer) -> tuple[Integer[np.ndarray, " active"], Float[np.ndarray, " active"]]:
@@ -177,11 +204,17 @@ class Features:
         file. RequestError for a feature there is not."""
         if not 0 <= feature < self.shape[1]:
             raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
-        own = slice(*self._by_feature["indptr"][feature : feature + 2])
-        return self._by_feature["row"][own], self._by_feature["value"][own]
+        own = slice(*self.by_feature["indptr"][feature : feature + 2])
+        return self.by_feature["row"][own], self.by_feature["value"][own]
 
-    def top(self, feature: int | np.integer, k: int = 20, context: int = 10) -> pd.DataFrame:
-        """The `k` rows where a feature is strongest, strongest first.
+    def top(
+        self,
+        feature: int | np.integer,
+        k: int = 20,
+        context: int = 10,
+        where: str | Rows | Bool[np.ndarray, " row"] | None = None,
+    ) -> pd.DataFrame:
+        """The `k` rows where a feature is strongest, of all or of those that `where` selects, strongest first.
 
         Columns activation, row, sequence, position, token, context: the text of up to `context` tokens on either side
         in the same sequence, the token among them. Without a tokenizer token ids stand in for text. The first call
@@ -190,10 +223,14 @@ class Features:
         for name, value, least in (("k", k, 1), ("context", context, 0)):
             if value < least:
                 raise RequestError(f"{name} must be at least {least}, not {value}")
-        rows, values = (part[:k] for part in self.rows_of(feature))
+        rows, values = self.rows_of(feature)
+        if where is not None:
+            chosen = self._mask(where)[rows]
+            rows, values = rows[chosen], values[chosen]
+        rows, values = rows[:k], values[:k]
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise self._damaged(BY_FEATURE, "a row beyond the last")
-        texts = self._texts
+        texts = self.texts
         return pd.DataFrame(
             {
                 "activation": values.astype(np.float32),
@@ -208,19 +245,19 @@ class Features:
     @cached_property
     def counts(self) -> Int64[np.ndarray, " feature"]:
         """Rows on which each feature is active, special tokens' included; 0: dead on this store."""
-        return np.diff(self._by_feature["indptr"])
+        return np.diff(self.by_feature["indptr"])
 
     @cached_property
     def max(self) -> Float[np.ndarray, " feature"]:
         """Largest activation of each feature; 0 where it is never active."""
         largest, some = np.zeros(self.shape[1], np.float32), self.counts > 0
-        largest[some] = self._by_feature["value"][self._by_feature["indptr"][:-1][some]]
+        largest[some] = self.by_feature["value"][self.by_feature["indptr"][:-1][some]]
         return largest
 
     @cached_property
     def mean(self) -> Float[np.ndarray, " feature"]:
         """Mean activation of each feature over the rows where it is active; 0 where it never is. Reads every value."""
-        return self._sums(lambda entries: self._by_feature["value"][entries]) / np.maximum(self.counts, 1)
+        return self._sums(lambda entries: self.by_feature["value"][entries]) / np.maximum(self.counts, 1)
 
     def enrichment(self, where: str | Rows | Bool[np.ndarray, " row"]) -> pd.DataFrame:
         """How well each feature, active or not, tells the rows that `where` selects: SQL over tokens, `Rows`, a mask.
@@ -241,8 +278,8 @@ class Features:
             raise RequestError(
                 f"{asked} selects {many} of the {int(ordinary.sum())} rows of text; choose another label"
             )
-        active = self._sums(lambda entries: ordinary[self._by_feature["row"][entries]]).astype(np.int64)
-        hits = self._sums(lambda entries: label[self._by_feature["row"][entries]]).astype(np.int64)
+        active = self._sums(lambda entries: ordinary[self.by_feature["row"][entries]]).astype(np.int64)
+        hits = self._sums(lambda entries: label[self.by_feature["row"][entries]]).astype(np.int64)
         table = pd.DataFrame(
             {
                 "feature": np.arange(self.shape[1]),
@@ -262,16 +299,19 @@ class Features:
                 raise self._damaged(name, "its checksum differs")
 
     @cached_property
-    def _by_row(self) -> dict[str, np.ndarray]:
+    def by_row(self) -> dict[str, np.ndarray]:
+        """The arrays of `by_row_layout`, memory-mapped."""
         return map_arrays(self.path / BY_ROW, self.record.by_row)
 
     @cached_property
-    def _by_feature(self) -> dict[str, np.ndarray]:
+    def by_feature(self) -> dict[str, np.ndarray]:
+        """The arrays of `by_feature_layout`, memory-mapped."""
         return map_arrays(self.path / BY_FEATURE, self.record.by_feature)
 
     @cached_property
-    def _texts(self) -> _Texts:
-        return _Texts.of(self.store)
+    def texts(self) -> Texts:
+        """Tokens and their places, read when first asked for."""
+        return Texts.of(self.store)
 
     def _check(self) -> None:
         """Refuse features of other rows than the store has, and pointers that lead astray."""
@@ -282,7 +322,7 @@ class Features:
             raise RequestError(
                 f"features {self.path.name}: the store {self.store.path} {change}; extract again under another name"
             )
-        for name, arrays in ((BY_ROW, self._by_row), (BY_FEATURE, self._by_feature)):
+        for name, arrays in ((BY_ROW, self.by_row), (BY_FEATURE, self.by_feature)):
             indptr = arrays["indptr"]
             if indptr[0] != 0 or indptr[-1] != self.record.entries or (np.diff(indptr) < 0).any():
                 raise self._damaged(name, "its indptr does not rise from 0 to the number of entries")
@@ -292,7 +332,7 @@ class Features:
 
     def _sums(self, values: Callable[[slice], np.ndarray]) -> Float[np.ndarray, " feature"]:
         """Per feature, the sum of what `values` gives for a stretch of entries in the order by feature."""
-        indptr = self._by_feature["indptr"]
+        indptr = self.by_feature["indptr"]
         sums = np.zeros(self.shape[1])
         for group in feature_groups(indptr):
             entries = slice(int(indptr[group.start]), int(indptr[group.stop]))
@@ -328,8 +368,8 @@ class Features:
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """What `top` shows of the token table, as arrays that answer in microseconds."""
+class Texts:
+    """What contexts show of the token table, as arrays that answer in microseconds."""
 
     sequence: Int64[np.ndarray, " row"]
     position: Integer[np.ndarray, " row"]
@@ -340,7 +380,7 @@ class _Texts:
     """What stands between tokens: nothing, or a space where token ids stand in for text."""
 
     @classmethod
-    def of(cls, store: Store) -> _Texts:
+    def of(cls, store: Store) -> Texts:
         tokens = store.tokens
         token = tokens["token"].combine_chunks()
         return cls(
@@ -351,7 +391,12 @@ class _Texts:
             "" if store.manifest.model.tokenizer_fingerprint else " ",
         )
 
+    def near(self, row: int, context: int) -> slice:
+        """The rows of a row's sequence that are at most `context` tokens away."""
+        first = max(row - context, 0)
+        own = np.flatnonzero(self.sequence[first : row + context + 1] == self.sequence[row])
+        return slice(first + int(own[0]), first + int(own[-1]) + 1)
+
     def around(self, row: int, context: int) -> str:
-        near = slice(max(row - context, 0), row + context + 1)
-        own = self.codes[near][self.sequence[near] == self.sequence[row]]
-        return self.between.join(self.words[code] for code in own)
+        """Their text."""
+        return self.between.join(self.words[code] for code in self.codes[self.near(row, context)])

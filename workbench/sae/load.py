@@ -1,4 +1,4 @@
-"""Loading a sparse autoencoder: a SAELens directory, a SAELens release, or the one that comes along.
+"""Loading a sparse autoencoder: a SAELens directory, another library's, a SAELens release, or the one that comes along.
 
 SAELens reads the files and does the mathematics. What it would pass over in silence is refused here: a misspelt key of
 `cfg.json`, a training form without inference class, weights that do not fit. Its import takes seconds, so a path that
@@ -25,6 +25,7 @@ from torch import Tensor
 from workbench import embedded
 from workbench.errors import DataError, RequestError, nearest
 from workbench.models import folders, quietly, usable_device
+from workbench.sae.formats import Converted, converter
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -74,6 +75,16 @@ class Sae:
         return self._metadata.get("context_size")
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether it writes what it reads; a transcoder writes another site."""
+        return "transcoder" not in self.architecture and not self._metadata.get("transcode")
+
+    @property
+    def sequential(self) -> bool:
+        """Whether it encodes a row with those before it in the sequence (temporal), and not each for itself."""
+        return self.architecture == "temporal"
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return self.W_dec.device
@@ -86,12 +97,18 @@ class Sae:
     def encode(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row feature"]:
         """Activations of every feature, dense, in float32: SAELens' own `encode`. Heads are flattened.
 
+        A temporal one takes `rows` as one sequence from its beginning, and gives its novel codes.
+
         Costs 2 d_in d_sae operations and 4 d_sae bytes a row; jumprelu holds four times that for a moment.
         """
-        flat = rows.to(self.device, torch.float32).flatten(1)
-        # an autoencoder of z takes heads apart; one head as wide as all of them flattens to the same
         with torch.no_grad():
-            return self.module.encode(flat[:, None] if self._takes_heads else flat)
+            shaped = self._shaped(rows)
+            return self.module.encode(shaped[None])[0] if self.sequential else self.module.encode(shaped).flatten(1)
+
+    def prepared(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
+        """Rows as the encoder's weights take them: normalised, less the decoder's bias, as far as its settings say."""
+        with torch.no_grad():
+            return self.module.process_sae_in(self._shaped(rows)).flatten(1)
 
     def decode(self, activations: Float[Tensor, "row feature"]) -> Float[Tensor, "row d_model"]:
         """The reconstruction of the rows encoded last: with layer_norm SAELens keeps their mean and scale aside."""
@@ -120,9 +137,10 @@ class Sae:
     def _metadata(self) -> Mapping[str, Any]:
         return self.module.cfg.metadata.to_dict()  # the object itself answers None to whatever it is asked
 
-    @property
-    def _takes_heads(self) -> bool:
-        return self.module.cfg.reshape_activations == "hook_z"
+    def _shaped(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+        flat = rows.to(self.device, torch.float32).flatten(1)
+        # an autoencoder of z takes heads apart; one head as wide as all of them flattens to the same
+        return flat[:, None] if self.module.cfg.reshape_activations == "hook_z" else flat
 
 
 def load_sae(
@@ -130,8 +148,9 @@ def load_sae(
 ) -> Sae:
     """Loads a sparse autoencoder in float32.
 
-    `name`: a directory that SAELens wrote (`cfg.json` and `sae_weights.safetensors`), or one that holds several, of
-    which `sae_id` is the folder; a release in SAELens' own list, with `sae_id` one of its ids: the only case that may
+    `name`: a directory that SAELens wrote (`cfg.json` and `sae_weights.safetensors`), sparsify (`cfg.json` and
+    `sae.safetensors`) or dictionary_learning (`config.json` and `ae.safetensors`), or one that holds several, of which
+    `sae_id` is the folder; a release in SAELens' own list, with `sae_id` one of its ids: the only case that may
     use the network; or "demo", the one that comes with the workbench. `device`: the GPU if there is one.
 
     Raises RequestError: no such directory, release or id, an architecture that cannot encode rows, a device that
@@ -162,10 +181,10 @@ def _demo_directory() -> Path:
 def _checked_directory(path: Path, folder: Path, sae_id: str | None) -> Path:
     if path.is_file():
         raise RequestError(f"SAE {str(path)!r} is a file; give the folder that holds {CONFIG} and {WEIGHTS}")
-    several = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG}"))
+    several = sorted({entry.parent.name for name in (CONFIG, "config.json") for entry in path.glob(f"*/{name}")})
     if not folder.is_dir():
         raise RequestError(f"sae_id {sae_id!r}: no such folder in {str(path)!r}{nearest(str(sae_id), several)}")
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and converter(folder) is None:
         if several and sae_id is None:
             raise RequestError(f"SAE {str(path)!r} holds several; give one as sae_id: {', '.join(several[:8])}")
         inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
@@ -178,6 +197,8 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
         from sae_lens import SAE
         from safetensors import SafetensorError
 
+    if foreign := converter(folder):
+        return _ready(_converted(foreign(), folder, device), name)
     _check_config(_read_config(folder / CONFIG), folder / CONFIG)
     try:
         with _silently():
@@ -187,6 +208,19 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
     except Exception as error:  # SAELens and torch raise whatever a config and weights that do not fit lead to
         raise DataError(f"SAE {str(folder)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
     return _ready(module, name)
+
+
+def _converted(found: Converted, folder: Path, device: torch.device) -> SAE:
+    from sae_lens import SAE
+
+    config, weights = found
+    config |= {"device": str(device), "dtype": "float32"}
+    weights = {name: part.to(device) for name, part in weights.items()}
+    try:
+        with _silently():
+            return SAE.load_from_disk(folder, device=str(device), converter=lambda *_, **__: (config, weights))
+    except Exception as error:  # torch raises whatever weights that do not fit each other lead to
+        raise DataError(f"SAE {str(folder)!r}: its settings and weights do not fit: {_line(error)}") from error
 
 
 def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae:
@@ -212,8 +246,6 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
 
 def _ready(module: Any, name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
-    if sae.architecture == "temporal":
-        raise RequestError(f"SAE {name!r} is temporal: it encodes whole sequences, and here each row counts for itself")
     if module.cfg.normalize_activations in _UNFOLDED:
         warnings.warn(
             f"SAE {name!r} was trained on inputs under {module.cfg.normalize_activations}, which its files do not hold "
@@ -254,6 +286,8 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
     if unknown:
         close = nearest(unknown[0], known, 1)
         raise DataError(f"{source}: SAELens knows no {unknown[0]!r} of a {architecture} SAE and would ignore it{close}")
+    if not older and "k" in known and "k" not in config:
+        raise DataError(f"{source}: k is missing, and SAELens would take 100 for it")
 
 
 @contextmanager

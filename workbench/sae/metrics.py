@@ -15,8 +15,8 @@ from workbench.errors import RequestError
 from workbench.forward import run
 from workbench.interventions import splice
 from workbench.models import Model
-from workbench.sae.extract import block_rows, encode_checked, matching_site
 from workbench.sae.load import Sae
+from workbench.sae.site import block_rows, encode_checked, matching_site
 from workbench.sites import Site
 from workbench.store.reader import ActivationArray, Rows, Store
 
@@ -82,11 +82,15 @@ def sae_metrics(
     Sums are in float64, in one pass; memory is a few blocks of 64 MiB, with `model` also its logits of 256 MiB.
 
     Raises RequestError as `extract_features` does, for a transcoder, which reconstructs another site than it reads, for
-    a selection of no rows, another model than the store's, or a site that cannot be replaced.
+    a temporal SAE, whose features are what a prediction from the rows before lacks, for a selection of no rows, another
+    model than the store's, or a site that cannot be replaced.
     """
     array = matching_site(store, sae, site, force=force)
-    if "transcoder" in sae.architecture:
-        raise RequestError(f"SAE {sae.name!r} is a {sae.architecture}: what it writes is not what it reads")
+    if sae.sequential:
+        raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not reconstruct a row")
+    if not sae.reconstructs:
+        kind = sae.architecture if "transcoder" in sae.architecture else "transcoder"
+        raise RequestError(f"SAE {sae.name!r} is a {kind}: what it writes is not what it reads")
     if not isinstance(rows, Rows):
         rows = store.where("NOT is_special" if rows is None else rows)
     ids = rows.ids_in(store)

@@ -29,6 +29,8 @@ SEGMENT = "segment.json"
 SEGMENTS = "segments"
 TOKENS = "tokens.parquet"
 UNEMBED = "unembed.safetensors"
+FEATURES = "features"
+"""Folder of the folders of sparse features."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Stored types and the bytes of one value."""
@@ -161,7 +163,8 @@ class Manifest:
     model: ModelRecord
     sites: tuple[SiteRecord, ...]
     recording: dict[str, Any]
-    """The settings asked for: the fields of `workbench.settings.Recording`."""
+    """The settings asked for: the fields of `workbench.settings.Recording`, and `features` where those of a site were
+    extracted that is not stored."""
     tokens_added: dict[str, tuple[int, ...]]
     """Token ids put around each sequence: `prefix` (BOS) and `suffix`."""
     environment: dict[str, str]
@@ -281,10 +284,15 @@ def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Count
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
     """The store in a few lines, a fact a line: where, which model, which sites, how many rows."""
+    return "\n".join(f"{name:<8} {fact}" for name, fact in facts(path, manifest).items())
+
+
+def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
+    """What `describe` says, by the name of each fact."""
     model, parts = manifest.model, manifest.parts
     state = "complete" if manifest.complete else f"of {manifest.planned_rows:,} planned; the same command resumes it"
-    facts = {
-        "store": path,
+    told = {
+        "store": str(path),
         "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
         "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
         "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
@@ -292,11 +300,15 @@ def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
-    return "\n".join(f"{name:<8} {fact}" for name, fact in facts.items())
+    if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
+        told["features"] = short_list(features)
+    return told
 
 
 def short_list(names: list[str], limit: int = 8) -> str:
     """How many names, and the names, the middle of a long list left out: "12: resid_post.0, ..., resid_post.11"."""
+    if not names:
+        return "none"
     shown = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
     return f"{len(names)}: {', '.join(shown)}"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,13 +25,17 @@ from torch import Tensor
 
 from workbench.errors import RequestError, nearest
 from workbench.sites import SHORT_NAMES
-from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, read_manifest, short_list
+from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
 from workbench.store.tokens import COLUMNS, read_tokens, take_tokens
 from workbench.store.verify import verify
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 _OPEN_MAPS = 32_768  # Linux grants a process 65,530
+_ROWS_SHOWN, _COLUMNS_SHOWN = 10, 16  # of a selection, in a notebook
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -57,6 +61,11 @@ class Store:
 
     def __repr__(self) -> str:
         return describe(self.path, self.manifest)
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card
+
+        return card("Store", facts(self.path, self.manifest))
 
     def __len__(self) -> int:
         return self.rows
@@ -94,6 +103,22 @@ class Store:
         """
         return Rows(self, select_rows(self.path, self.manifest, predicate))
 
+    def figures(self) -> dict[str, Figure]:
+        """The store at a glance, by name: "sites" and their sizes, the most frequent "tokens", "norms" by layer.
+
+        Reads the token table and 1,024 rows of each site.
+        """
+        from workbench.store.figures import overview
+
+        return overview(self)
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One of these; by default the first. Raises RequestError for a name there is none of."""
+        figures = self.figures()
+        if name is not None and name not in figures:
+            raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
+        return figures[name or next(iter(figures))]
+
     def verify(self) -> pd.DataFrame:
         """Findings of a full check, none for a sound store; see `workbench.store.verify`. Reads every byte once."""
         return verify(self.path)
@@ -127,6 +152,18 @@ class ActivationArray:
     def __repr__(self) -> str:
         shape = ", ".join(f"{axis} {length:,}" for axis, length in zip(self.axes, self.shape, strict=True))
         return f"{self.site.label} ({shape}) {self.site.dtype}"
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card
+
+        size = len(self) * self.site.row_bytes / 1e6
+        told = {
+            "site": self.name,
+            **{axis: f"{length:,}" for axis, length in zip(self.axes, self.shape, strict=True)},
+            "stored as": f"{self.site.dtype}, {size:,.1f} MB",
+            "store": self.store.path,
+        }
+        return card(f"ActivationArray {self.site.label}", told)
 
     def __len__(self) -> int:
         return self.store.rows
@@ -214,6 +251,15 @@ class Rows:
 
     def __repr__(self) -> str:
         return f"{len(self):,} of {self.store.rows:,} rows of {self.store.path}"
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card, frame
+
+        tokens = self[:_ROWS_SHOWN].tokens
+        more = f"<p>{len(self) - _ROWS_SHOWN:,} more</p>" if len(self) > _ROWS_SHOWN else ""
+        below = frame(tokens.select(tokens.column_names[:_COLUMNS_SHOWN]).to_pandas(), _ROWS_SHOWN) + more
+        told = {"selected": f"{len(self):,} of {self.store.rows:,}", "store": self.store.path}
+        return card("Rows", told, below if len(self) else "")
 
     def __len__(self) -> int:
         return len(self.ids)

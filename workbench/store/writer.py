@@ -75,6 +75,7 @@ def open_writer(
     environment: Mapping[str, str],
     unembed: Callable[[Path], None] | None,
     unembed_reason: str | None,
+    features: str | None = None,
 ) -> Iterator[Writer]:
     """Create the store at `path`, or reopen it to resume or append, holding it alone until the block is left.
 
@@ -87,6 +88,7 @@ def open_writer(
         environment: Library versions. A store of others is resumed with a warning.
         unembed: Writes the final norm and unembedding to the path it is given; called for a new store only.
         unembed_reason: Why there is no unembedding, where `unembed` is None.
+        features: Which features of an SAE are extracted from a site that is not stored; a store of others is refused.
 
     Raises:
         RequestError: The path is taken by something else or by another writer, or the store was recorded otherwise.
@@ -96,7 +98,7 @@ def open_writer(
     asked = Manifest(
         model=model,
         sites=tuple(sites),
-        recording=from_json(to_json(recording), "recording"),
+        recording=from_json(to_json(recording), "recording") | ({"features": features} if features else {}),
         tokens_added={name: tuple(map(int, tokens_added[name])) for name in ("prefix", "suffix")},
         environment=dict(environment),
         unembed=None,

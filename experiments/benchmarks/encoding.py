@@ -1,0 +1,132 @@
+"""Encoding rows into sparse features, beside SAELens' `encode` made sparse and beside the product of matrices alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
+from workbench.sae.encode import encoder, fast_bfloat16
+from workbench.sae.load import Sae, load_sae
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Random rows, encoder columns of norm 1; the jumprelu's threshold gives as many active features as the topk has.
+    Where there is no fast bfloat16, the product in it is measured on 4 rows, and the targets, set for a CPU that has
+    it, are out of reach: everything is computed in float32, and no faster than that product.
+
+    Tried for such CPUs and not kept: selection by products of whole numbers up to 90 (FBGEMM's int8; beyond that pairs
+    of products saturate in 16 bits on AVX2), with the same bound. Its product takes 340 to 370 µs a row on one core
+    where float32 takes 600, but its bounds are ten times as wide as bfloat16's: about 200 features for 32 must be
+    computed again, 384 for all rows of a topk to be settled. In all 715 µs a row against 748 (topk, a fifth of the rows
+    not settled); jumprelu, whose threshold is known, adds up to about 390 against 520. torch is giving up the types
+    that it needs, and rows with a few far larger dimensions widen its bounds.
+    """
+
+    d_in: int = 768
+    d_sae: int = 24_576
+    k: int = 32
+    rows: int = 1_024
+    repeats: int = 5
+
+    def run(self, folder: Path) -> list[Comparison]:
+        found = []
+        for architecture in ("topk", "jumprelu"):
+            sae, x = made(folder / architecture, architecture, self.d_in, self.d_sae, self.k, self.rows)
+            weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, self.d_sae)
+            few = x[: self.rows if fast_bfloat16(sae.device) else 4].bfloat16()
+            ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
+            _check_same(ours(), theirs())
+            speeds = interleaved(
+                self.repeats,
+                {
+                    "ours": per_second(self.rows, _waited(sae, ours)),
+                    "theirs": per_second(self.rows, _waited(sae, theirs)),
+                    "float32": per_second(self.rows, _waited(sae, partial(torch.mm, x, weight, out=pre))),
+                    "bfloat16": per_second(len(few), _waited(sae, partial(torch.mm, few, low))),
+                },
+            )
+            cuda = sae.device.type == "cuda"
+            target = 8.0 if cuda else 2.2 if architecture == "topk" else 3.0
+            for other, name, least in (
+                ("theirs", "SAELens' encode, made sparse", target),
+                ("float32", "the float32 product alone", None),
+                ("bfloat16", "the bfloat16 product alone", 0.6 if cuda else 0.55),
+            ):
+                found.append(Comparison(architecture, name, speeds["ours"], speeds[other], "rows/s", at_least=least))
+            if not cuda:
+                shape = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
+                mine, other = (
+                    peak_memory(encoding, side=side, rows=self.rows, **shape).rise for side in ("ours", "theirs")
+                )
+                what = f"{architecture}, memory beyond the weights, {self.rows:,} rows"
+                found.append(Comparison(what, "SAELens' encode", (mine,), (other,), "MB", at_most=0.25))
+        return found
+
+
+def made(folder: Path, architecture: str, d_in: int, d_sae: int, k: int, rows: int) -> tuple[Sae, torch.Tensor]:
+    """A saved autoencoder, loaded, and rows for it where it computes."""
+    from sae_lens.registry import get_sae_class
+
+    kind, config = get_sae_class(architecture)
+    torch.manual_seed(0)
+    module = kind(config(d_in=d_in, d_sae=d_sae, **({"k": k} if architecture == "topk" else {})))
+    weight = torch.randn(d_in, d_sae)
+    module.W_enc.data = weight / weight.norm(dim=0)
+    if architecture == "jumprelu":
+        module.threshold.data.fill_(float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - k / d_sae))))
+    module.save_model(folder)
+    sae = load_sae(folder)
+    return sae, torch.randn(rows, d_in).to(sae.device)
+
+
+def sparse(sae: Sae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What SAELens gives, as row pointers, features and values."""
+    with torch.no_grad():
+        activations = sae.module.encode(x)
+        row, feature = activations.nonzero().unbind(1)
+        indptr = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
+        torch.cumsum(torch.bincount(row, minlength=len(x)), 0, out=indptr[1:])
+        return indptr, feature, activations[row, feature]
+
+
+def encoding(side: str, architecture: str, d_in: int, d_sae: int, k: int, rows: int) -> Callable[[], Any]:
+    """The work of one side, for `peak_memory`."""
+    with tempfile.TemporaryDirectory() as folder:
+        sae, x = made(Path(folder), architecture, d_in, d_sae, k, rows)
+    work = partial(encoder(sae), x) if side == "ours" else partial(sparse, sae, x)
+    if side == "ours":
+        encoder(sae)(x[:64])
+    else:
+        sparse(sae, x[:64])
+    return work
+
+
+def _waited(sae: Sae, work: Callable[[], Any]) -> Callable[[], Any]:
+    """The work, and on an accelerator its end."""
+
+    def waited() -> None:
+        work()
+        if sae.device.type == "cuda":
+            torch.cuda.synchronize(sae.device)
+
+    return waited
+
+
+def _check_same(ours: Any, theirs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    indptr, feature, value = theirs
+    same = len(value) == len(ours.value) and torch.equal(ours.indptr, indptr)
+    differing = 1.0 if not same else float((ours.feature != feature).float().mean())
+    if differing > 1e-4:  # pre-activations closer than float32 tells may rank either way
+        raise RuntimeError(f"{differing:.1%} of the features are not SAELens'")
+
+
+FULL = Encoding()
+QUICK = Encoding(d_in=64, d_sae=512, k=8, rows=256, repeats=2)

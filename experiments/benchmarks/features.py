@@ -1,0 +1,209 @@
+"""A store of sparse features: its strongest rows, its inverted index, its size on the disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+import workbench as wb
+from experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
+from workbench.sae.arrays import ArrayFile, map_arrays
+from workbench.sae.features import (
+    BY_FEATURE,
+    BY_ROW,
+    RECORD,
+    Features,
+    FeaturesRecord,
+    SaeRecord,
+    by_feature_layout,
+    by_row_layout,
+    open_features,
+)
+from workbench.sae.index import invert
+from workbench.settings import Recording
+from workbench.store.files import sha256_file, write_durably
+from workbench.store.manifest import FileRecord, ModelRecord, Part
+from workbench.store.parse import to_json
+from workbench.store.writer import open_writer
+
+_SEQUENCE = 128
+_BLOCK = 1 << 22
+"""Bytes copied at a time."""
+_WORDS = 32_000
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Features drawn at random, `active` a row in float16; a feature's frequency falls as a power of its rank, as those
+    of autoencoders do. Nothing is encoded. `top` is asked of features that are active at all, warm, 20 rows with
+    context. A raw copy reads and writes the bytes of the index in blocks of 4 MiB and waits for the disk, as
+    the index does.
+    """
+
+    rows: int = 1_000_000
+    features: int = 16_384
+    active: int = 32
+    asked: int = 200
+    repeats: int = 3
+
+    def run(self, folder: Path) -> list[Comparison]:
+        features = self._make(folder)
+        size = sum(file.bytes for file in features.record.files.values())
+        index = features.record.files[BY_FEATURE].bytes
+        rates = interleaved(
+            self.repeats,
+            {
+                "ours": per_second(index / 1e6, lambda: self._index(features, folder / "index")),
+                "copy": per_second(index / 1e6, lambda: _copy(features.path / BY_FEATURE, folder / "copy")),
+            },
+        )
+        memory = peak_memory(index_of, path=str(features.path), out=str(folder / "alone"))
+        milliseconds = self._top(features)
+        return [
+            Comparison(
+                "features.top, median of a call", "target", milliseconds, (5.0,) * self.repeats, "ms", at_most=1.0
+            ),
+            Comparison("index built", "raw copy", rates["ours"], rates["copy"], "MB/s", at_least=0.33),
+            Comparison("peak memory of the index", "its size", (memory.rise,), (index / 1e6,), "MB"),
+            Comparison("disk a row, both orders", "target", (size / self.rows,), (400.0,), "bytes", at_most=1.0),
+        ]
+
+    def _top(self, features: Features) -> tuple[float, ...]:
+        """Median milliseconds of a call, one repeat after another; the first touches what it reads."""
+        asked = np.random.default_rng(1).choice(np.flatnonzero(features.counts), self.asked)
+        found = []
+        for _ in range(self.repeats + 1):
+            calls = [_seconds(lambda feature=feature: features.top(feature)) for feature in asked]
+            found.append(1e3 * float(np.median(calls)))
+        return tuple(found[1:])
+
+    def _index(self, features: Features, out: Path) -> None:
+        index_of(str(features.path), str(out))()
+        (out / BY_FEATURE).unlink()
+
+    def _make(self, folder: Path) -> Features:
+        """A store of `rows` tokens without activations and its features, written as an extraction writes them."""
+        store = _token_store(folder / "x.acts", self.rows)
+        path = store.path / "features" / "drawn"
+        path.mkdir(parents=True)
+        entries = self.rows * self.active
+        size = (self.rows, self.features, entries, "float16")
+        layout = by_row_layout(*size)
+        random, counts = np.random.default_rng(0), np.zeros(self.features, np.int64)
+        weights = 1 / np.arange(1, self.features + 1) ** 0.7
+        bounds = np.cumsum(weights) / weights.sum()
+        names = random.permutation(self.features)
+        with ArrayFile(path / BY_ROW, layout) as file:
+            file.append("indptr", np.arange(self.rows + 1, dtype=np.int64) * self.active)
+            for start in range(0, self.rows, 1 << 16):
+                rows = min(1 << 16, self.rows - start)
+                drawn = names[np.searchsorted(bounds, random.random((rows, self.active)), side="right")]
+                drawn.sort(axis=1)  # a feature may be drawn twice in a row: the index does not mind
+                counts += np.bincount(drawn.reshape(-1), minlength=self.features)
+                file.append("feature", drawn.reshape(-1).astype(layout["feature"][0]))
+                file.append("value", random.exponential(2.0, rows * self.active).astype(np.float16))
+        by_row = map_arrays(path / BY_ROW, layout)
+        layout = by_feature_layout(*size)
+        with ArrayFile(path / BY_FEATURE, layout) as file:
+            arguments = (by_row["indptr"], by_row["feature"], by_row["value"], counts)
+            invert(*arguments, file, path / "dealt", layout["row"][0])
+        record = FeaturesRecord(
+            sae=SaeRecord("drawn", "0" * 64, {}),
+            site="blocks.0.hook_resid_post",
+            store="../..",
+            store_fingerprint=store.manifest.fingerprint,
+            rows=self.rows,
+            features=self.features,
+            entries=entries,
+            dtype="float16",
+            overflow=0,
+            files=_sizes(path),
+            environment={},
+        )
+        write_durably(path / RECORD, to_json(record).encode())
+        return open_features(path)
+
+
+def index_of(path: str, out: str) -> Callable[[], None]:
+    """Builds the index of the features at `path` anew, into the folder `out`."""
+    features = open_features(path)
+    record, counts = features.record, features.counts
+    layout = by_feature_layout(record.rows, record.features, record.entries, record.dtype)
+    Path(out).mkdir(exist_ok=True)
+
+    def work() -> None:
+        by_row = features.by_row
+        with ArrayFile(Path(out) / BY_FEATURE, layout) as file:
+            arguments = (by_row["indptr"], by_row["feature"], by_row["value"], counts)
+            invert(*arguments, file, Path(out) / "dealt", layout["row"][0])
+
+    return work
+
+
+def _token_store(path: Path, rows: int) -> wb.Store:
+    """A store of tokens alone, in sequences of 128."""
+    model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, 1, _WORDS, None)
+    part = Part(rows, -(-rows // _SEQUENCE), 1, 0, 0)
+    with open_writer(
+        path,
+        model=model,
+        sites=(),
+        recording=Recording(),
+        tokens_added={"prefix": (), "suffix": ()},
+        environment={},
+        unembed=None,
+        unembed_reason="nothing was run",
+    ) as writer:
+        writer.begin(part, append=False)
+        with writer.segment(rows, part.sequences, "0" * 64, _tokens(rows)):
+            pass
+    return wb.open_store(path)
+
+
+def _tokens(rows: int) -> pa.Table:
+    row = np.arange(rows)
+    ids = np.random.default_rng(2).integers(0, _WORDS, rows)
+    words = pa.array([f" word{i}" for i in range(_WORDS)], pa.string())
+    return pa.table(
+        {
+            "row": row,
+            "sequence": row // _SEQUENCE,
+            "position": pa.array(row % _SEQUENCE, pa.int32()),
+            "document": row * 0,
+            "token_id": pa.array(ids, pa.int32()),
+            "token": pa.DictionaryArray.from_arrays(pa.array(ids, pa.int32()), words),
+            "char_start": pa.array(row, pa.int32()),
+            "char_end": pa.array(row + 1, pa.int32()),
+            "is_special": row % _SEQUENCE == 0,
+        }
+    )
+
+
+def _sizes(path: Path) -> dict[str, FileRecord]:
+    return {file.name: FileRecord(file.stat().st_size, sha256_file(file)) for file in sorted(path.iterdir())}
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Bytes read and written in blocks; waits until they are on the disk."""
+    with open(source, "rb") as file, open(target, "wb") as out:
+        while block := file.read(_BLOCK):
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    target.unlink()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+FULL = FeatureStore()
+QUICK = FeatureStore(rows=20_000, features=512, active=8, asked=20, repeats=2)

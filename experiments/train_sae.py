@@ -1,0 +1,169 @@
+"""Train a sparse autoencoder on a site of a store:
+`python -m experiments.train_sae runs/gpt2.acts --site resid_post.7 --out runs/sae`.
+
+SAELens' trainer, fed from the memory map in random order: the model does not run again, and any number of autoencoders
+can be trained on one recording. What it writes, `workbench features --sae` and SAELens read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, Int64
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from tyro.conf import OmitArgPrefixes, Positional
+
+import workbench as wb
+
+Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]
+_OWN = ("k", "l1_coefficient", "l0_coefficient")
+_MEAN_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class TrainSae:
+    """Everything that decides the autoencoder, besides the store and the machine."""
+
+    site: str
+    """Site of the store, such as resid_post.7; heads are flattened."""
+    architecture: Architecture = "topk"
+    """As SAELens calls it. batchtopk is saved as jumprelu."""
+    d_sae: int = 8192
+    """Number of features."""
+    k: int | None = None
+    """Active features a token, of topk, abstopk and batchtopk. None: SAELens' default."""
+    l1_coefficient: float | None = None
+    """Weight of the sparsity loss, of standard and gated. None: SAELens' default."""
+    l0_coefficient: float | None = None
+    """Weight of the sparsity loss, of jumprelu. None: SAELens' default."""
+    where: str = "NOT is_special"
+    """Tokens trained on, as SQL. BOS is left out: the sink's norm would dominate the loss."""
+    steps: int = 20_000
+    batch: int = 4096
+    """Tokens a step."""
+    learning_rate: float = 3e-4
+    """Rises in the first 100 steps or tenth, and falls to a tenth of itself in the last quarter."""
+    checkpoints: int = 0
+    """How often the unfinished autoencoder is saved, with SAELens' trainer state, under OUT/checkpoints."""
+    seed: int = 0
+    """Of the weights and of the order of tokens."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("d_sae", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise wb.RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class _Draw(Protocol):
+    batch: int
+    seed: int
+
+
+def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None = None) -> TrainingSAE:
+    """An autoencoder of a site of `store`, by SAELens' trainer; the same settings give the same weights on one machine.
+
+    Inputs are scaled to an average norm of √d_in while training, and the scale is folded into the weights at the end.
+    The decoder's bias begins as the mean activation. Raises RequestError for a site that was not recorded, a setting
+    that the architecture does not have, or fewer tokens than a batch.
+    """
+    array, rows = store[settings.site], store.where(settings.where).ids
+    if len(rows) < settings.batch:
+        raise wb.RequestError(f"batch is {settings.batch} and {settings.where!r} selects {len(rows)} tokens; give less")
+    torch.manual_seed(settings.seed)
+    manifest = store.manifest
+    kind, config = get_sae_training_class(settings.architecture)
+    sae = kind(
+        config(
+            d_in=prod(array.shape[1:]),
+            d_sae=settings.d_sae,
+            device=settings.device,
+            normalize_activations="expected_average_only_in",
+            metadata=SAEMetadata(
+                model_name=manifest.model.name,
+                hook_name=array.name,
+                context_size=manifest.recording["context"],
+                prepend_bos=bool(manifest.tokens_added["prefix"]),
+            ),
+            **_own_settings(settings, config),
+        )
+    )
+    with torch.no_grad():
+        some = rows[:: max(1, len(rows) // _MEAN_ROWS)]
+        sae.b_dec.copy_(array[some].float().flatten(1).mean(0))
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=settings.steps * settings.batch,
+            train_batch_size_samples=settings.batch,
+            lr=settings.learning_rate,
+            lr_end=settings.learning_rate / 10,
+            lr_warm_up_steps=min(100, settings.steps // 10),
+            lr_decay_steps=settings.steps // 4,
+            device=settings.device,
+            n_checkpoints=settings.checkpoints if checkpoint_path else 0,
+            checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
+            n_batches_for_norm_estimate=50,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae,
+        batches(array, rows, settings),
+    )
+    return trainer.fit()
+
+
+def batches(
+    array: wb.ActivationArray, rows: Int64[np.ndarray, " selected"], draw: _Draw
+) -> Iterator[Float[Tensor, "row d_in"]]:
+    """Activations of `rows` in random order, forever; each row once an epoch but for the last, partial batch."""
+    random = np.random.default_rng(draw.seed)
+    while True:
+        order = random.permutation(rows)
+        for first in range(0, len(order) - draw.batch + 1, draw.batch):
+            yield array[np.sort(order[first : first + draw.batch])].float().flatten(1)
+
+
+def _own_settings(settings: TrainSae, config: type) -> dict[str, Any]:
+    """Those settings that only some architectures have."""
+    given = {name: getattr(settings, name) for name in _OWN if getattr(settings, name) is not None}
+    known = {field.name for field in fields(config)}
+    if strange := sorted(given.keys() - known):
+        raise wb.RequestError(f"{strange[0]} is no setting of a {settings.architecture} SAE; leave it out")
+    return given
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Train a sparse autoencoder on a site of a store, with SAELens' trainer."""
+
+    store: Positional[Path]
+    out: Path
+    """Folder for cfg.json and sae_weights.safetensors."""
+    settings: OmitArgPrefixes[TrainSae]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        asked = tyro.cli(_Command, prog="python -m experiments.train_sae", args=arguments)
+        if asked.out.exists() and any(asked.out.iterdir()):
+            raise wb.RequestError(f"{asked.out} is not empty; choose another out")
+        sae = train_sae(asked.settings, wb.open_store(asked.store), asked.out / "checkpoints")
+    except wb.WorkbenchError as error:
+        sys.exit(f"train_sae: {error}")
+    sae.save_inference_model(str(asked.out))
+    print(f"{asked.settings.architecture} of {asked.settings.d_sae:,} features on {asked.settings.site}: {asked.out}")
+
+
+if __name__ == "__main__":
+    main()

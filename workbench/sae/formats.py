@@ -1,0 +1,191 @@
+"""Directories that other libraries wrote, as SAELens' settings and weights: sparsify and dictionary_learning.
+
+sparsify: `cfg.json` and `sae.safetensors`. dictionary_learning: `config.json` and `ae.pt`, a pickle, which is not
+opened here; its tensors saved as `ae.safetensors` are. Whatever would change a feature's activation is converted or
+refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import DataError, RequestError
+
+Converted = tuple[dict[str, Any], dict[str, Tensor]]
+"""Settings as in SAELens' `cfg.json`, and tensors under SAELens' names."""
+
+_SPARSIFY, _PICKLE, _DICTIONARY = "sae.safetensors", "ae.pt", "ae.safetensors"
+_SPARSIFY_TRAINING = {"expansion_factor", "normalize_decoder", "multi_topk", "lookup_max_order", "gram_table_hash"}
+_SPARSIFY_REFUSED = ("signed", "embed_skip", "gram_lookup")
+
+
+def converter(folder: Path) -> Callable[[], Converted] | None:
+    """What reads the directory's files; None where they are neither library's. RequestError for a pickle."""
+    if (folder / _SPARSIFY).is_file():
+        return lambda: _sparsify(folder)
+    if (folder / _DICTIONARY).is_file():
+        return lambda: _dictionary_learning(folder)
+    if (folder / _PICKLE).is_file():
+        raise RequestError(
+            f"SAE {str(folder)!r} holds {_PICKLE}, a pickle, which can run code and is not opened; if you trust it: "
+            f"safetensors.torch.save_file(torch.load({_PICKLE!r}, weights_only=True), {_DICTIONARY!r})"
+        )
+    return None
+
+
+def _sparsify(folder: Path) -> Converted:
+    source = folder / "cfg.json"
+    config = _json(source)
+    for name in _SPARSIFY_REFUSED:
+        if config.pop(name, False):
+            raise RequestError(f"{source}: {name} changes what a feature is and is not supported")
+    if (activation := config.pop("activation", "topk")) != "topk":
+        raise RequestError(f"{source}: activation {activation!r} is not supported; topk is")
+    transcode, skip = config.pop("transcode", False), config.pop("skip_connection", False)
+    if skip and not transcode:
+        raise RequestError(f"{source}: skip_connection of an autoencoder is not supported; of a transcoder it is")
+    tensors = _tensors(folder / _SPARSIFY)
+    d_in, k, latents = (config.pop(name, None) for name in ("d_in", "k", "num_latents"))
+    if unknown := sorted(config.keys() - _SPARSIFY_TRAINING):
+        raise DataError(f"{source}: sparsify's setting {unknown[0]!r} is not known here, and may change the features")
+    weights = {
+        "W_enc": _take(tensors, "encoder.weight", folder / _SPARSIFY).T.contiguous(),
+        "b_enc": _take(tensors, "encoder.bias", folder / _SPARSIFY),
+        "W_dec": _take(tensors, "W_dec", folder / _SPARSIFY),
+        "b_dec": _take(tensors, "b_dec", folder / _SPARSIFY),
+    }
+    tensors.pop("W_skip", None)  # of a transcoder's output, which is not computed here
+    _none_left(tensors, folder / _SPARSIFY)
+    _fits(source, weights["W_enc"], d_in, latents or None)
+    parent = folder.parent / "config.json"
+    about = {"model_name": _json(parent).get("model") if parent.is_file() else None, "transcode": transcode or None}
+    if place := re.fullmatch(r"(?:layers|h)[._](\d+)(\.mlp)?", folder.name):
+        part = "mlp_out" if place[2] else "resid_post"
+        about["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
+    settings = {"k": _whole(source, "k", k), "apply_b_dec_to_input": not transcode}
+    return _settings("topk", weights, settings, about), weights
+
+
+def _dictionary_learning(folder: Path) -> Converted:
+    source, path = folder / "config.json", folder / _DICTIONARY
+    trainer = _json(source).get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise DataError(f"{source}: trainer does not say its dict_class")
+    kind = trainer["dict_class"]
+    if kind not in _DICTIONARIES:
+        raise RequestError(f"{source}: dict_class {kind!r} is not supported; {', '.join(_DICTIONARIES)} are")
+    architecture, names, subtracted, scaled = _DICTIONARIES[kind]
+    tensors = _tensors(path)
+    weights = {ours: _take(tensors, theirs, path) for ours, theirs in names.items()}
+    for name in ("W_enc", "W_dec"):
+        if names[name].endswith(".weight"):  # of nn.Linear: outputs first
+            weights[name] = weights[name].T.contiguous()
+    settings: dict[str, Any] = {"apply_b_dec_to_input": subtracted}
+    k = tensors.pop("k", None)
+    if architecture == "topk":
+        settings["k"] = _whole(source, "trainer.k", trainer.get("k"))
+        if k is not None and int(k) != settings["k"]:
+            raise DataError(f"{source}: trainer.k is {settings['k']} and {path.name} has k {int(k)}")
+        tensors.pop("threshold", None)  # this class encodes by k
+    if "threshold" in weights and weights["threshold"].ndim == 0:
+        weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1]).clone()
+    tensors.pop("group_sizes", None)  # of nested losses; encoding uses all groups
+    _none_left(tensors, path)
+    _fits(source, weights["W_enc"], trainer.get("activation_dim"), trainer.get("dict_size"))
+    if scaled:  # features times the decoder's norms, and the decoder divided by them
+        norm = weights["W_dec"].norm(dim=1)
+        for name in weights.keys() & {"W_enc", "b_enc", "b_gate", "b_mag", "threshold"}:
+            weights[name] = weights[name] * norm
+        weights["W_dec"] = weights["W_dec"] / norm[:, None]
+    about = {"model_name": trainer.get("lm_name"), "hook_name": None}
+    if str(trainer.get("submodule_name")).startswith("resid_post") and isinstance(trainer.get("layer"), int):
+        about["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
+    return _settings(architecture, weights, settings, about), weights
+
+
+_LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+_PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_GATED = {
+    "W_enc": "encoder.weight",
+    "W_dec": "decoder.weight",
+    "b_dec": "decoder_bias",
+    "b_gate": "gate_bias",
+    "b_mag": "mag_bias",
+    "r_mag": "r_mag",
+}
+_DICTIONARIES: dict[str, tuple[str, dict[str, str], bool, bool]] = {
+    "AutoEncoder": ("standard", _LINEAR | {"b_dec": "bias"}, True, False),
+    "AutoEncoderNew": ("standard", _LINEAR | {"b_dec": "decoder.bias"}, False, False),
+    "GatedAutoEncoder": ("gated", _GATED, True, True),
+    "JumpReluAutoEncoder": ("jumprelu", _PLAIN | {"threshold": "threshold"}, False, True),
+    "AutoEncoderTopK": ("topk", _LINEAR | {"b_dec": "b_dec"}, True, False),
+    "BatchTopKSAE": ("jumprelu", _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}, True, False),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", _PLAIN | {"threshold": "threshold"}, True, False),
+}
+"""dict_class -> architecture, its tensor for each of ours, whether b_dec is taken from the input, whether features are
+multiplied by the norms of the decoder."""
+
+
+def _settings(
+    architecture: str, weights: dict[str, Tensor], settings: dict[str, Any], about: dict[str, Any]
+) -> dict[str, Any]:
+    d_in, d_sae = weights["W_enc"].shape
+    known = {name: value for name, value in about.items() if value is not None}
+    return {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "metadata": {"sae_lens_version": version("sae-lens"), **known},
+        **settings,
+    }
+
+
+def _fits(source: Path, weight: Tensor, d_in: Any, d_sae: Any) -> None:
+    for said, found, what in ((d_in, weight.shape[0], "inputs"), (d_sae, weight.shape[1], "features")):
+        if said is not None and said != found:
+            raise DataError(f"{source} says {said} {what} and the weights have {found}")
+
+
+def _whole(source: Path, name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DataError(f"{source}: {name} is {value!r}, expected a whole number above 0")
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {name: part.to(torch.float32) for name, part in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing or damaged: {str(error).splitlines()[0]}") from None
+
+
+def _take(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:
+    if name not in tensors:
+        raise DataError(f"{path} has no {name!r}; it holds {', '.join(sorted(tensors)) or 'nothing'}")
+    return tensors.pop(name)
+
+
+def _none_left(tensors: dict[str, Tensor], path: Path) -> None:
+    if tensors:
+        raise DataError(f"{path}: what {min(tensors)!r} does to features is not known here")

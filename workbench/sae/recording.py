@@ -1,0 +1,169 @@
+"""Features of a site whose activations are not stored: encoded while the model runs, segment by segment.
+
+The rows of a segment are encoded, and their features committed, before the recorder commits the segment. So after a
+kill there are features of every committed row, and those of a segment that was not committed are removed. When all rows
+are there the features are merged and indexed as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import DataError, RequestError
+from workbench.sae import extract
+from workbench.sae.encode import NotFinite, encoder
+from workbench.sae.features import Features
+from workbench.sae.load import Sae
+from workbench.sae.segments import commit, committed, discard, joined
+from workbench.sae.site import check_fit, not_finite, site_names
+from workbench.sites import Site, SiteMap, full_name
+from workbench.store import files
+from workbench.store.manifest import Manifest, SiteRecord
+from workbench.store.parse import from_json, parse, to_json
+from workbench.store.reader import ActivationArray, Store
+
+
+@dataclass(frozen=True)
+class RecordedFeatures:
+    """Features to extract while a model is recorded."""
+
+    sae: Sae
+    site: str | None = None
+    """The site to read. None: the one that the SAE was trained on."""
+    dtype: str = "float32"
+    """Stored type of the features' activations: float32, or float16 in half the bytes."""
+    force: bool = False
+    """Use an SAE of another site or model."""
+
+    def __post_init__(self) -> None:
+        extract.check_dtype(self.dtype)
+
+    def tap(self, sites: SiteMap, stored: Sequence[Site] = ()) -> Site:
+        """The site to read, of a model that has it; of its two names the one that is among `stored`.
+
+        Raises RequestError where the model has none, or the SAE does not say where it was trained.
+        """
+        wanted = (full_name(self.site),) if self.site else ()
+        if not wanted:
+            if self.sae.site is None:
+                raise RequestError(f"sae_site: SAE {self.sae.name!r} does not say where it was trained; give sae_site=")
+            wanted = site_names(full_name(self.sae.site))
+        known = [name for name in wanted if name in sites.recordable or name in sites.synonyms]
+        known = [site.name for site in stored if site.name in known] or known
+        found = sites.select(known[:1] or [self.site or wanted[0]])
+        if len(found) != 1:
+            raise RequestError(f"sae_site {self.site!r} names {len(found)} sites; give one, such as resid_post.3")
+        return found[0]
+
+    def of(self, tap: Site, site: SiteRecord, model: str, out: Path) -> EncodedSite:
+        """What encodes `site`, which is at `tap` of the model with this name.
+
+        Raises RequestError where the SAE is of another width or, unless forced, of another site or model.
+        """
+        check_fit(self.sae, site, model, out, force=self.force, arguments=("sae_site", "sae_force"))
+        return EncodedSite(self, tap, site)
+
+
+@dataclass(frozen=True)
+class EncodedSite:
+    """A site of a recording, and the features to extract from it. Made by `RecordedFeatures.of`."""
+
+    features: RecordedFeatures
+    tap: Site
+    site: SiteRecord
+
+    @property
+    def label(self) -> str:
+        """What the manifest says of a store that has these features in place of the site's activations."""
+        sae = self.features.sae
+        return f"{self.site.label} by {sae.name} ({sae.fingerprint()[:12]})"
+
+    @contextmanager
+    def writer(self, path: Path, manifest: Manifest) -> Iterator[Callable[[int, Tensor, Sequence[int]], None]]:
+        """Begin or resume the features of a store that is being recorded at `path`.
+
+        Yields what takes the number of a segment's first row, its rows and the lengths of its sequences, encodes the
+        rows and commits their features; it raises DataError, with the row, where they or their features are not finite.
+        Raises RequestError where rows were committed without their features.
+        """
+        made = self._made(Store(path.absolute(), manifest), show_progress=False)
+        target = self._target(path)
+        partial = extract.partial_of(target)
+        segments = partial / extract.SEGMENTS
+
+        def write(first: int, rows: Float[Tensor, "row ..."], lengths: Sequence[int]) -> None:
+            finite = rows.isfinite().flatten(1).all(1)
+            if not finite.all():
+                row = first + int((~finite).nonzero()[0])
+                raise DataError(
+                    f"row {row} of {self.site.label} came not finite from the model; one loaded in another dtype may "
+                    "not have such rows"
+                )
+            sequential = self.features.sae.sequential
+            step, parts = len(rows) if sequential else extract.BLOCKS * made.encoder.block_rows, []
+            for at in range(0, len(rows), step):
+                try:
+                    found = made.encoder(rows[at : at + step], lengths if sequential else None)
+                except NotFinite as error:
+                    raise not_finite(made.array, self.features.sae, first + at + error.row, error.features) from None
+                parts.append(made.on_the_host(found))
+            commit(segments, (first, first + len(rows)), joined(parts))
+
+        with files.locked(partial):
+            try:
+                discard(segments, manifest.rows)  # what was not committed by the recorder
+                extract.begin(partial, target, self._planned(manifest))
+                done = max((last for _, last in committed(segments)), default=0)
+                if done != manifest.rows:
+                    raise self._lacking(path, manifest.rows - done)
+                yield write
+            except BaseException:
+                extract.remove_if_empty(partial)
+                raise
+
+    def finish(self, store: Store, show_progress: bool = True) -> Features:
+        """Merge and index the features of a complete recording, or extract them from it where it has the site."""
+        asked, target = self.features, self._target(store.path)
+        if any(site.name == self.site.name for site in store.sites):
+            return extract.extract_features(
+                store, asked.sae, self.site.name, dtype=asked.dtype, force=asked.force, show_progress=show_progress
+            )
+        planned, state = self._planned(store.manifest), self._state(store.manifest.fingerprint, store.rows)
+        partial = extract.partial_of(target)
+        source = partial / extract.STATE
+        if source.is_file():
+            begun = parse(extract.State, from_json(source.read_bytes(), source), str(source))
+            if begun.store_fingerprint == planned.store_fingerprint:
+                begun = replace(begun, store_fingerprint=state.store_fingerprint)
+                files.replace_durably(source, to_json(begun).encode())
+        elif store.rows and not any((folder / extract.RECORD).is_file() for folder in (target, partial)):
+            raise self._lacking(store.path, store.rows)
+        return extract.finish(self._made(store, show_progress), target, state)
+
+    def _made(self, store: Store, show_progress: bool) -> extract.Extraction:
+        """What an extraction from an array does, of one that only passes: there are no rows to read."""
+        array = ActivationArray(store, self.site)
+        return extract.Extraction(array, None, encoder(self.features.sae), None, None, show_progress)
+
+    def _target(self, store: Path) -> Path:
+        return extract.target_of(store.absolute(), self.site, self.features.sae.name)
+
+    def _planned(self, manifest: Manifest) -> extract.State:
+        """The state while the store is recorded: in place of its fingerprint that of what is planned."""
+        return self._state(replace(manifest, segments=()).fingerprint, manifest.planned_rows)
+
+    def _state(self, fingerprint: str, rows: int) -> extract.State:
+        record = extract.sae_record(self.features.sae, None)
+        return extract.asked_state(record, self.site.name, fingerprint, rows, self.features.dtype)
+
+    def _lacking(self, store: Path, rows: int) -> RequestError:
+        return RequestError(
+            f"{store} has {rows:,} rows that were recorded without features of SAE {self.features.sae.name!r} and "
+            f"without {self.site.label}; choose another out"
+        )

@@ -1,0 +1,86 @@
+"""Features of consecutive rows as files that are there as a whole or not at all: what extraction resumes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64, Integer
+
+from workbench.sae.arrays import ArrayFile, array_bytes, map_arrays
+from workbench.store import files
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Features of some rows, as the three arrays of a CSR matrix."""
+
+    indptr: Int64[np.ndarray, " row_plus_1"]
+    feature: Integer[np.ndarray, " entry"]
+    value: Float32[np.ndarray, " entry"]
+
+
+def joined(parts: list[Segment]) -> Segment:
+    """Parts that follow each other as one."""
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    return Segment(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([part.feature for part in parts]),
+        np.concatenate([part.value for part in parts]),
+    )
+
+
+def commit(folder: Path, rows: tuple[int, int], segment: Segment) -> None:
+    """Write the segment of `rows`, the first and the one behind the last, and only then give it its name."""
+    path = _path(folder, rows)
+    unfinished = path.with_name(path.name + files.PARTIAL)
+    files.remove(unfinished)
+    layout = _layout(rows, len(segment.feature), segment.feature.dtype.name)
+    with ArrayFile(unfinished, layout) as file:
+        for name in layout:
+            file.append(name, getattr(segment, name))
+    files.rename_durably(unfinished, path)
+
+
+def committed(folder: Path) -> Iterator[tuple[int, int]]:
+    """Rows of the committed segments, the first and the one behind the last, without a gap from row 0 on."""
+    done = 0
+    for path in sorted(folder.glob("*-*.safetensors")):
+        first, stop = map(int, path.stem.split("-"))
+        if first != done:
+            return
+        yield first, stop
+        done = stop
+
+
+def read(folder: Path, rows: tuple[int, int], kind: str) -> Segment:
+    """The committed segment of `rows`, its arrays views of the file. `kind`: the type of its feature ids."""
+    path = _path(folder, rows)
+    width = np.dtype("float32").itemsize + np.dtype(kind).itemsize
+    entries = (array_bytes(path) - 8 * (rows[1] - rows[0] + 1)) // width
+    return Segment(**map_arrays(path, _layout(rows, entries, kind)))
+
+
+def discard(folder: Path, rows: int) -> None:
+    """Remove the segments that reach beyond that many rows."""
+    for own in list(committed(folder)):
+        if own[1] > rows:
+            files.remove(_path(folder, own))
+
+
+def clear(folder: Path) -> None:
+    """Make the folder where there is none, and remove what is in it but the committed segments."""
+    folder.mkdir(exist_ok=True)
+    known = {_path(folder, rows) for rows in committed(folder)}
+    for leftover in set(folder.iterdir()) - known:
+        files.remove(leftover)
+
+
+def _path(folder: Path, rows: tuple[int, int]) -> Path:
+    return folder / f"{rows[0]:012d}-{rows[1]:012d}.safetensors"
+
+
+def _layout(rows: tuple[int, int], entries: int, kind: str) -> dict[str, tuple[str, int]]:
+    return {"indptr": ("int64", rows[1] - rows[0] + 1), "feature": (kind, entries), "value": ("float32", entries)}
