@@ -18,15 +18,13 @@ from workbench.errors import RequestError
 from workbench.figures.text import plain
 from workbench.markup import frame, inline, prose, table, text
 from workbench.probe import definition, settings_told
-from workbench.result import maker
+from workbench.result import Result, maker
 from workbench.store.files import replace_durably
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
     from plotly.graph_objects import Figure
-
-    from workbench.result import Result
 
 ROWS = 10
 """Table rows that are shown; the whole table lies beside the result."""
