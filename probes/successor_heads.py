@@ -24,7 +24,7 @@ from workbench.circuits import FirstMlp, direct_logits, first_mlp, head_outputs,
 from workbench.errors import RequestError, nearest
 from workbench.figures.heads import head_grid
 from workbench.figures.text import label, units
-from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE
+from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
 from workbench.lens import Unembed, load_unembed
 from workbench.models import Model, usable_device
 from workbench.origin import recorded_model
@@ -734,7 +734,7 @@ def _circuit_map(result: Result) -> go.Figure:
             hovertemplate="%{customdata}: %{z:.3f} logits<extra></extra>",
             colorscale=SIGNED,
             zmid=float(values.mean()),
-            colorbar={"title": {"text": units(values.attrs), "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar=colour_bar(units(values.attrs)),
         )
     )
     head = f"{values.attrs['layer']}.{values.attrs['head']}"

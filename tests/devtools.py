@@ -127,6 +127,16 @@ class Page:
         return [address for address in asked if not address.startswith(("data:", "blob:"))]
 
 
+def end_process(process: subprocess.Popen) -> None:
+    """Asks a process to end, and after 30 s makes it."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @contextmanager
 def chromium(arguments: Sequence[str] = ()) -> Iterator[Page]:
     """A fresh browser with one empty tab. Skips the test where there is no Chromium."""
@@ -157,10 +167,5 @@ def chromium(arguments: Sequence[str] = ()) -> Iterator[Page]:
         finally:
             page._socket.close()
     finally:
-        browser.terminate()
-        try:
-            browser.wait(20)
-        except subprocess.TimeoutExpired:
-            browser.kill()
-            browser.wait()
+        end_process(browser)
         shutil.rmtree(profile, ignore_errors=True)

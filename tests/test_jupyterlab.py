@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from devtools import PATIENCE, chromium
+from devtools import PATIENCE, chromium, end_process
 
 pytest.importorskip("jupyterlab", reason="needs jupyterlab: pip install 'interp-workbench[notebook]'")
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
@@ -64,12 +64,7 @@ def lab(tmp_path):
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{found[1]}"
         finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            end_process(server)
 
 
 def test_the_quickstart_in_jupyterlab(lab, tmp_path):

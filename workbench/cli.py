@@ -6,16 +6,13 @@ line on stderr; `--debug` shows the traceback.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import itertools
 import os
 import re
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -561,7 +558,9 @@ def _choices(config: type) -> list[tuple[str, Any, Any]]:
 
     A setting that is itself several values, or that is not compared, is one for the whole sweep.
     """
-    hints, told = get_type_hints(config), _told(config)
+    from workbench.probe import settings_told
+
+    hints, told = get_type_hints(config), settings_told(config)
     found = []
     for field in dataclasses.fields(config):
         kind, default = hints[field.name], field.default
@@ -573,17 +572,6 @@ def _choices(config: type) -> list[tuple[str, Any, Any]]:
 
 def _is_choice(config: type, field: dataclasses.Field) -> bool:
     return field.compare and get_origin(get_type_hints(config)[field.name]) is not tuple
-
-
-def _told(config: type) -> dict[str, str]:
-    """What the docstrings under a dataclass's fields say, and under those it inherits."""
-    found = {}
-    for kind in reversed(config.__mro__[:-1]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        for line, following in itertools.pairwise(body.body):
-            if isinstance(line, ast.AnnAssign) and isinstance(following, ast.Expr):
-                found[line.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
-    return found
 
 
 class _RunSweep:

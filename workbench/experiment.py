@@ -16,11 +16,11 @@ import ast
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from workbench.errors import RequestError, nearest
+from workbench.errors import RequestError
+from workbench.plugins import load_named, no_module, parsed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,20 +52,14 @@ def installed_experiments() -> dict[str, EntryPoint]:
 
 def summary(entry: EntryPoint) -> str:
     """First line of an experiment's docstring, read from its source."""
-    try:
-        spec = find_spec(entry.module)
-    except ModuleNotFoundError:  # one experiment half uninstalled must not hide the others
-        return f"cannot be loaded: there is no module {entry.module}"
-    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    if (module := parsed(entry)) is None:
+        return no_module(entry)
+    return (ast.get_docstring(module) or "").partition("\n")[0]
 
 
 def find_experiment(name: str) -> Any:
     """The module registered as `name`. Raises RequestError with the nearest names."""
-    known = installed_experiments()
-    if name not in known:
-        raise RequestError(f"experiment {name!r} is not installed{nearest(name, known)}; known: {', '.join(known)}")
-    return known[name].load()
+    return load_named("experiment", name, installed_experiments())
 
 
 def identity(config: Any) -> dict[str, Any]:

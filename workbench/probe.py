@@ -11,11 +11,9 @@ import inspect
 import textwrap
 from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from workbench.errors import RequestError, nearest
+from workbench.plugins import load_named, no_module, parsed
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -53,23 +51,17 @@ def installed_probes() -> dict[str, EntryPoint]:
 
 
 def summary(entry: EntryPoint) -> str:
-    """First line of a probe's docstring, read from its source: importing every probe would take seconds."""
-    try:
-        spec = find_spec(entry.module)
-    except ModuleNotFoundError:  # one probe half uninstalled must not hide the others
-        return f"cannot be loaded: there is no module {entry.module}"
-    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
-    classes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+    """First line of a probe's docstring, read from its source."""
+    if (module := parsed(entry)) is None:
+        return no_module(entry)
+    classes = (node for node in ast.walk(module) if isinstance(node, ast.ClassDef))
     found = next((ast.get_docstring(node) for node in classes if node.name == entry.attr), None)
     return (found or "").strip().partition("\n")[0]
 
 
 def find_probe(name: str) -> type:
     """The probe class registered as `name`. Raises RequestError with the nearest names."""
-    known = installed_probes()
-    if name not in known:
-        raise RequestError(f"probe {name!r} is not installed{nearest(name, known)}; known: {', '.join(known)}")
-    return known[name].load()
+    return load_named("probe", name, installed_probes())
 
 
 def definition(probe: type) -> str:
