@@ -42,6 +42,9 @@ _EXAMPLE = 128  # tokens
 UNITS = {
     "alpha": "attention",
     "sink_k": "% of heads",
+    "sink": "% of heads",
+    "sink_low": "% of heads",
+    "sink_high": "% of heads",
     "reliable": "1 = min_visible queries or more see it",
     "sink_share": "share of sequences",
     "row_entropy": "share of the largest entropy",
@@ -94,6 +97,17 @@ class AttentionSinks:
     """Which heads attend to one token whatever the text, how that token differs, and in which domains they do."""
 
     name: ClassVar[str] = "attention-sinks"
+    sources: ClassVar[tuple[str, ...]] = (
+        "Gu et al. 2024, When attention sink emerges in language models, arXiv 2410.10781",
+        "Guo et al. 2024, Active-dormant attention heads, arXiv 2410.13835",
+        "Sun et al. 2024, Massive activations in large language models, arXiv 2402.17762",
+    )
+    controls: ClassVar[Mapping[str, str]] = {
+        "a uniform head": "has alpha of H_T / T at position 0: 0.074 for T = 64, far below epsilon",
+        "random weights": "the same architecture with random weights has no sink: Sink_1 is 0",
+        "value_norm_others": "value norm of the other tokens, beside which the sink's is small",
+        "residual_norm_others": "residual norm of the other tokens, beside which the sink's is large",
+    }
 
     epsilon: float = 0.3
     """A key is a sink of a head in a sequence if its alpha is more than this."""
@@ -118,7 +132,7 @@ class AttentionSinks:
     examples: int = 8
     """Heads, those with the largest alpha, whose attention over the first sequence is kept; 0: none."""
     resamples: int = 1000
-    """Draws of documents for the intervals of the comparison of domains."""
+    """Draws of documents for the intervals of the metric and of the comparison of domains."""
     seed: int = 0
     """Of these draws."""
 
@@ -142,8 +156,9 @@ class AttentionSinks:
     def run(self, store: Store) -> Result:
         """Reads `pattern` (and `v`, `resid_post`), or what was derived from them while recording.
 
-        `data` has, over (position): sink_k, the papers' metric, 0 to 100; over (layer, head, position): alpha, its mean
-        over sequences, 0 to 1 (H_T / T at the first key of a head that attends uniformly: 0.074 for T = 64). Over
+        `data` has, over (position): sink_k, the papers' metric, 0 to 100; sink, the same of the position `sink`, with
+        its 95 % interval over documents, sink_low and sink_high. Over (layer, head, position): alpha, its mean over
+        sequences, 0 to 1 (H_T / T at the first key of a head that attends uniformly: 0.074 for T = 64). Over
         (layer, head), at the position `sink`: sink_share, whose mean is sink_k; value norms (1: as the others'); the
         detector's two entropies, 0 to 1, and the share of sequences in which it takes the head. Over (layer):
         residual norms and massive activations. With `domain`: mean attention of later tokens to the sink over (domain,
@@ -177,6 +192,7 @@ class AttentionSinks:
         arrays |= _over_layers(every, residual)
         heads_seen = len(sequences) * sum(len(part["sink_share"]) for part in found.values())
         arrays["sink_k"] = 100 * sum(part["above"] for part in found.values()) / heads_seen
+        arrays |= _sink_interval(self, found, sequences)
         arrays["reliable"] = (self.length - np.arange(self.length) >= self.min_visible).astype(np.int8)
         if self.domain is not None:
             paid = {layer: part["paid"] for layer, part in found.items()}
@@ -318,8 +334,9 @@ def _domain_of(probe: AttentionSinks, tokens: Any, starts: np.ndarray) -> tuple[
 def _attention(
     probe: AttentionSinks, store: Store, source: str, layer: int, sequences: _Sequences
 ) -> dict[str, np.ndarray]:
-    """Of one layer: means over sequences for each head; "above", how often each position is a sink; and for domains
-    "paid", the attention to the sink [sequence, head]. What was not recorded is missing."""
+    """Of one layer: means over sequences for each head; "above", how often each position is a sink; "sinks", how many
+    heads have `sink` as one [sequence]; and for domains "paid", the attention to it [sequence, head]. What was not
+    recorded is missing."""
     length, parts = probe.length, []
     kind = "pattern" if source == "pattern" else "attn_received"
     for _, rows in sequences.blocks(int(np.prod(store[kind, layer].shape[1:]))):
@@ -330,6 +347,7 @@ def _attention(
             "alpha": rearrange(alpha, "sequence position head -> sequence head position").sum(0),
             "above": (alpha > probe.epsilon).sum((0, 2)),
             "sink_share": (alpha[:, probe.sink] > probe.epsilon).sum(0),
+            "sinks": (alpha[:, probe.sink] > probe.epsilon).sum(1),
         }
         if "row" in seen:  # the first query sees one key: no entropy
             part["row"] = (seen["row"][:, 1:] / np.log(np.arange(2, length + 1))[:, None]).sum(1) / length
@@ -346,7 +364,21 @@ def _attention(
     if {"row", "column"} <= each.keys():
         taken = (each["row"] < probe.row_entropy) & (each["column"] > probe.column_entropy)
         found["detected"] = taken.mean(0)
-    return found | {"above": total["above"]} | ({"paid": each["paid"]} if "paid" in each else {})
+    return (
+        found | {"above": total["above"], "sinks": each["sinks"]} | ({"paid": each["paid"]} if "paid" in each else {})
+    )
+
+
+def _sink_interval(
+    probe: AttentionSinks, found: Mapping[int, Mapping[str, np.ndarray]], sequences: _Sequences
+) -> dict[str, np.ndarray]:
+    """Sink_k of the position `sink`, and its interval: a bootstrap over documents, NaN where there is one alone."""
+    heads = sum(len(part["sink_share"]) for part in found.values())
+    share = 100 * sum(part["sinks"] for part in found.values())[:, None] / heads
+    mean, drawn = clustered_means(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
+    alone = len(np.unique(sequences.document)) < 2
+    low, high = np.full(2, np.nan) if alone else intervals(drawn)[:, 0]
+    return {"sink": np.asarray(mean[0]), "sink_low": np.asarray(low), "sink_high": np.asarray(high)}
 
 
 def _read_pattern(store: Store, layer: int, rows: np.ndarray, sink: int) -> dict[str, np.ndarray]:

@@ -98,6 +98,12 @@ class FutureLens:
     """How much of what the model will say one, two, three tokens past the next can be read from one hidden state."""
 
     name: ClassVar[str] = "future-lens"
+    sources: ClassVar[tuple[str, ...]] = ("Pal et al. 2023, Future Lens, arXiv 2311.04897",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "bigram_precision": "what the token at T tells of T+N without any state",
+        "unigram_precision": "the most frequent token, which needs nothing",
+        "shuffled_precision": "the same maps given the states of other tokens",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid."""

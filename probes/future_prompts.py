@@ -7,7 +7,7 @@ read is right where it is the model's own top token at T+N in the text; N = 0 is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,6 +76,12 @@ class FuturePrompts:
     """How much of what the model will say past the next token it says itself, when given one hidden state of a text."""
 
     name: ClassVar[str] = "future-prompts"
+    sources: ClassVar[tuple[str, ...]] = ("Pal et al. 2023, Future Lens, arXiv 2311.04897",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "zero_precision": "zeros in place of the state: what prompt and fed tokens tell by themselves",
+        "shuffled_precision": "the states of other tokens",
+        "bigram_precision": "what the last token known tells without any state",
+    }
 
     model: str | None = None
     """Directory or hub id of the recorded model, where the name in the store is not enough to load it."""

@@ -9,6 +9,7 @@ are not distributions the model would ever emit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,11 @@ class LogitLens:
     """What each layer would predict, were the model to stop there: top tokens, entropy, KL to the output, loss."""
 
     name: ClassVar[str] = "logit-lens"
+    sources: ClassVar[tuple[str, ...]] = ("nostalgebraist 2020, interpreting GPT: the logit lens",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "a uniform guess": "has entropy and cross-entropy of ln(vocab) nats",
+        "random weights": "the same architecture with random weights has no fall of mean_cross_entropy over layers",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid, attn_out, mlp_out."""

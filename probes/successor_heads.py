@@ -24,7 +24,7 @@ from workbench.circuits import FirstMlp, direct_logits, first_mlp, head_outputs,
 from workbench.errors import RequestError, nearest
 from workbench.figures.heads import head_grid
 from workbench.figures.text import label, units
-from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE
+from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
 from workbench.lens import Unembed, load_unembed
 from workbench.models import Model, usable_device
 from workbench.origin import recorded_model
@@ -69,6 +69,13 @@ class SuccessorHeads:
     """Which heads map a token to its successor: numbers, days, months, letters, in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
+    sources: ClassVar[tuple[str, ...]] = ("Gould et al. 2023, Successor heads, arXiv 2312.09230",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "null_macro": "the same score with the successors shuffled within their class",
+        "p_family": "share of shuffles in which the best of all heads scores as high as this one",
+        "chance": "1 / n for a class of n members",
+        "first_mlp_score": "what heads read, scored without a head: how much the first MLP does by itself",
+    }
 
     model: str | None = None
     """Directory or hub id of the recorded model, where the name in the store is not enough to load it."""
@@ -727,7 +734,7 @@ def _circuit_map(result: Result) -> go.Figure:
             hovertemplate="%{customdata}: %{z:.3f} logits<extra></extra>",
             colorscale=SIGNED,
             zmid=float(values.mean()),
-            colorbar={"title": {"text": units(values.attrs), "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar=colour_bar(units(values.attrs)),
         )
     )
     head = f"{values.attrs['layer']}.{values.attrs['head']}"

@@ -12,6 +12,7 @@ with s = -1 where t + i lies before p and m the number of terms in the sum; term
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,6 +47,12 @@ class TokenErasure:
     """Whether last tokens of words forget the tokens before them, and which spans of the text behave like words."""
 
     name: ClassVar[str] = "token-erasure"
+    sources: ClassVar[tuple[str, ...]] = ("Feucht et al. 2024, Token erasure, arXiv 2406.20086",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "the control group": "tokens that end no word of several tokens: `fall` is what last tokens lose beyond them",
+        "fall_low": "lower end of the 95 % interval over documents of `fall`, which is to be above 0",
+        "random weights": "the same architecture with random weights, whose `fall` is near 0",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer."""

@@ -8,6 +8,7 @@ has none: its row is the model's own output. Trained on some documents of the st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +45,11 @@ class TunedLens:
     """What each layer would predict after a trained change of basis, on documents the training did not see."""
 
     name: ClassVar[str] = "tuned-lens"
+    sources: ClassVar[tuple[str, ...]] = ("Belrose et al. 2023, the tuned lens, arXiv 2303.08112",)
+    controls: ClassVar[Mapping[str, str]] = {
+        "logit_mean_kl": "the logit lens on the same held-out tokens, with nothing trained",
+        "logit_mean_cross_entropy": "the same, of the token that follows",
+    }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid."""

@@ -342,6 +342,22 @@ def test_draws_are_of_documents_and_reproducible(two_domains):
     assert (once != fewer).any()
 
 
+def test_the_metric_has_an_interval_over_documents(tmp_path):
+    """Of four documents one has no sink: three of four sequences, and a bootstrap of these four, written out."""
+    heads = [[sink_head(16, c)] for c in (0.9, 0.9, 0.0, 0.9)]
+    store = planted(tmp_path / "s", *heads, documents=[0, 1, 2, 3])
+    data = run(store, length=16, resamples=4000).data
+    draws = np.random.default_rng(7).integers(0, 4, (40_000, 4))
+    low, high = np.quantile(np.array([100, 100, 0, 100])[draws].mean(1), [0.025, 0.975])
+    assert [float(data[name]) for name in ("sink", "sink_low", "sink_high")] == [75, low, high]
+    assert float(data["sink"]) == float(data["sink_k"][0])
+    alone = run(planted(tmp_path / "alone", *heads, documents=[0, 0, 0, 0]), length=16).data
+    assert float(alone["sink"]) == 75
+    assert np.isnan([alone["sink_low"], alone["sink_high"]]).all()
+    elsewhere = run(store, length=16, sink=3).data
+    assert float(elsewhere["sink"]) == float(elsewhere["sink_k"][3]) == 0
+
+
 def test_one_document_has_no_interval_and_one_domain_no_gap(tmp_path):
     heads = [[sink_head(8, c)] for c in (0.2, 0.4)]
     store = planted(tmp_path / "s", *heads, documents=[0, 0], sources=["a<b>", "a<b>"])
@@ -537,7 +553,9 @@ def derived_arrays(kinds, lengths=(8,), heads=2):
 def test_what_was_not_recorded_is_left_out_and_said(tmp_path):
     store = plant(tmp_path / "s", [8], derived_arrays(["attn_received"]))
     result = run(store, length=8)
-    assert {*result.data} == {"alpha", "sink_share", "sink_k", "reliable", "sequences", "short_sequences"}
+    assert {*result.data} == {
+        *("alpha", "sink_share", "sink_k", "sink", "sink_low", "sink_high", "reliable", "sequences", "short_sequences")
+    }
     assert result.data.attrs["note"] == (
         "no row_entropy: attn_entropy is not recorded; no column_entropy: attn_received_entropy is not recorded; "
         "no value_norm_ratio: v or v_norm is not recorded; no residual_norm_ratio: resid_post or resid_norm is not "

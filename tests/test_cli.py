@@ -262,7 +262,7 @@ def test_another_tokenizer_and_dtype(stories260k, tiny_tokenizer, tmp_path):
 
 
 def test_unknown_verbs():
-    assert refused("prbe") == ("there is no command 'prbe'; nearest: probe, probes, report; see workbench --help")
+    assert refused("prbe") == ("there is no command 'prbe'; nearest: probe, probes, compare; see workbench --help")
     assert refused("zzz") == "there is no command 'zzz'; see workbench --help"
     assert refused("--limit").startswith("there is no command '--limit'; ")
 
@@ -402,20 +402,9 @@ def test_help_lists_every_verb():
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == [
-        "demo",
-        "record",
-        "info",
-        "verify",
-        "query",
-        "features",
-        "top",
-        "probes",
-        "report",
-        "export",
-        "probe",
-    ]
-    assert {*cli.VERBS, "probe"} == set(listed)
+    verbs = "demo record info verify query features top probes report export compare probe sweep"
+    assert listed == verbs.split()
+    assert {*cli.VERBS, "probe", "sweep"} == set(listed)
 
 
 @pytest.mark.parametrize(

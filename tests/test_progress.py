@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,6 +87,9 @@ def test_hidden_progress_says_nothing(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+NOTEBOOK = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel="one"))
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -109,11 +113,11 @@ def test_a_bar_where_it_can_be_drawn(place, clock, monkeypatch):
         def update(self, n):
             self.counts.append(n)
 
-    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr("tqdm.tqdm" if place == "terminal" else "tqdm.notebook.tqdm", Bar)
     if place == "terminal":
         monkeypatch.setattr(sys, "stderr", Terminal())
     else:
-        monkeypatch.setitem(sys.modules, "ipykernel", progress_module)
+        monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
     with progress("recording", 100, "rows", done=40) as tick:
         clock[0] += 100
         tick(25)
@@ -132,3 +136,9 @@ def test_a_bar_where_it_can_be_drawn(place, clock, monkeypatch):
     with progress("recording", 100, "rows", shown=False):
         pass
     assert len(bars) == 1
+
+
+def test_a_notebook_without_widgets_has_a_bar_of_characters(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: None)
+    assert progress_module._bar().__module__ == "tqdm.std"

@@ -43,6 +43,8 @@ _PUBLIC = {
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
+    "compare": "workbench.comparison",
+    "TokenView": "workbench.token_view",
     "Result": "workbench.result",
     "load_result": "workbench.result",
     "export": "workbench.export",
@@ -68,6 +70,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from workbench.comparison import compare
     from workbench.distributed import RayWorkers, Share
     from workbench.embedded import demo_corpus
     from workbench.errors import DataError, RequestError, WorkbenchError
@@ -93,3 +96,4 @@ if TYPE_CHECKING:
     from workbench.settings import Recording
     from workbench.sizing import plan
     from workbench.store.reader import ActivationArray, Rows, Store, open_store
+    from workbench.token_view import TokenView

@@ -14,10 +14,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -415,6 +415,41 @@ class Export:
         return 0
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Put two stores of the same tokens side by side: two models, checkpoints or dtypes."""
+
+    store_a: Positional[Path]
+    store_b: Positional[Path]
+    sites: tuple[str, ...] | None = None
+    """Sites or kinds to compare, such as resid_post. Default: all, which then must be the same in both."""
+    probes: tuple[str, ...] | None = None
+    """Probes to run on both. Default: every installed one that the sites permit; none: --probes with no name."""
+    out: Path | None = None
+    """Folder for the tables (CSV) and the figure."""
+
+    def run(self) -> int:
+        from workbench.store.manifest import read_manifest
+
+        for store in (self.store_a, self.store_b):
+            read_manifest(store)  # a wrong path answers before torch is loaded
+        from workbench.comparison import compare, refuse_full
+        from workbench.store.reader import open_store
+
+        if self.out is not None:
+            refuse_full(self.out)
+        found = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
+        _print_table(list(found.sites.columns), found.sites.to_numpy().tolist())
+        if len(found.probes):
+            print()
+            _print_table(list(found.probes.columns), found.probes.to_numpy().tolist())
+        for probe, reason in found.not_run.items():
+            print(_plain(f"not run  {probe}: {reason}"))
+        if self.out is not None:
+            print(f"tables  {found.save(self.out)}")
+        return 0
+
+
 VERBS: dict[str, type] = {
     "demo": Demo,
     "record": Record,
@@ -427,18 +462,30 @@ VERBS: dict[str, type] = {
     "probes": Probes,
     "report": Report,
     "export": Export,
+    "compare": Compare,
 }
+_SWEEP_HELP = "Run an experiment over a grid of settings: workbench sweep EXPERIMENT --model a b --seed 0 1 2 --out DIR"
 _PROBE_HELP = "Ask one probe of a store and save its result with figures: workbench probe NAME STORE --out DIR"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `workbench` command."""
+    _exit(_command, arguments)
+
+
+def run_experiment(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Entry point of an experiment's own script: one run, its settings from the command line, in a run folder."""
+    _exit(lambda rest: _experiment_command(name, rest), arguments)
+
+
+def _exit(command: Callable[[list[str]], Any], arguments: Sequence[str] | None) -> None:
+    """Runs the command that the arguments spell and ends with its exit code, or with one line of what is wrong."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _show_warning
     try:
-        status = _command(arguments).run()
+        status = command(arguments).run()
         print(end="", flush=True)
     except WorkbenchError as error:
         if debug:
@@ -471,8 +518,11 @@ def _command(arguments: list[str]) -> Any:
         return _Help()
     if verb == "probe":
         return _probe_command(rest)
+    if verb == "sweep":
+        return _sweep_command(rest)
     if verb not in VERBS:
-        raise RequestError(f"there is no command {verb!r}{nearest(verb, [*VERBS, 'probe'])}; see workbench --help")
+        known = [*VERBS, "probe", "sweep"]
+        raise RequestError(f"there is no command {verb!r}{nearest(verb, known)}; see workbench --help")
     return _parse(VERBS[verb], f"workbench {verb}", rest)
 
 
@@ -518,10 +568,123 @@ class _RunProbe:
         return 0
 
 
+def _experiment_command(name: str, arguments: list[str]) -> Any:
+    """One run of an experiment."""
+    from workbench.experiment import find_experiment
+
+    experiment = find_experiment(name)
+    command = dataclasses.make_dataclass(
+        name,
+        [
+            ("config", OmitArgPrefixes[experiment.Config], dataclasses.field(default_factory=experiment.Config)),
+            (
+                "out",
+                Annotated[Path | None, arg(help=f"The run folder. Default: named by the config, under runs/{name}.")],
+                None,
+            ),
+        ],
+        bases=(_RunExperiment,),
+        namespace={"experiment": name},
+        frozen=True,
+    )
+    return _parse(command, f"python -m {experiment.__name__}", arguments, (experiment.__doc__ or "").strip())
+
+
+class _RunExperiment:
+    def run(self) -> int:
+        from workbench.runs import RESULTS, Cell, cell_of, is_complete, run_cell
+
+        cell = cell_of(self.experiment, self.config, Path("runs") / self.experiment)
+        if self.out is not None:
+            cell = Cell(self.experiment, self.config, self.out)
+        if is_complete(cell):
+            print(f"complete already: {cell.folder}")
+        print(_plain(run_cell(cell).headline()))
+        for figure in sorted((cell.folder / RESULTS / "figures").glob("*.html")):
+            print(f"figure  {figure}")
+        return 0
+
+
+def _sweep_command(arguments: list[str]) -> Any:
+    from workbench.experiment import find_experiment, installed_experiments, summary
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_SWEEP_HELP + "\n")
+        return _Listed({name: summary(entry) for name, entry in installed_experiments().items()})
+    name, *rest = arguments
+    experiment = find_experiment(name)
+    command = dataclasses.make_dataclass(
+        name,
+        [
+            *_choices(experiment.Config),
+            ("out", Annotated[Path | None, arg(help=f"Folder of the sweep. Default: runs/{name}.")], None),
+        ],
+        bases=(_RunSweep,),
+        namespace={"experiment": name},
+        frozen=True,
+    )
+    what = f"{(experiment.__doc__ or '').strip()}\n\nEach setting takes one value or several; every combination is run."
+    return _parse(command, f"workbench sweep {name}", rest, what)
+
+
+def _choices(config: type) -> list[tuple[str, Any, Any]]:
+    """A field for each setting of a config, that takes several values where the setting takes one.
+
+    A setting that is itself several values, or that is not compared, is one for the whole sweep.
+    """
+    from workbench.probe import settings_told
+
+    hints, told = get_type_hints(config), settings_told(config)
+    found = []
+    for field in dataclasses.fields(config):
+        kind, default = hints[field.name], field.default
+        if _is_choice(config, field):
+            kind, default = tuple[kind, ...], (default,)
+        found.append((field.name, Annotated[kind, arg(help=told.get(field.name, ""))], default))
+    return found
+
+
+def _is_choice(config: type, field: dataclasses.Field) -> bool:
+    return field.compare and get_origin(get_type_hints(config)[field.name]) is not tuple
+
+
+class _RunSweep:
+    def run(self) -> int:
+        from workbench.experiment import find_experiment
+        from workbench.sweep import TABLE, grid, sweep
+
+        config = find_experiment(self.experiment).Config
+        names = [field.name for field in dataclasses.fields(config) if _is_choice(config, field)]
+        fixed = [field.name for field in dataclasses.fields(config) if field.name not in names]
+        choices = {name: getattr(self, name) for name in names} | {name: (getattr(self, name),) for name in fixed}
+        out = self.out or Path("runs") / self.experiment
+        swept = sweep(self.experiment, grid(config, choices), out, say=lambda line: print(_plain(line), flush=True))
+        for outcome in swept.failed:
+            print(_plain(f"failed  {outcome.cell.folder.name}: {outcome.told}"))
+        counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "there", "failed")}
+        print(", ".join(f"{number} {state}" for state, number in counted.items()))
+        if swept.result is not None:
+            print(f"table   {swept.folder / TABLE}")
+            for figure in sorted((swept.folder / "figures").glob("*.html")):
+                print(f"figure  {figure}")
+        return 1 if swept.failed else 0
+
+
+class _Listed:
+    def __init__(self, lines: dict[str, str]) -> None:
+        self.lines = lines
+
+    def run(self) -> int:
+        for name, line in self.lines.items():
+            print(_plain(f"  {name:<18} {line}"))
+        return 0
+
+
 class _Help:
     def run(self) -> int:
         print("usage: workbench COMMAND ...    (workbench COMMAND --help tells more; --debug shows tracebacks)\n")
-        lines = {name: (kind.__doc__ or "").strip() for name, kind in VERBS.items()} | {"probe": _PROBE_HELP}
+        lines = {name: (kind.__doc__ or "").strip() for name, kind in VERBS.items()}
+        lines |= {"probe": _PROBE_HELP, "sweep": _SWEEP_HELP}
         for name, line in lines.items():
             print(f"  {name:<8} {line}")
         return 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """What a second recording holds, in sequences of 64 tokens: the sink metrics compare sequences of one length."""
+HEAD_ROWS = 20_000
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention-sinks": {"domain": "domain"},
     "future-lens": {"epochs": 1, "horizons": 2},
@@ -38,7 +39,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "prompts": ('The multi-tokens present here are "',),
         "horizons": 2,
         "row_limit": 60,
-        "training_rows": 200,
+        "training_rows": 100,
         "epochs": 1,
     },
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0), "late": 3},
@@ -54,12 +55,12 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
     the report's path.
 
     `say` is told what was found, a line at a time. Resumes what was interrupted. A probe is asked of the first store
-    that has what it needs; one that refuses both is reported and does not stop the others. About 45 seconds and 200 MB
+    that has what it needs; one that refuses both is reported and does not stop the others. About 50 seconds and 200 MB
     of disk.
     """
     out, model, texts = Path(out), load_model(NAME), demo_corpus()
     store = record(model, texts, sites=SITES, out=out / "demo.acts")
-    heads = record(model, texts, sites=HEAD_SITES, context=64, out=out / "heads.acts")
+    heads = record(model, texts, sites=HEAD_SITES, context=64, max_rows=HEAD_ROWS, out=out / "heads.acts")
     say(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
     say(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
     features = extract_features(store, load_sae(NAME))

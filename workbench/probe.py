@@ -7,12 +7,13 @@ known by an entry point in the group "workbench.probes"; ours and anybody else's
 from __future__ import annotations
 
 import ast
+import inspect
+import textwrap
+from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from workbench.errors import RequestError, nearest
+from workbench.plugins import load_named, no_module, parsed
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -26,7 +27,12 @@ GROUP = "workbench.probes"
 class Probe(Protocol):
     """The contract: a frozen dataclass with a name, a run and the figures of its result.
 
-    A probe may also have a static `headline(result) -> str`: what was found and where, in one line of plain text.
+    A report quotes its module's docstring as the definition and the docstrings of its settings. A probe may also have
+
+        headline(result) -> str             static: what was found and where, in one line of plain text
+        sources: ClassVar[tuple[str, ...]]  the papers, as they are cited: "Gu et al. 2024, arXiv 2410.10781"
+        controls: ClassVar[Mapping]         what to hold the result against: a variable of `data`, or a name of its own,
+                                            to what it means
     """
 
     name: ClassVar[str]
@@ -45,20 +51,41 @@ def installed_probes() -> dict[str, EntryPoint]:
 
 
 def summary(entry: EntryPoint) -> str:
-    """First line of a probe's docstring, read from its source: importing every probe would take seconds."""
-    try:
-        spec = find_spec(entry.module)
-    except ModuleNotFoundError:  # one probe half uninstalled must not hide the others
-        return f"cannot be loaded: there is no module {entry.module}"
-    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
-    classes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+    """First line of a probe's docstring, read from its source."""
+    if (module := parsed(entry)) is None:
+        return no_module(entry)
+    classes = (node for node in ast.walk(module) if isinstance(node, ast.ClassDef))
     found = next((ast.get_docstring(node) for node in classes if node.name == entry.attr), None)
     return (found or "").strip().partition("\n")[0]
 
 
 def find_probe(name: str) -> type:
     """The probe class registered as `name`. Raises RequestError with the nearest names."""
-    known = installed_probes()
-    if name not in known:
-        raise RequestError(f"probe {name!r} is not installed{nearest(name, known)}; known: {', '.join(known)}")
-    return known[name].load()
+    return load_named("probe", name, installed_probes())
+
+
+def definition(probe: type) -> str:
+    """How a probe's module defines what it measures: its docstring; "" where it has none."""
+    return inspect.cleandoc(getattr(inspect.getmodule(probe), "__doc__", None) or "")
+
+
+def settings_told(probe: type) -> dict[str, str]:
+    """Meaning of each setting, inherited ones too: the docstring under its field. "" where there is none, or no source
+    to read."""
+    told = {}
+    for base in filter(is_dataclass, reversed(probe.__mro__)):
+        told |= _own_settings(base)
+    return told
+
+
+def _own_settings(probe: type) -> dict[str, str]:
+    try:
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(probe))).body
+    except (OSError, TypeError):
+        return {}
+    told = {}
+    for field, below in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            told[field.target.id] = inspect.cleandoc(str(below.value.value)) if said else ""
+    return told

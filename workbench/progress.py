@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 EVERY = 10.0
 """Seconds between plain lines."""
@@ -18,13 +19,26 @@ def progress(
     """Yields a function to call with how many more are finished. `done` were finished before we began."""
     if not shown:
         yield lambda _n: None
-    elif sys.stderr.isatty() or "ipykernel" in sys.modules:
-        from tqdm.auto import tqdm
-
-        with tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+    elif sys.stderr.isatty() or _in_notebook():
+        with _bar()(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, leave=False) as bar:
             yield bar.update
     else:
         yield _Lines(label, total, unit, done).advance
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this process: that its package is imported says nothing."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
+def _bar() -> type:
+    """tqdm's bar for where we are: a widget in a notebook that has ipywidgets, else characters."""
+    if _in_notebook() and find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm
 
 
 class _Lines:

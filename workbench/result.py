@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError, RequestError
+from workbench.experiment import find_experiment, installed_experiments
 from workbench.probe import find_probe
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
 _FORMAT, _VERSION = "workbench.result", 1
+_ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one probe found in one store.
+    """What one probe found in one store, or an experiment in one run or many.
 
     `data` holds arrays with named axes, units in each variable's `attrs["units"]`; `table` the same, tidy, one
     observation a row; `provenance` the model, store, settings and version that made it.
@@ -41,7 +43,7 @@ class Result:
         as a line of plotly text, where it came from."""
         from workbench.figures.text import sentence
 
-        figures = find_probe(self.probe).figures(self)
+        figures = maker(self.probe).figures(self)
         for figure in figures.values():
             figure.update_layout(meta={"provenance": sentence(self.source())})
         return figures
@@ -65,7 +67,7 @@ class Result:
 
     def headline(self) -> str:
         """What was found and where, in one line of plain text; of a probe that has none to tell, what there is."""
-        told = getattr(find_probe(self.probe), "headline", None)
+        told = getattr(maker(self.probe), "headline", None)
         return repr(self) if told is None else told(self)
 
     def save(self, path: str | Path) -> Path:
@@ -95,6 +97,24 @@ class Result:
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
         return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card, frame
+
+        try:
+            found = self.headline()
+        except RequestError as error:  # a result of a probe that is not installed can be looked at all the same
+            found = str(error)
+        axes = ", ".join(f"{name} {size:,}" for name, size in sorted(self.data.sizes.items()))
+        told = {
+            "found": found,
+            "model": self.provenance["model"],
+            "store": f"{self.provenance['store']}, {self.provenance['rows']:,} rows",
+            "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
+            "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
+        }
+        shown = self.table.iloc[:, :_COLUMNS_SHOWN]
+        return card(f"Result of {self.probe}", told, frame(shown, _ROWS_SHOWN) if len(shown) else "")
 
 
 def load_result(path: str | Path) -> Result:
@@ -156,6 +176,11 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )
+
+
+def maker(name: str) -> Any:
+    """The probe or the experiment that made a result."""
+    return find_experiment(name) if name in installed_experiments() else find_probe(name)
 
 
 def _ordered(data: xr.Dataset) -> xr.Dataset:

@@ -74,10 +74,21 @@ def clustered_means(
     """
     counted = ~np.isnan(values)
     _, cluster = np.unique(clusters, return_inverse=True)
-    number = int(cluster.max(initial=-1)) + 1
-    totals, counts = (np.zeros((number, values.shape[1])) for _ in range(2))
+    totals, counts = (np.zeros((int(cluster.max(initial=-1)) + 1, values.shape[1])) for _ in range(2))
     np.add.at(totals, cluster, np.where(counted, values, 0.0))
     np.add.at(counts, cluster, counted)
+    return resampled_means(totals, counts, resamples=resamples, seed=seed)
+
+
+def resampled_means(
+    totals: Float[np.ndarray, "cluster statistic"],
+    counts: Float[np.ndarray, "cluster statistic"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, "resample statistic"]]:
+    """`clustered_means` of what is summed already: each cluster's sum of values and how many there were."""
+    number = len(totals)
     draw = np.random.default_rng(seed)
     chances = np.full(number, 1 / max(number, 1))
     times = draw.multinomial(number, chances, size=resamples) if number else np.zeros((resamples, 0))

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.text import label
-from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE
+from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
 
 MOST_HEADS, MOST_TOKENS = 16, 160
 """What is drawn, so that a page stays under 10 MB; what is beyond is left out and said."""
@@ -50,7 +50,7 @@ def head_attention(
                 colorscale=PROBABILITY,
                 zmin=0,
                 zmax=1,
-                colorbar={"title": {"text": "attention", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+                colorbar=colour_bar("attention"),
             )
             for at, (head, pattern) in enumerate(zip(heads, patterns, strict=True))
         ]

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.text import label
-from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE
+from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
 
 MOST_TOKENS = 1_024
 """In one grid: more would be wider than a browser can draw and larger than 10 MB at 48 layers."""
@@ -62,7 +62,7 @@ def token_grid(
             zmax=limits[1],
             xgap=1,
             ygap=1,
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar=colour_bar(unit),
         )
     )
     figure.update_layout(

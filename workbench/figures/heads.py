@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.theme import PROBABILITY, TEMPLATE
+from workbench.figures.theme import PROBABILITY, TEMPLATE, colour_bar
 
 
 def head_grid(
@@ -42,7 +42,7 @@ def head_grid(
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar=colour_bar(unit),
         )
     )
     figure.update_layout(

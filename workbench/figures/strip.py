@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.text import label
-from workbench.figures.theme import MONOSPACE, PROBABILITY, SIGNED, TEMPLATE
+from workbench.figures.theme import MONOSPACE, PROBABILITY, SIGNED, TEMPLATE, colour_bar
 
 MOST = 2_048
 """Tokens that are drawn; what is beyond is left out and said."""
@@ -63,7 +63,7 @@ def token_strip(
             zmax=high,
             xgap=1,
             ygap=1,
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            colorbar=colour_bar(unit),
         )
     )
     figure.update_layout(

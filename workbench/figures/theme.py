@@ -89,6 +89,11 @@ def _paper_template() -> go.layout.Template:
     )
 
 
+def colour_bar(unit: str) -> dict[str, Any]:
+    """The colour bar of a heat map of this unit, which is plotly text."""
+    return {"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0}
+
+
 def dark(figure: go.Figure) -> go.Figure:
     """A copy for a dark page: its template, and the palettes' dark twins, which end where the page begins."""
     told = figure.to_plotly_json()

@@ -160,6 +160,21 @@ class Features:
         active = self.record.entries / rows if rows else 0
         return f"features of {self.record.site} (row {rows:,}, feature {features:,}), {active:.1f} active a row"
 
+    def _repr_html_(self) -> str:
+        from workbench.markup import card
+
+        rows, features = self.shape
+        told = {
+            "site": self.record.site,
+            "sae": self.record.sae.name,
+            "row": f"{rows:,}",
+            "feature": f"{features:,}, {int((self.counts == 0).sum()):,} of them never active here",
+            "active": f"{self.record.entries / max(1, rows):.1f} a row, stored as {self.record.dtype}",
+            "folder": self.path,
+            "store": self.store.path,
+        }
+        return card("Features", told)
+
     def __len__(self) -> int:
         return self.record.rows
 

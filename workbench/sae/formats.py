@@ -43,7 +43,7 @@ def converter(folder: Path) -> Callable[[], Converted] | None:
 
 def _sparsify(folder: Path) -> Converted:
     source = folder / "cfg.json"
-    config = _json(source)
+    config = read_object(source)
     for name in _SPARSIFY_REFUSED:
         if config.pop(name, False):
             raise RequestError(f"{source}: {name} changes what a feature is and is not supported")
@@ -66,7 +66,10 @@ def _sparsify(folder: Path) -> Converted:
     _none_left(tensors, folder / _SPARSIFY)
     _fits(source, weights["W_enc"], d_in, latents or None)
     parent = folder.parent / "config.json"
-    about = {"model_name": _json(parent).get("model") if parent.is_file() else None, "transcode": transcode or None}
+    about = {
+        "model_name": read_object(parent).get("model") if parent.is_file() else None,
+        "transcode": transcode or None,
+    }
     if place := re.fullmatch(r"(?:layers|h)[._](\d+)(\.mlp)?", folder.name):
         part = "mlp_out" if place[2] else "resid_post"
         about["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
@@ -76,7 +79,7 @@ def _sparsify(folder: Path) -> Converted:
 
 def _dictionary_learning(folder: Path) -> Converted:
     source, path = folder / "config.json", folder / _DICTIONARY
-    trainer = _json(source).get("trainer")
+    trainer = read_object(source).get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise DataError(f"{source}: trainer does not say its dict_class")
     kind = trainer["dict_class"]
@@ -160,7 +163,8 @@ def _whole(source: Path, name: str, value: Any) -> int:
     return value
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

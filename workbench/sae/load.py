@@ -25,7 +25,7 @@ from torch import Tensor
 from workbench import embedded
 from workbench.errors import DataError, RequestError, nearest
 from workbench.models import folders, quietly, usable_device
-from workbench.sae.formats import Converted, converter
+from workbench.sae.formats import Converted, converter, read_object
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -199,7 +199,7 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
 
     if foreign := converter(folder):
         return _ready(_converted(foreign(), folder, device), name)
-    _check_config(_read_config(folder / CONFIG), folder / CONFIG)
+    _check_config(read_object(folder / CONFIG), folder / CONFIG)
     try:
         with _silently():
             module = SAE.load_from_disk(folder, device=str(device), dtype="float32")
@@ -253,16 +253,6 @@ def _ready(module: Any, name: str) -> Sae:
             stacklevel=3,
         )
     return sae
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {_line(error)}") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return config
 
 
 def _check_config(config: dict[str, Any], source: Path) -> None:

@@ -122,7 +122,7 @@ def _norms(store: Store) -> go.Figure:
     figure = layer_curves(curves, layers=layers, title=f"Norms of the vectors in {_name(store)}", unit="median L2 norm")
     told = f"over {len(rows):,} of {store.rows:,} rows, spread evenly"
     figure.update_layout(title={"subtitle": {"text": told}}, margin={"t": 110})
-    return figure.update_yaxes(type="log", rangemode="normal", tickformat="~r")
+    return figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
 
 
 def _name(store: Store) -> str:

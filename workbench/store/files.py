@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,25 +91,48 @@ def explain_full_disk(what: str, kept: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, *, shared: bool = False, wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the directory, made where it does not exist: alone, or `shared` with others that share it too.
 
-    The lock is the kernel's: it ends with the process. Raises RequestError where somebody else holds it, unless `wait`.
+    The lock is the kernel's: it ends with the process. Where another process holds it: RequestError, or, with `wait`,
+    which is called once before, waiting for its turn.
     """
+    while True:
+        descriptor = _opened_folder(path)
+        try:
+            _lock(path, descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+            if _is_at(path, descriptor):  # else whom we waited for has renamed or removed it
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _opened_folder(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise RequestError(f"out={path} cannot be made a directory: {error.strerror}; choose another out") from None
+
+
+def _lock(path: Path, descriptor: int, kind: int, wait: Callable[[], None] | None) -> None:
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RequestError(
-                f"{path} is being written by another process; wait for it or choose another out"
-            ) from None
-        except OSError as error:  # some network file systems
-            raise RequestError(f"{path} cannot be locked: {error.strerror}; choose an out on a local disk") from None
-        yield
-    finally:
-        os.close(descriptor)
+            if wait is None:
+                raise RequestError(
+                    f"{path} is being written by another process; wait for it or choose another out"
+                ) from None
+            wait()
+            fcntl.flock(descriptor, kind)
+    except OSError as error:  # some network file systems
+        raise RequestError(f"{path} cannot be locked: {error.strerror}; choose an out on a local disk") from None
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -284,10 +284,15 @@ def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Count
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
     """The store in a few lines, a fact a line: where, which model, which sites, how many rows."""
+    return "\n".join(f"{name:<8} {fact}" for name, fact in facts(path, manifest).items())
+
+
+def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
+    """What `describe` says, by the name of each fact."""
     model, parts = manifest.model, manifest.parts
     state = "complete" if manifest.complete else f"of {manifest.planned_rows:,} planned; the same command resumes it"
-    facts = {
-        "store": path,
+    told = {
+        "store": str(path),
         "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
         "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
         "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
@@ -296,8 +301,8 @@ def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
-        facts["features"] = short_list(features)
-    return "\n".join(f"{name:<8} {fact}" for name, fact in facts.items())
+        told["features"] = short_list(features)
+    return told
 
 
 def short_list(names: list[str], limit: int = 8) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from workbench.errors import RequestError, nearest
 from workbench.sites import SHORT_NAMES
-from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, read_manifest, short_list
+from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
 from workbench.store.tokens import COLUMNS, read_tokens, take_tokens
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _OPEN_MAPS = 32_768  # Linux grants a process 65,530
+_ROWS_SHOWN, _COLUMNS_SHOWN = 10, 16  # of a selection, in a notebook
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -60,6 +61,11 @@ class Store:
 
     def __repr__(self) -> str:
         return describe(self.path, self.manifest)
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card
+
+        return card("Store", facts(self.path, self.manifest))
 
     def __len__(self) -> int:
         return self.rows
@@ -147,6 +153,18 @@ class ActivationArray:
         shape = ", ".join(f"{axis} {length:,}" for axis, length in zip(self.axes, self.shape, strict=True))
         return f"{self.site.label} ({shape}) {self.site.dtype}"
 
+    def _repr_html_(self) -> str:
+        from workbench.markup import card
+
+        size = len(self) * self.site.row_bytes / 1e6
+        told = {
+            "site": self.name,
+            **{axis: f"{length:,}" for axis, length in zip(self.axes, self.shape, strict=True)},
+            "stored as": f"{self.site.dtype}, {size:,.1f} MB",
+            "store": self.store.path,
+        }
+        return card(f"ActivationArray {self.site.label}", told)
+
     def __len__(self) -> int:
         return self.store.rows
 
@@ -233,6 +251,15 @@ class Rows:
 
     def __repr__(self) -> str:
         return f"{len(self):,} of {self.store.rows:,} rows of {self.store.path}"
+
+    def _repr_html_(self) -> str:
+        from workbench.markup import card, frame
+
+        tokens = self[:_ROWS_SHOWN].tokens
+        more = f"<p>{len(self) - _ROWS_SHOWN:,} more</p>" if len(self) > _ROWS_SHOWN else ""
+        below = frame(tokens.select(tokens.column_names[:_COLUMNS_SHOWN]).to_pandas(), _ROWS_SHOWN) + more
+        told = {"selected": f"{len(self):,} of {self.store.rows:,}", "store": self.store.path}
+        return card("Rows", told, below if len(self) else "")
 
     def __len__(self) -> int:
         return len(self.ids)

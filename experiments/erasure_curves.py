@@ -1,0 +1,84 @@
+"""How words forget their tokens: accuracy of earlier tokens by layer, at last tokens of words and elsewhere.
+
+The picture of arXiv 2406.20086 (Feucht et al. 2024): in early layers the last token of a word of several tokens loses
+what stood before it, faster than tokens outside of such words do.
+
+    python -m experiments.erasure_curves --model gpt2 --text stories.jsonl
+    workbench sweep erasure-curves --model demo gpt2 --seed 0 1 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import workbench as wb
+from experiments.inputs import Inputs, recorded
+from experiments.panels import curves
+from probes import TokenErasure
+from workbench.experiment import found
+
+NAME = "erasure-curves"
+
+
+@dataclass(frozen=True)
+class Config(Inputs):
+    """Linear probes on every layer for the tokens around each position."""
+
+    offsets: tuple[int, ...] = (-2, -1, 0)
+    """Which tokens are read off a state, counted from its own."""
+    epochs: int = 4
+    """Most passes over the training rows."""
+    context: int = 256
+    """Tokens in the longest sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        TokenErasure(offsets=self.offsets, epochs=self.epochs)
+
+
+def run(config: Config) -> wb.Result:
+    """A line for each group of tokens, offset and layer: accuracy, 0 to 1, with its interval over documents."""
+    store = recorded(config, ("resid_post",), context=config.context)
+    settings = {"offsets": config.offsets, "epochs": config.epochs, "seed": config.seed, "device": config.device}
+    result = TokenErasure(**settings).run(store)
+    accuracy = result.data[["accuracy", "accuracy_low", "accuracy_high"]].to_dataframe().reset_index()
+    tokens = result.data["tokens"].to_dataframe().reset_index()
+    return found(NAME, config, accuracy.merge(tokens, on=["group", "offset"]), store, data=result.data)
+
+
+def headline(result: wb.Result) -> str:
+    last = result.table[(result.table["group"] == "last") & (result.table["offset"] == -1)]
+    if not len(last):
+        return f"accuracy at {result.table['offset'].nunique()} offsets over {result.table['layer'].nunique()} layers"
+    first, deepest = (last[last["layer"] == layer]["accuracy"].mean() for layer in (0, last["layer"].max()))
+    return f"the token before a word's last is read with accuracy {first:.2f} at layer 0, {deepest:.2f} at the last"
+
+
+def figures(result: wb.Result) -> dict[str, Any]:
+    """ "erasure": accuracy by layer, a colour for each offset; solid at last tokens of words, dotted elsewhere."""
+    groups = result.table["group"].map({"last": "last tokens of words", "control": "other tokens"})
+    table = result.table.assign(tokens_of=groups, offset=[f"{offset:+d}" for offset in result.table["offset"]])
+    shown = wb.Result(result.probe, result.data, table[np.isfinite(table["accuracy"])], result.provenance)
+    figure = curves(
+        shown,
+        x="layer",
+        y="accuracy",
+        colour="offset",
+        dash="tokens_of",
+        interval=("accuracy_low", "accuracy_high"),
+        title="Token erasure",
+        subtitle="accuracy of the token at each offset, read from a state",
+        x_title="layer",
+        unit="accuracy",
+        besides=("offsets",),
+    )
+    return {"erasure": figure}
+
+
+if __name__ == "__main__":
+    from workbench.cli import run_experiment
+
+    run_experiment(NAME)

@@ -1,0 +1,96 @@
+"""How far ahead one state tells: what the model will say N tokens on, by layer and horizon.
+
+The picture of arXiv 2311.04897 (Pal et al. 2023): maps from a hidden state to what the model says further on, beside
+what the token alone tells.
+
+    python -m experiments.future_curves --model gpt2 --text stories.jsonl
+    workbench sweep future-curves --model demo gpt2 --seed 0 1 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+import workbench as wb
+from experiments.inputs import Inputs, recorded
+from experiments.panels import curves
+from probes import FutureLens
+from workbench.experiment import found
+
+NAME = "future-curves"
+
+
+@dataclass(frozen=True)
+class Config(Inputs):
+    """The future lens at every layer."""
+
+    horizons: int = 3
+    """N = 0 (the next token) to horizons - 1."""
+    epochs: int = 0
+    """Passes of the direct method, for small vocabularies; 0: the linear method alone."""
+    context: int = 256
+    """Tokens in the longest sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FutureLens(horizons=self.horizons, epochs=self.epochs)
+
+
+def run(config: Config) -> wb.Result:
+    """A line for each method, layer and horizon: precision at 1, the bigram's, and the gain with its interval."""
+    store = recorded(config, ("resid_post",), context=config.context)
+    settings = {"horizons": config.horizons, "epochs": config.epochs, "seed": config.seed, "device": config.device}
+    if not config.epochs:
+        settings["direct_vocab"] = 0
+    result = FutureLens(**settings).run(store)
+    data = result.data[["gain", "gain_low", "gain_high", "surprisal"]].assign(
+        precision=result.data["precision"].isel(k=0, drop=True)
+    )
+    table = data.to_dataframe().reset_index()
+    bigram = result.data[["bigram_precision", "rows"]].to_dataframe().reset_index()
+    bigram = bigram.rename(columns={"rows": "tested_rows"})
+    return found(NAME, config, table.merge(bigram, on="horizon"), store, data=result.data)
+
+
+def headline(result: wb.Result) -> str:
+    far = result.table[result.table["horizon"] == result.table["horizon"].clip(upper=1).max()]
+    best = far.loc[far["precision"].idxmax()]
+    return (
+        f"N = {best['horizon']}: {100 * best['precision']:.0f} % of what the model says, from layer {best['layer']} "
+        f"(bigram {100 * best['bigram_precision']:.0f} %)"
+    )
+
+
+def figures(result: wb.Result) -> dict[str, Any]:
+    """ "precision": by layer, a colour for each horizon, dotted what the token alone tells; "gain": the difference."""
+    known = result.table.assign(N=[f"N = {horizon}" for horizon in result.table["horizon"]])
+    bigram = known.assign(method="bigram of the token", precision=known["bigram_precision"])
+    table = pd.concat([known, bigram], ignore_index=True)
+    shared = {"x": "layer", "x_title": "layer", "colour": "N", "dash": "method", "besides": ("horizons",)}
+    precision = curves(
+        wb.Result(result.probe, result.data, table, result.provenance),
+        y="precision",
+        title="What the model will say N tokens past the next",
+        subtitle="precision of the token read from one state, on documents not fitted on",
+        unit="share of tokens",
+        **shared,
+    )
+    gain = curves(
+        wb.Result(result.probe, result.data, known, result.provenance),
+        y="gain",
+        interval=("gain_low", "gain_high"),
+        title="What the state tells beyond its token",
+        subtitle="precision less the bigram's",
+        unit="share of tokens",
+        **shared,
+    )
+    return {"precision": precision, "gain": gain}
+
+
+if __name__ == "__main__":
+    from workbench.cli import run_experiment
+
+    run_experiment(NAME)

@@ -1,0 +1,78 @@
+"""What each layer would predict: cross-entropy of the text and of the model's own choice, by layer.
+
+The pictures of arXiv 2303.08112 (Belrose et al. 2023; loss of lenses by layer) and arXiv 2412.05768 (residual
+cross-entropy: the surprise of each layer's lens at the model's own top token).
+
+    python -m experiments.lens_curves --model gpt2 --text stories.jsonl --lens tuned
+    workbench sweep lens-curves --model demo gpt2 --lens logit tuned --seed 0 1 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import workbench as wb
+from experiments.inputs import Inputs, recorded
+from experiments.panels import curves
+from probes import LogitLens, TunedLens
+from workbench.errors import RequestError
+from workbench.experiment import found
+
+NAME = "lens-curves"
+
+_MEANS = ("cross_entropy", "surprise", "kl", "entropy", "agreement", "accuracy")
+
+
+@dataclass(frozen=True)
+class Config(Inputs):
+    """The logit or the tuned lens at every layer."""
+
+    lens: Literal["logit", "tuned"] = "logit"
+    """tuned: with a trained change of basis, read on documents the training did not see."""
+    epochs: int = 10
+    """Most passes of the tuned lens over its training rows."""
+    context: int = 256
+    """Tokens in the longest sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 0:
+            raise RequestError(f"epochs must be at least 0, not {self.epochs}")
+
+
+def run(config: Config) -> wb.Result:
+    """A line for each layer: means over tokens of what a lens tells, in nats, and shares of tokens."""
+    store = recorded(config, ("resid_post",), context=config.context)
+    if config.lens == "logit":
+        result = LogitLens(detail=0, device=config.device).run(store)
+    else:
+        result = TunedLens(detail=0, epochs=config.epochs, seed=config.seed, device=config.device).run(store)
+    data = result.data[[f"mean_{name}" for name in _MEANS]].rename({f"mean_{name}": name for name in _MEANS})
+    table = data.to_dataframe().reset_index()
+    table["tokens"] = int(result.data["rows"])
+    return found(NAME, config, table, store, data=data)
+
+
+def headline(result: wb.Result) -> str:
+    ends = result.table[result.table["layer"].isin([result.table["layer"].min(), result.table["layer"].max()])]
+    first, last = (part["cross_entropy"].mean() for _, part in ends.groupby("layer"))
+    return f"cross-entropy of the text {first:.2f} nats at the first layer, {last:.2f} at the last"
+
+
+def figures(result: wb.Result) -> dict[str, Any]:
+    """ "cross_entropy": of the text and of the model's own top token by layer; "kl": KL(model || lens)."""
+    names = {"cross_entropy": "of the text", "surprise": "of the model's own top token"}
+    columns = [name for name in result.table.columns if name not in names]
+    long = result.table.melt(id_vars=columns, value_vars=list(names), var_name="of", value_name="nats")
+    shown = wb.Result(result.probe, result.data, long.assign(of=long["of"].map(names)), result.provenance)
+    shared = {"x": "layer", "x_title": "layer", "unit": "nats", "dash": "lens"}
+    loss = curves(shown, y="nats", colour="of", title="Cross-entropy of each layer's lens", **shared)
+    kl = curves(result, y="kl", title="KL(model ‖ lens)", **shared)
+    return {"cross_entropy": loss, "kl": kl}
+
+
+if __name__ == "__main__":
+    from workbench.cli import run_experiment
+
+    run_experiment(NAME)

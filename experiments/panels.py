@@ -1,0 +1,146 @@
+"""Curves of one run or of a whole sweep: a panel for each model and setting that differs, a line for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from workbench.figures.text import label
+from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.result import Result
+
+PLACES = ("model", "text", "sae")
+"""Settings that may be paths."""
+
+DASHES = ("solid", "dot", "dash", "dashdot")
+_WIDE = 3  # panels in a row
+_AVERAGED = "seed"
+
+
+def differing(result: Result) -> list[str]:
+    """Settings in which the runs of this result differ, in the order of the config."""
+    settings = result.provenance["settings"]
+    runs = settings.get("runs", [settings])
+    return [name for name in runs[0] if any(run[name] != runs[0][name] for run in runs)]
+
+
+def named(name: str, value: Any) -> str:
+    """A setting as a figure tells it, safe as plotly text."""
+    return _value(value) if name in PLACES else f"{name} {_value(value)}"
+
+
+def shortened(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with models, texts and SAEs by as many of the last parts of their paths as tell them apart."""
+    return table.assign(**{name: table[name].map(_short(table[name].unique())) for name in PLACES if name in table})
+
+
+def _short(places: Sequence[Any]) -> dict[Any, str]:
+    for parts in range(1, max(len(Path(str(place)).parts) for place in places) + 1):
+        names = {place: str(Path(*Path(str(place)).parts[-parts:])) for place in places}
+        if len({*names.values()}) == len(places):
+            break
+    return names
+
+
+def groups(result: Result, besides: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """The table's parts by all settings that differ but `besides` and the seed, and what to call each."""
+    apart = [name for name in differing(result) if name not in (*besides, _AVERAGED)]
+    if "model" not in apart and "model" in result.table and "model" not in besides:
+        apart.insert(0, "model")
+    table = shortened(result.table)
+    if not apart:
+        return [("", table)]
+    found = table.groupby(apart, sort=False, dropna=False)
+    return [(", ".join(map(named, apart, values)), part) for values, part in found]
+
+
+def curves(
+    result: Result,
+    *,
+    x: str,
+    y: str,
+    colour: str | None = None,
+    dash: str | None = None,
+    interval: tuple[str, str] | None = None,
+    title: str,
+    subtitle: str = "",
+    x_title: str,
+    unit: str,
+    besides: Sequence[str] = (),
+) -> go.Figure:
+    """`y` over `x`: a panel for each model and differing setting, a line for each `colour` and `dash`.
+
+    Seeds are averaged. `interval`: columns of low and high, drawn as whiskers; over several seeds they reach from the
+    lowest to the highest. Text of the table is made safe here; `title` and `subtitle` are markup.
+    """
+    lines = [name for name in (colour, dash) if name]
+    parts = groups(result, (*lines, *besides))
+    columns = min(_WIDE, len(parts))
+    rows = -(-len(parts) // columns)
+    figure = make_subplots(
+        rows,
+        columns,
+        subplot_titles=[name for name, _ in parts],
+        shared_yaxes="all",
+        shared_xaxes="all" if len({tuple(sorted(part[x].unique())) for _, part in parts}) == 1 else False,
+        vertical_spacing=0.16 / rows + 0.04,
+        horizontal_spacing=0.03,
+    )
+    palette = _scale(result.table[colour] if colour else [], CATEGORIES)
+    dashes = _scale(result.table[dash] if dash else [], DASHES)
+    told = set()
+    for place, (_, part) in enumerate(parts):
+        cell = {"row": place // columns + 1, "col": place % columns + 1}
+        for values, line in part.groupby(lines, sort=False, dropna=False) if lines else [((), part)]:
+            of = dict(zip(lines, values, strict=True))
+            at = line.groupby(x, sort=True)
+            mean = at[y].mean()
+            name = ", ".join(_value(value) for key, value in of.items() if result.table[key].nunique() > 1)
+            figure.add_scatter(
+                x=mean.index.tolist(),
+                y=mean.to_numpy(),
+                name=name,
+                legendgroup=name,
+                showlegend=bool(name) and name not in told,
+                mode="lines+markers",
+                line={"color": palette.get(of.get(colour), CATEGORIES[0]), "dash": dashes.get(of.get(dash), "solid")},
+                error_y=_whiskers(at, mean, interval),
+                hovertemplate=f"{x_title} %{{x}}: %{{y:.4g}}",
+                **cell,
+            )
+            told.add(name)
+    told_below = "; ".join(filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing(result) else ""]))
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": told_below}, "y": 0.98, "yanchor": "top"},
+        width=max(700, 120 + 300 * columns),
+        height=190 + 290 * rows,
+        margin={"t": 110, "b": 90},
+        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+    )
+    figure.update_annotations(font_size=13)
+    figure.update_xaxes(title=x_title, showticklabels=True)
+    figure.update_yaxes(title=unit, col=1)
+    return figure
+
+
+def _scale(values: Any, choices: Sequence[str]) -> dict[Any, str]:
+    known = list(dict.fromkeys(values))
+    return {value: choices[place % len(choices)] for place, value in enumerate(known)}
+
+
+def _value(value: Any) -> str:
+    told = label(f"{value:g}" if isinstance(value, float) else str(value), 40)
+    return told.replace("·", " ")  # a setting is read as words, not as a token
+
+
+def _whiskers(at: Any, mean: pd.Series, interval: tuple[str, str] | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    low, high = at[interval[0]].min(), at[interval[1]].max()
+    return {"array": (high - mean).to_numpy(), "arrayminus": (mean - low).to_numpy(), "thickness": 1, "width": 3}

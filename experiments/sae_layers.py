@@ -1,0 +1,96 @@
+"""How well sparse autoencoders fit, over the layers of a model: L0, variance explained, dead features, loss recovered.
+
+One run is one autoencoder; those of all layers are a sweep over `sae_id`, or over directories in `sae`.
+
+    python -m experiments.sae_layers --model gpt2 --sae gpt2-small-res-jb --sae-id blocks.5.hook_resid_pre
+    workbench sweep sae-layers --model gpt2 --sae gpt2-small-res-jb --sae-id blocks.{0..11}.hook_resid_pre
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import workbench as wb
+from experiments.inputs import Inputs, model_of, recorded
+from experiments.panels import curves
+from workbench.embedded import NAME as DEMO
+from workbench.errors import RequestError
+from workbench.experiment import found
+
+NAME = "sae-layers"
+
+
+@dataclass(frozen=True)
+class Config(Inputs):
+    """The fit of one autoencoder to the place it was trained on."""
+
+    sae: str = DEMO
+    """A directory that SAELens wrote, a release of its list, or demo."""
+    sae_id: str | None = None
+    """Which SAE of a release, or of a directory of several."""
+    site: str | None = None
+    """The site to read. None: the one that the SAE was trained on."""
+    spliced: bool = True
+    """Whether the model is run again with the reconstruction in place, for the loss recovered."""
+    context: int = 128
+    """Tokens in the longest sequence."""
+
+
+def run(config: Config) -> wb.Result:
+    """One line: the site and its layer, and what `sae_metrics` finds on tokens that are not special."""
+    sae = wb.load_sae(config.sae, config.sae_id, device=config.device)
+    site = config.site or sae.site
+    if site is None:
+        raise RequestError(f"SAE {sae.name!r} does not say what it was trained on; give site, such as resid_post.3")
+    model = model_of(config.model, config.weights, config.device)
+    (known,) = model.site_map.select([site])
+    store = recorded(config, (known.name,), context=config.context)
+    asked = {"model": model if config.spliced else None, "force": config.weights == "random"}
+    metrics = wb.sae_metrics(store, sae, known.name, **asked)
+    line = {
+        "layer": -1 if known.layer is None else known.layer,
+        "read": known.short or known.name,
+        "d_sae": sae.d_sae,
+        "rows_counted": metrics.rows,
+        "l0": metrics.l0,
+        "explained_variance": metrics.explained_variance,
+        "dead_share": metrics.dead_share,
+        "loss_clean": np.nan if metrics.loss is None else metrics.loss.clean,
+        "loss_spliced": np.nan if metrics.loss is None else metrics.loss.spliced,
+        "loss_recovered": np.nan if metrics.loss is None else metrics.loss.recovered,
+    }
+    return found(NAME, config, pd.DataFrame([line]), store)
+
+
+def headline(result: wb.Result) -> str:
+    best = result.table.loc[result.table["explained_variance"].idxmax()]
+    return f"L0 {best['l0']:.1f}, explained variance {best['explained_variance']:.3f} at {best['read']}" + (
+        "" if np.isnan(best["loss_recovered"]) else f", loss recovered {best['loss_recovered']:.3f}"
+    )
+
+
+def figures(result: wb.Result) -> dict[str, Any]:
+    """ "fit": explained variance, loss recovered and dead share by layer; "l0": active features by layer."""
+    names = {
+        "explained_variance": "explained variance",
+        "loss_recovered": "loss recovered",
+        "dead_share": "dead features",
+    }
+    columns = [name for name in result.table.columns if name not in names]
+    long = result.table.melt(id_vars=columns, value_vars=list(names), var_name="what", value_name="share")
+    long = long.assign(what=long["what"].map(names)).dropna(subset=["share"])
+    shown = wb.Result(result.probe, result.data, long, result.provenance)
+    shared = {"x": "layer", "x_title": "layer", "besides": ("sae", "sae_id", "site")}
+    fit = curves(shown, y="share", colour="what", title="Fit of sparse autoencoders", unit="share", **shared)
+    l0 = curves(result, y="l0", title="Active features", unit="L0, features a token", **shared)
+    return {"fit": fit, "l0": l0}
+
+
+if __name__ == "__main__":
+    from workbench.cli import run_experiment
+
+    run_experiment(NAME)

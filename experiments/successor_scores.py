@@ -1,0 +1,121 @@
+"""Successor scores of all heads, over models: which turn Monday into Tuesday and one into two (Gould et al. 2023).
+
+The picture of arXiv 2312.09230: in each model a few heads stand far above the rest, whatever is counted.
+
+    python -m experiments.successor_scores --model gpt2
+    workbench sweep successor-scores --model demo gpt2 --weights trained random
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+import workbench as wb
+from experiments.inputs import Inputs, model_of, recorded
+from experiments.panels import groups
+from probes import SuccessorHeads
+from workbench.experiment import found
+from workbench.figures.theme import CATEGORIES, TEMPLATE
+
+NAME = "successor-scores"
+
+
+@dataclass(frozen=True)
+class Config(Inputs):
+    """The share of tokens that each head maps to their successor; of weights alone, text decides nothing."""
+
+    rows: int = 256
+    """Tokens recorded at most; a recording is what names the model and holds its unembedding."""
+    space: Literal["with", "without", "both"] = "with"
+    """Members with a leading space, without it, or both."""
+    case: Literal["listed", "lower", "both"] = "listed"
+    """Members as listed (days, months and letters capitalised), in lower case, or both."""
+    permutations: int = 1000
+    """Shuffles of the successors within their class, for the null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        SuccessorHeads(space=self.space, case=self.case, permutations=self.permutations)
+
+
+def run(config: Config) -> wb.Result:
+    """A line for each head: macro, the mean score over tasks, 0 to 1, its null under shuffles, and p over all heads."""
+    model = model_of(config.model, config.weights, config.device)
+    store = recorded(config, (f"resid_post.{model.site_map.n_layers - 1}",))
+    settings = {"space": config.space, "case": config.case, "permutations": config.permutations, "seed": config.seed}
+    result = SuccessorHeads(row_limit=0, device=config.device, **settings).run(store, model)
+    names = ["macro", "micro", "tasks_above", "copying", "null_macro", "p_value", "p_family"]
+    table = result.data[names].to_dataframe().reset_index()
+    table["tasks"] = result.data.sizes["task"]
+    return found(NAME, config, table, store, data=result.data)
+
+
+def headline(result: wb.Result) -> str:
+    best = result.table.loc[result.table["macro"].idxmax()]
+    return (
+        f"best head {best['layer']}.{best['head']}: macro {best['macro']:.2f}, shuffled {best['null_macro']:.2f}, "
+        f"p {best['p_family']:.2g}; above half in {best['tasks_above']:.0f} of {best['tasks']:.0f} classes"
+    )
+
+
+def figures(result: wb.Result) -> dict[str, Any]:
+    """ "heads": every head's macro score, a column for each model and setting, p < 0.05 over all heads filled."""
+    figure = go.Figure()
+    told = set()
+    columns = groups(result, ())
+    names = [name.replace(", ", "<br>") for name, _ in columns]
+    for place, (_, part) in enumerate(columns):
+        heads = part.groupby(["layer", "head"], as_index=False)[["macro", "p_family"]].mean()
+        for certain in (True, False):
+            shown = heads[(heads["p_family"] < 0.05) == certain]
+            if not len(shown):
+                continue
+            figure.add_scatter(
+                x=place + _aside(shown["head"], heads["head"].max()),
+                y=shown["macro"],
+                mode="markers",
+                marker={"symbol": "circle" if certain else "circle-open", "size": 8, "color": CATEGORIES[0]},
+                name="p < 0.05 over all heads" if certain else "not told from chance",
+                legendgroup=str(certain),
+                showlegend=certain not in told,
+                customdata=[f"{line.layer}.{line.head}" for line in shown.itertuples()],
+                hovertemplate="head %{customdata}: %{y:.3f}<extra></extra>",
+            )
+            told.add(certain)
+        best = heads.loc[heads["macro"].idxmax()]
+        figure.add_annotation(
+            x=place + _aside(best["head"], heads["head"].max()),
+            y=best["macro"],
+            text=f"{best['layer']:.0f}.{best['head']:.0f}",
+            showarrow=False,
+            yshift=14,
+        )
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": "Successor heads",
+            "subtitle": {"text": "share of tokens a head maps to their successor, mean over classes; a point a head"},
+        },
+        width=max(640, 160 + 130 * len(names)),
+        height=480,
+        margin={"t": 110},
+    )
+    figure.update_xaxes(
+        tickvals=list(range(len(names))), ticktext=names, showgrid=False, range=[-0.5, len(names) - 0.5]
+    )
+    figure.update_yaxes(title="macro successor score", range=[-0.03, 1.1])
+    return {"heads": figure}
+
+
+def _aside(head: Any, last: int) -> Any:
+    """Heads stand side by side, within a quarter of a column to either side."""
+    return 0.5 * (head + 0.5) / (last + 1) - 0.25
+
+
+if __name__ == "__main__":
+    from workbench.cli import run_experiment
+
+    run_experiment(NAME)

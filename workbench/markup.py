@@ -1,0 +1,79 @@
+"""HTML out of values: what the report and notebooks show of a store, a result, a table. Every text is escaped.
+
+Colours are those of the page around it (`currentColor`), so that the same markup reads on light and on dark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from workbench.figures.text import sentence, visible
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_RULE = "border-top:1px solid color-mix(in srgb,currentColor 18%,transparent)"
+_CARD = (
+    f"<style>.workbench-card table{{border-collapse:collapse;font-size:90%;margin:.4em 0}}"
+    ".workbench-card{color:inherit}.workbench-card th,.workbench-card td{text-align:left!important;padding:.15em 1em"
+    f" .15em 0;vertical-align:top;background:none!important}}.workbench-card td{{{_RULE};unicode-bidi:isolate}}"
+    ".workbench-card th{font-weight:normal;opacity:.7}.workbench-card td code{white-space:pre;background:none;"
+    "color:inherit}.workbench-card p{margin:.2em 0;opacity:.8}</style>"
+)
+
+
+def text(value: Any) -> str:
+    """A value as markup that shows it: nothing in it becomes an element, controls and direction marks are spelt out."""
+    return sentence(str(value))
+
+
+def cell(value: Any) -> str:
+    """A value of a table: four digits of a number, white space of a text made visible; "" for none."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("nan", "")
+    if isinstance(value, str):
+        return f"<code>{text(visible(value, 80))}</code>"
+    return text(value)
+
+
+def table(heading: Sequence[Any], lines: Iterable[Sequence[str]]) -> str:
+    """A table; `heading` is text, the cells of `lines` are markup."""
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in heading)
+    body = "".join("<tr>" + "".join(f"<td>{part}</td>" for part in line) + "</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def frame(values: pd.DataFrame, rows: int) -> str:
+    """The first `rows` rows of a table."""
+    head = values.head(rows).astype(object)
+    return table(list(values.columns), ([cell(value) for value in line] for line in head.itertuples(index=False)))
+
+
+def prose(docstring: str) -> str:
+    """Paragraphs of a docstring: indented ones as they stand, `names` in backticks as code."""
+    parts = re.split(r"\n\s*\n", docstring.strip("\n"))
+    return "".join(_paragraph(part) for part in parts if part.strip())
+
+
+def _paragraph(part: str) -> str:
+    if all(line.startswith("    ") for line in part.splitlines()):
+        lines = "\n".join(text(line[4:]) for line in part.splitlines())
+        return f'<pre tabindex="0">{lines}</pre>'
+    return f"<p>{inline(' '.join(part.split()))}</p>"
+
+
+def inline(line: str) -> str:
+    """A line of prose: `code`, and arXiv numbers as links."""
+    coded = re.sub(r"`([^`]+)`", r"<code>\1</code>", text(line))
+    link = r'<a href="https://arxiv.org/abs/\1" rel="noreferrer">arXiv \1</a>'
+    return re.sub(r"\barXiv:? ?(\d{4}\.\d{4,5})\b", link, coded)
+
+
+def card(title: str, facts: Mapping[str, Any], below: str = "") -> str:
+    """What a notebook shows of an object: its kind, a fact a line, and `below`, which is markup."""
+    lines = "".join(f'<tr><th scope="row">{text(name)}</th><td>{text(fact)}</td></tr>' for name, fact in facts.items())
+    return f'<div class="workbench-card">{_CARD}<strong>{text(title)}</strong><table>{lines}</table>{below}</div>'
