@@ -402,7 +402,7 @@ def test_help_lists_every_verb():
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    verbs = "demo record info verify query features top probes report export compare probe sweep"
+    verbs = "demo record plan info verify query features top probes report export compare probe sweep"
     assert listed == verbs.split()
     assert {*cli.VERBS, "probe", "sweep"} == set(listed)
 

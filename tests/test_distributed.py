@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -12,27 +13,38 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from refusals import refused
 from store_example import contents
 
 import workbench as wb
 from workbench.errors import DataError, RequestError
 from workbench.models import Model
+from workbench.runs import Cell
 from workbench.store import read_manifest
 
-SETTINGS = {"sites": ["resid_post", "pattern.1"], "context": 64, "segment_rows": 200, "batch_tokens": 256}
+SETTINGS = {"sites": ["resid_post", "pattern.1"], "context": 64, "segment_rows": 150, "batch_tokens": 256}
 
 
 def texts() -> list[list[int]]:
-    """Token ids of 300 sequences of 5 to 64 tokens."""
-    return [[(7 * i + 3 * j) % 297 + 2 for j in range(5 + 7 * i % 60)] for i in range(300)]
+    """Token ids of 150 sequences of 5 to 64 tokens."""
+    return [[(7 * i + 3 * j) % 297 + 2 for j in range(5 + 7 * i % 60)] for i in range(150)]
 
 
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["workbench.recorder", "workbench.distributed", "transformers.models.llama"])
+    context.set_forkserver_preload(
+        [
+            "workbench.distributed",
+            "workbench.sitemap",
+            "workbench.store.reader",
+            "transformers.models.llama.modeling_llama",
+            "test_distributed",
+        ]
+    )
     return context
 
 
@@ -54,6 +66,7 @@ def record_here(folder: Path, out: str, workers) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["RAY_AUTH_MODE"] = "token"  # of the cluster that `session` starts; an address alone does not tell
     record(folder, out, workers)
 
 
@@ -165,6 +178,7 @@ def session():
     from workbench import distributed
 
     with distributed._ray(None, 2) as connected:
+        connected.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what workers could not import
         yield connected
 
 
@@ -190,7 +204,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(s
     assert len(busy) == 2
     busy[0].kill()
     held = len(segments(path))
-    wait_for(lambda: len(segments(path)) > held + 6 and len(ray_workers()) == 2, process)
+    wait_for(lambda: len(segments(path)) > held + 6, process)
     process.kill()
     process.join()
     _, alive = psutil.wait_procs(busy + ray_workers(), timeout=60)
@@ -204,23 +218,109 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(s
     assert contents(path) == contents(folder / "one")
 
 
-def test_a_module_in_memory_is_sent_and_a_callers_session_stays(session, folder, tiny_models, tmp_path):
+def test_features_by_workers_are_those_of_one_process(session, folder, tmp_path, monkeypatch):
+    from sae_example import save_sae
+
+    monkeypatch.setattr("workbench.sae.extract._SEGMENT_ROWS", 2000)
+    store = wb.open_store(folder / "one")
+    settings = {"d_in": store["resid_post", 1].shape[1], "hook_name": "blocks.1.hook_resid_post"}
+    sae = wb.load_sae(save_sae(tmp_path / "sae", "topk", d_sae=64, **settings), device="cpu")
+    found = [
+        wb.extract_features(store, sae, out=tmp_path / name, workers=workers, force=True, show_progress=False)
+        for name, workers in (("one", None), ("two", wb.RayWorkers(2, threads=1)))
+    ]
+    assert np.array_equal(found[0][:].toarray() != 0, found[1][:].toarray() != 0)
+    np.testing.assert_allclose(found[0][:].toarray(), found[1][:].toarray(), rtol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "sae", "two"]
+    assert contents(found[0].path).keys() == contents(found[1].path).keys()
+
+
+def test_cells_of_a_sweep_by_workers_have_the_table_of_one_process(session, tmp_path):
+    from experiments.sinks import Config
+    from workbench.sweep import grid, sweep
+
+    choices = {"model": ("demo", str(tmp_path / "none")), "input": ("random", "repeated"), "rows": (640,)}
+    choices |= {"length": (32,), "recordings": (tmp_path / "recordings",)}
+    configs, said = grid(Config, choices), []
+    one = sweep("sinks", configs, tmp_path / "one", say=said.append)
+    two = sweep("sinks", configs, tmp_path / "two", workers=wb.RayWorkers(2, threads=1), say=said.append)
+    assert [outcome.state for outcome in two.outcomes] == ["done", "done", "failed", "failed"]
+    assert len(said) == 8
+    assert [outcome.told for outcome in two.failed] == [outcome.told for outcome in one.failed]
+    tables = [contents(swept.folder)["table.parquet"] for swept in (one, two)]
+    assert tables[0] == tables[1]
+
+
+def dies_over_three(device: str, folder: Path):
+    """Begins a worker that ends without a word over the task 3, and does the others, telling how often."""
+
+    def do(task: int) -> int:
+        with open(folder / str(task), "a") as file:
+            file.write("x")
+        if task == 3:
+            os._exit(1)
+        return 10 * task
+
+    return do
+
+
+def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(session, tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.distributed._DEATHS", 2)
+    tasks, workers = list(range(6)), wb.RayWorkers(2, threads=1)
+    found = dict(workers._each(dies_over_three, (tmp_path,), tasks, "cpu", lambda task, error: f"{task} lost"))
+    assert found == {task: "3 lost" if task == 3 else 10 * task for task in tasks}
+    tried = {task: len((tmp_path / str(task)).read_text()) for task in tasks}
+    assert tried == {task: 2 if task == 3 else 1 for task in tasks}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What a worker does, and what travels to it, without the seconds that one takes to start."""
+    from workbench import distributed
+
+    def each(_self, begin, given, tasks, device, _lost):
+        worker = distributed._Worker()
+        worker.start(os.getcwd(), device, 1, pickle.loads(pickle.dumps((begin, given))))
+        for task in tasks:
+            yield task, pickle.loads(pickle.dumps(worker.do(pickle.loads(pickle.dumps(task)))))
+
+    monkeypatch.setattr(wb.RayWorkers, "_each", each)
+
+
+def test_a_module_in_memory_is_sent(in_this_process, folder, tiny_models, tmp_path):
     model = Model(tiny_models["llama"], None, "model")
-    store = wb.record(
-        model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(1, threads=1), show_progress=False, **SETTINGS
-    )
-    assert session.is_initialized()
+    store = wb.record(model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(1), show_progress=False, **SETTINGS)
     assert store["resid_post", 1][:].equal(wb.open_store(folder / "one")["resid_post", 1][:])
 
 
-def test_a_model_that_was_changed_after_loading_is_refused(session, folder, tmp_path):
+def test_a_model_that_was_changed_after_loading_is_refused(in_this_process, folder, tmp_path):
     import torch
 
     model = wb.load_model(folder / "model")
     with torch.no_grad():
         model.module.lm_head.weight.add_(1)
     with pytest.raises(RequestError, match="was changed after load_model: save it and name the directory"):
-        wb.record(model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(1, threads=1), show_progress=False)
+        wb.record(model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(1), show_progress=False)
+
+
+def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
+    from workbench import distributed
+
+    with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
+        distributed._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))
+    with pytest.raises(RequestError, match=r"finds no .*; features must be on a disk that all machines share"):
+        distributed._rows("cpu", folder / "one", None, tmp_path, "", {}, tmp_path / "gone" / "segments")
+
+
+def test_a_worker_with_other_versions_is_told_of_once():
+    from workbench import distributed
+    from workbench.recorder import environment
+
+    told = set()
+    with pytest.warns(UserWarning, match=r"a worker runs torch 1\.0 \(here .*\): its rows may differ in the last bits"):
+        distributed._warn_of_other_versions(environment() | {"torch": "1.0"}, told)
+    distributed._warn_of_other_versions(environment() | {"torch": "1.0"}, told)
+    distributed._warn_of_other_versions(environment(), told)
 
 
 def test_more_workers_than_ray_has_room_for_are_refused(session, folder, tmp_path):
@@ -235,17 +335,49 @@ def test_more_workers_than_ray_has_room_for_are_refused(session, folder, tmp_pat
         )
 
 
-def test_workers_that_always_die_end_in_one_line(session, folder, tmp_path, monkeypatch):
-    from workbench import distributed
+def always_dies(_device: str):
+    os._exit(1)
 
-    class Dies:
-        def start(self, *_given):
-            os._exit(1)
 
-    monkeypatch.setattr(distributed, "_Worker", Dies)
-    with pytest.raises(DataError, match=r"workers died 3 times before a first segment of .* was finished") as raised:
-        wb.record(folder / "model", texts(), out=tmp_path / "x", workers=wb.RayWorkers(1), show_progress=False)
-    assert "\n" not in str(raised.value)
+def test_workers_that_die_before_their_first_task_end_the_work(session, monkeypatch):
+    monkeypatch.setattr("workbench.distributed._DEATHS", 1)
+
+    def lost(task, error):
+        assert task is None
+        raise DataError(f"lost: {type(error).__name__}")
+
+    with pytest.raises(DataError, match="lost: ActorDiedError"):
+        list(wb.RayWorkers(1, threads=1)._each(always_dies, (), [0, 1], "cpu", lost))
+
+
+def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_path, monkeypatch):
+    """A recording and an extraction end there; a sweep goes on with its other cells."""
+    from sae_example import save_sae
+
+    from experiments.sinks import Config
+
+    def loses(_self, _begin, _given, tasks, _device, lost):
+        for task in tasks:
+            yield task, lost(task, RuntimeError("the machine is gone\nits log: ..."))
+
+    monkeypatch.setattr(wb.RayWorkers, "_each", loses)
+    end = (
+        " was finished (the machine is gone); what is committed stays: try fewer workers if memory ran out, and run "
+        "the same command to resume"
+    )
+    said = refused(DataError, lambda: record(folder, str(tmp_path / "x"), wb.RayWorkers(2)))
+    assert said == f"workers died 3 times before segment 00000 of {tmp_path / 'x'}{end}"
+    store = wb.open_store(folder / "one")
+    width = store["resid_post", 1].shape[1]
+    sae = wb.load_sae(save_sae(tmp_path / "sae", d_in=width, hook_name="blocks.1.hook_resid_post"), device="cpu")
+    given = {"out": tmp_path / "f", "force": True, "show_progress": False}
+    said = refused(DataError, lambda: wb.extract_features(store, sae, workers=wb.RayWorkers(2), **given))
+    assert said == f"workers died 3 times before rows 0 to {store.rows - 1} of {tmp_path / '.f.partial'}{end}"
+    assert not (tmp_path / ".f.partial").exists()
+    cells = [Cell("sinks", Config(seed=seed), tmp_path / f"cell {seed}") for seed in (0, 1)]
+    outcomes = list(wb.RayWorkers(2).attempt(cells))
+    assert [(outcome.cell, outcome.state) for outcome in outcomes] == [(cell, "failed") for cell in cells]
+    assert outcomes[1].told == f"workers died 3 times before cell 1{end}"
 
 
 def test_without_ray_the_error_says_what_to_install(folder, tmp_path, monkeypatch):
@@ -271,9 +403,13 @@ def test_workers_that_cannot_be_are_refused(asked, message):
 
 
 @pytest.mark.parametrize("workers", [wb.RayWorkers(2), wb.Share(0, 2)])
-def test_features_while_recording_are_one_process_work(demo, tmp_path, workers):
-    with pytest.raises(RequestError, match="sae: features are extracted by one process; record its site with workers"):
-        wb.record(demo, texts(), out=tmp_path / "x", sae=wb.load_sae("demo"), workers=workers, show_progress=False)
+def test_features_while_recording_are_one_process_work(folder, tmp_path, workers):
+    with pytest.raises(
+        RequestError, match="sae: with workers features are extracted from a recording; record its site, then"
+    ):
+        wb.record(
+            folder / "model", texts(), out=tmp_path / "x", sae=wb.load_sae("demo"), workers=workers, show_progress=False
+        )
     assert not (tmp_path / "x").exists()
 
 
@@ -290,7 +426,10 @@ def test_features_while_recording_are_one_process_work(demo, tmp_path, workers):
             ["--share"],
             "share: neither RANK and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are set; start the command",
         ),
-        (["--workers", "2", "--sae", "demo"], "--sae: features are extracted by one process; record its site with"),
+        (
+            ["--workers", "2", "--sae", "demo"],
+            "--sae: features are extracted from a recording with --workers or --share",
+        ),
         (["--workers", "2", "--device", "cuda:1"], "device of workers must be cpu or cuda, each has one of its own"),
     ],
 )

@@ -1,6 +1,7 @@
 """Sparse features: what is extracted is what the autoencoder gives, in both orders, committed whole, read safely."""
 
 import fcntl
+import itertools
 import json
 import os
 import pickle
@@ -17,8 +18,9 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 from store_example import BRAIN, HALF, MODEL, part_of, token_table, values, write_segment, write_store, writing
 
+import workbench as wb
 from workbench.errors import DataError, RequestError
-from workbench.sae import extract
+from workbench.sae import extract, segments
 from workbench.sae.allocate import FeatureChoice, MutualChoice
 from workbench.sae.arrays import ArrayFile, map_arrays
 from workbench.sae.encode import Encoder
@@ -690,14 +692,96 @@ def test_what_a_crash_left_is_cleared(store, sae, features):
     assert found.record.files == features.record.files  # deterministic, to the byte
 
 
+# ---- several processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["topk", "temporal"])
+def test_shares_encode_their_own_rows_and_the_last_has_the_features(architecture, example, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 10)
+    sae = loaded(tmp_path / "sae", architecture)
+    whole, encoded = taken(example, sae, out=tmp_path / "one", batch_rows=4), []
+    plain = Encoder.__call__
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, rows, *rest: encoded.append(len(rows)) or plain(self, rows, *rest)
+    )
+    sizes = []
+    for rank in (2, 0):
+        assert taken(example, sae, out=tmp_path / "f", batch_rows=4, workers=wb.Share(rank, 3)) is None
+        sizes.append(sum(encoded))
+    found = taken(example, sae, out=tmp_path / "f", batch_rows=4, workers=wb.Share(1, 3))
+    assert 0 < sizes[0] < sizes[1] < sum(encoded) == ROWS
+    assert found.record == replace(whole.record, store=found.record.store)
+    assert found.path == tmp_path / "f"
+    assert not (tmp_path / ".f.partial").exists()
+    assert taken(example, sae, out=tmp_path / "f", workers=wb.Share(0, 3)).record == found.record
+    assert sum(encoded) == ROWS
+
+
+@pytest.mark.parametrize("allocation", [MutualChoice(2), FeatureChoice(3)])
+def test_rows_that_compete_across_shares_are_cut_as_in_one_process(allocation, example, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 8)
+    whole = taken(example, sae, out=tmp_path / "one", allocation=allocation)
+    for rank in (1, 0):
+        found = taken(example, sae, out=tmp_path / "f", allocation=allocation, workers=wb.Share(rank, 2))
+    assert found.record.files == whole.record.files
+
+
+def test_a_share_that_dies_leaves_what_it_committed_to_whoever_comes_next(example, sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 4)
+    whole, plain, calls = taken(example, sae, out=tmp_path / "one"), Encoder.__call__, []
+
+    def dies(self, rows, *rest):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(len(rows))
+        return plain(self, rows, *rest)
+
+    monkeypatch.setattr(Encoder, "__call__", dies)
+    with pytest.raises(KeyboardInterrupt):
+        taken(example, sae, out=tmp_path / "f", workers=wb.Share(1, 2))
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, rows, *rest: calls.append(len(rows)) or plain(self, rows, *rest)
+    )
+    assert taken(example, sae, out=tmp_path / "f", workers=wb.Share(0, 4)) is None
+    assert taken(example, sae, out=tmp_path / "f").record.files == whole.record.files
+    assert ROWS <= sum(calls) <= ROWS + 4  # at most the segment that was being written is encoded twice
+
+
+def test_what_two_workers_wrote_of_the_same_rows_counts_once(example, sae, tmp_path, monkeypatch):
+    """One that was given up and lives on: its segments may be divided otherwise."""
+    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 20)
+    whole = taken(example, sae, out=tmp_path / "one")
+    made = extract.Extraction(example[SITE.name], sae, show_progress=False)
+    assert taken(example, sae, out=tmp_path / "f", workers=wb.Share(1, 2)) is None
+    made.write_segments(tmp_path / ".f.partial" / "segments", [(0, 12)], lambda rows: None)
+    part = made.on_the_host(made.encoder(example[SITE.name][5:30]))
+    segments.commit(tmp_path / ".f.partial" / "segments", (5, 30), part)
+    assert list(segments.committed(tmp_path / ".f.partial" / "segments")) == [(0, 12), (20, 40)]
+    assert taken(example, sae, out=tmp_path / "f").record.files == whole.record.files
+
+
+def test_missing_rows_and_committed_ones_are_all_rows(tmp_path):
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        for path in tmp_path.glob("*"):
+            path.unlink()
+        for first, length in random.integers(0, 30, (4, 2)):
+            (tmp_path / f"{first:012d}-{first + length + 1:012d}.safetensors").touch()
+        cuts = [0, *sorted({int(cut) for cut in random.integers(1, 60, 3)}), 60]
+        spans = list(itertools.pairwise(cuts))
+        there, left = segments.committed(tmp_path), segments.missing(tmp_path, spans)
+        assert sorted(row for some in (there, left) for span in some for row in range(*span)) == list(range(60))
+        assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in left)
+
+
 def test_features_finished_while_waiting_for_the_lock_are_opened(store, sae, monkeypatch):
     """Another process ends between the look at the place and the lock."""
     plain = extract.files.locked
 
-    def late(partial):
+    def late(*arguments, **settings):
         monkeypatch.setattr(extract.files, "locked", plain)
         taken(store, sae, name="mine")
-        return plain(partial)
+        return plain(*arguments, **settings)
 
     monkeypatch.setattr(extract.files, "locked", late)
     assert taken(store, sae, name="mine").shape == (51, 20)

@@ -297,9 +297,37 @@ def test_two_identical_sweeps_have_identical_tables(tmp_path):
     assert one == two
 
 
-def test_cells_may_be_mapped_elsewhere_in_any_order(tmp_path):
+class Backwards:
+    """Workers that end in another order."""
+
+    def own(self, cells):
+        return cells
+
+    def attempt(self, cells):
+        return map(attempt, reversed(cells))
+
+
+def test_cells_may_end_in_any_order(tmp_path):
     swept(tmp_path / "one")
-    swept(tmp_path / "two", each=lambda function, cells: map(function, reversed(cells)))
+    swept(tmp_path / "two", workers=Backwards())
+    one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
+    assert one == two
+
+
+def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
+    swept(tmp_path / "one")
+    toy.RAN.clear()
+    choices = CHOICES | {"model": ("a", "b")}
+    first, said = swept(tmp_path / "two", choices, workers=wb.Share(1, 2))
+    assert [config.seed for config in toy.RAN] == [1] * 4
+    assert [outcome.cell.config.seed for outcome in first.outcomes] == [1] * 4
+    assert [cell.config.seed for cell in first.left] == [0] * 4
+    assert said[-1].startswith("[4 of 4] model=b factor=2.0 seed=1: ")
+    states = [cell["state"] for cell in json.loads((tmp_path / "two" / "summary" / "sweep.json").read_text())["cells"]]
+    assert states == ["left", "complete"] * 4
+    last, _ = swept(tmp_path / "two", choices, workers=wb.Share(0, 2))
+    assert [outcome.state for outcome in last.outcomes] == ["done", "there"] * 4
+    assert (last.left, len(toy.RAN)) == ((), 8)
     one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
     assert one == two
 

@@ -31,7 +31,7 @@ class Parallel:
     """Who does the work, besides this process alone."""
 
     workers: int | None = None
-    """Processes that write segments side by side, one GPU or share of the cores each. Needs Ray."""
+    """Processes that work side by side, one GPU or share of the cores each. Needs Ray."""
     ray_address: str | None = None
     """A Ray cluster for them: auto, or ray://HOST:PORT. Default: this machine."""
     threads: int | None = None
@@ -41,7 +41,7 @@ class Parallel:
     SLURM_NTASKS."""
 
     def who(self, device: str | None) -> Any:
-        """What `workbench.record` takes as `workers`."""
+        """What `record`, `extract_features` and `sweep` take as `workers`."""
         if self.workers is None and (self.ray_address or self.threads):
             raise RequestError("--ray-address and --threads are about workers; say how many with --workers")
         if self.share and self.workers is not None:
@@ -107,8 +107,8 @@ class Record:
         workers = self.parallel.who(self.device)
         if workers and self.sae is not None:
             raise RequestError(
-                "--sae: features are extracted by one process; record its site with --workers or --share, then extract "
-                "them with workbench features"
+                "--sae: features are extracted from a recording with --workers or --share afterwards; record its site, "
+                "then extract them with workbench features"
             )
         features = self._features()
         model = load_model(
@@ -256,6 +256,7 @@ class Features:
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
     force: bool = False
     """Use an SAE of another site or model."""
+    parallel: OmitArgPrefixes[Parallel] = dataclasses.field(default_factory=Parallel)
 
     def run(self) -> int:
         from workbench.store.manifest import read_manifest
@@ -269,7 +270,8 @@ class Features:
         from workbench.store.reader import open_store
 
         allocation = None if self.k is None else CHOICES[self.allocation](self.k)
-        sae = load_sae(self.sae, self.sae_id, device=self.device)
+        workers = self.parallel.who(self.device)
+        sae = load_sae(self.sae, self.sae_id, device=(workers and workers.own_device) or self.device)
         found = extract_features(
             open_store(self.store),
             sae,
@@ -279,7 +281,11 @@ class Features:
             dtype=self.dtype,
             allocation=allocation,
             force=self.force,
+            workers=workers,
         )
+        if found is None:
+            print("this share of the rows is encoded; the last process to finish has the features")
+            return 0
         never = int((found.counts == 0).sum())
         print(_plain(f"{found}, {never:,} never active\nfeatures  {found.path}"))
         return 0
@@ -618,6 +624,7 @@ def _sweep_command(arguments: list[str]) -> Any:
         [
             *_choices(experiment.Config),
             ("out", Annotated[Path | None, arg(help=f"Folder of the sweep. Default: runs/{name}.")], None),
+            ("parallel", OmitArgPrefixes[Parallel], dataclasses.field(default_factory=Parallel)),
         ],
         bases=(_RunSweep,),
         namespace={"experiment": name},
@@ -658,10 +665,13 @@ class _RunSweep:
         fixed = [field.name for field in dataclasses.fields(config) if field.name not in names]
         choices = {name: getattr(self, name) for name in names} | {name: (getattr(self, name),) for name in fixed}
         out = self.out or Path("runs") / self.experiment
-        swept = sweep(self.experiment, grid(config, choices), out, say=lambda line: print(_plain(line), flush=True))
+        configs = grid(config, choices)
+        workers = self.parallel.who(None)
+        swept = sweep(self.experiment, configs, out, workers=workers, say=lambda line: print(_plain(line), flush=True))
         for outcome in swept.failed:
             print(_plain(f"failed  {outcome.cell.folder.name}: {outcome.told}"))
         counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "there", "failed")}
+        counted |= {"left to other processes": len(swept.left)} if swept.left else {}
         print(", ".join(f"{number} {state}" for state, number in counted.items()))
         if swept.result is not None:
             print(f"table   {swept.folder / TABLE}")

@@ -1,8 +1,9 @@
-"""The same recording by several processes: Ray workers of one driver, or shares of a torchrun or srun job.
+"""The same work by several processes: Ray workers of one driver, or shares of a torchrun or srun job.
 
-Each worker holds the model and writes whole segments into the store, which lies where all of them can reach it; what
-travels is the plan's place and the name of a segment. Only one process at a time lists finished segments in the
-manifest. Which sequences share a forward pass is planned by segment, so the store does not depend on who wrote it.
+A recording divides by segments, an extraction of features by rows, a sweep by cells. Each worker holds the model or the
+autoencoder and writes into the store, the features or the run folders, which lie where all of them can reach them; what
+travels is which segment, rows or cell. What belongs together is planned beforehand, so the result does not depend on
+who did what.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ import os
 import socket
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.errors import DataError, RequestError, WorkbenchError
 from workbench.models import Loading, Model
 from workbench.recorder import SegmentRecorder, ThisProcess, Work, environment
+from workbench.runs import Cell, Outcome, attempt
 from workbench.store.staging import PlannedSegment
 
+if TYPE_CHECKING:
+    from workbench.sae.extract import Extraction
+    from workbench.sae.segments import Span
+    from workbench.store.manifest import SiteRecord
+
+T = TypeVar("T")
+
 _DEATHS = 3
-"""Times that the worker of one segment may die before the recording gives up."""
+"""Times that workers may die over the same task before it is given up."""
 _OBJECT_STORE = 128 << 20  # bytes; what travels is small
 
 
 @dataclass(frozen=True)
 class RayWorkers:
-    """Processes that write segments side by side, started and watched through Ray.
+    """Processes that work side by side, started and watched through Ray: what `record`, `extract_features` and `sweep`
+    take as `workers`.
 
-    A worker that dies is replaced, and its segment written again. The bytes are those of one process with as many
+    A worker that dies is replaced, and what it was at is done again. The bytes are those of one process with as many
     threads on the same kind of processor; with other numbers of threads the last bits may differ.
     """
 
@@ -41,7 +52,7 @@ class RayWorkers:
     threads: int | None = None
     """CPU threads of each. None: on this machine its cores by `count`, on a cluster 1."""
     kind: str | None = None
-    """cpu or cuda, one GPU each. None: cuda where this machine has one."""
+    """cpu or cuda, one GPU each. None: cuda where this machine has one; in a sweep, where its cells ask for it."""
 
     own_device = "cpu"
     shared = False
@@ -54,59 +65,123 @@ class RayWorkers:
         if self.kind not in (None, "cpu", "cuda"):
             raise RequestError(f"device of workers must be cpu or cuda, each has one of its own, not {self.kind!r}")
 
-    def device(self, model: Model) -> str:
+    def device(self, _model: Model | None = None) -> str:
         import torch
 
         return self.kind or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
-        return planned
+    def own(self, tasks: Sequence[T]) -> Sequence[T]:
+        return tasks
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
+        """Segments of a recording."""
+
+        def lost(segment: PlannedSegment | None, error: Exception) -> None:
+            what = f"segment {segment.name}" if segment else "a first segment"
+            raise _gave_up(f"{what} of {work.store}", error)
+
+        for segment, _ in self._each(_segments, (work, _carried(model)), left, self.device(), lost):
+            tick(segment.rows)
+            yield
+
+    def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
+        """Rows of an extraction; each worker loads the autoencoder from the folder where the features are made."""
+        from workbench.sae.extract import SAVED
+        from workbench.sae.segments import missing
+        from workbench.store import files
+
+        def lost(span: Span | None, error: Exception) -> None:
+            what = f"rows {span[0]} to {span[1] - 1}" if span else "first rows"
+            raise _gave_up(f"{what} of {folder.parent}", error)
+
+        left = {span: sum(stop - first for first, stop in rows) for span in spans if (rows := missing(folder, [span]))}
         if not left:
+            return 0
+        saved = folder.with_name(SAVED)
+        files.remove(saved)
+        made.sae.module.save_model(saved)
+        given = made.array.store.path, made.array.site, saved, made.sae.fingerprint(), made.how, folder
+        unsettled = 0
+        for span, count in self._each(_rows, given, list(left), self.device(), lost):
+            advance(left[span])
+            unsettled += count
+        return unsettled
+
+    def attempt(self, cells: Sequence[Cell]) -> Iterator[Outcome]:
+        """Cells of a sweep, in the order in which they end."""
+
+        def lost(cell: Cell | None, error: Exception) -> Outcome:
+            failed = _gave_up(f"{cell.folder.name}" if cell else "a first cell", error)
+            if cell is None:
+                raise failed
+            return Outcome(cell, "failed", 0.0, str(failed))
+
+        wanted = any(str(getattr(cell.config, "device", "cpu")).startswith("cuda") for cell in cells)
+        kind = self.kind or ("cuda" if wanted else "cpu")
+        for _, outcome in self._each(_cells, (), cells, kind, lost):
+            yield outcome
+
+    def _each(
+        self,
+        begin: Callable[..., Callable[[T], Any]],
+        given: tuple[Any, ...],
+        tasks: Sequence[T],
+        device: str,
+        lost: Callable[[T | None, Exception], Any],
+    ) -> Generator[tuple[T, Any], None, None]:
+        """Tasks with their answers, as they end.
+
+        `begin(device, *given)` runs once in each worker, and what it gives is called with one task after another.
+        `lost` is told over which task workers died too often, None: before the first, and raises or answers for it.
+        """
+        if not tasks:
             return
         threads = self.threads or (1 if self.address else max(1, (os.cpu_count() or 1) // self.count))
-        count, device = min(self.count, len(left)), self.device(model)
+        count = min(self.count, len(tasks))
         resources = {"num_cpus": threads, "num_gpus": int(device == "cuda")}
         with _ray(self.address, count * threads) as ray:
             _refuse_more_than_there_is(ray, count, resources)
-            carried = ray.put(_carried(model))
+            travelling = ray.put((begin, given))
             make = ray.remote(_Worker).options(**resources).remote
-            waiting, deaths = deque(left), Counter()
-            busy: dict[Any, tuple[Any, PlannedSegment | None]] = {}  # what is awaited: of which worker, which segment
+            waiting, deaths = deque(tasks), Counter()
+            busy: dict[Any, tuple[Any, T | None]] = {}  # what is awaited: of which worker, over which task
             told: set[str] = set()
+
+            def start() -> None:
+                worker = make()
+                busy[worker.start.remote(os.getcwd(), device, threads, travelling)] = worker, None
+
             try:
                 for _ in range(count):
-                    worker = make()
-                    busy[worker.start.remote(work, carried, device, threads)] = worker, None
+                    start()
                 while busy:
                     (done,), _ = ray.wait(list(busy), num_returns=1)
-                    worker, segment = busy.pop(done)
+                    worker, task = busy.pop(done)
                     try:
                         answer = ray.get(done)
                     except ray.exceptions.RayTaskError as error:
                         raise _as_raised(error) from None
                     except ray.exceptions.RayError as error:  # the worker, its machine or its memory is gone
                         ray.kill(worker)
-                        deaths[segment] += 1
-                        if deaths[segment] == _DEATHS:
-                            raise _gives_up(work, segment, error) from None
-                        if segment is not None:
-                            waiting.appendleft(segment)
-                        worker = make()
-                        busy[worker.start.remote(work, carried, device, threads)] = worker, None
+                        deaths[task] += 1
+                        if deaths[task] == _DEATHS:
+                            answer = lost(task, error)
+                            yield task, answer
+                        elif task is not None:
+                            waiting.appendleft(task)
+                        if waiting:
+                            start()
                         continue
-                    if segment is None:
+                    if task is None:
                         deaths[None] = 0
-                        _warn_of_other_versions(work, answer, told)
+                        _warn_of_other_versions(answer, told)
                     else:
-                        tick(segment.rows)
-                        yield
+                        yield task, answer
                     if waiting:
-                        segment = waiting.popleft()
-                        busy[worker.write.remote(segment)] = worker, segment
+                        task = waiting.popleft()
+                        busy[worker.do.remote(task)] = worker, task
             finally:
                 for worker, _ in busy.values():
                     ray.kill(worker)
@@ -114,10 +189,10 @@ class RayWorkers:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's share of a job's segments: every `size`-th, from the `rank`-th on.
+    """This process's share of a job's segments, rows or cells: every `size`-th, from the `rank`-th on.
 
-    The processes of a job need not run at the same time, nor know of each other: who finishes a segment lists it, and
-    the last one completes the store. A job that is started again, of any size, does what is left.
+    The processes of a job need not run at the same time, nor know of each other: the last one to finish completes the
+    store, the features or the summary. A job that is started again, of any size, does what is left.
     """
 
     rank: int
@@ -161,41 +236,89 @@ class Share:
     def device(self, model: Model) -> str:
         return model.device.type
 
-    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
-        return [segment for segment in planned if int(segment.name) % self.size == self.rank]
+    def own(self, tasks: Sequence[T]) -> Sequence[T]:
+        return tasks[self.rank :: self.size]
 
     def write(
         self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
         return ThisProcess().write(work, model, left, tick)
 
+    def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
+        return made.write_segments(folder, spans, advance)
+
+    def attempt(self, cells: Sequence[Cell]) -> Iterable[Outcome]:
+        return map(attempt, cells)
+
+
+# ---- in a worker ----------------------------------------------------------------------------------------
+
 
 class _Worker:
-    """What a Ray worker holds."""
+    """A Ray actor: does one task after another."""
 
-    def start(self, work: Work, carried: Loading | Model, device: str, threads: int) -> dict[str, str]:
-        """Load the model; gives the versions it runs with."""
+    def start(
+        self, place: str, device: str, threads: int, given: tuple[Callable[..., Callable[[Any], Any]], tuple[Any, ...]]
+    ) -> dict[str, str]:
+        """Make ready for the tasks, in the driver's directory; gives the versions it runs with."""
         import torch
 
         torch.set_num_threads(threads)
-        if not work.plan.is_dir():
+        try:
+            os.chdir(place)  # relative paths mean the same here
+        except OSError:
             raise RequestError(
-                f"a worker on {socket.gethostname()} finds no {work.store}; out must be on a disk that all machines "
-                "share"
-            )
-        model = carried.load(device) if isinstance(carried, Loading) else carried
-        if not isinstance(carried, Loading):
-            model.module.to(device)
-        if model.fingerprint() != work.manifest.model.fingerprint:
-            raise RequestError(
-                f"model {model.name!r} has other weights here than where it is loaded anew; it was changed after "
-                "load_model: save it and name the directory, or pass the module itself"
-            )
-        self.recorder = SegmentRecorder(work, model)
+                f"a worker on {socket.gethostname()} finds no {place}; work in a folder that all machines share"
+            ) from None
+        begin, rest = given
+        self._do = begin(device, *rest)
         return environment()
 
-    def write(self, planned: PlannedSegment) -> None:
-        self.recorder.write(planned, lambda _rows: None)
+    def do(self, task: Any) -> Any:
+        return self._do(task)
+
+
+def _segments(device: str, work: Work, carried: Loading | Model) -> Callable[[PlannedSegment], None]:
+    if not work.plan.is_dir():
+        raise RequestError(
+            f"a worker on {socket.gethostname()} finds no {work.store}; out must be on a disk that all machines share"
+        )
+    model = carried.load(device) if isinstance(carried, Loading) else carried
+    if not isinstance(carried, Loading):
+        model.module.to(device)
+    if model.fingerprint() != work.manifest.model.fingerprint:
+        raise RequestError(
+            f"model {model.name!r} has other weights here than where it is loaded anew; it was changed after "
+            "load_model: save it and name the directory, or pass the module itself"
+        )
+    recorder = SegmentRecorder(work, model)
+    return lambda segment: recorder.write(segment, lambda _rows: None)
+
+
+def _rows(
+    device: str, store: Path, site: SiteRecord, sae: Path, fingerprint: str, how: Mapping[str, Any], folder: Path
+) -> Callable[[Span], int]:
+    from workbench.sae.extract import Extraction
+    from workbench.sae.load import load_sae
+    from workbench.store.reader import ActivationArray, open_store
+
+    if not folder.is_dir():
+        raise RequestError(
+            f"a worker on {socket.gethostname()} finds no {folder.parent}; features must be on a disk that all "
+            "machines share"
+        )
+    loaded = load_sae(sae, device=device)
+    if loaded.fingerprint() != fingerprint:
+        raise RequestError(
+            "sae: what SAELens saves of it and loads again has other weights or settings, so workers cannot use it; "
+            "extract with one process"
+        )
+    made = Extraction(ActivationArray(open_store(store), site), loaded, **how, show_progress=False)
+    return lambda span: made.write_segments(folder, [span], lambda _rows: None)
+
+
+def _cells(_device: str) -> Callable[[Cell], Outcome]:
+    return attempt
 
 
 def _carried(model: Model) -> Loading | Model:
@@ -207,6 +330,9 @@ def _carried(model: Model) -> Loading | Model:
             f"a module on {model.device} cannot be sent to workers; move it to the CPU, or name its directory"
         )
     return replace(model)  # without what it has cached
+
+
+# ---- Ray ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -241,11 +367,21 @@ def _ray(address: str | None, cpus: int) -> Iterator[Any]:
         except Exception as error:  # each step of connecting raises its own kind
             ray.shutdown()
             if not tries_left:
-                raise RequestError(f"ray address {address or 'local'}: {_first_line(error)}") from error
+                hint = "; it asks for a token: set RAY_AUTH_MODE=token" if _asks_for_a_token(error) else ""
+                raise RequestError(f"ray address {address or 'local'}: {_first_line(error)}{hint}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _asks_for_a_token(error: BaseException | None) -> bool:
+    """Ray sends the token that lies at home to a cluster it found by itself, not to one whose address it was given."""
+    while error is not None:
+        if type(error).__name__ == "AuthenticationError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _refuse_more_than_there_is(ray: Any, count: int, resources: Mapping[str, int]) -> None:
@@ -259,8 +395,8 @@ def _refuse_more_than_there_is(ray: Any, count: int, resources: Mapping[str, int
             )
 
 
-def _warn_of_other_versions(work: Work, found: Mapping[str, str], told: set[str]) -> None:
-    own = work.manifest.environment
+def _warn_of_other_versions(found: Mapping[str, str], told: set[str]) -> None:
+    own = environment()
     differing = [
         f"{name} {value} (here {own[name]})" for name, value in found.items() if own.get(name) not in (None, value)
     ]
@@ -269,11 +405,10 @@ def _warn_of_other_versions(work: Work, found: Mapping[str, str], told: set[str]
         warnings.warn(f"a worker runs {', '.join(differing)}: its rows may differ in the last bits", stacklevel=2)
 
 
-def _gives_up(work: Work, segment: PlannedSegment | None, error: Exception) -> DataError:
-    what = f"segment {segment.name}" if segment else "a first segment"
+def _gave_up(what: str, error: Exception) -> DataError:
     return DataError(
-        f"workers died {_DEATHS} times before {what} of {work.store} was finished ({_first_line(error)}); what is "
-        "committed stays: try fewer workers if memory ran out, and run the same command to resume"
+        f"workers died {_DEATHS} times before {what} was finished ({_first_line(error)}); what is committed stays: try "
+        "fewer workers if memory ran out, and run the same command to resume"
     )
 
 

@@ -144,7 +144,7 @@ def record_with(
     corpus.check_source(texts)
     if features is not None and workers is not None:
         raise RequestError(
-            "sae: features are extracted by one process; record its site with workers, then call extract_features"
+            "sae: with workers features are extracted from a recording; record its site, then call extract_features"
         )
     workers = workers or ThisProcess()
     if not isinstance(model, Model):

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from workbench.errors import RequestError, nearest
 from workbench.experiment import find_experiment, identity
 from workbench.progress import duration
-from workbench.runs import RESULTS, Cell, Outcome, attempt, cell_of, share_script
+from workbench.runs import RESULTS, Cell, Outcome, attempt, cell_of, is_complete, share_script
 from workbench.store.files import PARTIAL, locked
 
 if TYPE_CHECKING:
@@ -30,8 +30,16 @@ if TYPE_CHECKING:
 
 SUMMARY, TABLE, CELLS = "summary", "table.csv", "sweep.json"
 
-Each = Callable[[Callable[[Cell], Outcome], Sequence[Cell]], Iterable[Outcome]]
-"""What brings a function over cells: `map`, one after another, or anything that does it elsewhere, in any order."""
+
+@runtime_checkable  # for the shape checks of the tests
+class Workers(Protocol):
+    """Who runs the cells of a sweep."""
+
+    def own(self, cells: Sequence[Cell]) -> Sequence[Cell]:
+        """Which of the cells this process has to do with."""
+
+    def attempt(self, cells: Sequence[Cell]) -> Iterable[Outcome]:
+        """`workbench.runs.attempt` of each, in any order."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,9 @@ class Swept:
     """How a sweep ended."""
 
     outcomes: tuple[Outcome, ...]
-    """One a cell, in the order of the grid."""
+    """One a cell, in the order of the grid; where the work is shared, of those that are not left to others."""
+    left: tuple[Cell, ...]
+    """Cells of other processes that share the work, and are not complete yet."""
     result: Result | None
     """All complete runs together, as written to `folder`; None where no run is complete."""
     folder: Path
@@ -70,25 +80,38 @@ def sweep(
     configs: Sequence[Any],
     out: str | Path,
     *,
-    each: Each = map,
+    workers: Workers | None = None,
     say: Callable[[str], None] = print,
 ) -> Swept:
     """Runs `experiment` with each config, in a folder under `out`, and puts the complete runs together.
 
     What is complete is not run again; a cell that fails is told and the others go on. `say` is told how each cell
-    ended, a line at a time. Interrupted, the same call resumes. Raises RequestError where `out` cannot hold it.
+    ended, a line at a time. Interrupted, the same call resumes. `workers`: processes that run cells side by side,
+    `RayWorkers` or a `Share` of `workbench.distributed`; None: this one. Of those that share a sweep each puts together
+    what is complete when it ends, so the last one has all of it.
+
+    Raises RequestError where `out` cannot hold it.
     """
     find_experiment(experiment)
     out = Path(out)
     _refuse_other(out)
     cells = [cell_of(experiment, config, out) for config in configs]
     titles = dict(zip(cells, _titles(configs), strict=True))
+    own = cells if workers is None else workers.own(cells)
     ended: dict[Cell, Outcome] = {}
-    for outcome in each(attempt, cells):
+    for outcome in map(attempt, own) if workers is None else workers.attempt(own):
         ended[outcome.cell] = outcome
-        say(_line(outcome, titles[outcome.cell], list(ended.values()), len(cells)))
-    outcomes = tuple(ended[cell] for cell in cells)
-    return Swept(outcomes, _summarise(experiment, outcomes, out), out / SUMMARY)
+        say(_line(outcome, titles[outcome.cell], list(ended.values()), len(own)))
+    with locked(out, wait=lambda: None):
+        outcomes = {cell: ended.get(cell) or _of_others(cell) for cell in cells}
+        known = tuple(filter(None, outcomes.values()))
+        result = _summarise(experiment, outcomes, out)
+    return Swept(known, tuple(cell for cell in cells if not outcomes[cell]), result, out / SUMMARY)
+
+
+def _of_others(cell: Cell) -> Outcome | None:
+    """A cell that another process was to run."""
+    return Outcome(cell, "there", 0.0, "run by another process") if is_complete(cell) else None
 
 
 def _titles(configs: Sequence[Any]) -> list[str]:
@@ -110,12 +133,12 @@ def _line(outcome: Outcome, title: str, ended: Sequence[Outcome], cells: int) ->
     return f"[{len(ended):>{len(str(cells))}} of {cells}{left}] {title}: {state}: {outcome.told}"
 
 
-def _summarise(experiment: str, outcomes: Sequence[Outcome], out: Path) -> Result | None:
+def _summarise(experiment: str, outcomes: Mapping[Cell, Outcome | None], out: Path) -> Result | None:
     """Writes what the complete runs found, in the order of the grid, over what an earlier sweep wrote there."""
     from workbench.result import load_result
 
-    complete = [outcome for outcome in outcomes if outcome.state != "failed"]
-    result = together(experiment, [load_result(one.cell.folder / RESULTS) for one in complete]) if complete else None
+    complete = [cell for cell, outcome in outcomes.items() if outcome and outcome.state != "failed"]
+    result = together(experiment, [load_result(cell.folder / RESULTS) for cell in complete]) if complete else None
     fresh, folder = out / (SUMMARY + PARTIAL), out / SUMMARY
     shutil.rmtree(fresh, ignore_errors=True)
     if result is None:
@@ -126,17 +149,16 @@ def _summarise(experiment: str, outcomes: Sequence[Outcome], out: Path) -> Resul
         result.table.to_csv(fresh / TABLE, index=False)
     cells = [
         {
-            "folder": one.cell.folder.name,
-            "config": identity(one.cell.config),
-            "state": "failed" if one.state == "failed" else "complete",
-            **({"error": one.told} if one.state == "failed" else {}),
+            "folder": cell.folder.name,
+            "config": identity(cell.config),
+            "state": "left" if outcome is None else "failed" if outcome.state == "failed" else "complete",
+            **({"error": outcome.told} if outcome and outcome.state == "failed" else {}),
         }
-        for one in outcomes
+        for cell, outcome in outcomes.items()
     ]
     (fresh / CELLS).write_text(json.dumps({"experiment": experiment, "cells": cells}, indent=1) + "\n")
-    with locked(out, wait=lambda: None):
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
     return result
 
 

@@ -1,8 +1,8 @@
 """From a store's activations to sparse features: encoded and committed by segments, merged and indexed at the end.
 
 What is being made lies in a hidden folder beside its place: `extraction.json`, which says what was asked, and segments,
-each there as a whole or not at all. They are merged into the order by row, that is indexed by feature, and the folder
-gets its name. Killed at any moment, the same call goes on from there and ends in the same bytes.
+each there as a whole or not at all, written by any process. They are merged into the order by row, which is indexed by
+feature; then the folder gets its name. Killed at any moment, the same call goes on and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,7 +44,7 @@ from workbench.sae.features import (
 )
 from workbench.sae.index import ENTRIES, entry_rows, invert
 from workbench.sae.load import Sae
-from workbench.sae.segments import Segment, clear, commit, committed, joined, read
+from workbench.sae.segments import Segment, Span, clear, commit, committed, joined, missing, read
 from workbench.sae.site import matching_site, not_finite
 from workbench.store import files
 from workbench.store.manifest import FEATURES, FileRecord, SiteRecord
@@ -49,6 +52,8 @@ from workbench.store.parse import from_json, parse, to_json
 from workbench.store.reader import ActivationArray, Store
 
 STATE, SEGMENTS = "extraction.json", "segments"
+SAVED = "sae"
+"""The autoencoder, where other processes load it."""
 
 _SEGMENT_ROWS = 1 << 16
 BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
@@ -69,8 +74,9 @@ def extract_features(
     allocation: Allocation | None = None,
     precision: str | None = None,
     force: bool = False,
+    workers: Workers | None = None,
     show_progress: bool = True,
-) -> Features:
+) -> Features | None:
     """Encodes every row of a site and keeps what is not 0: the same support and values as `sae.encode` in float32.
 
     Args:
@@ -88,7 +94,11 @@ def extract_features(
             of each row, MutualChoice(k) or FeatureChoice(k) of all rows together. Of those what is above 0.
         precision: float32, or bfloat16 for bounds first; the features are the same. None: the device's faster one.
         force: Use an SAE of another site or model.
+        workers: Processes that encode side by side, `RayWorkers` or a `Share` of `workbench.distributed`. None: this
+            one.
         show_progress: Say how far it is.
+
+    Gives None only to a `Share` that leaves rows to others: the last of them to finish has the features.
 
     Costs one product with the encoder; memory is a few dense blocks and a segment. While the index is built the disk
     holds the features nearly twice; with MutualChoice and FeatureChoice up to ten times before, because what stays is
@@ -103,11 +113,10 @@ def extract_features(
     if batch_rows is not None and batch_rows < 1:
         raise RequestError(f"batch_rows must be at least 1, not {batch_rows}")
     array = matching_site(store, sae, site, force=force)
-    ends = _sequence_ends(store) if sae.sequential else None
-    made = Extraction(array, ends, _encoder(sae, allocation, precision), allocation, batch_rows, show_progress)
-    made.quotas()
+    made = Extraction(array, sae, allocation, batch_rows, precision, show_progress)
+    made.check()
     asked = asked_state(sae_record(sae, allocation), array.name, store.manifest.fingerprint, store.rows, dtype)
-    return finish(made, target_of(store.path, array.site, asked.sae.name, name, out), asked)
+    return finish(made, target_of(store.path, array.site, asked.sae.name, name, out), asked, workers)
 
 
 def check_dtype(dtype: str) -> None:
@@ -116,31 +125,45 @@ def check_dtype(dtype: str) -> None:
         raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
 
 
-def finish(made: Extraction, target: Path, asked: State) -> Features:
-    """The features at `target`, made from where their making stopped; where they are there, they are opened."""
-    store = made.array.store
+@runtime_checkable  # for the shape checks of the tests
+class Workers(Protocol):
+    """Who encodes the rows of an extraction."""
+
+    shared: bool
+    """Whether other processes write the same features at this moment."""
+
+    def own(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Which of the spans this process has to do with."""
+
+    def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
+        """`made.write_segments` of these spans."""
+
+
+def finish(made: Extraction, target: Path, asked: State, workers: Workers | None = None) -> Features | None:
+    """The features at `target`, made from where their making stopped; where they are there, they are opened. None where
+    other processes that share the work have rows left."""
+    store, shared = made.array.store, workers is not None and workers.shared
     if _holds_same(target, asked):
         return open_features(target, store)
     partial = partial_of(target)
     full = files.explain_full_disk(
         f"features {target}", "what is committed stays; free space and run the same command to resume"
     )
-    with files.locked(partial), full:
-        if _holds_same(target, asked):  # another process finished them before the lock was free
-            files.remove(partial)
-            return open_features(target, store)
+    with files.locked(partial, shared=shared), full:
         try:
-            if not _finished(partial, asked):
-                state = begin(partial, target, asked)
-                if state.overflow is None:
-                    made.write_segments(partial / SEGMENTS)
-                    state = made.merge(partial, state)
-                made.write_index(partial, target, state)
-            files.remove(partial / SEGMENTS)
-            files.remove(partial / STATE)
-            files.rename_durably(partial, target)
+            with _turn(target, shared):
+                if _holds_same(target, asked):  # another process finished them before the lock was free
+                    files.remove(partial)
+                    return open_features(target, store)
+                state = None if _finished(partial, asked) else begin(partial, target, asked, shared)
+            if state and state.overflow is None:
+                made.encode(partial / SEGMENTS, workers)
+            with _turn(target, shared):
+                if not _holds_same(target, asked) and not _complete(made, partial, target, asked, shared):
+                    return None
         except BaseException:
-            remove_if_empty(partial)
+            if not shared:
+                remove_if_empty(partial)
             raise
     features = open_features(target, store)
     if overflow := features.record.overflow:
@@ -149,6 +172,26 @@ def finish(made: Extraction, target: Path, asked: State) -> Features:
             stacklevel=3,
         )
     return features
+
+
+def _turn(target: Path, shared: bool) -> AbstractContextManager[None]:
+    """Inside, no other of the processes that share the work begins, merges or indexes."""
+    return files.locked(target.parent, wait=lambda: None) if shared else nullcontext()
+
+
+def _complete(made: Extraction, partial: Path, target: Path, asked: State, shared: bool) -> bool:
+    """Merge and index what is encoded, and name it; False where rows are left to others that share the work."""
+    if not _finished(partial, asked):
+        state = begin(partial, target, asked, shared)
+        if state.overflow is None:
+            if missing(partial / SEGMENTS, made.spans()):
+                return False
+            state = made.merge(partial, state)
+        made.write_index(partial, target, state)
+    for leftover in (SEGMENTS, SAVED, STATE):
+        files.remove(partial / leftover)
+    files.rename_durably(partial, target)
+    return True
 
 
 @dataclass(frozen=True)
@@ -170,49 +213,89 @@ class Extraction:
     """The making of features from one array, step by step, each of which leaves its files finished in the folder."""
 
     array: ActivationArray
-    ends: Int64[np.ndarray, " sequence"] | None
-    """Rows behind the last of each sequence, for an autoencoder that takes sequences."""
-    encoder: Encoder
-    allocation: Allocation | None
-    batch_rows: int | None
-    show_progress: bool
+    sae: Sae
+    allocation: Allocation | None = None
+    batch_rows: int | None = None
+    precision: str | None = None
+    show_progress: bool = True
 
-    def write_segments(self, folder: Path) -> None:
-        """Encode all rows from the first that is not committed on. A segment is written while the next is encoded."""
-        done, bound, unsettled = 0, None, 0
-        for rows in committed(folder):
-            bound = self._raised(bound, read(folder, rows, self.kind))
-            done = rows[1]
-        with (
-            ThreadPoolExecutor(1) as writer,
-            progress("extracting features", len(self.array), "rows", shown=self.show_progress, done=done) as advance,
-        ):
-            writing: Future[None] | None = None
-            while done < len(self.array):
-                stop, parts, entries = done, [], 0
-                making = self.encoder if bound is None else _above(self.encoder, bound)
-                for block in self._blocks(done, self._end(done, _SEGMENT_ROWS)):
-                    found = self._encode(making, stop, block)
-                    parts.append(self.on_the_host(found))
-                    stop += len(block)
-                    entries += len(found.feature)
-                    unsettled += found.unsettled
-                    advance(len(block))
-                    if entries >= ENTRIES:
-                        break
-                segment = joined(parts)
-                bound = self._raised(bound, segment)
-                if writing:
-                    writing.result()
-                writing = writer.submit(commit, folder, (done, stop), segment)
-                done = stop
-            if writing:
-                writing.result()
+    @cached_property
+    def encoder(self) -> Encoder:
+        if self.allocation is None or isinstance(self.allocation, TopK):
+            return encoder(self.sae, self.allocation, self.precision)
+        # its threshold rises as rows are seen, and bounds are made for one threshold
+        return encoder(self.sae, Above(torch.zeros(self.sae.d_sae, device=self.sae.device)), "float32")
+
+    @cached_property
+    def ends(self) -> Int64[np.ndarray, " sequence"] | None:
+        """Rows behind the last of each sequence, for an autoencoder that takes sequences."""
+        return _sequence_ends(self.array.store) if self.sae.sequential else None
+
+    def check(self) -> None:
+        """Raises RequestError for what cannot be, before anything is written."""
+        self.quotas()
+        _ = self.encoder
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Its settings, for an extraction of the same rows elsewhere."""
+        return {"allocation": self.allocation, "batch_rows": self.batch_rows, "precision": self.precision}
+
+    def spans(self) -> list[Span]:
+        """All rows, divided as they are encoded: the same for every process."""
+        found, done = [], 0
+        while done < len(self.array):
+            found.append((done, self._end(done, _SEGMENT_ROWS)))
+            done = found[-1][1]
+        return found
+
+    def encode(self, folder: Path, workers: Workers | None) -> None:
+        """All rows that are not committed, or those of them that are the workers' own."""
+        spans = self.spans() if workers is None else workers.own(self.spans())
+        rows, left = (sum(stop - first for first, stop in some) for some in (spans, missing(folder, spans)))
+        with progress("extracting features", rows, "rows", shown=self.show_progress, done=rows - left) as advance:
+            if workers is None:
+                unsettled = self.write_segments(folder, spans, advance)
+            else:
+                unsettled = workers.encode(self, folder, spans, advance)
         if unsettled and self.show_progress:
             print(
-                f"{unsettled:,} of {len(self.array):,} rows were encoded in float32: bounds did not settle them",
-                file=sys.stderr,
+                f"{unsettled:,} of {rows:,} rows were encoded in float32: bounds did not settle them", file=sys.stderr
             )
+
+    def write_segments(self, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
+        """Encode the rows of these spans that no committed segment has; gives how many bounds did not settle.
+
+        A segment is written while the next is encoded.
+        """
+        bound, unsettled = None, 0
+        if self.quotas() is not None:
+            for rows in committed(folder):
+                bound = self._raised(bound, read(folder, rows, self.kind))
+        with ThreadPoolExecutor(1) as writer:
+            writing: Future[None] | None = None
+            for done, end in missing(folder, spans):
+                while done < end:
+                    stop, parts, entries = done, [], 0
+                    making = self.encoder if bound is None else _above(self.encoder, bound)
+                    for block in self._blocks(done, end):
+                        found = self._encode(making, stop, block)
+                        parts.append(self.on_the_host(found))
+                        stop += len(block)
+                        entries += len(found.feature)
+                        unsettled += found.unsettled
+                        advance(len(block))
+                        if entries >= ENTRIES:
+                            break
+                    segment = joined(parts)
+                    bound = self._raised(bound, segment)
+                    if writing:
+                        writing.result()
+                    writing = writer.submit(commit, folder, (done, stop), segment)
+                    done = stop
+            if writing:
+                writing.result()
+        return unsettled
 
     def merge(self, folder: Path, state: State) -> State:
         """All segments as one file in the order by row, cut as the allocation says; then they are removed."""
@@ -355,13 +438,6 @@ def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:
     return np.flatnonzero(np.append(sequence[1:] != sequence[:-1], True)[: len(sequence)]) + 1
 
 
-def _encoder(sae: Sae, allocation: Allocation | None, precision: str | None) -> Encoder:
-    if allocation is None or isinstance(allocation, TopK):
-        return encoder(sae, allocation, precision)
-    # its threshold rises as rows are seen, and bounds are made for one threshold
-    return encoder(sae, Above(torch.zeros(sae.d_sae, device=sae.device)), "float32")
-
-
 def _above(making: Encoder, bound: Bound) -> Encoder:
     threshold = torch.from_numpy(np.array(bound.threshold())).to(making.sae.device)
     return replace(making, choice=Above(threshold))
@@ -382,8 +458,9 @@ def sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
     return SaeRecord(f"{sae.name}-{made['choice']}-{allocation.k}", fingerprint, sae.config() | {"allocation": made})
 
 
-def begin(partial: Path, target: Path, asked: State) -> State:
-    """What is there of these features, after removing what a crash left behind; RequestError where it is of others."""
+def begin(partial: Path, target: Path, asked: State, shared: bool = False) -> State:
+    """What is there of these features, after removing what a crash left behind (unless others that share the work may
+    be writing it); RequestError where it is of others."""
     state = asked
     if (partial / STATE).is_file():
         source = partial / STATE
@@ -406,11 +483,13 @@ def begin(partial: Path, target: Path, asked: State) -> State:
         for leftover in partial.iterdir():
             files.remove(leftover)
     files.replace_durably(partial / STATE, to_json(state).encode())
-    keep = {STATE, SEGMENTS} if state.overflow is None else {STATE, BY_ROW}
+    keep = {STATE, SEGMENTS, SAVED} if state.overflow is None else {STATE, BY_ROW}
     for leftover in partial.iterdir():
         if leftover.name not in keep:
             files.remove(leftover)
-    clear(partial / SEGMENTS)
+    (partial / SEGMENTS).mkdir(exist_ok=True)
+    if not shared:
+        clear(partial / SEGMENTS)
     return state
 
 

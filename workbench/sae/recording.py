@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench.errors import DataError, RequestError
 from workbench.sae import extract
-from workbench.sae.encode import NotFinite, encoder
+from workbench.sae.encode import NotFinite
 from workbench.sae.features import Features
 from workbench.sae.load import Sae
 from workbench.sae.segments import commit, committed, discard, joined
@@ -119,7 +119,7 @@ class EncodedSite:
             try:
                 discard(segments, manifest.rows)  # what was not committed by the recorder
                 extract.begin(partial, target, self._planned(manifest))
-                done = max((last for _, last in committed(segments)), default=0)
+                done = sum(last - first for first, last in committed(segments))
                 if done != manifest.rows:
                     raise self._lacking(path, manifest.rows - done)
                 yield write
@@ -149,7 +149,7 @@ class EncodedSite:
     def _made(self, store: Store, show_progress: bool) -> extract.Extraction:
         """What an extraction from an array does, of one that only passes: there are no rows to read."""
         array = ActivationArray(store, self.site)
-        return extract.Extraction(array, None, encoder(self.features.sae), None, None, show_progress)
+        return extract.Extraction(array, self.features.sae, show_progress=show_progress)
 
     def _target(self, store: Path) -> Path:
         return extract.target_of(store.absolute(), self.site, self.features.sae.name)

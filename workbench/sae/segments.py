@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from jaxtyping import Float32, Int64, Integer
 
 from workbench.sae.arrays import ArrayFile, array_bytes, map_arrays
 from workbench.store import files
+
+Span = tuple[int, int]
+"""Consecutive rows of a store: the first, and the one behind the last."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ def joined(parts: list[Segment]) -> Segment:
     )
 
 
-def commit(folder: Path, rows: tuple[int, int], segment: Segment) -> None:
-    """Write the segment of `rows`, the first and the one behind the last, and only then give it its name."""
+def commit(folder: Path, rows: Span, segment: Segment) -> None:
+    """Write the segment of `rows`, and only then give it its name."""
     path = _path(folder, rows)
     unfinished = path.with_name(path.name + files.PARTIAL)
     files.remove(unfinished)
@@ -44,18 +47,31 @@ def commit(folder: Path, rows: tuple[int, int], segment: Segment) -> None:
     files.rename_durably(unfinished, path)
 
 
-def committed(folder: Path) -> Iterator[tuple[int, int]]:
-    """Rows of the committed segments, the first and the one behind the last, without a gap from row 0 on."""
+def committed(folder: Path) -> Iterator[Span]:
+    """Rows of the committed segments, in their order; gaps between them are still to be written."""
     done = 0
     for path in sorted(folder.glob("*-*.safetensors")):
         first, stop = map(int, path.stem.split("-"))
-        if first != done:
-            return
-        yield first, stop
-        done = stop
+        if first >= done:  # else another worker had written it before, divided otherwise
+            yield first, stop
+            done = stop
 
 
-def read(folder: Path, rows: tuple[int, int], kind: str) -> Segment:
+def missing(folder: Path, spans: Sequence[Span]) -> list[Span]:
+    """What no committed segment has of these rows, span by span."""
+    there, found = list(committed(folder)), []
+    for first, stop in spans:
+        for begun, ended in there:
+            if begun < stop and ended > first:
+                if begun > first:
+                    found.append((first, begun))
+                first = ended
+        if first < stop:
+            found.append((first, stop))
+    return found
+
+
+def read(folder: Path, rows: Span, kind: str) -> Segment:
     """The committed segment of `rows`, its arrays views of the file. `kind`: the type of its feature ids."""
     path = _path(folder, rows)
     width = np.dtype("float32").itemsize + np.dtype(kind).itemsize
@@ -71,16 +87,15 @@ def discard(folder: Path, rows: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Make the folder where there is none, and remove what is in it but the committed segments."""
-    folder.mkdir(exist_ok=True)
+    """Remove what is in the folder but the committed segments."""
     known = {_path(folder, rows) for rows in committed(folder)}
     for leftover in set(folder.iterdir()) - known:
         files.remove(leftover)
 
 
-def _path(folder: Path, rows: tuple[int, int]) -> Path:
+def _path(folder: Path, rows: Span) -> Path:
     return folder / f"{rows[0]:012d}-{rows[1]:012d}.safetensors"
 
 
-def _layout(rows: tuple[int, int], entries: int, kind: str) -> dict[str, tuple[str, int]]:
+def _layout(rows: Span, entries: int, kind: str) -> dict[str, tuple[str, int]]:
     return {"indptr": ("int64", rows[1] - rows[0] + 1), "feature": (kind, entries), "value": ("float32", entries)}

@@ -341,10 +341,13 @@ def _add_unembed(
     if unembed is None:
         manifest = replace(manifest, unembed_reason=reason or "not asked for")
     else:
-        partial = path / (UNEMBED + files.PARTIAL)
-        unembed(partial)
-        files.fsync(partial)
-        files.rename_durably(partial, path / UNEMBED)
+        partial = path / (UNEMBED + files.PARTIAL)  # a folder: safetensors writes beside the name it is given first
+        files.remove(partial)
+        partial.mkdir()
+        unembed(partial / UNEMBED)
+        files.fsync(partial / UNEMBED)
+        files.rename_durably(partial / UNEMBED, path / UNEMBED)
+        files.remove(partial)
         manifest = replace(manifest, unembed=files.sha256_file(path / UNEMBED))
     write_manifest(path, manifest)
     return manifest
