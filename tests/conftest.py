@@ -123,3 +123,19 @@ def tiny_models() -> dict:
 def tiny_model(request, tiny_models):
     """Each of tiny_models in turn."""
     return tiny_models[request.param]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What a worker does, and what travels to it, without the seconds that one takes to start."""
+    import pickle
+
+    from workbench import distributed
+
+    def each(_self, begin, given, tasks, device, _lost):
+        worker = distributed._Worker()
+        worker.start(os.getcwd(), device, 1, pickle.loads(pickle.dumps((begin, given))))
+        for task in tasks:
+            yield task, pickle.loads(pickle.dumps(worker.do(pickle.loads(pickle.dumps(task)))))
+
+    monkeypatch.setattr(distributed.RayWorkers, "_each", each)

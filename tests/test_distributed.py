@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import sys
@@ -273,20 +272,6 @@ def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(sessi
     assert tried == {task: 2 if task == 3 else 1 for task in tasks}
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """What a worker does, and what travels to it, without the seconds that one takes to start."""
-    from workbench import distributed
-
-    def each(_self, begin, given, tasks, device, _lost):
-        worker = distributed._Worker()
-        worker.start(os.getcwd(), device, 1, pickle.loads(pickle.dumps((begin, given))))
-        for task in tasks:
-            yield task, pickle.loads(pickle.dumps(worker.do(pickle.loads(pickle.dumps(task)))))
-
-    monkeypatch.setattr(wb.RayWorkers, "_each", each)
-
-
 def test_a_module_in_memory_is_sent(in_this_process, folder, tiny_models, tmp_path):
     model = Model(tiny_models["llama"], None, "model")
     store = wb.record(model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(1), show_progress=False, **SETTINGS)
@@ -308,8 +293,11 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
 
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
         distributed._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))
+    (site,) = read_manifest(folder / "one").sites[:1]
     with pytest.raises(RequestError, match=r"finds no .*; features must be on a disk that all machines share"):
-        distributed._rows("cpu", folder / "one", None, tmp_path, "", {}, tmp_path / "gone" / "segments")
+        distributed._rows(
+            "cpu", folder / "one", site, distributed.SavedSae(tmp_path, "own", ""), {}, tmp_path / "gone" / "x"
+        )
 
 
 def test_a_worker_with_other_versions_is_told_of_once():
@@ -402,17 +390,6 @@ def test_workers_that_cannot_be_are_refused(asked, message):
         wb.RayWorkers(**asked)
 
 
-@pytest.mark.parametrize("workers", [wb.RayWorkers(2), wb.Share(0, 2)])
-def test_features_while_recording_are_one_process_work(folder, tmp_path, workers):
-    with pytest.raises(
-        RequestError, match="sae: with workers features are extracted from a recording; record its site, then"
-    ):
-        wb.record(
-            folder / "model", texts(), out=tmp_path / "x", sae=wb.load_sae("demo"), workers=workers, show_progress=False
-        )
-    assert not (tmp_path / "x").exists()
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -425,10 +402,6 @@ def test_features_while_recording_are_one_process_work(folder, tmp_path, workers
         (
             ["--share"],
             "share: neither RANK and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are set; start the command",
-        ),
-        (
-            ["--workers", "2", "--sae", "demo"],
-            "--sae: features are extracted from a recording with --workers or --share",
         ),
         (["--workers", "2", "--device", "cuda:1"], "device of workers must be cpu or cuda, each has one of its own"),
     ],

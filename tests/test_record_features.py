@@ -152,6 +152,39 @@ def test_values_beyond_the_type_that_would_be_stored_are_counted(tiny_models, se
         record(model, sequences, tmp_path / "p", dtype="float16", sae=sae)
 
 
+# ---- several processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
+def test_workers_record_and_encode_to_the_bytes_of_one_process(sites, in_this_process, llama, sequences, sae, tmp_path):
+    whole = record(llama, sequences, tmp_path / "one", sites=sites, sae=sae)
+    found = record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.RayWorkers(2))
+    assert contents(found.path) == contents(whole.path)
+
+
+@pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
+def test_the_last_of_those_that_share_a_recording_has_its_features(sites, llama, sequences, sae, tmp_path):
+    whole = record(llama, sequences, tmp_path / "one", sites=sites, sae=sae)
+    for rank in (2, 0):
+        store = record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(rank, 3))
+        assert not store.manifest.complete
+        assert not list(store.path.glob("features/[!.]*"))
+    record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(1, 3))
+    assert contents(tmp_path / "two") == contents(whole.path)
+    record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(0, 2))
+    assert contents(tmp_path / "two") == contents(whole.path)
+
+
+def test_features_of_segments_that_wait_behind_a_gap_are_kept(llama, sequences, sae, tmp_path, monkeypatch):
+    whole, ran = record(llama, sequences, tmp_path / "one", sae=sae), []
+    assert record(llama, sequences, tmp_path / "two", sae=sae, workers=wb.Share(1, 2)).rows == 0
+    capture = recorder.capture
+    monkeypatch.setattr(recorder, "capture", lambda *given: ran.append(int(given[3].sum())) or capture(*given))
+    record(llama, sequences, tmp_path / "two", sae=sae)
+    assert 0 < sum(ran) < sum(RAGGED)
+    assert contents(tmp_path / "two") == contents(whole.path)
+
+
 # ---- interrupted, resumed, repeated -------------------------------------------------------------------------
 
 

@@ -105,16 +105,12 @@ class Record:
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
         workers = self.parallel.who(self.device)
-        if workers and self.sae is not None:
-            raise RequestError(
-                "--sae: features are extracted from a recording with --workers or --share afterwards; record its site, "
-                "then extract them with workbench features"
-            )
-        features = self._features()
+        own_device = (workers and workers.own_device) or self.device
+        features = self._features(own_device)
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
-            device=(workers and workers.own_device) or self.device,
+            device=own_device,
             dtype=self.model_dtype,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
@@ -125,13 +121,13 @@ class Record:
         record_with(self.recording, model, texts, out=self.out, features=features, append=self.append, workers=workers)
         return Info(self.out).run()
 
-    def _features(self) -> Any:
+    def _features(self, device: str | None) -> Any:
         if self.sae is None:
             return None
         from workbench.sae.load import load_sae
         from workbench.sae.recording import RecordedFeatures
 
-        sae = load_sae(self.sae, self.sae_id, device=None if self.device == "auto" else self.device)
+        sae = load_sae(self.sae, self.sae_id, device=None if device == "auto" else device)
         return RecordedFeatures(sae, self.sae_site, self.sae_dtype, self.sae_force)
 
 

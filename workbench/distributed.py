@@ -23,10 +23,13 @@ from workbench.errors import DataError, RequestError, WorkbenchError
 from workbench.models import Loading, Model
 from workbench.recorder import SegmentRecorder, ThisProcess, Work, environment
 from workbench.runs import Cell, Outcome, attempt
+from workbench.store.files import remove
 from workbench.store.staging import PlannedSegment
 
 if TYPE_CHECKING:
     from workbench.sae.extract import Extraction
+    from workbench.sae.load import Sae
+    from workbench.sae.recording import EncodedSite
     from workbench.sae.segments import Span
     from workbench.store.manifest import SiteRecord
 
@@ -74,7 +77,12 @@ class RayWorkers:
         return tasks
 
     def write(
-        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+        self,
+        work: Work,
+        model: Model,
+        left: Sequence[PlannedSegment],
+        passing: EncodedSite | None,
+        tick: Callable[[int], None],
     ) -> Generator[None, None, None]:
         """Segments of a recording."""
 
@@ -82,15 +90,18 @@ class RayWorkers:
             what = f"segment {segment.name}" if segment else "a first segment"
             raise _gave_up(f"{what} of {work.store}", error)
 
-        for segment, _ in self._each(_segments, (work, _carried(model)), left, self.device(), lost):
+        features = None
+        if passing and left:
+            sae = _saved(passing.features.sae, passing.folder(work.store))
+            asked = {name: getattr(passing.features, name) for name in ("dtype", "force")}
+            features = sae, passing.site, asked
+        for segment, _ in self._each(_segments, (work, _carried(model), features), left, self.device(), lost):
             tick(segment.rows)
             yield
 
     def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
         """Rows of an extraction; each worker loads the autoencoder from the folder where the features are made."""
-        from workbench.sae.extract import SAVED
         from workbench.sae.segments import missing
-        from workbench.store import files
 
         def lost(span: Span | None, error: Exception) -> None:
             what = f"rows {span[0]} to {span[1] - 1}" if span else "first rows"
@@ -99,10 +110,7 @@ class RayWorkers:
         left = {span: sum(stop - first for first, stop in rows) for span in spans if (rows := missing(folder, [span]))}
         if not left:
             return 0
-        saved = folder.with_name(SAVED)
-        files.remove(saved)
-        made.sae.module.save_model(saved)
-        given = made.array.store.path, made.array.site, saved, made.sae.fingerprint(), made.how, folder
+        given = made.array.store.path, made.array.site, _saved(made.sae, folder.parent), made.how, folder
         unsettled = 0
         for span, count in self._each(_rows, given, list(left), self.device(), lost):
             advance(left[span])
@@ -240,9 +248,14 @@ class Share:
         return tasks[self.rank :: self.size]
 
     def write(
-        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+        self,
+        work: Work,
+        model: Model,
+        left: Sequence[PlannedSegment],
+        passing: EncodedSite | None,
+        tick: Callable[[int], None],
     ) -> Generator[None, None, None]:
-        return ThisProcess().write(work, model, left, tick)
+        return ThisProcess().write(work, model, left, passing, tick)
 
     def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
         return made.write_segments(folder, spans, advance)
@@ -278,7 +291,12 @@ class _Worker:
         return self._do(task)
 
 
-def _segments(device: str, work: Work, carried: Loading | Model) -> Callable[[PlannedSegment], None]:
+def _segments(
+    device: str,
+    work: Work,
+    carried: Loading | Model,
+    features: tuple[SavedSae, SiteRecord, Mapping[str, Any]] | None,
+) -> Callable[[PlannedSegment], None]:
     if not work.plan.is_dir():
         raise RequestError(
             f"a worker on {socket.gethostname()} finds no {work.store}; out must be on a disk that all machines share"
@@ -291,15 +309,21 @@ def _segments(device: str, work: Work, carried: Loading | Model) -> Callable[[Pl
             f"model {model.name!r} has other weights here than where it is loaded anew; it was changed after "
             "load_model: save it and name the directory, or pass the module itself"
         )
-    recorder = SegmentRecorder(work, model)
+    passing = None
+    if features:
+        from workbench.sae.recording import EncodedSite, RecordedFeatures
+
+        saved, site, asked = features
+        wanted = RecordedFeatures(saved.load(device), site.name, **asked)
+        passing = EncodedSite(wanted, wanted.tap(model.site_map), site)
+    recorder = SegmentRecorder(work, model, passing)
     return lambda segment: recorder.write(segment, lambda _rows: None)
 
 
 def _rows(
-    device: str, store: Path, site: SiteRecord, sae: Path, fingerprint: str, how: Mapping[str, Any], folder: Path
+    device: str, store: Path, site: SiteRecord, saved: SavedSae, how: Mapping[str, Any], folder: Path
 ) -> Callable[[Span], int]:
     from workbench.sae.extract import Extraction
-    from workbench.sae.load import load_sae
     from workbench.store.reader import ActivationArray, open_store
 
     if not folder.is_dir():
@@ -307,18 +331,41 @@ def _rows(
             f"a worker on {socket.gethostname()} finds no {folder.parent}; features must be on a disk that all "
             "machines share"
         )
-    loaded = load_sae(sae, device=device)
-    if loaded.fingerprint() != fingerprint:
-        raise RequestError(
-            "sae: what SAELens saves of it and loads again has other weights or settings, so workers cannot use it; "
-            "extract with one process"
-        )
-    made = Extraction(ActivationArray(open_store(store), site), loaded, **how, show_progress=False)
+    made = Extraction(ActivationArray(open_store(store), site), saved.load(device), **how, show_progress=False)
     return lambda span: made.write_segments(folder, [span], lambda _rows: None)
 
 
 def _cells(_device: str) -> Callable[[Cell], Outcome]:
     return attempt
+
+
+@dataclass(frozen=True)
+class SavedSae:
+    """An autoencoder on its way to workers: as files, since it may be larger than what Ray likes to carry."""
+
+    folder: Path
+    name: str
+    fingerprint: str
+
+    def load(self, device: str) -> Sae:
+        from workbench.sae.load import load_sae
+
+        loaded = replace(load_sae(self.folder, device=device), name=self.name)
+        if loaded.fingerprint() != self.fingerprint:
+            raise RequestError(
+                "sae: what SAELens saves of it and loads again has other weights or settings, so workers cannot use "
+                "it; extract with one process"
+            )
+        return loaded
+
+
+def _saved(sae: Sae, place: Path) -> SavedSae:
+    from workbench.sae.extract import SAVED
+
+    folder = place / SAVED
+    remove(folder)
+    sae.module.save_model(folder)
+    return SavedSae(folder, sae.name, sae.fingerprint())
 
 
 def _carried(model: Model) -> Loading | Model:

@@ -33,7 +33,7 @@ from workbench.models import Model, load_model
 from workbench.progress import progress
 from workbench.settings import Recording, recording
 from workbench.sites import Site
-from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord, read_counts, read_manifest
+from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord, read_counts
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment, hand_in, staged
 from workbench.store.writer import Writer, check_space, explain_full_disk, open_writer, required_bytes
@@ -142,11 +142,7 @@ def record_with(
     """`record` with its settings as one frozen record, and those of an SAE as another."""
 
     corpus.check_source(texts)
-    if features is not None and workers is not None:
-        raise RequestError(
-            "sae: with workers features are extracted from a recording; record its site, then call extract_features"
-        )
-    workers = workers or ThisProcess()
+    others, workers = workers, workers or ThisProcess()
     if not isinstance(model, Model):
         model = load_model(model, device=workers.own_device if isinstance(model, str | Path) else None)
     if settings.sites is None and features is None:
@@ -166,7 +162,6 @@ def record_with(
         tap = features.tap(model.site_map, taps)
         encoded = features.of(tap, _site_record(tap, context, settings.dtype), model.name, Path(out))
         passing = encoded if tap not in taps else None  # its activations are not stored
-        workers = ThisProcess(passing=passing)
     held = [*records, passing.site] if passing else records
     unembed, reason = _unembed(model)
     with (
@@ -202,13 +197,13 @@ def record_with(
                 vocab=model.vocab,
                 progress=tick,
             )
-        _record_part(writer, workers, model, sequences, held, workdir, settings, append, show_progress)
+        _record_part(writer, workers, model, sequences, held, passing, workdir, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
     store = open_store(out)
     _warn_of_lost_values(store, held)
-    if encoded:
-        encoded.finish(store, show_progress=show_progress)
+    if encoded and store.manifest.complete:  # else the last of those that share the recording does it
+        encoded.finish(store, others, show_progress=show_progress)
     return store
 
 
@@ -260,9 +255,14 @@ class Workers(Protocol):
         """Which of the part's segments this process has to do with."""
 
     def write(
-        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+        self,
+        work: Work,
+        model: Model,
+        left: Sequence[PlannedSegment],
+        passing: EncodedSite | None,
+        tick: Callable[[int], None],
     ) -> Generator[None, None, None]:
-        """Write these segments; yields whenever one has been handed in."""
+        """Write these segments, and of `passing` the features only; yields whenever one has been handed in."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +272,6 @@ class ThisProcess:
     own_device: str | None = None
     shared: bool = False
     name: str = ""
-    passing: EncodedSite | None = None
-    """A site whose features are extracted and whose activations are not stored."""
 
     def device(self, model: Model) -> str:
         return model.device.type
@@ -282,14 +280,17 @@ class ThisProcess:
         return planned
 
     def write(
-        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+        self,
+        work: Work,
+        model: Model,
+        left: Sequence[PlannedSegment],
+        passing: EncodedSite | None,
+        tick: Callable[[int], None],
     ) -> Generator[None, None, None]:
-        encoding = self.passing.writer(work.store, read_manifest(work.store)) if self.passing and left else None
-        with encoding or nullcontext() as encode:
-            recorder = SegmentRecorder(work, model, self.passing, encode)
-            for segment in left:
-                recorder.write(segment, tick)
-                yield
+        recorder = SegmentRecorder(work, model, passing)
+        for segment in left:
+            recorder.write(segment, tick)
+            yield
 
 
 @dataclass(frozen=True)
@@ -311,15 +312,10 @@ class Work:
 class SegmentRecorder:
     """Runs a model over planned segments and writes them."""
 
-    def __init__(
-        self,
-        work: Work,
-        model: Model,
-        passing: EncodedSite | None = None,
-        encode: Callable[[int, Tensor, Sequence[int]], None] | None = None,
-    ) -> None:
-        """`encode`: takes the rows of `passing`, a site that is not stored, before the segment is handed in."""
-        self.work, self.model, self.passing, self.encode = work, model, passing, encode
+    def __init__(self, work: Work, model: Model, passing: EncodedSite | None = None) -> None:
+        """`passing`: a site whose features are extracted and whose activations are not stored."""
+        self.work, self.model, self.passing = work, model, passing
+        self.encode = passing.encoder(work.store, work.manifest) if passing else None
         self.taps = model.site_map.select(work.settings.sites or ())
         self.sequences = corpus.open_sequences(work.plan)
         self.text_of = partial(corpus.token_texts, model.tokenizer)
@@ -358,6 +354,7 @@ def _record_part(
     model: Model,
     sequences: corpus.Sequences,
     held: Sequence[SiteRecord],
+    passing: EncodedSite | None,
     plan: Path,
     settings: Recording,
     append: bool,
@@ -403,9 +400,11 @@ def _record_part(
     left = writer.take_up(planned, own)
     rows, rows_left = (sum(segment.rows for segment in some) for some in (own, left))
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
+    features = passing.opened(writer.path, writer.manifest, own, left, workers.shared) if passing and left else None
     with (
+        features or nullcontext(),
         progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as tick,
-        closing(workers.write(work, model, left, tick)) as handed_in,
+        closing(workers.write(work, model, left, passing, tick)) as handed_in,
     ):
         for _ in handed_in:
             writer.commit_waiting()

@@ -169,7 +169,7 @@ class _Timed(ThisProcess):
     """Of each segment its rows and its time."""
 
     def write(
-        self, work: Work, model: Model, left: Sequence[PlannedSegment], tick: Callable[[int], None]
+        self, work: Work, model: Model, left: Sequence[PlannedSegment], _passing: None, tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
         recorder = SegmentRecorder(work, model)
         for segment in left:

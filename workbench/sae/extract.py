@@ -151,14 +151,14 @@ def finish(made: Extraction, target: Path, asked: State, workers: Workers | None
     )
     with files.locked(partial, shared=shared), full:
         try:
-            with _turn(target, shared):
+            with turn(target, shared):
                 if _holds_same(target, asked):  # another process finished them before the lock was free
                     files.remove(partial)
                     return open_features(target, store)
                 state = None if _finished(partial, asked) else begin(partial, target, asked, shared)
             if state and state.overflow is None:
                 made.encode(partial / SEGMENTS, workers)
-            with _turn(target, shared):
+            with turn(target, shared):
                 if not _holds_same(target, asked) and not _complete(made, partial, target, asked, shared):
                     return None
         except BaseException:
@@ -174,7 +174,7 @@ def finish(made: Extraction, target: Path, asked: State, workers: Workers | None
     return features
 
 
-def _turn(target: Path, shared: bool) -> AbstractContextManager[None]:
+def turn(target: Path, shared: bool) -> AbstractContextManager[None]:
     """Inside, no other of the processes that share the work begins, merges or indexes."""
     return files.locked(target.parent, wait=lambda: None) if shared else nullcontext()
 

@@ -1,12 +1,13 @@
 """Features of a site whose activations are not stored: encoded while the model runs, segment by segment.
 
-The rows of a segment are encoded, and their features committed, before the recorder commits the segment. So after a
-kill there are features of every committed row, and those of a segment that was not committed are removed. When all rows
-are there the features are merged and indexed as ever.
+The rows of a segment are encoded, and their features committed, before the recorder finishes the segment. So after a
+kill there are features of every row that is not recorded again, and those of a segment that is are removed. When all
+rows are there the features are merged and indexed as ever.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,15 +19,15 @@ from torch import Tensor
 from workbench.errors import DataError, RequestError
 from workbench.sae import extract
 from workbench.sae.encode import NotFinite
-from workbench.sae.features import Features
 from workbench.sae.load import Sae
-from workbench.sae.segments import commit, committed, discard, joined
+from workbench.sae.segments import Span, commit, discard, joined, missing
 from workbench.sae.site import check_fit, not_finite, site_names
 from workbench.sites import Site, SiteMap, full_name
 from workbench.store import files
 from workbench.store.manifest import Manifest, SiteRecord
 from workbench.store.parse import from_json, parse, to_json
 from workbench.store.reader import ActivationArray, Store
+from workbench.store.staging import PlannedSegment
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,42 @@ class EncodedSite:
         return f"{self.site.label} by {sae.name} ({sae.fingerprint()[:12]})"
 
     @contextmanager
-    def writer(self, path: Path, manifest: Manifest) -> Iterator[Callable[[int, Tensor, Sequence[int]], None]]:
-        """Begin or resume the features of a store that is being recorded at `path`.
+    def opened(
+        self,
+        path: Path,
+        manifest: Manifest,
+        own: Sequence[PlannedSegment],
+        left: Sequence[PlannedSegment],
+        shared: bool,
+    ) -> Iterator[None]:
+        """Hold the features of a store that is being recorded at `path`, begun or resumed.
 
-        Yields what takes the number of a segment's first row, its rows and the lengths of its sequences, encodes the
-        rows and commits their features; it raises DataError, with the row, where they or their features are not finite.
-        Raises RequestError where rows were committed without their features.
+        Of the segments `own` of this process those that are `left` will be written, and lose the features that a crash
+        may have left of them. Raises RequestError where the others have none.
         """
-        made = self._made(Store(path.absolute(), manifest), show_progress=False)
-        target = self._target(path)
-        partial = extract.partial_of(target)
+        target, partial = self._target(path), self.folder(path)
         segments = partial / extract.SEGMENTS
+        beyond = (manifest.planned_rows, sys.maxsize)  # of other texts, which came to nothing
+        with files.locked(partial, shared=shared):
+            try:
+                with extract.turn(target, shared):
+                    discard(segments, [*map(_span, left), beyond])
+                    extract.begin(partial, target, self._planned(manifest), shared)
+                    chosen = set(left)
+                    finished = [_span(segment) for segment in own if segment not in chosen]
+                    if lacking := sum(stop - first for first, stop in missing(segments, finished)):
+                        raise self._lacking(path, lacking)
+                yield
+            except BaseException:
+                if not shared:
+                    extract.remove_if_empty(partial)
+                raise
+
+    def encoder(self, path: Path, manifest: Manifest) -> Callable[[int, Tensor, Sequence[int]], None]:
+        """What takes the number of a segment's first row, its rows and the lengths of its sequences, encodes the rows
+        and commits their features; it raises DataError, with the row, where they or their features are not finite."""
+        made = self._made(Store(path.absolute(), manifest), show_progress=False)
+        segments = self.folder(path) / extract.SEGMENTS
 
         def write(first: int, rows: Float[Tensor, "row ..."], lengths: Sequence[int]) -> None:
             finite = rows.isfinite().flatten(1).all(1)
@@ -115,36 +141,39 @@ class EncodedSite:
                 parts.append(made.on_the_host(found))
             commit(segments, (first, first + len(rows)), joined(parts))
 
-        with files.locked(partial):
-            try:
-                discard(segments, manifest.rows)  # what was not committed by the recorder
-                extract.begin(partial, target, self._planned(manifest))
-                done = sum(last - first for first, last in committed(segments))
-                if done != manifest.rows:
-                    raise self._lacking(path, manifest.rows - done)
-                yield write
-            except BaseException:
-                extract.remove_if_empty(partial)
-                raise
+        return write
 
-    def finish(self, store: Store, show_progress: bool = True) -> Features:
+    def finish(self, store: Store, workers: extract.Workers | None = None, show_progress: bool = True) -> None:
         """Merge and index the features of a complete recording, or extract them from it where it has the site."""
         asked, target = self.features, self._target(store.path)
+        shared = workers is not None and workers.shared
         if any(site.name == self.site.name for site in store.sites):
-            return extract.extract_features(
-                store, asked.sae, self.site.name, dtype=asked.dtype, force=asked.force, show_progress=show_progress
+            extract.extract_features(
+                store,
+                asked.sae,
+                self.site.name,
+                dtype=asked.dtype,
+                force=asked.force,
+                workers=None if shared else workers,  # those that share the recording may have ended
+                show_progress=show_progress,
             )
+            return
         planned, state = self._planned(store.manifest), self._state(store.manifest.fingerprint, store.rows)
-        partial = extract.partial_of(target)
+        partial = self.folder(store.path)
         source = partial / extract.STATE
-        if source.is_file():
-            begun = parse(extract.State, from_json(source.read_bytes(), source), str(source))
-            if begun.store_fingerprint == planned.store_fingerprint:
-                begun = replace(begun, store_fingerprint=state.store_fingerprint)
-                files.replace_durably(source, to_json(begun).encode())
-        elif store.rows and not any((folder / extract.RECORD).is_file() for folder in (target, partial)):
-            raise self._lacking(store.path, store.rows)
-        return extract.finish(self._made(store, show_progress), target, state)
+        with extract.turn(target, shared):
+            if source.is_file():
+                begun = parse(extract.State, from_json(source.read_bytes(), source), str(source))
+                if begun.store_fingerprint == planned.store_fingerprint:
+                    begun = replace(begun, store_fingerprint=state.store_fingerprint)
+                    files.replace_durably(source, to_json(begun).encode())
+            elif store.rows and not any((folder / extract.RECORD).is_file() for folder in (target, partial)):
+                raise self._lacking(store.path, store.rows)
+        extract.finish(self._made(store, show_progress), target, state, workers)
+
+    def folder(self, store: Path) -> Path:
+        """Where the features of a store at this path are made."""
+        return extract.partial_of(self._target(store))
 
     def _made(self, store: Store, show_progress: bool) -> extract.Extraction:
         """What an extraction from an array does, of one that only passes: there are no rows to read."""
@@ -167,3 +196,7 @@ class EncodedSite:
             f"{store} has {rows:,} rows that were recorded without features of SAE {self.features.sae.name!r} and "
             f"without {self.site.label}; choose another out"
         )
+
+
+def _span(segment: PlannedSegment) -> Span:
+    return segment.first_row, segment.first_row + segment.rows

@@ -79,11 +79,11 @@ def read(folder: Path, rows: Span, kind: str) -> Segment:
     return Segment(**map_arrays(path, _layout(rows, entries, kind)))
 
 
-def discard(folder: Path, rows: int) -> None:
-    """Remove the segments that reach beyond that many rows."""
-    for own in list(committed(folder)):
-        if own[1] > rows:
-            files.remove(_path(folder, own))
+def discard(folder: Path, spans: Sequence[Span]) -> None:
+    """Remove the segments that have any of these rows."""
+    for begun, ended in list(committed(folder)):
+        if any(begun < stop and ended > first for first, stop in spans):
+            files.remove(_path(folder, (begun, ended)))
 
 
 def clear(folder: Path) -> None:
