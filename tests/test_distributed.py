@@ -266,7 +266,8 @@ def dies_over_three(device: str, folder: Path):
 def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(session, tmp_path, monkeypatch):
     monkeypatch.setattr("workbench.distributed._DEATHS", 2)
     tasks, workers = list(range(6)), wb.RayWorkers(2, threads=1)
-    found = dict(workers._each(dies_over_three, (tmp_path,), tasks, "cpu", lambda task, error: f"{task} lost"))
+    with pytest.warns(UserWarning, match=r"a worker died \(The actor died unexpectedly .*\) and is replaced"):
+        found = dict(workers._each(dies_over_three, (tmp_path,), tasks, "cpu", lambda task, error: f"{task} lost"))
     assert found == {task: "3 lost" if task == 3 else 10 * task for task in tasks}
     tried = {task: len((tmp_path / str(task)).read_text()) for task in tasks}
     assert tried == {task: 2 if task == 3 else 1 for task in tasks}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workbench.errors import DataError, RequestError, WorkbenchError
 from workbench.models import Loading, Model
 from workbench.recorder import SegmentRecorder, ThisProcess, Work, environment
-from workbench.runs import Cell, Outcome, attempt
+from workbench.runs import CONFIG, Cell, Outcome, attempt
 from workbench.store.files import remove
 from workbench.store.staging import PlannedSegment
 
@@ -126,9 +126,12 @@ class RayWorkers:
                 raise failed
             return Outcome(cell, "failed", 0.0, str(failed))
 
-        wanted = any(str(getattr(cell.config, "device", "cpu")).startswith("cuda") for cell in cells)
+        there = [cell for cell in cells if (cell.folder / CONFIG).exists()]  # to be read, or refused
+        yield from map(attempt, there)
+        left = [cell for cell in cells if cell not in there]
+        wanted = any(str(getattr(cell.config, "device", "cpu")).startswith("cuda") for cell in left)
         kind = self.kind or ("cuda" if wanted else "cpu")
-        for _, outcome in self._each(_cells, (), cells, kind, lost):
+        for _, outcome in self._each(_cells, (), left, kind, lost):
             yield outcome
 
     def _each(
@@ -177,8 +180,9 @@ class RayWorkers:
                         if deaths[task] == _DEATHS:
                             answer = lost(task, error)
                             yield task, answer
-                        elif task is not None:
-                            waiting.appendleft(task)
+                        else:
+                            warnings.warn(f"a worker died ({_first_line(error)}) and is replaced", stacklevel=2)
+                            waiting.extendleft([] if task is None else [task])
                         if waiting:
                             start()
                         continue
@@ -416,9 +420,12 @@ def _ray(address: str | None, cpus: int) -> Iterator[Any]:
             if not tries_left:
                 hint = "; it asks for a token: set RAY_AUTH_MODE=token" if _asks_for_a_token(error) else ""
                 raise RequestError(f"ray address {address or 'local'}: {_first_line(error)}{hint}") from error
+    worker = ray._private.worker  # what Ray prints of a worker's death, a screenful, we say in a line
+    before, worker._worker_logs_enabled = worker._worker_logs_enabled, False
     try:
         yield ray
     finally:
+        worker._worker_logs_enabled = before
         ray.shutdown()
 
 

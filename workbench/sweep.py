@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -99,9 +100,12 @@ def sweep(
     titles = dict(zip(cells, _titles(configs), strict=True))
     own = cells if workers is None else workers.own(cells)
     ended: dict[Cell, Outcome] = {}
+    began = time.monotonic()
     for outcome in map(attempt, own) if workers is None else workers.attempt(own):
         ended[outcome.cell] = outcome
-        say(_line(outcome, titles[outcome.cell], list(ended.values()), len(own)))
+        worked = sum(one.state != "there" for one in ended.values())
+        left = (time.monotonic() - began) / worked * (len(own) - len(ended)) if worked else 0.0
+        say(f"[{len(ended):>{len(str(len(own)))}} of {len(own)}{_left(left)}] {_line(outcome, titles[outcome.cell])}")
     with locked(out, wait=lambda: None):
         outcomes = {cell: ended.get(cell) or _of_others(cell) for cell in cells}
         known = tuple(filter(None, outcomes.values()))
@@ -126,11 +130,13 @@ def _short(value: Any) -> str:
     return Path(value).name or value if isinstance(value, str) else str(value)
 
 
-def _line(outcome: Outcome, title: str, ended: Sequence[Outcome], cells: int) -> str:
-    done = [one.seconds for one in ended if one.state == "done"]
-    left = f"; {duration(sum(done) / len(done) * (cells - len(ended)))} left" if done and len(ended) < cells else ""
+def _left(seconds: float) -> str:
+    return f"; {duration(seconds)} left" if seconds else ""
+
+
+def _line(outcome: Outcome, title: str) -> str:
     state = {"done": f"{outcome.seconds:.1f} s", "there": "there already", "failed": "FAILED"}[outcome.state]
-    return f"[{len(ended):>{len(str(cells))}} of {cells}{left}] {title}: {state}: {outcome.told}"
+    return f"{title}: {state}: {outcome.told}"
 
 
 def _summarise(experiment: str, outcomes: Mapping[Cell, Outcome | None], out: Path) -> Result | None:
