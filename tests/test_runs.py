@@ -110,6 +110,28 @@ def test_nothing_else_is_overwritten(tmp_path):
     assert len(toy.RAN) == 1
 
 
+@pytest.mark.parametrize("name", ["text.jsonl", "model/weights"])
+def test_a_run_of_files_that_were_changed_since_is_not_taken_for_one_of_these(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("one")
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model = str(tmp_path / name.split("/")[0])
+    cell = Cell("toy", Config(model=model), tmp_path / "run")
+    run_cell(cell)
+    assert is_complete(cell)
+    file.write_text("three")
+    assert refused(RequestError, lambda: run_cell(cell)) == (
+        f"out {str(cell.folder)!r} holds a run of model {model!r} as it was before its files were changed; remove it "
+        "to run again, or choose another folder"
+    )
+    file.unlink()
+    (tmp_path / "model" / "config.json").unlink()
+    assert is_complete(cell)  # what is gone has not changed what was found
+    assert len(toy.RAN) == 1
+
+
 def test_an_empty_folder_is_filled(tmp_path):
     cell = Cell("toy", Config(), tmp_path / "empty")
     cell.folder.mkdir()

@@ -2,7 +2,7 @@
 
     runs/sinks/demo,epsilon=0.2-5d0e31c2/
       config.json         experiment and config; the seed is one of its fields
-      environment.json    versions, git commit, device, when, how long
+      environment.json    versions, git commit, device, when, how long; which files its settings named
       log.txt             what was printed and warned, with the time
       results/            the result, as `Result.save` writes it, with its figures
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, LOG, RESULTS = "config.json", "environment.json", "log.txt", "results"
 _FORMAT, _VERSION = "workbench.run", 1
 _LIBRARIES = ("interp-workbench", "torch", "transformers", "transformer-lens", "sae-lens", "tokenizers", "numpy")
+_CONFIGS = ("config.json", "cfg.json")
+"""What makes a folder a model, or a sparse autoencoder."""
 _LONGEST = 100
 
 
@@ -141,6 +143,11 @@ def is_complete(cell: Cell) -> bool:
                 f"out {str(cell.folder)!r} holds a run with {name} {config.get(name)!r}, not {asked.get(name)!r}; "
                 "choose another folder or remove it"
             )
+    if changed := _changed(cell):
+        raise RequestError(
+            f"out {str(cell.folder)!r} holds a run of {changed} {asked[changed]!r} as it was before its files were "
+            "changed; remove it to run again, or choose another folder"
+        )
     return True
 
 
@@ -177,7 +184,7 @@ def _run(cell: Cell, folder: Path) -> Result:
         "config": identity(cell.config),
     }
     _write(folder / CONFIG, config)
-    around = environment(experiment, getattr(cell.config, "device", "cpu"))
+    around = environment(experiment, getattr(cell.config, "device", "cpu")) | {"files": _files(cell.config)}
     began = time.monotonic()
     with _logged(folder / LOG, f"{cell.experiment} {cell.config}") as log:
         result = experiment.run(cell.config)
@@ -186,6 +193,29 @@ def _run(cell: Cell, folder: Path) -> Result:
         log(result.headline())
     _write(folder / ENVIRONMENT, {**around, "seconds": round(time.monotonic() - began, 3)})
     return result
+
+
+def _changed(cell: Cell) -> str | None:
+    """A setting whose files are not those that the run in the cell's folder read; files that are gone are not told."""
+    try:
+        before = json.loads((cell.folder / ENVIRONMENT).read_text()).get("files", {})
+    except (OSError, ValueError):  # damaged: told where the run is read
+        return None
+    return next((name for name, now in _files(cell.config).items() if before.get(name, now) != now), None)
+
+
+def _files(config: Any) -> dict[str, str]:
+    """Settings that name files or models on this disk, each with a digest of their names, sizes and times."""
+    found = {}
+    for name, value in identity(config).items():
+        named = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)]
+        models = [part for part in named if any(os.path.isfile(os.path.join(part, one)) for one in _CONFIGS)]
+        paths = [part for part in named if os.path.isfile(part)]
+        paths += [entry.path for part in models for entry in os.scandir(part) if entry.is_file()]
+        stats = sorted((os.path.basename(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
+        if stats:
+            found[name] = sha256_bytes(json.dumps(stats).encode())[:16]
+    return found
 
 
 def share_script(result: Path, runs: Path) -> None:
