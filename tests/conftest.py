@@ -128,8 +128,7 @@ def tiny_model(request, tiny_models):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """What a worker does, and what travels to it, without the seconds that one takes to start."""
-    import pickle
-
+    pickle = pytest.importorskip("ray.cloudpickle", reason="workers need Ray: install the extra [distributed]")
     from workbench import distributed
 
     def each(_self, begin, given, tasks, device, _lost):

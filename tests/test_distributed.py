@@ -210,7 +210,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(s
     assert alive == []
     committed, before = read_manifest(path), segments(path)
     assert 0 < committed.rows < committed.planned_rows
-    assert record(folder, "ray", workers).rows == committed.planned_rows
+    assert record(folder, "ray", wb.RayWorkers(1, threads=1)).rows == committed.planned_rows
     after = segments(path)
     listed = [segment.name for segment in committed.segments]
     assert {name: after[name] for name in listed} == {name: before[name] for name in listed}

@@ -29,7 +29,6 @@ from workbench.store.staging import PlannedSegment
 if TYPE_CHECKING:
     from workbench.sae.extract import Extraction
     from workbench.sae.load import Sae
-    from workbench.sae.recording import EncodedSite
     from workbench.sae.segments import Span
     from workbench.store.manifest import SiteRecord
 
@@ -77,14 +76,10 @@ class RayWorkers:
         return tasks
 
     def write(
-        self,
-        work: Work,
-        model: Model,
-        left: Sequence[PlannedSegment],
-        passing: EncodedSite | None,
-        tick: Callable[[int], None],
+        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
         """Segments of a recording."""
+        work, passing = recorder.work, recorder.passing
 
         def lost(segment: PlannedSegment | None, error: Exception) -> None:
             what = f"segment {segment.name}" if segment else "a first segment"
@@ -95,7 +90,7 @@ class RayWorkers:
             sae = _saved(passing.features.sae, passing.folder(work.store))
             asked = {name: getattr(passing.features, name) for name in ("dtype", "force")}
             features = sae, passing.site, asked
-        for segment, _ in self._each(_segments, (work, _carried(model), features), left, self.device(), lost):
+        for segment, _ in self._each(_segments, (work, _carried(recorder.model), features), left, self.device(), lost):
             tick(segment.rows)
             yield
 
@@ -126,9 +121,9 @@ class RayWorkers:
                 raise failed
             return Outcome(cell, "failed", 0.0, str(failed))
 
-        there = [cell for cell in cells if (cell.folder / CONFIG).exists()]  # to be read, or refused
-        yield from map(attempt, there)
-        left = [cell for cell in cells if cell not in there]
+        there = {cell: (cell.folder / CONFIG).exists() for cell in cells}  # to be read, or refused
+        yield from (attempt(cell) for cell in cells if there[cell])
+        left = [cell for cell in cells if not there[cell]]
         wanted = any(str(getattr(cell.config, "device", "cpu")).startswith("cuda") for cell in left)
         kind = self.kind or ("cuda" if wanted else "cpu")
         for _, outcome in self._each(_cells, (), left, kind, lost):
@@ -252,19 +247,18 @@ class Share:
         return tasks[self.rank :: self.size]
 
     def write(
-        self,
-        work: Work,
-        model: Model,
-        left: Sequence[PlannedSegment],
-        passing: EncodedSite | None,
-        tick: Callable[[int], None],
+        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        return ThisProcess().write(work, model, left, passing, tick)
+        return ThisProcess().write(recorder, left, tick)
 
     def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
         return made.write_segments(folder, spans, advance)
 
     def attempt(self, cells: Sequence[Cell]) -> Iterable[Outcome]:
+        if own := self.own_device:
+            import torch
+
+            torch.cuda.set_device(own)  # what cells call cuda
         return map(attempt, cells)
 
 
@@ -421,7 +415,7 @@ def _ray(address: str | None, cpus: int) -> Iterator[Any]:
                 hint = "; it asks for a token: set RAY_AUTH_MODE=token" if _asks_for_a_token(error) else ""
                 raise RequestError(f"ray address {address or 'local'}: {_first_line(error)}{hint}") from error
     worker = ray._private.worker  # what Ray prints of a worker's death, a screenful, we say in a line
-    before, worker._worker_logs_enabled = worker._worker_logs_enabled, False
+    before, worker._worker_logs_enabled = getattr(worker, "_worker_logs_enabled", True), False
     try:
         yield ray
     finally:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -142,9 +142,9 @@ def record_with(
     """`record` with its settings as one frozen record, and those of an SAE as another."""
 
     corpus.check_source(texts)
-    others, workers = workers, workers or ThisProcess()
+    who = workers or ThisProcess()
     if not isinstance(model, Model):
-        model = load_model(model, device=workers.own_device if isinstance(model, str | Path) else None)
+        model = load_model(model, device=who.own_device if isinstance(model, str | Path) else None)
     if settings.sites is None and features is None:
         settings = replace(settings, sites=_SITES)
     taps = model.site_map.select(settings.sites or ())
@@ -171,13 +171,13 @@ def record_with(
             sites=records,
             recording=settings,
             tokens_added={"prefix": list(added.prefix), "suffix": list(added.suffix)},
-            environment=environment() | {"device": workers.device(model)},
+            environment=environment() | {"device": who.device(model)},
             unembed=unembed,
             unembed_reason=reason,
             features=passing and passing.label,
-            shared=workers.shared,
+            shared=who.shared,
         ) as writer,
-        _scratch(Path(out), workers.name) as workdir,
+        _scratch(Path(out), who.name) as workdir,
         progress("tokenizing", None, "tokens", shown=show_progress) as tick,
     ):
         if passing and append and writer.manifest.rows and writer.manifest.complete:
@@ -197,13 +197,13 @@ def record_with(
                 vocab=model.vocab,
                 progress=tick,
             )
-        _record_part(writer, workers, model, sequences, held, passing, workdir, settings, append, show_progress)
+        _record_part(writer, who, model, sequences, held, passing, workdir, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
     store = open_store(out)
     _warn_of_lost_values(store, held)
     if encoded and store.manifest.complete:  # else the last of those that share the recording does it
-        encoded.finish(store, others, show_progress=show_progress)
+        encoded.finish(store, workers, show_progress=show_progress)
     return store
 
 
@@ -255,14 +255,9 @@ class Workers(Protocol):
         """Which of the part's segments this process has to do with."""
 
     def write(
-        self,
-        work: Work,
-        model: Model,
-        left: Sequence[PlannedSegment],
-        passing: EncodedSite | None,
-        tick: Callable[[int], None],
+        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        """Write these segments, and of `passing` the features only; yields whenever one has been handed in."""
+        """Have these segments written; yields whenever one has been handed in."""
 
 
 @dataclass(frozen=True)
@@ -280,14 +275,8 @@ class ThisProcess:
         return planned
 
     def write(
-        self,
-        work: Work,
-        model: Model,
-        left: Sequence[PlannedSegment],
-        passing: EncodedSite | None,
-        tick: Callable[[int], None],
+        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        recorder = SegmentRecorder(work, model, passing)
         for segment in left:
             recorder.write(segment, tick)
             yield
@@ -309,16 +298,27 @@ class Work:
     document_offset: int
 
 
+@dataclass(frozen=True)
 class SegmentRecorder:
     """Runs a model over planned segments and writes them."""
 
-    def __init__(self, work: Work, model: Model, passing: EncodedSite | None = None) -> None:
-        """`passing`: a site whose features are extracted and whose activations are not stored."""
-        self.work, self.model, self.passing = work, model, passing
-        self.encode = passing.encoder(work.store, work.manifest) if passing else None
-        self.taps = model.site_map.select(work.settings.sites or ())
-        self.sequences = corpus.open_sequences(work.plan)
-        self.text_of = partial(corpus.token_texts, model.tokenizer)
+    work: Work
+    model: Model
+    passing: EncodedSite | None = None
+    """A site whose features are extracted and whose activations are not stored."""
+
+    @cached_property
+    def taps(self) -> tuple[Site, ...]:
+        return self.model.site_map.select(self.work.settings.sites or ())
+
+    @cached_property
+    def sequences(self) -> corpus.Sequences:
+        return corpus.open_sequences(self.work.plan)
+
+    @cached_property
+    def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
+        """What makes the features of `passing`."""
+        return self.passing.encoder(self.work.store, self.work.manifest) if self.passing else None
 
     def write(self, planned: PlannedSegment, tick: Callable[[int], None]) -> None:
         """One segment, from forward passes to a finished folder that waits for its commit."""
@@ -334,7 +334,7 @@ class SegmentRecorder:
             row_offset=work.row_offset,
             sequence_offset=work.sequence_offset,
             document_offset=work.document_offset,
-            text_of=self.text_of,
+            text_of=partial(corpus.token_texts, self.model.tokenizer),
         )
         what = f"segment {planned.name}"
         with explain_full_disk(work.store, what, planned.first_row):
@@ -404,7 +404,7 @@ def _record_part(
     with (
         features or nullcontext(),
         progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as tick,
-        closing(workers.write(work, model, left, passing, tick)) as handed_in,
+        closing(workers.write(SegmentRecorder(work, model, passing), left, tick)) as handed_in,
     ):
         for _ in handed_in:
             writer.commit_waiting()

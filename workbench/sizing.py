@@ -19,7 +19,6 @@ from workbench.progress import duration
 from workbench.recorder import (
     SegmentRecorder,
     ThisProcess,
-    Work,
     batch_tokens,
     context_length,
     record_with,
@@ -169,9 +168,8 @@ class _Timed(ThisProcess):
     """Of each segment its rows and its time."""
 
     def write(
-        self, work: Work, model: Model, left: Sequence[PlannedSegment], _passing: None, tick: Callable[[int], None]
+        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
-        recorder = SegmentRecorder(work, model)
         for segment in left:
             began = time.perf_counter()
             recorder.write(segment, tick)
