@@ -273,10 +273,21 @@ def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(sessi
     assert tried == {task: 2 if task == 3 else 1 for task in tasks}
 
 
-def test_a_module_in_memory_is_sent(in_this_process, folder, tiny_models, tmp_path):
-    model = Model(tiny_models["llama"], None, "model")
+def test_a_module_in_memory_is_sent(in_this_process, folder, tmp_path):
+    model = Model(wb.load_model(folder / "model").module, None, "model")
     store = wb.record(model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(1), show_progress=False, **SETTINGS)
     assert store["resid_post", 1][:].equal(wb.open_store(folder / "one")["resid_post", 1][:])
+
+
+def test_a_module_that_cannot_be_sent_is_refused(in_this_process, folder, tmp_path):
+    import torch
+
+    module = wb.load_model(folder / "model").module
+    module(torch.tensor([[2, 3]]), output_hidden_states=True)  # leaves hooks that hold a context variable
+    given = {"out": tmp_path / "x", "workers": wb.RayWorkers(1), "show_progress": False}
+    said = refused(RequestError, lambda: wb.record(Model(module, None, "mine"), texts(), **given))
+    assert said.startswith("module 'mine' cannot be sent to workers (")
+    assert said.endswith("); save it with save_pretrained and name the directory")
 
 
 def test_a_model_that_was_changed_after_loading_is_refused(in_this_process, folder, tmp_path):
@@ -369,10 +380,12 @@ def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_pat
     assert outcomes[1].told == f"workers died 3 times before cell 1{end}"
 
 
-def test_without_ray_the_error_says_what_to_install(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sent", [False, True])
+def test_without_ray_the_error_says_what_to_install(sent, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
+    model = Model(wb.load_model(folder / "model").module, None, "mine") if sent else folder / "model"
     with pytest.raises(RequestError, match=r"workers need Ray, .*: pip install 'interp-workbench\[distributed\]'"):
-        wb.record(folder / "model", texts(), out=tmp_path / "x", workers=wb.RayWorkers(2), show_progress=False)
+        wb.record(model, texts(), out=tmp_path / "x", workers=wb.RayWorkers(2), show_progress=False)
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,10 @@ def test_values_beyond_the_type_that_would_be_stored_are_counted(tiny_models, se
 
 @pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
 def test_workers_record_and_encode_to_the_bytes_of_one_process(sites, in_this_process, llama, sequences, sae, tmp_path):
-    whole = record(llama, sequences, tmp_path / "one", sites=sites, sae=sae)
-    found = record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.RayWorkers(2))
+    llama.module.save_pretrained(tmp_path / "tiny-llama")
+    saved = wb.load_model(tmp_path / "tiny-llama", device="cpu")
+    whole = record(saved, sequences, tmp_path / "one", sites=sites, sae=sae)
+    found = record(saved, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.RayWorkers(2))
     assert contents(found.path) == contents(whole.path)
 
 

@@ -292,16 +292,14 @@ class _Worker:
 def _segments(
     device: str,
     work: Work,
-    carried: Loading | Model,
+    carried: Loading | bytes,
     features: tuple[SavedSae, SiteRecord, Mapping[str, Any]] | None,
 ) -> Callable[[PlannedSegment], None]:
     if not work.plan.is_dir():
         raise RequestError(
             f"a worker on {socket.gethostname()} finds no {work.store}; out must be on a disk that all machines share"
         )
-    model = carried.load(device) if isinstance(carried, Loading) else carried
-    if not isinstance(carried, Loading):
-        model.module.to(device)
+    model = _arrived(carried, device)
     if model.fingerprint() != work.manifest.model.fingerprint:
         raise RequestError(
             f"model {model.name!r} has other weights here than where it is loaded anew; it was changed after "
@@ -366,7 +364,7 @@ def _saved(sae: Sae, place: Path) -> SavedSae:
     return SavedSae(folder, sae.name, sae.fingerprint())
 
 
-def _carried(model: Model) -> Loading | Model:
+def _carried(model: Model) -> Loading | bytes:
     """How a worker comes by the model: loads it too, or is given the module."""
     if model.loading is not None:
         return model.loading
@@ -374,10 +372,35 @@ def _carried(model: Model) -> Loading | Model:
         raise RequestError(
             f"a module on {model.device} cannot be sent to workers; move it to the CPU, or name its directory"
         )
-    return replace(model)  # without what it has cached
+    cloudpickle = _imported().cloudpickle
+    try:
+        return cloudpickle.dumps(replace(model))  # without what it has cached
+    except Exception as error:  # whatever its parts and hooks raise; those of output_hidden_states cannot travel
+        raise RequestError(
+            f"module {model.name!r} cannot be sent to workers ({_first_line(error)}); save it with save_pretrained and "
+            "name the directory"
+        ) from None
+
+
+def _arrived(carried: Loading | bytes, device: str) -> Model:
+    if isinstance(carried, Loading):
+        return carried.load(device)
+    model = _imported().cloudpickle.loads(carried)
+    model.module.to(device)
+    return model
 
 
 # ---- Ray ------------------------------------------------------------------------------------------------
+
+
+def _imported() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise RequestError(
+            "workers need Ray, which is not installed: pip install 'interp-workbench[distributed]'"
+        ) from None
+    return ray
 
 
 @contextmanager
@@ -389,12 +412,7 @@ def _ray(address: str | None, cpus: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")  # of its agents; a busy machine needs a minute
-    try:
-        import ray
-    except ImportError:
-        raise RequestError(
-            "workers need Ray, which is not installed: pip install 'interp-workbench[distributed]'"
-        ) from None
+    ray = _imported()
     if ray.is_initialized():
         yield ray
         return
