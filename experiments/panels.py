@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from workbench.figures.text import label
 from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.ticks import whole_step
 from workbench.result import Result
 
 PLACES = ("model", "text", "sae")
@@ -124,7 +125,7 @@ def curves(
         legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )
     figure.update_annotations(font_size=13)
-    figure.update_xaxes(title=x_title, showticklabels=True)
+    figure.update_xaxes(title=x_title, showticklabels=True, dtick=whole_step(result.table[x]))
     figure.update_yaxes(title=unit, col=1)
     return figure
 

@@ -27,6 +27,7 @@ from workbench.errors import RequestError
 from workbench.figures.grid import MOST_TOKENS, shown_of, token_grid
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
+from workbench.figures.ticks import whole_step
 from workbench.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
 from workbench.lens import Unembed, load_unembed
 from workbench.models import usable_device
@@ -652,7 +653,7 @@ def _precision(result: Result) -> go.Figure:
         height=460,
         width=180 + 420 * len(methods),
     )
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(title="layer", dtick=whole_step(layers))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
 

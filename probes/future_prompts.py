@@ -23,6 +23,7 @@ from torch import Tensor
 from workbench.errors import RequestError
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
+from workbench.figures.ticks import whole_step
 from workbench.future import FutureRows, bigrams, future_rows, said_tokens
 from workbench.interventions import run_prompted, token_embeddings
 from workbench.lens import Unembed, load_unembed
@@ -529,7 +530,7 @@ def _precision(result: Result) -> go.Figure:
         height=640,
         width=max(640, 140 + 260 * len(horizons)),
     )
-    figure.update_xaxes(dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(dtick=whole_step(layers))
     figure.update_xaxes(title="layer", row=len(REGIMES))
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(title=units(data["precision"].attrs), col=1)

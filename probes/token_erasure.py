@@ -28,6 +28,7 @@ from torch import Tensor
 from workbench.errors import RequestError
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
+from workbench.figures.ticks import whole_step
 from workbench.linear import SoftmaxFit, SoftmaxProbes, fit_softmax
 from workbench.models import usable_device
 from workbench.progress import progress
@@ -445,7 +446,7 @@ def _curves(result: Result) -> go.Figure:
         height=460,
         margin={"t": 130},
     )
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(title="layer", dtick=whole_step(layers))
     figure.update_yaxes(title=units(data["accuracy"].attrs, "accuracy of the token at this offset"), rangemode="tozero")
     return figure
 

@@ -20,6 +20,7 @@ from probes import LogitLens
 from workbench.figures.grid import layer_curves, token_grid
 from workbench.figures.text import label, visible
 from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.ticks import whole_step
 from workbench.models import Model
 
 HOSTILE = [
@@ -177,6 +178,15 @@ def test_the_curves_draw_what_they_are_given():
 def test_ticks_are_whole_layers(depth, step):
     figure = layer_curves({"a": np.zeros(depth)}, layers=range(depth), title="", unit="")
     assert figure.layout.xaxis.dtick == step
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [([0, 1, 2], 1), ([-3, 0, 3], 1), ([0.0, 23.0], 2), ([1, 101], 8), ([0, 1000], None), ([0.5, 1], None), ([], None)],
+)
+def test_whole_numbers_have_whole_ticks_unless_they_span_far(values, step):
+    assert whole_step(values) == step
+    assert whole_step([*values, "a"]) is None
 
 
 # The whole path: from the tokens of a model to the page

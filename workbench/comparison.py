@@ -60,6 +60,7 @@ class Comparison:
 
         from workbench.figures.text import label
         from workbench.figures.theme import TEMPLATE
+        from workbench.figures.ticks import whole_step
 
         figure = go.Figure()
         known = self.sites[self.sites["layer"] >= 0]
@@ -87,7 +88,7 @@ class Comparison:
             margin={"t": 110},
             showlegend=True,
         )
-        figure.update_xaxes(title="layer")
+        figure.update_xaxes(title="layer", dtick=whole_step(known["layer"]))
         figure.update_yaxes(title="cosine, mean over rows")
         return figure
 

@@ -79,6 +79,8 @@ class RayWorkers:
         self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
     ) -> Generator[None, None, None]:
         """Segments of a recording."""
+        if not left:
+            return
         work, passing = recorder.work, recorder.passing
 
         def lost(segment: PlannedSegment | None, error: Exception) -> None:
@@ -86,7 +88,7 @@ class RayWorkers:
             raise _gave_up(f"{what} of {work.store}", error)
 
         features = None
-        if passing and left:
+        if passing:
             sae = _saved(passing.features.sae, passing.folder(work.store))
             asked = {name: getattr(passing.features, name) for name in ("dtype", "force")}
             features = sae, passing.site, asked

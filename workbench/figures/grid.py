@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from workbench.figures.text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.ticks import whole_step
 
 MOST_TOKENS = 1_024
 """In one grid: more would be wider than a browser can draw and larger than 10 MB at 48 layers."""
@@ -96,6 +97,6 @@ def layer_curves(
         ]
     )
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, width=760, hovermode="x unified")
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(title="layer", dtick=whole_step(layers))
     figure.update_yaxes(title=unit, rangemode="tozero")
     return figure
