@@ -414,6 +414,7 @@ def _ray(address: str | None, cpus: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")  # of its agents; a busy machine needs a minute
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by itself: all else on the machine would come first
     ray = _imported()
     if ray.is_initialized():
         yield ray
