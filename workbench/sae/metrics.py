@@ -15,12 +15,13 @@ from workbench.errors import RequestError
 from workbench.forward import run
 from workbench.interventions import splice
 from workbench.models import Model
+from workbench.recorder import batch_tokens
 from workbench.sae.load import Sae
 from workbench.sae.site import block_rows, encode_checked, matching_site
 from workbench.sites import Site
 from workbench.store.reader import ActivationArray, Rows, Store
 
-_LOGIT_BYTES = 256 << 20  # of one batch's logits in float32
+_LOGIT_BYTES = 256 << 20  # of one batch's logits in float32, at most
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def sae_metrics(
     is, with the site's rows of text replaced by the SAE's reconstruction, and by zeros; special tokens' rows stay as
     they are. The loss is that of the tokens which follow the rows in their document and sequence.
 
-    Sums are in float64, in one pass; memory is a few blocks of 64 MiB, with `model` also its logits of 256 MiB.
+    Sums are in float64, in one pass; memory is a few blocks of 64 MiB, with `model` also a batch as of a recording and
+    its logits, at most 256 MiB.
 
     Raises RequestError as `extract_features` does, for a transcoder, which reconstructs another site than it reads, for
     a temporal SAE, whose features are what a prediction from the rows before lacks, for a selection of no rows, another
@@ -158,7 +160,8 @@ def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.
         "zeroed": torch.zeros_like,
     }
     totals, tokens = dict.fromkeys(ways, 0.0), 0
-    for batch in _batches(array.store, ids, max(1, _LOGIT_BYTES // (4 * model.vocab))):
+    most = min(batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab))
+    for batch in _batches(array.store, ids, max(1, most)):
         tokens += int((batch.targets >= 0).sum())
         for way, replace in ways.items():
             totals[way] += _loss(model.module, site, batch, replace)
