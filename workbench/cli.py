@@ -99,7 +99,7 @@ class Record:
             raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
         if self.sae is None and (self.sae_id or self.sae_site or self.sae_force):
             raise RequestError("--sae-id, --sae-site and --sae-force are for --sae; give it too")
-        texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text]
+        texts = _texts(self.text)
         check_source(texts)
         locate(self.model, self.revision)
         if self.tokenizer is not None:
@@ -156,7 +156,7 @@ class Plan:
         from workbench.models import load_model, locate
         from workbench.sizing import plan_with
 
-        texts = self.text[0] if len(self.text) == 1 else [_source(text) for text in self.text] or None
+        texts = _texts(self.text) if self.text else None
         if texts is not None:
             check_source(texts)
         locate(self.model)
@@ -716,6 +716,10 @@ def _sections(framed: str) -> list[str]:
     lines = [line.strip("│ ") for line in framed.splitlines()]
     rules = [i for i, line in enumerate(lines) if line[:1] in tuple("╭╰") or (len(line) > 9 and set(line) <= set("─-"))]
     return [" ".join(filter(None, lines[first + 1 : last])) for first, last in itertools.pairwise([*rules, len(lines)])]
+
+
+def _texts(named: Sequence[str]) -> str | list[str | Path]:
+    return named[0] if len(named) == 1 else [_source(text) for text in named]
 
 
 def _source(text: str) -> str | Path:

@@ -104,13 +104,13 @@ class RayWorkers:
             what = f"rows {span[0]} to {span[1] - 1}" if span else "first rows"
             raise _gave_up(f"{what} of {folder.parent}", error)
 
-        left = {span: sum(stop - first for first, stop in rows) for span in spans if (rows := missing(folder, [span]))}
+        left = missing(folder, spans)
         if not left:
             return 0
         given = made.array.store.path, made.array.site, _saved(made.sae, folder.parent), made.how, folder
         unsettled = 0
-        for span, count in self._each(_rows, given, list(left), self.device(), lost):
-            advance(left[span])
+        for (first, stop), count in self._each(_rows, given, left, self.device(), lost):
+            advance(stop - first)
             unsettled += count
         return unsettled
 
@@ -118,7 +118,7 @@ class RayWorkers:
         """Cells of a sweep, in the order in which they end."""
 
         def lost(cell: Cell | None, error: Exception) -> Outcome:
-            failed = _gave_up(f"{cell.folder.name}" if cell else "a first cell", error)
+            failed = _gave_up(cell.folder.name if cell else "a first cell", error)
             if cell is None:
                 raise failed
             return Outcome(cell, "failed", 0.0, str(failed))

@@ -458,13 +458,18 @@ def sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
     return SaeRecord(f"{sae.name}-{made['choice']}-{allocation.k}", fingerprint, sae.config() | {"allocation": made})
 
 
+def read_state(partial: Path) -> State:
+    """What was asked of the features that are made in this folder, and how far they are."""
+    source = partial / STATE
+    return parse(State, from_json(source.read_bytes(), source), str(source))
+
+
 def begin(partial: Path, target: Path, asked: State, shared: bool = False) -> State:
     """What is there of these features, after removing what a crash left behind (unless others that share the work may
     be writing it); RequestError where it is of others."""
     state = asked
     if (partial / STATE).is_file():
-        source = partial / STATE
-        found = parse(State, from_json(source.read_bytes(), source), str(source))
+        found = read_state(partial)
         if not (partial / BY_ROW).exists() and not any(committed(partial / SEGMENTS)):
             found = asked  # what came to nothing binds nobody
         if differing := _differing(found, asked):

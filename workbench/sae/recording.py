@@ -25,7 +25,7 @@ from workbench.sae.site import check_fit, not_finite, site_names
 from workbench.sites import Site, SiteMap, full_name
 from workbench.store import files
 from workbench.store.manifest import Manifest, SiteRecord
-from workbench.store.parse import from_json, parse, to_json
+from workbench.store.parse import to_json
 from workbench.store.reader import ActivationArray, Store
 from workbench.store.staging import PlannedSegment
 
@@ -163,7 +163,7 @@ class EncodedSite:
         source = partial / extract.STATE
         with extract.turn(target, shared):
             if source.is_file():
-                begun = parse(extract.State, from_json(source.read_bytes(), source), str(source))
+                begun = extract.read_state(partial)
                 if begun.store_fingerprint == planned.store_fingerprint:
                     begun = replace(begun, store_fingerprint=state.store_fingerprint)
                     files.replace_durably(source, to_json(begun).encode())

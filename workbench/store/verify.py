@@ -41,6 +41,7 @@ from workbench.store.tokens import check_tokens, read_tokens
 
 _BLOCK_BYTES = 8 << 20
 _EXPONENT = {"float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80), "float32": ("<u4", 0x7F800000)}
+_UNFINISHED = "being written, or left by a crash; the next recording removes it"
 
 Progress = Callable[[int], object]
 Severity = Literal["error", "note"]
@@ -115,8 +116,7 @@ def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
     waiting = {entry.stem for entry in inside if entry.suffix == ".json"} - listed
     for entry in sorted([*path.glob(f"*{files.PARTIAL}"), *inside]):
         if entry.name.endswith(files.PARTIAL):
-            detail = "being written, or left by a crash; the next recording removes it"
-            yield Finding("", entry.name, "leftover", detail, "note")
+            yield Finding("", entry.name, "leftover", _UNFINISHED, "note")
         elif entry.name in waiting:
             yield Finding(
                 "", entry.name, "waiting", "finished; the recording lists it once those before it are", "note"
@@ -133,9 +133,7 @@ def _check_groups(path: Path, manifest: Manifest) -> Iterator[Finding]:
     for entry in sorted((path / GROUPS).glob("*")):
         name = f"{GROUPS}/{entry.name}"
         if entry.name.endswith(files.PARTIAL):
-            yield Finding(
-                "", name, "leftover", "being written, or left by a crash; the next recording removes it", "note"
-            )
+            yield Finding("", name, "leftover", _UNFINISHED, "note")
         elif entry not in groups:
             yield Finding("", name, "unlisted", "made of no segments of this store; nobody reads it", "note")
         elif differing := _differing_segment(path, entry, groups[entry]):
