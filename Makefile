@@ -34,21 +34,21 @@ format: $(INSTALLED) ## rewrite the code as ruff would have it
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## measure speed and memory against the neighbours
-	$(BIN)/python -m experiments.benchmarks
+	$(BIN)/python -m workbench.experiments.benchmarks
 
 docs: $(INSTALLED) ## write the generated pages under docs/ anew
-	$(BIN)/python -m experiments.architectures
-	$(BIN)/python -m experiments.findings
-	$(BIN)/python -m experiments.pictures
+	$(BIN)/python -m workbench.experiments.architectures
+	$(BIN)/python -m workbench.experiments.findings
+	$(BIN)/python -m workbench.experiments.pictures
 
 demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds side by side: about an hour on two cores
 	$(MAKE) -j 2 demo-run-0 demo-run-1
-	$(BIN)/python -m experiments.demo.card runs/demo-0 runs/demo-1
-	$(BIN)/python -m experiments.demo.ship runs/demo-0
+	$(BIN)/python -m workbench.experiments.demo_model.card runs/demo-0 runs/demo-1
+	$(BIN)/python -m workbench.experiments.demo_model.ship runs/demo-0
 
 demo-run-%: $(INSTALLED)
-	$(BIN)/python -m experiments.demo.train --seed $* --out runs/demo-$*
-	$(BIN)/python -m experiments.demo.sae runs/demo-$*
+	$(BIN)/python -m workbench.experiments.demo_model.train --seed $* --out runs/demo-$*
+	$(BIN)/python -m workbench.experiments.demo_model.sae runs/demo-$*
 
 constraints: ## resolve constraints.txt anew, keeping its torch line
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints

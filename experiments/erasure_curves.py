@@ -3,7 +3,7 @@
 The picture of arXiv 2406.20086 (Feucht et al. 2024): in early layers the last token of a word of several tokens loses
 what stood before it, faster than tokens outside of such words do.
 
-    python -m experiments.erasure_curves --model gpt2 --text stories.jsonl
+    python -m workbench.experiments.erasure_curves --model gpt2 --text stories.jsonl
     workbench sweep erasure-curves --model demo gpt2 --seed 0 1 2
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from workbench.experiments.inputs import Inputs, recorded
+from workbench.experiments.panels import curves
+from workbench.probes import TokenErasure
 
 import workbench as wb
-from experiments.inputs import Inputs, recorded
-from experiments.panels import curves
-from probes import TokenErasure
-from workbench.experiment import found
+from workbench.results.experiment import found
 
 NAME = "erasure-curves"
 
@@ -79,6 +79,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

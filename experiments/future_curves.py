@@ -3,7 +3,7 @@
 The picture of arXiv 2311.04897 (Pal et al. 2023): maps from a hidden state to what the model says further on, beside
 what the token alone tells.
 
-    python -m experiments.future_curves --model gpt2 --text stories.jsonl
+    python -m workbench.experiments.future_curves --model gpt2 --text stories.jsonl
     workbench sweep future-curves --model demo gpt2 --seed 0 1 2
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from workbench.experiments.inputs import Inputs, recorded
+from workbench.experiments.panels import curves
+from workbench.probes import FutureLens
 
 import workbench as wb
-from experiments.inputs import Inputs, recorded
-from experiments.panels import curves
-from probes import FutureLens
-from workbench.experiment import found
+from workbench.results.experiment import found
 
 NAME = "future-curves"
 
@@ -91,6 +91,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

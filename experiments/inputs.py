@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from workbench.experiments.controls import random_copy
 
 import workbench as wb
-from experiments.controls import random_copy
 from workbench.corpus import added_tokens, read_documents
 from workbench.embedded import NAME
-from workbench.errors import RequestError
-from workbench.recordings import record_once
+from workbench.io.errors import RequestError
+from workbench.recording.cache import record_once
 
 RECORDINGS = Path("runs/recordings")
 

@@ -3,7 +3,7 @@
 The pictures of arXiv 2303.08112 (Belrose et al. 2023; loss of lenses by layer) and arXiv 2412.05768 (residual
 cross-entropy: the surprise of each layer's lens at the model's own top token).
 
-    python -m experiments.lens_curves --model gpt2 --text stories.jsonl --lens tuned
+    python -m workbench.experiments.lens_curves --model gpt2 --text stories.jsonl --lens tuned
     workbench sweep lens-curves --model demo gpt2 --lens logit tuned --seed 0 1 2
 """
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from workbench.experiments.inputs import Inputs, recorded
+from workbench.experiments.panels import curves
+from workbench.probes import LogitLens, TunedLens
+
 import workbench as wb
-from experiments.inputs import Inputs, recorded
-from experiments.panels import curves
-from probes import LogitLens, TunedLens
-from workbench.errors import RequestError
-from workbench.experiment import found
+from workbench.io.errors import RequestError
+from workbench.results.experiment import found
 
 NAME = "lens-curves"
 
@@ -73,6 +74,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

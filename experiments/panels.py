@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from workbench.figures.text import label
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.figures.ticks import whole_step
-from workbench.result import Result
+from workbench.results.result import Result
 
 PLACES = ("model", "text", "sae")
 """Settings that may be paths."""

@@ -2,7 +2,7 @@
 
 One run is one autoencoder; those of all layers are a sweep over `sae_id`, or over directories in `sae`.
 
-    python -m experiments.sae_layers --model gpt2 --sae gpt2-small-res-jb --sae-id blocks.5.hook_resid_pre
+    python -m workbench.experiments.sae_layers --model gpt2 --sae gpt2-small-res-jb --sae-id blocks.5.hook_resid_pre
     workbench sweep sae-layers --model gpt2 --sae gpt2-small-res-jb --sae-id blocks.{0..11}.hook_resid_pre
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from workbench.experiments.inputs import Inputs, model_of, recorded
+from workbench.experiments.panels import curves
 
 import workbench as wb
-from experiments.inputs import Inputs, model_of, recorded
-from experiments.panels import curves
 from workbench.embedded import NAME as DEMO
-from workbench.errors import RequestError
-from workbench.experiment import found
+from workbench.io.errors import RequestError
+from workbench.results.experiment import found
 
 NAME = "sae-layers"
 
@@ -91,6 +91,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

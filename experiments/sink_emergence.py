@@ -2,7 +2,7 @@
 
 Checkpoints are folders, or revisions of a hub id; the step is the last number in the name.
 
-    python -m experiments.sink_emergence --checkpoints EleutherAI/pythia-14m@step512 EleutherAI/pythia-14m@step1000
+    python -m workbench.experiments.sink_emergence --checkpoints EleutherAI/pythia-14m@step512 ...
     workbench sweep sink-emergence --checkpoints run/checkpoint-100 run/checkpoint-200 --seed 0 1 2
 """
 
@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from workbench.experiments.inputs import RECORDINGS, check_counts, documents_of, model_of
+from workbench.experiments.panels import curves
+from workbench.probes import AttentionSinks, LogitLens
 
 import workbench as wb
-from experiments.inputs import RECORDINGS, check_counts, documents_of, model_of
-from experiments.panels import curves
-from probes import AttentionSinks, LogitLens
 from workbench.embedded import NAME as DEMO
-from workbench.errors import RequestError
-from workbench.experiment import found
-from workbench.recordings import record_once
+from workbench.io.errors import RequestError
+from workbench.recording.cache import record_once
+from workbench.results.experiment import found
 
 NAME = "sink-emergence"
 
@@ -115,6 +115,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

@@ -3,7 +3,7 @@
 The picture of arXiv 2410.10781: a sink that training made of the first position is there on random tokens too; where
 nothing tells the first of equal tokens from the others, as with rotary positions, repetition makes it disappear.
 
-    python -m experiments.sinks --model gpt2 --input random
+    python -m workbench.experiments.sinks --model gpt2 --input random
     workbench sweep sinks --model demo gpt2 --input natural random repeated --seed 0 1 2
 """
 
@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import pandas as pd
 from plotly.subplots import make_subplots
+from workbench.experiments.inputs import Inputs, model_of, recorded, token_sequences
+from workbench.experiments.panels import differing, groups, named
+from workbench.probes import AttentionSinks
 
 import workbench as wb
-from experiments.inputs import Inputs, model_of, recorded, token_sequences
-from experiments.panels import differing, groups, named
-from probes import AttentionSinks
-from workbench.demo import HEAD_SITES
-from workbench.errors import RequestError
-from workbench.experiment import found
+from workbench.demo.run import HEAD_SITES
 from workbench.figures.theme import CATEGORIES, TEMPLATE
-from workbench.recordings import record_once
+from workbench.io.errors import RequestError
+from workbench.recording.cache import record_once
+from workbench.results.experiment import found
 
 NAME = "sinks"
 
@@ -126,6 +126,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

@@ -2,7 +2,7 @@
 
 The picture of arXiv 2312.09230: in each model a few heads stand far above the rest, whatever is counted.
 
-    python -m experiments.successor_scores --model gpt2
+    python -m workbench.experiments.successor_scores --model gpt2
     workbench sweep successor-scores --model demo gpt2 --weights trained random
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import plotly.graph_objects as go
+from workbench.experiments.inputs import Inputs, model_of, recorded
+from workbench.experiments.panels import groups
+from workbench.probes import SuccessorHeads
 
 import workbench as wb
-from experiments.inputs import Inputs, model_of, recorded
-from experiments.panels import groups
-from probes import SuccessorHeads
-from workbench.experiment import found
 from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.results.experiment import found
 
 NAME = "successor-scores"
 
@@ -116,6 +116,6 @@ def _aside(head: Any, last: int) -> Any:
 
 
 if __name__ == "__main__":
-    from workbench.cli import run_experiment
+    from workbench.cli.main import run_experiment
 
     run_experiment(NAME)

@@ -1,5 +1,5 @@
 """Train a sparse autoencoder on a site of a store:
-`python -m experiments.train_sae runs/gpt2.acts --site resid_post.7 --out runs/sae`.
+`python -m workbench.experiments.train_sae runs/gpt2.acts --site resid_post.7 --out runs/sae`.
 
 SAELens' trainer, fed from the memory map in random order: the model does not run again, and any number of autoencoders
 can be trained on one recording. What it writes, `workbench features --sae` and SAELens read.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ class TrainSae:
                 raise wb.RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+@runtime_checkable
 class _Draw(Protocol):
     batch: int
     seed: int
@@ -155,7 +156,7 @@ class _Command:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
-        asked = tyro.cli(_Command, prog="python -m experiments.train_sae", args=arguments)
+        asked = tyro.cli(_Command, prog="python -m workbench.experiments.train_sae", args=arguments)
         if asked.out.exists() and any(asked.out.iterdir()):
             raise wb.RequestError(f"{asked.out} is not empty; choose another out")
         sae = train_sae(asked.settings, wb.open_store(asked.store), asked.out / "checkpoints")

@@ -3,14 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if __name__ != "workbench.probes":
+    raise ImportError("the probes are installed inside the package: write `from workbench.probes import ...`")
+
 _PUBLIC = {
-    "AttentionSinks": "probes.attention_sinks",
-    "FutureLens": "probes.future_lens",
-    "FuturePrompts": "probes.future_prompts",
-    "LogitLens": "probes.logit_lens",
-    "SuccessorHeads": "probes.successor_heads",
-    "TokenErasure": "probes.token_erasure",
-    "TunedLens": "probes.tuned_lens",
+    "AttentionSinks": "workbench.probes.attention_sinks",
+    "FutureLens": "workbench.probes.future_lens",
+    "FuturePrompts": "workbench.probes.future_prompts",
+    "LogitLens": "workbench.probes.logit_lens",
+    "SuccessorHeads": "workbench.probes.successor_heads",
+    "TokenErasure": "workbench.probes.token_erasure",
+    "TunedLens": "workbench.probes.tuned_lens",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -18,15 +21,15 @@ __all__ = sorted(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'probes' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'workbench.probes' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_PUBLIC[name]), name)
 
 
 if TYPE_CHECKING:
-    from probes.attention_sinks import AttentionSinks
-    from probes.future_lens import FutureLens
-    from probes.future_prompts import FuturePrompts
-    from probes.logit_lens import LogitLens
-    from probes.successor_heads import SuccessorHeads
-    from probes.token_erasure import TokenErasure
-    from probes.tuned_lens import TunedLens
+    from workbench.probes.attention_sinks import AttentionSinks
+    from workbench.probes.future_lens import FutureLens
+    from workbench.probes.future_prompts import FuturePrompts
+    from workbench.probes.logit_lens import LogitLens
+    from workbench.probes.successor_heads import SuccessorHeads
+    from workbench.probes.token_erasure import TokenErasure
+    from workbench.probes.tuned_lens import TunedLens

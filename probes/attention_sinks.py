@@ -23,15 +23,15 @@ import xarray as xr
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from workbench.attention import Columns, row_entropy
-from workbench.errors import RequestError, nearest
-from workbench.figures.attention import head_attention
+from workbench.analysis.bootstrap import clustered_means, intervals
+from workbench.figures.attention_map import head_attention
 from workbench.figures.grid import layer_curves
 from workbench.figures.heads import beside, head_grid
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
-from workbench.result import Result, provenance
-from workbench.statistics import clustered_means, intervals
+from workbench.io.errors import RequestError, nearest
+from workbench.model.attention import Columns, row_entropy
+from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
 
 _BLOCK_BYTES = 64 << 20  # of one block of patterns in float64; a few such live at a time

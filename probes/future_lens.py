@@ -23,19 +23,19 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from workbench.errors import RequestError
+from workbench.analysis.bootstrap import clustered_means, few_rows, intervals
+from workbench.analysis.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
+from workbench.analysis.lens import blocks, log_probabilities, next_tokens, recorded_layers
 from workbench.figures.grid import MOST_TOKENS, shown_of, token_grid
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.figures.ticks import whole_step
-from workbench.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
-from workbench.lens import Unembed, load_unembed
-from workbench.models import usable_device
-from workbench.progress import progress
-from workbench.result import Result, provenance
-from workbench.statistics import clustered_means, few_rows, intervals
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+from workbench.model.load import usable_device
+from workbench.model.unembed import Unembed, load_unembed
+from workbench.results.result import Result, provenance
 from workbench.store.reader import ActivationArray, Store
-from workbench.trajectory import blocks, log_probabilities, next_tokens, recorded_layers
 
 Read = Callable[[Tensor], Tensor]
 """From states `[row, d_model]` to logits `[row, vocab]`."""

@@ -20,21 +20,21 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from workbench.errors import RequestError
+from workbench.analysis.bootstrap import clustered_means, intervals
+from workbench.analysis.future import FutureRows, bigrams, future_rows, said_tokens
+from workbench.analysis.lens import blocks, log_probabilities, recorded_layers
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.figures.ticks import whole_step
-from workbench.future import FutureRows, bigrams, future_rows, said_tokens
-from workbench.interventions import run_prompted, token_embeddings
-from workbench.lens import Unembed, load_unembed
-from workbench.models import Model, usable_device
-from workbench.origin import recorded_model
-from workbench.progress import progress
-from workbench.result import Result, provenance
-from workbench.sites import Site
-from workbench.statistics import clustered_means, intervals
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+from workbench.model.interventions import run_prompted, token_embeddings
+from workbench.model.load import Model, usable_device
+from workbench.model.reload import recorded_model
+from workbench.model.unembed import Unembed, load_unembed
+from workbench.results.result import Result, provenance
+from workbench.sites.grammar import Site
 from workbench.store.reader import ActivationArray, Store
-from workbench.trajectory import blocks, log_probabilities, recorded_layers
 
 PROMPTS: tuple[str, ...] = (
     'Hello! Could you please tell me more about "',

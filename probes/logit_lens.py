@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from workbench.errors import RequestError
-from workbench.result import Result, provenance
+from workbench.analysis.lens import lens_curves, lens_depth, lens_grid, read_lens, selected_rows
+from workbench.io.errors import RequestError
+from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
-from workbench.trajectory import lens_curves, lens_depth, lens_grid, read_lens, selected_rows
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from workbench.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
-from workbench.errors import RequestError, nearest
+from workbench.analysis.bootstrap import clustered_means, intervals
+from workbench.analysis.lens import next_tokens
 from workbench.figures.heads import head_grid
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
-from workbench.lens import Unembed, load_unembed
-from workbench.models import Model, usable_device
-from workbench.origin import recorded_model
-from workbench.result import Result, provenance
-from workbench.statistics import clustered_means, intervals
+from workbench.io.errors import RequestError, nearest
+from workbench.model.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
+from workbench.model.load import Model, usable_device
+from workbench.model.reload import recorded_model
+from workbench.model.unembed import Unembed, load_unembed
+from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
-from workbench.trajectory import next_tokens
 
 SPACES: Mapping[str, tuple[str, ...]] = {"with": (" ",), "without": ("",), "both": (" ", "")}
 CASES: Mapping[str, tuple[Callable[[str], str], ...]] = {

@@ -25,17 +25,17 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import RequestError
+from workbench.analysis.bootstrap import ROWS_A_DIMENSION, clustered_means, divided, intervals
+from workbench.analysis.lens import recorded_layers, selected_rows, tokens_at
+from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
 from workbench.figures.text import label, units
 from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
 from workbench.figures.ticks import whole_step
-from workbench.linear import SoftmaxFit, SoftmaxProbes, fit_softmax
-from workbench.models import usable_device
-from workbench.progress import progress
-from workbench.result import Result, provenance
-from workbench.statistics import ROWS_A_DIMENSION, clustered_means, divided, intervals
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+from workbench.model.load import usable_device
+from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
-from workbench.trajectory import recorded_layers, selected_rows, tokens_at
 
 SCORED = (0, -1, -2)
 """Offsets that the erasure score is made of."""

@@ -18,16 +18,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import RequestError
-from workbench.figures.grid import layer_curves
-from workbench.figures.text import label, units
-from workbench.lens import Unembed, load_unembed
-from workbench.models import usable_device
-from workbench.progress import progress
-from workbench.result import Result, provenance
-from workbench.statistics import divided, few_rows
-from workbench.store.reader import Store
-from workbench.trajectory import (
+from workbench.analysis.bootstrap import divided, few_rows
+from workbench.analysis.lens import (
     lens_curves,
     lens_depth,
     lens_grid,
@@ -36,6 +28,14 @@ from workbench.trajectory import (
     recorded_layers,
     selected_rows,
 )
+from workbench.figures.grid import layer_curves
+from workbench.figures.text import label, units
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+from workbench.model.load import usable_device
+from workbench.model.unembed import Unembed, load_unembed
+from workbench.results.result import Result, provenance
+from workbench.store.reader import Store
 
 _PATIENCE = 2  # passes without a better layer
 

@@ -16,12 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores already; the
 import pytest
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from words import WORDS
 
 settings.register_profile("workbench", deadline=None, print_blob=True)  # a busy machine is no failure
 settings.load_profile("workbench")
 
 SHARED = Path(__file__).parents[2] / "shared"
-WORDS = ("the", "and", "day", "was", "to", "little", "Monday", "Tuesday", "Once", "upon", "time")
 
 
 def shared(path: str) -> Path:
@@ -129,7 +129,7 @@ def tiny_model(request, tiny_models):
 def in_this_process(monkeypatch):
     """What a worker does, and what travels to it, without the seconds that one takes to start."""
     pickle = pytest.importorskip("ray.cloudpickle", reason="workers need Ray: install the extra [distributed]")
-    from workbench import distributed
+    from workbench.parallel import workers as distributed
 
     def each(_self, begin, given, tasks, device, _lost):
         worker = distributed._Worker()

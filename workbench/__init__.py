@@ -7,7 +7,7 @@
     store["resid_post", 3]                                   # activations, memory-mapped
     store.where("token = ' Monday'")["resid_post", 3]        # of the tokens that SQL selects
 
-Probes live in the package `probes`. Names are loaded when first used: this import needs neither torch nor
+Probes live in `workbench.probes`. Names are loaded when first used: this import needs neither torch nor
 transformers.
 """
 
@@ -15,43 +15,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "load_model": "workbench.models",
-    "Model": "workbench.models",
+    "load_model": "workbench.model.load",
+    "Model": "workbench.model.load",
     "demo_corpus": "workbench.embedded",
     "load_sae": "workbench.sae.load",
     "Sae": "workbench.sae.load",
     "sae_metrics": "workbench.sae.metrics",
-    "extract_features": "workbench.sae.extract",
-    "open_features": "workbench.sae.features",
-    "Features": "workbench.sae.features",
-    "feature_statistics": "workbench.sae.questions",
-    "feature_histogram": "workbench.sae.questions",
-    "active_rows": "workbench.sae.questions",
-    "best_features": "workbench.sae.questions",
-    "coactivation": "workbench.sae.questions",
-    "feature_page": "workbench.sae.page",
-    "export_delphi": "workbench.sae.export",
-    "export_neuronpedia": "workbench.sae.export",
+    "extract_features": "workbench.features.extract",
+    "open_features": "workbench.features.feature_store",
+    "Features": "workbench.features.feature_store",
+    "feature_statistics": "workbench.features.questions",
+    "feature_histogram": "workbench.features.questions",
+    "active_rows": "workbench.features.questions",
+    "best_features": "workbench.features.questions",
+    "coactivation": "workbench.features.questions",
+    "feature_page": "workbench.pages.feature_page",
+    "export_delphi": "workbench.features.other_formats",
+    "export_neuronpedia": "workbench.features.other_formats",
     "nearest_features": "workbench.sae.decoder",
-    "promoted_tokens": "workbench.sae.decoder",
-    "record": "workbench.recorder",
-    "RayWorkers": "workbench.distributed",
-    "Share": "workbench.distributed",
-    "plan": "workbench.sizing",
-    "Recording": "workbench.settings",
+    "promoted_tokens": "workbench.features.promoted",
+    "record": "workbench.recording.record",
+    "RayWorkers": "workbench.parallel.workers",
+    "Share": "workbench.parallel.workers",
+    "plan": "workbench.recording.estimate",
+    "Recording": "workbench.sites.settings",
     "open_store": "workbench.store.reader",
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
-    "compare": "workbench.comparison",
-    "TokenView": "workbench.token_view",
-    "Result": "workbench.result",
-    "load_result": "workbench.result",
-    "export": "workbench.export",
-    "Probe": "workbench.probe",
-    "WorkbenchError": "workbench.errors",
-    "RequestError": "workbench.errors",
-    "DataError": "workbench.errors",
+    "compare": "workbench.analysis.comparison",
+    "TokenView": "workbench.pages.token_view",
+    "Result": "workbench.results.result",
+    "load_result": "workbench.results.result",
+    "export": "workbench.pages.figure_export",
+    "Probe": "workbench.results.probe",
+    "WorkbenchError": "workbench.io.errors",
+    "RequestError": "workbench.io.errors",
+    "DataError": "workbench.io.errors",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -70,30 +70,31 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from workbench.comparison import compare
-    from workbench.distributed import RayWorkers, Share
+    from workbench.analysis.comparison import compare
     from workbench.embedded import demo_corpus
-    from workbench.errors import DataError, RequestError, WorkbenchError
-    from workbench.export import export
-    from workbench.models import Model, load_model
-    from workbench.probe import Probe
-    from workbench.recorder import record
-    from workbench.result import Result, load_result
-    from workbench.sae.decoder import nearest_features, promoted_tokens
-    from workbench.sae.export import export_delphi, export_neuronpedia
-    from workbench.sae.extract import extract_features
-    from workbench.sae.features import Features, open_features
-    from workbench.sae.load import Sae, load_sae
-    from workbench.sae.metrics import sae_metrics
-    from workbench.sae.page import feature_page
-    from workbench.sae.questions import (
+    from workbench.features.extract import extract_features
+    from workbench.features.feature_store import Features, open_features
+    from workbench.features.other_formats import export_delphi, export_neuronpedia
+    from workbench.features.promoted import promoted_tokens
+    from workbench.features.questions import (
         active_rows,
         best_features,
         coactivation,
         feature_histogram,
         feature_statistics,
     )
-    from workbench.settings import Recording
-    from workbench.sizing import plan
+    from workbench.io.errors import DataError, RequestError, WorkbenchError
+    from workbench.model.load import Model, load_model
+    from workbench.pages.feature_page import feature_page
+    from workbench.pages.figure_export import export
+    from workbench.pages.token_view import TokenView
+    from workbench.parallel.workers import RayWorkers, Share
+    from workbench.recording.estimate import plan
+    from workbench.recording.record import record
+    from workbench.results.probe import Probe
+    from workbench.results.result import Result, load_result
+    from workbench.sae.decoder import nearest_features
+    from workbench.sae.load import Sae, load_sae
+    from workbench.sae.metrics import sae_metrics
+    from workbench.sites.settings import Recording
     from workbench.store.reader import ActivationArray, Rows, Store, open_store
-    from workbench.token_view import TokenView

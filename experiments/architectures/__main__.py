@@ -1,4 +1,4 @@
-"""`python -m experiments.architectures` writes docs/architectures.md: which models can be recorded, and how exactly."""
+"""Writes docs/architectures.md, the models that can be recorded: `python -m workbench.experiments.architectures`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here comes from the hub
 
 import torch
-
-from experiments.architectures.sweep import LENGTHS, Check, check, shown
-from experiments.architectures.tiny import causal_lm_types
+from workbench.experiments.architectures.sweep import LENGTHS, Check, check, shown
+from workbench.experiments.architectures.tiny import causal_lm_types
 
 OUT = Path(__file__).parents[2] / "docs" / "architectures.md"
 COLUMNS = ("resid_post", "pattern", "z", "mlp_post", "logits")
@@ -23,7 +22,7 @@ COLUMNS = ("resid_post", "pattern", "z", "mlp_post", "logits")
 
 TEXT = """# Architectures
 
-Which models can be recorded, and how exactly. Written by `python -m experiments.architectures`.
+Which models can be recorded, and how exactly. Written by `python -m workbench.experiments.architectures`.
 
 For every type that transformers {transformers} maps to a causal language model, the smallest random model of it is
 built in float32 on the CPU, and every site that has a short name is recorded from sequences of {lengths} tokens in
@@ -43,7 +42,7 @@ the lens within 1e-4. A dash: not offered, or not compared; the remark says why.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.architectures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m workbench.experiments.architectures", description=__doc__)
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all of them, if left out")
     parser.add_argument("--out", type=Path, help=f"Markdown to write; docs/{OUT.name}, or with --types standard output")
     asked = parser.parse_args(arguments)

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from workbench.experiments.architectures.tiny import tiny_model
 
 import workbench as wb
-from experiments.architectures.tiny import tiny_model
-from workbench.errors import RequestError
-from workbench.lens import load_unembed
-from workbench.models import Model, quietly
+from workbench.io.errors import RequestError
+from workbench.model.load import Model, quietly
+from workbench.model.unembed import load_unembed
 from workbench.store.reader import Store
 
 LENGTHS = (11, 7, 9, 5)

@@ -16,7 +16,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.measure import Comparison, table
+from workbench.experiments.benchmarks.measure import Comparison, table
 
 NAMES = (
     "recording_speed",
@@ -42,7 +42,7 @@ _LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m workbench.experiments.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; all when none is named")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that they run, the numbers say nothing")
     parser.add_argument(
@@ -70,7 +70,7 @@ def page(known: str, sections: Mapping[str, str]) -> str:
 
 def _section(name: str, quick: bool, scratch: Path, measured: str) -> str:
     """Runs one benchmark; what the page says of it."""
-    module = import_module(f"experiments.benchmarks.{name}")
+    module = import_module(f"workbench.experiments.benchmarks.{name}")
     settings = module.QUICK if quick else module.FULL
     scratch.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -78,7 +78,7 @@ def _section(name: str, quick: bool, scratch: Path, measured: str) -> str:
         found: list[Comparison] = settings.run(Path(folder).absolute())
     sizes = ", ".join(f"{field.name} {_plain(getattr(settings, field.name))}" for field in fields(settings))
     text = f"## {name}\n\n{module.__doc__}\n\n{cleandoc(settings.__doc__)}\n{sizes}.\n\n{table(found)}\n\n"
-    text += f"`python -m experiments.benchmarks {name}`, {measured}{_device()}.\n"
+    text += f"`python -m workbench.experiments.benchmarks {name}`, {measured}{_device()}.\n"
     print(text, f"({name} took {time.monotonic() - began:.0f} s)\n", sep="\n", flush=True)
     return text
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 
 import workbench as wb
-from experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
-from workbench.sae.arrays import ArrayFile, map_arrays
-from workbench.sae.features import (
+from workbench.features.feature_store import (
     BY_FEATURE,
     BY_ROW,
     RECORD,
@@ -25,11 +24,12 @@ from workbench.sae.features import (
     by_row_layout,
     open_features,
 )
-from workbench.sae.index import invert
-from workbench.settings import Recording
-from workbench.store.files import sha256_file, write_durably
+from workbench.features.index import invert
+from workbench.io.arrays import ArrayFile, map_arrays
+from workbench.io.files import sha256_file, write_durably
+from workbench.io.parse import to_json
+from workbench.sites.settings import Recording
 from workbench.store.manifest import FileRecord, ModelRecord, Part
-from workbench.store.parse import to_json
 from workbench.store.writer import open_writer
 
 _SEQUENCE = 128

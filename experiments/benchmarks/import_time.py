@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.benchmarks.measure import Comparison, interleaved
+from workbench.experiments.benchmarks.measure import Comparison, interleaved
 
 _HEAVY = ("torch", "transformers", "transformer_lens", "pyarrow", "duckdb", "plotly", "pandas", "numpy")
 

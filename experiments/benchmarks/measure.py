@@ -129,7 +129,7 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], **arguments: Any) -> 
     `prepare` is a function of a module, its arguments are JSON.
     """
     call = json.dumps([prepare.__module__, prepare.__qualname__, arguments])
-    command = [sys.executable, "-m", "experiments.benchmarks.measure", call]
+    command = [sys.executable, "-m", "workbench.experiments.benchmarks.measure", call]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{prepare.__qualname__}({arguments}) failed in a process of its own:\n{done.stderr}")

@@ -9,9 +9,10 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from workbench.experiments.benchmarks.measure import Comparison, Memory, peak_memory
+from workbench.experiments.benchmarks.models import SHARED
+
 import workbench as wb
-from experiments.benchmarks.measure import Comparison, Memory, peak_memory
-from experiments.benchmarks.models import SHARED
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from workbench.experiments.benchmarks.measure import Comparison, interleaved, per_second
+from workbench.experiments.benchmarks.models import forward, gpt2, record, token_ids
+
 import workbench as wb
-from experiments.benchmarks.measure import Comparison, interleaved, per_second
-from experiments.benchmarks.models import forward, gpt2, record, token_ids
 
 
 @dataclass(frozen=True)

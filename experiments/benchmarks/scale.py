@@ -18,14 +18,14 @@ from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
+from workbench.experiments.benchmarks.measure import Comparison
 
 import workbench as wb
-from experiments.benchmarks.measure import Comparison
-from workbench.store.files import sha256_bytes
+from workbench.io.files import sha256_bytes
+from workbench.io.tensorfile import TensorFile
 from workbench.store.groups import SIZE, write_groups
 from workbench.store.manifest import SEGMENTS, TOKENS, Part, Segment, SiteRecord, read_manifest, write_manifest
-from workbench.store.tensorfile import TensorFile
-from workbench.store.tokens import encode_tokens
+from workbench.store.token_table import encode_tokens
 
 _SITE = SiteRecord("blocks.0.hook_resid_post", "resid_post.0", ("row", "d_model"), (768,), "float16")
 

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import xarray as xr
 
+from workbench.analysis.lens import recorded_layers, selected_rows
 from workbench.figures.grid import layer_curves
-from workbench.result import Result, provenance
-from workbench.trajectory import recorded_layers, selected_rows
+from workbench.results.result import Result, provenance
 
 
 @dataclass(frozen=True)

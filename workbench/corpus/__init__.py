@@ -20,7 +20,7 @@ from workbench.corpus.plan import (
 )
 from workbench.corpus.sources import Document, check_source, read_documents
 from workbench.corpus.spans import Span
-from workbench.corpus.tokens import TOKEN_SCHEMA, AddedTokens, added_tokens, token_texts
+from workbench.corpus.tokenizer import TOKEN_SCHEMA, AddedTokens, added_tokens, token_texts
 
 __all__ = [
     "TOKEN_SCHEMA",

@@ -18,8 +18,8 @@ from jaxtyping import Int, Int32, Int64
 
 from workbench.corpus.sources import Document
 from workbench.corpus.spans import label_tokens, span_type
-from workbench.corpus.tokens import TOKEN_SCHEMA, AddedTokens, Encoding, encode, replace_surrogates, special_ids
-from workbench.errors import RequestError
+from workbench.corpus.tokenizer import TOKEN_SCHEMA, AddedTokens, Encoding, encode, replace_surrogates, special_ids
+from workbench.io.errors import RequestError
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1_000_000

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from workbench.corpus.spans import Span, check_labels, read_spans
-from workbench.corpus.tokens import TOKEN_SCHEMA, replace_surrogates
-from workbench.errors import DataError, RequestError, nearest
-from workbench.settings import Recording
+from workbench.corpus.tokenizer import TOKEN_SCHEMA, replace_surrogates
+from workbench.io.errors import DataError, RequestError, nearest
+from workbench.sites.settings import Recording
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 _UNDERSTOOD = f"understood: files ({' '.join(SUFFIXES)}), hf:NAME[:SPLIT], lists of strings or of token id lists"

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64
 
-from workbench.corpus.tokens import TOKEN_SCHEMA, replace_surrogates
-from workbench.errors import RequestError
+from workbench.corpus.tokenizer import TOKEN_SCHEMA, replace_surrogates
+from workbench.io.errors import RequestError
 
 _FORM = "{'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}"
 _KEYS = {"start", "end", "value"}

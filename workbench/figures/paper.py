@@ -9,9 +9,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from workbench.errors import RequestError
 from workbench.figures.text import label, plain
 from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT
+from workbench.io.errors import RequestError
 
 _WIDE = 0.6  # of the type size: one character of a monospaced face
 _CELL = 6 * POINT  # type in cells

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,12 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import RequestError
-from workbench.lens import Unembed, load_unembed
-from workbench.sae.features import Features
+from workbench.io.errors import RequestError
+from workbench.model.unembed import Unembed
 from workbench.sae.load import Sae
-
-_RESIDUAL = re.compile(r"hook_(pos_)?embed|blocks\.\d+\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)")
 
 
 def decoder_directions(sae: Sae, features: Sequence[int] | None = None) -> Float[Tensor, "feature d_model"]:
@@ -72,21 +68,6 @@ def decoder_logits(sae: Sae, unembed: Unembed, features: Sequence[int]) -> Float
     return effects - effects.mean(1, keepdim=True)
 
 
-def promoted_tokens(features: Features, sae: Sae, feature: int | np.integer, k: int = 10) -> pd.DataFrame:
-    """The `k` tokens that a feature promotes most and the `k` that it suppresses most: `decoder_logits`, strongest
-    first; columns token_id, token, logit, the suppressed ones last with the lowest at the end.
-
-    Costs the reading of the store's unembedding and the SAE's fingerprint. Raises RequestError for another SAE than the
-    features', one that does not write to the residual stream, or a store without unembedding.
-    """
-    if k < 1:
-        raise RequestError(f"k must be at least 1, not {k}")
-    check_sae(features, sae)
-    check_writes_residual(features, sae)
-    unembed = load_unembed(features.store.path)
-    return extreme_tokens(decoder_logits(sae, unembed, [feature])[0], unembed, k)
-
-
 def extreme_tokens(effects: Float[Tensor, " vocab"], unembed: Unembed, k: int) -> pd.DataFrame:
     """The k largest and the k smallest effects, each token at most once: token_id, token, logit; largest first."""
     values = effects.cpu().numpy()
@@ -99,22 +80,3 @@ def extreme_tokens(effects: Float[Tensor, " vocab"], unembed: Unembed, k: int) -
             "logit": values[chosen],
         }
     )
-
-
-def check_sae(features: Features, sae: Sae) -> None:
-    """RequestError where `sae` is not the one that made `features`; about 1 s a gigabyte of weights."""
-    own, given = features.record.sae, sae.fingerprint()
-    if own.fingerprint != given:
-        raise RequestError(
-            f"features {features.path.name} were made with SAE {own.name} ({own.fingerprint[:12]}), "
-            f"not with {sae.name} ({given[:12]}); give that one"
-        )
-
-
-def check_writes_residual(features: Features, sae: Sae) -> None:
-    """RequestError where the decoder writes something else than (a part of) the residual stream."""
-    if "transcoder" not in sae.architecture and not _RESIDUAL.fullmatch(features.record.site):
-        raise RequestError(
-            f"SAE {sae.name!r} writes {features.record.site}, which is not part of the residual stream: what it does "
-            "to logits is not defined"
-        )

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
-from workbench.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.sae.load import Sae
 
 PRECISIONS = ("float32", "bfloat16")

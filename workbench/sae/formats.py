@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError
 
 Converted = tuple[dict[str, Any], dict[str, Tensor]]
 """Settings as in SAELens' `cfg.json`, and tensors under SAELens' names."""

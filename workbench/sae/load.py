@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench import embedded
-from workbench.errors import DataError, RequestError, nearest
-from workbench.models import folders, quietly, usable_device
+from workbench.io.errors import DataError, RequestError, nearest
+from workbench.model.load import folders, quietly, usable_device
 from workbench.sae.formats import Converted, converter, read_object
 
 if TYPE_CHECKING:

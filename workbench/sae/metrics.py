@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from workbench.errors import RequestError
-from workbench.forward import run
-from workbench.interventions import splice
-from workbench.models import Model
-from workbench.recorder import batch_tokens
+from workbench.io.errors import RequestError
+from workbench.model.forward import run
+from workbench.model.interventions import splice
+from workbench.model.load import Model, batch_tokens
 from workbench.sae.load import Sae
 from workbench.sae.site import block_rows, encode_checked, matching_site
-from workbench.sites import Site
+from workbench.sites.grammar import Site
 from workbench.store.reader import ActivationArray, Rows, Store
 
 _LOGIT_BYTES = 256 << 20  # of one batch's logits in float32, at most

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.sae.load import Sae
-from workbench.sites import full_name
+from workbench.sites.grammar import full_name
 from workbench.store.manifest import SiteRecord
 from workbench.store.reader import ActivationArray, Store
 

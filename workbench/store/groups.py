@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from workbench.store import files
+from workbench.io import files
 from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, Segment
-from workbench.store.tokens import parquet_options, read_tokens
+from workbench.store.token_table import parquet_options, read_tokens
 
 GROUPS = "tokens"
 SIZE = 64

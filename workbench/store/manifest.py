@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from workbench.errors import DataError, RequestError, nearest
-from workbench.store.files import replace_durably, sha256_bytes
-from workbench.store.parse import from_json, parse, to_json
+from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.files import replace_durably, sha256_bytes
+from workbench.io.parse import from_json, parse, to_json
 
 FORMAT = "workbench.activations"
 VERSION = 1
@@ -163,8 +163,8 @@ class Manifest:
     model: ModelRecord
     sites: tuple[SiteRecord, ...]
     recording: dict[str, Any]
-    """The settings asked for: the fields of `workbench.settings.Recording`, and `features` where those of a site were
-    extracted that is not stored."""
+    """The settings asked for: the fields of `Recording`, and `features` where those of a site were extracted that is
+    not stored."""
     tokens_added: dict[str, tuple[int, ...]]
     """Token ids put around each sequence: `prefix` (BOS) and `suffix`."""
     environment: dict[str, str]

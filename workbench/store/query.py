@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from workbench.errors import DataError, RequestError, nearest
+from workbench.io.errors import DataError, RequestError, nearest
 from workbench.store.groups import GROUPS, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
-from workbench.store.tokens import COLUMNS
+from workbench.store.token_table import COLUMNS
 
 # The predicate may come from a stranger's notebook. It sees the tokens of this store: no other file, no variable of
 # this process, no extension from the network.

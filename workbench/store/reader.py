@@ -23,12 +23,12 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from workbench.errors import RequestError, nearest
-from workbench.sites import SHORT_NAMES
+from workbench.io.errors import RequestError, nearest
+from workbench.sites.grammar import SHORT_NAMES
 from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
-from workbench.store.tokens import COLUMNS, read_tokens, take_tokens
+from workbench.store.token_table import COLUMNS, read_tokens, take_tokens
 from workbench.store.verify import verify
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Store:
         return describe(self.path, self.manifest)
 
     def _repr_html_(self) -> str:
-        from workbench.markup import card
+        from workbench.figures.markup import card
 
         return card("Store", facts(self.path, self.manifest))
 
@@ -82,7 +82,7 @@ class Store:
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """The token table of all rows, columns as in `workbench.store.tokens.COLUMNS`, then metadata.
+        """The token table of all rows, columns as in `workbench.store.token_table.COLUMNS`, then metadata.
 
         Read when first asked for, into about 50 bytes a row; `where` and `Rows.tokens` do without.
         """
@@ -108,7 +108,7 @@ class Store:
 
         Reads the token table and 1,024 rows of each site.
         """
-        from workbench.store.figures import overview
+        from workbench.figures.stores import overview
 
         return overview(self)
 
@@ -154,7 +154,7 @@ class ActivationArray:
         return f"{self.site.label} ({shape}) {self.site.dtype}"
 
     def _repr_html_(self) -> str:
-        from workbench.markup import card
+        from workbench.figures.markup import card
 
         size = len(self) * self.site.row_bytes / 1e6
         told = {
@@ -253,7 +253,7 @@ class Rows:
         return f"{len(self):,} of {self.store.rows:,} rows of {self.store.path}"
 
     def _repr_html_(self) -> str:
-        from workbench.markup import card, frame
+        from workbench.figures.markup import card, frame
 
         tokens = self[:_ROWS_SHOWN].tokens
         more = f"<p>{len(self) - _ROWS_SHOWN:,} more</p>" if len(self) > _ROWS_SHOWN else ""

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
-from workbench.store import files
+from workbench.io import files
+from workbench.io.parse import to_json
+from workbench.io.tensorfile import TensorFile
 from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord
-from workbench.store.parse import to_json
-from workbench.store.tensorfile import TensorFile
-from workbench.store.tokens import encode_tokens
+from workbench.store.token_table import encode_tokens
 
 
 class SegmentWriter:

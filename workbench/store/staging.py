@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from workbench.errors import DataError
-from workbench.store import files
+from workbench.io import files
+from workbench.io.errors import DataError
+from workbench.io.parse import from_json, parse, to_json
 from workbench.store.manifest import (
     SEGMENT,
     SEGMENTS,
@@ -28,9 +29,8 @@ from workbench.store.manifest import (
     SegmentRecord,
     parse_segment,
 )
-from workbench.store.parse import from_json, parse, to_json
 from workbench.store.segment import SegmentWriter
-from workbench.store.tokens import check_tokens
+from workbench.store.token_table import check_tokens
 
 _WAITING = ".json"
 

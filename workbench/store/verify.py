@@ -17,8 +17,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workbench.errors import DataError, RequestError
-from workbench.store import files
+from workbench.io import files
+from workbench.io.errors import DataError, RequestError
+from workbench.io.parse import from_json
+from workbench.io.tensorfile import TensorHeader, read_header
 from workbench.store.groups import GROUPS, complete_groups
 from workbench.store.manifest import (
     MANIFEST,
@@ -35,9 +37,7 @@ from workbench.store.manifest import (
     parse_segment,
     read_manifest_text,
 )
-from workbench.store.parse import from_json
-from workbench.store.tensorfile import TensorHeader, read_header
-from workbench.store.tokens import check_tokens, read_tokens
+from workbench.store.token_table import check_tokens, read_tokens
 
 _BLOCK_BYTES = 8 << 20
 _EXPONENT = {"float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80), "float32": ("<u4", 0x7F800000)}

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from workbench.errors import RequestError
-from workbench.settings import Recording
-from workbench.store import files, staging
+from workbench.io import files
+from workbench.io.errors import RequestError
+from workbench.io.parse import from_json, to_json
+from workbench.sites.settings import Recording
+from workbench.store import staging
 from workbench.store.groups import GROUPS, write_groups
 from workbench.store.manifest import (
     MANIFEST,
@@ -33,10 +35,9 @@ from workbench.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from workbench.store.parse import from_json, to_json
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment
-from workbench.store.tokens import ROW_BYTES, check_columns, check_tokens, read_schema
+from workbench.store.token_table import ROW_BYTES, check_columns, check_tokens, read_schema
 
 _HEADERS = 4096  # bytes, at most, of a site's header and its share of the manifest
 
@@ -210,7 +211,7 @@ class Writer:
             rows: Rows of the segment; each must be written once, for every site.
             sequences: Sequences of the segment.
             digest: SHA-256 over its token ids and sequence lengths.
-            tokens: Its token table: the columns of `workbench.store.tokens`, then metadata.
+            tokens: Its token table: the columns of `workbench.store.token_table`, then metadata.
 
         Raises:
             DataError: The disk is full, or a row was not written.

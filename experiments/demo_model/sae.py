@@ -1,0 +1,108 @@
+"""Train the demo's sparse autoencoder: `python -m workbench.experiments.demo_model.sae runs/demo-0`.
+
+SAELens' trainer, fed from a store of ours: the activations are recorded once, then read in random order from the
+memory map. BOS is left out, since the sink's norm would dominate the loss. About five minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.sae_trainer import SAETrainer
+from workbench.experiments.demo_model.corpus import documents
+from workbench.experiments.train_sae import batches
+
+import workbench as wb
+
+
+@dataclass(frozen=True)
+class SaeRecipe:
+    """Everything that decides the autoencoder, besides the model and the machine."""
+
+    site: str = "resid_post.0"
+    d_sae: int = 1024
+    k: int = 12
+    """Latents active at once; L0 is at most this."""
+    documents: int = 600
+    """Documents of about 250 tokens whose activations are trained on."""
+    seed: int = 0
+    steps: int = 1500
+    batch: int = 1024
+    """Tokens a step."""
+    threads: int = 1
+    """CPU threads: with another number sums are made in another order."""
+    learning_rate: float = 1e-3
+
+
+def train_sae(recipe: SaeRecipe, model: wb.Model, store: wb.Store) -> TopKTrainingSAE:
+    """An SAE on `recipe.site` of `store`, by SAELens' trainer."""
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    array = store[recipe.site]
+    config = TopKTrainingSAEConfig(
+        d_in=array.shape[1],
+        d_sae=recipe.d_sae,
+        k=recipe.k,
+        normalize_activations="expected_average_only_in",
+        metadata=SAEMetadata(
+            model_name="demo", hook_name=array.name, context_size=model.context_limit, prepend_bos=True
+        ),
+    )
+    sae = TopKTrainingSAE(config)
+    rows = store.where("NOT is_special").ids
+    _begin_at_the_data(sae, array, rows, recipe.seed)
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=recipe.steps * recipe.batch,
+            train_batch_size_samples=recipe.batch,
+            lr=recipe.learning_rate,
+            lr_end=recipe.learning_rate / 10,
+            lr_warm_up_steps=100,
+            lr_decay_steps=recipe.steps // 4,
+            dead_feature_window=300,
+            n_batches_for_norm_estimate=50,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae,
+        batches(array, rows, recipe),
+    )
+    return trainer.fit()
+
+
+@torch.no_grad()
+def _begin_at_the_data(sae: TopKTrainingSAE, array: wb.ActivationArray, rows: np.ndarray, seed: int) -> None:
+    """The decoder's bias is the mean activation, and each latent begins as the direction of one activation from it."""
+    mean = array[rows[:: max(1, len(rows) // 20_000)]].float().mean(0)
+    drawn = np.sort(np.random.default_rng(seed).choice(rows, len(sae.W_dec), replace=False))
+    directions = torch.nn.functional.normalize(array[drawn].float() - mean, dim=1)
+    sae.b_dec.copy_(mean)
+    sae.W_dec.copy_(directions * sae.W_dec.norm(dim=1, keepdim=True))
+    sae.W_enc.copy_(directions.T * sae.W_enc.norm(dim=0))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="what experiments.demo_model.train wrote; the SAE goes beside its model")
+    for name in ("site", "d_sae", "k", "documents", "seed", "steps"):
+        default = getattr(SaeRecipe, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    asked = vars(parser.parse_args(arguments))
+    run = asked.pop("run")
+    model, out = wb.load_model(run / "model"), run / "sae"
+    recipe = SaeRecipe(**asked)
+    texts = (document.text for document in documents(recipe.documents, seed=2000 + recipe.seed))
+    store = wb.record(model, list(texts), sites=[recipe.site], out=run / "sae.acts")
+    train_sae(recipe, model, store).save_inference_model(str(out))
+    print(f"topk of {recipe.d_sae} latents on {recipe.site}: {out}")
+
+
+if __name__ == "__main__":
+    main()

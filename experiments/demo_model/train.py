@@ -1,0 +1,259 @@
+"""Train the demo's tokenizer and model: `python -m workbench.experiments.demo_model.train --out DIR [--seed 0]`.
+
+One CPU core needs about a second a step, and two seeds can be trained side by side. A run that was stopped goes on
+from its last checkpoint, and the same seed gives the same losses on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from workbench.experiments.demo_model.corpus import document
+from workbench.experiments.demo_model.tokenizer import train_tokenizer
+
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+
+RANDOM_REPEATS = "random repeats"
+"""A domain of token ids alone: some random tokens, said over and over. Induction heads form on it."""
+PERIODS = (3, 64)
+"""How many tokens that are, by a uniform logarithm."""
+
+PREVIOUS_HEADS = 2
+"""Heads of block 0 that begin by attending to the previous token."""
+COPYING_BLOCKS = slice(1, 3)
+"""Blocks whose heads begin by copying what they attend to."""
+FAR_BLOCKS = slice(2, None)
+"""Blocks whose heads begin by preferring what is far."""
+FAR = 0.75
+"""What each RoPE pair takes there from the attention logit of a token on itself."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the machine."""
+
+    seed: int = 0
+    steps: int = 3000
+    batch: int = 8
+    """Sequences a step."""
+    context: int = 256
+    """Tokens of a sequence, BOS included."""
+    layers: int = 4
+    heads: int = 8
+    d_model: int = 256
+    d_mlp: int = 576
+    learning_rate: float = 1e-3
+    """Reached after `warmup` steps, then brought down to a tenth along a cosine."""
+    warmup: int = 100
+    weight_decay: float = 0.1
+    threads: int = 1
+    """CPU threads: with another number sums are made in another order, and the losses drift apart."""
+    shares: tuple[tuple[str, float], ...] = (
+        ("story", 0.16),
+        ("facts", 0.08),
+        ("lists", 0.22),
+        ("copy", 0.14),
+        ("backcopy", 0.18),
+        (RANDOM_REPEATS, 0.22),
+    )
+    """Domain to its share of the sequences."""
+
+
+def read_recipe(training: Path) -> Recipe:
+    """The recipe in a `training.json`."""
+    known = json.loads(training.read_text())["recipe"]
+    return Recipe(**known | {"shares": tuple(map(tuple, known["shares"]))})
+
+
+def sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, step: int) -> Int[Tensor, "sequence position"]:
+    """The token ids of a step. They depend on seed and step alone, so that a run can be taken up anywhere."""
+    draw = Random(f"{recipe.seed}:{step}")
+    domains = draw.choices(*zip(*recipe.shares, strict=True), k=recipe.batch)
+    return torch.tensor([_sequence(domain, recipe.context, tokenizer, draw) for domain in domains])
+
+
+def _sequence(domain: str, context: int, tokenizer: PreTrainedTokenizerFast, draw: Random) -> list[int]:
+    if domain == RANDOM_REPEATS:
+        period = round(math.exp(draw.uniform(*map(math.log, PERIODS))))
+        ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        return [tokenizer.bos_token_id, *draw.sample(ordinary, period) * (context // period + 1)][:context]
+    characters, body = 4 * context, []
+    while len(body) < context:
+        body = tokenizer(document(domain, draw, characters).text, add_special_tokens=False)["input_ids"]
+        characters *= 2
+    return [tokenizer.bos_token_id, *body][:context]
+
+
+def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The model before its first step: Hugging Face's random weights, embeddings at 1/sqrt(d_model), and three helps.
+
+    - An induction head needs a head below it that brings each token the one before: `_attend_to_previous`, in block 0.
+      That block must not copy: what it says of the token before would look like the token itself, embeddings being
+      tied.
+    - It must itself copy, as all heads of some later blocks begin to: W_O = W_V^T (mimetic initialisation, Trockman &
+      Kolter, arXiv 2305.09828).
+    - A head that copies can rest on its own token, which changes little, and then needs no sink. The heads of the last
+      blocks therefore begin by preferring what is far: `_prefer_far`.
+    """
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=recipe.context,
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_mlp,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    attentions = [block.self_attn for block in model.model.layers]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(std=recipe.d_model**-0.5)
+        for attention in attentions[COPYING_BLOCKS]:
+            value = attention.v_proj.weight.normal_(std=recipe.d_model**-0.5)
+            attention.o_proj.weight.copy_(value.T)
+        _attend_to_previous(attentions[0], model.model.rotary_emb.inv_freq)
+        for attention in attentions[FAR_BLOCKS]:
+            _prefer_far(attention)
+    return model
+
+
+def _attend_to_previous(
+    attention: nn.Module, frequencies: Float[Tensor, " frequency"], size: float = 5.0, used: int = 4
+) -> None:
+    """Biases of the first heads' queries and keys that fit best where the key is one position before the query.
+
+    RoPE turns the pair (i, i + d_head / 2) by position x frequency i. The key's pairs point along the first axis, the
+    query's are turned back by one position; `used` of the highest frequencies tell neighbours apart.
+    """
+    query, key = torch.zeros(attention.head_dim), torch.zeros(attention.head_dim)
+    fast, second = frequencies[:used], attention.head_dim // 2
+    key[:used] = size
+    query[:used] = size * fast.cos()
+    query[second : second + used] = -size * fast.sin()
+    heads = PREVIOUS_HEADS * attention.head_dim
+    attention.q_proj.bias[:heads] = query.repeat(PREVIOUS_HEADS)
+    attention.k_proj.bias[:heads] = key.repeat(PREVIOUS_HEADS)
+
+
+def _prefer_far(attention: nn.Module) -> None:
+    """Biases of queries and keys that take FAR x cos(distance x frequency) from the logit, for each RoPE pair: most
+    from the token itself and its neighbours."""
+    size = (FAR * attention.head_dim**0.5) ** 0.5
+    for bias, sign in ((attention.q_proj.bias, -1), (attention.k_proj.bias, 1)):
+        bias.view(-1, 2, attention.head_dim // 2)[:, 0] = sign * size
+
+
+def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[float]:
+    """Train and write `out`/model and `out`/training.json; gives the loss of every step, in nats a token.
+
+    Takes up a run of the same recipe that was stopped. Raises RequestError where `out` holds one of another.
+    """
+    torch.set_num_threads(recipe.threads)
+    tokenizer = train_tokenizer(seed=0)
+    model = build(recipe, tokenizer).train()
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.975),
+        fused=True,
+    )
+    checkpoint = out / "checkpoint.safetensors"
+    curve = _resume(checkpoint, recipe, model, optimizer) if checkpoint.exists() else []
+    out.mkdir(parents=True, exist_ok=True)
+    with progress("training", recipe.steps, "steps", done=len(curve)) as done:
+        for step in range(len(curve), recipe.steps):
+            ids = sequences(recipe, tokenizer, step)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * _rate(step, recipe)
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            curve.append(loss.item())
+            done(1)
+            if (step + 1) % checkpoint_steps == 0:
+                _checkpoint(checkpoint, recipe, model, optimizer, curve)
+    _save(model, tokenizer, out / "model")
+    (out / "training.json").write_text(
+        json.dumps({"recipe": asdict(recipe), "loss": [round(nats, 5) for nats in curve]})
+    )
+    return curve
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Share of the full learning rate."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Weights in fp16, to be loaded as fp32: half the bytes, and no slow half-precision products on a CPU."""
+    copy.deepcopy(model).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def _checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, curve: list[float]) -> None:
+    """Weights and the optimizer's moments; the random state needs none, since a step's texts follow from its number."""
+    tensors = {f"weight.{name}": weight for name, weight in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state[weight].items()}
+    fresh = path.with_suffix(".partial")
+    save_file(tensors, fresh, {"recipe": json.dumps(asdict(recipe)), "loss": json.dumps(curve)})
+    fresh.replace(path)
+
+
+def _resume(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer) -> list[float]:
+    """Put back what `_checkpoint` wrote; gives the losses until then."""
+    with safe_open(path, "pt") as file, torch.no_grad():
+        known, asked = json.loads(file.metadata()["recipe"]), json.loads(json.dumps(asdict(recipe)))
+        if differs := [name for name in {**asked, **known} if known.get(name) != asked.get(name)]:
+            raise RequestError(
+                f"out {str(path.parent)!r} holds a run with another {', '.join(differs)}; choose another folder"
+            )
+        for name, weight in model.named_parameters():
+            weight.copy_(file.get_tensor(f"weight.{name}"))
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[weight] = {moment: file.get_tensor(f"{moment}.{name}") for moment in moments}
+        return json.loads(file.metadata()["loss"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    for name in ("seed", "steps", "learning_rate", "weight_decay", "heads", "threads"):
+        default = getattr(Recipe, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    asked = vars(parser.parse_args(arguments))
+    out = asked.pop("out")
+    train(Recipe(**asked), out)
+
+
+if __name__ == "__main__":
+    main()

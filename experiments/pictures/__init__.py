@@ -1,0 +1,1 @@
+"""Pictures of the README: `python -m workbench.experiments.pictures`."""

@@ -1,0 +1,72 @@
+"""Means with intervals by document, against resampling written out, and the division of documents."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from refusals import refused
+
+from workbench.analysis.bootstrap import central, clustered_interval, clustered_means, divided
+from workbench.io.errors import RequestError
+
+
+def test_means_leave_out_nan_and_columns_are_apart():
+    values = np.array([[1.0, math.nan], [3.0, 5.0], [8.0, 7.0]])
+    mean, drawn = clustered_means(values, np.array(["a", "a", "b"]), resamples=10)
+    assert mean.tolist() == [4, 6]
+    assert drawn.shape == (10, 2)
+    assert set(map(tuple, drawn.tolist())) <= {(2.0, 5.0), (8.0, 7.0), (4.0, 6.0)}  # a twice, b twice, one of each
+
+
+def test_the_interval_is_that_of_documents_not_of_tokens():
+    """Ten documents whose tokens are all alike: the error is sigma / sqrt(10), however many tokens there are."""
+    draw = np.random.default_rng(0)
+    level = draw.normal(size=10)
+    values, document = np.repeat(level, 200), np.repeat(np.arange(10), 200)
+    found = clustered_interval(values, document, resamples=4000)
+    by_hand = np.sort([level[draw.integers(10, size=10)].mean() for _ in range(4000)])
+    assert found.mean == pytest.approx(level.mean())
+    assert (found.low, found.high) == pytest.approx((by_hand[100], by_hand[3899]), abs=0.06)
+    tokens = clustered_interval(values, np.arange(2000), resamples=500)
+    assert tokens.high - tokens.low < (found.high - found.low) / 5
+
+
+def test_long_documents_weigh_more():
+    values = np.array([0.0] * 9 + [1.0])
+    assert clustered_interval(values, np.array([0] * 9 + [1])).mean == pytest.approx(0.1)
+
+
+def test_seed_and_resamples():
+    values, document = np.random.default_rng(0).normal(size=40), np.arange(40) // 2
+    once, again, other = (clustered_interval(values, document, seed=seed) for seed in (0, 0, 1))
+    assert once == again
+    assert once != other
+    assert (
+        clustered_interval(values, document, resamples=1).low == clustered_interval(values, document, resamples=1).high
+    )
+
+
+def test_nothing_gives_nan():
+    found = clustered_interval(np.full(3, math.nan), np.arange(3), resamples=5)
+    assert all(map(math.isnan, found))
+    assert all(map(math.isnan, clustered_interval(np.empty(0), np.empty(0, int), resamples=5)))
+    assert central([math.nan, 2.0]) == (2.0, 2.0)
+
+
+def test_documents_are_in_one_part_each():
+    documents = np.random.default_rng(0).integers(0, 20, 500)
+    training, validation, tested = divided(documents, 0.3, purpose="a test")
+    assert (training.astype(int) + validation + tested == 1).all()
+    parts = [set(documents[part]) for part in (training, validation, tested)]
+    assert [len(part) for part in parts] == [11, 3, 6]
+    assert not parts[0] & parts[1] | parts[1] & parts[2] | parts[0] & parts[2]
+    assert set(documents[divided(documents, 0.3, purpose="a test", seed=1)[2]]) != parts[2]
+
+
+def test_too_few_documents_are_refused():
+    assert refused(RequestError, lambda: divided(np.array([0, 1]), 0.2, purpose="a test")) == (
+        "store has 2 documents among the selected tokens; a test needs three or more, "
+        "to train on, to stop by and to read"
+    )

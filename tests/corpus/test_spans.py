@@ -1,0 +1,531 @@
+"""Labelled spans: what a token says of them is what its characters say, wherever the texts come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import tempfile
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import workbench as wb
+from workbench import corpus
+from workbench.corpus import AddedTokens, Span, read_documents
+from workbench.io.errors import DataError, RequestError
+from workbench.model.load import Model
+from workbench.recording import record as recorder
+from workbench.sites.settings import Recording
+from workbench.store.manifest import read_manifest, write_manifest
+
+AROUND = AddedTokens((0,), (1,))  # <s> before, </s> after
+TEXT = "Once upon a time Monday was the little day"
+SPANS = {
+    "entity": [{"start": 17, "end": 23, "value": "day"}, {"start": 0, "end": 4, "value": "once"}],
+    "rank": [{"start": 24, "end": 27, "value": 3}],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models, tiny_tokenizer):
+    return Model(tiny_models["gpt2"], tiny_tokenizer, "tiny")
+
+
+def table(texts, tokenizer, *, context=64, packed=False, added=AROUND, cuts=(), max_rows=None, **reading):
+    """The token table of `texts`, made in parts that begin at the sequences `cuts`."""
+    with tempfile.TemporaryDirectory() as folder:
+        sequences = corpus.plan_sequences(
+            read_documents(texts, **reading),
+            tokenizer,
+            context=context,
+            added=added,
+            packed=packed,
+            max_rows=max_rows,
+            workdir=folder,
+        )
+        borders = sorted({0, *(cut for cut in cuts if cut < len(sequences.lengths)), len(sequences.lengths)})
+        parts = [
+            corpus.token_table(
+                sequences,
+                first,
+                last,
+                row_offset=0,
+                sequence_offset=0,
+                document_offset=0,
+                text_of=lambda ids: [str(token_id) for token_id in ids],
+            )
+            for first, last in pairwise(borders)
+        ]
+    assert len({str(part.schema) for part in parts}) == 1
+    return pa.concat_tables(parts).unify_dictionaries()
+
+
+def by_character(rows, records):
+    """Value and number of every label for every row, found by painting characters one by one."""
+    labels = dict.fromkeys(label for record in records for label in record["spans"] or {})
+    told = {column: [] for label in labels for column in (label, f"{label}_span")}
+    for row in rows:
+        spans = records[row["document"]]["spans"] or {}
+        for label in labels:
+            painted = {}
+            for number, span in enumerate(sorted(spans.get(label) or [], key=lambda span: span["start"])):
+                for character in range(span["start"], span["end"]):
+                    painted[character] = (span["value"], number)
+            touched = [painted[i] for i in range(row["char_start"], row["char_end"]) if i in painted]
+            value, number = touched[0] if touched else (None, None)
+            told[label].append(value)
+            told[f"{label}_span"].append(number)
+    return told
+
+
+def labelled(texts, values):
+    """Documents with spans between some of the cuts of a text, in any order."""
+
+    @st.composite
+    def label(draw, length):
+        cuts = sorted(draw(st.sets(st.integers(0, length), max_size=8)))
+        spans = [
+            {"start": start, "end": end, "value": draw(values)} for start, end in pairwise(cuts) if draw(st.booleans())
+        ]
+        return draw(st.permutations(spans))
+
+    @st.composite
+    def record(draw):
+        text = draw(texts)
+        names = draw(st.sets(st.sampled_from(["a", "b", "a b"])))
+        return {"text": text, "spans": {name: draw(label(len(text))) for name in sorted(names)} or None}
+
+    return st.lists(record(), min_size=1, max_size=6)
+
+
+# ---- the law --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    records=labelled(
+        st.lists(st.sampled_from([" Monday", "Monday", " the", "x", "\n", "é", "日本", "🙂", " 🙂"]), max_size=9).map(
+            "".join
+        ),
+        st.text(max_size=3),
+    ),
+    context=st.integers(2, 12),
+    packed=st.booleans(),
+    cuts=st.sets(st.integers(1, 9)),
+)
+@example([{"text": "the the", "spans": {"a": [{"start": 3, "end": 4, "value": ""}]}}], 9, False, {1})
+@example([{"text": "", "spans": None}, {"text": "🙂", "spans": {"a": []}}], 2, True, {2})
+def test_a_token_has_the_first_span_that_it_shares_a_character_with(tiny_tokenizer, records, context, packed, cuts):
+    if not any(record["text"] for record in records):
+        return
+    tokens = table(records, tiny_tokenizer, context=context, packed=packed, cuts=cuts)
+    expected = by_character(tokens.to_pylist(), records)
+    assert {name: tokens[name].to_pylist() for name in tokens.column_names[len(corpus.TOKEN_SCHEMA) :]} == expected
+    added = tokens.filter(tokens["is_special"]).select(list(expected))
+    assert all(column.null_count == added.num_rows for column in added.columns)
+
+
+def test_spans_side_by_side_stay_two_and_a_token_in_both_has_the_first(tiny_tokenizer):
+    text = " Monday Monday"
+    spans = [{"start": start, "end": end, "value": value} for start, end, value in ((7, 9, 2), (3, 7, 2), (1, 3, 1))]
+    tokens = table([{"text": text, "spans": {"a": spans}}], tiny_tokenizer)
+    assert tokens.select(["char_start", "char_end", "a", "a_span"]).to_pylist() == [
+        {"char_start": 0, "char_end": 0, "a": None, "a_span": None},
+        {"char_start": 0, "char_end": 7, "a": 1, "a_span": 0},  # its leading space is in no span
+        {"char_start": 7, "char_end": 14, "a": 2, "a_span": 2},
+        {"char_start": 14, "char_end": 14, "a": None, "a_span": None},
+    ]
+
+
+def test_every_token_of_a_character_has_its_label(tiny_tokenizer):
+    tokens = table([{"text": "a🙂b", "spans": {"face": [{"start": 1, "end": 2, "value": True}]}}], tiny_tokenizer)
+    assert tokens["face"].to_pylist() == [None, None, True, True, True, True, None, None]
+
+
+def test_an_added_token_inside_a_span_has_no_label(tiny_tokenizer):
+    spans = {"a": [{"start": 0, "end": 6, "value": 1}]}
+    tokens = table([{"text": "Monday", "spans": spans}], tiny_tokenizer, context=4)
+    assert tokens["char_start"].to_pylist() == [0, 0, 1, 2, 3, 3, 4, 5, 6, 6]  # cut inside the word
+    assert tokens["a_span"].to_pylist() == [None, 0, 0, 0, None, 0, 0, 0, None, None]
+
+
+def test_a_tokenizer_without_offsets_gives_nulls():
+    def slow(texts, **_options):
+        return {"input_ids": [[2 + len(word) for word in text.split()] for text in texts]}
+
+    class Slow:
+        special_tokens_map, all_special_ids = {}, []
+        __call__ = staticmethod(slow)
+
+    tokens = table([{"text": TEXT, "spans": SPANS}] * 2, Slow())
+    assert tokens["char_start"].null_count == tokens["entity"].null_count == tokens["rank_span"].null_count == 22
+
+
+def test_types_are_those_of_the_values_over_the_whole_corpus(tiny_tokenizer):
+    values = {
+        "flag": [True, False],
+        "whole": [1, -5],
+        "real": [1, 0.5],
+        "word": ["x", "\ud800"],
+        "mixed": ["x", 1],
+        "big": [1, 2**70],
+        "numpy": [np.int64(7), np.float32(0.5)],
+    }
+    records = [
+        {"text": "a", "spans": {label: [{"start": 0, "end": 1, "value": pair[i]}] for label, pair in values.items()}}
+        for i in (0, 1)
+    ]
+    records[0]["spans"] |= {"none": None, "empty": []}
+    tokens = table(records, tiny_tokenizer, added=AddedTokens())
+    text = pa.dictionary(pa.int32(), pa.string())
+    expected = {
+        "flag": (pa.bool_(), [True, False]),
+        "whole": (pa.int64(), [1, -5]),
+        "real": (pa.float64(), [1.0, 0.5]),
+        "word": (text, ["x", "\ufffd"]),
+        "mixed": (text, ["x", "1"]),
+        "big": (text, ["1", str(2**70)]),
+        "numpy": (pa.float64(), [7.0, 0.5]),
+        "none": (text, [None, None]),
+        "empty": (text, [None, None]),
+    }
+    columns = [name for label in expected for name in (label, f"{label}_span")]
+    assert tokens.column_names == [*corpus.TOKEN_SCHEMA.names, *columns]
+    assert {label: (tokens[label].type, tokens[label].to_pylist()) for label in expected} == expected
+    assert {tokens[f"{label}_span"].type for label in expected} == {pa.int32()}
+    assert tokens["flag_span"].to_pylist() == [0, 0]
+
+
+def test_replaced_characters_keep_the_offsets(tiny_tokenizer):
+    record = {"text": "\ud800\udfff day", "spans": {"a": [{"start": 2, "end": 6, "value": "day"}]}}
+    tokens = table([record], tiny_tokenizer, added=AddedTokens())
+    assert tokens["a"].to_pylist() == [None] * 6 + ["day"]  # U+FFFD is three bytes
+    assert tokens["char_end"].to_pylist() == [1, 1, 1, 2, 2, 2, 6]
+
+
+def test_max_rows_reads_no_labels_beyond_its_documents(tiny_tokenizer):
+    records = [{"text": "x" * 8, "spans": {f"l{i}": [{"start": 0, "end": 8, "value": i}]}} for i in range(9)]
+    tokens = table(iter(records), tiny_tokenizer, max_rows=20, added=AddedTokens())
+    assert tokens.column_names[len(corpus.TOKEN_SCHEMA) :] == ["l0", "l0_span", "l1", "l1_span", "l2", "l2_span"]
+    assert tokens["l2"].to_pylist() == [None] * 16 + [2] * 4
+
+
+def test_many_documents_keep_their_own_spans(tiny_tokenizer):
+    """More than one batch of the table on the disk, with documents in between that have no token or no span."""
+    records = [
+        {"text": "xy" if i % 3 else "", "spans": {"i": [{"start": 1, "end": 2, "value": i}]} if i % 3 == 1 else None}
+        for i in range(1500)
+    ]
+    frame = table(records, tiny_tokenizer, added=AddedTokens(), cuts=range(0, 1000, 77)).to_pandas()
+    inside = frame[frame.i.notna()]
+    assert (inside.i == inside.document).all()
+    assert inside.document.tolist() == list(range(1, 1500, 3))
+    assert (inside.char_start == 1).all()
+
+
+def test_spans_do_not_stay_in_memory(tiny_tokenizer, tmp_path):
+    alive = []
+
+    def records():
+        for i in range(1500):
+            if i % 700 == 699:
+                alive.append(sum(type(thing) is Span for thing in gc.get_objects()))
+            spans = [{"start": j, "end": j + 1, "value": "long" * 50} for j in range(8)]
+            yield {"text": "x" * 8, "spans": {"a": spans}}
+
+    before = pa.total_allocated_bytes()
+    plan = {"context": 64, "added": AROUND, "packed": False, "max_rows": None, "workdir": tmp_path}
+    sequences = corpus.plan_sequences(read_documents(records()), tiny_tokenizer, **plan)
+    assert sequences.spans["a"].combine_chunks().flatten().nbytes > 12_000 * 200
+    assert 0 < max(alive) <= 2 * 256 * 8, "two batches, where 1,400 documents have been read"
+    assert pa.total_allocated_bytes() - before < 1_000_000, "the table lies in a file"
+
+
+# ---- sources --------------------------------------------------------------------------------------------
+
+
+def source(kind, records, folder):
+    """`records` as the kind of source that the name says."""
+    if kind == "list":
+        return records
+    if kind == "jsonl":
+        (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+        return folder / "a.jsonl"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), folder / "a.parquet", row_group_size=2)
+        return folder / "a.parquet"
+    if kind == "pandas":
+        pq.write_table(pa.Table.from_pylist(records), folder / "a.parquet")
+        return pq.read_table(folder / "a.parquet").to_pandas().to_dict("records")
+    import datasets
+
+    dataset = datasets.Dataset.from_list(records)
+    return dataset.with_format("numpy") if kind == "numpy dataset" else dataset
+
+
+@pytest.mark.parametrize("kind", ["list", "jsonl", "parquet", "pandas", "dataset", "numpy dataset"])
+@pytest.mark.parametrize("metadata", [None, (), ("tag",)])
+def test_every_source_gives_the_same_spans(kind, metadata, tmp_path):
+    records = [
+        {"text": TEXT, "tag": "x", "other": 1, "spans": SPANS},
+        {"text": "a time", "tag": "y", "other": 2, "spans": None},
+        {"text": "the day", "tag": "z", "other": 3, "spans": {"rank": [{"start": 4, "end": 7, "value": 1}]}},
+    ]
+    documents = list(read_documents(source(kind, records, tmp_path), metadata=metadata))
+    first, second, third = (dict(document.spans) for document in documents)
+    assert first == {"entity": (Span(0, 4, "once"), Span(17, 23, "day")), "rank": (Span(24, 27, 3),)}
+    assert second == {}
+    assert {label: spans for label, spans in third.items() if spans} == {"rank": (Span(4, 7, 1),)}
+    assert {type(part) for document in documents for spans in document.spans.values() for s in spans for part in s} == {
+        int,
+        str,
+    }
+    names = {None: ["tag", "other"], (): [], ("tag",): ["tag"]}[metadata]
+    assert [list(document.metadata) for document in documents] == [names] * 3
+
+
+def test_the_column_can_be_another_or_none():
+    records = [{"text": TEXT, "words": SPANS, "spans": "since 1960"}]
+    (document,) = read_documents(records, span_column="words")
+    assert list(document.spans) == ["entity", "rank"]
+    assert document.metadata == {"spans": "since 1960"}
+    (document,) = read_documents([{"text": TEXT, "spans": SPANS}], span_column=None)
+    assert document.spans == {}
+    assert json.loads(document.metadata["spans"]) == SPANS
+
+
+def test_a_column_may_be_named_as_one_of_the_token_table(tmp_path):
+    file = source("parquet", [{"text": TEXT, "token": {"a": [{"start": 0, "end": 1, "value": 1}]}}], tmp_path)
+    (document,) = read_documents(file, span_column="token")
+    assert document.spans == {"a": (Span(0, 1, 1),)}
+    assert document.metadata == {}
+
+
+def test_token_ids_without_a_span_need_no_characters():
+    documents = list(read_documents([{"input_ids": [1, 2], "spans": {"a": []}}, {"input_ids": [3], "spans": None}]))
+    assert [(document.token_ids, document.spans) for document in documents] == [([1, 2], {"a": ()}), ([3], {})]
+
+
+# ---- refusals -------------------------------------------------------------------------------------------
+
+FORM = (
+    "; spans are given as {'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}: name the column that holds them "
+    "in span_column=, or pass span_column=None (--span-column None) to read none"
+)
+GOOD = {"start": 0, "end": 2, "value": 1}
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ("since 1960", "column 'spans' is 'since 1960'" + FORM),
+        ([GOOD], f"column 'spans' is [{GOOD}]" + FORM),
+        ("x" * 100, "column 'spans' is '" + "x" * 78 + "…" + FORM),
+        ({"a": GOOD}, f"label 'a' of column 'spans' is {GOOD}" + FORM),
+        ({"a": [GOOD, [2, 3, 1]]}, "span 1 of label 'a' is [2, 3, 1]" + FORM),
+        ({"a": [{"start": 0, "end": 2}]}, "span 0 of label 'a' is {'start': 0, 'end': 2}" + FORM),
+        ({"a": [GOOD | {"id": 7}]}, f"span 0 of label 'a' is {GOOD | {'id': 7}}" + FORM),
+        ({"a": [GOOD | {"start": 0.0}]}, f"span 0 of label 'a' is {GOOD | {'start': 0.0}}" + FORM),
+        ({"a": [GOOD | {"end": True}]}, f"span 0 of label 'a' is {GOOD | {'end': True}}" + FORM),
+        ({"a": [GOOD | {"value": None}]}, f"span 0 of label 'a' is {GOOD | {'value': None}}" + FORM),
+        ({"a": [GOOD | {"value": [1]}]}, f"span 0 of label 'a' is {GOOD | {'value': [1]}}" + FORM),
+        (
+            {"a": [GOOD | {"start": -1}]},
+            "span 0 of label 'a' has start -1 and end 2; they must be characters of the text, 0 <= start < end <= 5",
+        ),
+        (
+            {"a": [GOOD, GOOD | {"start": 3, "end": 3}]},
+            "span 1 of label 'a' has start 3 and end 3; they must be characters of the text, 0 <= start < end <= 5",
+        ),
+        (
+            {"a": [GOOD | {"end": 6}]},
+            "span 0 of label 'a' has start 0 and end 6; they must be characters of the text, 0 <= start < end <= 5",
+        ),
+        (
+            {"a": [GOOD | {"start": 1, "end": 4}, GOOD]},
+            "spans 0 to 2 and 1 to 4 of label 'a' overlap; a character has one value, so leave one out or give it "
+            "another label",
+        ),
+        ({"": [GOOD]}, "column 'spans' has a label ''; labels are strings, and not empty"),
+        ({7: [GOOD]}, "column 'spans' has a label 7; labels are strings, and not empty"),
+        (
+            {"token": [GOOD]},
+            "label 'token' needs a column 'token', which is a column of the token table itself; rename the label",
+        ),
+        ({"tag": []}, "label 'tag' needs a column 'tag', which is a metadata column; rename the label"),
+        ({"kind": []}, "label 'kind' needs a column 'kind_span', which is a metadata column; rename the label"),
+        (
+            {"a": None, "a_span": None},
+            "label 'a_span' needs a column 'a_span', which is made of label 'a'; rename the label",
+        ),
+        (
+            {"a_span": None, "a": None},
+            "label 'a' needs a column 'a_span', which is made of label 'a_span'; rename the label",
+        ),
+    ],
+)
+def test_what_is_wrong_with_spans_is_named_with_document_and_label(spans, message):
+    records = [{"text": "whole", "spans": {"whole": [{"start": 0, "end": 5, "value": 1}]}}]
+    records += [{"text": "a day", "tag": 1, "kind_span": 2, "spans": spans}]
+    with pytest.raises(RequestError) as caught:
+        list(read_documents(records))
+    assert str(caught.value) == f"document 1 (texts[1]): {message}"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_metadata_column_that_comes_late_is_seen_too():
+    records = [{"text": "a", "spans": {"tag": []}}, {"text": "b", "tag": 1}]
+    with pytest.raises(
+        RequestError, match=r"^document 1 \(texts\[1\]\): label 'tag' needs a column 'tag', which is a meta"
+    ):
+        list(read_documents(records))
+    assert len(list(read_documents(records, metadata=()))) == 2
+
+
+def test_spans_of_token_ids_are_refused(tmp_path):
+    file = source("jsonl", [{"input_ids": [1, 2], "spans": {"a": [GOOD]}}], tmp_path)
+    with pytest.raises(RequestError) as caught:
+        list(read_documents(file))
+    assert str(caught.value) == (
+        f"document 0 ({file}:1) is given as token ids, which have no characters, and has spans of label 'a'; "
+        "give its text instead, or pass span_column=None (--span-column None)"
+    )
+
+
+def test_a_named_column_that_is_not_there_is_refused(tmp_path):
+    records = [{"text": "a", "words": None}]
+    message = "^span_column names 'word', but {} have no such column; nearest: words; the columns are text, words$"
+    for kind in ("jsonl", "parquet", "dataset"):
+        with pytest.raises(RequestError, match=message.format("the texts")):
+            read_documents(source(kind, records, tmp_path), span_column="word")
+    with pytest.raises(RequestError, match=message.format("the documents")):
+        list(read_documents(records, span_column="word"))
+    assert len(list(read_documents(["a"]))) == 1, "the default need not be there"
+
+
+@pytest.mark.parametrize("other", [{"text_column": "spans"}, {"metadata": ("tag", "spans")}])
+def test_a_column_is_one_thing(other):
+    with pytest.raises(RequestError) as caught:
+        Recording(**other)
+    assert str(caught.value) == (
+        f"{next(iter(other))} names 'spans', which is the column of spans; name another in span_column=, or pass "
+        "span_column=None (--span-column None) to read no spans"
+    )
+    assert Recording(**other, span_column=None).span_column is None
+
+
+# ---- recordings -----------------------------------------------------------------------------------------
+
+RECORDS = [
+    {"text": TEXT, "tag": "x", "spans": SPANS},
+    {"text": "the little Tuesday", "tag": "y", "spans": {"entity": [{"start": 4, "end": 18, "value": "day"}]}},
+    {"text": "Once upon a time", "tag": "y"},
+]
+
+
+def record(model, texts, path, **options):
+    return wb.record(model, texts, **{"out": path, "sites": ["resid_post.0"], "show_progress": False, **options})
+
+
+def files(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_store_is_asked_for_labels(model, tmp_path):
+    store = record(model, RECORDS, tmp_path / "s", metadata=["tag"], segment_rows=16)
+    assert len(store.manifest.segments) > 1
+    assert store.tokens.column_names[-5:] == ["tag", "entity", "entity_span", "rank", "rank_span"]
+    frame = store.tokens.to_pandas()
+    expected = by_character(frame.to_dict("records"), [{"spans": None, **line} for line in RECORDS])
+    where = {
+        "entity = 'day'": [value == "day" for value in expected["entity"]],
+        "entity = 'day' AND document = 1": [
+            value == "day" and document == 1 for value, document in zip(expected["entity"], frame.document, strict=True)
+        ],
+        "entity IS NULL": [value is None for value in expected["entity"]],
+        "rank > 2": [value == 3 for value in expected["rank"]],
+        "entity_span = 0": [number == 0 for number in expected["entity_span"]],
+        "rank > 5": [False] * len(frame),
+    }
+    for predicate, chosen in where.items():
+        rows = store.where(predicate)
+        assert rows.tokens["row"].to_pylist() == np.flatnonzero(chosen).tolist(), predicate
+    assert store.where("entity = 'day'")["resid_post", 0].shape == (sum(where["entity = 'day'"]), 32)
+    assert store.manifest.recording["span_column"] == "spans"
+    last = store.where("entity IS NOT NULL").tokens.to_pandas().groupby(["document", "entity_span"])["row"].max()
+    ends = frame.set_index("row").char_end[last].tolist()
+    assert ends == [4, 23, 18], "the last token of each span ends where the span ends"
+    assert not len(store.verify())
+
+
+def test_none_records_the_column_as_it_is(model, tmp_path):
+    store = record(model, RECORDS, tmp_path / "s", span_column=None)
+    assert store.tokens.column_names[-2:] == ["tag", "spans"]
+    assert json.loads(store.where("document = 0").tokens["spans"][0].as_py()) == SPANS
+
+
+def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    record(model, RECORDS, whole, segment_rows=16)
+    run, calls = recorder.capture, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise DataError("the power went")
+        return run(*arguments)
+
+    monkeypatch.setattr(recorder, "capture", failing)
+    with pytest.raises(DataError, match="the power went"):
+        record(model, RECORDS, tmp_path / "s", segment_rows=16)
+    assert len(wb.open_store(tmp_path / "s").manifest.segments) == 1
+    monkeypatch.undo()
+    record(model, RECORDS, tmp_path / "s", segment_rows=16)
+    assert files(tmp_path / "s") == files(whole)
+
+
+def test_appending_needs_the_same_labels(model, tmp_path):
+    """As it needs the same metadata columns: one table, one set of columns."""
+    record(model, RECORDS, tmp_path / "s")
+    store = record(model, RECORDS[:1], tmp_path / "s", append=True)
+    assert store.where("entity = 'once'").tokens["document"].to_pylist() == [0] * 4 + [3] * 4
+    others = [{"text": TEXT, "tag": "x", "spans": {"entity": SPANS["entity"]}}]
+    with pytest.raises(
+        RequestError, match=r"^the token table's columns are .*entity_span int32; the store's are .*rank_sp"
+    ):
+        record(model, others, tmp_path / "s", append=True)
+    with pytest.raises(RequestError, match="span_column: spans in the store, None asked"):
+        record(model, RECORDS, tmp_path / "s", span_column=None)
+
+
+def test_a_store_begun_before_there_were_spans_goes_on(model, tmp_path):
+    path, texts = tmp_path / "s", [{"text": TEXT, "tag": "x"}, {"text": TEXT, "tag": "y"}]
+    record(model, texts, path)
+    manifest = read_manifest(path)
+    older = {name: value for name, value in manifest.recording.items() if name != "span_column"}
+    write_manifest(path, dataclasses.replace(manifest, recording=older))
+    assert record(model, texts, path).rows == manifest.rows
+    assert record(model, texts, path, append=True).rows == 2 * manifest.rows
+    assert read_manifest(path).recording == older
+    with pytest.raises(RequestError, match=r"^the token table's columns are .*; the store's are "):
+        record(model, RECORDS, path, append=True)
+
+
+def test_the_command_line_spells_none(model, tmp_path, monkeypatch, capsys):
+    from workbench.cli import main as cli
+    from workbench.model import load as models
+
+    file = source("jsonl", RECORDS, tmp_path)
+    monkeypatch.setattr(models, "load_model", lambda *_names, **_options: model)
+    monkeypatch.setattr(models, "locate", lambda *_names, **_options: None)
+    for name, options, column in (("a", [], "rank_span"), ("b", ["--span-column", "None"], "spans")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["record", "m", str(file), "--out", str(tmp_path / name), "--sites", "resid_post.0", *options])
+        assert caught.value.code == 0, capsys.readouterr().err
+        assert wb.open_store(tmp_path / name).tokens.column_names[-1] == column

@@ -1,0 +1,29 @@
+"""The page of what every probe finds: every probe answers, and a model's words are no markup there."""
+
+from workbench.experiments.controls import random_copy
+from workbench.experiments.findings.__main__ import Subject, headlines, page
+
+import workbench as wb
+from workbench.embedded import demo_corpus
+from workbench.results.probe import installed_probes
+
+
+def test_every_probe_answers_on_the_embedded_model(tmp_path):
+    subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:24])
+    found = headlines(subject, tmp_path, rows=3_000)
+    assert list(found) == list(installed_probes())
+    assert not [text for text in found.values() if text.startswith("not run") or not text]
+
+
+def test_a_random_copy_has_the_shape_and_none_of_the_weights():
+    model = wb.load_model("demo", device="cpu")
+    copies = [random_copy(model) for _ in range(2)]
+    assert copies[0].fingerprint() == copies[1].fingerprint() != model.fingerprint()
+    assert copies[0].config_fingerprint() == model.config_fingerprint()
+    assert copies[0].tokenizer is model.tokenizer
+
+
+def test_the_page_has_a_line_for_each_model_and_probe_and_no_markup_of_theirs():
+    text = page({"a": {"lens": "head 0.1 | <b>"}, "b": {"lens": "none"}}, rows=2_000)
+    assert "| a | head 0.1 &#124; &lt;b&gt; |\n| b | none |\n" in text
+    assert "2,000 tokens" in text

@@ -1,0 +1,99 @@
+"""Autoencoders trained from a store: the data they are given, what is written, and that they come to fit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from store_example import MODEL, token_table, values, write_store
+from workbench.experiments.train_sae import TrainSae, batches, main, train_sae
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.store import SiteRecord, open_store
+
+SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
+HEADS = SiteRecord("blocks.1.attn.hook_z", "z.1", ("row", "head", "d_head"), (2, 4), "float16")
+SMALL = TrainSae(site="resid_post.1", d_sae=16, k=3, steps=40, batch=16, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return open_store(write_store(tmp_path_factory.mktemp("s") / "x.acts", [[40], [30, 20]], sites=(SITE, HEADS)))
+
+
+def test_every_row_is_given_once_an_epoch_and_nothing_else(store):
+    rows = store.where("NOT is_special").ids
+    draw = batches(store["resid_post.1"], rows, replace(SMALL, batch=29))
+    assert len(rows) == 87
+    first, second = (torch.cat([next(draw) for _ in range(3)]).numpy() for _ in range(2))
+    expected = values(SITE, 0, 90)[rows]
+    for epoch in (first, second):
+        assert np.array_equal(epoch[np.lexsort(epoch.T)], expected[np.lexsort(expected.T)])
+    assert not np.array_equal(first, second)
+    special = token_table([40, 30, 20])["is_special"].to_numpy(zero_copy_only=False)
+    assert not set(rows) & set(np.flatnonzero(special))
+
+
+@pytest.mark.parametrize(
+    ("change", "saved"),
+    [
+        ({}, "topk"),
+        ({"architecture": "batchtopk"}, "jumprelu"),
+        ({"architecture": "standard", "k": None, "l1_coefficient": 0.1}, "standard"),
+        ({"architecture": "jumprelu", "k": None, "l0_coefficient": 0.1}, "jumprelu"),
+        ({"architecture": "gated", "k": None}, "gated"),
+        ({"site": "z.1"}, "topk"),
+    ],
+)
+def test_what_is_trained_fits_better_than_at_first_and_loads(store, tmp_path, change, saved):
+    settings = replace(SMALL, **change)
+    found = []
+    for steps in (1, 40):
+        folder = tmp_path / str(steps)
+        train_sae(replace(settings, steps=steps), store).save_inference_model(str(folder))
+        sae = wb.load_sae(folder, device="cpu")
+        assert (sae.architecture, sae.d_sae, sae.d_in) == (saved, 16, 8)
+        assert (sae.site, sae.model_name, sae.context_size) == (store[settings.site].name, MODEL.name, 8)
+        x = store[settings.site][store.where("NOT is_special")].float().flatten(1)
+        found.append(float((x - sae.decode(sae.encode(x))).square().sum()))
+    assert found[1] < 0.9 * found[0]
+
+
+def test_the_seed_decides_the_weights_and_every_setting_matters(store):
+    def weights(**change):
+        return train_sae(replace(SMALL, steps=3, **change), store).W_enc.detach()
+
+    first = weights()
+    assert torch.equal(first, weights())
+    for change in ({"seed": 1}, {"k": 2}, {"learning_rate": 1e-3}, {"batch": 17}, {"where": "position > 5"}):
+        assert not torch.equal(first, weights(**change)), change
+
+
+def test_checkpoints_are_saelens_own(store, tmp_path):
+    settings = "--site resid_post.1 --d-sae 16 --k 3 --steps 30 --batch 16 --checkpoints 2"
+    main([str(store.path), "--out", str(tmp_path / "sae"), *settings.split()])
+    saved = sorted((tmp_path / "sae" / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    assert len(saved) == 2
+    from sae_lens import TrainingSAE
+
+    assert TrainingSAE.load_from_disk(saved[0]).cfg.k == 3
+    assert wb.load_sae(tmp_path / "sae", device="cpu").architecture == "topk"
+    assert wb.extract_features(store, wb.load_sae(tmp_path / "sae", device="cpu"), show_progress=False).shape[1] == 16
+
+
+def test_wrong_requests(store, tmp_path, capsys):
+    for change, message in (
+        ({"l1_coefficient": 1.0}, "l1_coefficient is no setting of a topk SAE; leave it out"),
+        ({"batch": 88}, "batch is 88 and 'NOT is_special' selects 87 tokens; give less"),
+        ({"site": "resid_post.0"}, f"resid_post.0 is not recorded in {store.path}; recorded are "),
+    ):
+        assert refused(RequestError, lambda change=change: train_sae(replace(SMALL, **change), store)).startswith(
+            message
+        )
+    assert refused(RequestError, lambda: replace(SMALL, steps=0)) == "steps must be at least 1, not 0"
+    (tmp_path / "diary").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(store.path), "--out", str(tmp_path), "--site", "resid_post.1"])
+    assert str(stopped.value) == f"train_sae: {tmp_path} is not empty; choose another out"

@@ -1,0 +1,407 @@
+"""Features extracted while a model is recorded: those of the site that was not stored, resumed as the recording is."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from sae_example import encode64, save_sae
+from scipy.sparse import csr_array
+
+import workbench as wb
+from workbench.cli.main import main
+from workbench.io.errors import DataError, RequestError
+from workbench.model.load import Model
+from workbench.recording import record as recorder
+
+RAGGED = [11, 3, 7, 1, 16, 7, 20, 5]
+SITE = "blocks.1.hook_resid_post"
+TINY = {"dtype": "float32", "context": 20, "segment_rows": 24, "batch_tokens": 40, "show_progress": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads divide a product by its rows, and here blocks are of other rows than there: last bits would differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    random = np.random.default_rng(0)
+    return [random.integers(2, 300, n).tolist() for n in RAGGED]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_models):
+    return Model(tiny_models["llama"], None, "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    about = {"hook_name": SITE, "model_name": "tiny-llama"}
+    return save_sae(tmp_path_factory.mktemp("saes") / "own", "topk", d_in=32, d_sae=60, **about)
+
+
+@pytest.fixture(scope="module")
+def sae(folder):
+    return wb.load_sae(folder, device="cpu")
+
+
+def record(model, texts, out, **settings):
+    return wb.record(model, texts, out=out, **{**TINY, **settings})
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def arrays(features) -> dict[str, list]:
+    return {
+        f"{order}/{name}": (part.dtype, part.tolist())
+        for order in ("by_row", "by_feature")
+        for name, part in getattr(features, order).items()
+    }
+
+
+# ---- what is extracted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("site", ["resid_post.1", "z.2"])
+@pytest.mark.parametrize("sae_dtype", ["float32", "float16"])
+def test_they_are_those_of_the_recorded_site(dtype, site, sae_dtype, llama, sequences, sae, tmp_path):
+    passed = record(
+        llama, sequences, tmp_path / "p", dtype=dtype, sae=sae, sae_site=site, sae_dtype=sae_dtype, sae_force=True
+    )
+    assert passed.sites == ()
+    assert not [name for name in contents(passed.path) if name.startswith("segments") and site in name]
+    stored = record(llama, sequences, tmp_path / "s", dtype=dtype, sites=[site])
+    expected = wb.extract_features(stored, sae, site, dtype=sae_dtype, force=True, show_progress=False)
+    found = wb.open_features(passed.path)
+    assert found.path.name == expected.path.name
+    assert arrays(found) == arrays(expected)
+    assert len(found.by_row["value"]) > 2 * sum(RAGGED)
+    assert (found.record.site, found.record.sae) == (expected.record.site, expected.record.sae)
+    assert found.record.store_fingerprint == passed.manifest.fingerprint
+
+
+def test_they_are_the_autoencoders_of_the_models_own_states(llama, sequences, sae, folder, tmp_path):
+    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
+    states = []
+    for ids in sequences:
+        with torch.no_grad():
+            states.append(llama.module(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0])
+    dense = encode64(folder, torch.cat(states).double().numpy())
+    np.testing.assert_allclose(found[:].toarray(), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_temporal_autoencoder_reads_whole_sequences(llama, sequences, tmp_path):
+    about = {"hook_name": SITE, "model_name": "tiny-llama"}
+    own = wb.load_sae(save_sae(tmp_path / "own", "temporal", d_in=32, d_sae=60, **about), device="cpu")
+    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=own).path)
+    stored = record(llama, sequences, tmp_path / "s", sites=["resid_post.1"])
+    assert arrays(found) == arrays(wb.extract_features(stored, own, show_progress=False))
+    assert len(found.by_row["value"]) > sum(RAGGED)
+
+
+def test_a_site_that_is_stored_has_its_features_too(llama, sequences, sae, tmp_path):
+    both = record(llama, sequences, tmp_path / "b", sites=["embed", "resid_post.1"], sae=sae)
+    plain = record(llama, sequences, tmp_path / "p", sites=["embed", "resid_post.1"])
+    files = contents(both.path)
+    assert {name: part for name, part in files.items() if not name.startswith("features")} == contents(plain.path)
+    assert {Path(name).parent.name for name in files if name.startswith("features")} == {"resid_post.1-own"}
+    again = wb.extract_features(both, sae, show_progress=False)
+    assert arrays(again) == arrays(wb.open_features(record(llama, sequences, tmp_path / "f", sae=sae).path))
+
+
+def test_other_sites_are_stored_beside_them(llama, sequences, sae, tmp_path):
+    store = record(llama, sequences, tmp_path / "p", sites=["pattern.0", "resid_post.2"], sae=sae)
+    plain = record(llama, sequences, tmp_path / "q", sites=["pattern.0", "resid_post.2"])
+    assert [site.label for site in store.sites] == ["pattern.0", "resid_post.2"]
+    for site in store.sites:
+        assert torch.equal(store[site.name][:], plain[site.name][:])
+    assert arrays(wb.open_features(store.path)) == arrays(
+        wb.open_features(record(llama, sequences, tmp_path / "f", sae=sae).path)
+    )
+    assert not (store.verify()["severity"] == "error").any()
+
+
+def test_the_state_before_a_block_is_the_one_after_the_last(tmp_path, llama, sequences, sae):
+    about = {"hook_name": "blocks.2.hook_resid_pre", "model_name": "tiny-llama"}
+    other = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, **about), device="cpu")
+    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=other).path)
+    stored = wb.open_features(record(llama, sequences, tmp_path / "s", sites=["resid_post"], sae=other).path)
+    expected = wb.open_features(record(llama, sequences, tmp_path / "q", sae=sae).path)
+    assert (found.record.site, stored.record.site) == ("blocks.2.hook_resid_pre", SITE)
+    assert arrays(found) == arrays(stored) == arrays(expected)
+
+
+def test_values_beyond_the_type_that_would_be_stored_are_counted(tiny_models, sequences, sae, tmp_path):
+    import copy
+
+    module = copy.deepcopy(tiny_models["llama"])
+    with torch.no_grad():
+        module.model.embed_tokens.weight[sequences[0][3]] = 1e5
+    model = Model(module, None, "tiny-llama")
+    with pytest.warns(UserWarning, match="values of resid_post.1 are beyond float16 and stored as ±65504"):
+        record(model, sequences, tmp_path / "p", dtype="float16", sae=sae)
+
+
+# ---- several processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
+def test_workers_record_and_encode_to_the_bytes_of_one_process(sites, in_this_process, llama, sequences, sae, tmp_path):
+    llama.module.save_pretrained(tmp_path / "tiny-llama")
+    saved = wb.load_model(tmp_path / "tiny-llama", device="cpu")
+    whole = record(saved, sequences, tmp_path / "one", sites=sites, sae=sae)
+    found = record(saved, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.RayWorkers(2))
+    assert contents(found.path) == contents(whole.path)
+
+
+@pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
+def test_the_last_of_those_that_share_a_recording_has_its_features(sites, llama, sequences, sae, tmp_path):
+    whole = record(llama, sequences, tmp_path / "one", sites=sites, sae=sae)
+    for rank in (2, 0):
+        store = record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(rank, 3))
+        assert not store.manifest.complete
+        assert not list(store.path.glob("features/[!.]*"))
+    record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(1, 3))
+    assert contents(tmp_path / "two") == contents(whole.path)
+    record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(0, 2))
+    assert contents(tmp_path / "two") == contents(whole.path)
+
+
+def test_features_of_segments_that_wait_behind_a_gap_are_kept(llama, sequences, sae, tmp_path, monkeypatch):
+    whole, ran = record(llama, sequences, tmp_path / "one", sae=sae), []
+    assert record(llama, sequences, tmp_path / "two", sae=sae, workers=wb.Share(1, 2)).rows == 0
+    capture = recorder.capture
+    monkeypatch.setattr(recorder, "capture", lambda *given: ran.append(int(given[3].sum())) or capture(*given))
+    record(llama, sequences, tmp_path / "two", sae=sae)
+    assert 0 < sum(ran) < sum(RAGGED)
+    assert contents(tmp_path / "two") == contents(whole.path)
+
+
+# ---- interrupted, resumed, repeated -------------------------------------------------------------------------
+
+
+def test_stopped_at_every_commit_it_resumes_to_the_same_bytes(llama, sequences, sae, tmp_path, monkeypatch):
+    """Before each file or folder gets its name, which is all that can be seen from outside."""
+    texts = sequences[:5]  # two segments
+    whole = contents(record(llama, texts, tmp_path / "whole", sae=sae).path)
+    replace, stops = os.replace, 0
+
+    def stop_after(left):
+        def stopping(source, target):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        return stopping
+
+    while True:
+        out = tmp_path / str(stops)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", stop_after(iter(range(stops))))
+            try:
+                record(llama, texts, out, sae=sae)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+        record(llama, texts, out, sae=sae)
+        assert contents(out) == whole, stops
+    assert stops > 12
+
+
+def test_finished_ones_are_opened_and_the_model_is_left_alone(llama, sequences, sae, tmp_path, monkeypatch):
+    record(llama, sequences, tmp_path / "p", sae=sae)
+    before = contents(tmp_path / "p")
+    monkeypatch.setattr(recorder, "capture", None)
+    assert record(llama, sequences, tmp_path / "p", sae=sae).rows == sum(RAGGED)
+    assert contents(tmp_path / "p") == before
+
+
+def interrupted(llama, sequences, out, segments: int, monkeypatch, **settings):
+    """A recording that stops in its segment of that number."""
+    capture, last = recorder.capture, []
+
+    def stopping(module, taps, tokens, mask, receive):
+        if len(list((Path(out) / "segments").glob("0????"))) == segments:
+            last.append(1)
+            raise KeyboardInterrupt
+        capture(module, taps, tokens, mask, receive)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recorder, "capture", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            record(llama, sequences, out, **settings)
+    assert last
+
+
+def test_what_came_to_nothing_binds_nobody(llama, sequences, sae, tmp_path, monkeypatch):
+    interrupted(llama, sequences, tmp_path / "p", 0, monkeypatch, sae=sae)
+    other = [ids[::-1] for ids in sequences[:4]]
+    assert record(llama, other, tmp_path / "p", sae=sae).rows == sum(RAGGED[:4])
+    assert arrays(wb.open_features(tmp_path / "p")) == arrays(
+        wb.open_features(record(llama, other, tmp_path / "q", sae=sae).path)
+    )
+
+
+def test_features_of_a_segment_that_was_not_committed_bind_nobody(llama, sequences, sae, tmp_path, monkeypatch):
+    from workbench.store import segment
+
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(segment.SegmentWriter, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            record(llama, sequences, tmp_path / "p", sae=sae)
+    assert list((tmp_path / "p").glob("features/.*/segments/*.safetensors"))
+    other = [ids[::-1] for ids in sequences]
+    record(llama, other, tmp_path / "p", sae=sae)
+    assert arrays(wb.open_features(tmp_path / "p")) == arrays(
+        wb.open_features(record(llama, other, tmp_path / "q", sae=sae).path)
+    )
+
+
+def test_a_resumed_recording_without_them_is_refused(llama, sequences, sae, tmp_path, monkeypatch):
+    interrupted(llama, sequences, tmp_path / "p", 2, monkeypatch, sites=["embed"], sae=sae)
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sites=["embed"]))
+    assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store, none asked" in text
+    half = record(llama, sequences, tmp_path / "p", sites=["embed"], sae=sae)
+    assert half.manifest.complete
+
+
+def test_another_autoencoder_or_type_is_refused(llama, sequences, sae, tmp_path, monkeypatch):
+    interrupted(llama, sequences, tmp_path / "p", 2, monkeypatch, sae=sae)
+    about = {"hook_name": SITE, "model_name": "tiny-llama"}
+    other = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, seed=1, **about), device="cpu")
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=other))
+    assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store" in text
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=sae, sae_dtype="float16"))
+    assert text.startswith("features resid_post.1-own were begun otherwise: dtype is float32, asked is float16")
+
+
+@pytest.mark.parametrize("segments", [2, None])
+def test_rows_recorded_without_them_are_refused(segments, llama, sequences, sae, tmp_path, monkeypatch):
+    if segments:
+        interrupted(llama, sequences, tmp_path / "p", segments, monkeypatch, sites=["embed"])
+    else:
+        record(llama, sequences, tmp_path / "p", sites=["embed"])
+    rows = wb.open_store(tmp_path / "p").rows
+    before = contents(tmp_path / "p")
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sites=["embed"], sae=sae))
+    assert text == (
+        f"{tmp_path / 'p'} has {rows} rows that were recorded without features of SAE 'own' and without resid_post.1; "
+        "choose another out"
+    )
+    assert contents(tmp_path / "p") == before
+
+
+def test_texts_cannot_be_appended_where_nothing_is_stored(llama, sequences, sae, tmp_path):
+    record(llama, sequences, tmp_path / "p", sae=sae, append=True)
+    before = contents(tmp_path / "p")
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=sae, append=True))
+    assert text == (
+        f"append: features of the {sum(RAGGED)} rows before need their resid_post.1 again, which was not stored; "
+        "choose another out"
+    )
+    assert contents(tmp_path / "p") == before
+
+
+# ---- refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("about", "settings", "said"),
+    [
+        ({"d_in": 8}, {}, "SAE 'x' takes rows of 8 numbers and resid_post.1 of OUT has 32"),
+        ({"model_name": "gpt2"}, {}, "SAE 'x' was trained on the model gpt2 and OUT is of tiny-llama; if they are"),
+        (
+            {},
+            {"sae_site": "resid_post.2"},
+            f"SAE 'x' was trained on {SITE} and sae_site is blocks.2.hook_resid_post;",
+        ),
+        ({}, {"sae_site": "resid_post"}, "sae_site 'resid_post' names 3 sites; give one, such as resid_post.3"),
+        ({}, {"sae_site": "resid_post.7"}, "site 'resid_post.7': no such layer; the model has layers 0 to 2"),
+        ({"hook_name": "blocks.9.hook_resid_pre"}, {}, "site 'blocks.9.hook_resid_pre'"),
+        ({"hook_name": None}, {}, "sae_site: SAE 'x' does not say where it was trained; give sae_site="),
+        ({}, {"sae_dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
+        ({}, {"sites": []}, "sites is empty; name at least one, for example resid_post"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(about, settings, said, llama, sequences, tmp_path):
+    own = {"d_in": 32, "hook_name": SITE, "model_name": "tiny-llama", **about}
+    other = wb.load_sae(save_sae(tmp_path / "x", "topk", **own), device="cpu")
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=other, **settings))
+    assert text.replace(str(tmp_path / "p"), "OUT").startswith(said)
+    assert not (tmp_path / "p").exists()
+
+
+def test_settings_of_an_sae_need_one(llama, sequences, tmp_path):
+    for settings in ({"sae_site": "resid_post.1"}, {"sae_force": True}):
+        text = refused(RequestError, lambda settings=settings: record(llama, sequences, tmp_path / "p", **settings))
+        assert text == "sae_site and sae_force are for sae; give it too"
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_row_that_is_not_finite_is_refused_by_number(tiny_models, sequences, sae, tmp_path):
+    import copy
+
+    module = copy.deepcopy(tiny_models["llama"])
+    token = next(token for token in sequences[4] if not any(token in ids for ids in sequences[:4]))
+    with torch.no_grad():
+        module.model.embed_tokens.weight[token] = torch.nan
+    row = sum(RAGGED[:4]) + sequences[4].index(token)
+    text = refused(DataError, lambda: record(Model(module, None, "tiny-llama"), sequences, tmp_path / "p", sae=sae))
+    assert text == (
+        f"row {row} of resid_post.1 came not finite from the model; one loaded in another dtype may not have such rows"
+    )
+    assert wb.open_store(tmp_path / "p").rows <= row
+
+
+# ---- the command --------------------------------------------------------------------------------------------
+
+
+def test_the_command_extracts_and_lists(tmp_path, capsys):
+    out = str(tmp_path / "d.acts")
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "record",
+                "demo",
+                "On Monday it began.",
+                "--out",
+                out,
+                "--sae",
+                "demo",
+                "--sae-dtype",
+                "float16",
+            ]
+        )
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    name = next((Path(out) / "features").iterdir()).name
+    assert "sites    none\n" in said
+    assert f"features 1: {name}\n" in said
+    features = wb.open_features(out)
+    assert features.record.dtype == "float16"
+    assert isinstance(features[:], csr_array)
+    feature = int(np.argmax(features.counts))
+    with pytest.raises(SystemExit) as ended:
+        main(["top", out, str(feature)])
+    assert ended.value.code == 0
+    assert f"active on {features.counts[feature]} of {len(features)} rows" in capsys.readouterr().out
+
+
+def test_options_of_an_sae_need_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["record", "demo", "text", "--out", str(tmp_path / "x"), "--sae-force"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "workbench: --sae-id, --sae-site and --sae-force are for --sae; give it too\n"

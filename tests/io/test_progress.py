@@ -1,0 +1,144 @@
+"""Progress: what a plain line says and when, and silence where it is not wanted."""
+
+from __future__ import annotations
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from workbench.io import progress as progress_module
+from workbench.io.progress import _Lines, duration, progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands where it is put: seconds since it was made."""
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0, "0 s"),
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (95.0, "1 min 35 s"),
+        (3599.6, "1 h 0 min"),
+        (3600.0, "1 h 0 min"),
+        (7325.0, "2 h 2 min"),
+        (100 * 3600.0, "100 h 0 min"),
+    ],
+)
+def test_duration(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_the_line_counts_rate_and_time_left():
+    lines = _Lines("recording", 1_000_000, "rows", 0)
+    lines.advance(120_000)
+    assert lines.line(15.0) == "recording: 120,000 of 1,000,000 rows, 8,000 rows/s, 1 min 50 s left"
+
+
+def test_what_was_done_before_is_counted_but_not_timed():
+    lines = _Lines("recording", 1_000, "rows", 900)
+    lines.advance(50)
+    assert lines.line(10.0) == "recording: 950 of 1,000 rows, 5 rows/s, 10 s left"
+
+
+def test_an_open_end_has_no_time_left():
+    lines = _Lines("tokenizing", None, "tokens", 0)
+    lines.advance(2_500)
+    assert lines.line(10.0) == "tokenizing: 2,500 tokens, 250 tokens/s"
+
+
+def test_nothing_new_has_no_time_left():
+    assert _Lines("recording", 10, "rows", 3).line(10.0) == "recording: 3 of 10 rows, 0 rows/s"
+
+
+def test_a_line_every_ten_seconds(clock, capsys):
+    with progress("recording", 100, "rows") as tick:
+        for _ in range(50):
+            clock[0] += 0.5
+            tick(2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "recording: 40 of 100 rows, 4 rows/s, 15 s left",
+        "recording: 80 of 100 rows, 4 rows/s, 5 s left",
+    ]
+
+
+def test_short_work_says_nothing(clock, capsys):
+    with progress("recording", 100, "rows") as tick:
+        clock[0] += 9.9
+        tick(100)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_hidden_progress_says_nothing(clock, capsys):
+    with progress("recording", 100, "rows", shown=False) as tick:
+        clock[0] += 100
+        tick(100)
+    assert capsys.readouterr() == ("", "")
+
+
+NOTEBOOK = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel="one"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("place", ["terminal", "notebook"])
+def test_a_bar_where_it_can_be_drawn(place, clock, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.counts = options, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_error):
+            self.closed = True
+
+        def update(self, n):
+            self.counts.append(n)
+
+    monkeypatch.setattr("tqdm.tqdm" if place == "terminal" else "tqdm.notebook.tqdm", Bar)
+    if place == "terminal":
+        monkeypatch.setattr(sys, "stderr", Terminal())
+    else:
+        monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
+    with progress("recording", 100, "rows", done=40) as tick:
+        clock[0] += 100
+        tick(25)
+        tick(35)
+    (bar,) = bars
+    assert bar.options == {
+        "desc": "recording",
+        "total": 100,
+        "initial": 40,
+        "unit": " rows",
+        "unit_scale": True,
+        "leave": False,
+    }
+    assert bar.counts == [25, 35]
+    assert bar.closed
+    with progress("recording", 100, "rows", shown=False):
+        pass
+    assert len(bars) == 1
+
+
+def test_a_notebook_without_widgets_has_a_bar_of_characters(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: None)
+    assert progress_module._bar().__module__ == "tqdm.std"

@@ -1,0 +1,561 @@
+"""One forward pass under hooks: what comes out, what is never computed, and that nothing stays behind."""
+
+import copy
+import math
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from workbench.io.errors import DataError
+from workbench.model.attention import AttentionCall, pattern_blocks, tap_attention
+from workbench.model.capture import capture
+from workbench.model.discovery import find_sites
+from workbench.model.forward import attention_weights, evaluating, first_tensor, hook_tensor, run
+from workbench.sites.grammar import Site, Tap
+
+LENGTHS = (9, 4)
+N = max(LENGTHS)
+PADDED = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+RANDOM_MASK = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(2)) > 0.4
+RANDOM_MASK |= torch.eye(6, dtype=torch.bool)
+BIAS = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids = torch.randint(2, 300, (len(LENGTHS), N), generator=torch.Generator().manual_seed(3))
+    return ids, (torch.arange(N) < torch.tensor(LENGTHS)[:, None]).long()
+
+
+@pytest.fixture(scope="module")
+def maps(tiny_models):
+    return {family: find_sites(module) for family, module in tiny_models.items()}
+
+
+@pytest.fixture
+def llama(tiny_models, maps):
+    """A llama of one's own, and its sites."""
+    return copy.deepcopy(tiny_models["llama"]), maps["llama"]
+
+
+def captured(module, sites, batch):
+    """Every site's activations as one tensor, by short name."""
+    pieces = {}
+
+    def receive(site, tensor, first):
+        assert first == sum(piece.shape[1] for piece in pieces.get(site.short, []))
+        pieces.setdefault(site.short, []).append(tensor.clone())
+
+    capture(module, sites, *batch, receive)
+    return {short: torch.cat(tensors, dim=1) for short, tensors in pieces.items()}
+
+
+def hooks(module):
+    """Hooks on all submodules. transformers adds its own, to stay, when a model is first asked for hidden states."""
+    return [(*part._forward_hooks, *part._forward_pre_hooks) for part in module.modules()]
+
+
+def count_runs(module, *paths):
+    """A counter of how often each submodule runs from now on."""
+    runs = Counter()
+    for path in paths:
+        part = module.get_submodule(path)
+        part.register_forward_pre_hook(lambda *_, path=path: runs.update([path]))
+    return runs
+
+
+# ---- what comes out -------------------------------------------------------------------------------------
+
+
+def test_a_hooked_site_is_what_passes_through_its_module(llama, batch):
+    module, sites = llama
+    wanted = ["embed", "resid_pre.1", "q.0", "attn_out.1", "resid_mid.1", "mlp_post.2", "resid_post.2", "final_norm"]
+    ours = captured(module, sites.select([*wanted, "logits"]), batch)
+    seen = {}
+    layers = module.model.layers
+    module.model.embed_tokens.register_forward_hook(lambda _m, _a, out: seen.update({"embed": out}))
+    layers[1].register_forward_pre_hook(lambda _m, args: seen.update({"resid_pre.1": args[0]}))
+    layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _a, out: seen.update({"q.0": out.unflatten(2, (4, 8))}))
+    layers[1].self_attn.register_forward_hook(lambda _m, _a, out: seen.update({"attn_out.1": out[0]}))
+    layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _m, a: seen.update({"resid_mid.1": a[0]}))
+    layers[2].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.update({"mlp_post.2": args[0]}))
+    module.model.norm.register_forward_pre_hook(lambda _m, args: seen.update({"resid_post.2": args[0]}))
+    module.model.norm.register_forward_hook(lambda _m, _a, out: seen.update({"final_norm": out}))
+    with torch.no_grad():
+        seen["logits"] = module(input_ids=batch[0], attention_mask=batch[1]).logits
+    assert ours.keys() == seen.keys()
+    for short, expected in seen.items():
+        assert torch.equal(ours[short], expected), short
+
+
+def test_attention_parts_are_those_of_the_call(llama, batch):
+    """Against the projections, rotated here in float64 by the textbook formula."""
+    module, sites = llama
+    ours = captured(module, sites.select(["q.1", "k.1", "v.1", "rot_q.1", "rot_k.1", "z.1", "pattern.1"]), batch)
+    position = np.arange(N)[:, None]
+    angle = position * 10_000.0 ** -(np.arange(4) / 4)
+    cos, sin = (np.tile(f(angle), 2)[None, :, None, :] for f in (np.cos, np.sin))
+    for part in ("q", "k"):
+        x = ours[f"{part}.1"].double().numpy()
+        turned = np.concatenate([-x[..., 4:], x[..., :4]], axis=-1)
+        np.testing.assert_allclose(ours[f"rot_{part}.1"], x * cos + turned * sin, atol=1e-5)
+    q, k, v = (ours[name].double().numpy() for name in ("rot_q.1", "rot_k.1", "v.1"))
+    k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
+    scores = np.einsum("bqhd,bkhd->bqhk", q, k) / math.sqrt(8)
+    scores = np.where(np.tril(np.ones((N, N), bool))[None, :, None, :], scores, -np.inf)
+    pattern = np.exp(scores - scores.max(-1, keepdims=True))
+    pattern /= pattern.sum(-1, keepdims=True)
+    z = np.einsum("bqhk,bkhd->bqhd", pattern, v)
+    for row, n in enumerate(LENGTHS):  # causal: padding on the right changes nothing to its left
+        np.testing.assert_allclose(ours["pattern.1"][row, :n], pattern[row, :n], atol=1e-6)
+        np.testing.assert_allclose(ours["z.1"][row, :n], z[row, :n], atol=1e-5)
+
+
+def test_patterns_see_neither_padding_nor_the_future(tiny_models, maps, batch):
+    for family, module in tiny_models.items():
+        for short, pattern in captured(module, maps[family].select(["pattern"]), batch).items():
+            for row, n in enumerate(LENGTHS):
+                real = pattern[row, :n].transpose(0, 1)  # head, query, key
+                assert not real[..., n:].any(), (family, short)
+                assert not real.triu(1).any(), (family, short)
+                torch.testing.assert_close(real.sum(-1), torch.ones(real.shape[:2]), rtol=0, atol=1e-5)
+
+
+def test_a_pattern_a_module_returns_is_turned_to_rows(batch):
+    from workbench.experiments.architectures.tiny import tiny_model
+
+    module = tiny_model("bloom")
+    (site,) = find_sites(module).select(["pattern.1"])
+    assert site.tap.part == "returned_weights"
+    ids = batch[0] % 100 + 8
+    ours = captured(module, [site], (ids, batch[1]))["pattern.1"]
+    with torch.no_grad():
+        expected = module(input_ids=ids, attention_mask=batch[1], output_attentions=True).attentions[1]
+    assert torch.equal(ours, expected.permute(0, 2, 1, 3))
+
+
+def test_nothing_asked_runs_nothing(llama, batch):
+    module, _ = llama
+    runs = count_runs(module, "model.embed_tokens")
+    capture(module, (), *batch, lambda *_: pytest.fail("nothing was asked"))
+    assert not runs
+
+
+# ---- what is never computed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ran"),
+    [
+        (["resid_post.0"], {"model.layers.0"}),
+        (["resid_pre.1"], {"model.layers.0", "model.layers.1"}),
+        (["z.1", "embed"], {"model.layers.0", "model.layers.1"}),
+        (["resid_post"], {"model.layers.0", "model.layers.1", "model.layers.2"}),
+        (["final_norm"], {"model.layers.0", "model.layers.1", "model.layers.2", "model.norm"}),
+        (["logits"], {"model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head"}),
+    ],
+)
+def test_the_pass_ends_with_the_deepest_site(llama, batch, wanted, ran):
+    module, sites = llama
+    runs = count_runs(module, *(f"model.layers.{layer}" for layer in range(3)), "model.norm", "lm_head")
+    captured(module, sites.select(wanted), batch)
+    assert runs == dict.fromkeys(ran, 1)
+
+
+def test_a_site_inside_a_block_spares_the_rest_of_it(llama, batch):
+    module, sites = llama
+    runs = count_runs(module, "model.layers.1.self_attn.o_proj", "model.layers.1.mlp")
+    captured(module, sites.select(["pattern.1"]), batch)
+    assert not runs
+
+
+def test_sdpa_computes_the_output_while_patterns_are_read(llama, batch, monkeypatch):
+    module, sites = llama
+    calls = Counter()
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.update(["sdpa"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    captured(module, sites.select(["pattern.1", "resid_post.2"]), batch)
+    assert calls["sdpa"] == 3
+
+
+# ---- nothing stays behind -------------------------------------------------------------------------------
+
+EVERY_PART = ["embed", "resid_pre.1", "pattern.1", "z.1", "rot_q.1", "resid_post.1", "logits"]
+
+
+def test_hooks_are_gone_after_success(llama, batch):
+    module, sites = llama
+    before = hooks(module)
+    assert set(captured(module, sites.select(EVERY_PART), batch)) == set(EVERY_PART)
+    assert hooks(module) == before
+
+
+@pytest.mark.parametrize("where", EVERY_PART)
+def test_hooks_are_gone_after_an_exception_in_receive(llama, batch, where):
+    module, sites = llama
+    before, table = hooks(module), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+
+    def receive(site, _tensor, _first):
+        if site.short == where:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        capture(module, sites.select(EVERY_PART), *batch, receive)
+    assert hooks(module) == before
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == table
+    captured(module, sites.select(EVERY_PART), batch)  # and the model is as good as before
+
+
+def test_hooks_are_gone_after_an_exception_in_the_model(llama, batch):
+    module, sites = llama
+    module.model.layers[2].mlp.forward = lambda *_: 1 / 0
+    before, table = hooks(module), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    with pytest.raises(ZeroDivisionError):
+        captured(module, sites.select(EVERY_PART), batch)
+    assert hooks(module) == before
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == table
+
+
+def test_model_code_cannot_swallow_the_end_of_the_pass(llama, batch):
+    module, sites = llama
+    block, inner = module.model.layers[1], module.model.layers[1].forward
+
+    def forgiving(*args, **kwargs):
+        try:
+            return inner(*args, **kwargs)
+        except Exception:
+            pytest.fail("the end of the pass was caught")
+
+    block.forward = forgiving
+    runs = count_runs(module, "model.layers.2")
+    captured(module, sites.select(["mlp_out.1"]), batch)
+    assert not runs
+
+
+def test_the_mode_of_every_part_is_as_before(llama, batch):
+    module, sites = llama
+    module.train()
+    module.model.layers[1].eval()
+    modes = [part.training for part in module.modules()]
+    assert any(modes)
+    assert not all(modes)
+    captured(module, sites.select(["resid_post"]), batch)
+    assert [part.training for part in module.modules()] == modes
+
+
+def test_dropout_is_off_and_no_gradient_is_kept(llama, batch):
+    module, sites = llama
+    expected = captured(module, sites.select(["resid_post.2"]), batch)["resid_post.2"]
+    for layer in module.model.layers:
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.9))
+    module.train()
+    ours = captured(module, sites.select(["resid_post.2"]), batch)["resid_post.2"]
+    assert torch.equal(ours, expected)
+    assert not ours.requires_grad
+
+
+def test_evaluating_restores_after_an_exception():
+    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)).train()
+    module[1].eval()
+    with pytest.raises(KeyError) as inside, evaluating(module):
+        raise KeyError(*(part.training for part in module.modules()))
+    assert inside.value.args == (False, False, False)
+    assert [part.training for part in module.modules()] == [True, True, False]
+
+
+# ---- sites that are not as the map says -----------------------------------------------------------------
+
+
+def test_a_module_that_runs_twice_is_an_error(llama, batch):
+    module, sites = llama
+    module.model.layers[1] = module.model.layers[0]
+    with pytest.raises(DataError) as error:
+        captured(module, sites.select(["resid_post.0", "logits"]), batch)
+    assert str(error.value) == "site resid_post.0: it ran twice, or without a tensor, in one forward pass"
+
+
+def test_a_site_that_does_not_come_is_an_error(llama, batch):
+    module, sites = llama
+    module.model.layers[1].mlp.forward = torch.zeros_like
+    with pytest.raises(DataError) as error:
+        captured(module, sites.select(["mlp_post.1", "mlp_pre.1", "resid_post.1"]), batch)
+    assert str(error.value) == (
+        "sites blocks.1.mlp.hook_post, blocks.1.mlp.hook_pre did not come up in a forward pass of LlamaForCausalLM"
+    )
+
+
+def test_a_module_without_a_tensor_is_an_error(llama, batch):
+    module, sites = llama
+    (site,) = sites.select(["mlp_out.1"])
+    module.model.layers[1].mlp.register_forward_hook(lambda *_: "no tensor")
+    with pytest.raises(DataError, match=r"site mlp_out\.1: it ran twice, or without a tensor"):
+        captured(module, [site], batch)
+
+
+@pytest.mark.parametrize("shape", [(31,), (33,), (4, 4)])
+def test_another_shape_than_the_maps_is_an_error(llama, batch, shape):
+    module, sites = llama
+    site = replace(sites.select(["resid_post.1"])[0], shape=shape)
+    with pytest.raises(DataError) as error:
+        captured(module, [site], batch)
+    assert str(error.value) == "site resid_post.1: a tensor of shape (2, 9, 32) for a batch (2, 9)"
+
+
+def test_batch_and_position_in_one_axis_are_told_apart(batch):
+    """Mixtures of experts see tokens in one row."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = torch.nn.Embedding(300, 6), torch.nn.Identity()
+            self.config = type("Config", (), {"_attn_implementation": "sdpa"})()
+            self.config.get_text_config = lambda decoder: self.config
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def forward(self, input_ids, attention_mask):
+            return self.body(self.embed(input_ids).flatten(0, 1))
+
+    module = Flat()
+    site = Site("blocks.0.hook_resid_post", ("head", "d_head"), (2, 3), Tap("body", "out"))
+    ours = captured(module, [site], batch)["resid_post.0"]
+    assert torch.equal(ours, module.embed(batch[0]).detach().unflatten(2, (2, 3)))
+
+
+# ---- attention: the table -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sdpa", "eager", "flash_attention_2"])
+def implementation(request):
+    return request.param
+
+
+def test_the_attention_table_is_as_before(llama, implementation):
+    """`eager` is not in the table, `sdpa` is in its global part, and a user may have put his own in the local part."""
+    module, _ = llama
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before, entry = dict(local), ALL_ATTENTION_FUNCTIONS.get(implementation)
+    with tap_attention(implementation, {module: print}):
+        assert ALL_ATTENTION_FUNCTIONS.get(implementation) is not entry
+    assert (dict(local), ALL_ATTENTION_FUNCTIONS.get(implementation)) == (before, entry)
+    with pytest.raises(KeyError), tap_attention(implementation, {module: print}):
+        raise KeyError
+    assert (dict(local), ALL_ATTENTION_FUNCTIONS.get(implementation)) == (before, entry)
+
+
+def test_without_layers_asked_the_table_is_not_touched():
+    before = ALL_ATTENTION_FUNCTIONS.get("sdpa")
+    with tap_attention("sdpa", {}):
+        assert ALL_ATTENTION_FUNCTIONS.get("sdpa") is before
+
+
+def test_taps_nest_and_another_model_passes_through(llama, tiny_models, batch):
+    module, _ = llama
+    other = tiny_models["gpt2"]
+    with torch.no_grad():
+        alone = other(input_ids=batch[0], attention_mask=batch[1]).logits
+    calls = {"outer": [], "inner": []}
+    attention = [layer.self_attn for layer in module.model.layers]
+    with ExitStack() as stack:
+        stack.enter_context(tap_attention("sdpa", {attention[0]: calls["outer"].append}))
+        stack.enter_context(tap_attention("sdpa", {attention[2]: calls["inner"].append}))
+        with torch.no_grad():
+            assert torch.equal(other(input_ids=batch[0], attention_mask=batch[1]).logits, alone)
+        assert calls == {"outer": [], "inner": []}
+        run(module, *batch)
+    assert [len(seen) for seen in calls.values()] == [1, 1]
+    assert calls["outer"][0].query.shape == (2, 4, N, 8)
+    assert calls["outer"][0].key.shape == (2, 2, N, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [
+        ({}, True, {"scaling": 8**-0.5, "causal": True, "softcap": None, "sliding_window": None}),
+        ({}, False, {"scaling": 8**-0.5, "causal": False}),
+        ({"scaling": 0.3, "is_causal": False}, True, {"scaling": 0.3, "causal": False}),
+        ({"scaling": 0.0, "is_causal": True}, False, {"scaling": 0.0, "causal": True}),
+        ({"softcap": 2.0, "sliding_window": 5}, True, {"softcap": 2.0, "sliding_window": 5}),
+        ({"position_bias": BIAS}, True, {"position_bias": BIAS}),
+    ],
+)
+def test_a_call_is_handed_over_as_it_was_made(given, own, expected, monkeypatch):
+    def attend(_module, query, _key, _value, _mask, **passed_on):
+        assert passed_on == given
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "made_up", attend)
+    module, calls = torch.nn.Module(), []
+    module.is_causal = own
+    query, key, value = torch.randn(3, 1, 2, 3, 8)
+    with tap_attention("made_up", {module: calls.append}):
+        output, _ = ALL_ATTENTION_FUNCTIONS["made_up"](module, query, key, value, PADDED, **given)
+    (call,) = calls
+    assert ALL_ATTENTION_FUNCTIONS["made_up"] is attend
+    assert {name: getattr(call, name) for name in expected} == expected
+    assert (call.query is query, call.key is key, call.value is value, call.mask is PADDED) == (True,) * 4
+    assert call.output is output
+    assert call.weights is None
+
+
+def test_eager_attention_is_tapped_and_gives_its_own_weights(tiny_models, batch):
+    module = copy.deepcopy(tiny_models["llama"])
+    sdpa = captured(module, find_sites(module).select(["pattern.1", "z.1"]), batch)
+    module.set_attn_implementation("eager")
+    calls = []
+    with tap_attention("eager", {module.model.layers[1].self_attn: calls.append}):
+        run(module, *batch)
+    (call,) = calls
+    blocks = list(pattern_blocks(call, query_rows=2))
+    assert [(first, block.shape) for first, block in blocks] == [(0, (2, 4, N, N))]
+    for row, n in enumerate(LENGTHS):
+        torch.testing.assert_close(blocks[0][1][row, :, :n], sdpa["pattern.1"][row, :n].transpose(0, 1))
+
+
+# ---- attention: the pattern -----------------------------------------------------------------------------
+
+
+def made_up_call(**changes):
+    """6 queries of 4 heads over 2 key heads, two sequences, nothing masked but the future."""
+    generator = torch.Generator().manual_seed(11)
+    tensors = {
+        "query": torch.randn(2, 4, 6, 8, generator=generator),
+        "key": torch.randn(2, 2, 6, 8, generator=generator),
+        "value": torch.randn(2, 2, 6, 8, generator=generator),
+        "output": torch.randn(2, 6, 4, 8, generator=generator),
+    }
+    rest = {"weights": None, "mask": None, "scaling": 0.7, "causal": True, "softcap": None}
+    return AttentionCall(**{**tensors, **rest, "position_bias": None, "sliding_window": None, **changes})
+
+
+def whole(call, query_rows=256):
+    return torch.cat([block for _, block in pattern_blocks(call, query_rows)], dim=2)
+
+
+def brute_force(call, visible):
+    """The pattern, one cell after the other in float64; `visible(batch, query, key)` says who sees what."""
+    query, key = call.query.double().numpy(), call.key.double().numpy()
+    batch, heads, n, _ = query.shape
+    pattern = np.zeros((batch, heads, n, n))
+    for b, h, i in np.ndindex(batch, heads, n):
+        row = {}
+        for j in range(n):
+            if visible(b, i, j):
+                score = float(query[b, h, i] @ key[b, h // 2, j]) * call.scaling
+                if call.softcap is not None:
+                    score = call.softcap * math.tanh(score / call.softcap)
+                if call.position_bias is not None:
+                    score += float(call.position_bias[0, h, i, j])
+                row[j] = math.exp(score)
+        for j, weight in row.items():
+            pattern[b, h, i, j] = weight / sum(row.values())
+    return pattern
+
+
+def causal(_b, i, j):
+    return j <= i
+
+
+CASES = {
+    "causal": ({}, causal),
+    "not causal": ({"causal": False}, lambda _b, _i, _j: True),
+    "soft-cap": ({"softcap": 1.5}, causal),
+    "position bias": ({"position_bias": BIAS}, causal),
+    "soft-cap, then position bias": ({"softcap": 1.5, "position_bias": BIAS}, causal),
+    "boolean mask": ({"mask": RANDOM_MASK}, lambda b, i, j: RANDOM_MASK[b, 0, i, j]),
+    "boolean mask of one row": ({"mask": RANDOM_MASK[:, :, 5:]}, lambda b, _i, j: RANDOM_MASK[b, 0, 5, j]),
+    "boolean mask with room for more keys": (
+        {"mask": torch.nn.functional.pad(RANDOM_MASK, (0, 3), value=True)},
+        lambda b, i, j: RANDOM_MASK[b, 0, i, j],
+    ),
+    "additive mask": (
+        {"mask": torch.zeros(RANDOM_MASK.shape).masked_fill(~RANDOM_MASK, torch.finfo(torch.float32).min)},
+        lambda b, i, j: RANDOM_MASK[b, 0, i, j],
+    ),
+    "flash attention's padding": ({"mask": PADDED}, lambda b, i, j: j <= i and PADDED[b, j]),
+    "flash attention's window": (
+        {"mask": PADDED, "sliding_window": 3},
+        lambda b, i, j: i - 3 < j <= i and PADDED[b, j],
+    ),
+    "flash attention's padding, not causal": (
+        {"mask": PADDED, "causal": False},
+        lambda b, _i, j: PADDED[b, j],
+    ),
+    "no mask, so no window": ({"sliding_window": 3}, causal),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_pattern_is_the_softmax_over_what_is_seen(case):
+    changes, visible = CASES[case]
+    call = made_up_call(**changes)
+    real = np.ones((2, 1, 6, 1), bool)
+    if call.mask is PADDED:  # a query that is padding sees what it will
+        real = PADDED.bool().numpy()[:, None, :, None]
+    np.testing.assert_allclose(np.where(real, whole(call), 0), np.where(real, brute_force(call, visible), 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("query_rows", [1, 4, 5, 6])
+@pytest.mark.parametrize("case", CASES)
+def test_pieces_of_a_pattern_are_the_pattern(case, query_rows):
+    call = made_up_call(**CASES[case][0])
+    firsts = [first for first, _ in pattern_blocks(call, query_rows)]
+    assert firsts == list(range(0, 6, query_rows))
+    torch.testing.assert_close(whole(call, query_rows), whole(call), rtol=0, atol=1e-6)
+
+
+def test_a_pattern_is_float32_whatever_the_model_computes_in():
+    half = {name: getattr(made_up_call(), name).bfloat16() for name in ("query", "key", "value", "output")}
+    pattern = whole(made_up_call(**half))
+    assert pattern.dtype == torch.float32
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 6), rtol=0, atol=1e-6)
+
+
+def test_a_callers_weights_are_the_pattern():
+    weights = torch.rand(2, 4, 6, 6).half()
+    assert torch.equal(whole(made_up_call(weights=weights), query_rows=2), weights.float())
+
+
+# ---- small tools ----------------------------------------------------------------------------------------
+
+
+def test_the_first_tensor_is_found_wherever_it_is():
+    tensor, second = torch.ones(1), torch.zeros(1)
+    assert first_tensor(tensor) is tensor
+    assert first_tensor((None, tensor, second)) is tensor
+    assert first_tensor([tensor]) is tensor
+    assert first_tensor({"mask": None, "hidden": tensor, "other": second}) is tensor
+    assert first_tensor((None, "text")) is None
+    assert first_tensor(None) is None
+
+
+def test_attention_weights_are_square_and_behind_the_output():
+    output, weights = torch.ones(2, 5, 8), torch.ones(2, 4, 5, 5)
+    assert attention_weights((output, weights)) is weights
+    assert attention_weights((output, torch.ones(2, 4, 5, 6), weights)) is weights
+    assert attention_weights((weights, output)) is None
+    assert attention_weights(weights) is None
+
+
+def test_a_hook_sees_keyword_arguments():
+    class Keywords(torch.nn.Module):
+        def forward(self, *, scale, hidden):
+            return scale * hidden
+
+    module, seen, hidden = Keywords(), [], torch.ones(2)
+    with hook_tensor(module, "in", seen.append):
+        module(scale=2.0, hidden=hidden)
+    module(scale=2.0, hidden=hidden)  # outside: no hook any more
+    assert len(seen) == 1
+    assert seen[0] is hidden

@@ -1,0 +1,766 @@
+"""Models: loaded from where they are, refused in one line, left as they were, and told apart by their bytes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.model.load import Model, load_model, locate, usable_device
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.arange(8, 20).reshape(2, 6)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Whoever connects, or looks a host up, is refused, and is in the list."""
+    attempts = []
+
+    def refuse(*arguments, **_options):
+        attempts.append(arguments)
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return attempts
+
+
+@pytest.fixture(scope="session")
+def saved(tiny_models, tiny_tokenizer, tmp_path_factory):
+    """The tiny Llama and its tokenizer, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_models["llama"].save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_dir(saved, tmp_path):
+    """A copy of `saved`, to be spoilt."""
+    return Path(shutil.copytree(saved, tmp_path / "tiny-llama"))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(call, *arguments, **options) -> str:
+    with pytest.raises(RequestError) as caught:
+        call(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def hooks(module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(part, kind)) for part in module.modules() for kind in kinds)
+
+
+# Loading
+
+
+def test_a_directory_becomes_a_model(saved, tiny_models, no_network):
+    model = load_model(str(saved))
+    assert (model.name, model.revision, model.architecture) == ("tiny-llama", None, "LlamaForCausalLM")
+    assert (model.dtype, model.device) == (torch.float32, torch.device("cpu"))
+    assert (model.vocab, model.d_model, model.context_limit) == (320, 32, 128)
+    assert repr(model) == "Model('tiny-llama', LlamaForCausalLM, 43,744 parameters, torch.float32, cpu)"
+    assert model.module.config._attn_implementation == "sdpa"
+    assert not model.module.training
+    stored = load_file(saved / "model.safetensors")
+    assert all(torch.equal(part, stored[name]) for name, part in model.module.state_dict().items())
+    assert torch.equal(model.module(IDS).logits, tiny_models["llama"](IDS).logits)
+    assert model.tokenizer("Monday")["input_ids"] == AutoTokenizer.from_pretrained(saved)("Monday")["input_ids"]
+    assert no_network == []
+
+
+def test_the_public_name_takes_a_path_too(saved):
+    assert wb.load_model(saved).fingerprint() == load_model(str(saved)).fingerprint()
+
+
+def test_a_home_directory_is_expanded(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert load_model("~/tiny-llama").name == "tiny-llama"
+
+
+def test_loading_says_nothing_and_leaves_the_settings_of_transformers(saved, capfd, monkeypatch):
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    level = logging.get_verbosity()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        load_model(saved)
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(level)
+        logging.disable_progress_bar()
+    load_model(saved)
+    assert not logging.is_progress_bar_enabled()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("float16", torch.float16), (torch.bfloat16, torch.bfloat16)])
+def test_dtype_is_what_the_model_computes_in(saved, tiny_models, asked, expected):
+    model = load_model(saved, dtype=asked)
+    assert model.dtype == expected
+    wanted = tiny_models["llama"].state_dict()
+    assert all(torch.equal(part, wanted[name].to(expected)) for name, part in model.module.state_dict().items())
+
+
+def test_dtype_auto_is_the_checkpoints(tiny_models, tmp_path):
+    copy.deepcopy(tiny_models["gpt2"]).half().save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn"])
+def test_an_impossible_dtype(saved, dtype):
+    assert refusal(load_model, saved, dtype=dtype) == (
+        f"dtype must be auto, float32, bfloat16 or float16, not {str(dtype)!r}"
+    )
+
+
+def test_device(saved, tiny_models):
+    assert load_model(saved, device="meta").device == torch.device("meta")
+    spread = load_model(saved, device="auto")
+    assert torch.allclose(spread.module(IDS).logits.cpu(), tiny_models["llama"](IDS).logits, atol=1e-5)
+
+
+def test_devices_that_are_not_there(saved):
+    assert refusal(load_model, saved, device="toaster").startswith("device 'toaster' cannot be used here: Expected one")
+    there = torch.cuda.device_count()
+    assert refusal(usable_device, f"cuda:{there}").startswith(f"device 'cuda:{there}' cannot be used here: ")
+    assert usable_device("cpu") == torch.device("cpu")
+
+
+def test_a_module_is_taken_as_it_is(tiny_model, tiny_tokenizer):
+    module = copy.deepcopy(tiny_model)
+    module.train()
+    module.get_input_embeddings().eval()
+    modes, hooked = [part.training for part in module.modules()], hooks(module)
+    before = {name: part.clone() for name, part in module.state_dict().items()}
+    model = load_model(module, tokenizer=tiny_tokenizer)
+    assert model.module is module
+    assert model.tokenizer is tiny_tokenizer
+    assert (model.name, model.revision) == (type(module).__name__, None)
+    assert "resid_post.2" in model.sites  # one trial pass has run
+    assert hooks(module) == hooked
+    assert [part.training for part in module.modules()] == modes
+    assert all(torch.equal(part, before[name]) for name, part in module.state_dict().items())
+    assert module.config._attn_implementation == tiny_model.config._attn_implementation
+
+
+def test_sites_are_in_the_order_of_the_forward_pass(tiny_models):
+    sites = load_model(tiny_models["llama"]).sites
+    order = ["embed", "resid_pre.0", "attn_out.0", "resid_mid.0", "mlp_out.0", "resid_post.0", "resid_post.2", "logits"]
+    assert sorted(order, key=sites.index) == order
+
+
+def test_a_module_without_tokenizer(tiny_models):
+    assert load_model(tiny_models["gpt2"]).tokenizer is None
+
+
+def test_a_module_names_its_origin_without_the_machines_paths(saved, tiny_models):
+    module = AutoModelForCausalLM.from_pretrained(saved)
+    assert load_model(module).name == "tiny-llama"
+    module.config._name_or_path = "/somebody/elses/home/tiny-llama"
+    assert load_model(module).name == "tiny-llama"
+    module.config._name_or_path = "user/tiny"
+    assert load_model(module).name == "user/tiny"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cpu"}, "device='cpu'"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"revision": "v1"}, "revision='v1'"),
+    ],
+)
+def test_a_module_is_not_moved_or_cast(tiny_models, options, said):
+    assert refusal(load_model, tiny_models["gpt2"], **options) == (
+        f"{said} is for a model that is loaded; a module stays as it is given"
+    )
+
+
+def test_neither_path_nor_module():
+    assert refusal(load_model, 3) == "model must be a directory, a hub id or a transformers PreTrainedModel, not int"
+    assert refusal(load_model, nn.Linear(2, 2)) == (
+        "model must be a directory, a hub id or a transformers PreTrainedModel, not Linear"
+    )
+
+
+def test_revision_belongs_to_the_hub(saved):
+    assert refusal(load_model, saved, revision="v1") == (
+        f"revision='v1' is for a hub id; the directory {str(saved)!r} is what it is"
+    )
+
+
+def test_a_real_checkpoint(stories260k):
+    model = load_model(stories260k)
+    assert repr(model) == "Model('stories260K', LlamaForCausalLM, 260,032 parameters, torch.float32, cpu)"
+    ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    said = model.module.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert model.tokenizer.decode(said[0], skip_special_tokens=True) == (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the p"
+    )
+
+
+# Paths and hub ids
+
+
+def test_a_wrong_path_names_the_nearest(saved):
+    assert refusal(load_model, str(saved.parent / "tiny-lama")) == (
+        f"model {str(saved.parent / 'tiny-lama')!r}: no such directory "
+        f"({saved.parent.name}/ has no 'tiny-lama'; nearest: tiny-llama)"
+    )
+    assert refusal(load_model, saved.parent / "nowhere" / "deeper") == (
+        f"model {str(saved.parent / 'nowhere' / 'deeper')!r}: no such directory ({saved.parent.name}/ has no 'nowhere')"
+    )
+
+
+def test_a_path_object_is_never_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2-small").mkdir()
+    (tmp_path / ".gpt").mkdir()
+    assert refusal(load_model, Path("gpt2")) == (
+        f"model 'gpt2': no such directory ({tmp_path.name}/ has no 'gpt2'; nearest: gpt2-small)"
+    )
+
+
+def test_a_name_in_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert refusal(locate, "models/lama") == (
+        "model 'models/lama': no such directory (models/ has no 'lama'; nearest: llama)"
+    )
+
+
+def test_a_file(saved):
+    assert refusal(load_model, saved / "model.safetensors") == (
+        f"model {str(saved / 'model.safetensors')!r} is a file; give the folder that holds config.json"
+    )
+
+
+def test_a_directory_that_holds_no_model(tmp_path):
+    assert refusal(load_model, tmp_path) == (
+        f"model {str(tmp_path)!r} is a directory without config.json (it holds nothing); "
+        "give the folder that save_pretrained wrote"
+    )
+    for name in "fedcba":
+        (tmp_path / name).touch()
+    assert "(it holds a, b, c, d, e)" in refusal(load_model, tmp_path)
+
+
+def test_an_empty_name():
+    assert refusal(load_model, "") == "model is an empty string; give a directory or a hub id"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a..b", "-a", "a--b", "a/b/c", "mo del", "тест", "."])
+def test_names_that_no_hub_id_can_have(name, tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(locate, name).startswith(f"model {name!r}")
+    assert no_network == []
+
+
+def test_a_hub_id_when_offline(tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2-mine").mkdir()
+    assert refusal(load_model, "gpt2") == (
+        "model 'gpt2' is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set); nearest: gpt2-mine"
+    )
+    assert refusal(load_model, "openai-community/gpt2") == (
+        "model 'openai-community/gpt2' is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set)"
+    )
+    assert no_network == []
+
+
+def test_a_hub_id_that_the_hub_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def model_info(_self, name, revision, timeout):
+        assert timeout < 2
+        error = RuntimeError(f"{name} {revision}")
+        error.response = SimpleNamespace(status_code=404)
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    assert refusal(load_model, "gpt3", revision="v1") == (
+        "model 'gpt3' is no directory here, and the hub answers 404; check the name or give a path"
+    )
+    monkeypatch.setattr(HfApi, "model_info", lambda *_arguments, **_options: None)
+    assert (locate("user/gpt3").path, locate("user/gpt3").local) == ("user/gpt3", False)
+
+
+def hub_cache(folder: Path, name: str, files: list[Path], revision: str = "main") -> None:
+    """Lays files out as huggingface_hub's cache does."""
+    repository = folder / f"models--{name.replace('/', '--')}"
+    (repository / "snapshots" / "abc").mkdir(parents=True, exist_ok=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text("abc")
+    for file in files:
+        shutil.copy(file, repository / "snapshots" / "abc" / file.name)
+
+
+def test_outside_the_test_environment(saved, tmp_path):
+    """As a user has it, the hub not forbidden but out of reach: who asks for it, and what the cache is good for."""
+    everything = sorted(saved.iterdir())
+    words = [path for path in everything if "token" in path.name]
+    weights = [saved / "config.json", saved / "model.safetensors"]
+    index, pickled = tmp_path / "model.safetensors.index.json", tmp_path / "pytorch_model.bin"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    part = Path(shutil.copy(saved / "model.safetensors", tmp_path / "model-1.safetensors"))
+    pickled.touch()
+    cache = tmp_path / "hub"
+    hub_cache(cache, "user/whole", everything)
+    hub_cache(cache, "user/tagged", everything, revision="v1")
+    hub_cache(cache, "user/config-only", [saved / "config.json"])
+    hub_cache(cache, "user/half", [saved / "config.json", index, part])
+    hub_cache(cache, "user/pickled", [saved / "config.json", pickled])
+    hub_cache(cache, "user/weights", weights)
+    hub_cache(cache, "user/words", words)
+    code = f"""
+import json, socket, time
+attempts = []
+def refuse(*arguments, **options):
+    attempts.append(arguments)
+    raise OSError("unreachable")
+socket.socket.connect = socket.getaddrinfo = refuse
+waits = []
+time.sleep = waits.append
+from workbench.model.load import load_model
+def outcome(*arguments, **options):
+    attempts.clear()
+    waits.clear()
+    try:
+        model = load_model(*arguments, **options)
+        said = [model.name, model.revision, model.tokenizer is not None]
+    except Exception as error:
+        said = type(error).__name__ + ": " + str(error)
+    return [said, bool(attempts), sum(waits)]
+saved = {str(saved)!r}
+print(json.dumps({{
+    "directory": outcome(saved),
+    "cached": outcome("user/whole"),
+    "revision": outcome("user/tagged", revision="v1"),
+    "other revision": outcome("user/tagged", revision="v2"),
+    "config only": outcome("user/config-only"),
+    "half": outcome("user/half"),
+    "pickled": outcome("user/pickled"),
+    "weights": outcome("user/weights"),
+    "weights and words": outcome("user/weights", tokenizer="user/words"),
+    "wrong": outcome("user/nothing"),
+    "cached tokenizer": outcome(saved, tokenizer="user/words"),
+    "wrong tokenizer": outcome(saved, tokenizer=saved + "/nowhere"),
+    "hub tokenizer": outcome("user/whole", tokenizer="user/none"),
+}}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ran.stderr == ""
+    found = json.loads(ran.stdout)
+    unreachable = "is no directory here, and the hub cannot be reached; check the name or give a path"
+    assert {name: (said, asked) for name, (said, asked, _) in found.items()} == {
+        "directory": (["tiny-llama", None, True], False),
+        "cached": (["user/whole", None, True], False),
+        "revision": (["user/tagged", "v1", True], False),
+        "other revision": (f"RequestError: model 'user/tagged' {unreachable}", True),
+        "config only": (f"RequestError: model 'user/config-only' {unreachable}", True),
+        "half": (f"RequestError: model 'user/half' {unreachable}", True),
+        "pickled": (
+            "RequestError: model 'user/pickled' has only pickled weights (pytorch_model.bin), which can run code when "
+            "read; convert them to safetensors or pass allow_pickle=True if you trust their author",
+            False,
+        ),
+        "weights": (f"RequestError: tokenizer 'user/weights' {unreachable}", True),
+        "weights and words": (["user/weights", None, True], False),
+        "wrong": (f"RequestError: model 'user/nothing' {unreachable}", True),
+        "cached tokenizer": (["tiny-llama", None, True], False),
+        "wrong tokenizer": (
+            f"RequestError: tokenizer '{saved}/nowhere': no such directory (tiny-llama/ has no 'nowhere')",
+            False,
+        ),
+        "hub tokenizer": (f"RequestError: tokenizer 'user/none' {unreachable}", True),
+    }
+    assert {waited for _, _, waited in found.values()} == {0}  # the library's habit is to try again for seconds
+
+
+# Checkpoints that are not what they should be
+
+
+@pytest.mark.parametrize("keep", [0, 5, 3000])
+def test_a_damaged_checkpoint(model_dir, keep):
+    weights = model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert refusal(load_model, model_dir).startswith("model 'tiny-llama' cannot be loaded: Error while deserializing")
+
+
+def test_no_weights(model_dir):
+    (model_dir / "model.safetensors").unlink()
+    assert refusal(load_model, model_dir) == (
+        f"model 'tiny-llama' cannot be loaded: Error no file named model.safetensors found in directory {model_dir}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "is not a valid JSON file."),
+        ("{}", "Should have a `model_type` key in its config.json."),
+        ('{"model_type": "zork"}', "has model type `zork` but Transformers does not recognize this architecture."),
+        ('{"model_type": "t5"}', "Unrecognized configuration class"),
+    ],
+)
+def test_a_wrong_config(model_dir, config, said):
+    (model_dir / "config.json").write_text(config)
+    text = refusal(load_model, model_dir)
+    assert text.startswith("model 'tiny-llama' cannot be loaded: ")
+    assert said in text
+
+
+def test_weights_that_the_checkpoint_lacks_are_not_made_up(model_dir):
+    """transformers would fill them with random numbers, and every recording would be of another model."""
+    edit_json(model_dir / "config.json", num_hidden_layers=4)
+    assert refusal(load_model, model_dir) == (
+        "model 'tiny-llama': its checkpoint does not fit its config.json, 9 of 39 weights are missing or of "
+        "another shape: model.layers.3.input_layernorm.weight, ..."
+    )
+
+
+def test_weights_of_another_shape(model_dir):
+    edit_json(model_dir / "config.json", intermediate_size=50)
+    assert refusal(load_model, model_dir) == (
+        "model 'tiny-llama': its checkpoint does not fit its config.json, 9 of 30 weights are missing or of another "
+        "shape: model.layers.0.mlp.down_proj.weight ((32, 48) there, (32, 50) here), ..."
+    )
+
+
+def test_tied_weights_are_stored_once_and_not_missing(tiny_models, tmp_path):
+    tiny_models["gpt2"].save_pretrained(tmp_path)
+    assert load_model(tmp_path).fingerprint() == load_model(tiny_models["gpt2"]).fingerprint()
+
+
+class Marker:
+    """Leaves a file behind when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_only_where_allowed(model_dir, tiny_models):
+    weights = load_file(model_dir / "model.safetensors")
+    (model_dir / "model.safetensors").unlink()
+    torch.save(weights, model_dir / "pytorch_model.bin")
+    assert refusal(load_model, model_dir) == (
+        "model 'tiny-llama' has only pickled weights (pytorch_model.bin), which can run code when read; "
+        "convert them to safetensors or pass allow_pickle=True if you trust their author"
+    )
+    model = load_model(model_dir, allow_pickle=True)
+    assert torch.equal(model.module(IDS).logits, tiny_models["llama"](IDS).logits)
+
+
+def test_a_stray_safetensors_file_lets_no_pickle_in(model_dir):
+    torch.save(load_file(model_dir / "model.safetensors"), model_dir / "pytorch_model.bin")
+    (model_dir / "model.safetensors").rename(model_dir / "adapter.safetensors")
+    assert refusal(load_model, model_dir).startswith("model 'tiny-llama' cannot be loaded: Error no file named model.")
+
+
+def test_a_pickle_that_would_run_code_does_not(model_dir):
+    (model_dir / "model.safetensors").unlink()
+    torch.save({"weight": Marker(model_dir / "ran")}, model_dir / "pytorch_model.bin")
+    refusal(load_model, model_dir)
+    assert not (model_dir / "ran").exists()
+
+
+def test_safetensors_win_over_a_pickle_beside_them(model_dir):
+    torch.save({"weight": Marker(model_dir / "ran")}, model_dir / "pytorch_model.bin")
+    assert load_model(model_dir).name == "tiny-llama"
+    assert not (model_dir / "ran").exists()
+
+
+CUSTOM = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_remote_code_runs_only_where_trusted(model_dir, tmp_path, monkeypatch):
+    marker = tmp_path / "ran"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (model_dir / "own.py").write_text(CUSTOM.format(marker=str(marker)))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit_json(model_dir / "config.json", model_type="own-llama", auto_map=classes)
+    assert refusal(load_model, model_dir) == (
+        "model 'tiny-llama' needs code of its own repository, which is not run unasked; "
+        "pass trust_remote_code=True if you trust its author"
+    )
+    assert not marker.exists()
+    assert load_model(model_dir, trust_remote_code=True).architecture == "OwnModel"
+    assert marker.exists()
+
+
+# Tokenizers
+
+
+def test_a_directory_without_tokenizer(model_dir):
+    for path in model_dir.glob("*token*"):
+        path.unlink()
+    assert load_model(model_dir).tokenizer is None
+
+
+def test_another_tokenizer(saved, stories260k):
+    assert len(load_model(saved, tokenizer=str(stories260k)).tokenizer) == 512
+    given = AutoTokenizer.from_pretrained(saved)
+    assert load_model(saved, tokenizer=given).tokenizer is given
+
+
+def test_wrong_tokenizers(saved, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(load_model, saved, tokenizer=tmp_path / "tiny-lama") == (
+        f"tokenizer {str(tmp_path / 'tiny-lama')!r}: no such directory "
+        f"({tmp_path.name}/ has no 'tiny-lama'; nearest: tiny-llama)"
+    )
+    assert refusal(load_model, saved, tokenizer=saved / "tokenizer.json") == (
+        f"tokenizer {str(saved / 'tokenizer.json')!r} is a file; give the folder that holds tokenizer.json"
+    )
+    assert refusal(load_model, saved, tokenizer=3) == (
+        "tokenizer must be a directory, a hub id or a transformers tokenizer, not int"
+    )
+    assert refusal(load_model, saved, tokenizer="some/words") == (
+        "tokenizer 'some/words' is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set)"
+    )
+    for path in model_dir.glob("*token*"):
+        path.write_text("{")
+    text = refusal(load_model, model_dir)
+    assert text.startswith(f"tokenizer {str(model_dir)!r} cannot be loaded: ")
+    assert refusal(load_model, saved, tokenizer=model_dir) == text
+
+
+# Fingerprints
+
+
+def fingerprint(module) -> str:
+    return Model(module, None, "a").fingerprint()
+
+
+def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_bytes(saved):
+    """Computed anew from the file, which has no tied weights here."""
+    digest = hashlib.sha256()
+    for name, part in sorted(load_file(saved / "model.safetensors").items()):
+        digest.update(f"{name} torch.float32 {tuple(part.shape)}\n".encode() + part.numpy().tobytes())
+    assert load_model(saved).fingerprint() == digest.hexdigest()
+
+
+def test_every_weight_counts(tiny_models):
+    module = copy.deepcopy(tiny_models["llama"])
+    seen = {fingerprint(module)}
+    assert seen == {fingerprint(tiny_models["llama"])}
+    for parameter in module.parameters():
+        with torch.no_grad():
+            last = parameter.view(-1)[-1:]
+            last.copy_(torch.nextafter(last, torch.tensor(torch.inf)))
+        seen.add(fingerprint(module))
+    assert len(seen) == 1 + len(list(module.parameters()))
+
+
+def test_not_the_values_alone_count():
+    def linear(rows, columns, dtype=torch.float32):
+        layer = nn.Linear(columns, rows, bias=False)
+        layer.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype))
+        return layer
+
+    kinds = [linear(2, 4), linear(4, 2), linear(4, 4, torch.float16), nn.Sequential(linear(2, 4))]
+    assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
+
+
+def test_buffers_count_where_they_are_saved():
+    def with_buffer(value, persistent):
+        layer = nn.Linear(2, 2, bias=False)
+        nn.init.zeros_(layer.weight)
+        layer.register_buffer("seen", torch.tensor(value), persistent=persistent)
+        return fingerprint(layer)
+
+    assert with_buffer(1.0, True) != with_buffer(2.0, True)
+    assert with_buffer(1.0, False) == with_buffer(2.0, False)
+
+
+def test_a_tied_weight_counts_once(tiny_models):
+    tied = tiny_models["gpt2"]
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    untied = copy.deepcopy(tied)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.clone())
+    assert fingerprint(untied) != fingerprint(tied)
+    assert fingerprint(copy.deepcopy(tied)) == fingerprint(tied)
+
+
+def test_memory_layout_and_training_do_not_count():
+    layer = nn.Linear(3, 5)
+    before = fingerprint(layer)
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    assert not layer.weight.is_contiguous()
+    assert fingerprint(layer.train().requires_grad_(False)) == before
+
+
+def test_the_config_fingerprint_is_of_what_the_model_is(saved, tmp_path):
+    other_place = Path(shutil.copytree(saved, tmp_path / "moved"))
+    edit_json(other_place / "config.json", transformers_version="4.0.0", architectures=None)
+    before = load_model(saved).config_fingerprint()
+    assert load_model(other_place, dtype="float16").config_fingerprint() == before
+    edit_json(other_place / "config.json", rms_norm_eps=1e-3)
+    assert load_model(other_place).config_fingerprint() != before
+
+
+def test_the_tokenizer_fingerprint_is_of_what_the_tokenizer_is(saved, stories260k):
+    model = load_model(saved, tokenizer=saved)
+    before = model.tokenizer_fingerprint()
+    tokenizer = model.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["Monday", "the little day"], padding=True, truncation=True, max_length=4)
+    assert tokenizer.backend_tokenizer.padding is not None
+    assert model.tokenizer_fingerprint() == before == load_model(saved).tokenizer_fingerprint()
+    tokenizer.add_tokens(["zork"])
+    assert model.tokenizer_fingerprint() != before
+    assert load_model(stories260k).tokenizer_fingerprint() not in (before, model.tokenizer_fingerprint())
+    assert load_model(saved, tokenizer=None).tokenizer_fingerprint() == before
+
+
+def test_no_tokenizer_has_no_fingerprint(tiny_models):
+    assert load_model(tiny_models["gpt2"]).tokenizer_fingerprint() is None
+
+
+def test_a_tokenizer_without_a_backend(tiny_models):
+    def slow(vocab):
+        tokenizer = SimpleNamespace(get_vocab=lambda: vocab, special_tokens_map={"bos_token": "<s>"})
+        return Model(tiny_models["gpt2"], tokenizer, "a").tokenizer_fingerprint()
+
+    assert slow({"a": 0, "b": 1}) == slow({"b": 1, "a": 0}) != slow({"a": 1, "b": 0})
+
+
+# What a model says of itself
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"max_position_embeddings": 5}, 5),
+        ({"n_positions": 7}, 7),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_context_limit(config, limit):
+    inner = SimpleNamespace(**config)
+    module = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: inner))
+    assert Model(module, None, "a").context_limit == limit
+
+
+def test_context_limit_of_real_configs(tiny_model):
+    assert load_model(tiny_model).context_limit == 128
+
+
+# TransformerBridge
+
+
+def test_the_bridge_agrees_and_the_model_stays(tiny_model, no_network):
+    model = load_model(tiny_model)
+    classes = [type(part) for part in tiny_model.modules()]
+    hidden = copy.deepcopy(tiny_model)(IDS, output_hidden_states=True).hidden_states
+    before, hooked = tiny_model(IDS).logits, hooks(tiny_model)
+    bridge = model.bridge()
+    logits, cache = bridge.run_with_cache(IDS)
+    assert torch.allclose(logits, before, atol=1e-4, rtol=0)
+    assert torch.allclose(cache["blocks.0.hook_resid_post"], hidden[1], atol=1e-4, rtol=0)
+    assert [type(part) for part in tiny_model.modules()] == classes
+    assert torch.equal(tiny_model(IDS).logits, before)
+    assert hooks(tiny_model) == hooked
+    with torch.no_grad():
+        next(iter(bridge.parameters())).zero_()
+    assert torch.equal(tiny_model(IDS).logits, before)
+    assert no_network == []
+
+
+def test_the_bridge_of_a_real_checkpoint(stories260k):
+    model = load_model(stories260k)
+    before = model.tokenizer_fingerprint()
+    bridge = model.bridge()
+    ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    assert torch.equal(bridge.to_tokens("Once upon a time"), ids)
+    assert torch.allclose(bridge("Once upon a time"), model.module(ids).logits, atol=1e-4, rtol=0)
+    assert model.tokenizer.pad_token is None
+    assert model.tokenizer_fingerprint() == before
+
+
+def test_the_bridge_takes_a_tokenizer_that_is_on_no_disk(tiny_models):
+    vocab = {name: i for i, name in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    bridge = load_model(tiny_models["gpt2"], tokenizer=tokenizer).bridge()
+    own = tokenizer("day")["input_ids"]
+    assert bridge.to_tokens("day", prepend_bos=False)[0].tolist() == own
+    assert bridge.to_tokens("day", prepend_bos=True)[0].tolist() == [0, *own]
+
+
+def test_the_bridge_computes_in_the_models_dtype(tiny_models):
+    bridge = load_model(copy.deepcopy(tiny_models["llama"]).bfloat16()).bridge()
+    assert bridge.cfg.dtype == bridge(IDS).dtype == torch.bfloat16
+
+
+def test_no_bridge_for_what_transformer_lens_does_not_know():
+    from transformers import BertConfig, BertModel
+
+    tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=16)
+    module = BertModel(tiny)
+    module.config.architectures = None
+    assert refusal(Model(module, None, "tiny-bert").bridge).startswith("model 'tiny-bert' gets no TransformerBridge: ")
+
+
+def test_the_bridge_installs_nothing(monkeypatch):
+    """TransformerLens' own boot fetches torchvision, and another torch with it, for a model that also sees images."""
+    from transformers import Gemma3Config
+
+    small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    text = small | {"vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    vision = small | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=319)
+    module = AutoModelForCausalLM.from_config(config).eval()
+    ran = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_options: ran.append(arguments))
+    bridge = load_model(module).bridge()
+    assert bridge.cfg.is_multimodal
+    assert torch.allclose(bridge(IDS), module(IDS).logits, atol=1e-4, rtol=0)
+    assert ran == []

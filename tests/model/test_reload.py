@@ -1,0 +1,89 @@
+"""The model a store was recorded from: found by its name, taken when given, refused when it is another."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from refusals import refused
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.model.reload import recorded_model
+
+
+def record(model, out):
+    texts = [[5, 6, 7]] if model.tokenizer is None else ["Once upon a time"]
+    return wb.record(model, texts, out=out, sites=("resid_post.0",), show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_models, tmp_path_factory):
+    """(model, store): a name that nothing can be loaded by."""
+    model = Model(tiny_models["llama"], None, "tiny-llama")
+    return model, record(model, tmp_path_factory.mktemp("origin") / "acts")
+
+
+@pytest.fixture(scope="module")
+def demo_store(tmp_path_factory):
+    return record(wb.load_model("demo", device="cpu"), tmp_path_factory.mktemp("demo") / "acts")
+
+
+def test_the_name_in_the_store_is_enough(demo_store):
+    found = recorded_model(demo_store, device="cpu")
+    assert (found.name, found.fingerprint()) == ("demo", demo_store.manifest.model.fingerprint)
+    assert found.tokenizer is not None
+
+
+def test_a_model_that_is_given_is_taken_as_it_is(tiny):
+    model, store = tiny
+    assert recorded_model(store, model) is model
+
+
+def test_a_directory(tiny, tmp_path):
+    model, store = tiny
+    model.module.save_pretrained(tmp_path / "there")
+    found = recorded_model(store, str(tmp_path / "there"), device="cpu")
+    assert found.fingerprint() == model.fingerprint()
+    assert found.module is not model.module
+
+
+def test_device(demo_store):
+    assert recorded_model(demo_store, device="cpu").device == torch.device("cpu")
+    assert "device 'toaster' cannot be used" in refused(
+        RequestError, lambda: recorded_model(demo_store, device="toaster")
+    )
+
+
+def test_weights_of_the_recorded_precision(tiny_models, tmp_path):
+    """A directory in float32 of a recording in bfloat16 is loaded in bfloat16."""
+    module = copy.deepcopy(tiny_models["llama"])
+    half = Model(copy.deepcopy(module).bfloat16(), None, "half")
+    store = record(half, tmp_path / "acts")
+    module.save_pretrained(tmp_path / "there")
+    found = recorded_model(store, str(tmp_path / "there"), device="cpu")
+    assert found.dtype == torch.bfloat16
+
+
+def test_a_name_that_cannot_be_loaded(tiny):
+    _, store = tiny
+    said = refused(RequestError, lambda: recorded_model(store))
+    assert said.startswith(
+        "model is not given, and 'tiny-llama', which the store names, cannot be loaded; "
+        "give model=, the directory it was recorded from (model 'tiny-llama' "
+    )
+
+
+def test_other_weights_are_refused(tiny):
+    model, store = tiny
+    other = copy.deepcopy(model.module)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1e-6
+    assert refused(RequestError, lambda: recorded_model(store, Model(other, None, "other"))) == (
+        "model 'other' has other weights than the store 'acts' was recorded from ('tiny-llama', LlamaForCausalLM); "
+        "give the one that was recorded"
+    )
+    said = refused(RequestError, lambda: recorded_model(store, "demo", device="cpu"))
+    assert said.startswith("model 'demo' has other weights")

@@ -1,0 +1,72 @@
+"""Every notebook runs from top to bottom on the embedded model, offline, and is kept without outputs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat, which comes with jupyterlab")
+nbclient = pytest.importorskip("nbclient", reason="needs nbclient, which comes with jupyterlab")
+pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PROBES = {"AttentionSinks", "FutureLens", "LogitLens", "SuccessorHeads", "TokenErasure", "TunedLens"}
+
+books = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code(path: Path) -> str:
+    return "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+
+
+def test_every_probe_has_its_notebook():
+    used = {name for path in NOTEBOOKS for name in re.findall(r"^from probes import (.+)$", code(path), re.M)}
+    assert {probe for names in used for probe in names.split(", ")} == PROBES
+    listed = re.findall(r"\]\(([\w-]+\.ipynb)\)", (FOLDER / "README.md").read_text())
+    assert sorted(listed) == [path.name for path in NOTEBOOKS]
+
+
+@books
+def test_it_is_kept_without_outputs(path):
+    book = nbformat.read(path, 4)
+    nbformat.validate(book)
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in cells] == [[]] * len(cells)
+    assert {cell.execution_count for cell in cells} == {None}
+    assert book.metadata.kernelspec.name == "python3"
+
+
+@books
+def test_it_tells_a_story_and_asserts_a_fact(path):
+    book = nbformat.read(path, 4)
+    assert book.cells[0].source.startswith("# ")
+    assert re.search(r"^ *assert |assert_allclose", code(path), re.M)
+    imports = set(re.findall(r"^(?:from|import) (\w+)", code(path), re.M))
+    assert imports <= {"workbench", "probes", "numpy", "pandas", "torch", "transformers", "json", "pathlib"}
+    assert not re.search(r"^from workbench", code(path), re.M)  # the public names alone
+
+
+@books
+def test_it_runs(path, tmp_path, monkeypatch):
+    """In a kernel of its own, in an empty folder; its asserts hold, and no cell warns."""
+    root = str(FOLDER.parent)
+    monkeypatch.setenv("PYTHONPATH", root)
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore::DeprecationWarning")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    book = nbformat.read(path, 4)
+    client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    said = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    warned = [text for text in said if "Warning" in text]
+    assert [text for text in warned if "no Chrome" not in text and "kaleido is not" not in text] == []
+    if path.stem == "quickstart":
+        shown = [output.data for output in outputs if "data" in output]
+        assert any("workbench-card" in data.get("text/html", "") for data in shown)
+        assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
+        assert any("application/vnd.plotly.v1+json" in data for data in shown)

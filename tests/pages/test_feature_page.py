@@ -1,0 +1,228 @@
+"""The page of a feature: what it shows is what the features hold, and no text of a model becomes markup."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import store_example
+import torch
+from command_line import refused as refused_by_cli
+from command_line import run
+from refusals import refused
+from sae_example import save_sae
+from store_example import MODEL, write_store
+
+import workbench as wb
+from workbench.features.extract import extract_features
+from workbench.figures.text import visible
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.model.unembed import measure_unembed, save_unembed
+from workbench.sae.decoder import decoder_logits
+from workbench.sae.load import load_sae
+from workbench.store import SiteRecord, open_store
+
+SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (32,), "float32")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    " &amp; ",
+    "a\nb",
+    "\u202egnp",
+    "</span></div>",
+    "\ud800",
+    "nul\0l",
+    "🦜",
+    "plain",
+)
+TAGS = {
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "span", "small", "section"),
+    *("svg", "rect", "table", "tr", "th", "td", "code"),
+}
+
+
+class Page(HTMLParser):
+    """The elements of a page: (tag, class, attributes, own text), in order of their beginnings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements, self.open, self.strays = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes).get("class") or "", dict(attributes), ""])
+        if tag != "meta":
+            self.open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1][0] == tag:
+            self.open.pop()
+        else:
+            self.strays += 1
+
+    def handle_data(self, data):
+        if self.open:
+            self.open[-1][3] += data
+
+    def texts(self, tag, kind=None):
+        return [text for name, own, _, text in self.elements if name == tag and kind in (None, *own.split())]
+
+
+@pytest.fixture(scope="module")
+def hostile(tiny_models, tmp_path_factory):
+    """Features of a store whose tokens and vocabulary are hostile; their SAE; the unembedding."""
+    folder = tmp_path_factory.mktemp("hostile")
+    model = tiny_models["gpt2"]
+    tokens = tuple(HOSTILE[i % len(HOSTILE)].replace("\ud800", "?") for i in range(320))
+    unembed = replace(measure_unembed(model, Model(model, None, "tiny").site_map.last_block), tokens=tokens)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store_example, "WORDS", tuple(token.replace("\ud800", "?") for token in HOSTILE))
+        path = write_store(
+            folder / "x.acts",
+            [[7, 9], [12, 30]],
+            sites=(SITE,),
+            model=replace(MODEL, name="<b>tiny</b>", d_model=32, vocab=320),
+            unembed=lambda path: save_unembed(unembed, path, torch.float32),
+            unembed_reason=None,
+        )
+    about = {"hook_name": SITE.name, "model_name": "<b>tiny</b>"}
+    sae = load_sae(save_sae(folder / "sae", d_in=32, **about), device="cpu")
+    return extract_features(open_store(path), sae, show_progress=False), sae, unembed
+
+
+def test_hostile_tokens_stay_text(hostile, tmp_path):
+    features, sae, _ = hostile
+    feature = int(features.counts.argmax())
+    text = wb.feature_page(features, feature, tmp_path / "deep" / "page.html", sae=sae, k=40).read_text()
+    page = Page(text)
+    assert (page.open, page.strays) == ([], 0)
+    assert {tag for tag, *_ in page.elements} <= TAGS
+    assert not [name for _, _, attributes, _ in page.elements for name in attributes if name.startswith("on")]
+    assert "http" not in text.replace("http-equiv", "")  # no address of anything
+    assert "default-src 'none'" in text
+    shown = set(page.texts("span")) | set(page.texts("code"))
+    assert {
+        "<script>alert(1)</script>",
+        '"><img src=x onerror=alert(1)>',
+        " &amp; ",
+        "</span></div>",
+    } <= shown
+    told = {visible(token.replace("\ud800", "?"), 60) for token in HOSTILE}
+    assert len(set(page.texts("code"))) > 3
+    assert set(page.texts("code")) <= told
+    assert {"a⏎b", "\\u202egnp", "nul\\x00l", "🦜"} <= shown
+    assert not {"\u202e", "\0"} & set(text)
+    assert any("model <b>tiny</b>; 58 tokens" in part for part in page.texts("p", "from"))
+
+
+def test_contexts_are_those_of_the_top_rows(hostile, tmp_path):
+    features, _, _ = hostile
+    feature = int(features.counts.argmax())
+    page = Page(wb.feature_page(features, feature, tmp_path / "page.html", k=3, context=2).read_text())
+    dense, sequence = features[:].toarray()[:, feature], features.store.tokens["sequence"].to_numpy()
+    order = np.lexsort((np.arange(len(dense)), -dense))
+    shown: list[int] = []
+    expected = []
+    for row in order[: int((dense > 0).sum())]:
+        if row in shown:
+            continue
+        near = [r for r in range(max(row - 2, 0), min(row + 3, len(dense))) if sequence[r] == sequence[row]]
+        shown += near
+        expected.append((row, near))
+    boxes = re.split(r'<div class="context">', (tmp_path / "page.html").read_text())[1:]
+    for box, (row, near) in zip(boxes[:3], expected, strict=False):
+        spans = [part for part in Page(box).elements if part[0] == "span"]
+        assert len(spans) == len(near)
+        assert [("here" in part[1]) for part in spans] == [r == row for r in near]
+        assert [float(part[2].get("title", 0)) for part in spans] == [float(f"{dense[r]:.4g}") for r in near]
+        shades = [float(part[2]["style"].removeprefix("--a:")) for part in spans]
+        expected_shades = [0.12 + 0.68 * dense[r] / dense.max() if dense[r] else 0 for r in near]
+        assert shades == pytest.approx(expected_shades, abs=0.006)
+    strongest = page.texts("div", "value")
+    assert strongest[0] == f"{dense.max():.3g}"
+    assert (tmp_path / "page.html").read_text().count("<section>") == 2
+
+
+def test_panels_show_counts_tokens_and_neighbours(hostile, tmp_path):
+    features, sae, unembed = hostile
+    feature = int(features.counts.argmax())
+    text = wb.feature_page(features, feature, tmp_path / "page.html", sae=sae).read_text()
+    counts, _ = wb.feature_histogram(features, feature)
+    titles = re.findall(r"<title>[^<]* to [^<]*: ([\d,]+)</title></rect>", text)
+    assert [int(n.replace(",", "")) for n in titles] == [n for n in counts if n]
+    assert f"active on {features.counts[feature]} of 58 tokens" in text
+    effects = np.sort(decoder_logits(sae, unembed, [feature])[0].numpy())
+    logits = [float(cell) for cell in re.findall(r"<td>([+-]\d+\.\d{3})</td>", text)]
+    assert logits == pytest.approx([*effects[::-1][:10], *effects[:10]], abs=6e-4)
+    cosines = wb.nearest_features(sae, feature)["cosine"]
+    assert [f"<td>{x:.3g}</td>" in text for x in cosines] == [True] * 10
+    together = wb.coactivation(features, feature).head(10)
+    for line in together.itertuples():
+        assert f"<td>{line.feature}</td><td>{line.both}</td><td>{line.lift:.3g}</td><td>{line.jaccard:.3g}" in text
+
+
+def test_a_page_without_sae_and_of_a_dead_feature(tmp_path):
+    bare = open_store(write_store(tmp_path / "x.acts", [[9]], sites=(SITE,)))
+    folder = save_sae(tmp_path / "sae", "topk", d_in=32, k=1, hook_name=SITE.name, model_name="demo")
+    sae = load_sae(folder, device="cpu")
+    features = extract_features(bare, sae, show_progress=False)
+    dead = int(features.counts.argmin())
+    text = wb.feature_page(features, dead, tmp_path / "page.html").read_text()
+    assert "active on 0 of 9 tokens (0 %)" in text
+    assert "Promoted" not in text
+    assert "<section>" not in text
+    text = wb.feature_page(features, dead, tmp_path / "page.html", sae=sae).read_text()
+    assert "holds no unembedding: the model has none" in text
+    assert "Nearest by decoder" in text
+
+
+def test_wrong_requests_of_a_page(hostile, tmp_path):
+    features, _, _ = hostile
+    other = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")
+    page = tmp_path / "page.html"
+    assert "not with other" in refused(RequestError, lambda: wb.feature_page(features, 0, page, sae=other))
+    assert refused(RequestError, lambda: wb.feature_page(features, 99, page)).startswith("feature 99 does not exist")
+    assert refused(RequestError, lambda: wb.feature_page(features, 0, page, k=0)) == "k must be at least 1, not 0"
+    text = refused(RequestError, lambda: wb.feature_page(features, 0, tmp_path))
+    assert text == f"{tmp_path} is a folder; name the file, such as {tmp_path / 'feature-0.html'}"
+    assert not page.exists()
+
+
+# ---- workbench top ----------------------------------------------------------------------------------------
+
+
+def test_top_lists_and_counts(hostile, tmp_path):
+    features, _, _ = hostile
+    feature = int(features.counts.argmax())
+    code, out, err = run("top", features.path, feature, "--k", 3, "--where", "position > 3")
+    table = features.top(feature, 3, 5, "position > 3")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["activation", "row", "sequence", "position", "token", "context"]
+    assert [int(line.split()[1]) for line in lines[1:4]] == table["row"].tolist()
+    assert lines[4] == f"active on {features.counts[feature]} of 58 rows, 3 shown"
+    code, out, _ = run("top", features.path, feature, "--k", 99)
+    assert out.splitlines()[-1] == f"active on {features.counts[feature]} of 58 rows"
+
+
+def test_top_writes_a_page(hostile, tmp_path):
+    features, sae, _ = hostile
+    folder = features.path.parents[2] / "sae"
+    code, out, err = run("top", features.path, 2, "--page", tmp_path / "p.html", "--sae", folder)
+    assert (code, out, err) == (0, f"page  {tmp_path / 'p.html'}\n", "")
+    assert (tmp_path / "p.html").read_text() == wb.feature_page(features, 2, tmp_path / "q.html", sae=sae).read_text()
+
+
+def test_wrong_requests_of_top(hostile, tmp_path):
+    features, _, _ = hostile
+    asked, page = ("top", features.path), ("--page", tmp_path / "p.html")
+    assert refused_by_cli(*asked, 20) == "feature 20 does not exist; the SAE has features 0 to 19"
+    assert refused_by_cli(*asked, 20, *page) == "feature 20 does not exist; the SAE has features 0 to 19"
+    assert refused_by_cli(*asked, 2, "--sae", "demo") == "sae is for the page; give page too, or leave sae out"
+    assert refused_by_cli(*asked, 2, *page, "--sae-id", "x") == "sae_id chooses one of several; give sae too"
+    assert refused_by_cli(*asked, 2, *page, "--where", "true").startswith("where chooses among the tokens that are li")
+    assert refused_by_cli(*asked, 2, "--where", "tokn = 3").startswith("query 'tokn = 3': ")
+    assert refused_by_cli("top", tmp_path, 2).startswith(f"no features at {tmp_path}: ")
+    assert not (tmp_path / "p.html").exists()

@@ -1,0 +1,447 @@
+"""Figures as files: the same bytes twice, the numbers that were drawn, text that stays text, and print that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import html.parser
+import json
+import re
+import sys
+import warnings
+import xml.etree.ElementTree as ElementTree
+import zlib
+from itertools import combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from browser import chrome, overlapping, text_boxes
+from plotly.subplots import make_subplots
+from refusals import refused
+from workbench.probes import LogitLens
+
+import workbench as wb
+from workbench.cli.main import main
+from workbench.figures.attention_map import head_attention
+from workbench.figures.describe import alt_text, caption, figure_data
+from workbench.figures.grid import layer_curves, token_grid
+from workbench.figures.heads import beside, head_grid
+from workbench.figures.paper import paper
+from workbench.figures.strip import token_strip
+from workbench.figures.text import label, plain, sentence, units
+from workbench.figures.theme import CATEGORIES, COLUMNS, DARK, INCH, POINT, PROBABILITY, SIGNED, dark
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+
+HOSTILE = "<script>alert(1)</script><a href='x'>&amp;$x$\u202e\x00\"%{x}"
+
+
+@pytest.fixture(scope="module")
+def result(tiny_models, tiny_tokenizer, tmp_path_factory):
+    model = Model(tiny_models["llama"], tiny_tokenizer, HOSTILE)
+    texts = ["Once upon a time <script> $x$", "the little day"]
+    store = wb.record(model, texts, out=tmp_path_factory.mktemp("figures") / "t.acts", show_progress=False)
+    return LogitLens(top_k=2, where="position < 10").run(store)
+
+
+def curves(names=("one", "two")) -> go.Figure:
+    values = {name: np.array([1.0, 2.0, 4.0]) + at for at, name in enumerate(names)}
+    return layer_curves(values, layers=[0, 1, 2], title="A title", unit="nats")
+
+
+def grid(tokens, **changes) -> go.Figure:
+    texts = [list(tokens)] * 2
+    given = {"cells": texts, "hover": texts, "tokens": tokens, "positions": range(len(tokens)), "layers": [0, 1]}
+    given |= {"title": "A title", "subtitle": "more of it", "unit": "probability"}
+    return token_grid(np.linspace(0, 1, 2 * len(tokens)).reshape(2, -1), **{**given, **changes})
+
+
+def heads() -> go.Figure:
+    texts = [[""] * 12] * 4
+    return head_grid(np.eye(4, 12), hover=texts, layers=range(4), title="t", subtitle="s", unit="alpha (attention)")
+
+
+def panels() -> go.Figure:
+    figure = make_subplots(2, 2, shared_yaxes=True, subplot_titles=["a one", "b two", "c three", "d four"])
+    for at in range(4):
+        figure.add_scatter(x=[0, 1, 2], y=[at, 1, 2], name=f"line {at}", row=1 + at // 2, col=1 + at % 2)
+    return figure.update_xaxes(title="layer", row=2).update_yaxes(title="share of tokens", col=1)
+
+
+def bars() -> go.Figure:
+    names = [f"a long label of a bar, {n}" for n in range(50)]
+    figure = go.Figure(go.Bar(x=np.arange(50), y=names, orientation="h"))
+    return figure.update_xaxes(title="a title of an axis that is longer than the axis", dtick=1)
+
+
+WORDS = [f" token{n}" for n in range(30)]
+SHAPES = {"curves": curves, "grid": lambda: grid([f"·token{n}" for n in range(20)]), "heads": heads}
+SHAPES |= {
+    "menu": lambda: head_attention(
+        np.full((2, 30, 30), 1 / 30), heads=["0.1", "1.0"], tokens=WORDS, title="t", subtitle=""
+    ),
+    "strip": lambda: token_strip(
+        np.arange(30.0), tokens=WORDS, positions=range(30), title="", subtitle="", unit="nats"
+    ),
+    "beside": lambda: beside(
+        heads(), {"position 0": np.arange(1.0, 5), "others": np.full(4, 80.0)}, unit="residual L2 norm"
+    ),
+    "deep": lambda: head_grid(
+        np.eye(48, 64), hover=[[""] * 64] * 48, layers=range(48), title="t", subtitle="s", unit="alpha (attention)"
+    ),
+    "panels": panels,
+    "bars": bars,
+    "long_key": lambda: curves([f"a series of a long name, {n}" for n in "abcdefg"]),
+}
+
+
+# Palettes: what colour-blind eyes see, in CIELAB (Machado, Oliveira and Fernandes 2009, severity 1)
+
+SEEN = {
+    "all": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(colour: str, seen: str = "all") -> np.ndarray:
+    coded = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.asarray(SEEN[seen]) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ linear / [0.9505, 1, 1.089]
+    root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])])
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_palettes_are_told_apart_with_any_colour_vision(seen):
+    apart = [np.linalg.norm(lab(a, seen) - lab(b, seen)) for a, b in combinations(CATEGORIES, 2)]
+    assert min(apart) > 10
+    assert np.linalg.norm(lab(SIGNED[0][1], seen) - lab(SIGNED[-1][1], seen)) > 50
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_lightness_alone_tells_the_order(seen):
+    light = [lab(colour, seen)[0] for _, colour in PROBABILITY]
+    assert light == sorted(light, reverse=True)
+    signed = [lab(colour, seen)[0] for _, colour in SIGNED]
+    middle = len(signed) // 2
+    assert signed[: middle + 1] == sorted(signed[: middle + 1])
+    assert signed[middle:] == sorted(signed[middle:], reverse=True)
+    assert lab("#ffffff", seen)[0] - signed[middle] < 5
+
+
+def test_dark_changes_colours_and_nothing_else():
+    light = grid(["#000000", "b"]).add_scatter(x=["0"], y=["0"], name="#000000", line={"color": "#000000"})
+    made = dark(light)
+    assert made.layout.template == DARK
+    assert made.data[0].colorscale != light.data[0].colorscale
+    assert [lab(made.data[0].colorscale[at][1])[0] > 90 for at in (0, -1)] == [False, True]  # none is the page
+    assert (made.data[1].name, made.data[1].line.color) == ("#000000", "#f2f4f7")
+    assert made.data[0].text == light.data[0].text
+    np.testing.assert_array_equal(decoded(made.to_dict()["data"][0]["z"]), light.data[0].z)
+
+
+# Words
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "a  b", "1 < 2 & 3", ""])
+def test_plain_is_what_label_and_sentence_wrote(text):
+    said = sentence(text)
+    assert not set("<>$\"'") & set(said)
+    assert plain(said) == text.replace("\u202e", "\\u202e").replace("\x00", "\\x00")
+    assert plain(label(text, 100)).replace("·", " ") == plain(said)
+    assert plain("<b>x</b><br>y") == "x; y"
+
+
+def test_units_title_an_axis():
+    assert units({"units": "nats"}) == "nats"
+    assert units({"units": "nats"}, "entropy") == "entropy (nats)"
+    assert units({}, "k") == "k"
+    assert units({"units": "<b>"}) == "&lt;b&gt;"
+
+
+def test_caption_and_alternative_text():
+    assert caption(grid(["a", "b"])) == "A title. More of it."
+    assert caption(go.Figure()) == ""
+    assert alt_text(grid(["a", "b"])) == "Heat map of layer by input token. 4 values from 0 to 1."
+    assert alt_text(curves()) == "Line chart of nats by layer. one from 1 to 4; two from 2 to 5."
+    assert alt_text(curves([str(n) for n in range(11)])).endswith("; and 3 more.")
+    assert "a one, line 0 from 0 to 2; b two, line 1 from 1 to 2" in alt_text(panels())
+    assert alt_text(go.Figure()) == "Empty figure."
+
+
+# Numbers
+
+
+def decoded(value):
+    """A part of `to_dict()`, which holds arrays as base64."""
+    if isinstance(value, dict) and "bdata" in value:
+        import base64
+
+        flat = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
+        return flat.reshape([int(n) for n in str(value["shape"]).split(",")]) if "shape" in value else flat
+    return np.asarray(value)
+
+
+def test_the_figures_hold_what_the_result_holds(result):
+    curves = result.figure("by_layer").to_dict()["data"]
+    for curve, name in zip(curves, ("entropy", "kl", "cross_entropy"), strict=True):
+        np.testing.assert_array_equal(decoded(curve["y"]), result.data[f"mean_{name}"])
+        np.testing.assert_array_equal(decoded(curve["x"]), result.data["layer"])
+    heat = result.figure("grid").to_dict()["data"][0]
+    n = decoded(heat["z"]).shape[1]
+    np.testing.assert_array_equal(decoded(heat["z"]), result.data["top_probability"][:, :n, 0])
+
+
+def test_the_table_holds_what_is_drawn():
+    table = figure_data(grid(["<b>", "$"]))
+    assert table.columns.tolist() == ["series", "x", "x_label", "y", "value", "text"]
+    assert table["value"].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert table["x_label"].tolist() == table["text"].tolist() == ["<b>", "$"] * 2
+    assert table["y"].tolist() == ["0", "0", "1", "1"]
+    points = go.Figure(go.Scatter(x=[1, 2], y=[3.0, 5.0], error_y={"array": [1, 1], "arrayminus": [2, 0]}, name="&lt;"))
+    assert figure_data(points).to_dict("list") == {
+        "series": ["<", "<"],
+        "x": [1, 2],
+        "y": [3, 5],
+        "low": [1, 5],
+        "high": [4, 6],
+    }
+    assert figure_data(panels())["panel"].tolist() == [
+        t for t in ("a one", "b two", "c three", "d four") for _ in "xyz"
+    ]
+    assert figure_data(go.Figure([go.Pie(values=[1, 2], name="p"), go.Box(y=[1, 2], name="b")]))["y"].tolist() == [1, 2]
+    coloured = go.Figure(go.Bar(y=[1, 2], marker={"color": [0.5, -0.5]}))
+    assert figure_data(coloured)["value"].tolist() == [0.5, -0.5]
+
+
+# Paper
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_paper_has_real_units_and_no_title(shape, columns):
+    figure = SHAPES[shape]()
+    before = json.loads(figure.to_json())
+    made, _ = paper(figure, columns)
+    assert json.loads(figure.to_json()) == before
+    assert made.layout.width == COLUMNS[columns] * INCH
+    assert made.layout.height <= 9 * INCH
+    assert made.layout.title.text is None
+    layout = made.layout.template.layout
+    sizes = [layout.xaxis.tickfont.size, layout.xaxis.title.font.size, layout.legend.font.size, layout.font.size]
+    assert [size / POINT for size in sizes] == pytest.approx([7, 8, 7, 8])
+    shown = go.Figure(figure)
+    shown.data = [trace for trace in shown.data if trace.visible is not False]
+    pd.testing.assert_series_equal(*(figure_data(f).get("value", pd.Series()) for f in (made, shown)))
+
+
+def test_text_in_cells_is_cut_and_said():
+    narrow, cut = paper(grid(["abcdefghi"] * 20))
+    assert (narrow.data[0].text, cut) == (None, ["the text in cells, for which they are too narrow"])
+    some, cut = paper(grid(["abcdefghi"] * 20), 2)
+    assert {text for row in some.data[0].text for text in row} == {"abcd…"}
+    assert cut == ["the text in cells after 5 characters"]
+    whole, cut = paper(grid(["abc", "<b>"]))
+    assert list(whole.data[0].text[0]) == ["abc", "&lt;b&gt;"]
+    assert cut == []
+    menu, cut = paper(SHAPES["menu"]())
+    assert [trace.name for trace in menu.data] == ["head 0.1"]
+    assert not menu.layout.updatemenus
+    assert cut == ["what the menu shows: head 1.0", "labels of the x axis, all but one in 2"]
+    long, cut = paper(grid(["abcdefghi"] * 60))
+    assert list(long.layout.xaxis.tickvals) == [str(place) for place in range(0, 60, 3)]
+    assert cut[1:] == ["labels of the x axis, all but one in 3"]
+    assert refused(RequestError, lambda: paper(curves(), 3)) == "columns must be 1 or 2, not 3"
+
+
+# Files
+
+
+def drawn_at(pdf: bytes) -> float:
+    """By how much a page's drawing is scaled: CSS pixels are 0.75 pt."""
+    for start in (match.end() for match in re.finditer(rb"stream\r?\n", pdf)):
+        try:
+            drawing = zlib.decompressobj().decompress(pdf[start:])
+        except zlib.error:
+            continue
+        page = re.match(rb"([\d.]+) 0 0 -[\d.]+ 0 [\d.]+ cm\nq\n([\d.]+) 0 0 [\d.]+ ([\d.]+) ([\d.]+) cm", drawing)
+        if page:
+            assert (float(page[3]), float(page[4])) == (0, 0)  # from the corner on
+            return round(float(page[1]) * float(page[2]) / 0.75, 4)
+    raise AssertionError("no drawing found")
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_everything_twice_is_the_same_bytes(result, tmp_path):
+    chrome()
+    paths = wb.export(result, tmp_path / "one")
+    wb.export(result, tmp_path / "two")
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two")
+    kinds = ("html", "json", "parquet", "pdf", "png", "svg")
+    assert list(one) == sorted(
+        [*(f"{name}.{k}" for name in ("grid", "by_layer", "depth") for k in kinds), "plotly.min.js"]
+    )
+    assert sorted(path.name for path in paths) == list(one)
+    for name, file in one.items():
+        if name.endswith(".pdf"):
+            width = float(re.search(rb"/MediaBox \[0 0 ([\d.]+)", file)[1])
+            assert width == 3.25 * 72
+            fonts = re.findall(rb"/FontName /([\w+-]+)", file)
+            assert fonts
+            assert len(re.findall(rb"/FontFile", file)) == len(fonts)  # each is embedded
+            assert b"D:19700101000000" in file
+            assert drawn_at(file) == 1  # 8 pt are 8 pt
+        if name.endswith(".svg"):
+            tree = ElementTree.fromstring(file)
+            tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
+            assert tags & {"script", "a", "foreignObject"} == set()
+            assert tree.get("width") == "312"
+            links = [value for element in tree.iter() for key, value in element.items() if key.endswith("href")]
+            assert all(link.startswith(("#", "data:image/png")) for link in links)
+        if name.endswith(".png"):
+            assert int.from_bytes(file[16:20]) == 3.25 * 300
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_no_label_in_print_is_cut_or_lies_on_another(tmp_path, columns):
+    chrome()
+    shapes = SimpleNamespace(figures=lambda: {name: shape() for name, shape in SHAPES.items()})
+    wb.export(shapes, tmp_path, formats=["svg"], columns=columns)
+    drawings = [(tmp_path / f"{name}.svg").read_text() for name in SHAPES]
+    found = text_boxes(drawings, tmp_path)
+    assert len(found) == len(SHAPES)
+    for name, texts in zip(SHAPES, found, strict=True):
+        assert len(texts) > 5
+        assert [text for text in texts if min(text[1:5]) < -0.5] == [], name
+        assert overlapping(texts) == [], name
+
+
+def test_hostile_text_is_text_in_every_file(result, tmp_path):
+    figure = result.figure("by_layer")
+    figure.data[0].name = label(HOSTILE, 100)
+    wb.export(figure, tmp_path / "x", formats=["html"], data="csv")
+    page = (tmp_path / "x" / "x.html").read_text()
+    told = json.loads((tmp_path / "x" / "x.json").read_text())
+    visible = HOSTILE.replace("\u202e", "\\u202e").replace("\x00", "\\x00")
+    assert visible in told["provenance"]
+    assert visible.replace(" ", "·")[:20] in told["alt"]
+    tags = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append(tag)
+    parser.feed(page)
+    assert tags.count("script") == 2  # plotly's and the figure's
+    assert "a" not in tags
+    assert not re.findall(r'(?:src|href)="?http', page)
+    assert pd.read_csv(tmp_path / "x" / "x.csv")["series"].iloc[0] == visible.replace(" ", "·")
+
+
+def test_what_lies_beside_a_figure(result, tmp_path):
+    wb.export(result, tmp_path, formats=["html"], figures=["by_layer"])
+    told = json.loads((tmp_path / "by_layer.json").read_text())
+    assert told["caption"] == caption(result.figure("by_layer"))
+    assert told["alt"] == alt_text(result.figure("by_layer"))
+    source = result.provenance
+    for part in (
+        source["model_fingerprint"][:12],
+        source["store"],
+        source["store_fingerprint"][:12],
+        "probe logit-lens",
+    ):
+        assert part in told["provenance"]
+    assert f'top_k 2, where "position < 10"; workbench {source["workbench"]}' in told["provenance"]
+    table = pd.read_parquet(tmp_path / "by_layer.parquet")
+    pd.testing.assert_frame_equal(table, figure_data(result.figure("by_layer")))
+    np.testing.assert_array_equal(table["y"], np.concatenate([c.y for c in result.figure("by_layer").data]))
+    page = (tmp_path / "by_layer.html").read_text()
+    assert f"<figcaption>{html.escape(told['caption'])}</figcaption>" in page
+    assert '<script src="plotly.min.js">' in page
+    assert sorted(contents(tmp_path)) == ["by_layer.html", "by_layer.json", "by_layer.parquet", "plotly.min.js"]
+
+
+def test_settings_of_the_pages(tmp_path):
+    wb.export(curves(), tmp_path / "in", formats=["html"], plotlyjs="inside", theme="dark")
+    assert sorted(contents(tmp_path / "in")) == ["in.html", "in.json", "in.parquet"]
+    page = (tmp_path / "in" / "in.html").read_text()
+    assert len(page) > 1e6
+    assert "background: #14171f" in page
+
+
+def test_without_a_chrome_the_rest_is_written_and_one_line_says_how(tmp_path, monkeypatch):
+    pytest.importorskip("kaleido")
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
+    with pytest.warns(
+        UserWarning, match=r"^no pdf, svg: no Chrome or Chromium was found; install one, or run "
+    ) as told:
+        wb.export(curves(), tmp_path / "fig", formats=["svg", "html", "pdf"])
+    assert len(told) == 1
+    assert sorted(contents(tmp_path / "fig")) == ["fig.html", "fig.json", "fig.parquet", "plotly.min.js"]
+
+
+def test_without_kaleido_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.warns(
+        UserWarning, match=r"^no png: kaleido is not installed; pip install 'interp-workbench\[export\]'$"
+    ):
+        wb.export(curves(), tmp_path / "fig", formats=["png"])
+    assert sorted(contents(tmp_path / "fig")) == ["fig.json", "fig.parquet"]
+
+
+def test_a_chrome_that_fails_is_told(tmp_path, monkeypatch):
+    kaleido = pytest.importorskip("kaleido")
+
+    def write(jobs, **_):
+        jobs[0]["path"].write_bytes(b"<svg/>")
+        return (RuntimeError("it\nbroke"),)
+
+    monkeypatch.setattr(kaleido, "write_fig_from_object_sync", write)
+    with pytest.warns(UserWarning, match=r"^no pdf, svg: 1 of 2 pictures failed in Chrome: it broke$"):
+        wb.export(curves(), tmp_path / "fig", formats=["svg", "pdf"])
+    assert sorted(contents(tmp_path / "fig")) == ["fig.json", "fig.parquet", "fig.pdf"]
+
+
+def test_refusals(result, tmp_path):
+    def said(what=None, folder=tmp_path / "x", **changes):
+        return refused(RequestError, lambda: wb.export(what or curves(), folder, **changes))
+
+    assert said(formats=["pfd"]) == "formats has 'pfd'; nearest: pdf; known: html, pdf, svg, png"
+    assert said(theme="drak") == "theme has 'drak'; nearest: dark; known: light, dark"
+    assert said(data="xls").startswith("data has 'xls'")
+    assert said(plotlyjs="cdn") == "plotlyjs has 'cdn'; known: shared, inside"
+    assert said(columns=3) == "columns must be 1 or 2, not 3"
+    assert said(result, figures=["gird"]) == "figure 'gird' is none of grid, by_layer, depth"
+    (tmp_path / "file").touch()
+    assert said(folder=tmp_path / "file") == f"folder {str(tmp_path / 'file')!r} is a file; name a folder"
+
+    class Odd:
+        def figures(self):
+            return {"../x": curves()}
+
+    assert said(Odd()) == "figure '../x' cannot be the name of a file; use letters, digits, - and _"
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command(result, tmp_path, capsys):
+    named = dataclasses.replace(result, provenance={**result.provenance, "model": "m"})
+    named.save(tmp_path / "lens")
+    out = tmp_path / "figures"
+    given = ["--figures", "by_layer", "--formats", "html", "--data", "csv", "--columns", "2"]
+    with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+        main(["export", str(tmp_path / "lens"), "--out", str(out), *given])
+    assert stop.value.code == 0
+    names = ["by_layer.html", "by_layer.csv", "by_layer.json", "plotly.min.js"]
+    assert capsys.readouterr().out.splitlines() == [f"wrote  {out / name}" for name in names]
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(tmp_path / "lens"), "--out", str(out), "--figures", "gird"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "workbench: figure 'gird' is none of grid, by_layer, depth\n"

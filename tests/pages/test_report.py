@@ -1,0 +1,294 @@
+"""The report: one page that needs nothing else, with text that stays text; read here and in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from devtools import chromium
+from html_example import Markup
+from workbench.probes import AttentionSinks, LogitLens
+
+import workbench as wb
+from workbench.cli.main import main
+from workbench.embedded import MODEL
+from workbench.figures.theme import PROBABILITY, TEMPLATE, dark
+from workbench.io.errors import RequestError
+from workbench.pages.report import ROWS, Section, section, write_report
+
+HOSTILE = "<img src=x onerror=alert(1)></script><script>document.title='owned'</script> ${1} \u202e \0 \"'& \U0001f642"
+COLUMN = "<b onclick=alert(2)>src</b>"
+TITLE = "<script>document.title='owned'</script>\u202e"
+
+TAGS = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "script",
+    "body",
+    "header",
+    "main",
+    "nav",
+    "section",
+    "h1",
+    "h2",
+    "h3",
+}
+TAGS |= {
+    "p",
+    "a",
+    "ol",
+    "ul",
+    "li",
+    "figure",
+    "figcaption",
+    "small",
+    "div",
+    "span",
+    "details",
+    "summary",
+    "code",
+    "pre",
+}
+TAGS |= {"table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd"}
+
+
+def written(path, sections, **more) -> Markup:
+    return Markup(write_report(sections, path / "page.html", title="t", **more).read_text())
+
+
+def figure(width=None, **heatmap) -> go.Figure:
+    drawn = go.Figure(go.Heatmap(z=[[0.25, 0.5]], colorscale=PROBABILITY, **heatmap))
+    title = {"text": "A title", "subtitle": {"text": "and more"}}
+    return drawn.update_layout(template=TEMPLATE, title=title, width=width)
+
+
+def drawings(page: Markup) -> list[dict]:
+    return [json.loads(script) for about, script in page.scripts if about.get("type") == "application/json"]
+
+
+def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(tmp_path):
+    page = written(tmp_path, [Section("part", figures={"a": figure(), "b": figure()})])
+    (policy,) = [about["content"] for tag, about in page.elements if tag == "meta" and "http-equiv" in about]
+    own = [script for about, script in page.scripts if not about]
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in own}
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert set(rules["script-src"].split()) == hashes
+    assert rules["default-src"] == "'none'"
+    assert len(own) == 2  # plotly once, and what draws
+    assert len(drawings(page)) == 2
+
+
+def test_a_figure_is_its_data_and_its_title_is_text(tmp_path):
+    page = written(tmp_path, [Section("part", figures={"a": figure(width=900)})])
+    (drawn,) = drawings(page)
+    shown = go.Figure({"data": drawn["data"], "layout": drawn["layout"]})
+    assert np.asarray(shown.data[0].z).tolist() == [[0.25, 0.5]]
+    assert shown.layout.title.text is None
+    assert drawn["width"] == 900
+    assert "A title and more" in page.text
+    labels = [about.get("aria-label", "") for _, about in page.elements]
+    assert any("2 values from 0.25 to 0.5" in label for label in labels)
+
+
+def test_on_a_dark_page_a_figure_is_the_dark_one(tmp_path):
+    (drawn,) = drawings(written(tmp_path, [Section("part", figures={"a": figure()})]))
+    expected = json.loads(dark(go.Figure({"data": drawn["data"], "layout": drawn["layout"]})).to_json())
+    changed = {"data": drawn["data"], "layout": drawn["layout"]}
+    for path, value in drawn["dark"]:
+        part = changed
+        for key in path[:-1]:
+            part = part[key]
+        if value is None:
+            del part[path[-1]]
+        else:
+            part[path[-1]] = value
+    assert changed == expected
+    assert drawn["dark"]
+
+
+@pytest.mark.parametrize(("more", "fluid"), [({}, True), ({"text": [["a", "b"]], "texttemplate": "%{text}"}, False)])
+def test_figures_with_text_in_cells_keep_their_width(tmp_path, more, fluid):
+    (drawn,) = drawings(written(tmp_path, [Section("part", figures={"a": figure(**more)})]))
+    assert drawn["fluid"] is fluid
+
+
+def test_a_long_table_is_cut_and_says_so(tmp_path):
+    table = pd.DataFrame({"n": range(ROWS + 5), "share": 0.123456, "token": " a", "none": None})
+    page = written(tmp_path, [Section("part", table=table)])
+    assert sum(tag == "td" for tag, _ in page.elements) == 4 * ROWS
+    assert f"Table, {ROWS} of {ROWS + 5} rows" in page.text
+    assert "0.1235 ·a" in page.text
+
+
+def test_sections_are_linked_in_order_with_what_was_found(tmp_path):
+    page = written(tmp_path, [Section("first", ["found one", "more"]), Section("second")])
+    links = [about["href"] for tag, about in page.elements if tag == "a"]
+    assert links == ["#results", "#part-0", "#part-1", "#contents", "#contents"]
+    assert [about["id"] for tag, about in page.elements if tag == "section"] == ["part-0", "part-1"]
+    assert page.text.count("found one") == 2
+    assert page.text.count("more") == 1
+
+
+def test_an_existing_page_is_replaced_and_no_half_is_left(tmp_path):
+    path = tmp_path / "deep" / "page.html"
+    write_report([Section("old")], path, title="t")
+    write_report([Section("new")], path, title="t")
+    assert "new" in Markup(path.read_text()).text
+    assert "old" not in Markup(path.read_text()).text.split()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_nothing_to_report_and_a_folder_for_a_file_are_refused(tmp_path):
+    with pytest.raises(RequestError, match="the report has no results; give at least one folder"):
+        write_report([], tmp_path / "page.html", title="t")
+    with pytest.raises(RequestError, match=r"is a folder; name the file, such as .*report\.html"):
+        write_report([Section("part")], tmp_path, title="t")
+
+
+def test_the_command_refuses_what_is_no_result_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert stop.value.code == 2
+    assert re.fullmatch(r"workbench: result .* no result\.json there; .*\n", capsys.readouterr().err)
+
+
+# A hostile corpus, through the real pipeline
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results, saved and read again, of a model, a store, texts and metadata whose every name is markup."""
+    folder = tmp_path_factory.mktemp("hostile")
+    directory = shutil.copytree(MODEL, folder / "<i onmouseover=alert(3)>model")
+    texts = [{"text": f"{HOSTILE} a {'Monday ' * 60}", COLUMN: source} for source in (HOSTILE, "plain", "plain")]
+    model = wb.load_model(directory)
+    store = wb.record(model, texts, sites=["resid_post", "pattern"], out=folder / "<u>&.acts")
+    found = []
+    for probe in (LogitLens(detail=60), AttentionSinks(length=60, domain=COLUMN, resamples=50)):
+        probe.run(store).save(folder / f"<s>{probe.name}")
+        found.append(wb.load_result(folder / f"<s>{probe.name}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def path(results, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report([section(result) for result in results], out, title=TITLE, text=[HOSTILE])
+
+
+@pytest.fixture(scope="module")
+def markup(path):
+    return Markup(path.read_text())
+
+
+def test_text_of_models_and_files_never_becomes_markup(results, markup):
+    figures = sum(len(result.figures()) for result in results)
+    assert {tag for tag, _ in markup.elements} <= TAGS
+    assert len(markup.scripts) == 2 + figures
+    names = {name for _, about in markup.elements for name in about}
+    assert not [name for name in names if name.startswith("on") or name == "src"]
+    links = {about["href"] for tag, about in markup.elements if tag == "a"}
+    assert all(re.fullmatch(r"#[\w-]+|https://arxiv\.org/abs/[\d.]+", link) for link in links)
+    for said in (
+        r"<script>document.title='owned'</script>\u202e",
+        r"\x00",
+        "🙂",
+        "<i onmouseover=alert(3)>model",
+        "<u>&.acts",
+    ):
+        assert said in markup.text
+    assert "\0" not in markup.text
+    assert "\u202e" not in markup.text
+
+
+def test_a_result_tells_what_it_found_how_and_from_what(results, markup):
+    lens, sinks = results
+    for said in (
+        lens.headline(),
+        "What each layer would predict, were the model to stop there",  # the question
+        "LogitLens(h_l) = W_U LN_f(h_l) + b_U",  # the definition
+        "arXiv 2410.10781",  # its source
+        "Tokens that get their own line in the table",  # what a setting means
+        "(default 64)",
+        "mean_kl layer nats",  # what was measured, its axes and units
+        "has alpha of H_T / T at position 0",  # a control
+        lens.provenance["store_fingerprint"],
+        sinks.provenance["model_fingerprint"],
+    ):
+        assert said in markup.text, said
+    loss = lens.data["mean_cross_entropy"].to_numpy()
+    assert f"{loss.min():.4g} to {loss.max():.4g}" in markup.text
+
+
+def test_the_same_results_give_the_same_page(results, path, tmp_path):
+    again = write_report([section(result) for result in results], tmp_path / "again.html", title=TITLE, text=[HOSTILE])
+    assert again.read_bytes() == path.read_bytes()
+
+
+REACHABLE = """[...document.querySelectorAll('a[href], .wide, summary, button')]
+  .filter((part) => part.checkVisibility() && !part.closest('details:not([open]) > :not(summary)'))
+  .map((part) => part.outerHTML.slice(0, 60))"""
+
+
+def test_the_page_in_a_browser(results, path, tmp_path):
+    figures = [figure for result in results for figure in result.figures().values()]
+    with chromium() as page:
+        page.size(1200, 900)
+        page.open(path.as_uri())
+        # nothing ran that is not ours, nothing was asked for
+        for number in range(len(figures)):  # each is drawn when it comes near
+            page.run(f"document.querySelectorAll('.plot')[{number}].scrollIntoView()")
+            page.wait(f"document.querySelectorAll('.plot > div')[{number}].querySelector('.main-svg')")
+        assert page.run("document.title") == r"<script>document.title='owned'</script>\u202e"
+        assert page.run("document.querySelectorAll('img, [onerror], [onclick], [onmouseover]').length") == 0
+        # what is drawn is what was found
+        drawn = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.data.length)")
+        assert drawn == [len(figure.data) for figure in figures]
+        values = "document.querySelector('.plot > div').calcdata[0][0].z"
+        shown = page.run(f"Array.from({values}, (line) => Array.from(line))")
+        np.testing.assert_allclose(shown, np.asarray(figures[0].data[0].z, float), rtol=1e-6)
+        # the keyboard reaches everything, in the order of the page
+        expected = page.run(REACHABLE)
+        page.run("document.body.focus(); scrollTo(0, 0)")
+        reached = []
+        for _ in expected:
+            page.key("Tab", 9)
+            reached.append(page.run("document.activeElement.outerHTML.slice(0, 60)"))
+        assert reached == expected
+        page.run("document.querySelector('summary').focus()")
+        page.key("Enter", 13, text="\r")
+        page.wait("document.querySelector('details').open", 10)
+        # dark, as the reader's system asks for it, and back
+        page.media("dark")
+        light, ink = "rgb(255, 255, 255)", "document.querySelector('.plot .main-svg').style.background"
+        page.wait(
+            f"{ink} != '{light}' && {ink} != 'white' && getComputedStyle(document.body).backgroundColor != '{light}'"
+        )
+        # printing opens what is folded, and draws light
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        page.wait(
+            f"document.querySelectorAll('details:not([open])').length == 0 && ({ink} == '{light}' || {ink} == 'white')"
+        )
+        page.run("dispatchEvent(new Event('afterprint'))")
+        assert page.run("document.querySelectorAll('details[open]').length") == 1
+        printed = page.pdf()
+        assert printed.startswith(b"%PDF")
+        assert len(printed) > 50_000
+        # on a phone nothing but figures and tables scrolls sideways
+        page.media("light")
+        page.size(390, 844, mobile=True)
+        page.open(path.as_uri())
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        assert page.run("[...document.querySelectorAll('.wide')].every((part) => part.clientWidth <= 390)")
+        assert page.complaints == []
+        assert set(page.requests) == {path.as_uri()}

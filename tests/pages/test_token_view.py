@@ -1,0 +1,205 @@
+"""The token view: what it holds is the store's, and what is done in a browser reaches Python."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import xarray as xr
+from devtools import chromium
+
+pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.pages.token_view import LIMIT
+
+HOSTILE = "<img src=x onerror=alert(1)></script><script>document.title='owned'</script> \u202e \0 \"'& \U0001f642"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    texts = [HOSTILE, *wb.demo_corpus()[:2]]
+    path = tmp_path_factory.mktemp("view") / "view.acts"
+    return wb.record(wb.load_model("demo"), texts, sites=["resid_post", "z.1"], out=path)
+
+
+@pytest.fixture(scope="module")
+def features(store):
+    return wb.extract_features(store, wb.load_sae("demo"))
+
+
+def sequence_rows(store, sequence):
+    return np.flatnonzero(store.tokens["sequence"].to_numpy() == sequence)
+
+
+def values(view):
+    return np.frombuffer(view.values, np.float32).reshape(len(view.layers), -1)
+
+
+def test_values_are_norms_of_the_sequence_at_every_layer(store):
+    view = wb.TokenView(store, "resid_post", sequence=1)
+    rows = sequence_rows(store, 1)
+    assert view.rows == rows.tolist()
+    assert view.layers == ["0", "1", "2", "3"]
+    assert view.measure == "L2 norm of resid_post"
+    for layer in range(4):
+        expected = np.linalg.norm(np.asarray(store["resid_post", layer])[rows].astype(np.float64), axis=1)
+        np.testing.assert_allclose(values(view)[layer], expected, rtol=1e-3)
+        assert view.scales[layer] == pytest.approx(expected[1:].max(), rel=1e-3)  # BOS apart
+
+
+def test_moving_to_another_sequence_reads_it(store, features):
+    view = wb.TokenView(store, features=features)
+    view.sequence = 2
+    rows = sequence_rows(store, 2)
+    assert view.rows == rows.tolist()
+    assert view.positions == list(range(len(rows)))
+    token, feature = (np.frombuffer(part, np.int32) for part in (view.entry_token, view.entry_feature))
+    dense = np.zeros((len(rows), view.features), np.float32)
+    dense[token, feature] = np.frombuffer(view.entry_value, np.float32)
+    np.testing.assert_array_equal(dense, features[rows].toarray())
+    assert view.feature_scales == pytest.approx(features.max)
+
+
+def test_any_numbers_over_rows_can_be_shown(store):
+    rows = sequence_rows(store, 1)
+    own = np.arange(store.rows, dtype=np.float32)
+    np.testing.assert_array_equal(values(wb.TokenView(store, own, sequence=1)), own[None, rows])
+    known = rows[3:5]
+    given = xr.DataArray([[1.0, -2.0]], {"layer": [7], "row": known}, name="entropy", attrs={"units": "nats"})
+    view = wb.TokenView(store, given, sequence=1)
+    assert (view.layers, view.measure) == (["7"], "entropy (nats)")
+    assert values(view)[0, 3:5].tolist() == [1.0, -2.0]
+    assert np.isnan(np.delete(values(view)[0], [3, 4])).all()
+    assert view.scales == [2.0]
+
+
+def test_a_selection_is_rows_of_the_store(store):
+    view = wb.TokenView(store)
+    view.selected = [5, 3, 5]
+    assert view.selected == [3, 5]
+    assert view.selection.ids.tolist() == [3, 5]
+    assert view.selection["resid_post", 3].shape == (2, 256)
+
+
+def test_a_long_sequence_is_cut_and_says_so(store, monkeypatch):
+    monkeypatch.setattr("workbench.pages.token_view.LIMIT", 4)
+    view = wb.TokenView(store, sequence=1)
+    assert len(view.texts) == len(view.rows) == 4 < LIMIT
+    assert view.note == f"the first 4 of {len(sequence_rows(store, 1))} tokens"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda s, f: wb.TokenView(s, sequence=99), "sequence 99 does not exist; the store has 0 to 4"),
+        (lambda s, f: wb.TokenView(s, "patern"), "values 'patern' is no recorded kind of site"),
+        (lambda s, f: wb.TokenView(s, np.zeros(3)), r"values has shape \(3,\); .* rows, or layers by rows, expected"),
+        (lambda s, f: wb.TokenView(s, xr.DataArray([0.0], dims="head")), r"values has axes \('head',\); \(row\) or"),
+        (lambda s, f: setattr(wb.TokenView(s), "layer", 4), "layer is 4 and there are 4: 0 to 3"),
+        (lambda s, f: setattr(wb.TokenView(s), "feature", 4), "feature is 4 and there are 0"),
+        (lambda s, f: setattr(wb.TokenView(s), "selected", [10**6]), "are not within the"),
+    ],
+    ids=["sequence", "kind", "shape", "axes", "layer", "feature", "rows"],
+)
+def test_what_cannot_be_shown_is_refused(store, features, change, told):
+    with pytest.raises(RequestError, match=told):
+        change(store, features)
+
+
+# In a browser, between the widget's state and a model of the page that stands for Jupyter's
+
+MODEL = """
+const state = STATE, heard = {};
+for (const name of BINARY) {
+  state[name] = new DataView(Uint8Array.from(atob(state[name]), (char) => char.charCodeAt(0)).buffer);
+}
+window.sent = {};
+window.model = {
+  get: (name) => state[name],
+  set: (name, value) => {
+    state[name] = window.sent[name] = value;
+    (heard["change:" + name] ?? []).forEach((does) => does());
+  },
+  save_changes: () => {},
+  on: (name, does) => (heard[name] ??= []).push(does),
+  off: () => {},
+};
+render({ model, el: document.getElementById("here") });
+"""
+
+
+def page_of(view, folder):
+    """The widget's own script and style, with its state, on a page."""
+    state = {name: value for name, value in view.get_state().items() if not name.startswith("_")}
+    binary = [name for name, value in state.items() if isinstance(value, bytes | memoryview)]
+    state |= {name: base64.b64encode(state[name]).decode() for name in binary}
+    told = json.dumps(state, default=str).replace("<", "\\u003c")
+    script = view._esm.replace("export default { render };", "") + MODEL
+    script = script.replace("STATE", told).replace("BINARY", json.dumps(binary))
+    path = folder / "view.html"
+    head = f'<!doctype html><meta charset="utf-8"><title>view</title><style>{view._css}</style>'
+    path.write_text(f'{head}<div id="here"></div><script>{script}</script>')
+    return path.as_uri()
+
+
+def colours(page):
+    return page.run("[...document.querySelectorAll('.token')].map((t) => t.style.backgroundColor)")
+
+
+def strength(colour):
+    found = re.search(r"([\d.]+)\)$", colour)
+    return 0.0 if not colour else float(found[1]) if colour.startswith("rgba") or "/" in colour else 1.0
+
+
+def test_the_view_in_a_browser(store, features, tmp_path):
+    view = wb.TokenView(store, "resid_post", features=features)
+    view.layer = 1
+    with chromium() as page:
+        page.size(900, 700)
+        page.open(page_of(view, tmp_path))
+        # text is text: one element a token, and nothing of it became an element or ran
+        assert page.run("[...document.querySelectorAll('.token')].map((t) => t.textContent)") == view.texts
+        assert page.run("document.querySelectorAll('img, script[src]').length") == 0
+        assert page.run("document.title") == "view"
+        # colours are the values
+        shown = np.array([strength(colour) for colour in colours(page)])
+        np.testing.assert_allclose(shown, 0.65 * np.minimum(1, values(view)[1] / view.scales[1]), atol=0.01)
+        # the layer slider, with the keyboard
+        page.run("document.querySelector('input[name=layer]').focus()")
+        page.key("ArrowRight", 39)
+        page.wait("window.sent.layer === 2", 10)
+        shown = np.array([strength(colour) for colour in colours(page)])
+        np.testing.assert_allclose(shown, 0.65 * np.minimum(1, values(view)[2] / view.scales[2]), atol=0.01)
+        # hovering tells the value and the features, and one of these colours by itself
+        page.mouse(".token:nth-child(4)", "move")
+        status = "document.querySelector('[role=status]').textContent"
+        page.wait(status, 10)
+        said = page.run(status)
+        assert f"row {view.rows[3]}, position 3, L2 norm of resid_post: {values(view)[2, 3]:.4g}"[:-1] in said
+        own = features[view.rows[3]].toarray()[0]
+        page.mouse(".features button")
+        page.wait("window.sent.colour === 'feature'", 10)
+        assert page.run("window.sent.feature") == own.argmax()
+        lit = [n for n, colour in enumerate(colours(page)) if colour]
+        assert lit == np.flatnonzero(features[view.rows].toarray()[:, own.argmax()]).tolist()
+        # clicks and keys select rows, which reach Python
+        page.mouse(".token:nth-child(2)")
+        page.key("ArrowRight", 39)
+        page.key("ArrowRight", 39)
+        page.key("Enter", 13, text="\r", modifiers=8)
+        page.wait("window.sent.selected.length === 3", 10)
+        assert page.run("[...document.querySelectorAll('[aria-selected=true]')].length") == 3
+        view.set_state(page.run("window.sent"))
+        assert view.selection.ids.tolist() == view.rows[1:4]
+        assert (view.layer, view.colour, view.feature) == (2, "feature", own.argmax())
+        page.key("Escape", 27)
+        assert page.run("window.sent.selected") == []
+        # one token of the list is in the order of the tab key
+        assert page.run("[...document.querySelectorAll('.token')].filter((t) => t.tabIndex === 0).length") == 1
+        page.picture(tmp_path / "view.png")
+        assert page.complaints == []

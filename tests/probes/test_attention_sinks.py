@@ -1,0 +1,698 @@
+"""Attention sinks: planted patterns and streams, plain Hugging Face in float64, both ways of recording."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from store_example import token_table, writing
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from workbench.experiments.controls import random_copy
+from workbench.probes.attention_sinks import AttentionSinks, massive_activation
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.results import result as results
+from workbench.sites.grammar import full_name
+from workbench.sites.settings import Recording
+from workbench.store.manifest import Part, SiteRecord
+
+DERIVED = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
+AXES = {"pattern": ("head", "key"), "v": ("head", "d_head"), "resid_post": ("d_model",), "resid_norm": ()}
+
+
+# ---- planting -------------------------------------------------------------------------------------------
+
+
+def uniform(n):
+    return np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+
+
+def sink_head(n, c, sink=0):
+    """Every query that sees `sink` and others pays it c, the rest goes to the others evenly."""
+    pattern = uniform(n)
+    for i in range(n):
+        if sink <= i and i > 0:
+            pattern[i, : i + 1] = (1 - c) / i
+            pattern[i, sink] = c
+    return pattern
+
+
+def previous(n):
+    return np.eye(n, k=-1) + np.eye(n)[:1].T * np.eye(n)[:1]
+
+
+def plant(path, lengths, arrays, documents=None, sources=None):
+    """A store whose sites hold these arrays [row, ...]; `documents` and `sources` one for each sequence."""
+    sites = [
+        SiteRecord(
+            full_name(short), short, ("row", *AXES.get(short.split(".")[0], ("head",))), array.shape[1:], "float32"
+        )
+        for short, array in arrays.items()
+    ]
+    tokens = token_table(lengths)
+    for name, values in (("document", documents), ("source", sources)):
+        if values is not None:
+            column = np.repeat(np.array(values, dtype=object if name == "source" else np.int64), lengths)
+            tokens = tokens.set_column(tokens.column_names.index(name), name, [column.tolist()])
+    part = Part(sum(lengths), len(lengths), len(set(documents or [0])), 0, 0)
+    settings = {"sites": tuple(sites), "recording": Recording(context=max(lengths), dtype="float32")}
+    with writing(path, **settings) as writer:
+        writer.begin(part, append=False)
+        with writer.segment(sum(lengths), len(lengths), "d" * 64, tokens) as segment:
+            for site in sites:
+                array = np.ascontiguousarray(arrays[site.short], dtype=np.float32)
+                segment.write(site.name, 0, array)
+    return wb.open_store(path)
+
+
+def rows_of(*sequences):
+    """Patterns [head, query, key] of sequences as rows [row, head, key], keys padded to the longest."""
+    longest = max(len(heads[0]) for heads in sequences)
+    parts = [np.stack([np.pad(head, ((0, 0), (0, longest - len(head)))) for head in heads], 1) for heads in sequences]
+    return np.concatenate(parts)
+
+
+def planted(path, *sequences, **options):
+    """A store of `pattern.0` with these sequences of heads."""
+    return plant(path, [len(heads[0]) for heads in sequences], {"pattern.0": rows_of(*sequences)}, **options)
+
+
+def run(store, **settings):
+    return AttentionSinks(**settings).run(store)
+
+
+@pytest.fixture(scope="module")
+def textbook(tmp_path_factory):
+    """One sequence of 64; heads: uniform, all on the first token, on the previous one, on itself."""
+    heads = [uniform(64), sink_head(64, 1.0), previous(64), np.eye(64)]
+    return planted(tmp_path_factory.mktemp("planted") / "s", heads)
+
+
+# ---- alpha and Sink_k -----------------------------------------------------------------------------------
+
+
+def test_alpha_of_textbook_heads(textbook):
+    data = run(textbook).data
+    alpha = data["alpha"][0].to_numpy()
+    assert alpha[0, 0] == pytest.approx(sum(1 / i for i in range(1, 65)) / 64, abs=1e-6)
+    assert alpha[0, 0] == pytest.approx(0.07412, abs=5e-6)
+    assert alpha[0].argmax() == 0
+    assert alpha[1].tolist() == [1, *[0] * 63]
+    np.testing.assert_allclose(alpha[2], [2 / 64, *(1 / (64 - k) for k in range(1, 63)), 0], atol=1e-7)
+    np.testing.assert_allclose(alpha[3], 1 / (64 - np.arange(64)), atol=1e-7)
+    assert float(data["sequences"]) == 1
+
+
+def test_the_last_positions_are_sinks_of_heads_that_are_none(textbook):
+    """1/3, 1/2 and 1 of the identity, 1/3 and 1/2 of the previous token: why they are marked as unreliable."""
+    data = run(textbook).data
+    sink_k = data["sink_k"].to_numpy()
+    assert sink_k.tolist() == [25.0, *[0.0] * 60, 50.0, 50.0, 25.0]
+    assert data["reliable"].to_numpy().tolist() == [1] * 57 + [0] * 7
+    assert run(textbook, min_visible=4).data["reliable"].sum() == 61
+    assert run(textbook).data["sink_share"].to_numpy().tolist() == [[0, 1, 0, 0]]
+
+
+def test_the_threshold_is_crossed_where_it_should_be(tmp_path):
+    store = planted(tmp_path / "s", [sink_head(64, 0.2888), sink_head(64, 0.2890)])
+    data = run(store).data
+    np.testing.assert_allclose(data["alpha"][0, :, 0], [(1 + 63 * 0.2888) / 64, (1 + 63 * 0.2890) / 64], atol=1e-6)
+    assert data["sink_share"].to_numpy().tolist() == [[0, 1]]
+    assert run(store, epsilon=0.299).data["sink_share"].to_numpy().tolist() == [[1, 1]]
+
+
+def test_the_threshold_itself_is_no_sink(tmp_path):
+    store = planted(tmp_path / "s", [np.eye(8)])
+    assert run(store, length=8, epsilon=0.5).data["sink_k"].to_numpy().tolist() == [0] * 7 + [100]
+    assert run(store, length=8, epsilon=0.25).data["sink_k"].to_numpy().tolist() == [0] * 5 + [100] * 3
+
+
+def test_half_of_the_heads(tmp_path):
+    heads = [sink_head(64, 0.9), uniform(64)] * 2
+    arrays = {f"pattern.{layer}": rows_of(heads, heads) for layer in range(2)}
+    result = run(plant(tmp_path / "s", [64, 64], arrays))
+    assert float(result.data["sink_k"][0]) == 50.0
+    assert float(result.data["sink_share"].mean()) == 0.5
+
+
+def test_the_threshold_comes_before_the_mean(tmp_path):
+    """Of alpha 0.5 and 0.05 one is a sink; their mean, 0.275, is not."""
+    heads = [[sink_head(64, (64 * alpha - 1) / 63)] for alpha in (0.5, 0.05)]
+    data = run(planted(tmp_path / "s", *heads)).data
+    assert float(data["alpha"][0, 0, 0]) == pytest.approx(0.275, abs=1e-6)
+    assert float(data["sink_k"][0]) == 50.0
+    assert data["sink_share"].to_numpy().tolist() == [[0.5]]
+
+
+def hidden_sink():
+    """Ten tokens; from the fifth on, queries pay 0.3 to the first and 0.5 to the fifth."""
+    pattern = np.zeros((10, 10))
+    pattern[:4, 0] = 1
+    for i in range(4, 10):
+        others = [k for k in range(i + 1) if k not in (0, 4)]
+        pattern[i, 0], pattern[i, 4] = 0.3, 0.5
+        pattern[i, others] = 0.2 / len(others)
+    return pattern
+
+
+def test_a_hidden_sink(tmp_path):
+    store = planted(tmp_path / "s", [hidden_sink()])
+    result = run(store, length=10, epsilon=0.1)
+    alpha = result.data["alpha"][0, 0].to_numpy()
+    assert alpha[[0, 4]] == pytest.approx([0.58, 0.50])
+    rest = np.delete(alpha, [0, 4])
+    assert rest.min() == pytest.approx(0.025, abs=1e-3)
+    assert rest.max() == pytest.approx(0.035, abs=1e-3)
+    assert np.flatnonzero(result.data["sink_k"]).tolist() == [0, 4]
+    assert float(run(store, length=10, epsilon=0.1, sink=4).data["sink_share"][0, 0]) == 1
+    assert result.table["peak_position"].tolist() == [0]
+    assert AttentionSinks.headline(run(store, length=10, epsilon=0.1, sink=4)).startswith("Sink_5 = 100.0 % of heads")
+
+
+def test_length_cuts_what_is_longer_and_leaves_out_what_is_shorter(tmp_path):
+    store = planted(tmp_path / "s", [uniform(12)], [sink_head(8, 1.0)], [uniform(5)])
+    data = run(store, length=8).data
+    assert (int(data["sequences"]), int(data["short_sequences"])) == (2, 1)
+    expected = (sum(1 / i for i in range(1, 9)) / 8 + 1) / 2
+    assert float(data["alpha"][0, 0, 0]) == pytest.approx(expected, abs=1e-6)
+    assert "1 sequence of fewer than 8 tokens left out" in data.attrs["note"]
+    assert float(run(store, length=12, min_visible=2).data["alpha"][0, 0, 0]) == pytest.approx(
+        sum(1 / i for i in range(1, 13)) / 12, abs=1e-6
+    )
+
+
+def test_where_selects_sequences_by_their_first_token(tmp_path):
+    store = planted(tmp_path / "s", [uniform(8)], [sink_head(8, 1.0)], sources=["wiki", "web"])
+    assert float(run(store, length=8, where="source = 'web'").data["alpha"][0, 0, 0]) == 1
+    text = refused(RequestError, lambda: run(store, length=8, where="position = 3"))
+    assert text == (
+        "where 'position = 3' holds for the first token of none of 2 sequences, and the first token is what selects a "
+        "sequence"
+    )
+
+
+# ---- the detector ---------------------------------------------------------------------------------------
+
+
+def test_the_two_entropies_of_textbook_heads(textbook):
+    """Over all columns, as published: the uniform head's best is column 62, the previous token's log 2 / log 64."""
+    data = run(textbook, min_visible=2).data
+    np.testing.assert_allclose(data["row_entropy"][0], [63 / 64, 0, 0, 0], atol=1e-6)
+    column = data["column_entropy"][0].to_numpy()
+    assert column[0] == pytest.approx(0.99996, abs=1e-5)
+    assert column[1] == pytest.approx(1, abs=1e-6)
+    assert column[2:].tolist() == pytest.approx([np.log(2) / np.log(64), 0], abs=1e-6)
+    assert np.log(2) / np.log(64) == pytest.approx(0.1667, abs=5e-5)
+    shares = np.array([1 / i for i in range(1, 65)])
+    shares /= shares.sum()
+    first = -(shares * np.log(shares)).sum() / np.log(64)
+    assert first == pytest.approx(0.811, abs=5e-4)
+    assert run(textbook, min_visible=64).data["column_entropy"][0, 0] == pytest.approx(first, abs=1e-6)
+    assert data["detected"].to_numpy().tolist() == [[0, 1, 0, 0]]
+
+
+def test_both_entropies_decide(textbook):
+    assert run(textbook, row_entropy=1.0, min_visible=2).data["detected"].to_numpy().tolist() == [[1, 1, 0, 0]]
+    assert run(textbook, column_entropy=0.1).data["detected"].to_numpy().tolist() == [[0, 1, 1, 0]]
+    assert run(textbook, row_entropy=0.0).data["detected"].to_numpy().tolist() == [[0, 0, 0, 0]]
+
+
+# ---- norms and massive activations ----------------------------------------------------------------------
+
+
+def stream(top, position=0, dimension=2, n=8, width=6, seed=0):
+    """Half of the values 0.05, half 0.15 in size, so the median is 0.1, and one planted."""
+    values = np.where(np.arange(n * width).reshape(n, width) % 2, 0.05, 0.15)
+    values *= np.random.default_rng(seed).choice([-1, 1], (n, width))
+    values[position, dimension] = top
+    return values
+
+
+@pytest.mark.parametrize(
+    ("top", "scale", "large", "rare"),
+    [(-150, 1, 1, 1), (150, 3, 1, 0), (99, 0.1, 0, 1), (99, 3, 0, 0)],
+)
+def test_both_conditions_of_a_massive_activation(tmp_path, top, scale, large, rare):
+    hidden = stream(0) * scale
+    hidden[3, 2] = top
+    data = run(plant(tmp_path / "s", [8], {"pattern.0": rows_of([uniform(8)]), "resid_post.0": hidden}), length=8).data
+    names = ("massive_above_absolute", "massive_above_ratio", "massive")
+    assert [float(data[name][0]) for name in names] == [large, rare, large and rare]
+    found = [float(data[f"massive_{name}"][0]) for name in ("top", "median", "position", "dimension")]
+    assert found == pytest.approx([abs(top), np.median(np.abs(hidden)), 3, 2], rel=1e-6)
+    assert found[1] == pytest.approx(0.1 * scale, rel=0.6)
+
+
+def test_the_settings_of_massive_activations(tmp_path):
+    hidden = np.concatenate([stream(150), stream(0.5, seed=1)])
+    store = plant(tmp_path / "s", [8, 8], {"pattern.0": rows_of(*[[uniform(8)]] * 2), "resid_post.0": hidden})
+    assert float(run(store, length=8).data["massive"][0]) == 0.5
+    assert float(run(store, length=8, massive_absolute=200.0).data["massive_above_absolute"][0]) == 0
+    assert float(run(store, length=8, massive_absolute=0.4).data["massive_above_absolute"][0]) == 1
+    assert float(run(store, length=8, massive_ratio=2.0).data["massive_above_ratio"][0]) == 1
+    assert float(run(store, length=8, massive_ratio=5000.0).data["massive_above_ratio"][0]) == 0
+
+
+def test_the_position_of_a_massive_activation_is_that_in_its_sequence():
+    assert massive_activation(stream(-7.0, position=5, dimension=1))[2:] == (5, 1)
+    assert massive_activation(np.array([[1.0, -3.0], [2.0, 0.0]])) == (3, 1.5, 0, 1)
+
+
+def test_norms_of_the_sink_and_of_the_others(tmp_path):
+    """Values of two shared heads, read by four; the others' mean in each sequence, then over sequences."""
+    norms = np.array([[1, 4, 4, 4, 4, 4, 4, 4], [3, 2, 2, 2, 2, 2, 2, 9]], float)
+    value = np.zeros((16, 2, 3))
+    value[:, 0, 1], value[:, 1, 2] = norms.ravel(), -2 * norms[::-1].ravel()
+    residual = np.zeros((16, 5))
+    residual[:, 4] = 10 * norms.ravel()
+    arrays = {"pattern.0": rows_of(*[[uniform(8)] * 4] * 2), "v.0": value, "resid_post.0": residual}
+    store = plant(tmp_path / "s", [8, 8], arrays)
+    others = (4 + 3) / 2
+    data = run(store, length=8).data
+    assert data["value_norm_sink"][0].to_numpy().tolist() == [2, 2, 4, 4]
+    assert data["value_norm_ratio"][0].to_numpy() == pytest.approx([2 / others] * 4)
+    assert float(data["residual_norm_ratio"][0]) == pytest.approx(2 / others)
+    assert float(data["residual_norm_others"][0]) == pytest.approx(10 * others)
+    last = run(store, length=8, sink=1).data
+    assert float(last["residual_norm_sink"][0]) == 30
+    assert float(last["residual_norm_others"][0]) == pytest.approx(10 * ((1 + 24) / 7 + (3 + 10 + 9) / 7) / 2)
+
+
+# ---- domains --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_domains(tmp_path_factory):
+    """Head 0 pays 0.9 in web and 0.1 in wiki, head 1 some 0.5 in both, more or less by document."""
+    draw = np.random.default_rng(0)
+    sequences, sources = [], []
+    for index in range(24):
+        source = ("web", "wiki")[index % 2]
+        noise = draw.uniform(-0.05, 0.05, 2)
+        sequences.append([sink_head(16, c) for c in ((0.9 if source == "web" else 0.1) + noise[0], 0.5 + noise[1])])
+        sources.append(source)
+    sources[0] = None
+    documents = [index // 2 * 2 + index % 2 for index in range(24)]
+    path = tmp_path_factory.mktemp("domains") / "s"
+    return planted(path, *sequences, documents=documents, sources=sources), sequences, sources
+
+
+def test_attention_to_the_sink_in_each_domain(two_domains):
+    store, sequences, sources = two_domains
+    result = run(store, length=16, domain="source", resamples=300)
+    data = result.data
+    assert data["domain"].to_numpy().tolist() == ["web", "wiki"]
+    assert data["documents"].to_numpy().tolist() == [11, 12]
+    for d, name in enumerate(("web", "wiki")):
+        for head in range(2):
+            paid = [s[head][1:, 0].mean() for s, source in zip(sequences, sources, strict=True) if source == name]
+            assert float(data["attention"][d, 0, head]) == pytest.approx(np.mean(paid), abs=1e-6)
+            low, high = float(data["attention_low"][d, 0, head]), float(data["attention_high"][d, 0, head])
+            assert low < np.mean(paid) < high
+            deviation = np.std(paid) / np.sqrt(len(paid))  # 1.96 of it each way, were they normal
+            assert high - low == pytest.approx(3.92 * deviation, rel=0.25)
+    gap = data["attention"][:, 0, 0].to_numpy()
+    assert float(data["gap"][0, 0]) == pytest.approx(gap[0] - gap[1])
+    assert (data["gap_low"] <= data["gap"]).all()
+    assert (data["gap"] <= data["gap_high"]).all()
+    assert float(data["gap_low"][0, 0]) > 0.7
+    assert float(data["gap_low"][0, 1]) < 0.02  # a head that does not care
+    line = result.table.set_index("head").loc[0]
+    assert (line["gap_most"], line["gap_least"]) == ("web", "wiki")
+    assert "1 sequence of no one source left out of that comparison" in data.attrs["note"]
+    assert data.attrs["few"] == ""
+    assert (
+        list(result.table["attention_web"]) == data["attention"][0, 0, result.table["head"].to_numpy()].values.tolist()
+    )
+
+
+def test_draws_are_of_documents_and_reproducible(two_domains):
+    store, _, _ = two_domains
+    once, again, other, fewer = (
+        run(store, length=16, domain="source", **settings).data["attention_low"].to_numpy()
+        for settings in ({"resamples": 50}, {"resamples": 50}, {"resamples": 50, "seed": 1}, {"resamples": 20})
+    )
+    assert (once == again).all()
+    assert (once != other).any()
+    assert (once != fewer).any()
+
+
+def test_the_metric_has_an_interval_over_documents(tmp_path):
+    """Of four documents one has no sink: three of four sequences, and a bootstrap of these four, written out."""
+    heads = [[sink_head(16, c)] for c in (0.9, 0.9, 0.0, 0.9)]
+    store = planted(tmp_path / "s", *heads, documents=[0, 1, 2, 3])
+    data = run(store, length=16, resamples=4000).data
+    draws = np.random.default_rng(7).integers(0, 4, (40_000, 4))
+    low, high = np.quantile(np.array([100, 100, 0, 100])[draws].mean(1), [0.025, 0.975])
+    assert [float(data[name]) for name in ("sink", "sink_low", "sink_high")] == [75, low, high]
+    assert float(data["sink"]) == float(data["sink_k"][0])
+    alone = run(planted(tmp_path / "alone", *heads, documents=[0, 0, 0, 0]), length=16).data
+    assert float(alone["sink"]) == 75
+    assert np.isnan([alone["sink_low"], alone["sink_high"]]).all()
+    elsewhere = run(store, length=16, sink=3).data
+    assert float(elsewhere["sink"]) == float(elsewhere["sink_k"][3]) == 0
+
+
+def test_one_document_has_no_interval_and_one_domain_no_gap(tmp_path):
+    heads = [[sink_head(8, c)] for c in (0.2, 0.4)]
+    store = planted(tmp_path / "s", *heads, documents=[0, 0], sources=["a<b>", "a<b>"])
+    result = run(store, length=8, domain="source")
+    assert float(result.data["attention"][0, 0, 0]) == pytest.approx(0.3, abs=1e-6)
+    assert np.isnan(result.data["attention_low"]).all()
+    assert np.isnan(result.data["gap"]).all()
+    assert result.data.attrs["few"] == "only 2 sequences; fewer than 10 documents in 1 of 1 domains"
+    assert "no gap: all sequences are of one source" in result.data.attrs["note"]
+    assert AttentionSinks.headline(result).endswith(result.data.attrs["few"])
+    assert list(AttentionSinks.figures(result)) == ["sinks", "positions", "attention"]
+
+
+def test_a_sink_elsewhere_is_paid_by_those_behind_it(tmp_path):
+    heads = [[sink_head(8, c, sink=3)] for c in (0.25, 0.75)]
+    store = planted(tmp_path / "s", *heads, documents=[0, 1], sources=["web", "wiki"])
+    data = run(store, length=8, domain="source", sink=3).data
+    np.testing.assert_allclose(data["attention"][:, 0, 0], [0.25, 0.75], atol=1e-6)
+
+
+# ---- models ---------------------------------------------------------------------------------------------
+
+
+def plain(folder, sequences):
+    """By layer, from Hugging Face in float64: patterns [sequence, head, query, key], values, residuals."""
+    module = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double().eval()
+    values, blocks = {}, {}
+    for index, layer in enumerate(module.model.layers):
+        layer.self_attn.v_proj.register_forward_hook(lambda _m, _a, out, i=index: values.update({i: out}))
+        layer.register_forward_hook(
+            lambda _m, _a, out, i=index: blocks.update({i: out[0] if isinstance(out, tuple) else out})
+        )
+    with torch.no_grad():
+        attentions = module(input_ids=torch.tensor(sequences), output_attentions=True).attentions
+    heads = module.config.num_key_value_heads
+    return [
+        (
+            attentions[i].numpy(),
+            values[i].unflatten(-1, (heads, -1)).numpy(),
+            blocks[i].numpy(),
+        )
+        for i in range(len(attentions))
+    ]
+
+
+PLAIN, TRIGGERS = range(1, 9), range(9, 25)  # token ids; 0 is BOS, and trigger 9 + i may stand at position i alone
+
+
+def backcopy_model(strength):
+    """The solution of the Bigram-Backcopy task (Guo et al., arXiv 2410.13835) in one head: a plain token gives BOS the
+    logit `strength` and everything else 0, a trigger gives it to the token before, and BOS has no value.
+
+    Every feature stands twice, with both signs, so that LayerNorm takes no mean; all streams are as long, so that its
+    scale is one number. A trigger knows its position, since in one head tokens and positions cannot be multiplied.
+    """
+    tokens, positions = 25, 16
+    half = tokens + positions
+    config = GPT2Config(vocab_size=tokens, n_positions=positions, n_embd=2 * half, n_layer=1, n_head=1)
+    module = GPT2LMHeadModel(config).eval()
+    scale = half**0.5 / 2**0.5  # of a feature after LayerNorm, two of `half` being 1
+    query, key, value = (torch.zeros(half, half) for _ in range(3))  # [feature, channel]
+    query[PLAIN, 0] = key[0, 0] = 1.0
+    for position in range(1, positions):
+        query[TRIGGERS[position], position] = 1.0
+        key[tokens + position - 1, position] = 1.0
+    value[PLAIN, PLAIN] = 1.0
+    gain = (strength * (2 * half) ** 0.5) ** 0.5 / scale
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+        block = module.transformer.h[0]
+        for norm in (block.ln_1, block.ln_2, module.transformer.ln_f):
+            norm.weight.fill_(1.0)
+        signs = torch.cat([torch.eye(half), -torch.eye(half)], 1)
+        module.transformer.wte.weight = torch.nn.Parameter(signs[:tokens].clone())
+        module.transformer.wpe.weight.copy_(signs[tokens:])
+        for part, weight in enumerate((gain * query, gain * key, value)):
+            block.attn.c_attn.weight[:half, 2 * half * part : 2 * half * part + half] = weight
+        block.attn.c_proj.weight.copy_(10 * torch.cat([signs, torch.zeros_like(signs)]))
+        module.lm_head.weight = torch.nn.Parameter(torch.zeros(tokens, 2 * half))
+        module.lm_head.weight[PLAIN, PLAIN] = 10.0
+    return module
+
+
+def backcopy_texts(triggered, sequences=6, length=16):
+    """[sequence, position] of token ids: BOS, plain tokens, and every third token a trigger with what it copies."""
+    draw, texts = np.random.default_rng(0), []
+    for _ in range(sequences):
+        ids = [0]
+        while len(ids) < length:
+            if triggered and len(ids) % 3 == 0:
+                ids += [TRIGGERS[len(ids)], ids[-1]]
+            else:
+                ids.append(int(draw.choice(PLAIN)))
+        texts.append(ids[:length])
+    return np.array(texts)
+
+
+def test_the_hand_set_solution_of_the_backcopy_task(tmp_path):
+    strength, T = 4.0, 16
+    module = backcopy_model(strength)
+    texts = np.concatenate([backcopy_texts(triggered) for triggered in (False, True)])
+    model = Model(module, None, "backcopy")
+    settings = {"sites": ["pattern", "v"], "dtype": "float32", "show_progress": False}
+    store = wb.record(model, texts.tolist(), out=tmp_path / "s", **settings)
+    visible = np.arange(1, T + 1)
+    resting = 1 / (1 + (visible - 1) * np.exp(-strength))
+    resting[0] = 1
+    copying = 1 / (np.exp(strength) + visible - 1)
+    trigger = texts >= TRIGGERS[0]
+    to_bos = np.where(trigger, copying, resting)
+    data = run(store, length=T).data
+    np.testing.assert_allclose(data["alpha"][0, 0, 0], to_bos.mean(), rtol=1e-4)
+    assert float(data["sink_k"][0]) == 100
+    assert float(data["value_norm_ratio"][0, 0]) < 1e-6
+    with torch.no_grad():  # and it does the task: after a trigger, the token before it
+        logits = module(torch.from_numpy(texts)).logits
+    before = torch.from_numpy(np.roll(texts, 1, axis=1))
+    assert torch.nn.functional.cross_entropy(logits[trigger], before[trigger]) < 0.01
+
+
+@pytest.mark.parametrize("name", ["stories260k", "babyllama"])
+def test_real_models_against_plain_hugging_face(name, request, tinystories, tmp_path):
+    folder, T = request.getfixturevalue(name), 32
+    model = wb.load_model(folder)
+    with tinystories.open() as lines:
+        texts = [json.loads(next(lines))["text"] for _ in range(12)]
+    sequences = [model.tokenizer(text)["input_ids"][:T] for text in texts]
+    assert {len(ids) for ids in sequences} == {T}
+    options = {"dtype": "float32", "show_progress": False, "context": T}
+    sites = ["pattern", "v", "resid_post"]
+    data = run(wb.record(model, sequences, out=tmp_path / "p", sites=sites, **options), length=T).data
+    derived = run(wb.record(model, sequences, out=tmp_path / "d", sites=DERIVED, **options), length=T).data
+    above = []
+    for layer, (pattern, value, hidden) in enumerate(plain(folder, sequences)):
+        alpha = pattern.sum(2) / (T - np.arange(T))  # [sequence, head, key]
+        above.append(alpha > 0.3)
+        value_norm, norm = np.linalg.norm(value, axis=-1), np.linalg.norm(hidden, axis=-1)
+        drain = value_norm[:, 0].mean(0) / value_norm[:, 1:].mean((0, 1))
+        for found in (data, derived):
+            np.testing.assert_allclose(found["alpha"][layer], alpha.mean(0), atol=1e-5)
+            np.testing.assert_allclose(found["value_norm_ratio"][layer], np.repeat(drain, 2), rtol=1e-4)
+            ratio = norm[:, 0].mean() / norm[:, 1:].mean()
+            np.testing.assert_allclose(found["residual_norm_ratio"][layer], ratio, rtol=1e-4)
+        top = np.abs(hidden).reshape(len(hidden), -1).max(1)
+        np.testing.assert_allclose(data["massive_top"][layer], top.mean(), rtol=1e-4)
+    expected = 100 * np.mean(above, axis=(0, 1, 2))
+    np.testing.assert_allclose(data["sink_k"], expected, atol=1e-9)
+    np.testing.assert_allclose(derived["sink_k"], expected, atol=1e-9)
+    assert expected.max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
+    """Keys shared by heads (llama), a window of 16 and soft-caps (gemma2), unequal lengths in one batch."""
+    draw = np.random.default_rng(1)
+    texts = [draw.integers(8, 300, n).tolist() for n in (24, 11, 24, 24, 3)]
+    model, options = (
+        Model(tiny_models[family], None, family),
+        {"dtype": "float32", "show_progress": False, "context": 24},
+    )
+    store = wb.record(model, texts, out=tmp_path / "p", sites=["pattern", "v", "resid_post"], **options)
+    other = wb.record(model, texts, out=tmp_path / "d", sites=DERIVED, **options)
+    settings = {"length": 24, "epsilon": 0.1, "domain": "document", "resamples": 10}
+    ours, derived = run(store, **settings).data, run(other, **settings).data
+    assert (ours.attrs["source"], derived.attrs["source"]) == ("pattern", "derived")
+    assert int(derived["short_sequences"]) == 2
+    left_out = {name for name in ours if name.startswith(("massive", "example"))}
+    assert {*ours} - {*derived} == left_out
+    assert "no massive: resid_post is not recorded" in derived.attrs["note"]
+    for name in derived:
+        np.testing.assert_allclose(derived[name], ours[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_random_weights_have_no_sink(tmp_path):
+    model = random_copy(wb.load_model("demo"))
+    ids = np.random.default_rng(0).integers(8, 1000, (12, 64)).tolist()
+    options = {"sites": ["attn_received"], "context": 64, "dtype": "float32", "show_progress": False}
+    data = run(wb.record(model, ids, out=tmp_path / "s", **options)).data
+    assert float(data["sink_k"][0]) == 0
+    assert float(data["alpha"][..., 0].max()) < 0.1
+
+
+# ---- what is there, what is not -------------------------------------------------------------------------
+
+
+def derived_arrays(kinds, lengths=(8,), heads=2):
+    rows = sum(lengths)
+    shape = {"resid_norm": (rows,)}
+    return {f"{kind}.0": np.full(shape.get(kind, (rows, heads)), 0.5) for kind in kinds}
+
+
+def test_what_was_not_recorded_is_left_out_and_said(tmp_path):
+    store = plant(tmp_path / "s", [8], derived_arrays(["attn_received"]))
+    result = run(store, length=8)
+    assert {*result.data} == {
+        *("alpha", "sink_share", "sink_k", "sink", "sink_low", "sink_high", "reliable", "sequences", "short_sequences")
+    }
+    assert result.data.attrs["note"] == (
+        "no row_entropy: attn_entropy is not recorded; no column_entropy: attn_received_entropy is not recorded; "
+        "no value_norm_ratio: v or v_norm is not recorded; no residual_norm_ratio: resid_post or resid_norm is not "
+        "recorded; no massive: resid_post is not recorded; only 1 sequence"
+    )
+    assert AttentionSinks.headline(result) == (
+        "Sink_1 = 100.0 % of heads (epsilon 0.3, T 8, 1 sequence); strongest 0.0 (0.50); only 1 sequence"
+    )
+
+
+def test_layers_that_lack_something_are_nan_and_said(tmp_path):
+    arrays = {f"pattern.{layer}": rows_of([uniform(8)]) for layer in (0, 2)}
+    arrays |= {"v.2": np.ones((8, 1, 2)), "resid_post.1": stream(1.0), "resid_post.2": stream(1.0)}
+    result = run(plant(tmp_path / "s", [8], arrays), length=8)
+    data = result.data
+    assert data["layer"].to_numpy().tolist() == [0, 1, 2]
+    assert np.isnan(data["alpha"][1]).all()
+    assert np.isnan(data["value_norm_ratio"][:, 0]).to_numpy().tolist() == [True, True, False]
+    assert np.isnan(data["massive"]).to_numpy().tolist() == [True, False, False]
+    assert "value_norm_ratio is NaN at layers 0, 1: v or v_norm is not recorded there" in data.attrs["note"]
+    assert result.table["layer"].tolist() == [0, 2]
+    assert "residual norm" in AttentionSinks.headline(result)
+    assert AttentionSinks.figures(result)["sinks"].data[0].y == ("0", "2")
+
+
+def test_layers_with_different_numbers_of_heads(tmp_path):
+    arrays = {"pattern.0": rows_of([sink_head(8, 1.0)]), "pattern.1": rows_of([uniform(8)] * 3)}
+    result = run(plant(tmp_path / "s", [8], arrays), length=8)
+    assert float(result.data["sink_k"][0]) == pytest.approx(100 * (1 + 3) / 4)  # uniform over 8: 0.34
+    assert float(result.data["alpha"][0, 0, 0]) == 1
+    assert len(result.table) == 4
+    assert np.isnan(result.data["alpha"][0, 1:]).all()
+
+
+def test_the_source_with_more_layers_is_read(tmp_path):
+    arrays = {"pattern.0": rows_of([sink_head(8, 1.0)] * 2), **derived_arrays(["attn_received"])}
+    assert run(plant(tmp_path / "a", [8], arrays), length=8).data.attrs["source"] == "pattern"
+    arrays["attn_received.1"] = arrays["attn_received.0"]
+    assert run(plant(tmp_path / "b", [8], arrays), length=8).data.attrs["source"] == "derived"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "lengths", "settings", "text"),
+    [
+        (["resid_norm"], [8], {}, "attn_received.0 is not recorded in {path}; recorded are 1: resid_norm.0; to have "
+         "it: workbench record demo TEXT --sites attn_received.0 --out ANOTHER_STORE"),
+        (["attn_received"], [8, 5], {}, "length 64: no sequence has as many tokens, the longest of 2 has 8; give a "
+         "smaller length, or record longer texts"),
+        (["attn_received"], [8, 5], {"length": 5}, "length 5: attn_received was summed over whole sequences, of up to "
+         "8 tokens; record with --context 5, or record pattern, or give length 8"),
+        (["attn_received"], [8], {"length": 8, "domain": "source"}, "attn_first.0 is not recorded in {path}; recorded "
+         "are 1: attn_received.0; to have it: workbench record demo TEXT --sites attn_first.0 --out ANOTHER_STORE"),
+        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "source", "sink": 2}, "sink 2: attn_first knows "
+         "what is paid to position 0 only; for domains record pattern"),
+        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "sauce"}, "domain 'sauce' is no column of the "
+         "token table; nearest: source, sequence; columns: row, sequence, position, document, token_id, token, "
+         "char_start, char_end, is_special, source"),
+        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "position"}, "domain 'position' has no value "
+         "that all tokens of a sequence share"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path, kinds, lengths, settings, text):
+    store = plant(tmp_path / "s", lengths, derived_arrays(kinds, lengths))
+    settings = {"min_visible": 2} | settings
+    assert refused(RequestError, lambda: run(store, **settings)) == text.format(path=store.path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"length": 2}, "length must be at least 3, not 2"),
+        ({"min_visible": 1}, "min_visible must be at least 2, not 1"),
+        ({"resamples": 0}, "resamples must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"epsilon": 1.5}, "epsilon must be from 0 to 1, not 1.5"),
+        ({"row_entropy": -0.1}, "row_entropy must be from 0 to 1, not -0.1"),
+        ({"column_entropy": float("nan")}, "column_entropy must be from 0 to 1, not nan"),
+        ({"massive_absolute": -1.0}, "massive_absolute must not be negative, but is -1.0"),
+        ({"massive_ratio": float("nan")}, "massive_ratio must not be negative, but is nan"),
+        ({"sink": 63}, "sink must be from 0 to 62, before the last of 64 tokens"),
+        ({"sink": -1}, "sink must be from 0 to 62, before the last of 64 tokens"),
+        ({"min_visible": 65}, "min_visible is 65 and no key is seen by more than 64 tokens"),
+    ],
+)
+def test_settings_out_of_range(settings, text):
+    assert refused(RequestError, lambda: AttentionSinks(**settings)) == text
+
+
+def test_blocks_of_any_size_give_the_same(two_domains, monkeypatch):
+    from workbench.probes import attention_sinks
+
+    store, _, _ = two_domains
+    whole = run(store, length=16).data
+    monkeypatch.setattr(attention_sinks, "_BLOCK_BYTES", 1)  # one sequence at a time
+    pieces = run(store, length=16).data
+    for name in whole:
+        np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-12, err_msg=name)
+
+
+# ---- figures --------------------------------------------------------------------------------------------
+
+
+def test_figures_are_made_of_the_saved_result_alone(two_domains, tmp_path, monkeypatch):
+    store, _, sources = two_domains
+    arrays = {"pattern.0": np.asarray(store["pattern", 0]), "resid_post.0": np.tile(stream(150), (48, 1))}
+    sources = [source or "<b>$x$" for source in sources]
+    full = plant(tmp_path / "s", [16] * 24, arrays, documents=list(range(24)), sources=sources)
+    result = run(full, length=16, domain="source", resamples=20)
+    monkeypatch.setattr(results, "find_probe", lambda name: {"attention-sinks": AttentionSinks}[name])
+    result.save(tmp_path / "result")
+    again = wb.load_result(tmp_path / "result")
+    assert again.headline() == result.headline()
+    figures = again.figures()
+    assert list(figures) == ["sinks", "positions", "norms", "domains", "attention"]
+    assert {name: figure.to_json() for name, figure in result.figures().items()} == {
+        name: figure.to_json() for name, figure in figures.items()
+    }
+    np.testing.assert_allclose(figures["sinks"].data[0].z, result.data["alpha"][:, :, 0])
+    reliable, unreliable = figures["positions"].data
+    assert (len(reliable.x), len(unreliable.x)) == (9, 7)
+    np.testing.assert_allclose([*reliable.y, *unreliable.y], result.data["sink_k"])
+    np.testing.assert_allclose(figures["norms"].data[0].y, result.data["residual_norm_sink"])
+    domains = figures["domains"].data
+    assert [trace.name.partition(" (")[0] for trace in domains] == ["&lt;b&gt;&#36;x&#36;", "web", "wiki"]
+    assert domains[1].x == ("0.0", "0.1")
+    table = result.table.nlargest(12, "gap")
+    np.testing.assert_allclose(domains[1].y, table["attention_web"])
+
+
+def test_the_headline_tells_metric_head_and_norms(tmp_path):
+    value = np.ones((8, 2, 1))
+    value[0] = [[0.57], [1]]
+    residual = np.ones((8, 4))
+    residual[0] = 4.7
+    arrays = {"pattern.0": rows_of([sink_head(8, 0.9), uniform(8)]), "v.0": value, "resid_post.0": residual}
+    text = AttentionSinks.headline(run(plant(tmp_path / "s", [8], arrays), length=8, epsilon=0.5))
+    assert text == (
+        "Sink_1 = 50.0 % of heads (epsilon 0.5, T 8, 1 sequence); strongest 0.0 (0.91); "
+        "value norm there 0.57, residual norm 4.7 times the others' at layer 0; only 1 sequence"
+    )

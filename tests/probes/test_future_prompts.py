@@ -1,0 +1,272 @@
+"""Prompts for the future on a small random Llama: against Hugging Face by hand, and laws that hold for any model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from workbench.probes.future_prompts import LEARNED, FuturePrompts
+
+import workbench as wb
+from workbench.analysis.future import future_rows
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+
+FEW = FuturePrompts(prompts=("the day was", "Once upon a"), training_rows=40, row_limit=20, epochs=1, prompt_tokens=3)
+TEXTS = [
+    f"{a} the {b} day was to {a} and time {b} upon a little Monday" for a in ("Tom", "Ann", "Lily") for b in "abcdefg"
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models, tiny_tokenizer):
+    return Model(copy.deepcopy(tiny_models["llama"]), tiny_tokenizer, "tiny")
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    return wb.record(model, TEXTS, sites=["resid_pre", "resid_post"], out=tmp_path_factory.mktemp("prompts") / "x.acts")
+
+
+@pytest.fixture(scope="module")
+def result(store, model):
+    return FEW.run(store, model)
+
+
+def chosen_rows(store, part="tested", limit=20):
+    """The rows that are asked, chosen again."""
+    rows = future_rows(store, 4, None, held_out=0.25, validation=0.1, seed=0).at(part, 3)
+    return rows[np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)]
+
+
+def said_in_text(store, model):
+    """The model's top token after every row, from plain forward passes over each text."""
+    said = np.full(store.rows, -1)
+    sequence, ids = (store.tokens[name].to_numpy() for name in ("sequence", "token_id"))
+    with torch.no_grad():
+        for own in (np.flatnonzero(sequence == s) for s in np.unique(sequence)):
+            said[own] = model.module(input_ids=torch.from_numpy(ids[own].astype(np.int64))[None]).logits[0].argmax(-1)
+    return said
+
+
+def asked_by_hand(store, model, prompt, layer, blind, zero=False):
+    """Top tokens [row, horizon], a row at a time through hooks of torch; the blind ones greedily, token by token."""
+    ids = store.tokens["token_id"].to_numpy().astype(np.int64)
+    start = model.tokenizer(prompt)["input_ids"]
+    block, found = model.module.model.layers[layer], []
+    for row in chosen_rows(store):
+        state = store[f"resid_post.{layer}"][row : row + 1][0].float() * (0 if zero else 1)
+
+        def change(_module, _args, output, state=state):
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            first[:, len(start) - 1] = state
+            return output
+
+        handle, answers = block.register_forward_hook(change), []
+        with torch.no_grad():
+            for n in range(4):
+                after = answers if blind else ids[row + 1 : row + 1 + n].tolist()
+                answers.append(model.module(input_ids=torch.tensor([[*start, *after]])).logits[0, -1].argmax().item())
+        handle.remove()
+        found.append(answers)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("prompt", FEW.prompts)
+@pytest.mark.parametrize("regime", ["fed", "blind"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_precision_is_that_of_a_run_by_hand(store, model, result, prompt, regime, layer):
+    rows = chosen_rows(store)
+    targets = said_in_text(store, model)[rows[:, None] + np.arange(4)]
+    at = result.data.sel(prompt=prompt, regime=regime, layer=layer)
+    for name, zero in (("precision", False), ("zero_precision", True)):
+        answers = asked_by_hand(store, model, prompt, layer, regime == "blind", zero)
+        found = at[name].sel(k=1) if name == "precision" else at[name]
+        np.testing.assert_allclose(found, (answers == targets).mean(0))
+    assert int(result.data["rows"]) == len(rows)
+
+
+def test_surprisal_is_of_what_was_said(store, model, result):
+    rows, answers = chosen_rows(store), asked_by_hand(store, model, FEW.prompts[0], 1, blind=True)
+    sequence, ids = (store.tokens[name].to_numpy() for name in ("sequence", "token_id"))
+    total = np.zeros(4)
+    with torch.no_grad():
+        for row, said in zip(rows, answers, strict=True):
+            own = np.flatnonzero(sequence == sequence[row])
+            log = model.module(input_ids=torch.from_numpy(ids[own].astype(np.int64))[None]).logits[0].log_softmax(-1)
+            total -= [log[row - own[0] + n, said[n]].item() for n in range(4)]
+    at = result.data["surprisal"].sel(prompt=FEW.prompts[0], regime="blind", layer=1)
+    np.testing.assert_allclose(at, total / len(rows), rtol=1e-4)
+
+
+def test_the_last_layer_says_the_next_token_whatever_the_prompt(result):
+    at = result.data["precision"].sel(layer=2, horizon=0, k=1)
+    np.testing.assert_array_equal(at, 1)
+
+
+def test_the_regimes_differ_only_past_the_next_token(result):
+    fed, blind = (result.data["precision"].sel(regime=regime) for regime in ("fed", "blind"))
+    np.testing.assert_array_equal(fed.sel(horizon=0), blind.sel(horizon=0))
+    assert (fed.sel(horizon=1) != blind.sel(horizon=1)).any()
+
+
+def test_a_state_is_above_zeros_and_above_another_tokens_where_it_decides(result):
+    at = result.data.sel(layer=2, horizon=0, regime="blind").isel(prompt=0)
+    assert float(at["precision"][0]) == 1
+    assert float(at["zero_precision"]) < 0.5
+    assert float(at["shuffled_precision"]) < 0.5
+    np.testing.assert_allclose(at["gain"], 1 - at["zero_precision"])
+    assert float(at["gain_low"]) <= float(at["gain"]) <= float(at["gain_high"])
+
+
+def test_a_learned_prompt_comes_nearer_to_the_text_and_the_model_stays_as_it_is(store, model):
+    before = model.fingerprint()
+    probe = replace(FEW, prompts=(), epochs=8, learning_rate=1.0)
+    data = probe.run(store, model).data
+    assert (data["divergence"] < data["untrained_divergence"] - 0.05).all()
+    assert model.fingerprint() == before
+    assert all(weight.grad is None and weight.requires_grad for weight in model.module.parameters())
+    untrained = replace(probe, epochs=0).run(store, model).data
+    np.testing.assert_array_equal(untrained["divergence"], data["untrained_divergence"])
+
+
+def test_divergence_is_that_of_float64(store, model):
+    data = replace(FEW, prompts=(), epochs=0, learned_for=2).run(store, model).data
+    begin = torch.randint(320, (3,), generator=torch.Generator().manual_seed(0))
+    ids = store.tokens["token_id"].to_numpy().astype(np.int64)
+    sequence, rows = store.tokens["sequence"].to_numpy(), chosen_rows(store, "validation", 10)
+    total = 0.0
+    for row in rows:
+        own = np.flatnonzero(sequence == sequence[row])
+
+        def change(_module, _args, output, row=row):
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            first[:, 2] = store["resid_post.1"][row : row + 1][0].float()
+            return output
+
+        with torch.no_grad():
+            text = model.module(input_ids=torch.from_numpy(ids[own])[None]).logits[0, row - own[0] + 2].double()
+            handle = model.module.model.layers[1].register_forward_hook(change)
+            said = model.module(input_ids=torch.cat([begin, torch.from_numpy(ids[row + 1 : row + 3])])[None]).logits[
+                0, -1
+            ]
+            handle.remove()
+        p, q = text.softmax(-1), said.double().softmax(-1)
+        total += (p * (p / q).log()).sum().item()
+    assert float(data["untrained_divergence"].sel(layer=1)) == pytest.approx(total / len(rows), rel=1e-3)
+
+
+def test_bigrams_of_the_last_known_token(store, model, result):
+    said, ids = said_in_text(store, model), store.tokens["token_id"].to_numpy()
+    rows, training = chosen_rows(store), future_rows(store, 4, None, held_out=0.25, validation=0.1, seed=0)
+    for regime, known in (("blind", 0), ("fed", 2)):
+        own = training.at("training", 2)
+        right = []
+        for row in rows:
+            same = said[own[ids[own + known] == ids[row + known]] + 2]
+            counts = np.bincount(same if len(same) else said[own + 2], minlength=320)
+            overall = np.bincount(said[own + 2], minlength=320)
+            most = np.flatnonzero(counts == counts.max())
+            right.append(most[overall[most].argmax()] == said[row + 2])
+        assert float(result.data["bigram_precision"].sel(regime=regime, horizon=2)) == pytest.approx(np.mean(right))
+
+
+def test_the_best_is_chosen_on_validation_tokens(result):
+    data = result.data
+    for regime in ("fed", "blind"):
+        at = data.sel(regime=regime, horizon=1)
+        chosen = at["validation_precision"].isel(prompt=int(at["best_prompt"])).sel(layer=int(at["best_layer"]))
+        assert float(chosen) == float(at["validation_precision"].max())
+
+
+@pytest.mark.parametrize(
+    ("changed", "variable"),
+    [
+        ({"seed": 1}, "untrained_divergence"),
+        ({"prompt_tokens": 5}, "untrained_divergence"),
+        ({"learned_for": 0}, "untrained_divergence"),
+        ({"epochs": 3}, "divergence"),
+        ({"batch": 4}, "divergence"),
+        ({"learning_rate": 0.3}, "divergence"),
+        ({"training_rows": 20}, "divergence"),
+        ({"row_limit": 10}, "rows"),
+        ({"held_out": 0.4}, "documents"),
+        ({"validation": 0.3}, "untrained_divergence"),
+        ({"where": "position > 3"}, "surprisal"),
+        ({"site": "resid_pre"}, "surprisal"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_settings_change_the_result(store, model, result, changed, variable):
+    found = replace(FEW, **changed).run(store, model).data[variable]
+    assert not np.array_equal(found.to_numpy(), result.data[variable].to_numpy())
+
+
+def test_horizons_top_k_and_prompts(store, model):
+    data = replace(FEW, horizons=2, top_k=3, prompts=("to",), prompt_tokens=0).run(store, model).data
+    assert data.sizes == {"prompt": 1, "regime": 2, "layer": 3, "horizon": 2, "k": 3}
+    assert "divergence" not in data
+    assert (data["precision"].diff("k") >= 0).all()
+
+
+def test_the_same_seed_gives_the_same(store, model, result):
+    assert FEW.run(store, model).data.identical(result.data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_tokens": -1}, "prompt_tokens must be at least 0, not -1"),
+        ({"row_limit": 1}, "row_limit must be at least 2, not 1"),
+        ({"held_out": 1.0}, "held_out must lie between 0 and 1, not 1.0"),
+        ({"held_out": 0.6, "validation": 0.4}, "leave no document to train on"),
+        ({"prompts": (), "prompt_tokens": 0}, "no prompt is left; give one of them"),
+        ({"prompts": ("a", "a")}, "prompts must differ from each other"),
+        ({"prompts": (LEARNED,)}, "prompts must differ from each other and from 'learned'"),
+        ({"learned_for": 4}, "learned_for is 4 and horizons 4; it must be below it"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, not 0.0"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    assert message in refused(RequestError, lambda: FuturePrompts(**settings))
+
+
+def test_requests_that_cannot_be_met(store, model, tmp_path):
+    def said(probe, of=store, by=model):
+        return refused(RequestError, lambda: probe.run(of, by))
+
+    assert "top_k is 400 and the vocabulary has 320" in said(replace(FEW, top_k=400))
+    assert "positions and model 'tiny' has 128; shorten the prompts" in said(replace(FEW, prompts=("day " * 200,)))
+    assert "give at most" in said(replace(FEW, horizons=40))
+    nameless = Model(model.module, None, "tiny")
+    assert "has no tokenizer to read prompts with; give prompts=()" in said(FEW, by=nameless)
+    bare = wb.record(model, TEXTS[:4], sites=["resid_post.0"], out=tmp_path / "bare.acts")
+    assert "record" in said(FEW, of=bare)
+    other = copy.deepcopy(model.module)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert "has other weights than the store" in said(FEW, by=Model(other, model.tokenizer, "other"))
+
+
+def test_result_table_figures_and_headline(result, tmp_path):
+    data = result.data
+    assert len(result.table) == data["surprisal"].size
+    line = result.table.query("prompt == 'learned' and regime == 'fed' and layer == 1 and horizon == 2").iloc[0]
+    at = data.sel(prompt="learned", regime="fed", layer=1, horizon=2)
+    assert line["precision_1"] == float(at["precision"].sel(k=1))
+    assert line["precision_10"] == float(at["precision"].sel(k=10))
+    assert line["bigram_precision"] == float(at["bigram_precision"])
+    assert FuturePrompts.headline(result).startswith("N = 1: fed ")
+    assert "tested documents, fewer than 10" in FuturePrompts.headline(result)
+    figures = FuturePrompts.figures(result)
+    assert len(figures["precision"].data) == 2 * 4 * (2 * 3 + 1)
+    np.testing.assert_array_equal(
+        figures["precision"].data[0].y, data["precision"].sel(prompt=FEW.prompts[0], regime="fed", horizon=0, k=1)
+    )
+    assert len(figures["ranks"].data) == 8
+    result.save(tmp_path)
+    assert wb.load_result(tmp_path).data.identical(data)

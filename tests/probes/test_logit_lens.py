@@ -1,0 +1,640 @@
+"""The logit lens against plain Hugging Face in float64, planted distributions, and every setting where it matters."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig
+from words import WORDS
+from workbench.probes import LogitLens
+
+import workbench as wb
+from workbench.analysis import lens as trajectory
+from workbench.analysis.lens import lens_grid, lens_statistics, next_tokens
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.model.unembed import load_unembed
+
+NORMS = {
+    "GPT2LMHeadModel": "transformer.ln_f",
+    "LlamaForCausalLM": "model.norm",
+    "GPTNeoXForCausalLM": "gpt_neox.final_layer_norm",
+    "Gemma2ForCausalLM": "model.norm",
+    "PhiForCausalLM": "model.final_layernorm",
+}
+TEXTS = [
+    "Once upon a time the little day was Monday and Tuesday was the day to Once upon a time",
+    "Monday",
+    "the little day was to the little Monday and Tuesday and the time was Once",
+]
+KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+def record(model, texts, out, sites=("resid_post",), **options):
+    return wb.record(model, texts, out=out, sites=sites, **{"dtype": "float32", "show_progress": False, **options})
+
+
+@pytest.fixture(scope="session")
+def tiny_stores(tiny_models, tiny_tokenizer, tmp_path_factory):
+    """TEXTS in every family, by family: sequences of at most 12 tokens, BOS first."""
+    folder = tmp_path_factory.mktemp("lens")
+    stores = {}
+    for family, module in tiny_models.items():
+        sites = ("resid_mid", "resid_post") if family == "llama" else ("resid_post",)
+        model = Model(module, tiny_tokenizer, f"tiny-{family}")
+        stores[family] = record(model, TEXTS, folder / family, sites, context=12, bos="always")
+    return stores
+
+
+@pytest.fixture(scope="session")
+def llama_store(tiny_stores):
+    return tiny_stores["llama"]
+
+
+@pytest.fixture(scope="session")
+def wide_store(tiny_models, tmp_path_factory):
+    """Every kind of site of a model without tokenizer, and some that no lens can read."""
+    ids = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    sites = (*KINDS, "mlp_post", "z")
+    return record(Model(tiny_models["llama"], None, "bare"), ids, tmp_path_factory.mktemp("wide") / "acts", sites)
+
+
+def sequences_of(store) -> list[np.ndarray]:
+    table = store.tokens.to_pandas()
+    return [part["token_id"].to_numpy() for _, part in table.groupby("sequence", sort=True)]
+
+
+def plain_logits(module, sequences) -> np.ndarray:
+    """[layer, row, vocab] in float64, from output_hidden_states and the model's own logits; nothing of ours."""
+    norm, head = module.get_submodule(NORMS[type(module).__name__]), module.get_output_embeddings()
+    cap = getattr(module.config, "final_logit_softcapping", None)
+    module = copy.deepcopy(module)  # transformers leaves hooks in a model that was asked for hidden states
+    parts = []
+    with torch.inference_mode():
+        for ids in sequences:
+            output = module(input_ids=torch.tensor(ids)[None], output_hidden_states=True)
+            earlier = [head(norm(hidden[0])) for hidden in output.hidden_states[1:-1]]
+            if cap is not None:
+                earlier = [cap * torch.tanh(logits / cap) for logits in earlier]
+            parts.append(torch.stack([*earlier, output.logits[0]]).double().numpy())
+    return np.concatenate(parts, axis=1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def check_against(data, logs: np.ndarray, targets: np.ndarray, atol: float = 1e-4) -> None:
+    """Every array of a result against log-probabilities [layer, row, vocab]; targets -1: none."""
+    p = np.exp(logs)
+    known = targets >= 0
+    at = np.where(known, np.take_along_axis(logs, np.maximum(targets, 0)[None, :, None], -1)[..., 0], np.nan)
+    close = {"rtol": 0, "atol": atol}
+    np.testing.assert_allclose(data["entropy"], -(p * logs).sum(-1), **close)
+    np.testing.assert_allclose(data["kl"], (p[-1] * (logs[-1] - logs)).sum(-1), **close)
+    np.testing.assert_allclose(data["cross_entropy"], -at, **close)
+    middle = np.log((p + p[-1]) / 2)
+    js = ((p * (logs - middle)).sum(-1) + (p[-1] * (logs[-1] - middle)).sum(-1)) / 2
+    np.testing.assert_allclose(data["js"], js, **close)
+    np.testing.assert_allclose(data["tv"], abs(p - p[-1]).sum(-1) / 2, **close)
+    chosen = logs[-1].argmax(-1)[None, :, None]
+    np.testing.assert_allclose(data["surprise"], -np.take_along_axis(logs, chosen, -1)[..., 0], **close)
+    rank = data["rank"].to_numpy()
+    assert (rank[:, ~known] == 0).all()
+    surely, perhaps = ((logs > at[..., None] + shift).sum(-1) for shift in (atol, -atol))
+    assert (1 + surely <= rank)[:, known].all()
+    assert (rank <= perhaps)[:, known].all()  # the target itself is among `perhaps`
+    ids, top = data["top_id"].to_numpy(), data["top_probability"].to_numpy()
+    np.testing.assert_allclose(top, np.take_along_axis(p, ids.astype(int), -1), **close)
+    np.testing.assert_allclose(top, -np.sort(-p, axis=-1)[..., : top.shape[-1]], **close)
+    assert all(len(set(line)) == len(line) for line in ids.reshape(-1, ids.shape[-1]).tolist())
+    means = {"entropy": -(p * logs).sum(-1).mean(1), "kl": (p[-1] * (logs[-1] - logs)).sum(-1).mean(1)}
+    means |= {"cross_entropy": -at[:, known].mean(1), "agreement": (logs.argmax(-1) == logs[-1].argmax(-1)).mean(1)}
+    means |= {"accuracy": (logs.argmax(-1) == targets)[:, known].mean(1)}
+    for name, mean in means.items():
+        np.testing.assert_allclose(data[f"mean_{name}"], mean, **close)
+    assert (int(data["rows"]), int(data["rows_with_next"])) == (len(targets), known.sum())
+
+
+def followers(store) -> np.ndarray:
+    """next_tokens again, one row at a time."""
+    rows = store.tokens.select(["token_id", "sequence", "document"]).to_pylist()
+    return np.array(
+        [
+            after["token_id"] if (row["sequence"], row["document"]) == (after["sequence"], after["document"]) else -1
+            for row, after in itertools.pairwise(rows)
+        ]
+        + [-1]
+    )
+
+
+def refusal(call) -> str:
+    with pytest.raises(RequestError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# Against the model
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_every_layer_is_what_plain_transformers_gives(tiny_models, tiny_stores, family):
+    store = tiny_stores[family]
+    logits = plain_logits(tiny_models[family], sequences_of(store))
+    check_against(LogitLens().run(store).data, log_softmax(logits), followers(store))
+    final = load_unembed(store.path)(store["resid_post", 2][:])
+    np.testing.assert_allclose(final, logits[-1], rtol=0, atol=1e-4)
+
+
+def test_a_soft_cap_that_is_left_out_would_show(tiny_models, tiny_stores):
+    """Gemma 2's caps its logits at 2 here: what the lens says must know of it."""
+    entropy = LogitLens().run(tiny_stores["gemma2"]).data["entropy"].to_numpy()
+    capped = log_softmax(plain_logits(tiny_models["gemma2"], sequences_of(tiny_stores["gemma2"])))
+    logits = 2 * np.arctanh(
+        np.clip(plain_logits(tiny_models["gemma2"], sequences_of(tiny_stores["gemma2"])) / 2, -1, 1)
+    )
+    uncapped = log_softmax(np.clip(logits, -50, 50))
+    assert abs(-(np.exp(uncapped) * uncapped).sum(-1) - entropy).min() > 0.05
+    np.testing.assert_allclose(-(np.exp(capped) * capped).sum(-1), entropy, atol=1e-4)
+
+
+def test_a_head_with_a_bias(tmp_path):
+    config = PhiConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, bos_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = [[5, 6, 7, 8], [9, 10, 11]]
+    store = record(module, ids, tmp_path / "acts")
+    check_against(LogitLens().run(store).data, log_softmax(plain_logits(module, ids)), followers(store))
+
+
+@pytest.mark.parametrize(("name", "loss"), [("stories260K", 1.733), ("babyllama-105", 0.791)])
+def test_real_models(name, loss, request, tinystories, tmp_path):
+    """The last layer is the model; its loss on 20 of 200 stories is near the one that all of them give."""
+    folder = request.getfixturevalue(name.partition("-")[0].lower())
+    model = wb.load_model(folder)
+    with tinystories.open() as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, 0, 200, 10)]
+    ids = [model.tokenizer(text)["input_ids"][: model.context_limit] for text in texts]
+    store = record(model, ids, tmp_path / "acts", context=model.context_limit)
+    assert [part.tolist() for part in sequences_of(store)] == ids
+    result = LogitLens(detail=500).run(store)
+    logits = plain_logits(AutoModelForCausalLM.from_pretrained(folder), ids)
+    np.testing.assert_allclose(load_unembed(store.path)(store["resid_post", 4][:]), logits[-1], rtol=0, atol=1e-4)
+    logs, targets = log_softmax(logits), followers(store)
+    known = targets >= 0
+    losses = -logs[:, np.flatnonzero(known), targets[known]].mean(1)
+    np.testing.assert_allclose(result.data["mean_cross_entropy"], losses, rtol=0, atol=1e-4)
+    assert losses[-1] == pytest.approx(loss, abs=0.1)
+    assert losses[0] > losses[-1] + 1
+    data = result.data.isel(layer=slice(3, None))
+    np.testing.assert_allclose(data["kl"], (np.exp(logs[-1]) * (logs[-1] - logs[3:])).sum(-1)[:, :500], atol=1e-4)
+    assert float(result.data["mean_kl"][-1]) == 0
+    assert float(result.data["mean_agreement"][-1]) == 1
+
+
+def test_half_precision_in_the_store_moves_the_numbers_a_little(tiny_models, tiny_stores, tmp_path):
+    ids = [part.tolist() for part in sequences_of(tiny_stores["llama"])]
+    half = record(tiny_models["llama"], ids, tmp_path / "acts", dtype="float16")
+    exact, rounded = (LogitLens().run(store).data["entropy"].to_numpy() for store in (tiny_stores["llama"], half))
+    assert 0 < abs(rounded - exact).max() < 0.01
+
+
+# Planted distributions
+
+
+def planted(logits, model_logits, target, top_k=1):
+    logs = [torch.tensor(part, dtype=torch.float32).log_softmax(-1) for part in (logits, model_logits)]
+    found = lens_statistics(*logs, torch.tensor(target), top_k)
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def test_uniform_logits():
+    found = planted([[0.0] * 7], [[0.0] * 7], [3])
+    assert found["entropy"] == pytest.approx([math.log(7)])
+    assert found["kl"] == [0]
+    assert found["cross_entropy"] == pytest.approx([math.log(7)])
+    assert found["rank"] == [1]  # nothing is more probable
+    assert found["top_probability"][0] == pytest.approx([1 / 7])
+
+
+def test_a_certain_lens_and_a_uniform_one():
+    certain, uniform = [[0.0, 1000.0, 0.0, 0.0]], [[5.0] * 4]
+    found = planted(certain, certain, [1])
+    assert (found["entropy"], found["kl"], found["cross_entropy"], found["rank"]) == ([0], [0], [0], [1])
+    assert (found["top_id"], found["top_probability"]) == ([[1]], [[1]])
+    assert math.copysign(1, found["entropy"][0]) == 1  # "-0.000 nats" is no entropy
+    assert planted(uniform, certain, [1])["kl"] == pytest.approx([math.log(4)])
+    assert planted(certain, uniform, [0])["rank"] == [2]
+
+
+def test_kl_is_from_the_model_to_the_lens():
+    lens, model = [[math.log(0.9), math.log(0.1)]], [[math.log(0.5), math.log(0.5)]]
+    assert planted(lens, model, [0])["kl"] == pytest.approx([0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)])
+
+
+def test_statistics_against_float64():
+    generator = np.random.default_rng(0)
+    logits, model = generator.normal(size=(2, 40, 30)) * 4
+    target = generator.integers(-1, 30, 40)
+    found = planted(logits, model, target.tolist(), top_k=30)
+    logs, model_logs = log_softmax(logits), log_softmax(model)
+    order = np.argsort(-logs, axis=-1)
+    for row in range(40):
+        p = np.exp(logs[row])
+        assert found["entropy"][row] == pytest.approx(-(p * logs[row]).sum(), abs=1e-5)
+        kl = (np.exp(model_logs[row]) * (model_logs[row] - logs[row])).sum()
+        assert found["kl"][row] == pytest.approx(kl, abs=1e-4)
+        if target[row] < 0:
+            assert math.isnan(found["cross_entropy"][row])
+            assert found["rank"][row] == 0
+        else:
+            assert found["cross_entropy"][row] == pytest.approx(-logs[row, target[row]], abs=1e-5)
+            assert found["rank"][row] == 1 + order[row].tolist().index(target[row])
+        assert found["top_id"][row] == order[row].tolist()
+        assert found["top_probability"][row] == pytest.approx(p[order[row]].tolist(), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    """A GPT-2 of 3 blocks and 16 tokens whose stream is planted: nothing after block 0, then a token per block:
+    11 after block 1 and 12 after block 2, so sure that no other has any probability."""
+    config = GPT2Config(
+        vocab_size=16, n_embd=16, n_layer=3, n_head=2, n_positions=16, bos_token_id=0, tie_word_embeddings=False
+    )
+    module = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        body = module.transformer
+        body.ln_f.weight.fill_(1)
+        module.lm_head.weight.copy_(100 * torch.eye(16))
+        body.h[1].mlp.c_proj.bias[11] = 1
+        body.h[2].mlp.c_proj.bias[11] = -1
+        body.h[2].mlp.c_proj.bias[12] = 1
+    return record(module, [[3, 12, 12], [4, 11]], tmp_path_factory.mktemp("scripted") / "acts")
+
+
+def test_a_planted_stream_through_the_store(scripted):
+    data = LogitLens(top_k=1).run(scripted).data
+    np.testing.assert_allclose(data["entropy"], np.repeat([[math.log(16)], [0], [0]], 5, axis=1), atol=1e-5)
+    np.testing.assert_allclose(data["kl"][0], math.log(16), rtol=1e-5)
+    np.testing.assert_allclose(data["kl"][2], 0)
+    assert (data["kl"][1] > 100).all()
+    assert data["top_id"][1:, :, 0].values.tolist() == [[11] * 5, [12] * 5]
+    np.testing.assert_allclose(data["top_probability"][1:], 1)
+    np.testing.assert_allclose(data["top_probability"][0], 1 / 16)
+    assert data["rank"].values.tolist() == [[1, 1, 0, 1, 0], [2, 2, 0, 1, 0], [1, 1, 0, 2, 0]]
+    assert data["mean_accuracy"][1:].values.tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert data["mean_agreement"].values.tolist() == [0, 0, 1]
+
+
+def test_a_model_that_cannot_decide_still_agrees_with_itself(tmp_path, tiny_models):
+    """All tokens are equally probable; a top token that depends on top_k would not be the model's own."""
+    module = copy.deepcopy(tiny_models["llama"])
+    torch.nn.init.zeros_(module.lm_head.weight)
+    store = record(module, [[5, 6, 7]], tmp_path / "acts")
+    for top_k in (1, 5, 320):
+        data = LogitLens(top_k=top_k).run(store).data
+        assert data["mean_agreement"].values.tolist() == [1, 1, 1]
+        np.testing.assert_allclose(data["mean_entropy"], math.log(320), rtol=1e-6)
+        np.testing.assert_allclose(data["mean_cross_entropy"], math.log(320), rtol=1e-6)
+
+
+# The next token
+
+
+def test_the_next_token_ends_with_its_sequence(llama_store):
+    tokens = llama_store.tokens.to_pandas()
+    found = next_tokens(llama_store)
+    assert found.tolist() == followers(llama_store).tolist()
+    last = tokens.groupby("sequence")["row"].max().to_numpy()
+    assert len(last) > tokens["document"].nunique()  # a document was cut, and what follows the cut is not predicted
+    assert np.flatnonzero(found < 0).tolist() == last.tolist()
+
+
+def test_the_next_token_ends_with_its_document(tiny_models, tiny_tokenizer, tmp_path):
+    model = Model(tiny_models["llama"], tiny_tokenizer, "tiny")
+    store = record(model, TEXTS, tmp_path / "acts", packed=True, context=16)
+    tokens = store.tokens.to_pandas()
+    assert tokens.groupby("sequence")["document"].nunique().max() > 1
+    found = next_tokens(store)
+    assert found.tolist() == followers(store).tolist()
+    ends = tokens.groupby(["sequence", "document"])["row"].max().to_numpy()
+    assert np.flatnonzero(found < 0).tolist() == ends.tolist()
+    data = LogitLens(top_k=1).run(store).data
+    assert int(data["rows_with_next"]) == len(tokens) - len(ends)
+    assert np.isnan(data["cross_entropy"].to_numpy()).sum(1).tolist() == [len(ends)] * 3
+
+
+def test_no_token_has_a_next(tiny_models, tmp_path):
+    store = record(tiny_models["llama"], [[5], [6]], tmp_path / "acts")
+    result = LogitLens(top_k=1).run(store)
+    assert result.table["next_token"].tolist() == [""] * 6
+    assert np.isnan(result.data["mean_cross_entropy"]).all()
+    assert np.isnan(result.data["mean_accuracy"]).all()
+    assert int(result.data["rows_with_next"]) == 0
+    assert result.figures().keys() == {"grid", "by_layer", "depth"}
+
+
+# Settings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_site(wide_store, tiny_models, kind):
+    """What the site holds, put through the norm and head in float64; the model's own output stays resid_post's."""
+    norm, head = tiny_models["llama"].model.norm, tiny_models["llama"].lm_head
+    arrays = [wide_store[kind, layer][:].double() for layer in range(3)] + [wide_store["resid_post", 2][:].double()]
+    with torch.inference_mode():
+        normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) for x in arrays]
+        logs = log_softmax(torch.stack([(x * norm.weight.double()) @ head.weight.double().T for x in normed]).numpy())
+    data = LogitLens(site=kind).run(wide_store).data
+    np.testing.assert_allclose(data["entropy"], -(np.exp(logs) * logs).sum(-1)[:3], atol=1e-4)
+    np.testing.assert_allclose(data["kl"], (np.exp(logs[3]) * (logs[3] - logs)).sum(-1)[:3], atol=1e-4)
+    assert (data["kl"][2] == 0).all() == (kind == "resid_post")
+
+
+def test_only_the_recorded_layers(tiny_models, tmp_path):
+    store = record(tiny_models["llama"], [[5, 6, 7]], tmp_path / "acts", ("resid_post.0", "resid_post.2"))
+    result = LogitLens().run(store)
+    assert result.data["layer"].values.tolist() == [0, 2]
+    assert result.table["layer"].tolist() == [0, 0, 0, 2, 2, 2]
+    assert float(result.data["mean_kl"][1]) == 0
+
+
+def test_where(llama_store):
+    everything, some = LogitLens().run(llama_store), LogitLens(where="position % 3 = 1").run(llama_store)
+    rows = llama_store.where("position % 3 = 1").ids
+    assert 0 < len(rows) < llama_store.rows
+    assert some.data["row"].values.tolist() == rows.tolist()
+    for name in ("entropy", "kl", "cross_entropy", "rank", "top_id", "top_probability"):
+        np.testing.assert_allclose(some.data[name], everything.data[name].sel(row=rows), atol=1e-5)
+    np.testing.assert_allclose(some.data["mean_kl"], everything.data["kl"].sel(row=rows).mean("row"), rtol=1e-5)
+    assert int(some.data["rows"]) == len(rows)
+    assert set(some.table["row"]) == set(rows.tolist())
+
+
+def test_top_k(llama_store):
+    one, many = LogitLens(top_k=1).run(llama_store), LogitLens(top_k=320).run(llama_store)
+    assert [name for name in one.table if name.startswith("top_")] == ["top_token_1", "top_probability_1"]
+    assert many.data.sizes["top"] == 320
+    np.testing.assert_allclose(many.data["top_probability"].sum("top"), 1, rtol=1e-5)
+    np.testing.assert_array_equal(many.data["top_id"][:, :, 0], one.data["top_id"][:, :, 0])
+    np.testing.assert_array_equal(one.data["mean_kl"], many.data["mean_kl"])
+
+
+@pytest.mark.parametrize("detail", [0, 5])
+def test_detail_keeps_fewer_lines_and_the_same_means(llama_store, detail):
+    everything, some = LogitLens().run(llama_store), LogitLens(detail=detail).run(llama_store)
+    assert some.data["row"].values.tolist() == list(range(detail))
+    assert len(some.table) == 3 * detail
+    assert some.figures().keys() == {"grid", "by_layer", "depth"} if detail else {"by_layer"}
+    for name in ("entropy", "kl", "cross_entropy", "agreement", "accuracy"):
+        np.testing.assert_array_equal(some.data[f"mean_{name}"], everything.data[f"mean_{name}"])
+    for name in ("entropy", "rank", "top_id"):
+        np.testing.assert_array_equal(some.data[name], everything.data[name][:, :detail])
+
+
+def test_device(llama_store):
+    assert refusal(lambda: LogitLens(device="toaster").run(llama_store)).startswith("device 'toaster' cannot be used")
+    if torch.cuda.is_available():
+        there, here = (LogitLens(device=device).run(llama_store).data for device in ("cuda", "cpu"))
+        np.testing.assert_allclose(there["entropy"], here["entropy"], atol=1e-4)
+    else:
+        assert refusal(lambda: LogitLens(device="cuda").run(llama_store)).startswith("device 'cuda' cannot be used")
+
+
+def test_settings_that_cannot_be():
+    assert refusal(lambda: LogitLens(top_k=0)) == "top_k must be at least 1, not 0"
+    assert refusal(lambda: LogitLens(detail=-1)) == "detail must be at least 0, not -1"
+
+
+# Memory
+
+
+class LargestLogits(TorchDispatchMode):
+    """Rows of the largest tensor over the vocabulary that any operation gives, weights aside."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == self.vocab:
+                self.rows = max(self.rows, tensor.shape[0])
+        return output
+
+
+def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
+    settings = LogitLens(where="position != 3", detail=10)
+    whole = settings.run(llama_store)
+    rows = int(whole.data["rows"])
+    monkeypatch.setattr(trajectory, "_BLOCK_ROWS", 1)
+    for block in (7, 1, rows):
+        monkeypatch.setattr(trajectory, "_BLOCK_BYTES", block * 4 * 320)
+        with LargestLogits(320) as seen:
+            blocked = settings.run(llama_store)
+        assert seen.rows == block
+        for name in whole.data.data_vars:
+            np.testing.assert_allclose(blocked.data[name], whole.data[name], atol=1e-5)
+    monkeypatch.setattr(trajectory, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
+    assert settings.run(llama_store).data["rank"].equals(whole.data["rank"])
+    monkeypatch.setattr(trajectory, "_BLOCK_ROWS", 5)
+    with LargestLogits(320) as seen:
+        settings.run(llama_store)
+    assert seen.rows == 5
+
+
+# The table
+
+
+def test_the_table_says_what_the_arrays_say(llama_store):
+    result = LogitLens(top_k=2).run(llama_store)
+    data, table, tokens = result.data, result.table, llama_store.tokens.to_pandas()
+    assert table.columns.tolist() == [
+        *("layer", "row", "sequence", "position", "document", "token", "next_token"),
+        *("entropy", "kl", "js", "tv", "cross_entropy", "surprise", "rank"),
+        *("top_token_1", "top_probability_1", "top_token_2", "top_probability_2"),
+    ]
+    assert len(table) == 3 * llama_store.rows
+    words = load_unembed(llama_store.path).tokens
+    targets = followers(llama_store)
+    for line in table.to_dict("records"):
+        here = data.sel(layer=line["layer"], row=line["row"])
+        own = tokens.loc[line["row"]]
+        assert [line[name] for name in ("sequence", "position", "document", "token")] == [
+            own[name] for name in ("sequence", "position", "document", "token")
+        ]
+        target = targets[line["row"]]
+        assert line["next_token"] == ("" if target < 0 else words[target])
+        for name in ("entropy", "kl", "js", "tv", "cross_entropy", "surprise", "rank"):
+            np.testing.assert_array_equal(line[name], here[name])
+        for k in (1, 2):
+            assert line[f"top_token_{k}"] == words[int(here["top_id"].sel(top=k))]
+            assert line[f"top_probability_{k}"] == here["top_probability"].sel(top=k)
+
+
+def test_every_variable_has_a_unit(llama_store):
+    units = {name: variable.attrs["units"] for name, variable in LogitLens().run(llama_store).data.items()}
+    nats = ["entropy", "kl", "js", "cross_entropy", "surprise"]
+    assert units == {
+        **dict.fromkeys(nats, "nats"),
+        **dict.fromkeys([f"mean_{name}" for name in nats], "nats"),
+        **dict.fromkeys(["mean_agreement", "mean_accuracy", "depth_share"], "share of tokens"),
+        **dict.fromkeys(["tv", "mean_tv", "top_probability"], "probability"),
+        **dict.fromkeys(["rows", "rows_with_next"], "tokens"),
+        "rank": "1 = top",
+        "top_id": "token id",
+        "prediction_depth": "index on the layer axis",
+        "error_auc": "area under the ROC curve",
+    }
+
+
+def test_a_model_without_tokenizer_gives_ids(wide_store):
+    result = LogitLens(top_k=1).run(wide_store)
+    ids = result.data["top_id"].to_numpy().ravel()
+    assert result.table["top_token_1"].tolist() == [f"[{i}]" for i in ids]
+    assert result.table["next_token"].tolist() == ["[6]", "[7]", "[8]", "[9]", "", "[11]", "[12]", ""] * 3
+
+
+def test_words_are_single_tokens(llama_store):
+    """Tokens of the text, with their space, as the lens names them."""
+    named = set(LogitLens().run(llama_store).table["next_token"])
+    assert {f" {word}" for word in WORDS if word != "Once"} <= named
+
+
+# Refusals
+
+
+def test_a_site_that_is_not_recorded(llama_store):
+    assert refusal(lambda: LogitLens(site="attn_out").run(llama_store)) == (
+        f"attn_out.0 is not recorded in {llama_store.path}; recorded are 6: resid_mid.0, resid_post.0, resid_mid.1, "
+        "resid_post.1, resid_mid.2, resid_post.2; to have it: "
+        "workbench record tiny-llama TEXT --sites attn_out.0 --out ANOTHER_STORE"
+    )
+
+
+def test_the_last_block_is_not_recorded(tiny_models, tmp_path):
+    store = record(Model(tiny_models["llama"], None, "tiny"), [[5, 6]], tmp_path / "acts", ("resid_post.0:2",))
+    assert refusal(lambda: LogitLens().run(store)) == (
+        f"resid_post.2 is not recorded in {store.path}; recorded are 2: resid_post.0, resid_post.1; to have it: "
+        "workbench record tiny TEXT --sites resid_post.2 --out ANOTHER_STORE"
+    )
+
+
+def test_a_layer_is_no_kind_of_site(llama_store):
+    assert refusal(lambda: LogitLens(site="resid_post.1").run(llama_store)) == (
+        "site must be a kind without a layer, such as resid_post, not 'resid_post.1'"
+    )
+
+
+def test_sites_that_no_lens_reads(wide_store):
+    assert refusal(lambda: LogitLens(site="mlp_post").run(wide_store)) == (
+        "site 'mlp_post' has axes (row, d_mlp); the lens reads (row, d_model)"
+    )
+    assert refusal(lambda: LogitLens(site="z").run(wide_store)) == (
+        "site 'z' has axes (row, head, d_head); the lens reads (row, d_model)"
+    )
+
+
+def test_no_unembedding(tiny_models, tmp_path):
+    module = copy.deepcopy(tiny_models["llama"])
+    module.lm_head = torch.nn.Sequential(module.lm_head)
+    store = record(module, [[5, 6]], tmp_path / "acts")
+    assert refusal(lambda: LogitLens().run(store)) == (
+        "store acts holds no unembedding: LlamaForCausalLM has no linear language-model head"
+    )
+
+
+def test_nothing_selected(llama_store):
+    assert refusal(lambda: LogitLens(where="token = 'zork'").run(llama_store)) == (
+        f"where \"token = 'zork'\" selects no token of {llama_store.rows}"
+    )
+
+
+def test_more_top_tokens_than_there_are(llama_store):
+    assert refusal(lambda: LogitLens(top_k=321).run(llama_store)) == (
+        "top_k is 321 and the vocabulary has 320; give at most that"
+    )
+
+
+# Figures
+
+
+def test_the_grid_is_the_table(llama_store):
+    result = LogitLens(top_k=3).run(llama_store)
+    table = result.table
+    for figure, sequence, first, tokens in (
+        (result.figure("grid"), 0, 0, 12),
+        (lens_grid(result, sequence=1), 1, 0, 12),
+        (lens_grid(result, sequence=1, first=3, tokens=4), 1, 3, 4),
+    ):
+        heat = figure.data[0]
+        chosen = table[(table["sequence"] == sequence) & (table["position"] >= first)]
+        chosen = chosen[chosen["position"] < first + tokens]
+        wide = chosen.pivot(index="layer", columns="position", values="top_probability_1")
+        np.testing.assert_array_equal(heat.z, wide.to_numpy())
+        assert list(heat.x) == [str(position) for position in wide.columns]
+        assert list(heat.y) == ["0", "1", "2"]
+        top = chosen.pivot(index="layer", columns="position", values="top_token_1").to_numpy()
+        for shown, token in zip(np.ravel(heat.text), top.ravel(), strict=True):
+            if token.isprintable() and not set(token) & set("<>&$\"'"):
+                assert shown == token.replace(" ", "·")
+        assert figure.layout.title.text == f"Logit lens of tiny-llama, resid_post, sequence {sequence}"
+        assert heat.colorbar.title.text == "probability"
+
+
+def test_the_grid_shows_at_most_twenty_tokens(tiny_models, tmp_path):
+    store = record(tiny_models["llama"], [list(range(5, 45))], tmp_path / "acts")
+    assert len(LogitLens().run(store).figure().data[0].x) == 20
+
+
+def test_hovering_tells_the_whole_cell(scripted):
+    result = LogitLens(top_k=1).run(scripted)
+    cells = result.figure("grid").data[0].customdata
+    assert cells[1][0] == (
+        "<b>layer 1, position 0, token 3</b><br>1.000  [11]"
+        f"<br>entropy 0.000 nats, KL to output {result.data['kl'].values[1, 0]:.3f} nats"
+        f"<br>next [12]: rank 2, {result.data['cross_entropy'].values[1, 0]:.3f} nats"
+    )
+    assert "next" not in cells[1][2]
+
+
+def test_the_curves_are_the_means(llama_store):
+    result = LogitLens().run(llama_store)
+    figure = result.figure("by_layer")
+    shown = {curve.name: (list(curve.x), list(curve.y)) for curve in figure.data}
+    layers = [0, 1, 2]
+    assert shown == {
+        "entropy of the lens": (layers, result.data["mean_entropy"].values.tolist()),
+        "KL(model ‖ lens)": (layers, result.data["mean_kl"].values.tolist()),
+        "cross-entropy of the text": (layers, result.data["mean_cross_entropy"].values.tolist()),
+    }
+    assert figure.layout.title.text == f"Logit lens of tiny-llama: mean over {llama_store.rows} tokens"
+    assert figure.layout.yaxis.title.text == "nats"
+
+
+def test_a_sequence_that_is_not_in_the_table(llama_store):
+    result = LogitLens(detail=5).run(llama_store)
+    assert refusal(lambda: lens_grid(result, sequence=1)) == (
+        "sequence 1 from position 0 is not in the table; see result.table['sequence']"
+    )
+    assert refusal(lambda: lens_grid(result, first=9)) == (
+        "sequence 0 from position 9 is not in the table; see result.table['sequence']"
+    )

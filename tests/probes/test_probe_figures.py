@@ -1,0 +1,209 @@
+"""Every figure of every probe: the numbers of its result, read through `to_dict()`; and print that fits, on the
+embedded model."""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import reduce
+from operator import getitem
+
+import numpy as np
+import pytest
+from browser import chrome, overlapping, text_boxes
+from workbench.probes import (
+    AttentionSinks,
+    FutureLens,
+    FuturePrompts,
+    LogitLens,
+    SuccessorHeads,
+    TokenErasure,
+    TunedLens,
+)
+from workbench.probes.token_erasure import vocabulary
+
+import workbench as wb
+from workbench.embedded import demo_corpus
+
+PROBES = (
+    LogitLens(),
+    TunedLens(epochs=1),
+    AttentionSinks(domain="domain", resamples=50, length=48, epsilon=0.2),
+    FutureLens(epochs=1, horizons=2),
+    FuturePrompts(prompts=('Now: "',), horizons=2, prompt_tokens=2, row_limit=10, training_rows=16, epochs=1),
+    TokenErasure(epochs=1, offsets=(-2, -1, 0), late=3, resamples=50),
+    SuccessorHeads(permutations=50, row_limit=100),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    sites = ("embed", "resid_post", "z", "pattern")
+    store = wb.record(
+        wb.load_model("demo"),
+        demo_corpus()[::6],
+        sites=sites,
+        context=64,
+        max_rows=1500,
+        out=tmp_path_factory.mktemp("all") / "demo.acts",
+        show_progress=False,
+    )
+    return {probe.name: probe.run(store) for probe in PROBES}
+
+
+def decoded(value):
+    """A part of `to_dict()`, which holds arrays as base64."""
+    if isinstance(value, dict) and "bdata" in value:
+        flat = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
+        return flat.reshape([int(n) for n in str(value["shape"]).split(",")]) if "shape" in value else flat
+    return value
+
+
+def lens(result):
+    data, first = result.data, result.table["sequence"].iloc[0]
+    rows = np.sort(result.table["row"][result.table["sequence"] == first].unique())
+    mean = {name: {"x": data["layer"], "y": data[f"mean_{name}"]} for name in ("entropy", "kl", "cross_entropy")}
+    settled = np.append(data["layer"].astype(float), np.nan)[data["prediction_depth"].sel(row=rows)]
+    padded = np.pad(settled, (0, -len(settled) % 12), constant_values=np.nan).reshape(-1, 12)
+    grid = {"z": data["top_probability"].sel(row=rows[:20], top=1)}
+    return {"grid": [grid], "depth": [{"z": padded}]}, list(mean.values())
+
+
+def logit_lens(result):
+    figures, means = lens(result)
+    return {**figures, "by_layer": means}
+
+
+def tuned_lens(result):
+    figures, means = lens(result)
+    by_layer = [{"x": result.data["layer"], "y": result.data[name]} for name in ("mean_kl", "logit_mean_kl")]
+    return {**figures, "by_layer": by_layer, "losses": means}
+
+
+def attention_sinks(result):
+    data = result.data
+    norms = [data["residual_norm_sink"], data["residual_norm_others"]]
+    best = result.table.nlargest(12, "gap")
+    domains = [
+        {
+            "y": best[f"attention_{name}"],
+            "error_y.array": [
+                float((data["attention_high"] - data["attention"]).sel(domain=name, layer=layer, head=head))
+                for layer, head in zip(best["layer"], best["head"], strict=True)
+            ],
+        }
+        for name in data["domain"].to_numpy()
+    ]
+    seen = np.tril(np.ones((48, 48), bool))
+    attention = [{"z": np.where(seen, pattern, np.nan)} for pattern in data["example_pattern"]]
+    return {
+        "sinks": [{"z": data["alpha"].sel(position=0)}, *({"x": norm} for norm in norms)],
+        "positions": [{"y": data["sink_k"][:41]}, {"y": data["sink_k"][41:]}],
+        "norms": [{"y": norm} for norm in norms],
+        "domains": domains,
+        "attention": attention,
+    }
+
+
+def future_lens(result):
+    data, precision, calibration = result.data, [], [{"x": [0, 1], "y": [0, 1]}]
+    for method in data["method"].to_numpy():
+        for horizon in data["horizon"].to_numpy():
+            precision.append({"y": data["precision"].sel({"method": method, "horizon": horizon, "k": 1})})
+            precision.append({"y": [float(data["bigram_precision"].sel(horizon=horizon))] * data.sizes["layer"]})
+    for at in range(data.sizes["horizon"]):
+        best = data.isel(horizon=at, method=int(data["best_method"][at])).sel(layer=int(data["best_layer"][at]))
+        calibration.append({"y": best["calibration"]})
+    shown = np.flatnonzero(data["sequence"] == data["sequence"][0])[:20]
+    view = np.where(data["top_id"] < 0, np.nan, data["top_probability"])[:, shown]
+    return {"precision": precision, "calibration": calibration, "view": [{"z": view}]}
+
+
+def future_prompts(result):
+    data, precision, ranks = result.data, [], []
+    for regime in ("fed", "blind"):
+        for horizon in data["horizon"].to_numpy():
+            one = data.sel(regime=regime, horizon=horizon)
+            for prompt in data["prompt"].to_numpy():
+                precision.append({"y": one["precision"].sel(prompt=prompt, k=1)})
+                precision.append({"y": one["zero_precision"].sel(prompt=prompt)})
+            precision.append({"y": [float(one["bigram_precision"])] * data.sizes["layer"]})
+            best = one.isel(prompt=int(one["best_prompt"])).sel(layer=int(one["best_layer"]))
+            ranks.append({"y": best["precision"]})
+    return {"precision": precision, "ranks": ranks}
+
+
+def token_erasure(result):
+    data, table = result.data, result.table
+    curves = [
+        {"x": data["layer"], "y": data["accuracy"].sel(offset=offset, group=group)}
+        for offset in (-2, -1, 0)
+        for group in ("last", "control")
+    ]
+    best = vocabulary(table).head(40)
+    first = table[table["sequence"] == table["sequence"].iloc[0]].head(40)
+    return {
+        "accuracy": curves,
+        "vocabulary": [{"x": best["psi"][best["is_span"]]}, {"x": best["psi"][~best["is_span"]]}],
+        "segments": [{"x": first["tokens"], "marker.color": first["psi"]}],
+    }
+
+
+def successor_heads(result):
+    data = result.data
+    order = result.table.head(3)
+    heads = [data["score"].sel(layer=line.layer, head=line.head) for line in order.itertuples()]
+    best = order.iloc[0]
+    null = data["null_score"].sel(layer=best["layer"], head=best["head"])
+    levels = [null, data["chance"], data["first_mlp_score"]]
+    copying, macro = data["copying"].to_numpy().ravel(), data["macro"].to_numpy().ravel()
+    return {
+        "scores": [{"z": data["macro"]}],
+        "tasks": [{"y": part} for part in [*heads, *levels]],
+        "circuit": [{"z": data["circuit"]}],
+        "ov": [
+            {"x": copying, "y": data["null_macro"].to_numpy().ravel()},
+            {"x": copying, "y": macro},
+            {"x": [copying[macro.argmax()]], "y": [macro.max()]},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [logit_lens, tuned_lens, attention_sinks, future_lens, future_prompts, token_erasure, successor_heads],
+    ids=lambda function: function.__name__.replace("_", "-"),
+)
+def test_figures_hold_what_their_result_holds(results, expected):
+    result = results[expected.__name__.replace("_", "-")]
+    figures, wanted = result.figures(), expected(result)
+    assert figures.keys() == wanted.keys()
+    for name, traces in wanted.items():
+        drawn = figures[name].to_dict()["data"]
+        assert len(drawn) == len(traces), name
+        for trace, parts in zip(drawn, traces, strict=True):
+            for path, values in parts.items():
+                found = np.asarray(decoded(reduce(getitem, path.split("."), trace)), float)
+                np.testing.assert_allclose(found, np.asarray(values, float), rtol=1e-6, err_msg=f"{name} {path}")
+
+
+def test_every_figure_of_every_probe_fits_a_column_of_print(results, tmp_path):
+    """No text is cut or lies on another, and every font of every PDF is in it."""
+    chrome()
+
+    class Every:
+        def figures(self):
+            return {
+                f"{probe}-{name}": figure for probe, one in results.items() for name, figure in one.figures().items()
+            }
+
+    wb.export(Every(), tmp_path, formats=["svg", "pdf"])
+    names = list(Every().figures())
+    found = text_boxes([(tmp_path / f"{name}.svg").read_text() for name in names], tmp_path)
+    for name, texts in zip(names, found, strict=True):
+        assert len(texts) > 5
+        assert [text for text in texts if min(text[1:5]) < -0.5] == [], name
+        assert overlapping(texts) == [], name
+        pdf = (tmp_path / f"{name}.pdf").read_bytes()
+        fonts = re.findall(rb"/FontName /([\w+-]+)", pdf)
+        assert len(re.findall(rb"/FontFile", pdf)) == len(fonts) > 0, name

@@ -1,0 +1,110 @@
+"""Imports stay light, point down only, and are watched: the suite runs with shapes checked."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "plotly", "datasets")
+LIGHT = (
+    "workbench",
+    "workbench.cli.main",
+    "workbench.io.errors",
+    "workbench.sites.settings",
+    "workbench.sites.grammar",
+    "workbench.corpus",
+    "workbench.store",
+    "workbench.store.manifest",
+    "workbench.io.tensorfile",
+    "workbench.store.writer",
+    "workbench.store.query",
+    "workbench.store.verify",
+)
+SOURCES = sorted(path for package in ("workbench", "probes") for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a source file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import by full name"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_no_heavy_library(module):
+    code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+
+
+def test_every_public_name_is_there():
+    import workbench
+
+    assert dir(workbench) == sorted(workbench.__all__)
+    for name in workbench.__all__:
+        assert getattr(workbench, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"module 'workbench' has no attribute 'opn_store'"):
+        workbench.opn_store  # noqa: B018
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    upper = {"workbench": ("probes", "experiments", "tests"), "probes": ("experiments", "tests")}
+    package = path.relative_to(ROOT).parts[0]
+    assert [name for name in imported(path) if name.split(".")[0] in upper[package]] == []
+
+
+def names_in(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def imported_in(node: ast.AST) -> set[str]:
+    """Local names bound by the imports inside a node."""
+    imports = [part for part in ast.walk(node) if isinstance(part, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name.split(".")[0] for statement in imports for alias in statement.names}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrays_in_checked_shapes_are_really_imported(path):
+    """jaxtyping checks nothing, and says nothing, where the array of a shape exists for type checkers only."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    guarded = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    unreal = set().union(*(imported_in(node) for node in guarded))
+    shapes = set().union(*(imported_in(n) for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "jaxtyping"))
+    checked = [node for node in nodes if isinstance(node, ast.Subscript) and names_in(node.value) & shapes]
+    assert [ast.unparse(node) for node in checked if names_in(node) & unreal] == []
+
+
+@pytest.mark.parametrize("package", ["workbench", "probes"])
+def test_the_canary_a_wrong_shape_is_refused(package, tmp_path, monkeypatch):
+    """A module put into the package is checked as the package's own are: also in its data, and by dtype."""
+    (tmp_path / "canary.py").write_text(
+        "import numpy as np\n"
+        "from jaxtyping import Float\n"
+        "def row_sums(x: Float[np.ndarray, 'row d_model']) -> Float[np.ndarray, ' row']:\n"
+        "    return x.sum(1)\n"
+        "def column_sums(x: Float[np.ndarray, 'row d_model']) -> Float[np.ndarray, ' row']:\n"
+        "    return x.sum(0)\n"
+    )
+    parent = import_module(package)
+    monkeypatch.setattr(parent, "__path__", [*parent.__path__, str(tmp_path)])
+    canary = import_module(f"{package}.canary")
+    monkeypatch.delitem(sys.modules, f"{package}.canary")
+    assert canary.row_sums(np.ones((2, 3))).tolist() == [3, 3]
+    for call in (
+        lambda: canary.row_sums(np.ones(2)),
+        lambda: canary.row_sums(np.ones((2, 3), dtype=int)),
+        lambda: canary.column_sums(np.ones((2, 3))),
+    ):
+        with pytest.raises(Exception, match="Type-check error whilst checking the"):
+            call()

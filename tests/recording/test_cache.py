@@ -1,0 +1,133 @@
+"""Recordings that runs share: made once, known by all they depend on, never half."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import numpy as np
+import pytest
+from refusals import refused
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.recording import record as recorder
+from workbench.recording.cache import record_once
+
+TEXTS = ["Once upon a time", "the little day was Monday", "and Tuesday to the day"]
+
+
+@pytest.fixture
+def model(tiny_models, tiny_tokenizer):
+    return Model(tiny_models["llama"], tiny_tokenizer, "tiny/llama")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Where each recording that was really made went."""
+    made, real = [], recorder.record_with
+
+    def counting(*arguments, out, **options):
+        made.append(out)
+        return real(*arguments, out=out, **options)
+
+    monkeypatch.setattr(recorder, "record_with", counting)
+    return made
+
+
+def once(model, texts, folder, **settings):
+    return record_once(model, texts, folder=folder, show_progress=False, **settings)
+
+
+def test_the_same_request_is_recorded_once_and_gives_what_record_gives(model, recorded, tmp_path):
+    first, second = (once(model, TEXTS, tmp_path / "shared", context=16, dtype="float32") for _ in range(2))
+    assert len(recorded) == 1
+    assert first.path == second.path
+    plain = wb.record(model, TEXTS, out=tmp_path / "p.acts", context=16, dtype="float32", show_progress=False)
+    assert first.manifest.fingerprint == plain.manifest.fingerprint
+    assert first.path.parent.name.startswith("tiny-llama-")
+    assert (first.path.parent / "request.json").is_file()
+
+
+def test_whatever_it_depends_on_gives_another(model, tiny_models, tiny_tokenizer, recorded, tmp_path):
+    other = Model(tiny_models["gpt2"], tiny_tokenizer, "tiny/llama")
+    renamed = Model(model.module, tiny_tokenizer, "tiny/other")
+    file = tmp_path / "texts.txt"
+    file.write_text("Once upon a time")
+    asked = [
+        (model, TEXTS, {}),
+        (other, TEXTS, {}),
+        (renamed, TEXTS, {}),
+        (model, TEXTS[::-1], {}),
+        (model, [{"text": text} for text in TEXTS], {}),
+        (model, [[1, 2, 3]], {}),
+        (model, [np.array([1, 2, 4])], {}),
+        (model, file, {}),
+        (model, TEXTS, {"context": 8}),
+        (model, TEXTS, {"sites": ("resid_post.0",)}),
+        (model, TEXTS, {"max_rows": 5}),
+    ]
+    stores = [once(of, texts, tmp_path / "shared", **settings) for of, texts, settings in asked]
+    assert len(recorded) == len({store.path for store in stores}) == len(asked)
+    file.write_text("another time")
+    assert once(model, file, tmp_path / "shared").path not in {store.path for store in stores}
+    for (of, texts, settings), store in zip(asked, stores, strict=True):
+        if texts is not file:
+            assert once(of, texts, tmp_path / "shared", **settings).path == store.path
+    assert len(recorded) == len(asked) + 1
+
+
+def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
+    settings = {"segment_rows": 8, "context": 16}
+    whole = once(model, TEXTS, tmp_path / "whole", **settings)
+    real, filled = recorder._fill, []
+
+    def killed(*arguments):
+        filled.append(1)
+        if len(filled) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(recorder, "_fill", killed)
+    with pytest.raises(KeyboardInterrupt):
+        once(model, TEXTS, tmp_path / "shared", **settings)
+    found = once(model, TEXTS, tmp_path / "shared", **settings)
+    assert len(whole.manifest.segments) > 2
+    assert len(filled) == 1 + len(whole.manifest.segments)  # the first segment is not made again
+    assert found.manifest.fingerprint == whole.manifest.fingerprint
+
+
+def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
+    inside, go_on, real, made, found = threading.Event(), threading.Event(), recorder.record_with, [], []
+
+    def slow(*arguments, **options):
+        made.append(1)
+        inside.set()
+        assert go_on.wait(30)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(recorder, "record_with", slow)
+    monkeypatch.setattr("workbench.recording.cache.sys.stderr", waiting := io.StringIO())
+    threads = [threading.Thread(target=lambda: found.append(once(model, TEXTS, tmp_path))) for _ in range(2)]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    while "waiting for another process" not in waiting.getvalue():
+        threads[1].join(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert found[0].manifest.fingerprint == found[1].manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ("no such file", "texts must be a file or a list of documents, not 'no such file'"),
+        ([object()], "texts holds a object; give strings, mappings or token ids"),
+    ],
+)
+def test_texts_that_have_no_content_to_be_known_by_are_refused(model, texts, said, tmp_path):
+    assert refused(RequestError, lambda: once(model, texts, tmp_path)) == said

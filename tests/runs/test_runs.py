@@ -1,0 +1,463 @@
+"""Run folders and sweeps: whole or not there, nothing twice, nothing overwritten, and the same bytes again."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import threading
+import warnings
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import toy_experiment as toy
+from refusals import refused
+from toy_experiment import Config
+
+import workbench as wb
+from workbench.cli import main as cli
+from workbench.io.errors import DataError, RequestError
+from workbench.results.experiment import find_experiment, found, identity, installed_experiments, summary
+from workbench.runs.folders import Cell, attempt, cell_of, is_complete, load_run, run_cell, run_name
+from workbench.runs.sweep import grid, sweep
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """The toy is the only experiment, and has not run yet."""
+    entries = [EntryPoint("toy", "toy_experiment", "workbench.experiments")]
+    monkeypatch.setattr("workbench.results.experiment.entry_points", lambda group: entries)
+    toy.RAN.clear()
+
+
+def files(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+# ---- one run --------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_config_environment_log_results_and_figures(tmp_path, capsys):
+    cell = Cell("toy", Config(factor=2.0, seed=3), tmp_path / "runs" / "one")
+    result = run_cell(cell)
+    assert sorted(files(cell.folder, but=("plotly.min.js",))) == [
+        "config.json",
+        "environment.json",
+        "log.txt",
+        "results/data.nc",
+        "results/figures/lines.html",
+        "results/result.json",
+        "results/table.parquet",
+    ]
+    assert [path.name for path in cell.folder.parent.iterdir()] == ["one"]
+    config, environment, again = load_run(cell.folder)
+    assert config == {"model": "a", "factor": 2.0, "seed": 3, "shown": [0, 1, 2]}
+    assert {"commit", "changed", "device", "platform", "python", "seconds", "started", "threads"} < set(environment)
+    assert environment["versions"]["numpy"] == np.__version__
+    pd.testing.assert_frame_equal(again.table, result.table)
+    assert again.table["y"].tolist() == [3.0, 5.0, 7.0]
+    assert list(again.table.columns) == ["model", "factor", "seed", "shown", "x", "y"]
+    assert again.table["shown"].tolist() == ["0 1 2"] * 3
+    assert again.headline() == "y up to 7"
+    assert again.figure("lines").to_json() == result.figure().to_json()
+    log = (cell.folder / "log.txt").read_text()
+    assert "seed=3" in log
+    assert "drawing a line" in log
+    assert "y up to 7" in log
+    assert capsys.readouterr().out == "drawing a line\n"
+
+
+def test_what_is_complete_is_read_and_not_run(tmp_path):
+    cell = Cell("toy", Config(), tmp_path / "one")
+    first = run_cell(cell)
+    before = files(tmp_path)
+    elsewhere = Cell("toy", Config(recordings=Path("elsewhere")), cell.folder)  # not part of what a run is
+    for asked in (cell, elsewhere):
+        pd.testing.assert_frame_equal(run_cell(asked).table, first.table)
+    assert (len(toy.RAN), files(tmp_path)) == (1, before)
+
+
+def test_two_identical_runs_have_identical_results(tmp_path):
+    for name in ("one", "two"):
+        run_cell(Cell("toy", Config(seed=4), tmp_path / name))
+    one, two = (files(tmp_path / name / "results") for name in ("one", "two"))
+    assert one == two
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    folder = tmp_path / "one"
+    run_cell(Cell("toy", Config(), folder))
+    before = files(tmp_path)
+    other = Cell("toy", Config(factor=2.0, seed=1), folder)
+    assert refused(RequestError, lambda: run_cell(other)) == (
+        f"out {str(folder)!r} holds a run with factor 1.0, not 2.0; choose another folder or remove it"
+    )
+    assert refused(RequestError, lambda: run_cell(Cell("boy", Config(), folder))) == (
+        f"out {str(folder)!r} holds a run of toy, not of boy; choose another folder"
+    )
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("kept")
+    assert refused(RequestError, lambda: run_cell(Cell("toy", Config(), mine))) == (
+        f"out {str(mine)!r} exists and is no run; choose another folder"
+    )
+    assert files(tmp_path) == before | {"mine/notes.txt": b"kept"}
+    assert len(toy.RAN) == 1
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "model/weights"])
+def test_a_run_of_files_that_were_changed_since_is_not_taken_for_one_of_these(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("one")
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model = str(tmp_path / name.split("/")[0])
+    cell = Cell("toy", Config(model=model), tmp_path / "run")
+    run_cell(cell)
+    assert is_complete(cell)
+    file.write_text("three")
+    assert refused(RequestError, lambda: run_cell(cell)) == (
+        f"out {str(cell.folder)!r} holds a run of model {model!r} as it was before its files were changed; remove it "
+        "to run again, or choose another folder"
+    )
+    file.unlink()
+    (tmp_path / "model" / "config.json").unlink()
+    assert is_complete(cell)  # what is gone has not changed what was found
+    assert len(toy.RAN) == 1
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    cell = Cell("toy", Config(), tmp_path / "empty")
+    cell.folder.mkdir()
+    assert not is_complete(cell)
+    run_cell(cell)
+    assert is_complete(cell)
+
+
+def test_what_a_killed_run_left_is_no_run_and_is_written_anew(tmp_path, monkeypatch):
+    cell = Cell("toy", Config(), tmp_path / "one")
+
+    def killed(_config):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell)
+    partial = tmp_path / "one.partial"
+    assert not cell.folder.exists()
+    assert "KeyboardInterrupt" in (partial / "log.txt").read_text()
+    (partial / "results").mkdir()
+    (partial / "results" / "half").write_text("of a table")
+    run_cell(cell)
+    assert "results/half" not in files(cell.folder)
+    assert not partial.exists()
+
+
+def test_an_error_is_told_in_one_line_and_its_traceback_kept(tmp_path):
+    outcome = attempt(Cell("toy", Config(model="broken"), tmp_path / "one"))
+    log = tmp_path / "one.partial" / "log.txt"
+    assert (outcome.state, outcome.told) == ("failed", f"unexpected RuntimeError: the line broke; see {log}")
+    assert "Traceback" in log.read_text()
+    assert attempt(Cell("toy", Config(model="refused"), tmp_path / "two")).told == (
+        "model 'refused' is refused; give another"
+    )
+
+
+def test_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch):
+    real = toy.run
+
+    def warning(config):
+        warnings.warn("few tokens", stacklevel=1)
+        return real(config)
+
+    monkeypatch.setattr(toy, "run", warning)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        run_cell(Cell("toy", Config(), tmp_path / "one"))
+        assert warnings.showwarning is before
+    assert "warning: few tokens" in (tmp_path / "one" / "log.txt").read_text()
+    assert [str(one.message) for one in shown] == ["few tokens"]
+
+
+def test_two_at_once_run_it_once(tmp_path, monkeypatch):
+    cell = Cell("toy", Config(), tmp_path / "one")
+    inside, go_on, real = threading.Event(), threading.Event(), toy.run
+
+    def slow(config):
+        inside.set()
+        assert go_on.wait(30)
+        return real(config)
+
+    monkeypatch.setattr(toy, "run", slow)
+    monkeypatch.setattr("workbench.runs.folders.sys.stderr", waiting := io.StringIO())
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(run_cell(cell))) for _ in range(2)]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    while "waiting for another process" not in waiting.getvalue():
+        threads[1].join(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(toy.RAN) == 1
+    pd.testing.assert_frame_equal(results[0].table, results[1].table)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "results/table.parquet"])
+def test_a_damaged_run_is_named(tmp_path, name):
+    cell = Cell("toy", Config(), tmp_path / "one")
+    run_cell(cell)
+    (cell.folder / name).write_text("{")
+    assert refused(DataError, lambda: load_run(cell.folder)).split(" is damaged")[0] in (
+        f"run {str(cell.folder)!r}",
+        f"result {str(cell.folder / 'results')!r}",
+    )
+    assert refused(RequestError, lambda: load_run(tmp_path)).startswith(f"run {str(tmp_path)!r}: no config.json there")
+
+
+def test_a_name_is_made_of_the_config_alone():
+    assert run_name(Config()).startswith("a-")
+    assert run_name(Config(model="/x/gpt 2", factor=0.5, shown=(1, 2))).startswith("gpt_2,factor=0.5,shown=1+2-")
+    assert run_name(Config(model="/x/m")) != run_name(Config(model="/y/m"))
+    assert run_name(Config(recordings=Path("y"))) == run_name(Config())
+    assert len(run_name(Config(model="m" * 500))) < 120
+    assert run_name(Config(model="../..")).count("/") == 0
+
+
+def test_a_setting_and_a_column_of_one_name_are_refused():
+    text = refused(RequestError, lambda: found("toy", Config(), pd.DataFrame({"seed": [1]})))
+    assert text == "table of toy has a column 'seed', and so has its config; rename one"
+
+
+def test_experiments_are_listed_and_found():
+    (entry,) = installed_experiments().values()
+    assert summary(entry) == "A toy: y = factor x + seed. It counts how often it ran, and two of its models fail."
+    assert find_experiment("toy") is toy
+    assert refused(RequestError, lambda: find_experiment("toys")) == (
+        "experiment 'toys' is not installed; nearest: toy; known: toy"
+    )
+    gone = EntryPoint("gone", "no_such_package.study", "workbench.experiments")
+    assert summary(gone) == "cannot be loaded: there is no module no_such_package.study"
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------------
+
+CHOICES = {"model": ("a", "broken", "b"), "factor": (1.0, 2.0), "seed": (0, 1)}
+
+
+def swept(out, choices=CHOICES, **options):
+    said = []
+    return sweep("toy", grid(Config, choices), out, say=said.append, **options), said
+
+
+def test_a_grid_is_every_combination_once():
+    configs = grid(Config, {"seed": (0, 1, 1), "factor": (1.0, 2.0)})
+    assert [(one.factor, one.seed) for one in configs] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1)]
+    assert grid(Config, {}) == [Config()]
+    assert refused(RequestError, lambda: grid(Config, {"sead": (1,)})).startswith(
+        "'sead' is no setting of this experiment; nearest: seed"
+    )
+    assert refused(RequestError, lambda: grid(Config, {"seed": ()})) == (
+        "seed has no value to sweep over; give one or more"
+    )
+    assert refused(RequestError, lambda: grid(Config, {"factor": (1.0, -1.0)})).startswith(
+        "factor must not be negative"
+    )
+
+
+def test_a_sweep_ends_in_one_table_and_figure_although_cells_fail(tmp_path):
+    found, said = swept(tmp_path)
+    assert [outcome.state for outcome in found.outcomes] == ["done"] * 4 + ["failed"] * 4 + ["done"] * 4
+    assert len(said) == len(toy.RAN) == 12
+    assert said[0].startswith("[ 1 of 12; ")
+    assert "] model=a factor=1.0 seed=0: " in said[0]
+    assert said[-1].startswith("[12 of 12] model=b factor=2.0 seed=1: ")
+    assert "model=broken factor=1.0 seed=0: FAILED: unexpected RuntimeError: the line broke; see " in said[4]
+    table = pd.read_csv(tmp_path / "summary" / "table.csv")
+    expected = [
+        (model, factor, seed, x, factor * x + seed)
+        for model, factor, seed, x in itertools.product("ab", (1.0, 2.0), (0, 1), range(3))
+    ]
+    assert table[["model", "factor", "seed", "x", "y"]].to_records(index=False).tolist() == expected
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "summary" / "table.parquet"), found.result.table)
+    assert wb.load_result(tmp_path / "summary").figure().data[0].x.tolist() == [0, 1, 2] * 8
+    assert [path.name for path in (tmp_path / "summary" / "figures").glob("*.html")] == ["lines.html"]
+    cells = json.loads((tmp_path / "summary" / "sweep.json").read_text())["cells"]
+    assert [cell["state"] for cell in cells] == ["complete"] * 4 + ["failed"] * 4 + ["complete"] * 4
+    assert cells[4]["config"]["model"] == "broken"
+    assert "the line broke" in cells[4]["error"]
+
+
+def test_a_rerun_does_nothing_twice_and_tries_again_what_failed(tmp_path):
+    swept(tmp_path)
+    before = files(tmp_path / "summary")
+    toy.RAN.clear()
+    again, said = swept(tmp_path)
+    assert [config.model for config in toy.RAN] == ["broken"] * 4
+    assert [outcome.state for outcome in again.outcomes] == ["there"] * 4 + ["failed"] * 4 + ["there"] * 4
+    assert ": there already: y up to " in said[0]
+    assert files(tmp_path / "summary") == before
+    wider, _ = swept(tmp_path, CHOICES | {"model": ("a", "b"), "seed": (0, 1, 2)})
+    assert [(config.seed, config.model) for config in toy.RAN[4:]] == [(2, "a"), (2, "a"), (2, "b"), (2, "b")]
+    assert len(wider.result.table) == 12 * 3
+
+
+def test_two_identical_sweeps_have_identical_tables(tmp_path):
+    for name in ("one", "two"):
+        swept(tmp_path / name, {"model": ("a", "b"), "seed": (0, 1)})
+    one, two = (files(tmp_path / name / "summary") for name in ("one", "two"))
+    assert one == two
+
+
+class Backwards:
+    """Workers that end in another order."""
+
+    def own(self, cells):
+        return cells
+
+    def attempt(self, cells):
+        return map(attempt, reversed(cells))
+
+
+def test_cells_may_end_in_any_order(tmp_path):
+    swept(tmp_path / "one")
+    swept(tmp_path / "two", workers=Backwards())
+    one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
+    assert one == two
+
+
+def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
+    swept(tmp_path / "one")
+    toy.RAN.clear()
+    choices = CHOICES | {"model": ("a", "b")}
+    first, said = swept(tmp_path / "two", choices, workers=wb.Share(1, 2))
+    assert [config.seed for config in toy.RAN] == [1] * 4
+    assert [outcome.cell.config.seed for outcome in first.outcomes] == [1] * 4
+    assert [cell.config.seed for cell in first.left] == [0] * 4
+    assert said[-1].startswith("[4 of 4] model=b factor=2.0 seed=1: ")
+    states = [cell["state"] for cell in json.loads((tmp_path / "two" / "summary" / "sweep.json").read_text())["cells"]]
+    assert states == ["left", "complete"] * 4
+    last, _ = swept(tmp_path / "two", choices, workers=wb.Share(0, 2))
+    assert [outcome.state for outcome in last.outcomes] == ["done", "there"] * 4
+    assert (last.left, len(toy.RAN)) == ((), 8)
+    one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_sweep_in_which_all_fails_has_no_table(tmp_path):
+    found, _ = swept(tmp_path, {"model": ("broken", "refused")})
+    assert found.result is None
+    assert len(found.failed) == 2
+    assert list(files(tmp_path / "summary")) == ["sweep.json"]
+
+
+def test_a_summary_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "summary").mkdir()
+    (tmp_path / "summary" / "thesis.txt").write_text("kept")
+    assert refused(RequestError, lambda: swept(tmp_path)) == (
+        f"out {str(tmp_path)!r} holds a summary that no sweep wrote; choose another folder"
+    )
+    assert toy.RAN == []
+
+
+def test_plotlys_script_is_on_the_disk_once(tmp_path):
+    swept(tmp_path, {"seed": (0, 1, 2)})
+    scripts = list(tmp_path.rglob("plotly.min.js"))
+    assert len(scripts) == 4
+    assert len({script.stat().st_ino for script in scripts}) == 1
+
+
+# ---- the command line -----------------------------------------------------------------------------------
+
+
+def command(call, *arguments) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        call([str(argument) for argument in arguments])
+    return stopped.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def test_the_sweep_command(tmp_path):
+    grid_of = ("--model", "a", "refused", "--factor", 1, 2, "--seed", 0, 1, 2, "--shown", 5, 6, "--out", tmp_path)
+    code, out, err = command(cli.main, "sweep", "toy", *grid_of)
+    assert (code, err) == (1, "")
+    assert out.count("there already") == 0
+    name = cell_of("toy", Config(model="refused", shown=(5, 6)), tmp_path).folder.name
+    assert f"\nfailed  {name}: model 'refused' is refused; give another\n" in out
+    assert out.endswith(
+        f"6 done, 0 there, 6 failed\ntable   {tmp_path}/summary/table.csv\n"
+        f"figure  {tmp_path}/summary/figures/lines.html\n"
+    )
+    assert pd.read_csv(tmp_path / "summary" / "table.csv")["x"].tolist() == [5, 6] * 6
+    code, out, _ = command(cli.main, "sweep", "toy", "--seed", 0, 1, "--shown", 5, 6, "--out", tmp_path)
+    assert (code, out.count("there already")) == (0, 2)
+
+
+def test_the_sweep_command_tells_what_can_be_swept():
+    code, out, _ = command(cli.main, "sweep")
+    assert (code, "\n  toy                A toy: y = factor x + seed." in out) == (0, True)
+    code, out, _ = command(cli.main, "sweep", "toy", "--help")
+    assert code == 0
+    for told in ("Its slope.", "Which line: a, b, broken, refused.", "Changes no number.", "every combination is run"):
+        assert told in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tiy",), "experiment 'tiy' is not installed; nearest: toy; known: toy"),
+        (("toy", "--factor", "-1"), "factor must not be negative, but is -1.0"),
+        (("toy", "--seed"), "seed has no value to sweep over; give one or more"),
+        (("toy", "--sead", "1"), "nearest: --seed; see workbench sweep toy --help"),
+    ],
+)
+def test_the_sweep_command_refuses_in_one_line(arguments, said, tmp_path):
+    code, out, err = command(cli.main, "sweep", *arguments, "--out", tmp_path / "s")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_experiment_is_a_script_of_its_own(tmp_path):
+    def script(arguments):
+        cli.run_experiment("toy", arguments)
+
+    asked = ("--factor", 3, "--out", tmp_path / "one")
+    code, out, err = command(script, *asked)
+    assert (code, err) == (0, "")
+    assert out == f"drawing a line\ny up to 6\nfigure  {tmp_path}/one/results/figures/lines.html\n"
+    code, out, _ = command(script, *asked)
+    assert (code, out.splitlines()[0]) == (0, f"complete already: {tmp_path}/one")
+    code, out, err = command(script, "--factor", 4, "--out", tmp_path / "one")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"workbench: out '{tmp_path}/one' holds a run with factor 3.0, not 4.0; choose another folder or remove it\n"
+    )
+    code, out, _ = command(script, "--help")
+    assert (code, "python -m toy_experiment" in out) == (0, True)
+
+
+def test_without_out_a_run_is_a_cell_of_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command(lambda arguments: cli.run_experiment("toy", arguments), "--factor", 2)
+    code, out, _ = command(cli.main, "sweep", "toy", "--factor", 1, 2)
+    assert (code, out.count("there already"), len(toy.RAN)) == (0, 1, 2)
+
+
+def test_identity_is_json():
+    assert identity(Config()) == json.loads(json.dumps(identity(Config())))

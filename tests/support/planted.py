@@ -1,0 +1,85 @@
+"""Stores whose activations are made up, so that what a probe must find is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import store_example
+import torch
+
+import workbench as wb
+from workbench.model.unembed import Unembed, save_unembed
+from workbench.sites.grammar import full_name
+from workbench.store.manifest import SiteRecord
+
+
+def linear_unembed(weight: np.ndarray, tokens: Sequence[str] | None = None) -> Unembed:
+    """Logits that are `weight @ state`, without norm."""
+    one = torch.ones(weight.shape[1])
+    words = None if tokens is None else tuple(tokens)
+    return Unembed(torch.tensor(weight, dtype=torch.float32), None, "none", one, 0 * one, 0.0, tokens=words)
+
+
+def planted_store(
+    path: Path,
+    documents: Sequence[Sequence[int]],
+    sites: Mapping[str, np.ndarray],
+    unembed: Unembed | None = None,
+    *,
+    columns: Mapping[str, Sequence] | None = None,
+    n_layers: int | None = None,
+    fingerprint: str = store_example.MODEL.fingerprint,
+) -> wb.Store:
+    """A float32 store of `documents` of token ids, one sequence each, and `sites`: short name to `[row, *axes]`.
+
+    `columns`: more columns of the token table. A pattern's axes are (row, head, key).
+    """
+    lengths = [len(ids) for ids in documents]
+    ids = np.concatenate([np.asarray(ids) for ids in documents])
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.concatenate([np.arange(n) for n in lengths])
+    names = [f"t{token_id}" for token_id in ids] if unembed is None else [unembed.token(int(i)) for i in ids]
+    tokens = pa.table(
+        {
+            "row": np.arange(len(ids)),
+            "sequence": sequence,
+            "position": pa.array(position, pa.int32()),
+            "document": sequence,
+            "token_id": pa.array(ids, pa.int32()),
+            "token": pa.array(names, pa.string()).dictionary_encode(),
+            "char_start": pa.array([None] * len(ids), pa.int32()),
+            "char_end": pa.array([None] * len(ids), pa.int32()),
+            "is_special": np.zeros(len(ids), bool),
+            **{name: pa.array(values) for name, values in (columns or {}).items()},
+        }
+    )
+    records = [_record(name, values) for name, values in sites.items()]
+    layers = [int(name.split(".")[1]) for name in sites if "." in name]
+    model = replace(
+        store_example.MODEL,
+        n_layers=n_layers or max(layers) + 1,
+        d_model=next((values.shape[1] for values in sites.values() if values.ndim == 2), 1),
+        vocab=int(ids.max()) + 1 if unembed is None else unembed.vocab,
+        fingerprint=fingerprint,
+    )
+    write = None if unembed is None else (lambda file: save_unembed(unembed, file, torch.float32))
+    reason = "planted without one" if unembed is None else None
+    with store_example.writing(path, model=model, sites=records, unembed=write, unembed_reason=reason) as writer:
+        writer.begin(store_example.part_of([lengths]), append=False)
+        with writer.segment(len(ids), len(lengths), store_example.digest(0, lengths), tokens) as segment:
+            for record, values in zip(records, sites.values(), strict=True):
+                segment.write(record.name, 0, np.ascontiguousarray(values, dtype=np.float32))
+    return wb.open_store(path)
+
+
+def _record(name: str, values: np.ndarray) -> SiteRecord:
+    axes = {
+        "pattern": ("row", "head", "key"),
+        "v": ("row", "head", "d_head"),
+        "z": ("row", "head", "d_head"),
+    }.get(name.split(".")[0], ("row", "d_model")[: values.ndim])
+    return SiteRecord(full_name(name), name, axes, values.shape[1:], "float32")

@@ -1,0 +1,368 @@
+"""Two stores of the same tokens side by side: how far apart their activations are, and what probes find in each.
+
+For two models of one shape, two checkpoints of one training, or two dtypes of one model. Rows are compared one by one,
+so both stores must hold the same tokens in the same sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.analysis.bootstrap import clustered_means, intervals, resampled_means
+from workbench.io.errors import RequestError, WorkbenchError, nearest
+from workbench.io.progress import progress
+from workbench.results.probe import find_probe, installed_probes
+from workbench.sites.grammar import short_name
+from workbench.store.manifest import SiteRecord, short_list
+from workbench.store.reader import Rows, Store
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from workbench.results.result import Result
+
+_BLOCK_BYTES = 32 << 20  # of one store's rows in float64; a few such live at a time
+_GROUPS = 1000
+"""Documents are resampled in at most so many groups, so that memory does not grow with them."""
+_SAME = ("sequence", "position", "document", "token_id")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found."""
+
+    a: str
+    """Path of the first store."""
+    b: str
+    sites: pd.DataFrame
+    """A line for each site: cosine, the mean over rows of cos(a, b), -1 to 1, and relative_error, the mean of
+    |a - b| / |a|, 0 and up, each with its 95 % interval over documents; largest_error, of any row; rows that count, and
+    skipped ones: all zeros in either store, or not finite."""
+    probes: pd.DataFrame
+    """A line for each measure of each probe: what it is in a and b, with the probe's own 95 % intervals, and b - a;
+    of measures that are means over rows, which are the same in both, the interval is that of the paired difference."""
+    not_run: Mapping[str, str]
+    """Probe to why it was not run."""
+
+    def figure(self) -> Figure:
+        """Cosine of each kind of site by layer."""
+        import plotly.graph_objects as go
+
+        from workbench.figures.text import label
+        from workbench.figures.theme import TEMPLATE
+        from workbench.figures.ticks import whole_step
+
+        figure = go.Figure()
+        known = self.sites[self.sites["layer"] >= 0]
+        for kind, part in known.groupby("kind", sort=False):
+            figure.add_scatter(
+                x=part["layer"].to_numpy(),
+                y=part["cosine"].to_numpy(),
+                error_y={
+                    "array": (part["cosine_high"] - part["cosine"]).to_numpy(),
+                    "arrayminus": (part["cosine"] - part["cosine_low"]).to_numpy(),
+                    "thickness": 1,
+                },
+                name=label(kind, 30),
+                mode="lines+markers",
+                hovertemplate="layer %{x}: %{y:.5g}",
+            )
+        figure.update_layout(
+            template=TEMPLATE,
+            title={
+                "text": "Cosine of the same rows in two stores",
+                "subtitle": {"text": f"{label(Path(self.a).name, 40)} and {label(Path(self.b).name, 40)}"},
+            },
+            width=760,
+            height=440,
+            margin={"t": 110},
+            showlegend=True,
+        )
+        figure.update_xaxes(title="layer", dtick=whole_step(known["layer"]))
+        figure.update_yaxes(title="cosine, mean over rows")
+        return figure
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes sites.csv, probes.csv and cosine.html into `folder`. Raises RequestError where it holds something."""
+        folder = Path(folder)
+        refuse_full(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sites.to_csv(folder / "sites.csv", index=False)
+        self.probes.to_csv(folder / "probes.csv", index=False)
+        self.figure().write_html(folder / "cosine.html", include_mathjax=False, div_id="cosine")
+        return folder
+
+
+def refuse_full(folder: Path) -> None:
+    """Raises RequestError where `folder` is there and not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
+
+
+def compare(
+    a: Store,
+    b: Store,
+    *,
+    sites: Sequence[str] | None = None,
+    probes: Sequence[str] | None = None,
+) -> Comparison:
+    """The activations and probe results of two stores of the same tokens, in bounded memory.
+
+    `sites`: names or kinds, `resid_post.3` or `resid_post`; None: all, which then must be the same in both. `probes`:
+    names of those to run, with their defaults; None: every installed one, of which those that either store does not
+    permit are named in `not_run` with the reason; (): none. The relative error is to `a`.
+
+    Costs one pass over the sites of both stores, and the probes. Raises RequestError, naming both, for stores of
+    different tokens, sites or widths, and for a probe that is not installed.
+    """
+    for name in probes or ():
+        find_probe(name)
+    _check_tokens(a, b)
+    chosen = _chosen(a, b, sites)
+    lines = []
+    with progress("comparing", len(chosen) * a.rows, "rows") as tick:
+        groups = _document_groups(a)
+        for one, other in chosen:
+            lines.append(_compared(a, b, one, other, groups, tick))
+    found, not_run = _probed(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
+    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), found, not_run)
+
+
+# ---- what must be the same ------------------------------------------------------------------------------
+
+
+def _names(a: Store, b: Store) -> str:
+    """Both stores, as errors call them."""
+    same = a.path.name == b.path.name
+    return f"{a.path} and {b.path}" if same else f"{a.path.name} and {b.path.name}"
+
+
+def _check_tokens(a: Store, b: Store) -> None:
+    """Refuse stores whose rows are not the same tokens in the same sequences. Holds a segment of each at a time."""
+    if a.rows != b.rows:
+        raise RequestError(
+            f"{_names(a, b)} hold different tokens: {a.rows:,} and {b.rows:,} rows; record both from the same texts"
+        )
+    for start, stop in pairwise(a.manifest.starts):
+        ids = np.arange(start, stop)
+        tables = [Rows(store, ids).tokens for store in (a, b)]
+        for name in _SAME:
+            one, other = (table[name].to_numpy() for table in tables)
+            if len(differ := np.flatnonzero(one != other)):
+                at = int(differ[0])
+                raise RequestError(
+                    f"{_names(a, b)} hold different tokens: row {start + at:,} has {name} {one[at]} and {other[at]}; "
+                    "record both from the same texts with the same tokenizer, context and BOS"
+                )
+
+
+def _chosen(a: Store, b: Store, asked: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
+    known = [{site.name: site for site in store.sites} for store in (a, b)]
+    if asked is None:
+        for one, other, store, without in ((*known, a, b), (*known[::-1], b, a)):
+            if lacking := [site.label for name, site in one.items() if name not in other]:
+                raise RequestError(
+                    f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(lacking)}, which "
+                    f"{without.path.name} has not; give sites= (--sites), those to compare"
+                )
+        names = list(known[0])
+    else:
+        names = [name for pattern in asked for name in _matching(a, b, known, pattern)]
+    pairs = [(known[0][name], known[1][name]) for name in dict.fromkeys(names)]
+    for one, other in pairs:
+        if (one.axes, one.shape) != (other.axes, other.shape):
+            raise RequestError(
+                f"{_names(a, b)} hold {one.label} of different widths: {_shape(one)} and {_shape(other)}; "
+                "rows of different widths have no cosine"
+            )
+    return pairs
+
+
+def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: str) -> list[str]:
+    found = [[site.name for site in one.values() if _is_called(site, pattern)] for one in known]
+    for store, other, names, others in ((a, b, *found), (b, a, *found[::-1])):
+        if not names:
+            close = nearest(pattern, [site.label for site in store.sites])
+            raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}")
+        if lacking := [short_name(name) or name for name in others if name not in names]:
+            raise RequestError(
+                f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} has not; "
+                "name the sites that both have"
+            )
+    return found[0]
+
+
+def _is_called(site: SiteRecord, pattern: str) -> bool:
+    return pattern in (site.name, site.short, (site.short or "").split(".")[0])
+
+
+def _shape(site: SiteRecord) -> str:
+    return ", ".join(f"{axis} {length:,}" for axis, length in zip(site.axes[1:], site.shape, strict=True))
+
+
+# ---- activations ----------------------------------------------------------------------------------------
+
+
+def _document_groups(store: Store) -> Int[np.ndarray, " row"]:
+    """Each row's group of documents: the document itself where there are few."""
+    starts = store.manifest.starts
+    parts = [
+        Rows(store, np.arange(first, last)).tokens["document"].to_numpy() % _GROUPS for first, last in pairwise(starts)
+    ]
+    return np.concatenate([np.zeros(0, np.int16), *(part.astype(np.int16) for part in parts)])
+
+
+def _compared(
+    a: Store, b: Store, one: SiteRecord, other: SiteRecord, groups: Int[np.ndarray, " row"], tick: Any
+) -> dict[str, Any]:
+    """The line of one site."""
+    totals, counts = (np.zeros((_GROUPS, 2)) for _ in range(2))
+    largest, skipped = 0.0, 0
+    for block, x in a[one.label].blocks(max(1, _BLOCK_BYTES // (8 * max(1, int(np.prod(one.shape)))))):
+        values = row_distances(x, b[other.label][block])
+        counted = np.isfinite(values).all(1)
+        group = groups[block][counted]
+        np.add.at(totals, group, values[counted])
+        np.add.at(counts, group, 1.0)
+        skipped += int((~counted).sum())
+        largest = max(largest, float(values[counted, 1].max(initial=0.0)))
+        tick(len(x))
+    used = counts[:, 0] > 0
+    (cosine, error), drawn = resampled_means(totals[used], counts[used])
+    low, high = intervals(drawn) if used.sum() > 1 else np.full((2, 2), np.nan)
+    short = (one.short or one.name).split(".")
+    return {
+        "site": one.label,
+        "kind": short[0],
+        "layer": int(short[1]) if len(short) == 2 and short[1].isdigit() else -1,
+        "cosine": cosine,
+        "cosine_low": low[0],
+        "cosine_high": high[0],
+        "relative_error": error,
+        "relative_error_low": low[1],
+        "relative_error_high": high[1],
+        "largest_error": largest,
+        "rows": int(counts[:, 0].sum()),
+        "skipped": skipped,
+    }
+
+
+def row_distances(a: Float[Tensor, "row ..."], b: Float[Tensor, "row ..."]) -> Float[np.ndarray, "row 2"]:
+    """Of each row cos(a, b), and |a - b| / |a|, in float64; NaN where a row is all zeros or not finite in either."""
+    x, y = a.double().flatten(1), b.double().flatten(1)
+    lengths = x.norm(dim=1), y.norm(dim=1)
+    cosine = ((x * y).sum(1) / (lengths[0] * lengths[1])).clamp(-1, 1)
+    found = torch.stack([cosine, (x - y).norm(dim=1) / lengths[0]], 1)
+    found[~torch.isfinite(found).all(1)] = torch.nan
+    return found.numpy()
+
+
+# ---- probes ---------------------------------------------------------------------------------------------
+
+
+def _probed(a: Store, b: Store, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
+    lines, not_run = [], {}
+    document = None
+    for name in names:
+        results = []
+        for store in (a, b):
+            try:
+                results.append(find_probe(name)().run(store))
+            except WorkbenchError as error:
+                not_run[name] = f"{store.path.name}: {error}"
+                break
+        if len(results) == 2:
+            document = a.tokens["document"].to_numpy() if document is None else document
+            lines += [{"probe": name, **line} for line in side_by_side(*results, document)]
+    return pd.DataFrame(lines), not_run
+
+
+def side_by_side(a: Result, b: Result, document: Int[np.ndarray, " row"]) -> list[dict[str, Any]]:
+    """Measures that both results have with an interval, at the same coordinates.
+
+    They are variables beside which the probe put `_low` and `_high`, and those over `row`, whose means over the rows
+    of both, and interval over documents, are taken here.
+    """
+    lines = []
+    for name in a.data.data_vars:
+        if name not in b.data or a.data[name].dtype.kind != "f":
+            continue
+        if {f"{name}_low", f"{name}_high"} <= {*a.data.data_vars} & {*b.data.data_vars}:
+            lines += _with_intervals(a, b, str(name))
+        elif "row" in a.data[name].dims and "row" in b.data[name].dims:
+            lines += _over_rows(a, b, str(name), document)
+    return lines
+
+
+def _with_intervals(a: Result, b: Result, name: str) -> list[dict[str, Any]]:
+    import xarray as xr
+
+    parts = []
+    for data in (a.data, b.data):
+        parts += [data[name + suffix].reset_coords(drop=True) for suffix in ("", "_low", "_high")]
+    parts = xr.align(*parts, join="inner")
+    values = np.stack([part.to_numpy() for part in parts], -1)
+    lines = []
+    for place in np.ndindex(values.shape[:-1]):
+        mean_a, low_a, high_a, mean_b, low_b, high_b = values[place].tolist()
+        if np.isnan(mean_a) or np.isnan(mean_b):
+            continue
+        lines.append(
+            {
+                "measure": name,
+                "at": _coordinates(parts[0], place),
+                **{"a": mean_a, "a_low": low_a, "a_high": high_a},
+                **{"b": mean_b, "b_low": low_b, "b_high": high_b},
+                **{"difference": mean_b - mean_a, "difference_low": np.nan, "difference_high": np.nan},
+                "units": a.data[name].attrs.get("units", ""),
+            }
+        )
+    return lines
+
+
+def _over_rows(a: Result, b: Result, name: str, document: Int[np.ndarray, " row"]) -> list[dict[str, Any]]:
+    import xarray as xr
+
+    one, other = xr.align(a.data[name], b.data[name], join="inner")
+    if "row" not in one.coords or not one.sizes["row"]:
+        return []
+    one, other = (part.transpose(..., "row") for part in (one, other))
+    clusters = document[one["row"].to_numpy()]
+    lines = []
+    for place in np.ndindex(one.shape[:-1]):
+        values = np.stack([one.to_numpy()[place], other.to_numpy()[place]], 1).astype(np.float64)
+        values[np.isnan(values).any(1)] = np.nan  # the same rows in both
+        if np.isnan(values).all():
+            continue
+        mean, drawn = clustered_means(values, clusters)
+        drawn = np.column_stack([drawn, drawn[:, 1] - drawn[:, 0]])
+        low, high = intervals(drawn)
+        lines.append(
+            {
+                "measure": f"mean {name}",
+                "at": _coordinates(one.isel(row=0), place),
+                **{"a": mean[0], "a_low": low[0], "a_high": high[0]},
+                **{"b": mean[1], "b_low": low[1], "b_high": high[1]},
+                **{"difference": mean[1] - mean[0], "difference_low": low[2], "difference_high": high[2]},
+                "units": a.data[name].attrs.get("units", ""),
+            }
+        )
+    return lines
+
+
+def _coordinates(array: Any, place: tuple[int, ...]) -> str:
+    """ "layer 3, offset -1"."""
+    return ", ".join(
+        f"{axis} {array[axis].to_numpy()[index] if axis in array.coords else index}"
+        for axis, index in zip(array.dims, place, strict=True)
+    )

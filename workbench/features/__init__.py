@@ -1,0 +1,1 @@
+"""The feature store: extraction, index, queries, export, and features while recording."""

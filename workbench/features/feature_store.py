@@ -1,0 +1,402 @@
+"""Sparse features of a store's rows, by row and by feature, on the disk until they are indexed.
+
+features = open_features("runs/demo.acts/features/resid_post.3-sae")
+features[:100]                 # scipy.sparse.csr_array (100, d_sae)
+features.top(17)               # the rows where feature 17 is strongest, with their text
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int64, Integer
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from workbench.features.index import feature_groups, feature_sums
+from workbench.io.arrays import map_arrays
+from workbench.io.errors import DataError, RequestError
+from workbench.io.files import sha256_file
+from workbench.io.parse import from_json, parse
+from workbench.store.manifest import FEATURES, MANIFEST, FileRecord
+from workbench.store.reader import Rows, Store, open_store
+
+FORMAT, VERSION = "workbench.features", 1
+RECORD, BY_ROW, BY_FEATURE = "features.json", "by_row.safetensors", "by_feature.safetensors"
+
+_NARROW = 1 << 16  # features that fit in uint16
+_SHORT = 1 << 31  # rows that fit in int32
+
+
+@dataclass(frozen=True)
+class SaeRecord:
+    """The autoencoder that was used."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of its weights and of the settings that change the mathematics."""
+    config: dict[str, Any]
+    """Its `cfg.json`, metadata included."""
+
+
+@dataclass(frozen=True)
+class FeaturesRecord:
+    """`features.json`: what the folder holds and what it was made of."""
+
+    sae: SaeRecord
+    site: str
+    """TransformerLens name of the site that was read."""
+    store: str
+    """The store, as a path from this folder."""
+    store_fingerprint: str
+    """Fingerprint of the store's manifest: appending to the store changes it."""
+    rows: int
+    features: int
+    entries: int
+    """Activations stored."""
+    dtype: str
+    """Type of stored activations: float32 or float16."""
+    overflow: int
+    """Activations beyond the range of `dtype`, stored as its largest value."""
+    files: dict[str, FileRecord]
+    environment: dict[str, str]
+    """Library versions at the time of the extraction."""
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def by_row(self) -> dict[str, tuple[str, int]]:
+        """(type, length) of each array of `by_row.safetensors`."""
+        return by_row_layout(self.rows, self.features, self.entries, self.dtype)
+
+    @property
+    def by_feature(self) -> dict[str, tuple[str, int]]:
+        """(type, length) of each array of `by_feature.safetensors`."""
+        return by_feature_layout(self.rows, self.features, self.entries, self.dtype)
+
+
+def by_row_layout(rows: int, features: int, entries: int, dtype: str) -> dict[str, tuple[str, int]]:
+    """Arrays of the order by row: `indptr` [row + 1]; per entry `feature`, ascending within a row, and `value`."""
+    kind = "uint16" if features <= _NARROW else "int32"
+    return {"indptr": ("int64", rows + 1), "feature": (kind, entries), "value": (dtype, entries)}
+
+
+def by_feature_layout(rows: int, features: int, entries: int, dtype: str) -> dict[str, tuple[str, int]]:
+    """Arrays of the order by feature: `indptr` [feature + 1], and per entry its `row` and `value`, largest first."""
+    kind = "int32" if rows < _SHORT else "int64"
+    return {"indptr": ("int64", features + 1), "row": (kind, entries), "value": (dtype, entries)}
+
+
+def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Features:
+    """Open extracted features: their folder, or a store that has one. `store`: where it lies now, if it was moved away
+    from them.
+
+    Costs the reading of both indices' row pointers. Raises RequestError where there are no features or several, or the
+    store is not there or has other rows than it had; DataError where a file is damaged.
+    """
+    path = Path(path).absolute()
+    if (path / MANIFEST).is_file():
+        path = _only_folder(path)
+    record = read_record(path)
+    if not isinstance(store, Store):
+        place = Path(os.path.normpath(path / record.store)) if store is None else Path(store)
+        if store is None and not place.is_dir():
+            raise RequestError(f"features {path}: their store is not at {place}; give store=")
+        store = open_store(place)
+    features = Features(path, record, store)
+    features._check()
+    return features
+
+
+def _only_folder(store: Path) -> Path:
+    found = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found)
+        several = f"holds features of several names in {FEATURES}/; name one: {names}"
+        raise RequestError(f"{store} {several if found else 'has no features; workbench features makes them'}")
+    return found[0]
+
+
+def read_record(path: Path) -> FeaturesRecord:
+    """The record of the features in the folder `path`. Raises as `open_features` does."""
+    source = path / RECORD
+    try:
+        value = from_json(source.read_bytes(), source)
+    except OSError:
+        raise RequestError(f"no features at {path}: there is no {RECORD}; workbench features makes them") from None
+    if value.get("format") != FORMAT:
+        raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; these are no features")
+    if isinstance(value.get("version"), int) and value["version"] > VERSION:
+        raise RequestError(f"{source} has format version {value['version']}; upgrade the workbench")
+    return parse(FeaturesRecord, value, str(source))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Features:
+    """Features of every row of a store, special tokens' rows included. Pickles as its path.
+
+    Axes (row, feature). An entry is stored where the autoencoder gives anything but 0, so a row's entries are its
+    active features, and an activation too small for float16 keeps its place.
+    """
+
+    path: Path
+    record: FeaturesRecord
+    store: Store
+
+    __iter__ = None
+
+    def __reduce__(self) -> tuple[Callable[..., Features], tuple[Path, Path]]:
+        return open_features, (self.path, self.store.path)
+
+    def __repr__(self) -> str:
+        rows, features = self.shape
+        active = self.record.entries / rows if rows else 0
+        return f"features of {self.record.site} (row {rows:,}, feature {features:,}), {active:.1f} active a row"
+
+    def _repr_html_(self) -> str:
+        from workbench.figures.markup import card
+
+        rows, features = self.shape
+        told = {
+            "site": self.record.site,
+            "sae": self.record.sae.name,
+            "row": f"{rows:,}",
+            "feature": f"{features:,}, {int((self.counts == 0).sum()):,} of them never active here",
+            "active": f"{self.record.entries / max(1, rows):.1f} a row, stored as {self.record.dtype}",
+            "folder": self.path,
+            "store": self.store.path,
+        }
+        return card("Features", told)
+
+    def __len__(self) -> int:
+        return self.record.rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, d_sae)"""
+        return self.record.rows, self.record.features
+
+    def __getitem__(self, index: Any) -> csr_array:
+        """Features of a row, a slice, integers, a mask or `Rows`, as a float32 matrix (n_selected, d_sae) in memory.
+
+        Integers keep their order; negative ones count from the end. Raises IndexError beyond it.
+        """
+        ids = self._row_ids(index)
+        starts = self.by_row["indptr"][ids]
+        lengths = self.by_row["indptr"][ids + 1] - starts
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        entries = np.repeat(starts - indptr[:-1], lengths) + np.arange(indptr[-1])
+        feature = self.by_row["feature"][entries].astype(np.int32)
+        if len(feature) and not 0 <= feature.min() <= feature.max() < self.shape[1]:  # SciPy would read beyond memory
+            raise self._damaged(BY_ROW, "a feature beyond the last")
+        values = self.by_row["value"][entries].astype(np.float32)
+        return csr_array((values, feature, indptr), shape=(len(ids), self.shape[1]))
+
+    def rows_of(self, feature: int | np.integer) -> tuple[Integer[np.ndarray, " active"], Float[np.ndarray, " active"]]:
+        """Rows where a feature is active and its activations there, largest first, ties in row order: views of the
+        file. RequestError for a feature there is not."""
+        if not 0 <= feature < self.shape[1]:
+            raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
+        own = slice(*self.by_feature["indptr"][feature : feature + 2])
+        return self.by_feature["row"][own], self.by_feature["value"][own]
+
+    def top(
+        self,
+        feature: int | np.integer,
+        k: int = 20,
+        context: int = 10,
+        where: str | Rows | Bool[np.ndarray, " row"] | None = None,
+    ) -> pd.DataFrame:
+        """The `k` rows where a feature is strongest, of all or of those that `where` selects, strongest first.
+
+        Columns activation, row, sequence, position, token, context: the text of up to `context` tokens on either side
+        in the same sequence, the token among them. Without a tokenizer token ids stand in for text. The first call
+        reads the token table. Raises RequestError for a feature there is not.
+        """
+        for name, value, least in (("k", k, 1), ("context", context, 0)):
+            if value < least:
+                raise RequestError(f"{name} must be at least {least}, not {value}")
+        rows, values = self.rows_of(feature)
+        if where is not None:
+            chosen = self._mask(where)[rows]
+            rows, values = rows[chosen], values[chosen]
+        rows, values = rows[:k], values[:k]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise self._damaged(BY_FEATURE, "a row beyond the last")
+        texts = self.texts
+        return pd.DataFrame(
+            {
+                "activation": values.astype(np.float32),
+                "row": rows.astype(np.int64),
+                "sequence": texts.sequence[rows],
+                "position": texts.position[rows],
+                "token": [texts.words[code] for code in texts.codes[rows]],
+                "context": [texts.around(int(row), context) for row in rows],
+            }
+        )
+
+    @cached_property
+    def counts(self) -> Int64[np.ndarray, " feature"]:
+        """Rows on which each feature is active, special tokens' included; 0: dead on this store."""
+        return np.diff(self.by_feature["indptr"])
+
+    @cached_property
+    def max(self) -> Float[np.ndarray, " feature"]:
+        """Largest activation of each feature; 0 where it is never active."""
+        largest, some = np.zeros(self.shape[1], np.float32), self.counts > 0
+        largest[some] = self.by_feature["value"][self.by_feature["indptr"][:-1][some]]
+        return largest
+
+    @cached_property
+    def mean(self) -> Float[np.ndarray, " feature"]:
+        """Mean activation of each feature over the rows where it is active; 0 where it never is. Reads every value."""
+        return self._sums(lambda entries: self.by_feature["value"][entries]) / np.maximum(self.counts, 1)
+
+    def enrichment(self, where: str | Rows | Bool[np.ndarray, " row"]) -> pd.DataFrame:
+        """How well each feature, active or not, tells the rows that `where` selects: SQL over tokens, `Rows`, a mask.
+
+        Rows of special tokens count on neither side: a feature of BOS would otherwise lose precision on every label.
+        One line a feature, best f1 first, ties by feature: active, its rows; hits, those that the label selects;
+        precision, hits / active, NaN for a feature that never is; recall, hits / selected; f1, 2 hits / (active +
+        selected), 0 to 1. A feature on at random has the selected share as precision. Reads every entry.
+
+        Raises RequestError for a label that selects none of the rows, or all of them.
+        """
+        ordinary = ~self.store.tokens["is_special"].to_numpy(zero_copy_only=False)
+        label = self._mask(where) & ordinary
+        selected = int(label.sum())
+        if not 0 < selected < ordinary.sum():
+            asked = repr(where) if isinstance(where, str) else "where"
+            many = "all" if selected else "none"
+            raise RequestError(
+                f"{asked} selects {many} of the {int(ordinary.sum())} rows of text; choose another label"
+            )
+        active = self._sums(lambda entries: ordinary[self.by_feature["row"][entries]]).astype(np.int64)
+        hits = self._sums(lambda entries: label[self.by_feature["row"][entries]]).astype(np.int64)
+        table = pd.DataFrame(
+            {
+                "feature": np.arange(self.shape[1]),
+                "active": active,
+                "hits": hits,
+                "precision": np.divide(hits, active, out=np.full(len(hits), np.nan), where=active > 0),
+                "recall": hits / selected,
+                "f1": 2 * hits / (active + selected),
+            }
+        )
+        return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True)
+
+    def verify(self) -> None:
+        """Reads every byte once. Raises DataError naming a file that is not what was written."""
+        for name, file in self.record.files.items():
+            if sha256_file(self.path / name) != file.sha256:
+                raise self._damaged(name, "its checksum differs")
+
+    @cached_property
+    def by_row(self) -> dict[str, np.ndarray]:
+        """The arrays of `by_row_layout`, memory-mapped."""
+        return map_arrays(self.path / BY_ROW, self.record.by_row)
+
+    @cached_property
+    def by_feature(self) -> dict[str, np.ndarray]:
+        """The arrays of `by_feature_layout`, memory-mapped."""
+        return map_arrays(self.path / BY_FEATURE, self.record.by_feature)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Tokens and their places, read when first asked for."""
+        return Texts.of(self.store)
+
+    def _check(self) -> None:
+        """Refuse features of other rows than the store has, and pointers that lead astray."""
+        manifest = self.store.manifest
+        if self.record.store_fingerprint != manifest.fingerprint:
+            was, now = self.record.rows, self.store.rows
+            change = f"had {was:,} rows then and has {now:,} now" if was != now else "is not the one they are of"
+            raise RequestError(
+                f"features {self.path.name}: the store {self.store.path} {change}; extract again under another name"
+            )
+        for name, arrays in ((BY_ROW, self.by_row), (BY_FEATURE, self.by_feature)):
+            indptr = arrays["indptr"]
+            if indptr[0] != 0 or indptr[-1] != self.record.entries or (np.diff(indptr) < 0).any():
+                raise self._damaged(name, "its indptr does not rise from 0 to the number of entries")
+
+    def _damaged(self, name: str, what: str) -> DataError:
+        return DataError(f"{self.path / name} is damaged: {what}; extract the features again")
+
+    def _sums(self, values: Callable[[slice], np.ndarray]) -> Float[np.ndarray, " feature"]:
+        """Per feature, the sum of what `values` gives for a stretch of entries in the order by feature."""
+        indptr = self.by_feature["indptr"]
+        sums = np.zeros(self.shape[1])
+        for group in feature_groups(indptr):
+            entries = slice(int(indptr[group.start]), int(indptr[group.stop]))
+            sums[group] = feature_sums(values(entries).astype(np.float64), self.counts[group])
+        return sums
+
+    def _mask(self, where: str | Rows | Bool[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+        if isinstance(where, str):
+            where = self.store.where(where)
+        if isinstance(where, Rows):
+            mask = np.zeros(len(self), bool)
+            mask[where.ids_in(self.store)] = True
+            return mask
+        if where.shape != (len(self),):
+            raise RequestError(f"where: a mask of {where.shape} does not choose among {len(self)} rows")
+        return where
+
+    def _row_ids(self, index: Any) -> Int64[np.ndarray, " selected"]:
+        rows = len(self)
+        if isinstance(index, Rows):
+            return index.ids_in(self.store)
+        if isinstance(index, slice):
+            return np.arange(*index.indices(rows))
+        ids = np.atleast_1d(index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index))
+        if ids.dtype == bool and ids.shape == (rows,):
+            return np.flatnonzero(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise IndexError(f"features are chosen by rows: whole numbers, slices, a mask of {rows}, or Rows")
+        ids = ids.astype(np.int64)
+        if ids.size and not -rows <= ids.min() <= ids.max() < rows:
+            raise IndexError(f"row {ids.min() if ids.min() < -rows else ids.max()} is out of range: there are {rows}")
+        return np.where(ids < 0, ids + rows, ids)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What contexts show of the token table, as arrays that answer in microseconds."""
+
+    sequence: Int64[np.ndarray, " row"]
+    position: Integer[np.ndarray, " row"]
+    codes: Integer[np.ndarray, " row"]
+    words: list[str]
+    """Text of each code."""
+    between: str
+    """What stands between tokens: nothing, or a space where token ids stand in for text."""
+
+    @classmethod
+    def of(cls, store: Store) -> Texts:
+        tokens = store.tokens
+        token = tokens["token"].combine_chunks()
+        return cls(
+            tokens["sequence"].to_numpy(),
+            tokens["position"].to_numpy(),
+            token.indices.to_numpy(),
+            token.dictionary.to_pylist(),
+            "" if store.manifest.model.tokenizer_fingerprint else " ",
+        )
+
+    def near(self, row: int, context: int) -> slice:
+        """The rows of a row's sequence that are at most `context` tokens away."""
+        first = max(row - context, 0)
+        own = np.flatnonzero(self.sequence[first : row + context + 1] == self.sequence[row])
+        return slice(first + int(own[0]), first + int(own[-1]) + 1)
+
+    def around(self, row: int, context: int) -> str:
+        """Their text."""
+        return self.between.join(self.words[code] for code in self.codes[self.near(row, context)])

@@ -1,0 +1,1 @@
+"""Errors, progress, durable files, parsing of records and safetensors: the ground that every other folder stands on."""

@@ -1,0 +1,102 @@
+"""JSON to frozen records and back, strictly: what a record does not declare is refused by file and key."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from typing import Any, TypeVar
+
+from workbench.io.errors import DataError
+
+T = TypeVar("T")
+
+_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
+
+
+def to_json(record: object) -> str:
+    """The one JSON text of a record or dict: keys sorted, an entry a line, nothing that changes from run to run."""
+    return _lines(record, 1) + "\n"
+
+
+def from_json(text: str | bytes, source: object) -> dict[str, Any]:
+    """The object in `text`; `source` names it in the DataError raised where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{source} is not JSON ({error}); run workbench verify on the store") from None
+    return _expect(dict, value, str(source))
+
+
+def parse(kind: Any, value: object, where: str) -> Any:
+    """Parse a JSON value as `kind`: a record, str, int, bool, tuple[X, ...], dict[str, X], X | None or Any.
+
+    Raises:
+        DataError: A key that is missing or unknown, or a value of another type. `where` is the file and the keys
+            on the way to the value.
+    """
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _parse_record(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else parse(inner, value, where)
+    if origin is tuple:
+        items = _expect(list, value, where)
+        return tuple(parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        pairs = _expect(dict, value, where)
+        return {key: parse(arguments[1], item, f"{where}.{key}") for key, item in pairs.items()}
+    return _expect(kind, value, where)
+
+
+def _parse_record(kind: type, value: object, where: str) -> Any:
+    found = _expect(dict, value, where)
+    hints = _hints(kind)
+    if unknown := sorted(found.keys() - hints.keys()):
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(hints)}")
+    if missing := [name for name in hints if name not in found]:
+        raise DataError(f"{where}: the key {missing[0]!r} is missing; found {', '.join(sorted(found)) or 'none'}")
+    parsed = {name: parse(hint, found[name], f"{where}: {name}") for name, hint in hints.items()}
+    try:
+        return kind(**parsed)
+    except ValueError as error:  # the record's own check of a value of the right type
+        raise DataError(f"{where}: {error}") from None
+
+
+def _expect(kind: type[T], value: object, where: str) -> T:
+    # bool is an int to Python, but `true` is no number of rows
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise DataError(f"{where}: expected {_NAMES[kind]}, found {json.dumps(value, default=str)[:60]}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _lines(value: object, depth: int) -> str:
+    """Two levels of the text, indented; what lies deeper stays on its line, in the quick hands of the C encoder."""
+    value = _fields(value) if dataclasses.is_dataclass(value) else value
+    if depth > 2 or not value or not isinstance(value, dict | list | tuple):
+        return _encode(value)
+    if isinstance(value, dict):
+        start, end = "{", "}"
+        entries = [f"{_encode(key)}: {_lines(item, depth + 1)}" for key, item in sorted(value.items())]
+    else:
+        start, end = "[", "]"
+        entries = [_encode(item) for item in value]
+    indent = "\n" + depth * " "
+    return start + indent + f",{indent}".join(entries) + indent[:-1] + end
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+_encode = json.JSONEncoder(sort_keys=True, allow_nan=False, default=_fields).encode

@@ -1,0 +1,232 @@
+"""The OV circuit from weights: what a head writes where it attends to one token alone, and how the logits read it.
+
+Nothing is multiplied out by hand. The model's own blocks run over sequences of one token, whose residual stream is
+replaced: there a position can attend to nothing but itself, so what enters the output projection is W_V of the
+stream, whatever the architecture does to get it (grouped or fused values, biases, its own norm). What a head writes is
+its share of that, through the projection's weights without bias.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from workbench.io.errors import RequestError
+from workbench.model.capture import capture
+from workbench.model.forward import change_tensor, first_tensor, hook_tensor, run, trial_ids
+from workbench.model.load import Model
+from workbench.model.unembed import Unembed
+from workbench.sites.grammar import Site
+
+FirstMlp = Literal["residual", "mlp", "none"]
+
+_TOKENS = 64  # in one pass, whose logits over the vocabulary nobody asked for
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """How the heads of one layer write into the stream: projection, and the norm behind it where there is one."""
+
+    heads: int
+    d_head: int
+    project: nn.Module
+    norm: nn.Module | None
+
+    @property
+    def last(self) -> nn.Module:
+        """The module whose output is added to the stream."""
+        return self.project if self.norm is None else self.norm
+
+    def weights(self) -> Float[Tensor, "head d_head d_model"]:
+        """W_O of each head in float32, without the bias, read by projecting unit vectors: any linear module will do."""
+        device = next(self.project.parameters()).device
+        project = copy.deepcopy(self.project).float()  # in half precision a weight would be lost beside a large bias
+        units = torch.eye(self.heads * self.d_head, device=device)[:, None]
+        with torch.inference_mode():
+            written = first_tensor(project(units))[:, 0] - first_tensor(project(torch.zeros_like(units[:1])))[:, 0]
+        return written.reshape(self.heads, self.d_head, -1)
+
+
+def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
+    """The output of every layer that has attention heads, by layer. Layers without (state spaces) are left out.
+
+    Raises RequestError where no layer has any that TransformerLens' names lead to.
+    """
+    sites = model.site_map
+    found = {}
+    for layer in range(sites.n_layers):
+        z, o, added = (
+            _site(model, f"blocks.{layer}.{name}") for name in ("attn.hook_z", "attn.o.hook_out", "hook_attn_out")
+        )
+        if z is None or o is None or len(z.shape) != 2:
+            continue
+        behind = added is not None and not f"{o.tap.path}.".startswith(f"{added.tap.path}.")
+        parts = (model.module.get_submodule(path) for path in (o.tap.path, added.tap.path if behind else o.tap.path))
+        project, last = parts
+        found[layer] = HeadOutput(*z.shape, project, last if behind else None)
+    if not found:
+        raise RequestError(
+            f"model {model.name!r} ({model.architecture}) has no layer whose attention heads can be told apart; "
+            "this needs an architecture with the site z"
+        )
+    return found
+
+
+@torch.inference_mode()
+def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    """W_E of each token as it enters block 0, in float32: scaled as the model does, without its position.
+
+    The scale is measured on the stream. Costs one pass up to block 0. Raises RequestError where the stream is not the
+    embedding times a number plus something that is the same for all tokens.
+    """
+    embed, stream = _site(model, "hook_embed"), _site(model, "blocks.0.hook_resid_pre")
+    if embed is None or stream is None or embed.shape != stream.shape or len(stream.shape) != 1:
+        raise RequestError(f"model {model.name!r} ({model.architecture}): its token embedding is not its first stream")
+    others = trial_ids(model.module, 1, 32, seed=2)[0]
+    tried = torch.cat([ids.cpu(), others])[:, None]
+    seen = {}
+    capture(
+        model.module,
+        (embed, stream),
+        tried,
+        torch.ones_like(tried),
+        lambda site, tensor, _first: seen.update({site.name: tensor[:, 0].float()}),
+    )
+    embedded, entered = seen[embed.name], seen[stream.name].to(seen[embed.name].device)
+    given, found = (part.double() - part.double().mean(0) for part in (embedded, entered))
+    scale = ((given * found).sum() / given.square().sum()).item()
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03
+    if not (found - scale * given).norm() <= tolerance * found.norm():
+        raise RequestError(
+            f"model {model.name!r} ({model.architecture}): its first stream is more than scaled embedding and position"
+        )
+    return (1.0 if abs(scale - 1) < tolerance else scale) * embedded[: len(ids)]
+
+
+@torch.inference_mode()
+def first_mlp(model: Model, ids: Int[Tensor, " token"], form: FirstMlp = "residual") -> Float[Tensor, "token d_model"]:
+    """Each token's embedding after the first MLP, the attention of block 0 skipped, in float32.
+
+    "residual": W_E + MLP_0(W_E), what the stream would hold. "mlp": MLP_0(W_E), what the block adds to it. "none": W_E,
+    all that a head of block 0 can read. The block runs as it is with the output of its attention set to 0, so the norm
+    before the MLP is the block's own: in a sequential block the second one, read from the embedding alone; in a
+    parallel one whichever its MLP has; norms behind the MLP included. In the model's precision. Costs one pass over the
+    tokens. Source: Gould et al. 2023 (arXiv 2312.09230).
+    """
+    embedded = embedding(model, ids)
+    if form == "none":
+        return embedded
+    first = head_outputs(model).get(0)
+    if first is None:
+        raise RequestError(f"model {model.name!r} ({model.architecture}): block 0 has no attention to skip")
+    block, streams = _block(model, 0), []
+    for chunk in embedded.split(_TOKENS):
+        with (
+            change_tensor(block, "in", partial(_instead, chunk)),
+            change_tensor(first.last, "out", torch.zeros_like),
+            hook_tensor(block, "out", streams.append),
+        ):
+            _run_alone(model, len(chunk))
+    stream = torch.cat([part.reshape(-1, embedded.shape[1]).float() for part in streams]).to(embedded.device)
+    return stream if form == "residual" else stream - embedded
+
+
+@torch.inference_mode()
+def head_writes(
+    model: Model, x: Float[Tensor, "token d_model"]
+) -> Iterator[tuple[int, Float[Tensor, "token head d_model"]]]:
+    """For each layer with heads: what each adds to the stream where it attends only to a position that holds `x`.
+
+    W_O W_V norm(x), with the layer's own norm and the bias of W_V; the bias of W_O belongs to no head and is left out.
+    Where a norm follows the projection (Gemma 2 and 3, OLMo 2) it is taken of the head's write alone: its gain is the
+    model's, its scale is not, since the model takes it of all heads together. In layers with a learned sink the write
+    is smaller by the share that the sink takes. Costs one pass over the tokens for all layers, and a
+    [token, head, d_model] of float32 at a time.
+    """
+    outputs = head_outputs(model)
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in outputs}
+    for chunk in x.split(_TOKENS):
+        with ExitStack() as stack:
+            for layer, output in outputs.items():
+                stack.enter_context(change_tensor(_block(model, layer), "in", partial(_instead, chunk)))
+                stack.enter_context(hook_tensor(output.project, "in", seen[layer].append))
+            _run_alone(model, len(chunk))
+    for layer, output in outputs.items():
+        z = torch.cat([part.float().reshape(-1, output.heads, output.d_head) for part in seen.pop(layer)])
+        yield layer, written(output, z)
+
+
+@torch.inference_mode()
+def written(output: HeadOutput, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_model"]:
+    """What each head adds to the stream, given its `z`; a norm behind the projection is taken of each head alone."""
+    weights = output.weights()
+    writes = torch.einsum("rhd,hdm->rhm", z.float().to(weights.device), weights)
+    return writes if output.norm is None else copy.deepcopy(output.norm).float()(writes)
+
+
+def direct_logits(
+    unembed: Unembed,
+    write: Float[Tensor, "*row d_model"],
+    targets: Int[Tensor, " target"],
+    stream: Float[Tensor, "*#row d_model"] | None = None,
+) -> Float[Tensor, "*row target"]:
+    """What `write` adds to the logits of the tokens `targets`, through final norm and W_U, in float32.
+
+    The norm's gain and centring are applied; its scale is that of `stream`, the last residual stream it was part of, or
+    where there is none of `write` itself. What does not depend on `write` (the norm's shift, the bias of W_U) is left
+    out, and so is a soft-cap, which changes no order. A write of 0 gives 0 for every token.
+    """
+
+    def centred(x: Tensor) -> Tensor:
+        return x.float() - x.float().mean(-1, keepdim=True) if unembed.norm == "layer" else x.float()
+
+    read = unembed.scale * unembed.gain * unembed.weight[targets]
+    logits = centred(write) @ read.T
+    if unembed.norm == "none":
+        return logits
+    whole = centred(write if stream is None else stream)
+    return logits * torch.rsqrt(whole.square().mean(-1, keepdim=True) + unembed.eps)
+
+
+def ov_logits(
+    model: Model, x: Float[Tensor, "token d_model"], targets: Int[Tensor, " target"], unembed: Unembed
+) -> Iterator[tuple[int, Float[Tensor, "head token target"]]]:
+    """For each layer with heads: the logits over `targets` that each head gives where it attends only to `x`.
+
+    `direct_logits` of `head_writes`: with `x = first_mlp(model, ids)` the effective OV circuit W_U W_O W_V MLP_0(W_E),
+    of which only the asked rows and columns are made. Costs a product of tokens x heads x targets x d_model a layer.
+    """
+    for layer, writes in head_writes(model, x):
+        own = unembed.to(writes.device)
+        logits = direct_logits(own, writes, targets.to(writes.device))
+        yield layer, logits.transpose(0, 1)
+
+
+# ---- the model's own modules, on other inputs -----------------------------------------------------------
+
+
+def _site(model: Model, name: str) -> Site | None:
+    sites = model.site_map
+    return sites.sites.get(sites.synonyms.get(name, name))
+
+
+def _block(model: Model, layer: int) -> nn.Module:
+    return model.module.get_submodule(f"{model.site_map.blocks}.{layer}")
+
+
+def _run_alone(model: Model, tokens: int) -> None:
+    """One pass over sequences of one token each; which token does not matter, its stream is replaced."""
+    ids = torch.zeros(tokens, 1, dtype=torch.long)
+    run(model.module, ids, torch.ones_like(ids))
+
+
+def _instead(value: Tensor, original: Tensor) -> Tensor:
+    return value.to(original).reshape(original.shape)

@@ -1,0 +1,268 @@
+"""The unembedding, kept beside the activations so that lenses need no model.
+
+`logits = softcap(scale * (W_U norm(h) + b_U))`. Architectures spell each part differently (gain or 1 + gain,
+centred or not, multiplied or divided, a cap in the config or in the code), so the parts are measured on the
+model rather than read from its family's fields: the final norm is fitted on random inputs, and what follows
+the head is read off a ramp put in its place. The result is then compared with the model's own logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.io.errors import DataError, RequestError
+from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, trial_ids
+
+_EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
+
+
+class NoUnembed(RequestError):
+    """The logits are not a norm, a linear map and a cap of the last residual stream; the text says why."""
+
+
+@dataclass(frozen=True)
+class Unembed:
+    """From the residual stream to logits: final norm, W_U, b_U, scale and soft-cap.
+
+    Calling it on `[row, d_model]` gives `[row, vocab]` in float32: at the last block the model's own logits
+    (to 1e-4 in fp32), at earlier ones the logit lens. Cost: one product with W_U, 2 d_model vocab operations
+    a row, and 4 vocab bytes of output a row.
+    """
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, " vocab"] | None
+    norm: Literal["layer", "rms", "none"]
+    gain: Float[Tensor, " d_model"]
+    shift: Float[Tensor, " d_model"]
+    eps: float
+    scale: float = 1.0
+    softcap: float | None = None
+    tokens: tuple[str, ...] | None = None
+    """Text of each vocabulary entry; None for a model without tokenizer."""
+
+    def token(self, token_id: int) -> str:
+        """Text of one vocabulary entry; its id in brackets where no tokenizer gave one."""
+        return self.tokens[token_id] if self.tokens and token_id < len(self.tokens) else f"[{token_id}]"
+
+    def normed(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """The final norm with statistics of `resid` itself, in float32."""
+        return _normalise(resid.float(), self.norm, self.eps) * self.gain + self.shift
+
+    def __call__(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
+        logits = self.scale * nn.functional.linear(self.normed(resid), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def to(self, device: str | torch.device) -> Unembed:
+        """The same on another device."""
+        moved = {name: part.to(device) for name, part in _tensors(self).items()}
+        return replace(self, **moved)
+
+
+def save_unembed(unembed: Unembed, path: str | Path, dtype: torch.dtype) -> None:
+    """Writes it as safetensors; the two large tensors in `dtype`, the model's own, so nothing is lost."""
+    from safetensors.torch import save_file
+
+    scalars = {name: getattr(unembed, name) for name in ("norm", "eps", "scale", "softcap", "tokens")}
+    tensors = {name: part.detach().cpu().contiguous() for name, part in _tensors(unembed).items()}
+    tensors |= {name: tensors[name].to(dtype) for name in ("weight", "bias") if name in tensors}
+    save_file(tensors, str(path), metadata={"unembed": json.dumps(scalars, sort_keys=True)})
+
+
+def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> Unembed:
+    """The unembedding of a store, in float32.
+
+    Raises RequestError where the model had none that this form fits: the text says what it was.
+    """
+    from safetensors import safe_open
+
+    from workbench.store.manifest import read_manifest
+
+    manifest = read_manifest(store_path)
+    if manifest.unembed is None:
+        raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
+    path = Path(store_path) / "unembed.safetensors"
+    if not path.is_file():
+        raise DataError(f"store {Path(store_path).name}: unembed.safetensors is missing; run `workbench verify`")
+    with safe_open(str(path), framework="pt", device=str(device)) as file:
+        scalars = json.loads(file.metadata()["unembed"])
+        scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return Unembed(**{"bias": None, **tensors, **scalars})
+
+
+def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
+    """Measures the unembedding of a model whose last block is the submodule named `last_block`.
+
+    Costs two forward passes over 2 x 7 tokens. Raises NoUnembed where the form does not fit.
+    """
+    head = module.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
+        raise NoUnembed(f"{type(module).__name__} has no linear language-model head")
+    ids, mask = _trial_tokens(module)
+    resid, head_in, logits, norm = _last_steps(module, head, last_block, ids, mask)
+    scale, softcap, vocab = _after_head(module, head, ids, mask)
+    kind, eps, gain, shift = _fit_norm(norm, resid.shape[-1]) if norm is not None else ("none", 0.0, None, None)
+    gain = torch.ones(resid.shape[-1], device=resid.device) if gain is None else gain.to(resid.device)
+    shift = torch.zeros_like(gain) if shift is None else shift.to(resid.device)
+    bias = getattr(head, "bias", None)
+    unembed = Unembed(
+        weight=head.weight.detach()[:vocab].float(),
+        bias=None if bias is None else bias.detach()[:vocab].float(),
+        norm=kind,
+        gain=gain,
+        shift=shift,
+        eps=eps,
+        scale=scale,
+        softcap=softcap,
+    ).to(resid.device)
+    ratio = _ratio(unembed.normed(resid), head_in)  # a model may rescale between its norm and its head
+    unembed = replace(unembed, gain=unembed.gain * ratio, shift=unembed.shift * ratio)
+    _compare(unembed(resid), logits, module)
+    return unembed
+
+
+def _compare(ours: Tensor, logits: Tensor, module: nn.Module) -> None:
+    error = (ours - logits.float()).abs().max().item()
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(logits.dtype, 0.05) * max(1.0, logits.abs().max().item())
+    if not error <= tolerance:
+        raise NoUnembed(
+            f"{type(module).__name__}: norm, W_U and cap of the last residual stream miss its logits by {error:.2g}"
+        )
+
+
+def _last_steps(
+    module: nn.Module, head: nn.Module, last_block: str, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, nn.Module | None]:
+    """One pass: the last residual stream, what the head gets, the logits, and the norm between them."""
+    blocks = last_block.rsplit(".", 1)[0]
+    outside = {path: part for path, part in module.named_modules() if path and not f"{path}.".startswith(f"{blocks}.")}
+    block, heads, steps = [], [], {}
+
+    def note(path):
+        def hook(_module, args, kwargs, output):
+            given = first_tensor(args) if args else first_tensor(kwargs)
+            steps[path] = (given, first_tensor(output))
+
+        return hook
+
+    handles = [part.register_forward_hook(note(path), with_kwargs=True) for path, part in outside.items()]
+    try:
+        with hook_tensor(module.get_submodule(last_block), "out", block.append), hook_tensor(head, "in", heads.append):
+            logits = run(module, ids, mask).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(block) != 1 or len(heads) != 1 or block[0] is None or heads[0] is None:
+        raise NoUnembed(f"{type(module).__name__}: its last block and head do not each run once in a forward pass")
+    resid, head_in = block[0].float(), heads[0].float()
+    if resid.shape != head_in.shape:
+        raise NoUnembed(
+            f"{type(module).__name__}: the head reads {tuple(head_in.shape)}, the stream is {tuple(resid.shape)}"
+        )
+    if _parallel(resid, head_in):
+        return resid, head_in, logits, None
+    for path, (given, output) in steps.items():
+        between = given is not None and output is not None and given.shape == output.shape == resid.shape
+        if between and outside[path] is not head and _same(given, resid) and _parallel(output, head_in):
+            return resid, head_in, logits, outside[path]
+    raise NoUnembed(f"{type(module).__name__}: no single norm lies between its last block and its head")
+
+
+def _after_head(module: nn.Module, head: nn.Module, ids: Tensor, mask: Tensor) -> tuple[float, float | None, int]:
+    """What the model does to its head's output, read off a ramp put in its place: (scale, soft-cap, vocab)."""
+    width = head.weight.shape[0]
+    steps = torch.logspace(-2, 4, (width + 1) // 2, device=head.weight.device)
+    ramp = torch.stack([steps, -steps], dim=1).flatten()[:width]
+    handle = head.register_forward_hook(lambda _m, _a, output: ramp.to(output.dtype).expand_as(output))
+    try:
+        output = run(module, ids, mask).logits
+    finally:
+        handle.remove()
+    vocab = output.shape[-1]
+    given, answer = ramp[:vocab].to(output.dtype).double(), output[0, 0].double().to(ramp.device)
+    coarse = output.dtype not in (torch.float32, torch.float64)
+    scale = _snap((answer / given)[given.abs() < 0.1].median().item(), module, coarse)
+    if torch.allclose(answer, scale * given, rtol=0.02 if coarse else 1e-4):
+        return scale, None, vocab
+    softcap = _snap(answer.abs().max().item(), module, coarse)
+    if torch.allclose(answer, softcap * torch.tanh(scale * given / softcap), rtol=0.02 if coarse else 1e-4, atol=1e-3):
+        return scale, softcap, vocab
+    raise NoUnembed(f"{type(module).__name__}: what it does to its logits is neither a scale nor a tanh soft-cap")
+
+
+def _snap(value: float, module: nn.Module, coarse: bool) -> float:
+    """`value`, or the number of the config (or its reciprocal) that it must have come from."""
+    numbers = [v for v in text_config(module).to_dict().values() if isinstance(v, float | int) and v and v is not True]
+    known = [1.0, *map(float, numbers), *(1.0 / v for v in numbers)]
+    closest = min(known, key=lambda number: abs(number - value))
+    return closest if abs(closest - value) <= (1e-2 if coarse else 1e-4) * abs(value) else value
+
+
+def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "none"], float, Tensor, Tensor]:
+    """Finds which norm `norm` is by what it does to random rows of very different size."""
+    device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(256, d_model, generator=generator, dtype=torch.float64)
+    rows = (rows + 0.5) * torch.logspace(-3, 2, 256, dtype=torch.float64)[:, None]
+    exact = copy.deepcopy(norm).double()
+    with torch.no_grad(), evaluating(exact):
+        answer = first_tensor(exact(rows.to(device)[None])).double()[0].cpu()
+    own = [v for name, v in vars(norm).items() if "eps" in name and isinstance(v, float)]
+    best = None
+    for kind, eps in product(("rms", "layer"), dict.fromkeys([*own, *_EPS])):
+        unit = _normalise(rows, kind, eps)
+        centred = unit - unit.mean(0)
+        gain = (centred * answer).sum(0) / centred.square().sum(0)
+        shift = answer.mean(0) - gain * unit.mean(0)
+        error = (gain * unit + shift - answer).abs().max().item() / max(answer.abs().max().item(), 1e-30)
+        if best is None or error < best[0]:
+            best = (error, kind, eps, gain.float(), shift.float())
+    error, kind, eps, gain, shift = best
+    if error > 1e-4:
+        raise NoUnembed(f"{type(norm).__name__} between the last block and the head is neither LayerNorm nor RMSNorm")
+    return kind, eps, gain, torch.where(shift.abs() < 1e-6 * gain.abs().max(), 0.0, shift)
+
+
+def _normalise(x: Tensor, kind: str, eps: float) -> Tensor:
+    if kind == "none":
+        return x
+    if kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _tensors(unembed: Unembed) -> dict[str, Tensor]:
+    parts = {name: getattr(unembed, name) for name in ("weight", "bias", "gain", "shift")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _trial_tokens(module: nn.Module) -> tuple[Tensor, Tensor]:
+    ids = trial_ids(module, 2, 7, seed=1)
+    return ids, torch.ones_like(ids)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5))
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    """The one number by which `a` must be multiplied to be closest to `b`; exactly 1 where it is that close."""
+    ratio = ((a.double() * b.double()).sum() / a.double().square().sum()).item()
+    return 1.0 if abs(ratio - 1) < 1e-3 else ratio
+
+
+def _parallel(a: Tensor, b: Tensor) -> bool:
+    return _same(a.float() * _ratio(a, b), b)

@@ -1,0 +1,1 @@
+"""Pages for people: report, feature page, token view, figures as files."""

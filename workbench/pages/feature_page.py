@@ -1,0 +1,224 @@
+"""One feature on one HTML page: where it is active, how strongly, what it promotes, and which others are like it.
+
+The page is a single file without scripts that needs no network. Model text is escaped, and shown with its control
+characters spelt out.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from workbench.features.feature_store import Features
+from workbench.features.promoted import check_sae, check_writes_residual
+from workbench.features.questions import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
+from workbench.figures.text import visible
+from workbench.io.errors import RequestError
+from workbench.io.files import replace_durably
+from workbench.model.unembed import load_unembed
+from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
+from workbench.sae.load import Sae
+
+_TOKENS, _NEIGHBOURS, _THROUGHOUT = 10, 10, 10
+_QUANTILES = {0.1: "10 %", 0.5: "median", 0.9: "90 %"}
+_TOKEN_LENGTH = 60
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2430; --soft: #5b6472; --line: #e4e7ec; --back: #fff; --bar: #0072b2;
+  --on: 230 120 0; --off: 0 114 178 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --soft: #9aa3b2; --line: #343a46; --back: #16181d;
+  --bar: #56b4e9; --on: 230 130 20; --off: 60 140 220 } }
+body { font: 15px/1.5 Inter, Helvetica, Arial, sans-serif; color: var(--ink); background: var(--back);
+  max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem }
+h1 { font-size: 1.6rem; margin-bottom: 0 }
+h2 { font-size: 1.05rem; margin: 0 0 .4rem }
+.from, .note { color: var(--soft); font-size: 13px; margin: .2rem 0 }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: 1.6rem;
+  margin: 1.6rem 0 2rem; padding-top: 1.4rem; border-top: 1px solid var(--line) }
+table { border-collapse: collapse; font-size: 13px; width: 100% }
+th { text-align: right; font-weight: normal; color: var(--soft) }
+th:first-child, td:first-child { text-align: left }
+td { border-top: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums }
+th, td { padding: .12rem 0 .12rem .8rem }
+th:first-child, td:first-child { padding-left: 0 }
+code, .text { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px }
+code { white-space: pre-wrap; overflow-wrap: anywhere }
+svg { width: 100%; height: 9rem; display: block }
+svg rect { fill: var(--bar) }
+.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 12px }
+section { border-top: 1px solid var(--line); padding-top: 1.4rem; margin-bottom: 2rem }
+.context { display: grid; grid-template-columns: 3.5rem 1fr; gap: 0 1rem; padding: .35rem 0;
+  border-top: 1px solid var(--line) }
+.value { text-align: right; font-variant-numeric: tabular-nums }
+.value small { display: block; color: var(--soft); font-size: 11px }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7 }
+.text span { unicode-bidi: isolate; border-radius: 2px; background: rgb(var(--on) / var(--a)) }
+.text span.below { background: rgb(var(--off) / var(--a)) }
+.text span.here { outline: 1.5px solid rgb(var(--on)) }
+"""
+
+
+def feature_page(
+    features: Features,
+    feature: int,
+    path: str | Path,
+    *,
+    sae: Sae | None = None,
+    k: int = 20,
+    context: int = 20,
+) -> Path:
+    """Writes what there is to know of a feature to the HTML file `path` and gives it back; an existing one is replaced.
+
+    Its statistics, a histogram of its activations, the features active with it, its `k` strongest contexts and some
+    throughout its range, up to `context` tokens on either side, each token shaded by the activation over the feature's
+    largest. With `sae`, the one that made the features, also the features nearest by decoder and, where they write to
+    the residual stream and the store has an unembedding, the tokens promoted and suppressed.
+
+    Raises RequestError for a feature there is not, another SAE, or a path that is a folder.
+    """
+    path = Path(path)
+    for name, value in (("k", k), ("context", context)):
+        if value < 1:
+            raise RequestError(f"{name} must be at least 1, not {value}")
+    rows, values = features.rows_of(feature)
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; name the file, such as {path / f'feature-{feature}.html'}")
+    if sae is not None:
+        check_sae(features, sae)
+    title = f"Feature {feature} of {features.record.site}"
+    throughout = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), _THROUGHOUT + 2).astype(int))[1:-1]]
+    scale = float(np.abs(values[[0, -1]]).max()) if len(rows) else 1.0
+    page = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="from">{html.escape(_source(features))}</p>',
+        '<div class="panels">',
+        _panel("Activations", _statistics(features, feature), _bars(features, feature)),
+        *(_written(features, feature, sae) if sae else ()),
+        _panel("Active together", _features_table(coactivation(features, feature), ("both", "lift", "jaccard"))),
+        "</div>",
+        _contexts("Strongest", feature_contexts(features, feature, rows[: 4 * k], context)[:k], scale),
+        _contexts("Throughout its range", feature_contexts(features, feature, throughout, context), scale),
+        "</body></html>\n",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, "\n".join(page).encode("utf-8", "replace"))
+    return path
+
+
+def _source(features: Features) -> str:
+    model = features.store.manifest.model.name
+    return f"SAE {features.record.sae.name}, {features.shape[1]:,} features; model {model}; {len(features):,} tokens"
+
+
+def _panel(title: str, *parts: str) -> str:
+    return f"<div><h2>{html.escape(title)}</h2>{''.join(parts)}</div>"
+
+
+def _statistics(features: Features, feature: int) -> str:
+    active = int(features.counts[feature])
+    share = f"active on {active:,} of {len(features):,} tokens ({100 * active / max(1, len(features)):.3g} %)"
+    if not active:
+        return f'<p class="note">{share}</p>'
+    quantiles = feature_quantiles(features, list(_QUANTILES))[feature]
+    told = [f"{name} {value:.3g}" for name, value in zip(_QUANTILES.values(), quantiles, strict=True)]
+    largest = f"largest {features.max[feature]:.3g}"
+    return f'<p class="note">{share}; {"; ".join([*told, largest])}</p>'
+
+
+def _bars(features: Features, feature: int) -> str:
+    """The histogram; the page's colours need CSS, plotly would bring 5 MB."""
+    counts, edges = feature_histogram(features, feature)
+    if not counts.any():
+        return ""
+    width, heights = 100 / len(counts), 100 * counts / counts.max()
+    bars = "".join(
+        f'<rect x="{n * width:.3f}" y="{100 - height:.3f}" width="{0.85 * width:.3f}" height="{height:.3f}">'
+        f"<title>{edges[n]:.3g} to {edges[n + 1]:.3g}: {counts[n]:,}</title></rect>"
+        for n, height in enumerate(heights)
+        if height
+    )
+    return (
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="histogram">{bars}</svg>'
+        f'<div class="axis"><span>{edges[0]:.3g}</span><span>highest bar: {counts.max():,} tokens'
+        f"</span><span>{edges[-1]:.3g}</span></div>"
+    )
+
+
+def _written(features: Features, feature: int, sae: Sae) -> Iterable[str]:
+    """What needs the decoder: tokens promoted and suppressed, features alike."""
+    try:
+        check_writes_residual(features, sae)
+        unembed = load_unembed(features.store.path)
+        effects = decoder_logits(sae, unembed, [feature])[0]
+    except RequestError as error:
+        yield _panel("Promoted tokens", f'<p class="note">{html.escape(str(error))}</p>')
+    else:
+        table = extreme_tokens(effects, unembed, _TOKENS)
+        yield _panel("Promoted tokens", _tokens_table(table.head(_TOKENS)))
+        yield _panel("Suppressed tokens", _tokens_table(table.tail(_TOKENS)[::-1]))
+    yield _panel("Nearest by decoder", _features_table(nearest_features(sae, feature, _NEIGHBOURS), ("cosine",)))
+
+
+def _tokens_table(table: pd.DataFrame) -> str:
+    lines = [
+        (f"<code>{html.escape(visible(line.token, _TOKEN_LENGTH))}</code>", f"{line.logit:+.3f}")
+        for line in table.itertuples()
+    ]
+    return _table(("token", "logit"), lines)
+
+
+def _features_table(table: pd.DataFrame, columns: Sequence[str]) -> str:
+    if table.empty:
+        return '<p class="note">none</p>'
+    shown = table.head(_NEIGHBOURS)[["feature", *columns]].itertuples(index=False)
+    lines = [
+        (str(feature), *(f"{x:,}" if isinstance(x, int) else f"{x:.3g}" for x in rest)) for feature, *rest in shown
+    ]
+    return _table(("feature", *columns), lines)
+
+
+def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """`lines` are markup."""
+    head = "".join(f"<th>{name}</th>" for name in heading)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _contexts(title: str, contexts: Sequence[Context], scale: float) -> str:
+    if not contexts:
+        return ""
+    return (
+        f"<section><h2>{html.escape(title)}</h2>{''.join(_context(context, scale) for context in contexts)}</section>"
+    )
+
+
+def _context(context: Context, scale: float) -> str:
+    place = f"{context.sequence}:{context.position}"
+    value = f'{context.activations[context.at]:.3g}<small title="sequence:position">{place}</small>'
+    text = "".join(
+        _shaded(token, activation, scale, here=n == context.at)
+        for n, (token, activation) in enumerate(zip(context.tokens, context.activations.tolist(), strict=True))
+    )
+    return f'<div class="context"><div class="value">{value}</div><div class="text">{text}</div></div>'
+
+
+def _shaded(token: str, activation: float, scale: float, *, here: bool) -> str:
+    shown = _token(token)
+    if not activation:
+        return f'<span style="--a:0">{shown}</span>'
+    kind = " ".join(name for name, is_so in (("here", here), ("below", activation < 0)) if is_so)
+    share = min(1.0, abs(activation) / scale)
+    return f'<span class="{kind}" style="--a:{0.12 + 0.68 * share:.2f}" title="{activation:.4g}">{shown}</span>'
+
+
+def _token(token: str) -> str:
+    """A token as markup: spaces as they are, other white space and control characters spelt out."""
+    return html.escape(" ".join(visible(part, _TOKEN_LENGTH) for part in token.split(" ")))

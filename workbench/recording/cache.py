@@ -1,0 +1,85 @@
+"""Recordings that several runs share: each is made once, in a folder named by all that it depends on.
+
+    recordings/demo-3f2c81d09ab4e6f1/
+      request.json     model, texts and settings, as digests and as words
+      store.acts/      the store
+
+Who asks while another process records waits for it; who was killed is resumed by the next that asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.io.errors import RequestError
+from workbench.io.files import locked, replace_durably, sha256_bytes, sha256_file
+from workbench.sites.settings import Recording
+from workbench.store.manifest import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from workbench.model.load import Model
+    from workbench.store.reader import Store
+
+STORE, REQUEST = "store.acts", "request.json"
+
+
+def record_once(
+    model: Model, texts: Sequence[Any] | str | Path, *, folder: str | Path, show_progress: bool = True, **settings: Any
+) -> Store:
+    """The recording of `texts` by `model` with these settings (those of `Recording`), made if `folder` has none.
+
+    It is known by the weights, config, tokenizer and name of the model, the texts and the settings; changing any of
+    them gives another. `texts`: a file, or a list of what `record` takes. Costs a checksum of the weights, about 1 s
+    a gigabyte, and of the texts. Raises RequestError as `record` does, and for texts that are no file and no list.
+    """
+    from workbench.recording.record import record_with
+    from workbench.sites.settings import recording
+    from workbench.store.reader import open_store
+
+    asked = recording(**{**asdict(Recording()), **settings})
+    request = {
+        "model": model.name,
+        "revision": model.revision,
+        "weights": model.fingerprint(),
+        "config": model.config_fingerprint(),
+        "tokenizer": model.tokenizer_fingerprint(),
+        "texts": _digest(texts),
+        "recording": asdict(asked),
+    }
+    text = json.dumps(request, indent=1, sort_keys=True) + "\n"
+    place = Path(folder) / f"{_slug(model.name)}-{sha256_bytes(text.encode())[:16]}"
+    path = place / STORE
+    with locked(place, wait=lambda: print(f"waiting for another process that records {path}", file=sys.stderr)):
+        if (path / MANIFEST).exists() and read_manifest(path).complete:
+            return open_store(path)
+        replace_durably(place / REQUEST, text.encode())
+        return record_with(asked, model, texts, out=path, show_progress=show_progress)
+
+
+def _digest(texts: Sequence[Any] | str | Path) -> str:
+    """SHA-256 of a file's bytes, or of a list's JSON."""
+    if isinstance(texts, str | Path) and Path(texts).is_file():
+        return sha256_file(texts)
+    if not isinstance(texts, list | tuple):
+        raise RequestError(f"texts must be a file or a list of documents, not {str(texts)[:60]!r}")
+    digest = hashlib.sha256()
+    for document in texts:
+        digest.update(json.dumps(document, sort_keys=True, default=_as_list).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _as_list(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # token ids as an array
+        return value.tolist()
+    raise RequestError(f"texts holds a {type(value).__name__}; give strings, mappings or token ids")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-.")[-60:] or "model"

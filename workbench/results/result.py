@@ -1,0 +1,203 @@
+"""Results: what a probe found, with axes, units and where it came from; the only thing figures are made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.io.errors import DataError, RequestError
+from workbench.results.experiment import find_experiment, installed_experiments
+from workbench.results.probe import find_probe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from plotly.graph_objects import Figure
+
+_RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
+_FORMAT, _VERSION = "workbench.result", 1
+_ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one probe found in one store, or an experiment in one run or many.
+
+    `data` holds arrays with named axes, units in each variable's `attrs["units"]`; `table` the same, tidy, one
+    observation a row; `provenance` the model, store, settings and version that made it.
+    """
+
+    probe: str
+    data: xr.Dataset
+    table: pd.DataFrame
+    provenance: Mapping[str, Any]
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure of this result by name, the one for a paper first; each knows in `layout.meta["provenance"]`,
+        as a line of plotly text, where it came from."""
+        from workbench.figures.text import sentence
+
+        figures = maker(self.probe).figures(self)
+        for figure in figures.values():
+            figure.update_layout(meta={"provenance": sentence(self.source())})
+        return figures
+
+    def source(self) -> str:
+        """Where this result came from, in one line of plain text: model, store, probe, settings, version."""
+        known = self.provenance
+        settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(known["settings"].items()))
+        return (
+            f"model {known['model']} ({known['model_fingerprint'][:12]}), store {known['store']} "
+            f"({known['store_fingerprint'][:12]}), {known['rows']:,} rows; probe {self.probe}"
+            f"{': ' if settings else ''}{settings}; workbench {known['workbench']}"
+        )
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One figure; by default the first. Raises RequestError for a name there is none of."""
+        figures = self.figures()
+        if name is not None and name not in figures:
+            raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
+        return figures[name or next(iter(figures))]
+
+    def headline(self) -> str:
+        """What was found and where, in one line of plain text; of a probe that has none to tell, what there is."""
+        told = getattr(maker(self.probe), "headline", None)
+        return repr(self) if told is None else told(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes data (netCDF), table (Parquet), provenance (JSON) and figures (HTML) into the folder `path`.
+
+        A folder that holds the same result is replaced; one that holds anything else is refused.
+        """
+        asked, path = Path(path), Path(path).resolve()  # a link, or ".", cannot be replaced by name
+        refuse_other(asked, self.probe, self.provenance)
+        fresh = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(fresh, ignore_errors=True)
+        (fresh / "figures").mkdir(parents=True)
+        empty = {name: part.to_dict(data=False) for name, part in self.data.variables.items() if not part.size}
+        _ordered(self.data.drop_vars(empty)).to_netcdf(fresh / _DATA, engine="scipy")
+        self.table.to_parquet(fresh / _TABLE)
+        for name, figure in self.figures().items():
+            html = fresh / "figures" / f"{name}.html"
+            figure.write_html(html, include_plotlyjs="directory", include_mathjax=False, div_id=name)
+        record = {"format": _FORMAT, "version": _VERSION, "probe": self.probe, "provenance": dict(self.provenance)}
+        record["empty"] = empty  # netCDF 3 has no axes of length 0
+        (fresh / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        if path.exists():
+            shutil.rmtree(path)
+        fresh.rename(path)
+        return asked
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
+        return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+
+    def _repr_html_(self) -> str:
+        from workbench.figures.markup import card, frame
+
+        try:
+            found = self.headline()
+        except RequestError as error:  # a result of a probe that is not installed can be looked at all the same
+            found = str(error)
+        axes = ", ".join(f"{name} {size:,}" for name, size in sorted(self.data.sizes.items()))
+        told = {
+            "found": found,
+            "model": self.provenance["model"],
+            "store": f"{self.provenance['store']}, {self.provenance['rows']:,} rows",
+            "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
+            "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
+        }
+        shown = self.table.iloc[:, :_COLUMNS_SHOWN]
+        return card(f"Result of {self.probe}", told, frame(shown, _ROWS_SHOWN) if len(shown) else "")
+
+
+def load_result(path: str | Path) -> Result:
+    """Reads what `Result.save` wrote. Raises RequestError where there is no result, DataError where it is damaged."""
+    import numpy as np
+    import pandas as pd
+    import xarray as xr
+
+    path = Path(path)
+    if not (path / _RECORD).is_file():
+        raise RequestError(
+            f"result {str(path)!r}: no {_RECORD} there; give a folder that `workbench probe --out` wrote"
+        )
+    try:
+        record = _read_record(path)
+        if record["version"] > _VERSION:
+            raise RequestError(f"result {str(path)!r} has format version {record['version']}; upgrade the workbench")
+        data = xr.load_dataset(io.BytesIO((path / _DATA).read_bytes()), engine="scipy")
+        empty = {
+            name: xr.Variable(part["dims"], np.empty(part["shape"], part["dtype"]), part["attrs"])
+            for name, part in record["empty"].items()
+        }
+        data = data.assign(empty)
+        return Result(record["probe"], data, pd.read_parquet(path / _TABLE), record["provenance"])
+    except RequestError:
+        raise
+    except Exception as error:  # netCDF, Parquet and JSON readers each raise their own kinds
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"result {str(path)!r} is damaged: {told}; run the probe again") from error
+
+
+def provenance(store: Any, settings: Any) -> dict[str, Any]:
+    """Where a result comes from: model, store and its fingerprint, probe settings, versions."""
+    from dataclasses import asdict
+
+    model = store.manifest.model
+    return {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "store": Path(store.path).name,
+        "store_fingerprint": store.manifest.fingerprint,
+        "rows": store.rows,
+        "settings": asdict(settings),
+        "workbench": version("interp-workbench"),
+    }
+
+
+def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) -> None:
+    """Raises RequestError where `path` holds anything but the same probe's result of the same store and settings."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        known = _read_record(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"out {str(path)!r} exists and is no result; choose another folder") from error
+    same = ("model_fingerprint", "store_fingerprint", "settings")
+    if known["probe"] != probe or any(known["provenance"].get(k) != _plain(provenance[k]) for k in same):
+        raise RequestError(
+            f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
+        )
+
+
+def maker(name: str) -> Any:
+    """The probe or the experiment that made a result."""
+    return find_experiment(name) if name in installed_experiments() else find_probe(name)
+
+
+def _ordered(data: xr.Dataset) -> xr.Dataset:
+    """Variables by name: netCDF 3 has an order of its own, and the same result is to be the same bytes."""
+    variables = {name: data.variables[name] for name in sorted(data.variables)}
+    return type(data)(variables, attrs=data.attrs).set_coords([name for name in data.coords if name in variables])
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = json.loads((path / _RECORD).read_text())
+    kinds = {"format": str, "version": int, "probe": str, "provenance": dict, "empty": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{_RECORD} lacks one of {', '.join(kinds)}")
+    if record["format"] != _FORMAT:
+        raise ValueError(f"format is {record['format']!r}, expected {_FORMAT!r}")
+    return record
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

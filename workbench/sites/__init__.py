@@ -1,0 +1,1 @@
+"""The grammar of sites and the frozen settings of a recording."""

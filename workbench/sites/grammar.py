@@ -1,0 +1,236 @@
+"""Sites: places in a model, in TransformerLens names, and the grammar that selects them.
+
+resid_post              every layer
+resid_post.3            one layer
+resid_post.0:8:2        a slice of layers, as in Python
+blocks.3.hook_resid_post, ln_final.hook_out        TransformerLens names
+blocks.*.attn.hook_v    globs over those names
+
+Some sites are derived: statistics of another site, computed in the same pass and asked for by kind or name like any
+other. Globs leave them out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from workbench.io.errors import RequestError, nearest
+
+SHORT_NAMES: Mapping[str, str] = {
+    "embed": "hook_embed",
+    "pos_embed": "hook_pos_embed",
+    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "ln1": "blocks.{layer}.ln1.hook_out",
+    "q": "blocks.{layer}.attn.hook_q",
+    "k": "blocks.{layer}.attn.hook_k",
+    "v": "blocks.{layer}.attn.hook_v",
+    "v_norm": "blocks.{layer}.attn.hook_v_norm",
+    "rot_q": "blocks.{layer}.attn.hook_rot_q",
+    "rot_k": "blocks.{layer}.attn.hook_rot_k",
+    "pattern": "blocks.{layer}.attn.hook_pattern",
+    "attn_received": "blocks.{layer}.attn.hook_attn_received",
+    "attn_received_entropy": "blocks.{layer}.attn.hook_attn_received_entropy",
+    "attn_entropy": "blocks.{layer}.attn.hook_attn_entropy",
+    "attn_first": "blocks.{layer}.attn.hook_attn_first",
+    "z": "blocks.{layer}.attn.hook_z",
+    "attn_out": "blocks.{layer}.hook_attn_out",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
+    "ln2": "blocks.{layer}.ln2.hook_out",
+    "mlp_pre": "blocks.{layer}.mlp.hook_pre",
+    "mlp_pre_linear": "blocks.{layer}.mlp.hook_pre_linear",
+    "mlp_post": "blocks.{layer}.mlp.hook_post",
+    "mlp_out": "blocks.{layer}.hook_mlp_out",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "resid_norm": "blocks.{layer}.hook_resid_norm",
+    "final_norm": "ln_final.hook_out",
+    "logits": "logits",
+}
+"""Short name -> name. Where TransformerLens has a name it is that one; `logits` are the model's own output, and the
+names of what is derived are ours."""
+
+DERIVED: Mapping[str, str] = {
+    "attn_received": "pattern",
+    "attn_received_entropy": "pattern",
+    "attn_entropy": "pattern",
+    "attn_first": "pattern",
+    "v_norm": "v",
+    "resid_norm": "resid_post",
+}
+"""Kind of site -> the kind that it is computed from; its axes are that one's but the last."""
+
+_SHORT = re.compile(r"(?P<kind>\w+)\.(?P<layers>-?\d*(?::-?\d*){0,2})")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+Part = Literal["in", "out", "returned_weights", "query", "key", "value", "output", "weights", "logits"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a site is read: the input or output of a module, attention weights it returns beside its output, a part of
+    its attention call, or the model's logits."""
+
+    path: str
+    part: Part
+
+
+@dataclass(frozen=True)
+class Site:
+    """One recordable place. `axes` and `shape` leave out rows; a pattern's key axis is as long as the context."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    tap: Tap
+    of: Site | None = None
+    """What it is computed from, where it is derived; None: it is what passes at its tap."""
+
+    @property
+    def layer(self) -> int | None:
+        """The block it lies in, counted from 0; None outside of blocks."""
+        block = _BLOCK.match(self.name)
+        return int(block[1]) if block else None
+
+    @property
+    def short(self) -> str | None:
+        """Its short form, `resid_post.3`; None where there is none."""
+        return short_name(self.name)
+
+    @property
+    def kind(self) -> str | None:
+        """Its short form without the layer, `resid_post`; None where there is none."""
+        return _kind(self.name)
+
+
+@dataclass(frozen=True)
+class SiteMap:
+    """Every site of one model, in the order of the forward pass, and why each other name is not one."""
+
+    sites: Mapping[str, Site]
+    synonyms: Mapping[str, str]
+    missing: Mapping[str, str]
+    blocks: str
+    """Path of the module list that holds the blocks."""
+    n_layers: int
+    adapter: str | None
+    """Name of the TransformerLens adapter the names came from; None: found by structure, residual sites only."""
+
+    @property
+    def last_block(self) -> str:
+        """Path of the last block."""
+        return f"{self.blocks}.{self.n_layers - 1}"
+
+    @cached_property
+    def recordable(self) -> Mapping[str, Site]:
+        """`sites`, and behind each of them what is derived from it."""
+        derived: dict[str, list[Site]] = defaultdict(list)
+        for kind, source_kind in DERIVED.items():
+            for layer in range(self.n_layers):
+                name = SHORT_NAMES[source_kind].format(layer=layer)
+                source = self.sites.get(self.synonyms.get(name, name))
+                if source and (source_kind == "resid_post" or source.axes[0] == "head"):  # fused heads may be flat
+                    derived[source.name].append(self._derive(kind, layer, source))
+        return {site.name: site for source in self.sites.values() for site in (source, *derived[source.name])}
+
+    def _derive(self, kind: str, layer: int, source: Site) -> Site:
+        axes, shape = source.axes[:-1], source.shape[:-1]
+        if kind == "v_norm":  # one for each query head, as for everything else that is said of heads
+            of_layer = (
+                self.sites.get(SHORT_NAMES[part].format(layer=layer)) for part in ("pattern", "z", "q", "rot_q")
+            )
+            shape = next((site.shape[:1] for site in of_layer if site and site.axes[0] == "head"), shape)
+        return Site(SHORT_NAMES[kind].format(layer=layer), axes, shape, source.tap, source)
+
+    def select(self, wanted: Iterable[str]) -> tuple[Site, ...]:
+        """The sites that the patterns in `wanted` name, each once, in model order.
+
+        Raises RequestError for a pattern that names none, with the nearest names or the reason it is missing.
+        """
+        names = {name for pattern in wanted for name in self._match(pattern)}
+        return tuple(site for name, site in self.recordable.items() if name in names)
+
+    def _match(self, pattern: str) -> set[str]:
+        short = _SHORT.fullmatch(pattern)
+        if pattern in SHORT_NAMES:
+            return self._of_kind(pattern, range(self.n_layers), asked=pattern)
+        if short and short["kind"] in SHORT_NAMES:
+            return self._of_kind(short["kind"], self._layers(short, pattern), asked=pattern)
+        if set(pattern) & set("*?["):
+            found = set(fnmatch.filter({*self.sites, *self.synonyms}, pattern))
+        else:
+            found = {pattern} & {*self.recordable, *self.synonyms}
+        if not found:
+            raise RequestError(self._unknown(pattern))
+        return {self.synonyms.get(name, name) for name in found}
+
+    def _layers(self, short: re.Match[str], pattern: str) -> range:
+        text = short["layers"]
+        if ":" in text:
+            bounds = [int(part) if part else None for part in text.split(":")]
+            if len(bounds) == 3 and bounds[2] == 0:
+                raise RequestError(f"site {pattern!r}: the step of a slice of layers cannot be 0")
+            layers = range(self.n_layers)[slice(*bounds)]
+        elif text.isdigit() and int(text) < self.n_layers:
+            layers = range(int(text), int(text) + 1)
+        else:
+            layers = range(0)
+        if not layers:
+            raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {self.n_layers - 1}")
+        return layers
+
+    def _of_kind(self, kind: str, layers: Iterable[int], asked: str) -> set[str]:
+        template = SHORT_NAMES[kind]
+        if "{layer}" not in template and asked != kind:
+            raise RequestError(f"site {asked!r}: {kind} is outside of the blocks and has no layer; write {kind!r}")
+        wanted = [template.format(layer=layer) for layer in layers] if "{layer}" in template else [template]
+        found = {self.synonyms.get(name, name) for name in wanted if name in self.recordable or name in self.synonyms}
+        if not found:
+            raise RequestError(self._unknown(asked, wanted[0]))
+        return found
+
+    def _unknown(self, asked: str, name: str | None = None) -> str:
+        name = name or asked
+        known = [*SHORT_NAMES, *self.sites, *self.synonyms]
+        source, block = DERIVED.get(_kind(name) or ""), _BLOCK.match(name)
+        if source and block:  # why it is not there is told of what it would be computed from
+            name = SHORT_NAMES[source].format(layer=block[1])
+        if name in self.missing:
+            offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
+            return f"site {asked!r} cannot be recorded here: {self.missing[name]}; this model has {', '.join(offered)}"
+        if asked in SHORT_NAMES or name != asked:
+            offered = [kind for kind in SHORT_NAMES if self._has(kind)]
+            source = f"the {self.adapter}" if self.adapter else "a model without TransformerLens adapter"
+            return f"site {asked!r} does not exist in {source}; this model has {', '.join(offered)}"
+        return f"site {asked!r} is unknown{nearest(asked, known) or '; short names: ' + ', '.join(SHORT_NAMES)}"
+
+    def _has(self, kind: str) -> bool:
+        return any(_kind(name) == kind for name in self.sites)
+
+
+def short_name(name: str) -> str | None:
+    """`blocks.3.hook_resid_post` -> `resid_post.3`; None for a name that has no short form."""
+    block = _BLOCK.match(name)
+    template = _BLOCK.sub("blocks.{layer}.", name, count=1)
+    for kind, known in SHORT_NAMES.items():
+        if known == template:
+            return f"{kind}.{block[1]}" if block else kind
+    return None
+
+
+def _kind(name: str) -> str | None:
+    short = short_name(name)
+    return short and short.split(".")[0]
+
+
+def full_name(name: str) -> str:
+    """`resid_post.3` -> `blocks.3.hook_resid_post`; a name that is no short form comes back as it is."""
+    short = _SHORT.fullmatch(name)
+    if short and short["kind"] in SHORT_NAMES and short["layers"].isdigit():
+        return SHORT_NAMES[short["kind"]].format(layer=int(short["layers"]))
+    template = SHORT_NAMES.get(name, name)
+    return name if "{layer}" in template else template

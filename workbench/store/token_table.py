@@ -1,0 +1,91 @@
+"""The token table: one row per token, the same columns in every segment, in a Parquet file per segment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workbench.corpus.tokenizer import TOKEN_SCHEMA as COLUMNS
+from workbench.io.errors import DataError, RequestError
+
+ROW_BYTES = 24
+"""Bytes of one row on the disk, metadata not counted: an estimate on the safe side (stories take about 10)."""
+
+_RISING = ("row", "position", "char_start", "char_end")  # differences compress better than a dictionary
+
+
+def encode_tokens(table: pa.Table) -> memoryview:
+    """The bytes of the table as Parquet: zstd, dictionaries for what repeats, equal for equal tables."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(None).combine_chunks(), sink, **parquet_options(table.schema))
+    return memoryview(sink.getvalue())
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How a token table is written."""
+    return {
+        "compression": "zstd",
+        "use_dictionary": [name for name in schema.names if name not in _RISING],
+        "column_encoding": dict.fromkeys(_RISING, "DELTA_BINARY_PACKED"),
+    }
+
+
+def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema | None) -> None:
+    """Refuse a table that does not fit its segment or has other columns than the segments before it (`schema`)."""
+    first = pa.schema(list(table.schema)[: len(COLUMNS)])
+    check_columns(table.schema if schema else first, schema or COLUMNS)
+    if table.num_rows != rows or not np.array_equal(table["row"], np.arange(first_row, first_row + rows)):
+        raise RequestError(f"the token table must count its rows {first_row} to {first_row + rows - 1} without a gap")
+
+
+def check_columns(schema: pa.Schema, expected: pa.Schema) -> None:
+    """Refuse a token table of other columns than the store's."""
+    own, expected = schema.remove_metadata(), expected.remove_metadata()
+    if not own.equals(expected):
+        raise RequestError(f"the token table's columns are {_columns(own)}; the store's are {_columns(expected)}")
+
+
+def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
+    """The token tables of several segments as one, with one dictionary per column.
+
+    Raises:
+        DataError: A file that is missing or damaged.
+    """
+    return _concatenate([_read(path) for path in paths])
+
+
+def take_tokens(paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray]) -> pa.Table:
+    """The named rows of each segment's table, as one table. Holds one whole segment at a time."""
+    return _concatenate([_read(path).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
+
+
+def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
+    """Names and types of a segment's columns. DataError where the file is missing or damaged."""
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(path, error) from None
+
+
+def _read(path: str | os.PathLike[str]) -> pa.Table:
+    try:
+        return pq.ParquetFile(path, memory_map=True).read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(path, error) from None
+
+
+def _concatenate(tables: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables).unify_dictionaries() if tables else COLUMNS.empty_table()
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); run workbench verify on its store")
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
