@@ -24,11 +24,11 @@ _PUBLIC = {
     "extract_features": "workbench.features.extract",
     "open_features": "workbench.features.feature_store",
     "Features": "workbench.features.feature_store",
-    "feature_statistics": "workbench.features.questions",
-    "feature_histogram": "workbench.features.questions",
-    "active_rows": "workbench.features.questions",
-    "best_features": "workbench.features.questions",
-    "coactivation": "workbench.features.questions",
+    "feature_statistics": "workbench.features.queries",
+    "feature_histogram": "workbench.features.queries",
+    "active_rows": "workbench.features.queries",
+    "best_features": "workbench.features.queries",
+    "coactivation": "workbench.features.queries",
     "feature_page": "workbench.pages.feature_page",
     "export_delphi": "workbench.features.other_formats",
     "export_neuronpedia": "workbench.features.other_formats",
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from workbench.features.feature_store import Features, open_features
     from workbench.features.other_formats import export_delphi, export_neuronpedia
     from workbench.features.promoted import promoted_tokens
-    from workbench.features.questions import (
+    from workbench.features.queries import (
         active_rows,
         best_features,
         coactivation,

@@ -14,7 +14,7 @@ import pandas as pd
 from workbench.embedded import NAME, demo_corpus
 from workbench.features.extract import extract_features
 from workbench.features.feature_store import Features
-from workbench.features.questions import best_features
+from workbench.features.queries import best_features
 from workbench.io.errors import WorkbenchError
 from workbench.model.load import load_model
 from workbench.pages.report import Section, section, write_report

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
-from workbench.features.questions import Context, feature_contexts, feature_histogram
+from workbench.features.queries import Context, feature_contexts, feature_histogram
 from workbench.io import files
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress

@@ -15,7 +15,7 @@ from store_example import MODEL, values, write_store
 import workbench as wb
 from workbench.features import index
 from workbench.features.extract import extract_features
-from workbench.features.questions import feature_quantiles, text_counts
+from workbench.features.queries import feature_quantiles, text_counts
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed, save_unembed
