@@ -10,9 +10,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.figures.text import label
+from workbench.figures.safe_text import label
 from workbench.figures.theme import CATEGORIES, TEMPLATE
-from workbench.figures.ticks import whole_step
+from workbench.figures.ticks import integer_step
 from workbench.results.result import Result
 
 PLACES = ("model", "text", "sae")
@@ -125,7 +125,7 @@ def curves(
         legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )
     figure.update_annotations(font_size=13)
-    figure.update_xaxes(title=x_title, showticklabels=True, dtick=whole_step(result.table[x]))
+    figure.update_xaxes(title=x_title, showticklabels=True, dtick=integer_step(result.table[x]))
     figure.update_yaxes(title=unit, col=1)
     return figure
 

@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 
 from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.figures.attention_map import head_attention
-from workbench.figures.grid import layer_curves
-from workbench.figures.heads import beside, head_grid
-from workbench.figures.text import label, units
+from workbench.figures.head_grid import head_grid, with_side_panel
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.io.errors import RequestError, nearest
 from workbench.model.attention import Columns, row_entropy
@@ -646,12 +646,12 @@ def _sinks(result: Result) -> go.Figure:
         title=f"Attention sinks of {_model(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
         subtitle=f"mean attention that position {sink} receives from itself and later tokens; "
         f"epsilon {settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences",
-        unit=units(data["alpha"].attrs, "alpha"),
+        unit=axis_title(data["alpha"].attrs, "alpha"),
     )
     if "residual_norm_ratio" not in data:
         return figure
     curves = {name: curve.sel(layer=layers).to_numpy() for name, curve in _norm_curves(result).items()}
-    return beside(figure, curves, unit=f"residual {units(data['residual_norm_sink'].attrs)}")
+    return with_side_panel(figure, curves, unit=f"residual {axis_title(data['residual_norm_sink'].attrs)}")
 
 
 def _norm_curves(result: Result) -> dict[str, xr.DataArray]:
@@ -712,7 +712,7 @@ def _positions(result: Result) -> go.Figure:
         template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}}, height=420, width=760, showlegend=True
     )
     figure.update_xaxes(title="position, from 0")
-    figure.update_yaxes(title=units(data["sink_k"].attrs), rangemode="tozero")
+    figure.update_yaxes(title=axis_title(data["sink_k"].attrs), rangemode="tozero")
     return figure
 
 
@@ -723,7 +723,7 @@ def _norms(result: Result) -> go.Figure:
         {name: curve.sel(layer=known).to_numpy() for name, curve in _norm_curves(result).items()},
         layers=known.to_numpy().tolist(),
         title=f"Residual norm of the sink in {_model(result)}",
-        unit=units(data["residual_norm_sink"].attrs),
+        unit=axis_title(data["residual_norm_sink"].attrs),
     )
     figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
     return figure
@@ -764,7 +764,7 @@ def _by_domain(result: Result) -> go.Figure:
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
     figure.update_xaxes(title="layer.head, largest gaps first", type="category")
-    figure.update_yaxes(title=units(data["attention"].attrs) + " to the sink", rangemode="tozero")
+    figure.update_yaxes(title=axis_title(data["attention"].attrs) + " to the sink", rangemode="tozero")
     return figure
 
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from workbench.analysis.bootstrap import clustered_means, few_rows, intervals
 from workbench.analysis.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
 from workbench.analysis.lens import blocks, log_probabilities, next_tokens, recorded_layers
-from workbench.figures.grid import MOST_TOKENS, shown_of, token_grid
-from workbench.figures.text import label, units
+from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
-from workbench.figures.ticks import whole_step
+from workbench.figures.ticks import integer_step
+from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.load import usable_device
@@ -327,7 +327,7 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
     known = np.flatnonzero((data["sequence"].to_numpy() == sequence) & (data["position"].to_numpy() >= first))
     if not len(known):
         raise RequestError(f"sequence {sequence} from position {first} was not kept; see result.data['sequence']")
-    place = known[: min(tokens, MOST_TOKENS)]
+    place = known[: min(tokens, MAX_TOKENS)]
     part = data.isel(row=place)
     horizons = part["horizon"].to_numpy().tolist()
     ids = {name: part[name].to_numpy().tolist() for name in ("top_id", "said_id", "text_id")}
@@ -354,8 +354,8 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         positions=part["position"].to_numpy().tolist(),
         layers=horizons,
         title=f"Future lens of {_model(result)}, sequence {sequence}",
-        subtitle="; ".join(filter(None, [_VIEW, shown_of(len(place), len(known))])),
-        unit=units(data["top_probability"].attrs),
+        subtitle="; ".join(filter(None, [_VIEW, count_shown(len(place), len(known))])),
+        unit=axis_title(data["top_probability"].attrs),
     )
     return figure.update_yaxes(title="N")
 
@@ -653,9 +653,9 @@ def _precision(result: Result) -> go.Figure:
         height=460,
         width=180 + 420 * len(methods),
     )
-    figure.update_xaxes(title="layer", dtick=whole_step(layers))
+    figure.update_xaxes(title="layer", dtick=integer_step(layers))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
+    return figure.update_yaxes(title=axis_title(data["precision"].attrs), col=1)
 
 
 def _calibration(result: Result) -> go.Figure:
@@ -676,7 +676,7 @@ def _calibration(result: Result) -> go.Figure:
     title = f"Future lens of {_model(result)}: right, by how sure it is"
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=480, width=640)
     figure.update_xaxes(title="probability of the token read", range=[0, 1])
-    return figure.update_yaxes(title=units(data["calibration"].attrs), range=[0, 1])
+    return figure.update_yaxes(title=axis_title(data["calibration"].attrs), range=[0, 1])
 
 
 _VIEW = "in each cell the token read N tokens past the next, from this token's state at the best layer"

@@ -23,9 +23,9 @@ from torch import Tensor
 from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.analysis.future import FutureRows, bigrams, future_rows, said_tokens
 from workbench.analysis.lens import blocks, log_probabilities, recorded_layers
-from workbench.figures.text import label, units
+from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
-from workbench.figures.ticks import whole_step
+from workbench.figures.ticks import integer_step
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.interventions import run_prompted, token_embeddings
@@ -530,10 +530,10 @@ def _precision(result: Result) -> go.Figure:
         height=640,
         width=max(640, 140 + 260 * len(horizons)),
     )
-    figure.update_xaxes(dtick=whole_step(layers))
+    figure.update_xaxes(dtick=integer_step(layers))
     figure.update_xaxes(title="layer", row=len(REGIMES))
     figure.update_yaxes(rangemode="tozero")
-    return figure.update_yaxes(title=units(data["precision"].attrs), col=1)
+    return figure.update_yaxes(title=axis_title(data["precision"].attrs), col=1)
 
 
 def _ranks(result: Result) -> go.Figure:
@@ -559,4 +559,4 @@ def _ranks(result: Result) -> go.Figure:
         width=860,
     )
     figure.update_xaxes(title="k", dtick=1)
-    return figure.update_yaxes(title=units(data["precision"].attrs), rangemode="tozero")
+    return figure.update_yaxes(title=axis_title(data["precision"].attrs), rangemode="tozero")

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.analysis.lens import next_tokens
-from workbench.figures.heads import head_grid
-from workbench.figures.text import label, units
+from workbench.figures.head_grid import head_grid
+from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
 from workbench.io.errors import RequestError, nearest
 from workbench.model.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
@@ -717,7 +717,7 @@ def _task_bars(result: Result) -> go.Figure:
         tickvals=tasks,
         ticktext=[f"{task}<br>n = {n}" for task, n in zip(tasks, data["tokens"].to_numpy().tolist(), strict=True)],
     )
-    figure.update_yaxes(title=units(data["score"].attrs), range=[0, 1.05])
+    figure.update_yaxes(title=axis_title(data["score"].attrs), range=[0, 1.05])
     return figure
 
 
@@ -734,7 +734,7 @@ def _circuit_map(result: Result) -> go.Figure:
             hovertemplate="%{customdata}: %{z:.3f} logits<extra></extra>",
             colorscale=SIGNED,
             zmid=float(values.mean()),
-            colorbar=colour_bar(units(values.attrs)),
+            colorbar=colour_bar(axis_title(values.attrs)),
         )
     )
     head = f"{values.attrs['layer']}.{values.attrs['head']}"
@@ -789,5 +789,5 @@ def _ov_scatter(result: Result) -> go.Figure:
         height=560,
         margin={"t": 110},
     )
-    figure.update_xaxes(title=f"copying ({units(data['copying'].attrs)})", range=[-0.03, 1.1], dtick=0.2)
-    return figure.update_yaxes(title=f"successor score ({units(data['macro'].attrs)})", range=[-0.03, 1.05])
+    figure.update_xaxes(title=f"copying ({axis_title(data['copying'].attrs)})", range=[-0.03, 1.1], dtick=0.2)
+    return figure.update_yaxes(title=f"successor score ({axis_title(data['macro'].attrs)})", range=[-0.03, 1.05])

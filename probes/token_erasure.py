@@ -28,9 +28,9 @@ from torch import Tensor
 from workbench.analysis.bootstrap import ROWS_A_DIMENSION, clustered_means, divided, intervals
 from workbench.analysis.lens import recorded_layers, selected_rows, tokens_at
 from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
-from workbench.figures.text import label, units
+from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
-from workbench.figures.ticks import whole_step
+from workbench.figures.ticks import integer_step
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.load import usable_device
@@ -446,8 +446,10 @@ def _curves(result: Result) -> go.Figure:
         height=460,
         margin={"t": 130},
     )
-    figure.update_xaxes(title="layer", dtick=whole_step(layers))
-    figure.update_yaxes(title=units(data["accuracy"].attrs, "accuracy of the token at this offset"), rangemode="tozero")
+    figure.update_xaxes(title="layer", dtick=integer_step(layers))
+    figure.update_yaxes(
+        title=axis_title(data["accuracy"].attrs, "accuracy of the token at this offset"), rangemode="tozero"
+    )
     return figure
 
 

@@ -28,8 +28,8 @@ from workbench.analysis.lens import (
     recorded_layers,
     selected_rows,
 )
-from workbench.figures.grid import layer_curves
-from workbench.figures.text import label, units
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.safe_text import axis_title, label
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.load import usable_device
@@ -249,5 +249,5 @@ def _comparison(result: Result) -> Any:
         {"tuned lens": data["mean_kl"].to_numpy(), "logit lens": data["logit_mean_kl"].to_numpy()},
         layers=data["layer"].to_numpy().tolist(),
         title=f"KL(model ‖ lens) of {model}: {int(data['rows']):,} held-out tokens",
-        unit=units(data["mean_kl"].attrs),
+        unit=axis_title(data["mean_kl"].attrs),
     )

@@ -8,7 +8,7 @@ import store_example
 from html_example import Markup
 
 import workbench as wb
-from workbench.figures.markup import card, cell, inline, prose, text
+from workbench.figures.markup import card, cell, escape, inline, prose
 
 TAGS = {"div", "style", "strong", "table", "thead", "tbody", "tr", "th", "td", "code", "p"}
 BAD = "<img src=x onerror=alert(1)>\u202e\0"
@@ -90,7 +90,7 @@ def test_cells(value, markup):
 
 
 def test_text_shows_what_would_be_markup_or_hidden():
-    assert text(BAD) == "&lt;img src=x onerror=alert(1)&gt;\\u202e\\x00"
+    assert escape(BAD) == "&lt;img src=x onerror=alert(1)&gt;\\u202e\\x00"
     assert BAD not in card(BAD, {BAD: BAD})
 
 

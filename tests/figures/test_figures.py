@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from workbench.probes import LogitLens
 
 import workbench as wb
-from workbench.figures.grid import layer_curves, token_grid
-from workbench.figures.text import label, visible
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.safe_text import label, visible
 from workbench.figures.theme import CATEGORIES, TEMPLATE
-from workbench.figures.ticks import whole_step
+from workbench.figures.ticks import integer_step
+from workbench.figures.token_grid import token_grid
 from workbench.model.load import Model
 
 HOSTILE = [
@@ -185,8 +186,8 @@ def test_ticks_are_whole_layers(depth, step):
     [([0, 1, 2], 1), ([-3, 0, 3], 1), ([0.0, 23.0], 2), ([1, 101], 8), ([0, 1000], None), ([0.5, 1], None), ([], None)],
 )
 def test_whole_numbers_have_whole_ticks_unless_they_span_far(values, step):
-    assert whole_step(values) == step
-    assert whole_step([*values, "a"]) is None
+    assert integer_step(values) == step
+    assert integer_step([*values, "a"]) is None
 
 
 # The whole path: from the tokens of a model to the page

@@ -16,12 +16,12 @@ from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHea
 import workbench as wb
 from workbench.analysis.lens import lens_depth, lens_grid
 from workbench.figures.attention_map import head_attention
-from workbench.figures.grid import token_grid
-from workbench.figures.heads import beside, head_grid
-from workbench.figures.stores import overview
-from workbench.figures.strip import token_strip
-from workbench.figures.text import visible
+from workbench.figures.head_grid import head_grid, with_side_panel
+from workbench.figures.safe_text import visible
+from workbench.figures.store_overview import overview
 from workbench.figures.theme import SIGNED
+from workbench.figures.token_grid import token_grid
+from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
 from workbench.results.result import Result
 
@@ -99,7 +99,7 @@ def test_the_head_picker_has_every_head():
 
 def test_a_panel_beside_a_map_of_heads():
     grid = head_grid(np.eye(3, 2), hover=[["", ""]] * 3, layers=[0, 2, 5], title="t", subtitle="s", unit="alpha")
-    figure = beside(grid, {"sink": np.array([1.0, 10, 100])}, unit="L2 norm")
+    figure = with_side_panel(grid, {"sink": np.array([1.0, 10, 100])}, unit="L2 norm")
     assert list(figure.data[1].x) == [1, 10, 100]
     assert figure.data[1].y == figure.data[0].y == ("0", "2", "5")
     assert figure.layout.xaxis.domain[1] < figure.layout.xaxis2.domain[0]
@@ -232,7 +232,7 @@ def test_large_maps_of_heads_strips_and_attention():
         ["<b>layer 11, head 11</b><br>alpha: 0.123<br>share of sequences in which it is a sink: 0.123" * 2] * 64
     ] * 48
     heads = head_grid(rng.random((48, 64)), hover=told, layers=range(48), title="t", subtitle="s", unit="alpha")
-    assert page_size(beside(heads, {"sink": rng.random(48)}, unit="L2 norm")) < 10e6
+    assert page_size(with_side_panel(heads, {"sink": rng.random(48)}, unit="L2 norm")) < 10e6
     long = strip(rng.random(5_000))
     assert "the first 2,048 of 5,000 tokens" in long.layout.title.subtitle.text
     assert page_size(long) < 10e6

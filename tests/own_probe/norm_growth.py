@@ -6,7 +6,7 @@ from typing import ClassVar
 import xarray as xr
 
 from workbench.analysis.lens import recorded_layers, selected_rows
-from workbench.figures.grid import layer_curves
+from workbench.figures.layer_curves import layer_curves
 from workbench.results.result import Result, provenance
 
 

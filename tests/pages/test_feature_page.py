@@ -16,7 +16,7 @@ from store_example import MODEL, write_store
 
 import workbench as wb
 from workbench.features.extract import extract_features
-from workbench.figures.text import visible
+from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed, save_unembed

@@ -27,12 +27,13 @@ import workbench as wb
 from workbench.cli.main import main
 from workbench.figures.attention_map import head_attention
 from workbench.figures.describe import alt_text, caption, figure_data
-from workbench.figures.grid import layer_curves, token_grid
-from workbench.figures.heads import beside, head_grid
-from workbench.figures.paper import paper
-from workbench.figures.strip import token_strip
-from workbench.figures.text import label, plain, sentence, units
-from workbench.figures.theme import CATEGORIES, COLUMNS, DARK, INCH, POINT, PROBABILITY, SIGNED, dark
+from workbench.figures.head_grid import head_grid, with_side_panel
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.paper import to_paper
+from workbench.figures.safe_text import axis_title, label, plain, sentence
+from workbench.figures.theme import CATEGORIES, COLUMNS, DARK, INCH, POINT, PROBABILITY, SIGNED, to_dark
+from workbench.figures.token_grid import token_grid
+from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 
@@ -86,7 +87,7 @@ SHAPES |= {
     "strip": lambda: token_strip(
         np.arange(30.0), tokens=WORDS, positions=range(30), title="", subtitle="", unit="nats"
     ),
-    "beside": lambda: beside(
+    "beside": lambda: with_side_panel(
         heads(), {"position 0": np.arange(1.0, 5), "others": np.full(4, 80.0)}, unit="residual L2 norm"
     ),
     "deep": lambda: head_grid(
@@ -138,7 +139,7 @@ def test_lightness_alone_tells_the_order(seen):
 
 def test_dark_changes_colours_and_nothing_else():
     light = grid(["#000000", "b"]).add_scatter(x=["0"], y=["0"], name="#000000", line={"color": "#000000"})
-    made = dark(light)
+    made = to_dark(light)
     assert made.layout.template == DARK
     assert made.data[0].colorscale != light.data[0].colorscale
     assert [lab(made.data[0].colorscale[at][1])[0] > 90 for at in (0, -1)] == [False, True]  # none is the page
@@ -160,10 +161,10 @@ def test_plain_is_what_label_and_sentence_wrote(text):
 
 
 def test_units_title_an_axis():
-    assert units({"units": "nats"}) == "nats"
-    assert units({"units": "nats"}, "entropy") == "entropy (nats)"
-    assert units({}, "k") == "k"
-    assert units({"units": "<b>"}) == "&lt;b&gt;"
+    assert axis_title({"units": "nats"}) == "nats"
+    assert axis_title({"units": "nats"}, "entropy") == "entropy (nats)"
+    assert axis_title({}, "k") == "k"
+    assert axis_title({"units": "<b>"}) == "&lt;b&gt;"
 
 
 def test_caption_and_alternative_text():
@@ -229,7 +230,7 @@ def test_the_table_holds_what_is_drawn():
 def test_paper_has_real_units_and_no_title(shape, columns):
     figure = SHAPES[shape]()
     before = json.loads(figure.to_json())
-    made, _ = paper(figure, columns)
+    made, _ = to_paper(figure, columns)
     assert json.loads(figure.to_json()) == before
     assert made.layout.width == COLUMNS[columns] * INCH
     assert made.layout.height <= 9 * INCH
@@ -243,22 +244,22 @@ def test_paper_has_real_units_and_no_title(shape, columns):
 
 
 def test_text_in_cells_is_cut_and_said():
-    narrow, cut = paper(grid(["abcdefghi"] * 20))
+    narrow, cut = to_paper(grid(["abcdefghi"] * 20))
     assert (narrow.data[0].text, cut) == (None, ["the text in cells, for which they are too narrow"])
-    some, cut = paper(grid(["abcdefghi"] * 20), 2)
+    some, cut = to_paper(grid(["abcdefghi"] * 20), 2)
     assert {text for row in some.data[0].text for text in row} == {"abcd…"}
     assert cut == ["the text in cells after 5 characters"]
-    whole, cut = paper(grid(["abc", "<b>"]))
+    whole, cut = to_paper(grid(["abc", "<b>"]))
     assert list(whole.data[0].text[0]) == ["abc", "&lt;b&gt;"]
     assert cut == []
-    menu, cut = paper(SHAPES["menu"]())
+    menu, cut = to_paper(SHAPES["menu"]())
     assert [trace.name for trace in menu.data] == ["head 0.1"]
     assert not menu.layout.updatemenus
     assert cut == ["what the menu shows: head 1.0", "labels of the x axis, all but one in 2"]
-    long, cut = paper(grid(["abcdefghi"] * 60))
+    long, cut = to_paper(grid(["abcdefghi"] * 60))
     assert list(long.layout.xaxis.tickvals) == [str(place) for place in range(0, 60, 3)]
     assert cut[1:] == ["labels of the x axis, all but one in 3"]
-    assert refused(RequestError, lambda: paper(curves(), 3)) == "columns must be 1 or 2, not 3"
+    assert refused(RequestError, lambda: to_paper(curves(), 3)) == "columns must be 1 or 2, not 3"
 
 
 # Files

@@ -19,7 +19,7 @@ from workbench.probes import AttentionSinks, LogitLens
 import workbench as wb
 from workbench.cli.main import main
 from workbench.embedded import MODEL
-from workbench.figures.theme import PROBABILITY, TEMPLATE, dark
+from workbench.figures.theme import PROBABILITY, TEMPLATE, to_dark
 from workbench.io.errors import RequestError
 from workbench.pages.report import ROWS, Section, section, write_report
 
@@ -102,7 +102,7 @@ def test_a_figure_is_its_data_and_its_title_is_text(tmp_path):
 
 def test_on_a_dark_page_a_figure_is_the_dark_one(tmp_path):
     (drawn,) = drawings(written(tmp_path, [Section("part", figures={"a": figure()})]))
-    expected = json.loads(dark(go.Figure({"data": drawn["data"], "layout": drawn["layout"]})).to_json())
+    expected = json.loads(to_dark(go.Figure({"data": drawn["data"], "layout": drawn["layout"]})).to_json())
     changed = {"data": drawn["data"], "layout": drawn["layout"]}
     for path, value in drawn["dark"]:
         part = changed

@@ -58,9 +58,9 @@ class Comparison:
         """Cosine of each kind of site by layer."""
         import plotly.graph_objects as go
 
-        from workbench.figures.text import label
+        from workbench.figures.safe_text import label
         from workbench.figures.theme import TEMPLATE
-        from workbench.figures.ticks import whole_step
+        from workbench.figures.ticks import integer_step
 
         figure = go.Figure()
         known = self.sites[self.sites["layer"] >= 0]
@@ -88,7 +88,7 @@ class Comparison:
             margin={"t": 110},
             showlegend=True,
         )
-        figure.update_xaxes(title="layer", dtick=whole_step(known["layer"]))
+        figure.update_xaxes(title="layer", dtick=integer_step(known["layer"]))
         figure.update_yaxes(title="cosine, mean over rows")
         return figure
 

@@ -18,9 +18,10 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.figures.grid import MOST_TOKENS, layer_curves, shown_of, token_grid
-from workbench.figures.strip import token_strip
-from workbench.figures.text import label, units
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.safe_text import axis_title, label
+from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
+from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
 from workbench.model.load import usable_device
 from workbench.model.unembed import Unembed, load_unembed
@@ -187,13 +188,13 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
     """
     sequence, chosen = _of_sequence(result, sequence, first)
     known = chosen["row"].nunique()
-    rows = np.sort(chosen["row"].unique())[: min(tokens, MOST_TOKENS)]
+    rows = np.sort(chosen["row"].unique())[: min(tokens, MAX_TOKENS)]
     chosen = chosen[chosen["row"].isin(rows)].sort_values(["layer", "row"])
     layers = chosen["layer"].unique()
     shape = (len(layers), -1)
     line = chosen.iloc[: len(chosen) // len(layers)]
     told = ["in each cell the token this layer would predict next, coloured by its probability"]
-    told += [part for part in [shown_of(len(rows), known)] if part]
+    told += [part for part in [count_shown(len(rows), known)] if part]
     hover = _hover
     if len(chosen) > _FULL_HOVER:
         hover = _brief
@@ -208,7 +209,7 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         layers=layers.tolist(),
         title=f"{_lens(result)} of {_model(result)}, {label(site)}, sequence {sequence}",
         subtitle="; ".join(told),
-        unit=units(result.data["top_probability"].attrs),
+        unit=axis_title(result.data["top_probability"].attrs),
     )
 
 
@@ -280,7 +281,7 @@ def lens_curves(result: Result) -> Any:
         {shown: data[f"mean_{name}"].to_numpy() for name, shown in names.items()},
         layers=data["layer"].to_numpy().tolist(),
         title=f"{_lens(result)} of {_model(result)}: mean over {counted:,} tokens",
-        unit=units(data["mean_entropy"].attrs),
+        unit=axis_title(data["mean_entropy"].attrs),
     )
 
 

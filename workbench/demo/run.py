@@ -122,7 +122,7 @@ def _features_section(features: Features, best: pd.DataFrame) -> Section:
 def _label_bars(best: pd.DataFrame) -> Figure:
     import plotly.graph_objects as go
 
-    from workbench.figures.text import label
+    from workbench.figures.safe_text import label
     from workbench.figures.theme import TEMPLATE
 
     names = [f"{label(line.label)} ({line.feature})" for line in best.itertuples()]

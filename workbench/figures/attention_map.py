@@ -8,10 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.text import label
+from workbench.figures.safe_text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
 
-MOST_HEADS, MOST_TOKENS = 16, 160
+MAX_HEADS, MAX_TOKENS = 16, 160
 """What is drawn, so that a page stays under 10 MB; what is beyond is left out and said."""
 
 
@@ -30,8 +30,8 @@ def head_attention(
     markup: their maker has done so. Of more than 16 heads and 160 tokens the first are drawn, which the subtitle says.
     """
     number, length = len(patterns), len(tokens)
-    patterns, heads = patterns[:MOST_HEADS, :MOST_TOKENS, :MOST_TOKENS], list(heads)[:MOST_HEADS]
-    names = [label(token, 12) for token in tokens][:MOST_TOKENS]
+    patterns, heads = patterns[:MAX_HEADS, :MAX_TOKENS, :MAX_TOKENS], list(heads)[:MAX_HEADS]
+    names = [label(token, 12) for token in tokens][:MAX_TOKENS]
     for shown, whole, kind in ((len(heads), number, "heads"), (len(names), length, "tokens")):
         if shown < whole:
             subtitle = f"{subtitle}; the first {shown} of {whole:,} {kind}"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.figures.text import plain
+from workbench.figures.safe_text import plain
 
 _NAMED = 8
 """Series that an alternative text tells one by one."""

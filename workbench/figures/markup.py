@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.text import sentence, visible
+from workbench.figures.safe_text import sentence, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,7 @@ _CARD = (
 )
 
 
-def text(value: Any) -> str:
+def escape(value: Any) -> str:
     """A value as markup that shows it: nothing in it becomes an element, controls and direction marks are spelt out."""
     return sentence(str(value))
 
@@ -36,13 +36,13 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}".replace("nan", "")
     if isinstance(value, str):
-        return f"<code>{text(visible(value, 80))}</code>"
-    return text(value)
+        return f"<code>{escape(visible(value, 80))}</code>"
+    return escape(value)
 
 
 def table(heading: Sequence[Any], lines: Iterable[Sequence[str]]) -> str:
     """A table; `heading` is text, the cells of `lines` are markup."""
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in heading)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heading)
     body = "".join("<tr>" + "".join(f"<td>{part}</td>" for part in line) + "</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -61,19 +61,21 @@ def prose(docstring: str) -> str:
 
 def _paragraph(part: str) -> str:
     if all(line.startswith("    ") for line in part.splitlines()):
-        lines = "\n".join(text(line[4:]) for line in part.splitlines())
+        lines = "\n".join(escape(line[4:]) for line in part.splitlines())
         return f'<pre tabindex="0">{lines}</pre>'
     return f"<p>{inline(' '.join(part.split()))}</p>"
 
 
 def inline(line: str) -> str:
     """A line of prose: `code`, and arXiv numbers as links."""
-    coded = re.sub(r"`([^`]+)`", r"<code>\1</code>", text(line))
+    coded = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line))
     link = r'<a href="https://arxiv.org/abs/\1" rel="noreferrer">arXiv \1</a>'
     return re.sub(r"\barXiv:? ?(\d{4}\.\d{4,5})\b", link, coded)
 
 
 def card(title: str, facts: Mapping[str, Any], below: str = "") -> str:
     """What a notebook shows of an object: its kind, a fact a line, and `below`, which is markup."""
-    lines = "".join(f'<tr><th scope="row">{text(name)}</th><td>{text(fact)}</td></tr>' for name, fact in facts.items())
-    return f'<div class="workbench-card">{_CARD}<strong>{text(title)}</strong><table>{lines}</table>{below}</div>'
+    lines = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(fact)}</td></tr>' for name, fact in facts.items()
+    )
+    return f'<div class="workbench-card">{_CARD}<strong>{escape(title)}</strong><table>{lines}</table>{below}</div>'

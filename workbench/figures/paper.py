@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from workbench.figures.text import label, plain
+from workbench.figures.safe_text import label, plain
 from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT
 from workbench.io.errors import RequestError
 
@@ -25,7 +25,7 @@ _SHAPE = 0.68  # height by width of a plot without rows of its own
 _TITLE, _TICK = 8 * POINT, 7 * POINT
 
 
-def paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]:
+def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]:
     """A copy of `figure` as wide as `columns` of a paper, and what had to be left out, a line each.
 
     `columns`: 1, 3.25 in, or 2, 6.75 in. Axis titles are 8 pt, ticks and keys 7 pt. The title goes, the key

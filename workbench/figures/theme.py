@@ -1,6 +1,6 @@
 """How every figure looks: plotly templates for screen and paper, and the palettes, chosen by what a colour means.
 
-A figure is built in the light screen theme; `workbench.figures.paper` sets a copy for print, `dark` for a dark page.
+A figure is built in the light screen theme; `workbench.figures.paper` sets a copy for print, `to_dark` for a dark page.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def colour_bar(unit: str) -> dict[str, Any]:
     return {"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0}
 
 
-def dark(figure: go.Figure) -> go.Figure:
+def to_dark(figure: go.Figure) -> go.Figure:
     """A copy for a dark page: its template, and the palettes' dark twins, which end where the page begins."""
     told = figure.to_plotly_json()
     copy = go.Figure({"data": _dark(told["data"]), "layout": _dark({**told["layout"], "template": None})})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-def whole_step(values: Iterable[Any]) -> int | None:
+def integer_step(values: Iterable[Any]) -> int | None:
     """Distance of ticks for layers, offsets, horizons: whole, and a dozen at most.
 
     None, where plotly chooses as well: among fractions, words, and numbers that span more than a hundred.

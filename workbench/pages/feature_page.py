@@ -16,7 +16,7 @@ import pandas as pd
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
-from workbench.figures.text import visible
+from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
 from workbench.io.files import replace_durably
 from workbench.model.unembed import load_unembed

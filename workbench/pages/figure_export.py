@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.text import plain
+from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import replace_durably
 
@@ -104,9 +104,9 @@ def _files(
     from plotly.offline import get_plotlyjs
 
     from workbench.figures.describe import alt_text, caption, figure_data
-    from workbench.figures.paper import paper
+    from workbench.figures.paper import to_paper
 
-    printed = {name: paper(figure, columns) for name, figure in figures.items()}
+    printed = {name: to_paper(figure, columns) for name, figure in figures.items()}
     wanted = [kind for kind in formats if kind != "html"]
     pictures = _draw({name: figure for name, (figure, _) in printed.items()}, wanted) if wanted else {}
     files: dict[str, bytes] = {}
@@ -138,9 +138,9 @@ def _table(table: pd.DataFrame, kind: str) -> bytes:
 def _page(figure: Figure, told: Mapping[str, str], theme: str, plotlyjs: str) -> str:
     from plotly.offline import get_plotlyjs
 
-    from workbench.figures.theme import dark
+    from workbench.figures.theme import to_dark
 
-    drawn = dark(figure) if theme == "dark" else figure
+    drawn = to_dark(figure) if theme == "dark" else figure
     plot = drawn.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id="figure")
     script = f'<script src="{_SCRIPT}"></script>' if plotlyjs == "shared" else f"<script>{get_plotlyjs()}</script>"
     safe = {name: html.escape(text) for name, text in told.items()}

@@ -14,8 +14,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.markup import frame, inline, prose, table, text
-from workbench.figures.text import plain
+from workbench.figures.markup import escape, frame, inline, prose, table
+from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError
 from workbench.io.files import replace_durably
 from workbench.results.probe import definition, settings_told
@@ -139,9 +139,9 @@ def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) ->
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{text(title)}</title><style>{style}</style></head><body>",
+            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
             '<a class="skip" href="#results">Skip to the results</a>',
-            f"<header><h1>{text(title)}</h1>",
+            f"<header><h1>{escape(title)}</h1>",
             *_paragraphs(paragraphs),
             f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav></header>',
             '<main id="results">',
@@ -162,8 +162,8 @@ def _policy(scripts: Iterable[str]) -> str:
 
 def _link(numbered: tuple[int, Section]) -> str:
     number, part = numbered
-    found = f"<span>{text(part.text[0])}</span>" if part.text else ""
-    return f'<li><a href="#part-{number}">{text(part.title)}</a>{found}</li>'
+    found = f"<span>{escape(part.text[0])}</span>" if part.text else ""
+    return f'<li><a href="#part-{number}">{escape(part.title)}</a>{found}</li>'
 
 
 def _part(number: int, part: Section) -> str:
@@ -173,9 +173,9 @@ def _part(number: int, part: Section) -> str:
     return "\n".join(
         [
             f'<section id="part-{number}" aria-labelledby="title-{number}">',
-            f'<h2 id="title-{number}">{text(part.title)}</h2>',
-            f'<p class="question">{text(part.question)}</p>' if part.question else "",
-            f'<p class="headline">{text(headline)}</p>' if headline else "",
+            f'<h2 id="title-{number}">{escape(part.title)}</h2>',
+            f'<p class="question">{escape(part.question)}</p>' if part.question else "",
+            f'<p class="headline">{escape(headline)}</p>' if headline else "",
             *_paragraphs(filter(None, others)),
             *(_figure(figure, f"part-{number}-{name}") for name, figure in enumerate(part.figures.values())),
             _controls(part.controls),
@@ -194,14 +194,14 @@ def _figure(figure: Figure, name: str) -> str:
     from workbench.figures.describe import alt_text
 
     said = [part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text)]
-    caption = f"{text(said[0] or '')}{f'<small>{text(said[1])}</small>' if said[1] else ''}"
+    caption = f"{escape(said[0] or '')}{f'<small>{escape(said[1])}</small>' if said[1] else ''}"
     drawn = _drawing(figure)
     fit = min(1.0, _PRINT_WIDTH / drawn["width"])
     style = f"--height:{drawn['layout']['height']}px;--fit:{fit:.3f}"
     return (
         f'<figure aria-labelledby="{name}">'
         f'<figcaption id="{name}">{caption}</figcaption>'
-        f'<div class="wide" tabindex="0" role="group" aria-label="{text(alt_text(figure))}">'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(alt_text(figure))}">'
         f'<div class="plot" style="{style}"><div></div><script type="application/json">{_json(drawn)}</script></div>'
         "</div></figure>"
     )
@@ -211,12 +211,12 @@ def _drawing(figure: Figure) -> dict[str, Any]:
     """What report.js draws: the figure, what to change of it on a dark page, and how wide it wants to be."""
     import plotly.graph_objects as go
 
-    from workbench.figures.theme import dark
+    from workbench.figures.theme import to_dark
 
     bare = go.Figure(figure)
     top = (bare.layout.margin.t or 70) - (14 if bare.layout.title.text else 0)
     bare.update_layout(title=None, margin={"t": top}, width=None, height=figure.layout.height or 450)
-    light, other = (json.loads(part.to_json()) for part in (bare, dark(bare)))
+    light, other = (json.loads(part.to_json()) for part in (bare, to_dark(bare)))
     cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)
     return {**light, "dark": _changes(light, other), "width": figure.layout.width or 760, "fluid": not cells}
 
@@ -240,7 +240,7 @@ def _json(value: Any) -> str:
 
 
 def _paragraphs(paragraphs: Iterable[str]) -> list[str]:
-    return [f"<p>{text(paragraph)}</p>" for paragraph in paragraphs]
+    return [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
 
 
 def _controls(controls: Sequence[tuple[str, str, str]]) -> str:
@@ -250,7 +250,7 @@ def _controls(controls: Sequence[tuple[str, str, str]]) -> str:
 def _lines(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return ""
-    told = ([f"<code>{text(first)}</code>", *map(text, middle), inline(last)] for first, *middle, last in lines)
+    told = ([f"<code>{escape(first)}</code>", *map(escape, middle), inline(last)] for first, *middle, last in lines)
     return _wide(table(heading, told), " and ".join(heading))
 
 
@@ -260,14 +260,14 @@ def _head(values: pd.DataFrame) -> tuple[str, str]:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    told = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
+    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return f"<dl>{told}</dl>" if told else ""
 
 
 def _wide(markup: str, name: str) -> str:
     """What may be wider than a phone, and scrolls by itself; reached by the keyboard."""
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{text(name)}">{markup}</div>'
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}">{markup}</div>'
 
 
 def _folded(title: str, markup: str) -> str:
-    return f"<details><summary>{text(title)}</summary>{markup}</details>" if markup else ""
+    return f"<details><summary>{escape(title)}</summary>{markup}</details>" if markup else ""

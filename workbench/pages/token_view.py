@@ -15,7 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Int64
 
 from workbench.features.feature_store import Features
-from workbench.figures.text import visible
+from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Rows, Store
 

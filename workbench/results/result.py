@@ -41,7 +41,7 @@ class Result:
     def figures(self) -> dict[str, Figure]:
         """Every figure of this result by name, the one for a paper first; each knows in `layout.meta["provenance"]`,
         as a line of plotly text, where it came from."""
-        from workbench.figures.text import sentence
+        from workbench.figures.safe_text import sentence
 
         figures = maker(self.probe).figures(self)
         for figure in figures.values():

@@ -108,7 +108,7 @@ class Store:
 
         Reads the token table and 1,024 rows of each site.
         """
-        from workbench.figures.stores import overview
+        from workbench.figures.store_overview import overview
 
         return overview(self)
 

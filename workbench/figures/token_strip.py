@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.text import label
+from workbench.figures.safe_text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, SIGNED, TEMPLATE, colour_bar
 
 MOST = 2_048

@@ -9,8 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow.compute as pc
 
-from workbench.figures.grid import layer_curves
-from workbench.figures.text import label, sentence
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import TEMPLATE
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ def head_grid(
     return figure
 
 
-def beside(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " layer"]], *, unit: str) -> go.Figure:
+def with_side_panel(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " layer"]], *, unit: str) -> go.Figure:
     """`figure`, a `head_grid`, with a panel to its right: a number or more of each of its layers, on a log scale."""
     for name, values in curves.items():
         figure.add_scatter(

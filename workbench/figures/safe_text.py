@@ -36,7 +36,7 @@ def plain(markup: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<br ?/?>", "; ", str(markup))))
 
 
-def units(attrs: Mapping[str, Any], name: str = "") -> str:
+def axis_title(attrs: Mapping[str, Any], name: str = "") -> str:
     """The title of an axis that shows a variable with these `attrs`: "name (units)", or the units alone."""
     unit = str(attrs.get("units", ""))
     return sentence(f"{name} ({unit})" if name and unit else name or unit)

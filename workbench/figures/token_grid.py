@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.text import label
+from workbench.figures.safe_text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
-from workbench.figures.ticks import whole_step
 
-MOST_TOKENS = 1_024
+MAX_TOKENS = 1_024
 """In one grid: more would be wider than a browser can draw and larger than 10 MB at 48 layers."""
 
 _WIDEST = 16_000  # pixels of all cells
 _MOST_TEXTS = 6_000  # a browser lays out each by itself
 
 
-def shown_of(shown: int, known: int) -> str:
+def count_shown(shown: int, known: int) -> str:
     """What a figure leaves out, for its subtitle: "20 of 1,024 tokens", or "" where it leaves out nothing."""
     return f"{shown:,} of {known:,} tokens" if shown < known else ""
 
@@ -83,20 +82,4 @@ def token_grid(
         showgrid=False,
     )
     figure.update_yaxes(title="layer", type="category", showgrid=False)
-    return figure
-
-
-def layer_curves(
-    curves: Mapping[str, Float[np.ndarray, " layer"]], *, layers: Sequence[int], title: str, unit: str
-) -> go.Figure:
-    """One line for each entry of `curves`, over layers, all in the same unit."""
-    figure = go.Figure(
-        [
-            go.Scatter(x=list(layers), y=values, name=name, mode="lines+markers", hovertemplate="layer %{x}: %{y:.4g}")
-            for name, values in curves.items()
-        ]
-    )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, width=760, hovermode="x unified")
-    figure.update_xaxes(title="layer", dtick=whole_step(layers))
-    figure.update_yaxes(title=unit, rangemode="tozero")
     return figure

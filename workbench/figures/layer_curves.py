@@ -1,0 +1,28 @@
+"""Curves over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from workbench.figures.theme import TEMPLATE
+from workbench.figures.ticks import integer_step
+
+
+def layer_curves(
+    curves: Mapping[str, Float[np.ndarray, " layer"]], *, layers: Sequence[int], title: str, unit: str
+) -> go.Figure:
+    """One line for each entry of `curves`, over layers, all in the same unit."""
+    figure = go.Figure(
+        [
+            go.Scatter(x=list(layers), y=values, name=name, mode="lines+markers", hovertemplate="layer %{x}: %{y:.4g}")
+            for name, values in curves.items()
+        ]
+    )
+    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, width=760, hovermode="x unified")
+    figure.update_xaxes(title="layer", dtick=integer_step(layers))
+    figure.update_yaxes(title=unit, rangemode="tozero")
+    return figure
