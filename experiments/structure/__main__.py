@@ -1,0 +1,70 @@
+"""Prints the structure of this checkout, or of another one: `python -m workbench.experiments.structure [FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from workbench.experiments.structure.source import ORDER, Function, Import, Tree, depth
+
+
+def describe(tree: Tree) -> str:
+    """Returns the measures as lines of text."""
+    lines = {
+        tree.path(module): len(path.read_text(encoding="utf-8").splitlines()) for module, path in tree.files.items()
+    }
+    arrows = tree.arrows()
+    rooms = {name for pair in arrows for name in pair}
+    counts = {kind: sum(one.kind == kind for one in tree.imports) for kind in ("direct", "deferred", "type")}
+    upward = tree.upward() if rooms <= set(ORDER) else None  # an older tree has other rooms
+    rows = {
+        "files": f"{len(lines)}, {sum(lines.values()):,} lines; {_in_root(tree)} files in the root of workbench/",
+        "rooms": f"{len(rooms)}, longest chain {depth(arrows)}",
+        "arrows": f"{len(arrows)} between rooms, from {counts['direct'] + counts['deferred']} imports "
+        f"({counts['deferred']} deferred); {counts['type']} more imports for type checkers alone",
+        "upward": "not defined: the tree has other rooms"
+        if upward is None
+        else _listed([_place(one) for one in upward]),
+        "circles of rooms": _listed([" <-> ".join(group) for group in tree.room_circles()]),
+        "circles of files": _listed([" <-> ".join(group) for group in tree.file_circles()]),
+        "largest files": _listed([f"{file} {n}" for file, n in sorted(lines.items(), key=lambda one: -one[1])[:5]]),
+        "largest functions": _listed([f"{_name(one)} {one.lines}" for one in _most(tree, "lines")]),
+        "most parameters": _listed(
+            [f"{_name(one)} {one.parameters} and {one.keywords} keyword-only" for one in _most(tree, "parameters")]
+        ),
+    }
+    return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
+
+
+def _in_root(tree: Tree) -> int:
+    return len(list((tree.root / "workbench").glob("*.py")))
+
+
+def _most(tree: Tree, measure: str) -> list[Function]:
+    """Five functions; parameters are counted in public ones."""
+    chosen = [one for one in tree.functions if one.public or measure == "lines"]
+    size = (lambda one: -one.lines) if measure == "lines" else (lambda one: -one.parameters - one.keywords)
+    return sorted(chosen, key=size)[:5]
+
+
+def _name(one: Function) -> str:
+    return f"{one.file}:{one.name}"
+
+
+def _place(one: Import) -> str:
+    return f"{one.file}:{one.line} -> {one.target}"
+
+
+def _listed(texts: list[str]) -> str:
+    return "; ".join(texts) or "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workbench.experiments.structure", description=__doc__)
+    here = Path(__file__).resolve().parents[2]
+    parser.add_argument("folder", nargs="?", type=Path, default=here, help="root of a checkout; default: this one")
+    print(describe(Tree(parser.parse_args().folder)))
+
+
+if __name__ == "__main__":
+    main()
