@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores already; the
 import pytest
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from warned import warned_of
 from words import WORDS
 
 settings.register_profile("workbench", deadline=None, print_blob=True)  # a busy machine is no failure
@@ -29,6 +30,15 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"needs {path} in a folder `shared` beside the repository")
     return SHARED / path
+
+
+@pytest.fixture(autouse=True)
+def _no_unexpected_warnings():
+    """Fails a test in which the package logged a warning that no `warned` expected."""
+    with warned_of() as records:
+        yield
+    unexpected = [record.getMessage() for record in records if not hasattr(record, "expected")]
+    assert unexpected == [], "the package logged warnings; expect them by `with warned(match):`"
 
 
 @pytest.fixture(scope="session")

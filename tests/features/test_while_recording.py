@@ -9,6 +9,7 @@ import torch
 from refusals import refused
 from sae_example import encode64, save_sae
 from scipy.sparse import csr_array
+from warned import warned
 
 import workbench as wb
 from workbench.cli.main import main
@@ -148,7 +149,7 @@ def test_values_beyond_the_type_that_would_be_stored_are_counted(tiny_models, se
     with torch.no_grad():
         module.model.embed_tokens.weight[sequences[0][3]] = 1e5
     model = Model(module, None, "tiny-llama")
-    with pytest.warns(UserWarning, match="values of resid_post.1 are beyond float16 and stored as ±65504"):
+    with warned("values of resid_post.1 are beyond float16 and stored as ±65504"):
         record(model, sequences, tmp_path / "p", dtype="float16", sae=sae)
 
 

@@ -21,6 +21,7 @@ import pytest
 from browser import chrome, overlapping, text_boxes
 from plotly.subplots import make_subplots
 from refusals import refused
+from warned import warned
 from workbench.probes import LogitLens
 
 import workbench as wb
@@ -381,9 +382,7 @@ def test_settings_of_the_pages(tmp_path):
 def test_without_a_chrome_the_rest_is_written_and_one_line_says_how(tmp_path, monkeypatch):
     pytest.importorskip("kaleido")
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
-    with pytest.warns(
-        UserWarning, match=r"^no pdf, svg: no Chrome or Chromium was found; install one, or run "
-    ) as told:
+    with warned(r"^no pdf, svg: no Chrome or Chromium was found; install one, or run ") as told:
         wb.export(curves(), tmp_path / "fig", formats=["svg", "html", "pdf"])
     assert len(told) == 1
     assert sorted(contents(tmp_path / "fig")) == ["fig.html", "fig.json", "fig.parquet", "plotly.min.js"]
@@ -391,9 +390,7 @@ def test_without_a_chrome_the_rest_is_written_and_one_line_says_how(tmp_path, mo
 
 def test_without_kaleido_too(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.warns(
-        UserWarning, match=r"^no png: kaleido is not installed; pip install 'interp-workbench\[export\]'$"
-    ):
+    with warned(r"^no png: kaleido is not installed; pip install 'interp-workbench\[export\]'$"):
         wb.export(curves(), tmp_path / "fig", formats=["png"])
     assert sorted(contents(tmp_path / "fig")) == ["fig.json", "fig.parquet"]
 
@@ -406,7 +403,7 @@ def test_a_chrome_that_fails_is_told(tmp_path, monkeypatch):
         return (RuntimeError("it\nbroke"),)
 
     monkeypatch.setattr(kaleido, "write_fig_from_object_sync", write)
-    with pytest.warns(UserWarning, match=r"^no pdf, svg: 1 of 2 pictures failed in Chrome: it broke$"):
+    with warned(r"^no pdf, svg: 1 of 2 pictures failed in Chrome: it broke$"):
         wb.export(curves(), tmp_path / "fig", formats=["svg", "pdf"])
     assert sorted(contents(tmp_path / "fig")) == ["fig.json", "fig.parquet", "fig.pdf"]
 

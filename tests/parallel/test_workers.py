@@ -17,6 +17,7 @@ import psutil
 import pytest
 from refusals import refused
 from store_example import contents
+from warned import warned
 
 import workbench as wb
 from workbench.io.errors import DataError, RequestError
@@ -267,7 +268,7 @@ def dies_over_three(device: str, folder: Path):
 def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(session, tmp_path, monkeypatch):
     monkeypatch.setattr("workbench.parallel.workers._DEATHS", 2)
     tasks, workers = list(range(6)), wb.RayWorkers(2, threads=1)
-    with pytest.warns(UserWarning, match=r"a worker died \(The actor died unexpectedly .*\) and is replaced"):
+    with warned(r"a worker died \(The actor died unexpectedly .*\) and is replaced"):
         found = dict(workers._each(dies_over_three, (tmp_path,), tasks, "cpu", lambda task, error: f"{task} lost"))
     assert found == {task: "3 lost" if task == 3 else 10 * task for task in tasks}
     tried = {task: len((tmp_path / str(task)).read_text()) for task in tasks}
@@ -318,7 +319,7 @@ def test_a_worker_with_other_versions_is_told_of_once():
     from workbench.recording.record import environment
 
     told = set()
-    with pytest.warns(UserWarning, match=r"a worker runs torch 1\.0 \(here .*\): its rows may differ in the last bits"):
+    with warned(r"a worker runs torch 1\.0 \(here .*\): its rows may differ in the last bits"):
         distributed._warn_of_other_versions(environment() | {"torch": "1.0"}, told)
     distributed._warn_of_other_versions(environment() | {"torch": "1.0"}, told)
     distributed._warn_of_other_versions(environment(), told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(recorder, "record_with", slow)
-    monkeypatch.setattr("workbench.recording.cache.sys.stderr", waiting := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", waiting := io.StringIO())
     threads = [threading.Thread(target=lambda: found.append(once(model, TEXTS, tmp_path))) for _ in range(2)]
     threads[0].start()
     assert inside.wait(30)

@@ -1,11 +1,11 @@
 """The recorder: what is stored is what the model computed, for every setting, and only once."""
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from warned import warned
 
 import workbench as wb
 from workbench.io.errors import DataError, RequestError
@@ -150,7 +150,7 @@ def test_values_beyond_the_stored_type_are_counted_reported_and_stay_finite(llam
     beyond = exact.abs() > 65504
     assert 0 < beyond.sum() < beyond.numel()
     said = rf"^{beyond.sum():,} values of resid_post.0 are beyond float16 and stored as ±65504; record with dtype='bfl"
-    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="resid_post.1 are beyond"):
+    with warned(said), warned("resid_post.1 are beyond"):
         store = record(
             Model(module, None, "loud"), sequences, tmp_path / "s", dtype="float16", sites=["resid_post.0:2"]
         )
@@ -168,9 +168,7 @@ def test_values_beyond_the_stored_type_are_counted_reported_and_stay_finite(llam
 def test_numbers_the_model_got_wrong_are_reported(llama, sequences, tmp_path):
     module = copy.deepcopy(llama.module)
     module.model.embed_tokens.weight.data[sequences[0][2], 3] = torch.nan
-    with pytest.warns(
-        UserWarning, match=r"values of resid_post.0 came as NaN or infinite from the model and are stored"
-    ):
+    with warned(r"values of resid_post.0 came as NaN or infinite from the model and are stored"):
         store = record(
             Model(module, None, "broken"), sequences, tmp_path / "s", dtype="float16", sites=["resid_post.0"]
         )
@@ -382,6 +380,4 @@ def test_a_slow_disk_holds_the_model_back(llama, sequences, tmp_path, monkeypatc
 
 
 def test_recording_warns_of_nothing(llama, sequences, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        record(llama, sequences, tmp_path / "s")
+    record(llama, sequences, tmp_path / "s")  # a warning, logged or raised, fails the test

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import itertools
 import json
+import logging
 import threading
 import warnings
 from importlib.metadata import EntryPoint
@@ -17,6 +19,8 @@ import pytest
 import toy_experiment as toy
 from refusals import refused
 from toy_experiment import Config
+
+from warned import warned
 
 import workbench as wb
 from workbench.cli import main as cli
@@ -187,6 +191,20 @@ def test_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch):
     assert [str(one.message) for one in shown] == ["few tokens"]
 
 
+def test_logged_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch, capsys):
+    real = toy.run
+
+    def warning(config):
+        logging.getLogger("workbench.runs").warning("few tokens")
+        return real(config)
+
+    monkeypatch.setattr(toy, "run", warning)
+    with warned("^few tokens$"):
+        run_cell(Cell("toy", Config(), tmp_path / "one"))
+    assert "warning: few tokens" in (tmp_path / "one" / "log.txt").read_text()
+    assert capsys.readouterr().err == "few tokens\n"
+
+
 def test_two_at_once_run_it_once(tmp_path, monkeypatch):
     cell = Cell("toy", Config(), tmp_path / "one")
     inside, go_on, real = threading.Event(), threading.Event(), toy.run
@@ -197,7 +215,7 @@ def test_two_at_once_run_it_once(tmp_path, monkeypatch):
         return real(config)
 
     monkeypatch.setattr(toy, "run", slow)
-    monkeypatch.setattr("workbench.runs.folders.sys.stderr", waiting := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", waiting := io.StringIO())
     results = []
     threads = [threading.Thread(target=lambda: results.append(run_cell(cell))) for _ in range(2)]
     threads[0].start()

@@ -11,6 +11,7 @@ from refusals import refused
 from sae_example import ARCHITECTURES, edit_config, encode64, save_sae, set_weights
 from safetensors.numpy import load_file
 from store_example import values, write_store
+from warned import warned
 
 import workbench as wb
 from workbench import embedded
@@ -187,7 +188,7 @@ def test_damaged_and_misspelt_files_are_refused(tmp_path):
 @pytest.mark.parametrize("way", ["expected_average_only_in", "covariance_whitening"])
 def test_a_normalisation_that_the_files_lack_is_warned_of(way, tmp_path):
     folder = save_sae(tmp_path / "one", normalize_activations=way)
-    with pytest.warns(UserWarning, match=rf"^SAE 'one' was trained on inputs under {way}, which its files do not hold"):
+    with warned(rf"^SAE 'one' was trained on inputs under {way}, which its files do not hold"):
         load_sae(folder, device="cpu")
 
 

@@ -28,6 +28,7 @@ from store_example import (
     write_store,
     writing,
 )
+from warned import warned
 
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError
@@ -329,9 +330,7 @@ def test_a_name_may_change_but_other_versions_are_warned_of(tmp_path):
     write_store(
         path, SEGMENTS, model=replace(MODEL, name="moved"), recording=Recording(sites=("resid_post.0:2",), context=8)
     )
-    with pytest.warns(
-        UserWarning, match=r"begun with other versions: torch: 2.13.0 in the store, 2.14.0 asked; further"
-    ):
+    with warned(r"begun with other versions: torch: 2.13.0 in the store, 2.14.0 asked; further"):
         write_store(path, SEGMENTS, environment={"torch": "2.14.0"})
     assert read_manifest(path).model.name == "demo"
 

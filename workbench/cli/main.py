@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import re
 import sys
@@ -486,6 +487,7 @@ def _exit(command: Callable[[list[str]], Any], arguments: Sequence[str] | None) 
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     warnings.showwarning = _show_warning
+    logging.getLogger("workbench").addHandler(handler := _OnStderr())
     try:
         status = command(arguments).run()
         print(end="", flush=True)
@@ -506,7 +508,17 @@ def _exit(command: Callable[[list[str]], Any], arguments: Sequence[str] | None) 
         told = " ".join(str(error).split()) or "no message"
         print(f"workbench: unexpected {type(error).__name__}: {_plain(told)}; --debug shows where", file=sys.stderr)
         status = 1
+    finally:
+        logging.getLogger("workbench").removeHandler(handler)
     sys.exit(status)
+
+
+class _OnStderr(logging.Handler):
+    """Prints the package's warnings and progress on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = "workbench: warning: " if record.levelno >= logging.WARNING else ""
+        print(f"{kind}{_plain(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_how: Any) -> None:

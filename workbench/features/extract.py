@@ -7,10 +7,9 @@ feature; then the folder gets its name. Killed at any moment, the same call goes
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -50,6 +49,8 @@ from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import Allocation, Bound, Entries, allocation_record, find_cut
 from workbench.store.manifest import FEATURES, FileRecord, SiteRecord
 from workbench.store.reader import ActivationArray, Store
+
+_LOG = logging.getLogger(__name__)
 
 STATE, SEGMENTS = "extraction.json", "segments"
 SAVED = "sae"
@@ -166,9 +167,8 @@ def finish(made: Extraction, target: Path, asked: State, workers: Workers | None
             raise
     features = open_features(target, store)
     if overflow := features.record.overflow:
-        warnings.warn(
-            f"{overflow} activations are beyond float16's range and stored as its largest; dtype='float32' keeps them",
-            stacklevel=3,
+        _LOG.warning(
+            f"{overflow} activations are beyond float16's range and stored as its largest; dtype='float32' keeps them"
         )
     return features
 
@@ -257,10 +257,8 @@ class Extraction:
                 unsettled = self.write_segments(folder, spans, advance)
             else:
                 unsettled = workers.encode(self, folder, spans, advance)
-        if unsettled and self.show_progress:
-            print(
-                f"{unsettled:,} of {rows:,} rows were encoded in float32: bounds did not settle them", file=sys.stderr
-            )
+        if unsettled:
+            _LOG.info(f"{unsettled:,} of {rows:,} rows used the exact float32 path")
 
     def write_segments(self, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
         """Encode the rows of these spans that no committed segment has; gives how many bounds did not settle.
@@ -477,10 +475,9 @@ def begin(partial: Path, target: Path, asked: State, shared: bool = False) -> St
                 f"another name, or remove {partial}"
             )
         if found.environment != asked.environment:
-            warnings.warn(
+            _LOG.warning(
                 f"features {target.name} were begun with other library versions; further rows may differ in the last "
-                "bits",
-                stacklevel=3,
+                "bits"
             )
         state = found
     else:

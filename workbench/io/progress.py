@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from workbench.io.log import PROGRESS
+
 EVERY = 10.0
 """Seconds between plain lines."""
 
@@ -54,7 +56,7 @@ class _Lines:
         now = time.monotonic()
         if now - self.said >= EVERY:
             self.said = now
-            print(self.line(now - self.began), file=sys.stderr, flush=True)
+            PROGRESS.info(self.line(now - self.began))
 
     def line(self, seconds: float) -> str:
         """What is said after `seconds` of work."""

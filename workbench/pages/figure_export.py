@@ -9,8 +9,8 @@ from __future__ import annotations
 import html
 import io
 import json
+import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from workbench.results.result import Result
+
+_LOG = logging.getLogger(__name__)
 
 FORMATS = ("html", "pdf", "svg", "png")
 DPI = 300
@@ -196,7 +198,7 @@ def _draw(figures: Mapping[str, Figure], formats: Sequence[str]) -> dict[tuple[s
 
 
 def _undrawn(formats: Sequence[str], why: str) -> dict[tuple[str, str], bytes]:
-    warnings.warn(f"no {', '.join(formats)}: {why}", stacklevel=2)
+    _LOG.warning(f"no {', '.join(formats)}: {why}")
     return {}
 
 

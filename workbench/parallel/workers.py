@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from workbench.features.feature_segments import Span
     from workbench.sae.load import Sae
     from workbench.store.manifest import SiteRecord
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -178,7 +179,7 @@ class RayWorkers:
                             answer = lost(task, error)
                             yield task, answer
                         else:
-                            warnings.warn(f"a worker died ({_first_line(error)}) and is replaced", stacklevel=2)
+                            _LOG.warning(f"a worker died ({_first_line(error)}) and is replaced")
                             waiting.extendleft([] if task is None else [task])
                         if waiting:
                             start()
@@ -471,7 +472,7 @@ def _warn_of_other_versions(found: Mapping[str, str], told: set[str]) -> None:
     ]
     if differing and not told.issuperset(differing):
         told.update(differing)
-        warnings.warn(f"a worker runs {', '.join(differing)}: its rows may differ in the last bits", stacklevel=2)
+        _LOG.warning(f"a worker runs {', '.join(differing)}: its rows may differ in the last bits")
 
 
 def _gave_up(what: str, error: Exception) -> DataError:

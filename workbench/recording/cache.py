@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.io.errors import RequestError
 from workbench.io.files import locked, replace_durably, sha256_bytes, sha256_file
+from workbench.io.log import PROGRESS
 from workbench.sites.settings import Recording
 from workbench.store.manifest import MANIFEST, read_manifest
 
@@ -56,7 +56,7 @@ def record_once(
     text = json.dumps(request, indent=1, sort_keys=True) + "\n"
     place = Path(folder) / f"{_slug(model.name)}-{sha256_bytes(text.encode())[:16]}"
     path = place / STORE
-    with locked(place, wait=lambda: print(f"waiting for another process that records {path}", file=sys.stderr)):
+    with locked(place, wait=lambda: PROGRESS.info(f"waiting for another process that records {path}")):
         if (path / MANIFEST).exists() and read_manifest(path).complete:
             return open_store(path)
         replace_durably(place / REQUEST, text.encode())

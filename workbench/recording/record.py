@@ -7,9 +7,9 @@ to the stored type, and a background thread copies and writes them while the nex
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from workbench.features.while_recording import EncodedSite, RecordedFeatures
     from workbench.sae.load import Sae
     from workbench.store.reader import Store
+
+_LOG = logging.getLogger(__name__)
 
 _SITES = ("resid_post",)
 _SEGMENT_BYTES = 256 << 20
@@ -212,16 +214,14 @@ def _warn_of_lost_values(store: Store, sites: Sequence[SiteRecord]) -> None:
     for site in sites:
         if count := overflow[site.name]:
             limit = torch.finfo(getattr(torch, site.dtype)).max
-            warnings.warn(
+            _LOG.warning(
                 f"{count:,} values of {site.label} are beyond {site.dtype} and stored as ±{limit:g}; "
-                "record with dtype='bfloat16' or 'float32' to keep them",
-                stacklevel=4,
+                "record with dtype='bfloat16' or 'float32' to keep them"
             )
         if count := nonfinite[site.name]:
-            warnings.warn(
+            _LOG.warning(
                 f"{count:,} values of {site.label} came as NaN or infinite from the model and are stored as they came; "
-                "a model loaded in another dtype may not have them",
-                stacklevel=4,
+                "a model loaded in another dtype may not have them"
             )
 
 

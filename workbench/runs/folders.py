@@ -31,6 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from workbench.io.log import PROGRESS, copy_warnings
 from workbench.io.errors import DataError, RequestError, WorkbenchError
 from workbench.results.experiment import find_experiment, identity
 from workbench.io.files import PARTIAL, fsync, locked, remove, rename_durably, sha256_bytes
@@ -110,7 +111,7 @@ def run_cell(cell: Cell) -> Result:
     if is_complete(cell):
         return load_result(cell.folder / RESULTS)
     partial = _partial(cell.folder)
-    with locked(partial, wait=lambda: print(f"waiting for another process that runs {cell.folder}", file=sys.stderr)):
+    with locked(partial, wait=lambda: PROGRESS.info(f"waiting for another process that runs {cell.folder}")):
         if is_complete(cell):
             remove(partial)
             return load_result(cell.folder / RESULTS)
@@ -282,7 +283,7 @@ def _logged(path: Path, title: str) -> Iterator[Any]:
         log(title)
         warnings.showwarning = warned
         try:
-            with contextlib.redirect_stdout(_Tee(sys.stdout, log)):
+            with contextlib.redirect_stdout(_Tee(sys.stdout, log)), copy_warnings(log):
                 yield log
         except BaseException:
             log(traceback.format_exc())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from workbench.sae.formats import Converted, converter, read_object
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -247,10 +250,9 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
 def _ready(module: Any, name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
     if module.cfg.normalize_activations in _UNFOLDED:
-        warnings.warn(
+        _LOG.warning(
             f"SAE {name!r} was trained on inputs under {module.cfg.normalize_activations}, which its files do not hold "
-            "and SAELens does not apply: fold it into the weights first, or its activations are off",
-            stacklevel=3,
+            "and SAELens does not apply: fold it into the weights first, or its activations are off"
         )
     return sae
 

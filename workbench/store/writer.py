@@ -6,9 +6,9 @@ one process at a time. Needs a POSIX system (`flock`, `pwrite`).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -38,6 +38,8 @@ from workbench.store.manifest import (
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment
 from workbench.store.token_table import ROW_BYTES, check_columns, check_tokens, read_schema
+
+_LOG = logging.getLogger(__name__)
 
 _HEADERS = 4096  # bytes, at most, of a site's header and its share of the manifest
 
@@ -311,9 +313,8 @@ def _reopen(path: Path, asked: Manifest, shared: bool) -> Manifest:
             f"{path} was recorded otherwise: {'; '.join(differences[:6])}{more}; ask for the same or choose another out"
         )
     if differences := _differences(found.environment, asked.environment):
-        warnings.warn(
-            f"{path} was begun with other versions: {'; '.join(differences)}; further rows may differ in the last bits",
-            stacklevel=4,
+        _LOG.warning(
+            f"{path} was begun with other versions: {'; '.join(differences)}; further rows may differ in the last bits"
         )
     if not shared:
         for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
