@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.figures.attention_map import head_attention
-from workbench.figures.head_grid import head_grid, with_side_panel
+from workbench.figures.head_grid import head_grid, head_name, with_side_panel
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
@@ -666,7 +666,7 @@ def _over_text(result: Result) -> go.Figure:
     length, known = result.provenance["settings"]["length"], int(data["alpha"].isel(position=0).notnull().sum())
     return head_attention(
         patterns.to_numpy(),
-        heads=[f"{layer}.{head}" for layer, head in heads],
+        heads=[head_name(layer, head) for layer, head in heads],
         tokens=json.loads(patterns.attrs["tokens"]),
         title=f"Attention in {_model(result)}",
         subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
@@ -685,7 +685,7 @@ def _hover(row: Mapping[str, Any]) -> str:
         "gap": "gap between domains",
     }
     lines = [f"{shown}: {row[name]:.3g}" for name, shown in told.items() if not np.isnan(row.get(name, np.nan))]
-    return "<br>".join([f"<b>layer {row['layer']}, head {row['head']}</b>", *lines])
+    return "<br>".join([f"<b>{head_name(row['layer'], row['head'])}</b>", *lines])
 
 
 def _positions(result: Result) -> go.Figure:
@@ -732,7 +732,7 @@ def _norms(result: Result) -> go.Figure:
 def _by_domain(result: Result) -> go.Figure:
     data = result.data
     chosen = result.table.nlargest(_HEADS_SHOWN, "gap")
-    names = [f"{layer}.{head}" for layer, head in zip(chosen["layer"], chosen["head"], strict=True)]
+    names = [head_name(layer, head) for layer, head in zip(chosen["layer"], chosen["head"], strict=True)]
     at = {
         axis: xr.DataArray(chosen[axis].to_numpy(), dims="shown") for axis in ("layer", "head")
     }  # one point for each line, not their product
@@ -749,7 +749,7 @@ def _by_domain(result: Result) -> go.Figure:
             name=f"{label(name)} ({int(data['documents'][index]):,} documents)",
             mode="markers",
             marker={"size": 8},
-            hovertemplate="head %{x}: %{y:.3f}",
+            hovertemplate="%{x}: %{y:.3f}",
         )
     sink = result.provenance["settings"]["sink"]
     figure.update_layout(
@@ -763,7 +763,7 @@ def _by_domain(result: Result) -> go.Figure:
         width=960,
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
-    figure.update_xaxes(title="layer.head, largest gaps first", type="category")
+    figure.update_xaxes(title="head, largest gaps first", type="category")
     figure.update_yaxes(title=axis_title(data["attention"].attrs) + " to the sink", rangemode="tozero")
     return figure
 

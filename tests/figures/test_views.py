@@ -18,7 +18,6 @@ from workbench.analysis.lens import lens_depth, lens_grid
 from workbench.figures.attention_map import head_attention
 from workbench.figures.head_grid import head_grid, with_side_panel
 from workbench.figures.safe_text import visible
-from workbench.figures.store_overview import overview
 from workbench.figures.theme import SIGNED
 from workbench.figures.token_grid import token_grid
 from workbench.figures.token_strip import token_strip
@@ -84,17 +83,17 @@ def test_ends_of_a_strips_colours(values, changes, ends):
 
 def test_the_head_picker_has_every_head():
     patterns = np.random.default_rng(0).dirichlet(np.ones(5), (3, 5))
-    figure = head_attention(patterns, heads=["2.0", "0.1", "1.1"], tokens=list("abcde"), title="T", subtitle="s")
+    figure = head_attention(patterns, heads=["L2H0", "L0H1", "L1H1"], tokens=list("abcde"), title="T", subtitle="s")
     for trace, pattern in zip(figure.data, patterns, strict=True):
         seen = np.tril(np.ones((5, 5), bool))
         np.testing.assert_allclose(np.array(trace.z, float)[seen], pattern[seen], rtol=1e-6)
         assert np.isnan(np.array(trace.z, float)[~seen]).all()
     assert [trace.visible for trace in figure.data] == [True, False, False]
-    assert figure.layout.title.text == "T, head 2.0"
+    assert figure.layout.title.text == "T, L2H0"
     buttons = figure.layout.updatemenus[0].buttons
-    assert [button.label for button in buttons] == ["head 2.0", "head 0.1", "head 1.1"]
+    assert [button.label for button in buttons] == ["L2H0", "L0H1", "L1H1"]
     assert buttons[1].args[0]["visible"] == [False, True, False]
-    assert buttons[1].args[1]["title.text"] == "T, head 0.1"
+    assert buttons[1].args[1]["title.text"] == "T, L0H1"
 
 
 def test_a_panel_beside_a_map_of_heads():
@@ -136,7 +135,7 @@ def test_the_overview_of_a_store(hostile):
     (tokens,) = figures["tokens"].data
     counts = hostile.tokens["token"].to_pandas().value_counts()
     assert list(tokens.x) == [12] * len(HOSTILE) == counts.tolist()
-    assert "14 of 14 kinds of tokens, 100 % of 168" in figures["tokens"].layout.title.subtitle.text
+    assert "14 of 14 distinct tokens, 100 % of 168 rows" in figures["tokens"].layout.title.subtitle.text
     (norms,) = figures["norms"].data
     expected = [np.median(np.linalg.norm(hostile["resid_post", layer][:].numpy(), axis=1)) for layer in (0, 1)]
     np.testing.assert_allclose(norms.y, expected, rtol=1e-5)
@@ -201,7 +200,7 @@ def test_a_large_lens_grid_says_what_it_left_out():
     result = deep_lens()
     figure = lens_grid(result, tokens=5_000)
     told = figure.layout.title.subtitle.text
-    assert "cells are too many for text, which hovering shows" in told
+    assert "cells are too many for text: hover to read it" in told
     assert "hovering shows the top token alone" in told
     assert np.array(figure.data[0].z).shape == (48, 1_024)
     assert figure.layout.width < 32_767  # pixels, which browsers draw
@@ -274,7 +273,7 @@ def test_the_overview_of_a_deep_store(tmp_path):
     layers = {
         f"{kind}.{layer}": np.ones((4, 2)) for kind in ("resid_post", "attn_out", "mlp_out") for layer in range(48)
     }
-    figures = overview(planted_store(tmp_path / "deep.acts", [[0, 1, 2, 3]], layers))
+    figures = planted_store(tmp_path / "deep.acts", [[0, 1, 2, 3]], layers).figures()
     assert figures["sites"].data[0].y == ("resid_post (48)", "attn_out (48)", "mlp_out (48)")
     for trace in figures["norms"].data:
         np.testing.assert_allclose(trace.y, [2**0.5] * 48, rtol=1e-6)

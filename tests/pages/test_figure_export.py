@@ -246,7 +246,7 @@ def test_paper_has_real_units_and_no_title(shape, columns):
 
 def test_text_in_cells_is_cut_and_said():
     narrow, cut = to_paper(grid(["abcdefghi"] * 20))
-    assert (narrow.data[0].text, cut) == (None, ["the text in cells, for which they are too narrow"])
+    assert (narrow.data[0].text, cut) == (None, ["the text in cells, which are too narrow"])
     some, cut = to_paper(grid(["abcdefghi"] * 20), 2)
     assert {text for row in some.data[0].text for text in row} == {"abcd…"}
     assert cut == ["the text in cells after 5 characters"]

@@ -1,1 +1,1 @@
-"""Figures: plotly built from values in memory. Nothing here knows of models or stores."""
+"""Plotly figures made from values in memory: independent of models, stores and results."""

@@ -1,4 +1,4 @@
-"""Attention over a text: which token looks at which, a head at a time."""
+"""Attention pattern of one head at a time over a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workbench.figures.safe_text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
 
 MAX_HEADS, MAX_TOKENS = 16, 160
-"""What is drawn, so that a page stays under 10 MB; what is beyond is left out and said."""
+"""Limits that keep a page under 10 MB; the subtitle reports what is left out."""
 
 
 def head_attention(
@@ -23,39 +23,44 @@ def head_attention(
     title: str,
     subtitle: str,
 ) -> go.Figure:
-    """Tokens that attend (downward) by tokens attended to (rightward), coloured by attention; a menu picks the head.
+    """Draws query tokens (downward) by key tokens (rightward), coloured by attention weight, with a menu of heads.
 
-    Each row sums to 1; a key after its query, which a causal model does not see, stays white. `heads`: their names,
-    the one to show first first. `tokens` are model text and made safe here; `title`, `subtitle` and `heads` are
-    markup: their maker has done so. Of more than 16 heads and 160 tokens the first are drawn, which the subtitle says.
+    Each row sums to 1. Keys after their query, which a causal model masks, stay white.
+
+    Args:
+        patterns: Attention weights; only the first 16 heads and 160 tokens are drawn, and the subtitle says so.
+        heads: Names of the heads, `L2H3`; the first is shown first.
+        tokens: Model text, escaped here.
+        title: Plotly markup, already safe, as are `subtitle` and `heads`.
+        subtitle: As `title`.
     """
-    number, length = len(patterns), len(tokens)
+    n_heads, n_tokens = len(patterns), len(tokens)
     patterns, heads = patterns[:MAX_HEADS, :MAX_TOKENS, :MAX_TOKENS], list(heads)[:MAX_HEADS]
     names = [label(token, 12) for token in tokens][:MAX_TOKENS]
-    for shown, whole, kind in ((len(heads), number, "heads"), (len(names), length, "tokens")):
-        if shown < whole:
-            subtitle = f"{subtitle}; the first {shown} of {whole:,} {kind}"
-    places = list(range(len(names)))
-    seen = np.tril(np.ones((len(names), len(names)), bool))
+    for shown, total, kind in ((len(heads), n_heads, "heads"), (len(names), n_tokens, "tokens")):
+        if shown < total:
+            subtitle = f"{subtitle}; the first {shown} of {total:,} {kind}"
+    indices = list(range(len(names)))
+    causal = np.tril(np.ones((len(names), len(names)), bool))
     figure = go.Figure(
         [
             go.Heatmap(
-                z=np.where(seen, pattern, np.nan).astype(np.float32),
-                x=places,
-                y=places,
-                name=f"head {head}",
-                visible=not at,
+                z=np.where(causal, pattern, np.nan).astype(np.float32),
+                x=indices,
+                y=indices,
+                name=head,
+                visible=not index,
                 hovertemplate="%{y} attends to %{x}: %{z:.3f}<extra></extra>",
                 hoverongaps=False,
                 colorscale=PROBABILITY,
                 zmin=0,
                 zmax=1,
-                colorbar=colour_bar("attention"),
+                colorbar=colour_bar("attention weight"),
             )
-            for at, (head, pattern) in enumerate(zip(heads, patterns, strict=True))
+            for index, (head, pattern) in enumerate(zip(heads, patterns, strict=True))
         ]
     )
-    titles = [f"{title}, head {head}" for head in heads]
+    titles = [f"{title}, {head}" for head in heads]
     menu = [
         {
             "label": trace.name,
@@ -73,7 +78,7 @@ def head_attention(
         margin={"t": 110},
         updatemenus=[{"buttons": menu, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}],
     )
-    ticks = {"tickmode": "array", "tickvals": places, "ticktext": names, "showgrid": False}
+    ticks = {"tickmode": "array", "tickvals": indices, "ticktext": names, "showgrid": False}
     ticks |= {"tickfont": {"family": MONOSPACE, "size": 10}}
-    figure.update_xaxes(title="token attended to", tickangle=-90, **ticks)
-    return figure.update_yaxes(title="token that attends", autorange="reversed", **ticks)
+    figure.update_xaxes(title="key token", tickangle=-90, **ticks)
+    return figure.update_yaxes(title="query token", autorange="reversed", **ticks)

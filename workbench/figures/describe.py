@@ -1,4 +1,4 @@
-"""What a figure says in words and numbers: its data as a table, its caption, and a text for who cannot see it."""
+"""Descriptions of a figure: its data as a table, its caption, its alternative text."""
 
 from __future__ import annotations
 
@@ -7,100 +7,98 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseTraceType
 
 from workbench.figures.safe_text import plain
 
-_NAMED = 8
-"""Series that an alternative text tells one by one."""
+_MAX_SERIES = 8  # described one by one in an alternative text
 
 COLUMNS = ("panel", "series", "x", "x_label", "y", "y_label", "value", "low", "high", "text")
 
 
 def figure_data(figure: go.Figure) -> pd.DataFrame:
-    """Everything that is drawn, tidy: one point, bar or cell a row.
+    """Returns everything that is drawn as a tidy table, one point, bar or cell per row.
 
-    Columns, those that any row has: panel and series by name; x and y; x_label and y_label where ticks say otherwise;
-    value, what a colour shows; low and high, the ends of an error bar; text in the cell. Text is plain, not markup.
+    Columns (only those with any value): `panel` and `series` by name; `x` and `y`; `x_label` and `y_label` where tick
+    labels differ from the coordinates; `value`, encoded as colour; `low` and `high`, the ends of an error bar; `text`
+    of the cell. Text is plain, not markup.
     """
-    parts = [_trace(figure, trace) for trace in figure.data]
+    parts = [_trace_table(figure, trace) for trace in figure.data]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["series"])
     for axis in ("x", "y"):
-        if axis in table and not pd.api.types.is_numeric_dtype(table[axis]):  # Parquet has one type a column
+        if axis in table and not pd.api.types.is_numeric_dtype(table[axis]):  # Parquet has one type per column
             table[axis] = [None if value is None else plain(str(value)) for value in table[axis]]
     return table[[name for name in COLUMNS if name in table and (name == "series" or table[name].notna().any())]]
 
 
 def caption(figure: go.Figure) -> str:
-    """Title and subtitle as sentences; "" where there are none."""
-    told = [figure.layout.title.text, figure.layout.title.subtitle.text]
-    said = [plain(part).rstrip(".") for part in told if part]
-    return " ".join(f"{part[:1].upper()}{part[1:]}." for part in said)
+    """Returns title and subtitle as sentences, or "" where there are none."""
+    parts = [figure.layout.title.text, figure.layout.title.subtitle.text]
+    sentences = [plain(part).rstrip(".") for part in parts if part]
+    return " ".join(f"{part[:1].upper()}{part[1:]}." for part in sentences)
 
 
 def alt_text(figure: go.Figure) -> str:
-    """The kind of chart, its axes, and what its series go from and to: a text in place of the picture."""
+    """Returns the alternative text: kind of chart, axes, and the range of each series."""
     table = figure_data(figure)
     kinds = {"heatmap": "Heat map", "bar": "Bar chart", "scatter": "Line chart"}
     drawn = list(dict.fromkeys(kinds.get(trace.type, trace.type) for trace in figure.data))
     axes = " by ".join(_titles(figure))
-    told = [" and ".join(drawn) or "Empty figure", *([f" of {axes}"] if axes else []), "."]
+    parts = [" and ".join(drawn) or "Empty figure", *([f" of {axes}"] if axes else []), "."]
     if "value" in table and table["value"].notna().any():
-        told.append(f" {table['value'].notna().sum():,} values{_range(table['value'])}.")
+        parts.append(f" {table['value'].notna().sum():,} values{_range(table['value'])}.")
     key = ["panel", "series"] if "panel" in table else ["series"]
-    shown = [t.showlegend is not False or t.type == "heatmap" for t in figure.data]
-    series = [] if "value" in table or not any(shown) else list(table.groupby(key, sort=False, dropna=False))
+    visible = [t.showlegend is not False or t.type == "heatmap" for t in figure.data]
+    series = [] if "value" in table or not any(visible) else list(table.groupby(key, sort=False, dropna=False))
     measure = "x" if any(t.type == "bar" and t.orientation == "h" for t in figure.data) else "y"
-    for names, part in series[:_NAMED]:
+    for names, part in series[:_MAX_SERIES]:
         name = ", ".join(name for name in names if isinstance(name, str) and name)
-        told.append(f" {name or 'values'}{_range(part[measure])};")
-    if len(series) > _NAMED:
-        told.append(f" and {len(series) - _NAMED} more;")
-    return "".join(told).rstrip(";").rstrip(".") + "."
+        parts.append(f" {name or 'values'}{_range(part[measure])};")
+    if len(series) > _MAX_SERIES:
+        parts.append(f" and {len(series) - _MAX_SERIES} more;")
+    return "".join(parts).rstrip(";").rstrip(".") + "."
 
 
 def _range(values: pd.Series) -> str:
     known = pd.to_numeric(values, errors="coerce").dropna()
-    return f" from {known.min():.3g} to {known.max():.3g}" if len(known) else ", none known"
+    return f" from {known.min():.3g} to {known.max():.3g}" if len(known) else ", no values"
 
 
 def _titles(figure: go.Figure) -> list[str]:
-    """Of the y axes and of the x axes, those that have any."""
+    """Axis titles of the y axes and of the x axes, where there are any."""
     sides = (figure.select_yaxes(), figure.select_xaxes())
     titles = [dict.fromkeys(plain(axis.title.text) for axis in axes if axis.title.text) for axes in sides]
-    return [", ".join(known) for known in titles if known]
+    return [", ".join(texts) for texts in titles if texts]
 
 
-def _trace(figure: go.Figure, trace: Any) -> pd.DataFrame:
+def _trace_table(figure: go.Figure, trace: BaseTraceType) -> pd.DataFrame:
     columns = _heatmap(trace) if trace.type == "heatmap" else _points(trace)
     table = pd.DataFrame(columns).assign(series=plain(trace.name or ""), panel=_panel(figure, trace))
     for name in {"x", "y"} & {*columns}:
         axis = figure.layout[f"{name}axis{(getattr(trace, f'{name}axis') or name)[1:]}"]
         if axis.tickvals is not None and axis.ticktext is not None:
-            shown = dict(zip(axis.tickvals, map(plain, axis.ticktext), strict=True))
-            table[f"{name}_label"] = [shown.get(value) for value in columns[name]]
+            labels = dict(zip(axis.tickvals, map(plain, axis.ticktext), strict=True))
+            table[f"{name}_label"] = [labels.get(value) for value in columns[name]]
     return table
 
 
-def _heatmap(trace: Any) -> dict[str, object]:
+def _heatmap(trace: BaseTraceType) -> dict[str, Any]:
     values = np.asarray(trace.z, dtype=float)
-    x, y = (np.arange(n) if given is None else np.asarray(given) for given, n in _sides(trace, values))
+    sides = (trace.x, values.shape[1]), (trace.y, values.shape[0])
+    x, y = (np.arange(size) if side is None else np.asarray(side) for side, size in sides)
     columns = {"x": np.tile(x, len(y)), "y": np.repeat(y, len(x)), "value": values.ravel()}
     if trace.text is not None:
         columns["text"] = [plain(text) for row in trace.text for text in row]
     return columns
 
 
-def _sides(trace: Any, values: np.ndarray) -> list[tuple[object, int]]:
-    return [(trace.x, values.shape[1]), (trace.y, values.shape[0])]
-
-
-def _points(trace: Any) -> dict[str, object]:
-    """What a trace of one mark a point holds; of kinds without x and y, nothing."""
-    given = {name: list(trace[name]) for name in ("x", "y") if name in trace and trace[name] is not None}
-    number = max(map(len, given.values()), default=0)
-    columns: dict[str, Any] = {name: [*part, *[None] * (number - len(part))] for name, part in given.items()}
-    if given and len(given) < 2:  # plotly counts the other axis
-        columns["y" if "x" in given else "x"] = list(range(number))
+def _points(trace: BaseTraceType) -> dict[str, Any]:
+    """Columns of a trace with one mark per point; none for kinds without x and y."""
+    axes = {name: list(trace[name]) for name in ("x", "y") if name in trace and trace[name] is not None}
+    size = max(map(len, axes.values()), default=0)
+    columns: dict[str, Any] = {name: [*part, *[None] * (size - len(part))] for name, part in axes.items()}
+    if axes and len(axes) < 2:  # plotly counts along the missing axis
+        columns["y" if "x" in axes else "x"] = list(range(size))
     if "error_y" in trace and trace.error_y.array is not None:
         up, y = np.asarray(trace.error_y.array, float), np.asarray(columns["y"], float)
         down = up if trace.error_y.arrayminus is None else np.asarray(trace.error_y.arrayminus, float)
@@ -111,12 +109,12 @@ def _points(trace: Any) -> dict[str, object]:
     return columns
 
 
-def _panel(figure: go.Figure, trace: Any) -> str | None:
-    """The title above the panel that a trace is drawn in, where the figure has several."""
+def _panel(figure: go.Figure, trace: BaseTraceType) -> str | None:
+    """Title above the panel of a trace, in a figure of several panels."""
     titles = [part for part in figure.layout.annotations if part.xref == part.yref == "paper" and not part.showarrow]
     if not titles or "xaxis" not in trace:
         return None
     axis = {name: figure.layout[f"{name}axis{(trace[f'{name}axis'] or name)[1:]}"].domain for name in "xy"}
     middle, top = sum(axis["x"]) / 2, axis["y"][1]
-    best = min(titles, key=lambda part: abs(part.x - middle) + abs(part.y - top))
-    return plain(best.text)
+    closest = min(titles, key=lambda part: abs(part.x - middle) + abs(part.y - top))
+    return plain(closest.text)

@@ -1,4 +1,4 @@
-"""A heat map of heads: layers upward, heads rightward, one value each."""
+"""Heat map with one value per attention head, layers by heads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.theme import PROBABILITY, TEMPLATE, colour_bar
+
+
+def head_name(layer: int, head: int) -> str:
+    """Returns the name of a head, `L2H3`."""
+    return f"L{layer}H{head}"
 
 
 def head_grid(
@@ -22,9 +27,17 @@ def head_grid(
     unit: str,
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> go.Figure:
-    """Layers (upward) by heads (rightward), coloured by `values`; NaN, a head that is not there, stays white.
+    """Draws layers (upward) by heads (rightward), coloured by `values`.
 
-    `cells`: text in each. `title`, `subtitle`, `hover` and `cells` are markup: their maker has made model text safe.
+    Args:
+        values: One value per head; NaN, for a head that does not exist, stays white.
+        hover: Hover text of each cell. `hover`, `cells`, `title` and `subtitle` are plotly markup, already safe.
+        cells: Text in each cell.
+        layers: Layer numbers, from the bottom up.
+        title: Title of the figure.
+        subtitle: Subtitle of the figure.
+        unit: Title of the colour bar.
+        limits: Values at the two ends of the colour scale.
     """
     layer_names, head_names = [str(layer) for layer in layers], [str(head) for head in range(values.shape[1])]
     figure = go.Figure(
@@ -57,7 +70,7 @@ def head_grid(
 
 
 def with_side_panel(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " layer"]], *, unit: str) -> go.Figure:
-    """`figure`, a `head_grid`, with a panel to its right: a number or more of each of its layers, on a log scale."""
+    """Adds a panel to the right of a `head_grid`, one curve over its layers per entry of `curves`, on a log scale."""
     for name, values in curves.items():
         figure.add_scatter(
             x=values,

@@ -1,4 +1,4 @@
-"""Curves over layers."""
+"""Curves over layers, one line per quantity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workbench.figures.ticks import integer_step
 def layer_curves(
     curves: Mapping[str, Float[np.ndarray, " layer"]], *, layers: Sequence[int], title: str, unit: str
 ) -> go.Figure:
-    """One line for each entry of `curves`, over layers, all in the same unit."""
+    """Draws one line over layers per entry of `curves`, all in the same unit."""
     figure = go.Figure(
         [
             go.Scatter(x=list(layers), y=values, name=name, mode="lines+markers", hovertemplate="layer %{x}: %{y:.4g}")

@@ -1,6 +1,6 @@
-"""HTML out of values: what the report and notebooks show of a store, a result, a table. Every text is escaped.
+"""HTML of values: cards in notebooks, tables and prose of the report. Every text is escaped.
 
-Colours are those of the page around it (`currentColor`), so that the same markup reads on light and on dark.
+Colours derive from the surrounding page (`currentColor`), so that the markup is readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _CARD = (
 
 
 def escape(value: Any) -> str:
-    """A value as markup that shows it: nothing in it becomes an element, controls and direction marks are spelt out."""
+    """Returns a value as inert markup: no elements; control characters and direction marks become escapes."""
     return sentence(str(value))
 
 
 def cell(value: Any) -> str:
-    """A value of a table: four digits of a number, white space of a text made visible; "" for none."""
+    """Returns a table cell: floats with four digits, strings with visible white space, "" for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -41,20 +41,20 @@ def cell(value: Any) -> str:
 
 
 def table(heading: Sequence[Any], lines: Iterable[Sequence[str]]) -> str:
-    """A table; `heading` is text, the cells of `lines` are markup."""
+    """Returns an HTML table; `heading` is text, the cells of `lines` are markup."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heading)
     body = "".join("<tr>" + "".join(f"<td>{part}</td>" for part in line) + "</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def frame(values: pd.DataFrame, rows: int) -> str:
-    """The first `rows` rows of a table."""
+    """Returns the first `rows` rows of a table as HTML."""
     head = values.head(rows).astype(object)
     return table(list(values.columns), ([cell(value) for value in line] for line in head.itertuples(index=False)))
 
 
 def prose(docstring: str) -> str:
-    """Paragraphs of a docstring: indented ones as they stand, `names` in backticks as code."""
+    """Returns the paragraphs of a docstring: indented ones preformatted, names in backticks as code."""
     parts = re.split(r"\n\s*\n", docstring.strip("\n"))
     return "".join(_paragraph(part) for part in parts if part.strip())
 
@@ -67,14 +67,14 @@ def _paragraph(part: str) -> str:
 
 
 def inline(line: str) -> str:
-    """A line of prose: `code`, and arXiv numbers as links."""
+    """Returns a line of prose with `code` set as code and arXiv numbers as links."""
     coded = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line))
     link = r'<a href="https://arxiv.org/abs/\1" rel="noreferrer">arXiv \1</a>'
     return re.sub(r"\barXiv:? ?(\d{4}\.\d{4,5})\b", link, coded)
 
 
 def card(title: str, facts: Mapping[str, Any], below: str = "") -> str:
-    """What a notebook shows of an object: its kind, a fact a line, and `below`, which is markup."""
+    """Returns the notebook card of an object: its kind, one fact per line, then `below`, which is markup."""
     lines = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(fact)}</td></tr>' for name, fact in facts.items()
     )

@@ -1,4 +1,7 @@
-"""Model text in figures. plotly reads labels as HTML and `$...$` as LaTeX, and a token can be anything."""
+"""Text of models and files as plotly markup: visible and inert.
+
+Plotly parses labels as HTML and `$...$` as LaTeX, and a token can be any string.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +16,38 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def visible(token: str, limit: int = 24) -> str:
-    """A token as one line that shows its white space and control characters; longer ones end in "…".
+    """Returns a token as one line with visible white space and control characters, cut to `limit` with "…".
 
-    A space is "·", a newline "⏎"; controls, direction marks and unassigned code points are written `\\u202e`.
+    A space becomes "·", a newline "⏎"; control characters, direction marks and unassigned code points become
+    escapes such as `\\u202e`.
     """
     shown = "".join(_SHOWN.get(char) or _printable(char) for char in token)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def label(token: str, limit: int = 24) -> str:
-    """`visible`, and safe as a plotly text: nothing in it can become markup, a link or LaTeX."""
+    """Returns `visible(token)` as plotly text in which nothing can become markup, a link or LaTeX."""
     return _escaped(visible(token, limit))
 
 
 def sentence(text: str) -> str:
-    """A line of prose that may hold text of models or files: safe as `label` is, its spaces left as they are."""
+    """Returns a line of prose as plotly text, escaped like `label`, with its spaces unchanged."""
     return _escaped("".join(map(_printable, text)))
 
 
 def plain(markup: str) -> str:
-    """What a plotly text says, as plain text: the inverse of `label` and `sentence`, with line breaks as "; "."""
+    """Returns plotly text as plain text: the inverse of `label` and `sentence`, with line breaks as "; "."""
     return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<br ?/?>", "; ", str(markup))))
 
 
 def axis_title(attrs: Mapping[str, Any], name: str = "") -> str:
-    """The title of an axis that shows a variable with these `attrs`: "name (units)", or the units alone."""
+    """Returns the axis title of a variable with these xarray `attrs`: "name (units)", or the units alone."""
     unit = str(attrs.get("units", ""))
     return sentence(f"{name} ({unit})" if name and unit else name or unit)
 
 
 def _escaped(text: str) -> str:
-    return html.escape(text).replace("&quot;", "&#34;").replace("$", "&#36;")  # plotly knows no &quot;
+    return html.escape(text).replace("&quot;", "&#34;").replace("$", "&#36;")  # plotly does not decode &quot;
 
 
 def _printable(char: str) -> str:

@@ -1,6 +1,7 @@
-"""How every figure looks: plotly templates for screen and paper, and the palettes, chosen by what a colour means.
+"""Plotly templates for screen and paper, and one palette per meaning of colour.
 
-A figure is built in the light screen theme; `workbench.figures.paper` sets a copy for print, `to_dark` for a dark page.
+Figures are built in the light screen theme; `workbench.figures.paper` makes a copy for print, `to_dark` one for a dark
+page.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ from typing import Any
 import plotly.graph_objects as go
 
 INCH, POINT = 96.0, 96 / 72
-"""plotly's pixels are CSS pixels: 96 to the inch, in SVG and PDF exactly."""
+"""Plotly pixels per inch and per point: CSS pixels, 96 to the inch, exact in SVG and PDF."""
 
 COLUMNS = {1: 3.25, 2: 6.75}
-"""Width in inches of a figure over one and over two columns: ICML's and MLSys' style files (two columns of 3.25 in,
-0.25 in between them). Narrower than ACM's 3.33 and IEEE's 3.5, so it fits these without scaling."""
+"""Figure width in inches over one and two columns, from the ICML and MLSys style files (two columns of 3.25 in with a
+gap of 0.25 in). Narrower than ACM's 3.33 in and IEEE's 3.5 in, so it fits these without scaling."""
 
 PROBABILITY = [[0, "#f7fbff"], [0.25, "#dbe9f6"], [0.5, "#a3cce3"], [0.7, "#4a90c2"], [0.85, "#1c5fa6"], [1, "#08306b"]]
-"""Sequential, light to dark, for values from none to all; light up to the middle, so that text in cells reads."""
+"""Sequential, light to dark, for values from 0 to 1; light up to the middle, so that text in cells is legible."""
 
 SIGNED = [[0, "#08519c"], [0.2, "#4292c6"], [0.4, "#c6dbef"], [0.5, "#f7f7f7"], [0.6, "#fdd0a2"], [0.8, "#e6741e"]]
 SIGNED += [[1, "#8c2d04"]]
-"""Diverging, blue below and orange above a middle that is nearly white: give `zmid`. Blue and orange are told apart
-with any colour vision, and equal distances from the middle are about equally dark."""
+"""Diverging, blue below and orange above a nearly white middle (set `zmid`). Distinguishable with colour-vision
+deficiency; equal distances from the middle are about equally dark."""
 
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's colours: told apart with any colour vision."""
+"""Okabe and Ito's categorical colours, distinguishable with colour-vision deficiency."""
 
 NEUTRAL = "#9aa1ad"
-"""What is there to compare with: a diagonal, a baseline, what does not count."""
+"""Colour of references: diagonals, baselines, excluded values."""
 
 MONOSPACE = "ui-monospace, Menlo, Consolas, monospace"
 SANS = "Inter, Helvetica, Arial, sans-serif"
@@ -61,7 +62,7 @@ def _template(ink: str, grid: str, page: str) -> go.layout.Template:
 
 
 def _paper_template() -> go.layout.Template:
-    """8 pt for what is read first, 7 pt for ticks and keys, no line under 0.5 pt: what print still shows."""
+    """Text of 8 pt, ticks and legend of 7 pt, no line under 0.5 pt, the thinnest that prints."""
     text, small = {"size": 8 * POINT}, {"size": 7 * POINT}
     axis = {"gridcolor": GRID, "gridwidth": 0.5 * POINT, "linecolor": INK, "linewidth": 0.5 * POINT, "ticks": "outside"}
     axis |= {"ticklen": 2 * POINT, "tickwidth": 0.5 * POINT, "zeroline": False, "automargin": True, "tickfont": small}
@@ -90,34 +91,34 @@ def _paper_template() -> go.layout.Template:
 
 
 def colour_bar(unit: str) -> dict[str, Any]:
-    """The colour bar of a heat map of this unit, which is plotly text."""
+    """Returns the colour bar of a heat map; `unit`, its title, is plotly markup."""
     return {"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0}
 
 
 def to_dark(figure: go.Figure) -> go.Figure:
-    """A copy for a dark page: its template, and the palettes' dark twins, which end where the page begins."""
-    told = figure.to_plotly_json()
-    copy = go.Figure({"data": _dark(told["data"]), "layout": _dark({**told["layout"], "template": None})})
+    """Returns a copy for a dark page, with the dark template and the dark counterpart of each palette."""
+    spec = figure.to_plotly_json()
+    copy = go.Figure({"data": _dark(spec["data"]), "layout": _dark({**spec["layout"], "template": None})})
     return copy.update_layout(template=DARK)
 
 
 def _dark(value: Any, key: str = "") -> Any:
-    """`value` with the light theme's colours, wherever a colour is asked for, replaced; no other text is touched."""
+    """`value` with the light theme's colours replaced where a colour is expected; other text is unchanged."""
     if isinstance(value, Mapping):
         return {name: _dark(part, name) for name, part in value.items()}
     if key == "colorscale":
-        return _TWINS.get(_scale(value), value)
+        return _DARK_SCALES.get(_scale(value), value)
     if key in ("color", "") and isinstance(value, str):
         return _DARK_COLOURS.get(value, value)
     return [_dark(part, key) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _scale(scale: Any) -> tuple[tuple[float, str], ...]:
-    return tuple((float(at), str(colour)) for at, colour in scale)
+    return tuple((float(position), str(colour)) for position, colour in scale)
 
 
 _DARK_COLOURS = {"#000000": "#f2f4f7", INK: DARK_INK}
-_TWINS = {_scale(PROBABILITY): _DARK_PROBABILITY, _scale(SIGNED): _DARK_SIGNED}
+_DARK_SCALES = {_scale(PROBABILITY): _DARK_PROBABILITY, _scale(SIGNED): _DARK_SIGNED}
 
 TEMPLATE = _template(INK, GRID, PAGE)
 DARK = _template(DARK_INK, DARK_GRID, DARK_PAGE)

@@ -1,4 +1,4 @@
-"""Where an axis has its ticks."""
+"""Tick spacing of axes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def integer_step(values: Iterable[Any]) -> int | None:
-    """Distance of ticks for layers, offsets, horizons: whole, and a dozen at most.
+    """Returns a whole tick distance for layers, offsets or horizons that gives about a dozen ticks.
 
-    None, where plotly chooses as well: among fractions, words, and numbers that span more than a hundred.
+    None lets plotly choose: for fractions, strings, and numbers that span more than 100.
     """
-    found = np.array(list(values))
-    if not found.size or found.dtype.kind not in "iuf" or (found != found.round()).any():
+    array = np.array(list(values))
+    if not array.size or array.dtype.kind not in "iuf" or (array != array.round()).any():
         return None
-    span = int(found.max() - found.min())
+    span = int(array.max() - array.min())
     return max(1, (span + 1) // 12) if span <= 100 else None

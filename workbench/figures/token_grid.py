@@ -1,4 +1,4 @@
-"""A grid of layers by tokens with text in its cells, and curves over layers."""
+"""Heat map of layers by tokens with text in its cells."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from workbench.figures.safe_text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
 
 MAX_TOKENS = 1_024
-"""In one grid: more would be wider than a browser can draw and larger than 10 MB at 48 layers."""
+"""Maximum tokens of one grid: more would be wider than a browser can draw and larger than 10 MB at 48 layers."""
 
-_WIDEST = 16_000  # pixels of all cells
-_MOST_TEXTS = 6_000  # a browser lays out each by itself
+_MAX_WIDTH = 16_000  # pixels of all cells
+_MAX_TEXTS = 6_000  # a browser lays out each one separately
 
 
-def count_shown(shown: int, known: int) -> str:
-    """What a figure leaves out, for its subtitle: "20 of 1,024 tokens", or "" where it leaves out nothing."""
-    return f"{shown:,} of {known:,} tokens" if shown < known else ""
+def count_shown(shown: int, total: int) -> str:
+    """Returns "20 of 1,024 tokens" for the subtitle of a figure that leaves some out, else ""."""
+    return f"{shown:,} of {total:,} tokens" if shown < total else ""
 
 
 def token_grid(
@@ -36,17 +36,28 @@ def token_grid(
     unit: str,
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> go.Figure:
-    """Layers (upward) by tokens (rightward), coloured by `values`, each cell holding a token of `cells`.
+    """Draws layers (upward) by tokens (rightward), coloured by `values`, with a token in each cell.
 
-    `cells` and `tokens` are model text and made safe here; `hover` is markup, its maker has done so. A long text
-    scrolls sideways rather than shrinking out of sight; from 258 tokens on cells grow narrower, and have no text where
-    they are too narrow or too many, which the subtitle says.
+    The figure grows with the number of tokens; from 258 tokens on cells become narrower, and lose their text when they
+    are too narrow or too many, which the subtitle reports.
+
+    Args:
+        values: Values that are encoded as colour.
+        cells: Text of each cell; model text, escaped here, as is `tokens`.
+        hover: Hover text of each cell; plotly markup, already safe.
+        tokens: Input tokens, along the x axis.
+        positions: Position of each token in its sequence.
+        layers: Layer numbers, from the bottom up.
+        title: Title of the figure; plotly markup, as is `subtitle`.
+        subtitle: Subtitle of the figure.
+        unit: Title of the colour bar.
+        limits: Values at the two ends of the colour scale.
     """
     columns = [str(position) for position in positions]
-    cell = max(14, min(62, _WIDEST // len(columns)))
-    room = int((cell - 2) / 6.6) if values.size <= _MOST_TEXTS else 0
+    cell = max(14, min(62, _MAX_WIDTH // len(columns)))
+    room = int((cell - 2) / 6.6) if values.size <= _MAX_TEXTS else 0
     if room < 3:
-        subtitle = f"{subtitle}; cells are too {'many' if not room else 'narrow'} for text, which hovering shows"
+        subtitle = f"{subtitle}; cells are too {'many' if not room else 'narrow'} for text: hover to read it"
     figure = go.Figure(
         go.Heatmap(
             z=values,

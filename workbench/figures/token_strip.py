@@ -1,4 +1,4 @@
-"""A text, token by token, coloured by a number that each token has."""
+"""A text in lines, each token coloured by a value."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jaxtyping import Float
 from workbench.figures.safe_text import label
 from workbench.figures.theme import MONOSPACE, PROBABILITY, SIGNED, TEMPLATE, colour_bar
 
-MOST = 2_048
-"""Tokens that are drawn; what is beyond is left out and said."""
+MAX_STRIP_TOKENS = 2_048
+"""Maximum tokens that are drawn; the subtitle reports what is left out."""
 
 _LINE = 12  # tokens
 
@@ -30,23 +30,34 @@ def token_strip(
     palette: Sequence[Sequence[object]] = PROBABILITY,
     line: int = _LINE,
 ) -> go.Figure:
-    """The text in lines of `line` tokens, read as a page is, each token coloured by its value; NaN, none, stays white.
+    """Draws the text in lines of `line` tokens, each token coloured by its value.
 
-    `limits`: values of the palette's ends, by default 0, or the least where that is negative, and the largest; with
-    `SIGNED` as far from 0 on both sides.
-    `tokens` are model text and made safe here; `title`, `subtitle` and `unit` are markup: their maker has done so. Of
-    more than 2,048 tokens the first are drawn, which the subtitle says.
+    Args:
+        values: Value of each token; NaN stays white. Only the first 2,048 tokens are drawn, and the subtitle says so.
+        tokens: Model text, escaped here.
+        positions: Position of each token in its sequence.
+        title: Plotly markup, already safe, as are `subtitle` and `unit`.
+        subtitle: As `title`.
+        unit: Title of the colour bar.
+        limits: Values at the ends of the palette. None: 0, or the minimum if negative, and the maximum; with `SIGNED`
+            symmetric around 0.
+        palette: `PROBABILITY` or `SIGNED`.
+        line: Tokens per line.
     """
-    number = len(values)
-    values, tokens, positions = np.asarray(values, float)[:MOST], list(tokens)[:MOST], list(positions)[:MOST]
-    if number > MOST:
-        subtitle = f"{subtitle}; the first {MOST:,} of {number:,} tokens"
-    told = [
+    total = len(values)
+    values, tokens, positions = (
+        np.asarray(values, float)[:MAX_STRIP_TOKENS],
+        list(tokens)[:MAX_STRIP_TOKENS],
+        list(positions)[:MAX_STRIP_TOKENS],
+    )
+    if total > MAX_STRIP_TOKENS:
+        subtitle = f"{subtitle}; the first {MAX_STRIP_TOKENS:,} of {total:,} tokens"
+    hover = [
         f"position {position}, {label(token)}: {value:.4g}"
         for position, token, value in zip(positions, tokens, values, strict=True)
     ]
     lines = -(-len(values) // line)
-    low, high = limits or _ends(values, palette)
+    low, high = limits or _limits(values, palette)
     figure = go.Figure(
         go.Heatmap(
             z=np.pad(values, (0, lines * line - len(values)), constant_values=np.nan).reshape(lines, line),
@@ -55,7 +66,7 @@ def token_strip(
             text=_lines([label(token, 9) for token in tokens], line),
             texttemplate="%{text}",
             textfont={"family": MONOSPACE, "size": 11},
-            customdata=_lines(told, line),
+            customdata=_lines(hover, line),
             hovertemplate="%{customdata}<extra></extra>",
             hoverongaps=False,
             colorscale=palette,
@@ -87,9 +98,9 @@ def _lines(texts: Sequence[str], line: int) -> list[list[str]]:
     return [list(part) for part in zip_longest(*[iter(texts)] * line, fillvalue="")]
 
 
-def _ends(values: Float[np.ndarray, " token"], palette: Sequence[Sequence[object]]) -> tuple[float, float]:
-    known = values[np.isfinite(values)]
-    low, high = known.min(initial=0), known.max(initial=0)
+def _limits(values: Float[np.ndarray, " token"], palette: Sequence[Sequence[object]]) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    low, high = finite.min(initial=0), finite.max(initial=0)
     if palette is SIGNED:
         low, high = -max(-low, high), max(-low, high)
     return float(low), float(high if high > low else low + 1)

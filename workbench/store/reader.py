@@ -108,9 +108,10 @@ class Store:
 
         Reads the token table and 1,024 rows of each site.
         """
-        from workbench.figures.store_overview import overview
+        from workbench.figures.store_overview import overview  # plotly
+        from workbench.store.summary import summarize
 
-        return overview(self)
+        return overview(summarize(self))
 
     def figure(self, name: str | None = None) -> Figure:
         """One of these; by default the first. Raises RequestError for a name there is none of."""
