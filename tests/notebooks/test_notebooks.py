@@ -23,7 +23,7 @@ def code(path: Path) -> str:
 
 
 def test_every_probe_has_its_notebook():
-    used = {name for path in NOTEBOOKS for name in re.findall(r"^from probes import (.+)$", code(path), re.M)}
+    used = {name for path in NOTEBOOKS for name in re.findall(r"^from workbench.probes import (.+)$", code(path), re.M)}
     assert {probe for names in used for probe in names.split(", ")} == PROBES
     listed = re.findall(r"\]\(([\w-]+\.ipynb)\)", (FOLDER / "README.md").read_text())
     assert sorted(listed) == [path.name for path in NOTEBOOKS]
