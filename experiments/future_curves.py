@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+
+import workbench as wb
 from workbench.experiments.inputs import Inputs, recorded
 from workbench.experiments.panels import curves
 from workbench.probes import FutureLens
-
-import workbench as wb
 from workbench.results.experiment import found
 
 NAME = "future-curves"

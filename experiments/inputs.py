@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from workbench.experiments.controls import random_copy
 
 import workbench as wb
 from workbench.corpus import added_tokens, read_documents
 from workbench.embedded import NAME
+from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError
 from workbench.recording.cache import record_once
 

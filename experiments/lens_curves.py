@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import workbench as wb
 from workbench.experiments.inputs import Inputs, recorded
 from workbench.experiments.panels import curves
-from workbench.probes import LogitLens, TunedLens
-
-import workbench as wb
 from workbench.io.errors import RequestError
+from workbench.probes import LogitLens, TunedLens
 from workbench.results.experiment import found
 
 NAME = "lens-curves"

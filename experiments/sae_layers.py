@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from workbench.experiments.inputs import Inputs, model_of, recorded
-from workbench.experiments.panels import curves
 
 import workbench as wb
 from workbench.embedded import NAME as DEMO
+from workbench.experiments.inputs import Inputs, model_of, recorded
+from workbench.experiments.panels import curves
 from workbench.io.errors import RequestError
 from workbench.results.experiment import found
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from workbench.experiments.inputs import RECORDINGS, check_counts, documents_of, model_of
-from workbench.experiments.panels import curves
-from workbench.probes import AttentionSinks, LogitLens
 
 import workbench as wb
 from workbench.embedded import NAME as DEMO
+from workbench.experiments.inputs import RECORDINGS, check_counts, documents_of, model_of
+from workbench.experiments.panels import curves
 from workbench.io.errors import RequestError
+from workbench.probes import AttentionSinks, LogitLens
 from workbench.recording.cache import record_once
 from workbench.results.experiment import found
 

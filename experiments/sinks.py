@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import pandas as pd
 from plotly.subplots import make_subplots
-from workbench.experiments.inputs import Inputs, model_of, recorded, token_sequences
-from workbench.experiments.panels import differing, groups, named
-from workbench.probes import AttentionSinks
 
 import workbench as wb
 from workbench.demo.run import HEAD_SITES
+from workbench.experiments.inputs import Inputs, model_of, recorded, token_sequences
+from workbench.experiments.panels import differing, groups, named
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.io.errors import RequestError
+from workbench.probes import AttentionSinks
 from workbench.recording.cache import record_once
 from workbench.results.experiment import found
 

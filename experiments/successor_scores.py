@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import plotly.graph_objects as go
-from workbench.experiments.inputs import Inputs, model_of, recorded
-from workbench.experiments.panels import groups
-from workbench.probes import SuccessorHeads
 
 import workbench as wb
+from workbench.experiments.inputs import Inputs, model_of, recorded
+from workbench.experiments.panels import groups
 from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.probes import SuccessorHeads
 from workbench.results.experiment import found
 
 NAME = "successor-scores"

@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here comes from the hub
 
 import torch
+
 from workbench.experiments.architectures.sweep import LENGTHS, Check, check, shown
 from workbench.experiments.architectures.tiny import causal_lm_types
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from workbench.experiments.architectures.tiny import tiny_model
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, quietly
 from workbench.model.unembed import load_unembed

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 
+from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 from workbench.sae.encode import encoder, fast_bfloat16
 from workbench.sae.load import Sae, load_sae
 

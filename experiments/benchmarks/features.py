@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 
 import workbench as wb
+from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 from workbench.features.feature_store import (
     BY_FEATURE,
     BY_ROW,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from workbench.experiments.benchmarks.measure import Comparison, Memory, interleaved, peak_memory, per_second
-from workbench.experiments.benchmarks.models import forward, gpt2, record, token_ids, tokenizer
 
 import workbench as wb
+from workbench.experiments.benchmarks.measure import Comparison, Memory, interleaved, peak_memory, per_second
+from workbench.experiments.benchmarks.models import forward, gpt2, record, token_ids, tokenizer
 
 
 @dataclass(frozen=True)

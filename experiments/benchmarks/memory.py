@@ -9,10 +9,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison, Memory, peak_memory
 from workbench.experiments.benchmarks.models import SHARED
-
-import workbench as wb
 
 
 @dataclass(frozen=True)

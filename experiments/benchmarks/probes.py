@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.experiments.benchmarks.measure import Comparison, peak_memory
-from workbench.experiments.demo_model.corpus import documents
-
 import workbench as wb
 from workbench.demo.run import HEAD_SITES, SITES
+from workbench.experiments.benchmarks.measure import Comparison, peak_memory
+from workbench.experiments.demo_model.corpus import documents
 from workbench.results.probe import find_probe
 
 PROBES = ("attention-sinks", "future-lens", "future-prompts", "logit-lens", "token-erasure", "tuned-lens")

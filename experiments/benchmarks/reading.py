@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int64
-from workbench.experiments.benchmarks.measure import Comparison, interleaved, per_second
-from workbench.experiments.benchmarks.models import gpt2, token_ids
 
 import workbench as wb
+from workbench.experiments.benchmarks.measure import Comparison, interleaved, per_second
+from workbench.experiments.benchmarks.models import gpt2, token_ids
 
 Gathers = list[Int64[np.ndarray, " selected"]]
 

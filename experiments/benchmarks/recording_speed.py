@@ -6,10 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, per_second
 from workbench.experiments.benchmarks.models import forward, gpt2, record, token_ids
-
-import workbench as wb
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workbench.experiments.benchmarks.measure import Comparison, interleaved
-from workbench.experiments.benchmarks.models import SHARED, gpt2, record, token_ids, tokenizer
 
 import workbench as wb
+from workbench.experiments.benchmarks.measure import Comparison, interleaved
+from workbench.experiments.benchmarks.models import SHARED, gpt2, record, token_ids, tokenizer
 
 
 @dataclass(frozen=True)

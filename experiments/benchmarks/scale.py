@@ -18,9 +18,9 @@ from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
-from workbench.experiments.benchmarks.measure import Comparison
 
 import workbench as wb
+from workbench.experiments.benchmarks.measure import Comparison
 from workbench.io.files import sha256_bytes
 from workbench.io.tensorfile import TensorFile
 from workbench.store.groups import SIZE, write_groups

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+
+import workbench as wb
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model.phenomena import Finding, measure
 from workbench.experiments.demo_model.tokenizer import train_tokenizer
 from workbench.experiments.demo_model.train import Recipe, build, read_recipe
-
-import workbench as wb
 
 PAGE = Path(__file__).parents[2] / "docs" / "demo-model.md"
 

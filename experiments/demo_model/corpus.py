@@ -22,9 +22,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from workbench.experiments.demo_model.world import CONCEPTS, ORDINALS, PEOPLE, PLAIN, SUCCESSORS, TRIGGERS, Person
-
 from workbench.embedded import CORPUS
+from workbench.experiments.demo_model.world import CONCEPTS, ORDINALS, PEOPLE, PLAIN, SUCCESSORS, TRIGGERS, Person
 
 HELD_OUT = 1_000_003
 """Seed of the corpus that ships with the package; training seeds are small numbers, so none meets it."""

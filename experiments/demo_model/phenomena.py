@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from workbench.experiments.demo_model.corpus import HELD_OUT, documents
-from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 
 import workbench as wb
 from workbench.demo.run import label_features
+from workbench.experiments.demo_model.corpus import HELD_OUT, documents
 from workbench.model.circuits import FirstMlp
+from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 
 LENGTH, EPSILON = 64, 0.3
 """T and epsilon of the sink metric (Gu et al., arXiv 2410.10781)."""

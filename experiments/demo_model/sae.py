@@ -17,10 +17,10 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
-from workbench.experiments.demo_model.corpus import documents
-from workbench.experiments.train_sae import batches
 
 import workbench as wb
+from workbench.experiments.demo_model.corpus import documents
+from workbench.experiments.train_sae import batches
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from workbench.experiments.demo_model import corpus
-
 from workbench.embedded import MODEL, SAE
+from workbench.experiments.demo_model import corpus
 from workbench.io.errors import RequestError
 
 LIMIT = 20_000_000

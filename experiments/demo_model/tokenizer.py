@@ -8,6 +8,7 @@ from itertools import chain
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
 from workbench.experiments.demo_model.corpus import LabelledDocument, documents
 from workbench.experiments.demo_model.world import CODAS, CONCEPTS, ONSETS, ORDINALS, PLAIN, STEMS
 

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from workbench.experiments.demo_model.corpus import document
 from workbench.experiments.demo_model.tokenizer import train_tokenizer
-
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 

@@ -16,11 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from workbench.experiments.controls import random_copy
-
 import workbench as wb
 from workbench.demo.run import HEAD_SITES, SITES
 from workbench.demo.run import SETTINGS as QUICK
+from workbench.experiments.controls import random_copy
 from workbench.io.errors import WorkbenchError
 from workbench.io.progress import progress
 from workbench.results.probe import find_probe, installed_probes

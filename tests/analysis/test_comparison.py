@@ -11,12 +11,12 @@ from command_line import refused as refused_by_cli
 from command_line import run
 from planted import linear_unembed, planted_store
 from refusals import refused
-from workbench.probes import LogitLens
 
 import workbench as wb
 from workbench.analysis import comparison
 from workbench.analysis.comparison import row_distances, side_by_side
 from workbench.io.errors import RequestError
+from workbench.probes import LogitLens
 from workbench.results.result import Result
 
 DOCUMENTS = [[1, 2, 3, 4], [2, 2, 1], [3, 1, 4, 1, 5], [4, 4], [5, 1, 2]]

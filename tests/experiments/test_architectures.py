@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from workbench.experiments.architectures import __main__ as command
 from workbench.experiments.architectures import sweep
 from workbench.experiments.architectures.sweep import Check, check, shown
-
 from workbench.recording import record as recorder
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"

@@ -5,11 +5,11 @@ from itertools import pairwise
 from random import Random
 
 import pytest
+
+from workbench.embedded import demo_corpus
 from workbench.experiments.demo_model.corpus import DOMAINS, HELD_OUT, LABELS, document, documents
 from workbench.experiments.demo_model.tokenizer import train_tokenizer
 from workbench.experiments.demo_model.world import CONCEPTS, ORDINALS, PEOPLE, PLACES, PLAIN, SUCCESSORS, TRIGGERS
-
-from workbench.embedded import demo_corpus
 
 SEED = 7
 

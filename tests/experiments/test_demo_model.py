@@ -6,6 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
+import workbench as wb
+from workbench.embedded import MODEL, demo_corpus
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model import train as training
 from workbench.experiments.demo_model.phenomena import (
@@ -26,9 +29,6 @@ from workbench.experiments.demo_model.train import (
     sequences,
     train,
 )
-
-import workbench as wb
-from workbench.embedded import MODEL, demo_corpus
 from workbench.io.errors import RequestError
 
 SMALL = Recipe(steps=6, layers=2, heads=2, d_model=32, d_mlp=48, batch=4, context=48, warmup=2)

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from refusals import refused
+
+import workbench as wb
 from workbench.experiments import (
     erasure_curves,
     future_curves,
@@ -21,8 +23,6 @@ from workbench.experiments import (
     successor_scores,
 )
 from workbench.experiments.controls import random_copy
-
-import workbench as wb
 from workbench.io.errors import RequestError
 from workbench.recording import record as recorder
 from workbench.runs.folders import Cell, run_cell

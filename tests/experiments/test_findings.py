@@ -1,10 +1,9 @@
 """The page of what every probe finds: every probe answers, and a model's words are no markup there."""
 
-from workbench.experiments.controls import random_copy
-from workbench.experiments.findings.__main__ import Subject, headlines, page
-
 import workbench as wb
 from workbench.embedded import demo_corpus
+from workbench.experiments.controls import random_copy
+from workbench.experiments.findings.__main__ import Subject, headlines, page
 from workbench.results.probe import installed_probes
 
 

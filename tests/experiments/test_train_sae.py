@@ -7,9 +7,9 @@ import pytest
 import torch
 from refusals import refused
 from store_example import MODEL, token_table, values, write_store
-from workbench.experiments.train_sae import TrainSae, batches, main, train_sae
 
 import workbench as wb
+from workbench.experiments.train_sae import TrainSae, batches, main, train_sae
 from workbench.io.errors import RequestError
 from workbench.store import SiteRecord, open_store
 

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
-from workbench.probes import LogitLens
 
 import workbench as wb
 from workbench.figures.layer_curves import layer_curves
@@ -23,6 +22,7 @@ from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.figures.ticks import integer_step
 from workbench.figures.token_grid import token_grid
 from workbench.model.load import Model
+from workbench.probes import LogitLens
 
 HOSTILE = [
     "<script>alert(1)</script>",

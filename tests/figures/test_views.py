@@ -11,7 +11,6 @@ import xarray as xr
 from browser import chrome, visit
 from planted import linear_unembed, planted_store
 from refusals import refused
-from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 
 import workbench as wb
 from workbench.analysis.lens import lens_depth, lens_grid
@@ -22,6 +21,7 @@ from workbench.figures.theme import SIGNED
 from workbench.figures.token_grid import token_grid
 from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
+from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 from workbench.results.result import Result
 
 HOSTILE = [

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
-from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 from workbench.io.errors import DataError, RequestError
 from workbench.model import capture as capturing
 from workbench.model.attention import Columns, row_entropy

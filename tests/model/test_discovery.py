@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 
+from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 from workbench.io.errors import RequestError
 from workbench.model import discovery as sitemap
 from workbench.model.discovery import find_sites

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 from workbench.io.errors import DataError, RequestError
 from workbench.model.discovery import find_sites
 from workbench.model.load import Model

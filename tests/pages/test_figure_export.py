@@ -22,7 +22,6 @@ from browser import chrome, overlapping, text_boxes
 from plotly.subplots import make_subplots
 from refusals import refused
 from warned import warned
-from workbench.probes import LogitLens
 
 import workbench as wb
 from workbench.cli.main import main
@@ -37,6 +36,7 @@ from workbench.figures.token_grid import token_grid
 from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
+from workbench.probes import LogitLens
 
 HOSTILE = "<script>alert(1)</script><a href='x'>&amp;$x$\u202e\x00\"%{x}"
 

@@ -14,7 +14,6 @@ import plotly.graph_objects as go
 import pytest
 from devtools import chromium
 from html_example import Markup
-from workbench.probes import AttentionSinks, LogitLens
 
 import workbench as wb
 from workbench.cli.main import main
@@ -22,6 +21,7 @@ from workbench.embedded import MODEL
 from workbench.figures.theme import PROBABILITY, TEMPLATE, to_dark
 from workbench.io.errors import RequestError
 from workbench.pages.report import ROWS, Section, section, write_report
+from workbench.probes import AttentionSinks, LogitLens
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>document.title='owned'</script> ${1} \u202e \0 \"'& \U0001f642"
 COLUMN = "<b onclick=alert(2)>src</b>"

@@ -237,7 +237,6 @@ def test_features_by_workers_are_those_of_one_process(in_this_process, folder, t
 
 def test_cells_of_a_sweep_by_workers_have_the_table_of_one_process(session, tmp_path):
     from workbench.experiments.sinks import Config
-
     from workbench.runs.sweep import grid, sweep
 
     choices = {"model": ("demo", str(tmp_path / "none")), "input": ("random",), "rows": (640,), "length": (32,)}
@@ -355,6 +354,7 @@ def test_workers_that_die_before_their_first_task_end_the_work(session, monkeypa
 def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_path, monkeypatch):
     """A recording and an extraction end there; a sweep goes on with its other cells."""
     from sae_example import save_sae
+
     from workbench.experiments.sinks import Config
 
     def loses(_self, _begin, _given, tasks, _device, lost):

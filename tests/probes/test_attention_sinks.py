@@ -10,12 +10,12 @@ import torch
 from refusals import refused
 from store_example import token_table, writing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from workbench.experiments.controls import random_copy
-from workbench.probes.attention_sinks import AttentionSinks, massive_activation
 
 import workbench as wb
+from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
+from workbench.probes.attention_sinks import AttentionSinks, massive_activation
 from workbench.results import result as results
 from workbench.sites.grammar import full_name
 from workbench.sites.settings import Recording

@@ -9,10 +9,10 @@ import pytest
 import torch
 from planted import linear_unembed, planted_store
 from refusals import refused
-from workbench.probes.future_lens import FutureLens, bigrams, future_view, ridge_maps
 
 import workbench as wb
 from workbench.io.errors import RequestError
+from workbench.probes.future_lens import FutureLens, bigrams, future_view, ridge_maps
 
 VOCAB, DOCUMENTS, LENGTH = 5, 24, 14
 QUICK = {"horizons": 3, "top_k": 2, "direct_vocab": 0}

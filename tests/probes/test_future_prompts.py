@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
-from workbench.probes.future_prompts import LEARNED, FuturePrompts
 
 import workbench as wb
 from workbench.analysis.future import future_rows
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
+from workbench.probes.future_prompts import LEARNED, FuturePrompts
 
 FEW = FuturePrompts(prompts=("the day was", "Once upon a"), training_rows=40, row_limit=20, epochs=1, prompt_tokens=3)
 TEXTS = [

@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig
 from words import WORDS
-from workbench.probes import LogitLens
 
 import workbench as wb
 from workbench.analysis import lens as trajectory
@@ -21,6 +20,7 @@ from workbench.analysis.lens import lens_grid, lens_statistics, next_tokens
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import load_unembed
+from workbench.probes import LogitLens
 
 NORMS = {
     "GPT2LMHeadModel": "transformer.ln_f",

@@ -11,6 +11,9 @@ from operator import getitem
 import numpy as np
 import pytest
 from browser import chrome, overlapping, text_boxes
+
+import workbench as wb
+from workbench.embedded import demo_corpus
 from workbench.probes import (
     AttentionSinks,
     FutureLens,
@@ -21,9 +24,6 @@ from workbench.probes import (
     TunedLens,
 )
 from workbench.probes.token_erasure import vocabulary
-
-import workbench as wb
-from workbench.embedded import demo_corpus
 
 PROBES = (
     LogitLens(),

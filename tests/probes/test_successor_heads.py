@@ -13,6 +13,11 @@ import torch
 import xarray as xr
 from refusals import refused
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import workbench as wb
+from workbench import embedded
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
 from workbench.probes import successor_heads
 from workbench.probes.successor_heads import (
     TASKS,
@@ -26,11 +31,6 @@ from workbench.probes.successor_heads import (
     successions,
     wilson,
 )
-
-import workbench as wb
-from workbench import embedded
-from workbench.io.errors import RequestError
-from workbench.model.load import Model
 
 SIZES = {"numbers": 9, "number words": 12, "ordinals": 10, "days": 7, "months": 12, "letters": 26}
 PAIRS = sum(SIZES.values()) - len(SIZES)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from planted import planted_store
 from refusals import refused
-from workbench.probes import TokenErasure
-from workbench.probes.token_erasure import SCORED, erasure_scores, segmented, vocabulary
 
 import workbench as wb
 from workbench.analysis.softmax_probe import SoftmaxFit, fit_softmax
 from workbench.io.errors import RequestError
+from workbench.probes import TokenErasure
+from workbench.probes.token_erasure import SCORED, erasure_scores, segmented, vocabulary
 
 VOCAB, DOCUMENTS, LENGTH = 8, 24, 20
 WORD = (5, 6, 7)
@@ -250,9 +250,8 @@ def test_spans_by_label_or_by_spaces(store, planted, tmp_path):
 
 
 def test_words_by_spaces(tiny_models, tiny_tokenizer, tmp_path):
-    from workbench.probes.token_erasure import _spans
-
     from workbench.model.load import Model
+    from workbench.probes.token_erasure import _spans
 
     texts = ["the little day was Monday"]
     model = Model(tiny_models["llama"], tiny_tokenizer, "tiny")

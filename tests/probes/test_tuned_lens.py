@@ -9,11 +9,11 @@ import pytest
 import torch
 from planted import linear_unembed, planted_store
 from refusals import refused
-from workbench.probes import LogitLens, TunedLens
 
 import workbench as wb
 from workbench.analysis.lens import auc, lens_statistics, prediction_depth
 from workbench.io.errors import RequestError
+from workbench.probes import LogitLens, TunedLens
 
 D, VOCAB = 6, 9
 DOCUMENTS, LENGTH = 12, 40

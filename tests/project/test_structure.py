@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from workbench.experiments.structure.source import Import, Tree, circles, depth, functions_of
 
 ROOT = Path(__file__).parents[2]
