@@ -18,7 +18,7 @@ import workbench as wb
 from workbench.experiments.inputs import Inputs, recorded
 from workbench.experiments.panels import curves
 from workbench.probes import TokenErasure
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "erasure-curves"
 
@@ -46,7 +46,7 @@ def run(config: Config) -> wb.Result:
     result = TokenErasure(**settings).run(store)
     accuracy = result.data[["accuracy", "accuracy_low", "accuracy_high"]].to_dataframe().reset_index()
     tokens = result.data["tokens"].to_dataframe().reset_index()
-    return found(NAME, config, accuracy.merge(tokens, on=["group", "offset"]), store, data=result.data)
+    return make_result(NAME, config, accuracy.merge(tokens, on=["group", "offset"]), store, data=result.data)
 
 
 def headline(result: wb.Result) -> str:

@@ -18,7 +18,7 @@ import workbench as wb
 from workbench.experiments.inputs import Inputs, recorded
 from workbench.experiments.panels import curves
 from workbench.probes import FutureLens
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "future-curves"
 
@@ -52,7 +52,7 @@ def run(config: Config) -> wb.Result:
     table = data.to_dataframe().reset_index()
     bigram = result.data[["bigram_precision", "rows"]].to_dataframe().reset_index()
     bigram = bigram.rename(columns={"rows": "tested_rows"})
-    return found(NAME, config, table.merge(bigram, on="horizon"), store, data=result.data)
+    return make_result(NAME, config, table.merge(bigram, on="horizon"), store, data=result.data)
 
 
 def headline(result: wb.Result) -> str:

@@ -17,7 +17,7 @@ from workbench.experiments.inputs import Inputs, recorded
 from workbench.experiments.panels import curves
 from workbench.io.errors import RequestError
 from workbench.probes import LogitLens, TunedLens
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "lens-curves"
 
@@ -51,7 +51,7 @@ def run(config: Config) -> wb.Result:
     data = result.data[[f"mean_{name}" for name in _MEANS]].rename({f"mean_{name}": name for name in _MEANS})
     table = data.to_dataframe().reset_index()
     table["tokens"] = int(result.data["rows"])
-    return found(NAME, config, table, store, data=data)
+    return make_result(NAME, config, table, store, data=data)
 
 
 def headline(result: wb.Result) -> str:

@@ -19,7 +19,7 @@ from workbench.embedded import NAME as DEMO
 from workbench.experiments.inputs import Inputs, model_of, recorded
 from workbench.experiments.panels import curves
 from workbench.io.errors import RequestError
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "sae-layers"
 
@@ -63,7 +63,7 @@ def run(config: Config) -> wb.Result:
         "loss_spliced": np.nan if metrics.loss is None else metrics.loss.spliced,
         "loss_recovered": np.nan if metrics.loss is None else metrics.loss.recovered,
     }
-    return found(NAME, config, pd.DataFrame([line]), store)
+    return make_result(NAME, config, pd.DataFrame([line]), store)
 
 
 def headline(result: wb.Result) -> str:

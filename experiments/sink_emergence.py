@@ -23,7 +23,7 @@ from workbench.experiments.panels import curves
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks, LogitLens
 from workbench.recording.cache import record_once
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "sink-emergence"
 
@@ -87,7 +87,7 @@ def run(config: Config) -> wb.Result:
             }
         )
         stores.append(store)
-    return found(NAME, config, pd.DataFrame(lines), *stores)
+    return make_result(NAME, config, pd.DataFrame(lines), *stores)
 
 
 def training_steps(checkpoints: tuple[str, ...]) -> list[int]:

@@ -23,7 +23,7 @@ from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks
 from workbench.recording.cache import record_once
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "sinks"
 
@@ -65,7 +65,7 @@ def run(config: Config) -> wb.Result:
         "value_norm_ratio": float(best.get("value_norm_ratio", float("nan"))),
         "residual_norm_ratio": float("nan") if residual is None else float(residual.max()),
     }
-    return found(NAME, config, pd.DataFrame([line]), store, data=result.data)
+    return make_result(NAME, config, pd.DataFrame([line]), store, data=result.data)
 
 
 def _store(config: Config) -> wb.Store:

@@ -18,7 +18,7 @@ from workbench.experiments.inputs import Inputs, model_of, recorded
 from workbench.experiments.panels import groups
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.probes import SuccessorHeads
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "successor-scores"
 
@@ -46,11 +46,11 @@ def run(config: Config) -> wb.Result:
     model = model_of(config.model, config.weights, config.device)
     store = recorded(config, (f"resid_post.{model.site_map.n_layers - 1}",))
     settings = {"space": config.space, "case": config.case, "permutations": config.permutations, "seed": config.seed}
-    result = SuccessorHeads(row_limit=0, device=config.device, **settings).run(store, model)
+    result = SuccessorHeads(row_limit=0, device=config.device, **settings).run(store, model=model)
     names = ["macro", "micro", "tasks_above", "copying", "null_macro", "p_value", "p_family"]
     table = result.data[names].to_dataframe().reset_index()
     table["tasks"] = result.data.sizes["task"]
-    return found(NAME, config, table, store, data=result.data)
+    return make_result(NAME, config, table, store, data=result.data)
 
 
 def headline(result: wb.Result) -> str:

@@ -31,6 +31,7 @@ from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 from workbench.io.errors import RequestError, nearest
 from workbench.model.attention import Columns, row_entropy
+from workbench.model.load import Model
 from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
 
@@ -97,6 +98,7 @@ class AttentionSinks:
     """Which heads attend to one token whatever the text, how that token differs, and in which domains they do."""
 
     name: ClassVar[str] = "attention-sinks"
+    needs_model: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...]] = (
         "Gu et al. 2024, When attention sink emerges in language models, arXiv 2410.10781",
         "Guo et al. 2024, Active-dormant attention heads, arXiv 2410.13835",
@@ -153,7 +155,7 @@ class AttentionSinks:
                 f"min_visible is {self.min_visible} and no key is seen by more than {self.length} tokens"
             )
 
-    def run(self, store: Store) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads `pattern` (and `v`, `resid_post`), or what was derived from them while recording.
 
         `data` has, over (position): sink_k, the papers' metric, 0 to 100; sink, the same of the position `sink`, with
@@ -178,8 +180,7 @@ class AttentionSinks:
                 raise RequestError(
                     f"sink {self.sink}: attn_first knows what is paid to position 0 only; for domains record pattern"
                 )
-            for layer in layers:
-                store["attn_first", layer]  # refused by the store where it was not recorded
+            store.require(*(f"attn_first.{layer}" for layer in layers))
         sequences = _sequences(self, store, source)
         found = {layer: _attention(self, store, source, layer, sequences) for layer in layers}
         norms = {layer: _value_norms(self, store, layer, sequences) for layer in _layers(store, "v", "v_norm")}
@@ -274,7 +275,7 @@ def _source(store: Store) -> tuple[str, list[int]]:
     found = {"pattern": _layers(store, "pattern"), "derived": _layers(store, "attn_received")}
     source = max(found, key=lambda name: len(found[name]))
     if not found[source]:
-        store["attn_received", 0]  # refused by the store, with the record command that would provide it
+        store.require("attn_received.0")
     return source, found[source]
 
 

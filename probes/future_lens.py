@@ -32,7 +32,7 @@ from workbench.figures.ticks import integer_step
 from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
-from workbench.model.load import usable_device
+from workbench.model.load import Model, usable_device
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.results.result import Result, provenance
 from workbench.store.reader import ActivationArray, Store
@@ -99,6 +99,7 @@ class FutureLens:
     """How much of what the model will say one, two, three tokens past the next can be read from one hidden state."""
 
     name: ClassVar[str] = "future-lens"
+    needs_model: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...]] = ("Pal et al. 2023, Future Lens, arXiv 2311.04897",)
     controls: ClassVar[Mapping[str, str]] = {
         "bigram_precision": "what the token at T tells of T+N without any state",
@@ -151,7 +152,7 @@ class FutureLens:
         if not 0 < self.learning_rate < float("inf"):
             raise RequestError(f"learning_rate must be above 0, not {self.learning_rate}")
 
-    def run(self, store: Store) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Fits a map for every recorded layer of `site` and every horizon, then reads the tested documents with them.
 
         Over (method, layer, horizon): precision and text_precision, also over k, the share of tested tokens T whose

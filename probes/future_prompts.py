@@ -77,6 +77,7 @@ class FuturePrompts:
     """How much of what the model will say past the next token it says itself, when given one hidden state of a text."""
 
     name: ClassVar[str] = "future-prompts"
+    needs_model: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Pal et al. 2023, Future Lens, arXiv 2311.04897",)
     controls: ClassVar[Mapping[str, str]] = {
         "zero_precision": "zeros in place of the state: what prompt and fed tokens tell by themselves",
@@ -141,7 +142,7 @@ class FuturePrompts:
         if not 0 < self.learning_rate < float("inf"):
             raise RequestError(f"learning_rate must be above 0, not {self.learning_rate}")
 
-    def run(self, store: Store, model: Model | None = None) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Asks every prompt at every recorded layer of `site`; `model` is the recorded one, where it is loaded.
 
         Two regimes: fed, the text's own tokens T+1 to T+N following the prompt, as in the paper; and blind, the

@@ -17,6 +17,7 @@ import numpy as np
 
 from workbench.analysis.lens import lens_curves, lens_depth, lens_grid, read_lens, selected_rows
 from workbench.io.errors import RequestError
+from workbench.model.load import Model
 from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
 
@@ -26,6 +27,7 @@ class LogitLens:
     """What each layer would predict, were the model to stop there: top tokens, entropy, KL to the output, loss."""
 
     name: ClassVar[str] = "logit-lens"
+    needs_model: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...]] = ("nostalgebraist 2020, interpreting GPT: the logit lens",)
     controls: ClassVar[Mapping[str, str]] = {
         "a uniform guess": "has entropy and cross-entropy of ln(vocab) nats",
@@ -48,7 +50,7 @@ class LogitLens:
             if getattr(self, name) < least:
                 raise RequestError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
-    def run(self, store: Store) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads every layer of `site` that was recorded.
 
         `data` has, over (layer, row): entropy of the lens in nats (0 to ln vocab; ln vocab is uniform); kl in nats,

@@ -69,6 +69,7 @@ class SuccessorHeads:
     """Which heads map a token to its successor: numbers, days, months, letters, in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
+    needs_model: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("Gould et al. 2023, Successor heads, arXiv 2312.09230",)
     controls: ClassVar[Mapping[str, str]] = {
         "null_macro": "the same score with the successors shuffled within their class",
@@ -117,7 +118,7 @@ class SuccessorHeads:
         if not 0 < self.arithmetic < float("inf"):
             raise RequestError(f"arithmetic must be above 0, not {self.arithmetic}")
 
-    def run(self, store: Store, model: Model | None = None) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Scores every head of the model that `store` was recorded from; `model` is that model, where it is loaded.
 
         `data` has, over (task, layer, head): score, the share of tokens whose successor has strictly the largest logit

@@ -33,7 +33,7 @@ from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
 from workbench.figures.ticks import integer_step
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
-from workbench.model.load import usable_device
+from workbench.model.load import Model, usable_device
 from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
 
@@ -48,6 +48,7 @@ class TokenErasure:
     """Whether last tokens of words forget the tokens before them, and which spans of the text behave like words."""
 
     name: ClassVar[str] = "token-erasure"
+    needs_model: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...]] = ("Feucht et al. 2024, Token erasure, arXiv 2406.20086",)
     controls: ClassVar[Mapping[str, str]] = {
         "the control group": "tokens that end no word of several tokens: `fall` is what last tokens lose beyond them",
@@ -97,7 +98,7 @@ class TokenErasure:
         if not 0 < self.held_out < 0.6:
             raise RequestError(f"held_out must lie between 0 and 0.6, not {self.held_out}")
 
-    def run(self, store: Store) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Trains probes on some documents and asks the others.
 
         `data` has over (group, offset, layer): accuracy, 0 to 1, of the token at that offset, with its interval, and
@@ -112,7 +113,7 @@ class TokenErasure:
         fewer than three documents.
         """
         layers, labels = recorded_layers(store, self.site)
-        early, late = self._layers(store, layers)
+        early, late = self._layers(store)
         rows = selected_rows(store, self.where or "NOT is_special")
         parts = divided(
             store.tokens["document"].to_numpy()[rows], self.held_out, purpose="token erasure", seed=self.seed
@@ -147,13 +148,11 @@ class TokenErasure:
             data = data.assign(_agreement(table, spans, tested))
         return Result(self.name, data, table, provenance(store, self))
 
-    def _layers(self, store: Store, layers: list[int]) -> tuple[int, int]:
+    def _layers(self, store: Store) -> tuple[int, int]:
         n_layers = store.manifest.model.n_layers
         early = n_layers // 32 if self.early is None else self.early
         late = max(early + 1, round(9 * n_layers / 32)) if self.late is None else self.late
-        for layer in (early, late):
-            if layer not in layers:
-                store[self.site, layer]  # refused by the store, with the record command that would provide it
+        store.require(f"{self.site}.{early}", f"{self.site}.{late}")
         if early >= late:
             raise RequestError(f"early is layer {early} and late {late}; late must come after early")
         return early, late

@@ -32,7 +32,7 @@ from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import axis_title, label
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
-from workbench.model.load import usable_device
+from workbench.model.load import Model, usable_device
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.results.result import Result, provenance
 from workbench.store.reader import Store
@@ -45,6 +45,7 @@ class TunedLens:
     """What each layer would predict after a trained change of basis, on documents the training did not see."""
 
     name: ClassVar[str] = "tuned-lens"
+    needs_model: ClassVar[bool] = False
     sources: ClassVar[tuple[str, ...]] = ("Belrose et al. 2023, the tuned lens, arXiv 2303.08112",)
     controls: ClassVar[Mapping[str, str]] = {
         "logit_mean_kl": "the logit lens on the same held-out tokens, with nothing trained",
@@ -84,7 +85,7 @@ class TunedLens:
         if not 0 < self.held_out < 0.6:
             raise RequestError(f"held_out must lie between 0 and 0.6, not {self.held_out}")
 
-    def run(self, store: Store) -> Result:
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Trains a translator for every recorded layer of `site`, then reads the held-out documents through them.
 
         `data` has what the logit lens has, of the held-out rows: mean_kl and mean_cross_entropy stand beside
@@ -98,7 +99,7 @@ class TunedLens:
         device = usable_device(self.device)
         layers, labels = recorded_layers(store, self.site)
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
-        store[last]  # refused here, before training, if it was not recorded
+        store.require(last)  # before training
         translated = [(layer, name) for layer, name in zip(layers, labels, strict=True) if name != last]
         rows = selected_rows(store, self.where)
         document = store.tokens["document"].to_numpy()[rows]

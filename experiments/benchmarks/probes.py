@@ -12,7 +12,7 @@ import workbench as wb
 from workbench.demo.run import HEAD_SITES, SITES
 from workbench.experiments.benchmarks.measure import Comparison, peak_memory
 from workbench.experiments.demo_model.corpus import documents
-from workbench.results.probe import find_probe
+from workbench.results.registry import find_probe
 
 PROBES = ("attention-sinks", "future-lens", "future-prompts", "logit-lens", "token-erasure", "tuned-lens")
 _SEED = 77  # of documents that neither training nor the shipped corpus has

@@ -177,7 +177,7 @@ def successors(model: wb.Model, store: wb.Store) -> list[Finding]:
 
 
 def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str) -> list[Finding]:
-    data = SuccessorHeads(first_mlp=first_mlp, row_limit=0).run(store, model).data
+    data = SuccessorHeads(first_mlp=first_mlp, row_limit=0).run(store, model=model).data
     above, macro = data["tasks_above"].to_numpy(), data["macro"].to_numpy()
     layer, head = np.unravel_index((above + macro).argmax(), above.shape)
     at = data.isel(layer=layer, head=head)

@@ -11,7 +11,7 @@ import html
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from workbench.demo.run import SETTINGS as QUICK
 from workbench.experiments.controls import random_copy
 from workbench.io.errors import WorkbenchError
 from workbench.io.progress import progress
-from workbench.results.probe import find_probe, installed_probes
+from workbench.results.registry import find_probe, installed_probes
 
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
 SHARED = Path(__file__).parents[3] / "shared"
@@ -81,10 +81,9 @@ def headlines(subject: Subject, folder: Path, rows: int) -> dict[str, str]:
 
 def _headline(name: str, settings: dict[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> str:
     probe, refused = find_probe(name), []
-    with_model = (model,) if "model" in {field.name for field in fields(probe)} else ()
     for store in stores:
         try:
-            return probe.headline(probe(**settings).run(store, *with_model))
+            return probe.headline(probe(**settings).run(store, model=model))
         except WorkbenchError as error:
             refused.append(str(error))
     return f"not run: {refused[0]}"

@@ -518,7 +518,7 @@ def test_a_broken_probe_of_others_hides_no_other(monkeypatch):
         EntryPoint("gone", "no_such_package.probe:Probe", "workbench.probes"),
         EntryPoint("logit-lens", "workbench.probes.logit_lens:LogitLens", "workbench.probes"),
     ]
-    monkeypatch.setattr("workbench.results.probe.entry_points", lambda group: entries)
+    monkeypatch.setattr("workbench.results.registry.entry_points", lambda group: entries)
     code, out, err = run("probes")
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "  gone             cannot be loaded: there is no module no_such_package.probe"

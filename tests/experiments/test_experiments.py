@@ -54,7 +54,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     entries = [EntryPoint(name, module.__name__, "workbench.experiments") for name, module in MODULES.items()]
-    monkeypatch.setattr("workbench.results.experiment.entry_points", lambda group: entries)
+    monkeypatch.setattr("workbench.results.registry.entry_points", lambda group: entries)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import workbench as wb
 from workbench.embedded import demo_corpus
 from workbench.experiments.controls import random_copy
 from workbench.experiments.findings.__main__ import Subject, headlines, page
-from workbench.results.probe import installed_probes
+from workbench.results.registry import installed_probes
 
 
 def test_every_probe_answers_on_the_embedded_model(tmp_path):

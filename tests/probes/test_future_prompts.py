@@ -34,7 +34,7 @@ def store(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(store, model):
-    return FEW.run(store, model)
+    return FEW.run(store, model=model)
 
 
 def chosen_rows(store, part="tested", limit=20):
@@ -126,16 +126,16 @@ def test_a_state_is_above_zeros_and_above_another_tokens_where_it_decides(result
 def test_a_learned_prompt_comes_nearer_to_the_text_and_the_model_stays_as_it_is(store, model):
     before = model.fingerprint()
     probe = replace(FEW, prompts=(), epochs=8, learning_rate=1.0)
-    data = probe.run(store, model).data
+    data = probe.run(store, model=model).data
     assert (data["divergence"] < data["untrained_divergence"] - 0.05).all()
     assert model.fingerprint() == before
     assert all(weight.grad is None and weight.requires_grad for weight in model.module.parameters())
-    untrained = replace(probe, epochs=0).run(store, model).data
+    untrained = replace(probe, epochs=0).run(store, model=model).data
     np.testing.assert_array_equal(untrained["divergence"], data["untrained_divergence"])
 
 
 def test_divergence_is_that_of_float64(store, model):
-    data = replace(FEW, prompts=(), epochs=0, learned_for=2).run(store, model).data
+    data = replace(FEW, prompts=(), epochs=0, learned_for=2).run(store, model=model).data
     begin = torch.randint(320, (3,), generator=torch.Generator().manual_seed(0))
     ids = store.tokens["token_id"].to_numpy().astype(np.int64)
     sequence, rows = store.tokens["sequence"].to_numpy(), chosen_rows(store, "validation", 10)
@@ -202,19 +202,19 @@ def test_the_best_is_chosen_on_validation_tokens(result):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_settings_change_the_result(store, model, result, changed, variable):
-    found = replace(FEW, **changed).run(store, model).data[variable]
+    found = replace(FEW, **changed).run(store, model=model).data[variable]
     assert not np.array_equal(found.to_numpy(), result.data[variable].to_numpy())
 
 
 def test_horizons_top_k_and_prompts(store, model):
-    data = replace(FEW, horizons=2, top_k=3, prompts=("to",), prompt_tokens=0).run(store, model).data
+    data = replace(FEW, horizons=2, top_k=3, prompts=("to",), prompt_tokens=0).run(store, model=model).data
     assert data.sizes == {"prompt": 1, "regime": 2, "layer": 3, "horizon": 2, "k": 3}
     assert "divergence" not in data
     assert (data["precision"].diff("k") >= 0).all()
 
 
 def test_the_same_seed_gives_the_same(store, model, result):
-    assert FEW.run(store, model).data.identical(result.data)
+    assert FEW.run(store, model=model).data.identical(result.data)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_requests_that_cannot_be_met(store, model, tmp_path):
     def said(probe, of=store, by=model):
-        return refused(RequestError, lambda: probe.run(of, by))
+        return refused(RequestError, lambda: probe.run(of, model=by))
 
     assert "top_k is 400 and the vocabulary has 320" in said(replace(FEW, top_k=400))
     assert "positions and model 'tiny' has 128; shorten the prompts" in said(replace(FEW, prompts=("day " * 200,)))

@@ -137,7 +137,7 @@ def planted(members, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(planted):
     model, store = planted
-    return FEW.run(store, model)
+    return FEW.run(store, model=model)
 
 
 def at(result, name, layer, head, **more):
@@ -194,7 +194,7 @@ def test_always_the_same_token_is_right_once_in_its_class(result):
 def test_shuffled_successors_give_a_perfect_head_one_hit_on_average(planted):
     """A random permutation has one fixed point on average."""
     model, store = planted
-    data = replace(FEW, permutations=600).run(store, model).data
+    data = replace(FEW, permutations=600).run(store, model=model).data
     expected = [1 / (size - 1) for size in SIZES.values()]
     np.testing.assert_allclose(data["null_score"].sel(layer=0, head=0), expected, atol=0.03)
     assert float(data["null_macro"].sel(layer=0, head=0)) == pytest.approx(np.mean(expected), abs=0.01)
@@ -221,7 +221,7 @@ def test_random_weights_have_no_successor_head(planted, tokenizer, tmp_path):
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.02)
     model, store = recorded(module, tokenizer, tmp_path / "acts", ("resid_post.3",), TEXTS[:1])
-    data = SuccessorHeads().run(store, model).data
+    data = SuccessorHeads().run(store, model=model).data
     assert data["macro"].size == 32
     assert float(data["p_family"].min()) > 0.01
     assert int(data["tasks_above"].max()) < 4
@@ -233,7 +233,7 @@ def test_random_weights_have_no_successor_head(planted, tokenizer, tmp_path):
 
 def run(planted, **settings):
     model, store = planted
-    return replace(FEW, **settings).run(store, model)
+    return replace(FEW, **settings).run(store, model=model)
 
 
 def test_first_mlp(planted):
@@ -394,7 +394,7 @@ def test_nobody_wins_a_tie(planted, tokenizer, tmp_path):
     for block in module.model.layers:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
     model, store = recorded(module, tokenizer, tmp_path / "acts")
-    data = FEW.run(store, model).data
+    data = FEW.run(store, model=model).data
     assert int(data["places"]) > 0
     assert not data["wins"].any()
 
@@ -444,7 +444,7 @@ def test_a_successor_does_not_follow_across_texts():
 )
 def test_without_the_sites_the_weights_still_answer(planted, tokenizer, tmp_path, sites, reason):
     model, store = recorded(planted[0], tokenizer, tmp_path / "acts", sites)
-    found = FEW.run(store, model)
+    found = FEW.run(store, model=model)
     assert at(found, "macro", 0, 0) == 1
     assert f"text left out: {reason} (record z and resid_post)" in SuccessorHeads.headline(found)
     assert "wins" not in found.data
@@ -452,7 +452,7 @@ def test_without_the_sites_the_weights_still_answer(planted, tokenizer, tmp_path
 
 def test_a_text_without_successors(planted, tokenizer, tmp_path):
     model, store = recorded(planted[0], tokenizer, tmp_path / "acts", texts=["Tom ran and ran."])
-    found = FEW.run(store, model)
+    found = FEW.run(store, model=model)
     assert int(found.data["places"]) == 0
     assert found.data.attrs["note"].endswith("text left out: no successor follows in it")
 
@@ -643,7 +643,7 @@ def test_figures_show_the_numbers(result):
 def test_a_model_without_tokenizer(tiny_models, tmp_path):
     model = Model(tiny_models["llama"], None, "bare")
     store = wb.record(model, [[5, 6, 7]], out=tmp_path / "acts", sites=("resid_post",), show_progress=False)
-    assert refused(RequestError, lambda: FEW.run(store, model)) == (
+    assert refused(RequestError, lambda: FEW.run(store, model=model)) == (
         "the recorded model has no tokenizer, so that no word is known to be one of its tokens"
     )
 
@@ -658,7 +658,7 @@ def test_a_norm_behind_attention_leaves_the_text_out(tiny_models, tokenizer, tmp
         module = Gemma2ForCausalLM(config).eval()
     module.config.architectures = ["Gemma2ForCausalLM"]
     model, store = recorded(module, tokenizer, tmp_path / "acts", ("z", "resid_post"), TEXTS[:1])
-    found = FEW.run(store, model)
+    found = FEW.run(store, model=model)
     assert found.data.sizes["layer"] == 3
     assert "text left out: a norm stands behind attention, so that heads do not add up" in found.data.attrs["note"]
 

@@ -57,7 +57,7 @@ LONG_FUNCTIONS: dict[str, int] = {
     "workbench/recording/record.py:record": 76,
     "workbench/recording/record.py:record_with": 77,
 }
-FILE_CIRCLES = {("workbench.results.experiment", "workbench.results.result")}
+FILE_CIRCLES: set[tuple[str, ...]] = set()
 MANY_PARAMETERS: dict[str, int] = {}
 
 

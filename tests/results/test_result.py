@@ -248,7 +248,7 @@ def test_a_missing_file(saved, name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": "x"}, "format is 'x', expected 'workbench.results.result'"),
+        ({"format": "x"}, "format is 'x', expected 'workbench.result'"),
         ({"probe": None}, "result.json lacks one of format, version, probe, provenance, empty"),
         ({"provenance": []}, "result.json lacks one of format, version, probe, provenance, empty"),
     ],
@@ -286,7 +286,7 @@ class Mean:
 
 
 def test_a_probe_of_somebody_elses(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(result_module, "find_probe", {"mean": Mean}.__getitem__)
+    monkeypatch.setattr(result_module, "find_maker", {"mean": Mean}.__getitem__)
     data = xr.Dataset({"mean": (("d_model",), np.arange(3, dtype=np.float32), {"units": "1"})})
     table = pd.DataFrame({"token": ["é", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), None]})
     result = Result("mean", data, table, provenance(store, Mean()))

@@ -25,7 +25,8 @@ from warned import warned
 import workbench as wb
 from workbench.cli import main as cli
 from workbench.io.errors import DataError, RequestError
-from workbench.results.experiment import find_experiment, found, identity, installed_experiments, summary
+from workbench.results.registry import find_experiment, installed_experiments, summary
+from workbench.results.experiment import make_result, identity
 from workbench.runs.folders import Cell, attempt, cell_of, is_complete, load_run, run_cell, run_name
 from workbench.runs.sweep import grid, sweep
 
@@ -34,7 +35,7 @@ from workbench.runs.sweep import grid, sweep
 def installed(monkeypatch):
     """The toy is the only experiment, and has not run yet."""
     entries = [EntryPoint("toy", "toy_experiment", "workbench.experiments")]
-    monkeypatch.setattr("workbench.results.experiment.entry_points", lambda group: entries)
+    monkeypatch.setattr("workbench.results.registry.entry_points", lambda group: entries)
     toy.RAN.clear()
 
 
@@ -253,7 +254,7 @@ def test_a_name_is_made_of_the_config_alone():
 
 
 def test_a_setting_and_a_column_of_one_name_are_refused():
-    text = refused(RequestError, lambda: found("toy", Config(), pd.DataFrame({"seed": [1]})))
+    text = refused(RequestError, lambda: make_result("toy", Config(), pd.DataFrame({"seed": [1]})))
     assert text == "table of toy has a column 'seed', and so has its config; rename one"
 
 

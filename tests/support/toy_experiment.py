@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.io.errors import RequestError
-from workbench.results.experiment import found
+from workbench.results.experiment import make_result
 
 NAME = "toy"
 RAN: list = []
@@ -43,7 +43,7 @@ def run(config):
     if config.model == "refused":
         raise RequestError("model 'refused' is refused; give another")
     table = pd.DataFrame({"x": config.shown, "y": [config.factor * x + config.seed for x in config.shown]})
-    return found(NAME, config, table)
+    return make_result(NAME, config, table)
 
 
 def headline(result):

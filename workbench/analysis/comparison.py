@@ -21,7 +21,7 @@ from torch import Tensor
 from workbench.analysis.bootstrap import clustered_means, intervals, resampled_means
 from workbench.io.errors import RequestError, WorkbenchError, nearest
 from workbench.io.progress import progress
-from workbench.results.probe import find_probe, installed_probes
+from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
 from workbench.store.manifest import SiteRecord, short_list
 from workbench.store.reader import Rows, Store

@@ -294,7 +294,7 @@ def recorded_layers(store: Store, kind: str) -> tuple[list[int], list[str]]:
         raise RequestError(f"site must be a kind without a layer, such as resid_post, not {kind!r}")
     found = {int(site.short.split(".")[1]): site for site in store.sites if (site.short or "").startswith(f"{kind}.")}
     if not found:
-        store[kind, 0]  # refused by the store, with the record command that would provide it
+        store.require(f"{kind}.0")
     axes = next(iter(found.values())).axes
     if axes != ("row", "d_model"):
         raise RequestError(f"site {kind!r} has axes ({', '.join(axes)}); the lens reads (row, d_model)")

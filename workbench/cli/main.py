@@ -346,7 +346,7 @@ class Probes:
     """List the installed probes."""
 
     def run(self) -> int:
-        from workbench.results.probe import installed_probes, summary
+        from workbench.results.registry import installed_probes, summary
 
         for name, entry in installed_probes().items():
             print(_plain(f"  {name:<16} {summary(entry)}"))
@@ -541,7 +541,7 @@ def _command(arguments: list[str]) -> Any:
 
 
 def _probe_command(arguments: list[str]) -> Any:
-    from workbench.results.probe import find_probe, installed_probes
+    from workbench.results.registry import find_probe, installed_probes
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_PROBE_HELP + "\n")
@@ -584,7 +584,7 @@ class _RunProbe:
 
 def _experiment_command(name: str, arguments: list[str]) -> Any:
     """One run of an experiment."""
-    from workbench.results.experiment import find_experiment
+    from workbench.results.registry import find_experiment
 
     experiment = find_experiment(name)
     command = dataclasses.make_dataclass(
@@ -620,7 +620,7 @@ class _RunExperiment:
 
 
 def _sweep_command(arguments: list[str]) -> Any:
-    from workbench.results.experiment import find_experiment, installed_experiments, summary
+    from workbench.results.registry import find_experiment, installed_experiments, summary
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_SWEEP_HELP + "\n")
@@ -647,9 +647,9 @@ def _choices(config: type) -> list[tuple[str, Any, Any]]:
 
     A setting that is itself several values, or that is not compared, is one for the whole sweep.
     """
-    from workbench.results.probe import settings_told
+    from workbench.results.probe import setting_meanings
 
-    hints, told = get_type_hints(config), settings_told(config)
+    hints, told = get_type_hints(config), setting_meanings(config)
     found = []
     for field in dataclasses.fields(config):
         kind, default = hints[field.name], field.default
@@ -665,7 +665,7 @@ def _is_choice(config: type, field: dataclasses.Field) -> bool:
 
 class _RunSweep:
     def run(self) -> int:
-        from workbench.results.experiment import find_experiment
+        from workbench.results.registry import find_experiment
         from workbench.runs.sweep import TABLE, grid, sweep
 
         config = find_experiment(self.experiment).Config

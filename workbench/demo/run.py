@@ -16,10 +16,10 @@ from workbench.features.extract import extract_features
 from workbench.features.feature_store import Features
 from workbench.features.queries import best_features
 from workbench.io.errors import WorkbenchError
-from workbench.model.load import load_model
+from workbench.model.load import Model, load_model
 from workbench.pages.report import Section, section, write_report
 from workbench.recording.record import record
-from workbench.results.probe import find_probe, installed_probes
+from workbench.results.registry import find_probe, installed_probes
 from workbench.sae.load import load_sae
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
     sections = [_features_section(features, best)]
     say(f"features        {sections[0].text[0]}")
     for name in installed_probes():
-        sections.append(_probed(name, (store, heads), out / "results" / name))
+        sections.append(_probed(name, model, (store, heads), out / "results" / name))
         say(f"{name:<15} {sections[-1].text[0]}")
     path = write_report(
         sections,
@@ -147,12 +147,12 @@ def _label_bars(best: pd.DataFrame) -> Figure:
     return figure
 
 
-def _probed(name: str, stores: Sequence[Store], out: Path) -> Section:
+def _probed(name: str, model: Model, stores: Sequence[Store], out: Path) -> Section:
     """One probe's part of the report, its result saved."""
     probe, refused = find_probe(name)(**SETTINGS.get(name, {})), []
     for store in stores:
         try:
-            result = probe.run(store)
+            result = probe.run(store, model=model)
             result.save(out)
             return section(result)
         except WorkbenchError as error:

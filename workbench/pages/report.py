@@ -18,8 +18,9 @@ from workbench.figures.markup import escape, frame, inline, prose, table
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError
 from workbench.io.files import replace_durably
-from workbench.results.probe import definition, settings_told
-from workbench.results.result import Result, maker
+from workbench.results.probe import definition, setting_meanings
+from workbench.results.registry import find_maker
+from workbench.results.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ class Section:
 
 def section(result: Result) -> Section:
     """A result as part of a page: what was found, its figures, and what its probe says of itself."""
-    probe = maker(result.probe)
+    probe = find_maker(result.probe)
     source = {name: value for name, value in result.provenance.items() if name != "settings"}
     note = result.data.attrs.get("note")
     return Section(
@@ -101,7 +102,7 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
 
 def _settings(probe: type, asked: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was asked, what each setting means, and its default where something else was asked."""
-    told = settings_told(probe)
+    told = setting_meanings(probe)
     defaults = {part.name: part.default for part in fields(probe) if part.default is not MISSING}
     lines = []
     for name, value in asked.items():

@@ -1,83 +1,72 @@
-"""What an experiment is, and which are installed.
+"""The contract of an experiment, and the result that one run makes.
 
 An experiment is a module, a script to be read from top to bottom, that has
 
-    Config             a frozen dataclass of all that decides its numbers, each field with a default
-    run(config)        -> Result, made by `found`
+    Config             a frozen dataclass of all settings that decide its numbers, each with a default
+    run(config)        -> Result, made by `make_result`
     figures(result)    figures by name, the one for a paper first, of the result of one run or of a whole sweep
-    headline(result)   what was found, in one line of plain text; may be missing
+    headline(result)   optional: the finding with its numbers, in one line of plain text
 
-It becomes known by an entry point in the group "workbench.experiments"; ours and anybody else's plug in the same way.
+It is installed by an entry point in the group `workbench.experiments` (see `workbench.results.registry`).
 """
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from workbench.io.errors import RequestError
-from workbench.results.plugins import load_named, no_module, parsed
+from workbench.results.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
     from plotly.graph_objects import Figure
 
-    from workbench.results.result import Result
     from workbench.store.reader import Store
-
-GROUP = "workbench.experiments"
 
 
 class Experiment(Protocol):
-    """The contract, which a module fulfils; it may also have `headline(result) -> str`."""
+    """The contract, which a module fulfils; the module may also have `headline(result) -> str`."""
 
-    Config: type
+    __name__: str
+    __file__: str
+    Config: type[Any]
 
     def run(self, config: Any) -> Result:
-        """Does all the work of one run. What is the same for the same config must be the same result."""
+        """Does all the work of one run. The same config gives the same result."""
+        ...
 
     def figures(self, result: Result) -> dict[str, Figure]:
-        """Figures made of the table alone, whose first columns are the config's: one run's, or many runs' in turn."""
-
-
-def installed_experiments() -> dict[str, EntryPoint]:
-    """Every registered experiment by name, not yet imported."""
-    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
-
-
-def summary(entry: EntryPoint) -> str:
-    """First line of an experiment's docstring, read from its source."""
-    if (module := parsed(entry)) is None:
-        return no_module(entry)
-    return (ast.get_docstring(module) or "").partition("\n")[0]
-
-
-def find_experiment(name: str) -> Any:
-    """The module registered as `name`. Raises RequestError with the nearest names."""
-    return load_named("experiment", name, installed_experiments())
+        """Returns figures of one run or of many, made of the table alone; its first columns are the config's fields."""
+        ...
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """What a run is known by: the fields of its config that count when configs are compared, as JSON has them.
+    """Returns the settings that identify a run: the compared fields of its config, as JSON represents them.
 
-    A field made with `field(compare=False)`, such as where recordings are kept, changes no number and is left out.
+    A field made with `field(compare=False)`, such as the folder of the recordings, changes no number and is left out.
     """
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config) if field.compare}
 
 
-def found(name: str, config: Any, table: pd.DataFrame, *stores: Store, data: xr.Dataset | None = None) -> Result:
-    """What a run of experiment `name` found in `stores`: `table`, with a column for each setting before its own.
+def make_result(name: str, config: Any, table: pd.DataFrame, *stores: Store, data: xr.Dataset | None = None) -> Result:
+    """Returns the result of one run of an experiment.
 
-    Raises RequestError where a setting and a column have one name.
+    Args:
+        name: Name of the experiment.
+        config: Its settings; each compared one becomes a column before those of `table`.
+        table: One observation a row.
+        stores: The stores that were read.
+        data: Arrays to keep as well.
+
+    Raises:
+        RequestError: A setting and a column have the same name.
     """
-    import xarray as xr
-
-    from workbench.results.result import Result
+    import xarray as xr  # seconds, which `workbench sweep --help` does not pay
 
     settings = identity(config)
     if taken := [column for column in table.columns if column in settings]:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.io.errors import DataError, RequestError
-from workbench.results.experiment import find_experiment, installed_experiments
-from workbench.results.probe import find_probe
+from workbench.results.registry import find_maker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +42,7 @@ class Result:
         as a line of plotly text, where it came from."""
         from workbench.figures.safe_text import sentence
 
-        figures = maker(self.probe).figures(self)
+        figures = find_maker(self.probe).figures(self)
         for figure in figures.values():
             figure.update_layout(meta={"provenance": sentence(self.source())})
         return figures
@@ -67,7 +66,7 @@ class Result:
 
     def headline(self) -> str:
         """What was found and where, in one line of plain text; of a probe that has none to tell, what there is."""
-        told = getattr(maker(self.probe), "headline", None)
+        told = getattr(find_maker(self.probe), "headline", None)
         return repr(self) if told is None else told(self)
 
     def save(self, path: str | Path) -> Path:
@@ -176,11 +175,6 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )
-
-
-def maker(name: str) -> Any:
-    """The probe or the experiment that made a result."""
-    return find_experiment(name) if name in installed_experiments() else find_probe(name)
 
 
 def _ordered(data: xr.Dataset) -> xr.Dataset:

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.io.log import PROGRESS, copy_warnings
 from workbench.io.errors import DataError, RequestError, WorkbenchError
-from workbench.results.experiment import find_experiment, identity
+from workbench.results.registry import find_experiment
+from workbench.results.experiment import identity
 from workbench.io.files import PARTIAL, fsync, locked, remove, rename_durably, sha256_bytes
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from workbench.io.errors import RequestError, nearest
-from workbench.results.experiment import find_experiment, identity
+from workbench.results.registry import find_experiment
+from workbench.results.experiment import identity
 from workbench.io.progress import duration
 from workbench.runs.folders import RESULTS, Cell, Outcome, attempt, cell_of, is_complete, share_script
 from workbench.io.files import PARTIAL, locked

@@ -96,6 +96,13 @@ class Store:
                 return ActivationArray(self, record)
         raise _not_recorded(self, str(label))
 
+    def require(self, *sites: str) -> None:
+        """Raises RequestError, with the record command that would provide it, for a site that was not recorded."""
+        recorded = {name for record in self.sites for name in (record.name, record.short)}
+        for label in sites:
+            if label not in recorded:
+                raise _not_recorded(self, label)
+
     def where(self, predicate: str) -> Rows:
         """The rows for which an SQL condition over the token table holds: "token = ' Monday' AND position > 0".
 
