@@ -6,15 +6,23 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import BinaryIO, TypeVar
 
 from workbench.io.errors import DataError, RequestError
 
 PARTIAL = ".partial"
 """Suffix of everything that is still being written; nobody reads it, and the next writer removes it."""
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+
+T = TypeVar("T")
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """What the system answers to a write that finds no room: no space, file size limit, quota."""
@@ -40,25 +48,174 @@ def fsync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file and wait until it is on the disk."""
-    with open(path, "wb") as file:
+def fsync_tree(folder: Path) -> None:
+    """Wait until all files and directories of `folder`, and the folder itself, are on the disk."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if os.path.isfile(entry := os.path.join(place, name)) and not os.path.islink(entry):
+                fsync(entry)
+        fsync(place)
+
+
+# ---- one file ---------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file and wait until its bytes are on the disk. FileExistsError where it exists, even as a link."""
+    with open(os.open(path, _CREATE, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def replace_durably(path: Path, data: bytes) -> None:
-    """Replace a file: at any moment, and after any crash, a reader finds the old bytes or the new ones, whole."""
-    partial = path.with_name(path.name + PARTIAL)
-    write_durably(partial, data)
-    rename_durably(partial, path)
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write; at the end of the block it takes the name `path`, in place of a file of that name.
 
-
-def rename_durably(partial: Path, path: Path) -> None:
-    """Give a finished file or directory its name, and wait until the name is on the disk."""
-    os.replace(partial, path)
+    At any moment, and after any crash, readers find the old bytes or the new ones, whole. An exception leaves the old
+    file as it was and nothing else. Several processes may write the same name; the last one to finish wins.
+    """
+    partial, descriptor = _create_beside(path, lambda name: os.open(name, _CREATE, 0o666))
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
     fsync(path.parent)
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file, or write a new one: readers find the old bytes or the new ones, whole, even after a crash."""
+    with new_file(path) as file:
+        file.write(data)
+
+
+# ---- one folder -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields a new, hidden, empty folder beside `path`, which `commit_folder` may rename.
+
+    At the end of the block, and after an exception, it is removed where it still exists. Its random name is never one
+    that another process uses.
+    """
+    partial, _ = _create_beside(path, os.mkdir)
+    try:
+        yield partial
+    finally:
+        remove(partial)
+
+
+def commit_folder(partial: Path, path: Path) -> None:
+    """Give a finished folder its name, `path`, and wait until the name is on the disk.
+
+    Its files must be on the disk already: written by this module, or after `fsync_tree`. Nothing is replaced:
+    FileExistsError where `path` is anything but an empty folder, and then `partial` is left as it was.
+    """
+    fsync(partial)
+    _place(partial, path)
+    fsync(path.parent)
+
+
+@contextmanager
+def replace_folder(path: Path, replaces: Collection[str]) -> Iterator[Path]:
+    """Yields an empty folder to fill; at the end of the block it takes the name `path`, in place of an older folder.
+
+    The old folder is moved aside before the new one is put in place: readers find one of them whole or, between the two
+    renames, none. An exception leaves the old folder as it was and nothing else. Several processes may replace the same
+    folder; the last one to finish wins.
+
+    Args:
+        path: A folder, or nothing yet. Its parents are made.
+        replaces: Names of the files that folders of this kind may have, relative to `path`; `*` matches within one
+            name: `("result.json", "figures/*.html")`. Other entries of the old folder are not ours: they are kept.
+
+    Raises:
+        RequestError: `path` is a file or a link, or something in the old folder is in the way of a new file.
+    """
+    _check_folder(path, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(path) as partial:
+        yield partial
+        fsync_tree(partial)
+        _exchange(partial, path, [PurePath(pattern).parts for pattern in replaces])
+    fsync(path.parent)
+
+
+def _exchange(partial: Path, path: Path, replaces: list[tuple[str, ...]]) -> None:
+    """Puts `partial` in place of `path`; the old folder goes, after what is not ours was moved from it to `partial`."""
+    known = replaces + [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
+    moved: list[tuple[Path, Path]] = []
+    asides: list[Path] = []
+    try:
+        while True:  # until no other process has put its folder there in between
+            aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+            with suppress(FileNotFoundError):
+                _move(path, aside, moved)
+                asides.append(aside)
+                _check_folder(aside, path)
+                _carry_over(aside, partial, known, moved)
+            with suppress(FileExistsError):
+                _place(partial, path)
+                break
+    except BaseException:
+        for source, target in reversed(moved):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.rename(target, source)
+        raise
+    for aside in asides:
+        remove(aside)
+
+
+def _carry_over(old: Path, new: Path, known: list[tuple[str, ...]], moved: list[tuple[Path, Path]]) -> None:
+    """Moves what no pattern of `known` matches from `old` to `new`, and notes each move in `moved`."""
+    for entry in sorted(old.iterdir()):
+        target = new / entry.name
+        inner = [pattern[1:] for pattern in known if len(pattern) > 1 and fnmatchcase(entry.name, pattern[0])]
+        if inner and entry.is_dir() and not entry.is_symlink():
+            _carry_over(entry, target, inner, moved)
+        elif entry.is_dir() or not any(len(known_as) == 1 and fnmatchcase(entry.name, *known_as) for known_as in known):
+            if os.path.lexists(target):
+                raise RequestError(f"{entry.name} in {old.name} is in the way of a new file; move it elsewhere")
+            new.mkdir(parents=True, exist_ok=True)
+            _move(entry, target, moved)
+
+
+def _move(source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:
+    moved.append((source, target))  # first: an interrupt may come after the rename
+    os.rename(source, target)
+
+
+def _check_folder(path: Path, name: Path) -> None:
+    """Refuses what is there under the name of a folder and is none: it would be moved, and lost."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        raise RequestError(f"{name} is a {'link' if path.is_symlink() else 'file'}; name a folder, or a new one")
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Renames a folder. FileExistsError where there is anything but an empty folder."""
+    try:
+        os.rename(partial, path)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        raise FileExistsError(error.errno, error.strerror, str(path)) from None
+
+
+def _create_beside(path: Path, create: Callable[[Path], T]) -> tuple[Path, T]:
+    """Creates, exclusively, under a hidden random name beside `path`; gives the name and what `create` returned."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+        with suppress(FileExistsError):
+            return partial, create(partial)
+
+
+# ---- all the rest -----------------------------------------------------------------------------------------
 
 
 def remove(path: Path) -> None:

@@ -1,0 +1,283 @@
+"""Tests of files and folders that are replaced as a whole or not at all."""
+
+import os
+import threading
+
+import pytest
+
+from workbench.io import files
+from workbench.io.errors import RequestError
+from workbench.io.files import (
+    commit_folder,
+    new_file,
+    replace_file,
+    replace_folder,
+    scratch_folder,
+    write_file,
+)
+
+
+class Kill(BaseException):
+    """Stands for the end of the process: no handler for errors catches it."""
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Names of the files and directories that were synchronised with the disk, in order."""
+    names, real = [], os.fsync
+
+    def fsync(descriptor):
+        names.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
+
+
+def kill(monkeypatch, name: str, call: int = 1, after: bool = False, error: BaseException | None = None) -> None:
+    """Lets the `call`-th call of `os.NAME` fail, before or after it did its work."""
+    calls, real = [], getattr(os, name)
+
+    def killed(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) != call:
+            return real(*arguments, **keywords)
+        if after:
+            real(*arguments, **keywords)
+        raise error or Kill
+
+    monkeypatch.setattr(os, name, killed)
+
+
+def fill(path, **contents: str) -> None:
+    """Writes files, `__` in a name meaning a subfolder."""
+    for name, text in contents.items():
+        file = path / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def contents(path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_and_replaced(tmp_path, synced):
+    replace_file(tmp_path / "a", b"old")
+    replace_file(tmp_path / "a", memoryview(b"new"))
+    assert contents(tmp_path) == {"a": "new"}
+    assert len(synced) == 4
+    assert synced[1] == synced[3] == tmp_path.name
+    assert synced[0].startswith(".a.")
+    assert synced[0].endswith(files.PARTIAL)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_exception_while_a_file_is_replaced_leaves_the_old_one_alone(tmp_path, monkeypatch, step):
+    replace_file(tmp_path / "a", b"old")
+    kill(monkeypatch, step)
+    with pytest.raises(Kill):
+        replace_file(tmp_path / "a", b"new")
+    assert contents(tmp_path) == {"a": "old"}
+
+
+def test_a_killed_writer_leaves_the_old_file_and_the_next_writer_succeeds(tmp_path, monkeypatch):
+    replace_file(tmp_path / "a", b"old")
+    with monkeypatch.context() as patched:
+        kill(patched, "replace")
+        patched.setattr(files, "remove", lambda path: None)
+        with pytest.raises(Kill):
+            replace_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_text() == "old"
+    replace_file(tmp_path / "a", b"newer")
+    assert (tmp_path / "a").read_text() == "newer"
+
+
+def test_two_processes_that_replace_a_file_at_once_do_not_collide(tmp_path):
+    with new_file(tmp_path / "a") as first, new_file(tmp_path / "a") as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert contents(tmp_path) == {"a": "first"}
+
+
+def test_a_link_is_replaced_and_never_followed(tmp_path, monkeypatch):
+    fill(tmp_path, victim="precious")
+    (tmp_path / "a").symlink_to("victim")
+    replace_file(tmp_path / "a", b"new")
+    assert not (tmp_path / "a").is_symlink()
+    names = iter(["planted", "free"])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(names))
+    (tmp_path / f".a.planted{files.PARTIAL}").symlink_to("victim")
+    replace_file(tmp_path / "a", b"newer")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / f".a.planted{files.PARTIAL}", b"new")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "a").read_text() == "newer"
+
+
+# ---- folders ----------------------------------------------------------------------------------------------
+
+
+def replace(path, replaces=("a", "in/*.html"), **new: str) -> None:
+    with replace_folder(path, replaces) as folder:
+        fill(folder, **new)
+
+
+def test_a_folder_is_replaced_and_what_is_not_ours_is_carried_over(tmp_path, synced):
+    path = tmp_path / "deep" / "x"
+    replace(path, a="1", in__one="1")
+    fill(path, notes="mine", **{"in__old.html": "ours", "in__mine.txt": "mine", "deep__er__b": "mine"})
+    (path / "empty").mkdir()
+    (path / "link").symlink_to("nowhere")
+    synced.clear()
+    replace(path, a="2", in__one="2")
+    assert contents(path) == {"a": "2", "in/one": "2", "in/mine.txt": "mine", "notes": "mine", "deep/er/b": "mine"}
+    assert (path / "empty").is_dir()
+    assert (path / "link").is_symlink()
+    assert list(path.parent.iterdir()) == [path]
+    assert {"a", "one", "in"} <= set(synced)
+    assert synced[-1] == "deep"
+
+
+def test_a_file_of_the_former_version_that_the_new_one_lacks_goes(tmp_path):
+    replace(tmp_path / "x", a="1", in__b="1")
+    replace(tmp_path / "x", c="2")
+    assert contents(tmp_path / "x") == {"c": "2", "in/b": "1"}
+
+
+@pytest.mark.parametrize(
+    ("step", "call", "after"),
+    [
+        ("fsync", 1, False),
+        ("rename", 1, False),
+        ("rename", 1, True),
+        ("rename", 2, False),
+        ("rename", 2, True),
+        ("rename", 3, False),
+    ],
+)
+def test_an_exception_while_a_folder_is_replaced_leaves_the_old_one_alone(tmp_path, monkeypatch, step, call, after):
+    replace(tmp_path / "x", a="1")
+    fill(tmp_path / "x", notes="mine")
+    with monkeypatch.context() as patched:
+        kill(patched, step, call, after)
+        with pytest.raises(Kill):
+            replace(tmp_path / "x", a="2")
+    assert contents(tmp_path) == {"x/a": "1", "x/notes": "mine"}
+    replace(tmp_path / "x", a="3")
+    assert contents(tmp_path) == {"x/a": "3", "x/notes": "mine"}
+
+
+def test_an_exception_in_the_block_leaves_nothing_behind(tmp_path):
+    def fail() -> None:
+        with replace_folder(tmp_path / "x", ()) as folder:
+            fill(folder, a="1")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_writer_loses_neither_the_old_folder_nor_foreign_files(tmp_path, monkeypatch):
+    """Killed between the two renames: both folders are there, whole, under hidden names."""
+    replace(tmp_path / "x", a="1")
+    fill(tmp_path / "x", notes="mine")
+    real = os.rename
+
+    def killed(source, target):
+        if target == tmp_path / "x":
+            raise Kill
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", killed)
+        patched.setattr(files, "remove", lambda path: None)
+        with pytest.raises(Kill):
+            replace(tmp_path / "x", a="2")
+    found = sorted(contents(tmp_path).values())
+    assert found == ["1", "2", "mine"]
+
+
+def test_two_processes_that_replace_a_folder_at_once_do_not_collide(tmp_path):
+    replace(tmp_path / "x", a="0")
+    fill(tmp_path / "x", notes="mine")
+    with replace_folder(tmp_path / "x", ["a"]) as first, replace_folder(tmp_path / "x", ["a"]) as second:
+        fill(first, a="first")
+        fill(second, a="second")
+    assert contents(tmp_path) == {"x/a": "first", "x/notes": "mine"}
+
+
+def test_a_folder_that_appears_between_the_renames_is_moved_aside_too(tmp_path, monkeypatch):
+    replace(tmp_path / "x", a="0")
+    fill(tmp_path / "x", notes="mine")
+    real, calls = os.rename, []
+
+    def intrude(source, target):
+        calls.append(target)
+        if target == tmp_path / "x" and len(calls) == 3:
+            fill(tmp_path / "x", a="other", more="theirs")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", intrude)
+    replace(tmp_path / "x", a="ours")
+    assert contents(tmp_path) == {"x/a": "ours", "x/more": "theirs", "x/notes": "mine"}
+
+
+def test_many_threads_replace_one_folder(tmp_path):
+    fill(tmp_path / "x", notes="mine")
+    errors = []
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(5):
+                replace(tmp_path / "x", a=str(number), in__b="b")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+    assert contents(tmp_path / "x") == {"a": (tmp_path / "x" / "a").read_text(), "in/b": "b", "notes": "mine"}
+
+
+def test_links_and_files_in_place_of_a_folder_are_refused(tmp_path):
+    fill(tmp_path, file="mine", real__a="1")
+    (tmp_path / "link").symlink_to("real")
+    for name, kind in (("file", "file"), ("link", "link")):
+        with pytest.raises(RequestError, match=f"is a {kind}; name a folder"):
+            replace(tmp_path / name, a="2")
+    assert contents(tmp_path / "real") == {"a": "1"}
+
+
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    fill(tmp_path, victim__a="precious")
+    names = iter(["planted", "free", "aside"])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(names))
+    (tmp_path / f".x.planted{files.PARTIAL}").symlink_to("victim")
+    replace(tmp_path / "x", a="1")
+    assert contents(tmp_path / "victim") == {"a": "precious"}
+
+
+def test_a_foreign_entry_in_the_way_of_a_new_file_is_refused_and_stays(tmp_path):
+    fill(tmp_path / "x", a__b="mine", other="mine")
+    with pytest.raises(RequestError, match="in the way of a new file"):
+        replace(tmp_path / "x", a="1")
+    assert contents(tmp_path) == {"x/a/b": "mine", "x/other": "mine"}
+
+
+def test_a_scratch_folder_is_committed_once_and_replaces_nothing(tmp_path, synced):
+    with scratch_folder(tmp_path / "x") as folder:
+        write_file(folder / "a", b"1")
+        commit_folder(folder, tmp_path / "x")
+    assert synced[1:] == [synced[1], tmp_path.name]
+    with pytest.raises(FileExistsError), scratch_folder(tmp_path / "x") as folder:
+        commit_folder(folder, tmp_path / "x")
+    assert contents(tmp_path) == {"x/a": "1"}
+    assert len(list(tmp_path.iterdir())) == 1
