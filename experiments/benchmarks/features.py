@@ -25,8 +25,8 @@ from workbench.features.feature_store import (
     open_features,
 )
 from workbench.features.index import invert
-from workbench.io.arrays import ArrayFile, map_arrays
-from workbench.io.files import sha256_file, write_durably
+from workbench.io.arrays import map_arrays, new_arrays
+from workbench.io.files import sha256_file, write_file
 from workbench.io.parse import to_json
 from workbench.sites.settings import Recording
 from workbench.store.manifest import FileRecord, ModelRecord, Part
@@ -99,7 +99,7 @@ class FeatureStore:
         weights = 1 / np.arange(1, self.features + 1) ** 0.7
         bounds = np.cumsum(weights) / weights.sum()
         names = random.permutation(self.features)
-        with ArrayFile(path / BY_ROW, layout) as file:
+        with new_arrays(path / BY_ROW, layout) as file:
             file.append("indptr", np.arange(self.rows + 1, dtype=np.int64) * self.active)
             for start in range(0, self.rows, 1 << 16):
                 rows = min(1 << 16, self.rows - start)
@@ -110,7 +110,7 @@ class FeatureStore:
                 file.append("value", random.exponential(2.0, rows * self.active).astype(np.float16))
         by_row = map_arrays(path / BY_ROW, layout)
         layout = by_feature_layout(*size)
-        with ArrayFile(path / BY_FEATURE, layout) as file:
+        with new_arrays(path / BY_FEATURE, layout) as file:
             arguments = (by_row["indptr"], by_row["feature"], by_row["value"], counts)
             invert(*arguments, file, path / "dealt", layout["row"][0])
         record = FeaturesRecord(
@@ -126,7 +126,7 @@ class FeatureStore:
             files=_sizes(path),
             environment={},
         )
-        write_durably(path / RECORD, to_json(record).encode())
+        write_file(path / RECORD, to_json(record).encode())
         return open_features(path)
 
 
@@ -139,7 +139,7 @@ def index_of(path: str, out: str) -> Callable[[], None]:
 
     def work() -> None:
         by_row = features.by_row
-        with ArrayFile(Path(out) / BY_FEATURE, layout) as file:
+        with new_arrays(Path(out) / BY_FEATURE, layout) as file:
             arguments = (by_row["indptr"], by_row["feature"], by_row["value"], counts)
             invert(*arguments, file, Path(out) / "dealt", layout["row"][0])
 

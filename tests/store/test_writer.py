@@ -115,15 +115,15 @@ def test_a_crash_in_the_unembedding_is_made_good(tmp_path):
 # ---- crashes ----------------------------------------------------------------------------------------------
 
 STEPS = [
-    (files, "write_durably", 1),  # the token table
+    (files, "write_file", 1),  # the token table
     (segment.TensorFile, "__init__", 2),
     (segment.TensorFile, "write", 4),
     (segment.TensorFile, "finish", 2),
-    (files, "write_durably", 2),  # segment.json
+    (files, "write_file", 2),  # segment.json
     (files, "fsync", 1),
-    (files, "rename_durably", 1),  # the segment
-    (files, "rename_durably", 2),  # its row, which waits for the manifest
-    (files, "rename_durably", 3),  # the manifest
+    (files, "commit_folder", 1),  # the segment
+    (os, "replace", 1),  # its row, which waits for the manifest
+    (os, "replace", 2),  # the manifest
 ]
 
 
@@ -157,7 +157,7 @@ def test_resuming_after_a_crash_gives_the_bytes_of_an_undisturbed_recording(
         record()
     monkeypatch.undo()
     committed = len(read_manifest(path).segments)
-    assert committed == (2 if (name, call, after) == ("rename_durably", 3, True) else 1)
+    assert committed == (2 if (name, call, after) == ("replace", 2, True) else 1)
     assert np.array_equal(open_store(path)["resid_post", 0][:5], values(HALF, 0, 5))
     assert "error" not in set(open_store(path).verify()["severity"])
     write_store(path, SEGMENTS)
@@ -361,7 +361,10 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
         "import sys, time; from pathlib import Path; from store_example import writing\n"
         "with writing(Path(sys.argv[1])) as store: print('open', flush=True); time.sleep(60)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.getcwd()])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.getcwd()]),
+    }
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "x"], stdout=subprocess.PIPE, env=environment)
     try:
         assert first.stdout.readline() == b"open\n"
@@ -385,7 +388,10 @@ def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
         "try: write_store(Path(sys.argv[1]), segments)\n"
         "except DataError as error: print(error)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.getcwd()])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.getcwd()]),
+    }
     path = tmp_path / "x"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
     assert done.stdout == (

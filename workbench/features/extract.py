@@ -39,7 +39,7 @@ from workbench.features.feature_store import (
 )
 from workbench.features.index import ENTRIES, entry_rows, invert
 from workbench.io import files
-from workbench.io.arrays import ArrayFile, array_bytes, map_arrays
+from workbench.io.arrays import array_bytes, map_arrays, new_arrays
 from workbench.io.errors import RequestError
 from workbench.io.parse import from_json, parse, to_json
 from workbench.io.progress import progress
@@ -189,7 +189,7 @@ def _complete(made: Extraction, partial: Path, target: Path, asked: State, share
         made.write_index(partial, target, state)
     for leftover in (SEGMENTS, SAVED, STATE):
         files.remove(partial / leftover)
-    files.rename_durably(partial, target)
+    files.commit_folder(partial, target)
     return True
 
 
@@ -308,9 +308,7 @@ class Extraction:
         layout = by_row_layout(len(self.array), self.encoder.sae.d_sae, size, state.dtype)
         limit, overflow = float(torch.finfo(getattr(torch, state.dtype)).max), 0
         lengths = np.zeros(len(self.array), np.int64)
-        unfinished = folder / (BY_ROW + files.PARTIAL)
-        files.remove(unfinished)
-        with ArrayFile(unfinished, layout) as file:
+        with new_arrays(folder / BY_ROW, layout) as file:
             for (first, last), part, own in zip(rows, parts, kept, strict=True):
                 value = part.value[own]
                 overflow += int((np.abs(value) > limit).sum())
@@ -319,9 +317,8 @@ class Extraction:
                 row = entry_rows(part.indptr, 0, len(own))[own]
                 lengths[first:last] = np.bincount(row, minlength=last - first)
             file.append("indptr", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        files.rename_durably(unfinished, folder / BY_ROW)
         state = replace(state, overflow=overflow)
-        files.replace_durably(folder / STATE, to_json(state).encode())
+        files.replace_file(folder / STATE, to_json(state).encode())
         files.remove(folder / SEGMENTS)
         return state
 
@@ -335,8 +332,7 @@ class Extraction:
         for start in range(0, entries, ENTRIES):
             counts += np.bincount(by_row["feature"][start : start + ENTRIES], minlength=features)
         layout = by_feature_layout(*size)
-        files.remove(folder / BY_FEATURE)
-        with ArrayFile(folder / BY_FEATURE, layout) as file:
+        with new_arrays(folder / BY_FEATURE, layout) as file:
             invert(
                 by_row["indptr"], by_row["feature"], by_row["value"], counts, file, folder / "dealt", layout["row"][0]
             )
@@ -356,7 +352,7 @@ class Extraction:
             },
             environment=state.environment,
         )
-        files.replace_durably(folder / RECORD, to_json(record).encode())
+        files.replace_file(folder / RECORD, to_json(record).encode())
 
     @property
     def kind(self) -> str:
@@ -483,7 +479,7 @@ def begin(partial: Path, target: Path, asked: State, shared: bool = False) -> St
     else:
         for leftover in partial.iterdir():
             files.remove(leftover)
-    files.replace_durably(partial / STATE, to_json(state).encode())
+    files.replace_file(partial / STATE, to_json(state).encode())
     keep = {STATE, SEGMENTS, SAVED} if state.overflow is None else {STATE, BY_ROW}
     for leftover in partial.iterdir():
         if leftover.name not in keep:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, Integer
 
 from workbench.io import files
-from workbench.io.arrays import ArrayFile, array_bytes, map_arrays
+from workbench.io.arrays import array_bytes, map_arrays, new_arrays
 
 Span = tuple[int, int]
 """Consecutive rows of a store: the first, and the one behind the last."""
@@ -37,14 +37,10 @@ def joined(parts: list[Segment]) -> Segment:
 
 def commit(folder: Path, rows: Span, segment: Segment) -> None:
     """Write the segment of `rows`, and only then give it its name."""
-    path = _path(folder, rows)
-    unfinished = path.with_name(path.name + files.PARTIAL)
-    files.remove(unfinished)
     layout = _layout(rows, len(segment.feature), segment.feature.dtype.name)
-    with ArrayFile(unfinished, layout) as file:
+    with new_arrays(_path(folder, rows), layout) as file:
         for name in layout:
             file.append(name, getattr(segment, name))
-    files.rename_durably(unfinished, path)
 
 
 def committed(folder: Path) -> Iterator[Span]:

@@ -93,7 +93,7 @@ def export_delphi(
             "n_splits": splits,
             "model_name": store.manifest.model.name,
         }
-        files.write_durably(folder / "config.json", json.dumps(config, indent=4).encode())
+        files.replace_file(folder / "config.json", json.dumps(config, indent=4).encode())
     return folder
 
 
@@ -163,7 +163,7 @@ def export_neuronpedia(
                 for feature, line in zip(own, effects, strict=True)
             ]
             text = json.dumps(about | {"features": dashboards})
-            files.replace_durably(out / f"batch-{number}.json", text.encode())
+            files.replace_file(out / f"batch-{number}.json", text.encode())
             advance(len(own))
     return out
 

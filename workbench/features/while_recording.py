@@ -166,7 +166,7 @@ class EncodedSite:
                 begun = extract.read_state(partial)
                 if begun.store_fingerprint == planned.store_fingerprint:
                     begun = replace(begun, store_fingerprint=state.store_fingerprint)
-                    files.replace_durably(source, to_json(begun).encode())
+                    files.replace_file(source, to_json(begun).encode())
             elif store.rows and not any((folder / extract.RECORD).is_file() for folder in (target, partial)):
                 raise self._lacking(store.path, store.rows)
         extract.finish(self._made(store, show_progress), target, state, workers)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
 from workbench.io.errors import DataError, RequestError
+from workbench.io.files import new_file
 
 CODES = {"uint16": "U16", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32"}
 """NumPy type -> its name in the header."""
@@ -26,12 +28,10 @@ _LONGEST_HEADER = 1 << 20
 
 
 class ArrayFile:
-    """A new file for arrays of known type and length. `with` it: leaving the block waits until it is on the disk."""
+    """A new file for arrays of known type and length. Made by `new_arrays`."""
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[str, int]]) -> None:
-        """Create `path`, which must not exist. `layout`: (type, length) by name; the widest type comes first, so that
-        every array begins at a multiple of its own width."""
-        self.path = path
+    def __init__(self, file: BinaryIO, name: str, layout: Mapping[str, tuple[str, int]]) -> None:
+        self._file, self._name = file, name
         self._layout = dict(sorted(layout.items(), key=lambda item: -np.dtype(item[1][0]).itemsize))
         header, self._ends, self._next = {}, {}, {}
         end = 0
@@ -42,7 +42,6 @@ class ArrayFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         self._data = 8 + len(text)
-        self._file = open(path, "xb")  # noqa: SIM115 (closed by __exit__)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def append(self, name: str, values: Shaped[np.ndarray, " entry"]) -> None:
@@ -50,21 +49,28 @@ class ArrayFile:
         dtype, length = self._layout[name]
         begin, end = self._next[name], self._next[name] + values.nbytes
         if values.dtype != np.dtype(dtype) or end > self._ends[name]:
-            raise RequestError(f"{self.path.name}: {name} takes {length} of {dtype}, not {len(values)} {values.dtype}")
+            raise RequestError(f"{self._name}: {name} takes {length} of {dtype}, not {len(values)} {values.dtype}")
         self._file.seek(self._data + begin)
         self._file.write(np.ascontiguousarray(values))
         self._next[name] = end
 
-    def __enter__(self) -> ArrayFile:
-        return self
+    def check_complete(self) -> None:
+        """DataError where an array was not written to its end."""
+        if short := [name for name in self._layout if self._next[name] != self._ends[name]]:
+            raise DataError(f"{self._name}: {short[0]} was not written to its end; nothing was committed")
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._file:
-            if kind is None:
-                if short := [name for name in self._layout if self._next[name] != self._ends[name]]:
-                    raise DataError(f"{self.path.name}: {short[0]} was not written to its end; nothing was committed")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+
+@contextmanager
+def new_arrays(path: Path, layout: Mapping[str, tuple[str, int]]) -> Iterator[ArrayFile]:
+    """Yields a file to append arrays to; at the end of the block it is on the disk and takes the name `path`.
+
+    `layout`: (type, length) by name; the widest type comes first, so that every array begins at a multiple of its own
+    width. An exception, or an array that is not complete (DataError), leaves nothing behind.
+    """
+    with new_file(path) as file:
+        arrays = ArrayFile(file, path.name, layout)
+        yield arrays
+        arrays.check_complete()
 
 
 def array_bytes(path: Path) -> int:

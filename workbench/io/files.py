@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -149,7 +150,8 @@ def replace_folder(path: Path, replaces: Collection[str]) -> Iterator[Path]:
 
 def _exchange(partial: Path, path: Path, replaces: list[tuple[str, ...]]) -> None:
     """Puts `partial` in place of `path`; the old folder goes, after what is not ours was moved from it to `partial`."""
-    known = replaces + [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
+    written = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
+    known = replaces + [tuple(map(glob.escape, parts)) for parts in written]
     moved: list[tuple[Path, Path]] = []
     asides: list[Path] = []
     try:

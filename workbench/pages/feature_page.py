@@ -18,7 +18,7 @@ from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
-from workbench.io.files import replace_durably
+from workbench.io.files import replace_file
 from workbench.model.unembed import load_unembed
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
 from workbench.sae.load import Sae
@@ -109,7 +109,7 @@ def feature_page(
         "</body></html>\n",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, "\n".join(page).encode("utf-8", "replace"))
+    replace_file(path, "\n".join(page).encode("utf-8", "replace"))
     return path
 
 

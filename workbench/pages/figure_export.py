@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError, nearest
-from workbench.io.files import replace_durably
+from workbench.io.files import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ def export(
     files = _files(drawn, [kind for kind in FORMATS if kind in formats], columns, theme, data, plotlyjs)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        replace_durably(folder / name, content)
+        replace_file(folder / name, content)
     return [folder / name for name in files]
 
 

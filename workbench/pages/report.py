@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.markup import escape, frame, inline, prose, table
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError
-from workbench.io.files import replace_durably
+from workbench.io.files import replace_file
 from workbench.results.probe import definition, setting_meanings
 from workbench.results.registry import find_maker
 from workbench.results.result import Result
@@ -96,7 +96,7 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
         raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'report.html')!r}")
     page = _page(sections, title, text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, page.encode("utf-8", "replace"))
+    replace_file(path, page.encode("utf-8", "replace"))
     return path
 
 

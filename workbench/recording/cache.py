@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.io.errors import RequestError
-from workbench.io.files import locked, replace_durably, sha256_bytes, sha256_file
+from workbench.io.files import locked, replace_file, sha256_bytes, sha256_file
 from workbench.io.log import PROGRESS
 from workbench.sites.settings import Recording
 from workbench.store.manifest import MANIFEST, read_manifest
@@ -59,7 +59,7 @@ def record_once(
     with locked(place, wait=lambda: PROGRESS.info(f"waiting for another process that records {path}")):
         if (path / MANIFEST).exists() and read_manifest(path).complete:
             return open_store(path)
-        replace_durably(place / REQUEST, text.encode())
+        replace_file(place / REQUEST, text.encode())
         return record_with(asked, model, texts, out=path, show_progress=show_progress)
 
 

@@ -35,7 +35,7 @@ from workbench.io.log import PROGRESS, copy_warnings
 from workbench.io.errors import DataError, RequestError, WorkbenchError
 from workbench.results.registry import find_experiment
 from workbench.results.experiment import identity
-from workbench.io.files import PARTIAL, fsync, locked, remove, rename_durably, sha256_bytes
+from workbench.io.files import PARTIAL, commit_folder, fsync_tree, locked, remove, sha256_bytes
 
 if TYPE_CHECKING:
     from workbench.results.result import Result
@@ -119,9 +119,8 @@ def run_cell(cell: Cell) -> Result:
         for path in partial.iterdir():
             remove(path)
         result = _run(cell, partial)
-        for path in partial.rglob("*"):
-            fsync(path)
-        rename_durably(partial, cell.folder)
+        fsync_tree(partial)
+        commit_folder(partial, cell.folder)
     return result
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from workbench.io import files
 from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, Segment
-from workbench.store.token_table import parquet_options, read_tokens
+from workbench.store.token_table import parquet_options, read_schema, read_tokens
 
 GROUPS = "tokens"
 SIZE = 64
@@ -41,20 +41,11 @@ def write_groups(path: Path, manifest: Manifest) -> None:
         if file.exists():
             return
         file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(file.name + files.PARTIAL)
-        files.remove(partial)
-        writer = None
-        try:
+        schema = read_schema(path / SEGMENTS / group[0].name / TOKENS)
+        with files.new_file(file) as output, pq.ParquetWriter(output, schema, **parquet_options(schema)) as writer:
             for segment in group:
                 table = read_tokens([path / SEGMENTS / segment.name / TOKENS])
-                if writer is None:
-                    writer = pq.ParquetWriter(partial, table.schema, **parquet_options(table.schema))
                 writer.write_table(table.combine_chunks(), row_group_size=segment.rows)
-        finally:
-            if writer is not None:
-                writer.close()
-        files.fsync(partial)
-        files.rename_durably(partial, file)
 
 
 def complete_groups(path: Path, manifest: Manifest) -> list[tuple[Path, tuple[Segment, ...]]]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from workbench.io.errors import DataError, RequestError, nearest
-from workbench.io.files import replace_durably, sha256_bytes
+from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.parse import from_json, parse, to_json
 
 FORMAT = "workbench.activations"
@@ -252,7 +252,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest of the store at `path`, atomically and durably."""
     body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     text = to_json({**body, "checksum": manifest.fingerprint})
-    replace_durably(path / MANIFEST, text.encode())
+    replace_file(path / MANIFEST, text.encode())
 
 
 def manifest_checksum(body: dict[str, Any]) -> str:

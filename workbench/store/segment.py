@@ -24,7 +24,7 @@ class SegmentWriter:
 
     def __init__(self, folder: Path, manifest: Manifest, rows: int, tokens: pa.Table) -> None:
         self._folder, self._manifest, self._rows = folder, manifest, rows
-        files.write_durably(folder / TOKENS, encode_tokens(tokens))
+        files.write_file(folder / TOKENS, encode_tokens(tokens))
         self._tensors = {
             site.name: TensorFile(
                 folder / site.file,
@@ -70,6 +70,6 @@ class SegmentWriter:
             model=self._manifest.model.fingerprint,
         )
         text = to_json(record).encode()
-        files.write_durably(self._folder / SEGMENT, text)
+        files.write_file(self._folder / SEGMENT, text)
         files.fsync(self._folder)
         return files.sha256_bytes(text)

@@ -7,8 +7,6 @@ holds the manifest commits it. A writer that dies leaves nothing that is read, a
 
 from __future__ import annotations
 
-import errno
-import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,21 +64,15 @@ def staged(path: Path, manifest: Manifest, planned: PlannedSegment, tokens: pa.T
     """
     check_tokens(tokens, planned.rows, planned.first_row, None)
     folder = path / SEGMENTS / planned.name
-    partial = folder.with_name(f"{planned.name}.{secrets.token_hex(4)}{files.PARTIAL}")
-    try:
-        partial.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
+    with files.scratch_folder(folder) as partial:
         segment = SegmentWriter(partial, manifest, planned.rows, tokens)
         yield segment
         segment.finish(planned.sequences)
         try:
-            files.rename_durably(partial, folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+            files.commit_folder(partial, folder)
+        except FileExistsError:
             _settle(partial, folder)
-    except BaseException:
-        files.remove(partial)
-        raise
 
 
 def hand_in(path: Path, planned: PlannedSegment) -> Segment:
@@ -90,7 +82,7 @@ def hand_in(path: Path, planned: PlannedSegment) -> Segment:
     """
     folder = path / SEGMENTS / planned.name
     row = planned.committed(_checksum(folder))
-    files.replace_durably(folder.with_name(planned.name + _WAITING), to_json(row).encode())
+    files.replace_file(folder.with_name(planned.name + _WAITING), to_json(row).encode())
     return row
 
 
@@ -111,7 +103,7 @@ def keep_finished(path: Path, manifest: Manifest, planned: Iterable[PlannedSegme
     """
     left, unfinished = [], defaultdict(list)
     for entry in (path / SEGMENTS).glob(f"*{files.PARTIAL}"):
-        unfinished[entry.name.split(".")[0]].append(entry)
+        unfinished[entry.name.removeprefix(".").split(".")[0]].append(entry)
     for segment in planned:
         row = waiting(path, segment.name)
         if row is None or row != segment.committed(row.checksum) or not _whole(path, manifest, row):
@@ -151,11 +143,9 @@ def _whole(path: Path, manifest: Manifest, row: Segment) -> bool:
 
 def _settle(partial: Path, folder: Path) -> None:
     """Another process has finished this segment first: of the same tokens its folder stays, of others it goes."""
-    if _record(folder).files[TOKENS] == _record(partial).files[TOKENS]:
-        files.remove(partial)
-    else:
+    if _record(folder).files[TOKENS] != _record(partial).files[TOKENS]:
         files.remove(folder)
-        files.rename_durably(partial, folder)
+        files.commit_folder(partial, folder)
 
 
 def _record(folder: Path) -> SegmentRecord:

@@ -285,8 +285,8 @@ class Writer:
 
 
 def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
-    ours = (MANIFEST + files.PARTIAL, SEGMENTS) if shared else (MANIFEST + files.PARTIAL,)
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    entries = (entry for entry in path.iterdir() if not entry.name.endswith(files.PARTIAL))
+    others = sorted(entry.name for entry in entries if not (shared and entry.name == SEGMENTS))
     if others:
         raise RequestError(
             f"out={path} is not empty and no store: it holds {others[0]} and no {MANIFEST}; choose another out"
@@ -328,7 +328,7 @@ def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | No
     """Remove segments that are neither committed nor finished; of those finished `keep` these, None: all."""
     listed = {segment.name for segment in manifest.segments}
     for entry in list((path / SEGMENTS).iterdir()) if (path / SEGMENTS).is_dir() else ():
-        name, _, suffix = entry.name.partition(".")
+        name, _, suffix = entry.name.removeprefix(".").partition(".")
         if not name.isdecimal() or (suffix not in ("", "json") and not entry.name.endswith(files.PARTIAL)):
             continue  # not ours
         finished = name not in listed and (keep is None or name in keep) and staging.waiting(path, name)
@@ -343,13 +343,11 @@ def _add_unembed(
     if unembed is None:
         manifest = replace(manifest, unembed_reason=reason or "not asked for")
     else:
-        partial = path / (UNEMBED + files.PARTIAL)  # a folder: safetensors writes beside the name it is given first
-        files.remove(partial)
-        partial.mkdir()
-        unembed(partial / UNEMBED)
-        files.fsync(partial / UNEMBED)
-        files.rename_durably(partial / UNEMBED, path / UNEMBED)
-        files.remove(partial)
+        with files.scratch_folder(path / UNEMBED) as partial:
+            unembed(partial / UNEMBED)
+            files.fsync(partial / UNEMBED)
+            os.replace(partial / UNEMBED, path / UNEMBED)
+        files.fsync(path)
         manifest = replace(manifest, unembed=files.sha256_file(path / UNEMBED))
     write_manifest(path, manifest)
     return manifest
