@@ -13,10 +13,10 @@ import pytest
 import xarray as xr
 
 import workbench as wb
-from workbench.probes import LogitLens
-from workbench.results import result as result_module
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
+from workbench.probes import LogitLens
+from workbench.results import result as result_module
 from workbench.results.result import Result, load_result, provenance, refuse_other
 
 FILES = ("data.nc", "result.json", "table.parquet")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import itertools
 import json
 import logging
+import sys
 import threading
 import warnings
 from importlib.metadata import EntryPoint
@@ -19,14 +19,13 @@ import pytest
 import toy_experiment as toy
 from refusals import refused
 from toy_experiment import Config
-
 from warned import warned
 
 import workbench as wb
 from workbench.cli import main as cli
 from workbench.io.errors import DataError, RequestError
+from workbench.results.experiment import identity, make_result
 from workbench.results.registry import find_experiment, installed_experiments, summary
-from workbench.results.experiment import make_result, identity
 from workbench.runs.folders import Cell, attempt, cell_of, is_complete, load_run, run_cell, run_name
 from workbench.runs.sweep import grid, sweep
 

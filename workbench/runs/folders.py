@@ -31,11 +31,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from workbench.io.log import PROGRESS, copy_warnings
 from workbench.io.errors import DataError, RequestError, WorkbenchError
-from workbench.results.registry import find_experiment
-from workbench.results.experiment import identity
 from workbench.io.files import PARTIAL, commit_folder, fsync_tree, locked, remove, sha256_bytes
+from workbench.io.log import PROGRESS, copy_warnings
+from workbench.results.experiment import identity
+from workbench.results.registry import find_experiment
 
 if TYPE_CHECKING:
     from workbench.results.result import Result

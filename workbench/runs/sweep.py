@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from workbench.io.errors import RequestError, nearest
-from workbench.results.registry import find_experiment
-from workbench.results.experiment import identity
-from workbench.io.progress import duration
-from workbench.runs.folders import RESULTS, Cell, Outcome, attempt, cell_of, is_complete, share_script
 from workbench.io.files import PARTIAL, locked
+from workbench.io.progress import duration
+from workbench.results.experiment import identity
+from workbench.results.registry import find_experiment
+from workbench.runs.folders import RESULTS, Cell, Outcome, attempt, cell_of, is_complete, share_script
 
 if TYPE_CHECKING:
     from workbench.results.result import Result
@@ -89,7 +89,7 @@ def sweep(
 
     What is complete is not run again; a cell that fails is told and the others go on. `say` is told how each cell
     ended, a line at a time. Interrupted, the same call resumes. `workers`: processes that run cells side by side,
-    `RayWorkers` or a `Share` of `workbench.parallel.workers`; None: this one. Of those that share a sweep each puts together
+    `wb.RayWorkers` or a `wb.Share`; None: this one. Of those that share a sweep each puts together
     what is complete when it ends, so the last one has all of it.
 
     Raises RequestError where `out` cannot hold it.

@@ -1,0 +1,76 @@
+"""Installed probes and experiments: found by their entry points, and listed without importing all of them.
+
+A probe is a class registered in the group `workbench.probes`, an experiment a module registered in the group
+`workbench.experiments`. Ours and those of other packages are registered in the same way.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.io.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    from workbench.results.experiment import Experiment
+    from workbench.results.probe import Probe
+
+PROBES, EXPERIMENTS = "workbench.probes", "workbench.experiments"
+
+
+def installed_probes() -> dict[str, EntryPoint]:
+    """Returns the entry point of every registered probe by name; none is imported."""
+    return _installed(PROBES)
+
+
+def installed_experiments() -> dict[str, EntryPoint]:
+    """Returns the entry point of every registered experiment by name; none is imported."""
+    return _installed(EXPERIMENTS)
+
+
+def find_probe(name: str) -> type[Probe]:
+    """Imports the probe class registered as `name`. Raises RequestError with the nearest names."""
+    return _load("probe", name, installed_probes())
+
+
+def find_experiment(name: str) -> Experiment:
+    """Imports the module registered as experiment `name`. Raises RequestError with the nearest names."""
+    return _load("experiment", name, installed_experiments())
+
+
+def find_maker(name: str) -> type[Probe] | Experiment:
+    """Imports the probe or the experiment that made a result. Raises RequestError with the nearest names."""
+    return find_experiment(name) if name in installed_experiments() else find_probe(name)
+
+
+def summary(entry: EntryPoint) -> str:
+    """Returns the first line of a probe's or an experiment's docstring, read from its source without importing it.
+
+    Importing every one would take seconds. Where the module does not exist, the line says so, so that a package that is
+    half uninstalled does not hide the others.
+    """
+    try:
+        spec = find_spec(entry.module)
+    except ModuleNotFoundError:
+        return f"cannot be loaded: there is no module {entry.module}"
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    node: ast.Module | ast.ClassDef | None = ast.parse(source)
+    if entry.attr:
+        classes = (part for part in ast.walk(node) if isinstance(part, ast.ClassDef))
+        node = next((part for part in classes if part.name == entry.attr), None)
+    docstring = ast.get_docstring(node) if node else None
+    return (docstring or "").strip().partition("\n")[0]
+
+
+def _installed(group: str) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda entry: entry.name)}
+
+
+def _load(kind: str, name: str, installed: Mapping[str, EntryPoint]) -> Any:
+    if name not in installed:
+        raise RequestError(f"{kind} {name!r} is not installed{nearest(name, installed)}; known: {', '.join(installed)}")
+    return installed[name].load()
