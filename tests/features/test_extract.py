@@ -469,19 +469,19 @@ def test_two_names_of_one_model_agree(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "site", "message"),
     [
-        ({"d_in": 7}, None, "SAE 'sae' takes rows of 7 numbers and resid_post.1 of {store} has 8"),
+        ({"d_in": 7}, None, "SAE 'sae' reads rows of width 7, but resid_post.1 of {store} has 8"),
         (
             {"hook_name": "blocks.0.hook_resid_post"},
             "resid_post.1",
-            "SAE 'sae' was trained on blocks.0.hook_resid_post and site is blocks.1.hook_resid_post; leave site out, "
-            "or force=True",
+            "SAE 'sae' was trained on blocks.0.hook_resid_post, but site is blocks.1.hook_resid_post; leave site out, "
+            "or give force=True",
         ),
         (
             {"model_name": "gpt2-small"},
             None,
-            "SAE 'sae' was trained on the model gpt2-small and {store} is of demo; if they are the same, force=True",
+            "SAE 'sae' was trained on the model gpt2-small, but {store} was recorded from demo; if they are the same",
         ),
-        ({"hook_name": None}, None, "site: SAE 'sae' does not say where it was trained; give site="),
+        ({"hook_name": None}, None, "site: the files of SAE 'sae' do not record its site; give site="),
         (
             {"hook_name": "blocks.5.hook_mlp_out"},
             None,
@@ -500,7 +500,7 @@ def test_force_allows_another_site_and_model_but_no_other_width(example, tmp_pat
     other = loaded(tmp_path / "sae", hook_name="blocks.0.hook_resid_post", model_name="gpt2-small")
     assert taken(example, other, "resid_post.1", force=True, out=tmp_path / "f").record.site == SITE.name
     wide = loaded(tmp_path / "wide", d_in=9)
-    assert "takes rows of 9 numbers" in refused(RequestError, lambda: taken(example, wide, force=True))
+    assert "reads rows of width 9" in refused(RequestError, lambda: taken(example, wide, force=True))
     unsaid = loaded(tmp_path / "unsaid", hook_name=None, model_name=None)
     assert matching_site(example, unsaid, "resid_post.1").name == SITE.name
 
@@ -595,7 +595,7 @@ def test_features_that_are_not_finite_are_refused_by_row(tmp_path):
     file = store.path / "segments" / "00000" / SITE.file
     file.write_bytes(file.read_bytes()[: -8 * 4 * 4] + bytes(8 * 4) + file.read_bytes()[-8 * 4 * 3 :])
     text = refused(DataError, lambda: taken(store, sae, batch_rows=3))
-    assert text == "SAE 'sae' gives row 16 of resid_post.1 features that are not finite"
+    assert text == "features of SAE 'sae' are not finite for row 16 of resid_post.1"
 
 
 def contents(path: Path) -> dict[str, bytes]:

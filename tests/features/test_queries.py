@@ -308,7 +308,7 @@ def test_promoted_tokens_are_the_extremes(tiny_models, tmp_path):
     assert refused(RequestError, lambda: wb.promoted_tokens(features, sae, 6, k=0)) == "k must be at least 1, not 0"
     narrow = load_sae(save_sae(tmp_path / "narrow"), device="cpu")
     text = refused(RequestError, lambda: decoder_logits(narrow, unembed, [0]))
-    assert text.startswith("SAE 'narrow' writes 8 numbers and the residual stream has 32; ")
+    assert text.startswith("the output of SAE 'narrow' has width 8 and the residual stream 32; ")
 
 
 def test_an_sae_of_something_else_than_the_stream_has_no_effect_on_logits(tmp_path):

@@ -322,12 +322,12 @@ def test_texts_cannot_be_appended_where_nothing_is_stored(llama, sequences, sae,
 @pytest.mark.parametrize(
     ("about", "settings", "said"),
     [
-        ({"d_in": 8}, {}, "SAE 'x' takes rows of 8 numbers and resid_post.1 of OUT has 32"),
-        ({"model_name": "gpt2"}, {}, "SAE 'x' was trained on the model gpt2 and OUT is of tiny-llama; if they are"),
+        ({"d_in": 8}, {}, "SAE 'x' reads rows of width 8, but resid_post.1 of OUT has 32"),
+        ({"model_name": "gpt2"}, {}, "SAE 'x' was trained on the model gpt2, but OUT was recorded from tiny-llama; if"),
         (
             {},
             {"sae_site": "resid_post.2"},
-            f"SAE 'x' was trained on {SITE} and sae_site is blocks.2.hook_resid_post;",
+            f"SAE 'x' was trained on {SITE}, but sae_site is blocks.2.hook_resid_post;",
         ),
         ({}, {"sae_site": "resid_post"}, "sae_site 'resid_post' names 3 sites; give one, such as resid_post.3"),
         ({}, {"sae_site": "resid_post.7"}, "site 'resid_post.7': no such layer; the model has layers 0 to 2"),

@@ -15,8 +15,9 @@ from scipy.sparse import csr_array
 
 from workbench.io.errors import RequestError
 from workbench.sae import encode
-from workbench.sae.encode import PRECISIONS, Above, AbsTopK, NotFinite, TopK, encoder, fast_bfloat16, top
+from workbench.sae.encode import Above, AbsTopK, NotFinite, TopK, encoder, top
 from workbench.sae.load import load_sae
+from workbench.sae.precision import PRECISIONS, fast_bfloat16
 
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 D_IN, D_SAE = 24, 500
@@ -135,7 +136,7 @@ def test_temporal_autoencoders_read_sequences(lengths, options, tmp_path):
     if not options:
         assert (dense != 0).sum(1).max() == 9
     text = refused(RequestError, lambda: made(X, [100]))
-    assert text == "lengths make 100 rows, and there are 150"
+    assert text == "lengths add up to 100 rows and there are 150; give one per sequence"
     x = X.clone()
     x[131, 5] = torch.nan
     with pytest.raises(NotFinite, match=r"^row 131 is not finite$"):
@@ -182,7 +183,7 @@ def test_a_hook_of_the_users_is_called(tmp_path):
     assert made.linear is None
     assert_same(matrix(made(X)), sae.encode(X))
     text = refused(RequestError, lambda: encoder(sae, TopK(3)))
-    assert text == "SAE 'sae' (jumprelu) has no pre-activations to choose among"
+    assert text == "SAE 'sae' (jumprelu) has no pre-activations to select from; leave sparsity out"
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
@@ -266,10 +267,10 @@ def test_a_choice_out_of_range_is_refused(tmp_path):
     assert refused(RequestError, lambda: TopK(0)) == "k must be at least 1, not 0"
     text = refused(RequestError, lambda: encoder(sae, precision="int4"))
     assert text == "precision must be float32 or bfloat16, not 'int4'"
-    assert refused(RequestError, lambda: encoder(sae, TopK(501))) == "k is 501 and SAE 'sae' has 500 features"
+    assert refused(RequestError, lambda: encoder(sae, TopK(501))).startswith("k is 501, but SAE 'sae' has only 500")
     edit_config(tmp_path / "sae", k=501)
     wide = load_sae(tmp_path / "sae", device="cpu")
-    assert refused(RequestError, lambda: encoder(wide)) == "k is 501 and SAE 'sae' has 500 features"
+    assert refused(RequestError, lambda: encoder(wide)).startswith("k is 501, but SAE 'sae' has only 500")
 
 
 @given(

@@ -91,13 +91,13 @@ CASES = {
 
 
 def features(sae) -> np.ndarray:
-    found = encoder(sae)(torch.from_numpy(X))
-    parts = (part.numpy() for part in (found.value, found.feature, found.indptr))
+    rows = encoder(sae)(torch.from_numpy(X))
+    parts = (part.numpy() for part in (rows.value, rows.feature, rows.indptr))
     return csr_array(tuple(parts), shape=(len(X), D_SAE)).toarray()
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_dictionary_learning_is_its_own_definition(kind, tmp_path):
+def test_dictionary_learning_saes_encode_as_defined(kind, tmp_path):
     weights, expected = CASES[kind]
     folder = dictionary(tmp_path / "ae", kind, weights, k=K, layer=3, submodule_name="resid_post_layer_3")
     sae = load_sae(folder, device="cpu")
@@ -110,7 +110,7 @@ def test_dictionary_learning_is_its_own_definition(kind, tmp_path):
 
 
 @pytest.mark.parametrize("transcode", [False, True])
-def test_sparsify_is_its_own_definition(transcode, tmp_path):
+def test_sparsify_saes_encode_as_defined(transcode, tmp_path):
     written(tmp_path, {"model": "gpt2"}, {"x": C}, "config.json", "unrelated")
     sae = load_sae(sparsify(tmp_path / "h.5", transcode=transcode), device="cpu")
     np.testing.assert_allclose(features(sae), largest(relu((X - C * (not transcode)) @ W + B)), rtol=1e-4, atol=1e-4)
@@ -118,11 +118,11 @@ def test_sparsify_is_its_own_definition(transcode, tmp_path):
     assert sae.reconstructs is not transcode
 
 
-def test_a_pickle_is_refused_with_the_way_out(tmp_path):
+def test_a_pickle_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "ae.pt").write_bytes(b"anything")
     assert refused(RequestError, lambda: load_sae(tmp_path)) == (
-        f"SAE {str(tmp_path)!r} holds ae.pt, a pickle, which can run code and is not opened; if you trust it: "
+        f"SAE {str(tmp_path)!r} contains ae.pt, a pickle, which can run code and is not opened; if you trust it: "
         "safetensors.torch.save_file(torch.load('ae.pt', weights_only=True), 'ae.safetensors')"
     )
 
@@ -130,15 +130,15 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        (RequestError, {"signed": True}, "signed changes what a feature is and is not supported"),
-        (RequestError, {"gram_lookup": True}, "gram_lookup changes what a feature is and is not supported"),
-        (RequestError, {"activation": "groupmax"}, "activation 'groupmax' is not supported; topk is"),
-        (RequestError, {"skip_connection": True}, "skip_connection of an autoencoder is not supported; of a trans"),
-        (DataError, {"warp": 3}, "sparsify's setting 'warp' is not known here, and may change the features"),
+        (RequestError, {"signed": True}, "signed changes the features and is not supported"),
+        (RequestError, {"gram_lookup": True}, "gram_lookup changes the features and is not supported"),
+        (RequestError, {"activation": "groupmax"}, "activation 'groupmax' is not supported; only topk is"),
+        (RequestError, {"skip_connection": True}, "skip_connection is supported for transcoders only"),
+        (DataError, {"warp": 3}, "unknown sparsify setting 'warp', which may change the features"),
         (DataError, {"k": None}, "k is None, expected a whole number above 0"),
     ],
 )
-def test_sparsify_settings_are_honoured_or_refused(kind, config, message, tmp_path):
+def test_sparsify_settings_are_applied_or_refused(kind, config, message, tmp_path):
     text = refused(kind, lambda: load_sae(sparsify(tmp_path / "x", **config), device="cpu"))
     assert text.startswith(f"{tmp_path / 'x' / 'cfg.json'}: {message}")
 
@@ -150,12 +150,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         folder = dictionary(tmp_path / "x", dict_class, weights, **{"k": K, **trainer})
         return refused(kind, lambda: load_sae(folder, device="cpu")).removeprefix(str(folder))
 
-    assert text(RequestError, "CrossCoder").startswith("/config.json: dict_class 'CrossCoder' is not supported; Auto")
-    assert text(k=5) == "/config.json: trainer.k is 5 and ae.safetensors has k 4"
-    assert text(dict_size=31) == "/config.json says 31 features and the weights have 30"
-    assert text(weights={**weights, "more": C}) == "/ae.safetensors: what 'more' does to features is not known here"
+    assert text(RequestError, "CrossCoder").startswith("/config.json: dict_class 'CrossCoder' is not supported; supp")
+    assert text(k=5) == "/config.json: trainer.k is 5, but ae.safetensors has k 4"
+    assert text(dict_size=31) == "/config.json declares 31 features, but the weights have 30"
+    assert (
+        text(weights={**weights, "more": C}) == "/ae.safetensors: unknown tensor 'more', which may change the features"
+    )
     few = {name: part for name, part in weights.items() if name != "b_dec"}
-    assert text(weights=few).startswith("/ae.safetensors has no 'b_dec'; it holds k, threshold")
+    assert text(weights=few).startswith("/ae.safetensors has no tensor 'b_dec'; it contains k, threshold")
     (tmp_path / "x" / "ae.safetensors").write_bytes(b"short")
     assert refused(DataError, lambda: load_sae(tmp_path / "x")).startswith(
         f"{tmp_path / 'x' / 'ae.safetensors'} is missing or damaged"

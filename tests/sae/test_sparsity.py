@@ -175,7 +175,7 @@ def test_allocations_out_of_range_are_refused(store, sae, tmp_path):
     )
     pursuit = load_sae(save_sae(tmp_path / "mp", "matching_pursuit", hook_name=SITE.name), device="cpu")
     text = refused(RequestError, lambda: extract_features(store, pursuit, allocation=MutualChoice(3)))
-    assert text == "SAE 'mp' (matching_pursuit) has no pre-activations to choose among"
+    assert text == "SAE 'mp' (matching_pursuit) has no pre-activations to select from; leave sparsity out"
 
 
 def test_the_command_allocates(store, tmp_path, capsys):

@@ -1,1 +1,1 @@
-"""Sparse autoencoders: loading one, extracting its features from a store, and asking the features."""
+"""Sparse autoencoders: loading, encoding, decoder directions, and metrics."""

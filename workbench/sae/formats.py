@@ -1,8 +1,8 @@
-"""Directories that other libraries wrote, as SAELens' settings and weights: sparsify and dictionary_learning.
+"""Conversion of SAEs saved by sparsify and dictionary_learning to SAELens' settings and weights.
 
-sparsify: `cfg.json` and `sae.safetensors`. dictionary_learning: `config.json` and `ae.pt`, a pickle, which is not
-opened here; its tensors saved as `ae.safetensors` are. Whatever would change a feature's activation is converted or
-refused by name.
+sparsify writes `cfg.json` and `sae.safetensors`. dictionary_learning writes `config.json` and `ae.pt`, a pickle, which
+is not opened here; the same tensors saved as `ae.safetensors` are. Every setting or tensor that changes a feature's
+activation is converted or raises an error that names it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SPARSIFY_REFUSED = ("signed", "embed_skip", "gram_lookup")
 
 
 def converter(folder: Path) -> Callable[[], Converted] | None:
-    """What reads the directory's files; None where they are neither library's. RequestError for a pickle."""
+    """Returns the function that reads the directory, None if neither library wrote it; RequestError for a pickle."""
     if (folder / _SPARSIFY).is_file():
         return lambda: _sparsify(folder)
     if (folder / _DICTIONARY).is_file():
         return lambda: _dictionary_learning(folder)
     if (folder / _PICKLE).is_file():
         raise RequestError(
-            f"SAE {str(folder)!r} holds {_PICKLE}, a pickle, which can run code and is not opened; if you trust it: "
+            f"SAE {str(folder)!r} contains {_PICKLE}, a pickle, which can run code and is not opened; if you trust it: "
             f"safetensors.torch.save_file(torch.load({_PICKLE!r}, weights_only=True), {_DICTIONARY!r})"
         )
     return None
@@ -46,72 +46,72 @@ def _sparsify(folder: Path) -> Converted:
     config = read_object(source)
     for name in _SPARSIFY_REFUSED:
         if config.pop(name, False):
-            raise RequestError(f"{source}: {name} changes what a feature is and is not supported")
+            raise RequestError(f"{source}: {name} changes the features and is not supported")
     if (activation := config.pop("activation", "topk")) != "topk":
-        raise RequestError(f"{source}: activation {activation!r} is not supported; topk is")
+        raise RequestError(f"{source}: activation {activation!r} is not supported; only topk is")
     transcode, skip = config.pop("transcode", False), config.pop("skip_connection", False)
     if skip and not transcode:
-        raise RequestError(f"{source}: skip_connection of an autoencoder is not supported; of a transcoder it is")
+        raise RequestError(f"{source}: skip_connection is supported for transcoders only")
     tensors = _tensors(folder / _SPARSIFY)
     d_in, k, latents = (config.pop(name, None) for name in ("d_in", "k", "num_latents"))
     if unknown := sorted(config.keys() - _SPARSIFY_TRAINING):
-        raise DataError(f"{source}: sparsify's setting {unknown[0]!r} is not known here, and may change the features")
+        raise DataError(f"{source}: unknown sparsify setting {unknown[0]!r}, which may change the features")
     weights = {
         "W_enc": _take(tensors, "encoder.weight", folder / _SPARSIFY).T.contiguous(),
         "b_enc": _take(tensors, "encoder.bias", folder / _SPARSIFY),
         "W_dec": _take(tensors, "W_dec", folder / _SPARSIFY),
         "b_dec": _take(tensors, "b_dec", folder / _SPARSIFY),
     }
-    tensors.pop("W_skip", None)  # of a transcoder's output, which is not computed here
-    _none_left(tensors, folder / _SPARSIFY)
-    _fits(source, weights["W_enc"], d_in, latents or None)
-    parent = folder.parent / "config.json"
-    about = {
-        "model_name": read_object(parent).get("model") if parent.is_file() else None,
+    tensors.pop("W_skip", None)  # part of a transcoder's output, which is not computed here
+    _check_none_left(tensors, folder / _SPARSIFY)
+    _check_shape(source, weights["W_enc"], d_in, latents or None)
+    run_config = folder.parent / "config.json"
+    metadata: dict[str, Any] = {
+        "model_name": read_object(run_config).get("model") if run_config.is_file() else None,
         "transcode": transcode or None,
     }
     if place := re.fullmatch(r"(?:layers|h)[._](\d+)(\.mlp)?", folder.name):
         part = "mlp_out" if place[2] else "resid_post"
-        about["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
+        metadata["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
     settings = {"k": _whole(source, "k", k), "apply_b_dec_to_input": not transcode}
-    return _settings("topk", weights, settings, about), weights
+    return _settings("topk", weights, settings, metadata), weights
 
 
 def _dictionary_learning(folder: Path) -> Converted:
     source, path = folder / "config.json", folder / _DICTIONARY
     trainer = read_object(source).get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
-        raise DataError(f"{source}: trainer does not say its dict_class")
+        raise DataError(f"{source}: trainer has no dict_class")
     kind = trainer["dict_class"]
     if kind not in _DICTIONARIES:
-        raise RequestError(f"{source}: dict_class {kind!r} is not supported; {', '.join(_DICTIONARIES)} are")
+        raise RequestError(f"{source}: dict_class {kind!r} is not supported; supported are {', '.join(_DICTIONARIES)}")
     architecture, names, subtracted, scaled = _DICTIONARIES[kind]
     tensors = _tensors(path)
-    weights = {ours: _take(tensors, theirs, path) for ours, theirs in names.items()}
+    weights = {name: _take(tensors, source_name, path) for name, source_name in names.items()}
     for name in ("W_enc", "W_dec"):
-        if names[name].endswith(".weight"):  # of nn.Linear: outputs first
+        if names[name].endswith(".weight"):  # nn.Linear stores (out, in)
             weights[name] = weights[name].T.contiguous()
     settings: dict[str, Any] = {"apply_b_dec_to_input": subtracted}
     k = tensors.pop("k", None)
     if architecture == "topk":
         settings["k"] = _whole(source, "trainer.k", trainer.get("k"))
         if k is not None and int(k) != settings["k"]:
-            raise DataError(f"{source}: trainer.k is {settings['k']} and {path.name} has k {int(k)}")
+            raise DataError(f"{source}: trainer.k is {settings['k']}, but {path.name} has k {int(k)}")
         tensors.pop("threshold", None)  # this class encodes by k
     if "threshold" in weights and weights["threshold"].ndim == 0:
         weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1]).clone()
-    tensors.pop("group_sizes", None)  # of nested losses; encoding uses all groups
-    _none_left(tensors, path)
-    _fits(source, weights["W_enc"], trainer.get("activation_dim"), trainer.get("dict_size"))
-    if scaled:  # features times the decoder's norms, and the decoder divided by them
+    tensors.pop("group_sizes", None)  # for nested training losses; encoding uses all groups
+    _check_none_left(tensors, path)
+    _check_shape(source, weights["W_enc"], trainer.get("activation_dim"), trainer.get("dict_size"))
+    if scaled:  # features are multiplied by the decoder's norms, and the decoder divided by them
         norm = weights["W_dec"].norm(dim=1)
         for name in weights.keys() & {"W_enc", "b_enc", "b_gate", "b_mag", "threshold"}:
             weights[name] = weights[name] * norm
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
-    about = {"model_name": trainer.get("lm_name"), "hook_name": None}
+    metadata: dict[str, Any] = {"model_name": trainer.get("lm_name"), "hook_name": None}
     if str(trainer.get("submodule_name")).startswith("resid_post") and isinstance(trainer.get("layer"), int):
-        about["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
-    return _settings(architecture, weights, settings, about), weights
+        metadata["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
+    return _settings(architecture, weights, settings, metadata), weights
 
 
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
@@ -133,15 +133,15 @@ _DICTIONARIES: dict[str, tuple[str, dict[str, str], bool, bool]] = {
     "BatchTopKSAE": ("jumprelu", _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}, True, False),
     "MatryoshkaBatchTopKSAE": ("jumprelu", _PLAIN | {"threshold": "threshold"}, True, False),
 }
-"""dict_class -> architecture, its tensor for each of ours, whether b_dec is taken from the input, whether features are
-multiplied by the norms of the decoder."""
+"""dict_class -> (architecture, names of its tensors, whether b_dec is subtracted from the input, whether features are
+multiplied by the decoder's norms)."""
 
 
 def _settings(
-    architecture: str, weights: dict[str, Tensor], settings: dict[str, Any], about: dict[str, Any]
+    architecture: str, weights: dict[str, Tensor], settings: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, Any]:
     d_in, d_sae = weights["W_enc"].shape
-    known = {name: value for name, value in about.items() if value is not None}
+    known = {name: value for name, value in metadata.items() if value is not None}
     return {
         "architecture": architecture,
         "d_in": d_in,
@@ -151,27 +151,27 @@ def _settings(
     }
 
 
-def _fits(source: Path, weight: Tensor, d_in: Any, d_sae: Any) -> None:
-    for said, found, what in ((d_in, weight.shape[0], "inputs"), (d_sae, weight.shape[1], "features")):
-        if said is not None and said != found:
-            raise DataError(f"{source} says {said} {what} and the weights have {found}")
+def _check_shape(source: Path, weight: Tensor, d_in: object, d_sae: object) -> None:
+    for declared, actual, axis in ((d_in, weight.shape[0], "inputs"), (d_sae, weight.shape[1], "features")):
+        if declared is not None and declared != actual:
+            raise DataError(f"{source} declares {declared} {axis}, but the weights have {actual}")
 
 
-def _whole(source: Path, name: str, value: Any) -> int:
+def _whole(source: Path, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DataError(f"{source}: {name} is {value!r}, expected a whole number above 0")
     return value
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError where there is none."""
+    """Returns the JSON object in a file; DataError if it has none."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object")
-    return found
+    return value
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -186,10 +186,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _take(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:
     if name not in tensors:
-        raise DataError(f"{path} has no {name!r}; it holds {', '.join(sorted(tensors)) or 'nothing'}")
+        raise DataError(f"{path} has no tensor {name!r}; it contains {', '.join(sorted(tensors)) or 'nothing'}")
     return tensors.pop(name)
 
 
-def _none_left(tensors: dict[str, Tensor], path: Path) -> None:
+def _check_none_left(tensors: dict[str, Tensor], path: Path) -> None:
     if tensors:
-        raise DataError(f"{path}: what {min(tensors)!r} does to features is not known here")
+        raise DataError(f"{path}: unknown tensor {min(tensors)!r}, which may change the features")

@@ -1,4 +1,4 @@
-"""How well a sparse autoencoder fits a store: sparsity, variance explained, dead features, and what the model loses."""
+"""Quality of a sparse autoencoder on a store: L0, explained variance, dead features, and loss recovered."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from workbench.sae.site import block_rows, encode_checked, matching_site
 from workbench.sites.grammar import Site
 from workbench.store.reader import ActivationArray, Rows, Store
 
-_LOGIT_BYTES = 256 << 20  # of one batch's logits in float32, at most
+_LOGIT_BYTES = 256 << 20  # float32 logits of one batch, at most
 
 
 @dataclass(frozen=True)
 class SplicedLoss:
-    """Mean cross-entropy of the token that follows, in nats, with the site as it is, replaced, and emptied."""
+    """Mean next-token cross-entropy in nats: unchanged, with the SAE's reconstruction, and with zeros at the site."""
 
     tokens: int
-    """Tokens predicted."""
+    """Number of predicted tokens."""
     clean: float
     spliced: float
-    """With the SAE's reconstruction in place of the site's rows of text."""
+    """With the SAE's reconstruction in place of the site's activations; special tokens keep theirs."""
     zeroed: float
-    """With zeros in their place."""
+    """With zeros in place of the same activations."""
 
     @property
     def recovered(self) -> float:
-        """(zeroed - spliced) / (zeroed - clean): 1 as good as the model, 0 as bad as zeros; beyond where it is worse or
-        better than either. NaN where zeros change nothing."""
-        lost = self.zeroed - self.clean
-        return (self.zeroed - self.spliced) / lost if lost else float("nan")
+        """Loss recovered, (zeroed - spliced) / (zeroed - clean): 1 for a perfect reconstruction, 0 for one as bad as
+        zeros. NaN if zeros do not change the loss."""
+        increase = self.zeroed - self.clean
+        return (self.zeroed - self.spliced) / increase if increase else float("nan")
 
 
 @dataclass(frozen=True)
 class SaeMetrics:
-    """What `sae_metrics` found."""
+    """Result of `sae_metrics`."""
 
     rows: int
-    """Rows counted."""
+    """Number of rows (tokens) evaluated."""
     l0: float
-    """Mean number of active features a row, 0 to d_sae."""
+    """Mean number of active features per row, 0 to d_sae."""
     explained_variance: float
-    """1 - Σ|x - x̂|² / Σ|x - x̄|² over the rows, x̄ their mean: 1 is perfect, 0 no better than always answering x̄, below
-    0 worse. NaN where all rows are the same."""
+    """1 - Σ|x - x̂|² / Σ|x - x̄|² over the rows, x̄ their mean: 1 is perfect, 0 as good as the constant x̄, below 0 worse.
+    NaN if all rows are equal."""
     dead_share: float
-    """Share of features active on none of the rows, 0 to 1."""
+    """Share of features that are active on none of the rows, 0 to 1."""
     loss: SplicedLoss | None
-    """None where no model was given."""
+    """None if no model was given."""
 
 
 def sae_metrics(
@@ -69,34 +69,40 @@ def sae_metrics(
     rows: str | Rows | None = None,
     force: bool = False,
 ) -> SaeMetrics:
-    """Fits of `sae` to the rows of a site: L0, explained variance, dead share; with `model`, the loss recovered.
+    """Returns L0, explained variance and dead share of `sae` on the rows of a site; with `model`, the loss recovered.
 
-    `site`, `force`: as for `extract_features`. `rows`: SQL over the tokens, or `Rows`. None: all but special tokens,
-    because BOS, an attention sink, can have a hundred times the norm of the others: variance would then be its
-    variance, and explaining it alone would look like explaining everything.
+    With `model`, every sequence that contains selected rows runs three times: unchanged, with the site's activations
+    replaced by the SAE's reconstruction, and by zeros; activations of special tokens are never replaced. The loss is
+    that of the next tokens of the selected rows, within their document and sequence.
 
-    With `model`, the one that was recorded, every sequence that has some of the rows is run again three times: as it
-    is, with the site's rows of text replaced by the SAE's reconstruction, and by zeros; special tokens' rows stay as
-    they are. The loss is that of the tokens which follow the rows in their document and sequence.
+    Cost: one pass with sums in float64; memory a few blocks of 64 MiB, with `model` also a batch and its logits, at
+    most 256 MiB.
 
-    Sums are in float64, in one pass; memory is a few blocks of 64 MiB, with `model` also a batch as of a recording and
-    its logits, at most 256 MiB.
+    Args:
+        store: The recording.
+        sae: The autoencoder.
+        site: The site to read. None: the one that the SAE was trained on.
+        model: The recorded model. None: the loss is not computed.
+        rows: SQL over the token table, or `Rows`. None: all but special tokens; BOS, an attention sink, can have a
+            hundred times the norm of other tokens, and would dominate the variance.
+        force: Allow an SAE of another site or model.
 
-    Raises RequestError as `extract_features` does, for a transcoder, which reconstructs another site than it reads, for
-    a temporal SAE, whose features are what a prediction from the rows before lacks, for a selection of no rows, another
-    model than the store's, or a site that cannot be replaced.
+    Raises:
+        RequestError: As `extract_features`; a transcoder, whose output is another site than its input; a temporal SAE,
+            whose features are a residual of a prediction; no rows; another model than the store's; a site that cannot
+            be replaced.
     """
     array = matching_site(store, sae, site, force=force)
     if sae.sequential:
         raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not reconstruct a row")
     if not sae.reconstructs:
         kind = sae.architecture if "transcoder" in sae.architecture else "transcoder"
-        raise RequestError(f"SAE {sae.name!r} is a {kind}: what it writes is not what it reads")
+        raise RequestError(f"SAE {sae.name!r} is a {kind}: its output is another site than its input")
     if not isinstance(rows, Rows):
         rows = store.where("NOT is_special" if rows is None else rows)
     ids = rows.ids_in(store)
     if not len(ids):
-        raise RequestError(f"rows: none of the {store.rows} of {store.path} is selected")
+        raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
     spliced = None if model is None else _spliced_loss(array, sae, model, ids)
     return SaeMetrics(len(ids), *_fit(array, sae, ids), spliced)
 
@@ -121,16 +127,16 @@ def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tu
 
 
 class _Moments:
-    """Rows seen so far: how many, their mean, and the sum of squared distances from it (Chan, Golub and LeVeque)."""
+    """Running count, mean and sum of squared deviations of rows (update of Chan, Golub and LeVeque)."""
 
     def __init__(self) -> None:
         self.rows, self.spread, self.mean = 0, 0.0, np.zeros(())
 
     def add(self, x: Float[np.ndarray, "row d_model"]) -> None:
         rows, mean = self.rows + len(x), x.mean(0)
-        away = mean - self.mean
-        self.spread += float(np.square(x - mean).sum() + np.square(away).sum() * self.rows * len(x) / rows)
-        self.mean = self.mean + away * len(x) / rows
+        shift = mean - self.mean
+        self.spread += float(np.square(x - mean).sum() + np.square(shift).sum() * self.rows * len(x) / rows)
+        self.mean = self.mean + shift * len(x) / rows
         self.rows = rows
 
 
@@ -142,35 +148,35 @@ class _Batch:
     mask: Int64[Tensor, "batch position"]
     replaced: Bool[Tensor, "batch position"]
     targets: Int64[Tensor, "batch position"]
-    """The token that follows; -1 where it does not count."""
+    """Next token; -1 if it is not evaluated."""
 
 
 def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.ndarray, " row"]) -> SplicedLoss:
     recorded = array.store.manifest.model
     if model.fingerprint() != recorded.fingerprint:
         raise RequestError(
-            f"model {model.name} with weights {model.fingerprint()[:12]} is not the one that {array.store.path} is of, "
-            f"{recorded.name} with weights {recorded.fingerprint[:12]}"
+            f"model {model.name} with weights {model.fingerprint()[:12]} is not the one that {array.store.path} was "
+            f"recorded from, {recorded.name} with weights {recorded.fingerprint[:12]}; load that one"
         )
     (site,) = model.site_map.select((array.name,))
-    ways: dict[str, Callable[[Tensor], Tensor] | None] = {
+    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
         "spliced": lambda rows: sae.decode(sae.encode(rows)).reshape(rows.shape),
         "zeroed": torch.zeros_like,
     }
-    totals, tokens = dict.fromkeys(ways, 0.0), 0
+    totals, tokens = dict.fromkeys(replacements, 0.0), 0
     most = min(batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab))
     for batch in _batches(array.store, ids, max(1, most)):
         tokens += int((batch.targets >= 0).sum())
-        for way, replace in ways.items():
-            totals[way] += _loss(model.module, site, batch, replace)
+        for name, replace in replacements.items():
+            totals[name] += _loss(model.module, site, batch, replace)
     if not tokens:
-        raise RequestError("rows: no token follows any of them in its document, so there is no loss to compare")
-    return SplicedLoss(tokens, **{way: total / tokens for way, total in totals.items()})
+        raise RequestError("rows: none has a next token in its document, so there is no loss; choose others")
+    return SplicedLoss(tokens, **{name: total / tokens for name, total in totals.items()})
 
 
 def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tensor], Tensor] | None) -> float:
-    """Summed cross-entropy of a batch's targets."""
+    """Sum of the cross-entropy over a batch's targets."""
     with splice(module, site, batch.replaced, replace) if replace else nullcontext():
         logits = run(module, batch.ids, batch.mask).logits
     targets = batch.targets.to(logits.device)
@@ -180,7 +186,7 @@ def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tenso
 
 
 def _batches(store: Store, rows: Int64[np.ndarray, " row"], tokens: int) -> Iterator[_Batch]:
-    """The sequences that have some of `rows`, in order, as many at a time as make `tokens`, and at least one."""
+    """Batches of the sequences that contain `rows`, in order, of at most `tokens` tokens or one sequence each."""
     table = store.tokens
     names = ("token_id", "sequence", "document", "is_special")
     ids, sequence, document, special = (table[name].to_numpy() for name in names)
@@ -216,11 +222,11 @@ def _padded(
         torch.full(shape, -1),
     )
     for line, span in enumerate(spans):
-        own = slice(_length(span))
-        batch.ids[line, own] = torch.from_numpy(ids[span].astype(np.int64))
-        batch.mask[line, own] = 1
-        batch.replaced[line, own] = torch.from_numpy(ordinary[span])
-        batch.targets[line, own] = torch.from_numpy(targets[span])
+        filled = slice(_length(span))
+        batch.ids[line, filled] = torch.from_numpy(ids[span].astype(np.int64))
+        batch.mask[line, filled] = 1
+        batch.replaced[line, filled] = torch.from_numpy(ordinary[span])
+        batch.targets[line, filled] = torch.from_numpy(targets[span])
     return batch
 
 

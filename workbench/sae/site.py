@@ -1,4 +1,4 @@
-"""Which of a store's arrays an autoencoder encodes, and rows of it encoded densely."""
+"""The array of a store that an autoencoder encodes, and checked dense encoding of its rows."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ from workbench.sites.grammar import full_name
 from workbench.store.manifest import SiteRecord
 from workbench.store.reader import ActivationArray, Store
 
-_LATENT_BYTES = 64 << 20  # of one block's dense activations in float32
+_LATENT_BYTES = 64 << 20  # dense float32 activations of one block
 
 
 def matching_site(
     store: Store, sae: Sae, site: str | tuple[str, int] | None = None, *, force: bool = False
 ) -> ActivationArray:
-    """The array of `store` that `sae` encodes, by default that of the SAE's own site.
+    """Returns the array of `store` that `sae` encodes.
 
-    The residual stream before a block is the one after the block before: an SAE of either reads both. Raises
-    RequestError naming both sides where width, site or model differ; `force` allows all but the width.
+    resid_pre of a block and resid_post of the block before are the same activations: an SAE of either reads both.
+
+    Args:
+        store: The recording.
+        sae: The autoencoder.
+        site: Name or (name, layer). None: the site the SAE was trained on.
+        force: Allow another site or model than the SAE's.
+
+    Raises:
+        RequestError: Width, site or model differ from the SAE's, or the SAE's files do not record its site.
     """
-    own = full_name(sae.site) if sae.site else None
+    trained_on = full_name(sae.site) if sae.site else None
     if site is None:
-        if own is None:
-            raise RequestError(f"site: SAE {sae.name!r} does not say where it was trained; give site=")
+        if trained_on is None:
+            raise RequestError(f"site: the files of SAE {sae.name!r} do not record its site; give site=")
         recorded = {record.name for record in store.sites}
-        site = next((name for name in site_names(own) if name in recorded), own)
+        site = next((name for name in site_names(trained_on) if name in recorded), trained_on)
     array = store[site]
     check_fit(sae, array.site, store.manifest.model.name, store.path, force=force)
     return array
@@ -41,36 +49,44 @@ def matching_site(
 def check_fit(
     sae: Sae, site: SiteRecord, model: str, store: Path, *, force: bool, arguments: tuple[str, str] = ("site", "force")
 ) -> None:
-    """Raises RequestError where `sae` is of another width or, unless `force`, of another site or model than what
-    `store` holds, or is to hold. `arguments`: what the caller's site and force are called."""
-    asked_site, asked_force = arguments
+    """Raises RequestError if `sae` has another width than `site` or, unless `force`, another site or model.
+
+    Args:
+        sae: The autoencoder.
+        site: The site to encode.
+        model: Name of the recorded model.
+        store: Path of the store, for the message.
+        force: Allow another site or model.
+        arguments: Names of the caller's arguments for site and force, for the message.
+    """
+    site_argument, force_argument = arguments
     width = prod(site.shape)
     if width != sae.d_in:
-        raise RequestError(f"SAE {sae.name!r} takes rows of {sae.d_in} numbers and {site.label} of {store} has {width}")
+        raise RequestError(f"SAE {sae.name!r} reads rows of width {sae.d_in}, but {site.label} of {store} has {width}")
     if force:
         return
-    own = full_name(sae.site) if sae.site else None
-    if own and site.name not in site_names(own):
+    trained_on = full_name(sae.site) if sae.site else None
+    if trained_on and site.name not in site_names(trained_on):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on {own} and {asked_site} is {site.name}; leave {asked_site} out, or "
-            f"{asked_force}=True"
+            f"SAE {sae.name!r} was trained on {trained_on}, but {site_argument} is {site.name}; leave {site_argument} "
+            f"out, or give {force_argument}=True"
         )
     if sae.model_name and not _same_model(sae.model_name, model):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on the model {sae.model_name} and {store} is of {model}; "
-            f"if they are the same, {asked_force}=True"
+            f"SAE {sae.name!r} was trained on the model {sae.model_name}, but {store} was recorded from {model}; "
+            f"if they are the same model, give {force_argument}=True"
         )
 
 
 def block_rows(sae: Sae) -> int:
-    """Rows whose dense activations make 64 MiB."""
+    """Returns the number of rows whose dense activations take 64 MiB."""
     return max(1, _LATENT_BYTES // (4 * sae.d_sae))
 
 
 def encode_checked(
     array: ActivationArray, sae: Sae, ids: np.ndarray, values: Float[Tensor, "row ..."]
 ) -> Float[Tensor, "row feature"]:
-    """`sae.encode` of rows `ids`; DataError, with the row, where they or their features are not finite."""
+    """Returns `sae.encode` of the rows `ids`; DataError with the row if it or its features are not finite."""
     if (bad := ~values.isfinite().flatten(1).all(1)).any():
         raise not_finite(array, sae, ids[int(bad.nonzero()[0])], features=False)
     activations = sae.encode(values)
@@ -80,28 +96,29 @@ def encode_checked(
 
 
 def not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> DataError:
+    """Returns the error for a row that is not finite, or whose features are not."""
     if features:
-        return DataError(f"SAE {sae.name!r} gives row {row} of {array.site.label} features that are not finite")
+        return DataError(f"features of SAE {sae.name!r} are not finite for row {row} of {array.site.label}")
     return DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
 
 
 def site_names(site: str) -> tuple[str, ...]:
-    """A residual site's two names, before a block and after the one before it; any other's own."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
-    if not found:
+    """Returns both names of a residual site (before a block, after the previous one); else the one name."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
+    if not match:
         return (site,)
-    layer = int(found[1])
-    other = f"blocks.{layer - 1}.hook_resid_post" if found[2] == "pre" else f"blocks.{layer + 1}.hook_resid_pre"
+    layer = int(match[1])
+    other = f"blocks.{layer - 1}.hook_resid_post" if match[2] == "pre" else f"blocks.{layer + 1}.hook_resid_pre"
     return (site, other)
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: owners differ between hubs, and TransformerLens has names of its own."""
+    """Whether two names mean the same model: owners differ between hubs, and TransformerLens has aliases."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
     def plain(name: str) -> str:
         name = name.casefold()
-        official = next((own for own, known in MODEL_ALIASES.items() if name in map(str.casefold, known)), name)
+        official = next((key for key, aliases in MODEL_ALIASES.items() if name in map(str.casefold, aliases)), name)
         return official.casefold().rsplit("/", 1)[-1]
 
     return plain(one) == plain(other)

@@ -1,0 +1,236 @@
+"""Loading of autoencoders and their metadata, against NumPy."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from sae_example import ARCHITECTURES, edit_config, encode64, save_sae, set_weights
+from safetensors.numpy import load_file
+from warned import warned
+
+from workbench import embedded
+from workbench.io.errors import DataError, RequestError
+from workbench.sae.load import load_sae
+
+X = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_sae_loads_unchanged(architecture, tmp_path):
+    from sae_lens import SAE
+
+    about = {"hook_name": "blocks.3.hook_resid_post", "model_name": "gpt2-small", "context_size": 64}
+    folder = save_sae(tmp_path / "one", architecture, dtype="bfloat16", **about)
+    sae = load_sae(folder, device="cpu")
+    inference = "jumprelu" if architecture == "batchtopk" else architecture
+    assert (sae.name, sae.d_in, sae.d_sae, sae.architecture) == ("one", 8, 20, inference)
+    assert (sae.site, sae.model_name, sae.context_size) == tuple(about.values())
+    assert repr(sae) == f"Sae('one', {inference}, 8 -> 20, blocks.3.hook_resid_post, cpu)"
+    assert (sae.module.training, sae.W_dec.dtype, sae.W_dec.shape) == (False, torch.float32, (20, 8))
+    plain = SAE.load_from_disk(folder, dtype="float32")
+    with torch.no_grad():
+        expected = plain.encode(torch.from_numpy(X))
+        reconstructed = plain.decode(expected)
+    assert torch.equal(sae.encode(torch.from_numpy(X)), expected)
+    assert torch.equal(sae.decode(expected), reconstructed)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("standard", {"apply_b_dec_to_input": False}),
+        ("standard", {"normalize_activations": "layer_norm"}),
+        ("topk", {"k": 5}),
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+    ],
+)
+def test_settings_that_change_the_mathematics_are_applied(architecture, settings, tmp_path):
+    plain, changed = (save_sae(tmp_path / name, architecture) for name in ("plain", "changed"))
+    edit_config(changed, **settings)
+    sae = load_sae(changed, device="cpu")
+    found = sae.encode(torch.from_numpy(X)).numpy()
+    np.testing.assert_allclose(found, encode64(changed, X), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(found, encode64(plain, X), atol=1e-2)
+    assert sae.fingerprint() != load_sae(plain, device="cpu").fingerprint()
+
+
+def test_layer_norm_is_undone_by_decode(tmp_path):
+    sae = load_sae(save_sae(tmp_path / "one", normalize_activations="layer_norm"), device="cpu")
+    weights = load_file(tmp_path / "one" / "sae_weights.safetensors")
+    found = sae.decode(sae.encode(torch.from_numpy(X))).numpy()
+    spread = X.std(1, ddof=1, keepdims=True)
+    expected = (encode64(tmp_path / "one", X) @ weights["W_dec"] + weights["b_dec"]) * spread + X.mean(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_heads_and_reconstructions_are_flattened(tmp_path):
+    folder = save_sae(tmp_path / "one", reshape_activations="hook_z", hook_name="blocks.0.attn.hook_z")
+    sae = load_sae(folder, device="cpu")
+    heads = torch.from_numpy(X).reshape(30, 2, 4)
+    np.testing.assert_allclose(sae.encode(heads).numpy(), encode64(folder, X), rtol=1e-4, atol=1e-4)
+    assert torch.equal(sae.encode(heads), sae.encode(torch.from_numpy(X)))
+    assert sae.decode(sae.encode(heads)).shape == (30, 8)
+    assert torch.equal(sae.encode(heads.half()), sae.encode(heads.half().float()))
+
+
+def test_metadata_missing_from_the_files_is_none(tmp_path):
+    sae = load_sae(save_sae(tmp_path / "one"), device="cpu")
+    assert (sae.site, sae.model_name, sae.context_size) == (None, None, None)
+    assert repr(sae) == "Sae('one', standard, 8 -> 20, cpu)"
+
+
+def test_files_from_before_saelens_6_are_read(tmp_path):
+    """They had all settings on one level, under other names."""
+    folder = save_sae(tmp_path / "old")
+    old = {"hook_point": "blocks.2.hook_resid_pre", "model_name": "gpt2-small", "activation_fn_str": "relu"}
+    edit_config(folder, remove=("metadata", "architecture"), l1_coefficient=1e-3, **old)
+    sae = load_sae(folder, device="cpu")
+    assert (sae.site, sae.model_name) == ("blocks.2.hook_resid_pre", "gpt2-small")
+    np.testing.assert_allclose(
+        sae.encode(torch.from_numpy(X)).numpy(), encode64(save_sae(tmp_path / "n"), X), atol=1e-4
+    )
+
+
+def test_the_fingerprint_depends_on_the_mathematics_alone(tmp_path):
+    first = load_sae(save_sae(tmp_path / "one", "topk"), device="cpu").fingerprint()
+    same = save_sae(tmp_path / "two", "topk", hook_name="blocks.0.hook_resid_post", model_name="demo")
+    assert load_sae(same, device="cpu").fingerprint() == first
+    other = load_sae(save_sae(tmp_path / "three", "topk", seed=1), device="cpu").fingerprint()
+    b_dec = load_file(same / "sae_weights.safetensors")["b_dec"]
+    b_dec[3] += 1e-6
+    changed = load_sae(set_weights(same, b_dec=b_dec), device="cpu").fingerprint()
+    assert len({first, other, changed}) == 3
+
+
+def test_sae_id_chooses_a_folder_of_several(tmp_path):
+    for name in ("layer_0", "layer_1"):
+        save_sae(tmp_path / "all" / name, seed=len(name), hook_name=f"blocks.{name[-1]}.hook_resid_post")
+    assert load_sae(tmp_path / "all", "layer_1", device="cpu").site == "blocks.1.hook_resid_post"
+    assert load_sae(str(tmp_path / "all"), "layer_0", device="cpu").name == "layer_0"
+    place = str(tmp_path / "all")
+    assert refused(RequestError, lambda: load_sae(place)) == (
+        f"SAE {place!r} contains several; choose one with sae_id: layer_0, layer_1"
+    )
+    assert refused(RequestError, lambda: load_sae(place, "layer_7")) == (
+        f"sae_id 'layer_7': no such folder in {place!r}; nearest: layer_1, layer_0"
+    )
+
+
+def test_missing_paths_are_refused_before_saelens_is_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sae_lens", None)
+    save_sae_folder = tmp_path / "gelu-sae"
+    save_sae_folder.mkdir()
+    assert refused(RequestError, lambda: load_sae(str(tmp_path / "gelu-seä"), device="cpu")) == (
+        f"SAE {str(tmp_path / 'gelu-seä')!r}: no such directory; nearest: gelu-sae"
+    )
+    assert refused(RequestError, lambda: load_sae(tmp_path / "zzz")).endswith("zzz': no such directory")
+    assert refused(RequestError, lambda: load_sae("")).startswith("SAE '': no such directory")
+    (save_sae_folder / "readme").touch()
+    assert refused(RequestError, lambda: load_sae(save_sae_folder)) == (
+        f"SAE {str(save_sae_folder)!r} is a directory without cfg.json; it contains readme"
+    )
+    assert refused(RequestError, lambda: load_sae(save_sae_folder / "readme")) == (
+        f"SAE {str(save_sae_folder / 'readme')!r} is a file; give the folder that contains cfg.json and sae_weights."
+        "safetensors"
+    )
+    assert refused(RequestError, lambda: load_sae(save_sae_folder, device="abacus")).startswith(
+        "device 'abacus' cannot"
+    )
+
+
+def test_damaged_and_misspelt_files_are_refused(tmp_path):
+    folder = save_sae(tmp_path / "one", "topk")
+
+    def text(kind=DataError, **changes) -> str:
+        copied = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
+        return refused(kind, lambda: load_sae(edit_config(copied, **changes), device="cpu")).removeprefix(
+            str(copied / "cfg.json")
+        )
+
+    assert text(d_sae="20") == ": d_sae is '20', expected a whole number above 0"
+    assert text(remove=("k",)) == ": k is missing and SAELens would use 100; add it"
+    assert text(remove=("d_in",)) == ": d_in is None, expected a whole number above 0"
+    unknown = ": SAELens would ignore 'rescale_act_by_decoder_norm', unknown for a topk SAE"
+    assert text(rescale_act_by_decoder_norm=True) == f"{unknown}; nearest: rescale_acts_by_decoder_norm"
+    assert text(RequestError, architecture="topq").startswith(
+        ": SAELens has no inference class for architecture 'topq';"
+    )
+    assert text(RequestError, architecture="batchtopk").endswith("; save it with save_inference_model")
+    assert "cfg.json and sae_weights.safetensors do not fit: " in text(d_sae=21)
+    assert "do not fit: normalize_activations must be" in text(normalize_activations="batch")
+    weights, config = folder / "sae_weights.safetensors", folder / "cfg.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    assert refused(DataError, lambda: load_sae(folder)).startswith(f"{weights} is missing or damaged: ")
+    weights.unlink()
+    assert refused(DataError, lambda: load_sae(folder)).startswith(f"{weights} is missing or damaged: ")
+    config.write_text("{")
+    assert refused(DataError, lambda: load_sae(folder)).startswith(f"{config} cannot be read: ")
+    config.write_text("[]")
+    assert refused(DataError, lambda: load_sae(folder)) == f"{config} is not a JSON object"
+
+
+@pytest.mark.parametrize("way", ["expected_average_only_in", "covariance_whitening"])
+def test_a_normalisation_without_constants_warns(way, tmp_path):
+    folder = save_sae(tmp_path / "one", normalize_activations=way)
+    with warned(rf"^SAE 'one' was trained with {way}, whose constants are not in its"):
+        load_sae(folder, device="cpu")
+
+
+def test_a_release_is_downloaded_only_if_it_exists(tmp_path, monkeypatch):
+    from sae_lens import SAE
+
+    folder, asked = save_sae(tmp_path / "one"), []
+
+    def fetched(release, sae_id, **options):
+        asked.append((release, sae_id, options))
+        return SAE.load_from_disk(folder)
+
+    monkeypatch.setattr(SAE, "from_pretrained", fetched)
+    monkeypatch.chdir(tmp_path)
+    sae = load_sae("gpt2-small-res-jb", "blocks.3.hook_resid_pre", device="cpu")
+    assert sae.name == "gpt2-small-res-jb/blocks.3.hook_resid_pre"
+    assert asked == [("gpt2-small-res-jb", "blocks.3.hook_resid_pre", {"device": "cpu", "dtype": "float32"})]
+    text = refused(RequestError, lambda: load_sae("gpt2-small-res-jp", "blocks.3.hook_resid_pre"))
+    assert text.startswith(
+        "SAE 'gpt2-small-res-jp' is neither a directory here nor a release listed by SAELens; nearest: gpt2"
+    )
+    text = refused(RequestError, lambda: load_sae("gpt2-small-res-jb", "blocks.33.hook_resid_pre"))
+    assert text.startswith(
+        "sae_id 'blocks.33.hook_resid_pre' is not one of the 13 ids of release 'gpt2-small-res-jb'; nearest: "
+    )
+    text = refused(RequestError, lambda: load_sae("gpt2-small-res-jb"))
+    assert text == (
+        "sae_id None is not one of the 13 ids of release 'gpt2-small-res-jb'; it has blocks.0.hook_resid_pre, "
+        "blocks.1.hook_resid_pre, blocks.2.hook_resid_pre, ..."
+    )
+    assert len(asked) == 1
+
+    def offline(*_arguments, **_options):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(SAE, "from_pretrained", offline)
+    text = refused(RequestError, lambda: load_sae("gpt2-small-res-jb", "blocks.3.hook_resid_pre"))
+    assert text == "SAE gpt2-small-res-jb/blocks.3.hook_resid_pre could not be downloaded or read: no route to the hub"
+
+
+def test_demo_is_the_embedded_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "SAE", tmp_path / "embedded" / "sae")
+    assert refused(DataError, lambda: load_sae("demo")) == (
+        "SAE 'demo': the embedded autoencoder is missing; reinstall the workbench"
+    )
+    save_sae(tmp_path / "embedded" / "sae", d_sae=33)
+    sae = load_sae("demo", device="cpu")
+    assert (sae.name, sae.d_sae) == ("demo", 33)
+
+
+def test_config_returns_the_content_of_the_file(tmp_path):
+    folder = save_sae(tmp_path / "one", "topk", hook_name="blocks.0.hook_resid_post")
+    written = json.loads((folder / "cfg.json").read_text())
+    found = load_sae(folder, device="cpu").config()
+    assert {key: found[key] for key in written if key != "device"} == {
+        k: v for k, v in written.items() if k != "device"
+    }
