@@ -83,7 +83,7 @@ WORDS = [f" token{n}" for n in range(30)]
 SHAPES = {"curves": curves, "grid": lambda: grid([f"·token{n}" for n in range(20)]), "heads": heads}
 SHAPES |= {
     "menu": lambda: head_attention(
-        np.full((2, 30, 30), 1 / 30), heads=["0.1", "1.0"], tokens=WORDS, title="t", subtitle=""
+        np.full((2, 30, 30), 1 / 30), heads=["L0H1", "L1H0"], tokens=WORDS, title="t", subtitle=""
     ),
     "strip": lambda: token_strip(
         np.arange(30.0), tokens=WORDS, positions=range(30), title="", subtitle="", unit="nats"
@@ -254,9 +254,9 @@ def test_text_in_cells_is_cut_and_said():
     assert list(whole.data[0].text[0]) == ["abc", "&lt;b&gt;"]
     assert cut == []
     menu, cut = to_paper(SHAPES["menu"]())
-    assert [trace.name for trace in menu.data] == ["head 0.1"]
+    assert [trace.name for trace in menu.data] == ["L0H1"]
     assert not menu.layout.updatemenus
-    assert cut == ["what the menu shows: head 1.0", "labels of the x axis, all but one in 2"]
+    assert cut == ["other entries of the menu: L1H0", "labels of the x axis, all but one in 2"]
     long, cut = to_paper(grid(["abcdefghi"] * 60))
     assert list(long.layout.xaxis.tickvals) == [str(place) for place in range(0, 60, 3)]
     assert cut[1:] == ["labels of the x axis, all but one in 3"]
@@ -409,23 +409,23 @@ def test_a_chrome_that_fails_is_told(tmp_path, monkeypatch):
 
 
 def test_refusals(result, tmp_path):
-    def said(what=None, folder=tmp_path / "x", **changes):
-        return refused(RequestError, lambda: wb.export(what or curves(), folder, **changes))
+    def refusal_of(source=None, folder=tmp_path / "x", **changes):
+        return refused(RequestError, lambda: wb.export(source or curves(), folder, **changes))
 
-    assert said(formats=["pfd"]) == "formats has 'pfd'; nearest: pdf; known: html, pdf, svg, png"
-    assert said(theme="drak") == "theme has 'drak'; nearest: dark; known: light, dark"
-    assert said(data="xls").startswith("data has 'xls'")
-    assert said(plotlyjs="cdn") == "plotlyjs has 'cdn'; known: shared, inside"
-    assert said(columns=3) == "columns must be 1 or 2, not 3"
-    assert said(result, figures=["gird"]) == "figure 'gird' is none of grid, by_layer, depth"
+    assert refusal_of(formats=["pfd"]) == "formats has 'pfd'; nearest: pdf; known: html, pdf, svg, png"
+    assert refusal_of(theme="drak") == "theme has 'drak'; nearest: dark; known: light, dark"
+    assert refusal_of(data="xls").startswith("data has 'xls'")
+    assert refusal_of(plotlyjs="cdn") == "plotlyjs has 'cdn'; known: shared, inside"
+    assert refusal_of(columns=3) == "columns must be 1 or 2, not 3"
+    assert refusal_of(result, figures=["gird"]) == "figure 'gird' is none of grid, by_layer, depth"
     (tmp_path / "file").touch()
-    assert said(folder=tmp_path / "file") == f"folder {str(tmp_path / 'file')!r} is a file; name a folder"
+    assert refusal_of(folder=tmp_path / "file") == f"folder {str(tmp_path / 'file')!r} is a file; name a folder"
 
     class Odd:
         def figures(self):
             return {"../x": curves()}
 
-    assert said(Odd()) == "figure '../x' cannot be the name of a file; use letters, digits, - and _"
+    assert refusal_of(Odd()) == "figure '../x' cannot be used as a file name; use letters, digits, - and _"
     assert not (tmp_path / "x").exists()
 
 

@@ -115,7 +115,7 @@ def _features_section(features: Features, best: pd.DataFrame) -> Section:
         ],
         figures={"labels": _label_bars(best.head(_FEATURES_SHOWN))},
         table=best,
-        source={"features": features.path.name, "sae": features.record.sae.name},
+        provenance={"features": features.path.name, "sae": features.record.sae.name},
     )
 
 

@@ -1,7 +1,7 @@
-"""One page out of many results: what was found, figures, controls, definitions with sources, settings, provenance.
+"""HTML report of several results: headlines, figures, controls, definitions, settings, variables, provenance.
 
-The page is one HTML file that needs no network: plotly's script is inside, once, and a content security policy lets
-nothing else run or load. Text of models and files is escaped.
+The report is one file that works offline: plotly's script is embedded once, and a content security policy blocks all
+other scripts and requests. Text of models and files is escaped.
 """
 
 from __future__ import annotations
@@ -28,66 +28,80 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ROWS = 10
-"""Table rows that are shown; the whole table lies beside the result."""
+"""Table rows that are shown; the result's folder holds the whole table."""
 
-_PRINT_WIDTH = 680
+_PRINT_WIDTH = 680  # pixels
 _FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. Everything but the figures is plain text and is escaped when written."""
+    """One section of the report. Everything except the figures is plain text, escaped when written."""
 
     title: str
     text: Sequence[str] = ()
-    """A paragraph each; the first stands in the contents too."""
+    """Paragraphs; the first one also appears in the table of contents."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
     table: pd.DataFrame | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance: name to value."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     question: str = ""
-    """What is asked, in a line."""
+    """The research question, one line."""
     definition: str = ""
-    """As a docstring: paragraphs, formulas indented."""
+    """Formatted as a docstring: paragraphs, formulas indented."""
     papers: Sequence[str] = ()
     controls: Sequence[tuple[str, str, str]] = ()
-    """(name, what was found, what it means)"""
+    """(name, value, meaning)"""
     settings: Sequence[tuple[str, str, str]] = ()
     """(name, value, meaning)"""
-    measured: Sequence[tuple[str, str, str, str]] = ()
+    variables: Sequence[tuple[str, str, str, str]] = ()
     """(variable, axes, units, range)"""
 
 
 def section(result: Result) -> Section:
-    """A result as part of a page: what was found, its figures, and what its probe says of itself."""
+    """Returns the section of a result: headline, figures, and the definition, controls and settings of its probe."""
     probe = find_maker(result.probe)
-    source = {name: value for name, value in result.provenance.items() if name != "settings"}
+    provenance = {name: value for name, value in result.provenance.items() if name != "settings"}
     note = result.data.attrs.get("note")
     return Section(
         title=f"{result.probe} of {result.provenance['model']}",
         text=[result.headline(), *([f"Note: {note}"] if note else [])],
         figures=result.figures(),
         table=result.table,
-        source=source,
+        provenance=provenance,
         question=(probe.__doc__ or "").strip().partition("\n")[0],
         definition=definition(probe),
         papers=getattr(probe, "sources", ()),
         controls=[
-            (name, _span(result.data[name]) if name in result.data else "", meaning)
+            (name, _value_range(result.data[name]) if name in result.data else "", meaning)
             for name, meaning in getattr(probe, "controls", {}).items()
         ],
         settings=_settings(getattr(probe, "Config", probe), result.provenance.get("settings", {})),
-        measured=[
-            (str(name), ", ".join(map(str, part.dims)) or "one number", str(part.attrs.get("units", "")), _span(part))
+        variables=[
+            (
+                str(name),
+                ", ".join(map(str, part.dims)) or "scalar",
+                str(part.attrs.get("units", "")),
+                _value_range(part),
+            )
             for name, part in result.data.data_vars.items()
         ],
     )
 
 
 def write_report(sections: Sequence[Section], path: str | Path, *, title: str, text: Sequence[str] = ()) -> Path:
-    """Writes the page to `path`, about 5 MB of which are plotly's script. An existing file is replaced.
+    """Writes the report, about 5 MB of which are plotly's script, and replaces an existing file.
 
-    Raises RequestError where there is no section, or the folder cannot hold the file.
+    Args:
+        sections: Sections in order.
+        path: File to write; its folder is created.
+        title: Heading of the report.
+        text: Paragraphs below the heading.
+
+    Returns:
+        `path`.
+
+    Raises:
+        RequestError: Without any section, or where `path` is a folder.
     """
     path = Path(path)
     if not sections:
@@ -100,29 +114,29 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
     return path
 
 
-def _settings(probe: type, asked: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What was asked, what each setting means, and its default where something else was asked."""
-    told = setting_meanings(probe)
+def _settings(probe: type, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, meaning) of each setting, with the default where the value differs from it."""
+    meanings = setting_meanings(probe)
     defaults = {part.name: part.default for part in fields(probe) if part.default is not MISSING}
     lines = []
-    for name, value in asked.items():
+    for name, value in values.items():
         default = json.loads(json.dumps(defaults[name])) if name in defaults else value
         other = f" (default {json.dumps(default)})" if default != value else ""
-        lines.append((name, json.dumps(value, ensure_ascii=False), told.get(name, "") + other))
+        lines.append((name, json.dumps(value, ensure_ascii=False), meanings.get(name, "") + other))
     return lines
 
 
-def _span(values: xr.DataArray) -> str:
-    """A number, or the least and the largest of several; how many where they are no numbers."""
+def _value_range(values: xr.DataArray) -> str:
+    """The value of a scalar, minimum and maximum of numbers, or the count of texts."""
     import numpy as np
 
     array = np.asarray(values)
     if not np.issubdtype(array.dtype, np.number):
         return f"{array.size:,} texts" if array.ndim else str(array)
-    known = array[np.isfinite(array)]
-    if not known.size:
-        return "none"
-    low, high = (f"{end:,}" if array.dtype.kind in "iu" else f"{end:.4g}" for end in (known.min(), known.max()))
+    finite = array[np.isfinite(array)]
+    if not finite.size:
+        return "no values"
+    low, high = (f"{end:,}" if array.dtype.kind in "iu" else f"{end:.4g}" for end in (finite.min(), finite.max()))
     return low if low == high else f"{low} to {high}"
 
 
@@ -146,7 +160,7 @@ def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) ->
             *_paragraphs(paragraphs),
             f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav></header>',
             '<main id="results">',
-            *(_part(number, part) for number, part in enumerate(sections)),
+            *(_section(number, part) for number, part in enumerate(sections)),
             "</main>",
             *(f"<script>{script}</script>" for script in scripts),
             "</body></html>\n",
@@ -155,7 +169,7 @@ def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) ->
 
 
 def _policy(scripts: Iterable[str]) -> str:
-    """Only these scripts run, and nothing is fetched; pictures are those that plotly makes itself."""
+    """Content security policy: only these scripts, no requests, only images made by plotly itself."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
@@ -163,14 +177,14 @@ def _policy(scripts: Iterable[str]) -> str:
 
 def _link(numbered: tuple[int, Section]) -> str:
     number, part = numbered
-    found = f"<span>{escape(part.text[0])}</span>" if part.text else ""
-    return f'<li><a href="#part-{number}">{escape(part.title)}</a>{found}</li>'
+    headline = f"<span>{escape(part.text[0])}</span>" if part.text else ""
+    return f'<li><a href="#part-{number}">{escape(part.title)}</a>{headline}</li>'
 
 
-def _part(number: int, part: Section) -> str:
+def _section(number: int, part: Section) -> str:
     headline, *others = [*part.text, ""]
     papers = "".join(f"<li>{inline(paper)}</li>" for paper in part.papers)
-    defined = prose(part.definition) + (f"<ul>{papers}</ul>" if papers else "")
+    definition = prose(part.definition) + (f"<ul>{papers}</ul>" if papers else "")
     return "\n".join(
         [
             f'<section id="part-{number}" aria-labelledby="title-{number}">',
@@ -180,36 +194,36 @@ def _part(number: int, part: Section) -> str:
             *_paragraphs(filter(None, others)),
             *(_figure(figure, f"part-{number}-{name}") for name, figure in enumerate(part.figures.values())),
             _controls(part.controls),
-            _folded("How it is defined", defined),
-            _folded("Settings", _lines(("setting", "value", "meaning"), part.settings)),
-            _folded("What was measured", _lines(("variable", "axes", "units", "range"), part.measured)),
-            _folded(*_head(part.table)) if part.table is not None else "",
-            _folded("Where it comes from", _facts(part.source)),
+            _folded("Definition", definition),
+            _folded("Settings", _rows(("setting", "value", "meaning"), part.settings)),
+            _folded("Variables", _rows(("variable", "axes", "units", "range"), part.variables)),
+            _folded(*_table_head(part.table)) if part.table is not None else "",
+            _folded("Provenance", _facts(part.provenance)),
             '<p class="up"><a href="#contents">Contents</a></p></section>',
         ]
     )
 
 
 def _figure(figure: Figure, name: str) -> str:
-    """Title and subtitle as text that wraps and is read aloud, the plot without them, drawn by report.js."""
+    """The plot, drawn by report.js, with title and subtitle as a caption that wraps and that screen readers read."""
     from workbench.figures.describe import alt_text
 
-    said = [part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text)]
-    caption = f"{escape(said[0] or '')}{f'<small>{escape(said[1])}</small>' if said[1] else ''}"
-    drawn = _drawing(figure)
-    fit = min(1.0, _PRINT_WIDTH / drawn["width"])
-    style = f"--height:{drawn['layout']['height']}px;--fit:{fit:.3f}"
+    title, subtitle = (part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text))
+    caption = f"{escape(title or '')}{f'<small>{escape(subtitle)}</small>' if subtitle else ''}"
+    drawing = _drawing(figure)
+    fit = min(1.0, _PRINT_WIDTH / drawing["width"])
+    style = f"--height:{drawing['layout']['height']}px;--fit:{fit:.3f}"
     return (
         f'<figure aria-labelledby="{name}">'
         f'<figcaption id="{name}">{caption}</figcaption>'
         f'<div class="wide" tabindex="0" role="group" aria-label="{escape(alt_text(figure))}">'
-        f'<div class="plot" style="{style}"><div></div><script type="application/json">{_json(drawn)}</script></div>'
+        f'<div class="plot" style="{style}"><div></div><script type="application/json">{_json(drawing)}</script></div>'
         "</div></figure>"
     )
 
 
 def _drawing(figure: Figure) -> dict[str, Any]:
-    """What report.js draws: the figure, what to change of it on a dark page, and how wide it wants to be."""
+    """Input of report.js: the figure, its changes for a dark page, its width, and whether it may shrink."""
     import plotly.graph_objects as go
 
     from workbench.figures.theme import to_dark
@@ -223,7 +237,7 @@ def _drawing(figure: Figure) -> dict[str, Any]:
 
 
 def _changes(old: Any, new: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
-    """What to set, and where, to make `new` of `old`; None removes."""
+    """(path, value) assignments that turn `old` into `new`; None removes."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -231,12 +245,12 @@ def _changes(old: Any, new: Any, path: tuple[str | int, ...] = ()) -> list[tuple
         return [change for key in keys for change in _changes(old.get(key), new.get(key), (*path, key))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
-        return [change for place, (a, b) in pairs for change in _changes(a, b, (*path, place))]
+        return [change for index, (a, b) in pairs for change in _changes(a, b, (*path, index))]
     return [(path, new)]
 
 
 def _json(value: Any) -> str:
-    """JSON inside of a script element, which ends at the first `</script` whatever it is part of."""
+    """JSON that is safe inside a script element, which ends at the first `</script`, even inside a string."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -245,28 +259,28 @@ def _paragraphs(paragraphs: Iterable[str]) -> list[str]:
 
 
 def _controls(controls: Sequence[tuple[str, str, str]]) -> str:
-    return f"<h3>Controls</h3>{_lines(('compare with', 'found', 'what it is'), controls)}" if controls else ""
+    return f"<h3>Controls</h3>{_rows(('control', 'value', 'meaning'), controls)}" if controls else ""
 
 
-def _lines(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    if not lines:
+def _rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
         return ""
-    told = ([f"<code>{escape(first)}</code>", *map(escape, middle), inline(last)] for first, *middle, last in lines)
-    return _wide(table(heading, told), " and ".join(heading))
+    cells = ([f"<code>{escape(first)}</code>", *map(escape, middle), inline(last)] for first, *middle, last in rows)
+    return _wide(table(heading, cells), " and ".join(heading))
 
 
-def _head(values: pd.DataFrame) -> tuple[str, str]:
+def _table_head(values: pd.DataFrame) -> tuple[str, str]:
     title = f"Table, {min(ROWS, len(values))} of {len(values):,} rows"
     return title, _wide(frame(values, ROWS), title)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f"<dl>{told}</dl>" if told else ""
+    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f"<dl>{entries}</dl>" if entries else ""
 
 
 def _wide(markup: str, name: str) -> str:
-    """What may be wider than a phone, and scrolls by itself; reached by the keyboard."""
+    """A horizontally scrolling region that the keyboard can reach."""
     return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}">{markup}</div>'
 
 

@@ -1,4 +1,4 @@
-// The view of workbench.token_view.TokenView. Tokens are data: they reach the page as textContent alone.
+// Front end of workbench.TokenView. Token text only ever enters the page as textContent.
 
 function make(tag, name, parent, text = "") {
   const element = document.createElement(tag);
@@ -14,7 +14,7 @@ function numbers(view, Kind) {
 
 const short = (value) => (Number.isNaN(value) ? "none" : String(Number(value.toPrecision(4))));
 
-function slider(model, root, trait, name, count, told) {
+function slider(model, root, trait, name, count, format) {
   const label = make("label", "control", root);
   make("span", "", label, name);
   const range = make("input", "", label);
@@ -29,22 +29,22 @@ function slider(model, root, trait, name, count, told) {
     label.hidden = last < 1;
     range.max = Math.max(0, last);
     range.value = model.get(trait);
-    output.textContent = told(model.get(trait));
+    output.textContent = format(model.get(trait));
     range.setAttribute("aria-valuetext", output.textContent);
   };
 }
 
 function render({ model, el }) {
   const root = make("div", "workbench-tokens", el);
-  root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's: its arrow keys would move through the cells
-  root.addEventListener("keydown", (event) => event.stopPropagation()); // nor shall its notebook take the focus away
+  root.setAttribute("data-lm-suppress-shortcuts", "true"); // otherwise JupyterLab's arrow keys move through the cells
+  root.addEventListener("keydown", (event) => event.stopPropagation()); // and its notebook takes the focus away
   const controls = make("div", "controls", root);
   const list = make("div", "tokens", root);
   const status = make("div", "status", root);
-  const said = make("span", "", status);
+  const message = make("span", "", status);
   const buttons = make("span", "features", status);
   const foot = make("div", "foot", root);
-  said.setAttribute("role", "status");
+  message.setAttribute("role", "status");
   list.setAttribute("role", "listbox");
   list.setAttribute("aria-multiselectable", "true");
   list.setAttribute("aria-label", "tokens");
@@ -84,25 +84,25 @@ function render({ model, el }) {
     }));
   }
 
-  function shown() {
+  function current() {
     const count = texts.length;
     if (!byFeature()) return values.subarray(model.get("layer") * count, (model.get("layer") + 1) * count);
-    const found = new Float32Array(count);
+    const activations = new Float32Array(count);
     entries.feature.forEach((feature, at) => {
-      if (feature === model.get("feature")) found[entries.token[at]] = entries.value[at];
+      if (feature === model.get("feature")) activations[entries.token[at]] = entries.value[at];
     });
-    return found;
+    return activations;
   }
 
-  function tell(index) {
-    const value = shown()[index];
+  function describe(index) {
+    const value = current()[index];
     const name = byFeature() ? `feature ${model.get("feature")}` : model.get("measure");
-    said.textContent = `${texts[index]}  row ${model.get("rows")[index]}, position ${model.get("positions")[index]}`
+    message.textContent = `${texts[index]}  row ${model.get("rows")[index]}, position ${model.get("positions")[index]}`
       + (value === undefined ? "" : `, ${name}: ${short(value)}`);
-    const own = [];
-    entries.token.forEach((token, at) => { if (token === index) own.push(at); });
-    own.sort((a, b) => entries.value[b] - entries.value[a]);
-    buttons.replaceChildren(...own.slice(0, 5).map((at) => {
+    const active = [];
+    entries.token.forEach((token, at) => { if (token === index) active.push(at); });
+    active.sort((a, b) => entries.value[b] - entries.value[a]);
+    buttons.replaceChildren(...active.slice(0, 5).map((at) => {
       const button = make("button", "", null, `${entries.feature[at]}: ${short(entries.value[at])}`);
       button.type = "button";
       button.title = "colour by this feature";
@@ -119,12 +119,12 @@ function render({ model, el }) {
     refreshers.forEach((refresh) => refresh());
     choice.hidden = !(model.get("layers").length && model.get("features"));
     select.value = model.get("colour");
-    const now = shown();
+    const strengths = current();
     const scale = byFeature() ? model.get("feature_scales")[model.get("feature")] : model.get("scales")[model.get("layer")];
     const selected = new Set(model.get("selected"));
     [...list.children].forEach((token, index) => {
-      const strength = scale && Number.isFinite(now[index]) ? Math.min(1, Math.abs(now[index]) / scale) : 0;
-      token.style.backgroundColor = strength ? `rgb(${now[index] < 0 ? "30 120 200" : "230 125 15"} / ${(0.65 * strength).toFixed(3)})` : "";
+      const strength = scale && Number.isFinite(strengths[index]) ? Math.min(1, Math.abs(strengths[index]) / scale) : 0;
+      token.style.backgroundColor = strength ? `rgb(${strengths[index] < 0 ? "30 120 200" : "230 125 15"} / ${(0.65 * strength).toFixed(3)})` : "";
       token.setAttribute("aria-selected", selected.has(model.get("rows")[index]));
       token.tabIndex = index === focus ? 0 : -1;
     });
@@ -133,10 +133,10 @@ function render({ model, el }) {
       + (model.get("note") ? `; ${model.get("note")}` : "");
   }
 
-  function choose(index, whole) {
+  function toggle(index, range) {
     const rows = model.get("rows");
     const selected = new Set(model.get("selected"));
-    if (whole) {
+    if (range) {
       for (let at = Math.min(anchor, index); at <= Math.max(anchor, index); at += 1) selected.add(rows[at]);
     } else if (!selected.delete(rows[index])) selected.add(rows[index]);
     anchor = index;
@@ -151,13 +151,13 @@ function render({ model, el }) {
   }
 
   const place = (event) => [...list.children].indexOf(event.target.closest(".token"));
-  list.addEventListener("pointerover", (event) => { const index = place(event); if (index >= 0) tell(index); });
-  list.addEventListener("focusin", (event) => { const index = place(event); if (index >= 0) { focus = index; tell(index); } });
-  list.addEventListener("click", (event) => { const index = place(event); if (index >= 0) { move(index); choose(index, event.shiftKey); } });
+  list.addEventListener("pointerover", (event) => { const index = place(event); if (index >= 0) describe(index); });
+  list.addEventListener("focusin", (event) => { const index = place(event); if (index >= 0) { focus = index; describe(index); } });
+  list.addEventListener("click", (event) => { const index = place(event); if (index >= 0) { move(index); toggle(index, event.shiftKey); } });
   list.addEventListener("keydown", (event) => {
     const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
     if (event.key in steps) move(focus + steps[event.key]);
-    else if (event.key === " " || event.key === "Enter") choose(focus, event.shiftKey);
+    else if (event.key === " " || event.key === "Enter") toggle(focus, event.shiftKey);
     else if (event.key === "Escape") { model.set("selected", []); model.save_changes(); }
     else return;
     event.preventDefault();
@@ -165,10 +165,10 @@ function render({ model, el }) {
   });
 
   const reload = () => { load(); paint(); };
-  const watched = [["loaded", reload], ...["layer", "feature", "colour", "selected"].map((name) => [name, paint])];
-  watched.forEach(([name, does]) => model.on(`change:${name}`, does));
+  const handlers = [["loaded", reload], ...["layer", "feature", "colour", "selected"].map((name) => [name, paint])];
+  handlers.forEach(([name, handler]) => model.on(`change:${name}`, handler));
   reload();
-  return () => watched.forEach(([name, does]) => model.off(`change:${name}`, does));
+  return () => handlers.forEach(([name, handler]) => model.off(`change:${name}`, handler));
 }
 
 export default { render };

@@ -1,12 +1,14 @@
-"""A text in a notebook, each token coloured by a number: hover for values, click to select rows of the store.
+"""Notebook widget that shows a text with each token coloured by a value: hover for values, click to select rows.
 
 view = TokenView(store, "resid_post", features=features)
-view                                   # in a cell of its own
-view.selection["resid_post", 3]        # what was clicked, as rows of the store
+view                                   # last line of a notebook cell
+view.selection["resid_post", 3]        # the selected tokens, as rows of the store
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,17 @@ except ImportError as error:
     raise RequestError("TokenView needs anywidget; pip install 'interp-workbench[notebook]'") from error
 
 LIMIT = 2048
-"""Tokens of a sequence that are shown."""
+"""Maximum tokens of a sequence that are shown."""
 
 _FOLDER = Path(__file__).parent
 _TOKEN_LENGTH = 40
 
 
 class TokenView(anywidget.AnyWidget):
-    """A widget: one sequence of a store, a slider through sequences, layers and features, and a selection of rows.
+    """Widget of one sequence of a store, with sliders for sequence, layer and feature and a selection of rows.
 
-    `layer` is the place of a layer among those of `values`; `colour` is "values" or "feature"; `selected` holds row ids
-    of the store, of any sequence. These, `sequence` and `feature` can be read and set from Python while it is shown.
+    `layer` is an index into the layers of `values`; `colour` is "values" or "feature"; `selected` holds row ids of the
+    store, of any sequence. These, `sequence` and `feature` can be read and set from Python while the widget is shown.
     """
 
     _esm = (_FOLDER / "token_view.js").read_text(encoding="utf-8")
@@ -72,32 +74,39 @@ class TokenView(anywidget.AnyWidget):
         features: Features | None = None,
         sequence: int = 0,
     ) -> None:
-        """
-        Args:
-            store: Whose tokens are shown.
-            values: What colours them. A kind of site, "resid_post": the L2 norm at every recorded layer. An array over
-                all rows, or over (layer, row). A variable of a result over (row) or (layer, row); rows that it lacks
-                are uncoloured. None: the kind that was recorded first.
-            features: Sparse features of the store, for the feature slider.
-            sequence: Which sequence is shown first.
+        """Opens the widget on one sequence.
 
-        Full colour is the largest absolute value of the sequence, special tokens apart, layer by layer. Reading a
-        sequence costs its activations; of a longer one the first 2,048 tokens are shown. Raises RequestError for a site
-        that was not recorded, an array of other rows, features of another store, a sequence there is not.
+        Full colour is the largest absolute value of the sequence at a layer, special tokens excluded. Each sequence
+        costs one read of its activations; only the first 2,048 tokens of a longer one are shown.
+
+        Args:
+            store: Store with the tokens to show.
+            values: Values that colour the tokens. A kind of site such as "resid_post" gives the L2 norm at every
+                recorded layer. An array has shape (row) or (layer, row) over all rows of the store. A DataArray has
+                axes (row) or (layer, row) with row ids as coordinates; tokens without a value are uncoloured. None:
+                the kind of site that was recorded first.
+            features: Sparse features of the store, for the feature slider.
+            sequence: Sequence to show first.
+
+        Raises:
+            RequestError: For a site that was not recorded, an array of another shape, features of another store, or a
+                sequence that does not exist.
         """
         if not store.rows:
-            raise RequestError(f"{store.path} holds no rows; record some first")
+            raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
         if features is not None and features.store.path != store.path:
-            raise RequestError(f"features are of {features.store.path}, not of {store.path}")
+            raise RequestError(
+                f"features belong to {str(features.store.path)!r}, not to {str(store.path)!r}; open those of this store"
+            )
         super().__init__()
         self._store, self._features = store, features
         self._starts = np.flatnonzero(np.diff(store.tokens["sequence"].to_numpy(), prepend=-1))
-        self._measured = _Measured(store, values)
+        self._values = _token_values(store, values)
         if not 0 <= sequence < len(self._starts):
             raise RequestError(f"sequence {sequence} does not exist; the store has 0 to {len(self._starts) - 1}")
         with self.hold_sync():
             self.sequences = len(self._starts)
-            self.layers, self.measure = self._measured.layers, self._measured.name
+            self.layers, self.measure = self._values.layers, self._values.name
             if features is not None:
                 self.features = features.shape[1]
                 self.feature_scales = features.max.astype(float).tolist()
@@ -106,41 +115,41 @@ class TokenView(anywidget.AnyWidget):
 
     @property
     def selection(self) -> Rows:
-        """The selected tokens, as rows of the store."""
+        """Selected tokens, as rows of the store."""
         return Rows(self._store, np.array(self.selected, np.int64))
 
     @traitlets.validate("sequence", "layer", "feature")
-    def _within(self, proposal: Any) -> int:
+    def _check_index(self, proposal: Any) -> int:
         name, value = proposal["trait"].name, proposal["value"]
         number = {"sequence": self.sequences, "layer": len(self.layers), "feature": self.features}[name]
         if value and not 0 <= value < number:
-            raise RequestError(f"{name} is {value} and there are {number}: 0 to {max(0, number - 1)}")
+            raise RequestError(f"{name} {value} does not exist; there are {number}: 0 to {max(0, number - 1)}")
         return value
 
     @traitlets.validate("selected")
-    def _known(self, proposal: Any) -> list[int]:
+    def _check_rows(self, proposal: Any) -> list[int]:
         return Rows(self._store, np.array(proposal["value"], np.int64)).ids.tolist()
 
     @traitlets.observe("sequence")
-    def _moved(self, change: Any) -> None:
+    def _sequence_changed(self, change: Any) -> None:
         if self.loaded:
             with self.hold_sync():
                 self._load()
 
     def _load(self) -> None:
-        """Everything about the sequence, as the page's JavaScript takes it."""
+        """Sets the traits that the JavaScript side reads for the current sequence."""
         first = int(self._starts[self.sequence])
         last = int([*self._starts, self._store.rows][self.sequence + 1])
         ids = np.arange(first, min(last, first + LIMIT))
         tokens = self._store.tokens.slice(first, len(ids))
-        values = self._measured.of(ids)
+        values = self._values.read(ids)
         ordinary = ~tokens["is_special"].to_numpy(zero_copy_only=False)
         self.note = f"the first {LIMIT:,} of {last - first:,} tokens" if last - first > LIMIT else ""
         self.texts = [visible(token, _TOKEN_LENGTH) for token in tokens["token"].to_pylist()]
         self.rows, self.positions = ids.tolist(), tokens["position"].to_pylist()
         self.values = values.tobytes()
-        counted = np.where(np.isfinite(values) & ordinary, np.abs(values), 0)
-        self.scales = counted.max(1, initial=0).astype(float).tolist()
+        magnitudes = np.where(np.isfinite(values) & ordinary, np.abs(values), 0)
+        self.scales = magnitudes.max(1, initial=0).astype(float).tolist()
         if self._features is not None:
             entries = self._features[ids].tocoo()
             self.entry_token = entries.row.astype(np.int32).tobytes()
@@ -149,36 +158,51 @@ class TokenView(anywidget.AnyWidget):
         self.loaded += 1
 
 
-class _Measured:
-    """Numbers of rows, layer by layer, whatever they are given as."""
+@dataclass(frozen=True)
+class _TokenValues:
+    """Values of tokens by layer; `read` gives those of some row ids."""
 
-    def __init__(self, store: Store, values: Any) -> None:
-        self._store, self._given = store, values
-        if isinstance(values, xr.DataArray):
-            if set(values.dims) not in ({"row"}, {"layer", "row"}) or "row" not in values.coords:
-                raise RequestError(f"values has axes {values.dims}; (row) or (layer, row) with the rows' ids expected")
-            self._given = values.transpose(..., "row")
-            self.layers = [str(layer) for layer in values["layer"].values] if "layer" in values.dims else [""]
-            unit = values.attrs.get("units", "")
-            self.name = f"{values.name or 'value'}{f' ({unit})' if unit else ''}"
-        elif isinstance(values, np.ndarray):
-            self._given = np.atleast_2d(values)
-            if self._given.ndim != 2 or self._given.shape[1] != store.rows:
-                raise RequestError(f"values has shape {values.shape}; {store.rows} rows, or layers by rows, expected")
-            self.layers = [str(layer) if values.ndim > 1 else "" for layer in range(len(self._given))]
-            self.name = "value"
-        else:
-            names = [site.label for site in store.sites]
-            kind = (names[0] if values is None else values).partition(".")[0]
-            self._sites = [name for name in names if name.partition(".")[0] == kind]
-            if not self._sites:
-                raise RequestError(f"values {kind!r} is no recorded kind of site{nearest(kind, names)}")
-            self.layers, self.name = [name.partition(".")[2] for name in self._sites], f"L2 norm of {kind}"
+    name: str
+    layers: list[str]
+    read: Callable[[Int64[np.ndarray, " row"]], Float[np.ndarray, "layer row"]]
 
-    def of(self, ids: Int64[np.ndarray, " row"]) -> Float[np.ndarray, "layer row"]:
-        if isinstance(self._given, xr.DataArray):
-            return np.atleast_2d(self._given.reindex(row=ids).to_numpy()).astype(np.float32)
-        if isinstance(self._given, np.ndarray):
-            return self._given[:, ids].astype(np.float32)
-        norms = [self._store[name][ids].float().flatten(1).norm(dim=1).numpy() for name in self._sites]
-        return np.stack(norms).astype(np.float32)
+
+def _token_values(store: Store, values: str | xr.DataArray | np.ndarray | None) -> _TokenValues:
+    if isinstance(values, xr.DataArray):
+        return _labelled_values(values)
+    if isinstance(values, np.ndarray):
+        array = np.atleast_2d(values)
+        if array.ndim != 2 or array.shape[1] != store.rows:
+            raise RequestError(f"values has shape {values.shape}; expected ({store.rows},) or (layers, {store.rows})")
+        layers = [str(layer) if values.ndim > 1 else "" for layer in range(len(array))]
+        return _TokenValues("value", layers, lambda ids: array[:, ids].astype(np.float32))
+    return _norms(store, values)
+
+
+def _labelled_values(values: xr.DataArray) -> _TokenValues:
+    if set(values.dims) not in ({"row"}, {"layer", "row"}) or "row" not in values.coords:
+        raise RequestError(
+            f"values has axes {values.dims}; expected (row) or (layer, row), with row ids as coordinates"
+        )
+    ordered = values.transpose(..., "row")
+    layers = [str(layer) for layer in values["layer"].values] if "layer" in values.dims else [""]
+    unit = values.attrs.get("units", "")
+    return _TokenValues(
+        f"{values.name or 'value'}{f' ({unit})' if unit else ''}",
+        layers,
+        lambda ids: np.atleast_2d(ordered.reindex(row=ids).to_numpy()).astype(np.float32),
+    )
+
+
+def _norms(store: Store, kind: str | None) -> _TokenValues:
+    """L2 norms at every recorded layer of a kind of site."""
+    names = [site.label for site in store.sites]
+    kind = (names[0] if kind is None else kind).partition(".")[0]
+    sites = [name for name in names if name.partition(".")[0] == kind]
+    if not sites:
+        raise RequestError(f"values: no site of kind {kind!r} was recorded{nearest(kind, names)}")
+    return _TokenValues(
+        f"L2 norm of {kind}",
+        [name.partition(".")[2] for name in sites],
+        lambda ids: np.stack([store[name][ids].float().flatten(1).norm(dim=1).numpy() for name in sites]),
+    )
