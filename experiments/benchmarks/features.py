@@ -25,9 +25,9 @@ from workbench.features.feature_store import (
     open_features,
 )
 from workbench.features.index import invert
-from workbench.io.arrays import map_arrays, new_arrays
 from workbench.io.files import sha256_file, write_file
 from workbench.io.parse import to_json
+from workbench.io.tensors import map_arrays, new_arrays
 from workbench.sites.settings import Recording
 from workbench.store.manifest import FileRecord, ModelRecord, Part
 from workbench.store.writer import open_writer

@@ -22,7 +22,7 @@ import pyarrow as pa
 import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison
 from workbench.io.files import sha256_bytes
-from workbench.io.tensorfile import TensorFile
+from workbench.io.tensors import TensorFile
 from workbench.store.groups import SIZE, write_groups
 from workbench.store.manifest import SEGMENTS, TOKENS, Part, Segment, SiteRecord, read_manifest, write_manifest
 from workbench.store.token_table import encode_tokens

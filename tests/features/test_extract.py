@@ -25,8 +25,8 @@ from workbench.features import feature_segments as segments
 from workbench.features.extract import extract_features, matching_site
 from workbench.features.feature_store import by_feature_layout, by_row_layout, open_features
 from workbench.features.index import feature_groups, invert
-from workbench.io.arrays import ArrayFile, map_arrays, new_arrays
 from workbench.io.errors import DataError, RequestError
+from workbench.io.tensors import ArrayFile, map_arrays, new_arrays
 from workbench.sae.encode import Encoder
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import sae_metrics

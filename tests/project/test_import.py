@@ -20,7 +20,7 @@ LIGHT = (
     "workbench.corpus",
     "workbench.store",
     "workbench.store.manifest",
-    "workbench.io.tensorfile",
+    "workbench.io.tensors",
     "workbench.store.writer",
     "workbench.store.query",
     "workbench.store.verify",

@@ -19,7 +19,7 @@ from store_example import BRAIN, HALF, MODEL, SINGLE, as_numpy, contents, token_
 
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_json
-from workbench.io.tensorfile import TensorFile, map_rows, read_header
+from workbench.io.tensors import TensorFile, map_rows, read_header
 from workbench.store import open_store
 from workbench.store.manifest import SiteRecord, describe, read_manifest
 from workbench.store.token_table import check_tokens, encode_tokens
@@ -196,15 +196,21 @@ def test_a_map_cannot_be_written_to(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-1], "is truncated or damaged: 221 bytes, where its header asks for 222"),
-        (lambda data: data + b"x", "is truncated or damaged: 223 bytes"),
-        (lambda data: data[:5], "is truncated or no safetensors file: 5 bytes"),
-        (lambda data: b"\xff" * 8 + data[8:], "is truncated or no safetensors file: 222 bytes, header of 1844674407"),
-        (lambda data: data.replace(b"[5,3]", b"[5,2]"), "has a damaged header, or more than one tensor"),
-        (lambda data: data.replace(b"[5,3]", b"[-5,"), "has a damaged header"),
-        (lambda data: data.replace(b"F16", b"I16"), "has a damaged header"),
-        (lambda data: data.replace(b'"dtype"', b'"dtipe"'), "has a damaged header"),
-        (lambda data: data[:8] + b"[" + data[9:], "has a damaged header"),
+        (lambda data: data[:-1], "is truncated or damaged (29 bytes of tensors, where its header asks for 30)"),
+        (lambda data: data + b"x", "is truncated or damaged (31 bytes of tensors"),
+        (lambda data: data[:5], "is truncated or damaged (5 bytes, header of"),
+        (lambda data: b"\xff" * 8 + data[8:], "is truncated or damaged (222 bytes, header of 1844674407"),
+        (lambda data: data.replace(b"[5,3]", b"[5,2]"), "(resid_post.0 does not lie where its header says)"),
+        (lambda data: data.replace(b"[5,3]", b"[-5,"), "is truncated or damaged ("),
+        (lambda data: data.replace(b"[5,3]", b"[-5,3]"), "is truncated or damaged ("),
+        (lambda data: data.replace(b"F16", b"I64"), "(resid_post.0 does not lie where its header says)"),
+        (
+            lambda data: data.replace(b"F16", b"U16"),
+            "must hold one tensor of float16, bfloat16, float32, and",
+        ),
+        (lambda data: data.replace(b"F16", b"I16"), "is truncated or damaged (header b'"),
+        (lambda data: data.replace(b'"dtype"', b'"dtipe"'), "is truncated or damaged (header b'"),
+        (lambda data: data[:8] + b"[" + data[9:], "is truncated or damaged ("),
     ],
 )
 def test_a_damaged_tensor_file_is_refused_before_it_is_mapped(tmp_path, damage, message):
@@ -219,7 +225,7 @@ def test_a_file_with_two_tensors_is_refused(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"x": np.zeros(3, np.float32), "y": np.zeros(3, np.float32)}, tmp_path / "t.safetensors")
-    with pytest.raises(DataError, match="more than one tensor"):
+    with pytest.raises(DataError, match="and holds x float32, y float32"):
         map_rows(tmp_path / "t.safetensors")
 
 

@@ -39,10 +39,10 @@ from workbench.features.feature_store import (
 )
 from workbench.features.index import ENTRIES, entry_rows, invert
 from workbench.io import files
-from workbench.io.arrays import array_bytes, map_arrays, new_arrays
 from workbench.io.errors import RequestError
 from workbench.io.parse import from_json, parse, to_json
 from workbench.io.progress import progress
+from workbench.io.tensors import array_bytes, map_arrays, new_arrays
 from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
 from workbench.sae.load import Sae
 from workbench.sae.site import matching_site, not_finite

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, Integer
 
 from workbench.io import files
-from workbench.io.arrays import array_bytes, map_arrays, new_arrays
+from workbench.io.tensors import array_bytes, map_arrays, new_arrays
 
 Span = tuple[int, int]
 """Consecutive rows of a store: the first, and the one behind the last."""

@@ -21,10 +21,10 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from workbench.features.index import feature_groups, feature_sums
-from workbench.io.arrays import map_arrays
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
 from workbench.io.parse import from_json, parse
+from workbench.io.tensors import map_arrays
 from workbench.store.manifest import FEATURES, MANIFEST, FileRecord
 from workbench.store.reader import Rows, Store, open_store
 

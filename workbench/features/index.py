@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, Integer, UInt, UInt64
 from scipy.sparse import csr_array
 
-from workbench.io.arrays import ArrayFile
 from workbench.io.errors import RequestError
+from workbench.io.tensors import ArrayFile
 
 T = TypeVar("T")
 U = TypeVar("U")

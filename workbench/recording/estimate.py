@@ -16,7 +16,7 @@ import numpy as np
 from workbench.io.errors import RequestError
 from workbench.io.files import human_bytes
 from workbench.io.progress import duration
-from workbench.io.tensorfile import header_bytes, read_header
+from workbench.io.tensors import header_bytes, read_header
 from workbench.model.load import Model, load_model
 from workbench.recording.record import (
     SegmentRecorder,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from workbench.io.errors import DataError
-from workbench.io.tensorfile import STORED, map_rows
+from workbench.io.tensors import STORED, map_rows
 
 _FAR = 256 << 10  # bytes between rows from which on reading ahead is in vain
 _madvise = ctypes.CDLL(None).madvise

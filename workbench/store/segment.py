@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 
 from workbench.io import files
 from workbench.io.parse import to_json
-from workbench.io.tensorfile import TensorFile
+from workbench.io.tensors import TensorFile
 from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord
 from workbench.store.token_table import encode_tokens
 

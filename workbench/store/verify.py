@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import from_json
-from workbench.io.tensorfile import TensorHeader, read_header
+from workbench.io.tensors import TensorHeader, read_header
 from workbench.store.groups import GROUPS, complete_groups
 from workbench.store.manifest import (
     MANIFEST,
