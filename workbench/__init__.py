@@ -58,6 +58,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # milliseconds
+
+        return version("interp-workbench")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_PUBLIC[name]), name)
@@ -70,6 +74,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    __version__: str
+
     from workbench.analysis.comparison import compare
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features

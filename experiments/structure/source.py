@@ -60,12 +60,10 @@ class Import:
 def room(module: str) -> str:
     """Returns the room of a module: its folder, or the module itself where it lies flat in the package.
 
-    Modules of the package's root that are no rooms of their own in ORDER (`workbench`, `workbench.probing`) are (root).
+    The public modules of the package's root are (root); `workbench.__main__` is the command line.
     """
-    _, *parts = module.split(".")
-    if not parts or parts[0] in ("__init__", "__main__", "probing"):
-        return "(root)"
-    return parts[0]
+    first = module.split(".")[1:2]
+    return {(): "(root)", ("probing",): "(root)", ("__main__",): "cli"}.get(tuple(first), "".join(first))
 
 
 class Tree:

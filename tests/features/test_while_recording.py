@@ -405,4 +405,4 @@ def test_options_of_an_sae_need_one(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["record", "demo", "text", "--out", str(tmp_path / "x"), "--sae-force"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "workbench: --sae-id, --sae-site and --sae-force are for --sae; give it too\n"
+    assert capsys.readouterr().err == "workbench: --sae-id, --sae-site and --sae-force need --sae; give it too\n"

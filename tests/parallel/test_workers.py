@@ -412,7 +412,7 @@ def test_workers_that_cannot_be_are_refused(asked, message):
     ("asked", "message"),
     [
         (["--workers", "0"], "workers must be at least 1, not 0"),
-        (["--threads", "2"], "--ray-address and --threads are about workers; say how many with --workers"),
+        (["--threads", "2"], "--ray-address and --threads configure workers; give their number with --workers"),
         (["--workers", "2", "--share"], "--share and --workers are two ways to divide the work; give one of them"),
         (
             ["--share"],

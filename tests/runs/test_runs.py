@@ -460,7 +460,7 @@ def test_an_experiment_is_a_script_of_its_own(tmp_path):
     assert (code, err) == (0, "")
     assert out == f"drawing a line\ny up to 6\nfigure  {tmp_path}/one/results/figures/lines.html\n"
     code, out, _ = command(script, *asked)
-    assert (code, out.splitlines()[0]) == (0, f"complete already: {tmp_path}/one")
+    assert (code, out.splitlines()[0]) == (0, f"already complete: {tmp_path}/one")
     code, out, err = command(script, "--factor", 4, "--out", tmp_path / "one")
     assert (code, out) == (2, "")
     assert err == (

@@ -1,0 +1,139 @@
+"""Verbs of experiments: sweep NAME, and one run of an experiment's own script."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from workbench.cli.arguments import Command, Parallel, docstring, parse
+from workbench.cli.terminal import print_items, print_plain
+
+HELP = "Run an experiment over a grid of settings: workbench sweep EXPERIMENT --model a b --seed 0 1 2 --out DIR"
+
+
+def experiment_command(name: str, arguments: list[str]) -> Command:
+    """Returns the command of `python -m workbench.experiments.NAME ARGUMENTS`."""
+    from workbench.results.registry import find_experiment
+
+    experiment = find_experiment(name)
+    out = Annotated[Path | None, arg(help=f"Folder of the run. Default: a name made of the settings, in runs/{name}.")]
+    command = make_dataclass(
+        name,
+        [
+            ("config", OmitArgPrefixes[experiment.Config], field(default_factory=experiment.Config)),
+            ("out", out, None),
+        ],
+        bases=(_RunExperiment,),
+        namespace={"experiment": name},
+        frozen=True,
+    )
+    return parse(command, f"python -m {experiment.__name__}", arguments, docstring(experiment))
+
+
+class _RunExperiment:
+    experiment: str
+    config: Any
+    out: Path | None
+
+    def run(self) -> int:
+        from workbench.runs.folders import RESULTS, Cell, cell_of, is_complete, run_cell
+
+        cell = cell_of(self.experiment, self.config, Path("runs") / self.experiment)
+        if self.out is not None:
+            cell = Cell(self.experiment, self.config, self.out)
+        if is_complete(cell):
+            print(f"already complete: {cell.folder}")
+        print_plain(run_cell(cell).headline())
+        for figure in sorted((cell.folder / RESULTS / "figures").glob("*.html")):
+            print(f"figure  {figure}")
+        return 0
+
+
+@dataclass(frozen=True)
+class _ListExperiments:
+    def run(self) -> int:
+        from workbench.results.registry import installed_experiments, summary
+
+        print(HELP + "\n")
+        print_items({name: summary(entry) for name, entry in installed_experiments().items()})
+        return 0
+
+
+def sweep_command(arguments: list[str]) -> Command:
+    """Returns the command of `workbench sweep ARGUMENTS`. Imports only the requested experiment."""
+    from workbench.results.registry import find_experiment
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _ListExperiments()
+    name, *rest = arguments
+    experiment = find_experiment(name)
+    note = "Each setting takes one value or several; every combination is run."
+    return parse(sweep_options(name, experiment), f"workbench sweep {name}", rest, f"{docstring(experiment)}\n\n{note}")
+
+
+def sweep_options(name: str, experiment: Any) -> type[Command]:
+    """Returns the class that the arguments of a sweep of one experiment are parsed into."""
+    return make_dataclass(
+        name,
+        [
+            *_choices(experiment.Config),
+            ("out", Annotated[Path | None, arg(help=f"Folder of the sweep. Default: runs/{name}.")], None),
+            ("parallel", OmitArgPrefixes[Parallel], field(default_factory=Parallel)),
+        ],
+        bases=(_RunSweep,),
+        namespace={"experiment": name},
+        frozen=True,
+    )
+
+
+def _choices(config: type) -> list[tuple[str, Any, Any]]:
+    """Fields that take several values where the setting of a config takes one.
+
+    A setting that is itself several values, or that is not compared, has one value for the whole sweep.
+    """
+    from workbench.results.probe import setting_meanings
+
+    hints, descriptions = get_type_hints(config), setting_meanings(config)
+    choices = []
+    for setting in fields(config):
+        kind, default = hints[setting.name], setting.default
+        if _is_choice(config, setting):
+            kind, default = tuple[kind, ...], (default,)
+        choices.append((setting.name, Annotated[kind, arg(help=descriptions.get(setting.name, ""))], default))
+    return choices
+
+
+def _is_choice(config: type, setting: Field) -> bool:
+    return setting.compare and get_origin(get_type_hints(config)[setting.name]) is not tuple
+
+
+class _RunSweep:
+    experiment: str
+    out: Path | None
+    parallel: Parallel
+
+    def run(self) -> int:
+        from workbench.results.registry import find_experiment
+        from workbench.runs.sweep import TABLE, grid, sweep
+
+        config = find_experiment(self.experiment).Config
+        choices = {
+            setting.name: value if _is_choice(config, setting) else (value,)
+            for setting in fields(config)
+            for value in [getattr(self, setting.name)]
+        }
+        out = self.out or Path("runs") / self.experiment
+        swept = sweep(self.experiment, grid(config, choices), out, workers=self.parallel.who(None), say=print_plain)
+        for outcome in swept.failed:
+            print_plain(f"failed  {outcome.cell.folder.name}: {outcome.told}")
+        counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "there", "failed")}
+        counted |= {"left to other processes": len(swept.left)} if swept.left else {}
+        print(", ".join(f"{number} {state}" for state, number in counted.items()))
+        if swept.result is not None:
+            print(f"table   {swept.folder / TABLE}")
+            for figure in sorted((swept.folder / "figures").glob("*.html")):
+                print(f"figure  {figure}")
+        return 1 if swept.failed else 0

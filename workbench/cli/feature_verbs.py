@@ -1,0 +1,129 @@
+"""Verbs of sparse features: features, top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from workbench.cli.arguments import Parallel
+from workbench.cli.terminal import print_plain, print_table
+from workbench.io.errors import RequestError
+
+if TYPE_CHECKING:
+    from workbench.features.feature_store import Features as FeatureStore
+
+
+@dataclass(frozen=True)
+class Features:
+    """Extract the sparse features of a store with an SAE."""
+
+    store: Positional[Path]
+    sae: str
+    """Directory written by SAELens, sparsify or dictionary_learning, a release known to SAELens, or demo."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    site: str | None = None
+    """Site that the SAE reads. Default: the one it was trained on."""
+    name: str | None = None
+    """Name of the folder under the store's features/. Default: the site and the name of the SAE."""
+    out: Path | None = None
+    """Folder to write instead, outside the store."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Stored type of the feature activations."""
+    allocation: Literal["own", "topk", "mutual-choice", "feature-choice"] = "own"
+    """Which pre-activations stay: those of the SAE's own activation function, the k largest of each row, or of all rows
+    together, or of each feature."""
+    k: int | None = None
+    """Mean number of active features per row (token); required unless --allocation is own."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    force: bool = False
+    """Use an SAE that was trained on another site or model."""
+    parallel: OmitArgPrefixes[Parallel] = field(default_factory=Parallel)
+
+    def run(self) -> int:
+        from workbench.store.manifest import read_manifest
+
+        read_manifest(self.store)  # a wrong path is refused before torch and SAELens are loaded
+        if (self.allocation == "own") != (self.k is None):
+            raise RequestError(f"--allocation {self.allocation} {'needs a' if self.k is None else 'takes no'} --k")
+        from workbench.features.extract import extract_features  # seconds: torch, SAELens
+        from workbench.sae.load import load_sae
+        from workbench.sae.sparsity import CHOICES
+        from workbench.store.reader import open_store
+
+        allocation = None if self.k is None else CHOICES[self.allocation](self.k)
+        workers = self.parallel.who(self.device)
+        sae = load_sae(self.sae, self.sae_id, device=(workers and workers.own_device) or self.device)
+        features = extract_features(
+            open_store(self.store),
+            sae,
+            self.site,
+            name=self.name,
+            out=self.out,
+            dtype=self.dtype,
+            allocation=allocation,
+            force=self.force,
+            workers=workers,
+        )
+        if features is None:
+            print("this share of the rows is encoded; the last process of the job writes the features")
+            return 0
+        never = int((features.counts == 0).sum())
+        print_plain(f"{features}, {never:,} never active\nfeatures  {features.path}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Top:
+    """List the tokens on which a feature is most active, or write an HTML page about the feature."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    feature: Positional[int]
+    k: int = 20
+    """Maximum number of tokens."""
+    context: int | None = None
+    """Tokens of context on either side. Default: 5; on a page 20."""
+    where: str | None = None
+    """SQL predicate on the tokens, such as "NOT is_special"."""
+    page: Path | None = None
+    """HTML page to write instead: contexts, histogram, features active on the same tokens."""
+    sae: str | None = None
+    """SAE of the features; adds promoted tokens and nearest features to the page."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+
+    def run(self) -> int:
+        if self.page is None and (self.sae or self.sae_id):
+            raise RequestError("sae is used on the page alone; give page too, or leave sae out")
+        if self.page is not None and self.where is not None:
+            raise RequestError("where selects among the listed tokens; give where or page, not both")
+        if self.sae is None and self.sae_id is not None:
+            raise RequestError("sae_id chooses one of several SAEs; give sae too")
+        from workbench.features.feature_store import open_features  # seconds: pandas
+
+        features = open_features(self.features)
+        return self._list(features) if self.page is None else self._write_page(features, self.page)
+
+    def _list(self, features: FeatureStore) -> int:
+        table = features.top(self.feature, self.k, 5 if self.context is None else self.context, self.where)
+        if len(table):
+            print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+        active = int(features.counts[self.feature])
+        shown = f", {len(table)} shown" if len(table) < active else ""
+        print(f"active on {active:,} of {len(features):,} rows{shown}")
+        return 0
+
+    def _write_page(self, features: FeatureStore, page: Path) -> int:
+        from workbench.pages.feature_page import feature_page  # seconds: plotly, torch
+        from workbench.sae.load import load_sae
+
+        features.rows_of(self.feature)  # a wrong number is refused before SAELens is loaded
+        sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
+        context = 20 if self.context is None else self.context
+        print(f"page  {feature_page(features, self.feature, page, sae=sae, k=self.k, context=context)}")
+        return 0

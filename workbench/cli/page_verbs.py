@@ -1,0 +1,85 @@
+"""Verbs that write pages and figures: demo, report, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from workbench.cli.terminal import print_plain
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run the whole workflow on the embedded model: record, extract features, run every probe, write a report."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the stores, the results and the report."""
+
+    def run(self) -> int:
+        from workbench.demo.run import demo  # seconds: torch
+
+        demo(self.out, say=print_plain)
+        return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Collect results of probes on one HTML page that needs no network."""
+
+    result: Positional[tuple[Path, ...]]
+    """Folders written by `workbench probe --out`."""
+    out: Path
+    """Page to write."""
+    title: str = "Report"
+    """Title of the page."""
+
+    def run(self) -> int:
+        from workbench.pages.report import section, write_report  # seconds: plotly
+        from workbench.results.result import load_result
+
+        page = write_report([section(load_result(path)) for path in self.result], self.out, title=self.title)
+        print(f"report  {page}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the figures of a result as HTML, PDF, SVG and PNG, with their data, captions and provenance."""
+
+    result: Positional[Path]
+    """Folder written by `workbench probe --out`."""
+    out: Path
+    """Folder for the files."""
+    figures: tuple[str, ...] = ()
+    """Names of figures. Default: all."""
+    formats: tuple[Literal["html", "pdf", "svg", "png"], ...] = ("html", "pdf", "svg", "png")
+    """File formats. All but html need Chrome or Chromium."""
+    columns: Literal[1, 2] = 1
+    """Width of a printed figure in columns of a paper: 1 is 3.25 in, 2 is 6.75 in."""
+    theme: Literal["light", "dark"] = "light"
+    """Colours of the HTML pages."""
+    data: Literal["parquet", "csv"] = "parquet"
+    """Format of the plotted data."""
+    plotlyjs: Literal["shared", "inside"] = "shared"
+    """One plotly script for all pages of the folder, or one inside each page (5 MB)."""
+
+    def run(self) -> int:
+        from workbench.pages.figure_export import export  # seconds: plotly
+        from workbench.results.result import load_result
+
+        paths = export(
+            load_result(self.result),
+            self.out,
+            figures=self.figures or None,
+            formats=self.formats,
+            columns=self.columns,
+            theme=self.theme,
+            data=self.data,
+            plotlyjs=self.plotlyjs,
+        )
+        for path in paths:
+            print_plain(f"wrote  {path}")
+        return 0

@@ -1,0 +1,135 @@
+"""Verbs that run a model over texts: record, plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from workbench.cli.arguments import Parallel, texts_of
+from workbench.cli.store_verbs import Info
+from workbench.cli.terminal import print_plain
+from workbench.io.errors import RequestError
+from workbench.sites.settings import Recording
+
+if TYPE_CHECKING:
+    from workbench.features.while_recording import RecordedFeatures
+
+
+@dataclass(frozen=True)
+class Record:
+    """Run a model over texts once and store the activations of chosen sites."""
+
+    model: Positional[str]
+    """Local directory, or hub id such as gpt2."""
+    text: Positional[tuple[str, ...]]
+    """Files (.txt, .jsonl, .parquet), hf:NAME for a dataset of the hub, or a quoted text."""
+    out: Path
+    """Store to write. An unfinished recording with the same settings is resumed."""
+    recording: OmitArgPrefixes[Recording] = field(default_factory=Recording)
+    parallel: OmitArgPrefixes[Parallel] = field(default_factory=Parallel)
+    sae: str | None = None
+    """SAE whose features are extracted during the recording: a directory written by SAELens, sparsify or
+    dictionary_learning, a release known to SAELens, or demo. The activations of its site are stored only if --sites
+    names them."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    sae_site: str | None = None
+    """Site that the SAE reads. Default: the one it was trained on."""
+    sae_dtype: Literal["float32", "float16"] = "float32"
+    """Stored type of the feature activations."""
+    sae_force: bool = False
+    """Use an SAE that was trained on another site or model."""
+    append: bool = False
+    """Add the texts to an existing store."""
+    tokenizer: str | None = None
+    """Directory or hub id of a tokenizer other than the model's."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; auto distributes the model over all devices. Default: the GPU if there is one."""
+    model_dtype: str = "auto"
+    """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    allow_pickle: bool = False
+    """Read pickled weights, which can run code."""
+
+    def run(self) -> int:
+        from workbench.corpus import check_source
+        from workbench.model.load import load_model, locate  # seconds: torch
+
+        if not self.text:
+            raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
+        if self.sae is None and (self.sae_id or self.sae_site or self.sae_force):
+            raise RequestError("--sae-id, --sae-site and --sae-force need --sae; give it too")
+        texts = texts_of(self.text)
+        check_source(texts)
+        locate(self.model, self.revision)
+        if self.tokenizer is not None:
+            locate(self.tokenizer, kind="tokenizer")
+        workers = self.parallel.who(self.device)
+        own_device = (workers and workers.own_device) or self.device
+        features = self._features(own_device)
+        model = load_model(
+            self.model,
+            tokenizer=self.tokenizer,
+            device=own_device,
+            dtype=self.model_dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+        )
+        from workbench.recording.record import record_with
+
+        record_with(self.recording, model, texts, out=self.out, features=features, append=self.append, workers=workers)
+        return Info(self.out).run()
+
+    def _features(self, device: str | None) -> RecordedFeatures | None:
+        if self.sae is None:
+            return None
+        from workbench.features.while_recording import RecordedFeatures  # seconds: torch, SAELens
+        from workbench.sae.load import load_sae
+
+        sae = load_sae(self.sae, self.sae_id, device=None if device == "auto" else device)
+        return RecordedFeatures(sae, self.sae_site, self.sae_dtype, self.sae_force)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimate disk, memory and time of a recording from a short measurement."""
+
+    model: Positional[str]
+    """Local directory, or hub id such as gpt2."""
+    text: Positional[tuple[str, ...]] = ()
+    """Texts to sample, as for `record`. Default: random tokens in sequences as long as the context."""
+    rows: float | None = None
+    """Number of tokens to record, for example 1e8. Default: --max-rows."""
+    workers: int = 1
+    """Number of workers, each as fast as the process that measures."""
+    seconds: float = 10.0
+    """Approximate duration of the measurement."""
+    recording: OmitArgPrefixes[Recording] = field(default_factory=Recording)
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    model_dtype: str = "auto"
+    """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
+
+    def run(self) -> int:
+        from workbench.corpus import check_source
+        from workbench.model.load import load_model, locate  # seconds: torch
+        from workbench.recording.estimate import plan_with
+
+        texts = texts_of(self.text) if self.text else None
+        if texts is not None:
+            check_source(texts)
+        locate(self.model)
+        rows = self.recording.max_rows if self.rows is None else self.rows
+        if rows is None:
+            raise RequestError("rows is missing; give the number of tokens to record, for example --rows 1e8")
+        model = load_model(self.model, device=self.device, dtype=self.model_dtype)
+        estimate = plan_with(self.recording, model, texts, rows=rows, workers=self.workers, seconds=self.seconds)
+        print_plain(str(estimate))
+        return 0

@@ -1,0 +1,102 @@
+"""Verbs that read stores: info, verify, query, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from workbench.cli.terminal import print_plain, print_table
+from workbench.io.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Info:
+    """Describe a store: model, sites, rows, texts."""
+
+    store: Positional[Path]
+
+    def run(self) -> int:
+        from workbench.store.manifest import describe, read_manifest
+
+        print_plain(describe(self.store, read_manifest(self.store)))
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every file of a store: checksums, shapes, finite values, one model throughout."""
+
+    store: Positional[Path]
+
+    def run(self) -> int:
+        from workbench.store.verify import verify  # seconds: pandas
+
+        findings = verify(self.store)
+        for finding in findings.itertuples():
+            place = "/".join(part for part in (finding.segment, finding.file) if part)
+            print_plain(f"{finding.severity:5}  {place}: {finding.finding}: {finding.detail}")
+        errors = int((findings["severity"] == "error").sum())
+        print(f"{errors} errors, {len(findings) - errors} notes")
+        return 1 if errors else 0
+
+
+@dataclass(frozen=True)
+class Query:
+    """List the tokens that an SQL predicate selects."""
+
+    store: Positional[Path]
+    predicate: Positional[str]
+    """For example "token = ' Monday' AND position > 0". The heading of the output names the columns."""
+    limit: int = 20
+    """Maximum number of rows (tokens) listed; all are counted."""
+
+    def run(self) -> int:
+        from workbench.store.manifest import read_manifest
+        from workbench.store.query import query_tokens, select_rows  # seconds: duckdb
+
+        if self.limit < 0:
+            raise RequestError(f"limit must be at least 0, not {self.limit}")
+        manifest = read_manifest(self.store)
+        total = len(select_rows(self.store, manifest, self.predicate))
+        shown = query_tokens(self.store, manifest, self.predicate, self.limit)
+        if shown.num_rows:
+            print_table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
+        print(f"{total:,} of {manifest.rows:,} rows" + (f", {shown.num_rows} shown" if total > shown.num_rows else ""))
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare two stores of the same tokens: two models, checkpoints or dtypes."""
+
+    store_a: Positional[Path]
+    store_b: Positional[Path]
+    sites: tuple[str, ...] | None = None
+    """Sites or kinds of site to compare, such as resid_post. Default: all; both stores must then have the same."""
+    probes: tuple[str, ...] | None = None
+    """Probes to run on both stores. Default: all that the recorded sites permit. --probes without a name: none."""
+    out: Path | None = None
+    """Folder for the tables (CSV) and the figure."""
+
+    def run(self) -> int:
+        from workbench.store.manifest import read_manifest
+
+        for store in (self.store_a, self.store_b):
+            read_manifest(store)  # a wrong path is refused before torch is loaded
+        from workbench.analysis.comparison import compare, refuse_full  # seconds: torch
+        from workbench.store.reader import open_store
+
+        if self.out is not None:
+            refuse_full(self.out)
+        comparison = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
+        print_table(list(comparison.sites.columns), comparison.sites.to_numpy().tolist())
+        if len(comparison.probes):
+            print()
+            print_table(list(comparison.probes.columns), comparison.probes.to_numpy().tolist())
+        for probe, reason in comparison.not_run.items():
+            print_plain(f"not run  {probe}: {reason}")
+        if self.out is not None:
+            print(f"tables  {comparison.save(self.out)}")
+        return 0
