@@ -1,1 +1,1 @@
-"""The grammar of sites and the frozen settings of a recording."""
+"""Sites of a model: the grammar that selects them, and the settings of a recording."""

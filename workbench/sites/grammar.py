@@ -6,8 +6,8 @@ resid_post.0:8:2        a slice of layers, as in Python
 blocks.3.hook_resid_post, ln_final.hook_out        TransformerLens names
 blocks.*.attn.hook_v    globs over those names
 
-Some sites are derived: statistics of another site, computed in the same pass and asked for by kind or name like any
-other. Globs leave them out.
+Some sites are derived: statistics of another site, computed in the same forward pass and selected by kind or name like
+any other. Globs do not select them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ SHORT_NAMES: Mapping[str, str] = {
     "final_norm": "ln_final.hook_out",
     "logits": "logits",
 }
-"""Short name -> name. Where TransformerLens has a name it is that one; `logits` are the model's own output, and the
-names of what is derived are ours."""
+"""Short name -> name. TransformerLens' name where it has one; `logits` are the model's output, and derived sites have
+names of the same form."""
 
 DERIVED: Mapping[str, str] = {
     "attn_received": "pattern",
@@ -62,7 +62,7 @@ DERIVED: Mapping[str, str] = {
     "v_norm": "v",
     "resid_norm": "resid_post",
 }
-"""Kind of site -> the kind that it is computed from; its axes are that one's but the last."""
+"""Kind of derived site -> kind of the site it is computed from, whose last axis it lacks."""
 
 _SHORT = re.compile(r"(?P<kind>\w+)\.(?P<layers>-?\d*(?::-?\d*){0,2})")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -72,8 +72,8 @@ Part = Literal["in", "out", "returned_weights", "query", "key", "value", "output
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a site is read: the input or output of a module, attention weights it returns beside its output, a part of
-    its attention call, or the model's logits."""
+    """Place at which a site is read: the input or output of a module, attention weights that it returns, a part of its
+    attention call, or the model's logits."""
 
     path: str
     part: Part
@@ -88,11 +88,11 @@ class Site:
     shape: tuple[int | None, ...]
     tap: Tap
     of: Site | None = None
-    """What it is computed from, where it is derived; None: it is what passes at its tap."""
+    """Site that it is computed from, where it is derived; None: it is the value at its tap."""
 
     @property
     def layer(self) -> int | None:
-        """The block it lies in, counted from 0; None outside of blocks."""
+        """Index of its block, from 0; None outside of the blocks."""
         block = _BLOCK.match(self.name)
         return int(block[1]) if block else None
 
@@ -109,7 +109,7 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteMap:
-    """Every site of one model, in the order of the forward pass, and why each other name is not one."""
+    """All sites of one model, in the order of the forward pass, and the reason why each other name is missing."""
 
     sites: Mapping[str, Site]
     synonyms: Mapping[str, str]
@@ -127,7 +127,7 @@ class SiteMap:
 
     @cached_property
     def recordable(self) -> Mapping[str, Site]:
-        """`sites`, and behind each of them what is derived from it."""
+        """`sites`, each followed by the sites derived from it."""
         derived: dict[str, list[Site]] = defaultdict(list)
         for kind, source_kind in DERIVED.items():
             for layer in range(self.n_layers):
@@ -139,27 +139,28 @@ class SiteMap:
 
     def _derive(self, kind: str, layer: int, source: Site) -> Site:
         axes, shape = source.axes[:-1], source.shape[:-1]
-        if kind == "v_norm":  # one for each query head, as for everything else that is said of heads
+        if kind == "v_norm":  # one for each query head, as for all other statistics of heads
             of_layer = (
                 self.sites.get(SHORT_NAMES[part].format(layer=layer)) for part in ("pattern", "z", "q", "rot_q")
             )
             shape = next((site.shape[:1] for site in of_layer if site and site.axes[0] == "head"), shape)
         return Site(SHORT_NAMES[kind].format(layer=layer), axes, shape, source.tap, source)
 
-    def select(self, wanted: Iterable[str]) -> tuple[Site, ...]:
-        """The sites that the patterns in `wanted` name, each once, in model order.
+    def select(self, patterns: Iterable[str]) -> tuple[Site, ...]:
+        """Returns the sites that `patterns` select, each once, in the order of the forward pass.
 
-        Raises RequestError for a pattern that names none, with the nearest names or the reason it is missing.
+        Raises:
+            RequestError: A pattern selects no site; the text has the nearest names, or the reason why it is missing.
         """
-        names = {name for pattern in wanted for name in self._match(pattern)}
+        names = {name for pattern in patterns for name in self._match(pattern)}
         return tuple(site for name, site in self.recordable.items() if name in names)
 
     def _match(self, pattern: str) -> set[str]:
         short = _SHORT.fullmatch(pattern)
         if pattern in SHORT_NAMES:
-            return self._of_kind(pattern, range(self.n_layers), asked=pattern)
+            return self._of_kind(pattern, range(self.n_layers), pattern=pattern)
         if short and short["kind"] in SHORT_NAMES:
-            return self._of_kind(short["kind"], self._layers(short, pattern), asked=pattern)
+            return self._of_kind(short["kind"], self._layers(short, pattern), pattern=pattern)
         if set(pattern) & set("*?["):
             found = set(fnmatch.filter({*self.sites, *self.synonyms}, pattern))
         else:
@@ -183,37 +184,39 @@ class SiteMap:
             raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {self.n_layers - 1}")
         return layers
 
-    def _of_kind(self, kind: str, layers: Iterable[int], asked: str) -> set[str]:
+    def _of_kind(self, kind: str, layers: Iterable[int], pattern: str) -> set[str]:
         template = SHORT_NAMES[kind]
-        if "{layer}" not in template and asked != kind:
-            raise RequestError(f"site {asked!r}: {kind} is outside of the blocks and has no layer; write {kind!r}")
-        wanted = [template.format(layer=layer) for layer in layers] if "{layer}" in template else [template]
-        found = {self.synonyms.get(name, name) for name in wanted if name in self.recordable or name in self.synonyms}
+        if "{layer}" not in template and pattern != kind:
+            raise RequestError(f"site {pattern!r}: {kind} is outside of the blocks and has no layer; write {kind!r}")
+        names = [template.format(layer=layer) for layer in layers] if "{layer}" in template else [template]
+        found = {self.synonyms.get(name, name) for name in names if name in self.recordable or name in self.synonyms}
         if not found:
-            raise RequestError(self._unknown(asked, wanted[0]))
+            raise RequestError(self._unknown(pattern, names[0]))
         return found
 
-    def _unknown(self, asked: str, name: str | None = None) -> str:
-        name = name or asked
+    def _unknown(self, pattern: str, name: str | None = None) -> str:
+        name = name or pattern
         known = [*SHORT_NAMES, *self.sites, *self.synonyms]
         source, block = DERIVED.get(_kind(name) or ""), _BLOCK.match(name)
-        if source and block:  # why it is not there is told of what it would be computed from
+        if source and block:  # the reason is that of its source
             name = SHORT_NAMES[source].format(layer=block[1])
         if name in self.missing:
             offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
-            return f"site {asked!r} cannot be recorded here: {self.missing[name]}; this model has {', '.join(offered)}"
-        if asked in SHORT_NAMES or name != asked:
+            return (
+                f"site {pattern!r} cannot be recorded here: {self.missing[name]}; this model has {', '.join(offered)}"
+            )
+        if pattern in SHORT_NAMES or name != pattern:
             offered = [kind for kind in SHORT_NAMES if self._has(kind)]
             source = f"the {self.adapter}" if self.adapter else "a model without TransformerLens adapter"
-            return f"site {asked!r} does not exist in {source}; this model has {', '.join(offered)}"
-        return f"site {asked!r} is unknown{nearest(asked, known) or '; short names: ' + ', '.join(SHORT_NAMES)}"
+            return f"site {pattern!r} does not exist in {source}; this model has {', '.join(offered)}"
+        return f"site {pattern!r} is unknown{nearest(pattern, known) or '; short names: ' + ', '.join(SHORT_NAMES)}"
 
     def _has(self, kind: str) -> bool:
         return any(_kind(name) == kind for name in self.sites)
 
 
 def short_name(name: str) -> str | None:
-    """`blocks.3.hook_resid_post` -> `resid_post.3`; None for a name that has no short form."""
+    """Returns `resid_post.3` for `blocks.3.hook_resid_post`; None for a name that has no short form."""
     block = _BLOCK.match(name)
     template = _BLOCK.sub("blocks.{layer}.", name, count=1)
     for kind, known in SHORT_NAMES.items():
@@ -228,7 +231,7 @@ def _kind(name: str) -> str | None:
 
 
 def full_name(name: str) -> str:
-    """`resid_post.3` -> `blocks.3.hook_resid_post`; a name that is no short form comes back as it is."""
+    """Returns `blocks.3.hook_resid_post` for `resid_post.3`; a name that is not a short form is returned as it is."""
     short = _SHORT.fullmatch(name)
     if short and short["kind"] in SHORT_NAMES and short["layers"].isdigit():
         return SHORT_NAMES[short["kind"]].format(layer=int(short["layers"]))

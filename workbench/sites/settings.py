@@ -1,11 +1,16 @@
-"""What a recording was asked to be: one frozen record, read by the API, the CLI and the manifest alike."""
+"""Settings of a recording: one frozen record, which the API, the CLI and the manifest share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
+from workbench.io.checks import check, check_fields
 from workbench.io.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 BosPolicy = Literal["model", "always", "never"]
@@ -13,17 +18,17 @@ BosPolicy = Literal["model", "always", "never"]
 
 @dataclass(frozen=True)
 class Recording:
-    """Settings of a recording. Together with the model and the texts they fix every byte of the store."""
+    """Settings of a recording. Together with the model and the texts they determine every byte of the store."""
 
     sites: tuple[str, ...] | None = None
     """Sites to record: `resid_post`, `resid_post.3`, `resid_post.0:8:2`, TransformerLens names, globs. None:
-    resid_post; where an SAE's features are extracted, none."""
+    resid_post, or no site at all where features of an SAE are extracted while recording."""
     context: int | None = None
     """Longest sequence in tokens, BOS included. None: 256, or the model's limit where that is smaller."""
     dtype: Dtype = "float16"
     """Stored type of every activation. Values beyond its range are stored as its largest and counted."""
     bos: BosPolicy = "model"
-    """Whether sequences begin with BOS: as the tokenizer does by itself, always, or never."""
+    """When sequences begin with BOS: as the tokenizer does by itself, always, or never."""
     packed: bool = False
     """Fill each sequence with consecutive documents instead of giving each document its own sequences."""
     max_rows: int | None = None
@@ -31,9 +36,9 @@ class Recording:
     text_column: str = "text"
     """Column that holds the text, in files and datasets with columns."""
     metadata: tuple[str, ...] | None = None
-    """Columns kept beside each token. None: all but the text and the spans; (): none."""
+    """Columns kept for each token. None: all but the text and the spans; (): none."""
     span_column: str | None = "spans"
-    """Column with labelled spans of the text, where there is one: each label becomes two columns beside each token.
+    """Column with labelled spans of the text, if there is one: each label becomes two columns of the token table.
     None: read no spans."""
     batch_tokens: int | None = None
     """Tokens in one forward pass, padding included. None: on a CPU 2,048, and up to 8,192 for models narrower than
@@ -42,10 +47,8 @@ class Recording:
     """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "max_rows", "batch_tokens", "segment_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} must be at least 1, not {value}")
+        check_fields(self, "context", "max_rows", "batch_tokens", "segment_rows", at_least=1, optional=True)
+        _check_choices({"dtype": self.dtype, "bos": self.bos})
         for name, columns in (("text_column", (self.text_column,)), ("metadata", self.metadata or ())):
             if self.span_column in columns:
                 raise RequestError(
@@ -56,17 +59,47 @@ class Recording:
             raise RequestError("sites is empty; name at least one, for example resid_post")
 
 
-def recording(*, sites: Any, metadata: Any, dtype: Any, bos: Any, **others: Any) -> Recording:
-    """A `Recording` from what a caller may write: one name or any sequence of names, a torch dtype.
+class RecordingOptions(TypedDict, total=False):
+    """The fields of `Recording` as keyword arguments, in the types that a caller may write."""
 
-    Raises RequestError for a choice there is not.
+    sites: Sequence[str] | str | None
+    context: int | None
+    dtype: str | torch.dtype
+    bos: str
+    packed: bool
+    max_rows: int | None
+    text_column: str
+    metadata: Sequence[str] | str | None
+    span_column: str | None
+    batch_tokens: int | None
+    segment_rows: int | None
+
+
+def recording(settings: Recording | None = None, **options: Unpack[RecordingOptions]) -> Recording:
+    """Returns the settings of a recording: those of `settings`, by default the defaults, with `options` in their place.
+
+    Args:
+        settings: Settings to begin with.
+        options: Fields of `Recording`; one name stands for a sequence of one, a torch dtype for its name.
+
+    Raises:
+        RequestError: A value that is out of range or none of the choices.
     """
-    asked = {"dtype": str(dtype).removeprefix("torch."), "bos": bos}
-    for name, choices in (("dtype", get_args(Dtype)), ("bos", get_args(BosPolicy))):
-        if asked[name] not in choices:
-            raise RequestError(f"{name} must be one of {', '.join(choices)}, not {asked[name]!r}")
-    return Recording(sites=_names(sites), metadata=_names(metadata), **asked, **others)
+    fields: dict[str, Any] = dict(options)
+    for name in ("sites", "metadata"):
+        if name in fields:
+            fields[name] = _names(fields[name])
+    if "dtype" in fields:
+        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+    _check_choices(fields)
+    return replace(settings or Recording(), **fields)
 
 
-def _names(names: Any) -> tuple[str, ...] | None:
+def _names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return (names,) if isinstance(names, str) else None if names is None else tuple(names)
+
+
+def _check_choices(fields: Mapping[str, Any]) -> None:
+    for name, choices in (("dtype", get_args(Dtype)), ("bos", get_args(BosPolicy))):
+        if name in fields:
+            check(name, fields[name], one_of=choices)
