@@ -227,7 +227,7 @@ def test_an_index_of_more_rows_than_its_keys_count_is_refused(tmp_path):
         file = ArrayFile(raw, "f", {"indptr": ("int64", 4)})
         arguments = (indptr, none.astype(np.uint16), none, np.zeros(3, np.int64), file, tmp_path / "spill", "int64")
         text = refused(RequestError, lambda: invert(*arguments))
-    assert text == "4294967297 rows are too many for an index of float32; float16 takes more"
+    assert text == "4294967297 rows are too many for an index of float32; give dtype='float16'"
 
 
 def test_groups_hold_at_most_the_entries_allowed():
@@ -331,9 +331,9 @@ def test_rows_of_a_query_select_features(features, example, store):
     [
         (51, "row 51 is out of range: there are 51"),
         ([0, -52], "row -52 is out of range: there are 51"),
-        (1.0, "features are chosen by rows: whole numbers, slices, a mask of 51, or Rows"),
-        ([[1]], "features are chosen by rows: whole numbers, slices, a mask of 51, or Rows"),
-        ([True], "features are chosen by rows: whole numbers, slices, a mask of 51, or Rows"),
+        (1.0, "features are indexed by row: whole numbers, slices, a mask of 51, or Rows"),
+        ([[1]], "features are indexed by row: whole numbers, slices, a mask of 51, or Rows"),
+        ([True], "features are indexed by row: whole numbers, slices, a mask of 51, or Rows"),
     ],
 )
 def test_an_index_out_of_place_is_refused(features, index, message):
@@ -343,7 +343,7 @@ def test_an_index_out_of_place_is_refused(features, index, message):
 def test_what_features_say_of_themselves(features):
     assert (features.shape, len(features)) == ((51, 20), 51)
     active = features[:].nnz / 51
-    assert repr(features) == f"features of {SITE.name} (row 51, feature 20), {active:.1f} active a row"
+    assert repr(features) == f"features of {SITE.name} (row 51, feature 20), {active:.1f} active per row"
 
 
 def test_top_lists_the_strongest_rows_with_their_text(features, example):
@@ -441,7 +441,10 @@ def test_a_feature_made_for_a_label_is_found(store, tmp_path):
             "'is_special' selects none of the 44 rows of text; choose another label",
         ),
         (lambda f: f.enrichment(np.ones(51, bool)), "where selects all of the 44 rows of text; choose another label"),
-        (lambda f: f.enrichment(np.ones(5, bool)), "where: a mask of (5,) does not choose among 51 rows"),
+        (
+            lambda f: f.enrichment(np.ones(5, bool)),
+            "where: a mask of shape (5,) does not fit 51 rows; give one value per row",
+        ),
     ],
 )
 def test_a_question_that_cannot_be_answered_is_refused(features, call, message):
@@ -828,7 +831,7 @@ def test_features_of_a_store_that_grew_are_refused(store, sae):
 def test_features_of_another_store_are_refused(features, tmp_path):
     other = write_store(tmp_path / "y.acts", SEGMENTS, sites=(SITE,))
     assert refused(RequestError, lambda: open_features(features.path, other)) == (
-        f"features topk: the store {other} is not the one they are of; extract again under another name"
+        f"features topk: the store {other} is not the one they were made from; extract again under another name"
     )
 
 
@@ -840,7 +843,7 @@ def test_features_move_with_their_store(store, sae, tmp_path):
     assert np.array_equal(again[:].toarray(), first[:].toarray())
     assert again.store.path == Path(moved)
     text = refused(RequestError, lambda: open_features(apart))
-    assert text == f"features {apart}: their store is not at {tmp_path / 'x.acts'}; give store="
+    assert text == f"features {apart}: there is no store at {tmp_path / 'x.acts'}; give its path as store="
     assert open_features(apart, moved).shape == open_features(apart, open_store(moved)).shape == (51, 20)
 
 
@@ -938,7 +941,7 @@ def test_a_record_that_cannot_be_read_is_refused(copied, tmp_path):
     assert "is not JSON" in refused(DataError, opened)
     none = tmp_path / "none"
     assert refused(RequestError, lambda: open_features(none)) == (
-        f"no features at {none}: there is no features.json; workbench features makes them"
+        f"no features at {none}: no features.json; make them with workbench features"
     )
 
 

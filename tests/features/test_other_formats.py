@@ -100,7 +100,7 @@ def test_wrong_requests_of_delphis_cache(made, tmp_path):
     features, _, _ = made
     for splits in (0, 21):
         text = refused(RequestError, lambda n=splits: wb.export_delphi(features, tmp_path, splits=n))
-        assert text == f"splits must be from 1 to the 20 features, not {splits}"
+        assert text == f"splits must be from 1 to 20, not {splits}"
     wb.export_delphi(features, tmp_path, show_progress=False)
     text = refused(RequestError, lambda: wb.export_delphi(features, tmp_path))
     assert text == f"{tmp_path / SITE.name} is not empty; choose another out"
@@ -159,7 +159,7 @@ def test_chosen_features_and_a_name_for_neuronpedia(made, tmp_path):
     assert batch["sae_set"] == "res-x"
     assert [f["feature_index"] for f in batch["features"]] == [5, 2]
     again = refused(RequestError, lambda: wb.export_neuronpedia(features, sae, tmp_path))
-    assert again == f"{tmp_path} holds batches already; choose another folder"
+    assert again == f"{tmp_path} already has batches; choose another out"
     text = refused(RequestError, lambda: wb.export_neuronpedia(features, sae, tmp_path / "b", ids=[20]))
     assert text == "ids: the SAE has features 0 to 19, not 20"
     other = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")

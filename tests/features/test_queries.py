@@ -188,16 +188,19 @@ def test_labels_of_ones_own(features, text, store):
         (lambda f: wb.feature_histogram(f, 20), "feature 20 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.active_rows(f, -1), "feature -1 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.coactivation(f, 20), "feature 20 does not exist; the SAE has features 0 to 19"),
-        (lambda f: wb.best_features(f, "sorce"), "labels: there is no column 'sorce'; columns: row, sequence, "),
+        (lambda f: wb.best_features(f, "sorce"), "labels: no column 'sorce'; columns are row, sequence, "),
         (lambda f: wb.best_features(f), "labels: the texts of "),
         (lambda f: wb.best_features(f, "source", k=0), "k must be at least 1, not 0"),
         (lambda f: wb.best_features(f, "source", least=0), "least must be at least 1, not 0"),
-        (lambda f: wb.best_features(f, "row"), "labels: no value of row is on 20 tokens and not on all; give a smalle"),
-        (lambda f: wb.best_features(f, {"a": [1]}), "labels: a has 1 values for 51 rows; give one for each"),
-        (lambda f: wb.best_features(f, {"a": [1, "b"] + [None] * 49}), "labels: the values of a are not of one kind: "),
+        (
+            lambda f: wb.best_features(f, "row"),
+            "labels: no value of row has 20 tokens without having all; give a smalle",
+        ),
+        (lambda f: wb.best_features(f, {"a": [1]}), "labels: a has 1 values for 51 rows; give one per row"),
+        (lambda f: wb.best_features(f, {"a": [1, "b"] + [None] * 49}), "labels: the values of a have several types: "),
     ],
 )
-def test_a_question_that_cannot_be_answered_is_refused(features, call, message):
+def test_invalid_queries_are_refused(features, call, message):
     assert refused(RequestError, lambda: call(features)).startswith(message)
 
 
@@ -317,7 +320,7 @@ def test_an_sae_of_something_else_than_the_stream_has_no_effect_on_logits(tmp_pa
     sae = load_sae(save_sae(tmp_path / "sae", hook_name=site.name, model_name="demo"), device="cpu")
     features = extract_features(store, sae, show_progress=False)
     text = refused(RequestError, lambda: wb.promoted_tokens(features, sae, 0))
-    assert text.startswith("SAE 'sae' writes blocks.1.mlp.hook_post, which is not part of the residual stream: ")
+    assert text.startswith("SAE 'sae' reconstructs blocks.1.mlp.hook_post, which is not part of the residual stream; ")
 
 
 def test_a_store_without_unembedding_is_said(features, sae):

@@ -67,7 +67,7 @@ class Page(HTMLParser):
             self.open[-1][3] += data
 
     def texts(self, tag, kind=None):
-        return [text for name, own, _, text in self.elements if name == tag and kind in (None, *own.split())]
+        return [text for name, kinds, _, text in self.elements if name == tag and kind in (None, *kinds.split())]
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +109,15 @@ def test_hostile_tokens_stay_text(hostile, tmp_path):
         " &amp; ",
         "</span></div>",
     } <= shown
-    told = {visible(token.replace("\ud800", "?"), 60) for token in HOSTILE}
+    spelt_out = {visible(token.replace("\ud800", "?"), 60) for token in HOSTILE}
     assert len(set(page.texts("code"))) > 3
-    assert set(page.texts("code")) <= told
+    assert set(page.texts("code")) <= spelt_out
     assert {"a⏎b", "\\u202egnp", "nul\\x00l", "🦜"} <= shown
     assert not {"\u202e", "\0"} & set(text)
     assert any("model <b>tiny</b>; 58 tokens" in part for part in page.texts("p", "from"))
 
 
-def test_contexts_are_those_of_the_top_rows(hostile, tmp_path):
+def test_contexts_show_the_top_rows(hostile, tmp_path):
     features, _, _ = hostile
     feature = int(features.counts.argmax())
     page = Page(wb.feature_page(features, feature, tmp_path / "page.html", k=3, context=2).read_text())
@@ -152,7 +152,7 @@ def test_panels_show_counts_tokens_and_neighbours(hostile, tmp_path):
     counts, _ = wb.feature_histogram(features, feature)
     titles = re.findall(r"<title>[^<]* to [^<]*: ([\d,]+)</title></rect>", text)
     assert [int(n.replace(",", "")) for n in titles] == [n for n in counts if n]
-    assert f"active on {features.counts[feature]} of 58 tokens" in text
+    assert f"Active on {features.counts[feature]} of 58 tokens" in text
     effects = np.sort(decoder_logits(sae, unembed, [feature])[0].numpy())
     logits = [float(cell) for cell in re.findall(r"<td>([+-]\d+\.\d{3})</td>", text)]
     assert logits == pytest.approx([*effects[::-1][:10], *effects[:10]], abs=6e-4)
@@ -170,12 +170,12 @@ def test_a_page_without_sae_and_of_a_dead_feature(tmp_path):
     features = extract_features(bare, sae, show_progress=False)
     dead = int(features.counts.argmin())
     text = wb.feature_page(features, dead, tmp_path / "page.html").read_text()
-    assert "active on 0 of 9 tokens (0 %)" in text
+    assert "Active on 0 of 9 tokens (0 %)" in text
     assert "Promoted" not in text
     assert "<section>" not in text
     text = wb.feature_page(features, dead, tmp_path / "page.html", sae=sae).read_text()
     assert "holds no unembedding: the model has none" in text
-    assert "Nearest by decoder" in text
+    assert "Nearest decoder directions" in text
 
 
 def test_wrong_requests_of_a_page(hostile, tmp_path):
@@ -217,12 +217,14 @@ def test_top_writes_a_page(hostile, tmp_path):
 
 def test_wrong_requests_of_top(hostile, tmp_path):
     features, _, _ = hostile
-    asked, page = ("top", features.path), ("--page", tmp_path / "p.html")
-    assert refused_by_cli(*asked, 20) == "feature 20 does not exist; the SAE has features 0 to 19"
-    assert refused_by_cli(*asked, 20, *page) == "feature 20 does not exist; the SAE has features 0 to 19"
-    assert refused_by_cli(*asked, 2, "--sae", "demo") == "sae is for the page; give page too, or leave sae out"
-    assert refused_by_cli(*asked, 2, *page, "--sae-id", "x") == "sae_id chooses one of several; give sae too"
-    assert refused_by_cli(*asked, 2, *page, "--where", "true").startswith("where chooses among the tokens that are li")
-    assert refused_by_cli(*asked, 2, "--where", "tokn = 3").startswith("query 'tokn = 3': ")
+    command, page = ("top", features.path), ("--page", tmp_path / "p.html")
+    assert refused_by_cli(*command, 20) == "feature 20 does not exist; the SAE has features 0 to 19"
+    assert refused_by_cli(*command, 20, *page) == "feature 20 does not exist; the SAE has features 0 to 19"
+    assert refused_by_cli(*command, 2, "--sae", "demo") == "sae is for the page; give page too, or leave sae out"
+    assert refused_by_cli(*command, 2, *page, "--sae-id", "x") == "sae_id chooses one of several; give sae too"
+    assert refused_by_cli(*command, 2, *page, "--where", "true").startswith(
+        "where chooses among the tokens that are li"
+    )
+    assert refused_by_cli(*command, 2, "--where", "tokn = 3").startswith("query 'tokn = 3': ")
     assert refused_by_cli("top", tmp_path, 2).startswith(f"no features at {tmp_path}: ")
     assert not (tmp_path / "p.html").exists()

@@ -63,7 +63,7 @@ def test_a_cut_is_what_sorting_gives(rows, features, k, sizes, few, mutual, seed
     cut = find_cut(lambda: stretches, quotas)
     found = np.zeros((rows, features), np.float32)
     places = [np.argwhere(pre[first : first + sizes] > 0) + np.array([first, 0]) for first in range(0, rows, sizes)]
-    for place, kept in zip(places, cut.kept(stretches), strict=True):
+    for place, kept in zip(places, cut.masks(stretches), strict=True):
         found[tuple(place[kept].T)] = pre[tuple(place[kept].T)]
     assert np.array_equal(found, chosen(pre, allocation))
     assert cut.entries == np.count_nonzero(found)

@@ -303,7 +303,7 @@ class Extraction:
             return ((part.feature, part.value) for part in parts)
 
         cut = find_cut(entries, quotas) if (quotas := self.quotas()) is not None else None
-        kept = cut.kept(entries()) if cut else (np.ones(len(part.feature), bool) for part in parts)
+        kept = cut.masks(entries()) if cut else (np.ones(len(part.feature), bool) for part in parts)
         size = cut.entries if cut else sum(len(part.feature) for part in parts)
         layout = by_row_layout(len(self.array), self.encoder.sae.d_sae, size, state.dtype)
         limit, overflow = float(torch.finfo(getattr(torch, state.dtype)).max), 0

@@ -1,8 +1,8 @@
-"""Sparse features of a store's rows, by row and by feature, on the disk until they are indexed.
+"""Sparse features of a store's rows, ordered by row and by feature, memory-mapped.
 
 features = open_features("runs/demo.acts/features/resid_post.3-sae")
 features[:100]                 # scipy.sparse.csr_array (100, d_sae)
-features.top(17)               # the rows where feature 17 is strongest, with their text
+features.top(17)               # the strongest tokens of feature 17, in context
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from workbench.features.index import feature_groups, feature_sums
+from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
 from workbench.io.parse import from_json, parse
@@ -37,7 +38,7 @@ _SHORT = 1 << 31  # rows that fit in int32
 
 @dataclass(frozen=True)
 class SaeRecord:
-    """The autoencoder that was used."""
+    """The autoencoder that made the features."""
 
     name: str
     fingerprint: str
@@ -48,23 +49,23 @@ class SaeRecord:
 
 @dataclass(frozen=True)
 class FeaturesRecord:
-    """`features.json`: what the folder holds and what it was made of."""
+    """`features.json`: contents of the folder and their provenance."""
 
     sae: SaeRecord
     site: str
     """TransformerLens name of the site that was read."""
     store: str
-    """The store, as a path from this folder."""
+    """Path of the store, relative to this folder."""
     store_fingerprint: str
     """Fingerprint of the store's manifest: appending to the store changes it."""
     rows: int
     features: int
     entries: int
-    """Activations stored."""
+    """Number of stored activations."""
     dtype: str
-    """Type of stored activations: float32 or float16."""
+    """Type of the stored activations: float32 or float16."""
     overflow: int
-    """Activations beyond the range of `dtype`, stored as its largest value."""
+    """Number of activations beyond the range of `dtype`, stored as its largest value."""
     files: dict[str, FileRecord]
     environment: dict[str, str]
     """Library versions at the time of the extraction."""
@@ -83,23 +84,29 @@ class FeaturesRecord:
 
 
 def by_row_layout(rows: int, features: int, entries: int, dtype: str) -> dict[str, tuple[str, int]]:
-    """Arrays of the order by row: `indptr` [row + 1]; per entry `feature`, ascending within a row, and `value`."""
+    """Returns the arrays of the order by row: `indptr` [row + 1]; per entry `feature`, ascending, and `value`."""
     kind = "uint16" if features <= _NARROW else "int32"
     return {"indptr": ("int64", rows + 1), "feature": (kind, entries), "value": (dtype, entries)}
 
 
 def by_feature_layout(rows: int, features: int, entries: int, dtype: str) -> dict[str, tuple[str, int]]:
-    """Arrays of the order by feature: `indptr` [feature + 1], and per entry its `row` and `value`, largest first."""
+    """Returns the arrays of the order by feature: `indptr` [feature + 1]; per entry `row`, `value`, largest first."""
     kind = "int32" if rows < _SHORT else "int64"
     return {"indptr": ("int64", features + 1), "row": (kind, entries), "value": (dtype, entries)}
 
 
 def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike[str] | None = None) -> Features:
-    """Open extracted features: their folder, or a store that has one. `store`: where it lies now, if it was moved away
-    from them.
+    """Opens extracted features.
 
-    Costs the reading of both indices' row pointers. Raises RequestError where there are no features or several, or the
-    store is not there or has other rows than it had; DataError where a file is damaged.
+    Cost: reads the row pointers of both orders.
+
+    Args:
+        path: The features' folder, or a store that contains one.
+        store: The store, or its new path if it was moved away from the features.
+
+    Raises:
+        RequestError: No features or several, no store, or a store whose rows have changed.
+        DataError: A damaged file.
     """
     path = Path(path).absolute()
     if (path / MANIFEST).is_file():
@@ -108,7 +115,7 @@ def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike
     if not isinstance(store, Store):
         place = Path(os.path.normpath(path / record.store)) if store is None else Path(store)
         if store is None and not place.is_dir():
-            raise RequestError(f"features {path}: their store is not at {place}; give store=")
+            raise RequestError(f"features {path}: there is no store at {place}; give its path as store=")
         store = open_store(place)
     features = Features(path, record, store)
     features._check()
@@ -116,23 +123,23 @@ def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike
 
 
 def _only_folder(store: Path) -> Path:
-    found = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
-    if len(found) != 1:
-        names = ", ".join(folder.name for folder in found)
-        several = f"holds features of several names in {FEATURES}/; name one: {names}"
-        raise RequestError(f"{store} {several if found else 'has no features; workbench features makes them'}")
-    return found[0]
+    folders = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
+    if len(folders) != 1:
+        names = ", ".join(folder.name for folder in folders)
+        several = f"has several features in {FEATURES}/; name one: {names}"
+        raise RequestError(f"{store} {several if folders else 'has no features; make them with workbench features'}")
+    return folders[0]
 
 
 def read_record(path: Path) -> FeaturesRecord:
-    """The record of the features in the folder `path`. Raises as `open_features` does."""
+    """Returns the record of the features in the folder `path`; raises as `open_features` does."""
     source = path / RECORD
     try:
         value = from_json(source.read_bytes(), source)
     except OSError:
-        raise RequestError(f"no features at {path}: there is no {RECORD}; workbench features makes them") from None
+        raise RequestError(f"no features at {path}: no {RECORD}; make them with workbench features") from None
     if value.get("format") != FORMAT:
-        raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; these are no features")
+        raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; name a folder of features")
     if isinstance(value.get("version"), int) and value["version"] > VERSION:
         raise RequestError(f"{source} has format version {value['version']}; upgrade the workbench")
     return parse(FeaturesRecord, value, str(source))
@@ -140,10 +147,10 @@ def read_record(path: Path) -> FeaturesRecord:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Features:
-    """Features of every row of a store, special tokens' rows included. Pickles as its path.
+    """Sparse features of every row (token) of a store, special tokens included; axes (row, feature).
 
-    Axes (row, feature). An entry is stored where the autoencoder gives anything but 0, so a row's entries are its
-    active features, and an activation too small for float16 keeps its place.
+    An entry is stored for every nonzero activation, so the entries of a row are its active features; an activation too
+    small for float16 keeps its entry, with value 0. Pickles as its path.
     """
 
     path: Path
@@ -158,35 +165,39 @@ class Features:
     def __repr__(self) -> str:
         rows, features = self.shape
         active = self.record.entries / rows if rows else 0
-        return f"features of {self.record.site} (row {rows:,}, feature {features:,}), {active:.1f} active a row"
+        return f"features of {self.record.site} (row {rows:,}, feature {features:,}), {active:.1f} active per row"
 
     def _repr_html_(self) -> str:
         from workbench.figures.markup import card
 
         rows, features = self.shape
-        told = {
+        summary = {
             "site": self.record.site,
             "sae": self.record.sae.name,
             "row": f"{rows:,}",
-            "feature": f"{features:,}, {int((self.counts == 0).sum()):,} of them never active here",
-            "active": f"{self.record.entries / max(1, rows):.1f} a row, stored as {self.record.dtype}",
+            "feature": f"{features:,}, of which {int((self.counts == 0).sum()):,} are never active here",
+            "active": f"{self.record.entries / max(1, rows):.1f} per row, stored as {self.record.dtype}",
             "folder": self.path,
             "store": self.store.path,
         }
-        return card("Features", told)
+        return card("Features", summary)
 
     def __len__(self) -> int:
         return self.record.rows
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, d_sae)"""
+        """(rows, d_sae)."""
         return self.record.rows, self.record.features
 
     def __getitem__(self, index: Any) -> csr_array:
-        """Features of a row, a slice, integers, a mask or `Rows`, as a float32 matrix (n_selected, d_sae) in memory.
+        """Returns features as a float32 matrix (selected, d_sae) in memory.
 
-        Integers keep their order; negative ones count from the end. Raises IndexError beyond it.
+        Args:
+            index: A row, a slice, integers in any order (negative ones count from the end), a mask, or `Rows`.
+
+        Raises:
+            IndexError: A row that does not exist, or an index of another kind.
         """
         ids = self._row_ids(index)
         starts = self.by_row["indptr"][ids]
@@ -194,18 +205,25 @@ class Features:
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         entries = np.repeat(starts - indptr[:-1], lengths) + np.arange(indptr[-1])
         feature = self.by_row["feature"][entries].astype(np.int32)
-        if len(feature) and not 0 <= feature.min() <= feature.max() < self.shape[1]:  # SciPy would read beyond memory
+        if (
+            len(feature) and not 0 <= feature.min() <= feature.max() < self.shape[1]
+        ):  # SciPy would read beyond its memory
             raise self._damaged(BY_ROW, "a feature beyond the last")
         values = self.by_row["value"][entries].astype(np.float32)
         return csr_array((values, feature, indptr), shape=(len(ids), self.shape[1]))
 
     def rows_of(self, feature: int | np.integer) -> tuple[Integer[np.ndarray, " active"], Float[np.ndarray, " active"]]:
-        """Rows where a feature is active and its activations there, largest first, ties in row order: views of the
-        file. RequestError for a feature there is not."""
+        """Returns the rows where a feature is active and its activations, largest first, ties in row order.
+
+        Both are views of the file.
+
+        Raises:
+            RequestError: A feature that does not exist.
+        """
         if not 0 <= feature < self.shape[1]:
             raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
-        own = slice(*self.by_feature["indptr"][feature : feature + 2])
-        return self.by_feature["row"][own], self.by_feature["value"][own]
+        entries = slice(*self.by_feature["indptr"][feature : feature + 2])
+        return self.by_feature["row"][entries], self.by_feature["value"][entries]
 
     def top(
         self,
@@ -214,15 +232,25 @@ class Features:
         context: int = 10,
         where: str | Rows | Bool[np.ndarray, " row"] | None = None,
     ) -> pd.DataFrame:
-        """The `k` rows where a feature is strongest, of all or of those that `where` selects, strongest first.
+        """Returns the `k` rows (tokens) with the largest activations of a feature, in context.
 
-        Columns activation, row, sequence, position, token, context: the text of up to `context` tokens on either side
-        in the same sequence, the token among them. Without a tokenizer token ids stand in for text. The first call
-        reads the token table. Raises RequestError for a feature there is not.
+        Cost: the first call reads the token table.
+
+        Args:
+            feature: Id of the feature.
+            k: Number of rows.
+            context: Number of tokens of the same sequence to show on either side.
+            where: SQL over tokens, `Rows` or a mask. None: all rows.
+
+        Returns:
+            Columns activation, row, sequence, position, token, context; largest activation first. Without a tokenizer,
+            token ids replace text.
+
+        Raises:
+            RequestError: A feature that does not exist, or settings out of range.
         """
-        for name, value, least in (("k", k, 1), ("context", context, 0)):
-            if value < least:
-                raise RequestError(f"{name} must be at least {least}, not {value}")
+        check("k", k, at_least=1)
+        check("context", context, at_least=0)
         rows, values = self.rows_of(feature)
         if where is not None:
             chosen = self._mask(where)[rows]
@@ -244,40 +272,45 @@ class Features:
 
     @cached_property
     def counts(self) -> Int64[np.ndarray, " feature"]:
-        """Rows on which each feature is active, special tokens' included; 0: dead on this store."""
+        """Number of rows on which each feature is active, special tokens included; 0: dead on this store."""
         return np.diff(self.by_feature["indptr"])
 
     @cached_property
     def max(self) -> Float[np.ndarray, " feature"]:
-        """Largest activation of each feature; 0 where it is never active."""
+        """Largest activation of each feature; 0 if it is never active."""
         largest, some = np.zeros(self.shape[1], np.float32), self.counts > 0
         largest[some] = self.by_feature["value"][self.by_feature["indptr"][:-1][some]]
         return largest
 
     @cached_property
     def mean(self) -> Float[np.ndarray, " feature"]:
-        """Mean activation of each feature over the rows where it is active; 0 where it never is. Reads every value."""
+        """Mean activation of each feature over its active rows; 0 if it has none. Reads every value."""
         return self._sums(lambda entries: self.by_feature["value"][entries]) / np.maximum(self.counts, 1)
 
     def enrichment(self, where: str | Rows | Bool[np.ndarray, " row"]) -> pd.DataFrame:
-        """How well each feature, active or not, tells the rows that `where` selects: SQL over tokens, `Rows`, a mask.
+        """Returns how well each feature, taken as active or not, detects the rows that a label selects.
 
-        Rows of special tokens count on neither side: a feature of BOS would otherwise lose precision on every label.
-        One line a feature, best f1 first, ties by feature: active, its rows; hits, those that the label selects;
-        precision, hits / active, NaN for a feature that never is; recall, hits / selected; f1, 2 hits / (active +
-        selected), 0 to 1. A feature on at random has the selected share as precision. Reads every entry.
+        Special tokens are excluded: features of BOS would otherwise lose precision on every label. Cost: reads every
+        entry.
 
-        Raises RequestError for a label that selects none of the rows, or all of them.
+        Args:
+            where: The label: SQL over tokens, `Rows` or a mask.
+
+        Returns:
+            One line per feature, best f1 first, ties by feature: active, its number of rows; hits, those that the label
+            selects; precision, hits / active, NaN without active rows; recall, hits / selected; f1, 2 hits / (active +
+            selected), 0 to 1. Null: the precision of a feature active at random is the selected share of rows.
+
+        Raises:
+            RequestError: A label that selects no row of text, or all of them.
         """
         ordinary = ~self.store.tokens["is_special"].to_numpy(zero_copy_only=False)
         label = self._mask(where) & ordinary
         selected = int(label.sum())
         if not 0 < selected < ordinary.sum():
-            asked = repr(where) if isinstance(where, str) else "where"
+            name = repr(where) if isinstance(where, str) else "where"
             many = "all" if selected else "none"
-            raise RequestError(
-                f"{asked} selects {many} of the {int(ordinary.sum())} rows of text; choose another label"
-            )
+            raise RequestError(f"{name} selects {many} of the {int(ordinary.sum())} rows of text; choose another label")
         active = self._sums(lambda entries: ordinary[self.by_feature["row"][entries]]).astype(np.int64)
         hits = self._sums(lambda entries: label[self.by_feature["row"][entries]]).astype(np.int64)
         table = pd.DataFrame(
@@ -293,7 +326,7 @@ class Features:
         return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True)
 
     def verify(self) -> None:
-        """Reads every byte once. Raises DataError naming a file that is not what was written."""
+        """Reads every byte once and raises DataError for a file whose checksum differs."""
         for name, file in self.record.files.items():
             if sha256_file(self.path / name) != file.sha256:
                 raise self._damaged(name, "its checksum differs")
@@ -310,15 +343,17 @@ class Features:
 
     @cached_property
     def texts(self) -> Texts:
-        """Tokens and their places, read when first asked for."""
+        """Texts and positions of the tokens, read at first use."""
         return Texts.of(self.store)
 
     def _check(self) -> None:
-        """Refuse features of other rows than the store has, and pointers that lead astray."""
+        """Raises for a store that has changed since, and for damaged row pointers."""
         manifest = self.store.manifest
         if self.record.store_fingerprint != manifest.fingerprint:
             was, now = self.record.rows, self.store.rows
-            change = f"had {was:,} rows then and has {now:,} now" if was != now else "is not the one they are of"
+            change = (
+                f"had {was:,} rows then and has {now:,} now" if was != now else "is not the one they were made from"
+            )
             raise RequestError(
                 f"features {self.path.name}: the store {self.store.path} {change}; extract again under another name"
             )
@@ -331,7 +366,7 @@ class Features:
         return DataError(f"{self.path / name} is damaged: {what}; extract the features again")
 
     def _sums(self, values: Callable[[slice], np.ndarray]) -> Float[np.ndarray, " feature"]:
-        """Per feature, the sum of what `values` gives for a stretch of entries in the order by feature."""
+        """Sum of `values(entries)` over each feature's entries; `entries` is a slice of the order by feature."""
         indptr = self.by_feature["indptr"]
         sums = np.zeros(self.shape[1])
         for group in feature_groups(indptr):
@@ -347,7 +382,9 @@ class Features:
             mask[where.ids_in(self.store)] = True
             return mask
         if where.shape != (len(self),):
-            raise RequestError(f"where: a mask of {where.shape} does not choose among {len(self)} rows")
+            raise RequestError(
+                f"where: a mask of shape {where.shape} does not fit {len(self)} rows; give one value per row"
+            )
         return where
 
     def _row_ids(self, index: Any) -> Int64[np.ndarray, " selected"]:
@@ -360,7 +397,7 @@ class Features:
         if ids.dtype == bool and ids.shape == (rows,):
             return np.flatnonzero(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise IndexError(f"features are chosen by rows: whole numbers, slices, a mask of {rows}, or Rows")
+            raise IndexError(f"features are indexed by row: whole numbers, slices, a mask of {rows}, or Rows")
         ids = ids.astype(np.int64)
         if ids.size and not -rows <= ids.min() <= ids.max() < rows:
             raise IndexError(f"row {ids.min() if ids.min() < -rows else ids.max()} is out of range: there are {rows}")
@@ -369,7 +406,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Texts:
-    """What contexts show of the token table, as arrays that answer in microseconds."""
+    """Columns of the token table as arrays, for fast lookup of contexts."""
 
     sequence: Int64[np.ndarray, " row"]
     position: Integer[np.ndarray, " row"]
@@ -377,10 +414,11 @@ class Texts:
     words: list[str]
     """Text of each code."""
     between: str
-    """What stands between tokens: nothing, or a space where token ids stand in for text."""
+    """Separator of tokens: empty, or a space if token ids replace text."""
 
     @classmethod
     def of(cls, store: Store) -> Texts:
+        """Returns the texts of a store's tokens."""
         tokens = store.tokens
         token = tokens["token"].combine_chunks()
         return cls(
@@ -392,11 +430,11 @@ class Texts:
         )
 
     def near(self, row: int, context: int) -> slice:
-        """The rows of a row's sequence that are at most `context` tokens away."""
+        """Returns the rows of the same sequence at most `context` tokens away."""
         first = max(row - context, 0)
-        own = np.flatnonzero(self.sequence[first : row + context + 1] == self.sequence[row])
-        return slice(first + int(own[0]), first + int(own[-1]) + 1)
+        same = np.flatnonzero(self.sequence[first : row + context + 1] == self.sequence[row])
+        return slice(first + int(same[0]), first + int(same[-1]) + 1)
 
     def around(self, row: int, context: int) -> str:
-        """Their text."""
+        """Returns the text of these rows."""
         return self.between.join(self.words[code] for code in self.codes[self.near(row, context)])

@@ -1,6 +1,6 @@
-"""Features in other tools' formats: delphi's latent cache and SAEDashboard's batches, which Neuronpedia takes in.
+"""Export of features to other tools: delphi's latent cache and SAEDashboard's batches for Neuronpedia.
 
-Written as those tools write them, so that their own readers open them; each function says what it read that from.
+The files follow the layout that these tools write, so that their readers open them; each function cites its source.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int, Int64
+from jaxtyping import Float, Int, Int64
+from numpy.typing import ArrayLike
 from safetensors.numpy import save_file
 
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, feature_contexts, feature_histogram
 from workbench.io import files
+from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.unembed import load_unembed
@@ -35,7 +37,7 @@ DELPHI_CONFIG: Mapping[str, Any] = {
     "dataset_column": "",
     "batch_size": 32,
 }
-"""Settings of delphi's cache that a store has no answer to: its tokens are in the files, no dataset is read."""
+"""Settings of delphi's cache that do not apply to a store: tokens are in the files, no dataset is read."""
 
 _FLOAT16 = float(np.finfo(np.float16).max)
 
@@ -43,30 +45,36 @@ _FLOAT16 = float(np.finfo(np.float16).max)
 def export_delphi(
     features: Features, out: str | os.PathLike[str], *, splits: int = 5, show_progress: bool = True
 ) -> Path:
-    """Writes the features as delphi's cached latents under `out`/SITE, and gives that folder.
+    """Writes the features as delphi's cached latents under `out`/SITE and returns that folder.
 
-    A file FIRST_LAST.safetensors for each of `splits` ranges of features: `locations` [entry, (sequence, position,
-    feature - FIRST)] in uint16, or uint32 where that is too narrow, in order of rows; `activations` [entry] in float16;
-    `tokens` [sequence, position], the same in each. Beside them config.json.
+    Each of `splits` ranges of features becomes a file FIRST_LAST.safetensors: `locations` [entry, (sequence, position,
+    feature - FIRST)] in row order, uint16 or, if too narrow, uint32; `activations` [entry] in float16; `tokens`
+    [sequence, position], the same in each file. config.json is written beside them.
 
-    delphi knows sequences of one length only: shorter ones are filled up with the token that a sequence begins with
-    here, or token 0, on which nothing is active. Values beyond float16 become its largest. Entries that are 0 in it are
-    left out, as delphi leaves out those below 1e-5.
+    delphi requires sequences of equal length: shorter ones are padded with their first token, or token 0, without
+    activations. Values beyond float16 become its largest; entries that are 0 in float16 are left out, as delphi leaves
+    out those below 1e-5. Memory: the tokens and one split.
 
     Layout: `save_splits` and `save_config` of delphi/latents/cache.py and the reader in delphi/latents/loader.py, 2025.
-    Memory: the tokens, and one split at a time. Raises RequestError for a folder that holds something, or a number of
-    splits that there cannot be.
+
+    Args:
+        features: The features.
+        out: Folder to write to.
+        splits: Number of files, 1 to the number of features.
+        show_progress: Show progress.
+
+    Raises:
+        RequestError: A folder that is not empty, or splits out of range.
     """
     count = features.shape[1]
-    if not 1 <= splits <= count:
-        raise RequestError(f"splits must be from 1 to the {count} features, not {splits}")
+    check("splits", splits, at_least=1, at_most=count)
     folder = Path(out) / features.record.site
     _check_empty(folder)
     store = features.store
     sequence, position, tokens = _rectangle(features)
     bounds = np.linspace(0, count, splits + 1).astype(np.int64)
     with (
-        files.explain_full_disk(f"{folder}", "remove it, free space and run again"),
+        files.explain_full_disk(f"{folder}", "remove it, free space and run the same command again"),
         progress("writing delphi's cache", count, "features", shown=show_progress) as advance,
     ):
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,26 +119,29 @@ def export_neuronpedia(
 ) -> Path:
     """Writes dashboards of features as SAEDashboard does for Neuronpedia: `out`/batch-0.json, batch-1.json, ...
 
-    Args:
-        features: Their strongest contexts, histogram and share of active tokens are written.
-        sae: The one that made them: tokens promoted and suppressed, by `decoder_logits`.
-        out: A folder that holds no batches yet.
-        ids: Which features. None: all that are ever active.
-        sae_set: What Neuronpedia is to call the set. None: the SAE's name.
-        k: Contexts a feature.
-        context: Tokens on either side.
-        batch: Features a file.
-        show_progress: Say how far it is.
+    A dashboard has a feature's strongest contexts, histogram, share of active tokens, and tokens promoted and
+    suppressed by `decoder_logits`. The fields that compare features with neurons are empty lists, as SAEDashboard
+    writes them if they are not computed. Numbers are rounded to 3 decimals, as there.
 
-    Fields of SAEDashboard's that compare features with neurons are empty lists, which is what it writes without them.
     Layout: `NeuronpediaDashboardBatch` of sae_dashboard/neuronpedia/neuronpedia_dashboard.py and the fields that
-    `_process_batch` of neuronpedia_export.py reads, 2025. Numbers are rounded to 3 decimals, as there.
+    `_process_batch` of neuronpedia_export.py reads, 2025.
 
-    Raises RequestError as `promoted_tokens` does, for features there are not, or a folder with batches in it.
+    Args:
+        features: The features.
+        sae: The SAE that made them.
+        out: A folder without batches.
+        ids: Ids of the features. None: all that are ever active.
+        sae_set: Name of the set on Neuronpedia. None: the SAE's name.
+        k: Number of contexts per feature.
+        context: Number of tokens on either side.
+        batch: Number of features per file.
+        show_progress: Show progress.
+
+    Raises:
+        RequestError: As `promoted_tokens`; ids that do not exist, or a folder that has batches.
     """
     for name, value in (("k", k), ("context", context), ("batch", batch)):
-        if value < 1:
-            raise RequestError(f"{name} must be at least 1, not {value}")
+        check(name, value, at_least=1)
     chosen = np.flatnonzero(features.counts) if ids is None else np.asarray(ids, np.int64)
     if len(chosen) and not 0 <= chosen.min() <= chosen.max() < features.shape[1]:
         raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {chosen.max()}")
@@ -138,10 +149,10 @@ def export_neuronpedia(
     check_writes_residual(features, sae)
     out = Path(out)
     if any(out.glob("batch-*.json")):
-        raise RequestError(f"{out} holds batches already; choose another folder")
+        raise RequestError(f"{out} already has batches; choose another out")
     unembed = load_unembed(features.store.path)
     layer = re.match(r"blocks\.(\d+)\.", features.record.site)
-    about = {
+    header = {
         "model_id": features.store.manifest.model.name,
         "layer": int(layer[1]) if layer else 0,
         "sae_set": sae_set or sae.name,
@@ -155,33 +166,38 @@ def export_neuronpedia(
     out.mkdir(parents=True, exist_ok=True)
     with progress("writing dashboards", len(chosen), "features", shown=show_progress) as advance:
         for number, first in enumerate(range(0, len(chosen), batch)):
-            own = chosen[first : first + batch].tolist()
-            effects = decoder_logits(sae, unembed, own)
+            members = chosen[first : first + batch].tolist()
+            effects = decoder_logits(sae, unembed, members)
             dashboards = [
                 _dashboard(features, feature, extreme_tokens(line, unembed, 10), line.cpu().numpy(), k, context)
                 | common
-                for feature, line in zip(own, effects, strict=True)
+                for feature, line in zip(members, effects, strict=True)
             ]
-            text = json.dumps(about | {"features": dashboards})
+            text = json.dumps(header | {"features": dashboards})
             files.replace_file(out / f"batch-{number}.json", text.encode())
-            advance(len(own))
+            advance(len(members))
     return out
 
 
 def _dashboard(
-    features: Features, feature: int, tokens: pd.DataFrame, effects: np.ndarray, k: int, context: int
+    features: Features,
+    feature: int,
+    tokens: pd.DataFrame,
+    effects: Float[np.ndarray, " vocab"],
+    k: int,
+    context: int,
 ) -> dict[str, Any]:
-    """What SAEDashboard tells of one feature."""
+    """SAEDashboard's record of one feature."""
     rows, _ = features.rows_of(feature)
     contexts = feature_contexts(features, feature, rows[: 4 * k], context)[:k]
     counts, edges = feature_histogram(features, feature)
     logits, logit_edges = np.histogram(effects, 40)
     up, down = tokens.head(10), tokens.tail(10)[::-1]
-    nothing = ("neuron_alignment", "correlated_neurons", "correlated_features")
+    empty = ("neuron_alignment", "correlated_neurons", "correlated_features")
     parts = (("indices", "values", "l1"), ("indices", "pearson", "l1"), ("indices", "pearson", "l1"))
     return {
         "feature_index": feature,
-        **{f"{name}_{part}": [] for name, own in zip(nothing, parts, strict=True) for part in own},
+        **{f"{name}_{part}": [] for name, columns in zip(empty, parts, strict=True) for part in columns},
         "neg_str": down["token"].tolist(),
         "neg_values": _rounded(down["logit"]),
         "pos_str": up["token"].tolist(),
@@ -197,7 +213,7 @@ def _dashboard(
 
 
 def _activation(context: Context, largest: float) -> dict[str, Any]:
-    """One context; -1 below and within, with the largest activation above, mark it as one of the strongest."""
+    """One context; bins -1 to the largest activation mark it as one of the strongest."""
     return {
         "bin_min": -1,
         "bin_max": round(largest, 3),
@@ -208,14 +224,14 @@ def _activation(context: Context, largest: float) -> dict[str, Any]:
     }
 
 
-def _rounded(values: Any) -> list[float]:
+def _rounded(values: ArrayLike) -> list[float]:
     return np.round(np.asarray(values, np.float64), 3).tolist()
 
 
 def _rectangle(
     features: Features,
 ) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"], Int[np.ndarray, "sequence position"]]:
-    """The sequence of each row, counted from 0, its place there, and the token ids of all sequences in one array."""
+    """Sequence number and position of each row, and the token ids of all sequences in one padded array."""
     table = features.store.tokens
     ids, sequence = table["token_id"].to_numpy(), table["sequence"].to_numpy()
     begins = np.append(True, sequence[1:] != sequence[:-1])[: len(sequence)]

@@ -1,6 +1,6 @@
-"""Questions to ask of extracted features: their statistics, where they are active, what they tell, what fires together.
+"""Queries over extracted features: statistics, contexts, active rows, label detection, coactivation.
 
-Every answer is read from the two orders on the disk, a few million entries at a time.
+Each query reads one of the two orders on disk, a few million entries at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from workbench.features import index
 from workbench.features.feature_store import Features
+from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Rows, Store
 
@@ -23,11 +24,18 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 def feature_statistics(features: Features, quantiles: Sequence[float | int] = QUANTILES) -> pd.DataFrame:
-    """One line a feature, in order: feature; active, the rows where it is; density, active / rows, 0 to 1; max and mean
-    of its activations; and their quantiles, in columns q10, q50, ...
+    """Returns activity and quantiles of every feature; special tokens are included. Cost: reads every value once.
 
-    Special tokens' rows count. Maximum and mean of a feature that is never active are 0, its quantiles NaN. Reads every
-    value once.
+    Args:
+        features: The features.
+        quantiles: From 0 to 1.
+
+    Returns:
+        One line per feature in order: feature; active, its number of active rows; density, active / rows, 0 to 1; max
+        and mean of its activations, 0 if never active; quantiles in columns q10, q50, ..., NaN if never active.
+
+    Raises:
+        RequestError: A quantile outside 0 to 1.
     """
     table = {
         "feature": np.arange(features.shape[1]),
@@ -43,34 +51,38 @@ def feature_statistics(features: Features, quantiles: Sequence[float | int] = QU
 def feature_quantiles(
     features: Features, quantiles: Sequence[float | int] = QUANTILES
 ) -> Float[np.ndarray, "feature quantile"]:
-    """Quantiles of each feature's activations over the rows where it is active, between two of them on the line that
-    joins them, as `np.quantile`; NaN where it never is.
+    """Returns quantiles of each feature's activations over its active rows, with linear interpolation as `np.quantile`.
 
-    They lie sorted on the disk: two values are read for each. Raises RequestError for a quantile beyond 0 and 1.
+    NaN if a feature is never active. Cost: two values per quantile, as the activations are sorted on disk.
+
+    Raises:
+        RequestError: A quantile outside 0 to 1.
     """
-    if outside := [q for q in quantiles if not 0 <= q <= 1]:
-        raise RequestError(f"quantiles must be from 0 to 1, not {outside[0]:g}")
-    found = np.full((features.shape[1], len(quantiles)), np.nan)
+    for quantile in quantiles:
+        check("quantiles", quantile, at_least=0, at_most=1)
+    values = np.full((features.shape[1], len(quantiles)), np.nan)
     some = np.flatnonzero(features.counts)
-    place = np.multiply.outer(features.counts[some] - 1, 1 - np.asarray(quantiles, float))  # largest first
+    place = np.multiply.outer(features.counts[some] - 1, 1 - np.asarray(quantiles, float))  # sorted largest first
     first = features.by_feature["indptr"][some][:, None] + place.astype(np.int64)
     rest = place - place.astype(np.int64)
     value = features.by_feature["value"]
     above, below = (value[part].astype(np.float64) for part in (first, first + (rest > 0)))
-    found[some] = above + rest * (below - above)
-    return found
+    values[some] = above + rest * (below - above)
+    return values
 
 
 def feature_histogram(
     features: Features, feature: int | np.integer, bins: int = 40
 ) -> tuple[Int64[np.ndarray, " bin"], Float[np.ndarray, " bins_plus_1"]]:
-    """Active rows of one feature in `bins` of equal width from 0 to its largest activation, or from its least where it
-    goes below 0; and their edges. A bin has its lower edge, the last one both. Never active: zeros, from 0 to 1.
+    """Returns the histogram of a feature's activations over its active rows: counts and bin edges.
 
-    Raises RequestError for a feature there is not, or fewer than one bin.
+    Bins have equal width, from 0 (or the smallest activation if negative) to the largest. A bin includes its lower
+    edge, the last one both. A feature that is never active has zero counts from 0 to 1.
+
+    Raises:
+        RequestError: A feature that does not exist, or fewer than one bin.
     """
-    if bins < 1:
-        raise RequestError(f"bins must be at least 1, not {bins}")
+    check("bins", bins, at_least=1)
     rising = features.rows_of(feature)[1][::-1].astype(np.float64)
     low, high = (min(0.0, rising[0]), max(0.0, rising[-1])) if len(rising) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else 1.0, bins + 1)
@@ -79,24 +91,24 @@ def feature_histogram(
 
 @dataclass(frozen=True)
 class Context:
-    """A stretch of a sequence around one row, with a feature's activation on each of its tokens."""
+    """Tokens around one row of a sequence, with a feature's activation on each."""
 
     row: int
     sequence: int
     position: int
     tokens: tuple[str, ...]
     activations: Float[np.ndarray, " token"]
-    """0 where the feature is not active."""
+    """0 if the feature is not active."""
     at: int
-    """Which of the tokens is the row's."""
+    """Index of the row's own token."""
 
 
 def feature_contexts(
     features: Features, feature: int | np.integer, rows: Sequence[int] | Int[np.ndarray, " row"], context: int = 10
 ) -> list[Context]:
-    """The sequences around `rows`, up to `context` tokens on either side, in the order of `rows`.
+    """Returns the contexts of `rows`, with up to `context` tokens on either side, in the order of `rows`.
 
-    A row that an earlier one's context shows already has none of its own. Reads the entries of the rows shown.
+    A row inside the context of an earlier row is skipped. Cost: reads the entries of the shown rows.
     """
     texts, spans = features.texts, dict[int, slice]()
     for row in map(int, rows):
@@ -106,9 +118,9 @@ def feature_contexts(
         return []
     shown = np.concatenate([np.arange(span.start, span.stop) for span in spans.values()])
     entries = features[shown].tocoo()
-    own = entries.col == feature
+    selected = entries.col == feature
     activations = np.zeros(len(shown), np.float32)
-    activations[entries.row[own]] = entries.data[own]
+    activations[entries.row[selected]] = entries.data[selected]
     cuts = np.cumsum([span.stop - span.start for span in spans.values()])[:-1]
     return [
         Context(
@@ -124,11 +136,14 @@ def feature_contexts(
 
 
 def active_rows(features: Features, feature: int | np.integer, above: float | int | None = None) -> Rows:
-    """The rows where a feature is active, or where its activation is more than `above`: to be combined with other rows.
+    """Returns the rows on which a feature is active, or has an activation above `above`, to combine with other rows.
 
     active_rows(features, 17, above=2.0) & store.where("token = ' Monday'")
 
-    Costs the reading of those rows. Raises RequestError for a feature there is not.
+    Cost: reads these rows.
+
+    Raises:
+        RequestError: A feature that does not exist.
     """
     rows, values = features.rows_of(feature)
     if above is not None:
@@ -143,43 +158,46 @@ def best_features(
     k: int = 1,
     least: int = 20,
 ) -> pd.DataFrame:
-    """For each value of a label the `k` features that tell it best from all other tokens, all of them in one pass.
+    """Returns, for each value of a label, the `k` features that detect it best among all tokens, in one pass.
+
+    A feature detects a token if it is active on it, at any strength. Special tokens are excluded. Cost: about a second
+    for 10 million entries and each label; memory for a few million entries.
 
     Args:
-        features: Active, at whatever strength, means yes.
-        labels: One or several columns of the token table, or your own: name to one value a row, None or NaN for no
-            value. None: every label that the texts' spans gave.
-        k: Features a value, at most; only those that are active on some of its tokens.
-        least: Values on fewer tokens are left out: on few, precision is luck. So is one that all tokens have.
+        features: The features.
+        labels: Columns of the token table, or your own labels as name -> one value per row (None or NaN: no value).
+            None: every label that the spans of the texts defined.
+        k: Largest number of features per value; features active on none of its tokens are left out.
+        least: Smallest number of tokens of a value; on fewer, precision is chance. A value of all tokens is left out.
 
-    One line a value and feature, best f1 first, ties in order of label, value and feature: label; value; tokens, rows
-    of that value; feature; active, rows where the feature is; hits, rows of both; precision, hits / active; recall,
-    hits / tokens; f1, 2 hits / (active + tokens), 0 to 1. Rows of special tokens count nowhere. A feature on at random
-    has tokens / (all rows of text) as precision.
+    Returns:
+        One line per value and feature, best f1 first, ties in order of label, value and feature: label; value; tokens,
+        the number of rows with that value; feature; active, its number of active rows; hits, rows with both; precision,
+        hits / active; recall, hits / tokens; f1, 2 hits / (active + tokens), 0 to 1. Null: the precision of a feature
+        active at random is tokens / (rows of text).
 
-    Memory is a few million entries; about a second for 10 million of them and each label. Raises RequestError for a
-    column there is not, or labels none of whose values is on `least` tokens.
+    Raises:
+        RequestError: A column that does not exist, or no value with `least` tokens.
     """
-    for name, number in (("k", k), ("least", least)):
-        if number < 1:
-            raise RequestError(f"{name} must be at least 1, not {number}")
+    check("k", k, at_least=1)
+    check("least", least, at_least=1)
     text = text_rows(features.store)
     coded = [_coded(name, column, text, least) for name, column in _columns(features.store, labels).items()]
     names = [(name, value) for name, values, _ in coded for value in values]
     if not names:
-        told = ", ".join(name for name, *_ in coded)
-        raise RequestError(f"labels: no value of {told} is on {least} tokens and not on all; give a smaller least")
+        columns = ", ".join(name for name, *_ in coded)
+        raise RequestError(f"labels: no value of {columns} has {least} tokens without having all; give a smaller least")
     starts = np.cumsum([0, *(len(values) for _, values, _ in coded)])
     tokens = np.concatenate([np.bincount(codes[codes >= 0], minlength=len(values)) for _, values, codes in coded])
     active = text_counts(features)
     best = np.empty((3, 0), np.int64)  # value, feature, hits
     for group, rows in _groups(features):
-        own = np.repeat(np.arange(group.start, group.stop), features.counts[group])
-        found = [best]
+        entry_feature = np.repeat(np.arange(group.start, group.stop), features.counts[group])
+        candidates = [best]
         for start, (_, values, codes) in zip(starts, coded, strict=False):
-            feature, code, hits = _pairs(own, codes[rows], len(values))
-            found.append(np.stack([code + start, feature, hits]))
-        best = _first(np.concatenate(found, axis=1), tokens, active, k)
+            feature, code, hits = _pairs(entry_feature, codes[rows], len(values))
+            candidates.append(np.stack([code + start, feature, hits]))
+        best = _k_best(np.concatenate(candidates, axis=1), tokens, active, k)
     value, feature, hits = best
     table = pd.DataFrame(
         {
@@ -198,16 +216,19 @@ def best_features(
 
 
 def coactivation(features: Features, feature: int | np.integer) -> pd.DataFrame:
-    """The features that are active on rows where `feature` is, itself left out, and how far that is more than chance.
+    """Returns the features that are active on the same rows as `feature`, compared with independence.
 
-    One line a feature, largest jaccard first, ties by feature: feature; active, its rows; both, rows where both are;
-    expected, the same were they independent, active x (rows of `feature`) / (rows of text); lift, both / expected, 1 by
-    chance, its logarithm is the pointwise mutual information; jaccard, both / either, 0 to 1, 1 for twins. Rows of
-    special tokens count nowhere: features of BOS would all be partners. Lift of a rare feature is high by luck: look at
-    both.
+    Special tokens are excluded, as features of BOS would all be partners. Cost: reads the entries of the rows on which
+    `feature` is active, a few million at a time.
 
-    Reads the entries of the rows where `feature` is active, a few million at a time. Raises RequestError for a feature
-    there is not.
+    Returns:
+        One line per other feature, largest jaccard first, ties by feature: feature; active, its number of active rows;
+        both, rows on which both are active; expected, both under independence, active x (rows of `feature`) / (rows of
+        text); lift, both / expected, value under the null 1, its logarithm is the pointwise mutual information;
+        jaccard, both / either, 0 to 1. The lift of a rare feature is large by chance: also look at both.
+
+    Raises:
+        RequestError: A feature that does not exist.
     """
     text = text_rows(features.store)
     rows = np.sort(features.rows_of(feature)[0])
@@ -231,17 +252,17 @@ def coactivation(features: Features, feature: int | np.integer) -> pd.DataFrame:
 
 
 def text_rows(store: Store) -> Bool[np.ndarray, " row"]:
-    """Which rows are text, not a special token such as BOS."""
+    """Returns a mask of the rows that are text, not a special token such as BOS."""
     return ~store.tokens["is_special"].to_numpy(zero_copy_only=False)
 
 
 def text_counts(features: Features) -> Int64[np.ndarray, " feature"]:
-    """Rows of text on which each feature is active. Reads the entries of the other rows."""
+    """Returns the number of rows of text on which each feature is active; reads the entries of special tokens."""
     return features.counts - _counts_on(features, np.flatnonzero(~text_rows(features.store)))
 
 
 def _counts_on(features: Features, rows: Int[np.ndarray, " selected"]) -> Int64[np.ndarray, " feature"]:
-    """How many of `rows` each feature is active on."""
+    """Number of `rows` on which each feature is active."""
     counts = np.zeros(features.shape[1], np.int64)
     step = max(1, index.ENTRIES * len(features) // max(1, features.record.entries))
     for start in range(0, len(rows), step):
@@ -250,51 +271,51 @@ def _counts_on(features: Features, rows: Int[np.ndarray, " selected"]) -> Int64[
 
 
 def _groups(features: Features) -> Iterator[tuple[slice, Int[np.ndarray, " entry"]]]:
-    """Groups of neighbouring features, and the row of each of their entries."""
+    """Groups of consecutive features, and the rows of their entries."""
     indptr = features.by_feature["indptr"]
     for group in index.feature_groups(indptr):
         yield group, features.by_feature["row"][int(indptr[group.start]) : int(indptr[group.stop])]
 
 
 def _columns(store: Store, labels: str | Sequence[str] | Mapping[str, Any] | None) -> dict[str, pa.Array]:
-    """Name to a value for each row."""
+    """Name -> one value per row."""
     tokens = store.tokens
     known = tokens.column_names
     if isinstance(labels, Mapping):
-        return {name: _own_column(name, values, store.rows) for name, values in labels.items()}
+        return {name: _given_column(name, values, store.rows) for name, values in labels.items()}
     if labels is None:
         labels = [name for name in known if f"{name}_span" in known]
         if not labels:
             raise RequestError(
-                f"labels: the texts of {store.path} had no spans; name columns, of {', '.join(known)}, or give your own"
+                f"labels: the texts of {store.path} had no spans; name columns of {', '.join(known)}, or give values"
             )
     labels = [labels] if isinstance(labels, str) else list(labels)
     if unknown := [name for name in labels if name not in known]:
         close = nearest(unknown[0], known)
-        raise RequestError(f"labels: there is no column {unknown[0]!r}; columns: {', '.join(known)}{close}")
+        raise RequestError(f"labels: no column {unknown[0]!r}; columns are {', '.join(known)}{close}")
     return {name: tokens[name].combine_chunks() for name in labels}
 
 
-def _own_column(name: str, values: Any, rows: int) -> pa.Array:
+def _given_column(name: str, values: Any, rows: int) -> pa.Array:
     if len(values) != rows:
-        raise RequestError(f"labels: {name} has {len(values)} values for {rows} rows; give one for each")
+        raise RequestError(f"labels: {name} has {len(values)} values for {rows} rows; give one per row")
     try:
         return pa.array(values, from_pandas=True)
     except pa.ArrowException as error:
-        raise RequestError(f"labels: the values of {name} are not of one kind: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"labels: the values of {name} have several types: {str(error).splitlines()[0]}") from None
 
 
 def _coded(
     name: str, column: pa.Array, text: Bool[np.ndarray, " row"], least: int
 ) -> tuple[str, list[Any], Int32[np.ndarray, " row"]]:
-    """The values of a label that count, and for each row of text which of them it has; -1 elsewhere."""
+    """Values of a label with enough tokens, and the index of each row's value; -1 for special tokens and no value."""
     encoded = column.dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     codes = np.where(text, codes, -1)
     values = encoded.dictionary.to_pylist()
     tokens = np.bincount(codes[codes >= 0], minlength=len(values))
     kept = np.flatnonzero((tokens >= least) & (tokens < text.sum()))
-    renamed = np.full(len(values) + 1, -1, np.int32)  # the last one is that of no value
+    renamed = np.full(len(values) + 1, -1, np.int32)  # the last element stands for no value
     renamed[kept] = np.arange(len(kept))
     return name, [values[code] for code in kept], renamed[codes]
 
@@ -302,18 +323,21 @@ def _coded(
 def _pairs(
     feature: Int[np.ndarray, " entry"], code: Int[np.ndarray, " entry"], codes: int
 ) -> tuple[Int64[np.ndarray, " pair"], Int64[np.ndarray, " pair"], Int64[np.ndarray, " pair"]]:
-    """The pairs of a feature and a value that occur, and how often."""
+    """Pairs of feature and value that occur, and their number of rows."""
     known = code >= 0
     pair = feature[known].astype(np.int64) * codes + code[known]
     pair, hits = np.unique(pair, return_counts=True)
     return *np.divmod(pair, max(1, codes)), hits
 
 
-def _first(
-    found: Int64[np.ndarray, "3 pair"], tokens: Int[np.ndarray, " value"], active: Int[np.ndarray, " feature"], k: int
+def _k_best(
+    candidates: Int64[np.ndarray, "3 pair"],
+    tokens: Int[np.ndarray, " value"],
+    active: Int[np.ndarray, " feature"],
+    k: int,
 ) -> Int64[np.ndarray, "3 best"]:
-    """The k pairs of each value with the best f1, best first, ties by feature; in order of values."""
-    value, feature, hits = found
-    found = found[:, np.lexsort((feature, -hits / (active[feature] + tokens[value]), value))]
-    starts = np.searchsorted(found[0], np.arange(len(tokens)))
-    return found[:, np.arange(found.shape[1]) - starts[found[0]] < k]
+    """The k pairs of each value with the best f1, best first, ties by feature, ordered by value."""
+    value, feature, hits = candidates
+    ordered = candidates[:, np.lexsort((feature, -hits / (active[feature] + tokens[value]), value))]
+    starts = np.searchsorted(ordered[0], np.arange(len(tokens)))
+    return ordered[:, np.arange(ordered.shape[1]) - starts[ordered[0]] < k]

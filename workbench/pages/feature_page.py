@@ -1,7 +1,7 @@
-"""One feature on one HTML page: where it is active, how strongly, what it promotes, and which others are like it.
+"""A feature on one HTML page: activations, promoted tokens, related features, and contexts.
 
-The page is a single file without scripts that needs no network. Model text is escaped, and shown with its control
-characters spelt out.
+The page is a single file without scripts and without network access. Text of the model is escaped, and its control
+characters are spelt out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
 from workbench.figures.safe_text import visible
+from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.files import replace_file
 from workbench.model.unembed import load_unembed
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
 from workbench.sae.load import Sae
 
-_TOKENS, _NEIGHBOURS, _THROUGHOUT = 10, 10, 10
+_TOKENS, _NEIGHBOURS, _ACROSS = 10, 10, 10
 _QUANTILES = {0.1: "10 %", 0.5: "median", 0.9: "90 %"}
 _TOKEN_LENGTH = 60
 
@@ -71,26 +72,34 @@ def feature_page(
     k: int = 20,
     context: int = 20,
 ) -> Path:
-    """Writes what there is to know of a feature to the HTML file `path` and gives it back; an existing one is replaced.
+    """Writes a page about one feature to the HTML file `path`, replacing an existing file, and returns the path.
 
-    Its statistics, a histogram of its activations, the features active with it, its `k` strongest contexts and some
-    throughout its range, up to `context` tokens on either side, each token shaded by the activation over the feature's
-    largest. With `sae`, the one that made the features, also the features nearest by decoder and, where they write to
-    the residual stream and the store has an unembedding, the tokens promoted and suppressed.
+    The page shows statistics and a histogram of its activations, features that are active on the same tokens, its
+    strongest contexts, and contexts across its range of activations; tokens are shaded by activation / largest
+    activation. With `sae` it also shows the nearest features by decoder direction and, if the SAE reconstructs the
+    residual stream and the store has an unembedding, the tokens promoted and suppressed.
 
-    Raises RequestError for a feature there is not, another SAE, or a path that is a folder.
+    Args:
+        features: The features.
+        feature: Id of the feature.
+        path: The file to write.
+        sae: The SAE that made the features. None: leave its panels out.
+        k: Number of strongest contexts.
+        context: Number of tokens on either side.
+
+    Raises:
+        RequestError: A feature that does not exist, another SAE, or a path that is a folder.
     """
     path = Path(path)
-    for name, value in (("k", k), ("context", context)):
-        if value < 1:
-            raise RequestError(f"{name} must be at least 1, not {value}")
+    check("k", k, at_least=1)
+    check("context", context, at_least=1)
     rows, values = features.rows_of(feature)
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / f'feature-{feature}.html'}")
     if sae is not None:
         check_sae(features, sae)
     title = f"Feature {feature} of {features.record.site}"
-    throughout = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), _THROUGHOUT + 2).astype(int))[1:-1]]
+    ranks = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), _ACROSS + 2).astype(int))[1:-1]]
     scale = float(np.abs(values[[0, -1]]).max()) if len(rows) else 1.0
     page = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -101,11 +110,15 @@ def feature_page(
         f'<p class="from">{html.escape(_source(features))}</p>',
         '<div class="panels">',
         _panel("Activations", _statistics(features, feature), _bars(features, feature)),
-        *(_written(features, feature, sae) if sae else ()),
-        _panel("Active together", _features_table(coactivation(features, feature), ("both", "lift", "jaccard"))),
+        *(_decoder_panels(features, feature, sae) if sae else ()),
+        _panel(
+            "Active on the same tokens", _features_table(coactivation(features, feature), ("both", "lift", "jaccard"))
+        ),
         "</div>",
-        _contexts("Strongest", feature_contexts(features, feature, rows[: 4 * k], context)[:k], scale),
-        _contexts("Throughout its range", feature_contexts(features, feature, throughout, context), scale),
+        _contexts("Strongest contexts", feature_contexts(features, feature, rows[: 4 * k], context)[:k], scale),
+        _contexts(
+            "Contexts across the range of activations", feature_contexts(features, feature, ranks, context), scale
+        ),
         "</body></html>\n",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,17 +137,16 @@ def _panel(title: str, *parts: str) -> str:
 
 def _statistics(features: Features, feature: int) -> str:
     active = int(features.counts[feature])
-    share = f"active on {active:,} of {len(features):,} tokens ({100 * active / max(1, len(features)):.3g} %)"
+    share = f"Active on {active:,} of {len(features):,} tokens ({100 * active / max(1, len(features)):.3g} %)"
     if not active:
         return f'<p class="note">{share}</p>'
     quantiles = feature_quantiles(features, list(_QUANTILES))[feature]
-    told = [f"{name} {value:.3g}" for name, value in zip(_QUANTILES.values(), quantiles, strict=True)]
-    largest = f"largest {features.max[feature]:.3g}"
-    return f'<p class="note">{share}; {"; ".join([*told, largest])}</p>'
+    values = ", ".join(f"{name} {value:.3g}" for name, value in zip(_QUANTILES.values(), quantiles, strict=True))
+    return f'<p class="note">{share}. Activation: {values}, largest {features.max[feature]:.3g}.</p>'
 
 
 def _bars(features: Features, feature: int) -> str:
-    """The histogram; the page's colours need CSS, plotly would bring 5 MB."""
+    """The histogram, as SVG: plotly would add 5 MB to the page."""
     counts, edges = feature_histogram(features, feature)
     if not counts.any():
         return ""
@@ -145,15 +157,17 @@ def _bars(features: Features, feature: int) -> str:
         for n, height in enumerate(heights)
         if height
     )
+    first, last = f"{edges[0]:.3g}", f"{edges[-1]:.3g}"
+    label = f"Histogram of activations from {first} to {last}, highest bar {counts.max():,} tokens"
     return (
-        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="histogram">{bars}</svg>'
-        f'<div class="axis"><span>{edges[0]:.3g}</span><span>highest bar: {counts.max():,} tokens'
-        f"</span><span>{edges[-1]:.3g}</span></div>"
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">{bars}</svg>'
+        f'<div class="axis"><span>{first}</span><span>activation; highest bar: {counts.max():,} tokens</span>'
+        f"<span>{last}</span></div>"
     )
 
 
-def _written(features: Features, feature: int, sae: Sae) -> Iterable[str]:
-    """What needs the decoder: tokens promoted and suppressed, features alike."""
+def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]:
+    """Panels that need the SAE: promoted and suppressed tokens, nearest features."""
     try:
         check_writes_residual(features, sae)
         unembed = load_unembed(features.store.path)
@@ -162,15 +176,17 @@ def _written(features: Features, feature: int, sae: Sae) -> Iterable[str]:
         yield _panel("Promoted tokens", f'<p class="note">{html.escape(str(error))}</p>')
     else:
         table = extreme_tokens(effects, unembed, _TOKENS)
-        yield _panel("Promoted tokens", _tokens_table(table.head(_TOKENS)))
-        yield _panel("Suppressed tokens", _tokens_table(table.tail(_TOKENS)[::-1]))
-    yield _panel("Nearest by decoder", _features_table(nearest_features(sae, feature, _NEIGHBOURS), ("cosine",)))
+        yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
+        yield _panel("Suppressed tokens", _tokens_table(table.iloc[: -_TOKENS - 1 : -1]))
+    yield _panel(
+        "Nearest decoder directions", _features_table(nearest_features(sae, feature, _NEIGHBOURS), ("cosine",))
+    )
 
 
 def _tokens_table(table: pd.DataFrame) -> str:
     lines = [
-        (f"<code>{html.escape(visible(line.token, _TOKEN_LENGTH))}</code>", f"{line.logit:+.3f}")
-        for line in table.itertuples()
+        (f"<code>{html.escape(visible(token, _TOKEN_LENGTH))}</code>", f"{logit:+.3f}")
+        for token, logit in zip(table["token"], table["logit"], strict=True)
     ]
     return _table(("token", "logit"), lines)
 
@@ -186,7 +202,7 @@ def _features_table(table: pd.DataFrame, columns: Sequence[str]) -> str:
 
 
 def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """`lines` are markup."""
+    """An HTML table; `lines` are markup."""
     head = "".join(f"<th>{name}</th>" for name in heading)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<table><tr>{head}</tr>{body}</table>"
@@ -214,11 +230,11 @@ def _shaded(token: str, activation: float, scale: float, *, here: bool) -> str:
     shown = _token(token)
     if not activation:
         return f'<span style="--a:0">{shown}</span>'
-    kind = " ".join(name for name, is_so in (("here", here), ("below", activation < 0)) if is_so)
+    kind = " ".join(name for name, applies in (("here", here), ("below", activation < 0)) if applies)
     share = min(1.0, abs(activation) / scale)
     return f'<span class="{kind}" style="--a:{0.12 + 0.68 * share:.2f}" title="{activation:.4g}">{shown}</span>'
 
 
 def _token(token: str) -> str:
-    """A token as markup: spaces as they are, other white space and control characters spelt out."""
+    """A token as markup: spaces unchanged, other white space and control characters spelt out."""
     return html.escape(" ".join(visible(part, _TOKEN_LENGTH) for part in token.split(" ")))

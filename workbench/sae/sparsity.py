@@ -1,9 +1,10 @@
-"""Sparsity as one budget: which pre-activations of a whole store stay, when rows or features compete for k a row.
+"""Sparsity rules: the pre-activations of a whole store that are kept under a budget of k per row on average.
 
-TopK, of `workbench.sae.encode`, gives each row k. The others here compare rows with each other, so what a row keeps
-depends on all of them: extraction keeps what may stay, by a bound that rises as rows are seen, and cuts exactly at the
-end.
-Ayonrinde, Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders (arXiv 2411.02124).
+TopK, of `workbench.sae.encode`, keeps k in each row. Mutual Choice and Feature Choice rank entries of all rows
+together, so the entries of one row depend on all others: extraction keeps every candidate above a rising bound, and
+selects exactly at the end.
+Source: Ayonrinde, Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders (arXiv
+2411.02124).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from workbench.io.errors import RequestError
 from workbench.sae.encode import TopK
 
 Entries = tuple[Integer[np.ndarray, " _entry"], Float32[np.ndarray, " _entry"]]
-"""Features and activations above 0, in the order of rows, features ascending within a row."""
+"""Feature ids and activations above 0, in row order, features ascending within a row."""
 
 
 @dataclass(frozen=True)
 class MutualChoice:
-    """The k · rows largest pre-activations of a whole store, those of them that are above 0: k a row on average."""
+    """Keeps the k · rows largest pre-activations of a whole store, as far as they are above 0: k per row on average."""
 
     k: int
 
@@ -32,14 +33,16 @@ class MutualChoice:
         TopK(self.k)
 
     def quotas(self, rows: int, features: int) -> Int64[np.ndarray, " group"]:
-        """Entries that each group may keep: here one group, everything."""
+        """Returns the number of entries that each group may keep; all features are one group."""
         return np.array([self.k * rows])
 
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """The k · rows / d_sae largest pre-activations of each feature over a whole store, those of them that are above 0:
-    no feature is dead that is above 0 anywhere, and none is on everywhere."""
+    """Keeps the k · rows / d_sae largest pre-activations of each feature over a whole store, if they are above 0.
+
+    A feature that is above 0 anywhere is not dead, and no feature is active everywhere.
+    """
 
     k: int
 
@@ -47,13 +50,15 @@ class FeatureChoice:
         TopK(self.k)
 
     def quotas(self, rows: int, features: int) -> Int64[np.ndarray, " group"]:
-        """Entries that each group may keep: here each feature is one, and the division rounds down.
+        """Returns the number of entries that each group may keep, k · rows / d_sae, rounded down; a feature is a group.
 
-        RequestError where that leaves none."""
+        Raises:
+            RequestError: k is so small that a feature could keep no entry.
+        """
         if rows and self.k * rows < features:
             least = -(-features // rows)
             raise RequestError(
-                f"FeatureChoice: k {self.k} on {rows} rows is less than one for each of {features} features; "
+                f"FeatureChoice: k {self.k} on {rows} rows leaves less than one entry for each of {features} features; "
                 f"k must be at least {least}"
             )
         return np.full(features, self.k * rows // features)
@@ -75,14 +80,14 @@ def allocation_record(allocation: Allocation) -> dict[str, Any]:
 
 
 class Bound:
-    """Rises as entries are seen: below it nothing stays, because enough that is larger was seen already.
+    """Rising lower bound of the kept values: enough larger entries have been counted already.
 
-    Counts entries above a ladder of values for each group, so memory does not depend on rows. Made of the first
-    entries, whose largest sets the ladder; they may be any.
+    Counts the entries above a ladder of values for each group, so memory does not depend on the number of rows. The
+    largest of the `first` entries sets the scale of the ladder; any entries will do.
     """
 
-    _STEPS = 64, 4096  # of each of many groups, of one
-    _FROM, _TO = 0.05, 2.0  # of a group's largest among the first entries
+    _STEPS = 64, 4096  # ladder steps per group if there are many groups, and if there is one
+    _FROM, _TO = 0.05, 2.0  # ends of the ladder, relative to a group's largest first entry
 
     def __init__(self, quotas: Int64[np.ndarray, " group"], features: int, first: Entries) -> None:
         self._quotas, self._features = quotas, features
@@ -94,7 +99,7 @@ class Bound:
         self._counts = np.zeros((len(quotas), steps), np.int64)
 
     def add(self, entries: Entries) -> None:
-        """Count what was seen."""
+        """Counts entries."""
         group = self._group(entries[0])
         step = np.searchsorted(self._ladder, entries[1] / self._scale[group], side="right") - 1
         counted = step >= 0
@@ -102,9 +107,9 @@ class Bound:
         self._counts += np.bincount(places, minlength=self._counts.size).reshape(self._counts.shape)
 
     def threshold(self) -> Float32[np.ndarray, " feature"]:
-        """Entries not above it are not among those that stay."""
+        """Returns per feature a value that every kept entry exceeds."""
         above = self._counts[:, ::-1].cumsum(1)[:, ::-1]
-        enough = (above >= self._quotas[:, None]).sum(1) - 1  # counts fall along the ladder
+        enough = (above >= self._quotas[:, None]).sum(1) - 1  # counts decrease along the ladder
         value = np.where(enough >= 0, self._ladder[enough] * np.where(enough >= 0, self._scale, 1), 0)
         below = np.nextafter(np.nextafter(value.astype(np.float32), np.float32(0)), np.float32(0))
         return np.broadcast_to(below, self._features) if len(below) == 1 else below
@@ -115,36 +120,39 @@ class Bound:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where each group ends: the bits of its last value, and how many entries of that value stay, the first ones."""
+    """Smallest kept value of each group, as bits, and the number of first entries with that value that are kept."""
 
     last: UInt32[np.ndarray, " group"]
     ties: Int64[np.ndarray, " group"]
     entries: int
-    """Entries that stay, of all groups."""
+    """Number of kept entries in all groups."""
 
-    def kept(self, stretches: Iterable[Entries]) -> Iterator[Bool[np.ndarray, " _entry"]]:
-        """What stays of each stretch of entries; together they are all that were cut, in order."""
+    def masks(self, chunks: Iterable[Entries]) -> Iterator[Bool[np.ndarray, " _entry"]]:
+        """Yields the mask of kept entries for each chunk; the chunks are those of `find_cut`, in order."""
         seen = np.zeros(len(self.last), np.int64)
-        for feature, value in stretches:
+        for feature, value in chunks:
             group, bits = _grouped(feature, len(self.last)), value.view(np.uint32)
-            kept = bits > self.last[group]
+            mask = bits > self.last[group]
             tied = np.flatnonzero(bits == self.last[group])
-            owner = group[tied]
-            order = np.argsort(owner, kind="stable")
+            tied_group = group[tied]
+            order = np.argsort(tied_group, kind="stable")
             rank = np.empty(len(tied), np.int64)
-            starts = np.searchsorted(owner[order], owner[order])
+            starts = np.searchsorted(tied_group[order], tied_group[order])
             rank[order] = np.arange(len(tied)) - starts
-            kept[tied] = rank + seen[owner] < self.ties[owner]
-            seen += np.bincount(owner, minlength=len(seen))
-            yield kept
+            mask[tied] = rank + seen[tied_group] < self.ties[tied_group]
+            seen += np.bincount(tied_group, minlength=len(seen))
+            yield mask
 
 
 def find_cut(entries: Callable[[], Iterable[Entries]], quotas: Int64[np.ndarray, " group"]) -> Cut:
-    """The largest entries of each group, as many as its quota; among equal ones those that come first.
+    """Returns the selection of the largest entries of each group up to its quota; ties go to the first.
 
-    `entries` gives all of them, stretch by stretch, and is called four times: each time eight more bits of the last
-    value are known (a radix selection: bits of floats above 0 are in the order of the floats). Memory is 256 counts a
-    group.
+    Radix selection: the bits of positive floats are ordered as the floats, and each of four passes fixes eight bits of
+    the smallest kept value. Memory: 256 counts per group.
+
+    Args:
+        entries: Returns all entries in chunks; called four times.
+        quotas: Number of entries that each group may keep.
     """
     last, left = np.zeros(len(quotas), np.uint32), quotas.astype(np.int64)
     total, short = 0, np.zeros(len(quotas), bool)
@@ -154,8 +162,8 @@ def find_cut(entries: Callable[[], Iterable[Entries]], quotas: Int64[np.ndarray,
             group, bits = _grouped(feature, len(quotas)), value.view(np.uint32)
             digit = bits >> np.uint32(shift)
             if shift < 24:
-                own = digit >> np.uint32(8) == last[group] >> np.uint32(shift + 8)
-                group, digit = group[own], digit[own]
+                candidate = digit >> np.uint32(8) == last[group] >> np.uint32(shift + 8)
+                group, digit = group[candidate], digit[candidate]
             places = group * 256 + (digit & np.uint32(255))
             counts += np.bincount(places, minlength=counts.size).reshape(counts.shape)
         if shift == 24:
