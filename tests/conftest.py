@@ -139,12 +139,14 @@ def tiny_model(request, tiny_models):
 def in_this_process(monkeypatch):
     """What a worker does, and what travels to it, without the seconds that one takes to start."""
     pickle = pytest.importorskip("ray.cloudpickle", reason="workers need Ray: install the extra [distributed]")
-    from workbench.parallel import workers as distributed
+    from workbench.parallel import ray as parallel
 
-    def each(_self, begin, given, tasks, device, _lost):
-        worker = distributed._Worker()
-        worker.start(os.getcwd(), device, 1, pickle.loads(pickle.dumps((begin, given))))
+    def run_here(_self, begin, given, tasks, on_lost, device=None):
+        if not tasks:
+            return
+        worker = parallel._Worker()
+        worker.start(os.getcwd(), device or "cpu", 1, pickle.loads(pickle.dumps((begin, given))))
         for task in tasks:
             yield task, pickle.loads(pickle.dumps(worker.do(pickle.loads(pickle.dumps(task)))))
 
-    monkeypatch.setattr(distributed.RayWorkers, "_each", each)
+    monkeypatch.setattr(parallel.RayWorkers, "map", run_here)

@@ -35,8 +35,8 @@ _PUBLIC = {
     "nearest_features": "workbench.sae.decoder",
     "promoted_tokens": "workbench.features.promoted",
     "record": "workbench.recording.record",
-    "RayWorkers": "workbench.parallel.workers",
-    "Share": "workbench.parallel.workers",
+    "RayWorkers": "workbench.parallel.ray",
+    "Share": "workbench.parallel.share",
     "plan": "workbench.recording.estimate",
     "Recording": "workbench.sites.settings",
     "open_store": "workbench.store.reader",
@@ -94,7 +94,8 @@ if TYPE_CHECKING:
     from workbench.pages.feature_page import feature_page
     from workbench.pages.figure_export import export
     from workbench.pages.token_view import TokenView
-    from workbench.parallel.workers import RayWorkers, Share
+    from workbench.parallel.ray import RayWorkers
+    from workbench.parallel.share import Share
     from workbench.recording.estimate import plan
     from workbench.recording.record import record
     from workbench.results.probe import Probe

@@ -20,7 +20,7 @@ from workbench import corpus
 from workbench.corpus import AddedTokens, Span, read_documents
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.recording import record as recorder
+from workbench.recording import segments
 from workbench.sites.settings import Recording
 from workbench.store.manifest import read_manifest, write_manifest
 
@@ -473,7 +473,7 @@ def test_none_records_the_column_as_it_is(model, tmp_path):
 def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     record(model, RECORDS, whole, segment_rows=16)
-    run, calls = recorder.capture, []
+    run, calls = segments.capture, []
 
     def failing(*arguments):
         calls.append(1)
@@ -481,7 +481,7 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, mon
             raise DataError("the power went")
         return run(*arguments)
 
-    monkeypatch.setattr(recorder, "capture", failing)
+    monkeypatch.setattr(segments, "capture", failing)
     with pytest.raises(DataError, match="the power went"):
         record(model, RECORDS, tmp_path / "s", segment_rows=16)
     assert len(wb.open_store(tmp_path / "s").manifest.segments) == 1

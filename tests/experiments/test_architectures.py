@@ -11,7 +11,7 @@ import torch
 from workbench.experiments.architectures import __main__ as command
 from workbench.experiments.architectures import sweep
 from workbench.experiments.architectures.sweep import Check, check, shown
-from workbench.recording import record as recorder
+from workbench.recording import segments
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
@@ -75,7 +75,7 @@ def test_the_bridge_reads_most_of_them():
 
 def spoil(monkeypatch, kinds, change):
     """Lets the recorder get `change(site, tensor, first)` instead of these kinds of site."""
-    original = recorder.capture
+    original = segments.capture
 
     def spoiled(module, sites, ids, mask, receive):
         def worse(site, tensor, first):
@@ -84,7 +84,7 @@ def spoil(monkeypatch, kinds, change):
 
         original(module, sites, ids, mask, worse)
 
-    monkeypatch.setattr(recorder, "capture", spoiled)
+    monkeypatch.setattr(segments, "capture", spoiled)
 
 
 @pytest.mark.parametrize("kinds", [["resid_post", "pattern", "logits"], ["q", "z", "ln2", "mlp_post"]])
@@ -116,12 +116,12 @@ def test_attention_to_the_future_is_found(monkeypatch):
 
 def test_padding_that_reaches_a_row_is_found(monkeypatch):
     """Each reading is of a sequence alone, so a batch whose mask is lost gives other numbers."""
-    original = recorder.capture
+    original = segments.capture
 
     def maskless(module, sites, ids, mask, receive):
         original(module, sites, ids.flip(1), torch.ones_like(mask), lambda s, x, first: receive(s, x.flip(1), first))
 
-    monkeypatch.setattr(recorder, "capture", maskless)
+    monkeypatch.setattr(segments, "capture", maskless)
     assert not check("llama").passed
 
 

@@ -15,7 +15,7 @@ import workbench as wb
 from workbench.cli.main import main
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.recording import record as recorder
+from workbench.recording import segments
 
 RAGGED = [11, 3, 7, 1, 16, 7, 20, 5]
 SITE = "blocks.1.hook_resid_post"
@@ -181,8 +181,8 @@ def test_the_last_of_those_that_share_a_recording_has_its_features(sites, llama,
 def test_features_of_segments_that_wait_behind_a_gap_are_kept(llama, sequences, sae, tmp_path, monkeypatch):
     whole, ran = record(llama, sequences, tmp_path / "one", sae=sae), []
     assert record(llama, sequences, tmp_path / "two", sae=sae, workers=wb.Share(1, 2)).rows == 0
-    capture = recorder.capture
-    monkeypatch.setattr(recorder, "capture", lambda *given: ran.append(int(given[3].sum())) or capture(*given))
+    capture = segments.capture
+    monkeypatch.setattr(segments, "capture", lambda *given: ran.append(int(given[3].sum())) or capture(*given))
     record(llama, sequences, tmp_path / "two", sae=sae)
     assert 0 < sum(ran) < sum(RAGGED)
     assert contents(tmp_path / "two") == contents(whole.path)
@@ -222,23 +222,23 @@ def test_stopped_at_every_commit_it_resumes_to_the_same_bytes(llama, sequences, 
 def test_finished_ones_are_opened_and_the_model_is_left_alone(llama, sequences, sae, tmp_path, monkeypatch):
     record(llama, sequences, tmp_path / "p", sae=sae)
     before = contents(tmp_path / "p")
-    monkeypatch.setattr(recorder, "capture", None)
+    monkeypatch.setattr(segments, "capture", None)
     assert record(llama, sequences, tmp_path / "p", sae=sae).rows == sum(RAGGED)
     assert contents(tmp_path / "p") == before
 
 
-def interrupted(llama, sequences, out, segments: int, monkeypatch, **settings):
-    """A recording that stops in its segment of that number."""
-    capture, last = recorder.capture, []
+def interrupted(llama, sequences, out, written: int, monkeypatch, **settings):
+    """A recording that stops in the segment of that number."""
+    capture, last = segments.capture, []
 
     def stopping(module, taps, tokens, mask, receive):
-        if len(list((Path(out) / "segments").glob("0????"))) == segments:
+        if len(list((Path(out) / "segments").glob("0????"))) == written:
             last.append(1)
             raise KeyboardInterrupt
         capture(module, taps, tokens, mask, receive)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recorder, "capture", stopping)
+        patched.setattr(segments, "capture", stopping)
         with pytest.raises(KeyboardInterrupt):
             record(llama, sequences, out, **settings)
     assert last

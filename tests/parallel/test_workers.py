@@ -22,7 +22,6 @@ from warned import warned
 import workbench as wb
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.runs.folders import Cell
 from workbench.store import read_manifest
 
 SETTINGS = {"sites": ["resid_post", "pattern.1"], "context": 64, "segment_rows": 150, "batch_tokens": 256}
@@ -38,11 +37,11 @@ def forks():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "workbench.parallel.workers",
+            "workbench.parallel.share",
             "workbench.model.discovery",
             "workbench.store.reader",
             "transformers.models.llama.modeling_llama",
-            "test_distributed",
+            "test_workers",
         ]
     )
     return context
@@ -175,9 +174,9 @@ def session():
     """The one cluster of this module: it takes seconds to start, on two cores twenty. Users come with its address,
     or find it started in their process; then it is used, and left alone."""
     pytest.importorskip("ray", reason="workers need Ray: pip install 'interp-workbench[distributed]'")
-    from workbench.parallel import workers as distributed
+    from workbench.parallel import ray as parallel
 
-    with distributed._ray(None, 2) as connected:
+    with parallel._ray(None, 2) as connected:
         connected.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what workers could not import
         yield connected
 
@@ -265,10 +264,10 @@ def dies_over_three(device: str, folder: Path):
 
 
 def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(session, tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.parallel.workers._DEATHS", 2)
+    monkeypatch.setattr("workbench.parallel.ray.DEATHS", 2)
     tasks, workers = list(range(6)), wb.RayWorkers(2, threads=1)
     with warned(r"a worker died \(The actor died unexpectedly .*\) and is replaced"):
-        found = dict(workers._each(dies_over_three, (tmp_path,), tasks, "cpu", lambda task, error: f"{task} lost"))
+        found = dict(workers.map(dies_over_three, (tmp_path,), tasks, lambda task, error: f"{task} lost", "cpu"))
     assert found == {task: "3 lost" if task == 3 else 10 * task for task in tasks}
     tried = {task: len((tmp_path / str(task)).read_text()) for task in tasks}
     assert tried == {task: 2 if task == 3 else 1 for task in tasks}
@@ -302,26 +301,26 @@ def test_a_model_that_was_changed_after_loading_is_refused(in_this_process, fold
 
 
 def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
-    from workbench.parallel import workers as distributed
+    from workbench.features.extract import begin_spans
+    from workbench.parallel import ray as parallel
+    from workbench.sae.carry import SavedSae
 
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
-        distributed._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))
+        parallel._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))
     (site,) = read_manifest(folder / "one").sites[:1]
     with pytest.raises(RequestError, match=r"finds no .*; features must be on a disk that all machines share"):
-        distributed._rows(
-            "cpu", folder / "one", site, distributed.SavedSae(tmp_path, "own", ""), {}, tmp_path / "gone" / "x"
-        )
+        begin_spans("cpu", folder / "one", site, SavedSae(tmp_path, "sae", ""), {}, tmp_path / "gone" / "x")
 
 
 def test_a_worker_with_other_versions_is_told_of_once():
-    from workbench.parallel import workers as distributed
-    from workbench.recording.record import environment
+    from workbench.io.versions import library_versions
+    from workbench.parallel import ray as parallel
 
-    told = set()
+    reported = set()
     with warned(r"a worker runs torch 1\.0 \(here .*\): its rows may differ in the last bits"):
-        distributed._warn_of_other_versions(environment() | {"torch": "1.0"}, told)
-    distributed._warn_of_other_versions(environment() | {"torch": "1.0"}, told)
-    distributed._warn_of_other_versions(environment(), told)
+        parallel._warn_of_other_versions(library_versions() | {"torch": "1.0"}, reported)
+    parallel._warn_of_other_versions(library_versions() | {"torch": "1.0"}, reported)
+    parallel._warn_of_other_versions(library_versions(), reported)
 
 
 def test_more_workers_than_ray_has_room_for_are_refused(session, folder, tmp_path):
@@ -341,14 +340,14 @@ def always_dies(_device: str):
 
 
 def test_workers_that_die_before_their_first_task_end_the_work(session, monkeypatch):
-    monkeypatch.setattr("workbench.parallel.workers._DEATHS", 1)
+    monkeypatch.setattr("workbench.parallel.ray.DEATHS", 1)
 
     def lost(task, error):
         assert task is None
         raise DataError(f"lost: {type(error).__name__}")
 
     with pytest.raises(DataError, match="lost: ActorDiedError"):
-        list(wb.RayWorkers(1, threads=1)._each(always_dies, (), [0, 1], "cpu", lost))
+        list(wb.RayWorkers(1, threads=1).map(always_dies, (), [0, 1], lost, "cpu"))
 
 
 def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_path, monkeypatch):
@@ -356,12 +355,13 @@ def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_pat
     from sae_example import save_sae
 
     from workbench.experiments.sinks import Config
+    from workbench.runs.sweep import sweep
 
-    def loses(_self, _begin, _given, tasks, _device, lost):
+    def loses(_self, _begin, _given, tasks, on_lost, _device=None):
         for task in tasks:
-            yield task, lost(task, RuntimeError("the machine is gone\nits log: ..."))
+            yield task, on_lost(task, RuntimeError("the machine is gone\nits log: ..."))
 
-    monkeypatch.setattr(wb.RayWorkers, "_each", loses)
+    monkeypatch.setattr(wb.RayWorkers, "map", loses)
     end = (
         " was finished (the machine is gone); what is committed stays: try fewer workers if memory ran out, and run "
         "the same command to resume"
@@ -375,10 +375,9 @@ def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_pat
     said = refused(DataError, lambda: wb.extract_features(store, sae, workers=wb.RayWorkers(2), **given))
     assert said == f"workers died 3 times before rows 0 to {store.rows - 1} of {tmp_path / '.f.partial'}{end}"
     assert not (tmp_path / ".f.partial").exists()
-    cells = [Cell("sinks", Config(seed=seed), tmp_path / f"cell {seed}") for seed in (0, 1)]
-    outcomes = list(wb.RayWorkers(2).attempt(cells))
-    assert [(outcome.cell, outcome.state) for outcome in outcomes] == [(cell, "failed") for cell in cells]
-    assert outcomes[1].told == f"workers died 3 times before cell 1{end}"
+    swept = sweep("sinks", [Config(seed=seed) for seed in (0, 1)], tmp_path / "s", workers=wb.RayWorkers(2), say=str)
+    assert [outcome.state for outcome in swept.outcomes] == ["failed"] * 2
+    assert swept.outcomes[1].told == f"workers died 3 times before {swept.outcomes[1].cell.folder.name}{end}"
 
 
 @pytest.mark.parametrize("sent", [False, True])

@@ -38,8 +38,7 @@ LONG_FILES: dict[str, int] = {
     "tests/probes/test_successor_heads.py": 674,
     "tests/sae/test_sae_load_and_metrics.py": 514,
     "workbench/cli/main.py": 749,
-    "workbench/features/extract.py": 569,
-    "workbench/recording/record.py": 638,
+    "workbench/features/extract.py": 590,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "experiments/panels.py:curves": 68,
@@ -52,8 +51,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "workbench/figures/attention_map.py:head_attention": 62,
     "workbench/figures/strip.py:token_strip": 63,
     "workbench/model/capture.py:capture": 84,
-    "workbench/parallel/workers.py:RayWorkers._each": 63,
-    "workbench/recording/record.py:_record_part": 61,
     "workbench/recording/record.py:record": 76,
     "workbench/recording/record.py:record_with": 77,
 }

@@ -14,6 +14,7 @@ import workbench as wb
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.recording import record as recorder
+from workbench.recording import segments
 from workbench.recording.cache import record_once
 
 TEXTS = ["Once upon a time", "the little day was Monday", "and Tuesday to the day"]
@@ -82,7 +83,7 @@ def test_whatever_it_depends_on_gives_another(model, tiny_models, tiny_tokenizer
 def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
     settings = {"segment_rows": 8, "context": 16}
     whole = once(model, TEXTS, tmp_path / "whole", **settings)
-    real, filled = recorder._fill, []
+    real, filled = segments._fill, []
 
     def killed(*arguments):
         filled.append(1)
@@ -90,7 +91,7 @@ def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(recorder, "_fill", killed)
+    monkeypatch.setattr(segments, "_fill", killed)
     with pytest.raises(KeyboardInterrupt):
         once(model, TEXTS, tmp_path / "shared", **settings)
     found = once(model, TEXTS, tmp_path / "shared", **settings)

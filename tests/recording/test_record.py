@@ -10,7 +10,7 @@ from warned import warned
 import workbench as wb
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.recording import record as recorder
+from workbench.recording import segments, transfer
 
 RAGGED = [11, 3, 7, 1, 16, 7]
 
@@ -250,7 +250,7 @@ def test_text_column_and_metadata_reach_the_token_table(tiny_models, tiny_tokeni
 
 def test_the_same_request_twice_runs_the_model_once(llama, sequences, tmp_path, monkeypatch):
     record(llama, sequences, tmp_path / "s")
-    monkeypatch.setattr(recorder, "capture", lambda *_args: pytest.fail("the model ran again"))
+    monkeypatch.setattr(segments, "capture", lambda *_args: pytest.fail("the model ran again"))
     assert record(llama, sequences, tmp_path / "s").rows == sum(RAGGED)
 
 
@@ -303,7 +303,7 @@ def test_too_little_space_is_refused_before_the_first_batch(llama, sequences, tm
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10, 10, 1000))
-    monkeypatch.setattr(recorder, "capture", lambda *_args: pytest.fail("a batch ran"))
+    monkeypatch.setattr(segments, "capture", lambda *_args: pytest.fail("a batch ran"))
     with pytest.raises(RequestError, match=r"needs .* and its disk has 1000 B free; record fewer"):
         record(llama, sequences, tmp_path / "s")
 
@@ -334,7 +334,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(llama, sequences, tmp_path):
 
 def test_a_model_that_fails_midway_leaves_what_was_committed_and_no_hooks(llama, sequences, tmp_path, monkeypatch):
     ran = []
-    whole = recorder.capture
+    whole = segments.capture
     before = hooks(llama.module)
 
     def failing(*arguments):
@@ -343,7 +343,7 @@ def test_a_model_that_fails_midway_leaves_what_was_committed_and_no_hooks(llama,
             raise DataError("out of memory")
         whole(*arguments)
 
-    monkeypatch.setattr(recorder, "capture", failing)
+    monkeypatch.setattr(segments, "capture", failing)
     with pytest.raises(DataError, match="out of memory"):
         record(llama, sequences, tmp_path / "s", segment_rows=12, batch_tokens=12)
     assert 0 < wb.open_store(tmp_path / "s").rows < sum(RAGGED)
@@ -358,7 +358,7 @@ def test_a_slow_disk_holds_the_model_back(llama, sequences, tmp_path, monkeypatc
     import threading
 
     waiting, most, gate = [0], [0], threading.Lock()
-    submit_to_host, write = recorder._to_host, recorder._write
+    submit_to_host, write = segments.to_host, segments._write
 
     def counted(*arguments):
         with gate:
@@ -372,11 +372,11 @@ def test_a_slow_disk_holds_the_model_back(llama, sequences, tmp_path, monkeypatc
         with gate:
             waiting[0] -= 1
 
-    monkeypatch.setattr(recorder, "_to_host", counted)
-    monkeypatch.setattr(recorder, "_write", slow)
+    monkeypatch.setattr(segments, "to_host", counted)
+    monkeypatch.setattr(segments, "_write", slow)
     record(llama, sequences * 4, tmp_path / "s", batch_tokens=8)
     assert waiting[0] == 0
-    assert most[0] <= recorder._BACKLOG + 2
+    assert most[0] <= transfer._BACKLOG + 2
 
 
 def test_recording_warns_of_nothing(llama, sequences, tmp_path):

@@ -24,6 +24,7 @@ from warned import warned
 import workbench as wb
 from workbench.cli import main as cli
 from workbench.io.errors import DataError, RequestError
+from workbench.io.tasks import ThisProcess
 from workbench.results.experiment import identity, make_result
 from workbench.results.registry import find_experiment, installed_experiments, summary
 from workbench.runs.folders import Cell, attempt, cell_of, is_complete, load_run, run_cell, run_name
@@ -337,14 +338,11 @@ def test_two_identical_sweeps_have_identical_tables(tmp_path):
     assert one == two
 
 
-class Backwards:
+class Backwards(ThisProcess):
     """Workers that end in another order."""
 
-    def own(self, cells):
-        return cells
-
-    def attempt(self, cells):
-        return map(attempt, reversed(cells))
+    def map(self, begin, given, tasks, on_lost, device=None):
+        return super().map(begin, given, tasks[::-1], on_lost, device)
 
 
 def test_cells_may_end_in_any_order(tmp_path):

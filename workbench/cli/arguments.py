@@ -10,14 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import tyro
 
 from workbench.io.errors import RequestError
-
-if TYPE_CHECKING:
-    from workbench.parallel.workers import RayWorkers, Share
+from workbench.io.tasks import Workers
 
 _Settings = TypeVar("_Settings")
 
@@ -45,13 +43,14 @@ class Parallel:
     """Do this process's share of a torchrun or srun job, given by RANK and WORLD_SIZE or SLURM_PROCID and
     SLURM_NTASKS."""
 
-    def who(self, device: str | None) -> RayWorkers | Share | None:
+    def to_workers(self, device: str | None) -> Workers | None:
         """Returns the `workers` of `record`, `extract_features` and `sweep`; None: this process alone."""
         if self.workers is None and (self.ray_address or self.threads):
             raise RequestError("--ray-address and --threads configure workers; give their number with --workers")
         if self.share and self.workers is not None:
             raise RequestError("--share and --workers are two ways to divide the work; give one of them")
-        from workbench.parallel.workers import RayWorkers, Share  # seconds: Ray
+        from workbench.parallel.ray import RayWorkers
+        from workbench.parallel.share import Share
 
         if self.share:
             return Share.from_environment()

@@ -126,7 +126,9 @@ class _RunSweep:
             for value in [getattr(self, setting.name)]
         }
         out = self.out or Path("runs") / self.experiment
-        swept = sweep(self.experiment, grid(config, choices), out, workers=self.parallel.who(None), say=print_plain)
+        swept = sweep(
+            self.experiment, grid(config, choices), out, workers=self.parallel.to_workers(None), say=print_plain
+        )
         for outcome in swept.failed:
             print_plain(f"failed  {outcome.cell.folder.name}: {outcome.told}")
         counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "there", "failed")}

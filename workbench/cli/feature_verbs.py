@@ -56,8 +56,8 @@ class Features:
         from workbench.store.reader import open_store
 
         allocation = None if self.k is None else CHOICES[self.allocation](self.k)
-        workers = self.parallel.who(self.device)
-        sae = load_sae(self.sae, self.sae_id, device=(workers and workers.own_device) or self.device)
+        workers = self.parallel.to_workers(self.device)
+        sae = load_sae(self.sae, self.sae_id, device=(workers and workers.planning_device) or self.device)
         features = extract_features(
             open_store(self.store),
             sae,

@@ -70,13 +70,13 @@ class Record:
         locate(self.model, self.revision)
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
-        workers = self.parallel.who(self.device)
-        own_device = (workers and workers.own_device) or self.device
-        features = self._features(own_device)
+        workers = self.parallel.to_workers(self.device)
+        device = (workers and workers.planning_device) or self.device
+        features = self._features(device)
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
-            device=own_device,
+            device=device,
             dtype=self.model_dtype,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,20 +43,19 @@ from workbench.io import files
 from workbench.io.errors import RequestError
 from workbench.io.parse import from_json, parse, to_json
 from workbench.io.progress import progress
+from workbench.io.tasks import Begin, ThisProcess, Workers, lost_task
 from workbench.io.tensors import array_bytes, map_arrays, new_arrays
+from workbench.sae.carry import SAVED, SavedSae, save_sae
 from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
 from workbench.sae.load import Sae
 from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import Allocation, Bound, Entries, allocation_record, find_cut
 from workbench.store.manifest import FEATURES, FileRecord, SiteRecord
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import ActivationArray, Store, open_store
 
 _LOG = logging.getLogger(__name__)
 
 STATE, SEGMENTS = "extraction.json", "segments"
-SAVED = "sae"
-"""The autoencoder, where other processes load it."""
-
 _SEGMENT_ROWS = 1 << 16
 BLOCKS = 4  # encoded at a time: even if every feature is active they are some hundred MB
 
@@ -125,20 +125,6 @@ def check_dtype(dtype: str) -> None:
         raise RequestError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
 
 
-@runtime_checkable  # for the shape checks of the tests
-class Workers(Protocol):
-    """Who encodes the rows of an extraction."""
-
-    shared: bool
-    """Whether other processes write the same features at this moment."""
-
-    def own(self, spans: Sequence[Span]) -> Sequence[Span]:
-        """Which of the spans this process has to do with."""
-
-    def encode(self, made: Extraction, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
-        """`made.write_segments` of these spans."""
-
-
 def finish(made: Extraction, target: Path, asked: State, workers: Workers | None = None) -> Features | None:
     """The features at `target`, made from where their making stopped; where they are there, they are opened. None where
     other processes that share the work have rows left."""
@@ -157,7 +143,7 @@ def finish(made: Extraction, target: Path, asked: State, workers: Workers | None
                     return open_features(target, store)
                 state = None if _finished(partial, asked) else begin(partial, target, asked, shared)
             if state and state.overflow is None:
-                made.encode(partial / SEGMENTS, workers)
+                made.encode(partial / SEGMENTS, workers or ThisProcess())
             with turn(target, shared):
                 if not _holds_same(target, asked) and not _complete(made, partial, target, asked, shared):
                     return None
@@ -248,17 +234,42 @@ class Extraction:
             done = found[-1][1]
         return found
 
-    def encode(self, folder: Path, workers: Workers | None) -> None:
-        """All rows that are not committed, or those of them that are the workers' own."""
-        spans = self.spans() if workers is None else workers.own(self.spans())
-        rows, left = (sum(stop - first for first, stop in some) for some in (spans, missing(folder, spans)))
-        with progress("extracting features", rows, "rows", shown=self.show_progress, done=rows - left) as advance:
-            if workers is None:
-                unsettled = self.write_segments(folder, spans, advance)
-            else:
-                unsettled = workers.encode(self, folder, spans, advance)
+    def encode(self, folder: Path, workers: Workers) -> None:
+        """Encodes the rows that are not committed, of the share of them that this process has."""
+        spans = workers.share_of(self.spans())
+        left = missing(folder, spans)
+        rows, rows_left = (sum(stop - first for first, stop in some) for some in (spans, left))
+        unsettled = 0
+        with (
+            progress("extracting features", rows, "rows", shown=self.show_progress, done=rows - rows_left) as advance,
+            closing(self._encode_by(workers, folder, left, advance)) as answers,
+        ):
+            for encoded, count in answers:
+                unsettled += count
+                if workers.remote:
+                    advance(sum(stop - first for first, stop in encoded))
         if unsettled:
             _LOG.info(f"{unsettled:,} of {rows:,} rows used the exact float32 path")
+
+    def _encode_by(
+        self, workers: Workers, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]
+    ) -> Generator[tuple[Sequence[Span], int], None, None]:
+        """Has workers write these spans: remote ones one at a time; this process all, one while it encodes the next."""
+
+        def on_lost(lost: Sequence[Span] | None, error: Exception) -> int:
+            description = f"rows {lost[0][0]} to {lost[-1][1] - 1}" if lost else "first rows"
+            raise lost_task(f"{description} of {folder.parent}", error)
+
+        def begin_here(_device: str | None) -> Callable[[Sequence[Span]], int]:
+            return lambda some: self.write_segments(folder, some, advance)
+
+        begin: Begin[Sequence[Span], int] = begin_here
+        given, tasks = (), [tuple(spans)] if spans else []
+        if workers.remote and spans:
+            sae = save_sae(self.sae, folder.parent)
+            given = self.array.store.path, self.array.site, sae, self.how, folder
+            begin, tasks = begin_spans, [(span,) for span in spans]
+        return workers.map(begin, given, tasks, on_lost)
 
     def write_segments(self, folder: Path, spans: Sequence[Span], advance: Callable[[int], None]) -> int:
         """Encode the rows of these spans that no committed segment has; gives how many bounds did not settle.
@@ -424,6 +435,23 @@ class Extraction:
             return None
         inside = self.ends[(self.ends > first) & (self.ends <= stop)]
         return np.diff(inside, prepend=first).tolist()
+
+
+def begin_spans(
+    device: str, store: Path, site: SiteRecord, sae: SavedSae, how: Mapping[str, Any], folder: Path
+) -> Callable[[Sequence[Span]], int]:
+    """Returns the function that encodes and writes spans in another process, and counts rows as `write_segments` does.
+
+    Raises:
+        RequestError: The folder where the features are made is not visible from here.
+    """
+    if not folder.is_dir():
+        raise RequestError(
+            f"a worker on {socket.gethostname()} finds no {folder.parent}; features must be on a disk that all "
+            "machines share"
+        )
+    made = Extraction(ActivationArray(open_store(store), site), sae.load(device), **how, show_progress=False)
+    return lambda spans: made.write_segments(folder, spans, lambda _rows: None)
 
 
 def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:

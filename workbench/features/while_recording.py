@@ -21,6 +21,8 @@ from workbench.features.feature_segments import Span, commit, discard, joined, m
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_json
+from workbench.io.tasks import Workers
+from workbench.sae.carry import SavedSae, save_sae
 from workbench.sae.encode import NotFinite
 from workbench.sae.load import Sae
 from workbench.sae.site import check_fit, not_finite, site_names
@@ -85,6 +87,11 @@ class EncodedSite:
         sae = self.features.sae
         return f"{self.site.label} by {sae.name} ({sae.fingerprint()[:12]})"
 
+    def pack(self, path: Path) -> PackedEncodedSite:
+        """Returns what other processes need to encode the site; saves the SAE beside the features of the store."""
+        features = self.features
+        return PackedEncodedSite(save_sae(features.sae, self.folder(path)), self.site, features.dtype, features.force)
+
     @contextmanager
     def opened(
         self,
@@ -143,7 +150,7 @@ class EncodedSite:
 
         return write
 
-    def finish(self, store: Store, workers: extract.Workers | None = None, show_progress: bool = True) -> None:
+    def finish(self, store: Store, workers: Workers | None = None, show_progress: bool = True) -> None:
         """Merge and index the features of a complete recording, or extract them from it where it has the site."""
         asked, target = self.features, self._target(store.path)
         shared = workers is not None and workers.shared
@@ -196,6 +203,21 @@ class EncodedSite:
             f"{store} has {rows:,} rows that were recorded without features of SAE {self.features.sae.name!r} and "
             f"without {self.site.label}; choose another out"
         )
+
+
+@dataclass(frozen=True)
+class PackedEncodedSite:
+    """An `EncodedSite` on its way to other processes: its SAE is saved in files."""
+
+    sae: SavedSae
+    site: SiteRecord
+    dtype: str
+    force: bool
+
+    def unpack(self, device: str, sites: SiteMap) -> EncodedSite:
+        """Returns the site with its SAE on `device`, for a model with these sites."""
+        features = RecordedFeatures(self.sae.load(device), self.site.name, self.dtype, self.force)
+        return EncodedSite(features, features.tap(sites), self.site)
 
 
 def _span(segment: PlannedSegment) -> Span:

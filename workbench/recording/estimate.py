@@ -6,7 +6,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,10 @@ import numpy as np
 from workbench.io.errors import RequestError
 from workbench.io.files import human_bytes
 from workbench.io.progress import duration
+from workbench.io.tasks import Answer, Begin, OnLost, ThisProcess
 from workbench.io.tensors import header_bytes, read_header
-from workbench.model.load import Model, load_model
-from workbench.recording.record import (
-    SegmentRecorder,
-    ThisProcess,
-    batch_tokens,
-    context_length,
-    record_with,
-    segment_rows,
-)
+from workbench.model.load import Model, batch_tokens, load_model
+from workbench.recording.record import context_length, record_with, segment_rows
 from workbench.sites.settings import Recording, recording
 from workbench.store.groups import SIZE as GROUP_SIZE
 from workbench.store.manifest import SEGMENT, SEGMENTS, TOKENS, UNEMBED, Manifest, SiteRecord, read_manifest
@@ -167,14 +161,20 @@ class _Timed(ThisProcess):
     seconds: list[tuple[int, float]] = field(default_factory=list)
     """Of each segment its rows and its time."""
 
-    def write(
-        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None, None, None]:
-        for segment in left:
+    def map(
+        self,
+        begin: Begin[PlannedSegment, Answer],
+        given: tuple[Any, ...],
+        tasks: Sequence[PlannedSegment],
+        on_lost: OnLost[PlannedSegment, Answer],
+        device: str | None = None,
+    ) -> Generator[tuple[PlannedSegment, Answer], None, None]:
+        write = begin(device, *given)
+        for segment in tasks:
             began = time.perf_counter()
-            recorder.write(segment, tick)
+            answer = write(segment)
             self.seconds.append((segment.rows, time.perf_counter() - began))
-            yield
+            yield segment, answer
 
 
 def _plan(

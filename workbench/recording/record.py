@@ -8,34 +8,28 @@ to the stored type, and a background thread copies and writes them while the nex
 from __future__ import annotations
 
 import logging
-import platform
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from workbench import corpus
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
-from workbench.model.capture import capture
-from workbench.model.load import Model, batch_tokens, load_model
+from workbench.io.tasks import ThisProcess, Workers
+from workbench.io.versions import library_versions
+from workbench.model.load import Model, load_model
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
+from workbench.recording.plan import PartPlan
+from workbench.recording.segments import SegmentRecorder, write_segments
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording, recording
-from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord, read_counts
-from workbench.store.segment import SegmentWriter
-from workbench.store.staging import PlannedSegment, hand_in, staged
+from workbench.store.manifest import ModelRecord, Part, SiteRecord, read_counts
+from workbench.store.staging import PlannedSegment
 from workbench.store.writer import Writer, check_space, explain_full_disk, open_writer, required_bytes
 
 if TYPE_CHECKING:
@@ -48,8 +42,6 @@ _LOG = logging.getLogger(__name__)
 _SITES = ("resid_post",)
 _SEGMENT_BYTES = 256 << 20
 _SEGMENT_ROWS = 65_536
-_BACKLOG = 8
-_LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "numpy", "pyarrow")
 
 
 def record(
@@ -82,7 +74,7 @@ def record(
     Dataset object, a list of strings, or lists of token ids (taken as they are). The settings are those of
     `Recording`. If `out` holds an unfinished recording of the same model, texts and settings it is resumed;
     a finished one is returned as it is; `append=True` adds the texts after what is there. `workers`: processes that
-    write segments side by side, `RayWorkers` or a `Share` of `workbench.parallel.workers`; None: this one.
+    write segments side by side, `RayWorkers` or a `Share`; None: this one.
 
     `sae`: what `load_sae` gives. Its features are extracted into the store's `features/`, the same that
     `extract_features` makes of a recorded site, up to the last bits where threads share a product. The site itself is
@@ -144,9 +136,9 @@ def record_with(
     """`record` with its settings as one frozen record, and those of an SAE as another."""
 
     corpus.check_source(texts)
-    who = workers or ThisProcess()
+    workers = workers or ThisProcess()
     if not isinstance(model, Model):
-        model = load_model(model, device=who.own_device if isinstance(model, str | Path) else None)
+        model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
     if settings.sites is None and features is None:
         settings = replace(settings, sites=_SITES)
     taps = model.site_map.select(settings.sites or ())
@@ -173,13 +165,13 @@ def record_with(
             sites=records,
             recording=settings,
             tokens_added={"prefix": list(added.prefix), "suffix": list(added.suffix)},
-            environment=environment() | {"device": who.device(model)},
+            environment=library_versions() | {"device": workers.device_type(model.device.type)},
             unembed=unembed,
             unembed_reason=reason,
             features=passing and passing.label,
-            shared=who.shared,
+            shared=workers.shared,
         ) as writer,
-        _scratch(Path(out), who.name) as workdir,
+        _scratch(Path(out), workers.suffix) as workdir,
         progress("tokenizing", None, "tokens", shown=show_progress) as tick,
     ):
         if passing and append and writer.manifest.rows and writer.manifest.complete:
@@ -199,7 +191,7 @@ def record_with(
                 vocab=model.vocab,
                 progress=tick,
             )
-        _record_part(writer, who, model, sequences, held, passing, workdir, settings, append, show_progress)
+        _record_part(writer, workers, model, sequences, held, passing, workdir, settings, append, show_progress)
     from workbench.store.reader import open_store  # not before: what it needs is not what recording needs
 
     store = open_store(out)
@@ -237,117 +229,6 @@ def context_length(settings: Recording, model: Model) -> int:
     return settings.context
 
 
-@runtime_checkable  # for the shape checks of the tests
-class Workers(Protocol):
-    """Who writes the segments of a recording."""
-
-    own_device: str | None
-    """Where the process that plans loads the model; None: the GPU if there is one."""
-    shared: bool
-    """Whether other processes write the same store at this moment."""
-    name: str
-    """What tells this process's files in the store from those of others that share it."""
-
-    def device(self, model: Model) -> str:
-        """Kind of device that computes: cpu, cuda."""
-
-    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
-        """Which of the part's segments this process has to do with."""
-
-    def write(
-        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None, None, None]:
-        """Have these segments written; yields whenever one has been handed in."""
-
-
-@dataclass(frozen=True)
-class ThisProcess:
-    """One segment after another, here."""
-
-    own_device: str | None = None
-    shared: bool = False
-    name: str = ""
-
-    def device(self, model: Model) -> str:
-        return model.device.type
-
-    def own(self, planned: Sequence[PlannedSegment]) -> Sequence[PlannedSegment]:
-        return planned
-
-    def write(
-        self, recorder: SegmentRecorder, left: Sequence[PlannedSegment], tick: Callable[[int], None]
-    ) -> Generator[None, None, None]:
-        for segment in left:
-            recorder.write(segment, tick)
-            yield
-
-
-@dataclass(frozen=True)
-class Work:
-    """All that a process with the model needs to write any segment of a part. Small: it travels to other machines."""
-
-    store: Path
-    plan: Path
-    """Folder of the planned sequences."""
-    manifest: Manifest
-    """The store's, without its segments."""
-    settings: Recording
-    row_offset: int
-    """Rows of the store before the part."""
-    sequence_offset: int
-    document_offset: int
-
-
-@dataclass(frozen=True)
-class SegmentRecorder:
-    """Runs a model over planned segments and writes them."""
-
-    work: Work
-    model: Model
-    passing: EncodedSite | None = None
-    """A site whose features are extracted and whose activations are not stored."""
-
-    @cached_property
-    def taps(self) -> tuple[Site, ...]:
-        return self.model.site_map.select(self.work.settings.sites or ())
-
-    @cached_property
-    def sequences(self) -> corpus.Sequences:
-        return corpus.open_sequences(self.work.plan)
-
-    @cached_property
-    def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
-        """What makes the features of `passing`."""
-        return self.passing.encoder(self.work.store, self.work.manifest) if self.passing else None
-
-    def write(self, planned: PlannedSegment, tick: Callable[[int], None]) -> None:
-        """One segment, from forward passes to a finished folder that waits for its commit."""
-        work, sequences = self.work, self.sequences
-        first = planned.first_sequence - work.sequence_offset
-        last = first + planned.sequences
-        lengths = sequences.lengths[first:last]
-        ids = sequences.token_ids[sequences.starts[first] : sequences.starts[last]]
-        table = corpus.token_table(
-            sequences,
-            first,
-            last,
-            row_offset=work.row_offset,
-            sequence_offset=work.sequence_offset,
-            document_offset=work.document_offset,
-            text_of=partial(corpus.token_texts, self.model.tokenizer),
-        )
-        what = f"segment {planned.name}"
-        with explain_full_disk(work.store, what, planned.first_row):
-            with staged(work.store, work.manifest, planned, table) as segment:
-                if self.encode is None:
-                    _fill(segment, self.model, self.taps, ids, lengths, work.settings, tick)
-                else:  # its features first: a segment that is finished has them
-                    passed = _Passed(segment, self.passing.site, planned.rows)
-                    _fill(passed, self.model, [*self.taps, self.passing.tap], ids, lengths, work.settings, tick)
-                    self.encode(planned.first_row, passed.values, lengths.tolist())
-            hand_in(work.store, planned)
-
-
 def _record_part(
     writer: Writer,
     workers: Workers,
@@ -371,9 +252,9 @@ def _record_part(
     )
     begun = writer.begin(part, append=append)
     before, committed = writer.manifest.parts[:-1], writer.manifest.segments
-    work = Work(
+    part_plan = PartPlan(
         store=writer.path.absolute(),
-        plan=plan.absolute(),
+        tokens=plan.absolute(),
         manifest=replace(writer.manifest, segments=()),
         settings=settings,
         row_offset=sum(part.rows for part in before),
@@ -386,8 +267,8 @@ def _record_part(
             part=len(before),
             rows=int(sequences.starts[last] - sequences.starts[first]),
             sequences=last - first,
-            first_row=int(sequences.starts[first]) + work.row_offset,
-            first_sequence=first + work.sequence_offset,
+            first_row=int(sequences.starts[first]) + part_plan.row_offset,
+            first_sequence=first + part_plan.sequence_offset,
             digest=corpus.digest(
                 sequences.token_ids[sequences.starts[first] : sequences.starts[last]], lengths[first:last]
             ),
@@ -396,7 +277,7 @@ def _record_part(
     ]
     for index, segment in enumerate(planned[:begun]):
         writer.check(index, segment.digest)
-    own = workers.own(planned)
+    own = workers.share_of(planned)
     left = writer.take_up(planned, own)
     rows, rows_left = (sum(segment.rows for segment in some) for some in (own, left))
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
@@ -404,170 +285,11 @@ def _record_part(
     with (
         features or nullcontext(),
         progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as tick,
-        closing(workers.write(SegmentRecorder(work, model, passing), left, tick)) as handed_in,
+        closing(write_segments(SegmentRecorder(part_plan, model, passing), left, workers, tick)) as handed_in,
     ):
         for _ in handed_in:
             writer.commit_waiting()
     writer.commit_waiting()
-
-
-class _Passed:
-    """A segment being written, of which one more site is kept in memory and not written."""
-
-    def __init__(self, segment: SegmentWriter, site: SiteRecord, rows: int) -> None:
-        self._segment, self._site = segment, site
-        self.values = torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype))
-        """What passed at the site: [row, *shape], as it would be stored."""
-        self.count = segment.count
-
-    def shape(self, site: str) -> tuple[int, ...]:
-        return self._site.shape if site == self._site.name else self._segment.shape(site)
-
-    def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
-        if site == self._site.name:
-            _as_numpy(self.values)[first_row : first_row + len(rows)] = rows
-        else:
-            self._segment.write(site, first_row, rows)
-
-
-def _fill(
-    segment: SegmentWriter | _Passed,
-    model: Model,
-    taps: Sequence[Site],
-    ids: Int[np.ndarray, " row"],
-    lengths: Int[np.ndarray, " sequence"],
-    settings: Recording,
-    tick: Callable[[int], None],
-) -> None:
-    """Runs the model over one segment's sequences and writes every site's rows."""
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    dtype = getattr(torch, settings.dtype)
-    with _backlog() as submit:
-        for batch in corpus.batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
-            tokens, mask = _padded(ids, starts[batch], lengths[batch])
-            rows = _Rows(starts[batch], lengths[batch])
-
-            def receive(site: Site, tensor: Tensor, first: int, rows: _Rows = rows) -> None:
-                if site.axes[-1:] == ("key",):
-                    tensor = torch.nn.functional.pad(tensor, (0, segment.shape(site.name)[-1] - tensor.shape[-1]))
-                real, runs = rows.take(tensor, first)
-                submit(_write, segment, site.name, _to_host(*_stored(real, dtype)), runs)
-
-            capture(model.module, taps, tokens, mask, receive)
-            tick(int(lengths[batch].sum()))
-
-
-class _Rows:
-    """The real rows of one right-padded batch: which they are in the batch, and where they go in the segment."""
-
-    def __init__(self, starts: Int[np.ndarray, " batch"], lengths: Int[np.ndarray, " batch"]) -> None:
-        self.starts, self.lengths = starts, lengths
-
-    def take(self, tensor: Tensor, first: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """From `[batch, position, ...]`, whose positions begin at `first`: real rows `[row, ...]`, and runs of
-        (row in the segment, row here, how many)."""
-        positions = tensor.shape[1]
-        counts = np.clip(self.lengths - first, 0, positions)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        flat = tensor.flatten(0, 1)
-        if offsets[-1] < len(flat):
-            here = np.concatenate([np.arange(n) + i * positions for i, n in enumerate(counts)])
-            flat = flat.index_select(0, torch.from_numpy(here).to(flat.device))
-        runs = [
-            (int(start + first), int(offset), int(n))
-            for start, offset, n in zip(self.starts, offsets[:-1], counts, strict=True)
-            if n
-        ]
-        return flat, runs
-
-
-def _stored(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int, Tensor | int]:
-    """`x` in the stored type, in memory of its own; how many finite values were beyond its range (they become
-    its largest), and how many were not finite to begin with (they stay)."""
-    limit = torch.finfo(dtype).max
-    fresh = {"copy": True, "memory_format": torch.contiguous_format}  # heads of a lone sequence may come as a view
-    if x.device.type == "cpu" and x.numel():
-        low, high = torch.aminmax(x)
-        if low >= -limit and high <= limit:  # false for NaN too
-            return x.to(dtype, **fresh), 0, 0
-    finite = torch.isfinite(x)
-    beyond = finite & (x.abs() > limit)
-    clamped = torch.where(finite, x.clamp(-limit, limit), x)
-    return clamped.to(dtype, **fresh), beyond.sum(), (~finite).sum()
-
-
-def _to_host(x: Tensor, *counts: Tensor | int) -> Callable[[], tuple[np.ndarray, list[int]]]:
-    """Starts the copy to host memory; the returned function waits for it. On a GPU the copy runs on its own
-    stream into pinned memory, beside the next forward pass."""
-    if x.device.type != "cuda":
-        return lambda: (_as_numpy(x.cpu()), [int(n) for n in counts])
-    stream = _copy_stream(x.device)
-    stream.wait_stream(torch.cuda.current_stream(x.device))
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    with torch.cuda.stream(stream):
-        host.copy_(x, non_blocking=True)
-        x.record_stream(stream)
-        copied = torch.cuda.Event()
-        copied.record(stream)
-
-    def arrived() -> tuple[np.ndarray, list[int]]:
-        copied.synchronize()
-        return _as_numpy(host), [int(n) for n in counts]
-
-    return arrived
-
-
-_streams: dict[torch.device, Any] = {}
-
-
-def _copy_stream(device: torch.device) -> Any:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
-def _as_numpy(x: Tensor) -> np.ndarray:
-    """numpy has no bfloat16: its bits travel as uint16."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-
-
-def _write(segment: SegmentWriter | _Passed, name: str, arrived: Callable, runs: list[tuple[int, int, int]]) -> None:
-    array, (overflow, nonfinite) = arrived()
-    for row, first, n in runs:
-        segment.write(name, row, array[first : first + n])
-    segment.count(name, overflow=overflow, nonfinite=nonfinite)
-
-
-@contextmanager
-def _backlog() -> Iterator[Callable[..., None]]:
-    """Yields `submit(function, *arguments)`: run in order by one background thread, at most a few waiting, so
-    a slow disk slows the model instead of filling memory. An error there is raised here."""
-    waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as pool:
-
-        def submit(function: Callable, *arguments: Any) -> None:
-            while len(waiting) >= _BACKLOG:
-                waiting.popleft().result()
-            waiting.append(pool.submit(function, *arguments))
-
-        try:
-            yield submit
-            while waiting:
-                waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _padded(
-    ids: Int[np.ndarray, " row"], starts: Int[np.ndarray, " batch"], lengths: Int[np.ndarray, " batch"]
-) -> tuple[Int[Tensor, "batch position"], Int[Tensor, "batch position"]]:
-    """Token ids and attention mask of some sequences, padded on the right."""
-    tokens = torch.zeros(len(starts), int(lengths.max()), dtype=torch.long)
-    for row, (start, n) in enumerate(zip(starts, lengths, strict=True)):
-        tokens[row, :n] = torch.from_numpy(ids[start : start + n].astype(np.int64))
-    mask = torch.arange(tokens.shape[1]) < torch.from_numpy(np.asarray(lengths))[:, None]
-    return tokens, mask.long()
 
 
 # ---- what the manifest says of it -----------------------------------------------------------------------
@@ -593,16 +315,6 @@ def _model_record(model: Model) -> ModelRecord:
         vocab=model.vocab,
         adapter=sites.adapter,
     )
-
-
-def environment() -> dict[str, str]:
-    """What may change the last bit of a number, the kind of device aside: versions."""
-    versions = {name: version(name) for name in _LIBRARIES}
-    return {
-        "python": platform.python_version(),
-        "workbench": version("interp-workbench"),
-        **versions,
-    }
 
 
 def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:

@@ -14,34 +14,25 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import PARTIAL, locked
 from workbench.io.progress import duration
+from workbench.io.tasks import ThisProcess, Workers, lost_task
 from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
-from workbench.runs.folders import RESULTS, Cell, Outcome, attempt, cell_of, is_complete, share_script
+from workbench.runs.folders import CONFIG, RESULTS, Cell, Outcome, attempt, cell_of, is_complete, share_script
 
 if TYPE_CHECKING:
     from workbench.results.result import Result
 
 SUMMARY, TABLE, CELLS = "summary", "table.csv", "sweep.json"
-
-
-@runtime_checkable  # for the shape checks of the tests
-class Workers(Protocol):
-    """Who runs the cells of a sweep."""
-
-    def own(self, cells: Sequence[Cell]) -> Sequence[Cell]:
-        """Which of the cells this process has to do with."""
-
-    def attempt(self, cells: Sequence[Cell]) -> Iterable[Outcome]:
-        """`workbench.runs.folders.attempt` of each, in any order."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +90,11 @@ def sweep(
     _refuse_other(out)
     cells = [cell_of(experiment, config, out) for config in configs]
     titles = dict(zip(cells, _titles(configs), strict=True))
-    own = cells if workers is None else workers.own(cells)
+    workers = workers or ThisProcess()
+    own = workers.share_of(cells)
     ended: dict[Cell, Outcome] = {}
     began = time.monotonic()
-    for outcome in map(attempt, own) if workers is None else workers.attempt(own):
+    for outcome in _outcomes(workers, own):
         ended[outcome.cell] = outcome
         worked = sum(one.state != "there" for one in ended.values())
         left = (time.monotonic() - began) / worked * (len(own) - len(ended)) if worked else 0.0
@@ -112,6 +104,34 @@ def sweep(
         known = tuple(filter(None, outcomes.values()))
         result = _summarise(experiment, outcomes, out)
     return Swept(known, tuple(cell for cell in cells if not outcomes[cell]), result, out / SUMMARY)
+
+
+def _outcomes(workers: Workers, cells: Sequence[Cell]) -> Iterator[Outcome]:
+    """Runs the cells and yields how each ended; workers of other processes are started only for what is not there."""
+
+    def on_lost(cell: Cell | None, error: Exception) -> Outcome:
+        failed = lost_task(cell.folder.name if cell else "a first cell", error)
+        if cell is None:
+            raise failed
+        return Outcome(cell, "failed", 0.0, str(failed))
+
+    if workers.remote:
+        there = {cell: (cell.folder / CONFIG).exists() for cell in cells}  # to be read, or refused
+        yield from (attempt(cell) for cell in cells if there[cell])
+        cells = [cell for cell in cells if not there[cell]]
+    on_gpu = any(str(getattr(cell.config, "device", "cpu")).startswith("cuda") for cell in cells)
+    with closing(workers.map(begin_runs, (), cells, on_lost, "cuda" if on_gpu else "cpu")) as answers:
+        for _, outcome in answers:
+            yield outcome
+
+
+def begin_runs(device: str) -> Callable[[Cell], Outcome]:
+    """Returns `attempt`, after choosing the GPU that "cuda" in a config stands for, where `device` names one."""
+    if ":" in device:
+        import torch  # takes seconds
+
+        torch.cuda.set_device(device)
+    return attempt
 
 
 def _of_others(cell: Cell) -> Outcome | None:

@@ -1,0 +1,17 @@
+"""Versions of Python and of the libraries that compute."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+_LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "numpy", "pyarrow")
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions that may change the last bit of a number: Python's, ours, the libraries'."""
+    return {
+        "python": platform.python_version(),
+        "workbench": version("interp-workbench"),
+        **{name: version(name) for name in _LIBRARIES},
+    }

@@ -1,0 +1,205 @@
+"""Segments of a recording: forward passes over planned sequences, written as finished folders, by any process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench import corpus
+from workbench.io.errors import RequestError
+from workbench.io.tasks import Begin, Workers, lost_task
+from workbench.model.capture import capture
+from workbench.model.carry import pack_model, unpack_model
+from workbench.model.load import Loading, Model, batch_tokens
+from workbench.recording.plan import PartPlan
+from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host, to_stored_type
+from workbench.sites.grammar import Site
+from workbench.sites.settings import Recording
+from workbench.store.manifest import SiteRecord
+from workbench.store.segment import SegmentWriter
+from workbench.store.staging import PlannedSegment, hand_in, staged
+from workbench.store.writer import explain_full_disk
+
+if TYPE_CHECKING:
+    from workbench.features.while_recording import EncodedSite, PackedEncodedSite
+
+
+def write_segments(
+    recorder: SegmentRecorder, segments: Sequence[PlannedSegment], workers: Workers, advance: Callable[[int], None]
+) -> Generator[None, None, None]:
+    """Writes segments by `workers`; yields after each, which is then finished and waits to be committed.
+
+    Args:
+        recorder: Model and plan of this process.
+        segments: Segments that are not written yet.
+        workers: Processes that write.
+        advance: Called with numbers of rows as they are recorded.
+
+    Raises:
+        DataError: Workers died too often over a segment, or the disk is full.
+    """
+    plan = recorder.plan
+
+    def on_lost(segment: PlannedSegment | None, error: Exception) -> None:
+        description = f"segment {segment.name}" if segment else "a first segment"
+        raise lost_task(f"{description} of {plan.store}", error)
+
+    def begin_here(_device: str | None) -> Callable[[PlannedSegment], None]:
+        return partial(recorder.write, advance=advance)
+
+    begin: Begin[PlannedSegment, None] = begin_here
+    given: tuple[Any, ...] = ()
+    if workers.remote and segments:
+        features = recorder.encoded_only.pack(plan.store) if recorder.encoded_only else None
+        begin, given = begin_segments, (plan, pack_model(recorder.model), features)
+    with closing(workers.map(begin, given, segments, on_lost)) as answers:
+        for segment, _ in answers:
+            if workers.remote:
+                advance(segment.rows)
+            yield
+
+
+def begin_segments(
+    device: str, plan: PartPlan, model: Loading | bytes, features: PackedEncodedSite | None
+) -> Callable[[PlannedSegment], None]:
+    """Returns the function that writes a segment in another process.
+
+    Raises:
+        RequestError: The store's folder is not visible from here, or the weights differ from the planned ones.
+    """
+    if not plan.tokens.is_dir():
+        raise RequestError(
+            f"a worker on {socket.gethostname()} finds no {plan.store}; out must be on a disk that all machines share"
+        )
+    unpacked = unpack_model(model, device, plan.manifest.model.fingerprint)
+    encoded_only = features.unpack(device, unpacked.site_map) if features else None
+    return partial(SegmentRecorder(plan, unpacked, encoded_only).write, advance=lambda _rows: None)
+
+
+@dataclass(frozen=True)
+class SegmentRecorder:
+    """Runs a model over planned segments and writes them."""
+
+    plan: PartPlan
+    model: Model
+    encoded_only: EncodedSite | None = None
+    """A site whose features are extracted and whose activations are not stored."""
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        return self.model.site_map.select(self.plan.settings.sites or ())
+
+    @cached_property
+    def sequences(self) -> corpus.Sequences:
+        return corpus.open_sequences(self.plan.tokens)
+
+    @cached_property
+    def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
+        """What makes the features of `encoded_only`."""
+        return self.encoded_only.encoder(self.plan.store, self.plan.manifest) if self.encoded_only else None
+
+    def write(self, planned: PlannedSegment, advance: Callable[[int], None]) -> None:
+        """One segment, from forward passes to a finished folder that waits for its commit."""
+        plan, sequences = self.plan, self.sequences
+        first = planned.first_sequence - plan.sequence_offset
+        last = first + planned.sequences
+        lengths = sequences.lengths[first:last]
+        ids = sequences.token_ids[sequences.starts[first] : sequences.starts[last]]
+        table = corpus.token_table(
+            sequences,
+            first,
+            last,
+            row_offset=plan.row_offset,
+            sequence_offset=plan.sequence_offset,
+            document_offset=plan.document_offset,
+            text_of=partial(corpus.token_texts, self.model.tokenizer),
+        )
+        what = f"segment {planned.name}"
+        with explain_full_disk(plan.store, what, planned.first_row):
+            with staged(plan.store, plan.manifest, planned, table) as segment:
+                if self.encode is None:
+                    _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance)
+                else:  # its features first: a segment that is finished has them
+                    buffered = SegmentWithBuffer(segment, self.encoded_only.site, planned.rows)
+                    sites = [*self.sites, self.encoded_only.tap]
+                    _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance)
+                    self.encode(planned.first_row, buffered.values, lengths.tolist())
+            hand_in(plan.store, planned)
+
+
+class SegmentWithBuffer:
+    """A segment being written, of which one more site is kept in memory and not written."""
+
+    def __init__(self, segment: SegmentWriter, site: SiteRecord, rows: int) -> None:
+        self._segment, self._site = segment, site
+        self.values = torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype))
+        """What passed at the site: [row, *shape], as it would be stored."""
+        self.count = segment.count
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        return self._site.shape if site == self._site.name else self._segment.shape(site)
+
+    def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
+        if site == self._site.name:
+            as_numpy(self.values)[first_row : first_row + len(rows)] = rows
+        else:
+            self._segment.write(site, first_row, rows)
+
+
+def _fill(
+    segment: SegmentWriter | SegmentWithBuffer,
+    model: Model,
+    sites: Sequence[Site],
+    ids: Int[np.ndarray, " row"],
+    lengths: Int[np.ndarray, " sequence"],
+    settings: Recording,
+    advance: Callable[[int], None],
+) -> None:
+    """Runs the model over one segment's sequences and writes every site's rows."""
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    dtype = getattr(torch, settings.dtype)
+    with backlog() as submit:
+        for batch in corpus.batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
+            tokens, mask = _padded(ids, starts[batch], lengths[batch])
+            rows = BatchRows(starts[batch], lengths[batch])
+
+            def receive(site: Site, tensor: Tensor, first: int, rows: BatchRows = rows) -> None:
+                if site.axes[-1:] == ("key",):
+                    tensor = torch.nn.functional.pad(tensor, (0, segment.shape(site.name)[-1] - tensor.shape[-1]))
+                real, runs = rows.take(tensor, first)
+                submit(_write, segment, site.name, to_host(*to_stored_type(real, dtype)), runs)
+
+            capture(model.module, sites, tokens, mask, receive)
+            advance(int(lengths[batch].sum()))
+
+
+def _write(
+    segment: SegmentWriter | SegmentWithBuffer,
+    name: str,
+    arrived: Callable[[], tuple[np.ndarray, list[int]]],
+    runs: list[tuple[int, int, int]],
+) -> None:
+    array, (overflow, nonfinite) = arrived()
+    for row, first, n in runs:
+        segment.write(name, row, array[first : first + n])
+    segment.count(name, overflow=overflow, nonfinite=nonfinite)
+
+
+def _padded(
+    ids: Int[np.ndarray, " row"], starts: Int[np.ndarray, " batch"], lengths: Int[np.ndarray, " batch"]
+) -> tuple[Int[Tensor, "batch position"], Int[Tensor, "batch position"]]:
+    """Token ids and attention mask of some sequences, padded on the right."""
+    tokens = torch.zeros(len(starts), int(lengths.max()), dtype=torch.long)
+    for row, (start, n) in enumerate(zip(starts, lengths, strict=True)):
+        tokens[row, :n] = torch.from_numpy(ids[start : start + n].astype(np.int64))
+    mask = torch.arange(tokens.shape[1]) < torch.from_numpy(np.asarray(lengths))[:, None]
+    return tokens, mask.long()

@@ -1,0 +1,44 @@
+"""An autoencoder on its way to other processes: as files, because it may be too large to pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from workbench.io.errors import RequestError
+from workbench.io.files import remove
+from workbench.sae.load import Sae, load_sae
+
+SAVED = "sae"
+"""Folder of the saved autoencoder, inside the folder where features are made."""
+
+
+@dataclass(frozen=True)
+class SavedSae:
+    """An autoencoder in a folder that other processes can read."""
+
+    folder: Path
+    name: str
+    fingerprint: str
+
+    def load(self, device: str) -> Sae:
+        """Returns the autoencoder on `device`.
+
+        Raises:
+            RequestError: SAELens saves and loads it with other weights or settings.
+        """
+        loaded = replace(load_sae(self.folder, device=device), name=self.name)
+        if loaded.fingerprint() != self.fingerprint:
+            raise RequestError(
+                "sae: what SAELens saves of it and loads again has other weights or settings, so workers cannot use "
+                "it; extract with one process"
+            )
+        return loaded
+
+
+def save_sae(sae: Sae, place: Path) -> SavedSae:
+    """Saves the autoencoder in a folder under `place`, over what an earlier call saved there."""
+    folder = place / SAVED
+    remove(folder)
+    sae.module.save_model(folder)
+    return SavedSae(folder, sae.name, sae.fingerprint())
