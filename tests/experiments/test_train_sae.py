@@ -11,7 +11,8 @@ from store_example import MODEL, token_table, values, write_store
 import workbench as wb
 from workbench.experiments.train_sae import TrainSae, batches, main, train_sae
 from workbench.io.errors import RequestError
-from workbench.store import SiteRecord, open_store
+from workbench.store.manifest import SiteRecord
+from workbench.store.reader import open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
 HEADS = SiteRecord("blocks.1.attn.hook_z", "z.1", ("row", "head", "d_head"), (2, 4), "float16")

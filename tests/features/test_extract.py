@@ -31,7 +31,8 @@ from workbench.sae.encode import Encoder
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import sae_metrics
 from workbench.sae.sparsity import FeatureChoice, MutualChoice
-from workbench.store import SiteRecord, open_store
+from workbench.store.manifest import SiteRecord
+from workbench.store.reader import open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
 HEADS = SiteRecord("blocks.1.attn.hook_z", "z.1", ("row", "head", "d_head"), (2, 4), "float16")

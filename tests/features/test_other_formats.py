@@ -19,7 +19,8 @@ from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed, save_unembed
 from workbench.sae.decoder import decoder_logits
 from workbench.sae.load import load_sae
-from workbench.store import SiteRecord, open_store
+from workbench.store.manifest import SiteRecord
+from workbench.store.reader import open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (32,), "float32")
 LENGTHS = [7, 9, 12, 3, 1, 14, 5]

@@ -21,7 +21,8 @@ from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed, save_unembed
 from workbench.sae.decoder import decoder_directions, decoder_logits
 from workbench.sae.load import load_sae
-from workbench.store import SiteRecord, open_store
+from workbench.store.manifest import SiteRecord
+from workbench.store.reader import open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
 SEGMENTS = [[7, 9], [12], [3, 1, 14], [5]]

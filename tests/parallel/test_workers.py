@@ -22,7 +22,7 @@ from warned import warned
 import workbench as wb
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.store import read_manifest
+from workbench.store.manifest import read_manifest
 
 SETTINGS = {"sites": ["resid_post", "pattern.1"], "context": 64, "segment_rows": 150, "batch_tokens": 256}
 

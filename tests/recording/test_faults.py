@@ -16,7 +16,7 @@ from store_example import contents, write_store
 
 import workbench as wb
 from workbench.io.errors import WorkbenchError
-from workbench.store import SiteRecord
+from workbench.store.manifest import SiteRecord
 
 KILLS = 10
 

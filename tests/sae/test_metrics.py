@@ -14,7 +14,8 @@ from workbench.model.load import Model
 from workbench.sae import metrics
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import SplicedLoss, sae_metrics
-from workbench.store import SiteRecord, open_store
+from workbench.store.manifest import SiteRecord
+from workbench.store.reader import open_store
 
 X = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32) + 1
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")

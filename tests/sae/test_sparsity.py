@@ -17,7 +17,8 @@ from workbench.io.errors import RequestError
 from workbench.sae.encode import TopK
 from workbench.sae.load import load_sae
 from workbench.sae.sparsity import Bound, FeatureChoice, MutualChoice, allocation_record, find_cut
-from workbench.store import SiteRecord, open_store
+from workbench.store.manifest import SiteRecord
+from workbench.store.reader import open_store
 
 SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (8,), "float32")
 ROWS, FEATURES = 51, 20

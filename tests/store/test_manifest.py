@@ -20,8 +20,8 @@ from store_example import BRAIN, HALF, MODEL, SINGLE, as_numpy, contents, token_
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_json
 from workbench.io.tensors import TensorFile, map_rows, read_header
-from workbench.store import open_store
 from workbench.store.manifest import SiteRecord, describe, read_manifest
+from workbench.store.reader import open_store
 from workbench.store.token_table import check_tokens, encode_tokens
 
 VERSION_1 = Path(__file__).parents[1] / "data" / "store-v1"

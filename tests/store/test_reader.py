@@ -26,10 +26,10 @@ from store_example import (
 )
 
 from workbench.io.errors import DataError, RequestError
-from workbench.store import Rows, Store, open_store
 from workbench.store.manifest import read_manifest
 from workbench.store.maps import SiteMaps
 from workbench.store.query import query_tokens, select_rows
+from workbench.store.reader import Rows, Store, open_store
 
 SEGMENTS = [[3, 2], [4], [1, 1, 5], [6]]
 ROWS = 22

@@ -6,9 +6,8 @@ import pytest
 from store_example import contents, digest, part_of, token_table, values, write_store, writing
 
 from workbench.io.errors import DataError, RequestError
-from workbench.store import read_manifest
 from workbench.store.groups import token_files
-from workbench.store.manifest import SEGMENTS
+from workbench.store.manifest import SEGMENTS, read_manifest
 from workbench.store.query import select_rows
 from workbench.store.staging import PlannedSegment, hand_in, staged, waiting
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from store_example import as_numpy, part_of, token_table, values, write_segment, writing
 
-from workbench.store import Store, open_store
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import Rows
+from workbench.store.reader import Rows, Store, open_store
 
 DTYPES = ("float16", "bfloat16", "float32")
 sequences = st.lists(st.integers(1, 8), min_size=1, max_size=4)

@@ -34,8 +34,9 @@ from workbench.io import files
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import human_bytes
 from workbench.sites.settings import Recording
-from workbench.store import open_store, segment, writer
+from workbench.store import segment, writer
 from workbench.store.manifest import Part, read_manifest
+from workbench.store.reader import open_store
 from workbench.store.writer import check_space, required_bytes
 
 SEGMENTS = [[3, 2], [4], [1, 1, 5]]

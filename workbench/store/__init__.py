@@ -1,32 +1,10 @@
-"""The store: a directory of activations whose rows are tokens, in formats that other tools open.
+"""Store: a directory of activations whose rows are tokens, in formats that other tools open.
 
-Reading needs torch and is loaded when asked for; everything else answers without it.
+    manifest     records of a store, read and written strictly     reader   Store, arrays, rows
+    token_table  columns and files of tokens                       maps     memory maps of a site's files
+    segment      files of one segment while it is written          query    SQL conditions over the token table
+    staging      finished segments on their way into the manifest  groups   token tables of many segments in one file
+    writer       creation, resuming, appending, committing         verify   checks of all files against their records
+
+Only `reader` needs torch.
 """
-
-from __future__ import annotations
-
-from typing import Any
-
-from workbench.store.manifest import Manifest, ModelRecord, Part, Segment, SiteRecord, describe, read_manifest
-
-__all__ = [
-    "ActivationArray",
-    "Manifest",
-    "ModelRecord",
-    "Part",
-    "Rows",
-    "Segment",
-    "SiteRecord",
-    "Store",
-    "describe",
-    "open_store",
-    "read_manifest",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("ActivationArray", "Rows", "Store", "open_store"):
-        from workbench.store import reader
-
-        return getattr(reader, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
