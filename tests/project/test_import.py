@@ -1,6 +1,7 @@
-"""Imports stay light, point down only, and are watched: the suite runs with shapes checked."""
+"""Imports stay light, their names are the right ones, and shapes are checked in the test run."""
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from importlib import import_module
@@ -25,19 +26,9 @@ LIGHT = (
     "workbench.store.query",
     "workbench.store.verify",
 )
-SOURCES = sorted(path for package in ("workbench", "probes") for path in (ROOT / package).rglob("*.py"))
-
-
-def imported(path: Path) -> set[str]:
-    """Full names of all modules that a source file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: import by full name"
-            names.add(node.module)
-    return names
+PACKAGES = {"workbench": "workbench", "probes": "workbench.probes", "experiments": "workbench.experiments"}
+"""Folders of the repository with the names that they are installed under."""
+SOURCES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -57,11 +48,33 @@ def test_every_public_name_is_there():
         workbench.opn_store  # noqa: B018
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    upper = {"workbench": ("probes", "experiments", "tests"), "probes": ("experiments", "tests")}
-    package = path.relative_to(ROOT).parts[0]
-    assert [name for name in imported(path) if name.split(".")[0] in upper[package]] == []
+def test_no_public_name_is_the_name_of_a_submodule():
+    """Importing `workbench.x` binds x in `workbench`; a public function x would be gone."""
+    import workbench
+
+    modules = {module.name for module in pkgutil.iter_modules(workbench.__path__)} | {"probes", "experiments"}
+    assert modules >= {"store", "cli"}
+    assert modules & set(workbench.__all__) == set()
+    for folder in PACKAGES.values():
+        package = import_module(folder)
+        public = set(getattr(package, "__all__", ()))
+        assert public & {module.name for module in pkgutil.iter_modules(package.__path__)} == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-c", "import probes"), "write `from workbench.probes import ...`"),
+        (("-c", "from probes import LogitLens"), "write `from workbench.probes import ...`"),
+        (("-c", "import experiments.sinks"), "write `from workbench.experiments import ...`"),
+        (("-m", "experiments.sinks"), "or `python -m workbench.experiments.NAME`"),
+        (("-m", "probes.logit_lens"), "write `from workbench.probes import ...`"),
+    ],
+)
+def test_the_folders_as_packages_of_their_own_name_the_right_import(arguments, message):
+    ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert message in ran.stderr.splitlines()[-1]
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -76,7 +89,7 @@ def imported_in(node: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_arrays_in_checked_shapes_are_really_imported(path):
-    """jaxtyping checks nothing, and says nothing, where the array of a shape exists for type checkers only."""
+    """jaxtyping silently checks nothing where the array type is imported for type checkers alone."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     guarded = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     unreal = set().union(*(imported_in(node) for node in guarded))
@@ -85,9 +98,9 @@ def test_arrays_in_checked_shapes_are_really_imported(path):
     assert [ast.unparse(node) for node in checked if names_in(node) & unreal] == []
 
 
-@pytest.mark.parametrize("package", ["workbench", "probes"])
+@pytest.mark.parametrize("package", PACKAGES.values())
 def test_the_canary_a_wrong_shape_is_refused(package, tmp_path, monkeypatch):
-    """A module put into the package is checked as the package's own are: also in its data, and by dtype."""
+    """A module added to the package is checked, results and dtypes included."""
     (tmp_path / "canary.py").write_text(
         "import numpy as np\n"
         "from jaxtyping import Float\n"

@@ -73,6 +73,28 @@ def test_make_demo_runs_the_demo_where_it_is_told(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines() == ["demo|--out|runs/demo|", "demo|--out|it's here|"]
 
 
+def test_the_list_of_packages_is_complete():
+    """Every folder with modules is installed, except the studies under experiments/."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tool["package-dir"] == {
+        "workbench": "workbench",
+        "workbench.probes": "probes",
+        "workbench.experiments": "experiments",
+    }
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "workbench").rglob("*.py")}
+    assert sorted(tool["packages"]) == sorted(
+        ["workbench.probes", "workbench.experiments", *(".".join(folder.parts) for folder in folders)]
+    )
+    needed = {path for suffix in (".css", ".js") for path in (ROOT / "workbench").rglob(f"*{suffix}")}
+    packaged = {
+        path
+        for package, patterns in tool["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert needed <= packaged
+
+
 def test_everything_embedded_is_packaged_and_small():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folder = ROOT / "workbench" / "embedded"

@@ -68,7 +68,7 @@ def test_imports_point_to_earlier_folders():
 
 def test_upward_imports_of_types_are_listed():
     upward = {(found.file, found.target) for found in TREE.upward(["type"]) if found.arrow[0] != "(root)"}
-    assert upward == UPWARD_TYPES
+    assert upward <= UPWARD_TYPES
 
 
 def test_no_circles():
