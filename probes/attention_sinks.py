@@ -23,71 +23,96 @@ import xarray as xr
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from workbench.analysis.bootstrap import clustered_means, intervals
-from workbench.figures.attention_map import head_attention
-from workbench.figures.head_grid import head_grid, head_name, with_side_panel
-from workbench.figures.layer_curves import layer_curves
-from workbench.figures.safe_text import axis_title, label
-from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
-from workbench.io.errors import RequestError, nearest
-from workbench.model.attention import Columns, row_entropy
-from workbench.model.load import Model
-from workbench.results.result import Result, provenance
-from workbench.store.reader import Store
+from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
+    TEMPLATE,
+    Columns,
+    Model,
+    RequestError,
+    Result,
+    Store,
+    Variable,
+    axis_title,
+    clustered_means,
+    dataset,
+    head_attention,
+    head_grid,
+    head_name,
+    intervals,
+    label,
+    layer_curves,
+    nearest,
+    provenance,
+    row_entropy,
+    with_interval,
+    with_side_panel,
+)
 
 _BLOCK_BYTES = 64 << 20  # of one block of patterns in float64; a few such live at a time
 _FEW = 10
 _HEADS_SHOWN = 12
 _EXAMPLE = 128  # tokens
 
-UNITS = {
-    "alpha": "attention",
-    "sink_k": "% of heads",
-    "sink": "% of heads",
-    "sink_low": "% of heads",
-    "sink_high": "% of heads",
-    "reliable": "1 = min_visible queries or more see it",
-    "sink_share": "share of sequences",
-    "row_entropy": "share of the largest entropy",
-    "column_entropy": "share of the largest entropy",
-    "detected": "share of sequences",
-    "value_norm_sink": "L2 norm",
-    "value_norm_others": "L2 norm",
-    "value_norm_ratio": "times the others' mean",
-    "residual_norm_sink": "L2 norm",
-    "residual_norm_others": "L2 norm",
-    "residual_norm_ratio": "times the others' mean",
-    "massive_top": "|h|",
-    "massive_median": "|h|",
-    "massive_position": "position",
-    "massive_dimension": "dimension of the residual stream",
-    "massive_above_absolute": "share of sequences",
-    "massive_above_ratio": "share of sequences",
-    "massive": "share of sequences",
-    "attention": "attention",
-    "attention_low": "attention",
-    "attention_high": "attention",
-    "gap": "attention",
-    "gap_low": "attention",
-    "gap_high": "attention",
-    "gap_most": "index of a domain",
-    "gap_least": "index of a domain",
-    "documents": "documents",
-    "example_pattern": "attention",
-    "example_layer": "layer",
-    "example_head": "head",
-}
-
-_AXES = {
-    "sink_k": ("position",),
-    "reliable": ("position",),
-    "alpha": ("layer", "head", "position"),
-    "attention": ("domain", "layer", "head"),
-    "attention_low": ("domain", "layer", "head"),
-    "attention_high": ("domain", "layer", "head"),
-    "documents": ("domain",),
-}
-"""Of the variables that are neither over (layer) nor over (layer, head)."""
+_HEAD = ("layer", "head")
+_LAYER = ("layer",)
+_DOMAIN = ("domain", "layer", "head")
+_EXAMPLE_AXES = ("example", "query", "key")
+_UNIFORM = "0.074 for T = 64: H_T / T of a head that attends uniformly"
+_VARIABLES: tuple[Variable, ...] = (
+    Variable("alpha", (*_HEAD, "position"), "attention", "mean over sequences of the attention received", _UNIFORM),
+    Variable("sink_share", _HEAD, "share of sequences", "sequences in which the position `sink` is a sink", "0"),
+    Variable("row_entropy", _HEAD, "share of the largest entropy", "entropy of what a query attends to", "1"),
+    Variable(
+        "column_entropy", _HEAD, "share of the largest entropy", "largest entropy of the attention to one key", "1"
+    ),
+    Variable("detected", _HEAD, "share of sequences", "sequences in which the entropy detector takes the head", "0"),
+    Variable("value_norm_sink", _HEAD, "L2 norm", "mean norm of the value vector of the sink"),
+    Variable("value_norm_others", _HEAD, "L2 norm", "mean norm of the value vectors of the other tokens"),
+    Variable("value_norm_ratio", _HEAD, "times the others' mean", "value_norm_sink / value_norm_others", "1"),
+    Variable("residual_norm_sink", _LAYER, "L2 norm", "mean norm of the residual stream at the sink"),
+    Variable("residual_norm_others", _LAYER, "L2 norm", "mean norm of the residual stream at the other tokens"),
+    Variable("residual_norm_ratio", _LAYER, "times the others' mean", "residual_norm_sink / residual_norm_others", "1"),
+    Variable("massive_top", _LAYER, "|h|", "largest activation of a sequence, mean over sequences"),
+    Variable("massive_median", _LAYER, "|h|", "median activation of a sequence, mean over sequences"),
+    Variable("massive_position", _LAYER, "position", "most frequent position of the largest activation"),
+    Variable(
+        "massive_dimension",
+        _LAYER,
+        "dimension of the residual stream",
+        "most frequent dimension of the largest activation",
+    ),
+    Variable("massive_above_absolute", _LAYER, "share of sequences", "largest activation above massive_absolute", "0"),
+    Variable(
+        "massive_above_ratio", _LAYER, "share of sequences", "largest activation above massive_ratio x the median", "0"
+    ),
+    Variable("massive", _LAYER, "share of sequences", "largest activation above both thresholds", "0"),
+    Variable(
+        "sink_k",
+        ("position",),
+        "% of heads",
+        "share of (sequence, layer, head) with alpha above epsilon, 0 to 100",
+        "0",
+    ),
+    *with_interval(Variable("sink", (), "% of heads", "sink_k at the position `sink`", "0")),
+    Variable(
+        "reliable", ("position",), "1 = min_visible queries or more see it", "whether enough queries see the position"
+    ),
+    *with_interval(
+        Variable("attention", _DOMAIN, "attention", "mean attention of later tokens to the sink, in the domain")
+    ),
+    *with_interval(
+        Variable("gap", _HEAD, "attention", "attention in the most attending domain less that in the least attending")
+    ),
+    Variable("gap_most", _HEAD, "index of a domain", "domain that attends most to the sink"),
+    Variable("gap_least", _HEAD, "index of a domain", "domain that attends least to the sink"),
+    Variable("documents", ("domain",), "documents", "documents of the domain"),
+    Variable("sequences", (), "sequences", "sequences that count"),
+    Variable("short_sequences", (), "sequences", "sequences left out because they are shorter than `length`"),
+    Variable("example_pattern", _EXAMPLE_AXES, "attention", "attention of single heads over the first sequence"),
+    Variable("example_layer", ("example",), "layer", "layer of each example"),
+    Variable("example_head", ("example",), "head", "head of each example"),
+)
 
 _OF_HEADS = ("alpha", "sink_share", "row_entropy", "column_entropy", "detected")
 _DERIVED = {"alpha": "attn_received", "column": "attn_received_entropy", "row": "attn_entropy", "paid": "attn_first"}
@@ -99,6 +124,7 @@ class AttentionSinks:
 
     name: ClassVar[str] = "attention-sinks"
     needs_model: ClassVar[bool] = False
+    variables: ClassVar[tuple[Variable, ...]] = _VARIABLES
     sources: ClassVar[tuple[str, ...]] = (
         "Gu et al. 2024, When attention sink emerges in language models, arXiv 2410.10781",
         "Guo et al. 2024, Active-dormant attention heads, arXiv 2410.13835",
@@ -158,16 +184,6 @@ class AttentionSinks:
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads `pattern` (and `v`, `resid_post`), or what was derived from them while recording.
 
-        `data` has, over (position): sink_k, the papers' metric, 0 to 100; sink, the same of the position `sink`, with
-        its 95 % interval over documents, sink_low and sink_high. Over (layer, head, position): alpha, its mean over
-        sequences, 0 to 1 (H_T / T at the first key of a head that attends uniformly: 0.074 for T = 64). Over
-        (layer, head), at the position `sink`: sink_share, whose mean is sink_k; value norms (1: as the others'); the
-        detector's two entropies, 0 to 1, and the share of sequences in which it takes the head. Over (layer):
-        residual norms and massive activations. With `domain`: mean attention of later tokens to the sink over (domain,
-        layer, head) with its interval, and the gap between the most and the least attending domain, in that order,
-        with the interval of this difference: both from a bootstrap over documents. Where `pattern` was recorded, over
-        (example, query, key): the attention of some heads over the first 128 tokens of the first sequence.
-
         Where attention is recorded both ways, the one with more layers is read, `pattern` if equal. What was not
         recorded is left out and named in `data.attrs["note"]`. Costs one pass over the sites; memory is some blocks of
         64 MiB and a few numbers for each sequence and head of a layer, with `domain` of all layers. Raises RequestError
@@ -199,7 +215,7 @@ class AttentionSinks:
             paid = {layer: part["paid"] for layer, part in found.items()}
             arrays |= _domains(self, every, arrays["sink_share"].shape[1], paid, sequences)
         data = _dataset(arrays, every, self, sequences)
-        data = data.assign(_examples(self, store, data["alpha"], sequences))
+        data = data.assign(_examples(self, store, data["alpha"], sequences).variables)
         data.attrs = {"source": source, **_remarks(self, data, sequences)}
         return Result(self.name, data, _table(data, self.sink), provenance(store, self))
 
@@ -494,9 +510,7 @@ def _domains(
 # ---- the result -----------------------------------------------------------------------------------------
 
 
-def _examples(
-    probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequences: _Sequences
-) -> dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]]:
+def _examples(probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequences: _Sequences) -> xr.Dataset:
     """Attention over the first sequence that counts, of the heads with the largest alpha among those recorded whole."""
     at_sink = alpha.isel(position=probe.sink).to_numpy()
     recorded = set(_layers(store, "pattern"))
@@ -505,20 +519,16 @@ def _examples(
     chosen = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(at_sink[i, head])]
     chosen = [place for place in chosen if place[0] in recorded][: probe.examples]
     if not chosen:
-        return {}
+        return xr.Dataset()
     rows = sequences.starts[0] + np.arange(min(sequences.length, _EXAMPLE))
     patterns = [store["pattern", layer][rows][:, head, : len(rows)].float().numpy() for layer, head in chosen]
     tokens = store.tokens["token"].take(rows).to_pylist()
-    arrays = {"example_pattern": (("example", "query", "key"), np.stack(patterns))}
-    arrays |= {
-        f"example_{name}": (("example",), part)
-        for name, part in zip(("layer", "head"), np.array(chosen).T, strict=True)
-    }
-    found = {name: (axes, array, {"units": UNITS[name]}) for name, (axes, array) in arrays.items()}
-    found["example_pattern"][2]["tokens"] = json.dumps(
-        tokens
-    )  # as JSON: a token may hold characters that netCDF does not
-    return found
+    layer, head = np.array(chosen).T
+    arrays = {"example_pattern": np.stack(patterns), "example_layer": layer, "example_head": head}
+    examples = dataset(_VARIABLES, arrays)
+    # as JSON: a token may hold characters that netCDF does not
+    examples["example_pattern"].attrs["tokens"] = json.dumps(tokens)
+    return examples
 
 
 def _over_heads(layers: Sequence[int], found: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -558,17 +568,12 @@ def _over_layers(layers: Sequence[int], found: Mapping[int, Mapping[str, float]]
 def _dataset(
     arrays: Mapping[str, np.ndarray], layers: Sequence[int], probe: AttentionSinks, sequences: _Sequences
 ) -> xr.Dataset:
-    variables = {
-        name: (_AXES.get(name, ("layer", "head")[: array.ndim]), array, {"units": UNITS[name]})
-        for name, array in arrays.items()
-    }
-    variables["sequences"] = ((), len(sequences), {"units": "sequences", "long_name": "those that count"})
-    variables["short_sequences"] = ((), sequences.short, {"units": "sequences", "long_name": "shorter, left out"})
+    counts = {"sequences": len(sequences), "short_sequences": sequences.short}
     coords = {"layer": list(layers), "head": np.arange(arrays["sink_share"].shape[1])}
     coords["position"] = np.arange(probe.length)
     if sequences.domains:
         coords["domain"] = list(sequences.domains)
-    return xr.Dataset(variables, coords=coords)
+    return dataset(_VARIABLES, {**arrays, **counts}, coords)
 
 
 def _remarks(probe: AttentionSinks, data: xr.Dataset, sequences: _Sequences) -> dict[str, str]:

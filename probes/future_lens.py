@@ -23,19 +23,39 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from workbench.analysis.bootstrap import clustered_means, few_rows, intervals
-from workbench.analysis.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
-from workbench.analysis.lens import blocks, log_probabilities, next_tokens, recorded_layers
-from workbench.figures.safe_text import axis_title, label
-from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
-from workbench.figures.ticks import integer_step
-from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
-from workbench.io.errors import RequestError
-from workbench.io.progress import progress
-from workbench.model.load import Model, usable_device
-from workbench.model.unembed import Unembed, load_unembed
-from workbench.results.result import Result, provenance
-from workbench.store.reader import ActivationArray, Store
+from workbench.probing import (
+    CATEGORIES,
+    MAX_TOKENS,
+    NEUTRAL,
+    NO_TARGET,
+    TEMPLATE,
+    ActivationArray,
+    FutureRows,
+    Model,
+    RequestError,
+    Result,
+    Store,
+    Unembed,
+    axis_title,
+    bigrams,
+    blocks,
+    clustered_means,
+    count_shown,
+    future_rows,
+    integer_step,
+    intervals,
+    label,
+    load_unembed,
+    log_probabilities,
+    next_tokens,
+    note_few_rows,
+    progress,
+    provenance,
+    recorded_layers,
+    said_tokens,
+    token_grid,
+    usable_device,
+)
 
 Read = Callable[[Tensor], Tensor]
 """From states `[row, d_model]` to logits `[row, vocab]`."""
@@ -600,7 +620,7 @@ def _read(
 
 
 def _note(rows: int, d_model: int, documents: int) -> str:
-    notes = list(filter(None, [few_rows(rows, d_model)]))
+    notes = list(filter(None, [note_few_rows(rows, d_model)]))
     if documents < _FEW:
         notes.append(f"intervals over {documents} tested documents, fewer than {_FEW}")
     return "; ".join(notes)

@@ -20,21 +20,37 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from workbench.analysis.bootstrap import clustered_means, intervals
-from workbench.analysis.future import FutureRows, bigrams, future_rows, said_tokens
-from workbench.analysis.lens import blocks, log_probabilities, recorded_layers
-from workbench.figures.safe_text import axis_title, label
-from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
-from workbench.figures.ticks import integer_step
-from workbench.io.errors import RequestError
-from workbench.io.progress import progress
-from workbench.model.interventions import run_prompted, token_embeddings
-from workbench.model.load import Model, usable_device
-from workbench.model.reload import recorded_model
-from workbench.model.unembed import Unembed, load_unembed
-from workbench.results.result import Result, provenance
-from workbench.sites.grammar import Site
-from workbench.store.reader import ActivationArray, Store
+from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
+    TEMPLATE,
+    ActivationArray,
+    FutureRows,
+    Model,
+    RequestError,
+    Result,
+    Site,
+    Store,
+    Unembed,
+    axis_title,
+    bigrams,
+    blocks,
+    clustered_means,
+    future_rows,
+    integer_step,
+    intervals,
+    label,
+    load_unembed,
+    log_probabilities,
+    progress,
+    provenance,
+    recorded_layers,
+    recorded_model,
+    run_prompted,
+    said_tokens,
+    token_embeddings,
+    usable_device,
+)
 
 PROMPTS: tuple[str, ...] = (
     'Hello! Could you please tell me more about "',

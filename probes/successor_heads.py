@@ -20,18 +20,36 @@ import xarray as xr
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from workbench.analysis.bootstrap import clustered_means, intervals
-from workbench.analysis.lens import next_tokens
-from workbench.figures.head_grid import head_grid
-from workbench.figures.safe_text import axis_title, label
-from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
-from workbench.io.errors import RequestError, nearest
-from workbench.model.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
-from workbench.model.load import Model, usable_device
-from workbench.model.reload import recorded_model
-from workbench.model.unembed import Unembed, load_unembed
-from workbench.results.result import Result, provenance
-from workbench.store.reader import Store
+from workbench.probing import (
+    CATEGORIES,
+    MONOSPACE,
+    NEUTRAL,
+    SIGNED,
+    TEMPLATE,
+    FirstMlp,
+    Model,
+    RequestError,
+    Result,
+    Store,
+    Unembed,
+    axis_title,
+    clustered_means,
+    colour_bar,
+    direct_logits,
+    first_mlp,
+    head_grid,
+    head_outputs,
+    intervals,
+    label,
+    load_unembed,
+    nearest,
+    next_tokens,
+    ov_logits,
+    provenance,
+    recorded_model,
+    usable_device,
+    written,
+)
 
 SPACES: Mapping[str, tuple[str, ...]] = {"with": (" ",), "without": ("",), "both": (" ", "")}
 CASES: Mapping[str, tuple[Callable[[str], str], ...]] = {

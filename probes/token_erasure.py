@@ -25,17 +25,31 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.analysis.bootstrap import ROWS_A_DIMENSION, clustered_means, divided, intervals
-from workbench.analysis.lens import recorded_layers, selected_rows, tokens_at
-from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
-from workbench.figures.safe_text import axis_title, label
-from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
-from workbench.figures.ticks import integer_step
-from workbench.io.errors import RequestError
-from workbench.io.progress import progress
-from workbench.model.load import Model, usable_device
-from workbench.results.result import Result, provenance
-from workbench.store.reader import Store
+from workbench.probing import (
+    CATEGORIES,
+    ROWS_PER_DIMENSION,
+    SIGNED,
+    TEMPLATE,
+    Model,
+    RequestError,
+    Result,
+    SoftmaxFit,
+    SoftmaxProbes,
+    Store,
+    axis_title,
+    clustered_means,
+    fit_softmax,
+    integer_step,
+    intervals,
+    label,
+    progress,
+    provenance,
+    recorded_layers,
+    selected_rows,
+    split_by_document,
+    tokens_at,
+    usable_device,
+)
 
 SCORED = (0, -1, -2)
 """Offsets that the erasure score is made of."""
@@ -115,7 +129,7 @@ class TokenErasure:
         layers, labels = recorded_layers(store, self.site)
         early, late = self._layers(store)
         rows = selected_rows(store, self.where or "NOT is_special")
-        parts = divided(
+        parts = split_by_document(
             store.tokens["document"].to_numpy()[rows], self.held_out, purpose="token erasure", seed=self.seed
         )
         training, validation, tested = (rows[part] for part in parts)
@@ -411,7 +425,7 @@ def _agreement(table: pd.DataFrame, spans: _Spans, tested: np.ndarray) -> dict[s
 
 
 def _note(rows: int, d_model: int) -> str:
-    wanted = ROWS_A_DIMENSION * d_model
+    wanted = ROWS_PER_DIMENSION * d_model
     return "" if rows >= wanted else f"{rows:,} training rows are few for {d_model} dimensions; {wanted:,} are wanted"
 
 

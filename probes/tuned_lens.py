@@ -1,9 +1,9 @@
-"""The tuned lens: the logit lens with each layer's own change of basis (Belrose et al., arXiv 2303.08112).
+"""The tuned lens: the logit lens after an affine map trained for each layer (Belrose et al., arXiv 2303.08112).
 
     TunedLens_l(h) = W_U LN_f(h + A_l h + b_l)
 
-A_l and b_l start at 0, where it is the logit lens, and are trained so that KL(model || lens) is small. The last block
-has none: its row is the model's own output. Trained on some documents of the store, read on the others.
+A_l and b_l start at 0, which gives the logit lens, and are trained to minimise KL(model || lens). The last block has no
+map: its row is the model's own output. The maps are trained on some documents of the store and read on the others.
 """
 
 from __future__ import annotations
@@ -14,66 +14,91 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.analysis.bootstrap import divided, few_rows
-from workbench.analysis.lens import (
+from workbench.probing import (
+    LENS_VARIABLES,
+    Model,
+    RequestError,
+    Result,
+    Store,
+    Unembed,
+    Variable,
+    axis_title,
+    dataset,
+    label,
+    layer_curves,
     lens_curves,
     lens_depth,
     lens_grid,
+    load_unembed,
     log_probabilities,
+    note_few_rows,
+    progress,
+    provenance,
     read_lens,
     recorded_layers,
     selected_rows,
+    split_by_document,
+    usable_device,
 )
-from workbench.figures.layer_curves import layer_curves
-from workbench.figures.safe_text import axis_title, label
-from workbench.io.errors import RequestError
-from workbench.io.progress import progress
-from workbench.model.load import Model, usable_device
-from workbench.model.unembed import Unembed, load_unembed
-from workbench.results.result import Result, provenance
-from workbench.store.reader import Store
 
 _PATIENCE = 2  # passes without a better layer
+_ROWS = "mean over the held-out tokens"
+_VARIABLES: tuple[Variable, ...] = (
+    *LENS_VARIABLES,
+    Variable("logit_mean_kl", ("layer",), "nats", f"KL(model || logit lens), without a trained map; {_ROWS}"),
+    Variable(
+        "logit_mean_cross_entropy",
+        ("layer",),
+        "nats",
+        f"cross-entropy of the text under the logit lens; {_ROWS}",
+        "ln(vocab) for a uniform guess",
+    ),
+    Variable("weight", ("layer", "d_model", "d_model_in"), "1", "A; 0 at the last block", "0: the logit lens"),
+    Variable("bias", ("layer", "d_model"), "activation", "b; 0 at the last block", "0: the logit lens"),
+    Variable("epochs", ("layer",), "passes over the training rows", "epoch whose maps are kept"),
+    Variable("training_rows", (), "tokens", "tokens that the maps are trained on"),
+    Variable("validation_rows", (), "tokens", "tokens that choose the epoch"),
+)
 
 
 @dataclass(frozen=True)
 class TunedLens:
-    """What each layer would predict after a trained change of basis, on documents the training did not see."""
+    """Reads every layer through a trained affine map and the unembedding, on documents held out from training."""
 
     name: ClassVar[str] = "tuned-lens"
     needs_model: ClassVar[bool] = False
+    variables: ClassVar[tuple[Variable, ...]] = _VARIABLES
     sources: ClassVar[tuple[str, ...]] = ("Belrose et al. 2023, the tuned lens, arXiv 2303.08112",)
     controls: ClassVar[Mapping[str, str]] = {
-        "logit_mean_kl": "the logit lens on the same held-out tokens, with nothing trained",
-        "logit_mean_cross_entropy": "the same, of the token that follows",
+        "logit_mean_kl": "KL of the logit lens on the same held-out tokens, without training",
+        "logit_mean_cross_entropy": "cross-entropy of the text under the logit lens on the same tokens",
     }
 
     site: str = "resid_post"
     """Kind of site to read at every layer: resid_post, resid_pre, resid_mid."""
     where: str | None = None
-    """SQL over the token table: which tokens count. None: all."""
+    """SQL over the token table: the tokens to train on and to read. None: all."""
     held_out: float = 0.2
-    """Share of the documents that are read and not trained on; half as many more decide when training ends."""
+    """Share of the documents that are read and not trained on; half as many more are for validation."""
     epochs: int = 20
-    """Most passes over the training rows; a layer ends earlier once it gets no better on the validation documents."""
+    """Maximum epochs; training ends earlier when no layer improves on the validation documents for 2 epochs."""
     batch: int = 1024
-    """Rows a step."""
+    """Batch size, in tokens."""
     learning_rate: float = 1e-3
-    """Of Adam, brought to 0 along a line."""
+    """AdamW learning rate, decayed linearly to 0."""
     weight_decay: float = 1e-3
-    """Towards A = 0 and b = 0, the logit lens."""
+    """AdamW weight decay, towards A = 0 and b = 0, which is the logit lens."""
     seed: int = 0
-    """Of the choice of documents and the order of rows."""
+    """Random seed of the split of documents and of the order of rows."""
     top_k: int = 5
     """Top tokens kept for each layer and token."""
     detail: int = 10_000
-    """Tokens that get their own line in the table, from the first held out on; means are over all held out."""
+    """Maximum number of held-out tokens with their own rows in the table; means are over all held-out tokens."""
     device: str = "cpu"
-    """Where it is trained and read: cpu, cuda."""
+    """Device of training and reading: cpu, cuda."""
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("detail", 0), ("epochs", 0), ("batch", 1)):
@@ -86,15 +111,13 @@ class TunedLens:
             raise RequestError(f"held_out must lie between 0 and 0.6, not {self.held_out}")
 
     def run(self, store: Store, *, model: Model | None = None) -> Result:
-        """Trains a translator for every recorded layer of `site`, then reads the held-out documents through them.
+        """Trains an affine map for every recorded layer of `site`, then reads the held-out documents through the maps.
 
-        `data` has what the logit lens has, of the held-out rows: mean_kl and mean_cross_entropy stand beside
-        logit_mean_kl and logit_mean_cross_entropy, the same rows without translators. `weight` (layer, d_model,
-        d_model_in) and `bias` (layer, d_model) are A and b, 0 at the last block; `epochs` (layer) the passes kept.
-        `training_rows`, `validation_rows` and `rows` say what each number rests on, and a `note` what is too little.
+        Costs epochs x layers x rows x 3 products with W_U; memory is a batch of logits for one layer, the maps and
+        Adam's moments.
 
-        Costs epochs x layers x rows x 3 products with W_U; memory is bounded by a batch of logits a layer, the
-        translators and Adam's moments. Raises RequestError as the logit lens does, and for fewer than three documents.
+        Raises:
+            RequestError: A site or the unembedding was not recorded, or there are fewer than three documents.
         """
         device = usable_device(self.device)
         layers, labels = recorded_layers(store, self.site)
@@ -103,7 +126,7 @@ class TunedLens:
         translated = [(layer, name) for layer, name in zip(layers, labels, strict=True) if name != last]
         rows = selected_rows(store, self.where)
         document = store.tokens["document"].to_numpy()[rows]
-        parts = divided(document, self.held_out, purpose="a tuned lens", seed=self.seed)
+        parts = split_by_document(document, self.held_out, purpose="a tuned lens", seed=self.seed)
         training, validation, tested = (rows[part] for part in parts)
         unembed = load_unembed(store.path, device)
         lens = _Trained(len(translated), unembed.weight.shape[1], device)
@@ -117,12 +140,15 @@ class TunedLens:
         read = {"site": self.site, "device": self.device}
         data, table = read_lens(store, tested, **read, top_k=self.top_k, detail=self.detail, translate=translate)
         plain, _ = read_lens(store, tested, **read, top_k=1, detail=0)
-        for name in ("mean_kl", "mean_cross_entropy"):
-            data[f"logit_{name}"] = plain[name]
-        data = data.assign(_translators(lens, layers, place))
-        data["training_rows"] = ((), len(training), {"units": "tokens"})
-        data["validation_rows"] = ((), len(validation), {"units": "tokens"})
-        data.attrs["note"] = few_rows(len(training), unembed.weight.shape[1])
+        logit = {f"logit_{name}": plain[name].to_numpy() for name in ("mean_kl", "mean_cross_entropy")}
+        more = {
+            **logit,
+            **_maps(lens, layers, place),
+            "training_rows": len(training),
+            "validation_rows": len(validation),
+        }
+        data = data.assign(dataset(self.variables, more).variables)
+        data.attrs["note"] = note_few_rows(len(training), unembed.weight.shape[1])
         return Result(self.name, data, table, provenance(store, self))
 
     def _train(
@@ -135,7 +161,7 @@ class TunedLens:
         training: Int[np.ndarray, " training_row"],
         validation: Int[np.ndarray, " validation_row"],
     ) -> None:
-        """Adam on KL(model || lens), every layer on the same batches; each keeps the best pass on `validation`."""
+        """Trains with AdamW on KL(model || lens), all layers on the same batches; each keeps its best epoch."""
         optimizer = torch.optim.AdamW(lens.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = self.epochs * -(-len(training) // self.batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -144,7 +170,7 @@ class TunedLens:
         def losses(rows: Int[np.ndarray, " row"]) -> Float[Tensor, " layer"]:
             with torch.no_grad():
                 model_log = log_probabilities(unembed, store[last][rows])
-            found = []
+            values = []
             for index, name in enumerate(sites):
                 states = lens.translate(index, store[name][rows].float().to(model_log.device))
                 loss = torch.nn.functional.kl_div(
@@ -152,8 +178,8 @@ class TunedLens:
                 )
                 if torch.is_grad_enabled():
                     loss.backward()  # one layer's logits at a time
-                found.append(loss.detach())
-            return torch.stack(found)
+                values.append(loss.detach())
+            return torch.stack(values)
 
         def validated() -> Float[Tensor, " layer"]:
             parts = np.split(validation, range(self.batch, len(validation), self.batch))
@@ -177,20 +203,19 @@ class TunedLens:
 
     @staticmethod
     def headline(result: Result) -> str:
-        """How far from the model's output the lenses are at the first layer, and from where the prediction stays."""
+        """Returns the KL to the model's output of tuned and logit lens at the first layer."""
         data = result.data
         tuned, plain = data["mean_kl"].to_numpy(), data["logit_mean_kl"].to_numpy()
-        layers = data["layer"].to_numpy()
-        note = data.attrs.get("note", "")
+        layer, note = data["layer"].to_numpy()[0], data.attrs.get("note", "")
         return (
-            f"KL to the output {tuned[0]:.2f} nats at layer {layers[0]}, logit lens {plain[0]:.2f}; "
-            f"on {int(data['rows']):,} held-out tokens" + (f"; {note}" if note else "")
+            f"KL(model ‖ lens) at layer {layer}: {tuned[0]:.2f} nats with the tuned lens, {plain[0]:.2f} nats with the "
+            f"logit lens (mean over {int(data['rows']):,} held-out tokens)" + (f"; {note}." if note else ".")
         )
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """ "by_layer": KL of tuned and logit lens; "grid": layers by tokens; "losses": entropy, KL and loss;
-        "depth": the text, each token coloured by where its prediction is settled."""
+        """Returns "by_layer", KL of tuned and logit lens; "losses", entropy, KL and loss; "grid", layers by tokens;
+        "depth", the text coloured by prediction depth."""
         figures = {"by_layer": _comparison(result), "losses": lens_curves(result)}
         if not len(result.table):
             return figures
@@ -198,7 +223,7 @@ class TunedLens:
 
 
 class _Trained:
-    """The translators: A `[layer, d_model, d_model]` and b `[layer, d_model]`, and the best of each layer so far."""
+    """The maps: A `[layer, d_model, d_model]` and b `[layer, d_model]`, and the best of each layer so far."""
 
     def __init__(self, layers: int, d_model: int, device: torch.device) -> None:
         self.weight = torch.zeros(layers, d_model, d_model, device=device, requires_grad=True)
@@ -214,7 +239,7 @@ class _Trained:
         return states + states @ self.weight[layer].T + self.bias[layer]
 
     def keep(self, epoch: int, losses: Float[Tensor, " layer"]) -> None:
-        """Keep the layers that are better than they ever were."""
+        """Keeps the layers that are better than in any epoch before."""
         better = losses < self._best
         for kept, part in zip(self.kept, self.parameters(), strict=True):
             kept[better] = part.detach()[better]
@@ -228,7 +253,7 @@ class _Trained:
                 part.requires_grad_(False)
 
 
-def _translators(lens: _Trained, layers: list[int], place: dict[int, int]) -> dict[str, Any]:
+def _maps(lens: _Trained, layers: list[int], place: dict[int, int]) -> dict[str, np.ndarray]:
     d_model = lens.bias.shape[1]
     weight, bias = np.zeros((len(layers), d_model, d_model), np.float32), np.zeros((len(layers), d_model), np.float32)
     epochs = np.zeros(len(layers), np.int32)
@@ -237,11 +262,7 @@ def _translators(lens: _Trained, layers: list[int], place: dict[int, int]) -> di
             weight[row] = lens.weight[place[layer]].detach().cpu().numpy()
             bias[row] = lens.bias[place[layer]].detach().cpu().numpy()
             epochs[row] = lens.epochs[place[layer]]
-    return {
-        "weight": xr.Variable(("layer", "d_model", "d_model_in"), weight, {"units": "1"}),
-        "bias": xr.Variable(("layer", "d_model"), bias, {"units": "activation"}),
-        "epochs": xr.Variable(("layer",), epochs, {"units": "passes over the training rows"}),
-    }
+    return {"weight": weight, "bias": bias, "epochs": epochs}
 
 
 def _comparison(result: Result) -> Any:

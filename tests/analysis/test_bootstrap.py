@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from workbench.analysis.bootstrap import central, clustered_interval, clustered_means, divided
+from workbench.analysis.bootstrap import central, clustered_interval, clustered_means
+from workbench.analysis.rows import split_by_document
 from workbench.io.errors import RequestError
 
 
@@ -57,16 +58,16 @@ def test_nothing_gives_nan():
 
 def test_documents_are_in_one_part_each():
     documents = np.random.default_rng(0).integers(0, 20, 500)
-    training, validation, tested = divided(documents, 0.3, purpose="a test")
+    training, validation, tested = split_by_document(documents, 0.3, purpose="a test")
     assert (training.astype(int) + validation + tested == 1).all()
     parts = [set(documents[part]) for part in (training, validation, tested)]
     assert [len(part) for part in parts] == [11, 3, 6]
     assert not parts[0] & parts[1] | parts[1] & parts[2] | parts[0] & parts[2]
-    assert set(documents[divided(documents, 0.3, purpose="a test", seed=1)[2]]) != parts[2]
+    assert set(documents[split_by_document(documents, 0.3, purpose="a test", seed=1)[2]]) != parts[2]
 
 
 def test_too_few_documents_are_refused():
-    assert refused(RequestError, lambda: divided(np.array([0, 1]), 0.2, purpose="a test")) == (
+    assert refused(RequestError, lambda: split_by_document(np.array([0, 1]), 0.2, purpose="a test")) == (
         "store has 2 documents among the selected tokens; a test needs three or more, "
         "to train on, to stop by and to read"
     )

@@ -13,7 +13,7 @@ from planted import linear_unembed, planted_store
 from refusals import refused
 
 import workbench as wb
-from workbench.analysis.lens import lens_depth, lens_grid
+from workbench.analysis.lens_figures import lens_depth, lens_grid
 from workbench.figures.attention_map import head_attention
 from workbench.figures.head_grid import head_grid, with_side_panel
 from workbench.figures.safe_text import visible

@@ -1,41 +1,39 @@
-"""How the residual stream grows: `norm(l) = mean |h_l|` over tokens, after block l (Heimersheim and Turner 2023)."""
+"""Growth of the residual stream: `norm(l) = mean |h_l|` over tokens, after block l (Heimersheim and Turner 2023)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import xarray as xr
-
-from workbench.analysis.lens import recorded_layers, selected_rows
-from workbench.figures.layer_curves import layer_curves
-from workbench.results.result import Result, provenance
+from workbench.probing import Result, Variable, dataset, layer_curves, provenance, recorded_layers, selected_rows
 
 
 @dataclass(frozen=True)
 class NormGrowth:
-    """How long the residual stream is after each block."""
+    """Measures the norm of the residual stream after each block."""
 
     name: ClassVar[str] = "norm-growth"
-    controls: ClassVar[dict[str, str]] = {"random weights": "without training the norm grows like a random walk's"}
+    needs_model: ClassVar[bool] = False
+    variables: ClassVar[tuple[Variable, ...]] = (Variable("norm", ("layer",), "L2 norm", "mean over tokens, 0 and up"),)
+    controls: ClassVar[dict[str, str]] = {"random weights": "without training the norm grows as in a random walk"}
 
     site: str = "resid_post"
     """Kind of site to read, at every layer that was recorded."""
     where: str = "NOT is_special"
-    """SQL over the token table: which tokens count."""
+    """SQL over the token table: the tokens to average over."""
 
-    def run(self, store):
-        """`data` has the mean norm over (layer), 0 up. Reads each site once. Refuses what was not recorded."""
+    def run(self, store, *, model=None):
+        """Reads each site once. Raises RequestError for a site that was not recorded."""
         layers, labels = recorded_layers(store, self.site)
         rows = selected_rows(store, self.where)
         norms = [float(store[label][rows].double().norm(dim=1).mean()) for label in labels]
-        data = xr.Dataset({"norm": ("layer", norms, {"units": "L2 norm"})}, {"layer": layers})
+        data = dataset(self.variables, {"norm": norms}, {"layer": layers})
         return Result(self.name, data, data.to_dataframe().reset_index(), provenance(store, self))
 
     @staticmethod
     def headline(result):
-        growth = float(result.data.norm[-1] / result.data.norm[0])
-        return f"{growth:.1f} times as long at the end as after the first block"
+        first, last = float(result.data.norm[0]), float(result.data.norm[-1])
+        return f"Mean residual norm grows from {first:.1f} to {last:.1f}, a factor of {last / first:.1f}."
 
     @staticmethod
     def figures(result):
-        curves = {"mean norm": result.data.norm.to_numpy()}
-        return {"norm": layer_curves(curves, layers=result.table["layer"], title="Residual norm", unit="L2 norm")}
+        curves, layers = {"mean norm": result.data.norm.to_numpy()}, result.table["layer"].tolist()
+        return {"norm": layer_curves(curves, layers=layers, title="Residual norm", unit="L2 norm")}

@@ -16,10 +16,10 @@ from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes.attention_sinks import AttentionSinks, massive_activation
-from workbench.results import result as results
 from workbench.sites.grammar import full_name
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Part, SiteRecord
+from workbench.testing import ProbeContract
 
 DERIVED = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 AXES = {"pattern": ("head", "key"), "v": ("head", "d_head"), "resid_post": ("d_model",), "resid_norm": ()}
@@ -91,6 +91,15 @@ def textbook(tmp_path_factory):
     """One sequence of 64; heads: uniform, all on the first token, on the previous one, on itself."""
     heads = [uniform(64), sink_head(64, 1.0), previous(64), np.eye(64)]
     return planted(tmp_path_factory.mktemp("planted") / "s", heads)
+
+
+class TestContract(ProbeContract):
+    probe = AttentionSinks
+    settings = {"resamples": 20}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, textbook):
+        return textbook
 
 
 # ---- alpha and Sink_k -----------------------------------------------------------------------------------
@@ -658,13 +667,12 @@ def test_blocks_of_any_size_give_the_same(two_domains, monkeypatch):
 # ---- figures --------------------------------------------------------------------------------------------
 
 
-def test_figures_are_made_of_the_saved_result_alone(two_domains, tmp_path, monkeypatch):
+def test_figures_are_made_of_the_saved_result_alone(two_domains, tmp_path):
     store, _, sources = two_domains
     arrays = {"pattern.0": np.asarray(store["pattern", 0]), "resid_post.0": np.tile(stream(150), (48, 1))}
     sources = [source or "<b>$x$" for source in sources]
     full = plant(tmp_path / "s", [16] * 24, arrays, documents=list(range(24)), sources=sources)
     result = run(full, length=16, domain="source", resamples=20)
-    monkeypatch.setattr(results, "find_probe", lambda name: {"attention-sinks": AttentionSinks}[name])
     result.save(tmp_path / "result")
     again = wb.load_result(tmp_path / "result")
     assert again.headline() == result.headline()
@@ -680,7 +688,7 @@ def test_figures_are_made_of_the_saved_result_alone(two_domains, tmp_path, monke
     np.testing.assert_allclose(figures["norms"].data[0].y, result.data["residual_norm_sink"])
     domains = figures["domains"].data
     assert [trace.name.partition(" (")[0] for trace in domains] == ["&lt;b&gt;&#36;x&#36;", "web", "wiki"]
-    assert domains[1].x == ("0.0", "0.1")
+    assert domains[1].x == ("L0H0", "L0H1")
     table = result.table.nlargest(12, "gap")
     np.testing.assert_allclose(domains[1].y, table["attention_web"])
 

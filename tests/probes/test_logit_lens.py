@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig
 from words import WORDS
 
 import workbench as wb
-from workbench.analysis import lens as trajectory
-from workbench.analysis.lens import lens_grid, lens_statistics, next_tokens
+from workbench.analysis import rows as store_rows
+from workbench.analysis.lens import lens_statistics
+from workbench.analysis.lens_figures import lens_grid
+from workbench.analysis.rows import next_tokens
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import load_unembed
 from workbench.probes import LogitLens
+from workbench.testing import ProbeContract
 
 NORMS = {
     "GPT2LMHeadModel": "transformer.ln_f",
@@ -64,6 +67,15 @@ def wide_store(tiny_models, tmp_path_factory):
     ids = [[5, 6, 7, 8, 9], [10, 11, 12]]
     sites = (*KINDS, "mlp_post", "z")
     return record(Model(tiny_models["llama"], None, "bare"), ids, tmp_path_factory.mktemp("wide") / "acts", sites)
+
+
+class TestContract(ProbeContract):
+    probe = LogitLens
+    settings = {"top_k": 2, "detail": 20}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, llama_store):
+        return llama_store
 
 
 def sequences_of(store) -> list[np.ndarray]:
@@ -445,17 +457,17 @@ def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
     settings = LogitLens(where="position != 3", detail=10)
     whole = settings.run(llama_store)
     rows = int(whole.data["rows"])
-    monkeypatch.setattr(trajectory, "_BLOCK_ROWS", 1)
+    monkeypatch.setattr(store_rows, "_BLOCK_ROWS", 1)
     for block in (7, 1, rows):
-        monkeypatch.setattr(trajectory, "_BLOCK_BYTES", block * 4 * 320)
+        monkeypatch.setattr(store_rows, "_BLOCK_BYTES", block * 4 * 320)
         with LargestLogits(320) as seen:
             blocked = settings.run(llama_store)
         assert seen.rows == block
         for name in whole.data.data_vars:
             np.testing.assert_allclose(blocked.data[name], whole.data[name], atol=1e-5)
-    monkeypatch.setattr(trajectory, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
+    monkeypatch.setattr(store_rows, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
     assert settings.run(llama_store).data["rank"].equals(whole.data["rank"])
-    monkeypatch.setattr(trajectory, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(store_rows, "_BLOCK_ROWS", 5)
     with LargestLogits(320) as seen:
         settings.run(llama_store)
     assert seen.rows == 5

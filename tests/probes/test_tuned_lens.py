@@ -14,6 +14,7 @@ import workbench as wb
 from workbench.analysis.lens import auc, lens_statistics, prediction_depth
 from workbench.io.errors import RequestError
 from workbench.probes import LogitLens, TunedLens
+from workbench.testing import ProbeContract
 
 D, VOCAB = 6, 9
 DOCUMENTS, LENGTH = 12, 40
@@ -56,6 +57,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 # Against what was planted
+
+
+class TestContract(ProbeContract):
+    probe = TunedLens
+    settings = {"epochs": 1, "top_k": 2, "detail": 20}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, store):
+        return store
 
 
 def test_a_planted_rotation_is_undone_and_the_logit_lens_is_wrong(trained, planted):
@@ -263,7 +273,7 @@ def test_a_missing_last_block_is_refused_with_the_command(planted, tmp_path):
 
 def test_result_headline_and_figures(trained, tmp_path):
     assert list(trained.figures()) == ["by_layer", "losses", "grid", "depth"]
-    assert trained.headline().startswith("KL to the output 0.00 nats at layer 0, logit lens ")
+    assert trained.headline().startswith("KL(model ‖ lens) at layer 0: 0.00 nats with the tuned lens, ")
     again = wb.load_result(trained.save(tmp_path / "tuned"))
     assert again.data.identical(trained.data)
     curves = {line.name: line.y for line in again.figure("by_layer").data}

@@ -1,4 +1,4 @@
-"""A probe that somebody else publishes: docs/own-probe.md's, installed as its own package and used like ours."""
+"""The probe of docs/own-probe.md: installed as a package of its own, used like ours, and true to the contract."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 from planted import linear_unembed, planted_store
 
+from workbench.testing import ProbeContract
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "own_probe"
 PAGE = ROOT / "docs" / "own-probe.md"
+
+sys.path.insert(0, str(PACKAGE))
+from norm_growth import NormGrowth  # noqa: E402
 
 COMMANDS = """
 import sys
@@ -67,17 +73,39 @@ def test_an_installed_probe_is_used_like_ours(installed, tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
-    assert re.search(r"^  norm-growth +How long the residual stream is after each block\.$", ran.stdout, re.M)
+    assert re.search(r"^  norm-growth +Measures the norm of the residual stream after each block\.$", ran.stdout, re.M)
     import pandas as pd
 
     table = pd.read_parquet(tmp_path / "norms" / "table.parquet")
     np.testing.assert_allclose(table["norm"], [2.0, 4.0, 8.0])  # |(v, v, v, v)| = 2 v
     page = (tmp_path / "report.html").read_text()
-    for said in (
-        "4.0 times as long at the end as after the first block",
-        "How long the residual stream is after each block.",
+    for text in (
+        "Mean residual norm grows from 2.0 to 8.0, a factor of 4.0.",
+        "Measures the norm of the residual stream after each block.",
         "without training the norm grows",
-        "SQL over the token table: which tokens count. (default &#34;NOT is_special&#34;)",
+        "SQL over the token table: the tokens to average over. (default &#34;NOT is_special&#34;)",
         "<code>norm(l) = mean |h_l|</code>",
     ):
-        assert said in page
+        assert text in page
+
+
+# The contract, in this process
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The probe, importable and registered as if it were installed."""
+    entries = {"norm-growth": EntryPoint("norm-growth", "norm_growth:NormGrowth", "workbench.probes")}
+    monkeypatch.setattr("workbench.results.registry.installed_probes", lambda: entries)
+
+
+@pytest.mark.usefixtures("registered")
+class TestContract(ProbeContract):
+    probe = NormGrowth
+    settings = {"where": "row > 0"}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, tmp_path):
+        states = np.random.default_rng(0).normal(size=(3, 6, 4)).astype(np.float32)
+        sites = {f"resid_post.{layer}": values for layer, values in enumerate(states)}
+        return planted_store(tmp_path / "own.acts", [[1, 2, 3], [4, 5, 6]], sites, linear_unembed(np.eye(8, 4)))

@@ -1,4 +1,4 @@
-"""Tokens are not independent: documents are what is divided, and resampled for an interval, never single tokens."""
+"""Bootstrap over documents: tokens of one document are not independent, so whole documents are resampled."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
-
-from workbench.io.errors import RequestError
+from jaxtyping import Float, Shaped
 
 LEVEL = 0.95
-
-ROWS_A_DIMENSION = 5
-"""Training rows wanted for each dimension of a state; fewer leave a linear map badly determined."""
 
 
 class Interval(NamedTuple):
@@ -24,41 +19,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def divided(
-    documents: Int[np.ndarray, " row"],
-    held_out: float,
-    validation: float | None = None,
-    *,
-    purpose: str,
-    uses: str = "to train on, to stop by and to read",
-    seed: int = 0,
-) -> tuple[Bool[np.ndarray, " row"], Bool[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
-    """Which rows to train on, to stop training by, and to test on; no document is in two parts.
-
-    `held_out` of the documents are tested on, `validation` of them (None: half as many) decide when training ends or
-    what is chosen, at least one each. Raises RequestError where that leaves none to train on; `purpose` says what
-    for, `uses` what the three parts are for.
-    """
-    known = np.random.default_rng(seed).permutation(np.unique(documents))
-    tested = max(1, round(held_out * len(known)))
-    validating = max(1, round(tested / 2 if validation is None else validation * len(known)))
-    if len(known) < tested + validating + 1:
-        raise RequestError(
-            f"store has {len(known)} documents among the selected tokens; {purpose} needs three or more, {uses}"
-        )
-    parts = np.split(known, [tested, tested + validating])
-    tested, validation, training = (np.isin(documents, part) for part in parts)
-    return training, validation, tested
-
-
-def few_rows(rows: int, d_model: int) -> str:
-    """What to say of a d_model x d_model map fitted on so many rows; "" where they are enough."""
-    wanted = ROWS_A_DIMENSION * d_model
-    if rows >= wanted:
-        return ""
-    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {wanted:,} or more are wanted"
-
-
 def clustered_means(
     values: Float[np.ndarray, "row statistic"],
     clusters: Shaped[np.ndarray, " row"],
@@ -66,11 +26,17 @@ def clustered_means(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, "resample statistic"]]:
-    """Mean of each column over rows, and the same over `resamples` draws of whole clusters with replacement.
+    """Returns the mean of each column over rows, and its means over resamples of whole clusters with replacement.
 
-    Rows of one cluster (a document, a sequence) stay together, and columns share their draws, so that differences of
-    columns can be taken resample by resample. NaN values do not count. Costs resamples x clusters x statistics. Source:
-    the cluster bootstrap of Field & Welsh 2007.
+    Rows of one cluster (a document, a sequence) stay together, and columns share their resamples, so that differences
+    of columns can be taken resample by resample. Costs resamples x clusters x statistics. Source: the cluster bootstrap
+    of Field & Welsh 2007.
+
+    Args:
+        values: One statistic a column; NaN values do not count.
+        clusters: The cluster of each row.
+        resamples: Number of resamples.
+        seed: Random seed of the resamples.
     """
     counted = ~np.isnan(values)
     _, cluster = np.unique(clusters, return_inverse=True)
@@ -87,7 +53,7 @@ def resampled_means(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, "resample statistic"]]:
-    """`clustered_means` of what is summed already: each cluster's sum of values and how many there were."""
+    """Returns what `clustered_means` does, from each cluster's sum of values and their number."""
     number = len(totals)
     draw = np.random.default_rng(seed)
     chances = np.full(number, 1 / max(number, 1))
@@ -103,22 +69,22 @@ def clustered_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """`clustered_means` of one column, as mean, low and high."""
-    mean, drawn = clustered_means(values[:, None], clusters, resamples=resamples, seed=seed)
-    return Interval(float(mean[0]), *central(drawn[:, 0]))
+    """Returns the mean of one column and its 95 % interval, by `clustered_means`."""
+    mean, resampled = clustered_means(values[:, None], clusters, resamples=resamples, seed=seed)
+    return Interval(float(mean[0]), *central(resampled[:, 0]))
 
 
-def intervals(drawn: Float[np.ndarray, "resample ..."]) -> Float[np.ndarray, "bound ..."]:
-    """`central` of every column of a bootstrap: [low or high, ...]."""
-    flat = drawn.reshape(len(drawn), -1)
-    return np.array([central(column) for column in flat.T]).T.reshape(2, *drawn.shape[1:])
+def intervals(resampled: Float[np.ndarray, "resample ..."]) -> Float[np.ndarray, "bound ..."]:
+    """Returns the `central` 95 % of every column of a bootstrap: [low or high, ...]."""
+    flat = resampled.reshape(len(resampled), -1)
+    return np.array([central(column) for column in flat.T]).T.reshape(2, *resampled.shape[1:])
 
 
-def central(drawn: Float[np.ndarray, " resample"] | Sequence[float]) -> tuple[float, float]:
-    """The central 95 % of a bootstrap distribution, draws that are NaN left out."""
-    drawn = np.asarray(drawn, dtype=float)
-    drawn = drawn[~np.isnan(drawn)]
-    if not len(drawn):
+def central(resampled: Float[np.ndarray, " resample"] | Sequence[float]) -> tuple[float, float]:
+    """Returns the ends of the central 95 % of a bootstrap distribution; resamples that are NaN are left out."""
+    values = np.asarray(resampled, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
         return float("nan"), float("nan")
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from workbench.analysis.bootstrap import divided
-from workbench.analysis.lens import blocks, log_probabilities, selected_rows
+from workbench.analysis.lens import log_probabilities
+from workbench.analysis.rows import blocks, selected_rows, split_by_document
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
 from workbench.store.reader import ActivationArray, Store
@@ -59,7 +59,7 @@ def future_rows(
     chosen = selected_rows(store, where)
     plain = (tokens["position"].to_numpy() > 0) & ~tokens["is_special"].to_numpy()
     chosen = chosen[plain[chosen]]
-    parts = divided(
+    parts = split_by_document(
         document[chosen],
         held_out,
         validation,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROWS = 10
 """Table rows that are shown; the result's folder holds the whole table."""
 
+_VARIABLE_COLUMNS = ("variable", "axes", "units", "range", "value under the null", "meaning")
 _PRINT_WIDTH = 680  # pixels
 _FOLDER = Path(__file__).parent
 
@@ -53,8 +54,8 @@ class Section:
     """(name, value, meaning)"""
     settings: Sequence[tuple[str, str, str]] = ()
     """(name, value, meaning)"""
-    variables: Sequence[tuple[str, str, str, str]] = ()
-    """(variable, axes, units, range)"""
+    variables: Sequence[tuple[str, str, str, str, str, str]] = ()
+    """(variable, axes, units, range, value under the null, meaning)"""
 
 
 def section(result: Result) -> Section:
@@ -76,15 +77,7 @@ def section(result: Result) -> Section:
             for name, meaning in getattr(probe, "controls", {}).items()
         ],
         settings=_settings(getattr(probe, "Config", probe), result.provenance.get("settings", {})),
-        variables=[
-            (
-                str(name),
-                ", ".join(map(str, part.dims)) or "scalar",
-                str(part.attrs.get("units", "")),
-                _value_range(part),
-            )
-            for name, part in result.data.data_vars.items()
-        ],
+        variables=_variables(probe, result.data),
     )
 
 
@@ -112,6 +105,18 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page.encode("utf-8", "replace"))
     return path
+
+
+def _variables(probe: Any, data: xr.Dataset) -> list[tuple[str, str, str, str, str, str]]:
+    """A line for each variable; of a result saved before variables had a meaning, the probe's declaration gives it."""
+    declared = {variable.name: variable.attrs for variable in getattr(probe, "variables", ())}
+    lines = []
+    for name, part in data.data_vars.items():
+        attrs = declared.get(str(name), {}) | part.attrs
+        units, null, meaning = (str(attrs.get(key, "")) for key in ("units", "value_under_null", "long_name"))
+        axes = ", ".join(map(str, part.dims)) or "scalar"
+        lines.append((str(name), axes, units, _value_range(part), null, meaning))
+    return lines
 
 
 def _settings(probe: type, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -196,7 +201,7 @@ def _section(number: int, part: Section) -> str:
             _controls(part.controls),
             _folded("Definition", definition),
             _folded("Settings", _rows(("setting", "value", "meaning"), part.settings)),
-            _folded("Variables", _rows(("variable", "axes", "units", "range"), part.variables)),
+            _folded("Variables", _rows(_VARIABLE_COLUMNS, part.variables)),
             _folded(*_table_head(part.table)) if part.table is not None else "",
             _folded("Provenance", _facts(part.provenance)),
             '<p class="up"><a href="#contents">Contents</a></p></section>',

@@ -1,0 +1,135 @@
+"""Figures of a lens: layers by tokens, the text coloured by prediction depth, means by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from workbench.figures.layer_curves import layer_curves
+from workbench.figures.safe_text import axis_title, label
+from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
+from workbench.figures.token_strip import token_strip
+from workbench.io.errors import RequestError
+from workbench.results.result import Result
+
+_GRID_TOKENS = 20
+_FULL_HOVER = 10_000  # cells with a full hover text; of more, hovering shows the top token alone: pages would be large
+
+
+def lens_grid(result: Result, sequence: int | None = None, first: int = 0, tokens: int = _GRID_TOKENS) -> go.Figure:
+    """Returns the grid of layers by tokens: in each cell the lens's top-1 token, coloured by its probability.
+
+    Args:
+        result: The result of a lens.
+        sequence: A sequence of the table; None: the first.
+        first: Position to begin at.
+        tokens: Number of tokens, 1,024 at most; the subtitle says how many are left out.
+
+    Raises:
+        RequestError: The table does not have this sequence and position.
+    """
+    sequence, chosen = _of_sequence(result, sequence, first)
+    known = chosen["row"].nunique()
+    rows = np.sort(chosen["row"].unique())[: min(tokens, MAX_TOKENS)]
+    chosen = chosen[chosen["row"].isin(rows)].sort_values(["layer", "row"])
+    layers = chosen["layer"].unique()
+    shape = (len(layers), -1)
+    line = chosen.iloc[: len(chosen) // len(layers)]
+    subtitle = ["in each cell the lens's top-1 token at this layer, coloured by its probability"]
+    subtitle += [part for part in [count_shown(len(rows), known)] if part]
+    hover = _hover
+    if len(chosen) > _FULL_HOVER:
+        hover = _brief
+        subtitle.append("hovering shows the top-1 token alone")
+    site = result.provenance["settings"]["site"]
+    return token_grid(
+        chosen["top_probability_1"].to_numpy().reshape(shape),
+        cells=chosen["top_token_1"].to_numpy().reshape(shape).tolist(),
+        hover=np.array([hover(row) for row in chosen.to_dict("records")], dtype=object).reshape(shape).tolist(),
+        tokens=line["token"].tolist(),
+        positions=line["position"].tolist(),
+        layers=layers.tolist(),
+        title=f"{_lens(result)} of {_model(result)}, {label(site)}, sequence {sequence}",
+        subtitle="; ".join(subtitle),
+        unit=axis_title(result.data["top_probability"].attrs),
+    )
+
+
+def lens_depth(result: Result, sequence: int | None = None) -> go.Figure:
+    """Returns a text with each token coloured by its prediction depth; white: lens and model differ at every layer.
+
+    Args:
+        result: The result of a lens.
+        sequence: A sequence of the table; None: the first.
+
+    Raises:
+        RequestError: The table does not have this sequence.
+    """
+    sequence, chosen = _of_sequence(result, sequence, 0)
+    layers = result.data["layer"].to_numpy()
+    line = chosen[chosen["layer"] == layers[0]].sort_values("row")
+    depth = result.data["prediction_depth"].sel(row=line["row"].to_numpy()).to_numpy()
+    return token_strip(
+        np.append(layers, np.nan)[depth],
+        tokens=line["token"].tolist(),
+        positions=line["position"].tolist(),
+        title=f"Prediction depth: {_lens(result)} of {_model(result)}, sequence {sequence}",
+        subtitle="colour: earliest layer from which the lens's top-1 prediction equals the model's",
+        unit="layer",
+        limits=(float(layers[0]), float(layers[-1])),
+    )
+
+
+def _of_sequence(result: Result, sequence: int | None, first: int) -> tuple[int, pd.DataFrame]:
+    """Lines of the table of one sequence, from a position on."""
+    table = result.table
+    sequence = table["sequence"].iloc[0] if sequence is None else sequence
+    chosen = table[(table["sequence"] == sequence) & (table["position"] >= first)]
+    if chosen.empty:
+        raise RequestError(
+            f"sequence {sequence} from position {first} is not in the table; see result.table['sequence']"
+        )
+    return int(sequence), chosen
+
+
+def _model(result: Result) -> str:
+    return label(str(result.provenance["model"]), 60)
+
+
+def _lens(result: Result) -> str:
+    """ "Logit lens" of the probe logit-lens."""
+    return result.probe.replace("-", " ").capitalize()
+
+
+def _hover(row: dict[str, Any]) -> str:
+    """Hover text of one cell."""
+    lines = [f"<b>layer {row['layer']}, position {row['position']}, token {label(row['token'])}</b>"]
+    k = 1
+    while f"top_token_{k}" in row:
+        lines.append(f"{row[f'top_probability_{k}']:.3f}  {label(row[f'top_token_{k}'])}")
+        k += 1
+    lines.append(f"entropy {row['entropy']:.3f} nats, KL to output {row['kl']:.3f} nats")
+    if row["rank"]:
+        lines.append(f"next {label(row['next_token'])}: rank {row['rank']}, {row['cross_entropy']:.3f} nats")
+    return "<br>".join(lines)
+
+
+def _brief(row: dict[str, Any]) -> str:
+    top = label(row["top_token_1"])
+    return f"layer {row['layer']}, {row['position']} {label(row['token'])}: {top} {row['top_probability_1']:.3f}"
+
+
+def lens_curves(result: Result) -> go.Figure:
+    """Returns mean entropy, KL(model || lens) and cross-entropy of the text by layer."""
+    data = result.data
+    names = {"entropy": "entropy of the lens", "kl": "KL(model ‖ lens)", "cross_entropy": "cross-entropy of the text"}
+    rows = int(data["rows"])
+    return layer_curves(
+        {shown: data[f"mean_{name}"].to_numpy() for name, shown in names.items()},
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"{_lens(result)} of {_model(result)}: mean over {rows:,} tokens",
+        unit=axis_title(data["mean_entropy"].attrs),
+    )

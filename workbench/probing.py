@@ -1,0 +1,151 @@
+"""The declared surface for authors of probes: what our probes are made of, and nothing else of the workbench.
+
+    from workbench.probing import Result, Variable, dataset, provenance, recorded_layers, selected_rows
+
+`docs/own-probe.md` shows a whole probe. Names are loaded when first used, so that this import needs neither torch nor
+plotly. A name here keeps its meaning; the module that it comes from may move.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    # the contract and its records
+    "ActivationArray": "workbench.store.reader",
+    "Result": "workbench.results.result",
+    "Site": "workbench.sites.grammar",
+    "Store": "workbench.store.reader",
+    "Variable": "workbench.results.variable",
+    "dataset": "workbench.results.variable",
+    "provenance": "workbench.results.result",
+    "with_interval": "workbench.results.variable",
+    # settings, errors and progress
+    "RequestError": "workbench.io.errors",
+    "nearest": "workbench.io.errors",
+    "progress": "workbench.io.progress",
+    "usable_device": "workbench.model.load",
+    # rows of a store
+    "ROWS_PER_DIMENSION": "workbench.analysis.rows",
+    "blocks": "workbench.analysis.rows",
+    "next_tokens": "workbench.analysis.rows",
+    "note_few_rows": "workbench.analysis.rows",
+    "recorded_layers": "workbench.analysis.rows",
+    "selected_rows": "workbench.analysis.rows",
+    "split_by_document": "workbench.analysis.rows",
+    "tokens_at": "workbench.analysis.rows",
+    # statistics
+    "Interval": "workbench.analysis.bootstrap",
+    "SoftmaxFit": "workbench.analysis.softmax_probe",
+    "SoftmaxProbes": "workbench.analysis.softmax_probe",
+    "central": "workbench.analysis.bootstrap",
+    "clustered_interval": "workbench.analysis.bootstrap",
+    "clustered_means": "workbench.analysis.bootstrap",
+    "fit_softmax": "workbench.analysis.softmax_probe",
+    "intervals": "workbench.analysis.bootstrap",
+    "resampled_means": "workbench.analysis.bootstrap",
+    # readings through the unembedding, of later tokens
+    "FutureRows": "workbench.analysis.future",
+    "LENS_VARIABLES": "workbench.analysis.lens",
+    "NO_TARGET": "workbench.analysis.future",
+    "Unembed": "workbench.model.unembed",
+    "bigrams": "workbench.analysis.future",
+    "future_rows": "workbench.analysis.future",
+    "load_unembed": "workbench.model.unembed",
+    "log_probabilities": "workbench.analysis.lens",
+    "read_lens": "workbench.analysis.lens",
+    "said_tokens": "workbench.analysis.future",
+    # the recorded model: weights, attention, interventions
+    "Columns": "workbench.model.attention",
+    "FirstMlp": "workbench.model.circuits",
+    "Model": "workbench.model.load",
+    "direct_logits": "workbench.model.circuits",
+    "first_mlp": "workbench.model.circuits",
+    "head_outputs": "workbench.model.circuits",
+    "ov_logits": "workbench.model.circuits",
+    "recorded_model": "workbench.model.reload",
+    "row_entropy": "workbench.model.attention",
+    "run_prompted": "workbench.model.interventions",
+    "token_embeddings": "workbench.model.interventions",
+    "written": "workbench.model.circuits",
+    # figures, made of a result alone
+    "CATEGORIES": "workbench.figures.theme",
+    "MAX_TOKENS": "workbench.figures.token_grid",
+    "MONOSPACE": "workbench.figures.theme",
+    "NEUTRAL": "workbench.figures.theme",
+    "SIGNED": "workbench.figures.theme",
+    "TEMPLATE": "workbench.figures.theme",
+    "axis_title": "workbench.figures.safe_text",
+    "colour_bar": "workbench.figures.theme",
+    "count_shown": "workbench.figures.token_grid",
+    "head_attention": "workbench.figures.attention_map",
+    "head_grid": "workbench.figures.head_grid",
+    "head_name": "workbench.figures.head_grid",
+    "integer_step": "workbench.figures.ticks",
+    "label": "workbench.figures.safe_text",
+    "layer_curves": "workbench.figures.layer_curves",
+    "lens_curves": "workbench.analysis.lens_figures",
+    "lens_depth": "workbench.analysis.lens_figures",
+    "lens_grid": "workbench.analysis.lens_figures",
+    "token_grid": "workbench.figures.token_grid",
+    "token_strip": "workbench.figures.token_strip",
+    "with_side_panel": "workbench.figures.head_grid",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'workbench.probing' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from workbench.analysis.bootstrap import (
+        Interval,
+        central,
+        clustered_interval,
+        clustered_means,
+        intervals,
+        resampled_means,
+    )
+    from workbench.analysis.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
+    from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
+    from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
+    from workbench.analysis.rows import (
+        ROWS_PER_DIMENSION,
+        blocks,
+        next_tokens,
+        note_few_rows,
+        recorded_layers,
+        selected_rows,
+        split_by_document,
+        tokens_at,
+    )
+    from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
+    from workbench.figures.attention_map import head_attention
+    from workbench.figures.head_grid import head_grid, head_name, with_side_panel
+    from workbench.figures.layer_curves import layer_curves
+    from workbench.figures.safe_text import axis_title, label
+    from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
+    from workbench.figures.ticks import integer_step
+    from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
+    from workbench.figures.token_strip import token_strip
+    from workbench.io.errors import RequestError, nearest
+    from workbench.io.progress import progress
+    from workbench.model.attention import Columns, row_entropy
+    from workbench.model.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
+    from workbench.model.interventions import run_prompted, token_embeddings
+    from workbench.model.load import Model, usable_device
+    from workbench.model.reload import recorded_model
+    from workbench.model.unembed import Unembed, load_unembed
+    from workbench.results.result import Result, provenance
+    from workbench.results.variable import Variable, dataset, with_interval
+    from workbench.sites.grammar import Site
+    from workbench.store.reader import ActivationArray, Store

@@ -1,0 +1,165 @@
+"""The contract of a probe as a test class: inherit it, name the probe and give it a store."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, FrozenInstanceError, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from workbench.model.load import Model
+from workbench.results.probe import definition, setting_meanings
+from workbench.results.registry import find_probe
+from workbench.results.result import Result, load_result
+from workbench.results.variable import Variable
+from workbench.store.reader import Store
+
+_CACHE = pytest.StashKey[Result]()
+
+
+class ProbeContract:
+    """Tests that every probe passes. Runs the probe twice on the store, so choose both small.
+
+        class TestNormGrowth(ProbeContract):
+            probe = NormGrowth
+            settings = {"where": "row > 0"}
+
+            @pytest.fixture
+            def store(self, tmp_path):
+                return wb.record("demo", ["a text"], out=tmp_path / "x.acts")
+
+    The probe must be installed under its name, since figures of a saved result look it up.
+    """
+
+    probe: ClassVar[type[Any]]
+    """The class under test."""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings that make its run short."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        """Returns the store that the probe reads; the subclass gives it."""
+        raise NotImplementedError(f"{type(self).__name__} needs a fixture `store` that returns a recorded store")
+
+    @pytest.fixture
+    def model(self) -> Model | None:
+        """Returns the recorded model, for a probe that needs it and whose store's name does not suffice to load it."""
+        return None
+
+    @pytest.fixture
+    def result(self, request: pytest.FixtureRequest, store: Store, model: Model | None) -> Result:
+        """Returns one result for all tests of the class, of the first store that is given."""
+        stash = request.node.parent.stash
+        if _CACHE not in stash:
+            stash[_CACHE] = self.probe(**self.settings).run(store, model=model)
+        return stash[_CACHE]
+
+    # Settings
+
+    def test_settings_are_a_frozen_dataclass_with_defaults(self) -> None:
+        assert is_dataclass(self.probe)
+        for field in fields(self.probe):
+            assert field.default is not MISSING or field.default_factory is not MISSING, f"{field.name} has no default"
+        first = next(iter(fields(self.probe)), None)
+        if first is not None:
+            with pytest.raises(FrozenInstanceError):
+                setattr(self.probe(), first.name, None)
+
+    def test_settings_compare_and_pickle(self) -> None:
+        probe = self.probe(**self.settings)
+        assert pickle.loads(pickle.dumps(probe)) == probe == self.probe(**self.settings)
+        assert hash(probe) == hash(self.probe(**self.settings))
+
+    def test_settings_are_json(self) -> None:
+        json.dumps(asdict(self.probe(**self.settings)))
+
+    def test_every_setting_is_documented(self) -> None:
+        meanings = setting_meanings(self.probe)
+        assert [field.name for field in fields(self.probe) if not meanings.get(field.name)] == []
+
+    # What the class declares
+
+    def test_it_is_installed_under_its_name(self) -> None:
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.probe.name)
+        assert find_probe(self.probe.name) is self.probe
+
+    def test_its_docstrings_are_a_definition_and_a_line(self) -> None:
+        assert definition(self.probe), "the module's docstring is the definition in a report"
+        line, _, rest = (self.probe.__doc__ or "").strip().partition("\n")
+        assert line.endswith((".", "?")), "the class's first line is a sentence"
+        assert not rest or not rest.partition("\n")[0].strip(), "an empty line follows the first"
+
+    def test_run_takes_a_store_and_the_model_by_name(self) -> None:
+        assert isinstance(self.probe.needs_model, bool)
+        _, store, model = inspect.signature(self.probe.run).parameters.values()
+        assert store.name == "store"
+        assert (model.name, model.kind, model.default) == ("model", inspect.Parameter.KEYWORD_ONLY, None)
+
+    def test_sources_and_controls_are_texts(self) -> None:
+        assert all(isinstance(source, str) for source in getattr(self.probe, "sources", ()))
+        for name, meaning in getattr(self.probe, "controls", {}).items():
+            assert isinstance(name, str)
+            assert isinstance(meaning, str)
+
+    def test_variables_are_declared_once(self) -> None:
+        variables = self.probe.variables
+        assert variables
+        assert all(isinstance(variable, Variable) for variable in variables)
+        names = [variable.name for variable in variables]
+        assert len(set(names)) == len(names)
+        assert [variable.name for variable in variables if not (variable.units and variable.meaning)] == []
+
+    # What a run gives
+
+    def test_a_run_gives_the_declared_variables(self, result: Result) -> None:
+        assert isinstance(result, Result)
+        assert isinstance(result.table, pd.DataFrame)
+        declared = {variable.name: variable for variable in self.probe.variables}
+        assert result.data.data_vars
+        for name, values in result.data.data_vars.items():
+            variable = declared[str(name)]
+            assert values.dims == variable.dims, name
+            assert values.attrs.items() >= variable.attrs.items(), name
+
+    def test_a_result_names_its_probe_and_its_source(self, result: Result, store: Store) -> None:
+        assert result.probe == self.probe.name
+        known = result.provenance
+        assert known["model_fingerprint"] == store.manifest.model.fingerprint
+        assert known["store_fingerprint"] == store.manifest.fingerprint
+        assert json.loads(json.dumps(known["settings"])) == json.loads(json.dumps(asdict(self.probe(**self.settings))))
+
+    def test_the_same_run_gives_the_same_result(self, result: Result, store: Store, model: Model | None) -> None:
+        again = self.probe(**self.settings).run(store, model=model)
+        xr.testing.assert_identical(again.data, result.data)
+        pd.testing.assert_frame_equal(again.table, result.table)
+
+    def test_figures_are_made_of_a_saved_result_alone(self, result: Result, tmp_path: Path) -> None:
+        again = load_result(result.save(tmp_path / "result"))
+        xr.testing.assert_identical(again.data, result.data)
+        pd.testing.assert_frame_equal(again.table, result.table)
+        figures, before = again.figures(), result.figures()
+        assert figures
+        assert list(figures) == list(before)
+        for name, figure in figures.items():
+            assert figure.to_json() == before[name].to_json()
+            assert figure.layout.title.text, f"{name} has no title"
+
+    def test_its_headline_is_one_line(self, result: Result, tmp_path: Path) -> None:
+        line = result.headline()
+        assert line == line.strip() != ""
+        assert line.isprintable()
+        assert load_result(result.save(tmp_path / "result")).headline() == line
+
+    def test_numbers_are_finite_or_nan(self, result: Result) -> None:
+        for name, values in result.data.data_vars.items():
+            array = np.asarray(values)
+            assert array.dtype.kind not in "fc" or not np.isinf(array).any(), name
