@@ -618,7 +618,7 @@ def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("allocation", "place", "after"),
+    ("sparsity", "place", "after"),
     [
         (None, ("extract", "commit"), 0),
         (FeatureChoice(3), ("extract", "commit"), 2),
@@ -629,14 +629,14 @@ def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch
         (None, ("os", "replace"), 6),
     ],
 )
-def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, allocation, store, sae, monkeypatch):
+def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, sparsity, store, sae, monkeypatch):
     """The exception that no one catches and cleans up after stands for the kill."""
 
     class Killed(BaseException):
         pass
 
     monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
-    expected = contents(taken(store, sae, name="whole", batch_rows=4, allocation=allocation).path)
+    expected = contents(taken(store, sae, name="whole", batch_rows=4, sparsity=sparsity).path)
     owner = {"extract": extract, "extract.files": extract.files, "os": os}[place[0]]
     plain, calls = getattr(owner, place[1]), []
 
@@ -649,12 +649,12 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, allocation, 
     with monkeypatch.context() as patched:
         patched.setattr(owner, place[1], killed)
         with pytest.raises(Killed):
-            taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
+            taken(store, sae, name="mine", batch_rows=4, sparsity=sparsity)
     assert not (store.path / "features" / "mine").exists()
     encoded = []
     again = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, *given: encoded.append(len(given[0])) or again(self, *given))
-    found = taken(store, sae, name="mine", batch_rows=4, allocation=allocation)
+    found = taken(store, sae, name="mine", batch_rows=4, sparsity=sparsity)
     assert contents(found.path) == {**expected, "features.json": (found.path / "features.json").read_bytes()}
     assert found.record == open_features(store.path / "features" / "whole").record
     assert sorted(path.name for path in (store.path / "features").iterdir()) == ["mine", "whole"]
@@ -723,12 +723,12 @@ def test_shares_encode_their_own_rows_and_the_last_has_the_features(architecture
     assert sum(encoded) == ROWS
 
 
-@pytest.mark.parametrize("allocation", [MutualChoice(2), FeatureChoice(3)])
-def test_rows_that_compete_across_shares_are_cut_as_in_one_process(allocation, example, sae, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sparsity", [MutualChoice(2), FeatureChoice(3)])
+def test_rows_that_compete_across_shares_are_cut_as_in_one_process(sparsity, example, sae, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "_SEGMENT_ROWS", 8)
-    whole = taken(example, sae, out=tmp_path / "one", allocation=allocation)
+    whole = taken(example, sae, out=tmp_path / "one", sparsity=sparsity)
     for rank in (1, 0):
-        found = taken(example, sae, out=tmp_path / "f", allocation=allocation, workers=wb.Share(rank, 2))
+        found = taken(example, sae, out=tmp_path / "f", sparsity=sparsity, workers=wb.Share(rank, 2))
     assert found.record.files == whole.record.files
 
 

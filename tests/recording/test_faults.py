@@ -72,8 +72,8 @@ def run_extraction(out: str, file_limit: int | None, told, mutual: bool = False)
     limit_file_size(file_limit)
     told.put("begun")
     try:
-        allocation = MutualChoice(6) if mutual else None
-        features = wb.extract_features(store, sae, out=out, allocation=allocation, batch_rows=50, show_progress=False)
+        sparsity = MutualChoice(6) if mutual else None
+        features = wb.extract_features(store, sae, out=out, sparsity=sparsity, batch_rows=50, show_progress=False)
         told.put(("done", features.shape[0]))
     except WorkbenchError as error:
         told.put((type(error).__name__, str(error)))

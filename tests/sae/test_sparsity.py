@@ -1,4 +1,4 @@
-"""Allocation: which pre-activations stay is what sorting all of them gives, whatever the order and the pieces."""
+"""Sparsity rules: which pre-activations stay is what sorting all of them gives, whatever the order and the pieces."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from workbench.features.feature_store import open_features
 from workbench.io.errors import RequestError
 from workbench.sae.encode import TopK
 from workbench.sae.load import load_sae
-from workbench.sae.sparsity import Bound, FeatureChoice, MutualChoice, allocation_record, find_cut
+from workbench.sae.sparsity import Bound, FeatureChoice, MutualChoice, find_cut, sparsity_record
 from workbench.store.manifest import SiteRecord
 from workbench.store.reader import open_store
 
@@ -24,13 +24,13 @@ SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model")
 ROWS, FEATURES = 51, 20
 
 
-def chosen(pre: np.ndarray, allocation) -> np.ndarray:
+def chosen(pre: np.ndarray, sparsity) -> np.ndarray:
     """What stays of pre-activations (row, feature), by sorting them; ties in the order of rows, then features."""
-    if isinstance(allocation, FeatureChoice):
-        quota = allocation.k * pre.shape[0] // pre.shape[1]
+    if isinstance(sparsity, FeatureChoice):
+        quota = sparsity.k * pre.shape[0] // pre.shape[1]
         rank = np.argsort(np.argsort(-pre, axis=0, kind="stable"), axis=0)
     else:
-        quota = allocation.k * len(pre)
+        quota = sparsity.k * len(pre)
         rank = np.argsort(np.argsort(-pre.reshape(-1), kind="stable")).reshape(pre.shape)
     return np.where(rank < quota, np.maximum(pre, 0), 0)
 
@@ -58,15 +58,15 @@ def test_a_cut_is_what_sorting_gives(rows, features, k, sizes, few, mutual, seed
     pre = pre.astype(np.float32)
     if not mutual and k * rows < features:
         k = features
-    allocation = (MutualChoice if mutual else FeatureChoice)(k)
-    quotas = allocation.quotas(rows, features)
+    sparsity = (MutualChoice if mutual else FeatureChoice)(k)
+    quotas = sparsity.quotas(rows, features)
     stretches = list(pieces(pre, sizes))
     cut = find_cut(lambda: stretches, quotas)
     found = np.zeros((rows, features), np.float32)
     places = [np.argwhere(pre[first : first + sizes] > 0) + np.array([first, 0]) for first in range(0, rows, sizes)]
     for place, kept in zip(places, cut.masks(stretches), strict=True):
         found[tuple(place[kept].T)] = pre[tuple(place[kept].T)]
-    assert np.array_equal(found, chosen(pre, allocation))
+    assert np.array_equal(found, chosen(pre, sparsity))
     assert cut.entries == np.count_nonzero(found)
 
 
@@ -77,8 +77,8 @@ def test_what_a_bound_leaves_out_would_not_have_stayed(seed, mutual, spread, k):
     random = np.random.default_rng(seed)
     pre = random.normal(size=(300, 6)) * np.exp(spread * random.normal(size=6)) * np.linspace(0.2, 2, 300)[:, None]
     pre = pre[:: random.choice([-1, 1])].astype(np.float32)
-    allocation = (MutualChoice if mutual else FeatureChoice)(k)
-    kept, bound, rises = chosen(pre, allocation), None, []
+    sparsity = (MutualChoice if mutual else FeatureChoice)(k)
+    kept, bound, rises = chosen(pre, sparsity), None, []
     for first in range(0, 300, 25):
         part = pre[first : first + 25]
         threshold = np.zeros(6, np.float32) if bound is None else bound.threshold()
@@ -86,7 +86,7 @@ def test_what_a_bound_leaves_out_would_not_have_stayed(seed, mutual, spread, k):
         rises.append(threshold)
         row, feature = np.nonzero((part > 0) & (part > threshold))
         entries = feature, part[row, feature]
-        bound = bound or Bound(allocation.quotas(300, 6), 6, entries)
+        bound = bound or Bound(sparsity.quotas(300, 6), 6, entries)
         bound.add(entries)
     assert (np.diff(rises, axis=0) >= 0).all()
 
@@ -94,14 +94,14 @@ def test_what_a_bound_leaves_out_would_not_have_stayed(seed, mutual, spread, k):
 def test_a_bound_rises():
     """Else everything would be kept to the end: of 30,000 entries that stay at 5 a row it passes a few thousand."""
     pre = np.random.default_rng(0).normal(size=(1000, 30)).astype(np.float32)
-    for allocation in (MutualChoice(2), FeatureChoice(2)):
+    for sparsity in (MutualChoice(2), FeatureChoice(2)):
         bound, passed = None, 0
         for feature, value in pieces(pre, 50):
             if bound:
                 on = value > np.broadcast_to(bound.threshold(), 30)[feature]
                 feature, value = feature[on], value[on]
             passed += len(value)
-            bound = bound or Bound(allocation.quotas(1000, 30), 30, (feature, value))
+            bound = bound or Bound(sparsity.quotas(1000, 30), 30, (feature, value))
             bound.add((feature, value))
         assert 2000 < passed < 9000
 
@@ -131,51 +131,51 @@ def pre_activations(sae) -> np.ndarray:
     return seen[0].numpy()
 
 
-@pytest.mark.parametrize("allocation", [TopK(4), MutualChoice(4), FeatureChoice(4)], ids=repr)
-def test_a_store_is_allocated_as_one(allocation, store, sae, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sparsity", [TopK(4), MutualChoice(4), FeatureChoice(4)], ids=repr)
+def test_a_rule_applies_to_a_store_as_a_whole(sparsity, store, sae, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "_SEGMENT_ROWS", 13)
-    features = extract_features(store, sae, out=tmp_path / "f", allocation=allocation, show_progress=False)
+    features = extract_features(store, sae, out=tmp_path / "f", sparsity=sparsity, show_progress=False)
     pre, dense = pre_activations(sae), features[:].toarray()
-    if isinstance(allocation, TopK):
+    if isinstance(sparsity, TopK):
         expected = np.where((-pre).argsort(1).argsort(1) < 4, np.maximum(pre, 0), 0)
     else:
-        expected = chosen(pre, allocation)
+        expected = chosen(pre, sparsity)
     assert np.array_equal(dense != 0, expected != 0)
     np.testing.assert_allclose(dense, expected, rtol=1e-4, atol=1e-4)
     active = dense != 0
-    if isinstance(allocation, TopK):
+    if isinstance(sparsity, TopK):
         assert active.sum(1).max() == 4
-    elif isinstance(allocation, MutualChoice):
+    elif isinstance(sparsity, MutualChoice):
         assert active.sum() == 4 * ROWS
         assert active.sum(1).max() > 4  # a row may have more than its share
     else:
         assert (active.sum(0) == np.minimum(4 * ROWS // FEATURES, (pre > 0).sum(0))).all()
-    half = extract_features(store, sae, out=tmp_path / "h", allocation=allocation, dtype="float16", show_progress=False)
+    half = extract_features(store, sae, out=tmp_path / "h", sparsity=sparsity, dtype="float16", show_progress=False)
     assert np.array_equal(half[:].indices, features[:].indices)
 
 
-def test_an_allocation_is_part_of_what_features_are_of(store, sae, tmp_path):
+def test_another_sparsity_rule_makes_other_features(store, sae, tmp_path):
     def taken(**settings):
         return extract_features(store, sae, show_progress=False, **settings)
 
-    allocated = taken(out=tmp_path / "f", allocation=MutualChoice(3))
+    allocated = taken(out=tmp_path / "f", sparsity=MutualChoice(3))
     assert allocated.record.sae.name == f"{sae.name}-mutual-choice-3"
     assert allocated.record.sae.config["allocation"] == {"choice": "mutual-choice", "k": 3}
-    assert taken(out=tmp_path / "f", allocation=MutualChoice(3)).record == allocated.record
+    assert taken(out=tmp_path / "f", sparsity=MutualChoice(3)).record == allocated.record
     for other in (None, MutualChoice(4), FeatureChoice(3), TopK(3)):
-        text = refused(RequestError, lambda other=other: taken(out=tmp_path / "f", allocation=other))
+        text = refused(RequestError, lambda other=other: taken(out=tmp_path / "f", sparsity=other))
         assert text.startswith(f"features f exist and differ: SAE is {sae.name}-mutual-choice-3 (")
-    assert allocation_record(TopK(5)) == {"choice": "topk", "k": 5}
+    assert sparsity_record(TopK(5)) == {"choice": "topk", "k": 5}
 
 
-def test_allocations_out_of_range_are_refused(store, sae, tmp_path):
+def test_sparsity_rules_out_of_range_are_refused(store, sae, tmp_path):
     for kind in (TopK, MutualChoice, FeatureChoice):
         assert refused(RequestError, lambda kind=kind: kind(0)) == "k must be at least 1, not 0"
     assert refused(RequestError, lambda: FeatureChoice(1).quotas(3, 20)) == (
-        "FeatureChoice: k 1 on 3 rows is less than one for each of 20 features; k must be at least 7"
+        "FeatureChoice: k 1 on 3 rows leaves less than one entry for each of 20 features; k must be at least 7"
     )
     pursuit = load_sae(save_sae(tmp_path / "mp", "matching_pursuit", hook_name=SITE.name), device="cpu")
-    text = refused(RequestError, lambda: extract_features(store, pursuit, allocation=MutualChoice(3)))
+    text = refused(RequestError, lambda: extract_features(store, pursuit, sparsity=MutualChoice(3)))
     assert text == "SAE 'mp' (matching_pursuit) has no pre-activations to select from; leave sparsity out"
 
 
@@ -192,14 +192,14 @@ def test_the_command_allocates(store, tmp_path, capsys):
         "cpu",
     ]
     for extra, message in (
-        (["--allocation", "mutual-choice"], "--allocation mutual-choice needs a --k"),
-        (["--k", "3"], "--allocation own takes no --k"),
-        (["--allocation", "topk", "--k", "0"], "k must be at least 1, not 0"),
+        (["--sparsity", "mutual-choice"], "--sparsity mutual-choice needs a --k"),
+        (["--k", "3"], "--sparsity sae takes no --k"),
+        (["--sparsity", "topk", "--k", "0"], "k must be at least 1, not 0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*command, *extra])
         assert (stopped.value.code, capsys.readouterr().err) == (2, f"workbench: {message}\n")
     with pytest.raises(SystemExit) as stopped:
-        main([*command, "--allocation", "mutual-choice", "--k", "2"])
+        main([*command, "--sparsity", "mutual-choice", "--k", "2"])
     assert stopped.value.code == 0
     assert open_features(tmp_path / "f", store).record.entries == 2 * ROWS

@@ -33,11 +33,11 @@ class Features:
     """Folder to write instead, outside the store."""
     dtype: Literal["float32", "float16"] = "float32"
     """Stored type of the feature activations."""
-    allocation: Literal["own", "topk", "mutual-choice", "feature-choice"] = "own"
-    """Which pre-activations stay: those of the SAE's own activation function, the k largest of each row, or of all rows
-    together, or of each feature."""
+    sparsity: Literal["sae", "topk", "mutual-choice", "feature-choice"] = "sae"
+    """Pre-activations to keep: those of the SAE's activation function, or the k largest of each row, of all rows, or of
+    each feature."""
     k: int | None = None
-    """Mean number of active features per row (token); required unless --allocation is own."""
+    """Mean number of active features per row (token); required unless --sparsity is sae."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
     force: bool = False
@@ -48,14 +48,14 @@ class Features:
         from workbench.store.manifest import read_manifest
 
         read_manifest(self.store)  # a wrong path is refused before torch and SAELens are loaded
-        if (self.allocation == "own") != (self.k is None):
-            raise RequestError(f"--allocation {self.allocation} {'needs a' if self.k is None else 'takes no'} --k")
+        if (self.sparsity == "sae") != (self.k is None):
+            raise RequestError(f"--sparsity {self.sparsity} {'needs a' if self.k is None else 'takes no'} --k")
         from workbench.features.extract import extract_features  # seconds: torch, SAELens
         from workbench.sae.load import load_sae
-        from workbench.sae.sparsity import CHOICES
+        from workbench.sae.sparsity import SPARSITY_RULES
         from workbench.store.reader import open_store
 
-        allocation = None if self.k is None else CHOICES[self.allocation](self.k)
+        sparsity = None if self.k is None else SPARSITY_RULES[self.sparsity](self.k)
         workers = self.parallel.to_workers(self.device)
         sae = load_sae(self.sae, self.sae_id, device=(workers and workers.planning_device) or self.device)
         features = extract_features(
@@ -65,7 +65,7 @@ class Features:
             name=self.name,
             out=self.out,
             dtype=self.dtype,
-            allocation=allocation,
+            sparsity=sparsity,
             force=self.force,
             workers=workers,
         )

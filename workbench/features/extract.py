@@ -49,7 +49,7 @@ from workbench.sae.carry import SAVED, SavedSae, save_sae
 from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
 from workbench.sae.load import Sae
 from workbench.sae.site import matching_site, not_finite
-from workbench.sae.sparsity import Allocation, Bound, Entries, allocation_record, find_cut
+from workbench.sae.sparsity import Bound, Entries, SparsityRule, find_cut, sparsity_record
 from workbench.store.manifest import FEATURES, FileRecord, SiteRecord
 from workbench.store.reader import ActivationArray, Store, open_store
 
@@ -72,7 +72,7 @@ def extract_features(
     out: str | os.PathLike[str] | None = None,
     batch_rows: int | None = None,
     dtype: str = "float32",
-    allocation: Allocation | None = None,
+    sparsity: SparsityRule | None = None,
     precision: str | None = None,
     force: bool = False,
     workers: Workers | None = None,
@@ -91,8 +91,8 @@ def extract_features(
             temporal SAE as many sequences as fit in them, and at least one.
         dtype: Stored type of activations: float32, or float16 in half the bytes, where values beyond its range are
             stored as its largest and counted.
-        allocation: Which pre-activations stay, instead of those that the SAE's own activation function keeps: TopK(k)
-            of each row, MutualChoice(k) or FeatureChoice(k) of all rows together. Of those what is above 0.
+        sparsity: Which pre-activations are kept, as far as they are above 0: TopK(k) of each row, MutualChoice(k) or
+            FeatureChoice(k) of all rows. None: those that the SAE's activation function keeps.
         precision: float32, or bfloat16 for bounds first; the features are the same. None: the device's faster one.
         force: Use an SAE of another site or model.
         workers: Processes that encode side by side, `RayWorkers` or a `Share`. None: this one.
@@ -106,16 +106,16 @@ def extract_features(
     SAE, store and settings are opened instead of made again.
 
     Raises RequestError: a site that was not recorded or is not as wide as the SAE's input; another site or model than
-    the SAE's, unless `force`; a name taken by other features, or by others that are not finished; an allocation of an
-    SAE without pre-activations. Raises DataError: activations that are not finite, a full disk.
+    the SAE's, unless `force`; a name taken by other features, or by others that are not finished; a sparsity rule for
+    an SAE without pre-activations. Raises DataError: activations that are not finite, a full disk.
     """
     check_dtype(dtype)
     if batch_rows is not None and batch_rows < 1:
         raise RequestError(f"batch_rows must be at least 1, not {batch_rows}")
     array = matching_site(store, sae, site, force=force)
-    made = Extraction(array, sae, allocation, batch_rows, precision, show_progress)
+    made = Extraction(array, sae, sparsity, batch_rows, precision, show_progress)
     made.check()
-    asked = asked_state(sae_record(sae, allocation), array.name, store.manifest.fingerprint, store.rows, dtype)
+    asked = asked_state(sae_record(sae, sparsity), array.name, store.manifest.fingerprint, store.rows, dtype)
     return finish(made, target_of(store.path, array.site, asked.sae.name, name, out), asked, workers)
 
 
@@ -199,15 +199,15 @@ class Extraction:
 
     array: ActivationArray
     sae: Sae
-    allocation: Allocation | None = None
+    sparsity: SparsityRule | None = None
     batch_rows: int | None = None
     precision: str | None = None
     show_progress: bool = True
 
     @cached_property
     def encoder(self) -> Encoder:
-        if self.allocation is None or isinstance(self.allocation, TopK):
-            return encoder(self.sae, self.allocation, self.precision)
+        if self.sparsity is None or isinstance(self.sparsity, TopK):
+            return encoder(self.sae, self.sparsity, self.precision)
         # its threshold rises as rows are seen, and bounds are made for one threshold
         return encoder(self.sae, Above(torch.zeros(self.sae.d_sae, device=self.sae.device)), "float32")
 
@@ -224,7 +224,7 @@ class Extraction:
     @property
     def how(self) -> dict[str, Any]:
         """Its settings, for an extraction of the same rows elsewhere."""
-        return {"allocation": self.allocation, "batch_rows": self.batch_rows, "precision": self.precision}
+        return {"sparsity": self.sparsity, "batch_rows": self.batch_rows, "precision": self.precision}
 
     def spans(self) -> list[Span]:
         """All rows, divided as they are encoded: the same for every process."""
@@ -306,7 +306,7 @@ class Extraction:
         return unsettled
 
     def merge(self, folder: Path, state: State) -> State:
-        """All segments as one file in the order by row, cut as the allocation says; then they are removed."""
+        """All segments as one file in the order by row, cut as the sparsity rule says; then they are removed."""
         rows = list(committed(folder / SEGMENTS))
         parts = [read(folder / SEGMENTS, own, self.kind) for own in rows]
 
@@ -372,9 +372,9 @@ class Extraction:
 
     def quotas(self) -> Int64[np.ndarray, " group"] | None:
         """Entries that may stay of each group of features; None where rows do not compete. Raises as `quotas` does."""
-        if self.allocation is None or isinstance(self.allocation, TopK):
+        if self.sparsity is None or isinstance(self.sparsity, TopK):
             return None
-        return self.allocation.quotas(len(self.array), self.encoder.sae.d_sae)
+        return self.sparsity.quotas(len(self.array), self.encoder.sae.d_sae)
 
     def _raised(self, bound: Bound | None, segment: Segment) -> Bound | None:
         """The bound after a segment. It depends on committed segments alone, and so goes on unchanged after a kill."""
@@ -470,13 +470,13 @@ def asked_state(sae: SaeRecord, site: str, fingerprint: str, rows: int, dtype: s
     return State(sae, site, fingerprint, rows, dtype, environment, overflow=None)
 
 
-def sae_record(sae: Sae, allocation: Allocation | None) -> SaeRecord:
-    """With an allocation the autoencoder counts as another one: it changes the mathematics as its settings do."""
-    if allocation is None:
+def sae_record(sae: Sae, sparsity: SparsityRule | None) -> SaeRecord:
+    """With a sparsity rule the autoencoder counts as another one: it changes the mathematics as its settings do."""
+    if sparsity is None:
         return SaeRecord(sae.name, sae.fingerprint(), sae.config())
-    made = allocation_record(allocation)
+    made = sparsity_record(sparsity)
     fingerprint = files.sha256_bytes(f"{sae.fingerprint()} {made}".encode())
-    return SaeRecord(f"{sae.name}-{made['choice']}-{allocation.k}", fingerprint, sae.config() | {"allocation": made})
+    return SaeRecord(f"{sae.name}-{made['choice']}-{sparsity.k}", fingerprint, sae.config() | {"allocation": made})
 
 
 def read_state(partial: Path) -> State:

@@ -10,8 +10,7 @@ Source: Ayonrinde, Adaptive Sparse Allocation with Mutual Choice & Feature Choic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer, UInt32
@@ -64,19 +63,20 @@ class FeatureChoice:
         return np.full(features, self.k * rows // features)
 
 
-Allocation = TopK | MutualChoice | FeatureChoice
-CHOICES: dict[str, type[TopK] | type[MutualChoice] | type[FeatureChoice]] = {
+SparsityRule = TopK | MutualChoice | FeatureChoice
+
+SPARSITY_RULES: dict[str, type[TopK] | type[MutualChoice] | type[FeatureChoice]] = {
     "topk": TopK,
     "mutual-choice": MutualChoice,
     "feature-choice": FeatureChoice,
 }
-"""Name -> allocation, each made of k."""
+"""Name -> rule, each made of k."""
 
 
-def allocation_record(allocation: Allocation) -> dict[str, Any]:
-    """What a record says of it."""
-    (name,) = (name for name, kind in CHOICES.items() if type(allocation) is kind)
-    return {"choice": name, **asdict(allocation)}
+def sparsity_record(rule: SparsityRule) -> dict[str, str | int]:
+    """Returns the name and k of a rule, as `features.json` stores them."""
+    (name,) = (name for name, kind in SPARSITY_RULES.items() if type(rule) is kind)
+    return {"choice": name, "k": rule.k}
 
 
 class Bound:
