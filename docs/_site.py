@@ -1,0 +1,102 @@
+"""Hook of mkdocs (`make site`): the start page, the command-line reference, links into the repository, the check that
+every public name is documented."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "build" / "site-source" / "workbench"
+INSIDE = ("probes", "experiments")
+"""Folders of the repository's top level that are installed inside the package."""
+COMMANDS = "<!-- commands -->"
+"""Place of the generated text in reference/cli.md."""
+
+
+def repository() -> str:
+    """Returns the address of the repository, from pyproject.toml."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["project"]["urls"]["Repository"].rstrip("/")
+
+
+def on_startup(**_: Any) -> None:
+    """Copies the package's Python files into one tree, in which mkdocstrings finds `workbench.probes`."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    for source, target in ((ROOT / "workbench", SOURCE), *((ROOT / name, SOURCE / name) for name in INSIDE)):
+        for path in source.rglob("*.py"):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (copy.parent / "__init__.py").touch()  # mkdocstrings skips folders without one
+            shutil.copy(path, copy)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Returns the page with generated parts filled in and links to files outside of docs/ turned into addresses."""
+    place = page.file.src_uri
+    if place == "index.md":
+        return start_page((ROOT / "README.md").read_text(encoding="utf-8"))
+    if place == "reference/cli.md":
+        markdown = markdown.replace(COMMANDS, commands())
+    return re.sub(r"\]\(\.\./(?!\w+\.md)([\w/.-]+)", rf"]({repository()}/blob/main/\1", markdown)
+
+
+def start_page(readme: str) -> str:
+    """Returns README.md with its addresses of documentation pages and pictures turned into links within the site."""
+    address = re.escape(repository())
+    return re.sub(rf"{address}/(?:blob|raw)/main/docs/", "", readme)
+
+
+def commands() -> str:
+    """Returns the help of every command as Markdown."""
+    sections = []
+    for name in re.findall(r"^  ([a-z]+) ", help_text([]), re.MULTILINE):
+        if name in ("probe", "sweep"):
+            listed = re.findall(r"^  ([a-z][a-z-]+) ", help_text([name]), re.MULTILINE)
+            sections.append(f"## workbench {name}\n\n{_block(help_text([name]))}")
+            sections += [f"### workbench {name} {one}\n\n{_block(help_text([name, one]))}" for one in listed]
+        elif name != "help":
+            sections.append(f"## workbench {name}\n\n{_block(help_text([name]))}")
+    return "\n".join([_block(help_text([])), *sections])
+
+
+def help_text(command: list[str]) -> str:
+    """Returns what `workbench COMMAND --help` prints on a screen of 100 columns."""
+    from workbench.cli.main import main
+
+    os.environ["COLUMNS"] = "100"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).strip()
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text}\n```\n"
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Fails when a public name has no entry in the reference."""
+    pages = [path.read_text(encoding="utf-8") for path in (Path(config.site_dir) / "reference").glob("*.html")]
+    missing = [name for name in public_names() if not any(f'id="{name}"' in page for page in pages)]
+    if missing:
+        from mkdocs.exceptions import PluginError
+
+        raise PluginError(f"not in docs/reference: {', '.join(missing)}")
+
+
+def public_names() -> list[str]:
+    """Returns the public names with their module: of `workbench`, `workbench.probes` and `workbench.probing`."""
+    sys.path.insert(0, str(ROOT))
+    import importlib
+    from importlib.util import find_spec
+
+    modules = [name for name in ("workbench", "workbench.probes", "workbench.probing") if find_spec(name)]
+    return [f"{name}.{one}" for name in modules for one in importlib.import_module(name).__all__]

@@ -1,0 +1,125 @@
+"""Blocks of the documentation, and the one rule by which the tests run them without a network.
+
+A page names what a reader brings: a model of the hub, an autoencoder, a file of texts. When the tests run a block, each
+name in `STAND_INS` is replaced by the embedded model, autoencoder or corpus, and nothing else is changed but the
+settings in `SMALLER`, which spare time.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+STAND_INS = {
+    '"gpt2-small-res-jb", "blocks.8.hook_resid_pre"': '"demo"',
+    "--sae gpt2-small-res-jb --sae-id blocks.8.hook_resid_pre": "--sae demo",
+    "openai-community/gpt2": "demo",
+    "EleutherAI/pythia-70m": "demo",
+}
+"""What is written, and what is run in its place."""
+
+TEXTS = "stories.jsonl"
+"""The file of texts that pages name: the tests write a few documents of the embedded corpus into it."""
+
+SMALLER = {
+    "workbench probe future-lens": "--epochs 1 --horizons 2",
+    "workbench probe future-prompts": "--epochs 1 --row-limit 8 --horizons 1 --training-rows 32 --prompt-tokens 2",
+    "workbench probe successor-heads": "--permutations 20",
+    "workbench probe token-erasure": "--epochs 1 --offsets -1 0 --late 3",
+    "workbench probe tuned-lens": "--epochs 1",
+    "workbench plan": "--seconds 0.2",
+    "python -m workbench.experiments.train_sae": "--steps 4 --batch 64 --d-sae 64 --k 4",
+}
+"""Settings that are added to a command, or replace what it says."""
+
+RUN = ("python", "sh")
+SHOWN = ("text", "toml", "latex")
+"""Languages of blocks that are executed, and of blocks that only show something."""
+
+_FENCE = re.compile(r"^```(\S*)$")
+_NOT_RUN = re.compile(r"^<!-- not run: (.{10,}) -->$")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    reason: str | None
+    """Why it is not run, from `<!-- not run: ... -->` on the line before it."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        return self.language in RUN and self.reason is None
+
+    def commands(self) -> Iterator[list[str]]:
+        """Yields the commands of a shell block, with stand-ins."""
+        for line in stand_ins(self.text).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield smaller(words)
+
+
+def pages() -> list[Path]:
+    """Returns README.md and every page of docs/, in the order in which they are read."""
+    known = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("install", "tutorial", "recording"))]
+    others = sorted({*(ROOT / "docs").rglob("*.md")} - {*known})
+    return [*known, *others, ROOT / "notebooks" / "README.md"]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Returns the fenced blocks of a page."""
+    found: list[Block] = []
+    language, begin, inside, before = "", 0, None, ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = _FENCE.match(line.strip())
+        if inside is None and fence:
+            language, begin, inside = fence[1], number, []
+        elif inside is not None and line.strip() == "```":
+            marked = _NOT_RUN.match(before)
+            found.append(Block(page, begin, language, "\n".join(inside) + "\n", marked[1] if marked else None))
+            inside, before = None, ""
+        elif inside is not None:
+            inside.append(line)
+        elif line.strip():
+            before = line.strip()
+    assert inside is None, f"{page}: a block is not closed"
+    return found
+
+
+def stand_ins(text: str) -> str:
+    """Returns the text with every name of `STAND_INS` replaced."""
+    for name, embedded in STAND_INS.items():
+        text = text.replace(name, embedded)
+    return text
+
+
+def smaller(words: list[str]) -> list[str]:
+    """Returns the command with the settings of `SMALLER`."""
+    for command, settings in SMALLER.items():
+        if words[: len(command.split())] == command.split():
+            for flag, *values in _settings(settings.split()):
+                words = [word for one in _settings(words) if one[0] != flag for word in one] + [flag, *values]
+    return words
+
+
+def _settings(words: list[str]) -> list[list[str]]:
+    """Splits a command before each flag; negative numbers are values."""
+    parts: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not parts:
+            parts.append([])
+        parts[-1].append(word)
+    return parts
