@@ -303,7 +303,7 @@ def test_a_model_that_was_changed_after_loading_is_refused(in_this_process, fold
 def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
     from workbench.features.extract import begin_spans
     from workbench.parallel import ray as parallel
-    from workbench.sae.carry import SavedSae
+    from workbench.sae.saved import SavedSae
 
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
         parallel._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))

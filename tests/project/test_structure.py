@@ -52,7 +52,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "workbench/figures/strip.py:token_strip": 63,
     "workbench/model/capture.py:capture": 84,
     "workbench/recording/record.py:record": 76,
-    "workbench/recording/record.py:record_with": 77,
 }
 FILE_CIRCLES: set[tuple[str, ...]] = set()
 MANY_PARAMETERS: dict[str, int] = {}

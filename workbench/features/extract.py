@@ -45,9 +45,9 @@ from workbench.io.parse import from_json, parse, to_json
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, ThisProcess, Workers, lost_task
 from workbench.io.tensors import array_bytes, map_arrays, new_arrays
-from workbench.sae.carry import SAVED, SavedSae, save_sae
 from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
 from workbench.sae.load import Sae
+from workbench.sae.saved import SAVED, SavedSae, save_sae
 from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import Bound, Entries, SparsityRule, find_cut, sparsity_record
 from workbench.store.manifest import FEATURES, FileRecord, SiteRecord

@@ -22,9 +22,9 @@ from workbench.io import files
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_json
 from workbench.io.tasks import Workers
-from workbench.sae.carry import SavedSae, save_sae
 from workbench.sae.encode import NotFinite
 from workbench.sae.load import Sae
+from workbench.sae.saved import SavedSae, save_sae
 from workbench.sae.site import check_fit, not_finite, site_names
 from workbench.sites.grammar import Site, SiteMap, full_name
 from workbench.store.manifest import Manifest, SiteRecord

@@ -19,7 +19,8 @@ from workbench.io.progress import duration
 from workbench.io.tasks import Answer, Begin, OnLost, ThisProcess
 from workbench.io.tensors import header_bytes, read_header
 from workbench.model.load import Model, batch_tokens, load_model
-from workbench.recording.record import context_length, record_with, segment_rows
+from workbench.recording.planning import context_length, default_segment_rows
+from workbench.recording.record import record_with
 from workbench.sites.settings import Recording, recording
 from workbench.store.groups import SIZE as GROUP_SIZE
 from workbench.store.manifest import SEGMENT, SEGMENTS, TOKENS, UNEMBED, Manifest, SiteRecord, read_manifest
@@ -188,7 +189,7 @@ def _plan(
     device: str,
 ) -> Plan:
     manifest = read_manifest(store)
-    whole = settings.segment_rows or segment_rows(manifest.sites)
+    whole = settings.segment_rows or default_segment_rows(manifest.sites)
     full = max(context, whole // context * context)  # a segment ends with a sequence
     segments = -(-rows // full)
     last = rows - (segments - 1) * full

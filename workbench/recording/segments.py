@@ -1,10 +1,10 @@
-"""Segments of a recording: forward passes over planned sequences, written as finished folders, by any process."""
+"""Stage 2 of a recording: forward passes over planned sequences, segment by segment, written by any process."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -16,21 +16,57 @@ from torch import Tensor
 
 from workbench import corpus
 from workbench.io.errors import RequestError
+from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
-from workbench.model.carry import pack_model, unpack_model
 from workbench.model.load import Loading, Model, batch_tokens
-from workbench.recording.plan import PartPlan
+from workbench.model.packing import pack_model, unpack_model
+from workbench.recording.planning import PartPlan
 from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host, to_stored_type
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import SiteRecord
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment, hand_in, staged
-from workbench.store.writer import explain_full_disk
+from workbench.store.writer import Writer, check_space, explain_full_disk, required_bytes
 
 if TYPE_CHECKING:
     from workbench.features.while_recording import EncodedSite, PackedEncodedSite
+
+
+def write_part(
+    recorder: SegmentRecorder,
+    segments: Sequence[PlannedSegment],
+    writer: Writer,
+    workers: Workers,
+    show_progress: bool,
+) -> None:
+    """Writes the segments of a part that are missing, and commits each as soon as those before it are there.
+
+    Args:
+        recorder: Model and plan of this process.
+        segments: All segments of the part.
+        writer: The open store.
+        workers: Processes that write.
+        show_progress: Show a progress bar.
+
+    Raises:
+        RequestError: The disk has not enough free space.
+        DataError: The disk is full, a row to encode is not finite, or workers died too often over a segment.
+    """
+    share = workers.share_of(segments)
+    left = writer.take_up(segments, share)
+    rows, rows_left = (sum(segment.rows for segment in some) for some in (share, left))
+    check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
+    encoded = recorder.encoded_only if left else None
+    with (
+        encoded.opened(writer.path, writer.manifest, share, left, workers.shared) if encoded else nullcontext(),
+        progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as advance,
+        closing(write_segments(recorder, left, workers, advance)) as written,
+    ):
+        for _ in written:
+            writer.commit_waiting()
+    writer.commit_waiting()
 
 
 def write_segments(
@@ -104,11 +140,11 @@ class SegmentRecorder:
 
     @cached_property
     def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
-        """What makes the features of `encoded_only`."""
+        """Encodes the rows of a segment and commits their features: (first row, rows, lengths of the sequences)."""
         return self.encoded_only.encoder(self.plan.store, self.plan.manifest) if self.encoded_only else None
 
     def write(self, planned: PlannedSegment, advance: Callable[[int], None]) -> None:
-        """One segment, from forward passes to a finished folder that waits for its commit."""
+        """Writes one segment, from forward passes to a finished folder that waits to be committed."""
         plan, sequences = self.plan, self.sequences
         first = planned.first_sequence - plan.sequence_offset
         last = first + planned.sequences
@@ -123,8 +159,7 @@ class SegmentRecorder:
             document_offset=plan.document_offset,
             text_of=partial(corpus.token_texts, self.model.tokenizer),
         )
-        what = f"segment {planned.name}"
-        with explain_full_disk(plan.store, what, planned.first_row):
+        with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
             with staged(plan.store, plan.manifest, planned, table) as segment:
                 if self.encode is None:
                     _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance)
@@ -137,12 +172,12 @@ class SegmentRecorder:
 
 
 class SegmentWithBuffer:
-    """A segment being written, of which one more site is kept in memory and not written."""
+    """A segment being written, with one more site that is kept in memory and not written."""
 
     def __init__(self, segment: SegmentWriter, site: SiteRecord, rows: int) -> None:
         self._segment, self._site = segment, site
         self.values = torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype))
-        """What passed at the site: [row, *shape], as it would be stored."""
+        """Activations of that site in the stored type, axes (row, *shape)."""
         self.count = segment.count
 
     def shape(self, site: str) -> tuple[int, ...]:

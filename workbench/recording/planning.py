@@ -1,0 +1,255 @@
+"""Stage 1 of a recording: what is recorded, which tokens, in which segments. The model does not run over the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench import corpus
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+from workbench.model.load import Model
+from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
+from workbench.sites.grammar import Site
+from workbench.sites.settings import Recording
+from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
+from workbench.store.staging import PlannedSegment
+from workbench.store.writer import Writer
+
+if TYPE_CHECKING:
+    from workbench.features.while_recording import EncodedSite, RecordedFeatures
+
+_SITES = ("resid_post",)
+_SEGMENT_BYTES = 256 << 20
+_SEGMENT_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """A recording as requested of one model, before its texts are read."""
+
+    out: Path
+    settings: Recording
+    """Settings with the default sites filled in."""
+    context: int
+    """Tokens in the longest sequence."""
+    added: corpus.AddedTokens
+    model: ModelRecord
+    sites: tuple[SiteRecord, ...]
+    """Sites that are stored."""
+    features: EncodedSite | None
+    """Site whose SAE features are extracted."""
+    unembed: Callable[[Path], None] | None
+    """Writes the unembedding to a path."""
+    unembed_reason: str | None
+    """Reason why there is no unembedding."""
+
+    @property
+    def encoded_only(self) -> EncodedSite | None:
+        """The site whose features are extracted and whose activations are not stored."""
+        stored = self.features and any(site.name == self.features.site.name for site in self.sites)
+        return None if stored else self.features
+
+    @property
+    def all_sites(self) -> tuple[SiteRecord, ...]:
+        """Sites that are stored, and the one that is only encoded."""
+        return (*self.sites, self.encoded_only.site) if self.encoded_only else self.sites
+
+    @property
+    def segment_rows(self) -> int:
+        """Rows of a full segment."""
+        return self.settings.segment_rows or default_segment_rows(self.all_sites)
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """Facts that a process with the model needs to write any segment of a part. Small: it is sent to other machines."""
+
+    store: Path
+    tokens: Path
+    """Folder of the planned sequences."""
+    manifest: Manifest
+    """Manifest of the store, without its segments."""
+    settings: Recording
+    row_offset: int
+    """Rows of the store before the part."""
+    sequence_offset: int
+    document_offset: int
+
+
+def plan_recording(
+    model: Model, settings: Recording, out: Path, features: RecordedFeatures | None = None
+) -> RecordingPlan:
+    """Resolves a request against a model: its sites, its context, its unembedding.
+
+    Args:
+        model: The model that will run.
+        settings: Settings as requested.
+        out: Path of the store.
+        features: SAE features to extract while recording.
+
+    Raises:
+        RequestError: An unknown site, a context beyond the model's, or an SAE that does not fit.
+    """
+    if settings.sites is None and features is None:
+        settings = replace(settings, sites=_SITES)
+    sites = model.site_map.select(settings.sites or ())
+    context = context_length(settings, model)
+    added = corpus.added_tokens(model.tokenizer, settings.bos)
+    encoded = None
+    if features is not None:
+        site = features.tap(model.site_map, sites)
+        encoded = features.of(site, _site_record(site, context, settings.dtype), model.name, out)
+    unembed, reason = _unembed(model)
+    return RecordingPlan(
+        out=out,
+        settings=settings,
+        context=context,
+        added=added,
+        model=_model_record(model),
+        sites=tuple(_site_record(site, context, settings.dtype) for site in sites),
+        features=encoded,
+        unembed=unembed,
+        unembed_reason=reason,
+    )
+
+
+def plan_tokens(
+    plan: RecordingPlan, model: Model, documents: Iterable[corpus.Document], folder: Path, show_progress: bool
+) -> corpus.Sequences:
+    """Tokenizes the documents into sequences, in files in `folder`.
+
+    Raises:
+        RequestError: Token ids that are not the model's, texts without a tokenizer, or no tokens at all.
+    """
+    with progress("tokenizing", None, "tokens", shown=show_progress) as advance:
+        return corpus.plan_sequences(
+            documents,
+            model.tokenizer,
+            context=plan.context,
+            added=plan.added,
+            packed=plan.settings.packed,
+            max_rows=plan.settings.max_rows,
+            workdir=folder,
+            vocab=model.vocab,
+            progress=advance,
+        )
+
+
+def plan_part(
+    plan: RecordingPlan, writer: Writer, sequences: corpus.Sequences, folder: Path, append: bool
+) -> tuple[PartPlan, list[PlannedSegment]]:
+    """Begins or resumes a part of the store; returns its plan and all its segments, committed ones included.
+
+    Args:
+        plan: The recording.
+        writer: The open store.
+        sequences: Planned sequences of the part.
+        folder: Folder of their files.
+        append: Add the part after those of the store.
+
+    Raises:
+        RequestError: The store holds other texts.
+    """
+    lengths = sequences.lengths
+    part = Part(
+        rows=int(lengths.sum()),
+        sequences=len(lengths),
+        documents=sequences.documents,
+        skipped_documents=sequences.skipped_documents,
+        replaced_characters=sequences.replaced_characters,
+    )
+    committed = writer.begin(part, append=append)
+    before = writer.manifest.parts[:-1]
+    part_plan = PartPlan(
+        store=writer.path.absolute(),
+        tokens=folder.absolute(),
+        manifest=replace(writer.manifest, segments=()),
+        settings=plan.settings,
+        row_offset=sum(part.rows for part in before),
+        sequence_offset=sum(part.sequences for part in before),
+        document_offset=sum(part.documents for part in before),
+    )
+    first_number = len(writer.manifest.segments) - committed
+    segments = [
+        _planned_segment(part_plan, sequences, first, last, number)
+        for number, (first, last) in enumerate(corpus.segment_plan(lengths, plan.segment_rows), first_number)
+    ]
+    for index, segment in enumerate(segments[:committed]):
+        writer.check(index, segment.digest)
+    return part_plan, segments
+
+
+def context_length(settings: Recording, model: Model) -> int:
+    """Returns the number of tokens in the longest sequence.
+
+    Raises:
+        RequestError: The context is longer than the model was built for.
+    """
+    limit = model.context_limit
+    if settings.context is None:
+        return min(256, limit or 256)
+    if limit is not None and settings.context > limit:
+        raise RequestError(
+            f"context {settings.context} is more than model {model.name!r} was built for; give {limit} tokens or fewer"
+        )
+    return settings.context
+
+
+def default_segment_rows(sites: Sequence[SiteRecord]) -> int:
+    """Returns the rows of a segment of about 256 MiB, at most 65,536."""
+    return max(1, min(_SEGMENT_ROWS, _SEGMENT_BYTES // sum(site.row_bytes for site in sites)))
+
+
+def _planned_segment(plan: PartPlan, sequences: corpus.Sequences, first: int, last: int, number: int) -> PlannedSegment:
+    """The segment of the sequences from `first` to before `last`."""
+    start, stop = int(sequences.starts[first]), int(sequences.starts[last])
+    return PlannedSegment(
+        name=f"{number:05d}",
+        part=len(plan.manifest.parts) - 1,
+        rows=stop - start,
+        sequences=last - first,
+        first_row=start + plan.row_offset,
+        first_sequence=first + plan.sequence_offset,
+        digest=corpus.digest(sequences.token_ids[start:stop], sequences.lengths[first:last]),
+    )
+
+
+def _site_record(site: Site, context: int, dtype: str) -> SiteRecord:
+    shape = tuple(context if length is None else length for length in site.shape)
+    return SiteRecord(name=site.name, short=site.short, axes=("row", *site.axes), shape=shape, dtype=dtype)
+
+
+def _model_record(model: Model) -> ModelRecord:
+    sites = model.site_map
+    return ModelRecord(
+        name=model.name,
+        architecture=model.architecture,
+        fingerprint=model.fingerprint(),
+        config_fingerprint=model.config_fingerprint(),
+        tokenizer_fingerprint=model.tokenizer_fingerprint(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        revision=model.revision,
+        n_layers=sites.n_layers,
+        d_model=model.d_model,
+        vocab=model.vocab,
+        adapter=sites.adapter,
+    )
+
+
+def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
+    """A function that writes the unembedding, or the reason why there is none."""
+    try:
+        unembed = measure_unembed(model.module, model.site_map.last_block)
+    except NoUnembed as error:
+        return None, str(error)
+
+    def write(path: Path) -> None:
+        with_tokens = unembed
+        if model.tokenizer is not None:
+            with_tokens = replace(unembed, tokens=tuple(corpus.token_texts(model.tokenizer, range(unembed.vocab))))
+        save_unembed(with_tokens, path, model.module.get_output_embeddings().weight.dtype)
+
+    return write, None
