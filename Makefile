@@ -6,12 +6,15 @@ OUT ?= runs/demo
 BIN := .venv/bin
 EXTRAS := dev,notebook,export
 INSTALLED := .venv/.installed
+MODELS := models/smollm2-135m/.complete
+OLDEST := tests/io tests/store tests/corpus tests/sites tests/cli tests/results tests/sae tests/probes/test_logit_lens.py \
+          tests/pages/test_figure_export.py
 export OUT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs demo-model constraints clean
+.PHONY: help demo test test-oldest lint types format models bench docs site demo-model constraints clean
 
-help: ## this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -22,24 +25,44 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## every probe on the embedded model, ending in a report [OUT=runs/demo]
 	$(BIN)/workbench demo --out "$$OUT"
 
-test: lint ## lint, then every test [JOBS=2, PYTEST="-k store"]
+test: lint $(MODELS) ## lint, check types, then run every test [JOBS=2, PYTEST="-k store"]
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
-lint: $(INSTALLED) ## what ruff has to say
+test-oldest: ## run a smaller set of tests with the oldest supported versions of the dependencies
+	test -x build/oldest/bin/pip || $(PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install -c constraints-oldest.txt -e ".[dev,export]"
+	build/oldest/bin/pytest -p no:xdist $(OLDEST)
+
+lint: types ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED) ## rewrite the code as ruff would have it
+types: $(INSTALLED) ## check static types
+	rm -rf build/types && mkdir -p build/types && cp -R workbench build/types/workbench
+	cp -R probes experiments build/types/workbench
+	$(BIN)/basedpyright > build/types.txt || { \
+	  sed -e 's#build/types/workbench/\(probes\|experiments\)/#\1/#' -e 's#build/types/##' build/types.txt; exit 1; }
+
+format: $(INSTALLED) ## format the code and apply the fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure speed and memory against the neighbours
+bench: $(INSTALLED) ## measure speed and memory against other libraries
 	$(BIN)/python -m workbench.experiments.benchmarks
 
 docs: $(INSTALLED) ## write the generated pages under docs/ anew
 	$(BIN)/python -m workbench.experiments.architectures
 	$(BIN)/python -m workbench.experiments.findings
 	$(BIN)/python -m workbench.experiments.pictures
+
+site: $(INSTALLED) ## build the documentation as a site in build/site; a broken link or an undocumented name fails
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+models: $(MODELS) ## fetch the real model of the tests, SmolLM2-135M, into models/ (270 MB)
+
+$(MODELS): $(INSTALLED)
+	$(BIN)/python tests/support/fetch_models.py models/smollm2-135m
 
 demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds side by side: about an hour on two cores
 	$(MAKE) -j 2 demo-run-0 demo-run-1

@@ -18,7 +18,7 @@ def options(kind: type) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yields the options that tyro makes of a dataclass: names with dashes, nested settings without a prefix."""
     for name, hint in _hints(kind):
         inner = _without_annotations(hint)
-        if is_dataclass(inner):
+        if isinstance(inner, type) and is_dataclass(inner):
             yield from options(inner)
         elif _POSITIONAL not in get_args(hint):
             option = f"--{name.replace('_', '-')}"

@@ -34,10 +34,10 @@ class Verify:
         from workbench.store.verify import verify  # seconds: pandas
 
         findings = verify(self.store)
-        for finding in findings.itertuples():
-            place = "/".join(part for part in (finding.segment, finding.file) if part)
-            print_plain(f"{finding.severity:5}  {place}: {finding.finding}: {finding.detail}")
-        errors = int((findings["severity"] == "error").sum())
+        for finding in findings.to_dict("records"):
+            place = "/".join(part for part in (finding["segment"], finding["file"]) if part)
+            print_plain(f"{finding['severity']:5}  {place}: {finding['finding']}: {finding['detail']}")
+        errors = findings["severity"].tolist().count("error")
         print(f"{errors} errors, {len(findings) - errors} notes")
         return 1 if errors else 0
 

@@ -1,6 +1,6 @@
-"""Everything on the embedded model: record, extract features, run every probe, one report.
+"""The whole workflow on the embedded model: record, extract features, run every probe, write a report.
 
-What `workbench demo` does, in the order in which a user would do it, with nothing but the public names.
+`workbench demo` runs it. The steps are those of a user, with the public names alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
-"""What a second recording holds, in sequences of 64 tokens: the sink metrics compare sequences of one length."""
+"""Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention-sinks": {"domain": "domain"},
@@ -45,18 +45,23 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0), "late": 3},
     "tuned-lens": {"epochs": 2},
 }
-"""Probe to those of its settings that are not the default here: all of it is to take less than a minute."""
+"""Settings of each probe that differ from its defaults, so that everything takes less than a minute."""
 _FEATURES_SHOWN = 24
-_LEAST = 20  # tokens of a label: on fewer, precision is luck
+_LEAST = 20  # minimum tokens of a label: on fewer, precision is chance
 
 
 def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
-    """Writes `out`/demo.acts (the store, with features), `out`/heads.acts, `out`/results and `out`/report.html; gives
-    the report's path.
+    """Records the embedded model, extracts features, runs every probe and writes a report.
 
-    `say` is told what was found, a line at a time. Resumes what was interrupted. A probe is asked of the first store
-    that has what it needs; one that refuses both is reported and does not stop the others. About 50 seconds and 200 MB
-    of disk.
+    Takes about 50 seconds and 200 MB of disk. An interrupted run is resumed. Each probe runs on the first store that
+    has the sites it needs; a probe that neither store permits is reported and does not stop the others.
+
+    Args:
+        out: Folder for `demo.acts` (the store, with features), `heads.acts`, `results` and `report.html`.
+        say: Receives one line of text after each step.
+
+    Returns:
+        Path of the report.
     """
     out, model, texts = Path(out), load_model(NAME), demo_corpus()
     store = record(model, texts, sites=SITES, out=out / "demo.acts")
@@ -64,6 +69,7 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
     say(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
     say(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
     features = extract_features(store, load_sae(NAME))
+    assert features is not None  # None only for a share of a job
     best = label_features(features)
     sections = [_features_section(features, best)]
     say(f"features        {sections[0].text[0]}")
@@ -75,8 +81,8 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
         out / "report.html",
         title="Workbench demo",
         text=[
-            f"The embedded model on its held-out corpus of {store.rows:,} tokens. The truth about every word is known, "
-            "so what the probes find can be checked: docs/demo-model.md says how all of it was made."
+            f"The embedded model on its held-out corpus of {store.rows:,} tokens. The corpus has ground-truth labels "
+            "for every word, so the probes' results can be checked. docs/demo-model.md describes model and corpus."
         ],
     )
     say(f"report          {path}")
@@ -84,20 +90,23 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
 
 
 def label_features(features: Features) -> pd.DataFrame:
-    """For each ground-truth label of the corpus the feature that tells it best: label, feature, precision, recall, f1.
+    """Returns the best feature for each ground-truth label of the corpus, highest F1 first.
 
-    Labels: kinds of entity, concept classes, ordinal classes and their members, trigger words, and the words that are
-    neither ordinal nor trigger; each with its number of tokens, those on fewer than 20 left out. A feature says yes
-    where it is active at all. Best f1 first.
+    A feature predicts a label wherever it is active. Labels are kinds of entity, concept classes, ordinal classes and
+    their members, trigger words, and the words that are neither ordinal nor trigger. Labels of fewer than 20 tokens are
+    left out.
+
+    Returns:
+        Columns label, feature, precision, recall, f1, tokens.
     """
     table = best_features(features, _labels(features.store.tokens), least=_LEAST)
-    own = table["value"].astype(str)
-    table["label"] = own.where(table["label"] != "word", "word " + own)
-    return table[["label", "feature", "precision", "recall", "f1", "tokens"]]
+    values = table["value"].astype(str)
+    table["label"] = values.where(table["label"] != "word", "word " + values)
+    return table.loc[:, ["label", "feature", "precision", "recall", "f1", "tokens"]]
 
 
 def _labels(tokens: pa.Table) -> dict[str, pd.Series]:
-    """Kind of label to the one that each row has."""
+    """Labels of every row, by kind of label."""
     table = tokens.select(["entity", "concept", "ordinal", "ordinal_index", "trigger", "word"]).to_pandas()
     table["member"] = table["ordinal"].astype("string") + " " + table["ordinal_index"].astype("Int64").astype("string")
     table["word"] = table["word"].where(table["ordinal"].isna() & table["trigger"].isna())
@@ -105,13 +114,13 @@ def _labels(tokens: pa.Table) -> dict[str, pd.Series]:
 
 
 def _features_section(features: Features, best: pd.DataFrame) -> Section:
-    good = int((best["f1"] >= 0.9).sum())
+    good = (best["f1"] >= 0.9).tolist().count(True)
     l0 = features.counts.sum() / len(features)
     return Section(
         title="sparse features",
         text=[
-            f"{features.shape[1]:,} features, {l0:.1f} active on a token; {good} of {len(best)} labels are told by one "
-            f"feature with F1 of 0.9 or more, the best by feature {best['feature'][0]}: {best['label'][0]}"
+            f"{features.shape[1]:,} features, L0 {l0:.1f}; {good} of {len(best)} labels have a feature with F1 >= 0.9. "
+            f"Best: feature {best['feature'][0]} detects {best['label'][0]}, F1 {best['f1'][0]:.2f}"
         ],
         figures={"labels": _label_bars(best.head(_FEATURES_SHOWN))},
         table=best,
@@ -125,7 +134,7 @@ def _label_bars(best: pd.DataFrame) -> Figure:
     from workbench.figures.safe_text import label
     from workbench.figures.theme import TEMPLATE
 
-    names = [f"{label(line.label)} ({line.feature})" for line in best.itertuples()]
+    names = [f"{label(name)} ({feature})" for name, feature in zip(best["label"], best["feature"], strict=True)]
     figure = go.Figure(
         [
             go.Scatter(x=best[measure], y=names, name=measure, mode="markers", marker={"size": 9, "symbol": symbol})
@@ -135,20 +144,22 @@ def _label_bars(best: pd.DataFrame) -> Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": "Features that tell a label",
-            "subtitle": {"text": "label of the corpus (number of the feature)"},
+            "text": "Best feature per label",
+            "subtitle": {
+                "text": "label of the corpus (index of the feature); a feature predicts a label where it is active"
+            },
         },
         height=180 + 20 * len(best),
         width=760,
         margin={"t": 110},
     )
-    figure.update_xaxes(range=[0, 1.03], title="share")
+    figure.update_xaxes(range=[0, 1.03], title="score")
     figure.update_yaxes(autorange="reversed")
     return figure
 
 
 def _probed(name: str, model: Model, stores: Sequence[Store], out: Path) -> Section:
-    """One probe's part of the report, its result saved."""
+    """Runs one probe, saves its result, and returns its section of the report."""
     probe, refused = find_probe(name)(**SETTINGS.get(name, {})), []
     for store in stores:
         try:
