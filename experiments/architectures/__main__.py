@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md, the models that can be recorded: `python -m workbench.experiments.architectures`."""
+"""Write docs/architectures.md: `python -m workbench.experiments.architectures`. About 15 minutes on one core."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ import torch
 
 from workbench.experiments.architectures.sweep import LENGTHS, Check, check, shown
 from workbench.experiments.architectures.tiny import causal_lm_types
+from workbench.experiments.demo_model.made_of import made_of
 
 OUT = Path(__file__).parents[2] / "docs" / "architectures.md"
 COLUMNS = ("resid_post", "pattern", "z", "mlp_post", "logits")
 """Kinds of site with a column of their own."""
+MADE_OF = ("transformers", "transformer-lens", "torch")
+"""Packages whose versions decide the page."""
 
 TEXT = """# Architectures
 
-Which models can be recorded, and how exactly. Written by `python -m workbench.experiments.architectures`.
+{made_of}
+The models that can be recorded, with the error of each site against reference implementations.
+`python -m workbench.experiments.architectures` writes this page.
 
-For every type that transformers {transformers} maps to a causal language model, the smallest random model of it is
-built in float32 on the CPU, and every site that has a short name is recorded from sequences of {lengths} tokens in
-one padded batch. What the store then holds is compared with readings of each sequence alone, without padding:
-`resid_post` and `logits` with the model's own `output_hidden_states` and logits, `pattern` with eager attention,
-everything else with the hooks of TransformerBridge (TransformerLens {transformer_lens}), and the store's lens at the
-last block with the recorded logits.
+For every type that transformers maps to a causal language model, the smallest random model is built in float32 on the
+CPU, and every site with a short name is recorded from sequences of {lengths} tokens in one padded batch. The store is
+compared with readings of each sequence alone, without padding: `resid_post` and `logits` with the model's own
+`output_hidden_states` and logits, `pattern` with eager attention, every other site with the hooks of TransformerBridge,
+and the store's lens at the last block with the recorded logits.
 
-A number is the largest difference, relative to the largest value or to 1, whichever is more. It is rounding, and
-changes a little from machine to machine. A type passes when every site that could be compared is within 1e-5, and
-the lens within 1e-4. A dash: not offered, or not compared; the remark says why.
+A number is the largest difference relative to the largest value, or to 1 if that is more. Such rounding differs
+slightly between machines. A type passes if every compared site is within 1e-5, and the lens within 1e-4. A dash means
+not offered or not compared; the remark gives the reason.
 
 - Through TransformerLens' adapters: {adapted_pass} of {adapted} types pass.
 - By structure (residual stream and logits only): {structural_pass} of {structural} types pass.
@@ -77,8 +81,7 @@ def page(checks: Sequence[Check]) -> str:
     structural = [found for found in checks if found.kinds and not found.adapter]
     refused = [found for found in checks if not found.kinds]
     text = TEXT.format(
-        transformers=version("transformers"),
-        transformer_lens=version("transformer-lens"),
+        made_of=made_of({}, {name: version(name) for name in MADE_OF}),
         lengths=f"{', '.join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]}",
         adapted_pass=sum(found.passed for found in adapted),
         adapted=len(adapted),

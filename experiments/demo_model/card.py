@@ -1,7 +1,9 @@
-"""Write the model card from measurements: `python -m workbench.experiments.demo_model.card runs/demo-0 runs/demo-1`.
+"""Write the page of the embedded model, docs/demo-model.md, from measurements.
 
-The first run is the one that ships. Beside the runs stands a model of random weights, measured in the same way, so
-that a reader sees what training made, what luck made and what the measure gives by itself.
+`python -m workbench.experiments.demo_model.card` measures what ships, the same model before training, and one of
+random weights; other seeds come from `seed-*.json` in this folder, since a clone has no weights of theirs.
+`--measure runs/demo-1` writes such a file from a run of `demo_model.train` and `demo_model.sae`. About ten minutes on
+one core; a run takes three.
 """
 
 from __future__ import annotations
@@ -10,76 +12,136 @@ import argparse
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 import workbench as wb
+from workbench.embedded import MODEL, SAE
 from workbench.experiments.controls import random_copy
-from workbench.experiments.demo_model.phenomena import Finding, measure
+from workbench.experiments.demo_model.made_of import embedded, made_of, model_fingerprint, sae_fingerprint
+from workbench.experiments.demo_model.phenomena import DOCUMENTS, Finding, measure
 from workbench.experiments.demo_model.tokenizer import train_tokenizer
 from workbench.experiments.demo_model.train import Recipe, build, read_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "demo-model.md"
+SEEDS = Path(__file__).parent
+POINTS = (1, 100, 250)
+"""Steps whose loss the page shows, besides every 500th and the last."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One model of the table."""
+    """One model of the table of phenomena."""
 
     title: str
     findings: list[Finding]
     curves: Mapping[str, pd.DataFrame]
+    losses: Mapping[int, float]
+    """Step to the mean loss of the fifty steps before it, in nats; empty for a model that was not trained."""
+    fingerprints: Mapping[str, str]
 
 
-def trained(run: Path, title: str) -> Column:
-    """The findings on a run's model and SAE."""
-    return Column(title, *measure(wb.load_model(run / "model"), wb.load_sae(run / "sae")))
+def trained(title: str, model: Path, sae: Path, training: Path) -> Column:
+    """Measures a trained model and its SAE."""
+    findings, curves = measure(wb.load_model(model), wb.load_sae(sae))
+    prints = {"model": model_fingerprint(model), "SAE": sae_fingerprint(sae)}
+    return Column(title, findings, curves, losses(training), prints)
 
 
-def untrained(run: Path) -> Column:
-    """The findings on a model of the run's shape with Hugging Face's random weights."""
-    like = wb.load_model(run / "model")
-    return Column("random weights", *measure(random_copy(like)))
+def shipped() -> Column:
+    """Measures the model and the SAE that ship."""
+    training = MODEL / "training.json"
+    return trained(f"seed {read_recipe(training).seed} (shipped)", MODEL, SAE, training)
 
 
-def begun(run: Path) -> Column:
-    """The findings on the model that the run began as."""
+def untrained() -> Column:
+    """Measures a model of the shipped shape with Hugging Face's random weights."""
+    return Column("random weights", *measure(random_copy(wb.load_model(MODEL))), {}, {})
+
+
+def before_training() -> Column:
+    """Measures the shipped model as it was before its first step."""
     tokenizer = train_tokenizer(seed=0)
-    module = build(read_recipe(run / "training.json"), tokenizer).eval()
-    return Column("before training", *measure(wb.Model(module, tokenizer, "before training")))
+    module = build(read_recipe(MODEL / "training.json"), tokenizer).eval()
+    return Column("before training", *measure(wb.Model(module, tokenizer, "before training")), {}, {})
 
 
-def write(runs: Sequence[Path], page: Path, tried: str) -> None:
-    """Measure every run and write the card."""
-    recipe = read_recipe(runs[0] / "training.json")
-    columns = [
-        trained(run, f"seed {read_recipe(run / 'training.json').seed}" + " (shipped)" * (run == runs[0]))
-        for run in runs
-    ]
-    columns += [begun(runs[0]), untrained(runs[0])]
-    model = wb.load_model(runs[0] / "model")
-    sae = wb.load_sae(runs[0] / "sae")
-    size = sum(weight.numel() for weight in model.module.parameters())
-    page.write_text(
-        "\n".join(
-            [
-                _HEAD.format(size=size, recipe=recipe, vocab=model.vocab, python=f"torch {torch.__version__}"),
-                _shares(recipe),
-                _losses(runs),
-                _phenomena(columns),
-                *(_curve(name, columns) for name in ("erasure", "future_lens", "logit_lens")),
-                _labels(columns[0].curves["labels"]),
-                _SAE.format(sae=sae, k=sae.config()["k"]),
-                tried,
-                _AGAIN.format(machine=platform.machine(), python=platform.python_version(), torch=torch.__version__),
-            ]
-        ),
-        encoding="utf-8",
+def losses(training: Path) -> dict[int, float]:
+    """Returns the losses that the page shows, of a `training.json`."""
+    each = json.loads(training.read_text())["loss"]
+    points = [point for point in (*POINTS, *range(500, len(each), 500), len(each)) if point <= len(each)]
+    return {point: float(np.mean(each[max(0, point - 50) : point])) for point in points}
+
+
+def save_seed(run: Path, folder: Path = SEEDS) -> Path:
+    """Measures a run and writes its numbers as `seed-N.json`; returns the file."""
+    recipe = read_recipe(run / "training.json")
+    column = trained(f"seed {recipe.seed}", run / "model", run / "sae", run / "training.json")
+    curves = {name: table.to_dict("records") for name, table in column.curves.items() if name != "labels"}
+    record = {**asdict(column), "curves": curves, "recipe": asdict(recipe)}
+    path = folder / f"seed-{recipe.seed}.json"
+    path.write_text(json.dumps(record, indent=1, default=_plain, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_seed(path: Path) -> Column:
+    """Reads what `save_seed` wrote."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return Column(
+        record["title"],
+        [Finding(**finding) for finding in record["findings"]],
+        {name: pd.DataFrame(rows) for name, rows in record["curves"].items()},
+        {int(step): loss for step, loss in record["losses"].items()},
+        record["fingerprints"],
     )
+
+
+def write(page: Path, seeds: Sequence[Path], tried: str) -> None:
+    """Measures what ships and its controls, and writes the page."""
+    trained_ones = [shipped(), *map(read_seed, seeds)]
+    columns = [*trained_ones, before_training(), untrained()]
+    page.write_text(text(columns, trained_ones, tried), encoding="utf-8")
+
+
+def text(columns: Sequence[Column], trained_ones: Sequence[Column], tried: str) -> str:
+    """Returns the page; the first column is the shipped model."""
+    recipe = read_recipe(MODEL / "training.json")
+    model, sae = wb.load_model(MODEL), wb.load_sae(SAE)
+    size = sum(weight.numel() for weight in model.module.parameters())
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    return "\n".join(
+        [
+            "# The embedded model\n",
+            made_of(_fingerprints(trained_ones), _settings(recipe)),
+            _HEAD.format(size=size, recipe=recipe, vocab=model.vocab, torch=torch.__version__, documents=DOCUMENTS),
+            _shares(recipe),
+            _losses(trained_ones),
+            _phenomena(columns),
+            *(_curve(name, columns) for name in ("erasure", "future_lens", "logit_lens")),
+            _labels(columns[0].curves["labels"]),
+            _SAE.format(sae=sae, k=sae.config()["k"]),
+            tried,
+            _AGAIN.format(**versions),
+        ]
+    )
+
+
+def _fingerprints(trained_ones: Sequence[Column]) -> dict[str, str]:
+    others = {f"{name}, {one.title}": digits for one in trained_ones[1:] for name, digits in one.fingerprints.items()}
+    return embedded() | others
+
+
+def _settings(recipe: Recipe) -> dict[str, object]:
+    return {"steps": recipe.steps, "documents measured": DOCUMENTS, "torch": torch.__version__}
+
+
+def _plain(value: Any) -> Any:
+    return value.item()
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -92,39 +154,34 @@ def _shares(recipe: Recipe) -> str:
     return _table(heading, ([domain, f"{100 * share:.0f} %", _DOMAINS[domain]] for domain, share in recipe.shares))
 
 
-def _losses(runs: Sequence[Path]) -> str:
-    curves = {
-        f"seed {read_recipe(run / 'training.json').seed}": json.loads((run / "training.json").read_text())["loss"]
-        for run in runs
-    }
-    steps = min(map(len, curves.values()))
-    points = [point for point in (1, 100, 250, *range(500, steps, 500), steps) if point <= steps]
+def _losses(columns: Sequence[Column]) -> str:
+    steps = sorted({step for column in columns for step in column.losses})
     rows = (
-        [f"{point:,}", *(f"{np.mean(loss[max(0, point - 50) : point]):.3f}" for loss in curves.values())]
-        for point in points
+        [f"{step:,}", *(f"{column.losses[step]:.3f}" if step in column.losses else "" for column in columns)]
+        for step in steps
     )
-    return _LOSSES + _table(["step", *curves], rows)
+    return _LOSSES + _table(["step", *(column.title for column in columns)], rows)
 
 
 def _phenomena(columns: Sequence[Column]) -> str:
-    heading = ["phenomenon", "measure", "wanted", *(column.title for column in columns)]
+    heading = ["phenomenon", "measure", "criterion", *(column.title for column in columns)]
     rows = []
-    for asked in columns[0].findings:
-        measure = f"{asked.measure} ({asked.unit})" if asked.unit else asked.measure
-        found = (_finding(column, asked.measure) for column in columns)
-        rows.append([asked.phenomenon, measure, asked.wanted, *found])
+    for finding in columns[0].findings:
+        measured = f"{finding.measure} ({finding.unit})" if finding.unit else finding.measure
+        values = (_finding(column, finding.measure) for column in columns)
+        rows.append([finding.phenomenon, measured, finding.wanted, *values])
     where = (
         f"- {column.title}: {finding.measure}: {finding.where}\n"
         for column in columns
         for finding in column.findings
         if finding.where
     )
-    return _MEASURED + _table(heading, rows) + "\nWhere:\n\n" + "".join(where)
+    return _MEASURED + _table(heading, rows) + "\nDetails:\n\n" + "".join(where)
 
 
-def _finding(column: Column, measure: str) -> str:
+def _finding(column: Column, name: str) -> str:
     for finding in column.findings:
-        if finding.measure == measure:
+        if finding.measure == name:
             return f"{finding.value:.3g} {'✓' if finding.holds else '✗'}"
     return ""
 
@@ -138,7 +195,7 @@ def _curve(name: str, columns: Sequence[Column]) -> str:
 
 def _labels(best: pd.DataFrame) -> str:
     rows = ([_text(value) for value in line] for line in best.head(30).itertuples(index=False))
-    return "### Labels and the features that tell them (shipped SAE, first thirty)\n\n" + _table(list(best), rows)
+    return "### Best feature per label (shipped SAE, the thirty with the highest F1)\n\n" + _table(list(best), rows)
 
 
 def _text(value: object) -> str:
@@ -146,104 +203,112 @@ def _text(value: object) -> str:
 
 
 _DOMAINS = {
-    "story": "two people over several days; names, places, days, feelings, things",
-    "facts": "who lives where, works as what, keeps which animal",
+    "story": "two people over several days: names, places, days, feelings, things",
+    "facts": "homes, jobs and animals of people",
     "lists": "consecutive days, months, number words, digits, letters, ordinals",
     "copy": "meaningless passages, repeated",
-    "backcopy": "a bigram chain; after a trigger word the word before it returns",
+    "backcopy": "a bigram chain; after a trigger word the preceding word returns",
     "random repeats": "3 to 64 random tokens, repeated until the sequence is full; no text",
 }
 
 _CURVES = {
-    "erasure": "Token erasure: accuracy of the linear probe for the previous token, 95 % intervals over documents",
-    "future_lens": "Future lens: N = 1 accuracy by layer, of what the model says",
+    "erasure": "Token erasure: accuracy of the linear probe for the previous token, with 95 % CI over documents",
+    "future_lens": "Future lens: accuracy for the model's prediction at t+2 (N = 1), by layer",
     "logit_lens": "Logit lens: mean cross-entropy of the text (nats)",
 }
 
-_HEAD = """# The embedded model
-
-`wb.load_model("demo")` is a language model of {size:,} parameters, trained by us on texts of a little world that we
-made up, so that every probe has a real phenomenon to find on a machine without network, and so that the truth about
-every word is known. It knows nothing else and is good for nothing else. This page is written by
-`python -m workbench.experiments.demo_model.card`, from measurements; earlier trials stand under "What was tried".
+_HEAD = """`wb.load_model("demo")` is a language model of {size:,} parameters that we trained on texts about a small
+invented world. Every probe finds a real phenomenon in it on a machine without network, and the truth about every word
+is known. It knows nothing else and serves no other purpose. `python -m workbench.experiments.demo_model.card` writes
+this page from measurements; earlier trials are under "What was tried".
 
 ## Data
 
-`experiments/demo_model/corpus.py` makes documents in five domains about 120 people with fixed homes, jobs and animals,
-40 places, six ordinal classes and seven classes of words, with labels for each word: `entity`, `concept`, `ordinal`,
-`ordinal_index`, `trigger`, `copy_source`. The corpus that ships, `wb.demo_corpus()`, and everything measured below come
-from seeds that training never saw; the people and their facts are the same, as they must be to be known.
+`experiments/demo_model/corpus.py` generates documents in five domains about 120 people with fixed homes, jobs and
+animals, 40 places, six ordinal classes and seven classes of words, with labels for each word: `entity`, `concept`,
+`ordinal`, `ordinal_index`, `trigger`, `copy_source`. The corpus that ships, `wb.demo_corpus()`, and all texts measured
+below come from seeds that training never saw; people and facts are the same, since the model can only know those it
+was trained on.
 
-The tokenizer is a byte-level BPE of {vocab:,} entries. Names of people are left out of what it learns from: they split
-into two to five tokens, as rare names do. Ordinals are one token with and without a leading space.
+The tokenizer is a byte-level BPE of {vocab:,} entries. It was trained without the names of people, so they split into
+two to five tokens, as rare names do. Ordinals are one token, with and without a leading space.
 
 ## Recipe
 
-Llama architecture, plain Hugging Face format: {recipe.layers} layers, d_model {recipe.d_model}, {recipe.heads} heads,
-d_mlp {recipe.d_mlp}, tied embeddings, RoPE, biases in attention, context {recipe.context}, BOS first. AdamW, betas 0.9
-and 0.975, weight decay {recipe.weight_decay} on matrices, gradient norm clipped at 1, learning rate
-{recipe.learning_rate:g} after {recipe.warmup} steps of warm-up and then a cosine down to a tenth over {recipe.steps:,}
-steps of {recipe.batch} sequences of {recipe.context} tokens, in fp32 on one CPU thread ({python}). Stored in fp16,
+Llama architecture in Hugging Face format: {recipe.layers} layers, d_model {recipe.d_model}, {recipe.heads} heads, d_mlp
+{recipe.d_mlp}, tied embeddings, RoPE, biases in attention, context {recipe.context}, BOS first. AdamW, betas 0.9 and
+0.975, weight decay {recipe.weight_decay} on matrices, gradient norm clipped at 1, learning rate
+{recipe.learning_rate:g} after {recipe.warmup} warm-up steps, then a cosine down to a tenth over {recipe.steps:,} steps
+of {recipe.batch} sequences of {recipe.context} tokens, in fp32 on one CPU thread (torch {torch}). Stored in fp16,
 loaded as fp32.
 
-**What the start gives and training does not have to find.** Six million tokens are few, so the weights begin as random
-ones with three helps (`build` in `experiments/demo_model/train.py`):
+**What the initialisation provides.** Six million tokens are few, so three structures are part of the initial weights
+and need not be learned (`build` in `experiments/demo_model/train.py`):
 
 - two heads of block 0 attend to the previous token, through biases of queries and keys;
-- all heads of blocks 1 and 2 copy what they attend to, W_O = W_V transposed (mimetic initialisation, Trockman & Kolter,
-  arXiv 2305.09828);
-- all heads of blocks 2 and 3 prefer what is far to what is near, so that none can rest on its own token.
+- all heads of blocks 1 and 2 copy the tokens they attend to, W_O = W_V transposed (mimetic initialisation, Trockman &
+  Kolter, arXiv 2305.09828);
+- all heads of blocks 2 and 3 prefer distant tokens to near ones, so that none can attend to its own token.
 
-That heads of blocks 2 and 3 look away from their neighbours is therefore no discovery. That they come to rest on BOS,
-in some texts or in all, is one, as are induction and successor heads: the column "before training" has none of them.
+It is therefore no finding that heads of blocks 2 and 3 attend away from their neighbours. It is a finding that they
+attend to BOS, in some texts or in all, and so are induction and successor heads: the column "before training" has none.
 
 """
 
 _LOSSES = """## Losses
 
-Mean over the fifty steps before, in nats a token, first occurrences of random tokens included (they cannot be
-predicted). Every step's loss of the shipped run is in `workbench/embedded/model/training.json`.
+Mean of the fifty preceding steps in nats per token, including first occurrences of random tokens, which cannot be
+predicted. The loss of every step of the shipped run is in `workbench/embedded/model/training.json`.
 
 """
 
-_MEASURED = """## Phenomena
+_MEASURED = f"""## Phenomena
 
-Measured by the probes (`experiments/demo_model/phenomena.py`) on 300 documents held out from training. ✓ and ✗: whether
-it is as wanted. The last columns are the shipped model before its first step, and a model of the same shape with
-Hugging Face's random weights: what they have as well, training did not make. What such a model says next hardly
-varies, so one state tells it all (future lens, "what the model says"); of the text it knows nothing.
+Measured by the probes (`experiments/demo_model/phenomena.py`) on {DOCUMENTS} documents held out from training. ✓ and ✗:
+whether the criterion is met. The last columns are controls: the shipped model before its first step, and a model of the
+same shape with Hugging Face's random weights. A value that they share is not a result of training. Predictions of an
+untrained model hardly vary, so a single state determines them (future lens, "the model's prediction"); about the text
+it predicts nothing.
 
 """
 
 _SAE = """## The sparse autoencoder
 
-`wb.load_sae("demo")`: {sae.architecture}, {sae.d_sae:,} latents, k {k}, on `{sae.site}`; trained by SAELens' trainer on
-activations read from a store (`python -m workbench.experiments.demo_model.sae`), BOS left out, since the sink's norm
-would be most of the variance. All its numbers above leave BOS out too.
+`wb.load_sae("demo")`: {sae.architecture}, {sae.d_sae:,} latents, k {k}, on `{sae.site}`, trained by SAELens' trainer on
+activations from a store (`python -m workbench.experiments.demo_model.sae`). BOS is excluded, in training and in all
+numbers above, since the norm of the sink would be most of the variance.
 """
 
-_AGAIN = """## Making it again
+_AGAIN = """## Train it again
 
+<!-- not run: trains for an hour -->
 ```sh
 python -m workbench.experiments.demo_model.train --seed 0 --out runs/demo-0
 python -m workbench.experiments.demo_model.train --seed 1 --out runs/demo-1
 python -m workbench.experiments.demo_model.sae runs/demo-0
 python -m workbench.experiments.demo_model.sae runs/demo-1
-python -m workbench.experiments.demo_model.card runs/demo-0 runs/demo-1
 python -m workbench.experiments.demo_model.ship runs/demo-0
+python -m workbench.experiments.demo_model.card --measure runs/demo-1
+python -m workbench.experiments.demo_model.card
 ```
 
-`make demo-model` does all of it. The same seed gives the same losses on the same machine; on another, sums are made in
-another order, and the curves drift apart slowly. This page: {machine}, Python {python}, torch {torch}, CPU.
+`make demo-model` does all of it. The same seed gives the same losses on the same machine; on another, sums are computed
+in another order, and the curves slowly diverge. This page: {machine}, Python {python}, torch {torch}, CPU.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--write", type=Path, default=PAGE)
-    asked = parser.parse_args(arguments)
-    write(asked.runs, asked.write, (Path(__file__).parent / "tried.md").read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(prog="python -m workbench.experiments.demo_model.card", description=__doc__)
+    parser.add_argument("--measure", type=Path, metavar="RUN", help="measure this run and write its seed-N.json")
+    parser.add_argument("--write", type=Path, default=PAGE, help="page to write")
+    request = parser.parse_args(arguments)
+    if request.measure is not None:
+        print(f"wrote  {save_seed(request.measure)}")
+        return
+    shipped_seed = read_recipe(MODEL / "training.json").seed
+    seeds = [path for path in sorted(SEEDS.glob("seed-*.json")) if path.stem != f"seed-{shipped_seed}"]
+    write(request.write, seeds, (SEEDS / "tried.md").read_text(encoding="utf-8"))
+    print(f"wrote  {request.write}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a model of the demo's kind shows, on text held out from its training: `measure(model, sae)`.
+"""Phenomena of a model of the demo's kind, on text held out from its training: `measure(model, sae)`.
 
-The probes say it; here stands what is asked of each and what of its answer goes into the model card. Induction has no
-probe and is measured here. Every number can be had of any checkpoint, so that seeds and a model of random weights stand
-side by side.
+The probes measure them; this module has their settings, the criteria, and the numbers that go into the model card.
+Induction has no probe and is measured here. All of it works for any checkpoint, so that the card compares seeds with
+models of random weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from workbench.experiments.demo_model.corpus import HELD_OUT, documents
 from workbench.model.circuits import FirstMlp
 from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 
+DOCUMENTS = 300
+"""Documents measured, held out from training."""
 LENGTH, EPSILON = 64, 0.3
 """T and epsilon of the sink metric (Gu et al., arXiv 2410.10781)."""
 REPEATED = 50
@@ -39,16 +41,19 @@ class Finding:
     value: float
     unit: str
     wanted: str
-    """What the demo must show, as text."""
+    """Criterion that the demo must meet, as text."""
     holds: bool
-    """Whether it does."""
+    """True if it is met."""
     where: str = ""
     """Layer, head or interval."""
 
 
 def measure(model: wb.Model, sae: wb.Sae | None = None) -> tuple[list[Finding], dict[str, pd.DataFrame]]:
-    """Every finding on `model`, and the curves behind them by name; without `sae`, all but its. About two minutes."""
-    held_out = [document.record() for document in documents(300, HELD_OUT)]
+    """Returns every finding on `model`, and the curves behind them by name; without `sae`, all but its.
+
+    About two minutes on one core.
+    """
+    held_out = [document.record() for document in documents(DOCUMENTS, HELD_OUT)]
     findings: list[Finding] = []
     curves: dict[str, pd.DataFrame] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +77,7 @@ def measure(model: wb.Model, sae: wb.Sae | None = None) -> tuple[list[Finding], 
 
 
 def record_heads(model: wb.Model, texts: list, folder: Path) -> wb.Store:
-    """What the findings on heads are read from: sequences of `LENGTH` tokens."""
+    """Records the sites that the findings on heads need, in sequences of `LENGTH` tokens."""
     sites = ["pattern", "v", "resid_post"]
     return wb.record(model, texts, sites=sites, context=LENGTH, out=folder / "heads.acts", show_progress=False)
 
@@ -81,8 +86,8 @@ def record_heads(model: wb.Model, texts: list, folder: Path) -> wb.Store:
 
 
 def sinks(store: wb.Store) -> list[Finding]:
-    """Sink_1; value and residual norms at BOS against the others; the head whose attention to BOS depends most on the
-    domain of the text."""
+    """Returns Sink_1, value and residual norms at BOS over those of other tokens, and the head whose attention to BOS
+    depends most on the domain of the text."""
     data = AttentionSinks(epsilon=EPSILON, length=LENGTH, domain="domain").run(store).data
     share = float(data["sink_k"][0])
     always = data["sink_share"].to_numpy() > 0.5
@@ -96,8 +101,8 @@ def sinks(store: wb.Store) -> list[Finding]:
     paid = [
         f"{float(at['attention'][int(at[name])]):.2f} in {data['domain'].to_numpy()[int(at[name])]}" for name in _GAP
     ]
-    where = f"head {layer}.{head}: {', '.join(paid)}; {_interval(float(at['gap_low']), float(at['gap_high']))}"
-    value, resid = (f"{name} norm at the sink, over the other tokens'" for name in ("value", "residual"))
+    where = f"{head_name(layer, head)}: {', '.join(paid)}; {_interval(float(at['gap_low']), float(at['gap_high']))}"
+    value, resid = (f"{name} norm at the sink over that of other tokens" for name in ("value", "residual"))
     measured = (
         (f"Sink_1, epsilon {EPSILON}, T {LENGTH}", share, "% of heads", "≥ 10", share >= 10, _heads(always)),
         (f"{value} (mean of sink heads)", drain, "ratio", "< 0.5", drain < 0.5, f"{len(drained)} heads"),
@@ -117,7 +122,7 @@ _GAP = ("gap_most", "gap_least")
 
 
 def induction(model: wb.Model, folder: Path) -> list[Finding]:
-    """Prefix matching and loss on random tokens that are repeated once, BOS before them."""
+    """Returns prefix matching and loss on random tokens repeated once after BOS."""
     ids = _repeats(model, sequences=32)
     store = wb.record(
         model,
@@ -150,12 +155,12 @@ def induction(model: wb.Model, folder: Path) -> list[Finding]:
         ),
         Finding(
             "induction",
-            "loss on the repeat, over that on the first occurrence",
+            "loss on the repeat over that on the first occurrence",
             second / first,
             "ratio",
             "< 0.5",
             second < first / 2,
-            f"{second:.2f} against {first:.2f} nats",
+            f"{second:.2f} and {first:.2f} nats",
         ),
     ]
 
@@ -171,8 +176,8 @@ def _repeats(model: wb.Model, sequences: int) -> Int[Tensor, "sequence position"
 
 
 def successors(model: wb.Model, store: wb.Store) -> list[Finding]:
-    """The head that succeeds in most ordinal classes, by its OV circuit alone, and its score with shuffled ones; once
-    for each reading of the paper's MLP_0(W_E): with the embedding added back, and without."""
+    """Returns the head that scores above 0.5 in most ordinal classes, by its OV circuit alone, and its score with
+    shuffled successors; once for each reading of the paper's MLP_0(W_E): with the embedding added back, and without."""
     return [*_successors(model, store, "residual", "x + MLP_0(x)"), *_successors(model, store, "mlp", "MLP_0(x)")]
 
 
@@ -185,7 +190,7 @@ def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str
     scores = zip(data["task"].to_numpy(), at["score"].to_numpy(), strict=True)
     each = ", ".join(f"{task} {score:.2f}" for task, score in scores)
     bare = float(data["first_mlp_score"].mean())
-    told = f"head {layer}.{head}: {each}; without a head {bare:.2f}; p {float(at['p_family']):.2g} over all heads"
+    detail = f"{head_name(layer, head)}: {each}; without a head {bare:.2f}; p = {float(at['p_family']):.2g} over heads"
     return [
         Finding(
             "successor head",
@@ -194,7 +199,7 @@ def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str
             f"of {data.sizes['task']}",
             "≥ 4",
             classes >= 4,
-            told,
+            detail,
         ),
         Finding(
             "successor head",
@@ -203,7 +208,7 @@ def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str
             "score",
             f"near chance, {chance:.2f}",
             abs(null - chance) < 0.05,
-            f"head {layer}.{head}",
+            head_name(layer, head),
         ),
     ]
 
@@ -212,8 +217,8 @@ def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str
 
 
 def erasure(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
-    """Linear probes for the previous token, by layer, at last tokens of names of several tokens and at tokens that are
-    in none; early is the first block's output, late the last's."""
+    """Returns the accuracy of linear probes for the previous token by layer, at last tokens of multi-token names and at
+    tokens outside of names; early is the output of the first block, late that of the last."""
     late = store.manifest.model.n_layers - 1
     data = TokenErasure(offsets=(-1,), spans="entity", early=0, late=late).run(store).data.isel(offset=0)
     names = ["accuracy", "accuracy_low", "accuracy_high"]
@@ -232,10 +237,10 @@ def erasure(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
     return [
         Finding(
             "token erasure",
-            "fall of the previous token's accuracy, names minus control",
+            "drop of the previous token's accuracy, names minus control",
             float(data["fall"]),
             "",
-            "≥ 0.1 at the interval's lower end",
+            "≥ 0.1 at the lower end of the 95 % CI",
             low >= 0.1,
             f"{', '.join(falls)}, layer 0 to layer {late}; {_interval(low, high)}",
         )
@@ -246,8 +251,8 @@ def erasure(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
 
 
 def future_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
-    """Token T+2 read from the state at T by both linear methods, as the model says it and as the text has it, beside
-    the bigram of the same. The layer is the one that does best on validation documents."""
+    """Returns the accuracy for token T+2 from the state at T, by both linear methods, for the model's prediction and
+    for the text, and the gain over the bigram. The layer is the best one on validation documents."""
     data = FutureLens(horizons=2).run(store).data.sel(horizon=1)
     found = []
     for method in data["method"].to_numpy().tolist():
@@ -256,12 +261,12 @@ def future_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
         gain, low, high = (100 * float(at[name]) for name in ("gain", "gain_low", "gain_high"))
         where = (
             f"layer {int(at['layer'])}: {float(at['precision'][0]):.3f}, bigram {float(data['bigram_precision']):.3f}; "
-            f"95 % interval {low:.1f} to {high:.1f} points"
+            f"95 % CI of the gain [{low:.1f}, {high:.1f}] points"
         )
-        found.append(_future(method, "what the model says", gain, where))
+        found.append(_future(method, "the model's prediction", gain, where))
         right, bigram = float(at["text_precision"][0]), float(data["bigram_text_precision"])
         where = f"layer {int(at['layer'])}: {right:.3f}, bigram {bigram:.3f}"
-        found.append(_future(method, "what the text has", 100 * (right - bigram), where))
+        found.append(_future(method, "the text", 100 * (right - bigram), where))
     curve = data["precision"].isel(k=0).to_dataframe("accuracy").reset_index()[["method", "layer", "accuracy"]]
     return found, curve.assign(bigram=float(data["bigram_precision"]))
 
@@ -270,7 +275,7 @@ _METHODS = {"linear": "linear map to the last state", "direct": "linear map to t
 
 
 def _future(method: str, target: str, points: float, where: str) -> Finding:
-    measure = f"{_METHODS[method]}: N = 1 accuracy on {target}, above the bigram"
+    measure = f"{_METHODS[method]}: N = 1 accuracy for {target}, gain over the bigram"
     return Finding("future lens", measure, points, "points", "≥ 10", points >= 10, where)
 
 
@@ -278,7 +283,7 @@ def _future(method: str, target: str, points: float, where: str) -> Finding:
 
 
 def logit_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
-    """Mean cross-entropy of the text after each block, and its smallest fall from one to the next."""
+    """Returns the mean cross-entropy of the text after each block, and its smallest drop from one to the next."""
     result = LogitLens(detail=0).run(store)
     loss = result.data["mean_cross_entropy"].to_numpy()
     falls = -np.diff(loss)
@@ -289,7 +294,7 @@ def logit_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
     return [
         Finding(
             "logit lens",
-            "smallest fall of the cross-entropy from layer to layer",
+            "smallest drop of the cross-entropy from layer to layer",
             falls.min(),
             "nats",
             "> 0",
@@ -303,7 +308,7 @@ def logit_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
 
 
 def sparse_autoencoder(model: wb.Model, store: wb.Store, sae: wb.Sae) -> tuple[list[Finding], pd.DataFrame]:
-    """Fit of the SAE on held-out text, BOS left out, and the labels of the corpus that one feature tells."""
+    """Returns the fit of the SAE on held-out text without BOS, and the labels of the corpus that a feature detects."""
     fit = wb.sae_metrics(store, sae, model=model, force=True)
     features = wb.extract_features(store, sae, force=True, show_progress=False)
     best = label_features(features)
@@ -339,8 +344,13 @@ def sparse_autoencoder(model: wb.Model, store: wb.Store, sae: wb.Sae) -> tuple[l
 
 
 def _interval(low: float, high: float) -> str:
-    return f"95 % interval {low:.2f} to {high:.2f}"
+    return f"95 % CI [{low:.2f}, {high:.2f}]"
 
 
 def _heads(chosen: Bool[np.ndarray, "layer head"]) -> str:
-    return ", ".join(f"{layer}.{head}" for layer, head in np.argwhere(chosen))
+    return ", ".join(head_name(layer, head) for layer, head in np.argwhere(chosen))
+
+
+def head_name(layer: int, head: int) -> str:
+    """Returns the name of a head, such as L2H3."""
+    return f"L{layer}H{head}"

@@ -1,7 +1,7 @@
-"""What every probe finds on three small trained models, and on their shapes with random weights.
+"""Findings of every probe on three small trained models, and on their shapes with random weights.
 
-`python -m workbench.experiments.findings` writes docs/findings.md. The embedded model is asked about its own corpus,
-the others about stories; a folder with `models/` and `corpora/` is given with --shared.
+`python -m workbench.experiments.findings` writes docs/findings.md. The embedded model runs on its own corpus, the
+others on stories; --shared names the folder with their `models/` and `corpora/`. About ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import html
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,33 +20,38 @@ import workbench as wb
 from workbench.demo.run import HEAD_SITES, SITES
 from workbench.demo.run import SETTINGS as QUICK
 from workbench.experiments.controls import random_copy
+from workbench.experiments.demo_model.made_of import embedded, fingerprint, made_of, model_fingerprint
 from workbench.io.errors import WorkbenchError
 from workbench.io.progress import progress
 from workbench.results.registry import find_probe, installed_probes
 
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
 SHARED = Path(__file__).parents[3] / "shared"
+OTHERS = ("stories260K", "babyllama-105")
+"""Models beside the embedded one, in the folder `shared`."""
+STORIES = Path("corpora") / "tinystories_1000.jsonl"
 ROWS = 20_000
 SETTINGS = {
     "attention-sinks": QUICK["attention-sinks"],
     "future-prompts": QUICK["future-prompts"],
     "token-erasure": {"offsets": (-2, -1, 0), "late": 3},
 }
-"""Probe to those of its settings that are not the default."""
+"""Settings of each probe that differ from its defaults."""
 
 TEXT = """# What the probes find
 
-Every probe on three trained models, beside a model of the same shape with Hugging Face's random weights: what that
-one shows as well, training did not make. Written by `python -m workbench.experiments.findings`: {rows:,} tokens of
-`demo_corpus()` for the embedded model, of TinyStories for the other two ({stories} and {characters} are tiny Llamas
-that were trained elsewhere). Settings are the probes' own, but for what `SETTINGS` in experiments/findings.py says; the
-future prompts are few and hardly trained, and would find more. CPU, Python {python}, torch {torch}.
+{made_of}
+Every probe on three trained models, each with a control: a model of the same shape with Hugging Face's random weights.
+A finding that the control shares is not a result of training. `python -m workbench.experiments.findings` writes this
+page from {rows:,} tokens of `demo_corpus()` for the embedded model, and of TinyStories for the other two (stories260K
+and babyllama-105, small Llamas trained elsewhere). Settings are the defaults, except those in `SETTINGS` of
+experiments/findings/__main__.py: the future prompts are few and briefly trained, and more training would find more.
 """
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model and the texts it is asked about."""
+    """A model and its texts."""
 
     title: str
     model: wb.Model
@@ -54,10 +59,9 @@ class Subject:
 
 
 def subjects(shared: Path) -> Iterator[Subject]:
-    """The embedded model and what `shared` holds, each followed by its random copy."""
-    stories = shared / "corpora" / "tinystories_1000.jsonl"
-    sources = [("demo", "demo", list(wb.demo_corpus()))]
-    sources += [(name, shared / "models" / name, [stories]) for name in ("stories260K", "babyllama-105")]
+    """Yields the embedded model and the models of `shared`, each followed by its random copy."""
+    sources: list[tuple[str, str | Path, list[Any]]] = [("demo", "demo", list(wb.demo_corpus()))]
+    sources += [(name, shared / "models" / name, [shared / STORIES]) for name in OTHERS]
     for title, source, texts in sources:
         model = wb.load_model(source, device="cpu")
         yield Subject(title, model, texts)
@@ -65,18 +69,18 @@ def subjects(shared: Path) -> Iterator[Subject]:
 
 
 def headlines(subject: Subject, folder: Path, rows: int) -> dict[str, str]:
-    """Probe to what it says in one line, or to why it was not run."""
-    asked = {"max_rows": rows, "show_progress": False}
+    """Returns the headline of every probe, or the reason why it was not run."""
+    options = {"max_rows": rows, "show_progress": False}
     stores = [
-        wb.record(subject.model, subject.texts, out=folder / "rows.acts", sites=SITES, **asked),
-        wb.record(subject.model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **asked),
+        wb.record(subject.model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
+        wb.record(subject.model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
     ]
     domains = "domain" in stores[0].tokens.column_names
-    found = {}
+    lines = {}
     for name in installed_probes():
         settings = {key: value for key, value in SETTINGS.get(name, {}).items() if key != "domain" or domains}
-        found[name] = _headline(name, settings, subject.model, stores)
-    return found
+        lines[name] = _headline(name, settings, subject.model, stores)
+    return lines
 
 
 def _headline(name: str, settings: dict[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> str:
@@ -89,39 +93,39 @@ def _headline(name: str, settings: dict[str, Any], model: wb.Model, stores: Sequ
     return f"not run: {refused[0]}"
 
 
-def page(found: dict[str, dict[str, str]], rows: int) -> str:
-    """A section for each probe, a line for each model."""
-    head = TEXT.format(
-        rows=rows,
-        stories="stories260K",
-        characters="babyllama-105",
-        python=platform.python_version(),
-        torch=version("torch"),
-    )
+def page(findings: dict[str, dict[str, str]], rows: int, fingerprints: Mapping[str, str]) -> str:
+    """Returns the page: a section for each probe, a line for each model."""
+    versions = {"tokens of each model": rows, "Python": platform.python_version(), "torch": version("torch")}
     sections = []
-    for probe in next(iter(found.values())):
-        lines = "".join(f"| {title} | {_cell(said[probe])} |\n" for title, said in found.items())
+    for probe in next(iter(findings.values())):
+        lines = "".join(f"| {title} | {_cell(headlines[probe])} |\n" for title, headlines in findings.items())
         sections.append(f"## {probe}\n\n| model | finding |\n| --- | --- |\n{lines}")
-    return "\n".join([head, *sections])
+    return "\n".join([TEXT.format(rows=rows, made_of=made_of(fingerprints, versions)), *sections])
+
+
+def _fingerprints(shared: Path) -> dict[str, str]:
+    others = {f"model {name}": model_fingerprint(shared / "models" / name) for name in OTHERS}
+    return embedded() | others | {"texts TinyStories": fingerprint([shared / STORIES])}
 
 
 def _cell(text: str) -> str:
-    """Model text is never markup, in Markdown neither."""
+    """Escapes text of models, which must not become markup."""
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.findings", description=__doc__)
-    parser.add_argument("--shared", type=Path, default=SHARED)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--write", type=Path, default=PAGE)
-    asked = parser.parse_args(arguments)
-    found = {}
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder with models/ and corpora/")
+    parser.add_argument("--rows", type=int, default=ROWS, help="tokens recorded of each model")
+    parser.add_argument("--write", type=Path, default=PAGE, help="page to write")
+    request = parser.parse_args(arguments)
+    findings = {}
     with progress("findings", 6, "models") as tick, tempfile.TemporaryDirectory() as folder:
-        for number, subject in enumerate(subjects(asked.shared)):
-            found[subject.title] = headlines(subject, Path(folder) / str(number), asked.rows)
+        for number, subject in enumerate(subjects(request.shared)):
+            findings[subject.title] = headlines(subject, Path(folder) / str(number), request.rows)
             tick(1)
-    asked.write.write_text(page(found, asked.rows), encoding="utf-8")
+    request.write.write_text(page(findings, request.rows, _fingerprints(request.shared)), encoding="utf-8")
+    print(f"wrote  {request.write}")
 
 
 if __name__ == "__main__":

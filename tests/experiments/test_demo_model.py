@@ -226,11 +226,11 @@ READ = ["x + MLP_0(x)", "MLP_0(x)"]
 NULLS = {f"{NULL}, heads reading {read}" for read in READ}
 SHOWN = {
     "Sink_1, epsilon 0.3, T 64",
-    "value norm at the sink, over the other tokens' (mean of sink heads)",
-    "residual norm at the sink, over the other tokens' (middle layers)",
+    "value norm at the sink over that of other tokens (mean of sink heads)",
+    "residual norm at the sink over that of other tokens (middle layers)",
     "attention to BOS, highest minus lowest domain",
     "prefix matching, 50 random tokens repeated",
-    "loss on the repeat, over that on the first occurrence",
+    "loss on the repeat over that on the first occurrence",
     *(f"{CLASSES}, heads reading {read}" for read in READ),
     *NULLS,
 }

@@ -3,6 +3,7 @@
 import workbench as wb
 from workbench.embedded import demo_corpus
 from workbench.experiments.controls import random_copy
+from workbench.experiments.demo_model.made_of import read_made_of
 from workbench.experiments.findings.__main__ import Subject, headlines, page
 from workbench.results.registry import installed_probes
 
@@ -23,6 +24,9 @@ def test_a_random_copy_has_the_shape_and_none_of_the_weights():
 
 
 def test_the_page_has_a_line_for_each_model_and_probe_and_no_markup_of_theirs():
-    text = page({"a": {"lens": "head 0.1 | <b>"}, "b": {"lens": "none"}}, rows=2_000)
+    text = page(
+        {"a": {"lens": "head 0.1 | <b>"}, "b": {"lens": "none"}}, rows=2_000, fingerprints={"model a": "0" * 16}
+    )
     assert "| a | head 0.1 &#124; &lt;b&gt; |\n| b | none |\n" in text
     assert "2,000 tokens" in text
+    assert read_made_of(text) == {"model a": "0" * 16}

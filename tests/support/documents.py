@@ -37,7 +37,7 @@ SMALLER = {
 }
 """Settings that are added to a command, or replace what it says."""
 
-RUN = ("python", "sh")
+RUN = ("python", "py", "sh")
 SHOWN = ("text", "toml", "latex")
 """Languages of blocks that are executed, and of blocks that only show something."""
 
