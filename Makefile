@@ -50,7 +50,8 @@ format: $(INSTALLED) ## format the code and apply the fixes of ruff
 bench: $(INSTALLED) ## measure speed and memory against other libraries
 	$(BIN)/python -m workbench.experiments.benchmarks
 
-docs: $(INSTALLED) ## write the generated pages under docs/ anew
+docs: $(INSTALLED) ## write the generated pages and pictures under docs/: about 40 minutes on one core
+	$(BIN)/python -m workbench.experiments.demo_model.card
 	$(BIN)/python -m workbench.experiments.architectures
 	$(BIN)/python -m workbench.experiments.findings
 	$(BIN)/python -m workbench.experiments.pictures
@@ -66,8 +67,9 @@ $(MODELS): $(INSTALLED)
 
 demo-model: $(INSTALLED) ## train the embedded model and SAE anew, two seeds side by side: about an hour on two cores
 	$(MAKE) -j 2 demo-run-0 demo-run-1
-	$(BIN)/python -m workbench.experiments.demo_model.card runs/demo-0 runs/demo-1
 	$(BIN)/python -m workbench.experiments.demo_model.ship runs/demo-0
+	$(BIN)/python -m workbench.experiments.demo_model.card --measure runs/demo-1
+	$(BIN)/python -m workbench.experiments.demo_model.card
 
 demo-run-%: $(INSTALLED)
 	$(BIN)/python -m workbench.experiments.demo_model.train --seed $* --out runs/demo-$*
@@ -76,7 +78,7 @@ demo-run-%: $(INSTALLED)
 constraints: ## resolve constraints.txt anew, keeping its torch line
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
 	grep '^torch==' constraints.txt > build/constraints/torch.txt
-	build/constraints/bin/pip install -c build/constraints/torch.txt -e ".[$(EXTRAS),distributed]"
+	build/constraints/bin/pip install -c build/constraints/torch.txt -e ".[$(EXTRAS),distributed,docs]"
 	{ sed '/^#/!d' constraints.txt; \
 	  build/constraints/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[^ ]*//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
