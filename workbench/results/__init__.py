@@ -1,0 +1,1 @@
+"""Results, the contracts of probes and experiments, and the registry of plugins."""
