@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 import workbench as wb
-from workbench.corpus import added_tokens, read_documents
+from workbench.corpus.sources import read_documents
+from workbench.corpus.tokenizer import added_tokens
 from workbench.embedded import NAME
 from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError

@@ -1,8 +1,7 @@
-"""Labelled spans: what a token says of them is what its characters say, wherever the texts come from."""
+"""Tests of labelled spans: the label of a token is that of its characters, in every kind of source."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import tempfile
@@ -10,48 +9,30 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from labelled import SPANS, TEXT, by_character, source
 
-import workbench as wb
-from workbench import corpus
-from workbench.corpus import AddedTokens, Span, read_documents
-from workbench.io.errors import DataError, RequestError
-from workbench.model.load import Model
-from workbench.recording import segments
+from workbench.corpus.sequences import Layout, plan_sequences
+from workbench.corpus.sources import read_documents
+from workbench.corpus.spans import Span
+from workbench.corpus.tokenizer import TOKEN_SCHEMA, AddedTokens
+from workbench.corpus.tokens import token_table
+from workbench.io.errors import RequestError
 from workbench.sites.settings import Recording
-from workbench.store.manifest import read_manifest, write_manifest
 
 AROUND = AddedTokens((0,), (1,))  # <s> before, </s> after
-TEXT = "Once upon a time Monday was the little day"
-SPANS = {
-    "entity": [{"start": 17, "end": 23, "value": "day"}, {"start": 0, "end": 4, "value": "once"}],
-    "rank": [{"start": 24, "end": 27, "value": 3}],
-}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_models, tiny_tokenizer):
-    return Model(tiny_models["gpt2"], tiny_tokenizer, "tiny")
 
 
 def table(texts, tokenizer, *, context=64, packed=False, added=AROUND, cuts=(), max_rows=None, **reading):
     """The token table of `texts`, made in parts that begin at the sequences `cuts`."""
     with tempfile.TemporaryDirectory() as folder:
-        sequences = corpus.plan_sequences(
-            read_documents(texts, **reading),
-            tokenizer,
-            context=context,
-            added=added,
-            packed=packed,
-            max_rows=max_rows,
-            workdir=folder,
-        )
+        layout = Layout(context, added, packed, max_rows)
+        sequences = plan_sequences(read_documents(texts, **reading), tokenizer, layout, folder)
         borders = sorted({0, *(cut for cut in cuts if cut < len(sequences.lengths)), len(sequences.lengths)})
         parts = [
-            corpus.token_table(
+            token_table(
                 sequences,
                 first,
                 last,
@@ -64,24 +45,6 @@ def table(texts, tokenizer, *, context=64, packed=False, added=AROUND, cuts=(), 
         ]
     assert len({str(part.schema) for part in parts}) == 1
     return pa.concat_tables(parts).unify_dictionaries()
-
-
-def by_character(rows, records):
-    """Value and number of every label for every row, found by painting characters one by one."""
-    labels = dict.fromkeys(label for record in records for label in record["spans"] or {})
-    told = {column: [] for label in labels for column in (label, f"{label}_span")}
-    for row in rows:
-        spans = records[row["document"]]["spans"] or {}
-        for label in labels:
-            painted = {}
-            for number, span in enumerate(sorted(spans.get(label) or [], key=lambda span: span["start"])):
-                for character in range(span["start"], span["end"]):
-                    painted[character] = (span["value"], number)
-            touched = [painted[i] for i in range(row["char_start"], row["char_end"]) if i in painted]
-            value, number = touched[0] if touched else (None, None)
-            told[label].append(value)
-            told[f"{label}_span"].append(number)
-    return told
 
 
 def labelled(texts, values):
@@ -126,7 +89,7 @@ def test_a_token_has_the_first_span_that_it_shares_a_character_with(tiny_tokeniz
         return
     tokens = table(records, tiny_tokenizer, context=context, packed=packed, cuts=cuts)
     expected = by_character(tokens.to_pylist(), records)
-    assert {name: tokens[name].to_pylist() for name in tokens.column_names[len(corpus.TOKEN_SCHEMA) :]} == expected
+    assert {name: tokens[name].to_pylist() for name in tokens.column_names[len(TOKEN_SCHEMA) :]} == expected
     added = tokens.filter(tokens["is_special"]).select(list(expected))
     assert all(column.null_count == added.num_rows for column in added.columns)
 
@@ -196,7 +159,7 @@ def test_types_are_those_of_the_values_over_the_whole_corpus(tiny_tokenizer):
         "empty": (text, [None, None]),
     }
     columns = [name for label in expected for name in (label, f"{label}_span")]
-    assert tokens.column_names == [*corpus.TOKEN_SCHEMA.names, *columns]
+    assert tokens.column_names == [*TOKEN_SCHEMA.names, *columns]
     assert {label: (tokens[label].type, tokens[label].to_pylist()) for label in expected} == expected
     assert {tokens[f"{label}_span"].type for label in expected} == {pa.int32()}
     assert tokens["flag_span"].to_pylist() == [0, 0]
@@ -212,7 +175,7 @@ def test_replaced_characters_keep_the_offsets(tiny_tokenizer):
 def test_max_rows_reads_no_labels_beyond_its_documents(tiny_tokenizer):
     records = [{"text": "x" * 8, "spans": {f"l{i}": [{"start": 0, "end": 8, "value": i}]}} for i in range(9)]
     tokens = table(iter(records), tiny_tokenizer, max_rows=20, added=AddedTokens())
-    assert tokens.column_names[len(corpus.TOKEN_SCHEMA) :] == ["l0", "l0_span", "l1", "l1_span", "l2", "l2_span"]
+    assert tokens.column_names[len(TOKEN_SCHEMA) :] == ["l0", "l0_span", "l1", "l1_span", "l2", "l2_span"]
     assert tokens["l2"].to_pylist() == [None] * 16 + [2] * 4
 
 
@@ -240,33 +203,13 @@ def test_spans_do_not_stay_in_memory(tiny_tokenizer, tmp_path):
             yield {"text": "x" * 8, "spans": {"a": spans}}
 
     before = pa.total_allocated_bytes()
-    plan = {"context": 64, "added": AROUND, "packed": False, "max_rows": None, "workdir": tmp_path}
-    sequences = corpus.plan_sequences(read_documents(records()), tiny_tokenizer, **plan)
+    sequences = plan_sequences(read_documents(records()), tiny_tokenizer, Layout(64, AROUND), tmp_path)
     assert sequences.spans["a"].combine_chunks().flatten().nbytes > 12_000 * 200
     assert 0 < max(alive) <= 2 * 256 * 8, "two batches, where 1,400 documents have been read"
     assert pa.total_allocated_bytes() - before < 1_000_000, "the table lies in a file"
 
 
 # ---- sources --------------------------------------------------------------------------------------------
-
-
-def source(kind, records, folder):
-    """`records` as the kind of source that the name says."""
-    if kind == "list":
-        return records
-    if kind == "jsonl":
-        (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-        return folder / "a.jsonl"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(records), folder / "a.parquet", row_group_size=2)
-        return folder / "a.parquet"
-    if kind == "pandas":
-        pq.write_table(pa.Table.from_pylist(records), folder / "a.parquet")
-        return pq.read_table(folder / "a.parquet").to_pandas().to_dict("records")
-    import datasets
-
-    dataset = datasets.Dataset.from_list(records)
-    return dataset.with_format("numpy") if kind == "numpy dataset" else dataset
 
 
 @pytest.mark.parametrize("kind", ["list", "jsonl", "parquet", "pandas", "dataset", "numpy dataset"])
@@ -316,7 +259,7 @@ def test_token_ids_without_a_span_need_no_characters():
 
 FORM = (
     "; spans are given as {'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}: name the column that holds them "
-    "in span_column=, or pass span_column=None (--span-column None) to read none"
+    "in span_column=, or pass span_column=None (--span-column None) to read no spans"
 )
 GOOD = {"start": 0, "end": 2, "value": 1}
 
@@ -356,7 +299,7 @@ GOOD = {"start": 0, "end": 2, "value": 1}
         ({7: [GOOD]}, "column 'spans' has a label 7; labels are strings, and not empty"),
         (
             {"token": [GOOD]},
-            "label 'token' needs a column 'token', which is a column of the token table itself; rename the label",
+            "label 'token' needs a column 'token', which is a column of the token table; rename the label",
         ),
         ({"tag": []}, "label 'tag' needs a column 'tag', which is a metadata column; rename the label"),
         ({"kind": []}, "label 'kind' needs a column 'kind_span', which is a metadata column; rename the label"),
@@ -418,114 +361,3 @@ def test_a_column_is_one_thing(other):
         "span_column=None (--span-column None) to read no spans"
     )
     assert Recording(**other, span_column=None).span_column is None
-
-
-# ---- recordings -----------------------------------------------------------------------------------------
-
-RECORDS = [
-    {"text": TEXT, "tag": "x", "spans": SPANS},
-    {"text": "the little Tuesday", "tag": "y", "spans": {"entity": [{"start": 4, "end": 18, "value": "day"}]}},
-    {"text": "Once upon a time", "tag": "y"},
-]
-
-
-def record(model, texts, path, **options):
-    return wb.record(model, texts, **{"out": path, "sites": ["resid_post.0"], "show_progress": False, **options})
-
-
-def files(path):
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def test_a_store_is_asked_for_labels(model, tmp_path):
-    store = record(model, RECORDS, tmp_path / "s", metadata=["tag"], segment_rows=16)
-    assert len(store.manifest.segments) > 1
-    assert store.tokens.column_names[-5:] == ["tag", "entity", "entity_span", "rank", "rank_span"]
-    frame = store.tokens.to_pandas()
-    expected = by_character(frame.to_dict("records"), [{"spans": None, **line} for line in RECORDS])
-    where = {
-        "entity = 'day'": [value == "day" for value in expected["entity"]],
-        "entity = 'day' AND document = 1": [
-            value == "day" and document == 1 for value, document in zip(expected["entity"], frame.document, strict=True)
-        ],
-        "entity IS NULL": [value is None for value in expected["entity"]],
-        "rank > 2": [value == 3 for value in expected["rank"]],
-        "entity_span = 0": [number == 0 for number in expected["entity_span"]],
-        "rank > 5": [False] * len(frame),
-    }
-    for predicate, chosen in where.items():
-        rows = store.where(predicate)
-        assert rows.tokens["row"].to_pylist() == np.flatnonzero(chosen).tolist(), predicate
-    assert store.where("entity = 'day'")["resid_post", 0].shape == (sum(where["entity = 'day'"]), 32)
-    assert store.manifest.recording["span_column"] == "spans"
-    last = store.where("entity IS NOT NULL").tokens.to_pandas().groupby(["document", "entity_span"])["row"].max()
-    ends = frame.set_index("row").char_end[last].tolist()
-    assert ends == [4, 23, 18], "the last token of each span ends where the span ends"
-    assert not len(store.verify())
-
-
-def test_none_records_the_column_as_it_is(model, tmp_path):
-    store = record(model, RECORDS, tmp_path / "s", span_column=None)
-    assert store.tokens.column_names[-2:] == ["tag", "spans"]
-    assert json.loads(store.where("document = 0").tokens["spans"][0].as_py()) == SPANS
-
-
-def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    record(model, RECORDS, whole, segment_rows=16)
-    run, calls = segments.capture, []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise DataError("the power went")
-        return run(*arguments)
-
-    monkeypatch.setattr(segments, "capture", failing)
-    with pytest.raises(DataError, match="the power went"):
-        record(model, RECORDS, tmp_path / "s", segment_rows=16)
-    assert len(wb.open_store(tmp_path / "s").manifest.segments) == 1
-    monkeypatch.undo()
-    record(model, RECORDS, tmp_path / "s", segment_rows=16)
-    assert files(tmp_path / "s") == files(whole)
-
-
-def test_appending_needs_the_same_labels(model, tmp_path):
-    """As it needs the same metadata columns: one table, one set of columns."""
-    record(model, RECORDS, tmp_path / "s")
-    store = record(model, RECORDS[:1], tmp_path / "s", append=True)
-    assert store.where("entity = 'once'").tokens["document"].to_pylist() == [0] * 4 + [3] * 4
-    others = [{"text": TEXT, "tag": "x", "spans": {"entity": SPANS["entity"]}}]
-    with pytest.raises(
-        RequestError, match=r"^the token table's columns are .*entity_span int32; the store's are .*rank_sp"
-    ):
-        record(model, others, tmp_path / "s", append=True)
-    with pytest.raises(RequestError, match="span_column: spans in the store, None asked"):
-        record(model, RECORDS, tmp_path / "s", span_column=None)
-
-
-def test_a_store_begun_before_there_were_spans_goes_on(model, tmp_path):
-    path, texts = tmp_path / "s", [{"text": TEXT, "tag": "x"}, {"text": TEXT, "tag": "y"}]
-    record(model, texts, path)
-    manifest = read_manifest(path)
-    older = {name: value for name, value in manifest.recording.items() if name != "span_column"}
-    write_manifest(path, dataclasses.replace(manifest, recording=older))
-    assert record(model, texts, path).rows == manifest.rows
-    assert record(model, texts, path, append=True).rows == 2 * manifest.rows
-    assert read_manifest(path).recording == older
-    with pytest.raises(RequestError, match=r"^the token table's columns are .*; the store's are "):
-        record(model, RECORDS, path, append=True)
-
-
-def test_the_command_line_spells_none(model, tmp_path, monkeypatch, capsys):
-    from workbench.cli import main as cli
-    from workbench.model import load as models
-
-    file = source("jsonl", RECORDS, tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *_names, **_options: model)
-    monkeypatch.setattr(models, "locate", lambda *_names, **_options: None)
-    for name, options, column in (("a", [], "rank_span"), ("b", ["--span-column", "None"], "spans")):
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["record", "m", str(file), "--out", str(tmp_path / name), "--sites", "resid_post.0", *options])
-        assert caught.value.code == 0, capsys.readouterr().err
-        assert wb.open_store(tmp_path / name).tokens.column_names[-1] == column

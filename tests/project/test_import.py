@@ -18,7 +18,7 @@ LIGHT = (
     "workbench.io.errors",
     "workbench.sites.settings",
     "workbench.sites.grammar",
-    "workbench.corpus",
+    "workbench.corpus.tokens",
     "workbench.store",
     "workbench.store.manifest",
     "workbench.io.tensors",

@@ -58,7 +58,7 @@ class Record:
     """Read pickled weights, which can run code."""
 
     def run(self) -> int:
-        from workbench.corpus import check_source
+        from workbench.corpus.sources import check_source
         from workbench.model.load import load_model, locate  # seconds: torch
 
         if not self.text:
@@ -118,7 +118,7 @@ class Plan:
     """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
 
     def run(self) -> int:
-        from workbench.corpus import check_source
+        from workbench.corpus.sources import check_source
         from workbench.model.load import load_model, locate  # seconds: torch
         from workbench.recording.estimate import plan_with
 

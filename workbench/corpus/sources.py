@@ -1,7 +1,7 @@
-"""Where documents come from: strings, files, datasets and lists of token ids, read as one stream.
+"""Sources of documents: strings, files, datasets and lists of token ids, read as one stream.
 
-Every source is first a stream of values, each a string, a mapping with a text column, or token ids, with a
-label that says where it was found (`stories.jsonl:7`); one function then makes a Document of any of them.
+Every source is first a stream of values, each a string, a mapping with a text column, or token ids, with a label of its
+place (`stories.jsonl:7`); one function then makes documents of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -24,22 +24,30 @@ from workbench.corpus.tokenizer import TOKEN_SCHEMA, replace_surrogates
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.sites.settings import Recording
 
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+    Text: TypeAlias = str | Path | Mapping[str, Any] | Sequence[int] | np.ndarray
+    Texts: TypeAlias = str | Path | Iterable[Text]
+else:  # wrong texts are refused by name, not by the checks of types that the tests switch on
+    Text = Texts = Any
+
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 _UNDERSTOOD = f"understood: files ({' '.join(SUFFIXES)}), hf:NAME[:SPLIT], lists of strings or of token id lists"
-_TOKEN_IDS = "input_ids"  # the name the field gives a column of token ids
-_PEEK = 100  # lines of a JSON file looked at to learn its columns before anything is tokenized
+_TOKEN_IDS = "input_ids"  # the field's name for a column of token ids
+_PEEK = 100  # lines of a JSON file read to learn its columns before tokenizing
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, or one list of token ids, with what is known about it.
+    """One text, or one list of token ids, with its metadata and spans.
 
-    Text is as it was read: lone surrogates, which also stand for invalid UTF-8 bytes of a file, are still in
-    it, and `plan_sequences` replaces and counts them.
+    The text is as read: it still contains lone surrogates, which also stand for invalid UTF-8 bytes of a file;
+    `plan_sequences` replaces and counts them.
     """
 
     index: int
-    """Place in the source, from 0."""
+    """Index in the source, from 0."""
     text: str | None
     """The text, or None where the document is given as token ids."""
     token_ids: Sequence[int] | None
@@ -50,10 +58,10 @@ class Document:
     """Label to spans of the text, in order of their start and without overlap."""
 
 
-def check_source(texts: Any) -> None:
-    """Raise RequestError where `texts` can be seen to be wrong without reading it or importing anything heavy.
+def check_source(texts: Texts) -> None:
+    """Raises RequestError where `texts` is wrong, as far as can be seen without reading it or importing a library.
 
-    Looks at kinds, paths, suffixes and sizes, also of the paths inside a list. Generators are not touched.
+    Checks types, paths, suffixes and sizes, also of the paths inside a list. Generators are not read.
     """
     if _is_hub_name(texts):
         _hub_name(texts)
@@ -72,26 +80,31 @@ def check_source(texts: Any) -> None:
 
 
 def read_documents(
-    texts: Any,
+    texts: Texts,
     *,
     text_column: str = Recording.text_column,
     metadata: Sequence[str] | None = Recording.metadata,
     span_column: str | None = Recording.span_column,
 ) -> Iterator[Document]:
-    """Read `texts` as a stream of documents, numbered from 0.
+    """Reads `texts` as a stream of documents, numbered from 0.
 
     `texts` is one of
     - a list or any iterable of strings (a document each), Paths (files), mappings with a text column, and lists
-      or 1-d arrays of token ids (taken as they are); a generator may be endless;
+      or 1-d arrays of token ids (used as they are); a generator may be endless;
     - a Path or a string naming a file: `.txt` (the whole file is one document), `.jsonl` or `.json` (per line an
       object or a bare string), `.parquet` (read by row group);
-    - `"hf:NAME[:SPLIT]"`, a dataset of the Hugging Face hub, streamed; its split `train` where none is named;
+    - `"hf:NAME[:SPLIT]"`, a dataset of the Hugging Face hub, streamed; the split `train` by default;
     - a Hugging Face dataset object, whose `text_column` holds strings or token ids, or with an `input_ids` column;
     - a string with white space in it that names no file: one document.
 
-    `metadata` names the columns to keep; None keeps all but those with the text and the spans. `span_column` holds
-    labelled spans of the text, as `read_spans` takes them; a document may lack it. Paths, known columns and hub ids are
-    checked by the call itself, what is inside the documents as they are read: RequestError.
+    Args:
+        texts: The source.
+        text_column: Column of the text, in sources with columns.
+        metadata: Columns to keep. None: all but those with the text and the spans.
+        span_column: Column of labelled spans of the text, in the form of `read_spans`; a document may lack it.
+
+    Raises:
+        RequestError: Wrong paths, columns and hub ids, by the call itself; wrong documents, as they are read.
     """
     check_source(texts)
     source = _open_hub(texts) if _is_hub_name(texts) else _resolve(texts)
@@ -134,8 +147,8 @@ def _documents(
 # Kinds of source
 
 
-def _resolve(texts: Any) -> Iterable[Any]:
-    """The iterable of items that `texts` stands for, files being Paths; raises where a path is wrong."""
+def _resolve(texts: Texts) -> Iterable[Any]:
+    """The items of `texts`, files as Paths. RequestError for a wrong path."""
     if isinstance(texts, Path):
         _check_file(texts)
         return [texts]
@@ -150,7 +163,7 @@ def _resolve(texts: Any) -> Iterable[Any]:
 
 
 def _names_file(text: str) -> bool:
-    """Whether a string looks like the name of a file that could be read here."""
+    """True for a string that looks like the name of a file of a known kind."""
     return "\n" not in text and text.lower().endswith(SUFFIXES)
 
 
@@ -175,8 +188,8 @@ def _check_file(path: Path, hint: str = "") -> None:
         folder = path.parent
         if not os.path.isdir(folder):
             raise RequestError(f"texts: no file {name!r}, there is no folder {str(folder)!r}; {hint}{_UNDERSTOOD}")
-        beside = islice(os.listdir(folder), 2000) if os.access(folder, os.R_OK) else ()
-        raise RequestError(f"texts: no file {name!r}{nearest(path.name, beside)}; {hint}{_UNDERSTOOD}")
+        neighbours = islice(os.listdir(folder), 2000) if os.access(folder, os.R_OK) else ()
+        raise RequestError(f"texts: no file {name!r}{nearest(path.name, neighbours)}; {hint}{_UNDERSTOOD}")
     if os.path.isdir(path):
         raise RequestError(f"texts: {name!r} is a folder; pass its files, as in sorted(Path({name!r}).glob('*.jsonl'))")
     if not os.path.isfile(path):
@@ -189,7 +202,7 @@ def _check_file(path: Path, hint: str = "") -> None:
         raise RequestError(f"texts: {name!r} is empty (0 bytes); pass a file with text in it")
 
 
-def _is_hub_name(texts: Any) -> bool:
+def _is_hub_name(texts: Texts) -> TypeGuard[str]:
     return isinstance(texts, str) and texts.startswith("hf:")
 
 
@@ -202,8 +215,8 @@ def _hub_name(texts: str) -> tuple[str, str]:
 
 
 def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
-    """The streamed dataset that `hf:NAME[:SPLIT]` names; the only place where the network is touched."""
-    import datasets
+    """The streamed dataset that `hf:NAME[:SPLIT]` names; the only function that uses the network."""
+    import datasets  # seconds
 
     name, split = _hub_name(texts)
     try:
@@ -216,7 +229,7 @@ def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
         ) from error
 
 
-# Values of a source, each with the place it was found at
+# Values of a source, each with its place
 
 
 def _values(source: Iterable[Any], wanted: set[str | None] | None) -> Iterator[tuple[str, Any]]:
@@ -233,7 +246,7 @@ def _values(source: Iterable[Any], wanted: set[str | None] | None) -> Iterator[t
 
 
 def _read_text(path: Path) -> str:
-    # newline="" keeps "\r\n" as it stands, so that offsets point into the file's own text
+    # newline="" keeps "\r\n", so that offsets point into the text of the file
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return file.read()
 
@@ -271,8 +284,8 @@ def _parquet_rows(path: Path, wanted: set[str | None] | None) -> Iterator[tuple[
             raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error
 
 
-def _open_parquet(path: Path) -> Any:
-    import pyarrow.parquet as pq
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    import pyarrow.parquet as pq  # 0.1 s
 
     try:
         return pq.ParquetFile(path)
@@ -284,7 +297,7 @@ def _open_parquet(path: Path) -> Any:
 def _pylist(column: pa.Array) -> list[Any]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # Parquet promises UTF-8, but not every writer keeps the promise
+    except UnicodeDecodeError:  # Parquet demands UTF-8, but not every writer obeys
         values = column.cast(pa.large_binary()).to_pylist()
         return [value if value is None else value.decode("utf-8", "surrogateescape") for value in values]
 
@@ -293,7 +306,7 @@ def _pylist(column: pa.Array) -> list[Any]:
 
 
 def _check_columns(source: Any, text_column: str, metadata: Sequence[str] | None, span_column: str | None) -> None:
-    """Check the columns that can be known before reading: those of files and of dataset objects."""
+    """Checks the columns that are known before reading: those of files and of dataset objects."""
     _check_reserved(metadata or (), "metadata")
     known: dict[str, None] = {}
     for where, columns in _known_columns(source):
@@ -307,7 +320,7 @@ def _check_columns(source: Any, text_column: str, metadata: Sequence[str] | None
 
 
 def _expected(span_column: str | None) -> tuple[str, ...]:
-    """The column of spans, if it must be there: the one of the default setting need not."""
+    """The column of spans, if it must exist: the default one need not."""
     return () if span_column in (None, Recording.span_column) else (span_column,)
 
 
@@ -329,7 +342,7 @@ def _known_columns(source: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def _content_column(columns: Iterable[str], text_column: str, where: str) -> str:
-    """The column a document is made of: the text column, else the one with token ids."""
+    """The column with the content of a document: the text column, else the one with token ids."""
     columns = list(columns)
     for name in (text_column, _TOKEN_IDS):
         if name in columns:
@@ -344,14 +357,14 @@ def _check_reserved(columns: Iterable[str], where: str) -> None:
     for name in columns:
         if name in TOKEN_SCHEMA.names:
             raise RequestError(
-                f"{where}: a metadata column cannot be called {name!r}, which is a column of the token table itself; "
+                f"{where}: a metadata column cannot be called {name!r}, which is a column of the token table; "
                 "rename it, or name the columns to keep in metadata=, as in metadata=['source'] ([] for none)"
             )
 
 
-def _check_known(setting: str, asked: Iterable[str], known: Iterable[str], where: str) -> None:
+def _check_known(setting: str, names: Iterable[str], known: Iterable[str], where: str) -> None:
     known = list(known)
-    for name in asked:
+    for name in names:
         if name not in known:
             raise RequestError(
                 f"{setting} names {name!r}, but {where} have no such column{nearest(name, known)}; "
@@ -363,7 +376,7 @@ def _check_known(setting: str, asked: Iterable[str], known: Iterable[str], where
 
 
 def _scalar(value: Any) -> bool | int | float | str | None:
-    """A metadata value as one of the types a table column has."""
+    """A metadata value in one of the types of a table column."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if value is None or isinstance(value, bool | int | float):

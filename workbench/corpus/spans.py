@@ -1,4 +1,4 @@
-"""Labelled spans of texts: checked as documents are read, laid over tokens as the token table is made."""
+"""Labelled spans of texts: checked while documents are read, assigned to tokens when the token table is made."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from workbench.io.errors import RequestError
 _FORM = "{'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}"
 _KEYS = {"start", "end", "value"}
 _SCALARS = (bool, int, float, str)
-_MAPPING = (dict, Mapping)  # asked in this order: an abstract class takes five times longer to answer
+_MAPPING = (dict, Mapping)  # in this order: checking an abstract class takes five times as long
 _NUMPY = (np.generic, np.ndarray)
 
 
 class Span(NamedTuple):
-    """Characters of a text, `start` to `end` (exclusive), and the value that they have under some label."""
+    """Characters of a text, `start` to `end` (exclusive), and their value under some label."""
 
     start: int
     end: int
@@ -29,17 +29,24 @@ class Span(NamedTuple):
 
 
 def span_type(value: pa.DataType) -> pa.DataType:
-    """Arrow's type for the spans that one label has in one document, with values of type `value`."""
+    """Returns Arrow's type for the spans of one label in one document, with values of type `value`."""
     return pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32()), ("value", value)]))
 
 
-def read_spans(given: Any, text: str | None, column: str, where: str) -> dict[str, tuple[Span, ...]]:
-    """The spans of one document by label, each label's in order of their start.
+def read_spans(given: object, text: str | None, column: str, where: str) -> dict[str, tuple[Span, ...]]:
+    """Returns the spans of one document by label, those of each label in order of their start.
 
-    `given` is what the document's `column` holds: a mapping of label to a list of {"start", "end", "value"}, or to None
-    where the label has no span. `text` is None for a document given as token ids, which cannot have any.
-    Cost: about 3 us a span, and as much again to plan it. Raises RequestError, beginning with `where`: another form, a
-    span that is empty or leaves the text, spans of one label that overlap.
+    Cost: about 3 us a span, and as much again to plan it.
+
+    Args:
+        given: Value of the document's `column`: a mapping of label to a list of {"start", "end", "value"}, or to None
+            where the label has no span.
+        text: Text of the document; None for a document given as token ids, which cannot have spans.
+        column: Name of the column, for errors.
+        where: Name of the document, with which errors begin.
+
+    Raises:
+        RequestError: Another form, a span that is empty or exceeds the text, overlapping spans of one label.
     """
     if not isinstance(given, Mapping):
         raise _malformed(f"{where}: column {column!r}", given)
@@ -68,8 +75,8 @@ def read_spans(given: Any, text: str | None, column: str, where: str) -> dict[st
 
 
 def check_labels(labels: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:
-    """Raise RequestError where the two columns of a label have the name of another column of the token table."""
-    taken = dict.fromkeys(TOKEN_SCHEMA.names, "a column of the token table itself")
+    """Raises RequestError where one of the two columns of a label has the name of another column of the token table."""
+    taken = dict.fromkeys(TOKEN_SCHEMA.names, "a column of the token table")
     taken |= dict.fromkeys(metadata, "a metadata column")
     for label in labels:
         for name in (label, f"{label}_span"):
@@ -86,21 +93,26 @@ def label_tokens(
     char_start: Int32[np.ndarray, " row"],
     char_end: Int32[np.ndarray, " row"],
 ) -> tuple[pa.Array, pa.Array]:
-    """For each token the value of the span that it shares a character with, and the number of that span.
+    """Returns, for each token, the value of the span that it shares a character with, and the number of that span.
 
-    `spans` holds one label: an entry, of `span_type`, for each document, and `document` says which entry is a token's.
-    A token in several spans has the first; one in none, without width or without offsets has nulls. Spans are numbered
-    from 0 in their document. Cost: a binary search for each row.
+    A token in several spans has the first; one in no span, without width or without offsets has nulls. Spans are
+    numbered from 0 in their document. Cost: a binary search for each row.
+
+    Args:
+        spans: Spans of one label: an entry, of `span_type`, for each document.
+        document: Index into `spans` for each row.
+        char_start: First character of each token.
+        char_end: One past its last character.
     """
     first = spans.offsets.to_numpy()
     first = first - first[0]
     start, end, value = spans.flatten().flatten()  # lists to spans, spans to columns
-    # All documents on one line, each far from the next, so that ends rise and one search serves all.
+    # All documents on one axis, each far from the next, so that ends ascend and one search serves all.
     owner = np.repeat(np.arange(len(spans)), np.diff(first)) << 32
-    own = document << 32
-    found = np.searchsorted(owner + end.to_numpy(), own + char_start, side="right")
+    base = document << 32
+    found = np.searchsorted(owner + end.to_numpy(), base + char_start, side="right")
     begins = np.append(owner + start.to_numpy(), np.iinfo(np.int64).max)[found]
-    outside = (begins >= own + char_end) | (char_start == char_end)
+    outside = (begins >= base + char_end) | (char_start == char_end)
     number = (found - first[document]).astype(np.int32)
     return value.take(pa.array(found, mask=outside)), pa.array(number, mask=outside)
 
@@ -127,5 +139,5 @@ def _malformed(place: str, found: Any) -> RequestError:
     shown = repr(found)
     return RequestError(
         f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}; spans are given as {_FORM}: name the column "
-        "that holds them in span_column=, or pass span_column=None (--span-column None) to read none"
+        "that holds them in span_column=, or pass span_column=None (--span-column None) to read no spans"
     )

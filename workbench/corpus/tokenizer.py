@@ -1,4 +1,4 @@
-"""What a tokenizer puts around a text, what each token stands for, and the columns of the token table."""
+"""Tokens that a tokenizer adds around a text, the text of each token, and the columns of the token table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,9 @@ from jaxtyping import Int, Int32
 
 from workbench.io.errors import RequestError
 from workbench.sites.settings import BosPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKEN_SCHEMA = pa.schema(
     [
@@ -28,7 +31,7 @@ TOKEN_SCHEMA = pa.schema(
         ("is_special", pa.bool_()),
     ]
 )
-"""The token table's own columns, in this order; columns of metadata and of labels follow them.
+"""Columns of every token table, in this order; columns of metadata and of labels follow them.
 
 `row`, `sequence` and `document` count through the store, `position` from the sequence's first token. `char_start` and
 `char_end` are offsets into the document's text, null where there is none.
@@ -39,7 +42,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Token ids put around a text that are not of the text."""
+    """Token ids around a text that are not part of the text."""
 
     prefix: tuple[int, ...] = ()
     """At the beginning of every sequence."""
@@ -56,31 +59,35 @@ class Encoding:
     char_end: Int32[np.ndarray, " position"]
 
 
-def added_tokens(tokenizer: Any, bos: BosPolicy) -> AddedTokens:
-    """What goes around a text under the BOS policy `bos`.
+def added_tokens(tokenizer: PreTrainedTokenizerBase | None, bos: BosPolicy) -> AddedTokens:
+    """Returns the tokens to add around a text. Without a tokenizer there are none: token ids are used as they are.
 
-    "model": what the tokenizer itself adds, found by encoding a short text with and without special tokens, since
-    configuration files and behaviour disagree. "always": the same, with BOS put in front where it does not begin
-    with it. "never": nothing. Without a tokenizer nothing is added: token ids are taken as they are.
-    Raises RequestError for "always" where the tokenizer has no BOS.
+    Args:
+        tokenizer: The model's.
+        bos: "model": those that the tokenizer adds by itself, found by encoding a short text with and without special
+            tokens, since configuration files and behaviour disagree. "always": the same, with BOS in front of them
+            if they do not begin with it. "never": none.
+
+    Raises:
+        RequestError: "always", and the tokenizer has no BOS.
     """
     if tokenizer is None or bos == "never":
         return AddedTokens()
-    own = _own_added_tokens(tokenizer)
+    added = _find_added_tokens(tokenizer)
     if bos == "model":
-        return own
+        return added
     bos_id = tokenizer.bos_token_id
     if bos_id is None:
         raise RequestError("bos='always', but the tokenizer has no BOS token; use bos='model' or bos='never'")
-    return own if own.prefix[:1] == (bos_id,) else AddedTokens((bos_id, *own.prefix), own.suffix)
+    return added if added.prefix[:1] == (bos_id,) else AddedTokens((bos_id, *added.prefix), added.suffix)
 
 
-def token_texts(tokenizer: Any, ids: Int[np.ndarray, " token"] | Sequence[int]) -> list[str]:
-    """The text each token stands for within a text, its leading space included: " Monday", "\\n", "ing".
+def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Int[np.ndarray, " token"] | Sequence[int]) -> list[str]:
+    """Returns the text of each token within a text, its leading space included: " Monday", "\\n", "ing".
 
     SentencePiece and WordPiece decoders treat the first token of a text differently, so each token is decoded
-    after an ordinary one. Part of a character ("<0xE2>", "â") and special tokens ("<s>") are named as the
-    vocabulary names them. Ids outside the vocabulary give "<50300>"; without a tokenizer, id 7 gives "7".
+    after an ordinary one. Parts of a character ("<0xE2>", "â") and special tokens ("<s>") have their name in the
+    vocabulary. Ids outside of the vocabulary give "<50300>"; without a tokenizer, id 7 gives "7".
     Two ids may share a text. Cost: one decoding each, about 10 us.
     """
     ids = [int(token_id) for token_id in ids]
@@ -97,15 +104,17 @@ def token_texts(tokenizer: Any, ids: Int[np.ndarray, " token"] | Sequence[int]) 
             texts.append(f"<{token_id}>")
             continue
         text = _decode(tokenizer, [*anchor, token_id])
-        # Not so where the anchor is one byte: with part of a character after it the two are no character together.
+        # False where the anchor is one byte and part of a character follows: the two do not make a character.
         text = text[len(anchored) :] if text.startswith(anchored) else _decode(tokenizer, [token_id])
         texts.append(piece if token_id in special or "\ufffd" in text else text)
     return texts
 
 
-def special_ids(tokenizer: Any, added: AddedTokens) -> frozenset[int]:
-    """Ids that are not text: special tokens and added ones. <unk> is text the vocabulary lacks, so it is not one,
-    unless it is BOS or EOS as well, as in GPT-2."""
+def special_ids(tokenizer: PreTrainedTokenizerBase | None, added: AddedTokens) -> frozenset[int]:
+    """Returns the ids that are not text: special tokens and added ones.
+
+    <unk> is text that the vocabulary lacks, so it is not special, unless it is also BOS or EOS, as in GPT-2.
+    """
     if tokenizer is None:
         return frozenset()
     names = tokenizer.special_tokens_map
@@ -115,12 +124,12 @@ def special_ids(tokenizer: Any, added: AddedTokens) -> frozenset[int]:
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """`text` with U+FFFD for each lone surrogate, so that it can be encoded and offsets hold, and their number."""
+    """Returns `text` with U+FFFD for each lone surrogate, so that it can be encoded, and their number."""
     return _SURROGATE.subn("\ufffd", text)
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[Encoding]:
-    """Tokenize texts in one call, adding nothing. Raises RequestError where the tokenizer cannot."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
+    """Tokenizes texts in one call, without added tokens. RequestError where the tokenizer cannot."""
     offsets = getattr(tokenizer, "is_fast", False)
     try:
         encoded = tokenizer(
@@ -128,7 +137,7 @@ def encode(tokenizer: Any, texts: list[str]) -> list[Encoding]:
             add_special_tokens=False,
             return_attention_mask=False,
             return_offsets_mapping=offsets,
-            verbose=False,  # or every text longer than the model's limit is complained about
+            verbose=False,  # or it warns about every text longer than the model's limit
         )
     except Exception as error:  # `tokenizers` raises bare Exception, for example where a vocabulary lacks <unk>
         raise RequestError(f"the tokenizer cannot encode the texts: {error}") from error
@@ -142,7 +151,7 @@ def _encoding(ids: list[int], spans: list[tuple[int, int]]) -> Encoding:
     return Encoding(np.array(ids, np.int32), flat[:, 0].copy(), flat[:, 1].copy())
 
 
-def _own_added_tokens(tokenizer: Any) -> AddedTokens:
+def _find_added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
     for text in _plain_texts(tokenizer):
         plain = _ids(tokenizer, text)
         full = _ids(tokenizer, text, add_special_tokens=True)
@@ -150,12 +159,12 @@ def _own_added_tokens(tokenizer: Any) -> AddedTokens:
             if full[start : start + len(plain)] == plain:
                 return AddedTokens(tuple(full[:start]), tuple(full[start + len(plain) :]))
     raise RequestError(
-        "cannot tell what the tokenizer adds around a text; say it yourself with bos='never', or pass token ids"
+        "the tokens that the tokenizer adds around a text cannot be found; use bos='never', or pass token ids"
     )
 
 
-def _plain_texts(tokenizer: Any) -> Iterator[str]:
-    """Short texts that have tokens of their own: letters, then whatever the vocabulary begins with."""
+def _plain_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Short texts with at least one token: letters, then the first entries of the vocabulary."""
     special = set(tokenizer.all_special_ids)
     first_of_vocabulary = (_decode(tokenizer, [i]) for i in range(min(len(tokenizer), 1000)) if i not in special)
     for text in chain("ae0", first_of_vocabulary):
@@ -163,8 +172,8 @@ def _plain_texts(tokenizer: Any) -> Iterator[str]:
             yield text
 
 
-def _anchor(tokenizer: Any) -> list[int]:
-    """An ordinary token to decode others after; none where the vocabulary has no whole ordinary token."""
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """An ordinary token, after which others are decoded; none where the vocabulary has no complete one."""
     for text in _plain_texts(tokenizer):
         anchor = _ids(tokenizer, text)[-1]
         if anchor not in tokenizer.all_special_ids and _decode(tokenizer, [anchor]) == text:
@@ -172,12 +181,12 @@ def _anchor(tokenizer: Any) -> list[int]:
     return []
 
 
-def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
     try:
         return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
     except Exception:  # a vocabulary without this letter and without <unk>; see `encode`
         return []
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench import corpus
+from workbench.corpus.sequences import Layout, Sequences, digest, plan_sequences, segment_plan
+from workbench.corpus.sources import Document
+from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.load import Model
@@ -35,7 +37,7 @@ class RecordingPlan:
     """Settings with the default sites filled in."""
     context: int
     """Tokens in the longest sequence."""
-    added: corpus.AddedTokens
+    added: AddedTokens
     model: ModelRecord
     sites: tuple[SiteRecord, ...]
     """Sites that are stored."""
@@ -97,7 +99,7 @@ def plan_recording(
         settings = replace(settings, sites=_SITES)
     sites = model.site_map.select(settings.sites or ())
     context = context_length(settings, model)
-    added = corpus.added_tokens(model.tokenizer, settings.bos)
+    added = added_tokens(model.tokenizer, settings.bos)
     encoded = None
     if features is not None:
         site = features.tap(model.site_map, sites)
@@ -117,29 +119,21 @@ def plan_recording(
 
 
 def plan_tokens(
-    plan: RecordingPlan, model: Model, documents: Iterable[corpus.Document], folder: Path, show_progress: bool
-) -> corpus.Sequences:
+    plan: RecordingPlan, model: Model, documents: Iterable[Document], folder: Path, show_progress: bool
+) -> Sequences:
     """Tokenizes the documents into sequences, in files in `folder`.
 
     Raises:
         RequestError: Token ids that are not the model's, texts without a tokenizer, or no tokens at all.
     """
     with progress("tokenizing", None, "tokens", shown=show_progress) as advance:
-        return corpus.plan_sequences(
-            documents,
-            model.tokenizer,
-            context=plan.context,
-            added=plan.added,
-            packed=plan.settings.packed,
-            max_rows=plan.settings.max_rows,
-            workdir=folder,
-            vocab=model.vocab,
-            progress=advance,
-        )
+        settings = plan.settings
+        layout = Layout(plan.context, plan.added, settings.packed, settings.max_rows, model.vocab)
+        return plan_sequences(documents, model.tokenizer, layout, folder, advance)
 
 
 def plan_part(
-    plan: RecordingPlan, writer: Writer, sequences: corpus.Sequences, folder: Path, append: bool
+    plan: RecordingPlan, writer: Writer, sequences: Sequences, folder: Path, append: bool
 ) -> tuple[PartPlan, list[PlannedSegment]]:
     """Begins or resumes a part of the store; returns its plan and all its segments, committed ones included.
 
@@ -175,7 +169,7 @@ def plan_part(
     first_number = len(writer.manifest.segments) - committed
     segments = [
         _planned_segment(part_plan, sequences, first, last, number)
-        for number, (first, last) in enumerate(corpus.segment_plan(lengths, plan.segment_rows), first_number)
+        for number, (first, last) in enumerate(segment_plan(lengths, plan.segment_rows), first_number)
     ]
     for index, segment in enumerate(segments[:committed]):
         writer.check(index, segment.digest)
@@ -203,7 +197,7 @@ def default_segment_rows(sites: Sequence[SiteRecord]) -> int:
     return max(1, min(_SEGMENT_ROWS, _SEGMENT_BYTES // sum(site.row_bytes for site in sites)))
 
 
-def _planned_segment(plan: PartPlan, sequences: corpus.Sequences, first: int, last: int, number: int) -> PlannedSegment:
+def _planned_segment(plan: PartPlan, sequences: Sequences, first: int, last: int, number: int) -> PlannedSegment:
     """The segment of the sequences from `first` to before `last`."""
     start, stop = int(sequences.starts[first]), int(sequences.starts[last])
     return PlannedSegment(
@@ -213,7 +207,7 @@ def _planned_segment(plan: PartPlan, sequences: corpus.Sequences, first: int, la
         sequences=last - first,
         first_row=start + plan.row_offset,
         first_sequence=first + plan.sequence_offset,
-        digest=corpus.digest(sequences.token_ids[start:stop], sequences.lengths[first:last]),
+        digest=digest(sequences.token_ids[start:stop], sequences.lengths[first:last]),
     )
 
 
@@ -249,7 +243,7 @@ def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
     def write(path: Path) -> None:
         with_tokens = unembed
         if model.tokenizer is not None:
-            with_tokens = replace(unembed, tokens=tuple(corpus.token_texts(model.tokenizer, range(unembed.vocab))))
+            with_tokens = replace(unembed, tokens=tuple(token_texts(model.tokenizer, range(unembed.vocab))))
         save_unembed(with_tokens, path, model.module.get_output_embeddings().weight.dtype)
 
     return write, None

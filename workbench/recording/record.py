@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench import corpus
+from workbench.corpus.sources import Texts, check_source, read_documents
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.versions import library_versions
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 def record(
     model: Model | Any,
-    texts: Any,
+    texts: Texts,
     *,
     out: str | Path,
     sites: Sequence[str] | str | None = Recording.sites,
@@ -117,7 +117,7 @@ def record(
 def record_with(
     settings: Recording,
     model: Model | Any,
-    texts: Any,
+    texts: Texts,
     *,
     out: str | Path,
     features: RecordedFeatures | None = None,
@@ -127,12 +127,12 @@ def record_with(
 ) -> Store:
     """`record` with its settings as one frozen record, and those of an SAE as another."""
 
-    corpus.check_source(texts)
+    check_source(texts)
     workers = workers or ThisProcess()
     if not isinstance(model, Model):
         model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
     plan = plan_recording(model, settings, Path(out), features)
-    documents = corpus.read_documents(
+    documents = read_documents(
         texts,
         text_column=plan.settings.text_column,
         metadata=plan.settings.metadata,

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench import corpus
+from workbench.corpus.sequences import Sequences, batch_plan, open_sequences
+from workbench.corpus.tokenizer import token_texts
+from workbench.corpus.tokens import token_table
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
@@ -135,8 +137,8 @@ class SegmentRecorder:
         return self.model.site_map.select(self.plan.settings.sites or ())
 
     @cached_property
-    def sequences(self) -> corpus.Sequences:
-        return corpus.open_sequences(self.plan.tokens)
+    def sequences(self) -> Sequences:
+        return open_sequences(self.plan.tokens)
 
     @cached_property
     def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
@@ -150,14 +152,14 @@ class SegmentRecorder:
         last = first + planned.sequences
         lengths = sequences.lengths[first:last]
         ids = sequences.token_ids[sequences.starts[first] : sequences.starts[last]]
-        table = corpus.token_table(
+        table = token_table(
             sequences,
             first,
             last,
             row_offset=plan.row_offset,
             sequence_offset=plan.sequence_offset,
             document_offset=plan.document_offset,
-            text_of=partial(corpus.token_texts, self.model.tokenizer),
+            text_of=partial(token_texts, self.model.tokenizer),
         )
         with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
             with staged(plan.store, plan.manifest, planned, table) as segment:
@@ -203,7 +205,7 @@ def _fill(
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     dtype = getattr(torch, settings.dtype)
     with backlog() as submit:
-        for batch in corpus.batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
+        for batch in batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
             tokens, mask = _padded(ids, starts[batch], lengths[batch])
             rows = BatchRows(starts[batch], lengths[batch])
 

@@ -1,0 +1,130 @@
+"""Tests of recordings of labelled texts: queries, resuming and appending."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from labelled import SPANS, TEXT, by_character, source
+
+import workbench as wb
+from workbench.io.errors import DataError, RequestError
+from workbench.model.load import Model
+from workbench.recording import segments
+from workbench.store.manifest import read_manifest, write_manifest
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models, tiny_tokenizer):
+    return Model(tiny_models["gpt2"], tiny_tokenizer, "tiny")
+
+
+RECORDS = [
+    {"text": TEXT, "tag": "x", "spans": SPANS},
+    {"text": "the little Tuesday", "tag": "y", "spans": {"entity": [{"start": 4, "end": 18, "value": "day"}]}},
+    {"text": "Once upon a time", "tag": "y"},
+]
+
+
+def record(model, texts, path, **options):
+    return wb.record(model, texts, **{"out": path, "sites": ["resid_post.0"], "show_progress": False, **options})
+
+
+def files(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_store_is_asked_for_labels(model, tmp_path):
+    store = record(model, RECORDS, tmp_path / "s", metadata=["tag"], segment_rows=16)
+    assert len(store.manifest.segments) > 1
+    assert store.tokens.column_names[-5:] == ["tag", "entity", "entity_span", "rank", "rank_span"]
+    frame = store.tokens.to_pandas()
+    expected = by_character(frame.to_dict("records"), [{"spans": None, **line} for line in RECORDS])
+    where = {
+        "entity = 'day'": [value == "day" for value in expected["entity"]],
+        "entity = 'day' AND document = 1": [
+            value == "day" and document == 1 for value, document in zip(expected["entity"], frame.document, strict=True)
+        ],
+        "entity IS NULL": [value is None for value in expected["entity"]],
+        "rank > 2": [value == 3 for value in expected["rank"]],
+        "entity_span = 0": [number == 0 for number in expected["entity_span"]],
+        "rank > 5": [False] * len(frame),
+    }
+    for predicate, chosen in where.items():
+        rows = store.where(predicate)
+        assert rows.tokens["row"].to_pylist() == np.flatnonzero(chosen).tolist(), predicate
+    assert store.where("entity = 'day'")["resid_post", 0].shape == (sum(where["entity = 'day'"]), 32)
+    assert store.manifest.recording["span_column"] == "spans"
+    last = store.where("entity IS NOT NULL").tokens.to_pandas().groupby(["document", "entity_span"])["row"].max()
+    ends = frame.set_index("row").char_end[last].tolist()
+    assert ends == [4, 23, 18], "the last token of each span ends where the span ends"
+    assert not len(store.verify())
+
+
+def test_none_records_the_column_as_it_is(model, tmp_path):
+    store = record(model, RECORDS, tmp_path / "s", span_column=None)
+    assert store.tokens.column_names[-2:] == ["tag", "spans"]
+    assert json.loads(store.where("document = 0").tokens["spans"][0].as_py()) == SPANS
+
+
+def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    record(model, RECORDS, whole, segment_rows=16)
+    run, calls = segments.capture, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise DataError("the power went")
+        return run(*arguments)
+
+    monkeypatch.setattr(segments, "capture", failing)
+    with pytest.raises(DataError, match="the power went"):
+        record(model, RECORDS, tmp_path / "s", segment_rows=16)
+    assert len(wb.open_store(tmp_path / "s").manifest.segments) == 1
+    monkeypatch.undo()
+    record(model, RECORDS, tmp_path / "s", segment_rows=16)
+    assert files(tmp_path / "s") == files(whole)
+
+
+def test_appending_needs_the_same_labels(model, tmp_path):
+    """As it needs the same metadata columns: one table, one set of columns."""
+    record(model, RECORDS, tmp_path / "s")
+    store = record(model, RECORDS[:1], tmp_path / "s", append=True)
+    assert store.where("entity = 'once'").tokens["document"].to_pylist() == [0] * 4 + [3] * 4
+    others = [{"text": TEXT, "tag": "x", "spans": {"entity": SPANS["entity"]}}]
+    with pytest.raises(
+        RequestError, match=r"^the token table's columns are .*entity_span int32; the store's are .*rank_sp"
+    ):
+        record(model, others, tmp_path / "s", append=True)
+    with pytest.raises(RequestError, match="span_column: spans in the store, None asked"):
+        record(model, RECORDS, tmp_path / "s", span_column=None)
+
+
+def test_a_store_begun_before_there_were_spans_goes_on(model, tmp_path):
+    path, texts = tmp_path / "s", [{"text": TEXT, "tag": "x"}, {"text": TEXT, "tag": "y"}]
+    record(model, texts, path)
+    manifest = read_manifest(path)
+    older = {name: value for name, value in manifest.recording.items() if name != "span_column"}
+    write_manifest(path, dataclasses.replace(manifest, recording=older))
+    assert record(model, texts, path).rows == manifest.rows
+    assert record(model, texts, path, append=True).rows == 2 * manifest.rows
+    assert read_manifest(path).recording == older
+    with pytest.raises(RequestError, match=r"^the token table's columns are .*; the store's are "):
+        record(model, RECORDS, path, append=True)
+
+
+def test_the_command_line_spells_none(model, tmp_path, monkeypatch, capsys):
+    from workbench.cli import main as cli
+    from workbench.model import load as models
+
+    file = source("jsonl", RECORDS, tmp_path)
+    monkeypatch.setattr(models, "load_model", lambda *_names, **_options: model)
+    monkeypatch.setattr(models, "locate", lambda *_names, **_options: None)
+    for name, options, column in (("a", [], "rank_span"), ("b", ["--span-column", "None"], "spans")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["record", "m", str(file), "--out", str(tmp_path / name), "--sites", "resid_post.0", *options])
+        assert caught.value.code == 0, capsys.readouterr().err
+        assert wb.open_store(tmp_path / name).tokens.column_names[-1] == column

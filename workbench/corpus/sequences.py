@@ -1,0 +1,314 @@
+"""Documents cut into sequences, on disk and before any forward pass, so that rows, lengths and disk need are known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int, Int32, Int64
+
+from workbench.corpus.columns import ColumnSpool, open_table
+from workbench.corpus.sources import Document
+from workbench.corpus.tokenizer import AddedTokens, Encoding, encode, replace_surrogates, special_ids
+from workbench.io.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1_000_000
+_COLUMNS = {
+    "token_ids": np.int32,
+    "char_start": np.int32,
+    "char_end": np.int32,
+    "document": np.int64,
+    "starts": np.int64,
+}
+_COUNTS = "counts.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become sequences."""
+
+    context: int
+    """Longest sequence in tokens, added tokens included."""
+    added: AddedTokens
+    """Every sequence begins with the prefix, the continuation of a long document too; the suffix follows the last token
+    of each document. Documents given as token ids get neither."""
+    packed: bool = False
+    """Each document follows the one before, with its own prefix, and sequences are cut at exactly `context`. Otherwise
+    each document begins a sequence."""
+    max_rows: int | None = None
+    """Number of rows after which reading stops; the last sequence is cut to give exactly that many. None: no limit."""
+    vocab: int | None = None
+    """Number of token ids that the model has; others are refused. None: any id of 32 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Sequences of token ids, ready for the model: arrays over rows, mapped from files, and one row of metadata and
+    spans for each document."""
+
+    token_ids: Int32[np.ndarray, " row"]
+    char_start: Int32[np.ndarray, " row"]
+    """First character of the token in its document; -1: the tokenizer has no offsets. An added token has no width and
+    the position of the text token after it, or of the end of the text."""
+    char_end: Int32[np.ndarray, " row"]
+    """One past the token's last character; -1: the tokenizer has no offsets."""
+    document: Int64[np.ndarray, " row"]
+    """Index of the document in its source; documents without tokens leave a gap."""
+    starts: Int64[np.ndarray, " sequences_plus_1"]
+    """First row of each sequence, and the number of rows."""
+    metadata: pa.Table
+    """One row for each document read, skipped ones included; no columns where the texts have no metadata."""
+    spans: pa.Table
+    """The same for labelled spans: a column for each label, of `span_type`, empty lists where there is none."""
+    special_ids: frozenset[int]
+    """Ids of tokens that are not text."""
+    documents: int
+    """Documents read."""
+    skipped_documents: int
+    """Documents without a token, such as empty texts."""
+    cut_documents: int
+    """Documents longer than the context, their added tokens included."""
+    replaced_characters: int
+    """Lone surrogates and invalid UTF-8 bytes, each tokenized as U+FFFD."""
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " sequence"]:
+        """Rows of each sequence."""
+        return np.diff(self.starts)
+
+
+def plan_sequences(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase | None,
+    layout: Layout,
+    workdir: str | Path,
+    progress: Callable[[int], None] | None = None,
+) -> Sequences:
+    """Tokenizes all documents, once, and divides them into sequences of at most `layout.context` tokens.
+
+    The order of the documents alone determines the result. Memory does not grow with the corpus, only with its longest
+    document.
+
+    Args:
+        documents: Numbered from 0 without a gap, as `read_documents` does.
+        tokenizer: None if all documents are token ids.
+        layout: How documents become sequences.
+        workdir: Folder for the arrays, 20 bytes a row and 8 a sequence; the caller removes it when done.
+        progress: Called with the number of further rows planned.
+
+    Raises:
+        RequestError: No tokenizer for text, an id out of range, no room in the context, nothing to record.
+    """
+    prefix = layout.added.prefix
+    if layout.context <= len(prefix):
+        raise RequestError(
+            f"context={layout.context} leaves no room for text, since added tokens ({len(prefix)}) begin each "
+            f"sequence; use at least {len(prefix) + 1}, or bos='never'"
+        )
+    _check_ids(np.array(prefix + layout.added.suffix, np.int64), layout.vocab, "the tokenizer's special tokens")
+    workdir, stream = Path(workdir), iter(documents)
+    with ExitStack() as stack:
+        writer = _SequenceWriter(workdir, layout, stack)
+        while batch := _take(stream, min(_BATCH_CHARACTERS, writer.rows_left), layout.added):
+            before = writer.rows
+            for document, encoding, replaced in _encode_batch(batch, tokenizer):
+                if not writer.rows_left:
+                    break
+                writer.add(document, encoding, replaced)
+            if progress is not None:
+                progress(writer.rows - before)
+        writer.finish(special_ids(tokenizer, layout.added))
+    return open_sequences(workdir)
+
+
+def open_sequences(workdir: str | Path) -> Sequences:
+    """Returns the sequences that `plan_sequences` wrote to `workdir`; other processes may open them, too."""
+    workdir = Path(workdir)
+    counts = json.loads((workdir / _COUNTS).read_text())
+    return Sequences(
+        **{name: np.memmap(workdir / f"{name}.bin", dtype, mode="r") for name, dtype in _COLUMNS.items()},
+        **{name: open_table(workdir / f"{name}.arrow") for name in ("metadata", "spans")},
+        **{**counts, "special_ids": frozenset(counts["special_ids"])},
+    )
+
+
+class _SequenceWriter:
+    """Writes one document after another to the files of `workdir`, beginning a new sequence where one is full."""
+
+    def __init__(self, workdir: Path, layout: Layout, stack: ExitStack) -> None:
+        self.workdir, self.layout = workdir, layout
+        self.files = {name: stack.enter_context(open(workdir / f"{name}.bin", "wb")) for name in _COLUMNS}  # noqa: SIM115
+        self.spools = {
+            name: ColumnSpool(stack.enter_context(open(workdir / f"{name}.jsonl", "w+", encoding="ascii")), spans)  # noqa: SIM115
+            for name, spans in (("metadata", False), ("spans", True))
+        }
+        self.rows = 0
+        self.free = 0  # rows left in the open sequence
+        self.counts = dict.fromkeys(("documents", "skipped_documents", "cut_documents", "replaced_characters"), 0)
+
+    @property
+    def rows_left(self) -> int:
+        limit = sys.maxsize if self.layout.max_rows is None else self.layout.max_rows
+        return limit - self.rows
+
+    def add(self, document: Document, encoding: Encoding, replaced: int) -> None:
+        """Writes a document; `replaced`: number of its characters that were replaced."""
+        self.counts["documents"] += 1
+        self.counts["replaced_characters"] += replaced
+        self.spools["metadata"].add(document.metadata)
+        self.spools["spans"].add(document.spans)
+        _check_ids(encoding.ids, self.layout.vocab, f"document {document.index}")
+        if encoding.ids.size == 0:
+            self.counts["skipped_documents"] += 1
+            return
+        added = AddedTokens() if document.text is None else self.layout.added
+        body = _with_suffix(encoding, added.suffix, document.text)
+        self.counts["cut_documents"] += len(added.prefix) + body.ids.size > self.layout.context
+        self._lay(document.index, body, np.array(added.prefix, np.int32))
+
+    def finish(self, special_ids: Collection[int]) -> None:
+        """Writes the end of the last sequence, the tables and the counts. RequestError where no token was added."""
+        self._write("starts", self.rows)
+        if self.rows == 0:
+            raise RequestError(
+                f"texts: nothing to record; {count} documents were read and none has a token"
+                if (count := self.counts["documents"])
+                else "texts: nothing to record; there are no documents"
+            )
+        for name, spool in self.spools.items():
+            spool.write_table(self.workdir / f"{name}.arrow")
+        counts = {"special_ids": sorted(special_ids), **self.counts}
+        (self.workdir / _COUNTS).write_text(json.dumps(counts))
+
+    def _lay(self, document: int, body: Encoding, prefix: np.ndarray) -> None:
+        """Writes `body`, with `prefix` where the document begins and wherever a sequence begins within it."""
+        if not self.layout.packed:
+            self.free = 0
+        done = 0
+        while done < body.ids.size and self.rows_left:
+            if self.free == 0:
+                self._write("starts", self.rows)
+                self.free = min(self.layout.context, self.rows_left)
+            # The prefix may fill the rest of a sequence; the text then begins in the next one, after another prefix.
+            lead = prefix[: self.free]
+            part = slice(done, done + self.free - lead.size)
+            offset = np.full(lead.size, body.char_start[done])
+            self._write("token_ids", lead, body.ids[part])
+            self._write("char_start", offset, body.char_start[part])
+            self._write("char_end", offset, body.char_end[part])
+            written = lead.size + body.ids[part].size
+            self._write("document", np.full(written, document))
+            self.rows += written
+            self.free -= written
+            done = part.stop
+
+    def _write(self, name: str, *values: int | np.ndarray) -> None:
+        for part in values:
+            self.files[name].write(np.asarray(part, _COLUMNS[name]).tobytes())
+
+
+def _take(stream: Iterator[Document], rows: int, added: AddedTokens) -> list[Document]:
+    """The next batch: documents that may fill `rows`, so that few documents are read in vain.
+
+    A token is seldom shorter than a character; where it is, one batch reads a little too far.
+    """
+    batch: list[Document] = []
+    while rows > 0 and len(batch) < _BATCH_DOCUMENTS and (document := next(stream, None)) is not None:
+        batch.append(document)
+        rows -= len(document.token_ids if document.text is None else document.text)
+        rows -= len(added.prefix) + len(added.suffix)
+    return batch
+
+
+def _encode_batch(
+    batch: list[Document], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[tuple[Document, Encoding, int]]:
+    """Documents with their tokens and the number of characters that were replaced."""
+    cleaned = [replace_surrogates(document.text) for document in batch if document.text is not None]
+    if cleaned and tokenizer is None:
+        raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
+    encoded = zip(encode(tokenizer, [text for text, _ in cleaned]) if cleaned else [], cleaned, strict=True)
+    for document in batch:
+        if document.text is None:
+            yield document, _given_ids(document), 0
+        else:
+            encoding, (_, replaced) = next(encoded)
+            yield document, encoding, replaced
+
+
+def _given_ids(document: Document) -> Encoding:
+    ids = np.array(document.token_ids, dtype=object)  # object: an id beyond 64 bits must be named, not overflow
+    _check_ids(ids, None, f"document {document.index}")
+    unknown = np.full(ids.size, -1, np.int32)
+    return Encoding(ids.astype(np.int32), unknown, unknown)
+
+
+def _check_ids(ids: np.ndarray, vocab: int | None, source: str) -> None:
+    limit = 2**31 if vocab is None else vocab
+    if ids.size and not (ids.min() >= 0 and ids.max() < limit):
+        wrong = next(token_id for token_id in ids.tolist() if not 0 <= token_id < limit)
+        raise RequestError(
+            f"{source}: token id {wrong} is not one of the model's, 0 to {limit - 1}; was another tokenizer used?"
+        )
+
+
+def _with_suffix(encoding: Encoding, suffix: tuple[int, ...], text: str | None) -> Encoding:
+    if not suffix:
+        return encoding
+    end = np.full(len(suffix), -1 if encoding.char_end[-1] < 0 else len(text), np.int32)
+    return Encoding(
+        np.concatenate([encoding.ids, np.array(suffix, np.int32)]),
+        np.concatenate([encoding.char_start, end]),
+        np.concatenate([encoding.char_end, end]),
+    )
+
+
+def segment_plan(lengths: Int[np.ndarray, " sequence"], segment_rows: int) -> list[tuple[int, int]]:
+    """Divides consecutive sequences, as (first, last exclusive), into segments of at most `segment_rows` rows.
+
+    A longer sequence has a segment to itself.
+    """
+    ends = np.cumsum(lengths)
+    plan: list[tuple[int, int]] = []
+    first = rows = 0
+    while first < len(ends):
+        last = max(first + 1, int(np.searchsorted(ends, rows + segment_rows, side="right")))
+        plan.append((first, last))
+        first, rows = last, int(ends[last - 1])
+    return plan
+
+
+def batch_plan(lengths: Int[np.ndarray, " sequence"], batch_tokens: int) -> list[Int64[np.ndarray, " batch"]]:
+    """Divides sequences into batches of similar length: their number times the longest is at most `batch_tokens`.
+
+    Longest first, so that a batch that does not fit in memory fails at once; equal lengths in order. A sequence longer
+    than `batch_tokens` has a batch to itself.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    plan: list[np.ndarray] = []
+    first = 0
+    while first < len(order):
+        size = max(1, batch_tokens // int(lengths[order[first]]))
+        plan.append(order[first : first + size])
+        first += size
+    return plan
+
+
+def digest(token_ids: Int[np.ndarray, " row"], lengths: Int[np.ndarray, " sequence"]) -> str:
+    """Returns the SHA-256, in hex, of the sequences' lengths and token ids, the same on any machine."""
+    state = hashlib.sha256(len(lengths).to_bytes(8, "little"))
+    state.update(np.ascontiguousarray(lengths, "<i8"))
+    state.update(np.ascontiguousarray(token_ids, "<i4"))
+    return state.hexdigest()
