@@ -135,5 +135,5 @@ def test_a_taken_out_is_refused_before_the_probe_runs(store, tmp_path, monkeypat
     (tmp_path / "mine").touch()
     monkeypatch.setattr("workbench.probes.logit_lens.LogitLens.run", lambda *_arguments: pytest.fail("ran"))
     assert refused("probe", "logit-lens", store, "--out", tmp_path) == (
-        f"out {str(tmp_path)!r} exists and is no result; choose another folder"
+        f"out {str(tmp_path)!r} exists and is not a result; choose another folder"
     )

@@ -25,8 +25,8 @@ from workbench.experiments import (
 from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError
 from workbench.recording import record as recorder
-from workbench.runs.folders import Cell, run_cell
-from workbench.runs.sweep import grid, sweep, together
+from workbench.runs.folders import Run, execute
+from workbench.runs.sweep import combine, grid, sweep
 
 MODULES = {
     module.NAME: module
@@ -70,7 +70,7 @@ def small(name, recordings, **settings):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_experiment_runs_twice_to_the_same_bytes(name, recordings, tmp_path):
     config = small(name, recordings)
-    results = [run_cell(Cell(name, config, tmp_path / run)) for run in ("one", "two")]
+    results = [execute(Run(name, config, tmp_path / run)) for run in ("one", "two")]
     tables = [(tmp_path / run / "results" / "table.parquet").read_bytes() for run in ("one", "two")]
     assert tables[0] == tables[1]
     table = results[0].table
@@ -80,7 +80,7 @@ def test_every_experiment_runs_twice_to_the_same_bytes(name, recordings, tmp_pat
     figures = results[0].figures()
     assert sorted(path.stem for path in (tmp_path / "one" / "results" / "figures").glob("*.html")) == sorted(figures)
     assert all(sum(len(np.atleast_1d(trace.y)) for trace in figure.data) for figure in figures.values())
-    both = together(name, results)
+    both = combine(name, results)
     assert len(both.table) == 2 * len(table)
     assert list(both.table.columns) == list(table.columns)
     assert list(both.figures()) == list(figures)
@@ -273,10 +273,10 @@ def test_a_sweep_over_models_shares_recordings_and_survives_a_missing_one(tmp_pa
     choices |= {"epsilon": (0.2, 0.3), "rows": (640,), "length": (32,), "recordings": (tmp_path / "recordings",)}
     configs = grid(sinks.Config, choices)
     said = []
-    found = sweep("sinks", configs, tmp_path / "out", say=said.append)
+    found = sweep("sinks", configs, tmp_path / "out", report=said.append)
     assert [outcome.state for outcome in found.outcomes] == ["done"] * 6 + ["failed"] * 6
     assert len(made) == 3  # epsilon shares them
-    assert found.failed[0].told.startswith(f"model {str(tmp_path / 'none')!r}: no such directory")
+    assert found.failed[0].message.startswith(f"model {str(tmp_path / 'none')!r}: no such directory")
     table = pd.read_parquet(tmp_path / "out" / "summary" / "table.parquet")
     assert table[["input", "epsilon"]].to_numpy().tolist() == [
         [kind, epsilon] for kind in ("natural", "random", "repeated") for epsilon in (0.2, 0.3)
@@ -285,8 +285,8 @@ def test_a_sweep_over_models_shares_recordings_and_survives_a_missing_one(tmp_pa
         assert pair["sink"].iloc[0] >= pair["sink"].iloc[1]
     figure = found.result.figure("sinks")
     assert [trace.name for trace in figure.data] == ["natural", "random", "repeated"] * 2  # a panel for each epsilon
-    again = sweep("sinks", configs, tmp_path / "out", say=said.append)
-    assert [outcome.state for outcome in again.outcomes] == ["there"] * 6 + ["failed"] * 6
+    again = sweep("sinks", configs, tmp_path / "out", report=said.append)
+    assert [outcome.state for outcome in again.outcomes] == ["skipped"] * 6 + ["failed"] * 6
     assert len(made) == 3
 
 

@@ -241,11 +241,11 @@ def test_cells_of_a_sweep_by_workers_have_the_table_of_one_process(session, tmp_
     choices = {"model": ("demo", str(tmp_path / "none")), "input": ("random",), "rows": (640,), "length": (32,)}
     choices |= {"recordings": (tmp_path / "recordings",)}
     configs, said = grid(Config, choices), []
-    one = sweep("sinks", configs, tmp_path / "one", say=said.append)
-    two = sweep("sinks", configs, tmp_path / "two", workers=wb.RayWorkers(1, threads=1), say=said.append)
+    one = sweep("sinks", configs, tmp_path / "one", report=said.append)
+    two = sweep("sinks", configs, tmp_path / "two", workers=wb.RayWorkers(1, threads=1), report=said.append)
     assert [outcome.state for outcome in two.outcomes] == ["done", "failed"]
     assert len(said) == 4
-    assert [outcome.told for outcome in two.failed] == [outcome.told for outcome in one.failed]
+    assert [outcome.message for outcome in two.failed] == [outcome.message for outcome in one.failed]
     tables = [contents(swept.folder)["table.parquet"] for swept in (one, two)]
     assert tables[0] == tables[1]
 
@@ -375,9 +375,9 @@ def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_pat
     said = refused(DataError, lambda: wb.extract_features(store, sae, workers=wb.RayWorkers(2), **given))
     assert said == f"workers died 3 times before rows 0 to {store.rows - 1} of {tmp_path / '.f.partial'}{end}"
     assert not (tmp_path / ".f.partial").exists()
-    swept = sweep("sinks", [Config(seed=seed) for seed in (0, 1)], tmp_path / "s", workers=wb.RayWorkers(2), say=str)
+    swept = sweep("sinks", [Config(seed=seed) for seed in (0, 1)], tmp_path / "s", workers=wb.RayWorkers(2), report=str)
     assert [outcome.state for outcome in swept.outcomes] == ["failed"] * 2
-    assert swept.outcomes[1].told == f"workers died 3 times before {swept.outcomes[1].cell.folder.name}{end}"
+    assert swept.outcomes[1].message == f"workers died 3 times before {swept.outcomes[1].run.folder.name}{end}"
 
 
 @pytest.mark.parametrize("sent", [False, True])

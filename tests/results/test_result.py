@@ -171,11 +171,32 @@ def test_a_link_stays_a_link(result, tmp_path):
     assert load_result(tmp_path / "target").probe == "logit-lens"
 
 
-def test_what_an_interrupted_save_left_is_no_obstacle(result, tmp_path):
+def test_leftovers_of_an_interrupted_save_are_no_obstacle(result, tmp_path):
+    """Another process may still write them: they are left alone, and the new result has a name of its own."""
     (tmp_path / ".lens.partial").mkdir()
     (tmp_path / ".lens.partial" / "data.nc").touch()
     load_result(result.save(tmp_path / "lens"))
-    assert [path.name for path in tmp_path.iterdir()] == ["lens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lens.partial", "lens"]
+
+
+def test_files_of_others_in_the_folder_are_kept(result, saved):
+    (saved / "notes.txt").write_text("mine")
+    (saved / "figures" / "mine.svg").write_text("mine")
+    result.save(saved)
+    assert (saved / "notes.txt").read_text() == (saved / "figures" / "mine.svg").read_text() == "mine"
+    xr.testing.assert_identical(load_result(saved).data, result.data)
+
+
+def test_a_result_saved_before_variables_had_a_meaning(result, tmp_path):
+    """It has units alone; figures and headline are the same."""
+    data = result.data.copy()
+    for variable in data.variables.values():
+        variable.attrs = {name: value for name, value in variable.attrs.items() if name == "units"}
+    again = load_result(dataclasses.replace(result, data=data).save(tmp_path / "old"))
+    assert "long_name" not in again.data["entropy"].attrs
+    assert again.headline() == result.headline()
+    for name, figure in result.figures().items():
+        assert again.figure(name).to_json() == figure.to_json()
 
 
 def test_a_save_that_fails_leaves_the_old_result(result, saved, monkeypatch):
@@ -190,7 +211,7 @@ def test_what_is_no_result_is_not_overwritten(result, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):
         assert refusal(RequestError, lambda path=path: result.save(path)) == (
-            f"out {str(path)!r} exists and is no result; choose another folder"
+            f"out {str(path)!r} exists and is not a result; choose another folder"
         )
     (tmp_path / "result.json").write_text(
         '{"format": "somebody else\'s", "version": 1, "probe": "p", "provenance": {}}'

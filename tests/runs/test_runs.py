@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -27,7 +28,7 @@ from workbench.io.errors import DataError, RequestError
 from workbench.io.tasks import ThisProcess
 from workbench.results.experiment import identity, make_result
 from workbench.results.registry import find_experiment, installed_experiments, summary
-from workbench.runs.folders import Cell, attempt, cell_of, is_complete, load_run, run_cell, run_name
+from workbench.runs.folders import Run, attempt, execute, is_complete, load_run, run_in, run_name
 from workbench.runs.sweep import grid, sweep
 
 
@@ -48,9 +49,9 @@ def files(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 
 def test_a_run_folder_holds_config_environment_log_results_and_figures(tmp_path, capsys):
-    cell = Cell("toy", Config(factor=2.0, seed=3), tmp_path / "runs" / "one")
-    result = run_cell(cell)
-    assert sorted(files(cell.folder, but=("plotly.min.js",))) == [
+    run = Run("toy", Config(factor=2.0, seed=3), tmp_path / "runs" / "one")
+    result = execute(run)
+    assert sorted(files(run.folder, but=("plotly.min.js",))) == [
         "config.json",
         "environment.json",
         "log.txt",
@@ -59,8 +60,8 @@ def test_a_run_folder_holds_config_environment_log_results_and_figures(tmp_path,
         "results/result.json",
         "results/table.parquet",
     ]
-    assert [path.name for path in cell.folder.parent.iterdir()] == ["one"]
-    config, environment, again = load_run(cell.folder)
+    assert [path.name for path in run.folder.parent.iterdir()] == ["one"]
+    config, environment, again = load_run(run.folder)
     assert config == {"model": "a", "factor": 2.0, "seed": 3, "shown": [0, 1, 2]}
     assert {"commit", "changed", "device", "platform", "python", "seconds", "started", "threads"} < set(environment)
     assert environment["versions"]["numpy"] == np.__version__
@@ -70,7 +71,7 @@ def test_a_run_folder_holds_config_environment_log_results_and_figures(tmp_path,
     assert again.table["shown"].tolist() == ["0 1 2"] * 3
     assert again.headline() == "y up to 7"
     assert again.figure("lines").to_json() == result.figure().to_json()
-    log = (cell.folder / "log.txt").read_text()
+    log = (run.folder / "log.txt").read_text()
     assert "seed=3" in log
     assert "drawing a line" in log
     assert "y up to 7" in log
@@ -78,38 +79,38 @@ def test_a_run_folder_holds_config_environment_log_results_and_figures(tmp_path,
 
 
 def test_what_is_complete_is_read_and_not_run(tmp_path):
-    cell = Cell("toy", Config(), tmp_path / "one")
-    first = run_cell(cell)
+    run = Run("toy", Config(), tmp_path / "one")
+    first = execute(run)
     before = files(tmp_path)
-    elsewhere = Cell("toy", Config(recordings=Path("elsewhere")), cell.folder)  # not part of what a run is
-    for asked in (cell, elsewhere):
-        pd.testing.assert_frame_equal(run_cell(asked).table, first.table)
+    elsewhere = Run("toy", Config(recordings=Path("elsewhere")), run.folder)  # not part of what a run is
+    for asked in (run, elsewhere):
+        pd.testing.assert_frame_equal(execute(asked).table, first.table)
     assert (len(toy.RAN), files(tmp_path)) == (1, before)
 
 
 def test_two_identical_runs_have_identical_results(tmp_path):
     for name in ("one", "two"):
-        run_cell(Cell("toy", Config(seed=4), tmp_path / name))
+        execute(Run("toy", Config(seed=4), tmp_path / name))
     one, two = (files(tmp_path / name / "results") for name in ("one", "two"))
     assert one == two
 
 
 def test_nothing_else_is_overwritten(tmp_path):
     folder = tmp_path / "one"
-    run_cell(Cell("toy", Config(), folder))
+    execute(Run("toy", Config(), folder))
     before = files(tmp_path)
-    other = Cell("toy", Config(factor=2.0, seed=1), folder)
-    assert refused(RequestError, lambda: run_cell(other)) == (
+    other = Run("toy", Config(factor=2.0, seed=1), folder)
+    assert refused(RequestError, lambda: execute(other)) == (
         f"out {str(folder)!r} holds a run with factor 1.0, not 2.0; choose another folder or remove it"
     )
-    assert refused(RequestError, lambda: run_cell(Cell("boy", Config(), folder))) == (
+    assert refused(RequestError, lambda: execute(Run("boy", Config(), folder))) == (
         f"out {str(folder)!r} holds a run of toy, not of boy; choose another folder"
     )
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("kept")
-    assert refused(RequestError, lambda: run_cell(Cell("toy", Config(), mine))) == (
-        f"out {str(mine)!r} exists and is no run; choose another folder"
+    assert refused(RequestError, lambda: execute(Run("toy", Config(), mine))) == (
+        f"out {str(mine)!r} exists and is not a run; choose another folder"
     )
     assert files(tmp_path) == before | {"mine/notes.txt": b"kept"}
     assert len(toy.RAN) == 1
@@ -123,30 +124,30 @@ def test_a_run_of_files_that_were_changed_since_is_not_taken_for_one_of_these(na
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     model = str(tmp_path / name.split("/")[0])
-    cell = Cell("toy", Config(model=model), tmp_path / "run")
-    run_cell(cell)
-    assert is_complete(cell)
+    run = Run("toy", Config(model=model), tmp_path / "run")
+    execute(run)
+    assert is_complete(run)
     file.write_text("three")
-    assert refused(RequestError, lambda: run_cell(cell)) == (
-        f"out {str(cell.folder)!r} holds a run of model {model!r} as it was before its files were changed; remove it "
+    assert refused(RequestError, lambda: execute(run)) == (
+        f"out {str(run.folder)!r} holds a run of model {model!r} from before its files changed; remove it "
         "to run again, or choose another folder"
     )
     file.unlink()
     (tmp_path / "model" / "config.json").unlink()
-    assert is_complete(cell)  # what is gone has not changed what was found
+    assert is_complete(run)  # what is gone has not changed what was found
     assert len(toy.RAN) == 1
 
 
 def test_an_empty_folder_is_filled(tmp_path):
-    cell = Cell("toy", Config(), tmp_path / "empty")
-    cell.folder.mkdir()
-    assert not is_complete(cell)
-    run_cell(cell)
-    assert is_complete(cell)
+    run = Run("toy", Config(), tmp_path / "empty")
+    run.folder.mkdir()
+    assert not is_complete(run)
+    execute(run)
+    assert is_complete(run)
 
 
 def test_what_a_killed_run_left_is_no_run_and_is_written_anew(tmp_path, monkeypatch):
-    cell = Cell("toy", Config(), tmp_path / "one")
+    run = Run("toy", Config(), tmp_path / "one")
 
     def killed(_config):
         raise KeyboardInterrupt
@@ -154,23 +155,23 @@ def test_what_a_killed_run_left_is_no_run_and_is_written_anew(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(toy, "run", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_cell(cell)
+            execute(run)
     partial = tmp_path / "one.partial"
-    assert not cell.folder.exists()
+    assert not run.folder.exists()
     assert "KeyboardInterrupt" in (partial / "log.txt").read_text()
     (partial / "results").mkdir()
     (partial / "results" / "half").write_text("of a table")
-    run_cell(cell)
-    assert "results/half" not in files(cell.folder)
+    execute(run)
+    assert "results/half" not in files(run.folder)
     assert not partial.exists()
 
 
 def test_an_error_is_told_in_one_line_and_its_traceback_kept(tmp_path):
-    outcome = attempt(Cell("toy", Config(model="broken"), tmp_path / "one"))
+    outcome = attempt(Run("toy", Config(model="broken"), tmp_path / "one"))
     log = tmp_path / "one.partial" / "log.txt"
-    assert (outcome.state, outcome.told) == ("failed", f"unexpected RuntimeError: the line broke; see {log}")
+    assert (outcome.state, outcome.message) == ("failed", f"unexpected RuntimeError: the line broke; see {log}")
     assert "Traceback" in log.read_text()
-    assert attempt(Cell("toy", Config(model="refused"), tmp_path / "two")).told == (
+    assert attempt(Run("toy", Config(model="refused"), tmp_path / "two")).message == (
         "model 'refused' is refused; give another"
     )
 
@@ -186,7 +187,7 @@ def test_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         before = warnings.showwarning
-        run_cell(Cell("toy", Config(), tmp_path / "one"))
+        execute(Run("toy", Config(), tmp_path / "one"))
         assert warnings.showwarning is before
     assert "warning: few tokens" in (tmp_path / "one" / "log.txt").read_text()
     assert [str(one.message) for one in shown] == ["few tokens"]
@@ -201,13 +202,13 @@ def test_logged_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(toy, "run", warning)
     with warned("^few tokens$"):
-        run_cell(Cell("toy", Config(), tmp_path / "one"))
+        execute(Run("toy", Config(), tmp_path / "one"))
     assert "warning: few tokens" in (tmp_path / "one" / "log.txt").read_text()
     assert capsys.readouterr().err == "few tokens\n"
 
 
 def test_two_at_once_run_it_once(tmp_path, monkeypatch):
-    cell = Cell("toy", Config(), tmp_path / "one")
+    run = Run("toy", Config(), tmp_path / "one")
     inside, go_on, real = threading.Event(), threading.Event(), toy.run
 
     def slow(config):
@@ -218,7 +219,7 @@ def test_two_at_once_run_it_once(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "run", slow)
     monkeypatch.setattr(sys, "stderr", waiting := io.StringIO())
     results = []
-    threads = [threading.Thread(target=lambda: results.append(run_cell(cell))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(execute(run))) for _ in range(2)]
     threads[0].start()
     assert inside.wait(30)
     threads[1].start()
@@ -234,12 +235,12 @@ def test_two_at_once_run_it_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "results/table.parquet"])
 def test_a_damaged_run_is_named(tmp_path, name):
-    cell = Cell("toy", Config(), tmp_path / "one")
-    run_cell(cell)
-    (cell.folder / name).write_text("{")
-    assert refused(DataError, lambda: load_run(cell.folder)).split(" is damaged")[0] in (
-        f"run {str(cell.folder)!r}",
-        f"result {str(cell.folder / 'results')!r}",
+    run = Run("toy", Config(), tmp_path / "one")
+    execute(run)
+    (run.folder / name).write_text("{")
+    assert refused(DataError, lambda: load_run(run.folder)).split(" is damaged")[0] in (
+        f"run {str(run.folder)!r}",
+        f"result {str(run.folder / 'results')!r}",
     )
     assert refused(RequestError, lambda: load_run(tmp_path)).startswith(f"run {str(tmp_path)!r}: no config.json there")
 
@@ -276,7 +277,7 @@ CHOICES = {"model": ("a", "broken", "b"), "factor": (1.0, 2.0), "seed": (0, 1)}
 
 def swept(out, choices=CHOICES, **options):
     said = []
-    return sweep("toy", grid(Config, choices), out, say=said.append, **options), said
+    return sweep("toy", grid(Config, choices), out, report=said.append, **options), said
 
 
 def test_a_grid_is_every_combination_once():
@@ -284,7 +285,7 @@ def test_a_grid_is_every_combination_once():
     assert [(one.factor, one.seed) for one in configs] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1)]
     assert grid(Config, {}) == [Config()]
     assert refused(RequestError, lambda: grid(Config, {"sead": (1,)})).startswith(
-        "'sead' is no setting of this experiment; nearest: seed"
+        "'sead' is not a setting of this experiment; nearest: seed"
     )
     assert refused(RequestError, lambda: grid(Config, {"seed": ()})) == (
         "seed has no value to sweep over; give one or more"
@@ -312,7 +313,7 @@ def test_a_sweep_ends_in_one_table_and_figure_although_cells_fail(tmp_path):
     assert wb.load_result(tmp_path / "summary").figure().data[0].x.tolist() == [0, 1, 2] * 8
     assert [path.name for path in (tmp_path / "summary" / "figures").glob("*.html")] == ["lines.html"]
     cells = json.loads((tmp_path / "summary" / "sweep.json").read_text())["cells"]
-    assert [cell["state"] for cell in cells] == ["complete"] * 4 + ["failed"] * 4 + ["complete"] * 4
+    assert [run["state"] for run in cells] == ["complete"] * 4 + ["failed"] * 4 + ["complete"] * 4
     assert cells[4]["config"]["model"] == "broken"
     assert "the line broke" in cells[4]["error"]
 
@@ -323,8 +324,8 @@ def test_a_rerun_does_nothing_twice_and_tries_again_what_failed(tmp_path):
     toy.RAN.clear()
     again, said = swept(tmp_path)
     assert [config.model for config in toy.RAN] == ["broken"] * 4
-    assert [outcome.state for outcome in again.outcomes] == ["there"] * 4 + ["failed"] * 4 + ["there"] * 4
-    assert ": there already: y up to " in said[0]
+    assert [outcome.state for outcome in again.outcomes] == ["skipped"] * 4 + ["failed"] * 4 + ["skipped"] * 4
+    assert ": already complete: y up to " in said[0]
     assert files(tmp_path / "summary") == before
     wider, _ = swept(tmp_path, CHOICES | {"model": ("a", "b"), "seed": (0, 1, 2)})
     assert [(config.seed, config.model) for config in toy.RAN[4:]] == [(2, "a"), (2, "a"), (2, "b"), (2, "b")]
@@ -358,14 +359,14 @@ def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
     choices = CHOICES | {"model": ("a", "b")}
     first, said = swept(tmp_path / "two", choices, workers=wb.Share(1, 2))
     assert [config.seed for config in toy.RAN] == [1] * 4
-    assert [outcome.cell.config.seed for outcome in first.outcomes] == [1] * 4
-    assert [cell.config.seed for cell in first.left] == [0] * 4
+    assert [outcome.run.config.seed for outcome in first.outcomes] == [1] * 4
+    assert [run.config.seed for run in first.pending] == [0] * 4
     assert said[-1].startswith("[4 of 4] model=b factor=2.0 seed=1: ")
-    states = [cell["state"] for cell in json.loads((tmp_path / "two" / "summary" / "sweep.json").read_text())["cells"]]
+    states = [run["state"] for run in json.loads((tmp_path / "two" / "summary" / "sweep.json").read_text())["cells"]]
     assert states == ["left", "complete"] * 4
     last, _ = swept(tmp_path / "two", choices, workers=wb.Share(0, 2))
-    assert [outcome.state for outcome in last.outcomes] == ["done", "there"] * 4
-    assert (last.left, len(toy.RAN)) == ((), 8)
+    assert [outcome.state for outcome in last.outcomes] == ["done", "skipped"] * 4
+    assert (last.pending, len(toy.RAN)) == ((), 8)
     one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
     assert one == two
 
@@ -412,21 +413,22 @@ def test_the_sweep_command(tmp_path):
     grid_of = ("--model", "a", "refused", "--factor", 1, 2, "--seed", 0, 1, 2, "--shown", 5, 6, "--out", tmp_path)
     code, out, err = command(cli.main, "sweep", "toy", *grid_of)
     assert (code, err) == (1, "")
-    assert out.count("there already") == 0
-    name = cell_of("toy", Config(model="refused", shown=(5, 6)), tmp_path).folder.name
+    assert out.count("already complete") == 0
+    name = run_in(tmp_path, "toy", Config(model="refused", shown=(5, 6))).folder.name
     assert f"\nfailed  {name}: model 'refused' is refused; give another\n" in out
     assert out.endswith(
-        f"6 done, 0 there, 6 failed\ntable   {tmp_path}/summary/table.csv\n"
+        f"6 done, 0 skipped, 6 failed\ntable   {tmp_path}/summary/table.csv\n"
         f"figure  {tmp_path}/summary/figures/lines.html\n"
     )
     assert pd.read_csv(tmp_path / "summary" / "table.csv")["x"].tolist() == [5, 6] * 6
     code, out, _ = command(cli.main, "sweep", "toy", "--seed", 0, 1, "--shown", 5, 6, "--out", tmp_path)
-    assert (code, out.count("there already")) == (0, 2)
+    assert (code, out.count("already complete")) == (0, 2)
 
 
 def test_the_sweep_command_tells_what_can_be_swept():
     code, out, _ = command(cli.main, "sweep")
-    assert (code, "\n  toy                A toy: y = factor x + seed." in out) == (0, True)
+    assert code == 0
+    assert re.search(r"^  toy +A toy: y = factor x \+ seed\.", out, re.M)
     code, out, _ = command(cli.main, "sweep", "toy", "--help")
     assert code == 0
     for told in ("Its slope.", "Which line: a, b, broken, refused.", "Changes no number.", "every combination is run"):
@@ -472,7 +474,7 @@ def test_without_out_a_run_is_a_cell_of_the_sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command(lambda arguments: cli.run_experiment("toy", arguments), "--factor", 2)
     code, out, _ = command(cli.main, "sweep", "toy", "--factor", 1, 2)
-    assert (code, out.count("there already"), len(toy.RAN)) == (0, 1, 2)
+    assert (code, out.count("already complete"), len(toy.RAN)) == (0, 1, 2)
 
 
 def test_identity_is_json():

@@ -39,15 +39,15 @@ class _RunExperiment:
     out: Path | None
 
     def run(self) -> int:
-        from workbench.runs.folders import RESULTS, Cell, cell_of, is_complete, run_cell
+        from workbench.runs.folders import RESULTS, Run, execute, is_complete, run_in
 
-        cell = cell_of(self.experiment, self.config, Path("runs") / self.experiment)
+        run = run_in(Path("runs") / self.experiment, self.experiment, self.config)
         if self.out is not None:
-            cell = Cell(self.experiment, self.config, self.out)
-        if is_complete(cell):
-            print(f"already complete: {cell.folder}")
-        print_plain(run_cell(cell).headline())
-        for figure in sorted((cell.folder / RESULTS / "figures").glob("*.html")):
+            run = Run(self.experiment, self.config, self.out)
+        if is_complete(run):
+            print(f"already complete: {run.folder}")
+        print_plain(execute(run).headline())
+        for figure in sorted((run.folder / RESULTS / "figures").glob("*.html")):
             print(f"figure  {figure}")
         return 0
 
@@ -127,12 +127,12 @@ class _RunSweep:
         }
         out = self.out or Path("runs") / self.experiment
         swept = sweep(
-            self.experiment, grid(config, choices), out, workers=self.parallel.to_workers(None), say=print_plain
+            self.experiment, grid(config, choices), out, workers=self.parallel.to_workers(None), report=print_plain
         )
         for outcome in swept.failed:
-            print_plain(f"failed  {outcome.cell.folder.name}: {outcome.told}")
-        counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "there", "failed")}
-        counted |= {"left to other processes": len(swept.left)} if swept.left else {}
+            print_plain(f"failed  {outcome.run.folder.name}: {outcome.message}")
+        counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "skipped", "failed")}
+        counted |= {"left to other processes": len(swept.pending)} if swept.pending else {}
         print(", ".join(f"{number} {state}" for state, number in counted.items()))
         if swept.result is not None:
             print(f"table   {swept.folder / TABLE}")
