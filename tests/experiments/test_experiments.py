@@ -262,13 +262,13 @@ def test_a_revision_is_what_follows_the_last_at_sign(monkeypatch, tmp_path):
 
 
 def test_a_sweep_over_models_shares_recordings_and_survives_a_missing_one(tmp_path, monkeypatch):
-    real, made = recorder.record_with, []
+    real, made = recorder.record, []
 
     def counting(*arguments, **options):
         made.append(options["out"])
         return real(*arguments, **options)
 
-    monkeypatch.setattr(recorder, "record_with", counting)
+    monkeypatch.setattr(recorder, "record", counting)
     choices = {"model": ("demo", str(tmp_path / "none")), "input": ("natural", "random", "repeated")}
     choices |= {"epsilon": (0.2, 0.3), "rows": (640,), "length": (32,), "recordings": (tmp_path / "recordings",)}
     configs = grid(sinks.Config, choices)

@@ -48,7 +48,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "workbench/figures/attention_map.py:head_attention": 62,
     "workbench/figures/strip.py:token_strip": 63,
     "workbench/model/capture.py:capture": 84,
-    "workbench/recording/record.py:record": 76,
 }
 FILE_CIRCLES: set[tuple[str, ...]] = set()
 MANY_PARAMETERS: dict[str, int] = {}

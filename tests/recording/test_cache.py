@@ -28,13 +28,13 @@ def model(tiny_models, tiny_tokenizer):
 @pytest.fixture
 def recorded(monkeypatch):
     """Where each recording that was really made went."""
-    made, real = [], recorder.record_with
+    made, real = [], recorder.record
 
     def counting(*arguments, out, **options):
         made.append(out)
         return real(*arguments, out=out, **options)
 
-    monkeypatch.setattr(recorder, "record_with", counting)
+    monkeypatch.setattr(recorder, "record", counting)
     return made
 
 
@@ -101,7 +101,7 @@ def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
 
 
 def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
-    inside, go_on, real, made, found = threading.Event(), threading.Event(), recorder.record_with, [], []
+    inside, go_on, real, made, found = threading.Event(), threading.Event(), recorder.record, [], []
 
     def slow(*arguments, **options):
         made.append(1)
@@ -109,7 +109,7 @@ def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
         assert go_on.wait(30)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(recorder, "record_with", slow)
+    monkeypatch.setattr(recorder, "record", slow)
     monkeypatch.setattr(sys, "stderr", waiting := io.StringIO())
     threads = [threading.Thread(target=lambda: found.append(once(model, TEXTS, tmp_path))) for _ in range(2)]
     threads[0].start()

@@ -245,6 +245,18 @@ def test_text_column_and_metadata_reach_the_token_table(tiny_models, tiny_tokeni
     assert len(everything.where("year = 1")) == store.rows - len(store.where("tag = 'news'"))
 
 
+def test_settings_as_one_record_mean_the_same_as_keywords_which_override_it(llama, sequences, tmp_path):
+    settings = wb.Recording(sites=("resid_post.1",), dtype="float32", segment_rows=12)
+    keywords = record(llama, sequences, tmp_path / "k", sites=["resid_post.1"], segment_rows=12)
+    one = wb.record(llama, sequences, out=tmp_path / "r", settings=settings, show_progress=False)
+    assert one.manifest.fingerprint == keywords.manifest.fingerprint
+    other = wb.record(llama, sequences, out=tmp_path / "o", settings=settings, sites="embed", show_progress=False)
+    assert [site.short for site in other.sites] == ["embed"]
+    assert len(other.manifest.segments) == len(one.manifest.segments)
+    with pytest.raises(TypeError, match="segment_row"):
+        wb.record(llama, sequences, out=tmp_path / "x", segment_row=12)
+
+
 # ---- one recording, many calls --------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from workbench.io.errors import RequestError
 from workbench.sites.settings import Recording
 
 if TYPE_CHECKING:
-    from workbench.features.while_recording import RecordedFeatures
+    from workbench.sae.load import Sae
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Record:
             locate(self.tokenizer, kind="tokenizer")
         workers = self.parallel.to_workers(self.device)
         device = (workers and workers.planning_device) or self.device
-        features = self._features(device)
+        sae = self._sae(device)
         model = load_model(
             self.model,
             tokenizer=self.tokenizer,
@@ -82,19 +82,28 @@ class Record:
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
         )
-        from workbench.recording.record import record_with
+        from workbench.recording.record import record
 
-        record_with(self.recording, model, texts, out=self.out, features=features, append=self.append, workers=workers)
+        record(
+            model,
+            texts,
+            out=self.out,
+            settings=self.recording,
+            sae=sae,
+            sae_site=self.sae_site,
+            sae_dtype=self.sae_dtype,
+            sae_force=self.sae_force,
+            append=self.append,
+            workers=workers,
+        )
         return Info(self.out).run()
 
-    def _features(self, device: str | None) -> RecordedFeatures | None:
+    def _sae(self, device: str | None) -> Sae | None:
         if self.sae is None:
             return None
-        from workbench.features.while_recording import RecordedFeatures  # seconds: torch, SAELens
-        from workbench.sae.load import load_sae
+        from workbench.sae.load import load_sae  # seconds: torch, SAELens
 
-        sae = load_sae(self.sae, self.sae_id, device=None if device == "auto" else device)
-        return RecordedFeatures(sae, self.sae_site, self.sae_dtype, self.sae_force)
+        return load_sae(self.sae, self.sae_id, device=None if device == "auto" else device)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class Plan:
     def run(self) -> int:
         from workbench.corpus.sources import check_source
         from workbench.model.load import load_model, locate  # seconds: torch
-        from workbench.recording.estimate import plan_with
+        from workbench.recording.estimate import plan
 
         texts = texts_of(self.text) if self.text else None
         if texts is not None:
@@ -130,6 +139,6 @@ class Plan:
         if rows is None:
             raise RequestError("rows is missing; give the number of tokens to record, for example --rows 1e8")
         model = load_model(self.model, device=self.device, dtype=self.model_dtype)
-        estimate = plan_with(self.recording, model, texts, rows=rows, workers=self.workers, seconds=self.seconds)
+        estimate = plan(model, texts, rows=rows, settings=self.recording, workers=self.workers, seconds=self.seconds)
         print_plain(str(estimate))
         return 0

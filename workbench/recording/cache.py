@@ -39,7 +39,7 @@ def record_once(
     them gives another. `texts`: a file, or a list of what `record` takes. Costs a checksum of the weights, about 1 s
     a gigabyte, and of the texts. Raises RequestError as `record` does, and for texts that are no file and no list.
     """
-    from workbench.recording.record import record_with
+    from workbench.recording.record import record
     from workbench.sites.settings import recording
     from workbench.store.reader import open_store
 
@@ -60,7 +60,7 @@ def record_once(
         if (path / MANIFEST).exists() and read_manifest(path).complete:
             return open_store(path)
         replace_file(place / REQUEST, text.encode())
-        return record_with(asked, model, texts, out=path, show_progress=show_progress)
+        return record(model, texts, out=path, settings=asked, show_progress=show_progress)
 
 
 def _digest(texts: Sequence[Any] | str | Path) -> str:

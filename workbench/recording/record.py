@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
@@ -24,11 +24,13 @@ from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.recording.planning import RecordingPlan, plan_part, plan_recording, plan_tokens
 from workbench.recording.segments import SegmentRecorder, write_part
-from workbench.sites.settings import Recording, recording
+from workbench.sites.settings import Recording, RecordingOptions, recording
 from workbench.store.manifest import SiteRecord, read_counts
 from workbench.store.writer import Writer, explain_full_disk, open_writer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from workbench.features.while_recording import RecordedFeatures
     from workbench.sae.load import Sae
     from workbench.store.reader import Store
@@ -37,21 +39,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def record(
-    model: Model | Any,
+    model: Model | PreTrainedModel | str | Path,
     texts: Texts,
     *,
     out: str | Path,
-    sites: Sequence[str] | str | None = Recording.sites,
-    context: int | None = Recording.context,
-    dtype: str | torch.dtype = Recording.dtype,
-    bos: str = Recording.bos,
-    packed: bool = Recording.packed,
-    max_rows: int | None = Recording.max_rows,
-    text_column: str = Recording.text_column,
-    metadata: Sequence[str] | None = Recording.metadata,
-    span_column: str | None = Recording.span_column,
-    batch_tokens: int | None = Recording.batch_tokens,
-    segment_rows: int | None = Recording.segment_rows,
+    settings: Recording | None = None,
     sae: Sae | None = None,
     sae_site: str | None = None,
     sae_dtype: str = "float32",
@@ -59,79 +51,75 @@ def record(
     append: bool = False,
     workers: Workers | None = None,
     show_progress: bool = True,
+    **options: Unpack[RecordingOptions],
 ) -> Store:
-    """Runs `model` over `texts` once and stores every activation of `sites` under `out`; returns the opened store.
+    """Runs a model over texts once and stores the activations of the requested sites.
 
-    `model`: what `load_model` gives or takes. `texts`: a .txt, .jsonl or .parquet file, "hf:NAME" of a dataset, a
-    Dataset object, a list of strings, or lists of token ids (taken as they are). The settings are those of
-    `Recording`. If `out` holds an unfinished recording of the same model, texts and settings it is resumed;
-    a finished one is returned as it is; `append=True` adds the texts after what is there. `workers`: processes that
-    write segments side by side, `RayWorkers` or a `Share`; None: this one.
+    The same request gives the same bytes on the same machine; an interrupted one is resumed by the same call. Memory:
+    the model, one batch and its backlog. Disk: rows x bytes of all sites, compared with the free space first.
 
-    `sae`: what `load_sae` gives. Its features are extracted into the store's `features/`, the same that
-    `extract_features` makes of a recorded site, up to the last bits where threads share a product. The site itself is
-    stored only if it is among `sites`, which by default are none then. `sae_site`: another site than the one it was
-    trained on; `sae_dtype`: the stored type of features, float32 or float16; `sae_force`: use an SAE of another site or
-    model.
+    Args:
+        model: A loaded model, or what `load_model` takes: a directory, a hub id, a transformers module.
+        texts: A .txt, .jsonl or .parquet file, "hf:NAME" of a dataset, a Dataset, strings, or lists of token ids.
+        out: Folder of the store. A finished store of the same request is opened, an unfinished one is resumed.
+        settings: Settings as one record. None: the defaults.
+        sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
+        sae_site: Site that the SAE reads. None: the one it was trained on.
+        sae_dtype: Stored type of the feature activations, float32 or float16.
+        sae_force: Use an SAE that was trained on another site or model.
+        append: Add the texts after those of an existing store.
+        workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
+        show_progress: Show progress bars.
+        **options: Fields of `Recording`; each replaces that of `settings`.
 
-    The same request gives the same bytes on the same machine, interrupted or not. Memory: the model, one batch and
-    its backlog, whatever the number of rows. Disk: `rows x sum of site sizes`, compared with the free space
-    before the first pass.
+            - sites: Sites to record. None: resid_post, or no site if there is an SAE.
+            - context: Longest sequence in tokens, BOS included. None: 256, or the model's limit if that is smaller.
+            - dtype: Stored type of activations, float16, bfloat16 or float32.
+            - bos: Policy of BOS tokens: "model" (as the tokenizer does), "always" or "never".
+            - packed: Fill sequences with consecutive documents.
+            - max_rows: Number of tokens after which to stop. None: all.
+            - text_column: Column of the text, in files and datasets with columns.
+            - metadata: Columns kept for each token. None: all but the text and the spans.
+            - span_column: Column of labelled spans. None: read no spans.
+            - batch_tokens: Tokens in a forward pass, padding included. None: by device and width.
+            - segment_rows: Rows committed at a time. None: about 256 MiB, at most 65,536 rows.
 
-    Raises RequestError for a request that cannot be met (unknown site, other settings than the store's, not
-    enough space, an SAE of another width, site or model), DataError when the disk fails or a row to be encoded is not
-    finite; what is committed stays readable.
+    Returns:
+        The opened store.
+
+    Raises:
+        RequestError: An unknown site, settings other than the store's, not enough space, an SAE that does not fit.
+        DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
-    settings = recording(
-        sites=sites,
-        context=context,
-        dtype=dtype,
-        bos=bos,
-        packed=packed,
-        max_rows=max_rows,
-        text_column=text_column,
-        metadata=metadata,
-        span_column=span_column,
-        batch_tokens=batch_tokens,
-        segment_rows=segment_rows,
-    )
-    features = None
-    if sae is None and (sae_site is not None or sae_force):
-        raise RequestError("sae_site and sae_force are for sae; give it too")
-    if sae is not None:
-        from workbench.features.while_recording import RecordedFeatures  # SAELens' import takes seconds
-
-        features = RecordedFeatures(sae, sae_site, sae_dtype, sae_force)
-    return record_with(
-        settings,
-        model,
-        texts,
-        out=out,
-        features=features,
-        append=append,
-        workers=workers,
-        show_progress=show_progress,
-    )
+    features = _features(sae, sae_site, sae_dtype, sae_force)
+    return _record(model, texts, Path(out), recording(settings, **options), features, append, workers, show_progress)
 
 
-def record_with(
-    settings: Recording,
-    model: Model | Any,
+def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> RecordedFeatures | None:
+    if sae is None:
+        if site is not None or force:
+            raise RequestError("sae_site and sae_force are for sae; give it too")
+        return None
+    from workbench.features.while_recording import RecordedFeatures  # takes seconds: SAELens
+
+    return RecordedFeatures(sae, site, dtype, force)
+
+
+def _record(
+    model: Model | PreTrainedModel | str | Path,
     texts: Texts,
-    *,
-    out: str | Path,
-    features: RecordedFeatures | None = None,
-    append: bool = False,
-    workers: Workers | None = None,
-    show_progress: bool = True,
+    out: Path,
+    settings: Recording,
+    features: RecordedFeatures | None,
+    append: bool,
+    workers: Workers | None,
+    show_progress: bool,
 ) -> Store:
-    """`record` with its settings as one frozen record, and those of an SAE as another."""
-
     check_source(texts)
     workers = workers or ThisProcess()
     if not isinstance(model, Model):
         model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
-    plan = plan_recording(model, settings, Path(out), features)
+    plan = plan_recording(model, settings, out, features)
     documents = read_documents(
         texts,
         text_column=plan.settings.text_column,
