@@ -1,4 +1,4 @@
-"""Speed and memory of the workbench beside what one would use instead, both measured in the same run.
+"""Speed and memory of the workbench against other libraries, both measured in the same run.
 
-python -m workbench.experiments.benchmarks [NAME ...] [--quick] [--write docs/benchmarks.md]
+`python -m workbench.experiments.benchmarks [NAME ...] [--SIZE ...] [--write docs/benchmarks.md]`
 """

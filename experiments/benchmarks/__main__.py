@@ -1,4 +1,9 @@
-"""Runs benchmarks by name, all of them without one, and writes their sections of a page."""
+"""Run benchmarks by name, or all of them, and write their sections of a page.
+
+Every size of a benchmark is a flag: `reading --rows 4096 --repeats 2`. A flag applies to each named benchmark that has
+that size. `--quick` starts from tiny sizes, which show that the benchmarks run. Each section states
+the seconds it took.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.metadata import version
 from inspect import cleandoc
@@ -33,54 +38,100 @@ NAMES = (
 INTRODUCTION = """\
 # Benchmarks
 
-Both sides of a line run in turn, in the same process and on the same input; memory is taken in a process of its own.
-Shown are the medians of the repeats, and the lowest and highest of a single one. Speed is that of the recording itself,
-from the first forward pass to the committed store; "the whole call" is all that `wb.record` does, the fingerprint of
-the weights and the stored unembedding included. MB are 10^6 bytes. Under each section: the command that wrote it, when,
-and on what; `--write docs/benchmarks.md` replaces a section."""
+Both sides of a comparison run alternately, in the same process and on the same input; memory is measured in a process
+of its own. The tables show medians over the repeats, and the lowest and highest single repeat. The speed of a recording
+is measured from the first forward pass to the committed store; "the whole call" is all of `wb.record`, including the
+fingerprint of the weights and the stored unembedding. MB are 10^6 bytes. The line below each section gives the command
+that wrote it, the date, the machine and the duration; `--write docs/benchmarks.md` replaces a section. Each size is
+also a flag of the command."""
 _LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets", "numpy", "pyarrow")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workbench.experiments.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; all when none is named")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that they run, the numbers say nothing")
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="write the tables to this Markdown page, in place of older ones"
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m workbench.experiments.benchmarks",
+        description=__doc__,
+        epilog="sizes:\n" + "\n".join(f"  {name}: {_sizes(_settings(name, False))}" for name in NAMES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--date", help="when this was measured, as the page shall say it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, without meaningful numbers")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the sections of this Markdown page")
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="date of the measurement; default: today")
     parser.add_argument("--scratch", type=Path, default=Path("build"), help="folder on the disk to be measured")
-    asked = parser.parse_args()
-    unknown = [name for name in asked.names if name not in NAMES]
+    request, flags = parser.parse_known_args(arguments)
+    unknown = [name for name in request.names if name not in NAMES]
     if unknown:
-        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
-    measured = f"{asked.date}, " if asked.date else ""
-    sections = {name: _section(name, asked.quick, asked.scratch, measured) for name in asked.names or NAMES}
-    if asked.write:
-        known = asked.write.read_text(encoding="utf-8") if asked.write.exists() else ""
-        asked.write.write_text(page(known, sections), encoding="utf-8")
+        parser.error(f"no benchmark {unknown[0]!r}; available: {', '.join(NAMES)}")
+    names = request.names or NAMES
+    settings = {name: _settings(name, request.quick) for name in names}
+    settings = _with_sizes(parser, settings, flags)
+    for number, name in enumerate(names, 1):
+        print(f"benchmark {number} of {len(names)}: {name}", flush=True)
+        section = _section(name, settings[name], request.scratch, request.date)
+        if request.write:
+            known = request.write.read_text(encoding="utf-8") if request.write.exists() else ""
+            request.write.write_text(page(known, {name: section}), encoding="utf-8")
+
+
+def _settings(name: str, quick: bool) -> Any:
+    module = import_module(f"workbench.experiments.benchmarks.{name}")
+    return module.QUICK if quick else module.FULL
+
+
+def _with_sizes(parser: argparse.ArgumentParser, settings: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings with the sizes that the flags give; ends with an error for a flag that is no size."""
+    sizes = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    defaults = {field.name: getattr(one, field.name) for one in settings.values() for field in fields(one)}
+    for name, default in defaults.items():
+        several = isinstance(default, tuple)
+        kind = type(default[0] if several else default)
+        sizes.add_argument(f"--{name.replace('_', '-')}", type=kind, **({"nargs": "+"} if several else {}))
+    given = vars(sizes.parse_args(flags))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {
+        name: replace(one, **{key: value for key, value in given.items() if hasattr(one, key)})
+        for name, one in settings.items()
+    }
 
 
 def page(known: str, sections: Mapping[str, str]) -> str:
-    """The page `known` with these sections in place of its own of the same names; in the order of `NAMES`."""
+    """Returns the page `known` with these sections in place of those of the same names, in the order of `NAMES`."""
     older = {text.split("\n", 1)[0].removeprefix("## "): text for text in re.split(r"^(?=## )", known, flags=re.M)[1:]}
-    found = {name: text.strip() for name, text in {**older, **sections}.items()}
-    return "\n\n".join([INTRODUCTION, *(found[name] for name in NAMES if name in found)]) + "\n"
+    texts = {name: text.strip() for name, text in {**older, **sections}.items()}
+    return "\n\n".join([INTRODUCTION, *(texts[name] for name in NAMES if name in texts)]) + "\n"
 
 
-def _section(name: str, quick: bool, scratch: Path, measured: str) -> str:
-    """Runs one benchmark; what the page says of it."""
+def _section(name: str, settings: Any, scratch: Path, date: str) -> str:
+    """Runs one benchmark, prints and returns its section of the page."""
     module = import_module(f"workbench.experiments.benchmarks.{name}")
-    settings = module.QUICK if quick else module.FULL
     scratch.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=scratch) as folder:
-        found: list[Comparison] = settings.run(Path(folder).absolute())
-    sizes = ", ".join(f"{field.name} {_plain(getattr(settings, field.name))}" for field in fields(settings))
-    text = f"## {name}\n\n{module.__doc__}\n\n{cleandoc(settings.__doc__)}\n{sizes}.\n\n{table(found)}\n\n"
-    text += f"`python -m workbench.experiments.benchmarks {name}`, {measured}{_device()}.\n"
-    print(text, f"({name} took {time.monotonic() - began:.0f} s)\n", sep="\n", flush=True)
+        comparisons: list[Comparison] = settings.run(Path(folder).absolute())
+    seconds = time.monotonic() - start
+    text = f"## {name}\n\n{module.__doc__}\n\n{cleandoc(settings.__doc__)}\n{_sizes(settings)}.\n\n"
+    text += f"{table(comparisons)}\n\n"
+    text += f"`{_command(name, settings)}`, {date}, {seconds:,.0f} s, {_device()}.\n"
+    print(text, flush=True)
     return text
+
+
+def _command(name: str, settings: Any) -> str:
+    """Returns the command that runs a benchmark with these sizes."""
+    full = _settings(name, False)
+    words = ["python -m workbench.experiments.benchmarks", name]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(full, field.name):
+            words.append(f"--{field.name.replace('_', '-')}")
+            words += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return " ".join(words)
+
+
+def _sizes(settings: Any) -> str:
+    return ", ".join(f"{field.name} {_plain(getattr(settings, field.name))}" for field in fields(settings))
 
 
 def _plain(value: Any) -> str:
@@ -90,7 +141,7 @@ def _plain(value: Any) -> str:
 
 
 def _device() -> str:
-    """Processor, cores and memory, as Linux tells them, and the versions that matter."""
+    """Returns processor, cores and memory, as Linux reports them, and the versions that matter."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

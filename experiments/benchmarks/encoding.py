@@ -1,4 +1,4 @@
-"""Encoding rows into sparse features, beside SAELens' `encode` made sparse and beside the product of matrices alone."""
+"""Encoding of rows into sparse features, against SAELens' `encode` made sparse and the matrix product alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from workbench.sae.precision import fast_bfloat16
 @dataclass(frozen=True)
 class Encoding:
     """Random rows, encoder columns of norm 1; the jumprelu's threshold gives as many active features as the topk has.
-    Where there is no fast bfloat16, the product in it is measured on 4 rows, and the targets, set for a CPU that has
-    it, are out of reach: everything is computed in float32, and no faster than that product.
+    Without fast bfloat16, the product in that type is measured on 4 rows, and the targets, set for a CPU that has it,
+    are out of reach: everything is computed in float32, no faster than that product.
 
     Tried for such CPUs and not kept: selection by products of whole numbers up to 90 (FBGEMM's int8; beyond that pairs
     of products saturate in 16 bits on AVX2), with the same bound. Its product takes 340 to 370 µs a row on one core
@@ -73,7 +73,7 @@ class Encoding:
 
 
 def made(folder: Path, architecture: str, d_in: int, d_sae: int, k: int, rows: int) -> tuple[Sae, torch.Tensor]:
-    """A saved autoencoder, loaded, and rows for it where it computes."""
+    """Returns an autoencoder, saved and loaded, and random rows on its device."""
     from sae_lens.registry import get_sae_class
 
     kind, config = get_sae_class(architecture)
@@ -89,7 +89,7 @@ def made(folder: Path, architecture: str, d_in: int, d_sae: int, k: int, rows: i
 
 
 def sparse(sae: Sae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What SAELens gives, as row pointers, features and values."""
+    """Returns SAELens' activations as row pointers, features and values."""
     with torch.no_grad():
         activations = sae.module.encode(x)
         row, feature = activations.nonzero().unbind(1)
@@ -99,7 +99,7 @@ def sparse(sae: Sae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def encoding(side: str, architecture: str, d_in: int, d_sae: int, k: int, rows: int) -> Callable[[], Any]:
-    """The work of one side, for `peak_memory`."""
+    """Returns the work of one side, for `peak_memory`."""
     with tempfile.TemporaryDirectory() as folder:
         sae, x = made(Path(folder), architecture, d_in, d_sae, k, rows)
     work = partial(encoder(sae), x) if side == "ours" else partial(sparse, sae, x)
@@ -111,7 +111,7 @@ def encoding(side: str, architecture: str, d_in: int, d_sae: int, k: int, rows: 
 
 
 def _waited(sae: Sae, work: Callable[[], Any]) -> Callable[[], Any]:
-    """The work, and on an accelerator its end."""
+    """Returns the work with a wait for the accelerator."""
 
     def waited() -> None:
         work()
@@ -125,7 +125,7 @@ def _check_same(ours: Any, theirs: tuple[torch.Tensor, torch.Tensor, torch.Tenso
     indptr, feature, value = theirs
     same = len(value) == len(ours.value) and torch.equal(ours.indptr, indptr)
     differing = 1.0 if not same else float((ours.feature != feature).float().mean())
-    if differing > 1e-4:  # pre-activations closer than float32 tells may rank either way
+    if differing > 1e-4:  # pre-activations closer than float32 resolves may rank either way
         raise RuntimeError(f"{differing:.1%} of the features are not SAELens'")
 
 

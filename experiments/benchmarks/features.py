@@ -1,4 +1,4 @@
-"""A store of sparse features: its strongest rows, its inverted index, its size on the disk."""
+"""A store of sparse features: strongest rows, inverted index, size on disk."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class FeatureStore:
         ]
 
     def _top(self, features: Features) -> tuple[float, ...]:
-        """Median milliseconds of a call, one repeat after another; the first touches what it reads."""
+        """Returns median milliseconds of a call per repeat, after one that warms the page cache."""
         asked = np.random.default_rng(1).choice(np.flatnonzero(features.counts), self.asked)
         found = []
         for _ in range(self.repeats + 1):
@@ -88,7 +88,7 @@ class FeatureStore:
         (out / BY_FEATURE).unlink()
 
     def _make(self, folder: Path) -> Features:
-        """A store of `rows` tokens without activations and its features, written as an extraction writes them."""
+        """Writes a store of `rows` tokens without activations, and features as an extraction writes them."""
         store = _token_store(folder / "x.acts", self.rows)
         path = store.path / "features" / "drawn"
         path.mkdir(parents=True)
@@ -131,7 +131,7 @@ class FeatureStore:
 
 
 def index_of(path: str, out: str) -> Callable[[], None]:
-    """Builds the index of the features at `path` anew, into the folder `out`."""
+    """Returns the work of building the index of the features at `path` into the folder `out`."""
     features = open_features(path)
     record, counts = features.record, features.counts
     layout = by_feature_layout(record.rows, record.features, record.entries, record.dtype)
@@ -147,7 +147,7 @@ def index_of(path: str, out: str) -> Callable[[], None]:
 
 
 def _token_store(path: Path, rows: int) -> wb.Store:
-    """A store of tokens alone, in sequences of 128."""
+    """Writes a store of tokens alone, in sequences of 128."""
     model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, 1, _WORDS, None)
     part = Part(rows, -(-rows // _SEQUENCE), 1, 0, 0)
     with open_writer(
@@ -190,7 +190,7 @@ def _sizes(path: Path) -> dict[str, FileRecord]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Bytes read and written in blocks; waits until they are on the disk."""
+    """Copies in blocks, and waits until the bytes are on disk."""
     with open(source, "rb") as file, open(target, "wb") as out:
         while block := file.read(_BLOCK):
             out.write(block)

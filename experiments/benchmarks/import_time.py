@@ -1,4 +1,4 @@
-"""What `import workbench` costs a program that may never run a model."""
+"""Time of `import workbench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAVY = ("torch", "transformers", "transformer_lens", "pyarrow", "duckdb", "plo
 
 @dataclass(frozen=True)
 class ImportTime:
-    """Fresh interpreters, with the files in the page cache; the other side is an interpreter that imports nothing."""
+    """Fresh interpreters, with the files in the page cache; the reference is an interpreter that imports nothing."""
 
     repeats: int = 10
 

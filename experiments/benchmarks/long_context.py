@@ -1,4 +1,4 @@
-"""One long sequence: memory beside the plain forward pass, speed beside TransformerBridge."""
+"""One long sequence: memory against a plain forward pass, speed against TransformerBridge."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def boot_bridge(module: torch.nn.Module) -> Any:
 
 
 def cache_residuals(bridge: Any, ids: np.ndarray) -> None:
-    """The same activations, one sequence at a time, left in memory."""
+    """Computes the same activations, one sequence at a time, in memory."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
     with torch.inference_mode():
         for row in torch.from_numpy(ids).split(1):

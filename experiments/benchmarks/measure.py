@@ -1,4 +1,4 @@
-"""Two sides of a comparison, run in turn; a comparison as one line of a table; peak memory of a process of its own."""
+"""Comparisons: two sides run alternately, one line of a table each; peak memory in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one repeat after another gave on our side and on the other, and what was hoped for."""
+    """Repeated measurements of the workbench and of a reference, with a target."""
 
     what: str
     against: str
@@ -24,26 +24,26 @@ class Comparison:
     other: tuple[float, ...]
     unit: str
     by: Literal["ratio", "difference"] = "ratio"
-    """How the medians are compared: ours / other or ours - other."""
+    """Comparison of the medians: ours / other or ours - other."""
     at_least: float | None = None
     at_most: float | None = None
     target_of: Literal["value", "ours"] = "value"
-    """What the target is about: the comparison, or our side alone."""
+    """Subject of the target: the comparison, or our side alone."""
 
     @property
     def value(self) -> float:
-        """The two medians compared."""
+        """Returns ratio or difference of the medians."""
         return self._compare(median(self.ours), median(self.other))
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Lowest and highest value of a single repeat, ours beside the other side of the same turn."""
+        """Returns the lowest and highest value of a single repeat, each side measured in the same turn."""
         each = [self._compare(ours, other) for ours, other in zip(self.ours, self.other, strict=True)]
         return min(each), max(each)
 
     @property
     def verdict(self) -> str:
-        """met, missed, or nothing where there is no target."""
+        """Returns "met", "missed", or an empty text without a target."""
         if self.at_least is None and self.at_most is None:
             return ""
         value = self.value if self.target_of == "value" else median(self.ours)
@@ -51,7 +51,7 @@ class Comparison:
         return "met" if kept else "missed"
 
     def cells(self) -> tuple[str, ...]:
-        """The cells of `COLUMNS`."""
+        """Returns the cells of `COLUMNS`."""
         low, high = self.spread
         return (
             self.what,
@@ -75,11 +75,11 @@ class Comparison:
         return f"{_number(value)} times" if self.by == "ratio" else f"{_number(value)} {self.unit} more"
 
 
-COLUMNS = ("", "compared with", "workbench", "the other", "workbench is", "over the repeats", "target", "")
+COLUMNS = ("", "compared with", "workbench", "reference", "comparison", "range over repeats", "target", "")
 
 
 def table(comparisons: list[Comparison]) -> str:
-    """The comparisons as a Markdown table, aligned to be read as it is."""
+    """Returns the comparisons as a Markdown table with aligned columns."""
     rows = [COLUMNS, *(comparison.cells() for comparison in comparisons)]
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(COLUMNS))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -88,7 +88,7 @@ def table(comparisons: list[Comparison]) -> str:
 
 
 def interleaved(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str, tuple[float, ...]]:
-    """Calls each side once a turn, in turn, so that what else the machine does meets all of them alike."""
+    """Calls all sides alternately, so that other load on the machine affects them equally."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -97,8 +97,8 @@ def interleaved(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str
     return {name: tuple(each) for name, each in values.items()}
 
 
-def per_second(amount: float, work: Callable[[], Any]) -> Callable[[], float]:
-    """A side that does `work` once and gives `amount` by the seconds it took."""
+def per_second(amount: int | float, work: Callable[[], Any]) -> Callable[[], float]:
+    """Returns a side that runs `work` once and gives `amount` per second."""
 
     def side() -> float:
         began = time.perf_counter()
@@ -113,18 +113,18 @@ class Memory:
     """Resident memory of a process, in MB (10^6 bytes)."""
 
     loaded: float
-    """When everything was loaded and the work was about to begin."""
+    """After loading, before the work."""
     peak: float
-    """The most at any moment of the work."""
+    """Maximum during the work."""
 
     @property
     def rise(self) -> float:
-        """What the work added to what was loaded."""
+        """Returns the memory that the work added."""
         return self.peak - self.loaded
 
 
 def peak_memory(prepare: Callable[..., Callable[[], Any]], **arguments: Any) -> Memory:
-    """Memory of the work that `prepare(**arguments)` loads and returns, in a fresh process. Linux only.
+    """Returns the memory of the work that `prepare(**arguments)` loads and returns, in a fresh process. Linux only.
 
     `prepare` is a function of a module, its arguments are JSON.
     """
@@ -142,7 +142,7 @@ def _measure_here(call: str) -> None:
     gc.collect()
     loaded = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # what loading took at most is forgotten: the peak begins anew
+        file.write("5")  # resets the peak, so that loading does not count
     work()
     print(json.dumps({"loaded": loaded, "peak": _resident("VmHWM")}))
 

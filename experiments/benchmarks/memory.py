@@ -1,4 +1,4 @@
-"""Memory of a recording as it grows."""
+"""Memory of a growing recording."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks run: GPT-2 shapes with random weights, token ids, and the folder with trained models."""
+"""Inputs of the benchmarks: GPT-2 shapes with random weights, token ids, the folder with trained models."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 
 def gpt2(layers: int = 12, positions: int = 1024) -> GPT2LMHeadModel:
-    """A GPT-2 of 768 dimensions, 12 heads and 50,257 tokens: random weights, float32, on the CPU."""
+    """Returns a GPT-2 of 768 dimensions, 12 heads and 50,257 tokens: random weights, float32, on the CPU."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=layers, n_positions=positions, architectures=["GPT2LMHeadModel"])
     return GPT2LMHeadModel(config).eval()
 
 
 def token_ids(sequences: int, context: int, vocab: int = 50257) -> Int64[np.ndarray, "sequence position"]:
-    """Random token ids, the same at each call."""
+    """Returns random token ids, the same at each call."""
     return np.random.default_rng(0).integers(0, vocab, (sequences, context))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One that knows nothing, for those who will not do without one."""
+    """Returns a tokenizer of two tokens, for libraries that require one."""
     words = Tokenizer(WordLevel({"<s>": 0, "?": 1}, unk_token="?"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<s>", unk_token="?")
 
@@ -43,13 +43,13 @@ class Recorded:
     """Rows per second of one recording."""
 
     recording: float
-    """From the first forward pass on, to the committed store. What a long recording comes to."""
+    """From the first forward pass to the committed store; the limit for a long recording."""
     whole: float
     """The whole call: planning, the fingerprint of the weights and the stored unembedding too."""
 
 
 def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Path, **settings: Any) -> Recorded:
-    """Records `ids` with `wb.record` and times it."""
+    """Records `ids` with `wb.record` and measures the time."""
     passes: list[float] = []
 
     def note(_module, _args, given):
@@ -67,7 +67,7 @@ def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Pa
 
 
 def forward(module: torch.nn.Module, ids: Int64[np.ndarray, "sequence position"], batch: int) -> None:
-    """Runs `module` over `ids`, `batch` sequences at a time, and drops what it gives."""
+    """Runs `module` over `ids`, `batch` sequences at a time, and discards the output."""
     with torch.inference_mode():
         for rows in torch.from_numpy(ids).split(batch):
             module(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)

@@ -1,4 +1,4 @@
-"""Time and memory of the probes that read a store, and of the prompts that are learned, beside what each is allowed."""
+"""Time and memory of the probes that read a store, and of learned prompts, against fixed limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workbench.experiments.demo_model.corpus import documents
 from workbench.results.registry import find_probe
 
 PROBES = ("attention-sinks", "future-lens", "future-prompts", "logit-lens", "token-erasure", "tuned-lens")
-_SEED = 77  # of documents that neither training nor the shipped corpus has
+_SEED = 77  # documents that are neither in training nor in the shipped corpus
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reads of a store beside the same reads of np.memmap on the same file."""
+"""Reads of a store, against the same reads of np.memmap on the same file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Gathers = list[Int64[np.ndarray, " selected"]]
 
 @dataclass(frozen=True)
 class Reading:
-    """Rows of 768 float16 values from a file in the page cache, each read into memory of its own."""
+    """Rows of 768 float16 values from a file in the page cache, each read into new memory."""
 
     rows: int = 131_072
     segments: int = 16

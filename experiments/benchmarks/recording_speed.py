@@ -1,4 +1,4 @@
-"""All residual streams recorded, beside the plain forward passes they come from."""
+"""Recording of all residual streams, against plain forward passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same activations recorded by SAELens' CacheActivationsRunner, which takes one site a pass."""
+"""Recording against SAELens' CacheActivationsRunner, which takes one site per pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from workbench.experiments.benchmarks.models import SHARED, gpt2, record, token_
 
 @dataclass(frozen=True)
 class SaeLens:
-    """The same tokens and stored type (float16), each side with the batch it takes by default: theirs is 32
-    sequences. Loading is timed on neither side, and theirs is not shuffled. Theirs stops at the hooked layer,
-    too: for all twelve sites it runs 6.5 times all blocks, which bounds the ratio where batches are the same."""
+    """The same tokens and stored type (float16), each side with its default batch: 32 sequences for SAELens. Loading is
+    not timed on either side, and SAELens does not shuffle. It also stops at the hooked layer: for all twelve sites it
+    runs all blocks 6.5 times, which bounds the ratio for equal batches."""
 
     layers: int = 12
     sequences: int = 32
@@ -90,7 +90,7 @@ class Runner:
     out: Path
 
     def seconds(self) -> float:
-        """Of its `run()`; what is loaded before, and checked afterwards, does not count."""
+        """Returns the seconds of its `run()`, without loading and checks."""
         shutil.rmtree(self.out, ignore_errors=True)
         with warnings.catch_warnings(action="ignore"):
             runner = self._load()

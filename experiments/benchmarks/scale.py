@@ -1,10 +1,10 @@
 """A SIMULATION of scale: manifest and queries of a store of 100 million rows that no model has recorded.
 
 Token tables are real: the columns, types and encodings of a recording of the embedded corpus, a file per segment,
-every row of it there, with its own row, sequence and document numbers, so that `where` reads what it would read. Only
-their texts repeat: each table is one of some dozen of the corpus. Activations are files of the true size with nothing
-in them (sparse), so a gather meets as many files, maps and pages as it would, but no disk. Everything is in the page
-cache, as far as it fits. Targets are about the largest store; "the other" is the smallest.
+all rows present, with their own row, sequence and document numbers, so `where` reads what it would read in a real
+store. Only the texts repeat: each table is one of about a dozen of the corpus. Activations are sparse files of the true
+size, so a gather touches as many files, maps and pages as it would, but no disk. Everything is in the page cache, as
+far as it fits. Targets apply to the largest store; the reference is the smallest.
 """
 
 from __future__ import annotations

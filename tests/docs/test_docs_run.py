@@ -70,7 +70,7 @@ def test_the_blocks_of_a_page_run_in_order(name, reader):
         warnings.simplefilter("ignore", UserWarning)  # small texts: intervals over few documents, and the like
         for block in blocks(PAGES[name]):
             if block.runs and block.language != "sh":
-                exec(compile(stand_ins(block.text), block.place, "exec"), variables)
+                exec(compile(stand_ins(block.text), block.place, "exec", dont_inherit=True), variables)
             elif block.runs:
                 for command in block.commands():
                     execute(command, block.place)

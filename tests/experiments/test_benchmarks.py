@@ -1,8 +1,13 @@
-"""The page of benchmarks: a section is replaced, the others stay."""
+"""The page of benchmarks: a section is replaced, the others stay. Sizes come from the command line."""
 
+import argparse
 from pathlib import Path
 
-from workbench.experiments.benchmarks.__main__ import INTRODUCTION, page
+import pytest
+
+from workbench.experiments.benchmarks.__main__ import INTRODUCTION, main, page
+from workbench.experiments.benchmarks.__main__ import _with_sizes as sized
+from workbench.experiments.benchmarks.reading import Reading
 
 
 def test_sections_are_replaced_by_name_and_stand_in_order():
@@ -15,3 +20,29 @@ def test_sections_are_replaced_by_name_and_stand_in_order():
 def test_the_page_in_docs_is_one_of_these():
     known = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert page(known, {}) == known
+
+
+def test_sizes_are_flags_and_the_section_gives_the_command(tmp_path):
+    out = tmp_path / "page.md"
+    options = ["--write", str(out), "--scratch", str(tmp_path), "--date", "2026-01-01"]
+    main(["import_time", "--repeats", "2", *options])
+    text = out.read_text()
+    assert "\nrepeats 2.\n" in text
+    assert "`python -m workbench.experiments.benchmarks import_time --repeats 2`, 2026-01-01, " in text
+    assert page(text, {}) == text
+
+
+def test_a_size_may_be_several_numbers():
+    settings = sized(argparse.ArgumentParser(), {"reading": Reading()}, ["--gathers", "10", "20", "--rows", "4096"])
+    assert settings["reading"] == Reading(gathers=(10, 20), rows=4096)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["readings"], "no benchmark 'readings'"), (["reading", "--layers", "2"], "unrecognized arguments: --layers 2")],
+)
+def test_unknown_names_and_sizes_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

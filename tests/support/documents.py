@@ -28,7 +28,7 @@ TEXTS = "stories.jsonl"
 
 SMALLER = {
     "workbench probe future-lens": "--epochs 1 --horizons 2",
-    "workbench probe future-prompts": "--epochs 1 --row-limit 8 --horizons 1 --training-rows 32 --prompt-tokens 2",
+    "workbench probe future-prompts": "--epochs 1 --row-limit 8 --horizons 2 --training-rows 32 --prompt-tokens 2",
     "workbench probe successor-heads": "--permutations 20",
     "workbench probe token-erasure": "--epochs 1 --offsets -1 0 --late 3",
     "workbench probe tuned-lens": "--epochs 1",
