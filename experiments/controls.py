@@ -1,4 +1,4 @@
-"""Controls that several experiments put beside a model."""
+"""Controls that several experiments share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import workbench as wb
 
 
 def random_copy(model: wb.Model) -> wb.Model:
-    """A model of the same shape and tokenizer with Hugging Face's random weights, seed 0: what it shows as well as
-    `model`, training did not make."""
+    """Returns a model of the same shape and tokenizer with Hugging Face's random weights, seed 0.
+
+    A finding that `model` shares with it is not a result of training.
+    """
     torch.manual_seed(0)
     module = type(model.module)(model.module.config).to(device=model.device, dtype=model.dtype)
     return wb.Model(module, model.tokenizer, f"{model.name}, random weights")

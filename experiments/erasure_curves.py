@@ -1,7 +1,7 @@
-"""How words forget their tokens: accuracy of earlier tokens by layer, at last tokens of words and elsewhere.
+"""Token erasure: accuracy for preceding tokens by layer, at last tokens of words and at other tokens.
 
-The picture of arXiv 2406.20086 (Feucht et al. 2024): in early layers the last token of a word of several tokens loses
-what stood before it, faster than tokens outside of such words do.
+Reproduces a figure of arXiv 2406.20086 (Feucht et al. 2024): in early layers the last token of a multi-token word loses
+the information about the tokens before it, faster than tokens outside of such words.
 
     python -m workbench.experiments.erasure_curves --model gpt2 --text stories.jsonl
     workbench sweep erasure-curves --model demo gpt2 --seed 0 1 2
@@ -28,11 +28,11 @@ class Config(Inputs):
     """Linear probes on every layer for the tokens around each position."""
 
     offsets: tuple[int, ...] = (-2, -1, 0)
-    """Which tokens are read off a state, counted from its own."""
+    """Tokens to predict from a state, as offsets from its own."""
     epochs: int = 4
-    """Most passes over the training rows."""
+    """Maximum number of epochs."""
     context: int = 256
-    """Tokens in the longest sequence."""
+    """Maximum tokens per sequence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class Config(Inputs):
 
 
 def run(config: Config) -> wb.Result:
-    """A line for each group of tokens, offset and layer: accuracy, 0 to 1, with its interval over documents."""
+    """Returns one line per group of tokens, offset and layer: accuracy, 0 to 1, with its 95 % CI over documents."""
     store = recorded(config, ("resid_post",), context=config.context)
     settings = {"offsets": config.offsets, "epochs": config.epochs, "seed": config.seed, "device": config.device}
     result = TokenErasure(**settings).run(store)
@@ -52,13 +52,13 @@ def run(config: Config) -> wb.Result:
 def headline(result: wb.Result) -> str:
     last = result.table[(result.table["group"] == "last") & (result.table["offset"] == -1)]
     if not len(last):
-        return f"accuracy at {result.table['offset'].nunique()} offsets over {result.table['layer'].nunique()} layers"
+        return f"Accuracy at {result.table['offset'].nunique()} offsets over {result.table['layer'].nunique()} layers."
     first, deepest = (last[last["layer"] == layer]["accuracy"].mean() for layer in (0, last["layer"].max()))
-    return f"the token before a word's last is read with accuracy {first:.2f} at layer 0, {deepest:.2f} at the last"
+    return f"Accuracy for the token before a word's last: {first:.2f} at layer 0, {deepest:.2f} at the last layer."
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "erasure": accuracy by layer, a colour for each offset; solid at last tokens of words, dotted elsewhere."""
+    """Returns "erasure": accuracy by layer, one colour per offset; solid at last tokens of words, dotted at others."""
     groups = result.table["group"].map({"last": "last tokens of words", "control": "other tokens"})
     table = result.table.assign(tokens_of=groups, offset=[f"{offset:+d}" for offset in result.table["offset"]])
     shown = wb.Result(result.probe, result.data, table[np.isfinite(table["accuracy"])], result.provenance)
@@ -70,7 +70,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
         dash="tokens_of",
         interval=("accuracy_low", "accuracy_high"),
         title="Token erasure",
-        subtitle="accuracy of the token at each offset, read from a state",
+        subtitle="accuracy of a linear probe for the token at each offset",
         x_title="layer",
         unit="accuracy",
         besides=("offsets",),

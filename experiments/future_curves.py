@@ -1,7 +1,7 @@
-"""How far ahead one state tells: what the model will say N tokens on, by layer and horizon.
+"""Future lens: accuracy for the model's predictions N tokens after the next one, by layer and horizon.
 
-The picture of arXiv 2311.04897 (Pal et al. 2023): maps from a hidden state to what the model says further on, beside
-what the token alone tells.
+Reproduces a figure of arXiv 2311.04897 (Pal et al. 2023): maps from a hidden state to later predictions, with the
+bigram of the token as baseline.
 
     python -m workbench.experiments.future_curves --model gpt2 --text stories.jsonl
     workbench sweep future-curves --model demo gpt2 --seed 0 1 2
@@ -30,9 +30,9 @@ class Config(Inputs):
     horizons: int = 3
     """N = 0 (the next token) to horizons - 1."""
     epochs: int = 0
-    """Passes of the direct method, for small vocabularies; 0: the linear method alone."""
+    """Epochs of the direct method, for small vocabularies; 0: the linear method alone."""
     context: int = 256
-    """Tokens in the longest sequence."""
+    """Maximum tokens per sequence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class Config(Inputs):
 
 
 def run(config: Config) -> wb.Result:
-    """A line for each method, layer and horizon: precision at 1, the bigram's, and the gain with its interval."""
+    """Returns one line per method, layer and horizon: precision at 1, the bigram's, and the gain with its 95 % CI."""
     store = recorded(config, ("resid_post",), context=config.context)
     settings = {"horizons": config.horizons, "epochs": config.epochs, "seed": config.seed, "device": config.device}
     if not config.epochs:
@@ -59,13 +59,13 @@ def headline(result: wb.Result) -> str:
     far = result.table[result.table["horizon"] == result.table["horizon"].clip(upper=1).max()]
     best = far.loc[far["precision"].idxmax()]
     return (
-        f"N = {best['horizon']}: {100 * best['precision']:.0f} % of what the model says, from layer {best['layer']} "
-        f"(bigram {100 * best['bigram_precision']:.0f} %)"
+        f"Top-1 accuracy at t+{best['horizon'] + 1}: {100 * best['precision']:.0f} % (layer {best['layer']}); "
+        f"bigram baseline {100 * best['bigram_precision']:.0f} %."
     )
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "precision": by layer, a colour for each horizon, dotted what the token alone tells; "gain": the difference."""
+    """Returns "precision" by layer, one colour per horizon, the bigram dotted; and "gain", the difference."""
     known = result.table.assign(N=[f"N = {horizon}" for horizon in result.table["horizon"]])
     bigram = known.assign(method="bigram of the token", precision=known["bigram_precision"])
     table = pd.concat([known, bigram], ignore_index=True)
@@ -73,8 +73,8 @@ def figures(result: wb.Result) -> dict[str, Any]:
     precision = curves(
         wb.Result(result.probe, result.data, table, result.provenance),
         y="precision",
-        title="What the model will say N tokens past the next",
-        subtitle="precision of the token read from one state, on documents not fitted on",
+        title="Accuracy for the model's prediction N tokens after the next one",
+        subtitle="top-1 accuracy from one state, on held-out documents",
         unit="share of tokens",
         **shared,
     )
@@ -82,8 +82,8 @@ def figures(result: wb.Result) -> dict[str, Any]:
         wb.Result(result.probe, result.data, known, result.provenance),
         y="gain",
         interval=("gain_low", "gain_high"),
-        title="What the state tells beyond its token",
-        subtitle="precision less the bigram's",
+        title="Gain over the bigram baseline",
+        subtitle="top-1 accuracy minus that of the bigram",
         unit="share of tokens",
         **shared,
     )

@@ -1,4 +1,4 @@
-"""What experiments run on: a model as it is named in a config, and documents as a seed orders them."""
+"""Inputs of experiments: the model named in a config, and documents in the order of a seed."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ RECORDINGS = Path("runs/recordings")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What most experiments ask for first: the beginning of their config."""
+    """Settings that most experiments share."""
 
     model: str = NAME
     """Directory, hub id, hub id@revision, or demo."""
     weights: Literal["trained", "random"] = "trained"
-    """random: the model's shape with Hugging Face's random weights, which shows what training did not make."""
+    """random: the model's shape with Hugging Face's random weights, a control for what training contributes."""
     text: str = NAME
     """File (.txt, .jsonl, .parquet), hf:NAME of a dataset, or demo: the embedded corpus."""
     documents: int = 1000
-    """Documents read from the text's beginning; the seed puts them in an order."""
+    """Documents read from the beginning of the text; the seed orders them."""
     rows: int = 20_000
-    """Tokens recorded at most, from the first of that order on."""
+    """Maximum number of tokens to record, from the first document of that order on."""
     seed: int = 0
-    """Of the order of documents, and of all else that is drawn."""
+    """Random seed, of the order of documents and of every other draw."""
     device: str = "cpu"
-    """Where it runs: cpu, cuda."""
+    """Device: cpu, cuda."""
     recordings: Path = field(default=RECORDINGS, compare=False)
-    """Folder of the recordings that runs share. It changes no number."""
+    """Folder of the recordings that runs share. It does not affect results."""
 
     def __post_init__(self) -> None:
         check_counts(self, ("documents", "rows", "seed"))
 
 
 def check_counts(config: Any, names: Sequence[str]) -> None:
-    """Refuse counts below 1, and a seed below 0."""
+    """Raises RequestError for a count below 1, or a seed below 0."""
     for name in names:
         least = 0 if name == "seed" else 1
         if getattr(config, name) < least:
             raise RequestError(f"{name} must be at least {least}, not {getattr(config, name)}")
 
 
-@lru_cache(maxsize=1)  # the cells of a sweep that share a model come one after another
+@lru_cache(maxsize=1)  # runs of a sweep that share a model are consecutive
 def model_of(name: str, weights: str = "trained", device: str = "cpu") -> wb.Model:
-    """The model that a config names. `NAME@REVISION` is a revision of a hub id."""
+    """Returns the model that a config names. `NAME@REVISION` is a revision of a hub id."""
     source, revision = name, None
     if "@" in name and not Path(name).exists():
         source, revision = name.rsplit("@", 1)
@@ -66,27 +66,27 @@ def model_of(name: str, weights: str = "trained", device: str = "cpu") -> wb.Mod
 
 @lru_cache(maxsize=1)
 def _read(text: str, number: int) -> tuple[Any, ...]:
-    """The first documents of a text, as `record` takes them."""
-    found = []
+    """Returns the first documents of a text, in a form that `record` accepts."""
+    documents: list[Any] = []
     for document in read_documents(wb.demo_corpus() if text == NAME else text):
         if document.text is None:
-            found.append(np.asarray(document.token_ids).tolist())
+            documents.append(np.asarray(document.token_ids).tolist())
         else:
             spans = {name: [span._asdict() for span in part] for name, part in document.spans.items()}
-            found.append({"text": document.text, **document.metadata, **({"spans": spans} if spans else {})})
-        if len(found) == number:
+            documents.append({"text": document.text, **document.metadata, **({"spans": spans} if spans else {})})
+        if len(documents) == number:
             break
-    return tuple(found)
+    return tuple(documents)
 
 
 def documents_of(text: str, number: int, seed: int) -> list[Any]:
-    """The first `number` documents of a text, in the order that the seed gives."""
+    """Returns the first `number` documents of a text, in the order of the seed."""
     read = _read(text, number)
     return [read[place] for place in np.random.default_rng(seed).permutation(len(read))]
 
 
 def recorded(config: Inputs, sites: Sequence[str], **settings: Any) -> wb.Store:
-    """The store of the config's documents, which runs of the same model, text and seed share."""
+    """Returns the store of the config's documents; runs of the same model, text and seed share it."""
     model = model_of(config.model, config.weights, config.device)
     texts = documents_of(config.text, config.documents, config.seed)
     return record_once(model, texts, folder=config.recordings, sites=tuple(sites), max_rows=config.rows, **settings)
@@ -95,9 +95,9 @@ def recorded(config: Inputs, sites: Sequence[str], **settings: Any) -> wb.Store:
 def token_sequences(
     model: wb.Model, kind: Literal["random", "repeated"], number: int, length: int, *, bos: bool, seed: int
 ) -> list[list[int]]:
-    """Sequences of `length` token ids: each its own random tokens, or one random token again and again.
+    """Returns sequences of `length` token ids: random tokens, or one random token repeated.
 
-    Special tokens are not among them; with `bos` each begins with what the tokenizer puts before a text.
+    Special tokens are not drawn. With `bos` each sequence begins with the tokens that the tokenizer puts before a text.
     """
     known = set() if model.tokenizer is None else set(model.tokenizer.all_special_ids)
     ids = np.array([token for token in range(_vocab(model)) if token not in known])
@@ -109,5 +109,5 @@ def token_sequences(
 
 
 def _vocab(model: wb.Model) -> int:
-    """Ids that stand for tokens: an embedding is often padded beyond them."""
+    """Returns the number of token ids; an embedding is often padded beyond it."""
     return model.vocab if model.tokenizer is None else min(model.vocab, len(model.tokenizer))

@@ -1,7 +1,7 @@
-"""What each layer would predict: cross-entropy of the text and of the model's own choice, by layer.
+"""Lenses by layer: cross-entropy of the text and at the model's top token.
 
-The pictures of arXiv 2303.08112 (Belrose et al. 2023; loss of lenses by layer) and arXiv 2412.05768 (residual
-cross-entropy: the surprise of each layer's lens at the model's own top token).
+Reproduces figures of arXiv 2303.08112 (Belrose et al. 2023; loss of lenses by layer) and arXiv 2412.05768 (residual
+cross-entropy, against the model's top token).
 
     python -m workbench.experiments.lens_curves --model gpt2 --text stories.jsonl --lens tuned
     workbench sweep lens-curves --model demo gpt2 --lens logit tuned --seed 0 1 2
@@ -29,11 +29,11 @@ class Config(Inputs):
     """The logit or the tuned lens at every layer."""
 
     lens: Literal["logit", "tuned"] = "logit"
-    """tuned: with a trained change of basis, read on documents the training did not see."""
+    """tuned: with a trained affine map per layer, evaluated on held-out documents."""
     epochs: int = 10
-    """Most passes of the tuned lens over its training rows."""
+    """Maximum epochs of the tuned lens."""
     context: int = 256
-    """Tokens in the longest sequence."""
+    """Maximum tokens per sequence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class Config(Inputs):
 
 
 def run(config: Config) -> wb.Result:
-    """A line for each layer: means over tokens of what a lens tells, in nats, and shares of tokens."""
+    """Returns one line per layer: means over tokens in nats, and shares of tokens."""
     store = recorded(config, ("resid_post",), context=config.context)
     if config.lens == "logit":
         result = LogitLens(detail=0, device=config.device).run(store)
@@ -57,17 +57,17 @@ def run(config: Config) -> wb.Result:
 def headline(result: wb.Result) -> str:
     ends = result.table[result.table["layer"].isin([result.table["layer"].min(), result.table["layer"].max()])]
     first, last = (part["cross_entropy"].mean() for _, part in ends.groupby("layer"))
-    return f"cross-entropy of the text {first:.2f} nats at the first layer, {last:.2f} at the last"
+    return f"Cross-entropy of the text: {first:.2f} nats at the first layer, {last:.2f} at the last."
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "cross_entropy": of the text and of the model's own top token by layer; "kl": KL(model || lens)."""
-    names = {"cross_entropy": "of the text", "surprise": "of the model's own top token"}
+    """Returns "cross_entropy", of the text and at the model's top token, and "kl", KL(model || lens), by layer."""
+    names = {"cross_entropy": "of the text", "surprise": "at the model's top token"}
     columns = [name for name in result.table.columns if name not in names]
     long = result.table.melt(id_vars=columns, value_vars=list(names), var_name="of", value_name="nats")
     shown = wb.Result(result.probe, result.data, long.assign(of=long["of"].map(names)), result.provenance)
     shared = {"x": "layer", "x_title": "layer", "unit": "nats", "dash": "lens"}
-    loss = curves(shown, y="nats", colour="of", title="Cross-entropy of each layer's lens", **shared)
+    loss = curves(shown, y="nats", colour="of", title="Cross-entropy of the lens by layer", **shared)
     kl = curves(result, y="kl", title="KL(model ‖ lens)", **shared)
     return {"cross_entropy": loss, "kl": kl}
 

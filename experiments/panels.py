@@ -1,4 +1,4 @@
-"""Curves of one run or of a whole sweep: a panel for each model and setting that differs, a line for each group."""
+"""Curves of one run or of a sweep: one panel per model and differing setting, one line per group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workbench.figures.ticks import integer_step
 from workbench.results.result import Result
 
 PLACES = ("model", "text", "sae")
-"""Settings that may be paths."""
+"""Settings that can be paths."""
 
 DASHES = ("solid", "dot", "dash", "dashdot")
 _WIDE = 3  # panels in a row
@@ -24,20 +24,21 @@ _AVERAGED = "seed"
 
 
 def differing(result: Result) -> list[str]:
-    """Settings in which the runs of this result differ, in the order of the config."""
+    """Returns the settings in which the runs of this result differ, in the order of the config."""
     settings = result.provenance["settings"]
     runs = settings.get("runs", [settings])
     return [name for name in runs[0] if any(run[name] != runs[0][name] for run in runs)]
 
 
-def named(name: str, value: Any) -> str:
-    """A setting as a figure tells it, safe as plotly text."""
+def setting_text(name: str, value: Any) -> str:
+    """Returns a setting as text of a figure, safe as plotly text."""
     return _value(value) if name in PLACES else f"{name} {_value(value)}"
 
 
-def shortened(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with models, texts and SAEs by as many of the last parts of their paths as tell them apart."""
-    return table.assign(**{name: table[name].map(_short(table[name].unique())) for name in PLACES if name in table})
+def with_short_paths(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with models, texts and SAEs cut to the last path components that distinguish them."""
+    names = [name for name in PLACES if name in table]
+    return table.assign(**{name: table[name].map(_short(table[name].unique().tolist())) for name in names})
 
 
 def _short(places: Sequence[Any]) -> dict[Any, str]:
@@ -49,15 +50,15 @@ def _short(places: Sequence[Any]) -> dict[Any, str]:
 
 
 def groups(result: Result, besides: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    """The table's parts by all settings that differ but `besides` and the seed, and what to call each."""
+    """Returns the parts of the table by all differing settings but `besides` and the seed, each with its name."""
     apart = [name for name in differing(result) if name not in (*besides, _AVERAGED)]
     if "model" not in apart and "model" in result.table and "model" not in besides:
         apart.insert(0, "model")
-    table = shortened(result.table)
+    table = with_short_paths(result.table)
     if not apart:
         return [("", table)]
-    found = table.groupby(apart, sort=False, dropna=False)
-    return [(", ".join(map(named, apart, values)), part) for values, part in found]
+    parts = table.groupby(apart, sort=False, dropna=False)
+    return [(", ".join(map(setting_text, apart, values)), part) for values, part in parts]
 
 
 def curves(
@@ -74,10 +75,23 @@ def curves(
     unit: str,
     besides: Sequence[str] = (),
 ) -> go.Figure:
-    """`y` over `x`: a panel for each model and differing setting, a line for each `colour` and `dash`.
+    """Returns `y` over `x`: one panel per model and differing setting, one line per `colour` and `dash`.
 
-    Seeds are averaged. `interval`: columns of low and high, drawn as whiskers; over several seeds they reach from the
-    lowest to the highest. Text of the table is made safe here; `title` and `subtitle` are markup.
+    Seeds are averaged. Text of the table is made safe here; `title` and `subtitle` are markup.
+
+    Args:
+        result: a run, or the summary of a sweep.
+        x: column of the horizontal axis.
+        y: column of the vertical axis.
+        colour: column with one colour per value.
+        dash: column with one dash per value.
+        interval: columns of the lower and upper end, drawn as error bars; over several seeds from the lowest to the
+            highest.
+        title: title of the figure.
+        subtitle: line below the title.
+        x_title: title of the horizontal axis.
+        unit: title of the vertical axis.
+        besides: settings that get no panel.
     """
     lines = [name for name in (colour, dash) if name]
     parts = groups(result, (*lines, *besides))
@@ -94,7 +108,7 @@ def curves(
     )
     palette = _scale(result.table[colour] if colour else [], CATEGORIES)
     dashes = _scale(result.table[dash] if dash else [], DASHES)
-    told = set()
+    in_legend = set()
     for place, (_, part) in enumerate(parts):
         cell = {"row": place // columns + 1, "col": place % columns + 1}
         for values, line in part.groupby(lines, sort=False, dropna=False) if lines else [((), part)]:
@@ -107,18 +121,18 @@ def curves(
                 y=mean.to_numpy(),
                 name=name,
                 legendgroup=name,
-                showlegend=bool(name) and name not in told,
+                showlegend=bool(name) and name not in in_legend,
                 mode="lines+markers",
                 line={"color": palette.get(of.get(colour), CATEGORIES[0]), "dash": dashes.get(of.get(dash), "solid")},
                 error_y=_whiskers(at, mean, interval),
                 hovertemplate=f"{x_title} %{{x}}: %{{y:.4g}}",
                 **cell,
             )
-            told.add(name)
-    told_below = "; ".join(filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing(result) else ""]))
+            in_legend.add(name)
+    subtitle_text = "; ".join(filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing(result) else ""]))
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": told_below}, "y": 0.98, "yanchor": "top"},
+        title={"text": title, "subtitle": {"text": subtitle_text}, "y": 0.98, "yanchor": "top"},
         width=max(700, 120 + 300 * columns),
         height=190 + 290 * rows,
         margin={"t": 110, "b": 90},
@@ -136,8 +150,8 @@ def _scale(values: Any, choices: Sequence[str]) -> dict[Any, str]:
 
 
 def _value(value: Any) -> str:
-    told = label(f"{value:g}" if isinstance(value, float) else str(value), 40)
-    return told.replace("·", " ")  # a setting is read as words, not as a token
+    text = label(f"{value:g}" if isinstance(value, float) else str(value), 40)
+    return text.replace("·", " ")  # `label` marks spaces, for tokens
 
 
 def _whiskers(at: Any, mean: pd.Series, interval: tuple[str, str] | None) -> dict[str, Any] | None:

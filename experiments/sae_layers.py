@@ -1,4 +1,4 @@
-"""How well sparse autoencoders fit, over the layers of a model: L0, variance explained, dead features, loss recovered.
+"""Fit of sparse autoencoders by layer: L0, explained variance, dead features, loss recovered.
 
 One run is one autoencoder; those of all layers are a sweep over `sae_id`, or over directories in `sae`.
 
@@ -26,31 +26,31 @@ NAME = "sae-layers"
 
 @dataclass(frozen=True)
 class Config(Inputs):
-    """The fit of one autoencoder to the place it was trained on."""
+    """Fit of one autoencoder to the site it was trained on."""
 
     sae: str = DEMO
     """A directory that SAELens wrote, a release of its list, or demo."""
     sae_id: str | None = None
-    """Which SAE of a release, or of a directory of several."""
+    """Id of the SAE in a release or a directory of several."""
     site: str | None = None
-    """The site to read. None: the one that the SAE was trained on."""
+    """Site to read. None: the one that the SAE was trained on."""
     spliced: bool = True
-    """Whether the model is run again with the reconstruction in place, for the loss recovered."""
+    """Run the model again with the reconstruction in place of the activations, for the loss recovered."""
     context: int = 128
-    """Tokens in the longest sequence."""
+    """Maximum tokens per sequence."""
 
 
 def run(config: Config) -> wb.Result:
-    """One line: the site and its layer, and what `sae_metrics` finds on tokens that are not special."""
+    """Returns one line: the site, its layer, and `sae_metrics` on tokens that are not special."""
     sae = wb.load_sae(config.sae, config.sae_id, device=config.device)
     site = config.site or sae.site
     if site is None:
-        raise RequestError(f"SAE {sae.name!r} does not say what it was trained on; give site, such as resid_post.3")
+        raise RequestError(f"SAE {sae.name!r} does not name its site; give site, such as resid_post.3")
     model = model_of(config.model, config.weights, config.device)
     (known,) = model.site_map.select([site])
     store = recorded(config, (known.name,), context=config.context)
-    asked = {"model": model if config.spliced else None, "force": config.weights == "random"}
-    metrics = wb.sae_metrics(store, sae, known.name, **asked)
+    options = {"model": model if config.spliced else None, "force": config.weights == "random"}
+    metrics = wb.sae_metrics(store, sae, known.name, **options)
     line = {
         "layer": -1 if known.layer is None else known.layer,
         "read": known.short or known.name,
@@ -74,7 +74,7 @@ def headline(result: wb.Result) -> str:
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "fit": explained variance, loss recovered and dead share by layer; "l0": active features by layer."""
+    """Returns "fit", explained variance, loss recovered and dead share, and "l0", active features, by layer."""
     names = {
         "explained_variance": "explained variance",
         "loss_recovered": "loss recovered",
@@ -86,7 +86,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
     shown = wb.Result(result.probe, result.data, long, result.provenance)
     shared = {"x": "layer", "x_title": "layer", "besides": ("sae", "sae_id", "site")}
     fit = curves(shown, y="share", colour="what", title="Fit of sparse autoencoders", unit="share", **shared)
-    l0 = curves(result, y="l0", title="Active features", unit="L0, features a token", **shared)
+    l0 = curves(result, y="l0", title="Active features", unit="L0, active features per token", **shared)
     return {"fit": fit, "l0": l0}
 
 

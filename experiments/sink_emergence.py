@@ -1,4 +1,4 @@
-"""When attention sinks emerge in training: Sink_1 and the loss over checkpoints of one model (Gu et al. 2024).
+"""Emergence of attention sinks in training: Sink_1 and loss over the checkpoints of one model (Gu et al. 2024).
 
 Checkpoints are folders, or revisions of a hub id; the step is the last number in the name.
 
@@ -37,29 +37,29 @@ class Config:
     text: str = DEMO
     """File (.txt, .jsonl, .parquet), hf:NAME of a dataset, or demo: the embedded corpus."""
     documents: int = 1000
-    """Documents read from the text's beginning; the seed puts them in an order."""
+    """Documents read from the beginning of the text; the seed orders them."""
     rows: int = 6400
-    """Tokens recorded at most: length times the sequences."""
+    """Maximum number of tokens to record: length times the number of sequences."""
     epsilon: float = 0.3
-    """A head has a sink in a sequence if its later tokens pay it more attention than this on average."""
+    """Threshold of alpha, the mean attention of later tokens to the first, above which a head has a sink."""
     length: int = 64
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     seed: int = 0
-    """Of the order of documents and of the draws for the intervals."""
+    """Random seed, of the order of documents and of the bootstrap."""
     device: str = "cpu"
-    """Where it runs: cpu, cuda."""
+    """Device: cpu, cuda."""
     recordings: Path = field(default=RECORDINGS, compare=False)
-    """Folder of the recordings that runs share. It changes no number."""
+    """Folder of the recordings that runs share. It does not affect results."""
 
     def __post_init__(self) -> None:
         check_counts(self, ("documents", "rows", "seed"))
         if not self.checkpoints:
             raise RequestError("checkpoints is empty; name one or more folders, or hub ids with @revision")
-        AttentionSinks(epsilon=self.epsilon, length=self.length)  # what it refuses is refused before anything runs
+        AttentionSinks(epsilon=self.epsilon, length=self.length)  # checks the settings before anything runs
 
 
 def run(config: Config) -> wb.Result:
-    """A line for each checkpoint: step, Sink_1 in % of heads with its interval, mean alpha, loss in nats."""
+    """Returns one line per checkpoint: step, Sink_1 in % of heads with its 95 % CI, mean alpha, loss in nats."""
     texts = documents_of(config.text, config.documents, config.seed)
     steps = training_steps(config.checkpoints)
     lines, stores = [], []
@@ -91,26 +91,26 @@ def run(config: Config) -> wb.Result:
 
 
 def training_steps(checkpoints: tuple[str, ...]) -> list[int]:
-    """The last number in each name, "checkpoint-500" -> 500; places in the list where one has none or two share one."""
+    """Returns the last number in each name, 500 of "checkpoint-500"; indices if one is missing or two are equal."""
     numbers = [re.findall(r"\d+", name if "@" in name else Path(name).name) for name in checkpoints]
-    steps = [int(found[-1]) if found else -1 for found in numbers]
+    steps = [int(each[-1]) if each else -1 for each in numbers]
     return steps if len({*steps}) == len(steps) and min(steps) >= 0 else list(range(len(steps)))
 
 
 def headline(result: wb.Result) -> str:
     first, last = result.table.iloc[0], result.table.iloc[-1]
     return (
-        f"Sink_1 from {first['sink']:.1f} to {last['sink']:.1f} % of heads, loss from {first['loss']:.2f} to "
-        f"{last['loss']:.2f} nats, over {len(result.table)} checkpoints"
+        f"Over {len(result.table)} checkpoints Sink_1 changes from {first['sink']:.1f} % to {last['sink']:.1f} % of "
+        f"heads, the loss from {first['loss']:.2f} to {last['loss']:.2f} nats."
     )
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "emergence": Sink_1 by training step; "loss": the mean loss beside it."""
+    """Returns "emergence", Sink_1 by training step, and "loss", the mean loss."""
     shared = {"x": "step", "x_title": "training step", "besides": ("checkpoints",)}
     interval = ("sink_low", "sink_high")
-    sink = curves(result, y="sink", interval=interval, title="Attention sinks emerge", unit="% of heads", **shared)
-    loss = curves(result, y="loss", title="Loss of the checkpoints", unit="nats", **shared)
+    sink = curves(result, y="sink", interval=interval, title="Sinks by training step", unit="% of heads", **shared)
+    loss = curves(result, y="loss", title="Loss by training step", unit="nats", **shared)
     return {"emergence": sink, "loss": loss}
 
 

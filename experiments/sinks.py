@@ -1,7 +1,7 @@
-"""Attention sinks over models and kinds of input: natural text, random tokens, one token repeated (Gu et al. 2024).
+"""Attention sinks by model and input: natural text, random tokens, one token repeated (Gu et al. 2024).
 
-The picture of arXiv 2410.10781: a sink that training made of the first position is there on random tokens too; where
-nothing tells the first of equal tokens from the others, as with rotary positions, repetition makes it disappear.
+Reproduces a figure of arXiv 2410.10781. A sink at the first position also occurs on random tokens. With rotary
+positions the first of equal tokens cannot be distinguished from the others, and repetition removes the sink.
 
     python -m workbench.experiments.sinks --model gpt2 --input random
     workbench sweep sinks --model demo gpt2 --input natural random repeated --seed 0 1 2
@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 import workbench as wb
 from workbench.demo.run import HEAD_SITES
 from workbench.experiments.inputs import Inputs, model_of, recorded, token_sequences
-from workbench.experiments.panels import differing, groups, named
+from workbench.experiments.panels import differing, groups, setting_text
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks
@@ -30,28 +30,28 @@ NAME = "sinks"
 
 @dataclass(frozen=True)
 class Config(Inputs):
-    """How many heads have the first position as a sink, by model and kind of input."""
+    """Share of heads with a sink at the first position, by model and input."""
 
     input: Literal["natural", "random", "repeated"] = "natural"
-    """natural: the text; random: tokens drawn evenly from the vocabulary; repeated: one of them again and again."""
+    """natural: the text; random: tokens drawn uniformly from the vocabulary; repeated: one of them, repeated."""
     epsilon: float = 0.3
-    """A head has a sink in a sequence if its later tokens pay it more attention than this on average."""
+    """Threshold of alpha, the mean attention of later tokens to the first, above which a head has a sink."""
     length: int = 64
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     rows: int = 6400
-    """Tokens recorded at most: length times the sequences."""
+    """Maximum number of tokens to record: length times the number of sequences."""
     bos: bool = False
-    """Whether random and repeated sequences begin as the tokenizer begins a text; the paper's do not."""
+    """Begin random and repeated sequences with the tokenizer's BOS; those of the paper have none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rows < self.length:
             raise RequestError(f"rows is {self.rows}, less than one sequence of length {self.length}; give more rows")
-        AttentionSinks(epsilon=self.epsilon, length=self.length)  # what it refuses is refused before anything runs
+        AttentionSinks(epsilon=self.epsilon, length=self.length)  # checks the settings before anything runs
 
 
 def run(config: Config) -> wb.Result:
-    """One line: Sink_1 in % of heads with its interval over documents, the head that attends most, and its norms."""
+    """Returns one line: Sink_1 in % of heads with its 95 % CI, the strongest head, and norms at the sink."""
     store = _store(config)
     result = AttentionSinks(epsilon=config.epsilon, length=config.length, seed=config.seed).run(store)
     best = result.table.nlargest(1, "alpha").iloc[0]
@@ -80,16 +80,16 @@ def _store(config: Config) -> wb.Store:
 def headline(result: wb.Result) -> str:
     low, high = result.table["sink"].min(), result.table["sink"].max()
     if len(result.table) > 1:
-        return f"Sink_1 from {low:.1f} to {high:.1f} % of heads over {len(result.table)} runs"
+        return f"Sink_1 ranges from {low:.1f} % to {high:.1f} % of heads over {len(result.table)} runs."
     line = result.table.iloc[0]
     return (
-        f"Sink_1 = {line['sink']:.1f} % of heads ({line['sink_low']:.1f} to {line['sink_high']:.1f}), "
-        f"strongest {line['strongest_layer']}.{line['strongest_head']} ({line['strongest_alpha']:.2f})"
+        f"Sink_1: {line['sink']:.1f} % of heads, 95 % CI [{line['sink_low']:.1f}, {line['sink_high']:.1f}]; strongest "
+        f"head L{line['strongest_layer']}H{line['strongest_head']}, alpha {line['strongest_alpha']:.2f}."
     )
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "sinks": Sink_1 by model, a bar for each kind of input, a panel for each other setting that differs."""
+    """Returns "sinks": Sink_1 by model, one bar per input, one panel per other setting that differs."""
     parts = groups(result, ("model", "input"))
     figure = make_subplots(1, len(parts), subplot_titles=[name for name, _ in parts], shared_yaxes="all")
     for place, (_, part) in enumerate(parts):
@@ -97,7 +97,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             at = bars.groupby("model", sort=False)
             mean, low, high = at["sink"].mean(), at["sink_low"].min(), at["sink_high"].max()
             figure.add_bar(
-                x=[named("model", name) for name in mean.index],
+                x=[setting_text("model", name) for name in mean.index],
                 y=mean.to_numpy(),
                 name=kind,
                 legendgroup=kind,
@@ -112,8 +112,8 @@ def figures(result: wb.Result) -> dict[str, Any]:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": "Heads with a sink at the first position",
-            "subtitle": {"text": f"{seeds}whiskers: 95 % interval over documents"},
+            "text": "Share of heads with an attention sink at the first position",
+            "subtitle": {"text": f"{seeds}error bars: 95 % CI over documents"},
         },
         width=max(700, 120 + 330 * len(parts)),
         height=460,

@@ -1,6 +1,6 @@
-"""Successor scores of all heads, over models: which turn Monday into Tuesday and one into two (Gould et al. 2023).
+"""Successor scores of all heads, by model: Monday to Tuesday, one to two (Gould et al. 2023).
 
-The picture of arXiv 2312.09230: in each model a few heads stand far above the rest, whatever is counted.
+Reproduces a figure of arXiv 2312.09230: in each model a few heads score far above the others, in every ordinal class.
 
     python -m workbench.experiments.successor_scores --model gpt2
     workbench sweep successor-scores --model demo gpt2 --weights trained random
@@ -25,16 +25,16 @@ NAME = "successor-scores"
 
 @dataclass(frozen=True)
 class Config(Inputs):
-    """The share of tokens that each head maps to their successor; of weights alone, text decides nothing."""
+    """Share of tokens that each head maps to their successor, computed from the weights alone."""
 
     rows: int = 256
-    """Tokens recorded at most; a recording is what names the model and holds its unembedding."""
+    """Maximum number of tokens to record. The recording identifies the model and holds its unembedding."""
     space: Literal["with", "without", "both"] = "with"
     """Members with a leading space, without it, or both."""
     case: Literal["listed", "lower", "both"] = "listed"
     """Members as listed (days, months and letters capitalised), in lower case, or both."""
     permutations: int = 1000
-    """Shuffles of the successors within their class, for the null."""
+    """Number of shuffles of the successors within their class, for the null."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class Config(Inputs):
 
 
 def run(config: Config) -> wb.Result:
-    """A line for each head: macro, the mean score over tasks, 0 to 1, its null under shuffles, and p over all heads."""
+    """Returns one line per head: macro score, the mean over tasks, 0 to 1; its null under shuffles; p over heads."""
     model = model_of(config.model, config.weights, config.device)
     store = recorded(config, (f"resid_post.{model.site_map.n_layers - 1}",))
     settings = {"space": config.space, "case": config.case, "permutations": config.permutations, "seed": config.seed}
@@ -56,15 +56,16 @@ def run(config: Config) -> wb.Result:
 def headline(result: wb.Result) -> str:
     best = result.table.loc[result.table["macro"].idxmax()]
     return (
-        f"best head {best['layer']}.{best['head']}: macro {best['macro']:.2f}, shuffled {best['null_macro']:.2f}, "
-        f"p {best['p_family']:.2g}; above half in {best['tasks_above']:.0f} of {best['tasks']:.0f} classes"
+        f"Best head L{best['layer']}H{best['head']}: macro score {best['macro']:.2f}, "
+        f"shuffled {best['null_macro']:.2f}, p = {best['p_family']:.2g} over heads; above 0.5 in "
+        f"{best['tasks_above']:.0f} of {best['tasks']:.0f} classes."
     )
 
 
 def figures(result: wb.Result) -> dict[str, Any]:
-    """ "heads": every head's macro score, a column for each model and setting, p < 0.05 over all heads filled."""
+    """Returns "heads": the macro score of every head, one column per model and setting, filled where p < 0.05."""
     figure = go.Figure()
-    told = set()
+    in_legend = set()
     columns = groups(result, ())
     names = [name.replace(", ", "<br>") for name, _ in columns]
     for place, (_, part) in enumerate(columns):
@@ -78,18 +79,18 @@ def figures(result: wb.Result) -> dict[str, Any]:
                 y=shown["macro"],
                 mode="markers",
                 marker={"symbol": "circle" if certain else "circle-open", "size": 8, "color": CATEGORIES[0]},
-                name="p < 0.05 over all heads" if certain else "not told from chance",
+                name="p < 0.05 over all heads" if certain else "p ≥ 0.05",
                 legendgroup=str(certain),
-                showlegend=certain not in told,
-                customdata=[f"{line.layer}.{line.head}" for line in shown.itertuples()],
+                showlegend=certain not in in_legend,
+                customdata=[f"L{line.layer}H{line.head}" for line in shown.itertuples()],
                 hovertemplate="head %{customdata}: %{y:.3f}<extra></extra>",
             )
-            told.add(certain)
+            in_legend.add(certain)
         best = heads.loc[heads["macro"].idxmax()]
         figure.add_annotation(
             x=place + _aside(best["head"], heads["head"].max()),
             y=best["macro"],
-            text=f"{best['layer']:.0f}.{best['head']:.0f}",
+            text=f"L{best['layer']:.0f}H{best['head']:.0f}",
             showarrow=False,
             yshift=14,
         )
@@ -97,7 +98,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
         template=TEMPLATE,
         title={
             "text": "Successor heads",
-            "subtitle": {"text": "share of tokens a head maps to their successor, mean over classes; a point a head"},
+            "subtitle": {"text": "share of tokens mapped to their successor, mean over classes; one point per head"},
         },
         width=max(640, 160 + 130 * len(names)),
         height=480,
@@ -111,7 +112,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 
 def _aside(head: Any, last: int) -> Any:
-    """Heads stand side by side, within a quarter of a column to either side."""
+    """Returns offsets that spread the heads over half of a column."""
     return 0.5 * (head + 0.5) / (last + 1) - 0.25
 
 

@@ -1,8 +1,8 @@
 """Train a sparse autoencoder on a site of a store:
 `python -m workbench.experiments.train_sae runs/gpt2.acts --site resid_post.7 --out runs/sae`.
 
-SAELens' trainer, fed from the memory map in random order: the model does not run again, and any number of autoencoders
-can be trained on one recording. What it writes, `workbench features --sae` and SAELens read.
+SAELens' trainer reads the memory map in random order: the model does not run again, and any number of autoencoders can
+be trained on one recording. `workbench features --sae` and SAELens read the result.
 """
 
 from __future__ import annotations
@@ -28,38 +28,40 @@ from tyro.conf import OmitArgPrefixes, Positional
 import workbench as wb
 
 Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]
-_OWN = ("k", "l1_coefficient", "l0_coefficient")
+_SOME_ARCHITECTURES = ("k", "l1_coefficient", "l0_coefficient")
 _MEAN_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class TrainSae:
-    """Everything that decides the autoencoder, besides the store and the machine."""
+    """All settings that determine the autoencoder, for a given store and machine."""
 
     site: str
     """Site of the store, such as resid_post.7; heads are flattened."""
     architecture: Architecture = "topk"
-    """As SAELens calls it. batchtopk is saved as jumprelu."""
+    """Architecture, by SAELens' name. batchtopk is saved as jumprelu."""
     d_sae: int = 8192
     """Number of features."""
     k: int | None = None
-    """Active features a token, of topk, abstopk and batchtopk. None: SAELens' default."""
+    """Active features per token, of topk, abstopk and batchtopk. None: SAELens' default."""
     l1_coefficient: float | None = None
     """Weight of the sparsity loss, of standard and gated. None: SAELens' default."""
     l0_coefficient: float | None = None
     """Weight of the sparsity loss, of jumprelu. None: SAELens' default."""
     where: str = "NOT is_special"
-    """Tokens trained on, as SQL. BOS is left out: the sink's norm would dominate the loss."""
+    """SQL that selects the training tokens. BOS is excluded: the norm of the sink would dominate the loss."""
     steps: int = 20_000
+    """Number of training steps."""
     batch: int = 4096
-    """Tokens a step."""
+    """Batch size, in tokens."""
     learning_rate: float = 3e-4
-    """Rises in the first 100 steps or tenth, and falls to a tenth of itself in the last quarter."""
+    """Adam learning rate, with a warm-up of 100 steps (or a tenth), decayed to a tenth in the last quarter."""
     checkpoints: int = 0
-    """How often the unfinished autoencoder is saved, with SAELens' trainer state, under OUT/checkpoints."""
+    """Number of checkpoints, with SAELens' trainer state, under OUT/checkpoints."""
     seed: int = 0
-    """Of the weights and of the order of tokens."""
+    """Random seed, of the weights and of the order of tokens."""
     device: str = "cpu"
+    """Device: cpu, cuda."""
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "steps", "batch"):
@@ -74,11 +76,23 @@ class _Draw(Protocol):
 
 
 def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None = None) -> TrainingSAE:
-    """An autoencoder of a site of `store`, by SAELens' trainer; the same settings give the same weights on one machine.
+    """Trains an autoencoder on a site of `store` by SAELens' trainer.
 
-    Inputs are scaled to an average norm of √d_in while training, and the scale is folded into the weights at the end.
-    The decoder's bias begins as the mean activation. Raises RequestError for a site that was not recorded, a setting
-    that the architecture does not have, or fewer tokens than a batch.
+    The same settings give the same weights on one machine. Inputs are scaled to an average norm of √d_in during
+    training, and the scale is folded into the weights at the end.
+    The decoder's bias starts as the mean activation.
+
+    Args:
+        settings: the settings.
+        store: the store with the site.
+        checkpoint_path: folder of the checkpoints; None: no checkpoints.
+
+    Returns:
+        The trained autoencoder; `save_inference_model` writes it.
+
+    Raises:
+        RequestError: for a site that was not recorded, a setting that the architecture does not have, or fewer tokens
+            than a batch.
     """
     array, rows = store[settings.site], store.where(settings.where).ids
     if len(rows) < settings.batch:
@@ -98,7 +112,7 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
                 context_size=manifest.recording["context"],
                 prepend_bos=bool(manifest.tokens_added["prefix"]),
             ),
-            **_own_settings(settings, config),
+            **_architecture_settings(settings, config),
         )
     )
     with torch.no_grad():
@@ -127,7 +141,7 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
 def batches(
     array: wb.ActivationArray, rows: Int64[np.ndarray, " selected"], draw: _Draw
 ) -> Iterator[Float[Tensor, "row d_in"]]:
-    """Activations of `rows` in random order, forever; each row once an epoch but for the last, partial batch."""
+    """Yields batches of `rows` in random order, without end; each row once per epoch, except the last partial batch."""
     random = np.random.default_rng(draw.seed)
     while True:
         order = random.permutation(rows)
@@ -135,12 +149,12 @@ def batches(
             yield array[np.sort(order[first : first + draw.batch])].float().flatten(1)
 
 
-def _own_settings(settings: TrainSae, config: type) -> dict[str, Any]:
-    """Those settings that only some architectures have."""
-    given = {name: getattr(settings, name) for name in _OWN if getattr(settings, name) is not None}
+def _architecture_settings(settings: TrainSae, config: type) -> dict[str, Any]:
+    """Returns the settings that only some architectures have."""
+    given = {name: getattr(settings, name) for name in _SOME_ARCHITECTURES if getattr(settings, name) is not None}
     known = {field.name for field in fields(config)}
     if strange := sorted(given.keys() - known):
-        raise wb.RequestError(f"{strange[0]} is no setting of a {settings.architecture} SAE; leave it out")
+        raise wb.RequestError(f"{strange[0]} is not a setting of a {settings.architecture} SAE; leave it out")
     return given
 
 
@@ -149,6 +163,7 @@ class _Command:
     """Train a sparse autoencoder on a site of a store, with SAELens' trainer."""
 
     store: Positional[Path]
+    """Store to train on."""
     out: Path
     """Folder for cfg.json and sae_weights.safetensors."""
     settings: OmitArgPrefixes[TrainSae]
@@ -156,14 +171,15 @@ class _Command:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
-        asked = tyro.cli(_Command, prog="python -m workbench.experiments.train_sae", args=arguments)
-        if asked.out.exists() and any(asked.out.iterdir()):
-            raise wb.RequestError(f"{asked.out} is not empty; choose another out")
-        sae = train_sae(asked.settings, wb.open_store(asked.store), asked.out / "checkpoints")
+        request = tyro.cli(_Command, prog="python -m workbench.experiments.train_sae", args=arguments)
+        if request.out.exists() and any(request.out.iterdir()):
+            raise wb.RequestError(f"{request.out} is not empty; choose another out")
+        sae = train_sae(request.settings, wb.open_store(request.store), request.out / "checkpoints")
     except wb.WorkbenchError as error:
         sys.exit(f"train_sae: {error}")
-    sae.save_inference_model(str(asked.out))
-    print(f"{asked.settings.architecture} of {asked.settings.d_sae:,} features on {asked.settings.site}: {asked.out}")
+    sae.save_inference_model(str(request.out))
+    settings = request.settings
+    print(f"{settings.architecture} of {settings.d_sae:,} features on {settings.site}: {request.out}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_checkpoints_are_saelens_own(store, tmp_path):
 
 def test_wrong_requests(store, tmp_path, capsys):
     for change, message in (
-        ({"l1_coefficient": 1.0}, "l1_coefficient is no setting of a topk SAE; leave it out"),
+        ({"l1_coefficient": 1.0}, "l1_coefficient is not a setting of a topk SAE; leave it out"),
         ({"batch": 88}, "batch is 88 and 'NOT is_special' selects 87 tokens; give less"),
         ({"site": "resid_post.0"}, f"resid_post.0 is not recorded in {store.path}; recorded are "),
     ):
