@@ -227,7 +227,7 @@ def _take(stream: Iterator[Document], rows: int, added: AddedTokens) -> list[Doc
     batch: list[Document] = []
     while rows > 0 and len(batch) < _BATCH_DOCUMENTS and (document := next(stream, None)) is not None:
         batch.append(document)
-        rows -= len(document.token_ids if document.text is None else document.text)
+        rows -= len((document.token_ids or ()) if document.text is None else document.text)
         rows -= len(added.prefix) + len(added.suffix)
     return batch
 
@@ -237,9 +237,11 @@ def _encode_batch(
 ) -> Iterator[tuple[Document, Encoding, int]]:
     """Documents with their tokens and the number of characters that were replaced."""
     cleaned = [replace_surrogates(document.text) for document in batch if document.text is not None]
-    if cleaned and tokenizer is None:
-        raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
-    encoded = zip(encode(tokenizer, [text for text, _ in cleaned]) if cleaned else [], cleaned, strict=True)
+    encoded = iter(())
+    if cleaned:
+        if tokenizer is None:
+            raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
+        encoded = zip(encode(tokenizer, [text for text, _ in cleaned]), cleaned, strict=True)
     for document in batch:
         if document.text is None:
             yield document, _given_ids(document), 0
@@ -267,7 +269,7 @@ def _check_ids(ids: np.ndarray, vocab: int | None, source: str) -> None:
 def _with_suffix(encoding: Encoding, suffix: tuple[int, ...], text: str | None) -> Encoding:
     if not suffix:
         return encoding
-    end = np.full(len(suffix), -1 if encoding.char_end[-1] < 0 else len(text), np.int32)
+    end = np.full(len(suffix), -1 if text is None or encoding.char_end[-1] < 0 else len(text), np.int32)
     return Encoding(
         np.concatenate([encoding.ids, np.array(suffix, np.int32)]),
         np.concatenate([encoding.char_start, end]),
@@ -309,6 +311,6 @@ def batch_plan(lengths: Int[np.ndarray, " sequence"], batch_tokens: int) -> list
 def digest(token_ids: Int[np.ndarray, " row"], lengths: Int[np.ndarray, " sequence"]) -> str:
     """Returns the SHA-256, in hex, of the sequences' lengths and token ids, the same on any machine."""
     state = hashlib.sha256(len(lengths).to_bytes(8, "little"))
-    state.update(np.ascontiguousarray(lengths, "<i8"))
-    state.update(np.ascontiguousarray(token_ids, "<i4"))
+    state.update(np.ascontiguousarray(lengths, "<i8").data)
+    state.update(np.ascontiguousarray(token_ids, "<i4").data)
     return state.hexdigest()

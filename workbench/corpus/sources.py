@@ -134,7 +134,11 @@ def _documents(
             text, ids = value or "", None
         else:
             text, ids = None, _token_ids(value, index, where)
-        spans = {} if given is None else read_spans(given, text, span_column, f"document {index} ({where})")
+        spans = (
+            {}
+            if given is None or span_column is None
+            else read_spans(given, text, span_column, f"document {index} ({where})")
+        )
         if not (spans.keys() <= labels.keys() and kept.keys() <= names.keys()):
             labels.update(spans)
             names.update(kept)
@@ -272,7 +276,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parquet_rows(path: Path, wanted: set[str | None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_parquet(path) as file:
-        names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+        names: list[str] = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
         row = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=names):

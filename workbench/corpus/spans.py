@@ -62,7 +62,8 @@ def read_spans(given: object, text: str | None, column: str, where: str) -> dict
                 f"{where} is given as token ids, which have no characters, and has spans of label {label!r}; "
                 "give its text instead, or pass span_column=None (--span-column None)"
             )
-        found = [_span(entry, text, f"{where}: span {i} of label {label!r}") for i, entry in enumerate(entries or ())]
+        places = (f"{where}: span {number} of label {label!r}" for number in range(len(entries or ())))
+        found = [_span(entry, text or "", place) for entry, place in zip(entries or (), places, strict=True)]
         found.sort(key=lambda span: span.start)
         for one, other in pairwise(found):
             if other.start < one.end:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -77,7 +77,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase | None, bos: BosPolicy) -> A
     if bos == "model":
         return added
     bos_id = tokenizer.bos_token_id
-    if bos_id is None:
+    if not isinstance(bos_id, int):
         raise RequestError("bos='always', but the tokenizer has no BOS token; use bos='model' or bos='never'")
     return added if added.prefix[:1] == (bos_id,) else AddedTokens((bos_id, *added.prefix), added.suffix)
 
@@ -118,9 +118,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase | None, added: AddedTokens) -
     if tokenizer is None:
         return frozenset()
     names = tokenizer.special_tokens_map
-    unknown = {tokenizer.convert_tokens_to_ids(names[name]) for name in ("unk_token",) if name in names}
-    borders = {tokenizer.convert_tokens_to_ids(names[name]) for name in ("bos_token", "eos_token") if name in names}
-    return frozenset(set(tokenizer.all_special_ids) - (unknown - borders)).union(added.prefix, added.suffix)
+
+    def ids(*kinds: str) -> set[int]:
+        return {cast("int", tokenizer.convert_tokens_to_ids(names[kind])) for kind in kinds if kind in names}
+
+    special = set(tokenizer.all_special_ids) - (ids("unk_token") - ids("bos_token", "eos_token"))
+    return frozenset(special).union(added.prefix, added.suffix)
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
@@ -189,4 +192,4 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: b
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

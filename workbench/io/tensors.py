@@ -102,7 +102,7 @@ class TensorFile:
         if not 0 <= first_row <= last_row <= self.shape[0]:
             raise RequestError(f"{self.path.name} has {self.shape[0]} rows; {first_row} to {last_row} do not fit")
         if rows.size:
-            data = memoryview(rows).cast("B")
+            data = memoryview(rows.data).cast("B")
             _write_at(self.path, data, self._offset + first_row * (len(data) // len(rows)))
             self._written.append((first_row, last_row))
 
@@ -140,7 +140,7 @@ class ArrayFile:
         if values.dtype != np.dtype(dtype) or end > self._tensors[name].end:
             raise RequestError(f"{self._name}: {name} takes {length} of {dtype}, not {len(values)} {values.dtype}")
         self._file.seek(self._data + begin)
-        self._file.write(np.ascontiguousarray(values))
+        self._file.write(np.ascontiguousarray(values).data)
         self._next[name] = end
 
     def check_complete(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
@@ -272,8 +272,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @overload
+    def __getitem__(self, site: slice) -> Rows: ...
+
+    @overload
+    def __getitem__(self, site: str | tuple[str, int]) -> Float[Tensor, "row ..."]: ...
+
     def __getitem__(self, site: str | tuple[str, int] | slice) -> Rows | Float[Tensor, "row ..."]:
-        """`rows["resid_post", 3]`: the site's activations (n_selected, ...); a slice: some of these rows."""
+        """Returns a site's activations (n_selected, ...) for `rows["resid_post", 3]`, fewer rows for a slice."""
         return Rows(self.store, self.ids[site]) if isinstance(site, slice) else self.store[site][self]
 
     def __and__(self, other: Rows) -> Rows:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.compute as pc
 from jaxtyping import Float, Int64
 
 from workbench.figures.store_overview import SiteKind, StoreSummary
@@ -24,7 +23,7 @@ def summarize(store: Store) -> StoreSummary:
     by_kind = _layers_by_kind(store)
     rows = np.unique(np.linspace(0, store.rows - 1, min(store.rows, _SAMPLED_ROWS)).astype(np.int64))
     layers, norms = _norms(store, by_kind, rows)
-    counts = pc.value_counts(store.tokens["token"].cast("string")).to_pylist()
+    counts = store.tokens["token"].cast("string").value_counts().to_pylist()
     token_counts: dict[str, int] = defaultdict(int)
     for part in counts:
         token_counts[part["values"] or ""] += part["counts"]
