@@ -20,9 +20,9 @@ from store_example import BRAIN, HALF, MODEL, part_of, token_table, values, writ
 from warned import warned
 
 import workbench as wb
-from workbench.features import extract
-from workbench.features import feature_segments as segments
+from workbench.features import encoding, extract, merging
 from workbench.features.extract import extract_features, matching_site
+from workbench.features.feature_segments import SegmentFolder
 from workbench.features.feature_store import by_feature_layout, by_row_layout, open_features
 from workbench.features.index import feature_groups, invert
 from workbench.io.errors import DataError, RequestError
@@ -89,7 +89,7 @@ def test_features_are_what_saelens_gives(architecture, example, tmp_path):
 @pytest.mark.parametrize("batch_rows", [1, 13, None])
 def test_a_temporal_autoencoder_reads_whole_sequences(batch_rows, example, tmp_path, monkeypatch):
     """Wherever blocks and segments would end by themselves, they end where a sequence does."""
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 20)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 20)
     sae = loaded(tmp_path / "sae", "temporal")
     found = taken(example, sae, out=tmp_path / "f", batch_rows=batch_rows)[:].toarray()
     x = torch.from_numpy(values(SITE, 0, ROWS))
@@ -140,7 +140,7 @@ def test_float16_keeps_the_support_and_counts_what_overflows(example, tmp_path):
     whole = taken(example, sae, out=tmp_path / "whole")
     beyond = int((whole[:].toarray() > 65504).sum())
     assert beyond > 5
-    with warned(rf"^{beyond} activations are beyond float16's range and stored as its larg"):
+    with warned(rf"^{beyond} activations are beyond the range of float16 and stored as its larg"):
         half = taken(example, sae, out=tmp_path / "half", dtype="float16")
     assert (half.record.overflow, whole.record.overflow) == (beyond, 0)
     expected = np.minimum(whole[:].toarray(), 65504).astype(np.float16)
@@ -150,7 +150,7 @@ def test_float16_keeps_the_support_and_counts_what_overflows(example, tmp_path):
     assert half.counts[0] == whole.counts[0] > 0
     assert half.rows_of(0)[1].dtype == np.float16
     assert half[:].dtype == np.float32
-    with warned("beyond float16's range"):
+    with warned("beyond the range of float16"):
         taken(example, sae, out=tmp_path / "strict", dtype="float16")
     assert open_features(tmp_path / "strict", example).record == replace(
         half.record, store=os.path.relpath(example.path, tmp_path / "strict")
@@ -538,23 +538,23 @@ def test_other_features_of_that_name_are_refused(store, sae, tmp_path):
     other = loaded(tmp_path / "other", seed=1)
     sums = first.record.sae.fingerprint[:12], other.fingerprint()[:12]
     assert refused(RequestError, lambda: taken(store, other, name="mine")) == (
-        f"features mine exist and differ: SAE is topk ({sums[0]}), asked is other ({sums[1]}); choose another name"
+        f"features mine exist and differ: SAE is topk ({sums[0]}), requested is other ({sums[1]}); choose another name"
     )
     text = refused(RequestError, lambda: taken(store, sae, "z.1", force=True, name="mine", dtype="float16"))
-    assert f"site is {SITE.name}, asked is {HEADS.name}; dtype is float32, asked is float16" in text
+    assert f"site is {SITE.name}, requested is {HEADS.name}; dtype is float32, requested is float16" in text
     with writing(store.path, sites=(SITE, HEADS)) as writer:
         writer.begin(part_of([[4]]), append=True)
         write_segment(writer, [4])
     longer = open_store(store.path)
-    assert " of 51 rows, asked is " in refused(RequestError, lambda: taken(longer, sae, name="mine"))
+    assert " of 51 rows, requested is " in refused(RequestError, lambda: taken(longer, sae, name="mine"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "a/b"}, "name 'a/b' is no folder's name; letters, digits, '_', '.' and '-' only"),
-        ({"name": "a", "out": "b"}, "give name, a folder in the store, or out, a folder anywhere, not both"),
-        ({"dtype": "bfloat16"}, "dtype must be float32 or float16, not 'bfloat16'"),
+        ({"name": "a/b"}, "name 'a/b' cannot be a folder; use letters, digits, '_', '.' and '-' only"),
+        ({"name": "a", "out": "b"}, "give name, a folder in the store, or out, a folder anywhere, but not both"),
+        ({"dtype": "bfloat16"}, "dtype must be one of float32, float16, not 'bfloat16'"),
         ({"batch_rows": 0}, "batch_rows must be at least 1, not 0"),
     ],
 )
@@ -568,7 +568,7 @@ def test_a_folder_of_something_else_is_left_alone(store, sae, tmp_path):
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "today").touch()
     text = refused(RequestError, lambda: taken(store, sae, out=tmp_path / "diary"))
-    assert text == f"{tmp_path / 'diary'} exists and holds no features; choose another name or out"
+    assert text == f"{tmp_path / 'diary'} exists and is not a folder of features; choose another name or out"
 
 
 # ---- when things go wrong ---------------------------------------------------------------------------------
@@ -608,9 +608,10 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("segment_rows", [7, 51, 100])
 def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch):
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", segment_rows)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", segment_rows)
     found = taken(store, sae, name="mine")[:]
-    monkeypatch.setattr(extract, "ENTRIES", 10)
+    monkeypatch.setattr(encoding, "ENTRIES", 10)
+    monkeypatch.setattr(merging, "ENTRIES", 10)
     other = taken(store, sae, name="other", batch_rows=3)[:]
     for one in (found, other):  # a product of other blocks may round otherwise
         assert np.array_equal(one.indices, features[:].indices)
@@ -620,13 +621,13 @@ def test_segments_change_nothing(segment_rows, store, features, sae, monkeypatch
 @pytest.mark.parametrize(
     ("sparsity", "place", "after"),
     [
-        (None, ("extract", "commit"), 0),
-        (FeatureChoice(3), ("extract", "commit"), 2),
-        (MutualChoice(3), ("extract", "entry_rows"), 1),
-        (None, ("extract", "invert"), 0),
-        (None, ("extract.files", "replace_file"), 1),
-        (None, ("extract.files", "replace_file"), 2),
-        (None, ("os", "replace"), 6),
+        (None, (SegmentFolder, "write"), 0),
+        (FeatureChoice(3), (SegmentFolder, "write"), 2),
+        (MutualChoice(3), (merging, "entry_rows"), 1),
+        (None, (merging, "invert"), 0),
+        (None, (extract.files, "replace_file"), 1),
+        (None, (extract.files, "replace_file"), 2),
+        (None, (os, "replace"), 6),
     ],
 )
 def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, sparsity, store, sae, monkeypatch):
@@ -635,10 +636,10 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, sparsity, st
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 12)
     expected = contents(taken(store, sae, name="whole", batch_rows=4, sparsity=sparsity).path)
-    owner = {"extract": extract, "extract.files": extract.files, "os": os}[place[0]]
-    plain, calls = getattr(owner, place[1]), []
+    owner, name = place
+    plain, calls = getattr(owner, name), []
 
     def killed(*arguments):
         calls.append(arguments)
@@ -647,7 +648,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, sparsity, st
         return plain(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(owner, place[1], killed)
+        patched.setattr(owner, name, killed)
         with pytest.raises(Killed):
             taken(store, sae, name="mine", batch_rows=4, sparsity=sparsity)
     assert not (store.path / "features" / "mine").exists()
@@ -658,33 +659,33 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(place, after, sparsity, st
     assert contents(found.path) == {**expected, "features.json": (found.path / "features.json").read_bytes()}
     assert found.record == open_features(store.path / "features" / "whole").record
     assert sorted(path.name for path in (store.path / "features").iterdir()) == ["mine", "whole"]
-    if place[1] in ("entry_rows", "invert"):
+    if name in ("entry_rows", "invert"):
         assert encoded == []
-    if place == ("extract", "commit"):
+    if name == "write":
         assert sum(encoded) == ROWS - 12 * after
 
 
 def test_what_was_begun_otherwise_is_not_thrown_away(store, sae, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 12)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 12)
 
     def stop(*_arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract, "invert", stop)
+        patched.setattr(merging, "invert", stop)
         with pytest.raises(KeyboardInterrupt):
             taken(store, sae, name="mine")
     partial = store.path / "features" / ".mine.partial"
     assert sorted(path.name for path in partial.iterdir() if path.suffix != ".partial")[-1] == "extraction.json"
     text = refused(RequestError, lambda: taken(store, sae, name="mine", dtype="float16"))
     assert text == (
-        "features mine were begun otherwise: dtype is float32, asked is float16; ask for the same to resume, choose "
-        f"another name, or remove {partial}"
+        "unfinished features mine are others: dtype is float32, requested is float16; repeat their settings to resume, "
+        f"choose another name, or remove {partial}"
     )
     state = json.loads((partial / "extraction.json").read_text())
     state["environment"]["torch"] = "1.0"
     (partial / "extraction.json").write_text(json.dumps(state))
-    with warned(r"^features mine were begun with other library versions"):
+    with warned(r"^features mine were started with other library versions"):
         taken(store, sae, name="mine")
 
 
@@ -703,7 +704,7 @@ def test_what_a_crash_left_is_cleared(store, sae, features):
 
 @pytest.mark.parametrize("architecture", ["topk", "temporal"])
 def test_shares_encode_their_own_rows_and_the_last_has_the_features(architecture, example, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 10)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 10)
     sae = loaded(tmp_path / "sae", architecture)
     whole, encoded = taken(example, sae, out=tmp_path / "one", batch_rows=4), []
     plain = Encoder.__call__
@@ -725,7 +726,7 @@ def test_shares_encode_their_own_rows_and_the_last_has_the_features(architecture
 
 @pytest.mark.parametrize("sparsity", [MutualChoice(2), FeatureChoice(3)])
 def test_rows_that_compete_across_shares_are_cut_as_in_one_process(sparsity, example, sae, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 8)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 8)
     whole = taken(example, sae, out=tmp_path / "one", sparsity=sparsity)
     for rank in (1, 0):
         found = taken(example, sae, out=tmp_path / "f", sparsity=sparsity, workers=wb.Share(rank, 2))
@@ -733,7 +734,7 @@ def test_rows_that_compete_across_shares_are_cut_as_in_one_process(sparsity, exa
 
 
 def test_a_share_that_dies_leaves_what_it_committed_to_whoever_comes_next(example, sae, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 4)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 4)
     whole, plain, calls = taken(example, sae, out=tmp_path / "one"), Encoder.__call__, []
 
     def dies(self, rows, *rest):
@@ -755,14 +756,14 @@ def test_a_share_that_dies_leaves_what_it_committed_to_whoever_comes_next(exampl
 
 def test_what_two_workers_wrote_of_the_same_rows_counts_once(example, sae, tmp_path, monkeypatch):
     """One that was given up and lives on: its segments may be divided otherwise."""
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 20)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 20)
     whole = taken(example, sae, out=tmp_path / "one")
-    made = extract.Extraction(example[SITE.name], sae, show_progress=False)
+    encoder = encoding.StoreEncoder(example[SITE.name], sae, show_progress=False)
+    folder = SegmentFolder(tmp_path / ".f.partial" / "segments")
     assert taken(example, sae, out=tmp_path / "f", workers=wb.Share(1, 2)) is None
-    made.write_segments(tmp_path / ".f.partial" / "segments", [(0, 12)], lambda rows: None)
-    part = made.on_the_host(made.encoder(example[SITE.name][5:30]))
-    segments.commit(tmp_path / ".f.partial" / "segments", (5, 30), part)
-    assert list(segments.committed(tmp_path / ".f.partial" / "segments")) == [(0, 12), (20, 40)]
+    encoder.write_segments(folder, [(0, 12)], lambda rows: None)
+    folder.write((5, 30), encoder.encode_rows(5, example[SITE.name][5:30], [25]))
+    assert list(folder.spans()) == [(0, 12), (20, 40)]
     assert taken(example, sae, out=tmp_path / "f").record.files == whole.record.files
 
 
@@ -775,7 +776,7 @@ def test_missing_rows_and_committed_ones_are_all_rows(tmp_path):
             (tmp_path / f"{first:012d}-{first + length + 1:012d}.safetensors").touch()
         cuts = [0, *sorted({int(cut) for cut in random.integers(1, 60, 3)}), 60]
         spans = list(itertools.pairwise(cuts))
-        there, left = segments.committed(tmp_path), segments.missing(tmp_path, spans)
+        there, left = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing(spans)
         assert sorted(row for some in (there, left) for span in some for row in range(*span)) == list(range(60))
         assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in left)
 

@@ -286,7 +286,7 @@ def test_another_autoencoder_or_type_is_refused(llama, sequences, sae, tmp_path,
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=other))
     assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store" in text
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=sae, sae_dtype="float16"))
-    assert text.startswith("features resid_post.1-own were begun otherwise: dtype is float32, asked is float16")
+    assert text.startswith("unfinished features resid_post.1-own are others: dtype is float32, requested is float16")
 
 
 @pytest.mark.parametrize("segments", [2, None])
@@ -332,8 +332,8 @@ def test_texts_cannot_be_appended_where_nothing_is_stored(llama, sequences, sae,
         ({}, {"sae_site": "resid_post"}, "sae_site 'resid_post' names 3 sites; give one, such as resid_post.3"),
         ({}, {"sae_site": "resid_post.7"}, "site 'resid_post.7': no such layer; the model has layers 0 to 2"),
         ({"hook_name": "blocks.9.hook_resid_pre"}, {}, "site 'blocks.9.hook_resid_pre'"),
-        ({"hook_name": None}, {}, "sae_site: SAE 'x' does not say where it was trained; give sae_site="),
-        ({}, {"sae_dtype": "int8"}, "dtype must be float32 or float16, not 'int8'"),
+        ({"hook_name": None}, {}, "sae_site: the files of SAE 'x' do not record its site; give sae_site="),
+        ({}, {"sae_dtype": "int8"}, "dtype must be one of float32, float16, not 'int8'"),
         ({}, {"sites": []}, "sites is empty; name at least one, for example resid_post"),
     ],
 )
@@ -362,7 +362,7 @@ def test_a_row_that_is_not_finite_is_refused_by_number(tiny_models, sequences, s
     row = sum(RAGGED[:4]) + sequences[4].index(token)
     text = refused(DataError, lambda: record(Model(module, None, "tiny-llama"), sequences, tmp_path / "p", sae=sae))
     assert text == (
-        f"row {row} of resid_post.1 came not finite from the model; one loaded in another dtype may not have such rows"
+        f"row {row} of resid_post.1 is not finite in the model's forward pass; load the model in another dtype"
     )
     assert wb.open_store(tmp_path / "p").rows <= row
 

@@ -220,7 +220,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(s
 def test_features_by_workers_are_those_of_one_process(in_this_process, folder, tmp_path, monkeypatch):
     from sae_example import save_sae
 
-    monkeypatch.setattr("workbench.features.extract._SEGMENT_ROWS", 2000)
+    monkeypatch.setattr("workbench.features.encoding.SEGMENT_ROWS", 2000)
     store = wb.open_store(folder / "one")
     settings = {"d_in": store["resid_post", 1].shape[1], "hook_name": "blocks.1.hook_resid_post"}
     sae = wb.load_sae(save_sae(tmp_path / "sae", "topk", d_sae=64, **settings), device="cpu")
@@ -301,15 +301,17 @@ def test_a_model_that_was_changed_after_loading_is_refused(in_this_process, fold
 
 
 def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
-    from workbench.features.extract import begin_spans
+    from workbench.features.encoding import EncodingSettings, begin_spans
+    from workbench.features.feature_segments import SegmentFolder
     from workbench.parallel import ray as parallel
     from workbench.sae.saved import SavedSae
 
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
         parallel._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))
     (site,) = read_manifest(folder / "one").sites[:1]
-    with pytest.raises(RequestError, match=r"finds no .*; features must be on a disk that all machines share"):
-        begin_spans("cpu", folder / "one", site, SavedSae(tmp_path, "sae", ""), {}, tmp_path / "gone" / "x")
+    gone = SegmentFolder(tmp_path / "gone" / "x")
+    with pytest.raises(RequestError, match=r"does not see .*; features must be on a disk that all machines share"):
+        begin_spans("cpu", folder / "one", site, SavedSae(tmp_path, "sae", ""), EncodingSettings(), gone)
 
 
 def test_a_worker_with_other_versions_is_told_of_once():

@@ -62,13 +62,13 @@ def run_extraction(out: str, file_limit: int | None, told, mutual: bool = False)
     """In a process of its own: features of the store beside `out`, in many small segments; tells how it ended."""
     import torch
 
-    from workbench.features import extract
+    from workbench.features import encoding
     from workbench.sae.sparsity import MutualChoice
 
     torch.set_num_threads(1)
     store = wb.open_store(Path(out).with_name("x.acts"))
     sae = wb.load_sae(Path(out).with_name("sae"), device="cpu")
-    extract._SEGMENT_ROWS = 250
+    encoding.SEGMENT_ROWS = 250
     limit_file_size(file_limit)
     told.put("begun")
     try:

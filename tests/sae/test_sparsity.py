@@ -10,7 +10,7 @@ from sae_example import save_sae
 from store_example import values, write_store
 
 from workbench.cli.main import main
-from workbench.features import extract
+from workbench.features import encoding
 from workbench.features.extract import extract_features
 from workbench.features.feature_store import open_features
 from workbench.io.errors import RequestError
@@ -133,7 +133,7 @@ def pre_activations(sae) -> np.ndarray:
 
 @pytest.mark.parametrize("sparsity", [TopK(4), MutualChoice(4), FeatureChoice(4)], ids=repr)
 def test_a_rule_applies_to_a_store_as_a_whole(sparsity, store, sae, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "_SEGMENT_ROWS", 13)
+    monkeypatch.setattr(encoding, "SEGMENT_ROWS", 13)
     features = extract_features(store, sae, out=tmp_path / "f", sparsity=sparsity, show_progress=False)
     pre, dense = pre_activations(sae), features[:].toarray()
     if isinstance(sparsity, TopK):

@@ -1,4 +1,4 @@
-"""Features of consecutive rows as files that are there as a whole or not at all: what extraction resumes from."""
+"""Segments of sparse features: files of consecutive rows, each whole or absent, from which extraction resumes."""
 
 from __future__ import annotations
 
@@ -13,85 +13,89 @@ from workbench.io import files
 from workbench.io.tensors import array_bytes, map_arrays, new_arrays
 
 Span = tuple[int, int]
-"""Consecutive rows of a store: the first, and the one behind the last."""
+"""Consecutive rows of a store: the first, and the one after the last."""
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Features of some rows, as the three arrays of a CSR matrix."""
+class SparseSegment:
+    """Features of consecutive rows as the three arrays of a CSR matrix."""
 
     indptr: Int64[np.ndarray, " row_plus_1"]
     feature: Integer[np.ndarray, " entry"]
     value: Float32[np.ndarray, " entry"]
 
 
-def joined(parts: list[Segment]) -> Segment:
-    """Parts that follow each other as one."""
+def concatenate(parts: Sequence[SparseSegment]) -> SparseSegment:
+    """Returns consecutive parts as one segment."""
     lengths = np.concatenate([np.diff(part.indptr) for part in parts])
-    return Segment(
+    return SparseSegment(
         np.concatenate([[0], np.cumsum(lengths)]),
         np.concatenate([part.feature for part in parts]),
         np.concatenate([part.value for part in parts]),
     )
 
 
-def commit(folder: Path, rows: Span, segment: Segment) -> None:
-    """Write the segment of `rows`, and only then give it its name."""
-    layout = _layout(rows, len(segment.feature), segment.feature.dtype.name)
-    with new_arrays(_path(folder, rows), layout) as file:
-        for name in layout:
-            file.append(name, getattr(segment, name))
+@dataclass(frozen=True)
+class SegmentFolder:
+    """The folder of committed segments. Any process may add some."""
+
+    path: Path
+
+    def write(self, span: Span, segment: SparseSegment) -> None:
+        """Commits the segment of these rows."""
+        layout = _layout(span, len(segment.feature), segment.feature.dtype.name)
+        with new_arrays(self._file(span), layout) as file:
+            for name in layout:
+                file.append(name, getattr(segment, name))
+
+    def read(self, span: Span, feature_type: str) -> SparseSegment:
+        """Returns the committed segment of these rows; its arrays are views of the file."""
+        path = self._file(span)
+        width = np.dtype("float32").itemsize + np.dtype(feature_type).itemsize
+        entries = (array_bytes(path) - 8 * (span[1] - span[0] + 1)) // width
+        return SparseSegment(**map_arrays(path, _layout(span, entries, feature_type)))
+
+    def spans(self) -> Iterator[Span]:
+        """Yields the rows of the committed segments in order; rows in gaps are not encoded yet."""
+        done = 0
+        for path in sorted(self.path.glob("*-*.safetensors")):
+            first, stop = map(int, path.stem.split("-"))
+            if first >= done:  # else another process had encoded these rows, divided differently
+                yield first, stop
+                done = stop
+
+    def missing(self, spans: Sequence[Span]) -> list[Span]:
+        """Returns the rows of `spans` that no committed segment has, in order and span by span."""
+        committed, missing = list(self.spans()), []
+        for first, stop in spans:
+            for start, end in committed:
+                if start < stop and end > first:
+                    if start > first:
+                        missing.append((first, start))
+                    first = end
+            if first < stop:
+                missing.append((first, stop))
+        return missing
+
+    def discard(self, spans: Sequence[Span]) -> None:
+        """Removes the segments that have any of these rows."""
+        for start, end in list(self.spans()):
+            if any(start < stop and end > first for first, stop in spans):
+                files.remove(self._file((start, end)))
+
+    def clean(self) -> None:
+        """Removes everything but the committed segments."""
+        committed = {self._file(span) for span in self.spans()}
+        for leftover in set(self.path.iterdir()) - committed:
+            files.remove(leftover)
+
+    def _file(self, span: Span) -> Path:
+        return self.path / f"{span[0]:012d}-{span[1]:012d}.safetensors"
 
 
-def committed(folder: Path) -> Iterator[Span]:
-    """Rows of the committed segments, in their order; gaps between them are still to be written."""
-    done = 0
-    for path in sorted(folder.glob("*-*.safetensors")):
-        first, stop = map(int, path.stem.split("-"))
-        if first >= done:  # else another worker had written it before, divided otherwise
-            yield first, stop
-            done = stop
-
-
-def missing(folder: Path, spans: Sequence[Span]) -> list[Span]:
-    """What no committed segment has of these rows, span by span."""
-    there, found = list(committed(folder)), []
-    for first, stop in spans:
-        for begun, ended in there:
-            if begun < stop and ended > first:
-                if begun > first:
-                    found.append((first, begun))
-                first = ended
-        if first < stop:
-            found.append((first, stop))
-    return found
-
-
-def read(folder: Path, rows: Span, kind: str) -> Segment:
-    """The committed segment of `rows`, its arrays views of the file. `kind`: the type of its feature ids."""
-    path = _path(folder, rows)
-    width = np.dtype("float32").itemsize + np.dtype(kind).itemsize
-    entries = (array_bytes(path) - 8 * (rows[1] - rows[0] + 1)) // width
-    return Segment(**map_arrays(path, _layout(rows, entries, kind)))
-
-
-def discard(folder: Path, spans: Sequence[Span]) -> None:
-    """Remove the segments that have any of these rows."""
-    for begun, ended in list(committed(folder)):
-        if any(begun < stop and ended > first for first, stop in spans):
-            files.remove(_path(folder, (begun, ended)))
-
-
-def clear(folder: Path) -> None:
-    """Remove what is in the folder but the committed segments."""
-    known = {_path(folder, rows) for rows in committed(folder)}
-    for leftover in set(folder.iterdir()) - known:
-        files.remove(leftover)
-
-
-def _path(folder: Path, rows: Span) -> Path:
-    return folder / f"{rows[0]:012d}-{rows[1]:012d}.safetensors"
-
-
-def _layout(rows: Span, entries: int, kind: str) -> dict[str, tuple[str, int]]:
-    return {"indptr": ("int64", rows[1] - rows[0] + 1), "feature": (kind, entries), "value": ("float32", entries)}
+def _layout(span: Span, entries: int, feature_type: str) -> dict[str, tuple[str, int]]:
+    return {
+        "indptr": ("int64", span[1] - span[0] + 1),
+        "feature": (feature_type, entries),
+        "value": ("float32", entries),
+    }

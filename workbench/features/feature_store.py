@@ -85,8 +85,16 @@ class FeaturesRecord:
 
 def by_row_layout(rows: int, features: int, entries: int, dtype: str) -> dict[str, tuple[str, int]]:
     """Returns the arrays of the order by row: `indptr` [row + 1]; per entry `feature`, ascending, and `value`."""
-    kind = "uint16" if features <= _NARROW else "int32"
-    return {"indptr": ("int64", rows + 1), "feature": (kind, entries), "value": (dtype, entries)}
+    return {
+        "indptr": ("int64", rows + 1),
+        "feature": (feature_type(features), entries),
+        "value": (dtype, entries),
+    }
+
+
+def feature_type(features: int) -> str:
+    """Returns the stored type of feature ids."""
+    return "uint16" if features <= _NARROW else "int32"
 
 
 def by_feature_layout(rows: int, features: int, entries: int, dtype: str) -> dict[str, tuple[str, int]]:
