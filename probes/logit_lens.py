@@ -18,10 +18,10 @@ import numpy as np
 from workbench.probing import (
     LENS_VARIABLES,
     Model,
-    RequestError,
     Result,
     Store,
     Variable,
+    check,
     lens_curves,
     lens_depth,
     lens_grid,
@@ -56,9 +56,8 @@ class LogitLens:
     """Device of the products with W_U: cpu, cuda."""
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("detail", 0)):
-            if getattr(self, name) < least:
-                raise RequestError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        check("top_k", self.top_k, at_least=1)
+        check("detail", self.detail, at_least=0)
 
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads every recorded layer of `site`.

@@ -20,12 +20,13 @@ from torch import Tensor
 from workbench.probing import (
     LENS_VARIABLES,
     Model,
-    RequestError,
     Result,
     Store,
     Unembed,
     Variable,
     axis_title,
+    check,
+    check_fields,
     dataset,
     label,
     layer_curves,
@@ -101,14 +102,10 @@ class TunedLens:
     """Device of training and reading: cpu, cuda."""
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("detail", 0), ("epochs", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise RequestError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise RequestError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if not 0 < self.held_out < 0.6:
-            raise RequestError(f"held_out must lie between 0 and 0.6, not {self.held_out}")
+        check_fields(self, "top_k", "batch", at_least=1)
+        check_fields(self, "detail", "epochs", at_least=0)
+        check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
+        check("held_out", self.held_out, above=0, below=0.6)
 
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Trains an affine map for every recorded layer of `site`, then reads the held-out documents through the maps.

@@ -21,25 +21,42 @@ _PUBLIC = {
     "with_interval": "workbench.results.variable",
     # settings, errors and progress
     "RequestError": "workbench.io.errors",
+    "check": "workbench.io.checks",
+    "check_fields": "workbench.io.checks",
     "nearest": "workbench.io.errors",
     "progress": "workbench.io.progress",
     "usable_device": "workbench.model.load",
+    # norms
+    "massive_activation": "workbench.analysis.norms",
+    "massive_shares": "workbench.analysis.norms",
+    "ratio": "workbench.analysis.norms",
+    "residual_norms": "workbench.analysis.norms",
+    "value_norms": "workbench.analysis.norms",
     # rows of a store
+    "Sequences": "workbench.analysis.sequences",
+    "attention_source": "workbench.analysis.received",
     "ROWS_PER_DIMENSION": "workbench.analysis.rows",
     "blocks": "workbench.analysis.rows",
+    "layers_of": "workbench.analysis.received",
     "next_tokens": "workbench.analysis.rows",
     "note_few_rows": "workbench.analysis.rows",
+    "read_attention": "workbench.analysis.received",
     "recorded_layers": "workbench.analysis.rows",
+    "select_sequences": "workbench.analysis.sequences",
+    "stack_heads": "workbench.analysis.received",
+    "stack_layers": "workbench.analysis.received",
     "selected_rows": "workbench.analysis.rows",
     "split_by_document": "workbench.analysis.rows",
     "tokens_at": "workbench.analysis.rows",
     # statistics
+    "GroupMeans": "workbench.analysis.bootstrap",
     "Interval": "workbench.analysis.bootstrap",
     "SoftmaxFit": "workbench.analysis.softmax_probe",
     "SoftmaxProbes": "workbench.analysis.softmax_probe",
     "central": "workbench.analysis.bootstrap",
     "clustered_interval": "workbench.analysis.bootstrap",
     "clustered_means": "workbench.analysis.bootstrap",
+    "group_means": "workbench.analysis.bootstrap",
     "fit_softmax": "workbench.analysis.softmax_probe",
     "intervals": "workbench.analysis.bootstrap",
     "resampled_means": "workbench.analysis.bootstrap",
@@ -68,6 +85,8 @@ _PUBLIC = {
     "token_embeddings": "workbench.model.interventions",
     "written": "workbench.model.circuits",
     # figures, made of a result alone
+    "group_intervals": "workbench.figures.group_intervals",
+    "position_bars": "workbench.figures.position_bars",
     "CATEGORIES": "workbench.figures.theme",
     "MAX_TOKENS": "workbench.figures.token_grid",
     "MONOSPACE": "workbench.figures.theme",
@@ -108,16 +127,20 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from workbench.analysis.bootstrap import (
+        GroupMeans,
         Interval,
         central,
         clustered_interval,
         clustered_means,
+        group_means,
         intervals,
         resampled_means,
     )
     from workbench.analysis.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
+    from workbench.analysis.norms import massive_activation, massive_shares, ratio, residual_norms, value_norms
+    from workbench.analysis.received import attention_source, layers_of, read_attention, stack_heads, stack_layers
     from workbench.analysis.rows import (
         ROWS_PER_DIMENSION,
         blocks,
@@ -128,15 +151,19 @@ if TYPE_CHECKING:
         split_by_document,
         tokens_at,
     )
+    from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.figures.attention_map import head_attention
+    from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel
     from workbench.figures.layer_curves import layer_curves
+    from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
     from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
     from workbench.figures.ticks import integer_step
     from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
     from workbench.figures.token_strip import token_strip
+    from workbench.io.checks import check, check_fields
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress
     from workbench.model.attention import Columns, row_entropy

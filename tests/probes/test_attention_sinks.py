@@ -12,10 +12,12 @@ from store_example import token_table, writing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import workbench as wb
+from workbench.analysis import sequences as store_sequences
+from workbench.analysis.norms import massive_activation
 from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
-from workbench.probes.attention_sinks import AttentionSinks, massive_activation
+from workbench.probes.attention_sinks import AttentionSinks
 from workbench.sites.grammar import full_name
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Part, SiteRecord
@@ -333,7 +335,7 @@ def test_attention_to_the_sink_in_each_domain(two_domains):
     assert float(data["gap_low"][0, 1]) < 0.02  # a head that does not care
     line = result.table.set_index("head").loc[0]
     assert (line["gap_most"], line["gap_least"]) == ("web", "wiki")
-    assert "1 sequence of no one source left out of that comparison" in data.attrs["note"]
+    assert "1 sequence without a single source left out of the comparison" in data.attrs["note"]
     assert data.attrs["few"] == ""
     assert (
         list(result.table["attention_web"]) == data["attention"][0, 0, result.table["head"].to_numpy()].values.tolist()
@@ -375,7 +377,7 @@ def test_one_document_has_no_interval_and_one_domain_no_gap(tmp_path):
     assert np.isnan(result.data["attention_low"]).all()
     assert np.isnan(result.data["gap"]).all()
     assert result.data.attrs["few"] == "only 2 sequences; fewer than 10 documents in 1 of 1 domains"
-    assert "no gap: all sequences are of one source" in result.data.attrs["note"]
+    assert "gap not computed: all sequences have the same source" in result.data.attrs["note"]
     assert AttentionSinks.headline(result).endswith(result.data.attrs["few"])
     assert list(AttentionSinks.figures(result)) == ["sinks", "positions", "attention"]
 
@@ -536,7 +538,7 @@ def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
     assert int(derived["short_sequences"]) == 2
     left_out = {name for name in ours if name.startswith(("massive", "example"))}
     assert {*ours} - {*derived} == left_out
-    assert "no massive: resid_post is not recorded" in derived.attrs["note"]
+    assert "massive not computed: resid_post was not recorded" in derived.attrs["note"]
     for name in derived:
         np.testing.assert_allclose(derived[name], ours[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -566,12 +568,14 @@ def test_what_was_not_recorded_is_left_out_and_said(tmp_path):
         *("alpha", "sink_share", "sink_k", "sink", "sink_low", "sink_high", "reliable", "sequences", "short_sequences")
     }
     assert result.data.attrs["note"] == (
-        "no row_entropy: attn_entropy is not recorded; no column_entropy: attn_received_entropy is not recorded; "
-        "no value_norm_ratio: v or v_norm is not recorded; no residual_norm_ratio: resid_post or resid_norm is not "
-        "recorded; no massive: resid_post is not recorded; only 1 sequence"
+        "row_entropy not computed: attn_entropy was not recorded; "
+        "column_entropy not computed: attn_received_entropy was not recorded; "
+        "value_norm_ratio not computed: v or v_norm was not recorded; "
+        "residual_norm_ratio not computed: resid_post or resid_norm was not recorded; "
+        "massive not computed: resid_post was not recorded; only 1 sequence"
     )
     assert AttentionSinks.headline(result) == (
-        "Sink_1 = 100.0 % of heads (epsilon 0.3, T 8, 1 sequence); strongest 0.0 (0.50); only 1 sequence"
+        "Sink_1 = 100.0 % of heads (epsilon 0.3, T 8, 1 sequence); strongest head L0H0, alpha 0.50; only 1 sequence."
     )
 
 
@@ -584,7 +588,7 @@ def test_layers_that_lack_something_are_nan_and_said(tmp_path):
     assert np.isnan(data["alpha"][1]).all()
     assert np.isnan(data["value_norm_ratio"][:, 0]).to_numpy().tolist() == [True, True, False]
     assert np.isnan(data["massive"]).to_numpy().tolist() == [True, False, False]
-    assert "value_norm_ratio is NaN at layers 0, 1: v or v_norm is not recorded there" in data.attrs["note"]
+    assert "value_norm_ratio is NaN at layers 0, 1: v or v_norm was not recorded there" in data.attrs["note"]
     assert result.table["layer"].tolist() == [0, 2]
     assert "residual norm" in AttentionSinks.headline(result)
     assert AttentionSinks.figures(result)["sinks"].data[0].y == ("0", "2")
@@ -617,10 +621,10 @@ def test_the_source_with_more_layers_is_read(tmp_path):
          "8 tokens; record with --context 5, or record pattern, or give length 8"),
         (["attn_received"], [8], {"length": 8, "domain": "source"}, "attn_first.0 is not recorded in {path}; recorded "
          "are 1: attn_received.0; to have it: workbench record demo TEXT --sites attn_first.0 --out ANOTHER_STORE"),
-        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "source", "sink": 2}, "sink 2: attn_first knows "
-         "what is paid to position 0 only; for domains record pattern"),
-        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "sauce"}, "domain 'sauce' is no column of the "
-         "token table; nearest: source, sequence; columns: row, sequence, position, document, token_id, token, "
+        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "source", "sink": 2}, "sink 2: attn_first has "
+         "the attention to position 0 only; for domains record pattern"),
+        (["attn_received", "attn_first"], [8], {"length": 8, "domain": "sauce"}, "domain 'sauce' is not a column of "
+         "the token table; nearest: source, sequence; columns: row, sequence, position, document, token_id, token, "
          "char_start, char_end, is_special, source"),
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "position"}, "domain 'position' has no value "
          "that all tokens of a sequence share"),
@@ -642,8 +646,8 @@ def test_refusals(tmp_path, kinds, lengths, settings, text):
         ({"epsilon": 1.5}, "epsilon must be from 0 to 1, not 1.5"),
         ({"row_entropy": -0.1}, "row_entropy must be from 0 to 1, not -0.1"),
         ({"column_entropy": float("nan")}, "column_entropy must be from 0 to 1, not nan"),
-        ({"massive_absolute": -1.0}, "massive_absolute must not be negative, but is -1.0"),
-        ({"massive_ratio": float("nan")}, "massive_ratio must not be negative, but is nan"),
+        ({"massive_absolute": -1.0}, "massive_absolute must be at least 0, not -1.0"),
+        ({"massive_ratio": float("nan")}, "massive_ratio must be at least 0, not nan"),
         ({"sink": 63}, "sink must be from 0 to 62, before the last of 64 tokens"),
         ({"sink": -1}, "sink must be from 0 to 62, before the last of 64 tokens"),
         ({"min_visible": 65}, "min_visible is 65 and no key is seen by more than 64 tokens"),
@@ -654,11 +658,10 @@ def test_settings_out_of_range(settings, text):
 
 
 def test_blocks_of_any_size_give_the_same(two_domains, monkeypatch):
-    from workbench.probes import attention_sinks
 
     store, _, _ = two_domains
     whole = run(store, length=16).data
-    monkeypatch.setattr(attention_sinks, "_BLOCK_BYTES", 1)  # one sequence at a time
+    monkeypatch.setattr(store_sequences, "_BLOCK_BYTES", 1)  # one sequence at a time
     pieces = run(store, length=16).data
     for name in whole:
         np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-12, err_msg=name)
@@ -701,6 +704,7 @@ def test_the_headline_tells_metric_head_and_norms(tmp_path):
     arrays = {"pattern.0": rows_of([sink_head(8, 0.9), uniform(8)]), "v.0": value, "resid_post.0": residual}
     text = AttentionSinks.headline(run(plant(tmp_path / "s", [8], arrays), length=8, epsilon=0.5))
     assert text == (
-        "Sink_1 = 50.0 % of heads (epsilon 0.5, T 8, 1 sequence); strongest 0.0 (0.91); "
-        "value norm there 0.57, residual norm 4.7 times the others' at layer 0; only 1 sequence"
+        "Sink_1 = 50.0 % of heads (epsilon 0.5, T 8, 1 sequence); strongest head L0H0, alpha 0.91; the "
+        "sink's value norm in L0H0 is 0.57 times the others'; its residual norm is 4.7 times the others' at layer 0; "
+        "only 1 sequence."
     )

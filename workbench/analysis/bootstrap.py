@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 LEVEL = 0.95
 
@@ -72,6 +73,55 @@ def clustered_interval(
     """Returns the mean of one column and its 95 % interval, by `clustered_means`."""
     mean, resampled = clustered_means(values[:, None], clusters, resamples=resamples, seed=seed)
     return Interval(float(mean[0]), *central(resampled[:, 0]))
+
+
+@dataclass(frozen=True)
+class GroupMeans:
+    """Means of groups with their 95 % intervals, and the gap between the groups with the largest and smallest mean."""
+
+    mean: Float[np.ndarray, "group statistic"]
+    low: Float[np.ndarray, "group statistic"]
+    high: Float[np.ndarray, "group statistic"]
+    clusters: Int[np.ndarray, " group"]
+    """Clusters of each group; a group of one has no interval: NaN."""
+    gap: Float[np.ndarray, " statistic"]
+    gap_low: Float[np.ndarray, " statistic"]
+    gap_high: Float[np.ndarray, " statistic"]
+    """Interval of the difference of these two groups, whichever is larger in a resample."""
+    most: Int[np.ndarray, " statistic"]
+    least: Int[np.ndarray, " statistic"]
+
+
+def group_means(
+    values: Float[np.ndarray, "row statistic"],
+    group: Int[np.ndarray, " row"],
+    groups: int,
+    clusters: Shaped[np.ndarray, " row"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> GroupMeans:
+    """Returns the mean of each statistic in each group of rows, by `clustered_means`.
+
+    Args:
+        values: One statistic a column.
+        group: Index of each row's group; rows of -1 are left out.
+        groups: Number of groups.
+        clusters: The cluster of each row.
+        resamples: Number of resamples, which groups and statistics share.
+        seed: Random seed of the resamples.
+    """
+    number, statistics = np.arange(groups), values.shape[1]
+    counts = np.array([len(np.unique(clusters[group == index])) for index in number])
+    split = np.where(group[:, None, None] == number[:, None], values[:, None], np.nan)
+    mean, resampled = clustered_means(split.reshape(len(values), -1), clusters, resamples=resamples, seed=seed)
+    mean, resampled = mean.reshape(groups, statistics), resampled.reshape(-1, groups, statistics)
+    resampled[:, counts < 2] = np.nan  # every resample of one cluster is the same
+    low, high = intervals(resampled)
+    most, least, each = mean.argmax(0), mean.argmin(0), np.arange(statistics)
+    gap_low, gap_high = intervals(resampled[:, most, each] - resampled[:, least, each])
+    gap = mean[most, each] - mean[least, each]
+    return GroupMeans(mean, low, high, counts, gap, gap_low, gap_high, most, least)
 
 
 def intervals(resampled: Float[np.ndarray, "resample ..."]) -> Float[np.ndarray, "bound ..."]:

@@ -1,0 +1,93 @@
+"""Attention that each position receives and pays, read from patterns or from what was derived while recording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+
+from workbench.model.attention import Columns, row_entropy
+from workbench.store.reader import Store
+
+_DERIVED = {"alpha": "attn_received", "column": "attn_received_entropy", "row": "attn_entropy", "paid": "attn_first"}
+
+
+def layers_of(store: Store, *kinds: str) -> list[int]:
+    """Returns the layers at which a site of any of these kinds was recorded."""
+    labels = [(site.short or "").split(".") for site in store.sites]
+    return sorted({int(parts[1]) for parts in labels if parts[0] in kinds})
+
+
+def attention_source(store: Store) -> tuple[str, list[int]]:
+    """Returns the source of attention, "pattern" or "derived", and its layers.
+
+    It is the one that was recorded at more layers, `pattern` if equal.
+
+    Raises:
+        RequestError: No attention was recorded.
+    """
+    layers = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
+    source = max(layers, key=lambda name: len(layers[name]))
+    if not layers[source]:
+        store.require("attn_received.0")
+    return source, layers[source]
+
+
+def read_attention(
+    store: Store, source: str, layer: int, rows: Int[np.ndarray, "sequence position"], sink: int
+) -> dict[str, Float[np.ndarray, "sequence position head"]]:
+    """Returns attention statistics of sequences, in float64, as far as they were recorded.
+
+    "alpha", the mean attention that a key receives from the queries that see it, and "column", the entropy of that
+    attention; "row", the entropy of a query's attention, and "paid", its attention to position `sink`. Entropies in
+    nats.
+
+    Args:
+        store: The recorded activations.
+        source: What `attention_source` gives.
+        layer: The layer to read.
+        rows: Ids of the rows.
+        sink: Position that "paid" is about; derived attention has it for position 0 only.
+    """
+    if source == "pattern":
+        pattern = store["pattern", layer][rows][..., : rows.shape[1]].double()
+        block = rearrange(pattern, "sequence query head key -> sequence head query key")
+        columns = Columns(torch.ones(rows.shape))
+        columns.add(0, block)
+        statistics = {"alpha": columns.received(), "column": columns.entropy(), "row": row_entropy(block)}
+        return {name: part.numpy() for name, part in {**statistics, "paid": pattern[..., sink]}.items()}
+    kinds = {part: kind for part, kind in _DERIVED.items() if layer in layers_of(store, kind)}
+    if sink:
+        kinds.pop("paid", None)
+    return {part: store[kind, layer][rows].double().numpy() for part, kind in kinds.items()}
+
+
+def stack_heads(
+    layers: Sequence[int], values: Mapping[int, Mapping[str, np.ndarray]], names: Sequence[str]
+) -> dict[str, Float[np.ndarray, "layer head ..."]]:
+    """Returns values of single layers, whose first axis is heads, as arrays over (layer, head, ...).
+
+    NaN stands where a layer was not recorded or has fewer heads. A name that no layer has is left out.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name in names:
+        parts = {layer: part[name] for layer, part in values.items() if name in part}
+        if not parts:
+            continue
+        heads = max(len(next(iter(part.values()))) for part in values.values())
+        rest = next(iter(parts.values())).shape[1:]
+        arrays[name] = np.full((len(layers), heads, *rest), np.nan)
+        for layer, part in parts.items():
+            arrays[name][layers.index(layer), : len(part)] = part
+    return arrays
+
+
+def stack_layers(
+    layers: Sequence[int], values: Mapping[int, Mapping[str, float]]
+) -> dict[str, Float[np.ndarray, " layer"]]:
+    """Returns numbers of single layers as arrays over (layer), NaN where a layer has none of a name."""
+    names = dict.fromkeys(name for part in values.values() for name in part)
+    return {name: np.array([values.get(layer, {}).get(name, np.nan) for layer in layers]) for name in names}

@@ -1,0 +1,51 @@
+"""Means of several groups side by side for each category, with their 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from workbench.figures.theme import TEMPLATE
+
+
+def group_intervals(
+    groups: Mapping[str, Float[np.ndarray, "bound category"]],
+    *,
+    categories: Sequence[str],
+    hover: str,
+    title: str,
+    subtitle: str,
+) -> go.Figure:
+    """Returns a dot for each group and category, with its interval.
+
+    Args:
+        groups: Name of a group, as plotly text, to its mean, low and high ends, one row each.
+        categories: Names on the horizontal axis.
+        hover: Text before the value when hovering, with `%{x}` for the category.
+        title: Title, as plotly text.
+        subtitle: Line below the title.
+    """
+    figure = go.Figure()
+    for name, (mean, low, high) in groups.items():
+        figure.add_scatter(
+            x=categories,
+            y=mean,
+            error_y={"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1},
+            name=name,
+            mode="markers",
+            marker={"size": 8},
+            hovertemplate=hover + ": %{y:.3f}",
+        )
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": subtitle}},
+        scattermode="group",
+        height=460,
+        width=960,
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
+    )
+    figure.update_xaxes(type="category")
+    return figure.update_yaxes(rangemode="tozero")
