@@ -277,7 +277,7 @@ def test_a_stream_that_is_no_scaled_embedding_is_refused(tiny_models):
 def test_a_model_without_heads_is_refused():
     model = built(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4))
     assert refused(RequestError, lambda: head_outputs(model)) == (
-        "model 'tiny' (MambaForCausalLM) has no layer whose attention heads can be told apart; "
+        "model 'tiny' (MambaForCausalLM) has no layer with separate attention heads; "
         "this needs an architecture with the site z"
     )
 

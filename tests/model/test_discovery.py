@@ -428,7 +428,7 @@ def test_a_model_whose_blocks_cannot_be_told_is_refused():
     with pytest.raises(RequestError) as refusal:
         map_of("xlm")
     assert str(refusal.value) == (
-        "model XLMWithLMHeadModel: TransformerLens has no adapter for it and its blocks cannot be told by structure: "
+        "model XLMWithLMHeadModel: TransformerLens has no adapter for it and its blocks cannot be found by structure: "
         "lists of 4 modules found: transformer.attentions, transformer.layer_norm1, transformer.ffns, "
         "transformer.layer_norm2; it cannot be recorded"
     )

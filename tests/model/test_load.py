@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 import workbench as wb
 from workbench.io.errors import RequestError
-from workbench.model.load import Model, load_model, locate, usable_device
+from workbench.model.load import Model, load_model, usable_device
+from workbench.model.location import locate
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(8, 20).reshape(2, 6)

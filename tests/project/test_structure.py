@@ -47,7 +47,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "workbench/features/other_formats.py:export_neuronpedia": 69,
     "workbench/figures/attention_map.py:head_attention": 62,
     "workbench/figures/strip.py:token_strip": 63,
-    "workbench/model/capture.py:capture": 84,
 }
 FILE_CIRCLES: set[tuple[str, ...]] = set()
 MANY_PARAMETERS: dict[str, int] = {}

@@ -59,7 +59,8 @@ class Record:
 
     def run(self) -> int:
         from workbench.corpus.sources import check_source
-        from workbench.model.load import load_model, locate  # seconds: torch
+        from workbench.model.load import load_model  # seconds: torch
+        from workbench.model.location import locate
 
         if not self.text:
             raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
@@ -128,7 +129,8 @@ class Plan:
 
     def run(self) -> int:
         from workbench.corpus.sources import check_source
-        from workbench.model.load import load_model, locate  # seconds: torch
+        from workbench.model.load import load_model  # seconds: torch
+        from workbench.model.location import locate
         from workbench.recording.estimate import plan
 
         texts = texts_of(self.text) if self.text else None

@@ -1,10 +1,10 @@
-"""Reads attention while the model computes it its own way.
+"""Attention, read while the model computes it in its own way.
 
 transformers sends every attention layer through one table of functions, `AttentionInterface`. Inside
-`tap_attention` the entry a model uses is wrapped: the same function still computes the output (SDPA stays
-SDPA), and the layers asked for also hand over their queries, keys, values and mask. Attention patterns are
-recomputed from those a few query rows at a time, so no layer ever holds a full T x T array. What a whole pattern
-comes down to (attention received, entropies) is summed over the same blocks.
+`tap_attention` the entry that a model uses is wrapped: the same function still computes the output (SDPA stays
+SDPA), and the chosen layers also deliver their queries, keys, values and mask. Attention patterns are recomputed from
+those a few query rows at a time, so that no layer holds a full T x T array. Sums over a whole pattern (attention
+received, entropies) are accumulated over the same blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention, as its function was called. Keys and values keep their own number of heads."""
+    """Arguments and result of one layer's attention function. Keys and values keep their own number of heads."""
 
     query: Float[Tensor, "batch head query d_head"]
     key: Float[Tensor, "batch kv_head key d_head"]
@@ -38,10 +38,15 @@ class AttentionCall:
 
 
 def pattern_blocks(call: AttentionCall, query_rows: int = 256) -> Iterator[tuple[int, Tensor]]:
-    """The attention pattern in blocks of query positions: yields (first query, probabilities).
+    """Computes the attention pattern in blocks of query positions. Memory: one block.
 
-    Each block is `[batch, head, query, key]` in float32; a row sums to 1 over the keys it can see (less, where
-    the layer has a learned sink logit) and is 0 elsewhere. Memory: one block, `query_rows` of it.
+    Args:
+        call: Attention of a layer.
+        query_rows: Number of query positions in a block.
+
+    Yields:
+        First query of the block, and probabilities (batch, head, query, key) in float32. A row sums to 1 over the
+        visible keys (to less if the layer has a learned sink logit) and is 0 elsewhere.
     """
     n = call.query.shape[2]
     if call.weights is not None:
@@ -70,7 +75,7 @@ def _masked_softmax(scores: Tensor, call: AttentionCall, rows: slice) -> Tensor:
 
 
 def _visible(call: AttentionCall, rows: slice, n_keys: int) -> Bool[Tensor, "#batch #head query key"]:
-    """Which keys each query may see, whichever of the three mask conventions the implementation uses."""
+    """Keys that each query may see, for each of the three mask conventions of implementations."""
     mask = call.mask
     if mask is not None and mask.ndim == 4:
         return (mask[:, :, rows] if mask.shape[2] > 1 else mask)[..., :n_keys]
@@ -78,25 +83,25 @@ def _visible(call: AttentionCall, rows: slice, n_keys: int) -> Bool[Tensor, "#ba
     key = torch.arange(n_keys, device=call.query.device)[None, :]
     visible = key <= query if call.causal else torch.ones_like(key <= query)
     if mask is None:
-        return visible[None, None]  # SDPA was told is_causal: no window, no padding, or it would have made a mask
+        return visible[None, None]  # SDPA ran with is_causal: with a window or padding there would be a mask
     if call.sliding_window:
         visible = visible & (query - key < call.sliding_window)
     return visible[None, None] & mask[:, None, None, :n_keys].bool()  # flash attention's 2-D padding mask
 
 
 class Columns:
-    """What each key receives, summed over blocks of query rows: from the queries that are real and not before it.
+    """Attention that each key receives from the queries at and after it, summed over blocks of query rows.
 
-    A query outside of whose window the key lies counts, and pays 0.
+    Padding does not count. A query whose window excludes the key counts with attention 0.
     """
 
     def __init__(self, real: Shaped[Tensor, "batch query"]) -> None:
-        """`real`: which positions of the right-padded sequences are tokens."""
+        """Takes `real`, which is true at the tokens of right-padded sequences."""
         self._real = real.bool()
         self._mass = self._logs = torch.zeros(())
 
     def add(self, first: int, block: Float[Tensor, "batch head query key"]) -> None:
-        """Counts a block of the pattern whose first query is `first`. Each block comes once, in any order."""
+        """Adds a block of the pattern whose first query is `first`. Each block is added once, in any order."""
         self._real = self._real.to(block.device)
         padding = ~self._real[:, None, first : first + block.shape[2], None]
         seen = block.tril(first).masked_fill(padding, 0)
@@ -104,25 +109,25 @@ class Columns:
         self._logs = self._logs.to(seen) + torch.xlogy(seen, seen).sum(2)
 
     def received(self) -> Float[Tensor, "batch key head"]:
-        """Mean over the real queries from the key on of the attention they pay to it: 0 to 1; alpha of Gu et al. 2024.
+        """Returns the mean attention to each key over the queries at and after it, 0 to 1: alpha of Gu et al. 2024.
 
-        1/(T - k) of everything where attention is the key's own alone: the last keys have few queries.
+        The last keys have few queries: a key k that only its own query attends to has 1/(T - k).
         """
         queries = self._real.flip(1).cumsum(1).flip(1).clamp(min=1)
         return (self._mass / queries[:, None]).transpose(1, 2)
 
     def entropy(self) -> Float[Tensor, "batch key head"]:
-        """Entropy in nats of the column, normalised to sum 1: 0 (one query pays, or none) to ln(T - k) (all alike)."""
+        """Returns the entropy in nats of each column, normalised to sum 1: 0 (at most one query) to ln(T - k)."""
         return _entropy(self._mass, self._logs).transpose(1, 2)
 
 
 def row_entropy(block: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch query head"]:
-    """Entropy in nats of what each query pays, normalised to sum 1: 0 (one key) to ln of the keys it sees (uniform)."""
+    """Returns the entropy in nats of each row, normalised to sum 1: 0 (one key) to ln of the visible keys (uniform)."""
     return _entropy(block.sum(-1), torch.xlogy(block, block).sum(-1)).transpose(1, 2)
 
 
 def _entropy(mass: Float[Tensor, "*shape"], logs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Of weights w / S, from S = sum w and sum w ln w: ln S - (sum w ln w) / S; 0 where there are none."""
+    """Entropy of weights w / S, from S = sum w and sum w ln w: ln S - (sum w ln w) / S; 0 if S = 0."""
     return torch.where(mass > 0, mass.log() - logs / mass, 0).clamp(min=0)
 
 
@@ -130,17 +135,20 @@ def _entropy(mass: Float[Tensor, "*shape"], logs: Float[Tensor, "*shape"]) -> Fl
 def tap_attention(
     implementation: str, callbacks: Mapping[nn.Module, Callable[[AttentionCall], None]]
 ) -> Iterator[None]:
-    """Inside, each attention module among the keys of `callbacks` hands its `AttentionCall` to its callback.
+    """Passes the `AttentionCall` of chosen attention modules to callbacks inside the block.
 
-    `implementation` is the model's `config._attn_implementation`. The model and its config are not touched,
-    other models pass through, and the table is as before afterwards, exceptions included.
+    The model and its config are not changed, other models are not affected, and the table is restored afterwards.
+
+    Args:
+        implementation: The model's `config._attn_implementation`.
+        callbacks: Attention modules with their callbacks.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # takes seconds
 
     if not callbacks:
         yield
         return
-    had = implementation in ALL_ATTENTION_FUNCTIONS._local_mapping
+    present = implementation in ALL_ATTENTION_FUNCTIONS._local_mapping
     original = ALL_ATTENTION_FUNCTIONS.get(implementation)
 
     def tapped(module, query, key, value, attention_mask=None, *args, **kwargs):
@@ -154,14 +162,14 @@ def tap_attention(
     try:
         yield
     finally:
-        if had:
+        if present:
             ALL_ATTENTION_FUNCTIONS[implementation] = original
         else:
             del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def eager_function(module: nn.Module) -> Callable:
-    """The eager attention of the file that defines `module`: transformers keeps it out of the shared table."""
+    """Returns the eager attention of the file that defines `module`: it is not in the shared table."""
     return sys.modules[type(module).__module__].eager_attention_forward
 
 

@@ -1,4 +1,4 @@
-"""One forward pass that hands over the activations of chosen sites, and stops when it has them all."""
+"""One forward pass that delivers the activations of chosen sites, and stops when it has them all."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _OF_QUERIES: Mapping[str | None, Callable[[Tensor], Tensor]] = {
     "attn_entropy": row_entropy,
     "attn_first": lambda block: rearrange(block[..., 0], "batch head query -> batch query head"),
 }
-"""What a block of query rows is to a site whose rows are queries."""
+"""Activations of a site whose rows are queries, from a block of the pattern."""
 
 _OF_KEYS: Mapping[str | None, Callable[[Columns], Tensor]] = {
     "attn_received": Columns.received,
     "attn_received_entropy": Columns.entropy,
 }
-"""What all blocks together are to a site whose rows are keys."""
+"""Activations of a site whose rows are keys, from the sums over all blocks of the pattern."""
 
 Receive = Callable[[Site, Tensor, int], None]
-"""Gets a site, its activations `[batch, position, *site.shape]`, and the position the first of them has."""
+"""Takes a site, its activations (batch, position, *site.shape), and the position of the first of them."""
 
 
 class _Enough(BaseException):
-    """Every site has been seen: leaves the forward pass. Not an Exception, so no model code can catch it."""
+    """Leaves the forward pass after the last site. Not an Exception, so that no model code catches it."""
 
 
 def capture(
@@ -48,104 +48,130 @@ def capture(
     mask: Int[Tensor, "batch position"],
     receive: Receive,
 ) -> None:
-    """Runs the model on right-padded `ids` and gives each site's activations to `receive`, padding included.
+    """Runs the model on right-padded sequences and passes the activations of each site to `receive`.
 
-    The pass ends with the last site asked for: blocks behind it, the final norm and the head are not computed.
-    A pattern comes in blocks of query positions, as do the sites derived from it that speak of queries; everything else
-    comes in one piece. A pattern is computed once for all that is asked of it. The tensors are the model's own: copy
-    what is kept. All hooks are gone afterwards, exceptions included. Raises DataError when a site does not come exactly
-    once.
+    The pass ends with the last requested site: later blocks, the final norm and the head are not computed. A pattern,
+    and sites derived from it whose rows are queries, come in blocks of query positions, everything else in one piece; a
+    pattern is computed once for all sites that need it. All hooks are removed afterwards, also after an exception.
+
+    Args:
+        module: A Hugging Face causal LM.
+        sites: Sites of its site map.
+        ids: Token ids.
+        mask: 1 for tokens, 0 for padding.
+        receive: Called with a site, its activations (padding included), and the position of the first of them. The
+            tensors are the model's own: copy what is kept.
+
+    Raises:
+        DataError: A site does not come exactly once.
     """
-    waiting = {site.name for site in sites}
-    if not waiting:
+    if not sites:
         return
-
-    def expect(site: Site, tensor: Tensor | None) -> Tensor:
-        if site.name not in waiting or tensor is None:
-            raise DataError(f"site {site.short or site.name}: it ran twice, or without a tensor, in one forward pass")
-        return tensor
-
-    def deliver(site: Site, tensor: Tensor | None) -> None:
-        _give(site, expect(site, tensor), ids.shape, receive)
-        done(site)
-
-    def done(*seen: Site) -> None:
-        waiting.difference_update(site.name for site in seen)
-        if not waiting:
-            raise _Enough
-
-    def patterned(wanted: Sequence[Site], blocks: Iterable[tuple[int, Tensor]]) -> None:
-        of_keys = [site for site in wanted if site.kind in _OF_KEYS]
-        columns = Columns(mask)
-        for first, block in _small(blocks):
-            for site in wanted:
-                if site not in of_keys:
-                    kind = site.kind if site.of else "pattern"
-                    receive(site, _OF_QUERIES[kind](block), first)
-            if of_keys:
-                columns.add(first, block)
-        for site in of_keys:
-            receive(site, _OF_KEYS[site.kind](columns), 0)
-        done(*wanted)
-
-    def returned(wanted: Sequence[Site], weights: Tensor | None) -> None:
-        for site in wanted:
-            expect(site, weights)
-        patterned(wanted, [(0, weights)])
-
-    def attended(wanted: Sequence[Site], call: AttentionCall) -> None:
-        patterns = [site for site in wanted if site.tap.part == "weights"]
-        if patterns:
-            patterned(patterns, pattern_blocks(call, _QUERY_ROWS))
-        for site in wanted:
-            if site not in patterns:
-                tensor = getattr(call, site.tap.part)
-                deliver(site, tensor if site.tap.part == "output" else tensor.transpose(1, 2))
-
-    calls: dict[nn.Module, list[Site]] = defaultdict(list)
-    weights: dict[Tap, list[Site]] = defaultdict(list)
+    forward = _Pass(sites, ids.shape, mask, receive)
     with ExitStack() as stack:
-        for site in sites:
-            part, path = site.tap.part, site.tap.path
-            if part in ("in", "out"):
-                stack.enter_context(hook_tensor(module.get_submodule(path), part, partial(deliver, site)))
-            elif part == "returned_weights":
-                weights[site.tap].append(site)
-            elif part != "logits":
-                calls[module.get_submodule(path)].append(site)
-        for tap, wanted in weights.items():
-            stack.enter_context(hook_tensor(module.get_submodule(tap.path), tap.part, partial(returned, wanted)))
-        callbacks = {part: partial(attended, wanted) for part, wanted in calls.items()}
-        stack.enter_context(tap_attention(text_config(module)._attn_implementation, callbacks))
+        forward.hook(module, stack)
         try:
             output = run(module, ids, mask)
             for site in sites:
                 if site.tap.part == "logits":
-                    deliver(site, first_tensor(output.logits))
+                    forward.deliver(site, first_tensor(output.logits))
         except _Enough:
             return
-    raise DataError(f"sites {', '.join(sorted(waiting))} did not come up in a forward pass of {type(module).__name__}")
+    missing = ", ".join(sorted(forward.waiting))
+    raise DataError(f"sites {missing} did not come up in a forward pass of {type(module).__name__}")
+
+
+class _Pass:
+    """One forward pass: the sites that have not come yet, and what is done when they come."""
+
+    def __init__(
+        self, sites: Sequence[Site], batch: tuple[int, ...], mask: Int[Tensor, "batch position"], receive: Receive
+    ) -> None:
+        self.sites, self.batch, self.mask, self.receive = sites, batch, mask, receive
+        self.waiting = {site.name for site in sites}
+
+    def hook(self, module: nn.Module, stack: ExitStack) -> None:
+        """Hooks the modules of all sites but the logits, until `stack` closes."""
+        calls: dict[nn.Module, list[Site]] = defaultdict(list)
+        weights: dict[Tap, list[Site]] = defaultdict(list)
+        for site in self.sites:
+            part, path = site.tap.part, site.tap.path
+            if part in ("in", "out"):
+                stack.enter_context(hook_tensor(module.get_submodule(path), part, partial(self.deliver, site)))
+            elif part == "returned_weights":
+                weights[site.tap].append(site)
+            elif part != "logits":
+                calls[module.get_submodule(path)].append(site)
+        for tap, sites in weights.items():
+            receive = partial(self._deliver_weights, sites)
+            stack.enter_context(hook_tensor(module.get_submodule(tap.path), "returned_weights", receive))
+        callbacks = {part: partial(self._deliver_attention, sites) for part, sites in calls.items()}
+        stack.enter_context(tap_attention(text_config(module)._attn_implementation, callbacks))
+
+    def deliver(self, site: Site, tensor: Tensor | None) -> None:
+        _give(site, self._expect(site, tensor), self.batch, self.receive)
+        self._finish(site)
+
+    def _expect(self, site: Site, tensor: Tensor | None) -> Tensor:
+        if site.name not in self.waiting or tensor is None:
+            raise DataError(f"site {site.short or site.name}: it ran twice, or without a tensor, in one forward pass")
+        return tensor
+
+    def _finish(self, *sites: Site) -> None:
+        self.waiting.difference_update(site.name for site in sites)
+        if not self.waiting:
+            raise _Enough
+
+    def _deliver_weights(self, sites: Sequence[Site], weights: Tensor | None) -> None:
+        for site in sites:
+            weights = self._expect(site, weights)
+        if weights is not None:
+            self._deliver_pattern(sites, [(0, weights)])
+
+    def _deliver_attention(self, sites: Sequence[Site], call: AttentionCall) -> None:
+        patterns = [site for site in sites if site.tap.part == "weights"]
+        if patterns:
+            self._deliver_pattern(patterns, pattern_blocks(call, _QUERY_ROWS))
+        for site in sites:
+            if site not in patterns:
+                tensor = getattr(call, site.tap.part)
+                self.deliver(site, tensor if site.tap.part == "output" else tensor.transpose(1, 2))
+
+    def _deliver_pattern(self, sites: Sequence[Site], blocks: Iterable[tuple[int, Tensor]]) -> None:
+        of_keys = [site for site in sites if site.kind in _OF_KEYS]
+        columns = Columns(self.mask)
+        for first, block in _small(blocks):
+            for site in sites:
+                if site not in of_keys:
+                    kind = site.kind if site.of else "pattern"
+                    self.receive(site, _OF_QUERIES[kind](block), first)
+            if of_keys:
+                columns.add(first, block)
+        for site in of_keys:
+            self.receive(site, _OF_KEYS[site.kind](columns), 0)
+        self._finish(*sites)
 
 
 def _small(blocks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """The same blocks in float32, of few rows also where the model made the whole pattern itself."""
+    """The same blocks in float32, of few rows also if the model made the whole pattern itself."""
     for first, block in blocks:
         for index, piece in enumerate(block.split(_QUERY_ROWS, dim=2)):
             yield first + index * _QUERY_ROWS, piece.float()
 
 
 def _give(site: Site, tensor: Tensor, batch: tuple[int, ...], receive: Receive) -> None:
-    """Some modules see batch and position as one axis, and fused heads come flat: both become the site's shape."""
-    passes = site.of or site
+    """Delivers a tensor in the site's shape: some modules merge batch and position, and fused heads come flat."""
+    source = site.of or site
     rows = tensor.shape[:2] == batch or tensor.shape[:1] == (math.prod(batch),)
-    if not rows or tensor.numel() != math.prod((*batch, *passes.shape)):
-        found = f"a tensor of shape {tuple(tensor.shape)} for a batch {tuple(batch)}"
-        raise DataError(f"site {site.short or site.name}: {found}")
-    tensor = tensor.reshape(*batch, *passes.shape)
+    if not rows or tensor.numel() != math.prod((*batch, *source.shape)):
+        raise DataError(
+            f"site {site.short or site.name}: a tensor of shape {tuple(tensor.shape)} for a batch {tuple(batch)}"
+        )
+    tensor = tensor.reshape(*batch, *source.shape)
     receive(site, _norms(site, tensor) if site.of else tensor, 0)
 
 
 def _norms(site: Site, tensor: Tensor) -> Tensor:
-    """L2 norms along the last axis, in float32; a value's once for each query head that reads it."""
+    """L2 norms along the last axis, in float32; the norm of a value repeats for each query head that reads it."""
     norms = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
     return norms.repeat_interleave(site.shape[0] // norms.shape[2], dim=2) if site.shape else norms

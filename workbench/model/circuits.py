@@ -1,9 +1,9 @@
-"""The OV circuit from weights: what a head writes where it attends to one token alone, and how the logits read it.
+"""The OV circuit from weights: the output of a head that attends to one token only, and its effect on the logits.
 
-Nothing is multiplied out by hand. The model's own blocks run over sequences of one token, whose residual stream is
-replaced: there a position can attend to nothing but itself, so what enters the output projection is W_V of the
-stream, whatever the architecture does to get it (grouped or fused values, biases, its own norm). What a head writes is
-its share of that, through the projection's weights without bias.
+No weight matrices are multiplied by hand. The model's own blocks run over sequences of one token with a replaced
+residual stream: a position can attend only to itself, so the input of the output projection is W_V of the stream, for
+every architecture (grouped or fused values, biases, norms). The output of a head is its part of that input, through the
+projection's weights without bias.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from workbench.sites.grammar import Site
 
 FirstMlp = Literal["residual", "mlp", "none"]
 
-_TOKENS = 64  # in one pass, whose logits over the vocabulary nobody asked for
+_TOKENS = 64  # in one pass, which also computes logits over the vocabulary
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """How the heads of one layer write into the stream: projection, and the norm behind it where there is one."""
+    """Output of the heads of one layer: the projection, and the norm after it if there is one."""
 
     heads: int
     d_head: int
@@ -42,13 +42,13 @@ class HeadOutput:
 
     @property
     def last(self) -> nn.Module:
-        """The module whose output is added to the stream."""
+        """Module whose output is added to the stream."""
         return self.project if self.norm is None else self.norm
 
     def weights(self) -> Float[Tensor, "head d_head d_model"]:
-        """W_O of each head in float32, without the bias, read by projecting unit vectors: any linear module will do."""
+        """Returns W_O of each head in float32, without the bias, read by projecting unit vectors."""
         device = next(self.project.parameters()).device
-        project = copy.deepcopy(self.project).float()  # in half precision a weight would be lost beside a large bias
+        project = copy.deepcopy(self.project).float()  # in half precision a large bias would hide a weight
         units = torch.eye(self.heads * self.d_head, device=device)[:, None]
         with torch.inference_mode():
             written = first_tensor(project(units))[:, 0] - first_tensor(project(torch.zeros_like(units[:1])))[:, 0]
@@ -56,9 +56,10 @@ class HeadOutput:
 
 
 def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
-    """The output of every layer that has attention heads, by layer. Layers without (state spaces) are left out.
+    """Returns the output of each layer with attention heads, by layer; layers without (state spaces) are left out.
 
-    Raises RequestError where no layer has any that TransformerLens' names lead to.
+    Raises:
+        RequestError: No layer has the sites that this needs.
     """
     sites = model.site_map
     found = {}
@@ -74,7 +75,7 @@ def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
         found[layer] = HeadOutput(*z.shape, project, last if behind else None)
     if not found:
         raise RequestError(
-            f"model {model.name!r} ({model.architecture}) has no layer whose attention heads can be told apart; "
+            f"model {model.name!r} ({model.architecture}) has no layer with separate attention heads; "
             "this needs an architecture with the site z"
         )
     return found
@@ -82,10 +83,12 @@ def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
 
 @torch.inference_mode()
 def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-    """W_E of each token as it enters block 0, in float32: scaled as the model does, without its position.
+    """Returns W_E of each token as it enters block 0, in float32: scaled as the model does, without its position.
 
-    The scale is measured on the stream. Costs one pass up to block 0. Raises RequestError where the stream is not the
-    embedding times a number plus something that is the same for all tokens.
+    The scale is measured on the stream. Costs one pass up to block 0.
+
+    Raises:
+        RequestError: The stream is not the embedding times a number, plus a term that is the same for all tokens.
     """
     embed, stream = _site(model, "hook_embed"), _site(model, "blocks.0.hook_resid_pre")
     if embed is None or stream is None or embed.shape != stream.shape or len(stream.shape) != 1:
@@ -113,13 +116,19 @@ def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
 
 @torch.inference_mode()
 def first_mlp(model: Model, ids: Int[Tensor, " token"], form: FirstMlp = "residual") -> Float[Tensor, "token d_model"]:
-    """Each token's embedding after the first MLP, the attention of block 0 skipped, in float32.
+    """Returns the embedding of each token after the first MLP, without the attention of block 0, in float32.
 
-    "residual": W_E + MLP_0(W_E), what the stream would hold. "mlp": MLP_0(W_E), what the block adds to it. "none": W_E,
-    all that a head of block 0 can read. The block runs as it is with the output of its attention set to 0, so the norm
-    before the MLP is the block's own: in a sequential block the second one, read from the embedding alone; in a
-    parallel one whichever its MLP has; norms behind the MLP included. In the model's precision. Costs one pass over the
-    tokens. Source: Gould et al. 2023 (arXiv 2312.09230).
+    Block 0 runs as it is, in the model's precision, with the output of its attention set to 0; norms before and after
+    the MLP are the block's own. Costs one pass over the tokens. Source: Gould et al. 2023 (arXiv 2312.09230).
+
+    Args:
+        model: The model.
+        ids: Token ids.
+        form: "residual": W_E + MLP_0(W_E), the stream after the MLP. "mlp": MLP_0(W_E). "none": W_E, all that a head of
+            block 0 can read.
+
+    Raises:
+        RequestError: Block 0 has no attention.
     """
     embedded = embedding(model, ids)
     if form == "none":
@@ -143,13 +152,13 @@ def first_mlp(model: Model, ids: Int[Tensor, " token"], form: FirstMlp = "residu
 def head_writes(
     model: Model, x: Float[Tensor, "token d_model"]
 ) -> Iterator[tuple[int, Float[Tensor, "token head d_model"]]]:
-    """For each layer with heads: what each adds to the stream where it attends only to a position that holds `x`.
+    """Yields for each layer the output of its heads that attend only to a position with the stream `x`.
 
-    W_O W_V norm(x), with the layer's own norm and the bias of W_V; the bias of W_O belongs to no head and is left out.
-    Where a norm follows the projection (Gemma 2 and 3, OLMo 2) it is taken of the head's write alone: its gain is the
-    model's, its scale is not, since the model takes it of all heads together. In layers with a learned sink the write
-    is smaller by the share that the sink takes. Costs one pass over the tokens for all layers, and a
-    [token, head, d_model] of float32 at a time.
+    The output is W_O W_V norm(x), with the layer's own norm and the bias of W_V; the bias of W_O belongs to no head and
+    is left out. A norm after the projection (Gemma 2 and 3, OLMo 2) is applied to each head alone: its gain is the
+    model's; its scale differs, because the model normalises the sum of all heads. In layers with a learned sink the
+    output is smaller by the sink's attention. Costs one pass over the tokens, and (token, head, d_model) float32 of
+    memory.
     """
     outputs = head_outputs(model)
     seen: dict[int, list[Tensor]] = {layer: [] for layer in outputs}
@@ -166,7 +175,7 @@ def head_writes(
 
 @torch.inference_mode()
 def written(output: HeadOutput, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_model"]:
-    """What each head adds to the stream, given its `z`; a norm behind the projection is taken of each head alone."""
+    """Returns the output of each head, given its `z`; a norm after the projection is applied to each head alone."""
     weights = output.weights()
     writes = torch.einsum("rhd,hdm->rhm", z.float().to(weights.device), weights)
     return writes if output.norm is None else copy.deepcopy(output.norm).float()(writes)
@@ -178,11 +187,16 @@ def direct_logits(
     targets: Int[Tensor, " target"],
     stream: Float[Tensor, "*#row d_model"] | None = None,
 ) -> Float[Tensor, "*row target"]:
-    """What `write` adds to the logits of the tokens `targets`, through final norm and W_U, in float32.
+    """Returns the direct contribution of `write` to logits, through final norm and W_U, in float32.
 
-    The norm's gain and centring are applied; its scale is that of `stream`, the last residual stream it was part of, or
-    where there is none of `write` itself. What does not depend on `write` (the norm's shift, the bias of W_U) is left
-    out, and so is a soft-cap, which changes no order. A write of 0 gives 0 for every token.
+    Terms that do not depend on `write` (the norm's shift, the bias of W_U) are left out, and so is a soft-cap, which
+    changes no order. A write of 0 gives 0 for every token.
+
+    Args:
+        unembed: The unembedding.
+        write: Vectors that are added to the stream.
+        targets: Ids of the tokens whose logits are computed.
+        stream: Last residual stream that `write` is part of, which sets the scale of the norm. None: `write` itself.
     """
 
     def centred(x: Tensor) -> Tensor:
@@ -199,14 +213,13 @@ def direct_logits(
 def ov_logits(
     model: Model, x: Float[Tensor, "token d_model"], targets: Int[Tensor, " target"], unembed: Unembed
 ) -> Iterator[tuple[int, Float[Tensor, "head token target"]]]:
-    """For each layer with heads: the logits over `targets` that each head gives where it attends only to `x`.
+    """Yields for each layer the logits of `targets` from its heads that attend only to a position with the stream `x`.
 
-    `direct_logits` of `head_writes`: with `x = first_mlp(model, ids)` the effective OV circuit W_U W_O W_V MLP_0(W_E),
-    of which only the asked rows and columns are made. Costs a product of tokens x heads x targets x d_model a layer.
+    With `x = first_mlp(model, ids)` this is the effective OV circuit W_U W_O W_V MLP_0(W_E), for the given tokens and
+    targets only. Costs tokens x heads x targets x d_model operations a layer.
     """
     for layer, writes in head_writes(model, x):
-        own = unembed.to(writes.device)
-        logits = direct_logits(own, writes, targets.to(writes.device))
+        logits = direct_logits(unembed.to(writes.device), writes, targets.to(writes.device))
         yield layer, logits.transpose(0, 1)
 
 
@@ -223,7 +236,7 @@ def _block(model: Model, layer: int) -> nn.Module:
 
 
 def _run_alone(model: Model, tokens: int) -> None:
-    """One pass over sequences of one token each; which token does not matter, its stream is replaced."""
+    """Runs sequences of one arbitrary token each, whose stream hooks replace."""
     ids = torch.zeros(tokens, 1, dtype=torch.long)
     run(model.module, ids, torch.ones_like(ids))
 

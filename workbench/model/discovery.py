@@ -1,10 +1,9 @@
-"""Finds the sites of a model: names from TransformerLens' adapters, existence and shapes from one trial pass.
+"""Discovery of the sites of a model: names from TransformerLens' adapters, existence and shapes from trial passes.
 
-An adapter is a tree of components that knows, for one architecture, which module plays which part and what
-TransformerLens calls its input and output. Nothing is wrapped: the tree is only read. For an architecture
-no adapter knows, the residual stream is found by structure. Either way every name is then tried on short
-sequences of two lengths: a site is offered where a tensor with batch and position axes, and otherwise of one
-shape, passes exactly once, and nowhere else.
+An adapter is a tree of components that maps, for one architecture, each module to its role and to TransformerLens'
+names of its input and output. Nothing is wrapped: the tree is only read. For an architecture without an adapter the
+residual stream is found by structure. In both cases every name is tried on short sequences of two lengths: a site is
+offered if a tensor with batch and position axes, and otherwise of constant shape, passes there exactly once.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _BATCH, _LENGTHS, _OTHER_LENGTHS = 2, (7, 5), (6, 11)
 
 @dataclass(frozen=True)
 class _Names:
-    """What an adapter (or the structure) claims: TransformerLens name -> tap, and aliases to other names."""
+    """Claims of an adapter (or of the structure): TransformerLens name -> tap, and aliases to other names."""
 
     taps: Mapping[str, Tap]
     aliases: Mapping[str, tuple[str, ...]]
@@ -47,12 +46,12 @@ class _Names:
     rotary: frozenset[str] = frozenset()
     attention: tuple[str, ...] = ()
     heads: tuple[tuple[int, int], ...] = ()
-    """(heads, width of one) as the config has it, for queries and for keys; only where no attention call tells."""
+    """(heads, d_head) of the config, for queries and for keys; used if no attention call shows them."""
 
 
 @dataclass
 class _Trial:
-    """What one trial pass saw. `order` counts every observation, so sites can be sorted by when they happen."""
+    """Observations of one trial pass. `order` counts them, so that sites can be sorted by time."""
 
     lengths: tuple[int, ...]
     shapes: dict[Tap, tuple[int, ...]] = field(default_factory=dict)
@@ -68,7 +67,7 @@ class _Trial:
             self.shapes[tap] = tuple(tensor.shape)
 
     def row_shape(self, tap: Tap) -> tuple[int, ...] | None:
-        """Shape of one row of what passed there; None: it has no batch and position axes."""
+        """Shape of one row of the tensor at a tap; None: it has no batch and position axes."""
         shape, positions = self.shapes.get(tap, ()), max(self.lengths)
         if shape[:2] == (_BATCH, positions):
             return shape[2:]
@@ -76,7 +75,7 @@ class _Trial:
 
 
 def find_sites(module: nn.Module) -> SiteMap:
-    """The site map of a Hugging Face causal LM. Costs two forward passes, over 2 x 7 and 2 x 11 tokens."""
+    """Returns the site map of a Hugging Face causal LM. Costs two forward passes, over 2 x 7 and 2 x 11 tokens."""
     names = _adapter_names(module) or _structural_names(module)
     modules = dict(module.named_modules())
     trial = _try(module, names, modules, _LENGTHS)
@@ -146,7 +145,7 @@ def _adapter_names(module: nn.Module) -> _Names | None:
 
 
 def _inner_path(modules: Mapping[str, nn.Module], blocks: str) -> str | None:
-    """Where the model itself begins: "" or, inside of PEFT or torch.compile, "base_model.model." or "_orig_mod."."""
+    """Prefix of the model's paths: "" or, inside of PEFT or torch.compile, "base_model.model." or "_orig_mod."."""
     lists = (path for path, part in modules.items() if isinstance(part, nn.ModuleList))
     return min(
         (path.removesuffix(blocks) for path in lists if f".{path}".endswith(f".{blocks}")), key=len, default=None
@@ -184,9 +183,9 @@ def _stand_in(part: nn.Module) -> nn.Module:
 
 
 def transformer_lens_adapter(module: nn.Module):
-    """The TransformerLens architecture adapter for a Hugging Face module; None where there is none.
+    """Returns the TransformerLens architecture adapter for a Hugging Face module, or None.
 
-    The bridge is not booted and the module not touched; only its config is read.
+    The bridge is not booted and the module not changed; only its config is read.
     """
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
@@ -214,7 +213,7 @@ def _structural_names(module: nn.Module) -> _Names:
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"
         raise RequestError(
-            f"model {type(module).__name__}: TransformerLens has no adapter for it and its blocks cannot be told by "
+            f"model {type(module).__name__}: TransformerLens has no adapter for it and its blocks cannot be found by "
             f"structure: lists of {n_layers} modules found: {found}; it cannot be recorded"
         )
     blocks = outermost[0]
@@ -229,7 +228,7 @@ def _structural_names(module: nn.Module) -> _Names:
 
 
 def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module], lengths: tuple[int, ...]) -> _Trial:
-    """Runs the model over right-padded sequences of these lengths and notes what passes at every tap."""
+    """Runs the model over right-padded sequences of these lengths and observes every tap."""
     trial = _Trial(lengths)
     ids = trial_ids(module, _BATCH, max(lengths), seed=0)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
@@ -253,7 +252,7 @@ def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module], len
 
 
 def _see_weights(trial: _Trial, tap: Tap, weights: Tensor | None) -> None:
-    """Notes attention weights that a module returns, if they are: rows that sum to 1 and do not look ahead."""
+    """Observes weights that a module returns, if they are attention: rows that sum to 1 and do not look ahead."""
     if weights is None or weights.shape[::2] != (_BATCH, max(trial.lengths)):
         return
     real = weights[trial.lengths.index(max(trial.lengths))].float()
@@ -262,7 +261,7 @@ def _see_weights(trial: _Trial, tap: Tap, weights: Tensor | None) -> None:
 
 
 def _see_call(trial: _Trial, path: str, call: AttentionCall) -> None:
-    """Notes one attention call, and whether pattern @ value is its output: only then is the pattern the pattern."""
+    """Observes one attention call; refuses its pattern if pattern @ value is not the output."""
     for part, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         trial.see(Tap(path, part), tensor.transpose(1, 2))
     trial.see(Tap(path, "output"), call.output)
@@ -286,7 +285,7 @@ def _see_call(trial: _Trial, path: str, call: AttentionCall) -> None:
 
 
 def _resolve(names: _Names, trial: _Trial, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Every name's tap, aliases followed, attention parts filled in; and the reason for each name without one."""
+    """Tap of every name, with aliases followed and attention parts filled in; reason for each name without one."""
     taps = {name: tap for name, tap in names.taps.items() if tap in trial.order}
     missing = {
         name: "its module does not run" if tap.path in modules else "this architecture has no such module"
@@ -318,7 +317,7 @@ def _resolve(names: _Names, trial: _Trial, modules: Mapping[str, nn.Module]) -> 
 
 
 def _attention_taps(attention: str, names: _Names, trial: _Trial) -> Iterator[tuple[str, Tap | str]]:
-    """For one attention component: each site its attention call provides, or the reason it does not."""
+    """Each site of one attention component with its tap, or with the reason why there is none."""
     layer = attention.split(".")[1]
     paths = [path for path in trial.calls if path.startswith(f"{names.blocks}.{layer}.")]
     for site, part in _ATTENTION_SITES.items():
@@ -349,7 +348,7 @@ def _refusal(tap: Tap, trial: _Trial, other: _Trial) -> str | None:
     if other.counts.get(tap) != 1:
         return "whether it runs depends on the sequence"
     if tap not in trial.shapes:
-        return "what passes there is no tensor of numbers"
+        return "no tensor of floating-point numbers passes there"
     if trial.row_shape(tap) is None:
         return f"its tensor of shape {trial.shapes[tap]} has no batch and position axes"
     if tap.part not in ("weights", "returned_weights") and trial.row_shape(tap) != other.row_shape(tap):
@@ -367,7 +366,7 @@ def _site(name: str, tap: Tap, trial: _Trial, names: _Names) -> Site:
 
 
 def _split_heads(name: str, width: int, trial: _Trial, names: _Names) -> tuple[int, int] | None:
-    """`width` as (head, d_head), by the layer's own attention call."""
+    """`width` as (head, d_head), from the layer's own attention call."""
     layer = name.split(".")[1]
     part = _HEADED[name.rsplit(".", 1)[-1]]
     for path, call in trial.calls.items():

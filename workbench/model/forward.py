@@ -1,4 +1,4 @@
-"""Runs a Hugging Face model once, unchanged: the forward call, hooks that hand over one tensor, eval mode."""
+"""Forward passes of an unchanged Hugging Face model: the call itself, hooks for one tensor, eval mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def text_config(module: nn.Module) -> Any:
-    """The config of the language model; composite models keep it inside."""
+    """Returns the config of the language model, which composite models keep inside theirs."""
     return module.config.get_text_config(decoder=True)
 
 
@@ -25,9 +25,15 @@ def run(
     *,
     gradients: bool = False,
 ) -> Any:
-    """One forward pass without cache or dropout, and unless asked without gradients. The mask is always given.
+    """Runs one forward pass, without cache and dropout, and returns the model's output.
 
-    A compiled model runs its own code uncompiled: every hook would break its graph, and leaving it early its guards.
+    A compiled model runs uncompiled: every hook would break its graph, and leaving it early its guards.
+
+    Args:
+        module: A Hugging Face causal LM.
+        ids: Token ids.
+        mask: 1 for tokens, 0 for padding.
+        gradients: Compute gradients, too.
     """
     device = module.get_input_embeddings().weight.device
     wanted = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
@@ -39,20 +45,20 @@ def run(
 
 
 def trial_ids(module: nn.Module, batch: int, positions: int, seed: int) -> Int[Tensor, "batch position"]:
-    """Random ordinary token ids to try a model on, the same for a seed; the first few are often special."""
+    """Returns random token ids for a trial pass, without the first few ids, which are often special."""
     vocab = module.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(min(8, vocab - 1), min(vocab, 4096), (batch, positions), generator=generator)
 
 
 def _uncompiled() -> AbstractContextManager:
-    """Compiled code stays unused inside. Where nothing was compiled, saying so would import the compiler: seconds."""
+    """Keeps compiled code unused inside. If nothing was compiled, setting this would import the compiler: seconds."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards every submodule is in the mode it was in."""
+    """Puts the model into eval mode inside the block, and every submodule back into its own mode afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -68,8 +74,14 @@ def hook_tensor(
     side: Literal["in", "out", "returned_weights"],
     receive: Callable[[Tensor | None], None],
 ) -> Iterator[None]:
-    """Inside, each time `module` runs, `receive` gets the first tensor that goes into it or comes out of it, or the
-    attention weights that come with its output."""
+    """Passes a tensor of `module` to `receive` each time it runs inside the block.
+
+    Args:
+        module: A submodule of a model.
+        side: "in": its first input tensor; "out": its first output tensor; "returned_weights": the attention weights
+            that it returns with its output.
+        receive: Called with the tensor, or with None if there is none.
+    """
     pick = attention_weights if side == "returned_weights" else first_tensor
 
     def before(_module, args, kwargs):
@@ -84,7 +96,7 @@ def hook_tensor(
 
 @contextmanager
 def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, each time `module` runs, the first tensor that goes into it or comes out of it is `change` of it."""
+    """Replaces the first input or output tensor of `module` by `change` of it, each time it runs inside the block."""
 
     def before(_module, args, kwargs):
         return (_changed(args, change), kwargs) if args else (args, _changed(kwargs, change))
@@ -98,7 +110,7 @@ def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callabl
 
 @contextmanager
 def _hooked(module: nn.Module, before: Callable | None, after: Callable) -> Iterator[None]:
-    """Inside, `before` runs ahead of `module`, or where there is none, `after` behind it."""
+    """Registers a hook inside the block: `before` the module runs or, if that is None, `after` it."""
     if before is None:
         handle = module.register_forward_hook(after)
     else:
@@ -110,7 +122,7 @@ def _hooked(module: nn.Module, before: Callable | None, after: Callable) -> Iter
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a module is given or gives, with `change` of its first tensor in that one's place."""
+    """Input or output of a module, with its first tensor replaced by `change` of it."""
     first = first_tensor(value)
     if isinstance(value, Tensor) or first is None:
         return value if first is None else change(value)
@@ -123,7 +135,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The tensor itself, or the first one in a tuple, list or mapping: block outputs come as either."""
+    """Returns the tensor itself, or the first one in a tuple, list or mapping; None if there is none."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, dict):
@@ -134,7 +146,7 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def attention_weights(output: Any) -> Tensor | None:
-    """The `[batch, head, query, key]` tensor that an eager attention module returns behind its output, if it does."""
-    behind = output[1:] if isinstance(output, tuple | list) else ()
-    square = (part for part in behind if isinstance(part, Tensor) and part.ndim == 4)
+    """Returns the (batch, head, query, key) tensor that an eager attention module returns with its output, or None."""
+    others = output[1:] if isinstance(output, tuple | list) else ()
+    square = (part for part in others if isinstance(part, Tensor) and part.ndim == 4)
     return next((part for part in square if part.shape[2] == part.shape[3]), None)

@@ -1,4 +1,4 @@
-"""Runs a model on with something of it replaced: rows of a site, or the embeddings of the first tokens."""
+"""Interventions: forward passes with rows of a site, or the first token embeddings, replaced."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ def splice(
     mask: Bool[Tensor, "batch position"],
     replace: Callable[[Float[Tensor, "row ..."]], Float[Tensor, "row ..."]],
 ) -> Iterator[None]:
-    """Inside, the site's rows where `mask` is true are what `replace` makes of them; the model runs on with those.
+    """Replaces rows of a site in forward passes inside the block; the later layers see the replacement.
 
-    For forward passes over a batch of the mask's shape. The hook is gone afterwards, exceptions included.
+    The hook is removed afterwards, also after an exception.
 
-    Raises RequestError for a site that is not the one way into or out of a module, DataError where the block is left
-    and the site was not seen.
+    Args:
+        module: A Hugging Face causal LM.
+        site: A site that is the only input or output of a module: resid_pre, resid_post, attn_out, mlp_out.
+        mask: True at the rows to replace, of the shape of the batch.
+        replace: Returns new rows for the site's rows.
+
+    Raises:
+        RequestError: A site that is read in several places, or inside of attention.
+        DataError: No forward pass reached the site.
     """
     if site.of or site.tap.part not in ("in", "out") or site.name.endswith("hook_resid_mid"):
         raise RequestError(
@@ -59,13 +66,23 @@ def run_prompted(
     *,
     gradients: bool = False,
 ) -> Float[Tensor, "row answer vocab"]:
-    """What the model says after `prompt` when the site's row at the prompt's last position is each of `states`.
+    """Returns the model's logits after `prompt`, with the activation at the prompt's last position replaced.
 
-    `prompt`: token embeddings as the model's own table gives them, or any others. `fed`: token ids that follow the
-    prompt, unchanged. Logits in float32 of the prompt's last position and of each fed token: answer n has seen n fed
-    tokens. With `gradients` they carry the gradient of `prompt`. Costs one pass over row x (prompt + fed) tokens.
+    Costs one pass over row x (prompt + fed) tokens.
 
-    Raises RequestError for a site that cannot be replaced.
+    Args:
+        model: The model.
+        site: A site that `splice` can replace.
+        prompt: Token embeddings, of the model's table or trained ones.
+        states: Activations of the site, each in a sequence of its own.
+        fed: Ids of the tokens that follow the prompt.
+        gradients: Keep the gradient of `prompt`.
+
+    Returns:
+        Logits in float32 at the prompt's last position and at each fed token: answer n follows n fed tokens.
+
+    Raises:
+        RequestError: A site that cannot be replaced.
     """
     length = len(prompt)
     ids = torch.cat([torch.zeros(len(fed), length, dtype=fed.dtype), fed.cpu()], dim=1)
@@ -73,8 +90,8 @@ def run_prompted(
     last[:, length - 1] = True
 
     def embedded(original: Tensor) -> Tensor:
-        own = prompt.to(original).expand(len(original), -1, -1)
-        return torch.cat([own, original[:, length:]], dim=1)
+        prompts = prompt.to(original).expand(len(original), -1, -1)
+        return torch.cat([prompts, original[:, length:]], dim=1)
 
     with (
         change_tensor(model.module.get_input_embeddings(), "out", embedded),
@@ -86,5 +103,5 @@ def run_prompted(
 
 @torch.no_grad()
 def token_embeddings(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_embed"]:
-    """The rows of the model's embedding table, scaled where its module scales them, as `run_prompted` takes them."""
+    """Returns rows of the model's embedding table, scaled if its module scales them, as `run_prompted` takes them."""
     return model.module.get_input_embeddings()(ids.to(model.device)).clone()

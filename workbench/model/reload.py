@@ -1,4 +1,4 @@
-"""The model that a store was recorded from, for what activations alone cannot answer: weights and interventions."""
+"""Loading of the model that a store was recorded from, for analyses that need weights or interventions."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ if TYPE_CHECKING:
 
 
 def recorded_model(store: Store, model: Model | str | None = None, device: str | torch.device | None = None) -> Model:
-    """`model`, or what the store names, loaded; refused unless its weights are those that were recorded.
+    """Returns the model that a store was recorded from, after comparing its weights.
 
-    `model`: what `load_model` gives or takes; None: the name in the manifest, which suffices for "demo" and hub ids.
-    A local directory must be given, since a store does not keep a machine's paths. Costs a checksum of all weights,
-    about 1 s a gigabyte. Raises RequestError where it cannot be loaded or is another model.
+    Costs a checksum of all weights, about 1 s a gigabyte.
+
+    Args:
+        store: The store.
+        model: A loaded model, or what `load_model` takes. None: the name in the manifest, which suffices for "demo"
+            and hub ids; a local directory must be given, because a store keeps no paths of a machine.
+        device: Device to load it on. None: the GPU if there is one.
+
+    Raises:
+        RequestError: The model cannot be loaded, or has other weights.
     """
-    known = store.manifest.model
+    recorded = store.manifest.model
     if model is None:
         try:
-            model = load_model(known.name, revision=known.revision, device=device, dtype=known.dtype)
+            model = load_model(recorded.name, revision=recorded.revision, device=device, dtype=recorded.dtype)
         except RequestError as error:
             raise RequestError(
-                f"model is not given, and {known.name!r}, which the store names, cannot be loaded; "
+                f"model is not given, and {recorded.name!r}, which the store names, cannot be loaded; "
                 f"give model=, the directory it was recorded from ({error})"
             ) from error
-    found = model if isinstance(model, Model) else load_model(model, device=device, dtype=known.dtype)
-    if found.fingerprint() != known.fingerprint:
+    loaded = model if isinstance(model, Model) else load_model(model, device=device, dtype=recorded.dtype)
+    if loaded.fingerprint() != recorded.fingerprint:
         raise RequestError(
-            f"model {found.name!r} has other weights than the store {store.path.name!r} was recorded from "
-            f"({known.name!r}, {known.architecture}); give the one that was recorded"
+            f"model {loaded.name!r} has other weights than the store {store.path.name!r} was recorded from "
+            f"({recorded.name!r}, {recorded.architecture}); give the one that was recorded"
         )
-    return found
+    return loaded

@@ -1,9 +1,9 @@
-"""The unembedding, kept beside the activations so that lenses need no model.
+"""The unembedding of a model, stored with the activations so that lenses need no model.
 
 `logits = softcap(scale * (W_U norm(h) + b_U))`. Architectures spell each part differently (gain or 1 + gain,
-centred or not, multiplied or divided, a cap in the config or in the code), so the parts are measured on the
-model rather than read from its family's fields: the final norm is fitted on random inputs, and what follows
-the head is read off a ramp put in its place. The result is then compared with the model's own logits.
+centred or not, multiplied or divided, a cap in the config or in the code). So the parts are measured on the model
+instead of read from fields of its config: the final norm is fitted on random inputs, and scale and cap on a ramp that
+replaces the head's output. The result is then compared with the model's own logits.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench.io.errors import DataError, RequestError
 from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, trial_ids
+from workbench.store.manifest import UNEMBED, read_manifest
 
 _EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 
 
 class NoUnembed(RequestError):
-    """The logits are not a norm, a linear map and a cap of the last residual stream; the text says why."""
+    """The logits are not a norm, a linear map and a cap of the last residual stream; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Unembed:
-    """From the residual stream to logits: final norm, W_U, b_U, scale and soft-cap.
+    """Map from the residual stream to logits: final norm, W_U, b_U, scale and soft-cap.
 
-    Calling it on `[row, d_model]` gives `[row, vocab]` in float32: at the last block the model's own logits
-    (to 1e-4 in fp32), at earlier ones the logit lens. Cost: one product with W_U, 2 d_model vocab operations
-    a row, and 4 vocab bytes of output a row.
+    Called on rows (row, d_model) it returns logits (row, vocab) in float32: after the last block the model's own (to
+    1e-4 in float32), after earlier ones the logit lens. Costs 2 d_model vocab operations and 4 vocab bytes a row.
     """
 
     weight: Float[Tensor, "vocab d_model"]
@@ -47,14 +49,14 @@ class Unembed:
     scale: float = 1.0
     softcap: float | None = None
     tokens: tuple[str, ...] | None = None
-    """Text of each vocabulary entry; None for a model without tokenizer."""
+    """Text of each vocabulary entry; None for a model without a tokenizer."""
 
     def token(self, token_id: int) -> str:
-        """Text of one vocabulary entry; its id in brackets where no tokenizer gave one."""
+        """Returns the text of a vocabulary entry, or its id in brackets if there is none."""
         return self.tokens[token_id] if self.tokens and token_id < len(self.tokens) else f"[{token_id}]"
 
     def normed(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
-        """The final norm with statistics of `resid` itself, in float32."""
+        """Returns the final norm of `resid`, with statistics of `resid` itself, in float32."""
         return _normalise(resid.float(), self.norm, self.eps) * self.gain + self.shift
 
     def __call__(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
@@ -63,18 +65,17 @@ class Unembed:
 
     @property
     def vocab(self) -> int:
+        """Number of vocabulary entries."""
         return self.weight.shape[0]
 
     def to(self, device: str | torch.device) -> Unembed:
-        """The same on another device."""
+        """Returns the unembedding on another device."""
         moved = {name: part.to(device) for name, part in _tensors(self).items()}
         return replace(self, **moved)
 
 
 def save_unembed(unembed: Unembed, path: str | Path, dtype: torch.dtype) -> None:
-    """Writes it as safetensors; the two large tensors in `dtype`, the model's own, so nothing is lost."""
-    from safetensors.torch import save_file
-
+    """Writes a safetensors file, with W_U and b_U in `dtype`, the model's own type, so that nothing is lost."""
     scalars = {name: getattr(unembed, name) for name in ("norm", "eps", "scale", "softcap", "tokens")}
     tensors = {name: part.detach().cpu().contiguous() for name, part in _tensors(unembed).items()}
     tensors |= {name: tensors[name].to(dtype) for name in ("weight", "bias") if name in tensors}
@@ -82,20 +83,18 @@ def save_unembed(unembed: Unembed, path: str | Path, dtype: torch.dtype) -> None
 
 
 def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> Unembed:
-    """The unembedding of a store, in float32.
+    """Reads the unembedding of a store, in float32.
 
-    Raises RequestError where the model had none that this form fits: the text says what it was.
+    Raises:
+        RequestError: The model had no unembedding of this form; the message gives the reason.
+        DataError: The file is missing.
     """
-    from safetensors import safe_open
-
-    from workbench.store.manifest import read_manifest
-
     manifest = read_manifest(store_path)
     if manifest.unembed is None:
         raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
-    path = Path(store_path) / "unembed.safetensors"
+    path = Path(store_path) / UNEMBED
     if not path.is_file():
-        raise DataError(f"store {Path(store_path).name}: unembed.safetensors is missing; run `workbench verify`")
+        raise DataError(f"store {Path(store_path).name}: {UNEMBED} is missing; run `workbench verify`")
     with safe_open(str(path), framework="pt", device=str(device)) as file:
         scalars = json.loads(file.metadata()["unembed"])
         scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
@@ -104,9 +103,14 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
 
 
 def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
-    """Measures the unembedding of a model whose last block is the submodule named `last_block`.
+    """Measures the unembedding of a model. Costs two forward passes over 2 x 7 tokens.
 
-    Costs two forward passes over 2 x 7 tokens. Raises NoUnembed where the form does not fit.
+    Args:
+        module: A Hugging Face causal LM.
+        last_block: Path of its last block.
+
+    Raises:
+        NoUnembed: The form does not fit.
     """
     head = module.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
@@ -146,7 +150,7 @@ def _compare(ours: Tensor, logits: Tensor, module: nn.Module) -> None:
 def _last_steps(
     module: nn.Module, head: nn.Module, last_block: str, ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, nn.Module | None]:
-    """One pass: the last residual stream, what the head gets, the logits, and the norm between them."""
+    """Last residual stream, input of the head, logits, and the norm between stream and head, from one pass."""
     blocks = last_block.rsplit(".", 1)[0]
     outside = {path: part for path, part in module.named_modules() if path and not f"{path}.".startswith(f"{blocks}.")}
     block, heads, steps = [], [], {}
@@ -182,7 +186,7 @@ def _last_steps(
 
 
 def _after_head(module: nn.Module, head: nn.Module, ids: Tensor, mask: Tensor) -> tuple[float, float | None, int]:
-    """What the model does to its head's output, read off a ramp put in its place: (scale, soft-cap, vocab)."""
+    """Scale, soft-cap and vocabulary that the model applies to its head's output, from a ramp that replaces it."""
     width = head.weight.shape[0]
     steps = torch.logspace(-2, 4, (width + 1) // 2, device=head.weight.device)
     ramp = torch.stack([steps, -steps], dim=1).flatten()[:width]
@@ -204,7 +208,7 @@ def _after_head(module: nn.Module, head: nn.Module, ids: Tensor, mask: Tensor) -
 
 
 def _snap(value: float, module: nn.Module, coarse: bool) -> float:
-    """`value`, or the number of the config (or its reciprocal) that it must have come from."""
+    """`value`, or the number of the config (or its reciprocal) that it equals up to rounding."""
     numbers = [v for v in text_config(module).to_dict().values() if isinstance(v, float | int) and v and v is not True]
     known = [1.0, *map(float, numbers), *(1.0 / v for v in numbers)]
     closest = min(known, key=lambda number: abs(number - value))
@@ -212,7 +216,7 @@ def _snap(value: float, module: nn.Module, coarse: bool) -> float:
 
 
 def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "none"], float, Tensor, Tensor]:
-    """Finds which norm `norm` is by what it does to random rows of very different size."""
+    """Fits RMSNorm and LayerNorm to the outputs of `norm` on random rows of very different size."""
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(256, d_model, generator=generator, dtype=torch.float64)
@@ -220,9 +224,9 @@ def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "n
     exact = copy.deepcopy(norm).double()
     with torch.no_grad(), evaluating(exact):
         answer = first_tensor(exact(rows.to(device)[None])).double()[0].cpu()
-    own = [v for name, v in vars(norm).items() if "eps" in name and isinstance(v, float)]
+    declared = [v for name, v in vars(norm).items() if "eps" in name and isinstance(v, float)]
     best = None
-    for kind, eps in product(("rms", "layer"), dict.fromkeys([*own, *_EPS])):
+    for kind, eps in product(("rms", "layer"), dict.fromkeys([*declared, *_EPS])):
         unit = _normalise(rows, kind, eps)
         centred = unit - unit.mean(0)
         gain = (centred * answer).sum(0) / centred.square().sum(0)
@@ -259,7 +263,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:
-    """The one number by which `a` must be multiplied to be closest to `b`; exactly 1 where it is that close."""
+    """The factor that brings `a` closest to `b`; exactly 1 if it is within 1e-3 of that."""
     ratio = ((a.double() * b.double()).sum() / a.double().square().sum()).item()
     return 1.0 if abs(ratio - 1) < 1e-3 else ratio
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from workbench import embedded
 from workbench.io.errors import DataError, RequestError, nearest
-from workbench.model.load import folders, quietly, usable_device
+from workbench.model.load import quietly, usable_device
+from workbench.model.location import folders
 from workbench.sae.formats import Converted, converter, read_object
 
 if TYPE_CHECKING:
