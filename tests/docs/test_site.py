@@ -1,0 +1,79 @@
+"""The documentation as a site: the reference has every public name, links out of docs/ exist, pages name real commands."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import tomllib
+
+import pytest
+from documents import ROOT, pages
+
+DOCS = ROOT / "docs"
+
+
+def load_hook():
+    spec = importlib.util.spec_from_file_location("docs_site", DOCS / "_site.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    return hook
+
+
+HOOK = load_hook()
+
+
+@pytest.mark.parametrize("name", HOOK.public_names())
+def test_a_public_name_is_in_the_reference_and_has_a_docstring(name):
+    entries = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    module, _, last = name.rpartition(".")
+    assert re.search(rf"^::: ({re.escape(name)}|{re.escape(module)})$", entries, re.MULTILINE), "add it to docs/reference"
+    value = getattr(importlib.import_module(module), last)
+    if callable(value):
+        assert inspect.getdoc(value), "write its docstring"
+
+
+def test_the_start_page_is_the_readme_with_links_within_the_site():
+    page = HOOK.start_page((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "](tutorial.md)" in page
+    assert "](images/logit-lens.png)" in page
+    assert f"{HOOK.repository()}/blob/main/docs/" not in page
+
+
+def test_addresses_of_the_repository_name_files_that_exist():
+    """PyPI shows README.md, so its links are addresses; pages of docs/ link to files beside docs/."""
+    addresses = re.findall(rf"{re.escape(HOOK.repository())}/(?:blob|raw)/main/([^)\s#]+)", (ROOT / "README.md").read_text())
+    assert len(addresses) > 20
+    missing = [path for path in addresses if not (ROOT / path).exists()]
+    for page in DOCS.rglob("*.md"):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        missing += [f"{page.name}: {link}" for link in links if not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_readme_has_no_relative_link():
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_inline_commands_name_commands_and_flags_that_exist():
+    """Commands in running text and in tables; those in blocks are executed."""
+    help_of: dict[tuple[str, ...], str] = {}
+    wrong = []
+    for page in pages():
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for command in re.findall(r"`workbench ([a-z][^`]*)`", text):
+            verb, *words = command.split()
+            known = help_of.setdefault((verb,), HOOK.help_text([verb]))
+            flags = [word for word in words if word.startswith("--")]
+            wrong += [f"{page.name}: workbench {command}" for flag in flags if flag not in known]
+            wrong += [] if known else [f"{page.name}: workbench {command}"]
+    assert wrong == []
+
+
+def test_the_extra_for_the_site_is_pinned():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    pins = (ROOT / "constraints.txt").read_text().lower()
+    assert all(f"\n{re.split(r'[\[<>=]', one)[0].lower()}==" in pins for one in extras["docs"])
