@@ -4,6 +4,7 @@ every public name is documented."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -17,8 +18,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "build" / "site-source" / "workbench"
 INSIDE = ("probes", "experiments")
 """Folders of the repository's top level that are installed inside the package."""
-COMMANDS = "<!-- commands -->"
-"""Place of the generated text in reference/cli.md."""
+COMMANDS, NAMES = "<!-- commands -->", "<!-- names -->"
+"""Places of generated text: in reference/cli.md, in reference/probing.md."""
+MODULES = ("workbench", "workbench.probes", "workbench.probing")
+"""Modules whose public names must be documented."""
 
 
 def repository() -> str:
@@ -45,6 +48,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return start_page((ROOT / "README.md").read_text(encoding="utf-8"))
     if place == "reference/cli.md":
         markdown = markdown.replace(COMMANDS, commands())
+    if place == "reference/probing.md":
+        markdown = markdown.replace(NAMES, "\n".join(f"::: {name}" for name in names_of("workbench.probing")))
     return re.sub(r"\]\(\.\./(?!\w+\.md)([\w/.-]+)", rf"]({repository()}/blob/main/\1", markdown)
 
 
@@ -93,10 +98,12 @@ def on_post_build(config: Any, **_: Any) -> None:
 
 
 def public_names() -> list[str]:
-    """Returns the public names with their module: of `workbench`, `workbench.probes` and `workbench.probing`."""
-    sys.path.insert(0, str(ROOT))
-    import importlib
-    from importlib.util import find_spec
+    """Returns the public names of `MODULES`, each with its module."""
+    return [name for module in MODULES for name in names_of(module)]
 
-    modules = [name for name in ("workbench", "workbench.probes", "workbench.probing") if find_spec(name)]
-    return [f"{name}.{one}" for name in modules for one in importlib.import_module(name).__all__]
+
+def names_of(module: str) -> list[str]:
+    """Returns the public names of a module, with the module."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return [f"{module}.{name}" for name in importlib.import_module(module).__all__]

@@ -1,4 +1,4 @@
-"""The documentation as a site: the reference has every public name, links out of docs/ exist, pages name real commands."""
+"""The documentation as a site: a reference of every public name, links and inline commands that exist."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ HOOK = load_hook()
 def test_a_public_name_is_in_the_reference_and_has_a_docstring(name):
     entries = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
     module, _, last = name.rpartition(".")
-    assert re.search(rf"^::: ({re.escape(name)}|{re.escape(module)})$", entries, re.MULTILINE), "add it to docs/reference"
+    generated = module == "workbench.probing" and HOOK.NAMES in entries
+    assert generated or re.search(rf"^::: {re.escape(name)}$", entries, re.MULTILINE), "add it to docs/reference"
     value = getattr(importlib.import_module(module), last)
-    if callable(value):
+    if inspect.isroutine(value) or inspect.isclass(value):
         assert inspect.getdoc(value), "write its docstring"
 
 
@@ -43,7 +44,9 @@ def test_the_start_page_is_the_readme_with_links_within_the_site():
 
 def test_addresses_of_the_repository_name_files_that_exist():
     """PyPI shows README.md, so its links are addresses; pages of docs/ link to files beside docs/."""
-    addresses = re.findall(rf"{re.escape(HOOK.repository())}/(?:blob|raw)/main/([^)\s#]+)", (ROOT / "README.md").read_text())
+    addresses = re.findall(
+        rf"{re.escape(HOOK.repository())}/(?:blob|raw)/main/([^)\s#]+)", (ROOT / "README.md").read_text()
+    )
     assert len(addresses) > 20
     missing = [path for path in addresses if not (ROOT / path).exists()]
     for page in DOCS.rglob("*.md"):
@@ -76,4 +79,5 @@ def test_the_extra_for_the_site_is_pinned():
     with open(ROOT / "pyproject.toml", "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     pins = (ROOT / "constraints.txt").read_text().lower()
-    assert all(f"\n{re.split(r'[\[<>=]', one)[0].lower()}==" in pins for one in extras["docs"])
+    names = [re.split(r"[\[<>=]", one)[0].lower() for one in extras["docs"]]
+    assert [name for name in names if f"\n{name}==" not in pins] == []
