@@ -274,7 +274,7 @@ def test_features_of_a_segment_that_was_not_committed_bind_nobody(llama, sequenc
 def test_a_resumed_recording_without_them_is_refused(llama, sequences, sae, tmp_path, monkeypatch):
     interrupted(llama, sequences, tmp_path / "p", 2, monkeypatch, sites=["embed"], sae=sae)
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sites=["embed"]))
-    assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store, none asked" in text
+    assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store, none requested" in text
     half = record(llama, sequences, tmp_path / "p", sites=["embed"], sae=sae)
     assert half.manifest.complete
 

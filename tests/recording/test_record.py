@@ -281,9 +281,9 @@ def test_append_adds_texts_behind(llama, sequences, tmp_path):
 def test_other_settings_model_or_texts_are_refused_with_the_difference(llama, tiny_models, sequences, tmp_path):
     record(llama, sequences, tmp_path / "s", context=16)
     for settings, difference in (
-        ({"context": 8}, "context: 16 in the store, 8 asked"),
-        ({"dtype": "float16"}, "dtype: float32 in the store, float16 asked"),
-        ({"sites": ["resid_post.0"]}, "site resid_post.1: .* in the store, none asked"),
+        ({"context": 8}, "context: 16 in the store, 8 requested"),
+        ({"dtype": "float16"}, "dtype: float32 in the store, float16 requested"),
+        ({"sites": ["resid_post.0"]}, "site resid_post.1: .* in the store, none requested"),
     ):
         with pytest.raises(RequestError, match=difference):
             record(llama, sequences, tmp_path / "s", **{"context": 16, **settings})
@@ -339,7 +339,7 @@ def test_texts_without_tokenizer_are_refused(llama, tmp_path):
 
 def test_a_folder_of_somebody_elses_is_left_alone(llama, sequences, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RequestError, match="is not empty and no store"):
+    with pytest.raises(RequestError, match="is not empty and not a store"):
         record(llama, sequences, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -99,7 +99,7 @@ def test_appending_needs_the_same_labels(model, tmp_path):
         RequestError, match=r"^the token table's columns are .*entity_span int32; the store's are .*rank_sp"
     ):
         record(model, others, tmp_path / "s", append=True)
-    with pytest.raises(RequestError, match="span_column: spans in the store, None asked"):
+    with pytest.raises(RequestError, match="span_column: spans in the store, None requested"):
         record(model, RECORDS, tmp_path / "s", span_column=None)
 
 

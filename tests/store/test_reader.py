@@ -88,8 +88,8 @@ def test_an_array_says_what_it_is(store):
         (-23, "row -23 is out of range: resid_post.0 has 22 rows"),
         ([0, 99], "row 99 is out of range: resid_post.0 has 22 rows"),
         ([-99, 0], "row -99 is out of range: resid_post.0 has 22 rows"),
-        ([True] * 4, "a mask of shape (4,) does not choose among the 22 rows of resid_post.0"),
-        ([1.0], "rows of resid_post.0 are chosen by whole numbers, slices, masks or Rows, not float64 values"),
+        ([True] * 4, "a mask of shape (4,) does not select among the 22 rows of resid_post.0"),
+        ([1.0], "rows of resid_post.0 are selected by integers, slices, masks or Rows, not float64 values"),
         ((0, 1), "resid_post.0 is indexed by rows alone: write array[rows][:, ...] for the other axes"),
     ],
 )
@@ -200,8 +200,8 @@ def test_a_site_has_three_names(store):
 @pytest.mark.parametrize(
     ("asked", "tail"),
     [
-        (("resid_post", 7), "; to have it: workbench record demo TEXT --sites resid_post.7 --out ANOTHER_STORE"),
-        ("embed", "; to have it: workbench record demo TEXT --sites embed --out ANOTHER_STORE"),
+        (("resid_post", 7), "; to record it: workbench record demo TEXT --sites resid_post.7 --out ANOTHER_STORE"),
+        ("embed", "; to record it: workbench record demo TEXT --sites embed --out ANOTHER_STORE"),
         ("resid_pst.1", "; nearest: resid_post.1, resid_post.0, blocks.1.hook_resid_post"),
         ("xyz", ""),
     ],

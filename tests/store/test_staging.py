@@ -9,7 +9,7 @@ from workbench.io.errors import DataError, RequestError
 from workbench.store.groups import token_files
 from workbench.store.manifest import SEGMENTS, read_manifest
 from workbench.store.query import select_rows
-from workbench.store.staging import PlannedSegment, hand_in, staged, waiting
+from workbench.store.staging import PlannedSegment, stage_segment, submit_segment, submitted_row
 
 LENGTHS = [[3, 2], [4], [1, 1, 1], [5]]
 
@@ -25,14 +25,14 @@ def planned(segments=LENGTHS) -> list[PlannedSegment]:
 def stage(path, plan: PlannedSegment, lengths, tokens=None) -> None:
     manifest = read_manifest(path)
     tokens = token_table(lengths, plan.first_row, plan.first_sequence) if tokens is None else tokens
-    with staged(path, manifest, plan, tokens) as segment:
+    with stage_segment(path, manifest, plan, tokens) as segment:
         for site in manifest.sites:
             segment.write(site.name, 0, values(site, plan.first_row, plan.rows))
 
 
 def write(path, index: int) -> None:
     stage(path, planned()[index], LENGTHS[index])
-    hand_in(path, planned()[index])
+    submit_segment(path, planned()[index])
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_any_order_gives_the_bytes_of_one_writer_and_readers_see_no_gap(tmp_path
     path, done = tmp_path / "x", set()
     with writing(path, shared=shared) as store:
         store.begin(part_of(LENGTHS), append=False)
-        assert store.take_up(planned()) == planned()
+        assert store.resume_segments(planned()) == planned()
         for index in order:
             write(path, index)
-            store.commit_waiting()
+            store.commit_submitted()
             done.add(index)
             first_gap = next(i for i in range(5) if i not in done)
             assert read_manifest(path).rows == sum(map(sum, LENGTHS[:first_gap]))
@@ -61,21 +61,21 @@ def test_what_was_finished_is_kept_and_the_rest_done_again(tmp_path, expected):
     path = tmp_path / "x"
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
-        store.take_up(planned())
+        store.resume_segments(planned())
         write(path, 0)
-        store.commit_waiting()
+        store.commit_submitted()
         write(path, 2)
         stage(path, planned()[3], LENGTHS[3])
         (path / SEGMENTS / "00001.0a1b2c3d.partial").mkdir()
     kept = (path / SEGMENTS / "00002").stat().st_ino
     with writing(path) as store:
         assert store.begin(part_of(LENGTHS), append=False) == 1
-        left = store.take_up(planned())
+        left = store.resume_segments(planned())
         assert [segment.name for segment in left] == ["00001", "00003"]
         assert sorted(entry.name for entry in (path / SEGMENTS).iterdir()) == ["00000", "00002", "00002.json"]
         for index in (3, 1):
             write(path, index)
-        store.commit_waiting()
+        store.commit_submitted()
     assert (path / SEGMENTS / "00002").stat().st_ino == kept
     assert contents(path) == expected
 
@@ -85,7 +85,7 @@ def test_a_finished_segment_that_is_not_as_planned_is_done_again(tmp_path, expec
     path = tmp_path / "x"
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
-        store.take_up(planned())
+        store.resume_segments(planned())
         write(path, 1)
         folder, plan = path / SEGMENTS / "00001", planned()
         if harm == "cut":
@@ -96,9 +96,9 @@ def test_a_finished_segment_that_is_not_as_planned_is_done_again(tmp_path, expec
             folder.with_name("00001.json").write_text("{}")
         else:
             plan[1] = PlannedSegment(**{**vars(plan[1]), "digest": "other"})
-        assert [segment.name for segment in store.take_up(plan)] == ["00000", "00001", "00002", "00003"]
+        assert [segment.name for segment in store.resume_segments(plan)] == ["00000", "00001", "00002", "00003"]
         assert not folder.exists()
-        assert waiting(path, "00001") is None
+        assert submitted_row(path, "00001") is None
 
 
 def test_a_row_that_nobody_planned_is_never_listed(tmp_path):
@@ -106,8 +106,8 @@ def test_a_row_that_nobody_planned_is_never_listed(tmp_path):
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
         stage(path, planned()[0], LENGTHS[0])
-        hand_in(path, planned()[0])
-        store.commit_waiting()  # before take_up said that it is what is asked for
+        submit_segment(path, planned()[0])
+        store.commit_submitted()  # before resume_segments said that it is what is asked for
         assert read_manifest(path).segments == ()
 
 
@@ -115,7 +115,7 @@ def test_of_two_writers_of_a_segment_the_first_to_finish_wins(tmp_path, expected
     path, plan = tmp_path / "x", planned()
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
-        store.take_up(plan)
+        store.resume_segments(plan)
         write(path, 0)
         first = (path / SEGMENTS / "00000").stat().st_ino
         write(path, 0)
@@ -128,7 +128,7 @@ def test_of_two_writers_of_a_segment_the_first_to_finish_wins(tmp_path, expected
             if index == 0:
                 shutil.rmtree(path / SEGMENTS / "00000")
             write(path, index)
-        store.commit_waiting()
+        store.commit_submitted()
     assert contents(path) == expected
 
 
@@ -136,13 +136,13 @@ def test_an_unfinished_segment_cannot_be_handed_in(tmp_path):
     path, plan = tmp_path / "x", planned()[0]
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
-        with pytest.raises(KeyError), staged(path, store.manifest, plan, token_table(LENGTHS[0])):
+        with pytest.raises(KeyError), stage_segment(path, store.manifest, plan, token_table(LENGTHS[0])):
             raise KeyError
         assert list((path / SEGMENTS).iterdir()) == []
         with pytest.raises(
             DataError, match=r"segment\.json cannot be read: No such file or directory; record it again"
         ):
-            hand_in(path, plan)
+            submit_segment(path, plan)
 
 
 # ---- several writers --------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ def test_two_that_share_a_store_list_each_others_segments(tmp_path, expected):
     with writing(path, shared=True) as one, writing(path, shared=True) as two:
         for store in (one, two):
             store.begin(part_of(LENGTHS), append=False)
-            assert store.take_up(planned()) == planned()
+            assert store.resume_segments(planned()) == planned()
         for store, index in ((two, 1), (one, 0), (two, 3), (one, 2)):
             write(path, index)
-            store.commit_waiting()
+            store.commit_submitted()
         assert one.manifest == read_manifest(path)
-        two.commit_waiting()
+        two.commit_submitted()
         assert two.manifest == one.manifest
     assert contents(path) == expected
 
@@ -167,18 +167,18 @@ def test_who_comes_late_touches_nothing_that_others_are_writing(tmp_path, expect
     path, plan = tmp_path / "x", planned()
     with writing(path, shared=True) as one, writing(path, shared=True) as late:
         one.begin(part_of(LENGTHS), append=False)
-        assert one.take_up(plan, plan[0::2]) == plan[0::2]
+        assert one.resume_segments(plan, plan[0::2]) == plan[0::2]
         stage(path, plan[0], LENGTHS[0])  # named, not yet handed in
         for name in ("00002.0a1b2c3d.partial", "00003.0a1b2c3d.partial"):
             (path / SEGMENTS / name).mkdir()
         late.begin(part_of(LENGTHS), append=False)
-        assert late.take_up(plan, plan[1::2]) == plan[1::2]
+        assert late.resume_segments(plan, plan[1::2]) == plan[1::2]
         assert sorted(entry.name for entry in (path / SEGMENTS).iterdir()) == ["00000", "00002.0a1b2c3d.partial"]
         (path / SEGMENTS / "00002.0a1b2c3d.partial").rmdir()
-        hand_in(path, plan[0])
+        submit_segment(path, plan[0])
         for index in (1, 2, 3):
             write(path, index)
-        late.commit_waiting()
+        late.commit_submitted()
     assert contents(path) == expected
 
 
@@ -199,8 +199,10 @@ def test_who_shares_a_store_may_not_append_nor_make_another_recording(tmp_path):
             one.begin(part_of(LENGTHS), append=True)
         one.begin(part_of(LENGTHS), append=False)
         two.begin(part_of([[9]]), append=False)  # nothing is committed yet, so it takes the place
-        with pytest.raises(RequestError, match="another process makes another recording there; give all that share"):
-            one.take_up(planned())
+        with pytest.raises(
+            RequestError, match="another process makes another recording there; all processes that share"
+        ):
+            one.resume_segments(planned())
 
 
 def test_verify_tells_what_waits_from_what_a_crash_left(tmp_path):
@@ -209,7 +211,7 @@ def test_verify_tells_what_waits_from_what_a_crash_left(tmp_path):
     path = tmp_path / "x"
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
-        store.take_up(planned())
+        store.resume_segments(planned())
         write(path, 2)
     found = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
     assert found == [("manifest.json", "incomplete", "note"), ("00002", "waiting", "note")]

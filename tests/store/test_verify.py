@@ -183,7 +183,7 @@ def test_values_that_are_not_finite_are_errors_even_where_the_model_gave_them(tm
             segment.count(site.name, nonfinite=2 * counted)
     assert found(tmp_path / "x") == [("00001", site.file, "not finite")]
     detail = verify(tmp_path / "x")["detail"].tolist()
-    assert detail == [f"2 values are NaN or infinite, {2 * counted} came so from the model; first in row 8"]
+    assert detail == [f"2 values are NaN or infinite, {2 * counted} of them from the model; first in row 8"]
 
 
 def test_the_largest_values_are_finite(tmp_path):

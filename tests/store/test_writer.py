@@ -250,7 +250,7 @@ def test_an_unfinished_append_is_resumed_by_the_same_call(tmp_path):
         message = refused(RequestError, lambda: store.begin(part_of([[6]]), append=True))
         assert message == (
             f"{path} holds other texts: 6 rows of 3 sequences from 1 documents in the store, 6 rows of 1 sequences "
-            "from 1 documents asked; resume that part with its own texts, or choose another out"
+            "from 1 documents requested; resume that part with its own texts, or choose another out"
         )
         assert store.begin(part_of([[2], [2, 2]]), append=True) == 1
         store.check(0, digest(16, [2]))
@@ -264,7 +264,7 @@ def test_other_texts_are_refused(tmp_path):
         message = refused(RequestError, lambda: store.begin(part_of([[9]], documents=4), append=False))
         assert message == (
             f"{path} holds other texts: 16 rows of 6 sequences from 1 documents in the store, 9 rows of 1 sequences "
-            "from 4 documents asked; pass append=True to add texts, or choose another out"
+            "from 4 documents requested; pass append=True to add texts, or choose another out"
         )
         assert store.begin(part_of(SEGMENTS), append=False) == 3
         message = refused(RequestError, lambda: store.check(1, digest(5, [3, 1])))
@@ -297,23 +297,24 @@ def test_a_segment_with_other_token_columns_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "difference"),
     [
-        ({"recording": Recording(context=16)}, "context: 8 in the store, 16 asked"),
-        ({"recording": Recording(context=8, metadata=())}, "metadata: None in the store, [] asked"),
+        ({"recording": Recording(context=16)}, "context: 8 in the store, 16 requested"),
+        ({"recording": Recording(context=8, metadata=())}, "metadata: None in the store, [] requested"),
         (
             {"model": replace(MODEL, fingerprint="ff" * 32)},
             "model: GPT2LMHeadModel with weights a1a1a1a1a1a1 in the store",
         ),
-        ({"model": replace(MODEL, config_fingerprint="ee")}, "model config: b2b2b2b2b2b2 in the store, ee asked"),
-        ({"model": replace(MODEL, dtype="bfloat16")}, "model dtype: float32 in the store, bfloat16 asked"),
-        ({"model": replace(MODEL, tokenizer_fingerprint=None)}, "tokenizer: c3c3c3c3c3c3 in the store, None asked"),
+        ({"model": replace(MODEL, config_fingerprint="ee")}, "model config: b2b2b2b2b2b2 in the store, ee requested"),
+        ({"model": replace(MODEL, dtype="bfloat16")}, "model dtype: float32 in the store, bfloat16 requested"),
+        ({"model": replace(MODEL, tokenizer_fingerprint=None)}, "tokenizer: c3c3c3c3c3c3 in the store, None requested"),
         (
             {"tokens_added": {"prefix": [], "suffix": [2]}},
-            "prefix tokens: [1] in the store, [] asked; suffix tokens: []",
+            "prefix tokens: [1] in the store, [] requested; suffix tokens: []",
         ),
-        ({"sites": SITES[:2]}, "site pattern.1: ('row', 'head', 'key') (2, 4) bfloat16 in the store, none asked"),
+        ({"sites": SITES[:2]}, "site pattern.1: ('row', 'head', 'key') (2, 4) bfloat16 in the store, none requested"),
         (
             {"sites": [replace(HALF, dtype="float32"), *SITES[1:]]},
-            "site resid_post.0: ('row', 'd_model') (3,) float16 in the store, ('row', 'd_model') (3,) float32 asked",
+            "site resid_post.0: ('row', 'd_model') (3,) float16 in the store, "
+            "('row', 'd_model') (3,) float32 requested",
         ),
     ],
 )
@@ -321,8 +322,8 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(tmp_path, c
     path = write_store(tmp_path / "x", SEGMENTS)
     before = contents(path)
     message = refused(RequestError, lambda: write_store(path, SEGMENTS, **changed))
-    assert message.startswith(f"{path} was recorded otherwise: {difference}")
-    assert message.endswith("; ask for the same or choose another out")
+    assert message.startswith(f"{path} was recorded with other settings: {difference}")
+    assert message.endswith("; request the same, or choose another out")
     assert contents(path) == before
 
 
@@ -331,7 +332,7 @@ def test_a_name_may_change_but_other_versions_are_warned_of(tmp_path):
     write_store(
         path, SEGMENTS, model=replace(MODEL, name="moved"), recording=Recording(sites=("resid_post.0:2",), context=8)
     )
-    with warned(r"begun with other versions: torch: 2.13.0 in the store, 2.14.0 asked; further"):
+    with warned(r"started with other library versions: torch: 2.13.0 in the store, 2.14.0 requested; further"):
         write_store(path, SEGMENTS, environment={"torch": "2.14.0"})
     assert read_manifest(path).model.name == "demo"
 
@@ -343,7 +344,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     message = refused(RequestError, lambda: write_store(tmp_path, SEGMENTS))
     assert message == (
-        f"out={tmp_path} is not empty and no store: it holds thesis.tex and no manifest.json; choose another out"
+        f"out={tmp_path} is not empty and not a store: it holds thesis.tex and no manifest.json; choose another out"
     )
     assert list(contents(tmp_path)) == ["thesis.tex"]
 

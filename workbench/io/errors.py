@@ -1,7 +1,7 @@
-"""The errors a user can meet. Each says in one line what was asked, what was found and what to do next.
+"""Errors for users: each states in one line what was requested, what was found and what to do next.
 
-There are two kinds, because a user can do two things about them: change the request, or look after the
-data. Both are also the builtin a caller would catch.
+There are two kinds, because a user can do two things about them: change the request, or repair the data. Both are also
+the builtin that a caller would catch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class WorkbenchError(Exception):
 
 
 class RequestError(WorkbenchError, ValueError):
-    """What was asked cannot be done as asked: a wrong path, an unknown site, a setting out of range."""
+    """A request that cannot be met: a wrong path, an unknown site, a setting out of range."""
 
 
 class DataError(WorkbenchError, RuntimeError):
-    """The data is not as it should be: a damaged store, a full disk, a model that answers NaN."""
+    """A problem of the data: a damaged store, a full disk, NaN from a model."""
 
 
-def nearest(asked: str, known: Iterable[str], n: int = 3) -> str:
-    """The `n` known names most like `asked`, as the tail of an error: "; nearest: a, b" or ""."""
-    close = difflib.get_close_matches(asked, list(known), n=n, cutoff=0.4)
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """Returns the `n` known names that are most similar to `name`, as the end of an error: "; nearest: a, b" or ""."""
+    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
     return f"; nearest: {', '.join(close)}" if close else ""

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, their checksums, and directories that one process writes."""
+"""Files and folders that exist as a whole or not at all, checksums, and locks of folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 from workbench.io.errors import DataError, RequestError
 
 PARTIAL = ".partial"
-"""Suffix of everything that is still being written; nobody reads it, and the next writer removes it."""
+"""Suffix of unfinished files and folders, which are never read."""
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
@@ -26,22 +26,22 @@ _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 T = TypeVar("T")
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
-"""What the system answers to a write that finds no room: no space, file size limit, quota."""
+"""Error numbers of a full disk: no space, file size limit, quota."""
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hex SHA-256 of bytes in memory."""
+    """Returns the hex SHA-256 of bytes in memory."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file, read in blocks: memory stays bounded, one pass over the file."""
+    """Returns the hex SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: str | os.PathLike[str]) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on the disk."""
+    """Waits until a file's bytes, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,7 +50,7 @@ def fsync(path: str | os.PathLike[str]) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Wait until all files and directories of `folder`, and the folder itself, are on the disk."""
+    """Waits until all files and directories of `folder`, and the folder itself, are on the disk."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             if os.path.isfile(entry := os.path.join(place, name)) and not os.path.islink(entry):
@@ -62,7 +62,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file and wait until its bytes are on the disk. FileExistsError where it exists, even as a link."""
+    """Writes a new file and waits until its bytes are on the disk. FileExistsError where it exists, even as a link."""
     with open(os.open(path, _CREATE, 0o666), "wb") as file:
         file.write(data)
         file.flush()
@@ -90,7 +90,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Replace a file, or write a new one: readers find the old bytes or the new ones, whole, even after a crash."""
+    """Replaces a file, or writes a new one: readers find the old bytes or the new ones, whole, even after a crash."""
     with new_file(path) as file:
         file.write(data)
 
@@ -113,7 +113,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def commit_folder(partial: Path, path: Path) -> None:
-    """Give a finished folder its name, `path`, and wait until the name is on the disk.
+    """Gives a finished folder its name, `path`, and waits until the name is on the disk.
 
     Its files must be on the disk already: written by this module, or after `fsync_tree`. Nothing is replaced:
     FileExistsError where `path` is anything but an empty folder, and then `partial` is left as it was.
@@ -217,11 +217,11 @@ def _create_beside(path: Path, create: Callable[[Path], T]) -> tuple[Path, T]:
             return partial, create(partial)
 
 
-# ---- all the rest -----------------------------------------------------------------------------------------
+# ---- other ------------------------------------------------------------------------------------------------
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole directory, where it exists."""
+    """Removes a file or a whole directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -229,7 +229,7 @@ def remove(path: Path) -> None:
 
 
 def human_bytes(count: int) -> str:
-    """A number of bytes as people read it, in binary units: 0 B, 1.5 KiB, 256.0 MiB."""
+    """Returns a number of bytes in binary units: 0 B, 1.5 KiB, 256.0 MiB."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -240,7 +240,7 @@ def human_bytes(count: int) -> str:
 
 @contextmanager
 def explain_full_disk(what: str, kept: str) -> Iterator[None]:
-    """Inside, a full disk raises DataError that says what was being written, and what is kept and to be done."""
+    """Inside, a full disk raises DataError with `what` was being written, and what is `kept` and to be done."""
     try:
         yield
     except OSError as error:
@@ -251,16 +251,18 @@ def explain_full_disk(what: str, kept: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the directory, made where it does not exist: alone, or `shared` with others that share it too.
+    """Locks a directory, which is made if it does not exist. The lock is the kernel's: it ends with the process.
 
-    The lock is the kernel's: it ends with the process. Where another process holds it: RequestError, or, with `wait`,
-    which is called once before, waiting for its turn.
+    Args:
+        path: The directory.
+        shared: Other processes may lock it at the same time, if they also share it.
+        wait: Called once if another process has locked it, before waiting for that. None: RequestError instead.
     """
     while True:
         descriptor = _opened_folder(path)
         try:
             _lock(path, descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-            if _is_at(path, descriptor):  # else whom we waited for has renamed or removed it
+            if _is_at(path, descriptor):  # else the other process has renamed or removed it
                 yield
                 return
         finally:

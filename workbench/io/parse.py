@@ -1,4 +1,4 @@
-"""JSON to frozen records and back, strictly: what a record does not declare is refused by file and key."""
+"""JSON to frozen records and back: a key that a record does not declare is an error with file and key."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "
 
 
 def to_json(record: object) -> str:
-    """The one JSON text of a record or dict: keys sorted, an entry a line, nothing that changes from run to run."""
+    """Returns the canonical JSON of a record or dict: keys sorted, an entry a line, the same in every run."""
     return _lines(record, 1) + "\n"
 
 
 def from_json(text: str | bytes, source: object) -> dict[str, Any]:
-    """The object in `text`; `source` names it in the DataError raised where it is none."""
+    """Returns the object in `text`. DataError, with the name `source`, where it is not a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -31,7 +31,7 @@ def from_json(text: str | bytes, source: object) -> dict[str, Any]:
 
 
 def parse(kind: Any, value: object, where: str) -> Any:
-    """Parse a JSON value as `kind`: a record, str, int, bool, tuple[X, ...], dict[str, X], X | None or Any.
+    """Parses a JSON value as `kind`: a record, str, int, bool, tuple[X, ...], dict[str, X], X | None or Any.
 
     Raises:
         DataError: A key that is missing or unknown, or a value of another type. `where` is the file and the keys
@@ -64,12 +64,12 @@ def _parse_record(kind: type, value: object, where: str) -> Any:
     parsed = {name: parse(hint, found[name], f"{where}: {name}") for name, hint in hints.items()}
     try:
         return kind(**parsed)
-    except ValueError as error:  # the record's own check of a value of the right type
+    except ValueError as error:  # the record's check of a value of the right type
         raise DataError(f"{where}: {error}") from None
 
 
 def _expect(kind: type[T], value: object, where: str) -> T:
-    # bool is an int to Python, but `true` is no number of rows
+    # bool is an int in Python, but `true` is not a number of rows
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise DataError(f"{where}: expected {_NAMES[kind]}, found {json.dumps(value, default=str)[:60]}")
@@ -81,7 +81,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _lines(value: object, depth: int) -> str:
-    """Two levels of the text, indented; what lies deeper stays on its line, in the quick hands of the C encoder."""
+    """Two levels of the text, indented; deeper ones stay on one line, written by the C encoder."""
     value = _fields(value) if dataclasses.is_dataclass(value) else value
     if depth > 2 or not value or not isinstance(value, dict | list | tuple):
         return _encode(value)

@@ -18,7 +18,7 @@ EVERY = 10.0
 def progress(
     label: str, total: int | None, unit: str, *, shown: bool = True, done: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with how many more are finished. `done` were finished before we began."""
+    """Yields a function to call with the number of further units finished. `done`: those finished before."""
     if not shown:
         yield lambda _n: None
     elif sys.stderr.isatty() or _in_notebook():
@@ -29,13 +29,13 @@ def progress(
 
 
 def _in_notebook() -> bool:
-    """Whether a notebook's kernel runs this process: that its package is imported says nothing."""
+    """True in the process of a notebook's kernel; an imported IPython package alone does not show that."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel")
 
 
 def _bar() -> type:
-    """tqdm's bar for where we are: a widget in a notebook that has ipywidgets, else characters."""
+    """tqdm's bar: a widget in a notebook that has ipywidgets, else characters."""
     if _in_notebook() and find_spec("ipywidgets"):
         from tqdm.notebook import tqdm
     else:
@@ -59,7 +59,7 @@ class _Lines:
             PROGRESS.info(self.line(now - self.began))
 
     def line(self, seconds: float) -> str:
-        """What is said after `seconds` of work."""
+        """Returns the line after `seconds` of work."""
         rate = self.new / seconds
         of = f" of {self.total:,}" if self.total else ""
         left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
@@ -67,7 +67,7 @@ class _Lines:
 
 
 def duration(seconds: float) -> str:
-    """`95` -> "1 min 35 s"."""
+    """Returns "1 min 35 s" for 95."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

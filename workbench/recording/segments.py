@@ -29,7 +29,7 @@ from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import SiteRecord
 from workbench.store.segment import SegmentWriter
-from workbench.store.staging import PlannedSegment, hand_in, staged
+from workbench.store.staging import PlannedSegment, stage_segment, submit_segment
 from workbench.store.writer import Writer, check_space, explain_full_disk, required_bytes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def write_part(
         DataError: The disk is full, a row to encode is not finite, or workers died too often over a segment.
     """
     share = workers.share_of(segments)
-    left = writer.take_up(segments, share)
+    left = writer.resume_segments(segments, share)
     rows, rows_left = (sum(segment.rows for segment in some) for some in (share, left))
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
     encoded = recorder.encoded_only if left else None
@@ -67,8 +67,8 @@ def write_part(
         closing(write_segments(recorder, left, workers, advance)) as written,
     ):
         for _ in written:
-            writer.commit_waiting()
-    writer.commit_waiting()
+            writer.commit_submitted()
+    writer.commit_submitted()
 
 
 def write_segments(
@@ -162,7 +162,7 @@ class SegmentRecorder:
             text_of=partial(token_texts, self.model.tokenizer),
         )
         with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
-            with staged(plan.store, plan.manifest, planned, table) as segment:
+            with stage_segment(plan.store, plan.manifest, planned, table) as segment:
                 if self.encode is None:
                     _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance)
                 else:  # its features first: a segment that is finished has them
@@ -170,7 +170,7 @@ class SegmentRecorder:
                     sites = [*self.sites, self.encoded_only.tap]
                     _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance)
                     self.encode(planned.first_row, buffered.values, lengths.tolist())
-            hand_in(plan.store, planned)
+            submit_segment(plan.store, planned)
 
 
 class SegmentWithBuffer:

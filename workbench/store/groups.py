@@ -1,8 +1,8 @@
-"""The token tables of many segments as one file, so that a query of a large store opens few.
+"""Groups: the token tables of many segments in one file, so that a query of a large store opens few files.
 
-`tokens/00000-00063-1f2e3d4c5b6a.parquet` holds a row group for each of these segments, whose own tables stay what
-counts: a group is made of them, named after their checksums, and may be removed at any time; a query then reads the
-segments' files. Opening a file costs a query as much as reading some thousand rows of it.
+`tokens/00000-00063-1f2e3d4c5b6a.parquet` has a row group for each of these segments. The tables of the segments remain
+the original: a group is a copy of them, named after their checksums, and may be removed at any time; a query then reads
+the segments' files. Opening a file costs a query as much as reading some thousand rows of it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from workbench.store.token_table import parquet_options, read_schema, read_token
 
 GROUPS = "tokens"
 SIZE = 64
-"""Segments of a group; fewer, at the end of a store, stay by themselves."""
+"""Segments of a group; fewer, at the end of a store, are not grouped."""
 
 
 def token_files(path: Path, manifest: Manifest) -> list[Path]:
-    """The files that hold all committed rows' tokens, in row order: groups where there are any, segments' elsewhere."""
-    found: list[Path] = []
+    """Returns the files with the tokens of all committed rows, in row order: groups where they exist, else segments."""
+    paths: list[Path] = []
     for first, group in _groups(manifest):
         file = group_file(path, group)
         if len(group) == SIZE and file.exists():
-            found.append(file)
+            paths.append(file)
         else:
-            found += [path / SEGMENTS / segment.name / TOKENS for segment in manifest.segments[first : first + SIZE]]
-    return found
+            paths += [path / SEGMENTS / segment.name / TOKENS for segment in manifest.segments[first : first + SIZE]]
+    return paths
 
 
 def write_groups(path: Path, manifest: Manifest) -> None:
-    """Write the last groups that are complete and not there. Holds one segment's table at a time."""
+    """Writes the last groups that are complete and missing. Memory: one segment's table at a time."""
     for _, group in reversed(list(_groups(manifest))):
         file = group_file(path, group)
         if len(group) < SIZE:
@@ -49,12 +49,12 @@ def write_groups(path: Path, manifest: Manifest) -> None:
 
 
 def complete_groups(path: Path, manifest: Manifest) -> list[tuple[Path, tuple[Segment, ...]]]:
-    """Each group's file, there or not, and its segments."""
+    """Returns the file of each group, whether it exists or not, and its segments."""
     return [(group_file(path, group), group) for _, group in _groups(manifest) if len(group) == SIZE]
 
 
 def group_file(path: Path, group: tuple[Segment, ...]) -> Path:
-    """Where the group of these segments lies."""
+    """Returns the path of the group of these segments."""
     digest = files.sha256_bytes("".join(segment.checksum for segment in group).encode())
     return path / GROUPS / f"{group[0].name}-{group[-1].name}-{digest[:12]}.parquet"
 

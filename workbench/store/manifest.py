@@ -1,7 +1,7 @@
-"""What a store holds, as frozen records: parsed at the border, written last, the same bytes for the same recording.
+"""Records of a store: parsed strictly, written last, byte-identical for the same recording.
 
 `manifest.json` lists the committed segments with a checksum of each one's `segment.json`, which in turn holds the
-checksums of the segment's files. What the manifest does not list does not exist.
+checksums of the segment's files. Segments that the manifest does not list are not read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """A recorded place in the model; in every segment it is one file with one tensor [rows, *shape]."""
+    """A recorded site of the model: in every segment one file with one tensor [rows, *shape]."""
 
     name: str
     """TransformerLens name: `blocks.3.hook_resid_post`."""
@@ -53,8 +53,8 @@ class SiteRecord:
 
     def __post_init__(self) -> None:
         for name in (self.name, self.short):
-            if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):  # it becomes a file's name
-                raise ValueError(f"{name!r} is no site name; letters, digits, '_', '.' and '-' only")
+            if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):  # it becomes a file name
+                raise ValueError(f"{name!r} is not a site name; use letters, digits, '_', '.' and '-' only")
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"dtype of {self.name} must be one of {', '.join(ITEM_BYTES)}, not {self.dtype!r}")
         if self.axes[:1] != ("row",) or len(self.axes) != len(self.shape) + 1 or min(self.shape, default=1) < 1:
@@ -62,7 +62,7 @@ class SiteRecord:
 
     @property
     def label(self) -> str:
-        """The short form, or the name where there is none: what errors, tensors and files call the site."""
+        """The short form, or the name where there is none: the name of the site in errors, tensors and files."""
         return self.short or self.name
 
     @property
@@ -78,10 +78,10 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The model that was recorded; two with the same fingerprints give the same activations."""
+    """The recorded model; two models with the same fingerprints give the same activations."""
 
     name: str
-    """What the model was asked for by, without a machine's own paths."""
+    """Hub id or name of the model's folder, without the path to it."""
     architecture: str
     fingerprint: str
     """SHA-256 of the weights."""
@@ -89,46 +89,46 @@ class ModelRecord:
     tokenizer_fingerprint: str | None
     """None: recorded from token ids, without a tokenizer."""
     dtype: str
-    """Type the model computed in."""
+    """Type in which the model computed."""
     revision: str | None
     n_layers: int
     d_model: int
     vocab: int
     adapter: str | None
-    """TransformerLens' adapter that gave the site names; None: found by structure."""
+    """TransformerLens adapter that gave the site names; None: found by structure."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The texts of one recording call, as planned; a store that was appended to has several."""
+    """Texts of one recording call, as planned; a store that was appended to has several."""
 
     rows: int
     sequences: int
     documents: int
     skipped_documents: int
-    """Documents without a token of their own."""
+    """Documents without a token."""
     replaced_characters: int
     """Characters that are not valid Unicode, stored as U+FFFD."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A committed slice of the store."""
+    """Consecutive committed rows of the store."""
 
     name: str
     """Folder under `segments/`: 00000, 00001, ..."""
     rows: int
     sequences: int
     part: int
-    """Index of the part its texts came from."""
+    """Index of the part that its texts belong to."""
     digest: str
-    """SHA-256 over the token ids and sequence lengths: the same texts, cut the same way."""
+    """SHA-256 over the token ids and sequence lengths."""
     checksum: str
     """SHA-256 of its `segment.json`."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\d{5,}", self.name, re.ASCII):
-            raise ValueError(f"{self.name!r} is no segment name; five digits or more expected")
+            raise ValueError(f"{self.name!r} is not a segment name; five digits or more expected")
         if self.rows < 1:
             raise ValueError(f"segment {self.name} has {self.rows} rows; at least 1 expected")
 
@@ -143,36 +143,36 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class SegmentRecord:
-    """`segment.json`: what a segment's folder holds, and what its recorder counted."""
+    """`segment.json`: files of a segment, and counts of its recording."""
 
     files: dict[str, FileRecord]
     rows: int
     sequences: int
     overflow: dict[str, int]
-    """Values beyond the stored type's range, stored as its largest, by site name; sites without any left out."""
+    """Number of values beyond the stored type's range, stored as its largest, by site name; only counts above 0."""
     nonfinite: dict[str, int]
-    """NaN and infinite values the model itself gave, by site name; sites without any left out."""
+    """Number of NaN and infinite values of the model, by site name; only counts above 0."""
     model: str
     """Fingerprint of the model."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All there is to know of a store before opening its arrays."""
+    """Description of a store: model, sites, settings, committed segments."""
 
     model: ModelRecord
     sites: tuple[SiteRecord, ...]
     recording: dict[str, Any]
-    """The settings asked for: the fields of `Recording`, and `features` where those of a site were extracted that is
-    not stored."""
+    """Settings: the fields of `Recording`, and `features` where features were extracted from a site that is not
+    stored."""
     tokens_added: dict[str, tuple[int, ...]]
-    """Token ids put around each sequence: `prefix` (BOS) and `suffix`."""
+    """Token ids added around each sequence: `prefix` (BOS) and `suffix`."""
     environment: dict[str, str]
     """Library versions at the time of the recording."""
     unembed: str | None
-    """SHA-256 of `unembed.safetensors` (final norm and W_U); None: there is none."""
+    """SHA-256 of `unembed.safetensors` (final norm and W_U); None: the store has none."""
     unembed_reason: str | None
-    """Why there is no unembedding; None where there is one."""
+    """Reason why there is no unembedding; None where there is one."""
     parts: tuple[Part, ...] = ()
     segments: tuple[Segment, ...] = ()
     format: str = FORMAT
@@ -190,12 +190,12 @@ class Manifest:
 
     @property
     def complete(self) -> bool:
-        """Whether every planned row is committed."""
+        """True if every planned row is committed."""
         return self.rows == self.planned_rows
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all it says: two stores with the same hold the same rows of the same model."""
+        """SHA-256 of the manifest: two stores with the same fingerprint have the same rows of the same model."""
         return manifest_checksum({field.name: getattr(self, field.name) for field in fields(self)})
 
     @cached_property
@@ -205,7 +205,7 @@ class Manifest:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the store at `path`, as it is at this moment.
+    """Returns the manifest of the store at `path`, as it is now.
 
     Raises:
         RequestError: No store there, or one written by a newer version.
@@ -215,7 +215,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of `manifest.json`; RequestError, with the nearest stores, where `path` is no store."""
+    """Returns the bytes of `manifest.json`. RequestError, with the nearest stores, where `path` is not a store."""
     path = Path(path)
     try:
         return (path / MANIFEST).read_bytes()
@@ -233,7 +233,7 @@ def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
 
 
 def parse_manifest(text: bytes, source: Path) -> Manifest:
-    """Parse the bytes of a `manifest.json`; `source` names it in errors. Its own checksum is left to `verify`."""
+    """Parses the bytes of a `manifest.json`; `source` names it in errors. Its checksum is checked by `verify`."""
     value = from_json(text, source)
     if value.get("format") != FORMAT:
         raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; this is no store")
@@ -249,26 +249,29 @@ def parse_manifest(text: bytes, source: Path) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Replace the manifest of the store at `path`, atomically and durably."""
+    """Replaces the manifest of the store at `path`, atomically and durably."""
     body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     text = to_json({**body, "checksum": manifest.fingerprint})
     replace_file(path / MANIFEST, text.encode())
 
 
 def manifest_checksum(body: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's own JSON without its `checksum` key: tells an edited or damaged one."""
+    """Returns the SHA-256 of a manifest's JSON without its `checksum` key, which detects edits and damage."""
     return sha256_bytes(to_json({key: value for key, value in body.items() if key != "checksum"}).encode())
 
 
 def parse_segment(text: bytes, source: Path) -> SegmentRecord:
-    """Parse the bytes of a `segment.json`; `source` names it in errors."""
+    """Parses the bytes of a `segment.json`; `source` names it in errors."""
     return parse(SegmentRecord, from_json(text, source), str(source))
 
 
 def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Counter[str], Counter[str]]:
-    """By site name: values that overflowed the stored type, and values the model gave as NaN or infinite.
+    """Returns, by site name, the numbers of values that overflowed the stored type, and of NaN or infinite values.
 
-    Costs the reading of every `segment.json`. Raises DataError where one is missing or damaged.
+    Reads every `segment.json`.
+
+    Raises:
+        DataError: One of them is missing or damaged.
     """
     overflow, nonfinite = Counter(), Counter()
     for segment in manifest.segments:
@@ -283,15 +286,15 @@ def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Count
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
-    """The store in a few lines, a fact a line: where, which model, which sites, how many rows."""
+    """Returns a summary of the store, one line each for path, model, sites, rows, texts and unembedding."""
     return "\n".join(f"{name:<8} {fact}" for name, fact in facts(path, manifest).items())
 
 
 def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
-    """What `describe` says, by the name of each fact."""
+    """Returns the lines of `describe` by their names."""
     model, parts = manifest.model, manifest.parts
     state = "complete" if manifest.complete else f"of {manifest.planned_rows:,} planned; the same command resumes it"
-    told = {
+    lines = {
         "store": str(path),
         "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
         "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
@@ -301,12 +304,12 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
-        told["features"] = short_list(features)
-    return told
+        lines["features"] = short_list(features)
+    return lines
 
 
 def short_list(names: list[str], limit: int = 8) -> str:
-    """How many names, and the names, the middle of a long list left out: "12: resid_post.0, ..., resid_post.11"."""
+    """Returns the number of names and the names, a long list shortened: "12: resid_post.0, ..., resid_post.11"."""
     if not names:
         return "none"
     shown = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]

@@ -1,4 +1,4 @@
-"""One site's files, one per segment, read as one array over all rows."""
+"""Memory maps of one site's files, one for each segment, read as one array over all rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxtyping import Int64, Shaped
 from workbench.io.errors import DataError
 from workbench.io.tensors import STORED, map_rows
 
-_FAR = 256 << 10  # bytes between rows from which on reading ahead is in vain
+_FAR = 256 << 10  # bytes between rows beyond which reading ahead is useless
 _madvise = ctypes.CDLL(None).madvise
 
 
 class SiteMaps:
-    """Read-only memory maps of a site's files, each opened when a row of it is first asked for.
+    """Read-only memory maps of a site's files, each opened when a row of it is first read.
 
     bfloat16 comes as its uint16 bits. Safe to use from several threads and after a fork.
     """
@@ -38,7 +38,7 @@ class SiteMaps:
         self._lock = threading.Lock()
 
     def segment(self, index: int) -> Shaped[np.ndarray, "row ..."]:
-        """The rows of one file, without a copy. DataError where the file is not what the manifest says."""
+        """Returns the rows of one file, without a copy. DataError where the file does not fit the manifest."""
         if (rows := self._maps[index]) is not None:
             return rows
         with self._lock:  # a map that another thread replaced would leave its address behind
@@ -55,7 +55,7 @@ class SiteMaps:
         return rows
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row ..."]:
-        """A copy of the rows from `start` up to `stop`, both within the array."""
+        """Returns a copy of the rows from `start` up to `stop`, both within the array."""
         values = np.empty((stop - start, *self._row), self._dtype)
         row = start
         while row < stop:
@@ -69,7 +69,7 @@ class SiteMaps:
         return values
 
     def gather(self, ids: Int64[np.ndarray, " selected"]) -> Shaped[np.ndarray, "selected ..."]:
-        """A copy of the rows `ids`, in their order. Raises IndexError for one that is not within the array.
+        """Returns a copy of the rows `ids`, in their order. IndexError for one that is not within the array.
 
         Grouping the rows by file and putting the copies back in order would touch each row twice, at half the speed
         of a single file. Instead NumPy sees the process's memory as one array whose rows begin at every byte, of
@@ -86,7 +86,7 @@ class SiteMaps:
         if not self._addresses[segments].all():
             for index in np.unique(segments):
                 self.segment(int(index))
-        if far:  # or each row would fetch its surroundings too: as much as the disk reads ahead, up to megabytes
+        if far:  # or each row would also fetch its surroundings, up to megabytes
             for index in set(segments.tolist()) - self._scattered:
                 self._advise(index, mmap.MADV_RANDOM)
                 self._scattered.add(index)
@@ -96,7 +96,7 @@ class SiteMaps:
         return memory[addresses - lowest].view(self._dtype).reshape(-1, *self._row)
 
     def _advise(self, index: int, advice: int) -> None:
-        """Tell the kernel how a file's rows will be read; where it does not listen nothing is lost but time."""
+        """Tells the kernel how a file's rows will be read; this affects speed alone."""
         rows = self.segment(index)
         address = int(self._addresses[index])
         start = address - address % mmap.PAGESIZE

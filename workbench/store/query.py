@@ -1,4 +1,4 @@
-"""SQL over the token table: DuckDB reads the committed segments' Parquet files, and nothing else."""
+"""SQL queries of the token table: DuckDB reads the committed segments' Parquet files, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from workbench.store.groups import GROUPS, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
 from workbench.store.token_table import COLUMNS
 
-# The predicate may come from a stranger's notebook. It sees the tokens of this store: no other file, no variable of
-# this process, no extension from the network.
+# The predicate may come from a stranger's notebook. It has access to the tokens of this store: to no other file, no
+# variable of this process, no extension from the network.
 _SETTINGS = ("SET temp_directory = ''", "SET enable_external_access = false", "SET lock_configuration = true")
 
 
 def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Int64[np.ndarray, " selected"]:
-    """Row ids, ascending, of the committed tokens for which the SQL condition `predicate` holds.
+    """Returns the row ids, ascending, of the committed tokens for which the SQL condition `predicate` is true.
 
     The condition may use the token table's columns, metadata included: "token = ' Monday' AND position > 0".
     Reads only the columns it names.
 
     Raises:
-        RequestError: A condition DuckDB refuses: an unknown column, a wrong type, a syntax error.
+        RequestError: A condition that DuckDB refuses: an unknown column, a wrong type, a syntax error.
         DataError: A token table that is missing or damaged.
     """
     if not manifest.segments:
@@ -43,7 +43,7 @@ def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str
 def query_tokens(
     path: str | os.PathLike[str], manifest: Manifest, predicate: str, limit: int | None = None
 ) -> pa.Table:
-    """The token table's rows, in row order, for which `predicate` holds; the first `limit` of them, or all.
+    """Returns the rows of the token table for which `predicate` is true, in row order; at most `limit` of them.
 
     Raises as `select_rows` does.
     """
@@ -56,8 +56,8 @@ def query_tokens(
 
 @contextmanager
 def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Iterator[Any]:
-    """The relation of the tokens for which `predicate` holds. (Not named in the signature: DuckDB prints of leaks when
-    the process ends and a run-time type checker has kept its classes.)"""
+    """The relation of the tokens for which `predicate` is true. Its type is not in the signature: DuckDB prints leaks
+    when the process ends and a run-time type checker has kept its classes."""
     if not predicate.strip():
         raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
     store = Path(path).absolute()
@@ -72,7 +72,7 @@ def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: s
         except duckdb.Error as error:
             raise _damaged(path, error) from None
         try:
-            # a relation's filter is parsed as one expression: no second statement, no ORDER BY, gets past it
+            # a relation's filter is parsed as one expression: a second statement or an ORDER BY is an error
             yield tokens.filter(predicate)
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
             raise _damaged(path, error) from None
@@ -81,7 +81,7 @@ def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: s
 
 
 def _pattern(path: Path) -> str:
-    """DuckDB takes every path for a glob."""
+    """Escapes a path, which DuckDB reads as a glob."""
     return re.sub(r"([*?[])", r"[\1]", str(path))
 
 

@@ -1,4 +1,4 @@
-"""Reading a store: every site is one array over all rows, on the disk until it is indexed.
+"""Reader of a store: every site is one array over all rows, on the disk until it is indexed.
 
 store = open_store("runs/demo.acts")
 store["resid_post", 3][:100]                       # torch.Tensor (100, d_model)
@@ -39,9 +39,13 @@ _ROWS_SHOWN, _COLUMNS_SHOWN = 10, 16  # of a selection, in a notebook
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
-    """Open the store at `path` as it is now; rows committed later are seen by opening it again.
+    """Opens the store at `path` as it is now; rows committed later appear when it is opened again.
 
-    Costs the reading of its manifest. Raises RequestError where there is no store, DataError where it is damaged.
+    Reads its manifest alone.
+
+    Raises:
+        RequestError: There is no store at `path`.
+        DataError: The manifest is damaged.
     """
     path = Path(path).absolute()
     return Store(path, read_manifest(path))
@@ -49,12 +53,12 @@ def open_store(path: str | os.PathLike[str]) -> Store:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Store:
-    """A recording on the disk. Pickles as its path: a worker process opens it for itself, as it is at that moment."""
+    """A recording on the disk. Pickles as its path: another process opens it as it is at that moment."""
 
     path: Path
     manifest: Manifest
 
-    __iter__ = None  # a store is asked by site name; Python would otherwise try 0, 1, 2, ...
+    __iter__ = None  # a store is indexed by site; Python would otherwise try 0, 1, 2, ...
 
     def __reduce__(self) -> tuple[Callable[[Path], Store], tuple[Path]]:
         return open_store, (self.path,)
@@ -77,19 +81,19 @@ class Store:
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
-        """What was recorded."""
+        """The recorded sites."""
         return self.manifest.sites
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """The token table of all rows, columns as in `workbench.store.token_table.COLUMNS`, then metadata.
+        """Token table of all rows: columns as in `workbench.store.token_table.COLUMNS`, then metadata and labels.
 
-        Read when first asked for, into about 50 bytes a row; `where` and `Rows.tokens` do without.
+        Read at the first use, into about 50 bytes a row; `where` and `Rows.tokens` do not need it.
         """
         return read_tokens(self._files(TOKENS))
 
     def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
-        """The array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or its TransformerLens name."""
+        """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name."""
         label = ".".join(map(str, site)) if isinstance(site, tuple) else site
         for record in self.sites:
             if label in (record.name, record.short):
@@ -97,21 +101,25 @@ class Store:
         raise _not_recorded(self, str(label))
 
     def require(self, *sites: str) -> None:
-        """Raises RequestError, with the record command that would provide it, for a site that was not recorded."""
+        """Raises RequestError, with the record command that would record it, for a site that was not recorded."""
         recorded = {name for record in self.sites for name in (record.name, record.short)}
         for label in sites:
             if label not in recorded:
                 raise _not_recorded(self, label)
 
     def where(self, predicate: str) -> Rows:
-        """The rows for which an SQL condition over the token table holds: "token = ' Monday' AND position > 0".
+        """Returns the rows for which an SQL condition is true: "token = ' Monday' AND position > 0".
 
-        Raises RequestError, with the columns there are, for a condition DuckDB refuses.
+        Args:
+            predicate: Condition over the columns of the token table.
+
+        Raises:
+            RequestError: A condition that DuckDB refuses; the text names the columns.
         """
         return Rows(self, select_rows(self.path, self.manifest, predicate))
 
     def figures(self) -> dict[str, Figure]:
-        """The store at a glance, by name: "sites" and their sizes, the most frequent "tokens", "norms" by layer.
+        """Returns overview figures by name: "sites" and their sizes, the most frequent "tokens", "norms" by layer.
 
         Reads the token table and 1,024 rows of each site.
         """
@@ -121,14 +129,14 @@ class Store:
         return overview(summarize(self))
 
     def figure(self, name: str | None = None) -> Figure:
-        """One of these; by default the first. Raises RequestError for a name there is none of."""
+        """Returns one of `figures`, by default the first. RequestError for an unknown name."""
         figures = self.figures()
         if name is not None and name not in figures:
             raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
         return figures[name or next(iter(figures))]
 
     def verify(self) -> pd.DataFrame:
-        """Findings of a full check, none for a sound store; see `workbench.store.verify`. Reads every byte once."""
+        """Returns the findings of a full check, none for a sound store; see `wb.verify`. Reads every byte once."""
         return verify(self.path)
 
     def _files(self, name: str) -> list[Path]:
@@ -136,7 +144,7 @@ class Store:
 
     @cached_property
     def _maps(self) -> Callable[[SiteRecord], SiteMaps]:
-        """The maps of a site; those of the latest sites stay open."""
+        """Maps of a site; those of the latest sites stay open."""
 
         def open_maps(site: SiteRecord) -> SiteMaps:
             return SiteMaps(self._files(site.file), self.manifest.starts, site.shape, site.dtype)
@@ -148,10 +156,10 @@ class Store:
 class ActivationArray:
     """One site over all rows: axes (row, ...), read from the disk where it is indexed.
 
-    `array[3]`, slices, integer arrays, masks and `Rows` give torch tensors that own their memory: editing one never
-    reaches the store. (A view of the file would crash the process that writes to it, or, copied on write, leave the
-    edit in the next read.) Reads cost what a NumPy memory map's cost, whatever the number of segments; gathers are
-    quickest in row order. Pickles as path and name, and is safe to use after a fork.
+    `array[3]`, slices, integer arrays, masks and `Rows` give torch tensors that own their memory: an edit never reaches
+    the store. (A view of the file would crash the process that writes to it, or, copied on write, keep the edit in the
+    next read.) Reads cost as much as those of a NumPy memory map, whatever the number of segments; gathers are fastest
+    in row order. Pickles as path and name, and is safe to use after a fork.
     """
 
     store: Store
@@ -165,13 +173,13 @@ class ActivationArray:
         from workbench.figures.markup import card
 
         size = len(self) * self.site.row_bytes / 1e6
-        told = {
+        lines = {
             "site": self.name,
             **{axis: f"{length:,}" for axis, length in zip(self.axes, self.shape, strict=True)},
             "stored as": f"{self.site.dtype}, {size:,.1f} MB",
             "store": self.store.path,
         }
-        return card(f"ActivationArray {self.site.label}", told)
+        return card(f"ActivationArray {self.site.label}", lines)
 
     def __len__(self) -> int:
         return self.store.rows
@@ -193,13 +201,13 @@ class ActivationArray:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Stored type, which reads give."""
+        """Stored type, which is also that of tensors read."""
         return getattr(torch, self.site.dtype)
 
     def __getitem__(self, index: Any) -> Float[Tensor, "*shape"]:
-        """Activations of a row, a slice, integers of any shape (negative ones from the end), a mask, or `Rows`.
+        """Returns activations of a row, a slice, integers of any shape (negative ones from the end), a mask, or `Rows`.
 
-        Integers keep their order and shape: indices (a, b) give (a, b, d_model). Raises IndexError beyond the end.
+        Integers keep their order and shape: indices (a, b) give (a, b, d_model). IndexError beyond the end.
         """
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
@@ -214,20 +222,20 @@ class ActivationArray:
         return self._tensor(self._maps.gather(ids.reshape(-1))).reshape(*ids.shape, *self.site.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All rows in memory, for NumPy, which has no bfloat16: it comes as float32."""
+        """Returns all rows in memory for NumPy, which has no bfloat16: it becomes float32."""
         if copy is False:
             raise ValueError(f"{self.site.label} is on the disk and cannot become an array without a copy")
         values = self[:]
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy().astype(dtype, copy=False)
 
     def blocks(self, rows: int = 8192) -> Iterator[tuple[slice, Float[Tensor, "row ..."]]]:
-        """All rows in order, `rows` at a time, each with the slice it is: memory stays that of one block."""
+        """Yields all rows in order, `rows` at a time, each block with its slice. Memory: one block."""
         for start in range(0, len(self), rows):
             stop = min(start + rows, len(self))
             yield slice(start, stop), self[start:stop]
 
     def view(self, segment: int) -> Shaped[np.ndarray, "row ..."]:
-        """One segment's rows as a read-only memory map, without a copy; bfloat16 as its uint16 bits."""
+        """Returns one segment's rows as a read-only memory map, without a copy; bfloat16 as its uint16 bits."""
         return self._maps.segment(segment)
 
     @property
@@ -235,14 +243,14 @@ class ActivationArray:
         return self.store._maps(self.site)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        # NumPy allocated, not torch: its large arrays use huge pages, and filling them takes a fifth of the time
+        # allocated by NumPy, not torch: its large arrays use huge pages, and filling them takes a fifth of the time
         tensor = torch.from_numpy(values)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows:
-    """A selection of a store's rows. `&`, `|` and `-` combine two; `rows[:10]` is the first ten."""
+    """A selection of a store's rows. `&`, `|` and `-` combine two; `rows[:10]` are the first ten."""
 
     store: Store
     ids: Int64[np.ndarray, " selected"]
@@ -266,8 +274,8 @@ class Rows:
         tokens = self[:_ROWS_SHOWN].tokens
         more = f"<p>{len(self) - _ROWS_SHOWN:,} more</p>" if len(self) > _ROWS_SHOWN else ""
         below = frame(tokens.select(tokens.column_names[:_COLUMNS_SHOWN]).to_pandas(), _ROWS_SHOWN) + more
-        told = {"selected": f"{len(self):,} of {self.store.rows:,}", "store": self.store.path}
-        return card("Rows", told, below if len(self) else "")
+        lines = {"selected": f"{len(self):,} of {self.store.rows:,}", "store": self.store.path}
+        return card("Rows", lines, below if len(self) else "")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -293,7 +301,7 @@ class Rows:
 
     @property
     def tokens(self) -> pa.Table:
-        """The token table of these rows, in row order. Reads the tables of the segments they lie in."""
+        """Token table of these rows, in row order. Reads the tables of their segments."""
         starts = self.store.manifest.starts
         edges = np.searchsorted(self.ids, starts)
         touched = np.flatnonzero(np.diff(edges)).tolist()
@@ -305,26 +313,26 @@ class Rows:
         )
 
     def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
-        """The ids, after making sure that they are `store`'s: another store's rows are other tokens."""
+        """Returns the ids, if they are of this store: rows of another store are other tokens."""
         if self.store.path != store.path:
             raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")
         return self.ids
 
 
 def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
-    """Integers or a mask as row ids counted from the beginning; IndexError for anything else."""
+    """Integers or a mask as row ids from 0; IndexError for anything else."""
     rows, label = len(array), array.site.label
     if isinstance(index, tuple):
         raise IndexError(f"{label} is indexed by rows alone: write array[rows][:, ...] for the other axes")
     ids = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
     if ids.dtype == bool:
         if ids.shape != (rows,):
-            raise IndexError(f"a mask of shape {ids.shape} does not choose among the {rows} rows of {label}")
+            raise IndexError(f"a mask of shape {ids.shape} does not select among the {rows} rows of {label}")
         return np.flatnonzero(ids)
     if not ids.size:
         return ids.astype(np.int64)
     if ids.dtype.kind not in "iu":
-        raise IndexError(f"rows of {label} are chosen by whole numbers, slices, masks or Rows, not {ids.dtype} values")
+        raise IndexError(f"rows of {label} are selected by integers, slices, masks or Rows, not {ids.dtype} values")
     low, high = ids.min(), ids.max()
     if not -rows <= low <= high < rows:
         raise IndexError(f"row {low if low < -rows else high} is out of range: {label} has {rows} rows")
@@ -338,5 +346,5 @@ def _not_recorded(store: Store, label: str) -> RequestError:
     stem = re.fullmatch(r"(\w+?)(\.\d+)?", label)
     if stem and stem[1] in SHORT_NAMES:
         name = store.manifest.model.name
-        return RequestError(f"{text}; to have it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
+        return RequestError(f"{text}; to record it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
     return RequestError(f"{text}{nearest(label, known)}")

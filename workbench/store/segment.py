@@ -1,4 +1,4 @@
-"""One segment while it is being written: a tensor file per site, the token table, and the record of them all."""
+"""Files of one segment while it is written: a tensor file for each site, the token table, and their record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workbench.store.token_table import encode_tokens
 
 
 class SegmentWriter:
-    """A segment being written. Made by `Writer.segment`; threads that use it must be done before its block ends."""
+    """Writer of one segment, made by `Writer.segment`; threads that use it must finish before its block ends."""
 
     def __init__(self, folder: Path, manifest: Manifest, rows: int, tokens: pa.Table) -> None:
         self._folder, self._manifest, self._rows = folder, manifest, rows
@@ -39,24 +39,24 @@ class SegmentWriter:
         self._lock = threading.Lock()
 
     def write(self, site: str, first_row: int, rows: Shaped[np.ndarray, "row ..."]) -> None:
-        """Write rows of the site with this TransformerLens name; `first_row` counts from the segment's first.
+        """Writes rows of the site with this TransformerLens name; `first_row` counts from the segment's first.
 
         Contiguous, of the stored type (bfloat16 as uint16 bits), in any order and from any thread.
         """
         self._tensors[site].write(first_row, rows)
 
     def shape(self, site: str) -> tuple[int, ...]:
-        """Shape of one row of the site: (d_model,), (head, context)."""
+        """Returns the shape of one row of the site: (d_model,), (head, context)."""
         return self._tensors[site].shape[1:]
 
     def count(self, site: str, *, overflow: int = 0, nonfinite: int = 0) -> None:
-        """Add to the site's values that were beyond the stored type's range, or NaN or infinite in the model."""
+        """Adds to the counts of values beyond the stored type's range, and of NaN or infinite values of the model."""
         with self._lock:
             self._counts["overflow"][site] += int(overflow)
             self._counts["nonfinite"][site] += int(nonfinite)
 
     def finish(self, sequences: int) -> str:
-        """Put everything on the disk, write `segment.json`, and give its SHA-256."""
+        """Waits until all files are on the disk, writes `segment.json`, and returns its SHA-256."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # waiting and hashing both release the GIL
             list(pool.map(TensorFile.finish, self._tensors.values()))
             paths = sorted(self._folder.iterdir())

@@ -1,8 +1,8 @@
-"""Segments on their way into a store: any process may write one, in any order; one at a time lists them.
+"""Staging of segments: any process may write one, in any order; one process at a time commits them to the manifest.
 
-A segment is written under a name of its writer's own, put on the disk, checksummed and renamed: its folder is there as
-a whole or not at all. Its row of the manifest then waits beside it, in a file `00017.json`, until the process that
-holds the manifest commits it. A writer that dies leaves nothing that is read, and what was finished is not done again.
+A segment is written to a scratch folder, checksummed and renamed: its folder exists as a whole or not at all. Then its
+row of the manifest is submitted in a file beside it, `00017.json`, until the process that holds the manifest commits
+it. A writer that dies leaves nothing that is read, and finished segments are not written again.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from workbench.store.manifest import (
 from workbench.store.segment import SegmentWriter
 from workbench.store.token_table import check_tokens
 
-_WAITING = ".json"
+_SUBMITTED = ".json"
 
 
 @dataclass(frozen=True)
 class PlannedSegment:
-    """A segment as planned, before anybody has written it."""
+    """A segment as planned, before it is written."""
 
     name: str
     """Folder under `segments/`: 00000, 00001, ..."""
     part: int
-    """Index of the part its texts come from."""
+    """Index of the part that its texts belong to."""
     rows: int
     sequences: int
     first_row: int
-    """Row of the store that its first row is."""
+    """Row of the store at which it begins."""
     first_sequence: int
-    """Likewise of its first sequence."""
+    """Sequence of the store at which it begins."""
     digest: str
     """SHA-256 over its token ids and sequence lengths."""
 
-    def committed(self, checksum: str) -> Segment:
-        """Its row of the manifest; `checksum` is that of its `segment.json`."""
+    def row(self, checksum: str) -> Segment:
+        """Returns its row of the manifest; `checksum` is that of its `segment.json`."""
         return Segment(self.name, self.rows, self.sequences, self.part, self.digest, checksum)
 
 
 @contextmanager
-def staged(path: Path, manifest: Manifest, planned: PlannedSegment, tokens: pa.Table) -> Iterator[SegmentWriter]:
-    """Write a segment inside the block; at its end its folder has its name, and `hand_in` lets it be committed.
+def stage_segment(path: Path, manifest: Manifest, planned: PlannedSegment, tokens: pa.Table) -> Iterator[SegmentWriter]:
+    """Yields a writer of a segment; at the end of the block its folder has its name, ready for `submit_segment`.
 
-    Safe beside other processes, even one that writes the same segment: the first to finish wins. An exception leaves
+    Other processes may write at the same time, even the same segment: the first to finish wins. An exception leaves
     nothing behind.
     """
     check_tokens(tokens, planned.rows, planned.first_row, None)
@@ -75,20 +75,21 @@ def staged(path: Path, manifest: Manifest, planned: PlannedSegment, tokens: pa.T
             _settle(partial, folder)
 
 
-def hand_in(path: Path, planned: PlannedSegment) -> Segment:
-    """Let the row of a finished segment wait for its commit; gives that row. DataError where the folder is not whole.
+def submit_segment(path: Path, planned: PlannedSegment) -> Segment:
+    """Writes the row of a finished segment beside it and returns it: from then on the segment survives its writer.
 
-    Costs one small file, durably: from here on the segment survives its writer.
+    Raises:
+        DataError: `segment.json` cannot be read.
     """
     folder = path / SEGMENTS / planned.name
-    row = planned.committed(_checksum(folder))
-    files.replace_file(folder.with_name(planned.name + _WAITING), to_json(row).encode())
+    row = planned.row(_checksum(folder))
+    files.replace_file(folder.with_name(planned.name + _SUBMITTED), to_json(row).encode())
     return row
 
 
-def waiting(path: Path, name: str) -> Segment | None:
-    """The row that waits under this name, if its segment is there as the row says; None otherwise."""
-    source = path / SEGMENTS / (name + _WAITING)
+def submitted_row(path: Path, name: str) -> Segment | None:
+    """Returns the row submitted under this name, if it fits its segment; None otherwise."""
+    source = path / SEGMENTS / (name + _SUBMITTED)
     try:
         row = parse(Segment, from_json(source.read_bytes(), source), str(source))
         return row if row.checksum == _checksum(path / SEGMENTS / name) else None
@@ -96,17 +97,17 @@ def waiting(path: Path, name: str) -> Segment | None:
         return None
 
 
-def keep_finished(path: Path, manifest: Manifest, planned: Iterable[PlannedSegment]) -> list[PlannedSegment]:
-    """Which of the planned segments are still to be written; what is there of those, unfinished or of others, goes.
+def unfinished_segments(path: Path, manifest: Manifest, planned: Iterable[PlannedSegment]) -> list[PlannedSegment]:
+    """Returns the planned segments that are still to be written, and removes what exists of them.
 
-    Nobody else may be writing them.
+    No other process may be writing them.
     """
     left, unfinished = [], defaultdict(list)
     for entry in (path / SEGMENTS).glob(f"*{files.PARTIAL}"):
         unfinished[entry.name.removeprefix(".").split(".")[0]].append(entry)
     for segment in planned:
-        row = waiting(path, segment.name)
-        if row is None or row != segment.committed(row.checksum) or not _whole(path, manifest, row):
+        row = submitted_row(path, segment.name)
+        if row is None or row != segment.row(row.checksum) or not _whole(path, manifest, row):
             discard(path, segment.name)
             for entry in unfinished[segment.name]:
                 files.remove(entry)
@@ -115,19 +116,19 @@ def keep_finished(path: Path, manifest: Manifest, planned: Iterable[PlannedSegme
 
 
 def discard(path: Path, name: str) -> None:
-    """Remove a segment that is not committed, and the row that waits for it."""
-    files.remove(path / SEGMENTS / (name + _WAITING))
+    """Removes a segment that is not committed, and its row."""
+    files.remove(path / SEGMENTS / (name + _SUBMITTED))
     files.remove(path / SEGMENTS / name)
 
 
-def forget(path: Path, names: Iterable[str]) -> None:
-    """These rows stand in the manifest and wait no longer."""
+def remove_rows(path: Path, names: Iterable[str]) -> None:
+    """Removes the rows of segments that the manifest lists."""
     for name in names:
-        files.remove(path / SEGMENTS / (name + _WAITING))
+        files.remove(path / SEGMENTS / (name + _SUBMITTED))
 
 
 def _whole(path: Path, manifest: Manifest, row: Segment) -> bool:
-    """Whether the segment's files are those of this store's model and sites, by name and size."""
+    """True if the segment's files are those of this store's model and sites, by name and size."""
     folder = path / SEGMENTS / row.name
     try:
         record = _record(folder)
@@ -142,7 +143,7 @@ def _whole(path: Path, manifest: Manifest, row: Segment) -> bool:
 
 
 def _settle(partial: Path, folder: Path) -> None:
-    """Another process has finished this segment first: of the same tokens its folder stays, of others it goes."""
+    """Keeps the folder of a process that finished this segment first if it has the same tokens, else replaces it."""
     if _record(folder).files[TOKENS] != _record(partial).files[TOKENS]:
         files.remove(folder)
         files.commit_folder(partial, folder)

@@ -1,4 +1,4 @@
-"""The token table: one row per token, the same columns in every segment, in a Parquet file per segment."""
+"""Token table: a row for each token, the same columns in every segment, one Parquet file for each segment."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from workbench.corpus.tokenizer import TOKEN_SCHEMA as COLUMNS
 from workbench.io.errors import DataError, RequestError
 
 ROW_BYTES = 24
-"""Bytes of one row on the disk, metadata not counted: an estimate on the safe side (stories take about 10)."""
+"""Bytes of one row on the disk without metadata: an upper estimate (stories take about 10)."""
 
-_RISING = ("row", "position", "char_start", "char_end")  # differences compress better than a dictionary
+_ASCENDING = ("row", "position", "char_start", "char_end")  # differences compress better than a dictionary
 
 
 def encode_tokens(table: pa.Table) -> memoryview:
-    """The bytes of the table as Parquet: zstd, dictionaries for what repeats, equal for equal tables."""
+    """Returns the table as Parquet: zstd, dictionaries for repeated values, byte-identical for equal tables."""
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(None).combine_chunks(), sink, **parquet_options(table.schema))
     return memoryview(sink.getvalue())
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How a token table is written."""
+    """Returns the options of the Parquet writer."""
     return {
         "compression": "zstd",
-        "use_dictionary": [name for name in schema.names if name not in _RISING],
-        "column_encoding": dict.fromkeys(_RISING, "DELTA_BINARY_PACKED"),
+        "use_dictionary": [name for name in schema.names if name not in _ASCENDING],
+        "column_encoding": dict.fromkeys(_ASCENDING, "DELTA_BINARY_PACKED"),
     }
 
 
 def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema | None) -> None:
-    """Refuse a table that does not fit its segment or has other columns than the segments before it (`schema`)."""
+    """Refuses a table that does not fit its segment, or has other columns than `schema`, those of earlier segments."""
     first = pa.schema(list(table.schema)[: len(COLUMNS)])
     check_columns(table.schema if schema else first, schema or COLUMNS)
     if table.num_rows != rows or not np.array_equal(table["row"], np.arange(first_row, first_row + rows)):
@@ -44,14 +44,14 @@ def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema |
 
 
 def check_columns(schema: pa.Schema, expected: pa.Schema) -> None:
-    """Refuse a token table of other columns than the store's."""
-    own, expected = schema.remove_metadata(), expected.remove_metadata()
-    if not own.equals(expected):
-        raise RequestError(f"the token table's columns are {_columns(own)}; the store's are {_columns(expected)}")
+    """Refuses a token table of other columns than the store's."""
+    schema, expected = schema.remove_metadata(), expected.remove_metadata()
+    if not schema.equals(expected):
+        raise RequestError(f"the token table's columns are {_columns(schema)}; the store's are {_columns(expected)}")
 
 
 def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
-    """The token tables of several segments as one, with one dictionary per column.
+    """Returns the token tables of several segments as one, with one dictionary for each column.
 
     Raises:
         DataError: A file that is missing or damaged.
@@ -60,12 +60,12 @@ def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
 
 
 def take_tokens(paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray]) -> pa.Table:
-    """The named rows of each segment's table, as one table. Holds one whole segment at a time."""
+    """Returns the given rows of each segment's table as one table. Memory: one segment's table at a time."""
     return _concatenate([_read(path).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
 
 
 def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
-    """Names and types of a segment's columns. DataError where the file is missing or damaged."""
+    """Returns names and types of a segment's columns. DataError where the file is missing or damaged."""
     try:
         return pq.read_schema(path)
     except (OSError, pa.ArrowInvalid) as error:

@@ -1,4 +1,4 @@
-"""A full check of a store: every byte is read once, and each thing that is not as it should be is named in a table."""
+"""Full check of a store: every byte is read once, and each problem is a row of a table."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Severity = Literal["error", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be, or worth knowing."""
+    """A problem, or a note."""
 
     segment: str
     """Name of the segment; empty for the store's own files."""
@@ -62,7 +62,7 @@ class Finding:
 
 
 def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd.DataFrame:
-    """Check the store at `path`; a sound one has no row of severity "error".
+    """Checks the store at `path`; a sound store has no row of severity "error".
 
     Columns segment, file, finding, detail, severity. A damaged file does not stop the check of the others. Reads
     every byte once, in bounded memory, and calls `progress` with the bytes of each block.
@@ -124,18 +124,18 @@ def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
         elif entry.stem in waiting:
             continue
         else:
-            yield Finding("", entry.name, "unlisted", "the manifest does not list it, so nobody reads it", "note")
+            yield Finding("", entry.name, "unlisted", "the manifest does not list it, so it is not read", "note")
 
 
 def _check_groups(path: Path, manifest: Manifest) -> Iterator[Finding]:
-    """Queries read groups instead of the segments' own tables, so the two must hold the same."""
+    """Queries read groups instead of the tables of the segments, so the two must be equal."""
     groups = dict(complete_groups(path, manifest))
     for entry in sorted((path / GROUPS).glob("*")):
         name = f"{GROUPS}/{entry.name}"
         if entry.name.endswith(files.PARTIAL):
             yield Finding("", name, "leftover", _UNFINISHED, "note")
         elif entry not in groups:
-            yield Finding("", name, "unlisted", "made of no segments of this store; nobody reads it", "note")
+            yield Finding("", name, "unlisted", "made of no segments of this store; it is not read", "note")
         elif differing := _differing_segment(path, entry, groups[entry]):
             yield Finding("", name, "wrong tokens", f"{differing}; remove it: queries then read the segments' tables")
 
@@ -146,7 +146,7 @@ def _differing_segment(path: Path, file: Path, group: Sequence[Segment]) -> str 
             if found.num_row_groups != len(group):
                 return f"{found.num_row_groups} row groups for {len(group)} segments"
             for index, segment in enumerate(group):
-                with contextlib.suppress(DataError):  # said of the segment
+                with contextlib.suppress(DataError):  # reported for the segment
                     if not found.read_row_group(index).equals(read_tokens([path / SEGMENTS / segment.name / TOKENS])):
                         return f"not those of segment {segment.name}"
     except (OSError, pa.ArrowException) as error:
@@ -156,7 +156,7 @@ def _differing_segment(path: Path, file: Path, group: Sequence[Segment]) -> str 
 
 @dataclass(frozen=True)
 class _Check:
-    """What the checks of one segment's files need to know."""
+    """Context of the checks of one segment's files."""
 
     folder: Path
     manifest: Manifest
@@ -207,11 +207,11 @@ def _check_segment(check: _Check) -> Iterator[Finding]:
             yield check.finding(file, "unreadable", str(error))
     for entry in sorted(check.folder.iterdir()):
         if entry.name not in (SEGMENT, TOKENS, *sites):
-            yield check.finding(entry.name, "unlisted", "no file of this store's sites; nobody reads it", "note")
+            yield check.finding(entry.name, "unlisted", "not a file of this store's sites; it is not read", "note")
 
 
 def _read_record(check: _Check) -> tuple[SegmentRecord | None, list[Finding]]:
-    """`segment.json`, as far as it can serve to check the other files, and what is wrong with it."""
+    """`segment.json`, if it can serve to check the other files, and its problems."""
     try:
         text = (check.folder / SEGMENT).read_bytes()
     except OSError as error:
@@ -242,13 +242,13 @@ def _check_tensor(check: _Check, site: SiteRecord) -> Iterator[Finding]:
     if found != expected:
         yield check.finding(file, "wrong tensor", f"holds {found}, the manifest has {expected}")
     model = header.metadata.get("model", "")
-    if model != check.manifest.model.fingerprint and not (record and record.model == model):  # said already, once
+    if model != check.manifest.model.fingerprint and not (record and record.model == model):  # reported already
         yield check.wrong_model(file, model)
     counted = record.nonfinite.get(site.name, 0) if record else 0
     if nonfinite or counted:
-        detail = f"{nonfinite} values are NaN or infinite, {counted} came so from the model"
+        detail = f"{nonfinite} values are NaN or infinite, {counted} of them from the model"
         where = "" if first is None else f"; first in row {check.first_row + first}"
-        yield check.finding(file, "not finite", detail + where)  # an error whoever made them: means over them are NaN
+        yield check.finding(file, "not finite", detail + where)  # always an error: means over them are NaN
 
 
 def _check_tokens(check: _Check) -> Iterator[Finding]:
@@ -280,7 +280,7 @@ def _wrong_sequences(table: pa.Table, sequences: int, first_sequence: int, conte
 
 
 def _scan(path: Path, header: TensorHeader, progress: Progress) -> tuple[str, int, int | None]:
-    """SHA-256 of a tensor file, how many of its values are NaN or infinite, and the row of the first: one pass."""
+    """SHA-256 of a tensor file, number of values that are NaN or infinite, and row of the first: one pass."""
     kind, exponent = _EXPONENT[header.dtype]
     digest, nonfinite, first, values = hashlib.sha256(), 0, None, 0
     with open(path, "rb") as file:

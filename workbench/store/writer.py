@@ -1,7 +1,7 @@
-"""Writing a store: segments are committed as a whole, and nothing a crash leaves is ever read.
+"""Writer of a store: segments are committed as a whole, and nothing that a crash leaves is ever read.
 
-A segment is written under a temporary name, put on the disk, checksummed and renamed; then the manifest is replaced, by
-one process at a time. Needs a POSIX system (`flock`, `pwrite`).
+A segment is written to a scratch folder, checksummed and renamed; then the manifest is replaced, by one process at a
+time. Needs a POSIX system (`flock`, `pwrite`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _HEADERS = 4096  # bytes, at most, of a site's header and its share of the manif
 
 
 def required_bytes(sites: Iterable[SiteRecord], rows: int) -> int:
-    """Bytes a recording of `rows` tokens will take on the disk: exact for activations, estimated for the rest."""
+    """Returns the bytes of a recording of `rows` tokens: exact for activations, estimated for the rest."""
     return sum(site.row_bytes * rows + _HEADERS for site in sites) + ROW_BYTES * rows
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
-    """Refuse, before anything is written, what will not fit on the disk that holds (or would hold) `path`.
+    """Refuses a recording that does not fit on the disk of `path`, before anything is written.
 
-    Quotas are not looked at: they are met, and reported, while writing.
+    Quotas are not checked here; writing reports them.
 
     Raises:
         RequestError: `needed` bytes are more than the disk has free.
@@ -82,26 +82,27 @@ def open_writer(
     features: str | None = None,
     shared: bool = False,
 ) -> Iterator[Writer]:
-    """Create the store at `path`, or reopen it to resume or append, holding it until the block is left.
+    """Creates the store at `path`, or reopens it to resume or append, and locks it until the end of the block.
 
     Args:
         path: An empty or new directory, or a store.
-        model: What is recorded; a store of another model is refused.
-        sites: What is recorded; the same in every segment.
-        recording: The settings asked for; a store of others is refused.
-        tokens_added: `prefix` and `suffix`: token ids put around each sequence.
-        environment: Library versions. A store of others is resumed with a warning.
+        model: The recorded model; a store of another model is refused.
+        sites: The recorded sites, the same in every segment.
+        recording: The settings; a store of other settings is refused.
+        tokens_added: `prefix` and `suffix`: token ids added around each sequence.
+        environment: Library versions. A store of other versions is resumed with a warning.
         unembed: Writes the final norm and unembedding to the path it is given; called for a new store only.
-        unembed_reason: Why there is no unembedding, where `unembed` is None.
-        features: Which features of an SAE are extracted from a site that is not stored; a store of others is refused.
-        shared: Write beside others that share it and make the same recording, each its own segments. Otherwise alone.
+        unembed_reason: Reason why there is no unembedding, where `unembed` is None.
+        features: Label of the SAE's features that are extracted from a site that is not stored; a store of others is
+            refused.
+        shared: True if other processes write other segments of the same recording at the same time.
 
     Raises:
-        RequestError: The path is taken by something else or by another writer, or the store was recorded otherwise.
+        RequestError: The path is taken by something else or by another writer, or the store has other settings.
         DataError: The disk is full.
     """
     path = Path(path)
-    asked = Manifest(
+    requested = Manifest(
         model=model,
         sites=tuple(sites),
         recording=from_json(to_json(recording), "recording") | ({"features": features} if features else {}),
@@ -112,36 +113,38 @@ def open_writer(
     )
     with files.locked(path, shared=shared):
         with _turn(path, shared), explain_full_disk(path, "the unembedding", 0):
-            manifest = _reopen(path, asked, shared) if (path / MANIFEST).exists() else _create(path, asked, shared)
+            manifest = (
+                _reopen(path, requested, shared) if (path / MANIFEST).exists() else _create(path, requested, shared)
+            )
             if manifest.unembed is None and manifest.unembed_reason is None:
                 manifest = _add_unembed(path, manifest, unembed, unembed_reason)
         yield Writer(path, manifest, shared)
 
 
 def _turn(path: Path, shared: bool) -> AbstractContextManager[None]:
-    """Inside, nobody else changes the manifest. Who holds the store alone need not wait for it."""
+    """Inside, no other process changes the manifest. A process that has locked the whole store need not wait."""
     return files.locked(path / SEGMENTS, wait=lambda: None) if shared else nullcontext()
 
 
 class Writer:
-    """An open store that this process may add to. Made by `open_writer`."""
+    """An open store that this process may write to. Made by `open_writer`."""
 
     def __init__(self, path: Path, manifest: Manifest, shared: bool) -> None:
         self.path = path
         self.manifest = manifest
-        """What is committed, as this process knows it; replaced with each commit."""
+        """The manifest as this process knows it; replaced with each commit."""
         self._shared = shared
-        self._begun = False
-        self._planned: dict[str, PlannedSegment] = {}  # what may be committed: a row of other texts may lie there
+        self._started = False
+        self._planned: dict[str, PlannedSegment] = {}  # may be committed; rows of other texts may exist
         self._schema: pa.Schema | None = None
 
     def begin(self, part: Part, append: bool) -> int:
-        """Begin or resume the recording of `part`; gives the number of its segments that are committed already.
+        """Begins or resumes the recording of `part`; returns the number of its committed segments.
 
-        Without `append` the store must be new or hold this very part. With it, an unfinished last part is resumed
-        first: it must be this one; otherwise the part is added after the others.
+        Without `append` the store must be new or have this part alone. With it, an unfinished last part is resumed, and
+        must be this one; otherwise the part is added after the others.
         """
-        if self._shared and append:  # the last to come could not tell a part to add from one that is finished
+        if self._shared and append:  # the last process could not tell a part to add from a finished one
             raise RequestError("several processes that share a store cannot append to it; append with one")
         with self._turn():
             parts, unfinished = self.manifest.parts, not self.manifest.complete
@@ -151,21 +154,21 @@ class Writer:
                 )
             if not parts or (append and not unfinished):
                 self._replace(replace(self.manifest, parts=(*parts, part)))
-            elif parts[-1] != part and unfinished and not self._part_segments():  # begun, and came to nothing
+            elif parts[-1] != part and unfinished and not self._part_segments():  # without a committed segment
                 self._replace(replace(self.manifest, parts=(*parts[:-1], part)))
             elif parts[-1] != part:
                 hint = "resume that part with its own texts" if append else "pass append=True to add texts"
                 raise RequestError(
-                    f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} asked; "
+                    f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} requested; "
                     f"{hint}, or choose another out"
                 )
-            self._begun = True
+            self._started = True
             return len(self._part_segments())
 
     def check(self, index: int, digest: str) -> None:
-        """Refuse to resume on other texts: `digest` of the part's segment `index` must be that of the committed one.
+        """Refuses to resume with other texts: `digest` must be that of the committed segment.
 
-        `index` counts the segments of the part that was begun, from 0.
+        `index` counts the segments of the part, from 0.
         """
         segments = self._part_segments()
         if segments[index].digest != digest:
@@ -176,38 +179,41 @@ class Writer:
                 f"(rows {first} to {after - 1}); give the same texts in the same order, or choose another out"
             )
 
-    def take_up(
-        self, planned: Sequence[PlannedSegment], own: Sequence[PlannedSegment] | None = None
+    def resume_segments(
+        self, planned: Sequence[PlannedSegment], share: Sequence[PlannedSegment] | None = None
     ) -> list[PlannedSegment]:
-        """Those of the part's segments that nobody has finished, and of those this process's `own`, None: all.
+        """Returns the segments of the part that are still to be written, and removes what a crash left of them.
 
-        What a crash left of them is removed. A finished one that the manifest does not list yet, because its writer or
-        the committer died, is kept.
+        A finished segment that the manifest does not list yet, because its writer or the committer died, is kept.
+
+        Args:
+            planned: All segments of the part.
+            share: The segments that this process writes. None: all.
         """
         with self._turn():
             planned = planned[len(self._part_segments()) :]
-            chosen = set(planned if own is None else own)
+            chosen = set(planned if share is None else share)
             mine = [segment for segment in planned if segment in chosen]
-            left = staging.keep_finished(self.path, self.manifest, mine)
+            left = staging.unfinished_segments(self.path, self.manifest, mine)
             self._planned = {segment.name: segment for segment in planned}
             if not self._shared:
                 _remove_leftovers(self.path, self.manifest, self._planned)
-            self._commit_waiting()
+            self._commit_submitted()
         return left
 
-    def commit_waiting(self) -> None:
-        """List, in their order, the finished segments that follow those listed; later ones wait for the gap to close.
+    def commit_submitted(self) -> None:
+        """Commits, in their order, the submitted segments that follow the committed ones; later ones stay submitted.
 
         Raises:
             RequestError: A segment with other token columns than the store's, or another recording at this path.
             DataError: The disk is full.
         """
         with self._turn(), explain_full_disk(self.path, "the manifest", self.manifest.rows):
-            self._commit_waiting()
+            self._commit_submitted()
 
     @contextmanager
     def segment(self, rows: int, sequences: int, digest: str, tokens: pa.Table) -> Iterator[SegmentWriter]:
-        """Write the next segment inside the block and commit it at its end; an exception leaves the store as it was.
+        """Yields a writer of the next segment and commits it at the end; an exception leaves the store unchanged.
 
         Args:
             rows: Rows of the segment; each must be written once, for every site.
@@ -228,18 +234,18 @@ class Writer:
         planned = PlannedSegment(name, len(manifest.parts) - 1, rows, sequences, manifest.rows, first_sequence, digest)
         with explain_full_disk(self.path, f"segment {name}", manifest.rows):
             staging.discard(self.path, name)
-            with staging.staged(self.path, manifest, planned, tokens) as segment:
+            with staging.stage_segment(self.path, manifest, planned, tokens) as segment:
                 yield segment
-            staging.hand_in(self.path, planned)
+            staging.submit_segment(self.path, planned)
             self._planned[name] = planned
-            self._commit_waiting()
+            self._commit_submitted()
 
-    def _commit_waiting(self) -> None:
+    def _commit_submitted(self) -> None:
         listed = self.manifest.segments
         rows: list[Segment] = []
         while planned := self._planned.get(f"{len(listed) + len(rows):05d}"):
-            row = staging.waiting(self.path, planned.name)
-            if row is None or row != planned.committed(row.checksum):
+            row = staging.submitted_row(self.path, planned.name)
+            if row is None or row != planned.row(row.checksum):
                 break
             schema = read_schema(self.path / SEGMENTS / row.name / TOKENS)
             self._schema = self._token_schema() or schema
@@ -248,9 +254,9 @@ class Writer:
         if rows:
             try:
                 self._replace(replace(self.manifest, segments=(*listed, *rows)))
-            finally:  # also where the new manifest took its place and the disk failed after that
+            finally:  # also if the disk failed after the new manifest was in place
                 listed = self.manifest.segments[len(listed) :]
-                staging.forget(self.path, [row.name for row in listed])
+                staging.remove_rows(self.path, [row.name for row in listed])
             write_groups(self.path, self.manifest)
 
     def _part_segments(self) -> list[Segment]:
@@ -263,14 +269,14 @@ class Writer:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Inside, this process alone changes the manifest, and knows what others have committed."""
+        """Inside, this process alone changes the manifest, and knows the commits of others."""
         with _turn(self.path, self._shared):
             if self._shared:
                 found = read_manifest(self.path)
-                if self._begun and replace(found, segments=()) != replace(self.manifest, segments=()):
+                if self._started and replace(found, segments=()) != replace(self.manifest, segments=()):
                     raise RequestError(
-                        f"{self.path}: another process makes another recording there; give all that share it the same "
-                        "texts, model and settings"
+                        f"{self.path}: another process makes another recording there; all processes that share a "
+                        "store need the same texts, model and settings"
                     )
                 self.manifest = found
             yield
@@ -278,7 +284,7 @@ class Writer:
     def _replace(self, manifest: Manifest) -> None:
         try:
             write_manifest(self.path, manifest)
-        except BaseException:  # before or after the new one took its place? what the disk says is what is committed
+        except BaseException:  # the manifest on the disk decides what is committed
             self.manifest = read_manifest(self.path)
             raise
         self.manifest = manifest
@@ -289,32 +295,33 @@ def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
     others = sorted(entry.name for entry in entries if not (shared and entry.name == SEGMENTS))
     if others:
         raise RequestError(
-            f"out={path} is not empty and no store: it holds {others[0]} and no {MANIFEST}; choose another out"
+            f"out={path} is not empty and not a store: it holds {others[0]} and no {MANIFEST}; choose another out"
         )
     write_manifest(path, manifest)
     return manifest
 
 
-def _reopen(path: Path, asked: Manifest, shared: bool) -> Manifest:
-    """The store's manifest, after refusing one of another recording and removing what a crash left behind (unless
-    others that share the store may be writing it)."""
+def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
+    """The manifest of the same recording, after removing leftovers of a crash unless the store is shared."""
     found = read_manifest(path)
-    newer = asked.recording.keys() - found.recording.keys()  # settings that there were not when the store was begun
-    wanted = {name: value for name, value in _settings(asked).items() if name not in newer}
+    newer = requested.recording.keys() - found.recording.keys()  # settings that are newer than the store
+    wanted = {name: value for name, value in _settings(requested).items() if name not in newer}
     differences = _differences(_settings(found), wanted)
-    if (differences or newer) and not found.segments:  # an earlier request that came to nothing binds nobody
+    if (differences or newer) and not found.segments:  # nothing is committed: the settings may change
         files.remove(path / UNEMBED)
         _remove_leftovers(path, found, keep=())
-        write_manifest(path, asked)
-        return asked
+        write_manifest(path, requested)
+        return requested
     if differences:
         more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise RequestError(
-            f"{path} was recorded otherwise: {'; '.join(differences[:6])}{more}; ask for the same or choose another out"
+            f"{path} was recorded with other settings: {'; '.join(differences[:6])}{more}; request the same, or choose "
+            "another out"
         )
-    if differences := _differences(found.environment, asked.environment):
+    if differences := _differences(found.environment, requested.environment):
         _LOG.warning(
-            f"{path} was begun with other versions: {'; '.join(differences)}; further rows may differ in the last bits"
+            f"{path} was started with other library versions: {'; '.join(differences)}; further rows may differ in the "
+            "last bits"
         )
     if not shared:
         for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
@@ -325,13 +332,13 @@ def _reopen(path: Path, asked: Manifest, shared: bool) -> Manifest:
 
 
 def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | None) -> None:
-    """Remove segments that are neither committed nor finished; of those finished `keep` these, None: all."""
+    """Removes segments that are neither committed nor finished; of the finished ones keeps `keep`, None: all."""
     listed = {segment.name for segment in manifest.segments}
     for entry in list((path / SEGMENTS).iterdir()) if (path / SEGMENTS).is_dir() else ():
         name, _, suffix = entry.name.removeprefix(".").partition(".")
         if not name.isdecimal() or (suffix not in ("", "json") and not entry.name.endswith(files.PARTIAL)):
-            continue  # not ours
-        finished = name not in listed and (keep is None or name in keep) and staging.waiting(path, name)
+            continue  # a file of somebody else
+        finished = name not in listed and (keep is None or name in keep) and staging.submitted_row(path, name)
         if not (finished if suffix else finished or name in listed) or entry.name.endswith(files.PARTIAL):
             files.remove(entry)
 
@@ -339,7 +346,7 @@ def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | No
 def _add_unembed(
     path: Path, manifest: Manifest, unembed: Callable[[Path], None] | None, reason: str | None
 ) -> Manifest:
-    # The manifest comes first without it, so that a crash here leaves what is recognised as a store
+    # The manifest is written first without it, so that a crash here leaves a store
     if unembed is None:
         manifest = replace(manifest, unembed_reason=reason or "not asked for")
     else:
@@ -354,25 +361,25 @@ def _add_unembed(
 
 
 def _settings(manifest: Manifest) -> dict[str, object]:
-    """What must be equal for two recordings to give the same bytes, under the names a user knows."""
+    """Settings that must be equal for two recordings to give the same bytes, under the names of the API."""
     model = manifest.model
-    asked = {name: value for name, value in manifest.recording.items() if name != "sites"}  # `sites` as resolved count
+    recording = {name: value for name, value in manifest.recording.items() if name != "sites"}  # resolved ones below
     return {
         "model": f"{model.architecture} with weights {model.fingerprint[:12]}",
         "model config": model.config_fingerprint[:12],
         "model dtype": model.dtype,
         "tokenizer": model.tokenizer_fingerprint and model.tokenizer_fingerprint[:12],
-        **asked,
+        **recording,
         **{f"{name} tokens": list(ids) for name, ids in manifest.tokens_added.items()},
         **{f"site {site.label}": f"{site.axes} {site.shape} {site.dtype}" for site in manifest.sites},
     }
 
 
-def _differences(found: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
+def _differences(found: Mapping[str, object], requested: Mapping[str, object]) -> list[str]:
     return [
-        f"{name}: {found.get(name, 'none')} in the store, {asked.get(name, 'none')} asked"
-        for name in dict.fromkeys((*found, *asked))
-        if found.get(name) != asked.get(name)
+        f"{name}: {found.get(name, 'none')} in the store, {requested.get(name, 'none')} requested"
+        for name in dict.fromkeys((*found, *requested))
+        if found.get(name) != requested.get(name)
     ]
 
 
@@ -381,6 +388,6 @@ def _texts(part: Part) -> str:
 
 
 def explain_full_disk(path: Path, what: str, rows: int) -> AbstractContextManager[None]:
-    """Inside, a full disk raises DataError that says what was being written and that `rows` are safe."""
+    """Inside, a full disk raises DataError with what was being written and that `rows` are safe."""
     kept = f"{rows} rows are committed and readable; free space and run the same command to resume"
     return files.explain_full_disk(f"{what} of {path}", kept)
