@@ -97,7 +97,7 @@ def test_delphi_reads_the_same_latents(made, tmp_path, splits):
     assert (config["model_name"], config["cache_ctx_len"], config["n_splits"]) == ("demo", 14, splits)
 
 
-def test_wrong_requests_of_delphis_cache(made, tmp_path):
+def test_wrong_requests_of_delphi_are_refused(made, tmp_path):
     features, _, _ = made
     for splits in (0, 21):
         text = refused(RequestError, lambda n=splits: wb.export_delphi(features, tmp_path, splits=n))

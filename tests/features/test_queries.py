@@ -69,7 +69,7 @@ def text(store):
 # ---- statistics -------------------------------------------------------------------------------------------
 
 
-def test_quantiles_are_numpys_over_active_rows(features, dense):
+def test_quantiles_equal_numpy_over_active_rows(features, dense):
     asked = (0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1)
     found = feature_quantiles(features, asked)
     for feature in range(20):
@@ -79,7 +79,7 @@ def test_quantiles_are_numpys_over_active_rows(features, dense):
     assert (found < 0).any()
 
 
-def test_statistics_have_a_line_a_feature(features, dense):
+def test_statistics_have_a_line_per_feature(features, dense):
     table = wb.feature_statistics(features, quantiles=(0.5, 0.995))
     assert list(table) == ["feature", "active", "density", "max", "mean", "q50", "q99.5"]
     assert table["feature"].tolist() == list(range(20))
@@ -91,7 +91,7 @@ def test_statistics_have_a_line_a_feature(features, dense):
 
 
 @pytest.mark.parametrize("bins", [1, 7, 40])
-def test_a_histogram_is_numpys(features, dense, bins):
+def test_a_histogram_equals_numpy(features, dense, bins):
     for feature in range(20):
         active = dense[:, feature][dense[:, feature] != 0].astype(np.float64)
         counts, edges = wb.feature_histogram(features, feature, bins)
@@ -118,7 +118,7 @@ def test_rows_above_a_threshold_combine_with_sql(features, dense, store):
     assert len(wb.active_rows(features, 3)) == 0
 
 
-def test_the_top_among_chosen_rows(features, dense, store):
+def test_top_rows_of_a_selection(features, dense, store):
     feature = int(features.counts.argmax())
     position = store.tokens["position"].to_numpy()
     order = np.lexsort((np.arange(ROWS), -dense[:, feature]))
@@ -149,7 +149,7 @@ def expected_best(dense, text, columns, k, least):
 
 
 @pytest.mark.parametrize(("k", "least"), [(1, 1), (3, 4), (99, 8)])
-def test_best_features_of_every_value_by_hand(features, dense, text, store, k, least, pieces):
+def test_best_features_equal_a_count_by_hand(features, dense, text, store, k, least, pieces):
     tokens = store.tokens
     columns = {name: tokens[name].to_pylist() for name in ("token", "source", "sequence")}
     table = wb.best_features(features, ["token", "source", "sequence"], k=k, least=least)
@@ -171,7 +171,7 @@ def test_one_label_agrees_with_enrichment(features):
     assert line[["feature", "active", "hits", "precision", "recall", "f1"]].tolist() == best.tolist()
 
 
-def test_labels_of_ones_own(features, text, store):
+def test_labels_given_as_values(features, text, store):
     """Planted: the label is where one feature is active."""
     planted = int(text_counts(features).argmax())
     on = features[:].toarray()[:, planted] != 0
@@ -231,7 +231,7 @@ def test_coactivation_by_hand(features, dense, text, pieces):
     ("architecture", "settings"),
     [("standard", {}), ("topk", {"rescale_acts_by_decoder_norm": True}), ("matching_pursuit", {}), ("gated", {})],
 )
-def test_a_direction_is_what_a_unit_adds_to_the_reconstruction(architecture, settings, tmp_path):
+def test_a_direction_is_the_effect_of_a_unit_on_the_reconstruction(architecture, settings, tmp_path):
     sae = load_sae(save_sae(tmp_path / "sae", architecture, **settings), device="cpu")
     nothing = sae.decode(torch.zeros(1, 20))
     for feature in (0, 13):
@@ -258,7 +258,7 @@ def test_nearest_features_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_effects_on_logits_are_those_of_the_models_own_head(family, tiny_models, tmp_path):
+def test_effects_on_logits_equal_the_models_head(family, tiny_models, tmp_path):
     """In float64, by the model's own norm and head: a small step across x, which the norm's divisor does not feel."""
     model = tiny_models[family]
     sae = load_sae(save_sae(tmp_path / "sae", d_in=32), device="cpu")
@@ -315,7 +315,7 @@ def test_promoted_tokens_are_the_extremes(tiny_models, tmp_path):
     assert text.startswith("the output of SAE 'narrow' has width 8 and the residual stream 32; ")
 
 
-def test_an_sae_of_something_else_than_the_stream_has_no_effect_on_logits(tmp_path):
+def test_an_sae_outside_the_residual_stream_has_no_effect_on_logits(tmp_path):
     site = SiteRecord("blocks.1.mlp.hook_post", "mlp_post.1", ("row", "d_mlp"), (8,), "float32")
     store = open_store(write_store(tmp_path / "x.acts", [[9]], sites=(site,)))
     sae = load_sae(save_sae(tmp_path / "sae", hook_name=site.name, model_name="demo"), device="cpu")
@@ -324,7 +324,7 @@ def test_an_sae_of_something_else_than_the_stream_has_no_effect_on_logits(tmp_pa
     assert text.startswith("SAE 'sae' reconstructs blocks.1.mlp.hook_post, which is not part of the residual stream; ")
 
 
-def test_a_store_without_unembedding_is_said(features, sae):
+def test_a_store_without_unembedding_is_refused(features, sae):
     assert "holds no unembedding: the model has none" in refused(
         RequestError, lambda: wb.promoted_tokens(features, sae, 0)
     )

@@ -75,7 +75,7 @@ def arrays(features) -> dict[str, list]:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("site", ["resid_post.1", "z.2"])
 @pytest.mark.parametrize("sae_dtype", ["float32", "float16"])
-def test_they_are_those_of_the_recorded_site(dtype, site, sae_dtype, llama, sequences, sae, tmp_path):
+def test_features_equal_those_of_the_recorded_site(dtype, site, sae_dtype, llama, sequences, sae, tmp_path):
     passed = record(
         llama, sequences, tmp_path / "p", dtype=dtype, sae=sae, sae_site=site, sae_dtype=sae_dtype, sae_force=True
     )
@@ -91,7 +91,7 @@ def test_they_are_those_of_the_recorded_site(dtype, site, sae_dtype, llama, sequ
     assert found.record.store_fingerprint == passed.manifest.fingerprint
 
 
-def test_they_are_the_autoencoders_of_the_models_own_states(llama, sequences, sae, folder, tmp_path):
+def test_features_equal_the_sae_on_the_hidden_states(llama, sequences, sae, folder, tmp_path):
     found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
     states = []
     for ids in sequences:
@@ -110,7 +110,7 @@ def test_a_temporal_autoencoder_reads_whole_sequences(llama, sequences, tmp_path
     assert len(found.by_row["value"]) > sum(RAGGED)
 
 
-def test_a_site_that_is_stored_has_its_features_too(llama, sequences, sae, tmp_path):
+def test_a_stored_site_gets_features_too(llama, sequences, sae, tmp_path):
     both = record(llama, sequences, tmp_path / "b", sites=["embed", "resid_post.1"], sae=sae)
     plain = record(llama, sequences, tmp_path / "p", sites=["embed", "resid_post.1"])
     files = contents(both.path)
@@ -120,7 +120,7 @@ def test_a_site_that_is_stored_has_its_features_too(llama, sequences, sae, tmp_p
     assert arrays(again) == arrays(wb.open_features(record(llama, sequences, tmp_path / "f", sae=sae).path))
 
 
-def test_other_sites_are_stored_beside_them(llama, sequences, sae, tmp_path):
+def test_other_sites_are_stored_beside_the_features(llama, sequences, sae, tmp_path):
     store = record(llama, sequences, tmp_path / "p", sites=["pattern.0", "resid_post.2"], sae=sae)
     plain = record(llama, sequences, tmp_path / "q", sites=["pattern.0", "resid_post.2"])
     assert [site.label for site in store.sites] == ["pattern.0", "resid_post.2"]
@@ -132,7 +132,7 @@ def test_other_sites_are_stored_beside_them(llama, sequences, sae, tmp_path):
     assert not (store.verify()["severity"] == "error").any()
 
 
-def test_the_state_before_a_block_is_the_one_after_the_last(tmp_path, llama, sequences, sae):
+def test_resid_pre_is_resid_post_of_the_block_before(tmp_path, llama, sequences, sae):
     about = {"hook_name": "blocks.2.hook_resid_pre", "model_name": "tiny-llama"}
     other = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, **about), device="cpu")
     found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=other).path)
@@ -142,7 +142,7 @@ def test_the_state_before_a_block_is_the_one_after_the_last(tmp_path, llama, seq
     assert arrays(found) == arrays(stored) == arrays(expected)
 
 
-def test_values_beyond_the_type_that_would_be_stored_are_counted(tiny_models, sequences, sae, tmp_path):
+def test_values_beyond_the_recorded_type_are_counted(tiny_models, sequences, sae, tmp_path):
     import copy
 
     module = copy.deepcopy(tiny_models["llama"])
@@ -166,7 +166,7 @@ def test_workers_record_and_encode_to_the_bytes_of_one_process(sites, in_this_pr
 
 
 @pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
-def test_the_last_of_those_that_share_a_recording_has_its_features(sites, llama, sequences, sae, tmp_path):
+def test_the_last_share_of_a_recording_finishes_the_features(sites, llama, sequences, sae, tmp_path):
     whole = record(llama, sequences, tmp_path / "one", sites=sites, sae=sae)
     for rank in (2, 0):
         store = record(llama, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.Share(rank, 3))
@@ -178,7 +178,7 @@ def test_the_last_of_those_that_share_a_recording_has_its_features(sites, llama,
     assert contents(tmp_path / "two") == contents(whole.path)
 
 
-def test_features_of_segments_that_wait_behind_a_gap_are_kept(llama, sequences, sae, tmp_path, monkeypatch):
+def test_features_of_segments_behind_a_gap_are_kept(llama, sequences, sae, tmp_path, monkeypatch):
     whole, ran = record(llama, sequences, tmp_path / "one", sae=sae), []
     assert record(llama, sequences, tmp_path / "two", sae=sae, workers=wb.Share(1, 2)).rows == 0
     capture = segments.capture
@@ -219,7 +219,7 @@ def test_stopped_at_every_commit_it_resumes_to_the_same_bytes(llama, sequences, 
     assert stops > 12
 
 
-def test_finished_ones_are_opened_and_the_model_is_left_alone(llama, sequences, sae, tmp_path, monkeypatch):
+def test_finished_features_are_opened_without_a_forward_pass(llama, sequences, sae, tmp_path, monkeypatch):
     record(llama, sequences, tmp_path / "p", sae=sae)
     before = contents(tmp_path / "p")
     monkeypatch.setattr(segments, "capture", None)
@@ -244,7 +244,7 @@ def interrupted(llama, sequences, out, written: int, monkeypatch, **settings):
     assert last
 
 
-def test_what_came_to_nothing_binds_nobody(llama, sequences, sae, tmp_path, monkeypatch):
+def test_a_recording_without_segments_does_not_fix_the_texts(llama, sequences, sae, tmp_path, monkeypatch):
     interrupted(llama, sequences, tmp_path / "p", 0, monkeypatch, sae=sae)
     other = [ids[::-1] for ids in sequences[:4]]
     assert record(llama, other, tmp_path / "p", sae=sae).rows == sum(RAGGED[:4])
@@ -253,7 +253,7 @@ def test_what_came_to_nothing_binds_nobody(llama, sequences, sae, tmp_path, monk
     )
 
 
-def test_features_of_a_segment_that_was_not_committed_bind_nobody(llama, sequences, sae, tmp_path, monkeypatch):
+def test_features_of_an_uncommitted_segment_do_not_fix_the_texts(llama, sequences, sae, tmp_path, monkeypatch):
     from workbench.store import segment
 
     def stop(*_arguments):
@@ -271,7 +271,7 @@ def test_features_of_a_segment_that_was_not_committed_bind_nobody(llama, sequenc
     )
 
 
-def test_a_resumed_recording_without_them_is_refused(llama, sequences, sae, tmp_path, monkeypatch):
+def test_a_recording_resumed_without_its_sae_is_refused(llama, sequences, sae, tmp_path, monkeypatch):
     interrupted(llama, sequences, tmp_path / "p", 2, monkeypatch, sites=["embed"], sae=sae)
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sites=["embed"]))
     assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store, none requested" in text
@@ -290,7 +290,7 @@ def test_another_autoencoder_or_type_is_refused(llama, sequences, sae, tmp_path,
 
 
 @pytest.mark.parametrize("segments", [2, None])
-def test_rows_recorded_without_them_are_refused(segments, llama, sequences, sae, tmp_path, monkeypatch):
+def test_rows_recorded_without_features_are_refused(segments, llama, sequences, sae, tmp_path, monkeypatch):
     if segments:
         interrupted(llama, sequences, tmp_path / "p", segments, monkeypatch, sites=["embed"])
     else:
@@ -305,7 +305,7 @@ def test_rows_recorded_without_them_are_refused(segments, llama, sequences, sae,
     assert contents(tmp_path / "p") == before
 
 
-def test_texts_cannot_be_appended_where_nothing_is_stored(llama, sequences, sae, tmp_path):
+def test_texts_cannot_be_appended_to_features_alone(llama, sequences, sae, tmp_path):
     record(llama, sequences, tmp_path / "p", sae=sae, append=True)
     before = contents(tmp_path / "p")
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=sae, append=True))
@@ -337,7 +337,7 @@ def test_texts_cannot_be_appended_where_nothing_is_stored(llama, sequences, sae,
         ({}, {"sites": []}, "sites is empty; name at least one, for example resid_post"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(about, settings, said, llama, sequences, tmp_path):
+def test_a_mismatch_is_refused_before_anything_is_written(about, settings, said, llama, sequences, tmp_path):
     own = {"d_in": 32, "hook_name": SITE, "model_name": "tiny-llama", **about}
     other = wb.load_sae(save_sae(tmp_path / "x", "topk", **own), device="cpu")
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=other, **settings))

@@ -122,7 +122,7 @@ def invert(
             done = 0
             for index in np.flatnonzero(numbers):
                 out.seek(8 * int(places[index]))
-                out.write(memoryview(keys[done : done + numbers[index]]))
+                out.write(keys[done : done + numbers[index]].data)
                 done += numbers[index]
             places += numbers
     for rows, values in _ahead(sort, groups):

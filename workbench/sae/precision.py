@@ -25,7 +25,7 @@ def full_precision() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     newer = hasattr(matmul, "fp32_precision")  # if a user has set this one, reading the older one raises
     one_dnn = getattr(torch.backends.mkldnn, "matmul", None)  # torch declares it from 2.9 on
-    kinds = (matmul, one_dnn) if newer else ()
+    kinds = [kind for kind in (matmul, one_dnn) if kind is not None] if newer else []
     precisions = [kind.fp32_precision for kind in kinds]
     older = None if newer else torch.get_float32_matmul_precision()
     reduced = matmul.allow_bf16_reduced_precision_reduction
