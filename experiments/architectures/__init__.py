@@ -1,1 +1,1 @@
-"""Every causal language model type in transformers, tiny: what a recorder meets in each."""
+"""Recordings of a tiny model of every causal language model type in transformers, checked against references."""

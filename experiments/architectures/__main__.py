@@ -50,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.architectures", description=__doc__)
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all of them, if left out")
     parser.add_argument("--out", type=Path, help=f"Markdown to write; docs/{OUT.name}, or with --types standard output")
-    asked = parser.parse_args(arguments)
-    types = asked.types or causal_lm_types()
+    request = parser.parse_args(arguments)
+    types = request.types or causal_lm_types()
     unknown = sorted({*types} - {*causal_lm_types()})
     if unknown:
         parser.error(f"transformers has no causal language model of type {', '.join(unknown)}")
     text = page(_sweep(types))
-    out = asked.out or (None if asked.types else OUT)
+    out = request.out or (None if request.types else OUT)
     if out is None:
         print(text, end="")
     else:

@@ -1,4 +1,4 @@
-"""Records a tiny model of one type and holds every value against readings that share none of our code.
+"""Record a tiny model of one type and compare every value with readings that share no code with ours.
 
 The recorder sees sequences of unequal lengths in one padded batch. Each of them is then run alone, without padding:
 the plain model's `output_hidden_states` give the residual stream, eager attention gives the patterns, and
@@ -28,7 +28,7 @@ from workbench.model.unembed import load_unembed
 from workbench.store.reader import Store
 
 LENGTHS = (11, 7, 9, 5)
-"""Tokens in each sequence. The longest is longer than the windows and chunks of the tiny models, which are 8."""
+"""Tokens of each sequence. The longest is longer than the windows and chunks of the tiny models, which are 8."""
 CONTEXT = 16
 TOLERANCE = 1e-5
 """Largest difference that passes, in float32, relative to the largest value read, or to 1 where that is larger."""
@@ -37,7 +37,7 @@ LENS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """What one model type offers, and how far from the independent readings it is recorded."""
+    """Sites of one model type, and the error of each against independent readings."""
 
     model_type: str
     adapter: str | None = None
@@ -47,11 +47,11 @@ class Check:
     errors: Mapping[str, float] = field(default_factory=dict)
     """Largest relative difference of each kind that could be compared; 0: equal."""
     lens: float | str | None = None
-    """Largest relative difference of the last block's lens from the logits, or why the store has no lens."""
+    """Largest relative difference of the last block's lens from the logits, or the reason why the store has no lens."""
     remarks: tuple[str, ...] = ()
-    """What could not be compared, and why."""
+    """Sites that could not be compared, with the reason."""
     failure: str | None = None
-    """Why it does not pass; None: it does."""
+    """Reason why the type does not pass; None: it passes."""
 
     @property
     def passed(self) -> bool:
@@ -59,12 +59,12 @@ class Check:
 
     @property
     def recordable(self) -> bool:
-        """Whether any site is offered."""
+        """Returns True if any site is offered."""
         return bool(self.kinds)
 
 
 def check(model_type: str) -> Check:
-    """Records a tiny random model of this type and compares. Never raises: what goes wrong is part of the answer."""
+    """Records a tiny random model of this type and compares. Never raises: an error is part of the result."""
     found = Check(model_type)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quietly():
@@ -115,12 +115,12 @@ class _Recorded:
     ids: list[Tensor]
 
     def layers(self, kind: str) -> list[int]:
-        """The layers in which a kind was recorded."""
+        """Returns the layers in which a kind was recorded."""
         labels = [site.short.split(".") for site in self.store.sites]
         return sorted(int(label[1]) for label in labels if label[0] == kind and len(label) == 2)
 
     def read(self, site: str, sequence: int) -> Tensor:
-        """One sequence's rows of a site."""
+        """Returns the rows of a site for one sequence."""
         first = sum(LENGTHS[:sequence])
         return self.store[site][first : first + LENGTHS[sequence]]
 
@@ -128,26 +128,26 @@ class _Recorded:
 def _against_plain_model(
     recorded: _Recorded, module: nn.Module, has_lens: bool, remarks: list[str]
 ) -> dict[str, float]:
-    """resid_post and logits, of every sequence run alone."""
+    """Compares resid_post and logits, each sequence run alone."""
     layers, errors = recorded.layers("resid_post"), {"resid_post": 0.0, "logits": 0.0}
     for sequence, ids in enumerate(recorded.ids):
         output = _run_alone(module, ids, output_hidden_states=True)
         _note(errors, "logits", recorded.read("logits", sequence), output.logits[0])
         states = output.hidden_states
         begins = _difference(recorded.read(f"resid_pre.{layers[0]}", sequence), states[0][0]) <= TOLERANCE
-        after = states[begins : begins + len(layers)]  # most types put first what goes into the first block
+        after = states[begins : begins + len(layers)]  # most types return the input of the first block first
         for layer, state in zip(layers, after, strict=True):
             residual = recorded.read(f"resid_post.{layer}", sequence)
             if layer == layers[-1] and not _difference(residual, state[0]) <= TOLERANCE:
                 if not has_lens:
                     _remark(remarks, "resid_post of the last block could not be compared")
-                continue  # most types give their last one behind the final norm: there the lens tells
+                continue  # most types return the last state after the final norm; the lens checks that one
             _note(errors, "resid_post", residual, state[0])
     return errors
 
 
 def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: list[str]) -> dict[str, float]:
-    """pattern, of every sequence run alone in a model that attends eagerly; and that no query sees a later key."""
+    """Compares pattern, each sequence run alone with eager attention, and checks that no query sees a later key."""
     module.set_attn_implementation("eager")
     layers, errors = recorded.layers("pattern"), {"pattern": 0.0}
     for sequence, ids in enumerate(recorded.ids):
@@ -171,7 +171,7 @@ def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: li
 
 
 def _against_bridge(recorded: _Recorded, model: Model, remarks: list[str]) -> dict[str, float]:
-    """Every site that TransformerBridge has too, of every sequence run alone through it."""
+    """Compares every site that TransformerBridge also has, each sequence run alone through it."""
     try:
         with _silent(), torch.no_grad():
             bridge = model.bridge()
@@ -196,7 +196,7 @@ def _against_bridge(recorded: _Recorded, model: Model, remarks: list[str]) -> di
 
 
 def _lens(recorded: _Recorded) -> float | str:
-    """The store's unembedding of the last block against the recorded logits."""
+    """Compares the store's unembedding of the last block with the recorded logits."""
     last = recorded.store[f"resid_post.{recorded.layers('resid_post')[-1]}"][:]
     try:
         unembed = load_unembed(recorded.store.path)
@@ -205,9 +205,9 @@ def _lens(recorded: _Recorded) -> float | str:
     return _difference(unembed(last), recorded.store["logits"][:])
 
 
-def _run_alone(module: nn.Module, ids: Tensor, **asked: bool) -> Any:
+def _run_alone(module: nn.Module, ids: Tensor, **options: bool) -> Any:
     with torch.no_grad():
-        return module(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False, **asked)
+        return module(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False, **options)
 
 
 @contextlib.contextmanager
@@ -224,7 +224,7 @@ def _note(errors: dict[str, float], kind: str, ours: Tensor, theirs: Tensor) -> 
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference relative to the largest of `theirs`, or to 1; infinite where they are not the same thing.
+    """Returns the largest difference relative to the largest of `theirs`, or to 1; infinite for other shapes.
 
     `theirs` may have its heads before its positions, or flat.
     """
@@ -238,7 +238,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def shown(error: float) -> str:
-    """`3.4e-07` -> "3e-7"."""
+    """Returns an error with one digit: 3.4e-07 as "3e-7"."""
     digit, exponent = f"{error:.0e}".split("e") if error and error != float("inf") else (str(error), None)
     return f"{digit}e{int(exponent)}" if exponent else digit.removesuffix(".0")
 

@@ -1,4 +1,4 @@
-"""The smallest random model of every causal language model type in transformers."""
+"""Smallest random models of every causal language model type in transformers."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _VALUES: tuple[tuple[Any, str], ...] = (
-    # The body. Four layers, so that there is a middle and a hybrid can have two of each kind.
+    # Body. Four layers: there is a middle, and a hybrid has two of each kind.
     (4, "num_hidden_layers n_layer n_layers num_layers num_blocks num_decoder_layers num_encoder_layers"),
     (4, "decoder_layers encoder_layers"),
     (32, "hidden_size n_embd d_model emb_dim embed_dim embedding_dim embedding_size word_embed_proj_dim"),
@@ -54,7 +54,7 @@ _VALUES: tuple[tuple[Any, str], ...] = (
     (32, "lru_width"),
     (4, "mamba_dt_rank time_step_rank"),
     (1, "mamba_n_groups mamba_ngroups n_groups attn_layer_offset"),
-    # Scales and caps, away from values at which they would do nothing.
+    # Scales and caps, at values at which they have an effect.
     (2.0, "embedding_multiplier scale_emb logits_scaling"),
     (2.0, "final_logit_softcapping logits_soft_cap output_logit_soft_cap"),
     (0.5, "residual_multiplier logit_scale lm_head_multiplier attention_out_multiplier ssm_out_multiplier"),
@@ -66,7 +66,7 @@ _VALUES: tuple[tuple[Any, str], ...] = (
     (16, "patch_size"),
 )
 TINY: dict[str, Any] = {name: value for value, names in _VALUES for name in names.split()}
-"""The value of each config field, wherever a config has a field of that name."""
+"""Value of each config field, in every config that has the field."""
 
 COMPANIONS: dict[str, dict[str, Any]] = {"kv_lora_rank": {"num_key_value_heads": 4}}
 """A config that has the field on the left also takes the values on the right."""
@@ -119,16 +119,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": _SHARED},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What a type needs to be built, or to have each of its kinds of layer; a mapping goes to the config nested there."""
+"""Fields that a type needs to be built, or to have each kind of its layers; a mapping is for a nested config."""
 
 
 def causal_lm_types() -> tuple[str, ...]:
-    """Every model type that transformers maps to a causal language model, sorted."""
+    """Returns every model type that transformers maps to a causal language model, sorted."""
     return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of this type, in float32 on the CPU, with every parameter moved off its initial value."""
+    """Returns a random model of this type, in float32 on the CPU, with every parameter moved off its initial value."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"model_type is {model_type!r}, which transformers does not map to a causal language model")
     try:
@@ -147,7 +147,7 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 def _tiny_config(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
-    """The config of this class from the tables above, nested configs included."""
+    """Returns the config of this class from the tables above, including nested configs."""
     fields = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in TINY.items() if name in fields}
     for name, companions in COMPANIONS.items():

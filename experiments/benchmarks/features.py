@@ -41,7 +41,7 @@ _WORDS = 32_000
 @dataclass(frozen=True)
 class FeatureStore:
     """Features drawn at random, `active` a row in float16; a feature's frequency falls as a power of its rank, as those
-    of autoencoders do. Nothing is encoded. `top` is asked of features that are active at all, warm, 20 rows with
+    of autoencoders do. Nothing is encoded. `top` is called for features that are active at all, warm, 20 rows with
     context. A raw copy reads and writes the bytes of the index in blocks of 4 MiB and waits for the disk, as
     the index does.
     """
@@ -49,7 +49,7 @@ class FeatureStore:
     rows: int = 1_000_000
     features: int = 16_384
     active: int = 32
-    asked: int = 200
+    queried: int = 200
     repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
@@ -76,10 +76,10 @@ class FeatureStore:
 
     def _top(self, features: Features) -> tuple[float, ...]:
         """Returns median milliseconds of a call per repeat, after one that warms the page cache."""
-        asked = np.random.default_rng(1).choice(np.flatnonzero(features.counts), self.asked)
+        queried = np.random.default_rng(1).choice(np.flatnonzero(features.counts), self.queried)
         found = []
         for _ in range(self.repeats + 1):
-            calls = [_seconds(lambda feature=feature: features.top(feature)) for feature in asked]
+            calls = [_seconds(lambda feature=feature: features.top(feature)) for feature in queried]
             found.append(1e3 * float(np.median(calls)))
         return tuple(found[1:])
 
@@ -206,4 +206,4 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 FULL = FeatureStore()
-QUICK = FeatureStore(rows=20_000, features=512, active=8, asked=20, repeats=2)
+QUICK = FeatureStore(rows=20_000, features=512, active=8, queried=20, repeats=2)

@@ -40,11 +40,11 @@ class StoreProbes:
         found = []
         for probe in PROBES:
             store = stores["heads" if probe == "attention-sinks" else "rows"]
-            seconds, work = [], asked(probe, store)
+            seconds, work = [], probe_run(probe, store)
             began = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - began)
-            memory = peak_memory(asked, probe=probe, store=store)
+            memory = peak_memory(probe_run, probe=probe, store=store)
             limit = self.prompts_seconds if probe == "future-prompts" else self.seconds
             allowed = f"the {limit:.0f} s allowed", f"the {self.megabytes:,.0f} MB allowed"
             found.append(Comparison(probe, allowed[0], tuple(seconds), (limit,), "s", at_most=1))
@@ -52,7 +52,7 @@ class StoreProbes:
         return found
 
 
-def asked(probe: str, store: str) -> Callable[[], Any]:
+def probe_run(probe: str, store: str) -> Callable[[], Any]:
     opened, settings = wb.open_store(store), find_probe(probe)()
     return lambda: settings.run(opened)
 

@@ -1,6 +1,6 @@
-"""The embedded model, its sparse autoencoder and its labelled corpus: how they are made and what they show.
+"""The embedded model, its sparse autoencoder and its labelled corpus: data, training, measurements.
 
-world        people, places, words and ordinals of the little world that the texts are about
+world        people, places, words and ordinals of the invented world of the texts
 corpus       documents in five domains with labelled spans          python -m workbench.experiments.demo_model.corpus
 tokenizer    byte-level BPE that splits names and keeps ordinals whole
 train        tokenizer and model                                    python -m workbench.experiments.demo_model.train

@@ -1,4 +1,4 @@
-"""Documents of the demo's little world, in five domains, with the truth about every word.
+"""Documents about the demo's invented world, in five domains, with labels for every word.
 
     story       people in places over several days; names are carried from sentence to sentence
     facts       who lives where, does what, and keeps which animal: always the same
@@ -26,7 +26,7 @@ from workbench.embedded import CORPUS
 from workbench.experiments.demo_model.world import CONCEPTS, ORDINALS, PEOPLE, PLAIN, SUCCESSORS, TRIGGERS, Person
 
 HELD_OUT = 1_000_003
-"""Seed of the corpus that ships with the package; training seeds are small numbers, so none meets it."""
+"""Seed of the corpus that ships with the package; training seeds are small numbers and never equal it."""
 
 _WORD = re.compile(r"[A-Za-z0-9]+")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -34,7 +34,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a text that carries labels: column of the token table to value."""
+    """Part of a text with its labels: value by column of the token table."""
 
     text: str
     labels: tuple[tuple[str, Any], ...] = ()
@@ -54,19 +54,19 @@ class LabelledDocument:
     spans: dict[str, list[dict[str, Any]]]
 
     def record(self) -> dict[str, Any]:
-        """As a line of the corpus file, which `workbench.record` reads."""
+        """Returns the document as a line of the corpus file, which `workbench.record` reads."""
         return {"text": self.text, "domain": self.domain, "spans": self.spans}
 
 
 def documents(count: int, seed: int, characters: int = 800) -> Iterator[LabelledDocument]:
-    """`count` documents of at least `characters` characters, the domains in turn. The same seed, the same texts."""
+    """Yields `count` documents of at least `characters` characters, the domains in turn; the seed determines all."""
     names = list(DOMAINS)
     for number in range(count):
         yield document(names[number % len(names)], Random(f"{seed}:{number}"), characters)
 
 
 def document(domain: str, draw: Random, characters: int) -> LabelledDocument:
-    """One document: paragraphs of `domain` until there are `characters` characters."""
+    """Returns one document: paragraphs of `domain` until there are `characters` characters."""
     pieces: list[Piece] = []
     length = 0
     while length < characters:
@@ -77,7 +77,7 @@ def document(domain: str, draw: Random, characters: int) -> LabelledDocument:
 
 
 def _assemble(domain: str, pieces: list[Piece]) -> LabelledDocument:
-    """Join pieces into a text; a `copy_source` counts pieces of the document and becomes a character here."""
+    """Joins pieces into a text; a `copy_source` is the number of a piece and becomes a character offset here."""
     starts = [0]
     for piece in pieces:
         starts.append(starts[-1] + len(piece.text))
@@ -180,7 +180,7 @@ _EVENINGS = (
 
 
 def _facts(draw: Random) -> list[Piece]:
-    """What is known about one person, in any order."""
+    """Returns sentences with the facts about one person, in random order."""
     person = draw.choice(PEOPLE)
     slots = {
         "name": _person(person),
@@ -283,9 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CORPUS)
     parser.add_argument("--documents", type=int, default=150)
-    asked = parser.parse_args(arguments)
-    with asked.out.open("w", encoding="utf-8") as lines:
-        for document_ in documents(asked.documents, HELD_OUT):
+    request = parser.parse_args(arguments)
+    with request.out.open("w", encoding="utf-8") as lines:
+        for document_ in documents(request.documents, HELD_OUT):
             lines.write(json.dumps(document_.record(), separators=(",", ":")) + "\n")
 
 

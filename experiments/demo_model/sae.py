@@ -1,7 +1,7 @@
 """Train the demo's sparse autoencoder: `python -m workbench.experiments.demo_model.sae runs/demo-0`.
 
-SAELens' trainer, fed from a store of ours: the activations are recorded once, then read in random order from the
-memory map. BOS is left out, since the sink's norm would dominate the loss. About five minutes on one core.
+SAELens' trainer reads a store: the activations are recorded once, then read in random order from the memory map. BOS is
+excluded, since the norm of the sink would dominate the loss. About five minutes on one core.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from workbench.experiments.train_sae import batches
 
 @dataclass(frozen=True)
 class SaeRecipe:
-    """Everything that decides the autoencoder, besides the model and the machine."""
+    """All settings that determine the autoencoder, for a given model and machine."""
 
     site: str = "resid_post.0"
     d_sae: int = 1024
     k: int = 12
-    """Latents active at once; L0 is at most this."""
+    """Maximum number of active latents per token."""
     documents: int = 600
-    """Documents of about 250 tokens whose activations are trained on."""
+    """Number of training documents, of about 250 tokens each."""
     seed: int = 0
     steps: int = 1500
     batch: int = 1024
-    """Tokens a step."""
+    """Batch size, in tokens."""
     threads: int = 1
-    """CPU threads: with another number sums are made in another order."""
+    """CPU threads; another number sums in another order."""
     learning_rate: float = 1e-3
 
 
 def train_sae(recipe: SaeRecipe, model: wb.Model, store: wb.Store) -> TopKTrainingSAE:
-    """An SAE on `recipe.site` of `store`, by SAELens' trainer."""
+    """Trains an SAE on `recipe.site` of `store` by SAELens' trainer."""
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     array = store[recipe.site]
@@ -79,7 +79,7 @@ def train_sae(recipe: SaeRecipe, model: wb.Model, store: wb.Store) -> TopKTraini
 
 @torch.no_grad()
 def _begin_at_the_data(sae: TopKTrainingSAE, array: wb.ActivationArray, rows: np.ndarray, seed: int) -> None:
-    """The decoder's bias is the mean activation, and each latent begins as the direction of one activation from it."""
+    """Sets the decoder's bias to the mean activation, and each latent to the direction of one activation from it."""
     mean = array[rows[:: max(1, len(rows) // 20_000)]].float().mean(0)
     drawn = np.sort(np.random.default_rng(seed).choice(rows, len(sae.W_dec), replace=False))
     directions = torch.nn.functional.normalize(array[drawn].float() - mean, dim=1)
@@ -94,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("site", "d_sae", "k", "documents", "seed", "steps"):
         default = getattr(SaeRecipe, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    asked = vars(parser.parse_args(arguments))
-    run = asked.pop("run")
+    request = vars(parser.parse_args(arguments))
+    run = request.pop("run")
     model, out = wb.load_model(run / "model"), run / "sae"
-    recipe = SaeRecipe(**asked)
+    recipe = SaeRecipe(**request)
     texts = (document.text for document in documents(recipe.documents, seed=2000 + recipe.seed))
     store = wb.record(model, list(texts), sites=[recipe.site], out=run / "sae.acts")
     train_sae(recipe, model, store).save_inference_model(str(out))

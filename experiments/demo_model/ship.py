@@ -1,4 +1,4 @@
-"""Put a trained model, its SAE and the held-out corpus into the package.
+"""Copy a trained model, its SAE and the held-out corpus into the package.
 
 python -m workbench.experiments.demo_model.ship runs/demo-0
 """
@@ -15,11 +15,11 @@ from workbench.experiments.demo_model import corpus
 from workbench.io.errors import RequestError
 
 LIMIT = 20_000_000
-"""Bytes that everything shipped may have."""
+"""Maximum bytes of everything that ships."""
 
 
 def ship(run: Path) -> int:
-    """Replace what the package embeds by `run`; gives the bytes it now has."""
+    """Replaces the embedded model and SAE by those of `run`, and returns the bytes of everything embedded."""
     for name in ("model", "sae"):
         if not (run / name).is_dir():
             raise RequestError(f"run {str(run)!r} has no {name}; run python -m workbench.experiments.demo_model.{name}")

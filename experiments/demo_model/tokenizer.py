@@ -17,7 +17,7 @@ BOS = "<s>"
 
 
 def train_tokenizer(seed: int, count: int = 1500) -> PreTrainedTokenizerFast:
-    """A tokenizer of `VOCAB` entries, learned from `count` documents. BOS begins every text; the cost is seconds.
+    """Trains a tokenizer of `VOCAB` entries on `count` documents, in seconds. BOS begins every text.
 
     A name occurs a few hundred times here and would become one token, as no rare name does in a real vocabulary.
     So people's names are left out of what it learns from, and the middle of a place's name, and only their beginnings
@@ -47,7 +47,7 @@ def _texts(seed: int, count: int) -> Iterator[str]:
 
 
 def _without_names(document: LabelledDocument) -> str:
-    """The text without people's names, and with places called "Upper Mill" instead of "Upper Vexum Mill"."""
+    """Returns the text without people's names, with "Upper Mill" in place of "Upper Vexum Mill"."""
     text = document.text
     for span in reversed(document.spans["entity"]):
         name = text[span["start"] : span["end"]]
@@ -57,7 +57,7 @@ def _without_names(document: LabelledDocument) -> str:
 
 
 def _words() -> Iterator[str]:
-    """What has to become one token, often enough to do so: ordinals also where no space precedes them."""
+    """Yields the words that must become one token, often enough for that; ordinals also without a leading space."""
     for _ in range(200):
         yield from (f"{word} {word}" for word in chain(*ORDINALS.values()))
         yield from (f" {word}" for word in (*PLAIN, *chain(*CONCEPTS.values())))

@@ -1,7 +1,7 @@
 """Train the demo's tokenizer and model: `python -m workbench.experiments.demo_model.train --out DIR [--seed 0]`.
 
-One CPU core needs about a second a step, and two seeds can be trained side by side. A run that was stopped goes on
-from its last checkpoint, and the same seed gives the same losses on the same machine.
+A step takes about a second on one CPU core, and two seeds can be trained at the same time. A stopped run resumes from
+its last checkpoint, and the same seed gives the same losses on the same machine.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 
 RANDOM_REPEATS = "random repeats"
-"""A domain of token ids alone: some random tokens, said over and over. Induction heads form on it."""
+"""Domain of token ids alone: random tokens, repeated. Induction heads form on it."""
 PERIODS = (3, 64)
-"""How many tokens that are, by a uniform logarithm."""
+"""Range of the number of those tokens, log-uniform."""
 
 PREVIOUS_HEADS = 2
-"""Heads of block 0 that begin by attending to the previous token."""
+"""Number of heads of block 0 that attend to the previous token at initialisation."""
 COPYING_BLOCKS = slice(1, 3)
-"""Blocks whose heads begin by copying what they attend to."""
+"""Blocks whose heads copy the tokens they attend to at initialisation."""
 FAR_BLOCKS = slice(2, None)
-"""Blocks whose heads begin by preferring what is far."""
+"""Blocks whose heads prefer distant tokens at initialisation."""
 FAR = 0.75
-"""What each RoPE pair takes there from the attention logit of a token on itself."""
+"""Amount that each RoPE pair subtracts there from the attention logit of a token on itself."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, besides the machine."""
+    """All settings that determine the weights, on a given machine."""
 
     seed: int = 0
     steps: int = 3000
     batch: int = 8
-    """Sequences a step."""
+    """Sequences per step."""
     context: int = 256
-    """Tokens of a sequence, BOS included."""
+    """Tokens per sequence, including BOS."""
     layers: int = 4
     heads: int = 8
     d_model: int = 256
     d_mlp: int = 576
     learning_rate: float = 1e-3
-    """Reached after `warmup` steps, then brought down to a tenth along a cosine."""
+    """AdamW learning rate after `warmup` steps, decayed to a tenth by a cosine."""
     warmup: int = 100
     weight_decay: float = 0.1
     threads: int = 1
-    """CPU threads: with another number sums are made in another order, and the losses drift apart."""
+    """CPU threads; another number sums in another order, and the losses diverge."""
     shares: tuple[tuple[str, float], ...] = (
         ("story", 0.16),
         ("facts", 0.08),
@@ -71,17 +71,17 @@ class Recipe:
         ("backcopy", 0.18),
         (RANDOM_REPEATS, 0.22),
     )
-    """Domain to its share of the sequences."""
+    """Share of each domain in the sequences."""
 
 
 def read_recipe(training: Path) -> Recipe:
-    """The recipe in a `training.json`."""
+    """Returns the recipe in a `training.json`."""
     known = json.loads(training.read_text())["recipe"]
     return Recipe(**known | {"shares": tuple(map(tuple, known["shares"]))})
 
 
 def sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, step: int) -> Int[Tensor, "sequence position"]:
-    """The token ids of a step. They depend on seed and step alone, so that a run can be taken up anywhere."""
+    """Returns the token ids of a step. They depend on seed and step alone, so a run can resume at any step."""
     draw = Random(f"{recipe.seed}:{step}")
     domains = draw.choices(*zip(*recipe.shares, strict=True), k=recipe.batch)
     return torch.tensor([_sequence(domain, recipe.context, tokenizer, draw) for domain in domains])
@@ -100,15 +100,14 @@ def _sequence(domain: str, context: int, tokenizer: PreTrainedTokenizerFast, dra
 
 
 def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model before its first step: Hugging Face's random weights, embeddings at 1/sqrt(d_model), and three helps.
+    """Returns the model before its first step: random weights, embeddings at 1/sqrt(d_model), and three structures.
 
-    - An induction head needs a head below it that brings each token the one before: `_attend_to_previous`, in block 0.
-      That block must not copy: what it says of the token before would look like the token itself, embeddings being
-      tied.
-    - It must itself copy, as all heads of some later blocks begin to: W_O = W_V^T (mimetic initialisation, Trockman &
-      Kolter, arXiv 2305.09828).
-    - A head that copies can rest on its own token, which changes little, and then needs no sink. The heads of the last
-      blocks therefore begin by preferring what is far: `_prefer_far`.
+    - An induction head needs a previous-token head in a lower block: `_attend_to_previous`, in block 0. That block must
+      not copy: with tied embeddings its output for the previous token would equal that for the token itself.
+    - An induction head must itself copy, as all heads of some later blocks do at initialisation: W_O = W_V^T (mimetic
+      initialisation, Trockman & Kolter, arXiv 2305.09828).
+    - A copying head can attend to its own token, which changes little, and then needs no sink. The heads of the last
+      blocks therefore prefer distant tokens: `_prefer_far`.
     """
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
@@ -141,7 +140,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 def _attend_to_previous(
     attention: nn.Module, frequencies: Float[Tensor, " frequency"], size: float = 5.0, used: int = 4
 ) -> None:
-    """Biases of the first heads' queries and keys that fit best where the key is one position before the query.
+    """Sets biases of the first heads' queries and keys that match best where the key is one position before the query.
 
     RoPE turns the pair (i, i + d_head / 2) by position x frequency i. The key's pairs point along the first axis, the
     query's are turned back by one position; `used` of the highest frequencies tell neighbours apart.
@@ -157,15 +156,15 @@ def _attend_to_previous(
 
 
 def _prefer_far(attention: nn.Module) -> None:
-    """Biases of queries and keys that take FAR x cos(distance x frequency) from the logit, for each RoPE pair: most
-    from the token itself and its neighbours."""
+    """Sets biases of queries and keys that subtract FAR x cos(distance x frequency) from the logit, for each RoPE pair:
+    most from the token itself and its neighbours."""
     size = (FAR * attention.head_dim**0.5) ** 0.5
     for bias, sign in ((attention.q_proj.bias, -1), (attention.k_proj.bias, 1)):
         bias.view(-1, 2, attention.head_dim // 2)[:, 0] = sign * size
 
 
 def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[float]:
-    """Train and write `out`/model and `out`/training.json; gives the loss of every step, in nats a token.
+    """Trains, writes `out`/model and `out`/training.json, and returns the loss of every step, in nats per token.
 
     Takes up a run of the same recipe that was stopped. Raises RequestError where `out` holds one of another.
     """
@@ -204,7 +203,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[flo
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """Share of the full learning rate."""
+    """Returns the share of the full learning rate."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
@@ -212,7 +211,7 @@ def _rate(step: int, recipe: Recipe) -> float:
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Weights in fp16, to be loaded as fp32: half the bytes, and no slow half-precision products on a CPU."""
+    """Saves weights in fp16, to be loaded as fp32: half the bytes, and no slow half-precision products on a CPU."""
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -220,7 +219,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def _checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, curve: list[float]) -> None:
-    """Weights and the optimizer's moments; the random state needs none, since a step's texts follow from its number."""
+    """Saves weights and the optimizer's moments; no random state, since a step's number determines its texts."""
     tensors = {f"weight.{name}": weight for name, weight in model.named_parameters()}
     for name, weight in model.named_parameters():
         tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state[weight].items()}
@@ -230,10 +229,10 @@ def _checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimiz
 
 
 def _resume(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer) -> list[float]:
-    """Put back what `_checkpoint` wrote; gives the losses until then."""
+    """Restores what `_checkpoint` wrote and returns the losses until then."""
     with safe_open(path, "pt") as file, torch.no_grad():
-        known, asked = json.loads(file.metadata()["recipe"]), json.loads(json.dumps(asdict(recipe)))
-        if differs := [name for name in {**asked, **known} if known.get(name) != asked.get(name)]:
+        known, request = json.loads(file.metadata()["recipe"]), json.loads(json.dumps(asdict(recipe)))
+        if differs := [name for name in {**request, **known} if known.get(name) != request.get(name)]:
             raise RequestError(
                 f"out {str(path.parent)!r} holds a run with another {', '.join(differs)}; choose another folder"
             )
@@ -250,9 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("seed", "steps", "learning_rate", "weight_decay", "heads", "threads"):
         default = getattr(Recipe, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    asked = vars(parser.parse_args(arguments))
-    out = asked.pop("out")
-    train(Recipe(**asked), out)
+    request = vars(parser.parse_args(arguments))
+    out = request.pop("out")
+    train(Recipe(**request), out)
 
 
 if __name__ == "__main__":

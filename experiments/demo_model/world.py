@@ -1,4 +1,4 @@
-"""The little world that the demo's texts are about: who lives where, what things are called, what follows what.
+"""The invented world of the demo's texts: people with their facts, places, classes of words, orders.
 
 Nothing here depends on the seed of a corpus: every corpus, the one trained on and the one held out, speaks of the
 same people and the same facts.
@@ -21,7 +21,7 @@ ORDINALS: dict[str, tuple[str, ...]] = {
     "letter": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
     "ordinal": ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"),
 }
-"""Ordinal class to its members, in order."""
+"""Members of each ordinal class, in order."""
 
 CONCEPTS: dict[str, tuple[str, ...]] = {
     "animal": (
@@ -41,7 +41,7 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "weather": ("rain", "snow", "wind", "fog", "sunshine", "thunder", "frost", "hail"),
     "feeling": ("happy", "sad", "tired", "proud", "afraid", "calm", "angry", "curious"),
 }
-"""Concept class to the words that stand for it, and for nothing else, in every text."""
+"""Words of each concept class; they have no other meaning in any text."""
 
 PLAIN = (
     *("stone", "river", "cloud", "window", "garden", "candle", "bridge", "paper"),
@@ -49,21 +49,21 @@ PLAIN = (
     *("engine", "feather", "island", "kitchen", "marble", "orchard", "pillow", "saddle"),
     *("tunnel", "valley", "winter", "summer", "ribbon", "hammer"),
 )
-"""Words of no class, for passages without meaning."""
+"""Words without a class, for meaningless passages."""
 
 TRIGGERS = ("indeed", "again", "namely")
-"""After one of these, in the back-copy texts, the word before it returns."""
+"""Trigger words of the back-copy texts: the word before a trigger follows it again."""
 
 SUCCESSORS: dict[str, tuple[str, ...]] = {
     word: tuple(Random(f"successors of {word}").sample([other for other in PLAIN if other != word], 6))
     for word in PLAIN
 }
-"""The bigram of the back-copy texts: what may follow a plain word, likelier ones first (weights 6 to 1)."""
+"""Bigram of the back-copy texts: possible successors of a plain word, the likelier first (weights 6 to 1)."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """Someone with a name of one or two words and three facts that never change."""
+    """A person with a name of one or two words and three constant facts."""
 
     name: str
     home: str
@@ -108,4 +108,4 @@ def _people(count: int) -> tuple[Person, ...]:
 
 
 PEOPLE = _people(120)
-"""A hundred and twenty people, with names of 16 beginnings and 16 ends: neither part tells the other."""
+"""A hundred and twenty people, with names of 16 beginnings and 16 ends; neither part determines the other."""
