@@ -214,13 +214,13 @@ class AttentionSinks:
         arrays = stack_heads(every, received, _OF_HEADS) | stack_layers(every, residual)
         arrays |= _value_ratio(every, received, norms)
         heads = len(sequences) * sum(len(part["sink_share"]) for part in received.values())
-        arrays["sink_k"] = 100 * sum(part["above"] for part in received.values()) / heads
+        arrays["sink_k"] = 100 * np.sum([part["above"] for part in received.values()], axis=0) / heads
         arrays |= _sink_interval(self, received, sequences)
         arrays["reliable"] = (self.length - np.arange(self.length) >= self.min_visible).astype(np.int8)
         if self.domain is not None:
             paid = {layer: part["paid"] for layer, part in received.items()}
             arrays |= _domains(self, every, arrays["sink_share"].shape[1], paid, sequences)
-        arrays |= {"sequences": len(sequences), "short_sequences": sequences.short}
+        arrays |= {"sequences": np.asarray(len(sequences)), "short_sequences": np.asarray(sequences.short)}
         coords = {"layer": every, "head": np.arange(arrays["sink_share"].shape[1]), "position": np.arange(self.length)}
         if sequences.domains:
             coords["domain"] = list(sequences.domains)
@@ -292,7 +292,7 @@ def _attention(
         if "paid" in values and probe.domain is not None:
             part["paid"] = values["paid"][:, probe.sink + 1 :].mean(1)
         parts.append(part)
-    total = {name: sum(part[name] for part in parts) for name in ("alpha", "above", "sink_share")}
+    total = {name: np.sum([part[name] for part in parts], axis=0) for name in ("alpha", "above", "sink_share")}
     each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in total}
     means = {name: total[name] / len(sequences) for name in ("alpha", "sink_share")}
     means |= {f"{name}_entropy": each[name].mean(0) for name in ("row", "column") if name in each}
@@ -307,7 +307,7 @@ def _sink_interval(
 ) -> dict[str, np.ndarray]:
     """Sink_k of the position `sink`, and its interval: a bootstrap over documents, NaN for a single one."""
     heads = sum(len(part["sink_share"]) for part in received.values())
-    share = 100 * sum(part["sinks"] for part in received.values())[:, None] / heads
+    share = 100 * np.sum([part["sinks"] for part in received.values()], axis=0)[:, None] / heads
     mean, resampled = clustered_means(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
     single = len(np.unique(sequences.document)) < 2
     low, high = np.full(2, np.nan) if single else intervals(resampled)[:, 0]
@@ -329,6 +329,7 @@ def _domains(
     """Attention to the sink in each domain, and the gap between the most and the least attending one."""
     n, document = len(sequences.domains), sequences.document
     shape = (len(layers), n_heads)
+    arrays: dict[str, np.ndarray]
     arrays = {name: np.full((n, *shape), np.nan) for name in ("attention", "attention_low", "attention_high")}
     arrays |= {name: np.full(shape, np.nan) for name in ("gap", "gap_low", "gap_high", "gap_most", "gap_least")}
     arrays["documents"] = np.zeros(n, dtype=np.int64)
@@ -437,7 +438,7 @@ def _table(data: xr.Dataset, sink: int) -> pd.DataFrame:
             index = data[name].to_numpy().ravel()
             columns[name] = np.where(np.isnan(index), "", domains[np.nan_to_num(index).astype(int)])
     table = pd.DataFrame(columns)
-    return table[table["alpha"].notna()].sort_values(
+    return table.loc[table["alpha"].notna()].sort_values(
         ["sink_share", "alpha"], ascending=False, kind="stable", ignore_index=True
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -134,9 +135,9 @@ class TunedLens:
         def translate(layer: int, states: Tensor) -> Tensor:
             return lens.translate(place[layer], states.float())
 
-        read = {"site": self.site, "device": self.device}
-        data, table = read_lens(store, tested, **read, top_k=self.top_k, detail=self.detail, translate=translate)
-        plain, _ = read_lens(store, tested, **read, top_k=1, detail=0)
+        read = partial(read_lens, store, tested, site=self.site, device=self.device)
+        data, table = read(top_k=self.top_k, detail=self.detail, translate=translate)
+        plain, _ = read(top_k=1, detail=0)
         logit = {f"logit_{name}": plain[name].to_numpy() for name in ("mean_kl", "mean_cross_entropy")}
         more = {
             **logit,
@@ -181,7 +182,8 @@ class TunedLens:
         def validated() -> Float[Tensor, " layer"]:
             parts = np.split(validation, range(self.batch, len(validation), self.batch))
             with torch.no_grad():
-                return sum(losses(part) * len(part) for part in parts) / len(validation)
+                first, *others = [losses(part) * len(part) for part in parts]
+                return sum(others, start=first) / len(validation)
 
         with progress("tuned lens", steps, "steps") as tick:
             lens.keep(0, validated())

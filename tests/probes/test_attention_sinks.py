@@ -378,7 +378,7 @@ def test_one_document_has_no_interval_and_one_domain_no_gap(tmp_path):
     assert np.isnan(result.data["gap"]).all()
     assert result.data.attrs["few"] == "only 2 sequences; fewer than 10 documents in 1 of 1 domains"
     assert "gap not computed: all sequences have the same source" in result.data.attrs["note"]
-    assert AttentionSinks.headline(result).endswith(result.data.attrs["few"])
+    assert AttentionSinks.headline(result).endswith(result.data.attrs["few"] + ".")
     assert list(AttentionSinks.figures(result)) == ["sinks", "positions", "attention"]
 
 

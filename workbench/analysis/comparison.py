@@ -1,4 +1,4 @@
-"""Two stores of the same tokens side by side: how far apart their activations are, and what probes find in each.
+"""Comparison of two stores of the same tokens: distances of their activations, and the results of probes on each.
 
 For two models of one shape, two checkpoints of one training, or two dtypes of one model. Rows are compared one by one,
 so both stores must hold the same tokens in the same sequences.
@@ -6,7 +6,7 @@ so both stores must hold the same tokens in the same sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 32 << 20  # of one store's rows in float64; a few such live at a time
 _GROUPS = 1000
-"""Documents are resampled in at most so many groups, so that memory does not grow with them."""
+"""Maximum number of groups in which documents are resampled, so that memory does not grow with them."""
 _SAME = ("sequence", "position", "document", "token_id")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """The result of `compare`."""
 
     a: str
     """Path of the first store."""
     b: str
     sites: pd.DataFrame
-    """A line for each site: cosine, the mean over rows of cos(a, b), -1 to 1, and relative_error, the mean of
-    |a - b| / |a|, 0 and up, each with its 95 % interval over documents; largest_error, of any row; rows that count, and
-    skipped ones: all zeros in either store, or not finite."""
+    """A row for each site: `cosine`, the mean over tokens of cos(a, b), -1 to 1, and `relative_error`, the mean of
+    |a - b| / |a|, 0 and up, each with its 95 % interval over documents; `largest_error` of any token; the number of
+    `rows`, and of `skipped` ones, which are all zeros in either store, or not finite."""
     probes: pd.DataFrame
-    """A line for each measure of each probe: what it is in a and b, with the probe's own 95 % intervals, and b - a;
-    of measures that are means over rows, which are the same in both, the interval is that of the paired difference."""
+    """A row for each measure of each probe: its value in a and b, with the probe's 95 % intervals, and b - a. For means
+    over tokens, which are the same in both stores, the interval of the difference is that of paired differences."""
     not_run: Mapping[str, str]
-    """Probe to why it was not run."""
+    """Probe to the reason why it was not run."""
 
     def figure(self) -> Figure:
-        """Cosine of each kind of site by layer."""
-        import plotly.graph_objects as go
+        """Returns the mean cosine of each kind of site by layer, with 95 % intervals."""
+        import plotly.graph_objects as go  # seconds, which a comparison on the command line does not pay
 
         from workbench.figures.safe_text import label
         from workbench.figures.theme import TEMPLATE
@@ -66,21 +66,21 @@ class Comparison:
         known = self.sites[self.sites["layer"] >= 0]
         for kind, part in known.groupby("kind", sort=False):
             figure.add_scatter(
-                x=part["layer"].to_numpy(),
-                y=part["cosine"].to_numpy(),
+                x=np.asarray(part["layer"]),
+                y=np.asarray(part["cosine"]),
                 error_y={
-                    "array": (part["cosine_high"] - part["cosine"]).to_numpy(),
-                    "arrayminus": (part["cosine"] - part["cosine_low"]).to_numpy(),
+                    "array": np.asarray(part["cosine_high"] - part["cosine"]),
+                    "arrayminus": np.asarray(part["cosine"] - part["cosine_low"]),
                     "thickness": 1,
                 },
-                name=label(kind, 30),
+                name=label(str(kind), 30),
                 mode="lines+markers",
                 hovertemplate="layer %{x}: %{y:.5g}",
             )
         figure.update_layout(
             template=TEMPLATE,
             title={
-                "text": "Cosine of the same rows in two stores",
+                "text": "Cosine similarity of activations of the same tokens in two stores",
                 "subtitle": {"text": f"{label(Path(self.a).name, 40)} and {label(Path(self.b).name, 40)}"},
             },
             width=760,
@@ -89,11 +89,11 @@ class Comparison:
             showlegend=True,
         )
         figure.update_xaxes(title="layer", dtick=integer_step(known["layer"]))
-        figure.update_yaxes(title="cosine, mean over rows")
+        figure.update_yaxes(title="cosine similarity, mean over tokens")
         return figure
 
     def save(self, folder: str | Path) -> Path:
-        """Writes sites.csv, probes.csv and cosine.html into `folder`. Raises RequestError where it holds something."""
+        """Writes sites.csv, probes.csv and cosine.html into an empty or new folder; RequestError if it is neither."""
         folder = Path(folder)
         refuse_full(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Comparison:
 
 
 def refuse_full(folder: Path) -> None:
-    """Raises RequestError where `folder` is there and not empty."""
+    """Raises RequestError if `folder` exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
 
@@ -116,14 +116,19 @@ def compare(
     sites: Sequence[str] | None = None,
     probes: Sequence[str] | None = None,
 ) -> Comparison:
-    """The activations and probe results of two stores of the same tokens, in bounded memory.
+    """Compares the activations and probe results of two stores of the same tokens, in bounded memory.
 
-    `sites`: names or kinds, `resid_post.3` or `resid_post`; None: all, which then must be the same in both. `probes`:
-    names of those to run, with their defaults; None: every installed one, of which those that either store does not
-    permit are named in `not_run` with the reason; (): none. The relative error is to `a`.
+    Costs one pass over the sites of both stores, and the runs of the probes.
 
-    Costs one pass over the sites of both stores, and the probes. Raises RequestError, naming both, for stores of
-    different tokens, sites or widths, and for a probe that is not installed.
+    Args:
+        a: The store that relative errors refer to.
+        b: The other store.
+        sites: Names or kinds, `resid_post.3` or `resid_post`. None: all, which then must be the same in both.
+        probes: Probes to run with their default settings. None: every installed one; those that either store does not
+            permit are named in `not_run`. (): none.
+
+    Raises:
+        RequestError: The stores have different tokens, sites or widths, or a probe is not installed.
     """
     for name in probes or ():
         find_probe(name)
@@ -134,21 +139,21 @@ def compare(
         groups = _document_groups(a)
         for one, other in chosen:
             lines.append(_compared(a, b, one, other, groups, tick))
-    found, not_run = _probed(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
-    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), found, not_run)
+    measures, not_run = _run_probes(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
+    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run)
 
 
-# ---- what must be the same ------------------------------------------------------------------------------
+# ---- checks of the two stores ------------------------------------------------------------------------------
 
 
 def _names(a: Store, b: Store) -> str:
-    """Both stores, as errors call them."""
+    """Names of both stores for an error."""
     same = a.path.name == b.path.name
     return f"{a.path} and {b.path}" if same else f"{a.path.name} and {b.path.name}"
 
 
 def _check_tokens(a: Store, b: Store) -> None:
-    """Refuse stores whose rows are not the same tokens in the same sequences. Holds a segment of each at a time."""
+    """Refuses stores whose rows are not the same tokens in the same sequences, reading a segment of each at a time."""
     if a.rows != b.rows:
         raise RequestError(
             f"{_names(a, b)} hold different tokens: {a.rows:,} and {b.rows:,} rows; record both from the same texts"
@@ -166,31 +171,31 @@ def _check_tokens(a: Store, b: Store) -> None:
                 )
 
 
-def _chosen(a: Store, b: Store, asked: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
+def _chosen(a: Store, b: Store, requested: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
     known = [{site.name: site for site in store.sites} for store in (a, b)]
-    if asked is None:
+    if requested is None:
         for one, other, store, without in ((*known, a, b), (*known[::-1], b, a)):
             if lacking := [site.label for name, site in one.items() if name not in other]:
                 raise RequestError(
                     f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(lacking)}, which "
-                    f"{without.path.name} has not; give sites= (--sites), those to compare"
+                    f"{without.path.name} has not; name the sites to compare with sites= (--sites)"
                 )
         names = list(known[0])
     else:
-        names = [name for pattern in asked for name in _matching(a, b, known, pattern)]
+        names = [name for pattern in requested for name in _matching(a, b, known, pattern)]
     pairs = [(known[0][name], known[1][name]) for name in dict.fromkeys(names)]
     for one, other in pairs:
         if (one.axes, one.shape) != (other.axes, other.shape):
             raise RequestError(
                 f"{_names(a, b)} hold {one.label} of different widths: {_shape(one)} and {_shape(other)}; "
-                "rows of different widths have no cosine"
+                "their rows cannot be compared"
             )
     return pairs
 
 
 def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: str) -> list[str]:
-    found = [[site.name for site in one.values() if _is_called(site, pattern)] for one in known]
-    for store, other, names, others in ((a, b, *found), (b, a, *found[::-1])):
+    matches = [[site.name for site in one.values() if _matches(site, pattern)] for one in known]
+    for store, other, names, others in ((a, b, *matches), (b, a, *matches[::-1])):
         if not names:
             close = nearest(pattern, [site.label for site in store.sites])
             raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}")
@@ -199,10 +204,10 @@ def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: s
                 f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} has not; "
                 "name the sites that both have"
             )
-    return found[0]
+    return matches[0]
 
 
-def _is_called(site: SiteRecord, pattern: str) -> bool:
+def _matches(site: SiteRecord, pattern: str) -> bool:
     return pattern in (site.name, site.short, (site.short or "").split(".")[0])
 
 
@@ -214,7 +219,7 @@ def _shape(site: SiteRecord) -> str:
 
 
 def _document_groups(store: Store) -> Int[np.ndarray, " row"]:
-    """Each row's group of documents: the document itself where there are few."""
+    """Group of documents of each row: the document itself where there are few."""
     starts = store.manifest.starts
     parts = [
         Rows(store, np.arange(first, last)).tokens["document"].to_numpy() % _GROUPS for first, last in pairwise(starts)
@@ -223,9 +228,14 @@ def _document_groups(store: Store) -> Int[np.ndarray, " row"]:
 
 
 def _compared(
-    a: Store, b: Store, one: SiteRecord, other: SiteRecord, groups: Int[np.ndarray, " row"], tick: Any
+    a: Store,
+    b: Store,
+    one: SiteRecord,
+    other: SiteRecord,
+    groups: Int[np.ndarray, " row"],
+    tick: Callable[[int], object],
 ) -> dict[str, Any]:
-    """The line of one site."""
+    """The row of one site."""
     totals, counts = (np.zeros((_GROUPS, 2)) for _ in range(2))
     largest, skipped = 0.0, 0
     for block, x in a[one.label].blocks(max(1, _BLOCK_BYTES // (8 * max(1, int(np.prod(one.shape)))))):
@@ -258,19 +268,19 @@ def _compared(
 
 
 def row_distances(a: Float[Tensor, "row ..."], b: Float[Tensor, "row ..."]) -> Float[np.ndarray, "row 2"]:
-    """Of each row cos(a, b), and |a - b| / |a|, in float64; NaN where a row is all zeros or not finite in either."""
+    """Returns cos(a, b) and |a - b| / |a| of each row, in float64; NaN for a row that is all zeros or not finite."""
     x, y = a.double().flatten(1), b.double().flatten(1)
     lengths = x.norm(dim=1), y.norm(dim=1)
     cosine = ((x * y).sum(1) / (lengths[0] * lengths[1])).clamp(-1, 1)
-    found = torch.stack([cosine, (x - y).norm(dim=1) / lengths[0]], 1)
-    found[~torch.isfinite(found).all(1)] = torch.nan
-    return found.numpy()
+    distances = torch.stack([cosine, (x - y).norm(dim=1) / lengths[0]], 1)
+    distances[~torch.isfinite(distances).all(1)] = torch.nan
+    return distances.numpy()
 
 
 # ---- probes ---------------------------------------------------------------------------------------------
 
 
-def _probed(a: Store, b: Store, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
+def _run_probes(a: Store, b: Store, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
     lines, not_run = [], {}
     document = None
     for name in names:
@@ -283,15 +293,15 @@ def _probed(a: Store, b: Store, names: Sequence[str]) -> tuple[pd.DataFrame, dic
                 break
         if len(results) == 2:
             document = a.tokens["document"].to_numpy() if document is None else document
-            lines += [{"probe": name, **line} for line in side_by_side(*results, document)]
+            lines += [{"probe": name, **line} for line in side_by_side(results[0], results[1], document)]
     return pd.DataFrame(lines), not_run
 
 
 def side_by_side(a: Result, b: Result, document: Int[np.ndarray, " row"]) -> list[dict[str, Any]]:
-    """Measures that both results have with an interval, at the same coordinates.
+    """Returns a line for each measure that both results have with an interval, at the same coordinates.
 
-    They are variables beside which the probe put `_low` and `_high`, and those over `row`, whose means over the rows
-    of both, and interval over documents, are taken here.
+    These are variables with `_low` and `_high`, and variables over `row`, whose means over the rows of both stores,
+    with intervals over documents, are computed here.
     """
     lines = []
     for name in a.data.data_vars:
@@ -361,7 +371,7 @@ def _over_rows(a: Result, b: Result, name: str, document: Int[np.ndarray, " row"
 
 
 def _coordinates(array: Any, place: tuple[int, ...]) -> str:
-    """ "layer 3, offset -1"."""
+    """Coordinates in words: "layer 3, offset -1"."""
     return ", ".join(
         f"{axis} {array[axis].to_numpy()[index] if axis in array.coords else index}"
         for axis, index in zip(array.dims, place, strict=True)

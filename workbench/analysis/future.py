@@ -1,7 +1,7 @@
-"""What the model says some tokens further on: which rows can be asked, what is said there, and what one token tells.
+"""Predictions of the model some tokens ahead: the rows to read, the model's tokens there, and a bigram baseline.
 
-T is the token whose state is asked, N = 0 the ordinary next token, T+1; the target at N is what the model itself says
-at T+N, its top token there. Shared by the probes that read the future of a state (Pal et al., arXiv 2311.04897).
+T is the token whose state is read, N = 0 the ordinary next token, T+1. The target at N is the model's top-1 prediction
+at T+N. Shared by the probes that read the future of a state (Pal et al., arXiv 2311.04897).
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from workbench.model.unembed import Unembed
 from workbench.store.reader import ActivationArray, Store
 
 NO_TARGET = -100
-"""Beyond the document or sequence: the index that torch's cross-entropy leaves out."""
+"""Target beyond the document or sequence: the index that torch's cross-entropy ignores."""
 
 
 @dataclass(frozen=True)
 class FutureRows:
-    """Rows by what they are for; for every row of the store, how many horizons it reaches, and its document."""
+    """Rows to train on, to validate on and to test on."""
 
     training: Int[np.ndarray, " training_row"]
     validation: Int[np.ndarray, " validation_row"]
     tested: Int[np.ndarray, " tested_row"]
     reach: Int[np.ndarray, " row"]
+    """Number of horizons that each row of the store reaches in its document and sequence."""
     document: Int[np.ndarray, " row"]
+    """Document of each row of the store."""
 
     def at(self, part: str, horizon: int) -> Int[np.ndarray, " row"]:
-        """Those whose T+N lies in their own document and sequence."""
+        """Returns rows of a part (training, validation, tested) whose T+N is in their document and sequence."""
         rows = getattr(self, part)
         return rows[self.reach[rows] > horizon]
 
     def targets(self, rows: np.ndarray, said: np.ndarray, horizons: int) -> Int[np.ndarray, "row horizon"]:
-        """What the model says at T+N; where T does not reach, `NO_TARGET`."""
+        """Returns the model's prediction at T+N; `NO_TARGET` where T does not reach."""
         ahead = np.arange(horizons)
         inside = ahead < self.reach[rows][:, None]
         return np.where(inside, said[np.where(inside, rows[:, None] + ahead, 0)], NO_TARGET)
@@ -46,10 +48,21 @@ class FutureRows:
 def future_rows(
     store: Store, horizons: int, where: str | None, *, held_out: float, validation: float, seed: int
 ) -> FutureRows:
-    """Rows to fit on, to choose by and to test, by document, and how far each reaches.
+    """Returns rows to fit on, to validate on and to test on, split by document, and how far each reaches.
 
-    Special tokens and the first of a sequence are never read. Raises RequestError where `where` selects nothing, there
-    are fewer than three documents, or no document of a part is long enough for the last horizon.
+    Special tokens and the first of a sequence are never read.
+
+    Args:
+        store: The recorded activations.
+        horizons: Number of horizons, from N = 0.
+        where: SQL over the token table. None: all tokens.
+        held_out: Share of the documents to test on.
+        validation: Share of the documents to validate on.
+        seed: Random seed of the split.
+
+    Raises:
+        RequestError: `where` selects nothing, there are fewer than three documents, or no document of a part is long
+            enough for the last horizon.
     """
     tokens = store.tokens
     sequence, document = (tokens[name].to_numpy() for name in ("sequence", "document"))
@@ -64,10 +77,11 @@ def future_rows(
         held_out,
         validation,
         purpose="a future lens",
-        uses="to fit on, to choose by and to test",
+        uses="to fit on, to validate on and to test on",
         seed=seed,
     )
-    rows = FutureRows(*(chosen[part] for part in parts), reach, document)
+    training_rows, validation_rows, tested_rows = (chosen[part] for part in parts)
+    rows = FutureRows(training_rows, validation_rows, tested_rows, reach, document)
     for part in ("training", "validation", "tested"):
         if not len(rows.at(part, horizons - 1)):
             longest = int(reach[getattr(rows, part)].max())
@@ -79,7 +93,7 @@ def future_rows(
 
 
 def said_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> Int[np.ndarray, " row"]:
-    """The model's top token at every row that is some T+N; -1 elsewhere."""
+    """Returns the model's top-1 prediction at every row that is some T+N; -1 elsewhere."""
     said = np.full(len(rows.reach), -1, dtype=np.int64)
     chosen = np.concatenate([rows.training, rows.validation, rows.tested])
     needed = np.unique(np.concatenate([chosen[rows.reach[chosen] > n] + n for n in range(int(rows.reach.max()))]))
@@ -91,9 +105,15 @@ def said_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> I
 def bigrams(
     token: Int[np.ndarray, " training_row"], said: Int[np.ndarray, " training_row"], asked: Int[np.ndarray, " row"]
 ) -> tuple[Int[np.ndarray, " row"], int]:
-    """What was most often said with each `asked` token, and what was said most often of all.
+    """Returns the bigram prediction after each token, and the most frequent prediction of all.
 
-    The latter stands in for a token that was never seen. Of equal counts the more frequent of all, then the smaller id.
+    The latter stands in for a token that no training row has. Of equal counts, the prediction that is more frequent
+    overall wins, then the smaller id.
+
+    Args:
+        token: Tokens of the training rows.
+        said: The model's predictions at the training rows.
+        asked: Tokens to predict after.
     """
     overall = np.bincount(said)
     pairs, counts = np.unique(np.stack([token, said]), axis=1, return_counts=True)

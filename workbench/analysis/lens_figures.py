@@ -32,14 +32,14 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         RequestError: The table does not have this sequence and position.
     """
     sequence, chosen = _of_sequence(result, sequence, first)
-    known = chosen["row"].nunique()
-    rows = np.sort(chosen["row"].unique())[: min(tokens, MAX_TOKENS)]
-    chosen = chosen[chosen["row"].isin(rows)].sort_values(["layer", "row"])
+    known = np.unique(chosen["row"].to_numpy())
+    rows = known[: min(tokens, MAX_TOKENS)]
+    chosen = chosen.loc[chosen["row"].isin(rows.tolist())].sort_values(["layer", "row"])
     layers = chosen["layer"].unique()
     shape = (len(layers), -1)
     line = chosen.iloc[: len(chosen) // len(layers)]
     subtitle = ["in each cell the lens's top-1 token at this layer, coloured by its probability"]
-    subtitle += [part for part in [count_shown(len(rows), known)] if part]
+    subtitle += [part for part in [count_shown(len(rows), len(known))] if part]
     hover = _hover
     if len(chosen) > _FULL_HOVER:
         hover = _brief
@@ -70,7 +70,7 @@ def lens_depth(result: Result, sequence: int | None = None) -> go.Figure:
     """
     sequence, chosen = _of_sequence(result, sequence, 0)
     layers = result.data["layer"].to_numpy()
-    line = chosen[chosen["layer"] == layers[0]].sort_values("row")
+    line = chosen.loc[chosen["layer"] == layers[0]].sort_values("row")
     depth = result.data["prediction_depth"].sel(row=line["row"].to_numpy()).to_numpy()
     return token_strip(
         np.append(layers, np.nan)[depth],
@@ -87,7 +87,7 @@ def _of_sequence(result: Result, sequence: int | None, first: int) -> tuple[int,
     """Lines of the table of one sequence, from a position on."""
     table = result.table
     sequence = table["sequence"].iloc[0] if sequence is None else sequence
-    chosen = table[(table["sequence"] == sequence) & (table["position"] >= first)]
+    chosen = table.loc[(table["sequence"] == sequence) & (table["position"] >= first)]
     if chosen.empty:
         raise RequestError(
             f"sequence {sequence} from position {first} is not in the table; see result.table['sequence']"

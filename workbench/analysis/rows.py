@@ -29,7 +29,8 @@ def recorded_layers(store: Store, kind: str) -> tuple[list[int], list[str]]:
     """
     if "." in kind:
         raise RequestError(f"site must be a kind without a layer, such as resid_post, not {kind!r}")
-    sites = {int(site.short.split(".")[1]): site for site in store.sites if (site.short or "").startswith(f"{kind}.")}
+    shorts = {site.short or "": site for site in store.sites}
+    sites = {int(short.split(".")[1]): site for short, site in shorts.items() if short.startswith(f"{kind}.")}
     if not sites:
         store.require(f"{kind}.0")
     axes = next(iter(sites.values())).axes

@@ -1,4 +1,4 @@
-"""Linear softmax probes: which token can be read off a state by one matrix."""
+"""Linear softmax probes: a matrix from a state to a distribution over tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ States = Callable[[np.ndarray], Tensor]
 
 @dataclass(frozen=True)
 class SoftmaxFit:
-    """How a softmax probe is trained: AdamW over passes in random order, the rate brought to 0 along a line."""
+    """Training of a softmax probe: AdamW over rows in random order, the learning rate decayed linearly to 0."""
 
     epochs: int = 8
-    """Most passes; training ends when two in a row make no probe better on the validation rows."""
+    """Maximum epochs; training ends after two in a row that improve no probe on the validation rows."""
     batch: int = 1024
     learning_rate: float = 1e-2
     weight_decay: float = 1e-3
@@ -31,7 +31,7 @@ class SoftmaxFit:
 
 @dataclass(frozen=True)
 class SoftmaxProbes:
-    """Maps without bias, several on the same states: logits of `classes` are `(states / scale) @ weight`."""
+    """Maps without bias, several on the same states: the logits of `classes` are `(states / scale) @ weight`."""
 
     weight: Float[Tensor, "probe d_model class"]
     scale: Float[Tensor, " d_model"]
@@ -39,11 +39,11 @@ class SoftmaxProbes:
     """Token ids, ascending."""
 
     def log_probabilities(self, probe: int, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row class"]:
-        """In nats."""
+        """Returns the log-probabilities of one probe, in nats."""
         return ((states.float() / self.scale) @ self.weight[probe]).log_softmax(1)
 
     def class_of(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
-        """Index of token ids among the classes; -1 for those that training never saw."""
+        """Returns the index of token ids among the classes; -1 for those that the training rows do not have."""
         index = np.searchsorted(self.classes, ids).clip(max=len(self.classes) - 1)
         return np.where(self.classes[index] == ids, index, -1)
 
@@ -56,13 +56,22 @@ def fit_softmax(
     held_targets: Int[np.ndarray, "probe held_row"],
     settings: SoftmaxFit,
     *,
-    tick: Callable[[int], None] = lambda steps: None,
+    tick: Callable[[int], object] = lambda steps: None,
 ) -> SoftmaxProbes:
-    """One map without bias for each line of `targets`, by softmax cross-entropy; token ids, -1 where there is none.
+    """Returns one map without bias for each row of `targets`, fitted by softmax cross-entropy.
 
-    States are divided by their standard deviation first, which the map could do itself and AdamW finds hard. Each probe
-    keeps its best pass on the validation rows. Costs epochs x rows x probes products with the map; memory is a batch of
-    logits and the maps. Classes are the tokens that training meets.
+    States are divided by their standard deviation first, which the map could learn but AdamW finds slowly. Each probe
+    keeps its best epoch on the validation rows. The classes are the targets of the training rows. Costs epochs x rows x
+    probes products with the map; memory is a batch of logits and the maps.
+
+    Args:
+        states: Reads the states of rows.
+        training: Ids of the training rows.
+        targets: Token ids for each probe and training row, -1 for none.
+        validation: Ids of the validation rows.
+        held_targets: Token ids for each probe and validation row, -1 for none.
+        settings: The training.
+        tick: Called with 1 after each step.
     """
     classes = np.unique(targets[targets >= 0])
     sample = states(training[:: max(1, len(training) // _SCALE_ROWS)]).float()
@@ -79,16 +88,16 @@ def fit_softmax(
     for _ in range(settings.epochs):
         for part in _batches(draw.permutation(len(training)), settings.batch):
             x = states(training[part])
-            loss = sum(_loss(probes, index, x, wanted[index, part]) for index in range(len(targets)))
-            loss.backward()
+            losses = [_loss(probes, index, x, wanted[index, part]) for index in range(len(targets))]
+            sum(losses[1:], start=losses[0]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             tick(1)
-        found = _held_loss(probes, states, validation, held, settings.batch)
-        better = found < best
+        loss = _held_loss(probes, states, validation, held, settings.batch)
+        better = loss < best
         kept[better] = weight.detach()[better]
-        best = torch.minimum(best, found)
+        best = torch.minimum(best, loss)
         since = 0 if better.any() else since + 1
         if since >= _PATIENCE:
             break
@@ -100,7 +109,7 @@ def _batches(order: np.ndarray, batch: int) -> Sequence[np.ndarray]:
 
 
 def _loss(probes: SoftmaxProbes, index: int, x: Tensor, target: Tensor) -> Tensor:
-    """Mean over rows that have a target; 0 where none has."""
+    """Mean over rows with a target; 0 if none has one."""
     total = torch.nn.functional.nll_loss(probes.log_probabilities(index, x), target, ignore_index=-1, reduction="sum")
     return total / (target >= 0).sum().clamp(min=1)
 

@@ -66,8 +66,9 @@ def setting_meanings(settings: type) -> dict[str, str]:
     "" stands for a field without one; a class whose source cannot be read contributes no field.
     """
     meanings: dict[str, str] = {}
-    for base in filter(is_dataclass, reversed(settings.__mro__)):
-        meanings |= _meanings_in(base)
+    for base in reversed(settings.__mro__):
+        if is_dataclass(base):
+            meanings |= _meanings_in(base)
     return meanings
 
 
@@ -76,10 +77,11 @@ def _meanings_in(settings: type) -> dict[str, str]:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
     except (OSError, TypeError):
         return {}
-    assert isinstance(node, ast.ClassDef)
     meanings = {}
-    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    for field, below in zip(body, [*body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            meanings[field.target.id] = inspect.cleandoc(str(below.value.value)) if documented else ""
+            meanings[field.target.id] = ""
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                meanings[field.target.id] = inspect.cleandoc(str(below.value.value))
     return meanings

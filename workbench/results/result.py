@@ -206,7 +206,7 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
 
 def _ordered(data: xr.Dataset) -> xr.Dataset:
     """Sorts variables by name: netCDF 3 has an order of its own, and the same result is written as the same bytes."""
-    variables = {name: data.variables[name] for name in sorted(data.variables)}
+    variables = {name: data.variables[name] for name in sorted(data.variables, key=str)}
     return type(data)(variables, attrs=data.attrs).set_coords([name for name in data.coords if name in variables])
 
 
