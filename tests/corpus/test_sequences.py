@@ -84,8 +84,8 @@ some_texts = st.lists(st.text(characters, max_size=30), max_size=8)
 def test_every_token_is_there_once_and_in_order(texts, tokenizer, bos, context, packed, max_rows):
     added = added_tokens(tokenizer, bos)
     clean = ["".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text) for text in texts]
-    own = [tokenizer(text, add_special_tokens=False).input_ids for text in clean]
-    bodies = [[*ids, *added.suffix] for ids in own if ids]
+    plain = [tokenizer(text, add_special_tokens=False).input_ids for text in clean]
+    bodies = [[*ids, *added.suffix] for ids in plain if ids]
     expected = expected_sequences(bodies, added.prefix, context, packed=packed, max_rows=max_rows)
     if not expected:
         with pytest.raises(RequestError, match="nothing to record"):
@@ -102,7 +102,7 @@ def test_every_token_is_there_once_and_in_order(texts, tokenizer, bos, context, 
         assert set(sequences.lengths[:-1].tolist()) <= {context}
     if max_rows is None:
         assert sequences.documents == len(texts)
-        assert sequences.skipped_documents == sum(not ids for ids in own)
+        assert sequences.skipped_documents == sum(not ids for ids in plain)
         assert sequences.cut_documents == sum(len(added.prefix) + len(body) > context for body in bodies)
         assert sequences.replaced_characters == sum("\ud800" <= c <= "\udfff" for text in texts for c in text)
     else:
@@ -116,11 +116,11 @@ def check_offsets(sequences, texts, tokenizer, added):
         rows = np.flatnonzero(sequences.document == index)
         spans = list(zip(sequences.char_start[rows].tolist(), sequences.char_end[rows].tolist(), strict=True))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        own = iter(zip(encoded.input_ids, encoded.offset_mapping, strict=True))
-        upcoming = next(own, None)
+        plain = iter(zip(encoded.input_ids, encoded.offset_mapping, strict=True))
+        upcoming = next(plain, None)
         for token_id, span in zip(sequences.token_ids[rows].tolist(), spans, strict=True):
             if upcoming and (token_id, span) == upcoming:
-                upcoming = next(own, None)
+                upcoming = next(plain, None)
             else:
                 assert token_id in added.prefix + added.suffix
                 at = upcoming[1][0] if upcoming else len(text)
@@ -131,11 +131,11 @@ def test_offsets_point_at_the_characters_that_the_tokenizer_names(stories):
     text = "Lily said: “Ünder the 😀 tree”, and שלום.\x00 " + "And so on. " * 5
     sequences = plan([text], stories, context=10)
     frame = table(sequences, stories).to_pandas()
-    own = frame[~frame.is_special]
+    plain = frame[~frame.is_special]
     encoded = stories(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert own.token_id.tolist() == encoded.input_ids
-    assert list(zip(own.char_start, own.char_end, strict=True)) == encoded.offset_mapping
-    words = [(token, text[a:b]) for token, a, b in zip(own.token, own.char_start, own.char_end, strict=True)]
+    assert plain.token_id.tolist() == encoded.input_ids
+    assert list(zip(plain.char_start, plain.char_end, strict=True)) == encoded.offset_mapping
+    words = [(token, text[a:b]) for token, a, b in zip(plain.token, plain.char_start, plain.char_end, strict=True)]
     assert (" the", " the") in words
     assert ("<0xF0>", "😀") in words
 
@@ -156,8 +156,8 @@ def test_documents_of_several_kinds_and_lengths():
     assert separate.char_end[:10].tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 6, 6]
     assert separate.char_start[10:14].tolist() == [-1] * 4
     assert (separate.documents, separate.skipped_documents, separate.cut_documents) == (6, 2, 1)
-    together = plan(texts, UNIGRAM, context=5, packed=True)
-    assert lists(together) == [
+    packed_plan = plan(texts, UNIGRAM, context=5, packed=True)
+    assert lists(packed_plan) == [
         [1, space, a, b, c],
         [1, d, e, f, 2],
         [7, 8, 9, 10, 1],
@@ -192,21 +192,21 @@ def test_a_prefix_that_fills_a_packed_sequence_is_begun_again():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_max_rows_is_exact_and_an_endless_generator_is_read_no_further_than_needed(packed):
-    asked = []
+    requested = []
     whole = plan([f"document {number}" for number in range(1000)], UNIGRAM, context=8, packed=packed)
 
     def endless():
         for number in itertools.count():
-            asked.append(number)
+            requested.append(number)
             yield f"document {number}"
 
     for rows in (1, 2, 100, 5000):
-        asked.clear()
+        requested.clear()
         sequences = plan(endless(), UNIGRAM, context=8, packed=packed, max_rows=rows)
         assert sequences.token_ids.tolist() == whole.token_ids[:rows].tolist()
         assert sequences.starts.tolist() == [*whole.starts[whole.starts < rows].tolist(), rows]
         assert sequences.documents == sequences.document[-1] + 1
-        assert len(asked) <= 1.25 * sequences.documents + 1
+        assert len(requested) <= 1.25 * sequences.documents + 1
 
 
 def test_a_text_of_a_megabyte_is_one_document_without_a_warning(stories):

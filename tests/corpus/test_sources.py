@@ -107,8 +107,8 @@ def test_token_ids_are_taken_as_they_are():
 def test_dataset_objects_are_read_by_text_or_by_token_ids():
     datasets = pytest.importorskip("datasets")
     rows = {"text": ["one", None], "tag": ["x", "y"]}
-    held = datasets.Dataset.from_dict(rows)
-    for dataset in (held, held.to_iterable_dataset()):
+    dataset_in_memory = datasets.Dataset.from_dict(rows)
+    for dataset in (dataset_in_memory, dataset_in_memory.to_iterable_dataset()):
         assert [(d.text, d.metadata) for d in read_documents(dataset)] == [("one", {"tag": "x"}), ("", {"tag": "y"})]
     ids = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]], "source": ["a", "b"]})
     assert [(d.token_ids, d.metadata) for d in read_documents(ids)] == [
@@ -117,17 +117,17 @@ def test_dataset_objects_are_read_by_text_or_by_token_ids():
     ]
     assert [d.token_ids for d in read_documents(ids.rename_column("input_ids", "t"), text_column="t")] == [[1, 2], [3]]
     with pytest.raises(RequestError, match=r"the dataset: no column 'body'; its columns are text, tag; name the one"):
-        read_documents(held, text_column="body")
+        read_documents(dataset_in_memory, text_column="body")
     with pytest.raises(RequestError, match="pass one of its entries: 'train'"):
-        check_source(datasets.DatasetDict(train=held))
+        check_source(datasets.DatasetDict(train=dataset_in_memory))
 
 
 def test_a_hub_dataset_is_streamed_and_its_failure_is_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    asked = []
+    requested = []
 
     def load_dataset(name, **options):
-        asked.append((name, options))
+        requested.append((name, options))
         if name == "nobody/nothing":
             raise FileNotFoundError("no such dataset\n  on the hub")
         return [{"text": "one"}]
@@ -135,9 +135,9 @@ def test_a_hub_dataset_is_streamed_and_its_failure_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert texts_of("hf:user/set") == texts_of("hf:set:test[:10%]") == ["one"]
     options = {"streaming": True, "trust_remote_code": False}
-    assert asked == [("user/set", {"split": "train", **options}), ("set", {"split": "test[:10%]", **options})]
+    assert requested == [("user/set", {"split": "train", **options}), ("set", {"split": "test[:10%]", **options})]
     check_source("hf:nobody/nothing")
-    assert len(asked) == 2, "check_source must not touch the network"
+    assert len(requested) == 2, "check_source must not touch the network"
     with pytest.raises(RequestError) as caught:
         read_documents("hf:nobody/nothing")
     assert str(caught.value) == (

@@ -21,7 +21,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "printed"),
     [
         (0.0, "0 s"),
         (0.4, "0 s"),
@@ -34,8 +34,8 @@ def clock(monkeypatch):
         (100 * 3600.0, "100 h 0 min"),
     ],
 )
-def test_duration(seconds, said):
-    assert duration(seconds) == said
+def test_duration(seconds, printed):
+    assert duration(seconds) == printed
 
 
 def test_the_line_counts_rate_and_time_left():
@@ -65,9 +65,9 @@ def test_a_line_every_ten_seconds(clock, capsys):
         for _ in range(50):
             clock[0] += 0.5
             tick(2)
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines() == [
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
         "recording: 40 of 100 rows, 4 rows/s, 15 s left",
         "recording: 80 of 100 rows, 4 rows/s, 5 s left",
     ]

@@ -68,10 +68,10 @@ INDICES = {
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
 def test_indexing_is_numpys(store, site, index):
     expected = values(site, 0, ROWS)[np.array(index, int) if isinstance(index, list) else index]
-    found = store[site.name][index]
-    assert found.dtype == getattr(torch, site.dtype)
-    assert found.shape == expected.shape
-    assert np.array_equal(as_numpy(found), expected)
+    read = store[site.name][index]
+    assert read.dtype == getattr(torch, site.dtype)
+    assert read.shape == expected.shape
+    assert np.array_equal(as_numpy(read), expected)
 
 
 def test_an_array_says_what_it_is(store):
@@ -143,9 +143,9 @@ def test_reading_holds_no_file_open(store):
     before = len(os.listdir("/proc/self/fd"))
     fresh = open_store(store.path)
     arrays = [fresh[site.name] for site in SITES]
-    kept = [array.view(segment) for array in arrays for segment in range(4)]
+    copy = [array.view(segment) for array in arrays for segment in range(4)]
     assert len(os.listdir("/proc/self/fd")) == before
-    assert len(kept) == 12
+    assert len(copy) == 12
 
 
 def test_a_file_that_is_not_what_the_manifest_says_is_refused(tmp_path):
@@ -191,14 +191,14 @@ def test_threads_may_share_an_array(store):
 
 
 def test_a_site_has_three_names(store):
-    for asked in (("resid_post", 1), "resid_post.1", "blocks.1.hook_resid_post"):
-        assert store[asked].site == SINGLE
+    for site in (("resid_post", 1), "resid_post.1", "blocks.1.hook_resid_post"):
+        assert store[site].site == SINGLE
     assert (len(store), store.rows, store.sites) == (ROWS, ROWS, SITES)
     assert repr(store).startswith(f"store    {store.path}\nmodel    demo (GPT2LMHeadModel")
 
 
 @pytest.mark.parametrize(
-    ("asked", "tail"),
+    ("site", "tail"),
     [
         (("resid_post", 7), "; to record it: workbench record demo TEXT --sites resid_post.7 --out ANOTHER_STORE"),
         ("embed", "; to record it: workbench record demo TEXT --sites embed --out ANOTHER_STORE"),
@@ -206,10 +206,10 @@ def test_a_site_has_three_names(store):
         ("xyz", ""),
     ],
 )
-def test_a_site_that_was_not_recorded_is_refused_with_a_way_on(store, asked, tail):
-    label = asked if isinstance(asked, str) else ".".join(map(str, asked))
+def test_a_site_that_was_not_recorded_is_refused_with_a_way_on(store, site, tail):
+    label = site if isinstance(site, str) else ".".join(map(str, site))
     recorded = "recorded are 3: resid_post.0, resid_post.1, pattern.1"
-    assert refused(RequestError, lambda: store[asked]) == f"{label} is not recorded in {store.path}; {recorded}{tail}"
+    assert refused(RequestError, lambda: store[site]) == f"{label} is not recorded in {store.path}; {recorded}{tail}"
 
 
 def test_a_long_list_of_sites_is_shortened(tmp_path):
@@ -312,9 +312,9 @@ def test_where_selects_what_pandas_does(store, predicate):
     rows = store.where(predicate)
     assert np.array_equal(rows.ids, expected)
     assert np.array_equal(rows["resid_post", 0], values(HALF, 0, ROWS)[expected])
-    found = query_tokens(store.path, store.manifest, predicate, limit=3)
-    assert found["row"].to_pylist() == expected[:3].tolist()
-    assert found.column_names == store.tokens.column_names
+    read = query_tokens(store.path, store.manifest, predicate, limit=3)
+    assert read["row"].to_pylist() == expected[:3].tolist()
+    assert read.column_names == store.tokens.column_names
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_what_was_finished_is_kept_and_the_rest_done_again(tmp_path, expected):
         write(path, 2)
         stage(path, planned()[3], LENGTHS[3])
         (path / SEGMENTS / "00001.0a1b2c3d.partial").mkdir()
-    kept = (path / SEGMENTS / "00002").stat().st_ino
+    folder = (path / SEGMENTS / "00002").stat().st_ino
     with writing(path) as store:
         assert store.begin(part_of(LENGTHS), append=False) == 1
         left = store.resume_segments(planned())
@@ -76,7 +76,7 @@ def test_what_was_finished_is_kept_and_the_rest_done_again(tmp_path, expected):
         for index in (3, 1):
             write(path, index)
         store.commit_submitted()
-    assert (path / SEGMENTS / "00002").stat().st_ino == kept
+    assert (path / SEGMENTS / "00002").stat().st_ino == folder
     assert contents(path) == expected
 
 

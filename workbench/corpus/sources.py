@@ -118,32 +118,32 @@ def _documents(
     columns: dict[str, None] = {}
     names: dict[str, Any] = {}  # metadata columns so far
     labels: dict[str, Any] = {}
-    wanted = None if metadata is None else {text_column, _TOKEN_IDS, span_column, *metadata}
-    for index, (where, value) in enumerate(_values(source, wanted)):
-        record, given = {}, None
+    needed = None if metadata is None else {text_column, _TOKEN_IDS, span_column, *metadata}
+    for index, (where, value) in enumerate(_values(source, needed)):
+        record, labelled = {}, None
         if isinstance(value, Mapping):
             record = {replace_surrogates(str(name))[0]: item for name, item in value.items()}
             columns.update(dict.fromkeys(record))
             value = record.pop(_content_column(record, text_column, where))
-            given = None if span_column is None else record.pop(span_column, None)
+            labelled = None if span_column is None else record.pop(span_column, None)
             if metadata is not None:
                 record = {name: record[name] for name in metadata if name in record}
             _check_reserved(record, where)
-        kept = {name: _scalar(item) for name, item in record.items()}
+        values = {name: _scalar(item) for name, item in record.items()}
         if value is None or isinstance(value, str):
             text, ids = value or "", None
         else:
             text, ids = None, _token_ids(value, index, where)
         spans = (
             {}
-            if given is None or span_column is None
-            else read_spans(given, text, span_column, f"document {index} ({where})")
+            if labelled is None or span_column is None
+            else read_spans(labelled, text, span_column, f"document {index} ({where})")
         )
-        if not (spans.keys() <= labels.keys() and kept.keys() <= names.keys()):
+        if not (spans.keys() <= labels.keys() and values.keys() <= names.keys()):
             labels.update(spans)
-            names.update(kept)
+            names.update(values)
             check_labels(labels, names, f"document {index} ({where})")
-        yield Document(index, text, ids, kept, spans)
+        yield Document(index, text, ids, values, spans)
     _check_known("metadata", metadata or (), columns, "the documents")
     _check_known("span_column", _expected(span_column), columns, "the documents")
 
@@ -212,10 +212,10 @@ def _is_hub_name(texts: Texts) -> TypeGuard[str]:
 
 def _hub_name(texts: str) -> tuple[str, str]:
     """Name and split of `hf:NAME[:SPLIT]`."""
-    found = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(\S+))?", texts)
-    if not found:
+    match = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(\S+))?", texts)
+    if not match:
         raise RequestError(f"texts: {texts!r} is not of the form hf:NAME[:SPLIT], as in hf:user/dataset:train")
-    return found[1], found[2] or "train"
+    return match[1], match[2] or "train"
 
 
 def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
@@ -236,7 +236,7 @@ def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
 # Values of a source, each with its place
 
 
-def _values(source: Iterable[Any], wanted: set[str | None] | None) -> Iterator[tuple[str, Any]]:
+def _values(source: Iterable[Any], needed: set[str | None] | None) -> Iterator[tuple[str, Any]]:
     for number, item in enumerate(source):
         _check_item(item, number)
         if not isinstance(item, Path):
@@ -244,7 +244,7 @@ def _values(source: Iterable[Any], wanted: set[str | None] | None) -> Iterator[t
         elif item.suffix.lower() == ".txt":
             yield str(item), _read_text(item)
         elif item.suffix.lower() == ".parquet":
-            yield from _parquet_rows(item, wanted)
+            yield from _parquet_rows(item, needed)
         else:
             yield from _json_lines(item)
 
@@ -263,9 +263,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise RequestError(
-                    f"{path}:{number}: not JSON ({found}); each line must hold one JSON object or string"
+                    f"{path}:{number}: not JSON ({reason}); each line must hold one JSON object or string"
                 ) from None
             if not isinstance(value, str | dict | list):
                 raise RequestError(
@@ -274,9 +274,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", value
 
 
-def _parquet_rows(path: Path, wanted: set[str | None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, needed: set[str | None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_parquet(path) as file:
-        names: list[str] = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+        names: list[str] = [name for name in file.schema_arrow.names if needed is None or name in needed]
         row = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=names):

@@ -33,13 +33,13 @@ def span_type(value: pa.DataType) -> pa.DataType:
     return pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32()), ("value", value)]))
 
 
-def read_spans(given: object, text: str | None, column: str, where: str) -> dict[str, tuple[Span, ...]]:
+def read_spans(value: object, text: str | None, column: str, where: str) -> dict[str, tuple[Span, ...]]:
     """Returns the spans of one document by label, those of each label in order of their start.
 
     Cost: about 3 us a span, and as much again to plan it.
 
     Args:
-        given: Value of the document's `column`: a mapping of label to a list of {"start", "end", "value"}, or to None
+        value: Value of the document's `column`: a mapping of label to a list of {"start", "end", "value"}, or to None
             where the label has no span.
         text: Text of the document; None for a document given as token ids, which cannot have spans.
         column: Name of the column, for errors.
@@ -48,10 +48,10 @@ def read_spans(given: object, text: str | None, column: str, where: str) -> dict
     Raises:
         RequestError: Another form, a span that is empty or exceeds the text, overlapping spans of one label.
     """
-    if not isinstance(given, Mapping):
-        raise _malformed(f"{where}: column {column!r}", given)
+    if not isinstance(value, Mapping):
+        raise _malformed(f"{where}: column {column!r}", value)
     spans = {}
-    for label, entries in given.items():
+    for label, entries in value.items():
         if not isinstance(label, str) or not label:
             raise RequestError(f"{where}: column {column!r} has a label {label!r}; labels are strings, and not empty")
         entries = _plain(entries)
@@ -63,15 +63,15 @@ def read_spans(given: object, text: str | None, column: str, where: str) -> dict
                 "give its text instead, or pass span_column=None (--span-column None)"
             )
         places = (f"{where}: span {number} of label {label!r}" for number in range(len(entries or ())))
-        found = [_span(entry, text or "", place) for entry, place in zip(entries or (), places, strict=True)]
-        found.sort(key=lambda span: span.start)
-        for one, other in pairwise(found):
+        label_spans = [_span(entry, text or "", place) for entry, place in zip(entries or (), places, strict=True)]
+        label_spans.sort(key=lambda span: span.start)
+        for one, other in pairwise(label_spans):
             if other.start < one.end:
                 raise RequestError(
                     f"{where}: spans {one.start} to {one.end} and {other.start} to {other.end} of label {label!r} "
                     "overlap; a character has one value, so leave one out or give it another label"
                 )
-        spans[replace_surrogates(label)[0]] = tuple(found)
+        spans[replace_surrogates(label)[0]] = tuple(label_spans)
     return spans
 
 
@@ -111,11 +111,11 @@ def label_tokens(
     # All documents on one axis, each far from the next, so that ends ascend and one search serves all.
     owner = np.repeat(np.arange(len(spans)), np.diff(first)) << 32
     base = document << 32
-    found = np.searchsorted(owner + end.to_numpy(), base + char_start, side="right")
-    begins = np.append(owner + start.to_numpy(), np.iinfo(np.int64).max)[found]
+    index = np.searchsorted(owner + end.to_numpy(), base + char_start, side="right")
+    begins = np.append(owner + start.to_numpy(), np.iinfo(np.int64).max)[index]
     outside = (begins >= base + char_end) | (char_start == char_end)
-    number = (found - first[document]).astype(np.int32)
-    return value.take(pa.array(found, mask=outside)), pa.array(number, mask=outside)
+    number = (index - first[document]).astype(np.int32)
+    return value.take(pa.array(index, mask=outside)), pa.array(number, mask=outside)
 
 
 def _span(entry: Any, text: str, place: str) -> Span:
@@ -136,8 +136,8 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, _NUMPY) else value
 
 
-def _malformed(place: str, found: Any) -> RequestError:
-    shown = repr(found)
+def _malformed(place: str, value: Any) -> RequestError:
+    shown = repr(value)
     return RequestError(
         f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}; spans are given as {_FORM}: name the column "
         "that holds them in span_column=, or pass span_column=None (--span-column None) to read no spans"

@@ -58,9 +58,9 @@ def check(
     except (TypeError, ValueError, OverflowError):  # no number, or none that could be a whole one
         inside = False
     if not inside:
-        found = f"{value!r}" if isinstance(value, str) else f"{value}"
+        shown = f"{value!r}" if isinstance(value, str) else f"{value}"
         kind = "a whole number, " if whole else ""
-        raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {found}")
+        raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {shown}")
 
 
 def check_fields(record: object, *names: str, **limits: Any) -> None:

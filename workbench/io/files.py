@@ -239,14 +239,14 @@ def human_bytes(count: int) -> str:
 
 
 @contextmanager
-def explain_full_disk(what: str, kept: str) -> Iterator[None]:
-    """Inside, a full disk raises DataError with `what` was being written, and what is `kept` and to be done."""
+def explain_full_disk(what: str, advice: str) -> Iterator[None]:
+    """Inside, a full disk raises DataError: `what` was being written, and `advice`."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise DataError(f"disk full while writing {what} ({error.strerror}): {kept}") from error
+        raise DataError(f"disk full while writing {what} ({error.strerror}): {advice}") from error
 
 
 @contextmanager

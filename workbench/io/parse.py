@@ -55,13 +55,13 @@ def parse(kind: Any, value: object, where: str) -> Any:
 
 
 def _parse_record(kind: type, value: object, where: str) -> Any:
-    found = _expect(dict, value, where)
+    entries = _expect(dict, value, where)
     hints = _hints(kind)
-    if unknown := sorted(found.keys() - hints.keys()):
+    if unknown := sorted(entries.keys() - hints.keys()):
         raise DataError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(hints)}")
-    if missing := [name for name in hints if name not in found]:
-        raise DataError(f"{where}: the key {missing[0]!r} is missing; found {', '.join(sorted(found)) or 'none'}")
-    parsed = {name: parse(hint, found[name], f"{where}: {name}") for name, hint in hints.items()}
+    if missing := [name for name in hints if name not in entries]:
+        raise DataError(f"{where}: the key {missing[0]!r} is missing; found {', '.join(sorted(entries)) or 'none'}")
+    parsed = {name: parse(hint, entries[name], f"{where}: {name}") for name, hint in hints.items()}
     try:
         return kind(**parsed)
     except ValueError as error:  # the record's check of a value of the right type

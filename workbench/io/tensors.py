@@ -198,8 +198,8 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
     """
     tensors, metadata, offset = _read_header(path, VERIFY)
     if len(tensors) != 1 or next(iter(tensors.values())).dtype not in STORED:
-        held = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items()) or "nothing"
-        raise DataError(f"{path} must hold one tensor of {', '.join(STORED)}, and holds {held[:80]}; {VERIFY}")
+        content = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items()) or "nothing"
+        raise DataError(f"{path} must hold one tensor of {', '.join(STORED)}, and holds {content[:80]}; {VERIFY}")
     ((name, tensor),) = tensors.items()
     return TensorHeader(name, tensor.dtype, tensor.shape, metadata, offset)
 
@@ -227,9 +227,9 @@ def map_arrays(
         DataError: The file is missing, truncated, damaged, or holds something else.
     """
     tensors, _, offset = _read_header(path, advice)
-    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    if found != {name: (dtype, (length,)) for name, (dtype, length) in layout.items()}:
-        raise DataError(f"{path} is truncated or damaged (it holds {found}); {advice}")
+    content = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if content != {name: (dtype, (length,)) for name, (dtype, length) in layout.items()}:
+        raise DataError(f"{path} is truncated or damaged (it holds {content}); {advice}")
     with pa.memory_map(os.fspath(path)) as file:
         first = file.read_buffer()
     return {

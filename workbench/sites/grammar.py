@@ -162,12 +162,12 @@ class SiteMap:
         if short and short["kind"] in SHORT_NAMES:
             return self._of_kind(short["kind"], self._layers(short, pattern), pattern=pattern)
         if set(pattern) & set("*?["):
-            found = set(fnmatch.filter({*self.sites, *self.synonyms}, pattern))
+            names = set(fnmatch.filter({*self.sites, *self.synonyms}, pattern))
         else:
-            found = {pattern} & {*self.recordable, *self.synonyms}
-        if not found:
+            names = {pattern} & {*self.recordable, *self.synonyms}
+        if not names:
             raise RequestError(self._unknown(pattern))
-        return {self.synonyms.get(name, name) for name in found}
+        return {self.synonyms.get(name, name) for name in names}
 
     def _layers(self, short: re.Match[str], pattern: str) -> range:
         text = short["layers"]
@@ -189,10 +189,10 @@ class SiteMap:
         if "{layer}" not in template and pattern != kind:
             raise RequestError(f"site {pattern!r}: {kind} is outside of the blocks and has no layer; write {kind!r}")
         names = [template.format(layer=layer) for layer in layers] if "{layer}" in template else [template]
-        found = {self.synonyms.get(name, name) for name in names if name in self.recordable or name in self.synonyms}
-        if not found:
+        existing = {self.synonyms.get(name, name) for name in names if name in self.recordable or name in self.synonyms}
+        if not existing:
             raise RequestError(self._unknown(pattern, names[0]))
-        return found
+        return existing
 
     def _unknown(self, pattern: str, name: str | None = None) -> str:
         name = name or pattern

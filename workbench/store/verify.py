@@ -101,13 +101,13 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
 
 def _check_unembed(path: Path, listed: str, progress: Progress) -> Iterator[Finding]:
     try:
-        found = files.sha256_file(path)
+        actual = files.sha256_file(path)
         progress(path.stat().st_size)
     except OSError as error:
         yield Finding("", path.name, "missing file", f"{error.strerror}; the manifest lists it")
         return
-    if found != listed:
-        yield Finding("", path.name, "checksum differs", f"SHA-256 {found[:12]}, recorded {listed[:12]}")
+    if actual != listed:
+        yield Finding("", path.name, "checksum differs", f"SHA-256 {actual[:12]}, recorded {listed[:12]}")
 
 
 def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
@@ -142,12 +142,12 @@ def _check_groups(path: Path, manifest: Manifest) -> Iterator[Finding]:
 
 def _differing_segment(path: Path, file: Path, group: Sequence[Segment]) -> str | None:
     try:
-        with pq.ParquetFile(file) as found:
-            if found.num_row_groups != len(group):
-                return f"{found.num_row_groups} row groups for {len(group)} segments"
+        with pq.ParquetFile(file) as actual:
+            if actual.num_row_groups != len(group):
+                return f"{actual.num_row_groups} row groups for {len(group)} segments"
             for index, segment in enumerate(group):
                 with contextlib.suppress(DataError):  # reported for the segment
-                    if not found.read_row_group(index).equals(read_tokens([path / SEGMENTS / segment.name / TOKENS])):
+                    if not actual.read_row_group(index).equals(read_tokens([path / SEGMENTS / segment.name / TOKENS])):
                         return f"not those of segment {segment.name}"
     except (OSError, pa.ArrowException) as error:
         return f"cannot be read ({str(error).splitlines()[0]})"
@@ -170,15 +170,15 @@ class _Check:
     def finding(self, file: str, finding: str, detail: str, severity: Severity = "error") -> Finding:
         return Finding(self.segment.name, file, finding, detail, severity)
 
-    def wrong_model(self, file: str, found: str) -> Finding:
+    def wrong_model(self, file: str, actual: str) -> Finding:
         model = self.manifest.model
-        detail = f"recorded from weights {found[:12]}, the manifest is of {model.name} with {model.fingerprint[:12]}"
+        detail = f"recorded from weights {actual[:12]}, the manifest is of {model.name} with {model.fingerprint[:12]}"
         return self.finding(file, "wrong model", detail)
 
-    def checksum(self, file: str, found: str) -> Iterator[Finding]:
+    def checksum(self, file: str, actual: str) -> Iterator[Finding]:
         listed = self.record.files.get(file) if self.record else None
-        if listed and listed.sha256 != found:
-            yield self.finding(file, "checksum differs", f"SHA-256 {found[:12]}, recorded {listed.sha256[:12]}")
+        if listed and listed.sha256 != actual:
+            yield self.finding(file, "checksum differs", f"SHA-256 {actual[:12]}, recorded {listed.sha256[:12]}")
 
 
 def _check_segment(check: _Check) -> Iterator[Finding]:
@@ -237,10 +237,10 @@ def _check_tensor(check: _Check, site: SiteRecord) -> Iterator[Finding]:
     header = read_header(path)
     checksum, nonfinite, first = _scan(path, header, check.progress)
     yield from check.checksum(file, checksum)
-    found = (header.metadata.get("site"), header.dtype, header.shape, header.metadata.get("axes"))
+    actual = (header.metadata.get("site"), header.dtype, header.shape, header.metadata.get("axes"))
     expected = (site.name, site.dtype, (check.segment.rows, *site.shape), " ".join(site.axes))
-    if found != expected:
-        yield check.finding(file, "wrong tensor", f"holds {found}, the manifest has {expected}")
+    if actual != expected:
+        yield check.finding(file, "wrong tensor", f"holds {actual}, the manifest has {expected}")
     model = header.metadata.get("model", "")
     if model != check.manifest.model.fingerprint and not (record and record.model == model):  # reported already
         yield check.wrong_model(file, model)

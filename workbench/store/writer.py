@@ -272,13 +272,13 @@ class Writer:
         """Inside, this process alone changes the manifest, and knows the commits of others."""
         with _turn(self.path, self._shared):
             if self._shared:
-                found = read_manifest(self.path)
-                if self._started and replace(found, segments=()) != replace(self.manifest, segments=()):
+                existing = read_manifest(self.path)
+                if self._started and replace(existing, segments=()) != replace(self.manifest, segments=()):
                     raise RequestError(
                         f"{self.path}: another process makes another recording there; all processes that share a "
                         "store need the same texts, model and settings"
                     )
-                self.manifest = found
+                self.manifest = existing
             yield
 
     def _replace(self, manifest: Manifest) -> None:
@@ -303,13 +303,13 @@ def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
 
 def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
     """The manifest of the same recording, after removing leftovers of a crash unless the store is shared."""
-    found = read_manifest(path)
-    newer = requested.recording.keys() - found.recording.keys()  # settings that are newer than the store
-    wanted = {name: value for name, value in _settings(requested).items() if name not in newer}
-    differences = _differences(_settings(found), wanted)
-    if (differences or newer) and not found.segments:  # nothing is committed: the settings may change
+    existing = read_manifest(path)
+    newer = requested.recording.keys() - existing.recording.keys()  # settings that are newer than the store
+    settings = {name: value for name, value in _settings(requested).items() if name not in newer}
+    differences = _differences(_settings(existing), settings)
+    if (differences or newer) and not existing.segments:  # nothing is committed: the settings may change
         files.remove(path / UNEMBED)
-        _remove_leftovers(path, found, keep=())
+        _remove_leftovers(path, existing, keep=())
         write_manifest(path, requested)
         return requested
     if differences:
@@ -318,7 +318,7 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
             f"{path} was recorded with other settings: {'; '.join(differences[:6])}{more}; request the same, or choose "
             "another out"
         )
-    if differences := _differences(found.environment, requested.environment):
+    if differences := _differences(existing.environment, requested.environment):
         _LOG.warning(
             f"{path} was started with other library versions: {'; '.join(differences)}; further rows may differ in the "
             "last bits"
@@ -326,9 +326,9 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
     if not shared:
         for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
             files.remove(entry)
-        write_groups(path, found)  # a crash may have come between a commit and its group
-        _remove_leftovers(path, found, keep=None)
-    return found
+        write_groups(path, existing)  # a crash may have come between a commit and its group
+        _remove_leftovers(path, existing, keep=None)
+    return existing
 
 
 def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | None) -> None:
@@ -375,11 +375,11 @@ def _settings(manifest: Manifest) -> dict[str, object]:
     }
 
 
-def _differences(found: Mapping[str, object], requested: Mapping[str, object]) -> list[str]:
+def _differences(existing: Mapping[str, object], requested: Mapping[str, object]) -> list[str]:
     return [
-        f"{name}: {found.get(name, 'none')} in the store, {requested.get(name, 'none')} requested"
-        for name in dict.fromkeys((*found, *requested))
-        if found.get(name) != requested.get(name)
+        f"{name}: {existing.get(name, 'none')} in the store, {requested.get(name, 'none')} requested"
+        for name in dict.fromkeys((*existing, *requested))
+        if existing.get(name) != requested.get(name)
     ]
 
 
@@ -389,5 +389,5 @@ def _texts(part: Part) -> str:
 
 def explain_full_disk(path: Path, what: str, rows: int) -> AbstractContextManager[None]:
     """Inside, a full disk raises DataError with what was being written and that `rows` are safe."""
-    kept = f"{rows} rows are committed and readable; free space and run the same command to resume"
-    return files.explain_full_disk(f"{what} of {path}", kept)
+    advice = f"{rows} rows are committed and readable; free space and run the same command to resume"
+    return files.explain_full_disk(f"{what} of {path}", advice)
