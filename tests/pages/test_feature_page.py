@@ -176,7 +176,7 @@ def test_a_page_without_sae_and_of_a_dead_feature(tmp_path):
     assert "<section>" not in text
     text = wb.feature_page(features, dead, tmp_path / "page.html", sae=sae).read_text()
     assert "holds no unembedding: the model has none" in text
-    assert "Nearest decoder directions" in text
+    assert "Nearest by decoder" in text
 
 
 def test_wrong_requests_of_a_page(hostile, tmp_path):
@@ -221,10 +221,12 @@ def test_wrong_requests_of_top(hostile, tmp_path):
     command, page = ("top", features.path), ("--page", tmp_path / "p.html")
     assert refused_by_cli(*command, 20) == "feature 20 does not exist; the SAE has features 0 to 19"
     assert refused_by_cli(*command, 20, *page) == "feature 20 does not exist; the SAE has features 0 to 19"
-    assert refused_by_cli(*command, 2, "--sae", "demo") == "sae is for the page; give page too, or leave sae out"
-    assert refused_by_cli(*command, 2, *page, "--sae-id", "x") == "sae_id chooses one of several; give sae too"
+    assert (
+        refused_by_cli(*command, 2, "--sae", "demo") == "sae is used on the page alone; give page too, or leave sae out"
+    )
+    assert refused_by_cli(*command, 2, *page, "--sae-id", "x") == "sae_id chooses one of several SAEs; give sae too"
     assert refused_by_cli(*command, 2, *page, "--where", "true").startswith(
-        "where chooses among the tokens that are li"
+        "where selects among the listed tokens; give"
     )
     assert refused_by_cli(*command, 2, "--where", "tokn = 3").startswith("query 'tokn = 3': ")
     assert refused_by_cli("top", tmp_path, 2).startswith(f"no features at {tmp_path}: ")

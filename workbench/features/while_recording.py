@@ -57,7 +57,7 @@ class RecordedFeatures:
     def __post_init__(self) -> None:
         check("dtype", self.dtype, one_of=DTYPES)
 
-    def tap(self, sites: SiteMap, stored: Sequence[Site] = ()) -> Site:
+    def select_site(self, sites: SiteMap, stored: Sequence[Site] = ()) -> Site:
         """Returns the site to read among a model's sites; of two names of the same site the one in `stored`.
 
         Raises:
@@ -77,7 +77,7 @@ class RecordedFeatures:
             raise RequestError(f"sae_site {self.site!r} names {len(selected)} sites; give one, such as resid_post.3")
         return selected[0]
 
-    def of(self, tap: Site, site: SiteRecord, model: str, out: Path) -> EncodedSite:
+    def at(self, tap: Site, site: SiteRecord, model: str, out: Path) -> EncodedSite:
         """Returns the encoded site.
 
         Args:
@@ -95,7 +95,7 @@ class RecordedFeatures:
 
 @dataclass(frozen=True)
 class EncodedSite:
-    """A site of a recording whose features are extracted. Create it with `RecordedFeatures.of`."""
+    """A site of a recording whose features are extracted. Create it with `RecordedFeatures.at`."""
 
     features: RecordedFeatures
     tap: Site
@@ -114,12 +114,12 @@ class EncodedSite:
         return PackedEncodedSite(save_sae(features.sae, folder), self.site, features.dtype, features.force)
 
     @contextmanager
-    def opened(
+    def locked(
         self,
         path: Path,
         manifest: Manifest,
-        own: Sequence[PlannedSegment],
-        left: Sequence[PlannedSegment],
+        share: Sequence[PlannedSegment],
+        unwritten: Sequence[PlannedSegment],
         shared: bool,
     ) -> Iterator[None]:
         """Starts or resumes the features of a store that is being recorded, and locks their folder for the block.
@@ -127,22 +127,22 @@ class EncodedSite:
         Args:
             path: Path of the store.
             manifest: Manifest of the store, started or resumed.
-            own: Segments that this process is responsible for.
-            left: Those of them that it will write; features that a crash may have left of them are discarded.
+            share: Segments that this process is responsible for.
+            unwritten: Those of them that it will write; features that a crash may have left of them are discarded.
             shared: Other processes record the same store.
 
         Raises:
-            RequestError: A segment of `own` was recorded without features.
+            RequestError: A segment of `share` was recorded without features.
         """
         target, request = self._target(path), self._planned(manifest)
         beyond = (manifest.planned_rows, sys.maxsize)  # of other texts, whose recording was abandoned
         with locked_folder(target, shared):
             with exclusive_turn(target, shared):
                 segments = segment_folder(target)
-                segments.discard([*map(_span, left), beyond])
+                segments.discard([*map(_span, unwritten), beyond])
                 read_folder(target, request).begin(shared)
-                unwritten = set(left)
-                recorded = [_span(segment) for segment in own if segment not in unwritten]
+                left = set(unwritten)
+                recorded = [_span(segment) for segment in share if segment not in left]
                 if lacking := sum(stop - first for first, stop in segments.missing(recorded)):
                     raise self._lacking(path, lacking)
             yield
@@ -224,7 +224,7 @@ class PackedEncodedSite:
     def unpack(self, device: str, sites: SiteMap) -> EncodedSite:
         """Returns the site with its SAE on `device`, for a model with these sites."""
         features = RecordedFeatures(self.sae.load(device), self.site.name, self.dtype, self.force)
-        return EncodedSite(features, features.tap(sites), self.site)
+        return EncodedSite(features, features.select_site(sites), self.site)
 
 
 def _span(segment: PlannedSegment) -> Span:

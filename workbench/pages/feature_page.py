@@ -28,6 +28,9 @@ _TOKENS, _NEIGHBOURS, _ACROSS = 10, 10, 10
 _QUANTILES = {0.1: "10 %", 0.5: "median", 0.9: "90 %"}
 _TOKEN_LENGTH = 60
 
+_CAPTION = """<p class="note">Shade: activation relative to the feature's largest. Outlined: the token whose activation
+and sequence:position are on the left.</p>"""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2430; --soft: #5b6472; --line: #e4e7ec; --back: #fff; --bar: #0072b2;
   --on: 230 120 0; --off: 0 114 178 }
@@ -111,9 +114,7 @@ def feature_page(
         '<div class="panels">',
         _panel("Activations", _statistics(features, feature), _bars(features, feature)),
         *(_decoder_panels(features, feature, sae) if sae else ()),
-        _panel(
-            "Active on the same tokens", _features_table(coactivation(features, feature), ("both", "lift", "jaccard"))
-        ),
+        _panel("Coactive features", _features_table(coactivation(features, feature), ("both", "lift", "jaccard"))),
         "</div>",
         _contexts("Strongest contexts", feature_contexts(features, feature, rows[: 4 * k], context)[:k], scale),
         _contexts(
@@ -161,8 +162,8 @@ def _bars(features: Features, feature: int) -> str:
     label = f"Histogram of activations from {first} to {last}, highest bar {counts.max():,} tokens"
     return (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">{bars}</svg>'
-        f'<div class="axis"><span>{first}</span><span>activation; highest bar: {counts.max():,} tokens</span>'
-        f"<span>{last}</span></div>"
+        f'<div class="axis"><span>{first}</span><span>activation</span><span>{last}</span></div>'
+        f'<p class="note">Highest bar: {counts.max():,} tokens.</p>'
     )
 
 
@@ -178,9 +179,7 @@ def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]
         table = extreme_tokens(effects, unembed, _TOKENS)
         yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
         yield _panel("Suppressed tokens", _tokens_table(table.iloc[: -_TOKENS - 1 : -1]))
-    yield _panel(
-        "Nearest decoder directions", _features_table(nearest_features(sae, feature, _NEIGHBOURS), ("cosine",))
-    )
+    yield _panel("Nearest by decoder", _features_table(nearest_features(sae, feature, _NEIGHBOURS), ("cosine",)))
 
 
 def _tokens_table(table: pd.DataFrame) -> str:
@@ -212,7 +211,8 @@ def _contexts(title: str, contexts: Sequence[Context], scale: float) -> str:
     if not contexts:
         return ""
     return (
-        f"<section><h2>{html.escape(title)}</h2>{''.join(_context(context, scale) for context in contexts)}</section>"
+        f"<section><h2>{html.escape(title)}</h2>{_CAPTION}"
+        f"{''.join(_context(context, scale) for context in contexts)}</section>"
     )
 
 

@@ -102,8 +102,8 @@ def plan_recording(
     added = added_tokens(model.tokenizer, settings.bos)
     encoded = None
     if features is not None:
-        site = features.tap(model.site_map, sites)
-        encoded = features.of(site, _site_record(site, context, settings.dtype), model.name, out)
+        site = features.select_site(model.site_map, sites)
+        encoded = features.at(site, _site_record(site, context, settings.dtype), model.name, out)
     unembed, reason = _unembed(model)
     return RecordingPlan(
         out=out,

@@ -62,7 +62,7 @@ def write_part(
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
     encoded = recorder.encoded_only if left else None
     with (
-        encoded.opened(writer.path, writer.manifest, share, left, workers.shared) if encoded else nullcontext(),
+        encoded.locked(writer.path, writer.manifest, share, left, workers.shared) if encoded else nullcontext(),
         progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as advance,
         closing(write_segments(recorder, left, workers, advance)) as written,
     ):
