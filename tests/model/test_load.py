@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from model_files import edit_json, refusal
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -23,53 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 import workbench as wb
-from workbench.io.errors import RequestError
 from workbench.model.load import Model, load_model, usable_device
-from workbench.model.location import locate
 
-ROOT = Path(__file__).parents[2]
 IDS = torch.arange(8, 20).reshape(2, 6)
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Whoever connects, or looks a host up, is refused, and is in the list."""
-    attempts = []
-
-    def refuse(*arguments, **_options):
-        attempts.append(arguments)
-        raise OSError("the network is unreachable")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return attempts
-
-
-@pytest.fixture(scope="session")
-def saved(tiny_models, tiny_tokenizer, tmp_path_factory):
-    """The tiny Llama and its tokenizer, as save_pretrained writes them."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_models["llama"].save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def model_dir(saved, tmp_path):
-    """A copy of `saved`, to be spoilt."""
-    return Path(shutil.copytree(saved, tmp_path / "tiny-llama"))
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(RequestError) as caught:
-        call(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def hooks(module) -> int:
@@ -225,189 +179,6 @@ def test_a_real_checkpoint(stories260k):
     assert model.tokenizer.decode(said[0], skip_special_tokens=True) == (
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the p"
     )
-
-
-# Paths and hub ids
-
-
-def test_a_wrong_path_names_the_nearest(saved):
-    assert refusal(load_model, str(saved.parent / "tiny-lama")) == (
-        f"model {str(saved.parent / 'tiny-lama')!r}: no such directory "
-        f"({saved.parent.name}/ has no 'tiny-lama'; nearest: tiny-llama)"
-    )
-    assert refusal(load_model, saved.parent / "nowhere" / "deeper") == (
-        f"model {str(saved.parent / 'nowhere' / 'deeper')!r}: no such directory ({saved.parent.name}/ has no 'nowhere')"
-    )
-
-
-def test_a_path_object_is_never_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpt2-small").mkdir()
-    (tmp_path / ".gpt").mkdir()
-    assert refusal(load_model, Path("gpt2")) == (
-        f"model 'gpt2': no such directory ({tmp_path.name}/ has no 'gpt2'; nearest: gpt2-small)"
-    )
-
-
-def test_a_name_in_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
-    (tmp_path / "models" / "llama").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert refusal(locate, "models/lama") == (
-        "model 'models/lama': no such directory (models/ has no 'lama'; nearest: llama)"
-    )
-
-
-def test_a_file(saved):
-    assert refusal(load_model, saved / "model.safetensors") == (
-        f"model {str(saved / 'model.safetensors')!r} is a file; give the folder that holds config.json"
-    )
-
-
-def test_a_directory_that_holds_no_model(tmp_path):
-    assert refusal(load_model, tmp_path) == (
-        f"model {str(tmp_path)!r} is a directory without config.json (it holds nothing); "
-        "give the folder that save_pretrained wrote"
-    )
-    for name in "fedcba":
-        (tmp_path / name).touch()
-    assert "(it holds a, b, c, d, e)" in refusal(load_model, tmp_path)
-
-
-def test_an_empty_name():
-    assert refusal(load_model, "") == "model is an empty string; give a directory or a hub id"
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a..b", "-a", "a--b", "a/b/c", "mo del", "тест", "."])
-def test_names_that_no_hub_id_can_have(name, tmp_path, monkeypatch, no_network):
-    monkeypatch.chdir(tmp_path)
-    assert refusal(locate, name).startswith(f"model {name!r}")
-    assert no_network == []
-
-
-def test_a_hub_id_when_offline(tmp_path, monkeypatch, no_network):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpt2-mine").mkdir()
-    assert refusal(load_model, "gpt2") == (
-        "model 'gpt2' is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set); nearest: gpt2-mine"
-    )
-    assert refusal(load_model, "openai-community/gpt2") == (
-        "model 'openai-community/gpt2' is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set)"
-    )
-    assert no_network == []
-
-
-def test_a_hub_id_that_the_hub_refuses(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def model_info(_self, name, revision, timeout):
-        assert timeout < 2
-        error = RuntimeError(f"{name} {revision}")
-        error.response = SimpleNamespace(status_code=404)
-        raise error
-
-    monkeypatch.setattr(HfApi, "model_info", model_info)
-    assert refusal(load_model, "gpt3", revision="v1") == (
-        "model 'gpt3' is no directory here, and the hub answers 404; check the name or give a path"
-    )
-    monkeypatch.setattr(HfApi, "model_info", lambda *_arguments, **_options: None)
-    assert (locate("user/gpt3").path, locate("user/gpt3").local) == ("user/gpt3", False)
-
-
-def hub_cache(folder: Path, name: str, files: list[Path], revision: str = "main") -> None:
-    """Lays files out as huggingface_hub's cache does."""
-    repository = folder / f"models--{name.replace('/', '--')}"
-    (repository / "snapshots" / "abc").mkdir(parents=True, exist_ok=True)
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / revision).write_text("abc")
-    for file in files:
-        shutil.copy(file, repository / "snapshots" / "abc" / file.name)
-
-
-def test_outside_the_test_environment(saved, tmp_path):
-    """As a user has it, the hub not forbidden but out of reach: who asks for it, and what the cache is good for."""
-    everything = sorted(saved.iterdir())
-    words = [path for path in everything if "token" in path.name]
-    weights = [saved / "config.json", saved / "model.safetensors"]
-    index, pickled = tmp_path / "model.safetensors.index.json", tmp_path / "pytorch_model.bin"
-    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
-    part = Path(shutil.copy(saved / "model.safetensors", tmp_path / "model-1.safetensors"))
-    pickled.touch()
-    cache = tmp_path / "hub"
-    hub_cache(cache, "user/whole", everything)
-    hub_cache(cache, "user/tagged", everything, revision="v1")
-    hub_cache(cache, "user/config-only", [saved / "config.json"])
-    hub_cache(cache, "user/half", [saved / "config.json", index, part])
-    hub_cache(cache, "user/pickled", [saved / "config.json", pickled])
-    hub_cache(cache, "user/weights", weights)
-    hub_cache(cache, "user/words", words)
-    code = f"""
-import json, socket, time
-attempts = []
-def refuse(*arguments, **options):
-    attempts.append(arguments)
-    raise OSError("unreachable")
-socket.socket.connect = socket.getaddrinfo = refuse
-waits = []
-time.sleep = waits.append
-from workbench.model.load import load_model
-def outcome(*arguments, **options):
-    attempts.clear()
-    waits.clear()
-    try:
-        model = load_model(*arguments, **options)
-        said = [model.name, model.revision, model.tokenizer is not None]
-    except Exception as error:
-        said = type(error).__name__ + ": " + str(error)
-    return [said, bool(attempts), sum(waits)]
-saved = {str(saved)!r}
-print(json.dumps({{
-    "directory": outcome(saved),
-    "cached": outcome("user/whole"),
-    "revision": outcome("user/tagged", revision="v1"),
-    "other revision": outcome("user/tagged", revision="v2"),
-    "config only": outcome("user/config-only"),
-    "half": outcome("user/half"),
-    "pickled": outcome("user/pickled"),
-    "weights": outcome("user/weights"),
-    "weights and words": outcome("user/weights", tokenizer="user/words"),
-    "wrong": outcome("user/nothing"),
-    "cached tokenizer": outcome(saved, tokenizer="user/words"),
-    "wrong tokenizer": outcome(saved, tokenizer=saved + "/nowhere"),
-    "hub tokenizer": outcome("user/whole", tokenizer="user/none"),
-}}))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert ran.stderr == ""
-    found = json.loads(ran.stdout)
-    unreachable = "is no directory here, and the hub cannot be reached; check the name or give a path"
-    assert {name: (said, asked) for name, (said, asked, _) in found.items()} == {
-        "directory": (["tiny-llama", None, True], False),
-        "cached": (["user/whole", None, True], False),
-        "revision": (["user/tagged", "v1", True], False),
-        "other revision": (f"RequestError: model 'user/tagged' {unreachable}", True),
-        "config only": (f"RequestError: model 'user/config-only' {unreachable}", True),
-        "half": (f"RequestError: model 'user/half' {unreachable}", True),
-        "pickled": (
-            "RequestError: model 'user/pickled' has only pickled weights (pytorch_model.bin), which can run code when "
-            "read; convert them to safetensors or pass allow_pickle=True if you trust their author",
-            False,
-        ),
-        "weights": (f"RequestError: tokenizer 'user/weights' {unreachable}", True),
-        "weights and words": (["user/weights", None, True], False),
-        "wrong": (f"RequestError: model 'user/nothing' {unreachable}", True),
-        "cached tokenizer": (["tiny-llama", None, True], False),
-        "wrong tokenizer": (
-            f"RequestError: tokenizer '{saved}/nowhere': no such directory (tiny-llama/ has no 'nowhere')",
-            False,
-        ),
-        "hub tokenizer": (f"RequestError: tokenizer 'user/none' {unreachable}", True),
-    }
-    assert {waited for _, _, waited in found.values()} == {0}  # the library's habit is to try again for seconds
 
 
 # Checkpoints that are not what they should be
@@ -568,106 +339,6 @@ def test_wrong_tokenizers(saved, model_dir, tmp_path, monkeypatch):
     text = refusal(load_model, model_dir)
     assert text.startswith(f"tokenizer {str(model_dir)!r} cannot be loaded: ")
     assert refusal(load_model, saved, tokenizer=model_dir) == text
-
-
-# Fingerprints
-
-
-def fingerprint(module) -> str:
-    return Model(module, None, "a").fingerprint()
-
-
-def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_bytes(saved):
-    """Computed anew from the file, which has no tied weights here."""
-    digest = hashlib.sha256()
-    for name, part in sorted(load_file(saved / "model.safetensors").items()):
-        digest.update(f"{name} torch.float32 {tuple(part.shape)}\n".encode() + part.numpy().tobytes())
-    assert load_model(saved).fingerprint() == digest.hexdigest()
-
-
-def test_every_weight_counts(tiny_models):
-    module = copy.deepcopy(tiny_models["llama"])
-    seen = {fingerprint(module)}
-    assert seen == {fingerprint(tiny_models["llama"])}
-    for parameter in module.parameters():
-        with torch.no_grad():
-            last = parameter.view(-1)[-1:]
-            last.copy_(torch.nextafter(last, torch.tensor(torch.inf)))
-        seen.add(fingerprint(module))
-    assert len(seen) == 1 + len(list(module.parameters()))
-
-
-def test_not_the_values_alone_count():
-    def linear(rows, columns, dtype=torch.float32):
-        layer = nn.Linear(columns, rows, bias=False)
-        layer.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype))
-        return layer
-
-    kinds = [linear(2, 4), linear(4, 2), linear(4, 4, torch.float16), nn.Sequential(linear(2, 4))]
-    assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
-
-
-def test_buffers_count_where_they_are_saved():
-    def with_buffer(value, persistent):
-        layer = nn.Linear(2, 2, bias=False)
-        nn.init.zeros_(layer.weight)
-        layer.register_buffer("seen", torch.tensor(value), persistent=persistent)
-        return fingerprint(layer)
-
-    assert with_buffer(1.0, True) != with_buffer(2.0, True)
-    assert with_buffer(1.0, False) == with_buffer(2.0, False)
-
-
-def test_a_tied_weight_counts_once(tiny_models):
-    tied = tiny_models["gpt2"]
-    assert tied.lm_head.weight is tied.transformer.wte.weight
-    untied = copy.deepcopy(tied)
-    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.clone())
-    assert fingerprint(untied) != fingerprint(tied)
-    assert fingerprint(copy.deepcopy(tied)) == fingerprint(tied)
-
-
-def test_memory_layout_and_training_do_not_count():
-    layer = nn.Linear(3, 5)
-    before = fingerprint(layer)
-    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
-    assert not layer.weight.is_contiguous()
-    assert fingerprint(layer.train().requires_grad_(False)) == before
-
-
-def test_the_config_fingerprint_is_of_what_the_model_is(saved, tmp_path):
-    other_place = Path(shutil.copytree(saved, tmp_path / "moved"))
-    edit_json(other_place / "config.json", transformers_version="4.0.0", architectures=None)
-    before = load_model(saved).config_fingerprint()
-    assert load_model(other_place, dtype="float16").config_fingerprint() == before
-    edit_json(other_place / "config.json", rms_norm_eps=1e-3)
-    assert load_model(other_place).config_fingerprint() != before
-
-
-def test_the_tokenizer_fingerprint_is_of_what_the_tokenizer_is(saved, stories260k):
-    model = load_model(saved, tokenizer=saved)
-    before = model.tokenizer_fingerprint()
-    tokenizer = model.tokenizer
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer(["Monday", "the little day"], padding=True, truncation=True, max_length=4)
-    assert tokenizer.backend_tokenizer.padding is not None
-    assert model.tokenizer_fingerprint() == before == load_model(saved).tokenizer_fingerprint()
-    tokenizer.add_tokens(["zork"])
-    assert model.tokenizer_fingerprint() != before
-    assert load_model(stories260k).tokenizer_fingerprint() not in (before, model.tokenizer_fingerprint())
-    assert load_model(saved, tokenizer=None).tokenizer_fingerprint() == before
-
-
-def test_no_tokenizer_has_no_fingerprint(tiny_models):
-    assert load_model(tiny_models["gpt2"]).tokenizer_fingerprint() is None
-
-
-def test_a_tokenizer_without_a_backend(tiny_models):
-    def slow(vocab):
-        tokenizer = SimpleNamespace(get_vocab=lambda: vocab, special_tokens_map={"bos_token": "<s>"})
-        return Model(tiny_models["gpt2"], tokenizer, "a").tokenizer_fingerprint()
-
-    assert slow({"a": 0, "b": 1}) == slow({"b": 1, "a": 0}) != slow({"a": 1, "b": 0})
 
 
 # What a model says of itself

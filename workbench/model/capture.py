@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from workbench.io.errors import DataError
 from workbench.model.attention import AttentionCall, Columns, pattern_blocks, row_entropy, tap_attention
-from workbench.model.forward import first_tensor, hook_tensor, run, text_config
+from workbench.model.forward import attention_name, first_tensor, fixed_shape, hook_tensor, run
 from workbench.sites.grammar import Site, Tap
 
 _QUERY_ROWS = 256
@@ -106,7 +106,7 @@ class _Pass:
             receive = partial(self._deliver_weights, sites)
             stack.enter_context(hook_tensor(module.get_submodule(tap.path), "returned_weights", receive))
         callbacks = {part: partial(self._deliver_attention, sites) for part, sites in calls.items()}
-        stack.enter_context(tap_attention(text_config(module)._attn_implementation, callbacks))
+        stack.enter_context(tap_attention(attention_name(module), callbacks))
 
     def deliver(self, site: Site, tensor: Tensor | None) -> None:
         _give(site, self._expect(site, tensor), self.batch, self.receive)
@@ -161,17 +161,18 @@ def _small(blocks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]
 
 def _give(site: Site, tensor: Tensor, batch: tuple[int, ...], receive: Receive) -> None:
     """Delivers a tensor in the site's shape: some modules merge batch and position, and fused heads come flat."""
-    source = site.of or site
+    shape = fixed_shape(site.of or site)
     rows = tensor.shape[:2] == batch or tensor.shape[:1] == (math.prod(batch),)
-    if not rows or tensor.numel() != math.prod((*batch, *source.shape)):
+    if not rows or tensor.numel() != math.prod((*batch, *shape)):
         raise DataError(
             f"site {site.short or site.name}: a tensor of shape {tuple(tensor.shape)} for a batch {tuple(batch)}"
         )
-    tensor = tensor.reshape(*batch, *source.shape)
+    tensor = tensor.reshape(*batch, *shape)
     receive(site, _norms(site, tensor) if site.of else tensor, 0)
 
 
 def _norms(site: Site, tensor: Tensor) -> Tensor:
     """L2 norms along the last axis, in float32; the norm of a value repeats for each query head that reads it."""
+    shape = fixed_shape(site)
     norms = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
-    return norms.repeat_interleave(site.shape[0] // norms.shape[2], dim=2) if site.shape else norms
+    return norms.repeat_interleave(shape[0] // norms.shape[2], dim=2) if shape else norms

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from workbench.io.errors import RequestError
 from workbench.model.capture import capture
-from workbench.model.forward import change_tensor, first_tensor, hook_tensor, run, trial_ids
+from workbench.model.forward import change_tensor, fixed_shape, hook_tensor, run, the_tensor, trial_ids
 from workbench.model.load import Model
 from workbench.model.unembed import Unembed
 from workbench.sites.grammar import Site
@@ -51,7 +51,7 @@ class HeadOutput:
         project = copy.deepcopy(self.project).float()  # in half precision a large bias would hide a weight
         units = torch.eye(self.heads * self.d_head, device=device)[:, None]
         with torch.inference_mode():
-            written = first_tensor(project(units))[:, 0] - first_tensor(project(torch.zeros_like(units[:1])))[:, 0]
+            written = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
         return written.reshape(self.heads, self.d_head, -1)
 
 
@@ -62,23 +62,24 @@ def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
         RequestError: No layer has the sites that this needs.
     """
     sites = model.site_map
-    found = {}
+    outputs = {}
     for layer in range(sites.n_layers):
         z, o, added = (
             _site(model, f"blocks.{layer}.{name}") for name in ("attn.hook_z", "attn.o.hook_out", "hook_attn_out")
         )
         if z is None or o is None or len(z.shape) != 2:
             continue
-        behind = added is not None and not f"{o.tap.path}.".startswith(f"{added.tap.path}.")
-        parts = (model.module.get_submodule(path) for path in (o.tap.path, added.tap.path if behind else o.tap.path))
-        project, last = parts
-        found[layer] = HeadOutput(*z.shape, project, last if behind else None)
-    if not found:
+        norm = None
+        if added is not None and not f"{o.tap.path}.".startswith(f"{added.tap.path}."):
+            norm = model.module.get_submodule(added.tap.path)
+        heads, d_head = fixed_shape(z)
+        outputs[layer] = HeadOutput(heads, d_head, model.module.get_submodule(o.tap.path), norm)
+    if not outputs:
         raise RequestError(
             f"model {model.name!r} ({model.architecture}) has no layer with separate attention heads; "
             "this needs an architecture with the site z"
         )
-    return found
+    return outputs
 
 
 @torch.inference_mode()
@@ -161,7 +162,7 @@ def head_writes(
     memory.
     """
     outputs = head_outputs(model)
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in outputs}
+    seen: dict[int, list[Tensor | None]] = {layer: [] for layer in outputs}
     for chunk in x.split(_TOKENS):
         with ExitStack() as stack:
             for layer, output in outputs.items():
@@ -169,7 +170,9 @@ def head_writes(
                 stack.enter_context(hook_tensor(output.project, "in", seen[layer].append))
             _run_alone(model, len(chunk))
     for layer, output in outputs.items():
-        z = torch.cat([part.float().reshape(-1, output.heads, output.d_head) for part in seen.pop(layer)])
+        z = torch.cat(
+            [part.float().reshape(-1, output.heads, output.d_head) for part in seen.pop(layer) if part is not None]
+        )
         yield layer, written(output, z)
 
 

@@ -13,17 +13,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from workbench.io.errors import RequestError
 from workbench.model.attention import AttentionCall, pattern_blocks, tap_attention
-from workbench.model.forward import first_tensor, hook_tensor, run, text_config, trial_ids
-from workbench.sites.grammar import Site, SiteMap, Tap, short_name
+from workbench.model.forward import attention_name, first_tensor, hook_tensor, run, text_config, trial_ids
+from workbench.sites.grammar import Part, Site, SiteMap, Tap, short_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TOP_ALIASES = {"hook_embed": ("embed_ln.hook_out", "embed.hook_out"), "hook_pos_embed": ("pos_embed.hook_out",)}
-_ATTENTION_SITES = {
+_ATTENTION_SITES: Mapping[str, Part] = {
     "hook_q": "query",
     "hook_k": "key",
     "hook_v": "value",
@@ -81,7 +85,7 @@ def find_sites(module: nn.Module) -> SiteMap:
     trial = _try(module, names, modules, _LENGTHS)
     other = _try(module, names, modules, _OTHER_LENGTHS)
     trial.refused |= other.refused
-    n_layers = len(modules[names.blocks])
+    n_layers = len(_blocks(modules, names.blocks))
     taps, missing = _resolve(names, trial, modules)
     by_tap: dict[Tap, list[str]] = {}
     for name, tap in taps.items():
@@ -128,20 +132,25 @@ def _adapter_names(module: nn.Module) -> _Names | None:
         for key, child in component.submodules.items():
             walk(child, f"{name}.{key}", f"{path}.{child.name}".strip(".") if child.name else path)
 
-    blocks = adapter.component_mapping.get("blocks")
-    inner = blocks and _inner_path(modules, blocks.name)
-    if inner is None:
+    components = adapter.component_mapping or {}
+    blocks = components.get("blocks")
+    inner = _inner_path(modules, blocks.name) if blocks and blocks.name else None
+    if blocks is None or inner is None:
         return None
     list_path = f"{inner}{blocks.name}"
-    for layer in range(len(modules[list_path])):
+    for layer in range(len(_blocks(modules, list_path))):
         walk(blocks, f"blocks.{layer}", f"{list_path}.{layer}")
-    for key, component in adapter.component_mapping.items():
+    for key, component in components.items():
         if not component.is_list_item:
             walk(component, key, f"{inner}{component.name}" if component.name else "")
     taps["logits"] = Tap("", "logits")
     n_heads, d_head = getattr(adapter.cfg, "n_heads", 0) or 0, getattr(adapter.cfg, "d_head", 0) or 0
     heads = ((n_heads, d_head), (getattr(adapter.cfg, "n_key_value_heads", None) or n_heads, d_head))
     return _Names(taps, aliases, list_path, type(adapter).__name__, frozenset(rotary), tuple(attention), heads)
+
+
+def _blocks(modules: Mapping[str, nn.Module], path: str) -> nn.ModuleList:
+    return cast("nn.ModuleList", modules[path])
 
 
 def _inner_path(modules: Mapping[str, nn.Module], blocks: str) -> str | None:
@@ -191,7 +200,7 @@ def transformer_lens_adapter(module: nn.Module):
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
     from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
-    config = module.config
+    config = cast("PreTrainedModel", module).config
     if not config.architectures:
         config = type(config).from_dict({**config.to_dict(), "architectures": [type(module).__name__]})
     try:
@@ -208,7 +217,8 @@ def _structural_names(module: nn.Module) -> _Names:
     lists = [path for path, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers]
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     if len(outermost) > 1:  # a vision tower as deep as the language model
-        decoder = next(path for path, part in module.named_modules() if part is module.get_decoder())
+        language_model = cast("PreTrainedModel", module)
+        decoder = next(path for path, part in module.named_modules() if part is language_model.get_decoder())
         outermost = [path for path in outermost if decoder and path.startswith(f"{decoder}.")] or outermost
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"
@@ -218,7 +228,7 @@ def _structural_names(module: nn.Module) -> _Names:
         )
     blocks = outermost[0]
     taps = {"logits": Tap("", "logits")}
-    for layer in range(n_layers):
+    for layer in range(len(cast("nn.ModuleList", module.get_submodule(blocks)))):
         taps[f"blocks.{layer}.hook_resid_pre"] = Tap(f"{blocks}.{layer}", "in")
         taps[f"blocks.{layer}.hook_resid_post"] = Tap(f"{blocks}.{layer}", "out")
     return _Names(taps, {}, blocks, adapter=None)
@@ -236,10 +246,12 @@ def _try(module: nn.Module, names: _Names, modules: Mapping[str, nn.Module], len
     callbacks = {part: partial(_see_call, trial, path) for path, part in paths.items()} if names.attention else {}
     with ExitStack() as stack:
         taps = dict.fromkeys(names.taps.values())  # no set: hooks of one module run in this order, which sites keep
-        for tap in (tap for tap in taps if tap.path in modules and tap.part != "logits"):
-            see = partial(_see_weights if tap.part == "returned_weights" else _Trial.see, trial, tap)
-            stack.enter_context(hook_tensor(modules[tap.path], tap.part, see))
-        stack.enter_context(tap_attention(text_config(module)._attn_implementation, callbacks))
+        for tap in taps:
+            part = tap.part
+            if tap.path in modules and part in ("in", "out", "returned_weights"):
+                see = partial(_see_weights if part == "returned_weights" else _Trial.see, trial, tap)
+                stack.enter_context(hook_tensor(modules[tap.path], part, see))
+        stack.enter_context(tap_attention(attention_name(module), callbacks))
         try:
             output = run(module, ids, mask)
         except Exception as error:
@@ -262,7 +274,8 @@ def _see_weights(trial: _Trial, tap: Tap, weights: Tensor | None) -> None:
 
 def _see_call(trial: _Trial, path: str, call: AttentionCall) -> None:
     """Observes one attention call; refuses its pattern if pattern @ value is not the output."""
-    for part, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+    inputs: tuple[tuple[Part, Tensor], ...] = (("query", call.query), ("key", call.key), ("value", call.value))
+    for part, tensor in inputs:
         trial.see(Tap(path, part), tensor.transpose(1, 2))
     trial.see(Tap(path, "output"), call.output)
     trial.see(Tap(path, "weights"), None)
@@ -357,7 +370,7 @@ def _refusal(tap: Tap, trial: _Trial, other: _Trial) -> str | None:
 
 
 def _site(name: str, tap: Tap, trial: _Trial, names: _Names) -> Site:
-    shape = trial.row_shape(tap)
+    shape: tuple[int, ...] = trial.row_shape(tap) or ()
     if tap.part in ("weights", "returned_weights"):
         return Site(name, ("head", "key"), (shape[0], None), tap)
     if len(shape) == 1 and name.rsplit(".", 1)[-1] in _HEADED:

@@ -29,7 +29,7 @@ def weights_fingerprint(module: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
         for piece in data.split(1 << 28):
-            digest.update(piece.cpu().numpy())
+            digest.update(piece.cpu().numpy().data)
     return digest.hexdigest()
 
 

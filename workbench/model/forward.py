@@ -6,16 +6,36 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from workbench.sites.grammar import Site
 
-def text_config(module: nn.Module) -> Any:
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def text_config(module: nn.Module) -> PretrainedConfig:
     """Returns the config of the language model, which composite models keep inside theirs."""
-    return module.config.get_text_config(decoder=True)
+    return cast("PreTrainedModel", module).config.get_text_config(decoder=True)
+
+
+def attention_name(module: nn.Module) -> str:
+    """Returns the name of the attention implementation that the language model uses, such as sdpa."""
+    return cast("str", text_config(module)._attn_implementation)
+
+
+def input_embedding(module: nn.Module) -> Tensor:
+    """Returns the weights of the token embedding, axes (vocab, d_embed)."""
+    return cast("nn.Embedding", cast("PreTrainedModel", module).get_input_embeddings()).weight
+
+
+def fixed_shape(site: Site) -> tuple[int, ...]:
+    """Returns the shape of a row of a site whose shape does not depend on the context, which all but patterns are."""
+    return tuple(length for length in site.shape if length is not None)
 
 
 def run(
@@ -35,7 +55,7 @@ def run(
         mask: 1 for tokens, 0 for padding.
         gradients: Compute gradients, too.
     """
-    device = module.get_input_embeddings().weight.device
+    device = input_embedding(module).device
     wanted = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -46,7 +66,7 @@ def run(
 
 def trial_ids(module: nn.Module, batch: int, positions: int, seed: int) -> Int[Tensor, "batch position"]:
     """Returns random token ids for a trial pass, without the first few ids, which are often special."""
-    vocab = module.get_input_embeddings().weight.shape[0]
+    vocab = input_embedding(module).shape[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(min(8, vocab - 1), min(vocab, 4096), (batch, positions), generator=generator)
 
@@ -143,6 +163,14 @@ def first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, tuple | list):
         return next((part for part in value if isinstance(part, Tensor)), None)
     return None
+
+
+def the_tensor(value: Any) -> Tensor:
+    """Returns `first_tensor` of an output that must have one. Raises TypeError if it has none."""
+    tensor = first_tensor(value)
+    if tensor is None:
+        raise TypeError(f"a module returned {type(value).__name__} without a tensor")
+    return tensor
 
 
 def attention_weights(output: Any) -> Tensor | None:

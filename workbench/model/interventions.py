@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.io.errors import DataError, RequestError
-from workbench.model.forward import change_tensor, run
+from workbench.model.forward import change_tensor, fixed_shape, run
 from workbench.model.load import Model
 from workbench.sites.grammar import Site
 
@@ -46,7 +46,7 @@ def splice(
     def change(tensor: Tensor) -> Tensor:
         nonlocal seen
         seen += 1
-        rows = tensor.reshape(mask.numel(), *site.shape).clone()
+        rows = tensor.reshape(mask.numel(), *fixed_shape(site)).clone()
         chosen = mask.flatten().to(rows.device)
         rows[chosen] = replace(rows[chosen]).to(rows)
         return rows.reshape(tensor.shape)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from workbench.io.errors import RequestError
 from workbench.io.tasks import first_line
@@ -82,9 +82,13 @@ class Model:
         return type(self.module).__name__
 
     @property
+    def _embedding(self) -> torch.Tensor:
+        return cast("torch.nn.Embedding", self.module.get_input_embeddings()).weight
+
+    @property
     def device(self) -> torch.device:
         """Device that takes the token ids; a sharded model has others, too."""
-        return self.module.get_input_embeddings().weight.device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,13 +98,13 @@ class Model:
     @property
     def vocab(self) -> int:
         """Number of rows of the embedding: token ids are below it."""
-        return self.module.get_input_embeddings().weight.shape[0]
+        return self._embedding.shape[0]
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         widths = (site.shape[-1] for site in self.site_map.sites.values() if site.axes == ("d_model",))
-        return next(widths, self.module.get_input_embeddings().weight.shape[1])
+        return next((width for width in widths if width is not None), self._embedding.shape[1])
 
     @property
     def context_limit(self) -> int | None:
@@ -191,8 +195,8 @@ def load_model(
         for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
             if value not in (None, "auto"):
                 raise RequestError(f"{name}={value!r} is for a model that is loaded; a module stays as it is given")
-        source = getattr(source, "_orig_mod", source)  # torch.compile's wrapper: hooks would break its graphs anyway
-        return Model(source, _given_tokenizer(tokenizer, trust_remote_code), _module_name(source))
+        module: PreTrainedModel = getattr(source, "_orig_mod", source)  # of torch.compile: hooks break its graphs
+        return Model(module, _given_tokenizer(tokenizer, trust_remote_code), _module_name(module))
     location = locate(source, revision)
     if revision is not None and not location.hub:
         raise RequestError(f"revision={revision!r} is for a hub id; the directory {str(source)!r} is what it is")
@@ -240,7 +244,7 @@ def _load_module(
         _refuse_pickles(location)
     with quietly():
         try:
-            module, report = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 location.path,
                 dtype=dtype,
                 use_safetensors=None if allow_pickle else True,
@@ -256,8 +260,11 @@ def _load_module(
                     "pass trust_remote_code=True if you trust its author"
                 ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error
+    module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     _refuse_random(location, module, report)
-    return module if where else module.to(device)
+    if not where:
+        module.to(device)  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
+    return module
 
 
 def _check_dtype(dtype: str | torch.dtype) -> None:
@@ -306,9 +313,9 @@ def _given_tokenizer(
     tokenizer: str | Path | PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     """A tokenizer other than the model's: the model's revision does not apply to it."""
-    if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
-        return tokenizer
     if not isinstance(tokenizer, str | Path):
+        if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
+            return tokenizer
         raise RequestError(
             f"tokenizer must be a directory, a hub id or a transformers tokenizer, not {type(tokenizer).__name__}"
         )

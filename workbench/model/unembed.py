@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -22,8 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench.io.errors import DataError, RequestError
-from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, trial_ids
+from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, the_tensor, trial_ids
 from workbench.store.manifest import UNEMBED, read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 
@@ -112,7 +115,7 @@ def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
     Raises:
         NoUnembed: The form does not fit.
     """
-    head = module.get_output_embeddings()
+    head = cast("nn.Linear", cast("PreTrainedModel", module).get_output_embeddings())
     if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
         raise NoUnembed(f"{type(module).__name__} has no linear language-model head")
     ids, mask = _trial_tokens(module)
@@ -179,18 +182,23 @@ def _last_steps(
     if _parallel(resid, head_in):
         return resid, head_in, logits, None
     for path, (given, output) in steps.items():
-        between = given is not None and output is not None and given.shape == output.shape == resid.shape
-        if between and outside[path] is not head and _same(given, resid) and _parallel(output, head_in):
+        if given is None or output is None or not given.shape == output.shape == resid.shape or outside[path] is head:
+            continue
+        if _same(given, resid) and _parallel(output, head_in):
             return resid, head_in, logits, outside[path]
     raise NoUnembed(f"{type(module).__name__}: no single norm lies between its last block and its head")
 
 
-def _after_head(module: nn.Module, head: nn.Module, ids: Tensor, mask: Tensor) -> tuple[float, float | None, int]:
+def _after_head(module: nn.Module, head: nn.Linear, ids: Tensor, mask: Tensor) -> tuple[float, float | None, int]:
     """Scale, soft-cap and vocabulary that the model applies to its head's output, from a ramp that replaces it."""
     width = head.weight.shape[0]
     steps = torch.logspace(-2, 4, (width + 1) // 2, device=head.weight.device)
     ramp = torch.stack([steps, -steps], dim=1).flatten()[:width]
-    handle = head.register_forward_hook(lambda _m, _a, output: ramp.to(output.dtype).expand_as(output))
+
+    def replace_output(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
+        return ramp.to(output.dtype).expand_as(output)
+
+    handle = head.register_forward_hook(replace_output)
     try:
         output = run(module, ids, mask).logits
     finally:
@@ -223,18 +231,18 @@ def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "n
     rows = (rows + 0.5) * torch.logspace(-3, 2, 256, dtype=torch.float64)[:, None]
     exact = copy.deepcopy(norm).double()
     with torch.no_grad(), evaluating(exact):
-        answer = first_tensor(exact(rows.to(device)[None])).double()[0].cpu()
+        answer = the_tensor(exact(rows.to(device)[None])).double()[0].cpu()
     declared = [v for name, v in vars(norm).items() if "eps" in name and isinstance(v, float)]
-    best = None
-    for kind, eps in product(("rms", "layer"), dict.fromkeys([*declared, *_EPS])):
+    fits: list[tuple[float, Literal["rms", "layer"], float, Tensor, Tensor]] = []
+    kinds: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
+    for kind, eps in product(kinds, dict.fromkeys([*declared, *_EPS])):
         unit = _normalise(rows, kind, eps)
         centred = unit - unit.mean(0)
         gain = (centred * answer).sum(0) / centred.square().sum(0)
         shift = answer.mean(0) - gain * unit.mean(0)
         error = (gain * unit + shift - answer).abs().max().item() / max(answer.abs().max().item(), 1e-30)
-        if best is None or error < best[0]:
-            best = (error, kind, eps, gain.float(), shift.float())
-    error, kind, eps, gain, shift = best
+        fits.append((error, kind, eps, gain.float(), shift.float()))
+    error, kind, eps, gain, shift = min(fits, key=lambda fit: fit[0])
     if error > 1e-4:
         raise NoUnembed(f"{type(norm).__name__} between the last block and the head is neither LayerNorm nor RMSNorm")
     return kind, eps, gain, torch.where(shift.abs() < 1e-6 * gain.abs().max(), 0.0, shift)

@@ -1,10 +1,10 @@
-"""Recordings that several runs share: each is made once, in a folder named by all that it depends on.
+"""Cache of recordings that several runs share: each is made once, in a folder named by everything it depends on.
 
     recordings/demo-3f2c81d09ab4e6f1/
       request.json     model, texts and settings, as digests and as words
       store.acts/      the store
 
-Who asks while another process records waits for it; who was killed is resumed by the next that asks.
+A process waits for another one that makes the same recording; an interrupted recording is resumed by the next process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from workbench.io.errors import RequestError
 from workbench.io.files import locked, replace_file, sha256_bytes, sha256_file
 from workbench.io.log import PROGRESS
-from workbench.sites.settings import Recording
+from workbench.sites.settings import RecordingOptions, recording
 from workbench.store.manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
@@ -31,19 +31,32 @@ STORE, REQUEST = "store.acts", "request.json"
 
 
 def record_once(
-    model: Model, texts: Sequence[Any] | str | Path, *, folder: str | Path, show_progress: bool = True, **settings: Any
+    model: Model,
+    texts: Sequence[Any] | str | Path,
+    *,
+    folder: str | Path,
+    show_progress: bool = True,
+    **options: Unpack[RecordingOptions],
 ) -> Store:
-    """The recording of `texts` by `model` with these settings (those of `Recording`), made if `folder` has none.
+    """Returns the recording of texts by a model from a cache, after making it if it is not there.
 
-    It is known by the weights, config, tokenizer and name of the model, the texts and the settings; changing any of
-    them gives another. `texts`: a file, or a list of what `record` takes. Costs a checksum of the weights, about 1 s
-    a gigabyte, and of the texts. Raises RequestError as `record` does, and for texts that are no file and no list.
+    A recording is identified by the weights, config, tokenizer and name of the model, the texts and the settings. Costs
+    a checksum of the weights, about 1 s a gigabyte, and of the texts.
+
+    Args:
+        model: The model.
+        texts: A file, or a list of what `record` takes.
+        folder: Folder of the cache.
+        show_progress: Show progress bars.
+        **options: Fields of `Recording`.
+
+    Raises:
+        RequestError: As `record`, and for texts that are neither a file nor a list.
     """
-    from workbench.recording.record import record
-    from workbench.sites.settings import recording
-    from workbench.store.reader import open_store
+    from workbench.recording.record import record  # takes seconds: torch
+    from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
 
-    asked = recording(**{**asdict(Recording()), **settings})
+    settings = recording(**options)
     request = {
         "model": model.name,
         "revision": model.revision,
@@ -51,7 +64,7 @@ def record_once(
         "config": model.config_fingerprint(),
         "tokenizer": model.tokenizer_fingerprint(),
         "texts": _digest(texts),
-        "recording": asdict(asked),
+        "recording": asdict(settings),
     }
     text = json.dumps(request, indent=1, sort_keys=True) + "\n"
     place = Path(folder) / f"{_slug(model.name)}-{sha256_bytes(text.encode())[:16]}"
@@ -60,7 +73,7 @@ def record_once(
         if (path / MANIFEST).exists() and read_manifest(path).complete:
             return open_store(path)
         replace_file(place / REQUEST, text.encode())
-        return record(model, texts, out=path, settings=asked, show_progress=show_progress)
+        return record(model, texts, out=path, settings=settings, show_progress=show_progress)
 
 
 def _digest(texts: Sequence[Any] | str | Path) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from workbench.corpus.sources import Texts
 from workbench.io.checks import check
 from workbench.io.files import human_bytes
 from workbench.io.progress import duration
-from workbench.io.tasks import Answer, Begin, OnLost, ThisProcess
+from workbench.io.tasks import Answer, Begin, OnLost, Task, ThisProcess
 from workbench.io.tensors import header_bytes, read_header
 from workbench.model.load import Model, batch_tokens, load_model
 from workbench.recording.planning import context_length, default_segment_rows
@@ -163,18 +163,18 @@ class _Timed(ThisProcess):
 
     def map(
         self,
-        begin: Begin[PlannedSegment, Answer],
+        begin: Begin[Task, Answer],
         given: tuple[Any, ...],
-        tasks: Sequence[PlannedSegment],
-        on_lost: OnLost[PlannedSegment, Answer],
+        tasks: Sequence[Task],
+        on_lost: OnLost[Task, Answer],
         device: str | None = None,
-    ) -> Generator[tuple[PlannedSegment, Answer], None, None]:
+    ) -> Generator[tuple[Task, Answer], None, None]:
         write = begin(device, *given)
-        for segment in tasks:
+        for task in tasks:
             began = time.perf_counter()
-            answer = write(segment)
-            self.segments.append((segment.rows, time.perf_counter() - began))
-            yield segment, answer
+            answer = write(task)
+            self.segments.append((cast("PlannedSegment", task).rows, time.perf_counter() - began))
+            yield task, answer
 
     @property
     def measured(self) -> tuple[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from workbench.corpus.sequences import Layout, Sequences, digest, plan_sequences, segment_plan
 from workbench.corpus.sources import Document
@@ -21,6 +21,8 @@ from workbench.store.staging import PlannedSegment
 from workbench.store.writer import Writer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from workbench.features.while_recording import EncodedSite, RecordedFeatures
 
 _SITES = ("resid_post",)
@@ -244,6 +246,6 @@ def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
         with_tokens = unembed
         if model.tokenizer is not None:
             with_tokens = replace(unembed, tokens=tuple(token_texts(model.tokenizer, range(unembed.vocab))))
-        save_unembed(with_tokens, path, model.module.get_output_embeddings().weight.dtype)
+        save_unembed(with_tokens, path, cast("nn.Linear", model.module.get_output_embeddings()).weight.dtype)
 
     return write, None

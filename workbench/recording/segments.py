@@ -163,11 +163,12 @@ class SegmentRecorder:
         )
         with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
             with stage_segment(plan.store, plan.manifest, planned, table) as segment:
-                if self.encode is None:
+                encoded = self.encoded_only
+                if encoded is None or self.encode is None:
                     _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance)
                 else:  # its features first: a segment that is finished has them
-                    buffered = SegmentWithBuffer(segment, self.encoded_only.site, planned.rows)
-                    sites = [*self.sites, self.encoded_only.tap]
+                    buffered = SegmentWithBuffer(segment, encoded.site, planned.rows)
+                    sites = [*self.sites, encoded.tap]
                     _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance)
                     self.encode(planned.first_row, buffered.values, lengths.tolist())
             submit_segment(plan.store, planned)

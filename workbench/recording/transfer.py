@@ -17,14 +17,21 @@ _BACKLOG = 8
 
 
 class BatchRows:
-    """The real rows of one right-padded batch: which they are in the batch, and where they go in the segment."""
+    """Rows of one right-padded batch without its padding: their places in the batch and in the segment."""
 
     def __init__(self, starts: Int[np.ndarray, " batch"], lengths: Int[np.ndarray, " batch"]) -> None:
         self.starts, self.lengths = starts, lengths
 
     def take(self, tensor: Tensor, first: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """From `[batch, position, ...]`, whose positions begin at `first`: real rows `[row, ...]`, and runs of
-        (row in the segment, row here, how many)."""
+        """Returns the rows of a tensor without padding, and where they belong.
+
+        Args:
+            tensor: Activations (batch, position, ...).
+            first: Position of the sequences at which the tensor begins.
+
+        Returns:
+            Rows (row, ...), and runs of consecutive ones: (row in the segment, row in the result, number of rows).
+        """
         positions = tensor.shape[1]
         counts = np.clip(self.lengths - first, 0, positions)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -41,8 +48,10 @@ class BatchRows:
 
 
 def to_stored_type(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int, Tensor | int]:
-    """`x` in the stored type, in memory of its own; how many finite values were beyond its range (they become
-    its largest), and how many were not finite to begin with (they stay)."""
+    """Returns a copy of `x` in the stored type, the number of values beyond its range, and of values not finite.
+
+    A finite value beyond the range becomes the type's largest; a value that is not finite stays as it is.
+    """
     limit = torch.finfo(dtype).max
     fresh = {"copy": True, "memory_format": torch.contiguous_format}  # heads of a lone sequence may come as a view
     if x.device.type == "cpu" and x.numel():
@@ -56,8 +65,10 @@ def to_stored_type(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int,
 
 
 def to_host(x: Tensor, *counts: Tensor | int) -> Callable[[], tuple[np.ndarray, list[int]]]:
-    """Starts the copy to host memory; the returned function waits for it. On a GPU the copy runs on its own
-    stream into pinned memory, beside the next forward pass."""
+    """Starts the copy to host memory and returns a function that waits for it.
+
+    On a GPU the copy runs on its own stream into pinned memory, during the next forward pass.
+    """
     if x.device.type != "cuda":
         return lambda: (as_numpy(x.cpu()), [int(n) for n in counts])
     stream = _copy_stream(x.device)
@@ -86,14 +97,17 @@ def _copy_stream(device: torch.device) -> Any:
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
-    """numpy has no bfloat16: its bits travel as uint16."""
+    """Returns a NumPy view of `x`; bfloat16, which NumPy lacks, as its bits in uint16."""
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 @contextmanager
 def backlog() -> Iterator[Callable[..., None]]:
-    """Yields `submit(function, *arguments)`: run in order by one background thread, at most a few waiting, so
-    a slow disk slows the model instead of filling memory. An error there is raised here."""
+    """Yields `submit(function, *arguments)`, which runs calls in order in one background thread.
+
+    At most 8 calls wait, so that a slow disk slows the model down instead of filling memory. An error of a call is
+    raised by a later `submit` or at the end of the block.
+    """
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as pool:
 
