@@ -35,7 +35,7 @@ from workbench.io.errors import RequestError
 
 
 def expected_sequences(bodies, prefix, context, *, packed, max_rows):
-    """The plan told token by token. `bodies` are lists of tokens, the suffix included."""
+    """The plan, token by token. `bodies` are lists of tokens, the suffix included."""
     sequences, current = [], []
     for body in bodies:
         begins = True
@@ -165,7 +165,7 @@ def test_documents_of_several_kinds_and_lengths():
     ]
 
 
-def test_cut_documents_are_those_that_do_not_fit_with_what_is_added():
+def test_cut_documents_are_those_that_do_not_fit_with_their_added_tokens():
     fits = ["abc"]  # with "▁" and both added tokens, six
     assert [plan(fits, UNIGRAM, context=n).cut_documents for n in (5, 6)] == [1, 0]
     assert [plan(fits, UNIGRAM, context=n, packed=True).cut_documents for n in (5, 6)] == [1, 0]
@@ -180,7 +180,7 @@ def test_the_suffix_stands_at_the_end_of_the_text_not_of_its_last_token(tmp_path
     assert sequences.char_end.tolist() == [1, 4, 6]
 
 
-def test_a_prefix_that_fills_a_packed_sequence_is_begun_again():
+def test_a_prefix_that_fills_a_packed_sequence_is_repeated_in_the_next():
     two = AddedTokens((90, 91), ())
     documents = [Document(0, "ab", None), Document(1, "cd", None)]
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +191,7 @@ def test_a_prefix_that_fills_a_packed_sequence_is_begun_again():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_max_rows_is_exact_and_an_endless_generator_is_read_no_further_than_needed(packed):
+def test_max_rows_is_exact_and_an_endless_generator_is_read_only_as_far_as_needed(packed):
     requested = []
     whole = plan([f"document {number}" for number in range(1000)], UNIGRAM, context=8, packed=packed)
 
@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_the_corpus():
         ),
     ],
 )
-def test_what_cannot_be_planned_is_refused(texts, options, message):
+def test_impossible_plans_are_refused(texts, options, message):
     with pytest.raises(RequestError) as caught:
         plan(texts, **{"tokenizer": UNIGRAM, **options})
     assert str(caught.value).startswith(message)
@@ -383,7 +383,7 @@ def test_batches_of_equal_lengths_keep_their_order_and_little_is_padding():
     assert sum(len(b) * lengths[b].max() for b in batches) < 1.05 * lengths.sum()
 
 
-def test_the_digest_is_fixed_and_sees_ids_and_lengths():
+def test_the_digest_is_fixed_and_depends_on_ids_and_lengths():
     ids, lengths = np.array([1, 2, 3], np.int32), np.array([1, 2])
     assert digest(ids, lengths) == hashlib.sha256(struct.pack("<Q2q3i", 2, 1, 2, 1, 2, 3)).hexdigest()
     assert digest(ids.astype(np.int64), lengths.astype(np.int32)) == digest(ids, lengths)

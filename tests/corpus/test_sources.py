@@ -43,7 +43,7 @@ def test_a_text_file_is_one_document_and_keeps_its_line_ends(tmp_path):
     assert texts_of(str(file)) == texts_of(file) == texts_of([file]) == ["line 1\r\n\r\nline 2\n\u2028é\x00"]
 
 
-def test_a_string_with_white_space_that_is_no_file_is_a_text():
+def test_a_string_with_white_space_that_names_no_file_is_a_text():
     assert texts_of("Once upon a time") == ["Once upon a time"]
     assert texts_of("one\ntwo.txt") == ["one\ntwo.txt"]
 
@@ -67,7 +67,7 @@ def test_json_lines_hold_objects_strings_and_token_ids(tmp_path):
     assert list(read_documents(renamed)) == documents
 
 
-def test_parquet_is_read_across_row_groups_with_only_the_columns_asked_for(tmp_path):
+def test_parquet_is_read_across_row_groups_with_only_the_requested_columns(tmp_path):
     file = tmp_path / "stories.parquet"
     frame = pa.table({"story": [f"story {i}" for i in range(1000)], "n": range(1000), "other": ["x"] * 1000})
     pq.write_table(frame, file, row_group_size=300)
@@ -94,7 +94,7 @@ def test_parquet_with_invalid_utf8_is_read(tmp_path):
     assert lists(sequences) == [BYTE_LEVEL("a\ufffdb").input_ids, BYTE_LEVEL("fine").input_ids]
 
 
-def test_token_ids_are_taken_as_they_are():
+def test_token_ids_are_used_as_they_are():
     torch = pytest.importorskip("torch")
     expected = [[1, 2, 3], [4]]
     for texts in ([[1, 2, 3], [4]], [(1, 2, 3), range(4, 5)], [np.array([1, 2, 3]), torch.tensor([4])]):
@@ -257,7 +257,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_is_wrong_in_a_json_file_is_named_with_its_line(content, message, tmp_path):
+def test_errors_in_a_json_file_name_the_line(content, message, tmp_path):
     file = tmp_path / "file.jsonl"
     file.write_text(content)
     with pytest.raises(RequestError) as caught:

@@ -94,7 +94,7 @@ def test_a_token_has_the_first_span_that_it_shares_a_character_with(tiny_tokeniz
     assert all(column.null_count == added.num_rows for column in added.columns)
 
 
-def test_spans_side_by_side_stay_two_and_a_token_in_both_has_the_first(tiny_tokenizer):
+def test_adjacent_spans_stay_two_and_a_token_in_both_has_the_first(tiny_tokenizer):
     text = " Monday Monday"
     spans = [{"start": start, "end": end, "value": value} for start, end, value in ((7, 9, 2), (3, 7, 2), (1, 3, 1))]
     tokens = table([{"text": text, "spans": {"a": spans}}], tiny_tokenizer)
@@ -313,7 +313,7 @@ GOOD = {"start": 0, "end": 2, "value": 1}
         ),
     ],
 )
-def test_what_is_wrong_with_spans_is_named_with_document_and_label(spans, message):
+def test_errors_in_spans_name_document_and_label(spans, message):
     records = [{"text": "whole", "spans": {"whole": [{"start": 0, "end": 5, "value": 1}]}}]
     records += [{"text": "a day", "tag": 1, "kind_span": 2, "spans": spans}]
     with pytest.raises(RequestError) as caught:
@@ -322,7 +322,7 @@ def test_what_is_wrong_with_spans_is_named_with_document_and_label(spans, messag
     assert "\n" not in str(caught.value)
 
 
-def test_a_metadata_column_that_comes_late_is_seen_too():
+def test_a_metadata_column_that_appears_late_is_checked_too():
     records = [{"text": "a", "spans": {"tag": []}}, {"text": "b", "tag": 1}]
     with pytest.raises(
         RequestError, match=r"^document 1 \(texts\[1\]\): label 'tag' needs a column 'tag', which is a meta"
@@ -353,7 +353,7 @@ def test_a_named_column_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"text_column": "spans"}, {"metadata": ("tag", "spans")}])
-def test_a_column_is_one_thing(other):
+def test_a_column_has_one_use(other):
     with pytest.raises(RequestError) as caught:
         Recording(**other)
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Progress: what a plain line says and when, and silence where it is not wanted."""
+"""Tests of progress: content and time of plain lines, and no output where it is hidden."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ def test_duration(seconds, printed):
     assert duration(seconds) == printed
 
 
-def test_the_line_counts_rate_and_time_left():
+def test_the_line_has_count_rate_and_remaining_time():
     lines = _Lines("recording", 1_000_000, "rows", 0)
     lines.advance(120_000)
     assert lines.line(15.0) == "recording: 120,000 of 1,000,000 rows, 8,000 rows/s, 1 min 50 s left"
 
 
-def test_what_was_done_before_is_counted_but_not_timed():
+def test_earlier_work_is_counted_but_not_timed():
     lines = _Lines("recording", 1_000, "rows", 900)
     lines.advance(50)
     assert lines.line(10.0) == "recording: 950 of 1,000 rows, 5 rows/s, 10 s left"
 
 
-def test_an_open_end_has_no_time_left():
+def test_an_unknown_total_gives_no_remaining_time():
     lines = _Lines("tokenizing", None, "tokens", 0)
     lines.advance(2_500)
     assert lines.line(10.0) == "tokenizing: 2,500 tokens, 250 tokens/s"
 
 
-def test_nothing_new_has_no_time_left():
+def test_no_new_work_gives_no_remaining_time():
     assert _Lines("recording", 10, "rows", 3).line(10.0) == "recording: 3 of 10 rows, 0 rows/s"
 
 
@@ -73,14 +73,14 @@ def test_a_line_every_ten_seconds(clock, capsys):
     ]
 
 
-def test_short_work_says_nothing(clock, capsys):
+def test_short_work_prints_nothing(clock, capsys):
     with progress("recording", 100, "rows") as tick:
         clock[0] += 9.9
         tick(100)
     assert capsys.readouterr() == ("", "")
 
 
-def test_hidden_progress_says_nothing(clock, capsys):
+def test_hidden_progress_prints_nothing(clock, capsys):
     with progress("recording", 100, "rows", shown=False) as tick:
         clock[0] += 100
         tick(100)
@@ -96,7 +96,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("place", ["terminal", "notebook"])
-def test_a_bar_where_it_can_be_drawn(place, clock, monkeypatch):
+def test_a_terminal_shows_a_bar(place, clock, monkeypatch):
     bars = []
 
     class Bar:

@@ -36,7 +36,7 @@ def files(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def test_a_store_is_asked_for_labels(model, tmp_path):
+def test_a_store_is_queried_by_labels(model, tmp_path):
     store = record(model, RECORDS, tmp_path / "s", metadata=["tag"], segment_rows=16)
     assert len(store.manifest.segments) > 1
     assert store.tokens.column_names[-5:] == ["tag", "entity", "entity_span", "rank", "rank_span"]
@@ -69,7 +69,7 @@ def test_none_records_the_column_as_it_is(model, tmp_path):
     assert json.loads(store.where("document = 0").tokens["spans"][0].as_py()) == SPANS
 
 
-def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, monkeypatch):
+def test_an_interrupted_recording_resumes_to_the_same_bytes(model, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     record(model, RECORDS, whole, segment_rows=16)
     run, calls = segments.capture, []
@@ -90,7 +90,7 @@ def test_an_interrupted_recording_goes_on_to_the_same_bytes(model, tmp_path, mon
 
 
 def test_appending_needs_the_same_labels(model, tmp_path):
-    """As it needs the same metadata columns: one table, one set of columns."""
+    """As for metadata columns: one table, one set of columns."""
     record(model, RECORDS, tmp_path / "s")
     store = record(model, RECORDS[:1], tmp_path / "s", append=True)
     assert store.where("entity = 'once'").tokens["document"].to_pylist() == [0] * 4 + [3] * 4
@@ -103,7 +103,7 @@ def test_appending_needs_the_same_labels(model, tmp_path):
         record(model, RECORDS, tmp_path / "s", span_column=None)
 
 
-def test_a_store_begun_before_there_were_spans_goes_on(model, tmp_path):
+def test_a_store_from_before_spans_is_resumed(model, tmp_path):
     path, texts = tmp_path / "s", [{"text": TEXT, "tag": "x"}, {"text": TEXT, "tag": "y"}]
     record(model, texts, path)
     manifest = read_manifest(path)

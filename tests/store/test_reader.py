@@ -1,4 +1,4 @@
-"""Reading: many segments as one array, tensors of one's own, and the rows a question selects."""
+"""Tests of the reader: many segments as one array, tensors that own their memory, rows selected by a query."""
 
 import multiprocessing
 import os
@@ -66,7 +66,7 @@ INDICES = {
 
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.dtype)
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
-def test_indexing_is_numpys(store, site, index):
+def test_indexing_equals_numpy_indexing(store, site, index):
     expected = values(site, 0, ROWS)[np.array(index, int) if isinstance(index, list) else index]
     read = store[site.name][index]
     assert read.dtype == getattr(torch, site.dtype)
@@ -74,7 +74,7 @@ def test_indexing_is_numpys(store, site, index):
     assert np.array_equal(as_numpy(read), expected)
 
 
-def test_an_array_says_what_it_is(store):
+def test_an_array_has_a_description(store):
     array = store["pattern", 1]
     assert (array.name, array.axes, array.shape) == (BRAIN.name, ("row", "head", "key"), (22, 2, 4))
     assert (array.dtype, len(array)) == (torch.bfloat16, 22)
@@ -93,11 +93,11 @@ def test_an_array_says_what_it_is(store):
         ((0, 1), "resid_post.0 is indexed by rows alone: write array[rows][:, ...] for the other axes"),
     ],
 )
-def test_an_index_that_names_no_row_is_refused(store, index, message):
+def test_an_index_that_selects_no_row_is_refused(store, index, message):
     assert refused(IndexError, lambda: store["resid_post.0"][index]) == message
 
 
-def test_editing_what_was_read_never_reaches_the_store(store):
+def test_edits_of_tensors_never_reach_the_store(store):
     for index in (slice(None), slice(4, 5), 3, [1, 2], slice(None, None, 2)):
         store["resid_post", 0][index].fill_(99)
     next(store["resid_post", 0].blocks())[1].fill_(99)
@@ -115,7 +115,7 @@ def test_blocks_are_the_array_in_pieces(store, rows):
     assert np.array_equal(torch.cat([block for _, block in pieces]), values(SINGLE, 0, ROWS))
 
 
-def test_a_segment_is_seen_without_a_copy(store):
+def test_a_segment_is_viewed_without_a_copy(store):
     view = store["pattern", 1].view(2)
     assert np.array_equal(view, values(BRAIN, 9, 7))
     assert store["pattern", 1].view(2).__array_interface__["data"] == view.__array_interface__["data"]
@@ -148,7 +148,7 @@ def test_reading_holds_no_file_open(store):
     assert len(copy) == 12
 
 
-def test_a_file_that_is_not_what_the_manifest_says_is_refused(tmp_path):
+def test_a_file_that_contradicts_the_manifest_is_refused(tmp_path):
     path = write_store(tmp_path / "x", [[3], [2]])
     file = path / "segments" / "00001" / "resid_post.0.safetensors"
     file.write_bytes((path / "segments" / "00000" / "resid_post.0.safetensors").read_bytes())
@@ -206,7 +206,7 @@ def test_a_site_has_three_names(store):
         ("xyz", ""),
     ],
 )
-def test_a_site_that_was_not_recorded_is_refused_with_a_way_on(store, site, tail):
+def test_a_site_that_was_not_recorded_is_refused_with_the_command_that_records_it(store, site, tail):
     label = site if isinstance(site, str) else ".".join(map(str, site))
     recorded = "recorded are 3: resid_post.0, resid_post.1, pattern.1"
     assert refused(RequestError, lambda: store[site]) == f"{label} is not recorded in {store.path}; {recorded}{tail}"
@@ -305,7 +305,7 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("predicate", QUERIES)
-def test_where_selects_what_pandas_does(store, predicate):
+def test_where_selects_the_same_rows_as_pandas(store, predicate):
     frame = token_table([n for lengths in SEGMENTS for n in lengths]).to_pandas()
     frame["token"], frame["source"] = frame["token"].astype(object), frame["source"].astype(object)
     expected = frame.row[QUERIES[predicate](frame)].to_numpy()
@@ -361,7 +361,7 @@ def test_a_query_reads_the_tokens_and_nothing_else(store, tmp_path, predicate):
 
 
 @pytest.mark.parametrize("name", ["it's.acts", "a*.acts", "a[bc]d.acts", "x=1", "{a,b}", "日 ?", "semi;colon"])
-def test_a_path_is_no_pattern(tmp_path, name):
+def test_a_path_is_not_read_as_a_pattern(tmp_path, name):
     write_store(tmp_path / "abd.acts", [[3]])
     write_store(tmp_path / "ax.acts", [[3]])
     store = open_store(write_store(tmp_path / name, [[1], [1]]))
@@ -369,7 +369,7 @@ def test_a_path_is_no_pattern(tmp_path, name):
     assert query_tokens(store.path, store.manifest, "true").column_names == store.tokens.column_names
 
 
-def test_damaged_tokens_are_the_datas_fault(tmp_path):
+def test_damaged_tokens_are_an_error_of_the_data(tmp_path):
     path = write_store(tmp_path / "x", [[3], [4]])
     file = path / "segments" / "00001" / "tokens.parquet"
     file.write_bytes(file.read_bytes()[:-10])
@@ -381,7 +381,7 @@ def test_damaged_tokens_are_the_datas_fault(tmp_path):
     assert "cannot be read" in refused(DataError, lambda: store.where("row > 0"))
 
 
-def test_only_committed_segments_are_asked(tmp_path):
+def test_only_committed_segments_are_queried(tmp_path):
     path = write_store(tmp_path / "x", [[3], [4]])
     manifest = read_manifest(path)
     earlier = replace(manifest, segments=manifest.segments[:1])
@@ -399,7 +399,7 @@ def test_selections_are_sets_of_rows(store):
         low.ids[0] = 5
 
 
-def test_rows_that_are_not_the_stores_are_refused(store, tmp_path):
+def test_rows_of_another_store_are_refused(store, tmp_path):
     message = refused(RequestError, lambda: Rows(store, np.array([0, 22])))
     assert message == f"rows 0 to 22 are not within the 22 of {store.path}"
     other = open_store(write_store(tmp_path / "y", SEGMENTS)).where("true")

@@ -1,4 +1,4 @@
-"""Segments written in any order by anybody, and listed by one: against the store that one writer makes in order."""
+"""Tests of staging: segments written in any order by any process give the store that one writer makes in order."""
 
 import shutil
 
@@ -56,7 +56,7 @@ def test_any_order_gives_the_bytes_of_one_writer_and_readers_see_no_gap(tmp_path
     assert contents(path) == expected
 
 
-def test_what_was_finished_is_kept_and_the_rest_done_again(tmp_path, expected):
+def test_finished_segments_are_kept_and_the_others_written_again(tmp_path, expected):
     """As after the death of everybody: one listed, one finished, one named but not handed in, one half written."""
     path = tmp_path / "x"
     with writing(path) as store:
@@ -81,7 +81,7 @@ def test_what_was_finished_is_kept_and_the_rest_done_again(tmp_path, expected):
 
 
 @pytest.mark.parametrize("harm", ["cut", "missing", "other texts", "damaged row"])
-def test_a_finished_segment_that_is_not_as_planned_is_done_again(tmp_path, expected, harm):
+def test_a_finished_segment_that_differs_from_the_plan_is_written_again(tmp_path, expected, harm):
     path = tmp_path / "x"
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
@@ -101,7 +101,7 @@ def test_a_finished_segment_that_is_not_as_planned_is_done_again(tmp_path, expec
         assert submitted_row(path, "00001") is None
 
 
-def test_a_row_that_nobody_planned_is_never_listed(tmp_path):
+def test_a_row_that_was_not_planned_is_never_committed(tmp_path):
     path = tmp_path / "x"
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
@@ -132,7 +132,7 @@ def test_of_two_writers_of_a_segment_the_first_to_finish_wins(tmp_path, expected
     assert contents(path) == expected
 
 
-def test_an_unfinished_segment_cannot_be_handed_in(tmp_path):
+def test_an_unfinished_segment_cannot_be_submitted(tmp_path):
     path, plan = tmp_path / "x", planned()[0]
     with writing(path) as store:
         store.begin(part_of(LENGTHS), append=False)
@@ -148,7 +148,7 @@ def test_an_unfinished_segment_cannot_be_handed_in(tmp_path):
 # ---- several writers --------------------------------------------------------------------------------------
 
 
-def test_two_that_share_a_store_list_each_others_segments(tmp_path, expected):
+def test_processes_that_share_a_store_commit_the_segments_of_each_other(tmp_path, expected):
     path = tmp_path / "x"
     with writing(path, shared=True) as one, writing(path, shared=True) as two:
         for store in (one, two):
@@ -163,7 +163,7 @@ def test_two_that_share_a_store_list_each_others_segments(tmp_path, expected):
     assert contents(path) == expected
 
 
-def test_who_comes_late_touches_nothing_that_others_are_writing(tmp_path, expected):
+def test_a_late_process_removes_nothing_that_others_are_writing(tmp_path, expected):
     path, plan = tmp_path / "x", planned()
     with writing(path, shared=True) as one, writing(path, shared=True) as late:
         one.begin(part_of(LENGTHS), append=False)
@@ -192,7 +192,7 @@ def test_sharing_and_writing_alone_exclude_each_other(tmp_path):
             pass
 
 
-def test_who_shares_a_store_may_not_append_nor_make_another_recording(tmp_path):
+def test_processes_that_share_a_store_may_neither_append_nor_change_the_recording(tmp_path):
     path = tmp_path / "x"
     with writing(path, shared=True) as one, writing(path, shared=True) as two:
         with pytest.raises(RequestError, match="several processes that share a store cannot append to it"):
@@ -205,7 +205,7 @@ def test_who_shares_a_store_may_not_append_nor_make_another_recording(tmp_path):
             one.resume_segments(planned())
 
 
-def test_verify_tells_what_waits_from_what_a_crash_left(tmp_path):
+def test_verify_distinguishes_submitted_segments_from_leftovers(tmp_path):
     from workbench.store.verify import verify
 
     path = tmp_path / "x"
@@ -226,7 +226,7 @@ def many(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("many") / "x", [[1 + i % 3] for i in range(130)])
 
 
-def test_a_query_reads_groups_where_there_are_any_and_finds_what_the_segments_hold(many, tmp_path):
+def test_a_query_reads_groups_where_they_exist_with_the_same_result(many, tmp_path):
     manifest = read_manifest(many)
     files = token_files(many, manifest)
     assert [file.parent.name for file in files] == ["tokens", "tokens", "00128", "00129"]

@@ -1,4 +1,4 @@
-"""Random histories of a store against plain NumPy arrays that went through the same."""
+"""Laws of a store: random histories against plain NumPy arrays with the same history."""
 
 import contextlib
 import shutil
@@ -124,7 +124,7 @@ row_ids = st.lists(st.integers(-ROWS, ROWS - 1), max_size=40)
 
 
 @given(site=st.integers(0, 2), index=slices | row_ids.map(lambda ids: np.array(ids, np.int64)))
-def test_reading_is_indexing_an_array(read_store, site, index):
+def test_reading_equals_indexing_an_array(read_store, site, index):
     array = read_store["resid_post", site]
     assert np.array_equal(as_numpy(array[index]), values(array.site, 0, ROWS)[index])
 

@@ -1,4 +1,4 @@
-"""Every kind of damage is found and named, and does not hide the others."""
+"""Tests of verify: every kind of damage is reported, and does not hide the others."""
 
 import json
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_progress_counts_the_bytes_read(path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_flipped_bit_anywhere_is_found_in_the_file_it_is_in(path, seed):
+def test_a_flipped_bit_anywhere_is_reported_with_its_file(path, seed):
     rng = np.random.default_rng(seed)
     for name, data in contents(path).items():
         flip(path / name, position := int(rng.integers(len(data))))
@@ -117,7 +117,7 @@ def test_one_damaged_file_does_not_hide_the_others(path):
     ]
 
 
-def test_a_manifest_from_another_model_is_named(path, tmp_path):
+def test_a_manifest_of_another_model_is_reported(path, tmp_path):
     other = write_store(tmp_path / "y", SEGMENTS, model=replace(MODEL, name="other", fingerprint="ff" * 32))
     (path / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
     findings = found(path)
@@ -152,7 +152,7 @@ def test_an_edited_manifest_is_named(path):
     assert found(path) == [("", "manifest.json", "unreadable")]
 
 
-def test_no_store_is_a_wrong_request(tmp_path):
+def test_a_missing_store_is_a_wrong_request(tmp_path):
     with pytest.raises(RequestError, match="no store at"):
         verify(tmp_path / "nowhere")
 
@@ -172,7 +172,7 @@ def test_no_store_is_a_wrong_request(tmp_path):
     ids=["nan", "-inf", "inf", "bf16 inf", "bf16 nan"],
 )
 @pytest.mark.parametrize("counted", [True, False])
-def test_values_that_are_not_finite_are_errors_even_where_the_model_gave_them(tmp_path, site, bad, counted):
+def test_values_that_are_not_finite_are_errors_even_if_they_are_the_models(tmp_path, site, bad, counted):
     stored = values(site, 0, 5)
     stored[3, 1] = stored[4, 0] = bad
     with writing(tmp_path / "x", sites=[site]) as store:
@@ -208,7 +208,7 @@ def test_the_largest_values_are_finite(tmp_path):
         ({"position": [1, 2, 3, 4]}, "positions do not count from 0 in every sequence"),
     ],
 )
-def test_tokens_that_do_not_count_are_named(path, change, detail):
+def test_tokens_that_are_not_numbered_in_order_are_reported(path, change, detail):
     table = token_table([4], 5, 2)
     for name, numbers in change.items():
         column = table.schema.get_field_index(name)
@@ -229,7 +229,7 @@ def test_a_sequence_longer_than_the_context_is_named(tmp_path):
 # ---- notes ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_listed_is_a_note(path):
+def test_unlisted_files_are_notes(path):
     for name in ("segments/00003.partial", "segments/00009", "tokens.partial"):
         (path / name).mkdir()
     (path / "segments" / "00000" / "notes.txt").write_text("x")

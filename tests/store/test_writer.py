@@ -1,4 +1,4 @@
-"""Writing: what was committed stays, what was not is as if it had never been tried, and one writer at a time."""
+"""Tests of the writer: committed rows stay, others leave no trace, and one writer at a time."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ SEGMENTS = [[3, 2], [4], [1, 1, 5]]
 
 
 class Crash(BaseException):
-    """What stands for the end of the process; no handler for errors catches it."""
+    """Stands for the end of the process; no handler for errors catches it."""
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_the_unembedding_is_written_before_the_first_segment_and_only_once(tmp_p
         assert len(calls) == 1
 
 
-def test_a_crash_in_the_unembedding_is_made_good(tmp_path):
+def test_a_crash_while_writing_the_unembedding_is_repaired(tmp_path):
     def crash(path):
         path.write_bytes(b"half of it")
         raise Crash
@@ -131,7 +131,7 @@ STEPS = [
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("owner", "name", "call"), STEPS, ids=[f"{name}-{call}" for _, name, call in STEPS])
 @pytest.mark.parametrize("kill", [False, True], ids=["exception", "kill"])
-def test_resuming_after_a_crash_gives_the_bytes_of_an_undisturbed_recording(
+def test_resuming_after_a_crash_is_byte_identical_to_an_uninterrupted_recording(
     tmp_path, monkeypatch, owner, name, call, after, kill
 ):
     """`kill`: nothing is cleaned up on the way out, as after `kill -9`."""
@@ -176,7 +176,7 @@ def test_an_exception_in_the_block_leaves_the_writer_usable(tmp_path):
     assert contents(tmp_path / "x") == contents(write_store(tmp_path / "y", SEGMENTS))
 
 
-def test_the_disk_says_what_is_committed_when_the_manifest_fails(tmp_path, monkeypatch):
+def test_the_manifest_on_the_disk_decides_what_is_committed_when_replacing_it_fails(tmp_path, monkeypatch):
     """The new manifest is in place and then the disk refuses to confirm it: that segment is committed."""
     real = files.fsync
 
@@ -210,7 +210,7 @@ def test_a_row_that_was_not_written_is_not_committed(tmp_path):
         assert read_manifest(tmp_path / "x").rows == store.manifest.rows == 0
 
 
-def test_leftovers_of_others_are_not_ours_to_remove(tmp_path):
+def test_leftovers_of_others_are_not_removed(tmp_path):
     path = write_store(tmp_path / "x", SEGMENTS)
     for name in (
         "features/pca.partial",
@@ -327,7 +327,7 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(tmp_path, c
     assert contents(path) == before
 
 
-def test_a_name_may_change_but_other_versions_are_warned_of(tmp_path):
+def test_a_name_may_change_but_other_versions_give_a_warning(tmp_path):
     path = write_store(tmp_path / "x", SEGMENTS)
     write_store(
         path, SEGMENTS, model=replace(MODEL, name="moved"), recording=Recording(sites=("resid_post.0:2",), context=8)
@@ -349,7 +349,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     assert list(contents(tmp_path)) == ["thesis.tex"]
 
 
-def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):
+def test_an_empty_folder_is_accepted_and_a_file_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     write_store(tmp_path / "x", SEGMENTS)
     (tmp_path / "file").write_text("")
@@ -406,7 +406,7 @@ def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
     assert contents(path) == contents(write_store(tmp_path / "y", [[8] * 4, [8] * 2000]))
 
 
-def test_other_failures_of_the_disk_keep_their_own_name(tmp_path, monkeypatch):
+def test_other_failures_of_the_disk_are_raised_unchanged(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -415,7 +415,7 @@ def test_other_failures_of_the_disk_keep_their_own_name(tmp_path, monkeypatch):
         write_store(tmp_path / "x", SEGMENTS)
 
 
-def test_required_bytes_is_the_store_and_little_more(tmp_path):
+def test_required_bytes_is_slightly_more_than_the_store(tmp_path):
     wide = replace(HALF, shape=(64,))
     size = sum(map(len, contents(write_store(tmp_path / "x", [[8] * 500], sites=[wide])).values()))
     assert size <= required_bytes([wide], 4000) <= 1.25 * size
@@ -443,7 +443,7 @@ def test_too_little_space_is_refused_naming_need_and_free(tmp_path):
         (5 << 50, "5120.0 TiB"),
     ],
 )
-def test_bytes_read_as_people_read_them(count, text):
+def test_bytes_are_printed_in_binary_units(count, text):
     assert human_bytes(count) == text
 
 

@@ -1,4 +1,4 @@
-"""Small stores for the store's tests, with the NumPy arrays that they must give back."""
+"""Small stores for tests, with the NumPy arrays that they must return."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def values(site: SiteRecord, first_row: int, rows: int) -> np.ndarray:
 
 
 def as_numpy(tensor) -> np.ndarray:
-    """A tensor's values as `values` gives them."""
+    """Returns a tensor's values in the form of `values`."""
     import torch
 
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def token_table(lengths: Sequence[int], first_row: int = 0, first_sequence: int = 0) -> pa.Table:
-    """The token table of sequences of these lengths, with a metadata column `source`."""
+    """Returns the token table of sequences of these lengths, with a metadata column `source`."""
     rows = sum(lengths)
     row = np.arange(first_row, first_row + rows)
     sequence = np.repeat(np.arange(first_sequence, first_sequence + len(lengths)), lengths)
@@ -77,13 +77,13 @@ def token_table(lengths: Sequence[int], first_row: int = 0, first_sequence: int 
 
 
 def part_of(segments: Sequence[Sequence[int]], documents: int = 1) -> Part:
-    """The part whose segments have sequences of these lengths."""
+    """Returns the part whose segments have sequences of these lengths."""
     return Part(sum(map(sum, segments)), sum(map(len, segments)), documents, 0, 0)
 
 
 @contextmanager
 def writing(path: Path, **changed) -> Iterator[Writer]:
-    """`open_writer` with the example's settings, some of them changed."""
+    """Yields `open_writer` with the example's settings, some of them changed."""
     settings = {
         "model": MODEL,
         "sites": SITES,
@@ -98,7 +98,7 @@ def writing(path: Path, **changed) -> Iterator[Writer]:
 
 
 def write_segment(writer: Writer, lengths: Sequence[int]) -> None:
-    """Commit the next segment, of sequences of these lengths; each site in two pieces, the last one first."""
+    """Commits the next segment, of sequences of these lengths; each site in two pieces, the last one first."""
     first_row, first_sequence = writer.manifest.rows, sum(segment.sequences for segment in writer.manifest.segments)
     rows, tokens = sum(lengths), token_table(lengths, first_row, first_sequence)
     with writer.segment(rows, len(lengths), digest(first_row, lengths), tokens) as segment:
@@ -109,12 +109,12 @@ def write_segment(writer: Writer, lengths: Sequence[int]) -> None:
 
 
 def digest(first_row: int, lengths: Sequence[int]) -> str:
-    """What stands for the digest of a segment's token ids and lengths."""
+    """Stands for the digest of a segment's token ids and lengths."""
     return sha256_bytes(repr((first_row, list(lengths))).encode())
 
 
 def write_store(path: Path, segments: Sequence[Sequence[int]], *, append: bool = False, **changed) -> Path:
-    """Record, resume or append a part with these segments; gives `path`."""
+    """Records, resumes or appends a part with these segments; returns `path`."""
     with writing(path, **changed) as writer:
         done = writer.begin(part_of(segments), append=append)
         first_row = writer.manifest.rows - sum(map(sum, segments[:done]))
@@ -126,5 +126,5 @@ def write_store(path: Path, segments: Sequence[Sequence[int]], *, append: bool =
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file under `path`, by its name there."""
+    """Returns the bytes of every file under `path` by relative name."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
