@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from browser import chrome, visit
+from browser import visit
 from planted import linear_unembed, planted_store
 from refusals import refused
 
@@ -287,7 +287,7 @@ LOOK = """
   const plot = document.getElementById("figure");
   return {
     texts: [...document.querySelectorAll("#figure text")].map(text => text.textContent),
-    said: document.body.innerText,
+    text: document.body.innerText,
     tags: [...new Set([...document.querySelectorAll("*")].map(element => element.localName))],
     links: document.querySelectorAll("a[href^='javascript'], img, b").length,
     scripts: document.scripts.length,
@@ -324,25 +324,24 @@ def views(hostile):
 
 
 def test_hostile_text_is_text_in_a_browser(views, tmp_path):
-    chrome()
 
     class Every:
         def figures(self):
             return views
 
     wb.export(Every(), tmp_path, formats=["html"])
-    seen, console = visit([tmp_path / f"{name}.html" for name in views], LOOK, tmp_path)
+    seen, console = visit([tmp_path / f"{name}.html" for name in views], LOOK)
     # plotly takes the numbers that colour a bar for a colour, once, and says so; it draws them right
-    assert [line for line in console if "WARN: Invalid color specifier: number" not in line] == []
+    assert [line for line in console if "Invalid color specifier: number" not in line] == []
     for name, page in zip(views, seen, strict=True):
-        told = page["told"]
-        assert {*page["requests"]} <= {(tmp_path / "plotly.min.js").as_uri()}, name
-        assert told["drawn"] > 0, name
-        assert told["scripts"] == 2, name  # plotly's and the figure's
-        assert (told["links"], told["hacked"]) == (0, None), name
-        assert not {"iframe", "img", "object", "foreignobject"} & set(told["tags"]), name
-        assert "store <b>$x$.acts" in told["said"], name
-    shown = dict(zip(views, (" ".join(page["told"]["texts"]) for page in seen), strict=True))
+        value = page["value"]
+        assert {*page["requests"]} <= {(tmp_path / file).as_uri() for file in ("plotly.min.js", f"{name}.html")}, name
+        assert value["drawn"] > 0, name
+        assert value["scripts"] == 2, name  # plotly's and the figure's
+        assert (value["links"], value["hacked"]) == (0, None), name
+        assert not {"iframe", "img", "object", "foreignobject"} & set(value["tags"]), name
+        assert "store <b>$x$.acts" in value["text"], name
+    shown = dict(zip(views, (" ".join(page["value"]["texts"]) for page in seen), strict=True))
     for name in ("lens-depth", "sinks-attention", "store-tokens", "lens-grid"):
         for token in HOSTILE:
             start = visible(token, 9).rstrip("…")[:8]
@@ -351,10 +350,9 @@ def test_hostile_text_is_text_in_a_browser(views, tmp_path):
 
 
 def test_picking_a_head_shows_it(views, tmp_path):
-    chrome()
     wb.export(views["sinks-attention"], tmp_path / "pick", formats=["html"])
-    ((page,), console) = visit([tmp_path / "pick" / "pick.html"], PICK, tmp_path)
+    ((page,), console) = visit([tmp_path / "pick" / "pick.html"], PICK)
     assert console == []
-    assert page["told"]["before"] == [True, False]
-    assert page["told"]["after"] == [False, True]
-    assert page["told"]["title"] == views["sinks-attention"].layout.updatemenus[0].buttons[1].args[1]["title.text"]
+    assert page["value"]["before"] == [True, False]
+    assert page["value"]["after"] == [False, True]
+    assert page["value"]["title"] == views["sinks-attention"].layout.updatemenus[0].buttons[1].args[1]["title.text"]

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from browser import chrome, overlapping, text_boxes
+from browser import overlapping, require_export, text_boxes
 from plotly.subplots import make_subplots
 from refusals import refused
 from warned import warned
@@ -285,7 +285,7 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_everything_twice_is_the_same_bytes(result, tmp_path):
-    chrome()
+    require_export()
     paths = wb.export(result, tmp_path / "one")
     wb.export(result, tmp_path / "two")
     one = contents(tmp_path / "one")
@@ -317,7 +317,7 @@ def test_everything_twice_is_the_same_bytes(result, tmp_path):
 
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_no_label_in_print_is_cut_or_lies_on_another(tmp_path, columns):
-    chrome()
+    require_export()
     shapes = SimpleNamespace(figures=lambda: {name: shape() for name, shape in SHAPES.items()})
     wb.export(shapes, tmp_path, formats=["svg"], columns=columns)
     drawings = [(tmp_path / f"{name}.svg").read_text() for name in SHAPES]

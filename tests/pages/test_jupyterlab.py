@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from devtools import PATIENCE, chromium, end_process
+from browser import PATIENCE, chromium, end_process
 
 pytest.importorskip("jupyterlab", reason="needs jupyterlab: pip install 'interp-workbench[notebook]'")
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from devtools import chromium
+from browser import chromium
 from html_example import Markup
 
 import workbench as wb

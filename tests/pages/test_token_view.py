@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
-from devtools import chromium
+from browser import chromium
 
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
 

@@ -10,7 +10,7 @@ from operator import getitem
 
 import numpy as np
 import pytest
-from browser import chrome, overlapping, text_boxes
+from browser import overlapping, require_export, text_boxes
 
 import workbench as wb
 from workbench.embedded import demo_corpus
@@ -189,7 +189,7 @@ def test_figures_hold_what_their_result_holds(results, expected):
 
 def test_every_figure_of_every_probe_fits_a_column_of_print(results, tmp_path):
     """No text is cut or lies on another, and every font of every PDF is in it."""
-    chrome()
+    require_export()
 
     class Every:
         def figures(self):

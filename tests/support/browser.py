@@ -1,68 +1,215 @@
-"""A headless Chrome for tests of pages: what they say, what they ask for, what goes wrong in them."""
+"""A headless Chromium driven over its DevTools protocol: console, requests, screenshots and input of a page."""
 
 from __future__ import annotations
 
-import html
+import base64
+import itertools
 import json
-import re
+import os
+import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
-OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr")
-
-_VISIT = """<!doctype html><meta charset="utf-8"><body>
-%s
-<script>
-const asked = async (window, document) => { %s };
-window.onload = async () => {
-  const seen = [];
-  for (const frame of document.querySelectorAll("iframe")) {
-    const view = frame.contentWindow;
-    seen.push({told: await asked(view, view.document),
-               requests: view.performance.getEntriesByType("resource").map(entry => entry.name)});
-  }
-  const made = document.createElement("pre");
-  made.textContent = JSON.stringify(seen);
-  document.body.replaceChildren(made);
-};
-</script>"""
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PATIENCE = 300
+"""Timeout in seconds for anything on a busy machine."""
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+    "--remote-allow-origins=*",
+)
 
 
-def chrome() -> str:
-    """Path of a Chrome or Chromium; skips the test where there is none, or no kaleido, whose part looks for it."""
+def find_chrome() -> str:
+    """Returns the path of a Chrome or Chromium; skips the test without one."""
+    path = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, NAMES)), None)
+    return path or pytest.skip("needs Chromium or Chrome on the PATH, or BROWSER_PATH")
+
+
+def require_export() -> None:
+    """Skips the test where figures cannot be rendered: without kaleido or without Chrome."""
     pytest.importorskip("kaleido", reason="needs kaleido")
-    from choreographer.browsers.chromium import Chromium
-
-    return Chromium.find_browser(skip_local=False) or pytest.skip("needs a Chrome or Chromium")
+    find_chrome()
 
 
-def visit(pages: Sequence[Path], script: str, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Opens every page in a frame of its own and runs `script` in it, a function's body with `window` and `document`.
+class Page:
+    """One tab; `events` holds every event since it was opened."""
 
-    Of each page what the script returned as "told", and as "requests" every address that was asked for; and what went
-    to the console, of all.
-    """
-    frames = "\n".join(
-        f'<iframe src="{html.escape(page.as_uri())}" width="1400" height="900"></iframe>' for page in pages
+    def __init__(self, address: str) -> None:
+        websocket = pytest.importorskip("websocket", reason="needs websocket-client, which comes with jupyterlab")
+        self._socket = websocket.create_connection(address, timeout=PATIENCE)
+        self._number = itertools.count(1)
+        self.events: list[dict[str, Any]] = []
+        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
+            self.ask(f"{domain}.enable")
+        self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Sends a DevTools command and returns its result."""
+        number = next(self._number)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            message = json.loads(self._socket.recv())
+            if message.get("id") != number:
+                self.events.append(message)
+            elif "error" in message:
+                raise RuntimeError(f"{method}: {message['error']}")
+            else:
+                return message["result"]
+
+    def run(self, script: str) -> Any:
+        """Returns the value of a JavaScript expression, awaited if it is a promise."""
+        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+    def wait(self, script: str, seconds: float = PATIENCE) -> None:
+        """Waits until an expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(f"!!({script})"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{script} is {self.run(script)!r} after {seconds} s")
+            time.sleep(0.1)
+
+    def open(self, address: str) -> None:
+        self.ask("Page.navigate", url=address)
+        self.wait("document.readyState == 'complete'")
+
+    def size(self, width: int, height: int, *, mobile: bool = False) -> None:
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def media(self, scheme: str) -> None:
+        """Emulates the preferred colour scheme: light or dark."""
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def key(self, key: str, code: int, *, text: str = "", modifiers: int = 0) -> None:
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        self.ask("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
+        self.ask("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def mouse(self, selector: str, kind: str = "click") -> None:
+        """Moves to the middle of the element at `selector` (kind "move"), or clicks there."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'center'}})")
+        box = self.run(f"{element}.getBoundingClientRect().toJSON()")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        if kind == "click":
+            for half in ("mousePressed", "mouseReleased"):
+                self.ask("Input.dispatchMouseEvent", type=half, x=x, y=y, button="left", clickCount=1)
+
+    def picture(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot")["data"]))
+
+    def pdf(self) -> bytes:
+        return base64.b64decode(self.ask("Page.printToPDF", printBackground=True)["data"])
+
+    @property
+    def console(self) -> list[tuple[str, str]]:
+        """(kind, text) of all console messages, uncaught exceptions and violations of the page's policy."""
+        messages = []
+        for event in self.events:
+            details = event.get("params", {})
+            if event.get("method") == "Runtime.exceptionThrown":
+                messages.append(("error", details["exceptionDetails"]["exception"].get("description", "exception")))
+            elif event.get("method") == "Runtime.consoleAPICalled":
+                text = " ".join(str(part.get("value", part.get("description"))) for part in details["args"])
+                messages.append((details["type"], text))
+            elif event.get("method") == "Log.entryAdded":
+                messages.append((details["entry"]["level"], details["entry"]["text"]))
+        return messages
+
+    @property
+    def complaints(self) -> list[str]:
+        """Errors and warnings of the console."""
+        return [text for kind, text in self.console if kind in ("error", "warning", "assert")]
+
+    @property
+    def requests(self) -> list[str]:
+        """Requested addresses, without those of the page's own data."""
+        sent = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        return [address for address in sent if not address.startswith(("data:", "blob:"))]
+
+
+def end_process(process: subprocess.Popen) -> None:
+    """Terminates a process, and kills it after 30 s."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def chromium(arguments: Sequence[str] = ()) -> Iterator[Page]:
+    """A fresh browser with one empty tab. Skips the test without Chromium or websocket-client."""
+    path = find_chrome()
+    pytest.importorskip("websocket", reason="needs websocket-client, which comes with jupyterlab")
+    profile = tempfile.mkdtemp(prefix="chromium-")
+    port = Path(profile, "DevToolsActivePort")
+    browser = subprocess.Popen(
+        [path, *_FLAGS, *arguments, f"--user-data-dir={profile}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    index = folder / "visit.html"
-    index.write_text(_VISIT % (frames, script))
-    # pages of files are strangers to each other unless told otherwise
-    options = [*OPTIONS, "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom"]
-    ran = subprocess.run([chrome(), *options, index.as_uri()], capture_output=True, text=True, timeout=600)
-    found = re.search(r"<body><pre>(.*)</pre></body>", ran.stdout, re.DOTALL)
-    assert found, (ran.stdout[-500:], ran.stderr[-2000:])
-    return json.loads(html.unescape(found[1])), [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+    try:
+        end = time.monotonic() + PATIENCE
+        while not (port.is_file() and port.read_text().count("\n")):
+            if browser.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{path} did not start")
+            time.sleep(0.05)
+        with urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json", timeout=PATIENCE) as answer:
+            tab = next(part for part in json.load(answer) if part["type"] == "page")
+        page = Page(tab["webSocketDebuggerUrl"])
+        try:
+            yield page
+        finally:
+            page._socket.close()
+    finally:
+        end_process(browser)
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+def visit(files: Sequence[Path], script: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Opens HTML files one after another and runs `script`, the body of an async function, in each.
+
+    Returns for each file the "value" of the script and the addresses of its "requests", its own included; and all
+    console messages.
+    """
+    visits = []
+    with chromium() as page:
+        page.size(1400, 900)
+        for file in files:
+            earlier = len(page.requests)
+            page.open(file.as_uri())
+            value = page.run(f"(async () => {{ {script} }})()")
+            visits.append({"value": value, "requests": page.requests[earlier:]})
+        return visits, [text for _, text in page.console]
 
 
 def text_boxes(drawings: Sequence[str], folder: Path) -> list[list[list[Any]]]:
-    """As Chrome lays SVG files out, each text of each: itself, its distances from the edges of the picture (left, top,
-    right, bottom), its width and height."""
+    """Returns the texts of each SVG drawing as Chrome lays them out.
+
+    Each text is [text, left, top, right, bottom, width, height], with distances from the edges of the drawing.
+    """
     page = folder / "drawings.html"
     page.write_text('<!doctype html><meta charset="utf-8"><body>' + "\n".join(drawings))
     measure = """return [...document.querySelectorAll("svg.main-svg")].map(svg => {
@@ -73,17 +220,17 @@ def text_boxes(drawings: Sequence[str], folder: Path) -> list[list[list[Any]]]:
                 page.bottom - box.bottom, box.width, box.height];
       }).filter(text => text[5] > 0);
     })"""
-    found, _ = visit([page], measure, folder)
-    return found[0]["told"]
+    visits, _ = visit([page], measure)
+    return visits[0]["value"]
 
 
-def overlapping(texts) -> list[tuple[str, str]]:
-    """Pairs of texts that share more than a sliver."""
+def overlapping(texts: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:
+    """Returns pairs of texts whose boxes overlap by 3 pixels or more."""
     boxes = [(text, left, top, left + width, top + height) for text, left, top, _, _, width, height in texts]
-    found = []
+    pairs = []
     for (a, *one), (b, *two) in combinations(boxes, 2):
         wide = min(one[2], two[2]) - max(one[0], two[0])
         high = min(one[3], two[3]) - max(one[1], two[1])
         if min(wide, high) >= 3:
-            found.append((a, b))
-    return found
+            pairs.append((a, b))
+    return pairs
