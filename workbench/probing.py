@@ -36,8 +36,10 @@ _PUBLIC = {
     "Sequences": "workbench.analysis.sequences",
     "attention_source": "workbench.analysis.received",
     "ROWS_PER_DIMENSION": "workbench.analysis.rows",
+    "Words": "workbench.analysis.words",
     "blocks": "workbench.analysis.rows",
     "layers_of": "workbench.analysis.received",
+    "find_words": "workbench.analysis.words",
     "next_tokens": "workbench.analysis.rows",
     "note_few_rows": "workbench.analysis.rows",
     "read_attention": "workbench.analysis.received",
@@ -61,20 +63,24 @@ _PUBLIC = {
     "intervals": "workbench.analysis.bootstrap",
     "resampled_means": "workbench.analysis.bootstrap",
     # readings through the unembedding, of later tokens
-    "FutureRows": "workbench.analysis.future",
+    "FutureMap": "workbench.analysis.future_maps",
+    "FutureSplit": "workbench.analysis.future_task",
+    "FutureTask": "workbench.analysis.future_task",
     "LENS_VARIABLES": "workbench.analysis.lens",
-    "NO_TARGET": "workbench.analysis.future",
     "Unembed": "workbench.model.unembed",
-    "bigrams": "workbench.analysis.future",
-    "future_rows": "workbench.analysis.future",
+    "fit_direct": "workbench.analysis.future_maps",
+    "fit_linear": "workbench.analysis.future_maps",
+    "load_future_task": "workbench.analysis.future_task",
     "load_unembed": "workbench.model.unembed",
     "log_probabilities": "workbench.analysis.lens",
     "read_lens": "workbench.analysis.lens",
-    "said_tokens": "workbench.analysis.future",
+    "note_few_documents": "workbench.analysis.future_task",
+    "precision_table": "workbench.analysis.future_task",
     # the recorded model: weights, attention, interventions
     "Columns": "workbench.model.attention",
     "FirstMlp": "workbench.model.circuits",
     "Model": "workbench.model.load",
+    "Prompted": "workbench.analysis.prompted",
     "direct_logits": "workbench.model.circuits",
     "first_mlp": "workbench.model.circuits",
     "head_outputs": "workbench.model.circuits",
@@ -88,9 +94,11 @@ _PUBLIC = {
     "group_intervals": "workbench.figures.group_intervals",
     "position_bars": "workbench.figures.position_bars",
     "CATEGORIES": "workbench.figures.theme",
+    "Curve": "workbench.figures.layer_panels",
     "MAX_TOKENS": "workbench.figures.token_grid",
     "MONOSPACE": "workbench.figures.theme",
     "NEUTRAL": "workbench.figures.theme",
+    "Panel": "workbench.figures.layer_panels",
     "SIGNED": "workbench.figures.theme",
     "TEMPLATE": "workbench.figures.theme",
     "axis_title": "workbench.figures.safe_text",
@@ -102,6 +110,7 @@ _PUBLIC = {
     "integer_step": "workbench.figures.ticks",
     "label": "workbench.figures.safe_text",
     "layer_curves": "workbench.figures.layer_curves",
+    "layer_panels": "workbench.figures.layer_panels",
     "lens_curves": "workbench.analysis.lens_figures",
     "lens_depth": "workbench.analysis.lens_figures",
     "lens_grid": "workbench.analysis.lens_figures",
@@ -136,10 +145,18 @@ if TYPE_CHECKING:
         intervals,
         resampled_means,
     )
-    from workbench.analysis.future import NO_TARGET, FutureRows, bigrams, future_rows, said_tokens
+    from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
+    from workbench.analysis.future_task import (
+        FutureSplit,
+        FutureTask,
+        load_future_task,
+        note_few_documents,
+        precision_table,
+    )
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
     from workbench.analysis.norms import massive_activation, massive_shares, ratio, residual_norms, value_norms
+    from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import attention_source, layers_of, read_attention, stack_heads, stack_layers
     from workbench.analysis.rows import (
         ROWS_PER_DIMENSION,
@@ -153,10 +170,12 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
+    from workbench.analysis.words import Words, find_words
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel
     from workbench.figures.layer_curves import layer_curves
+    from workbench.figures.layer_panels import Curve, Panel, layer_panels
     from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
     from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar

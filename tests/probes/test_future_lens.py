@@ -11,8 +11,11 @@ from planted import linear_unembed, planted_store
 from refusals import refused
 
 import workbench as wb
+from workbench.analysis.future import bigrams
+from workbench.analysis.future_maps import ridge_maps
 from workbench.io.errors import RequestError
-from workbench.probes.future_lens import FutureLens, bigrams, future_view, ridge_maps
+from workbench.probes.future_lens import FutureLens, future_view
+from workbench.testing import ProbeContract
 
 VOCAB, DOCUMENTS, LENGTH = 5, 24, 14
 QUICK = {"horizons": 3, "top_k": 2, "direct_vocab": 0}
@@ -52,6 +55,15 @@ def knows_second(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(knows_second):
     return FutureLens(**QUICK).run(knows_second)
+
+
+class TestContract(ProbeContract):
+    probe = FutureLens
+    settings = {**QUICK, "direct_vocab": 10, "epochs": 1}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, knows_second):
+        return knows_second
 
 
 def division(documents: int, seed: int = 0, held_out: float = 0.25, validation: float = 0.1):
@@ -284,7 +296,7 @@ def test_site_horizons_top_k_detail_and_direct_vocab(tmp_path):
     assert at_all.data["method"].values.tolist() == ["linear", "direct"]
     assert at_all.data.attrs["direct"] == ""
     assert list(at_all.figures()) == ["precision", "calibration"]
-    assert at_all.headline().startswith("N = 0: ")
+    assert at_all.headline().startswith("Top-1 accuracy at t+1: ")
 
 
 def test_the_same_seed_gives_the_same(noise):
@@ -305,15 +317,15 @@ def test_device(noise):
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"detail": -1}, "detail must be at least 0, not -1"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
-        ({"held_out": 1.0}, "held_out must lie between 0 and 1, not 1.0"),
-        ({"validation": 0.0}, "validation must lie between 0 and 1, not 0.0"),
+        ({"held_out": 1.0}, "held_out must be above 0 and below 1, not 1.0"),
+        ({"validation": 0.0}, "validation must be above 0 and below 1, not 0.0"),
         (
             {"held_out": 0.6, "validation": 0.4},
-            "held_out 0.6 and validation 0.4 leave no document to fit on; together they must be less than 1",
+            "held_out 0.6 and validation 0.4 leave no document to train on; their sum must be less than 1",
         ),
-        ({"ridge": ()}, "ridge must be one or more numbers above 0, not ()"),
-        ({"ridge": (1.0, 0.0)}, "ridge must be one or more numbers above 0, not (1.0, 0.0)"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0, not nan"),
+        ({"ridge": ()}, "ridge must be one or more finite numbers above 0, not ()"),
+        ({"ridge": (1.0, 0.0)}, "ridge must be one or more finite numbers above 0, not (1.0, 0.0)"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite, not nan"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -329,7 +341,7 @@ def test_requests_that_the_store_cannot_meet(noise, tmp_path):
     )
     assert refused(RequestError, lambda: FutureLens(top_k=1, where="document < 2").run(noise)) == (
         "store has 2 documents among the selected tokens; a future lens needs three or more, "
-        "to fit on, to choose by and to test"
+        "for training, validation and testing"
     )
     assert refused(RequestError, lambda: FutureLens(top_k=1, where="position = 0").run(noise)).startswith(
         "store has 0 documents among the selected tokens"
@@ -343,20 +355,19 @@ def test_requests_that_the_store_cannot_meet(noise, tmp_path):
 # The result
 
 
-def test_too_little_is_said(result, tmp_path):
-    assert result.data.attrs["note"] == "intervals over 6 tested documents, fewer than 10"
+def test_small_samples_are_noted(result, tmp_path):
+    assert result.data.attrs["note"] == "intervals over 6 test documents, fewer than 10"
     ids = texts(0, 3)
     few = recorded(tmp_path, ids, one_hot(ids), one_hot(ids))
-    told = FutureLens(**QUICK).run(few)
-    assert told.data.attrs["note"] == (
-        "11 training rows are few for 5 x 5 maps; 25 or more are wanted; "
-        "intervals over 1 tested documents, fewer than 10"
+    small = FutureLens(**QUICK).run(few)
+    assert small.data.attrs["note"] == (
+        "11 training rows are few for 5 x 5 maps; 25 or more are wanted; intervals over 1 test documents, fewer than 10"
     )
-    assert np.isnan(told.data["gain_low"]).all()
-    assert told.headline().endswith(f"no interval: one document); {told.data.attrs['note']}")
+    assert np.isnan(small.data["gain_low"]).all()
+    assert small.headline().endswith(f"no interval from one document. Note: {small.data.attrs['note']}.")
 
 
-def test_the_best_layer_is_chosen_on_validation_and_told(result):
+def test_the_best_layer_is_chosen_on_validation_and_reported(result):
     data = result.data
     assert data["best_layer"].values[:2].tolist() == [1, 0]
     bigram, low, high = (
@@ -368,12 +379,12 @@ def test_the_best_layer_is_chosen_on_validation_and_told(result):
         )
     )
     assert result.headline() == (
-        f"N = 1: 100 % of what the model says 2 tokens on, from layer 0, linear (bigram {100 * bigram:.0f} %, "
-        f"{100 - 100 * bigram:+.0f} points, 95 % {100 * low:.0f} to {100 * high:.0f}); {data.attrs['note']}"
+        f"Top-1 accuracy at t+2: 100 % (layer 0, linear probe); bigram baseline {100 * bigram:.0f} %; gain "
+        f"{100 - 100 * bigram:.0f} points, 95 % CI [{100 * low:.0f}, {100 * high:.0f}]. Note: {data.attrs['note']}."
     )
 
 
-def test_the_view_shows_what_is_read(result):
+def test_the_view_shows_the_predictions(result):
     data = result.data
     figure = result.figure("view")
     row = data["row"].to_numpy()[: len(figure.data[0].x)]
@@ -400,9 +411,7 @@ def test_result_table_and_figures(result, tmp_path):
     for name, variable in result.data.variables.items():
         np.testing.assert_array_equal(again.data[name], variable)
     curves = {line.name: line.y for line in again.figure("precision").data}
-    np.testing.assert_allclose(
-        curves["N = 1"], result.data["precision"].sel({"method": "linear", "horizon": 1, "k": 1})
-    )
-    np.testing.assert_allclose(curves["bigram, N = 1"], float(result.data["bigram_precision"][1]))
+    np.testing.assert_allclose(curves["t+2"], result.data["precision"].sel({"method": "linear", "horizon": 1, "k": 1}))
+    np.testing.assert_allclose(curves["bigram baseline, t+2"], float(result.data["bigram_precision"][1]))
     assert again.figure("view").data[0].text == result.figure("view").data[0].text
-    assert {line.name for line in again.figure("calibration").data} >= {"as sure as right", "N = 1, layer 0"}
+    assert {line.name for line in again.figure("calibration").data} >= {"perfect calibration", "t+2, layer 0"}

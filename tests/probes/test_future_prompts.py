@@ -14,7 +14,8 @@ import workbench as wb
 from workbench.analysis.future import future_rows
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
-from workbench.probes.future_prompts import LEARNED, FuturePrompts
+from workbench.probes.future_prompts import LEARNED, REGIMES, FuturePrompts
+from workbench.testing import ProbeContract
 
 FEW = FuturePrompts(prompts=("the day was", "Once upon a"), training_rows=40, row_limit=20, epochs=1, prompt_tokens=3)
 TEXTS = [
@@ -35,6 +36,19 @@ def store(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(store, model):
     return FEW.run(store, model=model)
+
+
+class TestContract(ProbeContract):
+    probe = FuturePrompts
+    settings = {"prompts": ("to",), "training_rows": 20, "row_limit": 6, "epochs": 1, "prompt_tokens": 2}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, store):
+        return store
+
+    @pytest.fixture
+    def model(self, model):
+        return model
 
 
 def chosen_rows(store, part="tested", limit=20):
@@ -77,14 +91,14 @@ def asked_by_hand(store, model, prompt, layer, blind, zero=False):
 
 
 @pytest.mark.parametrize("prompt", FEW.prompts)
-@pytest.mark.parametrize("regime", ["fed", "blind"])
+@pytest.mark.parametrize("regime", list(REGIMES))
 @pytest.mark.parametrize("layer", [0, 1])
 def test_precision_is_that_of_a_run_by_hand(store, model, result, prompt, regime, layer):
     rows = chosen_rows(store)
     targets = said_in_text(store, model)[rows[:, None] + np.arange(4)]
     at = result.data.sel(prompt=prompt, regime=regime, layer=layer)
     for name, zero in (("precision", False), ("zero_precision", True)):
-        answers = asked_by_hand(store, model, prompt, layer, regime == "blind", zero)
+        answers = asked_by_hand(store, model, prompt, layer, regime == "free-running", zero)
         found = at[name].sel(k=1) if name == "precision" else at[name]
         np.testing.assert_allclose(found, (answers == targets).mean(0))
     assert int(result.data["rows"]) == len(rows)
@@ -99,7 +113,7 @@ def test_surprisal_is_of_what_was_said(store, model, result):
             own = np.flatnonzero(sequence == sequence[row])
             log = model.module(input_ids=torch.from_numpy(ids[own].astype(np.int64))[None]).logits[0].log_softmax(-1)
             total -= [log[row - own[0] + n, said[n]].item() for n in range(4)]
-    at = result.data["surprisal"].sel(prompt=FEW.prompts[0], regime="blind", layer=1)
+    at = result.data["surprisal"].sel(prompt=FEW.prompts[0], regime="free-running", layer=1)
     np.testing.assert_allclose(at, total / len(rows), rtol=1e-4)
 
 
@@ -109,13 +123,13 @@ def test_the_last_layer_says_the_next_token_whatever_the_prompt(result):
 
 
 def test_the_regimes_differ_only_past_the_next_token(result):
-    fed, blind = (result.data["precision"].sel(regime=regime) for regime in ("fed", "blind"))
+    fed, blind = (result.data["precision"].sel(regime=regime) for regime in REGIMES)
     np.testing.assert_array_equal(fed.sel(horizon=0), blind.sel(horizon=0))
     assert (fed.sel(horizon=1) != blind.sel(horizon=1)).any()
 
 
 def test_a_state_is_above_zeros_and_above_another_tokens_where_it_decides(result):
-    at = result.data.sel(layer=2, horizon=0, regime="blind").isel(prompt=0)
+    at = result.data.sel(layer=2, horizon=0, regime="free-running").isel(prompt=0)
     assert float(at["precision"][0]) == 1
     assert float(at["zero_precision"]) < 0.5
     assert float(at["shuffled_precision"]) < 0.5
@@ -163,7 +177,7 @@ def test_divergence_is_that_of_float64(store, model):
 def test_bigrams_of_the_last_known_token(store, model, result):
     said, ids = said_in_text(store, model), store.tokens["token_id"].to_numpy()
     rows, training = chosen_rows(store), future_rows(store, 4, None, held_out=0.25, validation=0.1, seed=0)
-    for regime, known in (("blind", 0), ("fed", 2)):
+    for regime, known in (("free-running", 0), ("teacher-forced", 2)):
         own = training.at("training", 2)
         right = []
         for row in rows:
@@ -177,7 +191,7 @@ def test_bigrams_of_the_last_known_token(store, model, result):
 
 def test_the_best_is_chosen_on_validation_tokens(result):
     data = result.data
-    for regime in ("fed", "blind"):
+    for regime in REGIMES:
         at = data.sel(regime=regime, horizon=1)
         chosen = at["validation_precision"].isel(prompt=int(at["best_prompt"])).sel(layer=int(at["best_layer"]))
         assert float(chosen) == float(at["validation_precision"].max())
@@ -222,13 +236,13 @@ def test_the_same_seed_gives_the_same(store, model, result):
     [
         ({"prompt_tokens": -1}, "prompt_tokens must be at least 0, not -1"),
         ({"row_limit": 1}, "row_limit must be at least 2, not 1"),
-        ({"held_out": 1.0}, "held_out must lie between 0 and 1, not 1.0"),
+        ({"held_out": 1.0}, "held_out must be above 0 and below 1, not 1.0"),
         ({"held_out": 0.6, "validation": 0.4}, "leave no document to train on"),
         ({"prompts": (), "prompt_tokens": 0}, "no prompt is left; give one of them"),
         ({"prompts": ("a", "a")}, "prompts must differ from each other"),
         ({"prompts": (LEARNED,)}, "prompts must differ from each other and from 'learned'"),
-        ({"learned_for": 4}, "learned_for is 4 and horizons 4; it must be below it"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, not 0.0"),
+        ({"learned_for": 4}, "learned_for must be below horizons 4, not 4"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, not 0.0"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -243,7 +257,7 @@ def test_requests_that_cannot_be_met(store, model, tmp_path):
     assert "positions and model 'tiny' has 128; shorten the prompts" in said(replace(FEW, prompts=("day " * 200,)))
     assert "give at most" in said(replace(FEW, horizons=40))
     nameless = Model(model.module, None, "tiny")
-    assert "has no tokenizer to read prompts with; give prompts=()" in said(FEW, by=nameless)
+    assert "has no tokenizer for the prompts; give prompts=()" in said(FEW, by=nameless)
     bare = wb.record(model, TEXTS[:4], sites=["resid_post.0"], out=tmp_path / "bare.acts")
     assert "record" in said(FEW, of=bare)
     other = copy.deepcopy(model.module)
@@ -255,17 +269,20 @@ def test_requests_that_cannot_be_met(store, model, tmp_path):
 def test_result_table_figures_and_headline(result, tmp_path):
     data = result.data
     assert len(result.table) == data["surprisal"].size
-    line = result.table.query("prompt == 'learned' and regime == 'fed' and layer == 1 and horizon == 2").iloc[0]
-    at = data.sel(prompt="learned", regime="fed", layer=1, horizon=2)
+    line = result.table.query(
+        "prompt == 'learned' and regime == 'teacher-forced' and layer == 1 and horizon == 2"
+    ).iloc[0]
+    at = data.sel(prompt="learned", regime="teacher-forced", layer=1, horizon=2)
     assert line["precision_1"] == float(at["precision"].sel(k=1))
     assert line["precision_10"] == float(at["precision"].sel(k=10))
     assert line["bigram_precision"] == float(at["bigram_precision"])
-    assert FuturePrompts.headline(result).startswith("N = 1: fed ")
-    assert "tested documents, fewer than 10" in FuturePrompts.headline(result)
+    assert FuturePrompts.headline(result).startswith("Top-1 accuracy at t+2: teacher-forced ")
+    assert "test documents, fewer than 10" in FuturePrompts.headline(result)
     figures = FuturePrompts.figures(result)
     assert len(figures["precision"].data) == 2 * 4 * (2 * 3 + 1)
     np.testing.assert_array_equal(
-        figures["precision"].data[0].y, data["precision"].sel(prompt=FEW.prompts[0], regime="fed", horizon=0, k=1)
+        figures["precision"].data[0].y,
+        data["precision"].sel(prompt=FEW.prompts[0], regime="teacher-forced", horizon=0, k=1),
     )
     assert len(figures["ranks"].data) == 8
     result.save(tmp_path)

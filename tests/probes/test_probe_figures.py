@@ -121,7 +121,7 @@ def future_lens(result):
 
 def future_prompts(result):
     data, precision, ranks = result.data, [], []
-    for regime in ("fed", "blind"):
+    for regime in data["regime"].to_numpy():
         for horizon in data["horizon"].to_numpy():
             one = data.sel(regime=regime, horizon=horizon)
             for prompt in data["prompt"].to_numpy():

@@ -14,7 +14,8 @@ import workbench as wb
 from workbench.analysis.softmax_probe import SoftmaxFit, fit_softmax
 from workbench.io.errors import RequestError
 from workbench.probes import TokenErasure
-from workbench.probes.token_erasure import SCORED, erasure_scores, segmented, vocabulary
+from workbench.probes.token_erasure import SCORED, erasure_scores, segment, vocabulary
+from workbench.testing import ProbeContract
 
 VOCAB, DOCUMENTS, LENGTH = 8, 24, 20
 WORD = (5, 6, 7)
@@ -87,12 +88,12 @@ def test_the_segmenter_returns_the_word_whole():
         (0.3636, 3, 7),
     ]
     others = [(token, token) for token in range(12) if token not in range(5, 8)]
-    assert segmented(scores) == sorted([(5, 7), *others])
+    assert segment(scores) == sorted([(5, 7), *others])
 
 
 def test_segments_cover_a_text_once():
     scores = erasure_scores(*np.random.default_rng(1).normal(size=(3, 30)), longest=7)
-    covered = [token for first, last in segmented(scores) for token in range(first, last + 1)]
+    covered = [token for first, last in segment(scores) for token in range(first, last + 1)]
     assert covered == list(range(30))
 
 
@@ -138,6 +139,15 @@ WELL = TokenErasure(early=1, late=2, epochs=60, batch=32, learning_rate=0.05, we
 @pytest.fixture(scope="module")
 def found(store):
     return WELL.run(store)
+
+
+class TestContract(ProbeContract):
+    probe = TokenErasure
+    settings = {"epochs": 2, "batch": 64, "early": 1, "late": 2, "resamples": 20}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, store):
+        return store
 
 
 def test_last_tokens_forget_and_others_do_not(found):
@@ -244,19 +254,19 @@ def test_spans_by_label_or_by_spaces(store, planted, tmp_path):
     labelled = TokenErasure(**SHORT).run(store)
     assert labelled.data.attrs["spans"] == "labelled spans of 'word'"
     unlabelled = TokenErasure(**SHORT | {"spans": "entity"}).run(store)
-    assert unlabelled.data.attrs["spans"] == "words by their spaces"
+    assert unlabelled.data.attrs["spans"] == "words split by spaces"
     assert int(labelled.data["words"]) == 2 * round(0.3 * DOCUMENTS)
     assert int(unlabelled.data["words"]) == 0  # "t5" is no word: it holds a digit
 
 
 def test_words_by_spaces(tiny_models, tiny_tokenizer, tmp_path):
+    from workbench.analysis.words import find_words
     from workbench.model.load import Model
-    from workbench.probes.token_erasure import _spans
 
     texts = ["the little day was Monday"]
     model = Model(tiny_models["llama"], tiny_tokenizer, "tiny")
     store = wb.record(model, texts, sites=["embed"], out=tmp_path / "x.acts", show_progress=False)
-    spans, _ = _spans(store, "word")
+    spans, _ = find_words(store, "word")
     words = {}
     for row, token in enumerate(store.tokens["token"].to_pylist()):
         if spans.number[row] >= 0:
@@ -271,11 +281,11 @@ def test_words_by_spaces(tiny_models, tiny_tokenizer, tmp_path):
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"resamples": 0}, "resamples must be at least 1, not 0"),
-        ({"learning_rate": -1.0}, "learning_rate must be 0 or more, not -1.0"),
-        ({"weight_decay": math.inf}, "weight_decay must be 0 or more, not inf"),
-        ({"offsets": ()}, "offsets must be different whole numbers, one or more, not ()"),
-        ({"offsets": (1, 1)}, "offsets must be different whole numbers, one or more, not (1, 1)"),
-        ({"held_out": 0.7}, "held_out must lie between 0 and 0.6, not 0.7"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0 and finite, not -1.0"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite, not inf"),
+        ({"offsets": ()}, "offsets must be one or more different whole numbers, not ()"),
+        ({"offsets": (1, 1)}, "offsets must be one or more different whole numbers, not (1, 1)"),
+        ({"held_out": 0.7}, "held_out must be above 0 and below 0.6, not 0.7"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -284,7 +294,7 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_layers_that_cannot_be(store):
     assert refused(RequestError, lambda: TokenErasure(early=2, late=2).run(store)) == (
-        "early is layer 2 and late 2; late must come after early"
+        "late must come after early, layer 2, not at layer 2"
     )
     assert "resid_post.7" in refused(RequestError, lambda: TokenErasure(late=7).run(store))
     assert refused(RequestError, lambda: TokenErasure(device="toaster").run(store)).startswith("device 'toaster' ")
@@ -295,7 +305,7 @@ def test_the_default_layers_are_the_papers_share_of_the_depth(store):
     assert (int(data["early"]), int(data["late"])) == (0, 1)
 
 
-def test_too_little_is_said(store, found):
+def test_small_samples_are_noted(store, found):
     assert found.data.attrs["note"] == ""
     few = TokenErasure(**SHORT | {"where": "position < 3"}).run(store)
     assert "training rows are few for 24 dimensions; 120 are wanted" in few.headline()
@@ -305,7 +315,9 @@ def test_too_little_is_said(store, found):
 
 
 def test_result_headline_and_figures(found, tmp_path):
-    assert found.headline().startswith("accuracy for the token at -1 from layer 1 to 2: last 1.00 to ")
+    assert found.headline().startswith(
+        "Accuracy for the token at offset -1, layers 1 to 2: last tokens of words 100 to "
+    )
     assert list(found.figures()) == ["accuracy", "vocabulary", "segments"]
     again = wb.load_result(found.save(tmp_path / "erasure"))
     assert again.data.identical(found.data)

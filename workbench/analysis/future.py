@@ -38,11 +38,11 @@ class FutureRows:
         rows = getattr(self, part)
         return rows[self.reach[rows] > horizon]
 
-    def targets(self, rows: np.ndarray, said: np.ndarray, horizons: int) -> Int[np.ndarray, "row horizon"]:
+    def targets(self, rows: np.ndarray, tokens: np.ndarray, horizons: int) -> Int[np.ndarray, "row horizon"]:
         """Returns the model's prediction at T+N; `NO_TARGET` where T does not reach."""
         ahead = np.arange(horizons)
         inside = ahead < self.reach[rows][:, None]
-        return np.where(inside, said[np.where(inside, rows[:, None] + ahead, 0)], NO_TARGET)
+        return np.where(inside, tokens[np.where(inside, rows[:, None] + ahead, 0)], NO_TARGET)
 
 
 def future_rows(
@@ -92,18 +92,18 @@ def future_rows(
     return rows
 
 
-def said_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> Int[np.ndarray, " row"]:
+def model_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> Int[np.ndarray, " row"]:
     """Returns the model's top-1 prediction at every row that is some T+N; -1 elsewhere."""
-    said = np.full(len(rows.reach), -1, dtype=np.int64)
+    top = np.full(len(rows.reach), -1, dtype=np.int64)
     chosen = np.concatenate([rows.training, rows.validation, rows.tested])
     needed = np.unique(np.concatenate([chosen[rows.reach[chosen] > n] + n for n in range(int(rows.reach.max()))]))
     for block in blocks(len(needed), unembed.vocab):
-        said[needed[block]] = log_probabilities(unembed, final[needed[block]]).argmax(1).cpu().numpy()
-    return said
+        top[needed[block]] = log_probabilities(unembed, final[needed[block]]).argmax(1).cpu().numpy()
+    return top
 
 
 def bigrams(
-    token: Int[np.ndarray, " training_row"], said: Int[np.ndarray, " training_row"], asked: Int[np.ndarray, " row"]
+    token: Int[np.ndarray, " training_row"], target: Int[np.ndarray, " training_row"], query: Int[np.ndarray, " row"]
 ) -> tuple[Int[np.ndarray, " row"], int]:
     """Returns the bigram prediction after each token, and the most frequent prediction of all.
 
@@ -112,14 +112,14 @@ def bigrams(
 
     Args:
         token: Tokens of the training rows.
-        said: The model's predictions at the training rows.
-        asked: Tokens to predict after.
+        target: The model's predictions at the training rows.
+        query: Tokens to predict after.
     """
-    overall = np.bincount(said)
-    pairs, counts = np.unique(np.stack([token, said]), axis=1, return_counts=True)
+    overall = np.bincount(target)
+    pairs, counts = np.unique(np.stack([token, target]), axis=1, return_counts=True)
     order = np.lexsort((pairs[1], -overall[pairs[1]], -counts, pairs[0]))
     seen, first = np.unique(pairs[0][order], return_index=True)
     most = pairs[1][order][first]
-    place = np.minimum(np.searchsorted(seen, asked), len(seen) - 1)
+    place = np.minimum(np.searchsorted(seen, query), len(seen) - 1)
     mode = int(overall.argmax())
-    return np.where(seen[place] == asked, most[place], mode), mode
+    return np.where(seen[place] == query, most[place], mode), mode

@@ -1,0 +1,187 @@
+"""Maps from one hidden state to the model's output some tokens ahead: ridge regression and softmax regression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.analysis.future import NO_TARGET
+from workbench.analysis.future_task import FutureTask
+from workbench.analysis.rows import blocks
+from workbench.model.unembed import Unembed
+from workbench.store.reader import ActivationArray
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class FutureMap:
+    """A fitted map with its scores on the validation rows of its horizon."""
+
+    logits: Callable[[Tensor], Tensor]
+    """Map from states `[row, d_model]` to logits `[row, vocab]`."""
+    cross_entropy: float
+    """Mean -ln p of the target, in nats."""
+    precision: float
+    """Share of rows whose top token is the target."""
+    choice: float
+    """The penalty or the epoch that was chosen."""
+
+    def top_tokens(
+        self, site: ActivationArray, rows: Int[np.ndarray, " row"], top_k: int, unembed: Unembed
+    ) -> tuple[Int[np.ndarray, "row k"], Float[np.ndarray, " row"]]:
+        """Returns the first k predicted tokens of each row and the probability of the first."""
+        ids, probability = np.zeros((len(rows), top_k), np.int64), np.zeros(len(rows), np.float32)
+        with torch.inference_mode():
+            for block in blocks(len(rows), unembed.vocab):
+                scores = self.logits(site[rows[block]].to(unembed.weight.device))
+                top = scores.topk(top_k, dim=1)
+                ids[block] = top.indices.cpu().numpy()
+                probability[block] = (top.values[:, 0] - scores.logsumexp(1)).exp().cpu().numpy()
+        return ids, probability
+
+
+def fit_linear(site: ActivationArray, task: FutureTask, horizons: int, penalties: Sequence[float]) -> list[FutureMap]:
+    """Returns for each horizon W_U LN_f(g h), g the ridge map to the last block's state at T+N.
+
+    The penalty with the lowest validation cross-entropy is chosen. Costs 2 rows d_model^2 products in float64 per
+    horizon, an eigendecomposition, and for each penalty and validation row a product with W_U.
+    """
+    best = []
+    for horizon, gram, cross in _moments(site, task, horizons):
+        candidates = [
+            _validated(_through_unembedding(task.unembed, weight.float(), bias.float()), site, task, horizon, penalty)
+            for penalty, (weight, bias) in zip(penalties, ridge_maps(gram, cross, penalties), strict=True)
+        ]
+        best.append(min(candidates, key=lambda candidate: candidate.cross_entropy))
+    return best[::-1]
+
+
+def fit_direct(
+    site: ActivationArray, task: FutureTask, horizons: int, *, epochs: int, learning_rate: float, seed: int
+) -> list[FutureMap]:
+    """Returns for each horizon softmax(A h + b), trained on the model's top token at T+N with AdamW.
+
+    Training starts at the unigram distribution; all horizons share their batches, each keeps its best epoch by
+    validation cross-entropy, and the first epoch that improves none is the last.
+    """
+    device, vocab = task.unembed.weight.device, task.unembed.vocab
+    mean, scale = _standardization(site, task.rows.training, device)
+    weight = torch.zeros(len(mean), horizons, vocab, device=device, requires_grad=True)
+    unigrams = [_log_unigrams(task.model_top[task.rows.at("training", n) + n], vocab) for n in range(horizons)]
+    bias = torch.stack(unigrams).to(device).requires_grad_(True)
+
+    def validated(horizon: int, epoch: int) -> FutureMap:
+        matrix, offset = weight[:, horizon].detach().clone(), bias[horizon].detach().clone()
+        return _validated(
+            lambda states: (states.float() - mean) * scale @ matrix + offset, site, task, horizon, float(epoch)
+        )
+
+    best = [validated(horizon, 0) for horizon in range(horizons)]
+    optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.0)
+    steps = max(1, epochs * -(-len(task.rows.training) // _BATCH))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = np.random.default_rng(seed)
+    for epoch in range(1, epochs + 1):
+        order = generator.permutation(task.rows.training)
+        for batch in map(np.sort, np.split(order, range(_BATCH, len(order), _BATCH))):
+            targets = torch.from_numpy(task.rows.targets(batch, task.model_top, horizons)).to(device)
+            states = (site[batch].to(device).float() - mean) * scale
+            logits = torch.einsum("rd,dhv->rhv", states, weight) + bias
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
+            )
+            (loss / len(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        latest = [validated(horizon, epoch) for horizon in range(horizons)]
+        improved = [new.cross_entropy < old.cross_entropy for new, old in zip(latest, best, strict=True)]
+        best = [new if better else old for new, old, better in zip(latest, best, improved, strict=True)]
+        if not any(improved):
+            break
+    return best
+
+
+def ridge_maps(
+    gram: Float[Tensor, "x x"], cross: Float[Tensor, "x y"], penalties: Sequence[float]
+) -> Iterator[tuple[Float[Tensor, "d_model y"], Float[Tensor, " y"]]]:
+    """Yields one affine map (weight, bias) per penalty, from sums of x x' and x y' where x ends in a 1.
+
+    Minimises mean |y - x W - b|^2 + penalty v |W|^2, with v the mean variance of a dimension of x and b not penalised.
+    Costs one eigendecomposition and one product per penalty.
+    """
+    rows = gram[-1, -1]
+    mean, target = gram[-1, :-1] / rows, cross[-1] / rows
+    values, vectors = torch.linalg.eigh(gram[:-1, :-1] / rows - torch.outer(mean, mean))
+    rotated = vectors.T @ (cross[:-1] / rows - torch.outer(mean, target))
+    # the variance of constant states is 0 or a rounding error
+    spread = torch.maximum(values.mean(), 1e-10 * mean.square().mean()) + torch.finfo(torch.float64).tiny
+    for penalty in penalties:
+        weight = vectors @ (rotated / (values.clamp(min=0) + penalty * spread)[:, None])
+        yield weight, target - mean @ weight
+
+
+def _validated(
+    logits: Callable[[Tensor], Tensor], site: ActivationArray, task: FutureTask, horizon: int, choice: float
+) -> FutureMap:
+    rows = task.rows.at("validation", horizon)
+    targets = task.model_top[rows + horizon]
+    loss = hits = 0.0
+    with torch.inference_mode():
+        for block in blocks(len(rows), task.unembed.vocab):
+            scores = logits(site[rows[block]].to(task.unembed.weight.device))
+            target = torch.from_numpy(targets[block]).to(scores.device)
+            loss += torch.nn.functional.cross_entropy(scores, target, reduction="sum").item()
+            hits += (scores.argmax(1) == target).sum().item()
+    return FutureMap(logits, loss / len(rows), hits / len(rows), choice)
+
+
+def _moments(
+    site: ActivationArray, task: FutureTask, horizons: int
+) -> Iterator[tuple[int, Float[Tensor, "x x"], Float[Tensor, "x y"]]]:
+    """For each horizon, the last first, sums over its training rows of x x' and x y'; x: state and 1, y: h_(T+N).
+
+    Every row that reaches one horizon reaches the shorter ones, so that the Gram matrix only grows and is summed once.
+    """
+    width, device = site.shape[1] + 1, task.unembed.weight.device
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    for horizon in reversed(range(horizons)):
+        rows = task.rows.at("training", horizon)
+        cross = torch.zeros(width, task.final.shape[1], dtype=torch.float64, device=device)
+        for block in blocks(len(rows), 4 * width):
+            states = site[rows[block]].to(device).double()
+            x = torch.cat([states, states.new_ones(len(states), 1)], dim=1)
+            cross += x.T @ task.final[rows[block] + horizon].to(device).double()
+            new = torch.from_numpy(task.rows.reach[rows[block]] == horizon + 1).to(device)
+            gram += x[new].T @ x[new]
+        yield horizon, gram, cross
+
+
+def _through_unembedding(unembed: Unembed, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda states: unembed(states.float() @ weight + bias)
+
+
+def _standardization(
+    site: ActivationArray, rows: Int[np.ndarray, " row"], device: torch.device
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+    """Mean, and 1 / standard deviation with a floor for nearly constant dimensions."""
+    total, squares = (torch.zeros(site.shape[1], dtype=torch.float64, device=device) for _ in range(2))
+    for block in blocks(len(rows), 4 * site.shape[1]):
+        states = site[rows[block]].to(device).double()
+        total, squares = total + states.sum(0), squares + states.square().sum(0)
+    mean = total / len(rows)
+    variance = (squares / len(rows) - mean.square()).clamp(min=0)
+    floor = torch.maximum(1e-4 * variance.mean(), 1e-10 * mean.square().mean())
+    return mean.float(), (variance + floor + 1e-30).rsqrt().float()
+
+
+def _log_unigrams(tokens: Int[np.ndarray, " row"], vocab: int) -> Float[Tensor, " vocab"]:
+    """Log frequencies with half a count added to every token."""
+    counts = torch.from_numpy(np.bincount(tokens, minlength=vocab) + 0.5)
+    return (counts / counts.sum()).log().float()

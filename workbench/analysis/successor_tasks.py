@@ -1,0 +1,120 @@
+"""Ordered classes of words, such as days and numbers, as tokens of a model (Gould et al., arXiv 2312.09230)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from workbench.io.errors import RequestError
+from workbench.model.unembed import Unembed
+
+SPACES: Mapping[str, tuple[str, ...]] = {"with": (" ",), "without": ("",), "both": (" ", "")}
+CASES: Mapping[str, tuple[Callable[[str], str], ...]] = {
+    "listed": (str,),
+    "lower": (str.lower,),
+    "both": (str, str.lower),
+}
+_WORDS = {
+    "number words": "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty",
+    "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth",
+    "days": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "day prefixes": "Mon Tue Wed Thu Fri Sat Sun",
+    "months": "January February March April May June July August September October November December",
+    "month prefixes": "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec",
+    "letters": "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z",
+}
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "numbers": tuple(map(str, range(1, 201))),
+    **{task: tuple(words.split()) for task, words in _WORDS.items()},
+}
+"""The eight tasks, each a class of words in order."""
+
+CYCLIC = frozenset({"days", "day prefixes", "months", "month prefixes"})
+"""Tasks whose first word can be the successor of the last."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One spelling of one task: its members that are single tokens, in order, and their successors."""
+
+    task: str
+    ids: Int[np.ndarray, " member"]
+    index: Int[np.ndarray, " member"]
+    """Index of each member in the task's list of words, from 1."""
+    source: Int[np.ndarray, " pair"]
+    target: Int[np.ndarray, " pair"]
+    """Members, as indices into `ids`: `target` is the successor of `source`."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(source, target) pairs of all chains, one chain after another."""
+
+    chain: Int[np.ndarray, " pair"]
+    source: Int[np.ndarray, " pair"]
+    target: Int[np.ndarray, " pair"]
+    of_task: Float[np.ndarray, "pair task"]
+    """1 where a pair belongs to a task."""
+
+    def mean(self, values: Shaped[np.ndarray, "*head pair"]) -> Float[np.ndarray, "*head task"]:
+        """Returns the mean over each task's pairs; exact for 0 and 1, so that half of them is not above 0.5."""
+        return values @ self.of_task / self.of_task.sum(0)
+
+
+def find_chains(unembed: Unembed, *, space: str, case: str, min_members: int, wrap: bool) -> list[Chain]:
+    """Returns every spelling of every task that has enough members with one token each.
+
+    Args:
+        unembed: Unembedding with the texts of its tokens.
+        space: Leading space of the members: a key of `SPACES`.
+        case: Case of the members: a key of `CASES`.
+        min_members: Minimum number of members.
+        wrap: True if the first day and month are the successors of the last.
+
+    Raises:
+        RequestError: The model has no tokenizer, or no class has enough members.
+    """
+    if unembed.tokens is None:
+        raise RequestError("the recorded model has no tokenizer, so the tokens of the words are unknown")
+    ids = {text: token for token, text in enumerate(unembed.tokens)}  # byte tokens come first and are overwritten
+    chains: dict[tuple, Chain] = {}
+    for task, words in TASKS.items():
+        for prefix in SPACES[space]:
+            for change in CASES[case]:
+                members = [(i, ids[t]) for i, word in enumerate(words) if (t := prefix + change(word)) in ids]
+                chain = make_chain(task, members, len(words), wrap and task in CYCLIC)
+                if len(chain.ids) >= min_members and len(chain.source):
+                    chains.setdefault((task, *chain.ids.tolist()), chain)  # "one" is the same in lower case
+    if not chains:
+        raise RequestError(
+            f"no class has {min_members} members that are single tokens of this model (space={space!r}, "
+            f"case={case!r}); try space='both', case='both' or a lower min_members"
+        )
+    return list(chains.values())
+
+
+def make_chain(task: str, members: Sequence[tuple[int, int]], listed: int, wrap: bool) -> Chain:
+    """Returns the chain of `members`, (index in the list from 0, token id); a gap in the list breaks it."""
+    place = {index: member for member, (index, _) in enumerate(members)}
+    first_after_last = {listed - 1: 0} if wrap else {}
+    pairs = [
+        (member, place[after])
+        for index, member in place.items()
+        if (after := first_after_last.get(index, index + 1)) in place and after != index
+    ]
+    source, target = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    index, ids = (np.array(part, dtype=np.int64) for part in (list(place), [token for _, token in members]))
+    return Chain(task, ids, index + 1, source, target)
+
+
+def make_pairs(chains: Sequence[Chain], tasks: Sequence[str]) -> Pairs:
+    """Returns the pairs of all chains, one chain after another."""
+    chain = np.repeat(np.arange(len(chains)), [len(part.source) for part in chains])
+    task = np.array([tasks.index(chains[i].task) for i in chain])
+    of_task = (task[:, None] == np.arange(len(tasks))).astype(float)
+    source, target = (np.concatenate([getattr(part, name) for part in chains]) for name in ("source", "target"))
+    return Pairs(chain, source, target, of_task)
