@@ -441,8 +441,7 @@ def _short(prompt: str) -> str:
 
 
 def _regime(name: str) -> str:
-    """The name of a regime, also in results of earlier versions."""
-    return {"fed": "teacher-forced", "blind": "free-running"}.get(name, name)
+    return {"fed": "teacher-forced", "blind": "free-running"}.get(name, name)  # names in results of earlier versions
 
 
 def _precision(result: Result) -> go.Figure:
@@ -461,12 +460,11 @@ def _precision(result: Result) -> go.Figure:
             curves.append(Curve("bigram baseline", float(one["bigram_precision"]), NEUTRAL, dash="dash"))
             panels.append(Panel(f"{_regime(regime)}, t+{horizon + 1}", curves))
         rows.append(panels)
-    forced = "teacher-forced: the text's tokens up to T+N are given; free-running: the state alone"
     return layer_panels(
         rows,
         layers=data["layer"].to_numpy().tolist(),
         title=f"{_title(result)}: top-1 accuracy",
-        subtitle=f"{int(data['rows']):,} test tokens; {forced}; dotted: zeros for the state",
+        subtitle=f"{int(data['rows']):,} test tokens; dotted: zeros for the state; dashed: bigram baseline",
         unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
     )
 

@@ -42,11 +42,11 @@ class TestContract(ProbeContract):
     probe = FuturePrompts
     settings = {"prompts": ("to",), "training_rows": 20, "row_limit": 6, "epochs": 1, "prompt_tokens": 2}  # noqa: RUF012
 
-    @pytest.fixture
+    @pytest.fixture(scope="module")
     def store(self, store):
         return store
 
-    @pytest.fixture
+    @pytest.fixture(scope="module")
     def model(self, model):
         return model
 

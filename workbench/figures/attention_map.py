@@ -60,25 +60,33 @@ def head_attention(
             for index, (head, pattern) in enumerate(zip(heads, patterns, strict=True))
         ]
     )
-    titles = [f"{title}, {head}" for head in heads]
-    menu = [
-        {
-            "label": trace.name,
-            "method": "update",
-            "args": [{"visible": [other is trace for other in figure.data]}, {"title.text": shown}],
-        }
-        for trace, shown in zip(figure.data, titles, strict=True)
-    ]
     side = max(420, (15 if len(names) <= 64 else 12) * len(names))
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": titles[0], "subtitle": {"text": subtitle}},
+        title={"text": f"{title}, {heads[0]}", "subtitle": {"text": subtitle}},
         width=side + 260,
         height=side + 220,
         margin={"t": 110},
-        updatemenus=[{"buttons": menu, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}],
+        updatemenus=[_menu(figure, title)],
     )
-    ticks = {"tickmode": "array", "tickvals": indices, "ticktext": names, "showgrid": False}
+    return _label_axes(figure, names)
+
+
+def _menu(figure: go.Figure, title: str) -> dict[str, object]:
+    """A menu that shows one head and names it in the title."""
+    buttons = [
+        {
+            "label": trace.name,
+            "method": "update",
+            "args": [{"visible": [other is trace for other in figure.data]}, {"title.text": f"{title}, {trace.name}"}],
+        }
+        for trace in figure.data
+    ]
+    return {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
+
+
+def _label_axes(figure: go.Figure, names: list[str]) -> go.Figure:
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names, "showgrid": False}
     ticks |= {"tickfont": {"family": MONOSPACE, "size": 10}}
     figure.update_xaxes(title="key token", tickangle=-90, **ticks)
     return figure.update_yaxes(title="query token", autorange="reversed", **ticks)

@@ -82,15 +82,18 @@ def token_grid(
         width=max(640, 190 + cell * len(columns)),
         height=190 + 30 * len(layers),
     )
+    return _label_axes(figure, columns, tokens, angle=-45 if cell > 20 else -90)
+
+
+def _label_axes(figure: go.Figure, columns: list[str], tokens: Sequence[str], angle: int) -> go.Figure:
     figure.update_xaxes(
         title="input token",
         type="category",
         tickmode="array",
         tickvals=columns,
         ticktext=[label(token, 12) for token in tokens],
-        tickangle=-45 if cell > 20 else -90,
+        tickangle=angle,
         tickfont={"family": MONOSPACE},
         showgrid=False,
     )
-    figure.update_yaxes(title="layer", type="category", showgrid=False)
-    return figure
+    return figure.update_yaxes(title="layer", type="category", showgrid=False)

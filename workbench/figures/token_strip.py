@@ -77,21 +77,19 @@ def token_strip(
             colorbar=colour_bar(unit),
         )
     )
+    return _lay_out(figure, title, subtitle, [str(position) for position in positions[::line]], line)
+
+
+def _lay_out(figure: go.Figure, title: str, subtitle: str, row_labels: Sequence[str], line: int) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         width=190 + 66 * line,
-        height=max(220, 130 + 26 * lines),
+        height=max(220, 130 + 26 * len(row_labels)),
     )
     figure.update_xaxes(visible=False)
-    return figure.update_yaxes(
-        title="position",
-        autorange="reversed",
-        tickmode="array",
-        tickvals=list(range(lines)),
-        ticktext=[str(position) for position in positions[::line]],
-        showgrid=False,
-    )
+    ticks = {"tickmode": "array", "tickvals": list(range(len(row_labels))), "ticktext": row_labels}
+    return figure.update_yaxes(title="position", autorange="reversed", showgrid=False, **ticks)
 
 
 def _lines(texts: Sequence[str], line: int) -> list[list[str]]:
