@@ -479,7 +479,7 @@ def _ranks(result: Result) -> go.Figure:
             layer, best = int(at["best_layer"]), at.isel(prompt=int(at["best_prompt"]))
             prompt = _short(str(best["prompt"].item()))
             figure.add_scatter(
-                x=data["k"].to_numpy(),
+                x=data["k"].to_numpy().tolist(),
                 y=best["precision"].sel(layer=layer).to_numpy(),
                 name=f"{_regime(regime)}, t+{horizon + 1}: {prompt}, layer {layer}",
                 mode="lines+markers",

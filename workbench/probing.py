@@ -62,8 +62,24 @@ _PUBLIC = {
     "fit_softmax": "workbench.analysis.softmax_probe",
     "intervals": "workbench.analysis.bootstrap",
     "resampled_means": "workbench.analysis.bootstrap",
+    "wilson": "workbench.analysis.bootstrap",
     # readings through the unembedding, of later tokens
+    "CASES": "workbench.analysis.successor_tasks",
+    "Chain": "workbench.analysis.successor_tasks",
     "FutureMap": "workbench.analysis.future_maps",
+    "SPACES": "workbench.analysis.successor_tasks",
+    "TASKS": "workbench.analysis.successor_tasks",
+    "digit_arithmetic": "workbench.analysis.digits",
+    "digit_features": "workbench.analysis.digits",
+    "direct_effects": "workbench.analysis.successions",
+    "find_chains": "workbench.analysis.successor_tasks",
+    "find_places": "workbench.analysis.successions",
+    "held_out_accuracy": "workbench.analysis.digits",
+    "make_pairs": "workbench.analysis.successor_tasks",
+    "ridge_digits": "workbench.analysis.digits",
+    "shares_of_wins": "workbench.analysis.successions",
+    "shuffled_null": "workbench.analysis.successor_tasks",
+    "strict_argmax": "workbench.analysis.digits",
     "FutureSplit": "workbench.analysis.future_task",
     "FutureTask": "workbench.analysis.future_task",
     "LENS_VARIABLES": "workbench.analysis.lens",
@@ -79,6 +95,7 @@ _PUBLIC = {
     # the recorded model: weights, attention, interventions
     "Columns": "workbench.model.attention",
     "FirstMlp": "workbench.model.circuits",
+    "HeadOutput": "workbench.model.circuits",
     "Model": "workbench.model.load",
     "Prompted": "workbench.analysis.prompted",
     "direct_logits": "workbench.model.circuits",
@@ -144,6 +161,14 @@ if TYPE_CHECKING:
         group_means,
         intervals,
         resampled_means,
+        wilson,
+    )
+    from workbench.analysis.digits import (
+        digit_arithmetic,
+        digit_features,
+        held_out_accuracy,
+        ridge_digits,
+        strict_argmax,
     )
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
@@ -170,6 +195,8 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
+    from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
+    from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
     from workbench.analysis.words import Words, find_words
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals
@@ -186,7 +213,15 @@ if TYPE_CHECKING:
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress
     from workbench.model.attention import Columns, row_entropy
-    from workbench.model.circuits import FirstMlp, direct_logits, first_mlp, head_outputs, ov_logits, written
+    from workbench.model.circuits import (
+        FirstMlp,
+        HeadOutput,
+        direct_logits,
+        first_mlp,
+        head_outputs,
+        ov_logits,
+        written,
+    )
     from workbench.model.interventions import run_prompted, token_embeddings
     from workbench.model.load import Model, usable_device
     from workbench.model.reload import recorded_model

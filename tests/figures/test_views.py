@@ -266,7 +266,7 @@ def test_large_figures_of_successor_heads():
         assert page_size(figure) < 10e6, name
     np.testing.assert_array_equal(figures["ov"].data[1].y, data["macro"].to_numpy().ravel())
     best = int(data["macro"].to_numpy().argmax())
-    assert figures["ov"].data[1].customdata[best] == f"{best // 64}.{best % 64}" == figures["ov"].data[2].text[0]
+    assert figures["ov"].data[1].customdata[best] == f"L{best // 64}H{best % 64}" == figures["ov"].data[2].text[0]
 
 
 def test_the_overview_of_a_deep_store(tmp_path):

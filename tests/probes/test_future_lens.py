@@ -341,7 +341,7 @@ def test_requests_that_the_store_cannot_meet(noise, tmp_path):
     )
     assert refused(RequestError, lambda: FutureLens(top_k=1, where="document < 2").run(noise)) == (
         "store has 2 documents among the selected tokens; a future lens needs three or more, "
-        "for training, validation and testing"
+        "to fit on, to validate on and to test on"
     )
     assert refused(RequestError, lambda: FutureLens(top_k=1, where="position = 0").run(noise)).startswith(
         "store has 0 documents among the selected tokens"

@@ -24,31 +24,41 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def model(tiny_models, tiny_tokenizer):
+def llama(tiny_models, tiny_tokenizer):
     return Model(copy.deepcopy(tiny_models["llama"]), tiny_tokenizer, "tiny")
 
 
 @pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    return wb.record(model, TEXTS, sites=["resid_pre", "resid_post"], out=tmp_path_factory.mktemp("prompts") / "x.acts")
+def recorded(llama, tmp_path_factory):
+    return wb.record(llama, TEXTS, sites=["resid_pre", "resid_post"], out=tmp_path_factory.mktemp("prompts") / "x.acts")
 
 
 @pytest.fixture(scope="module")
-def result(store, model):
-    return FEW.run(store, model=model)
+def model(llama):
+    return llama
+
+
+@pytest.fixture(scope="module")
+def store(recorded):
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def result(recorded, llama):
+    return FEW.run(recorded, model=llama)
 
 
 class TestContract(ProbeContract):
     probe = FuturePrompts
     settings = {"prompts": ("to",), "training_rows": 20, "row_limit": 6, "epochs": 1, "prompt_tokens": 2}  # noqa: RUF012
 
-    @pytest.fixture(scope="module")
-    def store(self, store):
-        return store
+    @pytest.fixture
+    def store(self, recorded):
+        return recorded
 
-    @pytest.fixture(scope="module")
-    def model(self, model):
-        return model
+    @pytest.fixture
+    def model(self, llama):
+        return llama
 
 
 def chosen_rows(store, part="tested", limit=20):

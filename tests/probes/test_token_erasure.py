@@ -146,8 +146,9 @@ class TestContract(ProbeContract):
     settings = {"epochs": 2, "batch": 64, "early": 1, "late": 2, "resamples": 20}  # noqa: RUF012
 
     @pytest.fixture
-    def store(self, store):
-        return store
+    def store(self, planted, tmp_path):
+        sites = {"word_span": planted["span"]}
+        return planted_store(tmp_path / "x.acts", planted["ids"], planted["sites"], columns=sites)
 
 
 def test_last_tokens_forget_and_others_do_not(found):

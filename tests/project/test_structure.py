@@ -21,12 +21,10 @@ UPWARD_TYPES: set[tuple[str, str]] = set()
 # What is larger than allowed today. Entries may only shrink and go; none is added.
 LONG_FILES: dict[str, int] = {
     "probes/attention_sinks.py": 772,
-    "probes/successor_heads.py": 793,
     "tests/cli/test_cli.py": 525,
     "tests/features/test_extract.py": 957,
     "tests/probes/test_attention_sinks.py": 698,
     "tests/probes/test_logit_lens.py": 640,
-    "tests/probes/test_successor_heads.py": 674,
     "tests/sae/test_sae_load_and_metrics.py": 514,
     "workbench/cli/main.py": 749,
     "workbench/features/extract.py": 590,

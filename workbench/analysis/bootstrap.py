@@ -138,3 +138,13 @@ def central(resampled: Float[np.ndarray, " resample"] | Sequence[float]) -> tupl
         return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def wilson(
+    share: Float[np.ndarray, " statistic"], number: Int[np.ndarray, " statistic"]
+) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, " statistic"]]:
+    """Returns the ends of Wilson's 95 % interval of a share of `number` independent trials."""
+    z = 1.96
+    middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+    half = z / (1 + z**2 / number) * np.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
+    return middle - half, middle + half

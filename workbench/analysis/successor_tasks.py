@@ -118,3 +118,29 @@ def make_pairs(chains: Sequence[Chain], tasks: Sequence[str]) -> Pairs:
     of_task = (task[:, None] == np.arange(len(tasks))).astype(float)
     source, target = (np.concatenate([getattr(part, name) for part in chains]) for name in ("source", "target"))
     return Pairs(chain, source, target, of_task)
+
+
+def shuffled_null(
+    tops: Int[np.ndarray, "layer head pair"],
+    pairs: Pairs,
+    macro: Float[np.ndarray, "layer head"],
+    permutations: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (mean score by task, mean macro, p, p over all heads) with successors shuffled within each class.
+
+    All heads share a shuffle, so that the best of them has a null too. p is (1 + shuffles as high) / (1 + shuffles).
+    """
+    generator = np.random.default_rng(seed)
+    score, total = np.zeros((*macro.shape, pairs.of_task.shape[1])), np.zeros(macro.shape)
+    higher, best_higher = np.zeros(macro.shape, int), np.zeros(macro.shape, int)
+    reached = macro - 1e-9  # sums in another order differ in their last bit
+    for _ in range(permutations):
+        order = np.lexsort((generator.random(len(pairs.chain)), pairs.chain))  # chains are in order and keep places
+        shuffled = pairs.mean(tops == pairs.target[order])
+        null = shuffled.mean(-1)
+        score, total = score + shuffled, total + null
+        higher += null >= reached
+        best_higher += null.max() >= reached
+    p_value, p_family = ((1 + count) / (1 + permutations) for count in (higher, best_higher))
+    return score / permutations, total / permutations, p_value, p_family

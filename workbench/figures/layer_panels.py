@@ -65,7 +65,7 @@ def layer_panels(
             for curve in panel.curves:
                 figure.add_scatter(
                     x=list(layers),
-                    y=np.broadcast_to(curve.values, len(layers)),
+                    y=np.broadcast_to(np.asarray(curve.values, float), len(layers)),
                     name=curve.name,
                     mode="lines+markers" if curve.dash == "solid" else "lines",
                     line={"color": curve.colour, "dash": curve.dash, "width": 2 if curve.dash == "solid" else 1.5},

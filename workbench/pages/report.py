@@ -62,10 +62,10 @@ def section(result: Result) -> Section:
     """Returns the section of a result: headline, figures, and the definition, controls and settings of its probe."""
     probe = find_maker(result.probe)
     provenance = {name: value for name, value in result.provenance.items() if name != "settings"}
-    note = result.data.attrs.get("note")
+    headline, note = result.headline(), result.data.attrs.get("note")
     return Section(
         title=f"{result.probe} of {result.provenance['model']}",
-        text=[result.headline(), *([f"Note: {note}"] if note else [])],
+        text=[headline, *([f"Note: {note}."] if note and note not in headline else [])],
         figures=result.figures(),
         table=result.table,
         provenance=provenance,

@@ -1,0 +1,112 @@
+"""Successors in the recorded text, and how much each head raises them (Gould et al., arXiv 2312.09230)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from workbench.analysis.bootstrap import clustered_means, intervals
+from workbench.analysis.rows import next_tokens
+from workbench.analysis.successor_tasks import Chain
+from workbench.model.circuits import HeadOutput, direct_logits, written
+from workbench.model.unembed import Unembed
+from workbench.store.reader import Store
+
+_WINDOW = 8  # tokens back in which the text may contain the member that its next token succeeds
+_BLOCK = 256  # places in one block of writes of all heads
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places in the text where the next token is the successor of a class member."""
+
+    rows: Int[np.ndarray, " place"]
+    chain: Int[np.ndarray, " place"]
+    """Index of the chain."""
+    member: Int[np.ndarray, " place"]
+    """Index of the next token among the chain's members."""
+    total: int
+    """Number of such places in the store, before the limit."""
+
+
+def successions(
+    token_ids: Int[np.ndarray, " row"],
+    following: Int[np.ndarray, " row"],
+    start: Int[np.ndarray, " row"],
+    chain: Chain,
+) -> tuple[Int[np.ndarray, " place"], Int[np.ndarray, " place"]]:
+    """Returns (rows, following members) where the next token succeeds the nearest member up to 8 tokens back.
+
+    Args:
+        token_ids: Token of each row.
+        following: Next token of each row; -1: none.
+        start: First row of the text that each row belongs to.
+        chain: Class of tokens.
+    """
+    size = int(max(token_ids.max(initial=0), chain.ids.max())) + 2
+    member_of, successor = np.full(size, -1), np.full(len(chain.ids) + 1, -2)  # the last entry: no member
+    member_of[chain.ids] = np.arange(len(chain.ids))
+    successor[chain.source] = chain.ids[chain.target]
+    rows = np.arange(len(token_ids))
+    nearest_member = np.full(len(rows), -1)
+    for back in range(_WINDOW):
+        earlier = rows - back
+        member = np.where(earlier >= start, member_of[token_ids[np.maximum(earlier, 0)]], -1)
+        nearest_member = np.where(nearest_member < 0, member, nearest_member)
+    places = np.flatnonzero(successor[nearest_member] == following)
+    return places, member_of[following[places]]
+
+
+def find_places(store: Store, chains: Sequence[Chain], limit: int) -> Places:
+    """Returns the first `limit` places of all chains."""
+    tokens = store.tokens
+    ids, sequence, document = (tokens[name].to_numpy() for name in ("token_id", "sequence", "document"))
+    fresh = np.ones(len(ids), bool)
+    fresh[1:] = (sequence[1:] != sequence[:-1]) | (document[1:] != document[:-1])
+    start = np.maximum.accumulate(np.where(fresh, np.arange(len(ids)), 0))
+    following = next_tokens(store)
+    by_chain = [successions(ids.astype(np.int64), following, start, chain) for chain in chains]
+    rows, member = (np.concatenate(part) for part in zip(*by_chain, strict=True))
+    chain = np.repeat(np.arange(len(chains)), [len(part) for part, _ in by_chain])
+    _, first = np.unique(rows, return_index=True)  # " May" is a month and its prefix: one place
+    kept = first[:limit]
+    return Places(rows[kept], chain[kept], member[kept], len(first))
+
+
+def direct_effects(
+    store: Store, outputs: Mapping[int, HeadOutput], chains: Sequence[Chain], unembed: Unembed, places: Places
+) -> Float[np.ndarray, "place layer head"]:
+    """Returns the logit that each head's recorded output gives the successor minus its mean over the class."""
+    device = unembed.weight.device
+    n_heads = next(iter(outputs.values())).heads
+    effects = np.zeros((len(places.rows), len(outputs), n_heads))
+    final = store["resid_post", store.manifest.model.n_layers - 1]
+    for number, chain in enumerate(chains):
+        of_chain = np.flatnonzero(places.chain == number)
+        targets = torch.from_numpy(chain.ids).to(device)
+        for block in (of_chain[first : first + _BLOCK] for first in range(0, len(of_chain), _BLOCK)):
+            rows = places.rows[block]
+            stream = final[rows].to(device)[:, None]
+            for i, (layer, output) in enumerate(outputs.items()):
+                writes = written(output, store["z", layer][rows]).to(device)
+                logits = direct_logits(unembed, writes, targets, stream)
+                at = torch.from_numpy(places.member[block]).to(device)[:, None, None].expand(-1, n_heads, 1)
+                effects[block, i] = (logits.gather(2, at)[..., 0] - logits.mean(-1)).cpu().numpy()
+    return effects
+
+
+def shares_of_wins(
+    effects: Float[np.ndarray, "place layer head"], documents: Int[np.ndarray, " place"], seed: int
+) -> dict[str, Float[np.ndarray, "layer head"]]:
+    """Returns how often each head raises the successor most, with its interval over documents; nobody wins a tie."""
+    flat = effects.reshape(len(effects), -1)
+    top = np.sort(flat, axis=1)[:, -2:]
+    wins = (flat == top[:, 1:]) & (top[:, 1:] > top[:, :1]) if flat.shape[1] > 1 else np.ones_like(flat, bool)
+    share, resampled = clustered_means(wins.astype(float), documents, seed=seed)
+    low, high = intervals(resampled)
+    arrays = {"wins": share, "wins_low": low, "wins_high": high, "direct_effect": flat.mean(0)}
+    return {name: values.reshape(effects.shape[1:]) for name, values in arrays.items()}
