@@ -15,7 +15,7 @@ from workbench.corpus.sources import read_documents
 from workbench.corpus.tokenizer import added_tokens
 from workbench.embedded import NAME
 from workbench.experiments.controls import random_copy
-from workbench.io.errors import RequestError
+from workbench.io.checks import check_fields
 from workbench.recording.cache import record_once
 
 RECORDINGS = Path("runs/recordings")
@@ -43,15 +43,8 @@ class Inputs:
     """Folder of the recordings that runs share. It does not affect results."""
 
     def __post_init__(self) -> None:
-        check_counts(self, ("documents", "rows", "seed"))
-
-
-def check_counts(config: Any, names: Sequence[str]) -> None:
-    """Raises RequestError for a count below 1, or a seed below 0."""
-    for name in names:
-        least = 0 if name == "seed" else 1
-        if getattr(config, name) < least:
-            raise RequestError(f"{name} must be at least {least}, not {getattr(config, name)}")
+        check_fields(self, "documents", "rows", at_least=1)
+        check_fields(self, "seed", at_least=0)
 
 
 @lru_cache(maxsize=1)  # runs of a sweep that share a model are consecutive

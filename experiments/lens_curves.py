@@ -15,7 +15,7 @@ from typing import Any, Literal
 import workbench as wb
 from workbench.experiments.inputs import Inputs, recorded
 from workbench.experiments.panels import curves
-from workbench.io.errors import RequestError
+from workbench.io.checks import check_fields
 from workbench.probes import LogitLens, TunedLens
 from workbench.results.experiment import make_result
 
@@ -37,8 +37,7 @@ class Config(Inputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs < 0:
-            raise RequestError(f"epochs must be at least 0, not {self.epochs}")
+        check_fields(self, "epochs", at_least=0)
 
 
 def run(config: Config) -> wb.Result:

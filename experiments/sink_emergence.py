@@ -18,8 +18,9 @@ import pandas as pd
 
 import workbench as wb
 from workbench.embedded import NAME as DEMO
-from workbench.experiments.inputs import RECORDINGS, check_counts, documents_of, model_of
+from workbench.experiments.inputs import RECORDINGS, documents_of, model_of
 from workbench.experiments.panels import curves
+from workbench.io.checks import check_fields
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks, LogitLens
 from workbench.recording.cache import record_once
@@ -52,7 +53,8 @@ class Config:
     """Folder of the recordings that runs share. It does not affect results."""
 
     def __post_init__(self) -> None:
-        check_counts(self, ("documents", "rows", "seed"))
+        check_fields(self, "documents", "rows", at_least=1)
+        check_fields(self, "seed", at_least=0)
         if not self.checkpoints:
             raise RequestError("checkpoints is empty; name one or more folders, or hub ids with @revision")
         AttentionSinks(epsilon=self.epsilon, length=self.length)  # checks the settings before anything runs

@@ -26,6 +26,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional
 
 import workbench as wb
+from workbench.io.checks import check_fields
 
 Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]
 _SOME_ARCHITECTURES = ("k", "l1_coefficient", "l0_coefficient")
@@ -64,9 +65,7 @@ class TrainSae:
     """Device: cpu, cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("d_sae", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise wb.RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_fields(self, "d_sae", "steps", "batch", at_least=1)
 
 
 @runtime_checkable

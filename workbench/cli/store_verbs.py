@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from workbench.cli.terminal import print_plain, print_table
-from workbench.io.errors import RequestError
+from workbench.io.checks import check_fields
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Query:
         from workbench.store.manifest import read_manifest
         from workbench.store.query import query_tokens, select_rows  # seconds: duckdb
 
-        if self.limit < 0:
-            raise RequestError(f"limit must be at least 0, not {self.limit}")
+        check_fields(self, "limit", at_least=0)
         manifest = read_manifest(self.store)
         total = len(select_rows(self.store, manifest, self.predicate))
         shown = query_tokens(self.store, manifest, self.predicate, self.limit)

@@ -276,7 +276,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parquet_rows(path: Path, needed: set[str | None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open_parquet(path) as file:
-        names: list[str] = [name for name in file.schema_arrow.names if needed is None or name in needed]
+        names = [str(name) for name in file.schema_arrow.names if needed is None or name in needed]
         row = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=names):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.io.checks import check
 from workbench.io.errors import RequestError, WorkbenchError
 from workbench.io.tasks import DEATHS, Answer, Begin, OnLost, Task, first_line, import_ray
 from workbench.io.versions import library_versions
@@ -47,9 +48,8 @@ class RayWorkers:
     suffix = ""
 
     def __post_init__(self) -> None:
-        for name, value in (("workers", self.count), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise RequestError(f"{name} must be at least 1, not {value}")
+        check("workers", self.count, at_least=1, optional=True)
+        check("threads", self.threads, at_least=1, optional=True)
         if self.kind not in (None, "cpu", "cuda"):
             raise RequestError(f"device of workers must be cpu or cuda, each has one of its own, not {self.kind!r}")
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
 from workbench.sae.load import Sae
@@ -50,8 +51,7 @@ def nearest_features(sae: Sae, feature: int | np.integer, k: int = 10) -> pd.Dat
     Raises:
         RequestError: A feature that does not exist, or k < 1.
     """
-    if k < 1:
-        raise RequestError(f"k must be at least 1, not {k}")
+    check("k", k, at_least=1)
     direction = decoder_directions(sae, [feature])[0]
     units = torch.nn.functional.normalize(decoder_directions(sae), dim=1)
     cosine = (units @ torch.nn.functional.normalize(direction, dim=0)).clamp(-1, 1).cpu().numpy()

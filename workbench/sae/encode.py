@@ -24,6 +24,7 @@ import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
+from workbench.io.checks import check_fields
 from workbench.io.errors import DataError, RequestError
 from workbench.sae.load import Sae
 from workbench.sae.precision import PRECISIONS, fast_bfloat16, full_precision
@@ -77,8 +78,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise RequestError(f"k must be at least 1, not {self.k}")
+        check_fields(self, "k", at_least=1)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.parse import from_json, parse, to_json
@@ -55,8 +56,7 @@ class SiteRecord:
         for name in (self.name, self.short):
             if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):  # it becomes a file name
                 raise ValueError(f"{name!r} is not a site name; use letters, digits, '_', '.' and '-' only")
-        if self.dtype not in ITEM_BYTES:
-            raise ValueError(f"dtype of {self.name} must be one of {', '.join(ITEM_BYTES)}, not {self.dtype!r}")
+        check(f"dtype of {self.name}", self.dtype, one_of=ITEM_BYTES)
         if self.axes[:1] != ("row",) or len(self.axes) != len(self.shape) + 1 or min(self.shape, default=1) < 1:
             raise ValueError(f"axes {self.axes} of {self.name} do not fit the shape (row, {self.shape})")
 
