@@ -87,15 +87,15 @@ class ExtractionFolder:
             files.remove(self.path)
         if self.stage in (Stage.INDEXED, Stage.COMPLETE):
             return self
-        begun = replace(self, stage=Stage.MERGED if self.stage is Stage.MERGED else Stage.ENCODING)
+        started = replace(self, stage=Stage.MERGED if self.stage is Stage.MERGED else Stage.ENCODING)
         if not (self.path / _PROGRESS).is_file():
             self._keep_only()
-        begun._write_record()
-        self._keep_only(_PROGRESS, *((BY_ROW,) if begun.stage is Stage.MERGED else (_SEGMENTS, SAVED)))
+        started._write_record()
+        self._keep_only(_PROGRESS, *((BY_ROW,) if started.stage is Stage.MERGED else (_SEGMENTS, SAVED)))
         self.segments.path.mkdir(exist_ok=True)
         if not shared:
             self.segments.clean()
-        return begun
+        return started
 
     def merged(self, overflow: int) -> ExtractionFolder:
         """Notes that the order by row is complete, and removes the segments."""

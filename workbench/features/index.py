@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,39 +85,20 @@ def invert(
     Raises:
         RequestError: More rows than fit into the key.
     """
-    low, bits = max(1, (len(indptr) - 2).bit_length()), 8 * value.dtype.itemsize
-    if low + bits > 64:
-        raise RequestError(f"{len(indptr) - 1} rows are too many for an index of {value.dtype}; give dtype='float16'")
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    groups = list(feature_groups(starts, entries, 1 << (64 - low - bits)))
-    sizes = [group.stop - group.start for group in groups]
-    group_of = np.repeat(np.arange(len(groups), dtype=np.int32), sizes)
-    firsts = np.repeat([group.start for group in groups], sizes)
-    high = (np.arange(len(counts)) - firsts).astype(np.uint64)
-    if low + bits < 64:
-        high <<= np.uint64(low + bits)
+    plan = _key_plan(len(indptr) - 1, value.dtype, starts, entries)
 
     def distribute(start: int) -> tuple[UInt64[np.ndarray, " key"], Int64[np.ndarray, " group"]]:
-        """Keys of a chunk of entries, ordered by group, and the number of keys in each group."""
         chunk = slice(start, min(start + entries, len(feature)))
-        keys = high[feature[chunk]]
-        keys |= _descending(value[chunk]).astype(np.uint64) << np.uint64(low)
-        keys |= entry_rows(indptr, chunk.start, chunk.stop).astype(np.uint64)
-        by_row = csr_array((keys, group_of[feature[chunk]], [0, len(keys)]), shape=(1, len(groups)))
-        by_group = by_row.tocsc()  # a counting sort
-        return by_group.data, np.diff(by_group.indptr).astype(np.int64)
+        return plan.distribute(feature[chunk], value[chunk], entry_rows(indptr, chunk.start, chunk.stop))
 
     def sort(group: slice) -> tuple[Integer[np.ndarray, " sorted"], Float[np.ndarray, " sorted"]]:
-        """Rows and values of a group's entries, in the final order."""
         first, stop = int(starts[group.start]), int(starts[group.stop])
-        keys = np.fromfile(spill, np.uint64, stop - first, offset=8 * first)
-        keys.sort()
-        rows = (keys & np.uint64((1 << low) - 1)).astype(row_type)
-        keys >>= np.uint64(low)
-        return rows, _values(keys.astype(f"uint{bits}"), value.dtype)
+        rows, values = plan.sort(np.fromfile(spill, np.uint64, stop - first, offset=8 * first))
+        return rows.astype(row_type), values
 
     file.append("indptr", starts)
-    places = starts[[group.start for group in groups]]
+    places = starts[[group.start for group in plan.groups]]
     with open(spill, "wb") as out:
         for keys, numbers in _ahead(distribute, range(0, len(feature), entries)):
             done = 0
@@ -125,10 +107,58 @@ def invert(
                 out.write(keys[done : done + numbers[index]].data)
                 done += numbers[index]
             places += numbers
-    for rows, values in _ahead(sort, groups):
+    for rows, values in _ahead(sort, plan.groups):
         file.append("row", rows)
         file.append("value", values)
     spill.unlink()
+
+
+@dataclass(frozen=True)
+class _KeyPlan:
+    """Groups of features, and the keys of their entries."""
+
+    row_bits: int
+    dtype: np.dtype
+    groups: list[slice]
+    group_of: Int[np.ndarray, " feature"]
+    high: UInt64[np.ndarray, " feature"]
+    """Top bits of the keys: index of the feature in its group."""
+
+    def distribute(
+        self,
+        feature: Integer[np.ndarray, " chunk"],
+        value: Float[np.ndarray, " chunk"],
+        row: Int64[np.ndarray, " chunk"],
+    ) -> tuple[UInt64[np.ndarray, " chunk"], Int64[np.ndarray, " group"]]:
+        """Keys of a chunk of entries, ordered by group, and the number of keys in each group."""
+        keys = self.high[feature]
+        keys |= _descending(value).astype(np.uint64) << np.uint64(self.row_bits)
+        keys |= row.astype(np.uint64)
+        by_row = csr_array((keys, self.group_of[feature], [0, len(keys)]), shape=(1, len(self.groups)))
+        by_group = by_row.tocsc()  # a counting sort
+        return by_group.data, np.diff(by_group.indptr).astype(np.int64)
+
+    def sort(self, keys: UInt64[np.ndarray, " key"]) -> tuple[UInt64[np.ndarray, " key"], Float[np.ndarray, " key"]]:
+        """Rows and values of a group's keys, in their final order; overwrites `keys`."""
+        keys.sort()
+        rows = keys & np.uint64((1 << self.row_bits) - 1)
+        keys >>= np.uint64(self.row_bits)
+        return rows, _values(keys.astype(f"uint{8 * self.dtype.itemsize}"), self.dtype)
+
+
+def _key_plan(rows: int, dtype: np.dtype, starts: Int64[np.ndarray, " feature_plus_1"], entries: int) -> _KeyPlan:
+    """The plan of features whose entries begin at `starts`, for groups of `entries` entries."""
+    low, bits = max(1, (rows - 1).bit_length()), 8 * dtype.itemsize
+    if low + bits > 64:
+        raise RequestError(f"{rows} rows are too many for an index of {dtype}; give dtype='float16'")
+    groups = list(feature_groups(starts, entries, 1 << (64 - low - bits)))
+    sizes = [group.stop - group.start for group in groups]
+    group_of = np.repeat(np.arange(len(groups), dtype=np.int32), sizes)
+    firsts = np.repeat([group.start for group in groups], sizes)
+    high = (np.arange(len(starts) - 1) - firsts).astype(np.uint64)
+    if low + bits < 64:
+        high <<= np.uint64(low + bits)
+    return _KeyPlan(low, dtype, groups, group_of, high)
 
 
 def _descending(value: Float[np.ndarray, " entry"]) -> UInt[np.ndarray, " entry"]:

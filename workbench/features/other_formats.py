@@ -79,19 +79,7 @@ def export_delphi(
     ):
         folder.mkdir(parents=True, exist_ok=True)
         for first, after in itertools.pairwise(bounds.tolist()):
-            entries = slice(*map(int, features.by_feature["indptr"][[first, after]]))
-            row = np.asarray(features.by_feature["row"][entries])
-            value = features.by_feature["value"][entries].clip(-_FLOAT16, _FLOAT16).astype(np.float16)
-            latent = np.repeat(np.arange(after - first), features.counts[first:after])
-            order = np.lexsort((latent, row))
-            order = order[value[order] != 0]
-            place = np.stack([sequence[row], position[row], latent], axis=1)[order]
-            narrow = place.max(initial=0) < 1 << 16
-            arrays = {
-                "locations": place.astype(np.uint16 if narrow else np.uint32),
-                "activations": value[order],
-                "tokens": tokens,
-            }
+            arrays = _delphi_split(features, first, after, sequence, position) | {"tokens": tokens}
             save_file(arrays, str(folder / f"{first}_{after - 1}.safetensors"))
             advance(after - first)
         config = {
@@ -103,6 +91,25 @@ def export_delphi(
         }
         files.replace_file(folder / "config.json", json.dumps(config, indent=4).encode())
     return folder
+
+
+def _delphi_split(
+    features: Features,
+    first: int,
+    after: int,
+    sequence: Int64[np.ndarray, " row"],
+    position: Int64[np.ndarray, " row"],
+) -> dict[str, np.ndarray]:
+    """Locations and activations of the features from `first` up to `after`."""
+    entries = slice(*map(int, features.by_feature["indptr"][[first, after]]))
+    row = np.asarray(features.by_feature["row"][entries])
+    value = features.by_feature["value"][entries].clip(-_FLOAT16, _FLOAT16).astype(np.float16)
+    latent = np.repeat(np.arange(after - first), features.counts[first:after])
+    order = np.lexsort((latent, row))
+    order = order[value[order] != 0]
+    place = np.stack([sequence[row], position[row], latent], axis=1)[order]
+    narrow = place.max(initial=0) < 1 << 16
+    return {"locations": place.astype(np.uint16 if narrow else np.uint32), "activations": value[order]}
 
 
 def export_neuronpedia(
@@ -120,8 +127,8 @@ def export_neuronpedia(
     """Writes dashboards of features as SAEDashboard does for Neuronpedia: `out`/batch-0.json, batch-1.json, ...
 
     A dashboard has a feature's strongest contexts, histogram, share of active tokens, and tokens promoted and
-    suppressed by `decoder_logits`. The fields that compare features with neurons are empty lists, as SAEDashboard
-    writes them if they are not computed. Numbers are rounded to 3 decimals, as there.
+    suppressed by `decoder_logits`. Fields that compare features with neurons are empty lists. Numbers are rounded to 3
+    decimals.
 
     Layout: `NeuronpediaDashboardBatch` of sae_dashboard/neuronpedia/neuronpedia_dashboard.py and the fields that
     `_process_batch` of neuronpedia_export.py reads, 2025.
@@ -130,7 +137,7 @@ def export_neuronpedia(
         features: The features.
         sae: The SAE that made them.
         out: A folder without batches.
-        ids: Ids of the features. None: all that are ever active.
+        ids: Ids of the features. None: all that are active.
         sae_set: Name of the set on Neuronpedia. None: the SAE's name.
         k: Number of contexts per feature.
         context: Number of tokens on either side.
@@ -142,27 +149,15 @@ def export_neuronpedia(
     """
     for name, value in (("k", k), ("context", context), ("batch", batch)):
         check(name, value, at_least=1)
-    chosen = np.flatnonzero(features.counts) if ids is None else np.asarray(ids, np.int64)
-    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < features.shape[1]:
-        raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {chosen.max()}")
+    chosen = _checked_ids(features, ids)
     check_sae(features, sae)
     check_writes_residual(features, sae)
     out = Path(out)
     if any(out.glob("batch-*.json")):
         raise RequestError(f"{out} already has batches; choose another out")
     unembed = load_unembed(features.store.path)
-    layer = re.match(r"blocks\.(\d+)\.", features.record.site)
-    header = {
-        "model_id": features.store.manifest.model.name,
-        "layer": int(layer[1]) if layer else 0,
-        "sae_set": sae_set or sae.name,
-    }
-    sequences = int(features.texts.sequence[-1]) + 1 if len(features) else 0
-    common = {
-        "n_prompts_total": sequences,
-        "n_tokens_in_prompt": int(features.texts.position.max(initial=-1)) + 1,
-        "dataset": str(features.store.path.name),
-    }
+    header = _set_fields(features, sae_set or sae.name)
+    common = _dataset_fields(features)
     out.mkdir(parents=True, exist_ok=True)
     with progress("writing dashboards", len(chosen), "features", shown=show_progress) as advance:
         for number, first in enumerate(range(0, len(chosen), batch)):
@@ -177,6 +172,32 @@ def export_neuronpedia(
             files.replace_file(out / f"batch-{number}.json", text.encode())
             advance(len(members))
     return out
+
+
+def _checked_ids(features: Features, ids: Sequence[int] | None) -> Int64[np.ndarray, " chosen"]:
+    chosen = np.flatnonzero(features.counts) if ids is None else np.asarray(ids, np.int64)
+    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < features.shape[1]:
+        raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {chosen.max()}")
+    return chosen
+
+
+def _set_fields(features: Features, sae_set: str) -> dict[str, int | str]:
+    """The fields of a batch that name the set of features."""
+    layer = re.match(r"blocks\.(\d+)\.", features.record.site)
+    return {
+        "model_id": features.store.manifest.model.name,
+        "layer": int(layer[1]) if layer else 0,
+        "sae_set": sae_set,
+    }
+
+
+def _dataset_fields(features: Features) -> dict[str, int | str]:
+    """The fields of a dashboard that describe the texts."""
+    return {
+        "n_prompts_total": int(features.texts.sequence[-1]) + 1 if len(features) else 0,
+        "n_tokens_in_prompt": int(features.texts.position.max(initial=-1)) + 1,
+        "dataset": str(features.store.path.name),
+    }
 
 
 def _dashboard(

@@ -187,17 +187,11 @@ def best_features(
     if not names:
         columns = ", ".join(name for name, *_ in coded)
         raise RequestError(f"labels: no value of {columns} has {least} tokens without having all; give a smaller least")
-    starts = np.cumsum([0, *(len(values) for _, values, _ in coded)])
     tokens = np.concatenate([np.bincount(codes[codes >= 0], minlength=len(values)) for _, values, codes in coded])
     active = text_counts(features)
-    best = np.empty((3, 0), np.int64)  # value, feature, hits
-    for group, rows in _groups(features):
-        entry_feature = np.repeat(np.arange(group.start, group.stop), features.counts[group])
-        candidates = [best]
-        for start, (_, values, codes) in zip(starts, coded, strict=False):
-            feature, code, hits = _pairs(entry_feature, codes[rows], len(values))
-            candidates.append(np.stack([code + start, feature, hits]))
-        best = _k_best(np.concatenate(candidates, axis=1), tokens, active, k)
+    best = np.empty((3, 0), np.int64)
+    for candidates in _label_pairs(features, coded):
+        best = _k_best(np.concatenate([best, candidates], axis=1), tokens, active, k)
     value, feature, hits = best
     table = pd.DataFrame(
         {
@@ -318,6 +312,20 @@ def _coded(
     renamed = np.full(len(values) + 1, -1, np.int32)  # the last element stands for no value
     renamed[kept] = np.arange(len(kept))
     return name, [values[code] for code in kept], renamed[codes]
+
+
+def _label_pairs(
+    features: Features, coded: Sequence[tuple[str, list[Any], Int32[np.ndarray, " row"]]]
+) -> Iterator[Int64[np.ndarray, "3 pair"]]:
+    """Value, feature and hits of all pairs that occur, by groups of features; values are numbered across labels."""
+    starts = np.cumsum([0, *(len(values) for _, values, _ in coded)])
+    for group, rows in _groups(features):
+        entry_feature = np.repeat(np.arange(group.start, group.stop), features.counts[group])
+        pairs = []
+        for start, (_, values, codes) in zip(starts, coded, strict=False):
+            feature, code, hits = _pairs(entry_feature, codes[rows], len(values))
+            pairs.append(np.stack([code + start, feature, hits]))
+        yield np.concatenate(pairs, axis=1)
 
 
 def _pairs(
