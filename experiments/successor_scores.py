@@ -75,7 +75,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             if not len(shown):
                 continue
             figure.add_scatter(
-                x=place + _aside(shown["head"], heads["head"].max()),
+                x=place + _aside(shown["head"], int(heads["head"].max())),
                 y=shown["macro"],
                 mode="markers",
                 marker={"symbol": "circle" if certain else "circle-open", "size": 8, "color": CATEGORIES[0]},
@@ -88,7 +88,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             in_legend.add(certain)
         best = heads.loc[heads["macro"].idxmax()]
         figure.add_annotation(
-            x=place + _aside(best["head"], heads["head"].max()),
+            x=place + _aside(best["head"], int(heads["head"].max())),
             y=best["macro"],
             text=f"L{best['layer']:.0f}H{best['head']:.0f}",
             showarrow=False,

@@ -247,14 +247,19 @@ def test_documents_are_the_first_ones_in_the_seeds_order(tmp_path):
 
 
 def test_a_revision_is_what_follows_the_last_at_sign(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(inputs.wb, "load_model", lambda source, **options: asked.append((source, options["revision"])))
+    demo, requests = wb.load_model("demo"), []
+
+    def load(source, **options):
+        requests.append((source, options["revision"]))
+        return demo
+
+    monkeypatch.setattr(inputs.wb, "load_model", load)
     inputs.model_of.cache_clear()
     folder = tmp_path / "a@b"
     folder.mkdir()
     for name in ("org/m@step5", "org/m", str(folder)):
         inputs.model_of(name)
-    assert asked == [("org/m", "step5"), ("org/m", None), (str(folder), None)]
+    assert requests == [("org/m", "step5"), ("org/m", None), (str(folder), None)]
     inputs.model_of.cache_clear()
 
 
