@@ -7,8 +7,7 @@ BIN := .venv/bin
 EXTRAS := dev,notebook,export
 INSTALLED := .venv/.installed
 MODELS := models/smollm2-135m/.complete
-OLDEST := tests/io tests/store tests/corpus tests/sites tests/cli tests/results tests/sae tests/probes/test_logit_lens.py \
-          tests/pages/test_figure_export.py
+OLDEST := tests/io tests/store tests/results tests/probes/test_logit_lens.py tests/sae/test_sparsity.py
 export OUT
 
 .DEFAULT_GOAL := help

@@ -22,8 +22,8 @@ def requirements(*extras: str) -> list[Requirement]:
     return [Requirement(text) for text in (*PROJECT["dependencies"], *(text for e in extras for text in EXTRAS[e]))]
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
     unpinned = [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     assert unpinned == []  # no paths, addresses or local builds: they hold on one machine only
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
@@ -39,6 +39,16 @@ def test_every_dependency_is_pinned_within_its_bounds(requirement):
     pinned = pins()[canonicalize_name(requirement.name)]
     assert pinned in requirement.specifier
     assert any(clause.operator == ">=" for clause in requirement.specifier), "give it a lower bound"
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
+def test_lower_bounds_are_the_oldest_versions_that_are_tested(requirement):
+    oldest = pins("constraints-oldest.txt").get(canonicalize_name(requirement.name))
+    if requirement.name in ("torch", "sae-lens"):  # tested with one version
+        return
+    (floor,) = (clause.version for clause in requirement.specifier if clause.operator == ">=")
+    assert oldest is not None
+    assert oldest.split(".")[: floor.count(".") + 1] == floor.split(".")
 
 
 def test_the_fixed_packages_are_in_the_conda_environment():
