@@ -57,7 +57,8 @@ class Features:
 
         sparsity = None if self.k is None else SPARSITY_RULES[self.sparsity](self.k)
         workers = self.parallel.to_workers(self.device)
-        sae = load_sae(self.sae, self.sae_id, device=(workers and workers.planning_device) or self.device)
+        device = (None if workers is None else workers.planning_device) or self.device
+        sae = load_sae(self.sae, self.sae_id, device=device)
         features = extract_features(
             open_store(self.store),
             sae,

@@ -72,7 +72,7 @@ class Record:
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
         workers = self.parallel.to_workers(self.device)
-        device = (workers and workers.planning_device) or self.device
+        device = (None if workers is None else workers.planning_device) or self.device
         sae = self._sae(device)
         model = load_model(
             self.model,
