@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from lens_example import KINDS, TEXTS, followers, log_softmax, record
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GPT2Config, PhiConfig
+from transformers import AutoModelForCausalLM, GPT2Config
 from words import WORDS
 
-import workbench as wb
 from workbench.analysis import rows as store_rows
 from workbench.analysis.lens import lens_statistics
 from workbench.analysis.lens_figures import lens_grid
@@ -24,49 +22,6 @@ from workbench.model.load import Model
 from workbench.model.unembed import load_unembed
 from workbench.probes import LogitLens
 from workbench.testing import ProbeContract
-
-NORMS = {
-    "GPT2LMHeadModel": "transformer.ln_f",
-    "LlamaForCausalLM": "model.norm",
-    "GPTNeoXForCausalLM": "gpt_neox.final_layer_norm",
-    "Gemma2ForCausalLM": "model.norm",
-    "PhiForCausalLM": "model.final_layernorm",
-}
-TEXTS = [
-    "Once upon a time the little day was Monday and Tuesday was the day to Once upon a time",
-    "Monday",
-    "the little day was to the little Monday and Tuesday and the time was Once",
-]
-KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-
-
-def record(model, texts, out, sites=("resid_post",), **options):
-    return wb.record(model, texts, out=out, sites=sites, **{"dtype": "float32", "show_progress": False, **options})
-
-
-@pytest.fixture(scope="session")
-def tiny_stores(tiny_models, tiny_tokenizer, tmp_path_factory):
-    """TEXTS in every family, by family: sequences of at most 12 tokens, BOS first."""
-    folder = tmp_path_factory.mktemp("lens")
-    stores = {}
-    for family, module in tiny_models.items():
-        sites = ("resid_mid", "resid_post") if family == "llama" else ("resid_post",)
-        model = Model(module, tiny_tokenizer, f"tiny-{family}")
-        stores[family] = record(model, TEXTS, folder / family, sites, context=12, bos="always")
-    return stores
-
-
-@pytest.fixture(scope="session")
-def llama_store(tiny_stores):
-    return tiny_stores["llama"]
-
-
-@pytest.fixture(scope="session")
-def wide_store(tiny_models, tmp_path_factory):
-    """Every kind of site of a model without tokenizer, and some that no lens can read."""
-    ids = [[5, 6, 7, 8, 9], [10, 11, 12]]
-    sites = (*KINDS, "mlp_post", "z")
-    return record(Model(tiny_models["llama"], None, "bare"), ids, tmp_path_factory.mktemp("wide") / "acts", sites)
 
 
 class TestContract(ProbeContract):
@@ -78,152 +33,12 @@ class TestContract(ProbeContract):
         return llama_store
 
 
-def sequences_of(store) -> list[np.ndarray]:
-    table = store.tokens.to_pandas()
-    return [part["token_id"].to_numpy() for _, part in table.groupby("sequence", sort=True)]
-
-
-def plain_logits(module, sequences) -> np.ndarray:
-    """[layer, row, vocab] in float64, from output_hidden_states and the model's own logits; nothing of ours."""
-    norm, head = module.get_submodule(NORMS[type(module).__name__]), module.get_output_embeddings()
-    cap = getattr(module.config, "final_logit_softcapping", None)
-    module = copy.deepcopy(module)  # transformers leaves hooks in a model that was asked for hidden states
-    parts = []
-    with torch.inference_mode():
-        for ids in sequences:
-            output = module(input_ids=torch.tensor(ids)[None], output_hidden_states=True)
-            earlier = [head(norm(hidden[0])) for hidden in output.hidden_states[1:-1]]
-            if cap is not None:
-                earlier = [cap * torch.tanh(logits / cap) for logits in earlier]
-            parts.append(torch.stack([*earlier, output.logits[0]]).double().numpy())
-    return np.concatenate(parts, axis=1)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def check_against(data, logs: np.ndarray, targets: np.ndarray, atol: float = 1e-4) -> None:
-    """Every array of a result against log-probabilities [layer, row, vocab]; targets -1: none."""
-    p = np.exp(logs)
-    known = targets >= 0
-    at = np.where(known, np.take_along_axis(logs, np.maximum(targets, 0)[None, :, None], -1)[..., 0], np.nan)
-    close = {"rtol": 0, "atol": atol}
-    np.testing.assert_allclose(data["entropy"], -(p * logs).sum(-1), **close)
-    np.testing.assert_allclose(data["kl"], (p[-1] * (logs[-1] - logs)).sum(-1), **close)
-    np.testing.assert_allclose(data["cross_entropy"], -at, **close)
-    middle = np.log((p + p[-1]) / 2)
-    js = ((p * (logs - middle)).sum(-1) + (p[-1] * (logs[-1] - middle)).sum(-1)) / 2
-    np.testing.assert_allclose(data["js"], js, **close)
-    np.testing.assert_allclose(data["tv"], abs(p - p[-1]).sum(-1) / 2, **close)
-    chosen = logs[-1].argmax(-1)[None, :, None]
-    np.testing.assert_allclose(data["surprise"], -np.take_along_axis(logs, chosen, -1)[..., 0], **close)
-    rank = data["rank"].to_numpy()
-    assert (rank[:, ~known] == 0).all()
-    surely, perhaps = ((logs > at[..., None] + shift).sum(-1) for shift in (atol, -atol))
-    assert (1 + surely <= rank)[:, known].all()
-    assert (rank <= perhaps)[:, known].all()  # the target itself is among `perhaps`
-    ids, top = data["top_id"].to_numpy(), data["top_probability"].to_numpy()
-    np.testing.assert_allclose(top, np.take_along_axis(p, ids.astype(int), -1), **close)
-    np.testing.assert_allclose(top, -np.sort(-p, axis=-1)[..., : top.shape[-1]], **close)
-    assert all(len(set(line)) == len(line) for line in ids.reshape(-1, ids.shape[-1]).tolist())
-    means = {"entropy": -(p * logs).sum(-1).mean(1), "kl": (p[-1] * (logs[-1] - logs)).sum(-1).mean(1)}
-    means |= {"cross_entropy": -at[:, known].mean(1), "agreement": (logs.argmax(-1) == logs[-1].argmax(-1)).mean(1)}
-    means |= {"accuracy": (logs.argmax(-1) == targets)[:, known].mean(1)}
-    for name, mean in means.items():
-        np.testing.assert_allclose(data[f"mean_{name}"], mean, **close)
-    assert (int(data["rows"]), int(data["rows_with_next"])) == (len(targets), known.sum())
-
-
-def followers(store) -> np.ndarray:
-    """next_tokens again, one row at a time."""
-    rows = store.tokens.select(["token_id", "sequence", "document"]).to_pylist()
-    return np.array(
-        [
-            after["token_id"] if (row["sequence"], row["document"]) == (after["sequence"], after["document"]) else -1
-            for row, after in itertools.pairwise(rows)
-        ]
-        + [-1]
-    )
-
-
 def refusal(call) -> str:
     with pytest.raises(RequestError) as caught:
         call()
     text = str(caught.value)
     assert "\n" not in text
     return text
-
-
-# Against the model
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
-def test_every_layer_is_what_plain_transformers_gives(tiny_models, tiny_stores, family):
-    store = tiny_stores[family]
-    logits = plain_logits(tiny_models[family], sequences_of(store))
-    check_against(LogitLens().run(store).data, log_softmax(logits), followers(store))
-    final = load_unembed(store.path)(store["resid_post", 2][:])
-    np.testing.assert_allclose(final, logits[-1], rtol=0, atol=1e-4)
-
-
-def test_a_soft_cap_that_is_left_out_would_show(tiny_models, tiny_stores):
-    """Gemma 2's caps its logits at 2 here: what the lens says must know of it."""
-    entropy = LogitLens().run(tiny_stores["gemma2"]).data["entropy"].to_numpy()
-    capped = log_softmax(plain_logits(tiny_models["gemma2"], sequences_of(tiny_stores["gemma2"])))
-    logits = 2 * np.arctanh(
-        np.clip(plain_logits(tiny_models["gemma2"], sequences_of(tiny_stores["gemma2"])) / 2, -1, 1)
-    )
-    uncapped = log_softmax(np.clip(logits, -50, 50))
-    assert abs(-(np.exp(uncapped) * uncapped).sum(-1) - entropy).min() > 0.05
-    np.testing.assert_allclose(-(np.exp(capped) * capped).sum(-1), entropy, atol=1e-4)
-
-
-def test_a_head_with_a_bias(tmp_path):
-    config = PhiConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, bos_token_id=0
-    )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        module = AutoModelForCausalLM.from_config(config).eval()
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    ids = [[5, 6, 7, 8], [9, 10, 11]]
-    store = record(module, ids, tmp_path / "acts")
-    check_against(LogitLens().run(store).data, log_softmax(plain_logits(module, ids)), followers(store))
-
-
-@pytest.mark.parametrize(("name", "loss"), [("stories260K", 1.733), ("babyllama-105", 0.791)])
-def test_real_models(name, loss, request, tinystories, tmp_path):
-    """The last layer is the model; its loss on 20 of 200 stories is near the one that all of them give."""
-    folder = request.getfixturevalue(name.partition("-")[0].lower())
-    model = wb.load_model(folder)
-    with tinystories.open() as lines:
-        texts = [json.loads(line)["text"] for line in itertools.islice(lines, 0, 200, 10)]
-    ids = [model.tokenizer(text)["input_ids"][: model.context_limit] for text in texts]
-    store = record(model, ids, tmp_path / "acts", context=model.context_limit)
-    assert [part.tolist() for part in sequences_of(store)] == ids
-    result = LogitLens(detail=500).run(store)
-    logits = plain_logits(AutoModelForCausalLM.from_pretrained(folder), ids)
-    np.testing.assert_allclose(load_unembed(store.path)(store["resid_post", 4][:]), logits[-1], rtol=0, atol=1e-4)
-    logs, targets = log_softmax(logits), followers(store)
-    known = targets >= 0
-    losses = -logs[:, np.flatnonzero(known), targets[known]].mean(1)
-    np.testing.assert_allclose(result.data["mean_cross_entropy"], losses, rtol=0, atol=1e-4)
-    assert losses[-1] == pytest.approx(loss, abs=0.1)
-    assert losses[0] > losses[-1] + 1
-    data = result.data.isel(layer=slice(3, None))
-    np.testing.assert_allclose(data["kl"], (np.exp(logs[-1]) * (logs[-1] - logs[3:])).sum(-1)[:, :500], atol=1e-4)
-    assert float(result.data["mean_kl"][-1]) == 0
-    assert float(result.data["mean_agreement"][-1]) == 1
-
-
-def test_half_precision_in_the_store_moves_the_numbers_a_little(tiny_models, tiny_stores, tmp_path):
-    ids = [part.tolist() for part in sequences_of(tiny_stores["llama"])]
-    half = record(tiny_models["llama"], ids, tmp_path / "acts", dtype="float16")
-    exact, rounded = (LogitLens().run(store).data["entropy"].to_numpy() for store in (tiny_stores["llama"], half))
-    assert 0 < abs(rounded - exact).max() < 0.01
 
 
 # Planted distributions
@@ -537,7 +352,7 @@ def test_words_are_single_tokens(llama_store):
 def test_a_site_that_is_not_recorded(llama_store):
     assert refusal(lambda: LogitLens(site="attn_out").run(llama_store)) == (
         f"attn_out.0 is not recorded in {llama_store.path}; recorded are 6: resid_mid.0, resid_post.0, resid_mid.1, "
-        "resid_post.1, resid_mid.2, resid_post.2; to have it: "
+        "resid_post.1, resid_mid.2, resid_post.2; to record it: "
         "workbench record tiny-llama TEXT --sites attn_out.0 --out ANOTHER_STORE"
     )
 
@@ -545,7 +360,7 @@ def test_a_site_that_is_not_recorded(llama_store):
 def test_the_last_block_is_not_recorded(tiny_models, tmp_path):
     store = record(Model(tiny_models["llama"], None, "tiny"), [[5, 6]], tmp_path / "acts", ("resid_post.0:2",))
     assert refusal(lambda: LogitLens().run(store)) == (
-        f"resid_post.2 is not recorded in {store.path}; recorded are 2: resid_post.0, resid_post.1; to have it: "
+        f"resid_post.2 is not recorded in {store.path}; recorded are 2: resid_post.0, resid_post.1; to record it: "
         "workbench record tiny TEXT --sites resid_post.2 --out ANOTHER_STORE"
     )
 
@@ -558,10 +373,10 @@ def test_a_layer_is_no_kind_of_site(llama_store):
 
 def test_sites_that_no_lens_reads(wide_store):
     assert refusal(lambda: LogitLens(site="mlp_post").run(wide_store)) == (
-        "site 'mlp_post' has axes (row, d_mlp); the lens reads (row, d_model)"
+        "site 'mlp_post' has axes (row, d_mlp); a site of axes (row, d_model) is needed"
     )
     assert refusal(lambda: LogitLens(site="z").run(wide_store)) == (
-        "site 'z' has axes (row, head, d_head); the lens reads (row, d_model)"
+        "site 'z' has axes (row, head, d_head); a site of axes (row, d_model) is needed"
     )
 
 

@@ -21,8 +21,6 @@ UPWARD_TYPES: set[tuple[str, str]] = set()
 # What is larger than allowed today. Entries may only shrink and go; none is added.
 LONG_FILES: dict[str, int] = {
     "probes/attention_sinks.py": 553,
-    "tests/probes/test_attention_sinks.py": 710,
-    "tests/probes/test_logit_lens.py": 652,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "experiments/panels.py:curves": 81,
