@@ -77,8 +77,8 @@ def said_in_text(store, model):
     return said
 
 
-def asked_by_hand(store, model, prompt, layer, blind, zero=False):
-    """Top tokens [row, horizon], a row at a time through hooks of torch; the blind ones greedily, token by token."""
+def predict_by_hand(store, model, prompt, layer, free_running, zero=False):
+    """Top tokens [row, horizon], one row at a time through torch hooks; free-running ones token by token."""
     ids = store.tokens["token_id"].to_numpy().astype(np.int64)
     start = model.tokenizer(prompt)["input_ids"]
     block, found = model.module.model.layers[layer], []
@@ -93,7 +93,7 @@ def asked_by_hand(store, model, prompt, layer, blind, zero=False):
         handle, answers = block.register_forward_hook(change), []
         with torch.no_grad():
             for n in range(4):
-                after = answers if blind else ids[row + 1 : row + 1 + n].tolist()
+                after = answers if free_running else ids[row + 1 : row + 1 + n].tolist()
                 answers.append(model.module(input_ids=torch.tensor([[*start, *after]])).logits[0, -1].argmax().item())
         handle.remove()
         found.append(answers)
@@ -108,14 +108,14 @@ def test_precision_is_that_of_a_run_by_hand(store, model, result, prompt, regime
     targets = said_in_text(store, model)[rows[:, None] + np.arange(4)]
     at = result.data.sel(prompt=prompt, regime=regime, layer=layer)
     for name, zero in (("precision", False), ("zero_precision", True)):
-        answers = asked_by_hand(store, model, prompt, layer, regime == "free-running", zero)
+        answers = predict_by_hand(store, model, prompt, layer, regime == "free-running", zero)
         found = at[name].sel(k=1) if name == "precision" else at[name]
         np.testing.assert_allclose(found, (answers == targets).mean(0))
     assert int(result.data["rows"]) == len(rows)
 
 
 def test_surprisal_is_of_what_was_said(store, model, result):
-    rows, answers = chosen_rows(store), asked_by_hand(store, model, FEW.prompts[0], 1, blind=True)
+    rows, answers = chosen_rows(store), predict_by_hand(store, model, FEW.prompts[0], 1, free_running=True)
     sequence, ids = (store.tokens[name].to_numpy() for name in ("sequence", "token_id"))
     total = np.zeros(4)
     with torch.no_grad():
@@ -133,9 +133,9 @@ def test_the_last_layer_says_the_next_token_whatever_the_prompt(result):
 
 
 def test_the_regimes_differ_only_past_the_next_token(result):
-    fed, blind = (result.data["precision"].sel(regime=regime) for regime in REGIMES)
-    np.testing.assert_array_equal(fed.sel(horizon=0), blind.sel(horizon=0))
-    assert (fed.sel(horizon=1) != blind.sel(horizon=1)).any()
+    forced, free = (result.data["precision"].sel(regime=regime) for regime in REGIMES)
+    np.testing.assert_array_equal(forced.sel(horizon=0), free.sel(horizon=0))
+    assert (forced.sel(horizon=1) != free.sel(horizon=1)).any()
 
 
 def test_a_state_is_above_zeros_and_above_another_tokens_where_it_decides(result):
