@@ -285,9 +285,9 @@ class _Tokens:
 
 def _select_tokens(probe: FuturePrompts, task: FutureTask, positions: int) -> _Tokens:
     limits = {"training": probe.training_rows, "validation": probe.row_limit // 2, "tested": probe.row_limit}
-    parts = (_evenly(task.rows.at(part, probe.horizons - 1), limit) for part, limit in limits.items())
+    parts = {part: _evenly(task.rows.at(part, probe.horizons - 1), limit) for part, limit in limits.items()}
     batch = max(1, _LOGIT_BYTES // (4 * positions * task.unembed.vocab))
-    return _Tokens(task, probe.horizons, *parts, batch)
+    return _Tokens(task, probe.horizons, **parts, batch=batch)
 
 
 def _evenly(rows: Int[np.ndarray, " row"], limit: int) -> Int[np.ndarray, " kept"]:

@@ -177,7 +177,7 @@ class SuccessorHeads:
         spelling = {"space": self.space, "case": self.case, "wrap": self.wrap}
         chains = find_chains(unembed, min_members=self.min_members, **spelling)
         ids = torch.tensor(sorted({token for chain in chains for token in chain.ids.tolist()}))
-        x, unembed = first_mlp(model, ids, self.first_mlp).to(model.device), unembed.to(model.device)
+        x, unembed = first_mlp(model, ids, self.first_mlp).to(model.device), unembed.to(model.device)  # pyright: ignore[reportArgumentType]  # checked
         outputs = _equal_heads(model)
         classes = _Classes(chains, ids)
         tops = np.stack([classes.tops(logits) for _, logits in ov_logits(model, x, ids, unembed)])

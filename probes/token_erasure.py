@@ -440,7 +440,7 @@ def vocabulary(table: pd.DataFrame) -> pd.DataFrame:
     """Returns segments of several tokens by text, highest mean psi first, with counts and whether any is a word."""
     several = table[table["tokens"] > 1]
     grouped = several.groupby("text").agg(psi=("psi", "mean"), times=("psi", "size"), is_span=("is_span", "any"))
-    return grouped.sort_values(["psi", "times"], ascending=False).reset_index()
+    return grouped.sort_values(["psi", "times"], ascending=False).reset_index()  # pyright: ignore[reportCallIssue]  # pandas
 
 
 def _vocabulary(result: Result) -> go.Figure:

@@ -1,5 +1,7 @@
 """Attention pattern of one head at a time over a text."""
 
+# pyright: reportAttributeAccessIssue=false
+# plotly makes attributes at run time
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Descriptions of a figure: its data as a table, its caption, its alternative text."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false, reportCallIssue=false
+# plotly makes attributes at run time
 from __future__ import annotations
 
 from typing import Any

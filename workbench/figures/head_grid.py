@@ -1,5 +1,7 @@
 """Heat map with one value per attention head, layers by heads."""
 
+# pyright: reportAttributeAccessIssue=false
+# plotly makes attributes at run time
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

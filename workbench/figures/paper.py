@@ -1,5 +1,7 @@
 """Figures for print: width in inches, type in points, the title left to the caption."""
 
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportOperatorIssue=false, reportArgumentType=false
+# plotly makes attributes at run time
 from __future__ import annotations
 
 import math

@@ -56,7 +56,7 @@ def overview(summary: StoreSummary) -> dict[str, go.Figure]:
     figures = {"sites": _sites(summary), "tokens": _tokens(summary), "norms": _norms(summary)}
     for figure in figures.values():
         figure.update_layout(meta={"provenance": sentence(summary.provenance)})
-    return {name: figure for name, figure in figures.items() if len(figure.data)}
+    return {name: figure for name, figure in figures.items() if len(figure.data)}  # pyright: ignore[reportArgumentType]  # plotly
 
 
 def _sites(summary: StoreSummary) -> go.Figure:

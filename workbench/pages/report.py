@@ -70,13 +70,13 @@ def section(result: Result) -> Section:
         table=result.table,
         provenance=provenance,
         question=(probe.__doc__ or "").strip().partition("\n")[0],
-        definition=definition(probe),
+        definition=definition(probe),  # pyright: ignore[reportArgumentType]  # or an Experiment
         papers=getattr(probe, "sources", ()),
         controls=[
             (name, _value_range(result.data[name]) if name in result.data else "", meaning)
             for name, meaning in getattr(probe, "controls", {}).items()
         ],
-        settings=_settings(getattr(probe, "Config", probe), result.provenance.get("settings", {})),
+        settings=_settings(getattr(probe, "Config", probe), result.provenance.get("settings", {})),  # pyright: ignore[reportArgumentType]  # or an Experiment
         variables=_variables(probe, result.data),
     )
 
@@ -236,7 +236,7 @@ def _drawing(figure: Figure) -> dict[str, Any]:
     bare = go.Figure(figure)
     top = (bare.layout.margin.t or 70) - (14 if bare.layout.title.text else 0)
     bare.update_layout(title=None, margin={"t": top}, width=None, height=figure.layout.height or 450)
-    light, other = (json.loads(part.to_json()) for part in (bare, to_dark(bare)))
+    light, other = (json.loads(part.to_json()) for part in (bare, to_dark(bare)))  # pyright: ignore[reportArgumentType]  # plotly
     cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)
     return {**light, "dark": _changes(light, other), "width": figure.layout.width or 760, "fluid": not cells}
 
