@@ -234,7 +234,7 @@ def test_features_by_workers_are_those_of_one_process(in_this_process, folder, t
     assert contents(found[0].path).keys() == contents(found[1].path).keys()
 
 
-def test_cells_of_a_sweep_by_workers_have_the_table_of_one_process(session, tmp_path):
+def test_a_sweep_by_workers_has_the_table_of_one_process(session, tmp_path):
     from workbench.experiments.sinks import Config
     from workbench.runs.sweep import grid, sweep
 
@@ -251,7 +251,7 @@ def test_cells_of_a_sweep_by_workers_have_the_table_of_one_process(session, tmp_
 
 
 def dies_over_three(device: str, folder: Path):
-    """Begins a worker that ends without a word over the task 3, and does the others, telling how often."""
+    """Returns a function that kills its process over task 3 and runs the others; each attempt leaves a byte."""
 
     def do(task: int) -> int:
         with open(folder / str(task), "a") as file:
@@ -314,7 +314,7 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
         begin_spans("cpu", folder / "one", site, SavedSae(tmp_path, "sae", ""), EncodingSettings(), gone)
 
 
-def test_a_worker_with_other_versions_is_told_of_once():
+def test_other_versions_of_a_worker_are_reported_once():
     from workbench.io.versions import library_versions
     from workbench.parallel import ray as parallel
 
@@ -352,7 +352,7 @@ def test_workers_that_die_before_their_first_task_end_the_work(session, monkeypa
         list(wb.RayWorkers(1, threads=1).map(always_dies, (), [0, 1], lost, "cpu"))
 
 
-def test_work_over_which_workers_died_too_often_ends_in_one_line(folder, tmp_path, monkeypatch):
+def test_workers_that_die_too_often_end_the_work_with_one_line(folder, tmp_path, monkeypatch):
     """A recording and an extraction end there; a sweep goes on with its other cells."""
     from sae_example import save_sae
 

@@ -34,21 +34,15 @@ _SEGMENT_ROWS = 65_536
 class RecordingPlan:
     """A recording as requested of one model, before its texts are read."""
 
-    out: Path
     settings: Recording
     """Settings with the default sites filled in."""
     context: int
     """Tokens in the longest sequence."""
     added: AddedTokens
-    model: ModelRecord
     sites: tuple[SiteRecord, ...]
     """Sites that are stored."""
     features: EncodedSite | None
     """Site whose SAE features are extracted."""
-    unembed: Callable[[Path], None] | None
-    """Writes the unembedding to a path."""
-    unembed_reason: str | None
-    """Reason why there is no unembedding."""
 
     @property
     def encoded_only(self) -> EncodedSite | None:
@@ -86,7 +80,7 @@ class PartPlan:
 def plan_recording(
     model: Model, settings: Recording, out: Path, features: RecordedFeatures | None = None
 ) -> RecordingPlan:
-    """Resolves a request against a model: its sites, its context, its unembedding.
+    """Resolves a request against a model: its sites, its context, its features.
 
     Args:
         model: The model that will run.
@@ -106,17 +100,12 @@ def plan_recording(
     if features is not None:
         site = features.select_site(model.site_map, sites)
         encoded = features.at(site, _site_record(site, context, settings.dtype), model.name, out)
-    unembed, reason = _unembed(model)
     return RecordingPlan(
-        out=out,
         settings=settings,
         context=context,
         added=added,
-        model=_model_record(model),
         sites=tuple(_site_record(site, context, settings.dtype) for site in sites),
         features=encoded,
-        unembed=unembed,
-        unembed_reason=reason,
     )
 
 
@@ -218,7 +207,8 @@ def _site_record(site: Site, context: int, dtype: str) -> SiteRecord:
     return SiteRecord(name=site.name, short=site.short, axes=("row", *site.axes), shape=shape, dtype=dtype)
 
 
-def _model_record(model: Model) -> ModelRecord:
+def model_record(model: Model) -> ModelRecord:
+    """Returns what a store records of its model."""
     sites = model.site_map
     return ModelRecord(
         name=model.name,
@@ -235,8 +225,8 @@ def _model_record(model: Model) -> ModelRecord:
     )
 
 
-def _unembed(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
-    """A function that writes the unembedding, or the reason why there is none."""
+def unembed_writer(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
+    """Returns a function that writes the unembedding to a path, or None and the reason why there is none."""
     try:
         unembed = measure_unembed(model.module, model.site_map.last_block)
     except NoUnembed as error:

@@ -22,7 +22,14 @@ from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
-from workbench.recording.planning import RecordingPlan, plan_part, plan_recording, plan_tokens
+from workbench.recording.planning import (
+    RecordingPlan,
+    model_record,
+    plan_part,
+    plan_recording,
+    plan_tokens,
+    unembed_writer,
+)
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
 from workbench.store.manifest import SiteRecord, read_counts
@@ -126,29 +133,30 @@ def _record(
         metadata=plan.settings.metadata,
         span_column=plan.settings.span_column,
     )
-    device = workers.device_type(model.device.type)
-    with _opened(plan, device, append, workers.shared) as writer, _scratch(plan.out, workers.suffix) as folder:
+    with _opened(plan, model, out, append, workers) as writer, _scratch(out, workers.suffix) as folder:
         with explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows):
             sequences = plan_tokens(plan, model, documents, folder, show_progress)
         part, segments = plan_part(plan, writer, sequences, folder, append)
         write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
-    return finish_recording(plan, workers, show_progress)
+    return finish_recording(out, plan, workers, show_progress)
 
 
 @contextmanager
-def _opened(plan: RecordingPlan, device: str, append: bool, shared: bool) -> Iterator[Writer]:
+def _opened(plan: RecordingPlan, model: Model, out: Path, append: bool, workers: Workers) -> Iterator[Writer]:
     """The store of the recording, made or reopened, and held until the block is left."""
+    description = model_record(model)
+    unembed, reason = unembed_writer(model)
     with open_writer(
-        plan.out,
-        model=plan.model,
+        out,
+        model=description,
         sites=plan.sites,
         recording=plan.settings,
         tokens_added={"prefix": list(plan.added.prefix), "suffix": list(plan.added.suffix)},
-        environment=library_versions() | {"device": device},
-        unembed=plan.unembed,
-        unembed_reason=plan.unembed_reason,
+        environment=library_versions() | {"device": workers.device_type(model.device.type)},
+        unembed=unembed,
+        unembed_reason=reason,
         features=plan.encoded_only and plan.encoded_only.label,
-        shared=shared,
+        shared=workers.shared,
     ) as writer:
         if plan.encoded_only and append and writer.manifest.rows and writer.manifest.complete:
             raise RequestError(
@@ -170,11 +178,11 @@ def _scratch(out: Path, suffix: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def finish_recording(plan: RecordingPlan, workers: Workers, show_progress: bool) -> Store:
+def finish_recording(out: Path, plan: RecordingPlan, workers: Workers, show_progress: bool) -> Store:
     """Stage 3 of a recording: opens the store, warns of values that were lost, completes the features."""
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
 
-    store = open_store(plan.out)
+    store = open_store(out)
     _warn_of_lost_values(store, plan.all_sites)
     if plan.features and store.manifest.complete:  # else the last process that shares the recording completes them
         plan.features.finish(store, workers, show_progress=show_progress)
