@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from labelled import SPANS, TEXT, by_character, source
 
-from workbench.corpus.sequences import Layout, plan_sequences
+from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import read_documents
 from workbench.corpus.spans import Span
 from workbench.corpus.tokenizer import TOKEN_SCHEMA, AddedTokens

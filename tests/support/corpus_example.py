@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from workbench.corpus.sequences import Layout, plan_sequences
+from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
 from workbench.corpus.tokens import token_table

@@ -4,7 +4,7 @@
     spans      labelled parts of a text, and the tokens that they cover
     tokenizer  tokens added around a text, and the text of a token
     columns    metadata and spans of documents as Arrow tables
-    sequences  documents as sequences on disk, segments, batches
+    layout     documents as sequences on disk, segments, batches
     tokens     token table of planned sequences
 
 A million documents need no more memory than a thousand: documents are read one batch at a time, and planned sequences

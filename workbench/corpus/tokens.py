@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from workbench.corpus.sequences import Sequences
+from workbench.corpus.layout import Sequences
 from workbench.corpus.spans import label_tokens
 from workbench.corpus.tokenizer import TOKEN_SCHEMA
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.corpus.sequences import Sequences, batch_plan, open_sequences
+from workbench.corpus.layout import Sequences, batch_plan, open_sequences
 from workbench.corpus.tokenizer import token_texts
 from workbench.corpus.tokens import token_table
 from workbench.io.errors import RequestError

@@ -28,7 +28,7 @@ from corpus_example import (
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from workbench.corpus.sequences import Layout, batch_plan, digest, plan_sequences, segment_plan
+from workbench.corpus.layout import Layout, batch_plan, digest, plan_sequences, segment_plan
 from workbench.corpus.sources import Document, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
 from workbench.io.errors import RequestError
