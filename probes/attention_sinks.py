@@ -44,6 +44,7 @@ from workbench.probing import (
     layer_curves,
     layers_of,
     massive_shares,
+    note_missing,
     position_bars,
     provenance,
     ratio,
@@ -52,6 +53,8 @@ from workbench.probing import (
     select_sequences,
     stack_heads,
     stack_layers,
+    stack_value_norms,
+    strongest_patterns,
     value_norms,
     with_interval,
     with_side_panel,
@@ -71,9 +74,7 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("alpha", (*_HEAD, "position"), "attention", "mean over sequences of the attention received", _UNIFORM),
     Variable("sink_share", _HEAD, "share of sequences", "sequences in which the position `sink` is a sink", "0"),
     Variable("row_entropy", _HEAD, "share of the largest entropy", "entropy of what a query attends to", "1"),
-    Variable(
-        "column_entropy", _HEAD, "share of the largest entropy", "largest entropy of the attention to one key", "1"
-    ),
+    Variable("column_entropy", _HEAD, "share of the largest entropy", "largest entropy of a column", "1"),
     Variable("detected", _HEAD, "share of sequences", "sequences in which the entropy detector takes the head", "0"),
     Variable("value_norm_sink", _HEAD, "L2 norm", "mean norm of the value vector of the sink"),
     Variable("value_norm_others", _HEAD, "L2 norm", "mean norm of the value vectors of the other tokens"),
@@ -83,35 +84,16 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("residual_norm_ratio", _LAYER, "times the others' mean", "residual_norm_sink / residual_norm_others", "1"),
     Variable("massive_top", _LAYER, "|h|", "largest activation of a sequence, mean over sequences"),
     Variable("massive_median", _LAYER, "|h|", "median activation of a sequence, mean over sequences"),
-    Variable("massive_position", _LAYER, "position", "most frequent position of the largest activation"),
-    Variable(
-        "massive_dimension",
-        _LAYER,
-        "dimension of the residual stream",
-        "most frequent dimension of the largest activation",
-    ),
-    Variable("massive_above_absolute", _LAYER, "share of sequences", "largest activation above massive_absolute", "0"),
-    Variable(
-        "massive_above_ratio", _LAYER, "share of sequences", "largest activation above massive_ratio x the median", "0"
-    ),
+    Variable("massive_position", _LAYER, "position", "most frequent position of the largest |h|"),
+    Variable("massive_dimension", _LAYER, "dimension", "most frequent dimension of the largest |h|"),
+    Variable("massive_above_absolute", _LAYER, "share of sequences", "largest |h| above massive_absolute", "0"),
+    Variable("massive_above_ratio", _LAYER, "share of sequences", "largest |h| above massive_ratio x the median", "0"),
     Variable("massive", _LAYER, "share of sequences", "largest activation above both thresholds", "0"),
-    Variable(
-        "sink_k",
-        ("position",),
-        "% of heads",
-        "share of (sequence, layer, head) with alpha above epsilon, 0 to 100",
-        "0",
-    ),
+    Variable("sink_k", ("position",), "% of heads", "heads with alpha above epsilon, 0 to 100", "0"),
     *with_interval(Variable("sink", (), "% of heads", "sink_k at the position `sink`", "0")),
-    Variable(
-        "reliable", ("position",), "1 = min_visible queries or more see it", "whether enough queries see the position"
-    ),
-    *with_interval(
-        Variable("attention", _DOMAIN, "attention", "mean attention of later tokens to the sink, in the domain")
-    ),
-    *with_interval(
-        Variable("gap", _HEAD, "attention", "attention in the most attending domain less that in the least attending")
-    ),
+    Variable("reliable", ("position",), "1 = reliable", "min_visible queries or more see the position"),
+    *with_interval(Variable("attention", _DOMAIN, "attention", "mean attention of later tokens to the sink")),
+    *with_interval(Variable("gap", _HEAD, "attention", "attention in the most less the least attending domain")),
     Variable("gap_most", _HEAD, "index of a domain", "domain that attends most to the sink"),
     Variable("gap_least", _HEAD, "index of a domain", "domain that attends least to the sink"),
     Variable("documents", ("domain",), "documents", "documents of the domain"),
@@ -212,7 +194,7 @@ class AttentionSinks:
         }
         every = sorted({*layers, *residual})
         arrays = stack_heads(every, received, _OF_HEADS) | stack_layers(every, residual)
-        arrays |= _value_ratio(every, received, norms)
+        arrays |= stack_value_norms(every, {layer: len(part["sink_share"]) for layer, part in received.items()}, norms)
         heads = len(sequences) * sum(len(part["sink_share"]) for part in received.values())
         arrays["sink_k"] = 100 * np.sum([part["above"] for part in received.values()], axis=0) / heads
         arrays |= _sink_interval(self, received, sequences)
@@ -318,9 +300,8 @@ def _residual(probe: AttentionSinks, store: Store, layer: int, sequences: Sequen
     """Mean norms of the sink and of the others and, from resid_post itself, massive activations."""
     sink, others, largest = residual_norms(store, layer, sequences, probe.sink)
     values = {"residual_norm_sink": sink, "residual_norm_others": others, "residual_norm_ratio": ratio(sink, others)}
-    if not len(largest):
-        return values
-    return values | massive_shares(largest, probe.massive_absolute, probe.massive_ratio)
+    massive = massive_shares(largest, probe.massive_absolute, probe.massive_ratio) if len(largest) else {}
+    return values | massive
 
 
 def _domains(
@@ -345,43 +326,19 @@ def _domains(
     return arrays
 
 
-# ---- the result -----------------------------------------------------------------------------------------
-
-
 def _examples(probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequences: Sequences) -> xr.Dataset:
     """Attention over the first sequence that counts, of the heads with the largest alpha among those recorded whole."""
-    at_sink = alpha.isel(position=probe.sink).to_numpy()
-    recorded = set(layers_of(store, "pattern"))
-    ranked = [np.unravel_index(i, at_sink.shape) for i in np.argsort(-at_sink, axis=None, kind="stable")]  # NaN last
-    layers = alpha["layer"].to_numpy()
-    chosen = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(at_sink[i, head])]
-    chosen = [place for place in chosen if place[0] in recorded][: probe.examples]
-    if not chosen:
-        return xr.Dataset()
     rows = sequences.starts[0] + np.arange(min(sequences.length, _EXAMPLE))
-    patterns = [store["pattern", layer][rows][:, head, : len(rows)].float().numpy() for layer, head in chosen]
+    at_sink, layers = alpha.isel(position=probe.sink).to_numpy(), alpha["layer"].to_numpy().tolist()
+    layer, head, patterns = strongest_patterns(store, at_sink, layers, rows, probe.examples)
+    if not len(patterns):
+        return xr.Dataset()
     tokens = store.tokens["token"].take(rows).to_pylist()
-    layer, head = np.array(chosen).T
-    arrays = {"example_pattern": np.stack(patterns), "example_layer": layer, "example_head": head}
+    arrays = {"example_pattern": patterns, "example_layer": layer, "example_head": head}
     examples = dataset(_VARIABLES, arrays)
     # as JSON: a token may hold characters that netCDF does not
     examples["example_pattern"].attrs["tokens"] = json.dumps(tokens)
     return examples
-
-
-def _value_ratio(
-    layers: Sequence[int], received: Mapping[int, Mapping[str, np.ndarray]], norms: Mapping[int, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Value norms for each query head, of which several read one value where keys are shared."""
-    heads = {layer: len(part["sink_share"]) for layer, part in received.items()}
-    sink, others = np.full((2, len(layers), max(heads.values())), np.nan)
-    for layer in norms.keys() & heads:
-        spread = np.repeat(norms[layer], heads[layer] // norms[layer].shape[1], axis=1)
-        at = (layers.index(layer), slice(heads[layer]))
-        sink[at], others[at] = spread
-    if np.isnan(sink).all():
-        return {}
-    return {"value_norm_sink": sink, "value_norm_others": others, "value_norm_ratio": ratio(sink, others)}
 
 
 def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dict[str, str]:
@@ -393,12 +350,7 @@ def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dic
         "residual_norm_ratio": "resid_post or resid_norm",
         "massive": "resid_post",
     }
-    notes = [f"{name} not computed: {kind} was not recorded" for name, kind in needs.items() if name not in data]
-    notes += [
-        f"{name} is NaN at layers {', '.join(map(str, missing))}: {kind} was not recorded there"
-        for name, kind in needs.items()
-        if name in data and len(missing := _missing_layers(data[name]))
-    ]
+    notes = note_missing(data, needs)
     if sequences.short:
         notes.append(f"{_counted(sequences.short)} of fewer than {probe.length} tokens left out")
     few = [f"only {_counted(len(sequences))}"] if len(sequences) < _FEW else []
@@ -414,11 +366,6 @@ def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dic
 
 def _counted(sequences: int) -> str:
     return f"{sequences:,} sequence{'s' * (sequences != 1)}"
-
-
-def _missing_layers(array: xr.DataArray) -> list[int]:
-    known = array.notnull()
-    return array["layer"].to_numpy()[~(known.any("head") if "head" in array.dims else known).to_numpy()].tolist()
 
 
 def _table(data: xr.Dataset, sink: int) -> pd.DataFrame:
@@ -530,9 +477,8 @@ def _norms(result: Result) -> go.Figure:
 def _by_domain(result: Result) -> go.Figure:
     data, sink = result.data, result.provenance["settings"]["sink"]
     heads = result.table.nlargest(_HEADS_SHOWN, "gap")
-    at = {
-        axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")
-    }  # one point for each head, not their product
+    # one point for each head, not their product
+    at = {axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")}
     parts = [data[name].sel(at).to_numpy() for name in ("attention", "attention_low", "attention_high")]
     names = [
         f"{label(name)} ({int(documents):,} documents)"

@@ -30,6 +30,7 @@ _PUBLIC = {
     "massive_activation": "workbench.analysis.norms",
     "massive_shares": "workbench.analysis.norms",
     "ratio": "workbench.analysis.norms",
+    "stack_value_norms": "workbench.analysis.norms",
     "residual_norms": "workbench.analysis.norms",
     "value_norms": "workbench.analysis.norms",
     # rows of a store
@@ -41,12 +42,14 @@ _PUBLIC = {
     "layers_of": "workbench.analysis.received",
     "find_words": "workbench.analysis.words",
     "next_tokens": "workbench.analysis.rows",
+    "note_missing": "workbench.analysis.rows",
     "note_few_rows": "workbench.analysis.rows",
     "read_attention": "workbench.analysis.received",
     "recorded_layers": "workbench.analysis.rows",
     "select_sequences": "workbench.analysis.sequences",
     "stack_heads": "workbench.analysis.received",
     "stack_layers": "workbench.analysis.received",
+    "strongest_patterns": "workbench.analysis.received",
     "selected_rows": "workbench.analysis.rows",
     "split_by_document": "workbench.analysis.rows",
     "tokens_at": "workbench.analysis.rows",
@@ -180,14 +183,29 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
-    from workbench.analysis.norms import massive_activation, massive_shares, ratio, residual_norms, value_norms
+    from workbench.analysis.norms import (
+        massive_activation,
+        massive_shares,
+        ratio,
+        residual_norms,
+        stack_value_norms,
+        value_norms,
+    )
     from workbench.analysis.prompted import Prompted
-    from workbench.analysis.received import attention_source, layers_of, read_attention, stack_heads, stack_layers
+    from workbench.analysis.received import (
+        attention_source,
+        layers_of,
+        read_attention,
+        stack_heads,
+        stack_layers,
+        strongest_patterns,
+    )
     from workbench.analysis.rows import (
         ROWS_PER_DIMENSION,
         blocks,
         next_tokens,
         note_few_rows,
+        note_missing,
         recorded_layers,
         selected_rows,
         split_by_document,

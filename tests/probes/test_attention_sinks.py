@@ -369,7 +369,7 @@ def test_the_source_with_more_layers_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "lengths", "settings", "text"),
     [
-        (["resid_norm"], [8], {}, "attn_received.0 is not recorded in {path}; recorded are 1: resid_norm.0; to have "
+        (["resid_norm"], [8], {}, "attn_received.0 is not recorded in {path}; recorded are 1: resid_norm.0; to record "
          "it: workbench record demo TEXT --sites attn_received.0 --out ANOTHER_STORE"),
         (["attn_received"], [8, 5], {}, "length 64: no sequence has as many tokens, the longest of 2 has 8; give a "
          "smaller length, or record longer texts"),

@@ -19,9 +19,7 @@ UPWARD_TYPES: set[tuple[str, str]] = set()
 """Imports for type checkers alone that point to a later folder: file and module."""
 
 # What is larger than allowed today. Entries may only shrink and go; none is added.
-LONG_FILES: dict[str, int] = {
-    "probes/attention_sinks.py": 553,
-}
+LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
     "experiments/panels.py:curves": 81,
     "experiments/train_sae.py:train_sae": 61,

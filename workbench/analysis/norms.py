@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,26 @@ def ratio(values: Any, others: Any) -> Any:
     """Returns `values / others`; NaN for 0 / 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.divide(values, others)
+
+
+def stack_value_norms(
+    layers: Sequence[int], heads: Mapping[int, int], norms: Mapping[int, Float[np.ndarray, "position_or_others head"]]
+) -> dict[str, Float[np.ndarray, "layer query_head"]]:
+    """Returns value norms over (layer, query head) and their ratio; several query heads may read one value.
+
+    Args:
+        layers: Layers of the first axis.
+        heads: Layer to its number of query heads.
+        norms: Layer to its `value_norms`; NaN stands for a layer without. Without any the result is empty.
+    """
+    sink, others = np.full((2, len(layers), max(heads.values())), np.nan)
+    for layer in norms.keys() & heads.keys():
+        spread = np.repeat(norms[layer], heads[layer] // norms[layer].shape[1], axis=1)
+        at = (layers.index(layer), slice(heads[layer]))
+        sink[at], others[at] = spread
+    if np.isnan(sink).all():
+        return {}
+    return {"value_norm_sink": sink, "value_norm_others": others, "value_norm_ratio": ratio(sink, others)}
 
 
 def _norm(x: np.ndarray, vectors: bool) -> np.ndarray:

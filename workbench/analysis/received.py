@@ -91,3 +91,23 @@ def stack_layers(
     """Returns numbers of single layers as arrays over (layer), NaN where a layer has none of a name."""
     names = dict.fromkeys(name for part in values.values() for name in part)
     return {name: np.array([values.get(layer, {}).get(name, np.nan) for layer in layers]) for name in names}
+
+
+def strongest_patterns(
+    store: Store,
+    received: Float[np.ndarray, "layer head"],
+    layers: Sequence[int],
+    rows: Int[np.ndarray, " position"],
+    number: int,
+) -> tuple[Int[np.ndarray, " example"], Int[np.ndarray, " example"], Float[np.ndarray, "example query key"]]:
+    """Returns layer, head and attention over `rows` of the heads with the largest `received`, NaN left out.
+
+    Only layers of which whole patterns were recorded count, so that there may be fewer than `number`, or none.
+    """
+    recorded = set(layers_of(store, "pattern"))
+    ranked = [np.unravel_index(i, received.shape) for i in np.argsort(-received, axis=None, kind="stable")]  # NaN last
+    heads = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(received[i, head])]
+    heads = [place for place in heads if place[0] in recorded][:number]
+    layer, head = np.array(heads, dtype=np.int64).reshape(-1, 2).T
+    patterns = [store["pattern", one][rows][:, other, : len(rows)].float().numpy() for one, other in heads]
+    return layer, head, np.stack(patterns) if patterns else np.zeros((0, len(rows), len(rows)), np.float32)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Bool, Int
 
 from workbench.io.errors import RequestError
@@ -119,3 +120,21 @@ def note_few_rows(rows: int, d_model: int) -> str:
     if rows >= wanted:
         return ""
     return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {wanted:,} or more are wanted"
+
+
+def note_missing(data: xr.Dataset, needs: Mapping[str, str]) -> list[str]:
+    """Returns a note for each variable that was not computed, or is NaN at some layers, with the sites it needs.
+
+    Args:
+        data: Arrays over (layer, head) or (layer).
+        needs: Variable to the sites that it is computed from.
+    """
+    notes = [f"{name} not computed: {sites} was not recorded" for name, sites in needs.items() if name not in data]
+    for name, sites in needs.items():
+        if name in data:
+            known = data[name].notnull()
+            known = known.any("head") if "head" in known.dims else known
+            if missing := data["layer"].to_numpy()[~known.to_numpy()].tolist():
+                layers = ", ".join(map(str, missing))
+                notes.append(f"{name} is NaN at layers {layers}: {sites} was not recorded there")
+    return notes
