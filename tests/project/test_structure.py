@@ -40,6 +40,15 @@ def test_upward_imports_of_types_are_listed():
     assert upward <= UPWARD_TYPES
 
 
+def test_probes_use_the_declared_surface():
+    """Probes import `workbench`, `workbench.probing` and each other, as those of other packages do."""
+    surface = ("workbench", "workbench.probing")
+    probes = [found for found in TREE.imports if found.file.startswith("probes/")]
+    assert probes
+    others = [found for found in probes if found.target.startswith("workbench") and found.target not in surface]
+    assert [place(found) for found in others if not found.target.startswith("workbench.probes")] == []
+
+
 def test_no_circles():
     assert TREE.room_circles() == []
     assert TREE.file_circles() == []
