@@ -407,7 +407,7 @@ def _score_map(result: Result) -> go.Figure:
         layers=data["layer"].to_numpy().tolist(),
         title=f"{_title(result)}: successor score",
         subtitle=f"mean over {tasks} tasks; in the cells: number of tasks with a score above {threshold:g}",
-        unit=axis_title(data["macro"].attrs, "successor score"),
+        unit="successor score",
     )
 
 
