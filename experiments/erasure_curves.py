@@ -50,6 +50,7 @@ def run(config: Config) -> wb.Result:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns the accuracy for the token before a word's last, at the first and the last layer, as a sentence."""
     last = result.table[(result.table["group"] == "last") & (result.table["offset"] == -1)]
     if not len(last):
         return f"Accuracy at {result.table['offset'].nunique()} offsets over {result.table['layer'].nunique()} layers."

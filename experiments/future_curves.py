@@ -56,6 +56,7 @@ def run(config: Config) -> wb.Result:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns the best top-1 accuracy beyond the next token, and the bigram baseline, as a sentence."""
     far = result.table[result.table["horizon"] == result.table["horizon"].clip(upper=1).max()]
     best = far.loc[far["precision"].idxmax()]
     return (

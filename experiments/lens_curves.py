@@ -54,6 +54,7 @@ def run(config: Config) -> wb.Result:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns the cross-entropy at the first and the last layer as a sentence."""
     ends = result.table[result.table["layer"].isin([result.table["layer"].min(), result.table["layer"].max()])]
     first, last = (part["cross_entropy"].mean() for _, part in ends.groupby("layer"))
     return f"Cross-entropy of the text: {first:.2f} nats at the first layer, {last:.2f} at the last."

@@ -67,6 +67,7 @@ def run(config: Config) -> wb.Result:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns the metrics of the SAE with the largest explained variance as a sentence."""
     best = result.table.loc[result.table["explained_variance"].idxmax()]
     return f"L0 {best['l0']:.1f}, explained variance {best['explained_variance']:.3f} at {best['read']}" + (
         "" if np.isnan(best["loss_recovered"]) else f", loss recovered {best['loss_recovered']:.3f}"

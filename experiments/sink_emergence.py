@@ -100,6 +100,7 @@ def training_steps(checkpoints: tuple[str, ...]) -> list[int]:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns Sink_1 and the loss at the first and the last checkpoint as a sentence."""
     first, last = result.table.iloc[0], result.table.iloc[-1]
     return (
         f"Over {len(result.table)} checkpoints Sink_1 changes from {first['sink']:.1f} % to {last['sink']:.1f} % of "

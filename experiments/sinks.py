@@ -78,6 +78,7 @@ def _store(config: Config) -> wb.Store:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns Sink_1 of the run, or its range over runs, as a sentence."""
     low, high = result.table["sink"].min(), result.table["sink"].max()
     if len(result.table) > 1:
         return f"Sink_1 ranges from {low:.1f} % to {high:.1f} % of heads over {len(result.table)} runs."

@@ -54,6 +54,7 @@ def run(config: Config) -> wb.Result:
 
 
 def headline(result: wb.Result) -> str:
+    """Returns the scores of the best head as a sentence."""
     best = result.table.loc[result.table["macro"].idxmax()]
     return (
         f"Best head L{best['layer']}H{best['head']}: macro score {best['macro']:.2f}, "

@@ -169,6 +169,7 @@ class _Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains an SAE from the command line and saves it."""
     try:
         request = tyro.cli(_Command, prog="python -m workbench.experiments.train_sae", args=arguments)
         if request.out.exists() and any(request.out.iterdir()):

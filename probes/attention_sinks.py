@@ -253,8 +253,8 @@ class AttentionSinks:
 def _attention(
     probe: AttentionSinks, store: Store, source: str, layer: int, sequences: Sequences
 ) -> dict[str, np.ndarray]:
-    """Of one layer: means over sequences for each head; "above", how often each position is a sink; "sinks", the number
-    of heads that have `sink` as one [sequence]; for domains "paid", the attention to it [sequence, head]."""
+    """Reads one layer: means over sequences for each head; "above", the frequency of each position as a sink; "sinks",
+    the number of heads with a sink at `sink` [sequence]; for domains "paid", the attention to it [sequence, head]."""
     length, parts = probe.length, []
     kind = "pattern" if source == "pattern" else "attn_received"
     for rows in sequences.blocks(int(np.prod(store[kind, layer].shape[1:]))):
@@ -455,7 +455,7 @@ def _positions(result: Result) -> go.Figure:
         data["sink_k"].to_numpy(),
         reliable=data["reliable"].to_numpy() == 1,
         names=("sink", f"seen by fewer than {settings['min_visible']} queries: unreliable"),
-        title=f"Which positions are sinks in {_model(result)}",
+        title=f"Share of sinks by position in {_model(result)}",
         subtitle=f"share of (sequence, layer, head) with alpha above {settings['epsilon']:g}",
         unit=axis_title(data["sink_k"].attrs),
     )

@@ -113,7 +113,7 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class FutureLens:
-    """How much of the model's output at t+2, t+3, ... can be predicted from one hidden state?"""
+    """Predicts the model's output at t+2, t+3, ... from one hidden state."""
 
     name: ClassVar[str] = "future-lens"
     needs_model: ClassVar[bool] = False

@@ -110,7 +110,7 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class SuccessorHeads:
-    """Which heads map a token to its successor (numbers, days, letters), in weights and in the recorded text?"""
+    """Scores heads that map a token to its successor (numbers, days, letters), in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
     needs_model: ClassVar[bool] = True
@@ -344,7 +344,7 @@ def _digits(
 def _text(
     store: Store, outputs: Mapping[int, HeadOutput], chains: Sequence[Chain], unembed: Unembed, probe: SuccessorHeads
 ) -> tuple[dict[str, Any], str]:
-    """Which head raises the successor most where the text has one, and a note."""
+    """Effects of the heads on the successor's logit where the text has one, and a note."""
     recorded = {site.short for site in store.sites}
     needed = [*(f"z.{layer}" for layer in outputs), f"resid_post.{store.manifest.model.n_layers - 1}"]
     missing = [site for site in needed if site not in recorded]

@@ -47,6 +47,7 @@ not offered or not compared; the remark gives the reason.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Checks the model types and writes the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.architectures", description=__doc__)
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all of them, if left out")
     parser.add_argument("--out", type=Path, help=f"Markdown to write; docs/{OUT.name}, or with --types standard output")

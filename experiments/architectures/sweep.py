@@ -55,6 +55,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Returns True if the check did not fail."""
         return self.failure is None
 
     @property

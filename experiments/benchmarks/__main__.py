@@ -48,6 +48,7 @@ _LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the named benchmarks and writes their sections of the page."""
     parser = argparse.ArgumentParser(
         prog="python -m workbench.experiments.benchmarks",
         description=__doc__,

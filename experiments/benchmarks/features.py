@@ -53,6 +53,7 @@ class FeatureStore:
     repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Times queries, opening and export of a planted feature store."""
         features = self._make(folder)
         size = sum(file.bytes for file in features.record.files.values())
         index = features.record.files[BY_FEATURE].bytes

@@ -20,6 +20,7 @@ class ImportTime:
     repeats: int = 10
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Times `import workbench` in fresh interpreters."""
         _run_python(f"import sys, workbench; loaded = sys.modules.keys() & {_HEAVY}; assert not loaded, loaded")
         seconds = interleaved(
             self.repeats, {"import": lambda: _run_python("import workbench"), "bare": lambda: _run_python("pass")}

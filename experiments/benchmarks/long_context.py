@@ -27,6 +27,7 @@ class LongContext:
     repeats: int = 2
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Measures memory and speed of recording one long sequence."""
         return [*self._memory(folder), *self._speed(folder)]
 
     def _memory(self, folder: Path) -> list[Comparison]:
@@ -67,11 +68,13 @@ class LongContext:
 
 
 def plain_pass(layers: int, context: int, sequences: int, body: bool) -> Callable[[], Any]:
+    """Returns a function that runs one forward pass of a random GPT-2, of its body alone if `body`."""
     module = gpt2(layers, context)
     return lambda: forward(module.transformer if body else module, token_ids(sequences, context), 1)
 
 
 def recording(layers: int, context: int, sequences: int, folder: str) -> Callable[[], Any]:
+    """Returns a function that records the residual streams of a random GPT-2."""
     model = wb.load_model(gpt2(layers, context))
     ids = token_ids(sequences, context)
 
@@ -83,11 +86,13 @@ def recording(layers: int, context: int, sequences: int, folder: str) -> Callabl
 
 
 def bridge_pass(layers: int, context: int, sequences: int) -> Callable[[], Any]:
+    """Returns a function that runs TransformerBridge over a random GPT-2 and caches its residual streams."""
     bridge = boot_bridge(gpt2(layers, context))
     return lambda: cache_residuals(bridge, token_ids(sequences, context))
 
 
 def boot_bridge(module: torch.nn.Module) -> Any:
+    """Returns TransformerBridge booted on the module."""
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers("gpt2", hf_model=module, tokenizer=tokenizer())

@@ -23,6 +23,7 @@ class GrowingMemory:
     site: str = "resid_post.2"
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Measures the peak memory of recordings of two sizes."""
         corpus = SHARED / "corpora" / "tinystories_1000.jsonl"
         if not corpus.is_file():
             return []
@@ -40,6 +41,7 @@ class GrowingMemory:
 
 
 def recording(site: str, text: str, out: str, rows: int) -> Callable[[], Any]:
+    """Returns a function that records `rows` tokens of a text at one site."""
     model = wb.load_model(SHARED / "models" / "stories260K")
 
     def work() -> None:

@@ -29,6 +29,7 @@ class StoreProbes:
     megabytes: float = 2_000.0
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Measures time and memory of each probe."""
         model = wb.load_model("demo", device="cpu")
         texts = [document.record() for document in documents(self.rows // 100, _SEED)]
         stores = {}
@@ -53,6 +54,7 @@ class StoreProbes:
 
 
 def probe_run(probe: str, store: str) -> Callable[[], Any]:
+    """Returns a function that runs a probe with its default settings on a store."""
     opened, settings = wb.open_store(store), find_probe(probe)()
     return lambda: settings.run(opened)
 

@@ -30,6 +30,7 @@ class Reading:
     repeats: int = 15
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Times reads of a store against reads of a NumPy memory map."""
         one, many = self._record(folder, self.rows), self._record(folder, self.rows // self.segments)
         if not torch.equal(one[:], many[:]):
             raise RuntimeError("one segment and many do not hold the same rows")

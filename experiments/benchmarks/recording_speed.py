@@ -22,6 +22,7 @@ class RecordingSpeed:
     repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Times a recording against plain forward passes."""
         module = gpt2(self.layers)
         model = wb.load_model(module)
         ids = token_ids(self.sequences, self.context)

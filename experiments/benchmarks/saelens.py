@@ -33,6 +33,7 @@ class SaeLens:
     trained_repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Times a recording against SAELens' cache of activations."""
         gpt2(self.layers).save_pretrained(folder / "gpt2")
         tokenizer().save_pretrained(folder / "gpt2")
         ids = token_ids(self.sequences, self.context)

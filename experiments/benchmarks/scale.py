@@ -43,6 +43,7 @@ class Scale:
     repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
+        """Measures a store of synthetic segments."""
         corpus = wb.record(
             wb.load_model("demo"),
             wb.demo_corpus() * (1 + self.tables * self.segment_rows // 20_000),

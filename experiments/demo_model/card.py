@@ -298,6 +298,7 @@ in another order, and the curves slowly diverge. This page: {machine}, Python {p
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures a run if one is given, and writes the page of the demo model."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.demo_model.card", description=__doc__)
     parser.add_argument("--measure", type=Path, metavar="RUN", help="measure this run and write its seed-N.json")
     parser.add_argument("--write", type=Path, default=PAGE, help="page to write")

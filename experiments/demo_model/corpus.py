@@ -280,6 +280,7 @@ DOMAINS: dict[str, Callable[[Random], list[Piece]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the held-out corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CORPUS)
     parser.add_argument("--documents", type=int, default=150)

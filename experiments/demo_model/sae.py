@@ -89,8 +89,11 @@ def _begin_at_the_data(sae: TopKTrainingSAE, array: wb.ActivationArray, rows: np
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains the demo's SAE on the model of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="what experiments.demo_model.train wrote; the SAE goes beside its model")
+    parser.add_argument(
+        "run", type=Path, help="folder that experiments.demo_model.train wrote; the SAE is saved next to its model"
+    )
     for name in ("site", "d_sae", "k", "documents", "seed", "steps"):
         default = getattr(SaeRecipe, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

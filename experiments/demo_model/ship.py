@@ -32,6 +32,7 @@ def ship(run: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Copies a run into the package and prints the size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     size = ship(parser.parse_args(arguments).run)

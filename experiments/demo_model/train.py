@@ -244,6 +244,7 @@ def _resume(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains the demo's model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     for name in ("seed", "steps", "learning_rate", "weight_decay", "heads", "threads"):

@@ -114,6 +114,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the probes on all models and writes the page."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.findings", description=__doc__)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with models/ and corpora/")
     parser.add_argument("--rows", type=int, default=ROWS, help="tokens recorded of each model")

@@ -43,6 +43,7 @@ def draw(results: Path, images: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the pictures of the documentation."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures", description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder of a finished `workbench demo`; default: run it")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder to write")

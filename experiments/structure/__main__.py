@@ -60,6 +60,7 @@ def _listed(texts: list[str]) -> str:
 
 
 def main() -> None:
+    """Prints the structure of a checkout."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.structure", description=__doc__)
     here = Path(__file__).resolve().parents[2]
     parser.add_argument("folder", nargs="?", type=Path, default=here, help="root of a checkout; default: this one")

@@ -54,6 +54,7 @@ class Import:
 
     @property
     def arrow(self) -> tuple[str, str]:
+        """Returns the rooms of the importing and of the imported module."""
         return room(self.source), room(self.target)
 
 
@@ -78,14 +79,17 @@ class Tree:
         }
 
     def path(self, module: str) -> str:
+        """Returns the path of a module's file, relative to the root."""
         return str(self.files[module].relative_to(self.root))
 
     @cached_property
     def imports(self) -> list[Import]:
+        """Returns all imports between modules of the tree."""
         return [found for module in self.files for found in self._imports_of(module)]
 
     @cached_property
     def functions(self) -> list[Function]:
+        """Returns all functions of the tree."""
         return [found for module in self.files for found in functions_of(self.path(module), self.sources[module])]
 
     def _imports_of(self, module: str) -> Iterator[Import]:
@@ -123,6 +127,7 @@ class Tree:
         ]
 
     def room_circles(self) -> list[tuple[str, ...]]:
+        """Returns the circles of imports between rooms."""
         return circles(self.arrows())
 
     def file_circles(self) -> list[tuple[str, ...]]:

@@ -45,6 +45,7 @@ class Features:
     parallel: OmitArgPrefixes[Parallel] = field(default_factory=Parallel)
 
     def run(self) -> int:
+        """Extracts the features of an SAE from a store."""
         from workbench.store.manifest import read_manifest
 
         read_manifest(self.store)  # a wrong path is refused before torch and SAELens are loaded
@@ -99,6 +100,7 @@ class Top:
     """SAE within a release, or within a directory of several."""
 
     def run(self) -> int:
+        """Prints a feature's strongest activations, or writes its page."""
         if self.page is None and (self.sae or self.sae_id):
             raise RequestError("sae is used on the page alone; give page too, or leave sae out")
         if self.page is not None and self.where is not None:

@@ -38,6 +38,7 @@ class Completion:
     `eval "$(workbench completion zsh)"` into ~/.zshrc, after compinit."""
 
     def run(self) -> int:
+        """Prints the completion script of a shell."""
         print(SCRIPTS[self.shell](completed_commands()), end="")
         return 0
 
@@ -131,6 +132,7 @@ class Help:
     """Print every verb with one line."""
 
     def run(self) -> int:
+        """Prints all commands, one line each."""
         print("usage: workbench COMMAND ...\n")
         lines = {name: docstring(kind) for name, kind in VERBS.items()}
         print_items(lines | {name: text for name, (text, _) in NAMED_VERBS.items()})
@@ -143,6 +145,7 @@ class Version:
     """Print the version."""
 
     def run(self) -> int:
+        """Prints the version."""
         import workbench
 
         print(f"workbench {workbench.__version__}")

@@ -19,6 +19,7 @@ class Demo:
     """Folder for the stores, the results and the report."""
 
     def run(self) -> int:
+        """Runs the demo."""
         from workbench.demo.run import demo  # seconds: torch
 
         demo(self.out, say=print_plain)
@@ -37,6 +38,7 @@ class Report:
     """Title of the page."""
 
     def run(self) -> int:
+        """Writes the report."""
         from workbench.pages.report import section, write_report  # seconds: plotly
         from workbench.results.result import load_result
 
@@ -67,6 +69,7 @@ class Export:
     """One plotly script for all pages of the folder, or one inside each page (5 MB)."""
 
     def run(self) -> int:
+        """Exports the figures of a result."""
         from workbench.pages.figure_export import export  # seconds: plotly
         from workbench.results.result import load_result
 

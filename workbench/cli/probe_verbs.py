@@ -20,6 +20,7 @@ class Probes:
     """List the installed probes."""
 
     def run(self) -> int:
+        """Prints the installed probes, one line each."""
         from workbench.results.registry import installed_probes, summary
 
         print_items({name: summary(entry) for name, entry in installed_probes().items()})

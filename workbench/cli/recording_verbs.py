@@ -58,6 +58,7 @@ class Record:
     """Read pickled weights, which can run code."""
 
     def run(self) -> int:
+        """Records the texts."""
         from workbench.corpus.sources import check_source
         from workbench.model.load import load_model  # seconds: torch
         from workbench.model.location import locate
@@ -128,6 +129,7 @@ class Plan:
     """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
 
     def run(self) -> int:
+        """Prints the estimate of a recording."""
         from workbench.corpus.sources import check_source
         from workbench.model.load import load_model  # seconds: torch
         from workbench.model.location import locate

@@ -18,6 +18,7 @@ class Info:
     store: Positional[Path]
 
     def run(self) -> int:
+        """Prints the description of a store."""
         from workbench.store.manifest import describe, read_manifest
 
         print_plain(describe(self.store, read_manifest(self.store)))
@@ -31,6 +32,7 @@ class Verify:
     store: Positional[Path]
 
     def run(self) -> int:
+        """Prints the findings of the verification; returns 1 if one is an error."""
         from workbench.store.verify import verify  # seconds: pandas
 
         findings = verify(self.store)
@@ -53,6 +55,7 @@ class Query:
     """Maximum number of rows (tokens) listed; all are counted."""
 
     def run(self) -> int:
+        """Prints the selected tokens."""
         from workbench.store.manifest import read_manifest
         from workbench.store.query import query_tokens, select_rows  # seconds: duckdb
 
@@ -80,6 +83,7 @@ class Compare:
     """Folder for the tables (CSV) and the figure."""
 
     def run(self) -> int:
+        """Compares two stores and writes the result."""
         from workbench.store.manifest import read_manifest
 
         for store in (self.store_a, self.store_b):

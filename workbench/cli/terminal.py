@@ -44,6 +44,7 @@ class StderrHandler(logging.Handler):
     """Prints the package's warnings and progress on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record of the log on stderr, without control characters."""
         kind = "workbench: warning: " if record.levelno >= logging.WARNING else ""
         print(f"{kind}{plain(record.getMessage())}", file=sys.stderr, flush=True)
 

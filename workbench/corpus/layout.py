@@ -37,7 +37,7 @@ _COUNTS = "counts.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become sequences."""
+    """Settings that turn documents into sequences."""
 
     context: int
     """Longest sequence in tokens, added tokens included."""

@@ -232,7 +232,7 @@ def _read_progress(partial: Path) -> ExtractionRecord | None:
 
 
 def _is_empty(partial: Path) -> bool:
-    """Whether nothing is there that is worth resuming."""
+    """Returns True if there is nothing to resume."""
     return not (partial / BY_ROW).exists() and not any(SegmentFolder(partial / _SEGMENTS).spans())
 
 

@@ -31,7 +31,7 @@ _ALIGNMENT = 64  # of the first tensor: a cache line, and more than any type nee
 _LONGEST_HEADER = 1 << 20
 
 VERIFY = "run workbench verify on its store"
-"""What to do about a damaged file of a store."""
+"""Advice in errors about a damaged file of a store."""
 
 
 @dataclass(frozen=True)

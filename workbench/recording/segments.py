@@ -134,10 +134,12 @@ class SegmentRecorder:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
+        """Returns the sites to record."""
         return self.model.site_map.select(self.plan.settings.sites or ())
 
     @cached_property
     def sequences(self) -> Sequences:
+        """Returns the planned sequences of token ids."""
         return open_sequences(self.plan.tokens)
 
     @cached_property
@@ -184,9 +186,11 @@ class SegmentWithBuffer:
         self.count = segment.count
 
     def shape(self, site: str) -> tuple[int, ...]:
+        """Returns the shape of one row at `site`."""
         return self._site.shape if site == self._site.name else self._segment.shape(site)
 
     def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
+        """Writes rows of `site` to the segment, or to memory if it is the additional site."""
         if site == self._site.name:
             as_numpy(self.values)[first_row : first_row + len(rows)] = rows
         else:

@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """State, duration and message of a finished run."""
 
     run: Run
     state: Literal["done", "skipped", "failed"]

@@ -34,7 +34,7 @@ SUMMARY, TABLE, RUNS = "summary", "table.csv", "sweep.json"
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended."""
+    """Outcomes of a sweep's runs, and their summary."""
 
     outcomes: tuple[Outcome, ...]
     """One for each run, in the order of the grid; without `pending` ones."""

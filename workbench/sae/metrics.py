@@ -31,9 +31,9 @@ class SplicedLoss:
     """Number of predicted tokens."""
     clean: float
     spliced: float
-    """With the SAE's reconstruction in place of the site's activations; special tokens keep theirs."""
+    """Loss with the SAE's reconstruction in place of the site's activations; special tokens keep theirs."""
     zeroed: float
-    """With zeros in place of the same activations."""
+    """Loss with zeros in place of the same activations."""
 
     @property
     def recovered(self) -> float:

@@ -113,7 +113,7 @@ def site_names(site: str) -> tuple[str, ...]:
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean the same model: owners differ between hubs, and TransformerLens has aliases."""
+    """Returns True if two names mean the same model: owners differ between hubs, and TransformerLens has aliases."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
     def plain(name: str) -> str:

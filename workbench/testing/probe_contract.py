@@ -66,6 +66,7 @@ class ProbeContract:
     # Settings
 
     def test_settings_are_a_frozen_dataclass_with_defaults(self) -> None:
+        """Settings are a frozen dataclass; every field has a default."""
         assert is_dataclass(self.probe)
         for field in fields(self.probe):
             assert field.default is not MISSING or field.default_factory is not MISSING, f"{field.name} has no default"
@@ -75,42 +76,50 @@ class ProbeContract:
                 setattr(self.probe(), first.name, None)
 
     def test_settings_compare_and_pickle(self) -> None:
+        """Equal settings compare equal, and survive pickling."""
         probe = self.probe(**self.settings)
         assert pickle.loads(pickle.dumps(probe)) == probe == self.probe(**self.settings)
         assert hash(probe) == hash(self.probe(**self.settings))
 
     def test_settings_are_json(self) -> None:
+        """Settings can be written as JSON and read again."""
         json.dumps(asdict(self.probe(**self.settings)))
 
     def test_every_setting_is_documented(self) -> None:
+        """Every field has a docstring."""
         meanings = setting_meanings(self.probe)
         assert [field.name for field in fields(self.probe) if not meanings.get(field.name)] == []
 
     # What the class declares
 
     def test_it_is_installed_under_its_name(self) -> None:
+        """The entry point of the probe's name gives its class."""
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.probe.name)
         assert find_probe(self.probe.name) is self.probe
 
     def test_its_docstrings_are_a_definition_and_a_line(self) -> None:
+        """The module's docstring defines the measure; the class's first line is its summary."""
         assert definition(self.probe), "the module's docstring is the definition in a report"
         line, _, rest = (self.probe.__doc__ or "").strip().partition("\n")
         assert line.endswith((".", "?")), "the class's first line is a sentence"
         assert not rest or not rest.partition("\n")[0].strip(), "an empty line follows the first"
 
     def test_run_takes_a_store_and_the_model_by_name(self) -> None:
+        """`run` takes the store by position and the model by keyword."""
         assert isinstance(self.probe.needs_model, bool)
         _, store, model = inspect.signature(self.probe.run).parameters.values()
         assert store.name == "store"
         assert (model.name, model.kind, model.default) == ("model", inspect.Parameter.KEYWORD_ONLY, None)
 
     def test_sources_and_controls_are_texts(self) -> None:
+        """Sources and controls map texts to texts."""
         assert all(isinstance(source, str) for source in getattr(self.probe, "sources", ()))
         for name, meaning in getattr(self.probe, "controls", {}).items():
             assert isinstance(name, str)
             assert isinstance(meaning, str)
 
     def test_variables_are_declared_once(self) -> None:
+        """Variables have different names, and each has a meaning."""
         variables = self.probe.variables
         assert variables
         assert all(isinstance(variable, Variable) for variable in variables)
@@ -121,6 +130,7 @@ class ProbeContract:
     # What a run gives
 
     def test_a_run_gives_the_declared_variables(self, result: Result) -> None:
+        """A run returns the declared variables with the declared axes."""
         assert isinstance(result, Result)
         assert isinstance(result.table, pd.DataFrame)
         declared = {variable.name: variable for variable in self.probe.variables}
@@ -131,6 +141,7 @@ class ProbeContract:
             assert values.attrs.items() >= variable.attrs.items(), name
 
     def test_a_result_names_its_probe_and_its_source(self, result: Result, store: Store) -> None:
+        """The result states its probe and its store."""
         assert result.probe == self.probe.name
         known = result.provenance
         assert known["model_fingerprint"] == store.manifest.model.fingerprint
@@ -138,11 +149,13 @@ class ProbeContract:
         assert json.loads(json.dumps(known["settings"])) == json.loads(json.dumps(asdict(self.probe(**self.settings))))
 
     def test_the_same_run_gives_the_same_result(self, result: Result, store: Store, model: Model | None) -> None:
+        """Two runs with the same settings return the same result."""
         again = self.probe(**self.settings).run(store, model=model)
         xr.testing.assert_identical(again.data, result.data)
         pd.testing.assert_frame_equal(again.table, result.table)
 
     def test_figures_are_made_of_a_saved_result_alone(self, result: Result, tmp_path: Path) -> None:
+        """A saved and loaded result gives the same figures, without its store."""
         again = load_result(result.save(tmp_path / "result"))
         xr.testing.assert_identical(again.data, result.data)
         pd.testing.assert_frame_equal(again.table, result.table)
@@ -154,12 +167,14 @@ class ProbeContract:
             assert figure.layout.title.text, f"{name} has no title"
 
     def test_its_headline_is_one_line(self, result: Result, tmp_path: Path) -> None:
+        """The headline is one line of text."""
         line = result.headline()
         assert line == line.strip() != ""
         assert line.isprintable()
         assert load_result(result.save(tmp_path / "result")).headline() == line
 
     def test_numbers_are_finite_or_nan(self, result: Result) -> None:
+        """No number is infinite."""
         for name, values in result.data.data_vars.items():
             array = np.asarray(values)
             assert array.dtype.kind not in "fc" or not np.isinf(array).any(), name
