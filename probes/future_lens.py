@@ -271,7 +271,7 @@ _Readings = dict[tuple[int, ...], _Reading]  # by indices of method, layer and h
 def _test(
     probe: FutureLens, fitted: FutureMap, site: ActivationArray, task: FutureTask, method: str, horizon: int
 ) -> _Reading:
-    rows = task.rows.at("tested", horizon)
+    rows = task.rows.at("test", horizon)
     ids, probability = fitted.top_tokens(site, rows, probe.top_k, task.unembed)
     targets, text = task.model_top[rows + horizon], task.text_next[rows + horizon]
     hits = ids == targets[:, None]
@@ -323,7 +323,7 @@ def _against_bigram(
     readings: _Readings, shape: tuple[int, int], horizon: int, task: FutureTask, seed: int
 ) -> dict[str, np.ndarray]:
     """Surprisal and gain of all maps of one horizon, and the baselines."""
-    rows = task.rows.at("tested", horizon)
+    rows = task.rows.at("test", horizon)
     targets, text = task.model_top[rows + horizon], task.text_next[rows + horizon]
     tops = np.stack([readings[method, layer, horizon].top for method, layer in np.ndindex(shape)])
     bigram, most_frequent = task.bigram(rows, horizon)
@@ -361,7 +361,7 @@ def _token_view(
 
 def _kept(probe: FutureLens, task: FutureTask) -> Int[np.ndarray, " kept"]:
     """Test tokens whose predictions are kept for the token view."""
-    return task.rows.tested[: probe.detail]
+    return task.rows.test[: probe.detail]
 
 
 # ---- table and figures ----------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ class _Tokens:
     horizons: int
     training: Int[np.ndarray, " training_row"]
     validation: Int[np.ndarray, " validation_row"]
-    tested: Int[np.ndarray, " tested_row"]
+    test: Int[np.ndarray, " test_row"]
     batch: int
     """Number of rows whose logits, over a prompt and its continuation, fit in memory."""
 
@@ -284,7 +284,7 @@ class _Tokens:
 
 
 def _select_tokens(probe: FuturePrompts, task: FutureTask, positions: int) -> _Tokens:
-    limits = {"training": probe.training_rows, "validation": probe.row_limit // 2, "tested": probe.row_limit}
+    limits = {"training": probe.training_rows, "validation": probe.row_limit // 2, "test": probe.row_limit}
     parts = {part: _evenly(task.rows.at(part, probe.horizons - 1), limit) for part, limit in limits.items()}
     batch = max(1, _LOGIT_BYTES // (4 * positions * task.unembed.vocab))
     return _Tokens(task, probe.horizons, **parts, batch=batch)
@@ -375,7 +375,7 @@ class _Setup:
 
 
 def _test(setup: _Setup, seed: int) -> _Reading:
-    tested, validation = setup.tokens.tested, setup.tokens.validation
+    tested, validation = setup.tokens.test, setup.tokens.validation
     targets = setup.tokens.targets(tested)
     other = np.roll(np.random.default_rng(seed).permutation(len(tested)), 1)
     predictions = setup.predictions(tested, tested)
@@ -394,7 +394,7 @@ def _arrays(
     readings: Mapping[tuple[int, ...], _Reading], shape: tuple[int, int, int], tokens: _Tokens, seed: int
 ) -> dict[str, np.ndarray]:
     """All variables of the prompts; `shape` counts prompts, regimes and layers."""
-    task, tested, horizons = tokens.task, tokens.tested, tokens.horizons
+    task, tested, horizons = tokens.task, tokens.test, tokens.horizons
     ordered = [readings[at] for at in np.ndindex(shape)]
     arrays = {
         name: np.array([reading.shares[name] for reading in ordered]).reshape(*shape, *values.shape)

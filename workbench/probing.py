@@ -109,7 +109,7 @@ _PUBLIC = {
     "row_entropy": "workbench.model.attention",
     "run_prompted": "workbench.model.interventions",
     "token_embeddings": "workbench.model.interventions",
-    "written": "workbench.model.circuits",
+    "writes_of": "workbench.model.circuits",
     # figures, made of a result alone
     "group_intervals": "workbench.figures.group_intervals",
     "position_bars": "workbench.figures.position_bars",
@@ -238,7 +238,7 @@ if TYPE_CHECKING:
         first_mlp,
         head_outputs,
         ov_logits,
-        written,
+        writes_of,
     )
     from workbench.model.interventions import run_prompted, token_embeddings
     from workbench.model.load import Model, usable_device

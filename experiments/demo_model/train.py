@@ -181,7 +181,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[flo
     checkpoint = out / "checkpoint.safetensors"
     curve = _resume(checkpoint, recipe, model, optimizer) if checkpoint.exists() else []
     out.mkdir(parents=True, exist_ok=True)
-    with progress("training", recipe.steps, "steps", done=len(curve)) as done:
+    with progress("training", recipe.steps, "steps", initial=len(curve)) as tick:
         for step in range(len(curve), recipe.steps):
             ids = sequences(recipe, tokenizer, step)
             for group in optimizer.param_groups:
@@ -192,7 +192,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[flo
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             curve.append(loss.item())
-            done(1)
+            tick(1)
             if (step + 1) % checkpoint_steps == 0:
                 _checkpoint(checkpoint, recipe, model, optimizer, curve)
     _save(model, tokenizer, out / "model")
@@ -206,8 +206,8 @@ def _rate(step: int, recipe: Recipe) -> float:
     """Returns the share of the full learning rate."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+    decay = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * decay)) / 2
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -224,7 +224,7 @@ def test_missing_rows_and_committed_ones_are_all_rows(tmp_path):
             (tmp_path / f"{first:012d}-{first + length + 1:012d}.safetensors").touch()
         cuts = [0, *sorted({int(cut) for cut in random.integers(1, 60, 3)}), 60]
         spans = list(itertools.pairwise(cuts))
-        there, left = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing(spans)
+        there, left = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing_spans(spans)
         assert sorted(row for some in (there, left) for span in some for row in range(*span)) == list(range(60))
         assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in left)
 

@@ -81,7 +81,7 @@ def test_short_work_prints_nothing(clock, capsys):
 
 
 def test_hidden_progress_prints_nothing(clock, capsys):
-    with progress("recording", 100, "rows", shown=False) as tick:
+    with progress("recording", 100, "rows", show=False) as tick:
         clock[0] += 100
         tick(100)
     assert capsys.readouterr() == ("", "")
@@ -118,7 +118,7 @@ def test_a_terminal_shows_a_bar(place, clock, monkeypatch):
         monkeypatch.setattr(sys, "stderr", Terminal())
     else:
         monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
-    with progress("recording", 100, "rows", done=40) as tick:
+    with progress("recording", 100, "rows", initial=40) as tick:
         clock[0] += 100
         tick(25)
         tick(35)
@@ -133,7 +133,7 @@ def test_a_terminal_shows_a_bar(place, clock, monkeypatch):
     }
     assert bar.counts == [25, 35]
     assert bar.closed
-    with progress("recording", 100, "rows", shown=False):
+    with progress("recording", 100, "rows", show=False):
         pass
     assert len(bars) == 1
 

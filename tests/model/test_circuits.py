@@ -12,7 +12,15 @@ from refusals import refused
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, OPTConfig
 
 from workbench.io.errors import RequestError
-from workbench.model.circuits import direct_logits, embedding, first_mlp, head_outputs, head_writes, ov_logits, written
+from workbench.model.circuits import (
+    direct_logits,
+    embedding,
+    first_mlp,
+    head_outputs,
+    head_writes,
+    ov_logits,
+    writes_of,
+)
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed
 
@@ -323,4 +331,4 @@ def test_written_of_a_recorded_z(models):
     z = torch.randn(5, HEADS, WIDTH, generator=torch.Generator().manual_seed(0))
     out = models["llama"].module.model.layers[1].self_attn.o_proj.weight.detach()
     expected = torch.stack([z[:, h] @ out[:, h * WIDTH : (h + 1) * WIDTH].T for h in range(HEADS)], 1)
-    torch.testing.assert_close(written(head_outputs(models["llama"])[1], z), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(writes_of(head_outputs(models["llama"])[1], z), expected, atol=1e-5, rtol=1e-5)

@@ -61,7 +61,7 @@ class TestContract(ProbeContract):
         return llama
 
 
-def chosen_rows(store, part="tested", limit=20):
+def chosen_rows(store, part="test", limit=20):
     """The rows that are asked, chosen again."""
     rows = future_rows(store, 4, None, held_out=0.25, validation=0.1, seed=0).at(part, 3)
     return rows[np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)]

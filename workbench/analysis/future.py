@@ -27,14 +27,14 @@ class FutureRows:
 
     training: Int[np.ndarray, " training_row"]
     validation: Int[np.ndarray, " validation_row"]
-    tested: Int[np.ndarray, " tested_row"]
+    test: Int[np.ndarray, " test_row"]
     reach: Int[np.ndarray, " row"]
     """Number of horizons that each row of the store reaches in its document and sequence."""
     document: Int[np.ndarray, " row"]
     """Document of each row of the store."""
 
     def at(self, part: str, horizon: int) -> Int[np.ndarray, " row"]:
-        """Returns rows of a part (training, validation, tested) whose T+N is in their document and sequence."""
+        """Returns rows of a part (training, validation, test) whose T+N is in their document and sequence."""
         rows = getattr(self, part)
         return rows[self.reach[rows] > horizon]
 
@@ -80,9 +80,9 @@ def future_rows(
         uses="to fit on, to validate on and to test on",
         seed=seed,
     )
-    training_rows, validation_rows, tested_rows = (chosen[part] for part in parts)
-    rows = FutureRows(training_rows, validation_rows, tested_rows, reach, document)
-    for part in ("training", "validation", "tested"):
+    training_rows, validation_rows, test_rows = (chosen[part] for part in parts)
+    rows = FutureRows(training_rows, validation_rows, test_rows, reach, document)
+    for part in ("training", "validation", "test"):
         if not len(rows.at(part, horizons - 1)):
             longest = int(reach[getattr(rows, part)].max())
             raise RequestError(
@@ -95,7 +95,7 @@ def future_rows(
 def model_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> Int[np.ndarray, " row"]:
     """Returns the model's top-1 prediction at every row that is some T+N; -1 elsewhere."""
     top = np.full(len(rows.reach), -1, dtype=np.int64)
-    chosen = np.concatenate([rows.training, rows.validation, rows.tested])
+    chosen = np.concatenate([rows.training, rows.validation, rows.test])
     needed = np.unique(np.concatenate([chosen[rows.reach[chosen] > n] + n for n in range(int(rows.reach.max()))]))
     for block in blocks(len(needed), unembed.vocab):
         top[needed[block]] = log_probabilities(unembed, final[needed[block]]).argmax(1).cpu().numpy()

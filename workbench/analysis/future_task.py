@@ -102,16 +102,16 @@ class FutureTask:
         """Returns numbers of tokens by horizon, and of test documents."""
         parts = {
             part: [self.rows.at(part, horizon) for horizon in range(horizons)]
-            for part in ("training", "validation", "tested")
+            for part in ("training", "validation", "test")
         }
         training, validation, tested = (np.array([len(rows) for rows in part]) for part in parts.values())
         return {
             "training_rows": training,
             "validation_rows": validation,
             "rows": tested,
-            "text_rows": np.array([(self.text_next[rows + n] >= 0).sum() for n, rows in enumerate(parts["tested"])]),
-            "left_out": len(self.rows.tested) - tested,
-            "documents": np.array(len(np.unique(self.rows.document[self.rows.tested]))),
+            "text_rows": np.array([(self.text_next[rows + n] >= 0).sum() for n, rows in enumerate(parts["test"])]),
+            "left_out": len(self.rows.test) - tested,
+            "documents": np.array(len(np.unique(self.rows.document[self.rows.test]))),
         }
 
 

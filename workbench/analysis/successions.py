@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.analysis.rows import next_tokens
 from workbench.analysis.successor_tasks import Chain
-from workbench.model.circuits import HeadOutput, direct_logits, written
+from workbench.model.circuits import HeadOutput, direct_logits, writes_of
 from workbench.model.unembed import Unembed
 from workbench.store.reader import Store
 
@@ -92,7 +92,7 @@ def direct_effects(
             rows = places.rows[block]
             stream = final[rows].to(device)[:, None]
             for i, (layer, output) in enumerate(outputs.items()):
-                writes = written(output, store["z", layer][rows]).to(device)
+                writes = writes_of(output, store["z", layer][rows]).to(device)
                 logits = direct_logits(unembed, writes, targets, stream)
                 at = torch.from_numpy(places.member[block]).to(device)[:, None, None].expand(-1, n_heads, 1)
                 effects[block, i] = (logits.gather(2, at)[..., 0] - logits.mean(-1)).cpu().numpy()

@@ -22,7 +22,7 @@ class Demo:
         """Runs the demo."""
         from workbench.demo.run import demo  # seconds: torch
 
-        demo(self.out, say=print_plain)
+        demo(self.out, print_line=print_plain)
         return 0
 
 

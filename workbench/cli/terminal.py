@@ -49,6 +49,6 @@ class StderrHandler(logging.Handler):
         print(f"{kind}{plain(record.getMessage())}", file=sys.stderr, flush=True)
 
 
-def show_warning(message: Warning | str, *_where: object, **_how: object) -> None:
+def show_warning(message: Warning | str, *_args: object, **_kwargs: object) -> None:
     """Prints a warning of another library in one line; replaces `warnings.showwarning`."""
     print(f"workbench: warning: {plain(str(message))}", file=sys.stderr)

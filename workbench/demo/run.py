@@ -50,7 +50,7 @@ _FEATURES_SHOWN = 24
 _LEAST = 20  # minimum tokens of a label: on fewer, precision is chance
 
 
-def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
+def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     """Records the embedded model, extracts features, runs every probe and writes a report.
 
     Takes about 50 seconds and 200 MB of disk. An interrupted run is resumed. Each probe runs on the first store that
@@ -58,7 +58,7 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
 
     Args:
         out: Folder for `demo.acts` (the store, with features), `heads.acts`, `results` and `report.html`.
-        say: Receives one line of text after each step.
+        print_line: Receives one line of text after each step.
 
     Returns:
         Path of the report.
@@ -66,16 +66,16 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
     out, model, texts = Path(out), load_model(NAME), demo_corpus()
     store = record(model, texts, sites=SITES, out=out / "demo.acts")
     heads = record(model, texts, sites=HEAD_SITES, context=64, max_rows=HEAD_ROWS, out=out / "heads.acts")
-    say(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
-    say(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
+    print_line(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
+    print_line(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
     features = extract_features(store, load_sae(NAME))
     assert features is not None  # None only for a share of a job
     best = label_features(features)
     sections = [_features_section(features, best)]
-    say(f"features        {sections[0].text[0]}")
+    print_line(f"features        {sections[0].text[0]}")
     for name in installed_probes():
         sections.append(_probed(name, model, (store, heads), out / "results" / name))
-        say(f"{name:<15} {sections[-1].text[0]}")
+        print_line(f"{name:<15} {sections[-1].text[0]}")
     path = write_report(
         sections,
         out / "report.html",
@@ -85,7 +85,7 @@ def demo(out: str | Path, *, say: Callable[[str], None] = print) -> Path:
             "for every word, so the probes' results can be checked. docs/demo-model.md describes model and corpus."
         ],
     )
-    say(f"report          {path}")
+    print_line(f"report          {path}")
     return path
 
 

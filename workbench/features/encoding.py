@@ -96,11 +96,11 @@ class StoreEncoder:
     def encode(self, folder: SegmentFolder, workers: Workers) -> None:
         """Encodes the rows that have no committed segment, of the share of them that this process has."""
         spans = workers.share_of(self.spans())
-        left = folder.missing(spans)
+        left = folder.missing_spans(spans)
         rows, rows_left = (sum(stop - first for first, stop in some) for some in (spans, left))
         unsettled = 0
         with (
-            progress("extracting features", rows, "rows", shown=self.show_progress, done=rows - rows_left) as advance,
+            progress("extracting features", rows, "rows", show=self.show_progress, initial=rows - rows_left) as advance,
             closing(self._start(workers, folder, left, advance)) as answers,
         ):
             for encoded, count in answers:
@@ -122,7 +122,7 @@ class StoreEncoder:
                 bound = self._raised(bound, folder.read(span, feature_type(self.sae.d_sae)))
         with ThreadPoolExecutor(1) as writer:
             writing: Future[None] | None = None
-            for first, stop in folder.missing(spans):
+            for first, stop in folder.missing_spans(spans):
                 while first < stop:
                     end, segment, count = self._encode_segment(first, stop, bound, advance)
                     unsettled += count
@@ -167,8 +167,8 @@ class StoreEncoder:
 
         if workers.remote and spans:
             saved = save_sae(self.sae, folder.path.parent)
-            given = self.array.store.path, self.array.site, saved, self.settings, folder
-            return workers.map(begin_spans, given, [(span,) for span in spans], on_lost)
+            arguments = self.array.store.path, self.array.site, saved, self.settings, folder
+            return workers.map(begin_spans, arguments, [(span,) for span in spans], on_lost)
         begin: Begin[Sequence[Span], int] = begin_here
         return workers.map(begin, (), [tuple(spans)] if spans else [], on_lost)
 

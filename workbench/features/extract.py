@@ -152,7 +152,7 @@ def _finish(encoding: StoreEncoder, folder: ExtractionFolder) -> ExtractionFolde
     """Merges, indexes and names what is encoded; does nothing if rows are left to other processes."""
     features = encoding.sae.d_sae
     if folder.stage is Stage.ENCODING:
-        if folder.segments.missing(encoding.spans()):
+        if folder.segments.missing_spans(encoding.spans()):
             return folder
         folder = merge_segments(folder, features, encoding.quotas())
     if folder.stage is Stage.MERGED:

@@ -64,7 +64,7 @@ class SegmentFolder:
                 yield first, stop
                 done = stop
 
-    def missing(self, spans: Sequence[Span]) -> list[Span]:
+    def missing_spans(self, spans: Sequence[Span]) -> list[Span]:
         """Returns the rows of `spans` that no committed segment has, in order and span by span."""
         committed, missing = list(self.spans()), []
         for first, stop in spans:

@@ -75,7 +75,7 @@ def export_delphi(
     bounds = np.linspace(0, count, splits + 1).astype(np.int64)
     with (
         files.explain_full_disk(f"{folder}", "remove it, free space and run the same command again"),
-        progress("writing delphi's cache", count, "features", shown=show_progress) as advance,
+        progress("writing delphi's cache", count, "features", show=show_progress) as advance,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         for first, after in itertools.pairwise(bounds.tolist()):
@@ -159,7 +159,7 @@ def export_neuronpedia(
     header = _set_fields(features, sae_set or sae.name)
     common = _dataset_fields(features)
     out.mkdir(parents=True, exist_ok=True)
-    with progress("writing dashboards", len(chosen), "features", shown=show_progress) as advance:
+    with progress("writing dashboards", len(chosen), "features", show=show_progress) as advance:
         for number, first in enumerate(range(0, len(chosen), batch)):
             members = chosen[first : first + batch].tolist()
             effects = decoder_logits(sae, unembed, members)

@@ -63,34 +63,34 @@ class RecordedFeatures:
         Raises:
             RequestError: The model has no such site, or the SAE's files do not record its site.
         """
-        wanted = (full_name(self.site),) if self.site else ()
-        if not wanted:
+        names = (full_name(self.site),) if self.site else ()
+        if not names:
             if self.sae.site is None:
                 raise RequestError(
                     f"sae_site: the files of SAE {self.sae.name!r} do not record its site; give sae_site="
                 )
-            wanted = site_names(full_name(self.sae.site))
-        known = [name for name in wanted if name in sites.recordable or name in sites.synonyms]
-        known = [site.name for site in stored if site.name in known] or known
-        selected = sites.select(known[:1] or [self.site or wanted[0]])
+            names = site_names(full_name(self.sae.site))
+        available = [name for name in names if name in sites.recordable or name in sites.synonyms]
+        available = [site.name for site in stored if site.name in available] or available
+        selected = sites.select(available[:1] or [self.site or names[0]])
         if len(selected) != 1:
             raise RequestError(f"sae_site {self.site!r} names {len(selected)} sites; give one, such as resid_post.3")
         return selected[0]
 
-    def at(self, tap: Site, site: SiteRecord, model: str, out: Path) -> EncodedSite:
+    def at(self, site: Site, record: SiteRecord, model: str, out: Path) -> EncodedSite:
         """Returns the encoded site.
 
         Args:
-            tap: The site of the model.
-            site: Its record in the store.
+            site: The site of the model.
+            record: Its record in the store.
             model: Name of the model.
             out: Path of the store.
 
         Raises:
             RequestError: The SAE has another width or, unless forced, another site or model.
         """
-        check_fit(self.sae, site, model, out, force=self.force, arguments=("sae_site", "sae_force"))
-        return EncodedSite(self, tap, site)
+        check_fit(self.sae, record, model, out, force=self.force, arguments=("sae_site", "sae_force"))
+        return EncodedSite(self, site, record)
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,20 @@ class EncodedSite:
     """A site of a recording whose features are extracted. Create it with `RecordedFeatures.at`."""
 
     features: RecordedFeatures
-    tap: Site
-    site: SiteRecord
+    site: Site
+    record: SiteRecord
 
     @property
     def label(self) -> str:
         """Description for the manifest of a store that has the features in place of the site's activations."""
         sae = self.features.sae
-        return f"{self.site.label} by {sae.name} ({sae.fingerprint()[:12]})"
+        return f"{self.record.label} by {sae.name} ({sae.fingerprint()[:12]})"
 
     def pack(self, path: Path) -> PackedEncodedSite:
         """Returns what other processes need to encode the site; saves the SAE beside the features of the store."""
         features = self.features
         folder = partial_path(self._target(path))
-        return PackedEncodedSite(save_sae(features.sae, folder), self.site, features.dtype, features.force)
+        return PackedEncodedSite(save_sae(features.sae, folder), self.record, features.dtype, features.force)
 
     @contextmanager
     def locked(
@@ -141,10 +141,10 @@ class EncodedSite:
                 segments = segment_folder(target)
                 segments.discard([*map(_span, unwritten), beyond])
                 read_folder(target, request).begin(shared)
-                left = set(unwritten)
-                recorded = [_span(segment) for segment in share if segment not in left]
-                if lacking := sum(stop - first for first, stop in segments.missing(recorded)):
-                    raise self._lacking(path, lacking)
+                to_write = set(unwritten)
+                recorded = [_span(segment) for segment in share if segment not in to_write]
+                if lacking := sum(stop - first for first, stop in segments.missing_spans(recorded)):
+                    raise self._without_features(path, lacking)
             yield
 
     def encoder(self, path: Path, manifest: Manifest) -> Callable[[int, Tensor, Sequence[int]], None]:
@@ -161,7 +161,7 @@ class EncodedSite:
             if not finite.all():
                 row = first + int((~finite).nonzero()[0])
                 raise DataError(
-                    f"row {row} of {self.site.label} is not finite in the model's forward pass; load the model in "
+                    f"row {row} of {self.record.label} is not finite in the model's forward pass; load the model in "
                     "another dtype"
                 )
             segments.write((first, first + len(rows)), encoding.encode_rows(first, rows, lengths))
@@ -172,11 +172,11 @@ class EncodedSite:
         """Merges and indexes the features of a complete recording, or extracts them if the store has the site."""
         settings, target = self.features, self._target(store.path)
         shared = workers is not None and workers.shared
-        if any(site.name == self.site.name for site in store.sites):
+        if any(site.name == self.record.name for site in store.sites):
             extract_features(
                 store,
                 settings.sae,
-                self.site.name,
+                self.record.name,
                 dtype=settings.dtype,
                 force=settings.force,
                 workers=None if shared else workers,  # the other processes of the recording may have ended
@@ -187,28 +187,28 @@ class EncodedSite:
         with exclusive_turn(target, shared):
             started = replace_fingerprint(target, planned.store_fingerprint, request.store_fingerprint)
         if store.rows and not started:
-            raise self._lacking(store.path, store.rows)
+            raise self._without_features(store.path, store.rows)
         make_features(self._encoding(store, show_progress), target, request, workers)
 
     def _encoding(self, store: Store, show_progress: bool) -> StoreEncoder:
         """The encoding of an array that is not stored: only rows in memory can be encoded."""
-        return StoreEncoder(ActivationArray(store, self.site), self.features.sae, show_progress=show_progress)
+        return StoreEncoder(ActivationArray(store, self.record), self.features.sae, show_progress=show_progress)
 
     def _target(self, store: Path) -> Path:
-        return target_path(store.absolute(), self.site, self.features.sae.name)
+        return target_path(store.absolute(), self.record, self.features.sae.name)
 
     def _planned(self, manifest: Manifest) -> ExtractionRecord:
         """The request while the store is recorded, with the fingerprint of the planned store."""
         return self._request(replace(manifest, segments=()).fingerprint, manifest.planned_rows)
 
     def _request(self, fingerprint: str, rows: int) -> ExtractionRecord:
-        record = sae_record(self.features.sae, None)
-        return extraction_record(record, self.site.name, fingerprint, rows, self.features.dtype)
+        sae = sae_record(self.features.sae, None)
+        return extraction_record(sae, self.record.name, fingerprint, rows, self.features.dtype)
 
-    def _lacking(self, store: Path, rows: int) -> RequestError:
+    def _without_features(self, store: Path, rows: int) -> RequestError:
         return RequestError(
             f"{store} has {rows:,} rows that were recorded without features of SAE {self.features.sae.name!r} and "
-            f"without {self.site.label}; choose another out"
+            f"without {self.record.label}; choose another out"
         )
 
 
@@ -217,14 +217,14 @@ class PackedEncodedSite:
     """An `EncodedSite` on its way to other processes: its SAE is saved in files."""
 
     sae: SavedSae
-    site: SiteRecord
+    record: SiteRecord
     dtype: str
     force: bool
 
     def unpack(self, device: str, sites: SiteMap) -> EncodedSite:
         """Returns the site with its SAE on `device`, for a model with these sites."""
-        features = RecordedFeatures(self.sae.load(device), self.site.name, self.dtype, self.force)
-        return EncodedSite(features, features.select_site(sites), self.site)
+        features = RecordedFeatures(self.sae.load(device), self.record.name, self.dtype, self.force)
+        return EncodedSite(features, features.select_site(sites), self.record)
 
 
 def _span(segment: PlannedSegment) -> Span:

@@ -16,16 +16,16 @@ EVERY = 10.0
 
 @contextmanager
 def progress(
-    label: str, total: int | None, unit: str, *, shown: bool = True, done: int = 0
+    label: str, total: int | None, unit: str, *, show: bool = True, initial: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of further units finished. `done`: those finished before."""
-    if not shown:
+    """Yields a function to call with the number of further units finished. `initial`: those finished before."""
+    if not show:
         yield lambda _n: None
     elif sys.stderr.isatty() or _in_notebook():
-        with _bar()(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+        with _bar()(desc=label, total=total, initial=initial, unit=f" {unit}", unit_scale=True, leave=False) as bar:
             yield bar.update
     else:
-        yield _Lines(label, total, unit, done).advance
+        yield _Lines(label, total, unit, initial).advance
 
 
 def _in_notebook() -> bool:
@@ -44,18 +44,18 @@ def _bar() -> type:
 
 
 class _Lines:
-    """Counts, and says so every few seconds: `recording: 120,000 of 1,000,000 rows, 8,123 rows/s, 1 min 48 s left`."""
+    """Logs a line every few seconds: `recording: 120,000 of 1,000,000 rows, 8,123 rows/s, 1 min 48 s left`."""
 
     def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self.new = 0
 
     def advance(self, n: int) -> None:
         self.done, self.new = self.done + n, self.new + n
         now = time.monotonic()
-        if now - self.said >= EVERY:
-            self.said = now
+        if now - self.last_line >= EVERY:
+            self.last_line = now
             PROGRESS.info(self.line(now - self.began))
 
     def line(self, seconds: float) -> str:

@@ -17,7 +17,7 @@ Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
 Begin = Callable[..., Callable[[Task], Answer]]
-"""Makes, from a device and the arguments given, the function that does one task after another."""
+"""Makes, from a device and its arguments, the function that does one task after another."""
 OnLost = Callable[[Task | None, Exception], Answer]
 """Answers for a task over which workers died too often, or raises; None stands for the start, before a first task."""
 
@@ -60,7 +60,7 @@ class Workers(Protocol):
     def map(
         self,
         begin: Begin[Task, Answer],
-        given: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         tasks: Sequence[Task],
         on_lost: OnLost[Task, Answer],
         device: str | None = None,
@@ -68,8 +68,8 @@ class Workers(Protocol):
         """Runs the tasks and yields each with its answer, in the order in which they end.
 
         Args:
-            begin: Called once in each worker as `begin(device, *given)`; returns the function that does a task.
-            given: Arguments of `begin`, pickled if the workers are remote.
+            begin: Called once in each worker as `begin(device, *arguments)`; returns the function that does a task.
+            arguments: Arguments of `begin`, pickled if the workers are remote.
             tasks: Tasks to run. None are started if it is empty.
             on_lost: Called with a task over which workers died too often, and with the last error.
             device: Type of device that a worker needs, cpu or cuda. None: as `begin` chooses.
@@ -97,14 +97,14 @@ class ThisProcess:
     def map(
         self,
         begin: Begin[Task, Answer],
-        given: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         tasks: Sequence[Task],
         on_lost: OnLost[Task, Answer],
         device: str | None = None,
     ) -> Generator[tuple[Task, Answer], None, None]:
         """Runs the tasks in their order; an exception of a task is raised as it is."""
         if tasks:
-            run = begin(device, *given)
+            run = begin(device, *arguments)
             for task in tasks:
                 yield task, run(task)
 

@@ -173,11 +173,11 @@ def head_writes(
         z = torch.cat(
             [part.float().reshape(-1, output.heads, output.d_head) for part in seen.pop(layer) if part is not None]
         )
-        yield layer, written(output, z)
+        yield layer, writes_of(output, z)
 
 
 @torch.inference_mode()
-def written(output: HeadOutput, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_model"]:
+def writes_of(output: HeadOutput, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_model"]:
     """Returns the output of each head, given its `z`; a norm after the projection is applied to each head alone."""
     weights = output.weights()
     writes = torch.einsum("rhd,hdm->rhm", z.float().to(weights.device), weights)

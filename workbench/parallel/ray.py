@@ -66,7 +66,7 @@ class RayWorkers:
     def map(
         self,
         begin: Begin[Task, Answer],
-        given: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         tasks: Sequence[Task],
         on_lost: OnLost[Task, Answer],
         device: str | None = None,
@@ -74,8 +74,8 @@ class RayWorkers:
         """Runs the tasks in the workers and yields each with its answer, in the order in which they end.
 
         Args:
-            begin: Called once in each worker as `begin(device, *given)`; returns the function that does a task.
-            given: Arguments of `begin`, which are pickled.
+            begin: Called once in each worker as `begin(device, *arguments)`; returns the function that does a task.
+            arguments: Arguments of `begin`, which are pickled.
             tasks: Tasks to run. No worker is started if it is empty.
             on_lost: Called with a task over which workers died too often, or with None if they died at the start.
             device: Type of device of each worker unless `kind` names one. None: cuda if this machine has one.
@@ -90,9 +90,9 @@ class RayWorkers:
         count = min(self.count, len(tasks))
         resources = {"num_cpus": threads, "num_gpus": int(device == "cuda")}
         with _ray(self.address, count * threads) as ray:
-            _refuse_more_than_there_is(ray, count, resources)
-            arguments = (os.getcwd(), device, threads, ray.put((begin, given)))
-            pool = _Pool(ray, ray.remote(_Worker).options(**resources).remote, arguments, tasks)
+            _check_resources(ray, count, resources)
+            settings = (os.getcwd(), device, threads, ray.put((begin, arguments)))
+            pool = _Pool(ray, ray.remote(_Worker).options(**resources).remote, settings, tasks)
             try:
                 for _ in range(count):
                     pool.start()
@@ -170,8 +170,8 @@ class _Worker:
             raise RequestError(
                 f"a worker on {socket.gethostname()} finds no {place}; work in a folder that all machines share"
             ) from None
-        begin, given = packed
-        self._do = begin(device, *given)
+        begin, arguments = packed
+        self._do = begin(device, *arguments)
         return library_versions()
 
     def do(self, task: Any) -> Any:
@@ -230,7 +230,7 @@ def _asks_for_a_token(error: BaseException | None) -> bool:
     return False
 
 
-def _refuse_more_than_there_is(ray: Any, count: int, resources: Mapping[str, int]) -> None:
+def _check_resources(ray: Any, count: int, resources: Mapping[str, int]) -> None:
     """Ray would wait for processors that it may never have."""
     resources_of_ray = ray.cluster_resources()
     for name, unit, hint in (("CPU", "num_cpus", "fewer workers or threads"), ("GPU", "num_gpus", "fewer workers")):

@@ -82,10 +82,10 @@ class Share:
     def map(
         self,
         begin: Begin[Task, Answer],
-        given: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         tasks: Sequence[Task],
         on_lost: OnLost[Task, Answer],
         device: str | None = None,
     ) -> Generator[tuple[Task, Answer], None, None]:
         """Runs the tasks in this process, on its own GPU if the machine has several."""
-        return ThisProcess().map(begin, given, tasks, on_lost, self.planning_device or device)
+        return ThisProcess().map(begin, arguments, tasks, on_lost, self.planning_device or device)

@@ -47,7 +47,7 @@ class Plan:
     """Bytes of the sites' files: exact for this number of segments."""
     tokens: int
     """Bytes of the token tables, as in the sample; without texts to sample an upper estimate."""
-    others: int
+    overhead: int
     """Bytes of the unembedding, the manifest and the records of segments."""
     scratch: int
     """Bytes of the planned tokens, which lie in the store's folder until the recording ends."""
@@ -66,7 +66,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes of the finished store."""
-        return self.activations + self.tokens + self.others
+        return self.activations + self.tokens + self.overhead
 
     @property
     def seconds(self) -> float:
@@ -84,7 +84,7 @@ class Plan:
         facts = {
             "rows": f"{self.rows:,} in at most {self.segments:,} segments",
             "disk": f"{human_bytes(self.disk)}: activations {human_bytes(self.activations)}, tokens "
-            f"{human_bytes(self.tokens)}, the rest {human_bytes(self.others)}; "
+            f"{human_bytes(self.tokens)}, the rest {human_bytes(self.overhead)}; "
             f"{human_bytes(self.scratch)} more while it runs",
             "memory": f"{human_bytes(self.memory)} a worker"
             + ("" if self.gpu_memory is None else f", {human_bytes(self.gpu_memory)} of its GPU"),
@@ -147,11 +147,11 @@ def _measure(model: Model, texts: Texts | None, settings: Recording, seconds: fl
         source = _random_tokens(model, 2 * size, context) if texts is None else texts
         clock.segments.clear()
         record(model, source, out=folder / name, settings=sample, workers=clock, show_progress=False)
-        more = int(seconds / 2 / clock.measured[1])
+        more = int(seconds / 2 / clock.total[1])
         if more < 2:
             break
         size *= more
-    return _Sample(folder / name, *clock.measured, model.device.type, of_texts=texts is not None)
+    return _Sample(folder / name, *clock.total, model.device.type, of_texts=texts is not None)
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ class _Timed(ThisProcess):
     def map(
         self,
         begin: Begin[Task, Answer],
-        given: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         tasks: Sequence[Task],
         on_lost: OnLost[Task, Answer],
         device: str | None = None,
     ) -> Generator[tuple[Task, Answer], None, None]:
-        write = begin(device, *given)
+        write = begin(device, *arguments)
         for task in tasks:
             began = time.perf_counter()
             answer = write(task)
@@ -177,10 +177,10 @@ class _Timed(ThisProcess):
             yield task, answer
 
     @property
-    def measured(self) -> tuple[int, float]:
+    def total(self) -> tuple[int, float]:
         """Rows and seconds in all, without the first segment if there are others: it warms up."""
-        counted = self.segments[1:] or self.segments
-        return sum(rows for rows, _ in counted), sum(seconds for _, seconds in counted)
+        segments = self.segments[1:] or self.segments
+        return sum(rows for rows, _ in segments), sum(seconds for _, seconds in segments)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _scaled(sample: _Sample, rows: int, segment_rows: int, workers: int) -> Plan
         segments=segments,
         activations=sum(site.row_bytes for site in manifest.sites) * rows + headers,
         tokens=int(rows * tokens / manifest.rows * (1 + grouped)) if sample.of_texts else rows * ROW_BYTES,
-        others=unembed + (record_size + _ROW_OF_MANIFEST) * segments,
+        overhead=unembed + (record_size + _ROW_OF_MANIFEST) * segments,
         scratch=rows * 28,
         memory=_peak_memory(),
         gpu_memory=torch.cuda.max_memory_allocated() if sample.device == "cuda" else None,

@@ -47,13 +47,13 @@ class RecordingPlan:
     @property
     def encoded_only(self) -> EncodedSite | None:
         """The site whose features are extracted and whose activations are not stored."""
-        stored = self.features and any(site.name == self.features.site.name for site in self.sites)
+        stored = self.features and any(site.name == self.features.record.name for site in self.sites)
         return None if stored else self.features
 
     @property
     def all_sites(self) -> tuple[SiteRecord, ...]:
         """Sites that are stored, and the one that is only encoded."""
-        return (*self.sites, self.encoded_only.site) if self.encoded_only else self.sites
+        return (*self.sites, self.encoded_only.record) if self.encoded_only else self.sites
 
     @property
     def segment_rows(self) -> int:
@@ -117,7 +117,7 @@ def plan_tokens(
     Raises:
         RequestError: Token ids that are not the model's, texts without a tokenizer, or no tokens at all.
     """
-    with progress("tokenizing", None, "tokens", shown=show_progress) as advance:
+    with progress("tokenizing", None, "tokens", show=show_progress) as advance:
         settings = plan.settings
         layout = Layout(plan.context, plan.added, settings.packed, settings.max_rows, model.vocab)
         return plan_sequences(documents, model.tokenizer, layout, folder, advance)

@@ -161,7 +161,7 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, append: bool, workers:
         if plan.encoded_only and append and writer.manifest.rows and writer.manifest.complete:
             raise RequestError(
                 f"append: features of the {writer.manifest.rows:,} rows before need their "
-                f"{plan.encoded_only.site.label} again, which was not stored; choose another out"
+                f"{plan.encoded_only.record.label} again, which was not stored; choose another out"
             )
         yield writer
 

@@ -63,7 +63,7 @@ def write_part(
     encoded = recorder.encoded_only if left else None
     with (
         encoded.locked(writer.path, writer.manifest, share, left, workers.shared) if encoded else nullcontext(),
-        progress("recording", rows, "rows", shown=show_progress, done=rows - rows_left) as advance,
+        progress("recording", rows, "rows", show=show_progress, initial=rows - rows_left) as advance,
         closing(write_segments(recorder, left, workers, advance)) as written,
     ):
         for _ in written:
@@ -95,11 +95,11 @@ def write_segments(
         return partial(recorder.write, advance=advance)
 
     begin: Begin[PlannedSegment, None] = begin_here
-    given: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...] = ()
     if workers.remote and segments:
         features = recorder.encoded_only.pack(plan.store) if recorder.encoded_only else None
-        begin, given = begin_segments, (plan, pack_model(recorder.model), features)
-    with closing(workers.map(begin, given, segments, on_lost)) as answers:
+        begin, arguments = begin_segments, (plan, pack_model(recorder.model), features)
+    with closing(workers.map(begin, arguments, segments, on_lost)) as answers:
         for segment, _ in answers:
             if workers.remote:
                 advance(segment.rows)
@@ -169,8 +169,8 @@ class SegmentRecorder:
                 if encoded is None or self.encode is None:
                     _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance)
                 else:  # its features first: a segment that is finished has them
-                    buffered = SegmentWithBuffer(segment, encoded.site, planned.rows)
-                    sites = [*self.sites, encoded.tap]
+                    buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
+                    sites = [*self.sites, encoded.site]
                     _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance)
                     self.encode(planned.first_row, buffered.values, lengths.tolist())
             submit_segment(plan.store, planned)

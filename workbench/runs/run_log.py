@@ -33,9 +33,9 @@ def logged(path: Path, title: str) -> Iterator[Callable[[str], None]]:
 
         show = warnings.showwarning
 
-        def show_and_log(message: Any, category: Any, *where: Any, **how: Any) -> None:
+        def show_and_log(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
             log(f"warning: {message}")
-            show(message, category, *where, **how)
+            show(message, category, *args, **kwargs)
 
         log(title)
         warnings.showwarning = show_and_log

@@ -168,7 +168,7 @@ class Encoder:
             raise NotFinite(bad, features=False)
         parts, start, sizes, current = [], 0, self._sizes(len(rows), lengths), self
         with torch.no_grad(), full_precision():
-            x = rows if self.linear is None else self.sae.prepared(rows)
+            x = rows if self.linear is None else self.sae.encoder_input(rows)
             out = x.new_empty(max(sizes, default=0), self.sae.d_sae) if self.linear and not self.screen else None
             for block in x.split(sizes):
                 try:

@@ -109,7 +109,7 @@ class Sae:
             shaped = self._shaped(rows)
             return self.module.encode(shaped[None])[0] if self.sequential else self.module.encode(shaped).flatten(1)
 
-    def prepared(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
+    def encoder_input(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
         """Returns the input of the encoder's product: rows normalised and minus b_dec, as the settings require."""
         with torch.no_grad():
             return self.module.process_sae_in(self._shaped(rows)).flatten(1)
