@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import workbench as wb
-from workbench.experiments.inputs import Inputs, recorded
+from workbench.experiments.inputs import Inputs, record_documents
 from workbench.experiments.panels import curves
 from workbench.probes import TokenErasure
 from workbench.results.experiment import make_result
@@ -41,7 +41,7 @@ class Config(Inputs):
 
 def run(config: Config) -> wb.Result:
     """Returns one line per group of tokens, offset and layer: accuracy, 0 to 1, with its 95 % CI over documents."""
-    store = recorded(config, ("resid_post",), context=config.context)
+    store = record_documents(config, ("resid_post",), context=config.context)
     settings = {"offsets": config.offsets, "epochs": config.epochs, "seed": config.seed, "device": config.device}
     result = TokenErasure(**settings).run(store)
     accuracy = result.data[["accuracy", "accuracy_low", "accuracy_high"]].to_dataframe().reset_index()

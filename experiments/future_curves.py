@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 import workbench as wb
-from workbench.experiments.inputs import Inputs, recorded
+from workbench.experiments.inputs import Inputs, record_documents
 from workbench.experiments.panels import curves
 from workbench.probes import FutureLens
 from workbench.results.experiment import make_result
@@ -41,7 +41,7 @@ class Config(Inputs):
 
 def run(config: Config) -> wb.Result:
     """Returns one line per method, layer and horizon: precision at 1, the bigram's, and the gain with its 95 % CI."""
-    store = recorded(config, ("resid_post",), context=config.context)
+    store = record_documents(config, ("resid_post",), context=config.context)
     settings = {"horizons": config.horizons, "epochs": config.epochs, "seed": config.seed, "device": config.device}
     if not config.epochs:
         settings["direct_vocab"] = 0

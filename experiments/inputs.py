@@ -78,7 +78,7 @@ def documents_of(text: str, number: int, seed: int) -> list[Any]:
     return [read[place] for place in np.random.default_rng(seed).permutation(len(read))]
 
 
-def recorded(config: Inputs, sites: Sequence[str], **settings: Any) -> wb.Store:
+def record_documents(config: Inputs, sites: Sequence[str], **settings: Any) -> wb.Store:
     """Returns the store of the config's documents; runs of the same model, text and seed share it."""
     model = model_of(config.model, config.weights, config.device)
     texts = documents_of(config.text, config.documents, config.seed)
@@ -92,13 +92,13 @@ def token_sequences(
 
     Special tokens are not drawn. With `bos` each sequence begins with the tokens that the tokenizer puts before a text.
     """
-    known = set() if model.tokenizer is None else set(model.tokenizer.all_special_ids)
-    ids = np.array([token for token in range(_vocab(model)) if token not in known])
+    special = set() if model.tokenizer is None else set(model.tokenizer.all_special_ids)
+    ids = np.array([token for token in range(_vocab(model)) if token not in special])
     prefix = list(added_tokens(model.tokenizer, "model").prefix) if bos else []
-    drawn = np.random.default_rng(seed).choice(ids, size=(number, length - len(prefix)))
+    ids_of_sequences = np.random.default_rng(seed).choice(ids, size=(number, length - len(prefix)))
     if kind == "repeated":
-        drawn = np.repeat(drawn[:, :1], drawn.shape[1], axis=1)
-    return [[*prefix, *line] for line in drawn.tolist()]
+        ids_of_sequences = np.repeat(ids_of_sequences[:, :1], ids_of_sequences.shape[1], axis=1)
+    return [[*prefix, *line] for line in ids_of_sequences.tolist()]
 
 
 def _vocab(model: wb.Model) -> int:

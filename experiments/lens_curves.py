@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import workbench as wb
-from workbench.experiments.inputs import Inputs, recorded
+from workbench.experiments.inputs import Inputs, record_documents
 from workbench.experiments.panels import curves
 from workbench.io.checks import check_fields
 from workbench.probes import LogitLens, TunedLens
@@ -42,7 +42,7 @@ class Config(Inputs):
 
 def run(config: Config) -> wb.Result:
     """Returns one line per layer: means over tokens in nats, and shares of tokens."""
-    store = recorded(config, ("resid_post",), context=config.context)
+    store = record_documents(config, ("resid_post",), context=config.context)
     if config.lens == "logit":
         result = LogitLens(detail=0, device=config.device).run(store)
     else:

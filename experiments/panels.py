@@ -23,7 +23,7 @@ _WIDE = 3  # panels in a row
 _AVERAGED = "seed"
 
 
-def differing(result: Result) -> list[str]:
+def differing_settings(result: Result) -> list[str]:
     """Returns the settings in which the runs of this result differ, in the order of the config."""
     settings = result.provenance["settings"]
     runs = settings.get("runs", [settings])
@@ -51,14 +51,14 @@ def _short(places: Sequence[Any]) -> dict[Any, str]:
 
 def groups(result: Result, besides: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
     """Returns the parts of the table by all differing settings but `besides` and the seed, each with its name."""
-    apart = [name for name in differing(result) if name not in (*besides, _AVERAGED)]
-    if "model" not in apart and "model" in result.table and "model" not in besides:
-        apart.insert(0, "model")
+    columns = [name for name in differing_settings(result) if name not in (*besides, _AVERAGED)]
+    if "model" not in columns and "model" in result.table and "model" not in besides:
+        columns.insert(0, "model")
     table = with_short_paths(result.table)
-    if not apart:
+    if not columns:
         return [("", table)]
-    parts = table.groupby(apart, sort=False, dropna=False)
-    return [(", ".join(map(setting_text, apart, values)), part) for values, part in parts]
+    parts = table.groupby(columns, sort=False, dropna=False)
+    return [(", ".join(map(setting_text, columns, values)), part) for values, part in parts]
 
 
 def curves(
@@ -129,7 +129,9 @@ def curves(
                 **cell,
             )
             in_legend.add(name)
-    subtitle_text = "; ".join(filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing(result) else ""]))
+    subtitle_text = "; ".join(
+        filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing_settings(result) else ""])
+    )
     figure.update_layout(
         template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle_text}, "y": 0.98, "yanchor": "top"},

@@ -16,7 +16,7 @@ import pandas as pd
 
 import workbench as wb
 from workbench.embedded import NAME as DEMO
-from workbench.experiments.inputs import Inputs, model_of, recorded
+from workbench.experiments.inputs import Inputs, model_of, record_documents
 from workbench.experiments.panels import curves
 from workbench.io.errors import RequestError
 from workbench.results.experiment import make_result
@@ -47,13 +47,13 @@ def run(config: Config) -> wb.Result:
     if site is None:
         raise RequestError(f"SAE {sae.name!r} does not name its site; give site, such as resid_post.3")
     model = model_of(config.model, config.weights, config.device)
-    (known,) = model.site_map.select([site])
-    store = recorded(config, (known.name,), context=config.context)
+    (record,) = model.site_map.select([site])
+    store = record_documents(config, (record.name,), context=config.context)
     options = {"model": model if config.spliced else None, "force": config.weights == "random"}
-    metrics = wb.sae_metrics(store, sae, known.name, **options)
+    metrics = wb.sae_metrics(store, sae, record.name, **options)
     line = {
-        "layer": -1 if known.layer is None else known.layer,
-        "read": known.short or known.name,
+        "layer": -1 if record.layer is None else record.layer,
+        "read": record.short or record.name,
         "d_sae": sae.d_sae,
         "rows_counted": metrics.rows,
         "l0": metrics.l0,

@@ -17,8 +17,8 @@ from plotly.subplots import make_subplots
 
 import workbench as wb
 from workbench.demo.run import HEAD_SITES
-from workbench.experiments.inputs import Inputs, model_of, recorded, token_sequences
-from workbench.experiments.panels import differing, groups, setting_text
+from workbench.experiments.inputs import Inputs, model_of, record_documents, token_sequences
+from workbench.experiments.panels import differing_settings, groups, setting_text
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks
@@ -70,7 +70,7 @@ def run(config: Config) -> wb.Result:
 
 def _store(config: Config) -> wb.Store:
     if config.input == "natural":
-        return recorded(config, HEAD_SITES, context=config.length)
+        return record_documents(config, HEAD_SITES, context=config.length)
     model = model_of(config.model, config.weights, config.device)
     number = config.rows // config.length
     texts = token_sequences(model, config.input, number, config.length, bos=config.bos, seed=config.seed)
@@ -109,7 +109,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
                 row=1,
                 col=place + 1,
             )
-    seeds = "mean over seeds, " if "seed" in differing(result) else ""
+    seeds = "mean over seeds, " if "seed" in differing_settings(result) else ""
     figure.update_layout(
         template=TEMPLATE,
         title={

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import plotly.graph_objects as go
 
 import workbench as wb
-from workbench.experiments.inputs import Inputs, model_of, recorded
+from workbench.experiments.inputs import Inputs, model_of, record_documents
 from workbench.experiments.panels import groups
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.probes import SuccessorHeads
@@ -44,7 +44,7 @@ class Config(Inputs):
 def run(config: Config) -> wb.Result:
     """Returns one line per head: macro score, the mean over tasks, 0 to 1; its null under shuffles; p over heads."""
     model = model_of(config.model, config.weights, config.device)
-    store = recorded(config, (f"resid_post.{model.site_map.n_layers - 1}",))
+    store = record_documents(config, (f"resid_post.{model.site_map.n_layers - 1}",))
     settings = {"space": config.space, "case": config.case, "permutations": config.permutations, "seed": config.seed}
     result = SuccessorHeads(row_limit=0, device=config.device, **settings).run(store, model=model)
     names = ["macro", "micro", "tasks_above", "copying", "null_macro", "p_value", "p_family"]

@@ -150,11 +150,11 @@ def batches(
 
 def _architecture_settings(settings: TrainSae, config: type) -> dict[str, Any]:
     """Returns the settings that only some architectures have."""
-    given = {name: getattr(settings, name) for name in _SOME_ARCHITECTURES if getattr(settings, name) is not None}
+    options = {name: getattr(settings, name) for name in _SOME_ARCHITECTURES if getattr(settings, name) is not None}
     known = {field.name for field in fields(config)}
-    if strange := sorted(given.keys() - known):
+    if strange := sorted(options.keys() - known):
         raise wb.RequestError(f"{strange[0]} is not a setting of a {settings.architecture} SAE; leave it out")
-    return given
+    return options
 
 
 @dataclass(frozen=True)

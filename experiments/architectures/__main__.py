@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 
 import torch
 
-from workbench.experiments.architectures.sweep import LENGTHS, Check, check, shown
+from workbench.experiments.architectures.sweep import LENGTHS, Check, check, format_error
 from workbench.experiments.architectures.tiny import causal_lm_types
 from workbench.experiments.demo_model.made_of import made_of
 
@@ -69,39 +69,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sweep(types: Sequence[str]) -> list[Check]:
     torch.set_num_threads(1)
     checks = []
-    for done, model_type in enumerate(types, 1):
+    for number, model_type in enumerate(types, 1):
         checks.append(check(model_type))
         outcome = "passes" if checks[-1].passed else checks[-1].failure
-        print(f"{done}/{len(types)} {model_type}: {outcome}", file=sys.stderr, flush=True)
+        print(f"{number}/{len(types)} {model_type}: {outcome}", file=sys.stderr, flush=True)
     return checks
 
 
 def page(checks: Sequence[Check]) -> str:
     """The Markdown page of a sweep; the same checks give the same text."""
-    adapted = [found for found in checks if found.kinds and found.adapter]
-    structural = [found for found in checks if found.kinds and not found.adapter]
-    refused = [found for found in checks if not found.kinds]
+    adapted = [result for result in checks if result.kinds and result.adapter]
+    structural = [result for result in checks if result.kinds and not result.adapter]
+    refused = [result for result in checks if not result.kinds]
     text = TEXT.format(
         made_of=made_of({}, {name: version(name) for name in MADE_OF}),
         lengths=f"{', '.join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]}",
-        adapted_pass=sum(found.passed for found in adapted),
+        adapted_pass=sum(result.passed for result in adapted),
         adapted=len(adapted),
-        structural_pass=sum(found.passed for found in structural),
+        structural_pass=sum(result.passed for result in structural),
         structural=len(structural),
         refused=len(refused),
     )
-    adapters = [found.adapter.removesuffix("ArchitectureAdapter") for found in adapted]
+    adapters = [result.adapter.removesuffix("ArchitectureAdapter") for result in adapted]
     parts = [
         text,
         "## Through TransformerLens' adapters\n",
-        _table({"type": [found.model_type for found in adapted], "adapter": adapters} | _columns(adapted, COLUMNS)),
+        _table({"type": [result.model_type for result in adapted], "adapter": adapters} | _columns(adapted, COLUMNS)),
         "## By structure\n",
-        _table({"type": [found.model_type for found in structural]} | _columns(structural, ("resid_post", "logits"))),
+        _table({"type": [result.model_type for result in structural]} | _columns(structural, ("resid_post", "logits"))),
         "## Not recordable\n",
         _table(
             {
-                "type": [found.model_type for found in refused],
-                "reason": [_short(found.failure) for found in refused],
+                "type": [result.model_type for result in refused],
+                "reason": [_short(result.failure) for result in refused],
             }
         ),
     ]
@@ -110,25 +110,25 @@ def page(checks: Sequence[Check]) -> str:
 
 def _columns(checks: Sequence[Check], kinds: Sequence[str]) -> dict[str, list[str]]:
     """Sites, the largest error of each of `kinds`, of all other kinds, of the lens, and the remarks."""
-    errors = {kind: [_shown(found.errors.get(kind)) for found in checks] for kind in kinds}
-    others = [max((found.errors[kind] for kind in found.errors.keys() - {*kinds}), default=None) for found in checks]
+    errors = {kind: [_error_text(result.errors.get(kind)) for result in checks] for kind in kinds}
+    others = [max((result.errors[kind] for kind in result.errors.keys() - {*kinds}), default=None) for result in checks]
     return {
-        "sites": [" ".join(found.kinds) for found in checks],
+        "sites": [" ".join(result.kinds) for result in checks],
         **errors,
-        **({"others": [_shown(error) for error in others]} if any(error is not None for error in others) else {}),
-        "lens": [_shown(found.lens) for found in checks],
-        "remark": ["; ".join(map(_short, _remarks(found))) for found in checks],
+        **({"others": [_error_text(error) for error in others]} if any(error is not None for error in others) else {}),
+        "lens": [_error_text(result.lens) for result in checks],
+        "remark": ["; ".join(map(_short, _remarks(result))) for result in checks],
     }
 
 
-def _remarks(found: Check) -> list[str]:
-    failure = [f"FAILS: {found.failure}"] if found.failure else []
-    lens = [f"no lens: {found.lens}"] if isinstance(found.lens, str) else []
-    return [*failure, *found.remarks, *lens]
+def _remarks(result: Check) -> list[str]:
+    failure = [f"FAILS: {result.failure}"] if result.failure else []
+    lens = [f"no lens: {result.lens}"] if isinstance(result.lens, str) else []
+    return [*failure, *result.remarks, *lens]
 
 
-def _shown(error: float | str | None) -> str:
-    return shown(error) if isinstance(error, float) else "-"
+def _error_text(error: float | str | None) -> str:
+    return format_error(error) if isinstance(error, float) else "-"
 
 
 def _short(text: str, limit: int = 240) -> str:

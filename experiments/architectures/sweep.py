@@ -66,24 +66,24 @@ class Check:
 
 def check(model_type: str) -> Check:
     """Records a tiny random model of this type and compares. Never raises: an error is part of the result."""
-    found = Check(model_type)
+    result = Check(model_type)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quietly():
             warnings.simplefilter("ignore")  # transformers and TransformerLens have many about old architectures
             model = Model(tiny_model(model_type), None, model_type)
             kinds = dict.fromkeys(_kind(site.short) for site in model.site_map.sites.values() if site.short)
-            found = replace(found, adapter=model.site_map.adapter, kinds=tuple(kinds))
-            return _compare(found, model, Path(folder))
+            result = replace(result, adapter=model.site_map.adapter, kinds=tuple(kinds))
+            return _compare(result, model, Path(folder))
     except (RequestError, ValueError) as error:
-        return replace(found, failure=_one_line(error))
+        return replace(result, failure=_one_line(error))
     except Exception as error:
-        return replace(found, failure=f"{type(error).__name__}: {_one_line(error)}")
+        return replace(result, failure=f"{type(error).__name__}: {_one_line(error)}")
 
 
-def _compare(found: Check, model: Model, folder: Path) -> Check:
-    if "resid_post" not in found.kinds:
+def _compare(result: Check, model: Model, folder: Path) -> Check:
+    if "resid_post" not in result.kinds:
         missing = model.site_map.missing.get("blocks.0.hook_resid_post", "its architecture has none")
-        return replace(found, failure=f"no resid_post: {missing}")
+        return replace(result, failure=f"no resid_post: {missing}")
     generator = torch.Generator().manual_seed(2)
     ids = [torch.randint(8, 120, (n,), generator=generator) for n in LENGTHS]
     sites = [site.short for site in model.site_map.sites.values() if site.short]
@@ -91,25 +91,25 @@ def _compare(found: Check, model: Model, folder: Path) -> Check:
     store = wb.record(
         model, texts, out=folder / "store", sites=sites, context=CONTEXT, dtype="float32", show_progress=False
     )
-    recorded = _Recorded(store, ids)
+    recorded = _RecordedSequences(store, ids)
     remarks: list[str] = []
     lens = _lens(recorded)
     errors = _against_plain_model(recorded, model.module, isinstance(lens, float), remarks)
-    if "pattern" in found.kinds:
-        errors |= _against_eager_attention(recorded, tiny_model(found.model_type), remarks)
-    if found.adapter:
+    if "pattern" in result.kinds:
+        errors |= _against_eager_attention(recorded, tiny_model(result.model_type), remarks)
+    if result.adapter:
         errors |= _against_bridge(recorded, model, remarks)
-    failures = [f"{kind} differs by {shown(error)}" for kind, error in errors.items() if not error <= TOLERANCE]
+    failures = [f"{kind} differs by {format_error(error)}" for kind, error in errors.items() if not error <= TOLERANCE]
     if isinstance(lens, float) and not lens <= LENS_TOLERANCE:
-        failures.append(f"the lens differs from the logits by {shown(lens)}")
-    return replace(found, errors=errors, lens=lens, remarks=tuple(remarks), failure="; ".join(failures) or None)
+        failures.append(f"the lens differs from the logits by {format_error(lens)}")
+    return replace(result, errors=errors, lens=lens, remarks=tuple(remarks), failure="; ".join(failures) or None)
 
 
 # ---- the readings ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _RecordedSequences:
     """The store, and the sequences it was recorded from."""
 
     store: Store
@@ -127,7 +127,7 @@ class _Recorded:
 
 
 def _against_plain_model(
-    recorded: _Recorded, module: nn.Module, has_lens: bool, remarks: list[str]
+    recorded: _RecordedSequences, module: nn.Module, has_lens: bool, remarks: list[str]
 ) -> dict[str, float]:
     """Compares resid_post and logits, each sequence run alone."""
     layers, errors = recorded.layers("resid_post"), {"resid_post": 0.0, "logits": 0.0}
@@ -147,7 +147,7 @@ def _against_plain_model(
     return errors
 
 
-def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: list[str]) -> dict[str, float]:
+def _against_eager_attention(recorded: _RecordedSequences, module: nn.Module, remarks: list[str]) -> dict[str, float]:
     """Compares pattern, each sequence run alone with eager attention, and checks that no query sees a later key."""
     module.set_attn_implementation("eager")
     layers, errors = recorded.layers("pattern"), {"pattern": 0.0}
@@ -171,7 +171,7 @@ def _against_eager_attention(recorded: _Recorded, module: nn.Module, remarks: li
     return errors
 
 
-def _against_bridge(recorded: _Recorded, model: Model, remarks: list[str]) -> dict[str, float]:
+def _against_bridge(recorded: _RecordedSequences, model: Model, remarks: list[str]) -> dict[str, float]:
     """Compares every site that TransformerBridge also has, each sequence run alone through it."""
     try:
         with _silent(), torch.no_grad():
@@ -185,9 +185,11 @@ def _against_bridge(recorded: _Recorded, model: Model, remarks: list[str]) -> di
         for sequence, cache in enumerate(caches):
             if site.name in cache and isinstance(cache[site.name], Tensor):
                 _note(errors, _kind(site.short), recorded.read(site.short, sequence), cache[site.name][0])
-    own = errors.pop("resid_post", 0.0)  # compared with the plain model already: here it is the bridge that is tried
-    if own > TOLERANCE:
-        remarks.append(f"TransformerBridge's own residual stream is {shown(own)} from the plain model's")
+    residual_error = errors.pop("resid_post", 0.0)  # compared with the plain model already
+    if residual_error > TOLERANCE:
+        remarks.append(
+            f"TransformerBridge's own residual stream is {format_error(residual_error)} from the plain model's"
+        )
         return {}
     absent = {_kind(site.short) for site in recorded.store.sites} - {*errors, "resid_post", "pattern", "logits"}
     if absent:
@@ -196,7 +198,7 @@ def _against_bridge(recorded: _Recorded, model: Model, remarks: list[str]) -> di
     return errors
 
 
-def _lens(recorded: _Recorded) -> float | str:
+def _lens(recorded: _RecordedSequences) -> float | str:
     """Compares the store's unembedding of the last block with the recorded logits."""
     last = recorded.store[f"resid_post.{recorded.layers('resid_post')[-1]}"][:]
     try:
@@ -238,7 +240,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def shown(error: float) -> str:
+def format_error(error: float) -> str:
     """Returns an error with one digit: 3.4e-07 as "3e-7"."""
     digit, exponent = f"{error:.0e}".split("e") if error and error != float("inf") else (str(error), None)
     return f"{digit}e{int(exponent)}" if exponent else digit.removesuffix(".0")

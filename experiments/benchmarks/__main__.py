@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"benchmark {number} of {len(names)}: {name}", flush=True)
         section = _section(name, settings[name], request.scratch, request.date)
         if request.write:
-            known = request.write.read_text(encoding="utf-8") if request.write.exists() else ""
-            request.write.write_text(page(known, {name: section}), encoding="utf-8")
+            existing = request.write.read_text(encoding="utf-8") if request.write.exists() else ""
+            request.write.write_text(page(existing, {name: section}), encoding="utf-8")
 
 
 def _settings(name: str, quick: bool) -> Any:
@@ -89,17 +89,19 @@ def _with_sizes(parser: argparse.ArgumentParser, settings: dict[str, Any], flags
         several = isinstance(default, tuple)
         kind = type(default[0] if several else default)
         sizes.add_argument(f"--{name.replace('_', '-')}", type=kind, **({"nargs": "+"} if several else {}))
-    given = vars(sizes.parse_args(flags))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    values = vars(sizes.parse_args(flags))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {
-        name: replace(one, **{key: value for key, value in given.items() if hasattr(one, key)})
+        name: replace(one, **{key: value for key, value in values.items() if hasattr(one, key)})
         for name, one in settings.items()
     }
 
 
-def page(known: str, sections: Mapping[str, str]) -> str:
-    """Returns the page `known` with these sections in place of those of the same names, in the order of `NAMES`."""
-    older = {text.split("\n", 1)[0].removeprefix("## "): text for text in re.split(r"^(?=## )", known, flags=re.M)[1:]}
+def page(existing: str, sections: Mapping[str, str]) -> str:
+    """Returns the page `existing` with these sections in place of those of the same names, in the order of `NAMES`."""
+    older = {
+        text.split("\n", 1)[0].removeprefix("## "): text for text in re.split(r"^(?=## )", existing, flags=re.M)[1:]
+    }
     texts = {name: text.strip() for name, text in {**older, **sections}.items()}
     return "\n\n".join([INTRODUCTION, *(texts[name] for name in NAMES if name in texts)]) + "\n"
 

@@ -39,9 +39,9 @@ class Encoding:
 
     def run(self, folder: Path) -> list[Comparison]:
         """Times encoding against SAELens and against the matrix product alone."""
-        found = []
+        comparisons = []
         for architecture in ("topk", "jumprelu"):
-            sae, x = made(folder / architecture, architecture, self.d_in, self.d_sae, self.k, self.rows)
+            sae, x = make_autoencoder(folder / architecture, architecture, self.d_in, self.d_sae, self.k, self.rows)
             weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, self.d_sae)
             few = x[: self.rows if fast_bfloat16(sae.device) else 4].bfloat16()
             ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
@@ -49,31 +49,38 @@ class Encoding:
             speeds = interleaved(
                 self.repeats,
                 {
-                    "ours": per_second(self.rows, _waited(sae, ours)),
-                    "theirs": per_second(self.rows, _waited(sae, theirs)),
-                    "float32": per_second(self.rows, _waited(sae, partial(torch.mm, x, weight, out=pre))),
-                    "bfloat16": per_second(len(few), _waited(sae, partial(torch.mm, few, low))),
+                    "workbench": per_second(self.rows, _synchronised(sae, ours)),
+                    "reference": per_second(self.rows, _synchronised(sae, theirs)),
+                    "float32": per_second(self.rows, _synchronised(sae, partial(torch.mm, x, weight, out=pre))),
+                    "bfloat16": per_second(len(few), _synchronised(sae, partial(torch.mm, few, low))),
                 },
             )
             cuda = sae.device.type == "cuda"
             target = 8.0 if cuda else 2.2 if architecture == "topk" else 3.0
-            for other, name, least in (
-                ("theirs", "SAELens' encode, made sparse", target),
+            for side, name, least in (
+                ("reference", "SAELens' encode, made sparse", target),
                 ("float32", "the float32 product alone", None),
                 ("bfloat16", "the bfloat16 product alone", 0.6 if cuda else 0.55),
             ):
-                found.append(Comparison(architecture, name, speeds["ours"], speeds[other], "rows/s", at_least=least))
+                comparisons.append(
+                    Comparison(architecture, name, speeds["workbench"], speeds[side], "rows/s", at_least=least)
+                )
             if not cuda:
                 shape = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
-                mine, other = (
-                    peak_memory(encoding, side=side, rows=self.rows, **shape).rise for side in ("ours", "theirs")
+                rise, reference_rise = (
+                    peak_memory(encoding, side=side, rows=self.rows, **shape).rise
+                    for side in ("workbench", "reference")
                 )
-                what = f"{architecture}, memory beyond the weights, {self.rows:,} rows"
-                found.append(Comparison(what, "SAELens' encode", (mine,), (other,), "MB", at_most=0.25))
-        return found
+                subject = f"{architecture}, memory beyond the weights, {self.rows:,} rows"
+                comparisons.append(
+                    Comparison(subject, "SAELens' encode", (rise,), (reference_rise,), "MB", at_most=0.25)
+                )
+        return comparisons
 
 
-def made(folder: Path, architecture: str, d_in: int, d_sae: int, k: int, rows: int) -> tuple[Sae, torch.Tensor]:
+def make_autoencoder(
+    folder: Path, architecture: str, d_in: int, d_sae: int, k: int, rows: int
+) -> tuple[Sae, torch.Tensor]:
     """Returns an autoencoder, saved and loaded, and random rows on its device."""
     from sae_lens.registry import get_sae_class
 
@@ -102,30 +109,30 @@ def sparse(sae: Sae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 def encoding(side: str, architecture: str, d_in: int, d_sae: int, k: int, rows: int) -> Callable[[], Any]:
     """Returns the work of one side, for `peak_memory`."""
     with tempfile.TemporaryDirectory() as folder:
-        sae, x = made(Path(folder), architecture, d_in, d_sae, k, rows)
-    work = partial(encoder(sae), x) if side == "ours" else partial(sparse, sae, x)
-    if side == "ours":
+        sae, x = make_autoencoder(Path(folder), architecture, d_in, d_sae, k, rows)
+    work = partial(encoder(sae), x) if side == "workbench" else partial(sparse, sae, x)
+    if side == "workbench":
         encoder(sae)(x[:64])
     else:
         sparse(sae, x[:64])
     return work
 
 
-def _waited(sae: Sae, work: Callable[[], Any]) -> Callable[[], Any]:
+def _synchronised(sae: Sae, work: Callable[[], Any]) -> Callable[[], Any]:
     """Returns the work with a wait for the accelerator."""
 
-    def waited() -> None:
+    def synchronised() -> None:
         work()
         if sae.device.type == "cuda":
             torch.cuda.synchronize(sae.device)
 
-    return waited
+    return synchronised
 
 
 def _check_same(ours: Any, theirs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     indptr, feature, value = theirs
-    same = len(value) == len(ours.value) and torch.equal(ours.indptr, indptr)
-    differing = 1.0 if not same else float((ours.feature != feature).float().mean())
+    same_shape = len(value) == len(ours.value) and torch.equal(ours.indptr, indptr)
+    differing = 1.0 if not same_shape else float((ours.feature != feature).float().mean())
     if differing > 1e-4:  # pre-activations closer than float32 resolves may rank either way
         raise RuntimeError(f"{differing:.1%} of the features are not SAELens'")
 

@@ -60,7 +60,7 @@ class FeatureStore:
         rates = interleaved(
             self.repeats,
             {
-                "ours": per_second(index / 1e6, lambda: self._index(features, folder / "index")),
+                "workbench": per_second(index / 1e6, lambda: self._index(features, folder / "index")),
                 "copy": per_second(index / 1e6, lambda: _copy(features.path / BY_FEATURE, folder / "copy")),
             },
         )
@@ -70,7 +70,7 @@ class FeatureStore:
             Comparison(
                 "features.top, median of a call", "target", milliseconds, (5.0,) * self.repeats, "ms", at_most=1.0
             ),
-            Comparison("index built", "raw copy", rates["ours"], rates["copy"], "MB/s", at_least=0.33),
+            Comparison("index built", "raw copy", rates["workbench"], rates["copy"], "MB/s", at_least=0.33),
             Comparison("peak memory of the index", "its size", (memory.rise,), (index / 1e6,), "MB"),
             Comparison("disk a row, both orders", "target", (size / self.rows,), (400.0,), "bytes", at_most=1.0),
         ]
@@ -78,11 +78,11 @@ class FeatureStore:
     def _top(self, features: Features) -> tuple[float, ...]:
         """Returns median milliseconds of a call per repeat, after one that warms the page cache."""
         queried = np.random.default_rng(1).choice(np.flatnonzero(features.counts), self.queried)
-        found = []
+        milliseconds = []
         for _ in range(self.repeats + 1):
             calls = [_seconds(lambda feature=feature: features.top(feature)) for feature in queried]
-            found.append(1e3 * float(np.median(calls)))
-        return tuple(found[1:])
+            milliseconds.append(1e3 * float(np.median(calls)))
+        return tuple(milliseconds[1:])
 
     def _index(self, features: Features, out: Path) -> None:
         index_of(str(features.path), str(out))()

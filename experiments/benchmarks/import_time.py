@@ -25,8 +25,8 @@ class ImportTime:
         seconds = interleaved(
             self.repeats, {"import": lambda: _run_python("import workbench"), "bare": lambda: _run_python("pass")}
         )
-        what, against = "import workbench", "interpreter that imports nothing"
-        return [Comparison(what, against, seconds["import"], seconds["bare"], "s", by="difference", at_most=0.3)]
+        subject, reference = "import workbench", "interpreter that imports nothing"
+        return [Comparison(subject, reference, seconds["import"], seconds["bare"], "s", by="difference", at_most=0.3)]
 
 
 def _run_python(program: str) -> float:

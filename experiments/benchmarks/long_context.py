@@ -34,7 +34,7 @@ class LongContext:
         shape = {"layers": self.layers, "context": self.context, "sequences": self.sequences}
         plain = peak_memory(plain_pass, **shape, body=False)
         body = peak_memory(plain_pass, **shape, body=True)
-        ours = peak_memory(recording, **shape, folder=str(folder))
+        ours = peak_memory(recording_work, **shape, folder=str(folder))
         bridge = peak_memory(bridge_pass, **shape)
         return [
             _peaks("peak memory", "plain forward pass, with logits", ours, plain, at_most=1.3),
@@ -48,22 +48,24 @@ class LongContext:
         model = wb.load_model(gpt2(self.layers, self.context))
         bridge = boot_bridge(gpt2(self.layers, self.context))
         ids = token_ids(self.sequences, self.context)
-        whole: list[float] = []
+        whole_calls: list[float] = []
 
         def ours() -> float:
             shutil.rmtree(folder / "long.acts", ignore_errors=True)
             speed = record(model, ids, folder / "long.acts", sites=["resid_post"], batch_tokens=self.context)
-            whole.append(speed.whole)
+            whole_calls.append(speed.whole_call)
             return speed.recording
 
         record(model, ids[:, :256], folder / "warm.acts", sites=["resid_post"])
         cache_residuals(bridge, ids[:, :256])
         speeds = interleaved(
-            self.repeats, {"ours": ours, "bridge": per_second(ids.size, lambda: cache_residuals(bridge, ids))}
+            self.repeats, {"workbench": ours, "bridge": per_second(ids.size, lambda: cache_residuals(bridge, ids))}
         )
         return [
-            Comparison("recording", "TransformerBridge", speeds["ours"], speeds["bridge"], "rows/s", at_least=3.0),
-            Comparison("recording, the whole call", "TransformerBridge", tuple(whole), speeds["bridge"], "rows/s"),
+            Comparison("recording", "TransformerBridge", speeds["workbench"], speeds["bridge"], "rows/s", at_least=3.0),
+            Comparison(
+                "recording, the whole call", "TransformerBridge", tuple(whole_calls), speeds["bridge"], "rows/s"
+            ),
         ]
 
 
@@ -73,7 +75,7 @@ def plain_pass(layers: int, context: int, sequences: int, body: bool) -> Callabl
     return lambda: forward(module.transformer if body else module, token_ids(sequences, context), 1)
 
 
-def recording(layers: int, context: int, sequences: int, folder: str) -> Callable[[], Any]:
+def recording_work(layers: int, context: int, sequences: int, folder: str) -> Callable[[], Any]:
     """Returns a function that records the residual streams of a random GPT-2."""
     model = wb.load_model(gpt2(layers, context))
     ids = token_ids(sequences, context)
@@ -108,12 +110,12 @@ def cache_residuals(bridge: Any, ids: np.ndarray) -> None:
                 raise RuntimeError(f"TransformerBridge did not give {sorted(missing)}")
 
 
-def _peaks(what: str, against: str, ours: Memory, other: Memory, at_most: float | None = None) -> Comparison:
-    return Comparison(what, against, (ours.peak,), (other.peak,), "MB", at_most=at_most)
+def _peaks(subject: str, reference: str, ours: Memory, other: Memory, at_most: float | None = None) -> Comparison:
+    return Comparison(subject, reference, (ours.peak,), (other.peak,), "MB", at_most=at_most)
 
 
-def _rises(what: str, against: str, ours: Memory, other: Memory) -> Comparison:
-    return Comparison(what, against, (ours.rise,), (other.rise,), "MB")
+def _rises(subject: str, reference: str, ours: Memory, other: Memory) -> Comparison:
+    return Comparison(subject, reference, (ours.rise,), (other.rise,), "MB")
 
 
 FULL = LongContext()

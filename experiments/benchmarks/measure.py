@@ -1,4 +1,4 @@
-"""Comparisons: two sides run alternately, one line of a table each; peak memory in a process of its own."""
+"""Comparisons: two sides run alternately, one line of a table each; peak memory in a separate process."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ from typing import Any, Literal
 class Comparison:
     """Repeated measurements of the workbench and of a reference, with a target."""
 
-    what: str
-    against: str
-    ours: tuple[float, ...]
-    other: tuple[float, ...]
+    subject: str
+    reference: str
+    values: tuple[float, ...]
+    reference_values: tuple[float, ...]
     unit: str
     by: Literal["ratio", "difference"] = "ratio"
     """Comparison of the medians: ours / other or ours - other."""
     at_least: float | None = None
     at_most: float | None = None
-    target_of: Literal["value", "ours"] = "value"
-    """Subject of the target: the comparison, or our side alone."""
+    target_of: Literal["comparison", "workbench"] = "comparison"
+    """Subject of the target: the comparison, or the workbench alone."""
 
     @property
     def value(self) -> float:
         """Returns ratio or difference of the medians."""
-        return self._compare(median(self.ours), median(self.other))
+        return self._compare(median(self.values), median(self.reference_values))
 
     @property
     def spread(self) -> tuple[float, float]:
         """Returns the lowest and highest value of a single repeat, each side measured in the same turn."""
-        each = [self._compare(ours, other) for ours, other in zip(self.ours, self.other, strict=True)]
-        return min(each), max(each)
+        repeats = [self._compare(*pair) for pair in zip(self.values, self.reference_values, strict=True)]
+        return min(repeats), max(repeats)
 
     @property
     def verdict(self) -> str:
         """Returns "met", "missed", or an empty text without a target."""
         if self.at_least is None and self.at_most is None:
             return ""
-        value = self.value if self.target_of == "value" else median(self.ours)
-        kept = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
-        return "met" if kept else "missed"
+        value = self.value if self.target_of == "comparison" else median(self.values)
+        met = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+        return "met" if met else "missed"
 
     def cells(self) -> tuple[str, ...]:
         """Returns the cells of `COLUMNS`."""
         low, high = self.spread
         return (
-            self.what,
-            self.against,
-            f"{_number(median(self.ours))} {self.unit}",
-            f"{_number(median(self.other))} {self.unit}",
+            self.subject,
+            self.reference,
+            f"{_number(median(self.values))} {self.unit}",
+            f"{_number(median(self.reference_values))} {self.unit}",
             self._value(self.value),
             f"{_number(low)} to {_number(high)}" if len(self.ours) > 1 else "",
             "".join(
-                f"{sign} {limit}" + (f" {self.unit}" if self.target_of == "ours" else "")
+                f"{sign} {limit}" + (f" {self.unit}" if self.target_of == "workbench" else "")
                 for sign, limit in (("≥", self.at_least), ("≤", self.at_most))
                 if limit is not None
             ),
             self.verdict,
         )
 
-    def _compare(self, ours: float, other: float) -> float:
-        return ours / other if self.by == "ratio" else ours - other
+    def _compare(self, value: float, reference: float) -> float:
+        return value / reference if self.by == "ratio" else value - reference
 
     def _value(self, value: float) -> str:
         return f"{_number(value)} times" if self.by == "ratio" else f"{_number(value)} {self.unit} more"
@@ -130,10 +130,10 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], **arguments: Any) -> 
     """
     call = json.dumps([prepare.__module__, prepare.__qualname__, arguments])
     command = [sys.executable, "-m", "workbench.experiments.benchmarks.measure", call]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{prepare.__qualname__}({arguments}) failed in a process of its own:\n{done.stderr}")
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{prepare.__qualname__}({arguments}) failed in a separate process:\n{process.stderr}")
+    return Memory(**json.loads(process.stdout.splitlines()[-1]))
 
 
 def _measure_here(call: str) -> None:

@@ -33,14 +33,16 @@ class GrowingMemory:
             file.writelines(json.dumps({"text": story}) + "\n" for story in islice(cycle(stories), self.many // 50))
 
         def memory(rows: int) -> Memory:
-            return peak_memory(recording, site=self.site, text=str(text), out=str(folder / f"{rows}.acts"), rows=rows)
+            return peak_memory(
+                recording_work, site=self.site, text=str(text), out=str(folder / f"{rows}.acts"), rows=rows
+            )
 
         few, many = memory(self.few), memory(self.many)
-        what, against = (f"peak memory at {rows:,} rows" for rows in (self.many, self.few))
-        return [Comparison(what, against, (many.peak,), (few.peak,), "MB", by="difference", at_most=150)]
+        subject, reference = (f"peak memory at {rows:,} rows" for rows in (self.many, self.few))
+        return [Comparison(subject, reference, (many.peak,), (few.peak,), "MB", by="difference", at_most=150)]
 
 
-def recording(site: str, text: str, out: str, rows: int) -> Callable[[], Any]:
+def recording_work(site: str, text: str, out: str, rows: int) -> Callable[[], Any]:
     """Returns a function that records `rows` tokens of a text at one site."""
     model = wb.load_model(SHARED / "models" / "stories260K")
 

@@ -39,21 +39,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordingRate:
     """Rows per second of one recording."""
 
     recording: float
     """From the first forward pass to the committed store; the limit for a long recording."""
-    whole: float
+    whole_call: float
     """The whole call: planning, the fingerprint of the weights and the stored unembedding too."""
 
 
-def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Path, **settings: Any) -> Recorded:
+def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Path, **settings: Any) -> RecordingRate:
     """Records `ids` with `wb.record` and measures the time."""
     passes: list[float] = []
 
-    def note(_module, _args, given):
-        if given["input_ids"].numel() > 14:  # smaller are the trial passes that look for sites and the unembedding
+    def note(_module, _args, arguments):
+        if arguments["input_ids"].numel() > 14:  # smaller are the trial passes that look for sites and the unembedding
             passes.append(time.perf_counter())
 
     handle = model.module.register_forward_pre_hook(note, with_kwargs=True)
@@ -63,7 +63,7 @@ def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Pa
     finally:
         handle.remove()
     end = time.perf_counter()
-    return Recorded(ids.size / (end - passes[0]), ids.size / (end - began))
+    return RecordingRate(ids.size / (end - passes[0]), ids.size / (end - began))
 
 
 def forward(module: torch.nn.Module, ids: Int64[np.ndarray, "sequence position"], batch: int) -> None:

@@ -38,7 +38,7 @@ class StoreProbes:
             wb.record(
                 model, texts, out=stores[name], sites=sites, context=context, max_rows=self.rows, show_progress=False
             )
-        found = []
+        comparisons = []
         for probe in PROBES:
             store = stores["heads" if probe == "attention-sinks" else "rows"]
             seconds, work = [], probe_run(probe, store)
@@ -48,9 +48,9 @@ class StoreProbes:
             memory = peak_memory(probe_run, probe=probe, store=store)
             limit = self.prompts_seconds if probe == "future-prompts" else self.seconds
             allowed = f"the {limit:.0f} s allowed", f"the {self.megabytes:,.0f} MB allowed"
-            found.append(Comparison(probe, allowed[0], tuple(seconds), (limit,), "s", at_most=1))
-            found.append(Comparison(probe, allowed[1], (memory.peak,), (self.megabytes,), "MB", at_most=1))
-        return found
+            comparisons.append(Comparison(probe, allowed[0], tuple(seconds), (limit,), "s", at_most=1))
+            comparisons.append(Comparison(probe, allowed[1], (memory.peak,), (self.megabytes,), "MB", at_most=1))
+        return comparisons
 
 
 def probe_run(probe: str, store: str) -> Callable[[], Any]:

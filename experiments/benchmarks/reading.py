@@ -35,11 +35,11 @@ class Reading:
         if not torch.equal(one[:], many[:]):
             raise RuntimeError("one segment and many do not hold the same rows")
         raw = _memmap(one)
-        found = []
+        comparisons = []
         rng = np.random.default_rng(0)
         for size in self.gathers:
             gathers = [rng.integers(0, self.rows, size) for _ in range(self.gathered // size)]
-            found += self._compare(
+            comparisons += self._compare(
                 f"{size:,} random rows at a time",
                 size * len(gathers),
                 {
@@ -49,7 +49,7 @@ class Reading:
                 },
                 at_least=0.7,
             )
-        return found + self._compare(
+        return comparisons + self._compare(
             f"all rows in order, {self.block:,} at a time",
             self.rows,
             {
@@ -73,12 +73,14 @@ class Reading:
         )
         return store["embed"]
 
-    def _compare(self, what: str, rows: int, sides: dict[str, Callable[[], None]], at_least: float) -> list[Comparison]:
+    def _compare(
+        self, subject: str, rows: int, sides: dict[str, Callable[[], None]], at_least: float
+    ) -> list[Comparison]:
         for read in sides.values():
             read()
         speeds = interleaved(self.repeats, {name: per_second(rows, read) for name, read in sides.items()})
         return [
-            Comparison(what, "np.memmap", speeds["one"], speeds["memmap"], "rows/s", at_least=at_least),
+            Comparison(subject, "np.memmap", speeds["one"], speeds["memmap"], "rows/s", at_least=at_least),
             Comparison(
                 f"the same out of {self.segments} segments",
                 "np.memmap, one file",

@@ -38,13 +38,13 @@ class SaeLens:
         tokenizer().save_pretrained(folder / "gpt2")
         ids = token_ids(self.sequences, self.context)
         sites = [f"transformer.h.{layer}" for layer in range(self.layers)]
-        found = self._compare(folder, folder / "gpt2", ids, ["resid_post"], sites, self.repeats, 8.0)
+        comparisons = self._compare(folder, folder / "gpt2", ids, ["resid_post"], sites, self.repeats, 8.0)
         trained = SHARED / "models" / self.trained
         if trained.is_dir():
             ids = token_ids(self.trained_sequences, self.context, vocab=512)
             site, hook = f"resid_post.{self.trained_layer}", f"model.layers.{self.trained_layer}"
-            found += self._compare(folder, trained, ids, [site], [hook], self.trained_repeats, 1.2)
-        return found
+            comparisons += self._compare(folder, trained, ids, [site], [hook], self.trained_repeats, 1.2)
+        return comparisons
 
     def _compare(
         self,
@@ -58,24 +58,32 @@ class SaeLens:
     ) -> list[Comparison]:
         model = wb.load_model(path)
         runners = [Runner(path, hook, model.d_model, ids, self.batch_sequences, folder / "saelens") for hook in hooks]
-        whole: list[float] = []
+        whole_calls: list[float] = []
 
         def ours(ids: np.ndarray = ids) -> float:
             shutil.rmtree(folder / "ours.acts", ignore_errors=True)
             speed = record(model, ids, folder / "ours.acts", sites=sites)
-            whole.append(speed.whole)
+            whole_calls.append(speed.whole_call)
             return speed.recording
 
         def theirs() -> float:
             return ids.size / sum(runner.seconds() for runner in runners)
 
         ours(ids[: self.batch_sequences])
-        whole.clear()
-        speeds = interleaved(repeats, {"ours": ours, "theirs": theirs})
-        what = f"{path.name}, {len(hooks)} site{'s'[: len(hooks) > 1]}"
+        whole_calls.clear()
+        speeds = interleaved(repeats, {"workbench": ours, "reference": theirs})
+        subject = f"{path.name}, {len(hooks)} site{'s'[: len(hooks) > 1]}"
         return [
-            Comparison(what, "CacheActivationsRunner", speeds["ours"], speeds["theirs"], "rows/s", at_least=at_least),
-            Comparison(f"{what}, the whole call", "CacheActivationsRunner", tuple(whole), speeds["theirs"], "rows/s"),
+            Comparison(
+                subject, "CacheActivationsRunner", speeds["workbench"], speeds["reference"], "rows/s", at_least=at_least
+            ),
+            Comparison(
+                f"{subject}, the whole call",
+                "CacheActivationsRunner",
+                tuple(whole_calls),
+                speeds["reference"],
+                "rows/s",
+            ),
         ]
 
 

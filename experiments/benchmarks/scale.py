@@ -54,25 +54,25 @@ class Scale:
             max_rows=self.tables * self.segment_rows,
             show_progress=False,
         )
-        found: dict[str, list[tuple[float, ...]]] = {}
+        seconds_of: dict[str, list[tuple[float, ...]]] = {}
         for rows in self.rows:
             path = self._write(folder / f"{rows}", corpus, rows)
-            for what, seconds in self._measure(path, rows).items():
-                found.setdefault(what, []).append(seconds)
+            for operation, seconds in self._measure(path, rows).items():
+                seconds_of.setdefault(operation, []).append(seconds)
         targets = {"open": 1.0, "where": 2.0, "gather": 0.5}
         comparisons = []
-        for what, each in found.items():
-            for rows, seconds in list(zip(self.rows, each, strict=True))[1:]:
-                limit = next((limit for name, limit in targets.items() if what.startswith(name)), None)
+        for operation, times in seconds_of.items():
+            for rows, seconds in list(zip(self.rows, times, strict=True))[1:]:
+                limit = next((limit for name, limit in targets.items() if operation.startswith(name)), None)
                 comparisons.append(
                     Comparison(
-                        f"{what}: {rows:,} rows",
+                        f"{operation}: {rows:,} rows",
                         f"{self.rows[0]:,} rows",
                         seconds,
-                        each[0],
+                        times[0],
                         "s",
                         at_most=limit if rows == self.rows[-1] else None,
-                        target_of="ours",
+                        target_of="workbench",
                     )
                 )
         return comparisons

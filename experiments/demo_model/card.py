@@ -46,25 +46,25 @@ class Column:
     fingerprints: Mapping[str, str]
 
 
-def trained(title: str, model: Path, sae: Path, training: Path) -> Column:
+def measure_run(title: str, model: Path, sae: Path, training: Path) -> Column:
     """Measures a trained model and its SAE."""
     findings, curves = measure(wb.load_model(model), wb.load_sae(sae))
     prints = {"model": model_fingerprint(model), "SAE": sae_fingerprint(sae)}
     return Column(title, findings, curves, losses(training), prints)
 
 
-def shipped() -> Column:
+def measure_shipped() -> Column:
     """Measures the model and the SAE that ship."""
     training = MODEL / "training.json"
-    return trained(f"seed {read_recipe(training).seed} (shipped)", MODEL, SAE, training)
+    return measure_run(f"seed {read_recipe(training).seed} (shipped)", MODEL, SAE, training)
 
 
-def untrained() -> Column:
+def measure_random() -> Column:
     """Measures a model of the shipped shape with Hugging Face's random weights."""
     return Column("random weights", *measure(random_copy(wb.load_model(MODEL))), {}, {})
 
 
-def before_training() -> Column:
+def measure_initial() -> Column:
     """Measures the shipped model as it was before its first step."""
     tokenizer = train_tokenizer(seed=0)
     module = build(read_recipe(MODEL / "training.json"), tokenizer).eval()
@@ -73,15 +73,17 @@ def before_training() -> Column:
 
 def losses(training: Path) -> dict[int, float]:
     """Returns the losses that the page shows, of a `training.json`."""
-    each = json.loads(training.read_text())["loss"]
-    points = [point for point in (*POINTS, *range(500, len(each), 500), len(each)) if point <= len(each)]
-    return {point: float(np.mean(each[max(0, point - 50) : point])) for point in points}
+    step_losses = json.loads(training.read_text())["loss"]
+    points = [
+        point for point in (*POINTS, *range(500, len(step_losses), 500), len(step_losses)) if point <= len(step_losses)
+    ]
+    return {point: float(np.mean(step_losses[max(0, point - 50) : point])) for point in points}
 
 
 def save_seed(run: Path, folder: Path = SEEDS) -> Path:
     """Measures a run and writes its numbers as `seed-N.json`; returns the file."""
     recipe = read_recipe(run / "training.json")
-    column = trained(f"seed {recipe.seed}", run / "model", run / "sae", run / "training.json")
+    column = measure_run(f"seed {recipe.seed}", run / "model", run / "sae", run / "training.json")
     curves = {name: table.to_dict("records") for name, table in column.curves.items() if name != "labels"}
     record = {**asdict(column), "curves": curves, "recipe": asdict(recipe)}
     path = folder / f"seed-{recipe.seed}.json"
@@ -103,12 +105,12 @@ def read_seed(path: Path) -> Column:
 
 def write(page: Path, seeds: Sequence[Path], tried: str) -> None:
     """Measures what ships and its controls, and writes the page."""
-    trained_ones = [shipped(), *map(read_seed, seeds)]
-    columns = [*trained_ones, before_training(), untrained()]
-    page.write_text(text(columns, trained_ones, tried), encoding="utf-8")
+    trained = [measure_shipped(), *map(read_seed, seeds)]
+    columns = [*trained, measure_initial(), measure_random()]
+    page.write_text(text(columns, trained, tried), encoding="utf-8")
 
 
-def text(columns: Sequence[Column], trained_ones: Sequence[Column], tried: str) -> str:
+def text(columns: Sequence[Column], trained: Sequence[Column], tried: str) -> str:
     """Returns the page; the first column is the shipped model."""
     recipe = read_recipe(MODEL / "training.json")
     model, sae = wb.load_model(MODEL), wb.load_sae(SAE)
@@ -117,10 +119,10 @@ def text(columns: Sequence[Column], trained_ones: Sequence[Column], tried: str) 
     return "\n".join(
         [
             "# The embedded model\n",
-            made_of(_fingerprints(trained_ones), _settings(recipe)),
+            made_of(_fingerprints(trained), _settings(recipe)),
             _HEAD.format(size=size, recipe=recipe, vocab=model.vocab, torch=torch.__version__, documents=DOCUMENTS),
             _shares(recipe),
-            _losses(trained_ones),
+            _losses(trained),
             _phenomena(columns),
             *(_curve(name, columns) for name in ("erasure", "future_lens", "logit_lens")),
             _labels(columns[0].curves["labels"]),
@@ -131,8 +133,8 @@ def text(columns: Sequence[Column], trained_ones: Sequence[Column], tried: str) 
     )
 
 
-def _fingerprints(trained_ones: Sequence[Column]) -> dict[str, str]:
-    others = {f"{name}, {one.title}": digits for one in trained_ones[1:] for name, digits in one.fingerprints.items()}
+def _fingerprints(trained: Sequence[Column]) -> dict[str, str]:
+    others = {f"{name}, {one.title}": digits for one in trained[1:] for name, digits in one.fingerprints.items()}
     return embedded() | others
 
 
@@ -167,16 +169,16 @@ def _phenomena(columns: Sequence[Column]) -> str:
     heading = ["phenomenon", "measure", "criterion", *(column.title for column in columns)]
     rows = []
     for finding in columns[0].findings:
-        measured = f"{finding.measure} ({finding.unit})" if finding.unit else finding.measure
+        measure = f"{finding.measure} ({finding.unit})" if finding.unit else finding.measure
         values = (_finding(column, finding.measure) for column in columns)
-        rows.append([finding.phenomenon, measured, finding.wanted, *values])
-    where = (
+        rows.append([finding.phenomenon, measure, finding.wanted, *values])
+    details = (
         f"- {column.title}: {finding.measure}: {finding.where}\n"
         for column in columns
         for finding in column.findings
         if finding.where
     )
-    return _MEASURED + _table(heading, rows) + "\nDetails:\n\n" + "".join(where)
+    return _MEASURED + _table(heading, rows) + "\nDetails:\n\n" + "".join(details)
 
 
 def _finding(column: Column, name: str) -> str:

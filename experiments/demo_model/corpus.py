@@ -239,13 +239,13 @@ def _copy(draw: Random) -> list[Piece]:
     plain, concepts = [_word(word) for word in PLAIN], [_word(word) for word in _CLASS_OF]
     kinds = draw.choices((plain, concepts, [_person(person) for person in PEOPLE]), (3, 2, 2), k=draw.randint(8, 24))
     passage = [draw.choice(words) for words in kinds]
-    said, repeated = draw.choice(_QUOTES)
+    first_lead, second_lead = draw.choice(_QUOTES)
     spaced = [part for item in passage for part in (Piece(" "), item)]
     distance = len(spaced) + 2  # the copy's lead and the first passage's full stop lie between
     copied = [
         Piece(part.text, (*part.labels, ("copy_source", distance))) if part.text != " " else part for part in spaced
     ]
-    return [Piece(said), *spaced, Piece(".\n"), Piece(repeated), *copied, Piece(".\n")]
+    return [Piece(first_lead), *spaced, Piece(".\n"), Piece(second_lead), *copied, Piece(".\n")]
 
 
 _QUOTES = (("Read:", "Repeat:"), ("The song went:", "Then all sang:"), ("Message:", "Message received:"))

@@ -68,11 +68,11 @@ def measure(model: wb.Model, sae: wb.Sae | None = None) -> tuple[list[Finding], 
         )
         findings += sinks(heads) + induction(model, Path(folder)) + successors(model, heads)
         for phenomenon in (erasure, future_lens, logit_lens):
-            found, curves[phenomenon.__name__] = phenomenon(corpus)
-            findings += found
+            new_findings, curves[phenomenon.__name__] = phenomenon(corpus)
+            findings += new_findings
         if sae is not None:
-            found, curves["labels"] = sparse_autoencoder(model, corpus, sae)
-            findings += found
+            new_findings, curves["labels"] = sparse_autoencoder(model, corpus, sae)
+            findings += new_findings
     return findings, curves
 
 
@@ -103,14 +103,14 @@ def sinks(store: wb.Store) -> list[Finding]:
     ]
     where = f"{head_name(layer, head)}: {', '.join(paid)}; {_interval(float(at['gap_low']), float(at['gap_high']))}"
     value, resid = (f"{name} norm at the sink over that of other tokens" for name in ("value", "residual"))
-    measured = (
+    rows = (
         (f"Sink_1, epsilon {EPSILON}, T {LENGTH}", share, "% of heads", "≥ 10", share >= 10, _heads(always)),
         (f"{value} (mean of sink heads)", drain, "ratio", "< 0.5", drain < 0.5, f"{len(drained)} heads"),
         (f"{resid} (middle layers)", peak, "ratio", "> 2", peak > 2, f"layer {1 + middle.argmax()}"),
     )
     domains = "attention to BOS, highest minus lowest domain"
     return [
-        *(Finding("attention sinks", *found) for found in measured),
+        *(Finding("attention sinks", *row) for row in rows),
         Finding("active-dormant", domains, gap.max(), "", "≥ 0.5", gap.max() >= 0.5, where),
     ]
 
@@ -254,21 +254,21 @@ def future_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
     """Returns the accuracy for token T+2 from the state at T, by both linear methods, for the model's prediction and
     for the text, and the gain over the bigram. The layer is the best one on validation documents."""
     data = FutureLens(horizons=2).run(store).data.sel(horizon=1)
-    found = []
+    findings = []
     for method in data["method"].to_numpy().tolist():
-        own = data.sel({"method": method})
-        at = own.isel(layer=int(own["validation_precision"].argmax()))
+        of_method = data.sel({"method": method})
+        at = of_method.isel(layer=int(of_method["validation_precision"].argmax()))
         gain, low, high = (100 * float(at[name]) for name in ("gain", "gain_low", "gain_high"))
         where = (
             f"layer {int(at['layer'])}: {float(at['precision'][0]):.3f}, bigram {float(data['bigram_precision']):.3f}; "
             f"95 % CI of the gain [{low:.1f}, {high:.1f}] points"
         )
-        found.append(_future(method, "the model's prediction", gain, where))
+        findings.append(_future(method, "the model's prediction", gain, where))
         right, bigram = float(at["text_precision"][0]), float(data["bigram_text_precision"])
         where = f"layer {int(at['layer'])}: {right:.3f}, bigram {bigram:.3f}"
-        found.append(_future(method, "the text", 100 * (right - bigram), where))
+        findings.append(_future(method, "the text", 100 * (right - bigram), where))
     curve = data["precision"].isel(k=0).to_dataframe("accuracy").reset_index()[["method", "layer", "accuracy"]]
-    return found, curve.assign(bigram=float(data["bigram_precision"]))
+    return findings, curve.assign(bigram=float(data["bigram_precision"]))
 
 
 _METHODS = {"linear": "linear map to the last state", "direct": "linear map to the logits"}

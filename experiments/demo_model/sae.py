@@ -81,8 +81,8 @@ def train_sae(recipe: SaeRecipe, model: wb.Model, store: wb.Store) -> TopKTraini
 def _begin_at_the_data(sae: TopKTrainingSAE, array: wb.ActivationArray, rows: np.ndarray, seed: int) -> None:
     """Sets the decoder's bias to the mean activation, and each latent to the direction of one activation from it."""
     mean = array[rows[:: max(1, len(rows) // 20_000)]].float().mean(0)
-    drawn = np.sort(np.random.default_rng(seed).choice(rows, len(sae.W_dec), replace=False))
-    directions = torch.nn.functional.normalize(array[drawn].float() - mean, dim=1)
+    rows_chosen = np.sort(np.random.default_rng(seed).choice(rows, len(sae.W_dec), replace=False))
+    directions = torch.nn.functional.normalize(array[rows_chosen].float() - mean, dim=1)
     sae.b_dec.copy_(mean)
     sae.W_dec.copy_(directions * sae.W_dec.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(directions.T * sae.W_enc.norm(dim=0))

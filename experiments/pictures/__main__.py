@@ -32,14 +32,14 @@ PICTURES = {
 def draw(results: Path, images: Path) -> list[Path]:
     """Writes a PNG for each of `PICTURES` from the demo's `results`, and returns the files."""
     images.mkdir(parents=True, exist_ok=True)
-    written = []
+    paths = []
     for probe, figure in PICTURES.items():
         result = wb.load_result(results / probe)
         with tempfile.TemporaryDirectory(dir=images) as folder:
             wb.export(result, folder, figures=[figure], formats=("png",), columns=2)
-            written.append((Path(folder) / f"{figure}.png").replace(images / f"{probe}.png"))
+            paths.append((Path(folder) / f"{figure}.png").replace(images / f"{probe}.png"))
     (images / RECORD).write_text(json.dumps(embedded(), indent=1) + "\n", encoding="utf-8")
-    return [*written, images / RECORD]
+    return [*paths, images / RECORD]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

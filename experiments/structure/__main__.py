@@ -22,14 +22,12 @@ def describe(tree: Tree) -> str:
         "rooms": f"{len(rooms)}, longest chain {depth(arrows)}",
         "arrows": f"{len(arrows)} between rooms, from {counts['direct'] + counts['deferred']} imports "
         f"({counts['deferred']} deferred); {counts['type']} more imports for type checkers alone",
-        "upward": "not defined: the tree has other rooms"
-        if upward is None
-        else _listed([_place(one) for one in upward]),
-        "circles of rooms": _listed([" <-> ".join(group) for group in tree.room_circles()]),
-        "circles of files": _listed([" <-> ".join(group) for group in tree.file_circles()]),
-        "largest files": _listed([f"{file} {n}" for file, n in sorted(lines.items(), key=lambda one: -one[1])[:5]]),
-        "largest functions": _listed([f"{_name(one)} {one.lines}" for one in _most(tree, "lines")]),
-        "most parameters": _listed(
+        "upward": "not defined: the tree has other rooms" if upward is None else _join([_place(one) for one in upward]),
+        "circles of rooms": _join([" <-> ".join(group) for group in tree.room_circles()]),
+        "circles of files": _join([" <-> ".join(group) for group in tree.file_circles()]),
+        "largest files": _join([f"{file} {n}" for file, n in sorted(lines.items(), key=lambda one: -one[1])[:5]]),
+        "largest functions": _join([f"{_name(one)} {one.lines}" for one in _most(tree, "lines")]),
+        "most parameters": _join(
             [f"{_name(one)} {one.parameters} and {one.keywords} keyword-only" for one in _most(tree, "parameters")]
         ),
     }
@@ -55,15 +53,15 @@ def _place(one: Import) -> str:
     return f"{one.file}:{one.line} -> {one.target}"
 
 
-def _listed(texts: list[str]) -> str:
+def _join(texts: list[str]) -> str:
     return "; ".join(texts) or "none"
 
 
 def main() -> None:
     """Prints the structure of a checkout."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.structure", description=__doc__)
-    here = Path(__file__).resolve().parents[2]
-    parser.add_argument("folder", nargs="?", type=Path, default=here, help="root of a checkout; default: this one")
+    checkout = Path(__file__).resolve().parents[2]
+    parser.add_argument("folder", nargs="?", type=Path, default=checkout, help="root of a checkout; default: this one")
     print(describe(Tree(parser.parse_args().folder)))
 
 

@@ -72,8 +72,8 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        found = [path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))]
-        self.files: dict[str, Path] = {_module(path.relative_to(root)): path for path in found}
+        item = [path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))]
+        self.files: dict[str, Path] = {_module(path.relative_to(root)): path for path in item}
         self.sources: dict[str, ast.Module] = {
             name: ast.parse(path.read_text(encoding="utf-8")) for name, path in self.files.items()
         }
@@ -85,12 +85,12 @@ class Tree:
     @cached_property
     def imports(self) -> list[Import]:
         """Returns all imports between modules of the tree."""
-        return [found for module in self.files for found in self._imports_of(module)]
+        return [item for module in self.files for item in self._imports_of(module)]
 
     @cached_property
     def functions(self) -> list[Function]:
         """Returns all functions of the tree."""
-        return [found for module in self.files for found in functions_of(self.path(module), self.sources[module])]
+        return [item for module in self.files for item in functions_of(self.path(module), self.sources[module])]
 
     def _imports_of(self, module: str) -> Iterator[Import]:
         for node, kind in _with_kind(self.sources[module], "direct"):
@@ -111,18 +111,18 @@ class Tree:
     def arrows(self, kinds: Collection[str] = ("direct", "deferred")) -> dict[tuple[str, str], list[Import]]:
         """Pairs of rooms, the importing one first, with the imports that make each."""
         arrows: dict[tuple[str, str], list[Import]] = {}
-        for found in self.imports:
-            if found.kind in kinds and found.arrow[0] != found.arrow[1]:
-                arrows.setdefault(found.arrow, []).append(found)
+        for item in self.imports:
+            if item.kind in kinds and item.arrow[0] != item.arrow[1]:
+                arrows.setdefault(item.arrow, []).append(item)
         return arrows
 
     def upward(self, kinds: Collection[str] = ("direct", "deferred")) -> list[Import]:
         """Imports of a room that comes later in ORDER; a room that ORDER lacks is an upward arrow, too."""
         place = {name: number for number, name in enumerate(ORDER)}
         return [
-            found
+            item
             for arrow, imports in self.arrows(kinds).items()
-            for found in imports
+            for item in imports
             if place.get(arrow[1], len(ORDER)) > place.get(arrow[0], -1)
         ]
 
@@ -159,23 +159,23 @@ def circles(arrows: Collection[tuple[str, str]]) -> list[tuple[str, ...]]:
     reach: dict[str, set[str]] = {}
     for source, target in arrows:
         reach.setdefault(source, set()).add(target)
-    whole = {node: _reached(reach, node) for node in reach}
+    reachable = {node: _reachable(reach, node) for node in reach}
     groups = {
-        tuple(sorted({node, *(other for other in whole[node] if node in whole.get(other, ()))}))
-        for node in whole
-        if node in whole[node]
+        tuple(sorted({node, *(other for other in reachable[node] if node in reachable.get(other, ()))}))
+        for node in reachable
+        if node in reachable[node]
     }
     return sorted(groups)
 
 
-def _reached(arrows: Mapping[str, set[str]], start: str) -> set[str]:
-    seen: set[str] = set()
+def _reachable(arrows: Mapping[str, set[str]], start: str) -> set[str]:
+    reached: set[str] = set()
     waiting = [start]
     while waiting:
-        new = arrows.get(waiting.pop(), set()) - seen
-        seen |= new
+        new = arrows.get(waiting.pop(), set()) - reached
+        reached |= new
         waiting += new
-    return seen
+    return reached
 
 
 def depth(arrows: Collection[tuple[str, str]]) -> int:

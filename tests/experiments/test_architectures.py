@@ -10,7 +10,7 @@ import torch
 
 from workbench.experiments.architectures import __main__ as command
 from workbench.experiments.architectures import sweep
-from workbench.experiments.architectures.sweep import Check, check, shown
+from workbench.experiments.architectures.sweep import Check, check, format_error
 from workbench.recording import segments
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -162,7 +162,7 @@ def test_a_difference_is_relative_to_the_largest_value_or_to_one():
     [(0.0, "0"), (3.4e-7, "3e-7"), (9.6e-7, "1e-6"), (2.2, "2e0"), (4e10, "4e10"), (float("inf"), "inf")],
 )
 def test_errors_have_one_digit(error, text):
-    assert shown(error) == text
+    assert format_error(error) == text
 
 
 # ---- the page -------------------------------------------------------------------------------------------
