@@ -219,7 +219,7 @@ class AttentionSinks:
         strongest = head_name(int(best["layer"]), int(best["head"]))
         parts = [
             f"Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} % of heads (epsilon {settings['epsilon']:g}, "
-            f"T {settings['length']}, {_counted(int(data['sequences']))})",
+            f"T {settings['length']}, {_sequences_text(int(data['sequences']))})",
             f"strongest head {strongest}, alpha {best['alpha']:.2f}",
         ]
         if not np.isnan(best.get("value_norm_ratio", np.nan)):
@@ -352,11 +352,11 @@ def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dic
     }
     notes = note_missing(data, needs)
     if sequences.short:
-        notes.append(f"{_counted(sequences.short)} of fewer than {probe.length} tokens left out")
-    few = [f"only {_counted(len(sequences))}"] if len(sequences) < _FEW else []
+        notes.append(f"{_sequences_text(sequences.short)} of fewer than {probe.length} tokens left out")
+    few = [f"only {_sequences_text(len(sequences))}"] if len(sequences) < _FEW else []
     if probe.domain is not None:
         if mixed := int((sequences.domain < 0).sum()):
-            notes.append(f"{_counted(mixed)} without a single {probe.domain} left out of the comparison")
+            notes.append(f"{_sequences_text(mixed)} without a single {probe.domain} left out of the comparison")
         if len(sequences.domains) < 2:
             notes.append(f"gap not computed: all sequences have the same {probe.domain}")
         if short := int((data["documents"] < _FEW).sum()):
@@ -364,7 +364,7 @@ def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dic
     return {"note": "; ".join([*notes, *few]), "few": "; ".join(few)}
 
 
-def _counted(sequences: int) -> str:
+def _sequences_text(sequences: int) -> str:
     return f"{sequences:,} sequence{'s' * (sequences != 1)}"
 
 

@@ -198,7 +198,7 @@ class FutureLens:
             "horizon": np.arange(self.horizons),
             "k": np.arange(1, self.top_k + 1),
             "bin": (np.arange(_BINS) + 0.5) / _BINS,
-            "row": _kept(self, task),
+            "row": _detail_rows(self, task),
         }
         data = dataset(VARIABLES, arrays, coords).assign_attrs(self._attributes(arrays, task))
         return Result(self.name, data, _table(data), provenance(store, self))
@@ -288,9 +288,9 @@ def _test(
             "calibration_rows": counts.astype(float),
             _CHOICES[method]: float(fitted.choice),
         }
-    kept = _kept(probe, task)
-    kept_probability = np.zeros(len(kept), np.float32)
-    inside = task.rows.reach[kept] > horizon
+    detail_rows = _detail_rows(probe, task)
+    kept_probability = np.zeros(len(detail_rows), np.float32)
+    inside = task.rows.reach[detail_rows] > horizon
     kept_probability[inside] = probability[: inside.sum()]  # kept rows are the first test rows
     return _Reading(numbers, ids[:, 0].astype(np.int32), kept_probability)
 
@@ -344,22 +344,22 @@ def _token_view(
     probe: FutureLens, readings: _Readings, arrays: Mapping[str, np.ndarray], task: FutureTask, store: Store
 ) -> dict[str, np.ndarray]:
     """Predictions of the best maps for the kept test tokens, with the model's and the text's tokens."""
-    kept, horizons = _kept(probe, task), range(probe.horizons)
+    detail_rows, horizons = _detail_rows(probe, task), range(probe.horizons)
     best = [readings[int(arrays["best_method"][n]), int(arrays["best_layer"][n]), n] for n in horizons]
-    view = {name: np.full((len(horizons), len(kept)), -1, np.int32) for name in ("top_id", "said_id", "text_id")}
+    view = {name: np.full((len(horizons), len(detail_rows)), -1, np.int32) for name in ("top_id", "said_id", "text_id")}
     for n in horizons:
-        inside = task.rows.reach[kept] > n
+        inside = task.rows.reach[detail_rows] > n
         view["top_id"][n, inside] = best[n].top[: inside.sum()]
-        view["said_id"][n, inside] = task.model_top[kept[inside] + n]
-        view["text_id"][n, inside] = task.text_next[kept[inside] + n]
+        view["said_id"][n, inside] = task.model_top[detail_rows[inside] + n]
+        view["text_id"][n, inside] = task.text_next[detail_rows[inside] + n]
     view["top_probability"] = np.stack([reading.probability for reading in best])
-    view["token_id"] = task.token[kept].astype(np.int32)
+    view["token_id"] = task.token[detail_rows].astype(np.int32)
     for name in ("sequence", "position"):
-        view[name] = store.tokens[name].to_numpy()[kept].astype(np.int32)
+        view[name] = store.tokens[name].to_numpy()[detail_rows].astype(np.int32)
     return view
 
 
-def _kept(probe: FutureLens, task: FutureTask) -> Int[np.ndarray, " kept"]:
+def _detail_rows(probe: FutureLens, task: FutureTask) -> Int[np.ndarray, " kept"]:
     """Test tokens whose predictions are kept for the token view."""
     return task.rows.test[: probe.detail]
 
@@ -451,17 +451,17 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
     data = result.data
     names = {int(token): text for token, text in json.loads(data.attrs["tokens"]).items()} | {-1: ""}
     sequence = int(data["sequence"][0]) if sequence is None else sequence
-    kept = np.flatnonzero((data["sequence"].to_numpy() == sequence) & (data["position"].to_numpy() >= first))
-    if not len(kept):
+    detail_rows = np.flatnonzero((data["sequence"].to_numpy() == sequence) & (data["position"].to_numpy() >= first))
+    if not len(detail_rows):
         raise RequestError(f"sequence {sequence} from position {first} was not kept; see result.data['sequence']")
-    part = data.isel(row=kept[: min(tokens, MAX_TOKENS)])
+    part = data.isel(row=detail_rows[: min(tokens, MAX_TOKENS)])
     horizons = part["horizon"].to_numpy().tolist()
     texts = {
         name: [[names[token] for token in line] for line in part[f"{name}_id"].to_numpy().tolist()]
         for name in ("top", "said", "text")
     }
     hover = [[_hover(data, part, texts, n, column) for column in range(part.sizes["row"])] for n in horizons]
-    shown = count_shown(part.sizes["row"], len(kept))
+    shown = count_shown(part.sizes["row"], len(detail_rows))
     figure = token_grid(
         np.where(part["top_id"] < 0, np.nan, part["top_probability"]),
         cells=texts["top"],

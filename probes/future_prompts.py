@@ -318,11 +318,11 @@ def _learn_prompt(
         target = log_probabilities(task.unembed, task.final[rows + probe.learned_for]).to(logits.device).clone()
         return torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
 
-    def validated() -> tuple[float, Tensor]:
+    def validate() -> tuple[float, Tensor]:
         total = sum(divergence(part, gradients=False).item() for part in tokens.batches(tokens.validation))
         return total / len(tokens.validation), prompt.detach().clone()
 
-    best = before = validated()
+    best = before = validate()
     for _ in range(probe.epochs):
         shuffled = order.permutation(tokens.training)
         for batch in np.split(shuffled, range(probe.batch, len(shuffled), probe.batch)):
@@ -330,7 +330,7 @@ def _learn_prompt(
             (prompt.grad,) = torch.autograd.grad(loss, [prompt])
             optimizer.step()
             schedule.step()
-        best = min(best, validated(), key=lambda candidate: candidate[0])
+        best = min(best, validate(), key=lambda candidate: candidate[0])
     return best[1], before[0], best[0]
 
 

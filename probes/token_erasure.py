@@ -164,7 +164,7 @@ class TokenErasure:
         training, validation, tested = (rows[part] for part in parts)
         targets = np.stack([tokens_at(store, offset) for offset in self.offsets])
         hits = np.zeros((len(layers), len(self.offsets), len(tested)), bool)
-        kept: dict[int, Float[np.ndarray, "offset row"]] = {}
+        likelihoods: dict[int, Float[np.ndarray, "offset row"]] = {}
         device = usable_device(self.device)
         settings = SoftmaxFit(self.epochs, self.batch, self.learning_rate, self.weight_decay, self.seed)
         steps = len(layers) * self.epochs * -(-len(training) // self.batch)
@@ -178,7 +178,7 @@ class TokenErasure:
                 probes = fit_softmax(states, *split, settings, tick=tick)
                 hits[index], probability = _read(probes, states, tested, targets[:, tested], self.batch)
                 if layer in (early, late):
-                    kept[layer] = probability
+                    likelihoods[layer] = probability
         words, source = find_words(store, self.spans)
         groups = words.groups(tested, self.offsets) & (targets[:, tested] >= 0)[None]
         scored = layers.index(early), layers.index(late)
@@ -186,7 +186,7 @@ class TokenErasure:
         arrays |= {"training_rows": len(training), "early": early, "late": late}
         table = pd.DataFrame()
         if set(SCORED) <= set(self.offsets):
-            delta = {offset: kept[early][at] - kept[late][at] for at, offset in enumerate(self.offsets)}
+            delta = {offset: likelihoods[early][at] - likelihoods[late][at] for at, offset in enumerate(self.offsets)}
             table = _segments(store, tested, delta, words, self.longest)
             arrays |= _agreement(table, words, tested)
         coords = {"group": list(_GROUPS), "offset": list(self.offsets), "layer": layers}
@@ -450,8 +450,8 @@ def _vocabulary(result: Result) -> go.Figure:
     figure = go.Figure()
     for is_word, name in ((True, "word"), (False, "not a word")):
         chosen = (best["is_span"] == is_word).to_numpy()
-        kept = [name for name, keep in zip(names, chosen, strict=True) if keep]
-        figure.add_bar(x=best["psi"][chosen], y=kept, name=name, orientation="h")
+        labels = [name for name, keep in zip(names, chosen, strict=True) if keep]
+        figure.add_bar(x=best["psi"][chosen], y=labels, name=name, orientation="h")
     subtitle = (
         f"{len(best)} of {len(spans):,} spans of several tokens (occurrences); {label(result.data.attrs['spans'], 60)}"
     )

@@ -1,4 +1,4 @@
-"""What every test may lean on: an offline, quiet environment; real small models; tiny random ones."""
+"""Fixtures for all tests: an offline, quiet environment; real small models; tiny random ones."""
 
 import os
 from pathlib import Path
@@ -149,7 +149,7 @@ def tiny_model(request, tiny_models):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """What a worker does, and what travels to it, without the seconds that one takes to start."""
+    """Runs workers in this process, with everything pickled, without the seconds that a process takes to start."""
     pickle = pytest.importorskip("ray.cloudpickle", reason="workers need Ray: install the extra [distributed]")
     from workbench.parallel import ray as parallel
 

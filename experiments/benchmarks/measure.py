@@ -59,7 +59,7 @@ class Comparison:
             f"{_number(median(self.values))} {self.unit}",
             f"{_number(median(self.reference_values))} {self.unit}",
             self._value(self.value),
-            f"{_number(low)} to {_number(high)}" if len(self.ours) > 1 else "",
+            f"{_number(low)} to {_number(high)}" if len(self.values) > 1 else "",
             "".join(
                 f"{sign} {limit}" + (f" {self.unit}" if self.target_of == "workbench" else "")
                 for sign, limit in (("≥", self.at_least), ("≤", self.at_most))

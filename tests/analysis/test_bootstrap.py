@@ -22,7 +22,7 @@ def test_means_leave_out_nan_and_columns_are_apart():
 
 
 def test_the_interval_is_that_of_documents_not_of_tokens():
-    """Ten documents whose tokens are all alike: the error is sigma / sqrt(10), however many tokens there are."""
+    """Ten documents of equal tokens: the error is sigma / sqrt(10), however many tokens there are."""
     draw = np.random.default_rng(0)
     level = draw.normal(size=10)
     values, document = np.repeat(level, 200), np.repeat(np.arange(10), 200)

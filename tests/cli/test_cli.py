@@ -1,4 +1,4 @@
-"""The command line: the whole way on real input, and one line for whatever goes wrong."""
+"""Tests of the command line on real input; every error is one line."""
 
 from __future__ import annotations
 

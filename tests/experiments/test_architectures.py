@@ -1,4 +1,4 @@
-"""A spread of architectures, recorded and held against independent readings; and the page about all of them."""
+"""Tests of several architectures, compared with independent readings, and of the page about all of them."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""The demo's texts: what their labels say is so, whatever the seed."""
+"""Tests of the demo's texts: their labels are correct for every seed."""
 
 import re
 from itertools import pairwise

@@ -210,7 +210,7 @@ def test_the_shipped_model_knows_its_world(demo):
 
 @pytest.fixture(scope="module")
 def heads(demo, tmp_path_factory):
-    """What the shipped model and one of random weights show of heads: by model, whether each measure is as wanted."""
+    """Findings on heads, of the shipped model and of random weights: by model, whether the criterion is met."""
     shown = {}
     random = random_copy(demo)
     for name, model in (("demo", demo), ("random", random)):

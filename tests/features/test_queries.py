@@ -1,4 +1,4 @@
-"""Questions asked of features, each beside the same from the dense matrix in NumPy, a loop, or planted truth."""
+"""Tests of feature queries against the dense matrix in NumPy, a loop, or planted truth."""
 
 import copy
 from dataclasses import replace

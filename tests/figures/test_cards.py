@@ -1,4 +1,4 @@
-"""What a notebook shows of stores, arrays, selections, features and results: small, true, and text alone."""
+"""Tests of the cards that a notebook shows for stores, arrays, selections, features and results."""
 
 from __future__ import annotations
 

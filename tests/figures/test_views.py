@@ -1,4 +1,4 @@
-"""Views: what they draw, at the size of large models too, and in a browser, where a hostile token is text."""
+"""Tests of the views: their content, at the size of large models too, and hostile tokens as text in a browser."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_sinks_keep_the_attention_of_the_strongest_heads(hostile, tmp_path):
 
 
 def page_size(figure) -> int:
-    """Of its page, but for plotly's script, which pages share."""
+    """Returns the size of the page without plotly's script, which pages share."""
     return len(figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False).encode())
 
 

@@ -1,4 +1,4 @@
-"""One forward pass under hooks: what comes out, what is never computed, and that nothing stays behind."""
+"""Tests of one forward pass under hooks: its tensors, what is not computed, and that no hooks remain."""
 
 import copy
 import math

@@ -137,7 +137,7 @@ def test_columns_are_the_same_from_any_pieces(rows):
 
 
 def test_queries_before_a_key_do_not_count():
-    """Where attention goes both ways, alpha is still a mean over the queries from the key on."""
+    """Alpha of bidirectional attention is still a mean over the queries from the key on."""
     columns = Columns(torch.ones(1, 4))
     columns.add(0, torch.full((1, 1, 4, 4), 0.25))
     assert columns.received()[0, :, 0].tolist() == [0.25] * 4
@@ -315,7 +315,7 @@ def test_flat_values_have_no_norm_for_each_head():
 
 
 def test_a_synonym_is_derived_from_too():
-    """Of two names for one place, one is the site."""
+    """Derived sites also work for the synonym of a site."""
     site = Site("blocks.0.hook_out", ("d_model",), (8,), Tap("block", "out"))
     synonyms = {"blocks.0.hook_resid_post": "blocks.0.hook_out"}
     found = SiteMap(**{**_map([site]), "synonyms": synonyms}, missing={})

@@ -1,4 +1,4 @@
-"""Sites: every form of the grammar, every refusal word for word, and maps that say of a model what is true of it."""
+"""Tests of sites: every form of the grammar, every error message, and the maps of models."""
 
 import copy
 import functools
@@ -323,7 +323,7 @@ def test_a_module_that_runs_for_some_lengths_is_no_site(tiny_models):
 
 
 def test_attention_that_is_no_softmax_has_no_pattern(tiny_models, monkeypatch):
-    """What would be recomputed from queries and keys is then not what the model did; z is still what it gave."""
+    """A pattern recomputed from queries and keys would differ from the model's; z is still recorded."""
 
     def uniform(_module, query, _key, value, *_args, **_kwargs):
         seen = value.cumsum(2) / torch.arange(1, value.shape[2] + 1)[:, None]

@@ -67,7 +67,7 @@ def kernel(tmp_path_factory):
 
 @books
 def test_it_runs(path, kernel, tmp_path):
-    """With no names left of the notebook before, in an empty folder; its asserts hold, and no cell warns."""
+    """The notebook runs in a fresh namespace and an empty folder; its asserts hold, and no cell warns."""
     book = nbformat.read(path, 4)
     fresh = f"%reset -f\nimport os as _os; _os.chdir({str(tmp_path)!r})"
     book.cells.insert(0, nbformat.v4.new_code_cell(fresh))

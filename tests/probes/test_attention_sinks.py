@@ -79,7 +79,7 @@ def test_half_of_the_heads(tmp_path):
 
 
 def test_the_threshold_comes_before_the_mean(tmp_path):
-    """Of alpha 0.5 and 0.05 one is a sink; their mean, 0.275, is not."""
+    """Alpha 0.5 is a sink and 0.05 is none; their mean, 0.275, is not compared with the threshold."""
     heads = [[sink_head(64, (64 * alpha - 1) / 63)] for alpha in (0.5, 0.05)]
     data = run(planted(tmp_path / "s", *heads)).data
     assert float(data["alpha"][0, 0, 0]) == pytest.approx(0.275, abs=1e-6)
@@ -273,7 +273,7 @@ def test_draws_are_of_documents_and_reproducible(two_domains):
 
 
 def test_the_metric_has_an_interval_over_documents(tmp_path):
-    """Of four documents one has no sink: three of four sequences, and a bootstrap of these four, written out."""
+    """One of four documents has no sink: three of four sequences, and a bootstrap of these four, written out."""
     heads = [[sink_head(16, c)] for c in (0.9, 0.9, 0.0, 0.9)]
     store = planted(tmp_path / "s", *heads, documents=[0, 1, 2, 3])
     data = run(store, length=16, resamples=4000).data

@@ -183,7 +183,7 @@ def test_no_token_has_a_next(tiny_models, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_site(wide_store, tiny_models, kind):
-    """What the site holds, put through the norm and head in float64; the model's own output stays resid_post's."""
+    """The lens of another site equals norm and head in float64; the model's output is still that of resid_post."""
     norm, head = tiny_models["llama"].model.norm, tiny_models["llama"].lm_head
     arrays = [wide_store[kind, layer][:].double() for layer in range(3)] + [wide_store["resid_post", 2][:].double()]
     with torch.inference_mode():

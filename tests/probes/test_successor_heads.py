@@ -315,7 +315,7 @@ def test_direct_effects_from_the_recording_by_hand(planted, result, members):
 
 
 def test_nobody_wins_a_tie(planted, tokenizer, tmp_path):
-    """Where all heads are silent, none raises the successor most."""
+    """No head raises the successor most if all heads write 0."""
     module = copy.deepcopy(planted[0].module)
     for block in module.model.layers:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)

@@ -22,7 +22,7 @@ DOCUMENTS, LENGTH = 12, 40
 
 @pytest.fixture(scope="module")
 def planted():
-    """What lies in the store: W_U, states of the last block, and of block 0 the same in another basis."""
+    """Content of the store: W_U, states of the last block, and of block 0 the same in another basis."""
     draw = np.random.default_rng(0)
     rotation, _ = np.linalg.qr(draw.normal(size=(D, D)))
     final = 2 * draw.normal(size=(DOCUMENTS * LENGTH, D))

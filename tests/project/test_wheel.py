@@ -1,4 +1,4 @@
-"""A wheel built from what is in the repository works beside folders of the user's that have the names of ours."""
+"""A wheel built from the repository works next to a user's folders with the names of ours."""
 
 from __future__ import annotations
 

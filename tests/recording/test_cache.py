@@ -27,7 +27,7 @@ def model(tiny_models, tiny_tokenizer):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Where each recording that was really made went."""
+    """Paths of the recordings that were made."""
     made, real = [], recorder.record
 
     def counting(*arguments, out, **options):

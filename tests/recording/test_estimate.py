@@ -1,4 +1,4 @@
-"""What a recording will take, against what a recording took."""
+"""Tests of the estimate against a recording."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What happens when things go wrong: killed at any moment, a full disk, two writers."""
+"""Fault tests: processes killed at any moment, a full disk, two writers."""
 
 import multiprocessing
 import os
@@ -112,7 +112,7 @@ def finish(processes, out: Path, file_limit: int | None = None, work=run_recordi
 
 @pytest.fixture(scope="module")
 def undisturbed(processes, tmp_path_factory):
-    """A recording nobody killed, and how long its process took."""
+    """An uninterrupted recording, and the duration of its process."""
     out = tmp_path_factory.mktemp("undisturbed") / "s"
     finish(processes, out.with_name("warm-up"))
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The recorder: what is stored is what the model computed, for every setting, and only once."""
+"""Tests of the recorder: the store has what the model computed, for every setting, and each token once."""
 
 import copy
 
@@ -42,7 +42,7 @@ def hidden_states(module, ids):
 
 
 def hooks(module):
-    """How many hooks there are; transformers keeps some of its own once hidden states were asked for."""
+    """Returns the number of hooks; transformers leaves some after hidden states were requested."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
@@ -366,7 +366,7 @@ def test_a_model_that_fails_midway_leaves_what_was_committed_and_no_hooks(llama,
 
 
 def test_a_slow_disk_holds_the_model_back(llama, sequences, tmp_path, monkeypatch):
-    """What waits to be written is bounded: the model is never more than the backlog ahead."""
+    """The queue of batches to write is bounded: the model is never further ahead than the backlog."""
     import threading
 
     waiting, most, gate = [0], [0], threading.Lock()

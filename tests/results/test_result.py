@@ -1,4 +1,4 @@
-"""Results: what is saved is what is read, nothing else is overwritten, and damage is named."""
+"""Tests of results: a saved result is read unchanged, other files are not overwritten, damage is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders and sweeps: whole or not there, nothing twice, nothing overwritten, and the same bytes again."""
+"""Tests of run folders and sweeps: complete or absent, run once, never overwritten, byte-identical."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparsity rules: which pre-activations stay is what sorting all of them gives, whatever the order and the pieces."""
+"""Tests of the sparsity rules: the selection equals that of sorting, for every order and division of the rows."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ ROWS, FEATURES = 51, 20
 
 
 def chosen(pre: np.ndarray, sparsity) -> np.ndarray:
-    """What stays of pre-activations (row, feature), by sorting them; ties in the order of rows, then features."""
+    """Selected pre-activations (row, feature), by sorting them; ties in the order of rows, then features."""
     if isinstance(sparsity, FeatureChoice):
         quota = sparsity.k * pre.shape[0] // pre.shape[1]
         rank = np.argsort(np.argsort(-pre, axis=0, kind="stable"), axis=0)

@@ -260,7 +260,7 @@ def test_worker_processes_read_the_same(store, start):
 
 
 def test_readers_work_while_a_writer_commits(tmp_path):
-    """Whatever a reader opens is whole, and stays as it was while more is committed."""
+    """An opened store is complete, and does not change while more is committed."""
     plan, failures, seen = [[3, 2]] * 30, [], set()
     with writing(tmp_path / "x") as store:
         store.begin(part_of(plan), append=False)

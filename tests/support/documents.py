@@ -21,7 +21,7 @@ STAND_INS = {
     "openai-community/gpt2": "demo",
     "EleutherAI/pythia-70m": "demo",
 }
-"""What is written, and what is run in its place."""
+"""Text of the documentation, and its replacement in a test."""
 
 TEXTS = "stories.jsonl"
 """The file of texts that pages name: the tests write a few documents of the embedded corpus into it."""

@@ -1,10 +1,10 @@
-"""What every refusal has in common: an error of its kind, told in one line."""
+"""Helper for refused requests: an error of the expected kind with a one-line message."""
 
 import pytest
 
 
 def refused(kind, call) -> str:
-    """What `call` says when it raises `kind`."""
+    """Returns the message of the `kind` that `call` raises."""
     with pytest.raises(kind) as caught:
         call()
     assert "\n" not in str(caught.value)

@@ -56,7 +56,7 @@ def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes) -> Path:
 
 
 def encode64(folder: Path, x: np.ndarray) -> np.ndarray:
-    """What a saved autoencoder gives for `x` (row, d_in), in float64 NumPy, from its files alone."""
+    """Returns the activations of a saved autoencoder for `x` (row, d_in), in float64 NumPy, from its files alone."""
     from safetensors.numpy import load_file
 
     weights = {name: part.astype(np.float64) for name, part in load_file(folder / "sae_weights.safetensors").items()}

@@ -20,13 +20,13 @@ class Config:
     """Settings of the toy."""
 
     model: str = "a"
-    """Which line: a, b, broken, refused."""
+    """Name of the line: a, b, broken, refused."""
     factor: float = 1.0
     """Its slope."""
     seed: int = 0
     """Its intercept."""
     shown: tuple[int, ...] = (0, 1, 2)
-    """Where it is read."""
+    """Position at which the line is read."""
     recordings: Path = field(default=Path("recordings"), compare=False)
     """Changes no number."""
 

@@ -39,11 +39,11 @@ def clustered_means(
         resamples: Number of resamples.
         seed: Random seed of the resamples.
     """
-    counted = ~np.isnan(values)
+    present = ~np.isnan(values)
     _, cluster = np.unique(clusters, return_inverse=True)
     totals, counts = (np.zeros((int(cluster.max(initial=-1)) + 1, values.shape[1])) for _ in range(2))
-    np.add.at(totals, cluster, np.where(counted, values, 0.0))
-    np.add.at(counts, cluster, counted)
+    np.add.at(totals, cluster, np.where(present, values, 0.0))
+    np.add.at(counts, cluster, present)
     return resampled_means(totals, counts, resamples=resamples, seed=seed)
 
 

@@ -133,12 +133,12 @@ def compare(
     for name in probes or ():
         find_probe(name)
     _check_tokens(a, b)
-    chosen = _chosen(a, b, sites)
+    chosen = _select_sites(a, b, sites)
     lines = []
     with progress("comparing", len(chosen) * a.rows, "rows") as tick:
         groups = _document_groups(a)
         for one, other in chosen:
-            lines.append(_compared(a, b, one, other, groups, tick))
+            lines.append(_compare_site(a, b, one, other, groups, tick))
     measures, not_run = _run_probes(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
     return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run)
 
@@ -171,7 +171,7 @@ def _check_tokens(a: Store, b: Store) -> None:
                 )
 
 
-def _chosen(a: Store, b: Store, requested: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
+def _select_sites(a: Store, b: Store, requested: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
     known = [{site.name: site for site in store.sites} for store in (a, b)]
     if requested is None:
         for one, other, store, without in ((*known, a, b), (*known[::-1], b, a)):
@@ -227,7 +227,7 @@ def _document_groups(store: Store) -> Int[np.ndarray, " row"]:
     return np.concatenate([np.zeros(0, np.int16), *(part.astype(np.int16) for part in parts)])
 
 
-def _compared(
+def _compare_site(
     a: Store,
     b: Store,
     one: SiteRecord,
@@ -240,16 +240,16 @@ def _compared(
     largest, skipped = 0.0, 0
     for block, x in a[one.label].blocks(max(1, _BLOCK_BYTES // (8 * max(1, int(np.prod(one.shape)))))):
         values = row_distances(x, b[other.label][block])
-        counted = np.isfinite(values).all(1)
-        group = groups[block][counted]
-        np.add.at(totals, group, values[counted])
+        finite = np.isfinite(values).all(1)
+        group = groups[block][finite]
+        np.add.at(totals, group, values[finite])
         np.add.at(counts, group, 1.0)
-        skipped += int((~counted).sum())
-        largest = max(largest, float(values[counted, 1].max(initial=0.0)))
+        skipped += int((~finite).sum())
+        largest = max(largest, float(values[finite, 1].max(initial=0.0)))
         tick(len(x))
     used = counts[:, 0] > 0
-    (cosine, error), drawn = resampled_means(totals[used], counts[used])
-    low, high = intervals(drawn) if used.sum() > 1 else np.full((2, 2), np.nan)
+    (cosine, error), resamples = resampled_means(totals[used], counts[used])
+    low, high = intervals(resamples) if used.sum() > 1 else np.full((2, 2), np.nan)
     short = (one.short or one.name).split(".")
     return {
         "site": one.label,
@@ -354,9 +354,9 @@ def _over_rows(a: Result, b: Result, name: str, document: Int[np.ndarray, " row"
         values[np.isnan(values).any(1)] = np.nan  # the same rows in both
         if np.isnan(values).all():
             continue
-        mean, drawn = clustered_means(values, clusters)
-        drawn = np.column_stack([drawn, drawn[:, 1] - drawn[:, 0]])
-        low, high = intervals(drawn)
+        mean, resamples = clustered_means(values, clusters)
+        resamples = np.column_stack([resamples, resamples[:, 1] - resamples[:, 0]])
+        low, high = intervals(resamples)
         lines.append(
             {
                 "measure": f"mean {name}",

@@ -83,12 +83,12 @@ def digit_arithmetic(
     for chain in chains:
         places = torch.from_numpy(np.searchsorted(ids.numpy(), chain.ids))
         member, j = (part.ravel() for part in np.indices((len(chain.ids), 10)))
-        i, wanted = chain.index[member] % 10, (j + 1) % 10
-        possible = (i != j) & np.isin(wanted, chain.index % 10)
-        member, j, i, wanted = (part[possible] for part in (member, j, i, wanted))
+        i, target_digit = chain.index[member] % 10, (j + 1) % 10
+        possible = (i != j) & np.isin(target_digit, chain.index % 10)
+        member, j, i, target_digit = (part[possible] for part in (member, j, i, target_digit))
         if not len(member):
             continue
         logits = head_logits(x[places[member]] - steps[i] + steps[j])[:, places]
         top = strict_argmax(logits[None])[0]
-        hits.append((top >= 0) & (chain.index[top] % 10 == wanted))
+        hits.append((top >= 0) & (chain.index[top] % 10 == target_digit))
     return float(np.concatenate(hits).mean()) if hits else float("nan")

@@ -55,7 +55,7 @@ def fit_linear(site: ActivationArray, task: FutureTask, horizons: int, penalties
     best = []
     for horizon, gram, cross in _moments(site, task, horizons):
         candidates = [
-            _validated(_through_unembedding(task.unembed, weight.float(), bias.float()), site, task, horizon, penalty)
+            _validate(_through_unembedding(task.unembed, weight.float(), bias.float()), site, task, horizon, penalty)
             for penalty, (weight, bias) in zip(penalties, ridge_maps(gram, cross, penalties), strict=True)
         ]
         best.append(min(candidates, key=lambda candidate: candidate.cross_entropy))
@@ -76,13 +76,13 @@ def fit_direct(
     unigrams = [_log_unigrams(task.model_top[task.rows.at("training", n) + n], vocab) for n in range(horizons)]
     bias = torch.stack(unigrams).to(device).requires_grad_(True)
 
-    def validated(horizon: int, epoch: int) -> FutureMap:
+    def validation_divergence(horizon: int, epoch: int) -> FutureMap:
         matrix, offset = weight[:, horizon].detach().clone(), bias[horizon].detach().clone()
-        return _validated(
+        return _validate(
             lambda states: (states.float() - mean) * scale @ matrix + offset, site, task, horizon, float(epoch)
         )
 
-    best = [validated(horizon, 0) for horizon in range(horizons)]
+    best = [validation_divergence(horizon, 0) for horizon in range(horizons)]
     optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.0)
     steps = max(1, epochs * -(-len(task.rows.training) // _BATCH))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -100,7 +100,7 @@ def fit_direct(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-        latest = [validated(horizon, epoch) for horizon in range(horizons)]
+        latest = [validation_divergence(horizon, epoch) for horizon in range(horizons)]
         improved = [new.cross_entropy < old.cross_entropy for new, old in zip(latest, best, strict=True)]
         best = [new if better else old for new, old, better in zip(latest, best, improved, strict=True)]
         if not any(improved):
@@ -127,7 +127,7 @@ def ridge_maps(
         yield weight, target - mean @ weight
 
 
-def _validated(
+def _validate(
     logits: Callable[[Tensor], Tensor], site: ActivationArray, task: FutureTask, horizon: int, choice: float
 ) -> FutureMap:
     rows = task.rows.at("validation", horizon)

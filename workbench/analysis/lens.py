@@ -117,7 +117,7 @@ def read_lens(
     if top_k > unembed.vocab:
         raise RequestError(f"top_k is {top_k} and the vocabulary has {unembed.vocab}; give at most that")
     targets = next_tokens(store)[rows]
-    kept = _Kept(len(layers), min(detail, len(rows)), top_k)
+    details = _Details(len(layers), min(detail, len(rows)), top_k)
     totals = _Totals(len(layers), len(rows))
     for block in blocks(len(rows), unembed.vocab):
         model_log = log_probabilities(unembed, final[rows[block]])
@@ -132,13 +132,13 @@ def read_lens(
             statistics = lens_statistics(log, model_log, target, top_k)
             agrees.append(log.argmax(1) == model_top)
             totals.add(index, block, statistics, agrees[-1], log.argmax(1) == target, target)
-            kept.add(index, block.start, statistics)
+            details.add(index, block.start, statistics)
         totals.known[block] = (target >= 0).cpu().numpy()
         totals.right[block] = (model_top == target).cpu().numpy()
         depth = prediction_depth(torch.stack(agrees))
         totals.depth += torch.bincount(depth, minlength=len(layers) + 1).cpu().numpy()
-        kept.add_depth(block.start, depth)
-    data = _dataset(kept, totals, layers, rows)
+        details.add_depth(block.start, depth)
+    data = _dataset(details, totals, layers, rows)
     return data, _table(data, store, targets, unembed)
 
 
@@ -201,7 +201,7 @@ def lens_statistics(
     }
 
 
-class _Kept:
+class _Details:
     """Readings of the first rows."""
 
     def __init__(self, layers: int, rows: int, top_k: int) -> None:
@@ -266,17 +266,17 @@ class _Totals:
         return np.array([auc(surprise[self.known], wrong) for surprise in self.surprise])
 
 
-def _dataset(kept: _Kept, totals: _Totals, layers: list[int], rows: Int[np.ndarray, " row"]) -> xr.Dataset:
+def _dataset(details: _Details, totals: _Totals, layers: list[int], rows: Int[np.ndarray, " row"]) -> xr.Dataset:
     arrays = {
-        **kept.arrays,
+        **details.arrays,
         **{f"mean_{name}": mean for name, mean in totals.means().items()},
         "depth_share": totals.depth[:-1] / len(rows),
         "error_auc": totals.error_auc(),
-        "prediction_depth": kept.depth,
+        "prediction_depth": details.depth,
         "rows": len(rows),
         "rows_with_next": int(totals.targets[0]),
     }
-    coords = {"layer": layers, "row": rows[: kept.rows], "top": np.arange(1, kept.arrays["top_id"].shape[2] + 1)}
+    coords = {"layer": layers, "row": rows[: details.rows], "top": np.arange(1, details.arrays["top_id"].shape[2] + 1)}
     return dataset(LENS_VARIABLES, arrays, coords)
 
 

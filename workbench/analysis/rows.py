@@ -116,10 +116,10 @@ def split_by_document(
 
 def note_few_rows(rows: int, d_model: int) -> str:
     """Returns a note that a d_model x d_model map was fitted on too few rows; "" where they are enough."""
-    wanted = ROWS_PER_DIMENSION * d_model
-    if rows >= wanted:
+    minimum = ROWS_PER_DIMENSION * d_model
+    if rows >= minimum:
         return ""
-    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {wanted:,} or more are wanted"
+    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {minimum:,} or more are wanted"
 
 
 def note_missing(data: xr.Dataset, needs: Mapping[str, str]) -> list[str]:

@@ -82,26 +82,28 @@ def fit_softmax(
     steps = settings.epochs * -(-len(training) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     draw = np.random.default_rng(settings.seed)
-    wanted, held = (torch.from_numpy(probes.class_of(part)).to(sample.device) for part in (targets, held_targets))
-    best, kept = torch.full((len(targets),), torch.inf, device=sample.device), weight.detach().clone()
+    training_classes, held_out_classes = (
+        torch.from_numpy(probes.class_of(part)).to(sample.device) for part in (targets, held_targets)
+    )
+    best, best_weight = torch.full((len(targets),), torch.inf, device=sample.device), weight.detach().clone()
     since = 0
     for _ in range(settings.epochs):
         for part in _batches(draw.permutation(len(training)), settings.batch):
             x = states(training[part])
-            losses = [_loss(probes, index, x, wanted[index, part]) for index in range(len(targets))]
+            losses = [_loss(probes, index, x, training_classes[index, part]) for index in range(len(targets))]
             sum(losses[1:], start=losses[0]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             tick(1)
-        loss = _held_loss(probes, states, validation, held, settings.batch)
+        loss = _held_out_loss(probes, states, validation, held_out_classes, settings.batch)
         better = loss < best
-        kept[better] = weight.detach()[better]
+        best_weight[better] = weight.detach()[better]
         best = torch.minimum(best, loss)
         since = 0 if better.any() else since + 1
         if since >= _PATIENCE:
             break
-    return SoftmaxProbes(kept, scale, classes)
+    return SoftmaxProbes(best_weight, scale, classes)
 
 
 def _batches(order: np.ndarray, batch: int) -> Sequence[np.ndarray]:
@@ -115,10 +117,12 @@ def _loss(probes: SoftmaxProbes, index: int, x: Tensor, target: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def _held_loss(probes: SoftmaxProbes, states: States, rows: np.ndarray, held: Tensor, batch: int) -> Tensor:
-    total = torch.zeros(len(held), device=held.device)
+def _held_out_loss(
+    probes: SoftmaxProbes, states: States, rows: np.ndarray, held_out_classes: Tensor, batch: int
+) -> Tensor:
+    total = torch.zeros(len(held_out_classes), device=held_out_classes.device)
     for part in _batches(np.arange(len(rows)), batch):
         x = states(rows[part])
-        for index, target in enumerate(held):
+        for index, target in enumerate(held_out_classes):
             total[index] += _loss(probes, index, x, target[part]) * len(part)
     return total / max(len(rows), 1)

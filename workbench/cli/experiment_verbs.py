@@ -131,9 +131,9 @@ class _RunSweep:
         )
         for outcome in swept.failed:
             print_plain(f"failed  {outcome.run.folder.name}: {outcome.message}")
-        counted = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "skipped", "failed")}
-        counted |= {"left to other processes": len(swept.pending)} if swept.pending else {}
-        print(", ".join(f"{number} {state}" for state, number in counted.items()))
+        counts = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "skipped", "failed")}
+        counts |= {"left to other processes": len(swept.pending)} if swept.pending else {}
+        print(", ".join(f"{number} {state}" for state, number in counts.items()))
         if swept.result is not None:
             print(f"table   {swept.folder / TABLE}")
             for figure in sorted((swept.folder / "figures").glob("*.html")):

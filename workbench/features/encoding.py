@@ -87,21 +87,21 @@ class StoreEncoder:
 
     def spans(self) -> list[Span]:
         """Returns all rows, divided into segments; the division is the same in every process."""
-        spans, done = [], 0
-        while done < len(self.array):
-            spans.append((done, self._end(done, SEGMENT_ROWS)))
-            done = spans[-1][1]
+        spans, first = [], 0
+        while first < len(self.array):
+            spans.append((first, self._end(first, SEGMENT_ROWS)))
+            first = spans[-1][1]
         return spans
 
     def encode(self, folder: SegmentFolder, workers: Workers) -> None:
         """Encodes the rows that have no committed segment, of the share of them that this process has."""
         spans = workers.share_of(self.spans())
-        left = folder.missing_spans(spans)
-        rows, rows_left = (sum(stop - first for first, stop in some) for some in (spans, left))
+        unwritten = folder.missing_spans(spans)
+        rows, rows_left = (sum(stop - first for first, stop in some) for some in (spans, unwritten))
         unsettled = 0
         with (
             progress("extracting features", rows, "rows", show=self.show_progress, initial=rows - rows_left) as advance,
-            closing(self._start(workers, folder, left, advance)) as answers,
+            closing(self._start(workers, folder, unwritten, advance)) as answers,
         ):
             for encoded, count in answers:
                 unsettled += count

@@ -250,8 +250,8 @@ def _differences(existing: FeaturesRecord | ExtractionRecord, request: Extractio
             _store_text(request),
         ),
     )
-    differing = ((name, text, wanted) for name, one, other, text, wanted in pairs if one != other)
-    return "; ".join(f"{name} is {text}, requested is {wanted}" for name, text, wanted in differing)
+    differing = ((name, text, request_text) for name, one, other, text, request_text in pairs if one != other)
+    return "; ".join(f"{name} is {text}, requested is {request_text}" for name, text, request_text in differing)
 
 
 def _sae_text(sae: SaeRecord) -> str:

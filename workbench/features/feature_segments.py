@@ -57,12 +57,12 @@ class SegmentFolder:
 
     def spans(self) -> Iterator[Span]:
         """Yields the rows of the committed segments in order; rows in gaps are not encoded yet."""
-        done = 0
+        end = 0
         for path in sorted(self.path.glob("*-*.safetensors")):
             first, stop = map(int, path.stem.split("-"))
-            if first >= done:  # else another process had encoded these rows, divided differently
+            if first >= end:  # else another process had encoded these rows, divided differently
                 yield first, stop
-                done = stop
+                end = stop
 
     def missing_spans(self, spans: Sequence[Span]) -> list[Span]:
         """Returns the rows of `spans` that no committed segment has, in order and span by span."""

@@ -32,10 +32,10 @@ def feature_groups(
     """Yields groups of at most `most` consecutive features with at most `entries` entries, or one larger feature."""
     first, features = 0, len(indptr) - 1
     while first < features:
-        fitting = int(np.searchsorted(indptr, indptr[first] + entries, side="right")) - 1
-        fitting = fitting if most is None else min(fitting, first + most)
-        yield slice(first, max(first + 1, fitting))
-        first = max(first + 1, fitting)
+        last = int(np.searchsorted(indptr, indptr[first] + entries, side="right")) - 1
+        last = last if most is None else min(last, first + most)
+        yield slice(first, max(first + 1, last))
+        first = max(first + 1, last)
 
 
 def feature_sums(

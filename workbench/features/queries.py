@@ -308,10 +308,10 @@ def _coded(
     codes = np.where(text, codes, -1)
     values = encoded.dictionary.to_pylist()
     tokens = np.bincount(codes[codes >= 0], minlength=len(values))
-    kept = np.flatnonzero((tokens >= least) & (tokens < text.sum()))
+    selected = np.flatnonzero((tokens >= least) & (tokens < text.sum()))
     renamed = np.full(len(values) + 1, -1, np.int32)  # the last element stands for no value
-    renamed[kept] = np.arange(len(kept))
-    return name, [values[code] for code in kept], renamed[codes]
+    renamed[selected] = np.arange(len(selected))
+    return name, [values[code] for code in selected], renamed[codes]
 
 
 def _label_pairs(

@@ -150,8 +150,8 @@ def replace_folder(path: Path, replaces: Collection[str]) -> Iterator[Path]:
 
 def _exchange(partial: Path, path: Path, replaces: list[tuple[str, ...]]) -> None:
     """Puts `partial` in place of `path`; the old folder goes, after what is not ours was moved from it to `partial`."""
-    written = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
-    known = replaces + [tuple(map(glob.escape, parts)) for parts in written]
+    entries = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
+    known = replaces + [tuple(map(glob.escape, parts)) for parts in entries]
     moved: list[tuple[Path, Path]] = []
     asides: list[Path] = []
     try:

@@ -104,9 +104,9 @@ class Columns:
         """Adds a block of the pattern whose first query is `first`. Each block is added once, in any order."""
         self._real = self._real.to(block.device)
         padding = ~self._real[:, None, first : first + block.shape[2], None]
-        seen = block.tril(first).masked_fill(padding, 0)
-        self._mass = self._mass.to(seen) + seen.sum(2)
-        self._logs = self._logs.to(seen) + torch.xlogy(seen, seen).sum(2)
+        visible = block.tril(first).masked_fill(padding, 0)
+        self._mass = self._mass.to(visible) + visible.sum(2)
+        self._logs = self._logs.to(visible) + torch.xlogy(visible, visible).sum(2)
 
     def received(self) -> Float[Tensor, "batch key head"]:
         """Returns the mean attention to each key over the queries at and after it, 0 to 1: alpha of Gu et al. 2024.

@@ -51,8 +51,8 @@ class HeadOutput:
         project = copy.deepcopy(self.project).float()  # in half precision a large bias would hide a weight
         units = torch.eye(self.heads * self.d_head, device=device)[:, None]
         with torch.inference_mode():
-            written = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
-        return written.reshape(self.heads, self.d_head, -1)
+            difference = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
+        return difference.reshape(self.heads, self.d_head, -1)
 
 
 def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
@@ -95,20 +95,20 @@ def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
     if embed is None or stream is None or embed.shape != stream.shape or len(stream.shape) != 1:
         raise RequestError(f"model {model.name!r} ({model.architecture}): its token embedding is not its first stream")
     others = trial_ids(model.module, 1, 32, seed=2)[0]
-    tried = torch.cat([ids.cpu(), others])[:, None]
-    seen = {}
+    ids_to_run = torch.cat([ids.cpu(), others])[:, None]
+    captured = {}
     capture(
         model.module,
         (embed, stream),
-        tried,
-        torch.ones_like(tried),
-        lambda site, tensor, _first: seen.update({site.name: tensor[:, 0].float()}),
+        ids_to_run,
+        torch.ones_like(ids_to_run),
+        lambda site, tensor, _first: captured.update({site.name: tensor[:, 0].float()}),
     )
-    embedded, entered = seen[embed.name], seen[stream.name].to(seen[embed.name].device)
-    given, found = (part.double() - part.double().mean(0) for part in (embedded, entered))
-    scale = ((given * found).sum() / given.square().sum()).item()
+    embedded, entered = captured[embed.name], captured[stream.name].to(captured[embed.name].device)
+    embeddings, streams = (part.double() - part.double().mean(0) for part in (embedded, entered))
+    scale = ((embeddings * streams).sum() / embeddings.square().sum()).item()
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03
-    if not (found - scale * given).norm() <= tolerance * found.norm():
+    if not (streams - scale * embeddings).norm() <= tolerance * streams.norm():
         raise RequestError(
             f"model {model.name!r} ({model.architecture}): its first stream is more than scaled embedding and position"
         )
@@ -162,16 +162,16 @@ def head_writes(
     memory.
     """
     outputs = head_outputs(model)
-    seen: dict[int, list[Tensor | None]] = {layer: [] for layer in outputs}
+    inputs: dict[int, list[Tensor | None]] = {layer: [] for layer in outputs}
     for chunk in x.split(_TOKENS):
         with ExitStack() as stack:
             for layer, output in outputs.items():
                 stack.enter_context(change_tensor(_block(model, layer), "in", partial(_instead, chunk)))
-                stack.enter_context(hook_tensor(output.project, "in", seen[layer].append))
+                stack.enter_context(hook_tensor(output.project, "in", inputs[layer].append))
             _run_alone(model, len(chunk))
     for layer, output in outputs.items():
         z = torch.cat(
-            [part.float().reshape(-1, output.heads, output.d_head) for part in seen.pop(layer) if part is not None]
+            [part.float().reshape(-1, output.heads, output.d_head) for part in inputs.pop(layer) if part is not None]
         )
         yield layer, writes_of(output, z)
 
@@ -209,8 +209,8 @@ def direct_logits(
     logits = centred(write) @ read.T
     if unembed.norm == "none":
         return logits
-    whole = centred(write if stream is None else stream)
-    return logits * torch.rsqrt(whole.square().mean(-1, keepdim=True) + unembed.eps)
+    reference = centred(write if stream is None else stream)
+    return logits * torch.rsqrt(reference.square().mean(-1, keepdim=True) + unembed.eps)
 
 
 def ov_logits(

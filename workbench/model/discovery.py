@@ -115,17 +115,17 @@ def _adapter_names(module: nn.Module) -> _Names | None:
     rotary, attention = set(), []
 
     def walk(component, name: str, path: str) -> None:
-        own = bool(component.name)
-        if own:
+        has_module = bool(component.name)
+        if has_module:
             taps[f"{name}.hook_in"], taps[f"{name}.hook_out"] = Tap(path, "in"), Tap(path, "out")
         elif "out" in component.submodules:  # no module of its own: OPT's MLP is two layers of its block
             aliases[f"{name}.hook_out"] = (f"{name}.out.hook_out",)
-        for alias, targets in _bound_aliases(component, modules.get(path) if own else None).items():
+        for alias, targets in _bound_aliases(component, modules.get(path) if has_module else None).items():
             targets = (targets,) if isinstance(targets, str) else targets
             aliases[f"{name}.{alias}"] = tuple(f"{name}.{target}" for target in targets)
         if hasattr(component, "hook_pattern"):
             attention.append(name)
-            if own:
+            if has_module:
                 taps[f"{name}.hook_pattern"] = Tap(path, "returned_weights")
             if hasattr(component, "hook_rot_q") and not hasattr(component, "hook_q"):
                 rotary.add(name)  # multi-head latent attention rotates a part, and calls what it attends with q and k
@@ -205,8 +205,8 @@ def transformer_lens_adapter(module: nn.Module):
         config = type(config).from_dict({**config.to_dict(), "architectures": [type(module).__name__]})
     try:
         architecture = determine_architecture_from_hf_config(config)
-        known = build_bridge_config_from_hf(config, architecture, architecture, torch.float32)
-        return ArchitectureAdapterFactory.select_architecture_adapter(known)
+        bridge_config = build_bridge_config_from_hf(config, architecture, architecture, torch.float32)
+        return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
     except Exception:  # an adapter that refuses this config is the same to us as none: the structure decides
         return None
 
@@ -221,10 +221,10 @@ def _structural_names(module: nn.Module) -> _Names:
         decoder = next(path for path, part in module.named_modules() if part is language_model.get_decoder())
         outermost = [path for path in outermost if decoder and path.startswith(f"{decoder}.")] or outermost
     if len(outermost) != 1:
-        found = ", ".join(outermost) or "none"
+        names = ", ".join(outermost) or "none"
         raise RequestError(
             f"model {type(module).__name__}: TransformerLens has no adapter for it and its blocks cannot be found by "
-            f"structure: lists of {n_layers} modules found: {found}; it cannot be recorded"
+            f"structure: lists of {n_layers} modules found: {names}; it cannot be recorded"
         )
     blocks = outermost[0]
     taps = {"logits": Tap("", "logits")}
@@ -309,8 +309,8 @@ def _resolve(names: _Names, trial: _Trial, modules: Mapping[str, nn.Module]) -> 
     def follow(name: str, depth: int = 0) -> Tap | None:
         if name in taps or depth > 4:
             return taps.get(name)
-        found = (follow(target, depth + 1) for target in names.aliases.get(name, ()))
-        return next((tap for tap in found if tap), None)
+        targets = (follow(target, depth + 1) for target in names.aliases.get(name, ()))
+        return next((tap for tap in targets if tap), None)
 
     for name in names.aliases:
         tap = follow(name)

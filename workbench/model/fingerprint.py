@@ -21,11 +21,11 @@ def weights_fingerprint(module: PreTrainedModel) -> str:
 
     digest = hashlib.sha256()
     saved = module.state_dict(keep_vars=True)
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for name, tensor in sorted(saved.items()):
-        if not isinstance(tensor, torch.Tensor) or id(tensor) in seen:  # tied weights count once
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in addresses:  # tied weights count once
             continue
-        seen.add(id(tensor))
+        addresses.add(id(tensor))
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
         for piece in data.split(1 << 28):

@@ -56,12 +56,12 @@ def run(
         gradients: Compute gradients, too.
     """
     device = input_embedding(module).device
-    wanted = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
+    inputs = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    given = {name: value for name, value in wanted.items() if open_ended or name in accepted}
+    accepted_inputs = {name: value for name, value in inputs.items() if open_ended or name in accepted}
     with evaluating(module), torch.enable_grad() if gradients else torch.inference_mode(), _uncompiled():
-        return module(input_ids=ids.to(device), **given)
+        return module(input_ids=ids.to(device), **accepted_inputs)
 
 
 def trial_ids(module: nn.Module, batch: int, positions: int, seed: int) -> Int[Tensor, "batch position"]:

@@ -41,11 +41,11 @@ def splice(
             f"site {site.short or site.name} cannot be replaced: it is read in several places, or inside of attention; "
             "resid_pre, resid_post, attn_out and mlp_out can"
         )
-    seen = 0
+    calls = 0
 
     def change(tensor: Tensor) -> Tensor:
-        nonlocal seen
-        seen += 1
+        nonlocal calls
+        calls += 1
         rows = tensor.reshape(mask.numel(), *fixed_shape(site)).clone()
         chosen = mask.flatten().to(rows.device)
         rows[chosen] = replace(rows[chosen]).to(rows)
@@ -53,7 +53,7 @@ def splice(
 
     with change_tensor(module.get_submodule(site.tap.path), site.tap.part, change):
         yield
-    if not seen:
+    if not calls:
         raise DataError(f"site {site.short or site.name} did not come up in the forward pass: nothing was replaced")
 
 

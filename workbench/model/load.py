@@ -270,8 +270,8 @@ def _load_module(
 def _check_dtype(dtype: str | torch.dtype) -> None:
     import torch  # takes seconds
 
-    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise RequestError(f"dtype must be auto, float32, bfloat16 or float16, not {str(dtype)!r}")
 
 

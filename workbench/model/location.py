@@ -72,9 +72,9 @@ def locate(source: str | Path, revision: str | None = None, kind: Kind = "model"
     inside_folder = "/" in text and os.path.isdir(path.parent)  # models/typo beside a folder models is no hub id
     if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or inside_folder:
         parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
-        wanted = path.absolute().relative_to(parent).parts[0]
-        close = nearest(wanted, folders(parent))
-        raise RequestError(f"{kind} {text!r}: no such directory ({parent.name}/ has no {wanted!r}{close})")
+        name = path.absolute().relative_to(parent).parts[0]
+        close = nearest(name, folders(parent))
+        raise RequestError(f"{kind} {text!r}: no such directory ({parent.name}/ has no {name!r}{close})")
     return _locate_on_hub(text, revision, kind)
 
 
@@ -85,10 +85,10 @@ def _locate_on_hub(name: str, revision: str | None, kind: Kind) -> Location:
     snapshot = _snapshot(name, revision, kind)
     if snapshot is not None:
         return Location(str(snapshot), name, local=True, hub=True)
-    here = nearest(name, folders(Path.cwd()))
+    suggestion = nearest(name, folders(Path.cwd()))
     if HF_HUB_OFFLINE:
         raise RequestError(
-            f"{kind} {name!r} is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set){here}"
+            f"{kind} {name!r} is no directory here, and not in the local hub cache (HF_HUB_OFFLINE is set){suggestion}"
         )
     try:
         HfApi().model_info(name, revision=revision, timeout=1.5)
@@ -96,7 +96,7 @@ def _locate_on_hub(name: str, revision: str | None, kind: Kind) -> Location:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"the hub answers {status}" if status else "the hub cannot be reached"
         raise RequestError(
-            f"{kind} {name!r} is no directory here, and {reason}; check the name or give a path{here}"
+            f"{kind} {name!r} is no directory here, and {reason}; check the name or give a path{suggestion}"
         ) from error
     return Location(name, name, local=False, hub=True)
 
@@ -106,15 +106,15 @@ def _snapshot(name: str, revision: str | None, kind: Kind) -> Path | None:
     of the weights."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(name, mark, revision=revision) for mark in _MARKS[kind])
-    folder = next((Path(path).parent for path in found if isinstance(path, str)), None)
+    paths = (try_to_load_from_cache(name, mark, revision=revision) for mark in _MARKS[kind])
+    folder = next((Path(path).parent for path in paths if isinstance(path, str)), None)
     if folder is None or kind == "tokenizer":
         return folder
     parts = {
         part for index in folder.glob("*.index.json") for part in json.loads(index.read_text())["weight_map"].values()
     }
-    whole = all((folder / part).is_file() for part in parts)
-    return folder if whole and (parts or any((folder / weights).is_file() for weights in _WEIGHTS)) else None
+    complete = all((folder / part).is_file() for part in parts)
+    return folder if complete and (parts or any((folder / weights).is_file() for weights in _WEIGHTS)) else None
 
 
 def folders(parent: Path) -> list[str]:

@@ -160,8 +160,8 @@ def _last_steps(
 
     def note(path):
         def hook(_module, args, kwargs, output):
-            given = first_tensor(args) if args else first_tensor(kwargs)
-            steps[path] = (given, first_tensor(output))
+            layer_input = first_tensor(args) if args else first_tensor(kwargs)
+            steps[path] = (layer_input, first_tensor(output))
 
         return hook
 
@@ -181,10 +181,15 @@ def _last_steps(
         )
     if _parallel(resid, head_in):
         return resid, head_in, logits, None
-    for path, (given, output) in steps.items():
-        if given is None or output is None or not given.shape == output.shape == resid.shape or outside[path] is head:
+    for path, (layer_input, output) in steps.items():
+        if (
+            layer_input is None
+            or output is None
+            or not layer_input.shape == output.shape == resid.shape
+            or outside[path] is head
+        ):
             continue
-        if _same(given, resid) and _parallel(output, head_in):
+        if _close(layer_input, resid) and _parallel(output, head_in):
             return resid, head_in, logits, outside[path]
     raise NoUnembed(f"{type(module).__name__}: no single norm lies between its last block and its head")
 
@@ -204,13 +209,13 @@ def _after_head(module: nn.Module, head: nn.Linear, ids: Tensor, mask: Tensor) -
     finally:
         handle.remove()
     vocab = output.shape[-1]
-    given, answer = ramp[:vocab].to(output.dtype).double(), output[0, 0].double().to(ramp.device)
+    inputs, answer = ramp[:vocab].to(output.dtype).double(), output[0, 0].double().to(ramp.device)
     coarse = output.dtype not in (torch.float32, torch.float64)
-    scale = _snap((answer / given)[given.abs() < 0.1].median().item(), module, coarse)
-    if torch.allclose(answer, scale * given, rtol=0.02 if coarse else 1e-4):
+    scale = _snap((answer / inputs)[inputs.abs() < 0.1].median().item(), module, coarse)
+    if torch.allclose(answer, scale * inputs, rtol=0.02 if coarse else 1e-4):
         return scale, None, vocab
     softcap = _snap(answer.abs().max().item(), module, coarse)
-    if torch.allclose(answer, softcap * torch.tanh(scale * given / softcap), rtol=0.02 if coarse else 1e-4, atol=1e-3):
+    if torch.allclose(answer, softcap * torch.tanh(scale * inputs / softcap), rtol=0.02 if coarse else 1e-4, atol=1e-3):
         return scale, softcap, vocab
     raise NoUnembed(f"{type(module).__name__}: what it does to its logits is neither a scale nor a tanh soft-cap")
 
@@ -218,8 +223,8 @@ def _after_head(module: nn.Module, head: nn.Linear, ids: Tensor, mask: Tensor) -
 def _snap(value: float, module: nn.Module, coarse: bool) -> float:
     """`value`, or the number of the config (or its reciprocal) that it equals up to rounding."""
     numbers = [v for v in text_config(module).to_dict().values() if isinstance(v, float | int) and v and v is not True]
-    known = [1.0, *map(float, numbers), *(1.0 / v for v in numbers)]
-    closest = min(known, key=lambda number: abs(number - value))
+    candidates = [1.0, *map(float, numbers), *(1.0 / v for v in numbers)]
+    closest = min(candidates, key=lambda number: abs(number - value))
     return closest if abs(closest - value) <= (1e-2 if coarse else 1e-4) * abs(value) else value
 
 
@@ -266,7 +271,7 @@ def _trial_tokens(module: nn.Module) -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5))
 
 
@@ -277,4 +282,4 @@ def _ratio(a: Tensor, b: Tensor) -> float:
 
 
 def _parallel(a: Tensor, b: Tensor) -> bool:
-    return _same(a.float() * _ratio(a, b), b)
+    return _close(a.float() * _ratio(a, b), b)

@@ -57,14 +57,14 @@ def write_part(
         DataError: The disk is full, a row to encode is not finite, or workers died too often over a segment.
     """
     share = workers.share_of(segments)
-    left = writer.resume_segments(segments, share)
-    rows, rows_left = (sum(segment.rows for segment in some) for some in (share, left))
+    unwritten = writer.resume_segments(segments, share)
+    rows, rows_left = (sum(segment.rows for segment in some) for some in (share, unwritten))
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
-    encoded = recorder.encoded_only if left else None
+    encoded = recorder.encoded_only if unwritten else None
     with (
-        encoded.locked(writer.path, writer.manifest, share, left, workers.shared) if encoded else nullcontext(),
+        encoded.locked(writer.path, writer.manifest, share, unwritten, workers.shared) if encoded else nullcontext(),
         progress("recording", rows, "rows", show=show_progress, initial=rows - rows_left) as advance,
-        closing(write_segments(recorder, left, workers, advance)) as written,
+        closing(write_segments(recorder, unwritten, workers, advance)) as written,
     ):
         for _ in written:
             writer.commit_submitted()

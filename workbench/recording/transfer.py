@@ -37,8 +37,8 @@ class BatchRows:
         offsets = np.concatenate([[0], np.cumsum(counts)])
         flat = tensor.flatten(0, 1)
         if offsets[-1] < len(flat):
-            here = np.concatenate([np.arange(n) + i * positions for i, n in enumerate(counts)])
-            flat = flat.index_select(0, torch.from_numpy(here).to(flat.device))
+            indices = np.concatenate([np.arange(n) + i * positions for i, n in enumerate(counts)])
+            flat = flat.index_select(0, torch.from_numpy(indices).to(flat.device))
         runs = [
             (int(start + first), int(offset), int(n))
             for start, offset, n in zip(self.starts, offsets[:-1], counts, strict=True)
@@ -80,11 +80,11 @@ def to_host(x: Tensor, *counts: Tensor | int) -> Callable[[], tuple[np.ndarray, 
         copied = torch.cuda.Event()
         copied.record(stream)
 
-    def arrived() -> tuple[np.ndarray, list[int]]:
+    def wait() -> tuple[np.ndarray, list[int]]:
         copied.synchronize()
         return as_numpy(host), [int(n) for n in counts]
 
-    return arrived
+    return wait
 
 
 _streams: dict[torch.device, Any] = {}

@@ -66,8 +66,8 @@ def dataset(
             raise RequestError(f"no Variable declares {name!r}{nearest(name, declared)}; declare it or leave it out")
         variable = declared[name]
         if (axes := np.ndim(array)) != len(variable.dims):
-            wanted = ", ".join(variable.dims) or "none"
-            raise RequestError(f"{name!r} has {axes} axes and its Variable declares {wanted}; make them agree")
+            dims = ", ".join(variable.dims) or "none"
+            raise RequestError(f"{name!r} has {axes} axes and its Variable declares {dims}; make them agree")
         parts[name] = (variable.dims, array, variable.attrs)
     return xr.Dataset(parts, coords=dict(coords or {}))
 

@@ -167,8 +167,8 @@ def share_script(result: Path, runs: Path) -> None:
     script = result / "figures" / "plotly.min.js"
     candidates = runs.glob(f"*/{RESULTS}/figures/{script.name}")
     with contextlib.suppress(OSError):  # no figure, or no hard links there
-        others = (path for path in candidates if not path.samefile(script))
-        other = next((path for path in others if filecmp.cmp(script, path, shallow=False)), None)
+        copies = (path for path in candidates if not path.samefile(script))
+        other = next((path for path in copies if filecmp.cmp(script, path, shallow=False)), None)
         if other is not None:
             link = script.with_name(script.name + PARTIAL)
             os.link(other, link)

@@ -121,11 +121,11 @@ class Screen:
         """Returns a value >= pre-activation - threshold for any order of summation, rounded to bfloat16."""
         low = x.bfloat16()
         norm = x.norm(dim=1)
-        lost = (x - low.float()).norm(dim=1) + norm * _accumulation(x.shape[1])
+        rounding = (x - low.float()).norm(dim=1) + norm * _accumulation(x.shape[1])
         longer = low.new_zeros(len(x), self.weight.shape[0])
         longer[:, : x.shape[1]] = low
         longer[:, x.shape[1]] = norm * _MARGIN
-        longer[:, x.shape[1] + 1] = lost * _MARGIN
+        longer[:, x.shape[1] + 1] = rounding * _MARGIN
         longer[:, x.shape[1] + 2 : x.shape[1] + 5] = 1
         return longer @ self.weight
 

@@ -73,7 +73,7 @@ def _sparsify(folder: Path) -> Converted:
     if place := re.fullmatch(r"(?:layers|h)[._](\d+)(\.mlp)?", folder.name):
         part = "mlp_out" if place[2] else "resid_post"
         metadata["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
-    settings = {"k": _whole(source, "k", k), "apply_b_dec_to_input": not transcode}
+    settings = {"k": _positive_integer(source, "k", k), "apply_b_dec_to_input": not transcode}
     return _settings("topk", weights, settings, metadata), weights
 
 
@@ -94,7 +94,7 @@ def _dictionary_learning(folder: Path) -> Converted:
     settings: dict[str, Any] = {"apply_b_dec_to_input": subtracted}
     k = tensors.pop("k", None)
     if architecture == "topk":
-        settings["k"] = _whole(source, "trainer.k", trainer.get("k"))
+        settings["k"] = _positive_integer(source, "trainer.k", trainer.get("k"))
         if k is not None and int(k) != settings["k"]:
             raise DataError(f"{source}: trainer.k is {settings['k']}, but {path.name} has k {int(k)}")
         tensors.pop("threshold", None)  # this class encodes by k
@@ -141,12 +141,12 @@ def _settings(
     architecture: str, weights: dict[str, Tensor], settings: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, Any]:
     d_in, d_sae = weights["W_enc"].shape
-    known = {name: value for name, value in metadata.items() if value is not None}
+    declared = {name: value for name, value in metadata.items() if value is not None}
     return {
         "architecture": architecture,
         "d_in": d_in,
         "d_sae": d_sae,
-        "metadata": {"sae_lens_version": version("sae-lens"), **known},
+        "metadata": {"sae_lens_version": version("sae-lens"), **declared},
         **settings,
     }
 
@@ -157,7 +157,7 @@ def _check_shape(source: Path, weight: Tensor, d_in: object, d_sae: object) -> N
             raise DataError(f"{source} declares {declared} {axis}, but the weights have {actual}")
 
 
-def _whole(source: Path, name: str, value: object) -> int:
+def _positive_integer(source: Path, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DataError(f"{source}: {name} is {value!r}, expected a whole number above 0")
     return value

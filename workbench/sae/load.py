@@ -206,7 +206,7 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
         from safetensors import SafetensorError
 
     if foreign := converter(folder):
-        return _ready(_from_converted(foreign(), folder, device), name)
+        return _inference_sae(_from_converted(foreign(), folder, device), name)
     _check_config(read_object(folder / CONFIG), folder / CONFIG)
     try:
         with _silenced():
@@ -215,7 +215,7 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
         raise DataError(f"{folder / WEIGHTS} is missing or damaged: {_line(error)}") from None
     except Exception as error:  # SAELens and torch raise many kinds for weights that do not fit
         raise DataError(f"SAE {str(folder)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
-    return _ready(module, name)
+    return _inference_sae(module, name)
 
 
 def _from_converted(converted: Converted, folder: Path, device: torch.device) -> SAE[Any]:
@@ -249,10 +249,10 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
             module = SAE.from_pretrained(release, sae_id, device=str(device), dtype="float32")
     except Exception as error:  # of the hub, of SAELens, and of each of its converters
         raise RequestError(f"SAE {release}/{sae_id} could not be downloaded or read: {_line(error)}") from error
-    return _ready(module, f"{release}/{sae_id}")
+    return _inference_sae(module, f"{release}/{sae_id}")
 
 
-def _ready(module: SAE[Any], name: str) -> Sae:
+def _inference_sae(module: SAE[Any], name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
     if module.cfg.normalize_activations in _UNFOLDED:
         _LOG.warning(

@@ -180,8 +180,8 @@ def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tenso
     with splice(module, site, batch.replaced, replace) if replace else nullcontext():
         logits = run(module, batch.ids, batch.mask).logits
     targets = batch.targets.to(logits.device)
-    counted = targets >= 0
-    losses = nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
+    valid = targets >= 0
+    losses = nn.functional.cross_entropy(logits[valid].float(), targets[valid], reduction="none")
     return float(losses.double().sum())
 
 
@@ -196,9 +196,9 @@ def _batches(store: Store, rows: Int64[np.ndarray, " row"], tokens: int) -> Iter
     targets[known] = ids[known + 1]
     starts = np.flatnonzero(np.append(True, sequence[1:] != sequence[:-1]))
     ends = np.append(starts[1:], len(ids))
-    wanted = np.unique(np.searchsorted(starts, rows, side="right") - 1)
+    sequence_ids = np.unique(np.searchsorted(starts, rows, side="right") - 1)
     batch: list[slice] = []
-    for index in wanted:
+    for index in sequence_ids:
         span = slice(int(starts[index]), int(ends[index]))
         if batch and max(_length(part) for part in [*batch, span]) * (len(batch) + 1) > tokens:
             yield _padded(batch, ids, ~special, targets)

@@ -154,7 +154,7 @@ def find_cut(entries: Callable[[], Iterable[Entries]], quotas: Int64[np.ndarray,
         entries: Returns all entries in chunks; called four times.
         quotas: Number of entries that each group may keep.
     """
-    last, left = np.zeros(len(quotas), np.uint32), quotas.astype(np.int64)
+    last, remaining = np.zeros(len(quotas), np.uint32), quotas.astype(np.int64)
     total, short = 0, np.zeros(len(quotas), bool)
     for shift in (24, 16, 8, 0):
         counts = np.zeros((len(quotas), 256), np.int64)
@@ -170,10 +170,12 @@ def find_cut(entries: Callable[[], Iterable[Entries]], quotas: Int64[np.ndarray,
             short = counts.sum(1) <= quotas
             total = int(np.minimum(counts.sum(1), quotas).sum())
         above = counts[:, ::-1].cumsum(1)
-        place = np.minimum((above < left[:, None]).sum(1), 255)
-        left = left - np.where(place > 0, np.take_along_axis(above, np.maximum(place - 1, 0)[:, None], 1)[:, 0], 0)
+        place = np.minimum((above < remaining[:, None]).sum(1), 255)
+        remaining = remaining - np.where(
+            place > 0, np.take_along_axis(above, np.maximum(place - 1, 0)[:, None], 1)[:, 0], 0
+        )
         last |= (255 - place).astype(np.uint32) << np.uint32(shift)
-    return Cut(np.where(short, np.uint32(0), last), np.where(short, 0, left), total)
+    return Cut(np.where(short, np.uint32(0), last), np.where(short, 0, remaining), total)
 
 
 def _grouped(feature: Integer[np.ndarray, " _entry"], groups: int) -> Int64[np.ndarray, " _entry"]:

@@ -102,17 +102,17 @@ def unfinished_segments(path: Path, manifest: Manifest, planned: Iterable[Planne
 
     No other process may be writing them.
     """
-    left, unfinished = [], defaultdict(list)
+    to_write, unfinished = [], defaultdict(list)
     for entry in (path / SEGMENTS).glob(f"*{files.PARTIAL}"):
         unfinished[entry.name.removeprefix(".").split(".")[0]].append(entry)
     for segment in planned:
         row = submitted_row(path, segment.name)
-        if row is None or row != segment.row(row.checksum) or not _whole(path, manifest, row):
+        if row is None or row != segment.row(row.checksum) or not _matches_store(path, manifest, row):
             discard(path, segment.name)
             for entry in unfinished[segment.name]:
                 files.remove(entry)
-            left.append(segment)
-    return left
+            to_write.append(segment)
+    return to_write
 
 
 def discard(path: Path, name: str) -> None:
@@ -127,7 +127,7 @@ def remove_rows(path: Path, names: Iterable[str]) -> None:
         files.remove(path / SEGMENTS / (name + _SUBMITTED))
 
 
-def _whole(path: Path, manifest: Manifest, row: Segment) -> bool:
+def _matches_store(path: Path, manifest: Manifest, row: Segment) -> bool:
     """True if the segment's files are those of this store's model and sites, by name and size."""
     folder = path / SEGMENTS / row.name
     try:

@@ -244,9 +244,9 @@ def _check_tensor(check: _Check, site: SiteRecord) -> Iterator[Finding]:
     model = header.metadata.get("model", "")
     if model != check.manifest.model.fingerprint and not (record and record.model == model):  # reported already
         yield check.wrong_model(file, model)
-    counted = record.nonfinite.get(site.name, 0) if record else 0
-    if nonfinite or counted:
-        detail = f"{nonfinite} values are NaN or infinite, {counted} of them from the model"
+    recorded = record.nonfinite.get(site.name, 0) if record else 0
+    if nonfinite or recorded:
+        detail = f"{nonfinite} values are NaN or infinite, {recorded} of them from the model"
         where = "" if first is None else f"; first in row {check.first_row + first}"
         yield check.finding(file, "not finite", detail + where)  # always an error: means over them are NaN
 

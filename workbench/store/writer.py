@@ -193,13 +193,13 @@ class Writer:
         with self._turn():
             planned = planned[len(self._part_segments()) :]
             chosen = set(planned if share is None else share)
-            mine = [segment for segment in planned if segment in chosen]
-            left = staging.unfinished_segments(self.path, self.manifest, mine)
+            assigned = [segment for segment in planned if segment in chosen]
+            to_write = staging.unfinished_segments(self.path, self.manifest, assigned)
             self._planned = {segment.name: segment for segment in planned}
             if not self._shared:
                 _remove_leftovers(self.path, self.manifest, self._planned)
             self._commit_submitted()
-        return left
+        return to_write
 
     def commit_submitted(self) -> None:
         """Commits, in their order, the submitted segments that follow the committed ones; later ones stay submitted.
@@ -226,9 +226,9 @@ class Writer:
         """
         manifest, name = self.manifest, f"{len(self.manifest.segments):05d}"
         part = manifest.parts[-1]
-        left = part.rows - sum(segment.rows for segment in self._part_segments())
-        if not 1 <= rows <= left:
-            raise RequestError(f"segment {name} has {rows} rows; 1 to {left} of the planned {part.rows} are left")
+        remaining = part.rows - sum(segment.rows for segment in self._part_segments())
+        if not 1 <= rows <= remaining:
+            raise RequestError(f"segment {name} has {rows} rows; 1 to {remaining} of the planned {part.rows} are left")
         check_tokens(tokens, rows, manifest.rows, self._token_schema())
         first_sequence = sum(segment.sequences for segment in manifest.segments)
         planned = PlannedSegment(name, len(manifest.parts) - 1, rows, sequences, manifest.rows, first_sequence, digest)
