@@ -13,5 +13,6 @@ def random_copy(model: wb.Model) -> wb.Model:
     A finding that `model` shares with it is not a result of training.
     """
     torch.manual_seed(0)
-    module = type(model.module)(model.module.config).to(device=model.device, dtype=model.dtype)
+    module = type(model.module)(model.module.config)
+    module.to(device=model.device, dtype=model.dtype)  # pyright: ignore[reportCallIssue]  # transformers decorates it without types
     return wb.Model(module, model.tokenizer, f"{model.name}, random weights")

@@ -60,9 +60,10 @@ def headline(result: wb.Result) -> str:
 
 def figures(result: wb.Result) -> dict[str, Any]:
     """Returns "erasure": accuracy by layer, one colour per offset; solid at last tokens of words, dotted at others."""
-    groups = result.table["group"].map({"last": "last tokens of words", "control": "other tokens"})
+    names = {"last": "last tokens of words", "control": "other tokens"}
+    groups = [names[group] for group in result.table["group"]]
     table = result.table.assign(tokens_of=groups, offset=[f"{offset:+d}" for offset in result.table["offset"]])
-    shown = wb.Result(result.probe, result.data, table[np.isfinite(table["accuracy"])], result.provenance)
+    shown = wb.Result(result.probe, result.data, table.loc[np.isfinite(table["accuracy"])], result.provenance)
     figure = curves(
         shown,
         x="layer",

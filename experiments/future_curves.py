@@ -57,7 +57,7 @@ def run(config: Config) -> wb.Result:
 
 def headline(result: wb.Result) -> str:
     """Returns the best top-1 accuracy beyond the next token, and the bigram baseline, as a sentence."""
-    far = result.table[result.table["horizon"] == result.table["horizon"].clip(upper=1).max()]
+    far = result.table.loc[result.table["horizon"] == result.table["horizon"].clip(upper=1).max()]
     best = far.loc[far["precision"].idxmax()]
     return (
         f"Top-1 accuracy at t+{best['horizon'] + 1}: {100 * best['precision']:.0f} % (layer {best['layer']}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ def setting_text(name: str, value: Any) -> str:
 def with_short_paths(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the table with models, texts and SAEs cut to the last path components that distinguish them."""
     names = [name for name in PLACES if name in table]
-    return table.assign(**{name: table[name].map(_short(table[name].unique().tolist())) for name in names})
+    return table.assign(**{name: pd.Series(table[name]).map(_short(table[name].unique().tolist())) for name in names})
 
 
 def _short(places: Sequence[Any]) -> dict[Any, str]:
-    for parts in range(1, max(len(Path(str(place)).parts) for place in places) + 1):
-        names = {place: str(Path(*Path(str(place)).parts[-parts:])) for place in places}
+    paths = {place: Path(str(place)) for place in places}
+    for parts in range(1, max(len(path.parts) for path in paths.values())):
+        names = {place: str(Path(*path.parts[-parts:])) for place, path in paths.items()}
         if len({*names.values()}) == len(places):
-            break
-    return names
+            return names
+    return {place: str(path) for place, path in paths.items()}
 
 
 def groups(result: Result, besides: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
@@ -55,10 +57,18 @@ def groups(result: Result, besides: Sequence[str]) -> list[tuple[str, pd.DataFra
     if "model" not in columns and "model" in result.table and "model" not in besides:
         columns.insert(0, "model")
     table = with_short_paths(result.table)
+    return [(", ".join(starmap(setting_text, values.items())), part) for values, part in _parts(table, columns)]
+
+
+def _parts(table: pd.DataFrame, columns: list[str]) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    """Returns the rows of each combination of values of the columns; of no columns, the table."""
     if not columns:
-        return [("", table)]
-    parts = table.groupby(columns, sort=False, dropna=False)
-    return [(", ".join(map(setting_text, columns, values)), part) for values, part in parts]
+        return [({}, table)]
+    parts = []
+    for values, part in table.groupby(columns, sort=False, dropna=False):
+        assert isinstance(values, tuple)  # always, of a list of columns
+        parts.append((dict(zip(columns, values, strict=True)), part))
+    return parts
 
 
 def curves(
@@ -97,12 +107,13 @@ def curves(
     parts = groups(result, (*lines, *besides))
     columns = min(_WIDE, len(parts))
     rows = -(-len(parts) // columns)
+    same_x = len({tuple(sorted(part[x].unique())) for _, part in parts}) == 1
     figure = make_subplots(
         rows,
         columns,
         subplot_titles=[name for name, _ in parts],
-        shared_yaxes="all",
-        shared_xaxes="all" if len({tuple(sorted(part[x].unique())) for _, part in parts}) == 1 else False,
+        shared_yaxes="all",  # pyright: ignore[reportArgumentType]  # plotly
+        shared_xaxes="all" if same_x else False,  # pyright: ignore[reportArgumentType]  # plotly
         vertical_spacing=0.16 / rows + 0.04,
         horizontal_spacing=0.03,
     )
@@ -111,20 +122,22 @@ def curves(
     in_legend = set()
     for place, (_, part) in enumerate(parts):
         cell = {"row": place // columns + 1, "col": place % columns + 1}
-        for values, line in part.groupby(lines, sort=False, dropna=False) if lines else [((), part)]:
-            of = dict(zip(lines, values, strict=True))
-            at = line.groupby(x, sort=True)
-            mean = at[y].mean()
-            name = ", ".join(_value(value) for key, value in of.items() if result.table[key].nunique() > 1)
+        for values, line in _parts(part, lines):
+            low, high = interval or (y, y)
+            at = line.groupby(x, sort=True).agg(mean=(y, "mean"), low=(low, "min"), high=(high, "max"))
+            name = ", ".join(_value(value) for key, value in values.items() if result.table.loc[:, key].nunique() > 1)
             figure.add_scatter(
-                x=mean.index.tolist(),
-                y=mean.to_numpy(),
+                x=at.index.tolist(),
+                y=at["mean"].to_numpy(),
                 name=name,
                 legendgroup=name,
                 showlegend=bool(name) and name not in in_legend,
                 mode="lines+markers",
-                line={"color": palette.get(of.get(colour), CATEGORIES[0]), "dash": dashes.get(of.get(dash), "solid")},
-                error_y=_whiskers(at, mean, interval),
+                line={
+                    "color": palette.get(values[colour], CATEGORIES[0]) if colour else CATEGORIES[0],
+                    "dash": dashes.get(values[dash], "solid") if dash else "solid",
+                },
+                error_y=_whiskers(at) if interval else None,
                 hovertemplate=f"{x_title} %{{x}}: %{{y:.4g}}",
                 **cell,
             )
@@ -156,8 +169,6 @@ def _value(value: Any) -> str:
     return text.replace("·", " ")  # `label` marks spaces, for tokens
 
 
-def _whiskers(at: Any, mean: pd.Series, interval: tuple[str, str] | None) -> dict[str, Any] | None:
-    if interval is None:
-        return None
-    low, high = at[interval[0]].min(), at[interval[1]].max()
-    return {"array": (high - mean).to_numpy(), "arrayminus": (mean - low).to_numpy(), "thickness": 1, "width": 3}
+def _whiskers(at: pd.DataFrame) -> dict[str, Any]:
+    above, below = at["high"] - at["mean"], at["mean"] - at["low"]
+    return {"array": above.to_numpy(), "arrayminus": below.to_numpy(), "thickness": 1, "width": 3}

@@ -83,7 +83,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
     }
     columns = [name for name in result.table.columns if name not in names]
     long = result.table.melt(id_vars=columns, value_vars=list(names), var_name="what", value_name="share")
-    long = long.assign(what=long["what"].map(names)).dropna(subset=["share"])
+    long = long.assign(what=[names[name] for name in long["what"]]).dropna(subset=["share"])
     shown = wb.Result(result.probe, result.data, long, result.provenance)
     shared = {"x": "layer", "x_title": "layer", "besides": ("sae", "sae_id", "site")}
     fit = curves(shown, y="share", colour="what", title="Fit of sparse autoencoders", unit="share", **shared)

@@ -92,19 +92,26 @@ def headline(result: wb.Result) -> str:
 def figures(result: wb.Result) -> dict[str, Any]:
     """Returns "sinks": Sink_1 by model, one bar per input, one panel per other setting that differs."""
     parts = groups(result, ("model", "input"))
-    figure = make_subplots(1, len(parts), subplot_titles=[name for name, _ in parts], shared_yaxes="all")
+    figure = make_subplots(
+        1,
+        len(parts),
+        subplot_titles=[name for name, _ in parts],
+        shared_yaxes="all",  # pyright: ignore[reportArgumentType]  # plotly
+    )
     for place, (_, part) in enumerate(parts):
         for colour, (kind, bars) in enumerate(part.groupby("input", sort=False)):
-            at = bars.groupby("model", sort=False)
-            mean, low, high = at["sink"].mean(), at["sink_low"].min(), at["sink_high"].max()
+            at = bars.groupby("model", sort=False).agg(
+                mean=("sink", "mean"), low=("sink_low", "min"), high=("sink_high", "max")
+            )
+            above, below = at["high"] - at["mean"], at["mean"] - at["low"]
             figure.add_bar(
-                x=[setting_text("model", name) for name in mean.index],
-                y=mean.to_numpy(),
+                x=[setting_text("model", name) for name in at.index],
+                y=at["mean"].to_numpy(),
                 name=kind,
                 legendgroup=kind,
                 showlegend=place == 0,
                 marker_color=CATEGORIES[colour],
-                error_y={"array": (high - mean).to_numpy(), "arrayminus": (mean - low).to_numpy(), "thickness": 1},
+                error_y={"array": above.to_numpy(), "arrayminus": below.to_numpy(), "thickness": 1},
                 hovertemplate="%{x}: %{y:.1f} %",
                 row=1,
                 col=place + 1,

@@ -70,26 +70,29 @@ def figures(result: wb.Result) -> dict[str, Any]:
     columns = groups(result, ())
     names = [name.replace(", ", "<br>") for name, _ in columns]
     for place, (_, part) in enumerate(columns):
-        heads = part.groupby(["layer", "head"], as_index=False)[["macro", "p_family"]].mean()
+        heads = part.groupby(["layer", "head"], as_index=False).agg(
+            macro=("macro", "mean"), p_family=("p_family", "mean")
+        )
+        last = int(heads["head"].to_numpy().max())
         for certain in (True, False):
-            shown = heads[(heads["p_family"] < 0.05) == certain]
+            shown = heads.loc[(heads["p_family"] < 0.05) == certain]
             if not len(shown):
                 continue
             figure.add_scatter(
-                x=place + _aside(shown["head"], int(heads["head"].max())),
+                x=place + _aside(shown["head"], last),
                 y=shown["macro"],
                 mode="markers",
                 marker={"symbol": "circle" if certain else "circle-open", "size": 8, "color": CATEGORIES[0]},
                 name="p < 0.05 over all heads" if certain else "p ≥ 0.05",
                 legendgroup=str(certain),
                 showlegend=certain not in in_legend,
-                customdata=[f"L{line.layer}H{line.head}" for line in shown.itertuples()],
+                customdata=[f"L{layer}H{head}" for layer, head in zip(shown["layer"], shown["head"], strict=True)],
                 hovertemplate="head %{customdata}: %{y:.3f}<extra></extra>",
             )
             in_legend.add(certain)
         best = heads.loc[heads["macro"].idxmax()]
         figure.add_annotation(
-            x=place + _aside(best["head"], int(heads["head"].max())),
+            x=place + _aside(best["head"], last),
             y=best["macro"],
             text=f"L{best['layer']:.0f}H{best['head']:.0f}",
             showarrow=False,

@@ -70,8 +70,11 @@ class TrainSae:
 
 @runtime_checkable
 class _Draw(Protocol):
-    batch: int
-    seed: int
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None = None) -> TrainingSAE:

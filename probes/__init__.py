@@ -16,7 +16,7 @@ _PUBLIC = {
     "TunedLens": "workbench.probes.tuned_lens",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
 
 
 def __getattr__(name: str) -> Any:

@@ -219,9 +219,10 @@ class FuturePrompts:
 
     def _fixed_prompts(self, model: Model) -> list[Float[Tensor, "prompt d_embed"]]:
         """Embeddings of the fixed prompts, with the tokenizer's special tokens."""
-        if self.prompts and model.tokenizer is None:
+        tokenizer = model.tokenizer
+        if self.prompts and tokenizer is None:
             raise RequestError(f"model {model.name!r} has no tokenizer for the prompts; give prompts=()")
-        ids = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in self.prompts]
+        ids = [] if tokenizer is None else [torch.tensor(tokenizer(text)["input_ids"]) for text in self.prompts]
         longest = max(self.prompt_tokens, *map(len, ids), 0) + self.horizons - 1
         if model.context_limit is not None and longest > model.context_limit:
             raise RequestError(
@@ -493,7 +494,7 @@ def _ranks(result: Result) -> go.Figure:
         },
         margin={"t": 110},
         legend={"y": -0.22, "yanchor": "top"},
-        height=520 + 12 * len(figure.data),
+        height=520 + 12 * len(figure.data),  # pyright: ignore[reportArgumentType]  # plotly
         width=860,
     )
     figure.update_xaxes(title="k", dtick=1)

@@ -385,7 +385,7 @@ def _segments(
 
 def _agreement(table: pd.DataFrame, words: Words, tested: Int[np.ndarray, " row"]) -> dict[str, int | float]:
     """Precision and recall of the segments of several tokens against words of several tokens."""
-    several = table[table["tokens"] > 1]
+    several = table.loc[table["tokens"] > 1]
     number = len(np.unique(words.first[tested[words.length[tested] > 1]]))
     hits = int(several["is_span"].sum())
     return {
@@ -438,15 +438,15 @@ def _curves(result: Result) -> go.Figure:
 
 def vocabulary(table: pd.DataFrame) -> pd.DataFrame:
     """Returns segments of several tokens by text, highest mean psi first, with counts and whether any is a word."""
-    several = table[table["tokens"] > 1]
+    several = table.loc[table["tokens"] > 1]
     grouped = several.groupby("text").agg(psi=("psi", "mean"), times=("psi", "size"), is_span=("is_span", "any"))
-    return grouped.sort_values(["psi", "times"], ascending=False).reset_index()  # pyright: ignore[reportCallIssue]  # pandas
+    return grouped.sort_values(["psi", "times"], ascending=False).reset_index()
 
 
 def _vocabulary(result: Result) -> go.Figure:
     spans = vocabulary(result.table)
     best = spans.head(_SHOWN)
-    names = [f"{label(line.text, 30)} ({line.times})" for line in best.itertuples()]
+    names = [f"{label(text, 30)} ({times})" for text, times in zip(best["text"], best["times"], strict=True)]
     figure = go.Figure()
     for is_word, name in ((True, "word"), (False, "not a word")):
         chosen = (best["is_span"] == is_word).to_numpy()
@@ -469,7 +469,7 @@ def _vocabulary(result: Result) -> go.Figure:
 def _document(result: Result) -> go.Figure:
     """Segments of the first test sequence, one bar each: length in tokens, colour psi."""
     table = result.table
-    segments = table[table["sequence"] == table["sequence"].iloc[0]]
+    segments = table.loc[table["sequence"] == table["sequence"].iloc[0]]
     total, segments = len(segments), segments.head(_SHOWN)
     colour = {"color": segments["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": SIGNED, "showscale": True}
     figure = go.Figure(

@@ -54,7 +54,7 @@ _PUBLIC = {
     "DataError": "workbench.io.errors",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
 
 
 def __getattr__(name: str) -> Any:

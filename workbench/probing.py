@@ -139,7 +139,7 @@ _PUBLIC = {
     "with_side_panel": "workbench.figures.head_grid",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ def page(checks: Sequence[Check]) -> str:
         structural=len(structural),
         refused=len(refused),
     )
-    adapters = [result.adapter.removesuffix("ArchitectureAdapter") for result in adapted]
+    adapters = [(result.adapter or "").removesuffix("ArchitectureAdapter") for result in adapted]
     parts = [
         text,
         "## Through TransformerLens' adapters\n",
@@ -101,7 +101,7 @@ def page(checks: Sequence[Check]) -> str:
         _table(
             {
                 "type": [result.model_type for result in refused],
-                "reason": [_short(result.failure) for result in refused],
+                "reason": [_short(result.failure or "") for result in refused],
             }
         ),
     ]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import workbench as wb
 from workbench.experiments.architectures.tiny import tiny_model
@@ -117,7 +118,7 @@ class _RecordedSequences:
 
     def layers(self, kind: str) -> list[int]:
         """Returns the layers in which a kind was recorded."""
-        labels = [site.short.split(".") for site in self.store.sites]
+        labels = [site.short.split(".") for site in self.store.sites if site.short]
         return sorted(int(label[1]) for label in labels if label[0] == kind and len(label) == 2)
 
     def read(self, site: str, sequence: int) -> Tensor:
@@ -147,7 +148,9 @@ def _against_plain_model(
     return errors
 
 
-def _against_eager_attention(recorded: _RecordedSequences, module: nn.Module, remarks: list[str]) -> dict[str, float]:
+def _against_eager_attention(
+    recorded: _RecordedSequences, module: PreTrainedModel, remarks: list[str]
+) -> dict[str, float]:
     """Compares pattern, each sequence run alone with eager attention, and checks that no query sees a later key."""
     module.set_attn_implementation("eager")
     layers, errors = recorded.layers("pattern"), {"pattern": 0.0}
@@ -181,17 +184,18 @@ def _against_bridge(recorded: _RecordedSequences, model: Model, remarks: list[st
         remarks.append(f"TransformerBridge does not run it ({type(error).__name__}: {_one_line(error)})")
         return {}
     errors: dict[str, float] = {}
-    for site in recorded.store.sites:
+    names = {site.short: site.name for site in recorded.store.sites if site.short}
+    for short, name in names.items():
         for sequence, cache in enumerate(caches):
-            if site.name in cache and isinstance(cache[site.name], Tensor):
-                _note(errors, _kind(site.short), recorded.read(site.short, sequence), cache[site.name][0])
+            if name in cache and isinstance(cache[name], Tensor):
+                _note(errors, _kind(short), recorded.read(short, sequence), cache[name][0])
     residual_error = errors.pop("resid_post", 0.0)  # compared with the plain model already
     if residual_error > TOLERANCE:
         remarks.append(
             f"TransformerBridge's own residual stream is {format_error(residual_error)} from the plain model's"
         )
         return {}
-    absent = {_kind(site.short) for site in recorded.store.sites} - {*errors, "resid_post", "pattern", "logits"}
+    absent = set(map(_kind, names)) - {*errors, "resid_post", "pattern", "logits"}
     if absent:
         remarks.append(f"TransformerBridge has no {', '.join(sorted(absent))}")
     errors.pop("pattern", None)

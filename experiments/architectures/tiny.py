@@ -154,7 +154,7 @@ def _tiny_config(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> P
         values |= companions if name in fields else {}
     values |= copy.deepcopy(own)
     specs = config_class.sub_configs_defaults or {}
-    for name, sub_class in config_class.sub_configs.items():
+    for name, sub_class in config_class.sub_configs.items():  # pyright: ignore[reportAttributeAccessIssue]  # a class property
         if name in own or name not in specs or not specs[name].optional:
             nested = CONFIG_MAPPING[specs[name].model_type] if sub_class is AutoConfig else sub_class
             values[name] = _tiny_config(nested, own.get(name, {}))

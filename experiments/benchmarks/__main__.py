@@ -88,7 +88,7 @@ def _with_sizes(parser: argparse.ArgumentParser, settings: dict[str, Any], flags
     for name, default in defaults.items():
         several = isinstance(default, tuple)
         kind = type(default[0] if several else default)
-        sizes.add_argument(f"--{name.replace('_', '-')}", type=kind, **({"nargs": "+"} if several else {}))
+        sizes.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if several else None)
     values = vars(sizes.parse_args(flags))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {

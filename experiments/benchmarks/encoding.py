@@ -86,11 +86,13 @@ def make_autoencoder(
 
     kind, config = get_sae_class(architecture)
     torch.manual_seed(0)
-    module = kind(config(d_in=d_in, d_sae=d_sae, **({"k": k} if architecture == "topk" else {})))
+    options: dict[str, Any] = {"k": k} if architecture == "topk" else {}
+    module = kind(config(d_in=d_in, d_sae=d_sae, **options))
     weight = torch.randn(d_in, d_sae)
     module.W_enc.data = weight / weight.norm(dim=0)
     if architecture == "jumprelu":
-        module.threshold.data.fill_(float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - k / d_sae))))
+        threshold = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - k / d_sae)))
+        module.get_parameter("threshold").data.fill_(threshold)
     module.save_model(folder)
     sae = load_sae(folder)
     return sae, torch.randn(rows, d_in).to(sae.device)

@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import workbench as wb
@@ -96,7 +96,7 @@ def sinks(store: wb.Store) -> list[Finding]:
     middle = data["residual_norm_ratio"].to_numpy()[1:-1]
     peak = middle.max()
     gap = data["gap"].to_numpy()
-    layer, head = np.unravel_index(gap.argmax(), gap.shape)
+    layer, head = _strongest(gap)
     at = data.isel(layer=layer, head=head)
     paid = [
         f"{float(at['attention'][int(at[name])]):.2f} in {data['domain'].to_numpy()[int(at[name])]}" for name in _GAP
@@ -167,6 +167,7 @@ def induction(model: wb.Model, folder: Path) -> list[Finding]:
 
 def _repeats(model: wb.Model, sequences: int) -> Int[Tensor, "sequence position"]:
     draw = Random("repeats")
+    assert model.tokenizer is not None  # the demo and its checkpoints have one
     bos = model.tokenizer.bos_token_id
     ordinary = [token_id for token_id in range(model.vocab) if token_id != bos]
     return torch.tensor([[bos, *(draw.sample(ordinary, REPEATED) * 2)] for _ in range(sequences)])
@@ -184,7 +185,7 @@ def successors(model: wb.Model, store: wb.Store) -> list[Finding]:
 def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str) -> list[Finding]:
     data = SuccessorHeads(first_mlp=first_mlp, row_limit=0).run(store, model=model).data
     above, macro = data["tasks_above"].to_numpy(), data["macro"].to_numpy()
-    layer, head = np.unravel_index((above + macro).argmax(), above.shape)
+    layer, head = _strongest(above + macro)
     at = data.isel(layer=layer, head=head)
     classes, null, chance = int(at["tasks_above"]), float(at["null_macro"]), float(data["chance"].mean())
     scores = zip(data["task"].to_numpy(), at["score"].to_numpy(), strict=True)
@@ -257,7 +258,7 @@ def future_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
     findings = []
     for method in data["method"].to_numpy().tolist():
         of_method = data.sel({"method": method})
-        at = of_method.isel(layer=int(of_method["validation_precision"].argmax()))
+        at = of_method.sel(layer=int(of_method["validation_precision"].idxmax()))
         gain, low, high = (100 * float(at[name]) for name in ("gain", "gain_low", "gain_high"))
         where = (
             f"layer {int(at['layer'])}: {float(at['precision'][0]):.3f}, bigram {float(data['bigram_precision']):.3f}; "
@@ -311,10 +312,12 @@ def sparse_autoencoder(model: wb.Model, store: wb.Store, sae: wb.Sae) -> tuple[l
     """Returns the fit of the SAE on held-out text without BOS, and the labels of the corpus that a feature detects."""
     fit = wb.sae_metrics(store, sae, model=model, force=True)
     features = wb.extract_features(store, sae, force=True, show_progress=False)
+    assert features is not None  # None only with workers
     best = label_features(features)
-    good = best[best["f1"] >= 0.9]
+    good = best.loc[best["f1"] >= 0.9]
     count = good["feature"].nunique()
     loss = fit.loss
+    assert loss is not None  # None only without a model
     spliced = f"{loss.clean:.3f} nats clean, {loss.spliced:.3f} spliced, {loss.zeroed:.3f} zeroed"
     return [
         Finding(
@@ -345,6 +348,11 @@ def sparse_autoencoder(model: wb.Model, store: wb.Store, sae: wb.Sae) -> tuple[l
 
 def _interval(low: float, high: float) -> str:
     return f"95 % CI [{low:.2f}, {high:.2f}]"
+
+
+def _strongest(values: Float[np.ndarray, "layer head"]) -> tuple[int, int]:
+    layer, head = np.unravel_index(values.argmax(), values.shape)
+    return int(layer), int(head)
 
 
 def _heads(chosen: Bool[np.ndarray, "layer head"]) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from workbench.experiments.demo_model.corpus import document
 from workbench.experiments.demo_model.tokenizer import train_tokenizer
@@ -110,6 +111,8 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
       blocks therefore prefer distant tokens: `_prefer_far`.
     """
     torch.manual_seed(recipe.seed)
+    bos = tokenizer.bos_token_id
+    assert isinstance(bos, int)  # train_tokenizer sets it
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=recipe.context,
@@ -120,12 +123,12 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
         num_key_value_heads=recipe.heads,
         attention_bias=True,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=bos,
         eos_token_id=None,
         pad_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    attentions = [block.self_attn for block in model.model.layers]
+    attentions = [module for module in model.modules() if isinstance(module, LlamaAttention)]
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(std=recipe.d_model**-0.5)
         for attention in attentions[COPYING_BLOCKS]:
@@ -138,7 +141,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 
 def _attend_to_previous(
-    attention: nn.Module, frequencies: Float[Tensor, " frequency"], size: float = 5.0, used: int = 4
+    attention: LlamaAttention, frequencies: Float[Tensor, " frequency"], size: float = 5.0, used: int = 4
 ) -> None:
     """Sets biases of the first heads' queries and keys that match best where the key is one position before the query.
 
@@ -155,7 +158,7 @@ def _attend_to_previous(
     attention.k_proj.bias[:heads] = key.repeat(PREVIOUS_HEADS)
 
 
-def _prefer_far(attention: nn.Module) -> None:
+def _prefer_far(attention: LlamaAttention) -> None:
     """Sets biases of queries and keys that subtract FAR x cos(distance x frequency) from the logit, for each RoPE pair:
     most from the token itself and its neighbours."""
     size = (FAR * attention.head_dim**0.5) ** 0.5
@@ -220,7 +223,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 def _checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, curve: list[float]) -> None:
     """Saves weights and the optimizer's moments; no random state, since a step's number determines its texts."""
-    tensors = {f"weight.{name}": weight for name, weight in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"weight.{name}": weight for name, weight in model.named_parameters()}
     for name, weight in model.named_parameters():
         tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state[weight].items()}
     fresh = path.with_suffix(".partial")

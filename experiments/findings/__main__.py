@@ -87,7 +87,7 @@ def _headline(name: str, settings: dict[str, Any], model: wb.Model, stores: Sequ
     probe, refused = find_probe(name), []
     for store in stores:
         try:
-            return probe.headline(probe(**settings).run(store, model=model))
+            return probe(**settings).run(store, model=model).headline()
         except WorkbenchError as error:
             refused.append(str(error))
     return f"not run: {refused[0]}"

@@ -114,7 +114,7 @@ def make_chain(task: str, members: Sequence[tuple[int, int]], listed: int, wrap:
 def make_pairs(chains: Sequence[Chain], tasks: Sequence[str]) -> Pairs:
     """Returns the pairs of all chains, one chain after another."""
     chain = np.repeat(np.arange(len(chains)), [len(part.source) for part in chains])
-    task = np.array([tasks.index(chains[i].task) for i in chain])
+    task = np.array([tasks.index(chains[i].task) for i in chain.tolist()])
     of_task = (task[:, None] == np.arange(len(tasks))).astype(float)
     source, target = (np.concatenate([getattr(part, name) for part in chains]) for name in ("source", "target"))
     return Pairs(chain, source, target, of_task)

@@ -370,7 +370,7 @@ def _refusal(tap: Tap, trial: _Trial, other: _Trial) -> str | None:
 
 
 def _site(name: str, tap: Tap, trial: _Trial, names: _Names) -> Site:
-    shape: tuple[int, ...] = trial.row_shape(tap) or ()
+    shape = tuple(trial.row_shape(tap) or ())
     if tap.part in ("weights", "returned_weights"):
         return Site(name, ("head", "key"), (shape[0], None), tap)
     if len(shape) == 1 and name.rsplit(".", 1)[-1] in _HEADED:

@@ -23,6 +23,7 @@ from workbench.io.files import replace_file
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+    from typing_extensions import TypeIs
 
     from workbench.results.result import Result
 
@@ -102,8 +103,7 @@ def _check_known(argument: str, values: Sequence[str], known: Sequence[str]) -> 
 
 
 def _choose(source: Result | Figure, folder: Path, names: Sequence[str] | None) -> dict[str, Figure]:
-    # duck-typed: importing plotly or results here would cost seconds
-    figures = {folder.resolve().name or "figure": source} if hasattr(source, "to_plotly_json") else source.figures()
+    figures = {folder.resolve().name or "figure": source} if _is_figure(source) else source.figures()
     for name in names or ():
         if name not in figures:
             raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
@@ -112,6 +112,10 @@ def _choose(source: Result | Figure, folder: Path, names: Sequence[str] | None) 
         if not re.fullmatch(r"[\w +,=@-][\w .+,=@-]*", name):
             raise RequestError(f"figure {name!r} cannot be used as a file name; use letters, digits, - and _")
     return chosen
+
+
+def _is_figure(source: Result | Figure) -> TypeIs[Figure]:
+    return hasattr(source, "to_plotly_json")  # duck-typed: importing plotly here would cost seconds
 
 
 def _files(

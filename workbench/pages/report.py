@@ -237,7 +237,7 @@ def _drawing(figure: Figure) -> dict[str, Any]:
     top = (bare.layout.margin.t or 70) - (14 if bare.layout.title.text else 0)
     bare.update_layout(title=None, margin={"t": top}, width=None, height=figure.layout.height or 450)
     light, other = (json.loads(part.to_json()) for part in (bare, to_dark(bare)))  # pyright: ignore[reportArgumentType]  # plotly
-    cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)
+    cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)  # pyright: ignore[reportAttributeAccessIssue]  # plotly
     return {**light, "dark": _changes(light, other), "width": figure.layout.width or 760, "fluid": not cells}
 
 
