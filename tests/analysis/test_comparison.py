@@ -233,7 +233,8 @@ def test_the_command_prints_and_writes_both_tables(pair, tmp_path):
     assert "logit-lens" in said
     found = wb.compare(a, b, probes=("logit-lens",))
     pd.testing.assert_frame_equal(pd.read_csv(out / "sites.csv"), found.sites)
-    assert (out / "cosine.html").read_text().count("Cosine of the same rows in two stores") == 1
+    title = "Cosine similarity of activations of the same tokens in two stores"
+    assert (out / "cosine.html").read_text().count(title) == 1
     assert said.endswith(f"tables  {out}\n")
     code, said, err = run("compare", a.path, b.path, "--probes")
     assert (code, err, len(said.splitlines())) == (0, "", 3)

@@ -120,8 +120,8 @@ def test_probes():
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[3] == (
-        "  logit-lens       What each layer would predict, were the model to stop there: top tokens, entropy, "
-        "KL to the output, loss."
+        "  logit-lens       Reads every layer through the model's unembedding: top tokens, entropy, KL to the model's "
+        "output, loss."
     )
 
 
@@ -310,4 +310,4 @@ def test_a_broken_probe_of_others_hides_no_other(monkeypatch):
     code, out, err = run("probes")
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "  gone        cannot be loaded: there is no module no_such_package.probe"
-    assert out.splitlines()[1].startswith("  logit-lens  What each layer")
+    assert out.splitlines()[1].startswith("  logit-lens  Reads every layer")

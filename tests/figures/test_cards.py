@@ -58,7 +58,7 @@ def test_features_show_what_is_active(tmp_path):
     store = wb.record(wb.load_model("demo"), ["Monday came."], sites=["resid_post.0"], out=tmp_path / "a.acts")
     features = wb.extract_features(store, wb.load_sae("demo"))
     dead = int((features[:].toarray() == 0).all(0).sum())
-    assert f"1,024, {dead:,} of them never active here" in shown(features)
+    assert f"1,024, of which {dead:,} are never active here" in shown(features)
 
 
 def test_a_result_shows_what_was_found_also_without_its_probe(tmp_path):
@@ -67,7 +67,7 @@ def test_a_result_shows_what_was_found_also_without_its_probe(tmp_path):
     store = wb.record(wb.load_model("demo"), ["Monday came. " * 4], sites=["resid_post"], out=tmp_path / "a.acts")
     result = LogitLens().run(store)
     said = shown(result)
-    assert f"found {result.headline()}" in said
+    assert f"finding {result.headline()}" in said
     assert "Result of logit-lens" in said
     other = wb.Result("not-installed", result.data, result.table, result.provenance)
     assert "probe 'not-installed' is not installed" in shown(other)

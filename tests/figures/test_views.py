@@ -201,7 +201,7 @@ def test_a_large_lens_grid_says_what_it_left_out():
     figure = lens_grid(result, tokens=5_000)
     told = figure.layout.title.subtitle.text
     assert "cells are too many for text: hover to read it" in told
-    assert "hovering shows the top token alone" in told
+    assert "hovering shows the top-1 token alone" in told
     assert np.array(figure.data[0].z).shape == (48, 1_024)
     assert figure.layout.width < 32_767  # pixels, which browsers draw
     assert page_size(figure) < 10e6

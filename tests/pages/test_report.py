@@ -215,7 +215,7 @@ def test_a_result_tells_what_it_found_how_and_from_what(results, markup):
     lens, sinks = results
     for said in (
         lens.headline(),
-        "What each layer would predict, were the model to stop there",  # the question
+        "the model's unembedding applied to the residual stream of every layer",  # the question
         "LogitLens(h_l) = W_U LN_f(h_l) + b_U",  # the definition
         "arXiv 2410.10781",  # its source
         "Tokens that get their own line in the table",  # what a setting means

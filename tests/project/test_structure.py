@@ -70,7 +70,7 @@ def test_file_names_are_unique():
     installed = [Path(TREE.path(module)) for module in TREE.files]
     names = Counter(path.name for path in installed if path.parts[0] != "experiments" or len(path.parts) == 2)
     shared = {name for name, count in names.items() if count > 1} - {"__init__.py", "__main__.py"}
-    assert shared == {"load.py", "sequences.py"}  # of a model and an SAE; of a corpus and a store
+    assert shared == {"load.py"}  # of a model and of an SAE
 
 
 def test_no_file_is_longer_than_500_lines():
