@@ -1,4 +1,4 @@
-"""The probes: one question each, one file each, asked of a store. Each is loaded when first used."""
+"""The probes: one question each, one file each, run on a store. Each is loaded when first used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

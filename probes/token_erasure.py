@@ -293,7 +293,7 @@ def _read(
 
 def _note(rows: int, d_model: int) -> str:
     needed = ROWS_PER_DIMENSION * d_model
-    return "" if rows >= needed else f"{rows:,} training rows are few for {d_model} dimensions; {needed:,} are wanted"
+    return "" if rows >= needed else f"{rows:,} training rows are few for {d_model} dimensions; {needed:,} are needed"
 
 
 # ---- the erasure score ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Record a language model once into a memory-mapped store, then ask the store.
+"""Record a language model once into a memory-mapped store, then query the store.
 
     import workbench as wb
 

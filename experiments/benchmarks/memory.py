@@ -16,7 +16,7 @@ from workbench.experiments.benchmarks.models import SHARED
 
 @dataclass(frozen=True)
 class GrowingMemory:
-    """One site of stories260K, recorded from a text file; each size in a process of its own."""
+    """One site of stories260K, recorded from a text file; each size in a separate process."""
 
     few: int = 100_000
     many: int = 1_000_000

@@ -20,7 +20,7 @@ _SEED = 77  # documents that are neither in training nor in the shipped corpus
 
 @dataclass(frozen=True)
 class StoreProbes:
-    """Each probe with its default settings, on the embedded model and texts of its corpus, in a process of its own.
+    """Each probe with its default settings, on the embedded model and texts of its corpus, in a separate process.
     The time is that of `run`, the memory the most of the whole process."""
 
     rows: int = 20_000

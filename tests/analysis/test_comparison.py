@@ -205,7 +205,7 @@ def test_other_tokens_sites_and_widths_are_refused_naming_both(pair, tmp_path):
         (joined, "a.acts and joined.acts hold different tokens: row 4 has sequence 1 and 0; record both"),
         (
             deeper,
-            "a.acts and deeper.acts hold different sites: deeper.acts has 1: resid_post.2, which a.acts has not; "
+            "a.acts and deeper.acts hold different sites: deeper.acts has 1: resid_post.2, which a.acts lacks; "
             "name the sites to compare with sites= (--sites)",
         ),
         (wider, "a.acts and wider.acts hold resid_post.0 of different widths: d_model 6 and d_model 12; their rows"),
@@ -214,7 +214,7 @@ def test_other_tokens_sites_and_widths_are_refused_naming_both(pair, tmp_path):
         assert refused(RequestError, lambda store=store: wb.compare(a, store, probes=())).startswith(text)
     assert len(wb.compare(a, deeper, sites=["resid_post.0", "resid_post.1"], probes=()).sites) == 2
     assert refused(RequestError, lambda: wb.compare(a, deeper, sites=["resid_post"], probes=())) == (
-        "site 'resid_post': deeper.acts has 1: resid_post.2, which a.acts has not; name the sites that both have"
+        "site 'resid_post': deeper.acts has 1: resid_post.2, which a.acts lacks; name the sites that both have"
     )
     assert refused(RequestError, lambda: wb.compare(a, b, sites=["resid_past.0"], probes=())).startswith(
         f"site 'resid_past.0' is not recorded in {a.path}; nearest: resid_post.0"

@@ -167,7 +167,7 @@ def test_neither_path_nor_module():
 
 def test_revision_belongs_to_the_hub(saved):
     assert refusal(load_model, saved, revision="v1") == (
-        f"revision='v1' is for a hub id; the directory {str(saved)!r} is what it is"
+        f"revision='v1' applies to a hub id only; leave it out for the directory {str(saved)!r}"
     )
 
 
@@ -296,7 +296,7 @@ def test_remote_code_runs_only_where_trusted(model_dir, tmp_path, monkeypatch):
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit_json(model_dir / "config.json", model_type="own-llama", auto_map=classes)
     assert refusal(load_model, model_dir) == (
-        "model 'tiny-llama' needs code of its own repository, which is not run unasked; "
+        "model 'tiny-llama' needs code from its repository, which is not run by default; "
         "pass trust_remote_code=True if you trust its author"
     )
     assert not marker.exists()

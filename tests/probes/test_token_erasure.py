@@ -309,7 +309,7 @@ def test_the_default_layers_are_the_papers_share_of_the_depth(store):
 def test_small_samples_are_noted(store, found):
     assert found.data.attrs["note"] == ""
     few = TokenErasure(**SHORT | {"where": "position < 3"}).run(store)
-    assert "training rows are few for 24 dimensions; 120 are wanted" in few.headline()
+    assert "training rows are few for 24 dimensions; 120 are needed" in few.headline()
 
 
 # The result

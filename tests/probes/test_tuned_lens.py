@@ -253,7 +253,7 @@ def test_too_little_is_said_or_refused(store, planted, tmp_path, trained):
     ids = np.array(planted["ids"]).ravel()
     few = planted_store(tmp_path / "few.acts", ids[:9].reshape(3, 3).tolist(), sites, unembed)
     result = TunedLens(epochs=1).run(few)
-    assert result.data.attrs["note"] == "3 training rows are few for 6 x 6 maps; 30 or more are wanted"
+    assert result.data.attrs["note"] == "3 training rows are few for 6 x 6 maps; 30 or more are needed"
     assert result.data.attrs["note"] in result.headline()
     two = planted_store(tmp_path / "two.acts", [ids[:5].tolist(), ids[5:9].tolist()], sites, unembed)
     assert refused(RequestError, lambda: TunedLens().run(two)) == (

@@ -178,7 +178,7 @@ def _select_sites(a: Store, b: Store, requested: Sequence[str] | None) -> list[t
             if lacking := [site.label for name, site in one.items() if name not in other]:
                 raise RequestError(
                     f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(lacking)}, which "
-                    f"{without.path.name} has not; name the sites to compare with sites= (--sites)"
+                    f"{without.path.name} lacks; name the sites to compare with sites= (--sites)"
                 )
         names = list(known[0])
     else:
@@ -201,7 +201,7 @@ def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: s
             raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}")
         if lacking := [short_name(name) or name for name in others if name not in names]:
             raise RequestError(
-                f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} has not; "
+                f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} lacks; "
                 "name the sites that both have"
             )
     return matches[0]

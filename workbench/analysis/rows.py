@@ -12,7 +12,7 @@ from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 
 ROWS_PER_DIMENSION = 5
-"""Training rows wanted for each dimension of a state; fewer leave a linear map badly determined."""
+"""Training rows needed for each dimension of a state; fewer leave a linear map badly determined."""
 
 _BLOCK_BYTES = 4 << 20  # of one block of logits in float32: five such, which live at a time, stay in a CPU's cache
 _BLOCK_ROWS = 128  # at least, or reading W_U for every block would be most of the work
@@ -119,7 +119,7 @@ def note_few_rows(rows: int, d_model: int) -> str:
     minimum = ROWS_PER_DIMENSION * d_model
     if rows >= minimum:
         return ""
-    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {minimum:,} or more are wanted"
+    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {minimum:,} or more are needed"
 
 
 def note_missing(data: xr.Dataset, needs: Mapping[str, str]) -> list[str]:

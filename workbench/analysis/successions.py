@@ -102,7 +102,7 @@ def direct_effects(
 def shares_of_wins(
     effects: Float[np.ndarray, "place layer head"], documents: Int[np.ndarray, " place"], seed: int
 ) -> dict[str, Float[np.ndarray, "layer head"]]:
-    """Returns how often each head raises the successor most, with its interval over documents; nobody wins a tie."""
+    """Returns how often each head raises the successor most, with its interval over documents; ties do not count."""
     flat = effects.reshape(len(effects), -1)
     top = np.sort(flat, axis=1)[:, -2:]
     wins = (flat == top[:, 1:]) & (top[:, 1:] > top[:, :1]) if flat.shape[1] > 1 else np.ones_like(flat, bool)

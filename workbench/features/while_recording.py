@@ -214,7 +214,7 @@ class EncodedSite:
 
 @dataclass(frozen=True)
 class PackedEncodedSite:
-    """An `EncodedSite` on its way to other processes: its SAE is saved in files."""
+    """An `EncodedSite` sent to other processes, with its SAE saved in files."""
 
     sae: SavedSae
     record: SiteRecord

@@ -183,7 +183,7 @@ def _legend_height(figure: go.Figure, width: float) -> float:
 
 
 def _fit_cells(trace: go.Heatmap, width: float) -> list[str]:
-    """Cuts the texts of cells to `width` pixels; what was cut."""
+    """Cuts the texts of cells to `width` pixels; returns what was cut."""
     if trace.text is None:
         return []
     texts = [[plain(text) for text in row] for row in trace.text]

@@ -1,4 +1,4 @@
-"""The contract of workers: who runs a list of tasks, in one process or in several.
+"""The contract of workers, which run a list of tasks in one process or in several.
 
 A recording is a list of segments, an extraction of features a list of row ranges, a sweep a list of runs. Each of them
 hands its tasks to `Workers`, and knows nothing of how they are divided; the workers know nothing of the tasks.

@@ -207,7 +207,7 @@ def transformer_lens_adapter(module: nn.Module):
         architecture = determine_architecture_from_hf_config(config)
         bridge_config = build_bridge_config_from_hf(config, architecture, architecture, torch.float32)
         return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
-    except Exception:  # an adapter that refuses this config is the same to us as none: the structure decides
+    except Exception:  # an adapter that refuses this config counts as none: the structure decides
         return None
 
 

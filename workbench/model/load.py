@@ -199,7 +199,9 @@ def load_model(
         return Model(module, _given_tokenizer(tokenizer, trust_remote_code), _module_name(module))
     location = locate(source, revision)
     if revision is not None and not location.hub:
-        raise RequestError(f"revision={revision!r} is for a hub id; the directory {str(source)!r} is what it is")
+        raise RequestError(
+            f"revision={revision!r} applies to a hub id only; leave it out for the directory {str(source)!r}"
+        )
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": location.local}
     module = _load_module(location, device, dtype, allow_pickle, options)
     loading = Loading(source, tokenizer, dtype, revision, trust_remote_code, allow_pickle)
@@ -256,7 +258,7 @@ def _load_module(
         except Exception as error:  # config, hub, safetensors and pickle readers each raise their own kinds
             if not options["trust_remote_code"] and "trust_remote_code" in str(error):
                 raise RequestError(
-                    f"model {location.name!r} needs code of its own repository, which is not run unasked; "
+                    f"model {location.name!r} needs code from its repository, which is not run by default; "
                     "pass trust_remote_code=True if you trust its author"
                 ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""A model on its way to other processes: as the request that loads it, or as the pickled module."""
+"""A model sent to other processes as the request that loads it, or as the pickled module."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def execute(run: Run) -> Result:
 
     Raises:
         RequestError: The folder holds another run.
-        Exception: Whatever the experiment raises; the log is then in the folder with the suffix `.partial`.
+        Exception: Any exception that the experiment raises; the log is then in the folder with the suffix `.partial`.
     """
     if is_complete(run):
         return load_result(run.folder / RESULTS)

@@ -1,4 +1,4 @@
-"""An autoencoder on its way to other processes: as files, because it may be too large to pickle."""
+"""An autoencoder sent to other processes as files, because it may be too large to pickle."""
 
 from __future__ import annotations
 

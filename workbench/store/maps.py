@@ -96,7 +96,7 @@ class SiteMaps:
         return memory[addresses - lowest].view(self._dtype).reshape(-1, *self._row)
 
     def _advise(self, index: int, advice: int) -> None:
-        """Tells the kernel how a file's rows will be read; this affects speed alone."""
+        """Advises the kernel how a file's rows will be read; this affects speed alone."""
         rows = self.segment(index)
         address = int(self._addresses[index])
         start = address - address % mmap.PAGESIZE

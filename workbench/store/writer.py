@@ -144,7 +144,7 @@ class Writer:
         Without `append` the store must be new or have this part alone. With it, an unfinished last part is resumed, and
         must be this one; otherwise the part is added after the others.
         """
-        if self._shared and append:  # the last process could not tell a part to add from a finished one
+        if self._shared and append:  # the last process could not distinguish a part to add from a finished one
             raise RequestError("several processes that share a store cannot append to it; append with one")
         with self._turn():
             parts, unfinished = self.manifest.parts, not self.manifest.complete
