@@ -299,10 +299,7 @@ def _evenly(rows: Int[np.ndarray, " row"], limit: int) -> Int[np.ndarray, " kept
 def _learn_prompt(
     probe: FuturePrompts, model: Model, site: Site, states: ActivationArray, tokens: _Tokens
 ) -> tuple[Float[Tensor, "prompt d_embed"], float, float]:
-    """A prompt trained on KL(text || prompted) at `learned_for`, with its validation divergence before and after.
-
-    Training starts at random tokens and keeps the best epoch by validation divergence.
-    """
+    """The best epoch of a prompt trained on KL(text || prompted), with its validation divergence before and after."""
     task = tokens.task
     generator = torch.Generator().manual_seed(probe.seed)
     start = torch.randint(model.vocab, (probe.prompt_tokens,), generator=generator)
