@@ -108,15 +108,7 @@ def curves(
     columns = min(_WIDE, len(parts))
     rows = -(-len(parts) // columns)
     same_x = len({tuple(sorted(part[x].unique())) for _, part in parts}) == 1
-    figure = make_subplots(
-        rows,
-        columns,
-        subplot_titles=[name for name, _ in parts],
-        shared_yaxes="all",  # pyright: ignore[reportArgumentType]  # plotly
-        shared_xaxes="all" if same_x else False,  # pyright: ignore[reportArgumentType]  # plotly
-        vertical_spacing=0.16 / rows + 0.04,
-        horizontal_spacing=0.03,
-    )
+    figure = _panels([name for name, _ in parts], columns, same_x)
     palette = _scale(result.table[colour] if colour else [], CATEGORIES)
     dashes = _scale(result.table[dash] if dash else [], DASHES)
     in_legend = set()
@@ -142,21 +134,35 @@ def curves(
                 **cell,
             )
             in_legend.add(name)
-    subtitle_text = "; ".join(
-        filter(None, [subtitle, "mean over seeds" if _AVERAGED in differing_settings(result) else ""])
+    averaged = "mean over seeds" if _AVERAGED in differing_settings(result) else ""
+    _set_layout(figure, title, "; ".join(filter(None, [subtitle, averaged])), rows, columns)
+    figure.update_xaxes(title=x_title, showticklabels=True, dtick=integer_step(result.table[x]))
+    return figure.update_yaxes(title=unit, col=1)
+
+
+def _panels(names: Sequence[str], columns: int, same_x: bool) -> go.Figure:
+    rows = -(-len(names) // columns)
+    return make_subplots(
+        rows,
+        columns,
+        subplot_titles=names,
+        shared_yaxes="all",  # pyright: ignore[reportArgumentType]  # plotly
+        shared_xaxes="all" if same_x else False,  # pyright: ignore[reportArgumentType]  # plotly
+        vertical_spacing=0.16 / rows + 0.04,
+        horizontal_spacing=0.03,
     )
+
+
+def _set_layout(figure: go.Figure, title: str, subtitle: str, rows: int, columns: int) -> None:
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle_text}, "y": 0.98, "yanchor": "top"},
+        title={"text": title, "subtitle": {"text": subtitle}, "y": 0.98, "yanchor": "top"},
         width=max(700, 120 + 300 * columns),
         height=190 + 290 * rows,
         margin={"t": 110, "b": 90},
         legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )
     figure.update_annotations(font_size=13)
-    figure.update_xaxes(title=x_title, showticklabels=True, dtick=integer_step(result.table[x]))
-    figure.update_yaxes(title=unit, col=1)
-    return figure
 
 
 def _scale(values: Any, choices: Sequence[str]) -> dict[Any, str]:

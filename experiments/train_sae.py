@@ -120,24 +120,23 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
     with torch.no_grad():
         some = rows[:: max(1, len(rows) // _MEAN_ROWS)]
         sae.b_dec.copy_(array[some].float().flatten(1).mean(0))
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=settings.steps * settings.batch,
-            train_batch_size_samples=settings.batch,
-            lr=settings.learning_rate,
-            lr_end=settings.learning_rate / 10,
-            lr_warm_up_steps=min(100, settings.steps // 10),
-            lr_decay_steps=settings.steps // 4,
-            device=settings.device,
-            n_checkpoints=settings.checkpoints if checkpoint_path else 0,
-            checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
-            n_batches_for_norm_estimate=50,
-            logger=LoggingConfig(log_to_wandb=False),
-        ),
-        sae,
-        batches(array, rows, settings),
+    return SAETrainer(_trainer_config(settings, checkpoint_path), sae, batches(array, rows, settings)).fit()
+
+
+def _trainer_config(settings: TrainSae, checkpoint_path: Path | None) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=settings.steps * settings.batch,
+        train_batch_size_samples=settings.batch,
+        lr=settings.learning_rate,
+        lr_end=settings.learning_rate / 10,
+        lr_warm_up_steps=min(100, settings.steps // 10),
+        lr_decay_steps=settings.steps // 4,
+        device=settings.device,
+        n_checkpoints=settings.checkpoints if checkpoint_path else 0,
+        checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
+        n_batches_for_norm_estimate=50,
+        logger=LoggingConfig(log_to_wandb=False),
     )
-    return trainer.fit()
 
 
 def batches(

@@ -219,8 +219,7 @@ class FuturePrompts:
 
     def _fixed_prompts(self, model: Model) -> list[Float[Tensor, "prompt d_embed"]]:
         """Embeddings of the fixed prompts, with the tokenizer's special tokens."""
-        tokenizer = model.tokenizer
-        if self.prompts and tokenizer is None:
+        if (tokenizer := model.tokenizer) is None and self.prompts:
             raise RequestError(f"model {model.name!r} has no tokenizer for the prompts; give prompts=()")
         ids = [] if tokenizer is None else [torch.tensor(tokenizer(text)["input_ids"]) for text in self.prompts]
         longest = max(self.prompt_tokens, *map(len, ids), 0) + self.horizons - 1

@@ -21,6 +21,7 @@ from torch import Tensor
 import workbench as wb
 from workbench.demo.run import label_features
 from workbench.experiments.demo_model.corpus import HELD_OUT, documents
+from workbench.figures.head_grid import head_name
 from workbench.model.circuits import FirstMlp
 from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 
@@ -356,9 +357,4 @@ def _strongest(values: Float[np.ndarray, "layer head"]) -> tuple[int, int]:
 
 
 def _heads(chosen: Bool[np.ndarray, "layer head"]) -> str:
-    return ", ".join(head_name(layer, head) for layer, head in np.argwhere(chosen))
-
-
-def head_name(layer: int, head: int) -> str:
-    """Returns the name of a head, such as L2H3."""
-    return f"L{layer}H{head}"
+    return ", ".join(head_name(layer, head) for layer, head in np.argwhere(chosen).tolist())

@@ -20,10 +20,7 @@ UPWARD_TYPES: set[tuple[str, str]] = set()
 
 # What is larger than allowed today. Entries may only shrink and go; none is added.
 LONG_FILES: dict[str, int] = {}
-LONG_FUNCTIONS: dict[str, int] = {
-    "experiments/panels.py:curves": 81,
-    "experiments/train_sae.py:train_sae": 61,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS: dict[str, int] = {}
 
 
