@@ -118,26 +118,30 @@ def curves(
             low, high = interval or (y, y)
             at = line.groupby(x, sort=True).agg(mean=(y, "mean"), low=(low, "min"), high=(high, "max"))
             name = ", ".join(_value(value) for key, value in values.items() if result.table.loc[:, key].nunique() > 1)
-            figure.add_scatter(
-                x=at.index.tolist(),
-                y=at["mean"].to_numpy(),
-                name=name,
-                legendgroup=name,
-                showlegend=bool(name) and name not in in_legend,
-                mode="lines+markers",
-                line={
-                    "color": palette.get(values[colour], CATEGORIES[0]) if colour else CATEGORIES[0],
-                    "dash": dashes.get(values[dash], "solid") if dash else "solid",
-                },
-                error_y=_whiskers(at) if interval else None,
-                hovertemplate=f"{x_title} %{{x}}: %{{y:.4g}}",
-                **cell,
-            )
+            style = {
+                "color": palette.get(values[colour], CATEGORIES[0]) if colour else CATEGORIES[0],
+                "dash": dashes.get(values[dash], "solid") if dash else "solid",
+            }
+            curve = _curve(at, name, style, interval is not None, f"{x_title} %{{x}}: %{{y:.4g}}")
+            figure.add_trace(curve.update(showlegend=bool(name) and name not in in_legend), **cell)
             in_legend.add(name)
     averaged = "mean over seeds" if _AVERAGED in differing_settings(result) else ""
     _set_layout(figure, title, "; ".join(filter(None, [subtitle, averaged])), rows, columns)
     figure.update_xaxes(title=x_title, showticklabels=True, dtick=integer_step(result.table[x]))
     return figure.update_yaxes(title=unit, col=1)
+
+
+def _curve(at: pd.DataFrame, name: str, style: dict[str, str], whiskers: bool, hover: str) -> go.Scatter:
+    return go.Scatter(
+        x=at.index.tolist(),
+        y=at["mean"].to_numpy(),
+        name=name,
+        legendgroup=name,
+        mode="lines+markers",
+        line=style,
+        error_y=_whiskers(at) if whiskers else None,
+        hovertemplate=hover,
+    )
 
 
 def _panels(names: Sequence[str], columns: int, same_x: bool) -> go.Figure:

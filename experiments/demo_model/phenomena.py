@@ -39,11 +39,11 @@ class Finding:
 
     phenomenon: str
     measure: str
-    value: float
+    value: int | float
     unit: str
     wanted: str
     """Criterion that the demo must meet, as text."""
-    holds: bool
+    holds: bool | np.bool
     """True if it is met."""
     where: str = ""
     """Layer, head or interval."""
