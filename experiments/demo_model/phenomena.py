@@ -93,11 +93,12 @@ def sinks(store: wb.Store) -> list[Finding]:
     share = float(data["sink_k"][0])
     always = data["sink_share"].to_numpy() > 0.5
     drained = data["value_norm_ratio"].to_numpy()[always]
-    drain = drained.mean() if len(drained) else float("nan")
+    drain = float(drained.mean()) if len(drained) else float("nan")
     middle = data["residual_norm_ratio"].to_numpy()[1:-1]
-    peak = middle.max()
+    peak = float(middle.max())
     gap = data["gap"].to_numpy()
     layer, head = _strongest(gap)
+    widest = float(gap.max())
     at = data.isel(layer=layer, head=head)
     paid = [
         f"{float(at['attention'][int(at[name])]):.2f} in {data['domain'].to_numpy()[int(at[name])]}" for name in _GAP
@@ -112,7 +113,7 @@ def sinks(store: wb.Store) -> list[Finding]:
     domains = "attention to BOS, highest minus lowest domain"
     return [
         *(Finding("attention sinks", *row) for row in rows),
-        Finding("active-dormant", domains, gap.max(), "", "≥ 0.5", gap.max() >= 0.5, where),
+        Finding("active-dormant", domains, widest, "", "≥ 0.5", widest >= 0.5, where),
     ]
 
 
@@ -288,7 +289,7 @@ def logit_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
     """Returns the mean cross-entropy of the text after each block, and its smallest drop from one to the next."""
     result = LogitLens(detail=0).run(store)
     loss = result.data["mean_cross_entropy"].to_numpy()
-    falls = -np.diff(loss)
+    smallest = float((-np.diff(loss)).min())
     where = "layers 0 to {}: {}".format(len(loss) - 1, ", ".join(f"{nats:.2f}" for nats in loss))
     curve = pd.DataFrame(
         {"layer": [f"layer {layer}" for layer in result.data["layer"].to_numpy()], "cross-entropy": loss}
@@ -297,10 +298,10 @@ def logit_lens(store: wb.Store) -> tuple[list[Finding], pd.DataFrame]:
         Finding(
             "logit lens",
             "smallest drop of the cross-entropy from layer to layer",
-            falls.min(),
+            smallest,
             "nats",
             "> 0",
-            falls.min() > 0,
+            smallest > 0,
             where,
         )
     ], curve
