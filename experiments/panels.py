@@ -113,7 +113,7 @@ def curves(
     dashes = _scale(result.table[dash] if dash else [], DASHES)
     in_legend = set()
     for place, (_, part) in enumerate(parts):
-        cell = {"row": place // columns + 1, "col": place % columns + 1}
+        row, column = place // columns + 1, place % columns + 1
         for values, line in _parts(part, lines):
             low, high = interval or (y, y)
             at = line.groupby(x, sort=True).agg(mean=(y, "mean"), low=(low, "min"), high=(high, "max"))
@@ -123,7 +123,7 @@ def curves(
                 "dash": dashes.get(values[dash], "solid") if dash else "solid",
             }
             curve = _curve(at, name, style, interval is not None, f"{x_title} %{{x}}: %{{y:.4g}}")
-            figure.add_trace(curve.update(showlegend=bool(name) and name not in in_legend), **cell)
+            figure.add_trace(curve.update(showlegend=bool(name) and name not in in_legend), row=row, col=column)
             in_legend.add(name)
     averaged = "mean over seeds" if _AVERAGED in differing_settings(result) else ""
     _set_layout(figure, title, "; ".join(filter(None, [subtitle, averaged])), rows, columns)
