@@ -350,7 +350,7 @@ def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dic
         "residual_norm_ratio": "resid_post or resid_norm",
         "massive": "resid_post",
     }
-    notes = note_missing(data, needs)
+    notes = note_missing(data, needs, {"massive": "massive activations"})
     if sequences.short:
         notes.append(f"{_sequences_text(sequences.short)} of fewer than {probe.length} tokens left out")
     few = [f"only {_sequences_text(len(sequences))}"] if len(sequences) < _FEW else []

@@ -328,7 +328,7 @@ def test_what_was_not_recorded_is_left_out_and_said(tmp_path):
         "column_entropy not computed: attn_received_entropy was not recorded; "
         "value_norm_ratio not computed: v or v_norm was not recorded; "
         "residual_norm_ratio not computed: resid_post or resid_norm was not recorded; "
-        "massive not computed: resid_post was not recorded; only 1 sequence"
+        "massive activations not computed: resid_post was not recorded; only 1 sequence"
     )
     assert AttentionSinks.headline(result) == (
         "Sink_1 = 100.0 % of heads (epsilon 0.3, T 8, 1 sequence); strongest head L0H0, alpha 0.50; only 1 sequence."

@@ -163,7 +163,7 @@ def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
     assert int(derived["short_sequences"]) == 2
     left_out = {name for name in ours if name.startswith(("massive", "example"))}
     assert {*ours} - {*derived} == left_out
-    assert "massive not computed: resid_post was not recorded" in derived.attrs["note"]
+    assert "massive activations not computed: resid_post was not recorded" in derived.attrs["note"]
     for name in derived:
         np.testing.assert_allclose(derived[name], ours[name], rtol=1e-5, atol=1e-5, err_msg=name)
 

@@ -122,19 +122,22 @@ def note_few_rows(rows: int, d_model: int) -> str:
     return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {minimum:,} or more are needed"
 
 
-def note_missing(data: xr.Dataset, needs: Mapping[str, str]) -> list[str]:
+def note_missing(data: xr.Dataset, needs: Mapping[str, str], words: Mapping[str, str] | None = None) -> list[str]:
     """Returns a note for each variable that was not computed, or is NaN at some layers, with the sites it needs.
 
     Args:
         data: Arrays over (layer, head) or (layer).
         needs: Variable to the sites that it is computed from.
+        words: Variable to its name in the note, where that is not the variable's own.
     """
-    notes = [f"{name} not computed: {sites} was not recorded" for name, sites in needs.items() if name not in data]
+    words = {name: name for name in needs} | dict(words or {})
+    absent = [name for name in needs if name not in data]
+    notes = [f"{words[name]} not computed: {needs[name]} was not recorded" for name in absent]
     for name, sites in needs.items():
         if name in data:
             known = data[name].notnull()
             known = known.any("head") if "head" in known.dims else known
             if missing := data["layer"].to_numpy()[~known.to_numpy()].tolist():
                 layers = ", ".join(map(str, missing))
-                notes.append(f"{name} is NaN at layers {layers}: {sites} was not recorded there")
+                notes.append(f"{words[name]} is NaN at layers {layers}: {sites} was not recorded there")
     return notes
