@@ -218,7 +218,7 @@ def test_a_result_tells_what_it_found_how_and_from_what(results, markup):
         "the model's unembedding applied to the residual stream of every layer",  # the question
         "LogitLens(h_l) = W_U LN_f(h_l) + b_U",  # the definition
         "arXiv 2410.10781",  # its source
-        "Tokens that get their own line in the table",  # what a setting means
+        "Maximum number of tokens with their own rows in the table",  # what a setting means
         "(default 64)",
         "mean_kl layer nats",  # what was measured, its axes and units
         "has alpha of H_T / T at position 0",  # a control

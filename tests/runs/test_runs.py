@@ -431,8 +431,10 @@ def test_the_sweep_command_tells_what_can_be_swept():
     assert re.search(r"^  toy +A toy: y = factor x \+ seed\.", out, re.M)
     code, out, _ = command(cli.main, "sweep", "toy", "--help")
     assert code == 0
-    for told in ("Its slope.", "Which line: a, b, broken, refused.", "Changes no number.", "every combination is run"):
-        assert told in " ".join(out.replace("│", " ").split())
+    text = " ".join(out.replace("│", " ").split())
+    meanings = ("Its slope.", "Name of the line: a, b, broken, refused.", "Changes no number.")
+    for part in (*meanings, "every combination is run"):
+        assert part in text
 
 
 @pytest.mark.parametrize(

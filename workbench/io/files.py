@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -194,9 +195,14 @@ def _move(source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:
 
 
 def _check_folder(path: Path, name: Path) -> None:
-    """Refuses what is there under the name of a folder and is none: it would be moved, and lost."""
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-        raise RequestError(f"{name} is a {'link' if path.is_symlink() else 'file'}; name a folder, or a new one")
+    """Refuses a file or a link under the name of a folder: it would be moved, and lost.
+
+    One look decides, since another process may move the folder at any time.
+    """
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISDIR(mode):
+            raise RequestError(f"{name} is a {'link' if stat.S_ISLNK(mode) else 'file'}; name a folder, or a new one")
 
 
 def _place(partial: Path, path: Path) -> None:
