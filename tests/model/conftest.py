@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+from capture_example import LENGTHS, N
+
+from workbench.model.discovery import find_sites
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(8, 20).reshape(2, 6)
@@ -40,3 +44,20 @@ def saved(tiny_models, tiny_tokenizer, tmp_path_factory):
 def model_dir(saved, tmp_path):
     """A copy of `saved`, to be spoilt."""
     return Path(shutil.copytree(saved, tmp_path / "tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids = torch.randint(2, 300, (len(LENGTHS), N), generator=torch.Generator().manual_seed(3))
+    return ids, (torch.arange(N) < torch.tensor(LENGTHS)[:, None]).long()
+
+
+@pytest.fixture(scope="module")
+def maps(tiny_models):
+    return {family: find_sites(module) for family, module in tiny_models.items()}
+
+
+@pytest.fixture
+def llama(tiny_models, maps):
+    """A llama of one's own, and its sites."""
+    return copy.deepcopy(tiny_models["llama"]), maps["llama"]

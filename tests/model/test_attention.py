@@ -7,48 +7,17 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from capture_example import LENGTHS, N, captured
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workbench.model.attention import AttentionCall, pattern_blocks, tap_attention
-from workbench.model.capture import capture
 from workbench.model.discovery import find_sites
 from workbench.model.forward import run
 
-LENGTHS = (9, 4)
-N = max(LENGTHS)
 PADDED = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
 RANDOM_MASK = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(2)) > 0.4
 RANDOM_MASK |= torch.eye(6, dtype=torch.bool)
 BIAS = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture(scope="module")
-def batch():
-    ids = torch.randint(2, 300, (len(LENGTHS), N), generator=torch.Generator().manual_seed(3))
-    return ids, (torch.arange(N) < torch.tensor(LENGTHS)[:, None]).long()
-
-
-@pytest.fixture(scope="module")
-def maps(tiny_models):
-    return {family: find_sites(module) for family, module in tiny_models.items()}
-
-
-@pytest.fixture
-def llama(tiny_models, maps):
-    """A llama of one's own, and its sites."""
-    return copy.deepcopy(tiny_models["llama"]), maps["llama"]
-
-
-def captured(module, sites, batch):
-    """Every site's activations as one tensor, by short name."""
-    pieces = {}
-
-    def receive(site, tensor, first):
-        assert first == sum(piece.shape[1] for piece in pieces.get(site.short, []))
-        pieces.setdefault(site.short, []).append(tensor.clone())
-
-    capture(module, sites, *batch, receive)
-    return {short: torch.cat(tensors, dim=1) for short, tensors in pieces.items()}
 
 
 # ---- attention: the table -------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Tests of one forward pass under hooks: its tensors, what is not computed, and that no hooks remain."""
 
-import copy
 import math
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from capture_example import LENGTHS, N, captured
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workbench.io.errors import DataError
@@ -15,38 +15,6 @@ from workbench.model.capture import capture
 from workbench.model.discovery import find_sites
 from workbench.model.forward import attention_weights, evaluating, first_tensor, hook_tensor
 from workbench.sites.grammar import Site, Tap
-
-LENGTHS = (9, 4)
-N = max(LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    ids = torch.randint(2, 300, (len(LENGTHS), N), generator=torch.Generator().manual_seed(3))
-    return ids, (torch.arange(N) < torch.tensor(LENGTHS)[:, None]).long()
-
-
-@pytest.fixture(scope="module")
-def maps(tiny_models):
-    return {family: find_sites(module) for family, module in tiny_models.items()}
-
-
-@pytest.fixture
-def llama(tiny_models, maps):
-    """A llama of one's own, and its sites."""
-    return copy.deepcopy(tiny_models["llama"]), maps["llama"]
-
-
-def captured(module, sites, batch):
-    """Every site's activations as one tensor, by short name."""
-    pieces = {}
-
-    def receive(site, tensor, first):
-        assert first == sum(piece.shape[1] for piece in pieces.get(site.short, []))
-        pieces.setdefault(site.short, []).append(tensor.clone())
-
-    capture(module, sites, *batch, receive)
-    return {short: torch.cat(tensors, dim=1) for short, tensors in pieces.items()}
 
 
 def hooks(module):
