@@ -59,7 +59,7 @@ def edited(path: Path, edit) -> Path:
         (lambda m: m["sites"][0].update(dtype="int8"), "must be one of float16, bfloat16, float32, not 'int8'"),
         (lambda m: m["sites"][0].update(axes=["row"]), "axes ('row',) of blocks.0.hook_resid_post do not fit"),
         (lambda m: m.update(format="zip"), "format is 'zip', expected 'workbench.activations'; this is no store"),
-        (lambda m: m.update(version="1"), "version is '1', expected 1"),
+        (lambda m: m.update(version="1"), "version is '1', expected 1 or 2"),
     ],
 )
 def test_a_manifest_that_is_not_as_declared_is_refused_by_file_and_key(tmp_path, edit, message):
@@ -71,8 +71,8 @@ def test_a_manifest_that_is_not_as_declared_is_refused_by_file_and_key(tmp_path,
 
 
 def test_a_newer_version_asks_for_an_upgrade(tmp_path):
-    path = edited(write_store(tmp_path / "x.acts", [[3]]), lambda m: m.update(version=2, more="fields"))
-    expected = f"{path}/manifest.json has format version 2 and this workbench reads up to 1; upgrade the workbench"
+    path = edited(write_store(tmp_path / "x.acts", [[3]]), lambda m: m.update(version=3, more="fields"))
+    expected = f"{path}/manifest.json has format version 3 and this workbench reads up to 2; upgrade the workbench"
     with pytest.raises(RequestError) as refused:
         read_manifest(path)
     assert str(refused.value) == expected

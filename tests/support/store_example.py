@@ -26,6 +26,7 @@ MODEL = ModelRecord(
     d_model=3,
     vocab=40,
     adapter=None,
+    causal=True,
 )
 HALF = SiteRecord("blocks.0.hook_resid_post", "resid_post.0", ("row", "d_model"), (3,), "float16")
 SINGLE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (3,), "float32")

@@ -222,6 +222,7 @@ def model_record(model: Model) -> ModelRecord:
         d_model=model.d_model,
         vocab=model.vocab,
         adapter=sites.adapter,
+        causal=True,
     )
 
 

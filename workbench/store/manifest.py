@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.parse import from_json, parse, to_json
 
 FORMAT = "workbench.activations"
-VERSION = 1
+VERSION = 2
+"""Version of the format that is written; stores of version 1 are read, and become version 2 when rows are appended."""
 MANIFEST = "manifest.json"
 SEGMENT = "segment.json"
 SEGMENTS = "segments"
@@ -32,6 +33,9 @@ TOKENS = "tokens.parquet"
 UNEMBED = "unembed.safetensors"
 FEATURES = "features"
 """Folder of the folders of sparse features."""
+
+_NEW_MODEL_KEYS = {"causal": True}
+"""Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Stored types and the bytes of one value."""
@@ -96,6 +100,8 @@ class ModelRecord:
     vocab: int
     adapter: str | None
     """TransformerLens adapter that gave the site names; None: found by structure."""
+    causal: bool
+    """True if no position attends to a later one."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest: two stores with the same fingerprint have the same rows of the same model."""
-        return manifest_checksum({field.name: getattr(self, field.name) for field in fields(self)})
+        return manifest_checksum(_body(self))
 
     @cached_property
     def starts(self) -> Int64[np.ndarray, " segments_plus_1"]:
@@ -242,22 +248,36 @@ def parse_manifest(text: bytes, source: Path) -> Manifest:
         raise RequestError(
             f"{source} has format version {version} and this workbench reads up to {VERSION}; upgrade the workbench"
         )
-    if version != VERSION:
-        raise DataError(f"{source}: version is {version!r}, expected {VERSION}")
+    if version not in (1, VERSION):
+        raise DataError(f"{source}: version is {version!r}, expected 1 or {VERSION}")
     value.pop("checksum", None)
-    return parse(Manifest, value, str(source))
+    return parse(Manifest, _with_new_keys(value) if version == 1 else value, str(source))
+
+
+def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 with the values of the keys that version 2 added; its own keys are left as they are."""
+    model = value.get("model")
+    return value | ({"model": _NEW_MODEL_KEYS | model} if isinstance(model, dict) else {})
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replaces the manifest of the store at `path`, atomically and durably."""
-    body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
-    text = to_json({**body, "checksum": manifest.fingerprint})
+    manifest = replace(manifest, version=VERSION)
+    text = to_json({**_body(manifest), "checksum": manifest.fingerprint})
     replace_file(path / MANIFEST, text.encode())
 
 
 def manifest_checksum(body: dict[str, Any]) -> str:
     """Returns the SHA-256 of a manifest's JSON without its `checksum` key, which detects edits and damage."""
     return sha256_bytes(to_json({key: value for key, value in body.items() if key != "checksum"}).encode())
+
+
+def _body(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as it is written, without its checksum: one of version 1 has only the keys of version 1."""
+    body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    if manifest.version == 1:
+        body["model"] = {key: value for key, value in vars(manifest.model).items() if key not in _NEW_MODEL_KEYS}
+    return body
 
 
 def parse_segment(text: bytes, source: Path) -> SegmentRecord:
