@@ -13,6 +13,7 @@ import torch
 
 import workbench as wb
 from workbench.model.unembed import Unembed, save_unembed
+from workbench.recording.transfer import to_stored_type
 from workbench.sites.grammar import full_name
 from workbench.store.manifest import SiteRecord
 
@@ -33,10 +34,13 @@ def planted_store(
     columns: Mapping[str, Sequence] | None = None,
     n_layers: int | None = None,
     fingerprint: str = store_example.MODEL.fingerprint,
+    dtype: str = "float32",
+    segments: int = 1,
 ) -> wb.Store:
-    """A float32 store of `documents` of token ids, one sequence each, and `sites`: short name to `[row, *axes]`.
+    """A store of `documents` of token ids, one sequence each, and `sites`: short name to `[row, *axes]`.
 
-    `columns`: more columns of the token table. A pattern's axes are (row, head, key).
+    `columns`: more columns of the token table. A pattern's axes are (row, head, key). Values that are not finite or
+    beyond the range of `dtype` are stored and counted as a recording does. `segments`: of equal numbers of documents.
     """
     lengths = [len(ids) for ids in documents]
     ids = np.concatenate([np.asarray(ids) for ids in documents])
@@ -57,7 +61,7 @@ def planted_store(
             **{name: pa.array(values) for name, values in (columns or {}).items()},
         }
     )
-    records = [_record(name, values) for name, values in sites.items()]
+    records = [_record(name, values, dtype) for name, values in sites.items()]
     layers = [int(name.split(".")[1]) for name in sites if "." in name]
     model = replace(
         store_example.MODEL,
@@ -69,17 +73,24 @@ def planted_store(
     write = None if unembed is None else (lambda file: save_unembed(unembed, file, torch.float32))
     reason = "planted without one" if unembed is None else None
     with store_example.writing(path, model=model, sites=records, unembed=write, unembed_reason=reason) as writer:
-        writer.begin(store_example.part_of([lengths]), append=False)
-        with writer.segment(len(ids), len(lengths), store_example.digest(0, lengths), tokens) as segment:
-            for record, values in zip(records, sites.values(), strict=True):
-                segment.write(record.name, 0, np.ascontiguousarray(values, dtype=np.float32))
+        parts = np.array_split(np.arange(len(lengths)), segments)
+        writer.begin(store_example.part_of([[lengths[i] for i in part] for part in parts]), append=False)
+        for part in parts:
+            rows = np.flatnonzero(np.isin(sequence, part))
+            share = [lengths[i] for i in part]
+            digest = store_example.digest(int(rows[0]), share)
+            with writer.segment(len(rows), len(part), digest, tokens.take(rows)) as segment:
+                for record, values in zip(records, sites.values(), strict=True):
+                    stored, overflow, nonfinite = to_stored_type(torch.tensor(values[rows]), getattr(torch, dtype))
+                    segment.write(record.name, 0, store_example.as_numpy(stored))
+                    segment.count(record.name, overflow=int(overflow), nonfinite=int(nonfinite))
     return wb.open_store(path)
 
 
-def _record(name: str, values: np.ndarray) -> SiteRecord:
+def _record(name: str, values: np.ndarray, dtype: str) -> SiteRecord:
     axes = {
         "pattern": ("row", "head", "key"),
         "v": ("row", "head", "d_head"),
         "z": ("row", "head", "d_head"),
     }.get(name.split(".")[0], ("row", "d_model")[: values.ndim])
-    return SiteRecord(full_name(name), name, axes, values.shape[1:], "float32")
+    return SiteRecord(full_name(name), name, axes, values.shape[1:], dtype)

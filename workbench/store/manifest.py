@@ -295,14 +295,19 @@ def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Count
     """
     overflow, nonfinite = Counter(), Counter()
     for segment in manifest.segments:
-        source = Path(path) / SEGMENTS / segment.name / SEGMENT
-        try:
-            record = parse_segment(source.read_bytes(), source)
-        except OSError as error:
-            raise DataError(f"{source} cannot be read: {error.strerror}; run workbench verify") from None
+        record = read_segment_record(path, segment)
         overflow.update(record.overflow)
         nonfinite.update(record.nonfinite)
     return overflow, nonfinite
+
+
+def read_segment_record(path: str | os.PathLike[str], segment: Segment) -> SegmentRecord:
+    """Returns the `segment.json` of one segment of the store at `path`. DataError where it is missing or damaged."""
+    source = Path(path) / SEGMENTS / segment.name / SEGMENT
+    try:
+        return parse_segment(source.read_bytes(), source)
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}; run workbench verify") from None
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
