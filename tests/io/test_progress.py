@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from workbench.io import progress as progress_module
+from workbench.io.log import PROGRESS
 from workbench.io.progress import _Lines, duration, progress
 
 
@@ -87,16 +89,12 @@ def test_hidden_progress_prints_nothing(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-NOTEBOOK = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel="one"))
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
 
 
-@pytest.mark.parametrize("place", ["terminal", "notebook"])
-def test_a_terminal_shows_a_bar(place, clock, monkeypatch):
+def test_a_terminal_shows_a_bar(clock, monkeypatch):
     bars = []
 
     class Bar:
@@ -113,11 +111,8 @@ def test_a_terminal_shows_a_bar(place, clock, monkeypatch):
         def update(self, n):
             self.counts.append(n)
 
-    monkeypatch.setattr("tqdm.tqdm" if place == "terminal" else "tqdm.notebook.tqdm", Bar)
-    if place == "terminal":
-        monkeypatch.setattr(sys, "stderr", Terminal())
-    else:
-        monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with progress("recording", 100, "rows", initial=40) as tick:
         clock[0] += 100
         tick(25)
@@ -138,7 +133,60 @@ def test_a_terminal_shows_a_bar(place, clock, monkeypatch):
     assert len(bars) == 1
 
 
-def test_a_notebook_without_widgets_has_a_bar_of_characters(monkeypatch):
-    monkeypatch.setitem(sys.modules, "IPython", NOTEBOOK)
-    monkeypatch.setattr(progress_module, "find_spec", lambda name: None)
-    assert progress_module._bar().__module__ == "tqdm.std"
+@pytest.fixture
+def cell(monkeypatch):
+    """Output of a notebook's cell: what was displayed under each id, in the order in which it appeared."""
+    output = {}
+
+    class Handle:
+        def __init__(self, content):
+            output[self] = content
+
+        def update(self, content, raw):
+            assert raw
+            output[self] = content
+
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel="one"))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    shown = SimpleNamespace(display=lambda content, raw, display_id: Handle(content) if raw and display_id else None)
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    return output
+
+
+def test_the_cell_of_a_notebook_ends_with_what_was_done(clock, cell):
+    with progress("recording <x>", 1_000, "rows", initial=40) as tick:
+        (shown,) = cell.values()
+        assert shown["text/plain"] == "recording <x> ..."
+        clock[0] += 4
+        tick(460)
+        (shown,) = cell.values()
+        assert shown["text/plain"] == "recording <x>: 500 of 1,000 rows, 115 rows/s, 4 s left"
+        assert '<progress value="500" max="1000">' in shown["text/html"]
+        assert "<x>" not in shown["text/html"]
+        clock[0] += 0.1
+        tick(500)
+    (shown,) = cell.values()  # the same output all the time; its file keeps this
+    assert shown["text/plain"] == "recording <x>: 1,000 of 1,000 rows, done in 4 s"
+    assert "<progress" not in shown["text/html"]
+
+
+def test_the_cell_of_a_notebook_shows_that_work_stopped(clock, cell):
+    with suppress(KeyboardInterrupt), progress("tokenizing", None, "tokens") as tick:
+        clock[0] += 1
+        tick(20)
+        raise KeyboardInterrupt
+    (shown,) = cell.values()
+    assert shown["text/plain"] == "tokenizing: 20 tokens, stopped"
+
+
+@pytest.mark.parametrize("place", ["lines", "cell"])
+def test_the_level_of_the_logger_turns_progress_off(place, clock, capsys, request):
+    output = request.getfixturevalue("cell") if place == "cell" else {}
+    PROGRESS.setLevel("WARNING")
+    try:
+        with progress("recording", 100, "rows") as tick:
+            clock[0] += 100
+            tick(100)
+    finally:
+        PROGRESS.setLevel("INFO")
+    assert (capsys.readouterr(), output) == (("", ""), {})

@@ -80,8 +80,13 @@ def test_it_runs(path, kernel, tmp_path):
     printed = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     lines = [line for text in printed for line in text.splitlines() if line.strip() and "%|" not in line]  # no progress
     assert [line for line in lines if "no Chrome" not in line and "kaleido is not" not in line] == []
+    shown = [output.data for output in outputs if "data" in output]
+    widgets = [data for data in shown if "application/vnd.jupyter.widget-view+json" in data]
+    assert all("text/html" in data for data in widgets)  # for readers of the file, who have no kernel
+    progress = [data["text/plain"] for data in shown if "<progress" in data.get("text/html", "")]
+    assert progress == []  # the file has what was done
     if path.stem == "quickstart":
-        shown = [output.data for output in outputs if "data" in output]
         assert any("workbench-card" in data.get("text/html", "") for data in shown)
-        assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
+        assert widgets
+        assert any(" tokens, done in " in data["text/plain"] for data in shown)
         assert any("application/vnd.plotly.v1+json" in data for data in shown)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from browser import chromium
+from html_example import Markup
 
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
 
@@ -91,6 +92,53 @@ def test_a_long_sequence_is_cut_and_says_so(store, monkeypatch):
     view = wb.TokenView(store, sequence=1)
     assert len(view.texts) == len(view.rows) == 4 < LIMIT
     assert view.note == f"the first 4 of {len(sequence_rows(store, 1))} tokens"
+
+
+def test_a_reader_without_a_kernel_sees_the_tokens_and_their_values(store, features):
+    view = wb.TokenView(store, "resid_post", features=features)
+    view.layer, view.selected = 2, view.rows[3:5]
+    bundle, _ = view._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == view.model_id
+    assert (
+        bundle["text/plain"] == repr(view) == f"TokenView('{store.path}', sequence 0, L2 norm of resid_post, layer 2)"
+    )
+    page = Markup(bundle["text/html"])
+    assert {tag for tag, _ in page.elements} == {"div", "pre", "span"}
+    tokens = [attributes for tag, attributes in page.elements if tag == "span"]
+    assert page.text.split()[: len(tokens)] == view.texts  # one element a token, and none of it became markup
+    norms = np.linalg.norm(np.asarray(store["resid_post", 2])[view.rows].astype(np.float64), axis=1)
+    shown = [float(token["title"].rpartition(" ")[2]) for token in tokens]
+    np.testing.assert_allclose(shown, norms, rtol=1e-3)
+    alphas = [float(token["style"].partition("15,")[2].partition(")")[0]) for token in tokens]
+    np.testing.assert_allclose(alphas, 0.65 * np.minimum(1, norms / norms[1:].max()), atol=2e-3)
+    assert [n for n, token in enumerate(tokens) if "outline" in token["style"]] == [3, 4]
+    assert "L2 norm of resid_post, layer 2: full colour at " in page.text
+    assert "2 selected" in page.text
+    assert page.elements[0][1]["class"] == "tex2jax_ignore mathjax_ignore"  # $...$ of a token is no formula
+
+
+def test_a_reader_without_a_kernel_sees_the_feature_chosen(store, features):
+    view = wb.TokenView(store, features=features, sequence=1)
+    dense = features[view.rows].toarray()
+    view.colour, view.feature = "feature", int(dense.sum(0).argmax())
+    page = Markup(view._repr_mimebundle_()[0]["text/html"])
+    shown = [float(attributes["title"].rpartition(" ")[2]) for tag, attributes in page.elements if tag == "span"]
+    np.testing.assert_allclose(shown, dense[:, view.feature], rtol=1e-3)
+
+
+def test_a_value_below_zero_has_another_colour_and_a_missing_one_none(store):
+    rows = sequence_rows(store, 1)[:2]
+    view = wb.TokenView(store, xr.DataArray([1.0, -2.0], {"row": rows}, name="<b>gain"), sequence=1)
+    page = Markup(view._repr_mimebundle_()[0]["text/html"])
+    tokens = [attributes for tag, attributes in page.elements if tag == "span"]
+    # full colour is that of the largest ordinary token; the first one is BOS
+    assert [token["style"] for token in tokens[:3]] == [
+        "background-color:rgba(230,125,15,0.325)",
+        "background-color:rgba(30,120,200,0.650)",
+        "",
+    ]
+    assert tokens[2]["title"] == f"row {rows[0] + 2}, position 2: none"
+    assert "<b>gain: full colour at 2" in page.text
 
 
 @pytest.mark.parametrize(

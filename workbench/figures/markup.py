@@ -73,9 +73,15 @@ def inline(line: str) -> str:
     return re.sub(r"\barXiv:? ?(\d{4}\.\d{4,5})\b", link, coded)
 
 
+def inert(markup: str) -> str:
+    """Returns HTML for a notebook, in which MathJax leaves `$...$` and `\\(...\\)` of texts alone."""
+    return f'<div class="tex2jax_ignore mathjax_ignore">{markup}</div>'
+
+
 def card(title: str, facts: Mapping[str, Any], below: str = "") -> str:
     """Returns the notebook card of an object: its kind, one fact per line, then `below`, which is markup."""
     lines = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(fact)}</td></tr>' for name, fact in facts.items()
     )
-    return f'<div class="workbench-card">{_CARD}<strong>{escape(title)}</strong><table>{lines}</table>{below}</div>'
+    content = f"{_CARD}<strong>{escape(title)}</strong><table>{lines}</table>{below}"
+    return inert(f'<div class="workbench-card">{content}</div>')

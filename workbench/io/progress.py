@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import html
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from typing import Any
 
 from workbench.io.log import PROGRESS
 
 EVERY = 10.0
 """Seconds between plain lines."""
+
+_REDRAW = 0.2
 
 
 @contextmanager
@@ -19,10 +23,15 @@ def progress(
     label: str, total: int | None, unit: str, *, show: bool = True, initial: int = 0
 ) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of further units finished. `initial`: those finished before."""
-    if not show:
+    if not show or not PROGRESS.isEnabledFor(logging.INFO):
         yield lambda _n: None
-    elif sys.stderr.isatty() or _in_notebook():
-        with _bar()(desc=label, total=total, initial=initial, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+    elif _in_notebook():
+        with _Output(label, total, unit, initial) as output:
+            yield output.advance
+    elif sys.stderr is not None and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc=label, total=total, initial=initial, unit=f" {unit}", unit_scale=True, leave=False) as bar:
             yield bar.update
     else:
         yield _Lines(label, total, unit, initial).advance
@@ -34,29 +43,23 @@ def _in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
-def _bar() -> type:
-    """tqdm's bar: a widget in a notebook that has ipywidgets, else characters."""
-    if _in_notebook() and find_spec("ipywidgets"):
-        from tqdm.notebook import tqdm
-    else:
-        from tqdm import tqdm
-    return tqdm
-
-
 class _Lines:
     """Logs a line every few seconds: `recording: 120,000 of 1,000,000 rows, 8,123 rows/s, 1 min 48 s left`."""
 
-    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
-        self.label, self.total, self.unit, self.done = label, total, unit, done
+    def __init__(self, label: str, total: int | None, unit: str, done: int, every: float = EVERY) -> None:
+        self.label, self.total, self.unit, self.done, self.every = label, total, unit, done, every
         self.began = self.last_line = time.monotonic()
         self.new = 0
 
     def advance(self, n: int) -> None:
         self.done, self.new = self.done + n, self.new + n
         now = time.monotonic()
-        if now - self.last_line >= EVERY:
+        if now - self.last_line >= self.every:
             self.last_line = now
-            PROGRESS.info(self.line(now - self.began))
+            self.show(self.line(now - self.began))
+
+    def show(self, line: str) -> None:
+        PROGRESS.info(line)
 
     def line(self, seconds: float) -> str:
         """Returns the line after `seconds` of work."""
@@ -64,6 +67,36 @@ class _Lines:
         of = f" of {self.total:,}" if self.total else ""
         left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
         return f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f} {self.unit}/s{left}"
+
+
+class _Output(_Lines):
+    """A bar in the output of a notebook's cell. No widget: the file of the notebook keeps what it showed last."""
+
+    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
+        super().__init__(label, total, unit, done, _REDRAW)
+        self.handle: Any = None
+
+    def __enter__(self) -> _Output:
+        self.show(f"{self.label} ...")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        of = f" of {self.total:,}" if self.total else ""
+        end = "stopped" if kind else f"done in {duration(time.monotonic() - self.began)}"
+        self._display(f"{self.label}: {self.done:,}{of} {self.unit}, {end}")
+
+    def show(self, line: str) -> None:
+        share = f' value="{self.done}" max="{self.total}"' if self.total else ""
+        self._display(line, f"<progress{share}></progress> ")
+
+    def _display(self, line: str, bar: str = "") -> None:
+        from IPython.display import display
+
+        content = {"text/plain": line, "text/html": f"<div>{bar}{html.escape(line)}</div>"}
+        if self.handle is None:
+            self.handle = display(content, raw=True, display_id=True)
+        else:
+            self.handle.update(content, raw=True)
 
 
 def duration(seconds: float) -> str:

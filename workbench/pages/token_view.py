@@ -17,6 +17,7 @@ import xarray as xr
 from jaxtyping import Float, Int64
 
 from workbench.features.feature_store import Features
+from workbench.figures.markup import escape, inert
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Rows, Store
@@ -32,6 +33,8 @@ LIMIT = 2048
 
 _FOLDER = Path(__file__).parent
 _TOKEN_LENGTH = 40
+_ABOVE, _BELOW = "230,125,15", "30,120,200"
+_TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;max-width:60rem;unicode-bidi:isolate"
 
 
 class TokenView(anywidget.AnyWidget):
@@ -118,6 +121,44 @@ class TokenView(anywidget.AnyWidget):
         """Selected tokens, as rows of the store."""
         return Rows(self._store, np.array(self.selected, np.int64))
 
+    def __repr__(self) -> str:
+        return f"TokenView({str(self._store.path)!r}, sequence {self.sequence}, {self._colouring()[0]})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The live view, and a picture of it for notebooks that are only read: nbconvert, code hosts."""
+        data, metadata = super()._repr_mimebundle_(**kwargs)
+        return data | {"text/html": self._picture()}, metadata
+
+    def _colouring(self) -> tuple[str, Float[np.ndarray, " token"], float]:
+        """What colours the tokens now: its name, one value for each token, and the value of full colour."""
+        count = len(self.texts)
+        if self.colour == "feature":
+            token, feature = (np.frombuffer(part, np.int32) for part in (self.entry_token, self.entry_feature))
+            activations, chosen = np.zeros(count, np.float32), feature == self.feature
+            activations[token[chosen]] = np.frombuffer(self.entry_value, np.float32)[chosen]
+            return f"feature {self.feature}", activations, sum(self.feature_scales[self.feature : self.feature + 1])
+        values = np.frombuffer(self.values, np.float32).reshape(len(self.layers), count)[self.layer]
+        layer = self.layers[self.layer]
+        return f"{self.measure}{f', layer {layer}' if layer else ''}", values, self.scales[self.layer]
+
+    def _picture(self) -> str:
+        """The view as HTML without scripts: the tokens with their colours, the value of each on hovering."""
+        name, values, scale = self._colouring()
+        selected = set(self.selected)
+        tokens = "".join(
+            _token(
+                text,
+                f"row {row}, position {position}: {_number(value)}",
+                value / scale if scale else 0,
+                row in selected,
+            )
+            for text, row, position, value in zip(self.texts, self.rows, self.positions, values.tolist(), strict=True)
+        )
+        facts = [f"sequence {self.sequence} of 0 to {self.sequences - 1}", f"{name}: full colour at {_number(scale)}"]
+        facts += [f"{len(selected)} selected"] if selected else []
+        foot = "; ".join([*facts, *filter(None, [self.note]), "run the cell for the interactive view"])
+        return inert(f'<pre style="{_TEXT}">{tokens}</pre><div style="font-size:12px">{escape(foot)}</div>')
+
     @traitlets.validate("sequence", "layer", "feature")
     def _check_index(self, proposal: Any) -> int:
         name, value = proposal["trait"].name, proposal["value"]
@@ -156,6 +197,18 @@ class TokenView(anywidget.AnyWidget):
             self.entry_feature = entries.col.astype(np.int32).tobytes()
             self.entry_value = entries.data.astype(np.float32).tobytes()
         self.loaded += 1
+
+
+def _token(text: str, value: str, strength: float, selected: bool) -> str:
+    """A token as markup, in the colours of token_view.js."""
+    alpha = 0.65 * min(1, abs(strength)) if np.isfinite(strength) else 0
+    colour = f"background-color:rgba({_BELOW if strength < 0 else _ABOVE},{alpha:.3f})" if alpha else ""
+    style = ";".join(filter(None, (colour, "outline:2px solid" if selected else "")))
+    return f'<span title="{escape(value)}" style="{style}">{escape(text)}</span> '
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if np.isfinite(value) else "none"
 
 
 @dataclass(frozen=True)
