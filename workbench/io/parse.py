@@ -13,7 +13,14 @@ from workbench.io.errors import DataError
 
 T = TypeVar("T")
 
-_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
+_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def to_json(record: object) -> str:

@@ -19,13 +19,20 @@ def weights_fingerprint(module: PreTrainedModel) -> str:
     """Returns the SHA-256 of every parameter and saved buffer: name, dtype, shape and bytes. About 1 s a gigabyte."""
     import torch  # takes seconds
 
+    from workbench.model.offload import placeholders  # takes seconds: torch
+
     digest = hashlib.sha256()
-    saved = module.state_dict(keep_vars=True)
-    addresses: set[int] = set()
+    saved, readers = module.state_dict(keep_vars=True), placeholders(module)
+    tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    counted: set[int | str] = set()
     for name, tensor in sorted(saved.items()):
-        if not isinstance(tensor, torch.Tensor) or id(tensor) in addresses:  # tied weights count once
+        if not isinstance(tensor, torch.Tensor):
             continue
-        addresses.add(id(tensor))
+        same = {id(tensor), *((name, tied.get(name, name)) if name in readers else ())}
+        if same & counted:  # tied weights count once; their placeholders are different objects
+            continue
+        counted |= same
+        tensor = readers[name]() if name in readers else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
         for piece in data.split(1 << 28):

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from workbench.model.offload import running_device
 from workbench.sites.grammar import Site
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ def attention_name(module: nn.Module) -> str:
 def input_embedding(module: nn.Module) -> Tensor:
     """Returns the weights of the token embedding, axes (vocab, d_embed)."""
     return cast("nn.Embedding", cast("PreTrainedModel", module).get_input_embeddings()).weight
+
+
+def input_device(module: nn.Module) -> torch.device:
+    """Returns the device that takes the token ids."""
+    return running_device(cast("PreTrainedModel", module).get_input_embeddings())
 
 
 def fixed_shape(site: Site) -> tuple[int, ...]:
@@ -55,7 +61,7 @@ def run(
         mask: 1 for tokens, 0 for padding.
         gradients: Compute gradients, too.
     """
-    device = input_embedding(module).device
+    device = input_device(module)
     inputs = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())

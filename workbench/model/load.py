@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from workbench.store.identity import Identity
+
 _CONTEXT_FIELDS = (
     "max_position_embeddings",
     "n_positions",
@@ -88,7 +90,9 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Device that takes the token ids; a sharded model has others, too."""
-        return self._embedding.device
+        from workbench.model.forward import input_device  # takes seconds: torch
+
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +120,15 @@ class Model:
     def fingerprint(self) -> str:
         """Returns the SHA-256 of every parameter and saved buffer. Costs about 1 s a gigabyte."""
         return weights_fingerprint(self.module)
+
+    def identity(self) -> Identity:
+        """Returns what decides the model's activations now, hooks and adapters included.
+
+        Costs a checksum of the weights, about 1 s a gigabyte, and a forward pass over 16 tokens.
+        """
+        from workbench.model.identity import measure_identity  # takes seconds: torch
+
+        return measure_identity(self.module, self.site_map.last_block)
 
     def config_fingerprint(self) -> str:
         """Returns the SHA-256 of the config, without the fields that name the place it was saved in."""
