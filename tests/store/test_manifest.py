@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from store_example import MODEL, contents, values, write_store
 
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_json
-from workbench.store.manifest import SiteRecord, describe, read_manifest
+from workbench.store.manifest import SiteRecord, describe, manifest_checksum, read_manifest
 from workbench.store.reader import open_store
 
 VERSION_1 = Path(__file__).parents[1] / "data" / "store-v1"
@@ -40,7 +41,7 @@ def test_a_store_of_version_1_stays_readable():
 def edited(path: Path, edit) -> Path:
     manifest = json.loads((path / "manifest.json").read_text())
     edit(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     return path
 
 
@@ -48,7 +49,10 @@ def edited(path: Path, edit) -> Path:
     ("edit", "message"),
     [
         (lambda m: m.update(colour="red"), "manifest.json: unknown key 'colour'; expected model, sites, recording"),
-        (lambda m: m.pop("sites"), "manifest.json: the key 'sites' is missing; found environment, format, model"),
+        (
+            lambda m: m.pop("sites"),
+            "manifest.json: the key 'sites' is missing; found complete, environment, format, model",
+        ),
         (lambda m: m.update(sites={}), "manifest.json: sites: expected a list, found {}"),
         (lambda m: m["model"].update(vocab=True), "model: vocab: expected a whole number, found true"),
         (lambda m: m["model"].update(name=None), "model: name: expected a string, found null"),
@@ -60,6 +64,20 @@ def edited(path: Path, edit) -> Path:
         (lambda m: m["sites"][0].update(axes=["row"]), "axes ('row',) of blocks.0.hook_resid_post do not fit"),
         (lambda m: m.update(format="zip"), "format is 'zip', expected 'workbench.activations'; this is no store"),
         (lambda m: m.update(version="1"), "version is '1', expected 1 or 2"),
+        (lambda m: m["segments"][0].update(name="00001"), "segment 0 is named 00001, expected 00000"),
+        (lambda m: m["segments"].append(m["segments"][0]), "segment 1 is named 00000, expected 00001"),
+        (lambda m: m["segments"][0].update(part=1), "segment 00000 is of part 1, and there are 1 parts"),
+        (lambda m: m["segments"][0].update(part=-1), "segment 00000 is of part -1, and there are 1 parts"),
+        (lambda m: m["segments"][0].update(rows=6), "part 0 has more rows or sequences than planned"),
+        (lambda m: m["segments"][0].update(sequences=3), "part 0 has more rows or sequences than planned"),
+        (lambda m: m["segments"][0].update(rows=4), "it counts as complete with 4 of 5 planned rows"),
+        (lambda m: m["segments"].clear(), "it counts as complete with 0 of 5 planned rows"),
+        (lambda m: m.update(complete=False), "it counts as not complete with 5 of 5 planned rows"),
+        (lambda m: m.update(parts=[], segments=[]), "it counts as complete with 0 of 0 planned rows"),
+        (
+            lambda m: (m.update(parts=m["parts"] * 2), m["segments"][0].update(part=1)),
+            "segment 00000 is of part 1, and rows of an earlier part are missing",
+        ),
     ],
 )
 def test_a_manifest_that_is_not_as_declared_is_refused_by_file_and_key(tmp_path, edit, message):
@@ -68,6 +86,32 @@ def test_a_manifest_that_is_not_as_declared_is_refused_by_file_and_key(tmp_path,
         read_manifest(path)
     assert str(refused.value).startswith(str(path / "manifest.json"))
     assert "\n" not in str(refused.value)
+
+
+def test_a_manifest_that_was_edited_or_damaged_is_not_opened(tmp_path):
+    path = write_store(tmp_path / "x.acts", [[3, 2]])
+    text = (path / "manifest.json").read_text()
+    for old, new in [('"demo"', '"damo"'), ('"vocab": 40', '"vocab": 41'), ('{\n "checksum": "', '{\n "checksum": "0')]:
+        assert text.count(old) == 1
+        (path / "manifest.json").write_text(text.replace(old, new))
+        with pytest.raises(DataError, match="is damaged or was edited: its checksum differs; restore it from a copy"):
+            read_manifest(path)
+    (path / "manifest.json").write_text(json.dumps(json.loads(text), indent=4))  # formatted anew: the same facts
+    assert read_manifest(path).complete
+
+
+def test_a_store_of_version_1_is_complete_if_it_has_all_rows_of_at_least_one_part(tmp_path):
+    shutil.copytree(VERSION_1, tmp_path / "x")
+    assert read_manifest(tmp_path / "x").complete
+
+    def interrupted(manifest):
+        manifest["segments"].pop()
+
+    def tokenizing(manifest):
+        manifest.update(parts=[], segments=[])
+
+    for edit in (interrupted, tokenizing):
+        assert not read_manifest(edited(tmp_path / "x", edit)).complete
 
 
 def test_a_newer_version_asks_for_an_upgrade(tmp_path):

@@ -77,6 +77,8 @@ class StoreHistory(RuleBasedStateMachine):
     def _begin(self, part, commit, append):
         with writing(self.path, sites=self.sites) as store:
             assert store.begin(part_of(part), append=append) == 0
+            if append and not part[:commit]:
+                return  # the store lists the part with its first segment
             self.part, self.left, self.parts = part, list(part), self.parts + 1
             self._commit(store, commit)
 

@@ -147,7 +147,7 @@ def test_an_edited_manifest_is_named(path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["model"]["name"] = "another"
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert found(path) == [("", "manifest.json", "checksum differs")]
+    assert found(path) == [("", "manifest.json", "unreadable")]
     (path / "manifest.json").write_text("{}")
     assert found(path) == [("", "manifest.json", "unreadable")]
 
@@ -245,7 +245,7 @@ def test_unlisted_files_are_notes(path):
 
 def test_an_unfinished_recording_is_a_note(path):
     manifest = read_manifest(path)
-    write_manifest(path, replace(manifest, segments=manifest.segments[:2]))
+    write_manifest(path, replace(manifest, segments=manifest.segments[:2], complete=False))
     assert found(path) == []
     assert found(path, "note") == [("", "manifest.json", "incomplete"), ("", "00002", "unlisted")]
     assert verify(path)["detail"][0] == "9 of 16 planned rows are committed"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from refusals import refused
 from safetensors.numpy import save_file
@@ -84,6 +85,36 @@ def test_a_store_without_rows_is_complete(tmp_path):
     assert store["resid_post", 0][:].shape == store["resid_post", 0][[]].shape == (0, 3)
     assert list(store["resid_post", 0].blocks()) == []
     assert store.verify().empty
+
+
+def test_a_store_is_complete_once_all_rows_of_its_texts_are_committed(tmp_path):
+    path, states = tmp_path / "x", []
+    with writing(path) as store:
+        states.append(read_manifest(path).complete)  # the texts are being tokenized
+        store.begin(part_of([[3, 2], [4]]), append=False)
+        states.append(read_manifest(path).complete)
+        write_segment(store, [3, 2])
+        states.append(read_manifest(path).complete)
+        write_segment(store, [4])
+    assert states == [False, False, False]
+    assert read_manifest(path).complete
+
+
+def test_an_append_that_is_refused_or_interrupted_before_its_first_commit_leaves_the_store_as_it_was(tmp_path):
+    path = write_store(tmp_path / "x", SEGMENTS)
+    before = contents(path)
+    other = token_table([2], 16, 6).append_column("colour", pa.array(["red", "blue"]))
+    with writing(path) as store:
+        store.begin(part_of([[2]]), append=True)
+        assert contents(path) == before
+        with pytest.raises(RequestError, match="colour"), store.segment(2, 1, digest(16, [2]), other):
+            pass
+    assert contents(path) == before
+    write_store(path, SEGMENTS)  # the same request gives the store back
+    assert contents(path) == before
+    write_store(path, [[2]], append=True)  # and other texts can be appended
+    assert [segment.part for segment in read_manifest(path).segments] == [0, 0, 0, 1]
+    assert open_store(path).verify().empty
 
 
 def test_the_unembedding_is_written_before_the_first_segment_and_only_once(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float
@@ -199,7 +199,7 @@ class EncodedSite:
 
     def _planned(self, manifest: Manifest) -> ExtractionRecord:
         """The request while the store is recorded, with the fingerprint of the planned store."""
-        return self._request(replace(manifest, segments=()).fingerprint, manifest.planned_rows)
+        return self._request(manifest.without_segments.fingerprint, manifest.planned_rows)
 
     def _request(self, fingerprint: str, rows: int) -> ExtractionRecord:
         sae = sae_record(self.features.sae, None)

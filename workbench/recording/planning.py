@@ -151,7 +151,7 @@ def plan_part(
     part_plan = PartPlan(
         store=writer.path.absolute(),
         tokens=folder.absolute(),
-        manifest=replace(writer.manifest, segments=()),
+        manifest=writer.manifest.without_segments,
         settings=plan.settings,
         row_offset=sum(part.rows for part in before),
         sequence_offset=sum(part.sequences for part in before),

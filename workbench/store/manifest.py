@@ -37,6 +37,9 @@ FEATURES = "features"
 _NEW_MODEL_KEYS = {"causal": True}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
+_NEW_KEYS = {"complete": False}
+"""Keys of the manifest that version 2 added; `parse_manifest` finds whether a store of version 1 is complete."""
+
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Stored types and the bytes of one value."""
 
@@ -181,6 +184,8 @@ class Manifest:
     """Reason why there is no unembedding; None where there is one."""
     parts: tuple[Part, ...] = ()
     segments: tuple[Segment, ...] = ()
+    complete: bool = False
+    """True once every row of all parts is committed; False while there is no part yet."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -195,9 +200,9 @@ class Manifest:
         return sum(part.rows for part in self.parts)
 
     @property
-    def complete(self) -> bool:
-        """True if every planned row is committed."""
-        return self.rows == self.planned_rows
+    def without_segments(self) -> Manifest:
+        """The manifest of the same parts before the first segment: the same at every stage of the recording."""
+        return replace(self, segments=(), complete=False)
 
     @property
     def fingerprint(self) -> str:
@@ -239,7 +244,7 @@ def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
 
 
 def parse_manifest(text: bytes, source: Path) -> Manifest:
-    """Parses the bytes of a `manifest.json`; `source` names it in errors. Its checksum is checked by `verify`."""
+    """Parses the bytes of a `manifest.json` and checks them against their checksum; `source` names it in errors."""
     value = from_json(text, source)
     if value.get("format") != FORMAT:
         raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; this is no store")
@@ -250,14 +255,41 @@ def parse_manifest(text: bytes, source: Path) -> Manifest:
         )
     if version not in (1, VERSION):
         raise DataError(f"{source}: version is {version!r}, expected 1 or {VERSION}")
-    value.pop("checksum", None)
-    return parse(Manifest, _with_new_keys(value) if version == 1 else value, str(source))
+    checksum = value.pop("checksum", None)
+    manifest = parse(Manifest, _with_new_keys(value) if version == 1 else value, str(source))
+    if version == 1:
+        manifest = replace(manifest, complete=bool(manifest.parts) and manifest.rows == manifest.planned_rows)
+    if checksum != manifest_checksum(value):
+        raise DataError(f"{source} is damaged or was edited: its checksum differs; restore it from a copy")
+    if problem := _not_as_planned(manifest):
+        raise DataError(f"{source}: {problem}; restore it from a copy")
+    return manifest
+
+
+def _not_as_planned(manifest: Manifest) -> str | None:
+    """A reason why these segments cannot be those of these parts. None: they are, all of them or the first ones."""
+    left = [[part.rows, part.sequences] for part in manifest.parts]
+    for number, segment in enumerate(manifest.segments):
+        if segment.name != f"{number:05d}":
+            return f"segment {number} is named {segment.name}, expected {number:05d}"
+        if not 0 <= segment.part < len(left):
+            return f"segment {segment.name} is of part {segment.part}, and there are {len(left)} parts"
+        if any(rows for rows, _ in left[: segment.part]):
+            return f"segment {segment.name} is of part {segment.part}, and rows of an earlier part are missing"
+        left[segment.part][0] -= segment.rows
+        left[segment.part][1] -= segment.sequences
+        if min(left[segment.part]) < 0:
+            return f"part {segment.part} has more rows or sequences than planned"
+    if manifest.complete != (bool(left) and not any(map(any, left))):
+        state = "complete" if manifest.complete else "not complete"
+        return f"it counts as {state} with {manifest.rows} of {manifest.planned_rows} planned rows"
+    return None
 
 
 def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
     """A manifest of version 1 with the values of the keys that version 2 added; its own keys are left as they are."""
     model = value.get("model")
-    return value | ({"model": _NEW_MODEL_KEYS | model} if isinstance(model, dict) else {})
+    return _NEW_KEYS | value | ({"model": _NEW_MODEL_KEYS | model} if isinstance(model, dict) else {})
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -276,6 +308,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     """The manifest as it is written, without its checksum: one of version 1 has only the keys of version 1."""
     body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     if manifest.version == 1:
+        body = {key: value for key, value in body.items() if key not in _NEW_KEYS}
         body["model"] = {key: value for key, value in vars(manifest.model).items() if key not in _NEW_MODEL_KEYS}
     return body
 

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError
-from workbench.io.parse import from_json
 from workbench.io.tensors import TensorHeader, read_header
 from workbench.store.groups import GROUPS, complete_groups
 from workbench.store.manifest import (
@@ -32,10 +31,8 @@ from workbench.store.manifest import (
     Segment,
     SegmentRecord,
     SiteRecord,
-    manifest_checksum,
-    parse_manifest,
     parse_segment,
-    read_manifest_text,
+    read_manifest,
 )
 from workbench.store.token_table import check_tokens, read_tokens
 
@@ -76,15 +73,11 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd
 
 
 def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
-    text = read_manifest_text(path)
     try:
-        manifest = parse_manifest(text, path / MANIFEST)
+        manifest = read_manifest(path)
     except DataError as error:
         yield Finding("", MANIFEST, "unreadable", str(error))
         return
-    body = from_json(text, path / MANIFEST)
-    if body.get("checksum") != manifest_checksum(body):
-        yield Finding("", MANIFEST, "checksum differs", "edited or damaged; findings below may follow from it")
     if not manifest.complete:
         detail = f"{manifest.rows} of {manifest.planned_rows} planned rows are committed"
         yield Finding("", MANIFEST, "incomplete", detail, "note")

@@ -142,7 +142,8 @@ class Writer:
         """Begins or resumes the recording of `part`; returns the number of its committed segments.
 
         Without `append` the store must be new or have this part alone. With it, an unfinished last part is resumed, and
-        must be this one; otherwise the part is added after the others.
+        must be this one; otherwise the part is added after the others, with its first committed segment: until then the
+        store on the disk stays as it was, complete.
         """
         if self._shared and append:  # the last process could not distinguish a part to add from a finished one
             raise RequestError("several processes that share a store cannot append to it; append with one")
@@ -152,10 +153,12 @@ class Writer:
                 raise RequestError(
                     f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts"
                 )
-            if not parts or (append and not unfinished):
-                self._replace(replace(self.manifest, parts=(*parts, part)))
+            if not parts:
+                self._replace(_with_parts(self.manifest, (part,)))
+            elif append and not unfinished:  # the first commit lists the part: a refused append leaves the store alone
+                self.manifest = _with_parts(self.manifest, (*parts, part))
             elif parts[-1] != part and unfinished and not self._part_segments():  # without a committed segment
-                self._replace(replace(self.manifest, parts=(*parts[:-1], part)))
+                self._replace(_with_parts(self.manifest, (*parts[:-1], part)))
             elif parts[-1] != part:
                 hint = "resume that part with its own texts" if append else "pass append=True to add texts"
                 raise RequestError(
@@ -253,7 +256,7 @@ class Writer:
             rows.append(row)
         if rows:
             try:
-                self._replace(replace(self.manifest, segments=(*listed, *rows)))
+                self._replace(_with_segments(self.manifest, (*listed, *rows)))
             finally:  # also if the disk failed after the new manifest was in place
                 listed = self.manifest.segments[len(listed) :]
                 staging.remove_rows(self.path, [row.name for row in listed])
@@ -273,7 +276,7 @@ class Writer:
         with _turn(self.path, self._shared):
             if self._shared:
                 existing = read_manifest(self.path)
-                if self._started and replace(existing, segments=()) != replace(self.manifest, segments=()):
+                if self._started and existing.without_segments != self.manifest.without_segments:
                     raise RequestError(
                         f"{self.path}: another process makes another recording there; all processes that share a "
                         "store need the same texts, model and settings"
@@ -288,6 +291,15 @@ class Writer:
             self.manifest = read_manifest(self.path)
             raise
         self.manifest = manifest
+
+
+def _with_parts(manifest: Manifest, parts: tuple[Part, ...]) -> Manifest:
+    return _with_segments(replace(manifest, parts=parts), manifest.segments)
+
+
+def _with_segments(manifest: Manifest, segments: tuple[Segment, ...]) -> Manifest:
+    manifest = replace(manifest, segments=segments)
+    return replace(manifest, complete=manifest.rows == manifest.planned_rows)
 
 
 def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
