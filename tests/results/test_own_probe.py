@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from planted import linear_unembed, planted_store
 
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.probes import LogitLens
 from workbench.testing import ProbeContract
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +63,7 @@ def test_the_page_shows_the_package_as_it_is():
 
 
 def test_an_installed_probe_is_used_like_ours(installed, tmp_path):
-    norms = {f"resid_post.{layer}": np.full((6, 4), 2.0**layer, np.float32) for layer in range(3)}
-    norms["resid_post.1"][0] = 100  # the row that the condition leaves out
-    planted_store(tmp_path / "own.acts", [[1, 2, 3], [4, 5, 6]], norms, linear_unembed(np.eye(8, 4)))
+    planted_norms(tmp_path, first_row=100)  # which the condition leaves out
     path = os.pathsep.join([str(installed), str(ROOT)])
     ran = subprocess.run(
         [sys.executable, "-c", COMMANDS],
@@ -87,6 +88,90 @@ def test_an_installed_probe_is_used_like_ours(installed, tmp_path):
         "<code>norm(l) = mean |h_l|</code>",
     ):
         assert text in page
+
+
+# Without an installation
+
+SCRIPT = """
+import workbench as wb
+from workbench.pages.report import section, write_report
+{source}
+store = wb.open_store("own.acts")
+result = NormGrowth().run(store)
+result.save("norms")
+again = wb.load_result("norms")
+print(again.headline(), *again.figures())
+write_report([section(again)], "report.html", title="Own")
+"""
+
+
+def run_python(folder: Path, code: str, **variables: str) -> str:
+    (folder / "script.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "script.py"]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def planted_norms(folder: Path, first_row: float = 2.0) -> Path:
+    """A store of 6 rows with 2^l in each of the 4 places of block l, and `first_row` in the first row of block 1."""
+    norms = {f"resid_post.{layer}": np.full((6, 4), 2.0**layer, np.float32) for layer in range(3)}
+    norms["resid_post.1"][0] = first_row
+    planted_store(folder / "own.acts", [[1, 2, 3], [4, 5, 6]], norms, linear_unembed(np.eye(8, 4)))
+    return folder / "own.acts"
+
+
+def test_a_probe_of_a_script_is_saved_drawn_and_reported_and_later_needs_its_class(tmp_path):
+    planted_norms(tmp_path)
+    source = (PACKAGE / "norm_growth.py").read_text()
+    printed = run_python(tmp_path, SCRIPT.format(source=source))
+    assert printed.strip() == "Mean residual norm grows from 2.0 to 8.0, a factor of 4.0. norm"
+    assert "Measures the norm of the residual stream after each block." in (tmp_path / "report.html").read_text()
+    result = wb.load_result(tmp_path / "norms")
+    np.testing.assert_allclose(result.data["norm"], [2.0, 4.0, 8.0])
+    with pytest.raises(RequestError, match=NOT_HERE) as caught:
+        result.figures()
+    assert "\n" not in str(caught.value)
+    assert "__main__ does not define it here" in result._repr_html_()
+    given = wb.load_result(tmp_path / "norms", probe=NormGrowth)
+    assert given.headline().startswith("Mean residual norm grows from 2.0 to 8.0")
+    given.save(tmp_path / "norms")
+    assert list(wb.load_result(tmp_path / "norms").figures()) == ["norm"]  # of the class that can be imported
+
+
+NOT_HERE = (
+    r"probe 'norm-growth' is not installed, and its class __main__:NormGrowth cannot be imported \(__main__ does not "
+    r"define it here\); import the class and give it: load_result\(path, probe=CLASS\)"
+)
+
+
+def test_a_class_inside_a_function_draws_what_it_made_in_this_process(tmp_path):
+    class Inside(NormGrowth):
+        name = "inside"
+
+    result = Inside().run(wb.open_store(planted_norms(tmp_path)))
+    again = wb.load_result(result.save(tmp_path / "norms"))
+    assert list(again.figures()) == ["norm"]
+    assert again.maker() is Inside
+
+
+def test_a_class_that_is_defined_again_draws_from_then_on(tmp_path, monkeypatch):
+    result = NormGrowth().run(wb.open_store(planted_norms(tmp_path)))
+
+    class NormGrowthAgain(NormGrowth):
+        @staticmethod
+        def headline(result):
+            return "again"
+
+    monkeypatch.setattr(sys.modules[NormGrowth.__module__], "NormGrowth", NormGrowthAgain)
+    assert result.headline() == "again"
+
+
+def test_the_class_of_another_probe_is_refused(tmp_path):
+    saved = NormGrowth().run(wb.open_store(planted_norms(tmp_path))).save(tmp_path / "norms")
+    with pytest.raises(RequestError, match="is of the probe 'norm-growth', not of 'logit-lens'"):
+        wb.load_result(saved, probe=LogitLens)
 
 
 # The contract, in this process

@@ -16,7 +16,6 @@ import workbench as wb
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.probes import LogitLens
-from workbench.results import result as result_module
 from workbench.results.result import Result, load_result, provenance, refuse_other
 
 FILES = ("data.nc", "result.json", "table.parquet")
@@ -79,7 +78,7 @@ def test_the_folder_holds_open_formats(result, saved):
     with xr.open_dataset(saved / "data.nc", engine="scipy") as data:
         assert data["entropy"].attrs["units"] == "nats"
     record = json.loads((saved / "result.json").read_text())
-    assert (record["format"], record["version"], record["probe"]) == ("workbench.result", 1, "logit-lens")
+    assert (record["format"], record["version"], record["probe"]) == ("workbench.result", 2, "logit-lens")
 
 
 def test_provenance_says_what_made_it(result, store):
@@ -90,6 +89,7 @@ def test_provenance_says_what_made_it(result, store):
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
         "settings": {"site": "resid_post", "where": None, "top_k": 2, "detail": 10_000, "device": "cpu"},
+        "probe_class": "workbench.probes.logit_lens:LogitLens",
         "workbench": "0.1.0",
     }
     assert provenance(store, LogitLens(top_k=3))["settings"]["top_k"] == 3
@@ -270,8 +270,8 @@ def test_a_missing_file(saved, name):
     ("change", "said"),
     [
         ({"format": "x"}, "format is 'x', expected 'workbench.result'"),
-        ({"probe": None}, "result.json lacks one of format, version, probe, provenance, empty"),
-        ({"provenance": []}, "result.json lacks one of format, version, probe, provenance, empty"),
+        ({"probe": None}, "result.json lacks one of format, version, probe, provenance"),
+        ({"provenance": []}, "result.json lacks one of format, version, probe, provenance"),
     ],
 )
 def test_a_record_of_something_else(saved, change, said):
@@ -284,9 +284,9 @@ def test_a_record_of_something_else(saved, change, said):
 
 def test_a_newer_format(saved):
     record = json.loads((saved / "result.json").read_text())
-    (saved / "result.json").write_text(json.dumps(record | {"version": 2}))
+    (saved / "result.json").write_text(json.dumps(record | {"version": 3}))
     assert refusal(RequestError, lambda: load_result(saved)) == (
-        f"result {str(saved)!r} has format version 2; upgrade the workbench"
+        f"result {str(saved)!r} has format version 3; upgrade the workbench"
     )
 
 
@@ -306,8 +306,7 @@ class Mean:
         return {"values": go.Figure(go.Scatter(y=result.data["mean"].to_numpy()))}
 
 
-def test_a_probe_of_somebody_elses(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(result_module, "find_maker", {"mean": Mean}.__getitem__)
+def test_a_probe_of_somebody_elses(store, tmp_path):
     data = xr.Dataset({"mean": (("d_model",), np.arange(3, dtype=np.float32), {"units": "1"})})
     table = pd.DataFrame({"token": ["é", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), None]})
     result = Result("mean", data, table, provenance(store, Mean()))
@@ -318,5 +317,9 @@ def test_a_probe_of_somebody_elses(store, tmp_path, monkeypatch):
 
 
 def test_a_probe_that_is_not_installed(result):
-    other = dataclasses.replace(result, probe="logit-len")
+    other = dataclasses.replace(result, probe="logit-len", provenance={**result.provenance, "probe_class": None})
     assert refusal(RequestError, other.figures).startswith("probe 'logit-len' is not installed; nearest: logit-lens, ")
+    renamed = dataclasses.replace(result, probe="logit-len")
+    assert "logit_lens:LogitLens cannot be imported (it is not a probe named 'logit-len')" in refusal(
+        RequestError, renamed.figures
+    )

@@ -19,7 +19,6 @@ from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError
 from workbench.io.files import replace_file
 from workbench.results.probe import definition, setting_meanings
-from workbench.results.registry import find_maker
 from workbench.results.result import Result
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Section:
 
 def section(result: Result) -> Section:
     """Returns the section of a result: headline, figures, and the definition, controls and settings of its probe."""
-    probe = find_maker(result.probe)
+    probe = result.maker()
     provenance = {name: value for name, value in result.provenance.items() if name != "settings"}
     headline, note = result.headline(), result.data.attrs.get("note")
     return Section(

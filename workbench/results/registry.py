@@ -7,6 +7,7 @@ A probe is a class registered in the group `workbench.probes`, an experiment a m
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from workbench.results.probe import Probe
 
 PROBES, EXPERIMENTS = "workbench.probes", "workbench.experiments"
+
+_USED: dict[str, type] = {}
+"""Classes that made or drew a result in this process, by reference: those inside functions have no other address."""
 
 
 def installed_probes() -> dict[str, EntryPoint]:
@@ -42,9 +46,53 @@ def find_experiment(name: str) -> Experiment:
     return _load("experiment", name, installed_experiments())
 
 
-def find_maker(name: str) -> type[Probe] | Experiment:
-    """Imports the probe or the experiment that made a result. Raises RequestError with the nearest names."""
-    return find_experiment(name) if name in installed_experiments() else find_probe(name)
+def reference(probe: type) -> str:
+    """Returns the address of a probe's class, "module:Class", as provenance records it, and remembers the class."""
+    address = f"{probe.__module__}:{probe.__qualname__}"
+    _USED[address] = probe
+    return address
+
+
+def find_maker(name: str, address: str | None = None) -> type[Probe] | Experiment:
+    """Returns the probe or the experiment that made a result.
+
+    Args:
+        name: Name of the probe or the experiment.
+        address: Class of the probe, "module:Class". It is imported, or taken from this process where it was defined in
+            a notebook, a script or a function. None, or a class that is not there: the one registered as `name`.
+
+    Raises:
+        RequestError: Neither is there; with the nearest names, and the reason why the class cannot be imported.
+    """
+    reason = ""
+    if address is not None:
+        try:
+            return _at_address(name, address)
+        except Exception as error:  # whatever the import of somebody's module raises
+            kind = "" if isinstance(error, RequestError) else f"{type(error).__name__}: "
+            reason = f"its class {address} cannot be imported ({kind}{' '.join(str(error).split())[:120]})"
+    if name in installed_experiments():
+        return find_experiment(name)
+    if name in installed_probes() or not reason:
+        return find_probe(name)
+    raise RequestError(
+        f"probe {name!r} is not installed, and {reason}; import the class and give it: load_result(path, probe=CLASS)"
+    )
+
+
+def _at_address(name: str, address: str) -> type[Probe]:
+    module, _, qualified = address.partition(":")
+    probe: Any = None
+    if "<locals>" not in qualified:
+        probe = importlib.import_module(module)
+        for part in qualified.split("."):
+            probe = getattr(probe, part, None)
+    probe = probe or _USED.get(address)
+    if probe is None:
+        raise RequestError(f"{module} does not define it here")
+    if not isinstance(probe, type) or getattr(probe, "name", None) != name:
+        raise RequestError(f"it is not a probe named {name!r}")
+    return probe
 
 
 def summary(entry: EntryPoint) -> str:

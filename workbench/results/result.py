@@ -5,26 +5,41 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.io.errors import DataError, RequestError
-from workbench.io.files import replace_folder
-from workbench.results.registry import find_maker
+from workbench.io.files import explain_full_disk, replace_folder, write_file
+from workbench.results.arrays import json_value, read_dataset, write_dataset
+from workbench.results.registry import find_maker, reference
+from workbench.results.tables import read_table, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
     from plotly.graph_objects import Figure
 
+    from workbench.results.experiment import Experiment
+    from workbench.results.probe import Probe
     from workbench.store.reader import Store
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
-_FORMAT, _VERSION = "workbench.result", 1
+_FORMAT, _VERSION = "workbench.result", 2
 RESULT_FILES = (_RECORD, _DATA, _TABLE, "figures/*.html", "figures/plotly.min.js")
 """Names of the files in the folder of a result; `*` matches within one name."""
+
+_PROVENANCE = {
+    "model": str,
+    "model_fingerprint": str,
+    "store": str,
+    "store_fingerprint": str,
+    "rows": int,
+    "settings": dict,
+    "workbench": str,
+}
+"""Keys of every provenance, and their types."""
 
 _ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
@@ -42,6 +57,10 @@ class Result:
     provenance: Mapping[str, Any]
     """Model, store, fingerprints, settings and version that made it."""
 
+    def maker(self) -> type[Probe] | Experiment:
+        """Returns the probe or the experiment that made this result. RequestError where it cannot be imported."""
+        return find_maker(self.probe, self.provenance.get("probe_class"))
+
     def figures(self) -> dict[str, Figure]:
         """Returns every figure of this result by name, the one for a paper first.
 
@@ -49,7 +68,7 @@ class Result:
         """
         from workbench.figures.safe_text import sentence
 
-        figures = find_maker(self.probe).figures(self)
+        figures = self.maker().figures(self)
         for figure in figures.values():
             figure.update_layout(meta={"provenance": sentence(self.source())})
         return figures
@@ -73,7 +92,7 @@ class Result:
 
     def headline(self) -> str:
         """Returns the finding in one line of plain text; for a probe without a headline, the result's `repr`."""
-        headline = getattr(find_maker(self.probe), "headline", None)
+        headline = getattr(self.maker(), "headline", None)
         return repr(self) if headline is None else headline(self)
 
     def save(self, path: str | Path) -> Path:
@@ -89,26 +108,34 @@ class Result:
             `path`.
 
         Raises:
-            RequestError: The folder holds another result or something else.
+            RequestError: The folder holds another result or something else; or an array, an attribute, a column or a
+                setting would not be read back as it is, which the message names; nothing is written then.
+            DataError: The disk is full.
         """
         requested, path = Path(path), Path(path).resolve()  # a link, or ".", cannot be replaced by name
         refuse_other(requested, self.probe, self.provenance)
-        with replace_folder(path, RESULT_FILES) as folder:
+        with (
+            explain_full_disk(f"result {str(requested)!r}", "free space and save it again"),
+            replace_folder(path, RESULT_FILES) as folder,
+        ):
             self.write_files(folder)
         return requested
 
     def write_files(self, folder: Path) -> None:
         """Writes the files of the result into an existing empty folder."""
+        known = json_value("provenance", self.provenance)
+        if problem := _problem(known):
+            raise RequestError(f"provenance of the result {problem}; make it by `provenance(store, settings)`")
+        arrays, data = write_dataset(self.data)
+        table, pages = write_table(self.table), _pages(self.figures())
+        record = {"format": _FORMAT, "version": _VERSION, "probe": self.probe, "provenance": known}
+        record["data"] = asdict(data)
         (folder / "figures").mkdir()
-        empty = {name: part.to_dict(data=False) for name, part in self.data.variables.items() if not part.size}
-        _ordered(self.data.drop_vars(empty)).to_netcdf(folder / _DATA, engine="scipy")
-        self.table.to_parquet(folder / _TABLE)
-        for name, figure in self.figures().items():
-            html = folder / "figures" / f"{name}.html"
-            figure.write_html(html, include_plotlyjs="directory", include_mathjax=False, div_id=name)
-        record = {"format": _FORMAT, "version": _VERSION, "probe": self.probe, "provenance": dict(self.provenance)}
-        record["empty"] = empty  # netCDF 3 has no axes of length 0
-        (folder / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        for name, text in pages.items():
+            write_file(folder / "figures" / name, text.encode("utf-8", "replace"))
+        write_file(folder / _DATA, arrays)
+        write_file(folder / _TABLE, table)
+        write_file(folder / _RECORD, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
@@ -133,17 +160,18 @@ class Result:
         return card(f"Result of {self.probe}", facts, frame(shown, _ROWS_SHOWN) if len(shown) else "")
 
 
-def load_result(path: str | Path) -> Result:
+def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result:
     """Reads the folder that `Result.save` wrote.
 
+    Args:
+        path: The folder.
+        probe: Class of the probe that made it, which draws its figures and writes its headline. None: the class that
+            the result names, or the installed probe of that name; needed where neither can be imported.
+
     Raises:
-        RequestError: The folder has no result, or one of a later format.
+        RequestError: The folder has no result, one of a later format, or one of another probe than `probe`.
         DataError: The result is damaged.
     """
-    import numpy as np  # these take seconds, which `workbench --help` does not pay
-    import pandas as pd
-    import xarray as xr
-
     path = Path(path)
     if not (path / _RECORD).is_file():
         raise RequestError(
@@ -153,18 +181,19 @@ def load_result(path: str | Path) -> Result:
         record = _read_record(path)
         if record["version"] > _VERSION:
             raise RequestError(f"result {str(path)!r} has format version {record['version']}; upgrade the workbench")
-        data = xr.load_dataset(io.BytesIO((path / _DATA).read_bytes()), engine="scipy")
-        empty = {
-            name: xr.Variable(part["dims"], np.empty(part["shape"], part["dtype"]), part["attrs"])
-            for name, part in record["empty"].items()
-        }
-        data = data.assign(empty)
-        return Result(record["probe"], data, pd.read_parquet(path / _TABLE), record["provenance"])
+        arrays, table = ((path / name).read_bytes() for name in (_DATA, _TABLE))
+        read = _read_first_version if record["version"] == 1 else _read_files
+        result = Result(record["probe"], *read(record, arrays, table), record["provenance"])
     except RequestError:
         raise
     except Exception as error:  # netCDF, Parquet and JSON readers each raise their own kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"result {str(path)!r} is damaged: {reason}; run the probe again") from error
+    if probe is None:
+        return result
+    if probe.name != result.probe:
+        raise RequestError(f"result {str(path)!r} is of the probe {result.probe!r}, not of {probe.name!r}")
+    return replace(result, provenance={**result.provenance, "probe_class": reference(probe)})
 
 
 def provenance(store: Store, settings: Any) -> dict[str, Any]:
@@ -174,16 +203,15 @@ def provenance(store: Store, settings: Any) -> dict[str, Any]:
         store: The store that was read.
         settings: The probe, a dataclass of settings.
     """
-    from dataclasses import asdict
-
-    model = store.manifest.model
+    model, values = store.manifest.model, asdict(settings)
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
         "store": Path(store.path).name,
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
-        "settings": asdict(settings),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
+        "probe_class": reference(type(settings)),
         "workbench": version("interp-workbench"),
     }
 
@@ -197,28 +225,60 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         known = _read_record(path)
     except (OSError, ValueError) as error:
         raise RequestError(f"out {str(path)!r} exists and is not a result; choose another folder") from error
-    same = ("model_fingerprint", "store_fingerprint", "settings")
-    if known["probe"] != probe or any(known["provenance"].get(k) != _plain(provenance[k]) for k in same):
+    same, requested = ("model_fingerprint", "store_fingerprint", "settings"), json_value("provenance", provenance)
+    if known["probe"] != probe or any(known["provenance"].get(k) != requested.get(k) for k in same):
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )
 
 
-def _ordered(data: xr.Dataset) -> xr.Dataset:
-    """Sorts variables by name: netCDF 3 has an order of its own, and the same result is written as the same bytes."""
-    variables = {name: data.variables[name] for name in sorted(data.variables, key=str)}
-    return type(data)(variables, attrs=data.attrs).set_coords([name for name in data.coords if name in variables])
+def _pages(figures: Mapping[str, Figure]) -> dict[str, str]:
+    """The figures as HTML pages by file name, with the script that they share."""
+    from plotly.offline import get_plotlyjs
+
+    pages = {
+        f"{name}.html": figure.to_html(include_plotlyjs="directory", include_mathjax=False, div_id=name)
+        for name, figure in figures.items()
+    }
+    return {**pages, "plotly.min.js": get_plotlyjs()} if pages else {}
+
+
+def _read_files(record: Mapping[str, Any], arrays: bytes, table: bytes) -> tuple[xr.Dataset, pd.DataFrame]:
+    return read_dataset(arrays, record.get("data"), _RECORD), read_table(table)
+
+
+def _read_first_version(record: Mapping[str, Any], arrays: bytes, table: bytes) -> tuple[xr.Dataset, pd.DataFrame]:
+    """Files of format version 1: types and attributes are those that netCDF 3 has, as xarray reads them."""
+    import numpy as np  # these take seconds, which `workbench --help` does not pay
+    import pandas as pd
+    import xarray as xr
+
+    if not isinstance(record.get("empty"), dict):
+        raise ValueError(f"{_RECORD} lacks empty")
+    empty = {  # netCDF 3 has no axes of length 0
+        name: xr.Variable(part["dims"], np.empty(part["shape"], part["dtype"]), part["attrs"])
+        for name, part in record["empty"].items()
+    }
+    data = xr.load_dataset(io.BytesIO(arrays), engine="scipy").assign(empty)
+    return data, pd.read_parquet(io.BytesIO(table))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     record = json.loads((path / _RECORD).read_text())
-    kinds = {"format": str, "version": int, "probe": str, "provenance": dict, "empty": dict}
+    kinds = {"format": str, "version": int, "probe": str, "provenance": dict}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{_RECORD} lacks one of {', '.join(kinds)}")
     if record["format"] != _FORMAT:
         raise ValueError(f"format is {record['format']!r}, expected {_FORMAT!r}")
+    if problem := _problem(record["provenance"]):
+        raise ValueError(f"provenance in {_RECORD} {problem}")
     return record
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+def _problem(provenance: Mapping[str, Any]) -> str:
+    """What is missing from a provenance, or of the wrong type; "" where it is whole."""
+    for key, kind in _PROVENANCE.items():
+        if not isinstance(provenance.get(key), kind):
+            return f"has no {key}" if key not in provenance else f"has a {key} that is not {kind.__name__}"
+    address = provenance.get("probe_class")
+    return "" if address is None or isinstance(address, str) else "has a probe_class that is not str"
