@@ -309,6 +309,8 @@ def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
         raise RequestError(
             f"out={path} is not empty and not a store: it holds {others[0]} and no {MANIFEST}; choose another out"
         )
+    for leftover in () if shared else path.glob(f".{MANIFEST}.*{files.PARTIAL}"):
+        files.remove(leftover)
     write_manifest(path, manifest)
     return manifest
 

@@ -1,0 +1,12 @@
+"""Recordings that meet a fault before a sample of their calls that change the disk; tests/torture tries all."""
+
+import pytest
+from crash_points import try_crash_points
+from recorded_operations import recording
+
+
+@pytest.mark.parametrize(("operation", "fault", "sample"), [(recording, "kill", 8), (recording, "interrupt", 3)])
+def test_the_same_call_after_a_fault_ends_with_the_same_bytes(operation, fault, sample):
+    trials = try_crash_points(operation, faults=[fault], sample=sample)
+    assert trials.problems == []
+    assert trials.faults[fault] == sample

@@ -1,0 +1,83 @@
+"""Recordings for crash points: a tiny model with random weights, a few documents, segments of a few rows."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from crash_points import Operation
+
+TEXTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18, 19], [20, 21]]
+MORE = [[30, 31, 32], [33, 34, 35, 36]]
+SETTINGS = {"sites": ["resid_post.1", "pattern.0"], "context": 8, "segment_rows": 8, "dtype": "float32"}
+
+
+def tiny_model() -> Any:
+    """Returns a Llama of 2 layers x 16 with random weights, without a tokenizer; its sites are known."""
+    warnings.simplefilter("ignore")
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import workbench.store.reader  # DuckDB, pandas and xarray, once  # noqa: F401
+    from workbench.model.load import Model
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = Model(
+        LlamaForCausalLM(LlamaConfig(vocab_size=60, max_position_embeddings=32, **shape)).eval(), None, "tiny"
+    )
+    assert model.sites
+    return model
+
+
+def readable(folder: Path) -> None:
+    """Raises where a store in the folder cannot be opened, or verify finds an error in it."""
+    from workbench.store.reader import open_store
+
+    for manifest in folder.rglob("manifest.json"):
+        problems = open_store(manifest.parent).verify()
+        assert not (problems["severity"] == "error").any(), problems.to_string()
+
+
+def recording(**options: Any) -> Operation:
+    """A recording of TEXTS."""
+    from workbench.recording.record import record
+
+    model = tiny_model()
+    settings = SETTINGS | options
+
+    def work(folder: Path) -> None:
+        store = record(model, TEXTS, out=folder / "s.acts", show_progress=False, **settings)
+        assert store.rows == sum(map(len, TEXTS))
+
+    return Operation(work, check=readable)
+
+
+def appending() -> Operation:
+    """An append of MORE to a recording of TEXTS."""
+    from workbench.recording.record import record
+
+    model = tiny_model()
+
+    def begin(folder: Path) -> None:
+        record(model, TEXTS, out=folder / "s.acts", show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        store = record(model, MORE, out=folder / "s.acts", append=True, show_progress=False, **SETTINGS)
+        assert store.rows == sum(map(len, TEXTS + MORE))
+
+    return Operation(work, begin=begin, check=readable)
+
+
+def recording_once() -> Operation:
+    """A recording of TEXTS in a cache."""
+    from workbench.recording.cache import record_once
+
+    model = tiny_model()
+
+    def work(folder: Path) -> None:
+        store = record_once(model, TEXTS, folder=folder, show_progress=False, **SETTINGS)
+        assert store.rows == sum(map(len, TEXTS))
+
+    return Operation(work, check=readable)

@@ -1,0 +1,13 @@
+"""Recordings that meet each fault before every one of their calls that change the disk."""
+
+import pytest
+from crash_points import try_crash_points
+from recorded_operations import recording
+
+pytestmark = pytest.mark.torture
+
+
+@pytest.mark.parametrize("fault", ["kill", "interrupt"])
+@pytest.mark.parametrize("operation", [recording])
+def test_the_same_call_after_a_fault_ends_with_the_same_bytes(operation, fault):
+    assert try_crash_points(operation, faults=[fault]).problems == []
