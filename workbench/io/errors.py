@@ -9,9 +9,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2_000
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """Returns `text` on one line: what is not printable escaped, the middle of a long text left out.
+
+    Names in files may hold anything: a line break, a terminal's escape sequences, megabytes.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} ... {text[-longest // 4 :]}"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
 
 class WorkbenchError(Exception):
-    """Base of all errors raised on purpose; the CLI prints its text and no traceback."""
+    """Base of all errors raised on purpose; the CLI prints its text, which is one line, and no traceback."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class RequestError(WorkbenchError, ValueError):

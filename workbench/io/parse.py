@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import os
 import types
 import typing
 from typing import Any, TypeVar
 
 from workbench.io.errors import DataError
+from workbench.io.reading import read_file
 
 T = TypeVar("T")
 
+VERIFY_STORE = "run workbench verify on the store"
+"""Advice in errors about a damaged record of a store."""
+
+_DEEPEST = 64  # levels of nested lists and objects
 _NAMES = {
     str: "a string",
     int: "a whole number",
@@ -28,13 +35,47 @@ def to_json(record: object) -> str:
     return _lines(record, 1) + "\n"
 
 
-def from_json(text: str | bytes, source: object) -> dict[str, Any]:
-    """Returns the object in `text`. DataError, with the name `source`, where it is not a JSON object."""
+def load_json(text: str | bytes, finite: bool = True) -> Any:
+    """Returns the value of a JSON text from a file that may hold anything.
+
+    Args:
+        text: The text, bytes as UTF-8, UTF-16 or UTF-32.
+        finite: Refuse NaN and infinite numbers, which JSON does not know and Python writes all the same.
+
+    Raises:
+        ValueError: The text is not JSON, is nested more than 64 levels deep, or has an integer beyond 64 bits.
+    """
+    strict = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_integer, **strict)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if _deeper(value, _DEEPEST):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def from_json(text: str | bytes, source: object, advice: str = VERIFY_STORE, finite: bool = True) -> dict[str, Any]:
+    """Returns the object in `text`. DataError, with the name `source` and `advice`, where it is not a JSON object."""
+    try:
+        value = load_json(text, finite)
     except ValueError as error:
-        raise DataError(f"{source} is not JSON ({error}); run workbench verify on the store") from None
+        raise DataError(f"{source} is not JSON ({error}); {advice}") from None
     return _expect(dict, value, str(source))
+
+
+def read_json(path: str | os.PathLike[str], advice: str = VERIFY_STORE, finite: bool = True) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+        path: The file.
+        advice: Next step for the user, the end of the error.
+        finite: Refuse NaN and infinite numbers.
+
+    Raises:
+        DataError: The file is missing, no regular file, or holds no JSON object.
+    """
+    return from_json(read_file(path, advice), os.fspath(path), advice, finite)
 
 
 def parse(kind: Any, value: object, where: str) -> Any:
@@ -80,6 +121,27 @@ def _expect(kind: type[T], value: object, where: str) -> T:
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise DataError(f"{where}: expected {_NAMES[kind]}, found {json.dumps(value, default=str)[:60]}")
+
+
+def _integer(text: str) -> int:
+    value = int(text)  # ValueError beyond some thousand digits
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return value
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """True if lists and objects are nested in more than `levels` levels."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (not levels and bool(entries)) or any(
+        _deeper(entry, levels - 1) for entry in entries if isinstance(entry, dict | list)
+    )
 
 
 @functools.cache

@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, WorkbenchError
 from workbench.io.files import fsync, new_file
+from workbench.io.parse import load_json
+from workbench.io.reading import check_regular, open_file
 
 STORED = {"float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2"), "float32": ("F32", "<f4")}
 """Types of activations: name in the header, NumPy type of the map. NumPy has no bfloat16: its bits come as uint16."""
@@ -29,6 +31,7 @@ _TYPES = STORED | {"uint16": ("U16", "<u2"), "int32": ("I32", "<i4"), "int64": (
 _NAMES = {code: name for name, (code, _) in _TYPES.items()}
 _ALIGNMENT = 64  # of the first tensor: a cache line, and more than any type needs
 _LONGEST_HEADER = 1 << 20
+_MOST_AXES, _MOST_VALUES = 32, 1 << 58
 
 VERIFY = "run workbench verify on its store"
 """Advice in errors about a damaged file of a store."""
@@ -240,8 +243,30 @@ def map_arrays(
 
 def array_bytes(path: Path) -> int:
     """Returns the bytes of all arrays of a finished file, without its header: lengths follow from them."""
-    with open(path, "rb") as file:
+    with open_file(path, "extract the features again") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike[str], advice: str, device: str = "cpu") -> Iterator[Any]:
+    """Yields a safetensors file of any content, opened for torch by the library of the format.
+
+    Inside, every exception about the file becomes a DataError; `advice` is the end of its text.
+
+    Raises:
+        DataError: The file is missing, damaged, or no regular file; also a tensor that is not there.
+    """
+    from safetensors import safe_open  # takes seconds: torch
+
+    check_regular(path, advice)
+    try:
+        with safe_open(os.fspath(path), framework="pt", device=device) as file:
+            yield file
+    except WorkbenchError:
+        raise
+    except Exception as error:  # SafetensorError, OSError, RuntimeError and MemoryError of absurd shapes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{os.fspath(path)} is damaged ({reason}); {advice}") from None
 
 
 class _Mapped:
@@ -259,19 +284,21 @@ class _Mapped:
 
 def _read_header(path: str | os.PathLike[str], advice: str) -> tuple[dict[str, _Tensor], dict[str, str], int]:
     """Tensors in the order of their bytes, metadata, and the position of the first tensor's first byte."""
-    try:
-        with open(path, "rb") as file:
+    with open_file(path, advice) as file:
+        try:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             whole = size >= 8 and length <= min(size - 8, _LONGEST_HEADER)
             text = file.read(length) if whole else b""
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {advice}") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; {advice}") from None
     try:
         if not whole:
             raise ValueError(f"{size} bytes, header of {length}")
-        header = json.loads(text)
+        header = load_json(text)
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata that is no text")
         return _check_tensors(header, size - 8 - length), metadata, 8 + length
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else f"header {text[:80]!r}"
@@ -283,8 +310,10 @@ def _check_tensors(header: dict[str, Any], data_bytes: int) -> dict[str, _Tensor
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         shape = tuple(entry["shape"])
-        if not all(type(length) is int and length >= 0 for length in shape):
-            raise ValueError(f"{name} has the shape {shape}")
+        if not all(type(length) is int and length >= 0 for length in shape) or len(shape) > _MOST_AXES:
+            raise ValueError(f"{name} has the shape {str(shape)[:80]}")
+        if math.prod(length or 1 for length in shape) > _MOST_VALUES:  # NumPy refuses it, even if there is no value
+            raise ValueError(f"{name} has the shape {str(shape)[:80]}")
         tensors[name] = _Tensor(_NAMES[entry["dtype"]], shape, end)
         begin, end = end, tensors[name].end
         if entry["data_offsets"] != [begin, end]:

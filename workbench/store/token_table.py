@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workbench.corpus.tokenizer import TOKEN_SCHEMA as COLUMNS
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import RequestError
+from workbench.io.tables import read_table, read_table_schema
+from workbench.io.tensors import VERIFY
 
 ROW_BYTES = 24
 """Bytes of one row on the disk without metadata: an upper estimate (stories take about 10)."""
@@ -56,35 +58,21 @@ def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
     Raises:
         DataError: A file that is missing or damaged.
     """
-    return _concatenate([_read(path) for path in paths])
+    return _concatenate([read_table(path, VERIFY) for path in paths])
 
 
 def take_tokens(paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray]) -> pa.Table:
     """Returns the given rows of each segment's table as one table. Memory: one segment's table at a time."""
-    return _concatenate([_read(path).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
+    return _concatenate([read_table(path, VERIFY).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
 
 
 def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
     """Returns names and types of a segment's columns. DataError where the file is missing or damaged."""
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _unreadable(path, error) from None
-
-
-def _read(path: str | os.PathLike[str]) -> pa.Table:
-    try:
-        return pq.ParquetFile(path, memory_map=True).read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _unreadable(path, error) from None
+    return read_table_schema(path, VERIFY)
 
 
 def _concatenate(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries() if tables else COLUMNS.empty_table()
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); run workbench verify on its store")
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -1,0 +1,53 @@
+"""Reading of files that anybody may have damaged, replaced or made: regular files, through errors that name them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from workbench.io.errors import DataError
+
+_LARGEST = 1 << 31
+"""Bytes of the largest record that is read into memory as a whole."""
+
+
+def open_file(path: str | os.PathLike[str], advice: str) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading.
+
+    Args:
+        path: The file.
+        advice: Next step for the user, the end of the error.
+
+    Raises:
+        DataError: No file there, one that cannot be read, or a folder, FIFO, socket or device: the open of a FIFO
+            would wait for its other end.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}; {advice}") from None
+    except ValueError:  # a NUL in the path
+        raise DataError(f"{os.fspath(path)} cannot be the name of a file; {advice}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{os.fspath(path)} is not a regular file; {advice}")
+    return open(descriptor, "rb")
+
+
+def read_file(path: str | os.PathLike[str], advice: str) -> bytes:
+    """Returns the bytes of a regular file; raises as `open_file` does, and for one of 2 GiB or more."""
+    with open_file(path, advice) as file:
+        if os.fstat(file.fileno()).st_size >= _LARGEST:
+            raise DataError(f"{os.fspath(path)} is too large for a record; {advice}")
+        try:
+            return file.read()
+        except OSError as error:
+            raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}; {advice}") from None
+
+
+def check_regular(path: str | os.PathLike[str], advice: str) -> Path:
+    """Returns `path`, for a library that opens files itself; raises as `open_file` does."""
+    open_file(path, advice).close()
+    return Path(path)
