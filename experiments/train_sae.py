@@ -7,7 +7,6 @@ be trained on one recording. `workbench features --sae` and SAELens read the res
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import prod
@@ -16,16 +15,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float, Int64
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes, Positional
 
 import workbench as wb
+from workbench.cli.arguments import parse
+from workbench.cli.main import run_command
+from workbench.cli.options import Positional
 from workbench.io.checks import check_fields
 
 Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]
@@ -167,21 +167,22 @@ class _Command:
     """Store to train on."""
     out: Path
     """Folder for cfg.json and sae_weights.safetensors."""
-    settings: OmitArgPrefixes[TrainSae]
+    settings: TrainSae
+
+    def run(self) -> int:
+        """Trains the SAE and saves it."""
+        settings = self.settings
+        if self.out.exists() and any(self.out.iterdir()):
+            raise wb.RequestError(f"{self.out} is not empty; choose another out")
+        sae = train_sae(settings, wb.open_store(self.store), self.out / "checkpoints")
+        sae.save_inference_model(str(self.out))
+        print(f"{settings.architecture} of {settings.d_sae:,} features on {settings.site}: {self.out}")
+        return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains an SAE from the command line and saves it."""
-    try:
-        request = tyro.cli(_Command, prog="python -m workbench.experiments.train_sae", args=arguments)
-        if request.out.exists() and any(request.out.iterdir()):
-            raise wb.RequestError(f"{request.out} is not empty; choose another out")
-        sae = train_sae(request.settings, wb.open_store(request.store), request.out / "checkpoints")
-    except wb.WorkbenchError as error:
-        sys.exit(f"train_sae: {error}")
-    sae.save_inference_model(str(request.out))
-    settings = request.settings
-    print(f"{settings.architecture} of {settings.d_sae:,} features on {settings.site}: {request.out}")
+    """Trains an SAE from the command line, saves it, and exits the process."""
+    run_command(lambda words: parse(_Command, "python -m workbench.experiments.train_sae", words), arguments)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 from command_line import run
 
 import workbench as wb
-from workbench.cli import main as cli
 from workbench.cli.completion import SCRIPTS
+from workbench.cli.verbs import NAMED_VERBS, completed_commands
+from workbench.cli.verbs import VERBS as TABLE
 from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
@@ -28,7 +29,7 @@ def test_help_lists_every_verb():
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == VERBS == [*cli.VERBS, *cli.NAMED_VERBS]
+    assert listed == VERBS == [*TABLE, *NAMED_VERBS]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_help_lists_every_verb():
             ("record",),
             ("--sites", "--context", "--dtype", "--bos", "--max-rows", "--append", "--allow-pickle", "--out"),
         ),
-        (("query",), ("--limit", "predicate")),
+        (("query",), ("--limit", "STORE PREDICATE", "  PREDICATE  ")),
         (("probe", "logit-lens"), ("--site", "--where", "--top-k", "--detail", "--device", "--out")),
     ],
 )
@@ -46,7 +47,7 @@ def test_help_of_a_verb_names_every_setting(arguments, named):
     code, out, err = run(*arguments, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: workbench {' '.join(arguments)} ")
-    assert [name for name in named if name not in out.lower()] == []
+    assert [name for name in named if name not in out] == []
 
 
 def test_help_of_probe_lists_the_probes():
@@ -76,15 +77,30 @@ def test_the_package_runs_as_a_module(tmp_path):
 @pytest.fixture(scope="module")
 def options():
     """The options of every command, by name."""
-    return cli.completed_commands()
+    return completed_commands()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_completion_knows_the_options_that_help_lists(command, options):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
-    listed = set(re.findall(r"(?<![\w`-])--[a-z][a-z-]*", "\n".join(re.findall(r"^│ (--.*)", out, re.M))))
-    assert set(options[command]) == listed
+    listed = set(re.findall(r"(?<![\w`-])--[a-z][a-z-]*", "\n".join(re.findall(r"^  (--.*)", out, re.M))))
+    assert {name for name in options[command] if not name.startswith("--no-")} <= listed | {"--help"}
+    assert listed <= set(options[command])
+
+
+def test_help_is_wrapped_and_has_no_python(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    for command in COMMANDS:
+        out = run(*command.split(), "--help")[1]
+        assert [line for line in out.splitlines() if len(line) > 72 and not line.startswith("    ")] == []
+        assert not re.search(r"\(\):|\bSTR\b|{None}", out)
+    out = run("record", "--help")[1]
+    assert out.startswith("usage: workbench record MODEL TEXT [TEXT ...] --out PATH [OPTIONS]\n")
+    # one paragraph, although the source breaks its lines elsewhere
+    assert "directory written by SAELens, sparsify or dictionary_learning, a release known" in " ".join(out.split())
+    assert max(len(line) for line in out.splitlines()) > 65
+    assert "Default: 256" in " ".join(out.split())
 
 
 def test_completion_knows_every_command(options):

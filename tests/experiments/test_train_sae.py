@@ -74,7 +74,9 @@ def test_the_seed_decides_the_weights_and_every_setting_matters(store):
 
 def test_checkpoints_are_saelens_own(store, tmp_path):
     settings = "--site resid_post.1 --d-sae 16 --k 3 --steps 30 --batch 16 --checkpoints 2"
-    main([str(store.path), "--out", str(tmp_path / "sae"), *settings.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main([str(store.path), "--out", str(tmp_path / "sae"), *settings.split()])
+    assert stopped.value.code == 0
     saved = sorted((tmp_path / "sae" / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     assert len(saved) == 2
     from sae_lens import TrainingSAE
@@ -97,4 +99,5 @@ def test_wrong_requests(store, tmp_path, capsys):
     (tmp_path / "diary").touch()
     with pytest.raises(SystemExit) as stopped:
         main([str(store.path), "--out", str(tmp_path), "--site", "resid_post.1"])
-    assert str(stopped.value) == f"train_sae: {tmp_path} is not empty; choose another out"
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"workbench: {tmp_path} is not empty; choose another --out\n"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import tyro
-
-from workbench.io.errors import RequestError
+from workbench.cli.help import help_text
+from workbench.cli.options import Option, build, options_of
+from workbench.cli.spelling import spelled_for_the_shell
+from workbench.cli.terminal import print_plain
+from workbench.io.errors import RequestError, nearest
 from workbench.io.tasks import Workers
 
 _Settings = TypeVar("_Settings")
@@ -57,26 +58,134 @@ class Parallel:
         return None if self.workers is None else RayWorkers(self.workers, self.ray_address, self.threads, device)
 
 
-def parse(kind: type[_Settings], program: str, arguments: list[str], description: str | None = None) -> _Settings:
-    """Returns the arguments as an instance of `kind`. Raises RequestError, in one line, where they are wrong."""
-    errors = io.StringIO()
+def parse(
+    kind: type[_Settings], program: str, arguments: list[str], description: str | None = None
+) -> _Settings | Help:
+    """Returns the arguments as an instance of `kind`, or the help of the command where they ask for it.
+
+    Options may stand anywhere, as `--name value` or `--name=value`. An option of several values takes the words up to
+    the next option, each split at commas; after `--` all words are positional.
+
+    Raises:
+        RequestError: Wrong arguments, in one line.
+    """
+    options = tuple(options_of(kind))
+    if not {"-h", "--help"}.isdisjoint(itertools.takewhile(lambda word: word != "--", arguments)):
+        return Help(help_text(program, options, docstring(kind) if description is None else description))
+    end = f"; see {program} --help"
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=program, description=description, args=arguments)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        problem, *rest = _sections(errors.getvalue())
-        near = [name for part in rest if part.startswith("Perhaps") for name in re.findall(r"--[\w-]+", part)]
-        hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
-        raise RequestError(f"{problem.rstrip('.')}{hint}; see {program} --help") from None
+        given = _divide(arguments, options)
+        _check_missing(options, given)
+        values = {option.name: _value(option, words) for option, words in given.items()}
+    except RequestError as error:
+        raise RequestError(f"{error}{end}") from None
+    with spelled_for_the_shell(options, end):
+        return build(kind, values)
 
 
-def _sections(framed: str) -> list[str]:
-    """Sections between the rules of tyro's frame, which is drawn with other characters where output is not UTF-8."""
-    lines = [line.strip("│ ") for line in framed.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line[:1] in tuple("╭╰") or (len(line) > 9 and set(line) <= set("─-"))]
-    return [" ".join(filter(None, lines[first + 1 : last])) for first, last in itertools.pairwise([*rules, len(lines)])]
+@dataclass(frozen=True)
+class Help:
+    """Help of a command, to be printed."""
+
+    text: str
+
+    def run(self) -> int:
+        """Prints the help."""
+        print_plain(self.text.removesuffix("\n"))
+        return 0
+
+
+def _divide(arguments: Sequence[str], options: Sequence[Option]) -> dict[Option, list[str]]:
+    """The words of each option and positional argument that was given."""
+    flags = {option.flag: option for option in options if not option.positional}
+    flags |= {f"--no-{flag[2:]}": option for flag, option in flags.items() if option.reader.flag}
+    given: dict[Option, list[str]] = {}
+    free: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--":
+            free += waiting
+            break
+        if not _is_option(word):
+            free.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in flags:
+            raise RequestError(f"unknown option {name}{nearest(name, flags, n=1)}")
+        option = flags[name]
+        if option in given and not option.reader.several:
+            raise RequestError(f"{name} is given twice; give it once")
+        if option.reader.flag:
+            if equals:
+                raise RequestError(f"{name} takes no value, but has {value!r}; leave it out")
+            given[option] = ["" if name.startswith("--no-") and option.flag != name else name]
+        elif option.reader.several:
+            count = next((n for n, following in enumerate(waiting) if _is_option(following)), len(waiting))
+            given.setdefault(option, []).extend([value] if equals else waiting[:count])
+            del waiting[: 0 if equals else count]
+        elif equals or (waiting and not _is_option(waiting[0])):
+            given[option] = [value if equals else waiting.pop(0)]
+        else:
+            raise RequestError(f"{name} needs a value: {option.shown}")
+    return given | _placed(free, options)
+
+
+def _is_option(word: str) -> bool:
+    """True for --name and -x; a number below zero, and a word with white space, are values."""
+    return bool(re.match(r"--?[^\W\d]|--$", word)) and not any(map(str.isspace, word.partition("=")[0]))
+
+
+def _placed(words: list[str], options: Sequence[Option]) -> dict[Option, list[str]]:
+    """The words of the positional arguments, which take them in order."""
+    placed: dict[Option, list[str]] = {}
+    for option in options:
+        if option.positional and words:
+            count = len(words) if option.reader.several else 1
+            placed[option], words = words[:count], words[count:]
+    if words:
+        raise RequestError(f"unexpected argument {words[0]!r}")
+    return placed
+
+
+def _check_missing(options: Sequence[Option], given: dict[Option, list[str]]) -> None:
+    missing = [option for option in options if option.required and option not in given]
+    if not missing:
+        return
+    text = f"missing {', '.join(option.flag if option.positional else option.shown for option in missing)}"
+    places = [option.flag for option in missing if option.positional]
+    greedy = next((option for option, words in given.items() if option.reader.several and len(words) > 1), None)
+    if places and greedy is not None and not greedy.positional:
+        words = given[greedy]
+        text += (
+            f"; {greedy.flag} took all of {shlex.join(words)}: write {places[0]} before the options, "
+            f"or {greedy.flag} {','.join(words[:-1])} -- {shlex.quote(words[-1])}"
+        )
+    raise RequestError(text)
+
+
+def _value(option: Option, words: list[str]) -> Any:
+    reader = option.reader
+    if reader.flag:
+        return bool(words[0])
+    if reader.optional and words == ["None"]:
+        return None
+    if reader.several and not option.positional:
+        words = [part for word in words for part in _parts(word)]
+    values = []
+    for word in words:
+        try:
+            values.append(reader.read(word))
+        except ValueError as error:
+            near = nearest(word, reader.choices) if len(reader.choices) > 3 else ""
+            raise RequestError(f"{option.flag} must be {error}, not {word!r}{near}") from None
+    return tuple(values) if reader.several else values[0]
+
+
+def _parts(word: str) -> list[str]:
+    """A list written as one word; text with white space is one value."""
+    return [word] if any(map(str.isspace, word)) else [part for part in word.split(",") if part] or [word]
 
 
 def texts_of(names: Sequence[str]) -> str | list[str | Path]:

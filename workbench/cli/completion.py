@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
-from tyro.conf import Positional
+from workbench.cli.options import options_of
 
 Options = Mapping[str, tuple[str, ...]]
 """Options of a command, each with the values to choose from; none where any value is allowed."""
 
-_POSITIONAL = get_args(Positional[int])[1]
 
-
-def options(kind: type) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields the options that tyro makes of a dataclass: names with dashes, nested settings without a prefix."""
-    for name, hint in _hints(kind):
-        inner = _without_annotations(hint)
-        if isinstance(inner, type) and is_dataclass(inner):
-            yield from options(inner)
-        elif _POSITIONAL not in get_args(hint):
-            option = f"--{name.replace('_', '-')}"
-            yield option, tuple(dict.fromkeys(_choices(inner)))
-            if inner is bool:
-                yield option.replace("--", "--no-", 1), ()
-
-
-def _hints(kind: type) -> list[tuple[str, Any]]:
-    hints = get_type_hints(kind, include_extras=True)
-    return [(field.name, hints[field.name]) for field in fields(kind) if field.init]
-
-
-def _without_annotations(hint: Any) -> Any:
-    return get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
-
-
-def _choices(hint: Any) -> list[str]:
-    """Values of every Literal in a type, such as `tuple[Literal["html", "pdf"], ...]`."""
-    if get_origin(hint) is Literal:
-        return [str(value) for value in get_args(hint)]
-    return [value for part in get_args(hint) if part is not ... for value in _choices(part)]
+def completed_options(kind: type) -> Options:
+    """Returns the options of a command, as its help lists them."""
+    listed: dict[str, tuple[str, ...]] = {}
+    for option in options_of(kind):
+        if not option.positional:
+            listed[option.flag] = option.reader.choices
+            if option.reader.flag:
+                listed[f"--no-{option.flag[2:]}"] = ()
+    return listed
 
 
 def bash(commands: Mapping[str, Options]) -> str:

@@ -6,10 +6,9 @@ from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
-from tyro.conf import OmitArgPrefixes, arg
-
 from workbench.cli.arguments import Command, Parallel, docstring, parse
-from workbench.cli.terminal import print_items, print_plain
+from workbench.cli.options import Meaning
+from workbench.cli.terminal import print_items, print_plain, print_problem
 
 HELP = "Run an experiment over a grid of settings: workbench sweep EXPERIMENT --model a b --seed 0 1 2 --out DIR"
 
@@ -19,11 +18,11 @@ def experiment_command(name: str, arguments: list[str]) -> Command:
     from workbench.results.registry import find_experiment
 
     experiment = find_experiment(name)
-    out = Annotated[Path | None, arg(help=f"Folder of the run. Default: a name made of the settings, in runs/{name}.")]
+    out = Annotated[Path | None, Meaning(f"Folder of the run. Default: a name made of the settings, in runs/{name}.")]
     command = make_dataclass(
         name,
         [
-            ("config", OmitArgPrefixes[experiment.Config], field(default_factory=experiment.Config)),
+            ("config", experiment.Config, field(default_factory=experiment.Config)),
             ("out", out, None),
         ],
         bases=(_RunExperiment,),
@@ -45,10 +44,10 @@ class _RunExperiment:
         if self.out is not None:
             run = Run(self.experiment, self.config, self.out)
         if is_complete(run):
-            print(f"already complete: {run.folder}")
+            print_plain(f"already complete: {run.folder}")
         print_plain(execute(run).headline())
         for figure in sorted((run.folder / RESULTS / "figures").glob("*.html")):
-            print(f"figure  {figure}")
+            print_plain(f"figure  {figure}")
         return 0
 
 
@@ -57,7 +56,7 @@ class _ListExperiments:
     def run(self) -> int:
         from workbench.results.registry import installed_experiments, summary
 
-        print(HELP + "\n")
+        print_plain(HELP + "\n")
         print_items({name: summary(entry) for name, entry in installed_experiments().items()})
         return 0
 
@@ -80,8 +79,8 @@ def sweep_options(name: str, experiment: Any) -> type[Command]:
         name,
         [
             *_choices(experiment.Config),
-            ("out", Annotated[Path | None, arg(help=f"Folder of the sweep. Default: runs/{name}.")], None),
-            ("parallel", OmitArgPrefixes[Parallel], field(default_factory=Parallel)),
+            ("out", Annotated[Path | None, Meaning(f"Folder of the sweep. Default: runs/{name}.")], None),
+            ("parallel", Parallel, field(default_factory=Parallel)),
         ],
         bases=(_RunSweep,),
         namespace={"experiment": name},
@@ -102,7 +101,7 @@ def _choices(config: type) -> list[tuple[str, Any, Any]]:
         kind, default = hints[setting.name], setting.default
         if _is_choice(config, setting):
             kind, default = tuple[kind, ...], (default,)
-        choices.append((setting.name, Annotated[kind, arg(help=descriptions.get(setting.name, ""))], default))
+        choices.append((setting.name, Annotated[kind, Meaning(descriptions.get(setting.name, ""))], default))
     return choices
 
 
@@ -130,12 +129,12 @@ class _RunSweep:
             self.experiment, grid(config, choices), out, workers=self.parallel.to_workers(None), report=print_plain
         )
         for outcome in swept.failed:
-            print_plain(f"failed  {outcome.run.folder.name}: {outcome.message}")
+            print_problem(f"failed  {outcome.run.folder.name}: {outcome.message}")
         counts = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "skipped", "failed")}
         counts |= {"left to other processes": len(swept.pending)} if swept.pending else {}
-        print(", ".join(f"{number} {state}" for state, number in counts.items()))
+        print_plain(", ".join(f"{number} {state}" for state, number in counts.items()))
         if swept.result is not None:
-            print(f"table   {swept.folder / TABLE}")
+            print_plain(f"table   {swept.folder / TABLE}")
             for figure in sorted((swept.folder / "figures").glob("*.html")):
-                print(f"figure  {figure}")
+                print_plain(f"figure  {figure}")
         return 1 if swept.failed else 0

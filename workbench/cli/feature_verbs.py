@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
-
 from workbench.cli.arguments import Parallel
+from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.errors import RequestError
 
@@ -21,6 +20,7 @@ class Features:
     """Extract the sparse features of a store with an SAE."""
 
     store: Positional[Path]
+    """Store to read."""
     sae: str
     """Directory written by SAELens, sparsify or dictionary_learning, a release known to SAELens, or demo."""
     sae_id: str | None = None
@@ -42,7 +42,7 @@ class Features:
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
     force: bool = False
     """Use an SAE that was trained on another site or model."""
-    parallel: OmitArgPrefixes[Parallel] = field(default_factory=Parallel)
+    parallel: Parallel = field(default_factory=Parallel)
 
     def run(self) -> int:
         """Extracts the features of an SAE from a store."""
@@ -72,7 +72,7 @@ class Features:
             workers=workers,
         )
         if features is None:
-            print("this share of the rows is encoded; the last process of the job writes the features")
+            print_plain("this share of the rows is encoded; the last process of the job writes the features")
             return 0
         never = int((features.counts == 0).sum())
         print_plain(f"{features}, {never:,} never active\nfeatures  {features.path}")
@@ -86,6 +86,7 @@ class Top:
     features: Positional[Path]
     """Folder that `workbench features` printed, or a store that has one."""
     feature: Positional[int]
+    """Id of the feature."""
     k: int = 20
     """Maximum number of tokens."""
     context: int | None = None
@@ -102,11 +103,11 @@ class Top:
     def run(self) -> int:
         """Prints a feature's strongest activations, or writes its page."""
         if self.page is None and (self.sae or self.sae_id):
-            raise RequestError("sae is used on the page alone; give page too, or leave sae out")
+            raise RequestError("--sae is used on the page alone; give --page too, or leave --sae out")
         if self.page is not None and self.where is not None:
-            raise RequestError("where selects among the listed tokens; give where or page, not both")
+            raise RequestError("--where selects among the listed tokens; give --where or --page, not both")
         if self.sae is None and self.sae_id is not None:
-            raise RequestError("sae_id chooses one of several SAEs; give sae too")
+            raise RequestError("--sae-id chooses one of several SAEs; give --sae too")
         from workbench.features.feature_store import open_features  # seconds: pandas
 
         features = open_features(self.features)
@@ -118,7 +119,7 @@ class Top:
             print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
         active = int(features.counts[self.feature])
         shown = f", {len(table)} shown" if len(table) < active else ""
-        print(f"active on {active:,} of {len(features):,} rows{shown}")
+        print_plain(f"active on {active:,} of {len(features):,} rows{shown}")
         return 0
 
     def _write_page(self, features: FeatureStore, page: Path) -> int:
@@ -128,5 +129,5 @@ class Top:
         features.rows_of(self.feature)  # a wrong number is refused before SAELens is loaded
         sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
         context = 20 if self.context is None else self.context
-        print(f"page  {feature_page(features, self.feature, page, sae=sae, k=self.k, context=context)}")
+        print_plain(f"page  {feature_page(features, self.feature, page, sae=sae, k=self.k, context=context)}")
         return 0

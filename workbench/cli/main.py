@@ -1,164 +1,124 @@
-"""The `workbench` command: finds the verb, runs it, and turns what goes wrong into one line.
+"""The `workbench` command: runs what the arguments name, and turns what goes wrong into one line.
 
 Exit codes: 0 done; 1 the data are damaged or the work failed; 2 the request was wrong; 130 interrupted. Errors are one
-line on stderr; `--debug` shows the traceback.
+line on stderr; `--debug` shows the traceback. Imports that take time wait until an interrupt is handled.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
-from tyro.conf import Positional
+if TYPE_CHECKING:
+    from workbench.cli.arguments import Command
+    from workbench.cli.terminal import Output
 
-from workbench.cli import experiment_verbs, probe_verbs
-from workbench.cli.arguments import Command, docstring, parse
-from workbench.cli.completion import SCRIPTS, Options, options
-from workbench.cli.experiment_verbs import experiment_command, sweep_command, sweep_options
-from workbench.cli.feature_verbs import Features, Top
-from workbench.cli.page_verbs import Demo, Export, Report
-from workbench.cli.probe_verbs import Probes, probe_command, probe_options
-from workbench.cli.recording_verbs import Plan, Record
-from workbench.cli.store_verbs import Compare, Info, Query, Verify
-from workbench.cli.terminal import StderrHandler, plain, print_items, show_warning
-from workbench.io.errors import DataError, RequestError, WorkbenchError, nearest
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Print a completion script for bash or zsh."""
-
-    shell: Positional[Literal["bash", "zsh"]]
-    """For bash, put `eval "$(workbench completion bash)"` into ~/.bashrc; for zsh, put
-    `eval "$(workbench completion zsh)"` into ~/.zshrc, after compinit."""
-
-    def run(self) -> int:
-        """Prints the completion script of a shell."""
-        print(SCRIPTS[self.shell](completed_commands()), end="")
-        return 0
-
-
-VERBS: dict[str, type[Command]] = {
-    "demo": Demo,
-    "record": Record,
-    "plan": Plan,
-    "info": Info,
-    "verify": Verify,
-    "query": Query,
-    "features": Features,
-    "top": Top,
-    "probes": Probes,
-    "report": Report,
-    "export": Export,
-    "compare": Compare,
-    "completion": Completion,
-}
-NAMED_VERBS: dict[str, tuple[str, Callable[[list[str]], Command]]] = {
-    "probe": (probe_verbs.HELP, probe_command),
-    "sweep": (experiment_verbs.HELP, sweep_command),
-}
-"""Verbs that are followed by the name of a probe or an experiment: help and parser."""
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the `workbench` command and exits the process."""
-    _exit(_command, arguments)
+
+    def command(words: list[str]) -> Command:
+        from workbench.cli.verbs import find_command
+
+        return find_command(words)
+
+    run_command(command, arguments)
 
 
 def run_experiment(name: str, arguments: Sequence[str] | None = None) -> None:
     """Runs one experiment with the settings of its own command line, in a run folder, and exits the process."""
-    _exit(lambda rest: experiment_command(name, rest), arguments)
+
+    def command(words: list[str]) -> Command:
+        from workbench.cli.experiment_verbs import experiment_command
+
+        return experiment_command(name, words)
+
+    run_command(command, arguments)
 
 
-def _exit(command: Callable[[list[str]], Command], arguments: Sequence[str] | None) -> None:
-    """Runs the command and exits with its code, after one line on stderr where something went wrong."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    warnings.showwarning = show_warning
-    logging.getLogger("workbench").addHandler(handler := StderrHandler())
+def run_command(command: Callable[[list[str]], Command], arguments: Sequence[str] | None) -> NoReturn:
+    """Runs the command that the arguments are parsed into, and exits the process with its code.
+
+    Args:
+        command: Parses the arguments.
+        arguments: The arguments. None: those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    with _interrupts_end_imports():
+        from workbench.cli.terminal import terminal_output
+
+        with terminal_output() as output:
+            status = _status(command, [word for word in words if word != "--debug"], debug, output)
+    sys.exit(status)
+
+
+def _status(command: Callable[[list[str]], Command], words: list[str], debug: bool, output: Output) -> int:
+    """The exit code, after one line on stderr where something went wrong."""
+    from workbench.cli.options import options_of
+    from workbench.cli.spelling import spelled_for_the_shell
+    from workbench.io.errors import DataError, WorkbenchError
+
+    parsed = None
     try:
-        status = command(arguments).run()
+        parsed = command(words)
+        output.options = tuple(options_of(type(parsed)))
+        with spelled_for_the_shell(output.options):
+            status = parsed.run()
         print(end="", flush=True)
+        return status
     except WorkbenchError as error:
         if debug:
             raise
-        _print_error(str(error))
-        status = 1 if isinstance(error, DataError) else 2
+        output.error(str(error))
+        return 1 if isinstance(error, DataError) else 2
     except KeyboardInterrupt:
-        _print_error("interrupted; committed segments are kept, and the same command resumes")
-        status = 130
+        output.error(f"interrupted{getattr(parsed, 'after_interrupt', '')}")
+        return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
-        status = 0
+        return 0
     except Exception as error:
         if debug:
             raise
         message = " ".join(str(error).split()) or "no message"
-        _print_error(f"unexpected {type(error).__name__}: {message}; --debug shows the traceback")
-        status = 1
+        output.error(f"unexpected {type(error).__name__}: {message}; --debug shows the traceback")
+        return 1
+
+
+@contextmanager
+def _interrupts_end_imports() -> Iterator[None]:
+    """Inside, an interrupt while a module is imported ends the process at once, in one line.
+
+    Imports take most of the first seconds, nothing is written during them, and a KeyboardInterrupt inside of one comes
+    out as another error, or not at all. Elsewhere it is raised as always.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored, or handled by the program that calls us
+        return
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib"):
+                with suppress(Exception):
+                    os.write(2, b"workbench: interrupted\n")
+                os._exit(_INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
     finally:
-        logging.getLogger("workbench").removeHandler(handler)
-    sys.exit(status)
-
-
-def _print_error(message: str) -> None:
-    print(f"workbench: {plain(message)}", file=sys.stderr)
-
-
-def _command(arguments: list[str]) -> Command:
-    """Returns the command that the arguments name."""
-    verb, *rest = arguments or ["--help"]
-    if verb == "--version":
-        return Version()
-    if verb == "help" and rest:
-        verb, rest = rest[0], [*rest[1:], "--help"]
-    if verb in ("-h", "--help", "help"):
-        return Help()
-    if verb in NAMED_VERBS:
-        return NAMED_VERBS[verb][1](rest)
-    if verb not in VERBS:
-        raise RequestError(f"unknown command {verb!r}{nearest(verb, [*VERBS, *NAMED_VERBS])}; see workbench --help")
-    return parse(VERBS[verb], f"workbench {verb}", rest)
-
-
-@dataclass(frozen=True)
-class Help:
-    """Print every verb with one line."""
-
-    def run(self) -> int:
-        """Prints all commands, one line each."""
-        print("usage: workbench COMMAND ...\n")
-        lines = {name: docstring(kind) for name, kind in VERBS.items()}
-        print_items(lines | {name: text for name, (text, _) in NAMED_VERBS.items()})
-        print("\nworkbench help COMMAND lists the options of a command; --debug shows tracebacks; --version")
-        return 0
-
-
-@dataclass(frozen=True)
-class Version:
-    """Print the version."""
-
-    def run(self) -> int:
-        """Prints the version."""
-        import workbench
-
-        print(f"workbench {workbench.__version__}")
-        return 0
-
-
-def completed_commands() -> dict[str, Options]:
-    """Returns the options of every command: `record`, ..., `probe logit-lens`, ..., `sweep sinks`, ..."""
-    from workbench.results.registry import find_experiment, find_probe, installed_experiments, installed_probes
-
-    commands: dict[str, Options] = {name: dict(options(kind)) for name, kind in VERBS.items()}
-    for name in installed_probes():
-        commands[f"probe {name}"] = dict(options(probe_options(name, find_probe(name))))
-    for name in installed_experiments():
-        commands[f"sweep {name}"] = dict(options(sweep_options(name, find_experiment(name))))
-    return commands
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
+from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
 
 
@@ -43,7 +42,7 @@ class Report:
         from workbench.results.result import load_result
 
         page = write_report([section(load_result(path)) for path in self.result], self.out, title=self.title)
-        print(f"report  {page}")
+        print_plain(f"report  {page}")
         return 0
 
 

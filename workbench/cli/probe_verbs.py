@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
-
 from workbench.cli.arguments import Command, docstring, parse
+from workbench.cli.options import Meaning, Positional
 from workbench.cli.terminal import print_items, print_plain
 from workbench.results.probe import Probe
 
@@ -32,7 +31,7 @@ def probe_command(arguments: list[str]) -> Command:
     from workbench.results.registry import find_probe, installed_probes
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP + "\n")
+        print_plain(HELP + "\n")
         return Probes()
     name, *rest = arguments
     if name not in installed_probes():
@@ -50,9 +49,9 @@ def probe_options(name: str, probe: type) -> type[Command]:
     return make_dataclass(
         name,
         [
-            ("store", Annotated[Positional[Path], arg(help="Store to read.")]),
-            ("out", Annotated[Path, arg(help="Folder for data, table and figures.")]),
-            ("settings", OmitArgPrefixes[probe], field(default_factory=probe)),
+            ("store", Annotated[Positional[Path], Meaning("Store to analyse.")]),
+            ("out", Annotated[Path, Meaning("Folder for data, table and figures.")]),
+            ("settings", probe, field(default_factory=probe)),
         ],
         bases=(_RunProbe,),
         frozen=True,
@@ -72,7 +71,10 @@ class _RunProbe:
         refuse_other(self.out, self.settings.name, provenance(store, self.settings))
         result = self.settings.run(store)
         path = result.save(self.out)
-        print_plain(repr(result))
+        print_plain(result.headline())
+        note = result.data.attrs.get("note", "")
+        if note and note not in result.headline():
+            print_plain(f"Note: {note}")
         for figure in sorted((path / "figures").glob("*.html")):
-            print(f"figure  {figure}")
+            print_plain(f"figure  {figure}")
         return 0

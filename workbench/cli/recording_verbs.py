@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
-
 from workbench.cli.arguments import Parallel, texts_of
+from workbench.cli.options import Positional
 from workbench.cli.store_verbs import Info
 from workbench.cli.terminal import print_plain
 from workbench.io.errors import RequestError
@@ -28,8 +27,8 @@ class Record:
     """Files (.txt, .jsonl, .parquet), hf:NAME for a dataset of the hub, or a quoted text."""
     out: Path
     """Store to write. An unfinished recording with the same settings is resumed."""
-    recording: OmitArgPrefixes[Recording] = field(default_factory=Recording)
-    parallel: OmitArgPrefixes[Parallel] = field(default_factory=Parallel)
+    recording: Recording = field(default_factory=Recording)
+    parallel: Parallel = field(default_factory=Parallel)
     sae: str | None = None
     """SAE whose features are extracted during the recording: a directory written by SAELens, sparsify or
     dictionary_learning, a release known to SAELens, or demo. The activations of its site are stored only if --sites
@@ -48,7 +47,7 @@ class Record:
     """Directory or hub id of a tokenizer other than the model's."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; auto distributes the model over all devices. Default: the GPU if there is one."""
-    model_dtype: str = "auto"
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -63,8 +62,6 @@ class Record:
         from workbench.model.load import load_model  # seconds: torch
         from workbench.model.location import locate
 
-        if not self.text:
-            raise RequestError("no text given; name a file (.txt, .jsonl, .parquet), hf:NAME, or quote a text")
         if self.sae is None and (self.sae_id or self.sae_site or self.sae_force):
             raise RequestError("--sae-id, --sae-site and --sae-force need --sae; give it too")
         texts = texts_of(self.text)
@@ -122,10 +119,10 @@ class Plan:
     """Number of workers, each as fast as the process that measures."""
     seconds: float = 10.0
     """Approximate duration of the measurement."""
-    recording: OmitArgPrefixes[Recording] = field(default_factory=Recording)
+    recording: Recording = field(default_factory=Recording)
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
-    model_dtype: str = "auto"
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
 
     def run(self) -> int:
@@ -141,7 +138,7 @@ class Plan:
         locate(self.model)
         rows = self.recording.max_rows if self.rows is None else self.rows
         if rows is None:
-            raise RequestError("rows is missing; give the number of tokens to record, for example --rows 1e8")
+            raise RequestError("--rows is missing; give the number of tokens to record, for example --rows 1e8")
         model = load_model(self.model, device=self.device, dtype=self.model_dtype)
         estimate = plan(model, texts, rows=rows, settings=self.recording, workers=self.workers, seconds=self.seconds)
         print_plain(str(estimate))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.checks import check_fields
 
@@ -16,6 +15,7 @@ class Info:
     """Describe a store: model, sites, rows, texts."""
 
     store: Positional[Path]
+    """Store to read."""
 
     def run(self) -> int:
         """Prints the description of a store."""
@@ -30,6 +30,7 @@ class Verify:
     """Check every file of a store: checksums, shapes, finite values, one model throughout."""
 
     store: Positional[Path]
+    """Store to read."""
 
     def run(self) -> int:
         """Prints the findings of the verification; returns 1 if one is an error."""
@@ -40,7 +41,7 @@ class Verify:
             place = "/".join(part for part in (finding["segment"], finding["file"]) if part)
             print_plain(f"{finding['severity']:5}  {place}: {finding['finding']}: {finding['detail']}")
         errors = findings["severity"].tolist().count("error")
-        print(f"{errors} errors, {len(findings) - errors} notes")
+        print_plain(f"{errors} errors, {len(findings) - errors} notes")
         return 1 if errors else 0
 
 
@@ -49,6 +50,7 @@ class Query:
     """List the tokens that an SQL predicate selects."""
 
     store: Positional[Path]
+    """Store to read."""
     predicate: Positional[str]
     """For example "token = ' Monday' AND position > 0". The heading of the output names the columns."""
     limit: int = 20
@@ -65,7 +67,9 @@ class Query:
         shown = query_tokens(self.store, manifest, self.predicate, self.limit)
         if shown.num_rows:
             print_table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
-        print(f"{total:,} of {manifest.rows:,} rows" + (f", {shown.num_rows} shown" if total > shown.num_rows else ""))
+        print_plain(
+            f"{total:,} of {manifest.rows:,} rows" + (f", {shown.num_rows} shown" if total > shown.num_rows else "")
+        )
         return 0
 
 
@@ -74,7 +78,9 @@ class Compare:
     """Compare two stores of the same tokens: two models, checkpoints or dtypes."""
 
     store_a: Positional[Path]
+    """One store."""
     store_b: Positional[Path]
+    """The other store."""
     sites: tuple[str, ...] | None = None
     """Sites or kinds of site to compare, such as resid_post. Default: all; both stores must then have the same."""
     probes: tuple[str, ...] | None = None
@@ -96,10 +102,10 @@ class Compare:
         comparison = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
         print_table(list(comparison.sites.columns), comparison.sites.to_numpy().tolist())
         if len(comparison.probes):
-            print()
+            print_plain("")
             print_table(list(comparison.probes.columns), comparison.probes.to_numpy().tolist())
         for probe, reason in comparison.not_run.items():
             print_plain(f"not run  {probe}: {reason}")
         if self.out is not None:
-            print(f"tables  {comparison.save(self.out)}")
+            print_plain(f"tables  {comparison.save(self.out)}")
         return 0

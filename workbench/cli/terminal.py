@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from workbench.cli.options import Option
+from workbench.cli.spelling import shell_spelling
 
 
 def plain(text: str) -> str:
@@ -17,6 +23,11 @@ def plain(text: str) -> str:
 def print_plain(text: str) -> None:
     """Prints text that may come from a model or a file, and flushes."""
     print(plain(text), flush=True)
+
+
+def print_problem(text: str) -> None:
+    """Prints one line on stderr, as `print_plain` does on stdout."""
+    print(plain(text).replace("\n", "\\n"), file=sys.stderr, flush=True)
 
 
 def print_table(heading: Sequence[str], lines: Sequence[Sequence[object]], limit: int = 40) -> None:
@@ -40,15 +51,46 @@ def _cell(value: object, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-class StderrHandler(logging.Handler):
-    """Prints the package's warnings and progress on stderr."""
+class Output(logging.Handler):
+    """What a command prints on stderr, besides progress bars: errors, warnings, and the package's progress."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: tuple[Option, ...] = ()
+        """Options of the command that runs, in whose spelling messages name arguments."""
+
+    def error(self, message: str) -> None:
+        """Prints the end of a command that failed, in one line."""
+        print_problem(f"workbench: {message}")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints a record of the log on stderr, without control characters."""
+        """Prints a record of the log."""
         kind = "workbench: warning: " if record.levelno >= logging.WARNING else ""
-        print(f"{kind}{plain(record.getMessage())}", file=sys.stderr, flush=True)
+        print_problem(f"{kind}{shell_spelling(record.getMessage(), self.options)}")
+
+    def warn(self, message: Warning | str, *_args: object, **_kwargs: object) -> None:
+        """Prints a warning of another library; replaces `warnings.showwarning`."""
+        print_problem(f"workbench: warning: {message}")
 
 
-def show_warning(message: Warning | str, *_args: object, **_kwargs: object) -> None:
-    """Prints a warning of another library in one line; replaces `warnings.showwarning`."""
-    print(f"workbench: warning: {plain(str(message))}", file=sys.stderr)
+@contextmanager
+def terminal_output() -> Iterator[Output]:
+    """Inside, messages go to stderr, one line each, and no character that is printed is too much for the terminal."""
+    output, shown = Output(), warnings.showwarning
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    errors = {name: getattr(stream, "errors", None) for name, stream in streams.items()}
+    for name, stream in streams.items():
+        if stream is None:  # it was closed, as by `2>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = output.warn
+    logging.getLogger("workbench").addHandler(output)
+    try:
+        yield output
+    finally:
+        logging.getLogger("workbench").removeHandler(output)
+        warnings.showwarning = shown
+        for name, stream in streams.items():
+            if stream is not None and hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors=errors[name])

@@ -1,0 +1,109 @@
+"""The table of verbs, and the command that the arguments name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from workbench.cli import experiment_verbs, probe_verbs
+from workbench.cli.arguments import Command, docstring, parse
+from workbench.cli.completion import SCRIPTS, Options, completed_options
+from workbench.cli.experiment_verbs import sweep_command, sweep_options
+from workbench.cli.feature_verbs import Features, Top
+from workbench.cli.options import Positional
+from workbench.cli.page_verbs import Demo, Export, Report
+from workbench.cli.probe_verbs import Probes, probe_command, probe_options
+from workbench.cli.recording_verbs import Plan, Record
+from workbench.cli.store_verbs import Compare, Info, Query, Verify
+from workbench.cli.terminal import print_items, print_plain
+from workbench.io.errors import RequestError, nearest
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print a completion script for bash or zsh."""
+
+    shell: Positional[Literal["bash", "zsh"]]
+    """For bash, put `eval "$(workbench completion bash)"` into ~/.bashrc; for zsh, put
+    `eval "$(workbench completion zsh)"` into ~/.zshrc, after compinit."""
+
+    def run(self) -> int:
+        """Prints the completion script of a shell."""
+        print_plain(SCRIPTS[self.shell](completed_commands()).removesuffix("\n"))
+        return 0
+
+
+VERBS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "record": Record,
+    "plan": Plan,
+    "info": Info,
+    "verify": Verify,
+    "query": Query,
+    "features": Features,
+    "top": Top,
+    "probes": Probes,
+    "report": Report,
+    "export": Export,
+    "compare": Compare,
+    "completion": Completion,
+}
+NAMED_VERBS: dict[str, tuple[str, Callable[[list[str]], Command]]] = {
+    "probe": (probe_verbs.HELP, probe_command),
+    "sweep": (experiment_verbs.HELP, sweep_command),
+}
+"""Verbs that are followed by the name of a probe or an experiment: help and parser."""
+
+
+def find_command(arguments: list[str]) -> Command:
+    """Returns the command that the arguments name."""
+    verb, *rest = arguments or ["--help"]
+    if verb == "--version":
+        return Version()
+    if verb == "help" and rest:
+        verb, rest = rest[0], [*rest[1:], "--help"]
+    if verb in ("-h", "--help", "help"):
+        return Overview()
+    if verb in NAMED_VERBS:
+        return NAMED_VERBS[verb][1](rest)
+    if verb not in VERBS:
+        raise RequestError(f"unknown command {verb!r}{nearest(verb, [*VERBS, *NAMED_VERBS])}; see workbench --help")
+    return parse(VERBS[verb], f"workbench {verb}", rest)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Print every verb with one line."""
+
+    def run(self) -> int:
+        """Prints all commands, one line each."""
+        print_plain("usage: workbench COMMAND ...\n")
+        lines = {name: docstring(kind) for name, kind in VERBS.items()}
+        print_items(lines | {name: text for name, (text, _) in NAMED_VERBS.items()})
+        print_plain("\nworkbench help COMMAND lists the options of a command; --debug shows tracebacks; --version")
+        return 0
+
+
+@dataclass(frozen=True)
+class Version:
+    """Print the version."""
+
+    def run(self) -> int:
+        """Prints the version."""
+        import workbench
+
+        print_plain(f"workbench {workbench.__version__}")
+        return 0
+
+
+def completed_commands() -> dict[str, Options]:
+    """Returns the options of every command: `record`, ..., `probe logit-lens`, ..., `sweep sinks`, ..."""
+    from workbench.results.registry import find_experiment, find_probe, installed_experiments, installed_probes
+
+    commands: dict[str, Options] = {name: completed_options(kind) for name, kind in VERBS.items()}
+    for name in installed_probes():
+        commands[f"probe {name}"] = completed_options(probe_options(name, find_probe(name)))
+    for name in installed_experiments():
+        commands[f"sweep {name}"] = completed_options(sweep_options(name, find_experiment(name)))
+    return commands
