@@ -1,14 +1,17 @@
 """Tests of files and folders that are replaced as a whole or not at all."""
 
+import errno
 import os
 import threading
+from contextlib import contextmanager
 
 import pytest
 
 from workbench.io import files
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.io.files import (
     commit_folder,
+    explain_full_disk,
     new_file,
     replace_file,
     replace_folder,
@@ -34,9 +37,11 @@ def synced(monkeypatch):
     return names
 
 
-def kill(monkeypatch, name: str, call: int = 1, after: bool = False, error: BaseException | None = None) -> None:
+def kill(
+    monkeypatch, name: str, call: int = 1, after: bool = False, error: BaseException | None = None, module=os
+) -> None:
     """Lets the `call`-th call of `os.NAME` fail, before or after it did its work."""
-    calls, real = [], getattr(os, name)
+    calls, real = [], getattr(module, name)
 
     def killed(*arguments, **keywords):
         calls.append(arguments)
@@ -46,7 +51,7 @@ def kill(monkeypatch, name: str, call: int = 1, after: bool = False, error: Base
             real(*arguments, **keywords)
         raise error or Kill
 
-    monkeypatch.setattr(os, name, killed)
+    monkeypatch.setattr(module, name, killed)
 
 
 def fill(path, **contents: str) -> None:
@@ -120,54 +125,131 @@ def test_a_link_is_replaced_and_never_followed(tmp_path, monkeypatch):
 # ---- folders ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request, monkeypatch):
+    """How a folder takes the place of another: the second where the file system cannot exchange names."""
+    if request.param == "two renames":
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    return request.param
+
+
 def replace(path, replaces=("a", "in/*.html"), **new: str) -> None:
     with replace_folder(path, replaces) as folder:
         fill(folder, **new)
 
 
-def test_a_folder_is_replaced_and_what_is_not_ours_is_carried_over(tmp_path, synced):
+def test_a_folder_is_replaced_and_what_is_not_ours_is_carried_over(tmp_path, synced, way):
     path = tmp_path / "deep" / "x"
     replace(path, a="1", in__one="1")
     fill(path, notes="mine", **{"in__old.html": "ours", "in__mine.txt": "mine", "deep__er__b": "mine"})
     (path / "empty").mkdir()
     (path / "link").symlink_to("nowhere")
+    inode = (path / "notes").stat().st_ino
     synced.clear()
     replace(path, a="2", in__one="2")
     assert contents(path) == {"a": "2", "in/one": "2", "in/mine.txt": "mine", "notes": "mine", "deep/er/b": "mine"}
     assert (path / "empty").is_dir()
     assert (path / "link").is_symlink()
+    assert (path / "notes").stat().st_ino == inode
+    assert (path / "notes").stat().st_nlink == 1
     assert list(path.parent.iterdir()) == [path]
     assert {"a", "one", "in"} <= set(synced)
     assert synced[-1] == "deep"
 
 
-def test_a_file_of_the_former_version_that_the_new_one_lacks_goes(tmp_path):
+def test_what_is_not_ours_is_carried_over_without_hard_links(tmp_path, monkeypatch, way):
+    def refuse(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "x"
+    replace(path, a="1", in__one="1")
+    fill(path, notes="mine", **{"in__old.html": "ours", "in__mine.txt": "mine", "deep__er__b": "mine"})
+    replace(path, a="2", in__one="2")
+    assert contents(path) == {"a": "2", "in/one": "2", "in/mine.txt": "mine", "notes": "mine", "deep/er/b": "mine"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_others_write_meanwhile_is_carried_over(tmp_path, monkeypatch, way):
+    replace(tmp_path / "x", a="1")
+    fill(tmp_path / "x", notes="old", deep__b="mine")
+    real = files._exchange
+
+    def late(partial, path, replaced):
+        fill(path, more="late", deep__c="late")
+        replace_file(path / "notes", b"changed")
+        real(partial, path, replaced)
+
+    monkeypatch.setattr(files, "_exchange", late)
+    replace(tmp_path / "x", a="2")
+    kept = {"x/notes": "changed", "x/more": "late", "x/deep/b": "mine", "x/deep/c": "late"}
+    assert contents(tmp_path) == {"x/a": "2", **kept}
+
+
+def test_readers_beside_a_writer_always_see_a_whole_folder(tmp_path):
+    """Eight readers, which look up each file by its path, never miss one, and see one version or the next."""
+    path, stop, problems, reads = tmp_path / "x", threading.Event(), [], []
+    replace(path, a="0", in__b="0")
+    fill(path, notes="mine")
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                first, second = (path / "a").read_text(), (path / "in" / "b").read_text()
+                assert int(second) - int(first) >= 0
+                assert (path / "notes").read_text() == "mine"
+                reads.append(1)
+        except BaseException as error:
+            problems.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    for version in range(1, 60):
+        replace(path, a=str(version), in__b=str(version))
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not problems
+    assert len(reads) > 60
+
+
+def test_a_file_of_the_former_version_that_the_new_one_lacks_goes(tmp_path, way):
     replace(tmp_path / "x", a="1", in__b="1")
     replace(tmp_path / "x", c="2")
     assert contents(tmp_path / "x") == {"c": "2", "in/b": "1"}
 
 
-@pytest.mark.parametrize(
-    ("step", "call", "after"),
-    [
-        ("fsync", 1, False),
-        ("rename", 1, False),
-        ("rename", 1, True),
-        ("rename", 2, False),
-        ("rename", 2, True),
-        ("rename", 3, False),
-    ],
-)
-def test_an_exception_while_a_folder_is_replaced_leaves_the_old_one_alone(tmp_path, monkeypatch, step, call, after):
-    replace(tmp_path / "x", a="1")
-    fill(tmp_path / "x", notes="mine")
+def version_after(monkeypatch, folder, **killed) -> str:
+    """The version in `folder` after a replacement of version 1 by version 2 that ended early."""
+    replace(folder, a="1")
+    fill(folder, notes="mine")
     with monkeypatch.context() as patched:
-        kill(patched, step, call, after)
+        kill(patched, **killed)
         with pytest.raises(Kill):
-            replace(tmp_path / "x", a="2")
-    assert contents(tmp_path) == {"x/a": "1", "x/notes": "mine"}
-    replace(tmp_path / "x", a="3")
-    assert contents(tmp_path) == {"x/a": "3", "x/notes": "mine"}
+            replace(folder, a="2")
+    left = contents(folder.parent)
+    assert left == {"x/a": left["x/a"], "x/notes": "mine"}
+    assert [entry.name for entry in folder.parent.iterdir()] == ["x"]
+    replace(folder, a="3")
+    assert contents(folder.parent) == {"x/a": "3", "x/notes": "mine"}
+    return left["x/a"]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", ["fsync", "link", "exchange"])
+def test_an_exception_while_a_folder_is_replaced_leaves_one_of_them(tmp_path, monkeypatch, step, after):
+    module = files if step == "exchange" else os
+    version = version_after(monkeypatch, tmp_path / "x", name=step, after=after, module=module)
+    assert version == ("2" if (step, after) == ("exchange", True) else "1")
+
+
+@pytest.mark.parametrize(
+    ("call", "after", "version"), [(1, False, "1"), (1, True, "1"), (2, False, "1"), (2, True, "2")]
+)
+def test_an_exception_between_two_renames_leaves_one_of_them(tmp_path, monkeypatch, call, after, version):
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    assert version_after(monkeypatch, tmp_path / "x", name="rename", call=call, after=after) == version
 
 
 def test_an_exception_in_the_block_leaves_nothing_behind(tmp_path):
@@ -181,27 +263,41 @@ def test_an_exception_in_the_block_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_writer_loses_neither_the_old_folder_nor_foreign_files(tmp_path, monkeypatch):
-    """Killed between the two renames: both folders are there, whole, under hidden names."""
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("step", "call"), [("fsync", 1), ("link", 1), ("exchange", 1), ("rename", 1), ("rename", 2)])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_killed_writer_loses_neither_folder_nor_foreign_files(tmp_path, monkeypatch, step, call, after):
+    """Killed in a process of its own, where no handler runs. Between two renames the old one has a hidden name."""
+    if step == "rename":
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
     replace(tmp_path / "x", a="1")
     fill(tmp_path / "x", notes="mine")
-    real = os.rename
+    if not (child := os.fork()):
+        real = getattr(files if step == "exchange" else os, step)
+        calls = []
 
-    def killed(source, target):
-        if target == tmp_path / "x":
-            raise Kill
-        real(source, target)
+        def killed(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == call and not after:
+                os._exit(7)
+            value = real(*arguments, **keywords)
+            if len(calls) == call:
+                os._exit(7)
+            return value
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", killed)
-        patched.setattr(files, "remove", lambda path: None)
-        with pytest.raises(Kill):
-            replace(tmp_path / "x", a="2")
-    found = sorted(contents(tmp_path).values())
-    assert found == ["1", "2", "mine"]
+        setattr(files if step == "exchange" else os, step, killed)
+        replace(tmp_path / "x", a="2")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    between = step == "rename" and (call, after) in {(1, True), (2, False)}
+    visible = tmp_path / "x" if not between else next(tmp_path.glob(".x.*.old"))
+    assert contents(visible) in ({"a": "1", "notes": "mine"}, {"a": "2", "notes": "mine"})
+    replace(tmp_path / "x", a="3")
+    assert (tmp_path / "x" / "a").read_text() == "3"
+    assert (visible / "notes").read_text() == "mine"
 
 
-def test_two_processes_that_replace_a_folder_at_once_do_not_collide(tmp_path):
+def test_two_processes_that_replace_a_folder_at_once_do_not_collide(tmp_path, way):
     replace(tmp_path / "x", a="0")
     fill(tmp_path / "x", notes="mine")
     with replace_folder(tmp_path / "x", ["a"]) as first, replace_folder(tmp_path / "x", ["a"]) as second:
@@ -211,13 +307,14 @@ def test_two_processes_that_replace_a_folder_at_once_do_not_collide(tmp_path):
 
 
 def test_a_folder_that_appears_between_the_renames_is_moved_aside_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     replace(tmp_path / "x", a="0")
     fill(tmp_path / "x", notes="mine")
     real, calls = os.rename, []
 
     def intrude(source, target):
         calls.append(target)
-        if target == tmp_path / "x" and len(calls) == 3:
+        if target == tmp_path / "x" and len(calls) == 2:
             fill(tmp_path / "x", a="other", more="theirs")
         real(source, target)
 
@@ -226,7 +323,25 @@ def test_a_folder_that_appears_between_the_renames_is_moved_aside_too(tmp_path, 
     assert contents(tmp_path) == {"x/a": "ours", "x/more": "theirs", "x/notes": "mine"}
 
 
-def test_many_threads_replace_one_folder(tmp_path):
+def test_a_link_that_appears_in_place_of_the_folder_is_put_back(tmp_path, monkeypatch):
+    fill(tmp_path, victim__a="precious")
+    replace(tmp_path / "x", a="0")
+    real = files._exchange
+
+    def intrude(partial, path, replaced):
+        files.remove(path)
+        path.symlink_to("victim")
+        real(partial, path, replaced)
+
+    monkeypatch.setattr(files, "_exchange", intrude)
+    with pytest.raises(RequestError, match="is a link; name a folder"):
+        replace(tmp_path / "x", a="ours")
+    assert (tmp_path / "x").is_symlink()
+    assert contents(tmp_path / "victim") == {"a": "precious"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_many_threads_replace_one_folder(tmp_path, way):
     fill(tmp_path / "x", notes="mine")
     errors = []
 
@@ -258,7 +373,7 @@ def test_links_and_files_in_place_of_a_folder_are_refused(tmp_path):
 
 def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
     fill(tmp_path, victim__a="precious")
-    names = iter(["planted", "free", "aside"])
+    names = iter(["planted", "free"])
     monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(names))
     (tmp_path / f".x.planted{files.PARTIAL}").symlink_to("victim")
     replace(tmp_path / "x", a="1")
@@ -281,3 +396,34 @@ def test_a_scratch_folder_is_committed_once_and_replaces_nothing(tmp_path, synce
         commit_folder(folder, tmp_path / "x")
     assert contents(tmp_path) == {"x/a": "1"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- a full disk ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError("1000 requested and 25 written"),  # NumPy's
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # Rust's
+    ],
+)
+def test_every_error_of_a_full_disk_is_one_line(error):
+    with pytest.raises(DataError, match=r"^disk full while writing x \([A-Z][a-z ]+\): free space$"), explain(error):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), KeyError("os error 13"), RequestError("os error 28")])
+def test_other_errors_are_passed_on(error):
+    with pytest.raises(type(error)) as caught, explain(error):
+        pass
+    assert caught.value is error
+
+
+@contextmanager
+def explain(error):
+    with explain_full_disk("x", "free space"):
+        yield
+        raise error

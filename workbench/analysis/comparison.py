@@ -20,7 +20,9 @@ from torch import Tensor
 
 from workbench.analysis.bootstrap import clustered_means, intervals, resampled_means
 from workbench.io.errors import RequestError, WorkbenchError, nearest
+from workbench.io.files import explain_full_disk, replace_folder, write_file
 from workbench.io.progress import progress
+from workbench.io.spreadsheet import csv_text
 from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
 from workbench.store.manifest import SiteRecord, short_list
@@ -96,10 +98,14 @@ class Comparison:
         """Writes sites.csv, probes.csv and cosine.html into an empty or new folder; RequestError if it is neither."""
         folder = Path(folder)
         refuse_full(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.sites.to_csv(folder / "sites.csv", index=False)
-        self.probes.to_csv(folder / "probes.csv", index=False)
-        self.figure().write_html(folder / "cosine.html", include_mathjax=False, div_id="cosine")
+        page = self.figure().to_html(include_mathjax=False, div_id="cosine")
+        pages = {"sites.csv": csv_text(self.sites), "probes.csv": csv_text(self.probes), "cosine.html": page}
+        with (
+            explain_full_disk(str(folder), "free space and save it again"),
+            replace_folder(folder.resolve(), ()) as new,
+        ):
+            for name, text in pages.items():
+                write_file(new / name, text.encode("utf-8", "replace"))
         return folder
 
 

@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,7 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import BinaryIO, TypeVar
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, WorkbenchError
+from workbench.io.exchange import exchange
 
 PARTIAL = ".partial"
 """Suffix of unfinished files and folders, which are never read."""
@@ -128,9 +130,9 @@ def commit_folder(partial: Path, path: Path) -> None:
 def replace_folder(path: Path, replaces: Collection[str]) -> Iterator[Path]:
     """Yields an empty folder to fill; at the end of the block it takes the name `path`, in place of an older folder.
 
-    The old folder is moved aside before the new one is put in place: readers find one of them whole or, between the two
-    renames, none. An exception leaves the old folder as it was and nothing else. Several processes may replace the same
-    folder; the last one to finish wins.
+    At any moment, and after any crash, readers find the old folder or the new one, whole: the two exchange their names.
+    (A file system that cannot exchange names, such as NFS, has none of them for a moment.) An exception leaves one of
+    them and nothing else. Several processes may replace the same folder; the last one to finish wins.
 
     Args:
         path: A folder, or nothing yet. Its parents are made.
@@ -145,53 +147,110 @@ def replace_folder(path: Path, replaces: Collection[str]) -> Iterator[Path]:
     with scratch_folder(path) as partial:
         yield partial
         fsync_tree(partial)
-        _exchange(partial, path, [PurePath(pattern).parts for pattern in replaces])
+        known = [PurePath(pattern).parts for pattern in replaces]
+        written = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
+        known += [tuple(map(glob.escape, parts)) for parts in written]
+        with suppress(FileNotFoundError):
+            for entry in _foreign(path, known):
+                _link(entry, partial / entry.relative_to(path))
+        replaced: list[Path] = []
+        try:
+            _exchange(partial, path, replaced)
+        finally:
+            for old in filter(os.path.lexists, replaced):
+                _clear(old, path, known)
     fsync(path.parent)
 
 
-def _exchange(partial: Path, path: Path, replaces: list[tuple[str, ...]]) -> None:
-    """Puts `partial` in place of `path`; the old folder goes, after what is not ours was moved from it to `partial`."""
-    entries = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
-    known = replaces + [tuple(map(glob.escape, parts)) for parts in entries]
-    moved: list[tuple[Path, Path]] = []
-    asides: list[Path] = []
+def _exchange(partial: Path, path: Path, replaced: list[Path]) -> None:
+    """Puts `partial` in place of `path`; adds the names that the folders before it have now to `replaced`."""
+    while True:
+        try:
+            exchanged = exchange(partial, path)
+        except FileNotFoundError:  # nothing to replace
+            with suppress(FileExistsError):
+                return _place(partial, path)
+        else:
+            if not exchanged:
+                return _rename_both(partial, path, replaced)
+            try:
+                _check_folder(partial, path)  # another process may have put anything there
+            except RequestError:
+                exchange(partial, path)
+                raise
+            return replaced.append(partial)
+
+
+def _rename_both(partial: Path, path: Path, replaced: list[Path]) -> None:
+    """As `_exchange`, by two renames: between them there is nothing under the name."""
     try:
         while True:  # until no other process has put its folder there in between
-            aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+            replaced.append(path.with_name(f".{path.name}.{secrets.token_hex(4)}.old"))
             with suppress(FileNotFoundError):
-                _move(path, aside, moved)
-                asides.append(aside)
-                _check_folder(aside, path)
-                _carry_over(aside, partial, known, moved)
+                os.rename(path, replaced[-1])
+                _check_folder(replaced[-1], path)
             with suppress(FileExistsError):
-                _place(partial, path)
-                break
+                return _place(partial, path)
     except BaseException:
-        for source, target in reversed(moved):
-            if os.path.lexists(target) and not os.path.lexists(source):
-                os.rename(target, source)
+        if os.path.lexists(replaced[-1]) and not os.path.lexists(path):
+            os.rename(replaced[-1], path)
         raise
-    for aside in asides:
-        remove(aside)
 
 
-def _carry_over(old: Path, new: Path, known: list[tuple[str, ...]], moved: list[tuple[Path, Path]]) -> None:
-    """Moves what no pattern of `known` matches from `old` to `new`, and notes each move in `moved`."""
-    for entry in sorted(old.iterdir()):
-        target = new / entry.name
+def _clear(old: Path, new: Path, known: list[tuple[str, ...]]) -> None:
+    """Removes a replaced folder, after what others have put there in the meantime was moved to the new one."""
+    try:
+        for entry in _foreign(old, known):
+            _merge(entry, new / entry.relative_to(old))
+    except BaseException:
+        with suppress(OSError):  # or what is not ours would be removed with the rest
+            os.rename(old, old.with_name(f".{new.name}.{secrets.token_hex(4)}.old"))
+        raise
+    remove(old)
+
+
+def _foreign(folder: Path, known: list[tuple[str, ...]]) -> list[Path]:
+    """Entries that no pattern of `known` matches; a folder that has none of ours is one entry."""
+    entries = []
+    for entry in sorted(folder.iterdir()):
         inner = [pattern[1:] for pattern in known if len(pattern) > 1 and fnmatchcase(entry.name, pattern[0])]
         if inner and entry.is_dir() and not entry.is_symlink():
-            _carry_over(entry, target, inner, moved)
+            entries += _foreign(entry, inner)
         elif entry.is_dir() or not any(len(known_as) == 1 and fnmatchcase(entry.name, *known_as) for known_as in known):
-            if os.path.lexists(target):
-                raise RequestError(f"{entry.name} in {old.name} is in the way of a new file; move it elsewhere")
-            new.mkdir(parents=True, exist_ok=True)
-            _move(entry, target, moved)
+            entries.append(entry)
+    return entries
 
 
-def _move(source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:
-    moved.append((source, target))  # first: an interrupt may come after the rename
-    os.rename(source, target)
+def _link(source: Path, target: Path) -> None:
+    """Gives a file, or all files of a folder, a second name. What has no hard links is moved later, by `_merge`."""
+    if os.path.lexists(target):
+        raise RequestError(f"{source.name} in {source.parent} is in the way of a new file; move it elsewhere")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, target, symlinks=True, copy_function=_link_file)
+        else:
+            _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path, **_: object) -> None:
+    os.link(source, target, follow_symlinks=False)
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Moves an entry, unless it lies there already under its second name."""
+    if not os.path.lexists(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+    elif not os.path.samestat(source.lstat(), target.lstat()):
+        folders = [entry.is_dir() and not entry.is_symlink() for entry in (source, target)]
+        if all(folders):
+            for entry in list(source.iterdir()):
+                _merge(entry, target / entry.name)
+        elif any(folders):
+            raise RequestError(f"{source.name} in {source.parent} is in the way of a new file; move it elsewhere")
+        else:
+            os.replace(source, target)  # it has changed meanwhile
 
 
 def _check_folder(path: Path, name: Path) -> None:
@@ -246,13 +305,27 @@ def human_bytes(count: int) -> str:
 
 @contextmanager
 def explain_full_disk(what: str, advice: str) -> Iterator[None]:
-    """Inside, a full disk raises DataError: `what` was being written, and `advice`."""
+    """Inside, a full disk raises DataError: `what` was being written, and `advice`.
+
+    Each library has its own error for it: some without an error number, in a text of Rust's or NumPy's.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise DataError(f"disk full while writing {what} ({error.strerror}): {advice}") from error
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        if reason := _full_disk(error):
+            raise DataError(f"disk full while writing {what} ({reason}): {advice}") from error
+        raise
+
+
+def _full_disk(error: Exception) -> str | None:
+    """The system's words for a full disk where `error` is one."""
+    numbers = [getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))]
+    if full := next((number for number in numbers if number in DISK_FULL), None):
+        return os.strerror(full)
+    short_write = re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return os.strerror(errno.ENOSPC) if isinstance(error, OSError) and short_write else None
 
 
 @contextmanager

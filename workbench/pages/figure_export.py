@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import replace_file
+from workbench.io.spreadsheet import csv_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,7 +150,7 @@ def _files(
 
 def _table(table: pd.DataFrame, kind: str) -> bytes:
     if kind == "csv":
-        return table.to_csv(index=False).encode()
+        return csv_text(table).encode()
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()

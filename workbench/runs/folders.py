@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.io.errors import DataError, RequestError, WorkbenchError
-from workbench.io.files import PARTIAL, commit_folder, fsync_tree, locked, remove, sha256_bytes
+from workbench.io.files import PARTIAL, commit_folder, explain_full_disk, fsync_tree, locked, remove, sha256_bytes
 from workbench.io.log import PROGRESS
 from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
@@ -106,11 +106,12 @@ def execute(run: Run) -> Result:
         if is_complete(run):
             remove(partial)
             return load_result(run.folder / RESULTS)
-        for path in partial.iterdir():
-            remove(path)
-        result = _execute_in(run, partial)
-        fsync_tree(partial)
-        commit_folder(partial, run.folder)
+        with explain_full_disk(f"run {str(run.folder)!r}", "free space and run it again"):
+            for path in partial.iterdir():
+                remove(path)
+            result = _execute_in(run, partial)
+            fsync_tree(partial)
+            commit_folder(partial, run.folder)
     return result
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from workbench.io.errors import RequestError, nearest
-from workbench.io.files import locked, replace_folder
+from workbench.io.files import explain_full_disk, locked, replace_folder, write_file
 from workbench.io.progress import duration
+from workbench.io.spreadsheet import csv_text
 from workbench.io.tasks import ThisProcess, Workers, lost_task
 from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
@@ -170,13 +171,17 @@ def _write_summary(experiment: str, outcomes: Mapping[Run, Outcome | None], out:
     """Writes the combined result of the complete runs, in the order of the grid, in place of an earlier summary."""
     complete = [run for run, outcome in outcomes.items() if outcome and outcome.state != "failed"]
     result = combine(experiment, [load_result(run.folder / RESULTS) for run in complete]) if complete else None
-    with replace_folder(out / SUMMARY, (*RESULT_FILES, TABLE, RUNS)) as folder:
+    with (
+        explain_full_disk(f"{out / SUMMARY}", "free space and run the same command again; complete runs are kept"),
+        replace_folder(out / SUMMARY, (*RESULT_FILES, TABLE, RUNS)) as folder,
+    ):
         if result is not None:
             result.write_files(folder)
             share_script(folder, out)
-            result.table.to_csv(folder / TABLE, index=False)
+            write_file(folder / TABLE, csv_text(result.table).encode("utf-8", "replace"))
         lines = [_run_record(run, outcome) for run, outcome in outcomes.items()]
-        (folder / RUNS).write_text(json.dumps({"experiment": experiment, "cells": lines}, indent=1) + "\n")
+        record = json.dumps({"experiment": experiment, "cells": lines}, indent=1) + "\n"
+        write_file(folder / RUNS, record.encode())
     return result
 
 
