@@ -28,7 +28,9 @@ def test_token_tables_are_small_and_their_bytes_repeat():
 def test_a_table_with_other_columns_is_refused():
     table = token_table([3])
     check_tokens(table, 3, 0, None)
-    with pytest.raises(RequestError, match=r"the token table's columns are row int64, .*; the store's are row int64"):
+    with pytest.raises(
+        RequestError, match=r"the token table's columns are row int64, .*; those of its part are row int64"
+    ):
         check_tokens(table.drop_columns("source"), 3, 0, table.schema)
     with pytest.raises(RequestError, match="the token table's columns are sequence int64"):
         check_tokens(table.drop_columns("row"), 3, 0, None)

@@ -317,9 +317,9 @@ def test_more_rows_than_planned_are_refused(tmp_path):
 
 
 def test_a_segment_with_other_token_columns_is_refused(tmp_path):
-    path = write_store(tmp_path / "x", [[3]])
-    with writing(path) as store:
-        store.begin(part_of([[2]]), append=True)
+    with writing(tmp_path / "x") as store:
+        store.begin(part_of([[3], [2]]), append=False)
+        write_segment(store, [3])
         table = token_table([2], 3, 1).drop_columns("source")
         with pytest.raises(RequestError, match="the token table's columns are"), store.segment(2, 1, "", table):
             pass

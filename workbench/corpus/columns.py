@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from workbench.corpus.spans import span_type
+from workbench.corpus.values import ColumnType, from_spool, to_spool
 
 _BATCH = 256  # documents in memory at a time
 
@@ -21,20 +22,25 @@ class ColumnSpool:
 
     def __init__(self, lines: TextIO, spans: bool) -> None:
         self.lines, self.spans = lines, spans
-        self.kinds: dict[str, set[str]] = {}  # column -> kinds of value seen, columns in order of appearance
+        self.types: dict[str, ColumnType] = {}  # columns in order of appearance
 
-    def add(self, columns: Mapping[str, Any]) -> None:
-        """Adds the next document: column to value, or label to spans."""
+    def add(self, columns: Mapping[str, Any], place: str) -> None:
+        """Adds a document: column to value, or label to spans; `place` names the document in errors."""
+        line: dict[str, Any] = {}
         for name, value in columns.items():
-            values = [span.value for span in value] if self.spans else [value]
-            self.kinds.setdefault(name, set()).update(*map(_kind, values))
-        # Starts, ends and values: JSON reads three lists faster than many small ones
-        line = {label: list(zip(*spans, strict=True)) for label, spans in columns.items()} if self.spans else columns
-        self.lines.write(json.dumps(dict(line)) + "\n")
+            column = self.types.get(name) or self.types.setdefault(name, ColumnType(name))
+            for item in [span.value for span in value] if self.spans else [value]:
+                column.add(item, place)
+            if self.spans:  # starts, ends and values: JSON reads three lists faster than many small ones
+                starts, ends, values = zip(*value, strict=True) if value else ((), (), ())
+                line[name] = [starts, ends, [to_spool(item) for item in values]]
+            else:
+                line[name] = to_spool(value)
+        self.lines.write(json.dumps(line) + "\n")
 
     def write_table(self, path: Path) -> None:
         """Writes a row for each document in Arrow's file format; no file where there are no columns."""
-        types = {name: _column_type(kinds) for name, kinds in self.kinds.items()}
+        types = {name: column.arrow for name, column in self.types.items()}
         schema = pa.schema([(name, span_type(type) if self.spans else type) for name, type in types.items()])
         if not schema.names:
             return
@@ -53,7 +59,7 @@ def open_table(path: Path) -> pa.Table:
 def _array(values: list[Any], column_type: pa.DataType) -> pa.Array:
     """Values of one column; for a label, the starts, ends and values of the spans of each document."""
     if not pa.types.is_list(column_type):
-        return pa.array([_cast(value, column_type) for value in values], column_type)
+        return pa.array([from_spool(value, column_type) for value in values], column_type)
     fields = list(column_type.value_type)
     parts = [list(chain.from_iterable(spans[i] for spans in values if spans)) for i in range(len(fields))]
     spans = pa.StructArray.from_arrays(
@@ -61,28 +67,3 @@ def _array(values: list[Any], column_type: pa.DataType) -> pa.Array:
     )
     first = np.cumsum([0, *(len(spans[0]) if spans else 0 for spans in values)])
     return pa.ListArray.from_arrays(pa.array(first, pa.int32()), spans, type=column_type)
-
-
-def _kind(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return ("beyond int64",)
-    return (type(value).__name__,)
-
-
-def _column_type(kinds: set[str]) -> pa.DataType:
-    if kinds == {"bool"}:
-        return pa.bool_()
-    if kinds == {"int"}:
-        return pa.int64()
-    return pa.float64() if kinds and kinds <= {"int", "float"} else pa.string()
-
-
-def _cast(value: Any, column_type: pa.DataType) -> Any:
-    """In a column of mixed types everything but strings becomes JSON text."""
-    if value is None or isinstance(value, str):
-        return value
-    if column_type == pa.string():
-        return json.dumps(value)
-    return float(value) if column_type == pa.float64() else value

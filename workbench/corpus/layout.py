@@ -167,9 +167,10 @@ class _SequenceWriter:
         """Writes a document; `replaced`: number of its characters that were replaced."""
         self.counts["documents"] += 1
         self.counts["replaced_characters"] += replaced
-        self.spools["metadata"].add(document.metadata)
-        self.spools["spans"].add(document.spans)
-        _check_ids(encoding.ids, self.layout.vocab, f"document {document.index}")
+        place = f"document {document.index}"
+        self.spools["metadata"].add(document.metadata, place)
+        self.spools["spans"].add(document.spans, place)
+        _check_ids(encoding.ids, self.layout.vocab, place)
         if encoding.ids.size == 0:
             self.counts["skipped_documents"] += 1
             return

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 import pyarrow as pa
 
+from workbench.corpus.names import refused_name
 from workbench.corpus.spans import Span, check_labels, read_spans
-from workbench.corpus.tokenizer import TOKEN_SCHEMA, replace_surrogates
+from workbench.corpus.tokenizer import replace_surrogates
+from workbench.corpus.values import Plain, plain_value, python_value
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.sites.settings import Recording
 
@@ -52,8 +54,8 @@ class Document:
     """The text, or None where the document is given as token ids."""
     token_ids: Sequence[int] | None
     """The token ids, or None where the document is given as text."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Column name to value: None, bool, int, float or str (nested values as compact JSON)."""
+    metadata: Mapping[str, Plain] = field(default_factory=dict)
+    """Column name to value, in one of the forms of `Plain` (nested values as compact JSON)."""
     spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
     """Label to spans of the text, in order of their start and without overlap."""
 
@@ -120,29 +122,29 @@ def _documents(
     labels: dict[str, Any] = {}
     needed = None if metadata is None else {text_column, _TOKEN_IDS, span_column, *metadata}
     for index, (where, value) in enumerate(_values(source, needed)):
+        place = f"document {index} ({where})"
         record, labelled = {}, None
         if isinstance(value, Mapping):
             record = {replace_surrogates(str(name))[0]: item for name, item in value.items()}
+            if len(record) < len(value):
+                raise RequestError(f"{where}: two of the columns {str(list(value))[:80]} have one name; rename one")
             columns.update(dict.fromkeys(record))
             value = record.pop(_content_column(record, text_column, where))
             labelled = None if span_column is None else record.pop(span_column, None)
             if metadata is not None:
                 record = {name: record[name] for name in metadata if name in record}
             _check_reserved(record, where)
-        values = {name: _scalar(item) for name, item in record.items()}
+        values = {name: _metadata_value(item, name, place) for name, item in record.items()}
+        value = None if _is_missing(value) else value
         if value is None or isinstance(value, str):
             text, ids = value or "", None
         else:
             text, ids = None, _token_ids(value, index, where)
-        spans = (
-            {}
-            if labelled is None or span_column is None
-            else read_spans(labelled, text, span_column, f"document {index} ({where})")
-        )
+        spans = {} if labelled is None or span_column is None else read_spans(labelled, text, span_column, place)
         if not (spans.keys() <= labels.keys() and values.keys() <= names.keys()):
             labels.update(spans)
             names.update(values)
-            check_labels(labels, names, f"document {index} ({where})")
+            check_labels(labels, names, place)
         yield Document(index, text, ids, values, spans)
     _check_known("metadata", metadata or (), columns, "the documents")
     _check_known("span_column", _expected(span_column), columns, "the documents")
@@ -359,9 +361,9 @@ def _content_column(columns: Iterable[str], text_column: str, where: str) -> str
 
 def _check_reserved(columns: Iterable[str], where: str) -> None:
     for name in columns:
-        if name in TOKEN_SCHEMA.names:
+        if reason := refused_name(name):
             raise RequestError(
-                f"{where}: a metadata column cannot be called {name!r}, which is a column of the token table; "
+                f"{where}: a metadata column cannot be called {name!r}, which is {reason}; "
                 "rename it, or name the columns to keep in metadata=, as in metadata=['source'] ([] for none)"
             )
 
@@ -379,15 +381,17 @@ def _check_known(setting: str, names: Iterable[str], known: Iterable[str], where
 # Values
 
 
-def _scalar(value: Any) -> bool | int | float | str | None:
-    """A metadata value in one of the types of a table column."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, dict | list | tuple):
-        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
-    return replace_surrogates(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))[0]
+def _metadata_value(value: Any, name: str, place: str) -> Plain:
+    try:
+        return plain_value(value)
+    except RequestError as error:
+        raise RequestError(f"{place}: column {name!r} holds {error}, or leave the column out in metadata=") from None
+
+
+def _is_missing(value: Any) -> bool:
+    """True for the missing values of pandas and for NaN, which stand where a text is missing."""
+    value = python_value(value)
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _token_ids(value: Any, index: int, where: str) -> list[int]:

@@ -10,22 +10,23 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64
 
-from workbench.corpus.tokenizer import TOKEN_SCHEMA, replace_surrogates
+from workbench.corpus.names import refused_name
+from workbench.corpus.tokenizer import replace_surrogates
+from workbench.corpus.values import Plain, plain_value, python_value
 from workbench.io.errors import RequestError
 
 _FORM = "{'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}"
 _KEYS = {"start", "end", "value"}
-_SCALARS = (bool, int, float, str)
+_CONTAINERS = (dict, list, tuple, set)
 _MAPPING = (dict, Mapping)  # in this order: checking an abstract class takes five times as long
-_NUMPY = (np.generic, np.ndarray)
 
 
 class Span(NamedTuple):
-    """Characters of a text, `start` to `end` (exclusive), and their value under some label."""
+    """Characters of a text, `start` to `end` (exclusive), and their value under some label; None: it is missing."""
 
     start: int
     end: int
-    value: bool | int | float | str
+    value: Plain
 
 
 def span_type(value: pa.DataType) -> pa.DataType:
@@ -54,7 +55,7 @@ def read_spans(value: object, text: str | None, column: str, where: str) -> dict
     for label, entries in value.items():
         if not isinstance(label, str) or not label:
             raise RequestError(f"{where}: column {column!r} has a label {label!r}; labels are strings, and not empty")
-        entries = _plain(entries)
+        entries = python_value(entries)
         if not isinstance(entries, list | tuple | None):
             raise _malformed(f"{where}: label {label!r} of column {column!r}", entries)
         if entries and text is None:
@@ -76,16 +77,20 @@ def read_spans(value: object, text: str | None, column: str, where: str) -> dict
 
 
 def check_labels(labels: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:
-    """Raises RequestError where one of the two columns of a label has the name of another column of the token table."""
-    taken = dict.fromkeys(TOKEN_SCHEMA.names, "a column of the token table")
-    taken |= dict.fromkeys(metadata, "a metadata column")
+    """Raises RequestError where a column of a label cannot have its name, or has the name of another column."""
+    taken = dict.fromkeys(metadata, "a metadata column")
     for label in labels:
-        for name in (label, f"{label}_span"):
-            if name in taken:
+        for name in label_columns(label):
+            if reason := refused_name(name) or taken.get(name):
                 raise RequestError(
-                    f"{where}: label {label!r} needs a column {name!r}, which is {taken[name]}; rename the label"
+                    f"{where}: label {label!r} needs a column {name!r}, which is {reason}; rename the label"
                 )
             taken[name] = f"made of label {label!r}"
+
+
+def label_columns(label: str) -> tuple[str, str, str]:
+    """Returns the names of a label's columns: value, number of the span, and whether a sequence border cuts it."""
+    return label, f"{label}_span", f"{label}_cut"
 
 
 def label_tokens(
@@ -121,19 +126,15 @@ def label_tokens(
 def _span(entry: Any, text: str, place: str) -> Span:
     if not (isinstance(entry, _MAPPING) and entry.keys() == _KEYS):
         raise _malformed(place, entry)
-    start, end, value = _plain(entry["start"]), _plain(entry["end"]), _plain(entry["value"])
-    if not (type(start) is int and type(end) is int and isinstance(value, _SCALARS)):
+    start, end, value = map(python_value, (entry["start"], entry["end"], entry["value"]))
+    if not (type(start) is int and type(end) is int) or isinstance(value, _CONTAINERS):
         raise _malformed(place, entry)
     if not 0 <= start < end <= len(text):
         raise RequestError(
             f"{place} has start {start} and end {end}; they must be characters of the text, "
             f"0 <= start < end <= {len(text)}"
         )
-    return Span(start, end, replace_surrogates(value)[0] if isinstance(value, str) else value)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, _NUMPY) else value
+    return Span(start, end, plain_value(value))
 
 
 def _malformed(place: str, value: Any) -> RequestError:

@@ -59,26 +59,37 @@ def token_table(
         values if isinstance(values, pa.Array) else pa.array(values, column.type)
         for values, column in zip(columns, TOKEN_SCHEMA, strict=True)
     ]
-    schema = TOKEN_SCHEMA
     present, inverse = np.unique(document, return_inverse=True)
-    for name, column in _columns_of(present, sequences.metadata):
+    for column in _columns_of(present, sequences.metadata):
         column = column.dictionary_encode() if pa.types.is_string(column.type) else column
-        schema = schema.append(pa.field(name, column.type))
         arrays.append(column.take(pa.array(inverse)))
-    for label, spans in _columns_of(present, sequences.spans):
+    for spans in _columns_of(present, sequences.spans):
         value, number = label_tokens(spans, inverse, char_start, char_end)
         value = value.dictionary_encode() if pa.types.is_string(value.type) else value
-        schema = schema.append(pa.field(label, value.type)).append(pa.field(f"{label}_span", number.type))
         arrays += [value, number]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return pa.Table.from_arrays(arrays, schema=token_columns(sequences))
 
 
-def _columns_of(documents: np.ndarray, table: pa.Table) -> Iterator[tuple[str, pa.Array]]:
+def token_columns(sequences: Sequences) -> pa.Schema:
+    """Returns names and types of the columns of the token table of planned sequences."""
+    fields = [*TOKEN_SCHEMA, *(pa.field(field.name, _stored(field.type)) for field in sequences.metadata.schema)]
+    for field in sequences.spans.schema:
+        value = field.type.value_type.field("value").type
+        fields += [pa.field(field.name, _stored(value)), pa.field(f"{field.name}_span", pa.int32())]
+    return pa.schema(fields)
+
+
+def _stored(column: pa.DataType) -> pa.DataType:
+    """The type in the token table: text is dictionary-encoded."""
+    return pa.dictionary(pa.int32(), pa.string()) if pa.types.is_string(column) else column
+
+
+def _columns_of(documents: np.ndarray, table: pa.Table) -> Iterator[pa.Array]:
     """Columns of `table` with the entries of `documents`, which are in ascending order."""
     # Slice, then take: from a column of many chunks `take` would first copy the whole of it.
     part = table.slice(documents[0], documents[-1] - documents[0] + 1)
     for name in part.column_names:
-        yield name, part[name].combine_chunks().take(pa.array(documents - documents[0]))
+        yield part[name].combine_chunks().take(pa.array(documents - documents[0]))
 
 
 def _dictionary(texts: list[str], where: np.ndarray) -> pa.DictionaryArray:

@@ -16,6 +16,7 @@ from workbench.model.load import Model
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
+from workbench.store.columns import check_new_columns
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
 from workbench.store.staging import PlannedSegment
 from workbench.store.writer import Writer
@@ -136,7 +137,7 @@ def plan_part(
         append: Add the part after those of the store.
 
     Raises:
-        RequestError: The store holds other texts.
+        RequestError: The store holds other texts, or columns that do not fit those of the texts.
     """
     lengths = sequences.lengths
     part = Part(
@@ -146,6 +147,9 @@ def plan_part(
         skipped_documents=sequences.skipped_documents,
         replaced_characters=sequences.replaced_characters,
     )
+    parts = writer.manifest.parts
+    number = len(parts) if append and writer.manifest.complete else max(0, len(parts) - 1)
+    check_new_columns(writer.path, writer.manifest, number, sequences)
     committed = writer.begin(part, append=append)
     before = writer.manifest.parts[:-1]
     part_plan = PartPlan(

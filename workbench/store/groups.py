@@ -20,28 +20,37 @@ SIZE = 64
 """Segments of a group; fewer, at the end of a store, are not grouped."""
 
 
-def token_files(path: Path, manifest: Manifest) -> list[Path]:
-    """Returns the files with the tokens of all committed rows, in row order: groups where they exist, else segments."""
-    paths: list[Path] = []
-    for first, group in _groups(manifest):
+def token_files(path: Path, manifest: Manifest) -> list[tuple[Path, int]]:
+    """Returns the files with the tokens of all committed rows, in row order, each with a part whose columns it has.
+
+    A file is that of a group where it exists, else of a segment.
+    """
+    paths: list[tuple[Path, int]] = []
+    for _, group in _groups(manifest):
         file = group_file(path, group)
         if len(group) == SIZE and file.exists():
-            paths.append(file)
+            paths.append((file, group[0].part))
         else:
-            paths += [path / SEGMENTS / segment.name / TOKENS for segment in manifest.segments[first : first + SIZE]]
+            paths += [(path / SEGMENTS / segment.name / TOKENS, segment.part) for segment in group]
     return paths
 
 
 def write_groups(path: Path, manifest: Manifest) -> None:
-    """Writes the last groups that are complete and missing. Memory: one segment's table at a time."""
+    """Writes the last groups that are complete and missing, where all parts have the same columns.
+
+    Memory: one segment's table at a time.
+    """
     for _, group in reversed(list(_groups(manifest))):
         file = group_file(path, group)
         if len(group) < SIZE:
             continue
         if file.exists():
             return
+        first = {segment.part: segment for segment in reversed(group)}  # first segment of each part
+        schema, *others = [read_schema(path / SEGMENTS / segment.name / TOKENS) for segment in first.values()]
+        if not all(schema.equals(other) for other in others):
+            continue
         file.parent.mkdir(exist_ok=True)
-        schema = read_schema(path / SEGMENTS / group[0].name / TOKENS)
         with files.new_file(file) as output, pq.ParquetWriter(output, schema, **parquet_options(schema)) as writer:
             for segment in group:
                 table = read_tokens([path / SEGMENTS / segment.name / TOKENS])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,39 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from workbench.io.errors import DataError, RequestError, nearest
+from workbench.store.columns import common_columns, part_columns
 from workbench.store.groups import GROUPS, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
+from workbench.store.sql_names import SqlNames, quote
 from workbench.store.token_table import COLUMNS
+
+_SQL_TYPES = {
+    "bool": "BOOLEAN",
+    "int32": "INTEGER",
+    "int64": "BIGINT",
+    "uint64": "UBIGINT",
+    "double": "DOUBLE",
+    "date32[day]": "DATE",
+    "time64[us]": "TIME",
+    "timestamp[us]": "TIMESTAMP",
+    "timestamp[us, tz=UTC]": "TIMESTAMPTZ",
+}
 
 # The predicate may come from a stranger's notebook. It has access to the tokens of this store: to no other file, no
 # variable of this process, no extension from the network.
-_SETTINGS = ("SET temp_directory = ''", "SET enable_external_access = false", "SET lock_configuration = true")
+_SETTINGS = (
+    "SET temp_directory = ''",
+    "SET TimeZone = 'UTC'",
+    "SET enable_external_access = false",
+    "SET lock_configuration = true",
+)
 
 
 def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Int64[np.ndarray, " selected"]:
     """Returns the row ids, ascending, of the committed tokens for which the SQL condition `predicate` is true.
 
-    The condition may use the token table's columns, metadata included: "token = ' Monday' AND position > 0".
-    Reads only the columns it names.
+    The condition may use the token table's columns, metadata included: "token = ' Monday' AND position > 0". A name
+    that is a reserved word or no plain word stands in double quotes: '"group" = 1'. Reads only the columns it names.
 
     Raises:
         RequestError: A condition that DuckDB refuses: an unknown column, a wrong type, a syntax error.
@@ -36,8 +56,9 @@ def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str
     """
     if not manifest.segments:
         return np.empty(0, np.int64)
-    with _tokens_where(path, manifest, predicate) as relation:
-        return np.sort(relation.project('"row"').fetchnumpy()["row"])
+    with _tokens_where(path, manifest, predicate) as (relation, names):
+        (rows,) = relation.project(names.quoted("row")).fetchnumpy().values()
+        return np.sort(rows)
 
 
 def query_tokens(
@@ -49,35 +70,80 @@ def query_tokens(
     """
     if not manifest.segments:
         return COLUMNS.empty_table()
-    with _tokens_where(path, manifest, predicate) as relation:
-        ordered = relation.order('"row"')
-        return (ordered if limit is None else ordered.limit(limit)).to_arrow_table()
+    with _tokens_where(path, manifest, predicate) as (relation, names):
+        ordered = relation.order(names.quoted("row"))
+        return (ordered if limit is None else ordered.limit(limit)).to_arrow_table().rename_columns(names.names)
 
 
 @contextmanager
-def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Iterator[Any]:
-    """The relation of the tokens for which `predicate` is true. Its type is not in the signature: DuckDB prints leaks
-    when the process ends and a run-time type checker has kept its classes."""
+def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Iterator[tuple[Any, SqlNames]]:
+    """The relation of the tokens for which `predicate` is true, and the names of its columns. Its type is not in the
+    signature: DuckDB prints leaks when the process ends and a run-time type checker has kept its classes."""
     if not predicate.strip():
         raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
     store = Path(path).absolute()
-    names = [_pattern(file) for file in token_files(store, manifest)]
     folders = [store / SEGMENTS, store / GROUPS]
     places = [place for folder in folders for place in (str(folder), _pattern(folder))]
     allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in places)
+    schemas = part_columns(store, manifest)
+    columns = common_columns(schemas.values(), path)
+    names = SqlNames(columns.names)
+    condition = names.resolve(predicate)
     with duckdb.connect() as connection:
         connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
         try:
-            tokens = connection.read_parquet(names, hive_partitioning=False)
+            tokens = _relation(connection, token_files(store, manifest), schemas, columns, names)
         except duckdb.Error as error:
             raise _damaged(path, error) from None
         try:
             # a relation's filter is parsed as one expression: a second statement or an ORDER BY is an error
-            yield tokens.filter(predicate)
+            yield tokens.filter(condition), names
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
             raise _damaged(path, error) from None
         except duckdb.Error as error:
-            raise _refused(predicate, error, tokens.columns) from None
+            raise _refused(predicate, error, names) from None
+
+
+def _relation(
+    connection: Any,
+    files: Sequence[tuple[Path, int]],
+    schemas: Mapping[int, pa.Schema],
+    columns: pa.Schema,
+    names: SqlNames,
+) -> Any:
+    """The token table of all files, those of parts with other columns brought to those of the store."""
+    by_schema: dict[pa.Schema, list[str]] = {}
+    for file, part in files:
+        by_schema.setdefault(schemas[part], []).append(_pattern(file))
+    relations = []
+    for schema, patterns in by_schema.items():
+        tokens = connection.read_parquet(patterns, hive_partitioning=False)
+        if schema != columns or names.differ or pa.float64() in columns.types:
+            read = dict(zip(schema.names, tokens.columns, strict=True))  # by place: DuckDB renames what differs by case
+            values = [_value(schema, field, read) for field in columns]
+            tokens = tokens.project(
+                ", ".join(f"{value} AS {names.quoted(name)}" for value, name in zip(values, columns.names, strict=True))
+            )
+        relations.append(tokens)
+    return functools.reduce(lambda one, other: one.union(other), relations)
+
+
+def _value(schema: pa.Schema, field: pa.Field, read: Mapping[str, str]) -> str:
+    """SQL of a column of the store in files with the columns `schema`, which DuckDB reads under the names `read`."""
+    index = schema.get_field_index(field.name)
+    kind = pa.null() if index < 0 else schema.field(index).type
+    if pa.types.is_null(kind):
+        return f"CAST(NULL AS {_sql_type(field.type)})"
+    name = quote(read[field.name])
+    if pa.types.is_floating(kind):  # stores of version 1 hold NaN, which Parquet's statistics leave out
+        name = f"CASE WHEN isnan({name}) THEN NULL ELSE {name} END"
+    return name if kind.equals(field.type) else f"CAST({name} AS {_sql_type(field.type)})"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_decimal(kind):
+        return f"DECIMAL({kind.precision}, {kind.scale})"
+    return _SQL_TYPES.get(str(kind), "VARCHAR")
 
 
 def _pattern(path: Path) -> str:
@@ -85,10 +151,12 @@ def _pattern(path: Path) -> str:
     return re.sub(r"([*?[])", r"[\1]", str(path))
 
 
-def _refused(predicate: str, error: Exception, columns: list[str]) -> RequestError:
+def _refused(predicate: str, error: Exception, names: SqlNames) -> RequestError:
     reason = _first_line(error)
     unknown = reason.split('"')[1] if reason.startswith("Referenced column") else ""
-    return RequestError(f"query {predicate!r}: {reason}; columns: {', '.join(columns)}{nearest(unknown, columns)}")
+    columns = ", ".join(name if name.isprintable() else repr(name) for name in names.names)
+    hint = names.hint(predicate) or nearest(unknown, names.names)
+    return RequestError(f"query {predicate!r}: {reason}; columns: {columns}{hint}")
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> DataError:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.grammar import SHORT_NAMES
+from workbench.store.columns import store_columns
 from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
-from workbench.store.token_table import COLUMNS, read_tokens, take_tokens
+from workbench.store.token_table import read_tokens, take_tokens
 from workbench.store.verify import verify
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Store:
 
         Read at the first use, into about 50 bytes a row; `where` and `Rows.tokens` do not need it.
         """
-        return read_tokens(self._files(TOKENS))
+        return read_tokens(self._files(TOKENS), self._columns)
 
     def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
         """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name."""
@@ -141,6 +142,11 @@ class Store:
 
     def _files(self, name: str) -> list[Path]:
         return [self.path / SEGMENTS / segment.name / name for segment in self.manifest.segments]
+
+    @cached_property
+    def _columns(self) -> pa.Schema | None:
+        """Columns of the token table; None: no rows."""
+        return store_columns(self.path, self.manifest)
 
     @cached_property
     def _maps(self) -> Callable[[SiteRecord], SiteMaps]:
@@ -305,12 +311,9 @@ class Rows:
         starts = self.store.manifest.starts
         edges = np.searchsorted(self.ids, starts)
         touched = np.flatnonzero(np.diff(edges)).tolist()
-        if not touched:
-            return (self.store.tokens if self.store.rows else COLUMNS.empty_table()).slice(0, 0)
         files = self.store._files(TOKENS)
-        return take_tokens(
-            [files[s] for s in touched], [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched]
-        )
+        ids = [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched]
+        return take_tokens([files[s] for s in touched], ids, self.store._columns)
 
     def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
         """Returns the ids, if they are of this store: rows of another store are other tokens."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from workbench.corpus.tokenizer import TOKEN_SCHEMA as COLUMNS
@@ -38,7 +39,7 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
 
 def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema | None) -> None:
-    """Refuses a table that does not fit its segment, or has other columns than `schema`, those of earlier segments."""
+    """Refuses a table that does not fit its segment, or has other columns than `schema`, those of its part."""
     first = pa.schema(list(table.schema)[: len(COLUMNS)])
     check_columns(table.schema if schema else first, schema or COLUMNS)
     if table.num_rows != rows or not np.array_equal(table["row"], np.arange(first_row, first_row + rows)):
@@ -46,24 +47,55 @@ def check_tokens(table: pa.Table, rows: int, first_row: int, schema: pa.Schema |
 
 
 def check_columns(schema: pa.Schema, expected: pa.Schema) -> None:
-    """Refuses a token table of other columns than the store's."""
+    """Refuses a token table of other columns than those of its part."""
     schema, expected = schema.remove_metadata(), expected.remove_metadata()
     if not schema.equals(expected):
-        raise RequestError(f"the token table's columns are {_columns(schema)}; the store's are {_columns(expected)}")
+        raise RequestError(
+            f"the token table's columns are {_columns(schema)}; those of its part are {_columns(expected)}"
+        )
 
 
-def read_tokens(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
+def read_tokens(paths: Sequence[str | os.PathLike[str]], columns: pa.Schema | None = None) -> pa.Table:
     """Returns the token tables of several segments as one, with one dictionary for each column.
+
+    Args:
+        paths: Files of the segments.
+        columns: Columns of the store. None: those of the files, which have the same.
 
     Raises:
         DataError: A file that is missing or damaged.
     """
-    return _concatenate([read_table(path, VERIFY) for path in paths])
+    return _concatenate([_read(path) for path in paths], columns)
 
 
-def take_tokens(paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray]) -> pa.Table:
+def take_tokens(
+    paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray], columns: pa.Schema | None
+) -> pa.Table:
     """Returns the given rows of each segment's table as one table. Memory: one segment's table at a time."""
-    return _concatenate([read_table(path, VERIFY).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)])
+    tables = [_read(path).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)]
+    return _concatenate(tables, columns)
+
+
+def conform(table: pa.Table, columns: pa.Schema) -> pa.Table:
+    """Returns a token table with the columns of the store: values in their types, null where it lacks a column."""
+    if table.schema.remove_metadata().equals(columns):
+        return table
+    arrays = [
+        _nulls(table.num_rows, field.type)
+        if field.name not in table.column_names or pa.types.is_null(table.schema.field(field.name).type)
+        else table[field.name].cast(field.type)
+        for field in columns
+    ]
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+def without_nan(table: pa.Table) -> pa.Table:
+    """Returns a table with null for NaN, which stores of version 1 hold where a number is missing."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_floating(field.type):
+            values = table.column(index)
+            table = table.set_column(index, field, pc.if_else(pc.is_nan(values), pa.scalar(None, field.type), values))
+    return table
 
 
 def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
@@ -71,8 +103,20 @@ def read_schema(path: str | os.PathLike[str]) -> pa.Schema:
     return read_table_schema(path, VERIFY)
 
 
-def _concatenate(tables: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(tables).unify_dictionaries() if tables else COLUMNS.empty_table()
+def _read(path: str | os.PathLike[str]) -> pa.Table:
+    return without_nan(read_table(path, VERIFY))
+
+
+def _concatenate(tables: list[pa.Table], columns: pa.Schema | None) -> pa.Table:
+    if not tables:
+        return (columns or COLUMNS).empty_table()
+    return pa.concat_tables([conform(table, columns or table.schema) for table in tables]).unify_dictionaries()
+
+
+def _nulls(rows: int, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(pa.nulls(rows, kind.index_type), pa.array([], kind.value_type))
+    return pa.nulls(rows, kind)
 
 
 def _columns(schema: pa.Schema) -> str:

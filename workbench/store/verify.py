@@ -34,7 +34,7 @@ from workbench.store.manifest import (
     parse_segment,
     read_manifest,
 )
-from workbench.store.token_table import check_tokens, read_tokens
+from workbench.store.token_table import check_tokens, read_tokens, without_nan
 
 _BLOCK_BYTES = 8 << 20
 _EXPONENT = {"float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80), "float32": ("<u4", 0x7F800000)}
@@ -140,7 +140,8 @@ def _differing_segment(path: Path, file: Path, group: Sequence[Segment]) -> str 
                 return f"{actual.num_row_groups} row groups for {len(group)} segments"
             for index, segment in enumerate(group):
                 with contextlib.suppress(DataError):  # reported for the segment
-                    if not actual.read_row_group(index).equals(read_tokens([path / SEGMENTS / segment.name / TOKENS])):
+                    original = read_tokens([path / SEGMENTS / segment.name / TOKENS])
+                    if not without_nan(actual.read_row_group(index)).equals(original):
                         return f"not those of segment {segment.name}"
     except (OSError, pa.ArrowException) as error:
         return f"cannot be read ({str(error).splitlines()[0]})"

@@ -208,7 +208,7 @@ class Writer:
         """Commits, in their order, the submitted segments that follow the committed ones; later ones stay submitted.
 
         Raises:
-            RequestError: A segment with other token columns than the store's, or another recording at this path.
+            RequestError: A segment with other token columns than its part's, or another recording at this path.
             DataError: The disk is full.
         """
         with self._turn(), explain_full_disk(self.path, "the manifest", self.manifest.rows):
@@ -266,8 +266,9 @@ class Writer:
         return [segment for segment in self.manifest.segments if segment.part == len(self.manifest.parts) - 1]
 
     def _token_schema(self) -> pa.Schema | None:
-        if self._schema is None and self.manifest.segments:
-            self._schema = read_schema(self.path / SEGMENTS / self.manifest.segments[0].name / TOKENS)
+        """Columns of the part; None before its first segment is committed."""
+        if self._schema is None and (segments := self._part_segments()):
+            self._schema = read_schema(self.path / SEGMENTS / segments[0].name / TOKENS)
         return self._schema
 
     @contextmanager
