@@ -49,6 +49,7 @@ from workbench.probing import (
     provenance,
     ratio,
     read_attention,
+    require_causal,
     residual_norms,
     select_sequences,
     stack_heads,
@@ -174,6 +175,7 @@ class AttentionSinks:
             RequestError: No attention was recorded, no sequence is long enough, or derived attention was summed over
                 longer sequences than `length`.
         """
+        require_causal(store, self.name)
         source, layers = attention_source(store)
         if self.domain is not None and source == "derived":
             if self.sink != 0:

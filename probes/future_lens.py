@@ -54,6 +54,7 @@ from workbench.probing import (
     progress,
     provenance,
     recorded_layers,
+    require_causal,
     token_grid,
     usable_device,
     with_interval,
@@ -175,6 +176,7 @@ class FutureLens:
             RequestError: A site or the unembedding is missing, `where` selects fewer than three documents, or no
                 document is long enough for the last horizon.
         """
+        require_causal(store, self.name)
         layers, labels = recorded_layers(store, self.site)
         unembed = load_unembed(store.path, usable_device(self.device))
         task = load_future_task(store, self._split(), unembed, self.top_k)

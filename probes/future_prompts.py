@@ -51,6 +51,7 @@ from workbench.probing import (
     provenance,
     recorded_layers,
     recorded_model,
+    require_causal,
     run_prompted,
     token_embeddings,
     usable_device,
@@ -176,6 +177,7 @@ class FuturePrompts:
             RequestError: The model cannot be loaded, is another one, has too short a context or no tokenizer for fixed
                 prompts; a site is missing; too few documents are selected or none is long enough.
         """
+        require_causal(store, self.name)
         device = usable_device(self.device)
         layers, labels = recorded_layers(store, self.site)
         model = recorded_model(store, model or self.model, device)

@@ -27,6 +27,7 @@ from workbench.probing import (
     lens_grid,
     provenance,
     read_lens,
+    require_causal,
     selected_rows,
 )
 
@@ -68,6 +69,7 @@ class LogitLens:
         Raises:
             RequestError: The site, the last block or the unembedding was not recorded, or the device cannot be used.
         """
+        require_causal(store, self.name)
         rows = selected_rows(store, self.where)
         data, table = read_lens(store, rows, site=self.site, top_k=self.top_k, detail=self.detail, device=self.device)
         return Result(self.name, data, table, provenance(store, self))

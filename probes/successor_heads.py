@@ -59,6 +59,7 @@ from workbench.probing import (
     ov_logits,
     provenance,
     recorded_model,
+    require_causal,
     ridge_digits,
     shares_of_wins,
     shuffled_null,
@@ -172,6 +173,7 @@ class SuccessorHeads:
             RequestError: The model cannot be loaded, is another one, has no tokenizer or no heads; the store has no
                 unembedding; no class has enough single tokens.
         """
+        require_causal(store, self.name)
         model = recorded_model(store, model or self.model, usable_device(self.device))
         unembed = load_unembed(store.path, model.device)
         spelling = {"space": self.space, "case": self.case, "wrap": self.wrap}

@@ -41,6 +41,7 @@ from workbench.probing import (
     provenance,
     read_lens,
     recorded_layers,
+    require_causal,
     selected_rows,
     split_by_document,
     usable_device,
@@ -117,6 +118,7 @@ class TunedLens:
         Raises:
             RequestError: A site or the unembedding was not recorded, or there are fewer than three documents.
         """
+        require_causal(store, self.name)
         device = usable_device(self.device)
         layers, labels = recorded_layers(store, self.site)
         last = f"resid_post.{store.manifest.model.n_layers - 1}"

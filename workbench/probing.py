@@ -46,6 +46,7 @@ _PUBLIC = {
     "note_few_rows": "workbench.analysis.rows",
     "read_attention": "workbench.analysis.received",
     "recorded_layers": "workbench.analysis.rows",
+    "require_causal": "workbench.analysis.causal",
     "select_sequences": "workbench.analysis.sequences",
     "stack_heads": "workbench.analysis.received",
     "stack_layers": "workbench.analysis.received",
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
         resampled_means,
         wilson,
     )
+    from workbench.analysis.causal import require_causal
     from workbench.analysis.digits import (
         digit_arithmetic,
         digit_features,

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
 from workbench.io.errors import RequestError
-from workbench.model import discovery as sitemap
+from workbench.model import trial as sitemap
 from workbench.model.discovery import find_sites
 from workbench.sites.grammar import SHORT_NAMES, Site, SiteMap, Tap, full_name, short_name
 

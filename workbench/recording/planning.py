@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from workbench.features.while_recording import EncodedSite, RecordedFeatures
+
+_LOG = logging.getLogger(__name__)
 
 _SITES = ("resid_post",)
 _SEGMENT_BYTES = 256 << 20
@@ -95,6 +98,12 @@ def plan_recording(
     if settings.sites is None and features is None:
         settings = replace(settings, sites=_SITES)
     sites = model.site_map.select(settings.sites or ())
+    if not model.site_map.causal:
+        _LOG.warning(
+            f"model {model.name!r} is not causal: later tokens change what it computes at earlier positions; probes of "
+            "next-token prediction will refuse the store. If it was trained as a decoder (BERT's kind), load it with "
+            "is_decoder=True"
+        )
     context = context_length(settings, model)
     added = added_tokens(model.tokenizer, settings.bos)
     encoded = None
@@ -226,7 +235,7 @@ def model_record(model: Model) -> ModelRecord:
         d_model=model.d_model,
         vocab=model.vocab,
         adapter=sites.adapter,
-        causal=True,
+        causal=sites.causal,
     )
 
 

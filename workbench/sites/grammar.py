@@ -64,6 +64,9 @@ DERIVED: Mapping[str, str] = {
 }
 """Kind of derived site -> kind of the site it is computed from, whose last axis it lacks."""
 
+_OF_LATER_QUERIES = ("attn_received", "attn_received_entropy")
+"""Derived sites that are means over the queries at and after a key."""
+
 _SHORT = re.compile(r"(?P<kind>\w+)\.(?P<layers>-?\d*(?::-?\d*){0,2})")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -119,6 +122,8 @@ class SiteMap:
     n_layers: int
     adapter: str | None
     """Name of the TransformerLens adapter the names came from; None: found by structure, residual sites only."""
+    causal: bool = True
+    """True if no token changes what is computed at earlier positions."""
 
     @property
     def last_block(self) -> str:
@@ -133,6 +138,8 @@ class SiteMap:
             for layer in range(self.n_layers):
                 name = SHORT_NAMES[source_kind].format(layer=layer)
                 source = self.sites.get(self.synonyms.get(name, name))
+                if not self.causal and kind in _OF_LATER_QUERIES:
+                    continue
                 if source and (source_kind == "resid_post" or source.axes[0] == "head"):  # fused heads may be flat
                     derived[source.name].append(self._derive(kind, layer, source))
         return {site.name: site for source in self.sites.values() for site in (source, *derived[source.name])}
@@ -198,10 +205,15 @@ class SiteMap:
         name = name or pattern
         known = [*SHORT_NAMES, *self.sites, *self.synonyms]
         source, block = DERIVED.get(_kind(name) or ""), _BLOCK.match(name)
+        offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
+        if not self.causal and _kind(name) in _OF_LATER_QUERIES:
+            return (
+                f"site {pattern!r} cannot be recorded here: it is a mean over the queries at and after a token, and in "
+                f"this model earlier tokens attend to later ones; this model has {', '.join(offered)}"
+            )
         if source and block:  # the reason is that of its source
             name = SHORT_NAMES[source].format(layer=block[1])
         if name in self.missing:
-            offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
             return (
                 f"site {pattern!r} cannot be recorded here: {self.missing[name]}; this model has {', '.join(offered)}"
             )

@@ -1,0 +1,192 @@
+"""Names of sites against the documented sums, computed here by hooks of plain torch, for blocks of many shapes."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    CohereConfig,
+    CohereForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+
+from workbench.io.errors import RequestError
+from workbench.model.capture import capture
+from workbench.model.discovery import find_sites
+
+BODY = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "intermediate_size": 24}
+BODY |= {"max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+GROUPED = BODY | {"num_key_value_heads": 2}
+OPT = {key: BODY[key] for key in ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size")}
+OPT |= {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32, "pad_token_id": 1}
+GPTJ = {"vocab_size": 60, "n_layer": 2, "n_head": 4, "n_embd": 16, "rotary_dim": 4, "n_positions": 32}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=4)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**GROUPED)),
+    "opt pre-norm": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+    "opt post-norm": lambda: OPTForCausalLM(OPTConfig(**OPT, do_layer_norm_before=False)),
+    "bert": lambda: BertLMHeadModel(BertConfig(**BODY, is_decoder=True)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**GROUPED, residual_multiplier=0.22)),
+    "granite of 1": lambda: GraniteForCausalLM(GraniteConfig(**GROUPED)),
+    "neox parallel": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**BODY)),
+    "neox in sequence": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**BODY, use_parallel_residual=False)),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**GPTJ)),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**BODY, new_decoder_architecture=True, num_kv_heads=2)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**BODY)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**GROUPED)),
+}
+SEQUENTIAL = {"llama", "gemma2", "olmo2", "opt pre-norm", "neox in sequence"}
+POST_NORM = {"opt post-norm", "bert"}
+IDS = torch.arange(2, 14).reshape(2, 6)
+
+
+@functools.cache
+def built(name):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        module = MODELS[name]().eval()
+        for weight in module.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return module, find_sites(module)
+
+
+def recorded(module, sites, kinds, layer=1):
+    """Sites of one layer by kind; those that are not offered are left out."""
+    offered = {site.kind for site in sites.sites.values() if site.layer == layer}
+    chosen = sites.select([f"{kind}.{layer}" for kind in kinds if kind in offered])
+    taken = {}
+
+    def receive(site, tensor, _first):
+        taken[site.kind] = tensor.clone()  # Falcon adds in place
+
+    capture(module, chosen, IDS, torch.ones_like(IDS), receive)
+    return {kind: tensor.clone() for kind, tensor in taken.items()}  # no inference tensors
+
+
+STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln1", "ln2")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stream_adds_up(name):
+    seen = recorded(*built(name), STREAM)
+    pre, post = seen["resid_pre"], seen["resid_post"]
+    if name in POST_NORM:
+        assert {"attn_out", "mlp_out", "resid_mid"} <= seen.keys()
+    elif name == "granite":
+        assert not {"attn_out", "mlp_out"} & seen.keys()
+    elif name in SEQUENTIAL:
+        torch.testing.assert_close(pre + seen["attn_out"], seen["resid_mid"])
+        torch.testing.assert_close(seen["resid_mid"] + seen["mlp_out"], post)
+    elif name != "granite of 1":
+        assert "resid_mid" not in seen
+        torch.testing.assert_close(pre + seen["attn_out"] + seen["mlp_out"], post)
+
+
+@pytest.mark.parametrize(
+    ("name", "mlp", "norms"),
+    [
+        ("opt post-norm", "model.decoder.layers.1.fc1", ("self_attn_layer_norm", "final_layer_norm")),
+        ("bert", "bert.encoder.layer.1.intermediate.dense", ("attention.output.LayerNorm", "output.LayerNorm")),
+    ],
+)
+def test_in_a_post_norm_block_resid_mid_is_what_the_mlp_reads(name, mlp, norms):
+    module, sites = built(name)
+    read = []
+    handle = module.get_submodule(mlp).register_forward_pre_hook(lambda _module, args: read.append(args[0]))
+    module(IDS)
+    handle.remove()
+    seen = recorded(module, sites, STREAM)
+    torch.testing.assert_close(seen["resid_mid"], read[0].reshape(seen["resid_mid"].shape))
+    block = module.get_submodule(sites.last_block)
+    first, second = (block.get_submodule(path) for path in norms)
+    torch.testing.assert_close(first(seen["resid_pre"] + seen["attn_out"]), seen["resid_mid"])
+    torch.testing.assert_close(second(seen["resid_mid"] + seen["mlp_out"]), seen["resid_post"])
+    for norm, instead in (("ln1", "resid_mid"), ("ln2", "resid_post")):
+        with pytest.raises(RequestError, match=f"post-norm block .* writes the stream itself; record {instead}"):
+            sites.select([norm])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("granite", "attn_out"), ("granite", "mlp_out")])
+def test_a_residual_multiplier_is_the_reason(name, kind):
+    _, sites = built(name)
+    with pytest.raises(RequestError, match=r"multiplies the output of .* by 0\.22 before it adds it; record "):
+        sites.select([kind])
+    assert sites.select(["resid_mid", "blocks.*.attn.hook_out", "blocks.*.mlp.hook_out"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt pre-norm", "neox parallel", "falcon", "cohere"])
+def test_the_norms_before_the_sublayers_read_the_stream(name):
+    module, sites = built(name)
+    offered = {site.kind for site in sites.sites.values()}
+    assert "ln1" in offered
+    tap = sites.select(["ln1.1"])[0].tap
+    seen = recorded(module, sites, ("resid_pre", "ln1"))
+    torch.testing.assert_close(module.get_submodule(tap.path)(seen["resid_pre"]), seen["ln1"])
+
+
+def test_names_keep_their_meaning_in_half_precision():
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in ("llama", "opt post-norm", "granite", "bert"):
+            _, sites = built(name)
+            half = find_sites(MODELS[name]().to(dtype).eval())
+            kinds = [{site.short for site in found.sites.values() if site.kind in STREAM} for found in (half, sites)]
+            assert kinds[0] - kinds[1] <= {"attn_out.0", "attn_out.1", "mlp_out.0", "mlp_out.1"}, (name, dtype)
+            assert kinds[1] <= kinds[0]
+
+
+# ---- causality and heads --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "config"), [(BertLMHeadModel, BertConfig), (RobertaForCausalLM, RobertaConfig)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_is_causal_and_an_encoder_is_not(kind, config, dtype):
+    assert find_sites(kind(config(**BODY, is_decoder=True)).to(dtype)).causal
+    encoder = find_sites(kind(config(**BODY)).to(dtype))
+    assert not encoder.causal
+    assert "blocks.0.attn.hook_attn_received" not in encoder.recordable
+
+
+def test_attention_received_is_refused_where_tokens_look_ahead():
+    encoder = find_sites(BertLMHeadModel(BertConfig(**BODY)))
+    with pytest.raises(RequestError, match="a mean over the queries at and after a token, and in this model earlier"):
+        encoder.select(["attn_received"])
+    assert encoder.select(["attn_entropy", "pattern"])
+
+
+def test_a_model_without_head_has_all_sites_but_logits():
+    with_head, without = (
+        find_sites(LlamaForCausalLM(LlamaConfig(**GROUPED))),
+        find_sites(LlamaModel(LlamaConfig(**GROUPED))),
+    )
+    kinds = [{site.short for site in sites.sites.values() if site.short} for sites in (with_head, without)]
+    assert kinds[0] - kinds[1] == {"logits"}
+    assert (without.blocks, without.adapter) == ("layers", "LlamaArchitectureAdapter")
+    with pytest.raises(RequestError, match="no language-model head; AutoModelForCausalLM in place of AutoModel"):
+        without.select(["logits"])
+    assert find_sites(BertModel(BertConfig(**BODY))).adapter == "BertArchitectureAdapter"

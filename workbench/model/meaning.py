@@ -1,0 +1,166 @@
+"""Checks of what the names of a block mean, on the tensors of a trial pass.
+
+A name may lead to a tensor that exists and is another one than documented: `resid_mid` behind the MLP of a post-norm
+block, an `attn_out` that the block multiplies before it adds it. So the documented sums are computed:
+
+    resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post     (blocks in sequence)
+    resid_pre + attn_out + mlp_out = resid_post                            (attention and MLP in parallel)
+    norm(resid_pre + attn_out) = resid_mid, which the MLP reads            (post-norm)
+
+A name that fails is not offered, or leads to the tensor that fits. What cannot be compared is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from workbench.model.trial import Trial
+from workbench.sites.grammar import Tap
+
+_ATTENTIONS = ("hook_attn_out", "attn.o.hook_out", "attn.hook_out")
+_MLPS = ("hook_mlp_out", "mlp.out.hook_out", "mlp.hook_out")
+_MIDS = ("hook_resid_mid", "mlp.hook_in", "mlp.in.hook_in")
+"""Names whose tensors may be the one that the first name stands for, the first one first."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Tensors of one block by the ends of their names, at the real tokens of a trial pass."""
+
+    prefix: str
+    taps: Mapping[str, Tap]
+    trial: Trial
+
+    def tap(self, name: str) -> Tap | None:
+        return self.taps.get(f"{self.prefix}.{name}")
+
+    def value(self, name: str) -> Tensor | None:
+        tap = self.tap(name)
+        return None if tap is None else self.trial.rows(tap)
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: value for name in names if (value := self.value(name)) is not None}
+
+    def after(self, name: str, others: Iterable[str]) -> bool:
+        """True if the tensor of `name` comes later in the pass than one of `others`."""
+        order, tap = self.trial.order, self.tap(name)
+        earlier = (order[other] for other in map(self.tap, others) if other in order)
+        return tap in order and order[tap] > min(earlier, default=len(order))
+
+
+def check_block(layer: int, taps: Mapping[str, Tap], trial: Trial) -> tuple[dict[str, Tap], dict[str, str]]:
+    """Returns the taps that names of a block take in place of theirs, and the reason for each name that fails."""
+    block = _Block(f"blocks.{layer}", taps, trial)
+    pre, post = block.value("hook_resid_pre"), block.value("hook_resid_post")
+    if pre is None or post is None:
+        return {}, {}
+    attentions, mlps = block.values(_ATTENTIONS), block.values(_MLPS)
+    mids = {name: value for name, value in block.values(_MIDS).items() if not block.after(name, _MLPS)}
+    norm_inputs = block.values(("ln1.hook_in", "ln2.hook_in"))
+    after_attention = [*mids.values(), *norm_inputs.values(), *(post.double() - mlp.double() for mlp in mlps.values())]
+    before_mlp = [
+        *mids.values(),
+        *norm_inputs.values(),
+        *(pre.double() + attention.double() for attention in attentions.values()),
+    ]
+    attention, no_attention = _added("attention", attentions, [pre], after_attention)
+    mlp, no_mlp = _added("the MLP", mlps, before_mlp, [post, *norm_inputs.values()])
+    mid = next((name for name, value in mids.items() if _is_mid(block, value, attentions, mlps)), None)
+    chosen = {_ATTENTIONS[0]: (attention, no_attention), _MLPS[0]: (mlp, no_mlp), _MIDS[0]: (mid, None)}
+    if mid is None and block.tap(_MIDS[0]) in trial.values:
+        chosen[_MIDS[0]] = (None, _no_mid(block.value(_MIDS[0]), pre))
+    chosen["ln1.hook_out"] = (None, _first_norm(block, pre))
+    chosen["ln2.hook_out"] = (None, _second_norm(block))
+    moved = {
+        f"{block.prefix}.{name}": block.tap(other) for name, (other, _) in chosen.items() if other and other != name
+    }
+    reasons = {f"{block.prefix}.{name}": reason for name, (_, reason) in chosen.items() if reason}
+    claimed = {name: tap for name, tap in moved.items() if name in taps and tap is not None}
+    return claimed, reasons
+
+
+def _added(
+    part: str, candidates: Mapping[str, Tensor], bases: list[Tensor], totals: list[Tensor]
+) -> tuple[str | None, str | None]:
+    """Name of the tensor that a part of the block adds to the stream, or the reason why the first name is not it."""
+    factors = {
+        name: [factor for base, total in product(bases, totals) if (factor := _factor(base, value, total))]
+        for name, value in candidates.items()
+    }
+    if not candidates or not totals:
+        return None, None
+    exact = next((name for name, known in factors.items() if 1.0 in known), None)
+    scaled = next((name for name, known in factors.items() if known), None)
+    if exact:
+        return exact, None
+    if scaled:
+        other = next(name for name in reversed(candidates) if factors[name] == factors[scaled])
+        return None, (
+            f"the block multiplies the output of {part} by {factors[scaled][0]:.4g} before it adds it; record "
+            f"blocks.N.{other} and multiply by that"
+        )
+    return None, f"the stream does not change by the output of {part} alone"
+
+
+def _is_mid(block: _Block, mid: Tensor, attentions: Mapping[str, Tensor], mlps: Mapping[str, Tensor]) -> bool:
+    """True if `mid` is the stream plus attention's output, or the norm of that sum, or what the MLP's is added to."""
+    pre, post = block.value("hook_resid_pre"), block.value("hook_resid_post")
+    read, written = block.value("ln1.hook_in"), block.value("ln1.hook_out")
+    if written is not None and _equal(written, mid) and any(_factor(pre, part, read) for part in attentions.values()):
+        return True
+    sums = [*((pre, part, mid) for part in attentions.values()), *((mid, part, post) for part in mlps.values())]
+    return not sums or any(_factor(*terms) for terms in sums)
+
+
+def _no_mid(claimed: Tensor | None, pre: Tensor) -> str:
+    if claimed is not None and _equal(claimed, pre):
+        return "attention and MLP read the same stream: there is none between them"
+    return "no tensor between attention and MLP is the stream plus what attention adds to it"
+
+
+def _first_norm(block: _Block, pre: Tensor) -> str | None:
+    read = block.value("ln1.hook_in")
+    if read is None or not block.after("ln1.hook_in", _ATTENTIONS[1:]):
+        return None
+    if any(_factor(pre, part, read) for part in block.values(_ATTENTIONS).values()):
+        return "in this post-norm block the norm after attention writes the stream itself; record resid_mid"
+    return "its norm comes after attention, not before it; record attn_out"
+
+
+def _second_norm(block: _Block) -> str | None:
+    read, written, post = block.value("ln2.hook_in"), block.value("ln2.hook_out"), block.value("hook_resid_post")
+    if read is None or not block.after("ln2.hook_in", _MLPS):
+        return None
+    if written is not None and post is not None and _equal(written, post):
+        return "in this post-norm block the norm after the MLP writes the stream itself; record resid_post"
+    return "its norm comes after the MLP, not before it; record mlp_out"
+
+
+# ---- sums within rounding -------------------------------------------------------------------------------
+
+
+def _factor(base: Tensor | None, part: Tensor | None, total: Tensor | None) -> float | None:
+    """The number k with base + k part = total, exactly 1.0 within rounding; None if there is none."""
+    if base is None or part is None or total is None or not base.shape == part.shape == total.shape:
+        return None
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (base, part, total))
+    base, part, total = base.double(), part.double(), total.double()
+    change = total - base
+    slack = 2 * eps * torch.maximum(base.norm(dim=-1), total.norm(dim=-1))
+    fitted = ((change * part).sum() / part.square().sum().clamp(min=1e-300)).item()
+    for factor in (1.0, fitted):
+        size, error = abs(factor) * part.norm(dim=-1), (change - factor * part).norm(dim=-1)
+        if bool((error <= slack + 4 * eps * size).all()) and (factor == 1.0 or bool((size > slack).any())):
+            return factor
+    return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (a, b))
+    a, b = a.double(), b.double()
+    return a.shape == b.shape and bool(((a - b).norm(dim=-1) <= eps * b.norm(dim=-1)).all())
