@@ -22,9 +22,21 @@ import pyarrow as pa
 import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison
 from workbench.io.files import sha256_bytes
+from workbench.io.parse import to_json
 from workbench.io.tensors import TensorFile
 from workbench.store.groups import SIZE, write_groups
-from workbench.store.manifest import SEGMENTS, TOKENS, Part, Segment, SiteRecord, read_manifest, write_manifest
+from workbench.store.manifest import (
+    SEGMENT,
+    SEGMENTS,
+    TOKENS,
+    FileRecord,
+    Part,
+    Segment,
+    SegmentRecord,
+    SiteRecord,
+    read_manifest,
+    write_manifest,
+)
 from workbench.store.token_table import encode_tokens
 
 _SITE = SiteRecord("blocks.0.hook_resid_post", "resid_post.0", ("row", "d_model"), (768,), "float16")
@@ -115,11 +127,14 @@ class Scale:
             folder = path / SEGMENTS / name
             folder.mkdir(parents=True)
             shifts = {"row": index * self.segment_rows, "sequence": first[index], "document": first[index]}
-            (folder / TOKENS).write_bytes(encode_tokens(_shifted(tables[table], shifts)))
+            encoded = encode_tokens(_shifted(tables[table], shifts))
+            (folder / TOKENS).write_bytes(encoded)
             tensor = TensorFile(folder / _SITE.file, _SITE.label, _SITE.dtype, (self.segment_rows, *_SITE.shape), {})
             os.truncate(tensor.path, tensor.path.stat().st_size + self.segment_rows * _SITE.row_bytes)
-            checksum = sha256_bytes(name.encode())
-            return Segment(name, self.segment_rows, sequences[table], 0, checksum, checksum)
+            file = FileRecord(len(encoded), sha256_bytes(encoded))
+            record = to_json(SegmentRecord({TOKENS: file}, self.segment_rows, sequences[table], {}, {}, "")).encode()
+            (folder / SEGMENT).write_bytes(record)
+            return Segment(name, self.segment_rows, sequences[table], 0, "", sha256_bytes(record))
 
         with ThreadPoolExecutor() as pool:
             segments = list(pool.map(write, range(len(which))))

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.checksums import check_files
+from workbench.io.errors import RequestError
+from workbench.io.parse import load_json
+from workbench.io.tensors import VERIFY, open_safetensors
 from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, the_tensor, trial_ids
 from workbench.store.manifest import UNEMBED, read_manifest
 
@@ -90,16 +92,15 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
 
     Raises:
         RequestError: The model had no unembedding of this form; the message gives the reason.
-        DataError: The file is missing.
+        DataError: The file is missing or damaged.
     """
     manifest = read_manifest(store_path)
     if manifest.unembed is None:
         raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
     path = Path(store_path) / UNEMBED
-    if not path.is_file():
-        raise DataError(f"store {Path(store_path).name}: {UNEMBED} is missing; run `workbench verify`")
-    with safe_open(str(path), framework="pt", device=str(device)) as file:
-        scalars = json.loads(file.metadata()["unembed"])
+    check_files([(path, manifest.unembed)], VERIFY)
+    with open_safetensors(path, VERIFY, str(device)) as file:
+        scalars = load_json(file.metadata()["unembed"])
         scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
     return Unembed(**{"bias": None, **tensors, **scalars})

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from workbench.corpus.layout import Sequences
 from workbench.corpus.tokens import token_columns
 from workbench.io.errors import DataError, RequestError
-from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, Segment
+from workbench.store.groups import segment_tables
+from workbench.store.manifest import Manifest, Segment
 from workbench.store.token_table import read_schema
 
 _EXACT = 2**53  # whole numbers up to this size are floats, too
@@ -45,7 +46,8 @@ def part_columns(path: str | os.PathLike[str], manifest: Manifest) -> dict[int, 
     first: dict[int, Segment] = {}
     for segment in manifest.segments:
         first.setdefault(segment.part, segment)
-    return {part: read_schema(_file(path, segment)).remove_metadata() for part, segment in first.items()}
+    tables = segment_tables(Path(path), first.values())
+    return {part: read_schema(table).remove_metadata() for part, table in zip(first, tables, strict=True)}
 
 
 def store_columns(path: str | os.PathLike[str], manifest: Manifest) -> pa.Schema | None:
@@ -103,7 +105,7 @@ def check_new_columns(path: str | os.PathLike[str], manifest: Manifest, part: in
         for field in schema:
             index = planned.get_field_index(field.name)
             if number != part and index >= 0:
-                files = [_file(path, segment) for segment in manifest.segments if segment.part == number]
+                files = segment_tables(Path(path), [one for one in manifest.segments if one.part == number])
                 _check_column(field, files, planned.field(index), sequences)
 
 
@@ -172,7 +174,3 @@ def _words(kind: pa.DataType) -> str:
     """A column type in the words of its values."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return _WORDS.get(str(kind), str(kind))
-
-
-def _file(path: str | os.PathLike[str], segment: Segment) -> Path:
-    return Path(path) / SEGMENTS / segment.name / TOKENS

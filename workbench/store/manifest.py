@@ -21,7 +21,8 @@ from jaxtyping import Int64
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.files import replace_file, sha256_bytes
-from workbench.io.parse import from_json, parse, to_json
+from workbench.io.parse import VERIFY_STORE, from_json, parse, to_json
+from workbench.io.reading import read_file
 
 FORMAT = "workbench.activations"
 VERSION = 2
@@ -335,12 +336,16 @@ def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Count
 
 
 def read_segment_record(path: str | os.PathLike[str], segment: Segment) -> SegmentRecord:
-    """Returns the `segment.json` of one segment of the store at `path`. DataError where it is missing or damaged."""
+    """Returns the `segment.json` of one segment of the store at `path`.
+
+    Raises:
+        DataError: It is missing, damaged, or not the one that the manifest lists.
+    """
     source = Path(path) / SEGMENTS / segment.name / SEGMENT
-    try:
-        return parse_segment(source.read_bytes(), source)
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror}; run workbench verify") from None
+    text = read_file(source, VERIFY_STORE)
+    if sha256_bytes(text) != segment.checksum:
+        raise DataError(f"{source} is damaged: its bytes are not those that were recorded; {VERIFY_STORE}")
+    return parse_segment(text, source)
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:

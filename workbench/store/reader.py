@@ -26,7 +26,8 @@ from torch import Tensor
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.grammar import SHORT_NAMES
 from workbench.store.columns import store_columns
-from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
+from workbench.store.groups import segment_tables
+from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.query import select_rows
 from workbench.store.token_table import read_tokens, take_tokens
@@ -91,7 +92,7 @@ class Store:
 
         Read at the first use, into about 50 bytes a row; `where` and `Rows.tokens` do not need it.
         """
-        return read_tokens(self._files(TOKENS), self._columns)
+        return read_tokens(segment_tables(self.path, self.manifest.segments), self._columns)
 
     def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
         """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name."""
@@ -311,9 +312,9 @@ class Rows:
         starts = self.store.manifest.starts
         edges = np.searchsorted(self.ids, starts)
         touched = np.flatnonzero(np.diff(edges)).tolist()
-        files = self.store._files(TOKENS)
+        files = segment_tables(self.store.path, [self.store.manifest.segments[s] for s in touched])
         ids = [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched]
-        return take_tokens([files[s] for s in touched], ids, self.store._columns)
+        return take_tokens(files, ids, self.store._columns)
 
     def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
         """Returns the ids, if they are of this store: rows of another store are other tokens."""

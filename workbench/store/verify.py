@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError
+from workbench.io.reading import check_regular
 from workbench.io.tensors import TensorHeader, read_header
-from workbench.store.groups import GROUPS, complete_groups
+from workbench.store.groups import GROUPS, complete_groups, group_checksum
 from workbench.store.manifest import (
     MANIFEST,
     SEGMENT,
@@ -84,7 +85,7 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
     if manifest.unembed is not None:
         yield from _check_unembed(path / UNEMBED, manifest.unembed, progress)
     yield from _check_leftovers(path, manifest)
-    yield from _check_groups(path, manifest)
+    yield from _check_groups(path, manifest, progress)
     row = sequence = 0
     for segment in manifest.segments:
         folder = path / SEGMENTS / segment.name
@@ -120,31 +121,39 @@ def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
             yield Finding("", entry.name, "unlisted", "the manifest does not list it, so it is not read", "note")
 
 
-def _check_groups(path: Path, manifest: Manifest) -> Iterator[Finding]:
+def _check_groups(path: Path, manifest: Manifest, progress: Progress) -> Iterator[Finding]:
     """Queries read groups instead of the tables of the segments, so the two must be equal."""
-    groups = dict(complete_groups(path, manifest))
+    groups = complete_groups(path, manifest)
     for entry in sorted((path / GROUPS).glob("*")):
         name = f"{GROUPS}/{entry.name}"
         if entry.name.endswith(files.PARTIAL):
             yield Finding("", name, "leftover", _UNFINISHED, "note")
         elif entry not in groups:
-            yield Finding("", name, "unlisted", "made of no segments of this store; it is not read", "note")
-        elif differing := _differing_segment(path, entry, groups[entry]):
-            yield Finding("", name, "wrong tokens", f"{differing}; remove it: queries then read the segments' tables")
+            detail = "made of no segments of this store, or of version 1; it is not read"
+            yield Finding("", name, "unlisted", detail, "note")
+        elif problem := _problem_of_group(path, entry, groups[entry], progress):
+            finding, detail = problem
+            yield Finding("", name, finding, f"{detail}; remove it: queries then read the segments' tables")
 
 
-def _differing_segment(path: Path, file: Path, group: Sequence[Segment]) -> str | None:
+def _problem_of_group(path: Path, file: Path, group: Sequence[Segment], progress: Progress) -> tuple[str, str] | None:
+    """Finding and detail, or None for a sound group."""
     try:
-        with pq.ParquetFile(file) as actual:
-            if actual.num_row_groups != len(group):
-                return f"{actual.num_row_groups} row groups for {len(group)} segments"
+        check_regular(file, "remove it")
+        if (actual := files.sha256_file(file)) != group_checksum(file):
+            return "checksum differs", f"SHA-256 {actual[:12]}, recorded {group_checksum(file)[:12]}"
+        progress(file.stat().st_size)
+        with pq.ParquetFile(file) as table:
+            if table.num_row_groups != len(group):
+                return "wrong tokens", f"{table.num_row_groups} row groups for {len(group)} segments"
             for index, segment in enumerate(group):
                 with contextlib.suppress(DataError):  # reported for the segment
                     original = read_tokens([path / SEGMENTS / segment.name / TOKENS])
-                    if not without_nan(actual.read_row_group(index)).equals(original):
-                        return f"not those of segment {segment.name}"
-    except (OSError, pa.ArrowException) as error:
-        return f"cannot be read ({str(error).splitlines()[0]})"
+                    if not without_nan(table.read_row_group(index)).equals(original):
+                        return "wrong tokens", f"not those of segment {segment.name}"
+    except Exception as error:  # Arrow's readers raise a dozen kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return "unreadable", f"cannot be read ({reason})"
     return None
 
 
