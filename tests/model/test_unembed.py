@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from store_example import seal
 
 import workbench as wb
 from workbench.experiments.architectures.tiny import tiny_model as tiny_of_type
@@ -318,6 +319,7 @@ def test_a_tokenizer_names_the_vocabulary(tiny_models, tiny_tokenizer, tmp_path)
 def test_what_is_saved_comes_back(store, changes):
     unembed = made_up(**changes)
     save_unembed(unembed, store.path / "unembed.safetensors", torch.float32)
+    seal(store.path)
     back = load_unembed(store.path)
     for name in ("norm", "eps", "scale", "softcap", "tokens"):
         assert getattr(back, name) == getattr(unembed, name)
@@ -336,6 +338,7 @@ def test_the_large_tensors_are_kept_as_the_model_has_them(store):
     unembed = made_up(weight=weight.float(), bias=None)
     path = store.path / "unembed.safetensors"
     save_unembed(unembed, path, torch.bfloat16)
+    seal(store.path)
     with safe_open(str(path), framework="pt") as file:
         assert file.get_tensor("weight").dtype == torch.bfloat16
         assert file.get_tensor("gain").dtype == torch.float32
@@ -360,7 +363,10 @@ def test_a_lost_file_is_named(store):
     (store.path / "unembed.safetensors").unlink()
     with pytest.raises(DataError) as error:
         load_unembed(store.path)
-    assert str(error.value) == "store store: unembed.safetensors is missing; run `workbench verify`"
+    missing = store.path / "unembed.safetensors"
+    assert str(error.value) == (
+        f"{missing} cannot be read: No such file or directory; run workbench verify on its store"
+    )
 
 
 def test_replace_keeps_it_a_record():

@@ -81,7 +81,7 @@ def test_a_flipped_bit_in_a_group_is_reported_and_the_tables_of_its_segments_are
     unembed = {"unembed": lambda file: save_unembed(UNEMBED, file, torch.float32), "unembed_reason": None}
     path = write_store(tmp_path / "x", SEGMENTS, **unembed)
     expected, (group,) = answers(path), (path / "tokens").glob("*.parquet")
-    assert groups.token_files(path, open_store(path).manifest)[0] == group
+    assert groups.token_files(path, open_store(path).manifest)[0] == (group, 0)
     with warned(f"^{group} is damaged: its bytes are not .*; the tables of its segments are read instead$") as warnings:
         assert outcomes(path, group, expected)["same"] == FLIPS
     assert len(warnings) == 1

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus_example import BYTE_LEVEL, table
-from store_example import SITES, part_of, values, write_store, writing
+from store_example import SITES, part_of, seal, values, write_store, writing
 
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import read_documents
@@ -258,6 +258,7 @@ def test_not_a_number_in_an_older_store_is_null(tmp_path):
     file = path / "segments" / "00000" / "tokens.parquet"
     tokens = pq.read_table(file)
     pq.write_table(tokens.append_column("score", pa.array([0.2, float("nan"), 0.4])), file)
+    seal(path)
     store = open_store(path)
     assert store.tokens["score"].to_pylist() == [0.2, None, 0.4]
     assert documents(store, "score < 0.5") == [0, 2]

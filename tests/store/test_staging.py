@@ -261,13 +261,15 @@ def test_verify_compares_groups_with_the_segments_they_are_made_of(many, tmp_pat
     path = tmp_path / "x"
     shutil.copytree(many, path)
     first, second = (file for file, _ in token_files(path, read_manifest(path))[:2])
-    shutil.copy(second, first)
+    other = first.with_name(f"{first.stem.rpartition('-')[0]}-{second.stem.rpartition('-')[2]}.parquet")
+    first.unlink()
+    shutil.copy(second, other)  # sound, with the tokens of other segments
     second.write_bytes(second.read_bytes()[:100])
     (path / "tokens" / "notes").touch()
     found = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
     assert found == [
-        (f"tokens/{first.name}", "wrong tokens", "error"),
-        (f"tokens/{second.name}", "wrong tokens", "error"),
+        (f"tokens/{other.name}", "wrong tokens", "error"),
+        (f"tokens/{second.name}", "checksum differs", "error"),
         ("tokens/notes", "unlisted", "note"),
     ]
     assert "not those of segment 00000; remove it" in verify(path)["detail"][0]

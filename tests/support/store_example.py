@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from workbench.io.files import sha256_bytes
+from workbench.io.parse import to_json
 from workbench.sites.settings import Recording
-from workbench.store.manifest import ModelRecord, Part, SiteRecord
+from workbench.store.manifest import ModelRecord, Part, SiteRecord, read_manifest, write_manifest
 from workbench.store.writer import Writer, open_writer
 
 MODEL = ModelRecord(
@@ -129,3 +132,19 @@ def write_store(path: Path, segments: Sequence[Sequence[int]], *, append: bool =
 def contents(path: Path) -> dict[str, bytes]:
     """Returns the bytes of every file under `path` by relative name."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def seal(path: Path) -> None:
+    """Records the present bytes of every file of a store, as if they had been written so."""
+    manifest, segments = read_manifest(path), []
+    for segment in manifest.segments:
+        record = path / "segments" / segment.name / "segment.json"
+        listed = json.loads(record.read_text())
+        for name in listed["files"]:
+            data = (record.parent / name).read_bytes()
+            listed["files"][name] = {"bytes": len(data), "sha256": sha256_bytes(data)}
+        record.write_text(to_json(listed))
+        segments.append(replace(segment, checksum=sha256_bytes(record.read_bytes())))
+    unembed = path / "unembed.safetensors"
+    checksum = sha256_bytes(unembed.read_bytes()) if unembed.exists() else None
+    write_manifest(path, replace(manifest, segments=tuple(segments), unembed=checksum))
