@@ -11,7 +11,7 @@ entropy detector of sink heads, and by how much the attention a head pays to the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,41 +22,43 @@ import xarray as xr
 from einops import rearrange
 
 from workbench.probing import (
+    LOST_VARIABLES,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
+    StoreProbe,
     Variable,
+    attention_sites,
     attention_source,
     axis_title,
     check,
     check_fields,
-    clustered_means,
+    clustered_interval,
+    compare_domains,
     dataset,
     group_intervals,
-    group_means,
     head_attention,
     head_grid,
     head_name,
-    intervals,
     label,
     layer_curves,
     layers_of,
-    massive_shares,
+    massive_text,
     note_missing,
     position_bars,
-    provenance,
-    ratio,
     read_attention,
     require_causal,
     residual_norms,
+    residual_site,
     select_sequences,
     stack_heads,
     stack_layers,
     stack_value_norms,
     strongest_patterns,
     value_norms,
+    value_site,
     with_interval,
     with_side_panel,
 )
@@ -97,17 +99,18 @@ _VARIABLES: tuple[Variable, ...] = (
     *with_interval(Variable("gap", _HEAD, "attention", "attention in the most less the least attending domain")),
     Variable("gap_most", _HEAD, "index of a domain", "domain that attends most to the sink"),
     Variable("gap_least", _HEAD, "index of a domain", "domain that attends least to the sink"),
-    Variable("documents", ("domain",), "documents", "documents of the domain"),
+    Variable("documents", ("domain",), "documents", "documents of the domain; one alone takes no part in the gap"),
     Variable("sequences", (), "sequences", "sequences that count"),
     Variable("short_sequences", (), "sequences", "sequences left out because they are shorter than `length`"),
     Variable("example_pattern", _EXAMPLES, "attention", "attention of single heads over the first sequence"),
     Variable("example_layer", ("example",), "layer", "layer of each example"),
     Variable("example_head", ("example",), "head", "head of each example"),
+    *LOST_VARIABLES,
 )
 
 
 @dataclass(frozen=True)
-class AttentionSinks:
+class AttentionSinks(StoreProbe):
     """Measures which heads attend to one token whatever the text, how that token differs, and in which domains."""
 
     name: ClassVar[str] = "attention-sinks"
@@ -172,8 +175,8 @@ class AttentionSinks:
         64 MiB and a few numbers for each sequence and head of a layer, with `domain` of all layers.
 
         Raises:
-            RequestError: No attention was recorded, no sequence is long enough, or derived attention was summed over
-                longer sequences than `length`.
+            RequestError: No attention was recorded, no sequence is long enough, derived attention was summed over
+                longer sequences than `length`, values are NaN or infinite, or the model is not causal.
         """
         require_causal(store, self.name)
         source, layers = attention_source(store)
@@ -189,11 +192,14 @@ class AttentionSinks:
                 f"length {self.length}: attn_received was summed over whole sequences, of up to {sequences.longest} "
                 f"tokens; record with --context {self.length}, or record pattern, or give length {sequences.longest}"
             )
+        values, streams = layers_of(store, "v", "v_norm"), layers_of(store, "resid_post", "resid_norm")
+        norm_sites = [value_site(store, layer) for layer in values] + [residual_site(store, layer) for layer in streams]
+        rows = self.finite_rows(store, [*attention_sites(store, source, layers), *norm_sites], sequences.rows)
+        sequences = sequences.without(rows.left_out)
         received = {layer: _attention(self, store, source, layer, sequences) for layer in layers}
-        norms = {layer: value_norms(store, layer, sequences, self.sink) for layer in layers_of(store, "v", "v_norm")}
-        residual = {
-            layer: _residual(self, store, layer, sequences) for layer in layers_of(store, "resid_post", "resid_norm")
-        }
+        norms = {layer: value_norms(store, layer, sequences, self.sink) for layer in values}
+        massive = {"absolute": self.massive_absolute, "relative": self.massive_ratio}
+        residual = {layer: residual_norms(store, layer, sequences, self.sink, **massive) for layer in streams}
         every = sorted({*layers, *residual})
         arrays = stack_heads(every, received, _OF_HEADS) | stack_layers(every, residual)
         arrays |= stack_value_norms(every, {layer: len(part["sink_share"]) for layer, part in received.items()}, norms)
@@ -203,34 +209,39 @@ class AttentionSinks:
         arrays["reliable"] = (self.length - np.arange(self.length) >= self.min_visible).astype(np.int8)
         if self.domain is not None:
             paid = {layer: part["paid"] for layer, part in received.items()}
-            arrays |= _domains(self, every, arrays["sink_share"].shape[1], paid, sequences)
+            settings = {"layers": every, "heads": arrays["sink_share"].shape[1], "resamples": self.resamples}
+            arrays |= compare_domains(paid, sequences, seed=self.seed, **settings)
         arrays |= {"sequences": np.asarray(len(sequences)), "short_sequences": np.asarray(sequences.short)}
         coords = {"layer": every, "head": np.arange(arrays["sink_share"].shape[1]), "position": np.arange(self.length)}
         if sequences.domains:
             coords["domain"] = list(sequences.domains)
         data = dataset(_VARIABLES, arrays, coords)
         data = data.assign(_examples(self, store, data["alpha"], sequences).variables)
-        data.attrs = {"source": source, **_notes(self, data, sequences)}
-        return Result(self.name, data, _table(data, self.sink), provenance(store, self))
+        few = _few(self, data, sequences)
+        data.attrs = {"source": source, "few": "; ".join([*rows.notes, *few])}
+        notes = [*_notes(self, store, data, sequences), *few]
+        return self.result(store, data, _table(data, self.sink), rows, notes)
 
     @staticmethod
     def headline(result: Result) -> str:
-        """Returns the metric, the head with the largest alpha, and the norms of the sink."""
+        """Returns the metric, the head with the largest alpha, the norms of the sink, and massive activations."""
         settings, data, best = result.provenance["settings"], result.data, result.table.nlargest(1, "alpha").iloc[0]
         sink = settings["sink"]
         strongest = head_name(int(best["layer"]), int(best["head"]))
+        low, high = (float(data[name]) if name in data else np.nan for name in ("sink_low", "sink_high"))
+        interval = "" if np.isnan(low) else f", 95 % CI [{low:.1f}, {high:.1f}]"
         parts = [
-            f"Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} % of heads (epsilon {settings['epsilon']:g}, "
-            f"T {settings['length']}, {_sequences_text(int(data['sequences']))})",
+            f"Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} % of heads{interval} (epsilon "
+            f"{settings['epsilon']:g}, T {settings['length']}, {_sequences_text(int(data['sequences']))})",
             f"strongest head {strongest}, alpha {best['alpha']:.2f}",
         ]
         if not np.isnan(best.get("value_norm_ratio", np.nan)):
             parts.append(f"the sink's value norm in {strongest} is {best['value_norm_ratio']:.2f} times the others'")
-        if "residual_norm_ratio" in data:
-            ratio = data["residual_norm_ratio"].dropna("layer")
-            most = ratio[int(np.argmax(ratio.to_numpy()))]
+        if "residual_norm_ratio" in data and data["residual_norm_ratio"].notnull().any():
+            most = data["residual_norm_ratio"][int(np.nanargmax(data["residual_norm_ratio"].to_numpy()))]
             parts.append(f"its residual norm is {float(most):.1f} times the others' at layer {int(most['layer'])}")
-        return "; ".join([*parts, *filter(None, [data.attrs["few"]])]) + "."
+        massive = massive_text(data) if "massive_top" in data else ""
+        return "; ".join([*parts, *filter(None, [massive, data.attrs["few"]])]) + "."
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -242,7 +253,7 @@ class AttentionSinks:
         figures = {"sinks": _sinks(result), "positions": _positions(result)}
         if "residual_norm_ratio" in result.data:
             figures["norms"] = _norms(result)
-        if result.data.sizes.get("domain", 0) > 1:
+        if "gap" in result.data and result.data["gap"].notnull().any():
             figures["domains"] = _by_domain(result)
         if "example_pattern" in result.data:
             figures["attention"] = _over_text(result)
@@ -289,81 +300,62 @@ def _attention(
 def _sink_interval(
     probe: AttentionSinks, received: Mapping[int, Mapping[str, np.ndarray]], sequences: Sequences
 ) -> dict[str, np.ndarray]:
-    """Sink_k of the position `sink`, and its interval: a bootstrap over documents, NaN for a single one."""
+    """Sink_k of the position `sink`, and its interval over documents."""
     heads = sum(len(part["sink_share"]) for part in received.values())
-    share = 100 * np.sum([part["sinks"] for part in received.values()], axis=0)[:, None] / heads
-    mean, resampled = clustered_means(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
-    single = len(np.unique(sequences.document)) < 2
-    low, high = np.full(2, np.nan) if single else intervals(resampled)[:, 0]
-    return {"sink": np.asarray(mean[0]), "sink_low": np.asarray(low), "sink_high": np.asarray(high)}
-
-
-def _residual(probe: AttentionSinks, store: Store, layer: int, sequences: Sequences) -> dict[str, float]:
-    """Mean norms of the sink and of the others and, from resid_post itself, massive activations."""
-    sink, others, largest = residual_norms(store, layer, sequences, probe.sink)
-    values = {"residual_norm_sink": sink, "residual_norm_others": others, "residual_norm_ratio": ratio(sink, others)}
-    massive = massive_shares(largest, probe.massive_absolute, probe.massive_ratio) if len(largest) else {}
-    return values | massive
-
-
-def _domains(
-    probe: AttentionSinks, layers: Sequence[int], n_heads: int, paid: Mapping[int, np.ndarray], sequences: Sequences
-) -> dict[str, np.ndarray]:
-    """Attention to the sink in each domain, and the gap between the most and the least attending one."""
-    n, document = len(sequences.domains), sequences.document
-    shape = (len(layers), n_heads)
-    arrays: dict[str, np.ndarray]
-    arrays = {name: np.full((n, *shape), np.nan) for name in ("attention", "attention_low", "attention_high")}
-    arrays |= {name: np.full(shape, np.nan) for name in ("gap", "gap_low", "gap_high", "gap_most", "gap_least")}
-    arrays["documents"] = np.zeros(n, dtype=np.int64)
-    for layer, values in paid.items():
-        at = (layers.index(layer), slice(values.shape[1]))
-        means = group_means(values, sequences.domain, n, document, resamples=probe.resamples, seed=probe.seed)
-        arrays["documents"] = means.clusters
-        for name, part in {"": means.mean, "_low": means.low, "_high": means.high}.items():
-            arrays[f"attention{name}"][:, *at] = part
-        if n > 1:
-            arrays["gap"][at], arrays["gap_low"][at], arrays["gap_high"][at] = means.gap, means.gap_low, means.gap_high
-            arrays["gap_most"][at], arrays["gap_least"][at] = means.most, means.least
-    return arrays
+    share = 100 * np.sum([part["sinks"] for part in received.values()], axis=0) / heads
+    interval = clustered_interval(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
+    return {
+        "sink": np.asarray(interval.mean),
+        "sink_low": np.asarray(interval.low),
+        "sink_high": np.asarray(interval.high),
+    }
 
 
 def _examples(probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequences: Sequences) -> xr.Dataset:
     """Attention over the first sequence that counts, of the heads with the largest alpha among those recorded whole."""
     rows = sequences.starts[0] + np.arange(min(sequences.length, _EXAMPLE))
     at_sink, layers = alpha.isel(position=probe.sink).to_numpy(), alpha["layer"].to_numpy().tolist()
-    layer, head, patterns = strongest_patterns(store, at_sink, layers, rows, probe.examples)
+    layer, head, patterns, known = strongest_patterns(store, at_sink, layers, rows, probe.examples)
     if not len(patterns):
         return xr.Dataset()
     tokens = store.tokens["token"].take(rows).to_pylist()
     arrays = {"example_pattern": patterns, "example_layer": layer, "example_head": head}
     examples = dataset(_VARIABLES, arrays)
     # as JSON: a token may hold characters that netCDF does not
-    examples["example_pattern"].attrs["tokens"] = json.dumps(tokens)
+    examples["example_pattern"].attrs |= {"tokens": json.dumps(tokens), "heads": known}
     return examples
 
 
-def _notes(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> dict[str, str]:
-    """Returns "note", what is missing and why, and "few", which numbers rest on little data."""
+def _notes(probe: AttentionSinks, store: Store, data: xr.Dataset, sequences: Sequences) -> list[str]:
+    """Notes of what is missing, and why."""
+    derived = data.attrs["source"] == "derived"
     needs = {
-        "row_entropy": "attn_entropy",
-        "column_entropy": "attn_received_entropy",
-        "value_norm_ratio": "v or v_norm",
-        "residual_norm_ratio": "resid_post or resid_norm",
-        "massive": "resid_post",
+        "row_entropy": ("attn_entropy",) if derived else ("pattern",),
+        "column_entropy": ("attn_received_entropy",) if derived else ("pattern",),
+        "value_norm_ratio": ("v", "v_norm"),
+        "residual_norm_ratio": ("resid_post", "resid_norm"),
+        "massive": ("resid_post",),
     }
-    notes = note_missing(data, needs, {"massive": "massive activations"})
+    notes = note_missing(store, data, needs, {"massive": "massive activations"})
     if sequences.short:
         notes.append(f"{_sequences_text(sequences.short)} of fewer than {probe.length} tokens left out")
-    few = [f"only {_sequences_text(len(sequences))}"] if len(sequences) < _FEW else []
     if probe.domain is not None:
         if mixed := int((sequences.domain < 0).sum()):
             notes.append(f"{_sequences_text(mixed)} without a single {probe.domain} left out of the comparison")
         if len(sequences.domains) < 2:
             notes.append(f"gap not computed: all sequences have the same {probe.domain}")
+    return notes
+
+
+def _few(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> list[str]:
+    """Notes of numbers that rest on little data."""
+    few = [f"only {_sequences_text(len(sequences))}"] if len(sequences) < _FEW else []
+    if probe.domain is not None:
         if short := int((data["documents"] < _FEW).sum()):
             few.append(f"fewer than {_FEW} documents in {short} of {len(sequences.domains)} domains")
-    return {"note": "; ".join([*notes, *few]), "few": "; ".join(few)}
+        if (single := int((data["documents"] < 2).sum())) and len(sequences.domains) > 1:
+            few.append(f"{single} of fewer than 2 documents {'takes' if single == 1 else 'take'} no part in the gap")
+    return few
 
 
 def _sequences_text(sequences: int) -> str:
@@ -374,12 +366,14 @@ def _table(data: xr.Dataset, sink: int) -> pd.DataFrame:
     """A line for each layer and head, those that are sinks in most sequences first."""
     names = ["sink_share", "row_entropy", "column_entropy", "detected", "value_norm_sink", "value_norm_others"]
     names += ["value_norm_ratio", "gap", "gap_low", "gap_high"]
+    by_layer = [name for name in data if str(name).startswith("massive") and data[name].dims == _LAYER]
     alpha = data["alpha"].to_numpy()
     layer, head = (axis.ravel() for axis in np.meshgrid(data["layer"], data["head"], indexing="ij"))
     columns = {"layer": layer, "head": head, "alpha": alpha[..., sink].ravel()}
     reliable = np.where(data["reliable"].to_numpy() == 1, np.nan_to_num(alpha, nan=-1.0), -1.0)
     columns |= {"peak_position": reliable.argmax(-1).ravel(), "peak_alpha": reliable.max(-1).ravel()}
     columns |= {name: data[name].to_numpy().ravel() for name in names if name in data}
+    columns |= {name: np.repeat(data[name].to_numpy(), data.sizes["head"]) for name in by_layer}
     if "domain" in data.sizes:
         domains = data["domain"].to_numpy().astype(object)
         columns |= {f"attention_{name}": data["attention"].to_numpy()[i].ravel() for i, name in enumerate(domains)}
@@ -426,14 +420,15 @@ def _over_text(result: Result) -> go.Figure:
     data = result.data
     patterns = data["example_pattern"]
     heads = zip(data["example_layer"].to_numpy().tolist(), data["example_head"].to_numpy().tolist(), strict=True)
-    length, known = result.provenance["settings"]["length"], int(data["alpha"].isel(position=0).notnull().sum())
+    length, known = result.provenance["settings"]["length"], patterns.attrs.get("heads")
+    among = f" of the {int(known):,} heads of which patterns were recorded" if known else ""  # results before have none
     return head_attention(
         patterns.to_numpy(),
         heads=[head_name(layer, head) for layer, head in heads],
         tokens=json.loads(patterns.attrs["tokens"]),
         title=f"Attention in {_model(result)}",
         subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
-        f"{patterns.sizes['example']} of {known:,} heads, those with the largest alpha",
+        f"the {patterns.sizes['example']}{among} with the largest alpha",
     )
 
 
@@ -483,15 +478,19 @@ def _by_domain(result: Result) -> go.Figure:
     at = {axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")}
     parts = [data[name].sel(at).to_numpy() for name in ("attention", "attention_low", "attention_high")]
     names = [
-        f"{label(name)} ({int(documents):,} documents)"
-        for name, documents in zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy(), strict=True)
+        f"{label(name)} ({number:,} document{'s' * (number != 1)})"
+        for name, number in zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy().tolist(), strict=True)
     ]
+    epsilon = result.provenance["settings"]["epsilon"]
+    both = int(((parts[1] > epsilon).any(0) & (parts[2] < epsilon).any(0)).sum())
+    title = f"Active in one domain, dormant in another: {both} of {len(heads)} heads" if both else "Attention by domain"
     figure = group_intervals(
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],
         hover="%{x}",
-        title=f"Active in one domain, dormant in another: heads of {_model(result)}",
-        subtitle=f"attention of later tokens to position {sink}; 95 % intervals over documents",
+        title=f"{title}, {_model(result)}",
+        subtitle=f"attention of later tokens to position {sink}; 95 % intervals over documents; "
+        f"dormant: above {epsilon:g}, active: below",
     )
     figure.update_xaxes(title="head, largest gaps first")
     return figure.update_yaxes(title=axis_title(data["attention"].attrs) + " to the sink")

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 
 from workbench.probing import (
     CATEGORIES,
+    LOST_VARIABLES,
     MAX_TOKENS,
     NEUTRAL,
     TEMPLATE,
@@ -37,53 +38,48 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    StoreProbe,
     Variable,
     axis_title,
     check_fields,
+    choose_layer,
     count_shown,
     dataset,
     fit_direct,
     fit_linear,
+    interval_text,
     label,
     layer_panels,
     load_future_task,
     load_unembed,
     note_few_documents,
     note_few_rows,
+    note_own_output,
+    own_output,
     precision_table,
     progress,
-    provenance,
     recorded_layers,
     require_causal,
     token_grid,
     usable_device,
     with_interval,
+    with_note,
 )
 
 _BINS = 10
 _GRID_TOKENS = 20
 _CHOICES = {"linear": "ridge", "direct": "epochs"}  # the variable that validation chooses, by method
 _READ = ("method", "layer", "horizon")
+_K = (*_READ, "k")
 _SHARE = "share of tokens"
 
 VARIABLES = (
-    Variable(
-        "precision",
-        (*_READ, "k"),
-        _SHARE,
-        "test tokens whose target at T+N, the model's own top token, is among the first k predicted",
-        "bigram_precision, unigram_precision",
-    ),
-    Variable(
-        "text_precision", (*_READ, "k"), _SHARE, "the same for the text's token as target", "bigram_text_precision"
-    ),
-    Variable(
-        "surprisal", _READ, "nats", "mean -ln p of the predicted token under the model at T+N", "bigram_surprisal"
-    ),
-    Variable(
-        "shuffled_precision", _READ, _SHARE, "precision at 1 of the same map on the states of other tokens", "chance"
-    ),
-    *with_interval(Variable("gain", _READ, _SHARE, "precision at 1 minus that of the bigram baseline", "0")),
+    Variable("precision", _K, _SHARE, "the model's top token at T+N is among the first k", "bigram_precision"),
+    Variable("text_precision", _K, _SHARE, "the same for the text's token as target", "bigram_text_precision"),
+    Variable("surprisal", _READ, "nats", "mean -ln p of the prediction under the model at T+N", "bigram_surprisal"),
+    Variable("shuffled_precision", _READ, _SHARE, "precision at 1 of the map on the states of other tokens", "chance"),
+    Variable("seen_precision", _READ, _SHARE, "precision at 1 where the bigram has seen T", "bigram_seen_precision"),
+    *with_interval(Variable("gain", _READ, _SHARE, "seen_precision minus bigram_seen_precision", "0")),
     Variable("validation_precision", _READ, _SHARE, "precision at 1 on the validation documents"),
     Variable("validation_cross_entropy", _READ, "nats", "mean -ln p of the target on the validation documents"),
     Variable("calibration", (*_READ, "bin"), _SHARE, "precision at 1 by probability of the prediction", "bin centre"),
@@ -92,10 +88,12 @@ VARIABLES = (
     Variable("epochs", ("layer", "horizon"), "epochs", "training epochs of the best direct map"),
     Variable("bigram_surprisal", ("horizon",), "nats", "surprisal of the bigram baseline"),
     Variable("bigram_precision", ("horizon",), _SHARE, "precision at 1 from the token at T alone"),
+    Variable("bigram_seen", ("horizon",), _SHARE, "test tokens whose token at T some training row has"),
+    Variable("bigram_seen_precision", ("horizon",), _SHARE, "bigram_precision on tokens that the bigram has seen"),
     Variable("bigram_text_precision", ("horizon",), _SHARE, "text_precision at 1 from the token at T alone"),
     Variable("unigram_precision", ("horizon",), _SHARE, "precision at 1 of the most frequent target"),
     Variable("best_method", ("horizon",), "index on the method axis", "method with the best validation_precision"),
-    Variable("best_layer", ("horizon",), "layer", "layer with the best validation_precision"),
+    Variable("best_layer", ("horizon",), "layer", "layer with the best validation_precision; at N = 0 before the last"),
     Variable("training_rows", ("horizon",), "tokens", "tokens that maps are fitted on"),
     Variable("validation_rows", ("horizon",), "tokens", "tokens that choose penalty, epoch and layer"),
     Variable("rows", ("horizon",), "tokens", "test tokens"),
@@ -109,11 +107,12 @@ VARIABLES = (
     Variable("token_id", ("row",), "token id", "token at T"),
     Variable("sequence", ("row",), "sequence", "sequence of the token"),
     Variable("position", ("row",), "position", "position of the token in its sequence"),
+    *LOST_VARIABLES,
 )
 
 
 @dataclass(frozen=True)
-class FutureLens:
+class FutureLens(StoreProbe):
     """Predicts the model's output at t+2, t+3, ... from one hidden state."""
 
     name: ClassVar[str] = "future-lens"
@@ -173,13 +172,13 @@ class FutureLens:
             model: Not used; the store is enough.
 
         Raises:
-            RequestError: A site or the unembedding is missing, `where` selects fewer than three documents, or no
-                document is long enough for the last horizon.
+            RequestError: A site or the unembedding is missing, values are NaN or infinite, the model is not causal,
+                `where` selects fewer than three documents, or no document is long enough for the last horizon.
         """
         require_causal(store, self.name)
         layers, labels = recorded_layers(store, self.site)
         unembed = load_unembed(store.path, usable_device(self.device))
-        task = load_future_task(store, self._split(), unembed, self.top_k)
+        task = load_future_task(store, self._split(), unembed, self.top_k, probe=self, sites=labels)
         methods = ["linear", "direct"] if unembed.vocab <= self.direct_vocab else ["linear"]
         readings: _Readings = {}
         with progress("future lens", len(layers) * len(methods), "maps") as tick:
@@ -190,20 +189,22 @@ class FutureLens:
                 tick(1)
         shape = len(methods), len(layers)
         by_horizon = [_against_bigram(readings, shape, n, task, self.seed) for n in range(self.horizons)]
+        output = own_output(store, self.site, layers)
         arrays = _arrays(readings, methods, len(layers), self.horizons) | task.counts(self.horizons)
+        arrays["best_method"], arrays["best_layer"] = choose_layer(arrays["validation_precision"], output)
         arrays |= {name: np.stack([one[name] for one in by_horizon], axis=-1) for name in by_horizon[0]}
         arrays |= _token_view(self, readings, arrays, task, store)
         arrays["best_layer"] = np.array(layers)[arrays["best_layer"]]
-        coords = {
-            "method": methods,
-            "layer": layers,
-            "horizon": np.arange(self.horizons),
+        coords = {"method": methods, "layer": layers, "horizon": np.arange(self.horizons)}
+        coords |= {
             "k": np.arange(1, self.top_k + 1),
             "bin": (np.arange(_BINS) + 0.5) / _BINS,
             "row": _detail_rows(self, task),
         }
         data = dataset(VARIABLES, arrays, coords).assign_attrs(self._attributes(arrays, task))
-        return Result(self.name, data, _table(data), provenance(store, self))
+        few_rows = note_few_rows(int(arrays["training_rows"].min()), task.final.shape[1])
+        notes = [few_rows, note_few_documents(int(arrays["documents"])), note_own_output(output, layers)]
+        return self.result(store, data, _table(data), task.checked, notes)
 
     def _split(self) -> FutureSplit:
         return FutureSplit(self.horizons, self.where, self.held_out, self.validation, self.seed)
@@ -215,18 +216,13 @@ class FutureLens:
         return fit_direct(site, task, self.horizons, **training)
 
     def _attributes(self, arrays: Mapping[str, np.ndarray], task: FutureTask) -> dict[str, str]:
-        """Token texts, and notes about what was left out or is uncertain."""
+        """Token texts, and the method that was left out."""
         ids = np.unique(np.concatenate([arrays[f"{name}_id"].ravel() for name in ("top", "said", "text", "token")]))
         vocab, limit = task.unembed.vocab, self.direct_vocab
-        notes = (
-            note_few_rows(int(arrays["training_rows"].min()), task.final.shape[1]),
-            note_few_documents(int(arrays["documents"])),
-        )
         return {
             # JSON in ASCII: netCDF's strings lose NUL and refuse lone surrogates, and a token can hold either
             "tokens": json.dumps({int(token): task.unembed.token(int(token)) for token in ids if token >= 0}),
             "direct": "" if vocab <= limit else f"left out: vocabulary of {vocab:,}, direct_vocab is {limit:,}",
-            "note": "; ".join(filter(None, notes)),
         }
 
     @staticmethod
@@ -235,14 +231,17 @@ class FutureLens:
         data = result.data
         one = data.isel(horizon=min(1, data.sizes["horizon"] - 1))
         at = one.isel(method=int(one["best_method"])).sel(layer=int(one["best_layer"]))
-        gain, low, high = (100 * float(at[name]) for name in ("gain", "gain_low", "gain_high"))
-        interval = "no interval from one document" if np.isnan(low) else f"95 % CI [{low:.0f}, {high:.0f}]"
-        note = data.attrs["note"]
-        return (
+        where = ""
+        if "bigram_seen" in data:  # results of earlier versions compare all tokens
+            names = ("bigram_seen", "seen_precision", "bigram_seen_precision")
+            seen, ours, bigram = (100 * float(at[name]) for name in names)
+            where = f"on the {seen:.0f} % of tokens that the bigram has seen {ours:.0f} to {bigram:.0f} %, "
+        return with_note(
             f"Top-1 accuracy at {_ahead(int(one['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
-            f"(layer {int(one['best_layer'])}, {at['method'].item()} probe); "
-            f"bigram baseline {100 * float(one['bigram_precision']):.0f} %; gain {gain:.0f} points, {interval}."
-            + (f" Note: {note}." if note else "")
+            f"(layer {int(one['best_layer'])}, {at['method'].item()} probe); bigram baseline "
+            f"{100 * float(one['bigram_precision']):.0f} %; {where}gain {100 * float(at['gain']):.0f} points, "
+            f"{interval_text(100 * at['gain_low'], 100 * at['gain_high'])}.",
+            result,
         )
 
     @staticmethod
@@ -306,7 +305,7 @@ def _other_rows(rows: int, seed: int) -> Int[np.ndarray, " row"]:
 
 
 def _arrays(readings: _Readings, methods: list[str], layers: int, horizons: int) -> dict[str, np.ndarray]:
-    """Numbers of the readings over (method, layer, horizon), the choices of each method, and the best map."""
+    """Numbers of the readings over (method, layer, horizon), and the choices of each method."""
     shape = (len(methods), layers, horizons)
     arrays = {}
     for name, first in readings[0, 0, 0].numbers.items():
@@ -316,8 +315,6 @@ def _arrays(readings: _Readings, methods: list[str], layers: int, horizons: int)
     for index, method in enumerate(methods):
         values = [readings[index, *at].numbers[_CHOICES[method]] for at in np.ndindex(shape[1:])]
         arrays[_CHOICES[method]] = np.array(values).reshape(shape[1:])
-    best = arrays["validation_precision"].reshape(-1, horizons).argmax(0)
-    arrays["best_method"], arrays["best_layer"] = np.unravel_index(best, shape[:2])
     return arrays
 
 
@@ -328,17 +325,22 @@ def _against_bigram(
     rows = task.rows.at("test", horizon)
     targets, text = task.model_top[rows + horizon], task.text_next[rows + horizon]
     tops = np.stack([readings[method, layer, horizon].top for method, layer in np.ndindex(shape)])
-    bigram, most_frequent = task.bigram(rows, horizon)
+    baseline = task.bigram(rows, horizon)
+    bigram, seen = baseline.prediction, baseline.seen
     surprisal = task.surprisal(np.concatenate([tops, bigram[None]]), rows, horizon)
-    by_map = {"surprisal": surprisal[:-1], **task.gain(tops == targets, bigram == targets, rows, seed)}
-    with np.errstate(invalid="ignore"):  # NaN where no token follows
+    by_map = {"surprisal": surprisal[:-1], **task.gain(tops == targets, bigram == targets, rows, seed, seen)}
+    with np.errstate(invalid="ignore"):  # NaN where no token follows, or the bigram has seen none
         bigram_text = np.divide((bigram == text).sum(), (text >= 0).sum())
+        by_map["seen_precision"] = np.divide(((tops == targets) & seen).sum(1), seen.sum())
+        bigram_seen = np.divide(((bigram == targets) & seen).sum(), seen.sum())
     return {
         **{name: values.reshape(shape) for name, values in by_map.items()},
         "bigram_surprisal": surprisal[-1],
         "bigram_precision": (bigram == targets).mean(),
+        "bigram_seen": seen.mean(),
+        "bigram_seen_precision": bigram_seen,
         "bigram_text_precision": bigram_text,
-        "unigram_precision": (targets == most_frequent).mean(),
+        "unigram_precision": (targets == baseline.most_frequent).mean(),
     }
 
 
@@ -371,8 +373,10 @@ def _detail_rows(probe: FutureLens, task: FutureTask) -> Int[np.ndarray, " kept"
 
 def _table(data: xr.Dataset) -> pd.DataFrame:
     """One line per method, layer and horizon."""
-    names = ("surprisal", "shuffled_precision", "gain", "gain_low", "gain_high", "validation_precision")
-    baselines = {name: data[name] for name in ("bigram_precision", "bigram_surprisal", "unigram_precision", "rows")}
+    gain = ("seen_precision", "gain", "gain_low", "gain_high")
+    names = ("surprisal", "shuffled_precision", *gain, "validation_precision")
+    bigram = ("bigram_precision", "bigram_seen", "bigram_seen_precision", "bigram_surprisal")
+    baselines = {name: data[name] for name in (*bigram, "unigram_precision", "rows")}
     text = data["text_precision"].sel(k=1, drop=True)
     return precision_table(data, names, _READ, text_precision_1=text, **baselines)
 
@@ -397,12 +401,14 @@ def _precision(result: Result) -> go.Figure:
             curves.append(Curve(name, values, colour))
             curves.append(Curve(f"bigram baseline, {name}", baseline, colour, dash="dash", group=name, legend=False))
         panels.append(Panel(f"{method} probe", curves))
-    documents = int(data["documents"])
+    documents, seen = int(data["documents"]), ""
+    if "bigram_seen" in data:
+        seen = f", which have {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens or more"
     return layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),
         title=f"{_title(result)}: top-1 accuracy",
-        subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents",
+        subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents{seen}",
         unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
     )
 

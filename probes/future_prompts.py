@@ -23,6 +23,7 @@ from torch import Tensor
 
 from workbench.probing import (
     CATEGORIES,
+    LOST_VARIABLES,
     NEUTRAL,
     TEMPLATE,
     ActivationArray,
@@ -36,19 +37,23 @@ from workbench.probing import (
     Result,
     Site,
     Store,
+    StoreProbe,
     Variable,
     axis_title,
     check_fields,
+    choose_layer,
     dataset,
+    interval_text,
     label,
     layer_panels,
     load_future_task,
     load_unembed,
     log_probabilities,
     note_few_documents,
+    note_own_output,
+    own_output,
     precision_table,
     progress,
-    provenance,
     recorded_layers,
     recorded_model,
     require_causal,
@@ -56,6 +61,7 @@ from workbench.probing import (
     token_embeddings,
     usable_device,
     with_interval,
+    with_note,
 )
 
 PROMPTS: tuple[str, ...] = (
@@ -71,36 +77,33 @@ REGIMES = ("teacher-forced", "free-running")
 
 _LOGIT_BYTES = 256 << 20  # of one pass's logits in float32
 _READ = ("prompt", "regime", "layer", "horizon")
+_K = (*_READ, "k")
 _BEST = ("regime", "horizon")
 _SHARE = "share of tokens"
 
 VARIABLES = (
-    Variable(
-        "precision",
-        (*_READ, "k"),
-        _SHARE,
-        "test tokens whose target at T+N, the model's own top token in the text, is among the first k predicted",
-        "zero_precision, bigram_precision",
-    ),
+    Variable("precision", _K, _SHARE, "the model's top token at T+N is among the first k", "zero_precision"),
     Variable("surprisal", _READ, "nats", "mean -ln p of the predicted token under the model at T+N in the text"),
     Variable("zero_precision", _READ, _SHARE, "precision at 1 with zeros in place of the state"),
     *with_interval(Variable("gain", _READ, _SHARE, "precision at 1 minus zero_precision", "0")),
     Variable("shuffled_precision", _READ, _SHARE, "precision at 1 with the states of other tokens", "zero_precision"),
     Variable("validation_precision", _READ, _SHARE, "precision at 1 on the validation tokens"),
     Variable("best_prompt", _BEST, "index on the prompt axis", "prompt with the best validation_precision"),
-    Variable("best_layer", _BEST, "layer", "layer with the best validation_precision"),
+    Variable("best_layer", _BEST, "layer", "layer with the best validation_precision, at N = 0 before the output"),
     Variable("bigram_precision", _BEST, _SHARE, "precision at 1 from the last known token, T or (forced) T+N"),
+    Variable("bigram_seen", _BEST, _SHARE, "test tokens whose last known token some training row has"),
     Variable("rows", (), "tokens", "test tokens"),
     Variable("validation_rows", (), "tokens", "tokens that choose prompt, layer and epoch"),
     Variable("training_rows", (), "tokens", "tokens that learned prompts are trained on"),
     Variable("documents", (), "documents", "test documents"),
     Variable("untrained_divergence", ("layer",), "nats", "KL(text || prompted) of the learned prompt before training"),
     Variable("divergence", ("layer",), "nats", "the same after training", "untrained_divergence"),
+    *LOST_VARIABLES,
 )
 
 
 @dataclass(frozen=True)
-class FuturePrompts:
+class FuturePrompts(StoreProbe):
     """Can the model itself decode its output at t+2, t+3, ... from one hidden state placed in a prompt?"""
 
     name: ClassVar[str] = "future-prompts"
@@ -174,15 +177,17 @@ class FuturePrompts:
             model: The recorded model. None: it is loaded from the setting `model` or the store's name for it.
 
         Raises:
-            RequestError: The model cannot be loaded, is another one, has too short a context or no tokenizer for fixed
-                prompts; a site is missing; too few documents are selected or none is long enough.
+            RequestError: The model cannot be loaded, is another one or not causal, has too short a context or no
+                tokenizer for fixed prompts; a site is missing or has NaN or infinite values; too few documents are
+                selected or none is long enough.
         """
         require_causal(store, self.name)
-        device = usable_device(self.device)
+        device, unembed = usable_device(self.device), load_unembed(store.path)
         layers, labels = recorded_layers(store, self.site)
         model = recorded_model(store, model or self.model, device)
         fixed = self._fixed_prompts(model)
-        task = load_future_task(store, self._split(), load_unembed(store.path, model.device), self.top_k)
+        unembed = unembed.to(model.device)
+        task = load_future_task(store, self._split(), unembed, self.top_k, probe=self, sites=labels)
         tokens = _select_tokens(self, task, max(self.prompt_tokens, *map(len, fixed), 0) + self.horizons)
         names = [*self.prompts, *([LEARNED] if self.prompt_tokens else [])]
         readings: dict[tuple[int, ...], _Reading] = {}
@@ -201,20 +206,19 @@ class FuturePrompts:
                         setup = _Setup(prompted, store[name], regime, tokens, self.top_k)
                         readings[number, index, layer] = _test(setup, self.seed)
                     tick(1)
+        output = own_output(store, self.site, layers)
         arrays = _arrays(readings, (len(names), len(REGIMES), len(layers)), tokens, self.seed)
-        arrays["best_layer"] = np.array(layers)[arrays["best_layer"]]
+        validation = np.moveaxis(arrays["validation_precision"], 1, 0)  # regime, prompt, layer, horizon
+        best = [choose_layer(of_regime, output) for of_regime in validation]
+        arrays["best_prompt"], best_layer = (np.stack(parts) for parts in zip(*best, strict=True))
+        arrays["best_layer"] = np.array(layers)[best_layer]
         if divergences:
             arrays["untrained_divergence"], arrays["divergence"] = np.array(divergences).T
-        coords = {
-            "prompt": names,
-            "regime": list(REGIMES),
-            "layer": layers,
-            "horizon": np.arange(self.horizons),
-            "k": np.arange(1, self.top_k + 1),
-        }
+        coords = {"prompt": names, "regime": list(REGIMES), "layer": layers, "horizon": np.arange(self.horizons)}
+        coords["k"] = np.arange(1, self.top_k + 1)
         data = dataset(VARIABLES, arrays, coords)
-        data.attrs["note"] = note_few_documents(int(data["documents"]))
-        return Result(self.name, data, _table(data), provenance(store, self))
+        notes = [note_few_documents(int(data["documents"])), note_own_output(output, layers)]
+        return self.result(store, data, _table(data), task.checked, notes)
 
     def _split(self) -> FutureSplit:
         return FutureSplit(self.horizons, self.where, self.held_out, self.validation, self.seed)
@@ -243,14 +247,13 @@ class FuturePrompts:
             best = at.isel(prompt=int(at["best_prompt"])).sel(layer=int(at["best_layer"]))
             names = ("zero_precision", "gain", "gain_low", "gain_high", "bigram_precision")
             zero, gain, low, high, bigram = (100 * float(best[name]) for name in names)
-            interval = "no interval from one document" if np.isnan(low) else f"95 % CI [{low:.0f}, {high:.0f}]"
+            seen = f", {100 * float(at['bigram_seen']):.0f} % of tokens seen" if "bigram_seen" in data else ""
             parts.append(
                 f"{_regime(regime)} {100 * float(best['precision'][0]):.0f} % (layer {int(at['best_layer'])}, prompt "
-                f"{_short(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain {gain:.0f} points, {interval}; "
-                f"bigram baseline {bigram:.0f} %)"
+                f"{_short(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain {gain:.0f} points, "
+                f"{interval_text(low, high)}; bigram baseline {bigram:.0f} %{seen})"
             )
-        note = data.attrs["note"]
-        return f"Top-1 accuracy at t+{horizon + 1}: {', '.join(parts)}." + (f" Note: {note}." if note else "")
+        return with_note(f"Top-1 accuracy at t+{horizon + 1}: {', '.join(parts)}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -406,15 +409,10 @@ def _arrays(
     arrays |= {name: values.reshape(*shape, horizons) for name, values in gain.items()}
     surprisal = [task.surprisal(top[:, n], tested, n) for n in range(horizons)]
     arrays["surprisal"] = np.stack(surprisal, axis=-1).reshape(*shape, horizons)
-    validation = np.moveaxis(arrays["validation_precision"], 2, 1)  # prompt, layer, regime, horizon
-    best = validation.reshape(-1, *validation.shape[2:]).argmax(0)
-    arrays["best_prompt"], arrays["best_layer"] = np.unravel_index(best, validation.shape[:2])
-    arrays["bigram_precision"] = np.array(
-        [
-            [(task.bigram(tested, n, known=n if forced else 0)[0] == targets[n]).mean() for n in range(horizons)]
-            for forced in (True, False)
-        ]
-    )
+    bigrams = [[task.bigram(tested, n, known=n if forced else 0) for n in range(horizons)] for forced in (True, False)]
+    right = [[(one.prediction == targets[n]).mean() for n, one in enumerate(part)] for part in bigrams]
+    arrays["bigram_precision"] = np.array(right)
+    arrays["bigram_seen"] = np.array([[one.seen.mean() for one in part] for part in bigrams])
     counts = {"rows": tested, "validation_rows": tokens.validation, "training_rows": tokens.training}
     arrays |= {name: np.array(len(rows)) for name, rows in counts.items()}
     arrays["documents"] = np.array(len(np.unique(task.rows.document[tested])))

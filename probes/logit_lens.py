@@ -14,31 +14,35 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import xarray as xr
 
 from workbench.probing import (
     LENS_VARIABLES,
+    LOST_VARIABLES,
     Model,
     Result,
     Store,
+    StoreProbe,
     Variable,
     check,
     lens_curves,
     lens_depth,
     lens_grid,
-    provenance,
     read_lens,
+    recorded_layers,
     require_causal,
     selected_rows,
+    with_note,
 )
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(StoreProbe):
     """Reads every layer through the model's unembedding: top tokens, entropy, KL to the model's output, loss."""
 
     name: ClassVar[str] = "logit-lens"
     needs_model: ClassVar[bool] = False
-    variables: ClassVar[tuple[Variable, ...]] = LENS_VARIABLES
+    variables: ClassVar[tuple[Variable, ...]] = (*LENS_VARIABLES, *LOST_VARIABLES)
     sources: ClassVar[tuple[str, ...]] = ("nostalgebraist 2020, interpreting GPT: the logit lens",)
     controls: ClassVar[Mapping[str, str]] = {
         "a uniform guess": "has entropy and cross-entropy of ln(vocab) nats",
@@ -67,24 +71,22 @@ class LogitLens:
         products with W_U; memory is a few blocks of logits and 4 bytes a layer and row.
 
         Raises:
-            RequestError: The site, the last block or the unembedding was not recorded, or the device cannot be used.
+            RequestError: The site, the last block or the unembedding was not recorded, values are NaN or infinite, the
+                model is not causal, or the device cannot be used.
         """
         require_causal(store, self.name)
-        rows = selected_rows(store, self.where)
-        data, table = read_lens(store, rows, site=self.site, top_k=self.top_k, detail=self.detail, device=self.device)
-        return Result(self.name, data, table, provenance(store, self))
+        _, labels = recorded_layers(store, self.site)
+        last = f"resid_post.{store.manifest.model.n_layers - 1}"
+        rows = self.finite_rows(store, [*labels, last], selected_rows(store, self.where))
+        settings = {"top_k": self.top_k, "detail": self.detail, "device": self.device}
+        data, table = read_lens(store, rows.rows, site=self.site, **settings)
+        return self.result(store, data, table, rows)
 
     @staticmethod
     def headline(result: Result) -> str:
-        """Returns the cross-entropy at the first and last layer, and the layer from which lens and model agree."""
-        loss, agreement = result.data["mean_cross_entropy"].to_numpy(), result.data["mean_agreement"].to_numpy()
-        layers = result.data["layer"].to_numpy()
-        agree = layers[np.argmax(agreement > 0.5)]
-        return (
-            f"Cross-entropy of the text: {loss[0]:.2f} nats at layer {layers[0]}, {loss[-1]:.2f} nats at layer "
-            f"{layers[-1]}; lens and model agree on the top token for more "
-            f"than half of the tokens from layer {agree} on."
-        )
+        """Returns the cross-entropy at the first and last layer and against a uniform guess, and the layer from which
+        lens and model agree."""
+        return with_note(f"{_cross_entropy(result.data)}; {_agreement(result.data)}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -93,3 +95,37 @@ class LogitLens:
         if not len(result.table):
             return figures
         return {"grid": lens_grid(result), **figures, "depth": lens_depth(result)}
+
+
+def _cross_entropy(data: xr.Dataset) -> str:
+    loss, layers = data["mean_cross_entropy"].to_numpy(), data["layer"].to_numpy()
+    text = f"Cross-entropy of the text: {loss[0]:.2f} nats at layer {layers[0]}"
+    if len(layers) > 1:
+        text += f", {loss[-1]:.2f} nats at layer {layers[-1]}"
+    if "uniform_cross_entropy" not in data:  # results of earlier versions
+        return text
+    uniform = float(data["uniform_cross_entropy"])
+    above = layers[loss >= uniform]
+    where = f"up to layer {above[-1]}" if len(above) else "at no layer"
+    if 0 < len(above) < len(layers) and len(above) <= np.flatnonzero(loss >= uniform)[-1]:
+        where = f"at {len(above)} of {len(layers)} layers, the last of them layer {above[-1]}"
+    elif len(above) == len(layers):
+        where = "at every layer"
+    return f"{text}; at or above a uniform guess ({uniform:.2f} nats) {where}"
+
+
+def _agreement(data: xr.Dataset) -> str:
+    """At the last block lens and model are the same by definition, which is no finding."""
+    read = data["mean_kl"].to_numpy() > 0
+    layers, agreement = data["layer"].to_numpy()[read], data["mean_agreement"].to_numpy()[read]
+    if not len(layers):
+        return "only the model's own output was recorded"
+    most = np.flatnonzero(np.append(True, agreement <= 0.5))[-1]  # the layers after it are all above one half
+    if most < len(layers):
+        return f"lens and model agree on the top token for more than half of the tokens from layer {layers[most]} on"
+    best = int(agreement.argmax())
+    before = "" if read.all() else " before the model's own output"
+    return (
+        f"lens and model agree on the top token for at most {100 * agreement[best]:.0f} % of the tokens{before} "
+        f"(layer {layers[best]})"
+    )

@@ -8,7 +8,7 @@ store names the model, and its text shows how often each head raises a successor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -23,27 +23,30 @@ from torch import Tensor
 from workbench.probing import (
     CASES,
     CATEGORIES,
+    LOST_VARIABLES,
     MONOSPACE,
     NEUTRAL,
+    NUMBERS,
     SIGNED,
     SPACES,
     TASKS,
     TEMPLATE,
     Chain,
+    FiniteRows,
     FirstMlp,
     HeadOutput,
     Model,
     RequestError,
     Result,
     Store,
+    StoreProbe,
     Unembed,
     Variable,
     axis_title,
     check_fields,
     colour_bar,
     dataset,
-    digit_arithmetic,
-    digit_features,
+    digit_readings,
     direct_effects,
     direct_logits,
     find_chains,
@@ -52,25 +55,24 @@ from workbench.probing import (
     head_grid,
     head_name,
     head_outputs,
-    held_out_accuracy,
+    interval_text,
     label,
     load_unembed,
     make_pairs,
     ov_logits,
-    provenance,
     recorded_model,
     require_causal,
-    ridge_digits,
     shares_of_wins,
     shuffled_null,
     strict_argmax,
     usable_device,
     wilson,
     with_interval,
+    with_note,
 )
 
-_NUMBERS = 50  # single-token numbers that the digit analysis needs
 _FEW_PLACES = 30
+_LEVEL = 0.05  # p over all heads above which a score is no finding
 _SHOWN = 3  # heads in the figure of tasks
 _HEAD, _TASK = ("layer", "head"), ("task",)
 _SHARE, _MEAN = "share of tokens", "mean share over tasks"
@@ -106,11 +108,12 @@ VARIABLES = (
         Variable("wins", _HEAD, "share of places", "places in the text where this head raises the successor most")
     ),
     Variable("direct_effect", _HEAD, "logits", "logit that the head gives the successor minus the class's mean", "0"),
+    *LOST_VARIABLES,
 )
 
 
 @dataclass(frozen=True)
-class SuccessorHeads:
+class SuccessorHeads(StoreProbe):
     """Scores heads that map a token to its successor (numbers, days, letters), in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
@@ -137,6 +140,8 @@ class SuccessorHeads:
     """True makes the first day and month the successors of the last."""
     min_members: int = 3
     """Minimum members of a class that are single tokens."""
+    min_pairs: int = 5
+    """Minimum pairs of a token and its successor in a task; tasks with fewer are left out."""
     threshold: float = 0.5
     """A head succeeds in a task if its score is above this."""
     permutations: int = 1000
@@ -154,7 +159,7 @@ class SuccessorHeads:
         for name, choices in (("first_mlp", get_args(FirstMlp)), ("space", tuple(SPACES)), ("case", tuple(CASES))):
             check_fields(self, name, one_of=choices)
         check_fields(self, "min_members", at_least=2)
-        check_fields(self, "permutations", at_least=1)
+        check_fields(self, "permutations", "min_pairs", at_least=1)
         check_fields(self, "seed", "row_limit", at_least=0)
         check_fields(self, "threshold", at_least=0, below=1)
         check_fields(self, "arithmetic", above=0, below=float("inf"))
@@ -170,14 +175,15 @@ class SuccessorHeads:
             model: The recorded model. None: it is loaded from the setting `model` or the store's name for it.
 
         Raises:
-            RequestError: The model cannot be loaded, is another one, has no tokenizer or no heads; the store has no
-                unembedding; no class has enough single tokens.
+            RequestError: The model cannot be loaded, is another one, has no tokenizer or no heads, or is not causal;
+                the store has no unembedding, or NaN or infinite values; no class has enough single tokens.
         """
         require_causal(store, self.name)
+        unembed = load_unembed(store.path)
         model = recorded_model(store, model or self.model, usable_device(self.device))
-        unembed = load_unembed(store.path, model.device)
+        unembed = unembed.to(model.device)
         spelling = {"space": self.space, "case": self.case, "wrap": self.wrap}
-        chains = find_chains(unembed, min_members=self.min_members, **spelling)
+        chains = find_chains(unembed, min_members=self.min_members, min_pairs=self.min_pairs, **spelling)
         ids = torch.tensor(sorted({token for chain in chains for token in chain.ids.tolist()}))
         x, unembed = first_mlp(model, ids, self.first_mlp).to(model.device), unembed.to(model.device)  # pyright: ignore[reportArgumentType]  # checked
         outputs = _equal_heads(model)
@@ -192,36 +198,32 @@ class SuccessorHeads:
         circuit = classes.of_class(chosen, head_logits(x)[None])[0].cpu().numpy()
         words = [unembed.token(token) for token in chains[chosen].ids.tolist()]
         arrays |= {"circuit": circuit, "member_text": words}
-        digits, digit_note = _digits(classes, ids, x, head_logits, self)
-        text, text_note = _text(store, outputs, chains, unembed, self)
+        digits, numbers = digit_readings(chains, classes.tasks, ids, x, self.arithmetic, head_logits, self.seed)
+        few = f"digits left out: {numbers} numbers are single tokens, {NUMBERS} are needed"
+        digit_note = few if numbers < NUMBERS else ""
+        text, rows, text_note = _text(store, outputs, chains, unembed, self)
         coords = {"task": classes.tasks, "layer": list(outputs), "head": np.arange(tops.shape[1])}
         data = dataset(VARIABLES, arrays | digits | text, coords)
         data["circuit"].attrs |= {"task": chains[chosen].task, "layer": layer, "head": head}
-        if note := "; ".join(filter(None, [self._missing(classes), digit_note, text_note])):
-            data.attrs["note"] = note
-        return Result(self.name, data, _table(data), provenance(store, self))
+        return self.result(store, data, _table(data), rows, [self._missing(classes), digit_note, text_note])
 
     def _missing(self, classes: _Classes) -> str:
         missing = [task for task in TASKS if task not in classes.tasks]
-        few = f"left out, with fewer than {self.min_members} single tokens: {', '.join(missing)}"
-        return few if missing else ""
+        few = f"with fewer than {self.min_members} single tokens or {self.min_pairs} pairs of them"
+        return f"left out, {few}: {', '.join(missing)}" if missing else ""
 
     @staticmethod
     def headline(result: Result) -> str:
-        """The best head, the number of classes in which it succeeds, and the score under shuffled successors."""
+        """Returns the best head against shuffled successors, or that there is none, and the best head in the text."""
         data, threshold = result.data, result.provenance["settings"]["threshold"]
         layer, head = _best_heads(data)[0]
-        at = data.sel(layer=layer, head=head)
-        above, most, tasks = int(at["tasks_above"]), int(data["tasks_above"].max()), data.sizes["task"]
+        at, tasks = data.sel(layer=layer, head=head), data.sizes["task"]
+        above = int(at["tasks_above"])
         macro, null, p = (float(at[name]) for name in ("macro", "null_macro", "p_family"))
         numbers = f"macro score {macro:.2f}, shuffled successors {null:.2f}, p {p:.2g} over {data['macro'].size} heads"
-        scope = f"any of {tasks} classes" if not most else f"more than {most} of {tasks} classes"
-        text = (
-            f"{head_name(layer, head)} scores above {threshold:g} in {above} of {tasks} classes: {numbers}."
-            if above
-            else f"No head scores above {threshold:g} in {scope}; best head {head_name(layer, head)}: {numbers}."
-        )
-        return f"{text} Note: {data.attrs['note']}." if "note" in data.attrs else text
+        certain = f"{head_name(layer, head)} scores above {threshold:g} in {above} of {tasks} classes: {numbers}."
+        text = certain if p <= _LEVEL else f"No successor head; best head {head_name(layer, head)}: {numbers}."
+        return with_note(f"{text} {_text_finding(data)}".rstrip(), result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -308,63 +310,46 @@ class _OneHead:
         return next(logits for layer, logits in layers if layer == self.layer)[self.head]
 
 
-def _digits(
-    classes: _Classes,
-    ids: Int[Tensor, " token"],
-    x: Float[Tensor, "token d_model"],
-    head_logits: Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token target"]],
-    probe: SuccessorHeads,
-) -> tuple[dict[str, np.ndarray], str]:
-    """Index modulo 10, read out by a map fitted on numbers and changed in the states, and a note where left out.
-
-    Numbers are held out; the other tasks were not seen in fitting.
-    """
-    values, chains = x.double().cpu().numpy(), {task: [] for task in classes.tasks}
-    for chain in classes.chains:
-        chains[chain.task].append(chain)
-    states = {
-        task: values[np.searchsorted(ids.numpy(), np.concatenate([chain.ids for chain in part]))]
-        for task, part in chains.items()
-    }
-    index = {task: np.concatenate([chain.index for chain in part]) for task, part in chains.items()}
-    names = ("mod10_accuracy", "arithmetic", "shuffled_arithmetic")
-    arrays = {name: np.full(len(chains), np.nan) for name in names}
-    if (known := len(states.get("numbers", ()))) < _NUMBERS:
-        return arrays, f"digits left out: {known} numbers are single tokens, {_NUMBERS} are needed"
-    numbers, digit = states["numbers"], index["numbers"] % 10
-    features = digit_features(numbers, digit)
-    shuffled = features[np.random.default_rng(probe.seed).permutation(10)]
-    for i, (task, part) in enumerate(chains.items()):
-        hits = ridge_digits(numbers, digit, states[task]) == index[task] % 10
-        held_out = task == "numbers"
-        arrays["mod10_accuracy"][i] = held_out_accuracy(numbers, index[task], probe.seed) if held_out else hits.mean()
-        for name, steps in (("arithmetic", features), ("shuffled_arithmetic", shuffled)):
-            arrays[name][i] = digit_arithmetic(part, ids, x, probe.arithmetic * steps, head_logits)
-    return arrays, ""
-
-
 def _text(
     store: Store, outputs: Mapping[int, HeadOutput], chains: Sequence[Chain], unembed: Unembed, probe: SuccessorHeads
-) -> tuple[dict[str, Any], str]:
-    """Effects of the heads on the successor's logit where the text has one, and a note."""
+) -> tuple[dict[str, Any], FiniteRows, str]:
+    """Effects of the heads on the successor's logit where the text has one, the rows of these places, and a note."""
     recorded = {site.short for site in store.sites}
     needed = [*(f"z.{layer}" for layer in outputs), f"resid_post.{store.manifest.model.n_layers - 1}"]
     missing = [site for site in needed if site not in recorded]
+    rows = FiniteRows(np.zeros(0, np.int64), np.zeros(0, np.int64), {})
     if not probe.row_limit:
-        return {}, "text left out: row_limit is 0"
+        return {}, rows, "text left out: row_limit is 0"
     if missing:
-        return {}, f"text left out: {missing[0]} was not recorded (record z and resid_post)"
+        return {}, rows, f"text left out: {missing[0]} was not recorded (record z and resid_post)"
     if any(output.norm is not None for output in outputs.values()):
-        return {}, "text left out: a norm follows attention, so that head outputs do not add up"
+        return {}, rows, "text left out: a norm follows attention, so that head outputs do not add up"
     places = find_places(store, chains, probe.row_limit)
+    if not len(places.rows):
+        return {"places": 0}, rows, "text left out: it contains no successor"
+    rows = probe.finite_rows(store, needed, places.rows)
+    places = places.at(rows.rows)
     number = len(places.rows)
-    if not number:
-        return {"places": 0}, "text left out: it contains no successor"
     effects = direct_effects(store, outputs, chains, unembed, places)
     wins = shares_of_wins(effects, store.tokens.take(places.rows)["document"].to_numpy(), probe.seed)
     few = f"only {number} places in the text" if number < _FEW_PLACES else ""
-    first = f"the first {number} of {places.total} places in the text" if places.total > number else ""
-    return {**wins, "places": number}, "; ".join(filter(None, [few, first]))
+    first = (
+        f"the first {probe.row_limit} of {places.total} places in the text" if places.total > probe.row_limit else ""
+    )
+    return {**wins, "places": number}, rows, "; ".join(filter(None, [few, first]))
+
+
+def _text_finding(data: xr.Dataset) -> str:
+    """The head that raises successors most often in the text, as a sentence."""
+    if "wins" not in data:
+        return ""
+    best = np.unravel_index(int(data["wins"].to_numpy().argmax()), data["wins"].shape)
+    at = data.isel(layer=int(best[0]), head=int(best[1]))
+    share, low, high = (100 * float(at[name]) for name in ("wins", "wins_low", "wins_high"))
+    return (
+        f"In the text {head_name(int(at['layer']), int(at['head']))} raises the successor most of all heads at "
+        f"{share:.0f} % of {int(data['places']):,} places, {interval_text(low, high)}."
+    )
 
 
 # ---- table and figures ----------------------------------------------------------------------------------
@@ -417,6 +402,7 @@ def _task_bars(result: Result) -> go.Figure:
     data = result.data
     tasks, number = data["task"].to_numpy().tolist(), data["tokens"].to_numpy()
     figure = go.Figure()
+    shown = f"the best {min(_SHOWN, data['macro'].size)}"
     for layer, head in _best_heads(data)[:_SHOWN]:
         score = data["score"].sel(layer=layer, head=head).to_numpy()
         low, high = wilson(score, number)
@@ -428,19 +414,20 @@ def _task_bars(result: Result) -> go.Figure:
         "chance": data["chance"],
         "first MLP without a head": data["first_mlp_score"],
     }
-    colours = CATEGORIES[_SHOWN : _SHOWN + len(levels)]
-    for (name, level), colour, symbol in zip(levels.items(), colours, ("diamond", "line-ew-open", "x"), strict=True):
-        marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}}
-        figure.add_scatter(x=tasks, y=level.to_numpy(), mode="markers", name=name, marker=marker)
+    for (name, level), pattern in zip(levels.items(), ("", "/", "x"), strict=True):
+        marker = {"color": NEUTRAL, "pattern": {"shape": pattern, "solidity": 0.4}}
+        figure.add_bar(x=tasks, y=level.to_numpy(), name=name, marker=marker, hovertemplate="%{x}: %{y:.3f}")
     figure.update_layout(
         template=TEMPLATE,
         title={
             "text": f"{_title(result)}: score by task",
-            "subtitle": {"text": f"the best {_SHOWN} heads; 95 % Wilson intervals over tokens"},
+            "subtitle": {
+                "text": f"{shown} of {data['macro'].size:,} heads, with 95 % Wilson intervals, and three controls"
+            },
         },
         barmode="group",
         height=480,
-        width=max(760, 120 * len(tasks)),
+        width=max(760, 150 * len(tasks)),
         margin={"t": 110},
         legend={"y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left"},
     )
@@ -466,7 +453,8 @@ def _circuit_map(result: Result) -> go.Figure:
         )
     )
     head = head_name(int(values.attrs["layer"]), int(values.attrs["head"]))
-    title = {"text": f"{_title(result)}: OV circuit", "subtitle": {"text": f"{head}, task: {values.attrs['task']}"}}
+    subtitle = f"{head}, task: {values.attrs['task']}; white: the mean, {float(values.mean()):.3g} logits"
+    title = {"text": f"{_title(result)}: OV circuit", "subtitle": {"text": subtitle}}
     figure.update_layout(template=TEMPLATE, title=title, width=640, height=620, margin={"t": 110})
     step = max(1, len(words) // 30)
     ticks = {"tickmode": "array", "tickvals": places[::step], "ticktext": words[::step], "showgrid": False}

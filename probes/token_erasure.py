@@ -26,7 +26,8 @@ from torch import Tensor
 
 from workbench.probing import (
     CATEGORIES,
-    ROWS_PER_DIMENSION,
+    LOST_VARIABLES,
+    SCORED,
     SIGNED,
     TEMPLATE,
     Model,
@@ -35,47 +36,56 @@ from workbench.probing import (
     SoftmaxFit,
     SoftmaxProbes,
     Store,
+    StoreProbe,
     Variable,
     Words,
     axis_title,
     check_fields,
     clustered_means,
     dataset,
+    erasure_scores,
     find_words,
     fit_softmax,
     integer_step,
+    interval_text,
     intervals,
     label,
+    note_few_rows,
     progress,
-    provenance,
     recorded_layers,
+    segment,
     selected_rows,
     split_by_document,
     tokens_at,
     usable_device,
     with_interval,
+    with_note,
 )
 
-SCORED = (0, -1, -2)
-"""Offsets that the erasure score needs."""
 _SHOWN = 40
 _GROUPS = ("last", "control")
-_ACCURACY = ("group", "offset", "layer")
+_GROUP, _OFFSET = ("group", "offset"), ("offset",)
+_ACCURACY = (*_GROUP, "layer")
 _SHARE = "share of tokens"
 
 VARIABLES = (
     *with_interval(
-        Variable("accuracy", _ACCURACY, _SHARE, "test tokens whose token at this offset is the probe's top token")
+        Variable(
+            "accuracy", _ACCURACY, _SHARE, "covered test tokens whose token at this offset is the probe's top token"
+        )
     ),
-    Variable("tokens", ("group", "offset"), "tokens", "test tokens of the group that have a token at this offset"),
+    Variable("tokens", _GROUP, "tokens", "covered test tokens: the training rows have their token at this offset"),
+    Variable("coverage", _GROUP, _SHARE, "test tokens that are covered, of those with a token at this offset"),
     *with_interval(
         Variable(
-            "fall",
-            ("offset",),
-            _SHARE,
-            "drop of accuracy from layer `early` to `late` at last tokens minus that at control tokens",
-            "0",
+            "fall", _OFFSET, _SHARE, "drop of accuracy from layer `early` to `late` at last tokens minus control", "0"
         )
+    ),
+    *with_interval(
+        Variable("fall_from_best", _OFFSET, _SHARE, "the same drop from layer `best` instead of `early`", "0")
+    ),
+    Variable(
+        "best", _OFFSET, "layer", "layer before `late` with the best accuracy at last tokens of validation documents"
     ),
     Variable("training_rows", (), "tokens", "tokens that the probes are trained on"),
     Variable("early", (), "layer", "layer from which erasure is measured"),
@@ -84,11 +94,12 @@ VARIABLES = (
     Variable("words", (), "words of several tokens", "words of several tokens in the test documents"),
     Variable("precision", (), "share of segments", "segments of several tokens that are words"),
     Variable("recall", (), "share of words", "words of several tokens that are segments"),
+    *LOST_VARIABLES,
 )
 
 
 @dataclass(frozen=True)
-class TokenErasure:
+class TokenErasure(StoreProbe):
     """Do last tokens of words erase the tokens before them, and which spans of the text behave like words?"""
 
     name: ClassVar[str] = "token-erasure"
@@ -110,9 +121,9 @@ class TokenErasure:
     spans: str = "word"
     """Label whose spans are the words; if it was not recorded, words begin at a token with a leading space."""
     early: int | None = None
-    """Layer from which erasure is measured. None: L // 32, layer 1 of 32 in the paper."""
+    """Layer from which erasure is measured. None: L / 32 rounded, layer 1 of 32 in the paper."""
     late: int | None = None
-    """Layer to which erasure is measured. None: 9 L / 32, layer 9 of 32 in the paper, and at least `early` + 1."""
+    """Layer to which erasure is measured. None: 9 L / 32 rounded, layer 9 of 32 in the paper, at least `early` + 1."""
     longest: int = 16
     """Maximum tokens of a span that is scored; the paper scores all lengths."""
     held_out: float = 0.3
@@ -143,60 +154,83 @@ class TokenErasure:
         """Trains probes on some documents, tests them on others, and segments the test documents.
 
         Group "last" holds last tokens of words of two or more tokens, at the offsets that stay inside the word or lie
-        after it; "control" holds all tokens outside of such words. With 0, -1 and -2 among the offsets, `table` has one
-        line per segment: text, psi (-1 to 1; 0: no erasure), tokens, first row, and whether it is a word.
+        after it; "control" holds all tokens outside of such words. Words that a sequence border cuts are in neither.
+        Only covered tokens count, whose target some training row has: no probe can predict another. With 0, -1 and -2
+        among the offsets, `table` has one line per segment: text, psi (-1 to 1; 0: no erasure, as where a target is not
+        covered), tokens, first row, whether it is a word, and whether it touches a word that is cut.
 
         Costs layers x offsets x epochs x rows x 3 products with a map from d_model to the distinct tokens; memory is
-        one batch of logits and one layer's maps.
+        one batch of logits, one layer's maps, and 5 bytes per layer, offset and held-out token.
 
         Args:
             store: Needs the sites at `site`.
             model: Not used; the store is enough.
 
         Raises:
-            RequestError: A site or layer was not recorded, or fewer than three documents are selected.
+            RequestError: A site or layer was not recorded, values are NaN or infinite, the model is not causal, or
+                fewer than three documents are selected.
         """
         layers, labels = recorded_layers(store, self.site)
         early, late = self._layers(store, layers)
-        rows = selected_rows(store, self.where or "NOT is_special")
+        checked = self.finite_rows(store, labels, selected_rows(store, self.where or "NOT is_special"))
+        rows = checked.rows
         documents = store.tokens["document"].to_numpy()[rows]
         parts = split_by_document(documents, self.held_out, purpose="token erasure", seed=self.seed)
         training, validation, tested = (rows[part] for part in parts)
         targets = np.stack([tokens_at(store, offset) for offset in self.offsets])
-        hits = np.zeros((len(layers), len(self.offsets), len(tested)), bool)
-        likelihoods: dict[int, Float[np.ndarray, "offset row"]] = {}
+        hits, likelihoods = self._read_layers(store, labels, training, validation, tested, targets)
+        tested_hits, validation_hits = np.split(hits, [len(tested)], axis=2)
+        words, source = find_words(store, self.spans)
+        groups, covered = _covered(words, tested, targets, training, self.offsets)
+        at_early, at_late = layers.index(early), layers.index(late)
+        last_tokens = _covered(words, validation, targets, training, self.offsets)[1][0]
+        best = (validation_hits[:at_late] & last_tokens).sum(2).argmax(0)
+        arrays = self._accuracy(tested_hits, covered, documents[parts[2]], (at_early, at_late), best)
+        with np.errstate(invalid="ignore"):  # a group without tokens
+            arrays["coverage"] = np.divide(covered.sum(2), groups.sum(2))
+        arrays |= {"training_rows": len(training), "early": early, "late": late, "best": np.array(layers)[best]}
+        table = pd.DataFrame()
+        if set(SCORED) <= set(self.offsets):
+            deltas = likelihoods[at_early] - likelihoods[at_late]
+            delta = {offset: deltas[at, : len(tested)] for at, offset in enumerate(self.offsets)}
+            table = _segments(store, tested, delta, words, self.longest)
+            arrays |= _agreement(table, words, tested)
+        coords = {"group": list(_GROUPS), "offset": list(self.offsets), "layer": layers}
+        data = dataset(VARIABLES, arrays, coords)
+        data.attrs = {"spans": source}
+        return self.result(store, data, table, checked, [note_few_rows(len(training), store[labels[0]].shape[1])])
+
+    def _read_layers(
+        self,
+        store: Store,
+        labels: list[str],
+        training: Int[np.ndarray, " training_row"],
+        validation: Int[np.ndarray, " validation_row"],
+        tested: Int[np.ndarray, " test_row"],
+        targets: Int[np.ndarray, "offset store_row"],
+    ) -> tuple[Bool[np.ndarray, "layer offset row"], Float[np.ndarray, "layer offset row"]]:
+        """Fits the probes of each layer; hits and likelihoods of the targets on the test rows, then validation rows."""
+        rows = np.concatenate([tested, validation])
+        hits, likelihoods = [], []
         device = usable_device(self.device)
         settings = SoftmaxFit(self.epochs, self.batch, self.learning_rate, self.weight_decay, self.seed)
-        steps = len(layers) * self.epochs * -(-len(training) // self.batch)
+        steps = len(labels) * self.epochs * -(-len(training) // self.batch)
         with progress("token erasure", steps, "steps") as tick:
-            for index, (layer, site) in enumerate(zip(layers, labels, strict=True)):
+            for site in labels:
 
                 def states(ids: np.ndarray, site: str = site) -> Tensor:
                     return store[site][ids].float().to(device)
 
                 split = (training, targets[:, training], validation, targets[:, validation])
                 probes = fit_softmax(states, *split, settings, tick=tick)
-                hits[index], probability = _read(probes, states, tested, targets[:, tested], self.batch)
-                if layer in (early, late):
-                    likelihoods[layer] = probability
-        words, source = find_words(store, self.spans)
-        groups = words.groups(tested, self.offsets) & (targets[:, tested] >= 0)[None]
-        scored = layers.index(early), layers.index(late)
-        arrays = self._accuracy(hits, groups, store.tokens["document"].to_numpy()[tested], scored)
-        arrays |= {"training_rows": len(training), "early": early, "late": late}
-        table = pd.DataFrame()
-        if set(SCORED) <= set(self.offsets):
-            delta = {offset: likelihoods[early][at] - likelihoods[late][at] for at, offset in enumerate(self.offsets)}
-            table = _segments(store, tested, delta, words, self.longest)
-            arrays |= _agreement(table, words, tested)
-        coords = {"group": list(_GROUPS), "offset": list(self.offsets), "layer": layers}
-        data = dataset(VARIABLES, arrays, coords)
-        data.attrs = {"spans": source, "note": _note(len(training), store[labels[0]].shape[1])}
-        return Result(self.name, data, table, provenance(store, self))
+                right, likelihood = _read(probes, states, rows, targets[:, rows], self.batch)
+                hits.append(right)
+                likelihoods.append(likelihood.astype(np.float32))
+        return np.stack(hits), np.stack(likelihoods)
 
     def _layers(self, store: Store, layers: list[int]) -> tuple[int, int]:
         n_layers = store.manifest.model.n_layers
-        early = n_layers // 32 if self.early is None else self.early
+        early = round(n_layers / 32) if self.early is None else self.early
         late = max(early + 1, round(9 * n_layers / 32)) if self.late is None else self.late
         for layer in (early, late):
             if layer not in layers:
@@ -211,6 +245,7 @@ class TokenErasure:
         groups: Bool[np.ndarray, "group offset row"],
         document: Int[np.ndarray, " row"],
         scored: tuple[int, int],
+        best: Int[np.ndarray, " offset"],
     ) -> dict[str, np.ndarray]:
         """Means over tokens with intervals over documents; groups share resamples, so that their drops compare."""
         values = np.where(groups[:, :, None], hits.transpose(1, 0, 2)[None], np.nan)  # group offset layer row
@@ -219,44 +254,51 @@ class TokenErasure:
         mean, resampled = clustered_means(flat, document, resamples=self.resamples, seed=self.seed)
         mean, resampled = mean.reshape(shape), resampled.reshape(-1, *shape)
         early, late = scored
-        drop, resampled_drop = mean[..., early] - mean[..., late], resampled[..., early] - resampled[..., late]
-        accuracy_low, accuracy_high = intervals(resampled)
-        fall_low, fall_high = intervals(resampled_drop[:, 0] - resampled_drop[:, 1])
-        return {
-            "accuracy": mean,
-            "accuracy_low": accuracy_low,
-            "accuracy_high": accuracy_high,
-            "tokens": groups.sum(2),
-            "fall": drop[0] - drop[1],
-            "fall_low": fall_low,
-            "fall_high": fall_high,
-        }
+        arrays = {"accuracy": mean, "tokens": groups.sum(2)}
+        arrays["accuracy_low"], arrays["accuracy_high"] = intervals(resampled)
+        for name, start in {"fall": np.full_like(best, early), "fall_from_best": best}.items():
+            at = (..., np.arange(len(best)), start)
+            drop, resampled_drop = mean[at] - mean[..., late], resampled[at] - resampled[..., late]
+            arrays[name] = drop[0] - drop[1]
+            low_high = intervals(resampled_drop[:, 0] - resampled_drop[:, 1])
+            arrays[f"{name}_low"], arrays[f"{name}_high"] = low_high
+        return arrays
 
     @staticmethod
     def headline(result: Result) -> str:
-        """Drop of accuracy for the previous token at last and control tokens, and the quality of the segmentation."""
+        """Returns whether last tokens erase the token before, the drops against the control, and the segmentation."""
         data = result.data
         offset = -1 if -1 in data["offset"] else int(data["offset"][0])
         here = data.sel(offset=offset)
-        early, late = int(data["early"]), int(data["late"])
-        curves = {
-            group: [100 * float(here["accuracy"].sel(group=group, layer=layer)) for layer in (early, late)]
-            for group in _GROUPS
-        }
-        fall, low, high = (100 * float(here[name]) for name in ("fall", "fall_low", "fall_high"))
-        parts = [
-            f"Accuracy for the token at offset {offset:+d}, layers {early} to {late}: last tokens of words "
-            f"{curves['last'][0]:.0f} to {curves['last'][1]:.0f} %, control {curves['control'][0]:.0f} to "
-            f"{curves['control'][1]:.0f} %; drops {fall:.0f} points more than the control, "
-            f"95 % CI [{low:.0f}, {high:.0f}]."
-        ]
-        if "precision" in data:
+        late = int(data["late"])
+        starts = {"fall": int(data["early"])} | ({"fall_from_best": int(here["best"])} if "best" in data else {})
+        parts, erased = [], False
+        for name, start in starts.items():
+            last, control = (
+                [100 * float(here["accuracy"].sel(group=group, layer=layer)) for layer in (start, late)]
+                for group in _GROUPS
+            )
+            fall, low, high = (100 * float(here[f"{name}{end}"]) for end in ("", "_low", "_high"))
+            erased |= last[0] > last[1] and low > 0
             parts.append(
+                f"layers {start} to {late}: last tokens of words {last[0]:.0f} to {last[1]:.0f} %, control "
+                f"{control[0]:.0f} to {control[1]:.0f} %, a drop {fall:.0f} points beyond the control's, "
+                f"{interval_text(low, high)}"
+            )
+        parts = list(dict.fromkeys(parts))  # the early layer may be the best
+        finding = "Token erasure" if erased else "No token erasure"
+        if np.isnan(float(here["fall_low"])):
+            finding = "Token erasure not decided"
+        texts = [f"{finding} at offset {offset:+d}, {'; '.join(parts)}."]
+        if "coverage" in data:
+            share = [f"{100 * float(here['coverage'].sel(group=group)):.0f} % of {group}" for group in _GROUPS]
+            texts.append(f"Targets in the training documents: {share[0]} tokens, {share[1]} tokens.")
+        if "precision" in data:
+            texts.append(
                 f"{int(data['segments']):,} segments of several tokens: precision {float(data['precision']):.2f}, "
                 f"recall {float(data['recall']):.2f} against {data.attrs['spans']}."
             )
-        note = data.attrs["note"]
-        return " ".join([*parts, *([f"Note: {note}."] if note else [])])
+        return with_note(" ".join(texts), result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -265,6 +307,18 @@ class TokenErasure:
         if len(result.table):
             figures |= {"vocabulary": _vocabulary(result), "segments": _document(result)}
         return figures
+
+
+def _covered(
+    words: Words,
+    rows: Int[np.ndarray, " row"],
+    targets: Int[np.ndarray, "offset store_row"],
+    training: Int[np.ndarray, " training_row"],
+    offsets: tuple[int, ...],
+) -> tuple[Bool[np.ndarray, "group offset row"], Bool[np.ndarray, "group offset row"]]:
+    """Tokens of each group with a target, and those of them whose target some training row has at some offset."""
+    groups = words.groups(rows, offsets) & (targets[:, rows] >= 0)[None]
+    return groups, groups & np.isin(targets[:, rows], targets[:, training])[None]
 
 
 @torch.no_grad()
@@ -291,60 +345,7 @@ def _read(
     return hits, probability
 
 
-def _note(rows: int, d_model: int) -> str:
-    needed = ROWS_PER_DIMENSION * d_model
-    return "" if rows >= needed else f"{rows:,} training rows are few for {d_model} dimensions; {needed:,} are needed"
-
-
 # ---- the erasure score ----------------------------------------------------------------------------------
-
-
-def erasure_scores(
-    current: Float[np.ndarray, " token"],
-    previous: Float[np.ndarray, " token"],
-    second: Float[np.ndarray, " token"],
-    longest: int,
-) -> Float[np.ndarray, "length token"]:
-    """Returns psi of every span: row n - 1 has, at token q, the span of n tokens that ends at q, else NaN.
-
-    Prefix sums give all spans of a length in one pass: the terms with s = -1 are those of the span's first two tokens.
-
-    Args:
-        current: delta(t, 0).
-        previous: delta(t, -1), NaN where there is no such token.
-        second: delta(t, -2), as `previous`.
-        longest: Maximum length of a span.
-    """
-    n = len(current)
-    sums, counts = (np.zeros(n + 1) for _ in range(2))
-    for part in (previous, second):
-        sums[1:] += np.cumsum(np.nan_to_num(part))
-        counts[1:] += np.cumsum(~np.isnan(part))
-    before = np.nan_to_num(previous) + np.nan_to_num(second)  # both lie outside for the first token
-    after = np.append(np.nan_to_num(second)[1:], 0.0)  # offset -2 lies outside for the second token
-    psi = np.full((longest, n), np.nan)
-    for length in range(1, min(longest, n) + 1):
-        last = np.arange(length - 1, n)
-        first = last - length + 1
-        total = sums[last + 1] - sums[first] - 2 * before[first]
-        if length > 1:
-            total -= 2 * after[first]
-        terms = counts[last + 1] - counts[first]
-        psi[length - 1, last] = (np.nan_to_num(current)[last] + total) / (1 + terms)
-    return psi
-
-
-def segment(psi: Float[np.ndarray, "length token"]) -> list[tuple[int, int]]:
-    """Returns spans (first, last) that cover the text without overlap, chosen by psi; ties prefer shorter spans."""
-    length, last = np.nonzero(~np.isnan(psi))
-    order = np.lexsort((last, length, -psi[length, last]))
-    free, spans = np.ones(psi.shape[1], bool), []
-    for index in order:
-        first = last[index] - length[index]
-        if free[first : last[index] + 1].all():
-            free[first : last[index] + 1] = False
-            spans.append((int(first), int(last[index])))
-    return sorted(spans)
 
 
 def _segments(
@@ -378,15 +379,16 @@ def _segments(
                     "tokens": length,
                     "psi": psi[length - 1, last],
                     "is_span": words.is_word(first_row, length),
+                    "cut": bool(words.cut[first_row : first_row + length].any()),
                 }
             )
     return pd.DataFrame(lines)
 
 
 def _agreement(table: pd.DataFrame, words: Words, tested: Int[np.ndarray, " row"]) -> dict[str, int | float]:
-    """Precision and recall of the segments of several tokens against words of several tokens."""
-    several = table.loc[table["tokens"] > 1]
-    number = len(np.unique(words.first[tested[words.length[tested] > 1]]))
+    """Precision and recall of the segments of several tokens against words of several tokens, all of them whole."""
+    several = table.loc[(table["tokens"] > 1) & ~table["cut"]]
+    number = len(np.unique(words.first[tested[(words.length[tested] > 1) & ~words.cut[tested]]]))
     hits = int(several["is_span"].sum())
     return {
         "segments": len(several),

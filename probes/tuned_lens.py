@@ -20,9 +20,11 @@ from torch import Tensor
 
 from workbench.probing import (
     LENS_VARIABLES,
+    LOST_VARIABLES,
     Model,
     Result,
     Store,
+    StoreProbe,
     Unembed,
     Variable,
     axis_title,
@@ -38,19 +40,20 @@ from workbench.probing import (
     log_probabilities,
     note_few_rows,
     progress,
-    provenance,
     read_lens,
     recorded_layers,
     require_causal,
     selected_rows,
     split_by_document,
     usable_device,
+    with_note,
 )
 
 _PATIENCE = 2  # passes without a better layer
 _ROWS = "mean over the held-out tokens"
 _VARIABLES: tuple[Variable, ...] = (
     *LENS_VARIABLES,
+    *LOST_VARIABLES,
     Variable("logit_mean_kl", ("layer",), "nats", f"KL(model || logit lens), without a trained map; {_ROWS}"),
     Variable(
         "logit_mean_cross_entropy",
@@ -68,7 +71,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class TunedLens:
+class TunedLens(StoreProbe):
     """Reads every layer through a trained affine map and the unembedding, on documents held out from training."""
 
     name: ClassVar[str] = "tuned-lens"
@@ -116,7 +119,8 @@ class TunedLens:
         Adam's moments.
 
         Raises:
-            RequestError: A site or the unembedding was not recorded, or there are fewer than three documents.
+            RequestError: A site or the unembedding was not recorded, values are NaN or infinite, the model is not
+                causal, or there are fewer than three documents.
         """
         require_causal(store, self.name)
         device = usable_device(self.device)
@@ -124,11 +128,12 @@ class TunedLens:
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         store.require(last)  # before training
         translated = [(layer, name) for layer, name in zip(layers, labels, strict=True) if name != last]
-        rows = selected_rows(store, self.where)
+        unembed = load_unembed(store.path, device)
+        checked = self.finite_rows(store, [*labels, last], selected_rows(store, self.where))
+        rows = checked.rows
         document = store.tokens["document"].to_numpy()[rows]
         parts = split_by_document(document, self.held_out, purpose="a tuned lens", seed=self.seed)
         training, validation, tested = (rows[part] for part in parts)
-        unembed = load_unembed(store.path, device)
         lens = _Trained(len(translated), unembed.weight.shape[1], device)
         if self.epochs:
             self._train(store, [name for _, name in translated], last, unembed, lens, training, validation)
@@ -148,8 +153,7 @@ class TunedLens:
             "validation_rows": len(validation),
         }
         data = data.assign(dataset(self.variables, more).variables)
-        data.attrs["note"] = note_few_rows(len(training), unembed.weight.shape[1])
-        return Result(self.name, data, table, provenance(store, self))
+        return self.result(store, data, table, checked, [note_few_rows(len(training), unembed.weight.shape[1])])
 
     def _train(
         self,
@@ -207,10 +211,12 @@ class TunedLens:
         """Returns the KL to the model's output of tuned and logit lens at the first layer."""
         data = result.data
         tuned, plain = data["mean_kl"].to_numpy(), data["logit_mean_kl"].to_numpy()
-        layer, note = data["layer"].to_numpy()[0], data.attrs.get("note", "")
-        return (
-            f"KL(model ‖ lens) at layer {layer}: {tuned[0]:.2f} nats with the tuned lens, {plain[0]:.2f} nats with the "
-            f"logit lens (mean over {int(data['rows']):,} held-out tokens)" + (f"; {note}." if note else ".")
+        if not plain[0]:
+            return with_note("Only the model's own output was recorded, which has no map.", result)
+        return with_note(
+            f"KL(model ‖ lens) at layer {data['layer'].to_numpy()[0]}: {tuned[0]:.2f} nats with the tuned lens, "
+            f"{plain[0]:.2f} nats with the logit lens (mean over {int(data['rows']):,} held-out tokens).",
+            result,
         )
 
     @staticmethod

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     # the contract and its records
     "ActivationArray": "workbench.store.reader",
+    "FiniteRows": "workbench.store.lost_values",
+    "LOST_VARIABLES": "workbench.analysis.store_probe",
     "Result": "workbench.results.result",
     "Site": "workbench.sites.grammar",
     "Store": "workbench.store.reader",
+    "StoreProbe": "workbench.analysis.store_probe",
     "Variable": "workbench.results.variable",
     "dataset": "workbench.results.variable",
     "provenance": "workbench.results.result",
+    "finite_rows": "workbench.store.lost_values",
+    "with_note": "workbench.analysis.store_probe",
     "with_interval": "workbench.results.variable",
     # settings, errors and progress
     "RequestError": "workbench.io.errors",
@@ -28,17 +33,25 @@ _PUBLIC = {
     "usable_device": "workbench.model.load",
     # norms
     "massive_activation": "workbench.analysis.norms",
+    "residual_site": "workbench.analysis.norms",
+    "value_site": "workbench.analysis.norms",
     "massive_shares": "workbench.analysis.norms",
+    "massive_text": "workbench.analysis.norms",
     "ratio": "workbench.analysis.norms",
     "stack_value_norms": "workbench.analysis.norms",
     "residual_norms": "workbench.analysis.norms",
     "value_norms": "workbench.analysis.norms",
     # rows of a store
+    "compare_domains": "workbench.analysis.domains",
     "Sequences": "workbench.analysis.sequences",
+    "attention_sites": "workbench.analysis.received",
     "attention_source": "workbench.analysis.received",
     "ROWS_PER_DIMENSION": "workbench.analysis.rows",
+    "SCORED": "workbench.analysis.segmentation",
     "Words": "workbench.analysis.words",
     "blocks": "workbench.analysis.rows",
+    "erasure_scores": "workbench.analysis.segmentation",
+    "segment": "workbench.analysis.segmentation",
     "layers_of": "workbench.analysis.received",
     "find_words": "workbench.analysis.words",
     "next_tokens": "workbench.analysis.rows",
@@ -64,6 +77,7 @@ _PUBLIC = {
     "clustered_means": "workbench.analysis.bootstrap",
     "group_means": "workbench.analysis.bootstrap",
     "fit_softmax": "workbench.analysis.softmax_probe",
+    "interval_text": "workbench.analysis.bootstrap",
     "intervals": "workbench.analysis.bootstrap",
     "resampled_means": "workbench.analysis.bootstrap",
     "wilson": "workbench.analysis.bootstrap",
@@ -73,14 +87,12 @@ _PUBLIC = {
     "FutureMap": "workbench.analysis.future_maps",
     "SPACES": "workbench.analysis.successor_tasks",
     "TASKS": "workbench.analysis.successor_tasks",
-    "digit_arithmetic": "workbench.analysis.digits",
-    "digit_features": "workbench.analysis.digits",
+    "NUMBERS": "workbench.analysis.digits",
+    "digit_readings": "workbench.analysis.digits",
     "direct_effects": "workbench.analysis.successions",
     "find_chains": "workbench.analysis.successor_tasks",
     "find_places": "workbench.analysis.successions",
-    "held_out_accuracy": "workbench.analysis.digits",
     "make_pairs": "workbench.analysis.successor_tasks",
-    "ridge_digits": "workbench.analysis.digits",
     "shares_of_wins": "workbench.analysis.successions",
     "shuffled_null": "workbench.analysis.successor_tasks",
     "strict_argmax": "workbench.analysis.digits",
@@ -90,7 +102,10 @@ _PUBLIC = {
     "Unembed": "workbench.model.unembed",
     "fit_direct": "workbench.analysis.future_maps",
     "fit_linear": "workbench.analysis.future_maps",
+    "choose_layer": "workbench.analysis.future_task",
     "load_future_task": "workbench.analysis.future_task",
+    "note_own_output": "workbench.analysis.future_task",
+    "own_output": "workbench.analysis.future_task",
     "load_unembed": "workbench.model.unembed",
     "log_probabilities": "workbench.analysis.lens",
     "read_lens": "workbench.analysis.lens",
@@ -163,24 +178,23 @@ if TYPE_CHECKING:
         clustered_interval,
         clustered_means,
         group_means,
+        interval_text,
         intervals,
         resampled_means,
         wilson,
     )
     from workbench.analysis.causal import require_causal
-    from workbench.analysis.digits import (
-        digit_arithmetic,
-        digit_features,
-        held_out_accuracy,
-        ridge_digits,
-        strict_argmax,
-    )
+    from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
+    from workbench.analysis.domains import compare_domains
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
         FutureSplit,
         FutureTask,
+        choose_layer,
         load_future_task,
         note_few_documents,
+        note_own_output,
+        own_output,
         precision_table,
     )
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
@@ -188,13 +202,17 @@ if TYPE_CHECKING:
     from workbench.analysis.norms import (
         massive_activation,
         massive_shares,
+        massive_text,
         ratio,
         residual_norms,
+        residual_site,
         stack_value_norms,
         value_norms,
+        value_site,
     )
     from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import (
+        attention_sites,
         attention_source,
         layers_of,
         read_attention,
@@ -213,8 +231,10 @@ if TYPE_CHECKING:
         split_by_document,
         tokens_at,
     )
+    from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
+    from workbench.analysis.store_probe import LOST_VARIABLES, StoreProbe, with_note
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
     from workbench.analysis.words import Words, find_words
@@ -249,4 +269,5 @@ if TYPE_CHECKING:
     from workbench.results.result import Result, provenance
     from workbench.results.variable import Variable, dataset, with_interval
     from workbench.sites.grammar import Site
+    from workbench.store.lost_values import FiniteRows, finite_rows
     from workbench.store.reader import ActivationArray, Store

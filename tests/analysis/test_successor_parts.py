@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from workbench.analysis.bootstrap import wilson
-from workbench.analysis.digits import digit_arithmetic, digit_features, held_out_accuracy, ridge_digits, strict_argmax
+from workbench.analysis.digits import (
+    digit_arithmetic,
+    digit_features,
+    digit_readings,
+    held_out_accuracy,
+    ridge_digits,
+    strict_argmax,
+)
 from workbench.analysis.successions import successions
 from workbench.analysis.successor_tasks import Pairs, make_chain, shuffled_null
-from workbench.probes import successor_heads
-from workbench.probes.successor_heads import SuccessorHeads
-
-FEW = SuccessorHeads(permutations=50)
 
 
 def chain_of(ids):
@@ -89,9 +90,9 @@ def test_a_number_is_held_out_in_every_spelling():
     assert held_out_accuracy(np.concatenate([x, x]), np.concatenate([numbers, numbers]), 0) < 0.3
 
 
-def digits_of(chains, x, head_logits, probe=FEW):
-    ids = torch.arange(len(x))
-    return successor_heads._digits(successor_heads._Classes(chains, ids), ids, x, head_logits, probe)
+def digits_of(chains, x, head_logits, size=1.0):
+    tasks = list(dict.fromkeys(chain.task for chain in chains))
+    return digit_readings(chains, tasks, torch.arange(len(x)), x, size, head_logits, 0)
 
 
 def test_modulo_10_of_numbers_and_of_a_task_that_was_not_fitted():
@@ -99,8 +100,8 @@ def test_modulo_10_of_numbers_and_of_a_task_that_was_not_fitted():
     numbers = chain_at("numbers", range(1, 101), first=0)
     days = chain_at("days", range(1, 8), first=100)
     x = torch.tensor(digits(np.concatenate([numbers.index, days.index]), generator), dtype=torch.float32)
-    arrays, note = digits_of([numbers, days], x, lambda x: torch.zeros(len(x), 107))
-    assert (arrays["mod10_accuracy"].tolist(), note) == ([1, 1], "")
+    arrays, known = digits_of([numbers, days], x, lambda x: torch.zeros(len(x), 107))
+    assert (arrays["mod10_accuracy"].tolist(), known) == ([1, 1], 100)
     assert arrays["arithmetic"].tolist() == [0, 0]  # ties are failures
 
 
@@ -146,7 +147,7 @@ def test_the_scale_of_the_arithmetic_counts():
     def head(x):
         return x[:, 11:] @ torch.eye(10).roll(1, 1) @ own + 0.1 * x[:, :11] @ torch.eye(11)[numbers.index // 10].T
 
-    whole, part = (digits_of([numbers], x, head, replace(FEW, arithmetic=k))[0] for k in (1.0, 0.1))
+    whole, part = (digits_of([numbers], x, head, size)[0] for size in (1.0, 0.1))
     assert (whole["arithmetic"][0], part["arithmetic"][0]) == (1, 0)
     assert whole["shuffled_arithmetic"][0] < 0.3
 

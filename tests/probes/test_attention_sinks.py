@@ -321,7 +321,8 @@ def test_what_was_not_recorded_is_left_out_and_said(tmp_path):
     store = plant(tmp_path / "s", [8], derived_arrays(["attn_received"]))
     result = run(store, length=8)
     assert {*result.data} == {
-        *("alpha", "sink_share", "sink_k", "sink", "sink_low", "sink_high", "reliable", "sequences", "short_sequences")
+        *("alpha", "sink_share", "sink_k", "sink", "sink_low", "sink_high", "reliable", "sequences", "short_sequences"),
+        *("clipped", "nonfinite_rows"),
     }
     assert result.data.attrs["note"] == (
         "row_entropy not computed: attn_entropy was not recorded; "
@@ -462,5 +463,6 @@ def test_the_headline_tells_metric_head_and_norms(tmp_path):
     assert text == (
         "Sink_1 = 50.0 % of heads (epsilon 0.5, T 8, 1 sequence); strongest head L0H0, alpha 0.91; the "
         "sink's value norm in L0H0 is 0.57 times the others'; its residual norm is 4.7 times the others' at layer 0; "
-        "only 1 sequence."
+        "no massive activations: the largest of a sequence is 4.7 on average, 5 times the median (layer 0, position 0, "
+        "dimension 0); only 1 sequence."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from workbench.analysis.future import future_rows
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes.future_prompts import LEARNED, REGIMES, FuturePrompts
+from workbench.store.lost_values import finite_rows
 from workbench.testing import ProbeContract
 
 FEW = FuturePrompts(prompts=("the day was", "Once upon a"), training_rows=40, row_limit=20, epochs=1, prompt_tokens=3)
@@ -61,9 +63,14 @@ class TestContract(ProbeContract):
         return llama
 
 
+def split_rows(store):
+    shares = {"held_out": 0.25, "validation": 0.1, "seed": 0}
+    return future_rows(store, 4, None, **shares, check=partial(finite_rows, store, []))[0]
+
+
 def chosen_rows(store, part="test", limit=20):
     """The rows that are asked, chosen again."""
-    rows = future_rows(store, 4, None, held_out=0.25, validation=0.1, seed=0).at(part, 3)
+    rows = split_rows(store).at(part, 3)
     return rows[np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)]
 
 
@@ -186,7 +193,7 @@ def test_divergence_is_that_of_float64(store, model):
 
 def test_bigrams_of_the_last_known_token(store, model, result):
     said, ids = said_in_text(store, model), store.tokens["token_id"].to_numpy()
-    rows, training = chosen_rows(store), future_rows(store, 4, None, held_out=0.25, validation=0.1, seed=0)
+    rows, training = chosen_rows(store), split_rows(store)
     for regime, known in (("free-running", 0), ("teacher-forced", 2)):
         own = training.at("training", 2)
         right = []

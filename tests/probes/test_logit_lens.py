@@ -297,7 +297,7 @@ def test_the_table_says_what_the_arrays_say(llama_store):
     assert table.columns.tolist() == [
         *("layer", "row", "sequence", "position", "document", "token", "next_token"),
         *("entropy", "kl", "js", "tv", "cross_entropy", "surprise", "rank"),
-        *("top_token_1", "top_probability_1", "top_token_2", "top_probability_2"),
+        *("top_token_1", "top_probability_1", "top_token_2", "top_probability_2", "clipped"),
     ]
     assert len(table) == 3 * llama_store.rows
     words = load_unembed(llama_store.path).tokens
@@ -325,7 +325,9 @@ def test_every_variable_has_a_unit(llama_store):
         **dict.fromkeys([f"mean_{name}" for name in nats], "nats"),
         **dict.fromkeys(["mean_agreement", "mean_accuracy", "depth_share"], "share of tokens"),
         **dict.fromkeys(["tv", "mean_tv", "top_probability"], "probability"),
-        **dict.fromkeys(["rows", "rows_with_next"], "tokens"),
+        **dict.fromkeys(["rows", "rows_with_next", "nonfinite_rows"], "tokens"),
+        "uniform_cross_entropy": "nats",
+        "clipped": "values",
         "rank": "1 = top",
         "top_id": "token id",
         "prediction_depth": "index on the layer axis",

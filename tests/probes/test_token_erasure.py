@@ -309,16 +309,15 @@ def test_the_default_layers_are_the_papers_share_of_the_depth(store):
 def test_small_samples_are_noted(store, found):
     assert found.data.attrs["note"] == ""
     few = TokenErasure(**SHORT | {"where": "position < 3"}).run(store)
-    assert "training rows are few for 24 dimensions; 120 are needed" in few.headline()
+    assert "training rows are few for 24 x 24 maps; 120 or more are needed" in few.headline()
 
 
 # The result
 
 
 def test_result_headline_and_figures(found, tmp_path):
-    assert found.headline().startswith(
-        "Accuracy for the token at offset -1, layers 1 to 2: last tokens of words 100 to "
-    )
+    assert found.headline().startswith("Token erasure at offset -1, layers 1 to 2: last tokens of words 100 to ")
+    assert "95 % CI [" in found.headline()
     assert list(found.figures()) == ["accuracy", "vocabulary", "segments"]
     again = wb.load_result(found.save(tmp_path / "erasure"))
     assert again.data.identical(found.data)

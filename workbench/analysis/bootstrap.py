@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -13,7 +13,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean and the central 95 % of its bootstrap distribution; NaN where there was nothing to average."""
+    """A mean and the central 95 % of its bootstrap distribution: NaN for a single cluster, as the mean of nothing."""
 
     mean: float
     low: float
@@ -30,8 +30,8 @@ def clustered_means(
     """Returns the mean of each column over rows, and its means over resamples of whole clusters with replacement.
 
     Rows of one cluster (a document, a sequence) stay together, and columns share their resamples, so that differences
-    of columns can be taken resample by resample. Costs resamples x clusters x statistics. Source: the cluster bootstrap
-    of Field & Welsh 2007.
+    of columns can be taken resample by resample; resamples of a column that a single cluster has are NaN. Costs
+    resamples x clusters x statistics. Source: the cluster bootstrap of Field & Welsh 2007.
 
     Args:
         values: One statistic a column; NaN values do not count.
@@ -54,13 +54,18 @@ def resampled_means(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, "resample statistic"]]:
-    """Returns what `clustered_means` does, from each cluster's sum of values and their number."""
+    """Returns what `clustered_means` does, from each cluster's sum of values and their number.
+
+    Resamples of a statistic that a single cluster has are NaN: all would be equal, an interval of no width.
+    """
     number = len(totals)
     draw = np.random.default_rng(seed)
     chances = np.full(number, 1 / max(number, 1))
     times = draw.multinomial(number, chances, size=resamples) if number else np.zeros((resamples, 0))
     with np.errstate(invalid="ignore"):  # the mean of nothing is NaN
-        return totals.sum(0) / counts.sum(0), (times @ totals) / (times @ counts)
+        resampled = (times @ totals) / (times @ counts)
+        resampled[:, (counts > 0).sum(0) < 2] = np.nan
+        return totals.sum(0) / counts.sum(0), resampled
 
 
 def clustered_interval(
@@ -77,19 +82,24 @@ def clustered_interval(
 
 @dataclass(frozen=True)
 class GroupMeans:
-    """Means of groups with their 95 % intervals, and the gap between the groups with the largest and smallest mean."""
+    """Means of groups with their 95 % intervals, and the gap between the groups with the largest and smallest mean.
+
+    Only groups of two clusters or more are compared: one document says nothing of how far others of its kind are.
+    """
 
     mean: Float[np.ndarray, "group statistic"]
     low: Float[np.ndarray, "group statistic"]
     high: Float[np.ndarray, "group statistic"]
     clusters: Int[np.ndarray, " group"]
-    """Clusters of each group; a group of one has no interval: NaN."""
+    """Clusters of each group; a group of one has no interval, NaN, and takes no part in the gap."""
     gap: Float[np.ndarray, " statistic"]
+    """NaN where fewer than two groups take part."""
     gap_low: Float[np.ndarray, " statistic"]
     gap_high: Float[np.ndarray, " statistic"]
     """Interval of the difference of these two groups, whichever is larger in a resample."""
     most: Int[np.ndarray, " statistic"]
     least: Int[np.ndarray, " statistic"]
+    """Groups with the largest and the smallest mean; -1 where fewer than two groups take part."""
 
 
 def group_means(
@@ -116,9 +126,13 @@ def group_means(
     split = np.where(group[:, None, None] == number[:, None], values[:, None], np.nan)
     mean, resampled = clustered_means(split.reshape(len(values), -1), clusters, resamples=resamples, seed=seed)
     mean, resampled = mean.reshape(groups, statistics), resampled.reshape(-1, groups, statistics)
-    resampled[:, counts < 2] = np.nan  # every resample of one cluster is the same
     low, high = intervals(resampled)
-    most, least, each = mean.argmax(0), mean.argmin(0), np.arange(statistics)
+    compared = np.flatnonzero(counts > 1)
+    if len(compared) < 2:
+        none, nowhere = np.full(statistics, np.nan), np.full(statistics, -1)
+        return GroupMeans(mean, low, high, counts, none, none, none, nowhere, nowhere)
+    most, least = compared[mean[compared].argmax(0)], compared[mean[compared].argmin(0)]
+    each = np.arange(statistics)
     gap_low, gap_high = intervals(resampled[:, most, each] - resampled[:, least, each])
     gap = mean[most, each] - mean[least, each]
     return GroupMeans(mean, low, high, counts, gap, gap_low, gap_high, most, least)
@@ -138,6 +152,11 @@ def central(resampled: Float[np.ndarray, " resample"] | Sequence[float]) -> tupl
         return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def interval_text(low: Any, high: Any) -> str:
+    """Returns an interval as text, in whole numbers (points, percent); NaN is that of a single document."""
+    return "no interval from one document" if np.isnan(low) else f"95 % CI [{float(low):.0f}, {float(high):.0f}]"
 
 
 def wilson(

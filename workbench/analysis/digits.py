@@ -11,7 +11,59 @@ from torch import Tensor
 
 from workbench.analysis.successor_tasks import Chain
 
+NUMBERS = 50
+"""Numbers that are single tokens, which the readings need."""
+_READINGS = ("mod10_accuracy", "arithmetic", "shuffled_arithmetic")
 _PENALTY, _SPLITS = 0.1, 10
+
+
+def digit_readings(
+    chains: Sequence[Chain],
+    tasks: Sequence[str],
+    ids: Int[Tensor, " token"],
+    x: Float[Tensor, "token d_model"],
+    size: float,
+    head_logits: Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token target"]],
+    seed: int,
+) -> tuple[dict[str, Float[np.ndarray, " task"]], int]:
+    """Returns readings of the index modulo 10 by a map fitted on numbers, for each task, and the number of numbers.
+
+    `mod10_accuracy` on the members, numbers held out; `arithmetic` with the features of digits, and with those of other
+    digits, `shuffled_arithmetic`. All are NaN where fewer than `NUMBERS` numbers are single tokens.
+
+    Args:
+        chains: Classes of tokens.
+        tasks: Tasks of the classes.
+        ids: Sorted token ids, the rows of `x`.
+        x: Input of the heads for each token.
+        size: Factor of the features that are added and subtracted.
+        head_logits: Map from the input of the heads to the logits that one head gives the tokens `ids`.
+        seed: Random seed of the splits and of the shuffle.
+    """
+    values = x.double().cpu().numpy()
+    of_task = {task: [chain for chain in chains if chain.task == task] for task in tasks}
+    states = {
+        task: values[np.searchsorted(ids.numpy(), np.concatenate([chain.ids for chain in part]))]
+        for task, part in of_task.items()
+    }
+    index = {task: np.concatenate([chain.index for chain in part]) for task, part in of_task.items()}
+    known = len(states.get("numbers", ()))
+    if known < NUMBERS:
+        return {name: np.full(len(tasks), np.nan) for name in _READINGS}, known
+    numbers, digit = states["numbers"], index["numbers"] % 10
+    features = digit_features(numbers, digit)
+    steps = {"arithmetic": features, "shuffled_arithmetic": features[np.random.default_rng(seed).permutation(10)]}
+    accuracy = [
+        held_out_accuracy(numbers, index[task], seed)
+        if task == "numbers"
+        else (ridge_digits(numbers, digit, states[task]) == index[task] % 10).mean()
+        for task in tasks
+    ]
+    arrays = {
+        name: np.array([digit_arithmetic(of_task[task], ids, x, size * step, head_logits) for task in tasks])
+        for name, step in steps.items()
+    }
+    return {"mod10_accuracy": np.array(accuracy), **arrays}, known
 
 
 def strict_argmax(logits: Float[Tensor, "head member output"]) -> Int[np.ndarray, "head member"]:

@@ -6,15 +6,17 @@ at T+N. Shared by the probes that read the future of a state (Pal et al., arXiv 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from workbench.analysis.lens import log_probabilities
 from workbench.analysis.rows import blocks, selected_rows, split_by_document
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
+from workbench.store.lost_values import FiniteRows
 from workbench.store.reader import ActivationArray, Store
 
 NO_TARGET = -100
@@ -46,11 +48,18 @@ class FutureRows:
 
 
 def future_rows(
-    store: Store, horizons: int, where: str | None, *, held_out: float, validation: float, seed: int
-) -> FutureRows:
+    store: Store,
+    horizons: int,
+    where: str | None,
+    *,
+    held_out: float,
+    validation: float,
+    seed: int,
+    check: Callable[[Int[np.ndarray, " read_row"]], FiniteRows],
+) -> tuple[FutureRows, FiniteRows]:
     """Returns rows to fit on, to validate on and to test on, split by document, and how far each reaches.
 
-    Special tokens and the first of a sequence are never read.
+    Special tokens and the first of a sequence are never read; a row that is not finite ends the reach of those before.
 
     Args:
         store: The recorded activations.
@@ -59,6 +68,7 @@ def future_rows(
         held_out: Share of the documents to test on.
         validation: Share of the documents to validate on.
         seed: Random seed of the split.
+        check: Gate for the rows that are read.
 
     Raises:
         RequestError: `where` selects nothing, there are fewer than three documents, or no document of a part is long
@@ -66,12 +76,16 @@ def future_rows(
     """
     tokens = store.tokens
     sequence, document = (tokens[name].to_numpy() for name in ("sequence", "document"))
-    reach = np.ones(store.rows, dtype=np.int64)
-    for ahead in range(1, horizons):
-        reach[:-ahead] += (sequence[ahead:] == sequence[:-ahead]) & (document[ahead:] == document[:-ahead])
     chosen = selected_rows(store, where)
     plain = (tokens["position"].to_numpy() > 0) & ~tokens["is_special"].to_numpy()
     chosen = chosen[plain[chosen]]
+    continued = np.append(False, (sequence[1:] == sequence[:-1]) & (document[1:] == document[:-1]))
+    reach = _reach(continued, horizons)
+    checked = check(np.unique(np.concatenate([chosen[reach[chosen] > n] + n for n in range(horizons)])))
+    if len(checked.left_out):
+        chosen = chosen[~np.isin(chosen, checked.left_out)]
+        continued[checked.left_out] = False
+        reach = _reach(continued, horizons)
     parts = split_by_document(
         document[chosen],
         held_out,
@@ -89,7 +103,16 @@ def future_rows(
                 f"horizons is {horizons} and no {part} token has {horizons - 1} more after it in its "
                 f"document and sequence; give at most {longest}"
             )
-    return rows
+    return rows, checked
+
+
+def _reach(continued: Bool[np.ndarray, " row"], horizons: int) -> Int[np.ndarray, " row"]:
+    """Number of horizons of each row: 1 and the rows after it that continue the one before, without a gap."""
+    reach, still = np.ones(len(continued), dtype=np.int64), np.ones(len(continued), bool)
+    for ahead in range(1, horizons):
+        still &= np.append(continued[ahead:], np.zeros(min(ahead, len(continued)), bool))
+        reach += still
+    return reach
 
 
 def model_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> Int[np.ndarray, " row"]:
@@ -102,13 +125,24 @@ def model_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> 
     return top
 
 
+@dataclass(frozen=True)
+class Bigram:
+    """Predictions from one token, counted on the training rows."""
+
+    prediction: Int[np.ndarray, " row"]
+    """The most frequent target after the token of each row; after a token that no training row has, that of all."""
+    seen: Bool[np.ndarray, " row"]
+    """True where some training row has the token."""
+    most_frequent: int
+    """The most frequent target of all."""
+
+
 def bigrams(
     token: Int[np.ndarray, " training_row"], target: Int[np.ndarray, " training_row"], query: Int[np.ndarray, " row"]
-) -> tuple[Int[np.ndarray, " row"], int]:
-    """Returns the bigram prediction after each token, and the most frequent prediction of all.
+) -> Bigram:
+    """Returns the bigram prediction after each token.
 
-    The latter stands in for a token that no training row has. Of equal counts, the prediction that is more frequent
-    overall wins, then the smaller id.
+    Of equal counts, the prediction that is more frequent overall wins, then the smaller id.
 
     Args:
         token: Tokens of the training rows.
@@ -118,8 +152,8 @@ def bigrams(
     overall = np.bincount(target)
     pairs, counts = np.unique(np.stack([token, target]), axis=1, return_counts=True)
     order = np.lexsort((pairs[1], -overall[pairs[1]], -counts, pairs[0]))
-    seen, first = np.unique(pairs[0][order], return_index=True)
+    known, first = np.unique(pairs[0][order], return_index=True)
     most = pairs[1][order][first]
-    place = np.minimum(np.searchsorted(seen, query), len(seen) - 1)
-    mode = int(overall.argmax())
-    return np.where(seen[place] == query, most[place], mode), mode
+    place = np.minimum(np.searchsorted(known, query), len(known) - 1)
+    mode, seen = int(overall.argmax()), known[place] == query
+    return Bigram(np.where(seen, most[place], mode), seen, mode)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,14 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from workbench.analysis.bootstrap import clustered_means, intervals
-from workbench.analysis.future import FutureRows, bigrams, future_rows, model_tokens
+from workbench.analysis.future import Bigram, FutureRows, bigrams, future_rows, model_tokens
 from workbench.analysis.lens import log_probabilities
 from workbench.analysis.rows import blocks, next_tokens
+from workbench.analysis.store_probe import StoreProbe
 from workbench.io.checks import check_fields
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
+from workbench.store.lost_values import FiniteRows
 from workbench.store.reader import ActivationArray, Store
 
 _FEW_DOCUMENTS = 10  # fewer make an interval over documents unreliable
@@ -61,6 +64,8 @@ class FutureTask:
     text_next: Int[np.ndarray, " row"]
     """The text's next token after each row; -1 at the end of a document or sequence."""
     token: Int[np.ndarray, " row"]
+    checked: FiniteRows
+    """The rows that are read, after the gate."""
 
     def surprisal(
         self, predictions: Int[np.ndarray, "map row"], rows: Int[np.ndarray, " row"], horizon: int
@@ -73,13 +78,8 @@ class FutureTask:
             total -= log.gather(1, predicted).double().sum(0).cpu().numpy()
         return total / len(rows)
 
-    def bigram(
-        self, rows: Int[np.ndarray, " row"], horizon: int, known: int = 0
-    ) -> tuple[Int[np.ndarray, " row"], int]:
-        """Returns the bigram baseline: the training rows' most frequent target at T+N after the token at T+known.
-
-        The second value is the most frequent target of all.
-        """
+    def bigram(self, rows: Int[np.ndarray, " row"], horizon: int, known: int = 0) -> Bigram:
+        """Returns the bigram baseline: the training rows' most frequent target at T+N after the token at T+known."""
         training = self.rows.at("training", horizon)
         return bigrams(self.token[training + known], self.model_top[training + horizon], self.token[rows + known])
 
@@ -89,12 +89,15 @@ class FutureTask:
         baseline: Bool[np.ndarray, "... row"],
         rows: Int[np.ndarray, " row"],
         seed: int,
+        counted: Bool[np.ndarray, " row"] | None = None,
     ) -> dict[str, Float[np.ndarray, " map"]]:
-        """Returns the accuracy above a baseline and its 95 % interval over documents, NaN for a single document."""
-        document = self.rows.document[rows]
-        gain, resampled = clustered_means((hits.astype(float) - baseline).T, document, seed=seed)
-        if len(np.unique(document)) < 2:
-            resampled[:] = np.nan  # all resamples of one document are equal
+        """Returns the accuracy above a baseline and its 95 % interval over documents, NaN for a single document.
+
+        Only the rows of `counted` count; None: all.
+        """
+        document, difference = self.rows.document[rows], hits.astype(float) - baseline
+        values = difference if counted is None else np.where(counted, difference, np.nan)
+        gain, resampled = clustered_means(values.T, document, seed=seed)
         low, high = intervals(resampled)
         return {"gain": gain, "gain_low": low, "gain_high": high}
 
@@ -115,21 +118,61 @@ class FutureTask:
         }
 
 
-def load_future_task(store: Store, split: FutureSplit, unembed: Unembed, top_k: int) -> FutureTask:
+def load_future_task(
+    store: Store, split: FutureSplit, unembed: Unembed, top_k: int, *, probe: StoreProbe, sites: Sequence[str]
+) -> FutureTask:
     """Returns the inputs of a future probe from a store.
 
+    Args:
+        store: The recorded activations.
+        split: Tokens and documents.
+        unembed: The unembedding.
+        top_k: Number of predictions that count as first.
+        probe: The probe, whose gate the rows pass.
+        sites: Sites that the probe reads; the last resid_post is read in any case.
+
     Raises:
-        RequestError: `top_k` is larger than the vocabulary, a site is missing, fewer than three documents are selected,
-            or none is long enough.
+        RequestError: `top_k` is larger than the vocabulary, a site is missing, values are NaN or infinite, the model is
+            not causal, fewer than three documents are selected, or none is long enough.
     """
-    final = store[f"resid_post.{store.manifest.model.n_layers - 1}"]
+    last = f"resid_post.{store.manifest.model.n_layers - 1}"
+    final = store[last]
     if top_k > unembed.vocab:
         raise RequestError(f"top_k is {top_k} and the vocabulary has {unembed.vocab}; give at most that")
-    rows = future_rows(
-        store, split.horizons, split.where, held_out=split.held_out, validation=split.validation, seed=split.seed
-    )
+    shares = {"held_out": split.held_out, "validation": split.validation, "seed": split.seed}
+    check = partial(probe.finite_rows, store, [*sites, last])
+    rows, checked = future_rows(store, split.horizons, split.where, **shares, check=check)
     token = store.tokens["token_id"].to_numpy().astype(np.int64)
-    return FutureTask(final, unembed, rows, model_tokens(final, unembed, rows), next_tokens(store), token)
+    return FutureTask(final, unembed, rows, model_tokens(final, unembed, rows), next_tokens(store), token, checked)
+
+
+def choose_layer(
+    validation: Float[np.ndarray, "choice layer horizon"], own_output: int | None
+) -> tuple[Int[np.ndarray, " horizon"], Int[np.ndarray, " horizon"]]:
+    """Returns the choice (method, prompt) and the index of the layer with the best validation accuracy at each horizon.
+
+    Args:
+        validation: Accuracy on the validation rows.
+        own_output: Index of the layer whose state is the model's own output at N = 0 by definition: it is not chosen
+            there unless it is the only one. None: no layer's is.
+    """
+    validation = validation.copy()
+    if own_output is not None:
+        validation[:, own_output, 0] = -1.0
+    choice, layer = np.unravel_index(validation.reshape(-1, validation.shape[2]).argmax(0), validation.shape[:2])
+    return choice, layer
+
+
+def own_output(store: Store, site: str, layers: Sequence[int]) -> int | None:
+    """Returns the index of the layer whose state at `site` is the model's own output at N = 0; None where none is."""
+    last = store.manifest.model.n_layers - 1
+    return layers.index(last) if site == "resid_post" and last in layers else None
+
+
+def note_own_output(output: int | None, layers: Sequence[int]) -> str:
+    """Returns a note where the only layer's state is the model's own output at t+1, else ""."""
+    alone = output is not None and len(layers) == 1
+    return "the only layer is the model's own output: at t+1 nothing is read" if alone else ""
 
 
 def note_few_documents(documents: int) -> str:

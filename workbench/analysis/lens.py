@@ -71,6 +71,7 @@ LENS_VARIABLES: tuple[Variable, ...] = (
         "index on the layer axis",
         "first layer from which lens and model agree on top-1",
     ),
+    Variable("uniform_cross_entropy", (), "nats", "cross-entropy of a uniform guess, ln(vocab)"),
     Variable("rows", (), "tokens", "tokens the means are over"),
     Variable("rows_with_next", (), "tokens", "those of them that a token follows in their document and sequence"),
 )
@@ -138,7 +139,7 @@ def read_lens(
         depth = prediction_depth(torch.stack(agrees))
         totals.depth += torch.bincount(depth, minlength=len(layers) + 1).cpu().numpy()
         details.add_depth(block.start, depth)
-    data = _dataset(details, totals, layers, rows)
+    data = _dataset(details, totals, layers, rows, unembed.vocab)
     return data, _table(data, store, targets, unembed)
 
 
@@ -266,13 +267,16 @@ class _Totals:
         return np.array([auc(surprise[self.known], wrong) for surprise in self.surprise])
 
 
-def _dataset(details: _Details, totals: _Totals, layers: list[int], rows: Int[np.ndarray, " row"]) -> xr.Dataset:
+def _dataset(
+    details: _Details, totals: _Totals, layers: list[int], rows: Int[np.ndarray, " row"], vocab: int
+) -> xr.Dataset:
     arrays = {
         **details.arrays,
         **{f"mean_{name}": mean for name, mean in totals.means().items()},
         "depth_share": totals.depth[:-1] / len(rows),
         "error_auc": totals.error_auc(),
         "prediction_depth": details.depth,
+        "uniform_cross_entropy": math.log(vocab),
         "rows": len(rows),
         "rows_with_next": int(totals.targets[0]),
     }

@@ -6,11 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Float
 
 from workbench.analysis.received import layers_of
 from workbench.analysis.sequences import Sequences
 from workbench.store.reader import Store
+
+
+def value_site(store: Store, layer: int) -> str:
+    """Returns the site that `value_norms` reads at a layer: v_norm where it was recorded, else v."""
+    return f"v_norm.{layer}" if layer in layers_of(store, "v_norm") else f"v.{layer}"
+
+
+def residual_site(store: Store, layer: int) -> str:
+    """Returns the site that `residual_norms` reads at a layer: resid_post where it was recorded, else resid_norm."""
+    return f"resid_post.{layer}" if layer in layers_of(store, "resid_post") else f"resid_norm.{layer}"
 
 
 def value_norms(
@@ -20,31 +31,33 @@ def value_norms(
 
     Heads are those of the values, of which several query heads may share one, where `v` is read.
     """
-    kind = "v_norm" if layer in layers_of(store, "v_norm") else "v"
-    array = store[kind, layer]
+    site = value_site(store, layer)
+    array, vectors = store[site], site.startswith("v.")
     sums = [
-        _at_position_and_others(_norm(array[rows].double().numpy(), kind == "v"), position)
+        _at_position_and_others(_norm(array[rows].double().numpy(), vectors), position)
         for rows in sequences.blocks(int(np.prod(array.shape[1:])))
     ]
     return np.sum(sums, axis=0) / len(sequences)
 
 
 def residual_norms(
-    store: Store, layer: int, sequences: Sequences, position: int
-) -> tuple[float, float, Float[np.ndarray, "sequence 4"]]:
-    """Returns the mean norm of the residual stream at a position and at the others, and massive activations.
+    store: Store, layer: int, sequences: Sequences, position: int, *, absolute: float, relative: float
+) -> dict[str, float]:
+    """Returns the mean norm of the residual stream at a position and at the others, their ratio, and `massive_shares`.
 
-    The third is `massive_activation` of each sequence; it has no rows where only `resid_norm` was recorded.
+    The latter are left out where only `resid_norm` was recorded.
     """
-    kind = "resid_post" if layer in layers_of(store, "resid_post") else "resid_norm"
-    array, sums, largest = store[kind, layer], [], []
+    site = residual_site(store, layer)
+    array, whole, sums, largest = store[site], site.startswith("resid_post."), [], []
     for rows in sequences.blocks(int(np.prod(array.shape[1:]))):
         hidden = array[rows].double().numpy()
-        sums.append(_at_position_and_others(_norm(hidden, kind == "resid_post"), position))
-        if kind == "resid_post":
+        sums.append(_at_position_and_others(_norm(hidden, whole), position))
+        if whole:
             largest += [massive_activation(matrix.reshape(len(matrix), -1)) for matrix in hidden]
     at_position, others = (np.sum(sums, axis=0) / len(sequences)).reshape(2, -1).mean(1).tolist()
-    return at_position, others, np.array(largest, dtype=np.float64).reshape(-1, 4)
+    norms = {"residual_norm_sink": at_position, "residual_norm_others": others}
+    norms["residual_norm_ratio"] = ratio(at_position, others)
+    return norms | (massive_shares(np.array(largest, dtype=np.float64), absolute, relative) if largest else {})
 
 
 def massive_activation(hidden: Float[np.ndarray, "position d_model"]) -> tuple[float, float, int, int]:
@@ -74,6 +87,21 @@ def massive_shares(largest: Float[np.ndarray, "sequence 4"], absolute: float, re
         "massive_above_ratio": float(rare.mean()),
         "massive": float((large & rare).mean()),
     }
+
+
+def massive_text(data: xr.Dataset) -> str:
+    """Returns the massive activations of the layer that has most, the largest if equal, as a phrase.
+
+    Without any it is the largest activation of all.
+    """
+    names = [f"massive{part}" for part in ("", "_top", "_median", "_position", "_dimension")]
+    known = data[names].dropna("layer")
+    at = known.isel(layer=int(np.lexsort((known["massive_top"].to_numpy(), known["massive"].to_numpy()))[-1]))
+    share, size, median, position, dimension = (float(at[name]) for name in names)
+    times = f", {size / median:,.0f} times the median" if median else ""
+    place = f"layer {int(at['layer'])}, position {position:.0f}, dimension {dimension:.0f}"
+    what = f"massive activations in {100 * share:.0f} % of sequences" if share else "no massive activations"
+    return f"{what}: the largest of a sequence is {size:,.4g} on average{times} ({place})"
 
 
 def ratio(values: Any, others: Any) -> Any:

@@ -65,6 +65,12 @@ def read_attention(
     return {part: store[kind, layer][rows].double().numpy() for part, kind in kinds.items()}
 
 
+def attention_sites(store: Store, source: str, layers: Sequence[int]) -> list[str]:
+    """Returns the sites that `read_attention` reads at these layers."""
+    kinds = ("pattern",) if source == "pattern" else tuple(_DERIVED.values())
+    return [f"{kind}.{layer}" for layer in layers for kind in kinds if layer in layers_of(store, kind)]
+
+
 def stack_heads(
     layers: Sequence[int], values: Mapping[int, Mapping[str, np.ndarray]], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "layer head ..."]]:
@@ -99,15 +105,17 @@ def strongest_patterns(
     layers: Sequence[int],
     rows: Int[np.ndarray, " position"],
     number: int,
-) -> tuple[Int[np.ndarray, " example"], Int[np.ndarray, " example"], Float[np.ndarray, "example query key"]]:
+) -> tuple[Int[np.ndarray, " example"], Int[np.ndarray, " example"], Float[np.ndarray, "example query key"], int]:
     """Returns layer, head and attention over `rows` of the heads with the largest `received`, NaN left out.
 
-    Only layers of which whole patterns were recorded count, so that there may be fewer than `number`, or none.
+    Only layers of which whole patterns were recorded count, so that there may be fewer than `number`, or none; the
+    last value is the number of heads that were chosen among.
     """
     recorded = set(layers_of(store, "pattern"))
     ranked = [np.unravel_index(i, received.shape) for i in np.argsort(-received, axis=None, kind="stable")]  # NaN last
-    heads = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(received[i, head])]
-    heads = [place for place in heads if place[0] in recorded][:number]
-    layer, head = np.array(heads, dtype=np.int64).reshape(-1, 2).T
-    patterns = [store["pattern", one][rows][:, other, : len(rows)].float().numpy() for one, other in heads]
-    return layer, head, np.stack(patterns) if patterns else np.zeros((0, len(rows), len(rows)), np.float32)
+    known = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(received[i, head])]
+    known = [place for place in known if place[0] in recorded]
+    layer, head = np.array(known[:number], dtype=np.int64).reshape(-1, 2).T
+    patterns = [store["pattern", one][rows][:, other, : len(rows)].float().numpy() for one, other in known[:number]]
+    stacked = np.stack(patterns) if patterns else np.zeros((0, len(rows), len(rows)), np.float32)
+    return layer, head, stacked, len(known)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 
+from workbench.analysis.received import layers_of
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 
@@ -122,22 +123,24 @@ def note_few_rows(rows: int, d_model: int) -> str:
     return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {minimum:,} or more are needed"
 
 
-def note_missing(data: xr.Dataset, needs: Mapping[str, str], words: Mapping[str, str] | None = None) -> list[str]:
-    """Returns a note for each variable that was not computed, or is NaN at some layers, with the sites it needs.
+def note_missing(
+    store: Store, data: xr.Dataset, needs: Mapping[str, Sequence[str]], words: Mapping[str, str] | None = None
+) -> list[str]:
+    """Returns a note for each variable that was not computed, or not at some layers, with the sites it needs.
 
     Args:
+        store: The recorded activations.
         data: Arrays over (layer, head) or (layer).
-        needs: Variable to the sites that it is computed from.
+        needs: Variable to the kinds of sites, one of which it is computed from.
         words: Variable to its name in the note, where that is not the variable's own.
     """
     words = {name: name for name in needs} | dict(words or {})
     absent = [name for name in needs if name not in data]
-    notes = [f"{words[name]} not computed: {needs[name]} was not recorded" for name in absent]
-    for name, sites in needs.items():
-        if name in data:
-            known = data[name].notnull()
-            known = known.any("head") if "head" in known.dims else known
-            if missing := data["layer"].to_numpy()[~known.to_numpy()].tolist():
-                layers = ", ".join(map(str, missing))
-                notes.append(f"{words[name]} is NaN at layers {layers}: {sites} was not recorded there")
+    notes = [f"{words[name]} not computed: {' or '.join(needs[name])} was not recorded" for name in absent]
+    for name, kinds in needs.items():
+        recorded = layers_of(store, *kinds)
+        missing = [layer for layer in data["layer"].to_numpy().tolist() if layer not in recorded]
+        if missing and name in data:
+            layers = ", ".join(map(str, missing))
+            notes.append(f"{words[name]} is NaN at layers {layers}: {' or '.join(kinds)} was not recorded there")
     return notes

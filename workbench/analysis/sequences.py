@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -35,11 +35,26 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def rows(self) -> Int[np.ndarray, "sequence position"]:
+        """Ids of all rows."""
+        return self.starts[:, None] + np.arange(self.length)
+
+    def without(self, rows: Int[np.ndarray, " left_out"]) -> Sequences:
+        """Returns the sequences that have none of these rows. RequestError if none is left."""
+        kept = ~np.isin(self.rows, rows).any(1)
+        if not kept.any():
+            raise RequestError(
+                f"every sequence has a NaN or infinite value in its first {self.length} tokens; record again with the "
+                "model in bfloat16 or float32"
+            )
+        return replace(self, **{name: getattr(self, name)[kept] for name in ("starts", "document", "domain")})
+
     def blocks(self, row_values: int) -> Iterator[Int[np.ndarray, "sequence position"]]:
         """Yields row ids of some sequences at a time, so that values of `row_values` numbers a row take 64 MiB."""
         step = max(1, _BLOCK_BYTES // (8 * row_values * self.length))
         for first in range(0, len(self), step):
-            yield self.starts[first : first + step, None] + np.arange(self.length)
+            yield self.rows[first : first + step]
 
 
 def select_sequences(store: Store, length: int, where: str | None = None, domain: str | None = None) -> Sequences:

@@ -32,6 +32,11 @@ class Places:
     total: int
     """Number of such places in the store, before the limit."""
 
+    def at(self, rows: Int[np.ndarray, " kept"]) -> Places:
+        """Returns the places at some of the rows."""
+        kept = np.isin(self.rows, rows)
+        return Places(self.rows[kept], self.chain[kept], self.member[kept], self.total)
+
 
 def successions(
     token_ids: Int[np.ndarray, " row"],

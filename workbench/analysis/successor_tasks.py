@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,10 @@ class Pairs:
         return values @ self.of_task / self.of_task.sum(0)
 
 
-def find_chains(unembed: Unembed, *, space: str, case: str, min_members: int, wrap: bool) -> list[Chain]:
-    """Returns every spelling of every task that has enough members with one token each.
+def find_chains(
+    unembed: Unembed, *, space: str, case: str, min_members: int, wrap: bool, min_pairs: int = 1
+) -> list[Chain]:
+    """Returns every spelling with enough members of one token each, of every task with enough pairs of them.
 
     Args:
         unembed: Unembedding with the texts of its tokens.
@@ -74,9 +77,10 @@ def find_chains(unembed: Unembed, *, space: str, case: str, min_members: int, wr
         case: Case of the members: a key of `CASES`.
         min_members: Minimum number of members.
         wrap: True if the first day and month are the successors of the last.
+        min_pairs: Minimum number of pairs of a task in all its spellings: a share of one or two pairs is no score.
 
     Raises:
-        RequestError: The model has no tokenizer, or no class has enough members.
+        RequestError: The model has no tokenizer, or no class has enough members and pairs.
     """
     if unembed.tokens is None:
         raise RequestError("the recorded model has no tokenizer, so the tokens of the words are unknown")
@@ -89,12 +93,16 @@ def find_chains(unembed: Unembed, *, space: str, case: str, min_members: int, wr
                 chain = make_chain(task, members, len(words), wrap and task in CYCLIC)
                 if len(chain.ids) >= min_members and len(chain.source):
                     chains.setdefault((task, *chain.ids.tolist()), chain)  # "one" is the same in lower case
-    if not chains:
+    pairs = Counter()
+    for chain in chains.values():
+        pairs[chain.task] += len(chain.source)
+    kept = [chain for chain in chains.values() if pairs[chain.task] >= min_pairs]
+    if not kept:
         raise RequestError(
-            f"no class has {min_members} members that are single tokens of this model (space={space!r}, "
-            f"case={case!r}); try space='both', case='both' or a lower min_members"
+            f"no class has {min_members} members and {min_pairs} pairs of them that are single tokens of this model "
+            f"(space={space!r}, case={case!r}); try space='both', case='both' or lower min_members and min_pairs"
         )
-    return list(chains.values())
+    return kept
 
 
 def make_chain(task: str, members: Sequence[tuple[int, int]], listed: int, wrap: bool) -> Chain:

@@ -1,0 +1,50 @@
+"""Comparison of domains of text: a statistic of heads in each, and the gap between the two that differ most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from workbench.analysis.bootstrap import group_means
+from workbench.analysis.sequences import Sequences
+
+
+def compare_domains(
+    values: Mapping[int, Float[np.ndarray, "sequence head"]],
+    sequences: Sequences,
+    *,
+    layers: Sequence[int],
+    heads: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Returns `attention` in each domain and the `gap`, with 95 % intervals over documents, over (layer, head).
+
+    `gap_most` and `gap_least` are the domains of the gap, `documents` the documents of each domain. A domain of one
+    document has no interval and takes no part in the gap. NaN stands where there is no value.
+
+    Args:
+        values: Layer to a statistic of each sequence and head.
+        sequences: The sequences, with their domains and documents.
+        layers: Layers of the first axis.
+        heads: Heads of the second axis; layers may have fewer.
+        resamples: Number of resamples of documents.
+        seed: Random seed of the resamples.
+    """
+    n, shape = len(sequences.domains), (len(layers), heads)
+    arrays: dict[str, np.ndarray] = {}
+    arrays |= {name: np.full((n, *shape), np.nan) for name in ("attention", "attention_low", "attention_high")}
+    arrays |= {name: np.full(shape, np.nan) for name in ("gap", "gap_low", "gap_high", "gap_most", "gap_least")}
+    arrays["documents"] = np.zeros(n, dtype=np.int64)
+    for layer, of_layer in values.items():
+        at = (layers.index(layer), slice(of_layer.shape[1]))
+        means = group_means(of_layer, sequences.domain, n, sequences.document, resamples=resamples, seed=seed)
+        arrays["documents"] = means.clusters
+        for name, part in {"": means.mean, "_low": means.low, "_high": means.high}.items():
+            arrays[f"attention{name}"][:, *at] = part
+        arrays["gap"][at], arrays["gap_low"][at], arrays["gap_high"][at] = means.gap, means.gap_low, means.gap_high
+        for name, part in {"gap_most": means.most, "gap_least": means.least}.items():
+            arrays[name][at] = np.where(part < 0, np.nan, part)
+    return arrays

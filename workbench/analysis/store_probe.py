@@ -1,0 +1,86 @@
+"""Base of the probes that read activations: rows whose values are lost, and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from jaxtyping import Int
+
+from workbench.results.result import Result, provenance
+from workbench.results.variable import Variable, dataset
+from workbench.store.lost_values import FiniteRows, finite_rows
+from workbench.store.reader import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+LOST_VARIABLES = (
+    Variable("clipped", ("layer",), "values", "values read at this layer that the stored type clipped", "0"),
+    Variable("nonfinite_rows", (), "tokens", "tokens left out because of a NaN or infinite value", "0"),
+)
+"""Variables that `StoreProbe.result` adds to the data of a probe with an axis `layer`; the probe declares them."""
+
+
+@dataclass(frozen=True)
+class StoreProbe:
+    """Settings and checks of every probe that reads activations; a probe is a frozen dataclass that inherits them."""
+
+    name: ClassVar[str]
+
+    allow_nonfinite: bool = field(default=False, kw_only=True)
+    """True leaves out tokens with a NaN or infinite value at a site that is read, and counts them; False refuses such a
+    store."""
+
+    def finite_rows(
+        self, store: Store, sites: Sequence[str], rows: Int[np.ndarray, "*shape"] | None = None
+    ) -> FiniteRows:
+        """Returns the rows among `rows` that are finite at every site that the probe reads.
+
+        Args:
+            store: The recorded activations.
+            sites: Names or labels of all sites that are read.
+            rows: Ids of the rows that are read. None: all.
+
+        Raises:
+            RequestError: A site has NaN or infinite values in these rows and `allow_nonfinite` is False, or no row is
+                left.
+        """
+        return finite_rows(store, sites, rows, allow_nonfinite=self.allow_nonfinite)
+
+    def result(
+        self, store: Store, data: xr.Dataset, table: pd.DataFrame, rows: FiniteRows, notes: Iterable[str] = ()
+    ) -> Result:
+        """Returns the result, with the numbers of lost values in data and table, and all notes in `attrs["note"]`.
+
+        Args:
+            store: The store that was read.
+            data: Arrays of the probe.
+            table: Their tidy form; one with a column `layer` gets a column `clipped`.
+            rows: The rows that were read.
+            notes: Notes of the probe; "" is left out.
+        """
+        if "layer" in data.coords:
+            layers = data["layer"].to_numpy().tolist()
+            clipped = {layer: rows.clipped([site for site in rows.lost if _layer(site) == layer]) for layer in layers}
+            arrays = {"clipped": np.array(list(clipped.values())), "nonfinite_rows": len(rows.left_out)}
+            data = data.assign(dataset(LOST_VARIABLES, arrays, {"layer": layers}).data_vars)
+            if "layer" in table:
+                table = table.assign(clipped=table["layer"].map(clipped))
+        data.attrs["note"] = "; ".join(filter(None, [*rows.notes, *notes]))
+        return Result(self.name, data, table, provenance(store, self))
+
+
+def with_note(headline: str, result: Result) -> str:
+    """Returns the headline with the notes of the result behind it, as a sentence of their own."""
+    note = result.data.attrs.get("note", "")
+    return f"{headline} Note: {note}." if note else headline
+
+
+def _layer(site: str) -> int:
+    """Layer of `resid_post.3`; -1 for a site without one."""
+    last = site.rsplit(".", 1)[-1]
+    return int(last) if last.isdigit() else -1
