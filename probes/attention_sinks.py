@@ -47,6 +47,7 @@ from workbench.probing import (
     layers_of,
     massive_text,
     note_missing,
+    plain_torch,
     position_bars,
     read_attention,
     require_causal,
@@ -167,6 +168,7 @@ class AttentionSinks(StoreProbe):
                 f"min_visible is {self.min_visible} and no key is seen by more than {self.length} tokens"
             )
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads `pattern`, `v` and `resid_post`, or what was derived from them while recording.
 

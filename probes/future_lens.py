@@ -56,6 +56,7 @@ from workbench.probing import (
     note_few_rows,
     note_own_output,
     own_output,
+    plain_torch,
     precision_table,
     progress,
     recorded_layers,
@@ -161,6 +162,7 @@ class FutureLens(StoreProbe):
         if not self.ridge or not all(0 < penalty < float("inf") for penalty in self.ridge):
             raise RequestError(f"ridge must be one or more finite numbers above 0, not {self.ridge}")
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Fits a map for every recorded layer and horizon, and tests it on held-out documents.
 

@@ -52,6 +52,7 @@ from workbench.probing import (
     note_few_documents,
     note_own_output,
     own_output,
+    plain_torch,
     precision_table,
     progress,
     recorded_layers,
@@ -165,6 +166,7 @@ class FuturePrompts(StoreProbe):
         if self.learned_for >= self.horizons:
             raise RequestError(f"learned_for must be below horizons {self.horizons}, not {self.learned_for}")
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Tests every prompt at every recorded layer of `site`, in both regimes.
 

@@ -28,6 +28,7 @@ from workbench.probing import (
     lens_curves,
     lens_depth,
     lens_grid,
+    plain_torch,
     read_lens,
     recorded_layers,
     require_causal,
@@ -64,6 +65,7 @@ class LogitLens(StoreProbe):
         check("top_k", self.top_k, at_least=1)
         check("detail", self.detail, at_least=0)
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads every recorded layer of `site`.
 

@@ -60,6 +60,7 @@ from workbench.probing import (
     load_unembed,
     make_pairs,
     ov_logits,
+    plain_torch,
     recorded_model,
     require_causal,
     shares_of_wins,
@@ -164,6 +165,7 @@ class SuccessorHeads(StoreProbe):
         check_fields(self, "threshold", at_least=0, below=1)
         check_fields(self, "arithmetic", above=0, below=float("inf"))
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Scores every head of the recorded model, and counts which head raises successors in the text.
 

@@ -51,6 +51,7 @@ from workbench.probing import (
     intervals,
     label,
     note_few_rows,
+    plain_torch,
     progress,
     recorded_layers,
     segment,
@@ -150,6 +151,7 @@ class TokenErasure(StoreProbe):
         if not self.offsets or len(set(self.offsets)) < len(self.offsets):
             raise RequestError(f"offsets must be one or more different whole numbers, not {self.offsets}")
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Trains probes on some documents, tests them on others, and segments the test documents.
 

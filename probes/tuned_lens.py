@@ -39,6 +39,7 @@ from workbench.probing import (
     load_unembed,
     log_probabilities,
     note_few_rows,
+    plain_torch,
     progress,
     read_lens,
     recorded_layers,
@@ -112,6 +113,7 @@ class TunedLens(StoreProbe):
         check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
         check("held_out", self.held_out, above=0, below=0.6)
 
+    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Trains an affine map for every recorded layer of `site`, then reads the held-out documents through the maps.
 

@@ -29,6 +29,7 @@ _PUBLIC = {
     "check": "workbench.io.checks",
     "check_fields": "workbench.io.checks",
     "nearest": "workbench.io.errors",
+    "plain_torch": "workbench.io.torch_state",
     "progress": "workbench.io.progress",
     "usable_device": "workbench.model.load",
     # norms
@@ -252,6 +253,7 @@ if TYPE_CHECKING:
     from workbench.io.checks import check, check_fields
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress
+    from workbench.io.torch_state import plain_torch
     from workbench.model.attention import Columns, row_entropy
     from workbench.model.circuits import (
         FirstMlp,

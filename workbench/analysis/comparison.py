@@ -23,6 +23,7 @@ from workbench.io.errors import RequestError, WorkbenchError, nearest
 from workbench.io.files import explain_full_disk, replace_folder, write_file
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
+from workbench.io.torch_state import plain_torch
 from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
 from workbench.store.manifest import SiteRecord, short_list
@@ -115,6 +116,7 @@ def refuse_full(folder: Path) -> None:
         raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
 
 
+@plain_torch()
 def compare(
     a: Store,
     b: Store,

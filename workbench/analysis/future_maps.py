@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.analysis.future import NO_TARGET
 from workbench.analysis.future_task import FutureTask
 from workbench.analysis.rows import blocks
+from workbench.io.torch_state import device_for_float64, plain_torch
 from workbench.model.unembed import Unembed
 from workbench.store.reader import ActivationArray
 
@@ -46,22 +47,30 @@ class FutureMap:
         return ids, probability
 
 
+@plain_torch()
 def fit_linear(site: ActivationArray, task: FutureTask, horizons: int, penalties: Sequence[float]) -> list[FutureMap]:
     """Returns for each horizon W_U LN_f(g h), g the ridge map to the last block's state at T+N.
 
     The penalty with the lowest validation cross-entropy is chosen. Costs 2 rows d_model^2 products in float64 per
     horizon, an eigendecomposition, and for each penalty and validation row a product with W_U.
     """
-    best = []
+    best, device = [], task.unembed.weight.device
     for horizon, gram, cross in _moments(site, task, horizons):
         candidates = [
-            _validate(_through_unembedding(task.unembed, weight.float(), bias.float()), site, task, horizon, penalty)
+            _validate(
+                _through_unembedding(task.unembed, weight.float().to(device), bias.float().to(device)),
+                site,
+                task,
+                horizon,
+                penalty,
+            )
             for penalty, (weight, bias) in zip(penalties, ridge_maps(gram, cross, penalties), strict=True)
         ]
         best.append(min(candidates, key=lambda candidate: candidate.cross_entropy))
     return best[::-1]
 
 
+@plain_torch()
 def fit_direct(
     site: ActivationArray, task: FutureTask, horizons: int, *, epochs: int, learning_rate: float, seed: int
 ) -> list[FutureMap]:
@@ -149,7 +158,7 @@ def _moments(
 
     Every row that reaches one horizon reaches the shorter ones, so that the Gram matrix only grows and is summed once.
     """
-    width, device = site.shape[1] + 1, task.unembed.weight.device
+    width, device = site.shape[1] + 1, device_for_float64(task.unembed.weight.device)
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
     for horizon in reversed(range(horizons)):
         rows = task.rows.at("training", horizon)
@@ -171,6 +180,7 @@ def _standardization(
     site: ActivationArray, rows: Int[np.ndarray, " row"], device: torch.device
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
     """Mean, and 1 / standard deviation with a floor for nearly constant dimensions."""
+    target, device = device, device_for_float64(device)
     total, squares = (torch.zeros(site.shape[1], dtype=torch.float64, device=device) for _ in range(2))
     for block in blocks(len(rows), 4 * site.shape[1]):
         states = site[rows[block]].to(device).double()
@@ -178,7 +188,7 @@ def _standardization(
     mean = total / len(rows)
     variance = (squares / len(rows) - mean.square()).clamp(min=0)
     floor = torch.maximum(1e-4 * variance.mean(), 1e-10 * mean.square().mean())
-    return mean.float(), (variance + floor + 1e-30).rsqrt().float()
+    return mean.float().to(target), (variance + floor + 1e-30).rsqrt().float().to(target)
 
 
 def _log_unigrams(tokens: Int[np.ndarray, " row"], vocab: int) -> Float[Tensor, " vocab"]:

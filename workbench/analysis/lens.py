@@ -19,6 +19,7 @@ from torch import Tensor
 
 from workbench.analysis.rows import blocks, next_tokens, recorded_layers
 from workbench.io.errors import RequestError
+from workbench.io.torch_state import plain_torch
 from workbench.model.load import usable_device
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.results.variable import Variable, dataset
@@ -78,12 +79,14 @@ LENS_VARIABLES: tuple[Variable, ...] = (
 """Variables of every lens, with their axes."""
 
 
+@plain_torch()
 def log_probabilities(unembed: Unembed, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
     """Returns the model's log-probabilities, in nats, with `resid` as the output of its last block."""
     with torch.inference_mode():
         return unembed(resid.to(unembed.weight.device)).log_softmax(-1)
 
 
+@plain_torch()
 def read_lens(
     store: Store,
     rows: Int[np.ndarray, " row"],
@@ -254,7 +257,7 @@ class _Totals:
             "accuracy": right[known],
         }
         for name, value in values.items():
-            self.sums[name][layer] += value.double().sum().item()
+            self.sums[name][layer] += value.cpu().double().sum().item()
         self.surprise[layer, block] = statistics["surprise"].cpu().numpy()
 
     def means(self) -> dict[str, np.ndarray]:

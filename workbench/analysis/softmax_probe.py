@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.io.torch_state import plain_torch
+
 _SCALE_ROWS = 20_000
 _PATIENCE = 2
 
@@ -48,6 +50,7 @@ class SoftmaxProbes:
         return np.where(self.classes[index] == ids, index, -1)
 
 
+@plain_torch()
 def fit_softmax(
     states: States,
     training: Int[np.ndarray, " row"],

@@ -24,6 +24,7 @@ from workbench.io import files
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
+from workbench.io.torch_state import plain_torch
 from workbench.sae.load import Sae
 from workbench.sae.site import matching_site
 from workbench.sae.sparsity import SparsityRule, sparsity_record
@@ -35,6 +36,7 @@ DTYPES = ("float32", "float16")
 """Stored types of activations."""
 
 
+@plain_torch()
 def extract_features(
     store: Store,
     sae: Sae,

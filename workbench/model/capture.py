@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from workbench.io.errors import DataError
+from workbench.io.torch_state import plain_torch
 from workbench.model.attention import AttentionCall, Columns, pattern_blocks, row_entropy, tap_attention
 from workbench.model.forward import attention_name, first_tensor, fixed_shape, hook_tensor, run
 from workbench.sites.grammar import Site, Tap
@@ -41,6 +42,7 @@ class _Enough(BaseException):
     """Leaves the forward pass after the last site. Not an Exception, so that no model code catches it."""
 
 
+@plain_torch()
 def capture(
     module: nn.Module,
     sites: Sequence[Site],

@@ -8,7 +8,6 @@ projection's weights without bias.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.io.errors import RequestError
+from workbench.io.torch_state import plain_torch
 from workbench.model.capture import capture
 from workbench.model.forward import change_tensor, fixed_shape, hook_tensor, run, the_tensor, trial_ids
 from workbench.model.load import Model
+from workbench.model.offload import real_copy, running_device
 from workbench.model.unembed import Unembed
 from workbench.sites.grammar import Site
 
@@ -45,10 +46,11 @@ class HeadOutput:
         """Module whose output is added to the stream."""
         return self.project if self.norm is None else self.norm
 
+    @plain_torch()
     def weights(self) -> Float[Tensor, "head d_head d_model"]:
         """Returns W_O of each head in float32, without the bias, read by projecting unit vectors."""
-        device = next(self.project.parameters()).device
-        project = copy.deepcopy(self.project).float()  # in half precision a large bias would hide a weight
+        device = running_device(self.project)
+        project = real_copy(self.project).float()  # in half precision a large bias would hide a weight
         units = torch.eye(self.heads * self.d_head, device=device)[:, None]
         with torch.inference_mode():
             difference = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
@@ -82,6 +84,7 @@ def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
     return outputs
 
 
+@plain_torch()
 @torch.inference_mode()
 def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """Returns W_E of each token as it enters block 0, in float32: scaled as the model does, without its position.
@@ -105,7 +108,7 @@ def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
         lambda site, tensor, _first: captured.update({site.name: tensor[:, 0].float()}),
     )
     embedded, entered = captured[embed.name], captured[stream.name].to(captured[embed.name].device)
-    embeddings, streams = (part.double() - part.double().mean(0) for part in (embedded, entered))
+    embeddings, streams = (part.double() - part.double().mean(0) for part in (embedded.cpu(), entered.cpu()))
     scale = ((embeddings * streams).sum() / embeddings.square().sum()).item()
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03
     if not (streams - scale * embeddings).norm() <= tolerance * streams.norm():
@@ -115,6 +118,7 @@ def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
     return (1.0 if abs(scale - 1) < tolerance else scale) * embedded[: len(ids)]
 
 
+@plain_torch()
 @torch.inference_mode()
 def first_mlp(model: Model, ids: Int[Tensor, " token"], form: FirstMlp = "residual") -> Float[Tensor, "token d_model"]:
     """Returns the embedding of each token after the first MLP, without the attention of block 0, in float32.
@@ -176,14 +180,16 @@ def head_writes(
         yield layer, writes_of(output, z)
 
 
+@plain_torch()
 @torch.inference_mode()
 def writes_of(output: HeadOutput, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_model"]:
     """Returns the output of each head, given its `z`; a norm after the projection is applied to each head alone."""
     weights = output.weights()
     writes = torch.einsum("rhd,hdm->rhm", z.float().to(weights.device), weights)
-    return writes if output.norm is None else copy.deepcopy(output.norm).float()(writes)
+    return writes if output.norm is None else real_copy(output.norm).float()(writes)
 
 
+@plain_torch()
 def direct_logits(
     unembed: Unembed,
     write: Float[Tensor, "*row d_model"],
@@ -238,6 +244,7 @@ def _block(model: Model, layer: int) -> nn.Module:
     return model.module.get_submodule(f"{model.site_map.blocks}.{layer}")
 
 
+@plain_torch()
 def _run_alone(model: Model, tokens: int) -> None:
     """Runs sequences of one arbitrary token each, whose stream hooks replace."""
     ids = torch.zeros(tokens, 1, dtype=torch.long)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from workbench.io.torch_state import plain_torch
 from workbench.model.claims import Claims, adapter_claims, blocks_at, has_head, structural_claims
 from workbench.model.meaning import check_block
 from workbench.model.trial import Trial, try_model
@@ -29,6 +30,7 @@ _LENGTHS, _OTHER_LENGTHS = (7, 5), (6, 11)
 _NO_HEAD = "this model has no language-model head; AutoModelForCausalLM in place of AutoModel loads one"
 
 
+@plain_torch()
 def find_sites(module: nn.Module) -> SiteMap:
     """Returns the site map of a Hugging Face causal LM. Costs two forward passes, over 2 x 7 and 2 x 11 tokens."""
     names = adapter_claims(module) or structural_claims(module)

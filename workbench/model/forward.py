@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from workbench.io.torch_state import plain_torch
 from workbench.model.offload import running_device
 from workbench.sites.grammar import Site
 
@@ -44,6 +45,7 @@ def fixed_shape(site: Site) -> tuple[int, ...]:
     return tuple(length for length in site.shape if length is not None)
 
 
+@plain_torch()
 def run(
     module: nn.Module,
     ids: Int[Tensor, "batch position"],
@@ -73,8 +75,8 @@ def run(
 def trial_ids(module: nn.Module, batch: int, positions: int, seed: int) -> Int[Tensor, "batch position"]:
     """Returns random token ids for a trial pass, without the first few ids, which are often special."""
     vocab = input_embedding(module).shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(min(8, vocab - 1), min(vocab, 4096), (batch, positions), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(min(8, vocab - 1), min(vocab, 4096), (batch, positions), generator=generator, device="cpu")
 
 
 def _uncompiled() -> AbstractContextManager:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from workbench.io.files import sha256_bytes
+from workbench.io.torch_state import plain_torch
 from workbench.model.fingerprint import weights_fingerprint
 from workbench.model.forward import attention_name, hook_tensor, input_embedding, run
 from workbench.store.identity import Identity
@@ -26,6 +27,7 @@ _IGNORED_FIELDS = {
 _TOKENS, _SAMPLES = 16, 5
 
 
+@plain_torch()
 def measure_identity(module: nn.Module, last_block: str) -> Identity:
     """Returns the identity of a Hugging Face module as it is now.
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.io.errors import DataError, RequestError
+from workbench.io.torch_state import plain_torch
 from workbench.model.forward import change_tensor, fixed_shape, run
 from workbench.model.load import Model
 from workbench.sites.grammar import Site
@@ -57,6 +58,7 @@ def splice(
         raise DataError(f"site {site.short or site.name} did not come up in the forward pass: nothing was replaced")
 
 
+@plain_torch()
 def run_prompted(
     model: Model,
     site: Site,
@@ -101,6 +103,7 @@ def run_prompted(
     return logits[:, length - 1 :].float()
 
 
+@plain_torch()
 @torch.no_grad()
 def token_embeddings(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_embed"]:
     """Returns rows of the model's embedding table, scaled if its module scales them, as `run_prompted` takes them."""

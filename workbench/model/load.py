@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from workbench.io.errors import RequestError
 from workbench.io.tasks import first_line
+from workbench.io.torch_state import plain_torch
 from workbench.model.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from workbench.model.location import Location, locate
 from workbench.sites.grammar import SiteMap
@@ -168,6 +169,7 @@ class Model:
         return f"Model({self.name!r}, {self.architecture}, {sizes}, {self.dtype}, {self.device})"
 
 
+@plain_torch()
 def load_model(
     source: str | Path | PreTrainedModel,
     *,

@@ -8,7 +8,6 @@ replaces the head's output. The result is then compared with the model's own log
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,7 +23,9 @@ from workbench.io.checksums import check_files
 from workbench.io.errors import RequestError
 from workbench.io.parse import load_json
 from workbench.io.tensors import VERIFY, open_safetensors
+from workbench.io.torch_state import plain_torch
 from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, the_tensor, trial_ids
+from workbench.model.offload import real_copy, real_weight, running_device
 from workbench.store.manifest import UNEMBED, read_manifest
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ class Unembed:
         """Returns the text of a vocabulary entry, or its id in brackets if there is none."""
         return self.tokens[token_id] if self.tokens and token_id < len(self.tokens) else f"[{token_id}]"
 
+    @plain_torch()
     def normed(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         """Returns the final norm of `resid`, with statistics of `resid` itself, in float32."""
         return _normalise(resid.float(), self.norm, self.eps) * self.gain + self.shift
 
+    @plain_torch()
     def __call__(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
         logits = self.scale * nn.functional.linear(self.normed(resid), self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -87,6 +90,7 @@ def save_unembed(unembed: Unembed, path: str | Path, dtype: torch.dtype) -> None
     save_file(tensors, str(path), metadata={"unembed": json.dumps(scalars, sort_keys=True)})
 
 
+@plain_torch()
 def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> Unembed:
     """Reads the unembedding of a store, in float32.
 
@@ -106,6 +110,7 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
     return Unembed(**{"bias": None, **tensors, **scalars})
 
 
+@plain_torch()
 def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
     """Measures the unembedding of a model. Costs two forward passes over 2 x 7 tokens.
 
@@ -127,8 +132,8 @@ def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
     shift = torch.zeros_like(gain) if shift is None else shift.to(resid.device)
     bias = getattr(head, "bias", None)
     unembed = Unembed(
-        weight=head.weight.detach()[:vocab].float(),
-        bias=None if bias is None else bias.detach()[:vocab].float(),
+        weight=real_weight(head)[:vocab].float(),
+        bias=None if bias is None else real_weight(head, "bias")[:vocab].float(),
         norm=kind,
         gain=gain,
         shift=shift,
@@ -198,7 +203,7 @@ def _last_steps(
 def _after_head(module: nn.Module, head: nn.Linear, ids: Tensor, mask: Tensor) -> tuple[float, float | None, int]:
     """Scale, soft-cap and vocabulary that the model applies to its head's output, from a ramp that replaces it."""
     width = head.weight.shape[0]
-    steps = torch.logspace(-2, 4, (width + 1) // 2, device=head.weight.device)
+    steps = torch.logspace(-2, 4, (width + 1) // 2, device=running_device(head))
     ramp = torch.stack([steps, -steps], dim=1).flatten()[:width]
 
     def replace_output(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ def _after_head(module: nn.Module, head: nn.Linear, ids: Tensor, mask: Tensor) -
     finally:
         handle.remove()
     vocab = output.shape[-1]
-    inputs, answer = ramp[:vocab].to(output.dtype).double(), output[0, 0].double().to(ramp.device)
+    inputs, answer = ramp[:vocab].to(output.dtype).cpu().double(), output[0, 0].cpu().double()
     coarse = output.dtype not in (torch.float32, torch.float64)
     scale = _snap((answer / inputs)[inputs.abs() < 0.1].median().item(), module, coarse)
     if torch.allclose(answer, scale * inputs, rtol=0.02 if coarse else 1e-4):
@@ -231,13 +236,12 @@ def _snap(value: float, module: nn.Module, coarse: bool) -> float:
 
 def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "none"], float, Tensor, Tensor]:
     """Fits RMSNorm and LayerNorm to the outputs of `norm` on random rows of very different size."""
-    device = next((p.device for p in norm.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(256, d_model, generator=generator, dtype=torch.float64)
-    rows = (rows + 0.5) * torch.logspace(-3, 2, 256, dtype=torch.float64)[:, None]
-    exact = copy.deepcopy(norm).double()
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(256, d_model, generator=generator, dtype=torch.float64, device="cpu")
+    rows = (rows + 0.5) * torch.logspace(-3, 2, 256, dtype=torch.float64, device="cpu")[:, None]
+    exact = real_copy(norm).cpu().double()  # not every device has float64
     with torch.no_grad(), evaluating(exact):
-        answer = the_tensor(exact(rows.to(device)[None])).double()[0].cpu()
+        answer = the_tensor(exact(rows[None])).double()[0]
     declared = [v for name, v in vars(norm).items() if "eps" in name and isinstance(v, float)]
     fits: list[tuple[float, Literal["rms", "layer"], float, Tensor, Tensor]] = []
     kinds: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
@@ -278,7 +282,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _ratio(a: Tensor, b: Tensor) -> float:
     """The factor that brings `a` closest to `b`; exactly 1 if it is within 1e-3 of that."""
-    ratio = ((a.double() * b.double()).sum() / a.double().square().sum()).item()
+    a, b = a.cpu().double(), b.cpu().double()
+    ratio = ((a * b).sum() / a.square().sum()).item()
     return 1.0 if abs(ratio - 1) < 1e-3 else ratio
 
 

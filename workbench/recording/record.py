@@ -20,6 +20,7 @@ import torch
 from workbench.corpus.sources import Texts, check_source, read_documents
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
+from workbench.io.torch_state import plain_torch
 from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.recording.planning import (
@@ -112,6 +113,7 @@ def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> Rec
     return RecordedFeatures(sae, site, dtype, force)
 
 
+@plain_torch()
 def _record(
     model: Model | PreTrainedModel | str | Path,
     texts: Texts,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from workbench.io.checks import check_fields
 from workbench.io.errors import DataError, RequestError
+from workbench.io.torch_state import device_for_float64, plain_torch
 from workbench.sae.load import Sae
 from workbench.sae.precision import PRECISIONS, fast_bfloat16, full_precision
 
@@ -149,6 +150,7 @@ class Encoder:
     screen: Screen | None
     """None: compute everything in float32."""
 
+    @plain_torch()
     def __call__(self, rows: Float[Tensor, "row ..."], lengths: Sequence[int] | None = None) -> SparseRows:
         """Returns the sparse features of `rows`; leading axes after the first (heads) are flattened.
 
@@ -231,6 +233,7 @@ class Encoder:
         return _Entries(*_by_row(entries, dense), len(unsettled))
 
 
+@plain_torch()
 def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None = None) -> Encoder:
     """Returns an encoder of rows with `sae`.
 
@@ -356,8 +359,8 @@ def _screen(linear: Linear, choice: Above | TopK) -> Screen:
     weight = linear.weight.new_zeros(-(-(d_in + 5) // 8) * 8, features, dtype=torch.bfloat16)
     for start in range(0, features, 4096):
         part = slice(start, start + 4096)
-        exact = linear.weight[:, part].double()
-        exact = exact if linear.scale is None else exact * linear.scale[part]
+        exact = linear.weight[:, part].to(device_for_float64(linear.weight.device)).double()
+        exact = exact if linear.scale is None else exact * linear.scale[part].to(exact.device)
         weight[:d_in, part] = low = exact.bfloat16()
         weight[d_in, part] = (exact - low).norm(dim=0) * _MARGIN
         weight[d_in + 1, part] = low.double().norm(dim=0) * _MARGIN + torch.finfo(torch.float32).tiny

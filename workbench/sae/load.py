@@ -25,6 +25,7 @@ from torch import Tensor
 
 from workbench import embedded
 from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.torch_state import plain_torch
 from workbench.model.load import quietly, usable_device
 from workbench.model.location import folders
 from workbench.sae.formats import Converted, converter, read_object
@@ -98,6 +99,7 @@ class Sae:
         """The decoder: one direction per feature."""
         return self.module.W_dec
 
+    @plain_torch()
     def encode(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row feature"]:
         """Returns the dense activations of all features in float32, by SAELens' `encode`. Heads are flattened.
 
@@ -109,11 +111,13 @@ class Sae:
             shaped = self._shaped(rows)
             return self.module.encode(shaped[None])[0] if self.sequential else self.module.encode(shaped).flatten(1)
 
+    @plain_torch()
     def encoder_input(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
         """Returns the input of the encoder's product: rows normalised and minus b_dec, as the settings require."""
         with torch.no_grad():
             return self.module.process_sae_in(self._shaped(rows)).flatten(1)
 
+    @plain_torch()
     def decode(self, activations: Float[Tensor, "row feature"]) -> Float[Tensor, "row d_model"]:
         """Returns the reconstruction of the rows encoded last; under layer_norm SAELens stores their mean and scale."""
         with torch.no_grad():
@@ -147,6 +151,7 @@ class Sae:
         return flat[:, None] if self.module.cfg.reshape_activations == "hook_z" else flat
 
 
+@plain_torch()
 def load_sae(
     name: str | os.PathLike[str], sae_id: str | None = None, *, device: str | torch.device | None = None
 ) -> Sae:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from workbench.io.errors import RequestError
+from workbench.io.torch_state import plain_torch
 from workbench.model.forward import run
 from workbench.model.interventions import splice
 from workbench.model.load import Model, batch_tokens
@@ -60,6 +61,7 @@ class SaeMetrics:
     """None if no model was given."""
 
 
+@plain_torch()
 def sae_metrics(
     store: Store,
     sae: Sae,
@@ -117,7 +119,7 @@ def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tu
         values = array[block]
         activations = encode_checked(array, sae, block, values)
         x = values.double().flatten(1)
-        error += float((x - sae.decode(activations).double().cpu()).square().sum())
+        error += float((x - sae.decode(activations).cpu().double()).square().sum())
         moments.add(x.numpy())
         active = activations != 0
         entries += int(active.sum())
@@ -182,7 +184,7 @@ def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tenso
     targets = batch.targets.to(logits.device)
     valid = targets >= 0
     losses = nn.functional.cross_entropy(logits[valid].float(), targets[valid], reduction="none")
-    return float(losses.double().sum())
+    return float(losses.cpu().double().sum())
 
 
 def _batches(store: Store, rows: Int64[np.ndarray, " row"], tokens: int) -> Iterator[_Batch]:

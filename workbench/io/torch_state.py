@@ -1,0 +1,45 @@
+"""Torch's ambient state, kept out of computations whose results are promised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Computes as in a fresh process inside the block, or in a function that this decorates.
+
+    Autocast is off, new tensors are float32 on the CPU unless the code says otherwise, gradients can be computed. State
+    that differs is put back afterwards. The default dtype, alone of these, is torch's for all threads.
+    """
+    import torch  # takes seconds
+
+    with ExitStack() as stack:
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        default = torch.get_default_dtype()
+        if default != torch.float32:
+            stack.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(torch.float32)
+        yield
+
+
+def device_for_float64(device: torch.device) -> torch.device:
+    """Returns `device`, or the CPU in place of a device that has no float64 (Apple's MPS)."""
+    import torch  # takes seconds
+
+    return torch.device("cpu") if device.type == "mps" else device
