@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from workbench.recording.planning import (
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
 from workbench.store.manifest import SiteRecord, read_counts
-from workbench.store.writer import Writer, explain_full_disk, open_writer
+from workbench.store.writer import Writer, explain_full_disk, is_read_only, open_writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,6 +161,8 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, append: bool, workers:
         features=plan.encoded_only and plan.encoded_only.label,
         shared=workers.shared,
     ) as writer:
+        if append and is_read_only(out):
+            raise RequestError(f"append: {out} is read-only; make it writable, or append to a copy of it")
         if plan.encoded_only and append and writer.manifest.rows and writer.manifest.complete:
             raise RequestError(
                 f"append: features of the {writer.manifest.rows:,} rows before need their "
@@ -170,7 +173,14 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, append: bool, workers:
 
 @contextmanager
 def _scratch(out: Path, suffix: str) -> Iterator[Path]:
-    """A folder for the planned tokens, on the store's own disk; gone afterwards, and before if left by a kill."""
+    """A folder for the planned tokens, on the store's own disk; gone afterwards, and before if left by a kill.
+
+    Elsewhere for a finished store that is read-only: its tokens are only compared.
+    """
+    if is_read_only(out):
+        with tempfile.TemporaryDirectory(prefix="workbench-tokens-") as folder:
+            yield Path(folder)
+        return
     path = out / f"tokens{suffix}.partial"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()

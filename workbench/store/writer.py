@@ -6,6 +6,7 @@ time. Needs a POSIX system (`flock`, `pwrite`).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -41,6 +42,7 @@ from workbench.store.token_table import ROW_BYTES, check_columns, check_tokens, 
 
 _LOG = logging.getLogger(__name__)
 
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HEADERS = 4096  # bytes, at most, of a site's header and its share of the manifest
 
 
@@ -112,13 +114,30 @@ def open_writer(
         unembed_reason=None,
     )
     with files.locked(path, shared=shared):
-        with _turn(path, shared), explain_full_disk(path, "the unembedding", 0):
+        with _turn(path, shared), explain_full_disk(path, "the unembedding", 0), _explain_read_only(path):
             manifest = (
                 _reopen(path, requested, shared) if (path / MANIFEST).exists() else _create(path, requested, shared)
             )
             if manifest.unembed is None and manifest.unembed_reason is None:
                 manifest = _add_unembed(path, manifest, unembed, unembed_reason)
-        yield Writer(path, manifest, shared)
+        with _explain_read_only(path):
+            yield Writer(path, manifest, shared)
+
+
+def is_read_only(path: Path) -> bool:
+    """Returns True for a store on a disk, or with permissions, that do not let this process write to it."""
+    return not os.access(path, os.W_OK)
+
+
+@contextmanager
+def _explain_read_only(path: Path) -> Iterator[None]:
+    """Inside, a write that the disk or the permissions refuse raises RequestError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY or not str(error.filename).startswith(str(path)):
+            raise
+        raise RequestError(f"{path} cannot be written ({error.strerror}); choose another out") from error
 
 
 def _turn(path: Path, shared: bool) -> AbstractContextManager[None]:
@@ -199,7 +218,7 @@ class Writer:
             assigned = [segment for segment in planned if segment in chosen]
             to_write = staging.unfinished_segments(self.path, self.manifest, assigned)
             self._planned = {segment.name: segment for segment in planned}
-            if not self._shared:
+            if not self._shared and not is_read_only(self.path):
                 _remove_leftovers(self.path, self.manifest, self._planned)
             self._commit_submitted()
         return to_write
@@ -338,7 +357,13 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
             f"{path} was started with other library versions: {'; '.join(differences)}; further rows may differ in the "
             "last bits"
         )
-    if not shared:
+    if is_read_only(path):
+        if not existing.complete:
+            raise RequestError(
+                f"{path} is read-only and has {existing.rows:,} of {existing.planned_rows:,} planned rows; make it "
+                "writable to resume, or choose another out"
+            )
+    elif not shared:
         for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
             files.remove(entry)
         write_groups(path, existing)  # a crash may have come between a commit and its group
