@@ -24,8 +24,8 @@ from torch import Tensor
 
 import workbench as wb
 from workbench.cli.arguments import parse
-from workbench.cli.main import run_command
 from workbench.cli.options import Positional
+from workbench.cli.process import run_command
 from workbench.io.checks import check_fields
 
 Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]

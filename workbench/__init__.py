@@ -11,8 +11,7 @@ Probes live in `workbench.probes`. Names are loaded when first used: this import
 transformers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # not from typing: the command line handles an interrupt before anything is imported
 
 _PUBLIC = {
     "load_model": "workbench.model.load",
@@ -57,13 +56,15 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version  # milliseconds
 
         return version("interp-workbench")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
     value = getattr(import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

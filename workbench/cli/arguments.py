@@ -23,7 +23,7 @@ _Settings = TypeVar("_Settings")
 
 @runtime_checkable
 class Command(Protocol):
-    """A parsed command line."""
+    """A parsed command line. It may have `after_interrupt`, the end of the line "interrupted"."""
 
     def run(self) -> int:
         """Does the work and returns the exit code."""

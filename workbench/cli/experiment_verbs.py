@@ -110,6 +110,7 @@ def _is_choice(config: type, setting: Field) -> bool:
 
 
 class _RunSweep:
+    after_interrupt = "; finished runs are kept, and the same command does the others"
     experiment: str
     out: Path | None
     parallel: Parallel

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Features:
     """Extract the sparse features of a store with an SAE."""
 
+    after_interrupt = "; encoded rows are kept, and the same command resumes"
+
     store: Positional[Path]
     """Store to read."""
     sae: str

@@ -1,124 +1,46 @@
-"""The `workbench` command: runs what the arguments name, and turns what goes wrong into one line.
+"""The `workbench` command.
 
 Exit codes: 0 done; 1 the data are damaged or the work failed; 2 the request was wrong; 130 interrupted. Errors are one
-line on stderr; `--debug` shows the traceback. Imports that take time wait until an interrupt is handled.
+line on stderr; `--debug` shows the traceback. Nothing is imported before an interrupt is handled.
 """
 
-from __future__ import annotations
-
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from workbench.cli.arguments import Command
-    from workbench.cli.terminal import Output
-
-_INTERRUPTED = 130
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: "Sequence[str] | None" = None) -> None:
     """Runs the `workbench` command and exits the process."""
 
-    def command(words: list[str]) -> Command:
+    def command(words: "list[str]") -> "Command":
         from workbench.cli.verbs import find_command
 
         return find_command(words)
 
-    run_command(command, arguments)
+    _exit(command, arguments)
 
 
-def run_experiment(name: str, arguments: Sequence[str] | None = None) -> None:
+def run_experiment(name: str, arguments: "Sequence[str] | None" = None) -> None:
     """Runs one experiment with the settings of its own command line, in a run folder, and exits the process."""
 
-    def command(words: list[str]) -> Command:
+    def command(words: "list[str]") -> "Command":
         from workbench.cli.experiment_verbs import experiment_command
 
         return experiment_command(name, words)
 
-    run_command(command, arguments)
+    _exit(command, arguments)
 
 
-def run_command(command: Callable[[list[str]], Command], arguments: Sequence[str] | None) -> NoReturn:
-    """Runs the command that the arguments are parsed into, and exits the process with its code.
-
-    Args:
-        command: Parses the arguments.
-        arguments: The arguments. None: those of this process.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    with _interrupts_end_imports():
-        from workbench.cli.terminal import terminal_output
-
-        with terminal_output() as output:
-            status = _status(command, [word for word in words if word != "--debug"], debug, output)
-    sys.exit(status)
-
-
-def _status(command: Callable[[list[str]], Command], words: list[str], debug: bool, output: Output) -> int:
-    """The exit code, after one line on stderr where something went wrong."""
-    from workbench.cli.options import options_of
-    from workbench.cli.spelling import spelled_for_the_shell
-    from workbench.io.errors import DataError, WorkbenchError
-
-    parsed = None
+def _exit(command: "Callable[[list[str]], Command]", arguments: "Sequence[str] | None") -> None:
     try:
-        parsed = command(words)
-        output.options = tuple(options_of(type(parsed)))
-        with spelled_for_the_shell(output.options):
-            status = parsed.run()
-        print(end="", flush=True)
-        return status
-    except WorkbenchError as error:
-        if debug:
-            raise
-        output.error(str(error))
-        return 1 if isinstance(error, DataError) else 2
+        from workbench.cli.process import run_command
+
+        run_command(command, arguments)
     except KeyboardInterrupt:
-        output.error(f"interrupted{getattr(parsed, 'after_interrupt', '')}")
-        return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
-        return 0
-    except Exception as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split()) or "no message"
-        output.error(f"unexpected {type(error).__name__}: {message}; --debug shows the traceback")
-        return 1
+        import sys
 
-
-@contextmanager
-def _interrupts_end_imports() -> Iterator[None]:
-    """Inside, an interrupt while a module is imported ends the process at once, in one line.
-
-    Imports take most of the first seconds, nothing is written during them, and a KeyboardInterrupt inside of one comes
-    out as another error, or not at all. Elsewhere it is raised as always.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # ignored, or handled by the program that calls us
-        return
-
-    def interrupt(_number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib"):
-                with suppress(Exception):
-                    os.write(2, b"workbench: interrupted\n")
-                os._exit(_INTERRUPTED)
-            frame = frame.f_back
-        raise KeyboardInterrupt
-
-    try:
-        signal.signal(signal.SIGINT, interrupt)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr.write("workbench: interrupted\n")
+        sys.exit(130)

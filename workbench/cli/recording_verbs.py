@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Record:
     """Run a model over texts once and store the activations of chosen sites."""
 
+    after_interrupt = "; committed segments are kept, and the same command resumes"
+
     model: Positional[str]
     """Local directory, or hub id such as gpt2."""
     text: Positional[tuple[str, ...]]
