@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import workbench as wb
 from workbench.cli import main as cli
 from workbench.cli.probe_verbs import Probes
+from workbench.cli.verbs import VERBS
 from workbench.model.load import Model
 
 # The whole way
@@ -222,6 +223,64 @@ def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch):
     if isinstance(error, Exception):
         with pytest.raises(type(error)):
             cli.main(["probes", "--debug"])
+
+
+def test_an_interrupt_while_modules_are_imported(store):
+    """It comes out of an import as another error, or not at all; the process ends at once instead."""
+    code = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "duckdb":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                raise ImportError("as an extension module makes of it")
+sys.meta_path.insert(0, Interrupting())
+from workbench.cli.main import main
+main()
+"""
+    ran = process(code, "query", store, "true")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "workbench: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("record", "interrupted; committed segments are kept, and the same command resumes"),
+        ("info", "interrupted"),
+    ],
+)
+def test_resuming_is_promised_where_it_is_true(verb, said, monkeypatch, tmp_path):
+    def interrupt(_self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VERBS[verb], "run", interrupt)
+    words = ("demo", "a text", "--out", tmp_path / "o") if verb == "record" else (tmp_path,)
+    assert run(verb, *words) == (130, "", f"workbench: {said}\n")
+
+
+def test_any_character_is_printed_on_any_terminal(tmp_path):
+    folder = tmp_path / "stör\x1b[31m\n日"
+    folder.mkdir()
+    wb.record("demo", ["Anna saw naïve 日本"], out=folder / "a.acts", show_progress=False)
+    for arguments in (("info", folder / "a.acts"), ("query", folder / "a.acts", "true"), ("verify", folder / "b.acts")):
+        code, out, err = run(*arguments, encoding="ascii")
+        assert (code, bool(out)) == ((2, False) if arguments[0] == "verify" else (0, True))
+        assert set(out + err) <= {*map(chr, range(32, 127)), "\n"}
+        assert err.count("\n") == (arguments[0] == "verify")
+    assert "\\u65e5" in run("info", folder / "a.acts", encoding="ascii")[1]
+
+
+def test_closed_streams_are_no_error(store):
+    command = f'exec "$0" -c "{MAIN}" "$@"'
+    for closed, code in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 2)):
+        words = ["query", store, "position = 0"] if code == 0 else ["query", store, "zork"]
+        ran = subprocess.run(
+            ["bash", "-c", f"{command} {closed}", sys.executable, *map(str, words)],
+            env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert (ran.returncode, ran.stderr) == (code, "")
 
 
 def test_what_reads_our_output_may_go_away(store):

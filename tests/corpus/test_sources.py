@@ -164,7 +164,7 @@ UNDERSTOOD = "understood: files (.txt .json .jsonl .parquet), hf:NAME[:SPLIT], l
         ),
         (Path("away/a.txt"), f"texts: no file 'away/a.txt', there is no folder 'away'; {UNDERSTOOD}"),
         ([Path("storis.jsonl")], f"texts: no file 'storis.jsonl'; nearest: stories.jsonl; {UNDERSTOOD}"),
-        (Path("folder"), "texts: 'folder' is a folder; pass its files, as in sorted(Path('folder').glob('*.jsonl'))"),
+        (Path("folder"), "texts: 'folder' is a folder; give the files in it"),
         ("table.csv", f"texts: 'table.csv' has the suffix '.csv', which is not read; {UNDERSTOOD}"),
         ("plain", f"texts: 'plain' has the suffix '', which is not read; {UNDERSTOOD}"),
         ("empty.txt", "texts: 'empty.txt' is empty (0 bytes); pass a file with text in it"),

@@ -265,7 +265,7 @@ def test_token_ids_without_a_span_need_no_characters():
 
 FORM = (
     "; spans are given as {'entity': [{'start': 0, 'end': 4, 'value': 'person'}]}: name the column that holds them "
-    "in span_column=, or pass span_column=None (--span-column None) to read no spans"
+    "in span_column=, or pass span_column=None to read no spans"
 )
 GOOD = {"start": 0, "end": 2, "value": 1}
 
@@ -343,7 +343,7 @@ def test_spans_of_token_ids_are_refused(tmp_path):
         list(read_documents(file))
     assert str(caught.value) == (
         f"document 0 ({file}:1) is given as token ids, which have no characters, and has spans of label 'a'; "
-        "give its text instead, or pass span_column=None (--span-column None)"
+        "give its text instead, or pass span_column=None"
     )
 
 
@@ -364,6 +364,6 @@ def test_a_column_has_one_use(other):
         Recording(**other)
     assert str(caught.value) == (
         f"{next(iter(other))} names 'spans', which is the column of spans; name another in span_column=, or pass "
-        "span_column=None (--span-column None) to read no spans"
+        "span_column=None to read no spans"
     )
     assert Recording(**other, span_column=None).span_column is None

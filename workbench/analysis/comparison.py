@@ -186,7 +186,7 @@ def _select_sites(a: Store, b: Store, requested: Sequence[str] | None) -> list[t
             if lacking := [site.label for name, site in one.items() if name not in other]:
                 raise RequestError(
                     f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(lacking)}, which "
-                    f"{without.path.name} lacks; name the sites to compare with sites= (--sites)"
+                    f"{without.path.name} lacks; name the sites to compare in sites="
                 )
         names = list(known[0])
     else:
@@ -205,8 +205,9 @@ def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: s
     matches = [[site.name for site in one.values() if _matches(site, pattern)] for one in known]
     for store, other, names, others in ((a, b, *matches), (b, a, *matches[::-1])):
         if not names:
-            close = nearest(pattern, [site.label for site in store.sites])
-            raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}")
+            labels = [site.label for site in store.sites]
+            close, recorded = nearest(pattern, labels), short_list(labels)
+            raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}; recorded are {recorded}")
         if lacking := [short_name(name) or name for name in others if name not in names]:
             raise RequestError(
                 f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} lacks; "

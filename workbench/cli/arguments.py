@@ -188,9 +188,12 @@ def _parts(word: str) -> list[str]:
     return [word] if any(map(str.isspace, word)) else [part for part in word.split(",") if part] or [word]
 
 
-def texts_of(names: Sequence[str]) -> str | list[str | Path]:
+def texts_of(names: Sequence[str]) -> str | Path | list[str | Path]:
     """Returns the texts of a recording: one source as it is, several as files and documents."""
-    return names[0] if len(names) == 1 else [_source(text) for text in names]
+    (first, *others) = names
+    if others:
+        return [_source(text) for text in names]
+    return first if not first or first.startswith("hf:") or any(map(str.isspace, first)) else Path(first)
 
 
 def _source(text: str) -> str | Path:

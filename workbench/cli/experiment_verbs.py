@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 from workbench.cli.arguments import Command, Parallel, docstring, parse
 from workbench.cli.options import Meaning
 from workbench.cli.terminal import print_items, print_plain, print_problem
+from workbench.io.files import check_writable
 
 HELP = "Run an experiment over a grid of settings: workbench sweep EXPERIMENT --model a b --seed 0 1 2 --out DIR"
 
@@ -126,6 +127,7 @@ class _RunSweep:
             for value in [getattr(self, setting.name)]
         }
         out = self.out or Path("runs") / self.experiment
+        check_writable(out)
         swept = sweep(
             self.experiment, grid(config, choices), out, workers=self.parallel.to_workers(None), report=print_plain
         )

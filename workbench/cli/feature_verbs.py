@@ -10,6 +10,7 @@ from workbench.cli.arguments import Parallel
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.errors import RequestError
+from workbench.io.files import check_writable
 
 if TYPE_CHECKING:
     from workbench.features.feature_store import Features as FeatureStore
@@ -58,6 +59,8 @@ class Features:
         from workbench.sae.sparsity import SPARSITY_RULES
         from workbench.store.reader import open_store
 
+        if self.out is not None and not self.out.exists():  # what exists is given back, also from a read-only disk
+            check_writable(self.out)
         sparsity = None if self.k is None else SPARSITY_RULES[self.sparsity](self.k)
         workers = self.parallel.to_workers(self.device)
         device = (None if workers is None else workers.planning_device) or self.device
@@ -128,6 +131,7 @@ class Top:
         from workbench.pages.feature_page import feature_page  # seconds: plotly, torch
         from workbench.sae.load import load_sae
 
+        check_writable(page, "page")
         features.rows_of(self.feature)  # a wrong number is refused before SAELens is loaded
         sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
         context = 20 if self.context is None else self.context

@@ -8,6 +8,7 @@ from typing import Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
+from workbench.io.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Demo:
         """Runs the demo."""
         from workbench.demo.run import demo  # seconds: torch
 
+        check_writable(self.out)
         demo(self.out, print_line=print_plain)
         return 0
 
@@ -41,6 +43,7 @@ class Report:
         from workbench.pages.report import section, write_report  # seconds: plotly
         from workbench.results.result import load_result
 
+        check_writable(self.out)
         page = write_report([section(load_result(path)) for path in self.result], self.out, title=self.title)
         print_plain(f"report  {page}")
         return 0
@@ -72,6 +75,7 @@ class Export:
         from workbench.pages.figure_export import export  # seconds: plotly
         from workbench.results.result import load_result
 
+        check_writable(self.out)
         paths = export(
             load_result(self.result),
             self.out,

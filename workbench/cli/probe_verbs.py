@@ -9,6 +9,7 @@ from typing import Annotated
 from workbench.cli.arguments import Command, docstring, parse
 from workbench.cli.options import Meaning, Positional
 from workbench.cli.terminal import print_items, print_plain
+from workbench.io.files import check_writable
 from workbench.results.probe import Probe
 
 HELP = "Run a probe on a store and save the result with its figures: workbench probe NAME STORE --out DIR"
@@ -69,6 +70,7 @@ class _RunProbe:
 
         store = open_store(self.store)
         refuse_other(self.out, self.settings.name, provenance(store, self.settings))
+        check_writable(self.out)
         result = self.settings.run(store)
         path = result.save(self.out)
         print_plain(result.headline())

@@ -59,6 +59,12 @@ def _status(command: Callable[[list[str]], Command], words: list[str], debug: bo
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        output.error(f"{place}{error.strerror or error}; --debug shows the traceback")
+        return 1
     except Exception as error:
         if debug:
             raise

@@ -11,6 +11,7 @@ from workbench.cli.options import Positional
 from workbench.cli.store_verbs import Info
 from workbench.cli.terminal import print_plain
 from workbench.io.errors import RequestError
+from workbench.io.files import check_writable
 from workbench.sites.settings import Recording
 
 if TYPE_CHECKING:
@@ -63,14 +64,17 @@ class Record:
         from workbench.corpus.sources import check_source
         from workbench.model.load import load_model  # seconds: torch
         from workbench.model.location import locate
+        from workbench.model.preview import check_config
 
         if self.sae is None and (self.sae_id or self.sae_site or self.sae_force):
             raise RequestError("--sae-id, --sae-site and --sae-force need --sae; give it too")
         texts = texts_of(self.text)
         check_source(texts)
-        locate(self.model, self.revision)
+        check_config(locate(self.model, self.revision), self.recording.sites)
         if self.tokenizer is not None:
             locate(self.tokenizer, kind="tokenizer")
+        if not self.out.exists():  # a finished store is given back, also from a read-only disk
+            check_writable(self.out)
         workers = self.parallel.to_workers(self.device)
         device = (None if workers is None else workers.planning_device) or self.device
         sae = self._sae(device)
@@ -132,12 +136,13 @@ class Plan:
         from workbench.corpus.sources import check_source
         from workbench.model.load import load_model  # seconds: torch
         from workbench.model.location import locate
+        from workbench.model.preview import check_config
         from workbench.recording.estimate import plan
 
         texts = texts_of(self.text) if self.text else None
         if texts is not None:
             check_source(texts)
-        locate(self.model)
+        check_config(locate(self.model), self.recording.sites)
         rows = self.recording.max_rows if self.rows is None else self.rows
         if rows is None:
             raise RequestError("--rows is missing; give the number of tokens to record, for example --rows 1e8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.checks import check_fields
+from workbench.io.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Compare:
 
         if self.out is not None:
             refuse_full(self.out)
+            check_writable(self.out)
         comparison = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
         print_table(list(comparison.sites.columns), comparison.sites.to_numpy().tolist())
         if len(comparison.probes):

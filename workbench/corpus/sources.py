@@ -197,7 +197,7 @@ def _check_file(path: Path, hint: str = "") -> None:
         neighbours = islice(os.listdir(folder), 2000) if os.access(folder, os.R_OK) else ()
         raise RequestError(f"texts: no file {name!r}{nearest(path.name, neighbours)}; {hint}{_UNDERSTOOD}")
     if os.path.isdir(path):
-        raise RequestError(f"texts: {name!r} is a folder; pass its files, as in sorted(Path({name!r}).glob('*.jsonl'))")
+        raise RequestError(f"texts: {name!r} is a folder; give the files in it")
     if not os.path.isfile(path):
         raise RequestError(f"texts: {name!r} is not a regular file; {_UNDERSTOOD}")
     if path.suffix.lower() not in SUFFIXES:

@@ -61,7 +61,7 @@ def read_spans(value: object, text: str | None, column: str, where: str) -> dict
         if entries and text is None:
             raise RequestError(
                 f"{where} is given as token ids, which have no characters, and has spans of label {label!r}; "
-                "give its text instead, or pass span_column=None (--span-column None)"
+                "give its text instead, or pass span_column=None"
             )
         places = (f"{where}: span {number} of label {label!r}" for number in range(len(entries or ())))
         label_spans = [_span(entry, text or "", place) for entry, place in zip(entries or (), places, strict=True)]
@@ -141,5 +141,5 @@ def _malformed(place: str, value: Any) -> RequestError:
     shown = repr(value)
     return RequestError(
         f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}; spans are given as {_FORM}: name the column "
-        "that holds them in span_column=, or pass span_column=None (--span-column None) to read no spans"
+        "that holds them in span_column=, or pass span_column=None to read no spans"
     )

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -291,6 +292,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str], name: str = "out") -> None:
+    """Refuses a file or folder that cannot be written, before work is done for it.
+
+    A folder of a random name is made and removed in the nearest parent that exists: permissions alone tell little of
+    network mounts and of root.
+
+    Raises:
+        RequestError: Names the argument, `name`, and the reason.
+    """
+    parent = next(folder for folder in (Path(path).absolute() / "x").parents if os.path.lexists(folder))
+    if parent.is_file():
+        parent = parent.parent if parent == Path(path).absolute() else parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".workbench-", dir=parent))
+    except OSError as error:
+        place = "" if parent == Path(path).absolute() else f" in {parent}"
+        raise RequestError(f"{name}={path} cannot be written{place}: {error.strerror}; choose another {name}") from None
 
 
 def human_bytes(count: int) -> str:

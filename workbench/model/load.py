@@ -16,6 +16,7 @@ from workbench.io.tasks import first_line
 from workbench.io.torch_state import plain_torch
 from workbench.model.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from workbench.model.location import Location, locate
+from workbench.model.preview import check_config
 from workbench.sites.grammar import SiteMap
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def load_model(
         module: PreTrainedModel = getattr(source, "_orig_mod", source)  # of torch.compile: hooks break its graphs
         return Model(module, _given_tokenizer(tokenizer, trust_remote_code), _module_name(module))
     location = locate(source, revision)
+    check_config(location)
     if revision is not None and not location.hub:
         raise RequestError(
             f"revision={revision!r} applies to a hub id only; leave it out for the directory {str(source)!r}"
@@ -275,6 +277,10 @@ def _load_module(
                 raise RequestError(
                     f"model {location.name!r} needs code from its repository, which is not run by default; "
                     "pass trust_remote_code=True if you trust its author"
+                ) from error
+            if "AutoModelForCausalLM" in str(error):  # transformers lists every class that would do
+                raise RequestError(
+                    f"model {location.name!r} is no causal language model that transformers knows; give one that is"
                 ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error
     module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)

@@ -22,6 +22,10 @@ _MARKS: Mapping[Kind, tuple[str, ...]] = {
     "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
 }
 """Files of which a directory must hold at least one to be a model, or a tokenizer."""
+_FROM_GGUF = (
+    "give the checkpoint it was made from, or load it by transformers' from_pretrained(FOLDER, gguf_file=FILE), "
+    "save_pretrained it with its tokenizer, and give that folder"
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,16 @@ def locate(source: str | Path, revision: str | None = None, kind: Kind = "model"
         return Location(str(embedded.MODEL), text, local=True, hub=False)
     if os.path.isdir(path):
         if not any((path / name).is_file() for name in marks):
+            if kind == "model" and (quantised := sorted(path.glob("*.gguf"))):
+                raise RequestError(f"model {text!r} holds only a GGUF file ({quantised[0].name}); {_FROM_GGUF}")
             inside = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
             raise RequestError(
                 f"{kind} {text!r} is a directory without {marks[0]} (it holds {inside}); "
                 "give the folder that save_pretrained wrote"
             )
         return Location(str(path), path.resolve().name, local=True, hub=False)
+    if path.suffix.lower() == ".gguf" and os.path.exists(path):
+        raise RequestError(f"{kind} {text!r} is a GGUF file; {_FROM_GGUF}")
     if os.path.exists(path):
         raise RequestError(f"{kind} {text!r} is a file; give the folder that holds {marks[0]}")
     inside_folder = "/" in text and os.path.isdir(path.parent)  # models/typo beside a folder models is no hub id

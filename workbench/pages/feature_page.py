@@ -19,7 +19,7 @@ from workbench.features.queries import Context, coactivation, feature_contexts, 
 from workbench.figures.safe_text import visible
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import replace_file
+from workbench.io.files import check_writable, replace_file
 from workbench.model.unembed import load_unembed
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
 from workbench.sae.load import Sae
@@ -99,6 +99,7 @@ def feature_page(
     rows, values = features.rows_of(feature)
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / f'feature-{feature}.html'}")
+    check_writable(path, "path")
     if sae is not None:
         check_sae(features, sae)
     title = f"Feature {feature} of {features.record.site}"

@@ -24,6 +24,8 @@ from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
 from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
+from workbench.model.location import locate
+from workbench.model.preview import check_config
 from workbench.recording.planning import (
     RecordingPlan,
     model_record,
@@ -128,6 +130,8 @@ def _record(
     check_source(texts)
     workers = workers or ThisProcess()
     if not isinstance(model, Model):
+        if isinstance(model, str | Path):
+            check_config(locate(model), settings.sites)
         model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
     plan = plan_recording(model, settings, out, features)
     documents = read_documents(

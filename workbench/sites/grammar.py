@@ -167,7 +167,7 @@ class SiteMap:
         if pattern in SHORT_NAMES:
             return self._of_kind(pattern, range(self.n_layers), pattern=pattern)
         if short and short["kind"] in SHORT_NAMES:
-            return self._of_kind(short["kind"], self._layers(short, pattern), pattern=pattern)
+            return self._of_kind(short["kind"], _layers(short, self.n_layers), pattern=pattern)
         if set(pattern) & set("*?["):
             names = set(fnmatch.filter({*self.sites, *self.synonyms}, pattern))
         else:
@@ -176,25 +176,9 @@ class SiteMap:
             raise RequestError(self._unknown(pattern))
         return {self.synonyms.get(name, name) for name in names}
 
-    def _layers(self, short: re.Match[str], pattern: str) -> range:
-        text = short["layers"]
-        if ":" in text:
-            bounds = [int(part) if part else None for part in text.split(":")]
-            if len(bounds) == 3 and bounds[2] == 0:
-                raise RequestError(f"site {pattern!r}: the step of a slice of layers cannot be 0")
-            layers = range(self.n_layers)[slice(*bounds)]
-        elif text.isdigit() and int(text) < self.n_layers:
-            layers = range(int(text), int(text) + 1)
-        else:
-            layers = range(0)
-        if not layers:
-            raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {self.n_layers - 1}")
-        return layers
-
     def _of_kind(self, kind: str, layers: Iterable[int], pattern: str) -> set[str]:
         template = SHORT_NAMES[kind]
-        if "{layer}" not in template and pattern != kind:
-            raise RequestError(f"site {pattern!r}: {kind} is outside of the blocks and has no layer; write {kind!r}")
+        _check_has_layer(kind, pattern)
         names = [template.format(layer=layer) for layer in layers] if "{layer}" in template else [template]
         existing = {self.synonyms.get(name, name) for name in names if name in self.recordable or name in self.synonyms}
         if not existing:
@@ -225,6 +209,46 @@ class SiteMap:
 
     def _has(self, kind: str) -> bool:
         return any(_kind(name) == kind for name in self.sites)
+
+
+def check_patterns(patterns: Iterable[str], n_layers: int | None) -> None:
+    """Refuses patterns that no model can have, or none of `n_layers` blocks, before a model is loaded.
+
+    Raises:
+        RequestError: An unknown kind of site, or a layer that the model does not have.
+    """
+    for pattern in patterns:
+        short = _SHORT.fullmatch(pattern)
+        if short and short["kind"] in SHORT_NAMES:
+            _check_has_layer(short["kind"], pattern)
+            if n_layers is not None:
+                _layers(short, n_layers)
+        elif (block := _BLOCK.match(pattern)) and n_layers is not None and int(block[1]) >= n_layers:
+            raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {n_layers - 1}")
+        elif short or (re.fullmatch(r"(?!hook_)\w*", pattern) and pattern not in SHORT_NAMES):
+            close = nearest(pattern, SHORT_NAMES) or f"; short names: {', '.join(SHORT_NAMES)}"
+            raise RequestError(f"site {pattern!r} is unknown{close}")
+
+
+def _check_has_layer(kind: str, pattern: str) -> None:
+    if "{layer}" not in SHORT_NAMES[kind] and pattern != kind:
+        raise RequestError(f"site {pattern!r}: {kind} is outside of the blocks and has no layer; write {kind!r}")
+
+
+def _layers(short: re.Match[str], n_layers: int) -> range:
+    text = short["layers"]
+    if ":" in text:
+        bounds = [int(part) if part else None for part in text.split(":")]
+        if len(bounds) == 3 and bounds[2] == 0:
+            raise RequestError(f"site {short[0]!r}: the step of a slice of layers cannot be 0")
+        layers = range(n_layers)[slice(*bounds)]
+    elif text.isdigit() and int(text) < n_layers:
+        layers = range(int(text), int(text) + 1)
+    else:
+        layers = range(0)
+    if not layers:
+        raise RequestError(f"site {short[0]!r}: no such layer; the model has layers 0 to {n_layers - 1}")
+    return layers
 
 
 def short_name(name: str) -> str | None:

@@ -53,7 +53,7 @@ class Recording:
             if self.span_column in columns:
                 raise RequestError(
                     f"{name} names {self.span_column!r}, which is the column of spans; name another in span_column=, "
-                    "or pass span_column=None (--span-column None) to read no spans"
+                    "or pass span_column=None to read no spans"
                 )
         if self.sites is not None and not self.sites:
             raise RequestError("sites is empty; name at least one, for example resid_post")

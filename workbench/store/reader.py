@@ -347,6 +347,8 @@ def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
 def _not_recorded(store: Store, label: str) -> RequestError:
     known = [name for site in store.sites for name in (site.name, site.short) if name]
     text = f"{label} is not recorded in {store.path}; recorded are {short_list([site.label for site in store.sites])}"
+    if layers := [site.label for site in store.sites if site.label.partition(".")[0] == label]:
+        return RequestError(f"{label} is recorded by layer in {store.path}; name one, such as {layers[0]}")
     stem = re.fullmatch(r"(\w+?)(\.\d+)?", label)
     if stem and stem[1] in SHORT_NAMES:
         name = store.manifest.model.name
