@@ -172,9 +172,8 @@ class AttentionSinks(StoreProbe):
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Reads `pattern`, `v` and `resid_post`, or what was derived from them while recording.
 
-        Where attention is recorded both ways, the one with more layers is read, `pattern` if equal. What was not
-        recorded is left out and named in `data.attrs["note"]`. Costs one pass over the sites; memory is some blocks of
-        64 MiB and a few numbers for each sequence and head of a layer, with `domain` of all layers.
+        Of attention recorded both ways the one with more layers is read, `pattern` if equal. Costs one pass over the
+        sites; memory is blocks of 64 MiB and a few numbers per sequence and head of a layer, with `domain` of all.
 
         Raises:
             RequestError: No attention was recorded, no sequence is long enough, derived attention was summed over
@@ -249,8 +248,7 @@ class AttentionSinks(StoreProbe):
     def figures(result: Result) -> dict[str, Any]:
         """Returns "sinks", alpha by layer and head with residual norms at the side, and "positions", Sink_k.
 
-        If they were recorded, also "norms", residual norms by layer; "domains", attention to the sink in each domain
-        for the heads with the largest gaps; "attention", of single heads over a text.
+        If they were recorded, also "norms" by layer, "domains" for the heads with the largest gaps, and "attention".
         """
         figures = {"sinks": _sinks(result), "positions": _positions(result)}
         if "residual_norm_ratio" in result.data:

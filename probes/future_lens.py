@@ -169,10 +169,6 @@ class FutureLens(StoreProbe):
         Costs those of `fit_linear` and `fit_direct` for every layer, the latter epochs x 3 products with its maps per
         training row. Memory: blocks of logits, the maps of one layer, 4 bytes per test token, method, layer, horizon.
 
-        Args:
-            store: Needs the sites at `site`, the last block's resid_post, and the unembedding.
-            model: Not used; the store is enough.
-
         Raises:
             RequestError: A site or the unembedding is missing, values are NaN or infinite, the model is not causal,
                 `where` selects fewer than three documents, or no document is long enough for the last horizon.

@@ -164,10 +164,6 @@ class TokenErasure(StoreProbe):
         Costs layers x offsets x epochs x rows x 3 products with a map from d_model to the distinct tokens; memory is
         one batch of logits, one layer's maps, and 5 bytes per layer, offset and held-out token.
 
-        Args:
-            store: Needs the sites at `site`.
-            model: Not used; the store is enough.
-
         Raises:
             RequestError: A site or layer was not recorded, values are NaN or infinite, the model is not causal, or
                 fewer than three documents are selected.

@@ -106,6 +106,25 @@ def test_rows_without_direction_or_number_are_skipped_and_counted():
     np.testing.assert_allclose(found[[0, 4]], [[0, 5**0.5], [1, 0]])
 
 
+def test_stores_with_nonfinite_values_are_refused_or_their_rows_skipped(tmp_path):
+    """Of layer 1 everything is infinite in the second store, of layer 0 one row; a value of the first is clipped."""
+    x, y = arrays(1), arrays(1)
+    x["resid_post.0"][7, 0] = 1e6
+    y["resid_post.0"][3, 2], y["resid_post.1"][:] = np.nan, np.inf
+    a, b = (
+        planted_store(tmp_path / name, DOCUMENTS, part, dtype="float16")
+        for name, part in (("a.acts", x), ("b.acts", y))
+    )
+    text = refused(RequestError, lambda: wb.compare(a, b, probes=()))
+    assert text.startswith("resid_post.0 has 1 NaN or infinite values in 1 of the 17 rows")
+    assert "has resid_post.1" in text
+    sites = wb.compare(a, b, probes=(), allow_nonfinite=True).sites.set_index("site")
+    assert sites["skipped"].tolist() == [1, ROWS]
+    assert sites["rows"].tolist() == [ROWS - 1, 0]
+    assert sites["clipped"].tolist() == [1, 0]
+    assert np.isnan(sites["cosine"]["resid_post.1"])
+
+
 def test_heads_are_one_row():
     a, b = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
     np.testing.assert_array_equal(row_distances(a, b), row_distances(a.flatten(1), b.flatten(1)))
@@ -239,7 +258,7 @@ def test_the_command_prints_and_writes_both_tables(pair, tmp_path):
     code, said, err = run("compare", a.path, b.path, "--probes")
     assert (code, err, len(said.splitlines())) == (0, "", 3)
     again = refused_by_cli("compare", a.path, b.path, "--probes", "--out", out).splitlines()
-    assert again == [f"out {str(out)!r} exists and is not empty; choose another folder"]
+    assert again == [f"--out {str(out)!r} exists and is not empty; choose another folder"]
 
 
 def test_a_wrong_path_is_told_in_one_line(pair, tmp_path):

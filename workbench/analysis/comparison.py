@@ -26,6 +26,7 @@ from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
+from workbench.store.lost_values import lost_values, refuse_nonfinite
 from workbench.store.manifest import SiteRecord, short_list
 from workbench.store.reader import Rows, Store
 
@@ -50,7 +51,8 @@ class Comparison:
     sites: pd.DataFrame
     """A row for each site: `cosine`, the mean over tokens of cos(a, b), -1 to 1, and `relative_error`, the mean of
     |a - b| / |a|, 0 and up, each with its 95 % interval over documents; `largest_error` of any token; the number of
-    `rows`, and of `skipped` ones, which are all zeros in either store, or not finite."""
+    `rows`, of `skipped` ones, which are all zeros in either store, or not finite, and of values that are `clipped` to
+    the range of the stored type in either store."""
     probes: pd.DataFrame
     """A row for each measure of each probe: its value in a and b, with the probe's 95 % intervals, and b - a. For means
     over tokens, which are the same in both stores, the interval of the difference is that of paired differences."""
@@ -123,6 +125,7 @@ def compare(
     *,
     sites: Sequence[str] | None = None,
     probes: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Comparison:
     """Compares the activations and probe results of two stores of the same tokens, in bounded memory.
 
@@ -134,19 +137,28 @@ def compare(
         sites: Names or kinds, `resid_post.3` or `resid_post`. None: all, which then must be the same in both.
         probes: Probes to run with their default settings. None: every installed one; those that either store does not
             permit are named in `not_run`. (): none.
+        allow_nonfinite: True skips rows with a NaN or infinite value at a site, and counts them; False refuses the
+            stores. Probes refuse such rows in either case.
 
     Raises:
-        RequestError: The stores have different tokens, sites or widths, or a probe is not installed.
+        RequestError: The stores have different tokens, sites or widths, a site has NaN or infinite values, or a probe
+            is not installed.
     """
     for name in probes or ():
         find_probe(name)
     _check_tokens(a, b)
     chosen = _select_sites(a, b, sites)
+    labels = [site.label for site, _ in chosen]
+    lost = [lost_values(store, labels) for store in (a, b)]
+    for values in lost:
+        if not allow_nonfinite:
+            refuse_nonfinite(values, a.rows)
     lines = []
     with progress("comparing", len(chosen) * a.rows, "rows") as tick:
         groups = _document_groups(a)
         for one, other in chosen:
-            lines.append(_compare_site(a, b, one, other, groups, tick))
+            clipped = sum(values[one.label].clipped for values in lost if one.label in values)
+            lines.append(_compare_site(a, b, one, other, groups, tick) | {"clipped": clipped})
     measures, not_run = _run_probes(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
     return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run)
 

@@ -86,6 +86,8 @@ class Compare:
     """Sites or kinds of site to compare, such as resid_post. Default: all; both stores must then have the same."""
     probes: tuple[str, ...] | None = None
     """Probes to run on both stores. Default: all that the recorded sites permit. --probes without a name: none."""
+    allow_nonfinite: bool = False
+    """Skip and count rows with NaN or infinite values at a site, instead of refusing the stores."""
     out: Path | None = None
     """Folder for the tables (CSV) and the figure."""
 
@@ -101,7 +103,8 @@ class Compare:
         if self.out is not None:
             refuse_full(self.out)
             check_writable(self.out)
-        comparison = compare(open_store(self.store_a), open_store(self.store_b), sites=self.sites, probes=self.probes)
+        stores = open_store(self.store_a), open_store(self.store_b)
+        comparison = compare(*stores, sites=self.sites, probes=self.probes, allow_nonfinite=self.allow_nonfinite)
         print_table(list(comparison.sites.columns), comparison.sites.to_numpy().tolist())
         if len(comparison.probes):
             print_plain("")

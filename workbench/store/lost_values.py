@@ -59,8 +59,9 @@ class FiniteRows:
             )
         clipped = [one for one in self.lost.values() if one.clipped]
         if clipped:
+            number = sum(one.clipped for one in clipped)
             notes.append(
-                f"{sum(one.clipped for one in clipped):,} values are clipped to ±{clipped[0].limit:,.6g} "
+                f"{number:,} {'value is' if number == 1 else 'values are'} clipped to ±{clipped[0].limit:,.6g} "
                 f"({_sites([one.site for one in clipped])}): sizes there are lower bounds; record in bfloat16 or "
                 "float32 to keep them"
             )
@@ -124,15 +125,10 @@ def finite_rows(
     """
     ids = np.arange(store.rows) if rows is None else np.asarray(rows).ravel()
     lost = lost_values(store, sites, ids)
+    if not allow_nonfinite:
+        refuse_nonfinite(lost, len(np.unique(ids)))
     bad = [one for one in lost.values() if one.nonfinite]
     left_out = np.unique(np.concatenate([np.zeros(0, np.int64), *(one.nonfinite_rows for one in bad)]))
-    if bad and not allow_nonfinite:
-        more = f", as {'have' if len(bad) > 2 else 'has'} {_sites([one.site for one in bad[1:]])}" if bad[1:] else ""
-        raise RequestError(
-            f"{bad[0].site} has {bad[0].nonfinite:,} NaN or infinite values in {len(bad[0].nonfinite_rows):,} of the "
-            f"{len(np.unique(ids)):,} rows that are read{more}; record again with the model in bfloat16 or float32, "
-            "or set allow_nonfinite to leave these rows out"
-        )
     kept = ids[~np.isin(ids, left_out)]
     if len(ids) and not len(kept):
         raise RequestError(
@@ -140,6 +136,23 @@ def finite_rows(
             "with the model in bfloat16 or float32"
         )
     return FiniteRows(kept, left_out, lost)
+
+
+def refuse_nonfinite(lost: Mapping[str, LostValues], rows: int) -> None:
+    """Raises RequestError, with the first site and its counts, where a site has NaN or infinite values.
+
+    Args:
+        lost: What `lost_values` gives.
+        rows: Number of rows that are read.
+    """
+    bad = [one for one in lost.values() if one.nonfinite]
+    if bad:
+        more = f", as {'have' if len(bad) > 2 else 'has'} {_sites([one.site for one in bad[1:]])}" if bad[1:] else ""
+        raise RequestError(
+            f"{bad[0].site} has {bad[0].nonfinite:,} NaN or infinite values in {len(bad[0].nonfinite_rows):,} of the "
+            f"{rows:,} rows that are read{more}; record again with the model in bfloat16 or float32, or set "
+            "allow_nonfinite to leave these rows out"
+        )
 
 
 def _count(store: Store, site: SiteRecord, ids: Int[np.ndarray, " row"], overflow: int) -> LostValues:
