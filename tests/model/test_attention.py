@@ -32,13 +32,21 @@ def test_the_attention_table_is_as_before(llama, implementation):
     """`eager` is not in the table, `sdpa` is in its global part, and a user may have put his own in the local part."""
     module, _ = llama
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before, entry = dict(local), ALL_ATTENTION_FUNCTIONS.get(implementation)
+
+    def function():
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, print)
+
+    before, entry = dict(local), function()
     with tap_attention(implementation, {module: print}):
-        assert ALL_ATTENTION_FUNCTIONS.get(implementation) is not entry
-    assert (dict(local), ALL_ATTENTION_FUNCTIONS.get(implementation)) == (before, entry)
+        assert function() is not entry
+        with tap_attention(implementation, {module: print}):
+            assert function() is not entry
+        assert function() is not entry
+    assert (dict(local), function()) == (before, entry)
     with pytest.raises(KeyError), tap_attention(implementation, {module: print}):
         raise KeyError
-    assert (dict(local), ALL_ATTENTION_FUNCTIONS.get(implementation)) == (before, entry)
+    assert (dict(local), function()) == (before, entry)
+    assert not vars(ALL_ATTENTION_FUNCTIONS).keys() - {"_local_mapping"}
 
 
 def test_without_layers_asked_the_table_is_not_touched():

@@ -9,7 +9,7 @@ received, entropies) are accumulated over the same blocks.
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+
+from workbench.model.passes import bound
 
 
 @dataclass(frozen=True)
@@ -131,46 +133,91 @@ def _entropy(mass: Float[Tensor, "*shape"], logs: Float[Tensor, "*shape"]) -> Fl
     return torch.where(mass > 0, mass.log() - logs / mass, 0).clamp(min=0)
 
 
+@dataclass(frozen=True)
+class _Tap:
+    """Callbacks of attention modules, and the pass that they are for."""
+
+    callbacks: Mapping[nn.Module, Callable[[AttentionCall], None]]
+    in_pass: Callable[[], bool]
+
+
+_TAPS: dict[str, list[_Tap]] = {}
+"""Open taps by the name of the attention implementation, of all threads."""
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def tap_attention(
     implementation: str, callbacks: Mapping[nn.Module, Callable[[AttentionCall], None]]
 ) -> Iterator[None]:
-    """Passes the `AttentionCall` of chosen attention modules to callbacks inside the block.
+    """Passes the `AttentionCall` of chosen attention modules to callbacks inside the block, in one pass (`passes`).
 
-    The model and its config are not changed, other models are not affected, and the table is restored afterwards.
+    The model and its config are not changed, other models and passes are not affected, and the table is restored when
+    the last tap is closed.
 
     Args:
         implementation: The model's `config._attn_implementation`.
         callbacks: Attention modules with their callbacks.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # takes seconds
-
     if not callbacks:
         yield
         return
-    present = implementation in ALL_ATTENTION_FUNCTIONS._local_mapping
-    original = ALL_ATTENTION_FUNCTIONS.get(implementation)
-
-    def tapped(module, query, key, value, attention_mask=None, *args, **kwargs):
-        attend = original or eager_function(module)
-        output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
-        if module in callbacks:
-            callbacks[module](_call(module, query, key, value, output, weights, attention_mask, kwargs))
-        return output, weights
-
-    ALL_ATTENTION_FUNCTIONS[implementation] = tapped
+    tap = _Tap(callbacks, bound())
+    with _LOCK:
+        taps = _TAPS.setdefault(implementation, [])
+        if not taps:
+            _install(implementation, taps)
+        taps.append(tap)
     try:
         yield
     finally:
-        if present:
-            ALL_ATTENTION_FUNCTIONS[implementation] = original
-        else:
-            del ALL_ATTENTION_FUNCTIONS[implementation]
+        with _LOCK:
+            taps.remove(tap)
+            if not taps:
+                _restore(implementation)
 
 
-def eager_function(module: nn.Module) -> Callable:
-    """Returns the eager attention of the file that defines `module`: it is not in the shared table."""
-    return sys.modules[type(module).__module__].eager_attention_forward
+_REPLACED: dict[str, Callable | None] = {}
+"""Entries of the table that taps took the place of; None: there was none in its local part."""
+
+
+def _install(implementation: str, taps: list[_Tap]) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table  # takes seconds
+
+    _REPLACED[implementation] = table._local_mapping.get(implementation)
+    if implementation in table:
+        table[implementation] = _tapped(table[implementation], taps)
+        return
+    interface = table.get_interface  # eager attention is not in the table: each file gives its own as the default
+
+    def get_interface(name: str, default: Callable) -> Callable:
+        attend = interface(name, default)
+        return _tapped(attend, taps) if name == implementation and any(tap.in_pass() for tap in taps) else attend
+
+    table.get_interface = get_interface  # pyright: ignore[reportAttributeAccessIssue]  # of the one instance
+
+
+def _restore(implementation: str) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table  # takes seconds
+
+    before = _REPLACED.pop(implementation)
+    if "get_interface" in vars(table) and implementation not in table:
+        del table.get_interface
+    elif before is not None:
+        table[implementation] = before
+    else:
+        table._local_mapping.pop(implementation, None)
+
+
+def _tapped(attend: Callable, taps: list[_Tap]) -> Callable:
+    def tapped(module, query, key, value, attention_mask=None, *args, **kwargs):
+        output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
+        for tap in tuple(taps):
+            if module in tap.callbacks and tap.in_pass():
+                tap.callbacks[module](_call(module, query, key, value, output, weights, attention_mask, kwargs))
+        return output, weights
+
+    return tapped
 
 
 def _call(module, query, key, value, output, weights, mask, kwargs) -> AttentionCall:

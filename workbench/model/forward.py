@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from workbench.io.torch_state import plain_torch
 from workbench.model.offload import running_device
+from workbench.model.passes import bound, one_pass
 from workbench.sites.grammar import Site
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def run(
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     accepted_inputs = {name: value for name, value in inputs.items() if open_ended or name in accepted}
-    with evaluating(module), torch.enable_grad() if gradients else torch.inference_mode(), _uncompiled():
+    gradient_mode = torch.enable_grad() if gradients else torch.inference_mode()
+    with one_pass(module), evaluating(module), gradient_mode, _uncompiled():
         return module(input_ids=ids.to(device), **accepted_inputs)
 
 
@@ -138,11 +140,12 @@ def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callabl
 
 @contextmanager
 def _hooked(module: nn.Module, before: Callable | None, after: Callable) -> Iterator[None]:
-    """Registers a hook inside the block: `before` the module runs or, if that is None, `after` it."""
+    """Registers a hook inside the block, `before` the module runs or, if that is None, `after` it, for one pass."""
+    in_pass = bound()
     if before is None:
-        handle = module.register_forward_hook(after)
+        handle = module.register_forward_hook(lambda *call: after(*call) if in_pass() else None)
     else:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        handle = module.register_forward_pre_hook(lambda *call: before(*call) if in_pass() else None, with_kwargs=True)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ replaces the head's output. The result is then compared with the model's own log
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,7 @@ from workbench.io.errors import RequestError
 from workbench.io.parse import load_json
 from workbench.io.tensors import VERIFY, open_safetensors
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import evaluating, first_tensor, hook_tensor, run, text_config, the_tensor, trial_ids
+from workbench.model.forward import change_tensor, evaluating, hook_tensor, run, text_config, the_tensor, trial_ids
 from workbench.model.offload import real_copy, real_weight, running_device
 from workbench.store.manifest import UNEMBED, read_manifest
 
@@ -162,22 +163,14 @@ def _last_steps(
     """Last residual stream, input of the head, logits, and the norm between stream and head, from one pass."""
     blocks = last_block.rsplit(".", 1)[0]
     outside = {path: part for path, part in module.named_modules() if path and not f"{path}.".startswith(f"{blocks}.")}
-    block, heads, steps = [], [], {}
-
-    def note(path):
-        def hook(_module, args, kwargs, output):
-            layer_input = first_tensor(args) if args else first_tensor(kwargs)
-            steps[path] = (layer_input, first_tensor(output))
-
-        return hook
-
-    handles = [part.register_forward_hook(note(path), with_kwargs=True) for path, part in outside.items()]
-    try:
-        with hook_tensor(module.get_submodule(last_block), "out", block.append), hook_tensor(head, "in", heads.append):
-            logits = run(module, ids, mask).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    block, heads, steps = [], [], {path: ([], []) for path in outside}
+    with ExitStack() as stack:
+        for path, (inputs, outputs) in steps.items():
+            stack.enter_context(hook_tensor(outside[path], "in", inputs.append))
+            stack.enter_context(hook_tensor(outside[path], "out", outputs.append))
+        stack.enter_context(hook_tensor(module.get_submodule(last_block), "out", block.append))
+        stack.enter_context(hook_tensor(head, "in", heads.append))
+        logits = run(module, ids, mask).logits
     if len(block) != 1 or len(heads) != 1 or block[0] is None or heads[0] is None:
         raise NoUnembed(f"{type(module).__name__}: its last block and head do not each run once in a forward pass")
     resid, head_in = block[0].float(), heads[0].float()
@@ -187,7 +180,8 @@ def _last_steps(
         )
     if _parallel(resid, head_in):
         return resid, head_in, logits, None
-    for path, (layer_input, output) in steps.items():
+    for path, seen in steps.items():
+        layer_input, output = (tensors[-1] if tensors else None for tensors in seen)
         if (
             layer_input is None
             or output is None
@@ -206,14 +200,8 @@ def _after_head(module: nn.Module, head: nn.Linear, ids: Tensor, mask: Tensor) -
     steps = torch.logspace(-2, 4, (width + 1) // 2, device=running_device(head))
     ramp = torch.stack([steps, -steps], dim=1).flatten()[:width]
 
-    def replace_output(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
-        return ramp.to(output.dtype).expand_as(output)
-
-    handle = head.register_forward_hook(replace_output)
-    try:
+    with change_tensor(head, "out", lambda output: ramp.to(output).expand_as(output)):
         output = run(module, ids, mask).logits
-    finally:
-        handle.remove()
     vocab = output.shape[-1]
     inputs, answer = ramp[:vocab].to(output.dtype).cpu().double(), output[0, 0].cpu().double()
     coarse = output.dtype not in (torch.float32, torch.float64)
