@@ -24,7 +24,7 @@ from store_example import (
 
 from workbench.io.errors import RequestError
 from workbench.io.files import sha256_bytes
-from workbench.store.manifest import read_manifest, write_manifest
+from workbench.store.manifest import describe, read_manifest, write_manifest
 from workbench.store.verify import verify
 
 SEGMENTS = [[3, 2], [4], [1, 1, 5]]
@@ -249,6 +249,20 @@ def test_an_unfinished_recording_is_a_note(path):
     assert found(path) == []
     assert found(path, "note") == [("", "manifest.json", "incomplete"), ("", "00002", "unlisted")]
     assert verify(path)["detail"][0] == "9 of 16 planned rows are committed"
+
+
+def test_what_the_recording_did_to_its_texts_is_a_note_and_in_the_description(path):
+    manifest = read_manifest(path)
+    (part,) = manifest.parts
+    changed = replace(part, skipped_documents=1, cut_documents=1234, replaced_characters=2)
+    write_manifest(path, replace(manifest, parts=(changed,)))
+    assert found(path) == []
+    assert verify(path)["detail"].tolist() == [
+        "1 document without a token skipped",
+        "1,234 documents longer than the context cut into several sequences",
+        "2 characters that are not valid Unicode replaced by U+FFFD",
+    ]
+    assert describe(path, read_manifest(path)).splitlines()[-1] == f"notes    {'; '.join(verify(path)['detail'])}"
 
 
 def test_checksums_are_sha256(path):

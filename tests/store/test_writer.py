@@ -288,6 +288,15 @@ def test_an_unfinished_append_is_resumed_by_the_same_call(tmp_path):
     assert read_manifest(path).complete
 
 
+def test_a_store_from_before_cut_documents_were_counted_is_resumed(tmp_path):
+    path = write_store(tmp_path / "x", SEGMENTS)
+    with writing(path) as store:
+        same = replace(part_of(SEGMENTS), cut_documents=1)
+        assert store.begin(same, append=False) == len(SEGMENTS)
+        other = replace(same, documents=2)
+        assert "holds other texts" in refused(RequestError, lambda: store.begin(other, append=False))
+
+
 def test_other_texts_are_refused(tmp_path):
     path = write_store(tmp_path / "x", SEGMENTS)
     with writing(path) as store:

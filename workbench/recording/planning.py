@@ -155,6 +155,7 @@ def plan_part(
         documents=sequences.documents,
         skipped_documents=sequences.skipped_documents,
         replaced_characters=sequences.replaced_characters,
+        cut_documents=sequences.cut_documents,
     )
     parts = writer.manifest.parts
     number = len(parts) if append and writer.manifest.complete else max(0, len(parts) - 1)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,9 @@ FEATURES = "features"
 
 _NEW_MODEL_KEYS = {"causal": True}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
+
+_NEW_PART_KEYS = {"cut_documents": None}
+"""Keys of a part that version 2 added."""
 
 _NEW_KEYS = {"complete": False}
 """Keys of the manifest that version 2 added; `parse_manifest` finds whether a store of version 1 is complete."""
@@ -119,6 +123,13 @@ class Part:
     """Documents without a token."""
     replaced_characters: int
     """Characters that are not valid Unicode, stored as U+FFFD."""
+    cut_documents: int | None = None
+    """Documents longer than the context, cut into several sequences. None: not counted, in version 1."""
+
+    def same_texts(self, other: Part) -> bool:
+        """Returns True if both have the same counts, as far as both were counted."""
+        counted = None not in (self.cut_documents, other.cut_documents)
+        return self == (other if counted else replace(other, cut_documents=self.cut_documents))
 
 
 @dataclass(frozen=True)
@@ -289,8 +300,13 @@ def _not_as_planned(manifest: Manifest) -> str | None:
 
 def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
     """A manifest of version 1 with the values of the keys that version 2 added; its own keys are left as they are."""
-    model = value.get("model")
-    return _NEW_KEYS | value | ({"model": _NEW_MODEL_KEYS | model} if isinstance(model, dict) else {})
+    model, parts = value.get("model"), value.get("parts")
+    value = _NEW_KEYS | value
+    if isinstance(model, dict):
+        value["model"] = _NEW_MODEL_KEYS | model
+    if isinstance(parts, list):
+        value["parts"] = [_NEW_PART_KEYS | part if isinstance(part, dict) else part for part in parts]
+    return value
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -309,9 +325,14 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     """The manifest as it is written, without its checksum: one of version 1 has only the keys of version 1."""
     body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     if manifest.version == 1:
-        body = {key: value for key, value in body.items() if key not in _NEW_KEYS}
-        body["model"] = {key: value for key, value in vars(manifest.model).items() if key not in _NEW_MODEL_KEYS}
+        body = _without(body, _NEW_KEYS)
+        body["model"] = _without(vars(manifest.model), _NEW_MODEL_KEYS)
+        body["parts"] = [_without(vars(part), _NEW_PART_KEYS) for part in manifest.parts]
     return body
+
+
+def _without(entries: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if key not in keys}
 
 
 def parse_segment(text: bytes, source: Path) -> SegmentRecord:
@@ -366,9 +387,25 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
+    if notes := text_notes(manifest):
+        lines["notes"] = "; ".join(notes)
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
         lines["features"] = short_list(features)
     return lines
+
+
+def text_notes(manifest: Manifest) -> list[str]:
+    """Returns sentences about what the recording did to its texts; none where all are stored as they came."""
+    parts = manifest.parts
+    counts = {
+        "{} without a token skipped": sum(part.skipped_documents for part in parts),
+        "{} longer than the context cut into several sequences": sum(part.cut_documents or 0 for part in parts),
+    }
+    notes = [text.format(f"{n:,} {'document' if n == 1 else 'documents'}") for text, n in counts.items() if n]
+    if replaced := sum(part.replaced_characters for part in parts):
+        characters = "1 character that is" if replaced == 1 else f"{replaced:,} characters that are"
+        notes.append(f"{characters} not valid Unicode replaced by U+FFFD")
+    return notes
 
 
 def short_list(names: list[str], limit: int = 8) -> str:

@@ -34,6 +34,7 @@ from workbench.store.manifest import (
     SiteRecord,
     parse_segment,
     read_manifest,
+    text_notes,
 )
 from workbench.store.token_table import check_tokens, read_tokens, without_nan
 
@@ -54,7 +55,7 @@ class Finding:
     file: str
     finding: str
     """missing segment, missing file, truncated, size differs, checksum differs, unreadable, wrong model, wrong tensor,
-    wrong tokens, not finite, overflow, incomplete, leftover, waiting or unlisted."""
+    wrong tokens, not finite, overflow, incomplete, changed texts, leftover, waiting or unlisted."""
     detail: str
     severity: Severity = "error"
 
@@ -82,6 +83,8 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
     if not manifest.complete:
         detail = f"{manifest.rows} of {manifest.planned_rows} planned rows are committed"
         yield Finding("", MANIFEST, "incomplete", detail, "note")
+    for text in text_notes(manifest):
+        yield Finding("", MANIFEST, "changed texts", text, "note")
     if manifest.unembed is not None:
         yield from _check_unembed(path / UNEMBED, manifest.unembed, progress)
     yield from _check_leftovers(path, manifest)

@@ -176,9 +176,11 @@ class Writer:
                 self._replace(_with_parts(self.manifest, (part,)))
             elif append and not unfinished:  # the first commit lists the part: a refused append leaves the store alone
                 self.manifest = _with_parts(self.manifest, (*parts, part))
-            elif parts[-1] != part and unfinished and not self._part_segments():  # without a committed segment
+            elif (
+                not parts[-1].same_texts(part) and unfinished and not self._part_segments()
+            ):  # without a committed segment
                 self._replace(_with_parts(self.manifest, (*parts[:-1], part)))
-            elif parts[-1] != part:
+            elif not parts[-1].same_texts(part):
                 hint = "resume that part with its own texts" if append else "pass append=True to add texts"
                 raise RequestError(
                     f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} requested; "
