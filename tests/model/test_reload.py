@@ -59,10 +59,8 @@ def test_device(demo_store):
 
 def test_weights_of_the_recorded_precision(tiny_models, tmp_path):
     """A directory in float32 of a recording in bfloat16 is loaded in bfloat16."""
-    module = copy.deepcopy(tiny_models["llama"])
-    half = Model(copy.deepcopy(module).bfloat16(), None, "half")
-    store = record(half, tmp_path / "acts")
-    module.save_pretrained(tmp_path / "there")
+    tiny_models["llama"].save_pretrained(tmp_path / "there")
+    store = record(wb.load_model(tmp_path / "there", device="cpu", dtype="bfloat16"), tmp_path / "acts")
     found = recorded_model(store, str(tmp_path / "there"), device="cpu")
     assert found.dtype == torch.bfloat16
 
@@ -81,9 +79,10 @@ def test_other_weights_are_refused(tiny):
     other = copy.deepcopy(model.module)
     with torch.no_grad():
         other.model.norm.weight[0] += 1e-6
+    changed = Model(other, None, "other").fingerprint()
     assert refused(RequestError, lambda: recorded_model(store, Model(other, None, "other"))) == (
-        "model 'other' has other weights than the store 'acts' was recorded from ('tiny-llama', LlamaForCausalLM); "
-        "give the one that was recorded"
+        "model 'other' is not the one that the store 'acts' was recorded from ('tiny-llama', LlamaForCausalLM): its "
+        f"weights are other ones ({changed[:12]}, not {model.fingerprint()[:12]}); give the model as it was recorded"
     )
     said = refused(RequestError, lambda: recorded_model(store, "demo", device="cpu"))
-    assert said.startswith("model 'demo' has other weights")
+    assert said.startswith("model 'demo' is not the one that the store")

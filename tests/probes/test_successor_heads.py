@@ -254,7 +254,7 @@ def test_model_and_device(planted, result, tokenizer, tmp_path):
     again = replace(FEW, model=str(tmp_path / "there"), device="cpu").run(store)
     np.testing.assert_array_equal(again.data["score"], result.data["score"])
     said = refused(RequestError, lambda: replace(FEW, model="demo").run(store))
-    assert said.startswith("model 'demo' has other weights")
+    assert said.startswith("model 'demo' is not the one that the store")
     assert refused(RequestError, lambda: run(planted, device="toaster")).startswith("device 'toaster' cannot be used")
 
 

@@ -2,10 +2,18 @@
 
 import pytest
 from crash_points import try_crash_points
-from recorded_operations import recording
+from recorded_operations import appending, recording, recording_once
 
 
-@pytest.mark.parametrize(("operation", "fault", "sample"), [(recording, "kill", 8), (recording, "interrupt", 3)])
+@pytest.mark.parametrize(
+    ("operation", "fault", "sample"),
+    [
+        (recording, "kill", 6),
+        (recording, "interrupt", 3),
+        (recording_once, "kill", 6),
+        (appending, "kill", 6),
+    ],
+)
 def test_the_same_call_after_a_fault_ends_with_the_same_bytes(operation, fault, sample):
     trials = try_crash_points(operation, faults=[fault], sample=sample)
     assert trials.problems == []

@@ -290,7 +290,7 @@ def test_other_settings_model_or_texts_are_refused_with_the_difference(llama, ti
     changed = copy.deepcopy(llama.module)
     changed.lm_head.weight.data[0, 0] += 1
     with pytest.raises(
-        RequestError, match=r"model: LlamaForCausalLM with weights .* in the store, LlamaForCausalLM with"
+        RequestError, match=r"the model is not the recorded one: its weights are other ones \(.*\); request the same"
     ):
         record(Model(changed, None, "tiny-llama"), sequences, tmp_path / "s", context=16)
     with pytest.raises(RequestError, match="texts differ from the recorded ones in segment 00000"):

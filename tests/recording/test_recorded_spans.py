@@ -115,7 +115,7 @@ def test_a_store_from_before_spans_is_resumed(model, tmp_path):
     older = {name: value for name, value in manifest.recording.items() if name != "span_column"}
     write_manifest(path, dataclasses.replace(manifest, recording=older))
     assert record(model, texts, path).rows == manifest.rows
-    assert record(model, texts, path, append=True).rows == 2 * manifest.rows
+    assert record(model, texts, path, append="again").rows == 2 * manifest.rows
     assert read_manifest(path).recording == older
     assert record(model, RECORDS, path, append=True).tokens["rank"].null_count > 2 * manifest.rows
 

@@ -206,11 +206,13 @@ def test_a_site_that_cannot_be_replaced_is_refused(model, recorded, tmp_path):
 def test_another_model_is_refused(recorded, tiny_models, model, tmp_path):
     other = Model(tiny_models["llama"], model.tokenizer, "tiny-llama")
     sae = identity_sae(tmp_path / "same", 32, "resid_post.0")
-    sums = other.fingerprint()[:12], model.fingerprint()[:12]
-    assert refused(RequestError, lambda: sae_metrics(recorded, sae, model=other)) == (
-        f"model tiny-llama with weights {sums[0]} is not the one that {recorded.path} was recorded from, tiny-gpt2 "
-        f"with weights {sums[1]}; load that one"
+    assert refused(RequestError, lambda: sae_metrics(recorded, sae, model=other)).startswith(
+        "model 'tiny-llama' is not the one that the store 'x.acts' was recorded from ('tiny-gpt2', GPT2LMHeadModel): "
     )
+    hook = model.module.transformer.h[0].register_forward_hook(lambda *_: None)
+    text = refused(RequestError, lambda: sae_metrics(recorded, sae, model=model))
+    hook.remove()
+    assert "its forward hooks are transformer.h.0: " in text
 
 
 def test_rows_without_a_next_token_have_no_loss(recorded, model, tmp_path):

@@ -340,10 +340,16 @@ def test_a_segment_with_other_token_columns_is_refused(tmp_path):
         ({"recording": Recording(context=8, metadata=())}, "metadata: None in the store, [] requested"),
         (
             {"model": replace(MODEL, fingerprint="ff" * 32)},
-            "model: GPT2LMHeadModel with weights a1a1a1a1a1a1 in the store",
+            "the model is not the recorded one: its weights are other ones (ffffffffffff, not a1a1a1a1a1a1)",
         ),
-        ({"model": replace(MODEL, config_fingerprint="ee")}, "model config: b2b2b2b2b2b2 in the store, ee requested"),
-        ({"model": replace(MODEL, dtype="bfloat16")}, "model dtype: float32 in the store, bfloat16 requested"),
+        (
+            {"model": replace(MODEL, config_fingerprint="ee")},
+            "the model is not the recorded one: its config is another one (ee, not b2b2b2b2b2b2)",
+        ),
+        (
+            {"model": replace(MODEL, dtype="bfloat16")},
+            "the model is not the recorded one: it computes in bfloat16, not in float32",
+        ),
         ({"model": replace(MODEL, tokenizer_fingerprint=None)}, "tokenizer: c3c3c3c3c3c3 in the store, None requested"),
         (
             {"tokens_added": {"prefix": [], "suffix": [2]}},

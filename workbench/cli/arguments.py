@@ -118,9 +118,11 @@ def _divide(arguments: Sequence[str], options: Sequence[Option]) -> dict[Option,
         if option in given and not option.reader.several:
             raise RequestError(f"{name} is given twice; give it once")
         if option.reader.flag:
-            if equals:
+            if not equals and waiting and waiting[0] in option.reader.choices:
+                value = waiting.pop(0)
+            if value not in ("", *option.reader.choices) or (equals and not value):
                 raise RequestError(f"{name} takes no value, but has {value!r}; leave it out")
-            given[option] = ["" if name.startswith("--no-") and option.flag != name else name]
+            given[option] = ["" if name.startswith("--no-") and option.flag != name else value or name]
         elif option.reader.several:
             count = next((n for n, following in enumerate(waiting) if _is_option(following)), len(waiting))
             given.setdefault(option, []).extend([value] if equals else waiting[:count])
@@ -168,7 +170,7 @@ def _check_missing(options: Sequence[Option], given: dict[Option, list[str]]) ->
 def _value(option: Option, words: list[str]) -> Any:
     reader = option.reader
     if reader.flag:
-        return bool(words[0])
+        return reader.read(words[0]) if words[0] in reader.choices else bool(words[0])
     if reader.optional and words == ["None"]:
         return None
     if reader.several and not option.positional:

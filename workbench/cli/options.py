@@ -38,7 +38,7 @@ class Reader:
     several: bool = False
     """The option takes any number of words, and its value is a tuple."""
     flag: bool = False
-    """The option takes no word."""
+    """The option takes no word, or one of the choices."""
     optional: bool = False
     """The word None stands for no value."""
 
@@ -132,6 +132,8 @@ def _reader(hint: Any) -> Reader | None:
     if origin in (Union, types.UnionType):
         readers = [_reader(part) for part in inner if part is not type(None)]
         first = readers[0]
+        if inner[0] is bool and len(readers) == 2 and readers[1] is not None and readers[1].choices:
+            return Reader(readers[1].read, f"[{readers[1].metavar}]", readers[1].choices, flag=True)
         if len(readers) > 1 or first is None or first.flag:
             return None
         return Reader(first.read, first.metavar, first.choices, first.several, optional=True)

@@ -44,8 +44,8 @@ class Record:
     """Stored type of the feature activations."""
     sae_force: bool = False
     """Use an SAE that was trained on another site or model."""
-    append: bool = False
-    """Add the texts to an existing store."""
+    append: bool | Literal["again"] = False
+    """Add the texts to an existing store. again: even if it ends with these texts."""
     tokenizer: str | None = None
     """Directory or hub id of a tokenizer other than the model's."""
     device: str | None = None

@@ -19,6 +19,7 @@ from workbench.corpus.columns import ColumnSpool, open_table
 from workbench.corpus.sources import Document
 from workbench.corpus.tokenizer import AddedTokens, Encoding, encode, replace_surrogates, special_ids
 from workbench.io.errors import RequestError
+from workbench.io.files import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,8 @@ class Sequences:
     """Documents longer than the context, their added tokens included."""
     replaced_characters: int
     """Lone surrogates and invalid UTF-8 bytes, each tokenized as U+FFFD."""
+    columns: str
+    """SHA-256 over the metadata and spans of all documents."""
 
     @property
     def lengths(self) -> Int64[np.ndarray, " sequence"]:
@@ -190,7 +193,9 @@ class _SequenceWriter:
             )
         for name, spool in self.spools.items():
             spool.write_table(self.workdir / f"{name}.arrow")
-        counts = {"special_ids": sorted(special_ids), **self.counts}
+            spool.lines.flush()
+        spooled = [sha256_file(self.workdir / f"{name}.jsonl") for name in self.spools]
+        counts = {"special_ids": sorted(special_ids), **self.counts, "columns": sha256_bytes("".join(spooled).encode())}
         (self.workdir / _COUNTS).write_text(json.dumps(counts))
 
     def _lay(self, document: int, body: Encoding, prefix: np.ndarray) -> None:

@@ -7,15 +7,29 @@ from dataclasses import replace
 from workbench.io.errors import RequestError
 from workbench.io.tasks import first_line, import_ray
 from workbench.model.load import Loading, Model
+from workbench.model.reload import recorded_difference
+from workbench.store.manifest import ModelRecord
+
+_PASS_MODULE = (
+    "workers load it anew, without what was changed since load_model: save it and name the directory, pass the module "
+    "itself, or record without workers"
+)
 
 
-def pack_model(model: Model) -> Loading | bytes:
+def pack_model(model: Model, recorded: ModelRecord) -> Loading | bytes:
     """Returns what another process needs to have the same model.
 
+    Args:
+        model: The model.
+        recorded: What a store records of it.
+
     Raises:
-        RequestError: A module that was not loaded by `load_model` and cannot be pickled, or is not on the CPU.
+        RequestError: A model that was given hooks after `load_model`, or a module that cannot be pickled or is not on
+            the CPU.
     """
     if model.loading is not None:
+        if recorded.identity is not None and (hooks := recorded.identity.hooks):
+            raise RequestError(f"model {model.name!r} has a forward hook ({hooks[0]}); {_PASS_MODULE}")
         return model.loading
     if model.device.type != "cpu":
         raise RequestError(
@@ -31,20 +45,17 @@ def pack_model(model: Model) -> Loading | bytes:
         ) from None
 
 
-def unpack_model(packed: Loading | bytes, device: str, fingerprint: str) -> Model:
+def unpack_model(packed: Loading | bytes, device: str, recorded: ModelRecord) -> Model:
     """Returns the model that `pack_model` packed, on `device`.
 
     Raises:
-        RequestError: Weights with another fingerprint, because the model was changed after it was loaded.
+        RequestError: A model that behaves otherwise than the recorded one, because it was changed after it was loaded.
     """
     if isinstance(packed, Loading):
         model = packed.load(device)
     else:
         model = import_ray().cloudpickle.loads(packed)
         model.module.to(device)
-    if model.fingerprint() != fingerprint:
-        raise RequestError(
-            f"model {model.name!r} has other weights here than where it is loaded anew; it was changed after "
-            "load_model: save it and name the directory, or pass the module itself"
-        )
+    if problem := recorded_difference(recorded, model):
+        raise RequestError(f"model {model.name!r} is another one in a worker: {problem}; {_PASS_MODULE}")
     return model

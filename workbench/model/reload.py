@@ -8,15 +8,17 @@ import torch
 
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, load_model
+from workbench.store.identity import difference
 
 if TYPE_CHECKING:
+    from workbench.store.manifest import ModelRecord
     from workbench.store.reader import Store
 
 
 def recorded_model(store: Store, model: Model | str | None = None, device: str | torch.device | None = None) -> Model:
-    """Returns the model that a store was recorded from, after comparing its weights.
+    """Returns the model that a store was recorded from, after comparing its behaviour.
 
-    Costs a checksum of all weights, about 1 s a gigabyte.
+    Costs a checksum of all weights, about 1 s a gigabyte, and a forward pass over 16 tokens.
 
     Args:
         store: The store.
@@ -25,7 +27,7 @@ def recorded_model(store: Store, model: Model | str | None = None, device: str |
         device: Device to load it on. None: the GPU if there is one.
 
     Raises:
-        RequestError: The model cannot be loaded, or has other weights.
+        RequestError: The model cannot be loaded, or is not the recorded one.
     """
     recorded = store.manifest.model
     if model is None:
@@ -37,9 +39,31 @@ def recorded_model(store: Store, model: Model | str | None = None, device: str |
                 f"give model=, the directory it was recorded from ({error})"
             ) from error
     loaded = model if isinstance(model, Model) else load_model(model, device=device, dtype=recorded.dtype)
-    if loaded.fingerprint() != recorded.fingerprint:
-        raise RequestError(
-            f"model {loaded.name!r} has other weights than the store {store.path.name!r} was recorded from "
-            f"({recorded.name!r}, {recorded.architecture}); give the one that was recorded"
-        )
+    check_recorded(store, loaded)
     return loaded
+
+
+def check_recorded(store: Store, model: Model) -> None:
+    """Refuses a model that does not behave as the one that a store was recorded from; its hooks and adapters count.
+
+    Costs a checksum of all weights, about 1 s a gigabyte, and a forward pass over 16 tokens.
+
+    Raises:
+        RequestError: The model differs, in its weights or in anything else that decides its activations.
+    """
+    recorded = store.manifest.model
+    if problem := recorded_difference(recorded, model):
+        raise RequestError(
+            f"model {model.name!r} is not the one that the store {store.path.name!r} was recorded from "
+            f"({recorded.name!r}, {recorded.architecture}): {problem}; give the model as it was recorded"
+        )
+
+
+def recorded_difference(recorded: ModelRecord, model: Model) -> str | None:
+    """Returns a phrase that names what differs in `model` from the recorded one; None if both behave alike.
+
+    Of a store of format version 1 the weights alone are known.
+    """
+    if recorded.identity is not None:
+        return difference(recorded.identity, model.identity())
+    return None if model.fingerprint() == recorded.fingerprint else "its weights are other ones"

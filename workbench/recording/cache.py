@@ -14,11 +14,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from workbench.io.errors import RequestError
-from workbench.io.files import locked, replace_file, sha256_bytes, sha256_file
+from workbench.io.files import PARTIAL, locked, remove, replace_file, sha256_bytes, sha256_file
 from workbench.io.log import PROGRESS
 from workbench.sites.settings import RecordingOptions, recording
 from workbench.store.manifest import MANIFEST, read_manifest
@@ -40,8 +41,10 @@ def record_once(
 ) -> Store:
     """Returns the recording of texts by a model from a cache, after making it if it is not there.
 
-    A recording is identified by the weights, config, tokenizer and name of the model, the texts and the settings. Costs
-    a checksum of the weights, about 1 s a gigabyte, and of the texts.
+    A recording is identified by the weights, config, tokenizer and name of the model, the texts and the settings. If
+    the model behaves otherwise than the recorded one, because of a hook or an adapter, the recording is made in a
+    folder of its own, whose name ends in `-2`, `-3`, .... Costs a checksum of the weights, about 1 s a gigabyte, a
+    forward pass over 16 tokens, and a checksum of the texts.
 
     Args:
         model: The model.
@@ -53,27 +56,38 @@ def record_once(
     Raises:
         RequestError: As `record`, and for texts that are neither a file nor a list.
     """
-    from workbench.recording.record import record  # takes seconds: torch
+    from workbench.recording.planning import model_record  # takes seconds: torch
+    from workbench.recording.record import record
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
+    from workbench.store.writer import remove_leftovers
 
-    settings = recording(**options)
+    settings, present = recording(**options), model_record(model)
     request = {
-        "model": model.name,
-        "revision": model.revision,
-        "weights": model.fingerprint(),
-        "config": model.config_fingerprint(),
-        "tokenizer": model.tokenizer_fingerprint(),
+        "model": present.name,
+        "revision": present.revision,
+        "weights": present.fingerprint,
+        "config": present.config_fingerprint,
+        "tokenizer": present.tokenizer_fingerprint,
         "texts": _digest(texts),
         "recording": asdict(settings),
     }
     text = json.dumps(request, indent=1, sort_keys=True) + "\n"
-    place = Path(folder) / f"{_slug(model.name)}-{sha256_bytes(text.encode())[:16]}"
-    path = place / STORE
-    with locked(place, wait=lambda: PROGRESS.info(f"waiting for another process that records {path}")):
-        if (path / MANIFEST).exists() and read_manifest(path).complete:
-            return open_store(path)
-        replace_file(place / REQUEST, text.encode())
-        return record(model, texts, out=path, settings=settings, show_progress=show_progress)
+    name = f"{_slug(model.name)}-{sha256_bytes(text.encode())[:16]}"
+    number = 1
+    while True:
+        place = Path(folder) / (name if number == 1 else f"{name}-{number}")
+        path = place / STORE
+        with locked(place, wait=partial(PROGRESS.info, f"waiting for another process that records {path}")):
+            manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+            if manifest is None or not manifest.model.difference(present):
+                for leftover in place.glob(f".{REQUEST}.*{PARTIAL}"):
+                    remove(leftover)
+                if manifest is not None and manifest.complete:
+                    remove_leftovers(path, manifest)
+                    return open_store(path)
+                replace_file(place / REQUEST, text.encode())
+                return record(model, texts, out=path, settings=settings, show_progress=show_progress)
+        number += 1
 
 
 def _digest(texts: Sequence[Any] | str | Path) -> str:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, segment_plan
 from workbench.corpus.sources import Document
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from workbench.features.while_recording import EncodedSite, RecordedFeatures
 
 _LOG = logging.getLogger(__name__)
+
+AGAIN = "again"
+Append = bool | Literal["again"]
+"""True: add texts to a store, unless it ends with them. "again": add them even then."""
 
 _SITES = ("resid_post",)
 _SEGMENT_BYTES = 256 << 20
@@ -134,7 +138,7 @@ def plan_tokens(
 
 
 def plan_part(
-    plan: RecordingPlan, writer: Writer, sequences: Sequences, folder: Path, append: bool
+    plan: RecordingPlan, writer: Writer, sequences: Sequences, folder: Path, append: Append
 ) -> tuple[PartPlan, list[PlannedSegment]]:
     """Begins or resumes a part of the store; returns its plan and all its segments, committed ones included.
 
@@ -143,24 +147,15 @@ def plan_part(
         writer: The open store.
         sequences: Planned sequences of the part.
         folder: Folder of their files.
-        append: Add the part after those of the store.
+        append: Add the part after those of the store; texts that it ends with already only if it is "again".
 
     Raises:
         RequestError: The store holds other texts, or columns that do not fit those of the texts.
     """
-    lengths = sequences.lengths
-    part = Part(
-        rows=int(lengths.sum()),
-        sequences=len(lengths),
-        documents=sequences.documents,
-        skipped_documents=sequences.skipped_documents,
-        replaced_characters=sequences.replaced_characters,
-        cut_documents=sequences.cut_documents,
-    )
-    parts = writer.manifest.parts
-    number = len(parts) if append and writer.manifest.complete else max(0, len(parts) - 1)
-    check_new_columns(writer.path, writer.manifest, number, sequences)
-    committed = writer.begin(part, append=append)
+    lengths, starts = sequences.lengths, sequences.starts
+    cuts = segment_plan(lengths, plan.segment_rows)
+    digests = [digest(sequences.token_ids[starts[first] : starts[last]], lengths[first:last]) for first, last in cuts]
+    committed = _begin(writer, sequences, digests, append)
     before = writer.manifest.parts[:-1]
     part_plan = PartPlan(
         store=writer.path.absolute(),
@@ -172,13 +167,45 @@ def plan_part(
         document_offset=sum(part.documents for part in before),
     )
     first_number = len(writer.manifest.segments) - committed
-    segments = [
-        _planned_segment(part_plan, sequences, first, last, number)
-        for number, (first, last) in enumerate(segment_plan(lengths, plan.segment_rows), first_number)
+    return part_plan, [
+        PlannedSegment(
+            name=f"{number:05d}",
+            part=len(before),
+            rows=int(starts[last] - starts[first]),
+            sequences=last - first,
+            first_row=int(starts[first]) + part_plan.row_offset,
+            first_sequence=first + part_plan.sequence_offset,
+            digest=known,
+        )
+        for number, ((first, last), known) in enumerate(zip(cuts, digests, strict=True), first_number)
     ]
-    for index, segment in enumerate(segments[:committed]):
-        writer.check(index, segment.digest)
-    return part_plan, segments
+
+
+def _begin(writer: Writer, sequences: Sequences, digests: Sequence[str], append: Append) -> int:
+    """Begins or resumes the part of these sequences; returns the number of its committed segments."""
+    lengths = sequences.lengths
+    part = Part(
+        rows=int(lengths.sum()),
+        sequences=len(lengths),
+        documents=sequences.documents,
+        skipped_documents=sequences.skipped_documents,
+        replaced_characters=sequences.replaced_characters,
+        cut_documents=sequences.cut_documents,
+        columns=sequences.columns,
+    )
+    if append and append != AGAIN and writer.ends_with(part, digests):
+        _LOG.warning(
+            f"append: {writer.path} ends with these texts already, {part.rows:,} rows; nothing is added. To add them "
+            'once more, pass append="again" (--append again)'
+        )
+        return len(digests)
+    parts = writer.manifest.parts
+    number = len(parts) if append and writer.manifest.complete else max(0, len(parts) - 1)
+    check_new_columns(writer.path, writer.manifest, number, sequences)
+    committed = writer.begin(part, append=bool(append))
+    for index, known in enumerate(digests[:committed]):
+        writer.check(index, known)
+    return committed
 
 
 def context_length(settings: Recording, model: Model) -> int:
@@ -202,20 +229,6 @@ def default_segment_rows(sites: Sequence[SiteRecord]) -> int:
     return max(1, min(_SEGMENT_ROWS, _SEGMENT_BYTES // sum(site.row_bytes for site in sites)))
 
 
-def _planned_segment(plan: PartPlan, sequences: Sequences, first: int, last: int, number: int) -> PlannedSegment:
-    """The segment of the sequences from `first` to before `last`."""
-    start, stop = int(sequences.starts[first]), int(sequences.starts[last])
-    return PlannedSegment(
-        name=f"{number:05d}",
-        part=len(plan.manifest.parts) - 1,
-        rows=stop - start,
-        sequences=last - first,
-        first_row=start + plan.row_offset,
-        first_sequence=first + plan.sequence_offset,
-        digest=digest(sequences.token_ids[start:stop], sequences.lengths[first:last]),
-    )
-
-
 def _site_record(site: Site, context: int, dtype: str) -> SiteRecord:
     shape = tuple(context if length is None else length for length in site.shape)
     return SiteRecord(name=site.name, short=site.short, axes=("row", *site.axes), shape=shape, dtype=dtype)
@@ -223,11 +236,11 @@ def _site_record(site: Site, context: int, dtype: str) -> SiteRecord:
 
 def model_record(model: Model) -> ModelRecord:
     """Returns what a store records of its model."""
-    sites = model.site_map
+    sites, identity = model.site_map, model.identity()
     return ModelRecord(
         name=model.name,
         architecture=model.architecture,
-        fingerprint=model.fingerprint(),
+        fingerprint=identity.weights,
         config_fingerprint=model.config_fingerprint(),
         tokenizer_fingerprint=model.tokenizer_fingerprint(),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -237,6 +250,7 @@ def model_record(model: Model) -> ModelRecord:
         vocab=model.vocab,
         adapter=sites.adapter,
         causal=sites.causal,
+        identity=identity,
     )
 
 

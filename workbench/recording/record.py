@@ -12,13 +12,14 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 
 from workbench.corpus.sources import Texts, check_source, read_documents
+from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
@@ -27,6 +28,8 @@ from workbench.model.load import Model, load_model
 from workbench.model.location import locate
 from workbench.model.preview import check_config
 from workbench.recording.planning import (
+    AGAIN,
+    Append,
     RecordingPlan,
     model_record,
     plan_part,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
+@plain_torch()
 def record(
     model: Model | PreTrainedModel | str | Path,
     texts: Texts,
@@ -59,7 +63,7 @@ def record(
     sae_site: str | None = None,
     sae_dtype: str = "float32",
     sae_force: bool = False,
-    append: bool = False,
+    append: Append = False,
     workers: Workers | None = None,
     show_progress: bool = True,
     **options: Unpack[RecordingOptions],
@@ -78,7 +82,7 @@ def record(
         sae_site: Site that the SAE reads. None: the one it was trained on.
         sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
-        append: Add the texts after those of an existing store.
+        append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
         workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
         show_progress: Show progress bars.
         **options: Fields of `Recording`; each replaces that of `settings`.
@@ -102,8 +106,32 @@ def record(
         RequestError: An unknown site, settings other than the store's, not enough space, an SAE that does not fit.
         DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
+    check("append", append, one_of=(False, True, AGAIN))
     features = _features(sae, sae_site, sae_dtype, sae_force)
-    return _record(model, texts, Path(out), recording(settings, **options), features, append, workers, show_progress)
+    workers = workers or ThisProcess()
+    check_source(texts)
+    if isinstance(model, str | Path):
+        check_config(locate(model), recording(settings, **options).sites)
+    if not isinstance(model, Model):
+        model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
+    plan = plan_recording(model, recording(settings, **options), Path(out), features)
+    documents = read_documents(
+        texts,
+        text_column=plan.settings.text_column,
+        metadata=plan.settings.metadata,
+        span_column=plan.settings.span_column,
+    )
+    with (
+        _opened(plan, model, Path(out), workers) as writer,
+        explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows),
+        _scratch(writer.path, workers.suffix) as folder,
+    ):
+        if append:
+            _check_append(plan, writer)
+        sequences = plan_tokens(plan, model, documents, folder, show_progress)
+        part, segments = plan_part(plan, writer, sequences, folder, append)
+        write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
+    return finish_recording(Path(out), plan, workers, show_progress)
 
 
 def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> RecordedFeatures | None:
@@ -116,46 +144,12 @@ def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> Rec
     return RecordedFeatures(sae, site, dtype, force)
 
 
-@plain_torch()
-def _record(
-    model: Model | PreTrainedModel | str | Path,
-    texts: Texts,
-    out: Path,
-    settings: Recording,
-    features: RecordedFeatures | None,
-    append: bool,
-    workers: Workers | None,
-    show_progress: bool,
-) -> Store:
-    check_source(texts)
-    workers = workers or ThisProcess()
-    if not isinstance(model, Model):
-        if isinstance(model, str | Path):
-            check_config(locate(model), settings.sites)
-        model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
-    plan = plan_recording(model, settings, out, features)
-    documents = read_documents(
-        texts,
-        text_column=plan.settings.text_column,
-        metadata=plan.settings.metadata,
-        span_column=plan.settings.span_column,
-    )
-    with _opened(plan, model, out, append, workers) as writer, _scratch(out, workers.suffix) as folder:
-        with explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows):
-            sequences = plan_tokens(plan, model, documents, folder, show_progress)
-        part, segments = plan_part(plan, writer, sequences, folder, append)
-        write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
-    return finish_recording(out, plan, workers, show_progress)
-
-
-@contextmanager
-def _opened(plan: RecordingPlan, model: Model, out: Path, append: bool, workers: Workers) -> Iterator[Writer]:
+def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> AbstractContextManager[Writer]:
     """The store of the recording, made or reopened, and held until the block is left."""
-    description = model_record(model)
     unembed, reason = unembed_writer(model)
-    with open_writer(
+    return open_writer(
         out,
-        model=description,
+        model=model_record(model),
         sites=plan.sites,
         recording=plan.settings,
         tokens_added={"prefix": list(plan.added.prefix), "suffix": list(plan.added.suffix)},
@@ -164,15 +158,7 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, append: bool, workers:
         unembed_reason=reason,
         features=plan.encoded_only and plan.encoded_only.label,
         shared=workers.shared,
-    ) as writer:
-        if append and is_read_only(out):
-            raise RequestError(f"append: {out} is read-only; make it writable, or append to a copy of it")
-        if plan.encoded_only and append and writer.manifest.rows and writer.manifest.complete:
-            raise RequestError(
-                f"append: features of the {writer.manifest.rows:,} rows before need their "
-                f"{plan.encoded_only.record.label} again, which was not stored; choose another out"
-            )
-        yield writer
+    )
 
 
 @contextmanager
@@ -192,6 +178,16 @@ def _scratch(out: Path, suffix: str) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_append(plan: RecordingPlan, writer: Writer) -> None:
+    if is_read_only(writer.path):
+        raise RequestError(f"append: {writer.path} is read-only; make it writable, or append to a copy of it")
+    if plan.encoded_only and writer.manifest.complete:
+        raise RequestError(
+            f"append: features of the {writer.manifest.rows:,} rows before need their "
+            f"{plan.encoded_only.record.label} again, which was not stored; choose another out"
+        )
 
 
 def finish_recording(out: Path, plan: RecordingPlan, workers: Workers, show_progress: bool) -> Store:

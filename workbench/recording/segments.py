@@ -98,7 +98,7 @@ def write_segments(
     arguments: tuple[Any, ...] = ()
     if workers.remote and segments:
         features = recorder.encoded_only.pack(plan.store) if recorder.encoded_only else None
-        begin, arguments = begin_segments, (plan, pack_model(recorder.model), features)
+        begin, arguments = begin_segments, (plan, pack_model(recorder.model, plan.manifest.model), features)
     with closing(workers.map(begin, arguments, segments, on_lost)) as answers:
         for segment, _ in answers:
             if workers.remote:
@@ -118,7 +118,7 @@ def begin_segments(
         raise RequestError(
             f"a worker on {socket.gethostname()} finds no {plan.store}; out must be on a disk that all machines share"
         )
-    unpacked = unpack_model(model, device, plan.manifest.model.fingerprint)
+    unpacked = unpack_model(model, device, plan.manifest.model)
     encoded_only = features.unpack(device, unpacked.site_map) if features else None
     return partial(SegmentRecorder(plan, unpacked, encoded_only).write, advance=lambda _rows: None)
 

@@ -16,6 +16,7 @@ from workbench.io.torch_state import plain_torch
 from workbench.model.forward import run
 from workbench.model.interventions import splice
 from workbench.model.load import Model, batch_tokens
+from workbench.model.reload import check_recorded
 from workbench.sae.load import Sae
 from workbench.sae.site import block_rows, encode_checked, matching_site
 from workbench.sites.grammar import Site
@@ -154,12 +155,7 @@ class _Batch:
 
 
 def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.ndarray, " row"]) -> SplicedLoss:
-    recorded = array.store.manifest.model
-    if model.fingerprint() != recorded.fingerprint:
-        raise RequestError(
-            f"model {model.name} with weights {model.fingerprint()[:12]} is not the one that {array.store.path} was "
-            f"recorded from, {recorded.name} with weights {recorded.fingerprint[:12]}; load that one"
-        )
+    check_recorded(array.store, model)
     (site,) = model.site_map.select((array.name,))
     replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,

@@ -24,6 +24,7 @@ from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.parse import VERIFY_STORE, from_json, parse, to_json
 from workbench.io.reading import read_file
+from workbench.store.identity import Identity, difference
 
 FORMAT = "workbench.activations"
 VERSION = 2
@@ -36,10 +37,10 @@ UNEMBED = "unembed.safetensors"
 FEATURES = "features"
 """Folder of the folders of sparse features."""
 
-_NEW_MODEL_KEYS = {"causal": True}
+_NEW_MODEL_KEYS = {"causal": True, "identity": None}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
-_NEW_PART_KEYS = {"cut_documents": None}
+_NEW_PART_KEYS = {"cut_documents": None, "columns": None}
 """Keys of a part that version 2 added."""
 
 _NEW_KEYS = {"complete": False}
@@ -90,7 +91,7 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The recorded model; two models with the same fingerprints give the same activations."""
+    """The recorded model; two models whose `difference` is None give the same activations."""
 
     name: str
     """Hub id or name of the model's folder, without the path to it."""
@@ -110,6 +111,21 @@ class ModelRecord:
     """TransformerLens adapter that gave the site names; None: found by structure."""
     causal: bool
     """True if no position attends to a later one."""
+    identity: Identity | None = None
+    """Facts that decide what its forward pass computes, hooks and adapters included; None: recorded by a version that
+    did not measure them."""
+
+    def difference(self, present: ModelRecord) -> str | None:
+        """Returns a phrase that names what differs in the model `present`; None if both give the same activations."""
+        if self.identity is not None and present.identity is not None:
+            return difference(self.identity, present.identity)
+        if self.fingerprint != present.fingerprint:
+            return f"its weights are other ones ({present.fingerprint[:12]}, not {self.fingerprint[:12]})"
+        if self.config_fingerprint != present.config_fingerprint:
+            return f"its config is another one ({present.config_fingerprint[:12]}, not {self.config_fingerprint[:12]})"
+        if self.dtype != present.dtype:
+            return f"it computes in {present.dtype}, not in {self.dtype}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -125,11 +141,18 @@ class Part:
     """Characters that are not valid Unicode, stored as U+FFFD."""
     cut_documents: int | None = None
     """Documents longer than the context, cut into several sequences. None: not counted, in version 1."""
+    columns: str | None = None
+    """SHA-256 over the metadata and spans of the documents. None: not computed, in version 1."""
 
-    def same_texts(self, other: Part) -> bool:
+    def same_counts(self, other: Part) -> bool:
         """Returns True if both have the same counts, as far as both were counted."""
         counted = None not in (self.cut_documents, other.cut_documents)
-        return self == (other if counted else replace(other, cut_documents=self.cut_documents))
+        cut = other.cut_documents if counted else self.cut_documents
+        return self == replace(other, cut_documents=cut, columns=self.columns)
+
+    def same_columns(self, other: Part) -> bool:
+        """Returns True if the documents of both have the same metadata and spans, as far as both are known."""
+        return self.columns == other.columns or None in (self.columns, other.columns)
 
 
 @dataclass(frozen=True)

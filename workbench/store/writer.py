@@ -168,6 +168,7 @@ class Writer:
             raise RequestError("several processes that share a store cannot append to it; append with one")
         with self._turn():
             parts, unfinished = self.manifest.parts, not self.manifest.complete
+            same = bool(parts) and parts[-1].same_counts(part) and parts[-1].same_columns(part)
             if len(parts) > 1 and not append:
                 raise RequestError(
                     f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts"
@@ -175,19 +176,32 @@ class Writer:
             if not parts:
                 self._replace(_with_parts(self.manifest, (part,)))
             elif append and not unfinished:  # the first commit lists the part: a refused append leaves the store alone
+                _remove_leftovers(self.path, self.manifest, keep=())  # of an append that may have had other texts
                 self.manifest = _with_parts(self.manifest, (*parts, part))
-            elif (
-                not parts[-1].same_texts(part) and unfinished and not self._part_segments()
-            ):  # without a committed segment
+            elif not same and unfinished and not self._part_segments():  # without a committed segment
+                if not self._shared:
+                    _remove_leftovers(self.path, self.manifest, keep=())
                 self._replace(_with_parts(self.manifest, (*parts[:-1], part)))
-            elif not parts[-1].same_texts(part):
+            elif not parts[-1].same_counts(part):
                 hint = "resume that part with its own texts" if append else "pass append=True to add texts"
                 raise RequestError(
                     f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} requested; "
                     f"{hint}, or choose another out"
                 )
+            elif not same:
+                raise RequestError(
+                    f"{self.path} holds other texts than those requested, or other metadata or spans of them; give the "
+                    "same, or choose another out"
+                )
             self._started = True
             return len(self._part_segments())
+
+    def ends_with(self, part: Part, digests: Sequence[str]) -> bool:
+        """Returns whether the store is complete and its last part has these texts, in segments with these digests."""
+        manifest = self.manifest
+        if not manifest.complete or not manifest.parts[-1].same_columns(part):
+            return False
+        return [segment.digest for segment in self._part_segments()] == list(digests)
 
     def check(self, index: int, digest: str) -> None:
         """Refuses to resume with other texts: `digest` must be that of the committed segment.
@@ -343,6 +357,8 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
     newer = requested.recording.keys() - existing.recording.keys()  # settings that are newer than the store
     settings = {name: value for name, value in _settings(requested).items() if name not in newer}
     differences = _differences(_settings(existing), settings)
+    if other := existing.model.difference(requested.model):
+        differences.insert(0, f"the model is not the recorded one: {other}")
     if (differences or newer) and not existing.segments:  # nothing is committed: the settings may change
         files.remove(path / UNEMBED)
         _remove_leftovers(path, existing, keep=())
@@ -366,11 +382,16 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
                 "writable to resume, or choose another out"
             )
     elif not shared:
-        for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
-            files.remove(entry)
+        remove_leftovers(path, existing)
         write_groups(path, existing)  # a crash may have come between a commit and its group
-        _remove_leftovers(path, existing, keep=None)
     return existing
+
+
+def remove_leftovers(path: Path, manifest: Manifest) -> None:
+    """Removes what a crash left in a store that no process is writing: all but committed and finished segments."""
+    for entry in (*path.glob(f"*{files.PARTIAL}"), *path.glob(f"{GROUPS}/*{files.PARTIAL}")):
+        files.remove(entry)
+    _remove_leftovers(path, manifest, keep=None)
 
 
 def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | None) -> None:
@@ -407,9 +428,7 @@ def _settings(manifest: Manifest) -> dict[str, object]:
     model = manifest.model
     recording = {name: value for name, value in manifest.recording.items() if name != "sites"}  # resolved ones below
     return {
-        "model": f"{model.architecture} with weights {model.fingerprint[:12]}",
-        "model config": model.config_fingerprint[:12],
-        "model dtype": model.dtype,
+        "architecture": model.architecture,
         "tokenizer": model.tokenizer_fingerprint and model.tokenizer_fingerprint[:12],
         **recording,
         **{f"{name} tokens": list(ids) for name, ids in manifest.tokens_added.items()},
