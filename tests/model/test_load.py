@@ -204,7 +204,7 @@ def test_no_weights(model_dir):
         ("{", "is not a valid JSON file."),
         ("{}", "Should have a `model_type` key in its config.json."),
         ('{"model_type": "zork"}', "has model type `zork` but Transformers does not recognize this architecture."),
-        ('{"model_type": "t5"}', "Unrecognized configuration class"),
+        ('{"model_type": "t5"}', "transformers has no causal language model of its type"),
     ],
 )
 def test_a_wrong_config(model_dir, config, said):

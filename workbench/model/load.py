@@ -280,7 +280,7 @@ def _load_module(
                 ) from error
             if "AutoModelForCausalLM" in str(error):  # transformers lists every class that would do
                 raise RequestError(
-                    f"model {location.name!r} is no causal language model that transformers knows; give one that is"
+                    f"model {location.name!r} cannot be loaded: transformers has no causal language model of its type"
                 ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error
     module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
