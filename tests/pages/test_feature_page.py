@@ -222,11 +222,12 @@ def test_wrong_requests_of_top(hostile, tmp_path):
     assert refused_by_cli(*command, 20) == "feature 20 does not exist; the SAE has features 0 to 19"
     assert refused_by_cli(*command, 20, *page) == "feature 20 does not exist; the SAE has features 0 to 19"
     assert (
-        refused_by_cli(*command, 2, "--sae", "demo") == "sae is used on the page alone; give page too, or leave sae out"
+        refused_by_cli(*command, 2, "--sae", "demo")
+        == "--sae is used on the page alone; give --page too, or leave --sae out"
     )
-    assert refused_by_cli(*command, 2, *page, "--sae-id", "x") == "sae_id chooses one of several SAEs; give sae too"
+    assert refused_by_cli(*command, 2, *page, "--sae-id", "x") == "--sae-id chooses one of several SAEs; give --sae too"
     assert refused_by_cli(*command, 2, *page, "--where", "true").startswith(
-        "where selects among the listed tokens; give"
+        "--where selects among the listed tokens; give"
     )
     assert refused_by_cli(*command, 2, "--where", "tokn = 3").startswith("query 'tokn = 3': ")
     assert refused_by_cli("top", tmp_path, 2).startswith(f"no features at {tmp_path}: ")

@@ -346,6 +346,12 @@ def test_hostile_text_is_text_in_every_file(result, tmp_path):
     assert "a" not in tags
     assert not re.findall(r'(?:src|href)="?http', page)
     assert pd.read_csv(tmp_path / "x" / "x.csv")["series"].iloc[0] == visible.replace(" ", "·")
+    figure.update_layout(title={"text": f"title {HOSTILE} \x1b[31m"})  # of another author, who escapes nothing
+    wb.export(figure, tmp_path / "x", formats=["html"])
+    page = (tmp_path / "x" / "x.html").read_text()
+    caption = page.partition("<figcaption>")[2].partition("</figcaption>")[0]
+    assert "Title " in caption
+    assert not set("<>\u202e\x00\x1b") & set(caption)
 
 
 def test_what_lies_beside_a_figure(result, tmp_path):
@@ -366,7 +372,7 @@ def test_what_lies_beside_a_figure(result, tmp_path):
     pd.testing.assert_frame_equal(table, figure_data(result.figure("by_layer")))
     np.testing.assert_array_equal(table["y"], np.concatenate([c.y for c in result.figure("by_layer").data]))
     page = (tmp_path / "by_layer.html").read_text()
-    assert f"<figcaption>{html.escape(told['caption'])}</figcaption>" in page
+    assert f"<figcaption>{told['caption']}</figcaption>" in html.unescape(page)
     assert '<script src="plotly.min.js">' in page
     assert sorted(contents(tmp_path)) == ["by_layer.html", "by_layer.json", "by_layer.parquet", "plotly.min.js"]
 

@@ -6,7 +6,6 @@ characters are spelt out.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pandas as pd
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
+from workbench.figures.markup import escape
 from workbench.figures.safe_text import visible
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -109,9 +109,9 @@ def feature_page(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         '<meta name="viewport" content="width=device-width">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="from">{html.escape(_source(features))}</p>',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="from">{escape(_source(features))}</p>',
         '<div class="panels">',
         _panel("Activations", _statistics(features, feature), _bars(features, feature)),
         *(_decoder_panels(features, feature, sae) if sae else ()),
@@ -134,7 +134,7 @@ def _source(features: Features) -> str:
 
 
 def _panel(title: str, *parts: str) -> str:
-    return f"<div><h2>{html.escape(title)}</h2>{''.join(parts)}</div>"
+    return f"<div><h2>{escape(title)}</h2>{''.join(parts)}</div>"
 
 
 def _statistics(features: Features, feature: int) -> str:
@@ -175,7 +175,7 @@ def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]
         unembed = load_unembed(features.store.path)
         effects = decoder_logits(sae, unembed, [feature])[0]
     except RequestError as error:
-        yield _panel("Promoted tokens", f'<p class="note">{html.escape(str(error))}</p>')
+        yield _panel("Promoted tokens", f'<p class="note">{escape(str(error))}</p>')
     else:
         table = extreme_tokens(effects, unembed, _TOKENS)
         yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
@@ -185,7 +185,7 @@ def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]
 
 def _tokens_table(table: pd.DataFrame) -> str:
     lines = [
-        (f"<code>{html.escape(visible(token, _TOKEN_LENGTH))}</code>", f"{logit:+.3f}")
+        (f"<code>{escape(visible(token, _TOKEN_LENGTH))}</code>", f"{logit:+.3f}")
         for token, logit in zip(table["token"], table["logit"], strict=True)
     ]
     return _table(("token", "logit"), lines)
@@ -212,7 +212,7 @@ def _contexts(title: str, contexts: Sequence[Context], scale: float) -> str:
     if not contexts:
         return ""
     return (
-        f"<section><h2>{html.escape(title)}</h2>{_CAPTION}"
+        f"<section><h2>{escape(title)}</h2>{_CAPTION}"
         f"{''.join(_context(context, scale) for context in contexts)}</section>"
     )
 
@@ -238,4 +238,4 @@ def _shaded(token: str, activation: float, scale: float, *, here: bool) -> str:
 
 def _token(token: str) -> str:
     """A token as markup: spaces unchanged, other white space and control characters spelt out."""
-    return html.escape(" ".join(visible(part, _TOKEN_LENGTH) for part in token.split(" ")))
+    return escape(" ".join(visible(part, _TOKEN_LENGTH) for part in token.split(" ")))

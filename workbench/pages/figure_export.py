@@ -6,7 +6,6 @@ everything else is written and one warning says how to install it.
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from workbench.figures.markup import escape
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import check_writable, replace_file
@@ -141,17 +141,19 @@ def _files(
             "provenance": plain(meta.get("provenance", "")),
         }
         if "html" in formats:
-            files[f"{name}.html"] = _page(figure, description, theme, plotlyjs).encode()
+            files[f"{name}.html"] = _page(figure, description, theme, plotlyjs).encode("utf-8", "replace")
         files |= {f"{name}.{kind}": pictures[name, kind] for kind in images if (name, kind) in pictures}
         files[f"{name}.{data}"] = _table(figure_data(figure), data)
         description["left out in print"] = printed[name][1]
-        files[f"{name}.json"] = (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode()
+        files[f"{name}.json"] = (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode(
+            "utf-8", "replace"
+        )
     return files | ({_SCRIPT: get_plotlyjs().encode()} if "html" in formats and plotlyjs == "shared" else {})
 
 
 def _table(table: pd.DataFrame, kind: str) -> bytes:
     if kind == "csv":
-        return csv_text(table).encode()
+        return csv_text(table).encode("utf-8", "replace")
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()
@@ -165,7 +167,7 @@ def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: 
     themed = to_dark(figure) if theme == "dark" else figure
     plot = themed.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id="figure")
     script = f'<script src="{_SCRIPT}"></script>' if plotlyjs == "shared" else f"<script>{get_plotlyjs()}</script>"
-    safe = {name: html.escape(text) for name, text in description.items()}
+    safe = {name: escape(text) for name, text in description.items()}
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
