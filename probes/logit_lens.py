@@ -118,7 +118,8 @@ def _cross_entropy(data: xr.Dataset) -> str:
 
 def _agreement(data: xr.Dataset) -> str:
     """At the last block lens and model are the same by definition, which is no finding."""
-    read = data["mean_kl"].to_numpy() > 0
+    output = data.attrs.get("own_output")  # results of earlier versions have none
+    read = data["mean_kl"].to_numpy() > 0 if output is None else np.arange(data.sizes["layer"]) != output
     layers, agreement = data["layer"].to_numpy()[read], data["mean_agreement"].to_numpy()[read]
     if not len(layers):
         return "only the model's own output was recorded"

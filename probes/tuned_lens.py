@@ -213,7 +213,7 @@ class TunedLens(StoreProbe):
         """Returns the KL to the model's output of tuned and logit lens at the first layer."""
         data = result.data
         tuned, plain = data["mean_kl"].to_numpy(), data["logit_mean_kl"].to_numpy()
-        if not plain[0]:
+        if data.sizes["layer"] == 1 and data.attrs.get("own_output") == 0:
             return with_note("Only the model's own output was recorded, which has no map.", result)
         return with_note(
             f"KL(model ‖ lens) at layer {data['layer'].to_numpy()[0]}: {tuned[0]:.2f} nats with the tuned lens, "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from workbench.analysis.bootstrap import central, clustered_interval, clustered_means
+from workbench.analysis.bootstrap import central, clustered_interval, clustered_means, group_means
 from workbench.analysis.rows import split_by_document
 from workbench.io.errors import RequestError
 
@@ -47,6 +47,28 @@ def test_seed_and_resamples():
     assert (
         clustered_interval(values, document, resamples=1).low == clustered_interval(values, document, resamples=1).high
     )
+
+
+def test_a_column_of_one_cluster_has_no_interval_beside_one_of_two():
+    values = np.array([[1.0, 1.0], [3.0, 2.0], [8.0, math.nan]])
+    mean, drawn = clustered_means(values, np.array(["a", "a", "b"]), resamples=20)
+    assert mean.tolist() == [4, 1.5]
+    assert np.isnan(drawn[:, 1]).all()
+    assert not np.isnan(drawn[:, 0]).any()
+
+
+def test_groups_of_one_document_take_no_part_in_the_gap():
+    """Means 0, 5, 9 and 100; the last group is one document, however many rows it has."""
+    group = np.repeat([0, 1, 2, 3], 4)
+    values = np.repeat([0.0, 5.0, 9.0, 100.0], 4)[:, None]
+    document = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6])
+    means = group_means(values, group, 4, document, resamples=20)
+    assert means.clusters.tolist() == [2, 2, 2, 1]
+    assert (means.most.tolist(), means.least.tolist(), means.gap.tolist()) == ([2], [0], [9])
+    assert np.isnan(means.low[3]).all()
+    alone = group_means(values[8:], group[8:] - 2, 2, document[8:], resamples=20)
+    assert (alone.most.tolist(), alone.least.tolist()) == ([-1], [-1])
+    assert np.isnan([alone.gap, alone.gap_low, alone.gap_high]).all()
 
 
 def test_nothing_gives_nan():

@@ -207,6 +207,35 @@ def test_bigrams_by_hand():
     assert bigram.seen.tolist() == [True, True, True, False, False]
 
 
+def test_the_gain_is_over_tokens_that_the_bigram_has_seen(tmp_path):
+    """In every test document one token of 13 is of a kind that no other document has; the map is always right."""
+    ids = np.random.default_rng(0).integers(0, VOCAB - 1, (DOCUMENTS, LENGTH))
+    ids[division(DOCUMENTS)[0], 5] = VOCAB - 1
+    store = recorded(tmp_path, ids, one_hot(ahead(ids, 1)), 9 * one_hot(ahead(ids, 1)))
+    result = FutureLens(**QUICK | {"horizons": 1}).run(store)
+    one = result.data.sel(horizon=0, layer=0).isel(method=0)
+    assert float(one["bigram_seen"]) == pytest.approx(12 / 13)
+    assert float(one["bigram_precision"]) != float(one["bigram_seen_precision"])
+    right = float(one["precision"].sel(k=1)) * 13 - float(one["seen_precision"]) * 12
+    assert right == pytest.approx(float(one["precision"].sel(k=1)) * 13 - 12 * float(one["seen_precision"]))
+    assert float(one["gain"]) == pytest.approx(float(one["seen_precision"]) - float(one["bigram_seen_precision"]))
+    assert "on the 92 % of tokens that the bigram has seen" in result.headline()
+
+
+def test_the_model_s_own_output_is_no_layer_to_choose(tmp_path):
+    ids = texts()
+    data = FutureLens(**QUICK).run(recorded(tmp_path, ids, one_hot(ids), 9 * one_hot(ahead(ids, 1)))).data
+    assert float(data["precision"].sel(layer=1, horizon=0, k=1)[0]) == 1
+    assert int(data["best_layer"].sel(horizon=0)) == 0
+    alone = planted_store(
+        tmp_path / "alone.acts",
+        ids.tolist(),
+        {"resid_post.1": (9 * one_hot(ahead(ids, 1))).reshape(ids.size, -1)},
+        linear_unembed(np.eye(VOCAB)),
+    )
+    assert "the only layer is the model's own output" in FutureLens(**QUICK | {"horizons": 1}).run(alone).headline()
+
+
 def test_the_first_of_a_sequence_is_not_read_and_targets_stay_in_the_document(tmp_path):
     """Garbage in the first state would ruin the map, garbage in the last place is read from nowhere."""
     ids = texts()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lens_example import KINDS, TEXTS, followers, log_softmax, record
+from planted import linear_unembed, planted_store
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config
 from words import WORDS
@@ -262,6 +263,8 @@ class LargestLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.t.default:  # W_U seen from the side
+            return output
         for tensor in output if isinstance(output, tuple | list) else (output,):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == self.vocab:
                 self.rows = max(self.rows, tensor.shape[0])
@@ -315,6 +318,30 @@ def test_the_table_says_what_the_arrays_say(llama_store):
         for k in (1, 2):
             assert line[f"top_token_{k}"] == words[int(here["top_id"].sel(top=k))]
             assert line[f"top_probability_{k}"] == here["top_probability"].sel(top=k)
+
+
+def planted_lens(path, *layers):
+    """States that are logits, of the next token (1) or of the others (-1); the last block says the text."""
+    ids = np.random.default_rng(0).integers(0, 4, (5, 8))
+    after = np.eye(4)[np.roll(ids, -1, axis=1)].reshape(40, 4)
+    sites = {f"resid_post.{layer}": 5.0 * sign * after for layer, sign in enumerate((*layers, 1))}
+    return LogitLens(top_k=1).run(planted_store(path, ids.tolist(), sites, linear_unembed(np.eye(4))))
+
+
+@pytest.mark.parametrize(
+    ("layers", "above", "agreement"),
+    [
+        ((-1, 1), "up to layer 0", "more than half of the tokens from layer 1 on."),
+        ((1, -1), "at 1 of 3 layers, the last of them layer 1", "at most 100 % of the tokens before the model's own"),
+        ((-1, -1), "up to layer 1", "at most 0 % of the tokens before the model's own output (layer 0)."),
+        ((1, 1), "at no layer", "more than half of the tokens from layer 0 on."),
+    ],
+)
+def test_the_headline_compares_with_a_uniform_guess_and_leaves_out_the_last_layer(tmp_path, layers, above, agreement):
+    """Agreement at the last layer, and from a layer on after which another does not agree, is none."""
+    line = planted_lens(tmp_path / "x.acts", *layers).headline()
+    assert f"at or above a uniform guess (1.39 nats) {above}; lens and model agree" in line
+    assert agreement in line
 
 
 def test_every_variable_has_a_unit(llama_store):

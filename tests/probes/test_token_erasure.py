@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from planted import planted_store
 from refusals import refused
 
 import workbench as wb
+from workbench.analysis.rows import split_by_document
 from workbench.analysis.softmax_probe import SoftmaxFit, fit_softmax
 from workbench.io.errors import RequestError
 from workbench.probes import TokenErasure
@@ -180,6 +182,49 @@ def test_the_word_is_found_in_the_text(found):
     assert float(found.data["recall"]) == pytest.approx(len(right) / (2 * round(0.3 * DOCUMENTS)))
     assert float(found.data["precision"]) == pytest.approx(several["is_span"].mean())
     assert vocabulary(found.table)["text"][0] == "t5t6t7"
+
+
+def test_targets_that_no_training_row_has_do_not_count(planted, store, tmp_path):
+    """Every test document has a token of its own at position 9, and no other document has any of them."""
+    ids = np.array(planted["ids"])
+    documents = np.repeat(np.arange(DOCUMENTS), LENGTH)
+    tested = np.unique(documents[split_by_document(documents, 0.3, purpose="a test")[2]])
+    ids[tested, 9] = VOCAB + np.arange(len(tested))
+    path = tmp_path / "x.acts"
+    other = planted_store(path, ids.tolist(), planted["sites"], columns={"word_span": planted["span"]})
+    few = {**SHORT, "offsets": (-1, 0)}
+    data, whole = (TokenErasure(**few).run(one).data for one in (other, store))
+    control = LENGTH - 6
+    assert data["coverage"].sel(group="last").values.tolist() == [1, 1]
+    assert data["coverage"].sel(group="control").values.tolist() == [
+        (control - 2) / (control - 1),
+        (control - 1) / control,
+    ]
+    missing = (whole["tokens"] - data["tokens"]).sel(group="control").values
+    assert missing.tolist() == [len(tested)] * 2
+
+
+def test_a_fall_from_the_best_layer_is_found_where_the_early_layer_knows_nothing(planted, tmp_path):
+    noise = np.random.default_rng(5).normal(size=planted["sites"]["resid_post.0"].shape)
+    sites = {**planted["sites"], "resid_post.0": noise}
+    store = planted_store(tmp_path / "x.acts", planted["ids"], sites, columns={"word_span": planted["span"]})
+    found = dataclasses.replace(WELL, early=0, offsets=(-1, 0)).run(store)
+    at = found.data.sel(offset=-1)
+    assert int(at["best"]) == 1
+    early, late = (float(at["accuracy"].sel(group="last", layer=layer)) for layer in (0, 2))
+    assert early < late  # and that of the control group rises more, which looks like a fall
+    assert float(at["fall_from_best_low"]) > 0.2
+    assert found.headline().startswith("Token erasure at offset -1, layers 0 to 2: ")
+    assert "; layers 1 to 2: last tokens of words 100 to " in found.headline()
+
+
+def test_early_and_late_are_rounded_by_one_rule(tmp_path):
+    """Of 30 layers 30 / 32 is layer 1 and 270 / 32 layer 8."""
+    ids = np.random.default_rng(0).integers(0, 4, (6, 5))
+    sites = {f"resid_post.{layer}": np.random.default_rng(layer).normal(size=(30, 3)) for layer in (1, 8)}
+    store = planted_store(tmp_path / "x.acts", ids.tolist(), sites, n_layers=30)
+    data = TokenErasure(epochs=1, resamples=2, offsets=(0,)).run(store).data
+    assert (int(data["early"]), int(data["late"])) == (1, 8)
 
 
 def test_segments_cover_every_tested_token(found, store):

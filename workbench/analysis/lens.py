@@ -143,6 +143,7 @@ def read_lens(
         totals.depth += torch.bincount(depth, minlength=len(layers) + 1).cpu().numpy()
         details.add_depth(block.start, depth)
     data = _dataset(details, totals, layers, rows, unembed.vocab)
+    data.attrs["own_output"] = labels.index(last) if last in labels else -1
     return data, _table(data, store, targets, unembed)
 
 

@@ -42,7 +42,11 @@ class Words:
 
 def find_words(store: Store, name: str) -> tuple[Words, str]:
     """Returns the spans of label `name`, or words split by spaces, and a description of which."""
-    tokens = store.tokens
+    return words_of(store.tokens, name)
+
+
+def words_of(tokens: pa.Table, name: str) -> tuple[Words, str]:
+    """Returns what `find_words` does, of a token table."""
     column = f"{name}_span"
     document, sequence = tokens["document"].to_numpy(), tokens["sequence"].to_numpy()
     text = np.flatnonzero(~tokens["is_special"].to_numpy())
