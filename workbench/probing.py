@@ -31,7 +31,7 @@ _PUBLIC = {
     "nearest": "workbench.io.errors",
     "plain_torch": "workbench.io.torch_state",
     "progress": "workbench.io.progress",
-    "usable_device": "workbench.model.load",
+    "usable_device": "workbench.model.checkpoint",
     # norms
     "massive_activation": "workbench.analysis.norms",
     "residual_site": "workbench.analysis.norms",
@@ -255,6 +255,7 @@ if TYPE_CHECKING:
     from workbench.io.progress import progress
     from workbench.io.torch_state import plain_torch
     from workbench.model.attention import Columns, row_entropy
+    from workbench.model.checkpoint import usable_device
     from workbench.model.circuits import (
         FirstMlp,
         HeadOutput,
@@ -265,7 +266,7 @@ if TYPE_CHECKING:
         writes_of,
     )
     from workbench.model.interventions import run_prompted, token_embeddings
-    from workbench.model.load import Model, usable_device
+    from workbench.model.load import Model
     from workbench.model.reload import recorded_model
     from workbench.model.unembed import Unembed, load_unembed
     from workbench.results.result import Result, provenance

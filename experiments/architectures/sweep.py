@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 import workbench as wb
 from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import RequestError
-from workbench.model.load import Model, quietly
+from workbench.model.checkpoint import quietly
+from workbench.model.load import Model
 from workbench.model.unembed import load_unembed
 from workbench.store.reader import Store
 

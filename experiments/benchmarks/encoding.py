@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
+from workbench.io.torch_state import fast_bfloat16
 from workbench.sae.encode import encoder
 from workbench.sae.load import Sae, load_sae
-from workbench.sae.precision import fast_bfloat16
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 
 from workbench.io.errors import RequestError
+from workbench.io.torch_state import fast_bfloat16
 from workbench.sae import encode
 from workbench.sae.encode import Above, AbsTopK, NotFinite, TopK, encoder, top
 from workbench.sae.load import load_sae
-from workbench.sae.precision import PRECISIONS, fast_bfloat16
+from workbench.sae.precision import PRECISIONS
 
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 D_IN, D_SAE = 24, 500

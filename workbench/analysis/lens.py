@@ -20,7 +20,7 @@ from torch import Tensor
 from workbench.analysis.rows import blocks, next_tokens, recorded_layers
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
-from workbench.model.load import usable_device
+from workbench.model.checkpoint import usable_device
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.results.variable import Variable, dataset
 from workbench.store.reader import Store

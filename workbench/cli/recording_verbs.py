@@ -12,6 +12,7 @@ from workbench.cli.store_verbs import Info
 from workbench.cli.terminal import print_plain
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
+from workbench.io.tasks import dtype_for
 from workbench.sites.settings import Recording
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Record:
     """Directory or hub id of a tokenizer other than the model's."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; auto distributes the model over all devices. Default: the GPU if there is one."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
+    model_dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = "auto"
+    """Type the model computes in; checkpoint: that of the weights; auto: float32 where a CPU has no fast one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -82,7 +83,7 @@ class Record:
             self.model,
             tokenizer=self.tokenizer,
             device=device,
-            dtype=self.model_dtype,
+            dtype=dtype_for(workers, self.model_dtype),
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
@@ -128,8 +129,8 @@ class Plan:
     recording: Recording = field(default_factory=Recording)
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the model computes in: float32, bfloat16, float16; auto: the checkpoint's."""
+    model_dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = "auto"
+    """Type the model computes in; checkpoint: that of the weights; auto: float32 where a CPU has no fast one."""
 
     def run(self) -> int:
         """Prints the estimate of a recording."""

@@ -77,6 +77,12 @@ class Workers(Protocol):
         ...
 
 
+def dtype_for(workers: Workers | None, dtype: str = "auto") -> str:
+    """Returns the dtype in which to load a model here: "auto" depends on the device, and workers may have another."""
+    elsewhere = workers is not None and workers.remote and workers.device_type("cpu") != "cpu"
+    return "checkpoint" if dtype == "auto" and elsewhere else dtype
+
+
 @dataclass(frozen=True)
 class ThisProcess:
     """One task after another, in this process."""

@@ -43,3 +43,13 @@ def device_for_float64(device: torch.device) -> torch.device:
     import torch  # takes seconds
 
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Returns True if the device multiplies bfloat16 faster than float32."""
+    import torch  # takes seconds
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from workbench.io.errors import RequestError
 from workbench.io.tasks import first_line
 from workbench.io.torch_state import plain_torch
+from workbench.model.checkpoint import load_checkpoint, quietly
 from workbench.model.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from workbench.model.location import Location, locate
 from workbench.model.preview import check_config
@@ -34,7 +34,6 @@ _CONTEXT_FIELDS = (
     "seq_length",
     "max_sequence_length",
 )
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -183,6 +182,8 @@ def load_model(
 ) -> Model:
     """Loads a causal LM from a local directory or a hub id, or takes a Hugging Face module as it is.
 
+    A checkpoint without language-model head (its architecture is LlamaModel, ...) is loaded without one.
+
     A directory, and a hub id that is in the local cache, is read without the network. Attention stays what transformers
     chooses (SDPA).
 
@@ -191,7 +192,8 @@ def load_model(
         tokenizer: Another tokenizer: a directory, a hub id, an object. None: the model's own. Without a tokenizer only
             lists of token ids can be recorded.
         device: "cpu", "cuda:1", ...; "auto" spreads a large model over all devices. None: the GPU if there is one.
-        dtype: Type in which the model computes. "auto": the checkpoint's.
+        dtype: Type in which the model computes. "checkpoint": that of the weights. "auto": the same, but on a CPU
+            float32 in place of float16, which overflows, and of bfloat16 where the CPU has no instructions for it.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the model.
         allow_pickle: Read pickled weights, which can run code, and not safetensors alone.
@@ -220,8 +222,9 @@ def load_model(
             f"revision={revision!r} applies to a hub id only; leave it out for the directory {str(source)!r}"
         )
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": location.local}
-    module = _load_module(location, device, dtype, allow_pickle, options)
-    loading = Loading(source, tokenizer, dtype, revision, trust_remote_code, allow_pickle)
+    module = load_checkpoint(location, device, dtype, allow_pickle, options)
+    loaded_dtype = module.dtype if dtype == "auto" else dtype  # "auto" may be another one in another process
+    loading = Loading(source, tokenizer, loaded_dtype, revision, trust_remote_code, allow_pickle)
     if tokenizer is None:
         return Model(module, _saved_tokenizer(location, options), location.name, revision, loading)
     return Model(module, _given_tokenizer(tokenizer, trust_remote_code), location.name, revision, loading)
@@ -232,93 +235,7 @@ def batch_tokens(model: Model) -> int:
     return max(2048, min(8192, 768 * 2048 // model.d_model)) if model.device.type == "cpu" else 16_384
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """Returns the device of that name. Raises RequestError if it is unknown or cannot be used on this machine."""
-    import torch  # takes seconds
-
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
-        raise RequestError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
-
-
 # ---- loading --------------------------------------------------------------------------------------------
-
-
-def _load_module(
-    location: Location,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype,
-    allow_pickle: bool,
-    options: Mapping[str, Any],
-) -> PreTrainedModel:
-    import torch  # takes seconds
-    from transformers import AutoModelForCausalLM
-
-    _check_dtype(dtype)
-    where = {"device_map": "auto"} if device == "auto" else {}
-    if not where:
-        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if location.local and not allow_pickle:
-        _refuse_pickles(location)
-    with quietly():
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                location.path,
-                dtype=dtype,
-                use_safetensors=None if allow_pickle else True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-                **where,
-                **options,
-            )
-        except Exception as error:  # config, hub, safetensors and pickle readers each raise their own kinds
-            if not options["trust_remote_code"] and "trust_remote_code" in str(error):
-                raise RequestError(
-                    f"model {location.name!r} needs code from its repository, which is not run by default; "
-                    "pass trust_remote_code=True if you trust its author"
-                ) from error
-            if "AutoModelForCausalLM" in str(error):  # transformers lists every class that would do
-                raise RequestError(
-                    f"model {location.name!r} cannot be loaded: transformers has no causal language model of its type"
-                ) from error
-            raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error
-    module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    _refuse_random(location, module, report)
-    if not where:
-        module.to(device)  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
-    return module
-
-
-def _check_dtype(dtype: str | torch.dtype) -> None:
-    import torch  # takes seconds
-
-    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(value, torch.dtype) and value.is_floating_point):
-        raise RequestError(f"dtype must be auto, float32, bfloat16 or float16, not {str(dtype)!r}")
-
-
-def _refuse_random(location: Location, module: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that lacks weights: transformers would fill them with random numbers."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    misfits = {name: f" ({tuple(has)} there, {tuple(wants)} here)" for name, has, wants in report["mismatched_keys"]}
-    misfits |= {name: "" for name in report["missing_keys"] if name in parameters}
-    if misfits:
-        first = min(misfits)
-        raise RequestError(
-            f"model {location.name!r}: its checkpoint does not fit its config.json, {len(misfits)} of "
-            f"{len(parameters)} weights are missing or of another shape: {first}{misfits[first]}, ..."
-        )
-
-
-def _refuse_pickles(location: Location) -> None:
-    path = Path(location.path)
-    pickled = [name for name in _PICKLED if (path / name).exists()]
-    if pickled and not list(path.glob("*.safetensors")):
-        raise RequestError(
-            f"model {location.name!r} has only pickled weights ({pickled[0]}), which can run code when read; "
-            "convert them to safetensors or pass allow_pickle=True if you trust their author"
-        )
 
 
 def _saved_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -349,7 +266,7 @@ def _given_tokenizer(
 def _load_tokenizer(path: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with quietly():
+    with quietly(f"tokenizer {path!r}"):
         try:
             return AutoTokenizer.from_pretrained(path, **options)
         except Exception as error:  # as above: each reader raises its own kinds
@@ -360,19 +277,3 @@ def _module_name(module: PreTrainedModel) -> str:
     """The hub id of a module, or the name of the directory it was loaded from, without its path."""
     name = getattr(module.config, "_name_or_path", "") or type(module).__name__
     return Path(name).resolve().name if os.path.isdir(name) or os.path.isabs(name) else name
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silences progress bars and advice of transformers inside the block; our own errors report what matters."""
-    from transformers.utils import logging  # takes seconds
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -21,7 +21,7 @@ import torch
 from workbench.corpus.sources import Texts, check_source, read_documents
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.tasks import ThisProcess, Workers
+from workbench.io.tasks import ThisProcess, Workers, dtype_for
 from workbench.io.torch_state import plain_torch
 from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
@@ -113,7 +113,9 @@ def record(
     if isinstance(model, str | Path):
         check_config(locate(model), recording(settings, **options).sites)
     if not isinstance(model, Model):
-        model = load_model(model, device=workers.planning_device if isinstance(model, str | Path) else None)
+        named = isinstance(model, str | Path)
+        device, dtype = (workers.planning_device, dtype_for(workers)) if named else (None, "auto")
+        model = load_model(model, device=device, dtype=dtype)
     plan = plan_recording(model, recording(settings, **options), Path(out), features)
     documents = read_documents(
         texts,

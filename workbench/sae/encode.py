@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from workbench.io.checks import check_fields
 from workbench.io.errors import DataError, RequestError
-from workbench.io.torch_state import device_for_float64, plain_torch
+from workbench.io.torch_state import device_for_float64, fast_bfloat16, plain_torch
 from workbench.sae.load import Sae
-from workbench.sae.precision import PRECISIONS, fast_bfloat16, full_precision
+from workbench.sae.precision import PRECISIONS, full_precision
 
 _BLOCK_BYTES = 40 << 20  # of dense pre-activations on a CPU: smaller blocks make the product slower
 _ACCELERATOR_BLOCK_BYTES = 512 << 20

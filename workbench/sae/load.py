@@ -26,7 +26,7 @@ from torch import Tensor
 from workbench import embedded
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.torch_state import plain_torch
-from workbench.model.load import quietly, usable_device
+from workbench.model.checkpoint import quietly, usable_device
 from workbench.model.location import folders
 from workbench.sae.formats import Converted, converter, read_object
 

@@ -1,4 +1,4 @@
-"""Precision of matrix products: which device multiplies bfloat16 fast, and true float32 for the exact path."""
+"""Precision of matrix products: true float32 for the exact path."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ import torch
 
 PRECISIONS = ("float32", "bfloat16")
 """Types of the first product: float32 is exact, bfloat16 gives upper bounds."""
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Returns True if the device multiplies bfloat16 fast enough for bounds to pay off."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
 
 @contextmanager
