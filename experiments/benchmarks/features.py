@@ -26,7 +26,7 @@ from workbench.features.feature_store import (
 )
 from workbench.features.index import invert
 from workbench.io.files import sha256_file, write_file
-from workbench.io.parse import to_json
+from workbench.io.parse import to_checked_json
 from workbench.io.tensors import map_arrays, new_arrays
 from workbench.sites.settings import Recording
 from workbench.store.manifest import FileRecord, ModelRecord, Part
@@ -127,7 +127,7 @@ class FeatureStore:
             files=_sizes(path),
             environment={},
         )
-        write_file(path / RECORD, to_json(record).encode())
+        write_file(path / RECORD, to_checked_json(record).encode())
         return open_features(path)
 
 

@@ -19,6 +19,7 @@ from store_example import MODEL, part_of, token_table, values, write_segment, wr
 from workbench.features.feature_store import open_features
 from workbench.features.index import feature_groups
 from workbench.io.errors import DataError, RequestError
+from workbench.io.parse import to_checked_json
 from workbench.io.tensors import map_arrays
 from workbench.sae.load import load_sae
 from workbench.store.reader import open_store
@@ -226,7 +227,7 @@ def copied(features, tmp_path):
 
 
 def edited(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(to_checked_json(json.loads(path.read_text()) | changes))
 
 
 def overwritten(path: Path, name: str, entry: int, value: int) -> None:
@@ -293,12 +294,23 @@ def test_verify_finds_a_changed_value(copied):
     assert text == f"{path / 'by_feature.safetensors'} is damaged: its checksum differs; extract the features again"
 
 
+def test_a_record_of_version_1_is_read_without_a_checksum(copied):
+    path, opened = copied
+    value = json.loads((path / "features.json").read_text()) | {"version": 1}
+    del value["checksum"]
+    (path / "features.json").write_text(json.dumps(value))
+    assert (opened().record.version, opened().shape) == (1, (value["rows"], value["features"]))
+
+
 def test_a_record_that_cannot_be_read_is_refused(copied, tmp_path):
     path, opened = copied
     record = path / "features.json"
-    edited(record, version=2)
-    assert refused(RequestError, opened) == f"{record} has format version 2; upgrade the workbench"
-    edited(record, version=1, format="other")
+    sound = record.read_text()
+    edited(record, version=3)
+    assert refused(RequestError, opened) == f"{record} has format version 3; upgrade the workbench"
+    record.write_text(sound.replace('"overflow": 0', '"overflow": 1'))
+    assert refused(DataError, opened).startswith(f"{record} is damaged or was edited: its checksum differs; extract")
+    edited(record, version=2, format="other")
     assert "format is 'other', expected 'workbench.features'" in refused(DataError, opened)
     edited(record, format="workbench.features", rows="many")
     assert refused(DataError, opened) == f'{record}: rows: expected a whole number, found "many"'

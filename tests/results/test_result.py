@@ -256,14 +256,15 @@ def test_a_truncated_file(saved, name, keep):
     whole = (saved / name).read_bytes()
     (saved / name).write_bytes(whole[: int(keep * len(whole))])
     text = refusal(DataError, lambda: load_result(saved))
-    assert text.startswith(f"result {str(saved)!r} is damaged: ")
+    assert str(saved) in text
+    assert name in text
     assert text.endswith("; run the probe again")
 
 
 @pytest.mark.parametrize("name", ["data.nc", "table.parquet"])
 def test_a_missing_file(saved, name):
     (saved / name).unlink()
-    assert f"result {str(saved)!r} is damaged: " in refusal(DataError, lambda: load_result(saved))
+    assert refusal(DataError, lambda: load_result(saved)).startswith(f"{saved / name} cannot be read: No such file")
 
 
 @pytest.mark.parametrize(

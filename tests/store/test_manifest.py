@@ -12,8 +12,8 @@ import pytest
 from store_example import MODEL, contents, values, write_store
 
 from workbench.io.errors import DataError, RequestError
-from workbench.io.parse import to_json
-from workbench.store.manifest import SiteRecord, describe, manifest_checksum, read_manifest
+from workbench.io.parse import to_checked_json, to_json
+from workbench.store.manifest import SiteRecord, describe, read_manifest
 from workbench.store.reader import open_store
 
 VERSION_1 = Path(__file__).parents[1] / "data" / "store-v1"
@@ -41,7 +41,7 @@ def test_a_store_of_version_1_stays_readable():
 def edited(path: Path, edit) -> Path:
     manifest = json.loads((path / "manifest.json").read_text())
     edit(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    (path / "manifest.json").write_text(to_checked_json(manifest))
     return path
 
 

@@ -28,16 +28,16 @@ class Info:
 
 @dataclass(frozen=True)
 class Verify:
-    """Check every file of a store: checksums, shapes, finite values, one model throughout."""
+    """Check every file of a store and its features, of features, a result, a run or a sweep."""
 
-    store: Positional[Path]
-    """Store to read."""
+    path: Positional[Path]
+    """Folder to check."""
 
     def run(self) -> int:
         """Prints the findings of the verification; returns 1 if one is an error."""
-        from workbench.store.verify import verify  # seconds: pandas
+        from workbench.features.verify import verify  # seconds: pandas
 
-        findings = verify(self.store)
+        findings = verify(self.path)
         for finding in findings.to_dict("records"):
             place = "/".join(part for part in (finding["segment"], finding["file"]) if part)
             print_plain(f"{finding['severity']:5}  {place}: {finding['finding']}: {finding['detail']}")

@@ -21,7 +21,7 @@ from workbench.features.feature_segments import SegmentFolder
 from workbench.features.feature_store import BY_ROW, RECORD, FeaturesRecord, SaeRecord, read_record
 from workbench.io import files
 from workbench.io.errors import RequestError
-from workbench.io.parse import from_json, parse, to_json
+from workbench.io.parse import parse, read_json, to_checked_json, to_json
 from workbench.sae.saved import SAVED
 from workbench.store.manifest import FEATURES, SiteRecord
 
@@ -106,7 +106,7 @@ class ExtractionFolder:
 
     def indexed(self, record: FeaturesRecord) -> ExtractionFolder:
         """Writes the record that makes the folder features."""
-        files.replace_file(self.path / RECORD, to_json(record).encode())
+        files.replace_file(self.path / RECORD, to_checked_json(record, finite=False).encode())
         return replace(self, stage=Stage.INDEXED)
 
     def commit(self) -> ExtractionFolder:
@@ -117,7 +117,7 @@ class ExtractionFolder:
         return replace(self, stage=Stage.COMPLETE)
 
     def _write_record(self) -> None:
-        files.replace_file(self.path / _PROGRESS, to_json(self.record).encode())
+        files.replace_file(self.path / _PROGRESS, to_json(self.record, finite=False).encode())
 
     def _keep_only(self, *names: str) -> None:
         for leftover in self.path.iterdir():
@@ -173,7 +173,7 @@ def replace_fingerprint(target: Path, old: str, new: str) -> bool:
         return any((folder / RECORD).is_file() for folder in (target, partial))
     if record.store_fingerprint == old:
         record = replace(record, store_fingerprint=new)
-        files.replace_file(partial / _PROGRESS, to_json(record).encode())
+        files.replace_file(partial / _PROGRESS, to_json(record, finite=False).encode())
     return True
 
 
@@ -228,7 +228,8 @@ def _read_progress(partial: Path) -> ExtractionRecord | None:
     source = partial / _PROGRESS
     if not source.is_file():
         return None
-    return parse(ExtractionRecord, from_json(source.read_bytes(), source), str(source))
+    value = read_json(source, f"remove {partial} and extract the features again", finite=False)
+    return parse(ExtractionRecord, value, str(source))
 
 
 def _is_empty(partial: Path) -> bool:

@@ -24,12 +24,13 @@ from workbench.features.index import feature_groups, feature_sums
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
-from workbench.io.parse import from_json, parse
+from workbench.io.parse import check_checksum, parse, read_json
 from workbench.io.tensors import map_arrays
 from workbench.store.manifest import FEATURES, MANIFEST, FileRecord
 from workbench.store.reader import Rows, Store, open_store
 
-FORMAT, VERSION = "workbench.features", 1
+FORMAT, VERSION = "workbench.features", 2
+_AGAIN = "extract the features again"
 RECORD, BY_ROW, BY_FEATURE = "features.json", "by_row.safetensors", "by_feature.safetensors"
 
 _NARROW = 1 << 16  # features that fit in uint16
@@ -142,14 +143,15 @@ def _only_folder(store: Path) -> Path:
 def read_record(path: Path) -> FeaturesRecord:
     """Returns the record of the features in the folder `path`; raises as `open_features` does."""
     source = path / RECORD
-    try:
-        value = from_json(source.read_bytes(), source)
-    except OSError:
-        raise RequestError(f"no features at {path}: no {RECORD}; make them with workbench features") from None
+    if not source.exists():
+        raise RequestError(f"no features at {path}: no {RECORD}; make them with workbench features")
+    value = read_json(source, _AGAIN, finite=False)
     if value.get("format") != FORMAT:
         raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; name a folder of features")
     if isinstance(value.get("version"), int) and value["version"] > VERSION:
         raise RequestError(f"{source} has format version {value['version']}; upgrade the workbench")
+    if value.get("version") != 1:  # which has no checksum
+        check_checksum(value, source, _AGAIN)
     return parse(FeaturesRecord, value, str(source))
 
 

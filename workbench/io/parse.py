@@ -9,9 +9,11 @@ import math
 import os
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from workbench.io.errors import DataError
+from workbench.io.files import sha256_bytes
 from workbench.io.reading import read_file
 
 T = TypeVar("T")
@@ -30,9 +32,29 @@ _NAMES = {
 }
 
 
-def to_json(record: object) -> str:
-    """Returns the canonical JSON of a record or dict: keys sorted, an entry a line, the same in every run."""
-    return _lines(record, 1) + "\n"
+def to_json(record: object, finite: bool = True) -> str:
+    """Returns the canonical JSON of a record or dict: keys sorted, an entry a line, the same in every run.
+
+    `finite`: ValueError for NaN and infinite numbers, which would not be JSON.
+    """
+    return _lines(record, 1, _strict if finite else _lenient) + "\n"
+
+
+def checksum(record: object) -> str:
+    """Returns the SHA-256 of the canonical JSON of a record or dict, without a key `checksum`."""
+    entries = {key: value for key, value in _entries(record).items() if key != "checksum"}
+    return sha256_bytes(to_json(entries, finite=False).encode())
+
+
+def to_checked_json(record: object, finite: bool = True) -> str:
+    """Returns `to_json` of a record or dict with one more key, its `checksum`."""
+    return to_json({**_entries(record), "checksum": checksum(record)}, finite)
+
+
+def check_checksum(value: dict[str, Any], source: object, advice: str) -> None:
+    """Removes the key `checksum` of a parsed record. DataError where it is missing, or not that of the other keys."""
+    if value.pop("checksum", None) != checksum(value):
+        raise DataError(f"{source} is damaged or was edited: its checksum differs; {advice}")
 
 
 def load_json(text: str | bytes, finite: bool = True) -> Any:
@@ -40,14 +62,15 @@ def load_json(text: str | bytes, finite: bool = True) -> Any:
 
     Args:
         text: The text, bytes as UTF-8, UTF-16 or UTF-32.
-        finite: Refuse NaN and infinite numbers, which JSON does not know and Python writes all the same.
+        finite: Refuse NaN and infinite numbers, which JSON does not know and Python writes all the same, and integers
+            beyond 64 bits.
 
     Raises:
-        ValueError: The text is not JSON, is nested more than 64 levels deep, or has an integer beyond 64 bits.
+        ValueError: The text is not JSON, is nested more than 64 levels deep, or has a number that is refused.
     """
-    strict = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+    strict = {"parse_constant": _finite, "parse_float": _finite, "parse_int": _integer} if finite else {}
     try:
-        value = json.loads(text, parse_int=_integer, **strict)
+        value = json.loads(text, **strict)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if _deeper(value, _DEEPEST):
@@ -70,7 +93,7 @@ def read_json(path: str | os.PathLike[str], advice: str = VERIFY_STORE, finite: 
     Args:
         path: The file.
         advice: Next step for the user, the end of the error.
-        finite: Refuse NaN and infinite numbers.
+        finite: Refuse NaN, infinite numbers and integers beyond 64 bits.
 
     Raises:
         DataError: The file is missing, no regular file, or holds no JSON object.
@@ -149,23 +172,26 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _lines(value: object, depth: int) -> str:
+def _lines(value: object, depth: int, encode: Callable[[object], str]) -> str:
     """Two levels of the text, indented; deeper ones stay on one line, written by the C encoder."""
-    value = _fields(value) if dataclasses.is_dataclass(value) else value
+    value = _entries(value) if dataclasses.is_dataclass(value) else value
     if depth > 2 or not value or not isinstance(value, dict | list | tuple):
-        return _encode(value)
+        return encode(value)
     if isinstance(value, dict):
         start, end = "{", "}"
-        entries = [f"{_encode(key)}: {_lines(item, depth + 1)}" for key, item in sorted(value.items())]
+        entries = [f"{encode(key)}: {_lines(item, depth + 1, encode)}" for key, item in sorted(value.items())]
     else:
         start, end = "[", "]"
-        entries = [_encode(item) for item in value]
+        entries = [encode(item) for item in value]
     indent = "\n" + depth * " "
     return start + indent + f",{indent}".join(entries) + indent[:-1] + end
 
 
-def _fields(record: Any) -> dict[str, Any]:
+def _entries(record: Any) -> dict[str, Any]:
+    if isinstance(record, dict):
+        return record
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
-_encode = json.JSONEncoder(sort_keys=True, allow_nan=False, default=_fields).encode
+_strict = json.JSONEncoder(sort_keys=True, allow_nan=False, default=_entries).encode
+_lenient = json.JSONEncoder(sort_keys=True, default=_entries).encode

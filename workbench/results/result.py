@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.io.errors import DataError, RequestError
-from workbench.io.files import explain_full_disk, replace_folder, write_file
+from workbench.io.files import explain_full_disk, replace_folder, sha256_bytes, write_file
+from workbench.io.findings import FileRecord
+from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
+from workbench.io.reading import read_file
 from workbench.results.arrays import json_value, read_dataset, write_dataset
 from workbench.results.registry import find_maker, reference
 from workbench.results.tables import read_table, write_table
@@ -131,11 +134,12 @@ class Result:
         record = {"format": _FORMAT, "version": _VERSION, "probe": self.probe, "provenance": known}
         record["data"] = asdict(data)
         (folder / "figures").mkdir()
-        for name, text in pages.items():
-            write_file(folder / "figures" / name, text.encode("utf-8", "replace"))
-        write_file(folder / _DATA, arrays)
-        write_file(folder / _TABLE, table)
-        write_file(folder / _RECORD, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        contents = {f"figures/{name}": text.encode("utf-8", "replace") for name, text in pages.items()}
+        contents |= {_DATA: arrays, _TABLE: table}
+        for name, text in contents.items():
+            write_file(folder / name, text)
+        record["files"] = {name: FileRecord(len(text), sha256_bytes(text)) for name, text in contents.items()}
+        write_file(folder / _RECORD, to_checked_json(record, finite=False).encode())
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
@@ -181,12 +185,14 @@ def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result
         record = _read_record(path)
         if record["version"] > _VERSION:
             raise RequestError(f"result {str(path)!r} has format version {record['version']}; upgrade the workbench")
-        arrays, table = ((path / name).read_bytes() for name in (_DATA, _TABLE))
+        arrays, table = (_read_listed(path, record, name) for name in (_DATA, _TABLE))
         read = _read_first_version if record["version"] == 1 else _read_files
         result = Result(record["probe"], *read(record, arrays, table), record["provenance"])
     except RequestError:
         raise
     except Exception as error:  # netCDF, Parquet and JSON readers each raise their own kinds
+        if isinstance(error, DataError) and str(path) in str(error):
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"result {str(path)!r} is damaged: {reason}; run the probe again") from error
     if probe is None:
@@ -223,7 +229,7 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         return
     try:
         known = _read_record(path)
-    except (OSError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
         raise RequestError(f"out {str(path)!r} exists and is not a result; choose another folder") from error
     same, requested = ("model_fingerprint", "store_fingerprint", "settings"), json_value("provenance", provenance)
     if known["probe"] != probe or any(known["provenance"].get(k) != requested.get(k) for k in same):
@@ -264,15 +270,37 @@ def _read_first_version(record: Mapping[str, Any], arrays: bytes, table: bytes) 
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record = json.loads((path / _RECORD).read_text())
+    record = read_json(path / _RECORD, "run the probe again", finite=False)
     kinds = {"format": str, "version": int, "probe": str, "provenance": dict}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{_RECORD} lacks one of {', '.join(kinds)}")
     if record["format"] != _FORMAT:
         raise ValueError(f"format is {record['format']!r}, expected {_FORMAT!r}")
     if problem := _problem(record["provenance"]):
         raise ValueError(f"provenance in {_RECORD} {problem}")
+    if "checksum" in record and record["version"] <= _VERSION:
+        check_checksum(record, path / _RECORD, "run the probe again")
     return record
+
+
+def listed_files(path: str | Path) -> dict[str, FileRecord] | None:
+    """Returns size and SHA-256 of the files of the result in a folder; None for one saved before they were recorded.
+
+    Raises:
+        ValueError: The record is damaged.
+    """
+    record = _read_record(Path(path))
+    return parse(dict[str, FileRecord], record["files"], _RECORD) if "files" in record else None
+
+
+def _read_listed(path: Path, record: Mapping[str, Any], name: str) -> bytes:
+    """The bytes of a file, after a comparison with their recorded checksum, where there is one."""
+    data = read_file(path / name, "run the probe again")
+    if "files" in record:
+        known: FileRecord = parse(FileRecord, record["files"].get(name), f"{_RECORD}: files: {name}")
+        if sha256_bytes(data) != known.sha256:
+            raise ValueError(f"the checksum of {name} differs")
+    return data
 
 
 def _problem(provenance: Mapping[str, Any]) -> str:

@@ -22,7 +22,8 @@ from jaxtyping import Int64
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.files import replace_file, sha256_bytes
-from workbench.io.parse import VERIFY_STORE, from_json, parse, to_json
+from workbench.io.findings import FileRecord
+from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
 from workbench.store.identity import Identity, difference
 
@@ -178,14 +179,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """Size and SHA-256 of one file of a segment."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class SegmentRecord:
     """`segment.json`: files of a segment, and counts of its recording."""
 
@@ -242,7 +235,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest: two stores with the same fingerprint have the same rows of the same model."""
-        return manifest_checksum(_body(self))
+        return checksum(_body(self))
 
     @cached_property
     def starts(self) -> Int64[np.ndarray, " segments_plus_1"]:
@@ -290,12 +283,12 @@ def parse_manifest(text: bytes, source: Path) -> Manifest:
         )
     if version not in (1, VERSION):
         raise DataError(f"{source}: version is {version!r}, expected 1 or {VERSION}")
-    checksum = value.pop("checksum", None)
+    body = dict(value)
+    value.pop("checksum", None)
     manifest = parse(Manifest, _with_new_keys(value) if version == 1 else value, str(source))
     if version == 1:
         manifest = replace(manifest, complete=bool(manifest.parts) and manifest.rows == manifest.planned_rows)
-    if checksum != manifest_checksum(value):
-        raise DataError(f"{source} is damaged or was edited: its checksum differs; restore it from a copy")
+    check_checksum(body, source, "restore it from a copy")
     if problem := _not_as_planned(manifest):
         raise DataError(f"{source}: {problem}; restore it from a copy")
     return manifest
@@ -334,14 +327,7 @@ def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replaces the manifest of the store at `path`, atomically and durably."""
-    manifest = replace(manifest, version=VERSION)
-    text = to_json({**_body(manifest), "checksum": manifest.fingerprint})
-    replace_file(path / MANIFEST, text.encode())
-
-
-def manifest_checksum(body: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest's JSON without its `checksum` key, which detects edits and damage."""
-    return sha256_bytes(to_json({key: value for key, value in body.items() if key != "checksum"}).encode())
+    replace_file(path / MANIFEST, to_checked_json(_body(replace(manifest, version=VERSION))).encode())
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:

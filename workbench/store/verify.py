@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +17,8 @@ import pyarrow.parquet as pq
 
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError
-from workbench.io.reading import check_regular
+from workbench.io.findings import FileRecord, Finding, Progress, Severity, check_listed, findings_table
+from workbench.io.reading import check_regular, read_file
 from workbench.io.tensors import TensorHeader, read_header
 from workbench.store.groups import GROUPS, complete_groups, group_checksum
 from workbench.store.manifest import (
@@ -42,23 +41,6 @@ _BLOCK_BYTES = 8 << 20
 _EXPONENT = {"float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80), "float32": ("<u4", 0x7F800000)}
 _UNFINISHED = "being written, or left by a crash; the next recording removes it"
 
-Progress = Callable[[int], object]
-Severity = Literal["error", "note"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem, or a note."""
-
-    segment: str
-    """Name of the segment; empty for the store's own files."""
-    file: str
-    finding: str
-    """missing segment, missing file, truncated, size differs, checksum differs, unreadable, wrong model, wrong tensor,
-    wrong tokens, not finite, overflow, incomplete, changed texts, leftover, waiting or unlisted."""
-    detail: str
-    severity: Severity = "error"
-
 
 def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd.DataFrame:
     """Checks the store at `path`; a sound store has no row of severity "error".
@@ -69,12 +51,11 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd
     Raises:
         RequestError: There is no store at `path`, or one of a newer version.
     """
-    columns = [field.name for field in dataclasses.fields(Finding)]
-    findings = list(_check_store(Path(path), progress or (lambda _: None)))
-    return pd.DataFrame([dataclasses.astuple(finding) for finding in findings], columns=columns)
+    return findings_table(check_store(Path(path), progress or (lambda _: None)))
 
 
-def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
+def check_store(path: Path, progress: Progress) -> Iterator[Finding]:
+    """Yields the findings of `verify` as they are made."""
     try:
         manifest = read_manifest(path)
     except DataError as error:
@@ -86,7 +67,8 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
     for text in text_notes(manifest):
         yield Finding("", MANIFEST, "changed texts", text, "note")
     if manifest.unembed is not None:
-        yield from _check_unembed(path / UNEMBED, manifest.unembed, progress)
+        size = (path / UNEMBED).stat().st_size if (path / UNEMBED).is_file() else 0  # not recorded, only its SHA-256
+        yield from check_listed(path, {UNEMBED: FileRecord(size, manifest.unembed)}, progress)
     yield from _check_leftovers(path, manifest)
     yield from _check_groups(path, manifest, progress)
     row = sequence = 0
@@ -94,17 +76,6 @@ def _check_store(path: Path, progress: Progress) -> Iterator[Finding]:
         folder = path / SEGMENTS / segment.name
         yield from _check_segment(_Check(folder, manifest, segment, row, sequence, progress))
         row, sequence = row + segment.rows, sequence + segment.sequences
-
-
-def _check_unembed(path: Path, listed: str, progress: Progress) -> Iterator[Finding]:
-    try:
-        actual = files.sha256_file(path)
-        progress(path.stat().st_size)
-    except OSError as error:
-        yield Finding("", path.name, "missing file", f"{error.strerror}; the manifest lists it")
-        return
-    if actual != listed:
-        yield Finding("", path.name, "checksum differs", f"SHA-256 {actual[:12]}, recorded {listed[:12]}")
 
 
 def _check_leftovers(path: Path, manifest: Manifest) -> Iterator[Finding]:
@@ -200,6 +171,7 @@ def _check_segment(check: _Check) -> Iterator[Finding]:
         listed = record.files.get(file) if record else None
         try:
             size = (check.folder / file).stat().st_size
+            check_regular(check.folder / file, "restore it from a copy")
             if listed and size != listed.bytes:
                 finding = "truncated" if size < listed.bytes else "size differs"
                 yield check.finding(file, finding, f"{size} bytes, recorded {listed.bytes}")
@@ -218,10 +190,12 @@ def _check_segment(check: _Check) -> Iterator[Finding]:
 
 def _read_record(check: _Check) -> tuple[SegmentRecord | None, list[Finding]]:
     """`segment.json`, if it can serve to check the other files, and its problems."""
+    if not (check.folder / SEGMENT).exists():
+        return None, [check.finding(SEGMENT, "missing file", "every segment has it; checksums are unknown")]
     try:
-        text = (check.folder / SEGMENT).read_bytes()
-    except OSError as error:
-        return None, [check.finding(SEGMENT, "missing file", f"{error.strerror}; checksums are unknown")]
+        text = read_file(check.folder / SEGMENT, "restore it from a copy")
+    except DataError as error:
+        return None, [check.finding(SEGMENT, "unreadable", str(error))]
     problems = []
     if files.sha256_bytes(text) != check.segment.checksum:
         detail = "edited or damaged; findings in its segment may follow from it"
