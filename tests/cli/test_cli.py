@@ -59,8 +59,8 @@ def test_verify(store, tmp_path):
     code, out, err = run("verify", damaged)
     assert (code, err) == (1, "")
     *findings, last = out.splitlines()
-    assert last == "1 errors, 0 notes"
-    assert findings[0].startswith("error  00000/resid_post.3.safetensors: ")
+    assert last == "1 errors, 1 notes"
+    assert findings[1].startswith("error  00000/resid_post.3.safetensors: ")
 
 
 def test_query(store):
