@@ -36,6 +36,7 @@ def test_record(recorded, stories260k, stories):
         f"rows     {opened.rows:,} in 1 segments (complete)\n"
         f"texts    10 documents, {len(set(opened.tokens['sequence'].to_pylist()))} sequences, 1 part\n"
         "unembed  yes\n"
+        "notes    10 documents longer than the context cut into several sequences\n"
     )
     text = json.loads(stories.read_text().splitlines()[0])["text"]
     first = wb.load_model(stories260k).tokenizer(text)["input_ids"][:256]
