@@ -2,6 +2,11 @@
 
 `python -m workbench.experiments.findings` writes docs/findings.md. The embedded model runs on its own corpus, the
 others on stories; --shared names the folder with their `models/` and `corpora/`. About ten minutes on one core.
+
+Of another model, with the same control, for instance before and after a change of a probe:
+
+    python -m workbench.experiments.findings --model models/smollm2-135m --text stories.jsonl --rows 3000 \\
+        --probes attention-sinks successor-heads --write smollm2.md
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ SETTINGS = {
     "token-erasure": {"offsets": (-2, -1, 0), "late": 3},
 }
 """Settings of each probe that differ from its defaults."""
+ANOTHER_SETTINGS = {"token-erasure": {"offsets": (-2, -1, 0)}, "future-prompts": QUICK["future-prompts"]}
 
 TEXT = """# What the probes find
 
@@ -49,6 +55,13 @@ experiments/findings/__main__.py: the future prompts are few and briefly trained
 """
 
 
+ANOTHER = """# What the probes find in {model}
+
+{made_of}
+The probes on {model} and on a model of the same shape with random weights, over {rows:,} tokens.
+"""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model and its texts."""
@@ -58,18 +71,37 @@ class Subject:
     texts: Sequence[Any]
 
 
-def subjects(shared: Path) -> Iterator[Subject]:
-    """Yields the embedded model and the models of `shared`, each followed by its random copy."""
-    sources: list[tuple[str, str | Path, list[Any]]] = [("demo", "demo", list(wb.demo_corpus()))]
-    sources += [(name, shared / "models" / name, [shared / STORIES]) for name in OTHERS]
+def subjects(sources: Sequence[tuple[str, str | Path, list[Any]]]) -> Iterator[Subject]:
+    """Yields the models of `sources`, (title, model, texts), each followed by its random copy."""
     for title, source, texts in sources:
         model = wb.load_model(source, device="cpu")
         yield Subject(title, model, texts)
         yield Subject(f"{title}, random weights", random_copy(model), texts)
 
 
-def headlines(subject: Subject, folder: Path, rows: int) -> dict[str, str]:
-    """Returns the headline of every probe, or the reason why it was not run."""
+def page_sources(shared: Path) -> list[tuple[str, str | Path, list[Any]]]:
+    """Returns the embedded model and the models of `shared`, with their texts."""
+    others: list[tuple[str, str | Path, list[Any]]]
+    others = [(name, shared / "models" / name, [shared / STORIES]) for name in OTHERS]
+    return [("demo", "demo", list(wb.demo_corpus())), *others]
+
+
+def headlines(
+    subject: Subject,
+    folder: Path,
+    rows: int,
+    probes: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] = SETTINGS,
+) -> dict[str, str]:
+    """Returns the headline of every probe, or the reason why it was not run.
+
+    Args:
+        subject: The model and its texts.
+        folder: Folder for the recordings.
+        rows: Maximum number of tokens to record.
+        probes: Names of the probes. None: every installed one.
+        settings: Settings of each probe that differ from its defaults.
+    """
     options = {"max_rows": rows, "show_progress": False}
     stores = [
         wb.record(subject.model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
@@ -77,9 +109,9 @@ def headlines(subject: Subject, folder: Path, rows: int) -> dict[str, str]:
     ]
     domains = "domain" in stores[0].tokens.column_names
     lines = {}
-    for name in installed_probes():
-        settings = {key: value for key, value in SETTINGS.get(name, {}).items() if key != "domain" or domains}
-        lines[name] = _headline(name, settings, subject.model, stores)
+    for name in installed_probes() if probes is None else probes:
+        chosen = {key: value for key, value in settings.get(name, {}).items() if key != "domain" or domains}
+        lines[name] = _headline(name, chosen, subject.model, stores)
     return lines
 
 
@@ -93,14 +125,16 @@ def _headline(name: str, settings: dict[str, Any], model: wb.Model, stores: Sequ
     return f"not run: {refused[0]}"
 
 
-def page(findings: dict[str, dict[str, str]], rows: int, fingerprints: Mapping[str, str]) -> str:
-    """Returns the page: a section for each probe, a line for each model."""
+def page(
+    findings: dict[str, dict[str, str]], rows: int, fingerprints: Mapping[str, str], head: str = TEXT, model: str = ""
+) -> str:
+    """Returns the page: `head`, filled in, and a section for each probe with a line for each model."""
     versions = {"tokens of each model": rows, "Python": platform.python_version(), "torch": version("torch")}
     sections = []
     for probe in next(iter(findings.values())):
         lines = "".join(f"| {title} | {_cell(headlines[probe])} |\n" for title, headlines in findings.items())
         sections.append(f"## {probe}\n\n| model | finding |\n| --- | --- |\n{lines}")
-    return "\n".join([TEXT.format(rows=rows, made_of=made_of(fingerprints, versions)), *sections])
+    return "\n".join([head.format(rows=rows, made_of=made_of(fingerprints, versions), model=model), *sections])
 
 
 def _fingerprints(shared: Path) -> dict[str, str]:
@@ -119,13 +153,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with models/ and corpora/")
     parser.add_argument("--rows", type=int, default=ROWS, help="tokens recorded of each model")
     parser.add_argument("--write", type=Path, default=PAGE, help="page to write")
+    parser.add_argument("--model", type=Path, help="folder of a model to measure in place of those of the page")
+    parser.add_argument("--text", type=Path, help="texts for --model; default: the stories of --shared")
+    parser.add_argument("--probes", nargs="+", help="probes to run; default: all")
     request = parser.parse_args(arguments)
+    if (request.model or request.probes) and request.write == PAGE:
+        parser.error("--write: name another page; docs/findings.md has every probe of the models of the page")
+    text = request.text or request.shared / STORIES
+    another = [] if request.model is None else [(request.model.name, request.model, [text])]
+    sources, settings = (another, ANOTHER_SETTINGS) if another else (page_sources(request.shared), SETTINGS)
     findings = {}
-    with progress("findings", 6, "models") as tick, tempfile.TemporaryDirectory() as folder:
-        for number, subject in enumerate(subjects(request.shared)):
-            findings[subject.title] = headlines(subject, Path(folder) / str(number), request.rows)
+    with progress("findings", 2 * len(sources), "models") as tick, tempfile.TemporaryDirectory() as folder:
+        for number, subject in enumerate(subjects(sources)):
+            place = Path(folder) / str(number)
+            findings[subject.title] = headlines(subject, place, request.rows, request.probes, settings)
             tick(1)
-    request.write.write_text(page(findings, request.rows, _fingerprints(request.shared)), encoding="utf-8")
+    if another:
+        known = {f"model {request.model.name}": model_fingerprint(request.model), "texts": fingerprint([text])}
+        text_of_page = page(findings, request.rows, known, ANOTHER, request.model.name)
+    else:
+        text_of_page = page(findings, request.rows, _fingerprints(request.shared))
+    request.write.write_text(text_of_page, encoding="utf-8")
     print(f"wrote  {request.write}")
 
 
