@@ -421,14 +421,14 @@ def _over_text(result: Result) -> go.Figure:
     patterns = data["example_pattern"]
     heads = zip(data["example_layer"].to_numpy().tolist(), data["example_head"].to_numpy().tolist(), strict=True)
     length, known = result.provenance["settings"]["length"], patterns.attrs.get("heads")
-    among = f" of the {int(known):,} heads of which patterns were recorded" if known else ""  # results before have none
+    among = f" of {int(known):,} heads whose patterns were recorded" if known else " heads"  # earlier results have none
     return head_attention(
         patterns.to_numpy(),
         heads=[head_name(layer, head) for layer, head in heads],
         tokens=json.loads(patterns.attrs["tokens"]),
         title=f"Attention in {_model(result)}",
         subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
-        f"the {patterns.sizes['example']}{among} with the largest alpha",
+        f"{patterns.sizes['example']}{among}, those with the largest alpha",
     )
 
 

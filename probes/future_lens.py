@@ -47,7 +47,6 @@ from workbench.probing import (
     dataset,
     fit_direct,
     fit_linear,
-    interval_text,
     label,
     layer_panels,
     load_future_task,
@@ -57,6 +56,7 @@ from workbench.probing import (
     note_own_output,
     own_output,
     plain_torch,
+    points_text,
     precision_table,
     progress,
     recorded_layers,
@@ -237,8 +237,8 @@ class FutureLens(StoreProbe):
         return with_note(
             f"Top-1 accuracy at {_ahead(int(one['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
             f"(layer {int(one['best_layer'])}, {at['method'].item()} probe); bigram baseline "
-            f"{100 * float(one['bigram_precision']):.0f} %; {where}gain {100 * float(at['gain']):.0f} points, "
-            f"{interval_text(100 * at['gain_low'], 100 * at['gain_high'])}.",
+            f"{100 * float(one['bigram_precision']):.0f} %; {where}gain "
+            f"{points_text(*(100 * float(at[name]) for name in ('gain', 'gain_low', 'gain_high')))}.",
             result,
         )
 
@@ -401,7 +401,7 @@ def _precision(result: Result) -> go.Figure:
         panels.append(Panel(f"{method} probe", curves))
     documents, seen = int(data["documents"]), ""
     if "bigram_seen" in data:
-        seen = f", which have {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens or more"
+        seen = f", which have at least {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens"
     return layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),

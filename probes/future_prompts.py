@@ -43,7 +43,6 @@ from workbench.probing import (
     check_fields,
     choose_layer,
     dataset,
-    interval_text,
     label,
     layer_panels,
     load_future_task,
@@ -53,6 +52,7 @@ from workbench.probing import (
     note_own_output,
     own_output,
     plain_torch,
+    points_text,
     precision_table,
     progress,
     recorded_layers,
@@ -252,8 +252,8 @@ class FuturePrompts(StoreProbe):
             seen = f", {100 * float(at['bigram_seen']):.0f} % of tokens seen" if "bigram_seen" in data else ""
             parts.append(
                 f"{_regime(regime)} {100 * float(best['precision'][0]):.0f} % (layer {int(at['best_layer'])}, prompt "
-                f"{_short(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain {gain:.0f} points, "
-                f"{interval_text(low, high)}; bigram baseline {bigram:.0f} %{seen})"
+                f"{_short(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain "
+                f"{points_text(gain, low, high)}; bigram baseline {bigram:.0f} %{seen})"
             )
         return with_note(f"Top-1 accuracy at t+{horizon + 1}: {', '.join(parts)}.", result)
 

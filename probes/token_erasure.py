@@ -47,11 +47,11 @@ from workbench.probing import (
     find_words,
     fit_softmax,
     integer_step,
-    interval_text,
     intervals,
     label,
     note_few_rows,
     plain_torch,
+    points_text,
     progress,
     recorded_layers,
     segment,
@@ -276,17 +276,18 @@ class TokenErasure(StoreProbe):
                 [100 * float(here["accuracy"].sel(group=group, layer=layer)) for layer in (start, late)]
                 for group in _GROUPS
             )
-            fall, low, high = (100 * float(here[f"{name}{end}"]) for end in ("", "_low", "_high"))
-            erased |= last[0] > last[1] and low > 0
+            fall = [100 * float(here[f"{name}{end}"]) for end in ("", "_low", "_high")]
+            erased |= last[0] > last[1] and fall[1] > 0
             parts.append(
                 f"layers {start} to {late}: last tokens of words {last[0]:.0f} to {last[1]:.0f} %, control "
-                f"{control[0]:.0f} to {control[1]:.0f} %, a drop {fall:.0f} points beyond the control's, "
-                f"{interval_text(low, high)}"
+                f"{control[0]:.0f} to {control[1]:.0f} %, drop beyond the control's {points_text(*fall)}"
             )
         parts = list(dict.fromkeys(parts))  # the early layer may be the best
         finding = "Token erasure" if erased else "No token erasure"
         if np.isnan(float(here["fall_low"])):
             finding = "Token erasure not decided"
+        if not int(here["tokens"].min()):
+            finding, parts = "Token erasure not measured", ["where a group has no token to compare"]
         texts = [f"{finding} at offset {offset:+d}, {'; '.join(parts)}."]
         if "coverage" in data:
             share = [f"{100 * float(here['coverage'].sel(group=group)):.0f} % of {group}" for group in _GROUPS]
@@ -422,7 +423,8 @@ def _curves(result: Result) -> go.Figure:
                 hovertemplate="layer %{x}: %{y:.3f}",
             )
     groups = (
-        "solid: last tokens of words of several tokens; dotted: tokens outside of such words; 95 % CI over documents"
+        "solid: last tokens of words of several tokens; dotted: tokens outside of such words; 95 % CI over documents; "
+        "targets that the training documents have"
     )
     figure.update_layout(
         template=TEMPLATE,

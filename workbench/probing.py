@@ -80,6 +80,7 @@ _PUBLIC = {
     "fit_softmax": "workbench.analysis.softmax_probe",
     "interval_text": "workbench.analysis.bootstrap",
     "intervals": "workbench.analysis.bootstrap",
+    "points_text": "workbench.analysis.bootstrap",
     "resampled_means": "workbench.analysis.bootstrap",
     "wilson": "workbench.analysis.bootstrap",
     # readings through the unembedding, of later tokens
@@ -181,6 +182,7 @@ if TYPE_CHECKING:
         group_means,
         interval_text,
         intervals,
+        points_text,
         resampled_means,
         wilson,
     )

@@ -92,7 +92,7 @@ def test_the_figure_of_single_heads_counts_those_it_was_chosen_among(tmp_path):
     arrays["pattern.1"] = rows_of([uniform(8)] * 3)
     result = run(plant(tmp_path / "s", [8], arrays), length=8, examples=2)
     subtitle = result.figure("attention").layout.title.subtitle.text
-    assert subtitle.endswith("the menu has the 2 of the 3 heads of which patterns were recorded with the largest alpha")
+    assert subtitle.endswith("the menu has 2 of 3 heads whose patterns were recorded, those with the largest alpha")
 
 
 def test_the_table_has_the_massive_activations_of_each_layer(tmp_path):

@@ -303,6 +303,9 @@ def test_spans_by_label_or_by_spaces(store, planted, tmp_path):
     assert unlabelled.data.attrs["spans"] == "words split by spaces"
     assert int(labelled.data["words"]) == 2 * round(0.3 * DOCUMENTS)
     assert int(unlabelled.data["words"]) == 0  # "t5" is no word: it holds a digit
+    assert unlabelled.headline().startswith(
+        "Token erasure not measured at offset -1, where a group has no token to compare."
+    )
 
 
 def test_words_by_spaces(tiny_models, tiny_tokenizer, tmp_path):

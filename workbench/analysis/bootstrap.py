@@ -159,6 +159,11 @@ def interval_text(low: Any, high: Any) -> str:
     return "no interval from one document" if np.isnan(low) else f"95 % CI [{float(low):.0f}, {float(high):.0f}]"
 
 
+def points_text(difference: Any, low: Any, high: Any) -> str:
+    """Returns a difference of percentages with its interval as text: "11 points, 95 % CI [7, 14]"."""
+    return f"{np.round(float(difference)) + 0.0:.0f} points, {interval_text(low, high)}"  # + 0.0: no "-0"
+
+
 def wilson(
     share: Float[np.ndarray, " statistic"], number: Int[np.ndarray, " statistic"]
 ) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, " statistic"]]:
