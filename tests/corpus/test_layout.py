@@ -103,11 +103,25 @@ def test_every_token_is_there_once_and_in_order(texts, tokenizer, bos, context, 
     if max_rows is None:
         assert sequences.documents == len(texts)
         assert sequences.skipped_documents == sum(not ids for ids in plain)
-        assert sequences.cut_documents == sum(len(added.prefix) + len(body) > context for body in bodies)
+        assert sequences.cut_documents == in_several_sequences(sequences)
+        if not packed:
+            assert sequences.cut_documents == sum(len(added.prefix) + len(body) > context for body in bodies)
         assert sequences.replaced_characters == sum("\ud800" <= c <= "\udfff" for text in texts for c in text)
     else:
         assert rows <= max_rows
     check_offsets(sequences, clean, tokenizer, added)
+
+
+def in_several_sequences(sequences):
+    """Number of documents whose tokens, prefixes left out, are in several sequences."""
+    number = np.repeat(np.arange(len(sequences.lengths)), sequences.lengths)
+    count = 0
+    for document in np.unique(sequences.document):
+        rows = np.flatnonzero(sequences.document == document)
+        wide = rows[sequences.char_end[rows] > sequences.char_start[rows]]
+        end = rows[-1:] if sequences.char_start[rows[-1]] == sequences.char_end[wide[-1]] else wide[-1:]  # a suffix
+        count += number[wide[0]] != number[end[0]]
+    return count
 
 
 def check_offsets(sequences, texts, tokenizer, added):
@@ -406,3 +420,30 @@ def test_tinystories_with_a_real_tokenizer(stories, tinystories):
         assert np.delete(rows, continuations).tolist() == stories(texts[index], verbose=False).input_ids
     again = plan(tinystories, stories, context=256)
     assert digest(again.token_ids, again.lengths) == digest(sequences.token_ids, sequences.lengths)
+
+
+def test_a_text_that_begins_with_bos_gets_no_other_and_is_counted(stories):
+    """As a chat template renders it. BOS is found by its id, whatever the policy."""
+    texts = ["<s>the cat", "the cat", "<s>", ""]
+    for bos in ("model", "always", "never"):
+        sequences = plan(texts, stories, bos=bos)
+        assert [ids.count(1) for ids in lists(sequences)] == ([1, 0, 1] if bos == "never" else [1, 1, 1])
+        assert sequences.documents_with_added_tokens == (0 if bos == "never" else 2)
+    frame = table(plan(texts, stories), stories).to_pandas()
+    first = frame[frame.position == 0]
+    assert first.is_special.all()
+    assert first.char_end.tolist() == [3, 0, 3], "the BOS of a text has its characters"
+    packed = plan(texts, stories, packed=True, context=40)
+    assert [ids.count(1) for ids in lists(packed)] == [3]
+
+
+def test_a_bos_within_a_text_that_begins_a_sequence_is_not_doubled(stories):
+    sequences = plan(["a b<s>c d"], stories, context=3)
+    assert all(ids[:2] != [1, 1] for ids in lists(sequences))
+    assert sum(ids.count(1) for ids in lists(sequences)) == len(sequences.lengths)
+
+
+def test_a_text_that_ends_with_the_suffix_gets_no_other():
+    sequences = plan(["ab</s>", "ab"], UNIGRAM)
+    assert [ids.count(2) for ids in lists(sequences)] == [1, 1]
+    assert sequences.documents_with_added_tokens == 1

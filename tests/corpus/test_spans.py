@@ -12,9 +12,11 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
+from corpus_example import byte_level
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from labelled import SPANS, TEXT, by_character, source
+from tokenizers import processors
 
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import read_documents
@@ -96,6 +98,40 @@ def test_a_token_has_the_first_span_that_it_shares_a_character_with(tiny_tokeniz
     assert all(column.null_count == added.num_rows for column in added.columns)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_span_is_cut_where_max_rows_leaves_out_some_of_its_tokens(tiny_tokenizer, packed):
+    record = {"text": TEXT, "spans": SPANS | {"all": [{"start": 0, "end": len(TEXT), "value": 1}]}}
+    reading = {"context": 7, "packed": packed}
+    whole = table([record] * 2, tiny_tokenizer, **reading).to_pylist()
+    tokens = {label: {} for label in record["spans"]}  # by label and span: rows and their sequences
+    for row in whole:
+        for label, spans in tokens.items():
+            spans.setdefault((row["document"], row[f"{label}_span"]), []).append((row["row"], row["sequence"]))
+    for max_rows in range(1, len(whole)):
+        for row in table([record] * 2, tiny_tokenizer, max_rows=max_rows, **reading).to_pylist():
+            for label, spans in tokens.items():
+                if row[label] is not None:
+                    others = spans[row["document"], row[f"{label}_span"]]
+                    there = all(sequence == row["sequence"] and number < max_rows for number, sequence in others)
+                    assert row[f"{label}_cut"] == (not there), (label, row)
+
+
+def test_white_space_has_labels_where_the_tokenizer_trims_its_offsets():
+    """As RoBERTa's tokenizer: a token of white space alone then has no character of its own."""
+    text = "if x:\n    return  the  in\n"
+    spans = {"blank": [{"start": 6, "end": 10, "value": "indent"}, {"start": 16, "end": 18, "value": "gap"}]}
+    records = [{"text": text, "spans": spans}]
+    plain, trimming = byte_level(), byte_level()
+    trimming.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True)])
+    assert table(records, trimming, added=AddedTokens()).equals(table(records, plain, added=AddedTokens()))
+    rows = table(records, trimming, added=AddedTokens()).to_pylist()
+    assert {name: [row[name] for row in rows] for name in ("blank", "blank_span", "blank_cut")} == by_character(
+        rows, records
+    )
+    offsets = trimming(text, return_offsets_mapping=True).offset_mapping
+    assert any(start == end for start, end in offsets), "the caller's tokenizer trims as before"
+
+
 def test_adjacent_spans_stay_two_and_a_token_in_both_has_the_first(tiny_tokenizer):
     text = " Monday Monday"
     spans = [{"start": start, "end": end, "value": value} for start, end, value in ((7, 9, 2), (3, 7, 2), (1, 3, 1))]
@@ -164,7 +200,7 @@ def test_types_are_those_of_the_values_over_the_whole_corpus(tiny_tokenizer):
         "none": (pa.null(), [None, None]),
         "empty": (pa.null(), [None, None]),
     }
-    columns = [name for label in expected for name in (label, f"{label}_span")]
+    columns = [name for label in expected for name in (label, f"{label}_span", f"{label}_cut")]
     assert tokens.column_names == [*TOKEN_SCHEMA.names, *columns]
     assert {label: (tokens[label].type, tokens[label].to_pylist()) for label in expected} == expected
     assert {tokens[f"{label}_span"].type for label in expected} == {pa.int32()}
@@ -181,7 +217,9 @@ def test_replaced_characters_keep_the_offsets(tiny_tokenizer):
 def test_max_rows_reads_no_labels_beyond_its_documents(tiny_tokenizer):
     records = [{"text": "x" * 8, "spans": {f"l{i}": [{"start": 0, "end": 8, "value": i}]}} for i in range(9)]
     tokens = table(iter(records), tiny_tokenizer, max_rows=20, added=AddedTokens())
-    assert tokens.column_names[len(TOKEN_SCHEMA) :] == ["l0", "l0_span", "l1", "l1_span", "l2", "l2_span"]
+    assert tokens.column_names[len(TOKEN_SCHEMA) :] == [
+        f"l{number}{suffix}" for number in range(3) for suffix in ("", "_span", "_cut")
+    ]
     assert tokens["l2"].to_pylist() == [None] * 16 + [2] * 4
 
 

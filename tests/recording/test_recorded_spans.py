@@ -40,7 +40,15 @@ def files(path):
 def test_a_store_is_queried_by_labels(model, tmp_path):
     store = record(model, RECORDS, tmp_path / "s", metadata=["tag"], segment_rows=16)
     assert len(store.manifest.segments) > 1
-    assert store.tokens.column_names[-5:] == ["tag", "entity", "entity_span", "rank", "rank_span"]
+    assert store.tokens.column_names[-7:] == [
+        "tag",
+        "entity",
+        "entity_span",
+        "entity_cut",
+        "rank",
+        "rank_span",
+        "rank_cut",
+    ]
     frame = store.tokens.to_pandas()
     expected = by_character(frame.to_dict("records"), [{"spans": None, **line} for line in RECORDS])
     where = {

@@ -259,7 +259,7 @@ def test_what_the_recording_did_to_its_texts_is_a_note_and_in_the_description(pa
     assert found(path) == []
     assert verify(path)["detail"].tolist() == [
         "1 document without a token skipped",
-        "1,234 documents longer than the context cut into several sequences",
+        "1,234 documents cut into several sequences",
         "2 characters that are not valid Unicode replaced by U+FFFD",
     ]
     assert describe(path, read_manifest(path)).splitlines()[-1] == f"notes    {'; '.join(verify(path)['detail'])}"

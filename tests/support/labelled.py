@@ -15,9 +15,13 @@ SPANS = {
 
 
 def by_character(rows, records):
-    """Value and number of every label for every row, found by painting characters one by one."""
+    """Value, number and cut of every label for every row, found by painting characters one by one.
+
+    A span is cut if rows of several sequences touch it.
+    """
     labels = dict.fromkeys(label for record in records for label in record["spans"] or {})
-    told = {column: [] for label in labels for column in (label, f"{label}_span")}
+    told = {column: [] for label in labels for column in (label, f"{label}_span", f"{label}_cut")}
+    sequences = {}
     for row in rows:
         spans = records[row["document"]]["spans"] or {}
         for label in labels:
@@ -29,6 +33,12 @@ def by_character(rows, records):
             value, number = touched[0] if touched else (None, None)
             told[label].append(value)
             told[f"{label}_span"].append(number)
+            for _, other in touched:
+                sequences.setdefault((row["document"], label, other), set()).add(row["sequence"])
+    for index, row in enumerate(rows):
+        for label in labels:
+            number = told[f"{label}_span"][index]
+            told[f"{label}_cut"].append(None if number is None else len(sequences[row["document"], label, number]) > 1)
     return told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
@@ -16,16 +17,26 @@ import pyarrow as pa
 from jaxtyping import Int, Int32, Int64
 
 from workbench.corpus.columns import ColumnSpool, open_table
+from workbench.corpus.pieces import PIECE, encode_long
 from workbench.corpus.sources import Document
-from workbench.corpus.tokenizer import AddedTokens, Encoding, encode, replace_surrogates, special_ids
+from workbench.corpus.tokenizer import (
+    AddedTokens,
+    Encoding,
+    encode,
+    replace_surrogates,
+    special_ids,
+    with_whole_offsets,
+)
 from workbench.io.errors import RequestError
 from workbench.io.files import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOG = logging.getLogger(__name__)
+
 _BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1_000_000
+_BATCH_CHARACTERS = 1 << 18
 _COLUMNS = {
     "token_ids": np.int32,
     "char_start": np.int32,
@@ -34,6 +45,13 @@ _COLUMNS = {
     "starts": np.int64,
 }
 _COUNTS = "counts.json"
+_COUNTED = (
+    "documents",
+    "skipped_documents",
+    "cut_documents",
+    "documents_with_added_tokens",
+    "replaced_characters",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class Layout:
     """Longest sequence in tokens, added tokens included."""
     added: AddedTokens
     """Every sequence begins with the prefix, the continuation of a long document too; the suffix follows the last token
-    of each document. Documents given as token ids get neither."""
+    of each document. Neither is added to a text that has it already, nor to documents given as token ids."""
     packed: bool = False
     """Each document follows the one before, with its own prefix, and sequences are cut at exactly `context`. Otherwise
     each document begins a sequence."""
@@ -80,11 +98,16 @@ class Sequences:
     skipped_documents: int
     """Documents without a token, such as empty texts."""
     cut_documents: int
-    """Documents longer than the context, their added tokens included."""
+    """Documents whose tokens are in several sequences."""
+    documents_with_added_tokens: int
+    """Texts that begin with the token that begins a sequence, as a chat template writes it, or end with the one that
+    ends a text; it was not added again."""
     replaced_characters: int
     """Lone surrogates and invalid UTF-8 bytes, each tokenized as U+FFFD."""
     columns: str
     """SHA-256 over the metadata and spans of all documents."""
+    cut_at: int | None
+    """Character of the last document at which `max_rows` stopped; None: it is complete."""
 
     @property
     def lengths(self) -> Int64[np.ndarray, " sequence"]:
@@ -101,8 +124,8 @@ def plan_sequences(
 ) -> Sequences:
     """Tokenizes all documents, once, and divides them into sequences of at most `layout.context` tokens.
 
-    The order of the documents alone determines the result. Memory does not grow with the corpus, only with its longest
-    document.
+    The order of the documents alone determines the result. Memory does not grow with the corpus; of the longest
+    document it holds the text, and the tokens of one piece.
 
     Args:
         documents: Numbered from 0 without a gap, as `read_documents` does.
@@ -122,16 +145,14 @@ def plan_sequences(
         )
     _check_ids(np.array(prefix + layout.added.suffix, np.int64), layout.vocab, "the tokenizer's special tokens")
     workdir, stream = Path(workdir), iter(documents)
+    encoder = tokenizer and with_whole_offsets(tokenizer)
     with ExitStack() as stack:
-        writer = _SequenceWriter(workdir, layout, stack)
+        writer = _SequenceWriter(workdir, layout, stack, progress)
         while batch := _take(stream, min(_BATCH_CHARACTERS, writer.rows_left), layout.added):
-            before = writer.rows
-            for document, encoding, replaced in _encode_batch(batch, tokenizer):
+            for document, pieces, replaced in _encode_batch(batch, encoder):
                 if not writer.rows_left:
                     break
-                writer.add(document, encoding, replaced)
-            if progress is not None:
-                progress(writer.rows - before)
+                writer.add(document, pieces, replaced)
         writer.finish(special_ids(tokenizer, layout.added))
     return open_sequences(workdir)
 
@@ -150,37 +171,54 @@ def open_sequences(workdir: str | Path) -> Sequences:
 class _SequenceWriter:
     """Writes one document after another to the files of `workdir`, beginning a new sequence where one is full."""
 
-    def __init__(self, workdir: Path, layout: Layout, stack: ExitStack) -> None:
-        self.workdir, self.layout = workdir, layout
+    def __init__(self, workdir: Path, layout: Layout, stack: ExitStack, progress: Callable[[int], None] | None) -> None:
+        self.workdir, self.layout, self.progress = workdir, layout, progress
         self.files = {name: stack.enter_context(open(workdir / f"{name}.bin", "wb")) for name in _COLUMNS}  # noqa: SIM115
         self.spools = {
             name: ColumnSpool(stack.enter_context(open(workdir / f"{name}.jsonl", "w+", encoding="ascii")), spans)  # noqa: SIM115
             for name, spans in (("metadata", False), ("spans", True))
         }
-        self.rows = 0
+        self.prefix = np.array(layout.added.prefix, np.int32)
+        self.rows = self.sequences = 0
         self.free = 0  # rows left in the open sequence
-        self.counts = dict.fromkeys(("documents", "skipped_documents", "cut_documents", "replaced_characters"), 0)
+        self.counts = dict.fromkeys(_COUNTED, 0)
+        self.cut_at: int | None = None
 
     @property
     def rows_left(self) -> int:
         limit = sys.maxsize if self.layout.max_rows is None else self.layout.max_rows
         return limit - self.rows
 
-    def add(self, document: Document, encoding: Encoding, replaced: int) -> None:
-        """Writes a document; `replaced`: number of its characters that were replaced."""
+    def add(self, document: Document, pieces: Iterable[Encoding], replaced: int) -> None:
+        """Writes a document, whose tokens come in pieces; `replaced`: number of its characters that were replaced."""
         self.counts["documents"] += 1
         self.counts["replaced_characters"] += replaced
         place = f"document {document.index}"
         self.spools["metadata"].add(document.metadata, place)
         self.spools["spans"].add(document.spans, place)
-        _check_ids(encoding.ids, self.layout.vocab, place)
-        if encoding.ids.size == 0:
+        first, last = None, None
+        begun, sequences = self.rows, set()
+        for piece in pieces:
+            if piece.ids.size == 0:
+                continue
+            _check_ids(piece.ids, self.layout.vocab, place)
+            first = piece if first is None else first
+            last = piece
+            sequences |= self._lay(document, piece, begins=piece is first)
+            if not self.rows_left:
+                break
+        if first is None or last is None:
             self.counts["skipped_documents"] += 1
             return
-        added = AddedTokens() if document.text is None else self.layout.added
-        body = _with_suffix(encoding, added.suffix, document.text)
-        self.counts["cut_documents"] += len(added.prefix) + body.ids.size > self.layout.context
-        self._lay(document.index, body, np.array(added.prefix, np.int32))
+        suffix = () if document.text is None else self.layout.added.suffix
+        prefix = self.prefix[:1] if document.text is not None else ()
+        has_prefix, has_suffix = first.ids[0] in prefix, last.ids[-1] in suffix[-1:]
+        if suffix and not has_suffix:
+            sequences |= self._lay(document, _suffix(suffix, last, document.text), begins=False)
+        self.counts["documents_with_added_tokens"] += has_prefix or has_suffix
+        self.counts["cut_documents"] += len(sequences) > 1
+        if self.progress is not None:
+            self.progress(self.rows - begun)
 
     def finish(self, special_ids: Collection[int]) -> None:
         """Writes the end of the last sequence, the tables and the counts. RequestError where no token was added."""
@@ -195,30 +233,48 @@ class _SequenceWriter:
             spool.write_table(self.workdir / f"{name}.arrow")
             spool.lines.flush()
         spooled = [sha256_file(self.workdir / f"{name}.jsonl") for name in self.spools]
-        counts = {"special_ids": sorted(special_ids), **self.counts, "columns": sha256_bytes("".join(spooled).encode())}
+        counts = {
+            "special_ids": sorted(special_ids),
+            "cut_at": self.cut_at,
+            **self.counts,
+            "columns": sha256_bytes("".join(spooled).encode()),
+        }
         (self.workdir / _COUNTS).write_text(json.dumps(counts))
 
-    def _lay(self, document: int, body: Encoding, prefix: np.ndarray) -> None:
-        """Writes `body`, with `prefix` where the document begins and wherever a sequence begins within it."""
-        if not self.layout.packed:
+    def _lay(self, document: Document, body: Encoding, begins: bool) -> set[int]:
+        """Writes tokens of a document, with the prefix before them if it begins with them, and where a sequence begins.
+
+        Returns the sequences that hold them.
+        """
+        sequences: set[int] = set()
+        if begins and not self.layout.packed:
             self.free = 0
         done = 0
         while done < body.ids.size and self.rows_left:
+            leads = begins or self.free == 0
             if self.free == 0:
                 self._write("starts", self.rows)
+                self.sequences += 1
                 self.free = min(self.layout.context, self.rows_left)
+            leads &= document.text is not None and not (self.prefix.size and body.ids[done] == self.prefix[0])
             # The prefix may fill the rest of a sequence; the text then begins in the next one, after another prefix.
-            lead = prefix[: self.free]
+            lead = self.prefix[: self.free] if leads else self.prefix[:0]
             part = slice(done, done + self.free - lead.size)
             offset = np.full(lead.size, body.char_start[done])
             self._write("token_ids", lead, body.ids[part])
             self._write("char_start", offset, body.char_start[part])
             self._write("char_end", offset, body.char_end[part])
             written = lead.size + body.ids[part].size
-            self._write("document", np.full(written, document))
+            self._write("document", np.full(written, document.index))
+            if written > lead.size:
+                sequences.add(self.sequences)
             self.rows += written
             self.free -= written
-            done = part.stop
+            done, begins = part.stop, False
+        if not self.rows_left and self.cut_at is None:
+            left = body.char_start[done] if done < body.ids.size else body.char_end[-1]
+            self.cut_at = int(left) if left >= 0 else None
+        return sequences
 
     def _write(self, name: str, *values: int | np.ndarray) -> None:
         for part in values:
@@ -240,20 +296,33 @@ def _take(stream: Iterator[Document], rows: int, added: AddedTokens) -> list[Doc
 
 def _encode_batch(
     batch: list[Document], tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[tuple[Document, Encoding, int]]:
-    """Documents with their tokens and the number of characters that were replaced."""
-    cleaned = [replace_surrogates(document.text) for document in batch if document.text is not None]
-    encoded = iter(())
-    if cleaned:
-        if tokenizer is None:
-            raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
-        encoded = zip(encode(tokenizer, [text for text, _ in cleaned]), cleaned, strict=True)
+) -> Iterator[tuple[Document, Iterable[Encoding], int]]:
+    """Documents with their tokens, long ones in pieces, and the number of characters that were replaced."""
+    texts = {d.index: replace_surrogates(d.text) for d in batch if d.text is not None}
+    if texts and tokenizer is None:
+        raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
+    short = [index for index, (text, _) in texts.items() if len(text) <= PIECE]
+    encoded = dict(zip(short, encode(tokenizer, [texts[i][0] for i in short]), strict=True)) if short else {}
     for document in batch:
+        text, replaced = texts.get(document.index, ("", 0))
         if document.text is None:
-            yield document, _given_ids(document), 0
+            yield document, [_given_ids(document)], 0
+        elif document.index in encoded:
+            yield document, [encoded[document.index]], replaced
         else:
-            encoding, (_, replaced) = next(encoded)
-            yield document, encoding, replaced
+            yield document, _encode_long(tokenizer, text, document.index), replaced
+
+
+def _encode_long(tokenizer: PreTrainedTokenizerBase, text: str, document: int) -> Iterator[Encoding]:
+    cuts: list[int] = []
+    try:
+        yield from encode_long(tokenizer, text, cuts.append)
+    finally:  # also where max_rows stops it
+        if cuts:
+            _LOG.warning(
+                f"document {document} ({len(text):,} characters) was tokenized in pieces; {len(cuts)} of them begin "
+                f"at a cut, the first at character {cuts[0]:,}: tokens beside a cut may differ from those of the whole"
+            )
 
 
 def _given_ids(document: Document) -> Encoding:
@@ -272,15 +341,10 @@ def _check_ids(ids: np.ndarray, vocab: int | None, source: str) -> None:
         )
 
 
-def _with_suffix(encoding: Encoding, suffix: tuple[int, ...], text: str | None) -> Encoding:
-    if not suffix:
-        return encoding
-    end = np.full(len(suffix), -1 if text is None or encoding.char_end[-1] < 0 else len(text), np.int32)
-    return Encoding(
-        np.concatenate([encoding.ids, np.array(suffix, np.int32)]),
-        np.concatenate([encoding.char_start, end]),
-        np.concatenate([encoding.char_end, end]),
-    )
+def _suffix(suffix: tuple[int, ...], last: Encoding, text: str | None) -> Encoding:
+    """The suffix as tokens at the end of the text, after its last ones."""
+    end = np.full(len(suffix), -1 if text is None or last.char_end[-1] < 0 else len(text), np.int32)
+    return Encoding(np.array(suffix, np.int32), end, end)
 
 
 def segment_plan(lengths: Int[np.ndarray, " sequence"], segment_rows: int) -> list[tuple[int, int]]:

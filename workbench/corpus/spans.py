@@ -98,8 +98,9 @@ def label_tokens(
     document: Int64[np.ndarray, " row"],
     char_start: Int32[np.ndarray, " row"],
     char_end: Int32[np.ndarray, " row"],
-) -> tuple[pa.Array, pa.Array]:
-    """Returns, for each token, the value of the span that it shares a character with, and the number of that span.
+    visible: tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"]],
+) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Returns, for each token, the value of the span that it shares a character with, its number, and if it is cut.
 
     A token in several spans has the first; one in no span, without width or without offsets has nulls. Spans are
     numbered from 0 in their document. Cost: a binary search for each row.
@@ -109,6 +110,8 @@ def label_tokens(
         document: Index into `spans` for each row.
         char_start: First character of each token.
         char_end: One past its last character.
+        visible: Characters of the document that the row's sequence shows: where the text before it ends, and where the
+            text after it begins. A span is cut if it reaches beyond.
     """
     first = spans.offsets.to_numpy()
     first = first - first[0]
@@ -120,7 +123,9 @@ def label_tokens(
     begins = np.append(owner + start.to_numpy(), np.iinfo(np.int64).max)[index]
     outside = (begins >= base + char_end) | (char_start == char_end)
     number = (index - first[document]).astype(np.int32)
-    return value.take(pa.array(index, mask=outside)), pa.array(number, mask=outside)
+    stops = np.append(owner + end.to_numpy(), 0)[index]
+    cut = (begins < base + visible[0]) | (stops > base + visible[1])
+    return value.take(pa.array(index, mask=outside)), pa.array(number, mask=outside), pa.array(cut, mask=outside)
 
 
 def _span(entry: Any, text: str, place: str) -> Span:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,24 @@ def special_ids(tokenizer: PreTrainedTokenizerBase | None, added: AddedTokens) -
 
     special = set(tokenizer.all_special_ids) - (ids("unk_token") - ids("bos_token", "eos_token"))
     return frozenset(special).union(added.prefix, added.suffix)
+
+
+def with_whole_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer, or a copy of it whose offsets include the white space of each token where it trims them.
+
+    Byte-level tokenizers may trim the offsets of " the" to those of "the" (RoBERTa's, and the default of the library):
+    a token of white space alone then has no character. Token ids are the same.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    post = getattr(backend, "post_processor", None)
+    if post is None or b'"trim_offsets":true' not in bytes(post.__getstate__()):
+        return tokenizer
+    from tokenizers import processors
+
+    whole = copy.deepcopy(tokenizer)
+    # it added tokens and trimmed offsets; the first is not needed here
+    whole.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])  # pyright: ignore
+    return whole
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:

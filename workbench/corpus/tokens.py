@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 
 from workbench.corpus.layout import Sequences
-from workbench.corpus.spans import label_tokens
+from workbench.corpus.spans import label_columns, label_tokens
 from workbench.corpus.tokenizer import TOKEN_SCHEMA
+
+_END = 2**31 - 1  # beyond the last character of any text
 
 
 def token_table(
@@ -25,7 +28,8 @@ def token_table(
     """Returns the token table of sequences `first` to `last` (exclusive).
 
     Its columns are TOKEN_SCHEMA, the metadata, and for each label of spans `<label>`, the value of the span that
-    contains the token, and `<label>_span`, the number of that span. Texts, also those of metadata and spans, are
+    contains the token, `<label>_span`, the number of that span, and `<label>_cut`, true where other tokens of the span
+    are in another sequence or beyond `max_rows`. Texts, also those of metadata and spans, are
     dictionary-encoded. Cost: about 50 ns a row and column.
 
     Args:
@@ -63,10 +67,10 @@ def token_table(
     for column in _columns_of(present, sequences.metadata):
         column = column.dictionary_encode() if pa.types.is_string(column.type) else column
         arrays.append(column.take(pa.array(inverse)))
+    visible = _visible(sequences, starts, document)
     for spans in _columns_of(present, sequences.spans):
-        value, number = label_tokens(spans, inverse, char_start, char_end)
-        value = value.dictionary_encode() if pa.types.is_string(value.type) else value
-        arrays += [value, number]
+        value, number, cut = label_tokens(spans, inverse, char_start, char_end, visible)
+        arrays += [value.dictionary_encode() if pa.types.is_string(value.type) else value, number, cut]
     return pa.Table.from_arrays(arrays, schema=token_columns(sequences))
 
 
@@ -75,13 +79,32 @@ def token_columns(sequences: Sequences) -> pa.Schema:
     fields = [*TOKEN_SCHEMA, *(pa.field(field.name, _stored(field.type)) for field in sequences.metadata.schema)]
     for field in sequences.spans.schema:
         value = field.type.value_type.field("value").type
-        fields += [pa.field(field.name, _stored(value)), pa.field(f"{field.name}_span", pa.int32())]
+        fields += map(pa.field, label_columns(field.name), (_stored(value), pa.int32(), pa.bool_()))
     return pa.schema(fields)
 
 
 def _stored(column: pa.DataType) -> pa.DataType:
     """The type in the token table: text is dictionary-encoded."""
     return pa.dictionary(pa.int32(), pa.string()) if pa.types.is_string(column) else column
+
+
+def _visible(
+    sequences: Sequences, starts: Int64[np.ndarray, " sequence"], document: Int64[np.ndarray, " row"]
+) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"]]:
+    """Characters that each row's sequence shows of its document, as `label_tokens` takes them."""
+    first, last, total = int(starts[0]), int(starts[-1]), len(sequences.token_ids)
+    begins = np.union1d(starts[:-1], first + 1 + np.flatnonzero(np.diff(document)))
+    ends = np.append(begins[1:], last)
+    previous, following = np.maximum(begins - 1, 0), np.minimum(ends, total - 1)
+    continued = (begins > 0) & (sequences.document[previous] == sequences.document[begins])
+    continues = (ends < total) & (sequences.document[following] == sequences.document[ends - 1])
+    before = np.where(continued, sequences.char_end[previous], 0)
+    # an added token stands where the text after it begins
+    after = np.where(continues, sequences.char_start[following], _END)
+    if last == total and sequences.cut_at is not None:
+        after[-1] = sequences.cut_at
+    lengths = ends - begins
+    return np.repeat(before.astype(np.int64), lengths), np.repeat(after.astype(np.int64), lengths)
 
 
 def _columns_of(documents: np.ndarray, table: pa.Table) -> Iterator[pa.Array]:

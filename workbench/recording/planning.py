@@ -192,6 +192,7 @@ def _begin(writer: Writer, sequences: Sequences, digests: Sequence[str], append:
         replaced_characters=sequences.replaced_characters,
         cut_documents=sequences.cut_documents,
         columns=sequences.columns,
+        documents_with_added_tokens=sequences.documents_with_added_tokens,
     )
     if append and append != AGAIN and writer.ends_with(part, digests):
         _LOG.warning(

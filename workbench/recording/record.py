@@ -21,6 +21,7 @@ import torch
 from workbench.corpus.sources import Texts, check_source, read_documents
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
+from workbench.io.log import PROGRESS
 from workbench.io.tasks import ThisProcess, Workers, dtype_for
 from workbench.io.torch_state import plain_torch
 from workbench.io.versions import library_versions
@@ -39,7 +40,7 @@ from workbench.recording.planning import (
 )
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
-from workbench.store.manifest import SiteRecord, read_counts
+from workbench.store.manifest import SiteRecord, read_counts, text_notes
 from workbench.store.writer import Writer, explain_full_disk, is_read_only, open_writer
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def finish_recording(out: Path, plan: RecordingPlan, workers: Workers, show_prog
 
     store = open_store(out)
     _warn_of_lost_values(store, plan.all_sites)
+    if notes := text_notes(store.manifest.parts[-1:]):
+        PROGRESS.info(f"texts of {out}: {'; '.join(notes)}")
     if plan.features and store.manifest.complete:  # else the last process that shares the recording completes them
         plan.features.finish(store, workers, show_progress=show_progress)
     return store

@@ -10,8 +10,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ FEATURES = "features"
 _NEW_MODEL_KEYS = {"causal": True, "identity": None}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
-_NEW_PART_KEYS = {"cut_documents": None, "columns": None}
+_NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_tokens": 0}
 """Keys of a part that version 2 added."""
 
 _NEW_KEYS = {"complete": False}
@@ -141,9 +141,11 @@ class Part:
     replaced_characters: int
     """Characters that are not valid Unicode, stored as U+FFFD."""
     cut_documents: int | None = None
-    """Documents longer than the context, cut into several sequences. None: not counted, in version 1."""
+    """Documents whose tokens are in several sequences. None: not counted, in version 1."""
     columns: str | None = None
     """SHA-256 over the metadata and spans of the documents. None: not computed, in version 1."""
+    documents_with_added_tokens: int = field(default=0, compare=False)
+    """Texts that had BOS or EOS already, which was not added again."""
 
     def same_counts(self, other: Part) -> bool:
         """Returns True if both have the same counts, as far as both were counted."""
@@ -396,19 +398,19 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
-    if notes := text_notes(manifest):
+    if notes := text_notes(manifest.parts):
         lines["notes"] = "; ".join(notes)
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
         lines["features"] = short_list(features)
     return lines
 
 
-def text_notes(manifest: Manifest) -> list[str]:
-    """Returns sentences about what the recording did to its texts; none where all are stored as they came."""
-    parts = manifest.parts
+def text_notes(parts: Sequence[Part]) -> list[str]:
+    """Returns what the recording of these parts did to their texts, as phrases; none where all are as they came."""
     counts = {
         "{} without a token skipped": sum(part.skipped_documents for part in parts),
-        "{} longer than the context cut into several sequences": sum(part.cut_documents or 0 for part in parts),
+        "{} cut into several sequences": sum(part.cut_documents or 0 for part in parts),
+        "{} with BOS or EOS in the text, not added again": sum(part.documents_with_added_tokens for part in parts),
     }
     notes = [text.format(f"{n:,} {'document' if n == 1 else 'documents'}") for text, n in counts.items() if n]
     if replaced := sum(part.replaced_characters for part in parts):

@@ -64,8 +64,10 @@ def check_store(path: Path, progress: Progress) -> Iterator[Finding]:
     if not manifest.complete:
         detail = f"{manifest.rows} of {manifest.planned_rows} planned rows are committed"
         yield Finding("", MANIFEST, "incomplete", detail, "note")
-    for text in text_notes(manifest):
-        yield Finding("", MANIFEST, "changed texts", text, "note")
+    for number, part in enumerate(manifest.parts):
+        where = f"part {number}: " if len(manifest.parts) > 1 else ""
+        for text in text_notes([part]):
+            yield Finding("", MANIFEST, "changed texts", where + text, "note")
     if manifest.unembed is not None:
         size = (path / UNEMBED).stat().st_size if (path / UNEMBED).is_file() else 0  # not recorded, only its SHA-256
         yield from check_listed(path, {UNEMBED: FileRecord(size, manifest.unembed)}, progress)
