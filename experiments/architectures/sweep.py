@@ -25,6 +25,7 @@ import workbench as wb
 from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import RequestError
 from workbench.model.checkpoint import quietly
+from workbench.model.claims import adapter_claims
 from workbench.model.load import Model
 from workbench.model.unembed import load_unembed
 from workbench.store.reader import Store
@@ -186,7 +187,13 @@ def _against_bridge(recorded: _RecordedSequences, model: Model, remarks: list[st
         return {}
     errors: dict[str, float] = {}
     names = {site.short: site.name for site in recorded.store.sites if site.short}
+    stream = [short for short in names if _kind(short) in ("attn_out", "resid_mid", "mlp_out")]
+    moved = {_kind(short) for short in stream if _is_moved(model, names[short])}
+    if moved:
+        remarks.append(f"TransformerBridge's {', '.join(sorted(moved))} is another tensor than documented")
     for short, name in names.items():
+        if _kind(short) in moved:
+            continue
         for sequence, cache in enumerate(caches):
             if name in cache and isinstance(cache[name], Tensor):
                 _note(errors, _kind(short), recorded.read(short, sequence), cache[name][0])
@@ -196,11 +203,19 @@ def _against_bridge(recorded: _RecordedSequences, model: Model, remarks: list[st
             f"TransformerBridge's own residual stream is {format_error(residual_error)} from the plain model's"
         )
         return {}
-    absent = set(map(_kind, names)) - {*errors, "resid_post", "pattern", "logits"}
+    absent = set(map(_kind, names)) - {*errors, *moved, "resid_post", "pattern", "logits"}
     if absent:
         remarks.append(f"TransformerBridge has no {', '.join(sorted(absent))}")
     errors.pop("pattern", None)
     return errors
+
+
+def _is_moved(model: Model, name: str) -> bool:
+    """True if a site is another tensor than the one that the adapter gives its name, which failed the trial pass."""
+    claims = adapter_claims(model.module)
+    places = claims.aliases.get(name, ()) if claims else ()
+    taps = [claims.taps[place] for place in places if place in claims.taps] if claims else []
+    return bool(taps) and model.site_map.sites[name].tap not in taps
 
 
 def _lens(recorded: _RecordedSequences) -> float | str:

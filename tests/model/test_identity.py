@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from workbench.io.parse import from_json, parse, to_json
-from workbench.model.identity import measure_identity
+from workbench.model.behaviour import measure_identity
 from workbench.model.load import Model
 from workbench.store.identity import TOLERANCE, Identity, difference
 

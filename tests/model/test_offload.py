@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from workbench.model.behaviour import measure_identity
 from workbench.model.circuits import head_writes
-from workbench.model.identity import measure_identity
 from workbench.model.load import Model
 from workbench.model.offload import placeholders, real_copy, real_weight, running_device
 from workbench.model.unembed import measure_unembed

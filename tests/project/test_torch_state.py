@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend_mps import MPS, PretendMps, move_to_mps
 
 import workbench as wb
 from workbench.embedded import demo_corpus
+from workbench.model.load import Model
 from workbench.probes import (
     AttentionSinks,
     FutureLens,
@@ -22,6 +24,7 @@ from workbench.probes import (
     TokenErasure,
     TunedLens,
 )
+from workbench.sae.load import Sae
 from workbench.sae.metrics import sae_metrics
 
 SITES = ("resid_post", "pattern", "z", "v", "attn_received", "resid_norm")
@@ -63,9 +66,9 @@ STATES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], ...]] = {
 """States that are entered together."""
 
 
-def numbers(folder: Path) -> dict[str, np.ndarray]:
+def numbers(folder: Path, model: Model | None = None, sae: Sae | None = None) -> dict[str, np.ndarray]:
     """Everything that is computed, by name."""
-    model, sae = wb.load_model("demo"), wb.load_sae("demo")
+    model, sae = model or wb.load_model("demo"), sae or wb.load_sae("demo")
     texts = [
         {
             "text": document["text"][:160],
@@ -80,7 +83,7 @@ def numbers(folder: Path) -> dict[str, np.ndarray]:
     found = {site.label: store[site.name][:].numpy() for site in store.manifest.sites}
     found["features"] = features[np.arange(store.rows)].toarray()
     found["metrics"] = np.array([metrics.l0, metrics.explained_variance, metrics.loss.recovered])
-    found["encoded"] = sae.encode(store["resid_post", 2][:8]).numpy()
+    found["encoded"] = sae.encode(store["resid_post", 2][:8]).cpu().numpy()
     for probe in PROBES:
         result = probe.run(store, model=model)
         for name, values in result.data.items():
@@ -105,3 +108,19 @@ def test_results_are_those_of_a_fresh_process(state, expected, tmp_path):
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, err_msg=f"{state}: {name}")
+
+
+def test_a_device_without_float64_gives_the_same(expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        torch.__future__, "_overwrite_module_params_on_conversion", True
+    )  # Module.cpu() keeps no subclass
+    model, sae = wb.load_model("demo"), wb.load_sae("demo")
+    move_to_mps(model.module)
+    move_to_mps(sae.module)
+    with PretendMps():
+        assert (model.device, sae.device) == (MPS, MPS)
+        with pytest.raises(TypeError, match="float64"):
+            model.module.lm_head.weight.double()
+        found = numbers(tmp_path, model, sae)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4, err_msg=name)

@@ -40,7 +40,7 @@ def digit_readings(
         head_logits: Map from the input of the heads to the logits that one head gives the tokens `ids`.
         seed: Random seed of the splits and of the shuffle.
     """
-    values = x.double().cpu().numpy()
+    values = x.cpu().double().numpy()
     of_task = {task: [chain for chain in chains if chain.task == task] for task in tasks}
     states = {
         task: values[np.searchsorted(ids.numpy(), np.concatenate([chain.ids for chain in part]))]

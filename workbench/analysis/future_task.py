@@ -75,7 +75,7 @@ class FutureTask:
         for block in blocks(len(rows), self.unembed.vocab):
             log = log_probabilities(self.unembed, self.final[rows[block] + horizon])
             predicted = torch.from_numpy(predictions[:, block].T.astype(np.int64)).to(log.device)
-            total -= log.gather(1, predicted).double().sum(0).cpu().numpy()
+            total -= log.gather(1, predicted).cpu().double().sum(0).numpy()
         return total / len(rows)
 
     def bigram(self, rows: Int[np.ndarray, " row"], horizon: int, known: int = 0) -> Bigram:

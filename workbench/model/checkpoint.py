@@ -100,7 +100,7 @@ def _make_fast_on_cpu(location: Location, module: PreTrainedModel) -> None:
     fast = saved == torch.bfloat16 and fast_bfloat16(torch.device("cpu"))
     if devices != {"cpu"} or quantized or saved not in (torch.float16, torch.bfloat16) or fast:
         return
-    module.to(torch.float32)
+    module.float()
     module.config.dtype = torch.float32
     name = str(saved).removeprefix("torch.")
     reason = "overflows and is slow on a CPU" if saved == torch.float16 else "is slow on this CPU"

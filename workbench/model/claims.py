@@ -68,10 +68,11 @@ def adapter_claims(module: nn.Module) -> Claims | None:
 
     components = adapter.component_mapping or {}
     blocks = components.get("blocks")
-    inner, outer = _surroundings(module, blocks.name) if blocks and blocks.name else (None, "")
+    path = (blocks and blocks.name) or ""
+    inner, outer = _surroundings(module, path)
     if blocks is None or inner is None:
         return None
-    list_path = f"{inner}{blocks.name.removeprefix(outer)}"
+    list_path = f"{inner}{path.removeprefix(outer)}"
     for layer in range(len(blocks_at(modules, list_path))):
         walk(blocks, f"blocks.{layer}", f"{list_path}.{layer}")
     for key, component in components.items():
@@ -90,8 +91,8 @@ def blocks_at(modules: Mapping[str, nn.Module], path: str) -> nn.ModuleList:
 def _surroundings(module: nn.Module, blocks: str) -> tuple[str | None, str]:
     """What the model's paths have before the adapter's, and what they lack: a model without head is the inside of one
     with a head, whose blocks are not "model.layers" but "layers"."""
-    modules, parts = dict(module.named_modules()), blocks.split(".")
-    for cut in range(len(parts) if not has_head(module) else 1):
+    modules, parts = dict(module.named_modules()), blocks.split(".") if blocks else []
+    for cut in range(len(parts) if not has_head(module) else min(1, len(parts))):
         inner = _inner_path(modules, ".".join(parts[cut:]))
         if inner is not None:
             return inner, "".join(f"{part}." for part in parts[:cut])

@@ -127,7 +127,7 @@ class Model:
 
         Costs a checksum of the weights, about 1 s a gigabyte, and a forward pass over 16 tokens.
         """
-        from workbench.model.identity import measure_identity  # takes seconds: torch
+        from workbench.model.behaviour import measure_identity  # takes seconds: torch
 
         return measure_identity(self.module, self.site_map.last_block)
 
@@ -209,6 +209,11 @@ def load_model(
         if not hasattr(source, "get_input_embeddings") or not hasattr(source, "config"):
             raise RequestError(
                 f"model must be a directory, a hub id or a transformers PreTrainedModel, not {type(source).__name__}"
+            )
+        if getattr(source.config, "is_encoder_decoder", False):
+            raise RequestError(
+                f"model {type(source).__name__} is an encoder-decoder; give a causal language model, which has one "
+                "stack of blocks, or its encoder alone"
             )
         for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
             if value not in (None, "auto"):

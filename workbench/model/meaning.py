@@ -99,7 +99,7 @@ def _added(
     if exact:
         return exact, None
     if scaled:
-        other = next(name for name in reversed(candidates) if factors[name] == factors[scaled])
+        other = next(name for name in reversed([*candidates]) if factors[name] == factors[scaled])
         return None, (
             f"the block multiplies the output of {part} by {factors[scaled][0]:.4g} before it adds it; record "
             f"blocks.N.{other} and multiply by that"

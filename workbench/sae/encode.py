@@ -363,7 +363,7 @@ def _screen(linear: Linear, choice: Above | TopK) -> Screen:
         exact = exact if linear.scale is None else exact * linear.scale[part].to(exact.device)
         weight[:d_in, part] = low = exact.bfloat16()
         weight[d_in, part] = (exact - low).norm(dim=0) * _MARGIN
-        weight[d_in + 1, part] = low.double().norm(dim=0) * _MARGIN + torch.finfo(torch.float32).tiny
+        weight[d_in + 1, part] = low.to(exact.device).double().norm(dim=0) * _MARGIN + torch.finfo(torch.float32).tiny
     for index in range(3):  # a float32 is the sum of three bfloat16
         weight[d_in + 2 + index] = below
         below = below - weight[d_in + 2 + index]

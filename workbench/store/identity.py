@@ -46,7 +46,7 @@ def difference(recorded: Identity, present: Identity) -> str | None:
     The weights' digests are compared as they are, the answers within `TOLERANCE` of the type of `recorded`.
     """
     if recorded.dtype != present.dtype:
-        return f"it computes in {present.dtype}, not in {recorded.dtype}"
+        return f"it computes in {present.dtype}, not in {recorded.dtype}; load it with dtype={recorded.dtype!r}"
     if fields := _changed(recorded.config, present.config):
         name = fields[0]
         old, new = recorded.config.get(name, "the default"), present.config.get(name, "the default")
