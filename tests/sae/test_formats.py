@@ -160,5 +160,5 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     assert text(weights=few).startswith("/ae.safetensors has no tensor 'b_dec'; it contains k, threshold")
     (tmp_path / "x" / "ae.safetensors").write_bytes(b"short")
     assert refused(DataError, lambda: load_sae(tmp_path / "x")).startswith(
-        f"{tmp_path / 'x' / 'ae.safetensors'} is missing or damaged"
+        f"{tmp_path / 'x' / 'ae.safetensors'} is damaged"
     )

@@ -194,7 +194,7 @@ def test_the_command_allocates(store, tmp_path, capsys):
     for extra, message in (
         (["--sparsity", "mutual-choice"], "--sparsity mutual-choice needs a --k"),
         (["--k", "3"], "--sparsity sae takes no --k"),
-        (["--sparsity", "topk", "--k", "0"], "k must be at least 1, not 0"),
+        (["--sparsity", "topk", "--k", "0"], "--k must be at least 1, not 0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*command, *extra])

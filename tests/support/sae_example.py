@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 ARCHITECTURES = ("standard", "gated", "topk", "abstopk", "jumprelu", "batchtopk", "matching_pursuit")
+ABOUT = (
+    "hook_name",
+    "model_name",
+    "context_size",
+    "prepend_bos",
+    "hook_head_index",
+    "seqpos_slice",
+    "exclude_special_tokens",
+    "model_from_pretrained_kwargs",
+)
+"""Settings that SAELens keeps in `metadata`."""
 
 
 def save_sae(
@@ -19,13 +31,14 @@ def save_sae(
     from sae_lens.registry import get_sae_class, get_sae_training_class
     from sae_lens.saes.sae import SAEMetadata
 
-    about = {name: settings.pop(name) for name in ("hook_name", "model_name", "context_size") if name in settings}
+    about = {name: settings.pop(name) for name in ABOUT if name in settings}
     if architecture in ("topk", "abstopk", "batchtopk"):
         settings.setdefault("k", 3)
     if architecture == "temporal":
         settings = {"n_heads": 2, "bottleneck_factor": 5, "kval_topk": 3} | settings
     kind, config = (get_sae_training_class if architecture == "batchtopk" else get_sae_class)(architecture)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of model_from_pretrained_kwargs
         torch.manual_seed(seed)
         sae = kind(config(d_in=d_in, d_sae=d_sae, metadata=SAEMetadata(**about), **settings))
         for name, parameter in sae.named_parameters():

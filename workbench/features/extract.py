@@ -26,8 +26,9 @@ from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
 from workbench.sae.load import Sae
-from workbench.sae.site import matching_site
+from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import SparsityRule, sparsity_record
+from workbench.store.lost_values import lost_values
 from workbench.store.reader import Store
 
 _LOG = logging.getLogger(__name__)
@@ -91,12 +92,26 @@ def extract_features(
     array = matching_site(store, sae, site, force=force)
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision), show_progress)
     encoding.check()
+    _check_rows(encoding)
     record = sae_record(sae, sparsity)
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
     target = target_path(store.path, array.site, record.name, name) if out is None else Path(out).absolute()
     request = extraction_record(record, array.name, store.manifest.fingerprint, store.rows, dtype)
     return make_features(encoding, target, request, workers)
+
+
+def _check_rows(encoding: StoreEncoder) -> None:
+    """Refuses rows that are not finite before hours of work, and warns of clipped values."""
+    array = encoding.array
+    lost = lost_values(array.store, [array.name]).get(array.site.label)
+    if lost is not None and lost.nonfinite:
+        raise not_finite(array, encoding.sae, int(lost.nonfinite_rows[0]), features=False)
+    if lost is not None:
+        _LOG.warning(
+            f"{lost.clipped:,} values of {lost.site} are clipped to ±{lost.limit:,.6g}, and features of their rows are "
+            "those of the clipped values; record in bfloat16 or float32 to keep them"
+        )
 
 
 def make_features(

@@ -33,6 +33,7 @@ from workbench.features.feature_segments import Span
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.tasks import Workers
+from workbench.model.load import Model
 from workbench.sae.load import Sae
 from workbench.sae.saved import SavedSae, save_sae
 from workbench.sae.site import check_fit, site_names
@@ -77,13 +78,13 @@ class RecordedFeatures:
             raise RequestError(f"sae_site {self.site!r} names {len(selected)} sites; give one, such as resid_post.3")
         return selected[0]
 
-    def at(self, site: Site, record: SiteRecord, model: str, out: Path) -> EncodedSite:
+    def at(self, site: Site, record: SiteRecord, model: Model, out: Path) -> EncodedSite:
         """Returns the encoded site.
 
         Args:
             site: The site of the model.
             record: Its record in the store.
-            model: Name of the model.
+            model: The model.
             out: Path of the store.
 
         Raises:

@@ -113,7 +113,7 @@ def plan_recording(
     encoded = None
     if features is not None:
         site = features.select_site(model.site_map, sites)
-        encoded = features.at(site, _site_record(site, context, settings.dtype), model.name, out)
+        encoded = features.at(site, _site_record(site, context, settings.dtype), model, out)
     return RecordingPlan(
         settings=settings,
         context=context,

@@ -35,6 +35,7 @@ _ACCELERATOR_BLOCK_BYTES = 512 << 20
 _LEAST_ROWS = 64  # with fewer, reading the weights dominates the product
 _GATHER_BYTES = 32 << 20
 _SAFE = 1e37  # below it no sum in float32 overflows
+_LEAST_NORM = 1e-13  # below it the squares of a row's rounding errors underflow, and its bounds are too low
 _MARGIN = 1.01  # outweighs rounding a norm to bfloat16
 _HOPELESS = 0.5  # a larger share of unsettled rows in a block turns bounds off for the next blocks
 _CROWDED = 8  # a row with more than 1/8 of its bounds above threshold gains nothing from screening
@@ -222,10 +223,9 @@ class Encoder:
             return _choose(self.choice, pre)
         if self.screen is None:
             return _choose(self.choice, self.linear.pre(x, None if out is None else out[: len(x)]))
-        if isinstance(self.choice, Above):
-            entries, unsettled = _screened_above(self.choice, self.screen, x)
-        else:
-            entries, unsettled = _screened_top(self.choice, self.screen, x)
+        tiny = x.norm(dim=1) < _LEAST_NORM
+        screened = _screened_above if isinstance(self.choice, Above) else _screened_top
+        entries, unsettled = screened(self.choice, self.screen, x, tiny)
         if not len(unsettled):
             return entries
         dense = _choose(self.choice, self.linear.pre(x[unsettled]))
@@ -313,11 +313,11 @@ def _choose(choice: Above | TopK, pre: Float32[Tensor, "row feature"]) -> _Entri
 
 
 def _screened_above(
-    choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"]
+    choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"], left_out: Bool[Tensor, " row"]
 ) -> tuple[_Entries, Int64[Tensor, " unsettled"]]:
-    """Entries found through bounds, and the rows for which bounds do not pay off."""
+    """Entries found through bounds, and the rows for which bounds do not pay off or that are to be left out."""
     maybe = screen.bounds(x) > 0
-    crowded = _counts(maybe) > maybe.shape[1] / _CROWDED
+    crowded = (_counts(maybe) > maybe.shape[1] / _CROWDED) | left_out
     maybe &= ~crowded[:, None]
     row, feature = _places(maybe)
     value = screen.exact(x, row, feature)
@@ -326,9 +326,9 @@ def _screened_above(
 
 
 def _screened_top(
-    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"]
+    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"], left_out: Bool[Tensor, " row"]
 ) -> tuple[_Entries, Int64[Tensor, " unsettled"]]:
-    """Entries found through bounds, and the rows whose bounds do not decide."""
+    """Entries found through bounds, and the rows whose bounds do not decide or that are to be left out."""
     bounds = screen.bounds(x)
     bound, feature = top(bounds, min(choice.k + choice.k // 2 + 8, bounds.shape[1]))
     value = screen.exact(x, _row_numbers(feature).flatten(), feature.flatten()).view(feature.shape)
@@ -336,7 +336,7 @@ def _screened_top(
     # no excluded pre-activation is larger than this; the product was rounded to bfloat16
     left = bound.amin(1).float()
     left += left.abs() / 128
-    settled = (value[:, -1] > left) | (left <= 0) | (feature.shape[1] == bounds.shape[1])
+    settled = ((value[:, -1] > left) | (left <= 0) | (feature.shape[1] == bounds.shape[1])) & ~left_out
     feature, order = feature.gather(1, place).sort(dim=1)
     value = value.gather(1, order)
     on = (value > 0) & settled[:, None]
@@ -382,12 +382,12 @@ def _products(x: Tensor, weight: Tensor, row: Tensor, feature: Tensor) -> Float3
 
 def _products_in_place(x: Tensor, weight: Tensor, row: Tensor, feature: Tensor) -> Float32[Tensor, " entry"]:
     """The same without copies, nine times faster on a CPU. `row` ascends."""
-    indptr = torch.zeros(len(x) + 1, dtype=torch.int64)
+    indptr = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(torch.bincount(row, minlength=len(x)), 0, out=indptr[1:])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch warns that CSR is in beta
         places = torch.sparse_csr_tensor(
-            indptr, feature, x.new_zeros(len(row)), (len(x), len(weight)), check_invariants=False
+            indptr, feature, x.new_zeros(len(row)), (len(x), len(weight)), check_invariants=False, device=x.device
         )
         return torch.sparse.sampled_addmm(places, x, weight.T, beta=0.0).values()
 
@@ -463,7 +463,7 @@ def _by_row(*parts: _Entries) -> tuple[Tensor, Tensor, Tensor]:
 def _concatenate(parts: list[_Entries], rows: int, device: torch.device) -> SparseRows:
     indptr = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     if not parts:
-        return SparseRows(indptr, indptr[:0], torch.zeros(0, device=device))
+        return SparseRows(indptr, indptr[:0], torch.zeros(0, dtype=torch.float32, device=device))
     row, feature, value = (torch.cat([getattr(part, name) for part in parts]) for name in ("row", "feature", "value"))
     torch.cumsum(torch.bincount(row, minlength=rows), 0, out=indptr[1:])
     return SparseRows(indptr, feature, value, sum(part.unsettled for part in parts))

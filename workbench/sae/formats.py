@@ -7,7 +7,6 @@ activation is converted or raises an error that names it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -18,6 +17,12 @@ import torch
 from torch import Tensor
 
 from workbench.io.errors import DataError, RequestError
+from workbench.io.parse import read_json
+from workbench.io.tensors import open_safetensors
+from workbench.sae.settings import check_count
+
+AGAIN = "save or download the SAE again"
+"""Advice in errors about damaged files."""
 
 Converted = tuple[dict[str, Any], dict[str, Tensor]]
 """Settings as in SAELens' `cfg.json`, and tensors under SAELens' names."""
@@ -73,7 +78,7 @@ def _sparsify(folder: Path) -> Converted:
     if place := re.fullmatch(r"(?:layers|h)[._](\d+)(\.mlp)?", folder.name):
         part = "mlp_out" if place[2] else "resid_post"
         metadata["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
-    settings = {"k": _positive_integer(source, "k", k), "apply_b_dec_to_input": not transcode}
+    settings = {"k": check_count(source, "k", k), "apply_b_dec_to_input": not transcode}
     return _settings("topk", weights, settings, metadata), weights
 
 
@@ -94,7 +99,7 @@ def _dictionary_learning(folder: Path) -> Converted:
     settings: dict[str, Any] = {"apply_b_dec_to_input": subtracted}
     k = tensors.pop("k", None)
     if architecture == "topk":
-        settings["k"] = _positive_integer(source, "trainer.k", trainer.get("k"))
+        settings["k"] = check_count(source, "trainer.k", trainer.get("k"))
         if k is not None and int(k) != settings["k"]:
             raise DataError(f"{source}: trainer.k is {settings['k']}, but {path.name} has k {int(k)}")
         tensors.pop("threshold", None)  # this class encodes by k
@@ -157,31 +162,14 @@ def _check_shape(source: Path, weight: Tensor, d_in: object, d_sae: object) -> N
             raise DataError(f"{source} declares {declared} {axis}, but the weights have {actual}")
 
 
-def _positive_integer(source: Path, name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{source}: {name} is {value!r}, expected a whole number above 0")
-    return value
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; DataError if it has none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return value
+    return read_json(path, AGAIN, finite=False)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return {name: part.to(torch.float32) for name, part in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is missing or damaged: {str(error).splitlines()[0]}") from None
+    with open_safetensors(path, AGAIN) as file:
+        return {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
 
 
 def _take(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:

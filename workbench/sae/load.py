@@ -7,7 +7,6 @@ missing path is reported before that.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -25,10 +24,13 @@ from torch import Tensor
 
 from workbench import embedded
 from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.reading import check_regular
 from workbench.io.torch_state import plain_torch
 from workbench.model.checkpoint import quietly, usable_device
 from workbench.model.location import folders
-from workbench.sae.formats import Converted, converter, read_object
+from workbench.sae.formats import AGAIN, Converted, converter, read_object
+from workbench.sae.settings import check_settings
+from workbench.sae.training import centres
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -67,22 +69,28 @@ class Sae:
     @property
     def site(self) -> str | None:
         """TransformerLens name of the site it was trained on; None if its files do not record it."""
-        return self._metadata.get("hook_name")
+        return self.metadata.get("hook_name")
 
     @property
     def model_name(self) -> str | None:
         """Name of the model it was trained on, as its authors spell it; None if its files do not record it."""
-        return self._metadata.get("model_name")
+        return self.metadata.get("model_name")
 
     @property
     def context_size(self) -> int | None:
         """Tokens per training sequence; None if its files do not record it."""
-        return self._metadata.get("context_size")
+        return self.metadata.get("context_size")
+
+    @property
+    def centres(self) -> bool:
+        """True if it reads rows minus their mean over d_model, as a model with centred writing weights has them; the
+        mean is subtracted here. Reconstructions have mean 0 as well, up to the SAE's error."""
+        return centres(self.metadata)
 
     @property
     def reconstructs(self) -> bool:
         """True for an autoencoder, False for a transcoder, whose output is another site than its input."""
-        return "transcoder" not in self.architecture and not self._metadata.get("transcode")
+        return "transcoder" not in self.architecture and not self.metadata.get("transcode")
 
     @property
     def sequential(self) -> bool:
@@ -131,6 +139,7 @@ class Sae:
     def fingerprint(self) -> str:
         """Returns the SHA-256 of all tensors and of the settings that change the mathematics; 1 s per gigabyte."""
         settings = {name: value for name, value in self.config().items() if name not in ("metadata", "dtype")}
+        settings |= {"centres": True} if self.centres else {}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -142,11 +151,17 @@ class Sae:
         return f"Sae({self.name!r}, {self.architecture}, {self.d_in:,} -> {self.d_sae:,}{site}, {self.device})"
 
     @property
-    def _metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:
+        """What its files record of its training: hook_name, model_name, context_size, prepend_bos, ..."""
         return self.module.cfg.metadata.to_dict()  # the object itself returns None for any unknown attribute
 
-    def _shaped(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+    def input_rows(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
+        """Returns the rows that it was trained on, in float32: heads flattened, minus their mean if it `centres`."""
         flat = rows.to(self.device, torch.float32).flatten(1)
+        return flat - flat.mean(1, keepdim=True) if self.centres else flat
+
+    def _shaped(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+        flat = self.input_rows(rows)
         # an SAE of z expects separate heads; a single head of the full width flattens to the same
         return flat[:, None] if self.module.cfg.reshape_activations == "hook_z" else flat
 
@@ -212,7 +227,9 @@ def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
 
     if foreign := converter(folder):
         return _inference_sae(_from_converted(foreign(), folder, device), name)
-    _check_config(read_object(folder / CONFIG), folder / CONFIG)
+    check_settings(read_object(folder / CONFIG), folder / CONFIG)
+    if (folder / WEIGHTS).exists():
+        check_regular(folder / WEIGHTS, AGAIN)
     try:
         with _silenced():
             module = SAE.load_from_disk(folder, device=str(device), dtype="float32")
@@ -265,31 +282,6 @@ def _inference_sae(module: SAE[Any], name: str) -> Sae:
             "and which SAELens does not apply: its activations are wrong until you fold it into the weights"
         )
     return sae
-
-
-def _check_config(config: dict[str, Any], source: Path) -> None:
-    """Raises for settings that SAELens would silently drop or replace by a default."""
-    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-
-    older = "metadata" not in config  # before SAELens 6 all settings, also of training, were on one level
-    architecture = config.get("architecture", "standard" if older else None)
-    if architecture not in SAE_CLASS_REGISTRY:
-        training = architecture in SAE_TRAINING_CLASS_REGISTRY
-        remedy = "save it with save_inference_model" if training else f"known are {', '.join(SAE_CLASS_REGISTRY)}"
-        raise RequestError(f"{source}: SAELens has no inference class for architecture {architecture!r}; {remedy}")
-    for key in ("d_in", "d_sae"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise DataError(f"{source}: {key} is {config.get(key)!r}, expected a whole number above 0")
-    classes = [SAE_CLASS_REGISTRY[architecture][1]]
-    if architecture in SAE_TRAINING_CLASS_REGISTRY:
-        classes.append(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
-    known = {"architecture", "metadata"} | {field.name for kind in classes for field in dataclasses.fields(kind)}
-    unknown = [] if older else sorted(config.keys() - known)
-    if unknown:
-        close = nearest(unknown[0], known, 1)
-        raise DataError(f"{source}: SAELens would ignore {unknown[0]!r}, unknown for a {architecture} SAE{close}")
-    if not older and "k" in known and "k" not in config:
-        raise DataError(f"{source}: k is missing and SAELens would use 100; add it")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from workbench.model.reload import check_recorded
 from workbench.sae.load import Sae
 from workbench.sae.site import block_rows, encode_checked, matching_site
 from workbench.sites.grammar import Site
+from workbench.store.lost_values import finite_rows
 from workbench.store.reader import ActivationArray, Rows, Store
 
 _LOGIT_BYTES = 256 << 20  # float32 logits of one batch, at most
@@ -60,6 +61,8 @@ class SaeMetrics:
     """Share of features that are active on none of the rows, 0 to 1."""
     loss: SplicedLoss | None
     """None if no model was given."""
+    notes: tuple[str, ...] = ()
+    """Sentences about rows that were left out and about clipped values; none if there are none."""
 
 
 @plain_torch()
@@ -71,6 +74,7 @@ def sae_metrics(
     model: Model | None = None,
     rows: str | Rows | None = None,
     force: bool = False,
+    allow_nonfinite: bool = False,
 ) -> SaeMetrics:
     """Returns L0, explained variance and dead share of `sae` on the rows of a site; with `model`, the loss recovered.
 
@@ -89,6 +93,7 @@ def sae_metrics(
         rows: SQL over the token table, or `Rows`. None: all but special tokens; BOS, an attention sink, can have a
             hundred times the norm of other tokens, and would dominate the variance.
         force: Allow an SAE of another site or model.
+        allow_nonfinite: Leave out rows with NaN or infinite values, and count them in `notes`.
 
     Raises:
         RequestError: As `extract_features`; a transcoder, whose output is another site than its input; a temporal SAE,
@@ -106,8 +111,9 @@ def sae_metrics(
     ids = rows.ids_in(store)
     if not len(ids):
         raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
-    spliced = None if model is None else _spliced_loss(array, sae, model, ids)
-    return SaeMetrics(len(ids), *_fit(array, sae, ids), spliced)
+    finite = finite_rows(store, [array.name], ids, allow_nonfinite=allow_nonfinite)
+    spliced = None if model is None else _spliced_loss(array, sae, model, finite.rows)
+    return SaeMetrics(len(finite.rows), *_fit(array, sae, finite.rows), spliced, tuple(finite.notes))
 
 
 def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tuple[float, float, float]:
@@ -119,7 +125,7 @@ def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tu
         block = ids[start : start + step]
         values = array[block]
         activations = encode_checked(array, sae, block, values)
-        x = values.double().flatten(1)
+        x = sae.input_rows(values).cpu().double()
         error += float((x - sae.decode(activations).cpu().double()).square().sum())
         moments.add(x.numpy())
         active = activations != 0
@@ -159,7 +165,7 @@ def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.
     (site,) = model.site_map.select((array.name,))
     replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
-        "spliced": lambda rows: sae.decode(sae.encode(rows)).reshape(rows.shape),
+        "spliced": lambda rows: _reconstruction(sae, rows),
         "zeroed": torch.zeros_like,
     }
     totals, tokens = dict.fromkeys(replacements, 0.0), 0
@@ -171,6 +177,13 @@ def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.
     if not tokens:
         raise RequestError("rows: none has a next token in its document, so there is no loss; choose others")
     return SplicedLoss(tokens, **{name: total / tokens for name, total in totals.items()})
+
+
+def _reconstruction(sae: Sae, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+    """The SAE's reconstruction in place of rows of the model, with the mean that a centring SAE does not see."""
+    reconstruction = sae.decode(sae.encode(rows))
+    mean = rows.flatten(1).float().mean(1, keepdim=True).to(reconstruction.device) if sae.centres else 0
+    return (reconstruction + mean).reshape(rows.shape)
 
 
 def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tensor], Tensor] | None) -> float:
@@ -214,10 +227,10 @@ def _padded(
 ) -> _Batch:
     shape = (len(spans), max(map(_length, spans)))
     batch = _Batch(
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape, dtype=torch.bool),
-        torch.full(shape, -1),
+        torch.zeros(shape, dtype=torch.int64, device="cpu"),
+        torch.zeros(shape, dtype=torch.int64, device="cpu"),
+        torch.zeros(shape, dtype=torch.bool, device="cpu"),
+        torch.full(shape, -1, dtype=torch.int64, device="cpu"),
     )
     for line, span in enumerate(spans):
         filled = slice(_length(span))

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.io.errors import DataError, RequestError
+from workbench.model.load import Model
 from workbench.sae.load import Sae
+from workbench.sae.training import check_training, warn_of_other_rows
 from workbench.sites.grammar import full_name
-from workbench.store.manifest import SiteRecord
+from workbench.store.manifest import ModelRecord, SiteRecord
 from workbench.store.reader import ActivationArray, Store
 
 _LATENT_BYTES = 64 << 20  # dense float32 activations of one block
@@ -42,24 +44,33 @@ def matching_site(
         recorded = {record.name for record in store.sites}
         site = next((name for name in site_names(trained_on) if name in recorded), trained_on)
     array = store[site]
-    check_fit(sae, array.site, store.manifest.model.name, store.path, force=force)
+    check_fit(sae, array.site, store.manifest.model, store.path, force=force)
+    warn_of_other_rows(sae, store)
     return array
 
 
 def check_fit(
-    sae: Sae, site: SiteRecord, model: str, store: Path, *, force: bool, arguments: tuple[str, str] = ("site", "force")
+    sae: Sae,
+    site: SiteRecord,
+    model: Model | ModelRecord,
+    store: Path,
+    *,
+    force: bool,
+    arguments: tuple[str, str] = ("site", "force"),
 ) -> None:
-    """Raises RequestError if `sae` has another width than `site` or, unless `force`, another site or model.
+    """Raises RequestError if `sae` has another width than `site`, was trained on rows that do not follow from the
+    recorded ones or, unless `force`, on another site or model.
 
     Args:
         sae: The autoencoder.
         site: The site to encode.
-        model: Name of the recorded model.
+        model: The recorded model, or its record.
         store: Path of the store, for the message.
         force: Allow another site or model.
         arguments: Names of the caller's arguments for site and force, for the message.
     """
     site_argument, force_argument = arguments
+    check_training(sae, site.name, model.architecture)
     width = prod(site.shape)
     if width != sae.d_in:
         raise RequestError(f"SAE {sae.name!r} reads rows of width {sae.d_in}, but {site.label} of {store} has {width}")
@@ -71,9 +82,9 @@ def check_fit(
             f"SAE {sae.name!r} was trained on {trained_on}, but {site_argument} is {site.name}; leave {site_argument} "
             f"out, or give {force_argument}=True"
         )
-    if sae.model_name and not _same_model(sae.model_name, model):
+    if sae.model_name and not _same_model(sae.model_name, model.name):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on the model {sae.model_name}, but {store} was recorded from {model}; "
+            f"SAE {sae.name!r} was trained on the model {sae.model_name}, but {store} was recorded from {model.name}; "
             f"if they are the same model, give {force_argument}=True"
         )
 
