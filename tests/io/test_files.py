@@ -415,6 +415,12 @@ def test_every_error_of_a_full_disk_is_one_line(error):
         pass
 
 
+def test_a_failing_disk_is_one_line():
+    text = r"^disk failure while writing x \(Input/output error\): free space$"
+    with pytest.raises(DataError, match=text), explain(OSError(errno.EIO, "")):
+        pass
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), KeyError("os error 13"), RequestError("os error 28")])
 def test_other_errors_are_passed_on(error):
     with pytest.raises(type(error)) as caught, explain(error):

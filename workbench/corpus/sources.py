@@ -285,8 +285,8 @@ def _parquet_rows(path: Path, needed: set[str | None] | None) -> Iterator[tuple[
                 for values in zip(*map(_pylist, batch.columns), strict=True):
                     yield f"{path}, row {row}", dict(zip(names, values, strict=True))
                     row += 1
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error
 
 
@@ -295,7 +295,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
     try:
         return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = str(error).split(". ")[0]
         raise RequestError(f"texts: {str(path)!r} is not a Parquet file ({reason}); {_UNDERSTOOD}") from None
 

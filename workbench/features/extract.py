@@ -109,8 +109,8 @@ def _check_rows(encoding: StoreEncoder) -> None:
         raise not_finite(array, encoding.sae, int(lost.nonfinite_rows[0]), features=False)
     if lost is not None:
         _LOG.warning(
-            f"{lost.clipped:,} values of {lost.site} are clipped to ±{lost.limit:,.6g}, and features of their rows are "
-            "those of the clipped values; record in bfloat16 or float32 to keep them"
+            f"clipped values at {lost.site}: {lost.clipped:,}, stored as ±{lost.limit:,.6g}; features of their rows "
+            "are those of the stored values; record in bfloat16 or float32 to keep them"
         )
 
 
@@ -133,7 +133,7 @@ def make_features(
     if is_complete(target, request):
         return open_features(target, store)
     resume = "what is committed stays; free space and run the same command to resume"
-    with locked_folder(target, shared), files.explain_full_disk(f"features {target}", resume):
+    with files.explain_full_disk(f"features {target}", resume), locked_folder(target, shared):
         with exclusive_turn(target, shared):
             folder = read_folder(target, request).begin(shared)
         if folder.stage is Stage.COMPLETE:

@@ -228,8 +228,8 @@ def _read_progress(partial: Path) -> ExtractionRecord | None:
     source = partial / _PROGRESS
     if not source.is_file():
         return None
-    value = read_json(source, f"remove {partial} and extract the features again", finite=False)
-    return parse(ExtractionRecord, value, str(source))
+    advice = f"remove {partial} to extract anew"
+    return parse(ExtractionRecord, read_json(source, advice), str(source))
 
 
 def _is_empty(partial: Path) -> bool:
@@ -245,8 +245,8 @@ def _differences(existing: FeaturesRecord | ExtractionRecord, request: Extractio
         ("dtype", existing.dtype, request.dtype, existing.dtype, request.dtype),
         (
             "store",
-            existing.store_fingerprint,
-            request.store_fingerprint,
+            (existing.store_fingerprint, existing.rows),
+            (request.store_fingerprint, request.rows),
             _store_text(existing),
             _store_text(request),
         ),

@@ -143,9 +143,9 @@ def _only_folder(store: Path) -> Path:
 def read_record(path: Path) -> FeaturesRecord:
     """Returns the record of the features in the folder `path`; raises as `open_features` does."""
     source = path / RECORD
-    if not source.exists():
+    if not os.path.lexists(source):
         raise RequestError(f"no features at {path}: no {RECORD}; make them with workbench features")
-    value = read_json(source, _AGAIN, finite=False)
+    value = read_json(source, _AGAIN)
     if value.get("format") != FORMAT:
         raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; name a folder of features")
     if isinstance(value.get("version"), int) and value["version"] > VERSION:

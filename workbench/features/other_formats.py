@@ -68,19 +68,19 @@ def export_delphi(
     """
     count = features.shape[1]
     check("splits", splits, at_least=1, at_most=count)
-    folder = Path(out) / features.record.site
+    folder = Path(out).resolve() / features.record.site
     _check_empty(folder)
     store = features.store
     sequence, position, tokens = _rectangle(features)
     bounds = np.linspace(0, count, splits + 1).astype(np.int64)
     with (
-        files.explain_full_disk(f"{folder}", "remove it, free space and run the same command again"),
+        files.explain_full_disk(str(folder), "free space and run the same command again"),
+        files.replace_folder(folder, ()) as new,
         progress("writing delphi's cache", count, "features", show=show_progress) as advance,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
         for first, after in itertools.pairwise(bounds.tolist()):
             arrays = _delphi_split(features, first, after, sequence, position) | {"tokens": tokens}
-            save_file(arrays, str(folder / f"{first}_{after - 1}.safetensors"))
+            save_file(arrays, str(new / f"{first}_{after - 1}.safetensors"))
             advance(after - first)
         config = {
             **DELPHI_CONFIG,
@@ -89,7 +89,7 @@ def export_delphi(
             "n_splits": splits,
             "model_name": store.manifest.model.name,
         }
-        files.replace_file(folder / "config.json", json.dumps(config, indent=4).encode())
+        files.write_file(new / "config.json", json.dumps(config, indent=4).encode())
     return folder
 
 
@@ -158,8 +158,11 @@ def export_neuronpedia(
     unembed = load_unembed(features.store.path)
     header = _set_fields(features, sae_set or sae.name)
     common = _dataset_fields(features)
-    out.mkdir(parents=True, exist_ok=True)
-    with progress("writing dashboards", len(chosen), "features", show=show_progress) as advance:
+    with (
+        files.explain_full_disk(str(out), "free space and run the same command again"),
+        files.replace_folder(out.resolve(), ("batch-*.json",)) as new,
+        progress("writing dashboards", len(chosen), "features", show=show_progress) as advance,
+    ):
         for number, first in enumerate(range(0, len(chosen), batch)):
             members = chosen[first : first + batch].tolist()
             effects = decoder_logits(sae, unembed, members)
@@ -169,7 +172,7 @@ def export_neuronpedia(
                 for feature, line in zip(members, effects, strict=True)
             ]
             text = json.dumps(header | {"features": dashboards})
-            files.replace_file(out / f"batch-{number}.json", text.encode())
+            files.write_file(new / f"batch-{number}.json", text.encode())
             advance(len(members))
     return out
 

@@ -32,6 +32,8 @@ T = TypeVar("T")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """Error numbers of a full disk: no space, file size limit, quota."""
 
+_DISK_FAILS = frozenset({errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ESTALE})
+
 
 def sha256_bytes(data: bytes) -> str:
     """Returns the hex SHA-256 of bytes in memory."""
@@ -325,7 +327,7 @@ def human_bytes(count: int) -> str:
 
 @contextmanager
 def explain_full_disk(what: str, advice: str) -> Iterator[None]:
-    """Inside, a full disk raises DataError: `what` was being written, and `advice`.
+    """Inside, a disk that is full, read-only or failing raises DataError: `what` was being written, and `advice`.
 
     Each library has its own error for it: some without an error number, in a text of Rust's or NumPy's.
     """
@@ -334,18 +336,22 @@ def explain_full_disk(what: str, advice: str) -> Iterator[None]:
     except WorkbenchError:
         raise
     except Exception as error:
-        if reason := _full_disk(error):
-            raise DataError(f"disk full while writing {what} ({reason}): {advice}") from error
+        number = _number(error)
+        if number in DISK_FULL:
+            raise DataError(f"disk full while writing {what} ({os.strerror(number)}): {advice}") from error
+        if number in _DISK_FAILS:
+            raise DataError(f"disk failure while writing {what} ({os.strerror(number)}): {advice}") from error
         raise
 
 
-def _full_disk(error: Exception) -> str | None:
-    """The system's words for a full disk where `error` is one."""
-    numbers = [getattr(error, "errno", None), *map(int, re.findall(r"os error (\d+)", str(error)))]
-    if full := next((number for number in numbers if number in DISK_FULL), None):
-        return os.strerror(full)
-    short_write = re.fullmatch(r"\d+ requested and \d+ written", str(error))
-    return os.strerror(errno.ENOSPC) if isinstance(error, OSError) and short_write else None
+def _number(error: Exception) -> int:
+    """The system's error number, 0 where there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # NumPy's
+        return errno.ENOSPC
+    numbers = re.findall(r"os error (\d+)", str(error))  # Rust's
+    return int(numbers[0]) if numbers else 0
 
 
 @contextmanager

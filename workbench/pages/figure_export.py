@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.markup import escape
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError, nearest
-from workbench.io.files import check_writable, replace_file
+from workbench.io.files import check_writable, explain_full_disk, replace_file
 from workbench.io.spreadsheet import csv_text
 
 if TYPE_CHECKING:
@@ -92,9 +92,10 @@ def export(
         raise RequestError(f"folder {str(folder)!r} is a file; name a folder")
     check_writable(folder, "folder")
     files = _files(chosen, [kind for kind in FORMATS if kind in formats], columns, theme, data, plotlyjs)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        replace_file(folder / name, content)
+    with explain_full_disk(str(folder), "free space and export again"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            replace_file(folder / name, content)
     return [folder / name for name in files]
 
 

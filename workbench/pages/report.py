@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.markup import escape, frame, inline, prose, table
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError
-from workbench.io.files import replace_file
+from workbench.io.files import explain_full_disk, replace_file
 from workbench.results.probe import definition, setting_meanings
 from workbench.results.result import Result
 
@@ -101,8 +101,9 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
     if path.is_dir():
         raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'report.html')!r}")
     page = _page(sections, title, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page.encode("utf-8", "replace"))
+    with explain_full_disk(str(path), "free space and write it again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, page.encode("utf-8", "replace"))
     return path
 
 

@@ -44,6 +44,8 @@ _PROVENANCE = {
 }
 """Keys of every provenance, and their types."""
 
+_AGAIN = "run the probe again"
+
 _ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
 
@@ -194,7 +196,7 @@ def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result
         if isinstance(error, DataError) and str(path) in str(error):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"result {str(path)!r} is damaged: {reason}; run the probe again") from error
+        raise DataError(f"result {str(path)!r} is damaged: {reason}; {_AGAIN}") from error
     if probe is None:
         return result
     if probe.name != result.probe:
@@ -270,7 +272,7 @@ def _read_first_version(record: Mapping[str, Any], arrays: bytes, table: bytes) 
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path / _RECORD, "run the probe again", finite=False)
+    record = read_json(path / _RECORD, _AGAIN, finite=False)
     kinds = {"format": str, "version": int, "probe": str, "provenance": dict}
     if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{_RECORD} lacks one of {', '.join(kinds)}")

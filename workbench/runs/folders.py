@@ -25,6 +25,7 @@ from typing import Any, Literal
 from workbench.io.errors import DataError, RequestError, WorkbenchError
 from workbench.io.files import PARTIAL, commit_folder, explain_full_disk, fsync_tree, locked, remove, sha256_bytes
 from workbench.io.log import PROGRESS
+from workbench.io.parse import read_json
 from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
 from workbench.results.result import Result, load_result
@@ -34,6 +35,7 @@ from workbench.runs.run_log import logged
 CONFIG, ENVIRONMENT, LOG, RESULTS = "config.json", "environment.json", "log.txt", "results"
 _FORMAT, _VERSION = "workbench.run", 1
 _LONGEST = 100
+_REMOVE = "remove it and run it again"
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,19 @@ def execute(run: Run) -> Result:
     """
     if is_complete(run):
         return load_result(run.folder / RESULTS)
-    partial = _partial(run.folder)
-    with locked(partial, wait=lambda: PROGRESS.info(f"waiting for another process that runs {run.folder}")):
+    partial, advice = _partial(run.folder), "free space and run it again"
+    with (
+        explain_full_disk(f"run {str(run.folder)!r}", advice),
+        locked(partial, wait=lambda: PROGRESS.info(f"waiting for another process that runs {run.folder}")),
+    ):
         if is_complete(run):
             remove(partial)
             return load_result(run.folder / RESULTS)
-        with explain_full_disk(f"run {str(run.folder)!r}", "free space and run it again"):
-            for path in partial.iterdir():
-                remove(path)
-            result = _execute_in(run, partial)
-            fsync_tree(partial)
-            commit_folder(partial, run.folder)
+        for path in partial.iterdir():
+            remove(path)
+        result = _execute_in(run, partial)
+        fsync_tree(partial)
+        commit_folder(partial, run.folder)
     return result
 
 
@@ -121,9 +125,9 @@ def is_complete(run: Run) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        known = json.loads((folder / CONFIG).read_text())
-        experiment, config = known["experiment"], known["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_json(folder / CONFIG, _REMOVE, finite=False)
+        experiment, config = known["experiment"], _object(known["config"])
+    except (DataError, KeyError, TypeError):
         raise RequestError(f"out {str(folder)!r} exists and is not a run; choose another folder") from None
     if experiment != run.experiment:
         raise RequestError(
@@ -155,12 +159,10 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any], Result
     if not (folder / CONFIG).is_file():
         raise RequestError(f"run {str(folder)!r}: no {CONFIG} there; give a folder that an experiment wrote")
     try:
-        config, around = (json.loads((folder / name).read_text()) for name in (CONFIG, ENVIRONMENT))
-        return config["config"], around, load_result(folder / RESULTS)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, WorkbenchError):
-            raise
-        raise DataError(f"run {str(folder)!r} is damaged ({error}); remove it and run it again") from error
+        config, around = (read_json(folder / name, _REMOVE, finite=False) for name in (CONFIG, ENVIRONMENT))
+        return _object(config["config"]), around, load_result(folder / RESULTS)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"run {str(folder)!r} is damaged ({CONFIG}: {error}); {_REMOVE}") from error
 
 
 def share_script(result: Path, runs: Path) -> None:
@@ -202,10 +204,16 @@ def _execute_in(run: Run, folder: Path) -> Result:
 def _changed_setting(run: Run) -> str | None:
     """A setting whose files differ from those that the run in the folder read; removed files do not count."""
     try:
-        before = json.loads((run.folder / ENVIRONMENT).read_text()).get("files", {})
-    except (OSError, ValueError):  # damaged: `load_run` reports it
+        before = _object(read_json(run.folder / ENVIRONMENT, _REMOVE, finite=False).get("files", {}))
+    except (DataError, TypeError):  # damaged: `load_run` reports it
         return None
     return next((name for name, now in file_digests(run.config).items() if before.get(name, now) != now), None)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, found {json.dumps(value)[:60]}")
+    return value
 
 
 def _write(path: Path, value: Any) -> None:

@@ -111,7 +111,8 @@ def sweep(
         time_left = f"; {duration(remaining)} left" if remaining else ""
         place = f"{len(ended):>{len(str(len(share)))}} of {len(share)}"
         report(f"[{place}{time_left}] {_line(outcome, titles[outcome.run])}")
-    with locked(out, wait=lambda: None):
+    advice = "free space and run the same command again; complete runs are kept"
+    with explain_full_disk(str(out / SUMMARY), advice), locked(out, wait=lambda: None):
         outcomes = {run: ended.get(run) or _of_another_process(run) for run in runs}
         result = _write_summary(experiment, outcomes, out)
     known = tuple(filter(None, outcomes.values()))
@@ -171,10 +172,7 @@ def _write_summary(experiment: str, outcomes: Mapping[Run, Outcome | None], out:
     """Writes the combined result of the complete runs, in the order of the grid, in place of an earlier summary."""
     complete = [run for run, outcome in outcomes.items() if outcome and outcome.state != "failed"]
     result = combine(experiment, [load_result(run.folder / RESULTS) for run in complete]) if complete else None
-    with (
-        explain_full_disk(f"{out / SUMMARY}", "free space and run the same command again; complete runs are kept"),
-        replace_folder(out / SUMMARY, (*RESULT_FILES, TABLE, RUNS)) as folder,
-    ):
+    with replace_folder(out / SUMMARY, (*RESULT_FILES, TABLE, RUNS)) as folder:
         if result is not None:
             result.write_files(folder)
             share_script(folder, out)

@@ -88,7 +88,7 @@ def _dictionary_learning(folder: Path) -> Converted:
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise DataError(f"{source}: trainer has no dict_class")
     kind = trainer["dict_class"]
-    if kind not in _DICTIONARIES:
+    if not isinstance(kind, str) or kind not in _DICTIONARIES:
         raise RequestError(f"{source}: dict_class {kind!r} is not supported; supported are {', '.join(_DICTIONARIES)}")
     architecture, names, subtracted, scaled = _DICTIONARIES[kind]
     tensors = _tensors(path)

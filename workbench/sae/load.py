@@ -134,7 +134,7 @@ class Sae:
     def config(self) -> dict[str, Any]:
         """Returns the content of its `cfg.json`, metadata included, without the device."""
         config = {name: value for name, value in self.module.cfg.to_dict().items() if name != "device"}
-        return json.loads(json.dumps(config, default=str))
+        return json.loads(json.dumps(config, default=str), parse_constant=lambda _: None)  # JSON has no NaN
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of all tensors and of the settings that change the mathematics; 1 s per gigabyte."""
@@ -276,6 +276,9 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
 
 def _inference_sae(module: SAE[Any], name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
+    k = getattr(module.cfg, "k", None)
+    if isinstance(k, int) and k > sae.d_sae:
+        raise DataError(f"SAE {name!r}: k is {k}, but it has only {sae.d_sae} features; correct its settings")
     if module.cfg.normalize_activations in _UNFOLDED:
         _LOG.warning(
             f"SAE {name!r} was trained with {module.cfg.normalize_activations}, whose constants are not in its files "

@@ -1,0 +1,24 @@
+"""Extraction, results, exports and sweeps that meet each fault before every call that changes the disk."""
+
+import pytest
+from crash_points import try_crash_points
+from feature_operations import delphi_export, extraction
+from result_operations import exporting, saving, sweeping
+
+pytestmark = pytest.mark.torture
+
+OPERATIONS = {
+    "extract_features": (extraction,),
+    "Result.save": (saving, False),
+    "Result.save over another": (saving, True),
+    "export of figures": (exporting,),
+    "export_delphi": (delphi_export,),
+    "sweep": (sweeping,),
+}
+
+
+@pytest.mark.parametrize("fault", ["kill", "interrupt", "full", "error", "limit"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_same_call_after_a_fault_ends_with_the_same_bytes(name, fault):
+    operation, *arguments = OPERATIONS[name]
+    assert try_crash_points(operation, *arguments, faults=[fault]).problems == []
