@@ -88,7 +88,14 @@ def test_provenance_says_what_made_it(result, store):
         "store": "t.acts",
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
-        "settings": {"site": "resid_post", "where": None, "top_k": 2, "detail": 10_000, "device": "cpu"},
+        "settings": {
+            "site": "resid_post",
+            "where": None,
+            "top_k": 2,
+            "detail": 10_000,
+            "allow_nonfinite": False,
+            "device": "cpu",
+        },
         "probe_class": "workbench.probes.logit_lens:LogitLens",
         "workbench": "0.1.0",
     }
