@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from workbench.probing import Result, Variable, dataset, layer_curves, provenance, recorded_layers, selected_rows
+from workbench.probing import StoreProbe, Variable, dataset, layer_curves, recorded_layers, selected_rows
+
+NORM = Variable("norm", ("layer",), "L2 norm", "mean over tokens, 0 and up")
 
 
 @dataclass(frozen=True)
-class NormGrowth:
+class NormGrowth(StoreProbe):
     """Measures the norm of the residual stream after each block."""
 
     name: ClassVar[str] = "norm-growth"
     needs_model: ClassVar[bool] = False
-    variables: ClassVar[tuple[Variable, ...]] = (Variable("norm", ("layer",), "L2 norm", "mean over tokens, 0 and up"),)
+    variables: ClassVar[tuple[Variable, ...]] = (NORM, *StoreProbe.variables)
     controls: ClassVar[dict[str, str]] = {"random weights": "without training the norm grows as in a random walk"}
 
     site: str = "resid_post"
@@ -21,12 +23,12 @@ class NormGrowth:
     """SQL over the token table: the tokens to average over."""
 
     def run(self, store, *, model=None):
-        """Reads each site once. Raises RequestError for a site that was not recorded."""
+        """Reads each site once. Raises RequestError for a site that was not recorded or has NaN or infinite values."""
         layers, labels = recorded_layers(store, self.site)
-        rows = selected_rows(store, self.where)
-        norms = [float(store[label][rows].double().norm(dim=1).mean()) for label in labels]
+        rows = self.finite_rows(store, labels, selected_rows(store, self.where))
+        norms = [float(store[label][rows.rows].double().norm(dim=1).mean()) for label in labels]
         data = dataset(self.variables, {"norm": norms}, {"layer": layers})
-        return Result(self.name, data, data.to_dataframe().reset_index(), provenance(store, self))
+        return self.result(store, data, data.to_dataframe().reset_index(), rows)
 
     @staticmethod
     def headline(result):

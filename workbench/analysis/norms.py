@@ -101,7 +101,8 @@ def massive_text(data: xr.Dataset) -> str:
     times = f", {size / median:,.0f} times the median" if median else ""
     place = f"layer {int(at['layer'])}, position {position:.0f}, dimension {dimension:.0f}"
     what = f"massive activations in {100 * share:.0f} % of sequences" if share else "no massive activations"
-    return f"{what}: the largest of a sequence is {size:,.4g} on average{times} ({place})"
+    mean = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+    return f"{what}: the largest of a sequence is {mean} on average{times} ({place})"
 
 
 def ratio(values: Any, others: Any) -> Any:

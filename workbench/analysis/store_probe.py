@@ -30,6 +30,8 @@ class StoreProbe:
     """Settings and checks of every probe that reads activations; a probe is a frozen dataclass that inherits them."""
 
     name: ClassVar[str]
+    variables: ClassVar[tuple[Variable, ...]] = LOST_VARIABLES
+    """Variables of `result`; a probe declares its own before them: `(NORM, *StoreProbe.variables)`."""
 
     allow_nonfinite: bool = field(default=False, kw_only=True)
     """True leaves out tokens with a NaN or infinite value at a site that is read, and counts them; False refuses such a
