@@ -6,20 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answers_example import SEGMENTS, UNEMBED, answers
 from store_example import values, write_store
 from warned import warned
 
 from workbench.io.errors import WorkbenchError
-from workbench.model.unembed import Unembed, load_unembed, save_unembed
+from workbench.model.unembed import save_unembed
 from workbench.store import groups
-from workbench.store.manifest import read_counts
-from workbench.store.query import query_tokens
 from workbench.store.reader import open_store
 
-SEGMENTS = [[3, 2], [4], [1, 1, 5]]
-UNEMBED = Unembed(
-    torch.arange(120.0).reshape(40, 3), None, "rms", torch.ones(3), torch.zeros(3), 1e-5, tokens=("a", "é", "日") * 13
-)
 FLIPS = 20
 
 
@@ -28,22 +23,6 @@ def path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("flips") / "x"
     write_store(path, SEGMENTS, unembed=lambda file: save_unembed(UNEMBED, file, torch.float32), unembed_reason=None)
     return path
-
-
-def answers(path: Path):
-    """Everything that is read of a store but the values of the activations."""
-    store, unembed = open_store(path), load_unembed(path)
-    selected = store.where("position > 0 AND source = 'web'")
-    return (
-        store.manifest,
-        store.tokens.to_pydict(),
-        query_tokens(path, store.manifest, "token IN (' Monday', '日') OR char_start = 3").to_pydict(),
-        selected.ids.tolist(),
-        selected.tokens.to_pydict(),
-        read_counts(path, store.manifest),
-        unembed.weight.tolist(),
-        unembed.tokens,
-    )
 
 
 def flipped(data: bytes, count: int, seed: int = 0):

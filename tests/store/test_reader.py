@@ -388,6 +388,31 @@ def test_only_committed_segments_are_queried(tmp_path):
     assert select_rows(path, earlier, "true").tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("resid_post", "resid_post is recorded by layer in {path}; name one, such as resid_post.0"),
+        (("resid_post", 7), "resid_post.7 is no site of demo, whose layers are 0 to 1"),
+        (("resid_post", -1), "resid_post.-1 is no site of demo, whose layers are 0 to 1"),
+        (
+            "resid_pos.0",
+            "resid_pos.0 is not recorded in {path}; recorded are 3: resid_post.0, resid_post.1, pattern.1; ",
+        ),
+        (
+            ("mlp_out", 0),
+            "mlp_out.0 is not recorded in {path}; recorded are 3: resid_post.0, resid_post.1, pattern.1; to",
+        ),
+        (0, "0 is not a site; write store['resid_post.0'], and store['resid_post.0'][rows] for rows"),
+        (slice(0, 5), "slice(0, 5, None) is not a site; write store['resid_post.0'], and store['resid_post.0'][rows]"),
+        (("resid_post", 0, 5), "('resid_post', 0, 5) is not a site; write store['resid_post.0'], and store["),
+        (("resid_post", slice(0, 2)), "('resid_post', slice(0, 2, None)) is not a site; write store['resid_post.0']"),
+    ],
+)
+def test_a_site_that_is_nearly_right_is_refused_with_what_to_write(store, site, message):
+    text = refused(RequestError, lambda: store[site])
+    assert text.startswith(message.format(path=store.path))
+
+
 def test_selections_are_sets_of_rows(store):
     low, odd = store.where("row < 10"), store.where("row % 2 = 1")
     assert (low & odd).ids.tolist() == [1, 3, 5, 7, 9]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from workbench.io.errors import DataError
+from workbench.io.errors import DataError, printable
 from workbench.io.reading import open_file
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def findings_table(findings: Iterable[Finding]) -> pd.DataFrame:
     import pandas as pd  # takes seconds
 
     columns = [field.name for field in dataclasses.fields(Finding)]
-    return pd.DataFrame([dataclasses.astuple(finding) for finding in findings], columns=columns)
+    lines = [[printable(text) for text in dataclasses.astuple(finding)] for finding in findings]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def check_listed(

@@ -104,14 +104,30 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
         raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
     path = Path(store_path) / UNEMBED
     check_files([(path, manifest.unembed)], VERIFY)
-    with open_safetensors(path, VERIFY, str(device)) as file:
+    with open_safetensors(path, VERIFY, str(device)) as file:  # which names the file in every error inside
         scalars = load_json(file.metadata()["unembed"])
         scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return Unembed(**{"bias": None, **tensors, **scalars})
+        unembed = Unembed(**{"bias": None, **tensors, **scalars})
+        _check_shapes(unembed)
+    return unembed
 
 
-@plain_torch()
+def _check_shapes(unembed: Unembed) -> None:
+    """ValueError where the parts do not fit each other."""
+    vocab, d_model = unembed.weight.shape
+    shapes = {"gain": (d_model,), "shift": (d_model,)} | ({} if unembed.bias is None else {"bias": (vocab,)})
+    for name, shape in shapes.items():
+        if tuple(getattr(unembed, name).shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(getattr(unembed, name).shape)}, expected {shape}")
+    if unembed.norm not in ("layer", "rms", "none"):
+        raise ValueError(f"norm is {unembed.norm!r}")
+    if not all(isinstance(number, int | float) for number in (unembed.eps, unembed.scale, unembed.softcap or 0)):
+        raise ValueError("eps, scale or softcap is no number")
+    if not all(isinstance(text, str) for text in unembed.tokens or ()):
+        raise ValueError("a token is no text")
+
+
 def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
     """Measures the unembedding of a model. Costs two forward passes over 2 x 7 tokens.
 

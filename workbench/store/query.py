@@ -90,6 +90,7 @@ def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: s
     names = SqlNames(columns.names)
     condition = names.resolve(predicate)
     with duckdb.connect() as connection:
+        _refuse_subquery(connection, predicate, condition)
         connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
         try:
             tokens = _relation(connection, token_files(store, manifest), schemas, columns, names)
@@ -98,10 +99,17 @@ def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: s
         try:
             # a relation's filter is parsed as one expression: a second statement or an ORDER BY is an error
             yield tokens.filter(condition), names
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        except duckdb.IOException as error:
             raise _damaged(path, error) from None
         except duckdb.Error as error:
             raise _refused(predicate, error, names) from None
+
+
+def _refuse_subquery(connection: Any, predicate: str, condition: str) -> None:
+    """Refuses SELECT inside of the condition: it could only read the settings and tables of DuckDB itself."""
+    (tree,) = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [f"SELECT 1 WHERE ({condition})"]).fetchone()
+    if '"class":"SUBQUERY"' in tree:  # quotes within a text are escaped there
+        raise RequestError(f"query {predicate!r}: a subquery; give a condition over the columns of the token table")
 
 
 def _relation(

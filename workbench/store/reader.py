@@ -96,11 +96,17 @@ class Store:
 
     def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
         """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name."""
-        label = ".".join(map(str, site)) if isinstance(site, tuple) else site
+        name, layer = site if isinstance(site, tuple) and len(site) == 2 else (site, 0)
+        if not isinstance(name, str) or isinstance(layer, slice):
+            example = self.sites[0].label if self.sites else "resid_post.0"
+            raise RequestError(
+                f"{site!r} is not a site; write store[{example!r}], and store[{example!r}][rows] for rows"
+            )
+        label = ".".join(map(str, site)) if isinstance(site, tuple) else name
         for record in self.sites:
             if label in (record.name, record.short):
                 return ActivationArray(self, record)
-        raise _not_recorded(self, str(label))
+        raise _not_recorded(self, label)
 
     def require(self, *sites: str) -> None:
         """Raises RequestError, with the record command that would record it, for a site that was not recorded."""
@@ -349,7 +355,9 @@ def _not_recorded(store: Store, label: str) -> RequestError:
     text = f"{label} is not recorded in {store.path}; recorded are {short_list([site.label for site in store.sites])}"
     if layers := [site.label for site in store.sites if site.label.partition(".")[0] == label]:
         return RequestError(f"{label} is recorded by layer in {store.path}; name one, such as {layers[0]}")
-    stem = re.fullmatch(r"(\w+?)(\.\d+)?", label)
+    stem, layers = re.fullmatch(r"(\w+?)(\.-?\d+)?", label), store.manifest.model.n_layers
+    if stem and stem[2] and not 0 <= int(stem[2][1:]) < layers:
+        return RequestError(f"{label} is no site of {store.manifest.model.name}, whose layers are 0 to {layers - 1}")
     if stem and stem[1] in SHORT_NAMES:
         name = store.manifest.model.name
         return RequestError(f"{text}; to record it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
