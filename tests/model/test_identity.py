@@ -128,3 +128,13 @@ def test_half_precision_and_a_model_without_head_have_an_identity(module):
 
 def test_a_loaded_model_gives_its_own_identity(module):
     assert Model(module, None, "a").identity() == identity(module)
+
+
+def test_values_that_json_lacks_are_counted(module):
+    """A mask of -inf that is not saved, and weights whose logits are NaN."""
+    module.model.register_buffer("mask", torch.full((2, 2), -torch.inf), persistent=False)
+    module.lm_head.weight.data[3] = torch.nan
+    known = identity(module)
+    assert parse(Identity, from_json(to_json(known), "here"), "here") == known
+    module.model.mask[0, 1] = 0
+    assert difference(known, identity(module)) == "its buffer model.mask has other values"

@@ -2,7 +2,7 @@
 
 import pytest
 from crash_points import try_crash_points
-from recorded_operations import appending, recording, recording_once
+from recorded_operations import appending, recording, recording_once, sweeping
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,11 @@ from recorded_operations import appending, recording, recording_once
         (recording, "interrupt", 3),
         (recording_once, "kill", 6),
         (appending, "kill", 6),
+        (appending, "full", 3),
+        (recording, "error", 4),
+        (recording, "limit", 3),
+        (sweeping, "kill", 4),
+        (sweeping, "full", 3),
     ],
 )
 def test_the_same_call_after_a_fault_ends_with_the_same_bytes(operation, fault, sample):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from crash_points import Operation
+from store_example import contents as bytes_of
+
+from workbench.io.errors import DataError
 
 TEXTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18, 19], [20, 21]]
 MORE = [[30, 31, 32], [33, 34, 35, 36]]
@@ -81,3 +85,33 @@ def recording_once() -> Operation:
         assert store.rows == sum(map(len, TEXTS))
 
     return Operation(work, check=readable)
+
+
+def sweeping() -> Operation:
+    """A sweep of three runs, of which one fails. Times, and what was printed, are no part of what must be equal."""
+    from importlib.metadata import EntryPoint
+
+    import toy_experiment
+
+    import workbench.store.reader  # DuckDB, pandas and xarray, once  # noqa: F401
+    from workbench.results import registry
+    from workbench.runs.sweep import sweep
+
+    entry = EntryPoint("toy", "toy_experiment", "workbench.experiments")
+    registry.entry_points = lambda group: [entry] if group == entry.group else []
+    toy_experiment.figures = lambda _result: {}  # each with 5 MB of plotly
+    configs = [toy_experiment.Config(model=model) for model in ("a", "refused", "b")]
+
+    def work(folder: Path) -> None:
+        swept = sweep("toy", configs, folder / "runs", report=lambda _line: None)
+        failed = [outcome.message for outcome in swept.failed]
+        if swept.unwritten or len(failed) != 1:  # as the command says it
+            raise DataError(f"{swept.unwritten}; {failed}")
+
+    def lasting(folder: Path) -> dict[str, bytes]:
+        changing = ("environment.json", "log.txt", "sweep.json")
+        found = {name: data for name, data in bytes_of(folder).items() if not name.endswith(changing)}
+        states = json.loads((folder / "runs" / "summary" / "sweep.json").read_text())["cells"]
+        return found | {"sweep.json": json.dumps(states).encode()}
+
+    return Operation(work, contents=lasting)

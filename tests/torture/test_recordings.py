@@ -2,12 +2,12 @@
 
 import pytest
 from crash_points import try_crash_points
-from recorded_operations import recording
+from recorded_operations import appending, recording, recording_once, sweeping
 
 pytestmark = pytest.mark.torture
 
 
-@pytest.mark.parametrize("fault", ["kill", "interrupt"])
-@pytest.mark.parametrize("operation", [recording])
+@pytest.mark.parametrize("fault", ["kill", "interrupt", "full", "error", "limit"])
+@pytest.mark.parametrize("operation", [recording, recording_once, appending, sweeping])
 def test_the_same_call_after_a_fault_ends_with_the_same_bytes(operation, fault):
     assert try_crash_points(operation, faults=[fault]).problems == []

@@ -136,8 +136,8 @@ class _RunSweep:
         counts = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "skipped", "failed")}
         counts |= {"left to other processes": len(swept.pending)} if swept.pending else {}
         print_plain(", ".join(f"{number} {state}" for state, number in counts.items()))
-        if swept.result is not None:
+        if swept.result is not None and swept.unwritten is None:
             print_plain(f"table   {swept.folder / TABLE}")
             for figure in sorted((swept.folder / "figures").glob("*.html")):
                 print_plain(f"figure  {figure}")
-        return 1 if swept.failed else 0
+        return 1 if swept.failed or swept.unwritten else 0

@@ -24,11 +24,11 @@ _IGNORED_FIELDS = {
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
 }
 """Fields of a config that change no activation: origin, and what a pass returns beside its answer."""
-_TOKENS, _SAMPLES = 16, 5
+TOKENS, _SAMPLES = 16, 5
 
 
 @plain_torch()
-def measure_identity(module: nn.Module, last_block: str) -> Identity:
+def measure_identity(module: nn.Module, last_block: str, tokens: int = TOKENS) -> Identity:
     """Returns the identity of a Hugging Face module as it is now.
 
     Costs a checksum of the weights, about 1 s a gigabyte, and one forward pass over 16 tokens.
@@ -36,9 +36,12 @@ def measure_identity(module: nn.Module, last_block: str) -> Identity:
     Args:
         module: A Hugging Face model.
         last_block: Path of its last block.
+        tokens: Length of the pass.
     """
     model = cast("Any", module)
-    answers = _answers(module, last_block)  # first: a pass may set buffers, such as the frequencies of dynamic RoPE
+    answers = _answers(
+        module, last_block, tokens
+    )  # first: a pass may set buffers, such as the frequencies of dynamic RoPE
     return Identity(
         weights=weights_fingerprint(model),
         config=dict(_config_fields(model.config)),
@@ -93,25 +96,25 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, tuple[float, ...]]]:
         for name in sorted(part._non_persistent_buffers_set):
             buffer = part._buffers.get(name)
             if buffer is not None and buffer.device.type != "meta" and not buffer.is_complex():
-                values = buffer.detach().cpu().double().flatten()
+                values, nonfinite = _finite(buffer.detach().cpu().double().flatten())
                 ramp = torch.linspace(1, 2, len(values), dtype=torch.float64, device="cpu")
-                summary = (values.mean(), (values * ramp).mean()) if len(values) else ()
-                yield f"{path}.{name}".strip("."), (*map(float, buffer.shape), *(_rounded(x.item()) for x in summary))
+                summary = (values.mean(), (values * ramp).mean(), nonfinite) if len(values) else ()
+                yield f"{path}.{name}".strip("."), (*map(float, buffer.shape), *(_rounded(float(x)) for x in summary))
 
 
-def _answers(module: nn.Module, last_block: str) -> dict[str, tuple[float, ...]]:
+def _answers(module: nn.Module, last_block: str, tokens: int) -> dict[str, tuple[float, ...]]:
     """Summaries of the last residual stream, whose scale a final norm hides, and of the logits, after a short pass."""
-    ids = (torch.arange(_TOKENS, device="cpu") * 7919 + 101) % input_embedding(module).shape[0]
+    ids = (torch.arange(tokens, device="cpu") * 7919 + 101) % input_embedding(module).shape[0]
     streams: list[Tensor | None] = []
     with hook_tensor(module.get_submodule(last_block), "out", streams.append):
-        output = run(module, ids[None], torch.ones(1, _TOKENS, dtype=torch.long, device="cpu"))
+        output = run(module, ids[None], torch.ones(1, tokens, dtype=torch.long, device="cpu"))
     answers = {"last residual stream": streams[-1] if streams else None, "logits": getattr(output, "logits", None)}
     return {name: _summary(tensor.detach()) for name, tensor in answers.items() if tensor is not None}
 
 
 def _summary(tensor: Tensor) -> tuple[float, ...]:
     """Of every second position the largest value, the smallest, two sums with signs, and a few single values."""
-    values = tensor.cpu().double().nan_to_num().reshape(_TOKENS, -1)[::2]
+    values = _finite(tensor.cpu().double())[0].flatten(0, 1).flatten(1)[::2]
     width = values.shape[1]
     index = torch.arange(width, device="cpu")
     signs = torch.stack([1.0 - 2.0 * ((index * factor) % 7 < 3) for factor in (1, 3)]).double()
@@ -119,6 +122,12 @@ def _summary(tensor: Tensor) -> tuple[float, ...]:
     samples = values[:, (torch.arange(_SAMPLES, device="cpu") * 104_729 + 17) % width]
     summary = torch.cat([values.amax(1, keepdim=True), values.amin(1, keepdim=True), sums, samples], dim=1)
     return tuple(_rounded(value) for value in summary.flatten().tolist())
+
+
+def _finite(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values with 0 for NaN and infinities, which JSON does not have, and the number of these."""
+    finite = values.isfinite()
+    return values.where(finite, 0.0), (~finite).sum()
 
 
 def _rounded(value: float) -> float:

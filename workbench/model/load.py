@@ -127,9 +127,11 @@ class Model:
 
         Costs a checksum of the weights, about 1 s a gigabyte, and a forward pass over 16 tokens.
         """
-        from workbench.model.behaviour import measure_identity  # takes seconds: torch
+        from workbench.model.behaviour import TOKENS, measure_identity  # takes seconds: torch
 
-        return measure_identity(self.module, self.site_map.last_block)
+        return measure_identity(self.module, self.site_map.last_block, min(TOKENS, self.context_limit or TOKENS))
+
+        return measure_identity(self.module, self.site_map.last_block, min(TOKENS, self.context_limit or TOKENS))
 
     def config_fingerprint(self) -> str:
         """Returns the SHA-256 of the config, without the fields that name the place it was saved in."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from workbench.io.errors import RequestError
-from workbench.io.files import PARTIAL, locked, remove, replace_file, sha256_bytes, sha256_file
+from workbench.io.files import PARTIAL, explain_full_disk, locked, remove, replace_file, sha256_bytes, sha256_file
 from workbench.io.log import PROGRESS
 from workbench.sites.settings import RecordingOptions, recording
 from workbench.store.manifest import MANIFEST, read_manifest
@@ -85,7 +85,8 @@ def record_once(
                 if manifest is not None and manifest.complete:
                     remove_leftovers(path, manifest)
                     return open_store(path)
-                replace_file(place / REQUEST, text.encode())
+                with explain_full_disk(f"{place / REQUEST}", "free space and run the same command again"):
+                    replace_file(place / REQUEST, text.encode())
                 return record(model, texts, out=path, settings=settings, show_progress=show_progress)
         number += 1
 

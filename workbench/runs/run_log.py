@@ -26,10 +26,10 @@ def logged(path: Path, title: str) -> Iterator[Callable[[str], None]]:
     Yields:
         A function that writes one more line.
     """
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb", buffering=0) as file:  # a line that a full disk refuses must not be tried again at the end
 
         def log(text: str) -> None:
-            print(f"{now()}  {text.rstrip()}", file=file, flush=True)
+            file.write(f"{now()}  {text.rstrip()}\n".encode("utf-8", "backslashreplace"))
 
         show = warnings.showwarning
 
@@ -43,7 +43,8 @@ def logged(path: Path, title: str) -> Iterator[Callable[[str], None]]:
             with contextlib.redirect_stdout(_Tee(sys.stdout, log)), copy_warnings(log):
                 yield log
         except BaseException:
-            log(traceback.format_exc())
+            with contextlib.suppress(OSError):  # the log of a full disk must not hide the failure itself
+                log(traceback.format_exc())
             raise
         finally:
             warnings.showwarning = show

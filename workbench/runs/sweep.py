@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -20,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from workbench.io.errors import RequestError, nearest
-from workbench.io.files import explain_full_disk, locked, replace_folder, write_file
+from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.files import PARTIAL, explain_full_disk, locked, remove, replace_folder, write_file
 from workbench.io.progress import duration
 from workbench.io.spreadsheet import csv_text
 from workbench.io.tasks import ThisProcess, Workers, lost_task
@@ -29,6 +30,8 @@ from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
 from workbench.results.result import RESULT_FILES, Result, load_result
 from workbench.runs.folders import CONFIG, RESULTS, Outcome, Run, attempt, is_complete, run_in, share_script
+
+_LOG = logging.getLogger(__name__)
 
 SUMMARY, TABLE, RUNS = "summary", "table.csv", "sweep.json"
 
@@ -44,6 +47,8 @@ class SweepResult:
     result: Result | None
     """All complete runs combined, as written to `folder`; None if no run is complete."""
     folder: Path
+    unwritten: str | None = None
+    """Reason why the summary could not be written, such as a full disk; None: it is written."""
 
     @property
     def failed(self) -> tuple[Outcome, ...]:
@@ -112,11 +117,19 @@ def sweep(
         place = f"{len(ended):>{len(str(len(share)))}} of {len(share)}"
         report(f"[{place}{time_left}] {_line(outcome, titles[outcome.run])}")
     advice = "free space and run the same command again; complete runs are kept"
-    with explain_full_disk(str(out / SUMMARY), advice), locked(out, wait=lambda: None):
+    with explain_full_disk(str(out), advice), locked(out, wait=lambda: None):
         outcomes = {run: ended.get(run) or _of_another_process(run) for run in runs}
-        result = _write_summary(experiment, outcomes, out)
+        complete = [run for run, outcome in outcomes.items() if outcome and outcome.state != "failed"]
+        result = combine(experiment, [load_result(run.folder / RESULTS) for run in complete]) if complete else None
+        unwritten = None
+        try:
+            with explain_full_disk(str(out / SUMMARY), advice):
+                _write_summary(experiment, outcomes, result, out)
+        except DataError as error:  # the outcomes are not lost with it
+            unwritten = str(error)
+            _LOG.warning(unwritten)
     known = tuple(filter(None, outcomes.values()))
-    return SweepResult(known, tuple(run for run in runs if not outcomes[run]), result, out / SUMMARY)
+    return SweepResult(known, tuple(run for run in runs if not outcomes[run]), result, out / SUMMARY, unwritten)
 
 
 def _outcomes(workers: Workers, runs: Sequence[Run]) -> Iterator[Outcome]:
@@ -168,11 +181,11 @@ def _line(outcome: Outcome, title: str) -> str:
     return f"{title}: {state}: {outcome.message}"
 
 
-def _write_summary(experiment: str, outcomes: Mapping[Run, Outcome | None], out: Path) -> Result | None:
-    """Writes the combined result of the complete runs, in the order of the grid, in place of an earlier summary."""
-    complete = [run for run, outcome in outcomes.items() if outcome and outcome.state != "failed"]
-    result = combine(experiment, [load_result(run.folder / RESULTS) for run in complete]) if complete else None
+def _write_summary(experiment: str, outcomes: Mapping[Run, Outcome | None], result: Result | None, out: Path) -> None:
+    """Writes the combined result of the complete runs and the states of all in place of an earlier summary."""
     with replace_folder(out / SUMMARY, (*RESULT_FILES, TABLE, RUNS)) as folder:
+        for leftover in set(out.glob(f".{SUMMARY}.*{PARTIAL}")) - {folder}:  # of a kill: the sweep is locked
+            remove(leftover)
         if result is not None:
             result.write_files(folder)
             share_script(folder, out)
@@ -180,7 +193,6 @@ def _write_summary(experiment: str, outcomes: Mapping[Run, Outcome | None], out:
         lines = [_run_record(run, outcome) for run, outcome in outcomes.items()]
         record = json.dumps({"experiment": experiment, "cells": lines}, indent=1) + "\n"
         write_file(folder / RUNS, record.encode())
-    return result
 
 
 def _run_record(run: Run, outcome: Outcome | None) -> dict[str, Any]:
