@@ -283,7 +283,8 @@ def test_the_overview_of_a_deep_store(tmp_path):
 # In a browser
 
 LOOK = """
-  await new Promise(done => setTimeout(done, 300));
+  while (!document.querySelector("#figure .main-svg")) await new Promise(done => setTimeout(done, 20));
+  await new Promise(done => setTimeout(done, 50));
   const plot = document.getElementById("figure");
   return {
     texts: [...document.querySelectorAll("#figure text")].map(text => text.textContent),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import itertools
 import json
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -48,17 +50,17 @@ def require_export() -> None:
     find_chrome()
 
 
-class Page:
-    """One tab; `events` holds every event since it was opened."""
+class Connection:
+    """A DevTools connection to a browser or a tab; `events` holds every event since it was opened."""
 
     def __init__(self, address: str) -> None:
         websocket = pytest.importorskip("websocket", reason="needs websocket-client, which comes with jupyterlab")
         self._socket = websocket.create_connection(address, timeout=PATIENCE)
         self._number = itertools.count(1)
         self.events: list[dict[str, Any]] = []
-        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
-            self.ask(f"{domain}.enable")
-        self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def close(self) -> None:
+        self._socket.close()
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Sends a DevTools command and returns its result."""
@@ -72,6 +74,16 @@ class Page:
                 raise RuntimeError(f"{method}: {message['error']}")
             else:
                 return message["result"]
+
+
+class Page(Connection):
+    """One tab."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
+            self.ask(f"{domain}.enable")
+        self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def run(self, script: str) -> Any:
         """Returns the value of a JavaScript expression, awaited if it is a promise."""
@@ -158,34 +170,48 @@ def end_process(process: subprocess.Popen) -> None:
         process.wait()
 
 
-@contextmanager
-def chromium(arguments: Sequence[str] = ()) -> Iterator[Page]:
-    """A fresh browser with one empty tab. Skips the test without Chromium or websocket-client."""
+@cache
+def _browser() -> str:
+    """Starts the browser that all tests of this process share, and returns its address."""
     path = find_chrome()
-    pytest.importorskip("websocket", reason="needs websocket-client, which comes with jupyterlab")
     profile = tempfile.mkdtemp(prefix="chromium-")
     port = Path(profile, "DevToolsActivePort")
     browser = subprocess.Popen(
-        [path, *_FLAGS, *arguments, f"--user-data-dir={profile}", "about:blank"],
+        [path, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        end = time.monotonic() + PATIENCE
-        while not (port.is_file() and port.read_text().count("\n")):
-            if browser.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{path} did not start")
-            time.sleep(0.05)
-        with urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json", timeout=PATIENCE) as answer:
-            tab = next(part for part in json.load(answer) if part["type"] == "page")
-        page = Page(tab["webSocketDebuggerUrl"])
-        try:
-            yield page
-        finally:
-            page._socket.close()
-    finally:
+
+    def end() -> None:
         end_process(browser)
         shutil.rmtree(profile, ignore_errors=True)
+
+    atexit.register(end)
+    deadline = time.monotonic() + PATIENCE
+    while not (port.is_file() and port.read_text().count("\n")):
+        if browser.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{path} did not start")
+        time.sleep(0.05)
+    return f"127.0.0.1:{port.read_text().split()[0]}"
+
+
+@contextmanager
+def chromium() -> Iterator[Page]:
+    """One empty tab with a profile of its own. Skips the test without Chromium or websocket-client."""
+    find_chrome()
+    pytest.importorskip("websocket", reason="needs websocket-client, which comes with jupyterlab")
+    address = _browser()
+    with urlopen(f"http://{address}/json/version", timeout=PATIENCE) as answer:
+        browser = Connection(json.load(answer)["webSocketDebuggerUrl"])
+    profile = browser.ask("Target.createBrowserContext")["browserContextId"]
+    tab = browser.ask("Target.createTarget", url="about:blank", browserContextId=profile)["targetId"]
+    page = Page(f"ws://{address}/devtools/page/{tab}")
+    try:
+        yield page
+    finally:
+        page.close()
+        browser.ask("Target.disposeBrowserContext", browserContextId=profile)
+        browser.close()
 
 
 def visit(files: Sequence[Path], script: str) -> tuple[list[dict[str, Any]], list[str]]:

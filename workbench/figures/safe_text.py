@@ -21,7 +21,7 @@ def visible(token: str, limit: int = 24) -> str:
     A space becomes "·", a newline "⏎"; control characters, direction marks and unassigned code points become
     escapes such as `\\u202e`.
     """
-    shown = "".join(_SHOWN.get(char) or _printable(char) for char in token)
+    shown = token.translate(_VISIBLE)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
@@ -32,7 +32,7 @@ def label(token: str, limit: int = 24) -> str:
 
 def sentence(text: str) -> str:
     """Returns a line of prose as plotly text, escaped like `label`, with its spaces unchanged."""
-    return _escaped("".join(map(_printable, text)))
+    return _escaped(text.translate(_PRINTABLE))
 
 
 def plain(markup: str) -> str:
@@ -50,7 +50,15 @@ def _escaped(text: str) -> str:
     return html.escape(text).replace("&quot;", "&#34;").replace("$", "&#36;")  # plotly does not decode &quot;
 
 
-def _printable(char: str) -> str:
-    if unicodedata.category(char) in _HIDDEN:
-        return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
-    return char
+class _Table(dict[int, str]):
+    """A table for `str.translate`, filled as characters are met: a figure has a million of them."""
+
+    def __missing__(self, code: int) -> str:
+        hidden = unicodedata.category(chr(code)) in _HIDDEN
+        shown = (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}") if hidden else chr(code)
+        self[code] = shown
+        return shown
+
+
+_PRINTABLE = _Table()
+_VISIBLE = _Table({ord(char): shown for char, shown in _SHOWN.items()})
