@@ -46,8 +46,9 @@ def _in_notebook() -> bool:
 class _Lines:
     """Logs a line every few seconds: `recording: 120,000 of 1,000,000 rows, 8,123 rows/s, 1 min 48 s left`."""
 
-    def __init__(self, label: str, total: int | None, unit: str, done: int, every: float = EVERY) -> None:
-        self.label, self.total, self.unit, self.done, self.every = label, total, unit, done, every
+    def __init__(self, label: str, total: int | None, unit: str, done: int, every: float | None = None) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.every = EVERY if every is None else every
         self.began = self.last_line = time.monotonic()
         self.new = 0
 

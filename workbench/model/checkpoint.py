@@ -14,6 +14,7 @@ from workbench.io.log import PROGRESS
 from workbench.io.tasks import first_line
 from workbench.io.torch_state import fast_bfloat16
 from workbench.model.location import Location
+from workbench.model.preview import check_config
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ def load_checkpoint(
     import torch  # takes seconds
 
     _check_dtype(dtype)
+    check_config(location)
     where = {"device_map": "auto"} if device == "auto" else {}
     if not where:
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

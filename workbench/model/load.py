@@ -16,7 +16,6 @@ from workbench.io.torch_state import plain_torch
 from workbench.model.checkpoint import load_checkpoint, quietly
 from workbench.model.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from workbench.model.location import Location, locate
-from workbench.model.preview import check_config
 from workbench.sites.grammar import SiteMap
 
 if TYPE_CHECKING:
@@ -223,7 +222,6 @@ def load_model(
         module: PreTrainedModel = getattr(source, "_orig_mod", source)  # of torch.compile: hooks break its graphs
         return Model(module, _given_tokenizer(tokenizer, trust_remote_code), _module_name(module))
     location = locate(source, revision)
-    check_config(location)
     if revision is not None and not location.hub:
         raise RequestError(
             f"revision={revision!r} applies to a hub id only; leave it out for the directory {str(source)!r}"
