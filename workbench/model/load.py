@@ -207,19 +207,7 @@ def load_model(
             lacks weights, a device that cannot be used.
     """
     if not isinstance(source, str | Path):
-        if not hasattr(source, "get_input_embeddings") or not hasattr(source, "config"):
-            raise RequestError(
-                f"model must be a directory, a hub id or a transformers PreTrainedModel, not {type(source).__name__}"
-            )
-        if getattr(source.config, "is_encoder_decoder", False):
-            raise RequestError(
-                f"model {type(source).__name__} is an encoder-decoder; give a causal language model, which has one "
-                "stack of blocks, or its encoder alone"
-            )
-        for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
-            if value not in (None, "auto"):
-                raise RequestError(f"{name}={value!r} is for a model that is loaded; a module stays as it is given")
-        module: PreTrainedModel = getattr(source, "_orig_mod", source)  # of torch.compile: hooks break its graphs
+        module = _given_module(source, device, dtype, revision)
         return Model(module, _given_tokenizer(tokenizer, trust_remote_code), _module_name(module))
     location = locate(source, revision)
     if revision is not None and not location.hub:
@@ -241,6 +229,25 @@ def batch_tokens(model: Model) -> int:
 
 
 # ---- loading --------------------------------------------------------------------------------------------
+
+
+def _given_module(
+    source: PreTrainedModel, device: str | torch.device | None, dtype: str | torch.dtype, revision: str | None
+) -> PreTrainedModel:
+    """A module as the caller made it; what is for loading is refused."""
+    if not hasattr(source, "get_input_embeddings") or not hasattr(source, "config"):
+        raise RequestError(
+            f"model must be a directory, a hub id or a transformers PreTrainedModel, not {type(source).__name__}"
+        )
+    if getattr(source.config, "is_encoder_decoder", False):
+        raise RequestError(
+            f"model {type(source).__name__} is an encoder-decoder; give a causal language model, which has one stack "
+            "of blocks, or its encoder alone"
+        )
+    for name, value in (("device", device), ("dtype", dtype), ("revision", revision)):
+        if value not in (None, "auto"):
+            raise RequestError(f"{name}={value!r} is for a model that is loaded; a module stays as it is given")
+    return getattr(source, "_orig_mod", source)  # of torch.compile: hooks break its graphs
 
 
 def _saved_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
