@@ -432,3 +432,16 @@ def test_the_bridge_installs_nothing(monkeypatch):
     assert bridge.cfg.is_multimodal
     assert torch.allclose(bridge(IDS), module(IDS).logits, atol=1e-4, rtol=0)
     assert ran == []
+
+
+def test_a_model_of_images_is_refused(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
+    assert refusal(load_model, tmp_path / "vit") == "model 'vit' is no language model: ViTModel embeds no tokens"
+
+
+def test_an_encoder_decoder_is_refused_before_its_weights_are_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"is_encoder_decoder": true, "architectures": ["T5ForAll"]}')
+    assert refusal(load_model, tmp_path).startswith(f"model {tmp_path.name!r} is an encoder-decoder (T5ForAll); give ")

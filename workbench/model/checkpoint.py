@@ -75,6 +75,7 @@ def load_checkpoint(
                 ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error
     module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    _refuse_without_tokens(location, module)
     _refuse_random(location, module, report)
     _warn_of_unused(location, module, report)
     if not where:
@@ -126,6 +127,16 @@ def _check_dtype(dtype: str | torch.dtype) -> None:
     value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in ("auto", "checkpoint") and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise RequestError(f"dtype must be auto, checkpoint, float32, bfloat16 or float16, not {str(dtype)!r}")
+
+
+def _refuse_without_tokens(location: Location, module: PreTrainedModel) -> None:
+    """Refuses a model of images or sounds: a checkpoint without a language-model head can be of any kind."""
+    try:
+        embedding = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if getattr(embedding, "weight", None) is None:
+        raise RequestError(f"model {location.name!r} is no language model: {type(module).__name__} embeds no tokens")
 
 
 def _refuse_random(location: Location, module: PreTrainedModel, report: Mapping[str, Any]) -> None:
