@@ -46,11 +46,13 @@ def run(config: Config) -> wb.Result:
     if not config.epochs:
         settings["direct_vocab"] = 0
     result = FutureLens(**settings).run(store)
-    data = result.data[["gain", "gain_low", "gain_high", "surprisal"]].assign(
+    data = result.data[["gain", "gain_low", "gain_high", "seen_precision", "surprisal"]].assign(
         precision=result.data["precision"].isel(k=0, drop=True)
     )
     table = data.to_dataframe().reset_index()
-    bigram = result.data[["bigram_precision", "rows"]].to_dataframe().reset_index()
+    bigram = (
+        result.data[["bigram_precision", "bigram_seen", "bigram_seen_precision", "rows"]].to_dataframe().reset_index()
+    )
     bigram = bigram.rename(columns={"rows": "tested_rows"})
     return make_result(NAME, config, table.merge(bigram, on="horizon"), store, data=result.data)
 
@@ -58,10 +60,13 @@ def run(config: Config) -> wb.Result:
 def headline(result: wb.Result) -> str:
     """Returns the best top-1 accuracy beyond the next token, and the bigram baseline, as a sentence."""
     far = result.table.loc[result.table["horizon"] == result.table["horizon"].clip(upper=1).max()]
+    if not far["horizon"].max() and far["layer"].nunique() > 1:  # at t+1 the last layer's state is the model's output
+        far = far.loc[far["layer"] < far["layer"].max()]
     best = far.loc[far["precision"].idxmax()]
+    seen = f", which has seen {100 * best['bigram_seen']:.0f} % of the tokens" if "bigram_seen" in best else ""
     return (
         f"Top-1 accuracy at t+{best['horizon'] + 1}: {100 * best['precision']:.0f} % (layer {best['layer']}); "
-        f"bigram baseline {100 * best['bigram_precision']:.0f} %."
+        f"bigram baseline {100 * best['bigram_precision']:.0f} %{seen}."
     )
 
 

@@ -56,8 +56,9 @@ def run(config: Config) -> wb.Result:
 def headline(result: wb.Result) -> str:
     """Returns the scores of the best head as a sentence."""
     best = result.table.loc[result.table["macro"].idxmax()]
+    finding = "Best head" if best["p_family"] <= 0.05 else "No successor head; best head"
     return (
-        f"Best head L{best['layer']}H{best['head']}: macro score {best['macro']:.2f}, "
+        f"{finding} L{best['layer']}H{best['head']}: macro score {best['macro']:.2f}, "
         f"shuffled {best['null_macro']:.2f}, p = {best['p_family']:.2g} over heads; above 0.5 in "
         f"{best['tasks_above']:.0f} of {best['tasks']:.0f} classes."
     )

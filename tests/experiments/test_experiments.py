@@ -190,7 +190,7 @@ def test_the_bigram_is_a_floor_that_states_pass_at_the_next_token(recordings):
     assert set(table["method"]) == {"linear"}
     last = table[(table["layer"] == table["layer"].max()) & (table["horizon"] == 0)].iloc[0]
     assert last["precision"] > 0.8  # the last block's state is what the next token is read from
-    np.testing.assert_allclose(table["gain"], table["precision"] - table["bigram_precision"], atol=1e-9)
+    np.testing.assert_allclose(table["gain"], table["seen_precision"] - table["bigram_seen_precision"], atol=1e-9)
     assert {"linear", "direct"} == set(future_curves.run(small("future-curves", recordings, epochs=1)).table["method"])
 
 
