@@ -44,7 +44,9 @@ class _Block:
         return None if tap is None else self.trial.rows(tap)
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: value for name in names if (value := self.value(name)) is not None}
+        """Values by name, each once: of several names of one tap the first."""
+        first = {tap: name for name in reversed(tuple(names)) if (tap := self.tap(name)) is not None}
+        return {name: value for name in reversed(first.values()) if (value := self.value(name)) is not None}
 
     def after(self, name: str, others: Iterable[str]) -> bool:
         """True if the tensor of `name` comes later in the pass than one of `others`."""
@@ -88,21 +90,21 @@ def _added(
     part: str, candidates: Mapping[str, Tensor], bases: list[Tensor], totals: list[Tensor]
 ) -> tuple[str | None, str | None]:
     """Name of the tensor that a part of the block adds to the stream, or the reason why the first name is not it."""
-    factors = {
-        name: [factor for base, total in product(bases, totals) if (factor := _factor(base, value, total))]
-        for name, value in candidates.items()
-    }
     if not candidates or not totals:
         return None, None
-    exact = next((name for name, known in factors.items() if 1.0 in known), None)
-    scaled = next((name for name, known in factors.items() if known), None)
-    if exact:
-        return exact, None
+    scaled: dict[str, float] = {}
+    for name, value in candidates.items():
+        for base, total in product(bases, totals):
+            factor = _factor(base, value, total)
+            if factor == 1.0:
+                return name, None
+            if factor is not None:
+                scaled.setdefault(name, factor)
     if scaled:
-        other = next(name for name in reversed([*candidates]) if factors[name] == factors[scaled])
+        name, factor = next(reversed(scaled.items()))
         return None, (
-            f"the block multiplies the output of {part} by {factors[scaled][0]:.4g} before it adds it; record "
-            f"blocks.N.{other} and multiply by that"
+            f"the block multiplies the output of {part} by {factor:.4g} before it adds it; record blocks.N.{name} and "
+            "multiply by that"
         )
     return None, f"the stream does not change by the output of {part} alone"
 
