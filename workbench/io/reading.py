@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from workbench.io.errors import DataError
 
@@ -13,7 +13,7 @@ _LARGEST = 1 << 31
 """Bytes of the largest record that is read into memory as a whole."""
 
 
-def open_file(path: str | os.PathLike[str], advice: str) -> BinaryIO:
+def open_file(path: str | os.PathLike[str], advice: str) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 
     Args:

@@ -8,6 +8,7 @@ thousand rows of it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,6 +123,7 @@ def _is_sound(file: Path) -> bool:
     return True
 
 
+@functools.lru_cache(1 << 17)  # the segment's checksum is that of its record
 def _recorded(path: Path, segment: Segment) -> str:
     return read_segment_record(path, segment).files[TOKENS].sha256
 
