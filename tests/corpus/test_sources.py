@@ -146,7 +146,10 @@ def test_a_hub_dataset_is_streamed_and_its_failure_is_one_line(monkeypatch):
     )
 
 
-UNDERSTOOD = "understood: files (.txt .json .jsonl .parquet), hf:NAME[:SPLIT], lists of strings or of token id lists"
+UNDERSTOOD = (
+    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], lists of strings "
+    "or of token id lists"
+)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ UNDERSTOOD = "understood: files (.txt .json .jsonl .parquet), hf:NAME[:SPLIT], l
         (Path("away/a.txt"), f"texts: no file 'away/a.txt', there is no folder 'away'; {UNDERSTOOD}"),
         ([Path("storis.jsonl")], f"texts: no file 'storis.jsonl'; nearest: stories.jsonl; {UNDERSTOOD}"),
         (Path("folder"), "texts: 'folder' is a folder; give the files in it"),
-        ("table.csv", f"texts: 'table.csv' has the suffix '.csv', which is not read; {UNDERSTOOD}"),
+        ("table.xlsx", f"texts: 'table.xlsx' has the suffix '.xlsx', which is not read; {UNDERSTOOD}"),
         ("plain", f"texts: 'plain' has the suffix '', which is not read; {UNDERSTOOD}"),
         ("empty.txt", "texts: 'empty.txt' is empty (0 bytes); pass a file with text in it"),
         ("pipe.txt", f"texts: 'pipe.txt' is not a regular file; {UNDERSTOOD}"),
@@ -191,7 +194,7 @@ UNDERSTOOD = "understood: files (.txt .json .jsonl .parquet), hf:NAME[:SPLIT], l
 )
 def test_a_wrong_source_is_refused_before_anything_is_read(texts, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("stories.jsonl", "table.csv", "plain"):
+    for name in ("stories.jsonl", "table.xlsx", "plain"):
         Path(name).write_text('"text"')
     Path("folder").mkdir()
     Path("empty.txt").touch()

@@ -28,7 +28,7 @@ class Record:
     model: Positional[str]
     """Local directory, or hub id such as gpt2."""
     text: Positional[tuple[str, ...]]
-    """Files (.txt, .jsonl, .parquet), hf:NAME for a dataset of the hub, or a quoted text."""
+    """Files (.txt .json .jsonl .csv .tsv .parquet), hf:NAME for a dataset of the hub, or a quoted text."""
     out: Path
     """Store to write. An unfinished recording with the same settings is resumed."""
     recording: Recording = field(default_factory=Recording)

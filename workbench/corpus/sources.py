@@ -19,25 +19,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 import pyarrow as pa
 
+from workbench.corpus.file_rows import SUFFIXES, Columns, file_columns, file_rows
 from workbench.corpus.names import refused_name
 from workbench.corpus.spans import Span, check_labels, read_spans
 from workbench.corpus.tokenizer import replace_surrogates
 from workbench.corpus.values import Plain, plain_value, python_value
-from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.errors import RequestError, nearest
 from workbench.sites.settings import Recording
 
 if TYPE_CHECKING:
-    import pyarrow.parquet as pq
-
     Text: TypeAlias = str | Path | Mapping[str, Any] | Sequence[int] | np.ndarray
     Texts: TypeAlias = str | Path | Iterable[Text]
 else:  # wrong texts are refused by name, not by the checks of types that the tests switch on
     Text = Texts = Any
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-_UNDERSTOOD = f"understood: files ({' '.join(SUFFIXES)}), hf:NAME[:SPLIT], lists of strings or of token id lists"
+_UNDERSTOOD = (
+    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], lists of strings "
+    "or of token id lists"
+)
 _TOKEN_IDS = "input_ids"  # the field's name for a column of token ids
-_PEEK = 100  # lines of a JSON file read to learn its columns before tokenizing
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ def read_documents(
     `texts` is one of
     - a list or any iterable of strings (a document each), Paths (files), mappings with a text column, and lists
       or 1-d arrays of token ids (used as they are); a generator may be endless;
-    - a Path or a string naming a file: `.txt` (the whole file is one document), `.jsonl` or `.json` (per line an
-      object or a bare string), `.parquet` (read by row group);
+    - a Path or a string naming a file: `.txt` (the whole file is one document), `.jsonl` (per line an object or a
+      bare string), `.json` (a list of them, or lines), `.csv` and `.tsv` (with a header; empty cells are missing),
+      these also with `.gz`, and `.parquet` (read by row group);
     - `"hf:NAME[:SPLIT]"`, a dataset of the Hugging Face hub, streamed; the split `train` by default;
     - a Hugging Face dataset object, whose `text_column` holds strings or token ids, or with an `input_ids` column;
     - a string with white space in it that names no file: one document.
@@ -120,8 +121,8 @@ def _documents(
     columns: dict[str, None] = {}
     names: dict[str, Any] = {}  # metadata columns so far
     labels: dict[str, Any] = {}
-    needed = None if metadata is None else {text_column, _TOKEN_IDS, span_column, *metadata}
-    for index, (where, value) in enumerate(_values(source, needed)):
+    needed = None if metadata is None else frozenset({text_column, _TOKEN_IDS, span_column, *metadata})
+    for index, (where, value) in enumerate(_values(source, Columns(text_column, needed))):
         place = f"document {index} ({where})"
         record, labelled = {}, None
         if isinstance(value, Mapping):
@@ -129,8 +130,11 @@ def _documents(
             if len(record) < len(value):
                 raise RequestError(f"{where}: two of the columns {str(list(value))[:80]} have one name; rename one")
             columns.update(dict.fromkeys(record))
-            value = record.pop(_content_column(record, text_column, where))
-            labelled = None if span_column is None else record.pop(span_column, None)
+            column = _content_column(record, text_column, where)
+            value = record.pop(column)
+            if column == _TOKEN_IDS != text_column and isinstance(value, str):
+                raise RequestError(f"{place}: column {column!r} holds text; name the one with the text in text_column=")
+            labelled = None if span_column is None else _from_json(record.pop(span_column, None))
             if metadata is not None:
                 record = {name: record[name] for name in metadata if name in record}
             _check_reserved(record, where)
@@ -200,7 +204,7 @@ def _check_file(path: Path, hint: str = "") -> None:
         raise RequestError(f"texts: {name!r} is a folder; give the files in it")
     if not os.path.isfile(path):
         raise RequestError(f"texts: {name!r} is not a regular file; {_UNDERSTOOD}")
-    if path.suffix.lower() not in SUFFIXES:
+    if not path.name.lower().endswith(SUFFIXES):
         raise RequestError(f"texts: {name!r} has the suffix {path.suffix!r}, which is not read; {_UNDERSTOOD}")
     if not os.access(path, os.R_OK):
         raise RequestError(f"texts: no permission to read {name!r}; change its mode or run as its owner")
@@ -238,74 +242,13 @@ def _open_hub(texts: str) -> Iterable[Mapping[str, Any]]:
 # Values of a source, each with its place
 
 
-def _values(source: Iterable[Any], needed: set[str | None] | None) -> Iterator[tuple[str, Any]]:
+def _values(source: Iterable[Any], columns: Columns) -> Iterator[tuple[str, Any]]:
     for number, item in enumerate(source):
         _check_item(item, number)
-        if not isinstance(item, Path):
-            yield f"texts[{number}]", item
-        elif item.suffix.lower() == ".txt":
-            yield str(item), _read_text(item)
-        elif item.suffix.lower() == ".parquet":
-            yield from _parquet_rows(item, needed)
+        if isinstance(item, Path):
+            yield from file_rows(item, columns)
         else:
-            yield from _json_lines(item)
-
-
-def _read_text(path: Path) -> str:
-    # newline="" keeps "\r\n", so that offsets point into the text of the file
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        return file.read()
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise RequestError(
-                    f"{path}:{number}: not JSON ({reason}); each line must hold one JSON object or string"
-                ) from None
-            if not isinstance(value, str | dict | list):
-                raise RequestError(
-                    f"{path}:{number}: found {line.strip()[:40]}; each line must hold a JSON object or string"
-                )
-            yield f"{path}:{number}", value
-
-
-def _parquet_rows(path: Path, needed: set[str | None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open_parquet(path) as file:
-        names = [str(name) for name in file.schema_arrow.names if needed is None or name in needed]
-        row = 0
-        try:
-            for batch in file.iter_batches(batch_size=256, columns=names):
-                for values in zip(*map(_pylist, batch.columns), strict=True):
-                    yield f"{path}, row {row}", dict(zip(names, values, strict=True))
-                    row += 1
-        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    import pyarrow.parquet as pq  # 0.1 s
-
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        reason = str(error).split(". ")[0]
-        raise RequestError(f"texts: {str(path)!r} is not a Parquet file ({reason}); {_UNDERSTOOD}") from None
-
-
-def _pylist(column: pa.Array) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:  # Parquet demands UTF-8, but not every writer obeys
-        values = column.cast(pa.large_binary()).to_pylist()
-        return [value if value is None else value.decode("utf-8", "surrogateescape") for value in values]
+            yield f"texts[{number}]", item
 
 
 # Columns
@@ -334,17 +277,8 @@ def _known_columns(source: Any) -> Iterator[tuple[str, list[str]]]:
     if columns := getattr(source, "column_names", None):
         yield "the dataset", list(columns)
     for path in source if isinstance(source, list | tuple) else ():
-        if not isinstance(path, Path) or path.suffix.lower() == ".txt":
-            continue
-        if path.suffix.lower() == ".parquet":
-            with _open_parquet(path) as file:
-                if file.metadata.num_rows == 0:
-                    raise RequestError(f"texts: {str(path)!r} is empty (0 rows); pass a file with text in it")
-                yield str(path), file.schema_arrow.names
-        else:
-            lines = [value for _, value in islice(_json_lines(path), _PEEK) if isinstance(value, Mapping)]
-            if lines:
-                yield str(path), list(dict.fromkeys(name for value in lines for name in value))
+        if isinstance(path, Path) and (names := file_columns(path)):
+            yield str(path), names
 
 
 def _content_column(columns: Iterable[str], text_column: str, where: str) -> str:
@@ -386,6 +320,15 @@ def _metadata_value(value: Any, name: str, place: str) -> Plain:
         return plain_value(value)
     except RequestError as error:
         raise RequestError(f"{place}: column {name!r} holds {error}, or leave the column out in metadata=") from None
+
+
+def _from_json(value: Any) -> Any:
+    """Spans as a table of text holds them."""
+    try:
+        spans = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return spans if isinstance(spans, Mapping) else value
 
 
 def _is_missing(value: Any) -> bool:
