@@ -76,7 +76,8 @@ def record(
 
     Args:
         model: A loaded model, or what `load_model` takes: a directory, a hub id, a transformers module.
-        texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME" of a dataset, a Dataset, strings, or lists of token ids.
+        texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME" of a dataset, a Dataset, strings, or lists of
+            token ids.
         out: Folder of the store. A finished store of the same request is opened, an unfinished one is resumed.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
