@@ -256,7 +256,8 @@ def test_the_command_prints_and_writes_both_tables(pair, tmp_path):
     assert (out / "cosine.html").read_text().count(title) == 1
     assert said.endswith(f"tables  {out}\n")
     code, said, err = run("compare", a.path, b.path, "--probes")
-    assert (code, err, len(said.splitlines())) == (0, "", 3)
+    assert (code, err, len(said.splitlines())) == (0, "", 4)
+    assert said.splitlines()[3].startswith("models  ")
     again = refused_by_cli("compare", a.path, b.path, "--probes", "--out", out).splitlines()
     assert again == [f"--out {str(out)!r} exists and is not empty; choose another folder"]
 

@@ -111,6 +111,9 @@ def test_a_model_that_behaves_otherwise_is_refused_with_what_differs(module, cha
     ):
         assert CHANGES[change] in refused(RequestError, call)
     assert change is config or not torch.equal(record(model, tmp_path / "t"), plain)
+    if change is hook:
+        compared = wb.compare(store, wb.open_store(tmp_path / "t"), probes=())
+        assert compared.model_difference.startswith(CHANGES[hook])
     undo()
     assert torch.equal(record(model, tmp_path / "s"), plain)
     check_recorded(store, model)

@@ -58,6 +58,8 @@ class Comparison:
     over tokens, which are the same in both stores, the interval of the difference is that of paired differences."""
     not_run: Mapping[str, str]
     """Probe to the reason why it was not run."""
+    model_difference: str | None = None
+    """First difference of the second store's model, hooks and adapters included; None: the models are the same."""
 
     def figure(self) -> Figure:
         """Returns the mean cosine of each kind of site by layer, with 95 % intervals."""
@@ -160,7 +162,8 @@ def compare(
             clipped = sum(values[one.label].clipped for values in lost if one.label in values)
             lines.append(_compare_site(a, b, one, other, groups, tick) | {"clipped": clipped})
     measures, not_run = _run_probes(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
-    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run)
+    other = a.manifest.model.difference(b.manifest.model)
+    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run, other)
 
 
 # ---- checks of the two stores ------------------------------------------------------------------------------

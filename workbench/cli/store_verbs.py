@@ -109,6 +109,8 @@ class Compare:
         if len(comparison.probes):
             print_plain("")
             print_table(list(comparison.probes.columns), comparison.probes.to_numpy().tolist())
+        models = f"the second differs: {other}" if (other := comparison.model_difference) else "the same"
+        print_plain(f"models  {models}")
         for probe, reason in comparison.not_run.items():
             print_plain(f"not run  {probe}: {reason}")
         if self.out is not None:
