@@ -15,9 +15,9 @@ from refusals import refused
 from safetensors.numpy import save_file
 
 from workbench.io.errors import DataError, printable
+from workbench.io.parquet import read_table, read_table_schema
 from workbench.io.parse import from_json, read_json
 from workbench.io.reading import open_file, read_file
-from workbench.io.tables import read_table, read_table_schema
 from workbench.io.tensors import map_arrays, map_rows, open_safetensors, read_header
 
 READERS = {

@@ -35,7 +35,7 @@ class Verify:
 
     def run(self) -> int:
         """Prints the findings of the verification; returns 1 if one is an error."""
-        from workbench.features.verify import verify  # seconds: pandas
+        from workbench.features.verify_folder import verify  # seconds: pandas
 
         findings = verify(self.path)
         for finding in findings.to_dict("records"):

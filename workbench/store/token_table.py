@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from workbench.corpus.tokenizer import TOKEN_SCHEMA as COLUMNS
 from workbench.io.errors import RequestError
-from workbench.io.tables import read_table, read_table_schema
+from workbench.io.parquet import read_table, read_table_schema
 from workbench.io.tensors import VERIFY
 
 ROW_BYTES = 24

@@ -70,9 +70,9 @@ def check_features(path: Path, progress: Progress, prefix: str = "") -> Iterator
 
 
 def _check(path: Path, progress: Progress) -> Iterator[Finding]:
-    from workbench.results.verify import RECORD, check_result
+    from workbench.results.check_result import RECORD, check_result
+    from workbench.runs.check_run import check_run, check_sweep, is_sweep
     from workbench.runs.folders import ENVIRONMENT, RESULTS
-    from workbench.runs.verify import check_run, check_sweep, is_sweep
 
     if (path / MANIFEST).exists():
         yield from check_store(path, progress)

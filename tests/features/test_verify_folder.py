@@ -9,7 +9,7 @@ import toy_experiment as toy
 from refusals import refused
 
 from workbench.features.extract import extract_features
-from workbench.features.verify import verify
+from workbench.features.verify_folder import verify
 from workbench.io.errors import RequestError
 from workbench.results.result import load_result
 from workbench.runs.sweep import grid, sweep

@@ -11,7 +11,7 @@ from workbench.io.errors import WorkbenchError
 from workbench.io.files import PARTIAL, sha256_bytes
 from workbench.io.findings import Finding, Progress
 from workbench.io.parse import read_json
-from workbench.results.verify import RECORD, check_result
+from workbench.results.check_result import RECORD, check_result
 from workbench.runs.folders import CONFIG, ENVIRONMENT, LOG, RESULTS
 from workbench.runs.sweep import RUNS, SUMMARY, TABLE
 
