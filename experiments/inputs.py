@@ -30,7 +30,7 @@ class Inputs:
     weights: Literal["trained", "random"] = "trained"
     """random: the model's shape with Hugging Face's random weights, a control for what training contributes."""
     text: str = NAME
-    """File (.txt, .jsonl, .parquet), hf:NAME of a dataset, or demo: the embedded corpus."""
+    """File (.txt .json .jsonl .csv .tsv .parquet), hf:NAME of a dataset, or demo: the embedded corpus."""
     documents: int = 1000
     """Documents read from the beginning of the text; the seed orders them."""
     rows: int = 20_000

@@ -36,7 +36,7 @@ class Config:
     checkpoints: tuple[str, ...] = (DEMO,)
     """Folders, or hub ids with @revision, in the order of training."""
     text: str = DEMO
-    """File (.txt, .jsonl, .parquet), hf:NAME of a dataset, or demo: the embedded corpus."""
+    """File (.txt .json .jsonl .csv .tsv .parquet), hf:NAME of a dataset, or demo: the embedded corpus."""
     documents: int = 1000
     """Documents read from the beginning of the text; the seed orders them."""
     rows: int = 6400

@@ -32,7 +32,7 @@ def progress(
         from tqdm import tqdm
 
         with tqdm(desc=label, total=total, initial=initial, unit=f" {unit}", unit_scale=True, leave=False) as bar:
-            yield bar.update
+            yield bar.update  # pyright: ignore[reportReturnType]  # it returns whether it drew
     else:
         yield _Lines(label, total, unit, initial).advance
 

@@ -126,7 +126,7 @@ class TokenView(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The live view, and a picture of it for notebooks that are only read: nbconvert, code hosts."""
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return data | {"text/html": self._picture()}, metadata
 
     def _colouring(self) -> tuple[str, Float[np.ndarray, " token"], float]:
