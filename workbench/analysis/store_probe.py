@@ -71,7 +71,7 @@ class StoreProbe:
             arrays = {"clipped": np.array(list(clipped.values())), "nonfinite_rows": len(rows.left_out)}
             data = data.assign(dataset(LOST_VARIABLES, arrays, {"layer": layers}).data_vars)
             if "layer" in table:
-                table = table.assign(clipped=table["layer"].map(clipped))
+                table = table.assign(clipped=[clipped[layer] for layer in table["layer"]])
         data.attrs["note"] = "; ".join(filter(None, [*rows.notes, *notes]))
         return Result(self.name, data, table, provenance(store, self))
 
