@@ -11,7 +11,7 @@ OLDEST := tests/io tests/store tests/results tests/probes/test_logit_lens.py tes
 export OUT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types format models bench docs site demo-model constraints clean
+.PHONY: help demo test test-oldest torture lint types format models bench docs site demo-model constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-oldest: ## run a smaller set of tests with the oldest supported versions of
 	test -x build/oldest/bin/pip || $(PYTHON) -m venv build/oldest
 	build/oldest/bin/pip install -c constraints-oldest.txt -e ".[dev,export]"
 	build/oldest/bin/pytest -p no:xdist $(OLDEST)
+
+torture: $(INSTALLED) ## try every crash point and 10,000 damages of each file; resumes; writes docs/reliability.md
+	$(BIN)/python tests/torture $(TORTURE)
 
 lint: types ## check style and types
 	$(BIN)/ruff check .

@@ -40,6 +40,15 @@ def test_the_card_has_two_seeds():
     assert "| seed 0 (shipped) | seed 1 |" in page
 
 
+def test_the_page_of_reliability_states_what_was_tried_and_no_problem():
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    assert "sources" in read_made_of(page)
+    assert " trials ended with 0 problems." in page
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\|.*\d \|$", line)]
+    assert len(rows) > 10
+    assert {row[-1].strip() for row in rows} == {"0"}
+
+
 def test_another_file_has_another_fingerprint(tmp_path):
     for name, text in (("a", "x"), ("b", "y")):
         (tmp_path / name).write_text(text)

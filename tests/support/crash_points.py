@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from store_example import contents as bytes_of
+from trial_log import note
 
 from workbench.io.errors import WorkbenchError
 
@@ -97,6 +98,7 @@ def try_crash_points(
     stage.join()
     if isinstance(answer, str):
         raise AssertionError(answer)
+    note("crash points", prepare.__name__, answer.faults, len(answer.problems))
     return answer
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trial_log import note
+
 from workbench.io.errors import WorkbenchError
 
 Parts = Callable[[bytes], tuple[Any, Callable[[Any], bytes]]]
@@ -82,8 +84,12 @@ def fuzz(
             else:
                 assert same is None or same(answer), f"{file.name}, seed {seed}, mutation {number}: another answer"
                 outcomes["answer"] += 1
+    except BaseException:
+        note("mutations", file.name, outcomes, 1)
+        raise
     finally:
         file.write_bytes(original)
+    note("mutations", file.name, outcomes, 0)
     return outcomes
 
 

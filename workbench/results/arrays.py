@@ -66,15 +66,16 @@ def write_dataset(data: xr.Dataset) -> tuple[bytes, DatasetRecord]:
     levels, plain = _without_multiindex(data)
     names, dims, file = _Names("array"), _Names("axis"), _NetCdf()
     records = []
-    for name, variable in plain.variables.items():
-        _check_names("data", name, *variable.dims)
+    for key, variable in plain.variables.items():
+        _check_names("data", key, *variable.dims)
+        name = str(key)
         values = _values(name, variable)
         encoding, encoded = _encode(name, values)
         stored = names(name) if values.size else None
         record = ArrayRecord(
             name,
             stored,
-            tuple(variable.dims),
+            tuple(map(str, variable.dims)),
             values.shape,
             values.dtype.str,
             encoding,
@@ -113,8 +114,10 @@ def read_dataset(netcdf: bytes, record: object, where: str) -> xr.Dataset:
             raise DataError(f"{where}: the array {array.stored!r} is missing from the netCDF file")
         if array.stored is None and 0 not in array.shape:
             raise DataError(f"{where}: the array {array.name!r} of shape {array.shape} has no values")
-        empty = np.empty(array.shape, np.dtype(array.dtype)) if array.stored is None else None
-        values = _decode(raw[array.stored], array) if empty is None else empty
+        if array.stored is None:
+            values = np.empty(array.shape, np.dtype(array.dtype))
+        else:
+            values = _decode(raw[array.stored], array)
         variables[array.name] = xr.Variable(array.dims, values, array.attrs)
     coordinates = {array.name for array in known.arrays if array.coordinate}
     data = xr.Dataset(variables, attrs=known.attrs).set_coords(coordinates)
@@ -148,7 +151,7 @@ def _encode(name: str, values: np.ndarray) -> tuple[str, np.ndarray]:
         return "number", values.astype(np.float64 if wide == 8 else np.float32)
     if kind == "c":
         part = np.float64 if wide == 16 else np.float32
-        return "number", np.stack([values.real, values.imag], axis=-1).astype(part)
+        return "number", np.stack([np.real(values), np.imag(values)], axis=-1).astype(part)
     if kind in "iubm":
         return _encode_whole(values.astype(np.int64) if kind == "m" else values)
     if kind == "S":

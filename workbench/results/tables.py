@@ -27,11 +27,12 @@ def write_table(table: pd.DataFrame) -> bytes:
     except Exception as error:  # Arrow has a kind for each reason; the column is what the caller can mend
         raise RequestError(_unwritable(table, error)) from error
     again = read_table(content)
-    for name in names:
-        if not _same(table[name], again[name]):
+    for place, name in enumerate(names):
+        before, after = table.iloc[:, place], again.iloc[:, place]
+        if not _same(before, after):
             raise RequestError(
-                f"table[{name!r}] cannot be saved exactly: its cells ({_example(table[name])}) would be read back as "
-                f"{_example(again[name])}; give numbers, text, dates or None, one kind a column"
+                f"table[{name!r}] cannot be saved exactly: its cells ({_example(before)}) would be read back as "
+                f"{_example(after)}; give numbers, text, dates or None, one kind a column"
             )
     if not again.index.equals(table.index):
         raise RequestError("the index of table cannot be saved exactly; make it a column by table.reset_index()")
@@ -61,7 +62,7 @@ def _parquet(table: pd.DataFrame) -> bytes:
 def _unwritable(table: pd.DataFrame, error: Exception) -> str:
     for name in table.columns:
         try:
-            _parquet(table[[name]].reset_index(drop=True))
+            _parquet(table.loc[:, [name]].reset_index(drop=True))
         except Exception as of_column:
             reason = " ".join(str(of_column.args[0] if of_column.args else of_column).split())[:120]
             return f"table[{name!r}] cannot be saved ({reason}); give numbers, text, dates or None, one kind a column"

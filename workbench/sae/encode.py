@@ -224,8 +224,10 @@ class Encoder:
         if self.screen is None:
             return _choose(self.choice, self.linear.pre(x, None if out is None else out[: len(x)]))
         tiny = x.norm(dim=1) < _LEAST_NORM
-        screened = _screened_above if isinstance(self.choice, Above) else _screened_top
-        entries, unsettled = screened(self.choice, self.screen, x, tiny)
+        if isinstance(self.choice, Above):
+            entries, unsettled = _screened_above(self.choice, self.screen, x, tiny)
+        else:
+            entries, unsettled = _screened_top(self.choice, self.screen, x, tiny)
         if not len(unsettled):
             return entries
         dense = _choose(self.choice, self.linear.pre(x[unsettled]))
