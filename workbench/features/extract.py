@@ -59,8 +59,7 @@ def extract_features(
     features of the same SAE, store and settings are opened instead.
 
     Cost: one product with the encoder; memory for a few dense blocks and a segment. While the index is built, the disk
-    holds the features nearly twice; before that, under MutualChoice and FeatureChoice, up to ten times, because the
-    selection is known only at the end.
+    holds the features nearly twice; before that, under MutualChoice and FeatureChoice, up to ten times.
 
     Args:
         store: The recording. All its rows are encoded, special tokens (BOS) too, whose activations are often the

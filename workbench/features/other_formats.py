@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Int, Int64
 from numpy.typing import ArrayLike
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
@@ -26,7 +26,7 @@ from workbench.io import files
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
-from workbench.model.unembed import load_unembed
+from workbench.model.unembed import Unembed, load_unembed
 from workbench.sae.decoder import decoder_logits, extreme_tokens
 from workbench.sae.load import Sae
 
@@ -165,12 +165,8 @@ def export_neuronpedia(
     ):
         for number, first in enumerate(range(0, len(chosen), batch)):
             members = chosen[first : first + batch].tolist()
-            effects = decoder_logits(sae, unembed, members)
-            dashboards = [
-                _dashboard(features, feature, extreme_tokens(line, unembed, 10), line.cpu().numpy(), k, context)
-                | common
-                for feature, line in zip(members, effects, strict=True)
-            ]
+            pairs = zip(members, decoder_logits(sae, unembed, members), strict=True)
+            dashboards = [_dashboard(features, feature, line, unembed, k, context) | common for feature, line in pairs]
             text = json.dumps(header | {"features": dashboards})
             files.write_file(new / f"batch-{number}.json", text.encode())
             advance(len(members))
@@ -206,12 +202,13 @@ def _dataset_fields(features: Features) -> dict[str, int | str]:
 def _dashboard(
     features: Features,
     feature: int,
-    tokens: pd.DataFrame,
-    effects: Float[np.ndarray, " vocab"],
+    line: Float[Tensor, " vocab"],
+    unembed: Unembed,
     k: int,
     context: int,
 ) -> dict[str, Any]:
-    """SAEDashboard's record of one feature."""
+    """SAEDashboard's record of one feature; `line`: its effects on the logits."""
+    tokens, effects = extreme_tokens(line, unembed, 10), line.cpu().numpy()
     rows, _ = features.rows_of(feature)
     contexts = feature_contexts(features, feature, rows[: 4 * k], context)[:k]
     counts, edges = feature_histogram(features, feature)

@@ -19,7 +19,7 @@ from torch import Tensor
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import read_json
 from workbench.io.tensors import open_safetensors
-from workbench.sae.settings import check_count
+from workbench.sae.config import check_count
 
 AGAIN = "save or download the SAE again"
 """Advice in errors about damaged files."""

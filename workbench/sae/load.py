@@ -28,8 +28,8 @@ from workbench.io.reading import check_regular
 from workbench.io.torch_state import plain_torch
 from workbench.model.checkpoint import quietly, usable_device
 from workbench.model.location import folders
+from workbench.sae.config import check_settings
 from workbench.sae.formats import AGAIN, Converted, converter, read_object
-from workbench.sae.settings import check_settings
 from workbench.sae.training import centres
 
 if TYPE_CHECKING:
