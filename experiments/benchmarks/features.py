@@ -149,7 +149,7 @@ def index_of(path: str, out: str) -> Callable[[], None]:
 
 def _token_store(path: Path, rows: int) -> wb.Store:
     """Writes a store of tokens alone, in sequences of 128."""
-    model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, 1, _WORDS, None)
+    model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, 1, _WORDS, None, True)
     part = Part(rows, -(-rows // _SEQUENCE), 1, 0, 0)
     with open_writer(
         path,

@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             place = Path(folder) / str(number)
             findings[subject.title] = headlines(subject, place, request.rows, request.probes, settings)
             tick(1)
-    if another:
+    if request.model is not None:
         known = {f"model {request.model.name}": model_fingerprint(request.model), "texts": fingerprint([text])}
         text_of_page = page(findings, request.rows, known, ANOTHER, request.model.name)
     else:

@@ -299,8 +299,11 @@ def _encode_batch(
 ) -> Iterator[tuple[Document, Iterable[Encoding], int]]:
     """Documents with their tokens, long ones in pieces, and the number of characters that were replaced."""
     texts = {d.index: replace_surrogates(d.text) for d in batch if d.text is not None}
-    if texts and tokenizer is None:
-        raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
+    if tokenizer is None:
+        if texts:
+            raise RequestError("the model has no tokenizer; pass tokenizer= or give lists of token ids")
+        yield from ((document, [_given_ids(document)], 0) for document in batch)
+        return
     short = [index for index, (text, _) in texts.items() if len(text) <= PIECE]
     encoded = dict(zip(short, encode(tokenizer, [texts[i][0] for i in short]), strict=True)) if short else {}
     for document in batch:

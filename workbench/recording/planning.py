@@ -17,8 +17,8 @@ from workbench.model.load import Model
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
-from workbench.store.columns import check_new_columns
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
+from workbench.store.new_columns import check_new_columns
 from workbench.store.staging import PlannedSegment
 from workbench.store.writer import Writer
 

@@ -76,8 +76,7 @@ def record(
 
     Args:
         model: A loaded model, or what `load_model` takes: a directory, a hub id, a transformers module.
-        texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME" of a dataset, a Dataset, strings, or lists of
-            token ids.
+        texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, strings, or lists of token ids.
         out: Folder of the store. A finished store of the same request is opened, an unfinished one is resumed.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
@@ -109,24 +108,33 @@ def record(
         DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
     check("append", append, one_of=(False, True, AGAIN))
-    features = _features(sae, sae_site, sae_dtype, sae_force)
-    workers = workers or ThisProcess()
     check_source(texts)
+    settings, workers = recording(settings, **options), workers or ThisProcess()
+    features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
+    plan = plan_recording(model, settings, Path(out), features)
+    _write(plan, model, texts, Path(out), append, workers, show_progress)
+    return finish_recording(Path(out), plan, workers, show_progress)
+
+
+def _loaded(model: Model | PreTrainedModel | str | Path, settings: Recording, workers: Workers) -> Model:
+    if isinstance(model, Model):
+        return model
     if isinstance(model, str | Path):
-        check_config(locate(model), recording(settings, **options).sites)
-    if not isinstance(model, Model):
-        named = isinstance(model, str | Path)
-        device, dtype = (workers.planning_device, dtype_for(workers)) if named else (None, "auto")
-        model = load_model(model, device=device, dtype=dtype)
-    plan = plan_recording(model, recording(settings, **options), Path(out), features)
+        check_config(locate(model), settings.sites)
+        return load_model(model, device=workers.planning_device, dtype=dtype_for(workers))
+    return load_model(model)
+
+
+def _write(
+    plan: RecordingPlan, model: Model, texts: Texts, out: Path, append: Append, workers: Workers, show_progress: bool
+) -> None:
+    """Plans the tokens of the texts and writes what is not in the store yet."""
+    settings = plan.settings
     documents = read_documents(
-        texts,
-        text_column=plan.settings.text_column,
-        metadata=plan.settings.metadata,
-        span_column=plan.settings.span_column,
+        texts, text_column=settings.text_column, metadata=settings.metadata, span_column=settings.span_column
     )
     with (
-        _opened(plan, model, Path(out), workers) as writer,
+        _opened(plan, model, out, workers) as writer,
         explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows),
         _scratch(writer.path, workers.suffix) as folder,
     ):
@@ -135,7 +143,6 @@ def record(
         sequences = plan_tokens(plan, model, documents, folder, show_progress)
         part, segments = plan_part(plan, writer, sequences, folder, append)
         write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
-    return finish_recording(Path(out), plan, workers, show_progress)
 
 
 def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> RecordedFeatures | None:

@@ -16,9 +16,9 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from workbench.io.errors import DataError, RequestError, nearest
-from workbench.store.columns import common_columns, part_columns
 from workbench.store.groups import GROUPS, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
+from workbench.store.new_columns import common_columns, part_columns
 from workbench.store.sql_names import SqlNames, quote
 from workbench.store.token_table import COLUMNS
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.grammar import SHORT_NAMES
-from workbench.store.columns import store_columns
 from workbench.store.groups import segment_tables
 from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
+from workbench.store.new_columns import store_columns
 from workbench.store.query import select_rows
 from workbench.store.token_table import read_tokens, take_tokens
 from workbench.store.verify import verify

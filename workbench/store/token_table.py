@@ -94,7 +94,9 @@ def without_nan(table: pa.Table) -> pa.Table:
     for index, field in enumerate(table.schema):
         if pa.types.is_floating(field.type):
             values = table.column(index)
-            table = table.set_column(index, field, pc.if_else(pc.is_nan(values), pa.scalar(None, field.type), values))
+            missing = pc.is_nan(values)  # pyright: ignore[reportAttributeAccessIssue]  # made at import
+            kept = pc.if_else(missing, pa.scalar(None, field.type), values)  # pyright: ignore[reportAttributeAccessIssue]
+            table = table.set_column(index, field, kept)
     return table
 
 

@@ -19,7 +19,7 @@ from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import read_documents
 from workbench.corpus.tokenizer import AddedTokens
 from workbench.io.errors import RequestError
-from workbench.store.columns import check_new_columns
+from workbench.store.new_columns import check_new_columns
 from workbench.store.reader import Store, open_store
 from workbench.store.sql_names import SqlNames
 

@@ -115,7 +115,7 @@ def _check_column(recorded: pa.Field, files: Sequence[Path], planned: pa.Field, 
     if pa.types.is_integer(recorded.type) and pa.types.is_floating(planned.type):
         exact = all(_is_exact(low, high) for low, high in _ranges(files, name))
     elif pa.types.is_floating(recorded.type) and pa.types.is_integer(planned.type):
-        exact = _is_exact(*pc.min_max(_values(sequences, name)).as_py().values())
+        exact = _is_exact(*pc.min_max(_values(sequences, name)).as_py().values())  # pyright: ignore[reportAttributeAccessIssue]  # made at import
     if not exact:
         raise RequestError(
             f"append: column {name!r} holds {_words(planned.type)}, in the store {_words(recorded.type)}, and no type "
