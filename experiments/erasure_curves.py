@@ -52,7 +52,7 @@ def run(config: Config) -> wb.Result:
 def headline(result: wb.Result) -> str:
     """Returns the accuracy for the token before a word's last, at the first and the last layer, as a sentence."""
     last = result.table[(result.table["group"] == "last") & (result.table["offset"] == -1)]
-    last = last.dropna(subset=["accuracy"])  # no such token in the text, or none that the training documents have
+    last = last[last["accuracy"].notna()]  # no such token in the text, or none that the training documents have
     if not len(last):
         return f"Accuracy at {result.table['offset'].nunique()} offsets over {result.table['layer'].nunique()} layers."
     first, deepest = (last[last["layer"] == layer]["accuracy"].mean() for layer in (0, last["layer"].max()))
