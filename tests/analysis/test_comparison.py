@@ -225,7 +225,7 @@ def test_other_tokens_sites_and_widths_are_refused_naming_both(pair, tmp_path):
         (
             deeper,
             "a.acts and deeper.acts hold different sites: deeper.acts has 1: resid_post.2, which a.acts lacks; "
-            "name the sites to compare with sites= (--sites)",
+            "name the sites to compare in sites=",
         ),
         (wider, "a.acts and wider.acts hold resid_post.0 of different widths: d_model 6 and d_model 12; their rows"),
     ]

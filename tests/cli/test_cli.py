@@ -21,12 +21,14 @@ from workbench.cli.probe_verbs import Probes
 from workbench.cli.verbs import VERBS
 from workbench.model.load import Model
 
+CUT = "10 documents cut into several sequences"
+
 # The whole way
 
 
 def test_record(recorded, stories260k, stories):
     store, (code, out, err) = recorded
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"texts of {store}: {CUT}\n")
     opened = wb.open_store(store)
     assert out == (
         f"store    {store}\n"
@@ -36,12 +38,12 @@ def test_record(recorded, stories260k, stories):
         f"rows     {opened.rows:,} in 1 segments (complete)\n"
         f"texts    10 documents, {len(set(opened.tokens['sequence'].to_pylist()))} sequences, 1 part\n"
         "unembed  yes\n"
-        "notes    10 documents longer than the context cut into several sequences\n"
+        f"notes    {CUT}\n"
     )
     text = json.loads(stories.read_text().splitlines()[0])["text"]
     first = wb.load_model(stories260k).tokenizer(text)["input_ids"][:256]
     assert opened.tokens["token_id"].to_pylist()[:256] == first
-    assert run("record", stories260k, stories, "--out", store) == (0, out, "")  # there already
+    assert run("record", stories260k, stories, "--out", store) == (0, out, err)  # there already
 
 
 def test_info(recorded):
@@ -50,8 +52,8 @@ def test_info(recorded):
 
 
 def test_verify(store, tmp_path):
-    cut = "note   manifest.json: changed texts: 10 documents longer than the context cut into several sequences\n"
-    assert run("verify", store) == (0, f"{cut}0 errors, 1 notes\n", "")
+    note = f"note   manifest.json: changed texts: {CUT}\n"
+    assert run("verify", store) == (0, f"{note}0 errors, 1 notes\n", "")
     damaged = Path(shutil.copytree(store, tmp_path / "damaged"))
     file = damaged / "segments" / "00000" / "resid_post.3.safetensors"
     content = bytearray(file.read_bytes())
@@ -100,6 +102,7 @@ def test_probe(store, tmp_path):
         f"figure  {out}/figures/grid.html",
     ]
     assert result.provenance["settings"] == {
+        "allow_nonfinite": False,
         "site": "resid_post",
         "where": "position < 5",
         "top_k": 2,
@@ -136,7 +139,9 @@ def test_the_command_in_a_shell(store, tmp_path):
     assert ran.stdout.splitlines()[1].startswith("0    0         0         0         1         '<s>'")
     ran = process(MAIN, "verify", tmp_path)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == f"workbench: {tmp_path} is no store: it has no manifest.json\n"
+    assert ran.stderr == (
+        f"workbench: {tmp_path} is no store, features, result, run or sweep; name the folder of one\n"
+    )
 
 
 # What is asked of a recording
@@ -149,7 +154,7 @@ def test_settings_of_a_recording(stories260k, stories, tmp_path):
         *("--context", 32, "--dtype", "bfloat16", "--bos", "never", "--packed", "--max-rows", 100),
         *("--segment-rows", 64, "--batch-tokens", 64, "--metadata"),
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"texts of {out}: 1 document cut into several sequences\n")
     opened = wb.open_store(out)
     assert [site.label for site in opened.sites] == ["z.0", "resid_post.1", "resid_post.2"]
     assert {site.dtype for site in opened.sites} == {"bfloat16"}
