@@ -97,13 +97,17 @@ def sinks(store: wb.Store) -> list[Finding]:
     middle = data["residual_norm_ratio"].to_numpy()[1:-1]
     peak = float(middle.max())
     gap = data["gap"].to_numpy()
-    layer, head = _strongest(gap)
-    widest = float(gap.max())
-    at = data.isel(layer=layer, head=head)
-    paid = [
-        f"{float(at['attention'][int(at[name])]):.2f} in {data['domain'].to_numpy()[int(at[name])]}" for name in _GAP
-    ]
-    where = f"{head_name(layer, head)}: {', '.join(paid)}; {_interval(float(at['gap_low']), float(at['gap_high']))}"
+    if np.isfinite(gap).any():
+        layer, head = _strongest(np.nan_to_num(gap, nan=-np.inf))
+        widest = float(gap[layer, head])
+        at = data.isel(layer=layer, head=head)
+        paid = [
+            f"{float(at['attention'][int(at[name])]):.2f} in {data['domain'].to_numpy()[int(at[name])]}"
+            for name in _GAP
+        ]
+        where = f"{head_name(layer, head)}: {', '.join(paid)}; {_interval(float(at['gap_low']), float(at['gap_high']))}"
+    else:
+        widest, where = float("nan"), "fewer than two domains of several documents"
     value, resid = (f"{name} norm at the sink over that of other tokens" for name in ("value", "residual"))
     rows = (
         (f"Sink_1, epsilon {EPSILON}, T {LENGTH}", share, "% of heads", "≥ 10", share >= 10, _heads(always)),

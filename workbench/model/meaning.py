@@ -45,8 +45,11 @@ class _Block:
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Values by name, each once: of several names of one tap the first."""
-        first = {tap: name for name in reversed(tuple(names)) if (tap := self.tap(name)) is not None}
-        return {name: value for name in reversed(first.values()) if (value := self.value(name)) is not None}
+        first: dict[Tap, str] = {}
+        for name in names:
+            if (tap := self.tap(name)) is not None:
+                first.setdefault(tap, name)
+        return {name: value for name in first.values() if (value := self.value(name)) is not None}
 
     def after(self, name: str, others: Iterable[str]) -> bool:
         """True if the tensor of `name` comes later in the pass than one of `others`."""
