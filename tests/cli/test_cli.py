@@ -244,6 +244,7 @@ class Interrupting:
             except BaseException:
                 raise ImportError("as an extension module makes of it")
 sys.meta_path.insert(0, Interrupting())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 from workbench.cli.main import main
 main()
 """

@@ -411,14 +411,21 @@ def test_a_scratch_folder_is_committed_once_and_replaces_nothing(tmp_path, synce
     ],
 )
 def test_every_error_of_a_full_disk_is_one_line(error):
-    with pytest.raises(DataError, match=r"^disk full while writing x \([A-Z][a-z ]+\): free space$"), explain(error):
+    with (
+        pytest.raises(DataError, match=r"^disk full while writing x \([A-Z][a-z ]+\): free space and go on$"),
+        explain(error),
+    ):
         pass
 
 
 def test_a_failing_disk_is_one_line():
-    text = r"^disk failure while writing x \(Input/output error\): free space$"
-    with pytest.raises(DataError, match=text), explain(OSError(errno.EIO, "")):
-        pass
+    for number, problem, remedy in (
+        (errno.EIO, "Input/output error", "check the disk"),
+        (errno.EROFS, "Read-only file system", "make it writable"),
+    ):
+        text = rf"^disk failure while writing x \({problem}\): {remedy} and go on$"
+        with pytest.raises(DataError, match=text), explain(OSError(number, "")):
+            pass
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), KeyError("os error 13"), RequestError("os error 28")])
@@ -430,6 +437,6 @@ def test_other_errors_are_passed_on(error):
 
 @contextmanager
 def explain(error):
-    with explain_full_disk("x", "free space"):
+    with explain_full_disk("x", "go on"):
         yield
         raise error

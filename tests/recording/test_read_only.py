@@ -6,7 +6,7 @@ from refusals import refused
 from store_example import contents
 
 import workbench as wb
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 
 TEXTS = ["Anna saw Rome on Monday", "Tom"]
 OPTIONS = {"sites": ["resid_post.0"], "segment_rows": 4, "show_progress": False}
@@ -62,6 +62,10 @@ def test_an_unfinished_store_and_a_new_one_are_refused_in_a_line(model, path, tm
 
 def test_a_disk_that_becomes_read_only_is_one_line(model, path):
     with read_only(path, shows=False):
-        message = refused(RequestError, lambda: wb.record(model, ["more"], out=path, append=True, **OPTIONS))
-    assert message == f"{path} cannot be written (Read-only file system); choose another out"
+        message = refused(DataError, lambda: wb.record(model, ["more"], out=path, append=True, **OPTIONS))
+    rows = wb.open_store(path).rows
+    assert message == (
+        f"disk failure while writing the planned tokens of {path} (Read-only file system): {rows} rows are committed "
+        "and readable; make it writable and run the same command to resume"
+    )
     assert wb.open_store(path).verify().empty

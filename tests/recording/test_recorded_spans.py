@@ -130,12 +130,13 @@ def test_a_store_from_before_spans_is_resumed(model, tmp_path):
 
 def test_the_command_line_spells_none(model, tmp_path, monkeypatch, capsys):
     from workbench.cli import main as cli
-    from workbench.model import load, location
+    from workbench.model import load, location, preview
 
     file = source("jsonl", RECORDS, tmp_path)
     monkeypatch.setattr(load, "load_model", lambda *_names, **_options: model)
     monkeypatch.setattr(location, "locate", lambda *_names, **_options: None)
-    for name, options, column in (("a", [], "rank_span"), ("b", ["--span-column", "None"], "spans")):
+    monkeypatch.setattr(preview, "check_config", lambda *_: None)
+    for name, options, column in (("a", [], "rank_cut"), ("b", ["--span-column", "None"], "spans")):
         with pytest.raises(SystemExit) as caught:
             cli.main(["record", "m", str(file), "--out", str(tmp_path / name), "--sites", "resid_post.0", *options])
         assert caught.value.code == 0, capsys.readouterr().err

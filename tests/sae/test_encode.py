@@ -13,7 +13,7 @@ from sae_example import ARCHITECTURES, edit_config, encode64, save_sae, set_weig
 from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import fast_bfloat16
 from workbench.sae import encode
 from workbench.sae.encode import Above, AbsTopK, NotFinite, TopK, encoder, top
@@ -270,8 +270,8 @@ def test_a_choice_out_of_range_is_refused(tmp_path):
     assert text == "precision must be float32 or bfloat16, not 'int4'"
     assert refused(RequestError, lambda: encoder(sae, TopK(501))).startswith("k is 501, but SAE 'sae' has only 500")
     edit_config(tmp_path / "sae", k=501)
-    wide = load_sae(tmp_path / "sae", device="cpu")
-    assert refused(RequestError, lambda: encoder(wide)).startswith("k is 501, but SAE 'sae' has only 500")
+    text = refused(DataError, lambda: load_sae(tmp_path / "sae", device="cpu"))
+    assert text == "SAE 'sae': k is 501, but it has only 500 features; correct its settings"
 
 
 @given(

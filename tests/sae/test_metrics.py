@@ -93,7 +93,7 @@ def identity_sae(folder, d: int, hook_name: str, scale: float = 1.0):
     ("settings", "message"),
     [
         ({"rows": "position > 99"}, "rows: none of the 51 rows of {store} is selected"),
-        ({"site": "resid_post.7"}, "resid_post.7 is not recorded in {store}; recorded are 1: resid_post.1"),
+        ({"site": "resid_post.7"}, "resid_post.7 is no site of demo, whose layers are 0 to 1"),
     ],
 )
 def test_metrics_of_no_rows_are_refused(settings, message, store, tmp_path):

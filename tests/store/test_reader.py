@@ -299,7 +299,6 @@ QUERIES = {
     "row BETWEEN 4 AND 12 AND NOT is_special": lambda f: f.row.between(4, 12) & ~f.is_special,
     "char_start IS NULL": lambda f: f.char_start.isna(),
     "document = 1 AND sequence % 2 = 0": lambda f: (f.document == 1) & (f.sequence % 2 == 0),
-    "token_id IN (SELECT 7 UNION SELECT 14)": lambda f: f.token_id.isin([7, 14]),
     "false": lambda f: f.row < 0,
     "token LIKE '%' AND length(token) > 2 -- a comment": lambda f: f.token.str.len() > 2,
 }

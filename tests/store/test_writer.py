@@ -218,7 +218,7 @@ def test_the_manifest_on_the_disk_decides_what_is_committed_when_replacing_it_fa
     with writing(tmp_path / "x") as store:
         store.begin(part_of(SEGMENTS), append=False)
         monkeypatch.setattr(files, "fsync", fail)
-        with pytest.raises(OSError, match="Input/output error"):
+        with pytest.raises(DataError, match="Input/output error"):
             write_segment(store, SEGMENTS[0])
         monkeypatch.undo()
         assert store.manifest.rows == 5
@@ -451,13 +451,16 @@ def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
     assert contents(path) == contents(write_store(tmp_path / "y", [[8] * 4, [8] * 2000]))
 
 
-def test_other_failures_of_the_disk_are_raised_unchanged(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(segment.TensorFile, "finish", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        write_store(tmp_path / "x", SEGMENTS)
+def test_a_failing_disk_is_reported_with_what_to_do_and_other_errors_are_raised_unchanged(tmp_path, monkeypatch):
+    for number, expected in ((errno.EIO, DataError), (errno.EPERM, OSError)):
+        monkeypatch.setattr(segment.TensorFile, "finish", lambda *_, n=number: (_ for _ in ()).throw(OSError(n, "no")))
+        with pytest.raises(expected) as raised:
+            write_store(tmp_path / str(number), SEGMENTS)
+        if expected is DataError:
+            assert str(raised.value) == (
+                f"disk failure while writing segment 00000 of {tmp_path / str(number)} (Input/output error): 0 rows "
+                "are committed and readable; check the disk and run the same command to resume"
+            )
 
 
 def test_required_bytes_is_slightly_more_than_the_store(tmp_path):

@@ -106,7 +106,7 @@ class Comparison:
         page = self.figure().to_html(include_mathjax=False, div_id="cosine")
         pages = {"sites.csv": csv_text(self.sites), "probes.csv": csv_text(self.probes), "cosine.html": page}
         with (
-            explain_full_disk(str(folder), "free space and save it again"),
+            explain_full_disk(str(folder), "save it again"),
             replace_folder(folder.resolve(), ()) as new,
         ):
             for name, text in pages.items():

@@ -131,8 +131,11 @@ def make_features(
     store, shared = encoding.array.store, workers.shared
     if is_complete(target, request):
         return open_features(target, store)
-    resume = "what is committed stays; free space and run the same command to resume"
-    with files.explain_full_disk(f"features {target}", resume), locked_folder(target, shared):
+    resume = "run the same command to resume"
+    with (
+        files.explain_full_disk(f"features {target}", resume, "what is committed stays"),
+        locked_folder(target, shared),
+    ):
         with exclusive_turn(target, shared):
             folder = read_folder(target, request).begin(shared)
         if folder.stage is Stage.COMPLETE:

@@ -74,7 +74,7 @@ def export_delphi(
     sequence, position, tokens = _rectangle(features)
     bounds = np.linspace(0, count, splits + 1).astype(np.int64)
     with (
-        files.explain_full_disk(str(folder), "free space and run the same command again"),
+        files.explain_full_disk(str(folder), "run the same command again"),
         files.replace_folder(folder, ()) as new,
         progress("writing delphi's cache", count, "features", show=show_progress) as advance,
     ):
@@ -159,7 +159,7 @@ def export_neuronpedia(
     header = _set_fields(features, sae_set or sae.name)
     common = _dataset_fields(features)
     with (
-        files.explain_full_disk(str(out), "free space and run the same command again"),
+        files.explain_full_disk(str(out), "run the same command again"),
         files.replace_folder(out.resolve(), ("batch-*.json",)) as new,
         progress("writing dashboards", len(chosen), "features", show=show_progress) as advance,
     ):

@@ -326,10 +326,15 @@ def human_bytes(count: int) -> str:
 
 
 @contextmanager
-def explain_full_disk(what: str, advice: str) -> Iterator[None]:
-    """Inside, a disk that is full, read-only or failing raises DataError: `what` was being written, and `advice`.
+def explain_full_disk(what: str, advice: str, kept: str = "") -> Iterator[None]:
+    """Inside, a disk that is full, read-only or failing raises DataError, with what to do about it.
 
     Each library has its own error for it: some without an error number, in a text of Rust's or NumPy's.
+
+    Args:
+        what: Name of the thing being written.
+        advice: Step that follows once the disk can be written: "run the same command to resume".
+        kept: Statement of what is safe: "14 rows are committed and readable".
     """
     try:
         yield
@@ -337,11 +342,16 @@ def explain_full_disk(what: str, advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         number = _number(error)
-        if number in DISK_FULL:
-            raise DataError(f"disk full while writing {what} ({os.strerror(number)}): {advice}") from error
-        if number in _DISK_FAILS:
-            raise DataError(f"disk failure while writing {what} ({os.strerror(number)}): {advice}") from error
-        raise
+        if number not in DISK_FULL and number not in _DISK_FAILS:
+            raise
+        problem = "disk full" if number in DISK_FULL else "disk failure"
+        remedy = _REMEDIES.get(number, "free space" if number in DISK_FULL else "check the disk")
+        raise DataError(
+            f"{problem} while writing {what} ({os.strerror(number)}): {kept}{'; ' if kept else ''}{remedy} and {advice}"
+        ) from error
+
+
+_REMEDIES = {errno.EROFS: "make it writable"}
 
 
 def _number(error: Exception) -> int:

@@ -92,7 +92,7 @@ def export(
         raise RequestError(f"folder {str(folder)!r} is a file; name a folder")
     check_writable(folder, "folder")
     files = _files(chosen, [kind for kind in FORMATS if kind in formats], columns, theme, data, plotlyjs)
-    with explain_full_disk(str(folder), "free space and export again"):
+    with explain_full_disk(str(folder), "export again"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             replace_file(folder / name, content)

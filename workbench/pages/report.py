@@ -101,7 +101,7 @@ def write_report(sections: Sequence[Section], path: str | Path, *, title: str, t
     if path.is_dir():
         raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'report.html')!r}")
     page = _page(sections, title, text)
-    with explain_full_disk(str(path), "free space and write it again"):
+    with explain_full_disk(str(path), "write it again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, page.encode("utf-8", "replace"))
     return path

@@ -85,7 +85,7 @@ def record_once(
                 if manifest is not None and manifest.complete:
                     remove_leftovers(path, manifest)
                     return open_store(path)
-                with explain_full_disk(f"{place / REQUEST}", "free space and run the same command again"):
+                with explain_full_disk(f"{place / REQUEST}", "run the same command again"):
                     replace_file(place / REQUEST, text.encode())
                 return record(model, texts, out=path, settings=settings, show_progress=show_progress)
         number += 1

@@ -120,7 +120,7 @@ class Result:
         requested, path = Path(path), Path(path).resolve()  # a link, or ".", cannot be replaced by name
         refuse_other(requested, self.probe, self.provenance)
         with (
-            explain_full_disk(f"result {str(requested)!r}", "free space and save it again"),
+            explain_full_disk(f"result {str(requested)!r}", "save it again"),
             replace_folder(path, RESULT_FILES) as folder,
         ):
             self.write_files(folder)

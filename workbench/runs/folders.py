@@ -103,7 +103,7 @@ def execute(run: Run) -> Result:
     """
     if is_complete(run):
         return load_result(run.folder / RESULTS)
-    partial, advice = _partial(run.folder), "free space and run it again"
+    partial, advice = _partial(run.folder), "run it again"
     with (
         explain_full_disk(f"run {str(run.folder)!r}", advice),
         locked(partial, wait=lambda: PROGRESS.info(f"waiting for another process that runs {run.folder}")),

@@ -116,7 +116,7 @@ def sweep(
         time_left = f"; {duration(remaining)} left" if remaining else ""
         place = f"{len(ended):>{len(str(len(share)))}} of {len(share)}"
         report(f"[{place}{time_left}] {_line(outcome, titles[outcome.run])}")
-    advice = "free space and run the same command again; complete runs are kept"
+    advice = "run the same command again; complete runs are kept"
     with explain_full_disk(str(out), advice), locked(out, wait=lambda: None):
         outcomes = {run: ended.get(run) or _of_another_process(run) for run in runs}
         complete = [run for run, outcome in outcomes.items() if outcome and outcome.state != "failed"]

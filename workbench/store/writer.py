@@ -450,5 +450,5 @@ def _texts(part: Part) -> str:
 
 def explain_full_disk(path: Path, what: str, rows: int) -> AbstractContextManager[None]:
     """Inside, a full disk raises DataError with what was being written and that `rows` are safe."""
-    advice = f"{rows} rows are committed and readable; free space and run the same command to resume"
-    return files.explain_full_disk(f"{what} of {path}", advice)
+    kept = f"{rows} rows are committed and readable"
+    return files.explain_full_disk(f"{what} of {path}", "run the same command to resume", kept)
