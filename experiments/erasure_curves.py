@@ -51,8 +51,8 @@ def run(config: Config) -> wb.Result:
 
 def headline(result: wb.Result) -> str:
     """Returns the accuracy for the token before a word's last, at the first and the last layer, as a sentence."""
-    last = result.table[(result.table["group"] == "last") & (result.table["offset"] == -1)]
-    last = last[last["accuracy"].notna()]  # no such token in the text, or none that the training documents have
+    known = result.table.dropna(subset=["accuracy"])  # else the training documents have no such token
+    last = known[(known["group"] == "last") & (known["offset"] == -1)]
     if not len(last):
         return f"Accuracy at {result.table['offset'].nunique()} offsets over {result.table['layer'].nunique()} layers."
     first, deepest = (last[last["layer"] == layer]["accuracy"].mean() for layer in (0, last["layer"].max()))
