@@ -108,6 +108,8 @@ def page(results: dict[str, dict[str, Any]], key: dict[str, Any]) -> str:
     problems = sum(trial["problems"] for trial in trials)
     return TEXT.format(
         made_of=made_of({"sources": key["sources"]}, settings),
+        calls=f"{key['crash points']} calls of each operation" if key["crash points"] else "every call",
+        mutations=f"{key['mutations']:,}",
         crashes=crash_table(crashes),
         damages=damage_table(damages),
         trials=f"{sum(sum(trial['counts'].values()) for trial in trials):,}",
