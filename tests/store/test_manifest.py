@@ -1,6 +1,7 @@
 """Tests of the manifest: what is accepted, what is refused and how; a stored version 1 stays readable."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -120,6 +121,16 @@ def test_a_newer_version_asks_for_an_upgrade(tmp_path):
     with pytest.raises(RequestError) as refused:
         read_manifest(path)
     assert str(refused.value) == expected
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda file: file.symlink_to("/dev/zero")])
+def test_a_manifest_that_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    """The open of a FIFO would wait for its other end, and a device has no end."""
+    path = write_store(tmp_path / "x.acts", [[3]])
+    (path / "manifest.json").unlink()
+    make(path / "manifest.json")
+    with pytest.raises(DataError, match=r"manifest\.json is not a regular file; restore it from a copy$"):
+        read_manifest(path)
 
 
 def test_what_is_not_a_store_is_refused_with_the_reason(tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
+from workbench.io.parse import read_json
 from workbench.model.location import Location
 from workbench.sites.grammar import check_patterns
 
@@ -27,11 +27,9 @@ def check_config(location: Location, sites: Iterable[str] | None = None) -> None
         RequestError: An encoder-decoder model, an unknown kind of site, a layer that the model does not have.
     """
     try:
-        config = json.loads((Path(location.path) / "config.json").read_text("utf-8")) if location.local else {}
-    except (OSError, ValueError, RecursionError):
+        config = read_json(Path(location.path) / "config.json", finite=False) if location.local else {}
+    except DataError:
         config = {}  # loading says what is wrong with it
-    if not isinstance(config, Mapping):
-        config = {}
     if config.get("is_encoder_decoder") is True:
         raise RequestError(
             f"model {location.name!r} is an encoder-decoder ({_architecture(config)}); give a causal language model, "

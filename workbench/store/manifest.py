@@ -256,12 +256,17 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
-    """Returns the bytes of `manifest.json`. RequestError, with the nearest stores, where `path` is not a store."""
+    """Returns the bytes of `manifest.json`.
+
+    Raises:
+        RequestError: `path` is not a store; the text names the nearest stores.
+        DataError: The manifest is there and cannot be read, or is no regular file.
+    """
     path = Path(path)
     try:
-        return (path / MANIFEST).read_bytes()
-    except OSError as error:
-        reason = error
+        return read_file(path / MANIFEST, "restore it from a copy")
+    except DataError as error:
+        unreadable = error
     if path.is_file():
         raise RequestError(f"{path} is a file; a store is a directory with a {MANIFEST}")
     if path.is_dir() and not (path / MANIFEST).exists():
@@ -270,7 +275,7 @@ def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
         raise RequestError(f"no store at {path}: the folder {path.parent} does not exist")
     if not path.exists():
         raise RequestError(f"no store at {path}{_nearest_store(path)}")
-    raise RequestError(f"{path / MANIFEST} cannot be read: {reason.strerror}")
+    raise unreadable
 
 
 def parse_manifest(text: bytes, source: Path) -> Manifest:

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from workbench.io import files
 from workbench.io.errors import DataError
-from workbench.io.parse import from_json, parse, to_json
+from workbench.io.parse import VERIFY_STORE, parse, read_json, to_json
+from workbench.io.reading import read_file
 from workbench.store.manifest import (
     SEGMENT,
     SEGMENTS,
@@ -91,9 +92,9 @@ def submitted_row(path: Path, name: str) -> Segment | None:
     """Returns the row submitted under this name, if it fits its segment; None otherwise."""
     source = path / SEGMENTS / (name + _SUBMITTED)
     try:
-        row = parse(Segment, from_json(source.read_bytes(), source), str(source))
+        row = parse(Segment, read_json(source), str(source))
         return row if row.checksum == _checksum(path / SEGMENTS / name) else None
-    except (OSError, DataError):
+    except DataError:
         return None
 
 
@@ -150,7 +151,7 @@ def _settle(partial: Path, folder: Path) -> None:
 
 
 def _record(folder: Path) -> SegmentRecord:
-    return parse_segment((folder / SEGMENT).read_bytes(), folder / SEGMENT)
+    return parse_segment(read_file(folder / SEGMENT, VERIFY_STORE), folder / SEGMENT)
 
 
 def _checksum(folder: Path) -> str:
