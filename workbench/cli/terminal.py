@@ -11,13 +11,12 @@ from contextlib import contextmanager
 
 from workbench.cli.options import Option
 from workbench.cli.spelling import shell_spelling
+from workbench.io.errors import escape
 
 
 def plain(text: str) -> str:
     """Escapes what is not printable, so that text from a model or a file cannot move the cursor or change colours."""
-    return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    return escape(text, kept="\n")
 
 
 def print_plain(text: str) -> None:

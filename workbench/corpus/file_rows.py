@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, first_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -282,8 +282,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
                     yield f"{path}, row {row}", dict(zip(names, values, strict=True))
                     row += 1
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise DataError(f"{path}: damaged after row {row} ({reason}); fetch it again") from error
+            raise DataError(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from error
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from workbench.io.errors import DataError
-from workbench.io.reading import open_file
+from workbench.io.reading import explain_unreadable, open_file
 
 _THREADS = min(8, os.cpu_count() or 1)  # hashing releases the lock
 
@@ -39,15 +39,12 @@ def check_files(recorded: Collection[tuple[Path, str]], advice: str) -> None:
 
 
 def _check(path: Path, sha256: str, advice: str) -> None:
-    with open_file(path, advice) as file:
+    with open_file(path, advice) as file, explain_unreadable(path, advice):
         stat = os.fstat(file.fileno())
         state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256)
         if _sound.get(str(path)) == state:
             return
-        try:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {advice}") from None
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != sha256:
         raise DataError(f"{path} is damaged: its bytes are not those that were recorded; {advice}")
     _sound[str(path)] = state

@@ -19,7 +19,24 @@ def printable(text: str, longest: int = _LONGEST) -> str:
     """
     if len(text) > longest:
         text = f"{text[: longest * 3 // 4]} ... {text[-longest // 4 :]}"
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return escape(text)
+
+
+def escape(text: str, kept: str = "") -> str:
+    """Returns `text` with what is not printable escaped, except the characters in `kept`."""
+    return "".join(
+        sign if sign in kept or sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or the name of its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def shown(value: object) -> str:
+    """Returns a value as a message shows it: its repr, cut to 60 characters."""
+    return repr(value)[:60]
 
 
 class WorkbenchError(Exception):

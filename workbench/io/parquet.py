@@ -9,7 +9,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workbench.io.errors import DataError
+from workbench.io.errors import DataError, first_line
 from workbench.io.reading import check_regular
 
 T = TypeVar("T")
@@ -41,5 +41,4 @@ def _read(path: str | os.PathLike[str], advice: str, read: Callable[[pq.ParquetF
         with pq.ParquetFile(path, memory_map=True) as file:
             return read(file)
     except Exception as error:  # Arrow raises a dozen kinds: its own, OSError, UnicodeDecodeError, MemoryError, ...
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{os.fspath(path)} cannot be read ({reason}); {advice}") from None
+        raise DataError(f"{os.fspath(path)} cannot be read ({first_line(error)}); {advice}") from None

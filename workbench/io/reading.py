@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
@@ -25,9 +27,8 @@ def open_file(path: str | os.PathLike[str], advice: str) -> BufferedReader:
             would wait for its other end.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}; {advice}") from None
+        with explain_unreadable(path, advice):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError:  # a NUL in the path
         raise DataError(f"{os.fspath(path)} cannot be the name of a file; {advice}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -36,15 +37,21 @@ def open_file(path: str | os.PathLike[str], advice: str) -> BufferedReader:
     return open(descriptor, "rb")
 
 
+@contextmanager
+def explain_unreadable(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
+    """Inside, an error of the system about a file raises DataError with its name, the reason and `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}; {advice}") from None
+
+
 def read_file(path: str | os.PathLike[str], advice: str) -> bytes:
     """Returns the bytes of a regular file; raises as `open_file` does, and for one of 2 GiB or more."""
-    with open_file(path, advice) as file:
+    with open_file(path, advice) as file, explain_unreadable(path, advice):
         if os.fstat(file.fileno()).st_size >= _LARGEST:
             raise DataError(f"{os.fspath(path)} is too large for a record; {advice}")
-        try:
-            return file.read()
-        except OSError as error:
-            raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}; {advice}") from None
+        return file.read()
 
 
 def check_regular(path: str | os.PathLike[str], advice: str) -> Path:

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
-from workbench.io.errors import DataError, RequestError, WorkbenchError
+from workbench.io.errors import DataError, RequestError, WorkbenchError, first_line
 from workbench.io.files import fsync, new_file
 from workbench.io.parse import load_json
-from workbench.io.reading import check_regular, open_file
+from workbench.io.reading import check_regular, explain_unreadable, open_file
 
 STORED = {"float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2"), "float32": ("F32", "<f4")}
 """Types of activations: name in the header, NumPy type of the map. NumPy has no bfloat16: its bits come as uint16."""
@@ -265,8 +265,7 @@ def open_safetensors(path: str | os.PathLike[str], advice: str, device: str = "c
     except WorkbenchError:
         raise
     except Exception as error:  # SafetensorError, OSError, RuntimeError and MemoryError of absurd shapes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{os.fspath(path)} is damaged ({reason}); {advice}") from None
+        raise DataError(f"{os.fspath(path)} is damaged ({first_line(error)}); {advice}") from None
 
 
 class _Mapped:
@@ -284,14 +283,11 @@ class _Mapped:
 
 def _read_header(path: str | os.PathLike[str], advice: str) -> tuple[dict[str, _Tensor], dict[str, str], int]:
     """Tensors in the order of their bytes, metadata, and the position of the first tensor's first byte."""
-    with open_file(path, advice) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            whole = size >= 8 and length <= min(size - 8, _LONGEST_HEADER)
-            text = file.read(length) if whole else b""
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {advice}") from None
+    with open_file(path, advice) as file, explain_unreadable(path, advice):
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        whole = size >= 8 and length <= min(size - 8, _LONGEST_HEADER)
+        text = file.read(length) if whole else b""
     try:
         if not whole:
             raise ValueError(f"{size} bytes, header of {length}")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, shown
 from workbench.io.parse import parse
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _json_cells(name: str, values: np.ndarray) -> np.ndarray:
         plain = cell.item() if isinstance(cell, np.generic) else cell
         if type(plain) not in (str, int, float, bool, type(None)):
             raise RequestError(
-                f"data[{name!r}] holds a {type(cell).__name__} ({_short(cell)}); give numbers, text, or None"
+                f"data[{name!r}] holds a {type(cell).__name__} ({shown(cell)}); give numbers, text, or None"
             )
         cells.append(json.dumps(plain))
     return np.array(cells, dtype=str).reshape(values.shape)
@@ -269,7 +269,7 @@ class _Names:
 def _check_names(where: str, *names: object) -> None:
     for name in names:
         if not isinstance(name, str):
-            raise RequestError(f"{where} has the name {_short(name)}, a {type(name).__name__}; names must be text")
+            raise RequestError(f"{where} has the name {shown(name)}, a {type(name).__name__}; names must be text")
 
 
 def _attributes(where: str, attrs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -291,11 +291,7 @@ def json_value(where: str, value: Any) -> Any:
         return str(value)
     if value is None or type(value) in (bool, int, float):
         return value
-    raise RequestError(f"{where} is a {type(value).__name__} ({_short(value)}); give text, numbers, a list or None")
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]
+    raise RequestError(f"{where} is a {type(value).__name__} ({shown(value)}); give text, numbers, a list or None")
 
 
 def _without_multiindex(data: xr.Dataset) -> tuple[dict[str, Any], xr.Dataset]:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.files import explain_full_disk, replace_folder, sha256_bytes, write_file
 from workbench.io.findings import FileRecord
 from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
@@ -195,8 +195,7 @@ def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result
     except Exception as error:  # netCDF, Parquet and JSON readers each raise their own kinds
         if isinstance(error, DataError) and str(path) in str(error):
             raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"result {str(path)!r} is damaged: {reason}; {_AGAIN}") from error
+        raise DataError(f"result {str(path)!r} is damaged: {first_line(error)}; {_AGAIN}") from error
     if probe is None:
         return result
     if probe.name != result.probe:

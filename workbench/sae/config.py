@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.errors import DataError, RequestError, nearest, shown
 
 _ABOVE_0 = frozenset({"d_in", "d_sae", "d_out", "k", "n_heads", "n_attn_layers", "bottleneck_factor", "kval_topk"})
 _NO_SETTINGS = frozenset({"metadata", "architecture", "dtype", "device"})
@@ -61,14 +61,12 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
     if older:
         config = _former(config, source)
     elif not isinstance(config["metadata"], dict):
-        raise DataError(f"{source}: metadata is {_short(config['metadata'])}, expected an object")
+        raise DataError(f"{source}: metadata is {shown(config['metadata'])}, expected an object")
     architecture = config.get("architecture", "standard" if older else None)
     if not isinstance(architecture, str) or architecture not in SAE_CLASS_REGISTRY:
         training = isinstance(architecture, str) and architecture in SAE_TRAINING_CLASS_REGISTRY
         remedy = "save it with save_inference_model" if training else f"known are {', '.join(SAE_CLASS_REGISTRY)}"
-        raise RequestError(
-            f"{source}: SAELens has no inference class for architecture {_short(architecture)}; {remedy}"
-        )
+        raise RequestError(f"{source}: SAELens has no inference class for architecture {shown(architecture)}; {remedy}")
     kinds = [SAE_CLASS_REGISTRY[architecture][1]]
     if architecture in SAE_TRAINING_CLASS_REGISTRY:
         kinds.append(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
@@ -87,7 +85,7 @@ def _former(config: dict[str, Any], source: Path) -> dict[str, Any]:
     activation, options = config.get("activation_fn", "relu"), config.get("activation_fn_kwargs") or {}
     if not isinstance(options, dict) or activation not in ("relu", "topk"):
         wrong = activation if activation not in ("relu", "topk") else options
-        raise RequestError(f"{source}: activation_fn {_short(wrong)} is not supported; SAELens would encode with ReLU")
+        raise RequestError(f"{source}: activation_fn {shown(wrong)} is not supported; SAELens would encode with ReLU")
     if activation == "topk":
         config |= {"architecture": "topk", "k": options.get("k")}
     if isinstance(config.get("normalize_activations"), bool):
@@ -112,7 +110,7 @@ def _check_values(config: Mapping[str, Any], kind: type, source: Path) -> None:
         if name in _ABOVE_0 and not (value is None and name == "kval_topk"):
             check_count(source, name, value)
         elif not _fits(value, hints[name]):
-            raise DataError(f"{source}: {name} is {_short(value)}, expected {_expected(hints[name])}")
+            raise DataError(f"{source}: {name} is {shown(value)}, expected {_expected(hints[name])}")
     for name in ("d_in", "d_sae"):
         check_count(source, name, config.get(name))
 
@@ -120,7 +118,7 @@ def _check_values(config: Mapping[str, Any], kind: type, source: Path) -> None:
 def check_count(source: Path, name: str, value: object) -> int:
     """Returns `value`; DataError where it is no whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 48:
-        raise DataError(f"{source}: {name} is {_short(value)}, expected a whole number above 0")
+        raise DataError(f"{source}: {name} is {shown(value)}, expected a whole number above 0")
     return value
 
 
@@ -138,7 +136,3 @@ def _expected(hint: Any) -> str:
     choices: Collection[Any] = typing.get_args(hint)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return " or ".join(names.get(choice, repr(choice)) for choice in choices or (hint,))
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]

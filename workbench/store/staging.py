@@ -18,7 +18,7 @@ import pyarrow as pa
 from workbench.io import files
 from workbench.io.errors import DataError
 from workbench.io.parse import VERIFY_STORE, parse, read_json, to_json
-from workbench.io.reading import read_file
+from workbench.io.reading import explain_unreadable, read_file
 from workbench.store.manifest import (
     SEGMENT,
     SEGMENTS,
@@ -155,7 +155,5 @@ def _record(folder: Path) -> SegmentRecord:
 
 
 def _checksum(folder: Path) -> str:
-    try:
+    with explain_unreadable(folder / SEGMENT, "record it again"):
         return files.sha256_file(folder / SEGMENT)
-    except OSError as error:
-        raise DataError(f"{folder / SEGMENT} cannot be read: {error.strerror}; record it again") from None

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workbench.io import files
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.findings import FileRecord, Finding, Progress, Severity, check_listed, findings_table
 from workbench.io.reading import check_regular, read_file
 from workbench.io.tensors import TensorHeader, read_header
@@ -128,8 +128,7 @@ def _problem_of_group(path: Path, file: Path, group: Sequence[Segment], progress
                     if not without_nan(table.read_row_group(index)).equals(original):
                         return "wrong tokens", f"not those of segment {segment.name}"
     except Exception as error:  # Arrow's readers raise a dozen kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return "unreadable", f"cannot be read ({reason})"
+        return "unreadable", f"cannot be read ({first_line(error)})"
     return None
 
 
