@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import result_operations
 import xarray as xr
 from mutations import fuzz
 
@@ -14,15 +15,7 @@ from workbench.io.errors import WorkbenchError
 from workbench.results.result import Result, load_result
 
 FIRST_VERSION = Path(__file__).parents[1] / "data" / "results-v1"
-PROVENANCE = {
-    "model": "demo",
-    "model_fingerprint": "a" * 64,
-    "store": "x.acts",
-    "store_fingerprint": "b" * 64,
-    "rows": 3,
-    "settings": {"k": 3},
-    "workbench": "0.1.0",
-}
+PROVENANCE = result_operations.PROVENANCE | {"settings": {"k": 3}}
 
 
 class Bare(Result):

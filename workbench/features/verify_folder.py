@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.io.errors import DataError, RequestError, WorkbenchError
-from workbench.io.findings import Finding, Progress, check_listed, findings_table
+from workbench.io.findings import Finding, Progress, check_listed, check_unlisted, findings_table
 from workbench.store.manifest import FEATURES, MANIFEST, read_manifest
 from workbench.store.verify import check_store
 
@@ -64,9 +64,7 @@ def check_features(path: Path, progress: Progress, prefix: str = "") -> Iterator
     if record.overflow:
         detail = f"{record.overflow:,} activations are beyond {record.dtype} and stored as its largest value"
         yield Finding("", prefix + _RECORD, "overflow", detail, "note")
-    for entry in sorted(path.iterdir()):
-        if entry.name not in (_RECORD, *record.files):
-            yield Finding("", prefix + entry.name, "unlisted", "not a file of these features; it is not read", "note")
+    yield from check_unlisted(path, (_RECORD, *record.files), "these features", prefix)
 
 
 def _check(path: Path, progress: Progress) -> Iterator[Finding]:

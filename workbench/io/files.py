@@ -342,16 +342,14 @@ def explain_full_disk(what: str, advice: str, kept: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         number = _number(error)
-        if number not in DISK_FULL and number not in _DISK_FAILS:
+        if number in DISK_FULL:
+            problem, remedy = "disk full", "free space"
+        elif number in _DISK_FAILS:
+            problem, remedy = "disk failure", "make it writable" if number == errno.EROFS else "check the disk"
+        else:
             raise
-        problem = "disk full" if number in DISK_FULL else "disk failure"
-        remedy = _REMEDIES.get(number, "free space" if number in DISK_FULL else "check the disk")
-        raise DataError(
-            f"{problem} while writing {what} ({os.strerror(number)}): {kept}{'; ' if kept else ''}{remedy} and {advice}"
-        ) from error
-
-
-_REMEDIES = {errno.EROFS: "make it writable"}
+        steps = "; ".join(filter(None, [kept, f"{remedy} and {advice}"]))
+        raise DataError(f"{problem} while writing {what} ({os.strerror(number)}): {steps}") from error
 
 
 def _number(error: Exception) -> int:

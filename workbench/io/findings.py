@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -80,6 +80,13 @@ def check_listed(
         elif actual != record.sha256:
             detail = f"SHA-256 {actual[:12]}, recorded {record.sha256[:12]}"
             yield Finding("", prefix + name, "checksum differs", detail)
+
+
+def check_unlisted(folder: Path, known: Collection[str], kind: str, prefix: str = "") -> Iterator[Finding]:
+    """Yields a note for each entry of `folder` whose name is not `known`; `kind`: "a run"."""
+    for name in sorted(entry.name for entry in folder.iterdir()):
+        if name not in known:
+            yield Finding("", prefix + name, "unlisted", f"not a file of {kind}; it is not read", "note")
 
 
 def _sha256(path: Path, progress: Progress) -> tuple[int, str]:

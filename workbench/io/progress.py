@@ -34,7 +34,7 @@ def progress(
         with tqdm(desc=label, total=total, initial=initial, unit=f" {unit}", unit_scale=True, leave=False) as bar:
             yield bar.update  # pyright: ignore[reportReturnType]  # it returns whether it drew
     else:
-        yield _Lines(label, total, unit, initial, EVERY).advance
+        yield _Lines(label, total, unit, initial).advance
 
 
 def _in_notebook() -> bool:

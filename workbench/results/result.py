@@ -280,7 +280,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     if problem := _problem(record["provenance"]):
         raise ValueError(f"provenance in {_RECORD} {problem}")
     if "checksum" in record and record["version"] <= _VERSION:
-        check_checksum(record, path / _RECORD, "run the probe again")
+        check_checksum(record, path / _RECORD, _AGAIN)
     return record
 
 
@@ -296,7 +296,7 @@ def listed_files(path: str | Path) -> dict[str, FileRecord] | None:
 
 def _read_listed(path: Path, record: Mapping[str, Any], name: str) -> bytes:
     """The bytes of a file, after a comparison with their recorded checksum, where there is one."""
-    data = read_file(path / name, "run the probe again")
+    data = read_file(path / name, _AGAIN)
     if "files" in record:
         known: FileRecord = parse(FileRecord, record["files"].get(name), f"{_RECORD}: files: {name}")
         if sha256_bytes(data) != known.sha256:

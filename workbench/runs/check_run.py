@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workbench.io.errors import WorkbenchError
 from workbench.io.files import PARTIAL, sha256_bytes
-from workbench.io.findings import Finding, Progress
+from workbench.io.findings import Finding, Progress, check_unlisted
 from workbench.io.parse import read_json
 from workbench.results.check_result import RECORD, check_result
 from workbench.runs.folders import CONFIG, ENVIRONMENT, LOG, RESULTS
@@ -43,9 +43,7 @@ def check_run(path: Path, progress: Progress, prefix: str = "") -> Iterator[Find
         yield from check_result(path / RESULTS, progress, f"{prefix}{RESULTS}/")
     else:
         yield Finding("", f"{prefix}{RESULTS}/{RECORD}", "missing file", "every run has a result")
-    for entry in sorted(path.iterdir()):
-        if entry.name not in (CONFIG, ENVIRONMENT, LOG, RESULTS):
-            yield Finding("", prefix + entry.name, "unlisted", "not a file of a run; it is not read", "note")
+    yield from check_unlisted(path, (CONFIG, ENVIRONMENT, LOG, RESULTS), "a run", prefix)
 
 
 def check_sweep(path: Path, progress: Progress) -> Iterator[Finding]:
