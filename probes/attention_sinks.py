@@ -327,7 +327,7 @@ def _examples(probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequence
 
 
 def _notes(probe: AttentionSinks, store: Store, data: xr.Dataset, sequences: Sequences) -> list[str]:
-    """Notes of what is missing, and why."""
+    """Notes of missing variables and sequences, with the reason."""
     derived = data.attrs["source"] == "derived"
     needs = {
         "row_entropy": ("attn_entropy",) if derived else ("pattern",),

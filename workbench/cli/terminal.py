@@ -74,7 +74,7 @@ class Output(logging.Handler):
 
 @contextmanager
 def terminal_output() -> Iterator[Output]:
-    """Inside, messages go to stderr, one line each, and no character that is printed is too much for the terminal."""
+    """Inside, messages go to stderr, one line each, and characters that the terminal lacks are escaped."""
     output, shown = Output(), warnings.showwarning
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     errors = {name: getattr(stream, "errors", None) for name, stream in streams.items()}
