@@ -267,7 +267,7 @@ def read_manifest_text(path: str | os.PathLike[str]) -> bytes:
         return read_file(path / MANIFEST, "restore it from a copy")
     except DataError as error:
         unreadable = error
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise RequestError(f"{path} is a file; a store is a directory with a {MANIFEST}")
     if path.is_dir() and not (path / MANIFEST).exists():
         raise RequestError(f"{path} is no store: it has no {MANIFEST}{_nearest_store(path)}")
