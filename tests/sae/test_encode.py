@@ -15,10 +15,12 @@ from scipy.sparse import csr_array
 
 from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import fast_bfloat16
-from workbench.sae import encode
-from workbench.sae.encode import Above, AbsTopK, NotFinite, TopK, encoder, top
+from workbench.sae import choice, encode, screen
+from workbench.sae.choice import Above, AbsTopK, TopK
+from workbench.sae.encode import NotFinite, encoder
 from workbench.sae.load import load_sae
 from workbench.sae.precision import PRECISIONS
+from workbench.sae.products import top
 
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 D_IN, D_SAE = 24, 500
@@ -152,8 +154,8 @@ def test_temporal_autoencoders_read_sequences(lengths, options, tmp_path):
 def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
     blocks = []
-    plain = encode.Linear.pre
-    monkeypatch.setattr(encode.Linear, "pre", lambda self, x, out=None: blocks.append(len(x)) or plain(self, x, out))
+    plain = choice.Linear.pre
+    monkeypatch.setattr(choice.Linear, "pre", lambda self, x, out=None: blocks.append(len(x)) or plain(self, x, out))
     whole = encoder(sae, precision="float32")(X)
     assert blocks == [150]
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 4 * D_SAE * 70)
@@ -229,8 +231,8 @@ def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monke
     sae = planted(tmp_path / "sae", "topk", np.ones((8, 200)), k=7)
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
     calls = []
-    plain = encode.Screen.bounds
-    monkeypatch.setattr(encode.Screen, "bounds", lambda self, x: calls.append(len(x)) or plain(self, x))
+    plain = screen.Screen.largest
+    monkeypatch.setattr(screen.Screen, "largest", lambda self, x, k: calls.append(len(x)) or plain(self, x, k))
     x = torch.ones(192, 8)
     found = encoder(sae, precision="bfloat16")(x)
     assert calls == [64]
@@ -421,9 +423,9 @@ def test_a_bound_is_never_below(seed, d_in, spread, shift, scaled):
     bias, threshold = random.normal(size=50), np.exp(random.normal(size=50))
     scale = np.exp(random.normal(size=50))
     x, weight, bias, threshold, scale = (part.astype(np.float32) for part in (x, weight, bias, threshold, scale))
-    linear = encode.Linear(*map(torch.from_numpy, (weight, bias)), torch.from_numpy(scale) if scaled else None)
-    screen = encode._screen(linear, Above(torch.from_numpy(threshold)))
-    bounds = screen.bounds(torch.from_numpy(x)).double().numpy()
+    linear = choice.Linear(*map(torch.from_numpy, (weight, bias)), torch.from_numpy(scale) if scaled else None)
+    made = screen.make_screen(linear, Above(torch.from_numpy(threshold)))
+    bounds = made.bounds(torch.from_numpy(x)).double().numpy()
     double = partial(np.asarray, dtype=np.float64)
     exact = (double(x) @ double(weight) + bias) * (double(scale) if scaled else 1) - threshold
     assert (bounds + np.abs(bounds) / 256 >= exact).all()

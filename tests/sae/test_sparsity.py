@@ -14,7 +14,7 @@ from workbench.features import encoding
 from workbench.features.extract import extract_features
 from workbench.features.feature_store import open_features
 from workbench.io.errors import RequestError
-from workbench.sae.encode import TopK
+from workbench.sae.choice import TopK
 from workbench.sae.load import load_sae
 from workbench.sae.sparsity import Bound, FeatureChoice, MutualChoice, find_cut, sparsity_record
 from workbench.store.manifest import SiteRecord

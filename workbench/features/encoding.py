@@ -23,7 +23,8 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
-from workbench.sae.encode import Above, Encoder, NotFinite, SparseRows, TopK, encoder
+from workbench.sae.choice import Above, TopK
+from workbench.sae.encode import Encoder, NotFinite, SparseRows, encoder
 from workbench.sae.load import Sae
 from workbench.sae.saved import SavedSae, save_sae
 from workbench.sae.site import not_finite

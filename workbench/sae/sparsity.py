@@ -1,6 +1,6 @@
 """Sparsity rules: the pre-activations of a whole store that are kept under a budget of k per row on average.
 
-TopK, of `workbench.sae.encode`, keeps k in each row. Mutual Choice and Feature Choice rank entries of all rows
+TopK, of `workbench.sae.choice`, keeps k in each row. Mutual Choice and Feature Choice rank entries of all rows
 together, so the entries of one row depend on all others: extraction keeps every candidate above a rising bound, and
 selects exactly at the end.
 Source: Ayonrinde, Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders (arXiv
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer, UInt32
 
 from workbench.io.errors import RequestError
-from workbench.sae.encode import TopK
+from workbench.sae.choice import TopK
 
 Entries = tuple[Integer[np.ndarray, " _entry"], Float32[np.ndarray, " _entry"]]
 """Feature ids and activations above 0, in row order, features ascending within a row."""
