@@ -139,7 +139,29 @@ def tiny_models() -> dict:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         model.config.architectures = [type(model).__name__]  # which TransformerLens goes by
         built[family] = model
+        _BUILT[family] = _state(model)
     return built
+
+
+@pytest.fixture(autouse=True)
+def _tiny_models_unchanged(request):
+    """Fails the test that leaves hooks, train mode, other settings or other weights in a model that all tests share."""
+    yield
+    if "tiny_models" in request.fixturenames:
+        for family, model in request.getfixturevalue("tiny_models").items():
+            left = [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]
+            assert left == [], f"the test left hooks in these modules of the shared {family}: copy it first"
+            assert _state(model) == _BUILT[family], f"the test changed the shared {family}: copy it first"
+
+
+def _state(model) -> tuple:
+    """What tests could change in a model; torch counts the changes of a tensor in place."""
+    settings = (model.config.to_dict(), model.config._attn_implementation)
+    weights = [(id(tensor), tensor._version) for tensor in model.parameters()]
+    return settings, weights, [part.training for part in model.modules()]
+
+
+_BUILT: dict[str, tuple] = {}
 
 
 @pytest.fixture(scope="session", params=["gpt2", "llama", "gpt_neox", "gemma2"])

@@ -1,5 +1,6 @@
 """Features extracted while a model is recorded: those of the site that was not stored, resumed as the recording is."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -93,10 +94,10 @@ def test_features_equal_those_of_the_recorded_site(dtype, site, sae_dtype, llama
 
 def test_features_equal_the_sae_on_the_hidden_states(llama, sequences, sae, folder, tmp_path):
     found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
-    states = []
+    module, states = copy.deepcopy(llama.module), []  # transformers leaves hooks in a model that gave hidden states
     for ids in sequences:
         with torch.no_grad():
-            states.append(llama.module(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0])
+            states.append(module(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0])
     dense = encode64(folder, torch.cat(states).double().numpy())
     np.testing.assert_allclose(found[:].toarray(), dense, rtol=1e-4, atol=1e-4)
 
