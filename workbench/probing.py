@@ -69,20 +69,20 @@ _PUBLIC = {
     "split_by_document": "workbench.analysis.rows",
     "tokens_at": "workbench.analysis.rows",
     # statistics
-    "GroupMeans": "workbench.analysis.bootstrap",
-    "Interval": "workbench.analysis.bootstrap",
+    "GroupMeans": "workbench.results.bootstrap",
+    "Interval": "workbench.results.bootstrap",
     "SoftmaxFit": "workbench.analysis.softmax_probe",
     "SoftmaxProbes": "workbench.analysis.softmax_probe",
-    "central": "workbench.analysis.bootstrap",
-    "clustered_interval": "workbench.analysis.bootstrap",
-    "clustered_means": "workbench.analysis.bootstrap",
-    "group_means": "workbench.analysis.bootstrap",
+    "central": "workbench.results.bootstrap",
+    "clustered_interval": "workbench.results.bootstrap",
+    "clustered_means": "workbench.results.bootstrap",
+    "group_means": "workbench.results.bootstrap",
     "fit_softmax": "workbench.analysis.softmax_probe",
-    "interval_text": "workbench.analysis.bootstrap",
-    "intervals": "workbench.analysis.bootstrap",
-    "points_text": "workbench.analysis.bootstrap",
-    "resampled_means": "workbench.analysis.bootstrap",
-    "wilson": "workbench.analysis.bootstrap",
+    "interval_text": "workbench.results.bootstrap",
+    "intervals": "workbench.results.bootstrap",
+    "points_text": "workbench.results.bootstrap",
+    "resampled_means": "workbench.results.bootstrap",
+    "wilson": "workbench.results.bootstrap",
     # readings through the unembedding, of later tokens
     "CASES": "workbench.analysis.successor_tasks",
     "Chain": "workbench.analysis.successor_tasks",
@@ -173,19 +173,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from workbench.analysis.bootstrap import (
-        GroupMeans,
-        Interval,
-        central,
-        clustered_interval,
-        clustered_means,
-        group_means,
-        interval_text,
-        intervals,
-        points_text,
-        resampled_means,
-        wilson,
-    )
     from workbench.analysis.causal import require_causal
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
     from workbench.analysis.domains import compare_domains
@@ -271,6 +258,19 @@ if TYPE_CHECKING:
     from workbench.model.load import Model
     from workbench.model.reload import recorded_model
     from workbench.model.unembed import Unembed, load_unembed
+    from workbench.results.bootstrap import (
+        GroupMeans,
+        Interval,
+        central,
+        clustered_interval,
+        clustered_means,
+        group_means,
+        interval_text,
+        intervals,
+        points_text,
+        resampled_means,
+        wilson,
+    )
     from workbench.results.result import Result, provenance
     from workbench.results.variable import Variable, dataset, with_interval
     from workbench.sites.grammar import Site

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.analysis.bootstrap import wilson
 from workbench.analysis.digits import (
     digit_arithmetic,
     digit_features,
@@ -17,6 +16,7 @@ from workbench.analysis.digits import (
 )
 from workbench.analysis.successions import successions
 from workbench.analysis.successor_tasks import Pairs, make_chain, shuffled_null
+from workbench.results.bootstrap import wilson
 
 
 def chain_of(ids):

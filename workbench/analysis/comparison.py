@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.analysis.bootstrap import clustered_means, intervals, resampled_means
 from workbench.io.errors import RequestError, WorkbenchError, nearest
 from workbench.io.files import explain_full_disk, replace_folder, write_file
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
+from workbench.results.bootstrap import clustered_means, intervals, resampled_means
 from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
 from workbench.store.lost_values import lost_values, refuse_nonfinite

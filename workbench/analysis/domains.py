@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from workbench.analysis.bootstrap import group_means
 from workbench.analysis.sequences import Sequences
+from workbench.results.bootstrap import group_means
 
 
 def compare_domains(

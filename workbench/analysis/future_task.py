@@ -16,7 +16,6 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.analysis.future import Bigram, FutureRows, bigrams, future_rows, model_tokens
 from workbench.analysis.lens import log_probabilities
 from workbench.analysis.rows import blocks, next_tokens
@@ -24,6 +23,7 @@ from workbench.analysis.store_probe import StoreProbe
 from workbench.io.checks import check_fields
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
+from workbench.results.bootstrap import clustered_means, intervals
 from workbench.store.lost_values import FiniteRows
 from workbench.store.reader import ActivationArray, Store
 

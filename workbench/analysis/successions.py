@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from workbench.analysis.bootstrap import clustered_means, intervals
 from workbench.analysis.rows import next_tokens
 from workbench.analysis.successor_tasks import Chain
 from workbench.model.circuits import HeadOutput, direct_logits, writes_of
 from workbench.model.unembed import Unembed
+from workbench.results.bootstrap import clustered_means, intervals
 from workbench.store.reader import Store
 
 _WINDOW = 8  # tokens back in which the text may contain the member that its next token succeeds

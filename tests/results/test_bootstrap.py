@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from workbench.analysis.bootstrap import central, clustered_interval, clustered_means, group_means
 from workbench.analysis.rows import split_by_document
 from workbench.io.errors import RequestError
+from workbench.results import bootstrap
+from workbench.results.bootstrap import central, clustered_interval, clustered_means, group_means
 
 
 def test_means_leave_out_nan_and_columns_are_apart():
@@ -93,3 +94,12 @@ def test_too_few_documents_are_refused():
         "store has 2 documents among the selected tokens; a test needs three or more, "
         "to train on, to stop by and to read"
     )
+
+
+def test_resamples_in_several_parts_are_those_in_one(monkeypatch):
+    totals = np.random.default_rng(0).normal(size=(7, 3))
+    mean, drawn = bootstrap.resampled_means(totals, np.ones_like(totals), resamples=50)
+    monkeypatch.setattr(bootstrap, "_DRAWS", 20)
+    again, parts = bootstrap.resampled_means(totals, np.ones_like(totals), resamples=50)
+    assert np.array_equal(mean, again)
+    np.testing.assert_allclose(parts, drawn, rtol=1e-12)

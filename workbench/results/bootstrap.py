@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 LEVEL = 0.95
+_DRAWS = 4_000_000  # drawn numbers in memory at a time
 
 
 class Interval(NamedTuple):
@@ -56,14 +57,21 @@ def resampled_means(
 ) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, "resample statistic"]]:
     """Returns what `clustered_means` does, from each cluster's sum of values and their number.
 
-    Resamples of a statistic that a single cluster has are NaN: all would be equal, an interval of no width.
+    Resamples of a statistic that a single cluster has are NaN: all would be equal, an interval of no width. `counts`
+    may hold any sum that `totals` is divided by, for the ratio of two sums. Memory: 4 million draws, whatever the
+    number of clusters.
     """
     number = len(totals)
     draw = np.random.default_rng(seed)
     chances = np.full(number, 1 / max(number, 1))
-    times = draw.multinomial(number, chances, size=resamples) if number else np.zeros((resamples, 0))
-    with np.errstate(invalid="ignore"):  # the mean of nothing is NaN
-        resampled = (times @ totals) / (times @ counts)
+    step = max(1, _DRAWS // max(number, 1))
+    parts = []
+    with np.errstate(invalid="ignore", divide="ignore"):  # the mean of nothing is NaN
+        for first in range(0, resamples, step):
+            part = min(step, resamples - first)
+            times = draw.multinomial(number, chances, size=part) if number else np.zeros((part, 0))
+            parts.append((times @ totals) / (times @ counts))
+        resampled = np.concatenate(parts) if parts else np.zeros((0, totals.shape[1]))
         resampled[:, (counts > 0).sum(0) < 2] = np.nan
         return totals.sum(0) / counts.sum(0), resampled
 
