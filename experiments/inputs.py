@@ -37,8 +37,8 @@ class Inputs:
     """Maximum number of tokens to record, from the first document of that order on."""
     seed: int = 0
     """Random seed, of the order of documents and of every other draw."""
-    device: str = "cpu"
-    """Device: cpu, cuda."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1. None: the GPU if there is one."""
     recordings: Path = field(default=RECORDINGS, compare=False)
     """Folder of the recordings that runs share. It does not affect results."""
 
@@ -48,7 +48,7 @@ class Inputs:
 
 
 @lru_cache(maxsize=1)  # runs of a sweep that share a model are consecutive
-def model_of(name: str, weights: str = "trained", device: str = "cpu") -> wb.Model:
+def model_of(name: str, weights: str = "trained", device: str | None = None) -> wb.Model:
     """Returns the model that a config names. `NAME@REVISION` is a revision of a hub id."""
     source, revision = name, None
     if "@" in name and not Path(name).exists():

@@ -47,8 +47,8 @@ class Config:
     """Tokens per sequence."""
     seed: int = 0
     """Random seed, of the order of documents and of the bootstrap."""
-    device: str = "cpu"
-    """Device: cpu, cuda."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1. None: the GPU if there is one."""
     recordings: Path = field(default=RECORDINGS, compare=False)
     """Folder of the recordings that runs share. It does not affect results."""
 

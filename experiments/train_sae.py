@@ -27,6 +27,7 @@ from workbench.cli.arguments import parse
 from workbench.cli.options import Positional
 from workbench.cli.process import run_command
 from workbench.io.checks import check_fields
+from workbench.io.torch_state import usable_device
 
 Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]
 _SOME_ARCHITECTURES = ("k", "l1_coefficient", "l0_coefficient")
@@ -61,8 +62,8 @@ class TrainSae:
     """Number of checkpoints, with SAELens' trainer state, under OUT/checkpoints."""
     seed: int = 0
     """Random seed, of the weights and of the order of tokens."""
-    device: str = "cpu"
-    """Device: cpu, cuda."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         check_fields(self, "d_sae", "steps", "batch", at_least=1)
@@ -96,6 +97,7 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
         RequestError: for a site that was not recorded, a setting that the architecture does not have, or fewer tokens
             than a batch.
     """
+    device = usable_device(settings.device)
     array, rows = store[settings.site], store.where(settings.where).ids
     if len(rows) < settings.batch:
         raise wb.RequestError(f"batch is {settings.batch} and {settings.where!r} selects {len(rows)} tokens; give less")
@@ -106,7 +108,7 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
         config(
             d_in=prod(array.shape[1:]),
             d_sae=settings.d_sae,
-            device=settings.device,
+            device=str(device),
             normalize_activations="expected_average_only_in",
             metadata=SAEMetadata(
                 model_name=manifest.model.name,
@@ -131,7 +133,7 @@ def _trainer_config(settings: TrainSae, checkpoint_path: Path | None) -> SAETrai
         lr_end=settings.learning_rate / 10,
         lr_warm_up_steps=min(100, settings.steps // 10),
         lr_decay_steps=settings.steps // 4,
-        device=settings.device,
+        device=str(usable_device(settings.device)),
         n_checkpoints=settings.checkpoints if checkpoint_path else 0,
         checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
         n_batches_for_norm_estimate=50,

@@ -151,8 +151,8 @@ class FutureLens(StoreProbe):
     """Number of test tokens whose predictions are kept for the token view."""
     seed: int = 0
     """Random seed of the document split, the order of rows, the shuffles and the bootstrap."""
-    device: str = "cpu"
-    """Device for fitting and testing: cpu or cuda."""
+    device: str | None = None
+    """Device for fitting and testing: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         self._split()  # checks the settings that it takes

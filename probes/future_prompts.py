@@ -150,8 +150,8 @@ class FuturePrompts(StoreProbe):
     """Largest k of precision at k."""
     seed: int = 0
     """Random seed of the document split, the initial prompt, the order of rows, the shuffle and the bootstrap."""
-    device: str = "cpu"
-    """Device of a model that the probe loads: cpu or cuda."""
+    device: str | None = None
+    """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         self._split()  # checks the settings that it takes

@@ -58,8 +58,8 @@ class LogitLens(StoreProbe):
     """Top tokens kept for each layer and token."""
     detail: int = 10_000
     """Maximum number of tokens with their own rows in the table, from the first selected one on; means are over all."""
-    device: str = "cpu"
-    """Device of the products with W_U: cpu, cuda."""
+    device: str | None = None
+    """Device of the products with W_U: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         check("top_k", self.top_k, at_least=1)

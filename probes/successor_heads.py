@@ -153,8 +153,8 @@ class SuccessorHeads(StoreProbe):
     """k in x - k f_i + k f_j, where f_i is the mean feature of numbers with last digit i."""
     row_limit: int = 2000
     """Maximum places in the text whose direct effects are compared. 0: none."""
-    device: str = "cpu"
-    """Device of a model that the probe loads: cpu or cuda."""
+    device: str | None = None
+    """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name, choices in (("first_mlp", get_args(FirstMlp)), ("space", tuple(SPACES)), ("case", tuple(CASES))):

@@ -141,8 +141,8 @@ class TokenErasure(StoreProbe):
     """Bootstrap resamples of documents for the intervals."""
     seed: int = 0
     """Random seed of the document split, the order of rows and the bootstrap."""
-    device: str = "cpu"
-    """Device for training and testing: cpu or cuda."""
+    device: str | None = None
+    """Device for training and testing: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         check_fields(self, "longest", "epochs", "batch", "resamples", at_least=1)

@@ -104,8 +104,8 @@ class TunedLens(StoreProbe):
     """Top tokens kept for each layer and token."""
     detail: int = 10_000
     """Maximum number of held-out tokens with their own rows in the table; means are over all held-out tokens."""
-    device: str = "cpu"
-    """Device of training and reading: cpu, cuda."""
+    device: str | None = None
+    """Device of training and reading: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         check_fields(self, "top_k", "batch", at_least=1)

@@ -31,7 +31,7 @@ _PUBLIC = {
     "nearest": "workbench.io.errors",
     "plain_torch": "workbench.io.torch_state",
     "progress": "workbench.io.progress",
-    "usable_device": "workbench.model.checkpoint",
+    "usable_device": "workbench.io.torch_state",
     # norms
     "massive_activation": "workbench.analysis.norms",
     "residual_site": "workbench.analysis.norms",
@@ -242,9 +242,8 @@ if TYPE_CHECKING:
     from workbench.io.checks import check, check_fields
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress
-    from workbench.io.torch_state import plain_torch
+    from workbench.io.torch_state import plain_torch, usable_device
     from workbench.model.attention import Columns, row_entropy
-    from workbench.model.checkpoint import usable_device
     from workbench.model.circuits import (
         FirstMlp,
         HeadOutput,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 import workbench as wb
-from workbench.model.checkpoint import usable_device
+from workbench.io.torch_state import usable_device
 from workbench.model.load import Model, load_model
 
 IDS = torch.arange(8, 20).reshape(2, 6)

@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import workbench as wb
 from workbench.cli import main as cli
 from workbench.io.errors import DataError, RequestError
 from workbench.io.tasks import ThisProcess
+from workbench.io.torch_state import usable_device
 from workbench.results.experiment import identity, make_result
 from workbench.results.registry import find_experiment, installed_experiments, summary
 from workbench.runs.folders import Run, attempt, execute, is_complete, load_run, run_in, run_name
@@ -93,6 +95,19 @@ def test_two_identical_runs_have_identical_results(tmp_path):
         execute(Run("toy", Config(seed=4), tmp_path / name))
     one, two = (files(tmp_path / name / "results") for name in ("one", "two"))
     assert one == two
+
+
+def test_a_run_of_any_device_is_complete_where_the_device_is_left_open(tmp_path):
+    @dataclass(frozen=True)
+    class WithDevice(Config):
+        device: str | None = None
+
+    execute(Run("toy", WithDevice(device="cpu"), tmp_path / "one"))
+    assert is_complete(Run("toy", WithDevice(), tmp_path / "one"))
+    execute(Run("toy", WithDevice(), tmp_path / "two"))
+    assert set(execute(Run("toy", WithDevice(), tmp_path / "two")).table["device"]) == {usable_device().type}
+    with pytest.raises(RequestError, match="holds a run with device None, not 'cpu'"):
+        is_complete(Run("toy", WithDevice(device="cpu"), tmp_path / "two"))
 
 
 def test_nothing_else_is_overwritten(tmp_path):

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from workbench.analysis.rows import blocks, next_tokens, recorded_layers
 from workbench.io.errors import RequestError
-from workbench.io.torch_state import plain_torch
-from workbench.model.checkpoint import usable_device
+from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.results.variable import Variable, dataset
 from workbench.store.reader import Store
@@ -94,7 +93,7 @@ def read_lens(
     site: str,
     top_k: int,
     detail: int,
-    device: str,
+    device: str | None,
     translate: Translate = lambda layer, states: states,
 ) -> tuple[xr.Dataset, pd.DataFrame]:
     """Returns the readings of the lens `W_U LN_f(translate(layer, h))` as arrays (`LENS_VARIABLES`) and as a table.
@@ -107,7 +106,7 @@ def read_lens(
         site: Kind of site to read at every recorded layer.
         top_k: Top tokens kept for each layer and row.
         detail: Rows, from the first on, whose own readings are kept.
-        device: Device of the products with W_U.
+        device: Device of the products with W_U. None: the GPU if there is one.
         translate: Map from a layer and its states to the input of the final norm; the model's own output is never
             translated.
 

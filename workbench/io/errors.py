@@ -30,8 +30,8 @@ def escape(text: str, kept: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or the name of its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Returns the first line of an error's text that is not blank, or the name of its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def shown(value: object) -> str:

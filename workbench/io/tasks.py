@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, first_line
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -126,11 +126,6 @@ def lost_task(description: str, error: Exception) -> DataError:
         f"workers died {DEATHS} times before {description} was finished ({first_line(error)}); what is committed "
         "stays: try fewer workers if memory ran out, and run the same command to resume"
     )
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message that is not empty, or else the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def import_ray() -> ModuleType:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from workbench.io.errors import RequestError, first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,6 +38,22 @@ def plain_torch() -> Iterator[None]:
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(torch.float32)
         yield
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """Returns the device of that name; None stands for the GPU if there is one (CUDA or ROCm), else the CPU.
+
+    Raises:
+        RequestError: The device is unknown or cannot be used on this machine.
+    """
+    import torch  # takes seconds
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
+        raise RequestError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
 
 
 def device_for_float64(device: torch.device) -> torch.device:

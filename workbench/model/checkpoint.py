@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, first_line
 from workbench.io.log import PROGRESS
-from workbench.io.tasks import first_line
-from workbench.io.torch_state import fast_bfloat16
+from workbench.io.torch_state import fast_bfloat16, usable_device
 from workbench.model.location import Location
 from workbench.model.preview import check_config
 
@@ -43,13 +42,12 @@ def load_checkpoint(
     Raises:
         RequestError: As `load_model`.
     """
-    import torch  # takes seconds
 
     _check_dtype(dtype)
     check_config(location)
     where = {"device_map": "auto"} if device == "auto" else {}
     if not where:
-        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device)
     if location.local and not allow_pickle:
         _refuse_pickles(location)
     with quietly(f"model {location.name!r}"):
@@ -160,16 +158,6 @@ def _refuse_pickles(location: Location) -> None:
             f"model {location.name!r} has only pickled weights ({pickled[0]}), which can run code when read; "
             "convert them to safetensors or pass allow_pickle=True if you trust their author"
         )
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """Returns the device of that name. Raises RequestError if it is unknown or cannot be used on this machine."""
-    import torch  # takes seconds
-
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
-        raise RequestError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
 
 
 # ---- what transformers says -----------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from workbench.io.errors import RequestError
-from workbench.io.tasks import first_line
+from workbench.io.errors import RequestError, first_line
 from workbench.io.torch_state import plain_torch
 from workbench.model.checkpoint import load_checkpoint, quietly
 from workbench.model.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from workbench.io.errors import RequestError
-from workbench.io.tasks import first_line, import_ray
+from workbench.io.errors import RequestError, first_line
+from workbench.io.tasks import import_ray
 from workbench.model.load import Loading, Model
 from workbench.model.reload import recorded_difference
 from workbench.store.manifest import ModelRecord

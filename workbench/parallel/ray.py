@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.io.checks import check
-from workbench.io.errors import RequestError, WorkbenchError
-from workbench.io.tasks import DEATHS, Answer, Begin, OnLost, Task, first_line, import_ray
+from workbench.io.errors import RequestError, WorkbenchError, first_line
+from workbench.io.tasks import DEATHS, Answer, Begin, OnLost, Task, import_ray
 from workbench.io.versions import library_versions
 
 _LOG = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class RayWorkers:
     threads: int | None = None
     """CPU threads of each worker. None: on this machine its cores divided by `count`, on a cluster 1."""
     kind: str | None = None
-    """Type of device of each worker, cpu or cuda (one GPU each). None: cuda if this machine has one; in a sweep, if
-    its settings ask for it."""
+    """Type of device of each worker, cpu or cuda (one GPU each). None: cuda if this machine has one; in a sweep,
+    unless its settings name the CPU."""
 
     planning_device = "cpu"
     remote = True

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from workbench.io.errors import RequestError
-from workbench.results.result import Result
+from workbench.results.result import Result, with_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ def make_result(name: str, config: Any, table: pd.DataFrame, *stores: Store, dat
     """
     import xarray as xr  # seconds, which `workbench sweep --help` does not pay
 
-    settings = identity(config)
+    settings = with_device(identity(config))
     if taken := [column for column in table.columns if column in settings]:
         raise RequestError(f"table of {name} has a column {taken[0]!r}, and so has its config; rename one")
     columns = {key: [_cell(value)] * len(table) for key, value in settings.items()}

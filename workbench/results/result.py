@@ -15,6 +15,7 @@ from workbench.io.files import explain_full_disk, replace_folder, sha256_bytes, 
 from workbench.io.findings import FileRecord
 from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
 from workbench.io.reading import read_file
+from workbench.io.torch_state import usable_device
 from workbench.results.arrays import json_value, read_dataset, write_dataset
 from workbench.results.registry import find_maker, reference
 from workbench.results.tables import read_table, write_table
@@ -210,7 +211,7 @@ def provenance(store: Store, settings: Any) -> dict[str, Any]:
         store: The store that was read.
         settings: The probe, a dataclass of settings.
     """
-    model, values = store.manifest.model, asdict(settings)
+    model, values = store.manifest.model, with_device(asdict(settings))
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -221,6 +222,13 @@ def provenance(store: Store, settings: Any) -> dict[str, Any]:
         "probe_class": reference(type(settings)),
         "workbench": version("interp-workbench"),
     }
+
+
+def with_device(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings whose `device` None is replaced by the type of device that it stands for here."""
+    if settings.get("device", "cpu") is not None:
+        return settings
+    return {**settings, "device": usable_device().type}
 
 
 def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) -> None:

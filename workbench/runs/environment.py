@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.io.files import sha256_bytes
+from workbench.io.torch_state import usable_device
 from workbench.results.experiment import identity
 
 _LIBRARIES = ("interp-workbench", "torch", "transformers", "transformer-lens", "sae-lens", "tokenizers", "numpy")
@@ -20,15 +21,16 @@ _CONFIGS = ("config.json", "cfg.json")
 """Files that make a folder a model or a sparse autoencoder."""
 
 
-def environment(source: Path, device: str = "cpu") -> dict[str, Any]:
+def environment(source: Path, device: str | None = "cpu") -> dict[str, Any]:
     """Returns Python, platform, device, threads, versions, commit and time, as `environment.json` has them.
 
     Args:
         source: File of the experiment, whose commit is meant.
-        device: Device of the run: cpu, cuda, cuda:1.
+        device: Device of the run: cpu, cuda, cuda:1. None: the GPU if there is one.
     """
     import torch  # seconds, which `workbench sweep --help` does not pay
 
+    device = device or usable_device().type
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
     versions = {}
     for name in _LIBRARIES:

@@ -135,7 +135,8 @@ def is_complete(run: Run) -> bool:
         )
     requested = identity(run.config)
     for name in dict.fromkeys([*requested, *config]):
-        if requested.get(name) != config.get(name):
+        left_open = name == "device" and requested.get(name) is None  # the numbers of any device will do
+        if requested.get(name) != config.get(name) and not left_open:
             raise RequestError(
                 f"out {str(folder)!r} holds a run with {name} {config.get(name)!r}, not {requested.get(name)!r}; "
                 "choose another folder or remove it"

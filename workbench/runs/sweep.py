@@ -145,15 +145,22 @@ def _outcomes(workers: Workers, runs: Sequence[Run]) -> Iterator[Outcome]:
         present = {run: (run.folder / CONFIG).exists() for run in runs}  # to be read, or refused
         yield from (attempt(run) for run in runs if present[run])
         runs = [run for run in runs if not present[run]]
-    on_gpu = any(str(getattr(run.config, "device", "cpu")).startswith("cuda") for run in runs)
-    with closing(workers.map(begin_runs, (), runs, on_lost, "cuda" if on_gpu else "cpu")) as answers:
+    with closing(workers.map(begin_runs, (), runs, on_lost, _device_type(runs))) as answers:
         for _, outcome in answers:
             yield outcome
 
 
-def begin_runs(device: str) -> Callable[[Run], Outcome]:
+def _device_type(runs: Sequence[Run]) -> str | None:
+    """Type of device of the workers: cuda if a run names it; None, their own choice, if a run leaves it open."""
+    devices = [getattr(run.config, "device", "cpu") for run in runs]
+    if any(str(device).startswith("cuda") for device in devices):
+        return "cuda"
+    return None if None in devices else "cpu"
+
+
+def begin_runs(device: str | None) -> Callable[[Run], Outcome]:
     """Returns `attempt`, after choosing the GPU that "cuda" in a config stands for, where `device` names one."""
-    if ":" in device:
+    if device and ":" in device:
         import torch  # takes seconds
 
         torch.cuda.set_device(device)

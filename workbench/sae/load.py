@@ -25,8 +25,8 @@ from torch import Tensor
 from workbench import embedded
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.reading import check_regular
-from workbench.io.torch_state import plain_torch
-from workbench.model.checkpoint import quietly, usable_device
+from workbench.io.torch_state import plain_torch, usable_device
+from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.config import check_settings
 from workbench.sae.formats import AGAIN, Converted, converter, read_object
@@ -184,7 +184,7 @@ def load_sae(
         RequestError: No such directory, release or id; an architecture that cannot encode rows; an unusable device.
         DataError: Files that are damaged or do not fit each other.
     """
-    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     text = os.fspath(name)
     if text == embedded.NAME:
         return _load_directory(_demo_directory(), embedded.NAME, device)

@@ -19,7 +19,7 @@ import xarray as xr
 from workbench.model.load import Model
 from workbench.results.probe import definition, setting_meanings
 from workbench.results.registry import find_probe
-from workbench.results.result import Result, load_result
+from workbench.results.result import Result, load_result, with_device
 from workbench.results.variable import Variable
 from workbench.store.reader import Store
 
@@ -146,7 +146,8 @@ class ProbeContract:
         known = result.provenance
         assert known["model_fingerprint"] == store.manifest.model.fingerprint
         assert known["store_fingerprint"] == store.manifest.fingerprint
-        assert json.loads(json.dumps(known["settings"])) == json.loads(json.dumps(asdict(self.probe(**self.settings))))
+        settings = with_device(asdict(self.probe(**self.settings)))
+        assert json.loads(json.dumps(with_device(known["settings"]))) == json.loads(json.dumps(settings))
 
     def test_the_same_run_gives_the_same_result(self, result: Result, store: Store, model: Model | None) -> None:
         """Two runs with the same settings return the same result."""
