@@ -108,6 +108,10 @@ def test_the_canary_a_wrong_shape_is_refused(package, tmp_path, monkeypatch):
         "    return x.sum(1)\n"
         "def column_sums(x: Float[np.ndarray, 'row d_model']) -> Float[np.ndarray, ' row']:\n"
         "    return x.sum(0)\n"
+        "def adder(term: int | float):\n"
+        "    def add(x: int) -> int:\n"
+        "        return x + term\n"
+        "    return add\n"
     )
     parent = import_module(package)
     monkeypatch.setattr(parent, "__path__", [*parent.__path__, str(tmp_path)])
@@ -121,3 +125,7 @@ def test_the_canary_a_wrong_shape_is_refused(package, tmp_path, monkeypatch):
     ):
         with pytest.raises(Exception, match="Type-check error whilst checking the"):
             call()
+    assert [canary.adder(term)(1) for term in (1, 2)] == [2, 3]
+    for wrong in (lambda: canary.adder(1)("x"), lambda: canary.adder(0.5)(1)):
+        with pytest.raises(Exception, match="violates type hint"):
+            wrong()

@@ -1,8 +1,9 @@
-"""Checks of annotations while the tests run: of types everywhere, of shapes in the modules that state shapes.
+"""Checks of annotations while the tests run: of types everywhere, of shapes in the functions that state shapes.
 
-jaxtyping's wrapper keeps a memo of axes for every call, which is most of the time of a small function. A module that
-imports nothing of jaxtyping needs no memo: there beartype alone checks the same annotations. Importing this module
-replaces the decorator that jaxtyping's import hook adds.
+jaxtyping's wrapper keeps a memo of axes for every call, which is most of the time of a small function. A function that
+states no shape needs no memo: there beartype alone checks the same annotations. A function inside another one is
+defined again at each call of the outer one; its check is built the first time only. Importing this module replaces the
+decorator that jaxtyping's import hook adds.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
 
 _WITH_SHAPES = jaxtyping.jaxtyped
+_CHECKS: dict[tuple[CodeType, str], FunctionType | None] = {}
+_FUNCTION = "__beartype_func"  # the keyword by which a check of beartype knows the function that it calls
 
 
 def _checked(*arguments: Any, typechecker: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -27,26 +31,39 @@ def _decorated(thing: Any, typechecker: Callable[..., Any]) -> Any:
     if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
         thing.__init__ = _decorated(thing.__init__, typechecker)
         return thing
-    if not inspect.isfunction(thing) or _states_shapes(thing.__globals__):
+    if not inspect.isfunction(thing):
         return _WITH_SHAPES(thing, typechecker=typechecker)
+    if not thing.__annotations__:
+        return thing
+    key = (thing.__code__, thing.__module__)
+    if key in _CHECKS:
+        known = _CHECKS[key]
+        return thing if known is None else _check_of(known, thing)
     written = thing.__annotations__
-    thing.__annotations__ = {name: _resolved(hint, thing.__globals__) for name, hint in written.items()}
+    hints = {name: _resolved(hint, thing.__globals__) for name, hint in written.items()}
+    if any("jaxtyping." in repr(hint) for hint in hints.values()):
+        return _WITH_SHAPES(thing, typechecker=typechecker)
+    thing.__annotations__ = hints
     try:
-        return typechecker(thing)
+        check = typechecker(thing)
     finally:
         thing.__annotations__ = written
+    if "<locals>" in thing.__qualname__:
+        if check is thing:
+            _CHECKS[key] = None
+        elif _FUNCTION in (check.__kwdefaults__ or {}):
+            _CHECKS[key] = check
+    return check
 
 
-def _states_shapes(names: dict[str, Any]) -> bool:
-    """True for the names of a module that imports a shape, or an alias of one, from jaxtyping."""
-    values = [value for name, value in names.items() if name not in ("jaxtyping", "__builtins__")]
-    return any(
-        _module(value).startswith("jaxtyping") or _module(type(value)).startswith("jaxtyping") for value in values
-    )
-
-
-def _module(thing: Any) -> str:
-    return str(getattr(thing, "__module__", ""))
+def _check_of(known: FunctionType, thing: FunctionType) -> FunctionType:
+    """The check of an earlier function of the same code, calling this one."""
+    check = FunctionType(known.__code__, known.__globals__, thing.__name__, known.__defaults__, known.__closure__)
+    check.__kwdefaults__ = {**(known.__kwdefaults__ or {}), _FUNCTION: thing}
+    check.__dict__.update(known.__dict__ | thing.__dict__, __wrapped__=thing)
+    check.__qualname__, check.__module__, check.__doc__ = thing.__qualname__, thing.__module__, thing.__doc__
+    check.__annotations__ = thing.__annotations__
+    return check
 
 
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:
