@@ -1,7 +1,8 @@
 """The probes: one question each, one file each, run on a store. Each is loaded when first used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from workbench.io.lazy import lazy_names
 
 if __name__ != "workbench.probes":
     raise ImportError("the probes are installed inside the package: write `from workbench.probes import ...`")
@@ -17,12 +18,7 @@ _PUBLIC = {
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'workbench.probes' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_PUBLIC[name]), name)
+__getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 if TYPE_CHECKING:

@@ -61,13 +61,9 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version  # milliseconds
 
         return version("interp-workbench")
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from importlib import import_module
+    from workbench.io.lazy import lazy_names  # not above: see TYPE_CHECKING
 
-    value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+    return lazy_names(__name__, _PUBLIC)(name)
 
 
 def __dir__() -> list[str]:

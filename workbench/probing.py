@@ -6,8 +6,9 @@
 plotly. A name here keeps its meaning; the module that it comes from may move.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from workbench.io.lazy import lazy_names
 
 _PUBLIC = {
     # the contract and its records
@@ -158,14 +159,7 @@ _PUBLIC = {
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'workbench.probing' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:
