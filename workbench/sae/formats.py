@@ -1,183 +1,164 @@
-"""Conversion of SAEs saved by sparsify and dictionary_learning to SAELens' settings and weights.
+"""Which library wrote a folder or file of an autoencoder, and what a folder of many contains.
 
-sparsify writes `cfg.json` and `sae.safetensors`. dictionary_learning writes `config.json` and `ae.pt`, a pickle, which
-is not opened here; the same tensors saved as `ae.safetensors` are. Every setting or tensor that changes a feature's
-activation is converted or raises an error that names it.
+A place is a folder that holds one autoencoder, or a safetensors file of a release that has a file a layer. Pickles are
+not opened: the error has the command that converts one.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
-from importlib.metadata import version
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from workbench.io.errors import RequestError, WorkbenchError
+from workbench.sae.conversion import Converted
+from workbench.sae.linear_formats import DICTIONARY, SPARSIFY, dictionary_learning, of_tensors, sparsify, tensor_file
+from workbench.sae.scope_formats import (
+    GEMMA,
+    GEMMA_2,
+    LLAMA,
+    LM_SAES,
+    LM_SAES_WEIGHTS,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    lm_saes,
+)
+from workbench.sae.transcoder_formats import transcoder
 
-from workbench.io.errors import DataError, RequestError
-from workbench.io.parse import read_json
-from workbench.io.tensors import open_safetensors
-from workbench.sae.config import check_count
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+"""Files of an autoencoder as SAELens saves it."""
 
-AGAIN = "save or download the SAE again"
-"""Advice in errors about damaged files."""
-
-Converted = tuple[dict[str, Any], dict[str, Tensor]]
-"""Settings as in SAELens' `cfg.json`, and tensors under SAELens' names."""
-
-_SPARSIFY, _PICKLE, _DICTIONARY = "sae.safetensors", "ae.pt", "ae.safetensors"
-_SPARSIFY_TRAINING = {"expansion_factor", "normalize_decoder", "multi_topk", "lookup_max_order", "gram_table_hash"}
-_SPARSIFY_REFUSED = ("signed", "embed_skip", "gram_lookup")
+_LAYERS = re.compile(r"(layer_|W_enc_|params_layer_)\d+\.safetensors")
+_PICKLE = re.compile(r".+\.(pt|pth|bin|pkl|ckpt)")
+_DEEPEST, _MOST = 6, 20_000  # folders below a folder of many, and entries looked at
+_SHOWN = 8
 
 
-def converter(folder: Path) -> Callable[[], Converted] | None:
-    """Returns the function that reads the directory, None if neither library wrote it; RequestError for a pickle."""
-    if (folder / _SPARSIFY).is_file():
-        return lambda: _sparsify(folder)
-    if (folder / _DICTIONARY).is_file():
-        return lambda: _dictionary_learning(folder)
-    if (folder / _PICKLE).is_file():
-        raise RequestError(
-            f"SAE {str(folder)!r} contains {_PICKLE}, a pickle, which can run code and is not opened; if you trust it: "
-            f"safetensors.torch.save_file(torch.load({_PICKLE!r}, weights_only=True), {_DICTIONARY!r})"
-        )
+def converter(place: Path) -> Callable[[], Converted] | None:
+    """Returns the function that reads the autoencoder at a place; None if SAELens wrote it, or it is none.
+
+    Raises:
+        RequestError: A pickle, or a folder of dictionary_learning with one.
+        DataError: A damaged file.
+    """
+    if place.is_file():
+        return _of_file(place)
+    for name, read in _OF_FOLDERS.items():
+        if (place / name).is_file():
+            return lambda: read(place)
+    if (place / LM_SAES).is_file() and (place / LM_SAES_WEIGHTS).is_file() and not (place / CONFIG).is_file():
+        return lambda: lm_saes(place)
+    if (place / "config.json").is_file() and (place / "ae.pt").is_file():
+        raise pickled(place / "ae.pt")
     return None
 
 
-def _sparsify(folder: Path) -> Converted:
-    source = folder / "cfg.json"
-    config = read_object(source)
-    for name in _SPARSIFY_REFUSED:
-        if config.pop(name, False):
-            raise RequestError(f"{source}: {name} changes the features and is not supported")
-    if (activation := config.pop("activation", "topk")) != "topk":
-        raise RequestError(f"{source}: activation {activation!r} is not supported; only topk is")
-    transcode, skip = config.pop("transcode", False), config.pop("skip_connection", False)
-    if skip and not transcode:
-        raise RequestError(f"{source}: skip_connection is supported for transcoders only")
-    tensors = _tensors(folder / _SPARSIFY)
-    d_in, k, latents = (config.pop(name, None) for name in ("d_in", "k", "num_latents"))
-    if unknown := sorted(config.keys() - _SPARSIFY_TRAINING):
-        raise DataError(f"{source}: unknown sparsify setting {unknown[0]!r}, which may change the features")
-    weights = {
-        "W_enc": _take(tensors, "encoder.weight", folder / _SPARSIFY).T.contiguous(),
-        "b_enc": _take(tensors, "encoder.bias", folder / _SPARSIFY),
-        "W_dec": _take(tensors, "W_dec", folder / _SPARSIFY),
-        "b_dec": _take(tensors, "b_dec", folder / _SPARSIFY),
-    }
-    tensors.pop("W_skip", None)  # part of a transcoder's output, which is not computed here
-    _check_none_left(tensors, folder / _SPARSIFY)
-    _check_shape(source, weights["W_enc"], d_in, latents or None)
-    run_config = folder.parent / "config.json"
-    metadata: dict[str, Any] = {
-        "model_name": read_object(run_config).get("model") if run_config.is_file() else None,
-        "transcode": transcode or None,
-    }
-    if place := re.fullmatch(r"(?:layers|h)[._](\d+)(\.mlp)?", folder.name):
-        part = "mlp_out" if place[2] else "resid_post"
-        metadata["hook_name"] = None if transcode else f"blocks.{place[1]}.hook_{part}"
-    settings = {"k": check_count(source, "k", k), "apply_b_dec_to_input": not transcode}
-    return _settings("topk", weights, settings, metadata), weights
+def is_place(path: Path) -> bool:
+    """Returns True if a path is a folder or file from which one autoencoder can be read, by the names of its files."""
+    if path.is_dir():
+        if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+            return True
+        lm_saes_too = (path / LM_SAES).is_file() and (path / LM_SAES_WEIGHTS).is_file()
+        return lm_saes_too or any((path / name).is_file() for name in _OF_FOLDERS)
+    try:
+        return path.is_file() and path.suffix == ".safetensors" and _of_file(path) is not None
+    except WorkbenchError:
+        return False
 
 
-def _dictionary_learning(folder: Path) -> Converted:
-    source, path = folder / "config.json", folder / _DICTIONARY
-    trainer = read_object(source).get("trainer")
-    if not isinstance(trainer, dict) or "dict_class" not in trainer:
-        raise DataError(f"{source}: trainer has no dict_class")
-    kind = trainer["dict_class"]
-    if not isinstance(kind, str) or kind not in _DICTIONARIES:
-        raise RequestError(f"{source}: dict_class {kind!r} is not supported; supported are {', '.join(_DICTIONARIES)}")
-    architecture, names, subtracted, scaled = _DICTIONARIES[kind]
-    tensors = _tensors(path)
-    weights = {name: _take(tensors, source_name, path) for name, source_name in names.items()}
-    for name in ("W_enc", "W_dec"):
-        if names[name].endswith(".weight"):  # nn.Linear stores (out, in)
-            weights[name] = weights[name].T.contiguous()
-    settings: dict[str, Any] = {"apply_b_dec_to_input": subtracted}
-    k = tensors.pop("k", None)
-    if architecture == "topk":
-        settings["k"] = check_count(source, "trainer.k", trainer.get("k"))
-        if k is not None and int(k) != settings["k"]:
-            raise DataError(f"{source}: trainer.k is {settings['k']}, but {path.name} has k {int(k)}")
-        tensors.pop("threshold", None)  # this class encodes by k
-    if "threshold" in weights and weights["threshold"].ndim == 0:
-        weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1]).clone()
-    tensors.pop("group_sizes", None)  # for nested training losses; encoding uses all groups
-    _check_none_left(tensors, path)
-    _check_shape(source, weights["W_enc"], trainer.get("activation_dim"), trainer.get("dict_size"))
-    if scaled:  # features are multiplied by the decoder's norms, and the decoder divided by them
-        norm = weights["W_dec"].norm(dim=1)
-        for name in weights.keys() & {"W_enc", "b_enc", "b_gate", "b_mag", "threshold"}:
-            weights[name] = weights[name] * norm
-        weights["W_dec"] = weights["W_dec"] / norm[:, None]
-    metadata: dict[str, Any] = {"model_name": trainer.get("lm_name"), "hook_name": None}
-    if str(trainer.get("submodule_name")).startswith("resid_post") and isinstance(trainer.get("layer"), int):
-        metadata["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
-    return _settings(architecture, weights, settings, metadata), weights
+def place_of(folder: Path, sae_id: str | None) -> Path:
+    """Returns the place that an id means in a folder of several: a folder, or a file with or without its ending."""
+    if sae_id is None:
+        return folder
+    return next((path for name in _spellings(sae_id) if (path := folder / name).exists()), folder / sae_id)
 
 
-_LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
-_PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-_GATED = {
-    "W_enc": "encoder.weight",
-    "W_dec": "decoder.weight",
-    "b_dec": "decoder_bias",
-    "b_gate": "gate_bias",
-    "b_mag": "mag_bias",
-    "r_mag": "r_mag",
+def places_in(folder: Path) -> list[str]:
+    """Returns the ids of the autoencoders in a folder and the folders below it, in their natural order."""
+    ids = []
+    for path in _walk(folder):
+        if is_place(path):
+            name = str(path.relative_to(folder))
+            ids.append(name.removesuffix(".safetensors") if path.is_file() else name)
+    return sorted(ids, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def pickles_in(folder: Path) -> list[Path]:
+    """Returns the pickles in a folder and the folders below it."""
+    return [path for path in _walk(folder) if _PICKLE.fullmatch(path.name)]
+
+
+def pickled(path: Path) -> RequestError:
+    """Returns the error about a pickle, with the command that writes its tensors to a safetensors file beside it."""
+    target = str(path.with_suffix(".safetensors"))
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = d.get('sae', d); "
+        "d = {**d.pop('activation_state_dict', {}), **d}; "
+        "save_file({k: torch.as_tensor(v).clone().contiguous() for k, v in d.items() if not isinstance(v, str)}, "
+        f"{target!r}, {{'from': {path.name!r}, **{{k: v for k, v in d.items() if isinstance(v, str)}}}})"
+    )
+    return RequestError(
+        f"SAE {str(path)!r} is a pickle, which can run code, and is not opened; if you trust it, convert it and load "
+        f"the result: python -c {shlex.quote(code)}"
+    )
+
+
+def listed(ids: list[str]) -> str:
+    """Returns ids as a message shows them."""
+    return ", ".join(ids[:_SHOWN]) + (f", ... ({len(ids)} in all)" if len(ids) > _SHOWN else "")
+
+
+_OF_FOLDERS: dict[str, Callable[[Path], Converted]] = {
+    SPARSIFY: sparsify,
+    DICTIONARY: dictionary_learning,
+    GEMMA: gemma_scope,
+    GEMMA_2: gemma_scope_2,
+    LLAMA: llama_scope,
 }
-_DICTIONARIES: dict[str, tuple[str, dict[str, str], bool, bool]] = {
-    "AutoEncoder": ("standard", _LINEAR | {"b_dec": "bias"}, True, False),
-    "AutoEncoderNew": ("standard", _LINEAR | {"b_dec": "decoder.bias"}, False, False),
-    "GatedAutoEncoder": ("gated", _GATED, True, True),
-    "JumpReluAutoEncoder": ("jumprelu", _PLAIN | {"threshold": "threshold"}, False, True),
-    "AutoEncoderTopK": ("topk", _LINEAR | {"b_dec": "b_dec"}, True, False),
-    "BatchTopKSAE": ("jumprelu", _LINEAR | {"b_dec": "b_dec", "threshold": "threshold"}, True, False),
-    "MatryoshkaBatchTopKSAE": ("jumprelu", _PLAIN | {"threshold": "threshold"}, True, False),
-}
-"""dict_class -> (architecture, names of its tensors, whether b_dec is subtracted from the input, whether features are
-multiplied by the decoder's norms)."""
+"""File that a folder of this format has -> its reader."""
 
 
-def _settings(
-    architecture: str, weights: dict[str, Tensor], settings: dict[str, Any], metadata: dict[str, Any]
-) -> dict[str, Any]:
-    d_in, d_sae = weights["W_enc"].shape
-    declared = {name: value for name, value in metadata.items() if value is not None}
-    return {
-        "architecture": architecture,
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "metadata": {"sae_lens_version": version("sae-lens"), **declared},
-        **settings,
-    }
+def _of_file(path: Path) -> Callable[[], Converted] | None:
+    if _PICKLE.fullmatch(path.name):
+        raise pickled(path)
+    if path.name.startswith("params_layer_") and _LAYERS.fullmatch(path.name):
+        return lambda: gemma_scope_2(path.parent, path.name)
+    if _LAYERS.fullmatch(path.name):
+        return lambda: transcoder(path)
+    if path.suffix == ".safetensors" and of_tensors(path):
+        return lambda: tensor_file(path)
+    return None
 
 
-def _check_shape(source: Path, weight: Tensor, d_in: object, d_sae: object) -> None:
-    for declared, actual, axis in ((d_in, weight.shape[0], "inputs"), (d_sae, weight.shape[1], "features")):
-        if declared is not None and declared != actual:
-            raise DataError(f"{source} declares {declared} {axis}, but the weights have {actual}")
+def _spellings(sae_id: str) -> Iterator[str]:
+    yield sae_id
+    yield f"{sae_id}.safetensors"
+    yield f"{sae_id}.sae.safetensors"
+    for ending in (".pt", ".pth", ".sae.pt"):  # which are refused with the command that converts them
+        yield f"{sae_id}{ending}"
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; DataError if it has none."""
-    return read_json(path, AGAIN, finite=False)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with open_safetensors(path, AGAIN) as file:
-        return {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
-
-
-def _take(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:
-    if name not in tensors:
-        raise DataError(f"{path} has no tensor {name!r}; it contains {', '.join(sorted(tensors)) or 'nothing'}")
-    return tensors.pop(name)
-
-
-def _check_none_left(tensors: dict[str, Tensor], path: Path) -> None:
-    if tensors:
-        raise DataError(f"{path}: unknown tensor {min(tensors)!r}, which may change the features")
+def _walk(folder: Path) -> Iterator[Path]:
+    """Folders, safetensors files and pickles below a folder; what is inside of a place is a part of it."""
+    seen, waiting = 0, [(folder, 0)]
+    while waiting:
+        parent, depth = waiting.pop()
+        try:
+            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            seen += 1
+            path = parent / entry.name
+            if seen > _MOST:
+                return
+            if entry.is_dir():
+                yield path
+                if depth < _DEEPEST and not entry.name.startswith(".") and not is_place(path):
+                    waiting.append((path, depth + 1))
+            elif path.suffix == ".safetensors" or _PICKLE.fullmatch(path.name):
+                yield path

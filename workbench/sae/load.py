@@ -1,4 +1,4 @@
-"""Loading of sparse autoencoders: a directory of SAELens or another library, a SAELens release, or the embedded one.
+"""Loading of sparse autoencoders: a folder of SAELens or another library, a SAELens release, or the embedded one.
 
 SAELens reads the files and does the mathematics. Errors that it would ignore are raised here: a misspelt key of
 `cfg.json`, a training architecture without an inference class, weights that do not fit. Its import takes seconds, so a
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,15 +30,14 @@ from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.config import check_settings
-from workbench.sae.formats import AGAIN, Converted, converter, read_object
+from workbench.sae.conversion import AGAIN, Converted, read_object
+from workbench.sae.formats import CONFIG, WEIGHTS, converter, is_place, listed, pickled, pickles_in, place_of, places_in
 from workbench.sae.training import centres
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 _LOG = logging.getLogger(__name__)
-
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 _UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 """Normalisations whose constants are not in the files; SAELens then leaves inputs unnormalised."""
@@ -173,11 +173,10 @@ def load_sae(
     """Loads a sparse autoencoder in float32.
 
     Args:
-        name: A directory written by SAELens (`cfg.json`, `sae_weights.safetensors`), sparsify (`cfg.json`,
-            `sae.safetensors`) or dictionary_learning (`config.json`, `ae.safetensors`), or a directory of several such
-            directories; a release listed by SAELens, the only case that may use the network; or "demo", the SAE that
-            ships with the workbench.
-        sae_id: The folder inside a directory of several, or the id within a release.
+        name: A folder or safetensors file of SAELens, Gemma Scope, Llama Scope, circuit-tracer, Qwen Scope, Goodfire,
+            OpenAI, sparsify or dictionary_learning, or a folder of several; a release listed by SAELens, the only case
+            that may use the network; or "demo", the SAE that ships with the workbench.
+        sae_id: The path inside a folder of several, or the id within a release.
         device: Where to compute. None: the GPU if there is one, else the CPU.
 
     Raises:
@@ -187,11 +186,11 @@ def load_sae(
     device = usable_device(device)
     text = os.fspath(name)
     if text == embedded.NAME:
-        return _load_directory(_demo_directory(), embedded.NAME, device)
+        return _load_place(_demo_directory(), embedded.NAME, device)
     path = Path(text).expanduser()
     if text and path.exists():
-        folder = path if sae_id is None else path / sae_id
-        return _load_directory(_checked_directory(path, folder, sae_id), folder.resolve().name, device)
+        place = _checked_place(path, sae_id)
+        return _load_place(place, _name(place, sae_id), device)
     if not isinstance(name, str) or not text or os.sep in text:  # no release has a slash
         parent = next(folder for folder in path.absolute().parents if folder.is_dir())
         missing = path.absolute().relative_to(parent).parts[:1]
@@ -206,46 +205,67 @@ def _demo_directory() -> Path:
     return folder
 
 
-def _checked_directory(path: Path, folder: Path, sae_id: str | None) -> Path:
-    if path.is_file():
-        raise RequestError(f"SAE {str(path)!r} is a file; give the folder that contains {CONFIG} and {WEIGHTS}")
-    several = sorted({entry.parent.name for name in (CONFIG, "config.json") for entry in path.glob(f"*/{name}")})
-    if not folder.is_dir():
-        raise RequestError(f"sae_id {sae_id!r}: no such folder in {str(path)!r}{nearest(str(sae_id), several)}")
-    if not (folder / CONFIG).is_file() and converter(folder) is None:
-        if several and sae_id is None:
-            raise RequestError(f"SAE {str(path)!r} contains several; choose one with sae_id: {', '.join(several[:8])}")
-        inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-        raise RequestError(f"SAE {str(folder)!r} is a directory without {CONFIG}; it contains {inside}")
-    return folder
+def _checked_place(path: Path, sae_id: str | None) -> Path:
+    """The folder or file of one autoencoder; RequestError where there is none, or there are several."""
+    place = place_of(path, sae_id)
+    if not place.exists():
+        close = nearest(str(sae_id), ids := places_in(path)) or (f"; it has {listed(ids)}" if ids else "")
+        raise RequestError(f"sae_id {sae_id!r}: no such folder in {str(path)!r}{close}")
+    if place.is_file():
+        if converter(place) is None and not is_place(place.parent):
+            raise RequestError(f"SAE {str(place)!r} is a file; give the folder that contains {CONFIG} and {WEIGHTS}")
+        return place.parent if converter(place) is None else place
+    if not (place / CONFIG).is_file() and converter(place) is None:
+        ids = places_in(place)
+        if ids and sae_id is None:
+            raise RequestError(f"SAE {str(path)!r} contains several; choose one with sae_id: {listed(ids)}")
+        if ids:
+            raise RequestError(
+                f"sae_id {sae_id!r} contains several; choose one: {listed([f'{sae_id}/{i}' for i in ids])}"
+            )
+        if pickles := pickles_in(place):
+            raise pickled(pickles[0])
+        inside = ", ".join(sorted(entry.name for entry in place.iterdir())[:5]) or "nothing"
+        raise RequestError(f"SAE {str(place)!r} is a directory without {CONFIG}; it contains {inside}")
+    return place
 
 
-def _load_directory(folder: Path, name: str, device: torch.device) -> Sae:
+def _name(place: Path, sae_id: str | None) -> str:
+    """Name of an autoencoder: that of its folder, with as many folders above as tell it from its neighbours."""
+    if sae_id is not None and "/" in sae_id:
+        return sae_id
+    place = place.absolute()
+    if place.is_file():
+        return f"{place.parent.name}/{place.stem}"
+    parents = 2 if re.match("average_l0_|canonical", place.name) else 0  # Gemma Scope: layer_0/width_16k/average_l0_9
+    return "/".join(place.resolve().parts[-1 - parents :])
+
+
+def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     with _silenced():
         from sae_lens import SAE
         from safetensors import SafetensorError
 
-    if foreign := converter(folder):
-        return _inference_sae(_from_converted(foreign(), folder, device), name)
-    check_settings(read_object(folder / CONFIG), folder / CONFIG)
-    if (folder / WEIGHTS).exists():
-        check_regular(folder / WEIGHTS, AGAIN)
+    if foreign := converter(place):
+        return _inference_sae(_from_converted(foreign(), place, device), name)
+    check_settings(read_object(place / CONFIG), place / CONFIG)
+    if (place / WEIGHTS).exists():
+        check_regular(place / WEIGHTS, AGAIN)
     try:
         with _silenced():
-            module = SAE.load_from_disk(folder, device=str(device), dtype="float32")
+            module = SAE.load_from_disk(place, device=str(device), dtype="float32")
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / WEIGHTS} is missing or damaged: {_line(error)}") from None
+        raise DataError(f"{place / WEIGHTS} is missing or damaged: {_line(error)}") from None
     except Exception as error:  # SAELens and torch raise many kinds for weights that do not fit
-        raise DataError(f"SAE {str(folder)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
+        raise DataError(f"SAE {str(place)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
     return _inference_sae(module, name)
 
 
 def _from_converted(converted: Converted, folder: Path, device: torch.device) -> SAE[Any]:
     from sae_lens import SAE
 
-    config, weights = converted
-    config |= {"device": str(device), "dtype": "float32"}
-    weights = {name: part.to(device) for name, part in weights.items()}
+    config = converted.settings | {"device": str(device), "dtype": "float32"}
+    weights = {name: part.to(device) for name, part in converted.weights.items()}
     try:
         with _silenced():
             return SAE.load_from_disk(folder, device=str(device), converter=lambda *_, **__: (config, weights))
