@@ -22,6 +22,7 @@ from workbench.io.errors import RequestError
 from workbench.results.experiment import make_result
 
 NAME = "sae-layers"
+_OF_PREDICTIONS = ("loss_clean", "loss_spliced", "loss_recovered", "kl_spliced", "kl_score")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ def run(config: Config) -> wb.Result:
         "rows_counted": metrics.rows,
         "l0": metrics.l0,
         "explained_variance": metrics.explained_variance,
+        "cosine": metrics.cosine,
         "dead_share": metrics.dead_share,
-        "loss_clean": np.nan if metrics.loss is None else metrics.loss.clean,
-        "loss_spliced": np.nan if metrics.loss is None else metrics.loss.spliced,
-        "loss_recovered": np.nan if metrics.loss is None else metrics.loss.recovered,
+        **{name: metrics.intervals[name].mean if metrics.loss else np.nan for name in _OF_PREDICTIONS},
     }
     return make_result(NAME, config, pd.DataFrame([line]), store)
 

@@ -17,8 +17,8 @@ from workbench.cli.verbs import VERBS as TABLE
 from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
-    *("demo", "record", "plan", "info", "verify", "query", "features", "top", "probes", "report", "export", "compare"),
-    *("completion", "probe", "sweep"),
+    *("demo", "record", "plan", "info", "verify", "query", "features", "metrics", "top"),
+    *("probes", "report", "export", "compare", "completion", "probe", "sweep"),
 ]
 COMMANDS = [verb for verb in VERBS if verb not in ("probe", "sweep")]
 COMMANDS += [f"probe {name}" for name in installed_probes()] + [f"sweep {name}" for name in installed_experiments()]

@@ -1,8 +1,10 @@
 """Metrics of autoencoders on a store, against NumPy and plain forward passes."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from command_line import run
 from refusals import refused
 from sae_example import encode64, save_sae, set_weights
 from safetensors.numpy import load_file
@@ -11,7 +13,7 @@ from store_example import values, write_store
 import workbench as wb
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
-from workbench.sae import metrics
+from workbench.sae import reconstruction, spliced_loss
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import SplicedLoss, sae_metrics
 from workbench.store.manifest import SiteRecord
@@ -53,7 +55,7 @@ def test_metrics_equal_numpy(architecture, rows, block, store, tmp_path, monkeyp
     b_enc[:4] = -1e5  # dead
     sae = load_sae(set_weights(folder, b_enc=b_enc), device="cpu")
     if block:
-        monkeypatch.setattr(metrics, "block_rows", lambda _sae: block)
+        monkeypatch.setattr(reconstruction, "block_rows", lambda _sae: block)
     chosen = store.where("NOT is_special" if rows is None else rows)
     found = sae_metrics(store, sae, rows=rows)
     l0, explained, dead = fit64(folder, chosen["resid_post", 1].double().numpy())
@@ -163,7 +165,7 @@ def test_the_loss_equals_a_forward_pass_by_hand(model, recorded, tmp_path, monke
     assert abs(loss.zeroed - loss.clean) > 0.01
     expected = (zeroed.mean() - spliced.mean()) / (zeroed.mean() - clean.mean())
     assert loss.recovered == pytest.approx(expected, rel=1e-3)
-    monkeypatch.setattr(metrics, "_LOGIT_BYTES", 1)  # one sequence at a time
+    monkeypatch.setattr(spliced_loss, "_LOGIT_BYTES", 1)  # one sequence at a time
     again = sae_metrics(recorded, sae, model=model).loss
     assert again.tokens == loss.tokens
     assert again.spliced == pytest.approx(loss.spliced, abs=1e-5)
@@ -221,3 +223,26 @@ def test_rows_without_a_next_token_have_no_loss(recorded, model, tmp_path):
     assert refused(RequestError, lambda: sae_metrics(recorded, sae, model=model, rows=last)) == (
         "rows: none has a next token in its document, so there is no loss; choose others"
     )
+
+
+def test_the_command_prints_and_saves_what_the_function_returns(tmp_path):
+    texts = [document["text"][:200] for document in wb.demo_corpus()[:5]]
+    store = wb.record(
+        wb.load_model("demo"), texts, out=tmp_path / "x.acts", sites=["resid_post.0"], context=48, show_progress=False
+    )
+    code, out, err = run("metrics", store.path, "--sae", "demo", "--model", "demo", "--out", tmp_path / "tables")
+    assert (code, err) == (0, "")
+    metrics = sae_metrics(store, wb.load_sae("demo"), model=wb.load_model("demo"))
+    heading, *lines = (line.split() for line in out.splitlines()[:-2])
+    assert heading == ["metric", "value", "low", "high"]
+    expected = metrics.table.set_index("metric").loc[[line[0][1:-1] for line in lines]]
+    assert len(lines) == len(metrics.table) == 17
+    np.testing.assert_allclose([list(map(float, line[1:])) for line in lines], expected, rtol=1e-3)
+    tokens = f"{metrics.loss.tokens} predicted tokens, losses and KL in nats"
+    assert out.splitlines()[-2] == f"{metrics.rows} rows of 5 documents, {tokens}; low, high: 95 % CI"
+    saved = pd.read_csv(tmp_path / "tables" / "density.csv")
+    np.testing.assert_allclose(saved["density"], metrics.density["density"])
+    assert pd.read_csv(tmp_path / "tables" / "metrics.csv")["metric"].tolist() == metrics.table["metric"].tolist()
+    code, out, err = run("metrics", store.path, "--sae", "demo", "--rows", "position > 99", "--out", tmp_path / "other")
+    assert (code, out) == (2, "")
+    assert err.startswith("workbench: --rows: none of the ")

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.io.errors import RequestError, WorkbenchError, nearest
-from workbench.io.files import explain_full_disk, replace_folder, write_file
+from workbench.io.files import explain_full_disk, refuse_full, replace_folder, write_file
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
@@ -112,12 +112,6 @@ class Comparison:
             for name, text in pages.items():
                 write_file(new / name, text.encode("utf-8", "replace"))
         return folder
-
-
-def refuse_full(folder: Path) -> None:
-    """Raises RequestError if `folder` exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
 
 
 @plain_torch()

@@ -1,4 +1,4 @@
-"""Verbs of sparse features: features, top."""
+"""Verbs of sparse features: features, metrics, top."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workbench.cli.arguments import Parallel
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable
+from workbench.io.files import check_writable, refuse_full
 
 if TYPE_CHECKING:
     from workbench.features.feature_store import Features as FeatureStore
@@ -81,6 +81,70 @@ class Features:
             return 0
         never = int((features.counts == 0).sum())
         print_plain(f"{features}, {never:,} never active\nfeatures  {features.path}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Measure how well an SAE fits the activations of a store and, with --model, what it changes in the predictions."""
+
+    store: Positional[Path]
+    """Store to read."""
+    sae: str
+    """Directory written by SAELens, sparsify or dictionary_learning, a release known to SAELens, or demo."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    site: str | None = None
+    """Site that the SAE reads. Default: the one it was trained on."""
+    model: str | None = None
+    """Recorded model, a local directory or hub id: adds cross-entropy and KL divergence with the reconstruction."""
+    rows: str | None = None
+    """SQL predicate on the tokens that are evaluated. Default: "NOT is_special"."""
+    resamples: int = 1000
+    """Number of resamples for the intervals."""
+    seed: int = 0
+    """Random seed of the resamples."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    force: bool = False
+    """Use an SAE that was trained on another site or model."""
+    allow_nonfinite: bool = False
+    """Leave out and count rows with NaN or infinite values, instead of refusing the store."""
+    out: Path | None = None
+    """Folder for the tables (CSV): metrics, and the density of every feature."""
+
+    def run(self) -> int:
+        """Prints the metrics of an SAE with their intervals."""
+        from workbench.store.manifest import read_manifest
+
+        read_manifest(self.store)  # a wrong path is refused before torch and SAELens are loaded
+        from workbench.model.reload import recorded_model  # seconds: torch
+        from workbench.sae.load import load_sae
+        from workbench.sae.metrics import sae_metrics
+        from workbench.store.reader import open_store
+
+        if self.out is not None:
+            refuse_full(self.out)
+            check_writable(self.out)
+        store = open_store(self.store)
+        metrics = sae_metrics(
+            store,
+            load_sae(self.sae, self.sae_id, device=self.device),
+            self.site,
+            model=None if self.model is None else recorded_model(store, self.model, self.device),
+            rows=self.rows,
+            force=self.force,
+            allow_nonfinite=self.allow_nonfinite,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+        print_table(list(metrics.table.columns), metrics.table.to_numpy().tolist())
+        tokens = "" if metrics.loss is None else f", {metrics.loss.tokens:,} predicted tokens, losses and KL in nats"
+        print_plain(f"{metrics.rows:,} rows of {metrics.documents:,} documents{tokens}; low, high: 95 % CI")
+        for note in metrics.notes:
+            print_plain(f"Note: {note}")
+        if self.out is not None:
+            print_plain(f"tables  {metrics.save(self.out)}")
         return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.checks import check_fields
-from workbench.io.files import check_writable
+from workbench.io.files import check_writable, refuse_full
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Compare:
 
         for store in (self.store_a, self.store_b):
             read_manifest(store)  # a wrong path is refused before torch is loaded
-        from workbench.analysis.comparison import compare, refuse_full  # seconds: torch
+        from workbench.analysis.comparison import compare  # seconds: torch
         from workbench.store.reader import open_store
 
         if self.out is not None:

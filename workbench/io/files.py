@@ -101,6 +101,12 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def refuse_full(folder: Path) -> None:
+    """Raises RequestError if `folder` exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"out {str(folder)!r} exists and is not empty; choose another folder")
+
+
 # ---- one folder -------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Real, Shaped
 
 LEVEL = 0.95
 _DRAWS = 4_000_000  # drawn numbers in memory at a time
@@ -72,7 +72,7 @@ def resampled_means(
             times = draw.multinomial(number, chances, size=part) if number else np.zeros((part, 0))
             parts.append((times @ totals) / (times @ counts))
         resampled = np.concatenate(parts) if parts else np.zeros((0, totals.shape[1]))
-        resampled[:, (counts > 0).sum(0) < 2] = np.nan
+        resampled[:, (counts != 0).sum(0) < 2] = np.nan
         return totals.sum(0) / counts.sum(0), resampled
 
 
@@ -173,7 +173,7 @@ def points_text(difference: Any, low: Any, high: Any) -> str:
 
 
 def wilson(
-    share: Float[np.ndarray, " statistic"], number: Int[np.ndarray, " statistic"]
+    share: Float[np.ndarray, " statistic"], number: Real[np.ndarray, " statistic"]
 ) -> tuple[Float[np.ndarray, " statistic"], Float[np.ndarray, " statistic"]]:
     """Returns the ends of Wilson's 95 % interval of a share of `number` independent trials."""
     z = 1.96

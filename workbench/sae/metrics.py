@@ -1,68 +1,94 @@
-"""Quality of a sparse autoencoder on a store: L0, explained variance, dead features, and loss recovered."""
+"""Quality of a sparse autoencoder on a store: sparsity, fit, dead features, and effect on the model's predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int, Int64
-from torch import Tensor, nn
+import pandas as pd
+from jaxtyping import Int64
 
+from workbench.io.checks import check
 from workbench.io.errors import RequestError
+from workbench.io.files import explain_full_disk, refuse_full, replace_folder, write_file
+from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import run
-from workbench.model.interventions import splice
-from workbench.model.load import Model, batch_tokens
-from workbench.model.reload import check_recorded
+from workbench.model.load import Model
+from workbench.results.bootstrap import Interval
 from workbench.sae.load import Sae
-from workbench.sae.site import block_rows, encode_checked, matching_site
-from workbench.sites.grammar import Site
-from workbench.store.lost_values import finite_rows
+from workbench.sae.reconstruction import Documents, fit, ratio_intervals
+from workbench.sae.site import matching_site
+from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
+from workbench.store.lost_values import FiniteRows, finite_rows
 from workbench.store.reader import ActivationArray, Rows, Store
 
-_LOGIT_BYTES = 256 << 20  # float32 logits of one batch, at most
-
-
-@dataclass(frozen=True)
-class SplicedLoss:
-    """Mean next-token cross-entropy in nats: unchanged, with the SAE's reconstruction, and with zeros at the site."""
-
-    tokens: int
-    """Number of predicted tokens."""
-    clean: float
-    spliced: float
-    """Loss with the SAE's reconstruction in place of the site's activations; special tokens keep theirs."""
-    zeroed: float
-    """Loss with zeros in place of the same activations."""
-
-    @property
-    def recovered(self) -> float:
-        """Loss recovered, (zeroed - spliced) / (zeroed - clean): 1 for a perfect reconstruction, 0 for one as bad as
-        zeros. NaN if zeros do not change the loss."""
-        increase = self.zeroed - self.clean
-        return (self.zeroed - self.spliced) / increase if increase else float("nan")
+_LOSSES = ("loss_clean", "loss_spliced", "loss_zeroed", "kl_spliced", "kl_zeroed")  # in the order of `SplicedLoss`
 
 
 @dataclass(frozen=True)
 class SaeMetrics:
-    """Result of `sae_metrics`."""
+    """Result of `sae_metrics`: means over rows (tokens) x with reconstruction x̂. `table` has their intervals."""
 
     rows: int
     """Number of rows (tokens) evaluated."""
+    documents: int
+    """Number of documents that these rows belong to, which are resampled for the intervals."""
     l0: float
-    """Mean number of active features per row, 0 to d_sae."""
+    """Mean number of active features per row, 0 to d_sae. Under the null, pre-activations with random signs and a ReLU,
+    d_sae / 2."""
+    l1: float
+    """Mean sum of the absolute activations of a row, from 0; its scale is that of the activations, so that only SAEs of
+    one scale can be compared."""
     explained_variance: float
-    """1 - Σ|x - x̂|² / Σ|x - x̄|² over the rows, x̄ their mean: 1 is perfect, 0 as good as the constant x̄, below 0 worse.
-    NaN if all rows are equal."""
+    """1 - Σ|x - x̂|² / Σ|x - x̄|² over the rows, x̄ their mean (`explained_variance` of SAELens): 1 is perfect; under the
+    null, the constant x̂ = x̄, 0; below 0 is worse. NaN if all rows are equal."""
+    explained_variance_by_row: float
+    """Mean over rows of 1 - |x - x̂|² / |x - x̄|² (`explained_variance_legacy` of SAELens, which takes x̄ of each batch).
+    Rows near x̄ count as much as others, so it is the lower one where these are reconstructed badly. Under the null, the
+    constant x̄, 0. Rows equal to x̄ are left out."""
+    mse: float
+    """Mean of |x - x̂|², the sum over d_model; in squared units of the site. 0 is perfect; under the null, the constant
+    x̄, the variance of the rows."""
+    cosine: float
+    """Mean cosine of x and x̂, -1 to 1: 1 is perfect; under the null, a random direction, 0 ± 1/√d_model. 0 for a row of
+    zeros. The constant x̄ is no 0: its cosine is high where rows share a large mean."""
+    l2_ratio: float
+    """Mean of |x̂| / |x|: 1 is perfect, below 1 shrinks; under the null, the constant x̂ = 0, 0. Rows of zeros are left
+    out."""
+    relative_bias: float
+    """Relative reconstruction bias, Σ|x̂|² / Σ x·x̂ (equation 10 of Rajamanoharan et al. 2024): 1 is unbiased, also
+    under the null of the constant x̄; below 1 if scaling x̂ up would lower the error, as shrinkage by an L1 loss does."""
     dead_share: float
-    """Share of features that are active on none of the rows, 0 to 1."""
+    """Share of features that are active on none of the rows, 0 to 1; falls with the number of rows. Under the null, all
+    features active on a row with probability l0 / d_sae independently, (1 - l0 / d_sae)^rows."""
     loss: SplicedLoss | None
     """None if no model was given."""
     notes: tuple[str, ...] = ()
     """Sentences about rows that were left out and about clipped values; none if there are none."""
+    intervals: Mapping[str, Interval] = field(default_factory=dict, repr=False, compare=False)
+    """95 % intervals of all metrics by name. Those of `loss` are loss_clean, ..., loss_recovered, kl_score."""
+    density: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
+    """One line per feature: feature; active, its number of active rows; density, active / rows, 0 to 1, with mean l0 /
+    d_sae; low and high, Wilson's 95 % interval for the number of independent rows that the documents amount to, which
+    for a feature that is never active is the number of documents."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One line per metric: metric, value, low, high; the last two are the 95 % interval over documents."""
+        lines = [(name, *interval) for name, interval in self.intervals.items()]
+        return pd.DataFrame(lines, columns=["metric", "value", "low", "high"])
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes metrics.csv (`table`) and density.csv into an empty or new folder; RequestError if it is neither."""
+        folder = Path(folder)
+        refuse_full(folder)
+        tables = {"metrics.csv": self.table, "density.csv": self.density}
+        with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
+            for name, table in tables.items():
+                write_file(new / name, csv_text(table).encode())
+        return folder
 
 
 @plain_torch()
@@ -75,32 +101,62 @@ def sae_metrics(
     rows: str | Rows | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> SaeMetrics:
-    """Returns L0, explained variance and dead share of `sae` on the rows of a site; with `model`, the loss recovered.
+    """Returns sparsity, fit and dead features of `sae` on the rows of a site; with `model`, its effect on predictions.
+
+    Definitions are those of `sae_lens.evals`, which gives the same numbers on the same tokens. Intervals: the central
+    95 % over documents drawn with replacement, x̄ fixed; NaN if all rows are of one document. That of `dead_share` is a
+    jackknife over documents, that of `density` Wilson's.
 
     With `model`, every sequence that contains selected rows runs three times: unchanged, with the site's activations
     replaced by the SAE's reconstruction, and by zeros; activations of special tokens are never replaced. The loss is
-    that of the next tokens of the selected rows, within their document and sequence.
+    that of the next tokens of the selected rows, within their document and sequence; the divergence that of the
+    predictions after all selected rows.
 
-    Cost: one pass with sums in float64; memory a few blocks of 64 MiB, with `model` also a batch and its logits, at
-    most 256 MiB.
+    Cost: the rows are read twice and encoded once, sums in float64; memory a few blocks of 64 MiB and 16 bytes a row,
+    with `model` also a batch and three copies of its logits, of at most 128 MiB.
 
     Args:
         store: The recording.
         sae: The autoencoder.
         site: The site to read. None: the one that the SAE was trained on.
-        model: The recorded model. None: the loss is not computed.
+        model: The recorded model. None: loss and divergence are not computed.
         rows: SQL over the token table, or `Rows`. None: all but special tokens; BOS, an attention sink, can have a
             hundred times the norm of other tokens, and would dominate the variance.
         force: Allow an SAE of another site or model.
         allow_nonfinite: Leave out rows with NaN or infinite values, and count them in `notes`.
+        resamples: Number of resamples for the intervals.
+        seed: Random seed of the resamples.
 
     Raises:
         RequestError: As `extract_features`; a transcoder, whose output is another site than its input; a temporal SAE,
             whose features are a residual of a prediction; no rows; another model than the store's; a site that cannot
             be replaced.
     """
+    check("resamples", resamples, at_least=1)
     array = matching_site(store, sae, site, force=force)
+    finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
+    documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
+    tokens, spliced = (0, {}) if model is None else spliced_ratios(array, sae, model, documents)
+    ratios, counts = fit(array, sae, documents)
+    intervals = ratio_intervals(ratios | spliced, resamples, seed)
+    fitted = {name: intervals[name] for name in ratios} | {"dead_share": counts.dead_share()}
+    return SaeMetrics(
+        len(finite.rows),
+        documents.count,
+        **{name: interval.mean for name, interval in fitted.items()},
+        loss=SplicedLoss(tokens, *(intervals[name].mean for name in _LOSSES)) if spliced else None,
+        notes=tuple(finite.notes),
+        intervals=fitted | intervals,
+        density=counts.table(),
+    )
+
+
+def _evaluated_rows(array: ActivationArray, sae: Sae, rows: str | Rows | None, allow_nonfinite: bool) -> FiniteRows:
+    """The selected rows; RequestError for an SAE that reconstructs no rows, and for no rows."""
+    store = array.store
     if sae.sequential:
         raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not reconstruct a row")
     if not sae.reconstructs:
@@ -108,138 +164,7 @@ def sae_metrics(
         raise RequestError(f"SAE {sae.name!r} is a {kind}: its output is another site than its input")
     if not isinstance(rows, Rows):
         rows = store.where("NOT is_special" if rows is None else rows)
-    ids = rows.ids_in(store)
+    ids: Int64[np.ndarray, " row"] = rows.ids_in(store)
     if not len(ids):
         raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
-    finite = finite_rows(store, [array.name], ids, allow_nonfinite=allow_nonfinite)
-    spliced = None if model is None else _spliced_loss(array, sae, model, finite.rows)
-    return SaeMetrics(len(finite.rows), *_fit(array, sae, finite.rows), spliced, tuple(finite.notes))
-
-
-def _fit(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> tuple[float, float, float]:
-    """L0, explained variance and dead share over the rows `ids`."""
-    entries, error, moments = 0, 0.0, _Moments()
-    alive = np.zeros(sae.d_sae, bool)
-    step = block_rows(sae)
-    for start in range(0, len(ids), step):
-        block = ids[start : start + step]
-        values = array[block]
-        activations = encode_checked(array, sae, block, values)
-        x = sae.input_rows(values).cpu().double()
-        error += float((x - sae.decode(activations).cpu().double()).square().sum())
-        moments.add(x.numpy())
-        active = activations != 0
-        entries += int(active.sum())
-        alive |= active.any(0).cpu().numpy()
-    explained = 1 - error / moments.spread if moments.spread else float("nan")
-    return entries / len(ids), explained, 1 - float(alive.mean())
-
-
-class _Moments:
-    """Running count, mean and sum of squared deviations of rows (update of Chan, Golub and LeVeque)."""
-
-    def __init__(self) -> None:
-        self.rows, self.spread, self.mean = 0, 0.0, np.zeros(())
-
-    def add(self, x: Float[np.ndarray, "row d_model"]) -> None:
-        rows, mean = self.rows + len(x), x.mean(0)
-        shift = mean - self.mean
-        self.spread += float(np.square(x - mean).sum() + np.square(shift).sum() * self.rows * len(x) / rows)
-        self.mean = self.mean + shift * len(x) / rows
-        self.rows = rows
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Right-padded sequences."""
-
-    ids: Int64[Tensor, "batch position"]
-    mask: Int64[Tensor, "batch position"]
-    replaced: Bool[Tensor, "batch position"]
-    targets: Int64[Tensor, "batch position"]
-    """Next token; -1 if it is not evaluated."""
-
-
-def _spliced_loss(array: ActivationArray, sae: Sae, model: Model, ids: Int64[np.ndarray, " row"]) -> SplicedLoss:
-    check_recorded(array.store, model)
-    (site,) = model.site_map.select((array.name,))
-    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
-        "clean": None,
-        "spliced": lambda rows: _reconstruction(sae, rows),
-        "zeroed": torch.zeros_like,
-    }
-    totals, tokens = dict.fromkeys(replacements, 0.0), 0
-    most = min(batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab))
-    for batch in _batches(array.store, ids, max(1, most)):
-        tokens += int((batch.targets >= 0).sum())
-        for name, replace in replacements.items():
-            totals[name] += _loss(model.module, site, batch, replace)
-    if not tokens:
-        raise RequestError("rows: none has a next token in its document, so there is no loss; choose others")
-    return SplicedLoss(tokens, **{name: total / tokens for name, total in totals.items()})
-
-
-def _reconstruction(sae: Sae, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
-    """The SAE's reconstruction in place of rows of the model, with the mean that a centring SAE does not see."""
-    reconstruction = sae.decode(sae.encode(rows))
-    mean = rows.flatten(1).float().mean(1, keepdim=True).to(reconstruction.device) if sae.centres else 0
-    return (reconstruction + mean).reshape(rows.shape)
-
-
-def _loss(module: nn.Module, site: Site, batch: _Batch, replace: Callable[[Tensor], Tensor] | None) -> float:
-    """Sum of the cross-entropy over a batch's targets."""
-    with splice(module, site, batch.replaced, replace) if replace else nullcontext():
-        logits = run(module, batch.ids, batch.mask).logits
-    targets = batch.targets.to(logits.device)
-    valid = targets >= 0
-    losses = nn.functional.cross_entropy(logits[valid].float(), targets[valid], reduction="none")
-    return float(losses.cpu().double().sum())
-
-
-def _batches(store: Store, rows: Int64[np.ndarray, " row"], tokens: int) -> Iterator[_Batch]:
-    """Batches of the sequences that contain `rows`, in order, of at most `tokens` tokens or one sequence each."""
-    table = store.tokens
-    names = ("token_id", "sequence", "document", "is_special")
-    ids, sequence, document, special = (table[name].to_numpy() for name in names)
-    follows = (sequence[1:] == sequence[:-1]) & (document[1:] == document[:-1])
-    targets = np.full(len(ids), -1, np.int64)
-    known = rows[np.append(follows, False)[rows]]
-    targets[known] = ids[known + 1]
-    starts = np.flatnonzero(np.append(True, sequence[1:] != sequence[:-1]))
-    ends = np.append(starts[1:], len(ids))
-    sequence_ids = np.unique(np.searchsorted(starts, rows, side="right") - 1)
-    batch: list[slice] = []
-    for index in sequence_ids:
-        span = slice(int(starts[index]), int(ends[index]))
-        if batch and max(_length(part) for part in [*batch, span]) * (len(batch) + 1) > tokens:
-            yield _padded(batch, ids, ~special, targets)
-            batch = []
-        batch.append(span)
-    if batch:
-        yield _padded(batch, ids, ~special, targets)
-
-
-def _padded(
-    spans: list[slice],
-    ids: Int[np.ndarray, " row"],
-    ordinary: Bool[np.ndarray, " row"],
-    targets: Int64[np.ndarray, " row"],
-) -> _Batch:
-    shape = (len(spans), max(map(_length, spans)))
-    batch = _Batch(
-        torch.zeros(shape, dtype=torch.int64, device="cpu"),
-        torch.zeros(shape, dtype=torch.int64, device="cpu"),
-        torch.zeros(shape, dtype=torch.bool, device="cpu"),
-        torch.full(shape, -1, dtype=torch.int64, device="cpu"),
-    )
-    for line, span in enumerate(spans):
-        filled = slice(_length(span))
-        batch.ids[line, filled] = torch.from_numpy(ids[span].astype(np.int64))
-        batch.mask[line, filled] = 1
-        batch.replaced[line, filled] = torch.from_numpy(ordinary[span])
-        batch.targets[line, filled] = torch.from_numpy(targets[span])
-    return batch
-
-
-def _length(span: slice) -> int:
-    return span.stop - span.start
+    return finite_rows(store, [array.name], ids, allow_nonfinite=allow_nonfinite)
