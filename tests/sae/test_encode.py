@@ -227,17 +227,27 @@ def test_precision_is_the_devices(tmp_path, monkeypatch):
 
 
 def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monkeypatch):
-    """Every feature the same: no bound tells them apart, and after one block none is tried."""
-    sae = planted(tmp_path / "sae", "topk", np.ones((8, 200)), k=7)
+    """Every feature the same: no bound tells them apart. After one block none is tried for 4 blocks, then for 8, also
+    across calls; when bounds pay off, they stay."""
+    sae = planted(tmp_path / "sae", "topk", np.hstack([np.ones((8, 200)), -np.eye(8)]), k=7)
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
-    calls = []
-    plain = screen.Screen.largest
-    monkeypatch.setattr(screen.Screen, "largest", lambda self, x, k: calls.append(len(x)) or plain(self, x, k))
-    x = torch.ones(192, 8)
-    found = encoder(sae, precision="bfloat16")(x)
-    assert calls == [64]
-    assert found.unsettled == 192
-    assert_top(matrix(found, 200), np.full((192, 200), 8.0), 7)
+    tried = []
+    plain = screen.Screen.extended
+    monkeypatch.setattr(screen.Screen, "extended", lambda self, x: tried.append(len(x)) or plain(self, x))
+    made = encoder(sae, precision="bfloat16")
+    hopeless, easy = torch.ones(64, 8), torch.full((64, 8), -1.0)  # 200 equal features, or 8
+    for expected in [1, 0, 0, 0, 0, 1] + 8 * [0] + [1]:
+        tried.clear()
+        found = made(hopeless)
+        assert len(tried) == expected
+        assert found.unsettled == 64
+        assert_top(matrix(found, 208), np.where(np.arange(208) < 200, 8.0, 0) * np.ones((64, 1)), 7)
+    tried.clear()
+    found = made(easy.repeat(18, 1))
+    assert len(tried) == 2  # 16 blocks without
+    assert found.unsettled == 16 * 64
+    assert_top(matrix(found, 208), np.where(np.arange(208) < 200, 0, 1.0) * np.ones((18 * 64, 1)), 7)
+    assert made(torch.cat([easy, hopeless, hopeless])).unsettled == 128
 
 
 # ---- other choices ----------------------------------------------------------------------------------------
@@ -319,7 +329,7 @@ def test_ties_at_the_last_place_take_any_of_them(precision, tmp_path):
     x = np.random.default_rng(2).integers(-3, 4, (50, 8)).astype(np.float32)
     found = encoder(sae, precision=precision)(torch.from_numpy(x))
     assert_top(matrix(found, 200), x.astype(np.float64) @ weight.astype(np.float32), 7)
-    assert (found.unsettled > 0) == (precision != "float32")
+    assert found.unsettled == 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -11,7 +11,7 @@ encoded by their own `encode`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -22,14 +22,14 @@ from workbench.io.torch_state import fast_bfloat16, plain_torch
 from workbench.sae.choice import SAFE, Above, AbsTopK, Linear, TopK, linear_form
 from workbench.sae.load import Sae
 from workbench.sae.precision import PRECISIONS, full_precision
-from workbench.sae.products import places
+from workbench.sae.products import places, row_starts
 from workbench.sae.screen import LEAST_NORM, Screen, make_screen
-from workbench.sae.selection import Entries, choose, screened_above, screened_top
+from workbench.sae.selection import Entries, Experience, choose, merge, screened_above, screened_top
 
 _BLOCK_BYTES = 40 << 20  # of dense pre-activations on a CPU: smaller blocks make the product slower
 _ACCELERATOR_BLOCK_BYTES = 512 << 20
 _LEAST_ROWS = 64  # with fewer, reading the weights dominates the product
-_HOPELESS = 0.5  # a larger share of unsettled rows in a block turns bounds off for the next blocks
+_HOPELESS = 0.5  # a larger share of unsettled rows in a block turns bounds off for some blocks
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Encoder:
     choice: Above | TopK | None
     screen: Screen | None
     """None: compute everything in float32."""
+    experience: Experience = field(default_factory=Experience, compare=False)
+    """Experience with the rows so far, which saves time with the next."""
 
     @plain_torch()
     def __call__(self, rows: Float[Tensor, "row ..."], lengths: Sequence[int] | None = None) -> SparseRows:
@@ -83,19 +85,15 @@ class Encoder:
         rows = rows.to(self.sae.device, torch.float32).flatten(1)
         if (bad := _first(~rows.isfinite().all(1))) is not None:
             raise NotFinite(bad, features=False)
-        parts, start, sizes, current = [], 0, self._sizes(len(rows), lengths), self
+        parts, start, sizes = [], 0, self._sizes(len(rows), lengths)
         with torch.no_grad(), full_precision():
             x = rows if self.linear is None else self.sae.encoder_input(rows)
-            out = x.new_empty(max(sizes, default=0), self.sae.d_sae) if self.linear and not self.screen else None
+            out = self._buffer(max(sizes, default=0))
             for block in x.split(sizes):
                 try:
-                    part = self._encode_densely(block) if self.linear is None else current._select(block, out)
+                    part = self._encode_densely(block) if self.linear is None else self._select(block, out)
                 except NotFinite as error:
                     raise NotFinite(start + error.row, error.features) from None
-                if current is not self:
-                    part = replace(part, unsettled=len(block))
-                elif part.unsettled > _HOPELESS * len(block):
-                    current = replace(self, screen=None)
                 part.row.add_(start)
                 parts.append(part)
                 start += len(block)
@@ -136,17 +134,36 @@ class Encoder:
                 raise NotFinite(bad, features=True)
             return choose(self.choice, pre)
         if self.screen is None:
-            return choose(self.choice, self.linear.pre(x, None if out is None else out[: len(x)]))
-        tiny = x.norm(dim=1) < LEAST_NORM
-        if isinstance(self.choice, Above):
-            entries, unsettled = screened_above(self.choice, self.screen, x, tiny)
+            return choose(self.choice, self.linear.pre(x, out[: len(x)]))
+        if self.experience.skip:
+            self.experience.skip -= 1
+            return replace(choose(self.choice, self.linear.pre(x)), unsettled=len(x))
+        return self._screened(self.screen, x, out[: len(x)])
+
+    def _screened(self, screen: Screen, x: Float32[Tensor, "row d_in"], out: Tensor) -> Entries:
+        assert self.linear is not None
+        if isinstance(self.choice, TopK):
+            entries, dense = screened_top(self.choice, screen, x, out, self.experience)
         else:
-            entries, unsettled = screened_top(self.choice, self.screen, x, tiny)
+            assert self.choice is not None
+            entries, dense = screened_above(self.choice, screen, x, out)
+        dense |= x.norm(dim=1) < LEAST_NORM
+        unsettled = dense.nonzero()[:, 0]
+        self.experience.note(len(unsettled) > _HOPELESS * len(x))
         if not len(unsettled):
             return entries
-        dense = choose(self.choice, self.linear.pre(x[unsettled]))
-        dense.row.copy_(unsettled[dense.row])
-        return Entries(*_by_row(entries, dense), len(unsettled))
+        again = choose(self.choice, self.linear.pre(x[unsettled]))
+        settled = ~dense[entries.row]
+        entries = Entries(entries.row[settled], entries.feature[settled], entries.value[settled])
+        merged = merge(len(x), entries, replace(again, row=unsettled[again.row]))
+        return replace(merged, unsettled=len(unsettled))
+
+    def _buffer(self, rows: int) -> Tensor | None:
+        """Room for the product of a block, used again for each: fresh memory takes as long as the product."""
+        if self.linear is None:
+            return None
+        kind = torch.bfloat16 if self.screen else torch.float32
+        return torch.empty(rows, self.sae.d_sae, dtype=kind, device=self.sae.device)
 
 
 @plain_torch()
@@ -187,20 +204,12 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None 
         return Encoder(sae, linear, choice, make_screen(linear, choice) if screened else None)
 
 
-def _by_row(*parts: Entries) -> tuple[Tensor, Tensor, Tensor]:
-    row = torch.cat([part.row for part in parts])
-    order = row.argsort(stable=True)
-    feature, value = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("feature", "value"))
-    return row[order], feature, value
-
-
 def _concatenate(parts: list[Entries], rows: int, device: torch.device) -> SparseRows:
-    indptr = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     if not parts:
-        return SparseRows(indptr, indptr[:0], torch.zeros(0, dtype=torch.float32, device=device))
+        none = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        return SparseRows(none, none[:0], torch.zeros(0, dtype=torch.float32, device=device))
     row, feature, value = (torch.cat([getattr(part, name) for part in parts]) for name in ("row", "feature", "value"))
-    torch.cumsum(torch.bincount(row, minlength=rows), 0, out=indptr[1:])
-    return SparseRows(indptr, feature, value, sum(part.unsettled for part in parts))
+    return SparseRows(row_starts(row, rows), feature, value, sum(part.unsettled for part in parts))
 
 
 def _first(bad: Bool[Tensor, " row"]) -> int | None:

@@ -15,36 +15,30 @@ from torch import Tensor
 
 from workbench.io.torch_state import device_for_float64
 from workbench.sae.choice import SAFE, Above, Linear, TopK
-from workbench.sae.products import group_size, pair_products, product_with_maxima, top
+from workbench.sae.products import pair_products
 
 LEAST_NORM = 1e-13
 """Below it the squares of a row's rounding errors underflow, and its bounds are too low."""
-_MARGIN = 1.01  # outweighs rounding a norm to bfloat16
+TINY = torch.finfo(torch.float32).tiny
+"""Least bound of a pre-activation above 0, or above its threshold."""
+_MARGIN = 1.005  # outweighs rounding a norm to bfloat16, at most 1/256 of it
 
 
 @dataclass(frozen=True)
 class Screen:
     """Upper bounds of pre-activations, minus their thresholds if the choice has any, from one bfloat16 product."""
 
-    weight: BFloat16[Tensor, "d_in_and_bounds feature"]
+    weight: BFloat16[Tensor, "feature d_in_and_bounds"]
     """Per feature: rounded weights, norm of the rounding error, norm of the rounded weights, bias minus threshold."""
     rows: Float32[Tensor, "feature d_in"]
     """The unrounded weights; those of one feature are contiguous."""
     linear: Linear
+    typical: Float32[Tensor, " 2"]
+    """Mean over features of the two norms in `weight`."""
 
     def bounds(self, x: Float32[Tensor, "row d_in"]) -> BFloat16[Tensor, "row feature"]:
         """Returns a value >= pre-activation - threshold for any order of summation, rounded to bfloat16."""
-        return self._extended(x) @ self.weight
-
-    def largest(
-        self, x: Float32[Tensor, "row d_in"], k: int
-    ) -> tuple[BFloat16[Tensor, "row k"], Int64[Tensor, "row k"]]:
-        """Returns the k largest bounds of each row and their features, unordered."""
-        size = group_size(self.weight.shape[1], k)
-        if size is None:
-            return top(self.bounds(x), k)
-        bounds, maxima = product_with_maxima(self._extended(x), self.weight, size)
-        return top(bounds, k, maxima)
+        return self.extended(x) @ self.weight.T
 
     def exact(
         self, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Int64[Tensor, " entry"]
@@ -54,16 +48,23 @@ class Screen:
         pre += self.linear.bias[feature]
         return pre if self.linear.scale is None else pre * self.linear.scale[feature]
 
-    def _extended(self, x: Float32[Tensor, "row d_in"]) -> BFloat16[Tensor, "row d_in_and_bounds"]:
-        low = x.bfloat16()
+    def extended(self, x: Float32[Tensor, "row d_in"]) -> BFloat16[Tensor, "row d_in_and_bounds"]:
+        """Returns the rows rounded, with the norms that belong to the norms of `weight`."""
+        d_in, low = x.shape[1], x.bfloat16()
         norm = x.norm(dim=1)
-        rounding = (x - low.float()).norm(dim=1) + norm * accumulation(x.shape[1])
-        longer = low.new_zeros(len(x), self.weight.shape[0])
-        longer[:, : x.shape[1]] = low
-        longer[:, x.shape[1]] = norm * _MARGIN
-        longer[:, x.shape[1] + 1] = rounding * _MARGIN
-        longer[:, x.shape[1] + 2 : x.shape[1] + 5] = 1
+        rounding = (x - low.float()).norm(dim=1) + norm * _accumulation(self.linear)
+        longer = low.new_zeros(len(x), self.weight.shape[1])
+        longer[:, :d_in] = low
+        longer[:, d_in] = norm * _MARGIN
+        longer[:, d_in + 1] = rounding * _MARGIN
+        longer[:, d_in + 2 : d_in + 5] = 1
         return longer
+
+    def width(self, extended: BFloat16[Tensor, "row d_in_and_bounds"]) -> Float32[Tensor, " row"]:
+        """Returns by how much the bounds of a row exceed its pre-activations, in the mean over features."""
+        d_in = self.linear.weight.shape[0]
+        norms = slice(d_in, d_in + 2)
+        return extended[:, norms].float() @ self.typical
 
 
 def make_screen(linear: Linear, choice: Above | TopK) -> Screen:
@@ -71,22 +72,29 @@ def make_screen(linear: Linear, choice: Above | TopK) -> Screen:
     d_in, features = linear.weight.shape
     bias = linear.bias if linear.scale is None else linear.bias * linear.scale
     below = (bias - choice.threshold if isinstance(choice, Above) else bias).clamp(-SAFE, SAFE)
-    below = below + (below.abs() + bias.abs()) * accumulation(d_in) + torch.finfo(torch.float32).tiny
-    weight = linear.weight.new_zeros(-(-(d_in + 5) // 8) * 8, features, dtype=torch.bfloat16)
+    below = below + (below.abs() + bias.abs()) * _accumulation(linear) + TINY
+    weight = linear.weight.new_zeros(features, -(-(d_in + 5) // 32) * 32, dtype=torch.bfloat16)
     for start in range(0, features, 4096):
         part = slice(start, start + 4096)
         exact = linear.weight[:, part].to(device_for_float64(linear.weight.device)).double()
         exact = exact if linear.scale is None else exact * linear.scale[part].to(exact.device)
-        weight[:d_in, part] = low = exact.bfloat16()
-        weight[d_in, part] = (exact - low).norm(dim=0) * _MARGIN
-        weight[d_in + 1, part] = low.to(exact.device).double().norm(dim=0) * _MARGIN + torch.finfo(torch.float32).tiny
+        low = exact.bfloat16()
+        weight[part, :d_in] = low.T
+        weight[part, d_in] = (exact - low).norm(dim=0) * _MARGIN
+        weight[part, d_in + 1] = low.to(exact.device).double().norm(dim=0) * _MARGIN + TINY
     for index in range(3):  # a float32 is the sum of three bfloat16
-        weight[d_in + 2 + index] = below
-        below = below - weight[d_in + 2 + index]
-    return Screen(weight, linear.weight.T.contiguous(), linear)
+        weight[:, d_in + 2 + index] = below
+        below = below - weight[:, d_in + 2 + index]
+    return Screen(weight, linear.weight.T.contiguous(), linear, weight[:, d_in : d_in + 2].float().mean(0))
 
 
-def accumulation(terms: int) -> float:
-    """Rounding error of a float32 sum of products relative to the product of norms, for any order of summation and the
-    coarse additions of tensor cores, counted twice: for the bound's product and for the float32 product."""
-    return 8 * (terms + 8) * 2**-24
+def _accumulation(linear: Linear) -> float:
+    """Rounding error of a float32 sum of products relative to the product of the norms.
+
+    A sum of n products in any order errs by at most n u sum |x_i w_i| <= n u |x| |w|, u = 2^-24, to first order. It is
+    counted twice: for the bound's product, whose factors of 8 bits have exact products, and for the float32 product
+    that is bounded. Either has up to 8 terms more than d_in. Matrix units of an accelerator align the products before
+    they add, and cut off what does not fit: there the error is taken four times as large.
+    """
+    d_in = linear.weight.shape[0]
+    return (2 if linear.weight.device.type == "cpu" else 8) * (d_in + 8) * 2**-24

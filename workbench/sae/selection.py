@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from workbench.sae.choice import Above, AbsTopK, TopK
-from workbench.sae.products import counts, places, top
-from workbench.sae.screen import Screen
+from workbench.sae.products import (
+    group_size,
+    kth_largest,
+    kth_of_row,
+    places,
+    places_from,
+    product_with_maxima,
+    row_starts,
+    top,
+)
+from workbench.sae.screen import TINY, Screen
 
-_CROWDED = 8  # a row with more than 1/8 of its bounds above threshold gains nothing from screening
+_CROWDED = 8  # a row with more than 1/8 of its features to be computed is computed as a whole
+_FIRST_SLACK = 1.1
+_SKIPPED, _MOST_SKIPPED = 4, 64  # blocks without bounds: at first, and at most after further hopeless ones
+_SHARE, _MORE = 0.9, 1.02  # of the rows to be decided by their first pre-activations, and a little more slack
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,27 @@ class Entries:
     unsettled: int = 0
 
 
+@dataclass
+class Experience:
+    """Experience with earlier blocks. It changes the time that a block takes, and nothing that is selected."""
+
+    slack: float = _FIRST_SLACK
+    """Distance of the k-th pre-activation below the k-th bound, relative to `Screen.width`, in nearly all rows."""
+    skip: int = 0
+    """Blocks that are to be encoded without bounds."""
+    after: int = _SKIPPED
+    """The same after the next block whose bounds do not pay off."""
+
+    def note(self, hopeless: bool) -> None:
+        """Notes that bounds paid off in a block, or did not. Sooner or later they are tried again."""
+        if hopeless:
+            self.skip, self.after = self.after, min(2 * self.after, _MOST_SKIPPED)
+        else:
+            self.after = _SKIPPED
+
+
 def choose(choice: Above | TopK, pre: Float32[Tensor, "row feature"]) -> Entries:
+    """Returns the active features among all pre-activations."""
     if isinstance(choice, Above):
         row, feature = places(pre > choice.threshold)
         return _activated(choice, row, feature, pre[row, feature])
@@ -33,38 +65,92 @@ def choose(choice: Above | TopK, pre: Float32[Tensor, "row feature"]) -> Entries
     feature = feature.sort(dim=1).values
     value = pre.gather(1, feature)
     on = value != 0 if isinstance(choice, AbsTopK) else value > 0
-    return Entries(_row_numbers(value)[on], feature[on], value[on])
+    row = torch.arange(len(value), device=value.device)[:, None].expand(value.shape)
+    return Entries(row[on], feature[on], value[on])
 
 
 def screened_above(
-    choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"], left_out: Bool[Tensor, " row"]
-) -> tuple[Entries, Int64[Tensor, " unsettled"]]:
-    """Entries found through bounds, and the rows for which bounds do not pay off or that are to be left out."""
-    maybe = screen.bounds(x) > 0
-    crowded = (counts(maybe) > maybe.shape[1] / _CROWDED) | left_out
-    maybe &= ~crowded[:, None]
-    row, feature = places(maybe)
+    choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"], out: Tensor
+) -> tuple[Entries, Bool[Tensor, " row"]]:
+    """Returns the entries found through bounds, and a mask of the rows for which bounds do not pay off."""
+    bounds = torch.mm(screen.extended(x), screen.weight.T, out=out)
+    row, feature, crowded = places_from(bounds, _positive(bounds), bounds.shape[1] // _CROWDED)
     value = screen.exact(x, row, feature)
     on = value > choice.threshold[feature]
-    return _activated(choice, row[on], feature[on], value[on]), crowded.nonzero()[:, 0]
+    return _activated(choice, row[on], feature[on], value[on]), crowded
 
 
 def screened_top(
-    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"], left_out: Bool[Tensor, " row"]
-) -> tuple[Entries, Int64[Tensor, " unsettled"]]:
-    """Entries found through bounds, and the rows whose bounds do not decide or that are to be left out."""
-    features = screen.weight.shape[1]
-    bound, feature = screen.largest(x, min(choice.k + choice.k // 2 + 8, features))
-    value = screen.exact(x, _row_numbers(feature).flatten(), feature.flatten()).view(feature.shape)
-    value, place = value.topk(choice.k, dim=1)
-    # no excluded pre-activation is larger than this; the product was rounded to bfloat16
-    left = bound.amin(1).float()
-    left += left.abs() / 128
-    settled = ((value[:, -1] > left) | (left <= 0) | (feature.shape[1] == features)) & ~left_out
-    feature, order = feature.gather(1, place).sort(dim=1)
-    value = value.gather(1, order)
-    on = (value > 0) & settled[:, None]
-    return Entries(_row_numbers(value)[on], feature[on], value[on]), (~settled).nonzero()[:, 0]
+    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"], out: Tensor, experience: Experience
+) -> tuple[Entries, Bool[Tensor, " row"]]:
+    """Returns the entries found through bounds, and a mask of the rows for which bounds do not pay off.
+
+    The k-th largest maximum of a group is at most the k-th largest bound. Pre-activations whose bounds reach a little
+    below it are computed: at least k. The k-th largest of them decides which bounds remain to be tried: mostly none.
+    """
+    extended = screen.extended(x)
+    size = group_size(len(screen.weight), choice.k) or 1
+    bounds, maxima = product_with_maxima(extended, screen.weight, size, out)
+    least = _positive(bounds)
+    high, width = kth_largest(maxima, choice.k).float(), screen.width(extended)
+    start = torch.maximum((high - experience.slack * width).bfloat16(), least)
+    most = bounds.shape[1] // _CROWDED
+    row, feature, crowded = places_from(bounds, start, most)
+    entries, last = _largest(choice, screen, x, row, feature)
+    # rounding keeps order, so bounds below the rounded k-th are bounds of smaller pre-activations
+    needed = torch.maximum(last.bfloat16(), least)
+    again = ((needed < start) & ~crowded).nonzero()[:, 0]
+    known = (last > 0) & ~crowded
+    if known.any():
+        experience.slack = max(0.0, _MORE * float(torch.quantile(((high - last) / width)[known], _SHARE)))
+    if len(again):
+        row, feature, over = places_from(bounds[again], needed[again], most)
+        more, _ = _largest(choice, screen, x[again], row, feature)
+        kept = torch.ones_like(crowded).index_fill_(0, again, False)[entries.row]
+        first = Entries(entries.row[kept], entries.feature[kept], entries.value[kept])
+        entries = merge(len(x), first, Entries(again[more.row], more.feature, more.value))
+        crowded[again] = over
+    return entries, crowded
+
+
+def merge(rows: int, one: Entries, other: Entries) -> Entries:
+    """Returns the entries of both, which have no row in common."""
+    if not len(other.row) or not len(one.row):
+        return one if len(one.row) else other
+    starts = row_starts(one.row, rows), row_starts(other.row, rows)
+    parts, place = (one, other), []
+    for part, before in zip(parts, reversed(starts), strict=True):
+        place.append(torch.arange(len(part.row), device=part.row.device) + before[part.row])
+    place = torch.cat(place)
+
+    def merged(name: str) -> Tensor:
+        values = torch.cat([getattr(part, name) for part in parts])
+        return torch.empty_like(values).index_copy_(0, place, values)
+
+    return Entries(merged("row"), merged("feature"), merged("value"))
+
+
+def _largest(
+    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Tensor
+) -> tuple[Entries, Float32[Tensor, " row"]]:
+    """The k largest of these pre-activations of each row, and the k-th, at least 0."""
+    value = screen.exact(x, row, feature)
+    last = kth_of_row(value, row, len(x), choice.k)
+    border = last[row]
+    larger, tied = value > border, (value == border) & (border > 0)
+    start = row_starts(row, len(x))
+    taken = torch.zeros(len(row) + 1, dtype=torch.int64, device=row.device)
+    torch.cumsum(larger, 0, out=taken[1:])
+    free = choice.k - (taken[start[1:]] - taken[start[:-1]])
+    torch.cumsum(tied, 0, out=taken[1:])
+    rank = taken[1:] - taken[start[:-1]][row]
+    kept = larger | (tied & (rank <= free[row]))  # of equal ones the first
+    return Entries(row[kept], feature[kept], value[kept]), last
+
+
+def _positive(bounds: Tensor) -> Tensor:
+    """For each row the least bound of a pre-activation above 0."""
+    return bounds.new_full((len(bounds),), TINY)
 
 
 def _activated(choice: Above, row: Tensor, feature: Tensor, value: Tensor) -> Entries:
@@ -73,7 +159,3 @@ def _activated(choice: Above, row: Tensor, feature: Tensor, value: Tensor) -> En
     value = value * choice.gain[feature] + choice.shift[feature]
     on = value > 0
     return Entries(row[on], feature[on], value[on])
-
-
-def _row_numbers(values: Float[Tensor, "row k"] | Int64[Tensor, "row k"]) -> Int64[Tensor, "row k"]:
-    return torch.arange(len(values), device=values.device)[:, None].expand(values.shape)
