@@ -144,6 +144,7 @@ print(json.dumps({
     "other revision": outcome("user/tagged", revision="v2"),
     "config only": outcome("user/config-only"),
     "half": outcome("user/half"),
+    "damaged": outcome("user/damaged"),
     "pickled": outcome("user/pickled"),
     "weights": outcome("user/weights"),
     "weights and words": outcome("user/weights", tokenizer="user/words"),
@@ -164,12 +165,15 @@ def test_outside_the_test_environment(saved, tmp_path):
     index, pickled = tmp_path / "model.safetensors.index.json", tmp_path / "pytorch_model.bin"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
     part = Path(shutil.copy(saved / "model.safetensors", tmp_path / "model-1.safetensors"))
+    damaged = tmp_path / "damaged.safetensors.index.json"
+    damaged.write_text('{"weight_map": 7}')
     pickled.touch()
     cache = tmp_path / "hub"
     hub_cache(cache, "user/whole", everything)
     hub_cache(cache, "user/tagged", everything, revision="v1")
     hub_cache(cache, "user/config-only", [saved / "config.json"])
     hub_cache(cache, "user/half", [saved / "config.json", index, part])
+    hub_cache(cache, "user/damaged", [saved / "config.json", damaged])
     hub_cache(cache, "user/pickled", [saved / "config.json", pickled])
     hub_cache(cache, "user/weights", weights)
     hub_cache(cache, "user/words", words)
@@ -186,6 +190,10 @@ def test_outside_the_test_environment(saved, tmp_path):
     assert ran.stderr == ""
     found = json.loads(ran.stdout)
     unreachable = "is no directory here, and the hub cannot be reached; check the name or give a path"
+    message, asked, _ = found.pop("damaged")
+    assert message.startswith(f"DataError: {cache}/")
+    assert message.endswith("lists no files of weights; delete it from the hub's cache, so that it is fetched again")
+    assert not asked
     assert {name: (said, asked) for name, (said, asked, _) in found.items()} == {
         "directory": (["tiny-llama", None, True], False),
         "cached": (["user/whole", None, True], False),

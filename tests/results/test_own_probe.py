@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_a_probe_of_a_script_is_saved_drawn_and_reported_and_later_needs_its_cla
 
 
 NOT_HERE = (
-    r"probe 'norm-growth' is not installed, and its class __main__:NormGrowth cannot be imported \(__main__ does not "
+    r"probe 'norm-growth' is not installed, and its class __main__:NormGrowth is not here \(__main__ does not "
     r"define it here\); import the class and give it: load_result\(path, probe=CLASS\)"
 )
 
@@ -166,6 +167,17 @@ def test_a_class_that_is_defined_again_draws_from_then_on(tmp_path, monkeypatch)
 
     monkeypatch.setattr(sys.modules[NormGrowth.__module__], "NormGrowth", NormGrowthAgain)
     assert result.headline() == "again"
+
+
+def test_a_result_does_not_decide_which_module_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "side_effect.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = NormGrowth().run(wb.open_store(planted_norms(tmp_path))).save(tmp_path / "norms")
+    result = wb.load_result(saved)
+    planted = replace(result, provenance={**result.provenance, "probe_class": "side_effect:Probe"})
+    with pytest.raises(RequestError, match=r"side_effect:Probe is not here \(side_effect is not imported\); import"):
+        planted.figures()
+    assert "side_effect" not in sys.modules
 
 
 def test_the_class_of_another_probe_is_refused(tmp_path):

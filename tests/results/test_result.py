@@ -328,6 +328,6 @@ def test_a_probe_that_is_not_installed(result):
     other = dataclasses.replace(result, probe="logit-len", provenance={**result.provenance, "probe_class": None})
     assert refusal(RequestError, other.figures).startswith("probe 'logit-len' is not installed; nearest: logit-lens, ")
     renamed = dataclasses.replace(result, probe="logit-len")
-    assert "logit_lens:LogitLens cannot be imported (it is not a probe named 'logit-len')" in refusal(
+    assert "logit_lens:LogitLens is not here (it is not a probe named 'logit-len')" in refusal(
         RequestError, renamed.figures
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from workbench import embedded
-from workbench.io.errors import RequestError, nearest
+from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.parse import read_json
 
 Kind = Literal["model", "tokenizer"]
 
@@ -55,6 +55,7 @@ def locate(source: str | Path, revision: str | None = None, kind: Kind = "model"
     Raises:
         RequestError: A path that does not exist, a directory without a `kind`, a hub id while the hub cannot be
             reached.
+        DataError: A damaged index in the local cache.
     """
     text = str(source)
     path = Path(text).expanduser()
@@ -118,11 +119,17 @@ def _snapshot(name: str, revision: str | None, kind: Kind) -> Path | None:
     folder = next((Path(path).parent for path in paths if isinstance(path, str)), None)
     if folder is None or kind == "tokenizer":
         return folder
-    parts = {
-        part for index in folder.glob("*.index.json") for part in json.loads(index.read_text())["weight_map"].values()
-    }
+    parts = {part for index in folder.glob("*.index.json") for part in _weight_files(index)}
     complete = all((folder / part).is_file() for part in parts)
     return folder if complete and (parts or any((folder / weights).is_file() for weights in _WEIGHTS)) else None
+
+
+def _weight_files(index: Path) -> set[str]:
+    advice = "delete it from the hub's cache, so that it is fetched again"
+    listed = read_json(index, advice, finite=False).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(part, str) for part in listed.values()):
+        raise DataError(f"{index} lists no files of weights; {advice}")
+    return set(listed.values())
 
 
 def folders(parent: Path) -> list[str]:

@@ -7,14 +7,14 @@ A probe is a class registered in the group `workbench.probes`, an experiment a m
 from __future__ import annotations
 
 import ast
-import importlib
+import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.io.errors import RequestError, nearest
+from workbench.io.errors import RequestError, nearest, printable
 
 if TYPE_CHECKING:
     from workbench.results.experiment import Experiment
@@ -56,40 +56,45 @@ def reference(probe: type) -> str:
 def find_maker(name: str, address: str | None = None) -> type[Probe] | Experiment:
     """Returns the probe or the experiment that made a result.
 
+    A result's file does not decide what is imported: its class is taken where it is registered or in use already.
+
     Args:
         name: Name of the probe or the experiment.
-        address: Class of the probe, "module:Class". It is imported, or taken from this process where it was defined in
-            a notebook, a script or a function. None, or a class that is not there: the one registered as `name`.
+        address: Class of the probe, "module:Class": one that is registered, or that this process has imported or
+            defined, in a notebook, a script or a function. None, or a class that is not there: the one registered as
+            `name`.
 
     Raises:
-        RequestError: Neither is there; with the nearest names, and the reason why the class cannot be imported.
+        RequestError: Neither is there; with the nearest names, and what to import.
     """
     reason = ""
     if address is not None:
         try:
             return _at_address(name, address)
-        except Exception as error:  # whatever the import of somebody's module raises
+        except Exception as error:  # whatever the import of a registered module raises
             kind = "" if isinstance(error, RequestError) else f"{type(error).__name__}: "
-            reason = f"its class {address} cannot be imported ({kind}{' '.join(str(error).split())[:120]})"
+            reason = kind + " ".join(str(error).split())[:160]
     if name in installed_experiments():
         return find_experiment(name)
     if name in installed_probes() or not reason:
         return find_probe(name)
     raise RequestError(
-        f"probe {name!r} is not installed, and {reason}; import the class and give it: load_result(path, probe=CLASS)"
+        f"probe {name!r} is not installed, and its class {printable(str(address), 120)} is not here ({reason}); import "
+        "the class and give it: load_result(path, probe=CLASS)"
     )
 
 
 def _at_address(name: str, address: str) -> type[Probe]:
     module, _, qualified = address.partition(":")
-    probe: Any = None
-    if "<locals>" not in qualified:
-        probe = importlib.import_module(module)
+    registered = next((entry for entry in installed_probes().values() if entry.value == address), None)
+    probe: Any = registered.load() if registered else None
+    if probe is None and "<locals>" not in qualified and (probe := sys.modules.get(module)) is not None:
         for part in qualified.split("."):
             probe = getattr(probe, part, None)
     probe = probe or _USED.get(address)
     if probe is None:
-        raise RequestError(f"{module} does not define it here")
+        missing = "does not define it here" if module in sys.modules else "is not imported"
+        raise RequestError(f"{printable(module, 120)} {missing}")
     if not isinstance(probe, type) or getattr(probe, "name", None) != name:
         raise RequestError(f"it is not a probe named {name!r}")
     return probe

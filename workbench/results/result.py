@@ -64,7 +64,7 @@ class Result:
     """Model, store, fingerprints, settings and version that made it."""
 
     def maker(self) -> type[Probe] | Experiment:
-        """Returns the probe or the experiment that made this result. RequestError where it cannot be imported."""
+        """Returns the probe or the experiment that made this result. RequestError where it is not here."""
         return find_maker(self.probe, self.provenance.get("probe_class"))
 
     def figures(self) -> dict[str, Figure]:
@@ -173,7 +173,7 @@ def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result
     Args:
         path: The folder.
         probe: Class of the probe that made it, which draws its figures and writes its headline. None: the class that
-            the result names, or the installed probe of that name; needed where neither can be imported.
+            the result names, where it is registered or imported, or the installed probe of that name.
 
     Raises:
         RequestError: The folder has no result, one of a later format, or one of another probe than `probe`.
