@@ -20,6 +20,9 @@ _PUBLIC = {
     "load_sae": "workbench.sae.load",
     "Sae": "workbench.sae.load",
     "sae_metrics": "workbench.sae.metrics",
+    "intervene": "workbench.model.intervene",
+    "Add": "workbench.model.intervene",
+    "Feature": "workbench.sae.feature_record",
     "extract_features": "workbench.features.extract",
     "open_features": "workbench.features.feature_store",
     "Features": "workbench.features.feature_store",
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
         feature_statistics,
     )
     from workbench.io.errors import DataError, RequestError, WorkbenchError
+    from workbench.model.intervene import Add, intervene
     from workbench.model.load import Model, load_model
     from workbench.pages.feature_page import feature_page
     from workbench.pages.figure_export import export
@@ -98,6 +102,7 @@ if TYPE_CHECKING:
     from workbench.results.probe import Probe
     from workbench.results.result import Result, load_result
     from workbench.sae.decoder import nearest_features
+    from workbench.sae.feature_record import Feature
     from workbench.sae.load import Sae, load_sae
     from workbench.sae.metrics import sae_metrics
     from workbench.sites.settings import Recording

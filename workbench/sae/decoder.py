@@ -39,6 +39,19 @@ def decoder_directions(
     return rows
 
 
+def row_scale(sae: Sae, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row 1"] | float:
+    """Returns the factor by which the SAE multiplies `decoder_directions` in the reconstruction of each of `rows`.
+
+    1, except under layer_norm (the row's standard deviation) and constant_norm_rescale (its norm / √d_in).
+    """
+    kind = sae.module.cfg.normalize_activations
+    if kind == "layer_norm":
+        return sae.input_rows(rows).std(1, keepdim=True)
+    if kind == "constant_norm_rescale":
+        return sae.input_rows(rows).norm(dim=1, keepdim=True) / sae.d_in**0.5
+    return 1.0
+
+
 def nearest_features(sae: Sae, feature: int | np.integer, k: int = 10) -> pd.DataFrame:
     """Returns the `k` features whose decoder directions have the largest cosine with that of `feature`.
 

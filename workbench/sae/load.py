@@ -108,14 +108,15 @@ class Sae:
         return self.module.W_dec
 
     @plain_torch()
-    def encode(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row feature"]:
+    def encode(self, rows: Float[Tensor, "row ..."], *, gradients: bool = False) -> Float[Tensor, "row feature"]:
         """Returns the dense activations of all features in float32, by SAELens' `encode`. Heads are flattened.
 
-        A temporal SAE reads `rows` as one sequence from its first token and returns its novel codes.
+        A temporal SAE reads `rows` as one sequence from its first token and returns its novel codes. `gradients` lets
+        the gradient of `rows` pass through.
 
         Cost per row: 2 d_in d_sae operations and 4 d_sae bytes, at the peak four times that for jumprelu.
         """
-        with torch.no_grad():
+        with torch.enable_grad() if gradients else torch.no_grad():
             shaped = self._shaped(rows)
             return self.module.encode(shaped[None])[0] if self.sequential else self.module.encode(shaped).flatten(1)
 

@@ -82,7 +82,7 @@ def check_fit(
             f"SAE {sae.name!r} was trained on {trained_on}, but {site_argument} is {site.name}; leave {site_argument} "
             f"out, or give {force_argument}=True"
         )
-    if sae.model_name and not _same_model(sae.model_name, model.name):
+    if sae.model_name and not same_model(sae.model_name, model.name):
         raise RequestError(
             f"SAE {sae.name!r} was trained on the model {sae.model_name}, but {store} was recorded from {model.name}; "
             f"if they are the same model, give {force_argument}=True"
@@ -123,7 +123,7 @@ def site_names(site: str) -> tuple[str, ...]:
     return (site, other)
 
 
-def _same_model(one: str, other: str) -> bool:
+def same_model(one: str, other: str) -> bool:
     """Returns True if two names mean the same model: owners differ between hubs, and TransformerLens has aliases."""
     from transformer_lens.supported_models import MODEL_ALIASES
 

@@ -1,0 +1,120 @@
+"""Intervention on one SAE feature: ablate it, clamp it to a value or add to it, while the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import inf, prod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.io.checks import check
+from workbench.io.errors import RequestError
+from workbench.model.forward import fixed_shape
+from workbench.model.intervene import Change, Intervention
+from workbench.model.load import Model
+from workbench.model.positions import At
+from workbench.sae.decoder import decoder_directions, row_scale
+from workbench.sae.load import Sae
+from workbench.sae.site import block_rows, same_model, site_names
+from workbench.sae.training import check_training
+from workbench.sites.grammar import Site, full_name
+
+OPERATIONS = ("ablate", "clamp", "add")
+
+
+@dataclass(frozen=True, eq=False)
+class Feature(Intervention):
+    """Changes the activation f of one SAE feature to f' at the chosen rows: x <- x + (f' - f) d, d its direction.
+
+    What the SAE does not reconstruct stays in x. "ablate": f' = 0; "clamp": f' = value; "add": f' = f + value, which
+    steers along the feature whether or not it is active.
+    """
+
+    sae: Sae
+    id: int
+    op: Literal["ablate", "clamp", "add"] = "ablate"
+    value: float | Tensor | None = None
+    """Unit: the feature's activation, whose largest value is `features.max[id]`. None for "ablate"."""
+    site: str | None = None
+    """None: the site that the SAE was trained on."""
+    at: At = "all"
+    force: bool = False
+    """Allow another site or model than the SAE's."""
+
+    @property
+    def place(self) -> str:
+        """Name of the site. RequestError if neither the record nor the SAE's files have it."""
+        if self.site is None and self.sae.site is None:
+            raise RequestError(f"site: the files of SAE {self.sae.name!r} do not record its site; give site=")
+        return self.site or str(self.sae.site)
+
+    def change(self, model: Model, site: Site) -> Change:
+        """Returns the change of rows; see `Intervention.change`."""
+        check("op", self.op, one_of=OPERATIONS)
+        check("id", self.id, at_least=0, at_most=self.sae.d_sae - 1, whole=True)
+        if (self.op == "ablate") != (self.value is None):
+            raise RequestError(f"value: {self.op} {'takes none' if self.op == 'ablate' else 'needs one'}")
+        if self.value is not None:
+            check("value", _number(self.value), above=-inf, below=inf)
+        self._check_site(model, site)
+        direction = decoder_directions(self.sae, [self.id])[0]
+        return partial(_change, self, direction)
+
+    def _check_site(self, model: Model, site: Site) -> None:
+        sae = self.sae
+        if sae.sequential or not sae.reconstructs:
+            kind = "temporal" if sae.sequential else "a transcoder"
+            reason = "its features depend on earlier tokens" if sae.sequential else "it reads one site, writes another"
+            raise RequestError(f"SAE {sae.name!r} is {kind}: {reason}, so its features cannot be changed at one row")
+        check_training(sae, site.name, model.architecture)
+        if (width := prod(fixed_shape(site))) != sae.d_in:
+            raise RequestError(
+                f"SAE {sae.name!r} reads rows of width {sae.d_in}, but {site.short or site.name} of model "
+                f"{model.name!r} has {width}"
+            )
+        trained_on = full_name(sae.site) if sae.site else None
+        if self.force:
+            return
+        if trained_on and site.name not in site_names(trained_on):
+            raise RequestError(
+                f"SAE {sae.name!r} was trained on {trained_on}, but site is {site.name}; leave site out, or give "
+                "force=True"
+            )
+        if sae.model_name and not same_model(sae.model_name, model.name):
+            raise RequestError(
+                f"SAE {sae.name!r} was trained on the model {sae.model_name}, not on {model.name}; if they are the "
+                "same model, give force=True"
+            )
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f" {'to' if self.op == 'clamp' else 'by'} {_number(self.value):g}"
+        return f"{self.op} feature {self.id}{value}"
+
+
+def _number(value: float | Tensor) -> float:
+    return float(torch.as_tensor(value).detach())
+
+
+def _change(record: Feature, direction: Tensor, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+    """Rows with the feature changed; one whose activation stays is returned bit by bit."""
+    sae, gradients = record.sae, torch.is_grad_enabled() and rows.requires_grad
+    parts = []
+    for block in rows.split(block_rows(sae)):
+        activation = sae.encode(block, gradients=gradients)[:, record.id]
+        target = _target(record, activation)
+        step = (target - activation)[:, None] * row_scale(sae, block) * direction
+        step = step.to(block).reshape(block.shape)
+        same = (target == activation).to(block.device).reshape(-1, *[1] * (block.ndim - 1))
+        parts.append(torch.where(same, block, block + step))
+    return torch.cat(parts)
+
+
+def _target(record: Feature, activation: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    if record.value is None:
+        return torch.zeros_like(activation)
+    value = torch.as_tensor(record.value).to(activation)
+    return activation + value if record.op == "add" else value.expand_as(activation)
