@@ -335,11 +335,11 @@ def _read(
         part = slice(first, first + batch)
         x = states(rows[part])
         for index in range(len(targets)):
-            log = probes.log_probabilities(index, x).cpu()
-            target = torch.from_numpy(classes[index, part])
+            log = probes.log_probabilities(index, x)
+            target = torch.from_numpy(classes[index, part]).to(log.device)
             at = log.gather(1, target.clamp(min=0)[:, None])[:, 0].exp()
-            hits[index, part] = (log.argmax(1) == target).numpy()
-            probability[index, part] = torch.where(target >= 0, at, 0.0).numpy()
+            hits[index, part] = (log.argmax(1) == target).cpu().numpy()
+            probability[index, part] = torch.where(target >= 0, at, 0.0).cpu().numpy()
     probability[targets < 0] = np.nan
     return hits, probability
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pretend_mps import MPS, PretendMps, move_to_mps
+from pretend_device import PretendDevice
 
 import workbench as wb
 from workbench.embedded import demo_corpus
-from workbench.model.load import Model
 from workbench.probes import (
     AttentionSinks,
     FutureLens,
@@ -24,7 +24,7 @@ from workbench.probes import (
     TokenErasure,
     TunedLens,
 )
-from workbench.sae.load import Sae
+from workbench.sae.encode import encoder
 from workbench.sae.metrics import sae_metrics
 
 SITES = ("resid_post", "pattern", "z", "v", "attn_received", "resid_norm")
@@ -66,9 +66,9 @@ STATES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], ...]] = {
 """States that are entered together."""
 
 
-def numbers(folder: Path, model: Model | None = None, sae: Sae | None = None) -> dict[str, np.ndarray]:
+def numbers(folder: Path, device: str = "cpu") -> dict[str, np.ndarray]:
     """Everything that is computed, by name."""
-    model, sae = model or wb.load_model("demo"), sae or wb.load_sae("demo")
+    model, sae = wb.load_model("demo", device=device), wb.load_sae("demo", device=device)
     texts = [
         {
             "text": document["text"][:160],
@@ -85,7 +85,8 @@ def numbers(folder: Path, model: Model | None = None, sae: Sae | None = None) ->
     found["metrics"] = np.array([metrics.l0, metrics.explained_variance, metrics.loss.recovered])
     found["encoded"] = sae.encode(store["resid_post", 2][:8]).cpu().numpy()
     for probe in PROBES:
-        result = probe.run(store, model=model)
+        settings = {"device": device} if hasattr(probe, "device") else {}
+        result = replace(probe, **settings).run(store, model=model)
         for name, values in result.data.items():
             if values.dtype.kind in "fiub":
                 found[f"{probe.name} {name}"] = values.values
@@ -110,17 +111,60 @@ def test_results_are_those_of_a_fresh_process(state, expected, tmp_path):
         np.testing.assert_array_equal(found[name], values, err_msg=f"{state}: {name}")
 
 
-def test_a_device_without_float64_gives_the_same(expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        torch.__future__, "_overwrite_module_params_on_conversion", True
-    )  # Module.cpu() keeps no subclass
-    model, sae = wb.load_model("demo"), wb.load_sae("demo")
-    move_to_mps(model.module)
-    move_to_mps(sae.module)
-    with PretendMps():
-        assert (model.device, sae.device) == (MPS, MPS)
-        with pytest.raises(TypeError, match="float64"):
-            model.module.lm_head.weight.double()
-        found = numbers(tmp_path, model, sae)
+# ---- on a pretend accelerator ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved_modules(monkeypatch):
+    """Modules take the moved tensor itself, as on devices whose tensors cannot be put into a CPU tensor."""
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+
+
+def test_a_device_that_mixes_with_no_other_and_has_no_float64_gives_the_same(expected, tmp_path, moved_modules):
+    with PretendDevice("mps"):
+        assert wb.load_model("demo", device="mps").device == wb.load_sae("demo", device="mps").device != "cpu"
+        found = numbers(tmp_path, "mps")
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_what_a_device_with_float64_computes_in_it_stays_there(expected, tmp_path, moved_modules):
+    model, texts = wb.load_model("demo", device="cpu"), [document["text"][:200] for document in demo_corpus()[:4]]
+    store = wb.record(model, texts, sites=("resid_post",), out=tmp_path / "s.acts", show_progress=False)
+    rows, lens = store["resid_post", 2][:].float(), FutureLens(horizons=1, epochs=1, direct_vocab=50, ridge=(0.01,))
+    here = encoder(wb.load_sae("demo", device="cpu"), precision="bfloat16")(rows)
+    result = replace(lens, device="cpu").run(store)
+    features = wb.extract_features(store, wb.load_sae("demo", device="cpu"), show_progress=False)
+    with PretendDevice("xpu"):
+        there = encoder(wb.load_sae("demo", device="xpu"), precision="bfloat16")(rows.to("xpu"))
+        assert [part.device.type for part in (there.indptr, there.feature, there.value)] == ["xpu"] * 3
+        assert torch.equal(there.indptr.cpu(), here.indptr)
+        assert torch.equal(there.feature.cpu(), here.feature)
+        torch.testing.assert_close(there.value.cpu(), here.value)
+        moved = replace(lens, device="xpu").run(store)
+        model, sae = wb.load_model("demo", device="xpu"), wb.load_sae("demo", device="xpu")
+        wb.record(model, texts, sae=sae, out=tmp_path / "f.acts", show_progress=False)
+    for name, values in result.data.items():
+        if values.dtype.kind in "fiub":
+            np.testing.assert_allclose(moved.data[name], values, rtol=1e-3, atol=1e-4, err_msg=str(name))
+    (recorded,) = (tmp_path / "f.acts" / "features").iterdir()
+    here, there = (each[np.arange(store.rows)].toarray() for each in (features, wb.open_features(recorded)))
+    np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-3)
+
+
+def test_the_pretend_device_refuses_what_cuda_refuses():
+    with PretendDevice("xpu") as device:
+        there, here = torch.arange(3.0, device="xpu"), torch.arange(3.0)
+        for mixed in (lambda: there + here, lambda: torch.cat([here, there]), lambda: here[there.long()]):
+            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+                mixed()
+        with pytest.raises(TypeError, match="can't convert xpu:0 device type tensor to numpy"):
+            there.numpy()
+        assert (there[here.long()] + torch.tensor(1.0)).device == there.to("xpu").device == torch.device("xpu")
+        assert there.double().device.type == "xpu"
+        assert device.waits.total() == 0
+        assert type(there.cpu().add_(1)) is torch.Tensor
+        assert there.tolist() == [0.0, 1.0, 2.0]
+        assert device.waits.total() == 2
+    with PretendDevice("mps"), pytest.raises(TypeError, match="float64"):
+        torch.zeros(3, device="mps").double()

@@ -121,7 +121,7 @@ def read_lens(
         raise RequestError(f"top_k is {top_k} and the vocabulary has {unembed.vocab}; give at most that")
     targets = next_tokens(store)[rows]
     details = _Details(len(layers), min(detail, len(rows)), top_k)
-    totals = _Totals(len(layers), len(rows))
+    totals = _Totals(len(layers), targets)
     for block in blocks(len(rows), unembed.vocab):
         model_log = log_probabilities(unembed, final[rows[block]])
         model_top = model_log.argmax(1)
@@ -132,11 +132,12 @@ def read_lens(
             if name != last:
                 states = store[name][rows[block]].to(model_log.device)
                 log = log_probabilities(unembed, translate(layer, states))
+            predicted = log.argmax(1)
+            agrees.append(predicted == model_top)
             statistics = lens_statistics(log, model_log, target, top_k)
-            agrees.append(log.argmax(1) == model_top)
-            totals.add(index, block, statistics, agrees[-1], log.argmax(1) == target, target)
+            statistics = _on_host({**statistics, "agreement": agrees[-1], "accuracy": predicted == target})
+            totals.add(index, block, statistics)
             details.add(index, block.start, statistics)
-        totals.known[block] = (target >= 0).cpu().numpy()
         totals.right[block] = (model_top == target).cpu().numpy()
         depth = prediction_depth(torch.stack(agrees))
         totals.depth += torch.bincount(depth, minlength=len(layers) + 1).cpu().numpy()
@@ -205,6 +206,17 @@ def lens_statistics(
     }
 
 
+def _on_host(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics on the CPU, by one copy from another device: float32 holds ids, ranks and booleans exactly."""
+    flat = {name: values[:, None] if values.ndim == 1 else values for name, values in statistics.items()}
+    packed = torch.cat([values.float() for values in flat.values()], 1).cpu()
+    parts = packed.split([values.shape[1] for values in flat.values()], 1)
+    return {
+        name: part.to(values.dtype).view(values.shape)
+        for part, (name, values) in zip(parts, statistics.items(), strict=True)
+    }
+
+
 class _Details:
     """Readings of the first rows."""
 
@@ -226,7 +238,7 @@ class _Details:
     def add(self, layer: int, first: int, statistics: dict[str, Tensor]) -> None:
         room = max(0, self.rows - first)
         for name, array in self.arrays.items():
-            values = statistics[name][:room].cpu().numpy()
+            values = statistics[name][:room].numpy()
             array[layer, first : first + len(values)] = values
 
     def add_depth(self, first: int, depth: Tensor) -> None:
@@ -237,28 +249,23 @@ class _Details:
 class _Totals:
     """Running sums over all rows, in float64, and the values that are ranked over all of them."""
 
-    def __init__(self, layers: int, rows: int) -> None:
+    def __init__(self, layers: int, targets: Int[np.ndarray, " row"]) -> None:
+        rows = len(targets)
         self.sums = {name: np.zeros(layers) for name in _MEANS}
         self.rows, self.targets = np.zeros(layers), np.zeros(layers)
         self.depth = np.zeros(layers + 1, np.int64)
         self.surprise = np.zeros((layers, rows), np.float32)
-        self.known, self.right = np.zeros(rows, bool), np.zeros(rows, bool)
+        self.known, self.right = targets >= 0, np.zeros(rows, bool)
 
-    def add(
-        self, layer: int, block: slice, statistics: dict[str, Tensor], agrees: Tensor, right: Tensor, target: Tensor
-    ) -> None:
-        known = target >= 0
-        self.rows[layer] += len(target)
+    def add(self, layer: int, block: slice, statistics: dict[str, Tensor]) -> None:
+        known = torch.from_numpy(self.known[block])
+        self.rows[layer] += len(known)
         self.targets[layer] += int(known.sum())
-        values = {
-            **{name: statistics[name] for name in ("entropy", "kl", "js", "tv", "surprise")},
-            "cross_entropy": statistics["cross_entropy"][known],
-            "agreement": agrees,
-            "accuracy": right[known],
-        }
-        for name, value in values.items():
-            self.sums[name][layer] += value.cpu().double().sum().item()
-        self.surprise[layer, block] = statistics["surprise"].cpu().numpy()
+        for name, sums in self.sums.items():
+            values = statistics[name]
+            counted = values[known] if name in ("cross_entropy", "accuracy") else values
+            sums[layer] += counted.double().sum().item()
+        self.surprise[layer, block] = statistics["surprise"].numpy()
 
     def means(self) -> dict[str, np.ndarray]:
         counts = {"cross_entropy": self.targets, "accuracy": self.targets}

@@ -24,7 +24,7 @@ from workbench.model.capture import capture
 from workbench.model.load import Loading, Model, batch_tokens
 from workbench.model.packing import pack_model, unpack_model
 from workbench.recording.planning import PartPlan
-from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host, to_stored_type
+from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import SiteRecord
@@ -218,7 +218,7 @@ def _fill(
                 if site.axes[-1:] == ("key",):
                     tensor = torch.nn.functional.pad(tensor, (0, segment.shape(site.name)[-1] - tensor.shape[-1]))
                 real, runs = rows.take(tensor, first)
-                submit(_write, segment, site.name, to_host(*to_stored_type(real, dtype)), runs)
+                submit(_write, segment, site.name, to_host(real, dtype), runs)
 
             capture(model.module, sites, tokens, mask, receive)
             advance(int(lengths[batch].sum()))

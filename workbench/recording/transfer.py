@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 _BACKLOG = 8
+_COUNTS = 16  # bytes of two integers
 
 
 class BatchRows:
@@ -21,6 +22,7 @@ class BatchRows:
 
     def __init__(self, starts: Int[np.ndarray, " batch"], lengths: Int[np.ndarray, " batch"]) -> None:
         self.starts, self.lengths = starts, lengths
+        self._indices: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def take(self, tensor: Tensor, first: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """Returns the rows of a tensor without padding, and where they belong.
@@ -37,14 +39,23 @@ class BatchRows:
         offsets = np.concatenate([[0], np.cumsum(counts)])
         flat = tensor.flatten(0, 1)
         if offsets[-1] < len(flat):
-            indices = np.concatenate([np.arange(n) + i * positions for i, n in enumerate(counts)])
-            flat = flat.index_select(0, torch.from_numpy(indices).to(flat.device))
+            flat = flat.index_select(0, self._real(counts, first, positions, flat.device))
         runs = [
             (int(start + first), int(offset), int(n))
             for start, offset, n in zip(self.starts, offsets[:-1], counts, strict=True)
             if n
         ]
         return flat, runs
+
+    def _real(self, counts: np.ndarray, first: int, positions: int, device: torch.device) -> Tensor:
+        """Places of the rows without padding, copied to the device once for all sites of the batch."""
+        key = first, positions, device
+        if key not in self._indices:
+            indices = torch.from_numpy(np.concatenate([np.arange(n) + i * positions for i, n in enumerate(counts)]))
+            if device.type == "cuda":
+                indices = indices.pin_memory()  # else the copy waits for all that the device has to do
+            self._indices[key] = indices.to(device, non_blocking=device.type == "cuda")
+        return self._indices[key]
 
 
 def to_stored_type(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int, Tensor | int]:
@@ -58,31 +69,63 @@ def to_stored_type(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int,
         low, high = torch.aminmax(x)
         if low >= -limit and high <= limit:  # false for NaN too
             return x.to(dtype, **fresh), 0, 0
+    clamped, beyond, nonfinite = _clamped(x, limit)
+    return clamped.to(dtype, **fresh), beyond, nonfinite
+
+
+def _clamped(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` with finite values moved into the range, the number of those moved, and the number of those not finite."""
     finite = torch.isfinite(x)
     beyond = finite & (x.abs() > limit)
-    clamped = torch.where(finite, x.clamp(-limit, limit), x)
-    return clamped.to(dtype, **fresh), beyond.sum(), (~finite).sum()
+    return torch.where(finite, x.clamp(-limit, limit), x), beyond.sum(), (~finite).sum()
 
 
-def to_host(x: Tensor, *counts: Tensor | int) -> Callable[[], tuple[np.ndarray, list[int]]]:
-    """Starts the copy to host memory and returns a function that waits for it.
+def to_host(x: Tensor, dtype: torch.dtype) -> Callable[[], tuple[np.ndarray, list[int]]]:
+    """Starts the conversion to the stored type and the copy to host memory, and returns a function that waits for both.
 
-    On a GPU the copy runs on its own stream into pinned memory, during the next forward pass.
+    From another device, rows and counts travel as one buffer. On CUDA it is copied on a stream of its own into pinned
+    memory, during the next forward pass; nothing waits for the device before the returned function is called.
+
+    Returns:
+        A function that returns the rows in the stored type, and the counts [beyond the range, not finite] of
+        `to_stored_type`.
     """
-    if x.device.type != "cuda":
-        return lambda: (as_numpy(x.cpu()), [int(n) for n in counts])
-    stream = _copy_stream(x.device)
-    stream.wait_stream(torch.cuda.current_stream(x.device))
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    if x.device.type == "cpu":
+        stored, *counts = to_stored_type(x, dtype)
+        return lambda: (as_numpy(stored), [int(n) for n in counts])
+    clamped, *counts = _clamped(x, torch.finfo(dtype).max)
+    buffer = torch.empty(_COUNTS + x.numel() * dtype.itemsize, dtype=torch.uint8, device=x.device)
+    rows, totals = _parts(buffer, x.shape, dtype)
+    rows.copy_(clamped)
+    totals.copy_(torch.stack(counts))
+    arrived = _copy(buffer) if x.device.type == "cuda" else buffer.cpu
+
+    def wait() -> tuple[np.ndarray, list[int]]:
+        rows, totals = _parts(arrived(), x.shape, dtype)
+        return as_numpy(rows), totals.tolist()
+
+    return wait
+
+
+def _parts(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows and the two counts in a buffer of bytes; the counts come first, where they are aligned."""
+    return buffer[_COUNTS:].view(dtype).view(shape), buffer[:_COUNTS].view(torch.int64)
+
+
+def _copy(buffer: Tensor) -> Callable[[], Tensor]:
+    """Starts the copy of a buffer from a CUDA device; returns a function that waits for it."""
+    stream = _copy_stream(buffer.device)
+    stream.wait_stream(torch.cuda.current_stream(buffer.device))
+    host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
     with torch.cuda.stream(stream):
-        host.copy_(x, non_blocking=True)
-        x.record_stream(stream)
+        host.copy_(buffer, non_blocking=True)
+        buffer.record_stream(stream)
         copied = torch.cuda.Event()
         copied.record(stream)
 
-    def wait() -> tuple[np.ndarray, list[int]]:
+    def wait() -> Tensor:
         copied.synchronize()
-        return as_numpy(host), [int(n) for n in counts]
+        return host
 
     return wait
 
