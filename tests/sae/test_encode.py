@@ -233,7 +233,7 @@ def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monke
     monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
     tried = []
     plain = screen.Screen.extended
-    monkeypatch.setattr(screen.Screen, "extended", lambda self, x: tried.append(len(x)) or plain(self, x))
+    monkeypatch.setattr(screen.Screen, "extended", lambda self, x, norm: tried.append(len(x)) or plain(self, x, norm))
     made = encoder(sae, precision="bfloat16")
     hopeless, easy = torch.ones(64, 8), torch.full((64, 8), -1.0)  # 200 equal features, or 8
     for expected in [1, 0, 0, 0, 0, 1] + 8 * [0] + [1]:

@@ -26,9 +26,10 @@ from workbench.sae.products import places, row_starts
 from workbench.sae.screen import LEAST_NORM, Screen, make_screen
 from workbench.sae.selection import Entries, Experience, choose, merge, screened_above, screened_top
 
-_BLOCK_BYTES = 40 << 20  # of dense pre-activations on a CPU: smaller blocks make the product slower
+_BLOCK_BYTES = 40 << 20  # of pre-activations or their bounds on a CPU: smaller blocks make the product slower
 _ACCELERATOR_BLOCK_BYTES = 512 << 20
 _LEAST_ROWS = 64  # with fewer, reading the weights dominates the product
+_ARRAYS = "row", "feature", "value"
 _HOPELESS = 0.5  # a larger share of unsettled rows in a block turns bounds off for some blocks
 
 
@@ -83,7 +84,7 @@ class Encoder:
             NotFinite: A row or its features has NaN or infinite values.
         """
         rows = rows.to(self.sae.device, torch.float32).flatten(1)
-        if (bad := _first(~rows.isfinite().all(1))) is not None:
+        if (bad := _first_not_finite(rows)) is not None:
             raise NotFinite(bad, features=False)
         parts, start, sizes = [], 0, self._sizes(len(rows), lengths)
         with torch.no_grad(), full_precision():
@@ -101,9 +102,13 @@ class Encoder:
 
     @property
     def block_rows(self) -> int:
-        """Number of rows in a dense block."""
+        """Number of rows in a block."""
+        return self._room(2 if self.screen else 4)
+
+    def _room(self, width: int) -> int:
+        """Number of rows in a block of numbers of this many bytes."""
         room = _BLOCK_BYTES if self.sae.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
-        return max(_LEAST_ROWS, room // (4 * self.sae.d_sae))
+        return max(_LEAST_ROWS, room // (width * self.sae.d_sae))
 
     def _sizes(self, rows: int, lengths: Sequence[int] | None) -> list[int]:
         """Rows per block: whole sequences if needed, else nearly equal numbers, as a small last block is slow."""
@@ -126,7 +131,8 @@ class Encoder:
         assert self.linear is not None
         assert self.choice is not None
         steepest, highest = self.linear.reach
-        overflowing = ~(x.norm(dim=1) * steepest + highest < SAFE)  # also where either is NaN
+        norm = x.norm(dim=1)
+        overflowing = ~(norm * steepest + highest < SAFE)  # also where either is NaN
         if overflowing.any():
             pre = self.linear.pre(x)
             kept = pre.abs() if isinstance(self.choice, AbsTopK) else pre
@@ -137,26 +143,39 @@ class Encoder:
             return choose(self.choice, self.linear.pre(x, out[: len(x)]))
         if self.experience.skip:
             self.experience.skip -= 1
-            return replace(choose(self.choice, self.linear.pre(x)), unsettled=len(x))
-        return self._screened(self.screen, x, out[: len(x)])
+            return replace(self._dense(x), unsettled=len(x))
+        return self._screened(self.screen, x, norm, out[: len(x)])
 
-    def _screened(self, screen: Screen, x: Float32[Tensor, "row d_in"], out: Tensor) -> Entries:
+    def _screened(
+        self, screen: Screen, x: Float32[Tensor, "row d_in"], norm: Float32[Tensor, " row"], out: Tensor
+    ) -> Entries:
         assert self.linear is not None
         if isinstance(self.choice, TopK):
-            entries, dense = screened_top(self.choice, screen, x, out, self.experience)
+            entries, dense = screened_top(self.choice, screen, x, norm, out, self.experience)
         else:
             assert self.choice is not None
-            entries, dense = screened_above(self.choice, screen, x, out)
-        dense |= x.norm(dim=1) < LEAST_NORM
+            entries, dense = screened_above(self.choice, screen, x, norm, out)
+        dense |= norm < LEAST_NORM
         unsettled = dense.nonzero()[:, 0]
         self.experience.note(len(unsettled) > _HOPELESS * len(x))
         if not len(unsettled):
             return entries
-        again = choose(self.choice, self.linear.pre(x[unsettled]))
+        again = self._dense(x[unsettled])
         settled = ~dense[entries.row]
         entries = Entries(entries.row[settled], entries.feature[settled], entries.value[settled])
         merged = merge(len(x), entries, replace(again, row=unsettled[again.row]))
         return replace(merged, unsettled=len(unsettled))
+
+    def _dense(self, x: Float32[Tensor, "row d_in"]) -> Entries:
+        """Entries from all pre-activations in float32."""
+        assert self.linear is not None
+        assert self.choice is not None
+        step = self._room(4)
+        parts = [choose(self.choice, self.linear.pre(x[at : at + step])) for at in range(0, len(x), step)]
+        for number, part in enumerate(parts):
+            part.row.add_(number * step)
+        row, feature, value = (torch.cat([getattr(part, name) for part in parts]) for name in _ARRAYS)
+        return Entries(row, feature, value)
 
     def _buffer(self, rows: int) -> Tensor | None:
         """Room for the product of a block, used again for each: fresh memory takes as long as the product."""
@@ -208,8 +227,15 @@ def _concatenate(parts: list[Entries], rows: int, device: torch.device) -> Spars
     if not parts:
         none = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         return SparseRows(none, none[:0], torch.zeros(0, dtype=torch.float32, device=device))
-    row, feature, value = (torch.cat([getattr(part, name) for part in parts]) for name in ("row", "feature", "value"))
+    row, feature, value = (torch.cat([getattr(part, name) for part in parts]) for name in _ARRAYS)
     return SparseRows(row_starts(row, rows), feature, value, sum(part.unsettled for part in parts))
+
+
+def _first_not_finite(rows: Float32[Tensor, "row d_in"]) -> int | None:
+    """The first row that has NaN or infinite values; a norm is ten times faster than `isfinite`, and may overflow."""
+    suspect = (~rows.norm(dim=1).isfinite()).nonzero()[:, 0]
+    bad = suspect[~rows[suspect].isfinite().all(1)]
+    return int(bad[0]) if len(bad) else None
 
 
 def _first(bad: Bool[Tensor, " row"]) -> int | None:

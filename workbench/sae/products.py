@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Float, Float32, Int64
+from jaxtyping import BFloat16, Bool, Float, Float32, Int16, Int64
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -128,18 +129,17 @@ def places_from(
         return row, feature, crowded
     # the bits of numbers above 0 are ordered as the numbers, those of numbers below 0 are below 0
     bits, lowest = bounds.view(torch.int16).numpy(), least.view(torch.int16).numpy()
-    features, crowded = bits.shape[1], np.zeros(len(bits), bool)
-    step, parts = max(1, _CHUNK_BYTES // (2 * features)), []
-    for start in range(0, len(bits), step):
-        mask = bits[start : start + step] >= lowest[start : start + step, None]
-        if np.count_nonzero(mask) > most:
-            over = np.count_nonzero(mask, axis=1) > most
-            crowded[start : start + step] = over
-            mask[over] = False
-        parts.append(np.flatnonzero(mask) + start * features)
-    flat = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    row = flat // features
-    return torch.from_numpy(row), torch.from_numpy(flat - row * features), torch.from_numpy(crowded)
+    share = -(-len(bits) // torch.get_num_threads())
+    shares = [(bits[at : at + share], lowest[at : at + share], most) for at in range(0, len(bits), share)]
+    if len(shares) > 1:
+        with ThreadPoolExecutor(len(shares)) as pool:
+            found = list(pool.map(_places_from, *zip(*shares, strict=True)))
+    else:
+        found = [_places_from(*one) for one in shares]
+    flat = np.concatenate([places + index * share * bits.shape[1] for index, (places, _) in enumerate(found)])
+    row = flat // bits.shape[1]
+    crowded = np.concatenate([over for _, over in found])
+    return torch.from_numpy(row), torch.from_numpy(flat - row * bits.shape[1]), torch.from_numpy(crowded)
 
 
 def places(mask: Bool[Tensor, "row feature"]) -> tuple[Int64[Tensor, " entry"], Int64[Tensor, " entry"]]:
@@ -147,7 +147,7 @@ def places(mask: Bool[Tensor, "row feature"]) -> tuple[Int64[Tensor, " entry"], 
     if mask.device.type != "cpu":
         row, feature = mask.nonzero().unbind(1)
         return row, feature
-    flat = np.flatnonzero(mask.numpy())  # several times faster than torch's
+    flat = _true_places(mask.numpy())
     row = flat // mask.shape[1]
     return torch.from_numpy(row), torch.from_numpy(flat - row * mask.shape[1])
 
@@ -177,3 +177,32 @@ def _sampled(one: Tensor, other: Tensor, start: Tensor, place: Tensor) -> Float3
             start, place, one.new_zeros(len(place)), (len(one), len(other)), check_invariants=False
         )
         return torch.sparse.sampled_addmm(places, one, other.T, beta=0.0).values()
+
+
+def _places_from(
+    bits: Int16[np.ndarray, "row feature"], lowest: Int16[np.ndarray, " row"], most: int
+) -> tuple[Int64[np.ndarray, " entry"], Bool[np.ndarray, " row"]]:
+    """Flat places of the bits that reach the lowest of their row, and the rows left out."""
+    (rows, features), crowded = bits.shape, np.zeros(len(bits), bool)
+    step = max(8, _CHUNK_BYTES // (16 * features) * 8)
+    room, parts = np.empty((min(step, rows), features), bool), []
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        mask = np.greater_equal(bits[part], lowest[part, None], out=room[: rows - start])
+        flat = _true_places(mask)
+        if len(flat) > most:
+            counts = np.diff(np.searchsorted(flat, np.arange(len(mask) + 1) * features))
+            crowded[part] = counts > most
+            flat = flat[np.repeat(counts <= most, counts)]
+        parts.append(flat + start * features)
+    return np.concatenate(parts), crowded
+
+
+def _true_places(mask: Bool[np.ndarray, "row feature"]) -> Int64[np.ndarray, " entry"]:
+    """Flat index of each True; several times faster than torch, eight at a time a quarter faster than numpy."""
+    flat = mask.reshape(-1)
+    if flat.size % 8:
+        return np.flatnonzero(flat)
+    eights = np.flatnonzero(flat.view(np.int64) != 0)
+    within = np.flatnonzero(flat.reshape(-1, 8)[eights])
+    return eights[within >> 3] * 8 + (within & 7)

@@ -38,7 +38,7 @@ class Screen:
 
     def bounds(self, x: Float32[Tensor, "row d_in"]) -> BFloat16[Tensor, "row feature"]:
         """Returns a value >= pre-activation - threshold for any order of summation, rounded to bfloat16."""
-        return self.extended(x) @ self.weight.T
+        return self.extended(x, x.norm(dim=1)) @ self.weight.T
 
     def exact(
         self, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Int64[Tensor, " entry"]
@@ -48,16 +48,18 @@ class Screen:
         pre += self.linear.bias[feature]
         return pre if self.linear.scale is None else pre * self.linear.scale[feature]
 
-    def extended(self, x: Float32[Tensor, "row d_in"]) -> BFloat16[Tensor, "row d_in_and_bounds"]:
+    def extended(
+        self, x: Float32[Tensor, "row d_in"], norm: Float32[Tensor, " row"]
+    ) -> BFloat16[Tensor, "row d_in_and_bounds"]:
         """Returns the rows rounded, with the norms that belong to the norms of `weight`."""
-        d_in, low = x.shape[1], x.bfloat16()
-        norm = x.norm(dim=1)
-        rounding = (x - low.float()).norm(dim=1) + norm * _accumulation(self.linear)
-        longer = low.new_zeros(len(x), self.weight.shape[1])
-        longer[:, :d_in] = low
+        d_in = x.shape[1]
+        longer = self.weight.new_empty(len(x), self.weight.shape[1])
+        longer[:, :d_in] = x
+        rounding = torch.sub(x, longer[:, :d_in]).norm(dim=1) + norm * _accumulation(self.linear)
         longer[:, d_in] = norm * _MARGIN
         longer[:, d_in + 1] = rounding * _MARGIN
         longer[:, d_in + 2 : d_in + 5] = 1
+        longer[:, d_in + 5 :] = 0
         return longer
 
     def width(self, extended: BFloat16[Tensor, "row d_in_and_bounds"]) -> Float32[Tensor, " row"]:

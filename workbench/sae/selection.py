@@ -70,10 +70,10 @@ def choose(choice: Above | TopK, pre: Float32[Tensor, "row feature"]) -> Entries
 
 
 def screened_above(
-    choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"], out: Tensor
+    choice: Above, screen: Screen, x: Float32[Tensor, "row d_in"], norm: Float32[Tensor, " row"], out: Tensor
 ) -> tuple[Entries, Bool[Tensor, " row"]]:
     """Returns the entries found through bounds, and a mask of the rows for which bounds do not pay off."""
-    bounds = torch.mm(screen.extended(x), screen.weight.T, out=out)
+    bounds = torch.mm(screen.extended(x, norm), screen.weight.T, out=out)
     row, feature, crowded = places_from(bounds, _positive(bounds), bounds.shape[1] // _CROWDED)
     value = screen.exact(x, row, feature)
     on = value > choice.threshold[feature]
@@ -81,14 +81,19 @@ def screened_above(
 
 
 def screened_top(
-    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"], out: Tensor, experience: Experience
+    choice: TopK,
+    screen: Screen,
+    x: Float32[Tensor, "row d_in"],
+    norm: Float32[Tensor, " row"],
+    out: Tensor,
+    experience: Experience,
 ) -> tuple[Entries, Bool[Tensor, " row"]]:
     """Returns the entries found through bounds, and a mask of the rows for which bounds do not pay off.
 
     The k-th largest maximum of a group is at most the k-th largest bound. Pre-activations whose bounds reach a little
     below it are computed: at least k. The k-th largest of them decides which bounds remain to be tried: mostly none.
     """
-    extended = screen.extended(x)
+    extended = screen.extended(x, norm)
     size = group_size(len(screen.weight), choice.k) or 1
     bounds, maxima = product_with_maxima(extended, screen.weight, size, out)
     least = _positive(bounds)
