@@ -43,7 +43,7 @@ class Finding:
     unit: str
     wanted: str
     """Criterion that the demo must meet, as text."""
-    holds: bool | np.bool
+    holds: bool
     """True if it is met."""
     where: str = ""
     """Layer, head or interval."""

@@ -217,7 +217,7 @@ def heads(demo, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         store = record_heads(model, demo_corpus()[:100], folder)
         found = [*sinks(store), *successors(model, store), *induction(model, folder)]
-        shown[name] = {finding.measure: bool(finding.holds) for finding in found}
+        shown[name] = {finding.measure: finding.holds for finding in found}
     return shown
 
 
