@@ -213,9 +213,9 @@ def heads(demo, tmp_path_factory):
     """Findings on heads, of the shipped model and of random weights: by model, whether the criterion is met."""
     shown = {}
     random = random_copy(demo)
-    for name, model in (("demo", demo), ("random", random)):
+    for name, model, count in (("demo", demo, 100), ("random", random, 30)):
         folder = tmp_path_factory.mktemp(name)
-        store = record_heads(model, demo_corpus()[:100], folder)
+        store = record_heads(model, demo_corpus()[:count], folder)
         found = [*sinks(store), *successors(model, store), *induction(model, folder)]
         shown[name] = {finding.measure: finding.holds for finding in found}
     return shown
