@@ -31,6 +31,7 @@ _PUBLIC = {
     "active_rows": "workbench.features.queries",
     "best_features": "workbench.features.queries",
     "coactivation": "workbench.features.queries",
+    "feature_effect": "workbench.analysis.feature_effect",
     "feature_page": "workbench.pages.feature_page",
     "export_delphi": "workbench.features.other_formats",
     "export_neuronpedia": "workbench.features.other_formats",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from workbench.analysis.comparison import compare
+    from workbench.analysis.feature_effect import feature_effect
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features

@@ -14,6 +14,7 @@ from workbench.cli.feature_verbs import Features, Metrics, Top
 from workbench.cli.options import Positional
 from workbench.cli.page_verbs import Demo, Export, Report
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
+from workbench.cli.question_verbs import Effect
 from workbench.cli.recording_verbs import Plan, Record
 from workbench.cli.store_verbs import Compare, Info, Query, Verify
 from workbench.cli.terminal import print_items, print_plain
@@ -44,6 +45,7 @@ VERBS: dict[str, type[Command]] = {
     "features": Features,
     "metrics": Metrics,
     "top": Top,
+    "effect": Effect,
     "probes": Probes,
     "report": Report,
     "export": Export,

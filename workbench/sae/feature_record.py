@@ -64,6 +64,13 @@ class Feature(Intervention):
         direction = decoder_directions(self.sae, [self.id])[0]
         return partial(_change, self, direction)
 
+    def target(self, activation: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Returns f' for the activations f of rows."""
+        if self.value is None:
+            return torch.zeros_like(activation)
+        value = torch.as_tensor(self.value).to(activation)
+        return activation + value if self.op == "add" else value.expand_as(activation)
+
     def _check_site(self, model: Model, site: Site) -> None:
         sae = self.sae
         if sae.sequential or not sae.reconstructs:
@@ -105,16 +112,9 @@ def _change(record: Feature, direction: Tensor, rows: Float[Tensor, "row ..."]) 
     parts = []
     for block in rows.split(block_rows(sae)):
         activation = sae.encode(block, gradients=gradients)[:, record.id]
-        target = _target(record, activation)
+        target = record.target(activation)
         step = (target - activation)[:, None] * row_scale(sae, block) * direction
         step = step.to(block).reshape(block.shape)
         same = (target == activation).to(block.device).reshape(-1, *[1] * (block.ndim - 1))
         parts.append(torch.where(same, block, block + step))
     return torch.cat(parts)
-
-
-def _target(record: Feature, activation: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-    if record.value is None:
-        return torch.zeros_like(activation)
-    value = torch.as_tensor(record.value).to(activation)
-    return activation + value if record.op == "add" else value.expand_as(activation)

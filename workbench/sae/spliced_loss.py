@@ -86,8 +86,7 @@ def spliced_ratios(
     }
     names = ("tokens", "rows", *_PASSES, *(f"kl_{name}" for name in _PASSES))
     sums = {name: np.zeros(documents.count) for name in names}
-    most = min(batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab))
-    for batch in _batches(array.store, documents, max(1, most)):
+    for batch in sequence_batches(array.store, documents, batch_limit(model)):
         for name, (number, values) in _measure(model.module, site, batch, replacements).items():
             np.add.at(sums[name], number.numpy(), values.numpy())
     tokens = int(sums["tokens"].sum())
@@ -111,8 +110,8 @@ def _reconstruction(sae: Sae, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Right-padded sequences."""
+class Batch:
+    """Right-padded sequences, on the CPU."""
 
     ids: Int64[Tensor, "batch position"]
     mask: Int64[Tensor, "batch position"]
@@ -126,7 +125,7 @@ class _Batch:
 def _measure(
     module: nn.Module,
     site: Site,
-    batch: _Batch,
+    batch: Batch,
     replacements: Mapping[str, Callable[[Tensor], Tensor] | None],
 ) -> dict[str, tuple[Int64[Tensor, " row"], Float[Tensor, " row"]]]:
     """Document and value of every evaluated row, for each measure."""
@@ -139,17 +138,17 @@ def _measure(
         with splice(module, site, batch.replaced, replace) if replace else nullcontext():
             logits = run(module, batch.ids, batch.mask).logits
         logits = logits[rows.to(logits.device)]
-        losses, divergences = _compared(logits, targets, logits if clean is None else clean)
+        losses, divergences = loss_and_divergence(logits, targets, logits if clean is None else clean)
         clean = logits if clean is None else clean
         measures[name] = number, torch.where(follows, losses, 0)
         measures[f"kl_{name}"] = number, divergences
     return measures
 
 
-def _compared(
+def loss_and_divergence(
     logits: Float[Tensor, "row vocab"], targets: Int64[Tensor, " row"], clean: Float[Tensor, "row vocab"]
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """Cross-entropy of the targets and KL(clean ‖ logits) of each row, in nats, computed in float64."""
+    """Returns the cross-entropy of the targets and KL(clean ‖ logits) of each row, in nats, computed in float64."""
     step = max(1, _WIDE_BYTES // (8 * clean.shape[1]))
     losses, divergences = (torch.zeros(len(targets), dtype=torch.float64, device="cpu") for _ in range(2))
     for start in range(0, len(targets), step):
@@ -164,8 +163,22 @@ def _compared(
     return losses, divergences
 
 
-def _batches(store: Store, documents: Documents, tokens: int) -> Iterator[_Batch]:
-    """Batches of the sequences that have evaluated rows, in order, of at most `tokens` tokens or one sequence each."""
+def batch_limit(model: Model) -> int:
+    """Returns the tokens of a batch whose logits are kept."""
+    return max(1, min(batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab)))
+
+
+def sequence_batches(
+    store: Store, documents: Documents, tokens: int, replaced: Bool[np.ndarray, " all_rows"] | None = None
+) -> Iterator[Batch]:
+    """Yields the sequences that have evaluated rows, in order, in batches of at most `tokens` tokens or one sequence.
+
+    Args:
+        store: The store.
+        documents: The evaluated rows.
+        tokens: Tokens of a batch, padding included.
+        replaced: Rows of the store that are replaced. None: all but special tokens.
+    """
     table = store.tokens
     names = ("token_id", "sequence", "document", "is_special")
     ids, sequence, document, special = (table[name].to_numpy() for name in names)
@@ -177,7 +190,7 @@ def _batches(store: Store, documents: Documents, tokens: int) -> Iterator[_Batch
     targets[known] = ids[known + 1]
     starts = np.flatnonzero(np.append(True, sequence[1:] != sequence[:-1]))
     ends = np.append(starts[1:], len(ids))
-    columns = (ids.astype(np.int64), ~special, targets, number)
+    columns = (ids.astype(np.int64), ~special if replaced is None else replaced, targets, number)
     batch: list[slice] = []
     for index in np.unique(np.searchsorted(starts, rows, side="right") - 1):
         span = slice(int(starts[index]), int(ends[index]))
@@ -195,9 +208,9 @@ def _padded(
     ordinary: Bool[np.ndarray, " row"],
     targets: Int64[np.ndarray, " row"],
     number: Int64[np.ndarray, " row"],
-) -> _Batch:
+) -> Batch:
     shape = (len(spans), max(map(_length, spans)))
-    batch = _Batch(
+    batch = Batch(
         torch.zeros(shape, dtype=torch.int64, device="cpu"),
         torch.zeros(shape, dtype=torch.int64, device="cpu"),
         torch.zeros(shape, dtype=torch.bool, device="cpu"),

@@ -1,0 +1,93 @@
+"""Verbs that ask questions about features: effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from workbench.cli.options import Positional
+from workbench.cli.terminal import print_plain, print_table
+from workbench.io.files import check_writable, refuse_full
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+def _writable(out: Path | None) -> None:
+    """Refuses a folder for results that exists or cannot be made, before work starts."""
+    if out is not None:
+        refuse_full(out)
+        check_writable(out)
+
+
+def _figure(figure: Figure, out: Path) -> None:
+    from workbench.pages.figure_export import export  # seconds: plotly
+
+    export(figure, out / "figure", formats=("html",))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Ablate, clamp or add to a feature while the model runs: effect on loss and logits, beside random features."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    feature: Positional[int]
+    """Id of the feature."""
+    sae: str
+    """SAE of the features: a directory, a release known to SAELens, or demo."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    model: str | None = None
+    """Recorded model, a local directory or hub id. Default: the name in the store."""
+    op: Literal["ablate", "clamp", "add"] = "ablate"
+    """Set the activation to 0, set it to the value, or add the value to it."""
+    value: float | None = None
+    """In units of the feature's activation; required unless --op is ablate."""
+    rows: str | None = None
+    """SQL predicate on the tokens at which the feature is changed. Default: "NOT is_special"."""
+    controls: int = 3
+    """Number of random features that are active on about as many tokens."""
+    resamples: int = 1000
+    """Number of resamples for the intervals."""
+    seed: int = 0
+    """Random seed of controls and resamples."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    out: Path | None = None
+    """Folder for the tables (CSV) and the figure (HTML)."""
+
+    def run(self) -> int:
+        """Prints the effect of changing a feature, with its intervals."""
+        from workbench.analysis.feature_effect import feature_effect  # seconds: torch
+        from workbench.features.feature_store import open_features
+        from workbench.model.reload import recorded_model
+        from workbench.sae.load import load_sae
+
+        _writable(self.out)
+        features = open_features(self.features)
+        features.rows_of(self.feature)  # a wrong number is refused before the model is loaded
+        effect = feature_effect(
+            features,
+            load_sae(self.sae, self.sae_id, device=self.device),
+            self.feature,
+            self.op,
+            self.value,
+            model=recorded_model(features.store, self.model, self.device),
+            rows=self.rows,
+            controls=self.controls,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+        print_table(list(effect.table.columns), effect.table.to_numpy().tolist())
+        print_plain("")
+        print_table(list(effect.changed.columns), effect.changed.to_numpy().tolist())
+        print_plain("")
+        print_table(list(effect.logits.columns), effect.logits.to_numpy().tolist())
+        print_plain(f"{effect.change}; {effect.rows:,} rows of {effect.documents:,} documents; low, high: 95 % CI")
+        if self.out is not None:
+            effect.save(self.out)
+            _figure(effect.figure(), self.out)
+            print_plain(f"tables  {self.out}")
+        return 0
