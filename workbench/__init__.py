@@ -32,6 +32,7 @@ _PUBLIC = {
     "best_features": "workbench.features.queries",
     "coactivation": "workbench.features.queries",
     "feature_effect": "workbench.analysis.feature_effect",
+    "import_labels": "workbench.features.label_files",
     "feature_page": "workbench.pages.feature_page",
     "export_delphi": "workbench.features.other_formats",
     "export_neuronpedia": "workbench.features.other_formats",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features
+    from workbench.features.label_files import import_labels
     from workbench.features.other_formats import export_delphi, export_neuronpedia
     from workbench.features.promoted import promoted_tokens
     from workbench.features.queries import (

@@ -1,4 +1,4 @@
-"""Verbs of sparse features: features, metrics, top."""
+"""Verbs of sparse features: features, labels, metrics, top."""
 
 from __future__ import annotations
 
@@ -81,7 +81,39 @@ class Features:
             return 0
         never = int((features.counts == 0).sum())
         print_plain(f"{features}, {never:,} never active\nfeatures  {features.path}")
+        if len(features.labels):
+            print_labels(features)
         return 0
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Import descriptions and scores of features from delphi, Neuronpedia or a table; top and pages show them."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    labels: Positional[Path]
+    """Folder of delphi, export of Neuronpedia, or CSV, JSON or Parquet file with a column feature."""
+    source: str | None = None
+    """SAE to take from files of several: a hookpoint of delphi, a source of Neuronpedia."""
+    replace: bool = False
+    """Replace columns that the features have already."""
+
+    def run(self) -> int:
+        """Imports labels and prints what the features have then."""
+        from workbench.features.feature_store import open_features  # seconds: pandas
+        from workbench.features.label_files import import_labels
+
+        features = open_features(self.features)
+        features = import_labels(features, self.labels, source=self.source, replace=self.replace)
+        print_labels(features)
+        return 0
+
+
+def print_labels(features: FeatureStore) -> None:
+    """Prints the number of labelled features and the columns of their labels."""
+    names = ", ".join(features.labels.columns)
+    print_plain(f"labels    {len(features.labels):,} of {features.shape[1]:,} features: {names}")
 
 
 @dataclass(frozen=True)
@@ -183,11 +215,15 @@ class Top:
         return self._list(features) if self.page is None else self._write_page(features, self.page)
 
     def _list(self, features: FeatureStore) -> int:
+        from workbench.features.labels import title_of
+
         table = features.top(self.feature, self.k, 5 if self.context is None else self.context, self.where)
         if len(table):
             print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
         active = int(features.counts[self.feature])
         shown = f", {len(table)} shown" if len(table) < active else ""
+        if self.feature in features.labels.index:
+            print_plain(title_of(self.feature, features.labels))
         print_plain(f"active on {active:,} of {len(features):,} rows{shown}")
         return 0
 

@@ -10,7 +10,7 @@ from workbench.cli import experiment_verbs, probe_verbs
 from workbench.cli.arguments import Command, docstring, parse
 from workbench.cli.completion import SCRIPTS, Options, completed_options
 from workbench.cli.experiment_verbs import sweep_command, sweep_options
-from workbench.cli.feature_verbs import Features, Metrics, Top
+from workbench.cli.feature_verbs import Features, Labels, Metrics, Top
 from workbench.cli.options import Positional
 from workbench.cli.page_verbs import Demo, Export, Report
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
@@ -44,6 +44,7 @@ VERBS: dict[str, type[Command]] = {
     "query": Query,
     "features": Features,
     "metrics": Metrics,
+    "labels": Labels,
     "top": Top,
     "effect": Effect,
     "probes": Probes,

@@ -21,6 +21,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from workbench.features.index import feature_groups, feature_sums
+from workbench.features.labels import load_labels, with_names
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
@@ -187,6 +188,7 @@ class Features:
             "row": f"{rows:,}",
             "feature": f"{features:,}, of which {int((self.counts == 0).sum()):,} are never active here",
             "active": f"{self.record.entries / max(1, rows):.1f} per row, stored as {self.record.dtype}",
+            "labels": f"{len(self.labels):,} features: {', '.join(self.labels.columns) or 'none'}",
             "folder": self.path,
             "store": self.store.path,
         }
@@ -309,7 +311,8 @@ class Features:
         Returns:
             One line per feature, best f1 first, ties by feature: active, its number of rows; hits, those that the label
             selects; precision, hits / active, NaN without active rows; recall, hits / selected; f1, 2 hits / (active +
-            selected), 0 to 1. Null: the precision of a feature active at random is the selected share of rows.
+            selected), 0 to 1; description of labelled features. Null: the precision of a feature active at random is
+            the selected share of rows.
 
         Raises:
             RequestError: A label that selects no row of text, or all of them.
@@ -333,7 +336,7 @@ class Features:
                 "f1": 2 * hits / (active + selected),
             }
         )
-        return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True)
+        return with_names(table.sort_values("f1", ascending=False, kind="stable", ignore_index=True), self.labels)
 
     def verify(self) -> None:
         """Reads every byte once and raises DataError for a file whose checksum differs."""
@@ -350,6 +353,11 @@ class Features:
     def by_feature(self) -> dict[str, np.ndarray]:
         """The arrays of `by_feature_layout`, memory-mapped."""
         return map_arrays(self.path / BY_FEATURE, self.record.by_feature)
+
+    @cached_property
+    def labels(self) -> pd.DataFrame:
+        """Descriptions and scores that `import_labels` saved: index feature, a column each; no columns without any."""
+        return load_labels(self.path, self.record.sae.fingerprint, self.shape[1])
 
     @cached_property
     def texts(self) -> Texts:

@@ -1,5 +1,6 @@
 """Queries over extracted features: statistics, contexts, active rows, label detection, coactivation.
 
+Tables of features name them in a last column, description, once `import_labels` has given them labels.
 Each query reads one of the two orders on disk, a few million entries at a time.
 """
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from workbench.features import index
 from workbench.features.feature_store import Features
+from workbench.features.labels import with_names
 from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Rows, Store
@@ -45,7 +47,8 @@ def feature_statistics(features: Features, quantiles: Sequence[float | int] = QU
         "mean": features.mean,
     }
     values = feature_quantiles(features, quantiles)
-    return pd.DataFrame(table | {f"q{100 * q:g}": column for q, column in zip(quantiles, values.T, strict=True)})
+    values = {f"q{100 * q:g}": column for q, column in zip(quantiles, values.T, strict=True)}
+    return with_names(pd.DataFrame(table | values), features.labels)
 
 
 def feature_quantiles(
@@ -206,7 +209,7 @@ def best_features(
             "f1": 2 * hits / (active[feature] + tokens[value]),
         }
     )
-    return table.sort_values("f1", ascending=False, kind="stable", ignore_index=True)
+    return with_names(table.sort_values("f1", ascending=False, kind="stable", ignore_index=True), features.labels)
 
 
 def coactivation(features: Features, feature: int | np.integer) -> pd.DataFrame:
@@ -242,7 +245,7 @@ def coactivation(features: Features, feature: int | np.integer) -> pd.DataFrame:
             "jaccard": both / (active + len(rows) - both),
         }
     )
-    return table.sort_values("jaccard", ascending=False, kind="stable", ignore_index=True)
+    return with_names(table.sort_values("jaccard", ascending=False, kind="stable", ignore_index=True), features.labels)
 
 
 def text_rows(store: Store) -> Bool[np.ndarray, " row"]:

@@ -46,6 +46,7 @@ def check_features(path: Path, progress: Progress, prefix: str = "") -> Iterator
         prefix: Comes before the names of files in the findings.
     """
     from workbench.features.feature_store import open_features, read_record  # takes seconds: torch
+    from workbench.features.labels import LABELS, load_labels
 
     try:
         record = read_record(path)
@@ -61,10 +62,14 @@ def check_features(path: Path, progress: Progress, prefix: str = "") -> Iterator
             yield Finding("", prefix + _RECORD, "wrong features", str(error), "note")
         except DataError as error:
             yield Finding("", prefix + _RECORD, "wrong features", str(error))
+    try:
+        load_labels(path, record.sae.fingerprint, record.features)
+    except WorkbenchError as error:
+        yield Finding("", prefix + LABELS, "unreadable", str(error))
     if record.overflow:
         detail = f"{record.overflow:,} activations are beyond {record.dtype} and stored as its largest value"
         yield Finding("", prefix + _RECORD, "overflow", detail, "note")
-    yield from check_unlisted(path, (_RECORD, *record.files), "these features", prefix)
+    yield from check_unlisted(path, (_RECORD, LABELS, *record.files), "these features", prefix)
 
 
 def _check(path: Path, progress: Progress) -> Iterator[Finding]:

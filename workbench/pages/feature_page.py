@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 
 from workbench.features.feature_store import Features
+from workbench.features.labels import names_of, with_names
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
 from workbench.figures.markup import escape
-from workbench.figures.safe_text import visible
+from workbench.figures.safe_text import sentence, visible
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable, replace_file
@@ -40,6 +41,8 @@ body { font: 15px/1.5 Inter, Helvetica, Arial, sans-serif; color: var(--ink); ba
   max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem }
 h1 { font-size: 1.6rem; margin-bottom: 0 }
 h2 { font-size: 1.05rem; margin: 0 0 .4rem }
+.label { font-size: 1.1rem; margin: .4rem 0; overflow-wrap: anywhere }
+.words { overflow-wrap: anywhere }
 .from, .note { color: var(--soft); font-size: 13px; margin: .2rem 0 }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: 1.6rem;
   margin: 1.6rem 0 2rem; padding-top: 1.4rem; border-top: 1px solid var(--line) }
@@ -80,7 +83,7 @@ def feature_page(
     The page shows statistics and a histogram of its activations, features that are active on the same tokens, its
     strongest contexts, and contexts across its range of activations; tokens are shaded by activation / largest
     activation. With `sae` it also shows the nearest features by decoder direction and, if the SAE reconstructs the
-    residual stream and the store has an unembedding, the tokens promoted and suppressed.
+    residual stream and the store has an unembedding, the tokens promoted and suppressed. Features have their labels.
 
     Args:
         features: The features.
@@ -110,7 +113,7 @@ def feature_page(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         '<meta name="viewport" content="width=device-width">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{escape(title)}</h1>{_label(features, feature)}",
         f'<p class="from">{escape(_source(features))}</p>',
         '<div class="panels">',
         _panel("Activations", _statistics(features, feature), _bars(features, feature)),
@@ -131,6 +134,16 @@ def feature_page(
 def _source(features: Features) -> str:
     model = features.store.manifest.model.name
     return f"SAE {features.record.sae.name}, {features.shape[1]:,} features; model {model}; {len(features):,} tokens"
+
+
+def _label(features: Features, feature: int) -> str:
+    """Description and other labels of the feature, in their own lines; nothing without labels."""
+    if feature not in features.labels.index:
+        return ""
+    name, values = names_of(features.labels).get(feature), features.labels.loc[feature].dropna()
+    others = [f"{column} {_cell(value)}" for column, value in values.items() if value != name]
+    first = "" if name is None else f'<p class="label">{sentence(name)}</p>'
+    return first + (f'<p class="from">{sentence("; ".join(others))}</p>' if others else "")
 
 
 def _panel(title: str, *parts: str) -> str:
@@ -180,7 +193,8 @@ def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]
         table = extreme_tokens(effects, unembed, _TOKENS)
         yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
         yield _panel("Suppressed tokens", _tokens_table(table.iloc[: -_TOKENS - 1 : -1]))
-    yield _panel("Nearest by decoder", _features_table(nearest_features(sae, feature, _NEIGHBOURS), ("cosine",)))
+    nearest = nearest_features(sae, feature, _NEIGHBOURS)
+    yield _panel("Nearest by decoder", _features_table(with_names(nearest, features.labels), ("cosine",)))
 
 
 def _tokens_table(table: pd.DataFrame) -> str:
@@ -194,11 +208,22 @@ def _tokens_table(table: pd.DataFrame) -> str:
 def _features_table(table: pd.DataFrame, columns: Sequence[str]) -> str:
     if table.empty:
         return '<p class="note">none</p>'
-    shown = table.head(_NEIGHBOURS)[["feature", *columns]].itertuples(index=False)
+    named = ("description",) if "description" in table else ()
+    shown = table.head(_NEIGHBOURS)[["feature", *columns, *named]].itertuples(index=False)
     lines = [
-        (str(feature), *(f"{x:,}" if isinstance(x, int) else f"{x:.3g}" for x in rest)) for feature, *rest in shown
+        (str(feature), *map(_cell, rest[: len(columns)]), *map(_words, rest[len(columns) :]))
+        for feature, *rest in shown
     ]
-    return _table(("feature", *columns), lines)
+    return _table(("feature", *columns, *named), lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _words(value: object) -> str:
+    """A description as markup; nothing where a feature has none."""
+    return f'<span class="words">{sentence(value)}</span>' if isinstance(value, str) else ""
 
 
 def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

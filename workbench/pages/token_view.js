@@ -51,6 +51,10 @@ function render({ model, el }) {
 
   let texts, values, entries, focus = 0, anchor = 0;
   const byFeature = () => model.get("colour") === "feature";
+  const named = (feature) => {
+    const name = model.get("feature_names")[feature];
+    return name ? `feature ${feature}: ${name}` : `feature ${feature}`;
+  };
 
   const choice = make("label", "control", controls);
   make("span", "", choice, "colour");
@@ -96,7 +100,7 @@ function render({ model, el }) {
 
   function describe(index) {
     const value = current()[index];
-    const name = byFeature() ? `feature ${model.get("feature")}` : model.get("measure");
+    const name = byFeature() ? named(model.get("feature")) : model.get("measure");
     message.textContent = `${texts[index]}  row ${model.get("rows")[index]}, position ${model.get("positions")[index]}`
       + (value === undefined ? "" : `, ${name}: ${short(value)}`);
     const active = [];
@@ -105,7 +109,7 @@ function render({ model, el }) {
     buttons.replaceChildren(...active.slice(0, 5).map((at) => {
       const button = make("button", "", null, `${entries.feature[at]}: ${short(entries.value[at])}`);
       button.type = "button";
-      button.title = "colour by this feature";
+      button.title = `colour by ${named(entries.feature[at])}`;
       button.addEventListener("click", () => {
         model.set("colour", "feature");
         model.set("feature", entries.feature[at]);
@@ -128,7 +132,7 @@ function render({ model, el }) {
       token.setAttribute("aria-selected", selected.has(model.get("rows")[index]));
       token.tabIndex = index === focus ? 0 : -1;
     });
-    const name = byFeature() ? `feature ${model.get("feature")}` : model.get("measure");
+    const name = byFeature() ? named(model.get("feature")) : model.get("measure");
     foot.textContent = `${name}: full colour at ${scale ? short(scale) : "0"}; ${selected.size} selected`
       + (model.get("note") ? `; ${model.get("note")}` : "");
   }

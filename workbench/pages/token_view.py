@@ -17,9 +17,10 @@ import xarray as xr
 from jaxtyping import Float, Int64
 
 from workbench.features.feature_store import Features
+from workbench.features.labels import names_of
 from workbench.figures.markup import escape, inert
 from workbench.figures.safe_text import visible
-from workbench.io.errors import RequestError, nearest
+from workbench.io.errors import RequestError, nearest, printable
 from workbench.store.reader import Rows, Store
 
 try:
@@ -33,6 +34,7 @@ LIMIT = 2048
 
 _FOLDER = Path(__file__).parent
 _TOKEN_LENGTH = 40
+_NAME_LENGTH = 80
 _ABOVE, _BELOW = "230,125,15", "30,120,200"
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;max-width:60rem;unicode-bidi:isolate"
 
@@ -65,6 +67,7 @@ class TokenView(anywidget.AnyWidget):
     feature_scales = traitlets.List(traitlets.Float()).tag(sync=True)
     entry_token = traitlets.Bytes(b"").tag(sync=True)
     entry_feature = traitlets.Bytes(b"").tag(sync=True)
+    feature_names = traitlets.Dict().tag(sync=True)
     entry_value = traitlets.Bytes(b"").tag(sync=True)
     note = traitlets.Unicode("").tag(sync=True)
     loaded = traitlets.Int(0).tag(sync=True)
@@ -113,6 +116,8 @@ class TokenView(anywidget.AnyWidget):
             if features is not None:
                 self.features = features.shape[1]
                 self.feature_scales = features.max.astype(float).tolist()
+                names = names_of(features.labels)
+                self.feature_names = {str(number): printable(name, _NAME_LENGTH) for number, name in names.items()}
             self.sequence = sequence
             self._load()
 
@@ -136,7 +141,12 @@ class TokenView(anywidget.AnyWidget):
             token, feature = (np.frombuffer(part, np.int32) for part in (self.entry_token, self.entry_feature))
             activations, chosen = np.zeros(count, np.float32), feature == self.feature
             activations[token[chosen]] = np.frombuffer(self.entry_value, np.float32)[chosen]
-            return f"feature {self.feature}", activations, sum(self.feature_scales[self.feature : self.feature + 1])
+            name = self.feature_names.get(str(self.feature))
+            return (
+                f"feature {self.feature}{f': {name}' if name else ''}",
+                activations,
+                sum(self.feature_scales[self.feature : self.feature + 1]),
+            )
         values = np.frombuffer(self.values, np.float32).reshape(len(self.layers), count)[self.layer]
         layer = self.layers[self.layer]
         return f"{self.measure}{f', layer {layer}' if layer else ''}", values, self.scales[self.layer]
