@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "build" / "site-source" / "workbench"
 INSIDE = ("probes", "experiments")
 """Folders of the repository's top level that are installed inside the package."""
-COMMANDS, NAMES = "<!-- commands -->", "<!-- names -->"
-"""Places of generated text: in reference/cli.md, in reference/probing.md."""
+COMMANDS, NAMES, VARIABLES = "<!-- commands -->", "<!-- names -->", "<!-- variables -->"
+"""Places of generated text: in reference/cli.md, reference/probing.md and reference/variables.md."""
 MODULES = ("workbench", "workbench.probes", "workbench.probing")
 """Modules whose public names must be documented."""
 
@@ -50,6 +50,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace(COMMANDS, commands())
     if place == "reference/probing.md":
         markdown = markdown.replace(NAMES, "\n".join(f"::: {name}" for name in names_of("workbench.probing")))
+    if place == "reference/variables.md":
+        markdown = markdown.replace(VARIABLES, variables())
     return re.sub(r"\]\(\.\./(?!\w+\.md)([\w/.-]+)", rf"]({repository()}/blob/main/\1", markdown)
 
 
@@ -70,6 +72,15 @@ def commands() -> str:
         elif name != "help":
             sections.append(f"## workbench {name}\n\n{_block(help_text([name]))}")
     return "\n".join([_block(help_text([])), *sections])
+
+
+def variables() -> str:
+    """Returns the table of each probe's variables as Markdown."""
+    names = [name.rpartition(".")[2] for name in names_of("workbench.probes")]
+    from workbench.results.variable import markdown  # found once the checkout is on the path
+
+    probes = [getattr(importlib.import_module("workbench.probes"), name) for name in names]
+    return "\n".join(f"## {probe.name}\n\n{markdown(probe.variables)}" for probe in probes)
 
 
 def help_text(command: list[str]) -> str:

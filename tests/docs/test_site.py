@@ -75,6 +75,29 @@ def test_inline_commands_name_commands_and_flags_that_exist():
     assert wrong == []
 
 
+def test_the_reference_has_every_variable_that_a_probe_declares():
+    page = HOOK.variables()
+    assert HOOK.VARIABLES in (DOCS / "reference" / "variables.md").read_text()
+    for name in HOOK.names_of("workbench.probes"):
+        probe = getattr(importlib.import_module("workbench.probes"), name.rpartition(".")[2])
+        lines = page.partition(f"## {probe.name}\n\n")[2].partition("\n## ")[0].splitlines()[2:]
+        assert [line.split(" | ")[0] for line in lines if line] == [
+            f"| `{variable.name}`" for variable in probe.variables
+        ]
+        assert all(len(re.findall(r"(?<!&#124)\|", line)) == 6 for line in lines if line)
+
+
+def test_the_page_of_a_probe_names_variables_that_it_declares():
+    for name in HOOK.names_of("workbench.probes"):
+        probe = getattr(importlib.import_module("workbench.probes"), name.rpartition(".")[2])
+        section = (DOCS / f"{probe.name}.md").read_text().partition("\n## Variables\n")[2].partition("\n## ")[0]
+        first = [re.match(r"\| `(\w+)`", line) for line in section.splitlines()]
+        named = [match[1] for match in first if match]
+        declared = {variable.name for variable in probe.variables}
+        assert named
+        assert [name for name in named if name not in declared] == [], probe.name
+
+
 def test_the_extra_for_the_site_is_pinned():
     with open(ROOT / "pyproject.toml", "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
