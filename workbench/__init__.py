@@ -31,6 +31,7 @@ _PUBLIC = {
     "active_rows": "workbench.features.queries",
     "best_features": "workbench.features.queries",
     "coactivation": "workbench.features.queries",
+    "feature_contributions": "workbench.analysis.logit_contributions",
     "feature_effect": "workbench.analysis.feature_effect",
     "import_labels": "workbench.features.label_files",
     "feature_page": "workbench.pages.feature_page",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 
     from workbench.analysis.comparison import compare
     from workbench.analysis.feature_effect import feature_effect
+    from workbench.analysis.logit_contributions import feature_contributions
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features

@@ -17,7 +17,8 @@ from workbench.cli.verbs import VERBS as TABLE
 from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
-    *("demo", "record", "plan", "info", "verify", "query", "features", "metrics", "labels", "top", "effect"),
+    *("demo", "record", "plan", "info", "verify", "query"),
+    *("features", "metrics", "labels", "top", "contributions", "effect"),
     *("probes", "report", "export", "compare", "completion", "probe", "sweep"),
 ]
 COMMANDS = [verb for verb in VERBS if verb not in ("probe", "sweep")]

@@ -1,4 +1,4 @@
-"""Verbs that ask questions about features: effect."""
+"""Verbs that ask questions about features: contributions, effect."""
 
 from __future__ import annotations
 
@@ -25,6 +25,42 @@ def _figure(figure: Figure, out: Path) -> None:
     from workbench.pages.figure_export import export  # seconds: plotly
 
     export(figure, out / "figure", formats=("html",))
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """List what each active feature of a token adds directly to the logits after it."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    row: Positional[int]
+    """Id of the row (token)."""
+    sae: str
+    """SAE of the features: a directory, a release known to SAELens, or demo."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    tokens: tuple[str, ...] = ()
+    """Tokens whose logits are decomposed, as text, or as ids if they are digits. Default: the most probable one."""
+    k: int = 20
+    """Largest number of features for each token; the others are one line."""
+
+    def run(self) -> int:
+        """Prints the terms of the logits."""
+        from workbench.analysis.logit_contributions import feature_contributions  # seconds: torch
+        from workbench.features.feature_store import open_features
+        from workbench.sae.load import load_sae
+
+        features = open_features(self.features)
+        tokens = [int(token) if token.isdigit() else token for token in self.tokens] or None
+        sae = load_sae(self.sae, self.sae_id, device="cpu")
+        table = feature_contributions(features, sae, self.row, tokens, k=self.k)
+        lines = table.astype(object).where(table.notna(), None).to_numpy().tolist()
+        print_table(list(table.columns), lines)
+        for token, sums in table.groupby("token", sort=False)[["logit", "relative"]].sum().iterrows():
+            print_plain(
+                f"logit of {token!r}: {sums['logit']:.4g}, {sums['relative']:.4g} above the mean of the vocabulary"
+            )
+        return 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""Contributions of the active features of one token to logits, through the final norm frozen at that token's scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from workbench.features.feature_store import Features
+from workbench.features.promoted import check_sae, check_writes_residual
+from workbench.io.checks import check
+from workbench.io.errors import RequestError, nearest
+from workbench.io.torch_state import plain_torch
+from workbench.model.unembed import Unembed, load_unembed
+from workbench.sae.decoder import decoder_directions, row_scale
+from workbench.sae.load import Sae
+from workbench.sae.site import site_names
+from workbench.store.reader import Store
+
+Part = tuple[str, int | None, float, Float64[Tensor, " d_model"]]
+"""Name of a term, its feature, its activation, and what it adds to the residual stream."""
+
+Term = tuple[str, int | None, float, Float64[Tensor, " token"], Float64[Tensor, " token"]]
+"""Name of a term, its feature, its activation, and what it adds to the logit of each token, and relatively."""
+
+
+@plain_torch()
+def feature_contributions(
+    features: Features,
+    sae: Sae,
+    row: int | np.integer,
+    tokens: str | int | Sequence[str | int] | None = None,
+    *,
+    k: int | None = None,
+) -> pd.DataFrame:
+    """Returns what each active feature of a row (token) adds directly to the logits after it.
+
+    The final norm is linear once its scale is taken from the row's own last residual stream and held fixed; then the
+    logit is a sum over what was added to the stream. A feature's term is its activation times the effect of its decoder
+    direction. For an SAE of the last residual stream the features, the SAE's bias, its error and the biases of norm and
+    unembedding sum to the logit. Otherwise a feature's term is its direct effect alone, without what later blocks make
+    of it, and "rest of the stream" holds everything else, so that the terms sum to the logit, too. This is a
+    decomposition, not an effect: `feature_effect` changes the feature and runs the model.
+
+    Cost: reads the store's unembedding and one row, and computes the SAE's fingerprint. Precision: the sum is the logit
+    of the stored last residual stream in float64; with rows stored in bfloat16, the model's own logit may differ by
+    2^-9 times the sum of the absolute terms.
+
+    Args:
+        features: Features of the row.
+        sae: The SAE that made them.
+        row: Id of the row.
+        tokens: Tokens, as text or id, whose logits are decomposed. None: the one with the largest logit.
+        k: Largest number of features per token, by absolute `relative`; the others are one line. None: all.
+
+    Returns:
+        One line per token and term, features first, largest absolute `relative` first: token_id; token; term; feature
+        and activation, missing for other terms; logit, the term, before a soft-cap; relative, the term minus its mean
+        over the vocabulary, which alone changes probabilities. Null: 0.
+
+    Raises:
+        RequestError: Another SAE, one that does not write to the residual stream or whose features do not add up
+            (temporal), a row or token that does not exist, or a store without unembedding or last residual stream.
+    """
+    check("k", k, at_least=1, whole=True, optional=True)
+    check("row", row, at_least=0, at_most=len(features) - 1, whole=True)
+    check_sae(features, sae)
+    check_writes_residual(features, sae)
+    if sae.sequential:
+        raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not add up to the stream")
+    store = features.store
+    unembed = load_unembed(store.path)
+    last = f"resid_post.{store.manifest.model.n_layers - 1}"
+    stream = store[last][int(row)].double()
+    ids = _token_ids(unembed, tokens, stream)
+    parts = _parts(features, sae, int(row), stream, store[last].name)
+    logit, relative = _logits(unembed, torch.stack([part[3] for part in parts]), stream, ids)
+    names = [(*part[:3], one, other) for part, one, other in zip(parts, logit, relative, strict=True)]
+    names += [
+        ("bias of the final norm", None, np.nan, *_effect(unembed, unembed.shift.double()[None], ids)),
+        ("bias of the unembedding", None, np.nan, *_bias(unembed, ids)),
+    ]
+    tables = [_table(names, index, token, unembed, k) for index, token in enumerate(ids)]
+    return pd.concat(tables, ignore_index=True).astype({"feature": "Int64"})
+
+
+def _parts(features: Features, sae: Sae, row: int, stream: Float64[Tensor, " d_model"], last: str) -> list[Part]:
+    """What features, bias, error and the rest add to the stream."""
+    site, entries = features.record.site, features[row]
+    values = _recorded(features.store, site, row)
+    active = torch.from_numpy(entries.indices.astype(np.int64))
+    activations = torch.from_numpy(entries.data).double()
+    scale, offset = _affine(sae, values)
+    directions = decoder_directions(sae, active.tolist()).cpu().double() * scale
+    if directions.shape[1] != len(stream):
+        raise RequestError(
+            f"SAE {sae.name!r} writes rows of width {directions.shape[1]}, and the residual stream has {len(stream)}"
+        )
+    parts: list[Part] = [
+        ("feature", int(feature), float(activation), activation * direction)
+        for feature, activation, direction in zip(active, activations, directions, strict=True)
+    ]
+    parts.append(("bias of the SAE", None, np.nan, offset))
+    explained = activations @ directions + offset
+    if values is not None and sae.reconstructs:
+        parts.append(("error of the SAE", None, np.nan, values.double() - explained))
+        explained = values.double()
+    if last not in site_names(site):
+        parts.append(("rest of the stream", None, np.nan, stream - explained))
+    return parts
+
+
+def _recorded(store: Store, site: str, row: int) -> Tensor | None:
+    """The row that the SAE read; None if its features alone were recorded."""
+    return store[site][row].float() if site in {record.name for record in store.sites} else None
+
+
+def _affine(sae: Sae, values: Tensor | None) -> tuple[Tensor | float, Float64[Tensor, " d_model"]]:
+    """Factor of the decoder directions, and the reconstruction without any feature, which depend on the row read."""
+    if values is None and sae.module.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+        raise RequestError(
+            f"SAE {sae.name!r} normalises its input, which this store does not hold; record the site, too"
+        )
+    rows = torch.zeros(1, sae.d_in) if values is None else values[None]
+    sae.encode(rows)  # decode uses the normalisation of the rows encoded last
+    offset = sae.decode(torch.zeros(1, sae.d_sae, device=sae.device))[0].cpu().double()
+    scale = row_scale(sae, rows)
+    return (scale.cpu().double() if isinstance(scale, Tensor) else scale), offset
+
+
+def _logits(
+    unembed: Unembed, parts: Float64[Tensor, "part d_model"], stream: Float64[Tensor, " d_model"], ids: Sequence[int]
+) -> tuple[Float64[Tensor, "part token"], Float64[Tensor, "part token"]]:
+    """Terms of the logits, and these minus their mean over the vocabulary, with the norm's scale that of `stream`."""
+    scale = torch.tensor(1.0, dtype=torch.float64, device="cpu")
+    if unembed.norm == "layer":
+        stream, parts = stream - stream.mean(), parts - parts.mean(1, keepdim=True)
+    if unembed.norm != "none":
+        scale = torch.rsqrt(stream.square().mean() + unembed.eps)
+    logit, relative = _effect(unembed, parts * scale * unembed.gain.double(), ids)
+    return logit.reshape(-1, len(ids)), relative.reshape(-1, len(ids))
+
+
+def _effect(
+    unembed: Unembed, normed: Float64[Tensor, "part d_model"], ids: Sequence[int]
+) -> tuple[Float64[Tensor, "*terms"], Float64[Tensor, "*terms"]]:
+    """Logits of the inputs of W_U, and these minus their mean over the vocabulary."""
+    mean = unembed.weight.mean(0, dtype=torch.float64)
+    logit = unembed.scale * normed @ unembed.weight[list(ids)].double().T
+    relative = logit - unembed.scale * (normed @ mean)[:, None]
+    return (logit[0], relative[0]) if len(normed) == 1 else (logit, relative)
+
+
+def _bias(unembed: Unembed, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    if unembed.bias is None:
+        return torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.float64)
+    bias = unembed.scale * unembed.bias.double()
+    return bias[list(ids)], bias[list(ids)] - bias.mean()
+
+
+def _table(
+    terms: Sequence[tuple[str, int | None, float, Tensor, Tensor]],
+    index: int,
+    token: int,
+    unembed: Unembed,
+    k: int | None,
+) -> pd.DataFrame:
+    """The lines of one token."""
+    lines = [
+        (name, feature, value, float(one[index]), float(other[index])) for name, feature, value, one, other in terms
+    ]
+    ranked = sorted((line for line in lines if line[1] is not None), key=lambda line: -abs(line[4]))
+    shown, hidden = ranked[:k], ranked[k:] if k is not None else []
+    if hidden:
+        sums = (sum(line[column] for line in hidden) for column in (3, 4))
+        shown = [*shown, (f"{len(hidden)} other features", None, np.nan, *sums)]
+    table = pd.DataFrame(
+        [*shown, *(line for line in lines if line[1] is None)],
+        columns=["term", "feature", "activation", "logit", "relative"],
+    )
+    table.insert(0, "token", unembed.token(token))
+    table.insert(0, "token_id", token)
+    return table
+
+
+def _token_ids(unembed: Unembed, tokens: str | int | Sequence[str | int] | None, stream: Tensor) -> list[int]:
+    if tokens is None:
+        return [int(unembed(stream.float()[None])[0].argmax())]
+    several = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    if not several:
+        raise RequestError("tokens is empty; name one or more, or leave it out")
+    return [_token_id(unembed, token) for token in several]
+
+
+def _token_id(unembed: Unembed, token: str | int) -> int:
+    if isinstance(token, int | np.integer):
+        check("tokens", token, at_least=0, at_most=unembed.vocab - 1, whole=True)
+        return int(token)
+    known = unembed.tokens or ()
+    matches = [index for index, text in enumerate(known) if text == token]
+    if len(matches) != 1:
+        several = f"{len(matches)} tokens have this text: {', '.join(map(str, matches[:5]))}; give the id"
+        close = nearest(token, known) if known else "; the model has no tokenizer, give ids"
+        raise RequestError(
+            f"tokens: {several if matches else f'{token!r} is no single token'}{'' if matches else close}"
+        )
+    return matches[0]
