@@ -33,6 +33,7 @@ _PUBLIC = {
     "coactivation": "workbench.features.queries",
     "feature_contributions": "workbench.analysis.logit_contributions",
     "feature_effect": "workbench.analysis.feature_effect",
+    "sparse_probe": "workbench.analysis.sparse_probe",
     "import_labels": "workbench.features.label_files",
     "feature_page": "workbench.pages.feature_page",
     "export_delphi": "workbench.features.other_formats",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from workbench.analysis.comparison import compare
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
+    from workbench.analysis.sparse_probe import sparse_probe
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features

@@ -1,4 +1,4 @@
-"""Verbs that ask questions about features: contributions, effect."""
+"""Verbs that ask questions about features: contributions, effect, sparse-probe."""
 
 from __future__ import annotations
 
@@ -126,4 +126,52 @@ class Effect:
             effect.save(self.out)
             _figure(effect.figure(), self.out)
             print_plain(f"tables  {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class SparseProbe:
+    """Test how well k features detect each value of a column of the token table, beside shuffled labels."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    labels: Positional[tuple[str, ...]] = ()
+    """Columns of the token table. Default: every label that the spans of the texts defined."""
+    k: tuple[int, ...] = (1, 2, 5, 10)
+    """Numbers of features."""
+    least: int = 20
+    """Smallest number of tokens of a value."""
+    held_out: float = 0.3
+    """Share of the documents to test on."""
+    resamples: int = 1000
+    """Number of resamples for the intervals."""
+    seed: int = 0
+    """Random seed of split, shuffle and resamples."""
+    out: Path | None = None
+    """Folder for the table (CSV) and the figure (HTML)."""
+
+    def run(self) -> int:
+        """Prints F1 and accuracy of the probes."""
+        from workbench.analysis.sparse_probe import sparse_probe  # seconds: pandas, torch
+        from workbench.features.feature_store import open_features
+
+        _writable(self.out)
+        probes = sparse_probe(
+            open_features(self.features),
+            self.labels or None,
+            k=self.k,
+            least=self.least,
+            held_out=self.held_out,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+        columns = ["label", "value", "k", "tokens", "f1", "f1_low", "f1_high", "accuracy", "shuffled_f1", "always_f1"]
+        print_table([*columns, "features"], probes.table[[*columns, "features"]].to_numpy().tolist())
+        training, test = probes.documents
+        left_out = f"; {probes.left_out} values without tokens in both left out" if probes.left_out else ""
+        print_plain(f"{training:,} training and {test:,} test documents{left_out}; low, high: 95 % CI")
+        if self.out is not None:
+            probes.save(self.out)
+            _figure(probes.figure(), self.out)
+            print_plain(f"table  {self.out}")
         return 0

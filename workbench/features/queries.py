@@ -185,7 +185,7 @@ def best_features(
     check("k", k, at_least=1)
     check("least", least, at_least=1)
     text = text_rows(features.store)
-    coded = [_coded(name, column, text, least) for name, column in _columns(features.store, labels).items()]
+    coded = [coded_labels(name, column, text, least) for name, column in label_columns(features.store, labels).items()]
     names = [(name, value) for name, values, _ in coded for value in values]
     if not names:
         columns = ", ".join(name for name, *_ in coded)
@@ -274,8 +274,8 @@ def _groups(features: Features) -> Iterator[tuple[slice, Int[np.ndarray, " entry
         yield group, features.by_feature["row"][int(indptr[group.start]) : int(indptr[group.stop])]
 
 
-def _columns(store: Store, labels: str | Sequence[str] | Mapping[str, Any] | None) -> dict[str, pa.Array]:
-    """Name -> one value per row."""
+def label_columns(store: Store, labels: str | Sequence[str] | Mapping[str, Any] | None) -> dict[str, pa.Array]:
+    """Returns name -> one value per row, of columns of the token table or of the labels given; see `best_features`."""
     tokens = store.tokens
     known = tokens.column_names
     if isinstance(labels, Mapping):
@@ -302,10 +302,13 @@ def _given_column(name: str, values: Any, rows: int) -> pa.Array:
         raise RequestError(f"labels: the values of {name} have several types: {str(error).splitlines()[0]}") from None
 
 
-def _coded(
+def coded_labels(
     name: str, column: pa.Array, text: Bool[np.ndarray, " row"], least: int
 ) -> tuple[str, list[Any], Int32[np.ndarray, " row"]]:
-    """Values of a label with enough tokens, and the index of each row's value; -1 for special tokens and no value."""
+    """Returns name and values of a label with `least` tokens of text, and the index of each row's value.
+
+    The index is -1 for special tokens and rows without such a value. A value of all tokens is left out.
+    """
     encoded = column.dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     codes = np.where(text, codes, -1)

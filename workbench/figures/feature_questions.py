@@ -1,11 +1,15 @@
-"""Figures of questions about features: the effect of changing one, beside controls."""
+"""Figures of questions about features: effects beside controls, and sparse probes beside shuffled labels."""
 
 from __future__ import annotations
+
+from itertools import cycle
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.figures.group_intervals import group_intervals
+from workbench.figures.safe_text import label as text_label
+from workbench.figures.theme import CATEGORIES, TEMPLATE
 
 _SCOPES = {"changed": "tokens whose activation changes", "all": "all tokens"}
 _MEASURES = {
@@ -35,3 +39,45 @@ def effect_figure(table: pd.DataFrame, change: str, documents: int) -> go.Figure
     figure = group_intervals(groups, categories=categories, hover="%{x}", title=title, subtitle=subtitle)
     figure.update_layout(width=760)
     return figure.update_yaxes(title=_MEASURES[measure])
+
+
+def sparse_probe_figure(table: pd.DataFrame, label: str, values: int, documents: int) -> go.Figure:
+    """Returns F1 against k for the values of a label with the largest F1, and dashed that of shuffled labels.
+
+    Args:
+        table: Lines of one label of `SparseProbes.table`.
+        label: Name of the label.
+        values: Number of values to draw.
+        documents: Number of test documents.
+    """
+    best = table.groupby("value", sort=False)["f1"].max().sort_values(ascending=False, kind="stable").index[:values]
+    figure = go.Figure()
+    for colour, value in zip(cycle(CATEGORIES), best, strict=False):
+        lines = table[table["value"] == value].sort_values("k")
+        ends = {"array": lines["f1_high"] - lines["f1"], "arrayminus": lines["f1"] - lines["f1_low"]}
+        figure.add_scatter(
+            x=lines["k"],
+            y=lines["f1"],
+            error_y={"type": "data", "thickness": 1} | ends,
+            name=text_label(str(value)),
+            line={"color": colour},
+            mode="lines+markers",
+        )
+        figure.add_scatter(
+            x=lines["k"],
+            y=lines["shuffled_f1"],
+            line={"color": colour, "dash": "dash", "width": 1},
+            name=f"{text_label(str(value))}, shuffled",
+            showlegend=False,
+            mode="lines",
+        )
+    subtitle = f"dashed: shuffled labels; 95 % CI over {documents:,} test documents"
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": f"F1 of probes on k features: {text_label(label)}", "subtitle": {"text": subtitle}},
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
+        height=460,
+        width=760,
+    )
+    figure.update_xaxes(title="features (k)", type="log", tickvals=sorted(set(table["k"])))
+    return figure.update_yaxes(title="F1", range=[0, 1.02])
