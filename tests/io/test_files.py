@@ -187,7 +187,7 @@ def test_what_others_write_meanwhile_is_carried_over(tmp_path, monkeypatch, way)
 
 
 def test_readers_beside_a_writer_always_see_a_whole_folder(tmp_path):
-    """Eight readers, which look up each file by its path, never miss one, and see one version or the next."""
+    """Four readers, which look up each file by its path, never miss one, and see one version or the next."""
     path, stop, problems, reads = tmp_path / "x", threading.Event(), [], []
     replace(path, a="0", in__b="0")
     fill(path, notes="mine")
@@ -202,16 +202,16 @@ def test_readers_beside_a_writer_always_see_a_whole_folder(tmp_path):
         except BaseException as error:
             problems.append(error)
 
-    readers = [threading.Thread(target=read) for _ in range(8)]
+    readers = [threading.Thread(target=read) for _ in range(4)]
     for reader in readers:
         reader.start()
-    for version in range(1, 60):
+    for version in range(1, 20):
         replace(path, a=str(version), in__b=str(version))
     stop.set()
     for reader in readers:
         reader.join()
     assert not problems
-    assert len(reads) > 60
+    assert len(reads) > 20
 
 
 def test_a_file_of_the_former_version_that_the_new_one_lacks_goes(tmp_path, way):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from workbench.experiments.structure.__main__ import main
 from workbench.experiments.structure.source import Import, Tree, circles, depth, functions_of
 
 ROOT = Path(__file__).parents[2]
@@ -140,9 +140,10 @@ def test_circles_and_depth():
 
 
 @pytest.mark.parametrize("arguments", [(), (str(ROOT),)])
-def test_the_command_prints_the_structure(arguments):
-    command = [sys.executable, "-m", "workbench.experiments.structure", *arguments]
-    ran = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60, check=True)
-    lines = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines())
+def test_the_command_prints_the_structure(arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["structure", *arguments])
+    monkeypatch.chdir(tmp_path)
+    main()
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["files"].startswith(f"{len(TREE.files)}, ")
     assert lines["upward"] == "none"
