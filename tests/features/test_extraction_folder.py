@@ -62,7 +62,7 @@ def test_the_size_of_segments_does_not_change_the_features(segment_rows, store, 
     monkeypatch.setattr(encoding, "SEGMENT_ROWS", segment_rows)
     found = extracted(store, sae, name="mine")[:]
     monkeypatch.setattr(encoding, "ENTRIES", 10)
-    monkeypatch.setattr(merging, "ENTRIES", 10)
+    monkeypatch.setattr(merging, "entries_in_memory", lambda _megabytes: 10)
     other = extracted(store, sae, name="other", batch_rows=3)[:]
     for one in (found, other):  # a product of other blocks may round otherwise
         assert np.array_equal(one.indices, features[:].indices)

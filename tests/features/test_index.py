@@ -7,9 +7,9 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 
 from workbench.features.feature_store import by_feature_layout, by_row_layout
-from workbench.features.index import feature_groups, invert
+from workbench.features.index import _KeyPlan, feature_groups, invert
 from workbench.io.errors import DataError, RequestError
-from workbench.io.tensors import ArrayFile, map_arrays, new_arrays
+from workbench.io.tensors import ArrayFile, map_arrays, new_arrays, stream_arrays
 
 
 @pytest.mark.parametrize("entries", [1, 7, 60, 10_000])
@@ -127,3 +127,40 @@ def test_an_array_file_takes_the_declared_arrays_only(tmp_path):
             file.append("b", np.zeros(2, np.int64))
 
     assert refused(DataError, too_short) == "g: a was not written to its end; nothing was committed"
+
+
+@pytest.mark.parametrize("entries", [3, 16, 100, 1000])
+def test_a_feature_that_does_not_fit_in_memory_is_merged_from_runs(entries, tmp_path):
+    """One feature on nearly every row, with few values: the order among equal ones is that of rows. Arrays are read
+    from a file in slices; no slice and no sorted piece is longer than what may be in memory."""
+    rng = np.random.default_rng(5)
+    rows, features = 1200, 4
+    dense = np.zeros((rows, features), np.float32)
+    dense[:, 2] = rng.integers(0, 9, rows) / 4
+    dense[::7, 0] = 1
+    matrix = csr_array(dense)
+    size = (rows, features, matrix.nnz, "float32")
+    with new_arrays(tmp_path / "rows", by_row_layout(*size)) as file:
+        file.append("indptr", matrix.indptr.astype(np.int64))
+        file.append("feature", matrix.indices.astype(np.uint16))
+        file.append("value", matrix.data)
+    arrays = stream_arrays(tmp_path / "rows", by_row_layout(*size))
+    assert len(arrays["value"]) == matrix.nnz
+    sorted_pieces, plain = [], _KeyPlan.sort
+    with pytest.MonkeyPatch.context() as patch, new_arrays(tmp_path / "f", by_feature_layout(*size)) as file:
+        patch.setattr(_KeyPlan, "sort", lambda self, keys: sorted_pieces.append(len(keys)) or plain(self, keys))
+        counts = np.bincount(matrix.indices, minlength=features)
+        invert(
+            *(arrays[name] for name in ("indptr", "feature", "value")),
+            counts,
+            file,
+            tmp_path / "spill",
+            "int32",
+            entries,
+        )
+    found = load_file(tmp_path / "f")
+    expected = np.lexsort((matrix.tocoo().row, -matrix.data, matrix.indices))
+    assert np.array_equal(found["row"], matrix.tocoo().row[expected])
+    assert np.array_equal(found["value"], matrix.data[expected])
+    if entries**2 > 2 * rows:  # as many runs as fit in memory with a few keys each
+        assert max(sorted_pieces) <= entries

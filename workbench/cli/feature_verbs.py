@@ -43,6 +43,8 @@ class Features:
     """Mean number of active features per row (token); required unless --sparsity is sae."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    index_memory: int = 256
+    """Megabytes of memory in which the index by feature is built."""
     force: bool = False
     """Use an SAE that was trained on another site or model."""
     parallel: Parallel = field(default_factory=Parallel)
@@ -73,6 +75,7 @@ class Features:
             out=self.out,
             dtype=self.dtype,
             sparsity=sparsity,
+            index_memory=self.index_memory,
             force=self.force,
             workers=workers,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workbench.features.feature_segments import SegmentFolder, Span, SparseSegment, concatenate
 from workbench.features.feature_store import feature_type
-from workbench.features.index import ENTRIES
+from workbench.features.index import ENTRIES, INDEX_MEMORY
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
@@ -41,14 +41,16 @@ _BLOCKS = 4  # dense blocks encoded at a time: a few hundred MB even if every fe
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """Settings of an encoding: sparsity rule, rows at a time, and precision, as `extract_features` documents them."""
+    """Settings of an encoding and its index, as `extract_features` documents them."""
 
     sparsity: SparsityRule | None = None
     batch_rows: int | None = None
     precision: str | None = None
+    index_memory: int = INDEX_MEMORY
 
     def __post_init__(self) -> None:
         check("batch_rows", self.batch_rows, at_least=1, optional=True)
+        check("index_memory", self.index_memory, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,9 @@ class StoreEncoder:
             DataError: A row or its features are not finite; the message has the row.
         """
         step = len(rows) if self.sae.sequential else _BLOCKS * self.encoder.block_rows
+        current = self.encoder.inexperienced()
         parts = [
-            self._encode_block(self.encoder, first + at, rows[at : at + step], lengths if self.sae.sequential else None)
+            self._encode_block(current, first + at, rows[at : at + step], lengths if self.sae.sequential else None)
             for at in range(0, len(rows), step)
         ]
         return concatenate([self._to_segment(part) for part in parts])
@@ -177,7 +180,8 @@ class StoreEncoder:
         self, first: int, stop: int, bound: Bound | None, advance: Callable[[int], None]
     ) -> tuple[int, SparseSegment, int]:
         """Rows from `first` to `stop`, or to the block that reaches `ENTRIES`: their end, features, unsettled rows."""
-        current = self.encoder if bound is None else _above(self.encoder, bound)
+        # without the experience of other segments: rounding is the same after a kill
+        current = (self.encoder if bound is None else _above(self.encoder, bound)).inexperienced()
         end, parts, entries, unsettled = first, [], 0, 0
         for block in self._blocks(first, stop):
             rows = self._encode_block(current, end, block, self._lengths(end, end + len(block)))

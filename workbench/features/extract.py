@@ -19,6 +19,7 @@ from workbench.features.extraction_folder import (
     target_path,
 )
 from workbench.features.feature_store import Features, SaeRecord, open_features
+from workbench.features.index import INDEX_MEMORY
 from workbench.features.merging import merge_segments, write_index
 from workbench.io import files
 from workbench.io.checks import check
@@ -49,6 +50,7 @@ def extract_features(
     dtype: str = "float32",
     sparsity: SparsityRule | None = None,
     precision: str | None = None,
+    index_memory: int = INDEX_MEMORY,
     force: bool = False,
     workers: Workers | None = None,
     show_progress: bool = True,
@@ -74,6 +76,8 @@ def extract_features(
         sparsity: Rule that selects pre-activations above 0: TopK(k) in each row, MutualChoice(k) or FeatureChoice(k)
             over all rows. None: the SAE's activation function.
         precision: "float32", or "bfloat16" for bounds first; the features are identical. None: the faster one.
+        index_memory: Megabytes in which the index by feature is built, whatever the number of rows and however
+            frequent a feature.
         force: Allow an SAE of another site or model.
         workers: `RayWorkers` or `Share`, which encode in several processes. None: this process.
         show_progress: Show progress.
@@ -89,7 +93,7 @@ def extract_features(
     """
     check("dtype", dtype, one_of=DTYPES)
     array = matching_site(store, sae, site, force=force)
-    encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision), show_progress)
+    encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
     encoding.check()
     _check_rows(encoding)
     record = sae_record(sae, sparsity)
@@ -175,5 +179,5 @@ def _finish(encoding: StoreEncoder, folder: ExtractionFolder) -> ExtractionFolde
             return folder
         folder = merge_segments(folder, features, encoding.quotas())
     if folder.stage is Stage.MERGED:
-        folder = write_index(folder, features, encoding.array.store.path)
+        folder = write_index(folder, features, encoding.array.store.path, encoding.settings.index_memory)
     return folder.commit() if folder.stage is Stage.INDEXED else folder

@@ -15,13 +15,21 @@ from jaxtyping import Float, Int, Int64, Integer, UInt, UInt64
 from scipy.sparse import csr_array
 
 from workbench.io.errors import RequestError
-from workbench.io.tensors import ArrayFile
+from workbench.io.tensors import ArrayFile, StreamedArray
 
 T = TypeVar("T")
 U = TypeVar("U")
+Slices = np.ndarray | StreamedArray
+"""An array that is read slice by slice."""
+_Piece = list[tuple[int, int]]
+"""Parts of the file of keys that are sorted together: first key, and the one after the last."""
 
 ENTRIES = 1 << 20
 """Entries in memory per thread; about 50 bytes each while they are sorted."""
+INDEX_MEMORY = 256
+"""Megabytes in which an index is built."""
+_ENTRY_BYTES = 50
+_LEAST_ROWS = 1 << 16  # read at a time, however few entries they have
 
 _THREADS = min(4, 1 + (os.cpu_count() or 1))  # one more than cores, as one waits for the disk
 
@@ -56,10 +64,15 @@ def entry_rows(indptr: Int64[np.ndarray, " row_plus_1"], start: int, stop: int) 
     return np.repeat(np.arange(first, last), np.diff(np.clip(indptr[first : last + 1], start, stop)))
 
 
+def entries_in_memory(megabytes: int) -> int:
+    """Returns the number of entries that each thread may hold, for an index built in about this much memory."""
+    return max(1, megabytes * 10**6 // (_ENTRY_BYTES * (_THREADS + 2)))
+
+
 def invert(
-    indptr: Int64[np.ndarray, " row_plus_1"],
-    feature: Integer[np.ndarray, " entry"],
-    value: Float[np.ndarray, " entry"],
+    indptr: Slices,
+    feature: Slices,
+    value: Slices,
     counts: Int[np.ndarray, " feature"],
     file: ArrayFile,
     spill: Path,
@@ -69,18 +82,19 @@ def invert(
     """Writes the order by feature into `file`: arrays indptr, row, value; largest values first, ties in row order.
 
     Two passes with sequential reads and writes: entries are distributed to groups of neighbouring features that fit in
-    memory, then each group is sorted. The sort key of an entry is one 64-bit integer, from the top bits: index of its
-    feature in the group, its value in descending order, its row. NumPy sorts integers fastest.
+    memory, then each group is sorted. A feature that does not fit is sorted in runs, which are merged in pieces that
+    fit. The sort key of an entry is one 64-bit integer, from the top bits: index of its feature in the group, its value
+    in descending order, its row. NumPy sorts integers fastest.
 
     Args:
-        indptr: Index of each row's first entry.
+        indptr: Index of each row's first entry, and the number of entries.
         feature: Feature of each entry, in row order.
         value: Activation of each entry, in row order.
         counts: Number of entries of each feature.
         file: The file to fill.
         spill: Path of a temporary file of 8 bytes per entry.
         row_type: Type of the stored rows.
-        entries: Number of entries in memory at a time.
+        entries: Number of entries in memory at a time, per thread.
 
     Raises:
         RequestError: More rows than fit into the key.
@@ -88,29 +102,75 @@ def invert(
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     plan = _key_plan(len(indptr) - 1, value.dtype, starts, entries)
 
-    def distribute(start: int) -> tuple[UInt64[np.ndarray, " key"], Int64[np.ndarray, " group"]]:
-        chunk = slice(start, min(start + entries, len(feature)))
-        return plan.distribute(feature[chunk], value[chunk], entry_rows(indptr, chunk.start, chunk.stop))
+    def distribute(chunk: tuple[slice, Int64[np.ndarray, " chunk"]]) -> tuple[np.ndarray, np.ndarray]:
+        part, rows = chunk
+        return plan.distribute(feature[part], value[part], rows)
 
-    def sort(group: slice) -> tuple[Integer[np.ndarray, " sorted"], Float[np.ndarray, " sorted"]]:
-        first, stop = int(starts[group.start]), int(starts[group.stop])
-        rows, values = plan.sort(np.fromfile(spill, np.uint64, stop - first, offset=8 * first))
+    def sort(piece: _Piece) -> tuple[Integer[np.ndarray, " sorted"], Float[np.ndarray, " sorted"]]:
+        rows, values = plan.sort(np.concatenate([_read_keys(spill, first, stop) for first, stop in piece]))
         return rows.astype(row_type), values
+
+    def pieces() -> Iterator[_Piece]:
+        for group in plan.groups:
+            first, stop = int(starts[group.start]), int(starts[group.stop])
+            yield from [[(first, stop)]] if stop - first <= entries else _merge_plan(spill, first, stop, entries)
 
     file.append("indptr", starts)
     places = starts[[group.start for group in plan.groups]]
     with open(spill, "wb") as out:
-        for keys, numbers in _ahead(distribute, range(0, len(feature), entries)):
+        for keys, numbers in _ahead(distribute, _chunks(indptr, entries)):
             done = 0
             for index in np.flatnonzero(numbers):
                 out.seek(8 * int(places[index]))
                 out.write(keys[done : done + numbers[index]].data)
                 done += numbers[index]
             places += numbers
-    for rows, values in _ahead(sort, plan.groups):
+    for rows, values in _ahead(sort, pieces()):
         file.append("row", rows)
         file.append("value", values)
     spill.unlink()
+
+
+def _chunks(indptr: Slices, entries: int) -> Iterator[tuple[slice, Int64[np.ndarray, " chunk"]]]:
+    """Consecutive entries, at most so many, and the row of each; reads the rows in pieces."""
+    step = max(entries, _LEAST_ROWS)
+    for start in range(0, len(indptr) - 1, step):
+        some = indptr[start : min(start + step, len(indptr) - 1) + 1].astype(np.int64)
+        for first in range(int(some[0]), int(some[-1]), entries):
+            part = slice(first, min(first + entries, int(some[-1])))
+            yield part, start + entry_rows(some, part.start, part.stop)
+
+
+def _merge_plan(spill: Path, first: int, stop: int, entries: int) -> list[_Piece]:
+    """Sorts keys in runs, in their file, and returns the parts of the runs that belong together, in order.
+
+    Every m-th key of each run is known. Between two keys that are R known keys apart, each of R runs has at most m keys
+    more than are known, so a piece has at most 2 R m keys: what fits in memory.
+    """
+    runs = [(start, min(start + entries, stop)) for start in range(first, stop, entries)]
+    every = max(1, entries // (2 * len(runs)))
+    known = []
+    with open(spill, "r+b") as out:
+        for start, end in runs:
+            keys = _read_keys(spill, start, end)
+            keys.sort()
+            out.seek(8 * start)
+            out.write(keys.data)
+            known.append(keys[::every].copy())
+    pieces, before = [], [start for start, _ in runs]
+    for border in np.sort(np.concatenate(known))[len(runs) :: len(runs)]:
+        after = []
+        for (start, end), some in zip(runs, known, strict=True):
+            later = int(np.searchsorted(some, border))  # the border lies after the known key before it
+            begin = start + max(0, later - 1) * every
+            after.append(begin + int(np.searchsorted(_read_keys(spill, begin, min(begin + every, end)), border)))
+        pieces.append(list(zip(before, after, strict=True)))
+        before = after
+    return [*pieces, [(start, end) for start, (_, end) in zip(before, runs, strict=True)]]
+
+
+def _read_keys(spill: Path, first: int, stop: int) -> UInt64[np.ndarray, " key"]:
+    return np.fromfile(spill, np.uint64, stop - first, offset=8 * first)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from workbench.features.extraction_folder import ExtractionFolder
+from workbench.features.feature_segments import SparseSegment
 from workbench.features.feature_store import (
     BY_FEATURE,
     BY_ROW,
@@ -18,9 +19,9 @@ from workbench.features.feature_store import (
     by_row_layout,
     feature_type,
 )
-from workbench.features.index import ENTRIES, entry_rows, invert
+from workbench.features.index import INDEX_MEMORY, entries_in_memory, entry_rows, invert
 from workbench.io import files
-from workbench.io.tensors import array_bytes, map_arrays, new_arrays
+from workbench.io.tensors import array_bytes, new_arrays, stream_arrays
 from workbench.sae.sparsity import Entries, find_cut
 from workbench.store.manifest import FileRecord
 
@@ -37,46 +38,51 @@ def merge_segments(
     """
     rows, dtype = folder.record.rows, folder.record.dtype
     spans = list(folder.segments.spans())
-    parts = [folder.segments.read(span, feature_type(features)) for span in spans]
+
+    def parts() -> Iterator[SparseSegment]:
+        return (folder.segments.read(span, feature_type(features)) for span in spans)
 
     def entries() -> Iterator[Entries]:
-        return ((part.feature, part.value) for part in parts)
+        return ((part.feature, part.value) for part in parts())
 
     cut = None if quotas is None else find_cut(entries, quotas)
-    masks = cut.masks(entries()) if cut else (np.ones(len(part.feature), bool) for part in parts)
-    size = cut.entries if cut else sum(len(part.feature) for part in parts)
-    limit, overflow = float(np.finfo(dtype).max), 0
-    lengths = np.zeros(rows, np.int64)
+    masks = cut.masks(entries()) if cut else (np.ones(len(part.feature), bool) for part in parts())
+    size = cut.entries if cut else sum(len(part.feature) for part in parts())
+    limit, overflow, written = float(np.finfo(dtype).max), 0, np.zeros(1, np.int64)
     with new_arrays(folder.path / BY_ROW, by_row_layout(rows, features, size, dtype)) as file:
-        for (first, stop), part, mask in zip(spans, parts, masks, strict=True):
+        file.append("indptr", written)
+        for (first, stop), part, mask in zip(spans, parts(), masks, strict=True):
             value = part.value[mask]
             overflow += int((np.abs(value) > limit).sum())
             file.append("feature", part.feature[mask])
             file.append("value", value.clip(-limit, limit).astype(dtype))
             row = entry_rows(part.indptr, 0, len(mask))[mask]
-            lengths[first:stop] = np.bincount(row, minlength=stop - first)
-        file.append("indptr", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+            ends = written + np.cumsum(np.bincount(row, minlength=stop - first))
+            file.append("indptr", ends)
+            written = ends[-1:]
     return folder.merged(overflow)
 
 
-def write_index(folder: ExtractionFolder, features: int, store: Path) -> ExtractionFolder:
+def write_index(folder: ExtractionFolder, features: int, store: Path, memory: int = INDEX_MEMORY) -> ExtractionFolder:
     """Writes the order by feature and the record that makes the folder features.
 
     Args:
         folder: The folder of an extraction whose order by row is complete.
         features: Number of features of the autoencoder.
         store: Path of the store.
+        memory: Megabytes in which the index is built.
     """
     record, path = folder.record, folder.path
     entries = _entries(path / BY_ROW, record.rows, features, record.dtype)
     size = (record.rows, features, entries, record.dtype)
-    by_row = map_arrays(path / BY_ROW, by_row_layout(*size))
-    counts = np.zeros(features, np.int64)
-    for start in range(0, entries, ENTRIES):
-        counts += np.bincount(by_row["feature"][start : start + ENTRIES], minlength=features)
+    by_row = stream_arrays(path / BY_ROW, by_row_layout(*size))
+    counts, step = np.zeros(features, np.int64), entries_in_memory(memory)
+    for start in range(0, entries, step):
+        counts += np.bincount(by_row["feature"][start : start + step], minlength=features)
     layout = by_feature_layout(*size)
     with new_arrays(path / BY_FEATURE, layout) as file:
-        invert(by_row["indptr"], by_row["feature"], by_row["value"], counts, file, path / "spill", layout["row"][0])
+        arguments = by_row["indptr"], by_row["feature"], by_row["value"], counts, file, path / "spill"
+        invert(*arguments, layout["row"][0], step)
     return folder.indexed(
         FeaturesRecord(
             sae=record.sae,

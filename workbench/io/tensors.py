@@ -229,16 +229,52 @@ def map_arrays(
     Raises:
         DataError: The file is missing, truncated, damaged, or holds something else.
     """
-    tensors, _, offset = _read_header(path, advice)
-    content = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    if content != {name: (dtype, (length,)) for name, (dtype, length) in layout.items()}:
-        raise DataError(f"{path} is truncated or damaged (it holds {content}); {advice}")
+    tensors, offset = _read_layout(path, layout, advice)
     with pa.memory_map(os.fspath(path)) as file:
         first = file.read_buffer()
     return {
         name: np.asarray(_Mapped(first, tensor.dtype, tensor.shape, offset + tensor.begin))
         for name, tensor in tensors.items()
     }
+
+
+@dataclass(frozen=True)
+class StreamedArray:
+    """An array of a file whose slices are read into memory of their own: a view's pages stay in memory once read."""
+
+    path: Path
+    dtype: np.dtype
+    length: int
+    offset: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> Shaped[np.ndarray, " entry"]:
+        """Returns consecutive entries."""
+        start, stop, _ = part.indices(self.length)
+        size = max(0, stop - start)
+        return np.fromfile(self.path, self.dtype, size, offset=self.offset + start * self.dtype.itemsize)
+
+
+def stream_arrays(
+    path: Path, layout: Mapping[str, tuple[str, int]], advice: str = "extract the features again"
+) -> dict[str, StreamedArray]:
+    """Returns the arrays of a file to be read slice by slice; otherwise as `map_arrays`."""
+    tensors, offset = _read_layout(path, layout, advice)
+    return {
+        name: StreamedArray(path, np.dtype(tensor.dtype), tensor.shape[0], offset + tensor.begin)
+        for name, tensor in tensors.items()
+    }
+
+
+def _read_layout(path: Path, layout: Mapping[str, tuple[str, int]], advice: str) -> tuple[dict[str, _Tensor], int]:
+    """The tensors of a file and where their bytes begin; DataError unless it has this layout."""
+    tensors, _, offset = _read_header(path, advice)
+    content = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if content != {name: (dtype, (length,)) for name, (dtype, length) in layout.items()}:
+        raise DataError(f"{path} is truncated or damaged (it holds {content}); {advice}")
+    return tensors, offset
 
 
 def array_bytes(path: Path) -> int:

@@ -100,6 +100,10 @@ class Encoder:
                 start += len(block)
         return _concatenate(parts, len(rows), rows.device)
 
+    def inexperienced(self) -> Encoder:
+        """Returns the encoder without experience. Rows in the same blocks then give the same bits."""
+        return replace(self, experience=Experience())
+
     @property
     def block_rows(self) -> int:
         """Number of rows in a block."""
