@@ -21,7 +21,10 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from workbench.experiments.benchmarks.measure import Comparison, table
+from workbench.io.errors import RequestError
 
 NAMES = (
     "recording_speed",
@@ -34,6 +37,7 @@ NAMES = (
     "probes",
     "scale",
     "import_time",
+    "gpu",
 )
 INTRODUCTION = """\
 # Benchmarks
@@ -56,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, without meaningful numbers")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; default: all, gpu where there is one"
+    )
+    parser.add_argument(
+        "--quick", "--dry-run", action="store_true", help="tiny sizes on the CPU, without meaningful numbers"
+    )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the sections of this Markdown page")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="date of the measurement; default: today")
     parser.add_argument("--scratch", type=Path, default=Path("build"), help="folder on the disk to be measured")
@@ -65,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in request.names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; available: {', '.join(NAMES)}")
-    names = request.names or NAMES
+    names = request.names or [name for name in NAMES if name != "gpu" or torch.cuda.is_available()]
     settings = {name: _settings(name, request.quick) for name in names}
     settings = _with_sizes(parser, settings, flags)
     for number, name in enumerate(names, 1):
         print(f"benchmark {number} of {len(names)}: {name}", flush=True)
-        section = _section(name, settings[name], request.scratch, request.date)
+        try:
+            section = _section(name, settings[name], request.scratch, request.date)
+        except RequestError as error:
+            parser.error(str(error))
         if request.write:
             existing = request.write.read_text(encoding="utf-8") if request.write.exists() else ""
             request.write.write_text(page(existing, {name: section}), encoding="utf-8")
@@ -116,7 +127,8 @@ def _section(name: str, settings: Any, scratch: Path, date: str) -> str:
     seconds = time.monotonic() - start
     text = f"## {name}\n\n{module.__doc__}\n\n{cleandoc(settings.__doc__)}\n{_sizes(settings)}.\n\n"
     text += f"{table(comparisons)}\n\n"
-    text += f"`{_command(name, settings)}`, {date}, {seconds:,.0f} s, {_device()}.\n"
+    on_gpu = getattr(settings, "device", "cpu") != "cpu"
+    text += f"`{_command(name, settings)}`, {date}, {seconds:,.0f} s, {_device(on_gpu)}.\n"
     print(text, flush=True)
     return text
 
@@ -143,15 +155,16 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _device() -> str:
-    """Returns processor, cores and memory, as Linux reports them, and the versions that matter."""
+def _device(on_gpu: bool) -> str:
+    """Returns processor, cores and memory, as Linux reports them, the GPU if used, and the versions that matter."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     processor = models[0] if models else platform.machine()
+    gpu = f"one {torch.cuda.get_device_name()}" if on_gpu else "no GPU used"
     versions = ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
     return (
-        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, no GPU used; "
+        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {gpu}; "
         f"Python {platform.python_version()}, {versions}"
     )
 

@@ -79,9 +79,15 @@ class Encoding:
 
 
 def make_autoencoder(
-    folder: Path, architecture: str, d_in: int, d_sae: int, k: int, rows: int
+    folder: Path,
+    architecture: str,
+    d_in: int,
+    d_sae: int,
+    k: int,
+    rows: int,
+    device: torch.device | None = None,
 ) -> tuple[Sae, torch.Tensor]:
-    """Returns an autoencoder, saved and loaded, and random rows on its device."""
+    """Returns an autoencoder, saved and loaded, and random rows on its device. None: the GPU if there is one."""
     from sae_lens.registry import get_sae_class
 
     kind, config = get_sae_class(architecture)
@@ -94,7 +100,7 @@ def make_autoencoder(
         threshold = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - k / d_sae)))
         module.get_parameter("threshold").data.fill_(threshold)
     module.save_model(folder)
-    sae = load_sae(folder)
+    sae = load_sae(folder, device=device)
     return sae, torch.randn(rows, d_in).to(sae.device)
 
 
