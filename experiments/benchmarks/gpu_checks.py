@@ -16,6 +16,7 @@ import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison
 from workbench.sae.choice import Linear, TopK, linear_form
 from workbench.sae.encode import encoder
+from workbench.sae.half_screen import make_half_screen
 from workbench.sae.load import Sae, load_sae
 from workbench.sae.precision import full_precision
 from workbench.sae.screen import make_screen
@@ -68,10 +69,11 @@ def bounds(device: torch.device, widths: tuple[int, ...], rows: int) -> list[Com
         violations, used = 0, 0.0
         for x, weight in _hard_cases(width, rows):
             linear = Linear(weight.to(device), torch.zeros(weight.shape[1], device=device))
-            screen = make_screen(linear, TopK(1))
+            screen, half = make_screen(linear, TopK(1)), make_half_screen(linear, TopK(1))
+            assert half is not None
             with full_precision():
-                upper = screen.bounds(x.to(device)).cpu().double()
-            violations += int((upper < x.double() @ weight.double()).sum())
+                for upper in (screen.bounds(x.to(device)), half.upper(x.to(device))):
+                    violations += int((upper.cpu().double() < x.double() @ weight.double()).sum())
             used = max(used, _accumulation_used(x.to(device), weight.to(device)))
         comparisons.append(
             Comparison(

@@ -2,7 +2,7 @@
 
 Most autoencoders compute pre-activations x W + b and keep those above a threshold, or the k largest of each row. The
 reference path computes that product in float32, in blocks of bounded size, and selects within each block. Where the
-device multiplies bfloat16 much faster, a bfloat16 product first gives an upper bound of each pre-activation. Only
+device multiplies 16-bit numbers much faster, a product in bfloat16, on CUDA in float16, first bounds them all. Only
 pre-activations whose bound is large enough are then computed in float32, and a row whose bounds do not decide the
 selection takes the reference path. Autoencoders of another form (matching pursuit, temporal, modules with hooks) are
 encoded by their own `encode`.
@@ -20,6 +20,7 @@ from torch import Tensor
 from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import fast_bfloat16, plain_torch
 from workbench.sae.choice import SAFE, Above, AbsTopK, Linear, TopK, linear_form
+from workbench.sae.half_screen import HalfScreen, make_half_screen
 from workbench.sae.load import Sae
 from workbench.sae.precision import PRECISIONS, full_precision
 from workbench.sae.products import places, row_starts
@@ -63,7 +64,7 @@ class Encoder:
     linear: Linear | None
     """None: call `sae.encode` and keep the nonzero activations."""
     choice: Above | TopK | None
-    screen: Screen | None
+    screen: Screen | HalfScreen | None
     """None: compute everything in float32."""
     experience: Experience = field(default_factory=Experience, compare=False)
     """Experience with the rows so far, which saves time with the next."""
@@ -151,13 +152,14 @@ class Encoder:
         return self._screened(self.screen, x, norm, out[: len(x)])
 
     def _screened(
-        self, screen: Screen, x: Float32[Tensor, "row d_in"], norm: Float32[Tensor, " row"], out: Tensor
+        self, screen: Screen | HalfScreen, x: Float32[Tensor, "row d_in"], norm: Float32[Tensor, " row"], out: Tensor
     ) -> Entries:
-        assert self.linear is not None
-        if isinstance(self.choice, TopK):
+        assert self.choice is not None
+        if isinstance(screen, HalfScreen):
+            entries, dense = screen.select(self.choice, x)
+        elif isinstance(self.choice, TopK):
             entries, dense = screened_top(self.choice, screen, x, norm, out, self.experience)
         else:
-            assert self.choice is not None
             entries, dense = screened_above(self.choice, screen, x, norm, out)
         dense |= norm < LEAST_NORM
         unsettled = dense.nonzero()[:, 0]
@@ -185,6 +187,7 @@ class Encoder:
         """Room for the product of a block, used again for each: fresh memory takes as long as the product."""
         if self.linear is None:
             return None
+        rows = 0 if isinstance(self.screen, HalfScreen) else rows  # whose kernels return theirs
         kind = torch.bfloat16 if self.screen else torch.float32
         return torch.empty(rows, self.sae.d_sae, dtype=kind, device=self.sae.device)
 
@@ -193,15 +196,15 @@ class Encoder:
 def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None = None) -> Encoder:
     """Returns an encoder of rows with `sae`.
 
-    Cost: the norms of the weights; for bfloat16 also a bfloat16 copy of them and, unless they are contiguous per
+    Cost: the norms of the weights; for bfloat16 also a copy of them in 16 bits and, unless they are contiguous per
     feature already, a float32 copy.
 
     Args:
         sae: The autoencoder.
         choice: Selection of pre-activations in place of the SAE's activation function; for a gated autoencoder, of its
             magnitudes. None: the SAE's own.
-        precision: "float32", or "bfloat16" for upper bounds first; the features are identical. None: bfloat16 where the
-            device has fast instructions for it.
+        precision: "float32", or "bfloat16" for upper bounds first (on CUDA by float16 products, whose bounds are
+            narrower); the features are identical. None: bfloat16 where the device has fast instructions for it.
 
     Raises:
         RequestError: A choice for an SAE without pre-activations (matching pursuit, temporal, hooks), k > d_sae, or an
@@ -224,7 +227,8 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None 
             raise RequestError(f"precision must be {' or '.join(PRECISIONS)}, not {precision!r}")
         finite = max(linear.reach) < SAFE
         screened = precision == "bfloat16" and finite and not isinstance(choice, AbsTopK)
-        return Encoder(sae, linear, choice, make_screen(linear, choice) if screened else None)
+        make = make_half_screen if sae.device.type == "cuda" else make_screen
+        return Encoder(sae, linear, choice, make(linear, choice) if screened else None)
 
 
 def _concatenate(parts: list[Entries], rows: int, device: torch.device) -> SparseRows:

@@ -11,6 +11,8 @@ from jaxtyping import BFloat16, Bool, Float, Float32, Int16, Int64
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from workbench.sae.kernels import kernels_for
+
 _GATHER_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20  # of bounds on a CPU: what is read twice stays in the second cache
 
@@ -23,7 +25,8 @@ def pair_products(
 ) -> Float32[Tensor, " entry"]:
     """Returns x[row] · weight[feature] in float32; `row` ascends. A product does not depend on the other pairs."""
     if x.device.type != "cpu":
-        return _gathered(x, weight, row, feature)
+        kernels = kernels_for(x.device)
+        return (_gathered if kernels is None else kernels.pair_products)(x, weight, row, feature)
     start = row_starts(row, len(x))
     if 2 * len(row) < len(weight):
         return _sampled(x, weight, start, feature)

@@ -60,7 +60,7 @@ def choose(choice: Above | TopK, pre: Float32[Tensor, "row feature"]) -> Entries
     """Returns the active features among all pre-activations."""
     if isinstance(choice, Above):
         row, feature = places(pre > choice.threshold)
-        return _activated(choice, row, feature, pre[row, feature])
+        return activated(choice, row, feature, pre[row, feature])
     _, feature = top(pre.abs() if isinstance(choice, AbsTopK) else pre, choice.k)
     feature = feature.sort(dim=1).values
     value = pre.gather(1, feature)
@@ -77,7 +77,7 @@ def screened_above(
     row, feature, crowded = places_from(bounds, _positive(bounds), bounds.shape[1] // _CROWDED)
     value = screen.exact(x, row, feature)
     on = value > choice.threshold[feature]
-    return _activated(choice, row[on], feature[on], value[on]), crowded
+    return activated(choice, row[on], feature[on], value[on]), crowded
 
 
 def screened_top(
@@ -101,7 +101,7 @@ def screened_top(
     start = torch.maximum((high - experience.slack * width).bfloat16(), least)
     most = bounds.shape[1] // _CROWDED
     row, feature, crowded = places_from(bounds, start, most)
-    entries, last = _largest(choice, screen, x, row, feature)
+    entries, last = largest(choice, screen.exact(x, row, feature), row, feature, len(x))
     # rounding keeps order, so bounds below the rounded k-th are bounds of smaller pre-activations
     needed = torch.maximum(last.bfloat16(), least)
     again = ((needed < start) & ~crowded).nonzero()[:, 0]
@@ -110,7 +110,7 @@ def screened_top(
         experience.slack = max(0.0, _MORE * float(torch.quantile(((high - last) / width)[known], _SHARE)))
     if len(again):
         row, feature, over = places_from(bounds[again], needed[again], most)
-        more, _ = _largest(choice, screen, x[again], row, feature)
+        more, _ = largest(choice, screen.exact(x[again], row, feature), row, feature, len(again))
         kept = torch.ones_like(crowded).index_fill_(0, again, False)[entries.row]
         first = Entries(entries.row[kept], entries.feature[kept], entries.value[kept])
         entries = merge(len(x), first, Entries(again[more.row], more.feature, more.value))
@@ -135,15 +135,14 @@ def merge(rows: int, one: Entries, other: Entries) -> Entries:
     return Entries(merged("row"), merged("feature"), merged("value"))
 
 
-def _largest(
-    choice: TopK, screen: Screen, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Tensor
+def largest(
+    choice: TopK, value: Float32[Tensor, " entry"], row: Int64[Tensor, " entry"], feature: Tensor, rows: int
 ) -> tuple[Entries, Float32[Tensor, " row"]]:
-    """The k largest of these pre-activations of each row, and the k-th, at least 0."""
-    value = screen.exact(x, row, feature)
-    last = kth_of_row(value, row, len(x), choice.k)
+    """Returns the k largest of these pre-activations of each row, and the k-th, at least 0."""
+    last = kth_of_row(value, row, rows, choice.k)
     border = last[row]
     larger, tied = value > border, (value == border) & (border > 0)
-    start = row_starts(row, len(x))
+    start = row_starts(row, rows)
     taken = torch.zeros(len(row) + 1, dtype=torch.int64, device=row.device)
     torch.cumsum(larger, 0, out=taken[1:])
     free = choice.k - (taken[start[1:]] - taken[start[:-1]])
@@ -158,7 +157,8 @@ def _positive(bounds: Tensor) -> Tensor:
     return bounds.new_full((len(bounds),), TINY)
 
 
-def _activated(choice: Above, row: Tensor, feature: Tensor, value: Tensor) -> Entries:
+def activated(choice: Above, row: Tensor, feature: Tensor, value: Tensor) -> Entries:
+    """Returns the activations above 0 of pre-activations above their thresholds."""
     if choice.gain is None or choice.shift is None:
         return Entries(row, feature, value)
     value = value * choice.gain[feature] + choice.shift[feature]
