@@ -18,7 +18,7 @@ _PUBLIC = {
     "Model": "workbench.model.load",
     "demo_corpus": "workbench.embedded",
     "load_sae": "workbench.sae.load",
-    "Sae": "workbench.sae.load",
+    "Sae": "workbench.sae.autoencoder",
     "sae_metrics": "workbench.sae.metrics",
     "intervene": "workbench.model.intervene",
     "Add": "workbench.model.intervene",
@@ -109,9 +109,10 @@ if TYPE_CHECKING:
     from workbench.recording.record import record
     from workbench.results.probe import Probe
     from workbench.results.result import Result, load_result
+    from workbench.sae.autoencoder import Sae
     from workbench.sae.decoder import nearest_features
     from workbench.sae.feature_record import Feature
-    from workbench.sae.load import Sae, load_sae
+    from workbench.sae.load import load_sae
     from workbench.sae.metrics import sae_metrics
     from workbench.sites.settings import Recording
     from workbench.store.reader import ActivationArray, Rows, Store, open_store

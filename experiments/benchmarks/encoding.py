@@ -13,8 +13,9 @@ import torch
 
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 from workbench.io.torch_state import fast_bfloat16
+from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import encoder
-from workbench.sae.load import Sae, load_sae
+from workbench.sae.load import load_sae
 
 
 @dataclass(frozen=True)

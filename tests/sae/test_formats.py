@@ -24,15 +24,15 @@ def test_a_folder_of_folders_lists_what_can_be_loaded(tmp_path):
         tensors(tmp_path / "a" / f"layer_{layer}.safetensors", LAYER)
     tensors(tmp_path / "model.safetensors", {"lm_head": W})
     (tmp_path / "c").mkdir()
-    assert places_in(tmp_path) == ["a/layer_2", "a/layer_10", "b/deep/er/resid"]
+    assert places_in(tmp_path) == ["a", "b/deep/er/resid"]
     assert refused(RequestError, lambda: load_sae(tmp_path)) == (
-        f"SAE {str(tmp_path)!r} contains several; choose one with sae_id: a/layer_2, a/layer_10, b/deep/er/resid"
+        f"SAE {str(tmp_path)!r} contains several; choose one with sae_id: a, b/deep/er/resid"
     )
     assert refused(RequestError, lambda: load_sae(tmp_path, "b")) == (
         "sae_id 'b' contains several; choose one: b/deep/er/resid"
     )
-    assert refused(RequestError, lambda: load_sae(tmp_path, "layer_10")) == (
-        f"sae_id 'layer_10': no such folder in {str(tmp_path)!r}; nearest: a/layer_10, a/layer_2"
+    assert refused(RequestError, lambda: load_sae(tmp_path / "a", "layer_7")) == (
+        f"sae_id 'layer_7': no such folder in {str(tmp_path / 'a')!r}; nearest: layer_2, layer_10"
     )
     assert load_sae(tmp_path, "b/deep/er/resid", device="cpu").name == "b/deep/er/resid"
     assert load_sae(tmp_path, "a/layer_2", device="cpu").name == "a/layer_2"

@@ -121,7 +121,11 @@ def test_centred_weights_of_other_models_are_refused(architecture, store, tmp_pa
     ("site", "settings", "text"),
     [
         (None, CENTRED, "whose rows of blocks.1.hook_resid_post do not follow from the recorded ones"),
-        ("blocks.1.attn.hook_z", {"hook_head_index": 2}, "SAE 'one' reads head 2 of blocks.1.attn.hook_z alone"),
+        (
+            "blocks.1.attn.hook_z",
+            {"hook_head_index": 2},
+            "head 2 of z.1 does not exist: a row has the axes head 2, d_head 4",
+        ),
         (
             "blocks.1.attn.hook_z",
             {"model_from_pretrained_kwargs": {"fold_value_biases": True}},

@@ -29,8 +29,8 @@ from workbench.model.intervene import Intervened, changeable_site, intervene
 from workbench.model.load import Model
 from workbench.model.reload import recorded_model
 from workbench.results.bootstrap import intervals, resampled_means
+from workbench.sae.autoencoder import Sae
 from workbench.sae.feature_record import Feature
-from workbench.sae.load import Sae
 from workbench.sae.reconstruction import Documents
 from workbench.sae.site import block_rows
 from workbench.sae.spliced_loss import Batch, batch_limit, loss_and_divergence, sequence_batches

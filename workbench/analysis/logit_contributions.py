@@ -16,8 +16,8 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest
 from workbench.io.torch_state import plain_torch
 from workbench.model.unembed import Unembed, load_unembed
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_directions, row_scale
-from workbench.sae.load import Sae
 from workbench.sae.site import site_names
 from workbench.store.reader import Store
 

@@ -16,7 +16,7 @@ from workbench.io.tasks import dtype_for
 from workbench.sites.settings import Recording
 
 if TYPE_CHECKING:
-    from workbench.sae.load import Sae
+    from workbench.sae.autoencoder import Sae
 
 
 @dataclass(frozen=True)

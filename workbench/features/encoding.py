@@ -7,9 +7,8 @@ import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,14 +22,13 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
+from workbench.sae.autoencoder import Sae
 from workbench.sae.choice import Above, TopK
-from workbench.sae.encode import Encoder, NotFinite, SparseRows, encoder
-from workbench.sae.load import Sae
+from workbench.sae.encode import Encoder, LayeredEncoder, NotFinite, SparseRows, encoder
 from workbench.sae.saved import SavedSae, save_sae
 from workbench.sae.site import not_finite
 from workbench.sae.sparsity import Bound, SparsityRule
-from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray, Store, open_store
+from workbench.store.reader import ActivationArray, Store
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class StoreEncoder:
     show_progress: bool = True
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder | LayeredEncoder:
         """The encoder; under a rule over all rows it keeps every pre-activation above 0."""
         sparsity = self.settings.sparsity
         if sparsity is None or isinstance(sparsity, TopK):
@@ -171,7 +169,7 @@ class StoreEncoder:
 
         if workers.remote and spans:
             saved = save_sae(self.sae, folder.path.parent)
-            arguments = self.array.store.path, self.array.site, saved, self.settings, folder
+            arguments = self.array, saved, self.settings, folder
             return workers.map(begin_spans, arguments, [(span,) for span in spans], on_lost)
         begin: Begin[Sequence[Span], int] = begin_here
         return workers.map(begin, (), [tuple(spans)] if spans else [], on_lost)
@@ -195,7 +193,11 @@ class StoreEncoder:
         return end, concatenate(parts), unsettled
 
     def _encode_block(
-        self, current: Encoder, first: int, rows: Float[Tensor, "row ..."], lengths: Sequence[int] | None
+        self,
+        current: Encoder | LayeredEncoder,
+        first: int,
+        rows: Float[Tensor, "row ..."],
+        lengths: Sequence[int] | None,
     ) -> SparseRows:
         try:
             return current(rows, lengths)
@@ -258,7 +260,7 @@ class StoreEncoder:
 
 
 def begin_spans(
-    device: str, store: Path, site: SiteRecord, sae: SavedSae, settings: EncodingSettings, folder: SegmentFolder
+    device: str, array: ActivationArray, sae: SavedSae, settings: EncodingSettings, folder: SegmentFolder
 ) -> Callable[[Sequence[Span]], int]:
     """Returns the function that encodes and writes spans in another process; its result is that of `write_segments`.
 
@@ -270,7 +272,7 @@ def begin_spans(
             f"a worker on {socket.gethostname()} does not see {folder.path.parent}; features must be on a disk that "
             "all machines share"
         )
-    encoding = StoreEncoder(ActivationArray(open_store(store), site), sae.load(device), settings, show_progress=False)
+    encoding = StoreEncoder(array, sae.load(device), settings, show_progress=False)
     return lambda spans: encoding.write_segments(folder, spans, lambda _rows: None)
 
 
@@ -279,6 +281,6 @@ def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:
     return np.flatnonzero(np.append(sequence[1:] != sequence[:-1], True)[: len(sequence)]) + 1
 
 
-def _above(current: Encoder, bound: Bound) -> Encoder:
+def _above(current: Encoder | LayeredEncoder, bound: Bound) -> Encoder | LayeredEncoder:
     threshold = torch.from_numpy(np.array(bound.threshold())).to(current.sae.device)
-    return replace(current, choice=Above(threshold))
+    return current.above(threshold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.features.encoding import EncodingSettings, StoreEncoder
@@ -18,7 +19,7 @@ from workbench.features.extraction_folder import (
     read_folder,
     target_path,
 )
-from workbench.features.feature_store import Features, SaeRecord, open_features
+from workbench.features.feature_store import Features, SaeRecord, SiteFeatures, open_features
 from workbench.features.index import INDEX_MEMORY
 from workbench.features.merging import merge_segments, write_index
 from workbench.io import files
@@ -26,11 +27,13 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
+from workbench.sae.input_rows import recorded
+from workbench.sae.layered import LayeredSae
 from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import SparsityRule, sparsity_record
 from workbench.store.lost_values import lost_values
-from workbench.store.reader import Store
+from workbench.store.reader import ActivationArray, Store
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ DTYPES = ("float32", "float16")
 def extract_features(
     store: Store,
     sae: Sae,
-    site: str | tuple[str, int] | None = None,
+    site: str | tuple[str, int] | Sequence[str] | None = None,
     *,
     name: str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -67,7 +70,8 @@ def extract_features(
         store: The recording. All its rows are encoded, special tokens (BOS) too, whose activations are often the
             largest; `Features.enrichment` and `sae_metrics` leave them out.
         sae: The autoencoder, from `load_sae`; computes on its device.
-        site: The site to read. None: the one that the SAE was trained on.
+        site: The site to read; for an SAE that reads several, a list of their names. None: those that the SAE was
+            trained on.
         name: Folder under the store's `features/`. None: made of the site and the SAE's name.
         out: Another folder, instead of `name`.
         batch_rows: Rows encoded at a time. None: four dense blocks of 40 MiB or 64 rows each; for a temporal SAE the
@@ -100,20 +104,23 @@ def extract_features(
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
     target = target_path(store.path, array.site, record.name, name) if out is None else Path(out).absolute()
-    request = extraction_record(record, array.name, store.manifest.fingerprint, store.rows, dtype)
+    reads = sites_read(array, sae)
+    request = extraction_record(record, array.name, reads, store.manifest.fingerprint, store.rows, dtype)
     return make_features(encoding, target, request, workers)
 
 
 def _check_rows(encoding: StoreEncoder) -> None:
     """Refuses rows that are not finite before hours of work, and warns of clipped values."""
     array = encoding.array
-    lost = lost_values(array.store, [array.name]).get(array.site.label)
-    if lost is not None and lost.nonfinite:
-        raise not_finite(array, encoding.sae, int(lost.nonfinite_rows[0]), features=False)
-    if lost is not None:
+    lost = {part: lost_values(array.store, [part.name]).get(part.site.label) for part in recorded(array)}
+    for part, values in lost.items():
+        if values is None:
+            continue
+        if values.nonfinite:
+            raise not_finite(part, encoding.sae, int(values.nonfinite_rows[0]), features=False)
         _LOG.warning(
-            f"clipped values at {lost.site}: {lost.clipped:,}, stored as ±{lost.limit:,.6g}; features of their rows "
-            "are those of the stored values; record in bfloat16 or float32 to keep them"
+            f"clipped values at {values.site}: {values.clipped:,}, stored as ±{values.limit:,.6g}; features of their "
+            "rows are those of the stored values; record in bfloat16 or float32 to keep them"
         )
 
 
@@ -159,6 +166,17 @@ def make_features(
             "dtype='float32' to keep them"
         )
     return features
+
+
+def sites_read(array: ActivationArray, sae: Sae) -> tuple[SiteFeatures, ...]:
+    """Returns the sites that an array is made of, with the features of `sae` that read each."""
+    names = [part.name for part in recorded(array)] if sae.n_sites > 1 else [array.name]
+    if isinstance(sae, LayeredSae):
+        sizes = zip(sae.firsts, sae.parts, strict=True)
+        return tuple(
+            SiteFeatures(name, first, first + part.d_sae) for name, (first, part) in zip(names, sizes, strict=True)
+        )
+    return tuple(SiteFeatures(name, 0, sae.d_sae) for name in names)
 
 
 def sae_record(sae: Sae, sparsity: SparsityRule | None) -> SaeRecord:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from workbench.features.feature_segments import SegmentFolder
-from workbench.features.feature_store import BY_ROW, RECORD, FeaturesRecord, SaeRecord, read_record
+from workbench.features.feature_store import BY_ROW, RECORD, FeaturesRecord, SaeRecord, SiteFeatures, read_record
 from workbench.io import files
 from workbench.io.errors import RequestError
 from workbench.io.parse import parse, read_json, to_checked_json, to_json
@@ -36,6 +36,7 @@ class ExtractionRecord:
 
     sae: SaeRecord
     site: str
+    reads: tuple[SiteFeatures, ...]
     store_fingerprint: str
     rows: int
     dtype: str
@@ -200,10 +201,12 @@ def exclusive_turn(target: Path, shared: bool) -> AbstractContextManager[None]:
     return files.locked(target.parent, wait=lambda: None) if shared else nullcontext()
 
 
-def extraction_record(sae: SaeRecord, site: str, fingerprint: str, rows: int, dtype: str) -> ExtractionRecord:
+def extraction_record(
+    sae: SaeRecord, site: str, reads: tuple[SiteFeatures, ...], fingerprint: str, rows: int, dtype: str
+) -> ExtractionRecord:
     """Returns the request of features of a store with this fingerprint and number of rows."""
     environment = {library: version(library) for library in ("interp-workbench", "sae-lens", "torch")}
-    return ExtractionRecord(sae, site, fingerprint, rows, dtype, environment, overflow=None)
+    return ExtractionRecord(sae, site, reads, fingerprint, rows, dtype, environment, overflow=None)
 
 
 def target_path(store: Path, site: SiteRecord, sae: str, name: str | None = None) -> Path:
@@ -229,7 +232,10 @@ def _read_progress(partial: Path) -> ExtractionRecord | None:
     if not source.is_file():
         return None
     advice = f"remove {partial} to extract anew"
-    return parse(ExtractionRecord, read_json(source, advice), str(source))
+    value = read_json(source, advice)
+    if "reads" not in value:  # begun by an earlier version, which read one site
+        raise RequestError(f"{source} was written by an earlier version; {advice}")
+    return parse(ExtractionRecord, value, str(source))
 
 
 def _is_empty(partial: Path) -> bool:
@@ -241,7 +247,7 @@ def _differences(existing: FeaturesRecord | ExtractionRecord, request: Extractio
     """The settings in which existing features differ from the requested ones; empty if they are the same."""
     pairs = (
         ("SAE", existing.sae.fingerprint, request.sae.fingerprint, _sae_text(existing.sae), _sae_text(request.sae)),
-        ("site", existing.site, request.site, existing.site, request.site),
+        ("site", _sites(existing), _sites(request), existing.site, request.site),
         ("dtype", existing.dtype, request.dtype, existing.dtype, request.dtype),
         (
             "store",
@@ -253,6 +259,10 @@ def _differences(existing: FeaturesRecord | ExtractionRecord, request: Extractio
     )
     differing = ((name, text, request_text) for name, one, other, text, request_text in pairs if one != other)
     return "; ".join(f"{name} is {text}, requested is {request_text}" for name, text, request_text in differing)
+
+
+def _sites(record: FeaturesRecord | ExtractionRecord) -> tuple[str, list[str]]:
+    return record.site, [one.site for one in record.reads]
 
 
 def _sae_text(sae: SaeRecord) -> str:

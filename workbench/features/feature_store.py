@@ -8,6 +8,7 @@ features.top(17)               # the strongest tokens of feature 17, in context
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,12 +51,25 @@ class SaeRecord:
 
 
 @dataclass(frozen=True)
+class SiteFeatures:
+    """Features that read one site: all of most autoencoders, those of one layer where each layer has its own."""
+
+    site: str
+    """TransformerLens name."""
+    first: int
+    stop: int
+    """Ids of the features: first to stop - 1."""
+
+
+@dataclass(frozen=True)
 class FeaturesRecord:
     """`features.json`: contents of the folder and their provenance."""
 
     sae: SaeRecord
     site: str
-    """TransformerLens name of the site that was read."""
+    """TransformerLens name of the site that was read; of several a name for all: `blocks.0-25.hook_resid_mid`."""
+    reads: tuple[SiteFeatures, ...]
+    """The sites that were read, and the features that read each."""
     store: str
     """Path of the store, relative to this folder."""
     store_fingerprint: str
@@ -132,6 +146,11 @@ def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike
     return features
 
 
+def _layer(site: str) -> int | None:
+    match = re.match(r"blocks\.(\d+)\.", site)
+    return int(match[1]) if match else None
+
+
 def _only_folder(store: Path) -> Path:
     folders = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
     if len(folders) != 1:
@@ -151,7 +170,9 @@ def read_record(path: Path) -> FeaturesRecord:
         raise DataError(f"{source}: format is {value.get('format')!r}, expected {FORMAT!r}; name a folder of features")
     if isinstance(value.get("version"), int) and value["version"] > VERSION:
         raise RequestError(f"{source} has format version {value['version']}; upgrade the workbench")
-    if value.get("version") != 1:  # which has no checksum
+    if value.get("version") == 1:  # which has no checksum, and read one site
+        value.setdefault("reads", [{"site": value.get("site"), "first": 0, "stop": value.get("features")}])
+    else:
         check_checksum(value, source, _AGAIN)
     return parse(FeaturesRecord, value, str(source))
 
@@ -201,6 +222,17 @@ class Features:
     def shape(self) -> tuple[int, int]:
         """(rows, d_sae)."""
         return self.record.rows, self.record.features
+
+    @property
+    def sites(self) -> pd.DataFrame:
+        """One line per site that was read: site, layer, and the ids of its features, first to stop - 1.
+
+        The features of a cross-layer transcoder have ids layer by layer: feature j of a layer is first + j. Those of a
+        crosscoder read all of its sites.
+        """
+        lines = [(one.site, _layer(one.site), one.first, one.stop) for one in self.record.reads]
+        table = pd.DataFrame(lines, columns=["site", "layer", "first", "stop"])
+        return table.astype({"layer": "Int64"})
 
     def __getitem__(self, index: Any) -> csr_array:
         """Returns features as a float32 matrix (selected, d_sae) in memory.
@@ -337,6 +369,16 @@ class Features:
             }
         )
         return with_names(table.sort_values("f1", ascending=False, kind="stable", ignore_index=True), self.labels)
+
+    def sites_of(self, feature: int | np.integer) -> tuple[str, ...]:
+        """Returns the names of the sites that a feature reads: one, or all of a crosscoder's.
+
+        Raises:
+            RequestError: A feature that does not exist.
+        """
+        if not 0 <= feature < self.shape[1]:
+            raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
+        return tuple(one.site for one in self.record.reads if one.first <= feature < one.stop)
 
     def verify(self) -> None:
         """Reads every byte once and raises DataError for a file whose checksum differs."""

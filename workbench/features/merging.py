@@ -87,6 +87,7 @@ def write_index(folder: ExtractionFolder, features: int, store: Path, memory: in
         FeaturesRecord(
             sae=record.sae,
             site=record.site,
+            reads=record.reads,
             store=os.path.relpath(store, folder.target),
             store_fingerprint=record.store_fingerprint,
             rows=record.rows,

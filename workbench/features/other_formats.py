@@ -27,8 +27,8 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.unembed import Unembed, load_unembed
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens
-from workbench.sae.load import Sae
 
 DELPHI_CONFIG: Mapping[str, Any] = {
     "dataset_repo": "",

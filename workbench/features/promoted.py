@@ -11,8 +11,8 @@ from workbench.features.feature_store import Features
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.model.unembed import load_unembed
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens
-from workbench.sae.load import Sae
 
 _RESIDUAL = re.compile(r"hook_(pos_)?embed|blocks\.\d+\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)")
 

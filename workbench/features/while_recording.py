@@ -30,13 +30,14 @@ from workbench.features.extraction_folder import (
     target_path,
 )
 from workbench.features.feature_segments import Span
+from workbench.features.feature_store import SiteFeatures
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.tasks import Workers
 from workbench.model.load import Model
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
 from workbench.sae.saved import SavedSae, save_sae
-from workbench.sae.site import check_fit, site_names
+from workbench.sae.site import check_fit, reads_special, site_names
 from workbench.sites.grammar import Site, SiteMap, full_name
 from workbench.store.manifest import Manifest, SiteRecord
 from workbench.store.reader import ActivationArray, Store
@@ -64,6 +65,11 @@ class RecordedFeatures:
         Raises:
             RequestError: The model has no such site, or the SAE's files do not record its site.
         """
+        if special := reads_special(self.sae):
+            raise RequestError(
+                f"sae: SAE {self.sae.name!r} reads {special}, which is not possible while recording; record the sites, "
+                "then extract its features"
+            )
         names = (full_name(self.site),) if self.site else ()
         if not names:
             if self.sae.site is None:
@@ -90,7 +96,8 @@ class RecordedFeatures:
         Raises:
             RequestError: The SAE has another width or, unless forced, another site or model.
         """
-        check_fit(self.sae, record, model, out, force=self.force, arguments=("sae_site", "sae_force"))
+        names = ("sae_site", "sae_force")
+        check_fit(self.sae, record, model, out, force=self.force, arguments=names, trained_on=self.sae.site)
         return EncodedSite(self, site, record)
 
 
@@ -204,7 +211,8 @@ class EncodedSite:
 
     def _request(self, fingerprint: str, rows: int) -> ExtractionRecord:
         sae = sae_record(self.features.sae, None)
-        return extraction_record(sae, self.record.name, fingerprint, rows, self.features.dtype)
+        reads = (SiteFeatures(self.record.name, 0, self.features.sae.d_sae),)
+        return extraction_record(sae, self.record.name, reads, fingerprint, rows, self.features.dtype)
 
     def _without_features(self, store: Path, rows: int) -> RequestError:
         return RequestError(

@@ -65,7 +65,7 @@ class Unembed:
     @plain_torch()
     def normed(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         """Returns the final norm of `resid`, with statistics of `resid` itself, in float32."""
-        return _normalise(resid.float(), self.norm, self.eps) * self.gain + self.shift
+        return normalise(resid.float(), self.norm, self.eps) * self.gain + self.shift
 
     @plain_torch()
     def __call__(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
@@ -111,6 +111,21 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
         unembed = Unembed(**{"bias": None, **tensors, **scalars})
         _check_shapes(unembed)
     return unembed
+
+
+def final_norm(store_path: str | Path) -> tuple[str, float]:
+    """Returns the kind ("layer", "rms" or "none") and epsilon of the final norm of a store's model; reads a header.
+
+    Raises:
+        RequestError: The model had no unembedding of this form; the message gives the reason.
+        DataError: The file is missing or damaged.
+    """
+    manifest = read_manifest(store_path)
+    if manifest.unembed is None:
+        raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
+    with open_safetensors(Path(store_path) / UNEMBED, VERIFY) as file:
+        scalars = load_json(file.metadata()["unembed"])
+        return str(scalars["norm"]), float(scalars["eps"])
 
 
 def _check_shapes(unembed: Unembed) -> None:
@@ -250,7 +265,7 @@ def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "n
     fits: list[tuple[float, Literal["rms", "layer"], float, Tensor, Tensor]] = []
     kinds: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
     for kind, eps in product(kinds, dict.fromkeys([*declared, *_EPS])):
-        unit = _normalise(rows, kind, eps)
+        unit = normalise(rows, kind, eps)
         centred = unit - unit.mean(0)
         gain = (centred * answer).sum(0) / centred.square().sum(0)
         shift = answer.mean(0) - gain * unit.mean(0)
@@ -262,7 +277,8 @@ def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "n
     return kind, eps, gain, torch.where(shift.abs() < 1e-6 * gain.abs().max(), 0.0, shift)
 
 
-def _normalise(x: Tensor, kind: str, eps: float) -> Tensor:
+def normalise(x: Tensor, kind: str, eps: float) -> Tensor:
+    """Returns `x` under a norm without weights over the last axis: "layer" (centred first), "rms" or "none"."""
     if kind == "none":
         return x
     if kind == "layer":

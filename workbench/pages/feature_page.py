@@ -22,8 +22,8 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable, replace_file
 from workbench.model.unembed import load_unembed
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
-from workbench.sae.load import Sae
 
 _TOKENS, _NEIGHBOURS, _ACROSS = 10, 10, 10
 _QUANTILES = {0.1: "10 %", 0.5: "median", 0.9: "90 %"}

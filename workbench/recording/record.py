@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.features.while_recording import RecordedFeatures
-    from workbench.sae.load import Sae
+    from workbench.sae.autoencoder import Sae
     from workbench.store.reader import Store
 
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from workbench.io.checks import check_fields
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
 
 SAFE = 1e37
 """Below it no sum in float32 overflows."""
@@ -74,7 +74,7 @@ def linear_form(sae: Sae, replaced: bool) -> tuple[Linear, Above | TopK] | None:
     if not all(parameter.isfinite().all() for parameter in module.parameters()):
         return None
     activation = module.activation_fn
-    zero = sae.W_dec.new_zeros(sae.d_sae)
+    zero = torch.zeros(sae.d_sae, device=sae.device)
     if type(activation).__name__ in ("TopK", "AbsTopK") and sae.architecture in ("topk", "abstopk"):
         scale = module.W_dec.norm(dim=-1) if module.cfg.rescale_acts_by_decoder_norm else None
         kind = AbsTopK if type(activation).__name__ == "AbsTopK" else TopK

@@ -13,7 +13,8 @@ from torch import Tensor
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
+from workbench.sae.layered import LayeredSae
 
 
 def decoder_directions(
@@ -33,6 +34,8 @@ def decoder_directions(
     """
     if features is not None and (wrong := [f for f in features if not 0 <= f < sae.d_sae]):
         raise RequestError(f"feature {wrong[0]} does not exist; the SAE has features 0 to {sae.d_sae - 1}")
+    if isinstance(sae, LayeredSae) and features is not None:
+        return sae.decoder_rows([int(feature) for feature in features]).detach().float()
     rows = (sae.W_dec if features is None else sae.W_dec[[int(feature) for feature in features]]).detach().float()
     if getattr(sae.module.cfg, "rescale_acts_by_decoder_norm", False):
         return torch.nn.functional.normalize(rows, dim=1)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import fast_bfloat16, plain_torch
+from workbench.sae.autoencoder import Sae
 from workbench.sae.choice import SAFE, Above, AbsTopK, Linear, TopK, linear_form
 from workbench.sae.half_screen import HalfScreen, make_half_screen
-from workbench.sae.load import Sae
+from workbench.sae.layered import LayeredSae
 from workbench.sae.precision import PRECISIONS, full_precision
 from workbench.sae.products import places, row_starts
 from workbench.sae.screen import LEAST_NORM, Screen, make_screen
@@ -104,6 +105,10 @@ class Encoder:
     def inexperienced(self) -> Encoder:
         """Returns the encoder without experience. Rows in the same blocks then give the same bits."""
         return replace(self, experience=Experience())
+
+    def above(self, threshold: Float32[Tensor, " feature"]) -> Encoder:
+        """Returns an encoder that keeps pre-activations above a threshold per feature."""
+        return replace(self, choice=Above(threshold))
 
     @property
     def block_rows(self) -> int:
@@ -192,8 +197,51 @@ class Encoder:
         return torch.empty(rows, self.sae.d_sae, dtype=kind, device=self.sae.device)
 
 
+@dataclass(frozen=True)
+class LayeredEncoder:
+    """Encodes rows of several sites, each with its own encoder; features of all layers have one numbering."""
+
+    sae: LayeredSae
+    parts: tuple[Encoder, ...]
+
+    @plain_torch()
+    def __call__(self, rows: Float[Tensor, "row site d_in"], lengths: Sequence[int] | None = None) -> SparseRows:
+        """Returns the sparse features of `rows`; a row's are ascending, so those of its first site come first.
+
+        Cost and memory: those of the parts, one after the other.
+
+        Raises:
+            NotFinite: A row or its features has NaN or infinite values.
+        """
+        rows = rows.unflatten(1, (len(self.parts), -1)) if rows.ndim == 2 else rows
+        entries, unsettled = [], 0
+        for index, (part, first) in enumerate(zip(self.parts, self.sae.firsts, strict=True)):
+            some = part(rows[:, index])
+            row = torch.arange(len(rows), device=some.indptr.device).repeat_interleave(some.indptr.diff())
+            entries.append(Entries(row, some.feature + first, some.value))
+            unsettled += some.unsettled
+        row = torch.cat([part.row for part in entries])
+        row, order = row.sort(stable=True)
+        feature, value = (torch.cat([getattr(part, name) for part in entries])[order] for name in ("feature", "value"))
+        return SparseRows(row_starts(row, len(rows)), feature, value, unsettled)
+
+    def inexperienced(self) -> LayeredEncoder:
+        """Returns the encoder without experience. Rows in the same blocks then give the same bits."""
+        return replace(self, parts=tuple(part.inexperienced() for part in self.parts))
+
+    @property
+    def block_rows(self) -> int:
+        """Number of rows in a dense block."""
+        return min(part.block_rows for part in self.parts)
+
+    def above(self, threshold: Float32[Tensor, " feature"]) -> LayeredEncoder:
+        """Returns an encoder that keeps pre-activations above a threshold per feature."""
+        thresholds = threshold.split([part.d_sae for part in self.sae.parts])
+        return replace(self, parts=tuple(part.above(one) for part, one in zip(self.parts, thresholds, strict=True)))
+
+
 @plain_torch()
-def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None = None) -> Encoder:
+def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None = None) -> Encoder | LayeredEncoder:
     """Returns an encoder of rows with `sae`.
 
     Cost: the norms of the weights; for bfloat16 also a copy of them in 16 bits and, unless they are contiguous per
@@ -210,6 +258,8 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None 
         RequestError: A choice for an SAE without pre-activations (matching pursuit, temporal, hooks), k > d_sae, or an
             unknown precision.
     """
+    if isinstance(sae, LayeredSae):
+        return _layered_encoder(sae, choice, precision)
     with torch.no_grad():
         form = linear_form(sae, replaced=choice is not None)
         if form is None:
@@ -229,6 +279,21 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None 
         screened = precision == "bfloat16" and finite and not isinstance(choice, AbsTopK)
         make = make_half_screen if sae.device.type == "cuda" else make_screen
         return Encoder(sae, linear, choice, make(linear, choice) if screened else None)
+
+
+def _layered_encoder(sae: LayeredSae, choice: TopK | Above | None, precision: str | None) -> LayeredEncoder:
+    if isinstance(choice, TopK):
+        raise RequestError(
+            f"SAE {sae.name!r} has several layers, and TopK would choose among all; use MutualChoice or FeatureChoice"
+        )
+    parts = []
+    for part in sae.parts:
+        one = None if choice is None else Above(torch.zeros(part.d_sae, device=part.device))
+        encodes = encoder(part, one, precision)
+        assert isinstance(encodes, Encoder)
+        parts.append(encodes)
+    whole = LayeredEncoder(sae, tuple(parts))
+    return whole if choice is None else whole.above(choice.threshold)
 
 
 def _concatenate(parts: list[Entries], rows: int, device: torch.device) -> SparseRows:

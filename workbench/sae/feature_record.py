@@ -17,8 +17,8 @@ from workbench.model.forward import fixed_shape
 from workbench.model.intervene import Change, Intervention
 from workbench.model.load import Model
 from workbench.model.positions import At
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_directions, row_scale
-from workbench.sae.load import Sae
 from workbench.sae.site import block_rows, same_model, site_names
 from workbench.sae.training import check_training
 from workbench.sites.grammar import Site, full_name

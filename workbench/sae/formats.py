@@ -26,12 +26,13 @@ from workbench.sae.scope_formats import (
     llama_scope,
     lm_saes,
 )
-from workbench.sae.transcoder_formats import transcoder
+from workbench.sae.transcoder_formats import layer_files, transcoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 """Files of an autoencoder as SAELens saves it."""
 
-_LAYERS = re.compile(r"(layer_|W_enc_|params_layer_)\d+\.safetensors")
+_LAYERS = re.compile(r"(layer_|W_enc_)\d+\.safetensors")
+_PARAMS = re.compile(r"params_layer_(\d+)\.safetensors")
 _PICKLE = re.compile(r".+\.(pt|pth|bin|pkl|ckpt)")
 _DEEPEST, _MOST = 6, 20_000  # folders below a folder of many, and entries looked at
 _SHOWN = 8
@@ -62,11 +63,27 @@ def is_place(path: Path) -> bool:
         if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
             return True
         lm_saes_too = (path / LM_SAES).is_file() and (path / LM_SAES_WEIGHTS).is_file()
-        return lm_saes_too or any((path / name).is_file() for name in _OF_FOLDERS)
+        if lm_saes_too or any((path / name).is_file() for name in _OF_FOLDERS):
+            return True
     try:
+        if path.is_dir():
+            return bool(layers_of(path))
         return path.is_file() and path.suffix == ".safetensors" and _of_file(path) is not None
     except WorkbenchError:
         return False
+
+
+def layers_of(folder: Path) -> list[Path]:
+    """Returns the files of the layers of a folder that holds an autoencoder of several layers; none of another folder.
+
+    Raises:
+        RequestError: The folder's config lists files that are not there.
+        DataError: A damaged config.
+    """
+    if not folder.is_dir():
+        return []
+    numbered = {int(match[1]): path for path in folder.iterdir() if (match := _PARAMS.fullmatch(path.name))}
+    return [numbered[layer] for layer in sorted(numbered)] or layer_files(folder)
 
 
 def place_of(folder: Path, sae_id: str | None) -> Path:
@@ -125,7 +142,7 @@ _OF_FOLDERS: dict[str, Callable[[Path], Converted]] = {
 def _of_file(path: Path) -> Callable[[], Converted] | None:
     if _PICKLE.fullmatch(path.name):
         raise pickled(path)
-    if path.name.startswith("params_layer_") and _LAYERS.fullmatch(path.name):
+    if _PARAMS.fullmatch(path.name):
         return lambda: gemma_scope_2(path.parent, path.name)
     if _LAYERS.fullmatch(path.name):
         return lambda: transcoder(path)

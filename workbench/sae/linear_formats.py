@@ -109,8 +109,12 @@ def dictionary_learning(folder: Path) -> Converted:
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise DataError(f"{source}: trainer has no dict_class")
     kind = trainer["dict_class"]
+    if kind == "CrossCoder":
+        return _crosscoder(source, path, trainer)
     if not isinstance(kind, str) or kind not in _DICTIONARIES:
-        raise RequestError(f"{source}: dict_class {kind!r} is not supported; supported are {', '.join(_DICTIONARIES)}")
+        raise RequestError(
+            f"{source}: dict_class {kind!r} is not supported; supported are {', '.join([*_DICTIONARIES, 'CrossCoder'])}"
+        )
     architecture, names, subtracted, scaled = _DICTIONARIES[kind]
     tensors = read_tensors(path)
     weights = {name: take(tensors, source_name, path) for name, source_name in names.items()}
@@ -163,6 +167,23 @@ _DICTIONARIES: dict[str, tuple[str, dict[str, str], bool, bool]] = {
 }
 """dict_class -> (architecture, names of its tensors, whether b_dec is subtracted from the input, whether features are
 multiplied by the decoder's norms)."""
+
+
+def _crosscoder(source: Path, path: Path, trainer: dict[str, Any]) -> Converted:
+    """f = relu(Σ x_l W_l + b) over the layers, or models, that rows are read from: one encoder of all side by side."""
+    tensors = {name.removeprefix("_orig_mod."): part for name, part in read_tensors(path).items()}
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "decoder.bias"}
+    weights = {name: take(tensors, stored, path) for name, stored in names.items()}
+    check_none_left(tensors, path)
+    if weights["W_enc"].ndim != 3 or weights["W_dec"].shape != weights["W_enc"].transpose(1, 2).shape:
+        raise DataError(f"{path}: encoder.weight has the shape {tuple(weights['W_enc'].shape)}, expected three axes")
+    sites, width, features = weights["W_enc"].shape
+    check_shape(source, weights["W_enc"][0], trainer.get("activation_dim"), trainer.get("dict_size"))
+    weights["W_enc"] = weights["W_enc"].reshape(sites * width, features)
+    weights["W_dec"] = weights["W_dec"].transpose(0, 1).reshape(features, sites * width).contiguous()
+    weights["b_dec"] = weights["b_dec"].flatten()
+    metadata = {"model_name": trainer.get("lm_name"), "n_sites": sites}
+    return converted("standard", weights, {"apply_b_dec_to_input": False}, metadata)
 
 
 def of_tensors(path: Path) -> bool:

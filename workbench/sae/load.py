@@ -7,20 +7,16 @@ missing path is reported before that.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from workbench import embedded
@@ -29,10 +25,22 @@ from workbench.io.reading import check_regular
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
+from workbench.sae.autoencoder import Sae
 from workbench.sae.config import check_settings
 from workbench.sae.conversion import AGAIN, Converted, read_object
-from workbench.sae.formats import CONFIG, WEIGHTS, converter, is_place, listed, pickled, pickles_in, place_of, places_in
-from workbench.sae.training import centres
+from workbench.sae.formats import (
+    CONFIG,
+    WEIGHTS,
+    converter,
+    is_place,
+    layers_of,
+    listed,
+    pickled,
+    pickles_in,
+    place_of,
+    places_in,
+)
+from workbench.sae.layered import layered
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -41,130 +49,6 @@ _LOG = logging.getLogger(__name__)
 
 _UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 """Normalisations whose constants are not in the files; SAELens then leaves inputs unnormalised."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sae:
-    """A SAELens autoencoder in eval mode, in float32 as loaded, with the metadata of its files."""
-
-    module: SAE[Any]
-    name: str
-    """Name of its directory, or "release/id"."""
-
-    @property
-    def d_in(self) -> int:
-        """Width of an input row."""
-        return self.module.cfg.d_in
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.module.cfg.d_sae
-
-    @property
-    def architecture(self) -> str:
-        """SAELens' name: standard, gated, topk, jumprelu, ...; batchtopk and matryoshka SAEs are saved as jumprelu."""
-        return self.module.cfg.architecture()
-
-    @property
-    def site(self) -> str | None:
-        """TransformerLens name of the site it was trained on; None if its files do not record it."""
-        return self.metadata.get("hook_name")
-
-    @property
-    def model_name(self) -> str | None:
-        """Name of the model it was trained on, as its authors spell it; None if its files do not record it."""
-        return self.metadata.get("model_name")
-
-    @property
-    def context_size(self) -> int | None:
-        """Tokens per training sequence; None if its files do not record it."""
-        return self.metadata.get("context_size")
-
-    @property
-    def centres(self) -> bool:
-        """True if it reads rows minus their mean over d_model, as a model with centred writing weights has them; the
-        mean is subtracted here. Reconstructions have mean 0 as well, up to the SAE's error."""
-        return centres(self.metadata)
-
-    @property
-    def reconstructs(self) -> bool:
-        """True for an autoencoder, False for a transcoder, whose output is another site than its input."""
-        return "transcoder" not in self.architecture and not self.metadata.get("transcode")
-
-    @property
-    def sequential(self) -> bool:
-        """True if a row's features depend on the rows before it in the sequence (temporal SAEs)."""
-        return self.architecture == "temporal"
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its weights."""
-        return self.W_dec.device
-
-    @property
-    def W_dec(self) -> Float[Tensor, "feature d_model"]:
-        """The decoder: one direction per feature."""
-        return self.module.W_dec
-
-    @plain_torch()
-    def encode(self, rows: Float[Tensor, "row ..."], *, gradients: bool = False) -> Float[Tensor, "row feature"]:
-        """Returns the dense activations of all features in float32, by SAELens' `encode`. Heads are flattened.
-
-        A temporal SAE reads `rows` as one sequence from its first token and returns its novel codes. `gradients` lets
-        the gradient of `rows` pass through.
-
-        Cost per row: 2 d_in d_sae operations and 4 d_sae bytes, at the peak four times that for jumprelu.
-        """
-        with torch.enable_grad() if gradients else torch.no_grad():
-            shaped = self._shaped(rows)
-            return self.module.encode(shaped[None])[0] if self.sequential else self.module.encode(shaped).flatten(1)
-
-    @plain_torch()
-    def encoder_input(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
-        """Returns the input of the encoder's product: rows normalised and minus b_dec, as the settings require."""
-        with torch.no_grad():
-            return self.module.process_sae_in(self._shaped(rows)).flatten(1)
-
-    @plain_torch()
-    def decode(self, activations: Float[Tensor, "row feature"]) -> Float[Tensor, "row d_model"]:
-        """Returns the reconstruction of the rows encoded last; under layer_norm SAELens stores their mean and scale."""
-        with torch.no_grad():
-            return self.module.decode(activations).flatten(1)
-
-    def config(self) -> dict[str, Any]:
-        """Returns the content of its `cfg.json`, metadata included, without the device."""
-        config = {name: value for name, value in self.module.cfg.to_dict().items() if name != "device"}
-        return json.loads(json.dumps(config, default=str), parse_constant=lambda _: None)  # JSON has no NaN
-
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of all tensors and of the settings that change the mathematics; 1 s per gigabyte."""
-        settings = {name: value for name, value in self.config().items() if name not in ("metadata", "dtype")}
-        settings |= {"centres": True} if self.centres else {}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-        return digest.hexdigest()
-
-    def __repr__(self) -> str:
-        site = f", {self.site}" if self.site else ""
-        return f"Sae({self.name!r}, {self.architecture}, {self.d_in:,} -> {self.d_sae:,}{site}, {self.device})"
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What its files record of its training: hook_name, model_name, context_size, prepend_bos, ..."""
-        return self.module.cfg.metadata.to_dict()  # the object itself returns None for any unknown attribute
-
-    def input_rows(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row d_in"]:
-        """Returns the rows that it was trained on, in float32: heads flattened, minus their mean if it `centres`."""
-        flat = rows.to(self.device, torch.float32).flatten(1)
-        return flat - flat.mean(1, keepdim=True) if self.centres else flat
-
-    def _shaped(self, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
-        flat = self.input_rows(rows)
-        # an SAE of z expects separate heads; a single head of the full width flattens to the same
-        return flat[:, None] if self.module.cfg.reshape_activations == "hook_z" else flat
 
 
 @plain_torch()
@@ -216,7 +100,7 @@ def _checked_place(path: Path, sae_id: str | None) -> Path:
         if converter(place) is None and not is_place(place.parent):
             raise RequestError(f"SAE {str(place)!r} is a file; give the folder that contains {CONFIG} and {WEIGHTS}")
         return place.parent if converter(place) is None else place
-    if not (place / CONFIG).is_file() and converter(place) is None:
+    if not (place / CONFIG).is_file() and converter(place) is None and not layers_of(place):
         ids = places_in(place)
         if ids and sae_id is None:
             raise RequestError(f"SAE {str(path)!r} contains several; choose one with sae_id: {listed(ids)}")
@@ -249,6 +133,8 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
 
     if foreign := converter(place):
         return _inference_sae(_from_converted(foreign(), place, device), name)
+    if not (place / CONFIG).is_file() and (files := layers_of(place)):
+        return layered([_load_place(file, file.stem, device) for file in files], name)
     check_settings(read_object(place / CONFIG), place / CONFIG)
     if (place / WEIGHTS).exists():
         check_regular(place / WEIGHTS, AGAIN)
@@ -266,12 +152,18 @@ def _from_converted(converted: Converted, folder: Path, device: torch.device) ->
     from sae_lens import SAE
 
     config = converted.settings | {"device": str(device), "dtype": "float32"}
-    weights = {name: part.to(device) for name, part in converted.weights.items()}
+    weights = {name: _moved(part, device) for name, part in converted.weights.items()}
     try:
         with _silenced():
             return SAE.load_from_disk(folder, device=str(device), converter=lambda *_, **__: (config, weights))
     except Exception as error:  # torch raises many kinds for weights that do not fit
         raise DataError(f"SAE {str(folder)!r}: its settings and weights do not fit: {_line(error)}") from error
+
+
+def _moved(part: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; one number that was expanded to a matrix stays one number."""
+    alone = part.ndim == 2 and part.stride() == (0, 0)
+    return part[:1, :1].to(device).expand(part.shape) if alone else part.to(device)
 
 
 def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.load import Model
 from workbench.results.bootstrap import Interval
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
+from workbench.sae.input_rows import recorded
 from workbench.sae.reconstruction import Documents, fit, ratio_intervals
 from workbench.sae.site import matching_site
 from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
@@ -95,7 +96,7 @@ class SaeMetrics:
 def sae_metrics(
     store: Store,
     sae: Sae,
-    site: str | tuple[str, int] | None = None,
+    site: str | tuple[str, int] | Sequence[str] | None = None,
     *,
     model: Model | None = None,
     rows: str | Rows | None = None,
@@ -167,4 +168,4 @@ def _evaluated_rows(array: ActivationArray, sae: Sae, rows: str | Rows | None, a
     ids: Int64[np.ndarray, " row"] = rows.ids_in(store)
     if not len(ids):
         raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
-    return finite_rows(store, [array.name], ids, allow_nonfinite=allow_nonfinite)
+    return finite_rows(store, [part.name for part in recorded(array)], ids, allow_nonfinite=allow_nonfinite)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from workbench.results.bootstrap import Interval, intervals, resampled_means, wilson
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
 from workbench.sae.site import block_rows, encode_checked
 from workbench.store.reader import ActivationArray
 

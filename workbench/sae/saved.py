@@ -7,7 +7,9 @@ from pathlib import Path
 
 from workbench.io.errors import RequestError
 from workbench.io.files import remove
-from workbench.sae.load import Sae, load_sae
+from workbench.sae.autoencoder import Sae
+from workbench.sae.layered import LayeredSae
+from workbench.sae.load import load_sae
 
 SAVED = "sae"
 """Folder of the saved autoencoder, inside the folder where features are made."""
@@ -37,7 +39,15 @@ class SavedSae:
 
 
 def save_sae(sae: Sae, place: Path) -> SavedSae:
-    """Saves the autoencoder in a folder under `place`, over what an earlier call saved there."""
+    """Saves the autoencoder in a folder under `place`, over what an earlier call saved there.
+
+    Raises:
+        RequestError: An autoencoder whose decoders were not read.
+    """
+    if isinstance(sae, LayeredSae) or sae.encoder_only:
+        raise RequestError(
+            f"workers: SAE {sae.name!r} of several layers cannot be sent to them; extract with one process or shares"
+        )
     folder = place / SAVED
     remove(folder)
     sae.module.save_model(folder)

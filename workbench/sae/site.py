@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -12,41 +13,86 @@ from torch import Tensor
 
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.sae.load import Sae
+from workbench.model.unembed import final_norm
+from workbench.sae.autoencoder import Sae
+from workbench.sae.input_rows import Norm, head_of, normalised, renamed, side_by_side
 from workbench.sae.training import check_training, warn_of_other_rows
 from workbench.sites.grammar import full_name
 from workbench.store.manifest import ModelRecord, SiteRecord
 from workbench.store.reader import ActivationArray, Store
 
+_NORMALISED = re.compile(r"blocks\.(\d+)\.ln2\.hook_normalized")
 _LATENT_BYTES = 64 << 20  # dense float32 activations of one block
 
 
 def matching_site(
-    store: Store, sae: Sae, site: str | tuple[str, int] | None = None, *, force: bool = False
+    store: Store, sae: Sae, site: str | tuple[str, int] | Sequence[str] | None = None, *, force: bool = False
 ) -> ActivationArray:
-    """Returns the array of `store` that `sae` encodes.
+    """Returns the array of `store` that `sae` encodes; where it is not recorded as it is read, one made of others.
 
     resid_pre of a block and resid_post of the block before are the same activations: an SAE of either reads both.
+    hook_mlp_in is mlp.hook_in. ln2.hook_normalized is made of resid_mid. An SAE of one head reads that head. An SAE of
+    several sites reads all of them, with axes (row, site, d_model).
 
     Args:
         store: The recording.
         sae: The autoencoder.
-        site: Name or (name, layer). None: the site the SAE was trained on.
+        site: Name or (name, layer); of an SAE of several sites a list of names, or the names with commas between. None:
+            the sites the SAE was trained on.
         force: Allow another site or model than the SAE's.
 
     Raises:
         RequestError: Width, site or model differ from the SAE's, or the SAE's files do not record its site.
     """
-    trained_on = full_name(sae.site) if sae.site else None
-    if site is None:
-        if trained_on is None:
-            raise RequestError(f"site: the files of SAE {sae.name!r} do not record its site; give site=")
-        recorded = {record.name for record in store.sites}
-        site = next((name for name in site_names(trained_on) if name in recorded), trained_on)
-    array = store[site]
-    check_fit(sae, array.site, store.manifest.model, store.path, force=force)
+    wanted = _wanted(sae, site)
+    trained_on = sae.sites or (None,) * sae.n_sites
+    arrays = [_array(store, sae, one, own) for one, own in zip(wanted, trained_on, strict=True)]
+    for array, own in zip(arrays, trained_on, strict=True):
+        check_fit(sae, array.site, store.manifest.model, store.path, force=force, trained_on=own)
     warn_of_other_rows(sae, store)
-    return array
+    return arrays[0] if sae.n_sites == 1 else side_by_side(arrays)
+
+
+def _wanted(sae: Sae, site: str | tuple[str, int] | Sequence[str] | None) -> Sequence[str | tuple[str, int]]:
+    """The site of each part of the SAE's input, as the caller or the SAE's files have it."""
+    if site is None:
+        if not sae.sites:
+            more = "" if sae.n_sites == 1 else f", a list of {sae.n_sites} names"
+            raise RequestError(f"site: the files of SAE {sae.name!r} do not record its site; give site={more}")
+        return sae.sites
+    if sae.n_sites == 1:
+        return (site,) if isinstance(site, str | tuple) else tuple(site)
+    wanted = site.split(",") if isinstance(site, str) else list(site)
+    if len(wanted) != sae.n_sites:
+        raise RequestError(f"site: SAE {sae.name!r} reads {sae.n_sites} sites at once; give as many, not {len(wanted)}")
+    return [str(name).strip() for name in wanted]
+
+
+def _array(store: Store, sae: Sae, site: str | tuple[str, int], trained_on: str | None) -> ActivationArray:
+    """The recorded array of a site, under either of its names, or what it is made of."""
+    name = full_name(site) if isinstance(site, str) else None
+    recorded = {record.name for record in store.sites}
+    if name is not None and (layer := _NORMALISED.fullmatch(name)) and name not in recorded:
+        return _normalised(store, sae, name, layer[1])
+    if name is not None and trained_on is not None and name == full_name(trained_on):  # either name of the SAE's site
+        name = next((one for one in site_names(name) if one in recorded), site_names(name)[0])
+    array = store[site if name is None else name]
+    return array if sae.head is None else head_of(array, sae.head)
+
+
+def _normalised(store: Store, sae: Sae, name: str, layer: str) -> ActivationArray:
+    """TransformerLens' ln2.hook_normalized: RMSNorm without its weights; of a LayerNorm what the SAE's files tell."""
+    kind, eps = final_norm(store.path)
+    folded = (sae.metadata.get("model_from_pretrained_kwargs") or {}).get("fold_ln")
+    if kind == "layer" and folded is False:  # then the hook comes after the weights
+        return renamed(store[f"blocks.{layer}.ln2.hook_out"], name)
+    if kind == "none" or (kind == "layer" and folded is None):
+        reason = "has no norm" if kind == "none" else "has LayerNorms, and the SAE's files do not record fold_ln"
+        raise RequestError(
+            f"SAE {sae.name!r} reads {name}, which cannot be made exactly: {store.manifest.model.name} {reason}; give "
+            "site= and force=True for another one"
+        )
+    return normalised(store[f"blocks.{layer}.hook_resid_mid"], Norm(kind, eps), name)
 
 
 def check_fit(
@@ -57,6 +103,7 @@ def check_fit(
     *,
     force: bool,
     arguments: tuple[str, str] = ("site", "force"),
+    trained_on: str | None = None,
 ) -> None:
     """Raises RequestError if `sae` has another width than `site`, was trained on rows that do not follow from the
     recorded ones or, unless `force`, on another site or model.
@@ -68,15 +115,16 @@ def check_fit(
         store: Path of the store, for the message.
         force: Allow another site or model.
         arguments: Names of the caller's arguments for site and force, for the message.
+        trained_on: The site that the SAE was trained on, of several the one in question. None: not recorded.
     """
     site_argument, force_argument = arguments
     check_training(sae, site.name, model.architecture)
-    width = prod(site.shape)
-    if width != sae.d_in:
-        raise RequestError(f"SAE {sae.name!r} reads rows of width {sae.d_in}, but {site.label} of {store} has {width}")
+    width, expected = prod(site.shape), sae.d_in // sae.n_sites
+    if width != expected:
+        raise RequestError(f"SAE {sae.name!r} reads rows of width {expected}, but {site.label} of {store} has {width}")
     if force:
         return
-    trained_on = full_name(sae.site) if sae.site else None
+    trained_on = full_name(trained_on) if trained_on else None
     if trained_on and site.name not in site_names(trained_on):
         raise RequestError(
             f"SAE {sae.name!r} was trained on {trained_on}, but {site_argument} is {site.name}; leave {site_argument} "
@@ -106,6 +154,15 @@ def encode_checked(
     return activations
 
 
+def reads_special(sae: Sae) -> str | None:
+    """Returns what an SAE reads that is not one site as a model gives it; None for most."""
+    if sae.n_sites > 1:
+        return f"{sae.n_sites} sites at once"
+    if sae.head is not None:
+        return f"head {sae.head} of its site"
+    return "a norm without its weights" if sae.site and _NORMALISED.fullmatch(full_name(sae.site)) else None
+
+
 def not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> DataError:
     """Returns the error for a row that is not finite, or whose features are not."""
     if features:
@@ -114,12 +171,16 @@ def not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> Da
 
 
 def site_names(site: str) -> tuple[str, ...]:
-    """Returns both names of a residual site (before a block, after the previous one); else the one name."""
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
+    """Returns the names of the same activations: of a residual site both (before a block, after the previous one), of
+    hook_mlp_in mlp.hook_in; else the one name."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_in)", site)
     if not match:
         return (site,)
     layer = int(match[1])
-    other = f"blocks.{layer - 1}.hook_resid_post" if match[2] == "pre" else f"blocks.{layer + 1}.hook_resid_pre"
+    if match[2] == "mlp_in":
+        return (f"blocks.{layer}.mlp.hook_in", site)
+    pre = match[2] == "resid_pre"
+    other = f"blocks.{layer - 1}.hook_resid_post" if pre else f"blocks.{layer + 1}.hook_resid_pre"
     return (site, other)
 
 

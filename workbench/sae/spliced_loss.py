@@ -16,7 +16,8 @@ from workbench.model.forward import run
 from workbench.model.interventions import splice
 from workbench.model.load import Model, batch_tokens
 from workbench.model.reload import check_recorded
-from workbench.sae.load import Sae
+from workbench.sae.autoencoder import Sae
+from workbench.sae.input_rows import InputRows
 from workbench.sae.reconstruction import Documents, Ratio, exact
 from workbench.sites.grammar import Site
 from workbench.store.reader import ActivationArray, Store
@@ -77,6 +78,11 @@ def spliced_ratios(
     Raises:
         RequestError: Another model than the store's, a site that cannot be replaced, or no row with a next token.
     """
+    if isinstance(array, InputRows):
+        raise RequestError(
+            f"model: SAE {sae.name!r} reads {array.site.label} as it is not in the model, so its reconstruction cannot "
+            "take the place of activations; leave model out"
+        )
     check_recorded(array.store, model)
     (site,) = model.site_map.select((array.name,))
     replacements: dict[str, Callable[[Tensor], Tensor] | None] = {

@@ -18,7 +18,7 @@ import numpy as np
 from workbench.io.errors import RequestError
 
 if TYPE_CHECKING:
-    from workbench.sae.load import Sae
+    from workbench.sae.autoencoder import Sae
     from workbench.store.reader import Store
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _SAME_ROWS = frozenset(
 """Arguments of TransformerLens' loading that leave every activation as it is, up to rounding."""
 
 _CHANGED_SITES = {
-    "fold_ln": re.compile(r".*\bln\d?\b.*|.*ln_final.*"),
+    "fold_ln": re.compile(r".*\bln\d?\b(?!\.hook_normalized).*|.*ln_final.*|.*\.mlp\.hook_in"),
     "fold_value_biases": re.compile(r".*attn\.hook_(v|z|result)"),
     "refactor_factored_attn_matrices": re.compile(r".*attn\.hook_(q|k|v|z|rot_q|rot_k|result)"),
 }
@@ -71,12 +71,9 @@ def check_training(sae: Sae, site: str, architecture: str) -> None:
         architecture: Class of the recorded model: GPT2LMHeadModel.
 
     Raises:
-        RequestError: Its model was loaded with weights of which the recorded rows do not follow, or it reads one head.
+        RequestError: Its model was loaded with weights of which the recorded rows do not follow.
     """
     metadata = sae.metadata
-    head = metadata.get("hook_head_index")
-    if head is not None:
-        raise RequestError(f"SAE {sae.name!r} reads head {head} of {site} alone, which is not supported")
     loading = _loading(metadata)
     if loading.get("center_writing_weights") and not _BEHIND_NORM.fullmatch(site):
         advice = "record the model with these weights, and remove the setting from its cfg.json"
