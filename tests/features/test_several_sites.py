@@ -10,6 +10,7 @@ from formats_example import D_IN, D_SAE, T, jump, same, tensors, text
 from refusals import refused
 from sae_example import encode64, save_sae
 from several_sites import MIDS, Z, part_of, stream_store
+from warned import warned
 
 import workbench.features.encoding as encoding
 from workbench.features.feature_store import open_features
@@ -136,13 +137,25 @@ def test_a_set_of_transcoders_knows_its_decoders(tmp_path):
     assert nearest_features(sae, D_SAE + 3, 1)["feature"][0] == cosine.argmax()
 
 
+def test_rows_with_fewer_than_k_positive_features_are_counted(store, tmp_path):
+    """circuit-tracer's TopK has no ReLU, so it keeps negative activations where fewer than k are positive."""
+    for layer, shift in ((0, 0), (1, -1e4)):
+        weights = part_of(layer) | {"W_dec": np.zeros((D_SAE, D_IN)), "k": np.array(3)}
+        weights["b_enc"] = weights["b_enc"] + shift
+        tensors(tmp_path / f"layer_{layer}.safetensors", {k: v for k, v in weights.items() if k != "threshold"})
+    text(tmp_path / "config.yaml", "model_name: demo\nfeature_input_hook: hook_resid_mid\nactivation: topk\n")
+    with warned(r"^28 of 28 rows have fewer than 3 activations of SAE '.*/blocks.1.hook_resid_mid' above 0; its lib"):
+        features = extracted(store, load_sae(tmp_path, device="cpu"), out=tmp_path / "features")
+    assert (np.diff(features[:].indptr) <= 3).all()
+
+
 def test_features_of_one_head(store, tmp_path):
     folder = save_sae(tmp_path / "sae", d_in=4, hook_name=Z.name, hook_head_index=1, model_name="demo")
     features = extracted(store, load_sae(folder, device="cpu"), out=tmp_path / "features")
     same(features[:].toarray(), encode64(folder, store[Z.name][:][:, 1].float().numpy()))
     assert features.record.site == Z.name
     metrics = sae_metrics(store, load_sae(folder, device="cpu"))
-    assert 0 < metrics.l0.mean < 20
+    assert 0 < metrics.l0 < 20
     assert metrics.rows == int((~store.tokens["is_special"].to_numpy(zero_copy_only=False)).sum())
 
 

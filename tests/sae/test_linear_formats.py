@@ -209,7 +209,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         folder = dictionary(tmp_path / "x", dict_class, weights, **{"k": K, **trainer})
         return refused(kind, lambda: load_sae(folder, device="cpu")).removeprefix(str(folder))
 
-    assert text(RequestError, "CrossCoder").startswith("/config.json: dict_class 'CrossCoder' is not supported; supp")
+    assert text(RequestError, "CrossCoder2").startswith("/config.json: dict_class 'CrossCoder2' is not supported; supp")
     assert text(k=5) == "/config.json: trainer.k is 5, but ae.safetensors has k 4"
     assert text(dict_size=31) == "/config.json declares 31 features, but the weights have 30"
     assert (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from refusals import refused
 from sae_example import ARCHITECTURES, edit_config, encode64, save_sae, set_weights
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from warned import warned
 
 from workbench import embedded
@@ -164,7 +164,7 @@ def test_damaged_and_misspelt_files_are_refused(tmp_path):
     weights, config = folder / "sae_weights.safetensors", folder / "cfg.json"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
-    assert refused(DataError, lambda: load_sae(folder)).startswith(f"{weights} is missing or damaged: ")
+    assert refused(DataError, lambda: load_sae(folder)).startswith(f"{weights} is damaged (")
     weights.unlink()
     assert refused(DataError, lambda: load_sae(folder)).startswith(f"{weights} is missing or damaged: ")
     config.write_text("{")
@@ -180,12 +180,62 @@ def test_a_normalisation_without_constants_warns(way, tmp_path):
         load_sae(folder, device="cpu")
 
 
+def test_settings_of_a_release_that_saelens_ignores_are_named(tmp_path, monkeypatch):
+    """`cfg.json` is read as it is on the hub; SAELens drops what it does not know before anybody sees it."""
+    import huggingface_hub
+    from sae_lens.loading import pretrained_sae_loaders
+
+    folder = save_sae(tmp_path / "one", model_name="gpt2-small")
+    edit_config(folder, rescale_act=True, apply_b_dec_to_input=True)
+
+    def downloaded(repo_id, filename, **_options):
+        if (folder / filename.rsplit("/", 1)[-1]).exists():
+            return str(folder / filename.rsplit("/", 1)[-1])
+        raise huggingface_hub.errors.EntryNotFoundError("none")
+
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", downloaded)
+    with warned(r"^SAE gpt2-small-res-jb/blocks.3.hook_resid_pre: SAELens ignores rescale_act of its cfg.json"):
+        load_sae("gpt2-small-res-jb", "blocks.3.hook_resid_pre", device="cpu")
+
+
+def test_features_scaled_by_the_decoder_reconstruct_as_they_did(tmp_path):
+    """SAELens 3 to 5: scaling_factor multiplies what is decoded, not what `encode` returns."""
+    factor = np.linspace(0.5, 2, 20).astype(np.float32)
+    folder = set_weights(save_sae(tmp_path / "old"), scaling_factor=factor)
+    weights = load_file(folder / "sae_weights.safetensors")
+    edit_config(folder, remove=("metadata",), finetuning_scaling_factor=True)
+    sae = load_sae(folder, device="cpu")
+    latents = encode64(folder, X)
+    np.testing.assert_allclose(sae.encode(torch.from_numpy(X)).numpy(), latents, rtol=1e-4, atol=1e-4)
+    expected = latents * factor @ weights["W_dec"] + weights["b_dec"]
+    decoded = sae.decode(torch.from_numpy(np.float32(latents))).numpy()
+    np.testing.assert_allclose(decoded, expected, rtol=1e-3, atol=1e-3)
+    edit_config(folder, finetuning_scaling_factor=False)
+    assert "but finetuning_scaling_factor is not true" in refused(RequestError, lambda: load_sae(folder))
+    set_weights(folder, scaling_factor=np.ones(20))
+    assert load_sae(folder, device="cpu").d_sae == 20
+
+
+@pytest.mark.parametrize("way", ["expected_average_only_in", "covariance_whitening"])
+def test_constants_of_a_checkpoint_are_applied(way, tmp_path):
+    folder = save_sae(tmp_path / "one", normalize_activations=way)
+    number = np.random.default_rng(4).normal(size=(9, 8))
+    matrix, mean = number[:8] + 3 * np.eye(8), number[8]
+    scaler = {"scaling_factor": 1.7} if way == "expected_average_only_in" else {"scaling_factor": None}
+    (folder / "activation_scaler.json").write_text(json.dumps(scaler))
+    parts = {"mean": mean, "matrix": matrix, "inverse_matrix": np.linalg.inv(matrix)}
+    save_file(parts, folder / "activation_whitening.safetensors")
+    sae = load_sae(folder, device="cpu")
+    x = X * 1.7 if "average" in way else (X - mean) @ matrix
+    np.testing.assert_allclose(sae.encode(torch.from_numpy(X)).numpy(), encode64(folder, x), rtol=1e-3, atol=1e-3)
+
+
 def test_a_release_is_downloaded_only_if_it_exists(tmp_path, monkeypatch):
     from sae_lens import SAE
 
     folder, asked = save_sae(tmp_path / "one"), []
 
-    def fetched(release, sae_id, **options):
+    def fetched(release, sae_id, *, converter, **options):
         asked.append((release, sae_id, options))
         return SAE.load_from_disk(folder)
 

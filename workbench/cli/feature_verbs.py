@@ -25,11 +25,11 @@ class Features:
     store: Positional[Path]
     """Store to read."""
     sae: str
-    """Directory written by SAELens, sparsify or dictionary_learning, a release known to SAELens, or demo."""
+    """Folder or file of an autoencoder (docs/features.md lists the formats), a release known to SAELens, or demo."""
     sae_id: str | None = None
-    """SAE within a release, or within a directory of several."""
+    """SAE within a release, or path within a folder of several."""
     site: str | None = None
-    """Site that the SAE reads. Default: the one it was trained on."""
+    """Site that the SAE reads; of several, with commas between. Default: those it was trained on."""
     name: str | None = None
     """Name of the folder under the store's features/. Default: the site and the name of the SAE."""
     out: Path | None = None
@@ -126,11 +126,11 @@ class Metrics:
     store: Positional[Path]
     """Store to read."""
     sae: str
-    """Directory written by SAELens, sparsify or dictionary_learning, a release known to SAELens, or demo."""
+    """Folder or file of an autoencoder (docs/features.md lists the formats), a release known to SAELens, or demo."""
     sae_id: str | None = None
-    """SAE within a release, or within a directory of several."""
+    """SAE within a release, or path within a folder of several."""
     site: str | None = None
-    """Site that the SAE reads. Default: the one it was trained on."""
+    """Site that the SAE reads; of several, with commas between. Default: those it was trained on."""
     model: str | None = None
     """Recorded model, a local directory or hub id: adds cross-entropy and KL divergence with the reconstruction."""
     rows: str | None = None
@@ -202,7 +202,7 @@ class Top:
     sae: str | None = None
     """SAE of the features; adds promoted tokens and nearest features to the page."""
     sae_id: str | None = None
-    """SAE within a release, or within a directory of several."""
+    """SAE within a release, or path within a folder of several."""
 
     def run(self) -> int:
         """Prints a feature's strongest activations, or writes its page."""

@@ -38,7 +38,7 @@ class Contributions:
     sae: str
     """SAE of the features: a directory, a release known to SAELens, or demo."""
     sae_id: str | None = None
-    """SAE within a release, or within a directory of several."""
+    """SAE within a release, or path within a folder of several."""
     tokens: tuple[str, ...] = ()
     """Tokens whose logits are decomposed, as text, or as ids if they are digits. Default: the most probable one."""
     k: int = 20
@@ -74,7 +74,7 @@ class Effect:
     sae: str
     """SAE of the features: a directory, a release known to SAELens, or demo."""
     sae_id: str | None = None
-    """SAE within a release, or within a directory of several."""
+    """SAE within a release, or path within a folder of several."""
     model: str | None = None
     """Recorded model, a local directory or hub id. Default: the name in the store."""
     op: Literal["ablate", "clamp", "add"] = "ablate"

@@ -38,7 +38,7 @@ class Record:
     dictionary_learning, a release known to SAELens, or demo. The activations of its site are stored only if --sites
     names them."""
     sae_id: str | None = None
-    """SAE within a release, or within a directory of several."""
+    """SAE within a release, or path within a folder of several."""
     sae_site: str | None = None
     """Site that the SAE reads. Default: the one it was trained on."""
     sae_dtype: Literal["float32", "float16"] = "float32"

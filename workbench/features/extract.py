@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from workbench.features.encoding import EncodingSettings, StoreEncoder
 from workbench.features.extraction_folder import (
     ExtractionFolder,
@@ -70,8 +72,7 @@ def extract_features(
         store: The recording. All its rows are encoded, special tokens (BOS) too, whose activations are often the
             largest; `Features.enrichment` and `sae_metrics` leave them out.
         sae: The autoencoder, from `load_sae`; computes on its device.
-        site: The site to read; for an SAE that reads several, a list of their names. None: those that the SAE was
-            trained on.
+        site: The site to read, or a list of several. None: those that the SAE was trained on.
         name: Folder under the store's `features/`. None: made of the site and the SAE's name.
         out: Another folder, instead of `name`.
         batch_rows: Rows encoded at a time. None: four dense blocks of 40 MiB or 64 rows each; for a temporal SAE the
@@ -104,8 +105,9 @@ def extract_features(
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
     target = target_path(store.path, array.site, record.name, name) if out is None else Path(out).absolute()
-    reads = sites_read(array, sae)
-    request = extraction_record(record, array.name, reads, store.manifest.fingerprint, store.rows, dtype)
+    request = extraction_record(
+        record, array.name, sites_read(array, sae), store.manifest.fingerprint, store.rows, dtype
+    )
     return make_features(encoding, target, request, workers)
 
 
@@ -160,12 +162,31 @@ def make_features(
     if folder.stage is not Stage.COMPLETE:
         return None
     features = open_features(target, store)
+    _warn_of_negative(features, encoding)
     if overflow := features.record.overflow:
         _LOG.warning(
             f"{overflow} activations are beyond the range of float16 and stored as its largest value; give "
             "dtype='float32' to keep them"
         )
     return features
+
+
+def _warn_of_negative(features: Features, encoding: StoreEncoder) -> None:
+    """Warns of rows with fewer than k features of a TopK without ReLU, which would keep negative ones too."""
+    sae = encoding.sae
+    for part, first in zip(sae.parts, sae.firsts, strict=True) if isinstance(sae, LayeredSae) else [(sae, 0)]:
+        if encoding.settings.sparsity is not None or not part.metadata.get("keeps_negative"):
+            continue
+        k, counts = part.module.cfg.k, np.diff(features.by_row["indptr"])
+        if isinstance(sae, LayeredSae):
+            feature = features.by_row["feature"]
+            row = np.repeat(np.arange(len(counts)), counts)
+            counts = np.bincount(row[(feature >= first) & (feature < first + part.d_sae)], minlength=len(counts))
+        if fewer := int((counts < k).sum()):
+            _LOG.warning(
+                f"{fewer:,} of {len(counts):,} rows have fewer than {k} activations of SAE {part.name!r} above 0; its "
+                "library would also keep negative ones there, which are not stored"
+            )
 
 
 def sites_read(array: ActivationArray, sae: Sae) -> tuple[SiteFeatures, ...]:

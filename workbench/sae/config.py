@@ -67,16 +67,37 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
         training = isinstance(architecture, str) and architecture in SAE_TRAINING_CLASS_REGISTRY
         remedy = "save it with save_inference_model" if training else f"known are {', '.join(SAE_CLASS_REGISTRY)}"
         raise RequestError(f"{source}: SAELens has no inference class for architecture {shown(architecture)}; {remedy}")
-    kinds = [SAE_CLASS_REGISTRY[architecture][1]]
-    if architecture in SAE_TRAINING_CLASS_REGISTRY:
-        kinds.append(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
-    known = {"architecture", "metadata"} | {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    if unknown := sorted(config.keys() - known - (_former_keys() if older else set())):
+    kind = SAE_CLASS_REGISTRY[architecture][1]
+    known = _known(architecture)
+    if unknown := _unknown(config, known, older):
         close = nearest(unknown[0], known, 1)
         raise DataError(f"{source}: SAELens would ignore {unknown[0]!r}, unknown for a {architecture} SAE{close}")
     if "k" in known and "k" not in config:
         raise DataError(f"{source}: k is missing and SAELens would use 100; add it")
-    _check_values(config, kinds[0], source)
+    _check_values(config, kind, source)
+
+
+def ignored_settings(config: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of a `cfg.json` that SAELens knows for no SAE of its architecture, and drops."""
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    older = "metadata" not in config
+    architecture = config.get("architecture", "standard")
+    if not isinstance(architecture, str) or architecture not in SAE_CLASS_REGISTRY:
+        return []  # which SAELens refuses
+    return _unknown({_RENAMED.get(key, key): value for key, value in config.items()}, _known(architecture), older)
+
+
+def _known(architecture: str) -> set[str]:
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    registries = (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY)
+    kinds = [registry[architecture][1] for registry in registries if architecture in registry]
+    return {"architecture", "metadata"} | {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+
+def _unknown(config: Mapping[str, Any], known: set[str], older: bool) -> list[str]:
+    return sorted(config.keys() - known - (_former_keys() if older else set()))
 
 
 def _former(config: dict[str, Any], source: Path) -> dict[str, Any]:

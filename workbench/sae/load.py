@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from workbench import embedded
-from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.errors import DataError, RequestError, WorkbenchError, nearest
 from workbench.io.reading import check_regular
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.autoencoder import Sae
-from workbench.sae.config import check_settings
-from workbench.sae.conversion import AGAIN, Converted, read_object
+from workbench.sae.config import check_settings, ignored_settings
+from workbench.sae.conversion import AGAIN, Converted, read_object, read_tensors, tensor_names
+from workbench.sae.folding import SCALER, UNFOLDED, folded, scaled
 from workbench.sae.formats import (
     CONFIG,
     WEIGHTS,
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 _LOG = logging.getLogger(__name__)
-
-_UNFOLDED = ("expected_average_only_in", "covariance_whitening")
-"""Normalisations whose constants are not in the files; SAELens then leaves inputs unnormalised."""
 
 
 @plain_torch()
@@ -139,8 +137,14 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     if (place / WEIGHTS).exists():
         check_regular(place / WEIGHTS, AGAIN)
     try:
+        if (place / WEIGHTS).is_file() and "scaling_factor" in tensor_names(place / WEIGHTS):
+            settings = read_object(place / CONFIG)
+            weights = scaled(settings, read_tensors(place / WEIGHTS), place)
+            return _inference_sae(_from_converted(Converted(settings, weights), place, device), name)
         with _silenced():
-            module = SAE.load_from_disk(place, device=str(device), dtype="float32")
+            module = folded(SAE.load_from_disk(place, device=str(device), dtype="float32"), place)
+    except WorkbenchError:
+        raise
     except (OSError, SafetensorError) as error:
         raise DataError(f"{place / WEIGHTS} is missing or damaged: {_line(error)}") from None
     except Exception as error:  # SAELens and torch raise many kinds for weights that do not fit
@@ -179,12 +183,36 @@ def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae
     if sae_id not in ids:
         close = nearest(sae_id or "", ids) or f"; it has {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}"
         raise RequestError(f"sae_id {sae_id!r} is not one of the {len(ids)} ids of release {release!r}{close}")
+    raw: list[dict[str, Any]] = []
     try:
         with _silenced():
-            module = SAE.from_pretrained(release, sae_id, device=str(device), dtype="float32")
+            module = SAE.from_pretrained(
+                release, sae_id, device=str(device), dtype="float32", converter=_noting(release, raw)
+            )
     except Exception as error:  # of the hub, of SAELens, and of each of its converters
         raise RequestError(f"SAE {release}/{sae_id} could not be downloaded or read: {_line(error)}") from error
+    if ignored := sorted({key for config in raw for key in ignored_settings(config)}):
+        _LOG.warning(
+            f"SAE {release}/{sae_id}: SAELens ignores {', '.join(ignored[:5])} of its cfg.json; if that changes what "
+            "it computes, its features are wrong"
+        )
     return _inference_sae(module, f"{release}/{sae_id}")
+
+
+def _noting(release: str, raw: list[dict[str, Any]]) -> Callable[..., Any]:
+    """SAELens' loader of a release, which appends the config as it is in the file to `raw`."""
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS, get_conversion_loader_name
+
+    name = get_conversion_loader_name(release)
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded = NAMED_PRETRAINED_SAE_LOADERS[name](*arguments, **options)
+        added = {*options.get("cfg_overrides", ()), "device", "finetuning_scaling_factor"}  # by SAELens
+        config = {key: value for key, value in loaded[0].items() if key not in added}
+        raw.extend([config] if name == "sae_lens" else [])  # the others make their config themselves
+        return loaded
+
+    return load
 
 
 def _inference_sae(module: SAE[Any], name: str) -> Sae:
@@ -192,10 +220,10 @@ def _inference_sae(module: SAE[Any], name: str) -> Sae:
     k = getattr(module.cfg, "k", None)
     if isinstance(k, int) and k > sae.d_sae:
         raise DataError(f"SAE {name!r}: k is {k}, but it has only {sae.d_sae} features; correct its settings")
-    if module.cfg.normalize_activations in _UNFOLDED:
+    if module.cfg.normalize_activations in UNFOLDED:
         _LOG.warning(
             f"SAE {name!r} was trained with {module.cfg.normalize_activations}, whose constants are not in its files "
-            "and which SAELens does not apply: its activations are wrong until you fold it into the weights"
+            f"and which SAELens does not apply: its activations are wrong; save them as SAELens does, in {SCALER}"
         )
     return sae
 
