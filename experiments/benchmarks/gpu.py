@@ -19,8 +19,8 @@ from workbench.experiments.benchmarks.encoding import make_autoencoder, sparse
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, per_second
 from workbench.experiments.benchmarks.models import gpt2, record, token_ids
 from workbench.io.torch_state import usable_device
+from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import Encoder, encoder
-from workbench.sae.load import Sae
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison
+from workbench.sae.autoencoder import Sae
 from workbench.sae.choice import Linear, TopK, linear_form
 from workbench.sae.encode import encoder
 from workbench.sae.half_screen import make_half_screen
-from workbench.sae.load import Sae, load_sae
+from workbench.sae.load import load_sae
 from workbench.sae.precision import full_precision
 from workbench.sae.screen import make_screen
 

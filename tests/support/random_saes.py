@@ -12,8 +12,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from workbench.sae import encode
+from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import NotFinite, encoder
-from workbench.sae.load import Sae
 
 TRAINING = ("batchtopk", "matryoshka_batchtopk")
 """Architectures of training that encode as their trainer does: the largest of a whole batch."""
