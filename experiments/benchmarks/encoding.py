@@ -2,81 +2,161 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+import workbench as wb
+from workbench.experiments.benchmarks.features import token_table
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
 from workbench.io.torch_state import fast_bfloat16
 from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import encoder
 from workbench.sae.load import load_sae
+from workbench.sites.settings import Recording
+from workbench.store.manifest import ModelRecord, Part, SiteRecord
+from workbench.store.writer import open_writer
+
+_SITE = "blocks.0.hook_resid_post"
 
 
 @dataclass(frozen=True)
 class Encoding:
     """Random rows, encoder columns of norm 1; the jumprelu's threshold gives as many active features as the topk has.
-    Without fast bfloat16, the product in that type is measured on 4 rows, and the targets, set for a CPU that has it,
-    are out of reach: everything is computed in float32, no faster than that product.
+    Rows in memory are encoded by `threads` threads. An extraction reads stored float16 rows, encodes, writes segments,
+    merges and indexes, by all cores; SAELens reads the same rows in blocks of 1,024 and its features stay in memory.
+    Without fast bfloat16, the product in that type is measured on 4 rows, and its targets are out of reach: everything
+    is computed in float32, no faster than that product.
 
     Tried for such CPUs and not kept: selection by products of whole numbers up to 90 (FBGEMM's int8; beyond that pairs
     of products saturate in 16 bits on AVX2), with the same bound. Its product takes 340 to 370 µs a row on one core
     where float32 takes 600, but its bounds are ten times as wide as bfloat16's: about 200 features for 32 must be
-    computed again, 384 for all rows of a topk to be settled. In all 715 µs a row against 748 (topk, a fifth of the rows
-    not settled); jumprelu, whose threshold is known, adds up to about 390 against 520. torch is giving up the types
-    that it needs, and rows with a few far larger dimensions widen its bounds.
+    computed again, 384 for all rows of a topk to be settled. torch is giving up the types that it needs, and rows with
+    a few far larger dimensions widen its bounds.
     """
 
-    d_in: int = 768
-    d_sae: int = 24_576
-    k: int = 32
+    d_in: tuple[int, ...] = (768, 2304, 4096, 576)
+    d_sae: tuple[int, ...] = (24_576, 16_384, 16_384, 49_152)
+    k: tuple[int, ...] = (32, 32, 64, 32)
     rows: int = 1_024
-    repeats: int = 5
+    stored_rows: int = 16_384
+    threads: int = 1
+    repeats: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
-        """Times encoding against SAELens and against the matrix product alone."""
+        """Times encoding against SAELens and against products alone, in memory and from a store."""
         comparisons = []
-        for architecture in ("topk", "jumprelu"):
-            sae, x = make_autoencoder(folder / architecture, architecture, self.d_in, self.d_sae, self.k, self.rows)
-            weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, self.d_sae)
-            few = x[: self.rows if fast_bfloat16(sae.device) else 4].bfloat16()
-            ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
-            _check_same(ours(), theirs())
+        for shape in zip(self.d_in, self.d_sae, self.k, strict=True):
+            for architecture in ("topk", "jumprelu"):
+                sae, x = make_autoencoder(folder / architecture, architecture, *shape, self.rows)
+                subject = f"{architecture} {shape[0]:,} to {shape[1]:,}"
+                with _threads(self.threads):
+                    comparisons += self._in_memory(subject, sae, x)
+                comparisons.append(self._from_a_store(subject, folder, sae))
+                if shape[0] == self.d_in[0] and sae.device.type == "cpu":
+                    comparisons.append(self._memory(architecture, shape))
+        return comparisons
+
+    def _in_memory(self, subject: str, sae: Sae, x: torch.Tensor) -> list[Comparison]:
+        fast, cuda = fast_bfloat16(sae.device), sae.device.type == "cuda"
+        weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, sae.d_sae)
+        few = x[: self.rows if fast else 4].bfloat16()
+        ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
+        float32 = partial(encoder(sae, precision="float32"), x)
+        _check_same(ours(), theirs())
+        work = {
+            "workbench": ours,
+            "float32 path": float32,
+            "reference": theirs,
+            "float32": partial(torch.mm, x, weight, out=pre),
+            "bfloat16": partial(torch.mm, few, low),
+        }
+        sizes = {"bfloat16": len(few)}
+        sides = {name: per_second(sizes.get(name, self.rows), _synchronised(sae, one)) for name, one in work.items()}
+        speeds = interleaved(self.repeats, sides)
+        narrow = 0.7 if sae.d_sae > 20_000 else 0.55
+        return [
+            Comparison(subject, name, speeds[one], speeds[other], "rows/s", at_least=least)
+            for name, one, other, least in (
+                ("SAELens' encode, made sparse", "workbench", "reference", 8.0 if cuda else 1.3),
+                ("the bfloat16 product alone", "workbench", "bfloat16", 0.6 if cuda else narrow if fast else None),
+                ("float32 path, the float32 product alone", "float32 path", "float32", None if cuda else 0.85),
+            )
+        ]
+
+    def _from_a_store(self, subject: str, folder: Path, sae: Sae) -> Comparison:
+        path = folder / "rows.acts"
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            store = _row_store(path, self.stored_rows, sae.d_in)
+            rows = store[_SITE]
+
+            def ours() -> None:
+                target = Path(out) / str(len(list(Path(out).iterdir())))
+                wb.extract_features(store, sae, _SITE, out=target, force=True, show_progress=False)
+
+            def theirs() -> None:
+                _ = [
+                    sparse(sae, rows[first : first + 1024].to(sae.device).float())
+                    for first in range(0, len(rows), 1024)
+                ]
+
             speeds = interleaved(
                 self.repeats,
-                {
-                    "workbench": per_second(self.rows, _synchronised(sae, ours)),
-                    "reference": per_second(self.rows, _synchronised(sae, theirs)),
-                    "float32": per_second(self.rows, _synchronised(sae, partial(torch.mm, x, weight, out=pre))),
-                    "bfloat16": per_second(len(few), _synchronised(sae, partial(torch.mm, few, low))),
-                },
+                {"workbench": per_second(self.stored_rows, ours), "reference": per_second(self.stored_rows, theirs)},
             )
-            cuda = sae.device.type == "cuda"
-            target = 8.0 if cuda else 2.2 if architecture == "topk" else 3.0
-            for side, name, least in (
-                ("reference", "SAELens' encode, made sparse", target),
-                ("float32", "the float32 product alone", None),
-                ("bfloat16", "the bfloat16 product alone", 0.6 if cuda else 0.55),
-            ):
-                comparisons.append(
-                    Comparison(architecture, name, speeds["workbench"], speeds[side], "rows/s", at_least=least)
-                )
-            if not cuda:
-                shape = {"architecture": architecture, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
-                rise, reference_rise = (
-                    peak_memory(encoding, side=side, rows=self.rows, **shape).rise
-                    for side in ("workbench", "reference")
-                )
-                subject = f"{architecture}, memory beyond the weights, {self.rows:,} rows"
-                comparisons.append(
-                    Comparison(subject, "SAELens' encode", (rise,), (reference_rise,), "MB", at_most=0.25)
-                )
-        return comparisons
+        shutil.rmtree(path)
+        least = 8.0 if sae.device.type == "cuda" else 1.3
+        return Comparison(
+            f"{subject}, whole extraction",
+            "SAELens' encode",
+            speeds["workbench"],
+            speeds["reference"],
+            "rows/s",
+            at_least=least,
+        )
+
+    def _memory(self, architecture: str, shape: tuple[int, int, int]) -> Comparison:
+        sizes = {"architecture": architecture, "d_in": shape[0], "d_sae": shape[1], "k": shape[2], "rows": self.rows}
+        rise, other = (peak_memory(encoding, side=side, **sizes).rise for side in ("workbench", "reference"))
+        subject = f"{architecture}, memory beyond the weights, {self.rows:,} rows"
+        return Comparison(subject, "SAELens' encode", (rise,), (other,), "MB", at_most=0.25)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _row_store(path: Path, rows: int, d_in: int) -> wb.Store:
+    """Writes a store of random float16 rows at one site."""
+    model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, d_in, 10, None, True)
+    site = SiteRecord(_SITE, "resid_post.0", ("row", "d_model"), (d_in,), "float16")
+    settings = Recording(dtype="float16")
+    with open_writer(
+        path, model=model, sites=(site,), recording=settings, tokens_added={"prefix": (), "suffix": ()}, environment={},
+        unembed=None, unembed_reason="nothing was run",
+    ) as writer:  # fmt: skip
+        tokens = token_table(rows)
+        writer.begin(Part(rows, len(tokens["sequence"].unique()), 1, 0, 0), append=False)
+        with writer.segment(rows, len(tokens["sequence"].unique()), "0" * 64, tokens) as segment:
+            random = np.random.default_rng(0)
+            for first in range(0, rows, 1024):
+                size = min(1024, rows - first)
+                segment.write(_SITE, first, random.normal(size=(size, d_in)).astype(np.float16))
+    return wb.open_store(path)
 
 
 def make_autoencoder(
@@ -147,4 +227,4 @@ def _check_same(ours: Any, theirs: tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 FULL = Encoding()
-QUICK = Encoding(d_in=64, d_sae=512, k=8, rows=256, repeats=2)
+QUICK = Encoding(d_in=(64,), d_sae=(512,), k=(8,), rows=256, stored_rows=512, repeats=2)

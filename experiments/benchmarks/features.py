@@ -165,12 +165,13 @@ def _token_store(path: Path, rows: int) -> wb.Store:
         unembed_reason="nothing was run",
     ) as writer:
         writer.begin(part, append=False)
-        with writer.segment(rows, part.sequences, "0" * 64, _tokens(rows)):
+        with writer.segment(rows, part.sequences, "0" * 64, token_table(rows)):
             pass
     return wb.open_store(path)
 
 
-def _tokens(rows: int) -> pa.Table:
+def token_table(rows: int) -> pa.Table:
+    """Returns a table of random tokens in sequences of 128."""
     row = np.arange(rows)
     ids = np.random.default_rng(2).integers(0, _WORDS, rows)
     words = pa.array([f" word{i}" for i in range(_WORDS)], pa.string())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import BFloat16, Float32, Int64
+from jaxtyping import BFloat16, Float, Float32, Int64
 from torch import Tensor
 
 from workbench.io.torch_state import device_for_float64
@@ -75,19 +75,21 @@ def make_screen(linear: Linear, choice: Above | TopK) -> Screen:
     bias = linear.bias if linear.scale is None else linear.bias * linear.scale
     below = (bias - choice.threshold if isinstance(choice, Above) else bias).clamp(-SAFE, SAFE)
     below = below + (below.abs() + bias.abs()) * _accumulation(linear) + TINY
-    weight = linear.weight.new_zeros(features, -(-(d_in + 5) // 32) * 32, dtype=torch.bfloat16)
+    rows = linear.weight.T.contiguous()
+    weight = rows.new_zeros(features, -(-(d_in + 5) // 8) * 8, dtype=torch.bfloat16)
+    place = device_for_float64(rows.device)
     for start in range(0, features, 4096):
         part = slice(start, start + 4096)
-        exact = linear.weight[:, part].to(device_for_float64(linear.weight.device)).double()
-        exact = exact if linear.scale is None else exact * linear.scale[part].to(exact.device)
+        exact = rows[part].to(place)
+        exact = exact if linear.scale is None else exact.double() * linear.scale[part, None].to(place)
         low = exact.bfloat16()
-        weight[part, :d_in] = low.T
-        weight[part, d_in] = (exact - low).norm(dim=0) * _MARGIN
-        weight[part, d_in + 1] = low.to(exact.device).double().norm(dim=0) * _MARGIN + TINY
+        weight[part, :d_in] = low
+        weight[part, d_in] = _norm(exact - low.to(exact.dtype)) * _MARGIN
+        weight[part, d_in + 1] = _norm(low) * _MARGIN + TINY
     for index in range(3):  # a float32 is the sum of three bfloat16
         weight[:, d_in + 2 + index] = below
         below = below - weight[:, d_in + 2 + index]
-    return Screen(weight, linear.weight.T.contiguous(), linear, weight[:, d_in : d_in + 2].float().mean(0))
+    return Screen(weight, rows, linear, weight[:, d_in : d_in + 2].float().mean(0))
 
 
 def _accumulation(linear: Linear) -> float:
@@ -100,3 +102,8 @@ def _accumulation(linear: Linear) -> float:
     """
     d_in = linear.weight.shape[0]
     return (2 if linear.weight.device.type == "cpu" else 8) * (d_in + 8) * 2**-24
+
+
+def _norm(rows: Float[Tensor, "feature d_in"]) -> Float[Tensor, " feature"]:
+    """Norms of the rows in float64, whose squares do not underflow."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
