@@ -146,7 +146,7 @@ class SuccessorHeads(StoreProbe):
     threshold: float = 0.5
     """A head succeeds in a task if its score is above this."""
     permutations: int = 1000
-    """Shuffles of the successors within their class, for the null."""
+    """Shuffles of the successors within their class, for the null. Fewer than 19 give no p of 0.05 or less."""
     seed: int = 0
     """Random seed of the shuffles, splits and the bootstrap."""
     arithmetic: float = 1.0
@@ -224,7 +224,9 @@ class SuccessorHeads(StoreProbe):
         macro, null, p = (float(at[name]) for name in ("macro", "null_macro", "p_family"))
         numbers = f"macro score {macro:.2f}, shuffled successors {null:.2f}, p {p:.2g} over {data['macro'].size} heads"
         certain = f"{head_name(layer, head)} scores above {threshold:g} in {above} of {tasks} classes: {numbers}."
-        text = certain if p <= _LEVEL else f"No successor head; best head {head_name(layer, head)}: {numbers}."
+        smallest = 1 / (1 + result.provenance["settings"]["permutations"])
+        none = f"Not tested, as p cannot be below {smallest:.2g}" if smallest > _LEVEL else "No successor head"
+        text = certain if p <= _LEVEL else f"{none}; best head {head_name(layer, head)}: {numbers}."
         return with_note(f"{text} {_text_finding(data)}".rstrip(), result)
 
     @staticmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from forks import fork_context
 from refusals import refused
 from store_example import contents
 from warned import warned
@@ -34,17 +34,7 @@ def texts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "workbench.parallel.share",
-            "workbench.model.discovery",
-            "workbench.store.reader",
-            "transformers.models.llama.modeling_llama",
-            "test_workers",
-        ]
-    )
-    return context
+    return fork_context()
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,10 @@ def test_threshold(planted, result):
 
 def test_permutations(planted):
     assert at(run(planted, permutations=1), "p_value", 0, 0) == 0.5
-    assert at(run(planted, permutations=9), "p_value", 0, 0) == 0.1
+    few = run(planted, permutations=9)
+    assert at(few, "p_value", 0, 0) == 0.1
+    assert few.headline().startswith("Not tested, as p cannot be below 0.1; best head ")
+    assert "Not tested" not in run(planted, permutations=19).headline()
 
 
 def test_seed(planted, result):

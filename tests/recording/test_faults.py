@@ -1,6 +1,5 @@
 """Fault tests: processes killed at any moment, a full disk, two writers."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import fork_context
 from sae_example import save_sae
 from store_example import contents, write_store
 
@@ -82,16 +82,7 @@ def run_extraction(out: str, file_limit: int | None, told, mutual: bool = False)
 @pytest.fixture(scope="module")
 def processes():
     """Processes that have everything imported before they begin, so a kill hits the work and not an import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "workbench.recording.record",
-            "workbench.model.discovery",
-            "transformers.models.llama.modeling_llama",
-            "sae_lens",
-        ]
-    )
-    return context
+    return fork_context()
 
 
 def start(processes, out: Path, file_limit: int | None = None, work=run_recording):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forks import fork_context
 from refusals import refused
 from store_example import (
     BRAIN,
@@ -248,10 +249,10 @@ def _read_in_child(array, ids, queue):
     queue.put(as_numpy(array[ids]).tolist())
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), fork_context()], ids=["fork", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # what torch's loaders do
-def test_worker_processes_read_the_same(store, start):
-    array, context = store["resid_post", 0], multiprocessing.get_context(start)
+def test_worker_processes_read_the_same(store, context):
+    array = store["resid_post", 0]
     array[:]  # open in the parent
     queue = context.SimpleQueue()
     child = context.Process(target=_read_in_child, args=(array, [20, 1, 7], queue))

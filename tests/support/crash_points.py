@@ -14,7 +14,6 @@ import builtins
 import errno
 import io
 import itertools
-import multiprocessing
 import os
 import pickle
 import random
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from forks import fork_context
 from store_example import contents as bytes_of
 from trial_log import note
 
@@ -90,7 +90,7 @@ def try_crash_points(
         sample: Trials of each fault, drawn by `seed`, the first and the last call among them. None: all.
         seed: Seed of the draw.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = fork_context()
     answers = context.SimpleQueue()
     stage = context.Process(target=_stage, args=(answers, prepare, arguments, faults, sample, seed))
     stage.start()
