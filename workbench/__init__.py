@@ -31,6 +31,7 @@ _PUBLIC = {
     "active_rows": "workbench.features.queries",
     "best_features": "workbench.features.queries",
     "coactivation": "workbench.features.queries",
+    "coactive_pairs": "workbench.features.pairs",
     "feature_contributions": "workbench.analysis.logit_contributions",
     "feature_effect": "workbench.analysis.feature_effect",
     "sparse_probe": "workbench.analysis.sparse_probe",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from workbench.features.feature_store import Features, open_features
     from workbench.features.label_files import import_labels
     from workbench.features.other_formats import export_delphi, export_neuronpedia
+    from workbench.features.pairs import coactive_pairs
     from workbench.features.promoted import promoted_tokens
     from workbench.features.queries import (
         active_rows,

@@ -1,4 +1,4 @@
-"""Verbs that ask questions about features: contributions, effect, sparse-probe."""
+"""Verbs that ask questions about features: coactive, contributions, effect, sparse-probe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
-from workbench.io.files import check_writable, refuse_full
+from workbench.io.files import check_writable, refuse_full, replace_file
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,6 +25,43 @@ def _figure(figure: Figure, out: Path) -> None:
     from workbench.pages.figure_export import export  # seconds: plotly
 
     export(figure, out / "figure", formats=("html",))
+
+
+@dataclass(frozen=True)
+class Coactive:
+    """List the pairs of features that are most often active on the same tokens, compared with independence."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    least: int = 20
+    """Smallest number of tokens on which both are active."""
+    k: int = 20
+    """Largest number of pairs."""
+    by: Literal["jaccard", "pmi", "both"] = "jaccard"
+    """Order of the pairs: tokens with both / tokens with either, pointwise mutual information, tokens with both."""
+    out: Path | None = None
+    """Folder for the table (CSV) and the heat map (HTML)."""
+
+    def run(self) -> int:
+        """Prints the pairs."""
+        from workbench.features.feature_store import open_features  # seconds: pandas
+        from workbench.features.pairs import coactive_pairs
+
+        _writable(self.out)
+        table = coactive_pairs(open_features(self.features), least=self.least, k=self.k, by=self.by)
+        print_table(list(table.columns), table.to_numpy(object).tolist())
+        print_plain(
+            f"{len(table):,} of {table.attrs['pairs']:,} pairs that are active on {self.least:,} tokens or more"
+        )
+        if self.out is not None:
+            from workbench.figures.feature_questions import pairs_figure  # seconds: plotly
+            from workbench.io.spreadsheet import csv_text
+
+            self.out.mkdir(parents=True, exist_ok=True)
+            replace_file(self.out / "pairs.csv", csv_text(table).encode())
+            _figure(pairs_figure(table, self.by), self.out)
+            print_plain(f"table  {self.out}")
+        return 0
 
 
 @dataclass(frozen=True)

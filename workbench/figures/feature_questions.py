@@ -1,15 +1,16 @@
-"""Figures of questions about features: effects beside controls, and sparse probes beside shuffled labels."""
+"""Figures of questions about features: effects beside controls, sparse probes, coactive pairs."""
 
 from __future__ import annotations
 
 from itertools import cycle
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.figures.group_intervals import group_intervals
 from workbench.figures.safe_text import label as text_label
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.theme import CATEGORIES, PROBABILITY, SIGNED, TEMPLATE, colour_bar
 
 _SCOPES = {"changed": "tokens whose activation changes", "all": "all tokens"}
 _MEASURES = {
@@ -81,3 +82,33 @@ def sparse_probe_figure(table: pd.DataFrame, label: str, values: int, documents:
     )
     figure.update_xaxes(title="features (k)", type="log", tickvals=sorted(set(table["k"])))
     return figure.update_yaxes(title="F1", range=[0, 1.02])
+
+
+def pairs_figure(table: pd.DataFrame, by: str = "jaccard", features: int = 40) -> go.Figure:
+    """Returns a heat map of the pairs of the features that come first in a table of `coactive_pairs`.
+
+    Cells of pairs that are not in the table are empty.
+
+    Args:
+        table: The table, in its order.
+        by: Column to show: jaccard, pmi or both.
+        features: Largest number of features.
+    """
+    pairs = table[["feature", "other"]].to_numpy()
+    chosen = list(dict.fromkeys(pairs.ravel().tolist()))[:features]
+    place = {feature: index for index, feature in enumerate(chosen)}
+    cells = np.full((len(chosen), len(chosen)), np.nan)
+    for (one, other), value in zip(pairs, table[by], strict=True):
+        if one in place and other in place:
+            cells[place[one], place[other]] = cells[place[other], place[one]] = value
+    names = [str(feature) for feature in chosen]
+    units = {"jaccard": "Jaccard index", "pmi": "PMI (nats)", "both": "tokens"}[by]
+    scale = {"colorscale": SIGNED, "zmid": 0} if by == "pmi" else {"colorscale": PROBABILITY, "zmin": 0}
+    hover = "features %{x} and %{y}: %{z:.3g}<extra></extra>"
+    bar = colour_bar(units)
+    figure = go.Figure(go.Heatmap(z=cells, x=names, y=names, colorbar=bar, hovertemplate=hover, **scale))
+    subtitle = f"{len(table):,} pairs; empty: pairs that are not among them"
+    title = {"text": "Features active on the same tokens", "subtitle": {"text": subtitle}}
+    figure.update_layout(template=TEMPLATE, title=title, height=760, width=820)
+    figure.update_xaxes(type="category", title="feature", showgrid=False)
+    return figure.update_yaxes(type="category", title="feature", autorange="reversed", showgrid=False)
