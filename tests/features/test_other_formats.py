@@ -1,6 +1,7 @@
 """Features in other tools' formats, read back as those tools read them."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,23 @@ import torch
 from refusals import refused
 from sae_example import save_sae, set_weights
 from safetensors.numpy import load_file
-from store_example import MODEL, write_store
+from store_example import MODEL, contents, write_store
 
 import workbench as wb
+from workbench.features import other_formats
 from workbench.features.extract import extract_features
+from workbench.features.feature_store import (
+    BY_FEATURE,
+    BY_ROW,
+    Features,
+    FeaturesRecord,
+    SaeRecord,
+    by_feature_layout,
+    by_row_layout,
+)
+from workbench.features.index import invert
 from workbench.io.errors import RequestError
+from workbench.io.tensors import new_arrays
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed, save_unembed
 from workbench.sae.decoder import decoder_logits
@@ -95,6 +108,43 @@ def test_delphi_reads_the_same_latents(made, tmp_path, splits):
     padding = np.arange(max(LENGTHS)) >= np.array(LENGTHS)[:, None]
     assert (tokens[padding] == 1).all()  # what a sequence begins with in the example
     assert (config["model_name"], config["cache_ctx_len"], config["n_splits"]) == ("demo", 14, splits)
+
+
+def test_blocks_and_groups_of_files_change_nothing(made, tmp_path, monkeypatch):
+    features, _, _ = made
+    whole = wb.export_delphi(features, tmp_path / "whole", splits=7, show_progress=False)
+    monkeypatch.setattr(other_formats, "_BLOCK", 13)
+    monkeypatch.setattr(other_formats, "_OPEN_FILES", 3)
+    parts = wb.export_delphi(features, tmp_path / "parts", splits=7, show_progress=False)
+    assert contents(whole) == contents(parts)
+    assert len(contents(whole)) == 8
+
+
+def test_the_export_takes_less_memory_than_the_features(tmp_path, monkeypatch):
+    """16 entries in each of 20,480 rows; the features of a whole split in memory would take five times their file."""
+    rows, active, count = 20_480, 16, 64
+    store = open_store(write_store(tmp_path / "x.acts", [[256] * (rows // 256)], sites=()))
+    size = (rows, count, rows * active, "float32")
+    path = store.path / "features" / "f"
+    path.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    feature = (np.arange(active) * 4 + random.integers(0, 4, (rows, active))).astype(np.uint16).ravel()
+    by_row = (np.arange(rows + 1) * active, feature, random.random(rows * active, np.float32))
+    with new_arrays(path / BY_ROW, by_row_layout(*size)) as file:
+        for name, values in zip(("indptr", "feature", "value"), by_row, strict=True):
+            file.append(name, values)
+    with new_arrays(path / BY_FEATURE, by_feature_layout(*size)) as file:
+        invert(*by_row, np.bincount(feature), file, tmp_path / "spill", "int32")
+    record = FeaturesRecord(
+        SaeRecord("sae", "", {}), SITE.name, "../..", store.manifest.fingerprint, *size[:3], "float32", 0, {}, {}
+    )
+    features = Features(path, record, store)
+    monkeypatch.setattr(other_formats, "_BLOCK", 1 << 12)
+    tracemalloc.start()
+    wb.export_delphi(features, tmp_path / "out", splits=1, show_progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < sum(file.stat().st_size for file in path.iterdir()) / 2
 
 
 def test_wrong_requests_of_delphi_are_refused(made, tmp_path):

@@ -10,22 +10,24 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
 from numpy.typing import ArrayLike
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from workbench.features.feature_store import Features
+from workbench.features.index import entry_rows
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, feature_contexts, feature_histogram
 from workbench.io import files
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
+from workbench.io.tensors import new_arrays
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens
@@ -39,6 +41,8 @@ DELPHI_CONFIG: Mapping[str, Any] = {
 }
 """Settings of delphi's cache that do not apply to a store: tokens are in the files, no dataset is read."""
 
+_BLOCK = 1 << 18  # entries in memory, some 200 bytes each
+_OPEN_FILES = 64  # written in one pass over the entries
 _FLOAT16 = float(np.finfo(np.float16).max)
 
 
@@ -53,7 +57,7 @@ def export_delphi(
 
     delphi requires sequences of equal length: shorter ones are padded with their first token, or token 0, without
     activations. Values beyond float16 become its largest; entries that are 0 in float16 are left out, as delphi leaves
-    out those below 1e-5. Memory: the tokens and one split.
+    out those below 1e-5. Memory: the padded tokens, 16 bytes a row, and about 100 MB, whatever the splits.
 
     Layout: `save_splits` and `save_config` of delphi/latents/cache.py and the reader in delphi/latents/loader.py, 2025.
 
@@ -73,15 +77,16 @@ def export_delphi(
     store = features.store
     sequence, position, tokens = _rectangle(features)
     bounds = np.linspace(0, count, splits + 1).astype(np.int64)
+    place = {"sequence": sequence, "position": position, "tokens": tokens}
     with (
         files.explain_full_disk(str(folder), "run the same command again"),
         files.replace_folder(folder, ()) as new,
         progress("writing delphi's cache", count, "features", show=show_progress) as advance,
     ):
-        for first, after in itertools.pairwise(bounds.tolist()):
-            arrays = _delphi_split(features, first, after, sequence, position) | {"tokens": tokens}
-            save_file(arrays, str(new / f"{first}_{after - 1}.safetensors"))
-            advance(after - first)
+        for first in range(0, splits, _OPEN_FILES):
+            some = bounds[first : first + _OPEN_FILES + 1]
+            _write_delphi_splits(features, some, new, **place)
+            advance(int(some[-1] - some[0]))
         config = {
             **DELPHI_CONFIG,
             "cache_ctx_len": tokens.shape[1],
@@ -93,23 +98,48 @@ def export_delphi(
     return folder
 
 
-def _delphi_split(
+def _write_delphi_splits(
     features: Features,
-    first: int,
-    after: int,
+    bounds: Int64[np.ndarray, " bound"],
+    folder: Path,
+    *,
     sequence: Int64[np.ndarray, " row"],
     position: Int64[np.ndarray, " row"],
-) -> dict[str, np.ndarray]:
-    """Locations and activations of the features from `first` up to `after`."""
-    entries = slice(*map(int, features.by_feature["indptr"][[first, after]]))
-    row = np.asarray(features.by_feature["row"][entries])
-    value = features.by_feature["value"][entries].clip(-_FLOAT16, _FLOAT16).astype(np.float16)
-    latent = np.repeat(np.arange(after - first), features.counts[first:after])
-    order = np.lexsort((latent, row))
-    order = order[value[order] != 0]
-    place = np.stack([sequence[row], position[row], latent], axis=1)[order]
-    narrow = place.max(initial=0) < 1 << 16
-    return {"locations": place.astype(np.uint16 if narrow else np.uint32), "activations": value[order]}
+    tokens: Int[np.ndarray, "sequence position"],
+) -> None:
+    """Writes the splits between `bounds`, in one pass over the entries in row order, as delphi's files are ordered."""
+    with ExitStack() as stack:
+        written = []
+        for first, after in itertools.pairwise(bounds.tolist()):
+            kind = "uint16" if max(*tokens.shape, after - first) <= 1 << 16 else "uint32"
+            entries = _entries_in_float16(features, first, after)
+            layout = {"locations": (kind, (entries, 3)), "activations": ("float16", entries)}
+            path = folder / f"{first}_{after - 1}.safetensors"
+            written.append((stack.enter_context(new_arrays(path, layout | {"tokens": ("int64", tokens.shape)})), kind))
+            written[-1][0].append("tokens", tokens)
+        for start in range(0, features.record.entries, _BLOCK):
+            stop = min(start + _BLOCK, features.record.entries)
+            feature = features.by_row["feature"][start:stop]
+            value = _float16(features.by_row["value"][start:stop])
+            split = np.searchsorted(bounds, feature, side="right") - 1
+            split[value == 0] = -1
+            row = entry_rows(features.by_row["indptr"], start, stop)
+            for number, (file, kind) in enumerate(written):
+                chosen = np.flatnonzero(split == number)
+                at, latent = row[chosen], feature[chosen] - bounds[number]
+                file.append("locations", np.stack([sequence[at], position[at], latent], axis=1).astype(kind))
+                file.append("activations", value[chosen])
+
+
+def _entries_in_float16(features: Features, first: int, after: int) -> int:
+    """Number of entries of the features from `first` up to `after` that are not 0 in float16."""
+    begin, end = map(int, features.by_feature["indptr"][[first, after]])
+    parts = (slice(start, min(start + _BLOCK, end)) for start in range(begin, end, _BLOCK))
+    return sum(int(np.count_nonzero(_float16(features.by_feature["value"][part]))) for part in parts)
+
+
+def _float16(values: Float[np.ndarray, " entry"]) -> Float[np.ndarray, " entry"]:
+    return values.clip(-_FLOAT16, _FLOAT16).astype(np.float16)
 
 
 def export_neuronpedia(

@@ -27,7 +27,12 @@ from workbench.io.reading import check_regular, explain_unreadable, open_file
 STORED = {"float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2"), "float32": ("F32", "<f4")}
 """Types of activations: name in the header, NumPy type of the map. NumPy has no bfloat16: its bits come as uint16."""
 
-_TYPES = STORED | {"uint16": ("U16", "<u2"), "int32": ("I32", "<i4"), "int64": ("I64", "<i8")}
+_TYPES = STORED | {
+    "uint16": ("U16", "<u2"),
+    "uint32": ("U32", "<u4"),
+    "int32": ("I32", "<i4"),
+    "int64": ("I64", "<i8"),
+}
 _NAMES = {code: name for name, (code, _) in _TYPES.items()}
 _ALIGNMENT = 64  # of the first tensor: a cache line, and more than any type needs
 _LONGEST_HEADER = 1 << 20
@@ -121,22 +126,22 @@ class TensorFile:
 
 
 class ArrayFile:
-    """A file of several one-dimensional arrays of known type and length. Made by `new_arrays`."""
+    """A file of several arrays of known type and shape. Made by `new_arrays`."""
 
-    def __init__(self, file: BinaryIO, name: str, layout: Mapping[str, tuple[str, int]]) -> None:
+    def __init__(self, file: BinaryIO, name: str, layout: Mapping[str, tuple[str, int | tuple[int, ...]]]) -> None:
         self._file, self._name = file, name
         self._layout = dict(sorted(layout.items(), key=lambda item: -_item_bytes(item[1][0])))
         self._tensors: dict[str, _Tensor] = {}
         end = 0
-        for array, (dtype, length) in self._layout.items():
-            self._tensors[array] = _Tensor(dtype, (length,), end)
+        for array, (dtype, shape) in self._layout.items():
+            self._tensors[array] = _Tensor(dtype, (shape,) if isinstance(shape, int) else shape, end)
             end = self._tensors[array].end
         header = _header_bytes(self._tensors, {})
         self._data = len(header)
         self._next = {array: tensor.begin for array, tensor in self._tensors.items()}
         file.write(header)
 
-    def append(self, name: str, values: Shaped[np.ndarray, " entry"]) -> None:
+    def append(self, name: str, values: Shaped[np.ndarray, "entry ..."]) -> None:
         """Writes `values`, of the array's type, behind those written before. RequestError for another type."""
         dtype, length = self._layout[name]
         begin, end = self._next[name], self._next[name] + values.nbytes
@@ -153,10 +158,10 @@ class ArrayFile:
 
 
 @contextmanager
-def new_arrays(path: Path, layout: Mapping[str, tuple[str, int]]) -> Iterator[ArrayFile]:
+def new_arrays(path: Path, layout: Mapping[str, tuple[str, int | tuple[int, ...]]]) -> Iterator[ArrayFile]:
     """Yields a file to append arrays to; at the end of the block it is on the disk and takes the name `path`.
 
-    `layout`: (type, length) by name. The widest type comes first in the file, so that every array begins at a multiple
+    `layout`: (type, length or shape) by name. The widest type comes first, so that every array begins at a multiple
     of its item size. An exception, or an array that is not complete (DataError), leaves nothing behind.
     """
     with new_file(path) as file:
