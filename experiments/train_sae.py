@@ -28,6 +28,7 @@ from workbench.cli.options import Positional
 from workbench.cli.process import run_command
 from workbench.io.checks import check_fields
 from workbench.io.torch_state import usable_device
+from workbench.sae.zipf_loss import with_zipf_loss
 
 Architecture = Literal["standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matching_pursuit"]
 _SOME_ARCHITECTURES = ("k", "l1_coefficient", "l0_coefficient")
@@ -50,6 +51,11 @@ class TrainSae:
     """Weight of the sparsity loss, of standard and gated. None: SAELens' default."""
     l0_coefficient: float | None = None
     """Weight of the sparsity loss, of jumprelu. None: SAELens' default."""
+    aux_loss: Literal["architecture", "zipf", "none"] = "architecture"
+    """Auxiliary loss against dead features, of topk and batchtopk. architecture: SAELens' aux-k, for features that were
+    inactive for dead_feature_window steps; zipf: for features less than half as frequent as Zipf's law expects."""
+    dead_feature_window: int = 1000
+    """Steps without activation after which a feature counts as dead for the architecture's auxiliary loss."""
     where: str = "NOT is_special"
     """SQL that selects the training tokens. BOS is excluded: the norm of the sink would dominate the loss."""
     steps: int = 20_000
@@ -66,7 +72,7 @@ class TrainSae:
     """Device: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "d_sae", "steps", "batch", at_least=1)
+        check_fields(self, "d_sae", "steps", "batch", "dead_feature_window", at_least=1)
 
 
 @runtime_checkable
@@ -104,6 +110,7 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
     torch.manual_seed(settings.seed)
     manifest = store.manifest
     kind, config = get_sae_training_class(settings.architecture)
+    kind = with_zipf_loss(kind) if settings.aux_loss == "zipf" else kind
     sae = kind(
         config(
             d_in=prod(array.shape[1:]),
@@ -137,6 +144,7 @@ def _trainer_config(settings: TrainSae, checkpoint_path: Path | None) -> SAETrai
         n_checkpoints=settings.checkpoints if checkpoint_path else 0,
         checkpoint_path=None if checkpoint_path is None else str(checkpoint_path),
         n_batches_for_norm_estimate=50,
+        dead_feature_window=settings.dead_feature_window,
         logger=LoggingConfig(log_to_wandb=False),
     )
 
@@ -155,9 +163,11 @@ def batches(
 def _architecture_settings(settings: TrainSae, config: type) -> dict[str, Any]:
     """Returns the settings that only some architectures have."""
     options = {name: getattr(settings, name) for name in _SOME_ARCHITECTURES if getattr(settings, name) is not None}
+    options |= {"aux_loss_coefficient": 0.0} if settings.aux_loss == "none" else {}
     known = {field.name for field in fields(config)}
     if strange := sorted(options.keys() - known):
-        raise wb.RequestError(f"{strange[0]} is not a setting of a {settings.architecture} SAE; leave it out")
+        name = strange[0].removesuffix("_coefficient") if strange[0].startswith("aux_loss") else strange[0]
+        raise wb.RequestError(f"{name} is not a setting of a {settings.architecture} SAE; leave it out")
     return options
 
 

@@ -65,10 +65,14 @@ def test_what_is_trained_fits_better_than_at_first_and_loads(store, tmp_path, ch
 
 def test_the_seed_decides_the_weights_and_every_setting_matters(store):
     def weights(**change):
-        return train_sae(replace(SMALL, steps=3, **change), store).W_enc.detach()
+        return train_sae(replace(SMALL, **{"steps": 3, **change}), store).W_enc.detach()
 
     first = weights()
     assert torch.equal(first, weights())
+    dead = {"dead_feature_window": 1, "d_sae": 64, "k": 1, "steps": 14}
+    losses = [weights(**dead, aux_loss=name) for name in ("architecture", "zipf", "none")]
+    assert not any(torch.equal(losses[one], losses[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    assert torch.equal(losses[1], weights(**dead, aux_loss="zipf"))
     for change in ({"seed": 1}, {"k": 2}, {"learning_rate": 1e-3}, {"batch": 17}, {"where": "position > 5"}):
         assert not torch.equal(first, weights(**change)), change
 
@@ -92,6 +96,11 @@ def test_checkpoints_are_saelens_own(store, tmp_path):
 def test_wrong_requests(store, tmp_path, capsys):
     for change, message in (
         ({"l1_coefficient": 1.0}, "l1_coefficient is not a setting of a topk SAE; leave it out"),
+        (
+            {"architecture": "standard", "k": None, "aux_loss": "zipf"},
+            "aux_loss 'zipf' is for topk and batchtopk, not ",
+        ),
+        ({"architecture": "gated", "k": None, "aux_loss": "none"}, "aux_loss is not a setting of a gated SAE; "),
         ({"batch": 88}, "batch is 88 and 'NOT is_special' selects 87 tokens; give less"),
         ({"site": "resid_post.0"}, f"resid_post.0 is not recorded in {store.path}; recorded are "),
     ):
