@@ -10,6 +10,8 @@ encoded by their own `encode`.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,9 +30,13 @@ from workbench.sae.products import places, row_starts
 from workbench.sae.screen import LEAST_NORM, Screen, make_screen
 from workbench.sae.selection import Entries, Experience, choose, merge, screened_above, screened_top
 
+_LOG = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 40 << 20  # of pre-activations or their bounds on a CPU: smaller blocks make the product slower
 _ACCELERATOR_BLOCK_BYTES = 512 << 20
 _LEAST_ROWS = 64  # with fewer, reading the weights dominates the product
+OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+"""Error of an accelerator; torch names it so from 2.5 on."""
 _ARRAYS = "row", "feature", "value"
 _HOPELESS = 0.5  # a larger share of unsettled rows in a block turns bounds off for some blocks
 
@@ -88,23 +94,30 @@ class Encoder:
         rows = rows.to(self.sae.device, torch.float32).flatten(1)
         if (bad := _first_not_finite(rows)) is not None:
             raise NotFinite(bad, features=False)
-        parts, start, sizes = [], 0, self._sizes(len(rows), lengths)
+        parts, start = [], 0
         with torch.no_grad(), full_precision():
             x = rows if self.linear is None else self.sae.encoder_input(rows)
-            out = self._buffer(max(sizes, default=0))
-            for block in x.split(sizes):
+            sizes = self._sizes(len(rows), lengths)
+            out = None
+            while sizes:
                 try:
-                    part = self._encode_densely(block) if self.linear is None else self._select(block, out)
+                    out = self._buffer(max(sizes)) if out is None else out
+                    part = self._encode_block(x[start : start + sizes[0]], out)
                 except NotFinite as error:
                     raise NotFinite(start + error.row, error.features) from None
+                except OUT_OF_MEMORY:
+                    if not self._halved(sizes[0]):
+                        raise
+                    sizes, out = self._sizes(len(rows) - start, None), None
+                    continue
                 part.row.add_(start)
                 parts.append(part)
-                start += len(block)
+                start += sizes.pop(0)
         return _concatenate(parts, len(rows), rows.device)
 
     def inexperienced(self) -> Encoder:
-        """Returns the encoder without experience. Rows in the same blocks then give the same bits."""
-        return replace(self, experience=Experience())
+        """Returns the encoder without experience but that of memory: the same blocks of rows give the same bits."""
+        return replace(self, experience=Experience(most_rows=self.experience.most_rows))
 
     def above(self, threshold: Float32[Tensor, " feature"]) -> Encoder:
         """Returns an encoder that keeps pre-activations above a threshold per feature."""
@@ -113,7 +126,7 @@ class Encoder:
     @property
     def block_rows(self) -> int:
         """Number of rows in a block."""
-        return self._room(2 if self.screen else 4)
+        return min(self._room(2 if self.screen else 4), self.experience.most_rows)
 
     def _room(self, width: int) -> int:
         """Number of rows in a block of numbers of this many bytes."""
@@ -129,6 +142,18 @@ class Encoder:
         if sum(sizes) != rows or min(sizes, default=0) < 0:
             raise RequestError(f"lengths add up to {sum(sizes)} rows and there are {rows}; give one per sequence")
         return [size for size in sizes if size]
+
+    def _halved(self, rows: int) -> bool:
+        """Halves the blocks, after one of this many rows did not fit in memory; False if it cannot be halved."""
+        if self.sae.sequential or rows < 2:
+            return False
+        if self.experience.most_rows == sys.maxsize:
+            _LOG.info(f"{self.sae.device} ran out of memory with {rows:,} rows in a block; the blocks are halved")
+        self.experience.most_rows = rows // 2
+        return True
+
+    def _encode_block(self, block: Float32[Tensor, "row d_in"], out: Tensor | None) -> Entries:
+        return self._encode_densely(block) if self.linear is None else self._select(block, out)
 
     def _encode_densely(self, rows: Float32[Tensor, "row d_in"]) -> Entries:
         activations = self.sae.encode(rows)

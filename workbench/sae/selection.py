@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ class Experience:
     """Blocks that are to be encoded without bounds."""
     after: int = _SKIPPED
     """The same after the next block whose bounds do not pay off."""
+
+    most_rows: int = sys.maxsize
+    """Rows in a block that fit in memory, as far as is known."""
 
     def note(self, hopeless: bool) -> None:
         """Notes that bounds paid off in a block, or did not. Sooner or later they are tried again."""
