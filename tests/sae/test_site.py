@@ -8,6 +8,7 @@ from refusals import refused
 from sae_example import encode64, save_sae
 from several_sites import MIDS, Z, part_of, stream_store
 
+import workbench as wb
 from workbench.io.errors import RequestError
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import sae_metrics
@@ -46,6 +47,17 @@ def test_hook_normalized_is_the_rms_norm_of_the_stream_without_weights(store, tm
     assert "made of recorded arrays" in refused(RequestError, lambda: array.view(0))
     other = refused(RequestError, lambda: matching_site(store, sae, "resid_mid.1"))
     assert "was trained on blocks.1.ln2.hook_normalized, but site is blocks.1.hook_resid_mid; leave" in other
+
+
+def test_hook_normalized_times_the_weights_is_what_the_mlp_of_a_model_reads(tmp_path):
+    """Against Hugging Face's module: its norm multiplies what it normalised by its weights."""
+    demo_model = wb.load_model("demo")
+    sites = ["resid_mid.1", "blocks.1.mlp.hook_in"]
+    store = wb.record(demo_model, ["Once upon a time"], sites=sites, out=tmp_path / "x.acts", show_progress=False)
+    folder = save_sae(tmp_path / "sae", d_in=store["resid_mid.1"].shape[1], hook_name="blocks.1.ln2.hook_normalized")
+    array = matching_site(store, load_sae(folder, device="cpu"))
+    weight = demo_model.module.get_submodule("model.layers.1.post_attention_layernorm").weight.detach()
+    same((array[:] * weight).numpy(), store["blocks.1.mlp.hook_in"][:].float().numpy(), 2e-3)  # stored in 16 bits
 
 
 @pytest.mark.parametrize("folded", [True, False, None])

@@ -81,8 +81,7 @@ def extract_features(
         sparsity: Rule that selects pre-activations above 0: TopK(k) in each row, MutualChoice(k) or FeatureChoice(k)
             over all rows. None: the SAE's activation function.
         precision: "float32", or "bfloat16" for bounds first; the features are identical. None: the faster one.
-        index_memory: Megabytes in which the index by feature is built, whatever the number of rows and however
-            frequent a feature.
+        index_memory: Megabytes in which the index by feature is built, however many rows and frequent a feature.
         force: Allow an SAE of another site or model.
         workers: `RayWorkers` or `Share`, which encode in several processes. None: this process.
         show_progress: Show progress.
@@ -91,9 +90,8 @@ def extract_features(
         The opened features. None in a process of a `Share` that leaves rows to others: the last one has the features.
 
     Raises:
-        RequestError: A site that was not recorded or has another width than the SAE's input; another site or model than
-            the SAE's, unless `force`; a name that other features have; a sparsity rule for an SAE without
-            pre-activations; settings out of range.
+        RequestError: A site that was not recorded or has another width; another site or model than the SAE's, unless
+            `force`; a name that other features have; a sparsity rule for an SAE without pre-activations.
         DataError: Activations that are not finite, or a full disk.
     """
     check("dtype", dtype, one_of=DTYPES)
@@ -101,14 +99,18 @@ def extract_features(
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
     encoding.check()
     _check_rows(encoding)
-    record = sae_record(sae, sparsity)
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
-    target = target_path(store.path, array.site, record.name, name) if out is None else Path(out).absolute()
-    request = extraction_record(
-        record, array.name, sites_read(array, sae), store.manifest.fingerprint, store.rows, dtype
-    )
+    request = _request(encoding, dtype)
+    target = target_path(store.path, array.site, request.sae.name, name) if out is None else Path(out).absolute()
     return make_features(encoding, target, request, workers)
+
+
+def _request(encoding: StoreEncoder, dtype: str) -> ExtractionRecord:
+    array, sae = encoding.array, encoding.sae
+    manifest, reads = array.store.manifest, sites_read(array, sae)
+    record = sae_record(sae, encoding.settings.sparsity)
+    return extraction_record(record, array.name, reads, manifest.fingerprint, array.store.rows, dtype)
 
 
 def _check_rows(encoding: StoreEncoder) -> None:

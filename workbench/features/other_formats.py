@@ -175,13 +175,12 @@ def export_neuronpedia(
         show_progress: Show progress.
 
     Raises:
-        RequestError: As `promoted_tokens`; ids that do not exist, or a folder that has batches.
+        RequestError: As `promoted_tokens`; ids that do not exist, several sites, or a folder that has batches.
     """
     for name, value in (("k", k), ("context", context), ("batch", batch)):
         check(name, value, at_least=1)
     chosen = _checked_ids(features, ids)
-    check_sae(features, sae)
-    check_writes_residual(features, sae)
+    _check_one_site(features, sae)
     out = Path(out)
     if any(out.glob("batch-*.json")):
         raise RequestError(f"{out} already has batches; choose another out")
@@ -208,6 +207,13 @@ def _checked_ids(features: Features, ids: Sequence[int] | None) -> Int64[np.ndar
     if len(chosen) and not 0 <= chosen.min() <= chosen.max() < features.shape[1]:
         raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {chosen.max()}")
     return chosen
+
+
+def _check_one_site(features: Features, sae: Sae) -> None:
+    check_sae(features, sae)
+    check_writes_residual(features, sae)
+    if sae.n_sites > 1:
+        raise RequestError(f"SAE {sae.name!r} reads several sites, and a set of Neuronpedia has one; extract one layer")
 
 
 def _set_fields(features: Features, sae_set: str) -> dict[str, int | str]:

@@ -6,6 +6,7 @@ not opened: the error has the command that converts one.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -110,13 +111,13 @@ def pickles_in(folder: Path) -> list[Path]:
 
 def pickled(path: Path) -> RequestError:
     """Returns the error about a pickle, with the command that writes its tensors to a safetensors file beside it."""
-    target = str(path.with_suffix(".safetensors"))
+    source, target, name = map(json.dumps, (str(path), str(path.with_suffix(".safetensors")), path.name))
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = d.get('sae', d); "
-        "d = {**d.pop('activation_state_dict', {}), **d}; "
+        f'd = torch.load({source}, map_location="cpu", weights_only=True); d = d.get("sae", d); '
+        'd = {**d.pop("activation_state_dict", {}), **d}; '
         "save_file({k: torch.as_tensor(v).clone().contiguous() for k, v in d.items() if not isinstance(v, str)}, "
-        f"{target!r}, {{'from': {path.name!r}, **{{k: v for k, v in d.items() if isinstance(v, str)}}}})"
+        f'{target}, {{"from": {name}, **{{k: v for k, v in d.items() if isinstance(v, str)}}}})'
     )
     return RequestError(
         f"SAE {str(path)!r} is a pickle, which can run code, and is not opened; if you trust it, convert it and load "

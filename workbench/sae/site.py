@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float
@@ -61,7 +62,7 @@ def _wanted(sae: Sae, site: str | tuple[str, int] | Sequence[str] | None) -> Seq
             raise RequestError(f"site: the files of SAE {sae.name!r} do not record its site; give site={more}")
         return sae.sites
     if sae.n_sites == 1:
-        return (site,) if isinstance(site, str | tuple) else tuple(site)
+        return [site] if isinstance(site, str) else [cast("tuple[str, int]", tuple(site))]
     wanted = site.split(",") if isinstance(site, str) else list(site)
     if len(wanted) != sae.n_sites:
         raise RequestError(f"site: SAE {sae.name!r} reads {sae.n_sites} sites at once; give as many, not {len(wanted)}")
@@ -74,9 +75,10 @@ def _array(store: Store, sae: Sae, site: str | tuple[str, int], trained_on: str 
     recorded = {record.name for record in store.sites}
     if name is not None and (layer := _NORMALISED.fullmatch(name)) and name not in recorded:
         return _normalised(store, sae, name, layer[1])
-    if name is not None and trained_on is not None and name == full_name(trained_on):  # either name of the SAE's site
-        name = next((one for one in site_names(name) if one in recorded), site_names(name)[0])
-    array = store[site if name is None else name]
+    if name is not None and trained_on is not None and name == full_name(trained_on):
+        names = site_names(name)  # any name of the SAE's own site will do
+        site = next((one for one in names if one in recorded), site if names[0] == name else names[0])
+    array = store[site]
     return array if sae.head is None else head_of(array, sae.head)
 
 
