@@ -117,7 +117,7 @@ def _cross_layer(path: Path, metadata: dict[str, Any]) -> Converted:
     layer = match[1]
     tensors = read_tensors(path)
     weights = {
-        "W_enc": take(tensors, f"W_enc_{layer}", path).T.contiguous(),
+        "W_enc": take(tensors, f"W_enc_{layer}", path).T,  # a feature's weights stay contiguous, as encoders want them
         "b_enc": take(tensors, f"b_enc_{layer}", path),
     }
     check_shape(path, weights["W_enc"], None, len(weights["b_enc"]))
