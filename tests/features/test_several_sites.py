@@ -1,6 +1,7 @@
 """Features of several sites of a row in one folder, and of one head; against float64 NumPy."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from workbench.features.queries import feature_statistics
 from workbench.features.verify_folder import verify
 from workbench.features.while_recording import RecordedFeatures
 from workbench.io.errors import RequestError
+from workbench.sae.input_rows import pack
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import sae_metrics
+from workbench.sae.site import matching_site
 from workbench.sae.sparsity import FeatureChoice, MutualChoice, TopK
 from workbench.sites.grammar import SiteMap
 
@@ -135,6 +138,15 @@ def test_a_set_of_transcoders_knows_its_decoders(tmp_path):
     cosine = unit @ unit[D_SAE + 3]
     cosine[D_SAE + 3] = -2
     assert nearest_features(sae, D_SAE + 3, 1)["feature"][0] == cosine.argmax()
+
+
+def test_arrays_made_of_recorded_ones_are_read_alike_in_another_process(store, sae, tmp_path):
+    head = load_sae(save_sae(tmp_path / "x", d_in=4, hook_name=Z.name, hook_head_index=1), device="cpu")
+    for one in (sae, head):
+        array = matching_site(store, one)
+        again = pickle.loads(pickle.dumps(pack(array))).open()
+        assert (again.name, again.shape) == (array.name, array.shape)
+        assert torch.equal(again[[5, 2]], array[[5, 2]])
 
 
 def test_rows_with_fewer_than_k_positive_features_are_counted(store, tmp_path):

@@ -294,6 +294,7 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
     from workbench.features.encoding import EncodingSettings, begin_spans
     from workbench.features.feature_segments import SegmentFolder
     from workbench.parallel import ray as parallel
+    from workbench.sae.input_rows import PackedArray
     from workbench.sae.saved import SavedSae
 
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
@@ -301,7 +302,9 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
     (site,) = read_manifest(folder / "one").sites[:1]
     gone = SegmentFolder(tmp_path / "gone" / "x")
     with pytest.raises(RequestError, match=r"does not see .*; features must be on a disk that all machines share"):
-        begin_spans("cpu", folder / "one", site, SavedSae(tmp_path, "sae", ""), EncodingSettings(), gone)
+        begin_spans(
+            "cpu", PackedArray(folder / "one", site, ()), SavedSae(tmp_path, "sae", ""), EncodingSettings(), gone
+        )
 
 
 def test_other_versions_of_a_worker_are_reported_once():

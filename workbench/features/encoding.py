@@ -25,6 +25,7 @@ from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.sae.autoencoder import Sae
 from workbench.sae.choice import Above, TopK
 from workbench.sae.encode import Encoder, LayeredEncoder, NotFinite, SparseRows, encoder
+from workbench.sae.input_rows import PackedArray, pack
 from workbench.sae.saved import SavedSae, save_sae
 from workbench.sae.site import not_finite
 from workbench.sae.sparsity import Bound, SparsityRule
@@ -169,7 +170,7 @@ class StoreEncoder:
 
         if workers.remote and spans:
             saved = save_sae(self.sae, folder.path.parent)
-            arguments = self.array, saved, self.settings, folder
+            arguments = pack(self.array), saved, self.settings, folder
             return workers.map(begin_spans, arguments, [(span,) for span in spans], on_lost)
         begin: Begin[Sequence[Span], int] = begin_here
         return workers.map(begin, (), [tuple(spans)] if spans else [], on_lost)
@@ -260,7 +261,7 @@ class StoreEncoder:
 
 
 def begin_spans(
-    device: str, array: ActivationArray, sae: SavedSae, settings: EncodingSettings, folder: SegmentFolder
+    device: str, array: PackedArray, sae: SavedSae, settings: EncodingSettings, folder: SegmentFolder
 ) -> Callable[[Sequence[Span]], int]:
     """Returns the function that encodes and writes spans in another process; its result is that of `write_segments`.
 
@@ -272,7 +273,7 @@ def begin_spans(
             f"a worker on {socket.gethostname()} does not see {folder.path.parent}; features must be on a disk that "
             "all machines share"
         )
-    encoding = StoreEncoder(array, sae.load(device), settings, show_progress=False)
+    encoding = StoreEncoder(array.open(), sae.load(device), settings, show_progress=False)
     return lambda spans: encoding.write_segments(folder, spans, lambda _rows: None)
 
 

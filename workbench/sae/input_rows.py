@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from workbench.io.errors import RequestError
 from workbench.model.unembed import normalise
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray
+from workbench.store.reader import ActivationArray, open_store
 
 _LAYER = re.compile(r"(blocks\.)(\d+)(\..+)")
 
@@ -53,6 +54,33 @@ class InputRows(ActivationArray):
     def view(self, segment: int) -> Shaped[np.ndarray, "row ..."]:
         """Refuses: the rows are not in a file."""
         raise RequestError(f"{self.site.label} is made of recorded arrays when it is read; index it")
+
+
+@dataclass(frozen=True)
+class PackedArray:
+    """An array sent to another process, which may not see its store. Made by `pack`."""
+
+    store: Path
+    site: SiteRecord
+    parts: tuple[SiteRecord, ...]
+    """The recorded sites that it is made of; none: it is one itself."""
+    head: int | None = None
+    norm: Norm | None = None
+
+    def open(self) -> ActivationArray:
+        """Returns the array; raises as `open_store` does."""
+        store = open_store(self.store)
+        if not self.parts:
+            return ActivationArray(store, self.site)
+        parts = tuple(ActivationArray(store, site) for site in self.parts)
+        return InputRows(store, self.site, parts, self.head, self.norm)
+
+
+def pack(array: ActivationArray) -> PackedArray:
+    """Returns what another process needs to read an array."""
+    if not isinstance(array, InputRows):
+        return PackedArray(array.store.path, array.site, ())
+    return PackedArray(array.store.path, array.site, tuple(part.site for part in array.parts), array.head, array.norm)
 
 
 def recorded(array: ActivationArray) -> tuple[ActivationArray, ...]:
