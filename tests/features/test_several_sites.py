@@ -156,7 +156,7 @@ def test_rows_with_fewer_than_k_positive_features_are_counted(store, tmp_path):
         weights["b_enc"] = weights["b_enc"] + shift
         tensors(tmp_path / f"layer_{layer}.safetensors", {k: v for k, v in weights.items() if k != "threshold"})
     text(tmp_path / "config.yaml", "model_name: demo\nfeature_input_hook: hook_resid_mid\nactivation: topk\n")
-    with warned(r"^28 of 28 rows have fewer than 3 activations of SAE '.*/blocks.1.hook_resid_mid' above 0; its lib"):
+    with warned(r"^28 of 28 rows have fewer than 3 activations of '.*/blocks.1.hook_resid_mid' above 0; its lib"):
         features = extracted(store, load_sae(tmp_path, device="cpu"), out=tmp_path / "features")
     assert (np.diff(features[:].indptr) <= 3).all()
 

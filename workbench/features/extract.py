@@ -39,6 +39,7 @@ from workbench.store.reader import ActivationArray, Store
 
 _LOG = logging.getLogger(__name__)
 
+_COUNTED_ROWS = 1 << 16
 DTYPES = ("float32", "float16")
 """Stored types of activations."""
 
@@ -176,18 +177,24 @@ def make_features(
 def _warn_of_negative(features: Features, encoding: StoreEncoder) -> None:
     """Warns of rows with fewer than k features of a TopK without ReLU, which would keep negative ones too."""
     sae = encoding.sae
-    for part, first in zip(sae.parts, sae.firsts, strict=True) if isinstance(sae, LayeredSae) else [(sae, 0)]:
-        if encoding.settings.sparsity is not None or not part.metadata.get("keeps_negative"):
-            continue
-        k, counts = part.module.cfg.k, np.diff(features.by_row["indptr"])
-        if isinstance(sae, LayeredSae):
-            feature = features.by_row["feature"]
-            row = np.repeat(np.arange(len(counts)), counts)
-            counts = np.bincount(row[(feature >= first) & (feature < first + part.d_sae)], minlength=len(counts))
-        if fewer := int((counts < k).sum()):
+    parts = sae.parts if isinstance(sae, LayeredSae) else (sae,)
+    if encoding.settings.sparsity is not None or not any(part.metadata.get("keeps_negative") for part in parts):
+        return
+    starts = np.array(sae.firsts if isinstance(sae, LayeredSae) else (0,))
+    k, fewer = np.array([part.module.cfg.k for part in parts]), np.zeros(len(parts), np.int64)
+    indptr, feature = features.by_row["indptr"], features.by_row["feature"]
+    for first in range(0, len(features), _COUNTED_ROWS):
+        ends = indptr[first : first + _COUNTED_ROWS + 1]
+        rows = len(ends) - 1
+        row = np.repeat(np.arange(rows), np.diff(ends))
+        part = np.searchsorted(starts, feature[ends[0] : ends[-1]], side="right") - 1
+        counts = np.bincount(row * len(parts) + part, minlength=rows * len(parts)).reshape(rows, -1)
+        fewer += (counts < k).sum(0)
+    for number, one, least in zip(fewer, parts, k, strict=True):
+        if number:
             _LOG.warning(
-                f"{fewer:,} of {len(counts):,} rows have fewer than {k} activations of SAE {part.name!r} above 0; its "
-                "library would also keep negative ones there, which are not stored"
+                f"{number:,} of {len(features):,} rows have fewer than {least} activations of {one.name!r} above 0; "
+                "its library also keeps negative ones there, which are not stored"
             )
 
 
