@@ -20,7 +20,7 @@ from workbench.experiments.benchmarks.measure import Comparison, interleaved, pe
 from workbench.experiments.benchmarks.models import gpt2, record, token_ids
 from workbench.io.torch_state import usable_device
 from workbench.sae.autoencoder import Sae
-from workbench.sae.encode import Encoder, encoder
+from workbench.sae.encode import encoder
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _with_tf32(work: Callable[[], Any]) -> Any:
         torch.set_float32_matmul_precision(before)
 
 
-def _operations(subject: str, encode: Encoder, x: Tensor, most: int = 5) -> list[Comparison]:
+def _operations(subject: str, encode: Callable[[Tensor], Any], x: Tensor, most: int = 5) -> list[Comparison]:
     """The operations of one encoding with the most time of their own."""
     cuda = x.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -151,7 +151,7 @@ def _operations(subject: str, encode: Encoder, x: Tensor, most: int = 5) -> list
     ]
 
 
-def _memory(subject: str, encode: Encoder, sae: Sae, x: Tensor) -> list[Comparison]:
+def _memory(subject: str, encode: Callable[[Tensor], Any], sae: Sae, x: Tensor) -> list[Comparison]:
     """Peak memory on the GPU beyond what is loaded."""
     if x.device.type != "cuda":
         return []

@@ -100,9 +100,10 @@ def equality(folder: Path, device: torch.device, documents: int) -> list[Compari
     recorded, features, metrics = {}, {}, {}
     for place in dict.fromkeys((torch.device("cpu"), device)):
         model, sae = wb.load_model("demo", device=place, dtype="float32"), wb.load_sae("demo", device=place)
-        options: dict[str, Any] = {"sites": [sae.site], "dtype": "float32", "context": 64}
+        site = sae.site or "resid_post.0"
+        options: dict[str, Any] = {"sites": [site], "dtype": "float32", "context": 64}
         store = wb.record(model, texts, out=folder / f"{place.type}.acts", show_progress=False, **options)
-        recorded[place] = store[sae.site][:]
+        recorded[place] = store[site][:]
         extracted = wb.extract_features(store, sae, show_progress=False)
         features[place] = extracted[np.arange(store.rows)]
         metrics[place] = wb.sae_metrics(store, sae, model=model)

@@ -5,6 +5,8 @@ On a CPU the same kernels run interpreted: `pip install triton` and TRITON_INTER
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton  # pyright: ignore[reportMissingImports]  # CUDA builds of torch bring it
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -46,7 +48,8 @@ def bounds_with_maxima(
     options = {"num_warps": 8, "num_stages": 3} if x.device.type == "cuda" else {}
     sizes = rows, features, d_in, groups
     arguments = x, weight, row_terms, feature_terms, out, maxima, *sizes
-    _bounds[(blocks[0] * blocks[1],)](*arguments, GROUP=size, **tile, **options)
+    kernel: Any = _bounds  # a kernel is launched by its index, a grid
+    kernel[(blocks[0] * blocks[1],)](*arguments, GROUP=size, **tile, **options)
     return out, maxima
 
 
@@ -60,7 +63,8 @@ def candidates(
     """
     feature = torch.full((len(bounds), most), -1, dtype=torch.int32, device=bounds.device)
     count = torch.empty(len(bounds), dtype=torch.int32, device=bounds.device)
-    _candidates[(len(bounds),)](bounds, least, feature, count, bounds.shape[1], most, BLOCK=_SCAN)
+    kernel: Any = _candidates
+    kernel[(len(bounds),)](bounds, least, feature, count, bounds.shape[1], most, BLOCK=_SCAN)
     return feature, count
 
 
@@ -78,7 +82,8 @@ def pair_products(
     if len(row):
         blocks = triton.cdiv(len(row), _PAIRS)
         sizes = len(row), x.shape[1]
-        _pairs[(blocks,)](x, weight, row, feature, products, *sizes, PAIRS=_PAIRS, WIDTH=_PAIR_WIDTH)
+        kernel: Any = _pairs
+        kernel[(blocks,)](x, weight, row, feature, products, *sizes, PAIRS=_PAIRS, WIDTH=_PAIR_WIDTH)
     return products
 
 
