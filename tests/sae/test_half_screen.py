@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -144,6 +146,8 @@ def test_the_kernel_of_bounds_is_its_definition_in_float64(shape, size, kernels)
     expected = x.double() @ weight.double().T + norm * error + rounding * length
     expected = (expected * relative + scale * below).clamp(min=0).numpy()
     np.testing.assert_allclose(stored.double(), expected, rtol=2**-10, atol=1e-5)
+    turned = (part.T.contiguous().T for part in (x, weight, row_terms, terms))
+    assert torch.equal(kernels.bounds_with_maxima(*turned, size)[0], stored)
     padded = np.pad(stored.numpy(), ((0, 0), (0, -features % size)))
     np.testing.assert_array_equal(maxima, padded.reshape(rows, -1, size).max(2))
     tiny = kernels.bounds_with_maxima(0 * x, weight, row_terms, torch.full((4, features), 1e-12), size)[0]
@@ -167,5 +171,39 @@ def test_the_kernel_of_pairs_is_float64s_product_and_leaves_pairs_out(kernels):
     expected = (x.double()[row] * weight.double()[feature]).sum(1) * (feature >= 0)
     np.testing.assert_allclose(kernels.pair_products(x, weight, row, feature), expected, rtol=0, atol=1e-4)
     assert len(kernels.pair_products(x, weight, row[:0], feature[:0])) == 0
+    turned = (part.T.contiguous().T for part in (x, weight))
+    assert torch.equal(kernels.pair_products(*turned, row, feature), kernels.pair_products(x, weight, row, feature))
     alone = kernels.pair_products(x, weight, row[5:6], feature[5:6])
     assert alone[0] == kernels.pair_products(x, weight, row, feature)[5]
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from workbench.sae import triton_kernels as kernels
+
+half, single, sizes = "*fp16", "*fp32", dict.fromkeys(("rows", "features", "d_in", "groups", "most", "pairs"), "i32")
+types = dict.fromkeys(("out", "maxima", "bounds", "least"), half)
+types |= {**sizes, "row_terms": single, "feature_terms": single, "products": single, "found": "*i32", "count": "*i32"}
+types |= {"row": "*i64", "feature": "*i64"}
+for capability in (80, 90):
+    for kernel, of_rows, constants, options in (
+        (kernels._bounds, half, {"GROUP": 32, **kernels._TILE}, kernels._OPTIONS),
+        (kernels._candidates, half, {"BLOCK": kernels._SCAN}, {}),
+        (kernels._pairs, single, {"PAIRS": kernels._PAIRS, "WIDTH": kernels._PAIR_WIDTH}, {}),
+    ):
+        names = {"x": of_rows, "weight": of_rows, **types, **dict.fromkeys(constants, "constexpr")}
+        source = ASTSource(kernel, {name: names[name] for name in kernel.arg_names}, constants)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        print(capability, kernel.__name__, compiled.metadata.shared, "mma" in compiled.asm["ptx"])
+"""
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    pytest.importorskip("triton", reason="no Triton here: pip install triton==3.9.0 compiles its kernels")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 6, done.stderr
+    assert [line[1] for line in lines if line[3] == "True"] == ["_bounds", "_bounds"]  # on matrix units
+    assert max(int(line[2]) for line in lines) <= 99 << 10  # bytes of shared memory that every GPU since 2020 has

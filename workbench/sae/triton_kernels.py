@@ -14,6 +14,7 @@ from jaxtyping import Float16, Float32, Int32, Int64
 from torch import Tensor
 
 _TILE = {"BLOCK_ROWS": 128, "BLOCK_FEATURES": 128, "BLOCK_K": 64}
+_OPTIONS = {"num_warps": 8, "num_stages": 3}
 _INTERPRETED = {"BLOCK_ROWS": 32, "BLOCK_FEATURES": 128, "BLOCK_K": 64}
 _PAIRS, _PAIR_WIDTH = 8, 128
 _SCAN = 1024
@@ -39,13 +40,14 @@ def bounds_with_maxima(
         feature_terms: Rounding error, norm, scale and bias minus threshold of each feature.
         size: A power of two, at most `LARGEST_GROUP`. The last group may be smaller.
     """
+    x, weight, row_terms, feature_terms = _in_rows(x, weight, row_terms, feature_terms)
     (rows, d_in), features = x.shape, len(weight)
     groups = -(-features // size)
     out = torch.empty(rows, features, dtype=torch.float16, device=x.device)
     maxima = torch.empty(rows, groups, dtype=torch.float16, device=x.device)
     tile = _TILE if x.device.type == "cuda" else _INTERPRETED
     blocks = triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(features, tile["BLOCK_FEATURES"])
-    options = {"num_warps": 8, "num_stages": 3} if x.device.type == "cuda" else {}
+    options = _OPTIONS if x.device.type == "cuda" else {}
     sizes = rows, features, d_in, groups
     arguments = x, weight, row_terms, feature_terms, out, maxima, *sizes
     kernel: Any = _bounds  # a kernel is launched by its index, a grid
@@ -61,6 +63,7 @@ def candidates(
     Features ascend; -1 stands in the places after the last. A row may have more than `most`, of which the first `most`
     are returned.
     """
+    bounds, least = _in_rows(bounds, least)
     feature = torch.full((len(bounds), most), -1, dtype=torch.int32, device=bounds.device)
     count = torch.empty(len(bounds), dtype=torch.int32, device=bounds.device)
     kernel: Any = _candidates
@@ -78,6 +81,7 @@ def pair_products(
 
     A product does not depend on the other pairs. Its sum has 128 parts, so its error is that of d_in / 128 + 8 terms.
     """
+    x, weight, row, feature = _in_rows(x, weight, row, feature)
     products = torch.empty(len(row), dtype=torch.float32, device=x.device)
     if len(row):
         blocks = triton.cdiv(len(row), _PAIRS)
@@ -85,6 +89,11 @@ def pair_products(
         kernel: Any = _pairs
         kernel[(blocks,)](x, weight, row, feature, products, *sizes, PAIRS=_PAIRS, WIDTH=_PAIR_WIDTH)
     return products
+
+
+def _in_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the kernels read them: row after row in memory."""
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 @triton.jit
