@@ -62,7 +62,7 @@ class Encoding:
                 with _threads(self.threads):
                     comparisons += self._in_memory(subject, sae, x)
                     comparisons.append(self._from_a_store(subject, folder, sae))
-                if shape[0] == self.d_in[0] and sae.device.type == "cpu":
+                if architecture == "topk" and shape[0] == self.d_in[0] and sae.device.type == "cpu":
                     comparisons.append(self._memory(architecture, shape))
         return comparisons
 

@@ -20,6 +20,7 @@ from workbench.features.feature_store import (
     Features,
     FeaturesRecord,
     SaeRecord,
+    SiteFeatures,
     by_feature_layout,
     by_row_layout,
     open_features,
@@ -119,6 +120,7 @@ class FeatureStore:
         record = FeaturesRecord(
             sae=SaeRecord("drawn", "0" * 64, {}),
             site="blocks.0.hook_resid_post",
+            reads=(SiteFeatures("blocks.0.hook_resid_post", 0, self.features),),
             store="../..",
             store_fingerprint=store.manifest.fingerprint,
             rows=self.rows,

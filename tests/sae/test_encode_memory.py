@@ -1,12 +1,10 @@
 """Blocks of rows that do not fit in the memory of an accelerator, played by the CPU."""
 
-import logging
-
 import pytest
 import torch
 from sae_example import save_sae
 
-from workbench.sae import choice, screen
+from workbench.sae import choice, encode, screen
 from workbench.sae.encode import OUT_OF_MEMORY, encoder
 from workbench.sae.load import load_sae
 from workbench.sae.precision import PRECISIONS
@@ -15,22 +13,19 @@ X = torch.randn(150, 12, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_block_that_does_not_fit_is_halved_until_it_does(precision, tmp_path, monkeypatch, caplog):
+def test_a_block_that_does_not_fit_is_halved_until_it_does(precision, tmp_path, monkeypatch):
     sae = load_sae(save_sae(tmp_path / "sae", "topk", d_in=12, d_sae=100), device="cpu")
     expected, made = encoder(sae, precision=precision)(X), encoder(sae, precision=precision)
-    tried = []
+    tried, messages = [], []
     limited(monkeypatch, tried, 40)
-    with caplog.at_level(logging.INFO, "workbench"):
-        found = made(X)
-        assert tried == [150, 75, 30, 30, 30, 30, 30]
-        assert [record.message for record in caplog.records] == [
-            "cpu ran out of memory with 150 rows in a block; the blocks are halved"
-        ]
-        tried.clear()
-        made(X)
-        made.inexperienced()(X)
+    monkeypatch.setattr(encode._LOG, "info", messages.append)
+    found = made(X)
+    assert tried == [150, 75, 30, 30, 30, 30, 30]
+    tried.clear()
+    made(X)
+    made.inexperienced()(X)
     assert max(tried) <= 40
-    assert len(caplog.records) == 1
+    assert messages == ["cpu ran out of memory with 150 rows in a block; the blocks are halved"]
     for name in ("indptr", "feature", "value"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5)
 

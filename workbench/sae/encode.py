@@ -34,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 40 << 20  # of pre-activations or their bounds on a CPU: smaller blocks make the product slower
 _ACCELERATOR_BLOCK_BYTES = 512 << 20
+_FEW_ROWS = 2  # on a CPU: so few take less time without bounds
 _LEAST_ROWS = 64  # with fewer, reading the weights dominates the product
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 """Error of an accelerator; torch names it so from 2.5 on."""
@@ -174,11 +175,13 @@ class Encoder:
             if (bad := _first(~(kept < torch.inf).all(1))) is not None:
                 raise NotFinite(bad, features=True)
             return choose(self.choice, pre)
-        if self.screen is None:
-            return choose(self.choice, self.linear.pre(x, out[: len(x)]))
+        if self.screen is None or (len(x) <= _FEW_ROWS and x.device.type == "cpu"):
+            out = None if self.screen else out
+            return choose(self.choice, self.linear.pre(x, None if out is None else out[: len(x)]))
         if self.experience.skip:
             self.experience.skip -= 1
             return replace(self._dense(x), unsettled=len(x))
+        assert out is not None
         return self._screened(self.screen, x, norm, out[: len(x)])
 
     def _screened(

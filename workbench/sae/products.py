@@ -155,6 +155,23 @@ def places(mask: Bool[Tensor, "row feature"]) -> tuple[Int64[Tensor, " entry"], 
     return torch.from_numpy(row), torch.from_numpy(flat - row * mask.shape[1])
 
 
+def places_above(
+    values: Float32[Tensor, "row feature"], threshold: Float32[Tensor, " feature"]
+) -> tuple[Int64[Tensor, " entry"], Int64[Tensor, " entry"]]:
+    """Returns row and feature of each value above the threshold of its feature, in row order."""
+    if values.device.type != "cpu":
+        return places(values > threshold)
+    numbers, least, features = values.numpy(), threshold.numpy(), values.shape[1]
+    step = max(8, _CHUNK_BYTES // (16 * features) * 8)
+    room, parts = np.empty((min(step, len(values)), features), bool), []
+    for start in range(0, len(numbers), step):  # a mask of all would be fresh memory
+        part = numbers[start : start + step]
+        parts.append(_true_places(np.greater(part, least, out=room[: len(part)])) + start * features)
+    flat = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    row = flat // features
+    return torch.from_numpy(row), torch.from_numpy(flat - row * features)
+
+
 def row_starts(row: Int64[Tensor, " entry"], rows: int) -> Int64[Tensor, " row_plus_1"]:
     """Returns the index of each row's first entry, and the number of entries. `row` ascends."""
     if row.device.type == "cpu":

@@ -14,7 +14,7 @@ from workbench.sae.products import (
     group_size,
     kth_largest,
     kth_of_row,
-    places,
+    places_above,
     places_from,
     product_with_maxima,
     row_starts,
@@ -63,7 +63,7 @@ class Experience:
 def choose(choice: Above | TopK, pre: Float32[Tensor, "row feature"]) -> Entries:
     """Returns the active features among all pre-activations."""
     if isinstance(choice, Above):
-        row, feature = places(pre > choice.threshold)
+        row, feature = places_above(pre, choice.threshold)
         return activated(choice, row, feature, pre[row, feature])
     _, feature = top(pre.abs() if isinstance(choice, AbsTopK) else pre, choice.k)
     feature = feature.sort(dim=1).values
