@@ -28,13 +28,13 @@ def model(tiny_models, tiny_tokenizer):
 @pytest.fixture
 def recorded(monkeypatch):
     """Paths of the recordings that were made."""
-    made, real = [], recorder.record
+    made, real = [], recorder.record_plan
 
-    def counting(*arguments, out, **options):
+    def counting(plan, model, texts, out, *options):
         made.append(out)
-        return real(*arguments, out=out, **options)
+        return real(plan, model, texts, out, *options)
 
-    monkeypatch.setattr(recorder, "record", counting)
+    monkeypatch.setattr(recorder, "record_plan", counting)
     return made
 
 
@@ -50,6 +50,13 @@ def test_the_same_request_is_recorded_once_and_gives_what_record_gives(model, re
     assert first.manifest.fingerprint == plain.manifest.fingerprint
     assert first.path.parent.name.startswith("tiny-llama-")
     assert (first.path.parent / "request.json").is_file()
+
+
+def test_the_behaviour_of_the_model_is_measured_once(model, monkeypatch, tmp_path):
+    measured, real = [], Model.identity
+    monkeypatch.setattr(Model, "identity", lambda one: measured.append(one) or real(one))
+    once(model, TEXTS, tmp_path / "shared", context=16)
+    assert measured == [model]
 
 
 def test_whatever_it_depends_on_gives_another(model, tiny_models, tiny_tokenizer, recorded, tmp_path):
@@ -101,7 +108,7 @@ def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
 
 
 def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
-    inside, go_on, real, made, found = threading.Event(), threading.Event(), recorder.record, [], []
+    inside, go_on, real, made, found = threading.Event(), threading.Event(), recorder.record_plan, [], []
 
     def slow(*arguments, **options):
         made.append(1)
@@ -109,7 +116,7 @@ def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
         assert go_on.wait(30)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(recorder, "record", slow)
+    monkeypatch.setattr(recorder, "record_plan", slow)
     monkeypatch.setattr(sys, "stderr", waiting := io.StringIO())
     threads = [threading.Thread(target=lambda: found.append(once(model, TEXTS, tmp_path))) for _ in range(2)]
     threads[0].start()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from workbench.io.errors import RequestError
 from workbench.io.files import PARTIAL, explain_full_disk, locked, remove, replace_file, sha256_bytes, sha256_file
 from workbench.io.log import PROGRESS
+from workbench.io.tasks import ThisProcess
 from workbench.sites.settings import RecordingOptions, recording
 from workbench.store.manifest import MANIFEST, read_manifest
 
@@ -56,8 +57,8 @@ def record_once(
     Raises:
         RequestError: As `record`, and for texts that are neither a file nor a list.
     """
-    from workbench.recording.planning import model_record  # takes seconds: torch
-    from workbench.recording.record import record
+    from workbench.recording.planning import model_record, plan_recording  # takes seconds: torch
+    from workbench.recording.record import record_plan
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
     from workbench.store.writer import remove_leftovers
 
@@ -87,7 +88,8 @@ def record_once(
                     return open_store(path)
                 with explain_full_disk(f"{place / REQUEST}", "run the same command again"):
                     replace_file(place / REQUEST, text.encode())
-                return record(model, texts, out=path, settings=settings, show_progress=show_progress)
+                plan = plan_recording(model, settings, path, present=present)
+                return record_plan(plan, model, texts, path, False, ThisProcess(), show_progress)
         number += 1
 
 

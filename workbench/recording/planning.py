@@ -42,6 +42,8 @@ _SEGMENT_ROWS = 65_536
 class RecordingPlan:
     """A recording as requested of one model, before its texts are read."""
 
+    model: ModelRecord
+    """The model, as the store records it."""
     settings: Recording
     """Settings with the default sites filled in."""
     context: int
@@ -86,7 +88,11 @@ class PartPlan:
 
 
 def plan_recording(
-    model: Model, settings: Recording, out: Path, features: RecordedFeatures | None = None
+    model: Model,
+    settings: Recording,
+    out: Path,
+    features: RecordedFeatures | None = None,
+    present: ModelRecord | None = None,
 ) -> RecordingPlan:
     """Resolves a request against a model: its sites, its context, its features.
 
@@ -95,6 +101,7 @@ def plan_recording(
         settings: Settings as requested.
         out: Path of the store.
         features: SAE features to extract while recording.
+        present: What a store records of the model. None: it is measured, which takes a checksum of the weights.
 
     Raises:
         RequestError: An unknown site, a context beyond the model's, or an SAE that does not fit.
@@ -115,6 +122,7 @@ def plan_recording(
         site = features.select_site(model.site_map, sites)
         encoded = features.at(site, _site_record(site, context, settings.dtype), model, out)
     return RecordingPlan(
+        model=present or model_record(model),
         settings=settings,
         context=context,
         added=added,

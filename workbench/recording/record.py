@@ -32,7 +32,6 @@ from workbench.recording.planning import (
     AGAIN,
     Append,
     RecordingPlan,
-    model_record,
     plan_part,
     plan_recording,
     plan_tokens,
@@ -112,8 +111,15 @@ def record(
     settings, workers = recording(settings, **options), workers or ThisProcess()
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
     plan = plan_recording(model, settings, Path(out), features)
-    _write(plan, model, texts, Path(out), append, workers, show_progress)
-    return finish_recording(Path(out), plan, workers, show_progress)
+    return record_plan(plan, model, texts, Path(out), append, workers, show_progress)
+
+
+def record_plan(
+    plan: RecordingPlan, model: Model, texts: Texts, out: Path, append: Append, workers: Workers, show_progress: bool
+) -> Store:
+    """Carries out the plan of a recording, as `record` describes, and returns the opened store."""
+    _write(plan, model, texts, out, append, workers, show_progress)
+    return finish_recording(out, plan, workers, show_progress)
 
 
 def _loaded(model: Model | PreTrainedModel | str | Path, settings: Recording, workers: Workers) -> Model:
@@ -160,7 +166,7 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> A
     unembed, reason = unembed_writer(model)
     return open_writer(
         out,
-        model=model_record(model),
+        model=plan.model,
         sites=plan.sites,
         recording=plan.settings,
         tokens_added={"prefix": list(plan.added.prefix), "suffix": list(plan.added.suffix)},
