@@ -74,7 +74,7 @@ def fit(array: ActivationArray, sae: Sae, documents: Documents) -> tuple[dict[st
     return {name: (columns[above], columns[below]) for name, (above, below) in _RATIOS.items()}, counts
 
 
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     "rows", "active", "magnitude", "error", "spread", "explained", "by_row", "varied",
     "cosine", "ratio", "nonzero", "squared_output", "product",
 )  # fmt: skip

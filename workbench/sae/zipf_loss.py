@@ -46,7 +46,7 @@ def expected_densities(density: Float[np.ndarray, " feature"]) -> Float[np.ndarr
     if len(known) < 3:
         return expected
     target, ranks = np.log(head[known]), np.arange(1, len(density) + 1)
-    best = np.inf
+    best, law = np.inf, expected
     for offset in _OFFSETS:
         steps = np.stack([np.ones(len(known)), -np.log(known + 1 + offset)], axis=1)
         solution = np.linalg.lstsq(steps, target, rcond=None)[0]
