@@ -228,6 +228,8 @@ class Top:
         if self.feature in features.labels.index:
             print_plain(title_of(self.feature, features.labels))
         print_plain(f"active on {active:,} of {len(features):,} rows{shown}")
+        if len(features.record.reads) > 1:
+            print_plain(f"reads {', '.join(features.sites_of(self.feature))}")
         return 0
 
     def _write_page(self, features: FeatureStore, page: Path) -> int:
