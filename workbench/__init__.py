@@ -32,6 +32,8 @@ _PUBLIC = {
     "best_features": "workbench.features.queries",
     "coactivation": "workbench.features.queries",
     "coactive_pairs": "workbench.features.pairs",
+    "match_features": "workbench.features.matching",
+    "feature_splits": "workbench.features.matching",
     "feature_contributions": "workbench.analysis.logit_contributions",
     "feature_effect": "workbench.analysis.feature_effect",
     "sparse_probe": "workbench.analysis.sparse_probe",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features
     from workbench.features.label_files import import_labels
+    from workbench.features.matching import feature_splits, match_features
     from workbench.features.other_formats import export_delphi, export_neuronpedia
     from workbench.features.pairs import coactive_pairs
     from workbench.features.promoted import promoted_tokens

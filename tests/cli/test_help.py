@@ -18,7 +18,7 @@ from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
     *("demo", "record", "plan", "info", "verify", "query"),
-    *("features", "metrics", "labels", "top", "coactive", "contributions", "effect", "sparse-probe"),
+    *("features", "metrics", "labels", "top", "coactive", "contributions", "effect", "match", "sparse-probe"),
     *("probes", "report", "export", "compare", "completion", "probe", "sweep"),
 ]
 COMMANDS = [verb for verb in VERBS if verb not in ("probe", "sweep")]

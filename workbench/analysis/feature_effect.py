@@ -102,7 +102,7 @@ def feature_effect(
     sae: Sae,
     feature: int,
     op: Literal["ablate", "clamp", "add"] = "ablate",
-    value: float | None = None,
+    value: float | int | None = None,
     *,
     model: Model | None = None,
     rows: str | Rows | None = None,

@@ -1,4 +1,4 @@
-"""Verbs that ask questions about features: coactive, contributions, effect, sparse-probe."""
+"""Verbs that ask questions about features: coactive, contributions, effect, match, sparse-probe."""
 
 from __future__ import annotations
 
@@ -163,6 +163,54 @@ class Effect:
             effect.save(self.out)
             _figure(effect.figure(), self.out)
             print_plain(f"tables  {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Match:
+    """Match the features of two SAEs over one store by their activations, or find features that have split."""
+
+    features: Positional[Path]
+    """Folder of the first features; a line each."""
+    other: Positional[Path]
+    """Folder of the second features, of the same store."""
+    sae: str | None = None
+    """SAE of the first features; with --other-sae, adds cosines of decoder directions."""
+    sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    other_sae: str | None = None
+    """SAE of the second features."""
+    other_sae_id: str | None = None
+    """SAE within a release, or within a directory of several."""
+    splits: bool = False
+    """List the features of the first SAE that contain features of the second one instead."""
+    k: int = 20
+    """Largest number of lines."""
+    out: Path | None = None
+    """File for the whole table (CSV)."""
+
+    def run(self) -> int:
+        """Prints the matches, most correlated first."""
+        from workbench.features.feature_store import open_features  # seconds: pandas, torch
+        from workbench.features.matching import feature_splits, match_features
+        from workbench.io.spreadsheet import csv_text
+        from workbench.sae.load import load_sae
+
+        if self.out is not None:
+            check_writable(self.out)
+        one, other = open_features(self.features), open_features(self.other)
+        if self.splits:
+            table = feature_splits(one, other)
+        else:
+            named = ((self.sae, self.sae_id), (self.other_sae, self.other_sae_id))
+            saes = [None if name is None else load_sae(name, sae_id, device="cpu") for name, sae_id in named]
+            table = match_features(one, other, *saes).sort_values("correlation", ascending=False, kind="stable")
+        shown = table.head(self.k).astype(object)
+        print_table(list(table.columns), shown.where(shown.notna(), None).to_numpy().tolist())
+        print_plain(f"{min(self.k, len(table)):,} of {len(table):,} features")
+        if self.out is not None:
+            replace_file(self.out, csv_text(table).encode())
+            print_plain(f"table  {self.out}")
         return 0
 
 

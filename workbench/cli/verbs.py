@@ -14,7 +14,7 @@ from workbench.cli.feature_verbs import Features, Labels, Metrics, Top
 from workbench.cli.options import Positional
 from workbench.cli.page_verbs import Demo, Export, Report
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
-from workbench.cli.question_verbs import Coactive, Contributions, Effect, SparseProbe
+from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, SparseProbe
 from workbench.cli.recording_verbs import Plan, Record
 from workbench.cli.store_verbs import Compare, Info, Query, Verify
 from workbench.cli.terminal import print_items, print_plain
@@ -49,6 +49,7 @@ VERBS: dict[str, type[Command]] = {
     "coactive": Coactive,
     "contributions": Contributions,
     "effect": Effect,
+    "match": Match,
     "sparse-probe": SparseProbe,
     "probes": Probes,
     "report": Report,

@@ -107,24 +107,26 @@ def _pair_counts(
         for first in groups:
             size, later = min(step, len(kept) - first), len(kept) - first
             sums = np.zeros((size, later), np.int32)
-            for rows, block in text_blocks(features):
+            for (block,) in text_blocks(features):
                 active = columns(block, number - first, later)
                 add_product(sums, active[:, :size], active)
-                advance(rows)
+                advance(block.shape[0])
             yield first, sums
 
 
-def text_blocks(features: Features, shift: int = 0) -> Iterator[tuple[int, csr_array]]:
-    """Yields the number of rows read, and the features of the rows of text among them, a million entries at a time.
+def text_blocks(*stores: Features, shift: int = 0) -> Iterator[tuple[csr_array, ...]]:
+    """Yields the features of the rows of text, of several feature stores of the same rows in step.
 
-    `shift` moves the rows of text on, around the end, so that they meet other rows of a second feature store.
+    A million entries of the densest come at a time. `shift` moves the rows of all but the first on, around the end, so
+    that they meet other rows of the first.
     """
-    text = np.flatnonzero(text_rows(features.store))
-    step = max(1, index.ENTRIES * len(features) // max(1, features.record.entries))
-    text = np.roll(text, -shift)
+    text = np.flatnonzero(text_rows(stores[0].store))
+    moved = np.roll(text, -shift)
+    most = max(1, *(features.record.entries for features in stores))
+    step = max(1, index.ENTRIES * len(stores[0]) // most)
     for start in range(0, len(text), step):
-        part = text[start : start + step]
-        yield len(part), features[part]
+        part = slice(start, start + step)
+        yield tuple(features[(moved if place else text)[part]] for place, features in enumerate(stores))
 
 
 def columns(block: csr_array, number: Int64[np.ndarray, " feature"], width: int, values: bool = False) -> csr_array:

@@ -37,7 +37,7 @@ class Feature(Intervention):
     sae: Sae
     id: int
     op: Literal["ablate", "clamp", "add"] = "ablate"
-    value: float | Tensor | None = None
+    value: float | int | Tensor | None = None
     """Unit: the feature's activation, whose largest value is `features.max[id]`. None for "ablate"."""
     site: str | None = None
     """None: the site that the SAE was trained on."""
@@ -102,7 +102,7 @@ class Feature(Intervention):
         return f"{self.op} feature {self.id}{value}"
 
 
-def _number(value: float | Tensor) -> float:
+def _number(value: float | int | Tensor) -> float:
     return float(torch.as_tensor(value).detach())
 
 

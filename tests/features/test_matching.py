@@ -1,0 +1,122 @@
+"""Matching and splitting of features against dense NumPy, a permuted SAE and planted parts."""
+
+import numpy as np
+import pytest
+from command_line import run
+from features_example import SEGMENTS, SITE, extracted, loaded
+from refusals import refused
+from sae_example import save_sae, set_weights
+from safetensors.numpy import load_file
+from scipy.optimize import linear_sum_assignment
+from store_example import write_store
+
+import workbench as wb
+from workbench.features import index, matching
+from workbench.io.errors import RequestError
+from workbench.store.reader import open_store
+
+
+@pytest.fixture(scope="module")
+def other(example, tmp_path_factory):
+    """Another SAE's features of the same store, and that SAE."""
+    folder = tmp_path_factory.mktemp("other")
+    sae = loaded(folder / "sae", "jumprelu", d_sae=26, seed=5)
+    return extracted(example, sae, out=folder / "features"), sae
+
+
+def dense(features):
+    text = ~features.store.tokens["is_special"].to_numpy(zero_copy_only=False)
+    return features[:].toarray().astype(np.float64)[text]
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_matches_equal_dense_numpy(small, features, sae, other, monkeypatch):
+    if small:
+        monkeypatch.setattr(matching, "_BYTES", 8 * 26 * 4)
+        monkeypatch.setattr(index, "ENTRIES", 30)
+        monkeypatch.setattr(matching, "_EXACT", 10)
+        monkeypatch.setattr(matching, "_CANDIDATES", 26)
+    table = wb.match_features(features, other[0], sae, other[1])
+    x, y = dense(features), dense(other[0])
+    left, right = np.flatnonzero(x.any(0)), np.flatnonzero(y.any(0))
+    assert table["feature"].tolist() == left.tolist()
+    both = np.corrcoef(x[:, left].T, y[:, right].T)[: len(left), len(left) :]
+    np.testing.assert_allclose(table["correlation"], both.max(1), atol=1e-9)
+    assert table["match"].tolist() == right[both.argmax(1)].tolist()
+    assert table["mutual"].tolist() == (both.argmax(0)[both.argmax(1)] == np.arange(len(left))).tolist()
+    gain = np.maximum(both, 0)
+    rows, partners = linear_sum_assignment(-gain)
+    assert table["assigned_correlation"].sum() == pytest.approx(gain[rows, partners].sum())
+    taken = table["assigned"].dropna()
+    assert len(set(taken)) == len(taken)
+    shifted = np.roll(y, -(len(y) // 2), axis=0)
+    chance = np.corrcoef(x[:, left].T, shifted[:, right].T)[: len(left), len(left) :]
+    np.testing.assert_allclose(table["chance"], chance.max(1), atol=1e-9)
+    units = [one.W_dec.numpy() / np.linalg.norm(one.W_dec.numpy(), axis=1, keepdims=True) for one in (sae, other[1])]
+    cosine = units[0][left] @ units[1].T
+    np.testing.assert_allclose(table["nearest_cosine"], cosine.max(1), atol=1e-5)
+    np.testing.assert_allclose(table["cosine"], cosine[np.arange(len(left)), table["match"]], atol=1e-5)
+
+
+def test_a_permuted_sae_is_found_again(example, tmp_path):
+    folder = save_sae(tmp_path / "one", "topk", hook_name=SITE.name, model_name="demo")
+    order = np.random.default_rng(0).permutation(20)
+    weights = load_file(folder / "sae_weights.safetensors")
+    copy = save_sae(tmp_path / "two", "topk", hook_name=SITE.name, model_name="demo")
+    set_weights(copy, W_enc=weights["W_enc"][:, order], b_enc=weights["b_enc"][order], W_dec=weights["W_dec"][order])
+    set_weights(copy, b_dec=weights["b_dec"])
+    saes = [wb.load_sae(path, device="cpu") for path in (folder, copy)]
+    one, two = (extracted(example, sae, out=tmp_path / sae.name / "f") for sae in saes)
+    table = wb.match_features(one, two, *saes)
+    np.testing.assert_allclose(table["assigned_correlation"], 1, atol=1e-6)
+    alone = table[table["correlation"] > table["correlation"].max() - 1e-9]
+    assert (order[alone["assigned"].to_numpy(int)] == alone["feature"]).mean() > 0.8
+    np.testing.assert_allclose(table["nearest_cosine"], 1, atol=1e-6)
+    assert (order[table["nearest"]] == table["feature"]).all()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_splits_equal_dense_numpy(small, features, other, monkeypatch):
+    if small:
+        monkeypatch.setattr(matching, "_BYTES", 8 * 26 * 4)
+    table = wb.feature_splits(features, other[0], precision=0.5, least=3)
+    x, y = dense(features) != 0, dense(other[0]) != 0
+    expected = {}
+    for feature in np.flatnonzero(x.sum(0) >= 3):
+        inside = [
+            part
+            for part in np.flatnonzero(y.sum(0) >= 3)
+            if (x[:, feature] & y[:, part]).sum() >= 0.5 * y[:, part].sum()
+        ]
+        if inside:
+            on = x[:, feature]
+            covered = y[on][:, inside].any(1).mean()
+            expected[feature] = (set(inside), covered, max((on & y[:, part]).sum() for part in inside) / on.sum())
+    assert set(table["feature"]) == set(expected)
+    assert expected
+    for line in table.itertuples():
+        parts, covered, largest = expected[line.feature]
+        assert (set(line.features), line.parts) == (parts, len(parts))
+        assert (line.covered, line.largest) == (pytest.approx(covered), pytest.approx(largest))
+        assert line.density == pytest.approx(x[:, line.feature].mean())
+    assert (table["parts"].diff().dropna() <= 0).all()
+
+
+def test_what_cannot_be_matched_is_refused(features, sae, other, tmp_path):
+    store = open_store(write_store(tmp_path / "y.acts", SEGMENTS[:2], sites=(SITE,)))
+    elsewhere = extracted(store, sae)
+    assert "are of different stores" in refused(RequestError, lambda: wb.match_features(features, elsewhere))
+    assert refused(RequestError, lambda: wb.match_features(features, other[0], sae)).startswith("other_sae is missing")
+    text = refused(RequestError, lambda: wb.match_features(features, other[0], other[1], sae))
+    assert "were made with SAE" in text
+    assert "precision must be" in refused(RequestError, lambda: wb.feature_splits(features, other[0], precision=0))
+
+
+def test_matches_on_the_command_line(features, other, tmp_path):
+    out = tmp_path / "matches.csv"
+    code, text, err = run("match", str(features.path), str(other[0].path), "--k", "3", "--out", str(out))
+    assert (code, err) == (0, "")
+    assert text.startswith("feature")
+    assert f"3 of {len(out.read_text().splitlines()) - 1} features" in text
+    code, text, err = run("match", str(features.path), str(other[0].path), "--splits")
+    assert (code, err) == (0, "")
