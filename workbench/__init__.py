@@ -34,6 +34,7 @@ _PUBLIC = {
     "coactive_pairs": "workbench.features.pairs",
     "match_features": "workbench.features.matching",
     "feature_splits": "workbench.features.matching",
+    "feature_absorption": "workbench.analysis.absorption",
     "feature_contributions": "workbench.analysis.logit_contributions",
     "feature_effect": "workbench.analysis.feature_effect",
     "sparse_probe": "workbench.analysis.sparse_probe",
@@ -83,6 +84,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     __version__: str
 
+    from workbench.analysis.absorption import feature_absorption
     from workbench.analysis.comparison import compare
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
