@@ -160,15 +160,15 @@ def _delphi_values(file: Path, value: Any) -> dict[str, Any]:
         value = value[0]  # the best of several explanations
     if isinstance(value, str):
         return {"description": value} if value else {}
-    if _is_number(value):
-        return {name: float(value)}
+    if (number := _number(value)) is not None:
+        return {name: number}
     examples = [example for example in value if isinstance(example, dict)] if isinstance(value, list) else []
     if not any("prediction" in example or "final_score" in example for example in examples):
         raise RequestError(f"labels: {str(file)!r} has neither an explanation nor predictions of examples; {_EXPECTED}")
-    if _is_number(final := examples[0].get("final_score")):
-        return {name: float(final)}
+    if (final := _number(examples[0].get("final_score"))) is not None:
+        return {name: final}
     known = [(_first(example, "activating", "ground_truth"), example.get("prediction")) for example in examples]
-    pairs = [(bool(truth), float(guess) >= 0.5) for truth, guess in known if None not in (truth, guess)]
+    pairs = [(bool(truth), float(guess) >= 0.5) for truth, guess in known if truth is not None and guess is not None]
     return _scores(name, pairs) if pairs else {}  # none where all requests of delphi failed
 
 
@@ -228,8 +228,8 @@ def _explained(explanation: Mapping[str, Any]) -> dict[str, Any]:
     values |= {ours: explanation.get(theirs) for theirs, ours in _NEURONPEDIA.items()}
     scores = explanation.get("scores")
     for score in scores if isinstance(scores, list) else ():
-        if isinstance(score, dict) and _is_number(score.get("value")):
-            values.setdefault(str(score.get("explanationScoreTypeName") or "score"), float(score["value"]))
+        if isinstance(score, dict) and (number := _number(score.get("value"))) is not None:
+            values.setdefault(str(score.get("explanationScoreTypeName") or "score"), number)
     return {name: value for name, value in values.items() if isinstance(value, str | float) and value != ""}
 
 
@@ -239,5 +239,7 @@ def _cells(row: Mapping[Any, Any], column: Any) -> dict[str, Any]:
     return {name: value for name, value in cells.items() if value != "" and value == value}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """A finite number as such; None for anything else."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None

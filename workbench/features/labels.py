@@ -120,17 +120,21 @@ def _plain(value: Any) -> Any:
 
 def names_of(labels: pd.DataFrame) -> dict[int, str]:
     """Returns the words for each labelled feature: its description, or the first column of text."""
-    texts = [name for name in labels.columns if labels[name].map(lambda value: isinstance(value, str)).any()]
+    texts = [name for name in labels.columns if any(isinstance(value, str) for value in labels[name].tolist())]
     shown = next((name for name in _NAMES if name in texts), texts[0] if texts else None)
     if shown is None:
         return {}
-    return {int(feature): text for feature, text in labels[shown].items() if isinstance(text, str)}
+    cells = zip(labels.index.tolist(), labels[shown].tolist(), strict=True)
+    return {feature: text for feature, text in cells if isinstance(text, str)}
 
 
 def with_names(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     """Returns a table of features with one more column, description, after the others; unchanged without labels."""
     names = names_of(labels)
-    return table.assign(description=table["feature"].map(names).astype(object)) if names else table
+    if not names:
+        return table
+    words = [names.get(feature) for feature in table["feature"].tolist()]
+    return table.assign(description=pd.Series(words, table.index, dtype=object))
 
 
 def title_of(feature: int, labels: pd.DataFrame) -> str:
