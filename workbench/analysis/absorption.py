@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int64
+from torch import Tensor
 
 from workbench.analysis.logistic import fit_logistic
 from workbench.features.feature_store import Features
@@ -115,7 +116,7 @@ class _Data:
         self.x = sae.input_rows(values).cpu().numpy().astype(np.float64)
         self.active = features[rows]
         scale = row_scale(sae, values)
-        self.scale = np.ones(len(rows)) if isinstance(scale, float) else scale.cpu().numpy().ravel()
+        self.scale = scale.cpu().numpy().ravel() if isinstance(scale, Tensor) else np.ones(len(rows))
         self.directions = decoder_directions(sae).cpu().numpy().astype(np.float64)
         self.norms = np.linalg.norm(self.directions, axis=1)
 
@@ -127,7 +128,7 @@ class _Data:
         own, sparse_f1 = self._own(has, k)
         found = np.flatnonzero(self.test & has & says)
         unit = weight / max(np.linalg.norm(weight), 1e-30)
-        outcome = [self._absorbed(token, unit, own) for token in found]
+        outcome = [self._absorbed(int(token), unit, own) for token in found]
         line = {
             "tokens": int((has & self.test).sum()),
             "probe_f1": _f1(says[self.test], has[self.test]),

@@ -83,7 +83,7 @@ class FeatureEffect:
         from workbench.figures.feature_questions import effect_figure  # a second: plotly
 
         check("measure", measure, one_of=tuple(MEASURES))
-        return effect_figure(self.table[self.table["measure"] == measure], self.change, self.documents)
+        return effect_figure(self.table.loc[self.table["measure"] == measure], self.change, self.documents)
 
     def save(self, folder: str | Path) -> Path:
         """Writes effect.csv, changed.csv and logits.csv into an empty or new folder; RequestError if it is neither."""

@@ -53,7 +53,7 @@ class SparseProbes:
         label = known[0] if label is None else label
         check("label", label, one_of=known)
         check("values", values, at_least=1, whole=True)
-        return sparse_probe_figure(self.table[self.table["label"] == label], label, values, self.documents[1])
+        return sparse_probe_figure(self.table.loc[self.table["label"] == label], str(label), values, self.documents[1])
 
     def save(self, folder: str | Path) -> Path:
         """Writes probes.csv into an empty or new folder; RequestError if it is neither."""
@@ -273,7 +273,7 @@ def _columns(features: Features, chosen: Int64[np.ndarray, " k"]) -> tuple[Int64
 
 
 def _fit(
-    x: csr_array, rows: Int64[np.ndarray, " active"], has: Bool[np.ndarray, " row"], training: Bool[np.ndarray, " row"]
+    x: Any, rows: Int64[np.ndarray, " active"], has: Bool[np.ndarray, " row"], training: Bool[np.ndarray, " row"]
 ) -> tuple[Float[np.ndarray, " k"], float]:
     """Coefficients and intercept; rows without an active feature are two rows of zeros with their number as weight."""
     used = training[rows]
@@ -281,7 +281,7 @@ def _fit(
     positive, everywhere = int((has & training).sum()), int(training.sum())
     zeros = np.array([positive - truth.sum(), everywhere - positive - (~truth).sum()])
     weight = np.concatenate([np.ones(len(truth)), zeros])
-    both = vstack([x[used], csr_array((2, x.shape[1]))], format="csr")
+    both: Any = vstack([x[used], csr_array((2, x.shape[1]))], format="csr")
     kept = weight > 0
     return fit_logistic(both[kept], np.concatenate([truth, [True, False]])[kept], weight[kept])
 

@@ -93,10 +93,10 @@ class Contributions:
         table = feature_contributions(features, sae, self.row, tokens, k=self.k)
         lines = table.astype(object).where(table.notna(), None).to_numpy().tolist()
         print_table(list(table.columns), lines)
-        for token, sums in table.groupby("token", sort=False)[["logit", "relative"]].sum().iterrows():
-            print_plain(
-                f"logit of {token!r}: {sums['logit']:.4g}, {sums['relative']:.4g} above the mean of the vocabulary"
-            )
+        for token_id in dict.fromkeys(table["token_id"]):
+            part = table.loc[table["token_id"] == token_id]
+            logit, relative = (f"{part[name].sum():.4g}" for name in ("logit", "relative"))
+            print_plain(f"logit of {part['token'].iloc[0]!r}: {logit}, {relative} above the mean of the vocabulary")
         return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,15 +57,16 @@ def coactive_pairs(
     check("by", by, one_of=MEASURES)
     counts, rows = text_counts(features), int(text_rows(features.store).sum())
     kept = np.flatnonzero(counts >= least)
-    best, pairs = pd.DataFrame(), 0
+    best, pairs, none = pd.DataFrame(), 0, np.empty(0, np.int64)
     for first, both in _pair_counts(features, kept, show_progress):
         one, other = np.nonzero(np.triu(both, 1) >= least)
         table = _compared(kept[first + one], kept[first + other], both[one, other].astype(np.int64), counts, rows)
         pairs += len(table)
         best = pd.concat([best, table]).sort_values([by, "feature", "other"], ascending=[False, True, True]).head(k)
-    best = best.reset_index(drop=True) if len(best) else _compared(*[np.empty(0, np.int64)] * 3, counts, rows)
+    best = best.reset_index(drop=True) if len(best) else _compared(none, none, none, counts, rows)
     if names := names_of(features.labels):
-        best = best.assign(**{f"{side}_description": best[side].map(names) for side in ("feature", "other")})
+        for side in ("feature", "other"):
+            best[f"{side}_description"] = [names.get(int(feature)) for feature in best[side]]
     best.attrs["pairs"] = pairs
     return best
 
@@ -108,7 +110,7 @@ def _pair_counts(
             size, later = min(step, len(kept) - first), len(kept) - first
             sums = np.zeros((size, later), np.int32)
             for (block,) in text_blocks(features):
-                active = columns(block, number - first, later)
+                active: Any = columns(block, number - first, later)
                 add_product(sums, active[:, :size], active)
                 advance(block.shape[0])
             yield first, sums
@@ -131,9 +133,10 @@ def text_blocks(*stores: Features, shift: int = 0) -> Iterator[tuple[csr_array, 
 
 def columns(block: csr_array, number: Int64[np.ndarray, " feature"], width: int, values: bool = False) -> csr_array:
     """Returns the entries of the features whose `number` is at least 0, as columns of that number; ones or values."""
-    column = number[block.indices]
+    indices: Any = block.indices
+    column = number[indices]
     used = (column >= 0) & (column < width)
-    ends = np.concatenate([[0], np.cumsum(used)])[block.indptr]
+    ends = np.concatenate([[0], np.cumsum(used)])[np.asarray(block.indptr)]
     data = block.data[used].astype(np.float64) if values else np.ones(int(used.sum()), np.int32)
     return csr_array((data, column[used], ends), shape=(block.shape[0], width))
 

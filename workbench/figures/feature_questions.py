@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ _MEASURES = {
 }
 
 
-def effect_figure(table: pd.DataFrame, change: str, documents: int) -> go.Figure:
+def effect_figure(table: Any, change: str, documents: int) -> go.Figure:
     """Returns one measure for a changed feature and for each control, with 95 % intervals.
 
     Args:
@@ -42,7 +43,7 @@ def effect_figure(table: pd.DataFrame, change: str, documents: int) -> go.Figure
     return figure.update_yaxes(title=_MEASURES[measure])
 
 
-def sparse_probe_figure(table: pd.DataFrame, label: str, values: int, documents: int) -> go.Figure:
+def sparse_probe_figure(table: Any, label: str, values: int, documents: int) -> go.Figure:
     """Returns F1 against k for the values of a label with the largest F1, and dashed that of shuffled labels.
 
     Args:
