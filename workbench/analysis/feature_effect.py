@@ -139,16 +139,9 @@ def feature_effect(
         RequestError: Another SAE or model, a site that cannot be changed, no rows, fewer features than controls, or an
             ablated feature that is never active on text.
     """
-    check("controls", controls, at_least=0, whole=True)
     check("resamples", resamples, at_least=1, whole=True)
-    features.rows_of(feature)
     check_sae(features, sae)
-    counts = text_counts(features)
-    if op == "ablate" and not counts[feature]:
-        raise RequestError(
-            f"feature {feature} is active on no row of text, so ablating it changes nothing; choose another"
-        )
-    chosen = [int(feature), *density_controls(counts, feature, controls, seed)]
+    counts, chosen = _chosen(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted
     work = _Work(sae, model, [Feature(sae, one, op, value, site, force=True) for one in chosen])
@@ -158,16 +151,22 @@ def feature_effect(
         for batch in sequence_batches(features.store, documents, batch_limit(model), replaced):
             work.measure(batch, sums)
             advance(int((batch.document >= 0).sum()))
-    return FeatureEffect(
-        int(feature),
-        tuple(chosen[1:]),
-        str(work.records[0]),
-        len(documents.ids),
-        documents.count,
-        sums.table(chosen, resamples, seed),
-        sums.changed(chosen, counts / max(1, int(text_rows(features.store).sum()))),
-        sums.tokens(model),
-    )
+    density = counts / max(1, int(text_rows(features.store).sum()))
+    tables = sums.table(chosen, resamples, seed), sums.changed(chosen, density), sums.tokens(model)
+    numbers = len(documents.ids), documents.count
+    return FeatureEffect(int(feature), tuple(chosen[1:]), str(work.records[0]), *numbers, *tables)
+
+
+def _chosen(
+    features: Features, feature: int, op: str, controls: int, seed: int
+) -> tuple[Int64[np.ndarray, " feature"], list[int]]:
+    """Active rows of text of every feature; the feature and its controls."""
+    check("controls", controls, at_least=0, whole=True)
+    features.rows_of(feature)
+    counts = text_counts(features)
+    if op == "ablate" and not counts[feature]:
+        raise RequestError(f"feature {feature} is active on no row of text: ablating it changes nothing; take another")
+    return counts, [int(feature), *density_controls(counts, feature, controls, seed)]
 
 
 def density_controls(counts: Int64[np.ndarray, " feature"], feature: int, controls: int, seed: int) -> tuple[int, ...]:

@@ -26,9 +26,9 @@ def fit_logistic(
         weight: Number of times that each row counts. None: once.
         penalty: Strength of the penalty; 0 has no minimum where the classes are separable.
     """
-    weight = np.ones(len(positive)) if weight is None else np.asarray(weight, np.float64)
-    totals = np.array([weight[~positive].sum(), weight[positive].sum()])
-    weight = weight * (totals.sum() / (2 * np.maximum(totals, 1e-300)))[positive.astype(int)]
+    times = np.ones(len(positive)) if weight is None else np.asarray(weight, np.float64)
+    totals = np.array([times[~positive].sum(), times[positive].sum()])
+    balanced = times * (totals.sum() / (2 * np.maximum(totals, 1e-300)))[positive.astype(int)]
     sign = np.where(positive, 1.0, -1.0)
     squares = x.multiply(x).sum(0) if issparse(x) else np.square(x).sum(0)
     scale = np.sqrt(np.maximum(np.asarray(squares, np.float64).ravel() / len(positive), 1e-30))
@@ -37,12 +37,12 @@ def fit_logistic(
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         coefficients = parameters[:-1] / scale  # columns of like size converge fast
         margin = sign * (x @ coefficients + parameters[-1])
-        slope = -weight * sign * expit(-margin)
+        slope = -balanced * sign * expit(-margin)
         gradient = (x.T @ slope + penalty * coefficients) / scale
-        value = (weight * np.logaddexp(0, -margin)).sum() + penalty / 2 * (coefficients @ coefficients)
+        value = (balanced * np.logaddexp(0, -margin)).sum() + penalty / 2 * (coefficients @ coefficients)
         return value, np.append(gradient, slope.sum())
 
     start = np.zeros(len(scale) + 1)
-    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7 * max(1.0, weight.sum())}
+    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7 * max(1.0, balanced.sum())}
     best = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
     return best[:-1] / scale, float(best[-1])

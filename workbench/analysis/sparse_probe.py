@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,8 +84,8 @@ def sparse_probe(
     null. If a label is the same for all tokens of a document, whole documents are shuffled, else tokens. Source:
     Gurnee et al., arXiv 2305.01610.
 
-    Cost: one pass over the entries per label, and a fit per value, k and shuffle over the rows on which the chosen
-    features are active. Memory: 32 MiB, and the entries of the chosen features.
+    Cost: one pass over the entries per label, and fits over the rows on which chosen features are active. Memory: 32 MiB
+    and the entries of the chosen features.
 
     Args:
         features: The features.
@@ -98,9 +99,35 @@ def sparse_probe(
         show_progress: Show a progress bar.
 
     Raises:
-        RequestError: A column that does not exist, fewer than two documents, no value that has tokens in training and
-            test documents, or settings out of range.
+        RequestError: No such column, a single document, no value in training and test documents, or wrong settings.
     """
+    _check_settings(features, k, least, held_out, resamples)
+    draw = np.random.default_rng(seed)
+    text = text_rows(features.store)
+    split = _Split.of(features.store.tokens["document"].to_numpy(), text, held_out, draw)
+    lines, shuffled, left_out = [], dict[str, str](), 0
+    score = partial(_scores, features, split=split, resamples=resamples, seed=seed)
+    for name, column in label_columns(features.store, labels).items():
+        _, values, codes = coded_labels(name, column, text, least)
+        shuffled[name], permuted = split.shuffled(codes, draw)
+        usable = [value for value in range(len(values)) if split.usable(codes, value) and split.usable(permuted, value)]
+        left_out += len(values) - len(usable)
+        chosen = [_largest_differences(features, part, split, len(values), max(k)) for part in (codes, permuted)]
+        with progress(f"probing {name}", len(usable), "values", show=show_progress) as advance:
+            for value in usable:
+                for size in k:
+                    real, null = (order[value][:size] for order in chosen)
+                    scores = score(real, codes == value), score(null, permuted == value)
+                    lines.append(_line(name, values[value], size, real, *scores))
+                advance(1)
+    if not lines:
+        raise RequestError(
+            f"labels: no value has {least} tokens, and some in both training and test documents; lower least"
+        )
+    return SparseProbes(pd.DataFrame(lines), split.documents, shuffled, left_out)
+
+
+def _check_settings(features: Features, k: Sequence[int], least: int, held_out: float | int, resamples: int) -> None:
     for one in k:
         check("k", one, at_least=1, at_most=features.shape[1], whole=True)
     if not k:
@@ -108,32 +135,6 @@ def sparse_probe(
     check("least", least, at_least=1, whole=True)
     check("held_out", held_out, above=0, below=1)
     check("resamples", resamples, at_least=1, whole=True)
-    draw = np.random.default_rng(seed)
-    text = text_rows(features.store)
-    split = _Split.of(features.store.tokens["document"].to_numpy(), text, held_out, draw)
-    lines, shuffled, left_out = [], {}, 0
-    for name, column in label_columns(features.store, labels).items():
-        _, values, codes = coded_labels(name, column, text, least)
-        unit, permuted = split.shuffled(codes, draw)
-        shuffled[name] = unit
-        usable = [value for value in range(len(values)) if split.usable(codes, value) and split.usable(permuted, value)]
-        left_out += len(values) - len(usable)
-        chosen = [_largest_differences(features, part, split, len(values), max(k)) for part in (codes, permuted)]
-        with progress(f"probing {name}", len(usable), "values", show=show_progress) as advance:
-            for value in usable:
-                for size in k:
-                    scores = [
-                        _scores(features, order[value][:size], part == value, split, resamples, seed)
-                        for order, part in zip(chosen, (codes, permuted), strict=True)
-                    ]
-                    lines.append(_line(name, values[value], size, chosen[0][value][:size], *scores))
-                advance(1)
-    if not lines:
-        raise RequestError(
-            f"labels: no value has {least} tokens, and some of them in both training and test documents; give a "
-            "smaller least, or record more documents"
-        )
-    return SparseProbes(pd.DataFrame(lines), split.documents, shuffled, left_out)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def _pair_counts(
         for first in groups:
             size, later = min(step, len(kept) - first), len(kept) - first
             sums = np.zeros((size, later), np.int32)
-            for (block,) in text_blocks(features):
+            for blocks in text_blocks(features):
+                block: Any = blocks[0]
                 active: Any = columns(block, number - first, later)
                 add_product(sums, active[:, :size], active)
                 advance(block.shape[0])
@@ -133,12 +134,12 @@ def text_blocks(*stores: Features, shift: int = 0) -> Iterator[tuple[csr_array, 
 
 def columns(block: csr_array, number: Int64[np.ndarray, " feature"], width: int, values: bool = False) -> csr_array:
     """Returns the entries of the features whose `number` is at least 0, as columns of that number; ones or values."""
-    indices: Any = block.indices
+    indices, entries = (np.asarray(part) for part in (block.indices, block.data))
     column = number[indices]
     used = (column >= 0) & (column < width)
     ends = np.concatenate([[0], np.cumsum(used)])[np.asarray(block.indptr)]
-    data = block.data[used].astype(np.float64) if values else np.ones(int(used.sum()), np.int32)
-    return csr_array((data, column[used], ends), shape=(block.shape[0], width))
+    data = entries[used].astype(np.float64) if values else np.ones(int(used.sum()), np.int32)
+    return csr_array((data, column[used], ends), shape=(len(ends) - 1, width))
 
 
 def add_product(sums: Real[np.ndarray, "left right"], left: csr_array, right: csr_array) -> None:
