@@ -94,9 +94,8 @@ def run(config: Config) -> wb.Result:
 
 def headline(result: wb.Result) -> str:
     """Returns dead features and explained variance of each loss, averaged over seeds, as a sentence."""
-    means = (
-        result.table.groupby("aux_loss", sort=False)[["dead_training", "explained_variance"]].mean().to_dict("index")
-    )
+    columns = result.table.groupby("aux_loss", sort=False)[["dead_training", "explained_variance"]]
+    means: dict[Any, Any] = pd.DataFrame(columns.mean()).to_dict("index")
     return "; ".join(
         f"{name}: {100 * mean['dead_training']:.1f} % of features dead on the training documents, explained variance "
         f"{mean['explained_variance']:.3f}"

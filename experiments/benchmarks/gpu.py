@@ -54,8 +54,8 @@ class Gpu:
         comparisons += gpu_checks.equality(folder, device, self.documents)
         for shape in self.shapes:
             for architecture in ("topk", "jumprelu"):
-                sizes = map(int, shape.split("x"))
-                sae, x = make_autoencoder(folder / "sae", architecture, *sizes, self.rows, device=device)
+                d_in, d_sae, k = map(int, shape.split("x"))
+                sae, x = make_autoencoder(folder / "sae", architecture, d_in, d_sae, k, self.rows, device=device)
                 comparisons += self._encoding(f"{architecture} {shape}", sae, x)
                 shutil.rmtree(folder / "sae")
         return comparisons + self._recording(folder, device)
@@ -89,7 +89,8 @@ class Gpu:
 
     def _recording(self, folder: Path, device: torch.device) -> list[Comparison]:
         """Speed of a recording and of the bare body of the model."""
-        module = gpt2(self.layers).to(device, torch.bfloat16)
+        module = gpt2(self.layers)
+        module.to(device=device, dtype=torch.bfloat16)  # pyright: ignore[reportArgumentType] - transformers wraps `to`
         model, ids, out = wb.load_model(module), token_ids(self.sequences, self.context), folder / "recorded.acts"
         batch = min(self.sequences, max(1, 16_384 // self.context))
 

@@ -97,7 +97,8 @@ def bounds(device: torch.device, widths: tuple[int, ...], rows: int) -> list[Com
 def equality(folder: Path, device: torch.device, documents: int) -> list[Comparison]:
     """Records, extracts and measures with the embedded model on the device and on the CPU."""
     texts = [document["text"] for document in wb.demo_corpus()[:documents]]
-    recorded, features, metrics = {}, {}, {}
+    recorded, metrics = {}, {}
+    features: dict[torch.device, Any] = {}  # sparse matrices, whose types leave results of operators open
     for place in dict.fromkeys((torch.device("cpu"), device)):
         model, sae = wb.load_model("demo", device=place, dtype="float32"), wb.load_sae("demo", device=place)
         site = sae.site or "resid_post.0"

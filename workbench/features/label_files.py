@@ -214,8 +214,8 @@ def _row(place: str, row: Any) -> Iterator[_Line]:
         raise RequestError(f"{place}: {column} is {str(feature)[:40]!r}, no number of a feature; give a whole number")
     module = str(_first(row, *(lowered[name] for name in _SOURCES if name in lowered)) or "")
     of_neuronpedia = "modelId" in row or isinstance(row.get("explanations"), list)
-    explanations = row.get("explanations") if isinstance(row.get("explanations"), list) else [row]
-    for explanation in explanations:
+    explanations = row.get("explanations")
+    for explanation in explanations if isinstance(explanations, list) else [row]:
         if not isinstance(explanation, dict):
             raise RequestError(f"{place}: an explanation is no object; export it again")
         values = _explained(explanation) if of_neuronpedia else _cells(row, column)
