@@ -105,7 +105,7 @@ def equality(folder: Path, device: torch.device, documents: int) -> list[Compari
         options: dict[str, Any] = {"sites": [site], "dtype": "float32", "context": 64}
         store = wb.record(model, texts, out=folder / f"{place.type}.acts", show_progress=False, **options)
         recorded[place] = store[site][:]
-        extracted = wb.extract_features(store, sae, show_progress=False)
+        extracted: Any = wb.extract_features(store, sae, show_progress=False)
         features[place] = extracted[np.arange(store.rows)]
         metrics[place] = wb.sae_metrics(store, sae, model=model)
     here, there = torch.device("cpu"), device

@@ -176,8 +176,8 @@ def _table(
     ranked = sorted((line for line in lines if line[1] is not None), key=lambda line: -abs(line[4]))
     shown, hidden = ranked[:k], ranked[k:] if k is not None else []
     if hidden:
-        sums = (sum(line[column] for line in hidden) for column in (3, 4))
-        shown = [*shown, (f"{len(hidden)} other features", None, np.nan, *sums)]
+        logit, relative = sum(line[3] for line in hidden), sum(line[4] for line in hidden)
+        shown = [*shown, (f"{len(hidden)} other features", None, np.nan, logit, relative)]
     table = pd.DataFrame(
         [*shown, *(line for line in lines if line[1] is None)],
         columns=["term", "feature", "activation", "logit", "relative"],

@@ -84,8 +84,8 @@ def sparse_probe(
     null. If a label is the same for all tokens of a document, whole documents are shuffled, else tokens. Source:
     Gurnee et al., arXiv 2305.01610.
 
-    Cost: one pass over the entries per label, and fits over the rows on which chosen features are active. Memory: 32 MiB
-    and the entries of the chosen features.
+    Cost: one pass over the entries per label, and fits over the rows on which chosen features are active. Memory:
+    32 MiB and the entries of the chosen features.
 
     Args:
         features: The features.

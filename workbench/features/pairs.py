@@ -134,8 +134,8 @@ def text_blocks(*stores: Features, shift: int = 0) -> Iterator[tuple[csr_array, 
 
 def columns(block: csr_array, number: Int64[np.ndarray, " feature"], width: int, values: bool = False) -> csr_array:
     """Returns the entries of the features whose `number` is at least 0, as columns of that number; ones or values."""
-    indices, entries = (np.asarray(part) for part in (block.indices, block.data))
-    column = number[indices]
+    entries = np.asarray(block.data)
+    column = number[np.asarray(block.indices, np.int64)]
     used = (column >= 0) & (column < width)
     ends = np.concatenate([[0], np.cumsum(used)])[np.asarray(block.indptr)]
     data = entries[used].astype(np.float64) if values else np.ones(int(used.sum()), np.int32)
