@@ -270,13 +270,13 @@ def test_a_revision_is_what_follows_the_last_at_sign(monkeypatch, tmp_path):
 
 
 def test_a_sweep_over_models_shares_recordings_and_survives_a_missing_one(tmp_path, monkeypatch):
-    real, made = recorder.record, []
+    real, made = recorder.record_plan, []
 
-    def counting(*arguments, **options):
-        made.append(options["out"])
-        return real(*arguments, **options)
+    def counting(plan, model, texts, out, *arguments):
+        made.append(out)
+        return real(plan, model, texts, out, *arguments)
 
-    monkeypatch.setattr(recorder, "record", counting)
+    monkeypatch.setattr(recorder, "record_plan", counting)
     choices = {"model": ("demo", str(tmp_path / "none")), "input": ("natural", "random", "repeated")}
     choices |= {"epsilon": (0.2, 0.3), "rows": (640,), "length": (32,), "recordings": (tmp_path / "recordings",)}
     configs = grid(sinks.Config, choices)

@@ -22,6 +22,7 @@ from workbench.features.feature_store import (
     Features,
     FeaturesRecord,
     SaeRecord,
+    SiteFeatures,
     by_feature_layout,
     by_row_layout,
 )
@@ -135,9 +136,8 @@ def test_the_export_takes_less_memory_than_the_features(tmp_path, monkeypatch):
             file.append(name, values)
     with new_arrays(path / BY_FEATURE, by_feature_layout(*size)) as file:
         invert(*by_row, np.bincount(feature), file, tmp_path / "spill", "int32")
-    record = FeaturesRecord(
-        SaeRecord("sae", "", {}), SITE.name, "../..", store.manifest.fingerprint, *size[:3], "float32", 0, {}, {}
-    )
+    sae, reads = SaeRecord("sae", "", {}), (SiteFeatures(SITE.name, 0, count),)
+    record = FeaturesRecord(sae, SITE.name, reads, "../..", store.manifest.fingerprint, *size[:3], "float32", 0, {}, {})
     features = Features(path, record, store)
     monkeypatch.setattr(other_formats, "_BLOCK", 1 << 12)
     tracemalloc.start()

@@ -48,7 +48,7 @@ def test_auto_on_a_cpu_is_what_it_computes_well(halved, tiny_models, monkeypatch
 
 
 def test_a_checkpoint_without_head_is_loaded_without_one(tiny_models, tmp_path):
-    LlamaModel(tiny_models["llama"].config).save_pretrained(tmp_path / "bare")
+    LlamaModel(copy.deepcopy(tiny_models["llama"].config)).save_pretrained(tmp_path / "bare")
     model = load_model(tmp_path / "bare")
     assert model.architecture == "LlamaModel"
     store = wb.record(model, [[3, 4, 5]], sites=["resid_post", "pattern"], out=tmp_path / "s.acts", show_progress=False)
