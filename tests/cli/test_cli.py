@@ -321,7 +321,7 @@ def test_long_values_are_cut(tiny_models, tmp_path):
     texts.write_text(json.dumps({"input_ids": [5, 6], "note": "x" * 100}))
     wb.record(tiny_models["llama"], texts, out=out, show_progress=False)
     line = run("query", out, "row = 0")[1].splitlines()[1]
-    assert line.endswith("'" + "x" * 38 + "…")
+    assert line.endswith(" " + "x" * 39 + "…")
 
 
 def test_a_wrong_path_answers_before_anything_heavy_is_loaded(store, stories, tmp_path):

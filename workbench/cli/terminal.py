@@ -30,8 +30,13 @@ def print_problem(text: str) -> None:
 
 
 def print_table(heading: Sequence[str], lines: Sequence[Sequence[object]], limit: int = 40) -> None:
-    """Prints aligned columns; a value longer than `limit` characters is cut."""
-    cells = [[str(name) for name in heading], *([_cell(value, limit) for value in line] for line in lines)]
+    """Prints aligned columns; a value longer than `limit` characters is cut.
+
+    Texts are quoted, as tokens begin with spaces, except in a column in which all of them are plain names.
+    """
+    quoted = [not all(map(_is_name, column)) for column in zip(*lines, strict=True)]
+    cells = [[_cell(value, limit, quote) for value, quote in zip(line, quoted, strict=True)] for line in lines]
+    cells.insert(0, [str(name) for name in heading])
     widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -44,9 +49,14 @@ def print_items(items: dict[str, str]) -> None:
         print_plain(f"  {name:<{width}}  {description}".rstrip())
 
 
-def _cell(value: object, limit: int) -> str:
+def _is_name(value: object) -> bool:
+    """True for a text that reads the same without quotes, and for what is no text."""
+    return not isinstance(value, str) or (value[:1].isalpha() and value == value.strip() and value.isprintable())
+
+
+def _cell(value: object, limit: int, quote: bool) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-    text = plain(repr(value) if isinstance(value, str) else text)
+    text = plain(repr(value) if quote and isinstance(value, str) else text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
