@@ -218,8 +218,8 @@ def _synchronised(sae: Sae, work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _check_same(ours: Any, theirs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    entries = [_keys(ours.indptr, ours.feature), _keys(*theirs[:2])]
-    differing = len(np.setxor1d(*entries)) / max(1, len(entries[1]))
+    keys = _keys(*theirs[:2])
+    differing = len(np.setxor1d(_keys(ours.indptr, ours.feature), keys)) / max(1, len(keys))
     if differing > 1e-4:  # pre-activations closer than float32 resolves may lie on either side
         raise RuntimeError(f"{differing:.1%} of the features are not SAELens'")
 
