@@ -1,5 +1,6 @@
 """Damaged files of features, finished and unfinished, give an answer or an error in one line."""
 
+import json
 import logging
 import shutil
 
@@ -8,7 +9,8 @@ import pytest
 from features_example import extracted
 from mutations import fuzz, mutations, safetensors
 
-from workbench.features.feature_store import open_features
+import workbench as wb
+from workbench.features.feature_store import BY_ROW, open_features
 
 
 def question(folder, store):
@@ -23,6 +25,22 @@ def question(folder, store):
 def test_of_finished_features(file, features, store, tmp_path):
     folder = shutil.copytree(features.path, tmp_path / "features")
     fuzz(lambda: question(folder, store), folder / file, parts=safetensors if file != "features.json" else None)
+
+
+def test_row_pointers_whose_difference_overflows_are_refused(features, store, tmp_path):
+    folder = shutil.copytree(features.path, tmp_path / "features")
+    data = bytearray((folder / BY_ROW).read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    first = 8 + size + json.loads(data[8 : 8 + size])["indptr"]["data_offsets"][0]
+    pointers = np.frombuffer(data, np.int64, len(features) + 1, first)
+    pointers[10:12] = 6 * 10**18, -6 * 10**18
+    assert (np.diff(pointers) >= 0).all()  # an int64 wraps around
+    (folder / BY_ROW).write_bytes(data)
+    with pytest.raises(wb.DataError) as caught:
+        open_features(folder, store)
+    assert str(caught.value).endswith(
+        "is damaged: its indptr does not rise from 0 to the number of entries; extract the features again"
+    )
 
 
 def test_of_an_unfinished_extraction(store, sae, monkeypatch, tmp_path):

@@ -419,7 +419,7 @@ class Features:
             )
         for name, arrays in ((BY_ROW, self.by_row), (BY_FEATURE, self.by_feature)):
             indptr = arrays["indptr"]
-            if indptr[0] != 0 or indptr[-1] != self.record.entries or (np.diff(indptr) < 0).any():
+            if indptr[0] != 0 or indptr[-1] != self.record.entries or (indptr[1:] < indptr[:-1]).any():
                 raise self._damaged(name, "its indptr does not rise from 0 to the number of entries")
 
     def _damaged(self, name: str, what: str) -> DataError:
