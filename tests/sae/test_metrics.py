@@ -235,7 +235,7 @@ def test_the_command_prints_and_saves_what_the_function_returns(tmp_path):
     metrics = sae_metrics(store, wb.load_sae("demo"), model=wb.load_model("demo"))
     heading, *lines = (line.split() for line in out.splitlines()[:-2])
     assert heading == ["metric", "value", "low", "high"]
-    expected = metrics.table.set_index("metric").loc[[line[0][1:-1] for line in lines]]
+    expected = metrics.table.set_index("metric").loc[[line[0] for line in lines]]
     assert len(lines) == len(metrics.table) == 17
     np.testing.assert_allclose([list(map(float, line[1:])) for line in lines], expected, rtol=1e-3)
     tokens = f"{metrics.loss.tokens} predicted tokens, losses and KL in nats"
