@@ -19,8 +19,8 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.results.bootstrap import clustered_interval
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_directions, row_scale
-from workbench.sae.load import Sae
 
 F1_GAIN = 0.03
 """Gain in F1 by which a further feature counts as a split of the letter's feature."""

@@ -190,13 +190,6 @@ def density_controls(counts: Int64[np.ndarray, " feature"], feature: int, contro
     return tuple(map(int, np.sort(np.random.default_rng(seed).choice(nearest, controls, replace=False))))
 
 
-def _record(
-    features: Features, sae: Sae, feature: int, op: Literal["ablate", "clamp", "add"], value: float | None
-) -> Feature:
-    # the features were extracted from this site, if need be by force
-    return Feature(sae, feature, op, value, site=features.record.site, force=True)
-
-
 def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[np.ndarray, " row"]]:
     """Measured rows, all text of the sequences with chosen rows, and a mask of the chosen rows."""
     store, text = features.store, text_rows(features.store)

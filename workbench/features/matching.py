@@ -20,8 +20,8 @@ from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
+from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_directions
-from workbench.sae.load import Sae
 
 _BYTES = 256 << 20  # sums of the pairs of one group of features with all others
 _EXACT = 1 << 22  # pairs of features up to which the assignment looks at all of them

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from workbench.io.torch_state import device_for_float64
 from workbench.results.bootstrap import Interval, intervals, resampled_means, wilson
 from workbench.sae.autoencoder import Sae
 from workbench.sae.site import block_rows, encode_checked
@@ -129,7 +130,7 @@ def _mean(array: ActivationArray, sae: Sae, ids: Int64[np.ndarray, " row"]) -> F
 
 def exact(rows: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
     """Returns rows in float64, on the CPU if their device has no float64."""
-    return (rows.cpu() if rows.device.type == "mps" else rows).double()
+    return rows.to(device_for_float64(rows.device)).double()
 
 
 class FeatureCounts:
