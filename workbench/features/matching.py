@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from workbench.features.feature_store import Features
-from workbench.features.pairs import add_product, columns, text_blocks
+from workbench.features.pairs import add_product, columns, numbered, text_blocks
 from workbench.features.promoted import check_sae
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check
@@ -64,21 +64,23 @@ def match_features(
     for features, its_sae in ((one, sae), (other, other_sae)):
         if its_sae is not None:
             check_sae(features, its_sae)
-    left, right = np.flatnonzero(text_counts(one)), np.flatnonzero(text_counts(other))
+    counts = text_counts(one)
+    left, right = np.flatnonzero(counts), np.flatnonzero(text_counts(other))
     if not len(left) or not len(right):
         raise RequestError("one of the two has no feature that is active on text; nothing can be matched")
     matches = _matches(one, other, left, right)
-    chance = _matches(one, other, left, right, shift=int(text_rows(one.store).sum()) // 2)
+    shift = int(text_rows(one.store).sum()) // 2
+    chance = [part.max(1) for _, part in _correlations(one, other, left, right, shift)]
     table = pd.DataFrame(
         {
             "feature": left,
-            "active": text_counts(one)[left],
+            "active": counts[left],
             "match": right[matches.best],
             "correlation": matches.correlation,
             "mutual": matches.best_left[matches.best] == np.arange(len(left)),
             "assigned": pd.array([right[index] if index >= 0 else None for index in matches.assigned], "Int64"),
             "assigned_correlation": matches.assigned_correlation,
-            "chance": chance.correlation,
+            "chance": np.concatenate(chance),
         }
     )
     if sae is not None and other_sae is not None:
@@ -97,13 +99,13 @@ class _Matches(NamedTuple):
 
 
 def _matches(
-    one: Features, other: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"], shift: int = 0
+    one: Features, other: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"]
 ) -> _Matches:
     best, largest = np.zeros(len(left), np.int64), np.full(len(left), -np.inf)
     best_left, largest_left = np.zeros(len(right), np.int64), np.full(len(right), -np.inf)
     candidates: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     width = len(right) if len(left) * len(right) <= _EXACT else min(_CANDIDATES, len(right))
-    for first, part in _correlations(one, other, left, right, shift):
+    for first, part in _correlations(one, other, left, right, 0):
         rows = np.arange(first, first + len(part))
         best[rows], largest[rows] = part.argmax(1), part.max(1)
         better = part.max(0) > largest_left
@@ -142,8 +144,7 @@ def _moments(
     features: Features, kept: Int64[np.ndarray, " kept"], rows: int
 ) -> tuple[Int64[np.ndarray, " feature"], Float[np.ndarray, " kept"], Float[np.ndarray, " kept"]]:
     """Index of each kept feature, -1 for others, and mean and standard deviation of the kept ones over rows of text."""
-    number = np.full(features.shape[1], -1)
-    number[kept] = np.arange(len(kept))
+    number = numbered(features, kept)
     sums, squares = np.zeros((2, len(kept)))
     for (block,) in text_blocks(features):
         values = columns(block, number, len(kept), values=True)
@@ -260,11 +261,7 @@ def _overlaps(
     one: Features, other: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"]
 ) -> Iterator[tuple[int, Int64[np.ndarray, "group right"]]]:
     """Groups of features of `one`: index of the first, and rows of text shared with each feature of `other`."""
-    numbers = []
-    for features, kept in ((one, left), (other, right)):
-        number = np.full(features.shape[1], -1)
-        number[kept] = np.arange(len(kept))
-        numbers.append(number)
+    numbers = numbered(one, left), numbered(other, right)
     step = max(1, _BYTES // (8 * max(1, len(right))))
     for first in range(0, len(left), step):
         sums = np.zeros((min(step, len(left) - first), len(right)), np.int64)

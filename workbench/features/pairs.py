@@ -100,8 +100,7 @@ def _pair_counts(
     features: Features, kept: Int64[np.ndarray, " kept"], show_progress: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Groups of consecutive kept features: index of the first, counts (feature of the group, from it on)."""
-    number = np.full(features.shape[1], -1)
-    number[kept] = np.arange(len(kept))
+    number = numbered(features, kept)
     step = max(1, _BYTES // (4 * max(1, len(kept))))
     groups = range(0, len(kept), step)
     text = int(text_rows(features.store).sum())
@@ -130,6 +129,13 @@ def text_blocks(*stores: Features, shift: int = 0) -> Iterator[tuple[csr_array, 
     for start in range(0, len(text), step):
         part = slice(start, start + step)
         yield tuple(features[(moved if place else text)[part]] for place, features in enumerate(stores))
+
+
+def numbered(features: Features, kept: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " feature"]:
+    """Returns the index of each feature among the kept ones, -1 for others."""
+    number = np.full(features.shape[1], -1)
+    number[kept] = np.arange(len(kept))
+    return number
 
 
 def columns(block: csr_array, number: Int64[np.ndarray, " feature"], width: int, values: bool = False) -> csr_array:
