@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.io.errors import RequestError, WorkbenchError, nearest
-from workbench.io.files import explain_full_disk, refuse_full, replace_folder, write_file
+from workbench.io.files import save_texts
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
@@ -101,17 +101,9 @@ class Comparison:
 
     def save(self, folder: str | Path) -> Path:
         """Writes sites.csv, probes.csv and cosine.html into an empty or new folder; RequestError if it is neither."""
-        folder = Path(folder)
-        refuse_full(folder)
         page = self.figure().to_html(include_mathjax=False, div_id="cosine")
-        pages = {"sites.csv": csv_text(self.sites), "probes.csv": csv_text(self.probes), "cosine.html": page}
-        with (
-            explain_full_disk(str(folder), "save it again"),
-            replace_folder(folder.resolve(), ()) as new,
-        ):
-            for name, text in pages.items():
-                write_file(new / name, text.encode("utf-8", "replace"))
-        return folder
+        tables = {"sites.csv": csv_text(self.sites), "probes.csv": csv_text(self.probes)}
+        return save_texts(folder, tables | {"cosine.html": page})
 
 
 @plain_torch()

@@ -20,7 +20,7 @@ from workbench.features.promoted import check_sae
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import explain_full_disk, refuse_full, replace_folder, write_file
+from workbench.io.files import save_texts
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
@@ -87,13 +87,8 @@ class FeatureEffect:
 
     def save(self, folder: str | Path) -> Path:
         """Writes effect.csv, changed.csv and logits.csv into an empty or new folder; RequestError if it is neither."""
-        folder = Path(folder)
-        refuse_full(folder)
         tables = {"effect.csv": self.table, "changed.csv": self.changed, "logits.csv": self.logits}
-        with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
-            for name, table in tables.items():
-                write_file(new / name, csv_text(table).encode())
-        return folder
+        return save_texts(folder, {name: csv_text(table) for name, table in tables.items()})
 
 
 @plain_torch()

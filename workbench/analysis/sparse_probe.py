@@ -19,7 +19,7 @@ from workbench.features.index import feature_groups
 from workbench.features.queries import coded_labels, label_columns, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import explain_full_disk, refuse_full, replace_folder, write_file
+from workbench.io.files import save_texts
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.results.bootstrap import central, resampled_means
@@ -58,11 +58,7 @@ class SparseProbes:
 
     def save(self, folder: str | Path) -> Path:
         """Writes probes.csv into an empty or new folder; RequestError if it is neither."""
-        folder = Path(folder)
-        refuse_full(folder)
-        with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
-            write_file(new / "probes.csv", csv_text(self.table).encode())
-        return folder
+        return save_texts(folder, {"probes.csv": csv_text(self.table)})
 
 
 def sparse_probe(

@@ -10,7 +10,7 @@ from workbench.cli.arguments import Parallel
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable, refuse_full
+from workbench.io.files import check_new_folder, check_writable
 
 if TYPE_CHECKING:
     from workbench.features.feature_store import Features as FeatureStore
@@ -159,8 +159,7 @@ class Metrics:
         from workbench.store.reader import open_store
 
         if self.out is not None:
-            refuse_full(self.out)
-            check_writable(self.out)
+            check_new_folder(self.out)
         store = open_store(self.store)
         metrics = sae_metrics(
             store,

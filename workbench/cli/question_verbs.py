@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
-from workbench.io.files import check_writable, refuse_full, replace_file
+from workbench.io.files import check_new_folder, check_writable, replace_file, save_texts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-
-def _writable(out: Path | None) -> None:
-    """Refuses a folder for results that exists or cannot be made, before work starts."""
-    if out is not None:
-        refuse_full(out)
-        check_writable(out)
 
 
 def _figure(figure: Figure, out: Path) -> None:
@@ -47,7 +40,8 @@ class Coactive:
         from workbench.features.feature_store import open_features  # seconds: pandas
         from workbench.features.pairs import coactive_pairs
 
-        _writable(self.out)
+        if self.out is not None:
+            check_new_folder(self.out)
         table = coactive_pairs(open_features(self.features), least=self.least, k=self.k, by=self.by)
         print_table(list(table.columns), table.to_numpy(object).tolist())
         print_plain(
@@ -57,8 +51,7 @@ class Coactive:
             from workbench.figures.feature_questions import pairs_figure  # seconds: plotly
             from workbench.io.spreadsheet import csv_text
 
-            self.out.mkdir(parents=True, exist_ok=True)
-            replace_file(self.out / "pairs.csv", csv_text(table).encode())
+            save_texts(self.out, {"pairs.csv": csv_text(table)})
             _figure(pairs_figure(table, self.by), self.out)
             print_plain(f"table  {self.out}")
         return 0
@@ -138,7 +131,8 @@ class Effect:
         from workbench.model.reload import recorded_model
         from workbench.sae.load import load_sae
 
-        _writable(self.out)
+        if self.out is not None:
+            check_new_folder(self.out)
         features = open_features(self.features)
         features.rows_of(self.feature)  # a wrong number is refused before the model is loaded
         effect = feature_effect(
@@ -240,7 +234,8 @@ class SparseProbe:
         from workbench.analysis.sparse_probe import sparse_probe  # seconds: pandas, torch
         from workbench.features.feature_store import open_features
 
-        _writable(self.out)
+        if self.out is not None:
+            check_new_folder(self.out)
         probes = sparse_probe(
             open_features(self.features),
             self.labels or None,

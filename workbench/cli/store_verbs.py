@@ -8,7 +8,7 @@ from pathlib import Path
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain, print_table
 from workbench.io.checks import check_fields
-from workbench.io.files import check_writable, refuse_full
+from workbench.io.files import check_new_folder
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ class Compare:
         from workbench.store.reader import open_store
 
         if self.out is not None:
-            refuse_full(self.out)
-            check_writable(self.out)
+            check_new_folder(self.out)
         stores = open_store(self.store_a), open_store(self.store_b)
         comparison = compare(*stores, sites=self.sites, probes=self.probes, allow_nonfinite=self.allow_nonfinite)
         print_table(list(comparison.sites.columns), comparison.sites.to_numpy().tolist())

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
@@ -302,6 +302,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def save_texts(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> Path:
+    """Writes text files by name into an empty or new folder, all or none, and returns the folder.
+
+    Raises:
+        RequestError: The folder is not empty, or is a file.
+        DataError: The disk is full, read-only or failing.
+    """
+    folder = Path(folder)
+    refuse_full(folder)
+    with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
+        for name, text in texts.items():
+            write_file(new / name, text.encode("utf-8", "replace"))
+    return folder
+
+
 def check_writable(path: str | os.PathLike[str], name: str = "out") -> None:
     """Refuses a file or folder that cannot be written, before work is done for it.
 
@@ -319,6 +334,12 @@ def check_writable(path: str | os.PathLike[str], name: str = "out") -> None:
     except OSError as error:
         place = "" if parent == Path(path).absolute() else f" in {parent}"
         raise RequestError(f"{name}={path} cannot be written{place}: {error.strerror}; choose another {name}") from None
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that is not empty or cannot be written, before work is done for it."""
+    refuse_full(Path(folder))
+    check_writable(folder)
 
 
 def human_bytes(count: int) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import explain_full_disk, refuse_full, replace_folder, write_file
+from workbench.io.files import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.load import Model
@@ -83,13 +83,7 @@ class SaeMetrics:
 
     def save(self, folder: str | Path) -> Path:
         """Writes metrics.csv (`table`) and density.csv into an empty or new folder; RequestError if it is neither."""
-        folder = Path(folder)
-        refuse_full(folder)
-        tables = {"metrics.csv": self.table, "density.csv": self.density}
-        with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
-            for name, table in tables.items():
-                write_file(new / name, csv_text(table).encode())
-        return folder
+        return save_texts(folder, {"metrics.csv": csv_text(self.table), "density.csv": csv_text(self.density)})
 
 
 @plain_torch()
