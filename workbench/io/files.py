@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ PARTIAL = ".partial"
 """Suffix of unfinished files and folders, which are never read."""
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ATTEMPTS = 50  # at a name that another process moves at the same time
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 T = TypeVar("T")
@@ -210,7 +212,7 @@ def _clear(old: Path, new: Path, known: list[tuple[str, ...]]) -> None:
     """Removes a replaced folder, after what others have put there in the meantime was moved to the new one."""
     try:
         for entry in _foreign(old, known):
-            _merge(entry, new / entry.relative_to(old))
+            _merge_beside_others(entry, new / entry.relative_to(old))
     except BaseException:
         with suppress(OSError):  # or what is not ours would be removed with the rest
             os.rename(old, old.with_name(f".{new.name}.{secrets.token_hex(4)}.old"))
@@ -223,9 +225,12 @@ def _foreign(folder: Path, known: list[tuple[str, ...]]) -> list[Path]:
     entries = []
     for entry in sorted(folder.iterdir()):
         inner = [pattern[1:] for pattern in known if len(pattern) > 1 and fnmatchcase(entry.name, pattern[0])]
-        if inner and entry.is_dir() and not entry.is_symlink():
+        is_folder = stat.S_ISDIR(entry.lstat().st_mode)  # an entry that has gone meanwhile is no file of others
+        if inner and is_folder:
             entries += _foreign(entry, inner)
-        elif entry.is_dir() or not any(len(known_as) == 1 and fnmatchcase(entry.name, *known_as) for known_as in known):
+            continue
+        ours = any(len(pattern) == 1 and fnmatchcase(entry.name, *pattern) for pattern in known)
+        if is_folder or entry.is_dir() or not ours:
             entries.append(entry)
     return entries
 
@@ -244,6 +249,17 @@ def _link(source: Path, target: Path) -> None:
 
 def _link_file(source: str | Path, target: str | Path, **_: object) -> None:
     os.link(source, target, follow_symlinks=False)
+
+
+def _merge_beside_others(source: Path, target: Path) -> None:
+    """As `_merge`, again where another process takes the folder of `target` away or puts its own there meanwhile."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _merge(source, target)
+        except (FileNotFoundError, FileExistsError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(0.001 * attempt)
 
 
 def _merge(source: Path, target: Path) -> None:
