@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,15 +25,18 @@ from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import fixed_shape, hook_tensor, run
-from workbench.model.intervene import Intervened, changeable_site, intervene
+from workbench.model.intervene import Change, Intervened, Intervention, changeable_site, intervene
 from workbench.model.load import Model
+from workbench.model.positions import At
 from workbench.model.reload import recorded_model
 from workbench.results.bootstrap import intervals, resampled_means
 from workbench.sae.autoencoder import Sae
+from workbench.sae.decoder import extremes
 from workbench.sae.feature_record import Feature
 from workbench.sae.reconstruction import Documents
 from workbench.sae.site import block_rows
 from workbench.sae.spliced_loss import Batch, batch_limit, loss_and_divergence, sequence_batches
+from workbench.sites.grammar import Site
 from workbench.store.reader import Rows
 
 if TYPE_CHECKING:
@@ -202,14 +205,32 @@ def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[
     return Documents.of(store.tokens["document"].to_numpy(), np.flatnonzero(measured)), replaced
 
 
+@dataclass(frozen=True, eq=False)
+class _Checked(Intervention):
+    """A record that was checked once for all batches, at the chosen tokens of one."""
+
+    record: Feature
+    ready: Change
+    at: At
+
+    @property
+    def place(self) -> str:
+        return self.record.place
+
+    def change(self, model: Model, site: Site) -> Change:
+        return self.ready
+
+    def __str__(self) -> str:
+        return str(self.record)
+
+
 class _Work:
     """The passes of a batch: unchanged, and one for each changed feature."""
 
     def __init__(self, sae: Sae, model: Model, records: Sequence[Feature]) -> None:
         self.sae, self.model, self.records = sae, model, records
         self.site = changeable_site(model, records[0].place)
-        for record in records:
-            record.change(model, self.site)  # refused before any pass
+        self.changes = [record.change(model, self.site) for record in records]
 
     def measure(self, batch: Batch, sums: _Sums) -> None:
         """Adds the effect of every change on a batch."""
@@ -221,7 +242,7 @@ class _Work:
         for index, record in enumerate(self.records):
             after, relative = before, 0.0
             if bool(changes[index].any()):
-                with intervene(self.model, replace(record, at=batch.replaced)) as applied:
+                with intervene(self.model, _Checked(record, self.changes[index], batch.replaced)) as applied:
                     after, _ = self._pass(batch, applied)
                 relative = float((applied.table()["relative_change"] * applied.table()["rows"]).iloc[0])
                 after = after[rows.to(after.device)]
@@ -332,8 +353,7 @@ class _Sums:
 
     def tokens(self, model: Model) -> pd.DataFrame:
         means = self.logits / np.maximum(self.rows, 1)[:, None]
-        order = np.argsort(-means[0], kind="stable")
-        chosen = order if len(order) <= 2 * _TOKENS else np.concatenate([order[:_TOKENS], order[-_TOKENS:]])
+        chosen = extremes(means[0], _TOKENS)
         control = means[1:].mean(0)[chosen] if len(means) > 1 else np.full(len(chosen), np.nan)
         texts = token_texts(model.tokenizer, chosen)
         return pd.DataFrame({"token_id": chosen, "token": texts, "logit": means[0][chosen], "control": control})

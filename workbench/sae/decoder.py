@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from workbench.io.checks import check
@@ -103,8 +103,7 @@ def decoder_logits(sae: Sae, unembed: Unembed, features: Sequence[int | np.integ
 def extreme_tokens(effects: Float[Tensor, " vocab"], unembed: Unembed, k: int) -> pd.DataFrame:
     """Returns the k largest and the k smallest effects, largest first: token_id, token, logit; no token twice."""
     values = effects.cpu().numpy()
-    order = np.argsort(-values, kind="stable")
-    chosen = order if 2 * k >= len(order) else np.concatenate([order[:k], order[-k:]])
+    chosen = extremes(values, k)
     return pd.DataFrame(
         {
             "token_id": chosen,
@@ -112,3 +111,9 @@ def extreme_tokens(effects: Float[Tensor, " vocab"], unembed: Unembed, k: int) -
             "logit": values[chosen],
         }
     )
+
+
+def extremes(values: Float[np.ndarray, " value"], k: int) -> Int64[np.ndarray, " chosen"]:
+    """Returns the indices of the k largest and the k smallest values, largest first; none twice."""
+    order = np.argsort(-values, kind="stable")
+    return order if 2 * k >= len(order) else np.concatenate([order[:k], order[-k:]])
