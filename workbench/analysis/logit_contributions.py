@@ -79,9 +79,9 @@ def feature_contributions(
     ids = _token_ids(unembed, tokens, stream)
     parts = _parts(features, sae, int(row), stream, store[last].name)
     logit, relative = _logits(unembed, torch.stack([part[3] for part in parts]), stream, ids)
-    names = [(*part[:3], one, other) for part, one, other in zip(parts, logit, relative, strict=True)]
+    names = [(*part[:3], one, other) for part, one, other in zip(parts, logit[:-1], relative[:-1], strict=True)]
     names += [
-        ("bias of the final norm", None, np.nan, *_effect(unembed, unembed.shift.double()[None], ids)),
+        ("bias of the final norm", None, np.nan, logit[-1], relative[-1]),
         ("bias of the unembedding", None, np.nan, *_bias(unembed, ids)),
     ]
     tables = [_table(names, index, token, unembed, k) for index, token in enumerate(ids)]
@@ -134,25 +134,20 @@ def _affine(sae: Sae, values: Tensor | None) -> tuple[Tensor | float, Float64[Te
 
 def _logits(
     unembed: Unembed, parts: Float64[Tensor, "part d_model"], stream: Float64[Tensor, " d_model"], ids: Sequence[int]
-) -> tuple[Float64[Tensor, "part token"], Float64[Tensor, "part token"]]:
-    """Terms of the logits, and these minus their mean over the vocabulary, with the norm's scale that of `stream`."""
+) -> tuple[Float64[Tensor, "part_and_bias token"], Float64[Tensor, "part_and_bias token"]]:
+    """Terms of the logits, and these minus their mean over the vocabulary, with the norm's scale that of `stream`.
+
+    The last line is the norm's bias.
+    """
     scale = torch.tensor(1.0, dtype=torch.float64, device="cpu")
     if unembed.norm == "layer":
         stream, parts = stream - stream.mean(), parts - parts.mean(1, keepdim=True)
     if unembed.norm != "none":
         scale = torch.rsqrt(stream.square().mean() + unembed.eps)
-    logit, relative = _effect(unembed, parts * scale * unembed.gain.double(), ids)
-    return logit.reshape(-1, len(ids)), relative.reshape(-1, len(ids))
-
-
-def _effect(
-    unembed: Unembed, normed: Float64[Tensor, "part d_model"], ids: Sequence[int]
-) -> tuple[Float64[Tensor, "*terms"], Float64[Tensor, "*terms"]]:
-    """Logits of the inputs of W_U, and these minus their mean over the vocabulary."""
-    mean = unembed.weight.mean(0, dtype=torch.float64)
+    normed = torch.cat([parts * scale * unembed.gain.double(), unembed.shift.double()[None]])
     logit = unembed.scale * normed @ unembed.weight[list(ids)].double().T
-    relative = logit - unembed.scale * (normed @ mean)[:, None]
-    return (logit[0], relative[0]) if len(normed) == 1 else (logit, relative)
+    mean = unembed.weight.mean(0, dtype=torch.float64)
+    return logit, logit - unembed.scale * (normed @ mean)[:, None]
 
 
 def _bias(unembed: Unembed, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
