@@ -99,11 +99,8 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
         RequestError: The model had no unembedding of this form; the message gives the reason.
         DataError: The file is missing or damaged.
     """
-    manifest = read_manifest(store_path)
-    if manifest.unembed is None:
-        raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
     path = Path(store_path) / UNEMBED
-    check_files([(path, manifest.unembed)], VERIFY)
+    check_files([(path, _recorded_checksum(store_path))], VERIFY)
     with open_safetensors(path, VERIFY, str(device)) as file:  # which names the file in every error inside
         scalars = load_json(file.metadata()["unembed"])
         scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
@@ -120,12 +117,18 @@ def final_norm(store_path: str | Path) -> tuple[str, float]:
         RequestError: The model had no unembedding of this form; the message gives the reason.
         DataError: The file is missing or damaged.
     """
-    manifest = read_manifest(store_path)
-    if manifest.unembed is None:
-        raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
+    _recorded_checksum(store_path)
     with open_safetensors(Path(store_path) / UNEMBED, VERIFY) as file:
         scalars = load_json(file.metadata()["unembed"])
         return str(scalars["norm"]), float(scalars["eps"])
+
+
+def _recorded_checksum(store_path: str | Path) -> str:
+    """Checksum of the file of the unembedding; RequestError where the store has none."""
+    manifest = read_manifest(store_path)
+    if manifest.unembed is None:
+        raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
+    return manifest.unembed
 
 
 def _check_shapes(unembed: Unembed) -> None:
