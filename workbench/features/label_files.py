@@ -14,7 +14,7 @@ from workbench.corpus.file_rows import SUFFIXES, Columns, file_rows, suffix
 from workbench.features.feature_store import Features, open_features
 from workbench.features.labels import LABELS, labels_table, save_labels
 from workbench.io.errors import RequestError, nearest
-from workbench.io.files import check_writable
+from workbench.io.files import check_writable, natural_order
 from workbench.io.parse import load_json
 from workbench.io.reading import read_file
 
@@ -133,7 +133,7 @@ def _lines(path: Path) -> Iterator[_Line]:
 def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     """Files in a folder and its folders, batch-2 before batch-10."""
     found = [file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(endings)]
-    return sorted(found, key=lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(file))])
+    return sorted(found, key=lambda file: natural_order(str(file)))
 
 
 # ---- delphi -----------------------------------------------------------------------------------------------

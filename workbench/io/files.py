@@ -358,6 +358,11 @@ def check_new_folder(folder: str | os.PathLike[str]) -> None:
     check_writable(folder)
 
 
+def natural_order(name: str) -> list[int | str]:
+    """Returns a key that sorts names as people do: batch-2 before batch-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def human_bytes(count: int) -> str:
     """Returns a number of bytes in binary units: 0 B, 1.5 KiB, 256.0 MiB."""
     size = float(count)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from workbench.io.errors import RequestError, WorkbenchError
+from workbench.io.files import natural_order
 from workbench.sae.conversion import Converted
 from workbench.sae.linear_formats import DICTIONARY, SPARSIFY, dictionary_learning, of_tensors, sparsify, tensor_file
 from workbench.sae.scope_formats import (
@@ -101,7 +102,7 @@ def places_in(folder: Path) -> list[str]:
         if is_place(path):
             name = str(path.relative_to(folder))
             ids.append(name.removesuffix(".safetensors") if path.is_file() else name)
-    return sorted(ids, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(ids, key=natural_order)
 
 
 def pickles_in(folder: Path) -> list[Path]:
