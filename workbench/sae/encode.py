@@ -200,9 +200,7 @@ class Encoder:
         if not len(unsettled):
             return entries
         again = self._dense(x[unsettled])
-        settled = ~dense[entries.row]
-        entries = Entries(entries.row[settled], entries.feature[settled], entries.value[settled])
-        merged = merge(len(x), entries, replace(again, row=unsettled[again.row]))
+        merged = merge(len(x), entries.where(~dense[entries.row]), replace(again, row=unsettled[again.row]))
         return replace(merged, unsettled=len(unsettled))
 
     def _dense(self, x: Float32[Tensor, "row d_in"]) -> Entries:

@@ -29,14 +29,13 @@ from workbench.io.torch_state import device_for_float64
 from workbench.sae.choice import SAFE, Above, Linear, TopK
 from workbench.sae.kernels import kernels_for
 from workbench.sae.products import group_size, pair_products, row_starts
-from workbench.sae.selection import Entries, activated, largest, merge
+from workbench.sae.selection import CROWDED, Entries, activated, largest, merge
 
 _MARGIN = 1.005  # outweighs the rounding of a norm in float32
 _FLUSHED = 1e-16  # norm of what the squares of scaled errors lose to underflow
 _LEAST = 2.0**-24  # the least number above 0 in float16
 _SPREAD = 60  # powers of two between the norms of features, at most
 _SLACK = 1.25  # widths below the k-th bound down to which pre-activations are computed at first
-_CROWDED = 8  # a row with more than 1/8 of its features to be computed is computed as a whole
 _LARGEST_GROUP = 128
 
 
@@ -91,7 +90,7 @@ class HalfScreen:
     def _above(self, choice: Above, x: Float32[Tensor, "row d_in"]) -> tuple[Entries, Bool[Tensor, " row"]]:
         stored, _, _ = self.bounds(x)
         least = stored.new_full((len(x),), _LEAST)
-        row, feature, crowded = _listed(*_candidates(stored, least, stored.shape[1] // _CROWDED))
+        row, feature, crowded = _listed(*_candidates(stored, least, stored.shape[1] // CROWDED))
         value = self.exact(x, row, feature)
         on = value > choice.threshold[feature]
         return activated(choice, row[on], feature[on], value[on]), crowded
@@ -122,7 +121,7 @@ class HalfScreen:
         crowded = torch.zeros_like(crowded)
         rest = again.nonzero()[:, 0]
         if len(rest):
-            tried = _candidates(stored[rest], needed[rest], features // _CROWDED)
+            tried = _candidates(stored[rest], needed[rest], features // CROWDED)
             row, feature, over = _listed(*tried)
             more, _ = largest(choice, self.exact(x[rest], row, feature), row, feature, len(rest))
             entries = merge(len(x), entries, Entries(rest[more.row], more.feature, more.value))

@@ -22,7 +22,7 @@ from workbench.sae.products import (
 )
 from workbench.sae.screen import TINY, Screen
 
-_CROWDED = 8  # a row with more than 1/8 of its features to be computed is computed as a whole
+CROWDED = 8  # a row with more than 1/8 of its features to be computed is computed as a whole
 _FIRST_SLACK = 1.1
 _SKIPPED, _MOST_SKIPPED = 4, 64  # blocks without bounds: at first, and at most after further hopeless ones
 _SHARE, _MORE = 0.9, 1.02  # of the rows to be decided by their first pre-activations, and a little more slack
@@ -36,6 +36,10 @@ class Entries:
     feature: Int64[Tensor, " entry"]
     value: Float32[Tensor, " entry"]
     unsettled: int = 0
+
+    def where(self, mask: Bool[Tensor, " entry"]) -> Entries:
+        """Returns the entries that a mask selects."""
+        return Entries(self.row[mask], self.feature[mask], self.value[mask])
 
 
 @dataclass
@@ -78,7 +82,7 @@ def screened_above(
 ) -> tuple[Entries, Bool[Tensor, " row"]]:
     """Returns the entries found through bounds, and a mask of the rows for which bounds do not pay off."""
     bounds = torch.mm(screen.extended(x, norm), screen.weight.T, out=out)
-    row, feature, crowded = places_from(bounds, _positive(bounds), bounds.shape[1] // _CROWDED)
+    row, feature, crowded = places_from(bounds, _positive(bounds), bounds.shape[1] // CROWDED)
     value = screen.exact(x, row, feature)
     on = value > choice.threshold[feature]
     return activated(choice, row[on], feature[on], value[on]), crowded
@@ -103,7 +107,7 @@ def screened_top(
     least = _positive(bounds)
     high, width = kth_largest(maxima, choice.k).float(), screen.width(extended)
     start = torch.maximum((high - experience.slack * width).bfloat16(), least)
-    most = bounds.shape[1] // _CROWDED
+    most = bounds.shape[1] // CROWDED
     row, feature, crowded = places_from(bounds, start, most)
     entries, last = largest(choice, screen.exact(x, row, feature), row, feature, len(x))
     # rounding keeps order, so bounds below the rounded k-th are bounds of smaller pre-activations
@@ -115,8 +119,7 @@ def screened_top(
     if len(again):
         row, feature, over = places_from(bounds[again], needed[again], most)
         more, _ = largest(choice, screen.exact(x[again], row, feature), row, feature, len(again))
-        kept = torch.ones_like(crowded).index_fill_(0, again, False)[entries.row]
-        first = Entries(entries.row[kept], entries.feature[kept], entries.value[kept])
+        first = entries.where(torch.ones_like(crowded).index_fill_(0, again, False)[entries.row])
         entries = merge(len(x), first, Entries(again[more.row], more.feature, more.value))
         crowded[again] = over
     return entries, crowded
@@ -153,7 +156,7 @@ def largest(
     torch.cumsum(tied, 0, out=taken[1:])
     rank = taken[1:] - taken[start[:-1]][row]
     kept = larger | (tied & (rank <= free[row]))  # of equal ones the first
-    return Entries(row[kept], feature[kept], value[kept]), last
+    return Entries(row, feature, value).where(kept), last
 
 
 def _positive(bounds: Tensor) -> Tensor:
