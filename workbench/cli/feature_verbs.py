@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.cli.arguments import Parallel
 from workbench.cli.options import Positional
-from workbench.cli.terminal import print_plain, print_table
+from workbench.cli.terminal import print_frame, print_plain
 from workbench.io.errors import RequestError
 from workbench.io.files import check_new_folder, check_writable
 
@@ -172,7 +172,7 @@ class Metrics:
             resamples=self.resamples,
             seed=self.seed,
         )
-        print_table(list(metrics.table.columns), metrics.table.to_numpy().tolist())
+        print_frame(metrics.table)
         tokens = "" if metrics.loss is None else f", {metrics.loss.tokens:,} predicted tokens, losses and KL in nats"
         print_plain(f"{metrics.rows:,} rows of {metrics.documents:,} documents{tokens}; low, high: 95 % CI")
         for note in metrics.notes:
@@ -221,7 +221,7 @@ class Top:
 
         table = features.top(self.feature, self.k, 5 if self.context is None else self.context, self.where)
         if len(table):
-            print_table(list(table.columns), table.to_numpy().tolist(), limit=80)
+            print_frame(table, limit=80)
         active = int(features.counts[self.feature])
         shown = f", {len(table)} shown" if len(table) < active else ""
         if self.feature in features.labels.index:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from workbench.cli.options import Positional
-from workbench.cli.terminal import print_plain, print_table
+from workbench.cli.terminal import print_frame, print_plain
 from workbench.io.files import check_new_folder, check_writable, replace_file, save_texts
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Coactive:
         if self.out is not None:
             check_new_folder(self.out)
         table = coactive_pairs(open_features(self.features), least=self.least, k=self.k, by=self.by)
-        print_table(list(table.columns), table.to_numpy(object).tolist())
+        print_frame(table)
         print_plain(
             f"{len(table):,} of {table.attrs['pairs']:,} pairs that are active on {self.least:,} tokens or more"
         )
@@ -84,8 +84,7 @@ class Contributions:
         tokens = [int(token) if token.isdigit() else token for token in self.tokens] or None
         sae = load_sae(self.sae, self.sae_id, device="cpu")
         table = feature_contributions(features, sae, self.row, tokens, k=self.k)
-        lines = table.astype(object).where(table.notna(), None).to_numpy().tolist()
-        print_table(list(table.columns), lines)
+        print_frame(table.astype(object).where(table.notna(), None))
         for token_id in dict.fromkeys(table["token_id"]):
             part = table.loc[table["token_id"] == token_id]
             logit, relative = (f"{part[name].sum():.4g}" for name in ("logit", "relative"))
@@ -147,11 +146,11 @@ class Effect:
             resamples=self.resamples,
             seed=self.seed,
         )
-        print_table(list(effect.table.columns), effect.table.to_numpy().tolist())
+        print_frame(effect.table)
         print_plain("")
-        print_table(list(effect.changed.columns), effect.changed.to_numpy().tolist())
+        print_frame(effect.changed)
         print_plain("")
-        print_table(list(effect.logits.columns), effect.logits.to_numpy().tolist())
+        print_frame(effect.logits)
         print_plain(f"{effect.change}; {effect.rows:,} rows of {effect.documents:,} documents; low, high: 95 % CI")
         if self.out is not None:
             effect.save(self.out)
@@ -200,7 +199,7 @@ class Match:
             saes = [None if name is None else load_sae(name, sae_id, device="cpu") for name, sae_id in named]
             table = match_features(one, other, *saes).sort_values("correlation", ascending=False, kind="stable")
         shown = table.head(self.k).astype(object)
-        print_table(list(table.columns), shown.where(shown.notna(), None).to_numpy().tolist())
+        print_frame(shown.where(shown.notna(), None))
         print_plain(f"{min(self.k, len(table)):,} of {len(table):,} features")
         if self.out is not None:
             replace_file(self.out, csv_text(table).encode())
@@ -246,7 +245,7 @@ class SparseProbe:
             seed=self.seed,
         )
         columns = ["label", "value", "k", "tokens", "f1", "f1_low", "f1_high", "accuracy", "shuffled_f1", "always_f1"]
-        print_table([*columns, "features"], probes.table[[*columns, "features"]].to_numpy().tolist())
+        print_frame(probes.table[[*columns, "features"]])
         training, test = probes.documents
         left_out = f"; {probes.left_out} values without tokens in both left out" if probes.left_out else ""
         print_plain(f"{training:,} training and {test:,} test documents{left_out}; low, high: 95 % CI")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.cli.options import Positional
-from workbench.cli.terminal import print_plain, print_table
+from workbench.cli.terminal import print_frame, print_plain, print_table
 from workbench.io.checks import check_fields
 from workbench.io.files import check_new_folder
 
@@ -104,10 +104,10 @@ class Compare:
             check_new_folder(self.out)
         stores = open_store(self.store_a), open_store(self.store_b)
         comparison = compare(*stores, sites=self.sites, probes=self.probes, allow_nonfinite=self.allow_nonfinite)
-        print_table(list(comparison.sites.columns), comparison.sites.to_numpy().tolist())
+        print_frame(comparison.sites)
         if len(comparison.probes):
             print_plain("")
-            print_table(list(comparison.probes.columns), comparison.probes.to_numpy().tolist())
+            print_frame(comparison.probes)
         models = f"the second differs: {other}" if (other := comparison.model_difference) else "the same"
         print_plain(f"models  {models}")
         for probe, reason in comparison.not_run.items():

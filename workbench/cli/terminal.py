@@ -8,10 +8,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from workbench.cli.options import Option
 from workbench.cli.spelling import shell_spelling
 from workbench.io.errors import escape
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def plain(text: str) -> str:
@@ -40,6 +44,11 @@ def print_table(heading: Sequence[str], lines: Sequence[Sequence[object]], limit
     widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_frame(table: pd.DataFrame, limit: int = 40) -> None:
+    """Prints a table as `print_table` does, without its index."""
+    print_table(list(table.columns), table.to_numpy(object).tolist(), limit)
 
 
 def print_items(items: dict[str, str]) -> None:
