@@ -245,7 +245,7 @@ class SparseProbe:
             seed=self.seed,
         )
         columns = ["label", "value", "k", "tokens", "f1", "f1_low", "f1_high", "accuracy", "shuffled_f1", "always_f1"]
-        print_frame(probes.table[[*columns, "features"]])
+        print_frame(probes.table.loc[:, [*columns, "features"]])
         training, test = probes.documents
         left_out = f"; {probes.left_out} values without tokens in both left out" if probes.left_out else ""
         print_plain(f"{training:,} training and {test:,} test documents{left_out}; low, high: 95 % CI")

@@ -19,9 +19,9 @@ from workbench.model.load import Model
 from workbench.model.positions import At
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_directions, row_scale
-from workbench.sae.site import block_rows, same_model, site_names
+from workbench.sae.site import block_rows, check_trained_on
 from workbench.sae.training import check_training
-from workbench.sites.grammar import Site, full_name
+from workbench.sites.grammar import Site
 
 OPERATIONS = ("ablate", "clamp", "add")
 
@@ -83,19 +83,8 @@ class Feature(Intervention):
                 f"SAE {sae.name!r} reads rows of width {sae.d_in}, but {site.short or site.name} of model "
                 f"{model.name!r} has {width}"
             )
-        trained_on = full_name(sae.site) if sae.site else None
-        if self.force:
-            return
-        if trained_on and site.name not in site_names(trained_on):
-            raise RequestError(
-                f"SAE {sae.name!r} was trained on {trained_on}, but site is {site.name}; leave site out, or give "
-                "force=True"
-            )
-        if sae.model_name and not same_model(sae.model_name, model.name):
-            raise RequestError(
-                f"SAE {sae.name!r} was trained on the model {sae.model_name}, not on {model.name}; if they are the "
-                "same model, give force=True"
-            )
+        if not self.force:
+            check_trained_on(sae, sae.site, site.name, model.name)
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" {'to' if self.op == 'clamp' else 'by'} {_number(self.value):g}"

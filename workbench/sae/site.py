@@ -119,23 +119,43 @@ def check_fit(
         arguments: Names of the caller's arguments for site and force, for the message.
         trained_on: The site that the SAE was trained on, of several the one in question. None: not recorded.
     """
-    site_argument, force_argument = arguments
     check_training(sae, site.name, model.architecture)
     width, expected = prod(site.shape), sae.d_in // sae.n_sites
     if width != expected:
         raise RequestError(f"SAE {sae.name!r} reads rows of width {expected}, but {site.label} of {store} has {width}")
-    if force:
-        return
+    if not force:
+        check_trained_on(sae, trained_on, site.name, model.name, f", but {store} was recorded from", arguments)
+
+
+def check_trained_on(
+    sae: Sae,
+    trained_on: str | None,
+    site: str,
+    model: str,
+    other_model: str = ", not on",
+    arguments: tuple[str, str] = ("site", "force"),
+) -> None:
+    """Raises RequestError if `sae` was trained on another site or model, as far as its files record them.
+
+    Args:
+        sae: The autoencoder.
+        trained_on: The site that it was trained on, of several the one in question. None: not recorded.
+        site: Name of the site in use.
+        model: Name of the model in use.
+        other_model: Words before the name of another model in the message.
+        arguments: Names of the caller's arguments for site and force, for the message.
+    """
+    site_argument, force_argument = arguments
     trained_on = full_name(trained_on) if trained_on else None
-    if trained_on and site.name not in site_names(trained_on):
+    if trained_on and site not in site_names(trained_on):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on {trained_on}, but {site_argument} is {site.name}; leave {site_argument} "
-            f"out, or give {force_argument}=True"
+            f"SAE {sae.name!r} was trained on {trained_on}, but {site_argument} is {site}; leave {site_argument} out, "
+            f"or give {force_argument}=True"
         )
-    if sae.model_name and not same_model(sae.model_name, model.name):
+    if sae.model_name and not same_model(sae.model_name, model):
         raise RequestError(
-            f"SAE {sae.name!r} was trained on the model {sae.model_name}, but {store} was recorded from {model.name}; "
-            f"if they are the same model, give {force_argument}=True"
+            f"SAE {sae.name!r} was trained on the model {sae.model_name}{other_model} {model}; if they are the same "
+            f"model, give {force_argument}=True"
         )
 
 
