@@ -20,6 +20,8 @@ _PUBLIC = {
     "load_sae": "workbench.sae.load",
     "Sae": "workbench.sae.autoencoder",
     "sae_metrics": "workbench.sae.metrics",
+    "Direction": "workbench.model.direction",
+    "load_direction": "workbench.model.direction",
     "intervene": "workbench.model.intervene",
     "Add": "workbench.model.intervene",
     "Feature": "workbench.sae.feature_record",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
         feature_statistics,
     )
     from workbench.io.errors import DataError, RequestError, WorkbenchError
+    from workbench.model.direction import Direction, load_direction
     from workbench.model.intervene import Add, intervene
     from workbench.model.load import Model, load_model
     from workbench.pages.feature_page import feature_page
