@@ -9,6 +9,7 @@ if __name__ != "workbench.probes":
 
 _PUBLIC = {
     "AttentionSinks": "workbench.probes.attention_sinks",
+    "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
     "LogitLens": "workbench.probes.logit_lens",
@@ -23,6 +24,7 @@ __getattr__ = lazy_names(__name__, _PUBLIC)
 
 if TYPE_CHECKING:
     from workbench.probes.attention_sinks import AttentionSinks
+    from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
     from workbench.probes.logit_lens import LogitLens

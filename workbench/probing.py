@@ -114,15 +114,24 @@ _PUBLIC = {
     "read_lens": "workbench.analysis.lens",
     "note_few_documents": "workbench.analysis.future_task",
     "precision_table": "workbench.analysis.future_task",
+    "Parts": "workbench.analysis.stream_terms",
+    "StreamTerm": "workbench.analysis.stream_terms",
+    "check_sum": "workbench.analysis.stream_terms",
+    "plan_terms": "workbench.analysis.stream_terms",
+    "norm_bias": "workbench.analysis.frozen_norm",
+    "read_directions": "workbench.analysis.frozen_norm",
+    "token_id": "workbench.analysis.frozen_norm",
     # the recorded model: weights, attention, interventions
     "Columns": "workbench.model.attention",
     "FirstMlp": "workbench.model.circuits",
+    "FrozenOutput": "workbench.model.frozen_output",
     "HeadOutput": "workbench.model.circuits",
     "Model": "workbench.model.load",
     "Prompted": "workbench.analysis.prompted",
     "direct_logits": "workbench.model.circuits",
     "first_mlp": "workbench.model.circuits",
     "head_outputs": "workbench.model.circuits",
+    "mlp_outputs": "workbench.model.circuits",
     "ov_logits": "workbench.model.circuits",
     "recorded_model": "workbench.model.reload",
     "row_entropy": "workbench.model.attention",
@@ -130,6 +139,9 @@ _PUBLIC = {
     "token_embeddings": "workbench.model.interventions",
     "writes_of": "workbench.model.circuits",
     # figures, made of a result alone
+    "attribution_bars": "workbench.analysis.attribution_figures",
+    "attribution_grid": "workbench.analysis.attribution_figures",
+    "attribution_heads": "workbench.analysis.attribution_figures",
     "group_intervals": "workbench.figures.group_intervals",
     "position_bars": "workbench.figures.position_bars",
     "CATEGORIES": "workbench.figures.theme",
@@ -167,9 +179,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
     from workbench.analysis.domains import compare_domains
+    from workbench.analysis.frozen_norm import norm_bias, read_directions, token_id
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
         FutureSplit,
@@ -219,6 +233,7 @@ if TYPE_CHECKING:
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.analysis.store_probe import LOST_VARIABLES, StoreProbe, with_note
+    from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
     from workbench.analysis.words import Words, find_words
@@ -244,9 +259,11 @@ if TYPE_CHECKING:
         direct_logits,
         first_mlp,
         head_outputs,
+        mlp_outputs,
         ov_logits,
         writes_of,
     )
+    from workbench.model.frozen_output import FrozenOutput
     from workbench.model.interventions import run_prompted, token_embeddings
     from workbench.model.load import Model
     from workbench.model.reload import recorded_model

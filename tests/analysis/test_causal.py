@@ -9,7 +9,15 @@ from warned import warned
 
 import workbench as wb
 from workbench.io.errors import RequestError
-from workbench.probes import AttentionSinks, FutureLens, FuturePrompts, LogitLens, SuccessorHeads, TunedLens
+from workbench.probes import (
+    AttentionSinks,
+    DirectLogitAttribution,
+    FutureLens,
+    FuturePrompts,
+    LogitLens,
+    SuccessorHeads,
+    TunedLens,
+)
 from workbench.store.manifest import read_manifest
 
 
@@ -29,7 +37,10 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
     assert read_manifest(store.path).model.causal is False
 
 
-@pytest.mark.parametrize("probe", [AttentionSinks, FutureLens, FuturePrompts, LogitLens, SuccessorHeads, TunedLens])
+@pytest.mark.parametrize(
+    "probe",
+    [AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, LogitLens, SuccessorHeads, TunedLens],
+)
 def test_a_causal_probe_refuses_it(store, probe):
     with pytest.raises(RequestError, match="needs a causal language model; in 'BertLMHeadModel'"):
         probe().run(store)

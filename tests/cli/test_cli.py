@@ -118,6 +118,7 @@ def test_probes():
     lines = out.splitlines()
     names = [
         "attention-sinks",
+        "direct-logit-attribution",
         "future-lens",
         "future-prompts",
         "logit-lens",
@@ -126,9 +127,9 @@ def test_probes():
         "tuned-lens",
     ]
     assert [line.split()[0] for line in lines] == names
-    assert lines[3] == (
-        "  logit-lens       Reads every layer through the model's unembedding: top tokens, entropy, KL to the model's "
-        "output, loss."
+    assert lines[4] == (
+        "  logit-lens                Reads every layer through the model's unembedding: top tokens, entropy, KL to the "
+        "model's output, loss."
     )
 
 

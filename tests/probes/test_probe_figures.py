@@ -16,6 +16,7 @@ import workbench as wb
 from workbench.embedded import demo_corpus
 from workbench.probes import (
     AttentionSinks,
+    DirectLogitAttribution,
     FutureLens,
     FuturePrompts,
     LogitLens,
@@ -33,12 +34,13 @@ PROBES = (
     FuturePrompts(prompts=('Now: "',), horizons=2, prompt_tokens=2, row_limit=10, training_rows=16, epochs=1),
     TokenErasure(epochs=1, offsets=(-2, -1, 0), late=3, resamples=50),
     SuccessorHeads(permutations=50, row_limit=100),
+    DirectLogitAttribution(parts="heads", resamples=50),
 )
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    sites = ("embed", "resid_post", "z", "pattern")
+    sites = ("embed", "resid_pre.0", "attn_out", "mlp_out", "resid_post", "z", "pattern")
     store = wb.record(
         wb.load_model("demo"),
         demo_corpus()[::6],

@@ -17,6 +17,7 @@ import workbench as wb
 from workbench.embedded import demo_corpus
 from workbench.probes import (
     AttentionSinks,
+    DirectLogitAttribution,
     FutureLens,
     FuturePrompts,
     LogitLens,
@@ -27,7 +28,7 @@ from workbench.probes import (
 from workbench.sae.encode import encoder
 from workbench.sae.metrics import sae_metrics
 
-SITES = ("resid_post", "pattern", "z", "v", "attn_received", "resid_norm")
+SITES = ("resid_pre.0", "attn_out", "mlp_out", "resid_post", "pattern", "z", "v", "attn_received", "resid_norm")
 PROBES = (
     LogitLens(),
     TunedLens(epochs=1),
@@ -36,6 +37,7 @@ PROBES = (
     FutureLens(horizons=1, epochs=1, direct_vocab=50, ridge=(0.01,)),
     FuturePrompts(horizons=2, epochs=1, training_rows=16, row_limit=8, prompts=(), prompt_tokens=2),
     SuccessorHeads(permutations=20, row_limit=100),
+    DirectLogitAttribution(parts="heads", resamples=20),
 )
 
 

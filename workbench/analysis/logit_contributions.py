@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from workbench.analysis.frozen_norm import norm_bias, read_directions, token_ids
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.io.checks import check
-from workbench.io.errors import RequestError, nearest
+from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.unembed import Unembed, load_unembed
 from workbench.sae.autoencoder import Sae
@@ -139,15 +140,11 @@ def _logits(
 
     The last line is the norm's bias.
     """
-    scale = torch.tensor(1.0, dtype=torch.float64, device="cpu")
-    if unembed.norm == "layer":
-        stream, parts = stream - stream.mean(), parts - parts.mean(1, keepdim=True)
-    if unembed.norm != "none":
-        scale = torch.rsqrt(stream.square().mean() + unembed.eps)
-    normed = torch.cat([parts * scale * unembed.gain.double(), unembed.shift.double()[None]])
-    logit = unembed.scale * normed @ unembed.weight[list(ids)].double().T
     mean = unembed.weight.mean(0, dtype=torch.float64)
-    return logit, logit - unembed.scale * (normed @ mean)[:, None]
+    w = torch.cat([unembed.weight[list(ids)].double(), mean[None]])
+    directions = read_directions(unembed, stream.expand(len(w), -1), w)
+    terms = torch.cat([parts @ directions.T, norm_bias(unembed, w)[None]])
+    return terms[:, :-1], terms[:, :-1] - terms[:, -1:]
 
 
 def _bias(unembed: Unembed, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -185,22 +182,4 @@ def _table(
 def _token_ids(unembed: Unembed, tokens: str | int | Sequence[str | int] | None, stream: Tensor) -> list[int]:
     if tokens is None:
         return [int(unembed(stream.float()[None])[0].argmax())]
-    several = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    if not several:
-        raise RequestError("tokens is empty; name one or more, or leave it out")
-    return [_token_id(unembed, token) for token in several]
-
-
-def _token_id(unembed: Unembed, token: str | int) -> int:
-    if isinstance(token, int | np.integer):
-        check("tokens", token, at_least=0, at_most=unembed.vocab - 1, whole=True)
-        return int(token)
-    known = unembed.tokens or ()
-    matches = [index for index, text in enumerate(known) if text == token]
-    if len(matches) != 1:
-        several = f"{len(matches)} tokens have this text: {', '.join(map(str, matches[:5]))}; give the id"
-        close = nearest(token, known) if known else "; the model has no tokenizer, give ids"
-        raise RequestError(
-            f"tokens: {several if matches else f'{token!r} is no single token'}{'' if matches else close}"
-        )
-    return matches[0]
+    return token_ids(unembed, [tokens] if isinstance(tokens, str | int | np.integer) else list(tokens))

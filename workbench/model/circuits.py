@@ -84,6 +84,31 @@ def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
     return outputs
 
 
+def mlp_outputs(model: Model) -> Mapping[int, HeadOutput]:
+    """Returns the output of each layer's neurons, by layer, as one head of d_mlp; layers without mlp_post are left out.
+
+    Raises:
+        RequestError: No layer has the sites that this needs.
+    """
+    outputs = {}
+    for layer in range(model.site_map.n_layers):
+        post, out, added = (
+            _site(model, f"blocks.{layer}.{name}") for name in ("mlp.hook_post", "mlp.out.hook_out", "hook_mlp_out")
+        )
+        if post is None or out is None or len(post.shape) != 1:
+            continue
+        norm = None
+        if added is not None and not f"{out.tap.path}.".startswith(f"{added.tap.path}."):
+            norm = model.module.get_submodule(added.tap.path)
+        outputs[layer] = HeadOutput(1, fixed_shape(post)[0], model.module.get_submodule(out.tap.path), norm)
+    if not outputs:
+        raise RequestError(
+            f"model {model.name!r} ({model.architecture}) has no layer with one set of neurons; "
+            "this needs an architecture with the site mlp_post"
+        )
+    return outputs
+
+
 @plain_torch()
 @torch.inference_mode()
 def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:

@@ -162,7 +162,7 @@ def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
     ids, mask = _trial_tokens(module)
     resid, head_in, logits, norm = _last_steps(module, head, last_block, ids, mask)
     scale, softcap, vocab = _after_head(module, head, ids, mask)
-    kind, eps, gain, shift = _fit_norm(norm, resid.shape[-1]) if norm is not None else ("none", 0.0, None, None)
+    kind, eps, gain, shift = fit_norm(norm, resid.shape[-1]) if norm is not None else ("none", 0.0, None, None)
     gain = torch.ones(resid.shape[-1], device=resid.device) if gain is None else gain.to(resid.device)
     shift = torch.zeros_like(gain) if shift is None else shift.to(resid.device)
     bias = getattr(head, "bias", None)
@@ -256,8 +256,14 @@ def _snap(value: float, module: nn.Module, coarse: bool) -> float:
     return closest if abs(closest - value) <= (1e-2 if coarse else 1e-4) * abs(value) else value
 
 
-def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "none"], float, Tensor, Tensor]:
-    """Fits RMSNorm and LayerNorm to the outputs of `norm` on random rows of very different size."""
+def fit_norm(
+    norm: nn.Module, d_model: int, place: str = "between the last block and the head"
+) -> tuple[Literal["layer", "rms", "none"], float, Tensor, Tensor]:
+    """Returns kind, epsilon, gain and bias of a norm, fitted to its outputs on random rows of very different size.
+
+    Raises:
+        NoUnembed: The module is neither a LayerNorm nor an RMSNorm.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     rows = torch.randn(256, d_model, generator=generator, dtype=torch.float64, device="cpu")
     rows = (rows + 0.5) * torch.logspace(-3, 2, 256, dtype=torch.float64, device="cpu")[:, None]
@@ -276,7 +282,7 @@ def _fit_norm(norm: nn.Module, d_model: int) -> tuple[Literal["layer", "rms", "n
         fits.append((error, kind, eps, gain.float(), shift.float()))
     error, kind, eps, gain, shift = min(fits, key=lambda fit: fit[0])
     if error > 1e-4:
-        raise NoUnembed(f"{type(norm).__name__} between the last block and the head is neither LayerNorm nor RMSNorm")
+        raise NoUnembed(f"{type(norm).__name__} {place} is neither LayerNorm nor RMSNorm")
     return kind, eps, gain, torch.where(shift.abs() < 1e-6 * gain.abs().max(), 0.0, shift)
 
 

@@ -1,0 +1,469 @@
+"""Direct logit attribution: a logit as a sum over what each part of the model added to the last residual stream.
+
+With the final norm at the row's own scale s, the logit of token a (or the difference to token b) is
+
+    sum over parts x of m (x * g) / s . (w_a - w_b)  +  m n . (w_a - w_b)  +  m (b_a - b_b)
+
+with the gain g and the bias n of the final norm, the rows w of W_U, its bias b, and the model's factor m of its logits;
+for a LayerNorm each part x is centred. Parts are the embedding, each attention and MLP, each head (z W_O, with the bias
+of the projection as a term of its own), or each neuron; a norm behind attention or MLP keeps its own scale, too. The
+sum is the logit before a soft-cap. It is a decomposition, not an effect: later parts read what earlier ones wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from workbench.probing import (
+    FrozenOutput,
+    Model,
+    Parts,
+    RequestError,
+    Result,
+    Store,
+    StoreProbe,
+    StreamTerm,
+    Unembed,
+    Variable,
+    attribution_bars,
+    attribution_grid,
+    attribution_heads,
+    blocks,
+    check_fields,
+    check_sum,
+    dataset,
+    head_name,
+    head_outputs,
+    intervals,
+    load_unembed,
+    mlp_outputs,
+    next_tokens,
+    norm_bias,
+    plain_torch,
+    plan_terms,
+    read_directions,
+    recorded_model,
+    require_causal,
+    resampled_means,
+    selected_rows,
+    token_id,
+    with_interval,
+    with_note,
+)
+
+_BLOCK = 512  # rows whose terms are in memory at a time
+_NOTES = ("bias of the final norm", "bias of the unembedding")
+_TERM, _ROW = ("term",), ("token", "term")
+
+VARIABLES = (
+    *with_interval(Variable("contribution", _TERM, "logits", "mean contribution of the term over tokens", "control")),
+    Variable("absolute", _TERM, "logits", "mean absolute contribution over tokens"),
+    *with_interval(
+        Variable("control", _TERM, "logits", "the same for tokens drawn uniformly from the vocabulary, for each row")
+    ),
+    Variable("by_token", _ROW, "logits", "contribution of the term at each of the first tokens"),
+    Variable("text", ("token",), "text", "token whose row is decomposed"),
+    Variable("target", ("token",), "text", "token whose logit is decomposed"),
+    Variable("logit", (), "logits", "mean of the decomposed logit or difference, before a soft-cap"),
+    Variable("error", (), "logits", "largest |sum of the terms - logit| over tokens", "0"),
+    Variable("rounding", (), "logits", "largest sum of absolute terms times a quarter of the stored type's eps"),
+    Variable("nonfinite_rows", (), "tokens", "tokens left out because of a NaN or infinite value", "0"),
+)
+
+
+@dataclass(frozen=True)
+class DirectLogitAttribution(StoreProbe):
+    """Decomposes a logit or a logit difference into what embedding, attention, MLPs, heads or neurons add to it."""
+
+    name: ClassVar[str] = "direct-logit-attribution"
+    needs_model: ClassVar[bool] = True
+    sources: ClassVar[tuple[str, ...]] = (
+        "Elhage et al. 2021, A mathematical framework for transformer circuits",
+        "Wang et al. 2022, Interpretability in the wild, arXiv 2211.00593",
+    )
+    variables: ClassVar[tuple[Variable, ...]] = VARIABLES
+    controls: ClassVar[Mapping[str, str]] = {
+        "control": "the same decomposition of tokens drawn uniformly from the vocabulary",
+    }
+
+    token: str | None = None
+    """Text of the token whose logit is decomposed at every row. None: see token_column and predicted."""
+    against: str | None = None
+    """Text of the token whose logit is subtracted."""
+    token_column: str | None = None
+    """Column of the token table with the text of each row's token, such as the answer of a prompt."""
+    against_column: str | None = None
+    """Column with the text of the token that is subtracted."""
+    predicted: str = "top"
+    """Token where neither token nor token_column is given. top: the model's top token; next: the next of the text."""
+    relative: bool = False
+    """True subtracts the mean over the vocabulary from every term, which changes no probability."""
+    parts: str = "sublayers"
+    """blocks: whole blocks; sublayers: attention and MLP of each block; heads: each attention by head, which needs z
+    and the model; neurons: each MLP by neuron, which needs mlp_post and the model."""
+    neurons: int = 10
+    """Neurons of each layer with their own term, by absolute mean contribution; the others are one term."""
+    where: str | None = None
+    """SQL over the token table: the tokens whose logits are decomposed. None: all."""
+    detail: int = 64
+    """Maximum number of tokens whose terms are kept one by one, from the first selected one on; means are over all."""
+    model: str | None = None
+    """Directory or hub id of the recorded model, if the name in the store is not enough to load it."""
+    resamples: int = 1000
+    """Resamples of documents for the intervals."""
+    seed: int = 0
+    """Random seed of the control's tokens and of the resamples."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "parts", one_of=get_args(Parts))
+        check_fields(self, "predicted", one_of=("top", "next"))
+        check_fields(self, "neurons", "resamples", at_least=1, whole=True)
+        check_fields(self, "detail", "seed", at_least=0, whole=True)
+        for one, column in (("token", "token_column"), ("against", "against_column")):
+            if getattr(self, one) is not None and getattr(self, column) is not None:
+                raise RequestError(f"{one} and {column} both name the token; give one of them")
+
+    @plain_torch()
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
+        """Decomposes the logit at every selected row.
+
+        Costs rows x d_model operations a term in float64; for heads and neurons rows x d_model x (heads x d_head, or
+        d_mlp) a layer. Precision: the sum is the model's logit to 1e-4 in a float32 store; a store in bfloat16 misses
+        it by about 2^-9 times the sum of the absolute terms, in float16 by 2^-12 times, which `rounding` states.
+
+        Args:
+            store: Has resid_post of the last block, resid_pre.0 (or embed), and attn_out and mlp_out of
+                every block, or resid_post of those that lack one; z for heads, mlp_post for neurons.
+            model: The recorded model, for heads and neurons. None: it is loaded from the setting `model` or the
+                store's name for it.
+
+        Raises:
+            RequestError: A site or the unembedding was not recorded, a token is no single one, the terms do not add up
+                to the stream, values are NaN or infinite, or the model is not causal or cannot be loaded.
+        """
+        require_causal(store, self.name)
+        unembed = load_unembed(store.path)
+        chosen = selected_rows(store, self.where)
+        terms = plan_terms(store, self.parts)  # pyright: ignore[reportArgumentType]  # checked
+        split = self._split(store, model)
+        last = f"resid_post.{store.manifest.model.n_layers - 1}"
+        read = [site for term in terms for site in (*term.plus, *term.minus)]
+        rows = self.finite_rows(store, [*dict.fromkeys([*read, *(part.site for part in split.values()), last])], chosen)
+        targets = _Targets.choose(self, store, unembed, rows.rows)
+        work = _Work(store, unembed, terms, split, rows.rows[targets.known], targets.kept())
+        names, totals, details, checks = work.decompose(self)
+        data = self._data(work, names, totals, details, checks)
+        table = _table(names, data)
+        return self.result(store, data, table, rows, [targets.note])
+
+    def _split(self, store: Store, model: Model | None) -> dict[str, _Split]:
+        """Sublayers that are split further, by the name of their term."""
+        if self.parts not in ("heads", "neurons"):
+            return {}
+        kind, site = ("attn_out", "z") if self.parts == "heads" else ("mlp_out", "mlp_post")
+        model = recorded_model(store, model or self.model, "cpu")
+        outputs = head_outputs(model) if self.parts == "heads" else mlp_outputs(model)
+        known = {record.label for record in store.sites}
+        layers = [layer for layer in outputs if f"{kind}.{layer}" in known]
+        store.require(*(f"{site}.{layer}" for layer in layers or outputs))
+        if not layers:
+            store.require(*(f"{kind}.{layer}" for layer in outputs))
+        return {
+            f"{kind}.{layer}": _Split(layer, f"{site}.{layer}", FrozenOutput(outputs[layer]), self.parts == "heads")
+            for layer in layers
+        }
+
+    def _data(self, work: _Work, names: list[_Name], totals: _Totals, details: Tensor, checks: _Checks) -> Any:
+        arrays: dict[str, Any] = {}
+        for name, values in (
+            ("contribution", totals.values),
+            ("absolute", totals.absolute),
+            ("control", totals.control),
+        ):
+            mean, resampled = resampled_means(
+                values, np.broadcast_to(totals.rows[:, None], values.shape), resamples=self.resamples, seed=self.seed
+            )
+            arrays[name] = mean
+            if name != "absolute":
+                arrays[f"{name}_low"], arrays[f"{name}_high"] = intervals(resampled)
+        shown = work.rows[: self.detail]
+        arrays |= {"by_token": details.numpy(), "text": list(work.store.tokens["token"].take(shown).to_pylist())}
+        arrays |= {"target": work.targets.texts(work.unembed)[: self.detail], "logit": checks.logit}
+        arrays |= {"error": checks.error, "rounding": checks.rounding}
+        coords = {"term": [one.name for one in names], "token": shown}
+        return dataset(VARIABLES, arrays, coords)
+
+    @staticmethod
+    def headline(result: Result) -> str:
+        """Returns the decomposed logit, the three largest terms with their intervals, and the error of the sum."""
+        data, table = result.data, result.table
+        largest = table.loc[table["contribution"].abs().sort_values(ascending=False).index[:3]]
+        parts = [
+            f"{line['term']} {line['contribution']:+.2f}"
+            + ("" if np.isnan(line["low"]) else f", 95 % CI [{line['low']:.2f}, {line['high']:.2f}]")
+            for _, line in largest.iterrows()
+        ]
+        text = f"Mean {_quantity(result)} {float(data['logit']):.2f}; largest terms: {'; '.join(parts)}; "
+        text += f"the sum misses it by at most {float(data['error']):.2g}"
+        if float(data["rounding"]) > 1e-3:
+            text += f" and, by rounding of the stored type, the model's own by about {float(data['rounding']):.2g}"
+        return with_note(f"{text}.", result)
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Any]:
+        """Returns "terms", the mean of each term; "heads", one cell a head; "tokens", terms by tokens."""
+        figures = {"terms": attribution_bars(result, _quantity(result))}
+        if (result.table["kind"] == "head").any():
+            figures["heads"] = attribution_heads(result, _quantity(result))
+        if result.data.sizes["token"]:
+            figures["tokens"] = attribution_grid(result, _quantity(result))
+        return figures
+
+
+def _quantity(result: Result) -> str:
+    settings = result.provenance["settings"]
+    one = settings["token"] or settings["token_column"] or f"{settings['predicted']} token"
+    other = settings["against"] or settings["against_column"]
+    text = f"logit of {one!r}" if settings["token"] else f"logit of the {one}"
+    text += f" minus {other!r}" if settings["against"] else f" minus the {other}" if other else ""
+    return f"{text} minus the vocabulary's mean" if settings["relative"] else text
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Token whose logit is decomposed at each row, and the one that is subtracted; -1: the row has none."""
+
+    token: Int[np.ndarray, " row"]
+    against: Int[np.ndarray, " row"] | None
+    relative: bool
+    note: str = ""
+
+    @classmethod
+    def choose(cls, probe: DirectLogitAttribution, store: Store, unembed: Unembed, rows: np.ndarray) -> _Targets:
+        token = _named(probe, "token", store, unembed, rows)
+        if token is None and probe.predicted == "next":
+            token = next_tokens(store)[rows]
+        if token is None:
+            last = store[f"resid_post.{store.manifest.model.n_layers - 1}"]
+            token = np.concatenate(
+                [unembed(last[rows[part]].float()).argmax(-1).numpy() for part in blocks(len(rows), unembed.vocab)]
+            )
+        against = _named(probe, "against", store, unembed, rows)
+        targets = cls(token, against, probe.relative)
+        missing = int((~targets.known).sum())
+        if missing == len(rows):
+            raise RequestError("no selected row has a single token to decompose; name token, or other rows by where")
+        note = f"{missing:,} of {len(rows):,} rows left out: no single token is named there" if missing else ""
+        return cls(token, against, probe.relative, note)
+
+    @property
+    def known(self) -> np.ndarray:
+        """Mask of the rows that have their tokens."""
+        return (self.token >= 0) & (True if self.against is None else self.against >= 0)
+
+    def kept(self) -> _Targets:
+        """Returns the targets of the known rows."""
+        against = None if self.against is None else self.against[self.known]
+        return _Targets(self.token[self.known], against, self.relative)
+
+    def texts(self, unembed: Unembed) -> list[str]:
+        """Returns the text of each row's token."""
+        return [unembed.token(int(token)) for token in self.token]
+
+    def random(self, vocab: int, seed: int) -> _Targets:
+        """Returns targets of the same kind, drawn uniformly."""
+        draw = np.random.default_rng(seed)
+        against = None if self.against is None else draw.integers(vocab, size=len(self.token))
+        return _Targets(draw.integers(vocab, size=len(self.token)), against, self.relative)
+
+    def read(self, unembed: Unembed, part: slice) -> tuple[Float64[Tensor, "row d_model"], Float64[Tensor, " row"]]:
+        """Combination of rows of W_U for some rows, and the contribution of the unembedding's bias."""
+
+        def rows(table: Tensor) -> Tensor:
+            values = table[self.token[part]].double()
+            if self.relative and self.against is None:
+                values = values - table.mean(0, dtype=torch.float64)
+            return values if self.against is None else values - table[self.against[part]].double()
+
+        w = rows(unembed.weight)
+        bias = torch.zeros(len(w), dtype=torch.float64) if unembed.bias is None else rows(unembed.bias)
+        return w, unembed.scale * bias
+
+
+def _named(
+    probe: DirectLogitAttribution, name: str, store: Store, unembed: Unembed, rows: np.ndarray
+) -> np.ndarray | None:
+    """Ids of the tokens that a setting or a column names for each row; -1 where it names no single token."""
+    text, column = getattr(probe, name), getattr(probe, f"{name}_column")
+    if text is not None:
+        return np.full(len(rows), token_id(unembed, text, name))
+    if column is None:
+        return None
+    if column not in store.tokens.column_names:
+        raise RequestError(f"{name}_column {column!r} is no column of {store.path.name}; see `workbench info`")
+    ids: dict[str, int] = {}
+    for index, known in enumerate(unembed.tokens or ()):
+        ids[known] = -1 if known in ids else index
+    return np.array([ids.get(str(value), -1) for value in store.tokens[column].take(rows).to_pylist()])
+
+
+# ---- terms ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A sublayer whose term is split into heads or neurons."""
+
+    layer: int
+    site: str
+    output: FrozenOutput
+    heads: bool
+
+    def contributions(self, store: Store, rows: np.ndarray, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Contributions of heads or neurons, and that of the biases."""
+        inputs = store[self.site][rows].double().cpu().flatten(1)
+        each, bias = self.output.contributions(inputs, u)
+        return (each.reshape(len(u), self.output.output.heads, -1).sum(-1) if self.heads else each), bias
+
+
+@dataclass(frozen=True)
+class _Name:
+    name: str
+    kind: str
+    layer: int | None = None
+    index: int | None = None
+
+
+@dataclass
+class _Totals:
+    """Sums over the rows of each document."""
+
+    values: Float[np.ndarray, "document term"]
+    absolute: Float[np.ndarray, "document term"]
+    control: Float[np.ndarray, "document term"]
+    rows: Float[np.ndarray, " document"]
+
+
+@dataclass
+class _Checks:
+    logit: float = 0.0
+    error: float = 0.0
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that one run reads."""
+
+    store: Store
+    unembed: Unembed
+    terms: Sequence[StreamTerm]
+    split: Mapping[str, _Split]
+    rows: Int[np.ndarray, " row"]
+    targets: _Targets
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+    """Neurons of each split MLP that have their own terms."""
+
+    def decompose(self, probe: DirectLogitAttribution) -> tuple[list[_Name], _Totals, Tensor, _Checks]:
+        """Returns the terms' names, their sums over documents, the first rows one by one, and the checks."""
+        if self.split and probe.parts == "neurons":
+            self.kept.update(self._strongest(probe.neurons))
+        names = list(self._names())
+        documents, number = np.unique(self.store.tokens["document"].take(self.rows).to_numpy(), return_inverse=True)
+        shape = (len(documents), len(names))
+        totals = _Totals(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.bincount(number).astype(float))
+        random, checks, details = self.targets.random(self.unembed.vocab, probe.seed), _Checks(), []
+        eps = torch.finfo(getattr(torch, self.store[self.terms[-1].plus[0]].site.dtype)).eps
+        for part in self._blocks():
+            stream, values = self._read(part)
+            check_sum(self.store, values, stream, self.rows[part])
+            each, logit = self._terms(part, stream, values, self.targets)
+            control, _ = self._terms(part, stream, values, random)
+            for target, source in ((totals.values, each), (totals.absolute, each.abs()), (totals.control, control)):
+                np.add.at(target, number[part], source.numpy())
+            checks.logit += float(logit.sum()) / len(self.rows)
+            checks.error = max(checks.error, float((each.sum(1) - logit).abs().max()))
+            checks.rounding = max(checks.rounding, eps / 4 * float(each.abs().sum(1).max()))
+            if part.start < probe.detail:
+                details.append(each[: probe.detail - part.start])
+        return names, totals, torch.cat(details) if details else torch.zeros(0, len(names)), checks
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(first, min(first + _BLOCK, len(self.rows))) for first in range(0, len(self.rows), _BLOCK))
+
+    def _read(self, part: slice) -> tuple[Tensor, dict[StreamTerm, Tensor]]:
+        rows = self.rows[part]
+        stream = self.store[f"resid_post.{self.store.manifest.model.n_layers - 1}"][rows].double().cpu()
+        return stream, {term: term.read(self.store, rows) for term in self.terms}
+
+    def _terms(
+        self, part: slice, stream: Tensor, values: Mapping[StreamTerm, Tensor], targets: _Targets
+    ) -> tuple[Float64[Tensor, "row term"], Float64[Tensor, " row"]]:
+        """Contribution of each term at some rows, in the order of `_names`, and the logit itself."""
+        w, bias = targets.read(self.unembed, part)
+        u, columns = read_directions(self.unembed, stream, w), []
+        for term, value in values.items():
+            if term.name not in self.split:
+                columns.append((value * u).sum(-1, keepdim=True))
+                continue
+            each, constant = self.split[term.name].contributions(self.store, self.rows[part], u)
+            if (kept := self.kept.get(term.name)) is not None:
+                rest = each.sum(1, keepdim=True) - each[:, kept].sum(1, keepdim=True)
+                each = torch.cat([each[:, kept], rest], dim=1)
+            columns += [each, constant[:, None]]
+        columns += [norm_bias(self.unembed, w)[:, None], bias[:, None]]
+        return torch.cat(columns, dim=1), (stream * u).sum(-1) + columns[-2][:, 0] + bias
+
+    def _names(self) -> Iterator[_Name]:
+        """Names of the columns of `_terms`."""
+        for term in self.terms:
+            part = self.split.get(term.name)
+            if part is None:
+                yield _Name(term.name, "stream" if term.layer is None else term.name.split(".")[0], term.layer)
+                continue
+            if part.heads:
+                for head in range(part.output.output.heads):
+                    yield _Name(head_name(part.layer, head), "head", part.layer, head)
+            else:
+                for neuron in self.kept[term.name].tolist():
+                    yield _Name(f"L{part.layer}N{neuron}", "neuron", part.layer, neuron)
+                yield _Name(f"other neurons of {term.name}", "neurons", part.layer)
+            yield _Name(f"bias of {term.name}", "bias", part.layer)
+        yield from (_Name(name, "bias") for name in _NOTES)
+
+    def _strongest(self, number: int) -> dict[str, np.ndarray]:
+        """Neurons of each layer with the largest absolute mean contribution, in ascending order."""
+        sums: dict[str, Tensor] = {}
+        for part in self._blocks():
+            stream = self.store[f"resid_post.{self.store.manifest.model.n_layers - 1}"][self.rows[part]].double().cpu()
+            u = read_directions(self.unembed, stream, self.targets.read(self.unembed, part)[0])
+            for name, split in self.split.items():
+                each, _ = split.contributions(self.store, self.rows[part], u)
+                sums[name] = sums.get(name, torch.zeros(())) + each.sum(0)
+        return {name: np.sort(np.argsort(-total.abs().numpy(), kind="stable")[:number]) for name, total in sums.items()}
+
+
+def _table(names: Sequence[_Name], data: Any) -> pd.DataFrame:
+    """One line a term, in the order of the forward pass."""
+    table = pd.DataFrame(
+        {
+            "term": [one.name for one in names],
+            "kind": [one.kind for one in names],
+            "layer": pd.array([one.layer for one in names], dtype="Int64"),
+            "index": pd.array([one.index for one in names], dtype="Int64"),
+        }
+    )
+    columns = {"contribution": "contribution", "low": "contribution_low", "high": "contribution_high"}
+    columns |= {name: name for name in ("absolute", "control", "control_low", "control_high")}
+    return table.assign(**{column: data[name].to_numpy() for column, name in columns.items()})

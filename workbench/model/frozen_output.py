@@ -1,0 +1,77 @@
+"""Heads and neurons as parts of what attention and MLP add to the stream, with a norm behind them at its own scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from workbench.io.torch_state import plain_torch
+from workbench.model.circuits import HeadOutput
+from workbench.model.forward import the_tensor
+from workbench.model.offload import real_copy
+from workbench.model.unembed import fit_norm, normalise
+
+
+@dataclass(frozen=True)
+class FrozenOutput:
+    """Output projection of a layer, and the norm behind it, in float64 on the CPU."""
+
+    output: HeadOutput
+
+    @cached_property
+    def _project(self) -> nn.Module:
+        return real_copy(self.output.project).cpu().double().requires_grad_(False).eval()
+
+    @cached_property
+    def _norm(self) -> tuple[str, float, Tensor, Tensor] | None:
+        if self.output.norm is None:
+            return None
+        with torch.no_grad():
+            width = the_tensor(self._project(torch.zeros(1, 1, self._width, dtype=torch.float64))).shape[-1]
+        kind, eps, gain, shift = fit_norm(self.output.norm, width, "behind the output of a block's part")
+        return kind, eps, gain.cpu().double(), shift.cpu().double()
+
+    @property
+    def _width(self) -> int:
+        return self.output.heads * self.output.d_head
+
+    @plain_torch()
+    def added(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
+        """Returns what the whole part adds to the stream, from the inputs of its projection."""
+        written = self._projected(inputs)
+        if self._norm is None:
+            return written
+        kind, eps, gain, shift = self._norm
+        return normalise(written, kind, eps) * gain + shift
+
+    @plain_torch()
+    def contributions(
+        self, inputs: Float[Tensor, "row inner"], directions: Float[Tensor, "row d_model"]
+    ) -> tuple[Float64[Tensor, "row inner"], Float64[Tensor, " row"]]:
+        """Returns the contribution of each input of the projection along a direction, and that of all biases.
+
+        They sum to `added(inputs) . directions`. A norm behind the projection keeps the scale that it has for the row,
+        so that it is linear. The projection's weights are read by its own backward pass, in whatever form it has them.
+        """
+        u = directions.double()
+        bias = torch.zeros(len(u), dtype=torch.float64)
+        if self._norm is not None:
+            kind, eps, gain, shift = self._norm
+            written = self._projected(inputs)
+            bias = u @ shift
+            u = u * gain
+            if kind == "layer":
+                written, u = written - written.mean(-1, keepdim=True), u - u.mean(-1, keepdim=True)
+            u = u * torch.rsqrt(written.square().mean(-1, keepdim=True) + eps)
+        zero = torch.zeros(len(u), 1, self._width, dtype=torch.float64, requires_grad=True)
+        constant = the_tensor(self._project(zero))
+        (weights,) = torch.autograd.grad(constant, zero, u[:, None])
+        return inputs.double() * weights[:, 0], bias + (constant.detach()[:, 0] * u).sum(-1)
+
+    def _projected(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
+        with torch.no_grad():
+            return the_tensor(self._project(inputs.double()[:, None]))[:, 0]
