@@ -39,7 +39,8 @@ def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
     """Returns the terms whose sum is the last residual stream, in the order of the forward pass.
 
     A part of a block that was not recorded, or that the architecture does not have as a site, is one term with the rest
-    of the block, which needs resid_post at the block and before it.
+    of the block, which needs resid_post at the block and before it. Where embed stands for resid_pre.0, block 0 holds a
+    position embedding, too.
 
     Args:
         store: The recorded activations.
@@ -53,8 +54,9 @@ def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
     store.require(f"resid_post.{layers - 1}")
     terms = list(_embedding(store, known))
     for layer in range(layers):
+        first = "embed" if "embed" in known and "resid_pre.0" not in known else "resid_pre.0"
         before = f"resid_pre.{layer}" if f"resid_pre.{layer}" in known else f"resid_post.{layer - 1}"
-        whole = [f"resid_post.{layer}", before] if layer else [f"resid_post.{layer}", "resid_pre.0"]
+        whole = [f"resid_post.{layer}", before if layer else first]
         sublayers = [f"{kind}.{layer}" for kind in ("attn_out", "mlp_out")]
         present = [] if parts == "blocks" else [site for site in sublayers if site in known]
         terms += [StreamTerm(site, layer, (site,)) for site in present]
