@@ -46,6 +46,10 @@ _PUBLIC = {
     "export_neuronpedia": "workbench.features.other_formats",
     "nearest_features": "workbench.sae.decoder",
     "promoted_tokens": "workbench.features.promoted",
+    "prompt_pairs": "workbench.corpus.task_suites",
+    "check_pairs": "workbench.corpus.prompt_pairs",
+    "PromptPair": "workbench.corpus.prompt_pairs",
+    "PromptPairs": "workbench.corpus.prompt_pairs",
     "record": "workbench.recording.record",
     "RayWorkers": "workbench.parallel.ray",
     "Share": "workbench.parallel.share",
@@ -91,6 +95,8 @@ if TYPE_CHECKING:
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
     from workbench.analysis.sparse_probe import sparse_probe
+    from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
+    from workbench.corpus.task_suites import prompt_pairs
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features

@@ -1,0 +1,187 @@
+"""Pairs of prompts that differ in one fact, with the answers to both: written as texts, checked with a tokenizer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workbench.corpus.tokenizer import added_tokens, encode, with_whole_offsets
+from workbench.io.errors import RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+    from workbench.model.load import Model
+
+Characters = tuple[int, int]
+"""First character of a span, and the one after its last."""
+
+LENGTHS, ANSWERS, SPANS, SAME = (
+    "the two prompts have different numbers of tokens",
+    "an answer is not one token after its prompt",
+    "a span has other tokens in the two prompts",
+    "right and wrong answers share a token",
+)
+"""Reasons for which a pair is dropped."""
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Two prompts, clean and corrupt, that differ in one fact, with the answers to both."""
+
+    clean: str
+    corrupt: str
+    answer: tuple[str, ...]
+    """Texts that continue the clean prompt rightly, with their leading space; several count together."""
+    wrong: tuple[str, ...]
+    """Texts that continue the corrupt prompt rightly."""
+    spans: Mapping[str, tuple[Characters, Characters]] = field(default_factory=dict)
+    """Label to its characters in the clean and in the corrupt prompt: {"subject": ((4, 9), (4, 8))}."""
+
+
+@dataclass(frozen=True)
+class CheckedPair:
+    """A pair with its tokens: both prompts have the same number, and the same positions under each label."""
+
+    pair: PromptPair
+    clean: tuple[int, ...]
+    """Token ids, BOS included where the tokenizer adds it."""
+    corrupt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """Token ids of the answers."""
+    wrong: tuple[int, ...]
+    spans: Mapping[str, range]
+    """Label to positions; "end" is the last one, after which the answer comes."""
+
+
+@dataclass(frozen=True)
+class PromptPairs:
+    """Pairs of one task that fit a tokenizer, and the number of others by the reason for which they were dropped."""
+
+    task: str
+    pairs: tuple[CheckedPair, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    seed: int | None = None
+    """Seed that they were drawn with; None for pairs that were given."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        dropped = f", {sum(self.dropped.values()):,} dropped" if self.dropped else ""
+        return f"PromptPairs({self.task!r}, {len(self):,} pairs{dropped})"
+
+    def texts(self) -> list[dict[str, Any]]:
+        """Returns both prompts of each pair as texts for `record`.
+
+        Columns of the store are then pair, side ("clean" or "corrupt"), task, answer and wrong (the first right and the
+        first wrong answer of this side), and each label of the spans.
+        """
+        texts = []
+        for number, one in enumerate(self.pairs):
+            for index, side in enumerate(("clean", "corrupt")):
+                text, answers = getattr(one.pair, side), (one.pair.answer, one.pair.wrong)
+                right, wrong = answers if side == "clean" else answers[::-1]
+                spans = {
+                    label: [
+                        {"start": ends[index][0], "end": ends[index][1], "value": text[slice(*ends[index])].strip()}
+                    ]
+                    for label, ends in one.pair.spans.items()
+                }
+                columns = {"pair": number, "side": side, "task": self.task, "answer": right[0], "wrong": wrong[0]}
+                texts.append({"text": text, **columns, "spans": spans})
+        return texts
+
+    def table(self) -> pd.DataFrame:
+        """Returns one line a pair: prompts, first answers, number of tokens, and positions of each label."""
+        import pandas as pd  # a second
+
+        lines = []
+        for one in self.pairs:
+            texts = {"clean": one.pair.clean, "corrupt": one.pair.corrupt}
+            answers = {"answer": one.pair.answer[0], "wrong": one.pair.wrong[0], "tokens": len(one.clean)}
+            lines.append(texts | answers | {label: f"{span.start}:{span.stop}" for label, span in one.spans.items()})
+        return pd.DataFrame(lines)
+
+
+def check_pairs(
+    pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase | Model, task: str = "pairs"
+) -> PromptPairs:
+    """Tokenizes pairs, and drops those that do not fit the tokenizer, with a count for each reason.
+
+    A pair fits if its prompts have the same number of tokens, each label has the same positions in both, and each
+    answer is one token where it follows its prompt (in a set of several answers, those that are not are left out).
+
+    Args:
+        pairs: The pairs.
+        tokenizer: Tokenizer, or a model with its tokenizer.
+        task: Name for tables and figures.
+
+    Raises:
+        RequestError: No pair is given, or none fits; or the model has no tokenizer.
+    """
+    checked = PairChecker(tokenizer)
+    kept = [one for pair in pairs if (one := checked(pair)) is not None]
+    return made_pairs(task, kept, checked.dropped, None)
+
+
+def made_pairs(task: str, kept: Sequence[CheckedPair], dropped: Mapping[str, int], seed: int | None) -> PromptPairs:
+    """Returns the pairs that were kept. RequestError if there is none."""
+    if not kept:
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items()) or "no pair is given"
+        raise RequestError(f"no pair of {task!r} fits the tokenizer: {reasons}")
+    return PromptPairs(task, tuple(kept), dict(dropped), seed)
+
+
+class PairChecker:
+    """Checks pairs one by one, and counts those that are dropped."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | Model) -> None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise RequestError("tokenizer must be a tokenizer, or a model that has one")
+        self._prefix = added_tokens(tokenizer, "model").prefix  # pyright: ignore[reportArgumentType]  # checked
+        self._tokenizer = with_whole_offsets(tokenizer)  # pyright: ignore[reportArgumentType]  # which adds none
+        self.dropped: Counter[str] = Counter()
+
+    def __call__(self, pair: PromptPair) -> CheckedPair | None:
+        clean, corrupt = encode(self._tokenizer, [pair.clean, pair.corrupt])
+        answer = self._answers(pair.clean, clean.ids, pair.answer)
+        wrong = self._answers(pair.clean, clean.ids, pair.wrong)
+        spans = {
+            label: [_tokens(one, ends) for one, ends in zip((clean, corrupt), pair.spans[label], strict=True)]
+            for label in pair.spans
+        }
+        begin, reason = len(self._prefix), None
+        if len(clean.ids) != len(corrupt.ids):
+            reason = LENGTHS
+        elif not answer or not wrong:
+            reason = ANSWERS
+        elif {*answer} & {*wrong}:
+            reason = SAME
+        elif any(one != other or not one for one, other in spans.values()):
+            reason = SPANS
+        if reason is not None:
+            self.dropped[reason] += 1
+            return None
+        ids = tuple((*self._prefix, *map(int, one.ids)) for one in (clean, corrupt))
+        shifted = {label: range(begin + one.start, begin + one.stop) for label, (one, _) in spans.items()}
+        end = range(len(ids[0]) - 1, len(ids[0]))
+        return CheckedPair(pair, *ids, answer, wrong, {**shifted, "end": end})
+
+    def _answers(self, prompt: str, ids: np.ndarray, texts: Sequence[str]) -> tuple[int, ...]:
+        """Ids of the answers that are one token after the prompt."""
+        found = encode(self._tokenizer, [prompt + text for text in texts])
+        same = [one.ids for one in found if len(one.ids) == len(ids) + 1 and np.array_equal(one.ids[:-1], ids)]
+        return tuple(dict.fromkeys(int(one[-1]) for one in same))
+
+
+def _tokens(encoding: Any, ends: Characters) -> range:
+    """Positions of the tokens that have a character of the span."""
+    inside = np.flatnonzero((encoding.char_start < ends[1]) & (encoding.char_end > ends[0]))
+    return range(int(inside[0]), int(inside[-1]) + 1) if len(inside) else range(0)
