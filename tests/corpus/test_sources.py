@@ -119,7 +119,8 @@ def test_dataset_objects_are_read_by_text_or_by_token_ids():
     with pytest.raises(RequestError, match=r"the dataset: no column 'body'; its columns are text, tag; name the one"):
         read_documents(dataset_in_memory, text_column="body")
     with pytest.raises(RequestError, match="pass one of its entries: 'train'"):
-        check_source(datasets.DatasetDict(train=dataset_in_memory))
+        check_source(datasets.DatasetDict(train=dataset_in_memory, test=dataset_in_memory))
+    assert texts_of(datasets.DatasetDict(train=dataset_in_memory)) == ["one", ""]
 
 
 def test_a_hub_dataset_is_streamed_and_its_failure_is_one_line(monkeypatch):
@@ -147,8 +148,8 @@ def test_a_hub_dataset_is_streamed_and_its_failure_is_one_line(monkeypatch):
 
 
 UNDERSTOOD = (
-    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], lists of strings "
-    "or of token id lists"
+    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], tables of pandas, "
+    "Arrow or polars, lists of strings, of token id lists, of chats or of (clean, corrupt) pairs"
 )
 
 
@@ -186,7 +187,6 @@ UNDERSTOOD = (
         ([], f"texts is an empty list; {UNDERSTOOD}"),
         (None, f"texts is of type NoneType, which is not read; {UNDERSTOOD}"),
         (b"bytes", f"texts is of type bytes, which is not read; {UNDERSTOOD}"),
-        (pa.table({"text": ["a"]}), f"texts is of type Table, which is not read; {UNDERSTOOD}"),
         ({"train": 1, "test": 2}, "texts is of type dict, which is not read; pass one of its entries: 'train', 'test'"),
         ("hf:", "texts: 'hf:' is not of the form hf:NAME[:SPLIT], as in hf:user/dataset:train"),
         ("hf:a/b/c", "texts: 'hf:a/b/c' is not of the form hf:NAME[:SPLIT], as in hf:user/dataset:train"),
@@ -203,14 +203,6 @@ def test_a_wrong_source_is_refused_before_anything_is_read(texts, message, tmp_p
         with pytest.raises(RequestError) as caught:
             check(texts)
         assert str(caught.value) == message
-
-
-def test_a_frame_is_refused_and_its_column_is_read():
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"text": ["a", "b"]})
-    with pytest.raises(RequestError, match="texts is of type DataFrame, which is not read"):
-        check_source(frame)
-    assert texts_of(frame["text"]) == ["a", "b"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file modes mean something else there")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from workbench.corpus.document import is_chat
 from workbench.io.errors import DataError, RequestError, first_line
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _json(path: Path, columns: Columns) -> Iterator[Row]:
         by_line = problem is None and not isinstance(first, list)
         file.seek(0)
         value, whole_problem = (None, None) if by_line else _parsed(file.read())
-    if isinstance(value, dict):
+    if isinstance(value, dict) or is_chat(value, columns.text):
         yield str(path), value
     elif isinstance(value, list) and not all(isinstance(item, int | float) for item in value):
         for number, item in enumerate(value):
@@ -278,7 +279,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
         row = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=names):
-                for values in zip(*map(_pylist, batch.columns), strict=True):
+                for values in zip(*map(values_of, batch.columns), strict=True):
                     yield f"{path}, row {row}", dict(zip(names, values, strict=True))
                     row += 1
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -295,7 +296,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
         raise RequestError(f"texts: {str(path)!r} is not a Parquet file ({reason}); pass one, or text") from None
 
 
-def _pylist(column: pa.Array) -> list[Any]:
+def values_of(column: pa.Array) -> list[Any]:
+    """Returns the values of a column as Python's; text that is not UTF-8 with lone surrogates."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:  # Parquet demands UTF-8, but not every writer obeys

@@ -6,19 +6,21 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int32, Int64
 
 from workbench.corpus.columns import ColumnSpool, open_table
+from workbench.corpus.document import Document
 from workbench.corpus.pieces import PIECE, encode_long
-from workbench.corpus.sources import Document
+from workbench.corpus.spans import label_columns
+from workbench.corpus.token_labels import LABEL_COLUMNS, NONE, piece_labels
 from workbench.corpus.tokenizer import (
     AddedTokens,
     Encoding,
@@ -62,7 +64,8 @@ class Layout:
     """Longest sequence in tokens, added tokens included."""
     added: AddedTokens
     """Every sequence begins with the prefix, the continuation of a long document too; the suffix follows the last token
-    of each document. Neither is added to a text that has it already, nor to documents given as token ids."""
+    of each document. Neither is added to a text that has it already, nor to documents given as token ids. A chat begins
+    and ends as its template writes it; its continuation begins with the prefix if the chat does."""
     packed: bool = False
     """Each document follows the one before, with its own prefix, and sequences are cut at exactly `context`. Otherwise
     each document begins a sequence."""
@@ -91,6 +94,12 @@ class Sequences:
     """One row for each document read, skipped ones included; no columns where the texts have no metadata."""
     spans: pa.Table
     """The same for labelled spans: a column for each label, of `span_type`, empty lists where there is none."""
+    labels: Mapping[str, Int32[np.ndarray, " row"]]
+    """Columns of the kind of the documents, such as `turn` of chats: see `token_labels`; empty for plain texts."""
+    roles: tuple[str, ...]
+    """Roles of chats; the label `role` holds indices into them."""
+    generation: tuple[dict[str, Any], ...]
+    """Different settings with which documents were generated."""
     special_ids: frozenset[int]
     """Ids of tokens that are not text."""
     documents: int
@@ -161,7 +170,11 @@ def open_sequences(workdir: str | Path) -> Sequences:
     """Returns the sequences that `plan_sequences` wrote to `workdir`; other processes may open them, too."""
     workdir = Path(workdir)
     counts = json.loads((workdir / _COUNTS).read_text())
+    labels = {name: np.memmap(workdir / f"{name}.bin", np.int32, mode="r") for name in counts.pop("labels")}
+    lists = {name: tuple(counts.pop(name)) for name in ("roles", "generation")}
     return Sequences(
+        labels=labels,
+        **lists,
         **{name: np.memmap(workdir / f"{name}.bin", dtype, mode="r") for name, dtype in _COLUMNS.items()},
         **{name: open_table(workdir / f"{name}.arrow") for name in ("metadata", "spans")},
         **{**counts, "special_ids": frozenset(counts["special_ids"])},
@@ -173,7 +186,8 @@ class _SequenceWriter:
 
     def __init__(self, workdir: Path, layout: Layout, stack: ExitStack, progress: Callable[[int], None] | None) -> None:
         self.workdir, self.layout, self.progress = workdir, layout, progress
-        self.files = {name: stack.enter_context(open(workdir / f"{name}.bin", "wb")) for name in _COLUMNS}  # noqa: SIM115
+        names = (*_COLUMNS, *LABEL_COLUMNS)
+        self.files = {name: stack.enter_context(open(workdir / f"{name}.bin", "wb")) for name in names}  # noqa: SIM115
         self.spools = {
             name: ColumnSpool(stack.enter_context(open(workdir / f"{name}.jsonl", "w+", encoding="ascii")), spans)  # noqa: SIM115
             for name, spans in (("metadata", False), ("spans", True))
@@ -183,6 +197,9 @@ class _SequenceWriter:
         self.free = 0  # rows left in the open sequence
         self.counts = dict.fromkeys(_COUNTED, 0)
         self.cut_at: int | None = None
+        self.labels: tuple[str, ...] | None = None  # columns of the documents' kind, which the first one has
+        self.roles: dict[str, int] = {}
+        self.generation: list[dict[str, Any]] = []
 
     @property
     def rows_left(self) -> int:
@@ -196,6 +213,7 @@ class _SequenceWriter:
         place = f"document {document.index}"
         self.spools["metadata"].add(document.metadata, place)
         self.spools["spans"].add(document.spans, place)
+        self._begin_labels(document, place)
         first, last = None, None
         begun, sequences = self.rows, set()
         for piece in pieces:
@@ -204,17 +222,19 @@ class _SequenceWriter:
             _check_ids(piece.ids, self.layout.vocab, place)
             first = piece if first is None else first
             last = piece
-            sequences |= self._lay(document, piece, begins=piece is first)
+            labels = piece_labels(document, piece, self.labels or (), self.roles) if self.labels else {}
+            sequences |= self._lay(document, piece, self._prefix(document, first), labels, begins=piece is first)
             if not self.rows_left:
                 break
         if first is None or last is None:
             self.counts["skipped_documents"] += 1
             return
-        suffix = () if document.text is None else self.layout.added.suffix
-        prefix = self.prefix[:1] if document.text is not None else ()
+        suffix = self.layout.added.suffix if document.with_added_tokens else ()
+        prefix = self.prefix[:1] if document.with_added_tokens else ()
         has_prefix, has_suffix = first.ids[0] in prefix, last.ids[-1] in suffix[-1:]
         if suffix and not has_suffix:
-            sequences |= self._lay(document, _suffix(suffix, last, document.text), begins=False)
+            end = _suffix(suffix, last, document.text)
+            sequences |= self._lay(document, end, self._prefix(document, first), {}, begins=False)
         self.counts["documents_with_added_tokens"] += has_prefix or has_suffix
         self.counts["cut_documents"] += len(sequences) > 1
         if self.progress is not None:
@@ -233,7 +253,13 @@ class _SequenceWriter:
             spool.write_table(self.workdir / f"{name}.arrow")
             spool.lines.flush()
         spooled = [sha256_file(self.workdir / f"{name}.jsonl") for name in self.spools]
+        for name in self.labels or ():
+            self.files[name].flush()
+            spooled.append(sha256_file(self.workdir / f"{name}.bin"))
         counts = {
+            "labels": self.labels or (),
+            "roles": list(self.roles),
+            "generation": self.generation,
             "special_ids": sorted(special_ids),
             "cut_at": self.cut_at,
             **self.counts,
@@ -241,7 +267,40 @@ class _SequenceWriter:
         }
         (self.workdir / _COUNTS).write_text(json.dumps(counts))
 
-    def _lay(self, document: Document, body: Encoding, begins: bool) -> set[int]:
+    def _begin_labels(self, document: Document, place: str) -> None:
+        """Takes the columns of the first document's kind, and checks that this document is of that kind."""
+        columns = document.token_columns
+        if self.labels is None:
+            self.labels = columns
+        if columns != self.labels:
+            raise RequestError(
+                f"{place} has the columns {', '.join(columns) or 'of a plain text'}, and those before it "
+                f"{', '.join(self.labels) or 'have none'}; record chats, generated and plain texts into several stores"
+            )
+        taken = {*document.metadata, *(name for label in document.spans for name in label_columns(label))}
+        if clash := taken.intersection(columns):
+            raise RequestError(
+                f"{place} has a column {min(clash)!r}, which its tokens have, too; rename that of the texts, or name "
+                "the columns to keep in metadata="
+            )
+        if document.generation is not None and document.generation not in self.generation:
+            self.generation.append(dict(document.generation))
+        if document.prompt_tokens is not None and document.token_ids is not None:
+            _check_whole(document, self.layout, place)
+
+    def _prefix(self, document: Document, first: Encoding) -> Int32[np.ndarray, " added"]:
+        """Tokens before each sequence of a document that does not begin with them itself."""
+        chat_begins = document.turns is not None and first.ids[0] in self.prefix[:1]
+        return self.prefix if document.text is not None and (document.turns is None or chat_begins) else self.prefix[:0]
+
+    def _lay(
+        self,
+        document: Document,
+        body: Encoding,
+        prefix: Int32[np.ndarray, " added"],
+        labels: Mapping[str, Int32[np.ndarray, " position"]],
+        begins: bool,
+    ) -> set[int]:
         """Writes tokens of a document, with the prefix before them if it begins with them, and where a sequence begins.
 
         Returns the sequences that hold them.
@@ -256,9 +315,9 @@ class _SequenceWriter:
                 self._write("starts", self.rows)
                 self.sequences += 1
                 self.free = min(self.layout.context, self.rows_left)
-            leads &= document.text is not None and not (self.prefix.size and body.ids[done] == self.prefix[0])
+            leads &= not (prefix.size and body.ids[done] == prefix[0])
             # The prefix may fill the rest of a sequence; the text then begins in the next one, after another prefix.
-            lead = self.prefix[: self.free] if leads else self.prefix[:0]
+            lead = prefix[: self.free] if leads else prefix[:0]
             part = slice(done, done + self.free - lead.size)
             offset = np.full(lead.size, body.char_start[done])
             self._write("token_ids", lead, body.ids[part])
@@ -266,6 +325,9 @@ class _SequenceWriter:
             self._write("char_end", offset, body.char_end[part])
             written = lead.size + body.ids[part].size
             self._write("document", np.full(written, document.index))
+            for name in self.labels or ():
+                values = labels[name][part] if labels else np.full(body.ids[part].size, NONE)
+                self._write(name, np.full(lead.size, NONE), values)
             if written > lead.size:
                 sequences.add(self.sequences)
             self.rows += written
@@ -278,7 +340,7 @@ class _SequenceWriter:
 
     def _write(self, name: str, *values: int | np.ndarray) -> None:
         for part in values:
-            self.files[name].write(np.asarray(part, _COLUMNS[name]).tobytes())
+            self.files[name].write(np.asarray(part, _COLUMNS.get(name, np.int32)).tobytes())
 
 
 def _take(stream: Iterator[Document], rows: int, added: AddedTokens) -> list[Document]:
@@ -333,6 +395,17 @@ def _given_ids(document: Document) -> Encoding:
     _check_ids(ids, None, f"document {document.index}")
     unknown = np.full(ids.size, -1, np.int32)
     return Encoding(ids.astype(np.int32), unknown, unknown)
+
+
+def _check_whole(document: Document, layout: Layout, place: str) -> None:
+    """Refuses generated tokens that would not be in one sequence: the model would see other tokens before them."""
+    count = len(document.token_ids or ())
+    if count > layout.context or layout.packed:
+        reason = "packed=True puts other texts before it" if layout.packed else f"context={layout.context} cuts it"
+        raise RequestError(
+            f"{place} is generated and has {count} tokens, and {reason}; "
+            + ("record it with packed=False" if layout.packed else f"record it with context={count} or more")
+        )
 
 
 def _check_ids(ids: np.ndarray, vocab: int | None, source: str) -> None:

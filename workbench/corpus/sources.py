@@ -6,58 +6,40 @@ place (`stories.jsonl:7`); one function then makes documents of them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
-import pyarrow as pa
 
+from workbench.corpus.document import Document, is_chat
+from workbench.corpus.documents import (
+    CONTENT_COLUMNS,
+    DocumentReader,
+    check_known,
+    check_reserved,
+    content_column,
+    expected_spans,
+)
 from workbench.corpus.file_rows import SUFFIXES, Columns, file_columns, file_rows
-from workbench.corpus.names import refused_name
-from workbench.corpus.spans import Span, check_labels, read_spans
-from workbench.corpus.tokenizer import replace_surrogates
-from workbench.corpus.values import Plain, plain_value, python_value
+from workbench.corpus.memory_tables import is_table, table_rows
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.settings import Recording
 
 if TYPE_CHECKING:
-    Text: TypeAlias = str | Path | Mapping[str, Any] | Sequence[int] | np.ndarray
-    Texts: TypeAlias = str | Path | Iterable[Text]
+    Chat: TypeAlias = Sequence[Mapping[str, Any]]
+    Text: TypeAlias = str | Path | Mapping[str, Any] | Chat | tuple[str, str] | Sequence[int] | np.ndarray
+    Texts: TypeAlias = str | Path | Mapping[str, Any] | Iterable[Text]
 else:  # wrong texts are refused by name, not by the checks of types that the tests switch on
-    Text = Texts = Any
+    Chat = Text = Texts = Any
 
 _UNDERSTOOD = (
-    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], lists of strings "
-    "or of token id lists"
+    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], tables of pandas, "
+    "Arrow or polars, lists of strings, of token id lists, of chats or of (clean, corrupt) pairs"
 )
-_TOKEN_IDS = "input_ids"  # the field's name for a column of token ids
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, or one list of token ids, with its metadata and spans.
-
-    The text is as read: it still contains lone surrogates, which also stand for invalid UTF-8 bytes of a file;
-    `plan_sequences` replaces and counts them.
-    """
-
-    index: int
-    """Index in the source, from 0."""
-    text: str | None
-    """The text, or None where the document is given as token ids."""
-    token_ids: Sequence[int] | None
-    """The token ids, or None where the document is given as text."""
-    metadata: Mapping[str, Plain] = field(default_factory=dict)
-    """Column name to value, in one of the forms of `Plain` (nested values as compact JSON)."""
-    spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
-    """Label to spans of the text, in order of their start and without overlap."""
 
 
 def check_source(texts: Texts) -> None:
@@ -74,11 +56,23 @@ def check_source(texts: Texts) -> None:
             raise RequestError(f"texts is an empty list; {_UNDERSTOOD}")
         for number, item in enumerate(texts):
             _check_item(item, number)
-    elif hasattr(texts, "column_names") and not isinstance(texts, Mapping | pa.Table):
-        return
-    elif isinstance(texts, bytes | Mapping | pa.Table) or hasattr(texts, "columns") or not isinstance(texts, Iterable):
-        hint = f"pass one of its entries: {', '.join(map(repr, texts))}" if isinstance(texts, Mapping) else _UNDERSTOOD
-        raise RequestError(f"texts is of type {type(texts).__name__}, which is not read; {hint}")
+    elif isinstance(texts, Mapping):
+        _one_split(texts)
+    elif isinstance(texts, bytes) or not (isinstance(texts, Iterable) or is_table(texts)):
+        raise RequestError(f"texts is of type {type(texts).__name__}, which is not read; {_UNDERSTOOD}")
+
+
+def _one_split(texts: Mapping[str, Any]) -> Any:
+    """The one entry of a mapping of datasets, such as a DatasetDict; the output of a tokenizer as it is."""
+    if is_table(texts) or not texts:
+        return texts
+    (entry, *others) = texts.values()
+    if others or not isinstance(entry, Iterable) or isinstance(entry, str):
+        raise RequestError(
+            f"texts is of type {type(texts).__name__}, which is not read; pass one of its entries: "
+            f"{', '.join(map(repr, texts))}"
+        )
+    return entry
 
 
 def read_documents(
@@ -98,6 +92,11 @@ def read_documents(
       these also with `.gz`, and `.parquet` (read by row group);
     - `"hf:NAME[:SPLIT]"`, a dataset of the Hugging Face hub, streamed; the split `train` by default;
     - a Hugging Face dataset object, whose `text_column` holds strings or token ids, or with an `input_ids` column;
+    - a table in memory: a pandas frame, an Arrow table, one of polars or any other library that exports to Arrow;
+    - the output of a tokenizer: its `input_ids`, those that its `attention_mask` leaves, as they are;
+    - a chat, `[{"role": "user", "content": "Hello"}, ...]`, a list of chats, or a column `messages` of chats;
+    - pairs: a list of (clean, corrupt), or columns `clean` and `corrupt`; each gives two documents, one after the
+      other, with metadata `pair` and `side`;
     - a string with white space in it that names no file: one document.
 
     Args:
@@ -110,60 +109,31 @@ def read_documents(
         RequestError: Wrong paths, columns and hub ids, by the call itself; wrong documents, as they are read.
     """
     check_source(texts)
-    source = _open_hub(texts) if _is_hub_name(texts) else _resolve(texts)
+    source = _open_hub(texts) if _is_hub_name(texts) else _resolve(texts, text_column)
     _check_columns(source, text_column, metadata, span_column)
-    return _documents(source, text_column, metadata, span_column)
+    return _documents(source, DocumentReader(text_column, metadata, span_column))
 
 
-def _documents(
-    source: Iterable[Any], text_column: str, metadata: Sequence[str] | None, span_column: str | None
-) -> Iterator[Document]:
-    columns: dict[str, None] = {}
-    names: dict[str, Any] = {}  # metadata columns so far
-    labels: dict[str, Any] = {}
-    needed = None if metadata is None else frozenset({text_column, _TOKEN_IDS, span_column, *metadata})
-    for index, (where, value) in enumerate(_values(source, Columns(text_column, needed))):
-        place = f"document {index} ({where})"
-        record, labelled = {}, None
-        if isinstance(value, Mapping):
-            record = {replace_surrogates(str(name))[0]: item for name, item in value.items()}
-            if len(record) < len(value):
-                raise RequestError(f"{where}: two of the columns {str(list(value))[:80]} have one name; rename one")
-            columns.update(dict.fromkeys(record))
-            column = _content_column(record, text_column, where)
-            value = record.pop(column)
-            if column == _TOKEN_IDS != text_column and isinstance(value, str):
-                raise RequestError(f"{place}: column {column!r} holds text; name the one with the text in text_column=")
-            labelled = None if span_column is None else _from_json(record.pop(span_column, None))
-            if metadata is not None:
-                record = {name: record[name] for name in metadata if name in record}
-            _check_reserved(record, where)
-        values = {name: _metadata_value(item, name, place) for name, item in record.items()}
-        value = None if _is_missing(value) else value
-        if value is None or isinstance(value, str):
-            text, ids = value or "", None
-        else:
-            text, ids = None, _token_ids(value, index, where)
-        spans = {} if labelled is None or span_column is None else read_spans(labelled, text, span_column, place)
-        if not (spans.keys() <= labels.keys() and values.keys() <= names.keys()):
-            labels.update(spans)
-            names.update(values)
-            check_labels(labels, names, place)
-        yield Document(index, text, ids, values, spans)
-    _check_known("metadata", metadata or (), columns, "the documents")
-    _check_known("span_column", _expected(span_column), columns, "the documents")
+def _documents(source: Iterable[Any], reader: DocumentReader) -> Iterator[Document]:
+    needed = None
+    if reader.metadata is not None:
+        needed = CONTENT_COLUMNS.union([reader.text_column, reader.span_column], reader.metadata)
+    for where, value in _values(source, Columns(reader.text_column, needed)):
+        yield from reader.read(where, value)
+    reader.finish()
 
 
 # Kinds of source
 
 
-def _resolve(texts: Texts) -> Iterable[Any]:
-    """The items of `texts`, files as Paths. RequestError for a wrong path."""
+def _resolve(texts: Texts, text_column: str = "") -> Iterable[Any]:
+    """The items of `texts`, files as Paths, the rows of a table. RequestError for a wrong path."""
     if isinstance(texts, Path):
         _check_file(texts)
         return [texts]
     if not isinstance(texts, str):
-        return texts
+        texts = _one_split(texts) if isinstance(texts, Mapping) else texts
+        return table_rows(texts) or ([texts] if is_chat(texts, text_column) else texts)
     if not texts:
         raise RequestError(f"texts is an empty string; {_UNDERSTOOD}")
     if os.path.exists(texts) or not any(map(str.isspace, texts)) or _names_file(texts):
@@ -256,21 +226,16 @@ def _values(source: Iterable[Any], columns: Columns) -> Iterator[tuple[str, Any]
 
 def _check_columns(source: Any, text_column: str, metadata: Sequence[str] | None, span_column: str | None) -> None:
     """Checks the columns that are known before reading: those of files and of dataset objects."""
-    _check_reserved(metadata or (), "metadata")
+    check_reserved(metadata or (), "metadata")
     known: dict[str, None] = {}
     for where, columns in _known_columns(source):
-        _content_column(columns, text_column, where)
+        content_column(columns, text_column, where)
         if metadata is None:
-            _check_reserved([name for name in columns if name not in (text_column, span_column)], where)
+            check_reserved([name for name in columns if name not in (text_column, span_column)], where)
         known.update(dict.fromkeys(columns))
     if known:
-        _check_known("metadata", metadata or (), known, "the texts")
-        _check_known("span_column", _expected(span_column), known, "the texts")
-
-
-def _expected(span_column: str | None) -> tuple[str, ...]:
-    """The column of spans, if it must exist: the default one need not."""
-    return () if span_column in (None, Recording.span_column) else (span_column,)
+        check_known("metadata", metadata or (), known, "the texts")
+        check_known("span_column", expected_spans(span_column), known, "the texts")
 
 
 def _known_columns(source: Any) -> Iterator[tuple[str, list[str]]]:
@@ -279,76 +244,3 @@ def _known_columns(source: Any) -> Iterator[tuple[str, list[str]]]:
     for path in source if isinstance(source, list | tuple) else ():
         if isinstance(path, Path) and (names := file_columns(path)):
             yield str(path), names
-
-
-def _content_column(columns: Iterable[str], text_column: str, where: str) -> str:
-    """The column with the content of a document: the text column, else the one with token ids."""
-    columns = list(columns)
-    for name in (text_column, _TOKEN_IDS):
-        if name in columns:
-            return name
-    raise RequestError(
-        f"{where}: no column {text_column!r}; its columns are {', '.join(columns) or 'none'}; "
-        "name the one with the text in text_column="
-    )
-
-
-def _check_reserved(columns: Iterable[str], where: str) -> None:
-    for name in columns:
-        if reason := refused_name(name):
-            raise RequestError(
-                f"{where}: a metadata column cannot be called {name!r}, which is {reason}; "
-                "rename it, or name the columns to keep in metadata=, as in metadata=['source'] ([] for none)"
-            )
-
-
-def _check_known(setting: str, names: Iterable[str], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise RequestError(
-                f"{setting} names {name!r}, but {where} have no such column{nearest(name, known)}; "
-                f"the columns are {', '.join(known) or 'none'}"
-            )
-
-
-# Values
-
-
-def _metadata_value(value: Any, name: str, place: str) -> Plain:
-    try:
-        return plain_value(value)
-    except RequestError as error:
-        raise RequestError(f"{place}: column {name!r} holds {error}, or leave the column out in metadata=") from None
-
-
-def _from_json(value: Any) -> Any:
-    """Spans as a table of text holds them."""
-    try:
-        spans = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-    return spans if isinstance(spans, Mapping) else value
-
-
-def _is_missing(value: Any) -> bool:
-    """True for the missing values of pandas and for NaN, which stand where a text is missing."""
-    value = python_value(value)
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _token_ids(value: Any, index: int, where: str) -> list[int]:
-    ids = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(ids, list | tuple | range):
-        raise RequestError(
-            f"document {index} ({where}) is of type {type(value).__name__}; a string or a list of token ids is needed"
-        )
-    ids = list(ids)
-    if not all(type(item) is int for item in ids):
-        for place, item in enumerate(ids):
-            if not isinstance(item, Integral) or isinstance(item, bool):
-                raise RequestError(
-                    f"document {index} ({where}) has {item!r} ({type(item).__name__}) at place {place}; "
-                    "token ids are whole numbers in one flat list"
-                )
-    return [int(item) for item in ids]

@@ -10,6 +10,7 @@ from jaxtyping import Int64
 
 from workbench.corpus.layout import Sequences
 from workbench.corpus.spans import label_columns, label_tokens
+from workbench.corpus.token_labels import label_array, label_fields
 from workbench.corpus.tokenizer import TOKEN_SCHEMA
 
 _END = 2**31 - 1  # beyond the last character of any text
@@ -27,10 +28,10 @@ def token_table(
 ) -> pa.Table:
     """Returns the token table of sequences `first` to `last` (exclusive).
 
-    Its columns are TOKEN_SCHEMA, the metadata, and for each label of spans `<label>`, the value of the span that
-    contains the token, `<label>_span`, the number of that span, and `<label>_cut`, true where other tokens of the span
-    are in another sequence or beyond `max_rows`. Texts, also those of metadata and spans, are
-    dictionary-encoded. Cost: about 50 ns a row and column.
+    Its columns are TOKEN_SCHEMA, those of the documents' kind (`token_labels`), the metadata, and for each label of
+    spans `<label>`, the value of the span that contains the token, `<label>_span`, the number of that span, and
+    `<label>_cut`, true where other tokens of the span are in another sequence or beyond `max_rows`. Texts, also those
+    of metadata and spans, are dictionary-encoded. Cost: about 50 ns a row and column.
 
     Args:
         sequences: Sequences from `plan_sequences`.
@@ -63,6 +64,8 @@ def token_table(
         values if isinstance(values, pa.Array) else pa.array(values, column.type)
         for values, column in zip(columns, TOKEN_SCHEMA, strict=True)
     ]
+    fields = label_fields(sequences.labels)
+    arrays += [label_array(field.name, sequences.labels[field.name][rows], sequences.roles) for field in fields]
     present, inverse = np.unique(document, return_inverse=True)
     for column in _columns_of(present, sequences.metadata):
         column = column.dictionary_encode() if pa.types.is_string(column.type) else column
@@ -76,7 +79,8 @@ def token_table(
 
 def token_columns(sequences: Sequences) -> pa.Schema:
     """Returns names and types of the columns of the token table of planned sequences."""
-    fields = [*TOKEN_SCHEMA, *(pa.field(field.name, _stored(field.type)) for field in sequences.metadata.schema)]
+    fields = [*TOKEN_SCHEMA, *label_fields(sequences.labels)]
+    fields += [pa.field(field.name, _stored(field.type)) for field in sequences.metadata.schema]
     for field in sequences.spans.schema:
         value = field.type.value_type.field("value").type
         fields += map(pa.field, label_columns(field.name), (_stored(value), pa.int32(), pa.bool_()))

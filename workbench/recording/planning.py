@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from workbench.corpus.document import Document
 from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, segment_plan
-from workbench.corpus.sources import Document
 from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Unpack
 
 import torch
 
+from workbench.corpus.aligned import aligned_pairs
+from workbench.corpus.chats import render_chats
 from workbench.corpus.sources import Texts, check_source, read_documents
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -75,7 +77,8 @@ def record(
 
     Args:
         model: A loaded model, or what `load_model` takes: a directory, a hub id, a transformers module.
-        texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, strings, or lists of token ids.
+        texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
+            output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
         out: Folder of the store. A finished store of the same request is opened, an unfinished one is resumed.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
@@ -93,9 +96,8 @@ def record(
             - bos: Policy of BOS tokens: "model" (as the tokenizer does), "always" or "never".
             - packed: Fill sequences with consecutive documents.
             - max_rows: Number of tokens after which to stop. None: all.
-            - text_column: Column of the text, in files and datasets with columns.
-            - metadata: Columns kept for each token. None: all but the text and the spans.
-            - span_column: Column of labelled spans. None: read no spans.
+            - text_column, metadata, span_column: Columns of the text, of what is kept for each token, of spans.
+            - generation_prompt, unaligned_pairs: Treatment of chats and of pairs; see `Recording`.
             - batch_tokens: Tokens in a forward pass, padding included. None: by device and width.
             - segment_rows: Rows committed at a time. None: about 256 MiB, at most 65,536 rows.
 
@@ -139,6 +141,8 @@ def _write(
     documents = read_documents(
         texts, text_column=settings.text_column, metadata=settings.metadata, span_column=settings.span_column
     )
+    documents = render_chats(documents, model.tokenizer, settings.generation_prompt)
+    documents = aligned_pairs(documents, model.tokenizer, settings.unaligned_pairs)
     with (
         _opened(plan, model, out, workers) as writer,
         explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 BosPolicy = Literal["model", "always", "never"]
+UnalignedPairs = Literal["refuse", "drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Recording:
     span_column: str | None = "spans"
     """Column with labelled spans of the text, if there is one: each label becomes two columns of the token table.
     None: read no spans."""
+    generation_prompt: bool = False
+    """End each chat with the header of the assistant's next message, as for generation."""
+    unaligned_pairs: UnalignedPairs = "refuse"
+    """Treatment of a (clean, corrupt) pair whose sides have different numbers of tokens: refuse the texts, drop the
+    pair with a warning, or keep it."""
     batch_tokens: int | None = None
     """Tokens in one forward pass, padding included. None: on a CPU 2,048, and up to 8,192 for models narrower than
     768; on a GPU 16,384."""
@@ -48,7 +54,7 @@ class Recording:
 
     def __post_init__(self) -> None:
         check_fields(self, "context", "max_rows", "batch_tokens", "segment_rows", at_least=1, optional=True)
-        _check_choices({"dtype": self.dtype, "bos": self.bos})
+        _check_choices({"dtype": self.dtype, "bos": self.bos, "unaligned_pairs": self.unaligned_pairs})
         for name, columns in (("text_column", (self.text_column,)), ("metadata", self.metadata or ())):
             if self.span_column in columns:
                 raise RequestError(
@@ -71,6 +77,8 @@ class RecordingOptions(TypedDict, total=False):
     text_column: str
     metadata: Sequence[str] | str | None
     span_column: str | None
+    generation_prompt: bool
+    unaligned_pairs: str
     batch_tokens: int | None
     segment_rows: int | None
 
@@ -100,6 +108,7 @@ def _names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
 
 
 def _check_choices(fields: Mapping[str, Any]) -> None:
-    for name, choices in (("dtype", get_args(Dtype)), ("bos", get_args(BosPolicy))):
+    types = (("dtype", Dtype), ("bos", BosPolicy), ("unaligned_pairs", UnalignedPairs))
+    for name, choices in ((name, get_args(kind)) for name, kind in types):
         if name in fields:
             check(name, fields[name], one_of=choices)

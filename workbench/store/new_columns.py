@@ -127,6 +127,8 @@ def _values(sequences: Sequences, name: str) -> pa.ChunkedArray:
     """Values of a column of whole numbers: of metadata, or of a label, whose other columns are never floats."""
     if name in sequences.metadata.column_names:
         return sequences.metadata[name]
+    if name in sequences.labels:
+        return pa.chunked_array([pa.array(sequences.labels[name])])
     return pc.struct_field(pc.list_flatten(sequences.spans[name]), "value")  # pyright: ignore[reportAttributeAccessIssue]
 
 
