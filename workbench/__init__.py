@@ -23,7 +23,15 @@ _PUBLIC = {
     "Direction": "workbench.model.direction",
     "load_direction": "workbench.model.direction",
     "intervene": "workbench.model.intervene",
-    "Add": "workbench.model.intervene",
+    "Tokens": "workbench.model.token_choice",
+    "Set": "workbench.model.row_records",
+    "Zero": "workbench.model.row_records",
+    "Add": "workbench.model.row_records",
+    "Project": "workbench.model.row_records",
+    "Mean": "workbench.model.stored_rows",
+    "Resample": "workbench.model.stored_rows",
+    "Patch": "workbench.model.stored_rows",
+    "EmbedTokens": "workbench.model.embedding_records",
     "Feature": "workbench.sae.feature_record",
     "extract_features": "workbench.features.extract",
     "open_features": "workbench.features.feature_store",
@@ -114,8 +122,12 @@ if TYPE_CHECKING:
     )
     from workbench.io.errors import DataError, RequestError, WorkbenchError
     from workbench.model.direction import Direction, load_direction
-    from workbench.model.intervene import Add, intervene
+    from workbench.model.embedding_records import EmbedTokens
+    from workbench.model.intervene import intervene
     from workbench.model.load import Model, load_model
+    from workbench.model.row_records import Add, Project, Set, Zero
+    from workbench.model.stored_rows import Mean, Patch, Resample
+    from workbench.model.token_choice import Tokens
     from workbench.pages.feature_page import feature_page
     from workbench.pages.figure_export import export
     from workbench.pages.token_view import TokenView

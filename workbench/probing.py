@@ -135,8 +135,8 @@ _PUBLIC = {
     "ov_logits": "workbench.model.circuits",
     "recorded_model": "workbench.model.reload",
     "row_entropy": "workbench.model.attention",
-    "run_prompted": "workbench.model.interventions",
-    "token_embeddings": "workbench.model.interventions",
+    "run_prompted": "workbench.model.prompted",
+    "token_embeddings": "workbench.model.embedding_records",
     "writes_of": "workbench.model.circuits",
     # figures, made of a result alone
     "attribution_bars": "workbench.analysis.attribution_figures",
@@ -263,9 +263,10 @@ if TYPE_CHECKING:
         ov_logits,
         writes_of,
     )
+    from workbench.model.embedding_records import token_embeddings
     from workbench.model.frozen_output import FrozenOutput
-    from workbench.model.interventions import run_prompted, token_embeddings
     from workbench.model.load import Model
+    from workbench.model.prompted import run_prompted
     from workbench.model.reload import recorded_model
     from workbench.model.unembed import Unembed, load_unembed
     from workbench.results.bootstrap import (

@@ -7,9 +7,10 @@ import torch
 from refusals import refused
 
 from workbench.io.errors import DataError, RequestError
-from workbench.model.intervene import Add, intervene
+from workbench.model.intervene import intervene
 from workbench.model.load import Model
 from workbench.model.positions import PassReader
+from workbench.model.row_records import Add
 
 IDS = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(5))
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(6))
@@ -196,8 +197,8 @@ def test_a_mask_chooses_entries_of_the_batch(llama):
     [
         (lambda: Add("resid_post.9", DIRECTION), "site 'resid_post.9': no such layer; the model has layers 0 to 2"),
         (lambda: Add("resid_post", DIRECTION), "site 'resid_post' selects 3 sites; name one, such as 'resid_post.0'"),
-        (lambda: Add("resid_mid.1", DIRECTION), "site resid_mid.1 cannot be changed: it is read in several places, or"),
-        (lambda: Add("pattern.1", DIRECTION), "site pattern.1 cannot be changed"),
+        (lambda: Add("pattern.1", DIRECTION), "site pattern.1 cannot be changed: it is a result of attention"),
+        (lambda: Add("resid_norm.1", DIRECTION), "site resid_norm.1 cannot be changed: it is computed from another"),
         (lambda: Add(MIDDLE, DIRECTION[:5]), "direction has the shape (5,), and a row of resid_post.1 (32,)"),
         (lambda: Add(MIDDLE, 0 * DIRECTION, unit="unit"), "direction is 0 and has no unit vector"),
         (lambda: Add(MIDDLE, DIRECTION * torch.nan), "direction has a value that is not finite"),

@@ -24,11 +24,11 @@ from workbench.io.files import save_texts
 from workbench.io.progress import progress
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import fixed_shape, hook_tensor, run
-from workbench.model.intervene import Change, Intervened, Intervention, changeable_site, intervene
+from workbench.model.forward import hook_tensor, run
+from workbench.model.intervene import Intervened, intervene
 from workbench.model.load import Model
-from workbench.model.positions import At
 from workbench.model.reload import recorded_model
+from workbench.model.row_changes import RowFunction, changeable_place
 from workbench.results.bootstrap import intervals, resampled_means
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import extremes
@@ -36,7 +36,6 @@ from workbench.sae.feature_record import Feature
 from workbench.sae.reconstruction import Documents
 from workbench.sae.site import block_rows
 from workbench.sae.spliced_loss import Batch, batch_limit, loss_and_divergence, sequence_batches
-from workbench.sites.grammar import Site
 from workbench.store.reader import Rows
 
 if TYPE_CHECKING:
@@ -205,32 +204,13 @@ def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[
     return Documents.of(store.tokens["document"].to_numpy(), np.flatnonzero(measured)), replaced
 
 
-@dataclass(frozen=True, eq=False)
-class _Checked(Intervention):
-    """A record that was checked once for all batches, at the chosen tokens of one."""
-
-    record: Feature
-    ready: Change
-    at: At
-
-    @property
-    def place(self) -> str:
-        return self.record.place
-
-    def change(self, model: Model, site: Site) -> Change:
-        return self.ready
-
-    def __str__(self) -> str:
-        return str(self.record)
-
-
 class _Work:
     """The passes of a batch: unchanged, and one for each changed feature."""
 
     def __init__(self, sae: Sae, model: Model, records: Sequence[Feature]) -> None:
         self.sae, self.model, self.records = sae, model, records
-        self.site = changeable_site(model, records[0].place)
-        self.changes = [record.change(model, self.site) for record in records]
+        self.where = changeable_place(model, records[0].place)
+        self.changes = [record.change(model, self.where) for record in records]  # checked once for all batches
 
     def measure(self, batch: Batch, sums: _Sums) -> None:
         """Adds the effect of every change on a batch."""
@@ -242,7 +222,8 @@ class _Work:
         for index, record in enumerate(self.records):
             after, relative = before, 0.0
             if bool(changes[index].any()):
-                with intervene(self.model, _Checked(record, self.changes[index], batch.replaced)) as applied:
+                change = RowFunction(record.place, self.changes[index], str(record), at=batch.replaced)
+                with intervene(self.model, change) as applied:
                     after, _ = self._pass(batch, applied)
                 relative = float((applied.table()["relative_change"] * applied.table()["rows"]).iloc[0])
                 after = after[rows.to(after.device)]
@@ -258,8 +239,9 @@ class _Work:
     def _pass(self, batch: Batch, applied: Intervened | None) -> tuple[Tensor, Tensor | None]:
         """Logits of a pass and, where nothing is changed, the rows of the site."""
         kept: list[Tensor | None] = []
-        part = self.model.module.get_submodule(self.site.tap.path)
-        side = "in" if self.site.tap.part == "in" else "out"
+        tap = self.where.site.tap
+        part = self.model.module.get_submodule(tap.path)
+        side = "in" if tap.part == "in" else "out"
         with hook_tensor(part, side, kept.append) if applied is None else nullcontext():
             logits = run(self.model.module, batch.ids, batch.mask).logits
         return logits, kept[0] if kept else None
@@ -272,7 +254,7 @@ class _Work:
         masks = torch.zeros(len(self.records), replaced.numel(), dtype=torch.bool, device="cpu")
         chosen = replaced.flatten().nonzero()[:, 0]
         ids = [record.id for record in self.records]
-        rows = values.reshape(replaced.numel(), *fixed_shape(self.site))
+        rows = values.reshape(replaced.numel(), *self.where.shape)
         for part in chosen.split(block_rows(self.sae)):
             activations = self.sae.encode(rows[part.to(rows.device)])[:, ids].cpu()
             for index, record in enumerate(self.records):

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.model.interventions import run_prompted
 from workbench.model.load import Model
+from workbench.model.prompted import run_prompted
 from workbench.sites.grammar import Site
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -134,11 +135,29 @@ def _entropy(mass: Float[Tensor, "*shape"], logs: Float[Tensor, "*shape"]) -> Fl
 
 
 @dataclass(frozen=True)
+class AttentionInputs:
+    """Tensors that an attention function gets, before it computes; keys and values include those of the cache."""
+
+    module: nn.Module
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    value: Float[Tensor, "batch kv_head key d_value"]
+    mask: Tensor | None
+    settings: Mapping[str, Any]
+    """Other arguments: scaling, softcap, ...."""
+
+    def replaced(self, **tensors: Tensor | None) -> AttentionInputs:
+        """Returns the inputs with other tensors."""
+        return replace(self, **tensors)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
 class _Tap:
-    """Callbacks of attention modules, and the pass that they are for."""
+    """Callbacks and changes of attention modules, and the pass that they are for."""
 
     callbacks: Mapping[nn.Module, Callable[[AttentionCall], None]]
     in_pass: Callable[[], bool]
+    changes: Mapping[nn.Module, Callable[[AttentionInputs], AttentionInputs]] = field(default_factory=dict)
 
 
 _TAPS: dict[str, list[_Tap]] = {}
@@ -162,7 +181,22 @@ def tap_attention(
     if not callbacks:
         yield
         return
-    tap = _Tap(callbacks, bound())
+    with _opened(implementation, _Tap(callbacks, bound())):
+        yield
+
+
+@contextmanager
+def change_attention(
+    implementation: str, module: nn.Module, change: Callable[[AttentionInputs], AttentionInputs]
+) -> Iterator[None]:
+    """Replaces the inputs of one module's attention function by `change` of them, each time it runs in the block."""
+    with _opened(implementation, _Tap({}, bound(), {module: change})):
+        yield
+
+
+@contextmanager
+def _opened(implementation: str, tap: _Tap) -> Iterator[None]:
+    """Keeps a tap in the table inside the block."""
     with _LOCK:
         taps = _TAPS.setdefault(implementation, [])
         if not taps:
@@ -211,6 +245,11 @@ def _restore(implementation: str) -> None:
 
 def _tapped(attend: Callable, taps: list[_Tap]) -> Callable:
     def tapped(module, query, key, value, attention_mask=None, *args, **kwargs):
+        inputs = AttentionInputs(module, query, key, value, attention_mask, kwargs)
+        for tap in tuple(taps):
+            if module in tap.changes and tap.in_pass():
+                inputs = tap.changes[module](inputs)
+        query, key, value, attention_mask = inputs.query, inputs.key, inputs.value, inputs.mask
         output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
         for tap in tuple(taps):
             if module in tap.callbacks and tap.in_pass():

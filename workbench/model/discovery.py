@@ -60,7 +60,15 @@ def find_sites(module: nn.Module) -> SiteMap:
         synonyms |= {name: canonical for name in by_tap[tap] if name != canonical}
     last = Tap(f"{names.blocks}.{n_layers - 1}", "out")
     causal = trial.causal(last) and other.causal(last)
-    return SiteMap(sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal)
+    chained = tuple(layer for layer in range(1, n_layers) if _chained(layer, names, trial))
+    return SiteMap(sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained)
+
+
+def _chained(layer: int, names: Claims, trial: Trial) -> bool:
+    """True if the input of a block is the output of the block before."""
+    taps = Tap(f"{names.blocks}.{layer - 1}", "out"), Tap(f"{names.blocks}.{layer}", "in")
+    before, after = (trial.values.get(tap) for tap in taps)
+    return before is not None and after is not None and before.equal(after)
 
 
 # ---- from claims and trial to sites ---------------------------------------------------------------------

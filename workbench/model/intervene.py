@@ -12,139 +12,135 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
-from workbench.model.forward import change_tensor, fixed_shape
+from workbench.model.counts import Count
 from workbench.model.load import Model
 from workbench.model.passes import bound
-from workbench.model.positions import At, PassReader, PassTokens, check_at, named_positions
-from workbench.sites.grammar import Site
+from workbench.model.positions import PassLabels, PassReader, PassTokens
+from workbench.model.token_choice import Tokens
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Change = Callable[[Float[Tensor, "row ..."]], Float[Tensor, "row ..."]]
-"""From rows of a site, in float32 or wider, to their new values; a row that it leaves alone is returned bit by bit."""
-
 
 class Intervention(ABC):
-    """A frozen record that changes the tensor at one site; it holds nothing of a model."""
-
-    at: At
-    """The tokens that it changes."""
-
-    @property
-    @abstractmethod
-    def place(self) -> str:
-        """Name of the site."""
+    """A frozen record of one change of a running model. It holds nothing of a model and no function."""
 
     @abstractmethod
-    def change(self, model: Model, site: Site) -> Change:
-        """Returns the change of chosen rows.
+    def bind(self, model: Model) -> Bound:
+        """Returns the record made ready for one model.
 
         Raises:
-            RequestError: The record does not fit the model or the site.
+            RequestError: The record does not fit the model.
         """
 
 
-@dataclass(frozen=True, eq=False)
-class Add(Intervention):
-    """Adds a direction to the chosen rows of a site: x <- x + scale · d."""
+class Bound(ABC):
+    """A record made ready for one model, and the count of what it did there."""
 
-    site: str
-    direction: Float[Tensor, "*row"]
-    """d, of the shape of a row of the site."""
-    scale: float = 1.0
-    unit: Literal["raw", "unit", "norm"] = "raw"
-    """"raw": d as it is; "unit": d divided by its L2 norm; "norm": d / ‖d‖ times the L2 norm of the row."""
-    at: At = field(default="all", kw_only=True)
+    first = False
+    """True for a change of the model's structure, which is in place before all others."""
+    at: Tokens | Tensor = Tokens()
+    """Tokens that it changes."""
+    override = False
+    """True if it may replace what an earlier record sets."""
 
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
+    def __init__(self, record: Intervention, place: str) -> None:
+        self.record, self.place, self.count = record, place, Count()
+        self.seen: set[int] = set()
+        """Named positions that came up."""
 
-    def change(self, model: Model, site: Site) -> Change:
-        """Returns the change of rows; see `Intervention.change`."""
-        check("unit", self.unit, one_of=("raw", "unit", "norm"))
-        check("scale", self.scale, above=-float("inf"), below=float("inf"))
-        direction = torch.as_tensor(self.direction).float()
-        shape = fixed_shape(site)
-        if tuple(direction.shape) != shape:
-            raise RequestError(f"direction has the shape {tuple(direction.shape)}, and a row of {self.site} {shape}")
-        if not bool(direction.detach().isfinite().all()):
-            raise RequestError("direction has a value that is not finite")
-        if self.unit != "raw":
-            if not (norm := direction.norm()):
-                raise RequestError(f"direction is 0 and has no unit vector; choose unit='raw', not {self.unit!r}")
-            direction = direction / norm
-        return partial(_add, direction=self.scale * direction, relative=self.unit == "norm")
+    @abstractmethod
+    def attach(self, module: nn.Module, tokens: CurrentTokens, stack: ExitStack) -> None:
+        """Registers hooks on a model until `stack` closes."""
 
-    def __str__(self) -> str:
-        return f"add {self.scale:g} at {self.site}"
+    def attach_readers(self, module: nn.Module, stack: ExitStack) -> None:
+        """Registers hooks that must see what all changes did; by default none."""
+        return
 
+    def overrides(self, other: Bound) -> bool | None:
+        """Returns True if it replaces what an earlier record sets at a token; None if the passes decide."""
+        return False
 
-def _add(rows: Tensor, direction: Tensor, relative: bool) -> Tensor:
-    step = direction.to(rows)
-    if relative:
-        norm = rows.flatten(1).norm(dim=1)
-        step = norm.reshape(-1, *[1] * (rows.ndim - 1)) * step
-    return torch.where(step == 0, rows, rows + step)
+    def check(self) -> None:
+        """Raises DataError for what did not happen, or gave no numbers."""
+        count = self.count
+        if not count.passes:
+            raise DataError(f"{self.record}: no forward pass reached it inside the block; call the model inside")
+        positions = self.at.positions if isinstance(self.at, Tokens) else ()
+        if missing := sorted(set(positions) - self.seen):
+            raise DataError(f"{self.record}: no sequence had a token at position {missing[0]}; name another")
+        if not count.rows:
+            choice = self.at if isinstance(self.at, Tokens) else "a mask"
+            raise DataError(f"{self.record}: at={choice} chose no token of {count.passes} passes")
+        if not count.finite:
+            raise DataError(f"{self.record}: its new values are not finite; look for NaN in the model or a huge value")
 
 
-@dataclass
-class _Count:
-    """Counts of what a record changed."""
+class CurrentTokens:
+    """Tokens of the pass that runs, read at its top."""
 
-    passes: int = 0
-    rows: int = 0
-    changed: int = 0
-    relative: float = 0.0
-    finite: bool = True
-    seen: set[int] = field(default_factory=set)
-    """Named positions that came up."""
+    def __init__(self, module: nn.Module) -> None:
+        self._reader, self._module = PassReader(module), module
+        self._tokens: PassTokens | None = None
+        self.labels: PassLabels | None = None
+        """Labels of the next passes."""
 
-    def add(self, old: Tensor, new: Tensor) -> None:
-        """Counts rows, old and new, that no earlier pass had."""
-        old, new = old.detach().flatten(1), new.detach().flatten(1)
-        norm = old.norm(dim=1)
-        relative = (new - old).norm(dim=1) / torch.where(norm > 0, norm, 1)
-        self.rows += len(old)
-        self.changed += int((new != old).any(1).sum())
-        self.relative += float(relative.sum())
+    def read(self, stack: ExitStack) -> None:
+        """Registers hooks at the top of the model, until `stack` closes: a block does not know the positions."""
+        in_pass = bound()
+
+        def begin(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if in_pass():
+                self._tokens = self._reader.read(args, kwargs, self.labels)
+
+        def end(*_call: object) -> None:
+            if in_pass():
+                self._tokens = None
+
+        stack.callback(self._module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(self._module.register_forward_hook(end, always_call=True).remove)
+
+    def of(self, record: Intervention) -> PassTokens:
+        """Returns the tokens of the pass. DataError if a part of the model runs alone."""
+        if self._tokens is None:
+            raise DataError(f"{record}: a part of the model ran alone; call the whole model inside the block")
+        return self._tokens
 
 
 class Intervened:
     """Result of `intervene`: a context that changes a model inside its block, and counts what was changed."""
 
-    def __init__(self, model: Model, records: tuple[Intervention, ...]) -> None:
+    def __init__(self, model: Model, records: tuple[Intervention, ...], override: bool = False) -> None:
         self.model, self.records = model, records
-        self._hooks = [_Hook(model, record) for record in records]
+        self._bound = [record.bind(model) for record in records]
+        for one in self._bound:
+            one.override = override
+        if not override:
+            _refuse_overridden(self._bound)
+        self._tokens = CurrentTokens(model.module)
         self._stack: ExitStack | None = None
-        self._tokens: PassTokens | None = None
 
     def __enter__(self) -> Intervened:
         if self._stack is not None:
             raise RequestError("these interventions were entered before; call wb.intervene again for another block")
         self._stack = ExitStack()
+        module = self.model.module
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # compiled code ignores hooks that are added after its first call
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self._read_tokens(self.model.module, stack)
-            for hook in self._hooks:
-                part = self.model.module.get_submodule(hook.site.tap.path)
-                change = partial(hook.apply, lambda: self._tokens)
-                stack.enter_context(change_tensor(part, hook.side, change))
+            self._tokens.read(stack)
+            for bound_record in sorted(self._bound, key=lambda one: not one.first):
+                bound_record.attach(module, self._tokens, stack)
+            for bound_record in self._bound:
+                bound_record.attach_readers(module, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -152,48 +148,53 @@ class Intervened:
         if self._stack is not None:
             self._stack.close()
         if kind is None:
-            for hook in self._hooks:
-                hook.check()
+            self.check()
 
-    def _read_tokens(self, module: nn.Module, stack: ExitStack) -> None:
-        """Reads positions at the beginning of each pass of the whole model: a block does not know them."""
-        reader, in_pass = PassReader(module), bound()
+    @property
+    def counts(self) -> tuple[Count, ...]:
+        """Counts of each record."""
+        return tuple(one.count for one in self._bound)
 
-        def begin(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            if in_pass():
-                self._tokens = reader.read(args, kwargs)
+    def check(self) -> None:
+        """Raises DataError for a record that did not run, chose no token, or gave values that are not finite."""
+        for one in self._bound:
+            one.check()
 
-        def end(*_call: object) -> None:
-            if in_pass():
-                self._tokens = None
-
-        stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(end, always_call=True).remove)
+    @contextmanager
+    def labelled(self, labels: PassLabels) -> Iterator[None]:
+        """Gives the passes inside the block the labels of a recording."""
+        before, self._tokens.labels = self._tokens.labels, labels
+        try:
+            yield
+        finally:
+            self._tokens.labels = before
 
     def table(self) -> pd.DataFrame:
         """Returns one line per record: what it is and what it changed so far.
 
         Columns record; site; passes, forward passes that reached it; rows, distinct tokens chosen; changed, those whose
-        values differ afterwards; relative_change, mean of ‖x' - x‖ / ‖x‖ over the chosen tokens, NaN without any.
+        values differ afterwards; exempt, chosen tokens at which the change is not defined, left as they are;
+        relative_change, mean of ‖x' - x‖ / ‖x‖ over the chosen tokens, NaN without any.
         """
         import pandas as pd  # a second
 
         return pd.DataFrame(
             [
                 {
-                    "record": str(hook.record),
-                    "site": hook.site.short or hook.site.name,
-                    "passes": hook.count.passes,
-                    "rows": hook.count.rows,
-                    "changed": hook.count.changed,
-                    "relative_change": hook.count.relative / hook.count.rows if hook.count.rows else float("nan"),
+                    "record": str(one.record),
+                    "site": one.place,
+                    "passes": one.count.passes,
+                    "rows": one.count.rows,
+                    "changed": one.count.changed,
+                    "exempt": one.count.exempt,
+                    "relative_change": one.count.relative_change,
                 }
-                for hook in self._hooks
+                for one in self._bound
             ]
         )
 
 
-def intervene(model: Model, *records: Intervention) -> Intervened:
+def intervene(model: Model, *records: Intervention, override: bool = False) -> Intervened:
     """Returns a context manager that applies interventions to a model for any code inside its block.
 
     Records apply in their order, those of an outer block first; later ones see what earlier ones did. Hooks act in the
@@ -201,82 +202,35 @@ def intervene(model: Model, *records: Intervention) -> Intervened:
 
     Args:
         model: The model; `model.module` is called or generates inside the block.
-        records: What to change: `Add`, `Feature`.
+        records: What to change: `Set`, `Zero`, `Add`, `Project`, `Mean`, `Resample`, `Patch`, `Feature`.
+        override: Allow a record that replaces what an earlier one sets at the same tokens.
 
     Returns:
         The context; as the value of `with ... as run` it counts what was changed: `run.table()`.
 
     Raises:
-        RequestError: A record that does not fit the model: unknown site, a site that cannot be changed, another width.
+        RequestError: A record that does not fit the model: unknown site, a site that cannot be changed, another width;
+            or two records that set the same rows.
         DataError: When the block ends without exception: no pass of the model, no token chosen, a named position that
             never came up, values that are not finite.
     """
     if not records:
-        raise RequestError("no intervention is given; give one or more records, such as wb.Feature(sae, 17)")
-    return Intervened(model, records)
+        raise RequestError("no intervention is given; give one or more records, such as wb.Zero('z.3', head=0)")
+    for record in records:
+        if not isinstance(record, Intervention):
+            raise RequestError(f"an intervention must be a record such as wb.Zero('z.3', head=0), not {record!r:.60}")
+    return Intervened(model, records, override)
 
 
-class _Hook:
-    """One record at its site of a model."""
-
-    def __init__(self, model: Model, record: Intervention) -> None:
-        check_at(record.at)
-        self.record, self.count = record, _Count()
-        self.site = changeable_site(model, record.place)
-        self.side: Literal["in", "out"] = "in" if self.site.tap.part == "in" else "out"
-        self.change = record.change(model, self.site)
-
-    def apply(self, tokens: Callable[[], PassTokens | None], tensor: Tensor) -> Tensor:
-        """Returns the tensor with the chosen rows changed; the original stays as it is."""
-        present = tokens()
-        if present is None:
-            raise DataError(f"{self.record}: a part of the model ran alone; call the whole model inside the block")
-        mask = present.chosen(self.record.at)
-        self.count.passes += 1
-        self._see(present, mask)
-        if not bool(mask.any()):
-            return tensor
-        rows = tensor.reshape(mask.numel(), *fixed_shape(self.site))
-        chosen = mask.flatten().nonzero()[:, 0].to(rows.device)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        old = rows[chosen].to(wide)
-        new = self.change(old)
-        self.count.finite &= bool(new.detach().isfinite().all())
-        fresh = (mask.nonzero()[:, 1] >= present.fresh).to(rows.device)
-        self.count.add(old[fresh], new[fresh])
-        return rows.index_copy(0, chosen, new.to(rows.dtype)).reshape(tensor.shape)
-
-    def _see(self, present: PassTokens, mask: Tensor) -> None:
-        for index in set(named_positions(self.record.at)) - self.count.seen:
-            if bool((present.chosen(index) & mask).any()):
-                self.count.seen.add(index)
-
-    def check(self) -> None:
-        """Raises DataError for what did not happen, or gave no numbers."""
-        count, missing = self.count, sorted(set(named_positions(self.record.at)) - self.count.seen)
-        if not count.passes:
-            raise DataError(f"{self.record}: no forward pass reached it inside the block; call the model inside")
-        if missing:
-            raise DataError(f"{self.record}: no sequence had a token at position {missing[0]}; name another")
-        if not count.rows:
-            raise DataError(f"{self.record}: at={self.record.at!r} chose no token of {count.passes} passes")
-        if not count.finite:
-            raise DataError(f"{self.record}: its new values are not finite; look for NaN in the model or a huge value")
+def overridden(later: Intervention, earlier: Intervention, place: str) -> str:
+    """Returns the message about two records that set the same rows."""
+    return (
+        f"{later} sets what {earlier} set before, at the same tokens of {place}; leave one out, or pass override=True"
+    )
 
 
-def changeable_site(model: Model, name: str) -> Site:
-    """Returns the one site of a model that `name` selects, if it can be changed.
-
-    Raises:
-        RequestError: Another number of sites than one, or a site that is no single input or output of a module.
-    """
-    sites = model.site_map.select((name,))
-    if len(sites) != 1:
-        raise RequestError(f"site {name!r} selects {len(sites)} sites; name one, such as {sites[0].short!r}")
-    (site,) = sites
-    if site.of or site.tap.part not in ("in", "out") or site.name.endswith("hook_resid_mid"):
-        raise RequestError(
-            f"site {site.short or site.name} cannot be changed: it is read in several places, or inside of attention; "
-            "resid_pre, resid_post, attn_out and mlp_out can"
-        )
-    return site
+def _refuse_overridden(records: list[Bound]) -> None:
+    for number, later in enumerate(records):
+        for earlier in records[:number]:
+            if later.overrides(earlier):
+                raise RequestError(overridden(later.record, earlier.record, later.place))

@@ -1,53 +1,42 @@
-"""Token positions in forward passes: which entries of a batch are tokens, which of the prompt, and which are new.
+"""Positions of the tokens of forward passes: which entries of a batch are tokens, of the prompt, new, or in the cache.
 
-A position is an index into the tokens of a sequence, not into the padded tensor: the first real token has 0, padding
-has none. So left-padded, right-padded and cached passes mean the same tokens.
+Positions are those of `token_choice`. They are read at the top of a pass: inside of the blocks the cache counts the
+current tokens already.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from workbench.io.errors import DataError, RequestError
-
-At = int | Sequence[int] | slice | str | Bool[Tensor, "batch position"]
-"""Choice of tokens: a position or several (-1 is the last token of the prompt), a slice of positions (which includes
-generated tokens where it has no end), "all" tokens, the "new" ones after the prompt, or a mask of the batch."""
+from workbench.io.errors import DataError
+from workbench.model.token_choice import Tokens
 
 
-def check_at(at: Any) -> None:
-    """Raises RequestError for a choice of tokens that is none of `At`."""
-    if isinstance(at, str) and at in ("all", "new"):
-        return
-    if isinstance(at, Tensor) and at.dtype == torch.bool and at.ndim == 2:
-        return
-    if isinstance(at, slice):
-        bounds = (at.start, at.stop, at.step)
-        if all(bound is None or _whole(bound) for bound in bounds) and (at.step is None or at.step > 0):
-            return
-        raise RequestError(f"at: {at} needs whole numbers and a step above 0")
-    if _whole(at) or (isinstance(at, Sequence) and not isinstance(at, str) and len(at) and all(map(_whole, at))):
-        return
-    raise RequestError(
-        f'at must be a position, a list of positions, a slice, "all", "new" or a mask (batch, position), not {at!r}'
-    )
+@dataclass(frozen=True, eq=False)
+class PassLabels:
+    """Facts about a batch of a recording that its token ids do not give."""
+
+    sequence: Int[Tensor, " batch"]
+    """Number of each sequence in the store."""
+    chosen: Mapping[str, Bool[Tensor, "batch position"]]
+    """Tokens that conditions on the token table choose, by `table_key`."""
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def table_key(choice: Tokens) -> str:
+    """Returns the name of a choice's conditions on the token table."""
+    return repr((choice.span, choice.sql))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PassTokens:
-    """Tokens of one forward pass."""
+    """Tokens of one forward pass, or the keys that its attention reads."""
 
     position: Int[Tensor, "batch position"] | None
     """Position of each entry in its sequence, -1 for padding; None if the call does not decide it."""
@@ -58,53 +47,134 @@ class PassTokens:
     """Index of the first column that no earlier pass had: a step without cache runs the whole sequence again."""
     split: bool
     """True if the pass continues a sequence by several tokens, so that prompt and new tokens cannot be separated."""
+    ids: Int[Tensor, "batch position"] | None = None
+    """Token ids; None if the model was called with embeddings, or for keys."""
+    labels: PassLabels | None = None
+    cached: int = 0
+    """Tokens that earlier passes left in the cache, padding included."""
+    pads: Int[Tensor, " batch"] | None = None
+    """Padding before the first token of each sequence; None if the tokens are not in consecutive columns."""
+    set_rows: list[Any] = field(default_factory=list, repr=False)
+    """Record, place and mask of each record that set rows in this pass."""
+    _masks: dict[int, tuple[object, Tensor]] = field(default_factory=dict, repr=False)
+    _keys: dict[int, PassTokens] = field(default_factory=dict, repr=False)
 
-    def chosen(self, at: At) -> Bool[Tensor, "batch position"]:
-        """Returns a mask of the tokens that `at` chooses, on the CPU.
+    def chosen(self, choice: Tokens | Bool[Tensor, "batch position"]) -> Bool[Tensor, "batch position"]:
+        """Returns a mask of the chosen tokens, on the CPU; computed once for all records with the same choice.
 
         Raises:
-            DataError: The pass does not decide the positions, or a mask of another shape.
+            DataError: The pass does not decide the positions or the ids, or a mask of another shape.
         """
-        if isinstance(at, Tensor):
-            if tuple(at.shape) != self.shape:
-                raise DataError(f"at is a mask of shape {tuple(at.shape)}, and the batch has {self.shape}")
-            return at.cpu()
+        kept = self._masks.get(id(choice))
+        if kept is None or kept[0] is not choice:
+            kept = self._masks[id(choice)] = choice, self._choose(choice)
+        return kept[1]
+
+    def named(self, choice: Tokens | Tensor) -> Int[Tensor, "batch position"]:
+        """Returns, for each entry, the number of the named position that it is, in the order of `at`; -1: none."""
+        number = torch.full(self.shape, -1, dtype=torch.long, device="cpu")
+        for index, position in enumerate(choice.positions if isinstance(choice, Tokens) else ()):
+            number[self._at(position)] = index
+        return number
+
+    def position_of(self, mask: Bool[Tensor, "batch position"]) -> Int[Tensor, " row"]:
+        """Returns the positions of the tokens of a mask. DataError if the pass does not decide them."""
         if self.position is None:
-            if isinstance(at, str) and at == "all":
-                return torch.ones(self.shape, dtype=torch.bool, device="cpu")
-            raise DataError(f"at={at!r}: the model was called without mask of two axes and without position_ids")
-        assert self.prompt is not None
-        if self.split and _needs_prompt(at):
+            raise DataError("the model was called without mask of two axes and without position_ids")
+        return self.position[mask]
+
+    def came_up(self, choice: Tokens | Tensor) -> set[int]:
+        """Returns the named positions of `at` that a sequence of the pass has."""
+        chosen = self.chosen(choice)
+        positions = choice.positions if isinstance(choice, Tokens) else ()
+        return {position for position in positions if bool((self._at(position) & chosen).any())}
+
+    def donors(self, count: int) -> Int[Tensor, " batch"]:
+        """Returns for each sequence the one of `count` others that belongs to it.
+
+        In a recording one serves all, or each has its own; elsewhere, beams and repeated sequences share theirs.
+
+        Raises:
+            DataError: The batch is no multiple of `count`.
+        """
+        if self.labels is not None:
+            return torch.zeros_like(self.labels.sequence) if count == 1 else self.labels.sequence
+        batch = self.shape[0]
+        if not count or batch % count:
+            raise DataError(f"the batch has {batch} sequences, no multiple of the {count} that values are given for")
+        return torch.arange(batch, device="cpu") // (batch // count)
+
+    def keys(self, held: int) -> PassTokens:
+        """Returns the keys that a layer's attention reads, when its cache gives `held` of them.
+
+        Key j is token j + max(0, tokens seen - held): so in growing, sliding and static caches alike.
+
+        Raises:
+            DataError: The pass does not decide the positions.
+        """
+        if held not in self._keys:
+            self._keys[held] = self._read_keys(held)
+        return self._keys[held]
+
+    def _read_keys(self, held: int) -> PassTokens:
+        if self.pads is None:
             raise DataError(
-                f"at={at!r}: a pass continues a sequence by several tokens at once (chunked prefill, assisted "
+                "keys: the positions of the tokens in the cache are not known; call the model with a mask of two axes "
+                "whose tokens are in consecutive columns, or with position_ids"
+            )
+        seen = self.cached + self.shape[1]
+        column = torch.arange(held, device="cpu") + max(0, seen - held)
+        position = column - self.pads[:, None]
+        position = torch.where((position >= 0) & (column < seen), position, -1)
+        fresh = max(0, max(self.cached, self.fresh) - max(0, seen - held))
+        return PassTokens(position, self.prompt, (self.shape[0], held), fresh, self.split, labels=self.labels)
+
+    def _choose(self, choice: Tokens | Tensor) -> Tensor:
+        if isinstance(choice, Tensor):
+            if tuple(choice.shape) != self.shape:
+                raise DataError(f"at is a mask of shape {tuple(choice.shape)}, and the batch has {self.shape}")
+            return choice.cpu()
+        mask = self._indexed(choice)
+        if choice.ids is not None:
+            if self.ids is None:
+                raise DataError(f"at={choice}: token ids are not known here; give positions")
+            mask = mask & torch.isin(self.ids, torch.tensor(sorted(choice.ids), device="cpu"))
+        if choice.needs_table:
+            if self.labels is None:
+                raise DataError(f"at={choice}: spans and SQL choose tokens while recording; give positions or ids")
+            mask = mask & self.labels.chosen[table_key(choice)]
+        return mask
+
+    def _indexed(self, choice: Tokens) -> Tensor:
+        index = choice.index
+        if self.position is None:
+            if isinstance(index, str) and index == "all":
+                return torch.ones(self.shape, dtype=torch.bool, device="cpu")
+            raise DataError(f"at={choice}: the model was called without mask of two axes and without position_ids")
+        assert self.prompt is not None
+        if self.split and choice.needs_prompt:
+            raise DataError(
+                f"at={choice}: a pass continues a sequence by several tokens at once (chunked prefill, assisted "
                 "generation), so prompt and new tokens cannot be separated; give positions from 0"
             )
         position, prompt = self.position, self.prompt[:, None]
         token = position >= 0
-        if isinstance(at, str):
-            return token if at == "all" else token & (position >= prompt)
-        if isinstance(at, slice):
-            start, stop = (prompt + bound if bound and bound < 0 else bound for bound in (at.start or 0, at.stop))
+        if isinstance(index, str):
+            return token if index == "all" else token & (position >= prompt)
+        if isinstance(index, slice):
+            start, stop = (prompt + bound if bound and bound < 0 else bound for bound in (index.start or 0, index.stop))
             start = start.clamp(min=0) if isinstance(start, Tensor) else start
-            inside = token & (position >= start) & ((position - start) % (at.step or 1) == 0)
+            inside = token & (position >= start) & ((position - start) % (index.step or 1) == 0)
             return inside if stop is None else inside & (position < stop)
         mask = torch.zeros_like(token)
-        for index in named_positions(at):
-            mask |= token & (position == (prompt + index if index < 0 else index))
+        for named in choice.positions:
+            mask |= self._at(named)
         return mask
 
-
-def named_positions(at: At) -> tuple[int, ...]:
-    """Returns the positions that `at` names one by one; none for slices, masks and words."""
-    if isinstance(at, str | slice | Tensor):
-        return ()
-    return tuple(int(index) for index in (at if isinstance(at, Sequence) else (at,)))
-
-
-def _needs_prompt(at: At) -> bool:
-    if isinstance(at, slice):
-        return (at.start or 0) < 0 or (at.stop or 0) < 0
-    return at == "new" if isinstance(at, str) else any(index < 0 for index in named_positions(at))
+    def _at(self, index: int) -> Tensor:
+        assert self.position is not None
+        assert self.prompt is not None
+        return (self.position >= 0) & (self.position == (self.prompt[:, None] + index if index < 0 else index))
 
 
 class PassReader:
@@ -121,8 +191,8 @@ class PassReader:
         self._columns = 0
         """Columns of the last prompt."""
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PassTokens:
-        """Returns the tokens of a pass, from the arguments of the model's call.
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: PassLabels | None = None) -> PassTokens:
+        """Returns the tokens of a pass, from the arguments of the model's call and the labels of a recording.
 
         Raises:
             DataError: The call has neither token ids nor embeddings.
@@ -144,7 +214,17 @@ class PassReader:
             prompt = None if position is None else (position >= 0).sum(1)
             fresh, split, self._prompt, self._columns = 0, False, prompt, columns
         self._ids = ids.detach() if isinstance(ids, Tensor) else None
-        return PassTokens(position, prompt, shape, fresh, split)
+        return PassTokens(
+            position=position,
+            prompt=prompt,
+            shape=shape,
+            fresh=fresh,
+            split=split,
+            ids=ids.detach().cpu() if isinstance(ids, Tensor) and ids.ndim == 2 else None,
+            labels=labels,
+            cached=cached,
+            pads=_pads(inputs, position, cached),
+        )
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = self._parameters.bind_partial(*args, **kwargs).arguments
@@ -205,3 +285,17 @@ def _positions(inputs: Mapping[str, Any], shape: tuple[int, int], cached: int) -
     column = torch.arange(columns, device="cpu")
     start = torch.where(position == 0, column, 0).amax(1, keepdim=True)
     return torch.where(column >= start, position, -1)
+
+
+def _pads(inputs: Mapping[str, Any], position: Tensor | None, cached: int) -> Tensor | None:
+    """Columns before the first token of each sequence, counted from the first column that the cache ever held."""
+    if position is None:
+        return None
+    mask, columns = inputs.get("attention_mask"), position.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        real = (mask != 0).cpu()
+        begins = real & ~torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1)
+        consecutive = bool((begins.sum(1) <= 1).all())
+        return real.long().argmax(1) if consecutive and real.shape[1] >= cached + columns else None
+    last = position[:, -1]
+    return torch.where(last >= 0, cached + columns - 1 - last, 0)

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.model.forward import fixed_shape
-from workbench.model.intervene import Change, Intervention
 from workbench.model.load import Model
-from workbench.model.positions import At
+from workbench.model.row_changes import Change, ChosenRows, Place, RowIntervention
+from workbench.model.token_choice import At
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_directions, row_scale
 from workbench.sae.site import block_rows, check_trained_on
 from workbench.sae.training import check_training
-from workbench.sites.grammar import Site
 
 OPERATIONS = ("ablate", "clamp", "add")
 
 
 @dataclass(frozen=True, eq=False)
-class Feature(Intervention):
+class Feature(RowIntervention):
     """Changes the activation f of one SAE feature to f' at the chosen rows: x <- x + (f' - f) d, d its direction.
 
     What the SAE does not reconstruct stays in x. "ablate": f' = 0; "clamp": f' = value; "add": f' = f + value, which
@@ -52,15 +50,15 @@ class Feature(Intervention):
             raise RequestError(f"site: the files of SAE {self.sae.name!r} do not record its site; give site=")
         return self.site or str(self.sae.site)
 
-    def change(self, model: Model, site: Site) -> Change:
-        """Returns the change of rows; see `Intervention.change`."""
+    def change(self, model: Model, place: Place) -> Change:
+        """Returns the change of rows; see `RowIntervention.change`."""
         check("op", self.op, one_of=OPERATIONS)
         check("id", self.id, at_least=0, at_most=self.sae.d_sae - 1, whole=True)
         if (self.op == "ablate") != (self.value is None):
             raise RequestError(f"value: {self.op} {'takes none' if self.op == 'ablate' else 'needs one'}")
         if self.value is not None:
             check("value", _number(self.value), above=-inf, below=inf)
-        self._check_site(model, site)
+        self._check_site(model, place)
         direction = decoder_directions(self.sae, [self.id])[0]
         return partial(_change, self, direction)
 
@@ -71,14 +69,14 @@ class Feature(Intervention):
         value = torch.as_tensor(self.value).to(activation)
         return activation + value if self.op == "add" else value.expand_as(activation)
 
-    def _check_site(self, model: Model, site: Site) -> None:
-        sae = self.sae
+    def _check_site(self, model: Model, place: Place) -> None:
+        sae, site = self.sae, place.site
         if sae.sequential or not sae.reconstructs:
             kind = "temporal" if sae.sequential else "a transcoder"
             reason = "its features depend on earlier tokens" if sae.sequential else "it reads one site, writes another"
             raise RequestError(f"SAE {sae.name!r} is {kind}: {reason}, so its features cannot be changed at one row")
         check_training(sae, site.name, model.architecture)
-        if (width := prod(fixed_shape(site))) != sae.d_in:
+        if (width := prod(place.shape)) != sae.d_in:
             raise RequestError(
                 f"SAE {sae.name!r} reads rows of width {sae.d_in}, but {site.short or site.name} of model "
                 f"{model.name!r} has {width}"
@@ -95,7 +93,9 @@ def _number(value: float | int | Tensor) -> float:
     return float(torch.as_tensor(value).detach())
 
 
-def _change(record: Feature, direction: Tensor, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
+def _change(
+    record: Feature, direction: Tensor, rows: Float[Tensor, "row ..."], _chosen: ChosenRows
+) -> Float[Tensor, "row ..."]:
     """Rows with the feature changed; one whose activation stays is returned bit by bit."""
     sae, gradients = record.sae, torch.is_grad_enabled() and rows.requires_grad
     parts = []

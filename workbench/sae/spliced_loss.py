@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from workbench.io.errors import RequestError
 from workbench.model.forward import run
-from workbench.model.interventions import splice
+from workbench.model.intervene import intervene
 from workbench.model.load import Model, batch_tokens
 from workbench.model.reload import check_recorded
+from workbench.model.row_changes import Change, RowFunction
 from workbench.sae.autoencoder import Sae
 from workbench.sae.input_rows import InputRows
 from workbench.sae.reconstruction import Documents, Ratio, exact
-from workbench.sites.grammar import Site
 from workbench.store.reader import ActivationArray, Store
 
 _LOGIT_BYTES = 128 << 20  # float32 logits of one batch, at most; those of the unchanged model stay beside them
@@ -84,16 +84,15 @@ def spliced_ratios(
             "take the place of activations; leave model out"
         )
     check_recorded(array.store, model)
-    (site,) = model.site_map.select((array.name,))
-    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
+    replacements: dict[str, Change | None] = {
         "clean": None,
-        "spliced": lambda rows: _reconstruction(sae, rows),
-        "zeroed": torch.zeros_like,
+        "spliced": lambda rows, _chosen: _reconstruction(sae, rows),
+        "zeroed": lambda rows, _chosen: torch.zeros_like(rows),
     }
     names = ("tokens", "rows", *_PASSES, *(f"kl_{name}" for name in _PASSES))
     sums = {name: np.zeros(documents.count) for name in names}
     for batch in sequence_batches(array.store, documents, batch_limit(model)):
-        for name, (number, values) in _measure(model.module, site, batch, replacements).items():
+        for name, (number, values) in _measure(model, array.name, batch, replacements).items():
             np.add.at(sums[name], number.numpy(), values.numpy())
     tokens = int(sums["tokens"].sum())
     if not tokens:
@@ -129,10 +128,10 @@ class Batch:
 
 
 def _measure(
-    module: nn.Module,
-    site: Site,
+    model: Model,
+    site: str,
     batch: Batch,
-    replacements: Mapping[str, Callable[[Tensor], Tensor] | None],
+    replacements: Mapping[str, Change | None],
 ) -> dict[str, tuple[Int64[Tensor, " row"], Float[Tensor, " row"]]]:
     """Document and value of every evaluated row, for each measure."""
     rows = batch.document >= 0
@@ -141,8 +140,9 @@ def _measure(
     ones = torch.ones(len(number), dtype=torch.float64, device="cpu")
     measures, clean = {"rows": (number, ones), "tokens": (number, follows.double())}, None
     for name, replace in replacements.items():
-        with splice(module, site, batch.replaced, replace) if replace else nullcontext():
-            logits = run(module, batch.ids, batch.mask).logits
+        changes = [] if replace is None else [RowFunction(site, replace, name, at=batch.replaced)]
+        with intervene(model, *changes) if changes and bool(batch.replaced.any()) else nullcontext():
+            logits = run(model.module, batch.ids, batch.mask).logits
         logits = logits[rows.to(logits.device)]
         losses, divergences = loss_and_divergence(logits, targets, logits if clean is None else clean)
         clean = logits if clean is None else clean

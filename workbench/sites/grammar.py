@@ -124,6 +124,8 @@ class SiteMap:
     """Name of the TransformerLens adapter the names came from; None: found by structure, residual sites only."""
     causal: bool = True
     """True if no token changes what is computed at earlier positions."""
+    chained: tuple[int, ...] = ()
+    """Layers whose resid_pre is the resid_post of the layer before: one tensor."""
 
     @property
     def last_block(self) -> str:

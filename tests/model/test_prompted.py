@@ -7,8 +7,11 @@ import torch
 from refusals import refused
 
 from workbench.io.errors import RequestError
-from workbench.model.interventions import run_prompted, splice, token_embeddings
+from workbench.model.embedding_records import token_embeddings
+from workbench.model.intervene import intervene
 from workbench.model.load import Model
+from workbench.model.prompted import run_prompted
+from workbench.model.row_changes import RowFunction
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers", "gemma2": "model.layers"}
 PROMPT = torch.tensor([5, 40, 7, 301])
@@ -63,11 +66,11 @@ def test_its_own_state_put_back_changes_nothing(model):
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     mask[:, len(PROMPT) - 1] = True
 
-    def keep(rows):
+    def keep(rows, _chosen):
         kept["own"] = rows.clone()
         return rows
 
-    with torch.no_grad(), splice(model.module, site, mask, keep):
+    with torch.no_grad(), intervene(model, RowFunction("resid_post.1", keep, "keep", at=mask)):
         clean = model.module(input_ids=ids).logits
     logits = run_prompted(model, site, token_embeddings(model, PROMPT), kept["own"], FED)
     torch.testing.assert_close(logits, clean[:, len(PROMPT) - 1 :], atol=1e-5, rtol=1e-4)
@@ -102,4 +105,4 @@ def test_a_site_inside_of_attention_is_refused(tiny_models, tiny_tokenizer):
     model = Model(tiny_models["llama"], tiny_tokenizer, "llama")
     (site,) = model.site_map.select(["pattern.0"])
     text = refused(RequestError, lambda: run_prompted(model, site, token_embeddings(model, PROMPT), states(), FED))
-    assert "cannot be replaced" in text
+    assert "cannot be changed" in text
