@@ -101,7 +101,7 @@ class Add(RowIntervention):
     site: str
     direction: Float[Tensor, "*row"] | Direction
     """d, of the shape of a row of the site, or of the heads that are named."""
-    scale: float = 1.0
+    scale: float | int = 1.0
     unit: Literal["raw", "unit", "norm"] = "raw"
     """"raw": d as it is; "unit": d divided by its L2 norm; "norm": d / ‖d‖ times the L2 norm of the row."""
     at: At = field(default="all", kw_only=True)
