@@ -12,6 +12,7 @@ _PUBLIC = {
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
+    "LinearProbes": "workbench.probes.linear_probes",
     "LogitLens": "workbench.probes.logit_lens",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
+    from workbench.probes.linear_probes import LinearProbes
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure

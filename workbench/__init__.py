@@ -22,6 +22,8 @@ _PUBLIC = {
     "sae_metrics": "workbench.sae.metrics",
     "Direction": "workbench.model.direction",
     "load_direction": "workbench.model.direction",
+    "mean_difference": "workbench.analysis.directions",
+    "principal_directions": "workbench.analysis.directions",
     "intervene": "workbench.model.intervene",
     "Tokens": "workbench.model.token_choice",
     "Set": "workbench.model.row_records",
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
 
     from workbench.analysis.absorption import feature_absorption
     from workbench.analysis.comparison import compare
+    from workbench.analysis.directions import mean_difference, principal_directions
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
     from workbench.analysis.sparse_probe import sparse_probe

@@ -19,6 +19,7 @@ _PUBLIC = {
     "Site": "workbench.sites.grammar",
     "Store": "workbench.store.reader",
     "StoreProbe": "workbench.analysis.store_probe",
+    "LayerProbe": "workbench.analysis.store_probe",
     "Variable": "workbench.results.variable",
     "dataset": "workbench.results.variable",
     "provenance": "workbench.results.result",
@@ -69,6 +70,24 @@ _PUBLIC = {
     "selected_rows": "workbench.analysis.rows",
     "split_by_document": "workbench.analysis.rows",
     "tokens_at": "workbench.analysis.rows",
+    # labels of tokens, and probes that read them
+    "Direction": "workbench.model.direction",
+    "LabelledRows": "workbench.analysis.labels",
+    "LogisticFit": "workbench.analysis.logistic",
+    "ProbeFit": "workbench.analysis.linear_probe",
+    "Scored": "workbench.analysis.linear_probe",
+    "Standardised": "workbench.analysis.linear_probe",
+    "control_task": "workbench.analysis.labels",
+    "fit_classes": "workbench.analysis.logistic",
+    "fit_probe": "workbench.analysis.linear_probe",
+    "intervals_of": "workbench.analysis.linear_probe",
+    "labelled_rows": "workbench.analysis.labels",
+    "majority": "workbench.analysis.linear_probe",
+    "most_informative": "workbench.analysis.linear_probe",
+    "recalls": "workbench.analysis.linear_probe",
+    "second_moments": "workbench.analysis.logistic",
+    "shuffle_labels": "workbench.analysis.labels",
+    "token_identity": "workbench.analysis.linear_probe",
     # statistics
     "GroupMeans": "workbench.results.bootstrap",
     "Interval": "workbench.results.bootstrap",
@@ -145,6 +164,7 @@ _PUBLIC = {
     "group_intervals": "workbench.figures.group_intervals",
     "position_bars": "workbench.figures.position_bars",
     "CATEGORIES": "workbench.figures.theme",
+    "Band": "workbench.figures.layer_bands",
     "Curve": "workbench.figures.layer_panels",
     "MAX_TOKENS": "workbench.figures.token_grid",
     "MONOSPACE": "workbench.figures.theme",
@@ -160,6 +180,7 @@ _PUBLIC = {
     "head_name": "workbench.figures.head_grid",
     "integer_step": "workbench.figures.ticks",
     "label": "workbench.figures.safe_text",
+    "layer_bands": "workbench.figures.layer_bands",
     "layer_curves": "workbench.figures.layer_curves",
     "layer_panels": "workbench.figures.layer_panels",
     "lens_curves": "workbench.analysis.lens_figures",
@@ -195,8 +216,21 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
+    from workbench.analysis.labels import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
+    from workbench.analysis.linear_probe import (
+        ProbeFit,
+        Scored,
+        Standardised,
+        fit_probe,
+        intervals_of,
+        majority,
+        most_informative,
+        recalls,
+        token_identity,
+    )
+    from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
     from workbench.analysis.norms import (
         massive_activation,
         massive_shares,
@@ -232,7 +266,7 @@ if TYPE_CHECKING:
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
-    from workbench.analysis.store_probe import LOST_VARIABLES, StoreProbe, with_note
+    from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
@@ -240,6 +274,7 @@ if TYPE_CHECKING:
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel
+    from workbench.figures.layer_bands import Band, layer_bands
     from workbench.figures.layer_curves import layer_curves
     from workbench.figures.layer_panels import Curve, Panel, layer_panels
     from workbench.figures.position_bars import position_bars
@@ -263,6 +298,7 @@ if TYPE_CHECKING:
         ov_logits,
         writes_of,
     )
+    from workbench.model.direction import Direction
     from workbench.model.embedding_records import token_embeddings
     from workbench.model.frozen_output import FrozenOutput
     from workbench.model.load import Model

@@ -121,13 +121,14 @@ def test_probes():
         "direct-logit-attribution",
         "future-lens",
         "future-prompts",
+        "linear-probes",
         "logit-lens",
         "successor-heads",
         "token-erasure",
         "tuned-lens",
     ]
     assert [line.split()[0] for line in lines] == names
-    assert lines[4] == (
+    assert lines[5] == (
         "  logit-lens                Reads every layer through the model's unembedding: top tokens, entropy, KL to the "
         "model's output, loss."
     )

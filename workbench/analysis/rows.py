@@ -19,15 +19,16 @@ _BLOCK_BYTES = 4 << 20  # of one block of logits in float32: five such, which li
 _BLOCK_ROWS = 128  # at least, or reading W_U for every block would be most of the work
 
 
-def recorded_layers(store: Store, kind: str) -> tuple[list[int], list[str]]:
+def recorded_layers(store: Store, kind: str, layers: Sequence[int] | None = None) -> tuple[list[int], list[str]]:
     """Returns the layers at which sites of a kind were recorded, and the sites' labels.
 
     Args:
         store: The recorded activations.
         kind: A kind of site without a layer, such as resid_post.
+        layers: The layers to return, in any order; negative ones count from the last block. None: all recorded ones.
 
     Raises:
-        RequestError: No such site was recorded, or its axes are not (row, d_model).
+        RequestError: No such site was recorded, at one of `layers` or at all, or its axes are not (row, d_model).
     """
     if "." in kind:
         raise RequestError(f"site must be a kind without a layer, such as resid_post, not {kind!r}")
@@ -38,8 +39,25 @@ def recorded_layers(store: Store, kind: str) -> tuple[list[int], list[str]]:
     axes = next(iter(sites.values())).axes
     if axes != ("row", "d_model"):
         raise RequestError(f"site {kind!r} has axes ({', '.join(axes)}); a site of axes (row, d_model) is needed")
-    layers = sorted(sites)
-    return layers, [f"{kind}.{layer}" for layer in layers]
+    chosen = choose_layers(sorted(sites), layers, store.manifest.model.n_layers)
+    return chosen, [f"{kind}.{layer}" for layer in chosen]
+
+
+def choose_layers(known: Sequence[int], layers: Sequence[int] | None, n_layers: int) -> list[int]:
+    """Returns the layers of `layers` in ascending order, each once; all `known` ones for None.
+
+    Raises:
+        RequestError: A layer that is not among `known`, or none at all.
+    """
+    if layers is None:
+        return list(known)
+    chosen = sorted({layer + n_layers if layer < 0 else layer for layer in layers})
+    if missing := [layer for layer in chosen if layer not in known]:
+        listed = ", ".join(map(str, known))
+        raise RequestError(f"layers: layer {missing[0]} was not recorded; recorded are {listed}")
+    if not chosen:
+        raise RequestError("layers is empty; name one or more, or leave it out for all")
+    return chosen
 
 
 def selected_rows(store: Store, where: str | None) -> Int[np.ndarray, " row"]:

@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Int64
 from scipy.sparse import csc_array, csr_array, vstack
 
+from workbench.analysis.labels import shuffle_labels
 from workbench.analysis.logistic import fit_logistic
 from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
@@ -105,7 +106,8 @@ def sparse_probe(
     score = partial(_scores, features, split=split, resamples=resamples, seed=seed)
     for name, column in label_columns(features.store, labels).items():
         _, values, codes = coded_labels(name, column, text, least)
-        shuffled[name], permuted = split.shuffled(codes, draw)
+        parts = (split.training, split.test)
+        shuffled[name], permuted = shuffle_labels(codes, split.document, parts, draw)
         usable = [value for value in range(len(values)) if split.usable(codes, value) and split.usable(permuted, value)]
         left_out += len(values) - len(usable)
         chosen = [_largest_differences(features, part, split, len(values), max(k)) for part in (codes, permuted)]
@@ -165,27 +167,6 @@ class _Split:
         """True if rows with the value and without it are in both parts."""
         has = codes == value
         return all(0 < int(has[part].sum()) < int(part.sum()) for part in (self.training, self.test))
-
-    def shuffled(
-        self, codes: Int[np.ndarray, " row"], draw: np.random.Generator
-    ) -> tuple[str, Int[np.ndarray, " row"]]:
-        """What is permuted, and the permuted labels: documents or tokens change places within training and test."""
-        permuted = codes.copy()
-        text = self.training | self.test
-        documents = int(self.document.max()) + 1
-        low, high = np.full(documents, np.iinfo(np.int64).max), np.full(documents, -2)
-        np.minimum.at(low, self.document[text], codes[text])
-        np.maximum.at(high, self.document[text], codes[text])
-        whole = bool((low[high > -2] == high[high > -2]).all())
-        for part in (self.training, self.test):
-            if whole:
-                places = np.unique(self.document[part])
-                moved = np.arange(documents)
-                moved[places] = draw.permutation(places)
-                permuted[part] = high[moved[self.document[part]]]
-            else:
-                permuted[part] = draw.permutation(codes[part])
-        return ("documents" if whole else "tokens"), permuted
 
 
 def _largest_differences(

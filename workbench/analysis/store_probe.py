@@ -1,14 +1,17 @@
-"""Base of the probes that read activations: rows whose values are lost, and notes."""
+"""Bases of the probes that read activations: rows whose values are lost, layers to read, and notes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from jaxtyping import Int
 
+from workbench.analysis.rows import recorded_layers
+from workbench.io.errors import RequestError, shown
 from workbench.results.result import Result, provenance
 from workbench.results.variable import Variable, dataset
 from workbench.store.lost_values import FiniteRows, finite_rows
@@ -74,6 +77,27 @@ class StoreProbe:
                 table = table.assign(clipped=[clipped[layer] for layer in table["layer"]])
         data.attrs["note"] = "; ".join(filter(None, [*rows.notes, *notes]))
         return Result(self.name, data, table, provenance(store, self))
+
+
+@dataclass(frozen=True)
+class LayerProbe(StoreProbe):
+    """A probe that reads one kind of site layer by layer: all that were recorded, or those of `layers`."""
+
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+    """Layers to read; negative ones count from the last block. None: all that were recorded."""
+
+    def __post_init__(self) -> None:
+        if self.layers is None:
+            return
+        layers = [self.layers] if isinstance(self.layers, int) else self.layers
+        try:
+            object.__setattr__(self, "layers", tuple(index(layer) for layer in layers))
+        except TypeError:
+            raise RequestError(f"layers must be whole numbers, not {shown(self.layers)}") from None
+
+    def recorded(self, store: Store, kind: str) -> tuple[list[int], list[str]]:
+        """Returns the layers that are read, ascending, and the labels of their sites; see `recorded_layers`."""
+        return recorded_layers(store, kind, self.layers)
 
 
 def with_note(headline: str, result: Result) -> str:

@@ -42,6 +42,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "training_rows": 100,
         "epochs": 1,
     },
+    "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0), "late": 3},
     "tuned-lens": {"epochs": 2},
 }

@@ -1,0 +1,66 @@
+"""Curves over layers with their intervals as bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from workbench.figures.theme import TEMPLATE
+from workbench.figures.ticks import integer_step
+
+
+@dataclass(frozen=True)
+class Band:
+    """One line over layers and the ends of its interval."""
+
+    name: str
+    """Plotly markup, already safe."""
+    values: Float[np.ndarray, " layer"] | float
+    """A float is a horizontal line: a baseline that does not depend on the layer."""
+    ends: tuple[Float[np.ndarray, " layer"] | float, Float[np.ndarray, " layer"] | float] | None
+    """Lower and upper end; None: no band."""
+    colour: str
+    dash: str = "solid"
+
+
+def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, subtitle: str, unit: str) -> go.Figure:
+    """Draws one line over layers per entry of `bands`, all in the same unit, each with a band between its ends."""
+    figure, x = go.Figure(), list(layers)
+    for band in bands:
+        line = {"color": band.colour, "dash": band.dash, "width": 2 if band.dash == "solid" else 1.5}
+        if band.ends is not None:
+            low, high = (np.broadcast_to(np.asarray(end, float), len(x)) for end in band.ends)
+            figure.add_scatter(
+                x=[*x, *x[::-1]],
+                y=np.concatenate([high, low[::-1]]),
+                fill="toself",
+                fillcolor=band.colour,
+                opacity=0.15,
+                line={"width": 0},
+                hoverinfo="skip",
+                legendgroup=band.name,
+                showlegend=False,
+            )
+        figure.add_scatter(
+            x=x,
+            y=np.broadcast_to(np.asarray(band.values, float), len(x)),
+            name=band.name,
+            mode="lines+markers" if band.dash == "solid" else "lines",
+            line=line,
+            legendgroup=band.name,
+            hovertemplate="layer %{x}: %{y:.3f}",
+        )
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": subtitle}},
+        height=460,
+        width=760,
+        margin={"t": 110},
+        showlegend=True,
+    )
+    figure.update_xaxes(title="layer", dtick=integer_step(layers))
+    return figure.update_yaxes(title=unit)
