@@ -72,21 +72,21 @@ _PUBLIC = {
     "tokens_at": "workbench.analysis.rows",
     # labels of tokens, and probes that read them
     "Direction": "workbench.model.direction",
-    "LabelledRows": "workbench.analysis.labels",
+    "LabelledRows": "workbench.analysis.token_labels",
     "LogisticFit": "workbench.analysis.logistic",
     "ProbeFit": "workbench.analysis.linear_probe",
     "Scored": "workbench.analysis.linear_probe",
     "Standardised": "workbench.analysis.linear_probe",
-    "control_task": "workbench.analysis.labels",
+    "control_task": "workbench.analysis.token_labels",
     "fit_classes": "workbench.analysis.logistic",
     "fit_probe": "workbench.analysis.linear_probe",
     "intervals_of": "workbench.analysis.linear_probe",
-    "labelled_rows": "workbench.analysis.labels",
+    "labelled_rows": "workbench.analysis.token_labels",
     "majority": "workbench.analysis.linear_probe",
     "most_informative": "workbench.analysis.linear_probe",
     "recalls": "workbench.analysis.linear_probe",
     "second_moments": "workbench.analysis.logistic",
-    "shuffle_labels": "workbench.analysis.labels",
+    "shuffle_labels": "workbench.analysis.token_labels",
     "token_identity": "workbench.analysis.linear_probe",
     # statistics
     "GroupMeans": "workbench.results.bootstrap",
@@ -216,7 +216,6 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
-    from workbench.analysis.labels import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
     from workbench.analysis.linear_probe import (
@@ -270,6 +269,7 @@ if TYPE_CHECKING:
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
+    from workbench.analysis.token_labels import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.words import Words, find_words
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals

@@ -13,8 +13,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Int64
 from scipy.sparse import csc_array, csr_array, vstack
 
-from workbench.analysis.labels import shuffle_labels
 from workbench.analysis.logistic import fit_logistic
+from workbench.analysis.token_labels import shuffle_labels
 from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
 from workbench.features.queries import coded_labels, label_columns, text_rows
@@ -106,8 +106,7 @@ def sparse_probe(
     score = partial(_scores, features, split=split, resamples=resamples, seed=seed)
     for name, column in label_columns(features.store, labels).items():
         _, values, codes = coded_labels(name, column, text, least)
-        parts = (split.training, split.test)
-        shuffled[name], permuted = shuffle_labels(codes, split.document, parts, draw)
+        shuffled[name], permuted = shuffle_labels(codes, split.document, (split.training, split.test), draw)
         usable = [value for value in range(len(values)) if split.usable(codes, value) and split.usable(permuted, value)]
         left_out += len(values) - len(usable)
         chosen = [_largest_differences(features, part, split, len(values), max(k)) for part in (codes, permuted)]

@@ -15,6 +15,8 @@ from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 from workbench.store.token_table import COLUMNS
 
+_USES = "to train on, to choose the penalty by and to test on"
+
 
 @dataclass(frozen=True)
 class LabelledRows:
@@ -77,30 +79,24 @@ def labelled_rows(
     label, column = _column(store, label)
     text = text_rows(store) & np.isin(np.arange(store.rows), selected)
     _, values, codes = coded_labels(label, column, text, least)
-    notes = []
-    order = np.argsort(-np.bincount(codes[codes >= 0], minlength=len(values)), kind="stable")
+    notes, order = [], np.argsort(-np.bincount(codes[codes >= 0], minlength=len(values)), kind="stable")
     if len(order) > most:
         notes.append(f"{most} most frequent of {len(order)} values of {label} used; raise `most` for more")
     codes = np.where(np.isin(codes, order[:most]), codes, -1)
     rows = np.flatnonzero(codes >= 0)
     if len(rows) > row_limit:
-        notes.append(f"{row_limit:,} of {len(rows):,} tokens with a value used, drawn at random")
+        notes.append(f"{row_limit:,} of {len(rows):,} tokens used, drawn at random")
         rows = np.sort(np.random.default_rng(seed).choice(rows, row_limit, replace=False))
     if len(order) < 2:
-        raise RequestError(
-            f"label {label!r} has {len(order)} values with {least} tokens or more, and not all, of the "
-            f"{int(text.sum()):,} selected tokens of text; two are needed"
-        )
+        tokens = f"{least} tokens or more, and not all, of the {int(text.sum()):,} selected tokens of text"
+        raise RequestError(f"label {label!r} has {len(order)} values with {tokens}; two are needed")
     codes, document = codes[rows], store.tokens["document"].to_numpy()[rows]
-    uses = "to train on, to choose the penalty by and to test on"
-    parts = split_by_document(document, held_out, purpose="a linear probe", uses=uses, seed=seed)
-    usable = _usable(label, codes, parts)
+    parts = split_by_document(document, held_out, purpose="a linear probe", uses=_USES, seed=seed)
+    usable = sorted(_usable(label, codes, parts), key=lambda value: values[value])
     if dropped := len(np.unique(codes)) - len(usable):
         notes.append(f"{dropped} values of {label} left out: not in both training and test documents")
-    usable.sort(key=lambda value: (isinstance(values[value], str), values[value]))
     kept = [np.flatnonzero(part & np.isin(codes, usable)) for part in parts]
-    index = np.concatenate(kept)
-    renamed = np.full(len(values), -1)
+    index, renamed = np.concatenate(kept), np.full(len(values), -1)
     renamed[usable] = np.arange(len(usable))
     return LabelledRows(
         label,
