@@ -12,8 +12,10 @@ _PUBLIC = {
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
+    "InductionHeads": "workbench.probes.induction_heads",
     "LinearProbes": "workbench.probes.linear_probes",
     "LogitLens": "workbench.probes.logit_lens",
+    "NextTokenLaw": "workbench.probes.next_token_law",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
     "TunedLens": "workbench.probes.tuned_lens",
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
+    from workbench.probes.induction_heads import InductionHeads
     from workbench.probes.linear_probes import LinearProbes
     from workbench.probes.logit_lens import LogitLens
+    from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure
     from workbench.probes.tuned_lens import TunedLens

@@ -60,6 +60,7 @@ _PUBLIC = {
     "check_pairs": "workbench.corpus.prompt_pairs",
     "PromptPair": "workbench.corpus.prompt_pairs",
     "PromptPairs": "workbench.corpus.prompt_pairs",
+    "random_repeats": "workbench.corpus.repeats",
     "record": "workbench.recording.record",
     "RayWorkers": "workbench.parallel.ray",
     "Share": "workbench.parallel.share",
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from workbench.analysis.logit_contributions import feature_contributions
     from workbench.analysis.sparse_probe import sparse_probe
     from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
+    from workbench.corpus.repeats import random_repeats
     from workbench.corpus.task_suites import prompt_pairs
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features

@@ -47,6 +47,15 @@ _PUBLIC = {
     # rows of a store
     "compare_domains": "workbench.analysis.domains",
     "Sequences": "workbench.analysis.sequences",
+    "FoldedLeastSquares": "workbench.analysis.least_squares",
+    "document_folds": "workbench.analysis.least_squares",
+    "final_norm": "workbench.model.unembed",
+    "normalise": "workbench.model.unembed",
+    "Occurrences": "workbench.analysis.token_attention",
+    "RaggedSequences": "workbench.analysis.token_attention",
+    "TokenAttention": "workbench.analysis.token_attention",
+    "token_keys": "workbench.analysis.token_attention",
+    "whole_sequences": "workbench.analysis.token_attention",
     "attention_sites": "workbench.analysis.received",
     "attention_source": "workbench.analysis.received",
     "ROWS_PER_DIMENSION": "workbench.analysis.rows",
@@ -147,6 +156,7 @@ _PUBLIC = {
     "HeadOutput": "workbench.model.circuits",
     "Model": "workbench.model.load",
     "Prompted": "workbench.analysis.prompted",
+    "copying_scores": "workbench.analysis.copying",
     "direct_logits": "workbench.model.circuits",
     "first_mlp": "workbench.model.circuits",
     "head_outputs": "workbench.model.circuits",
@@ -202,6 +212,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
+    from workbench.analysis.copying import copying_scores
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
     from workbench.analysis.domains import compare_domains
     from workbench.analysis.frozen_norm import norm_bias, read_directions, token_id
@@ -216,6 +227,7 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
+    from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
     from workbench.analysis.linear_probe import (
@@ -269,6 +281,13 @@ if TYPE_CHECKING:
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
+    from workbench.analysis.token_attention import (
+        Occurrences,
+        RaggedSequences,
+        TokenAttention,
+        token_keys,
+        whole_sequences,
+    )
     from workbench.analysis.token_labels import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.words import Words, find_words
     from workbench.figures.attention_map import head_attention
@@ -304,7 +323,7 @@ if TYPE_CHECKING:
     from workbench.model.load import Model
     from workbench.model.prompted import run_prompted
     from workbench.model.reload import recorded_model
-    from workbench.model.unembed import Unembed, load_unembed
+    from workbench.model.unembed import Unembed, final_norm, load_unembed, normalise
     from workbench.results.bootstrap import (
         GroupMeans,
         Interval,

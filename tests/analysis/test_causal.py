@@ -14,7 +14,9 @@ from workbench.probes import (
     DirectLogitAttribution,
     FutureLens,
     FuturePrompts,
+    InductionHeads,
     LogitLens,
+    NextTokenLaw,
     SuccessorHeads,
     TunedLens,
 )
@@ -39,7 +41,17 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
 
 @pytest.mark.parametrize(
     "probe",
-    [AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, LogitLens, SuccessorHeads, TunedLens],
+    [
+        AttentionSinks,
+        DirectLogitAttribution,
+        FutureLens,
+        FuturePrompts,
+        InductionHeads,
+        LogitLens,
+        NextTokenLaw,
+        SuccessorHeads,
+        TunedLens,
+    ],
 )
 def test_a_causal_probe_refuses_it(store, probe):
     with pytest.raises(RequestError, match="needs a causal language model; in 'BertLMHeadModel'"):

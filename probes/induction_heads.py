@@ -1,0 +1,357 @@
+"""Induction heads: heads that attend to what followed the present token before (Olsson et al. 2022).
+
+For a query i whose token x_i stands earlier in its sequence, at positions d with d + 1 < i,
+
+    induction(h) = mean_i sum_d A_h[i, d + 1]        duplicate(h) = mean_i sum_d A_h[i, d]
+
+over all earlier occurrences d, or the latest (`occurrences`). On the same queries: previous A[i, i - 1], current
+A[i, i], first A[i, 0]. Position alone can fake induction: where tokens repeat at a fixed distance, a head that attends
+that far back reads no token and scores 1. Therefore `induction_shuffled`, the attention at the targets of *other*
+sequences at the same query positions, is subtracted; and `induction_reference` is the best that one fixed offset
+collects. Copying is read from the weights: the OV circuit W_U W_O W_V norm(W_E) raises the attended token itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+import xarray as xr
+
+from workbench.probing import (
+    LOST_VARIABLES,
+    TEMPLATE,
+    Model,
+    Occurrences,
+    RaggedSequences,
+    RequestError,
+    Result,
+    Store,
+    StoreProbe,
+    TokenAttention,
+    Variable,
+    axis_title,
+    blocks,
+    check,
+    check_fields,
+    copying_scores,
+    dataset,
+    head_grid,
+    head_name,
+    intervals,
+    label,
+    layers_of,
+    load_unembed,
+    log_probabilities,
+    next_tokens,
+    plain_torch,
+    recorded_model,
+    require_causal,
+    resampled_means,
+    stack_heads,
+    token_keys,
+    usable_device,
+    whole_sequences,
+    with_interval,
+    with_note,
+)
+
+_HEAD = ("layer", "head")
+_KINDS = ("induction", "duplicate", "previous", "current", "first")
+_UNIFORM = "`uniform`: a head that attends to all visible keys equally"
+_VARIABLES: tuple[Variable, ...] = (
+    *with_interval(Variable("induction", _HEAD, "attention", "to the tokens after earlier occurrences", _UNIFORM)),
+    *with_interval(Variable("excess", _HEAD, "attention", "induction less induction_shuffled, -1 to 1", "0")),
+    Variable("induction_shuffled", _HEAD, "attention", "at the targets of other sequences, same query positions"),
+    Variable("induction_reference", _HEAD, "attention", "attention at the best fixed offset, 1 or more back"),
+    Variable("reference_offset", _HEAD, "tokens", "that offset"),
+    Variable("duplicate", _HEAD, "attention", "to the earlier occurrences themselves", _UNIFORM),
+    Variable("previous", _HEAD, "attention", "to the token before the query"),
+    Variable("current", _HEAD, "attention", "to the query's own token"),
+    Variable("first", _HEAD, "attention", "to the first token of the sequence"),
+    Variable("copying", _HEAD, "share of tokens", "tokens whose own direct logit is the largest", "1 / copying_tokens"),
+    Variable("copying_eigen", _HEAD, "1", "sum of the OV circuit's eigenvalues / sum of their sizes, -1 to 1", "0"),
+    Variable("icl_loss", ("position",), "nats", "mean cross-entropy of the next token, by position of the query"),
+    Variable("icl_tokens", ("position",), "tokens", "tokens that icl_loss is the mean of"),
+    Variable("icl_score", (), "nats", "icl_loss at `late` less that at `early`; negative: context helps", "0"),
+    Variable("loss_repeated", (), "nats", "mean cross-entropy after tokens that stand earlier in their sequence"),
+    Variable("loss_new", (), "nats", "mean cross-entropy after all other tokens"),
+    Variable("uniform", (), "attention", "induction of a head that attends to all visible keys equally"),
+    Variable("queries", (), "tokens", "queries that count"),
+    Variable("sequences", (), "sequences", "sequences with such a query"),
+    *LOST_VARIABLES,
+)
+
+
+@dataclass(frozen=True)
+class InductionHeads(StoreProbe):
+    """Measures which heads attend to what followed the present token before, beyond what position alone explains."""
+
+    name: ClassVar[str] = "induction-heads"
+    needs_model: ClassVar[bool] = False
+    variables: ClassVar[tuple[Variable, ...]] = _VARIABLES
+    sources: ClassVar[tuple[str, ...]] = (
+        "Olsson et al. 2022, In-context learning and induction heads, transformer-circuits.pub",
+        "Elhage et al. 2021, A mathematical framework for transformer circuits, transformer-circuits.pub",
+    )
+    controls: ClassVar[Mapping[str, str]] = {
+        "induction_shuffled": "attention at the targets of other sequences: what position alone gives",
+        "induction_reference": "attention at the best fixed offset: near `induction` only if tokens are not read",
+        "uniform": "a head that attends to all visible keys equally",
+        "random weights": "the same architecture with random weights: no excess",
+    }
+
+    where: str | None = None
+    """SQL over the token table: a sequence counts if the condition holds for its first token. None: all."""
+    occurrences: str = "all"
+    """Earlier occurrences of the query's token that count: all, or the last."""
+    threshold: float = 0.3
+    """Minimum excess of an induction head."""
+    early: int = 50
+    """Position of the query, from 0, whose loss the in-context-learning score subtracts."""
+    late: int = 500
+    """Position of the query whose loss it subtracts from."""
+    window: int = 5
+    """Positions on either side of both that are averaged over."""
+    model: str | None = None
+    """Folder or name of the recorded model, for copying. None: no copying, unless a loaded model is given."""
+    copying_tokens: int = 500
+    """Number of tokens, drawn at random from the vocabulary, that copying is measured on and among."""
+    resamples: int = 1000
+    """Resamples of documents for the intervals."""
+    seed: int = 0
+    """Random seed of the bootstrap and of the draw of tokens."""
+    device: str | None = None
+    """Device of products with W_U: cpu, cuda, cuda:1. None: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check("occurrences", self.occurrences, one_of=get_args(Occurrences))
+        check("copying_tokens", self.copying_tokens, at_least=2)
+        check_fields(self, "resamples", at_least=1)
+        check_fields(self, "seed", "early", "window", at_least=0)
+        check("late", self.late, above=self.early)
+        check("threshold", self.threshold, at_least=0, below=1)
+
+    @plain_torch()
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
+        """Reads `pattern`; for losses the last `resid_post`; for copying the model's weights.
+
+        Costs one pass over the patterns; memory is blocks of 64 MiB and heads x context^2 numbers of one layer.
+
+        Raises:
+            RequestError: No pattern was recorded, no token repeats, values are NaN or infinite, the model is not causal
+                or another one, or the device cannot be used.
+        """
+        require_causal(store, self.name)
+        layers = layers_of(store, "pattern")
+        if not layers:
+            store.require("pattern.0")
+        last = f"resid_post.{store.manifest.model.n_layers - 1}"
+        losses = last in [site.label for site in store.sites] and store.manifest.unembed is not None
+        sequences = whole_sequences(store, self.where)
+        sites = [f"pattern.{layer}" for layer in layers] + [last] * losses
+        rows = self.finite_rows(store, sites, sequences.rows)
+        sequences = sequences.without(rows.left_out)
+        arrays: dict[str, Any] = dict(_queries(self, sequences))
+        heads = {layer: _read(self, store, layer, sequences) for layer in layers}
+        arrays |= stack_heads(layers, heads, [one.name for one in _VARIABLES if one.dims == _HEAD])
+        coords: dict[str, Any] = {"layer": layers, "head": np.arange(arrays["induction"].shape[1])}
+        notes = ["" if len(sequences) > 1 else "excess not computed: it needs two sequences or more"]
+        if losses:
+            lost, note = _losses(self, store, last, sequences)
+            arrays, coords = arrays | lost, coords | {"position": np.arange(len(lost["icl_loss"]))}
+            notes.append(note)
+        else:
+            notes.append(f"losses not computed: {last} or the unembedding was not recorded")
+        if model is not None or self.model is not None:
+            arrays |= _copying(self, store, model, layers, len(coords["head"]))
+        data = dataset(_VARIABLES, arrays, coords)
+        return self.result(store, data, _table(data), rows, notes)
+
+    @staticmethod
+    def headline(result: Result) -> str:
+        """Returns the number of induction heads, the strongest beside its references, and the losses."""
+        data, best, threshold = result.data, result.table.iloc[0], result.provenance["settings"]["threshold"]
+        number = int((data["excess"] > threshold).sum())
+        heads = f"{number} of {int(data['excess'].notnull().sum())} heads are induction heads (excess > {threshold:g})"
+        interval = (
+            ""
+            if np.isnan(best["induction_low"])
+            else (f", 95 % CI [{best['induction_low']:.2f}, {best['induction_high']:.2f}]")
+        )
+        text = (
+            f"{heads}; strongest {head_name(int(best['layer']), int(best['head']))}: induction "
+            f"{best['induction']:.2f}{interval}, targets of other sequences {best['induction_shuffled']:.2f}, best "
+            f"fixed offset {best['induction_reference']:.2f}, duplicate {best['duplicate']:.2f}"
+        )
+        if "copying" in data:
+            text += f", copying {100 * best['copying']:.0f} %, eigenvalues {best['copying_eigen']:.2f}"
+        if "loss_repeated" in data:
+            text += (
+                f"; loss after repeated tokens {float(data['loss_repeated']):.2f} nats, after new ones "
+                f"{float(data['loss_new']):.2f}"
+            )
+        if "icl_score" in data:
+            text += f"; in-context-learning score {float(data['icl_score']):.2f} nats"
+        return with_note(f"{text}.", result)
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Any]:
+        """Returns "heads", excess by layer and head; "kinds", what the strongest attend to; "loss" by position."""
+        figures = {"heads": _heads(result), "kinds": _kinds(result)}
+        return {**figures, "loss": _loss(result)} if "icl_loss" in result.data else figures
+
+
+# ---- readings -------------------------------------------------------------------------------------------
+
+
+def _read(probe: InductionHeads, store: Store, layer: int, sequences: RaggedSequences) -> dict[str, np.ndarray]:
+    """All measures of the heads of one layer, from its pattern."""
+    array = store["pattern", layer]
+    total = TokenAttention(array.shape[1], len(sequences), int(sequences.lengths.max()))
+    for part in sequences.blocks(int(np.prod(array.shape[1:]))):
+        keys = token_keys(sequences, part, probe.occurrences)  # pyright: ignore[reportArgumentType]  # checked
+        total.add(part, keys, array[keys.rows])
+    means = {name: sums.sum(0) / total.queries.sum() for name, sums in total.by_sequence.items()}
+    counts = np.repeat(total.queries[:, None], array.shape[1], 1)
+    clusters, index = np.unique(sequences.document, return_inverse=True)
+    sums = np.zeros((2, len(clusters), array.shape[1]))
+    np.add.at(sums[0], index, total.by_sequence["induction"])
+    np.add.at(sums[1], index, counts)
+    _, resampled = resampled_means(*sums, resamples=probe.resamples, seed=probe.seed)
+    low, high = intervals(resampled)
+    shuffled, offsets = total.shuffled(), total.by_offset()[1:]
+    means |= {"induction_low": low, "induction_high": high, "induction_shuffled": shuffled}
+    means |= {"excess": means["induction"] - shuffled, "excess_low": low - shuffled, "excess_high": high - shuffled}
+    return means | {"induction_reference": offsets.max(0), "reference_offset": 1.0 + offsets.argmax(0)}
+
+
+def _queries(probe: InductionHeads, sequences: RaggedSequences) -> dict[str, np.ndarray]:
+    """Numbers of queries and sequences, and the induction of a uniform head. RequestError without any query."""
+    queries = counted = uniform = 0
+    for part in sequences.blocks(int(sequences.lengths.max())):
+        keys = token_keys(sequences, part, probe.occurrences)  # pyright: ignore[reportArgumentType]  # checked
+        visible = 1 + torch.arange(keys.rows.shape[1], dtype=torch.float64)
+        uniform += (keys.induction.sum(-1) / visible).sum().item()
+        queries += int(keys.counts.sum())
+        counted += int(keys.counts.any(1).sum())
+    if not queries:
+        raise RequestError(
+            "no token of the selected sequences stands earlier in its sequence; record longer texts, or sequences of "
+            "wb.random_repeats(model.tokenizer)"
+        )
+    values = {"uniform": uniform / queries, "queries": queries, "sequences": counted}
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def _losses(
+    probe: InductionHeads, store: Store, last: str, sequences: RaggedSequences
+) -> tuple[dict[str, np.ndarray], str]:
+    """Cross-entropy of the next token by position, after repeated and after new tokens; and a note."""
+    unembed = load_unembed(store.path, usable_device(probe.device))
+    targets, position = next_tokens(store), store.tokens["position"].to_numpy()
+    rows = sequences.rows[targets[sequences.rows] >= 0]
+    loss = np.zeros(len(rows))
+    for block in blocks(len(rows), unembed.vocab):
+        log = log_probabilities(unembed, store[last][rows[block]])
+        target = torch.from_numpy(targets[rows[block]]).to(log.device)
+        loss[block] = -log.gather(1, target[:, None])[:, 0].double().cpu().numpy()
+    repeated = np.zeros(store.rows, bool)
+    for part in sequences.blocks(int(sequences.lengths.max())):
+        keys = token_keys(sequences, part)
+        repeated[keys.rows[keys.counts.numpy()]] = True
+    at, again = position[rows], repeated[rows]
+    tokens = np.bincount(at)
+    with np.errstate(invalid="ignore"):
+        by_position = np.bincount(at, loss) / tokens
+        parts = [np.divide(loss[mask].sum(), mask.sum()) for mask in (again, ~again)]
+    arrays: dict[str, Any] = {"icl_loss": by_position, "icl_tokens": tokens}
+    arrays |= {"loss_repeated": parts[0], "loss_new": parts[1]}
+    near = [np.abs(at - place) <= probe.window for place in (probe.early, probe.late)]
+    if not near[1].any():
+        return arrays, f"in-context-learning score not computed: no sequence has a token at position {probe.late}"
+    arrays["icl_score"] = np.asarray(loss[near[1]].mean() - loss[near[0]].mean())
+    return arrays, ""
+
+
+def _copying(
+    probe: InductionHeads, store: Store, model: Model | None, layers: list[int], heads: int
+) -> dict[str, np.ndarray]:
+    """Copying of the heads at the recorded layers."""
+    loaded = recorded_model(store, model or probe.model, usable_device(probe.device))
+    unembed = load_unembed(store.path, loaded.device)
+    draw = np.random.default_rng(probe.seed)
+    ids = np.sort(draw.permutation(unembed.vocab)[: probe.copying_tokens])
+    scores = copying_scores(loaded, unembed, torch.from_numpy(ids))
+    known = {layer: part for layer, part in scores.items() if layer in layers}
+    return stack_heads(layers, known, ("copying", "copying_eigen"))
+
+
+def _table(data: xr.Dataset) -> pd.DataFrame:
+    """A line for each layer and head, the largest excess first."""
+    layer, head = (axis.ravel() for axis in np.meshgrid(data["layer"], data["head"], indexing="ij"))
+    columns = {name: data[name].to_numpy().ravel() for name in data if data[name].dims == _HEAD}
+    table = pd.DataFrame({"layer": layer, "head": head, **columns})
+    table = table.loc[table["induction"].notna()]
+    return table.sort_values(["excess", "induction"], ascending=False, kind="stable", ignore_index=True)
+
+
+# ---- figures --------------------------------------------------------------------------------------------
+
+
+def _heads(result: Result) -> go.Figure:
+    data, layers = result.data, result.data["layer"].to_numpy().tolist()
+    lines = {(line["layer"], line["head"]): _hover(line) for line in result.table.to_dict("records")}
+    return head_grid(
+        data["excess"].to_numpy().clip(0),
+        hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
+        layers=layers,
+        title=f"Induction heads of {_model(result)}",
+        subtitle=f"attention to the tokens after earlier occurrences, less that at the targets of other sequences; "
+        f"{int(data['queries']):,} queries",
+        unit="excess",
+    )
+
+
+def _hover(line: Mapping[str, Any]) -> str:
+    shown = [name for name in ("excess", *_KINDS, "induction_shuffled", "copying", "copying_eigen") if name in line]
+    values = [f"{name}: {line[name]:.3f}" for name in shown]
+    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *values])
+
+
+def _kinds(result: Result) -> go.Figure:
+    best = result.table.head(12)
+    names = [head_name(layer, head) for layer, head in zip(best["layer"], best["head"], strict=True)]
+    figure = go.Figure([go.Scatter(x=names, y=best[kind], name=kind, mode="markers") for kind in _KINDS])
+    figure.update_traces(marker={"size": 9}, hovertemplate="%{x}: %{y:.3f}")
+    figure.add_scatter(
+        x=names,
+        y=best["induction_shuffled"],
+        name="induction, other sequences",
+        mode="markers",
+        marker={"symbol": "line-ew-open", "size": 16, "color": "black"},
+        hovertemplate="%{x}: %{y:.3f}",
+    )
+    title = {"text": f"Attention of the strongest induction heads of {_model(result)}"}
+    figure.update_layout(template=TEMPLATE, title=title, height=440, width=860, margin={"t": 100})
+    figure.update_xaxes(title="head, largest excess first", type="category")
+    return figure.update_yaxes(title=axis_title(result.data["induction"].attrs), range=[-0.03, 1.03])
+
+
+def _loss(result: Result) -> go.Figure:
+    data = result.data
+    loss = go.Scatter(x=np.arange(data.sizes["position"]), y=data["icl_loss"], mode="lines", name="mean loss")
+    figure = go.Figure([loss])
+    title = {"text": f"Loss by position in {_model(result)}"}
+    figure.update_layout(template=TEMPLATE, title=title, height=420, width=760)
+    figure.update_xaxes(title="position of the query")
+    return figure.update_yaxes(title=axis_title(data["icl_loss"].attrs), rangemode="tozero")
+
+
+def _model(result: Result) -> str:
+    return label(str(result.provenance["model"]), 60)

@@ -1,0 +1,275 @@
+"""Induction heads: planted heads, a naive reading in float64, weights and losses of plain Hugging Face."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from planted import planted_store
+from refusals import refused
+
+import workbench as wb
+from workbench.analysis.copying import copying_scores
+from workbench.experiments.controls import random_copy
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.model.unembed import load_unembed
+from workbench.probes import InductionHeads
+from workbench.testing import ProbeContract
+
+# ---- planting -------------------------------------------------------------------------------------------
+
+
+def head(ids, key_of):
+    """Every query attends to `key_of(i)`, and to itself where that is None."""
+    pattern = np.zeros((len(ids), len(ids)))
+    for i in range(len(ids)):
+        key = key_of(i)
+        pattern[i, i if key is None else key] = 1
+    return pattern
+
+
+def last_before(ids, i):
+    earlier = [d for d in range(i - 1) if ids[d] == ids[i]]
+    return earlier[-1] if earlier else None
+
+
+def textbook(ids, period):
+    """Heads: induction, duplicate, previous, `period` - 1 tokens back, uniform."""
+
+    def after(i):
+        d = last_before(ids, i)
+        return None if d is None else d + 1
+
+    uniform = np.tril(np.ones((len(ids), len(ids)))) / np.arange(1, len(ids) + 1)[:, None]
+    return [
+        head(ids, after),
+        head(ids, lambda i: last_before(ids, i)),
+        head(ids, lambda i: max(i - 1, 0)),
+        head(ids, lambda i: max(i - period + 1, 0)),
+        uniform,
+    ]
+
+
+def store_of(path, documents, patterns):
+    """A store of one layer of `patterns`, one list of heads [query, key] for each document."""
+    longest = max(map(len, documents))
+    rows = [np.stack([np.pad(one, ((0, 0), (0, longest - len(one)))) for one in heads], 1) for heads in patterns]
+    return planted_store(path, documents, {"pattern.0": np.concatenate(rows)})
+
+
+def planted(path, documents, period):
+    return store_of(path, documents, [textbook(ids, period) for ids in documents])
+
+
+def run(store, **settings):
+    return InductionHeads(**{"resamples": 20, "device": "cpu", **settings}).run(store)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """32 sequences, each of another period."""
+    return wb.random_repeats(range(100), 32, period=(5, 36), filler=(1, 12))
+
+
+@pytest.fixture(scope="module")
+def textbook_store(drawn, tmp_path_factory):
+    return planted(tmp_path_factory.mktemp("induction") / "s", drawn, 20)
+
+
+class TestContract(ProbeContract):
+    probe = InductionHeads
+    settings = {"resamples": 20, "device": "cpu"}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, textbook_store):
+        return textbook_store
+
+
+# ---- planted heads --------------------------------------------------------------------------------------
+
+
+def test_textbook_heads(textbook_store, drawn):
+    data = run(textbook_store).data.isel(layer=0)
+    assert data["induction"].to_numpy()[:3].tolist() == [1, 0, 0]
+    assert data["duplicate"].to_numpy()[:3].tolist() == [0, 1, 0]
+    assert data["previous"].to_numpy()[:3].tolist() == [0, 0, 1]
+    lengths = np.array([len(ids) for ids in drawn])
+    assert int(data["queries"]) == sum(len(ids) - len(set(ids)) for ids in drawn)
+    assert int(data["sequences"]) == len(lengths)
+    assert float(data["excess"][0]) > 0.9
+    assert data["induction_reference"].to_numpy()[2] == 1
+    assert data["reference_offset"].to_numpy()[2] == 1
+    expected = [1 / (i + 1) for ids in drawn for i in range(len(ids)) if last_before(ids, i) is not None]
+    assert float(data["uniform"]) == pytest.approx(np.mean(expected))
+    assert float(data["induction"][4]) == pytest.approx(np.mean(expected), abs=1e-6)
+    assert (
+        run(textbook_store)
+        .headline()
+        .startswith(
+            "1 of 5 heads are induction heads (excess > 0.3); strongest L0H0: induction 1.00, 95 % CI [1.00, 1.00]"
+        )
+    )
+
+
+def test_a_head_that_reads_no_token_scores_1_at_a_fixed_period_and_has_no_excess(tmp_path):
+    fixed = wb.random_repeats(range(100), 12, period=(20, 20), filler=(3, 3))
+    data = run(planted(tmp_path / "s", fixed, 20)).data.isel(layer=0)
+    assert data["induction"].to_numpy()[[0, 3]].tolist() == [1, 1]
+    assert data["induction_reference"].to_numpy()[[0, 3]].tolist() == [1, 1]
+    np.testing.assert_allclose(data["excess"], 0, atol=1e-6)  # nor can a real one be known there
+
+
+def test_at_random_periods_it_has_the_share_of_its_period(textbook_store, drawn):
+    data = run(textbook_store).data.isel(layer=0)
+    share = sum(20 for ids in drawn if len(ids) - len(set(ids)) == 20) / int(data["queries"])
+    assert float(data["induction"][3]) == pytest.approx(share, abs=1e-6)
+    assert abs(float(data["excess"][3])) < 0.02
+    assert float(data["induction"][0] - data["induction_shuffled"][0]) == pytest.approx(float(data["excess"][0]))
+
+
+@pytest.mark.parametrize("occurrences", ["all", "last"])
+def test_any_pattern_against_a_naive_reading(tmp_path, occurrences):
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(0, 6, n).tolist() for n in (9, 14, 11, 3)]
+    patterns = []
+    for ids in documents:
+        raw = np.tril(draw.random((2, len(ids), len(ids))) + 0.01)
+        patterns.append((raw / raw.sum(-1, keepdims=True)).astype(np.float32).astype(float))
+    data = run(store_of(tmp_path / "s", documents, patterns), occurrences=occurrences).data.isel(layer=0)
+    queries = []
+    for s, ids in enumerate(documents):
+        for i in range(len(ids)):
+            earlier = [d for d in range(i - 1) if ids[d] == ids[i]]
+            if earlier:
+                queries.append((s, i, earlier if occurrences == "all" else earlier[-1:]))
+    for h in range(2):
+        a = [pattern[h] for pattern in patterns]
+        close = {"abs": 1e-6}
+        assert float(data["induction"][h]) == pytest.approx(
+            np.mean([sum(a[s][i, d + 1] for d in known) for s, i, known in queries]), **close
+        )
+        assert float(data["duplicate"][h]) == pytest.approx(
+            np.mean([sum(a[s][i, d] for d in known) for s, i, known in queries]), **close
+        )
+        for name, key in (("previous", lambda i: i - 1), ("current", lambda i: i), ("first", lambda i: 0)):
+            assert float(data[name][h]) == pytest.approx(np.mean([a[s][i, key(i)] for s, i, _ in queries]), **close)
+        offsets = [np.mean([a[s][i, i - o] if o <= i else 0 for s, i, _ in queries]) for o in range(1, 14)]
+        assert float(data["induction_reference"][h]) == pytest.approx(max(offsets), **close)
+        assert int(data["reference_offset"][h]) == 1 + int(np.argmax(offsets))
+        other = [
+            np.mean(pairs)
+            for s, i, _ in queries
+            if (pairs := [sum(a[s][i, d + 1] for d in known) for t, j, known in queries if j == i and t != s])
+        ]
+        assert float(data["induction_shuffled"][h]) == pytest.approx(np.mean(other), **close)
+
+
+def test_special_tokens_are_no_queries_and_one_sequence_has_no_excess(tmp_path):
+    ids = [1, 2, 3, 1, 2, 3]
+    result = run(planted(tmp_path / "s", [ids], 3))
+    assert float(result.data["induction"][0, 0]) == 1
+    assert result.data["excess"].isnull().all()
+    assert "excess not computed: it needs two sequences or more" in result.data.attrs["note"]
+    result.headline()
+
+
+def test_a_store_without_repeats_is_refused(tmp_path):
+    text = refused(RequestError, lambda: run(planted(tmp_path / "s", [[1, 2, 3, 4]], 3)))
+    assert text.startswith("no token of the selected sequences stands earlier in its sequence; ")
+
+
+# ---- weights and losses ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_store(tiny_models, tmp_path_factory):
+    ids = wb.random_repeats(range(2, 320), 6, period=(4, 9), filler=(0, 3))
+    folder = tmp_path_factory.mktemp("induction-llama")
+    options = {"sites": ["pattern", "resid_post"], "dtype": "float32", "show_progress": False}
+    return wb.record(Model(tiny_models["llama"], None, "tiny"), ids, out=folder / "a", **options)
+
+
+def test_copying_is_that_of_the_weights_in_float64(tiny_models, llama_store):
+    module, heads, d_head = tiny_models["llama"], 4, 8
+    ids = torch.arange(3, 60)
+    scores = copying_scores(Model(module, None, "tiny"), load_unembed(llama_store.path), ids)
+    embedded = module.model.embed_tokens.weight[ids].detach().double()
+    read = (module.model.norm.weight * module.lm_head.weight[ids]).detach().double()
+    for layer, block in enumerate(module.model.layers):
+        norm = embedded * torch.rsqrt(embedded.square().mean(1, keepdim=True) + block.input_layernorm.variance_epsilon)
+        values = (norm * block.input_layernorm.weight.double()) @ block.self_attn.v_proj.weight.double().T
+        for h in range(heads):
+            part = slice(h // 2 * d_head, (h // 2 + 1) * d_head)  # two query heads share a value
+            write = values[:, part] @ block.self_attn.o_proj.weight[:, h * d_head : (h + 1) * d_head].double().T
+            circuit = (write @ read.T).detach().numpy()
+            eigen = np.linalg.eigvals(circuit)
+            assert scores[layer]["copying_eigen"][h] == pytest.approx(eigen.sum().real / abs(eigen).sum(), abs=1e-4)
+            right = circuit.argmax(1) == np.arange(len(ids))  # the norm's scale changes no order
+            assert scores[layer]["copying"][h] == pytest.approx(right.mean(), abs=1e-9)
+
+
+def test_losses_are_those_of_the_model(tiny_models, llama_store):
+    result = InductionHeads(early=2, late=7, window=1, resamples=5, device="cpu").run(llama_store)
+    by_position, repeated = {}, {True: [], False: []}
+    tokens = llama_store.tokens.to_pandas()
+    for _, part in tokens.groupby("sequence"):
+        ids = part["token_id"].tolist()
+        with torch.inference_mode():
+            log = tiny_models["llama"](torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for i in range(len(ids) - 1):
+            loss = -float(log[i, ids[i + 1]])
+            by_position.setdefault(i, []).append(loss)
+            repeated[last_before(ids, i) is not None].append(loss)
+    means = [np.mean(by_position[i]) for i in sorted(by_position)]
+    np.testing.assert_allclose(result.data["icl_loss"], means, atol=1e-4)
+    late, early = (np.mean([one for i in at for one in by_position[i]]) for at in ((6, 7, 8), (1, 2, 3)))
+    assert float(result.data["icl_score"]) == pytest.approx(late - early, abs=1e-4)
+    assert float(result.data["loss_repeated"]) == pytest.approx(np.mean(repeated[True]), abs=1e-4)
+    assert float(result.data["loss_new"]) == pytest.approx(np.mean(repeated[False]), abs=1e-4)
+
+
+def test_the_embedded_model_has_induction_heads_and_its_random_copy_has_none(tmp_path):
+    model = wb.load_model("demo", device="cpu")
+    ids = wb.random_repeats(model.tokenizer, 8)
+    found = []
+    for name, one in (("trained", model), ("random", random_copy(model))):
+        store = wb.record(one, ids, sites=["pattern"], out=tmp_path / name, show_progress=False)
+        found.append(InductionHeads(resamples=5).run(store, model=one if name == "trained" else None))
+    best = found[0].table.iloc[0]
+    assert best["excess"] > 0.7
+    assert best["copying"] > 0.9
+    assert best["copying_eigen"] > 0.9
+    assert found[1].table["excess"].abs().max() < 0.02
+
+
+# ---- sequences ------------------------------------------------------------------------------------------
+
+
+def test_random_repeats_repeat_and_nothing_else_does(tiny_tokenizer):
+    made = wb.random_repeats(tiny_tokenizer, 41, period=(20, 60), copies=3, filler=(0, 9), seed=3)
+    periods = []
+    for ids in made:
+        assert ids[0] == tiny_tokenizer.bos_token_id
+        period = (len(ids) - len(set(ids))) // 2
+        periods.append(period)
+        assert ids[-period:] == ids[-2 * period : -period] == ids[-3 * period : -2 * period]
+        assert not {*ids[1:]} & {*tiny_tokenizer.all_special_ids}
+    assert sorted(periods) == list(range(20, 61))
+    assert made == wb.random_repeats(tiny_tokenizer, 41, period=(20, 60), copies=3, filler=(0, 9), seed=3)
+    assert (
+        wb.random_repeats([4, 5, 6], 1, period=(2, 2), filler=(0, 0))[0][:2]
+        == wb.random_repeats([4, 5, 6], 1, period=(2, 2), filler=(0, 0), bos=False)[0][:2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"period": (60, 20)}, "the largest period must be at least 60"),
+        ({"copies": 1}, "copies must be at least 2"),
+        ({"period": (5, 9)}, "up to 39 different tokens, and there are 30"),
+    ],
+)
+def test_impossible_sequences_are_refused(settings, words):
+    assert words in refused(RequestError, lambda: wb.random_repeats(range(30), **settings))
