@@ -130,7 +130,7 @@ def test_probes():
         "tuned-lens",
     ]
     assert [line.split()[0] for line in lines] == names
-    assert lines[5] == (
+    assert lines[names.index("logit-lens")] == (
         "  logit-lens                Reads every layer through the model's unembedding: top tokens, entropy, KL to the "
         "model's output, loss."
     )
