@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -98,11 +99,13 @@ def extract_features(
     check("dtype", dtype, one_of=DTYPES)
     array = matching_site(store, sae, site, force=force)
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
-    encoding.check()
-    _check_rows(encoding)
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
-    request = _request(encoding, dtype)
+    with ThreadPoolExecutor(1) as pool:  # the fingerprint takes as long as the preparation of the encoder
+        requested = pool.submit(_request, encoding, dtype)
+        encoding.check()
+        _check_rows(encoding)
+        request = requested.result()
     target = target_path(store.path, array.site, request.sae.name, name) if out is None else Path(out).absolute()
     return make_features(encoding, target, request, workers)
 

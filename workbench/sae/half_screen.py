@@ -79,7 +79,7 @@ class HalfScreen:
             pre = kernels.pair_products(x, self.rows, row, feature)
         else:
             pre, real = torch.zeros(len(row), device=x.device), feature >= 0
-            pre[real] = pair_products(x, self.rows, row[real], feature[real])
+            pre[real] = pair_products(x, (self.rows,), row[real], feature[real])
         pre += self.linear.bias[there]
         return pre if self.linear.scale is None else pre * self.linear.scale[there]
 

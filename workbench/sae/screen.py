@@ -15,13 +15,15 @@ from torch import Tensor
 
 from workbench.io.torch_state import device_for_float64
 from workbench.sae.choice import SAFE, Above, Linear, TopK
-from workbench.sae.products import pair_products
+from workbench.sae.products import input_parts, pair_products
 
 LEAST_NORM = 1e-13
 """Below it the squares of a row's rounding errors underflow, and its bounds are too low."""
 TINY = torch.finfo(torch.float32).tiny
 """Least bound of a pre-activation above 0, or above its threshold."""
-_MARGIN = 1.005  # outweighs rounding a norm to bfloat16, at most 1/256 of it
+_MARGIN = 1.005  # outweighs the errors of a norm in float32 and of its rounding to bfloat16, at most 1/256 of it
+_FLUSHED = 1e-16  # norm of what the squares of small errors lose to underflow
+_FEATURES = 128  # prepared at a time: they stay in the second cache
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Screen:
 
     weight: BFloat16[Tensor, "feature d_in_and_bounds"]
     """Per feature: rounded weights, norm of the rounding error, norm of the rounded weights, bias minus threshold."""
-    rows: Float32[Tensor, "feature d_in"]
-    """The unrounded weights; those of one feature are contiguous."""
+    parts: tuple[Float32[Tensor, "feature _"], ...]
+    """The unrounded weights of neighbouring inputs, as `input_parts` returns them."""
     linear: Linear
     typical: Float32[Tensor, " 2"]
     """Mean over features of the two norms in `weight`."""
@@ -44,7 +46,7 @@ class Screen:
         self, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Int64[Tensor, " entry"]
     ) -> Float32[Tensor, " entry"]:
         """Returns selected pre-activations in float32; `row` ascends."""
-        pre = pair_products(x, self.rows, row, feature)
+        pre = pair_products(x, self.parts, row, feature)
         pre += self.linear.bias[feature]
         return pre if self.linear.scale is None else pre * self.linear.scale[feature]
 
@@ -75,21 +77,23 @@ def make_screen(linear: Linear, choice: Above | TopK) -> Screen:
     bias = linear.bias if linear.scale is None else linear.bias * linear.scale
     below = (bias - choice.threshold if isinstance(choice, Above) else bias).clamp(-SAFE, SAFE)
     below = below + (below.abs() + bias.abs()) * _accumulation(linear) + TINY
-    rows = linear.weight.T.contiguous()
-    weight = rows.new_zeros(features, -(-(d_in + 5) // 8) * 8, dtype=torch.bfloat16)
-    place = device_for_float64(rows.device)
-    for start in range(0, features, 4096):
-        part = slice(start, start + 4096)
-        exact = rows[part].to(place)
-        exact = exact if linear.scale is None else exact.double() * linear.scale[part, None].to(place)
+    parts = input_parts(linear.weight)
+    weight = linear.weight.new_zeros(features, -(-(d_in + 5) // 8) * 8, dtype=torch.bfloat16)
+    for start in range(0, features, _FEATURES):
+        some = slice(start, start + _FEATURES)
+        exact = torch.cat([part[some] for part in parts], 1)
+        if linear.scale is not None:
+            place = device_for_float64(exact.device)
+            exact = exact.to(place).double() * linear.scale[some, None].to(place)
         low = exact.bfloat16()
-        weight[part, :d_in] = low
-        weight[part, d_in] = _norm(exact - low.to(exact.dtype)) * _MARGIN
-        weight[part, d_in + 1] = _norm(low) * _MARGIN + TINY
+        weight[some, :d_in] = low
+        low = low.to(exact.dtype)
+        weight[some, d_in] = _norm(exact - low)
+        weight[some, d_in + 1] = _norm(low)
     for index in range(3):  # a float32 is the sum of three bfloat16
         weight[:, d_in + 2 + index] = below
         below = below - weight[:, d_in + 2 + index]
-    return Screen(weight, rows, linear, weight[:, d_in : d_in + 2].float().mean(0))
+    return Screen(weight, parts, linear, weight[:, d_in : d_in + 2].float().mean(0))
 
 
 def _accumulation(linear: Linear) -> float:
@@ -105,5 +109,5 @@ def _accumulation(linear: Linear) -> float:
 
 
 def _norm(rows: Float[Tensor, "feature d_in"]) -> Float[Tensor, " feature"]:
-    """Norms of the rows in float64, whose squares do not underflow."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    """At least the norms of the rows, also after they are rounded to bfloat16."""
+    return rows.norm(dim=1) * _MARGIN + _FLUSHED
