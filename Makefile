@@ -7,9 +7,13 @@ BIN := .venv/bin
 EXTRAS := dev,notebook,export
 INSTALLED := .venv/.installed
 MODELS := models/smollm2-135m/.complete
+SOURCES := $(shell find workbench probes experiments -name '*.py')
 OLDEST := tests/io tests/store tests/results tests/probes/test_logit_lens.py tests/sae/test_sparsity.py
 export OUT
+# Every worker and every process that a test starts would compile the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
+.DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest torture lint types format models bench docs site demo-model constraints clean
 
@@ -39,11 +43,13 @@ lint: types ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED) ## check static types
+types: build/types.txt ## check static types, where a source has changed since the last check
+
+build/types.txt: $(INSTALLED) $(SOURCES) pyproject.toml
 	rm -rf build/types && mkdir -p build/types && cp -R workbench build/types/workbench
 	cp -R probes experiments build/types/workbench
-	$(BIN)/basedpyright > build/types.txt || { \
-	  sed -e 's#build/types/workbench/\(probes\|experiments\)/#\1/#' -e 's#build/types/##' build/types.txt; exit 1; }
+	$(BIN)/basedpyright > $@ || { \
+	  sed -e 's#build/types/workbench/\(probes\|experiments\)/#\1/#' -e 's#build/types/##' $@; exit 1; }
 
 format: $(INSTALLED) ## format the code and apply the fixes of ruff
 	$(BIN)/ruff check --fix .

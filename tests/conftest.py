@@ -10,6 +10,9 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
+os.environ["PYTHONPATH"] = (
+    f"{Path(__file__).parent / 'support' / 'left_out'}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+)
 if not Path("/dev/nvidiactl").exists():  # kernels in Triton run on the CPU, where it is installed
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores already; their threads would fight

@@ -57,7 +57,10 @@ def kernel(tmp_path_factory):
     """One kernel for all notebooks of a worker: importing torch and transformers takes most of a short notebook."""
     home = tmp_path_factory.mktemp("kernel")
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    environment |= {"PYTHONPATH": str(FOLDER.parent), "PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), environment["PYTHONPATH"]]),
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    }
     environment |= {"IPYTHONDIR": str(home / ".ipython"), "JUPYTER_PLATFORM_DIRS": "1"}
     manager = jupyter_client.KernelManager(kernel_name="python3")
     manager.start_kernel(env=environment, cwd=str(home))

@@ -47,7 +47,10 @@ def lab(tmp_path):
     places = ("CONFIG", "DATA", "RUNTIME")
     environment = {f"JUPYTER_{place}_DIR": str(tmp_path / place.lower()) for place in places}
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "IPYTHONDIR": str(tmp_path / "ipython")}
-    environment |= {"JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+    }
     inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     log = tmp_path / "lab.log"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
