@@ -8,6 +8,7 @@ if __name__ != "workbench.probes":
     raise ImportError("the probes are installed inside the package: write `from workbench.probes import ...`")
 
 _PUBLIC = {
+    "ActivationPatching": "workbench.probes.activation_patching",
     "AttentionSinks": "workbench.probes.attention_sinks",
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FutureLens": "workbench.probes.future_lens",
@@ -26,6 +27,7 @@ __getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 if TYPE_CHECKING:
+    from workbench.probes.activation_patching import ActivationPatching
     from workbench.probes.attention_sinks import AttentionSinks
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.future_lens import FutureLens

@@ -144,6 +144,16 @@ _PUBLIC = {
     "precision_table": "workbench.analysis.future_task",
     "Parts": "workbench.analysis.stream_terms",
     "StreamTerm": "workbench.analysis.stream_terms",
+    "METRICS": "workbench.analysis.patching",
+    "METRIC_UNITS": "workbench.analysis.patching",
+    "OTHER": "workbench.analysis.patch_pairs",
+    "PatchPair": "workbench.analysis.patch_pairs",
+    "PromptPairs": "workbench.corpus.prompt_pairs",
+    "Runs": "workbench.analysis.patching",
+    "other_pair": "workbench.analysis.patching",
+    "pairs_from_store": "workbench.analysis.patch_pairs",
+    "pairs_of": "workbench.analysis.patch_pairs",
+    "shuffled_positions": "workbench.analysis.patching",
     "check_sum": "workbench.analysis.stream_terms",
     "plan_terms": "workbench.analysis.stream_terms",
     "norm_bias": "workbench.analysis.frozen_norm",
@@ -171,6 +181,9 @@ _PUBLIC = {
     "attribution_bars": "workbench.analysis.attribution_figures",
     "attribution_grid": "workbench.analysis.attribution_figures",
     "attribution_heads": "workbench.analysis.attribution_figures",
+    "patching_lines": "workbench.analysis.patching_figures",
+    "patching_map": "workbench.analysis.patching_figures",
+    "patching_spread": "workbench.analysis.patching_figures",
     "group_intervals": "workbench.figures.group_intervals",
     "position_bars": "workbench.figures.position_bars",
     "CATEGORIES": "workbench.figures.theme",
@@ -253,6 +266,9 @@ if TYPE_CHECKING:
         value_norms,
         value_site,
     )
+    from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_from_store, pairs_of
+    from workbench.analysis.patching import METRIC_UNITS, METRICS, Runs, other_pair, shuffled_positions
+    from workbench.analysis.patching_figures import patching_lines, patching_map, patching_spread
     from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import (
         attention_sites,
@@ -290,6 +306,7 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.token_labels import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.words import Words, find_words
+    from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel

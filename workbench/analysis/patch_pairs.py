@@ -1,0 +1,140 @@
+"""Pairs of runs, clean and corrupt, for patching: of a store with columns pair and side, or of checked prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from workbench.corpus.tokenizer import token_texts
+from workbench.io.errors import RequestError
+
+if TYPE_CHECKING:
+    from workbench.corpus.prompt_pairs import PromptPairs
+    from workbench.model.load import Model
+    from workbench.store.reader import Store
+
+OTHER = "other"
+"""Place of the positions without a label."""
+
+
+@dataclass(frozen=True)
+class PatchPair:
+    """One pair as token ids, both sides of one length, with the ids of its answers and labelled positions."""
+
+    clean: tuple[int, ...]
+    corrupt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """Ids of tokens that are right after the clean side; () where none is known."""
+    wrong: tuple[int, ...]
+    """Ids of tokens that are right after the corrupt side."""
+    places: Mapping[str, tuple[int, ...]]
+    """Label to positions, in the order of the prompt."""
+
+
+def pairs_of(pairs: PromptPairs) -> list[PatchPair]:
+    """Returns the pairs of a task."""
+    return [
+        PatchPair(one.clean, one.corrupt, one.answer, one.wrong, {name: tuple(at) for name, at in one.spans.items()})
+        for one in pairs.pairs
+    ]
+
+
+def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tuple[list[PatchPair], Counter[str]]:
+    """Returns the pairs that a store holds, and the number of others by reason.
+
+    A store has pairs in the columns pair and side ("clean", "corrupt"); answer and wrong hold the text of the right
+    token after this side, and after the other. Each label of its spans is a place.
+
+    Raises:
+        RequestError: The store has no pairs.
+    """
+    columns = set(store.tokens.column_names)
+    if missing := {"pair", "side"} - columns:
+        raise RequestError(
+            f"store {store.path.name} has no column {min(missing)!r}, so it holds no pairs; record "
+            "wb.prompt_pairs(...).texts(), or texts with columns pair and side"
+        )
+    table = (store.tokens if where is None else store.where(where).tokens).to_pandas()
+    labels = sorted(name for name in columns if f"{name}_span" in columns)
+    texts = token_texts(model.tokenizer, range(model.vocab)) if {"answer", "wrong"} <= columns else []
+    counted = Counter(texts)
+    ids = {text: index for index, text in enumerate(texts) if counted[text] == 1}
+    pairs, dropped = [], Counter()
+    for _, both in table.dropna(subset=["pair", "side"]).groupby("pair", sort=True):
+        sides = {str(side): part for side, part in both.groupby("side")}
+        if set(sides) != {"clean", "corrupt"} or any(part["sequence"].nunique() != 1 for part in sides.values()):
+            dropped["not one clean and one corrupt sequence"] += 1
+            continue
+        clean, corrupt = sides["clean"], sides["corrupt"]
+        places = {name: tuple(np.flatnonzero(clean[name].notna()).tolist()) for name in labels}
+        others = {name: tuple(np.flatnonzero(corrupt[name].notna()).tolist()) for name in labels}
+        answers = [ids.get(str(clean[name].iloc[0])) if ids else None for name in ("answer", "wrong")]
+        if len(clean) != len(corrupt):
+            dropped["different numbers of tokens"] += 1
+        elif places != others:
+            dropped["a label has other positions on the two sides"] += 1
+        elif ids and None in answers:
+            dropped["an answer is not one token"] += 1
+        else:
+            known = {name: at for name, at in sorted(places.items(), key=lambda one: one[1]) if at}
+            known["end"] = (len(clean) - 1,)
+            right, wrong = ((one,) if one is not None else () for one in answers)
+            sequences = (tuple(map(int, part["token_id"])) for part in (clean, corrupt))
+            pairs.append(PatchPair(*sequences, right, wrong, known))
+    if not pairs:
+        raise RequestError(f"store {store.path.name} holds no usable pair: {dict(dropped) or 'no row has a pair'}")
+    return pairs, dropped
+
+
+@dataclass(frozen=True)
+class PairTensors:
+    """Pairs as right-padded tensors, on the CPU."""
+
+    clean: Int64[Tensor, "pair position"]
+    corrupt: Int64[Tensor, "pair position"]
+    mask: Int64[Tensor, "pair position"]
+    end: Int64[Tensor, " pair"]
+    """Position of the last token."""
+    places: Mapping[str, Bool[Tensor, "pair position"]]
+    """Label to the positions that it covers, in the order of the prompts."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[PatchPair], by_index: bool) -> PairTensors:
+        """Returns the tensors of pairs.
+
+        Args:
+            pairs: The pairs.
+            by_index: A place is a position, not a label; all pairs have one length.
+        """
+        shape = (len(pairs), max(len(pair.clean) for pair in pairs))
+        clean, corrupt, mask = (torch.zeros(shape, dtype=torch.int64, device="cpu") for _ in range(3))
+        names = dict.fromkeys(name for pair in pairs for name in pair.places)
+        where = {name: np.mean([pair.places[name][0] for pair in pairs if pair.places.get(name)]) for name in names}
+        ordered = [name for name in sorted(names, key=lambda name: where[name]) if name != "end"]
+        ordered = [str(index) for index in range(shape[1])] if by_index else [OTHER, *ordered, "end"]
+        places = {name: torch.zeros(shape, dtype=torch.bool, device="cpu") for name in ordered}
+        for number, pair in enumerate(pairs):
+            length = len(pair.clean)
+            clean[number, :length] = torch.tensor(pair.clean)
+            corrupt[number, :length] = torch.tensor(pair.corrupt)
+            mask[number, :length] = 1
+            if by_index:
+                for index in range(length):
+                    places[str(index)][number, index] = True
+                continue
+            covered = {position for name in pair.places for position in pair.places[name]}
+            rest = [index for index in range(length) if index not in covered]
+            for name, positions in {**pair.places, OTHER: rest}.items():
+                places[name][number, list(positions)] = True
+        end = torch.tensor([len(pair.clean) - 1 for pair in pairs])
+        return cls(clean, corrupt, mask, end, {name: at for name, at in places.items() if bool(at.any())})
+
+    def __len__(self) -> int:
+        return len(self.clean)
