@@ -81,6 +81,7 @@ VARIABLES = (
     Variable("corrupt_metric", ("pair",), "units of the metric", "metric of the corrupt run"),
     Variable("gap", (), "units of the metric", "mean difference of clean and corrupt metric over the used pairs"),
 )
+_STREAMS = ("resid_pre", "resid_mid", "resid_post")
 _CONTROLS = ("random_donor", "shuffled", "same_answer")
 
 
@@ -233,7 +234,7 @@ class ActivationPatching(StoreProbe):
         if self.controls_too:
             other, with_other = other_pair(runs.pairs, runs.answers, at, False, self.seed)
             same, with_same = other_pair(runs.pairs, runs.answers, at, True, self.seed)
-            for name, plan in (("random_donor", other), ("shuffled", shuffled_positions(runs.pairs, self.seed))):
+            for name, plan in (("random_donor", other), ("shuffled", shuffled_positions(runs.pairs, at, self.seed))):
                 sides = [
                     runs.effect("corrupt", site, at, runs.gathered(side, site, plan), head)
                     for side in ("clean", "corrupt")
@@ -247,17 +248,24 @@ class ActivationPatching(StoreProbe):
     @staticmethod
     def headline(result: Result) -> str:
         """Returns the cell with the largest effect in each direction with its interval, and that of the control."""
-        data, parts = result.data, []
+        site, data, parts = result.provenance["settings"]["site"], result.data, []
+        stream = site in _STREAMS and data.sizes["place"] > 1
+        shown = data.isel(place=slice(0, -1)) if stream else data  # the last layer's last position has all by identity
         for direction in ("denoising", "noising"):
-            layer, place = strongest(data[direction])
+            layer, place = strongest(shown[direction])
             at = data.sel(layer=layer, place=place)
             share, low, high = (100 * float(at[f"{direction}{end}"]) for end in ("", "_low", "_high"))
             interval = "" if np.isnan(low) else f", 95 % CI [{low:.0f}, {high:.0f}]"
             parts.append(f"{direction} {share:.0f} % of the gap at {cell_name(data, layer, place)}{interval}")
-        text = f"Strongest {result.provenance['settings']['site']}: {'; '.join(parts)}"
+        text = f"Strongest {site}{' before the last position' if stream else ''}: {'; '.join(parts)}"
         if "random_donor" in data:
-            layer, place = strongest(data["denoising"])
+            layer, place = strongest(shown["denoising"])
             text += f"; random donor there {100 * float(data['random_donor'].sel(layer=layer, place=place)):.0f} %"
+        if stream:
+            above = data["denoising"].isel(place=-1).to_numpy() > 0.5
+            later = np.flatnonzero(np.append(True, ~above))[-1]
+            if later < len(above):
+                text += f"; the last position has more than half from layer {data['layer'].to_numpy()[later]} on"
         pairs, gap = data.sizes["pair"], float(data["gap"])
         return with_note(f"{text}; mean gap {gap:.2f} {data.attrs['metric_units']}, {pairs} pairs.", result)
 
@@ -328,7 +336,7 @@ def strongest(values: Any) -> tuple[Any, Any]:
     """Returns layer and place of the largest value."""
     flat = np.nan_to_num(values.to_numpy(), nan=-np.inf)
     layer, place = np.unravel_index(int(flat.argmax()), flat.shape)
-    return values["layer"].to_numpy()[layer], str(values["place"].to_numpy()[place])
+    return int(values["layer"].to_numpy()[layer]), str(values["place"].to_numpy()[place])
 
 
 def cell_name(data: Any, layer: int, place: str) -> str:

@@ -43,6 +43,23 @@ def norm_bias(unembed: Unembed, w: Float[Tensor, "*row d_model"]) -> Float64[Ten
     return unembed.scale * (w.double() @ unembed.shift.double())
 
 
+def frozen_logits(
+    unembed: Unembed, stream: Float[Tensor, "row d_model"], x: Float[Tensor, "row d_model"]
+) -> Float64[Tensor, "row vocab"]:
+    """Returns the logits of `x` with the scale that the final norm has for `stream`, soft-cap included, in float64."""
+    stream, x = stream.double().cpu(), x.double().cpu()
+    if unembed.norm == "layer":
+        stream, x = stream - stream.mean(-1, keepdim=True), x - x.mean(-1, keepdim=True)
+    if unembed.norm != "none":
+        x = x * torch.rsqrt(stream.square().mean(-1, keepdim=True) + unembed.eps)
+    normed = x * unembed.gain.double().cpu() + unembed.shift.double().cpu()
+    logits = normed @ unembed.weight.double().cpu().T
+    if unembed.bias is not None:
+        logits = logits + unembed.bias.double().cpu()
+    logits = unembed.scale * logits
+    return logits if unembed.softcap is None else unembed.softcap * torch.tanh(logits / unembed.softcap)
+
+
 def token_id(unembed: Unembed, token: str | int, name: str = "tokens") -> int:
     """Returns the id of a token, given as text or as id.
 

@@ -185,7 +185,8 @@ def other_pair(
 ) -> tuple[Plan, Bool[np.ndarray, " pair"]]:
     """Returns a plan with the positions of another pair, drawn at random, and the pairs that have such a donor.
 
-    The donor has as many positions at this place; it has the same answer, or another one.
+    The donor has as many positions at this place. It has the same right answer; or it has no answer in common, neither
+    right nor wrong, so that its clean and its corrupt run are equally far from both answers of the pair.
     """
     draw = np.random.default_rng(seed)
     source_pair, source_position = (part.clone() for part in identity_plan(pairs))
@@ -208,17 +209,22 @@ def other_pair(
     return (source_pair, source_position), found
 
 
-def shuffled_positions(pairs: PairTensors, seed: int) -> Plan:
-    """Returns the plan in which the positions of each prompt after the first are permuted, none to itself."""
+def shuffled_positions(pairs: PairTensors, at: Bool[Tensor, "pair position"], seed: int) -> Plan:
+    """Returns the plan in which each position of a place gets the activations of one outside of it, not the first.
+
+    Of a place that covers everything, and of prompts without another position, each gets those of the next one.
+    """
     draw = np.random.default_rng(seed)
     source_pair, source_position = (part.clone() for part in identity_plan(pairs))
     for number, end in enumerate(pairs.end.tolist()):
-        if end < 2:
-            continue
-        order = draw.permutation(np.arange(1, end + 1))  # a cycle through all of them in this order
-        source_position[number, torch.from_numpy(order)] = torch.from_numpy(np.roll(order, 1))
+        inside = at[number].nonzero()[:, 0].tolist()
+        outside = [position for position in range(1, end + 1) if position not in inside]
+        for position in inside:
+            chosen = int(draw.choice(outside)) if outside else (position % max(end, 1)) + min(end, 1)
+            source_position[number, position] = chosen
     return source_pair, source_position
 
 
 def _differ(one: PatchPair, other: PatchPair) -> bool:
-    return one.answer != other.answer or not one.answer
+    """True if no token is an answer, right or wrong, of both; two of the same prompts never are."""
+    return not {*one.answer, *one.wrong} & {*other.answer, *other.wrong} and one.clean != other.clean

@@ -27,7 +27,7 @@ def patching_map(data: Any, name: str, site: str) -> go.Figure:
     layers, places = data["layer"].to_numpy().tolist(), data["place"].to_numpy().tolist()
     limit = max(1.0, float(np.nanmax(np.abs(values), initial=0.0)))
     title = sentence(f"{name.capitalize()} {site}")
-    subtitle = sentence(f"{_MEANING[name]}; {data.sizes['pair']} pairs")
+    subtitle = sentence(f"{_MEANING[name]}; {data.sizes.get('pair', data.attrs.get('pairs'))} pairs")
     if data.attrs["heads"]:
         limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         hover = [
