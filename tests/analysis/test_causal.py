@@ -10,6 +10,7 @@ from warned import warned
 import workbench as wb
 from workbench.io.errors import RequestError
 from workbench.probes import (
+    ActivationPatching,
     AttentionSinks,
     DirectLogitAttribution,
     FutureLens,
@@ -17,6 +18,7 @@ from workbench.probes import (
     InductionHeads,
     LogitLens,
     NextTokenLaw,
+    PathPatching,
     SuccessorHeads,
     TunedLens,
 )
@@ -52,7 +54,13 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
         SuccessorHeads,
         TunedLens,
     ],
+CAUSAL = (
+    *(ActivationPatching, AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, LogitLens),
+    *(PathPatching, SuccessorHeads, TunedLens),
 )
+
+
+@pytest.mark.parametrize("probe", CAUSAL)
 def test_a_causal_probe_refuses_it(store, probe):
     with pytest.raises(RequestError, match="needs a causal language model; in 'BertLMHeadModel'"):
         probe().run(store)

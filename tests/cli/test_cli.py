@@ -117,6 +117,7 @@ def test_probes():
     assert (code, err) == (0, "")
     lines = out.splitlines()
     names = [
+        "activation-patching",
         "attention-sinks",
         "direct-logit-attribution",
         "future-lens",
@@ -125,12 +126,14 @@ def test_probes():
         "linear-probes",
         "logit-lens",
         "next-token-law",
+        "path-patching",
         "successor-heads",
         "token-erasure",
         "tuned-lens",
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[names.index("logit-lens")] == (
+    assert lines[5] == (
         "  logit-lens                Reads every layer through the model's unembedding: top tokens, entropy, KL to the "
         "model's output, loss."
     )

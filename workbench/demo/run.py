@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from workbench.corpus.task_suites import prompt_pairs
 from workbench.embedded import NAME, demo_corpus
 from workbench.features.extract import extract_features
 from workbench.features.feature_store import Features
@@ -32,6 +33,8 @@ SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
+PAIRS = 16
+"""Pairs of prompts about facts of the embedded world, for patching."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention-sinks": {"domain": "domain"},
     "future-lens": {"epochs": 1, "horizons": 2},
@@ -58,7 +61,7 @@ def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     has the sites it needs; a probe that neither store permits is reported and does not stop the others.
 
     Args:
-        out: Folder for `demo.acts` (the store, with features), `heads.acts`, `results` and `report.html`.
+        out: Folder for `demo.acts` (the store, with features), `heads.acts`, `pairs.acts`, `results`, `report.html`.
         print_line: Receives one line of text after each step.
 
     Returns:
@@ -67,6 +70,7 @@ def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     out, model, texts = Path(out), load_model(NAME), demo_corpus()
     store = record(model, texts, sites=SITES, out=out / "demo.acts")
     heads = record(model, texts, sites=HEAD_SITES, context=64, max_rows=HEAD_ROWS, out=out / "heads.acts")
+    pairs = record(model, prompt_pairs("facts", model, PAIRS).texts(), sites=("resid_post",), out=out / "pairs.acts")
     print_line(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
     print_line(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
     features = extract_features(store, load_sae(NAME))
@@ -75,7 +79,7 @@ def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     sections = [_features_section(features, best)]
     print_line(f"features        {sections[0].text[0]}")
     for name in installed_probes():
-        sections.append(_probed(name, model, (store, heads), out / "results" / name))
+        sections.append(_probed(name, model, (store, heads, pairs), out / "results" / name))
         print_line(f"{name:<15} {sections[-1].text[0]}")
     path = write_report(
         sections,
