@@ -148,7 +148,7 @@ _PUBLIC = {
     "METRIC_UNITS": "workbench.analysis.patching",
     "OTHER": "workbench.analysis.patch_pairs",
     "PatchPair": "workbench.analysis.patch_pairs",
-    "PathRuns": "workbench.analysis.path_patching",
+    "PathRuns": "workbench.analysis.path_runs",
     "PromptPairs": "workbench.corpus.prompt_pairs",
     "Runs": "workbench.analysis.patching",
     "other_pair": "workbench.analysis.patching",
@@ -270,7 +270,7 @@ if TYPE_CHECKING:
     from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_from_store, pairs_of
     from workbench.analysis.patching import METRIC_UNITS, METRICS, Runs, other_pair, shuffled_positions
     from workbench.analysis.patching_figures import patching_lines, patching_map, patching_spread
-    from workbench.analysis.path_patching import PathRuns
+    from workbench.analysis.path_runs import PathRuns
     from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import (
         attention_sites,

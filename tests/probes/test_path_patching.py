@@ -10,7 +10,7 @@ from refusals import refused
 
 import workbench as wb
 from workbench.analysis.patch_pairs import PatchPair
-from workbench.analysis.path_patching import PathRuns
+from workbench.analysis.path_runs import PathRuns
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import PathPatching

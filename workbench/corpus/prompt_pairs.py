@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,8 +15,6 @@ from workbench.io.errors import RequestError
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
-
-    from workbench.model.load import Model
 
 Characters = tuple[int, int]
 """First character of a span, and the one after its last."""
@@ -28,6 +26,15 @@ LENGTHS, ANSWERS, SPANS, SAME = (
     "right and wrong answers share a token",
 )
 """Reasons for which a pair is dropped."""
+
+
+class WithTokenizer(Protocol):
+    """A model with its tokenizer."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Tokenizer; None where the model has none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class PromptPairs:
 
 
 def check_pairs(
-    pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase | Model, task: str = "pairs"
+    pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase | WithTokenizer, task: str = "pairs"
 ) -> PromptPairs:
     """Tokenizes pairs, and drops those that do not fit the tokenizer, with a count for each reason.
 
@@ -141,7 +148,7 @@ def made_pairs(task: str, kept: Sequence[CheckedPair], dropped: Mapping[str, int
 class PairChecker:
     """Checks pairs one by one, and counts those that are dropped."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | Model) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | WithTokenizer) -> None:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise RequestError("tokenizer must be a tokenizer, or a model that has one")

@@ -20,8 +20,6 @@ from workbench.io.checks import check
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from workbench.model.load import Model
-
 _TRIES = 40  # draws for each pair that is asked for
 _FIRST = 100  # draws after which a form that has given no pair is left
 
@@ -73,7 +71,7 @@ _CAPITALS = {
 
 
 def prompt_pairs(
-    task: str, tokenizer: PreTrainedTokenizerBase | Model, count: int = 50, *, seed: int = 0
+    task: str, tokenizer: PreTrainedTokenizerBase | WithTokenizer, count: int = 50, *, seed: int = 0
 ) -> PromptPairs:
     """Returns pairs of prompts of one task that fit a tokenizer.
 
