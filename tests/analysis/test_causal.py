@@ -41,22 +41,9 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
     assert read_manifest(store.path).model.causal is False
 
 
-@pytest.mark.parametrize(
-    "probe",
-    [
-        AttentionSinks,
-        DirectLogitAttribution,
-        FutureLens,
-        FuturePrompts,
-        InductionHeads,
-        LogitLens,
-        NextTokenLaw,
-        SuccessorHeads,
-        TunedLens,
-    ],
 CAUSAL = (
-    *(ActivationPatching, AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, LogitLens),
-    *(PathPatching, SuccessorHeads, TunedLens),
+    *(ActivationPatching, AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, InductionHeads, LogitLens),
+    *(NextTokenLaw, PathPatching, SuccessorHeads, TunedLens),
 )
 
 

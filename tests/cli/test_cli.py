@@ -133,7 +133,6 @@ def test_probes():
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[names.index("logit-lens")] == (
-    assert lines[5] == (
         "  logit-lens                Reads every layer through the model's unembedding: top tokens, entropy, KL to the "
         "model's output, loss."
     )

@@ -13,7 +13,15 @@ from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
 
-from workbench.corpus.prompt_pairs import Characters, CheckedPair, PairChecker, PromptPair, PromptPairs, made_pairs
+from workbench.corpus.prompt_pairs import (
+    Characters,
+    CheckedPair,
+    PairChecker,
+    PromptPair,
+    PromptPairs,
+    WithTokenizer,
+    made_pairs,
+)
 from workbench.embedded import demo_corpus
 from workbench.io.checks import check
 
