@@ -20,6 +20,7 @@ _PUBLIC = {
     "load_sae": "workbench.sae.load",
     "Sae": "workbench.sae.autoencoder",
     "sae_metrics": "workbench.sae.metrics",
+    "with_sparsity": "workbench.sae.ruled",
     "Direction": "workbench.model.direction",
     "load_direction": "workbench.model.direction",
     "mean_difference": "workbench.analysis.directions",
@@ -147,5 +148,6 @@ if TYPE_CHECKING:
     from workbench.sae.feature_record import Feature
     from workbench.sae.load import load_sae
     from workbench.sae.metrics import sae_metrics
+    from workbench.sae.ruled import with_sparsity
     from workbench.sites.settings import Recording
     from workbench.store.reader import ActivationArray, Rows, Store, open_store

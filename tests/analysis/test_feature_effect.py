@@ -1,6 +1,7 @@
 """Effect of changing a feature on predictions, against plain hooks and float64 NumPy."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from command_line import run
@@ -12,6 +13,7 @@ import workbench as wb
 from workbench.analysis.feature_effect import density_controls
 from workbench.features.queries import text_counts
 from workbench.io.errors import RequestError
+from workbench.sae.sparsity import MutualChoice, TopK
 
 
 def softmax_log(logits):
@@ -95,6 +97,27 @@ def test_the_effect_equals_passes_by_hand(op, value, rows, recorded, recorded_mo
 def _rows_of_sequences(store, rows):
     tokens = store.tokens.to_pandas()
     return tokens["row"][tokens["sequence"].isin(tokens["sequence"][tokens["row"].isin(rows)])].to_numpy()
+
+
+def test_features_under_a_rule_are_changed_by_the_rule_in_the_running_model(
+    recorded, recorded_model, feature_stores, tmp_path
+):
+    sae, options = feature_stores["middle"][1], {"model": recorded_model, "controls": 2, "show_progress": False}
+    features = wb.extract_features(recorded, sae, out=tmp_path / "ruled", sparsity=TopK(3), show_progress=False)
+    labels = tmp_path / "labels.csv"
+    feature = int(np.argmax(text_counts(features)))
+    labels.write_text(f"feature,description\n{feature},most frequent\n")
+    features = wb.import_labels(features, labels)
+    effect = wb.feature_effect(features, sae, feature, **options)
+    changed = effect.changed.set_index("feature")
+    assert changed["changed"].tolist() == text_counts(features)[changed.index].tolist()
+    assert changed["description"].tolist() == ["most frequent", None, None]
+    same = wb.feature_effect(features, wb.with_sparsity(sae, TopK(3)), feature, **options)
+    pd.testing.assert_frame_equal(effect.table, same.table)
+    whole = wb.extract_features(recorded, sae, out=tmp_path / "whole", sparsity=MutualChoice(3), show_progress=False)
+    message = refused(RequestError, lambda: wb.feature_effect(whole, sae, feature, **options))
+    assert "whole were made under mutual-choice, which ranks the rows of the whole store" in message
+    assert len(wb.feature_contributions(whole, sae, 3)) > 0
 
 
 def test_adding_nothing_has_no_effect_at_all(recorded_model, feature_stores):

@@ -197,6 +197,20 @@ def test_tables_name_features_by_their_description(copied, tmp_path):
     pd.testing.assert_frame_equal(tables[0].drop(columns="description"), plain)
 
 
+def test_matches_splits_and_probes_show_the_words_of_every_feature(copied, tmp_path):
+    feature = int(np.argmax(copied.counts))
+    labelled = import_labels(copied, write(tmp_path / "a.csv", f"feature,description\n{feature},one\n"))
+    match = wb.match_features(labelled, labelled).set_index("feature").loc[feature]
+    assert (match["description"], match["match"], match["match_description"]) == ("one", feature, "one")
+    splits = wb.feature_splits(labelled, labelled, least=1).set_index("feature").loc[feature]
+    assert splits["description"] == "one"
+    assert f"{feature}: one" in splits["features_description"].split("; ")
+    rows = copied.rows_of(feature)[0]
+    active = np.isin(np.arange(len(copied)), rows).astype(str)
+    probes = wb.sparse_probe(labelled, {"active": active}, k=[1], least=1, resamples=10, show_progress=False).table
+    assert set(probes["features_description"]) == {f"{feature}: one"}
+
+
 def test_pages_views_and_commands_show_labels_as_text(copied, example, tmp_path):
     feature = int(copied.counts.argmax())
     content = f'feature,description,f1\n{feature},"{HOSTILE.replace(chr(34), chr(34) * 2)}",0.75\n'

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from workbench.corpus.tokenizer import token_texts
 from workbench.features.feature_store import Features
-from workbench.features.promoted import check_sae
+from workbench.features.labels import with_names
+from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -120,7 +121,8 @@ def feature_effect(
 
     Args:
         features: Features of the recorded texts.
-        sae: The SAE that made them; its own activation function decides the activations in the running model.
+        sae: The SAE that made them; its activation function, or the rule TopK(k) that the features were made under,
+            decides the activations in the running model.
         feature: Id of the feature.
         op: "ablate": f' = 0; "clamp": f' = value; "add": f' = f + value.
         value: In units of the feature's activation; None for "ablate".
@@ -137,7 +139,7 @@ def feature_effect(
             ablated feature that is never active on text.
     """
     check("resamples", resamples, at_least=1, whole=True)
-    check_sae(features, sae)
+    sae = running_sae(features, sae)
     counts, chosen = _chosen(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted
@@ -149,9 +151,17 @@ def feature_effect(
             work.measure(batch, sums)
             advance(int((batch.document >= 0).sum()))
     density = counts / max(1, int(text_rows(features.store).sum()))
-    tables = sums.table(chosen, resamples, seed), sums.changed(chosen, density), sums.tokens(model)
-    numbers = len(documents.ids), documents.count
-    return FeatureEffect(int(feature), tuple(chosen[1:]), str(work.records[0]), *numbers, *tables)
+    effects, changed = sums.table(chosen, resamples, seed), sums.changed(chosen, density)
+    return FeatureEffect(
+        int(feature),
+        tuple(chosen[1:]),
+        str(work.records[0]),
+        len(documents.ids),
+        documents.count,
+        with_names(effects, features.labels),
+        with_names(changed, features.labels),
+        sums.tokens(model),
+    )
 
 
 def _chosen(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.frozen_norm import norm_bias, read_directions, token_ids
 from workbench.features.feature_store import Features
+from workbench.features.labels import with_names
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -61,7 +62,7 @@ def feature_contributions(
     Returns:
         One line per token and term, features first, largest absolute `relative` first: token_id; token; term; feature
         and activation, missing for other terms; logit, the term, before a soft-cap; relative, the term minus its mean
-        over the vocabulary, which alone changes probabilities. Null: 0.
+        over the vocabulary, which alone changes probabilities; description, where features have labels. Null: 0.
 
     Raises:
         RequestError: Another SAE, one that does not write to the residual stream or whose features do not add up
@@ -86,7 +87,7 @@ def feature_contributions(
         ("bias of the unembedding", None, np.nan, *_bias(unembed, ids)),
     ]
     tables = [_table(names, index, token, unembed, k) for index, token in enumerate(ids)]
-    return pd.concat(tables, ignore_index=True).astype({"feature": "Int64"})
+    return with_names(pd.concat(tables, ignore_index=True).astype({"feature": "Int64"}), features.labels)
 
 
 def _parts(features: Features, sae: Sae, row: int, stream: Float64[Tensor, " d_model"], last: str) -> list[Part]:

@@ -17,6 +17,7 @@ from workbench.analysis.logistic import fit_logistic
 from workbench.analysis.token_labels import shuffle_labels
 from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
+from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -39,7 +40,8 @@ class SparseProbes:
     """A line per label, value and k: label; value; k; features, the chosen ones, largest mean difference first; tokens,
     test rows with the value; f1, accuracy, with the ends of their 95 % CI over documents in f1_low, f1_high, ...;
     shuffled_f1, shuffled_accuracy, the same with shuffled labels, with ends; always_f1, that of a probe that says yes
-    to every row, 2p / (1 + p). F1 is 2 TP / (2 TP + FP + FN) and 0 to 1."""
+    to every row, 2p / (1 + p); features_description where features have labels. F1 is 2 TP / (2 TP + FP + FN) and 0 to
+    1."""
     documents: tuple[int, int]
     """Number of training and of test documents."""
     shuffled: dict[str, str]
@@ -121,7 +123,8 @@ def sparse_probe(
         raise RequestError(
             f"labels: no value has {least} tokens, and some in both training and test documents; lower least"
         )
-    return SparseProbes(pd.DataFrame(lines), split.documents, shuffled, left_out)
+    table = with_names(pd.DataFrame(lines), features.labels, "features", "features_description")
+    return SparseProbes(table, split.documents, shuffled, left_out)
 
 
 def _check_settings(features: Features, k: Sequence[int], least: int, held_out: float | int, resamples: int) -> None:

@@ -127,6 +127,7 @@ class Effect:
         """Prints the effect of changing a feature, with its intervals."""
         from workbench.analysis.feature_effect import feature_effect  # seconds: torch
         from workbench.features.feature_store import open_features
+        from workbench.features.labels import title_of
         from workbench.model.reload import recorded_model
         from workbench.sae.load import load_sae
 
@@ -151,6 +152,8 @@ class Effect:
         print_frame(effect.changed)
         print_plain("")
         print_frame(effect.logits)
+        if self.feature in features.labels.index:
+            print_plain(title_of(self.feature, features.labels))
         print_plain(f"{effect.change}; {effect.rows:,} rows of {effect.documents:,} documents; low, high: 95 % CI")
         if self.out is not None:
             effect.save(self.out)
@@ -245,7 +248,8 @@ class SparseProbe:
             seed=self.seed,
         )
         columns = ["label", "value", "k", "tokens", "f1", "f1_low", "f1_high", "accuracy", "shuffled_f1", "always_f1"]
-        print_frame(probes.table.loc[:, [*columns, "features"]])
+        named = [name for name in ("features", "features_description") if name in probes.table]
+        print_frame(probes.table.loc[:, [*columns, *named]])
         training, test = probes.documents
         left_out = f"; {probes.left_out} values without tokens in both left out" if probes.left_out else ""
         print_plain(f"{training:,} training and {test:,} test documents{left_out}; low, high: 95 % CI")

@@ -33,6 +33,7 @@ from workbench.io.torch_state import plain_torch
 from workbench.sae.autoencoder import Sae
 from workbench.sae.input_rows import recorded
 from workbench.sae.layered import LayeredSae
+from workbench.sae.ruled import RULE, RuledSae, ruled_fingerprint, ruled_name
 from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import SparsityRule, sparsity_record
 from workbench.store.lost_values import lost_values
@@ -99,6 +100,8 @@ def extract_features(
     check("dtype", dtype, one_of=DTYPES)
     array = matching_site(store, sae, site, force=force)
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
+    if sparsity is not None and isinstance(sae, RuledSae):
+        raise RequestError(f"sparsity: SAE {sae.name!r} has a rule; leave sparsity out, or give the SAE alone")
     if out is not None and name is not None:
         raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
     with ThreadPoolExecutor(1) as pool:  # the fingerprint takes as long as the preparation of the encoder
@@ -217,9 +220,8 @@ def sae_record(sae: Sae, sparsity: SparsityRule | None) -> SaeRecord:
     if sparsity is None:
         return SaeRecord(sae.name, sae.fingerprint(), sae.config())
     rule = sparsity_record(sparsity)
-    fingerprint = files.sha256_bytes(f"{sae.fingerprint()} {rule}".encode())
-    config = sae.config() | {"allocation": rule}  # the key of format version 1
-    return SaeRecord(f"{sae.name}-{rule['choice']}-{sparsity.k}", fingerprint, config)
+    fingerprint = ruled_fingerprint(sae.fingerprint(), rule)
+    return SaeRecord(ruled_name(sae.name, sparsity), fingerprint, sae.config() | {RULE: rule})
 
 
 def _finish(encoding: StoreEncoder, folder: ExtractionFolder) -> ExtractionFolder:

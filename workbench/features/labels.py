@@ -128,13 +128,23 @@ def names_of(labels: pd.DataFrame) -> dict[int, str]:
     return {feature: text for feature, text in cells if isinstance(text, str)}
 
 
-def with_names(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table of features with one more column, description, after the others; unchanged without labels."""
+def with_names(
+    table: pd.DataFrame, labels: pd.DataFrame, column: str = "feature", into: str = "description"
+) -> pd.DataFrame:
+    """Returns a table of features with their words in one more column after the others; unchanged without labels.
+
+    A cell of several features gets the words of those that have some, as "17: days of the week; 40: months".
+    """
     names = names_of(labels)
     if not names:
         return table
-    words = [names.get(feature) for feature in table["feature"].tolist()]
-    return table.assign(description=pd.Series(words, table.index, dtype=object))
+
+    def words(cell: Any) -> str | None:
+        if isinstance(cell, tuple):
+            return "; ".join(f"{feature}: {names[feature]}" for feature in cell if feature in names) or None
+        return None if cell is pd.NA else names.get(cell)
+
+    return table.assign(**{into: pd.Series(list(map(words, table[column].tolist())), table.index, dtype=object)})
 
 
 def title_of(feature: int, labels: pd.DataFrame) -> str:

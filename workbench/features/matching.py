@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from workbench.features.feature_store import Features
+from workbench.features.labels import with_names
 from workbench.features.pairs import add_product, columns, numbered, text_blocks
 from workbench.features.promoted import check_sae
 from workbench.features.queries import text_counts, text_rows
@@ -53,7 +54,7 @@ def match_features(
         `other` with the largest correlation; correlation, -1 to 1; mutual, whether that feature's best match is this
         one; assigned and assigned_correlation, partner in the assignment, missing without a positive one; chance, the
         largest correlation with shifted rows, the value under the null; with SAEs cosine, of the match, and nearest and
-        nearest_cosine, the feature with the largest cosine.
+        nearest_cosine, the feature with the largest cosine; with labels description and match_description.
 
     Raises:
         RequestError: Features of different stores, one SAE alone, another SAE than the features', or no active feature.
@@ -85,7 +86,7 @@ def match_features(
     )
     if sae is not None and other_sae is not None:
         table = table.assign(**_cosines(sae, other_sae, left, table["match"].to_numpy()))
-    return table
+    return with_names(with_names(table, one.labels), other.labels, "match", "match_description")
 
 
 class _Matches(NamedTuple):
@@ -221,7 +222,7 @@ def feature_splits(one: Features, other: Features, *, precision: float | int = 0
         One line per feature with a part, the most parts first, ties by feature: feature; active, its rows of text;
         parts, their number; covered, share of its rows on which some part is active; largest, the share that the
         largest part covers alone; density, active / rows, the precision under the null; features, the parts, largest
-        first.
+        first; with labels description and features_description.
         Split: several parts, covered near 1 and largest well below.
 
     Raises:
@@ -254,7 +255,8 @@ def feature_splits(one: Features, other: Features, *, precision: float | int = 0
                 }
             )
     names = ["feature", "active", "parts", "covered", "largest", "density", "features"]
-    return pd.DataFrame(lines, columns=names).sort_values("parts", ascending=False, kind="stable", ignore_index=True)
+    table = pd.DataFrame(lines, columns=names).sort_values("parts", ascending=False, kind="stable", ignore_index=True)
+    return with_names(with_names(table, one.labels), other.labels, "features", "features_description")
 
 
 def _overlaps(

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 
 from workbench.features import index
 from workbench.features.feature_store import Features
-from workbench.features.labels import names_of
+from workbench.features.labels import with_names
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check
 from workbench.io.progress import progress
@@ -64,9 +64,8 @@ def coactive_pairs(
         pairs += len(table)
         best = pd.concat([best, table]).sort_values([by, "feature", "other"], ascending=[False, True, True]).head(k)
     best = best.reset_index(drop=True) if len(best) else _compared(none, none, none, counts, rows)
-    if names := names_of(features.labels):
-        for side in ("feature", "other"):
-            best[f"{side}_description"] = [names.get(int(feature)) for feature in best[side]]
+    for side in ("feature", "other"):
+        best = with_names(best, features.labels, side, f"{side}_description")
     best.attrs["pairs"] = pairs
     return best
 

@@ -12,7 +12,9 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.model.unembed import load_unembed
 from workbench.sae.autoencoder import Sae
+from workbench.sae.choice import TopK
 from workbench.sae.decoder import decoder_logits, extreme_tokens
+from workbench.sae.ruled import RULE, ruled_fingerprint, with_sparsity
 
 _RESIDUAL = re.compile(r"hook_(pos_)?embed|blocks\.\d+\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)")
 
@@ -37,13 +39,32 @@ def promoted_tokens(features: Features, sae: Sae, feature: int | np.integer, k: 
 
 
 def check_sae(features: Features, sae: Sae) -> None:
-    """Raises RequestError if `sae` did not make `features`; about 1 s per gigabyte of weights."""
+    """Raises RequestError if `sae`, under a rule or not, did not make `features`; 1 s per gigabyte of weights."""
     used, fingerprint = features.record.sae, sae.fingerprint()
-    if used.fingerprint != fingerprint:
+    rule = used.config.get(RULE)
+    if used.fingerprint not in (fingerprint, rule and ruled_fingerprint(fingerprint, rule)):
         raise RequestError(
             f"features {features.path.name} were made with SAE {used.name} ({used.fingerprint[:12]}), "
             f"not with {sae.name} ({fingerprint[:12]}); give that one"
         )
+
+
+def running_sae(features: Features, sae: Sae) -> Sae:
+    """Returns the SAE whose activations in a running model are those of `features`: `sae` under their sparsity rule.
+
+    Raises:
+        RequestError: Another SAE, or features whose rule ranks the rows of a whole store.
+    """
+    check_sae(features, sae)
+    rule = features.record.sae.config.get(RULE)
+    if rule is None or features.record.sae.fingerprint == sae.fingerprint():
+        return sae
+    if rule["choice"] != "topk":
+        raise RequestError(
+            f"features {features.path.name} were made under {rule['choice']}, which ranks the rows of the whole store, "
+            "so a running model has no such features; extract with TopK or without sparsity"
+        )
+    return with_sparsity(sae, TopK(rule["k"]))
 
 
 def check_writes_residual(features: Features, sae: Sae) -> None:

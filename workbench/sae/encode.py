@@ -27,6 +27,7 @@ from workbench.sae.half_screen import HalfScreen, make_half_screen
 from workbench.sae.layered import LayeredSae
 from workbench.sae.precision import PRECISIONS, full_precision
 from workbench.sae.products import places, row_starts
+from workbench.sae.ruled import RuledSae, no_preactivations
 from workbench.sae.screen import LEAST_NORM, Screen, make_screen
 from workbench.sae.selection import Entries, Experience, choose, merge, screened_above, screened_top
 
@@ -286,13 +287,13 @@ def encoder(sae: Sae, choice: TopK | Above | None = None, precision: str | None 
     """
     if isinstance(sae, LayeredSae):
         return _layered_encoder(sae, choice, precision)
+    if isinstance(sae, RuledSae):
+        choice = choice or sae.rule
     with torch.no_grad():
         form = linear_form(sae, replaced=choice is not None)
         if form is None:
             if choice is not None:
-                raise RequestError(
-                    f"SAE {sae.name!r} ({sae.architecture}) has no pre-activations to select from; leave sparsity out"
-                )
+                raise no_preactivations(sae)
             return Encoder(sae, None, None, None)
         linear, default = form
         choice = choice or default

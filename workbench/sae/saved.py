@@ -10,6 +10,7 @@ from workbench.io.files import remove
 from workbench.sae.autoencoder import Sae
 from workbench.sae.layered import LayeredSae
 from workbench.sae.load import load_sae
+from workbench.sae.ruled import RuledSae
 
 SAVED = "sae"
 """Folder of the saved autoencoder, inside the folder where features are made."""
@@ -47,6 +48,10 @@ def save_sae(sae: Sae, place: Path) -> SavedSae:
     if isinstance(sae, LayeredSae) or sae.encoder_only:
         raise RequestError(
             f"workers: SAE {sae.name!r} of several layers cannot be sent to them; extract with one process or shares"
+        )
+    if isinstance(sae, RuledSae):
+        raise RequestError(
+            f"workers: SAE {sae.name!r} cannot be sent to them; give the SAE without its rule, and sparsity="
         )
     folder = place / SAVED
     remove(folder)
