@@ -329,7 +329,8 @@ def test_where_selects_the_same_rows_as_pandas(store, predicate):
     ],
 )
 def test_a_query_that_is_refused_names_the_columns(store, predicate, reason, tail):
-    columns = "row, sequence, position, document, token_id, token, char_start, char_end, is_special, source"
+    columns = "row, sequence, position, document, token_id, token, char_start, char_end, is_special, "
+    columns += "sequence_length, position_from_end, is_last, source"
     message = refused(RequestError, lambda: store.where(predicate))
     assert message.startswith(f"query {predicate!r}: {reason}")
     assert message.endswith(f"; columns: {columns}{tail}")

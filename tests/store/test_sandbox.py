@@ -27,7 +27,12 @@ SELECT count(*) FROM information_schema.tables|SELECT count(*) FROM pragma_versi
 SELECT count(*) FROM pragma_database_list()|SELECT count(*) FROM duckdb_logs()|SELECT count(*) FROM query('SELECT 1')
 SELECT count(*) FROM query_table('x')|SELECT count(*) FROM duckdb_memory()
 SELECT count(*) FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))|SELECT count(*) FROM read_manifest
-SELECT count(*) FROM range(10)|WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT max(n) FROM t
+SELECT count(*) FROM range(10)|SELECT count(*) FROM tokens, range(10)
+SELECT count(*) FROM tokens t JOIN '{tokens}' u USING (row)
+SELECT 1 FROM tokens WHERE EXISTS (SELECT 1 FROM duckdb_settings())|SELECT count(*) FROM memory.main.tokens
+SELECT count(*) FROM main.tokens|WITH tokens AS (SELECT 1) SELECT count(*) FROM tokens
+(SELECT 1 UNION ALL SELECT count(*) FROM duckdb_tables())
+WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT max(n) FROM t
 """
 STATEMENTS = """
 DROP TABLE x|SELECT 1|ATTACH '{new}' AS d|COPY (SELECT 1) TO '{new}'|INSTALL httpfs|LOAD httpfs
@@ -38,7 +43,9 @@ SUMMARIZE tokens|PREPARE p AS SELECT 1|BEGIN|COMMENT ON TABLE tokens IS 'x'
 """
 CLAUSES = """
 true ORDER BY position|true LIMIT 1|true GROUP BY position|true UNION SELECT 1|true HAVING 1|true WINDOW w AS ()
-true) OR (1=1|1) --|sum(position) > 0|count(*) > 1|sum(position) OVER () > 0|unnest([1, 2]) = 1|nextval('s') = 1
+true) OR (1=1|1) --|sum(position) > 0|count(*) > 1|unnest([1, 2]) = 1|nextval('s') = 1
+position IN (SELECT position FROM tokens) ORDER BY 1|position IN (SELECT position FROM tokens)) OR (1=1
+sum(position) OVER () > 0 LIMIT 1|sum(position) OVER () > 0) OR (1=1
 position = ?|position = $1|position = $name|getenv('HOME') = '/root'|COLUMNS(*) > 0|error('boom')
 CAST('x' AS INTEGER) = 1|'text'|((|'
 """
@@ -92,3 +99,32 @@ def test_conditions_over_the_columns_are_answered(place):
         "list_contains([1, 2], position) AND CASE WHEN is_special THEN false ELSE true END": [1, 2, 4, 6, 7],
     }.items():
         assert select(place, predicate).tolist() == rows, predicate
+
+
+def test_conditions_may_use_windows_and_subqueries_of_the_tokens(place):
+    for predicate, rows in {
+        "position IN (SELECT max(position) FROM tokens)": [8],
+        "EXISTS (SELECT 1 FROM tokens t WHERE t.sequence = tokens.sequence AND t.row = tokens.row + 2)": [0, 5, 6],
+        "sum(position) OVER () > 0": [*range(9)],
+        "lead(row) OVER (PARTITION BY sequence ORDER BY position) IS NULL": [2, 4, 8],
+        "row_number() OVER (PARTITION BY sequence ORDER BY position DESC) = 1 -- the last": [2, 4, 8],
+        "is_last": [2, 4, 8],
+        "position_from_end = 1 AND sequence_length > 2": [1, 7],
+        "sequence IN (SELECT sequence FROM tokens WHERE sequence_length = 2) AND position = 0": [3],
+    }.items():
+        assert select(place, predicate).tolist() == rows, predicate
+
+
+def test_values_of_placeholders_are_data_and_not_sql(place):
+    path, manifest = place / "x.acts", read_manifest(place / "x.acts")
+    assert select_rows(path, manifest, "position = ? AND row > ?", [1, 2]).tolist() == [4, 6]
+    assert select_rows(path, manifest, "position = $p OR row = $p", {"p": 2}).tolist() == [2, 7]
+    assert select_rows(path, manifest, "token = ?", ["' OR true --"]).tolist() == []
+    for predicate, values in [
+        ("position = ?", [1, 2]),
+        ("position = 1", [1]),
+        ("position = $p", {"q": 1}),
+        ("x = ?", [1]),
+    ]:
+        message = refused(RequestError, lambda p=predicate, v=values: select_rows(path, manifest, p, v))
+        assert message.startswith(f"query {predicate!r}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from workbench.corpus.places import NEXT, PLACE_SCHEMA
 from workbench.corpus.tokenizer import TOKEN_SCHEMA
 
 _CONSTANTS = ("true", "false", "null")
@@ -13,7 +14,7 @@ def refused_name(name: str) -> str | None:
     Names that differ by case alone are different columns, for queries too. A reserved word such as `group` is a name
     that conditions write in double quotes.
     """
-    if name in TOKEN_SCHEMA.names:
+    if name in (*TOKEN_SCHEMA.names, *PLACE_SCHEMA.names, NEXT):
         return "a column of the token table"
     if name.lower() in _CONSTANTS:
         return "a constant of SQL"

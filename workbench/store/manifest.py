@@ -230,6 +230,17 @@ class Manifest:
         return sum(part.rows for part in self.parts)
 
     @property
+    def chosen(self) -> bool:
+        """True for a store of chosen rows: the model saw other tokens of their sequences, too."""
+        return any(self.recording.get(name) for name in ("where", "keep"))
+
+    @property
+    def choice(self) -> str:
+        """The settings that chose the rows, for messages."""
+        chosen = {name: self.recording.get(name) for name in ("where", "keep")}
+        return ", ".join(f"{name}={value!r}" for name, value in chosen.items() if value)
+
+    @property
     def without_segments(self) -> Manifest:
         """The manifest of the same parts before the first segment: the same at every stage of the recording."""
         return replace(self, segments=(), complete=False)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
+from workbench.corpus.places import LENGTH, PLACE_SCHEMA, with_places
 from workbench.io.errors import DataError, RequestError, nearest
-from workbench.store.groups import GROUPS, token_files
+from workbench.store.groups import GROUPS, segment_tables, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
-from workbench.store.new_columns import common_columns, part_columns
+from workbench.store.new_columns import common_columns, part_columns, store_columns
 from workbench.store.sql_names import SqlNames, quote
-from workbench.store.token_table import COLUMNS
+from workbench.store.sql_tree import TABLE, allowed_clause
+from workbench.store.token_table import read_schema, take_tokens
 
 _SQL_TYPES = {
     "bool": "BOOLEAN",
@@ -44,11 +46,23 @@ _SETTINGS = (
 )
 
 
-def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Int64[np.ndarray, " selected"]:
+Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
+
+
+def select_rows(
+    path: str | os.PathLike[str], manifest: Manifest, predicate: str, parameters: Parameters = ()
+) -> Int64[np.ndarray, " selected"]:
     """Returns the row ids, ascending, of the committed tokens for which the SQL condition `predicate` is true.
 
     The condition may use the token table's columns, metadata included: "token = ' Monday' AND position > 0". A name
     that is a reserved word or no plain word stands in double quotes: '"group" = 1'. Reads only the columns it names.
+    It may use window functions, and subqueries of the table `tokens`.
+
+    Args:
+        path: The store.
+        manifest: Its manifest.
+        predicate: The condition.
+        parameters: Values of its placeholders: a sequence for `?`, a mapping for `$name`.
 
     Raises:
         RequestError: A condition that DuckDB refuses: an unknown column, a wrong type, a syntax error.
@@ -56,9 +70,26 @@ def select_rows(path: str | os.PathLike[str], manifest: Manifest, predicate: str
     """
     if not manifest.segments:
         return np.empty(0, np.int64)
-    with _tokens_where(path, manifest, predicate) as (relation, names):
-        (rows,) = relation.project(names.quoted("row")).fetchnumpy().values()
-        return np.sort(rows)
+    store = Path(path).absolute()
+    schemas = part_columns(store, manifest)
+    files = _Tokens(
+        place=str(path),
+        folders=(store / SEGMENTS, store / GROUPS),
+        columns=common_columns(schemas.values(), path),
+        files=tuple((file, schemas[part]) for file, part in token_files(store, manifest)),
+        chosen=manifest.chosen,
+    )
+    return files.select(predicate, parameters)
+
+
+def select_planned(file: Path, predicate: str) -> Int64[np.ndarray, " selected"]:
+    """Returns the row ids, ascending, of the tokens in one Parquet file for which `predicate` is true.
+
+    Raises as `select_rows` does.
+    """
+    schema = read_schema(file).remove_metadata()
+    files = _Tokens("the planned tokens", (file.parent,), schema, ((file, schema),), chosen=False)
+    return files.select(predicate, ())
 
 
 def query_tokens(
@@ -68,61 +99,84 @@ def query_tokens(
 
     Raises as `select_rows` does.
     """
-    if not manifest.segments:
-        return COLUMNS.empty_table()
-    with _tokens_where(path, manifest, predicate) as (relation, names):
-        ordered = relation.order(names.quoted("row"))
-        return (ordered if limit is None else ordered.limit(limit)).to_arrow_table().rename_columns(names.names)
+    return rows_of_tokens(Path(path), manifest, select_rows(path, manifest, predicate)[:limit])
 
 
-@contextmanager
-def _tokens_where(path: str | os.PathLike[str], manifest: Manifest, predicate: str) -> Iterator[tuple[Any, SqlNames]]:
-    """The relation of the tokens for which `predicate` is true, and the names of its columns. Its type is not in the
-    signature: DuckDB prints leaks when the process ends and a run-time type checker has kept its classes."""
-    if not predicate.strip():
-        raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
-    store = Path(path).absolute()
-    folders = [store / SEGMENTS, store / GROUPS]
-    places = [place for folder in folders for place in (str(folder), _pattern(folder))]
-    allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in places)
-    schemas = part_columns(store, manifest)
-    columns = common_columns(schemas.values(), path)
-    names = SqlNames(columns.names)
-    condition = names.resolve(predicate)
-    with duckdb.connect() as connection:
-        _refuse_subquery(connection, predicate, condition)
-        connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
-        try:
-            tokens = _relation(connection, token_files(store, manifest), schemas, columns, names)
-        except duckdb.Error as error:
-            raise _damaged(path, error) from None
-        try:
-            # a relation's filter is parsed as one expression: a second statement or an ORDER BY is an error
-            yield tokens.filter(condition), names
-        except duckdb.IOException as error:
-            raise _damaged(path, error) from None
-        except duckdb.Error as error:
-            raise _refused(predicate, error, names) from None
+def rows_of_tokens(path: Path, manifest: Manifest, ids: Int64[np.ndarray, " selected"]) -> pa.Table:
+    """Returns the token table of these rows, which ascend. Reads the tables of their segments."""
+    starts = manifest.starts
+    edges = np.searchsorted(ids, starts)
+    touched = np.flatnonzero(np.diff(edges)).tolist()
+    files = segment_tables(path, [manifest.segments[segment] for segment in touched])
+    rows = [ids[edges[segment] : edges[segment + 1]] - starts[segment] for segment in touched]
+    return take_tokens(files, rows, store_columns(path, manifest), manifest.chosen)
 
 
-def _refuse_subquery(connection: Any, predicate: str, condition: str) -> None:
-    """Refuses SELECT inside of the condition: it could only read the settings and tables of DuckDB itself."""
-    (tree,) = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [f"SELECT 1 WHERE ({condition})"]).fetchone()
-    if '"class":"SUBQUERY"' in tree:  # quotes within a text are escaped there
-        raise RequestError(f"query {predicate!r}: a subquery; give a condition over the columns of the token table")
+@dataclass(frozen=True)
+class _Tokens:
+    """A token table in Parquet files that a condition may read, and nothing else."""
+
+    place: str
+    """Its name in errors."""
+    folders: tuple[Path, ...]
+    columns: pa.Schema
+    files: tuple[tuple[Path, pa.Schema], ...]
+    chosen: bool
+    """True for chosen rows, which have the length of their sequence."""
+
+    def select(self, predicate: str, parameters: Parameters) -> Int64[np.ndarray, " selected"]:
+        """Returns the ids of the rows for which the condition is true."""
+        if not predicate.strip():
+            raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
+        places = [place for folder in self.folders for place in (str(folder), _pattern(folder))]
+        allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in places)
+        names = SqlNames(with_places(self.columns).names)
+        condition = names.resolve(predicate)
+        row = names.quoted("row")
+        with duckdb.connect() as connection:
+            clause = allowed_clause(connection, predicate, condition, bool(parameters))
+            connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
+            try:
+                tokens = self._relation(connection, names, condition)
+            except duckdb.Error as error:
+                raise _damaged(self.place, error) from None
+            try:
+                if clause is None:
+                    # a relation's filter is parsed as one expression: a second statement or an ORDER BY is an error
+                    selected = tokens.filter(condition).project(row)
+                else:
+                    tokens.create_view(TABLE)
+                    selected = connection.execute(f"SELECT {row} FROM {TABLE} {clause}", parameters or None)
+                (rows,) = selected.fetchnumpy().values()
+            except duckdb.IOException as error:
+                raise _damaged(self.place, error) from None
+            except duckdb.Error as error:
+                raise _refused(predicate, error, names) from None
+        return np.sort(rows)
+
+    def _relation(self, connection: Any, names: SqlNames, condition: str) -> Any:
+        """The token table of all files, with the columns of `places` if the condition names one of them."""
+        tokens = _relation(connection, self.files, self.columns, names)
+        missing = [name for name in PLACE_SCHEMA.names if name not in self.columns.names]
+        if not any(name in condition.lower() for name in missing):
+            return tokens
+        length = names.quoted(LENGTH)
+        if LENGTH in missing:
+            count = f"CAST(count(*) OVER (PARTITION BY {names.quoted('sequence')}) AS INTEGER)"
+            tokens = tokens.project(f"*, {count} AS {length}")
+        elif not self.chosen:  # a column of the texts: an older store
+            return tokens
+        from_end = f"{length} - 1 - {names.quoted('position')}"
+        values = {"position_from_end": from_end, "is_last": f"{from_end} = 0"}
+        more = [f"{value} AS {names.quoted(name)}" for name, value in values.items() if name in missing]
+        return tokens.project(", ".join(["*", *more]))
 
 
-def _relation(
-    connection: Any,
-    files: Sequence[tuple[Path, int]],
-    schemas: Mapping[int, pa.Schema],
-    columns: pa.Schema,
-    names: SqlNames,
-) -> Any:
+def _relation(connection: Any, files: Sequence[tuple[Path, pa.Schema]], columns: pa.Schema, names: SqlNames) -> Any:
     """The token table of all files, those of parts with other columns brought to those of the store."""
     by_schema: dict[pa.Schema, list[str]] = {}
-    for file, part in files:
-        by_schema.setdefault(schemas[part], []).append(_pattern(file))
+    for file, schema in files:
+        by_schema.setdefault(schema, []).append(_pattern(file))
     relations = []
     for schema, patterns in by_schema.items():
         tokens = connection.read_parquet(patterns, hive_partitioning=False)

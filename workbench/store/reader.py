@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,16 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from workbench.corpus.places import add_places
+from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.grammar import SHORT_NAMES
 from workbench.store.groups import segment_tables
 from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
-from workbench.store.query import select_rows
-from workbench.store.token_table import read_tokens, take_tokens
+from workbench.store.query import Parameters, rows_of_tokens, select_rows
+from workbench.store.token_table import read_tokens
 from workbench.store.verify import verify
 
 if TYPE_CHECKING:
@@ -88,11 +90,13 @@ class Store:
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """Token table of all rows: columns as in `workbench.store.token_table.COLUMNS`, then metadata and labels.
+        """Token table of all rows: columns as in `workbench.store.token_table.COLUMNS`, the row's place in its sequence
+        (`sequence_length`, `position_from_end`, `is_last`), then metadata and labels.
 
-        Read at the first use, into about 50 bytes a row; `where` and `Rows.tokens` do not need it.
+        Read at the first use, into about 60 bytes a row; `where` and `Rows.tokens` do not need it.
         """
-        return read_tokens(segment_tables(self.path, self.manifest.segments), self._columns)
+        tokens = read_tokens(segment_tables(self.path, self.manifest.segments), self._columns)
+        return add_places(tokens, self.manifest.chosen)
 
     def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
         """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name."""
@@ -115,16 +119,26 @@ class Store:
             if label not in recorded:
                 raise _not_recorded(self, label)
 
-    def where(self, predicate: str) -> Rows:
+    def where(self, predicate: str, parameters: Parameters = ()) -> Rows:
         """Returns the rows for which an SQL condition is true: "token = ' Monday' AND position > 0".
 
         Args:
-            predicate: Condition over the columns of the token table.
+            predicate: Condition over the columns of the token table. It may use window functions, and subqueries of
+                the table `tokens`: "token IN (SELECT token FROM tokens WHERE is_last)".
+            parameters: Values of placeholders: `store.where("token = ?", [" Monday"])`, or a mapping for `$name`.
 
         Raises:
             RequestError: A condition that DuckDB refuses; the text names the columns.
         """
-        return Rows(self, select_rows(self.path, self.manifest, predicate))
+        return Rows(self, select_rows(self.path, self.manifest, predicate, parameters))
+
+    def require_whole_sequences(self, purpose: str) -> None:
+        """Raises RequestError for a store of chosen rows; `purpose` names what needs the others, "a future lens"."""
+        if self.manifest.chosen:
+            raise RequestError(
+                f"{purpose} needs whole sequences, and {self.path} holds chosen rows ({self.manifest.choice}); record "
+                "the texts again without where= and keep="
+            )
 
     def figures(self) -> dict[str, Figure]:
         """Returns overview figures by name: "sites" and their sizes, the most frequent "tokens", "norms" by layer.
@@ -263,7 +277,8 @@ class ActivationArray:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows:
-    """A selection of a store's rows. `&`, `|` and `-` combine two; `rows[:10]` are the first ten."""
+    """A selection of a store's rows. `&`, `|` and `-` combine two, `~rows` are all others; `rows[:10]` are the first
+    ten, `rows[[0, 5]]` two of them, `rows.sample(100)` a hundred at random."""
 
     store: Store
     ids: Int64[np.ndarray, " selected"]
@@ -294,14 +309,66 @@ class Rows:
         return len(self.ids)
 
     @overload
-    def __getitem__(self, site: slice) -> Rows: ...
+    def __getitem__(self, site: slice | Sequence[int] | np.ndarray) -> Rows: ...
 
     @overload
     def __getitem__(self, site: str | tuple[str, int]) -> Float[Tensor, "row ..."]: ...
 
-    def __getitem__(self, site: str | tuple[str, int] | slice) -> Rows | Float[Tensor, "row ..."]:
-        """Returns a site's activations (n_selected, ...) for `rows["resid_post", 3]`, fewer rows for a slice."""
-        return Rows(self.store, self.ids[site]) if isinstance(site, slice) else self.store[site][self]
+    def __getitem__(
+        self, site: str | tuple[str, int] | slice | Sequence[int] | np.ndarray
+    ) -> Rows | Float[Tensor, "row ..."]:
+        """Returns a site's activations (n_selected, ...) for `rows["resid_post", 3]`; fewer rows for an index.
+
+        An index is a slice, a list or array of places among the selected rows, or a mask over them. The result is in
+        row order, each row once, whatever the order of the places.
+        """
+        if isinstance(site, str) or (isinstance(site, tuple) and site and isinstance(site[0], str)):
+            return self.store[site][self]  # pyright: ignore[reportArgumentType]
+        if not isinstance(site, slice):
+            site = _places(site, len(self))
+        return Rows(self.store, self.ids[site])
+
+    def __invert__(self) -> Rows:
+        return Rows(self.store, np.setdiff1d(np.arange(self.store.rows), self.ids, assume_unique=True))
+
+    def sample(self, n: int, seed: int = 0) -> Rows:
+        """Returns `n` of the rows, drawn without replacement; all of them if there are not more.
+
+        The same seed draws the same rows of the same selection.
+        """
+        check("n", n, at_least=0)
+        drawn = np.random.default_rng(seed).permutation(len(self))[:n]
+        return Rows(self.store, self.ids[drawn])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Returns the token table of these rows as a frame, with their ids as index."""
+        return self.tokens.to_pandas().set_index("row", drop=False).rename_axis(None)
+
+    def text(self, context: int = 0) -> list[str]:
+        """Returns the text of each row's token, with `context` tokens of its sequence before and after it.
+
+        The token stands between ⟦ and ⟧ where there is a context: "Once upon⟦ a⟧ time". Texts of tokens are joined as
+        they are. A store of chosen rows has no context.
+        """
+        check("context", context, at_least=0)
+        if not context:
+            return [text or "" for text in self.tokens["token"].to_pylist()]
+        self.store.require_whole_sequences("text with a context")
+        shifts = np.arange(-context, context + 1)
+        around = np.clip(self.ids[:, None] + shifts, 0, max(self.store.rows - 1, 0))
+        needed, where = np.unique(around, return_inverse=True)
+        tokens = Rows(self.store, needed).tokens
+        texts, sequences = tokens["token"].to_pylist(), tokens["sequence"].to_numpy()
+        lines = []
+        for row, places in zip(self.ids.tolist(), where.reshape(around.shape).tolist(), strict=True):
+            own = sequences[places[context]]
+            inside = [
+                (shift, texts[place] or "")
+                for shift, place in zip(shifts.tolist(), places, strict=True)
+                if needed[place] == row + shift and sequences[place] == own
+            ]
+            lines.append("".join(f"⟦{text}⟧" if shift == 0 else text for shift, text in inside))
+        return lines
 
     def __and__(self, other: Rows) -> Rows:
         return Rows(self.store, np.intersect1d(self.ids, other.ids_in(self.store), assume_unique=True))
@@ -315,18 +382,30 @@ class Rows:
     @property
     def tokens(self) -> pa.Table:
         """Token table of these rows, in row order. Reads the tables of their segments."""
-        starts = self.store.manifest.starts
-        edges = np.searchsorted(self.ids, starts)
-        touched = np.flatnonzero(np.diff(edges)).tolist()
-        files = segment_tables(self.store.path, [self.store.manifest.segments[s] for s in touched])
-        ids = [self.ids[edges[s] : edges[s + 1]] - starts[s] for s in touched]
-        return take_tokens(files, ids, self.store._columns)
+        return rows_of_tokens(self.store.path, self.store.manifest, self.ids)
 
     def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
         """Returns the ids, if they are of this store: rows of another store are other tokens."""
         if self.store.path != store.path:
             raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")
         return self.ids
+
+
+def _places(index: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """Places among `count` selected rows, from 0, of integers or a mask."""
+    places = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+    if places.dtype == bool and places.shape == (count,):
+        return np.flatnonzero(places)
+    if not places.size:
+        return np.empty(0, np.int64)
+    if places.dtype.kind not in "iu" or places.ndim != 1:
+        raise IndexError(
+            f"{count} rows are indexed by a site, a slice, whole numbers or a mask of {count}, not by {places.dtype} "
+            f"values of shape {places.shape}"
+        )
+    if not -count <= places.min() <= places.max() < count:
+        raise IndexError(f"places {places.min()} to {places.max()} are not within the {count} selected rows")
+    return places
 
 
 def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from workbench.corpus.places import add_places, with_places
 from workbench.corpus.tokenizer import TOKEN_SCHEMA as COLUMNS
 from workbench.io.errors import RequestError
 from workbench.io.parquet import read_table, read_table_schema
@@ -69,11 +70,14 @@ def read_tokens(paths: Sequence[str | os.PathLike[str]], columns: pa.Schema | No
 
 
 def take_tokens(
-    paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray], columns: pa.Schema | None
+    paths: Sequence[str | os.PathLike[str]], rows: Sequence[np.ndarray], columns: pa.Schema | None, chosen: bool = False
 ) -> pa.Table:
-    """Returns the given rows of each segment's table as one table. Memory: one segment's table at a time."""
-    tables = [_read(path).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)]
-    return _concatenate(tables, columns)
+    """Returns the given rows of each segment's table as one table, with the columns of `places`.
+
+    Memory: one segment's table at a time.
+    """
+    tables = [add_places(_read(path), chosen).take(pa.array(ids)) for path, ids in zip(paths, rows, strict=True)]
+    return _concatenate(tables, columns and with_places(columns))
 
 
 def conform(table: pa.Table, columns: pa.Schema) -> pa.Table:

@@ -1,0 +1,72 @@
+"""Parsed form of an SQL condition: it may read the token table, in subqueries too, and no other table or function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from workbench.io.errors import RequestError
+
+TABLE = "tokens"
+"""Name of the token table in subqueries."""
+
+_REFERENCES = ("BASE_TABLE", "JOIN", "SUBQUERY", "EMPTY", "EXPRESSION_LIST")
+
+
+def allowed_clause(connection: Any, predicate: str, condition: str, parameters: bool) -> str | None:
+    """Returns the clause of a SELECT that the condition needs; None where a plain filter serves.
+
+    Args:
+        connection: A connection to DuckDB, which parses the condition.
+        predicate: The condition as it was given, for errors.
+        condition: The condition with the names of the columns in SQL.
+        parameters: True if values of placeholders are given.
+
+    Raises:
+        RequestError: A subquery of anything but the token table.
+    """
+    tree = _parsed(connection, f"SELECT 1 WHERE ({condition}\n)")
+    nodes = list(_nodes(tree))
+    subquery = any(node.get("class") == "SUBQUERY" for node in nodes)
+    window = any(node.get("class") == "WINDOW" for node in _nodes(tree, into_subqueries=False))
+    if tree.get("error") or not (subquery or window or parameters):
+        return None  # the filter gives the error of a condition that cannot be parsed
+    alone = not _parsed(connection, f"SELECT [{condition}\n]").get("error")
+    (statement, *more) = tree["statements"]
+    plain = statement["node"].get("type") == "SELECT_NODE" and not statement["node"].get("modifiers")
+    if more or not plain or not alone:
+        raise RequestError(f"query {predicate!r}: more than a condition; give one over the columns of the token table")
+    for node in nodes:
+        if (node.get("cte_map") or {}).get("map"):
+            raise RequestError(f"query {predicate!r}: WITH is not read; write the subquery in its place")
+        if "from_table" in node and (name := _foreign(node["from_table"])):
+            raise RequestError(f"query {predicate!r}: {name} in a subquery; the one table is {TABLE}")
+    return f"{'QUALIFY' if window else 'WHERE'} ({condition}\n)"
+
+
+def _parsed(connection: Any, statement: str) -> dict[str, Any]:
+    ((tree,),) = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [statement]).fetchall()
+    return json.loads(tree)
+
+
+def _nodes(value: Any, into_subqueries: bool = True) -> Iterator[dict[str, Any]]:
+    """All objects of a parsed statement."""
+    if isinstance(value, dict):
+        yield value
+        if not into_subqueries and value.get("class") == "SUBQUERY":
+            return
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _nodes(part, into_subqueries)
+
+
+def _foreign(reference: Any) -> str | None:
+    """A name of what a FROM clause reads beside the token table and subqueries; None: nothing."""
+    if not isinstance(reference, dict) or reference.get("type") not in _REFERENCES:
+        kind = reference.get("type") if isinstance(reference, dict) else None
+        return f"a {str(kind or 'part').lower().replace('_', ' ')}"
+    if reference["type"] == "BASE_TABLE":
+        path = [part for part in (reference.get("catalog_name"), reference.get("schema_name")) if part]
+        name = ".".join([*path, str(reference.get("table_name"))])
+        return None if name.lower() == TABLE and not reference.get("at_clause") else f"the table {name!r}"
+    return next((name for side in ("left", "right") if side in reference and (name := _foreign(reference[side]))), None)
