@@ -18,6 +18,7 @@ _PUBLIC = {
     "LogitLens": "workbench.probes.logit_lens",
     "NextTokenLaw": "workbench.probes.next_token_law",
     "PathPatching": "workbench.probes.path_patching",
+    "Similarity": "workbench.probes.similarity",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
     "TunedLens": "workbench.probes.tuned_lens",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.path_patching import PathPatching
+    from workbench.probes.similarity import Similarity
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure
     from workbench.probes.tuned_lens import TunedLens

@@ -112,6 +112,12 @@ _PUBLIC = {
     "points_text": "workbench.results.bootstrap",
     "resampled_means": "workbench.results.bootstrap",
     "wilson": "workbench.results.bootstrap",
+    "Principal": "workbench.analysis.similarity",
+    "matching_rows": "workbench.analysis.similarity",
+    "principal": "workbench.analysis.similarity",
+    "subspace_overlap": "workbench.analysis.similarity",
+    "svcca": "workbench.analysis.similarity",
+    "unbiased_cka": "workbench.analysis.similarity",
     # readings through the unembedding, of later tokens
     "CASES": "workbench.analysis.successor_tasks",
     "Chain": "workbench.analysis.successor_tasks",
@@ -206,6 +212,7 @@ _PUBLIC = {
     "label": "workbench.figures.safe_text",
     "layer_bands": "workbench.figures.layer_bands",
     "layer_curves": "workbench.figures.layer_curves",
+    "layer_grid": "workbench.figures.layer_grid",
     "layer_panels": "workbench.figures.layer_panels",
     "lens_curves": "workbench.analysis.lens_figures",
     "lens_depth": "workbench.analysis.lens_figures",
@@ -294,6 +301,14 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
+    from workbench.analysis.similarity import (
+        Principal,
+        matching_rows,
+        principal,
+        subspace_overlap,
+        svcca,
+        unbiased_cka,
+    )
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
@@ -314,6 +329,7 @@ if TYPE_CHECKING:
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel
     from workbench.figures.layer_bands import Band, layer_bands
     from workbench.figures.layer_curves import layer_curves
+    from workbench.figures.layer_grid import layer_grid
     from workbench.figures.layer_panels import Curve, Panel, layer_panels
     from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
