@@ -112,12 +112,12 @@ _PUBLIC = {
     "points_text": "workbench.results.bootstrap",
     "resampled_means": "workbench.results.bootstrap",
     "wilson": "workbench.results.bootstrap",
-    "Principal": "workbench.analysis.similarity",
-    "matching_rows": "workbench.analysis.similarity",
-    "principal": "workbench.analysis.similarity",
-    "subspace_overlap": "workbench.analysis.similarity",
-    "svcca": "workbench.analysis.similarity",
-    "unbiased_cka": "workbench.analysis.similarity",
+    "Principal": "workbench.analysis.row_similarity",
+    "matching_rows": "workbench.analysis.row_similarity",
+    "principal": "workbench.analysis.row_similarity",
+    "subspace_overlap": "workbench.analysis.row_similarity",
+    "svcca": "workbench.analysis.row_similarity",
+    "unbiased_cka": "workbench.analysis.row_similarity",
     # readings through the unembedding, of later tokens
     "CASES": "workbench.analysis.successor_tasks",
     "Chain": "workbench.analysis.successor_tasks",
@@ -288,6 +288,14 @@ if TYPE_CHECKING:
         stack_layers,
         strongest_patterns,
     )
+    from workbench.analysis.row_similarity import (
+        Principal,
+        matching_rows,
+        principal,
+        subspace_overlap,
+        svcca,
+        unbiased_cka,
+    )
     from workbench.analysis.rows import (
         ROWS_PER_DIMENSION,
         blocks,
@@ -301,14 +309,6 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
-    from workbench.analysis.similarity import (
-        Principal,
-        matching_rows,
-        principal,
-        subspace_overlap,
-        svcca,
-        unbiased_cka,
-    )
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms

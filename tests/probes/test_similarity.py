@@ -8,7 +8,7 @@ import torch
 from planted import planted_store
 
 import workbench as wb
-from workbench.analysis.similarity import matching_rows, principal, subspace_overlap, svcca, unbiased_cka
+from workbench.analysis.row_similarity import matching_rows, principal, subspace_overlap, svcca, unbiased_cka
 from workbench.probes import Similarity
 from workbench.testing import ProbeContract
 
