@@ -18,6 +18,7 @@ _PUBLIC = {
     "LogitLens": "workbench.probes.logit_lens",
     "NextTokenLaw": "workbench.probes.next_token_law",
     "PathPatching": "workbench.probes.path_patching",
+    "ResidualUncertainty": "workbench.probes.residual_uncertainty",
     "Similarity": "workbench.probes.similarity",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.path_patching import PathPatching
+    from workbench.probes.residual_uncertainty import ResidualUncertainty
     from workbench.probes.similarity import Similarity
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure

@@ -103,6 +103,7 @@ _PUBLIC = {
     "SoftmaxFit": "workbench.analysis.softmax_probe",
     "SoftmaxProbes": "workbench.analysis.softmax_probe",
     "central": "workbench.results.bootstrap",
+    "clustered_auc": "workbench.analysis.detection",
     "clustered_interval": "workbench.results.bootstrap",
     "clustered_means": "workbench.results.bootstrap",
     "group_means": "workbench.results.bootstrap",
@@ -234,6 +235,7 @@ if TYPE_CHECKING:
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
     from workbench.analysis.copying import copying_scores
+    from workbench.analysis.detection import clustered_auc
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
     from workbench.analysis.domains import compare_domains
     from workbench.analysis.frozen_norm import norm_bias, read_directions, token_id

@@ -19,6 +19,7 @@ from workbench.probes import (
     LogitLens,
     NextTokenLaw,
     PathPatching,
+    ResidualUncertainty,
     SuccessorHeads,
     TunedLens,
 )
@@ -43,7 +44,7 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
 
 CAUSAL = (
     *(ActivationPatching, AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, InductionHeads, LogitLens),
-    *(NextTokenLaw, PathPatching, SuccessorHeads, TunedLens),
+    *(NextTokenLaw, PathPatching, ResidualUncertainty, SuccessorHeads, TunedLens),
 )
 
 

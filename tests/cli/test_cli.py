@@ -127,6 +127,7 @@ def test_probes():
         "logit-lens",
         "next-token-law",
         "path-patching",
+        "residual-uncertainty",
         "similarity",
         "successor-heads",
         "token-erasure",
