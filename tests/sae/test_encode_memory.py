@@ -1,5 +1,8 @@
 """Blocks of rows that do not fit in the memory of an accelerator, played by the CPU."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from sae_example import save_sae
@@ -35,6 +38,18 @@ def test_a_row_that_does_not_fit_ends_in_the_error(tmp_path, monkeypatch):
     limited(monkeypatch, [], 0)
     with pytest.raises(OUT_OF_MEMORY):
         made(X)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_float32_weights_of_a_file_stay_mapped_and_the_decoder_unread(tmp_path):
+    sae = load_sae(save_sae(tmp_path / "sae", "topk", d_in=64, d_sae=1000), device="cpu")
+    place = sae.W_dec.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= place < end:
+            assert line.endswith("sae_weights.safetensors")
+            return
+    pytest.fail("the decoder is in no mapping")
 
 
 def limited(monkeypatch, tried, most):

@@ -3,6 +3,9 @@
 The features of a segment are committed before the segment of the recording. So after a kill every committed row has
 features, and those of a segment that is recorded again are discarded. When all rows are recorded, the features are
 merged and indexed as in every extraction.
+
+Encoding waits for the passes of its segment, and the next passes wait for it: exact encoding sets the precision of
+products, which is torch's for the whole process, so passes beside it would have other values.
 """
 
 from __future__ import annotations
