@@ -14,6 +14,8 @@ from documents import ROOT, RUN, SHOWN, TEXTS, blocks, pages, stand_ins
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in pages()}
 RUNNING = [name for name, page in PAGES.items() if any(block.runs for block in blocks(page))]
 STORE, FEATURES = "runs/gpt2.acts", "runs/gpt2.acts/features"
+GGUF = "SmolLM2-135M-Instruct-Q8_0.gguf"
+"""A file of a tiny model stands in for it."""
 RECORDING = ("README.md", "tutorial.md")
 """Pages that record `STORE` themselves; every other page begins in a folder that has it."""
 
@@ -34,7 +36,7 @@ def recorded(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(recorded, tmp_path, monkeypatch):
+def reader(recorded, tmp_path, monkeypatch, request):
     """Gives a function that opens a page in a folder of its own."""
 
     def begin(name: str):
@@ -42,6 +44,10 @@ def reader(recorded, tmp_path, monkeypatch):
         import shutil
 
         shutil.copy(recorded / TEXTS, tmp_path / TEXTS)
+        if name.endswith("models.md"):
+            from gguf_files import write
+
+            write(tmp_path / GGUF, request.getfixturevalue("tiny_models")["llama"])
         if not name.endswith(RECORDING):
             shutil.copytree(recorded / STORE, tmp_path / STORE, copy_function=os.link)
         monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from workbench.io.errors import RequestError, first_line
 from workbench.io.log import PROGRESS
 from workbench.io.torch_state import fast_bfloat16, usable_device
+from workbench.model.gguf import make_plain, unread_names, weight_options
 from workbench.model.location import Location
 from workbench.model.preview import check_config
 
@@ -48,16 +49,17 @@ def load_checkpoint(
     where = {"device_map": "auto"} if device == "auto" else {}
     if not where:
         device = usable_device(device)
-    if location.local and not allow_pickle:
+    if location.local and not location.file and not allow_pickle:
         _refuse_pickles(location)
+    weights = weight_options(dtype) if location.file else {"dtype": "auto" if dtype == "checkpoint" else dtype}
     with quietly(f"model {location.name!r}"):
         try:
             loaded = _auto_class(location, options).from_pretrained(
                 location.path,
-                dtype="auto" if dtype == "checkpoint" else dtype,
                 use_safetensors=None if allow_pickle else True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                **weights,
                 **where,
                 **options,
             )
@@ -73,6 +75,9 @@ def load_checkpoint(
                 ) from error
             raise RequestError(f"model {location.name!r} cannot be loaded: {first_line(error)}") from error
     module, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    if location.file:
+        make_plain(module)
+        report = {**report, "unexpected_keys": unread_names(report["unexpected_keys"])}
     _refuse_without_tokens(location, module)
     _refuse_random(location, module, report)
     _warn_of_unused(location, module, report)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from workbench.io.errors import RequestError, first_line
 from workbench.io.torch_state import plain_torch
+from workbench.model.adapter import base_location, merge
 from workbench.model.checkpoint import load_checkpoint, quietly
 from workbench.model.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from workbench.model.gguf import check_file
 from workbench.model.location import Location, locate
 from workbench.sites.grammar import SiteMap
 
@@ -129,8 +131,6 @@ class Model:
 
         return measure_identity(self.module, self.site_map.last_block, min(TOKENS, self.context_limit or TOKENS))
 
-        return measure_identity(self.module, self.site_map.last_block, min(TOKENS, self.context_limit or TOKENS))
-
     def config_fingerprint(self) -> str:
         """Returns the SHA-256 of the config, without the fields that name the place it was saved in."""
         return config_fingerprint(self.module.config)
@@ -180,15 +180,17 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Model:
-    """Loads a causal LM from a local directory or a hub id, or takes a Hugging Face module as it is.
+    """Loads a causal LM from a local directory, a GGUF file or a hub id, or takes a Hugging Face module as it is.
 
+    A directory holds a model, one GGUF file, or an adapter of PEFT, which is merged into the base that it names. A
+    GGUF file is dequantised, to float32 where `dtype` names no other; needs the extra [gguf], an adapter [peft].
     A checkpoint without language-model head (its architecture is LlamaModel, ...) is loaded without one.
 
     A directory, and a hub id that is in the local cache, is read without the network. Attention stays what transformers
     chooses (SDPA).
 
     Args:
-        source: A directory, a hub id, a transformers module, or "demo" for the model that ships with the package.
+        source: A directory, a GGUF file, a hub id, a transformers module, or "demo" for the embedded model.
         tokenizer: Another tokenizer: a directory, a hub id, an object. None: the model's own. Without a tokenizer only
             lists of token ids can be recorded.
         device: "cpu", "cuda:1", ...; "auto" spreads a large model over all devices. None: the GPU if there is one.
@@ -209,16 +211,22 @@ def load_model(
         module = _given_module(source, device, dtype, revision)
         return Model(module, _given_tokenizer(tokenizer, trust_remote_code), _module_name(module))
     location = locate(source, revision)
+    if location.file:
+        check_file(Path(location.path, location.file))
     if revision is not None and not location.hub:
         raise RequestError(
             f"revision={revision!r} applies to a hub id only; leave it out for the directory {str(source)!r}"
         )
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": location.local}
-    module = load_checkpoint(location, device, dtype, allow_pickle, options)
+    base = base_location(location) or location
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    module = load_checkpoint(base, device, dtype, allow_pickle, _read_options(base, options))
+    if base is not location:
+        module = merge(module, location, allow_pickle)
     loaded_dtype = module.dtype if dtype == "auto" else dtype  # "auto" may be another one in another process
     loading = Loading(source, tokenizer, loaded_dtype, revision, trust_remote_code, allow_pickle)
     if tokenizer is None:
-        return Model(module, _saved_tokenizer(location, options), location.name, revision, loading)
+        saved = location if base is location or _has_tokenizer(location) else base
+        return Model(module, _saved_tokenizer(saved, options), location.name, revision, loading)
     return Model(module, _given_tokenizer(tokenizer, trust_remote_code), location.name, revision, loading)
 
 
@@ -249,15 +257,25 @@ def _given_module(
     return getattr(source, "_orig_mod", source)  # of torch.compile: hooks break its graphs
 
 
-def _saved_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with the model; None if a directory has none."""
+def _read_options(location: Location, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of transformers' readers for what is at a location."""
+    return {**options, "local_files_only": location.local} | ({"gguf_file": location.file} if location.file else {})
+
+
+def _has_tokenizer(location: Location) -> bool:
     folder = Path(location.path)
-    if location.local and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+    return any(folder.glob("*token*")) or any(folder.glob("vocab*"))
+
+
+def _saved_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with the model; None if a directory or file has none."""
+    if location.file:
+        return _load_tokenizer(location, options) if check_file(Path(location.path, location.file)) else None
+    if location.local and not _has_tokenizer(location):
         if not location.hub:
             return None
         location = locate(location.name, options["revision"], "tokenizer")  # the cache had the weights only
-        options = {**options, "local_files_only": location.local}
-    return _load_tokenizer(location.path, options)
+    return _load_tokenizer(location, options)
 
 
 def _given_tokenizer(
@@ -271,15 +289,16 @@ def _given_tokenizer(
             f"tokenizer must be a directory, a hub id or a transformers tokenizer, not {type(tokenizer).__name__}"
         )
     location = locate(tokenizer, kind="tokenizer")
-    return _load_tokenizer(location.path, {"trust_remote_code": trust_remote_code, "local_files_only": location.local})
+    return _load_tokenizer(location, {"trust_remote_code": trust_remote_code})
 
 
-def _load_tokenizer(path: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    path = location.path
     with quietly(f"tokenizer {path!r}"):
         try:
-            return AutoTokenizer.from_pretrained(path, **options)
+            return AutoTokenizer.from_pretrained(path, **_read_options(location, options))
         except Exception as error:  # as above: each reader raises its own kinds
             raise RequestError(f"tokenizer {path!r} cannot be loaded: {first_line(error)}") from error
 

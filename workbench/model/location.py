@@ -12,20 +12,19 @@ from typing import Literal
 from workbench import embedded
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.parse import read_json
+from workbench.model.gguf import SUFFIX, the_file
 
 Kind = Literal["model", "tokenizer"]
+ADAPTER = "adapter_config.json"
+"""The file of PEFT that names the base of an adapter."""
 
 _HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?(?:/\w(?:[\w.-]*\w)?)?", re.ASCII)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MARKS: Mapping[Kind, tuple[str, ...]] = {
-    "model": ("config.json",),
+    "model": ("config.json", ADAPTER),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
 }
 """Files of which a directory must hold at least one to be a model, or a tokenizer."""
-_FROM_GGUF = (
-    "give the checkpoint it was made from, or load it by transformers' from_pretrained(FOLDER, gguf_file=FILE), "
-    "save_pretrained it with its tokenizer, and give that folder"
-)
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,15 @@ class Location:
     """True if it is read without the network."""
     hub: bool
     """True if `name` is a hub id."""
+    file: str | None = None
+    """GGUF file of the directory that holds it all; None: it is in the files of transformers."""
 
 
 def locate(source: str | Path, revision: str | None = None, kind: Kind = "model") -> Location:
     """Finds a directory or a hub id, without loading anything.
 
     Args:
-        source: A directory, a hub id, or "demo" for the embedded model.
+        source: A directory, a GGUF file, a hub id, or "demo" for the embedded model.
         revision: Branch, tag or commit on the hub.
         kind: What the directory must hold.
 
@@ -66,16 +67,16 @@ def locate(source: str | Path, revision: str | None = None, kind: Kind = "model"
         return Location(str(embedded.MODEL), text, local=True, hub=False)
     if os.path.isdir(path):
         if not any((path / name).is_file() for name in marks):
-            if kind == "model" and (quantised := sorted(path.glob("*.gguf"))):
-                raise RequestError(f"model {text!r} holds only a GGUF file ({quantised[0].name}); {_FROM_GGUF}")
+            if file := the_file(path):
+                return Location(str(path), path.resolve().name, local=True, hub=False, file=file)
             inside = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
             raise RequestError(
                 f"{kind} {text!r} is a directory without {marks[0]} (it holds {inside}); "
                 "give the folder that save_pretrained wrote"
             )
         return Location(str(path), path.resolve().name, local=True, hub=False)
-    if path.suffix.lower() == ".gguf" and os.path.exists(path):
-        raise RequestError(f"{kind} {text!r} is a GGUF file; {_FROM_GGUF}")
+    if path.suffix.lower() == SUFFIX and os.path.isfile(path):
+        return Location(str(path.parent), path.name, local=True, hub=False, file=path.name)
     if os.path.exists(path):
         raise RequestError(f"{kind} {text!r} is a file; give the folder that holds {marks[0]}")
     inside_folder = "/" in text and os.path.isdir(path.parent)  # models/typo beside a folder models is no hub id

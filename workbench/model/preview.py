@@ -27,7 +27,9 @@ def check_config(location: Location, sites: Iterable[str] | None = None) -> None
         RequestError: An encoder-decoder model, an unknown kind of site, a layer that the model does not have.
     """
     try:
-        config = read_json(Path(location.path) / "config.json", finite=False) if location.local else {}
+        config = (
+            read_json(Path(location.path) / "config.json", finite=False) if location.local and not location.file else {}
+        )
     except DataError:
         config = {}  # loading says what is wrong with it
     if config.get("is_encoder_decoder") is True:

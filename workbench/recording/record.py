@@ -76,7 +76,7 @@ def record(
     the model, one batch and its backlog. Disk: rows x bytes of all sites, compared with the free space first.
 
     Args:
-        model: A loaded model, or what `load_model` takes: a directory, a hub id, a transformers module.
+        model: A loaded model, or what `load_model` takes: a directory, a GGUF file, a hub id, a transformers module.
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
             output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
         out: Folder of the store. A finished store of the same request is opened, an unfinished one is resumed.
