@@ -81,21 +81,21 @@ _PUBLIC = {
     "tokens_at": "workbench.analysis.rows",
     # labels of tokens, and probes that read them
     "Direction": "workbench.model.direction",
-    "LabelledRows": "workbench.analysis.token_labels",
+    "LabelledRows": "workbench.analysis.labelled_rows",
     "LogisticFit": "workbench.analysis.logistic",
     "ProbeFit": "workbench.analysis.linear_probe",
     "Scored": "workbench.analysis.linear_probe",
     "Standardised": "workbench.analysis.linear_probe",
-    "control_task": "workbench.analysis.token_labels",
+    "control_task": "workbench.analysis.labelled_rows",
     "fit_classes": "workbench.analysis.logistic",
     "fit_probe": "workbench.analysis.linear_probe",
     "intervals_of": "workbench.analysis.linear_probe",
-    "labelled_rows": "workbench.analysis.token_labels",
+    "labelled_rows": "workbench.analysis.labelled_rows",
     "majority": "workbench.analysis.linear_probe",
     "most_informative": "workbench.analysis.linear_probe",
     "recalls": "workbench.analysis.linear_probe",
     "second_moments": "workbench.analysis.logistic",
-    "shuffle_labels": "workbench.analysis.token_labels",
+    "shuffle_labels": "workbench.analysis.labelled_rows",
     "token_identity": "workbench.analysis.linear_probe",
     # statistics
     "GroupMeans": "workbench.results.bootstrap",
@@ -182,7 +182,7 @@ _PUBLIC = {
     "ov_logits": "workbench.model.circuits",
     "recorded_model": "workbench.model.reload",
     "row_entropy": "workbench.model.attention",
-    "run_prompted": "workbench.model.prompted",
+    "run_prompted": "workbench.model.prompted_run",
     "token_embeddings": "workbench.model.embedding_records",
     "writes_of": "workbench.model.circuits",
     # figures, made of a result alone
@@ -250,6 +250,7 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
+    from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
     from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
@@ -323,7 +324,6 @@ if TYPE_CHECKING:
         token_keys,
         whole_sequences,
     )
-    from workbench.analysis.token_labels import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.figures.attention_map import head_attention
@@ -358,7 +358,7 @@ if TYPE_CHECKING:
     from workbench.model.embedding_records import token_embeddings
     from workbench.model.frozen_output import FrozenOutput
     from workbench.model.load import Model
-    from workbench.model.prompted import run_prompted
+    from workbench.model.prompted_run import run_prompted
     from workbench.model.reload import recorded_model
     from workbench.model.unembed import Unembed, final_norm, load_unembed, normalise
     from workbench.results.bootstrap import (

@@ -8,7 +8,7 @@ from planted import planted_store
 from refusals import refused
 
 import workbench as wb
-from workbench.analysis.token_labels import control_task, shuffle_labels
+from workbench.analysis.labelled_rows import control_task, shuffle_labels
 from workbench.io.errors import RequestError
 from workbench.probes import LinearProbes
 from workbench.testing import ProbeContract

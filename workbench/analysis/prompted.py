@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.model.load import Model
-from workbench.model.prompted import run_prompted
+from workbench.model.prompted_run import run_prompted
 from workbench.sites.grammar import Site
 
 

@@ -13,8 +13,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Int64
 from scipy.sparse import csc_array, csr_array, vstack
 
+from workbench.analysis.labelled_rows import shuffle_labels
 from workbench.analysis.logistic import fit_logistic
-from workbench.analysis.token_labels import shuffle_labels
 from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
 from workbench.features.labels import with_names

@@ -100,10 +100,7 @@ def extract_features(
     check("dtype", dtype, one_of=DTYPES)
     array = matching_site(store, sae, site, force=force)
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
-    if sparsity is not None and isinstance(sae, RuledSae):
-        raise RequestError(f"sparsity: SAE {sae.name!r} has a rule; leave sparsity out, or give the SAE alone")
-    if out is not None and name is not None:
-        raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
+    _check_choices(sae, sparsity, name, out)
     with ThreadPoolExecutor(1) as pool:  # the fingerprint takes as long as the preparation of the encoder
         requested = pool.submit(_request, encoding, dtype)
         encoding.check()
@@ -111,6 +108,16 @@ def extract_features(
         request = requested.result()
     target = target_path(store.path, array.site, request.sae.name, name) if out is None else Path(out).absolute()
     return make_features(encoding, target, request, workers)
+
+
+def _check_choices(
+    sae: Sae, sparsity: SparsityRule | None, name: str | None, out: str | os.PathLike[str] | None
+) -> None:
+    """Refuses two rules of sparsity, and two places."""
+    if sparsity is not None and isinstance(sae, RuledSae):
+        raise RequestError(f"sparsity: SAE {sae.name!r} has a rule; leave sparsity out, or give the SAE alone")
+    if out is not None and name is not None:
+        raise RequestError("give name, a folder in the store, or out, a folder anywhere, but not both")
 
 
 def _request(encoding: StoreEncoder, dtype: str) -> ExtractionRecord:

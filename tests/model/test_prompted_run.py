@@ -10,7 +10,7 @@ from workbench.io.errors import RequestError
 from workbench.model.embedding_records import token_embeddings
 from workbench.model.intervene import intervene
 from workbench.model.load import Model
-from workbench.model.prompted import run_prompted
+from workbench.model.prompted_run import run_prompted
 from workbench.model.row_changes import RowFunction
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers", "gemma2": "model.layers"}
