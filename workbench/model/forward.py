@@ -139,6 +139,40 @@ def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callabl
 
 
 @contextmanager
+def change_arguments(module: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Replaces the arguments of `module`, by their names, by `change` of them, each time it runs inside the block."""
+    signature = inspect.signature(module.forward)
+    variadic = [one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD]
+
+    def before(_module, args, kwargs):
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        for name in variadic:
+            arguments |= arguments.pop(name, {})
+        return (), change(dict(arguments))
+
+    with _hooked(module, before, before):
+        yield
+
+
+@contextmanager
+def bypass(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Replaces the first output tensor of `module` by `change` of its first input and output, inside the block."""
+    in_pass = bound()
+
+    def after(_module, args, kwargs, output):
+        if not in_pass():
+            return None
+        before = first_tensor(args) if args else first_tensor(list(kwargs.values()))
+        return _changed(output, lambda tensor: change(tensor if before is None else before, tensor))
+
+    handle = module.register_forward_hook(after, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def _hooked(module: nn.Module, before: Callable | None, after: Callable) -> Iterator[None]:
     """Registers a hook inside the block, `before` the module runs or, if that is None, `after` it, for one pass."""
     in_pass = bound()

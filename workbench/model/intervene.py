@@ -57,6 +57,11 @@ class Bound(ABC):
         self.seen: set[int] = set()
         """Named positions that came up."""
 
+    @property
+    def choices(self) -> tuple[Tokens | Tensor, ...]:
+        """All its choices of tokens."""
+        return (self.at,)
+
     @abstractmethod
     def attach(self, module: nn.Module, tokens: CurrentTokens, stack: ExitStack) -> None:
         """Registers hooks on a model until `stack` closes."""
@@ -118,8 +123,10 @@ class CurrentTokens:
 class Intervened:
     """Result of `intervene`: a context that changes a model inside its block, and counts what was changed."""
 
-    def __init__(self, model: Model, records: tuple[Intervention, ...], override: bool = False) -> None:
-        self.model, self.records = model, records
+    def __init__(
+        self, model: Model, records: tuple[Intervention, ...], override: bool = False, proof: bool = True
+    ) -> None:
+        self.model, self.records, self._proof = model, records, proof
         self._bound = [record.bind(model) for record in records]
         for one in self._bound:
             one.override = override
@@ -147,13 +154,18 @@ class Intervened:
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if self._stack is not None:
             self._stack.close()
-        if kind is None:
+        if kind is None and self._proof:
             self.check()
 
     @property
     def counts(self) -> tuple[Count, ...]:
         """Counts of each record."""
         return tuple(one.count for one in self._bound)
+
+    @property
+    def choices(self) -> tuple[Tokens, ...]:
+        """Choices of tokens of all records, without masks."""
+        return tuple(choice for one in self._bound for choice in one.choices if isinstance(choice, Tokens))
 
     def check(self) -> None:
         """Raises DataError for a record that did not run, chose no token, or gave values that are not finite."""

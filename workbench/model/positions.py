@@ -273,7 +273,9 @@ def _positions(inputs: Mapping[str, Any], shape: tuple[int, int], cached: int) -
     mask, ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         mask = (mask != 0).cpu().long()
-        return torch.where(mask == 1, mask.cumsum(1) - 1, -1)[:, -columns:]
+        position = torch.where(mask == 1, mask.cumsum(1) - 1, -1)
+        longer = mask.shape[1] >= cached + columns  # as long as a static cache, or as the tokens up to now
+        return position[:, cached : cached + columns] if longer else position[:, -columns:]
     if mask is None:
         return (cached + torch.arange(columns, device="cpu")).expand(batch, columns)
     if not isinstance(ids, Tensor):
