@@ -35,6 +35,12 @@ _PUBLIC = {
     "Resample": "workbench.model.stored_rows",
     "Patch": "workbench.model.stored_rows",
     "EmbedTokens": "workbench.model.embedding_records",
+    "ScaleAttention": "workbench.model.attention_records",
+    "BiasAttention": "workbench.model.attention_records",
+    "RedistributeAttention": "workbench.model.attention_records",
+    "FreezePattern": "workbench.model.stored_attention",
+    "SkipBlock": "workbench.model.block_records",
+    "SwapBlocks": "workbench.model.block_records",
     "Feature": "workbench.sae.feature_record",
     "extract_features": "workbench.features.extract",
     "open_features": "workbench.features.feature_store",
@@ -127,11 +133,14 @@ if TYPE_CHECKING:
         feature_statistics,
     )
     from workbench.io.errors import DataError, RequestError, WorkbenchError
+    from workbench.model.attention_records import BiasAttention, RedistributeAttention, ScaleAttention
+    from workbench.model.block_records import SkipBlock, SwapBlocks
     from workbench.model.direction import Direction, load_direction
     from workbench.model.embedding_records import EmbedTokens
     from workbench.model.intervene import intervene
     from workbench.model.load import Model, load_model
     from workbench.model.row_records import Add, Project, Set, Zero
+    from workbench.model.stored_attention import FreezePattern
     from workbench.model.stored_rows import Mean, Patch, Resample
     from workbench.model.token_choice import Tokens
     from workbench.pages.feature_page import feature_page

@@ -59,7 +59,8 @@ class Comparison:
     not_run: Mapping[str, str]
     """Probe to the reason why it was not run."""
     model_difference: str | None = None
-    """First difference of the second store's model, hooks and adapters included; None: the models are the same."""
+    """First difference of the second store's model, hooks and adapters included, and interventions where they differ;
+    None: both ran the same model in the same way."""
 
     def figure(self) -> Figure:
         """Returns the mean cosine of each kind of site by layer, with 95 % intervals."""
@@ -148,8 +149,19 @@ def compare(
             clipped = sum(values[one.label].clipped for values in lost if one.label in values)
             lines.append(_compare_site(a, b, one, other, groups, tick) | {"clipped": clipped})
     measures, not_run = _run_probes(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
-    other = a.manifest.model.difference(b.manifest.model)
+    other = _difference(a, b)
     return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run, other)
+
+
+def _difference(a: Store, b: Store) -> str | None:
+    """First difference between the models, and the interventions with which they ran."""
+    model = a.manifest.model.difference(b.manifest.model)
+    changes = [store.manifest.interventions for store in (a, b)]
+    if changes[0] == changes[1] or {one and one.digest for one in changes} == {changes[0] and changes[0].digest}:
+        return model
+    names = [", ".join(one.names) if one else "without interventions" for one in changes]
+    changed = f"the first store ran {names[0]}, the second {names[1]}"
+    return f"{model}; {changed}" if model else changed
 
 
 # ---- checks of the two stores ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, load_model
 from workbench.store.identity import difference
+
+_LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from workbench.store.manifest import ModelRecord
@@ -51,7 +54,12 @@ def check_recorded(store: Store, model: Model) -> None:
     Raises:
         RequestError: The model differs, in its weights or in anything else that decides its activations.
     """
-    recorded = store.manifest.model
+    recorded, changes = store.manifest.model, store.manifest.interventions
+    if changes:
+        _LOG.warning(
+            f"store {store.path.name!r} was recorded with interventions ({', '.join(changes.names)}); the model "
+            "runs here without them, so what it computes anew is not what the store holds"
+        )
     if problem := recorded_difference(recorded, model):
         raise RequestError(
             f"model {model.name!r} is not the one that the store {store.path.name!r} was recorded from "

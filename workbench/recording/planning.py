@@ -13,8 +13,10 @@ from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, s
 from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
+from workbench.model.intervene import Intervention
 from workbench.model.load import Model
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
+from workbench.recording.changes import RecordedChanges, plan_changes
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
@@ -53,6 +55,8 @@ class RecordingPlan:
     """Sites that are stored."""
     features: EncodedSite | None
     """Site whose SAE features are extracted."""
+    changes: RecordedChanges | None = None
+    """Interventions with which the model runs."""
 
     @property
     def encoded_only(self) -> EncodedSite | None:
@@ -85,6 +89,7 @@ class PartPlan:
     """Rows of the store before the part."""
     sequence_offset: int
     document_offset: int
+    interventions: tuple[Intervention, ...] = ()
 
 
 def plan_recording(
@@ -93,6 +98,7 @@ def plan_recording(
     out: Path,
     features: RecordedFeatures | None = None,
     present: ModelRecord | None = None,
+    interventions: Sequence[Intervention] = (),
 ) -> RecordingPlan:
     """Resolves a request against a model: its sites, its context, its features.
 
@@ -102,6 +108,7 @@ def plan_recording(
         out: Path of the store.
         features: SAE features to extract while recording.
         present: What a store records of the model. None: it is measured, which takes a checksum of the weights.
+        interventions: Interventions with which the model runs.
 
     Raises:
         RequestError: An unknown site, a context beyond the model's, or an SAE that does not fit.
@@ -128,6 +135,7 @@ def plan_recording(
         added=added,
         sites=tuple(_site_record(site, context, settings.dtype) for site in sites),
         features=encoded,
+        changes=plan_changes(model, interventions, sites),
     )
 
 
@@ -173,6 +181,7 @@ def plan_part(
         row_offset=sum(part.rows for part in before),
         sequence_offset=sum(part.sequences for part in before),
         document_offset=sum(part.documents for part in before),
+        interventions=plan.changes.records if plan.changes else (),
     )
     first_number = len(writer.manifest.segments) - committed
     return part_plan, [

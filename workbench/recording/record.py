@@ -30,6 +30,7 @@ from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.model.location import locate
 from workbench.model.preview import check_config
+from workbench.recording.changes import check_changed
 from workbench.recording.planning import (
     AGAIN,
     Append,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.features.while_recording import RecordedFeatures
+    from workbench.model.intervene import Intervention
     from workbench.sae.autoencoder import Sae
     from workbench.store.reader import Store
 
@@ -65,6 +67,7 @@ def record(
     sae_site: str | None = None,
     sae_dtype: str = "float32",
     sae_force: bool = False,
+    interventions: Sequence[Intervention] = (),
     append: Append = False,
     workers: Workers | None = None,
     show_progress: bool = True,
@@ -85,6 +88,8 @@ def record(
         sae_site: Site that the SAE reads. None: the one it was trained on.
         sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
+        interventions: Records that change the model while it runs, such as `wb.Zero("z.3", head=0)`. They are part of
+            the store's identity; its manifest counts what they did.
         append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
         workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
         show_progress: Show progress bars.
@@ -112,7 +117,7 @@ def record(
     check_source(texts)
     settings, workers = recording(settings, **options), workers or ThisProcess()
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    plan = plan_recording(model, settings, Path(out), features)
+    plan = plan_recording(model, settings, Path(out), features, interventions=interventions)
     return record_plan(plan, model, texts, Path(out), append, workers, show_progress)
 
 
@@ -150,6 +155,8 @@ def _write(
     ):
         if append:
             _check_append(plan, writer)
+        if plan.changes and not is_read_only(writer.path):
+            plan.changes.arrays.write(writer.path)
         sequences = plan_tokens(plan, model, documents, folder, show_progress)
         part, segments = plan_part(plan, writer, sequences, folder, append)
         write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
@@ -178,6 +185,7 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> A
         unembed=unembed,
         unembed_reason=reason,
         features=plan.encoded_only and plan.encoded_only.label,
+        interventions=plan.changes and plan.changes.stored,
         shared=workers.shared,
     )
 
@@ -216,6 +224,7 @@ def finish_recording(out: Path, plan: RecordingPlan, workers: Workers, show_prog
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
 
     store = open_store(out)
+    check_changed(store.manifest)
     _warn_of_lost_values(store, plan.all_sites)
     if notes := text_notes(store.manifest.parts[-1:]):
         PROGRESS.info(f"texts of {out}: {'; '.join(notes)}")

@@ -23,6 +23,7 @@ from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
 from workbench.model.load import Loading, Model, batch_tokens
 from workbench.model.packing import pack_model, unpack_model
+from workbench.recording.changes import SegmentChanges, applied
 from workbench.recording.planning import PartPlan
 from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host
 from workbench.sites.grammar import Site
@@ -163,16 +164,21 @@ class SegmentRecorder:
             document_offset=plan.document_offset,
             text_of=partial(token_texts, self.model.tokenizer),
         )
+        changes = None
+        if plan.interventions:
+            changes = SegmentChanges(self.model, plan.interventions, planned.first_sequence, lengths, table)
         with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
-            with stage_segment(plan.store, plan.manifest, planned, table) as segment:
+            with stage_segment(plan.store, plan.manifest, planned, table) as segment, applied(changes):
                 encoded = self.encoded_only
                 if encoded is None or self.encode is None:
-                    _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance)
+                    _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance, changes)
                 else:  # its features first: a segment that is finished has them
                     buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
                     sites = [*self.sites, encoded.site]
-                    _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance)
+                    _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance, changes)
                     self.encode(planned.first_row, buffered.values, lengths.tolist())
+                if changes is not None:
+                    segment.interventions = changes.counts()
             submit_segment(plan.store, planned)
 
 
@@ -205,6 +211,7 @@ def _fill(
     lengths: Int[np.ndarray, " sequence"],
     settings: Recording,
     advance: Callable[[int], None],
+    changes: SegmentChanges | None = None,
 ) -> None:
     """Runs the model over one segment's sequences and writes every site's rows."""
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -220,7 +227,8 @@ def _fill(
                 real, runs = rows.take(tensor, first)
                 submit(_write, segment, site.name, to_host(real, dtype), runs)
 
-            capture(model.module, sites, tokens, mask, receive)
+            with changes.batch(batch) if changes else nullcontext():
+                capture(model.module, sites, tokens, mask, receive)
             advance(int(lengths[batch].sum()))
 
 

@@ -212,8 +212,9 @@ def provenance(store: Store, settings: Any) -> dict[str, Any]:
         settings: The probe, a dataclass of settings.
     """
     model, values = store.manifest.model, with_device(asdict(settings))
+    changes = store.manifest.interventions
     return {
-        "model": model.name,
+        "model": f"{model.name}, changed ({', '.join(changes.names)})" if changes else model.name,
         "model_fingerprint": model.fingerprint,
         "store": Path(store.path).name,
         "store_fingerprint": store.manifest.fingerprint,

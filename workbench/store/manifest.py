@@ -25,6 +25,7 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
 from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
+from workbench.store.changes import Ran, StoredChanges, none_ran
 from workbench.store.identity import Identity, difference
 
 FORMAT = "workbench.activations"
@@ -44,7 +45,7 @@ _NEW_MODEL_KEYS = {"causal": True, "identity": None}
 _NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_tokens": 0}
 """Keys of a part that version 2 added."""
 
-_NEW_KEYS = {"complete": False}
+_NEW_KEYS = {"complete": False, "interventions": None}
 """Keys of the manifest that version 2 added; `parse_manifest` finds whether a store of version 1 is complete."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -193,6 +194,8 @@ class SegmentRecord:
     """Number of NaN and infinite values of the model, by site name; only counts above 0."""
     model: str
     """Fingerprint of the model."""
+    interventions: tuple[Ran, ...] = ()
+    """What each intervention did to the rows of the segment."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
     complete: bool = False
     """True once every row of all parts is committed; False while there is no part yet."""
+    interventions: StoredChanges | None = None
+    """Interventions with which the model ran; None: it ran as it is."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -243,7 +248,9 @@ class Manifest:
     @property
     def without_segments(self) -> Manifest:
         """The manifest of the same parts before the first segment: the same at every stage of the recording."""
-        return replace(self, segments=(), complete=False)
+        changes = self.interventions
+        changes = changes and replace(changes, ran=none_ran(len(changes.records)))
+        return replace(self, segments=(), complete=False, interventions=changes)
 
     @property
     def fingerprint(self) -> str:
@@ -364,7 +371,7 @@ def _without(entries: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any
 
 def parse_segment(text: bytes, source: Path) -> SegmentRecord:
     """Parses the bytes of a `segment.json`; `source` names it in errors."""
-    return parse(SegmentRecord, from_json(text, source), str(source))
+    return parse(SegmentRecord, {"interventions": []} | from_json(text, source), str(source))
 
 
 def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Counter[str], Counter[str]]:
@@ -414,6 +421,8 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
         "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
     }
+    if manifest.interventions:
+        lines["changed"] = f"the model ran with interventions: {short_list(manifest.interventions.names)}"
     if notes := text_notes(manifest.parts):
         lines["notes"] = "; ".join(notes)
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):

@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 from workbench.io import files
 from workbench.io.parse import to_json
 from workbench.io.tensors import TensorFile
+from workbench.store.changes import Ran
 from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord
 from workbench.store.token_table import encode_tokens
 
@@ -37,6 +38,8 @@ class SegmentWriter:
         }
         self._counts = {"overflow": Counter(), "nonfinite": Counter()}
         self._lock = threading.Lock()
+        self.interventions: tuple[Ran, ...] = ()
+        """What each intervention did to the rows."""
 
     def write(self, site: str, first_row: int, rows: Shaped[np.ndarray, "row ..."]) -> None:
         """Writes rows of the site with this TransformerLens name; `first_row` counts from the segment's first.
@@ -68,6 +71,7 @@ class SegmentWriter:
             overflow=dict(+self._counts["overflow"]),
             nonfinite=dict(+self._counts["nonfinite"]),
             model=self._manifest.model.fingerprint,
+            interventions=self.interventions,
         )
         text = to_json(record).encode()
         files.write_file(self._folder / SEGMENT, text)

@@ -22,6 +22,7 @@ from workbench.io.errors import RequestError
 from workbench.io.parse import from_json, to_json
 from workbench.sites.settings import Recording
 from workbench.store import staging
+from workbench.store.changes import StoredChanges, added
 from workbench.store.groups import GROUPS, write_groups
 from workbench.store.manifest import (
     MANIFEST,
@@ -34,6 +35,7 @@ from workbench.store.manifest import (
     Segment,
     SiteRecord,
     read_manifest,
+    read_segment_record,
     write_manifest,
 )
 from workbench.store.segment import SegmentWriter
@@ -82,6 +84,7 @@ def open_writer(
     unembed: Callable[[Path], None] | None,
     unembed_reason: str | None,
     features: str | None = None,
+    interventions: StoredChanges | None = None,
     shared: bool = False,
 ) -> Iterator[Writer]:
     """Creates the store at `path`, or reopens it to resume or append, and locks it until the end of the block.
@@ -97,6 +100,7 @@ def open_writer(
         unembed_reason: Reason why there is no unembedding, where `unembed` is None.
         features: Label of the SAE's features that are extracted from a site that is not stored; a store of others is
             refused.
+        interventions: Interventions with which the model runs; a store of others is refused.
         shared: True if other processes write other segments of the same recording at the same time.
 
     Raises:
@@ -112,6 +116,7 @@ def open_writer(
         environment=dict(environment),
         unembed=None,
         unembed_reason=None,
+        interventions=interventions,
     )
     with files.locked(path, shared=shared):
         with _turn(path, shared), explain_full_disk(path, "the unembedding", 0), _explain_read_only(path):
@@ -291,7 +296,7 @@ class Writer:
             rows.append(row)
         if rows:
             try:
-                self._replace(_with_segments(self.manifest, (*listed, *rows)))
+                self._replace(_with_ran(self.path, _with_segments(self.manifest, (*listed, *rows)), rows))
             finally:  # also if the disk failed after the new manifest was in place
                 listed = self.manifest.segments[len(listed) :]
                 staging.remove_rows(self.path, [row.name for row in listed])
@@ -336,6 +341,17 @@ def _with_parts(manifest: Manifest, parts: tuple[Part, ...]) -> Manifest:
 def _with_segments(manifest: Manifest, segments: tuple[Segment, ...]) -> Manifest:
     manifest = replace(manifest, segments=segments)
     return replace(manifest, complete=manifest.rows == manifest.planned_rows)
+
+
+def _with_ran(path: Path, manifest: Manifest, rows: Iterable[Segment]) -> Manifest:
+    """The manifest with what the interventions did to new segments added to their counts."""
+    changes = manifest.interventions
+    if changes is None:
+        return manifest
+    ran = changes.ran
+    for row in rows:
+        ran = added(ran, read_segment_record(path, row).interventions)
+    return replace(manifest, interventions=replace(changes, ran=ran))
 
 
 def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
@@ -425,12 +441,13 @@ def _add_unembed(
 
 def _settings(manifest: Manifest) -> dict[str, object]:
     """Settings that must be equal for two recordings to give the same bytes, under the names of the API."""
-    model = manifest.model
+    model, changes = manifest.model, manifest.interventions
     recording = {name: value for name, value in manifest.recording.items() if name != "sites"}  # resolved ones below
     return {
         "architecture": model.architecture,
         "tokenizer": model.tokenizer_fingerprint and model.tokenizer_fingerprint[:12],
         **recording,
+        "interventions": changes and f"{len(changes.records)} records ({changes.digest[:12]})",
         **{f"{name} tokens": list(ids) for name, ids in manifest.tokens_added.items()},
         **{f"site {site.label}": f"{site.axes} {site.shape} {site.dtype}" for site in manifest.sites},
     }

@@ -1,0 +1,72 @@
+"""Interventions as JSON: canonical for a store, and as a user writes them in a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from workbench.io.errors import RequestError
+from workbench.model.direction import Direction
+from workbench.model.intervene import Intervention
+from workbench.model.token_choice import tokens_at
+from workbench.sites.grammar import full_name
+from workbench.store.changes import FORMAT, Arrays, StoredChanges, none_ran
+from workbench.store.reader import Rows, Store
+
+_CHOICES = ("at", "key", "keys", "queries")
+_LISTS = ("head", "position", "ids")
+
+
+def stored_changes(records: Sequence[Intervention]) -> tuple[StoredChanges, Arrays]:
+    """Returns records in the form in which a store keeps them, and the arrays that they name.
+
+    Raises:
+        RequestError: A record that has no JSON form: a function, or a mask of one batch.
+    """
+    arrays = Arrays()
+    return StoredChanges(FORMAT, tuple(_record(one, arrays) for one in records), none_ran(len(records))), arrays
+
+
+def kind_of(record: Intervention | type[Intervention]) -> str:
+    """Returns the name of a kind of record in JSON: `scale_attention`."""
+    name = (record if isinstance(record, type) else type(record)).__name__
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _record(record: Intervention, arrays: Arrays) -> dict[str, Any]:
+    if not is_dataclass(record):
+        raise RequestError(f"{record}: a record must be a dataclass to be kept in a store")
+    entries = {field.name: _value(record, field.name, arrays) for field in fields(record)}
+    return {"kind": kind_of(record)} | entries
+
+
+def _value(record: Intervention, name: str, arrays: Arrays) -> Any:
+    value = getattr(record, name)
+    if name in _CHOICES:
+        choice = tokens_at(value)
+        if isinstance(choice, Tensor):
+            raise RequestError(f"{record}: {name} is a mask of one batch; choose tokens by position, id, span or SQL")
+        return choice.described()
+    if name == "site" and isinstance(value, str):
+        return full_name(value)
+    if name in _LISTS and value is not None:
+        return [int(one) for one in (value if isinstance(value, Sequence) else (value,))]
+    if isinstance(value, Direction):
+        return arrays.add(value.vector.numpy()) | {"name": value.name, "made_of": dict(value.made_of)}
+    if isinstance(value, Tensor):
+        wide = value.detach().cpu()
+        return arrays.add((wide.float() if wide.is_floating_point() else wide).numpy())
+    if isinstance(value, Store | Rows):
+        store = value if isinstance(value, Store) else value.store
+        ids = "all" if isinstance(value, Store) else arrays.add(value.ids.astype(np.int64))
+        return {"store": store.manifest.fingerprint, "name": store.path.name, "rows": ids}
+    if hasattr(value, "fingerprint"):  # an SAE, whose folder imports this one
+        return {"name": value.name, "sha256": value.fingerprint()}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise RequestError(f"{record}: {name} is a {type(value).__name__}, which a store cannot keep")
