@@ -45,6 +45,8 @@ class Record:
     """Stored type of the feature activations."""
     sae_force: bool = False
     """Use an SAE that was trained on another site or model."""
+    interventions: Path | None = None
+    """JSON file with records that change the model while it runs: {"records": [{"kind": "zero", "site": "z.3"}]}."""
     append: bool | Literal["again"] = False
     """Add the texts to an existing store. again: even if it ends with these texts."""
     tokenizer: str | None = None
@@ -88,6 +90,7 @@ class Record:
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
         )
+        from workbench.recording.change_files import read_interventions
         from workbench.recording.record import record
 
         record(
@@ -95,6 +98,7 @@ class Record:
             texts,
             out=self.out,
             settings=self.recording,
+            interventions=() if self.interventions is None else read_interventions(self.interventions),
             sae=sae,
             sae_site=self.sae_site,
             sae_dtype=self.sae_dtype,
