@@ -156,7 +156,7 @@ def test_spans_and_sql_choose_tokens_of_the_texts(model, plain, tmp_path):
             "animal IS NOT NULL AND row > 9 AND position > 1",
         ),
     ):
-        rows = plain.where(where).ids
+        rows = plain.where(where).ids.copy()
         store = record(model, tmp_path / name, wb.Set("resid_post.1", VALUE, at=choice))
         assert store.manifest.interventions.ran[0].rows == len(rows) > 0
         values = store["resid_post", 1][:]

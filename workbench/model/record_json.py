@@ -15,8 +15,8 @@ from workbench.model.direction import Direction
 from workbench.model.intervene import Intervention
 from workbench.model.token_choice import tokens_at
 from workbench.sites.grammar import full_name
-from workbench.store.changes import FORMAT, Arrays, StoredChanges, none_ran
 from workbench.store.reader import Rows, Store
+from workbench.store.stored_changes import FORMAT, Arrays, StoredChanges, none_ran
 
 _CHOICES = ("at", "key", "keys", "queries")
 _LISTS = ("head", "position", "ids")

@@ -16,7 +16,7 @@ from workbench.io.progress import progress
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
-from workbench.recording.changes import RecordedChanges, plan_changes
+from workbench.recording.segment_changes import RecordedChanges, plan_changes
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord

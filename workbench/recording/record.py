@@ -30,7 +30,6 @@ from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.model.location import locate
 from workbench.model.preview import check_config
-from workbench.recording.changes import check_changed
 from workbench.recording.planning import (
     AGAIN,
     Append,
@@ -40,6 +39,7 @@ from workbench.recording.planning import (
     plan_tokens,
     unembed_writer,
 )
+from workbench.recording.segment_changes import check_changed
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
 from workbench.store.manifest import SiteRecord, read_counts, text_notes
@@ -88,8 +88,7 @@ def record(
         sae_site: Site that the SAE reads. None: the one it was trained on.
         sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
-        interventions: Records that change the model while it runs, such as `wb.Zero("z.3", head=0)`. They are part of
-            the store's identity; its manifest counts what they did.
+        interventions: Records that change the model, such as `wb.Zero("z.3")`; part of the store's identity.
         append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
         workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
         show_progress: Show progress bars.

@@ -23,8 +23,8 @@ from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
 from workbench.model.load import Loading, Model, batch_tokens
 from workbench.model.packing import pack_model, unpack_model
-from workbench.recording.changes import SegmentChanges, applied
 from workbench.recording.planning import PartPlan
+from workbench.recording.segment_changes import SegmentChanges, applied
 from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording

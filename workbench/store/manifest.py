@@ -25,8 +25,8 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
 from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
-from workbench.store.changes import Ran, StoredChanges, none_ran
 from workbench.store.identity import Identity, difference
+from workbench.store.stored_changes import Ran, StoredChanges, none_ran
 
 FORMAT = "workbench.activations"
 VERSION = 2

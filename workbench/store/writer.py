@@ -22,7 +22,6 @@ from workbench.io.errors import RequestError
 from workbench.io.parse import from_json, to_json
 from workbench.sites.settings import Recording
 from workbench.store import staging
-from workbench.store.changes import StoredChanges, added
 from workbench.store.groups import GROUPS, write_groups
 from workbench.store.manifest import (
     MANIFEST,
@@ -40,6 +39,7 @@ from workbench.store.manifest import (
 )
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment
+from workbench.store.stored_changes import StoredChanges, added
 from workbench.store.token_table import ROW_BYTES, check_columns, check_tokens, read_schema
 
 _LOG = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from workbench.model.positions import PassLabels, table_key
 from workbench.model.record_json import stored_changes
 from workbench.model.token_choice import Tokens
 from workbench.sites.grammar import Site
-from workbench.store.changes import Arrays, Ran, StoredChanges
 from workbench.store.manifest import TOKENS, Manifest
 from workbench.store.query import select_planned
+from workbench.store.stored_changes import Arrays, Ran, StoredChanges
 from workbench.store.token_table import encode_tokens
 
 _STREAM = ("resid_pre", "resid_post", "resid_norm")
