@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from words import WORDS
 
 from workbench.analysis import rows as store_rows
-from workbench.analysis.lens import lens_statistics
+from workbench.analysis.lens import ModelOutput, lens_statistics
 from workbench.analysis.lens_figures import lens_grid
 from workbench.analysis.rows import next_tokens
 from workbench.io.errors import RequestError
@@ -47,7 +47,7 @@ def refusal(call) -> str:
 
 def planted(logits, model_logits, target, top_k=1):
     logs = [torch.tensor(part, dtype=torch.float32).log_softmax(-1) for part in (logits, model_logits)]
-    found = lens_statistics(*logs, torch.tensor(target), top_k)
+    found = lens_statistics(logs[0], ModelOutput.of(logs[1]), torch.tensor(target), top_k)
     return {name: values.tolist() for name, values in found.items()}
 
 

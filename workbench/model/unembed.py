@@ -69,8 +69,23 @@ class Unembed:
 
     @plain_torch()
     def __call__(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
-        logits = self.scale * nn.functional.linear(self.normed(resid), self.weight, self.bias)
+        logits = nn.functional.linear(self.normed(resid), self.weight, self.bias)
+        logits = logits if self.scale == 1 else self.scale * logits
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @plain_torch()
+    def write(self, resid: Float[Tensor, "row d_model"], out: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+        """Writes the logits of rows into `out` and returns it: new memory takes a CPU a third of the product's time.
+
+        Without gradients.
+        """
+        with torch.inference_mode():
+            torch.mm(self.normed(resid), self.weight.t(), out=out)
+            if self.bias is not None:
+                out += self.bias
+            if self.scale != 1:
+                out *= self.scale
+            return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
     @property
     def vocab(self) -> int:
