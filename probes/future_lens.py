@@ -33,12 +33,12 @@ from workbench.probing import (
     FutureMap,
     FutureSplit,
     FutureTask,
+    LayerProbe,
     Model,
     Panel,
     RequestError,
     Result,
     Store,
-    StoreProbe,
     Variable,
     axis_title,
     check_fields,
@@ -59,7 +59,6 @@ from workbench.probing import (
     points_text,
     precision_table,
     progress,
-    recorded_layers,
     require_causal,
     token_grid,
     usable_device,
@@ -113,7 +112,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class FutureLens(StoreProbe):
+class FutureLens(LayerProbe):
     """Predicts the model's output at t+2, t+3, ... from one hidden state."""
 
     name: ClassVar[str] = "future-lens"
@@ -155,6 +154,7 @@ class FutureLens(StoreProbe):
     """Device for fitting and testing: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._split()  # checks the settings that it takes
         check_fields(self, "top_k", at_least=1)
         check_fields(self, "direct_vocab", "epochs", "detail", at_least=0)
@@ -174,7 +174,7 @@ class FutureLens(StoreProbe):
                 `where` selects fewer than three documents, or no document is long enough for the last horizon.
         """
         require_causal(store, self.name)
-        layers, labels = recorded_layers(store, self.site)
+        layers, labels = self.recorded(store, self.site)
         unembed = load_unembed(store.path, usable_device(self.device))
         task = load_future_task(store, self._split(), unembed, self.top_k, probe=self, sites=labels)
         methods = ["linear", "direct"] if unembed.vocab <= self.direct_vocab else ["linear"]

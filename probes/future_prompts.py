@@ -30,6 +30,7 @@ from workbench.probing import (
     Curve,
     FutureSplit,
     FutureTask,
+    LayerProbe,
     Model,
     Panel,
     Prompted,
@@ -37,7 +38,6 @@ from workbench.probing import (
     Result,
     Site,
     Store,
-    StoreProbe,
     Variable,
     axis_title,
     check_fields,
@@ -55,7 +55,6 @@ from workbench.probing import (
     points_text,
     precision_table,
     progress,
-    recorded_layers,
     recorded_model,
     require_causal,
     run_prompted,
@@ -104,7 +103,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class FuturePrompts(StoreProbe):
+class FuturePrompts(LayerProbe):
     """Can the model itself decode its output at t+2, t+3, ... from one hidden state placed in a prompt?"""
 
     name: ClassVar[str] = "future-prompts"
@@ -154,6 +153,7 @@ class FuturePrompts(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._split()  # checks the settings that it takes
         check_fields(self, "prompt_tokens", "learned_for", "epochs", at_least=0)
         check_fields(self, "training_rows", "batch", "top_k", at_least=1)
@@ -185,7 +185,7 @@ class FuturePrompts(StoreProbe):
         """
         require_causal(store, self.name)
         device, unembed = usable_device(self.device), load_unembed(store.path)
-        layers, labels = recorded_layers(store, self.site)
+        layers, labels = self.recorded(store, self.site)
         model = recorded_model(store, model or self.model, device)
         fixed = self._fixed_prompts(model)
         unembed = unembed.to(model.device)

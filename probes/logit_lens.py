@@ -19,10 +19,10 @@ import xarray as xr
 from workbench.probing import (
     LENS_VARIABLES,
     LOST_VARIABLES,
+    LayerProbe,
     Model,
     Result,
     Store,
-    StoreProbe,
     Variable,
     check,
     lens_curves,
@@ -30,7 +30,6 @@ from workbench.probing import (
     lens_grid,
     plain_torch,
     read_lens,
-    recorded_layers,
     require_causal,
     selected_rows,
     with_note,
@@ -38,7 +37,7 @@ from workbench.probing import (
 
 
 @dataclass(frozen=True)
-class LogitLens(StoreProbe):
+class LogitLens(LayerProbe):
     """Reads every layer through the model's unembedding: top tokens, entropy, KL to the model's output, loss."""
 
     name: ClassVar[str] = "logit-lens"
@@ -62,6 +61,7 @@ class LogitLens(StoreProbe):
     """Device of the products with W_U: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("top_k", self.top_k, at_least=1)
         check("detail", self.detail, at_least=0)
 
@@ -77,10 +77,10 @@ class LogitLens(StoreProbe):
                 model is not causal, or the device cannot be used.
         """
         require_causal(store, self.name)
-        _, labels = recorded_layers(store, self.site)
+        _, labels = self.recorded(store, self.site)
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         rows = self.finite_rows(store, [*labels, last], selected_rows(store, self.where))
-        settings = {"top_k": self.top_k, "detail": self.detail, "device": self.device}
+        settings = {"layers": self.layers, "top_k": self.top_k, "detail": self.detail, "device": self.device}
         data, table = read_lens(store, rows.rows, site=self.site, **settings)
         return self.result(store, data, table, rows)
 

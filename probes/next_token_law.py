@@ -27,11 +27,11 @@ from workbench.probing import (
     NEUTRAL,
     TEMPLATE,
     FoldedLeastSquares,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Store,
-    StoreProbe,
     Variable,
     axis_title,
     central,
@@ -44,7 +44,6 @@ from workbench.probing import (
     label,
     normalise,
     plain_torch,
-    recorded_layers,
     require_causal,
     selected_rows,
     tokens_at,
@@ -80,7 +79,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class NextTokenLaw(StoreProbe):
+class NextTokenLaw(LayerProbe):
     """Measures by how much each layer improves a linear prediction of the next token's id, beside shuffled ids."""
 
     name: ClassVar[str] = "next-token-law"
@@ -116,6 +115,7 @@ class NextTokenLaw(StoreProbe):
     """Device of the products: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("norm", self.norm, one_of=("final", "none"))
         check_fields(self, "shuffles", "rows_per_dimension", at_least=1)
         check_fields(self, "folds", at_least=2)
@@ -130,7 +130,7 @@ class NextTokenLaw(StoreProbe):
                 and norm is "final", values are NaN or infinite, or the model is not causal.
         """
         require_causal(store, self.name)
-        layers, labels = recorded_layers(store, self.site)
+        layers, labels = self.recorded(store, self.site)
         kind, eps = final_norm(store.path) if self.norm == "final" else ("none", 0.0)
         ids = tokens_at(store, self.offset)
         chosen = selected_rows(store, self.where)

@@ -26,11 +26,11 @@ from workbench.probing import (
     LOST_VARIABLES,
     NEUTRAL,
     TEMPLATE,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Store,
-    StoreProbe,
     Variable,
     axis_title,
     blocks,
@@ -43,7 +43,6 @@ from workbench.probing import (
     load_unembed,
     next_tokens,
     plain_torch,
-    recorded_layers,
     require_causal,
     selected_rows,
     usable_device,
@@ -78,7 +77,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class ResidualUncertainty(StoreProbe):
+class ResidualUncertainty(LayerProbe):
     """Measures how early the model settles on its prediction, and if that detects errors better than its output."""
 
     name: ClassVar[str] = "residual-uncertainty"
@@ -102,6 +101,7 @@ class ResidualUncertainty(StoreProbe):
     """Device of the products with W_U: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "resamples", at_least=1)
         check_fields(self, "seed", "detail", at_least=0)
 
@@ -114,7 +114,7 @@ class ResidualUncertainty(StoreProbe):
                 infinite, the model is not causal, or the device cannot be used.
         """
         require_causal(store, self.name)
-        layers, labels = recorded_layers(store, "resid_post")
+        layers, labels = self.recorded(store, "resid_post")
         store.require(f"resid_post.{store.manifest.model.n_layers - 1}")
         if len(layers) < 2:
             raise RequestError("a trajectory needs resid_post at two layers or more; record resid_post")

@@ -24,12 +24,12 @@ from torch import Tensor
 from workbench import open_store
 from workbench.probing import (
     LOST_VARIABLES,
+    LayerProbe,
     Model,
     Principal,
     RequestError,
     Result,
     Store,
-    StoreProbe,
     Variable,
     check_fields,
     dataset,
@@ -38,7 +38,6 @@ from workbench.probing import (
     matching_rows,
     plain_torch,
     principal,
-    recorded_layers,
     selected_rows,
     subspace_overlap,
     svcca,
@@ -70,7 +69,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class Similarity(StoreProbe):
+class Similarity(LayerProbe):
     """Compares layers with each other, or with those of another store: unbiased CKA, SVCCA, principal subspaces."""
 
     name: ClassVar[str] = "similarity"
@@ -105,6 +104,7 @@ class Similarity(StoreProbe):
     """Random seed of the drawn tokens and of the shuffled rows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "row_limit", at_least=_LEAST, whole=True)
         check_fields(self, "subspace", at_least=1, whole=True)
         check_fields(self, "variance", above=0, at_most=1)
@@ -122,8 +122,8 @@ class Similarity(StoreProbe):
                 fewer than 20 tokens are selected in both.
         """
         second = store if self.other is None else open_store(self.other)
-        layers, labels = recorded_layers(store, self.site)
-        other_layers, other_labels = recorded_layers(second, self.other_site or self.site)
+        layers, labels = self.recorded(store, self.site)
+        other_layers, other_labels = self.recorded(second, self.other_site or self.site)
         rows, other_rows, notes = self._rows(store, labels, second, other_labels)
         order = np.random.default_rng(self.seed).permutation(len(rows.rows))
         parts = _read(store, labels, rows.rows)

@@ -30,13 +30,13 @@ from workbench.probing import (
     SCORED,
     SIGNED,
     TEMPLATE,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     SoftmaxFit,
     SoftmaxProbes,
     Store,
-    StoreProbe,
     Variable,
     Words,
     axis_title,
@@ -53,7 +53,6 @@ from workbench.probing import (
     plain_torch,
     points_text,
     progress,
-    recorded_layers,
     segment,
     selected_rows,
     split_by_document,
@@ -100,7 +99,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class TokenErasure(StoreProbe):
+class TokenErasure(LayerProbe):
     """Do last tokens of words erase the tokens before them, and which spans of the text behave like words?"""
 
     name: ClassVar[str] = "token-erasure"
@@ -145,6 +144,7 @@ class TokenErasure(StoreProbe):
     """Device for training and testing: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "longest", "epochs", "batch", "resamples", at_least=1)
         check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
         check_fields(self, "held_out", above=0, below=0.6)
@@ -168,7 +168,7 @@ class TokenErasure(StoreProbe):
             RequestError: A site or layer was not recorded, values are NaN or infinite, the model is not causal, or
                 fewer than three documents are selected.
         """
-        layers, labels = recorded_layers(store, self.site)
+        layers, labels = self.recorded(store, self.site)
         early, late = self._layers(store, layers)
         checked = self.finite_rows(store, labels, selected_rows(store, self.where or "NOT is_special"))
         rows = checked.rows

@@ -21,28 +21,31 @@ from torch import Tensor
 from workbench.probing import (
     LENS_VARIABLES,
     LOST_VARIABLES,
+    FiniteRows,
+    LayerProbe,
     Model,
+    RequestError,
     Result,
     Store,
-    StoreProbe,
+    TrainedLens,
     Unembed,
     Variable,
     axis_title,
     check,
     check_fields,
     dataset,
+    kl_slope,
     label,
     layer_curves,
     lens_curves,
     lens_depth,
     lens_grid,
     load_unembed,
-    log_probabilities,
     note_few_rows,
     plain_torch,
     progress,
+    provenance,
     read_lens,
-    recorded_layers,
     require_causal,
     selected_rows,
     split_by_document,
@@ -50,6 +53,7 @@ from workbench.probing import (
     with_note,
 )
 
+_BLOCK = 128  # rows whose logits are in memory
 _PATIENCE = 2  # passes without a better layer
 _ROWS = "mean over the held-out tokens"
 _VARIABLES: tuple[Variable, ...] = (
@@ -72,7 +76,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class TunedLens(StoreProbe):
+class TunedLens(LayerProbe):
     """Reads every layer through a trained affine map and the unembedding, on documents held out from training."""
 
     name: ClassVar[str] = "tuned-lens"
@@ -108,6 +112,7 @@ class TunedLens(StoreProbe):
     """Device of training and reading: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "top_k", "batch", at_least=1)
         check_fields(self, "detail", "epochs", at_least=0)
         check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
@@ -117,45 +122,84 @@ class TunedLens(StoreProbe):
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Trains an affine map for every recorded layer of `site`, then reads the held-out documents through the maps.
 
-        Costs epochs x layers x rows x 3 products with W_U; memory is a batch of logits for one layer, the maps and
+        Costs epochs x layers x rows x 2 products with W_U; memory is some blocks of 128 rows of logits, the maps and
         Adam's moments.
 
         Raises:
             RequestError: A site or the unembedding was not recorded, values are NaN or infinite, the model is not
                 causal, or there are fewer than three documents.
         """
+        lens, checked, tested = self._fit(store)
+        return self._result(lens, store, checked, tested)
+
+    @plain_torch()
+    def fit(self, store: Store) -> TrainedLens:
+        """Returns the trained maps, to be saved and applied to other stores; trains on the documents that `run` does.
+
+        Raises:
+            RequestError: As `run`.
+        """
+        return self._fit(store)[0]
+
+    @plain_torch()
+    def read(self, lens: TrainedLens, store: Store) -> Result:
+        """Returns the readings of all selected tokens of a store through a lens that was trained before.
+
+        Raises:
+            RequestError: The store is of another model than the lens, or as `run`.
+        """
+        require_causal(store, self.name)
+        lens.check_model(store)
+        if self.site != lens.site:
+            raise RequestError(f"site is {self.site!r}, and the lens reads {lens.site}")
+        _, labels = self.recorded(store, self.site)
+        last = f"resid_post.{store.manifest.model.n_layers - 1}"
+        checked = self.finite_rows(store, list(dict.fromkeys([*labels, last])), selected_rows(store, self.where))
+        return self._result(lens, store, checked, checked.rows)
+
+    def _result(self, lens: TrainedLens, store: Store, checked: FiniteRows, rows: Int[np.ndarray, " row"]) -> Result:
+        last = f"resid_post.{store.manifest.model.n_layers - 1}"
+        known = zip(*self.recorded(store, self.site), strict=True)
+        layers = [layer for layer, name in known if name == last or layer in lens.layers or self.layers is not None]
+        read = partial(read_lens, store, rows, site=self.site, device=self.device, layers=layers)
+        data, table = read(top_k=self.top_k, detail=self.detail, translate=lens.translate)
+        plain, _ = read(top_k=1, detail=0)
+        logit = {f"logit_{name}": plain[name].to_numpy() for name in ("mean_kl", "mean_cross_entropy")}
+        counts = {name: lens.made_of.get(name, 0) for name in ("training_rows", "validation_rows")}
+        data = data.assign(dataset(self.variables, {**logit, **_maps(lens, layers), **counts}).variables)
+        note = note_few_rows(counts["training_rows"], lens.bias.shape[1]) if counts["training_rows"] else ""
+        return self.result(store, data, table, checked, [note])
+
+    def _fit(self, store: Store) -> tuple[TrainedLens, FiniteRows, Int[np.ndarray, " test_row"]]:
+        """The lens, the rows that are read, and those of them that are held out."""
         require_causal(store, self.name)
         device = usable_device(self.device)
-        layers, labels = recorded_layers(store, self.site)
+        layers, labels = self.recorded(store, self.site)
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         store.require(last)  # before training
         translated = [(layer, name) for layer, name in zip(layers, labels, strict=True) if name != last]
         unembed = load_unembed(store.path, device)
         checked = self.finite_rows(store, [*labels, last], selected_rows(store, self.where))
-        rows = checked.rows
-        document = store.tokens["document"].to_numpy()[rows]
+        document = store.tokens["document"].to_numpy()[checked.rows]
         parts = split_by_document(document, self.held_out, purpose="a tuned lens", seed=self.seed)
-        training, validation, tested = (rows[part] for part in parts)
-        lens = _Trained(len(translated), unembed.weight.shape[1], device)
-        if self.epochs:
-            self._train(store, [name for _, name in translated], last, unembed, lens, training, validation)
-        place = {layer: index for index, (layer, _) in enumerate(translated)}
-
-        def translate(layer: int, states: Tensor) -> Tensor:
-            return lens.translate(place[layer], states.float())
-
-        read = partial(read_lens, store, tested, site=self.site, device=self.device)
-        data, table = read(top_k=self.top_k, detail=self.detail, translate=translate)
-        plain, _ = read(top_k=1, detail=0)
-        logit = {f"logit_{name}": plain[name].to_numpy() for name in ("mean_kl", "mean_cross_entropy")}
-        more = {
-            **logit,
-            **_maps(lens, layers, place),
-            "training_rows": len(training),
-            "validation_rows": len(validation),
-        }
-        data = data.assign(dataset(self.variables, more).variables)
-        return self.result(store, data, table, checked, [note_few_rows(len(training), unembed.weight.shape[1])])
+        training, validation, tested = (checked.rows[part] for part in parts)
+        maps = _Maps(len(translated), unembed.weight.shape[1], device)
+        if self.epochs and translated:
+            self._train(store, [name for _, name in translated], last, unembed, maps, training, validation)
+        model, made_of = store.manifest.model, provenance(store, self)
+        made_of = {key: made_of[key] for key in ("store_fingerprint", "settings", "workbench")}
+        made_of |= {"method": "tuned lens", "epochs": maps.epochs.tolist()}
+        made_of |= {"training_rows": len(training), "validation_rows": len(validation)}
+        lens = TrainedLens(
+            self.site,
+            tuple(layer for layer, _ in translated),
+            *(part.detach().cpu() for part in maps.parameters()),
+            model.name,
+            model.fingerprint,
+            model.n_layers,
+            made_of,
+        )
+        return lens, checked, tested
 
     def _train(
         self,
@@ -163,7 +207,7 @@ class TunedLens(StoreProbe):
         sites: list[str],
         last: str,
         unembed: Unembed,
-        lens: _Trained,
+        lens: _Maps,
         training: Int[np.ndarray, " training_row"],
         validation: Int[np.ndarray, " validation_row"],
     ) -> None:
@@ -173,19 +217,25 @@ class TunedLens(StoreProbe):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         draw = np.random.default_rng(self.seed)
 
+        memory = [torch.empty(_BLOCK, unembed.vocab, device=unembed.weight.device) for _ in range(2)]
+
         def losses(rows: Int[np.ndarray, " row"]) -> Float[Tensor, " layer"]:
-            with torch.no_grad():
-                model_log = log_probabilities(unembed, store[last][rows])
-            values = []
-            for index, name in enumerate(sites):
-                states = lens.translate(index, store[name][rows].float().to(model_log.device))
-                loss = torch.nn.functional.kl_div(
-                    unembed(states).log_softmax(-1), model_log, reduction="batchmean", log_target=True
-                )
-                if torch.is_grad_enabled():
-                    loss.backward()  # one layer's logits at a time
-                values.append(loss.detach())
-            return torch.stack(values)
+            """Mean KL of each layer; its slope goes through W_U by hand, since a graph would keep all logits."""
+            values = torch.zeros(len(sites), device=unembed.weight.device)
+            for part in np.split(rows, range(_BLOCK, len(rows), _BLOCK)):
+                model, logits = (one[: len(part)] for one in memory)
+                log = unembed.write(store[last][part].to(logits.device), model).log_softmax(1)
+                entropy = -log.mul_(torch.exp(log, out=model)).sum(1)
+                for index, name in enumerate(sites):
+                    states = lens.translate(index, store[name][part].float().to(logits.device))
+                    normed = unembed.normed(states)
+                    unembed.write_normed(normed.detach(), logits)
+                    bend = None if unembed.softcap is None else 1 - (logits / unembed.softcap).square()
+                    values[index] += kl_slope(logits, model, entropy).sum() / len(rows)
+                    if torch.is_grad_enabled():
+                        slope = logits if bend is None else logits.mul_(bend)
+                        normed.backward(slope @ unembed.weight * (unembed.scale / len(rows)))
+            return values
 
         def validated() -> Float[Tensor, " layer"]:
             parts = np.split(validation, range(self.batch, len(validation), self.batch))
@@ -231,7 +281,7 @@ class TunedLens(StoreProbe):
         return {**figures, "grid": lens_grid(result), "depth": lens_depth(result)}
 
 
-class _Trained:
+class _Maps:
     """The maps: A `[layer, d_model, d_model]` and b `[layer, d_model]`, and the best of each layer so far."""
 
     def __init__(self, layers: int, d_model: int, device: torch.device) -> None:
@@ -262,15 +312,14 @@ class _Trained:
                 part.requires_grad_(False)
 
 
-def _maps(lens: _Trained, layers: list[int], place: dict[int, int]) -> dict[str, np.ndarray]:
+def _maps(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarray]:
     d_model = lens.bias.shape[1]
     weight, bias = np.zeros((len(layers), d_model, d_model), np.float32), np.zeros((len(layers), d_model), np.float32)
-    epochs = np.zeros(len(layers), np.int32)
+    epochs, known = np.zeros(len(layers), np.int32), lens.made_of.get("epochs", [0] * len(lens.layers))
     for row, layer in enumerate(layers):
-        if layer in place:
-            weight[row] = lens.weight[place[layer]].detach().cpu().numpy()
-            bias[row] = lens.bias[place[layer]].detach().cpu().numpy()
-            epochs[row] = lens.epochs[place[layer]]
+        if layer in lens.layers:
+            place = lens.layers.index(layer)
+            weight[row], bias[row], epochs[row] = lens.weight[place], lens.bias[place], known[place]
     return {"weight": weight, "bias": bias, "epochs": epochs}
 
 

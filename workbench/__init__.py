@@ -78,6 +78,8 @@ _PUBLIC = {
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
     "compare": "workbench.analysis.comparison",
+    "TrainedLens": "workbench.analysis.trained_lens",
+    "load_lens": "workbench.analysis.trained_lens",
     "TokenView": "workbench.pages.token_view",
     "Result": "workbench.results.result",
     "load_result": "workbench.results.result",
@@ -114,6 +116,7 @@ if TYPE_CHECKING:
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
     from workbench.analysis.sparse_probe import sparse_probe
+    from workbench.analysis.trained_lens import TrainedLens, load_lens
     from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
     from workbench.corpus.repeats import random_repeats
     from workbench.corpus.task_suites import prompt_pairs

@@ -137,6 +137,8 @@ _PUBLIC = {
     "FutureSplit": "workbench.analysis.future_task",
     "FutureTask": "workbench.analysis.future_task",
     "LENS_VARIABLES": "workbench.analysis.lens",
+    "TrainedLens": "workbench.analysis.trained_lens",
+    "kl_slope": "workbench.analysis.lens",
     "Unembed": "workbench.model.unembed",
     "fit_direct": "workbench.analysis.future_maps",
     "fit_linear": "workbench.analysis.future_maps",
@@ -252,7 +254,7 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
-    from workbench.analysis.lens import LENS_VARIABLES, log_probabilities, read_lens
+    from workbench.analysis.lens import LENS_VARIABLES, kl_slope, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
     from workbench.analysis.linear_probe import (
         ProbeFit,
@@ -324,6 +326,7 @@ if TYPE_CHECKING:
         token_keys,
         whole_sequences,
     )
+    from workbench.analysis.trained_lens import TrainedLens
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.figures.attention_map import head_attention

@@ -293,6 +293,29 @@ def _statistics(
     }
 
 
+def kl_slope(
+    logits: Float[Tensor, "row vocab"], model: Float[Tensor, "row vocab"], entropy: Float[Tensor, " row"]
+) -> Float[Tensor, " row"]:
+    """Returns KL(model || lens) of each row, and puts its slope, p - p_model, in the place of the lens's logits.
+
+    Args:
+        logits: Logits of the lens, which are overwritten.
+        model: Probabilities of the model.
+        entropy: Entropy of the model.
+    """
+    step = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    parts, scratch = [], logits.new_empty(min(step, len(logits)), logits.shape[1])
+    for first in range(0, len(logits), step):
+        x, q = logits[first : first + step], model[first : first + step]
+        product = scratch[: len(x)]
+        x -= x.amax(1, keepdim=True)
+        cross = torch.mul(q, x, out=product).sum(1)
+        total = x.exp_().sum(1)
+        parts.append(total.log() - cross - entropy[first : first + step])
+        x.mul_(total.reciprocal()[:, None]).sub_(q)
+    return torch.cat(parts)
+
+
 def _largest(
     x: Float[Tensor, "row column"], k: int
 ) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"], Int[Tensor, " row"]]:

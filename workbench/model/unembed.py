@@ -75,12 +75,17 @@ class Unembed:
 
     @plain_torch()
     def write(self, resid: Float[Tensor, "row d_model"], out: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-        """Writes the logits of rows into `out` and returns it: new memory takes a CPU a third of the product's time.
-
-        Without gradients.
-        """
+        """Writes the logits of rows into `out` and returns it, without gradients: new memory takes a CPU as long as a
+        third of the product."""
         with torch.inference_mode():
-            torch.mm(self.normed(resid), self.weight.t(), out=out)
+            return self.write_normed(self.normed(resid), out)
+
+    def write_normed(
+        self, normed: Float[Tensor, "row d_model"], out: Float[Tensor, "row vocab"]
+    ) -> Float[Tensor, "row vocab"]:
+        """Writes the logits of rows that are normed already into `out` and returns it, without gradients."""
+        with torch.no_grad():
+            torch.mm(normed, self.weight.t(), out=out)
             if self.bias is not None:
                 out += self.bias
             if self.scale != 1:

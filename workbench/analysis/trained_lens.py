@@ -1,0 +1,220 @@
+"""Trained lenses as objects: an affine map for each layer, saved in a folder, applied to any store of one model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.io.errors import DataError, RequestError
+from workbench.io.files import explain_full_disk, refuse_full, replace_folder, sha256_file, write_file
+from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
+from workbench.io.tensors import new_arrays, open_safetensors
+from workbench.results.registry import find_probe
+from workbench.results.result import Result
+from workbench.store.reader import Store
+
+_RECORD, _MAPS = "lens.json", "maps.safetensors"
+_FORMAT, _VERSION = "workbench.lens", 1
+_CONFIG, _PICKLE = "config.json", "params.pt"  # of the package tuned-lens
+_ADVICE = "save the lens again"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """`lens.json`."""
+
+    format: str
+    version: int
+    site: str
+    layers: tuple[int, ...]
+    model: str
+    model_fingerprint: str | None
+    n_layers: int
+    d_model: int
+    made_of: dict[str, Any]
+    sha256: str
+    """Of the maps' file."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLens:
+    """Maps h -> h + A h + b before the final norm, one for each layer, of one model."""
+
+    site: str
+    """Kind of site that the maps read: resid_post."""
+    layers: tuple[int, ...]
+    """Layers with a map, ascending."""
+    weight: Float[Tensor, "layer d_model d_model"]
+    """A of each layer."""
+    bias: Float[Tensor, "layer d_model"]
+    """b of each layer."""
+    model: str
+    """Name of the model."""
+    model_fingerprint: str | None
+    """Fingerprint of its weights; None: the file does not say."""
+    n_layers: int
+    """Number of the model's blocks."""
+    made_of: Mapping[str, Any]
+    """How it was trained, as JSON holds it."""
+
+    def __repr__(self) -> str:
+        return f"TrainedLens of {self.model}: {len(self.layers)} layers of {self.site}, d_model {self.bias.shape[1]}"
+
+    def translate(self, layer: int, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """Returns h + A h + b, the input of the final norm, in float32; RequestError for a layer without a map."""
+        if layer not in self.layers:
+            raise RequestError(f"layer {layer} has no map; the lens has layers {', '.join(map(str, self.layers))}")
+        place, states = self.layers.index(layer), states.float()
+        weight, bias = (part[place].to(states.device) for part in (self.weight, self.bias))
+        return states + states @ weight.T + bias
+
+    def read(self, store: Store, **settings: Any) -> Result:
+        """Returns the readings of all selected tokens of a store, as the result of the probe `tuned-lens`.
+
+        Args:
+            store: A store of the model that the lens was trained on.
+            **settings: Settings of `TunedLens`: where, layers, top_k, detail, device.
+
+        Raises:
+            RequestError: A store of another model, or what `TunedLens` refuses.
+        """
+        probe: Any = find_probe("tuned-lens")(**{"site": self.site, **settings})
+        return probe.read(self, store)
+
+    def check_model(self, store: Store) -> None:
+        """Raises RequestError for a store of another model; warns where only the shape can be compared."""
+        model = store.manifest.model
+        shape, other = (self.n_layers, self.bias.shape[1]), (model.n_layers, model.d_model)
+        if shape != other:
+            raise RequestError(
+                f"the lens is of {self.model} ({shape[0]} layers, d_model {shape[1]}), and {store.path.name} of "
+                f"{model.name} ({other[0]} layers, d_model {other[1]}); read a store of the lens's model"
+            )
+        if self.model_fingerprint is None:
+            logging.getLogger(__name__).warning(
+                "the lens names no weights (it is of %s): only its layers and dimensions were compared with %s",
+                self.model,
+                model.name,
+            )
+        elif self.model_fingerprint != model.fingerprint:
+            raise RequestError(
+                f"the lens is of {self.model} with the weights {self.model_fingerprint[:12]}, and {store.path.name} of "
+                f"{model.name} with {model.fingerprint[:12]}; read a store of the lens's model, or train one for this"
+            )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes maps.safetensors and lens.json into a new or empty folder, and returns it.
+
+        Raises:
+            RequestError: The folder is not empty.
+            DataError: The disk is full or read-only.
+        """
+        folder = Path(folder)
+        refuse_full(folder)
+        with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
+            arrays = {"weight": self.weight.numpy(), "bias": self.bias.numpy()}
+            layout = {name: ("float32", array.shape) for name, array in arrays.items()}
+            with new_arrays(new / _MAPS, layout) as file:
+                for name, array in arrays.items():
+                    file.append(name, array)
+            record = _Record(
+                _FORMAT,
+                _VERSION,
+                self.site,
+                self.layers,
+                self.model,
+                self.model_fingerprint,
+                self.n_layers,
+                self.bias.shape[1],
+                dict(self.made_of),
+                sha256_file(new / _MAPS),
+            )
+            write_file(new / _RECORD, to_checked_json(record).encode())
+        return folder
+
+
+def load_lens(folder: str | os.PathLike[str]) -> TrainedLens:
+    """Reads the folder that `TrainedLens.save` wrote, or a released one of the package tuned-lens.
+
+    A released folder has config.json and the tensors `0.weight`, `0.bias`, ... in a safetensors file. Its map i reads
+    the stream before block i, which is `resid_post` of layer i - 1; that of the embedding is left out. It does not name
+    the weights that it was trained on.
+
+    Raises:
+        RequestError: No lens there, one of a later format, or maps in a pickle alone.
+        DataError: The files are damaged.
+    """
+    folder = Path(folder)
+    if (folder / _RECORD).is_file():
+        return _load(folder)
+    if (folder / _CONFIG).is_file():
+        return _load_released(folder)
+    raise RequestError(f"no lens at {folder}: it has neither {_RECORD} nor {_CONFIG}; give a folder of a saved lens")
+
+
+def _load(folder: Path) -> TrainedLens:
+    source = folder / _RECORD
+    value = read_json(source, _ADVICE)
+    if value.get("format") != _FORMAT:
+        raise DataError(f"{source}: format is {value.get('format')!r}, expected {_FORMAT!r}; {_ADVICE}")
+    if isinstance(version := value.get("version"), int) and version > _VERSION:
+        raise RequestError(f"{source} has format version {version}; upgrade the workbench")
+    check_checksum(value, source, _ADVICE)
+    record: _Record = parse(_Record, value, str(source))
+    with open_safetensors(folder / _MAPS, _ADVICE) as file:
+        weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+    shape = (len(record.layers), record.d_model)
+    if sha256_file(folder / _MAPS) != record.sha256 or (tuple(weight.shape), tuple(bias.shape)) != (
+        (*shape, record.d_model),
+        shape,
+    ):
+        raise DataError(f"{folder / _MAPS} is damaged: it does not hold what {_RECORD} says; {_ADVICE}")
+    model = (record.model, record.model_fingerprint, record.n_layers)
+    return TrainedLens(record.site, record.layers, weight, bias, *model, record.made_of)
+
+
+def _load_released(folder: Path) -> TrainedLens:
+    """A lens in the layout of the package tuned-lens."""
+    config = read_json(folder / _CONFIG, "fetch the lens again")
+    size, count = config.get("d_model"), config.get("num_hidden_layers")
+    if not isinstance(size, int) or not isinstance(count, int) or count < 2:
+        raise RequestError(f"{folder / _CONFIG} is no tuned lens: d_model and num_hidden_layers are needed")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickle = folder / _PICKLE
+        if not pickle.exists():
+            raise RequestError(f"{folder} has no safetensors file with the maps of a tuned lens")
+        code = (
+            "import torch, safetensors.torch as s; "
+            f"t = torch.load('{pickle}', weights_only=True, map_location='cpu'); "
+            f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{folder / 'params.safetensors'}')"
+        )
+        raise RequestError(
+            f"{pickle} is a pickle, which can run code and is not opened; where you trust it, convert it: "
+            f'python -c "{code}"'
+        )
+    weights, biases = [], []
+    with open_safetensors(files[0], "fetch the lens again") as file:
+        known = set(file.keys())
+        for layer in range(1, count):
+            name = next((one for one in (f"{layer}", f"layer_translators.{layer}") if f"{one}.weight" in known), None)
+            if name is None:
+                holds = ", ".join(sorted(known))[:120]
+                raise RequestError(f"{files[0]} has no tensor {layer}.weight; it holds {holds}")
+            weights.append(file.get_tensor(f"{name}.weight").float())
+            zero = torch.zeros(size)
+            biases.append(file.get_tensor(f"{name}.bias").float() if f"{name}.bias" in known else zero)
+    if {tuple(one.shape) for one in weights} != {(size, size)} or {tuple(one.shape) for one in biases} != {(size,)}:
+        raise DataError(f"{files[0]}: its maps are not {size} x {size} with a bias of {size}, as {_CONFIG} says")
+    name = str(config.get("base_model_name_or_path", "an unnamed model"))
+    made_of = {"method": "tuned-lens package", "config": {key: str(value) for key, value in config.items()}}
+    layers = tuple(range(count - 1))
+    return TrainedLens("resid_post", layers, torch.stack(weights), torch.stack(biases), name, None, count, made_of)
