@@ -20,6 +20,7 @@ _PUBLIC = {
     "PathPatching": "workbench.probes.path_patching",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
     "Similarity": "workbench.probes.similarity",
+    "Steering": "workbench.probes.steering",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
     "TunedLens": "workbench.probes.tuned_lens",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from workbench.probes.path_patching import PathPatching
     from workbench.probes.residual_uncertainty import ResidualUncertainty
     from workbench.probes.similarity import Similarity
+    from workbench.probes.steering import Steering
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure
     from workbench.probes.tuned_lens import TunedLens

@@ -170,7 +170,12 @@ _PUBLIC = {
     "read_directions": "workbench.analysis.frozen_norm",
     "token_id": "workbench.analysis.frozen_norm",
     # the recorded model: weights, attention, interventions
+    "Add": "workbench.model.row_records",
     "Columns": "workbench.model.attention",
+    "continue_steered": "workbench.analysis.steering",
+    "load_direction": "workbench.model.direction",
+    "random_direction": "workbench.analysis.steering",
+    "token_texts": "workbench.corpus.tokenizer",
     "FirstMlp": "workbench.model.circuits",
     "FrozenOutput": "workbench.model.frozen_output",
     "HeadOutput": "workbench.model.circuits",
@@ -315,6 +320,7 @@ if TYPE_CHECKING:
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
+    from workbench.analysis.steering import continue_steered, random_direction
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
@@ -329,6 +335,7 @@ if TYPE_CHECKING:
     from workbench.analysis.trained_lens import TrainedLens
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
+    from workbench.corpus.tokenizer import token_texts
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel
@@ -357,12 +364,13 @@ if TYPE_CHECKING:
         ov_logits,
         writes_of,
     )
-    from workbench.model.direction import Direction
+    from workbench.model.direction import Direction, load_direction
     from workbench.model.embedding_records import token_embeddings
     from workbench.model.frozen_output import FrozenOutput
     from workbench.model.load import Model
     from workbench.model.prompted_run import run_prompted
     from workbench.model.reload import recorded_model
+    from workbench.model.row_records import Add
     from workbench.model.unembed import Unembed, final_norm, load_unembed, normalise
     from workbench.results.bootstrap import (
         GroupMeans,

@@ -129,6 +129,7 @@ def test_probes():
         "path-patching",
         "residual-uncertainty",
         "similarity",
+        "steering",
         "successor-heads",
         "token-erasure",
         "tuned-lens",

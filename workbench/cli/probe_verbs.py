@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from workbench.cli.arguments import Command, docstring, parse
 from workbench.cli.options import Meaning, Positional
@@ -12,6 +12,12 @@ from workbench.cli.terminal import print_items, print_plain
 from workbench.io.files import check_writable
 from workbench.results.probe import Probe
 
+if TYPE_CHECKING:
+    from workbench.results.result import Result
+
+HELP_ATTRIBUTE = "Decompose logits of a store into parts of the model: workbench attribute STORE --out DIR"
+HELP_STEER = "Steer continuations of a store's texts by a direction: workbench steer STORE --direction FILE --out DIR"
+HELP_PATCH = "Patch activations between prompts of a task: workbench patch MODEL TASK --out DIR"
 HELP = "Run a probe on a store and save the result with its figures: workbench probe NAME STORE --out DIR"
 
 
@@ -45,6 +51,54 @@ def probe_command(arguments: list[str]) -> Command:
     return parse(probe_options(name, probe), f"workbench probe {name}", rest, docstring(probe))
 
 
+NAMED_AFTER_VERBS = {"attribute": "direct-logit-attribution", "steer": "steering"}
+"""Verbs that run one probe each."""
+
+
+def attribute_command(arguments: list[str]) -> Command:
+    """Returns the command of `workbench attribute ARGUMENTS`: the probe direct-logit-attribution."""
+    return _of_probe("attribute", arguments)
+
+
+def steer_command(arguments: list[str]) -> Command:
+    """Returns the command of `workbench steer ARGUMENTS`: the probe steering."""
+    return _of_probe("steer", arguments)
+
+
+def _of_probe(verb: str, arguments: list[str]) -> Command:
+    from workbench.results.registry import find_probe
+    from workbench.store.manifest import read_manifest
+
+    if arguments and not arguments[0].startswith("-"):
+        read_manifest(arguments[0])
+    probe = find_probe(NAMED_AFTER_VERBS[verb])
+    return parse(probe_options(probe.name, probe), f"workbench {verb}", arguments, docstring(probe))
+
+
+def patch_command(arguments: list[str]) -> Command:
+    """Returns the command of `workbench patch ARGUMENTS`."""
+    return parse(patch_options(), "workbench patch", arguments, HELP_PATCH)
+
+
+def patch_options() -> type[Command]:
+    """Returns the class that the arguments of `workbench patch` are parsed into."""
+    from workbench.results.registry import find_probe
+
+    probe = find_probe("activation-patching")
+    return make_dataclass(
+        "patch",
+        [
+            ("source", Annotated[Positional[str], Meaning("Model: a directory, a hub id, or demo.")]),
+            ("task", Annotated[Positional[str], Meaning("Task of the prompts, such as ioi or facts.")]),
+            ("out", Annotated[Path, Meaning("Folder for data, table and figures.")]),
+            ("pairs", Annotated[int, Meaning("Number of pairs of prompts.")], field(default=32)),
+            ("settings", probe, field(default_factory=probe)),
+        ],
+        bases=(_RunPatch,),
+        frozen=True,
+    )
+
+
 def probe_options(name: str, probe: type) -> type[Command]:
     """Returns the class that the arguments of one probe are parsed into."""
     return make_dataclass(
@@ -59,6 +113,27 @@ def probe_options(name: str, probe: type) -> type[Command]:
     )
 
 
+class _RunPatch:
+    source: str
+    task: str
+    out: Path
+    pairs: int
+    settings: Any
+
+    def run(self) -> int:
+        from workbench.corpus.task_suites import TASKS, prompt_pairs
+        from workbench.io.checks import check
+
+        check("task", self.task, one_of=tuple(TASKS))
+        check_writable(self.out)
+        from workbench.model.load import load_model  # seconds: torch
+
+        model = load_model(self.source, device=self.settings.device)
+        pairs = prompt_pairs(self.task, model, self.pairs, seed=self.settings.seed)
+        print_plain(repr(pairs))
+        return _save(self.settings.run_pairs(model, pairs), self.out)
+
+
 class _RunProbe:
     store: Path
     out: Path
@@ -71,12 +146,16 @@ class _RunProbe:
         store = open_store(self.store)
         refuse_other(self.out, self.settings.name, provenance(store, self.settings))
         check_writable(self.out)
-        result = self.settings.run(store)
-        path = result.save(self.out)
-        print_plain(result.headline())
-        note = result.data.attrs.get("note", "")
-        if note and note not in result.headline():
-            print_plain(f"Note: {note}")
-        for figure in sorted((path / "figures").glob("*.html")):
-            print_plain(f"figure  {figure}")
-        return 0
+        return _save(self.settings.run(store), self.out)
+
+
+def _save(result: Result, out: Path) -> int:
+    """Saves a result, and prints its headline, its note and its figures."""
+    path = result.save(out)
+    print_plain(result.headline())
+    note = result.data.attrs.get("note", "")
+    if note and note not in result.headline():
+        print_plain(f"Note: {note}")
+    for figure in sorted((path / "figures").glob("*.html")):
+        print_plain(f"figure  {figure}")
+    return 0

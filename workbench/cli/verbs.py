@@ -59,6 +59,9 @@ VERBS: dict[str, type[Command]] = {
 }
 NAMED_VERBS: dict[str, tuple[str, Callable[[list[str]], Command]]] = {
     "probe": (probe_verbs.HELP, probe_command),
+    "attribute": (probe_verbs.HELP_ATTRIBUTE, probe_verbs.attribute_command),
+    "patch": (probe_verbs.HELP_PATCH, probe_verbs.patch_command),
+    "steer": (probe_verbs.HELP_STEER, probe_verbs.steer_command),
     "sweep": (experiment_verbs.HELP, sweep_command),
 }
 """Verbs that are followed by the name of a probe or an experiment: help and parser."""
@@ -112,6 +115,9 @@ def completed_commands() -> dict[str, Options]:
     commands: dict[str, Options] = {name: completed_options(kind) for name, kind in VERBS.items()}
     for name in installed_probes():
         commands[f"probe {name}"] = completed_options(probe_options(name, find_probe(name)))
+    for verb, name in probe_verbs.NAMED_AFTER_VERBS.items():
+        commands[verb] = completed_options(probe_options(name, find_probe(name)))
+    commands["patch"] = completed_options(probe_verbs.patch_options())
     for name in installed_experiments():
         commands[f"sweep {name}"] = completed_options(sweep_options(name, find_experiment(name)))
     return commands
