@@ -19,7 +19,7 @@ from workbench.results.registry import installed_experiments, installed_probes
 VERBS = [
     *("demo", "record", "plan", "info", "verify", "query"),
     *("features", "metrics", "labels", "top", "coactive", "contributions", "effect", "match", "sparse-probe"),
-    *("probes", "report", "export", "compare", "completion", "probe", "attribute", "patch", "steer", "sweep"),
+    *("probes", "report", "export", "compare", "completion", "probe", "attribute", "steer", "patch", "sweep"),
 ]
 COMMANDS = [verb for verb in VERBS if verb not in ("probe", "sweep")]
 COMMANDS += [f"probe {name}" for name in installed_probes()] + [f"sweep {name}" for name in installed_experiments()]

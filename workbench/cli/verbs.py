@@ -60,8 +60,8 @@ VERBS: dict[str, type[Command]] = {
 NAMED_VERBS: dict[str, tuple[str, Callable[[list[str]], Command]]] = {
     "probe": (probe_verbs.HELP, probe_command),
     "attribute": (probe_verbs.HELP_ATTRIBUTE, probe_verbs.attribute_command),
-    "patch": (probe_verbs.HELP_PATCH, probe_verbs.patch_command),
     "steer": (probe_verbs.HELP_STEER, probe_verbs.steer_command),
+    "patch": (probe_verbs.HELP_PATCH, probe_verbs.patch_command),
     "sweep": (experiment_verbs.HELP, sweep_command),
 }
 """Verbs that are followed by the name of a probe or an experiment: help and parser."""
