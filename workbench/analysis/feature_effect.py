@@ -37,7 +37,7 @@ from workbench.sae.feature_record import Feature
 from workbench.sae.reconstruction import Documents
 from workbench.sae.site import block_rows
 from workbench.sae.spliced_loss import Batch, batch_limit, loss_and_divergence, sequence_batches
-from workbench.store.reader import Rows
+from workbench.store.reader import Rows, Store
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -145,21 +145,16 @@ def feature_effect(
     site = features.record.site  # by force: it was chosen when the features were extracted
     work = _Work(sae, model, [Feature(sae, one, op, value, site, force=True) for one in chosen])
     documents, replaced = _rows(features, rows)
-    sums = _Sums(len(chosen), documents, model.vocab)
-    with progress("effect", len(documents.ids), "rows", show=show_progress) as advance:
-        for batch in sequence_batches(features.store, documents, batch_limit(model), replaced):
-            work.measure(batch, sums)
-            advance(int((batch.document >= 0).sum()))
+    sums = work.measure_all(features.store, documents, replaced, show_progress)
     density = counts / max(1, int(text_rows(features.store).sum()))
-    effects, changed = sums.table(chosen, resamples, seed), sums.changed(chosen, density)
     return FeatureEffect(
         int(feature),
         tuple(chosen[1:]),
         str(work.records[0]),
         len(documents.ids),
         documents.count,
-        with_names(effects, features.labels),
-        with_names(changed, features.labels),
+        with_names(sums.table(chosen, resamples, seed), features.labels),
+        with_names(sums.changed(chosen, density), features.labels),
         sums.tokens(model),
     )
 
@@ -221,6 +216,17 @@ class _Work:
         self.sae, self.model, self.records = sae, model, records
         self.where = changeable_place(model, records[0].place)
         self.changes = [record.change(model, self.where) for record in records]  # checked once for all batches
+
+    def measure_all(
+        self, store: Store, documents: Documents, replaced: Bool[np.ndarray, " row"], show_progress: bool
+    ) -> _Sums:
+        """Sums of the effects of every change over all sequences with chosen rows."""
+        sums = _Sums(len(self.records), documents, self.model.vocab)
+        with progress("effect", len(documents.ids), "rows", show=show_progress) as advance:
+            for batch in sequence_batches(store, documents, batch_limit(self.model), replaced):
+                self.measure(batch, sums)
+                advance(int((batch.document >= 0).sum()))
+        return sums
 
     def measure(self, batch: Batch, sums: _Sums) -> None:
         """Adds the effect of every change on a batch."""

@@ -120,9 +120,7 @@ def sparse_probe(
                     lines.append(_line(name, values[value], size, real, *scores))
                 advance(1)
     if not lines:
-        raise RequestError(
-            f"labels: no value has {least} tokens, and some in both training and test documents; lower least"
-        )
+        raise RequestError(f"labels: no value has {least} tokens, and some in training and test documents; lower least")
     table = with_names(pd.DataFrame(lines), features.labels, "features", "features_description")
     return SparseProbes(table, split.documents, shuffled, left_out)
 

@@ -97,23 +97,23 @@ def extract_features(
             `force`; a name that other features have; a sparsity rule for an SAE without pre-activations.
         DataError: Activations that are not finite, or a full disk.
     """
-    check("dtype", dtype, one_of=DTYPES)
     array = matching_site(store, sae, site, force=force)
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
-    _check_choices(sae, sparsity, name, out)
+    _check_choices(sae, dtype, sparsity, name, out)
     with ThreadPoolExecutor(1) as pool:  # the fingerprint takes as long as the preparation of the encoder
         requested = pool.submit(_request, encoding, dtype)
         encoding.check()
         _check_rows(encoding)
         request = requested.result()
-    target = target_path(store.path, array.site, request.sae.name, name) if out is None else Path(out).absolute()
+    target = Path(out).absolute() if out is not None else target_path(store.path, array.site, request.sae.name, name)
     return make_features(encoding, target, request, workers)
 
 
 def _check_choices(
-    sae: Sae, sparsity: SparsityRule | None, name: str | None, out: str | os.PathLike[str] | None
+    sae: Sae, dtype: str, sparsity: SparsityRule | None, name: str | None, out: str | os.PathLike[str] | None
 ) -> None:
-    """Refuses two rules of sparsity, and two places."""
+    """Refuses a wrong type, two rules of sparsity, and two places."""
+    check("dtype", dtype, one_of=DTYPES)
     if sparsity is not None and isinstance(sae, RuledSae):
         raise RequestError(f"sparsity: SAE {sae.name!r} has a rule; leave sparsity out, or give the SAE alone")
     if out is not None and name is not None:

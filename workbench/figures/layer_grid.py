@@ -45,12 +45,12 @@ def layer_grid(
             colorbar=colour_bar(unit),
         )
     )
-    step = 1 + max(len(layers), len(other_layers)) // 16
     figure.update_layout(
         template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         width=max(640, 260 + 16 * len(other_layers)),
         height=max(480, 240 + 16 * len(layers)),
     )
-    figure.update_xaxes(title=names[1], type="category", dtick=step, showgrid=False)
-    return figure.update_yaxes(title=names[0], type="category", dtick=step, showgrid=False)
+    steps = [1 + len(numbers) // 16 for numbers in (layers, other_layers)]
+    figure.update_xaxes(title=names[1], type="category", dtick=steps[1], showgrid=False)
+    return figure.update_yaxes(title=names[0], type="category", dtick=steps[0], showgrid=False)
