@@ -23,6 +23,7 @@ _PUBLIC = {
     "Steering": "workbench.probes.steering",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
+    "TokenGeometry": "workbench.probes.token_geometry",
     "TunedLens": "workbench.probes.tuned_lens",
 }
 
@@ -46,4 +47,5 @@ if TYPE_CHECKING:
     from workbench.probes.steering import Steering
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure
+    from workbench.probes.token_geometry import TokenGeometry
     from workbench.probes.tuned_lens import TunedLens

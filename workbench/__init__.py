@@ -68,6 +68,7 @@ _PUBLIC = {
     "PromptPair": "workbench.corpus.prompt_pairs",
     "PromptPairs": "workbench.corpus.prompt_pairs",
     "random_repeats": "workbench.corpus.repeats",
+    "shuffled_blocks": "workbench.corpus.repeats",
     "record": "workbench.recording.record",
     "RayWorkers": "workbench.parallel.ray",
     "Share": "workbench.parallel.share",
@@ -118,7 +119,7 @@ if TYPE_CHECKING:
     from workbench.analysis.sparse_probe import sparse_probe
     from workbench.analysis.trained_lens import TrainedLens, load_lens
     from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
-    from workbench.corpus.repeats import random_repeats
+    from workbench.corpus.repeats import random_repeats, shuffled_blocks
     from workbench.corpus.task_suites import prompt_pairs
     from workbench.embedded import demo_corpus
     from workbench.features.extract import extract_features

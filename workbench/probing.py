@@ -47,6 +47,13 @@ _PUBLIC = {
     # rows of a store
     "compare_domains": "workbench.analysis.domains",
     "Sequences": "workbench.analysis.sequences",
+    "distinct": "workbench.analysis.point_clouds",
+    "gaussian_like": "workbench.analysis.point_clouds",
+    "gride": "workbench.analysis.point_clouds",
+    "mean_cosine": "workbench.analysis.point_clouds",
+    "nearest_neighbours": "workbench.analysis.point_clouds",
+    "neighbourhood_overlap": "workbench.analysis.point_clouds",
+    "two_nn_first_fifth": "workbench.analysis.point_clouds",
     "FoldedLeastSquares": "workbench.analysis.least_squares",
     "document_folds": "workbench.analysis.least_squares",
     "final_norm": "workbench.model.unembed",
@@ -288,6 +295,15 @@ if TYPE_CHECKING:
     from workbench.analysis.patching import METRIC_UNITS, METRICS, Runs, other_pair, shuffled_positions
     from workbench.analysis.patching_figures import patching_lines, patching_map, patching_spread
     from workbench.analysis.path_runs import PathRuns
+    from workbench.analysis.point_clouds import (
+        distinct,
+        gaussian_like,
+        gride,
+        mean_cosine,
+        nearest_neighbours,
+        neighbourhood_overlap,
+        two_nn_first_fifth,
+    )
     from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import (
         attention_sites,

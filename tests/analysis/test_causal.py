@@ -21,6 +21,7 @@ from workbench.probes import (
     PathPatching,
     ResidualUncertainty,
     SuccessorHeads,
+    TokenGeometry,
     TunedLens,
 )
 from workbench.store.manifest import read_manifest
@@ -44,7 +45,7 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
 
 CAUSAL = (
     *(ActivationPatching, AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, InductionHeads, LogitLens),
-    *(NextTokenLaw, PathPatching, ResidualUncertainty, SuccessorHeads, TunedLens),
+    *(NextTokenLaw, PathPatching, ResidualUncertainty, SuccessorHeads, TokenGeometry, TunedLens),
 )
 
 

@@ -132,6 +132,7 @@ def test_probes():
         "steering",
         "successor-heads",
         "token-erasure",
+        "token-geometry",
         "tuned-lens",
     ]
     assert [line.split()[0] for line in lines] == names

@@ -1,4 +1,4 @@
-"""Sequences of random tokens that repeat, for tests of induction that do not depend on the text."""
+"""Sequences of tokens made as controls: random tokens that repeat, and texts whose blocks are shuffled."""
 
 from __future__ import annotations
 
@@ -64,6 +64,22 @@ def random_repeats(
         chosen = draw.choice(ids, before + length, replace=False).tolist()
         result.append([*(first if bos else ()), *chosen[:before], *chosen[before:] * copies])
     return result
+
+
+def shuffled_blocks(ids: Sequence[int], shuffle: int, seed: int = 0) -> list[int]:
+    """Returns the tokens in 4^shuffle blocks of equal length in a random order; 0 leaves them as they are.
+
+    A control for what depends on the order of tokens (arXiv 2501.10573): 1,024 tokens are fully shuffled at 5.
+
+    Raises:
+        RequestError: The number of tokens is not divisible by 4^shuffle.
+    """
+    check("shuffle", shuffle, at_least=0)
+    blocks = 4**shuffle
+    if len(ids) % blocks:
+        raise RequestError(f"{len(ids)} tokens cannot be cut into {blocks} equal blocks; cut the text or shuffle less")
+    order = np.random.default_rng(seed).permutation(blocks)
+    return np.asarray(ids, dtype=np.int64).reshape(blocks, -1)[order].ravel().tolist()
 
 
 def _drawn_from(tokens: PreTrainedTokenizerBase | Sequence[int]) -> tuple[np.ndarray, list[int]]:

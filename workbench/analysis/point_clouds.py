@@ -1,0 +1,95 @@
+"""Geometry of a cloud of points: nearest neighbours, intrinsic dimension, overlap of neighbourhoods, mean cosine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import brentq
+from torch import Tensor
+
+_LARGEST = 1e6  # dimension beyond which none is looked for
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Nearest neighbours of each point, the nearest first, without the point itself."""
+
+    distance: Float[np.ndarray, "point neighbour"]
+    index: Int[np.ndarray, "point neighbour"]
+
+
+def distinct(points: Float[Tensor, "point d"]) -> Bool[np.ndarray, " point"]:
+    """Returns which points are the first of those that equal each other exactly."""
+    _, first = np.unique(points.numpy(), axis=0, return_index=True)
+    mask = np.zeros(len(points), bool)
+    mask[first] = True
+    return mask
+
+
+def nearest_neighbours(points: Float[Tensor, "point d"], number: int) -> Neighbours:
+    """Returns the `number` nearest neighbours by Euclidean distance, in float64. Costs points^2 x d operations."""
+    exact = points.double()
+    distance = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
+    distance.fill_diagonal_(torch.inf)
+    found = distance.topk(number, largest=False)
+    return Neighbours(found.values.numpy(), found.indices.numpy())
+
+
+def gride(distance: Float[np.ndarray, "point neighbour"], near: int, far: int) -> float:
+    """Returns the intrinsic dimension by maximum likelihood from the distances to two neighbours (GRIDE, Denti 2022).
+
+    With (1, 2) it is n / sum log(r_2 / r_1), TwoNN by maximum likelihood (Facco 2017). It assumes a constant density up
+    to the far neighbour; dimensions above about 10 are underestimated. NaN where all ratios are 1.
+
+    Args:
+        distance: Distances to the nearest neighbours, the nearest first, none of them 0.
+        near: Number of the near neighbour, from 1.
+        far: Number of the far neighbour.
+    """
+    logs = np.log(distance[:, far - 1] / distance[:, near - 1])
+    logs = logs[np.isfinite(logs)]
+    total, between = logs.sum(), far - near - 1
+    if not total > 0:
+        return float("nan")
+    if not between:
+        return len(logs) / total
+
+    positive = logs[logs > 0]
+
+    def slope(dimension: float) -> float:  # of the log-likelihood, falling
+        return len(logs) / dimension + between * (positive / -np.expm1(-dimension * positive)).sum() - (far - 1) * total
+
+    return float(brentq(slope, 1e-6, _LARGEST)) if slope(_LARGEST) < 0 else float("nan")
+
+
+def two_nn_first_fifth(distance: Float[np.ndarray, "point neighbour"]) -> float:
+    """Returns the TwoNN dimension as the slope of -log(1 - F) on log(r_2 / r_1) through the origin, over the smallest
+    fifth of the ratios: the estimator of LLM-Microscope's code."""
+    logs = np.sort(np.log(distance[:, 1] / distance[:, 0]))
+    rank = np.arange(1, len(logs) + 1) / len(logs)
+    x, y = logs[: len(logs) // 5], -np.log1p(-rank[: len(logs) // 5])
+    size = (x * x).sum()
+    return float((x * y).sum() / size) if size else float("nan")
+
+
+def neighbourhood_overlap(one: Int[np.ndarray, "point neighbour"], other: Int[np.ndarray, "point neighbour"]) -> float:
+    """Returns the mean share of neighbours that a point has in both clouds; k / (points - 1) for independent ones."""
+    return float((one[:, :, None] == other[:, None]).any(-1).mean())
+
+
+def mean_cosine(points: Float[Tensor, "point d"]) -> float:
+    """Returns the mean cosine similarity over all pairs of different points."""
+    units = torch.nn.functional.normalize(points.double(), dim=1)
+    n = len(units)
+    return float((units.sum(0).square().sum() - n) / (n * (n - 1)))
+
+
+def gaussian_like(points: Float[Tensor, "point d"], seed: int) -> Float[Tensor, "point d"]:
+    """Returns as many points of a Gaussian with the covariance of `points`: the same variances, no other structure."""
+    centred = points.double() - points.double().mean(0)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    mixed = torch.randn(len(points), len(points), generator=generator, dtype=torch.float64) @ centred
+    return mixed / np.sqrt(len(points) - 1)
