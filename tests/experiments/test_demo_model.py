@@ -213,7 +213,7 @@ def heads(demo, tmp_path_factory):
     """Findings on heads, of the shipped model and of random weights: by model, whether the criterion is met."""
     shown = {}
     random = random_copy(demo)
-    for name, model, count in (("demo", demo, 100), ("random", random, 30)):
+    for name, model, count in (("demo", demo, 60), ("random", random, 15)):
         folder = tmp_path_factory.mktemp(name)
         store = record_heads(model, demo_corpus()[:count], folder)
         found = [*sinks(store), *successors(model, store), *induction(model, folder)]
