@@ -20,6 +20,7 @@ from workbench.store.lost_values import finite_rows
 from workbench.testing import ProbeContract
 
 FEW = FuturePrompts(prompts=("the day was", "Once upon a"), training_rows=40, row_limit=20, epochs=1, prompt_tokens=3)
+BRIEF = replace(FEW, prompts=(), training_rows=24, row_limit=8)
 TEXTS = [
     f"{a} the {b} day was to {a} and time {b} upon a little Monday" for a in ("Tom", "Ann", "Lily") for b in "abcdefg"
 ]
@@ -48,6 +49,11 @@ def store(recorded):
 @pytest.fixture(scope="module")
 def result(recorded, llama):
     return FEW.run(recorded, model=llama)
+
+
+@pytest.fixture(scope="module")
+def brief(recorded, llama):
+    return BRIEF.run(recorded, model=llama)
 
 
 class TestContract(ProbeContract):
@@ -232,9 +238,9 @@ def test_the_best_is_chosen_on_validation_tokens(result):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
-def test_settings_change_the_result(store, model, result, changed, variable):
-    found = replace(FEW, **changed).run(store, model=model).data[variable]
-    assert not np.array_equal(found.to_numpy(), result.data[variable].to_numpy())
+def test_settings_change_the_result(store, model, brief, changed, variable):
+    values = replace(BRIEF, **changed).run(store, model=model).data[variable]
+    assert not np.array_equal(values.to_numpy(), brief.data[variable].to_numpy())
 
 
 def test_horizons_top_k_and_prompts(store, model):
