@@ -204,11 +204,11 @@ def test_matches_splits_and_probes_show_the_words_of_every_feature(copied, tmp_p
     assert (match["description"], match["match"], match["match_description"]) == ("one", feature, "one")
     splits = wb.feature_splits(labelled, labelled, least=1).set_index("feature").loc[feature]
     assert splits["description"] == "one"
-    assert f"{feature}: one" in splits["features_description"].split("; ")
+    assert f"one ({feature})" in splits["features_description"].split("; ")
     rows = copied.rows_of(feature)[0]
     active = np.isin(np.arange(len(copied)), rows).astype(str)
     probes = wb.sparse_probe(labelled, {"active": active}, k=[1], least=1, resamples=10, show_progress=False).table
-    assert set(probes["features_description"]) == {f"{feature}: one"}
+    assert set(probes["features_description"]) == {f"one ({feature})"}
 
 
 def test_pages_views_and_commands_show_labels_as_text(copied, example, tmp_path):

@@ -41,7 +41,7 @@ def test_a_row_that_does_not_fit_ends_in_the_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_float32_weights_of_a_file_stay_mapped_and_the_decoder_unread(tmp_path):
+def test_float32_weights_of_a_file_stay_mapped(tmp_path):
     sae = load_sae(save_sae(tmp_path / "sae", "topk", d_in=64, d_sae=1000), device="cpu")
     place = sae.W_dec.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -170,7 +170,7 @@ def _table(
     shown, hidden = ranked[:k], ranked[k:] if k is not None else []
     if hidden:
         logit, relative = sum(line[3] for line in hidden), sum(line[4] for line in hidden)
-        shown = [*shown, (f"{len(hidden)} other features", None, np.nan, logit, relative)]
+        shown = [*shown, (f"other features ({len(hidden)})", None, np.nan, logit, relative)]
     table = pd.DataFrame(
         [*shown, *(line for line in lines if line[1] is None)],
         columns=["term", "feature", "activation", "logit", "relative"],

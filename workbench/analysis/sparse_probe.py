@@ -37,7 +37,7 @@ class SparseProbes:
     """Result of `sparse_probe`."""
 
     table: pd.DataFrame
-    """A line per label, value and k: label; value; k; features, the chosen ones, largest mean difference first; tokens,
+    """A line per label, value and k: label; value; k; features, the chosen ones, largest difference first; tokens,
     test rows with the value; f1, accuracy, with the ends of their 95 % CI over documents in f1_low, f1_high, ...;
     shuffled_f1, shuffled_accuracy, the same with shuffled labels, with ends; always_f1, that of a probe that says yes
     to every row, 2p / (1 + p); features_description where features have labels. F1 is 2 TP / (2 TP + FP + FN) and 0 to
@@ -78,9 +78,11 @@ def sparse_probe(
     """Returns how well probes on k features detect each value of a label among the tokens of text.
 
     For each value and k: the k features with the largest absolute difference between their mean activation on training
-    rows with the value and without it, and a logistic regression on them with balanced class weights, tested on other
-    documents. The same with shuffled labels, features chosen anew, shows what chance alone reaches: the value under the
-    null. If a label is the same for all tokens of a document, whole documents are shuffled, else tokens. Source:
+    rows with the value and without it, in standard deviations of the feature, and a logistic regression on them with
+    balanced class weights, tested on other documents. The same with shuffled labels, features chosen anew, shows what
+    chance alone reaches: the value under the null. If a label is the same for all tokens of a document, whole documents
+    are shuffled, else tokens. Source, where differences are not scaled, so that features of large activations come
+    first:
     Gurnee et al., arXiv 2305.01610.
 
     Cost: one pass over the entries per label, and fits over the rows on which chosen features are active. Memory:
@@ -172,7 +174,8 @@ class _Split:
 def _largest_differences(
     features: Features, codes: Int[np.ndarray, " row"], split: _Split, values: int, k: int
 ) -> Int64[np.ndarray, "value k"]:
-    """Features with the largest absolute difference of means on training rows, largest first, ties by feature."""
+    """Features with the largest absolute difference of means in standard deviations, on training rows, largest first,
+    ties by feature."""
     codes = np.where(split.training, codes, -1)
     positive = np.bincount(codes[codes >= 0], minlength=values)
     negative = int(split.training.sum()) - positive
@@ -189,8 +192,11 @@ def _largest_differences(
         known = codes[rows] >= 0
         cell = number[known] * values + codes[rows][known]
         sums = np.bincount(cell, activation[known], minlength=size * values).reshape(size, values).T
+        squares = np.bincount(number, activation**2 * split.training[rows], minlength=size)
+        rows_of_all = max(1, int(split.training.sum()))
+        spread = np.sqrt(np.maximum(squares / rows_of_all - (total / rows_of_all) ** 2, 0))
         with np.errstate(invalid="ignore", divide="ignore"):  # a value without training rows is not used
-            gap = np.abs(sums / positive[:, None] - (total - sums) / negative[:, None])
+            gap = np.abs(sums / positive[:, None] - (total - sums) / negative[:, None]) / spread
         best = np.concatenate([best, np.nan_to_num(gap)], axis=1)
         chosen = np.concatenate([chosen, np.broadcast_to(np.arange(group.start, group.stop), gap.shape)], axis=1)
         order = np.argsort(-best, axis=1, kind="stable")[:, :k]

@@ -64,6 +64,8 @@ def _is_name(value: object) -> bool:
 
 
 def _cell(value: object, limit: int, quote: bool) -> str:
+    if isinstance(value, tuple):
+        value = ", ".join(map(str, value))
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
     text = plain(repr(value) if quote and isinstance(value, str) else text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

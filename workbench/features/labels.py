@@ -133,7 +133,7 @@ def with_names(
 ) -> pd.DataFrame:
     """Returns a table of features with their words in one more column after the others; unchanged without labels.
 
-    A cell of several features gets the words of those that have some, as "17: days of the week; 40: months".
+    A cell of several features gets the words of those that have some, as "days of the week (17); months (40)".
     """
     names = names_of(labels)
     if not names:
@@ -141,7 +141,7 @@ def with_names(
 
     def words(cell: Any) -> str | None:
         if isinstance(cell, tuple):
-            return "; ".join(f"{feature}: {names[feature]}" for feature in cell if feature in names) or None
+            return "; ".join(f"{names[feature]} ({feature})" for feature in cell if feature in names) or None
         return None if cell is pd.NA else names.get(cell)
 
     return table.assign(**{into: pd.Series(list(map(words, table[column].tolist())), table.index, dtype=object)})
