@@ -430,7 +430,9 @@ class _Work:
         for term in self.terms:
             part = self.split.get(term.name)
             if part is None:
-                yield _Name(term.name, "stream" if term.layer is None else term.name.split(".")[0], term.layer)
+                yield _Name(
+                    term.name, "stream" if term.layer is None else term.name.split(".")[0].split(" ")[0], term.layer
+                )
                 continue
             if part.heads:
                 for head in range(part.output.output.heads):

@@ -16,17 +16,23 @@ from pathlib import Path
 import workbench as wb
 from workbench.demo.run import demo
 from workbench.experiments.demo_model.made_of import embedded
+from workbench.probes import ActivationPatching
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 RECORD = "made-of.json"
 """File beside the pictures, with the fingerprints of model, SAE and texts."""
 PICTURES = {
+    "activation-patching": "lines",
     "attention-sinks": "sinks",
+    "direct-logit-attribution": "terms",
     "logit-lens": "grid",
     "successor-heads": "circuit",
     "token-erasure": "accuracy",
 }
 """Figure of each probe; the picture is named after the probe."""
+IOI = "ioi-patching"
+"""Picture of a model that does not ship: `--ioi` draws it anew."""
+IOI_PAIRS, IOI_LAYERS = 8, (0, 4, 8, 12, 16, 18, 20, 22, 24, 26, 29)
 
 
 def draw(results: Path, images: Path) -> list[Path]:
@@ -34,18 +40,30 @@ def draw(results: Path, images: Path) -> list[Path]:
     images.mkdir(parents=True, exist_ok=True)
     paths = []
     for probe, figure in PICTURES.items():
-        result = wb.load_result(results / probe)
-        with tempfile.TemporaryDirectory(dir=images) as folder:
-            wb.export(result, folder, figures=[figure], formats=("png",), columns=2)
-            paths.append((Path(folder) / f"{figure}.png").replace(images / f"{probe}.png"))
+        paths.append(draw_one(wb.load_result(results / probe), figure, images / f"{probe}.png"))
     (images / RECORD).write_text(json.dumps(embedded(), indent=1) + "\n", encoding="utf-8")
     return [*paths, images / RECORD]
+
+
+def draw_one(result: wb.Result, figure: str, path: Path) -> Path:
+    """Writes one figure of a result as a PNG, two columns of a paper wide."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        wb.export(result, folder, figures=[figure], formats=("png",), columns=2)
+        return (Path(folder) / f"{figure}.png").replace(path)
+
+
+def draw_ioi(source: str, images: Path) -> Path:
+    """Patches indirect objects in SmolLM2-135M, which takes minutes, and writes the picture of the residual stream."""
+    model = wb.load_model(source, device="cpu", dtype="float32")
+    result = ActivationPatching(layers=IOI_LAYERS).run_pairs(model, wb.prompt_pairs("ioi", model, IOI_PAIRS))
+    return draw_one(result, "lines", images / f"{IOI}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the pictures of the documentation."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures", description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder of a finished `workbench demo`; default: run it")
+    parser.add_argument("--ioi", help="folder of SmolLM2-135M; draws its picture, too")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder to write")
     request = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             demo(Path(folder) / "demo")
         for path in draw((request.demo or Path(folder) / "demo") / "results", request.out):
             print(f"wrote  {path}")
+    if request.ioi:
+        print(f"wrote  {draw_ioi(request.ioi, request.out)}")
 
 
 if __name__ == "__main__":

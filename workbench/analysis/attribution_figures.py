@@ -15,6 +15,7 @@ _KINDS = {
     "attn_out": ("attention", CATEGORIES[0]),
     "head": ("head", CATEGORIES[0]),
     "mlp_out": ("MLP", CATEGORIES[1]),
+    "block": ("block", CATEGORIES[2]),
     "neuron": ("neuron", CATEGORIES[1]),
 }
 _SHOWN = 24  # terms in the bars
