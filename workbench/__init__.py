@@ -79,6 +79,7 @@ _PUBLIC = {
     "ActivationArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
     "compare": "workbench.analysis.comparison",
+    "combine": "workbench.results.combine",
     "TrainedLens": "workbench.analysis.trained_lens",
     "load_lens": "workbench.analysis.trained_lens",
     "TokenView": "workbench.pages.token_view",
@@ -154,6 +155,7 @@ if TYPE_CHECKING:
     from workbench.parallel.share import Share
     from workbench.recording.estimate import plan
     from workbench.recording.record import record
+    from workbench.results.combine import combine
     from workbench.results.probe import Probe
     from workbench.results.result import Result, load_result
     from workbench.sae.autoencoder import Sae

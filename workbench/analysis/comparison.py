@@ -1,4 +1,4 @@
-"""Comparison of two stores of the same tokens: distances of their activations, and the results of probes on each.
+"""Comparison of stores of the same tokens: distances of their activations, and the results of probes on each.
 
 For two models of one shape, two checkpoints of one training, or two dtypes of one model. Rows are compared one by one,
 so both stores must hold the same tokens in the same sequences.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
@@ -107,22 +107,82 @@ class Comparison:
         return save_texts(folder, tables | {"cosine.html": page})
 
 
+@dataclass(frozen=True)
+class Comparisons:
+    """The result of `compare` for three stores or more: each one against the first."""
+
+    each: tuple[Comparison, ...]
+    """The comparison of the first store with each other one, in the order in which they were given."""
+
+    @property
+    def sites(self) -> pd.DataFrame:
+        """The tables of sites below each other, with the name of the other store in the first column, `store`."""
+        return self._stacked("sites")
+
+    @property
+    def probes(self) -> pd.DataFrame:
+        """The tables of probes below each other, with the name of the other store in the first column, `store`."""
+        return self._stacked("probes")
+
+    def figure(self) -> Figure:
+        """Returns the mean cosine with the first store by layer, a line for each other store and kind of site."""
+        from workbench.figures.safe_text import label  # plotly: seconds
+
+        figure = self.each[0].figure()
+        figure.data = ()
+        for name, one in zip(self._names, self.each, strict=True):
+            for trace in one.figure().data:
+                trace.name = f"{label(name, 30)}, {trace.name}"
+                figure.add_trace(trace)
+        subtitle = f"each with {label(Path(self.each[0].a).name, 40)}"
+        return figure.update_layout(title={"subtitle": {"text": subtitle}})
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes sites.csv, probes.csv and cosine.html into an empty or new folder; RequestError if it is neither."""
+        page = self.figure().to_html(include_mathjax=False, div_id="cosine")
+        tables = {"sites.csv": csv_text(self.sites), "probes.csv": csv_text(self.probes)}
+        return save_texts(folder, tables | {"cosine.html": page})
+
+    @property
+    def _names(self) -> list[str]:
+        """Names of the other stores: of their folders, or whole paths where two folders have one name."""
+        paths = [one.b for one in self.each]
+        names = [Path(path).name for path in paths]
+        return names if len(set(names)) == len(names) else paths
+
+    def _stacked(self, table: str) -> pd.DataFrame:
+        tables = [getattr(one, table).copy() for one in self.each]
+        for name, one in zip(self._names, tables, strict=True):
+            one.insert(0, "store", name)
+        return pd.concat(tables, ignore_index=True)
+
+
+@overload
+def compare(a: Store, b: Store, **settings: Any) -> Comparison: ...
+
+
+@overload
+def compare(a: Store, b: Store, c: Store, *others: Store, **settings: Any) -> Comparisons: ...
+
+
 @plain_torch()
 def compare(
     a: Store,
     b: Store,
-    *,
+    *others: Store,
     sites: Sequence[str] | None = None,
     probes: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
-) -> Comparison:
-    """Compares the activations and probe results of two stores of the same tokens, in bounded memory.
+) -> Comparison | Comparisons:
+    """Compares the activations and probe results of stores of the same tokens, in bounded memory.
 
-    Costs one pass over the sites of both stores, and the runs of the probes.
+    Of three stores or more, each is compared with the first one, such as the base model of several finetunes. Costs one
+    pass over the sites of both stores of a pair, and the runs of the probes, one a store.
 
     Args:
         a: The store that relative errors refer to.
         b: The other store.
+        *others: More stores, each to compare with `a`.
         sites: Names or kinds, `resid_post.3` or `resid_post`. None: all, which then must be the same in both.
         probes: Probes to run with their default settings. None: every installed one; those that either store does not
             permit are named in `not_run`. (): none.
@@ -135,7 +195,24 @@ def compare(
     """
     for name in probes or ():
         find_probe(name)
-    _check_tokens(a, b)
+    for other in (b, *others):  # before the first pass
+        _check_tokens(a, other)
+        _select_sites(a, other, sites)
+    results: dict[str, Result | WorkbenchError] = {}
+    names = tuple(installed_probes()) if probes is None else tuple(probes)
+    each = tuple(_compare_pair(a, other, sites, names, allow_nonfinite, results) for other in (b, *others))
+    return Comparisons(each) if others else each[0]
+
+
+def _compare_pair(
+    a: Store,
+    b: Store,
+    sites: Sequence[str] | None,
+    probes: Sequence[str],
+    allow_nonfinite: bool,
+    results: dict[str, Result | WorkbenchError],
+) -> Comparison:
+    """The comparison of two stores; `results` of probes on the first one are kept for the next pair."""
     chosen = _select_sites(a, b, sites)
     labels = [site.label for site, _ in chosen]
     lost = [lost_values(store, labels) for store in (a, b)]
@@ -148,7 +225,7 @@ def compare(
         for one, other in chosen:
             clipped = sum(values[one.label].clipped for values in lost if one.label in values)
             lines.append(_compare_site(a, b, one, other, groups, tick) | {"clipped": clipped})
-    measures, not_run = _run_probes(a, b, tuple(installed_probes()) if probes is None else tuple(probes))
+    measures, not_run = _run_probes(a, b, probes, results)
     other = _difference(a, b)
     return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run, other)
 
@@ -302,21 +379,29 @@ def row_distances(a: Float[Tensor, "row ..."], b: Float[Tensor, "row ..."]) -> F
 # ---- probes ---------------------------------------------------------------------------------------------
 
 
-def _run_probes(a: Store, b: Store, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
+def _run_probes(
+    a: Store, b: Store, names: Sequence[str], results: dict[str, Result | WorkbenchError]
+) -> tuple[pd.DataFrame, dict[str, str]]:
     lines, not_run = [], {}
     document = None
     for name in names:
-        results = []
-        for store in (a, b):
-            try:
-                results.append(find_probe(name)().run(store))
-            except WorkbenchError as error:
-                not_run[name] = f"{store.path.name}: {error}"
-                break
-        if len(results) == 2:
-            document = a.tokens["document"].to_numpy() if document is None else document
-            lines += [{"probe": name, **line} for line in side_by_side(results[0], results[1], document)]
+        if name not in results:
+            results[name] = _run_probe(name, a)
+        one = results[name]
+        other = one if isinstance(one, WorkbenchError) else _run_probe(name, b)
+        if isinstance(one, WorkbenchError) or isinstance(other, WorkbenchError):
+            not_run[name] = f"{(a if other is one else b).path.name}: {other}"
+            continue
+        document = a.tokens["document"].to_numpy() if document is None else document
+        lines += [{"probe": name, **line} for line in side_by_side(one, other, document)]
     return pd.DataFrame(lines), not_run
+
+
+def _run_probe(name: str, store: Store) -> Result | WorkbenchError:
+    try:
+        return find_probe(name)().run(store)
+    except WorkbenchError as error:
+        return error
 
 
 def side_by_side(a: Result, b: Result, document: Int[np.ndarray, " row"]) -> list[dict[str, Any]]:

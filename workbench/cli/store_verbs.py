@@ -76,42 +76,48 @@ class Query:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare two stores of the same tokens: two models, checkpoints or dtypes."""
+    """Compare stores of the same tokens: models, checkpoints or dtypes."""
 
     store_a: Positional[Path]
     """One store."""
     store_b: Positional[Path]
     """The other store."""
+    others: Positional[tuple[Path, ...]] = ()
+    """More stores, each to compare with the first."""
     sites: tuple[str, ...] | None = None
     """Sites or kinds of site to compare, such as resid_post. Default: all; both stores must then have the same."""
     probes: tuple[str, ...] | None = None
-    """Probes to run on both stores. Default: all that the recorded sites permit. --probes without a name: none."""
+    """Probes to run on every store. Default: all that the recorded sites permit. --probes without a name: none."""
     allow_nonfinite: bool = False
     """Skip and count rows with NaN or infinite values at a site, instead of refusing the stores."""
     out: Path | None = None
     """Folder for the tables (CSV) and the figure."""
 
     def run(self) -> int:
-        """Compares two stores and writes the result."""
+        """Compares the stores and writes the result."""
         from workbench.store.manifest import read_manifest
 
-        for store in (self.store_a, self.store_b):
+        paths = (self.store_a, self.store_b, *self.others)
+        for store in paths:
             read_manifest(store)  # a wrong path is refused before torch is loaded
-        from workbench.analysis.comparison import compare  # seconds: torch
+        from workbench.analysis.comparison import Comparisons, compare  # seconds: torch
         from workbench.store.reader import open_store
 
         if self.out is not None:
             check_new_folder(self.out)
-        stores = open_store(self.store_a), open_store(self.store_b)
+        stores = [open_store(path) for path in paths]
         comparison = compare(*stores, sites=self.sites, probes=self.probes, allow_nonfinite=self.allow_nonfinite)
         print_frame(comparison.sites)
         if len(comparison.probes):
             print_plain("")
             print_frame(comparison.probes)
-        models = f"the second differs: {other}" if (other := comparison.model_difference) else "the same"
-        print_plain(f"models  {models}")
-        for probe, reason in comparison.not_run.items():
-            print_plain(f"not run  {probe}: {reason}")
+        several = isinstance(comparison, Comparisons)
+        for one in comparison.each if several else (comparison,):
+            second = Path(one.b).name if several else "the second"
+            models = f"{second} differs: {other}" if (other := one.model_difference) else "the same"
+            print_plain(f"models  {models}")
+            for probe, reason in one.not_run.items():
+                print_plain(f"not run  {probe}: {reason}")
         if self.out is not None:
             print_plain(f"tables  {comparison.save(self.out)}")
         return 0
