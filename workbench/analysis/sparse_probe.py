@@ -104,9 +104,8 @@ def sparse_probe(
     """
     _check_settings(features, k, least, held_out, resamples)
     draw = np.random.default_rng(seed)
-    text = text_rows(features.store)
+    text, lines, shuffled, left_out = text_rows(features.store), [], dict[str, str](), 0
     split = _Split.of(features.store.tokens["document"].to_numpy(), text, held_out, draw)
-    lines, shuffled, left_out = [], dict[str, str](), 0
     score = partial(_scores, features, split=split, resamples=resamples, seed=seed)
     for name, column in label_columns(features.store, labels).items():
         _, values, codes = coded_labels(name, column, text, least)
