@@ -107,7 +107,7 @@ class ResidualUncertainty(LayerProbe):
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
-        """Reads `resid_post` at every recorded layer. Costs layers x rows products with W_U, 4 bytes a layer and row.
+        """Reads `resid_post` at the chosen layers and the last. Costs layers x rows products with W_U.
 
         Raises:
             RequestError: Fewer than two layers, the last block or the unembedding were not recorded, values are NaN or
@@ -115,7 +115,9 @@ class ResidualUncertainty(LayerProbe):
         """
         require_causal(store, self.name)
         layers, labels = self.recorded(store, "resid_post")
-        store.require(f"resid_post.{store.manifest.model.n_layers - 1}")
+        store.require(f"resid_post.{(last := store.manifest.model.n_layers - 1)}")
+        if layers[-1] != last:  # the model's own output is always read
+            layers, labels = [*layers, last], [*labels, f"resid_post.{last}"]
         if len(layers) < 2:
             raise RequestError("a trajectory needs resid_post at two layers or more; record resid_post")
         rows = self.finite_rows(store, labels, selected_rows(store, self.where))

@@ -28,12 +28,12 @@ from workbench.probing import (
     LOST_VARIABLES,
     NEUTRAL,
     TEMPLATE,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
-    StoreProbe,
     Variable,
     blocks,
     check_fields,
@@ -52,7 +52,6 @@ from workbench.probing import (
     neighbourhood_overlap,
     next_tokens,
     plain_torch,
-    recorded_layers,
     require_causal,
     resampled_means,
     select_sequences,
@@ -92,7 +91,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class TokenGeometry(StoreProbe):
+class TokenGeometry(LayerProbe):
     """Measures intrinsic dimension, kept neighbours and cosine of a text's tokens at each layer, beside controls."""
 
     name: ClassVar[str] = "token-geometry"
@@ -130,6 +129,7 @@ class TokenGeometry(StoreProbe):
     """Device of the products with W_U: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "skip", "seed", at_least=0)
         check_fields(self, "neighbours", "resamples", at_least=1)
         if self.length - self.skip < 2 * SCALES[-1] + 4:
@@ -148,7 +148,7 @@ class TokenGeometry(StoreProbe):
                 or infinite, or the model is not causal.
         """
         require_causal(store, self.name)
-        layers, labels = recorded_layers(store, self.site)
+        layers, labels = self.recorded(store, self.site)
         sequences = select_sequences(store, self.length, self.where, self.group)
         rows = self.finite_rows(store, labels, sequences.rows)
         sequences = sequences.without(rows.left_out)

@@ -70,6 +70,13 @@ def test_a_depth_that_the_output_does_not_show(early_and_late):
     assert "Nothing before the output" not in result.headline()
 
 
+def test_the_output_is_that_of_the_last_block_whatever_layers_are_read(early_and_late):
+    data = run(early_and_late, layers=(2, 0)).data
+    assert data["layer"].to_numpy().tolist() == [0, 2, LAYERS - 1]
+    assert data["auc"].to_numpy().tolist() == [0.5, 1, 0.5]
+    assert float(data["output_auc"]) == 0.5
+
+
 def test_equal_trajectories_detect_nothing(tmp_path):
     result = run(planted(tmp_path / "s", lambda right: 2))
     assert set(result.data["auc"].to_numpy()) == {0.5}
