@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,10 @@ def gride(distance: Float[np.ndarray, "point neighbour"], near: int, far: int) -
     def slope(dimension: float) -> float:  # of the log-likelihood, falling
         return len(logs) / dimension + between * (positive / -np.expm1(-dimension * positive)).sum() - (far - 1) * total
 
-    return float(brentq(slope, 1e-6, _LARGEST)) if slope(_LARGEST) < 0 else float("nan")
+    if slope(_LARGEST) >= 0:
+        return float("nan")
+    root: Any = brentq(slope, 1e-6, _LARGEST)  # declared as a number or a pair
+    return float(root)
 
 
 def two_nn_first_fifth(distance: Float[np.ndarray, "point neighbour"]) -> float:
