@@ -77,6 +77,7 @@ _PUBLIC = {
     "open_store": "workbench.store.reader",
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
+    "LayeredArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
     "compare": "workbench.analysis.comparison",
     "combine": "workbench.results.combine",
@@ -165,4 +166,4 @@ if TYPE_CHECKING:
     from workbench.sae.metrics import sae_metrics
     from workbench.sae.ruled import with_sparsity
     from workbench.sites.settings import Recording
-    from workbench.store.reader import ActivationArray, Rows, Store, open_store
+    from workbench.store.reader import ActivationArray, LayeredArray, Rows, Store, open_store

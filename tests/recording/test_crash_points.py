@@ -2,7 +2,7 @@
 
 import pytest
 from crash_points import try_crash_points
-from recorded_operations import appending, recording, recording_once, sweeping
+from recorded_operations import adding_sites, appending, deleting_sites, recording, recording_once, sweeping
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,9 @@ from recorded_operations import appending, recording, recording_once, sweeping
         (recording_once, "kill", 6),
         (appending, "kill", 6),
         (appending, "full", 3),
+        (adding_sites, "kill", 6),
+        (adding_sites, "full", 2),
+        (deleting_sites, "kill", 4),
         (recording, "error", 4),
         (recording, "limit", 3),
         (sweeping, "kill", 4),

@@ -395,7 +395,7 @@ def test_only_committed_segments_are_queried(tmp_path):
     [
         ("resid_post", "resid_post is recorded by layer in {path}; name one, such as resid_post.0"),
         (("resid_post", 7), "resid_post.7 is no site of demo, whose layers are 0 to 1"),
-        (("resid_post", -1), "resid_post.-1 is no site of demo, whose layers are 0 to 1"),
+        (("resid_post", -3), "resid_post.-3 is no site of demo, whose layers are 0 to 1"),
         (
             "resid_pos.0",
             "resid_pos.0 is not recorded in {path}; recorded are 3: resid_post.0, resid_post.1, pattern.1; ",
@@ -407,7 +407,9 @@ def test_only_committed_segments_are_queried(tmp_path):
         (0, "0 is not a site; write store['resid_post.0'], and store['resid_post.0'][rows] for rows"),
         (slice(0, 5), "slice(0, 5, None) is not a site; write store['resid_post.0'], and store['resid_post.0'][rows]"),
         (("resid_post", 0, 5), "('resid_post', 0, 5) is not a site; write store['resid_post.0'], and store["),
-        (("resid_post", slice(0, 2)), "('resid_post', slice(0, 2, None)) is not a site; write store['resid_post.0']"),
+        (("resid_post", slice(0, 2)), "resid_post.1 has rows of (3,) float32 and resid_post.0 of (3,) float16; read"),
+        (("pattern", [1, 0]), "layer 0 of pattern is not recorded in {path}; recorded layers are 1"),
+        (("resid_post", slice(2, 2)), "slice(2, 2, None) selects no layer of resid_post; the model has layers 0 to 1"),
     ],
 )
 def test_a_site_that_is_nearly_right_is_refused_with_what_to_write(store, site, message):

@@ -74,6 +74,44 @@ def appending() -> Operation:
     return Operation(work, begin=begin, check=readable)
 
 
+def adding_sites() -> Operation:
+    """Two sites that are added to a recording of TEXTS; until the end the store has those that it had."""
+    from workbench.recording.record import record
+
+    model = tiny_model()
+    more = SETTINGS | {"sites": ["resid_mid", "resid_post.1", "pattern.0"]}
+
+    def begin(folder: Path) -> None:
+        record(model, TEXTS, out=folder / "s.acts", show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        store = record(model, TEXTS, out=folder / "s.acts", show_progress=False, **more)
+        assert len(store.sites) == 4
+
+    return Operation(work, begin=begin, check=readable)
+
+
+def deleting_sites() -> Operation:
+    """A site that is deleted; once it is gone, the same call refuses it."""
+    from workbench.io.errors import RequestError
+    from workbench.recording.record import record
+    from workbench.store.growth import delete_sites
+
+    model = tiny_model()
+
+    def begin(folder: Path) -> None:
+        record(model, TEXTS, out=folder / "s.acts", show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        try:
+            delete_sites(folder / "s.acts", ["pattern.0"])
+        except RequestError as error:
+            if "is not recorded" not in str(error):
+                raise
+
+    return Operation(work, begin=begin, check=readable)
+
+
 def recording_once() -> Operation:
     """A recording of TEXTS in a cache."""
     from workbench.recording.cache import record_once

@@ -30,7 +30,10 @@ class Record:
     text: Positional[tuple[str, ...]]
     """Files (.txt .json .jsonl .csv .tsv .parquet), hf:NAME for a dataset of the hub, or a quoted text."""
     out: Path
-    """Store to write. An unfinished recording with the same settings is resumed."""
+    """Store to write. An unfinished recording with the same settings is resumed; a finished one gets the sites that it
+    lacks."""
+    overwrite: bool = False
+    """Record anew, in place of a store at --out, which stays until the new one is complete."""
     recording: Recording = field(default_factory=Recording)
     parallel: Parallel = field(default_factory=Parallel)
     sae: str | None = None
@@ -97,6 +100,7 @@ class Record:
             model,
             texts,
             out=self.out,
+            overwrite=self.overwrite,
             settings=self.recording,
             interventions=() if self.interventions is None else read_interventions(self.interventions),
             sae=sae,

@@ -158,18 +158,26 @@ def replace_folder(path: Path, replaces: Collection[str]) -> Iterator[Path]:
     with scratch_folder(path) as partial:
         yield partial
         fsync_tree(partial)
-        known = [PurePath(pattern).parts for pattern in replaces]
-        written = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
-        known += [tuple(map(glob.escape, parts)) for parts in written]
-        with suppress(FileNotFoundError):
-            for entry in _foreign(path, known):
-                _link(entry, partial / entry.relative_to(path))
-        replaced: list[Path] = []
-        try:
-            _exchange(partial, path, replaced)
-        finally:
-            for old in filter(os.path.lexists, replaced):
-                _clear(old, path, known)
+        put_in_place(partial, path, replaces)
+
+
+def put_in_place(partial: Path, path: Path, replaces: Collection[str]) -> None:
+    """Gives a finished folder the name `path`, in place of an older folder, as `replace_folder` describes.
+
+    The files of `partial` must be on the disk already. Afterwards nothing has its name.
+    """
+    known = [PurePath(pattern).parts for pattern in replaces]
+    written = [entry.relative_to(partial).parts for entry in partial.rglob("*") if not entry.is_dir()]
+    known += [tuple(map(glob.escape, parts)) for parts in written]
+    with suppress(FileNotFoundError):
+        for entry in _foreign(path, known):
+            _link(entry, partial / entry.relative_to(path))
+    replaced: list[Path] = []
+    try:
+        _exchange(partial, path, replaced)
+    finally:
+        for old in filter(os.path.lexists, replaced):
+            _clear(old, path, known)
     fsync(path.parent)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
 
 from workbench.corpus.document import Document
 from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, segment_plan
@@ -169,8 +172,14 @@ def plan_part(
         RequestError: The store holds other texts, or columns that do not fit those of the texts.
     """
     lengths, starts = sequences.lengths, sequences.starts
-    cuts = segment_plan(lengths, plan.segment_rows)
-    digests = [digest(sequences.token_ids[starts[first] : starts[last]], lengths[first:last]) for first, last in cuts]
+    manifest = writer.manifest
+    whole = manifest.complete and not append  # its segments may have been planned for fewer sites
+    cuts = _committed_cuts(manifest) if whole else segment_plan(lengths, plan.segment_rows)
+    digests = [
+        digest(sequences.token_ids[starts[first] : starts[min(last, len(lengths))]], lengths[first:last])
+        for first, last in cuts
+        if first < len(lengths)
+    ]
     committed = _begin(writer, sequences, digests, append)
     before = writer.manifest.parts[:-1]
     part_plan = PartPlan(
@@ -196,6 +205,13 @@ def plan_part(
         )
         for number, ((first, last), known) in enumerate(zip(cuts, digests, strict=True), first_number)
     ]
+
+
+def _committed_cuts(manifest: Manifest) -> list[tuple[int, int]]:
+    """First sequence, and the one after the last, of each segment of the last part."""
+    last = len(manifest.parts) - 1
+    ends = np.cumsum([0, *(segment.sequences for segment in manifest.segments if segment.part == last)]).tolist()
+    return list(itertools.pairwise(ends))
 
 
 def _begin(writer: Writer, sequences: Sequences, digests: Sequence[str], append: Append) -> int:
@@ -272,17 +288,17 @@ def model_record(model: Model) -> ModelRecord:
     )
 
 
-def unembed_writer(model: Model) -> tuple[Callable[[Path], None] | None, str | None]:
-    """Returns a function that writes the unembedding to a path, or None and the reason why there is none."""
-    try:
-        unembed = measure_unembed(model.module, model.site_map.last_block)
-    except NoUnembed as error:
-        return None, str(error)
+def unembed_writer(model: Model) -> Callable[[Path], str | None]:
+    """Returns a function that writes the unembedding to a path, or returns the reason why there is none."""
 
-    def write(path: Path) -> None:
-        with_tokens = unembed
+    def write(path: Path) -> str | None:
+        try:
+            with_tokens = unembed = measure_unembed(model.module, model.site_map.last_block)
+        except NoUnembed as error:
+            return str(error)
         if model.tokenizer is not None:
             with_tokens = replace(unembed, tokens=tuple(token_texts(model.tokenizer, range(unembed.vocab))))
         save_unembed(with_tokens, path, cast("nn.Linear", model.module.get_output_embeddings()).weight.dtype)
+        return None
 
-    return write, None
+    return write

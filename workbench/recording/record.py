@@ -30,6 +30,8 @@ from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.model.location import locate
 from workbench.model.preview import check_config
+from workbench.recording.growth import new_sites, record_new_sites, stored_settings
+from workbench.recording.overwrite import overwrite_store
 from workbench.recording.planning import (
     AGAIN,
     Append,
@@ -43,6 +45,8 @@ from workbench.recording.segment_changes import check_changed
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
 from workbench.store.manifest import SiteRecord, read_counts, text_notes
+from workbench.store.temporary import TemporaryFolder
+from workbench.store.unembedding import LEFT_OUT
 from workbench.store.writer import Writer, explain_full_disk, is_read_only, open_writer
 
 if TYPE_CHECKING:
@@ -59,9 +63,10 @@ _LOG = logging.getLogger(__name__)
 @plain_torch()
 def record(
     model: Model | PreTrainedModel | str | Path,
-    texts: Texts,
+    texts: Texts | None,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
+    overwrite: bool = False,
     settings: Recording | None = None,
     sae: Sae | None = None,
     sae_site: str | None = None,
@@ -81,8 +86,12 @@ def record(
     Args:
         model: A loaded model, or what `load_model` takes: a directory, a GGUF file, a hub id, a transformers module.
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
-            output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
-        out: Folder of the store. A finished store of the same request is opened, an unfinished one is resumed.
+            output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs. None: the tokens of the store at
+            `out`, with its settings, to add sites to it.
+        out: Folder of the store. A finished store of the same request is opened, after the sites that it lacks are
+            added; an unfinished one is resumed. None: a temporary folder, which is removed with the last handle of the
+            store and at the end of the process.
+        overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
         sae_site: Site that the SAE reads. None: the one it was trained on.
@@ -104,6 +113,7 @@ def record(
             - generation_prompt, unaligned_pairs: Treatment of chats and of pairs; see `Recording`.
             - batch_tokens: Tokens in a forward pass, padding included. None: by device and width.
             - segment_rows: Rows committed at a time. None: about 256 MiB, at most 65,536 rows.
+            - unembed: Store the final norm and the unembedding, which lenses need.
 
     Returns:
         The opened store.
@@ -113,15 +123,33 @@ def record(
         DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
     check("append", append, one_of=(False, True, AGAIN))
-    check_source(texts)
+    if texts is None:
+        settings = settings or stored_settings(None if out is None else Path(out))
+    else:
+        check_source(texts)
     settings, workers = recording(settings, **options), workers or ThisProcess()
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    plan = plan_recording(model, settings, Path(out), features, interventions=interventions)
-    return record_plan(plan, model, texts, Path(out), append, workers, show_progress)
+    temporary = TemporaryFolder() if out is None else None
+    path = Path(out) if temporary is None else temporary.path
+    if (append or workers.shared) and (overwrite or temporary):
+        name, other = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
+        raise RequestError(f"{name} does not go with {other}; leave one of them out")
+    plan = plan_recording(model, settings, path, features, interventions=interventions)
+
+    def write(place: Path) -> Store:
+        return record_plan(plan, model, texts, place, append, workers, show_progress)
+
+    return overwrite_store(path, write) if overwrite else write(path)
 
 
 def record_plan(
-    plan: RecordingPlan, model: Model, texts: Texts, out: Path, append: Append, workers: Workers, show_progress: bool
+    plan: RecordingPlan,
+    model: Model,
+    texts: Texts | None,
+    out: Path,
+    append: Append,
+    workers: Workers,
+    show_progress: bool,
 ) -> Store:
     """Carries out the plan of a recording, as `record` describes, and returns the opened store."""
     _write(plan, model, texts, out, append, workers, show_progress)
@@ -138,9 +166,34 @@ def _loaded(model: Model | PreTrainedModel | str | Path, settings: Recording, wo
 
 
 def _write(
-    plan: RecordingPlan, model: Model, texts: Texts, out: Path, append: Append, workers: Workers, show_progress: bool
+    plan: RecordingPlan,
+    model: Model,
+    texts: Texts | None,
+    out: Path,
+    append: Append,
+    workers: Workers,
+    show_progress: bool,
 ) -> None:
-    """Plans the tokens of the texts and writes what is not in the store yet."""
+    """Plans the tokens of the texts and writes what is not in the store yet: rows, then sites."""
+    with _opened(plan, model, out, workers) as writer:
+        if texts is None:
+            _check_given_tokens(writer, append)
+        else:
+            _write_rows(plan, model, texts, writer, append, workers, show_progress)
+        if writer.manifest.complete:
+            record_new_sites(plan, model, writer, workers, show_progress)
+
+
+def _write_rows(
+    plan: RecordingPlan,
+    model: Model,
+    texts: Texts,
+    writer: Writer,
+    append: Append,
+    workers: Workers,
+    show_progress: bool,
+) -> None:
+    """Plans the tokens of the texts and writes the rows that are not in the store yet."""
     settings = plan.settings
     documents = read_documents(
         texts, text_column=settings.text_column, metadata=settings.metadata, span_column=settings.span_column
@@ -148,7 +201,6 @@ def _write(
     documents = render_chats(documents, model.tokenizer, settings.generation_prompt)
     documents = aligned_pairs(documents, model.tokenizer, settings.unaligned_pairs)
     with (
-        _opened(plan, model, out, workers) as writer,
         explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows),
         _scratch(writer.path, workers.suffix) as folder,
     ):
@@ -173,7 +225,6 @@ def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> Rec
 
 def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> AbstractContextManager[Writer]:
     """The store of the recording, made or reopened, and held until the block is left."""
-    unembed, reason = unembed_writer(model)
     return open_writer(
         out,
         model=plan.model,
@@ -181,8 +232,8 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> A
         recording=plan.settings,
         tokens_added={"prefix": list(plan.added.prefix), "suffix": list(plan.added.suffix)},
         environment=library_versions() | {"device": workers.device_type(model.device.type)},
-        unembed=unembed,
-        unembed_reason=reason,
+        unembed=unembed_writer(model) if plan.settings.unembed else None,
+        unembed_reason=None if plan.settings.unembed else LEFT_OUT,
         features=plan.encoded_only and plan.encoded_only.label,
         interventions=plan.changes and plan.changes.stored,
         shared=workers.shared,
@@ -211,11 +262,27 @@ def _scratch(out: Path, suffix: str) -> Iterator[Path]:
 def _check_append(plan: RecordingPlan, writer: Writer) -> None:
     if is_read_only(writer.path):
         raise RequestError(f"append: {writer.path} is read-only; make it writable, or append to a copy of it")
+    requested = {site.name for site in plan.sites}
+    if differing := [site.label for site in writer.manifest.sites if site.name not in requested]:
+        raise RequestError(
+            f"append: {writer.path} has {differing[0]}, which sites= does not name; name all of its sites"
+        )
+    if new := new_sites(plan, writer.manifest):
+        raise RequestError(
+            f"append: {writer.path} does not have {new[0].label}; add the site first (texts=None), then append"
+        )
     if plan.encoded_only and writer.manifest.complete:
         raise RequestError(
             f"append: features of the {writer.manifest.rows:,} rows before need their "
             f"{plan.encoded_only.record.label} again, which was not stored; choose another out"
         )
+
+
+def _check_given_tokens(writer: Writer, append: Append) -> None:
+    if append:
+        raise RequestError("append: texts is None, which adds no rows; give texts, or leave append out")
+    if not writer.manifest.complete:
+        raise RequestError(f"texts: {writer.path} is not complete; resume it with its texts before sites are added")
 
 
 def finish_recording(out: Path, plan: RecordingPlan, workers: Workers, show_progress: bool) -> Store:

@@ -171,11 +171,11 @@ class SegmentRecorder:
             with stage_segment(plan.store, plan.manifest, planned, table) as segment, applied(changes):
                 encoded = self.encoded_only
                 if encoded is None or self.encode is None:
-                    _fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance, changes)
+                    fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance, changes)
                 else:  # its features first: a segment that is finished has them
                     buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
                     sites = [*self.sites, encoded.site]
-                    _fill(buffered, self.model, sites, ids, lengths, plan.settings, advance, changes)
+                    fill(buffered, self.model, sites, ids, lengths, plan.settings, advance, changes)
                     self.encode(planned.first_row, buffered.values, lengths.tolist())
                 if changes is not None:
                     segment.interventions = changes.counts()
@@ -195,6 +195,10 @@ class SegmentWithBuffer:
         """Returns the shape of one row at `site`."""
         return self._site.shape if site == self._site.name else self._segment.shape(site)
 
+    def dtype(self, site: str) -> str:
+        """Returns the stored type of `site`."""
+        return self._site.dtype if site == self._site.name else self._segment.dtype(site)
+
     def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
         """Writes rows of `site` to the segment, or to memory if it is the additional site."""
         if site == self._site.name:
@@ -203,7 +207,7 @@ class SegmentWithBuffer:
             self._segment.write(site, first_row, rows)
 
 
-def _fill(
+def fill(
     segment: SegmentWriter | SegmentWithBuffer,
     model: Model,
     sites: Sequence[Site],
@@ -213,9 +217,18 @@ def _fill(
     advance: Callable[[int], None],
     changes: SegmentChanges | None = None,
 ) -> None:
-    """Runs the model over one segment's sequences and writes every site's rows."""
+    """Runs the model over one segment's sequences and writes every site's rows.
+
+    Args:
+        segment: Writer of the segment.
+        model: The model.
+        sites: Sites to record.
+        ids: Token ids of all sequences.
+        lengths: Tokens of each sequence.
+        settings: Tokens in a forward pass.
+        advance: Called with numbers of rows as they are recorded.
+    """
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    dtype = getattr(torch, settings.dtype)
     with backlog() as submit:
         for batch in batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
             tokens, mask = _padded(ids, starts[batch], lengths[batch])
@@ -225,7 +238,7 @@ def _fill(
                 if site.axes[-1:] == ("key",):
                     tensor = torch.nn.functional.pad(tensor, (0, segment.shape(site.name)[-1] - tensor.shape[-1]))
                 real, runs = rows.take(tensor, first)
-                submit(_write, segment, site.name, to_host(real, dtype), runs)
+                submit(_write, segment, site.name, to_host(real, getattr(torch, segment.dtype(site.name))), runs)
 
             with changes.batch(batch) if changes else nullcontext():
                 capture(model.module, sites, tokens, mask, receive)

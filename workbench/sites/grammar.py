@@ -244,8 +244,9 @@ def _layers(short: re.Match[str], n_layers: int) -> range:
         if len(bounds) == 3 and bounds[2] == 0:
             raise RequestError(f"site {short[0]!r}: the step of a slice of layers cannot be 0")
         layers = range(n_layers)[slice(*bounds)]
-    elif text.isdigit() and int(text) < n_layers:
-        layers = range(int(text), int(text) + 1)
+    elif text.lstrip("-").isdigit() and -n_layers <= int(text) < n_layers:  # -1: the last one
+        layer = int(text) % n_layers
+        layers = range(layer, layer + 1)
     else:
         layers = range(0)
     if not layers:

@@ -51,6 +51,9 @@ class Recording:
     768; on a GPU 16,384."""
     segment_rows: int | None = None
     """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
+    unembed: bool = True
+    """Store the final norm and the unembedding, which lenses need: vocabulary x d_model values, kept once for all
+    stores of the model in one folder."""
 
     def __post_init__(self) -> None:
         check_fields(self, "context", "max_rows", "batch_tokens", "segment_rows", at_least=1, optional=True)
@@ -81,6 +84,7 @@ class RecordingOptions(TypedDict, total=False):
     unaligned_pairs: str
     batch_tokens: int | None
     segment_rows: int | None
+    unembed: bool
 
 
 def recording(settings: Recording | None = None, **options: Unpack[RecordingOptions]) -> Recording:

@@ -25,6 +25,7 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
 from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
+from workbench.sites.grammar import short_name
 from workbench.store.identity import Identity, difference
 from workbench.store.stored_changes import Ran, StoredChanges, none_ran
 
@@ -45,7 +46,10 @@ _NEW_MODEL_KEYS = {"causal": True, "identity": None}
 _NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_tokens": 0}
 """Keys of a part that version 2 added."""
 
-_NEW_KEYS = {"complete": False, "interventions": None}
+_NEW_SEGMENT_KEYS: dict[str, Any] = {"added": ()}
+"""Keys of a segment that version 2 added."""
+
+_NEW_KEYS = {"complete": False, "interventions": None, "rows_fingerprint": None}
 """Keys of the manifest that version 2 added; `parse_manifest` finds whether a store of version 1 is complete."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -173,6 +177,8 @@ class Segment:
     """SHA-256 over the token ids and sequence lengths."""
     checksum: str
     """SHA-256 of its `segment.json`."""
+    added: tuple[str, ...] = ()
+    """SHA-256 of its `segment.1.json`, ...: records of sites that were added to the store later."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\d{5,}", self.name, re.ASCII):
@@ -221,6 +227,9 @@ class Manifest:
     """True once every row of all parts is committed; False while there is no part yet."""
     interventions: StoredChanges | None = None
     """Interventions with which the model ran; None: it ran as it is."""
+    rows_fingerprint: str | None = None
+    """Fingerprint from before sites or the unembedding were added or deleted, which changes no row. None: they are as
+    they were recorded."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -250,12 +259,15 @@ class Manifest:
         """The manifest of the same parts before the first segment: the same at every stage of the recording."""
         changes = self.interventions
         changes = changes and replace(changes, ran=none_ran(len(changes.records)))
-        return replace(self, segments=(), complete=False, interventions=changes)
+        return replace(self, segments=(), complete=False, interventions=changes, rows_fingerprint=None)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest: two stores with the same fingerprint have the same rows of the same model."""
-        return checksum(_body(self))
+        """SHA-256 of the manifest: two stores with the same fingerprint have the same rows of the same model.
+
+        It stays the same when sites are added or deleted.
+        """
+        return self.rows_fingerprint or checksum(_body(self))
 
     @cached_property
     def starts(self) -> Int64[np.ndarray, " segments_plus_1"]:
@@ -347,6 +359,9 @@ def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
         value["model"] = _NEW_MODEL_KEYS | model
     if isinstance(parts, list):
         value["parts"] = [_NEW_PART_KEYS | part if isinstance(part, dict) else part for part in parts]
+    segments = value.get("segments")
+    if isinstance(segments, list):
+        value["segments"] = [_NEW_SEGMENT_KEYS | one if isinstance(one, dict) else one for one in segments]
     return value
 
 
@@ -362,6 +377,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         body = _without(body, _NEW_KEYS)
         body["model"] = _without(vars(manifest.model), _NEW_MODEL_KEYS)
         body["parts"] = [_without(vars(part), _NEW_PART_KEYS) for part in manifest.parts]
+        body["segments"] = [_without(vars(segment), _NEW_SEGMENT_KEYS) for segment in manifest.segments]
     return body
 
 
@@ -384,28 +400,60 @@ def read_counts(path: str | os.PathLike[str], manifest: Manifest) -> tuple[Count
     """
     overflow, nonfinite = Counter(), Counter()
     for segment in manifest.segments:
-        record = read_segment_record(path, segment)
+        record = read_segment_record(path, segment)  # has counts of deleted sites too
         overflow.update(record.overflow)
         nonfinite.update(record.nonfinite)
     return overflow, nonfinite
 
 
 def read_segment_record(path: str | os.PathLike[str], segment: Segment) -> SegmentRecord:
-    """Returns the `segment.json` of one segment of the store at `path`.
+    """Returns the `segment.json` of one segment of the store at `path`, with the records of sites that were added.
 
     Raises:
-        DataError: It is missing, damaged, or not the one that the manifest lists.
+        DataError: One is missing, damaged, or not the one that the manifest lists.
     """
-    source = Path(path) / SEGMENTS / segment.name / SEGMENT
-    text = read_file(source, VERIFY_STORE)
-    if sha256_bytes(text) != segment.checksum:
-        raise DataError(f"{source} is damaged: its bytes are not those that were recorded; {VERIFY_STORE}")
-    return parse_segment(text, source)
+    records = []
+    for name, recorded in zip(record_names(segment), (segment.checksum, *segment.added), strict=True):
+        source = Path(path) / SEGMENTS / segment.name / name
+        text = read_file(source, VERIFY_STORE)
+        if sha256_bytes(text) != recorded:
+            raise DataError(f"{source} is damaged: its bytes are not those that were recorded; {VERIFY_STORE}")
+        records.append(parse_segment(text, source))
+    return merged_record(records)
+
+
+def record_names(segment: Segment) -> list[str]:
+    """Returns the names of a segment's records: segment.json, segment.1.json, ..."""
+    stem, dot, suffix = SEGMENT.partition(".")
+    return [SEGMENT, *(f"{stem}.{number}{dot}{suffix}" for number, _ in enumerate(segment.added, 1))]
+
+
+def merged_record(records: Sequence[SegmentRecord]) -> SegmentRecord:
+    """Returns the records of one segment as one; of a site that was deleted and added again, the latest counts."""
+    first, *others = records
+    for other in others:
+        new = set(other.files)
+
+        def kept(counts: Mapping[str, int], new: set[str] = new) -> dict[str, int]:
+            return {name: n for name, n in counts.items() if not new & {f"{short_name(name) or name}.safetensors"}}
+
+        first = replace(
+            first,
+            files=first.files | other.files,
+            overflow=kept(first.overflow) | other.overflow,
+            nonfinite=kept(first.nonfinite) | other.nonfinite,
+        )
+    return first
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
     """Returns a summary of the store, one line each for path, model, sites, rows, texts and unembedding."""
-    return "\n".join(f"{name:<8} {fact}" for name, fact in facts(path, manifest).items())
+    return as_lines(facts(path, manifest))
+
+
+def as_lines(named: Mapping[str, str]) -> str:
+    """Returns facts as text, one line each."""
+    return "\n".join(f"{name:<8} {fact}" for name, fact in named.items())
 
 
 def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:

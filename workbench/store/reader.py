@@ -11,7 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -28,10 +28,13 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.grammar import SHORT_NAMES
 from workbench.store.groups import segment_tables
-from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, describe, facts, read_manifest, short_list
+from workbench.store.growth import delete_sites
+from workbench.store.layers import LayeredArray
+from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
 from workbench.store.query import Parameters, rows_of_tokens, select_rows
+from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
 from workbench.store.verify import verify
 
@@ -52,7 +55,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         DataError: The manifest is damaged.
     """
     path = Path(path).absolute()
-    return Store(path, read_manifest(path))
+    return Store(path, read_manifest(path), temporary_folder(path))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,6 +64,8 @@ class Store:
 
     path: Path
     manifest: Manifest
+    temporary: TemporaryFolder | None = None
+    """Folder of a temporary store, which is removed with the last handle of it."""
 
     __iter__ = None  # a store is indexed by site; Python would otherwise try 0, 1, 2, ...
 
@@ -68,12 +73,12 @@ class Store:
         return open_store, (self.path,)
 
     def __repr__(self) -> str:
-        return describe(self.path, self.manifest)
+        return as_lines(self._facts)
 
     def _repr_html_(self) -> str:
         from workbench.figures.markup import card
 
-        return card("Store", facts(self.path, self.manifest))
+        return card("Store", self._facts)
 
     def __len__(self) -> int:
         return self.rows
@@ -98,19 +103,60 @@ class Store:
         tokens = read_tokens(segment_tables(self.path, self.manifest.segments), self._columns)
         return add_places(tokens, self.manifest.chosen)
 
-    def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray:
-        """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name."""
-        name, layer = site if isinstance(site, tuple) and len(site) == 2 else (site, 0)
-        if not isinstance(name, str) or isinstance(layer, slice):
+    @overload
+    def __getitem__(self, site: str | tuple[str, int]) -> ActivationArray: ...
+
+    @overload
+    def __getitem__(self, site: tuple[str, slice | Sequence[int]]) -> LayeredArray: ...
+
+    def __getitem__(self, site: str | tuple[str, int | slice | Sequence[int]]) -> ActivationArray | LayeredArray:
+        """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name.
+
+        Layer -1 is the model's last one. A slice or a list of layers gives them as one array (row, layer, ...), read
+        when it is indexed; `:` stands for all recorded layers. RequestError for a layer that was not recorded.
+        """
+        kind, layer = site if isinstance(site, tuple) and len(site) == 2 else (site, None)
+        if not isinstance(kind, str):
             example = self.sites[0].label if self.sites else "resid_post.0"
             raise RequestError(
                 f"{site!r} is not a site; write store[{example!r}], and store[{example!r}][rows] for rows"
             )
-        label = ".".join(map(str, site)) if isinstance(site, tuple) else name
+        if layer is None:
+            return ActivationArray(self, self._record(kind))
+        if isinstance(layer, int | np.integer):
+            return ActivationArray(self, self._record(f"{kind}.{self._layer(int(layer))}"))
+        return LayeredArray(self, kind, tuple(self._layers(kind, layer)))
+
+    def _record(self, label: str) -> SiteRecord:
         for record in self.sites:
             if label in (record.name, record.short):
-                return ActivationArray(self, record)
+                return record
         raise _not_recorded(self, label)
+
+    def _layer(self, layer: int) -> int:
+        n_layers = self.manifest.model.n_layers
+        return layer + n_layers if -n_layers <= layer < 0 else layer
+
+    def _layers(self, kind: str, layers: slice | Sequence[int]) -> list[int]:
+        """Numbers of the layers that a slice or a list stands for, all of them recorded."""
+        every = range(self.manifest.model.n_layers)
+        recorded = [layer for layer in every if any(f"{kind}.{layer}" == site.short for site in self.sites)]
+        if layers == slice(None):
+            chosen = recorded
+        elif isinstance(layers, slice):
+            chosen = list(every[layers])
+        else:
+            chosen = [self._layer(int(layer)) for layer in layers]
+        if missing := [layer for layer in chosen if layer not in recorded]:
+            if not recorded:
+                raise _not_recorded(self, f"{kind}.{missing[0]}")
+            raise RequestError(
+                f"layer {missing[0]} of {kind} is not recorded in {self.path}; recorded layers are "
+                f"{', '.join(map(str, recorded))}"
+            )
+        if not chosen:
+            raise RequestError(f"{layers} selects no layer of {kind}; the model has layers 0 to {len(every) - 1}")
+        return chosen
 
     def require(self, *sites: str) -> None:
         """Raises RequestError, with the record command that would record it, for a site that was not recorded."""
@@ -157,12 +203,27 @@ class Store:
             raise RequestError(f"figure {name!r} is none of {', '.join(figures)}")
         return figures[name or next(iter(figures))]
 
+    def delete_sites(self, sites: Sequence[str] | str) -> Store:
+        """Deletes sites and their files, and returns the store without them; features of them stay.
+
+        Args:
+            sites: Labels (`resid_post.3`), names, or kinds (`resid_post`: every layer).
+
+        Raises:
+            RequestError: A site that is not recorded, all sites, or a store that is not finished.
+        """
+        return replace(self, manifest=delete_sites(self.path, sites))
+
     def verify(self) -> pd.DataFrame:
         """Returns the findings of a full check, none for a sound store; see `wb.verify`. Reads every byte once."""
         return verify(self.path)
 
-    def _files(self, name: str) -> list[Path]:
-        return [self.path / SEGMENTS / segment.name / name for segment in self.manifest.segments]
+    @property
+    def _facts(self) -> dict[str, str]:
+        lines = facts(self.path, self.manifest)
+        if self.temporary:
+            lines["store"] = f"temporary, removed with its last handle; .save(PATH) keeps it: {self.path}"
+        return lines
 
     @cached_property
     def _columns(self) -> pa.Schema | None:
@@ -172,11 +233,13 @@ class Store:
     @cached_property
     def _maps(self) -> Callable[[SiteRecord], SiteMaps]:
         """Maps of a site; those of the latest sites stay open."""
-
-        def open_maps(site: SiteRecord) -> SiteMaps:
-            return SiteMaps(self._files(site.file), self.manifest.starts, site.shape, site.dtype)
-
+        open_maps = functools.partial(_open_maps, self.path, self.manifest)  # not `self`: a cycle would keep a store
         return functools.lru_cache(max(1, _OPEN_MAPS // max(1, len(self.manifest.segments))))(open_maps)
+
+
+def _open_maps(path: Path, manifest: Manifest, site: SiteRecord) -> SiteMaps:
+    files = [path / SEGMENTS / segment.name / site.file for segment in manifest.segments]
+    return SiteMaps(files, manifest.starts, site.shape, site.dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -312,12 +375,14 @@ class Rows:
     def __getitem__(self, site: slice | Sequence[int] | np.ndarray) -> Rows: ...
 
     @overload
-    def __getitem__(self, site: str | tuple[str, int]) -> Float[Tensor, "row ..."]: ...
+    def __getitem__(self, site: str | tuple[str, int | slice | Sequence[int]]) -> Float[Tensor, "row ..."]: ...
 
     def __getitem__(
-        self, site: str | tuple[str, int] | slice | Sequence[int] | np.ndarray
+        self, site: str | tuple[str, int | slice | Sequence[int]] | slice | Sequence[int] | np.ndarray
     ) -> Rows | Float[Tensor, "row ..."]:
         """Returns a site's activations (n_selected, ...) for `rows["resid_post", 3]`; fewer rows for an index.
+
+        `rows["resid_post", 0:8]` has the axes (n_selected, layer, ...).
 
         An index is a slice, a list or array of places among the selected rows, or a mask over them. The result is in
         row order, each row once, whatever the order of the places.

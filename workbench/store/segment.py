@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jaxtyping import Shaped
 from workbench.io import files
 from workbench.io.parse import to_json
 from workbench.io.tensors import TensorFile
-from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord
+from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord, SiteRecord
 from workbench.store.stored_changes import Ran
 from workbench.store.token_table import encode_tokens
 
@@ -23,9 +24,18 @@ from workbench.store.token_table import encode_tokens
 class SegmentWriter:
     """Writer of one segment, made by `Writer.segment`; threads that use it must finish before its block ends."""
 
-    def __init__(self, folder: Path, manifest: Manifest, rows: int, tokens: pa.Table) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        rows: int,
+        tokens: pa.Table | None,
+        sites: Sequence[SiteRecord] | None = None,
+    ) -> None:
+        """`tokens`: its token table, None: it is there already; `sites` to write, None: those of the manifest."""
         self._folder, self._manifest, self._rows = folder, manifest, rows
-        files.write_file(folder / TOKENS, encode_tokens(tokens))
+        if tokens is not None:
+            files.write_file(folder / TOKENS, encode_tokens(tokens))
         self._tensors = {
             site.name: TensorFile(
                 folder / site.file,
@@ -34,7 +44,7 @@ class SegmentWriter:
                 (rows, *site.shape),
                 {"site": site.name, "model": manifest.model.fingerprint, "axes": " ".join(site.axes)},
             )
-            for site in manifest.sites
+            for site in (manifest.sites if sites is None else sites)
         }
         self._counts = {"overflow": Counter(), "nonfinite": Counter()}
         self._lock = threading.Lock()
@@ -51,6 +61,10 @@ class SegmentWriter:
     def shape(self, site: str) -> tuple[int, ...]:
         """Returns the shape of one row of the site: (d_model,), (head, context)."""
         return self._tensors[site].shape[1:]
+
+    def dtype(self, site: str) -> str:
+        """Returns the stored type of the site."""
+        return self._tensors[site].dtype
 
     def count(self, site: str, *, overflow: int = 0, nonfinite: int = 0) -> None:
         """Adds to the counts of values beyond the stored type's range, and of NaN or infinite values of the model."""

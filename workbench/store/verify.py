@@ -31,8 +31,10 @@ from workbench.store.manifest import (
     Segment,
     SegmentRecord,
     SiteRecord,
+    merged_record,
     parse_segment,
     read_manifest,
+    record_names,
     text_notes,
 )
 from workbench.store.token_table import check_tokens, read_tokens, without_nan
@@ -185,31 +187,46 @@ def _check_segment(check: _Check) -> Iterator[Finding]:
         except DataError as error:
             yield check.finding(file, "unreadable", str(error))
     for entry in sorted(check.folder.iterdir()):
-        if entry.name not in (SEGMENT, TOKENS, *sites):
+        if entry.name not in (*record_names(check.segment), TOKENS, *sites):
             yield check.finding(entry.name, "unlisted", "not a file of this store's sites; it is not read", "note")
 
 
 def _read_record(check: _Check) -> tuple[SegmentRecord | None, list[Finding]]:
     """`segment.json`, if it can serve to check the other files, and its problems."""
-    if not (check.folder / SEGMENT).exists():
-        return None, [check.finding(SEGMENT, "missing file", "every segment has it; checksums are unknown")]
-    try:
-        text = read_file(check.folder / SEGMENT, "restore it from a copy")
-    except DataError as error:
-        return None, [check.finding(SEGMENT, "unreadable", str(error))]
-    problems = []
-    if files.sha256_bytes(text) != check.segment.checksum:
-        detail = "edited or damaged; findings in its segment may follow from it"
-        problems.append(check.finding(SEGMENT, "checksum differs", detail))
-    try:
-        record = parse_segment(text, check.folder / SEGMENT)
-    except DataError as error:
-        return None, [*problems, check.finding(SEGMENT, "unreadable", str(error))]
-    if record.model != check.manifest.model.fingerprint:
-        problems.append(check.wrong_model(SEGMENT, record.model))
+    segment, problems, records = check.segment, [], []
+    for name, recorded in zip(record_names(segment), (segment.checksum, *segment.added), strict=True):
+        record, its_problems = _read_one_record(check, name, recorded)
+        problems += its_problems
+        if record is None:
+            return None, problems
+        records.append(record)
+    record = merged_record(records)
+    names = {site.name for site in check.manifest.sites}
     for site, count in record.overflow.items():
+        if site not in names:  # it was deleted
+            continue
         detail = f"{count} values of {site} were beyond the stored type's range and are its largest"
         problems.append(check.finding(SEGMENT, "overflow", detail, "note"))
+    return record, problems
+
+
+def _read_one_record(check: _Check, name: str, recorded: str) -> tuple[SegmentRecord | None, list[Finding]]:
+    if not (check.folder / name).exists():
+        return None, [check.finding(name, "missing file", "every segment has it; checksums are unknown")]
+    try:
+        text = read_file(check.folder / name, "restore it from a copy")
+    except DataError as error:
+        return None, [check.finding(name, "unreadable", str(error))]
+    problems = []
+    if files.sha256_bytes(text) != recorded:
+        detail = "edited or damaged; findings in its segment may follow from it"
+        problems.append(check.finding(name, "checksum differs", detail))
+    try:
+        record = parse_segment(text, check.folder / name)
+    except DataError as error:
+        return None, [*problems, check.finding(name, "unreadable", str(error))]
+    if record.model != check.manifest.model.fingerprint:
+        problems.append(check.wrong_model(name, record.model))
     return record, problems
 
 

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment
 from workbench.store.stored_changes import StoredChanges, added
 from workbench.store.token_table import ROW_BYTES, check_columns, check_tokens, read_schema
+from workbench.store.unembedding import LEFT_OUT, WriteUnembed, add_unembed
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,6 +73,10 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
         )
 
 
+class OtherRecording(RequestError):
+    """A store that holds, or has begun, another recording than the requested one."""
+
+
 @contextmanager
 def open_writer(
     path: str | os.PathLike[str],
@@ -81,7 +86,7 @@ def open_writer(
     recording: Recording,
     tokens_added: Mapping[str, Sequence[int]],
     environment: Mapping[str, str],
-    unembed: Callable[[Path], None] | None,
+    unembed: WriteUnembed | None,
     unembed_reason: str | None,
     features: str | None = None,
     interventions: StoredChanges | None = None,
@@ -96,7 +101,8 @@ def open_writer(
         recording: The settings; a store of other settings is refused.
         tokens_added: `prefix` and `suffix`: token ids added around each sequence.
         environment: Library versions. A store of other versions is resumed with a warning.
-        unembed: Writes the final norm and unembedding to the path it is given; called for a new store only.
+        unembed: Writes the final norm and unembedding to the path it is given, or returns the reason why there is none.
+            Called for a new store if none beside it has the same; for one that was made without if it is wanted now.
         unembed_reason: Reason why there is no unembedding, where `unembed` is None.
         features: Label of the SAE's features that are extracted from a site that is not stored; a store of others is
             refused.
@@ -123,8 +129,10 @@ def open_writer(
             manifest = (
                 _reopen(path, requested, shared) if (path / MANIFEST).exists() else _create(path, requested, shared)
             )
-            if manifest.unembed is None and manifest.unembed_reason is None:
-                manifest = _add_unembed(path, manifest, unembed, unembed_reason)
+            wanted = unembed is not None and manifest.complete and not is_read_only(path)
+            left_out = wanted and manifest.unembed_reason == LEFT_OUT
+            if manifest.unembed is None and (manifest.unembed_reason is None or left_out):
+                manifest = add_unembed(path, manifest, unembed, unembed_reason)
         with _explain_read_only(path):
             yield Writer(path, manifest, shared)
 
@@ -176,7 +184,8 @@ class Writer:
             same = bool(parts) and parts[-1].same_counts(part) and parts[-1].same_columns(part)
             if len(parts) > 1 and not append:
                 raise RequestError(
-                    f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts"
+                    f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts, "
+                    "or texts=None to add sites"
                 )
             if not parts:
                 self._replace(_with_parts(self.manifest, (part,)))
@@ -189,12 +198,12 @@ class Writer:
                 self._replace(_with_parts(self.manifest, (*parts[:-1], part)))
             elif not parts[-1].same_counts(part):
                 hint = "resume that part with its own texts" if append else "pass append=True to add texts"
-                raise RequestError(
+                raise OtherRecording(
                     f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} requested; "
                     f"{hint}, or choose another out"
                 )
             elif not same:
-                raise RequestError(
+                raise OtherRecording(
                     f"{self.path} holds other texts than those requested, or other metadata or spans of them; give the "
                     "same, or choose another out"
                 )
@@ -217,7 +226,7 @@ class Writer:
         if segments[index].digest != digest:
             number = len(self.manifest.segments) - len(segments) + index
             first, after = self.manifest.starts[number : number + 2]
-            raise RequestError(
+            raise OtherRecording(
                 f"the texts differ from the recorded ones in segment {segments[index].name} of {self.path} "
                 f"(rows {first} to {after - 1}); give the same texts in the same order, or choose another out"
             )
@@ -335,7 +344,7 @@ class Writer:
 
 
 def _with_parts(manifest: Manifest, parts: tuple[Part, ...]) -> Manifest:
-    return _with_segments(replace(manifest, parts=parts), manifest.segments)
+    return _with_segments(replace(manifest, parts=parts, rows_fingerprint=None), manifest.segments)
 
 
 def _with_segments(manifest: Manifest, segments: tuple[Segment, ...]) -> Manifest:
@@ -370,9 +379,14 @@ def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
 def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
     """The manifest of the same recording, after removing leftovers of a crash unless the store is shared."""
     existing = read_manifest(path)
-    newer = requested.recording.keys() - existing.recording.keys()  # settings that are newer than the store
-    settings = {name: value for name, value in _settings(requested).items() if name not in newer}
-    differences = _differences(_settings(existing), settings)
+    newer = (
+        requested.recording.keys() - existing.recording.keys() - {"unembed"}
+    )  # settings that are newer than the store
+    apart = newer | _free_settings(existing, requested)
+    settings, recorded = (
+        {name: value for name, value in _settings(one).items() if name not in apart} for one in (requested, existing)
+    )
+    differences = _differences(recorded, settings)
     if other := existing.model.difference(requested.model):
         differences.insert(0, f"the model is not the recorded one: {other}")
     if (differences or newer) and not existing.segments:  # nothing is committed: the settings may change
@@ -382,7 +396,7 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
         return requested
     if differences:
         more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
-        raise RequestError(
+        raise OtherRecording(
             f"{path} was recorded with other settings: {'; '.join(differences[:6])}{more}; request the same, or choose "
             "another out"
         )
@@ -401,6 +415,19 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
         remove_leftovers(path, existing)
         write_groups(path, existing)  # a crash may have come between a commit and its group
     return existing
+
+
+def _free_settings(existing: Manifest, requested: Manifest) -> set[str]:
+    """Settings that need not be equal: a finished store may have more sites than requested, and get those it lacks."""
+    if not existing.complete or not requested.sites:
+        return set()
+    kept = {site.name for site in existing.sites} & {site.name for site in requested.sites}
+    sites = {_site_setting(site) for site in (*existing.sites, *requested.sites) if site.name not in kept}
+    return {*sites, "dtype"}  # each site has a type of its own
+
+
+def _site_setting(site: SiteRecord) -> str:
+    return f"site {site.label}"
 
 
 def remove_leftovers(path: Path, manifest: Manifest) -> None:
@@ -422,34 +449,18 @@ def _remove_leftovers(path: Path, manifest: Manifest, keep: Collection[str] | No
             files.remove(entry)
 
 
-def _add_unembed(
-    path: Path, manifest: Manifest, unembed: Callable[[Path], None] | None, reason: str | None
-) -> Manifest:
-    # The manifest is written first without it, so that a crash here leaves a store
-    if unembed is None:
-        manifest = replace(manifest, unembed_reason=reason or "not asked for")
-    else:
-        with files.scratch_folder(path / UNEMBED) as partial:
-            unembed(partial / UNEMBED)
-            files.fsync(partial / UNEMBED)
-            os.replace(partial / UNEMBED, path / UNEMBED)
-        files.fsync(path)
-        manifest = replace(manifest, unembed=files.sha256_file(path / UNEMBED))
-    write_manifest(path, manifest)
-    return manifest
-
-
 def _settings(manifest: Manifest) -> dict[str, object]:
     """Settings that must be equal for two recordings to give the same bytes, under the names of the API."""
     model, changes = manifest.model, manifest.interventions
-    recording = {name: value for name, value in manifest.recording.items() if name != "sites"}  # resolved ones below
+    apart = ("sites", "unembed")  # the sites are resolved below; an unembedding can be added
+    recording = {name: value for name, value in manifest.recording.items() if name not in apart}
     return {
         "architecture": model.architecture,
         "tokenizer": model.tokenizer_fingerprint and model.tokenizer_fingerprint[:12],
         **recording,
         "interventions": changes and f"{len(changes.records)} records ({changes.digest[:12]})",
         **{f"{name} tokens": list(ids) for name, ids in manifest.tokens_added.items()},
-        **{f"site {site.label}": f"{site.axes} {site.shape} {site.dtype}" for site in manifest.sites},
+        **{_site_setting(site): f"{site.axes} {site.shape} {site.dtype}" for site in manifest.sites},
     }
 
 

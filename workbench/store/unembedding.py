@@ -1,0 +1,106 @@
+"""File of the unembedding in a store: linked from a store beside it that has the same, else written by the model.
+
+Stores of one model in one folder then keep these bytes once, and each of them is complete: a copy of its folder has a
+file of its own. The bytes disappear with the last of the stores.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from workbench.io import files
+from workbench.io.checksums import check_files
+from workbench.io.errors import WorkbenchError
+from workbench.io.tensors import VERIFY
+from workbench.store.manifest import MANIFEST, UNEMBED, Manifest, ModelRecord, parse_manifest, write_manifest
+
+LEFT_OUT = "it was recorded with unembed=False; record it again without that, or give the probe another store"
+"""Reason in the manifest of a store whose unembedding was not asked for."""
+
+WriteUnembed = Callable[[Path], object]
+"""Writes the final norm and the unembedding to a path; a text that it returns is the reason why there is none."""
+
+
+def add_unembed(path: Path, manifest: Manifest, write: WriteUnembed | None, reason: str | None) -> Manifest:
+    """Adds the unembedding to the store at `path`, or the reason why there is none; returns its new manifest.
+
+    The manifest is on the disk before, without it: a crash here leaves a store.
+
+    Args:
+        path: The store.
+        manifest: Its manifest.
+        write: Called if no store beside it has the same. None: there is no unembedding.
+        reason: Reason for that.
+    """
+    checksum = None
+    if write is not None:
+        with files.scratch_folder(path / UNEMBED) as partial:
+            new = partial / UNEMBED
+            checksum = _link_other(path, manifest.model, new)
+            answer = write(new) if checksum is None else None
+            reason = answer if isinstance(answer, str) else None
+            if reason is None:
+                if checksum is None:
+                    os.chmod(new, partial.stat().st_mode & 0o666)  # as every other file here, not 0600
+                    files.fsync(new)
+                    checksum = files.sha256_file(new)
+                os.replace(new, path / UNEMBED)
+        files.fsync(path)
+    recording = manifest.recording
+    if checksum is not None and "unembed" in recording:
+        recording = recording | {"unembed": True}
+    reason = None if checksum else reason or "not asked for"
+    rows = manifest.fingerprint if manifest.complete else None
+    manifest = replace(manifest, unembed=checksum, unembed_reason=reason, recording=recording, rows_fingerprint=rows)
+    write_manifest(path, manifest)
+    return manifest
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a file that is never changed in place a second name; a copy where the disk has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        files.fsync(target)
+
+
+def _link_other(path: Path, model: ModelRecord, new: Path) -> str | None:
+    """Checksum of the unembedding of the same model, whose file has now the name `new` too; None: no store has it."""
+    for other, checksum in _others(path, model):
+        with suppress(WorkbenchError, OSError):  # damaged, or removed meanwhile: it is written anew
+            check_files([(other, checksum)], VERIFY)
+            link_or_copy(other, new)
+            return checksum
+        files.remove(new)
+    return None
+
+
+def _others(path: Path, model: ModelRecord) -> Iterator[tuple[Path, str]]:
+    """Files of the unembedding of a model in the stores beside `path`, with their recorded checksums.
+
+    Only this user's: another one could change the bytes later.
+    """
+    expected = _identity(model)
+    for entry in sorted(os.scandir(path.absolute().parent), key=lambda entry: entry.name):
+        with suppress(WorkbenchError, OSError):
+            source = Path(entry.path) / MANIFEST
+            if entry.name == path.name or not entry.is_dir(follow_symlinks=False) or not source.is_file():
+                continue
+            text = source.read_bytes()
+            if model.fingerprint.encode() not in text:  # most manifests need not be parsed
+                continue
+            manifest = parse_manifest(text, source)
+            file = source.with_name(UNEMBED)
+            if manifest.unembed and _identity(manifest.model) == expected and file.stat().st_uid == os.geteuid():
+                yield file, manifest.unembed
+
+
+def _identity(model: ModelRecord) -> ModelRecord | None:
+    """A model without its name; None, which equals no model, where its behaviour is not known."""
+    return replace(model, name="", revision=None) if model.identity else None
