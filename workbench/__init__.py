@@ -79,6 +79,9 @@ _PUBLIC = {
     "ActivationArray": "workbench.store.reader",
     "LayeredArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
+    "merge": "workbench.store.merging",
+    "pack": "workbench.store.packing",
+    "remove": "workbench.features.removal",
     "compare": "workbench.analysis.comparison",
     "combine": "workbench.results.combine",
     "TrainedLens": "workbench.analysis.trained_lens",
@@ -138,6 +141,7 @@ if TYPE_CHECKING:
         feature_histogram,
         feature_statistics,
     )
+    from workbench.features.removal import remove
     from workbench.io.errors import DataError, RequestError, WorkbenchError
     from workbench.model.attention_records import BiasAttention, RedistributeAttention, ScaleAttention
     from workbench.model.block_records import SkipBlock, SwapBlocks
@@ -166,4 +170,6 @@ if TYPE_CHECKING:
     from workbench.sae.metrics import sae_metrics
     from workbench.sae.ruled import with_sparsity
     from workbench.sites.settings import Recording
+    from workbench.store.merging import merge
+    from workbench.store.packing import pack
     from workbench.store.reader import ActivationArray, LayeredArray, Rows, Store, open_store

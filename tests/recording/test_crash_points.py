@@ -2,7 +2,7 @@
 
 import pytest
 from crash_points import try_crash_points
-from recorded_operations import adding_sites, appending, deleting_sites, recording, recording_once, sweeping
+from recorded_operations import adding_sites, appending, deleting_sites, merging, recording, recording_once, sweeping
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from recorded_operations import adding_sites, appending, deleting_sites, recordi
         (adding_sites, "kill", 6),
         (adding_sites, "full", 2),
         (deleting_sites, "kill", 4),
+        (merging, "kill", 5),
+        (merging, "full", 2),
         (recording, "error", 4),
         (recording, "limit", 3),
         (sweeping, "kill", 4),

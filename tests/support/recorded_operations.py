@@ -112,6 +112,23 @@ def deleting_sites() -> Operation:
     return Operation(work, begin=begin, check=readable)
 
 
+def merging() -> Operation:
+    """A merge of recordings of TEXTS and of MORE."""
+    from workbench.recording.record import record
+    from workbench.store.merging import merge
+
+    model = tiny_model()
+
+    def begin(folder: Path) -> None:
+        for name, texts in (("a", TEXTS), ("b", MORE)):
+            record(model, texts, out=folder / name, show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        assert merge([folder / "a", folder / "b"], folder / "m").rows == sum(map(len, TEXTS + MORE))
+
+    return Operation(work, begin=begin, check=readable)
+
+
 def recording_once() -> Operation:
     """A recording of TEXTS in a cache."""
     from workbench.recording.cache import record_once

@@ -47,6 +47,65 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Remove:
+    """Remove a store, features, a result, a run or a sweep, or sites of a store; files of others stay."""
+
+    path: Positional[Path]
+    """Folder to remove."""
+    sites: tuple[str, ...] | None = None
+    """Sites of a store to delete, such as resid_post.3, or resid_post for every layer. Default: the whole folder."""
+
+    def run(self) -> int:
+        """Removes the folder or the sites."""
+        if self.sites is not None:
+            from workbench.store.growth import delete_sites
+
+            delete_sites(self.path, self.sites)
+            return Info(self.path).run()
+        from workbench.features.removal import remove  # seconds: xarray
+
+        left = remove(self.path)
+        print_plain(f"removed  {self.path}" + (f", but {len(left)} entries of others: {left[0]}" if left else ""))
+        return 0
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Copy a store and its features to a folder or a .tar file that is complete in itself."""
+
+    store: Positional[Path]
+    """Store to copy."""
+    out: Positional[Path]
+    """New folder, or a name that ends in .tar."""
+
+    def run(self) -> int:
+        """Packs the store."""
+        from workbench.store.packing import pack
+
+        print_plain(f"packed  {pack(self.store, self.out)}; on the other side: workbench verify STORE")
+        return 0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge stores of the same sites of one model into one store."""
+
+    stores: Positional[tuple[Path, ...]]
+    """Two or more stores."""
+    out: Path
+    """Folder of the new store."""
+    column: str = "store"
+    """New column of the token table with the name of the store that a row comes from."""
+
+    def run(self) -> int:
+        """Merges the stores."""
+        from workbench.store.merging import merge  # seconds: torch
+
+        merge(self.stores, self.out, column=self.column)
+        return Info(self.out).run()
+
+
+@dataclass(frozen=True)
 class Query:
     """List the tokens that an SQL predicate selects."""
 

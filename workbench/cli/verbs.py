@@ -16,7 +16,7 @@ from workbench.cli.page_verbs import Demo, Export, Report
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
 from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, SparseProbe
 from workbench.cli.recording_verbs import Plan, Record
-from workbench.cli.store_verbs import Compare, Info, Query, Verify
+from workbench.cli.store_verbs import Compare, Info, Merge, Pack, Query, Remove, Verify
 from workbench.cli.terminal import print_items, print_plain
 from workbench.io.errors import RequestError, nearest
 
@@ -41,6 +41,9 @@ VERBS: dict[str, type[Command]] = {
     "plan": Plan,
     "info": Info,
     "verify": Verify,
+    "rm": Remove,
+    "pack": Pack,
+    "merge": Merge,
     "query": Query,
     "features": Features,
     "metrics": Metrics,

@@ -243,6 +243,33 @@ def _foreign(folder: Path, known: list[tuple[str, ...]]) -> list[Path]:
     return entries
 
 
+def remove_known(folder: Path, known: list[tuple[str, ...]], last: str) -> list[Path]:
+    """Removes the files of a folder that a pattern matches, and folders that are then empty; returns what is left.
+
+    Args:
+        folder: The folder, which goes too unless something is left.
+        known: Patterns of names relative to it, as for `replace_folder`, in parts.
+        last: Name of the file that is removed after all others.
+    """
+    left = _foreign(folder, known)
+    kept = {folder / last, *left}
+    for place, folders, names in os.walk(folder, topdown=False):
+        here = Path(place)
+        for name in names:
+            entry = here / name
+            if not any(entry == other or other in entry.parents for other in kept):
+                entry.unlink()
+        for name in folders:
+            if not (here / name).is_symlink() and (here / name) not in left:
+                with suppress(OSError):  # not empty
+                    os.rmdir(here / name)
+    (folder / last).unlink(missing_ok=True)
+    for place in (*(folder / last).relative_to(folder).parents[:-1], Path()):
+        with suppress(OSError):
+            os.rmdir(folder / place)
+    return left
+
+
 def _link(source: Path, target: Path) -> None:
     """Gives a file, or all files of a folder, a second name. What has no hard links is moved later, by `_merge`."""
     if os.path.lexists(target):

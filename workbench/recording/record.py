@@ -86,8 +86,8 @@ def record(
     Args:
         model: A loaded model, or what `load_model` takes: a directory, a GGUF file, a hub id, a transformers module.
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
-            output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs. None: the tokens of the store at
-            `out`, with its settings, to add sites to it.
+            output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
+            None: the tokens of the store at `out`, with its settings, to add sites to it.
         out: Folder of the store. A finished store of the same request is opened, after the sites that it lacks are
             added; an unfinished one is resumed. None: a temporary folder, which is removed with the last handle of the
             store and at the end of the process.

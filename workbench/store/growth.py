@@ -150,6 +150,8 @@ def remove_unlisted(path: Path, manifest: Manifest, waiting: Sequence[SiteRecord
         manifest: Its manifest.
         waiting: New sites whose whole files are kept.
     """
+    for entry in path.glob(f".*{files.PARTIAL}"):
+        files.remove(entry)
     listed = {site.file for site in manifest.sites}
     for segment in manifest.segments:
         folder = path / SEGMENTS / segment.name

@@ -75,6 +75,30 @@ def common_columns(schemas: Iterable[pa.Schema], path: str | os.PathLike[str]) -
     return pa.schema(list(types.items()))
 
 
+def check_common_columns(stores: Sequence[tuple[Path, Manifest]]) -> pa.Schema:
+    """Returns the columns that several stores have together.
+
+    Raises:
+        RequestError: A column that has no type which holds the values of all stores exactly.
+    """
+    recorded = [(path, manifest, part_columns(path, manifest)) for path, manifest in stores]
+    try:
+        columns = common_columns((schema for *_, parts in recorded for schema in parts.values()), "the stores")
+    except DataError as error:
+        raise RequestError(f"{str(error).partition(';')[0]}; merge stores whose columns agree") from None
+    for path, manifest, parts in recorded:
+        for part, schema in parts.items():
+            files = segment_tables(path, [segment for segment in manifest.segments if segment.part == part])
+            for field in schema:
+                rounded = pa.types.is_integer(field.type) and pa.types.is_floating(columns.field(field.name).type)
+                if rounded and not all(_is_exact(low, high) for low, high in _ranges(files, field.name)):
+                    raise RequestError(
+                        f"column {field.name!r} holds whole numbers above 2^53 in {path} and floats in another store; "
+                        "merge stores whose columns agree"
+                    )
+    return columns
+
+
 def check_new_columns(path: str | os.PathLike[str], manifest: Manifest, part: int, sequences: Sequences) -> None:
     """Refuses a part whose columns do not fit the store's, before the model runs and before anything is written.
 

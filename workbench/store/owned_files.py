@@ -1,5 +1,8 @@
 """Names of all files that a store may have: what is none of them belongs to others, and is never removed."""
 
+FEATURE_FILES = ("features.json", "labels.json", "by_row*.safetensors", "by_feature*.safetensors")
+"""Files of a folder of features."""
+
 STORE_FILES = (
     "manifest.json",
     "unembed.safetensors",
@@ -13,9 +16,7 @@ STORE_FILES = (
     "segments/.*.partial/*",
     "tokens/*.parquet",
     "tokens/.*.partial/*",
-    "features/*/*.safetensors",
-    "features/*/*.json",
-    "features/*/*.parquet",
+    *(f"features/*/{name}" for name in FEATURE_FILES),
     "features/.*.partial/*",
     "features/.*.partial/segments/*",
 )

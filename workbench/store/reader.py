@@ -33,6 +33,7 @@ from workbench.store.layers import LayeredArray
 from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, facts, read_manifest, short_list
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
+from workbench.store.packing import pack
 from workbench.store.query import Parameters, rows_of_tokens, select_rows
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
@@ -82,6 +83,9 @@ class Store:
 
     def __len__(self) -> int:
         return self.rows
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @property
     def rows(self) -> int:
@@ -213,6 +217,15 @@ class Store:
             RequestError: A site that is not recorded, all sites, or a store that is not finished.
         """
         return replace(self, manifest=delete_sites(self.path, sites))
+
+    def save(self, path: str | os.PathLike[str]) -> Store:
+        """Copies the store, with its features, to a new folder, and opens it there; see `pack`.
+
+        Raises:
+            RequestError: Something is at `path`, or not enough space.
+            DataError: A damaged file, or a full disk.
+        """
+        return open_store(pack(self, path))
 
     def verify(self) -> pd.DataFrame:
         """Returns the findings of a full check, none for a sound store; see `wb.verify`. Reads every byte once."""

@@ -1,0 +1,50 @@
+"""Removal of any folder that the workbench writes, and of nothing that others have put there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+
+from workbench.io.errors import RequestError
+from workbench.io.files import locked, remove_known
+from workbench.results.check_result import RECORD
+from workbench.results.result import RESULT_FILES
+from workbench.runs.folders import CONFIG, ENVIRONMENT, LOG, RESULTS
+from workbench.runs.sweep import RUNS, SUMMARY, TABLE
+from workbench.store.manifest import MANIFEST
+from workbench.store.owned_files import FEATURE_FILES, STORE_FILES
+
+_RESULT = tuple(RESULT_FILES)
+_RUN = (CONFIG, LOG, *(f"{RESULTS}/{name}" for name in _RESULT), ENVIRONMENT)
+_SWEEP = (*(f"*/{name}" for name in _RUN), *(f"{SUMMARY}/{name}" for name in (*_RESULT, TABLE, RUNS)))
+
+
+def remove(path: str | os.PathLike[str]) -> list[Path]:
+    """Removes a store, features, a result, a run or a sweep; returns the files of others in it, which stay.
+
+    The file that makes the folder what it is goes last, so that a killed call is continued by the same one.
+
+    Raises:
+        RequestError: There is no such folder, or a process writes to it.
+    """
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
+        raise RequestError(f"{path} is no folder of the workbench; give a store, features, a result, a run or a sweep")
+    patterns, last = _files_of(path)
+    with locked(path):
+        return remove_known(path, [PurePath(pattern).parts for pattern in patterns], last)
+
+
+def _files_of(path: Path) -> tuple[tuple[str, ...], str]:
+    """Patterns of the files of a folder, and the name of the one that is removed last."""
+    kinds = {
+        MANIFEST: STORE_FILES,
+        "features.json": FEATURE_FILES,
+        RECORD: _RESULT,
+        ENVIRONMENT: _RUN,
+        f"{SUMMARY}/{RUNS}": _SWEEP,
+    }
+    for name, patterns in kinds.items():
+        if (path / name).is_file():
+            return patterns, name
+    raise RequestError(f"{path} holds no store, features, result, run or sweep; nothing was removed")
