@@ -24,9 +24,9 @@ from workbench.experiments.benchmarks.measure import Comparison
 from workbench.io.files import sha256_bytes
 from workbench.io.parse import to_json
 from workbench.io.tensors import TensorFile
+from workbench.store.added_records import SEGMENT
 from workbench.store.groups import SIZE, write_groups
 from workbench.store.manifest import (
-    SEGMENT,
     SEGMENTS,
     TOKENS,
     FileRecord,

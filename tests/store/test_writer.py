@@ -355,7 +355,6 @@ def test_a_segment_with_other_token_columns_is_refused(tmp_path):
             {"tokens_added": {"prefix": [], "suffix": [2]}},
             "prefix tokens: [1] in the store, [] requested; suffix tokens: []",
         ),
-        ({"sites": SITES[:2]}, "site pattern.1: ('row', 'head', 'key') (2, 4) bfloat16 in the store, none requested"),
         (
             {"sites": [replace(HALF, dtype="float32"), *SITES[1:]]},
             "site resid_post.0: ('row', 'd_model') (3,) float16 in the store, "

@@ -24,8 +24,9 @@ from workbench.model.load import Model, batch_tokens, load_model
 from workbench.recording.planning import context_length, default_segment_rows
 from workbench.recording.record import record
 from workbench.sites.settings import Recording, RecordingOptions, recording
+from workbench.store.added_records import SEGMENT
 from workbench.store.groups import SIZE as GROUP_SIZE
-from workbench.store.manifest import SEGMENT, SEGMENTS, TOKENS, UNEMBED, Manifest, SiteRecord, read_manifest
+from workbench.store.manifest import SEGMENTS, TOKENS, UNEMBED, Manifest, SiteRecord, read_manifest
 from workbench.store.staging import PlannedSegment
 from workbench.store.token_table import ROW_BYTES
 

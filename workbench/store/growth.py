@@ -19,8 +19,8 @@ from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.parse import VERIFY_STORE
 from workbench.io.reading import read_file
 from workbench.io.tensors import read_header
+from workbench.store.added_records import SEGMENT, record_names
 from workbench.store.manifest import (
-    SEGMENT,
     SEGMENTS,
     TOKENS,
     Manifest,
@@ -28,7 +28,6 @@ from workbench.store.manifest import (
     SiteRecord,
     parse_segment,
     read_manifest,
-    record_names,
     write_manifest,
 )
 from workbench.store.segment import SegmentWriter

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, nearest
+from workbench.sites.grammar import SHORT_NAMES
+from workbench.store.manifest import Manifest, short_list
 
 if TYPE_CHECKING:
     from workbench.store.reader import ActivationArray, Store
@@ -83,3 +87,50 @@ class LayeredArray:
         for start in range(0, len(self), rows):
             stop = min(start + rows, len(self))
             yield slice(start, stop), self[start:stop]
+
+
+def layer_number(manifest: Manifest, layer: int) -> int:
+    """Returns the number of a layer, which may be counted from the end."""
+    n_layers = manifest.model.n_layers
+    return layer + n_layers if -n_layers <= layer < 0 else layer
+
+
+def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Sequence[int]) -> tuple[int, ...]:
+    """Returns the numbers of the layers that a slice or a list stands for.
+
+    Raises:
+        RequestError: No layer, or one that was not recorded.
+    """
+    every = range(manifest.model.n_layers)
+    recorded = [layer for layer in every if any(f"{kind}.{layer}" == site.short for site in manifest.sites)]
+    if layers == slice(None):
+        chosen = recorded or [0]
+    elif isinstance(layers, slice):
+        chosen = list(every[layers])
+    else:
+        chosen = [layer_number(manifest, int(layer)) for layer in layers]
+    if missing := [layer for layer in chosen if layer not in recorded]:
+        if not recorded:
+            raise not_recorded(path, manifest, f"{kind}.{missing[0]}")
+        raise RequestError(
+            f"layer {missing[0]} of {kind} is not recorded in {path}; recorded layers are "
+            f"{', '.join(map(str, recorded))}"
+        )
+    if not chosen:
+        raise RequestError(f"{layers} selects no layer of {kind}; the model has layers 0 to {len(every) - 1}")
+    return tuple(chosen)
+
+
+def not_recorded(path: Path, manifest: Manifest, label: str) -> RequestError:
+    """Returns the error for a site that a store does not have, with the command that would record it."""
+    known = [name for site in manifest.sites for name in (site.name, site.short) if name]
+    text = f"{label} is not recorded in {path}; recorded are {short_list([site.label for site in manifest.sites])}"
+    if layers := [site.label for site in manifest.sites if site.label.partition(".")[0] == label]:
+        return RequestError(f"{label} is recorded by layer in {path}; name one, such as {layers[0]}")
+    stem, layers = re.fullmatch(r"(\w+?)(\.-?\d+)?", label), manifest.model.n_layers
+    if stem and stem[2] and not 0 <= int(stem[2][1:]) < layers:
+        return RequestError(f"{label} is no site of {manifest.model.name}, whose layers are 0 to {layers - 1}")
+    if stem and stem[1] in SHORT_NAMES:
+        name = manifest.model.name
+        return RequestError(f"{text}; to record it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
+    return RequestError(f"{text}{nearest(label, known)}")

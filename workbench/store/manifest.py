@@ -25,7 +25,7 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
 from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
-from workbench.sites.grammar import short_name
+from workbench.store.added_records import merged_record, record_names
 from workbench.store.identity import Identity, difference
 from workbench.store.stored_changes import Ran, StoredChanges, none_ran
 
@@ -33,7 +33,6 @@ FORMAT = "workbench.activations"
 VERSION = 2
 """Version of the format that is written; stores of version 1 are read, and become version 2 when rows are appended."""
 MANIFEST = "manifest.json"
-SEGMENT = "segment.json"
 SEGMENTS = "segments"
 TOKENS = "tokens.parquet"
 UNEMBED = "unembed.safetensors"
@@ -420,30 +419,6 @@ def read_segment_record(path: str | os.PathLike[str], segment: Segment) -> Segme
             raise DataError(f"{source} is damaged: its bytes are not those that were recorded; {VERIFY_STORE}")
         records.append(parse_segment(text, source))
     return merged_record(records)
-
-
-def record_names(segment: Segment) -> list[str]:
-    """Returns the names of a segment's records: segment.json, segment.1.json, ..."""
-    stem, dot, suffix = SEGMENT.partition(".")
-    return [SEGMENT, *(f"{stem}.{number}{dot}{suffix}" for number, _ in enumerate(segment.added, 1))]
-
-
-def merged_record(records: Sequence[SegmentRecord]) -> SegmentRecord:
-    """Returns the records of one segment as one; of a site that was deleted and added again, the latest counts."""
-    first, *others = records
-    for other in others:
-        new = set(other.files)
-
-        def kept(counts: Mapping[str, int], new: set[str] = new) -> dict[str, int]:
-            return {name: n for name, n in counts.items() if not new & {f"{short_name(name) or name}.safetensors"}}
-
-        first = replace(
-            first,
-            files=first.files | other.files,
-            overflow=kept(first.overflow) | other.overflow,
-            nonfinite=kept(first.nonfinite) | other.nonfinite,
-        )
-    return first
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:

@@ -16,10 +16,10 @@ from workbench.io.findings import FileRecord
 from workbench.io.parse import from_json, to_json
 from workbench.sites.settings import Recording
 from workbench.store import staging
+from workbench.store.added_records import SEGMENT
 from workbench.store.groups import segment_tables, write_groups
 from workbench.store.manifest import (
     MANIFEST,
-    SEGMENT,
     SEGMENTS,
     TOKENS,
     UNEMBED,
@@ -108,6 +108,10 @@ def _check(sources: Sequence[_Source], column: str) -> None:
         pair, manifest = f"stores: {source.path} and {first.path}", source.manifest
         if not manifest.complete:
             raise RequestError(f"stores: {source.path} is not complete; resume its recording first")
+        if manifest.interventions:
+            raise RequestError(
+                f"stores: {source.path} was recorded with interventions; merge stores of the model as it is"
+            )
         if other := first.manifest.model.difference(manifest.model):
             raise RequestError(f"{pair} are of two models: {other}; merge stores of one model")
         if manifest.model.tokenizer_fingerprint != first.manifest.model.tokenizer_fingerprint:

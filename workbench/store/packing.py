@@ -12,6 +12,7 @@ from workbench.io import files
 from workbench.io.checksums import check_files
 from workbench.io.errors import RequestError
 from workbench.io.tensors import VERIFY
+from workbench.store.added_records import record_names
 from workbench.store.groups import complete_groups, group_checksum
 from workbench.store.manifest import (
     FEATURES,
@@ -22,7 +23,6 @@ from workbench.store.manifest import (
     Manifest,
     read_manifest,
     read_segment_record,
-    record_names,
 )
 from workbench.store.writer import check_space
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,12 +24,11 @@ from torch import Tensor
 
 from workbench.corpus.places import add_places
 from workbench.io.checks import check
-from workbench.io.errors import RequestError, nearest
-from workbench.sites.grammar import SHORT_NAMES
+from workbench.io.errors import RequestError
 from workbench.store.groups import segment_tables
 from workbench.store.growth import delete_sites
-from workbench.store.layers import LayeredArray
-from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, facts, read_manifest, short_list
+from workbench.store.layers import LayeredArray, layer_number, not_recorded, select_layers
+from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, facts, read_manifest
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
 from workbench.store.packing import pack
@@ -128,46 +126,21 @@ class Store:
         if layer is None:
             return ActivationArray(self, self._record(kind))
         if isinstance(layer, int | np.integer):
-            return ActivationArray(self, self._record(f"{kind}.{self._layer(int(layer))}"))
-        return LayeredArray(self, kind, tuple(self._layers(kind, layer)))
+            return ActivationArray(self, self._record(f"{kind}.{layer_number(self.manifest, int(layer))}"))
+        return LayeredArray(self, kind, select_layers(self.path, self.manifest, kind, layer))
 
     def _record(self, label: str) -> SiteRecord:
         for record in self.sites:
             if label in (record.name, record.short):
                 return record
-        raise _not_recorded(self, label)
-
-    def _layer(self, layer: int) -> int:
-        n_layers = self.manifest.model.n_layers
-        return layer + n_layers if -n_layers <= layer < 0 else layer
-
-    def _layers(self, kind: str, layers: slice | Sequence[int]) -> list[int]:
-        """Numbers of the layers that a slice or a list stands for, all of them recorded."""
-        every = range(self.manifest.model.n_layers)
-        recorded = [layer for layer in every if any(f"{kind}.{layer}" == site.short for site in self.sites)]
-        if layers == slice(None):
-            chosen = recorded
-        elif isinstance(layers, slice):
-            chosen = list(every[layers])
-        else:
-            chosen = [self._layer(int(layer)) for layer in layers]
-        if missing := [layer for layer in chosen if layer not in recorded]:
-            if not recorded:
-                raise _not_recorded(self, f"{kind}.{missing[0]}")
-            raise RequestError(
-                f"layer {missing[0]} of {kind} is not recorded in {self.path}; recorded layers are "
-                f"{', '.join(map(str, recorded))}"
-            )
-        if not chosen:
-            raise RequestError(f"{layers} selects no layer of {kind}; the model has layers 0 to {len(every) - 1}")
-        return chosen
+        raise not_recorded(self.path, self.manifest, label)
 
     def require(self, *sites: str) -> None:
         """Raises RequestError, with the record command that would record it, for a site that was not recorded."""
         recorded = {name for record in self.sites for name in (record.name, record.short)}
         for label in sites:
             if label not in recorded:
-                raise _not_recorded(self, label)
+                raise not_recorded(self.path, self.manifest, label)
 
     def where(self, predicate: str, parameters: Parameters = ()) -> Rows:
         """Returns the rows for which an SQL condition is true: "token = ' Monday' AND position > 0".
@@ -505,17 +478,3 @@ def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
         raise IndexError(f"row {low if low < -rows else high} is out of range: {label} has {rows} rows")
     ids = ids.astype(np.int64, copy=False)
     return ids if low >= 0 else np.where(ids < 0, ids + rows, ids)
-
-
-def _not_recorded(store: Store, label: str) -> RequestError:
-    known = [name for site in store.sites for name in (site.name, site.short) if name]
-    text = f"{label} is not recorded in {store.path}; recorded are {short_list([site.label for site in store.sites])}"
-    if layers := [site.label for site in store.sites if site.label.partition(".")[0] == label]:
-        return RequestError(f"{label} is recorded by layer in {store.path}; name one, such as {layers[0]}")
-    stem, layers = re.fullmatch(r"(\w+?)(\.-?\d+)?", label), store.manifest.model.n_layers
-    if stem and stem[2] and not 0 <= int(stem[2][1:]) < layers:
-        return RequestError(f"{label} is no site of {store.manifest.model.name}, whose layers are 0 to {layers - 1}")
-    if stem and stem[1] in SHORT_NAMES:
-        name = store.manifest.model.name
-        return RequestError(f"{text}; to record it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
-    return RequestError(f"{text}{nearest(label, known)}")

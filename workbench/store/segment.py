@@ -16,7 +16,8 @@ from jaxtyping import Shaped
 from workbench.io import files
 from workbench.io.parse import to_json
 from workbench.io.tensors import TensorFile
-from workbench.store.manifest import SEGMENT, TOKENS, FileRecord, Manifest, SegmentRecord, SiteRecord
+from workbench.store.added_records import SEGMENT
+from workbench.store.manifest import TOKENS, FileRecord, Manifest, SegmentRecord, SiteRecord
 from workbench.store.stored_changes import Ran
 from workbench.store.token_table import encode_tokens
 

@@ -19,15 +19,8 @@ from workbench.io import files
 from workbench.io.errors import DataError
 from workbench.io.parse import VERIFY_STORE, parse, read_json, to_json
 from workbench.io.reading import explain_unreadable, read_file
-from workbench.store.manifest import (
-    SEGMENT,
-    SEGMENTS,
-    TOKENS,
-    Manifest,
-    Segment,
-    SegmentRecord,
-    parse_segment,
-)
+from workbench.store.added_records import SEGMENT
+from workbench.store.manifest import SEGMENTS, TOKENS, Manifest, Segment, SegmentRecord, parse_segment
 from workbench.store.segment import SegmentWriter
 from workbench.store.token_table import check_tokens
 

@@ -20,10 +20,10 @@ from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.findings import FileRecord, Finding, Progress, Severity, check_listed, findings_table
 from workbench.io.reading import check_regular, read_file
 from workbench.io.tensors import TensorHeader, read_header
+from workbench.store.added_records import SEGMENT, merged_record, record_names
 from workbench.store.groups import GROUPS, complete_groups, group_checksum
 from workbench.store.manifest import (
     MANIFEST,
-    SEGMENT,
     SEGMENTS,
     TOKENS,
     UNEMBED,
@@ -31,10 +31,8 @@ from workbench.store.manifest import (
     Segment,
     SegmentRecord,
     SiteRecord,
-    merged_record,
     parse_segment,
     read_manifest,
-    record_names,
     text_notes,
 )
 from workbench.store.token_table import check_tokens, read_tokens, without_nan
