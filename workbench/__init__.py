@@ -79,8 +79,8 @@ _PUBLIC = {
     "ActivationArray": "workbench.store.reader",
     "LayeredArray": "workbench.store.reader",
     "Rows": "workbench.store.reader",
-    "merge": "workbench.store.merging",
-    "pack": "workbench.store.packing",
+    "merge": "workbench.store.merged_store",
+    "pack": "workbench.store.packed_copy",
     "remove": "workbench.features.removal",
     "compare": "workbench.analysis.comparison",
     "combine": "workbench.results.combine",
@@ -170,6 +170,6 @@ if TYPE_CHECKING:
     from workbench.sae.metrics import sae_metrics
     from workbench.sae.ruled import with_sparsity
     from workbench.sites.settings import Recording
-    from workbench.store.merging import merge
-    from workbench.store.packing import pack
+    from workbench.store.merged_store import merge
+    from workbench.store.packed_copy import pack
     from workbench.store.reader import ActivationArray, LayeredArray, Rows, Store, open_store

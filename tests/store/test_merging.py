@@ -13,8 +13,8 @@ from store_example import MODEL, SITES, contents, write_store
 from workbench.features.removal import remove
 from workbench.io.errors import DataError, RequestError
 from workbench.store.manifest import read_manifest
-from workbench.store.merging import merge
-from workbench.store.packing import pack
+from workbench.store.merged_store import merge
+from workbench.store.packed_copy import pack
 from workbench.store.reader import open_store
 
 ONE, TWO = [[3, 2], [4]], [[1, 1, 5], [6]]

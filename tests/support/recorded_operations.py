@@ -115,7 +115,7 @@ def deleting_sites() -> Operation:
 def merging() -> Operation:
     """A merge of recordings of TEXTS and of MORE."""
     from workbench.recording.record import record
-    from workbench.store.merging import merge
+    from workbench.store.merged_store import merge
 
     model = tiny_model()
 

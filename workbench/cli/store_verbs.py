@@ -80,7 +80,7 @@ class Pack:
 
     def run(self) -> int:
         """Packs the store."""
-        from workbench.store.packing import pack
+        from workbench.store.packed_copy import pack
 
         print_plain(f"packed  {pack(self.store, self.out)}; on the other side: workbench verify STORE")
         return 0
@@ -99,7 +99,7 @@ class Merge:
 
     def run(self) -> int:
         """Merges the stores."""
-        from workbench.store.merging import merge  # seconds: torch
+        from workbench.store.merged_store import merge  # seconds: torch
 
         merge(self.stores, self.out, column=self.column)
         return Info(self.out).run()

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -30,7 +31,7 @@ from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.model.location import locate
 from workbench.model.preview import check_config
-from workbench.recording.growth import new_sites, record_new_sites, stored_settings
+from workbench.recording.new_sites import new_sites, record_new_sites, stored_settings
 from workbench.recording.overwrite import overwrite_store
 from workbench.recording.planning import (
     AGAIN,
@@ -88,9 +89,8 @@ def record(
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
             output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
             None: the tokens of the store at `out`, with its settings, to add sites to it.
-        out: Folder of the store. A finished store of the same request is opened, after the sites that it lacks are
-            added; an unfinished one is resumed. None: a temporary folder, which is removed with the last handle of the
-            store and at the end of the process.
+        out: Folder of the store. A finished store of the same request is opened and gets the sites that it lacks; an
+            unfinished one is resumed. None: a temporary folder, removed with the last handle of the store.
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
@@ -111,8 +111,7 @@ def record(
             - max_rows: Number of tokens after which to stop. None: all.
             - text_column, metadata, span_column: Columns of the text, of what is kept for each token, of spans.
             - generation_prompt, unaligned_pairs: Treatment of chats and of pairs; see `Recording`.
-            - batch_tokens: Tokens in a forward pass, padding included. None: by device and width.
-            - segment_rows: Rows committed at a time. None: about 256 MiB, at most 65,536 rows.
+            - batch_tokens, segment_rows: Tokens in a forward pass; rows committed at a time. None: by size and device.
             - unembed: Store the final norm and the unembedding, which lenses need.
 
     Returns:
@@ -123,23 +122,43 @@ def record(
         DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
     check("append", append, one_of=(False, True, AGAIN))
-    if texts is None:
-        settings = settings or stored_settings(None if out is None else Path(out))
-    else:
-        check_source(texts)
-    settings, workers = recording(settings, **options), workers or ThisProcess()
+    settings, workers = recording(_first_settings(texts, settings, out), **options), workers or ThisProcess()
+    folder = _folder(out, overwrite, append, workers)
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    temporary = TemporaryFolder() if out is None else None
-    path = Path(out) if temporary is None else temporary.path
-    if (append or workers.shared) and (overwrite or temporary):
+    plan = plan_recording(model, settings, _path(folder), features, interventions=interventions)
+    write = partial(_record_at, plan, model, texts, append, workers, show_progress)
+    return overwrite_store(_path(folder), write) if overwrite else write(_path(folder))
+
+
+def _record_at(
+    plan: RecordingPlan,
+    model: Model,
+    texts: Texts | None,
+    append: Append,
+    workers: Workers,
+    show_progress: bool,
+    place: Path,
+) -> Store:
+    return record_plan(plan, model, texts, place, append, workers, show_progress)
+
+
+def _first_settings(texts: Texts | None, settings: Recording | None, out: str | Path | None) -> Recording | None:
+    """Settings that keywords replace: without texts those of the store."""
+    if texts is None:
+        return settings or stored_settings(None if out is None else Path(out))
+    check_source(texts)
+    return settings
+
+
+def _folder(out: str | Path | None, overwrite: bool, append: Append, workers: Workers) -> Path | TemporaryFolder:
+    if (append or workers.shared) and (overwrite or out is None):
         name, other = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
         raise RequestError(f"{name} does not go with {other}; leave one of them out")
-    plan = plan_recording(model, settings, path, features, interventions=interventions)
+    return TemporaryFolder() if out is None else Path(out)
 
-    def write(place: Path) -> Store:
-        return record_plan(plan, model, texts, place, append, workers, show_progress)
 
-    return overwrite_store(path, write) if overwrite else write(path)
+def _path(folder: Path | TemporaryFolder) -> Path:
+    return folder if isinstance(folder, Path) else folder.path
 
 
 def record_plan(

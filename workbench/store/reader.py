@@ -31,7 +31,7 @@ from workbench.store.layers import LayeredArray, layer_number, not_recorded, sel
 from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, facts, read_manifest
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
-from workbench.store.packing import pack
+from workbench.store.packed_copy import pack
 from workbench.store.query import Parameters, rows_of_tokens, select_rows
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
