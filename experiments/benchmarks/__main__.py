@@ -31,6 +31,7 @@ NAMES = (
     "long_context",
     "saelens",
     "reading",
+    "interventions",
     "encoding",
     "features",
     "memory",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -249,6 +248,7 @@ class _BoundRedistribution(_BoundAttention):
     def __init__(self, record: RedistributeAttention, model: Model) -> None:
         check("keep", record.keep, at_least=0, at_most=1)
         super().__init__(record, model, record.keys)
+        self.keep = float(record.keep)
         self.module_path = attention_call(model, record.layer)
         if getattr(model.module.get_submodule(self.module_path), "sinks", None) is not None:
             raise RequestError(
@@ -268,7 +268,7 @@ class _BoundRedistribution(_BoundAttention):
         queries, keys = self.selection(present, held)
         if not bool(queries.any() & keys.any()):
             return inputs
-        keep, device, lowest = float(self.record.keep), inputs.query.device, torch.finfo(inputs.query.dtype).min
+        keep, device, lowest = self.keep, inputs.query.device, torch.finfo(inputs.query.dtype).min
         mask = inputs.mask
         if mask is None:
             mask = _float_mask(_causal(inputs.module, present, held, inputs.query.shape[2]), inputs.query.dtype)
@@ -365,7 +365,7 @@ def attention_heads(model: Model, layer: int, head: Head) -> tuple[int, ...]:
     count = query_heads(model, layer) or 0
     if head is None:
         return tuple(range(count))
-    heads = tuple(head) if isinstance(head, Sequence) and not isinstance(head, str) else (head,)
+    heads = (head,) if isinstance(head, int) else tuple(head)
     if not heads or not all(map(whole, heads)) or not all(0 <= int(one) < count for one in heads):
         raise RequestError(f"head must be query heads from 0 to {count - 1} of layer {layer}, not {head!r}")
     return tuple(int(one) for one in heads)

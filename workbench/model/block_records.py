@@ -148,7 +148,8 @@ class _BoundSwap(Bound):
 
 def _indices(block: nn.Module) -> list[tuple[Any, int]]:
     """Modules of a block that know their layer, with its index."""
-    return [(part, part.layer_idx) for part in block.modules() if isinstance(getattr(part, "layer_idx", None), int)]
+    indices = ((part, getattr(part, "layer_idx", None)) for part in block.modules())
+    return [(part, index) for part, index in indices if isinstance(index, int)]
 
 
 def _block(model: Model, name: str, layer: int) -> str:

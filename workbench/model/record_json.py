@@ -46,7 +46,7 @@ def _record(record: Intervention, arrays: Arrays) -> dict[str, Any]:
 
 
 def _value(record: Intervention, name: str, arrays: Arrays) -> Any:
-    value = getattr(record, name)
+    value: Any = getattr(record, name)
     if name in _CHOICES:
         choice = tokens_at(value)
         if isinstance(choice, Tensor):

@@ -95,14 +95,18 @@ At = Index | Tokens | Bool[Tensor, "batch position"]
 """Choice of the tokens of a pass: positions, `Tokens`, or a mask of the batch, true at the chosen entries."""
 
 
-def tokens_at(at: Any) -> Tokens | Tensor:
+def tokens_at(at: At) -> Tokens | Tensor:
     """Returns a choice in its one form: `Tokens`, or a mask.
 
     Raises:
         RequestError: The choice is none of `At`.
     """
-    if isinstance(at, Tokens) or (isinstance(at, Tensor) and at.dtype == torch.bool and at.ndim == 2):
+    if isinstance(at, Tokens):
         return at
+    if isinstance(at, Tensor):
+        if at.dtype == torch.bool and at.ndim == 2:
+            return at
+        check_index(at)
     return Tokens(at)
 
 
