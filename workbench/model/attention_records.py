@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -365,7 +366,7 @@ def attention_heads(model: Model, layer: int, head: Head) -> tuple[int, ...]:
     count = query_heads(model, layer) or 0
     if head is None:
         return tuple(range(count))
-    heads = (head,) if isinstance(head, int) else tuple(head)
+    heads = tuple(head) if isinstance(head, Sequence) else (head,)
     if not heads or not all(map(whole, heads)) or not all(0 <= int(one) < count for one in heads):
         raise RequestError(f"head must be query heads from 0 to {count - 1} of layer {layer}, not {head!r}")
     return tuple(int(one) for one in heads)

@@ -314,7 +314,7 @@ def changeable_place(model: Model, name: str, head: Head = None) -> Place:
 def _heads(model: Model, site: Site, head: Head) -> tuple[int, ...] | None:
     if head is None:
         return None
-    heads = (head,) if isinstance(head, int) else tuple(head)
+    heads = tuple(head) if isinstance(head, Sequence) else (head,)
     label = site.short or site.name
     if site.axes[0] != "head":
         raise RequestError(f"head: {label} has no axis of heads; leave head out, or name a site such as z.{site.layer}")
