@@ -179,9 +179,9 @@ _PUBLIC = {
     # the recorded model: weights, attention, interventions
     "Add": "workbench.model.row_records",
     "Columns": "workbench.model.attention",
-    "continue_steered": "workbench.analysis.steering",
+    "continue_steered": "workbench.analysis.continuations",
     "load_direction": "workbench.model.direction",
-    "random_direction": "workbench.analysis.steering",
+    "random_direction": "workbench.analysis.continuations",
     "token_texts": "workbench.corpus.tokenizer",
     "FirstMlp": "workbench.model.circuits",
     "FrozenOutput": "workbench.model.frozen_output",
@@ -248,6 +248,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
+    from workbench.analysis.continuations import continue_steered, random_direction
     from workbench.analysis.copying import copying_scores
     from workbench.analysis.detection import clustered_auc
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
@@ -336,7 +337,6 @@ if TYPE_CHECKING:
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
-    from workbench.analysis.steering import continue_steered, random_direction
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins

@@ -8,7 +8,7 @@ import torch
 from refusals import refused
 
 import workbench as wb
-from workbench.analysis.steering import continue_steered, random_direction
+from workbench.analysis.continuations import continue_steered, random_direction
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import Steering
