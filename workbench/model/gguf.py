@@ -84,8 +84,7 @@ def weight_options(dtype: Any) -> Mapping[str, Any]:
 
 def make_plain(module: PreTrainedModel) -> None:
     """Removes what the loading left in the config: the weights are plain ones now."""
-    if hasattr(module.config, "quantization_config"):
-        del module.config.quantization_config
+    vars(module.config).pop("quantization_config", None)
 
 
 def unread_names(unexpected: Iterable[str]) -> list[str]:
