@@ -194,6 +194,7 @@ def density_controls(counts: Int64[np.ndarray, " feature"], feature: int, contro
 
 def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[np.ndarray, " row"]]:
     """Measured rows, all text of the sequences with chosen rows, and a mask of the chosen rows."""
+    features.store.require_whole_sequences("the effect of a feature on the model")
     store, text = features.store, text_rows(features.store)
     replaced = text
     if rows is not None:

@@ -74,6 +74,7 @@ def future_rows(
         RequestError: `where` selects nothing, there are fewer than three documents, or no document of a part is long
             enough for the last horizon.
     """
+    store.require_whole_sequences("prediction of tokens further on")
     tokens = store.tokens
     sequence, document = (tokens[name].to_numpy() for name in ("sequence", "document"))
     chosen = selected_rows(store, where)

@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Bool, Int
 
 from workbench.analysis.received import layers_of
+from workbench.corpus.places import NEXT
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 
@@ -80,9 +81,15 @@ def next_tokens(store: Store) -> Int[np.ndarray, " row"]:
 def tokens_at(store: Store, offset: int) -> Int[np.ndarray, " row"]:
     """Returns the id of the token `offset` tokens after each row in its document and sequence; -1 where none is there.
 
-    A negative offset counts backwards.
+    A negative offset counts backwards. A store of chosen rows knows the next token alone.
+
+    Raises:
+        RequestError: Another offset than 1, and a store of chosen rows.
     """
     tokens = store.tokens
+    if offset == 1 and store.manifest.chosen:
+        return tokens[NEXT].fill_null(-1).to_numpy().astype(np.int64)
+    store.require_whole_sequences(f"the token {offset} tokens on")
     ids, sequence, document = (tokens[name].to_numpy() for name in ("token_id", "sequence", "document"))
     source = np.arange(max(0, -offset), len(ids) - max(0, offset))
     same = (sequence[source] == sequence[source + offset]) & (document[source] == document[source + offset])

@@ -69,6 +69,7 @@ def select_sequences(store: Store, length: int, where: str | None = None, domain
     Raises:
         RequestError: No sequence is selected, none is long enough, or `domain` has no usable value.
     """
+    store.require_whole_sequences("a probe of sequences from their first token on")
     tokens = store.tokens
     starts = np.flatnonzero(np.diff(tokens["sequence"].to_numpy(), prepend=-1))
     lengths = np.diff(starts, append=store.rows)

@@ -68,6 +68,7 @@ def successions(
 
 def find_places(store: Store, chains: Sequence[Chain], limit: int) -> Places:
     """Returns the first `limit` places of all chains."""
+    store.require_whole_sequences("a search for successions")
     tokens = store.tokens
     ids, sequence, document = (tokens[name].to_numpy() for name in ("token_id", "sequence", "document"))
     fresh = np.ones(len(ids), bool)

@@ -42,6 +42,7 @@ class Words:
 
 def find_words(store: Store, name: str) -> tuple[Words, str]:
     """Returns the spans of label `name`, or words split by spaces, and a description of which."""
+    store.require_whole_sequences("a search for words of several tokens")
     return words_of(store.tokens, name)
 
 

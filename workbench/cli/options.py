@@ -134,10 +134,21 @@ def _reader(hint: Any) -> Reader | None:
         first = readers[0]
         if inner[0] is bool and len(readers) == 2 and readers[1] is not None and readers[1].choices:
             return Reader(readers[1].read, f"[{readers[1].metavar}]", readers[1].choices, flag=True)
+        if len(readers) == 2 and first is not None and readers[1] is not None and readers[1].choices:
+            return _either(first, readers[1])
         if len(readers) > 1 or first is None or first.flag:
             return None
         return Reader(first.read, first.metavar, first.choices, first.several, optional=True)
     return None
+
+
+def _either(first: Reader, named: Reader) -> Reader:
+    """Reads one of the names, or a value of the other kind."""
+
+    def read(word: str) -> Any:
+        return named.read(word) if word in named.choices else first.read(word)
+
+    return Reader(read, f"{first.metavar}|{named.metavar}")
 
 
 def _chooser(named: dict[str, Any]) -> Callable[[str], Any]:

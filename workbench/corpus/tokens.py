@@ -9,6 +9,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from workbench.corpus.layout import Sequences
+from workbench.corpus.places import LENGTH, NEXT
 from workbench.corpus.spans import label_columns, label_tokens
 from workbench.corpus.token_labels import label_array, label_fields
 from workbench.corpus.tokenizer import TOKEN_SCHEMA
@@ -77,9 +78,10 @@ def token_table(
     return pa.Table.from_arrays(arrays, schema=token_columns(sequences))
 
 
-def token_columns(sequences: Sequences) -> pa.Schema:
-    """Returns names and types of the columns of the token table of planned sequences."""
-    fields = [*TOKEN_SCHEMA, *label_fields(sequences.labels)]
+def token_columns(sequences: Sequences, chosen: bool = False) -> pa.Schema:
+    """Returns names and types of the columns of the token table of planned sequences, or of chosen rows of them."""
+    places = [pa.field(LENGTH, pa.int32()), pa.field(NEXT, pa.int32())] if chosen else []
+    fields = [*TOKEN_SCHEMA, *places, *label_fields(sequences.labels)]
     fields += [pa.field(field.name, _stored(field.type)) for field in sequences.metadata.schema]
     for field in sequences.spans.schema:
         value = field.type.value_type.field("value").type

@@ -278,6 +278,7 @@ def begin_spans(
 
 
 def _sequence_ends(store: Store) -> Int64[np.ndarray, " sequence"]:
+    store.require_whole_sequences("an SAE that reads sequences in order")
     sequence = store.tokens["sequence"].to_numpy()
     return np.flatnonzero(np.append(sequence[1:] != sequence[:-1], True)[: len(sequence)]) + 1
 

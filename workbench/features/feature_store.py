@@ -492,7 +492,10 @@ class Texts:
     def near(self, row: int, context: int) -> slice:
         """Returns the rows of the same sequence at most `context` tokens away."""
         first = max(row - context, 0)
-        same = np.flatnonzero(self.sequence[first : row + context + 1] == self.sequence[row])
+        near = slice(first, row + context + 1)
+        same = self.sequence[near] == self.sequence[row]
+        shifts = self.position[near] - np.arange(first, first + len(same))  # differ where rows between were not chosen
+        same = np.flatnonzero(same & (shifts == self.position[row] - row))
         return slice(first + int(same[0]), first + int(same[-1]) + 1)
 
     def around(self, row: int, context: int) -> str:

@@ -104,6 +104,7 @@ class TokenView(anywidget.AnyWidget):
             raise RequestError(
                 f"features belong to {str(features.store.path)!r}, not to {str(store.path)!r}; open those of this store"
             )
+        store.require_whole_sequences("a view of whole sequences")
         super().__init__()
         self._store, self._features = store, features
         self._starts = np.flatnonzero(np.diff(store.tokens["sequence"].to_numpy(), prepend=-1))

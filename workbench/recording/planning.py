@@ -19,6 +19,7 @@ from workbench.io.progress import progress
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
+from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
@@ -153,7 +154,9 @@ def plan_tokens(
     with progress("tokenizing", None, "tokens", show=show_progress) as advance:
         settings = plan.settings
         layout = Layout(plan.context, plan.added, settings.packed, settings.max_rows, model.vocab)
-        return plan_sequences(documents, model.tokenizer, layout, folder, advance)
+        sequences = plan_sequences(documents, model.tokenizer, layout, folder, advance)
+    choose_rows(settings, model, sequences, folder)
+    return sequences
 
 
 def plan_part(
@@ -173,14 +176,20 @@ def plan_part(
     """
     lengths, starts = sequences.lengths, sequences.starts
     manifest = writer.manifest
-    whole = manifest.complete and not append  # its segments may have been planned for fewer sites
-    cuts = _committed_cuts(manifest) if whole else segment_plan(lengths, plan.segment_rows)
-    digests = [
-        digest(sequences.token_ids[starts[first] : starts[min(last, len(lengths))]], lengths[first:last])
-        for first, last in cuts
-        if first < len(lengths)
-    ]
-    committed = _begin(writer, sequences, digests, append)
+    chosen = chosen_rows(folder)
+    ends = starts if chosen is None else np.searchsorted(chosen, starts)  # rows before each sequence
+    if manifest.complete and not append:  # its segments may have been planned for fewer sites
+        cuts = _committed_cuts(manifest)
+    elif chosen is None:
+        cuts = segment_plan(lengths, plan.segment_rows)
+    else:
+        cuts = chosen_segments(np.diff(ends), lengths, plan.segment_rows)
+    cuts = [(first, min(last, len(lengths))) for first, last in cuts if first < len(lengths)]
+    digests = [digest(sequences.token_ids[starts[first] : starts[last]], lengths[first:last]) for first, last in cuts]
+    if chosen is not None:
+        parts = [chosen[ends[first] : ends[last]] - starts[first] for first, last in cuts]
+        digests = [chosen_digest(planned, rows) for planned, rows in zip(digests, parts, strict=True)]
+    committed = _begin(writer, sequences, int(ends[-1]), digests, append)
     before = writer.manifest.parts[:-1]
     part_plan = PartPlan(
         store=writer.path.absolute(),
@@ -197,9 +206,9 @@ def plan_part(
         PlannedSegment(
             name=f"{number:05d}",
             part=len(before),
-            rows=int(starts[last] - starts[first]),
+            rows=int(ends[last] - ends[first]),
             sequences=last - first,
-            first_row=int(starts[first]) + part_plan.row_offset,
+            first_row=int(ends[first]) + part_plan.row_offset,
             first_sequence=first + part_plan.sequence_offset,
             digest=known,
         )
@@ -214,12 +223,11 @@ def _committed_cuts(manifest: Manifest) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def _begin(writer: Writer, sequences: Sequences, digests: Sequence[str], append: Append) -> int:
+def _begin(writer: Writer, sequences: Sequences, rows: int, digests: Sequence[str], append: Append) -> int:
     """Begins or resumes the part of these sequences; returns the number of its committed segments."""
-    lengths = sequences.lengths
     part = Part(
-        rows=int(lengths.sum()),
-        sequences=len(lengths),
+        rows=rows,
+        sequences=len(sequences.lengths),
         documents=sequences.documents,
         skipped_documents=sequences.skipped_documents,
         replaced_characters=sequences.replaced_characters,

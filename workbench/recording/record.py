@@ -45,7 +45,7 @@ from workbench.recording.planning import (
 from workbench.recording.segment_changes import check_changed
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
-from workbench.store.manifest import SiteRecord, read_counts, text_notes
+from workbench.store.manifest import MANIFEST, SiteRecord, read_counts, read_manifest, text_notes
 from workbench.store.temporary import TemporaryFolder
 from workbench.store.unembedding import LEFT_OUT
 from workbench.store.writer import Writer, explain_full_disk, is_read_only, open_writer
@@ -110,6 +110,7 @@ def record(
             - packed: Fill sequences with consecutive documents.
             - max_rows: Number of tokens after which to stop. None: all.
             - text_column, metadata, span_column: Columns of the text, of what is kept for each token, of spans.
+            - where, keep: Rows to store, by SQL or by position ("last"); the model sees all tokens. None: all.
             - generation_prompt, unaligned_pairs: Treatment of chats and of pairs; see `Recording`.
             - batch_tokens, segment_rows: Tokens in a forward pass; rows committed at a time. None: by size and device.
             - unembed: Store the final norm and the unembedding, which lenses need.
@@ -194,7 +195,7 @@ def _write(
     show_progress: bool,
 ) -> None:
     """Plans the tokens of the texts and writes what is not in the store yet: rows, then sites."""
-    with _opened(plan, model, out, workers) as writer:
+    with _without_traces(out, workers), _opened(plan, model, out, workers) as writer:
         if texts is None:
             _check_given_tokens(writer, append)
         else:
@@ -230,6 +231,18 @@ def _write_rows(
         sequences = plan_tokens(plan, model, documents, folder, show_progress)
         part, segments = plan_part(plan, writer, sequences, folder, append)
         write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
+
+
+@contextmanager
+def _without_traces(out: Path, workers: Workers) -> Iterator[None]:
+    """Inside, a request that is refused before its texts are planned leaves no folder where none was before."""
+    new = not out.exists() and not workers.shared
+    try:
+        yield
+    except RequestError:
+        if new and (out / MANIFEST).exists() and not read_manifest(out).parts:
+            shutil.rmtree(out)
+        raise
 
 
 def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> RecordedFeatures | None:

@@ -23,9 +23,10 @@ from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
 from workbench.model.load import Loading, Model, batch_tokens
 from workbench.model.packing import pack_model, unpack_model
+from workbench.recording.choosing import chosen_rows, chosen_table
 from workbench.recording.planning import PartPlan
 from workbench.recording.segment_changes import SegmentChanges, applied
-from workbench.recording.transfer import BatchRows, as_numpy, backlog, to_host
+from workbench.recording.transfer import BatchRows, ChosenRows, as_numpy, backlog, to_host
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import SiteRecord
@@ -144,6 +145,11 @@ class SegmentRecorder:
         return open_sequences(self.plan.tokens)
 
     @cached_property
+    def chosen(self) -> Int[np.ndarray, " chosen"] | None:
+        """Returns the planned rows that are stored; None: all."""
+        return chosen_rows(self.plan.tokens)
+
+    @cached_property
     def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
         """Encodes the rows of a segment and commits their features: (first row, rows, lengths of the sequences)."""
         return self.encoded_only.encoder(self.plan.store, self.plan.manifest) if self.encoded_only else None
@@ -167,16 +173,23 @@ class SegmentRecorder:
         changes = None
         if plan.interventions:
             changes = SegmentChanges(self.model, plan.interventions, planned.first_sequence, lengths, table)
+        chosen = None
+        if self.chosen is not None:
+            begin, end = sequences.starts[[first, last]]
+            rows = self.chosen[slice(*np.searchsorted(self.chosen, [begin, end]))] - begin
+            table = chosen_table(table, rows, planned.first_row)
+            chosen = np.split(rows, np.searchsorted(rows, np.cumsum(lengths)[:-1]))
         with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
             with stage_segment(plan.store, plan.manifest, planned, table) as segment, applied(changes):
                 encoded = self.encoded_only
                 if encoded is None or self.encode is None:
-                    fill(segment, self.model, self.sites, ids, lengths, plan.settings, advance, changes)
+                    fill(segment, self.model, self.sites, ids, lengths, chosen, plan.settings, advance, changes)
                 else:  # its features first: a segment that is finished has them
                     buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
                     sites = [*self.sites, encoded.site]
-                    fill(buffered, self.model, sites, ids, lengths, plan.settings, advance, changes)
-                    self.encode(planned.first_row, buffered.values, lengths.tolist())
+                    fill(buffered, self.model, sites, ids, lengths, chosen, plan.settings, advance, changes)
+                    stored = lengths.tolist() if chosen is None else [len(one) for one in chosen if len(one)]
+                    self.encode(planned.first_row, buffered.values, stored)
                 if changes is not None:
                     segment.interventions = changes.counts()
             submit_segment(plan.store, planned)
@@ -213,6 +226,7 @@ def fill(
     sites: Sequence[Site],
     ids: Int[np.ndarray, " row"],
     lengths: Int[np.ndarray, " sequence"],
+    chosen: Sequence[Int[np.ndarray, " _"]] | None,
     settings: Recording,
     advance: Callable[[int], None],
     changes: SegmentChanges | None = None,
@@ -225,14 +239,22 @@ def fill(
         sites: Sites to record.
         ids: Token ids of all sequences.
         lengths: Tokens of each sequence.
+        chosen: Rows to write of each sequence, counted through the segment; None: all.
         settings: Tokens in a forward pass.
         advance: Called with numbers of rows as they are recorded.
+        changes: Interventions of the pass.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    counts = lengths if chosen is None else np.array([len(rows) for rows in chosen])
+    stored = np.flatnonzero(counts)  # sequences without a chosen row are not run
+    first_rows = np.concatenate([[0], np.cumsum(counts)[:-1]])
     with backlog() as submit:
-        for batch in batch_plan(lengths, settings.batch_tokens or batch_tokens(model)):
+        for batch in batch_plan(lengths[stored], settings.batch_tokens or batch_tokens(model)):
+            batch = stored[batch]
             tokens, mask = _padded(ids, starts[batch], lengths[batch])
             rows = BatchRows(starts[batch], lengths[batch])
+            if chosen is not None:
+                rows = ChosenRows(first_rows[batch], [chosen[i] - starts[i] for i in batch])
 
             def receive(site: Site, tensor: Tensor, first: int, rows: BatchRows = rows) -> None:
                 if site.axes[-1:] == ("key",):
@@ -242,7 +264,7 @@ def fill(
 
             with changes.batch(batch) if changes else nullcontext():
                 capture(model.module, sites, tokens, mask, receive)
-            advance(int(lengths[batch].sum()))
+            advance(int(counts[batch].sum()))
 
 
 def _write(

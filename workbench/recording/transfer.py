@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +56,31 @@ class BatchRows:
                 indices = indices.pin_memory()  # else the copy waits for all that the device has to do
             self._indices[key] = indices.to(device, non_blocking=device.type == "cuda")
         return self._indices[key]
+
+
+class ChosenRows(BatchRows):
+    """Chosen rows of one right-padded batch: `starts` are the segment's rows of the first chosen of each sequence."""
+
+    def __init__(self, starts: Int[np.ndarray, " batch"], chosen: Sequence[Int[np.ndarray, " _"]]) -> None:
+        super().__init__(starts, np.array([len(positions) for positions in chosen]))
+        self.chosen = chosen
+
+    def take(self, tensor: Tensor, first: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Returns the chosen rows of a tensor, and where they belong, as `BatchRows.take` does."""
+        positions, key = tensor.shape[1], (first, tensor.shape[1], tensor.device)
+        bounds = [np.searchsorted(one, [first, first + positions]) for one in self.chosen]
+        if key not in self._indices:
+            inside = [
+                one[low:high] - first + i * positions
+                for i, (one, (low, high)) in enumerate(zip(self.chosen, bounds, strict=True))
+            ]
+            self._indices[key] = torch.from_numpy(np.concatenate(inside).astype(np.int64)).to(tensor.device)
+        runs, offset = [], 0
+        for start, (low, high) in zip(self.starts, bounds, strict=True):
+            if high > low:
+                runs.append((int(start + low), offset, int(high - low)))
+                offset += int(high - low)
+        return tensor.flatten(0, 1).index_select(0, self._indices[key]), runs
 
 
 def to_stored_type(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int, Tensor | int]:

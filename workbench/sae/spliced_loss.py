@@ -185,6 +185,7 @@ def sequence_batches(
         tokens: Tokens of a batch, padding included.
         replaced: Rows of the store that are replaced. None: all but special tokens.
     """
+    store.require_whole_sequences("a loss of the model with an SAE in it")
     table = store.tokens
     names = ("token_id", "sequence", "document", "is_special")
     ids, sequence, document, special = (table[name].to_numpy() for name in names)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Dtype = Literal["float16", "bfloat16", "float32"]
 BosPolicy = Literal["model", "always", "never"]
 UnalignedPairs = Literal["refuse", "drop", "keep"]
+Position = int | Literal["last"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Recording:
     unaligned_pairs: UnalignedPairs = "refuse"
     """Treatment of a (clean, corrupt) pair whose sides have different numbers of tokens: refuse the texts, drop the
     pair with a warning, or keep it."""
+    where: str | None = None
+    """Rows to store, as an SQL condition over the token table: `is_last`, `token = ' Monday'`. The model sees all
+    tokens. None: all rows."""
+    keep: tuple[Position, ...] | None = None
+    """Positions to store: 0 is the first token of a sequence, -1 or `last` the last one. Beside `where`, both must
+    hold. None: all positions."""
     batch_tokens: int | None = None
     """Tokens in one forward pass, padding included. None: on a CPU 2,048, and up to 8,192 for models narrower than
     768; on a GPU 16,384."""
@@ -64,6 +71,9 @@ class Recording:
                     f"{name} names {self.span_column!r}, which is the column of spans; name another in span_column=, "
                     "or pass span_column=None to read no spans"
                 )
+        object.__setattr__(self, "keep", _positions(self.keep))
+        if self.where is not None and not self.where.strip():
+            raise RequestError("where is empty; give an SQL condition, for example \"token = ' Monday'\"")
         if self.sites is not None and not self.sites:
             raise RequestError("sites is empty; name at least one, for example resid_post")
 
@@ -82,6 +92,8 @@ class RecordingOptions(TypedDict, total=False):
     span_column: str | None
     generation_prompt: bool
     unaligned_pairs: str
+    where: str | None
+    keep: Sequence[int | str] | int | str | None
     batch_tokens: int | None
     segment_rows: int | None
     unembed: bool
@@ -101,6 +113,9 @@ def recording(settings: Recording | None = None, **options: Unpack[RecordingOpti
     for name in ("sites", "metadata"):
         if name in fields:
             fields[name] = _names(fields[name])
+    if "keep" in fields:
+        keep = fields["keep"]
+        fields["keep"] = _positions((keep,) if isinstance(keep, str | int) else keep)
     if "dtype" in fields:
         fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
     _check_choices(fields)
@@ -109,6 +124,16 @@ def recording(settings: Recording | None = None, **options: Unpack[RecordingOpti
 
 def _names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return (names,) if isinstance(names, str) else None if names is None else tuple(names)
+
+
+def _positions(keep: Sequence[Any] | None) -> tuple[Position, ...] | None:
+    """Positions as whole numbers; the last one is -1."""
+    if keep is None:
+        return None
+    positions = tuple(-1 if position == "last" else position for position in keep)
+    if not positions or not all(isinstance(one, int) and not isinstance(one, bool) for one in positions):
+        raise RequestError(f"keep must be 'last' or positions, such as [0, -1], not {list(keep)!r}")
+    return positions
 
 
 def _check_choices(fields: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def check_new_columns(path: str | os.PathLike[str], manifest: Manifest, part: in
         RequestError: A column of another type, with its name, both types and the part that has the other one.
         DataError: A file of the store that is missing or damaged.
     """
-    planned = token_columns(sequences)
+    planned = token_columns(sequences, manifest.chosen)
     recorded = part_columns(path, manifest)
     resumed = part in recorded and sum(s.rows for s in manifest.segments if s.part == part) < manifest.parts[part].rows
     if resumed and not recorded[part].equals(planned):

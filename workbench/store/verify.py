@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from workbench.corpus.places import LENGTH
 from workbench.io import files
 from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.findings import FileRecord, Finding, Progress, Severity, check_listed, findings_table
@@ -258,7 +259,8 @@ def _check_tokens(check: _Check) -> Iterator[Finding]:
         yield check.finding(TOKENS, "wrong tokens", str(error))
         return
     context = check.manifest.recording.get("context")
-    if wrong := _wrong_sequences(table, segment.sequences, check.first_sequence, context):
+    wrong_places = _wrong_choice if check.manifest.chosen else _wrong_sequences
+    if wrong := wrong_places(table, segment.sequences, check.first_sequence, context):
         yield check.finding(TOKENS, "wrong tokens", wrong)
 
 
@@ -272,6 +274,21 @@ def _wrong_sequences(table: pa.Table, sequences: int, first_sequence: int, conte
         return "positions do not count from 0 in every sequence"
     if isinstance(context, int) and lengths.max() > context:
         return f"a sequence has {lengths.max()} tokens, more than the context of {context}"
+    return None
+
+
+def _wrong_choice(table: pa.Table, sequences: int, first_sequence: int, context: object) -> str | None:
+    """A reason why these cannot be chosen rows of these sequences."""
+    if LENGTH not in table.column_names:
+        return f"chosen rows without a column {LENGTH}"
+    sequence, position, length = (table[name].to_numpy() for name in ("sequence", "position", LENGTH))
+    if sequence.min() < first_sequence or sequence.max() >= first_sequence + sequences:
+        return f"sequences are not among {first_sequence} to {first_sequence + sequences - 1}"
+    step, same = np.diff(sequence), np.diff(sequence) == 0
+    if (step < 0).any() or (np.diff(position)[same] < 1).any() or (np.diff(length)[same] != 0).any():
+        return "sequences and positions in them do not ascend"
+    if position.min() < 0 or (position >= length).any() or (isinstance(context, int) and length.max() > context):
+        return "a position is not within its sequence"
     return None
 
 

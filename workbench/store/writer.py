@@ -379,9 +379,8 @@ def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
 def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
     """The manifest of the same recording, after removing leftovers of a crash unless the store is shared."""
     existing = read_manifest(path)
-    newer = (
-        requested.recording.keys() - existing.recording.keys() - {"unembed"}
-    )  # settings that are newer than the store
+    newer = requested.recording.keys() - existing.recording.keys() - {"unembed"}  # settings newer than the store
+    newer -= {name for name in ("where", "keep") if requested.recording.get(name)}  # these have no effect only if None
     apart = newer | _free_settings(existing, requested)
     settings, recorded = (
         {name: value for name, value in _settings(one).items() if name not in apart} for one in (requested, existing)
