@@ -107,11 +107,9 @@ def record(
             - context: Longest sequence in tokens, BOS included. None: 256, or the model's limit if that is smaller.
             - dtype: Stored type of activations, float16, bfloat16 or float32.
             - bos: Policy of BOS tokens: "model" (as the tokenizer does), "always" or "never".
-            - packed: Fill sequences with consecutive documents.
-            - max_rows: Number of tokens after which to stop. None: all.
+            - packed, max_rows: Fill sequences with consecutive documents; number of tokens after which to stop.
             - text_column, metadata, span_column: Columns of the text, of what is kept for each token, of spans.
-            - where, keep: Rows to store, by SQL or by position ("last"); the model sees all tokens. None: all.
-            - generation_prompt, unaligned_pairs: Treatment of chats and of pairs; see `Recording`.
+            - where, keep: Rows to store, by SQL or by position; generation_prompt, unaligned_pairs: of chats and pairs.
             - batch_tokens, segment_rows: Tokens in a forward pass; rows committed at a time. None: by size and device.
             - unembed: Store the final norm and the unembedding, which lenses need.
 
