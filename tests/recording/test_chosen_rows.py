@@ -34,9 +34,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def whole(model, texts, tmp_path_factory):
-    return wb.record(
-        model, texts, sites=SITES, out=tmp_path_factory.mktemp("whole") / "x", context=12, show_progress=False
-    )
+    return record(model, texts, tmp_path_factory.mktemp("whole") / "x")
 
 
 def record(model, texts, out, **options):

@@ -115,9 +115,7 @@ def feature_effect(
     Every sequence with chosen rows runs unchanged, with the feature changed at the chosen rows (see `Feature`), and
     with each control changed in the same way. Control features are drawn at random among the ten whose number of active
     rows of text is nearest; for "clamp" and "add" they get the same value. A pass in which no activation changes is
-    skipped: its effect is 0.
-
-    Cost: 2 + controls passes over the sequences; memory of three batches of logits.
+    skipped: its effect is 0. Cost: 2 + controls passes over the sequences; memory of three batches of logits.
 
     Args:
         features: Features of the recorded texts.
@@ -135,8 +133,8 @@ def feature_effect(
         show_progress: Show a progress bar.
 
     Raises:
-        RequestError: Another SAE or model, a site that cannot be changed, no rows, fewer features than controls, or an
-            ablated feature that is never active on text.
+        RequestError: Another SAE or model, a site that cannot be changed, no rows, too few features, or an ablated one
+            that is never active on text.
     """
     check("resamples", resamples, at_least=1, whole=True)
     sae = running_sae(features, sae)

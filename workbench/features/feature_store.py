@@ -481,21 +481,16 @@ class Texts:
         """Returns the texts of a store's tokens."""
         tokens = store.tokens
         token = tokens["token"].combine_chunks()
-        return cls(
-            tokens["sequence"].to_numpy(),
-            tokens["position"].to_numpy(),
-            token.indices.to_numpy(),
-            token.dictionary.to_pylist(),
-            "" if store.manifest.model.tokenizer_fingerprint else " ",
-        )
+        places = (tokens[name].to_numpy() for name in ("sequence", "position"))
+        between = "" if store.manifest.model.tokenizer_fingerprint else " "
+        return cls(*places, token.indices.to_numpy(), token.dictionary.to_pylist(), between)
 
     def near(self, row: int, context: int) -> slice:
         """Returns the rows of the same sequence at most `context` tokens away."""
         first = max(row - context, 0)
-        near = slice(first, row + context + 1)
-        same = self.sequence[near] == self.sequence[row]
-        shifts = self.position[near] - np.arange(first, first + len(same))  # differ where rows between were not chosen
-        same = np.flatnonzero(same & (shifts == self.position[row] - row))
+        near = np.arange(first, min(row + context + 1, len(self.sequence)))
+        together = self.position[near] - self.position[row] == near - row  # rows between may not have been chosen
+        same = np.flatnonzero(together & (self.sequence[near] == self.sequence[row]))
         return slice(first + int(same[0]), first + int(same[-1]) + 1)
 
     def around(self, row: int, context: int) -> str:

@@ -81,8 +81,8 @@ def record(
 ) -> Store:
     """Runs a model over texts once and stores the activations of the requested sites.
 
-    The same request gives the same bytes on the same machine; an interrupted one is resumed by the same call. Memory:
-    the model, one batch and its backlog. Disk: rows x bytes of all sites, compared with the free space first.
+    The same request gives the same bytes on the same machine; an interrupted one resumes. Memory: the model, one batch
+    and its backlog. Disk: rows x bytes of all sites, compared with the free space first.
 
     Args:
         model: A loaded model, or what `load_model` takes: a directory, a GGUF file, a hub id, a transformers module.
@@ -94,8 +94,7 @@ def record(
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
-        sae_site: Site that the SAE reads. None: the one it was trained on.
-        sae_dtype: Stored type of the feature activations, float32 or float16.
+        sae_site, sae_dtype: Site that the SAE reads, None: its own; stored type of the activations of its features.
         sae_force: Use an SAE that was trained on another site or model.
         interventions: Records that change the model, such as `wb.Zero("z.3")`; part of the store's identity.
         append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
@@ -107,11 +106,8 @@ def record(
             - context: Longest sequence in tokens, BOS included. None: 256, or the model's limit if that is smaller.
             - dtype: Stored type of activations, float16, bfloat16 or float32.
             - bos: Policy of BOS tokens: "model" (as the tokenizer does), "always" or "never".
-            - packed, max_rows: Fill sequences with consecutive documents; number of tokens after which to stop.
-            - text_column, metadata, span_column: Columns of the text, of what is kept for each token, of spans.
-            - where, keep: Rows to store, by SQL or by position; generation_prompt, unaligned_pairs: of chats and pairs.
-            - batch_tokens, segment_rows: Tokens in a forward pass; rows committed at a time. None: by size and device.
-            - unembed: Store the final norm and the unembedding, which lenses need.
+            - where, keep: Rows to store, by SQL or by position; the model sees all tokens. None: all.
+            - the others, such as packed and max_rows: See `Recording`.
 
     Returns:
         The opened store.
@@ -120,7 +116,6 @@ def record(
         RequestError: An unknown site, settings other than the store's, not enough space, an SAE that does not fit.
         DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
-    check("append", append, one_of=(False, True, AGAIN))
     settings, workers = recording(_first_settings(texts, settings, out), **options), workers or ThisProcess()
     folder = _folder(out, overwrite, append, workers)
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
@@ -150,6 +145,7 @@ def _first_settings(texts: Texts | None, settings: Recording | None, out: str | 
 
 
 def _folder(out: str | Path | None, overwrite: bool, append: Append, workers: Workers) -> Path | TemporaryFolder:
+    check("append", append, one_of=(False, True, AGAIN))
     if (append or workers.shared) and (overwrite or out is None):
         name, other = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
         raise RequestError(f"{name} does not go with {other}; leave one of them out")
