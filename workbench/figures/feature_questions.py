@@ -104,7 +104,7 @@ def pairs_figure(table: pd.DataFrame, by: str = "jaccard", features: int = 40) -
             cells[place[one], place[other]] = cells[place[other], place[one]] = value
     names = [str(feature) for feature in chosen]
     units = {"jaccard": "Jaccard index", "pmi": "PMI (nats)", "both": "tokens"}[by]
-    from_0 = {"zmin": 0, "zmax": float(table[by].max()) if len(table) else 1.0}  # plotly ignores zmin alone
+    from_0 = {"zmin": 0, "zmax": float(table[by].to_numpy().max()) if len(table) else 1.0}  # plotly ignores zmin alone
     scale = {"colorscale": SIGNED, "zmid": 0} if by == "pmi" else {"colorscale": PROBABILITY, **from_0}
     hover = "features %{x} and %{y}: %{z:.3g}<extra></extra>"
     bar = colour_bar(units)
