@@ -205,7 +205,7 @@ class DirectLogitAttribution(StoreProbe):
     def headline(result: Result) -> str:
         """Returns the decomposed logit, the three largest terms with their intervals, and the error of the sum."""
         data, table = result.data, result.table
-        largest = table.loc[table["contribution"].abs().sort_values(ascending=False).index[:3]]
+        largest = table.iloc[np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:3]]
         parts = [
             f"{line['term']} {line['contribution']:+.2f}"
             + ("" if np.isnan(line["low"]) else f", 95 % CI [{line['low']:.2f}, {line['high']:.2f}]")
@@ -221,7 +221,7 @@ class DirectLogitAttribution(StoreProbe):
     def figures(result: Result) -> dict[str, Any]:
         """Returns "terms", the mean of each term; "heads", one cell a head; "tokens", terms by tokens."""
         figures = {"terms": attribution_bars(result, _quantity(result))}
-        if (result.table["kind"] == "head").any():
+        if "head" in set(result.table["kind"]):
             figures["heads"] = attribution_heads(result, _quantity(result))
         if result.data.sizes["token"]:
             figures["tokens"] = attribution_grid(result, _quantity(result))

@@ -190,10 +190,12 @@ class TunedLens(LayerProbe):
         made_of = {key: made_of[key] for key in ("store_fingerprint", "settings", "workbench")}
         made_of |= {"method": "tuned lens", "epochs": maps.epochs.tolist()}
         made_of |= {"training_rows": len(training), "validation_rows": len(validation)}
+        weight, bias = (part.detach().cpu() for part in maps.parameters())
         lens = TrainedLens(
             self.site,
             tuple(layer for layer, _ in translated),
-            *(part.detach().cpu() for part in maps.parameters()),
+            weight,
+            bias,
             model.name,
             model.fingerprint,
             model.n_layers,

@@ -314,10 +314,8 @@ def test_other_texts_are_refused(tmp_path):
     write_store(path, [[2]], append=True)
     with writing(path) as store:
         message = refused(RequestError, lambda: store.begin(part_of(SEGMENTS), append=False))
-    assert (
-        message
-        == f"{path} was appended to and holds 2 parts; pass append=True to add texts, or texts=None to add sites"
-    )
+    hint = "pass append=True to add texts, or texts=None to add sites"
+    assert message == f"{path} was appended to and holds 2 parts; {hint}"
 
 
 def test_more_rows_than_planned_are_refused(tmp_path):

@@ -25,8 +25,8 @@ _TOKENS = 32
 def attribution_bars(result: Result, quantity: str) -> go.Figure:
     """Returns a bar for each of the 24 terms with the largest means, in the order of the forward pass."""
     table = result.table
-    chosen = np.sort(table["contribution"].abs().sort_values(ascending=False, kind="stable").index.to_numpy()[:_SHOWN])
-    shown = table.loc[chosen]
+    chosen = np.sort(np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:_SHOWN])
+    shown = table.iloc[chosen]
     figure = go.Figure()
     kinds = shown["kind"].map(lambda kind: _KINDS.get(kind, ("embedding, bias, rest", NEUTRAL)))
     for name, color in dict.fromkeys(kinds):

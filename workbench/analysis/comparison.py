@@ -131,9 +131,9 @@ class Comparisons:
         figure = self.each[0].figure()
         figure.data = ()
         for name, one in zip(self._names, self.each, strict=True):
-            for trace in one.figure().data:
-                trace.name = f"{label(name, 30)}, {trace.name}"
-                figure.add_trace(trace)
+            traces: Any = one.figure().data  # plotly makes their attributes at run time
+            for trace in traces:
+                figure.add_trace(trace.update(name=f"{label(name, 30)}, {trace.name}"))
         subtitle = f"each with {label(Path(self.each[0].a).name, 40)}"
         return figure.update_layout(title={"subtitle": {"text": subtitle}})
 
@@ -158,11 +158,27 @@ class Comparisons:
 
 
 @overload
-def compare(a: Store, b: Store, **settings: Any) -> Comparison: ...
+def compare(
+    a: Store,
+    b: Store,
+    *,
+    sites: Sequence[str] | None = None,
+    probes: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
+) -> Comparison: ...
 
 
 @overload
-def compare(a: Store, b: Store, c: Store, *others: Store, **settings: Any) -> Comparisons: ...
+def compare(
+    a: Store,
+    b: Store,
+    c: Store,
+    /,
+    *others: Store,
+    sites: Sequence[str] | None = None,
+    probes: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
+) -> Comparisons: ...
 
 
 @plain_torch()

@@ -326,7 +326,8 @@ def _largest(
     rows, columns = x.shape
     groups = columns // _GROUP
     if groups < 4 * k:
-        return *x.topk(k, 1), x.argmax(1)
+        values, places = x.topk(k, 1)
+        return values, places, x.argmax(1)
     whole, rest = x[:, : groups * _GROUP].view(rows, groups, _GROUP), x[:, groups * _GROUP :]
     maxima = whole.amax(2)
     chosen = torch.cat([maxima.argmax(1, keepdim=True), maxima.topk(k, 1).indices], 1)  # one of them twice

@@ -186,7 +186,7 @@ def _minimise(
     columns = loss.contrasts.shape[1]
     parameters = np.zeros((size + 1, columns)) if start is None else start
     curvature = loss.curvature(np.zeros((rows, columns)))
-    moments = curvature.mean() * rows * (second_moments(x) if moments is None else moments)
+    scale = curvature.mean() * rows * (second_moments(x) if moments is None else moments)
     for number in range(_ROUNDS):
         if number:
             curvature = loss.curvature(_scores(x, parameters))
@@ -194,9 +194,9 @@ def _minimise(
                 x.multiply(curvature.mean(1)[:, None]) if issparse(x) else x * _like(x, curvature.mean(1)[:, None])
             )
             product = weighted.T @ x
-            moments = np.asarray(product.toarray() if issparse(product) else product, np.float64)
+            scale = np.asarray(product.toarray() if issparse(product) else product, np.float64)
         roughly = tolerance if number or tolerance > TOLERANCE else 5 * tolerance
-        parameters, gradient = _round(x, loss, penalty, moments, curvature.sum(0), parameters, roughly)
+        parameters, gradient = _round(x, loss, penalty, scale, curvature.sum(0), parameters, roughly)
         if gradient <= tolerance and (number or tolerance > TOLERANCE):
             return parameters, True
     return parameters, False

@@ -86,8 +86,8 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
             known = {name: at for name, at in sorted(places.items(), key=lambda one: one[1]) if at}
             known["end"] = (len(clean) - 1,)
             right, wrong = ((one,) if one is not None else () for one in answers)
-            sequences = (tuple(map(int, part["token_id"])) for part in (clean, corrupt))
-            pairs.append(PatchPair(*sequences, right, wrong, known))
+            first, second = (tuple(map(int, part["token_id"])) for part in (clean, corrupt))
+            pairs.append(PatchPair(first, second, right, wrong, known))
     if not pairs:
         raise RequestError(f"store {store.path.name} holds no usable pair: {dict(dropped) or 'no row has a pair'}")
     return pairs, dropped

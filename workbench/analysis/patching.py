@@ -75,8 +75,8 @@ class Runs:
                 ends.append(end_logits(model, ids, tensors, part))
             values.append({name: torch.cat(parts) for name, parts in kept.items()})
             logits.append(torch.cat(ends))
-        measures = [measure(metric, one, pairs, logits[0]) for one in logits]
-        return cls(model, tensors, pairs, metric, *measures, logits[0], *values)
+        clean, corrupt = (measure(metric, one, pairs, logits[0]) for one in logits)
+        return cls(model, tensors, pairs, metric, clean, corrupt, logits[0], values[0], values[1])
 
     @property
     def used(self) -> Bool[np.ndarray, " pair"]:

@@ -94,7 +94,7 @@ def _rendered(
     def render(messages: Sequence[Mapping[str, Any]]) -> str:
         try:
             text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:  # of Jinja, and of the template's own raise_exception
             raise RequestError(f"{place}: the chat template refuses the chat ({first_line(error)})") from error

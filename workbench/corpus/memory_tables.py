@@ -90,9 +90,8 @@ def _is_pandas(source: Any) -> bool:
 
 def _encoded_rows(encoding: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of a tokenizer's output: lists or tensors of one text, or of several."""
-    ids, mask = (
-        value.tolist() if hasattr(value, "tolist") else value for value in (encoding[_IDS], encoding.get(_MASK))
-    )
+    values: tuple[Any, Any] = encoding[_IDS], encoding.get(_MASK)
+    ids, mask = (value.tolist() if hasattr(value, "tolist") else value for value in values)
     if not isinstance(ids, list | tuple):
         raise RequestError(
             f"texts: input_ids is of type {type(ids).__name__}; lists or tensors of token ids are needed"

@@ -176,10 +176,10 @@ class PairChecker:
         if reason is not None:
             self.dropped[reason] += 1
             return None
-        ids = tuple((*self._prefix, *map(int, one.ids)) for one in (clean, corrupt))
+        first, second = ((*self._prefix, *map(int, one.ids)) for one in (clean, corrupt))
         shifted = {label: range(begin + one.start, begin + one.stop) for label, (one, _) in spans.items()}
-        end = range(len(ids[0]) - 1, len(ids[0]))
-        return CheckedPair(pair, *ids, answer, wrong, {**shifted, "end": end})
+        end = range(len(first) - 1, len(first))
+        return CheckedPair(pair, first, second, answer, wrong, {**shifted, "end": end})
 
     def _answers(self, prompt: str, ids: np.ndarray, texts: Sequence[str]) -> tuple[int, ...]:
         """Ids of the answers that are one token after the prompt."""

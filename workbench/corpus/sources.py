@@ -62,7 +62,7 @@ def check_source(texts: Texts) -> None:
         raise RequestError(f"texts is of type {type(texts).__name__}, which is not read; {_UNDERSTOOD}")
 
 
-def _one_split(texts: Mapping[str, Any]) -> Any:
+def _one_split(texts: Mapping[Any, Any]) -> Any:
     """The one entry of a mapping of datasets, such as a DatasetDict; the output of a tokenizer as it is."""
     if is_table(texts) or not texts:
         return texts
@@ -132,8 +132,8 @@ def _resolve(texts: Texts, text_column: str = "") -> Iterable[Any]:
         _check_file(texts)
         return [texts]
     if not isinstance(texts, str):
-        texts = _one_split(texts) if isinstance(texts, Mapping) else texts
-        return table_rows(texts) or ([texts] if is_chat(texts, text_column) else texts)
+        items: Any = _one_split(texts) if isinstance(texts, Mapping) else texts
+        return table_rows(items) or ([items] if is_chat(items, text_column) else items)
     if not texts:
         raise RequestError(f"texts is an empty string; {_UNDERSTOOD}")
     if os.path.exists(texts) or not any(map(str.isspace, texts)) or _names_file(texts):

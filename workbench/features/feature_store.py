@@ -481,9 +481,9 @@ class Texts:
         """Returns the texts of a store's tokens."""
         tokens = store.tokens
         token = tokens["token"].combine_chunks()
-        places = (tokens[name].to_numpy() for name in ("sequence", "position"))
+        sequence, position = (tokens[name].to_numpy() for name in ("sequence", "position"))
         between = "" if store.manifest.model.tokenizer_fingerprint else " "
-        return cls(*places, token.indices.to_numpy(), token.dictionary.to_pylist(), between)
+        return cls(sequence, position, token.indices.to_numpy(), token.dictionary.to_pylist(), between)
 
     def near(self, row: int, context: int) -> slice:
         """Returns the rows of the same sequence at most `context` tokens away."""

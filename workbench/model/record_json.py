@@ -65,7 +65,7 @@ def _value(record: Intervention, name: str, arrays: Arrays) -> Any:
         store = value if isinstance(value, Store) else value.store
         ids = "all" if isinstance(value, Store) else arrays.add(value.ids.astype(np.int64))
         return {"store": store.manifest.fingerprint, "name": store.path.name, "rows": ids}
-    if hasattr(value, "fingerprint"):  # an SAE, whose folder imports this one
+    if value is not None and hasattr(value, "fingerprint"):  # an SAE, whose folder imports this one
         return {"name": value.name, "sha256": value.fingerprint()}
     if value is None or isinstance(value, str | bool | int | float):
         return value

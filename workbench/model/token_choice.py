@@ -103,11 +103,11 @@ def tokens_at(at: At) -> Tokens | Tensor:
     """
     if isinstance(at, Tokens):
         return at
-    if isinstance(at, Tensor):
-        if at.dtype == torch.bool and at.ndim == 2:
-            return at
+    if not isinstance(at, Tensor):
+        return Tokens(at)
+    if at.dtype != torch.bool or at.ndim != 2:
         check_index(at)
-    return Tokens(at)
+    return at
 
 
 def check_index(index: Any) -> None:

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -88,7 +87,7 @@ def record(
         model: A loaded model, or what `load_model` takes: a directory, a GGUF file, a hub id, a transformers module.
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
             output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
-            None: the tokens of the store at `out`, with its settings, to add sites to it.
+            None: the tokens of the store at `out`, to add sites to it.
         out: Folder of the store. A finished store of the same request is opened and gets the sites that it lacks; an
             unfinished one is resumed. None: a temporary folder, removed with the last handle of the store.
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
@@ -119,21 +118,24 @@ def record(
     settings, workers = recording(_first_settings(texts, settings, out), **options), workers or ThisProcess()
     folder = _folder(out, overwrite, append, workers)
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    plan = plan_recording(model, settings, _path(folder), features, interventions=interventions)
-    write = partial(_record_at, plan, model, texts, append, workers, show_progress)
-    return overwrite_store(_path(folder), write) if overwrite else write(_path(folder))
+    plan = plan_recording(model, settings, path := _path(folder), features, interventions=interventions)
+    return _record_at(plan, model, texts, path, overwrite, append, workers, show_progress)
 
 
 def _record_at(
     plan: RecordingPlan,
     model: Model,
     texts: Texts | None,
+    path: Path,
+    overwrite: bool,
     append: Append,
     workers: Workers,
     show_progress: bool,
-    place: Path,
 ) -> Store:
-    return record_plan(plan, model, texts, place, append, workers, show_progress)
+    def write(place: Path) -> Store:
+        return record_plan(plan, model, texts, place, append, workers, show_progress)
+
+    return overwrite_store(path, write) if overwrite else write(path)
 
 
 def _first_settings(texts: Texts | None, settings: Recording | None, out: str | Path | None) -> Recording | None:

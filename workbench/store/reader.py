@@ -373,11 +373,12 @@ class Rows:
         An index is a slice, a list or array of places among the selected rows, or a mask over them. The result is in
         row order, each row once, whatever the order of the places.
         """
-        if isinstance(site, str) or (isinstance(site, tuple) and site and isinstance(site[0], str)):
-            return self.store[site][self]  # pyright: ignore[reportArgumentType]
-        if not isinstance(site, slice):
-            site = _places(site, len(self))
-        return Rows(self.store, self.ids[site])
+        if isinstance(site, str):
+            return self.store[site][self]
+        if isinstance(site, tuple) and site and isinstance(site[0], str):
+            return self.store[site][self]  # pyright: ignore[reportCallIssue, reportArgumentType]  # (site, layers)
+        places = site if isinstance(site, slice) else _places(site, len(self))  # pyright: ignore[reportArgumentType]
+        return Rows(self.store, self.ids[places])
 
     def __invert__(self) -> Rows:
         return Rows(self.store, np.setdiff1d(np.arange(self.store.rows), self.ids, assume_unique=True))
@@ -411,7 +412,8 @@ class Rows:
         tokens = Rows(self.store, needed).tokens
         texts, sequences = tokens["token"].to_pylist(), tokens["sequence"].to_numpy()
         lines = []
-        for row, places in zip(self.ids.tolist(), where.reshape(around.shape).tolist(), strict=True):
+        columns: Any = where.reshape(around.shape).tolist()
+        for row, places in zip(self.ids.tolist(), columns, strict=True):
             own = sequences[places[context]]
             inside = [
                 (shift, texts[place] or "")
