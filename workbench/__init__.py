@@ -70,6 +70,7 @@ _PUBLIC = {
     "random_repeats": "workbench.corpus.repeats",
     "shuffled_blocks": "workbench.corpus.repeats",
     "record": "workbench.recording.record",
+    "generate": "workbench.recording.generation",
     "RayWorkers": "workbench.parallel.ray",
     "Share": "workbench.parallel.share",
     "plan": "workbench.recording.estimate",
@@ -159,6 +160,7 @@ if TYPE_CHECKING:
     from workbench.parallel.ray import RayWorkers
     from workbench.parallel.share import Share
     from workbench.recording.estimate import plan
+    from workbench.recording.generation import generate
     from workbench.recording.record import record
     from workbench.results.combine import combine
     from workbench.results.probe import Probe

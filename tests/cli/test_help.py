@@ -17,7 +17,7 @@ from workbench.cli.verbs import VERBS as TABLE
 from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
-    *("demo", "record", "plan", "info", "verify", "query"),
+    *("demo", "record", "generate", "plan", "info", "verify", "rm", "pack", "merge", "query"),
     *("features", "metrics", "labels", "top", "coactive", "contributions", "effect", "match", "sparse-probe"),
     *("probes", "report", "export", "compare", "completion", "probe", "attribute", "steer", "patch", "sweep"),
 ]

@@ -20,6 +20,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """Continue prompts, and write the token ids to a file that `workbench record` reads, generated tokens marked."""
+
+    model: Positional[str]
+    """Local directory, or hub id such as gpt2."""
+    prompts: Positional[tuple[str, ...]]
+    """Files of prompts (.txt .json .jsonl .csv .tsv .parquet), hf:NAME, or a quoted text."""
+    out: Path
+    """File to write, NAME.jsonl."""
+    max_new_tokens: int = 50
+    """Most tokens after each prompt."""
+    temperature: float = 0.0
+    """Divisor of the logits before tokens are drawn. 0: the most probable token at every step."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability that is drawn from."""
+    top_k: int | None = None
+    """Number of tokens that are drawn from. Default: all."""
+    seed: int = 0
+    """Random seed."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    device: str | None = None
+    """cpu, cuda, cuda:1. Default: the GPU if there is one."""
+
+    def run(self) -> int:
+        """Generates, writes the file, and prints the first continuations."""
+        from workbench.model.load import load_model  # seconds: torch, transformers
+        from workbench.recording.generation import generate
+
+        if self.out.suffix != ".jsonl":
+            raise RequestError(f"--out {str(self.out)!r} must end in .jsonl")
+        model = load_model(self.model, device=self.device)
+        settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        made = generate(
+            model, texts_of(self.prompts), self.max_new_tokens, **settings, seed=self.seed, samples=self.samples
+        )
+        made.save(self.out)
+        texts = made.texts() if model.tokenizer is not None else []
+        for text in texts[:5]:
+            print_plain(repr(text))
+        print_plain(f"{len(made):,} continuations in {self.out}; record them with `workbench record`")
+        return 0
+
+
+@dataclass(frozen=True)
 class Record:
     """Run a model over texts once and store the activations of chosen sites."""
 

@@ -15,7 +15,7 @@ from workbench.cli.options import Positional
 from workbench.cli.page_verbs import Demo, Export, Report
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
 from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, SparseProbe
-from workbench.cli.recording_verbs import Plan, Record
+from workbench.cli.recording_verbs import Generate, Plan, Record
 from workbench.cli.store_verbs import Compare, Info, Merge, Pack, Query, Remove, Verify
 from workbench.cli.terminal import print_items, print_plain
 from workbench.io.errors import RequestError, nearest
@@ -38,6 +38,7 @@ class Completion:
 VERBS: dict[str, type[Command]] = {
     "demo": Demo,
     "record": Record,
+    "generate": Generate,
     "plan": Plan,
     "info": Info,
     "verify": Verify,

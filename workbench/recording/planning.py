@@ -234,6 +234,7 @@ def _begin(writer: Writer, sequences: Sequences, rows: int, digests: Sequence[st
         cut_documents=sequences.cut_documents,
         columns=sequences.columns,
         documents_with_added_tokens=sequences.documents_with_added_tokens,
+        generation=sequences.generation,
     )
     if append and append != AGAIN and writer.ends_with(part, digests):
         _LOG.warning(

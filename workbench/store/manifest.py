@@ -42,10 +42,10 @@ FEATURES = "features"
 _NEW_MODEL_KEYS = {"causal": True, "identity": None}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
-_NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_tokens": 0}
+_NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_tokens": 0, "generation": []}
 """Keys of a part that version 2 added."""
 
-_NEW_SEGMENT_KEYS: dict[str, Any] = {"added": ()}
+_NEW_SEGMENT_KEYS: dict[str, Any] = {"added": []}
 """Keys of a segment that version 2 added."""
 
 _NEW_KEYS = {"complete": False, "interventions": None, "rows_fingerprint": None}
@@ -150,6 +150,8 @@ class Part:
     """SHA-256 over the metadata and spans of the documents. None: not computed, in version 1."""
     documents_with_added_tokens: int = field(default=0, compare=False)
     """Texts that had BOS or EOS already, which was not added again."""
+    generation: tuple[dict[str, Any], ...] = ()
+    """Settings with which texts were generated, each once; empty for other texts."""
 
     def same_counts(self, other: Part) -> bool:
         """Returns True if both have the same counts, as far as both were counted."""

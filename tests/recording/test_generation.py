@@ -1,0 +1,134 @@
+"""Generation against plain Hugging Face, and its recording against the states of every step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_line import run
+
+import workbench as wb
+
+PROMPTS = ["One day, Tom", "On Monday the red dog ran to", "Hi"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wb.load_model("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(model):
+    return wb.generate(model, PROMPTS, 8, show_progress=False)
+
+
+def test_recorded_states_are_those_of_every_step(model, made, tmp_path):
+    store = wb.record(model, made, sites=["resid_post.1"], out=tmp_path / "x", dtype="float32", show_progress=False)
+    for number, one in enumerate(made.all):
+        prompt = torch.tensor([one.token_ids[: one.prompt_tokens]])
+        plain = model.module.generate(
+            prompt, max_new_tokens=8, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+        )
+        new = len(one.token_ids) - one.prompt_tokens
+        assert plain.sequences[0].tolist()[: len(one.token_ids)] == list(one.token_ids)
+        steps = torch.cat([step[2][0] for step in plain.hidden_states])[: one.prompt_tokens + new - 1]
+        recorded = store.where("prompt = ?", [number])["resid_post", 1][: len(steps)]
+        torch.testing.assert_close(recorded, steps, atol=1e-5, rtol=1e-5)
+
+
+def test_columns_mark_prompt_and_steps_and_the_manifest_has_the_settings(model, made, tmp_path):
+    store = wb.record(model, made, sites=["resid_post.1"], out=tmp_path / "x", show_progress=False)
+    table = store.tokens.to_pandas()
+    for number, one in enumerate(made.all):
+        part = table[table["prompt"] == number]
+        assert part["token_id"].tolist() == list(one.token_ids)
+        assert part["generated"].tolist() == [place >= one.prompt_tokens for place in range(len(part))]
+        assert part["step"].dropna().tolist() == list(range(len(part) - one.prompt_tokens))
+        assert part["sample"].tolist() == [0] * len(part)
+    settings = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0}
+    assert store.manifest.parts[0].generation == (settings,)
+    assert wb.open_store(store.path).manifest.parts[0].generation == (settings,)
+
+
+def test_a_saved_file_records_the_same(model, made, tmp_path):
+    path = made.save(tmp_path / "made.jsonl")
+    assert len(path.read_text().splitlines()) == len(made) == 3
+    stores = [
+        wb.record(model, texts, sites=["resid_post.1"], out=tmp_path / name, show_progress=False)
+        for name, texts in (("a", made), ("b", path))
+    ]
+    assert stores[0].tokens.equals(stores[1].tokens)
+    with pytest.raises(wb.RequestError, match=r"must end in \.jsonl"):
+        made.save(tmp_path / "made.txt")
+
+
+def test_padding_changes_no_token(model, made):
+    alone = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
+    assert alone.all == made.all
+
+
+def test_the_token_that_ends_a_text_is_the_last_one(model, made, monkeypatch):
+    one = made.all[1]
+    end = one.token_ids[one.prompt_tokens + 1]
+    monkeypatch.setattr(model.module.generation_config, "eos_token_id", [end, 5])
+    first, second, _ = wb.generate(model, PROMPTS, 8, show_progress=False).all
+    assert second.token_ids == one.token_ids[: one.prompt_tokens + 2]
+    assert first.token_ids[: len(first.token_ids)] == made.all[0].token_ids[: len(first.token_ids)]
+
+
+def test_seeds_samples_and_sampling_settings(model):
+    def draw(**settings):
+        return wb.generate(model, ["Hi"], 6, samples=3, show_progress=False, **{"temperature": 1.5} | settings)
+
+    state = torch.random.get_rng_state()
+    first = draw(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert draw(seed=1).all == first.all
+    assert draw(seed=2).all != first.all
+    assert [one.sample for one in first.all] == [0, 1, 2]
+    assert len({one.token_ids for one in first.all}) > 1
+    greedy = wb.generate(model, ["Hi"], 6, show_progress=False).all[0].token_ids
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert {one.token_ids for one in draw(seed=1, **narrow).all} == {greedy}
+
+
+def test_an_intervention_acts_on_what_is_generated(model, made):
+    direction = 3 * torch.sign(torch.randn(256, generator=torch.Generator().manual_seed(0)))
+    with wb.intervene(model, wb.Add("resid_post.1", direction, at="new")):
+        changed = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
+    for one, other in zip(made.all, changed.all, strict=True):
+        assert one.token_ids[: one.prompt_tokens + 1] == other.token_ids[: one.prompt_tokens + 1]
+    assert changed.all != made.all
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"samples": 2}, "temperature 0 gives the same each time"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 10**6}, "context of model 'demo'"),
+    ],
+)
+def test_wrong_settings_are_refused_in_a_line(model, settings, message):
+    with pytest.raises(wb.RequestError, match=message):
+        wb.generate(model, ["Hi"], **settings)
+
+
+def test_prompts_without_room_or_token_are_refused(model):
+    limit = model.context_limit
+    with pytest.raises(wb.RequestError, match="leaves room for 5 before"):
+        wb.generate(model, [[1] * 10], limit - 5, show_progress=False)
+    with pytest.raises(wb.RequestError, match="1 of them have no token"):
+        wb.generate(model, ["Hi", ""], 5, bos="never", show_progress=False)
+
+
+def test_the_command_writes_what_record_reads(tmp_path):
+    path = tmp_path / "made.jsonl"
+    code, out, _ = run("generate", "demo", "One day, Tom", "--max-new-tokens", 4, "--out", path)
+    assert code == 0
+    assert "1 continuations" in out
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["generation"]["max_new_tokens"] == 4

@@ -1,0 +1,225 @@
+"""Generation: continuations of prompts as token ids that `record` takes, with prompt and generated tokens marked.
+
+    texts = wb.generate(model, ["Once upon a time"], max_new_tokens=40, seed=0)
+    texts.texts()                                            # the continuations
+    store = wb.record(model, texts, sites=["resid_post"], out="runs/said.acts")
+    store.where("generated AND step < 5")
+
+The ids are recorded as they were generated, in one pass without a cache, whose states are those of the generation up to
+rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from workbench.corpus.chats import render_chats
+from workbench.corpus.layout import Layout, plan_sequences
+from workbench.corpus.sources import Texts, read_documents
+from workbench.corpus.tokenizer import AddedTokens, added_tokens
+from workbench.io.checks import check, check_fields
+from workbench.io.errors import RequestError
+from workbench.io.files import explain_full_disk, replace_file
+from workbench.io.progress import progress
+from workbench.io.torch_state import plain_torch
+from workbench.model.forward import evaluating
+from workbench.model.load import Model
+from workbench.sites.settings import BosPolicy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a generation, which the manifest of its recording keeps."""
+
+    max_new_tokens: int
+    """Most tokens after the prompt; fewer where the model ends the text."""
+    temperature: float = 0.0
+    """Divisor of the logits before tokens are drawn. 0: the most probable token at every step."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability that is drawn from."""
+    top_k: int | None = None
+    """Number of tokens that are drawn from. None: all."""
+    seed: int = 0
+    """Random seed; a seed gives the same tokens on the same machine in batches of the same size."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "max_new_tokens", at_least=1, whole=True)
+        check_fields(self, "temperature", at_least=0)
+        check_fields(self, "top_p", above=0, at_most=1)
+        check_fields(self, "seed", at_least=0, whole=True)
+        if self.top_k is not None:
+            check_fields(self, "top_k", at_least=1, whole=True)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation."""
+
+    prompt: int
+    """Number of the prompt, from 0."""
+    sample: int
+    """Number among the continuations of this prompt."""
+    token_ids: tuple[int, ...]
+    """Prompt and continuation; the token that ends the text included."""
+    prompt_tokens: int
+    """Number of ids of the prompt."""
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Continuations of prompts: texts for `record`, which adds columns prompt, sample, generated and step."""
+
+    model: Model = field(repr=False)
+    """The model that generated them."""
+    sampling: Sampling
+    all: tuple[Generation, ...]
+    """In the order of the prompts."""
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields the documents that `record` reads."""
+        for one in self.all:
+            facts = {"prompt": one.prompt, "sample": one.sample, "prompt_tokens": one.prompt_tokens}
+            yield {"input_ids": list(one.token_ids), **facts, "generation": asdict(self.sampling)}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a `.jsonl` file that `record` reads; RequestError for another ending."""
+        path = Path(path)
+        if path.suffix != ".jsonl":
+            raise RequestError(f"path {str(path)!r} must end in .jsonl")
+        lines = "".join(f"{json.dumps(one)}\n" for one in self)
+        with explain_full_disk(str(path), "save it again"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lines.encode())
+        return path
+
+    def texts(self) -> list[str]:
+        """Returns the continuations as texts, without prompts and special tokens."""
+        if self.model.tokenizer is None:
+            raise RequestError(f"model {self.model.name!r} has no tokenizer; read the ids of `all`")
+        new = [list(one.token_ids[one.prompt_tokens :]) for one in self.all]
+        return [str(self.model.tokenizer.decode(ids, skip_special_tokens=True)) for ids in new]
+
+
+@plain_torch()
+def generate(
+    model: Model,
+    prompts: Texts,
+    max_new_tokens: int = 50,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    batch_size: int = 16,
+    bos: BosPolicy = "model",
+    show_progress: bool = True,
+) -> Generations:
+    """Continues prompts with the model's own `generate`, and returns token ids that `record` takes as they are.
+
+    Interventions of an enclosing `wb.intervene` act on it. The model's own generation settings (penalties, forced
+    tokens) are not used, beside the tokens that end a text.
+
+    Args:
+        model: A causal model.
+        prompts: Texts of every kind that `record` reads; chats end with the header of the assistant's next message.
+        max_new_tokens: Most tokens after each prompt.
+        temperature: Divisor of the logits before tokens are drawn. 0: the most probable token at every step.
+        top_p: Smallest set of tokens with this probability that is drawn from.
+        top_k: Number of tokens that are drawn from. None: all.
+        seed: Random seed.
+        samples: Continuations of each prompt.
+        batch_size: Sequences in a pass; shorter prompts are padded on the left.
+        bos: Policy of BOS tokens, as of `record`.
+        show_progress: Show progress.
+
+    Raises:
+        RequestError: A model that is not causal, several samples at temperature 0, no prompt, or prompts that leave no
+            room in the model's context.
+    """
+    sampling = Sampling(max_new_tokens, float(temperature), float(top_p), top_k, seed)
+    check("samples", samples, at_least=1, whole=True)
+    check("batch_size", batch_size, at_least=1, whole=True)
+    if not model.site_map.causal:
+        raise RequestError(f"model {model.name!r} is not causal; it does not generate")
+    if samples > 1 and not sampling.temperature:
+        raise RequestError(f"samples is {samples}, and temperature 0 gives the same each time; raise the temperature")
+    ids = [one for one in _prompt_ids(model, prompts, bos, max_new_tokens) for _ in range(samples)]
+    made: list[Generation] = []
+    with (
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        progress("generating", len(ids), "texts", show=show_progress) as advance,
+    ):
+        torch.manual_seed(seed)
+        for first in range(0, len(ids), batch_size):
+            part = ids[first : first + batch_size]
+            for number, tokens in enumerate(_continued(model, part, sampling), first):
+                prompt, sample = divmod(number, samples)
+                made.append(Generation(prompt, sample, (*ids[number], *tokens), len(ids[number])))
+            advance(len(part))
+    return Generations(model, sampling, tuple(made))
+
+
+def _prompt_ids(model: Model, prompts: Texts, bos: BosPolicy, new: int) -> list[tuple[int, ...]]:
+    """Token ids of every prompt, as `record` reads them, without the token that ends a text."""
+    added = AddedTokens(added_tokens(model.tokenizer, bos).prefix)
+    room = (model.context_limit or (1 << 20)) - new
+    if room < 1:
+        raise RequestError(
+            f"max_new_tokens is {new}, and the context of model {model.name!r} {model.context_limit}; lower it"
+        )
+    documents = render_chats(read_documents(prompts), model.tokenizer, generation_prompt=True)
+    with tempfile.TemporaryDirectory(prefix="workbench-prompts-") as folder:
+        longest = room + 1  # one more than there is room for: a longer prompt is cut there, and seen
+        planned = plan_sequences(documents, model.tokenizer, Layout(longest, added, vocab=model.vocab), Path(folder))
+        if planned.skipped_documents:
+            raise RequestError(f"prompts: {planned.skipped_documents} of them have no token; leave them out")
+        if (most := int(planned.lengths.max())) > room:
+            raise RequestError(
+                f"prompts: one has {most:,} tokens or more, and the model's context leaves room for {room:,} before "
+                f"{new:,} new ones; shorten it, or lower max_new_tokens"
+            )
+        ends = np.asarray(planned.starts).tolist()
+        return [tuple(planned.token_ids[first:last].tolist()) for first, last in itertools.pairwise(ends)]
+
+
+def _continued(model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> list[list[int]]:
+    """New token ids of each prompt, up to the one that ends its text."""
+    longest, ends = max(map(len, prompts)), _ends(model)
+    padding = ends[0] if ends else 0
+    ids = torch.tensor([[padding] * (longest - len(one)) + list(one) for one in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
+    drawn = bool(sampling.temperature)
+    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=drawn,
+        eos_token_id=ends or None,
+        pad_token_id=padding,
+        **(chosen if drawn else {}),
+    )
+    with evaluating(model.module), torch.no_grad():
+        output: Tensor = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # pyright: ignore[reportCallIssue, reportAssignmentType]
+    rows = output[:, longest:].tolist()
+    return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]
+
+
+def _ends(model: Model) -> list[int]:
+    """Ids of the tokens that end a text."""
+    config = getattr(model.module, "generation_config", None) or model.module.config
+    ends = config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
