@@ -146,9 +146,8 @@ class Comparisons:
     @property
     def _names(self) -> list[str]:
         """Names of the other stores: of their folders, or whole paths where two folders have one name."""
-        paths = [one.b for one in self.each]
-        names = [Path(path).name for path in paths]
-        return names if len(set(names)) == len(names) else paths
+        names = [Path(one.b).name for one in self.each]
+        return names if len(set(names)) == len(names) else [one.b for one in self.each]
 
     def _stacked(self, table: str) -> pd.DataFrame:
         tables = [getattr(one, table).copy() for one in self.each]
