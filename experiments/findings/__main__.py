@@ -42,6 +42,8 @@ SETTINGS = {
     "token-erasure": {"offsets": (-2, -1, 0), "late": 3},
 }
 """Settings of each probe that differ from its defaults."""
+OTHER_INPUTS = ("activation-patching", "path-patching", "steering")
+"""Probes of pairs of prompts or of a direction, not of texts alone; their pages state what they find."""
 ANOTHER_SETTINGS = {"token-erasure": {"offsets": (-2, -1, 0)}, "future-prompts": QUICK["future-prompts"]}
 
 TEXT = """# What the probes find
@@ -99,7 +101,7 @@ def headlines(
         subject: The model and its texts.
         folder: Folder for the recordings.
         rows: Maximum number of tokens to record.
-        probes: Names of the probes. None: every installed one.
+        probes: Names of the probes. None: every installed one that needs texts alone.
         settings: Settings of each probe that differ from its defaults.
     """
     options = {"max_rows": rows, "show_progress": False}
@@ -109,7 +111,7 @@ def headlines(
     ]
     domains = "domain" in stores[0].tokens.column_names
     lines = {}
-    for name in installed_probes() if probes is None else probes:
+    for name in (name for name in installed_probes() if name not in OTHER_INPUTS) if probes is None else probes:
         chosen = {key: value for key, value in settings.get(name, {}).items() if key != "domain" or domains}
         lines[name] = _headline(name, chosen, subject.model, stores)
     return lines

@@ -104,7 +104,7 @@ def test_probes_that_cannot_be_trained_are_refused(features):
     rows = len(features)
     for labels, settings, message in (
         ("nothing", {}, "labels: no column 'nothing'"),
-        ({"a": np.arange(rows) < 8}, {"least": 5}, "labels: no value has 5 tokens, and some in both"),
+        ({"a": np.arange(rows) < 8}, {"least": 5}, "labels: no value has 5 tokens, and some in training"),
         ({"a": [None] * rows}, {}, "labels: no value has 20 tokens"),
         ("token", {"k": [0]}, "k must be a whole number, from 1 to 64, not 0"),
         ("token", {"k": []}, "k is empty"),

@@ -72,7 +72,7 @@ def test_query(store):
     assert (code, err) == (0, "")
     heading, *lines, count = out.splitlines()
     names = ["row", "sequence", "position", "document", "token_id", "token", "char_start", "char_end", "is_special"]
-    assert heading.split() == names
+    assert heading.split() == [*names, "sequence_length", "position_from_end", "is_last"]
     table = rows.tokens.to_pandas().astype(str)
     for line, (_, row) in zip(lines, table.head(2).iterrows(), strict=True):
         assert re.split(r"  +", line) == [*row[:5], "' Lily'", *row[6:]]
@@ -103,6 +103,7 @@ def test_probe(store, tmp_path):
     ]
     assert result.provenance["settings"] == {
         "allow_nonfinite": False,
+        "layers": None,
         "site": "resid_post",
         "where": "position < 5",
         "top_k": 2,

@@ -116,7 +116,8 @@ def test_a_damaged_store_is_exit_code_1(store, tmp_path):
 
 
 def test_wrong_predicates(store):
-    columns = "row, sequence, position, document, token_id, token, char_start, char_end, is_special"
+    columns = "row, sequence, position, document, token_id, token, char_start, char_end, is_special, "
+    columns += "sequence_length, position_from_end, is_last"
     assert refused("query", store, "tokn = 3") == (
         f"query 'tokn = 3': Referenced column \"tokn\" not found in FROM clause; columns: {columns}; "
         "nearest: token, token_id"

@@ -118,7 +118,7 @@ OFFERED = "embed, v, resid_post, final_norm, logits"
     ("pattern", "text"),
     [
         ("resid_post.12", "site 'resid_post.12': no such layer; the model has layers 0 to 11"),
-        ("resid_post.-1", "site 'resid_post.-1': no such layer; the model has layers 0 to 11"),
+        ("resid_post.-13", "site 'resid_post.-13': no such layer; the model has layers 0 to 11"),
         ("resid_post.5:5", "site 'resid_post.5:5': no such layer; the model has layers 0 to 11"),
         ("resid_post.", "site 'resid_post.': no such layer; the model has layers 0 to 11"),
         ("resid_post.0:8:0", "site 'resid_post.0:8:0': the step of a slice of layers cannot be 0"),

@@ -35,6 +35,7 @@ def changed(model, *some):
         return logits(model)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_unmerged_adapter_is_changed_as_the_merged_model(llama):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["o_proj", "q_proj"], init_lora_weights=False)

@@ -284,8 +284,8 @@ def test_the_source_with_more_layers_is_read(tmp_path):
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "source", "sink": 2}, "sink 2: attn_first has "
          "the attention to position 0 only; for domains record pattern"),
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "sauce"}, "domain 'sauce' is not a column of "
-         "the token table; nearest: source, sequence; columns: row, sequence, position, document, token_id, token, "
-         "char_start, char_end, is_special, source"),
+         "the token table; nearest: source, sequence, sequence_length; columns: row, sequence, position, document, "
+         "token_id, token, char_start, char_end, is_special, sequence_length, position_from_end, is_last, source"),
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "position"}, "domain 'position' has no value "
          "that all tokens of a sequence share"),
     ],

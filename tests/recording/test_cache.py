@@ -90,7 +90,7 @@ def test_whatever_it_depends_on_gives_another(model, tiny_models, tiny_tokenizer
 def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
     settings = {"segment_rows": 8, "context": 16}
     whole = once(model, TEXTS, tmp_path / "whole", **settings)
-    real, filled = segments._fill, []
+    real, filled = segments.fill, []
 
     def killed(*arguments):
         filled.append(1)
@@ -98,7 +98,7 @@ def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(segments, "_fill", killed)
+    monkeypatch.setattr(segments, "fill", killed)
     with pytest.raises(KeyboardInterrupt):
         once(model, TEXTS, tmp_path / "shared", **settings)
     found = once(model, TEXTS, tmp_path / "shared", **settings)

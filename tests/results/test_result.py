@@ -94,6 +94,7 @@ def test_provenance_says_what_made_it(result, store):
             "top_k": 2,
             "detail": 10_000,
             "allow_nonfinite": False,
+            "layers": None,
             "device": "cpu",
         },
         "probe_class": "workbench.probes.logit_lens:LogitLens",

@@ -196,13 +196,13 @@ def test_loss_recovered_of_a_site_without_effect_is_nan():
     assert SplicedLoss(1, 2.0, 2.5, 4.0).recovered == 0.75
 
 
-def test_a_site_that_cannot_be_replaced_is_refused(model, recorded, tmp_path):
-    """The block reads it twice: its norm, and the residual stream past the MLP."""
-    sae = identity_sae(tmp_path / "same", 32, "resid_mid.0")
-    assert refused(RequestError, lambda: sae_metrics(recorded, sae, model=model)) == (
-        "site resid_mid.0 cannot be replaced: it is read in several places, or inside of attention; resid_pre, "
-        "resid_post, attn_out and mlp_out can"
-    )
+def test_the_middle_of_a_block_is_replaced_at_attentions_output(model, recorded, tmp_path):
+    """Two modules read it: the norm of the MLP, and the residual stream past the MLP."""
+    same = sae_metrics(recorded, identity_sae(tmp_path / "same", 32, "resid_mid.0"), model=model).loss
+    assert same.spliced == pytest.approx(same.clean, abs=1e-5)
+    none = sae_metrics(recorded, identity_sae(tmp_path / "none", 32, "resid_mid.0", scale=0), model=model).loss
+    assert none.spliced == pytest.approx(none.zeroed, abs=1e-6)
+    assert abs(none.zeroed - none.clean) > 0.01
 
 
 def test_another_model_is_refused(recorded, tiny_models, model, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int, Int64
 
 from workbench.analysis.rows import split_by_document
+from workbench.corpus.places import NEXT, PLACE_SCHEMA
 from workbench.features.queries import coded_labels, label_columns, text_rows
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
@@ -130,7 +131,8 @@ def _usable(label: str, codes: np.ndarray, parts: Sequence[np.ndarray]) -> list[
 def _column(store: Store, label: str | None) -> tuple[str, pa.Array]:
     """Name and values of a label."""
     kinds = {field.name: field.type for field in store.tokens.schema}
-    described = [name for name in kinds if name not in COLUMNS.names and not name.endswith("_span")]
+    computed = {*COLUMNS.names, *PLACE_SCHEMA.names, NEXT}
+    described = [name for name in kinds if name not in computed and not name.endswith("_span")]
     if label is None:
         known = [name for name in described if _is_category(kinds[name])]
         varied = (name for name in known if len(store.tokens[name].unique().drop_null()) > 1)

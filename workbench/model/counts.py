@@ -36,7 +36,7 @@ class Count:
         norm = old.norm(dim=1)
         relative = (new - old).norm(dim=1) / torch.where(norm > 0, norm, 1)
         changed = (new != old).any(1).sum()
-        self._sums.append(torch.stack([changed.double(), relative.double().sum(), (~new.isfinite()).sum().double()]))
+        self._sums.append(torch.stack([changed.float(), relative.float().sum(), (~new.isfinite()).sum().float()]))
         if len(self._sums) > _KEPT:
             self._fold()
 
