@@ -36,6 +36,8 @@ OTHERS = ("stories260K", "babyllama-105")
 """Models beside the embedded one, in the folder `shared`."""
 STORIES = Path("corpora") / "tinystories_1000.jsonl"
 ROWS = 20_000
+REPEATS = 60
+"""Sequences of random tokens that repeat, for induction heads."""
 SETTINGS = {
     "attention-sinks": QUICK["attention-sinks"],
     "future-prompts": QUICK["future-prompts"],
@@ -109,11 +111,15 @@ def headlines(
         wb.record(subject.model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
         wb.record(subject.model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
     ]
+    repeats = wb.random_repeats(subject.model.tokenizer, sequences=REPEATS)
+    repeated = wb.record(
+        subject.model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False
+    )
     domains = "domain" in stores[0].tokens.column_names
     lines = {}
     for name in (name for name in installed_probes() if name not in OTHER_INPUTS) if probes is None else probes:
         chosen = {key: value for key, value in settings.get(name, {}).items() if key != "domain" or domains}
-        lines[name] = _headline(name, chosen, subject.model, stores)
+        lines[name] = _headline(name, chosen, subject.model, [repeated] if name == "induction-heads" else stores)
     return lines
 
 

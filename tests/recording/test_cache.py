@@ -92,11 +92,11 @@ def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
     whole = once(model, TEXTS, tmp_path / "whole", **settings)
     real, filled = segments.fill, []
 
-    def killed(*arguments):
+    def killed(*arguments, **settings):
         filled.append(1)
         if len(filled) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     monkeypatch.setattr(segments, "fill", killed)
     with pytest.raises(KeyboardInterrupt):

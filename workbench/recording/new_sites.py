@@ -135,4 +135,4 @@ def _write_segment(growth: GrowthPlan, model: Model, segment: Segment, *, advanc
     lengths = np.diff(np.flatnonzero(np.diff(sequence, prepend=-1, append=-1)))
     sites = model.site_map.select([site.name for site in growth.sites])
     with stage_sites(growth.store, growth.manifest, segment, growth.sites) as writer:
-        fill(writer, model, sites, ids, lengths, None, growth.settings, advance)
+        fill(writer, model, sites, ids, lengths, growth.settings, advance)

@@ -183,11 +183,31 @@ class SegmentRecorder:
             with stage_segment(plan.store, plan.manifest, planned, table) as segment, applied(changes):
                 encoded = self.encoded_only
                 if encoded is None or self.encode is None:
-                    fill(segment, self.model, self.sites, ids, lengths, chosen, plan.settings, advance, changes)
+                    fill(
+                        segment,
+                        self.model,
+                        self.sites,
+                        ids,
+                        lengths,
+                        plan.settings,
+                        advance,
+                        chosen=chosen,
+                        changes=changes,
+                    )
                 else:  # its features first: a segment that is finished has them
                     buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
                     sites = [*self.sites, encoded.site]
-                    fill(buffered, self.model, sites, ids, lengths, chosen, plan.settings, advance, changes)
+                    fill(
+                        buffered,
+                        self.model,
+                        sites,
+                        ids,
+                        lengths,
+                        plan.settings,
+                        advance,
+                        chosen=chosen,
+                        changes=changes,
+                    )
                     stored = lengths.tolist() if chosen is None else [len(one) for one in chosen if len(one)]
                     self.encode(planned.first_row, buffered.values, stored)
                 if changes is not None:
@@ -226,9 +246,10 @@ def fill(
     sites: Sequence[Site],
     ids: Int[np.ndarray, " row"],
     lengths: Int[np.ndarray, " sequence"],
-    chosen: Sequence[Int[np.ndarray, " _"]] | None,
     settings: Recording,
     advance: Callable[[int], None],
+    *,
+    chosen: Sequence[Int[np.ndarray, " _"]] | None = None,
     changes: SegmentChanges | None = None,
 ) -> None:
     """Runs the model over one segment's sequences and writes every site's rows.
@@ -239,9 +260,9 @@ def fill(
         sites: Sites to record.
         ids: Token ids of all sequences.
         lengths: Tokens of each sequence.
-        chosen: Rows to write of each sequence, counted through the segment; None: all.
         settings: Tokens in a forward pass.
         advance: Called with numbers of rows as they are recorded.
+        chosen: Rows to write of each sequence, counted through the segment; None: all.
         changes: Interventions of the pass.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
