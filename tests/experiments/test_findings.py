@@ -12,8 +12,8 @@ def test_every_probe_answers_on_the_embedded_model(tmp_path):
     subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10])
     brief = {"row_limit": 8, "training_rows": 16, "prompt_tokens": 2}
     settings = SETTINGS | {"future-prompts": SETTINGS["future-prompts"] | brief}
-    settings["next-token-law"] = {"rows_per_dimension": 1}
-    found = headlines(subject, tmp_path, rows=700, settings=settings)
+    settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
+    found = headlines(subject, tmp_path, rows=1200, settings=settings)
     assert list(found) == [name for name in installed_probes() if name not in OTHER_INPUTS]
     assert not [text for text in found.values() if text.startswith("not run") or not text]
 
