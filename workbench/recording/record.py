@@ -93,20 +93,20 @@ def record(
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
-        sae_site, sae_dtype: Site that the SAE reads, None: its own; stored type of the activations of its features.
+        sae_site: Site that the SAE reads. None: the one it was trained on.
+        sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
         interventions: Records that change the model, such as `wb.Zero("z.3")`; part of the store's identity.
         append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
         workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
         show_progress: Show progress bars.
-        **options: Fields of `Recording`; each replaces that of `settings`.
+        **options: Fields of `Recording`, packed and max_rows too; each replaces that of `settings`.
 
             - sites: Sites to record. None: resid_post, or no site if there is an SAE.
             - context: Longest sequence in tokens, BOS included. None: 256, or the model's limit if that is smaller.
             - dtype: Stored type of activations, float16, bfloat16 or float32.
             - bos: Policy of BOS tokens: "model" (as the tokenizer does), "always" or "never".
             - where, keep: Rows to store, by SQL or by position; the model sees all tokens. None: all.
-            - the others, such as packed and max_rows: See `Recording`.
 
     Returns:
         The opened store.
