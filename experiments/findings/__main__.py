@@ -111,7 +111,7 @@ def headlines(
         wb.record(subject.model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
         wb.record(subject.model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
     ]
-    repeats = wb.random_repeats(subject.model.tokenizer, sequences=REPEATS)
+    repeats = wb.random_repeats(subject.model.tokenizer or range(subject.model.vocab), sequences=REPEATS)
     repeated = wb.record(
         subject.model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False
     )
