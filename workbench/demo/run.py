@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from workbench.corpus.repeats import random_repeats
 from workbench.corpus.task_suites import prompt_pairs
 from workbench.embedded import NAME, demo_corpus
 from workbench.features.extract import extract_features
@@ -33,6 +34,10 @@ SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
+WITHOUT = ("steering",)
+"""Probes that ask for more than a store: a direction of yours."""
+REPEATS = 60
+"""Sequences of random tokens that repeat."""
 PAIRS = 16
 """Pairs of prompts about facts of the embedded world, for patching."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -57,11 +62,12 @@ _LEAST = 20  # minimum tokens of a label: on fewer, precision is chance
 def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     """Records the embedded model, extracts features, runs every probe and writes a report.
 
-    Takes about 50 seconds and 200 MB of disk. An interrupted run is resumed. Each probe runs on the first store that
-    has the sites it needs; a probe that neither store permits is reported and does not stop the others.
+    Takes about a minute and 400 MB of disk. An interrupted run is resumed. Each probe runs on the first store that
+    has the sites it needs; a probe that no store permits is reported and does not stop the others.
 
     Args:
-        out: Folder for `demo.acts` (the store, with features), `heads.acts`, `pairs.acts`, `results`, `report.html`.
+        out: Folder for `demo.acts` (the store, with features), `heads.acts`, `pairs.acts`, `repeats.acts`,
+            `results`, `report.html`.
         print_line: Receives one line of text after each step.
 
     Returns:
@@ -71,6 +77,8 @@ def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     store = record(model, texts, sites=SITES, out=out / "demo.acts")
     heads = record(model, texts, sites=HEAD_SITES, context=64, max_rows=HEAD_ROWS, out=out / "heads.acts")
     pairs = record(model, prompt_pairs("facts", model, PAIRS).texts(), sites=("resid_post",), out=out / "pairs.acts")
+    repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
+    repeats = record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts")
     print_line(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
     print_line(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
     features = extract_features(store, load_sae(NAME))
@@ -78,8 +86,8 @@ def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
     best = label_features(features)
     sections = [_features_section(features, best)]
     print_line(f"features        {sections[0].text[0]}")
-    for name in installed_probes():
-        sections.append(_probed(name, model, (store, heads, pairs), out / "results" / name))
+    for name in (name for name in installed_probes() if name not in WITHOUT):
+        sections.append(_probed(name, model, (store, heads, pairs, repeats), out / "results" / name))
         print_line(f"{name:<15} {sections[-1].text[0]}")
     path = write_report(
         sections,
