@@ -43,15 +43,13 @@ from workbench.probing import (
     head_name,
     intervals,
     other_pair,
-    pairs_from_store,
     pairs_of,
     patching_lines,
     patching_map,
     patching_spread,
     plain_torch,
     provenance,
-    recorded_model,
-    require_causal,
+    recorded_pairs,
     resampled_means,
     shuffled_positions,
     with_interval,
@@ -150,11 +148,8 @@ class ActivationPatching(StoreProbe):
             RequestError: The store has no usable pairs, or the model cannot be loaded, is another one, is not causal or
                 has no such site.
         """
-        require_causal(store, self.name)
-        model = recorded_model(store, model or self.model, self.device)
-        pairs, dropped = pairs_from_store(store, model, self.where)
-        notes = [f"{count} pairs left out: {reason}" for reason, count in dropped.items()]
-        return self._run(model, pairs, notes, provenance(store, self))
+        loaded, pairs, notes = recorded_pairs(store, self.name, model or self.model, self.where, self.device)
+        return self._run(loaded, pairs, notes, provenance(store, self))
 
     def run_pairs(self, model: Model, pairs: PromptPairs) -> Result:
         """Patches pairs of prompts without a store; see `run`.

@@ -54,6 +54,7 @@ from workbench.probing import (
     require_causal,
     resampled_means,
     selected_rows,
+    single_tokens,
     token_id,
     with_interval,
     with_note,
@@ -312,9 +313,7 @@ def _named(
         return None
     if column not in store.tokens.column_names:
         raise RequestError(f"{name}_column {column!r} is no column of {store.path.name}; see `workbench info`")
-    ids: dict[str, int] = {}
-    for index, known in enumerate(unembed.tokens or ()):
-        ids[known] = -1 if known in ids else index
+    ids = single_tokens(unembed.tokens or ())
     return np.array([ids.get(str(value), -1) for value in store.tokens[column].take(rows).to_pylist()])
 
 

@@ -42,13 +42,11 @@ from workbench.probing import (
     dataset,
     head_name,
     other_pair,
-    pairs_from_store,
     pairs_of,
     patching_map,
     plain_torch,
     provenance,
-    recorded_model,
-    require_causal,
+    recorded_pairs,
     with_interval,
     with_note,
 )
@@ -130,11 +128,8 @@ class PathPatching(StoreProbe):
             RequestError: The store has no usable pairs, the model cannot be loaded, is another one, is not causal or
                 has no heads, or a receiver does not exist.
         """
-        require_causal(store, self.name)
-        model = recorded_model(store, model or self.model, self.device)
-        pairs, dropped = pairs_from_store(store, model, self.where)
-        notes = [f"{count} pairs left out: {reason}" for reason, count in dropped.items()]
-        return self._run(model, pairs, notes, provenance(store, self))
+        loaded, pairs, notes = recorded_pairs(store, self.name, model or self.model, self.where, self.device)
+        return self._run(loaded, pairs, notes, provenance(store, self))
 
     def run_pairs(self, model: Model, pairs: PromptPairs) -> Result:
         """Patches the paths in pairs of prompts without a store; see `run`.

@@ -168,13 +168,14 @@ _PUBLIC = {
     "PromptPairs": "workbench.corpus.prompt_pairs",
     "Runs": "workbench.analysis.patching",
     "other_pair": "workbench.analysis.patching",
-    "pairs_from_store": "workbench.analysis.patch_pairs",
+    "recorded_pairs": "workbench.analysis.patch_pairs",
     "pairs_of": "workbench.analysis.patch_pairs",
     "shuffled_positions": "workbench.analysis.patching",
     "check_sum": "workbench.analysis.stream_terms",
     "plan_terms": "workbench.analysis.stream_terms",
     "norm_bias": "workbench.analysis.frozen_norm",
     "read_directions": "workbench.analysis.frozen_norm",
+    "single_tokens": "workbench.analysis.frozen_norm",
     "token_id": "workbench.analysis.frozen_norm",
     # the recorded model: weights, attention, interventions
     "Add": "workbench.model.row_records",
@@ -253,7 +254,7 @@ if TYPE_CHECKING:
     from workbench.analysis.detection import clustered_auc
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
     from workbench.analysis.domains import compare_domains
-    from workbench.analysis.frozen_norm import norm_bias, read_directions, token_id
+    from workbench.analysis.frozen_norm import norm_bias, read_directions, single_tokens, token_id
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
         FutureSplit,
@@ -292,7 +293,7 @@ if TYPE_CHECKING:
         value_norms,
         value_site,
     )
-    from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_from_store, pairs_of
+    from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_of, recorded_pairs
     from workbench.analysis.patching import METRIC_UNITS, METRICS, Runs, other_pair, shuffled_positions
     from workbench.analysis.patching_figures import patching_lines, patching_map, patching_spread
     from workbench.analysis.path_runs import PathRuns

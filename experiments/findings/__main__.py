@@ -112,14 +112,13 @@ def headlines(
         wb.record(subject.model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
     ]
     repeats = wb.random_repeats(subject.model.tokenizer or range(subject.model.vocab), sequences=REPEATS)
-    repeated = wb.record(
-        subject.model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False
-    )
+    sites = ["pattern", "resid_post"]
+    stores.append(wb.record(subject.model, repeats, out=folder / "repeats.acts", sites=sites, show_progress=False))
     domains = "domain" in stores[0].tokens.column_names
     lines = {}
     for name in (name for name in installed_probes() if name not in OTHER_INPUTS) if probes is None else probes:
         chosen = {key: value for key, value in settings.get(name, {}).items() if key != "domain" or domains}
-        lines[name] = _headline(name, chosen, subject.model, [repeated] if name == "induction-heads" else stores)
+        lines[name] = _headline(name, chosen, subject.model, stores)
     return lines
 
 

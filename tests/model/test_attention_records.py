@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from change_oracles import eager, edited_softmax, generated, logits, redistributed, scaled
+from change_oracles import TYPES, eager, edited_softmax, generated, logits, redistributed, scaled
 from refusals import refused
 
 import workbench as wb
@@ -17,28 +17,6 @@ MASK = torch.ones_like(IDS)
 MASK[1, 9:] = 0
 HEADS, KEYS, LATER = [1, 3], [0, 2], slice(2, None)
 FAMILIES = ["gpt2", "llama", "gpt_neox", "gemma2"]
-TYPES = [
-    "llama",
-    "gpt2",
-    "gpt_neox",
-    "gemma2",
-    "gemma3_text",
-    "mistral",
-    "opt",
-    "falcon",
-    "phi",
-    "olmo2",
-    "qwen2",
-    "cohere",
-    "bloom",
-    "qwen3",
-    "gpt_oss",
-    "mixtral",
-    "gptj",
-    "gpt_bigcode",
-    "stablelm",
-    "qwen3_next",
-]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -6,6 +6,30 @@ from contextlib import contextmanager
 
 import torch
 
+TYPES = [
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "opt",
+    "falcon",
+    "phi",
+    "olmo2",
+    "qwen2",
+    "cohere",
+    "bloom",
+    "qwen3",
+    "gpt_oss",
+    "mixtral",
+    "gptj",
+    "gpt_bigcode",
+    "stablelm",
+    "qwen3_next",
+]
+"""Types of models with attention on which every record is tried."""
+
 
 def logits(module, ids, **arguments):
     """Logits of a plain pass."""

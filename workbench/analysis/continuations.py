@@ -14,6 +14,7 @@ from torch import Tensor
 from workbench.model.direction import Direction
 from workbench.model.forward import evaluating, run
 from workbench.model.intervene import intervene
+from workbench.model.load import end_tokens
 from workbench.model.row_records import Add
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ def _some(model: Model, ids: Tensor, records: Sequence[Add], new_tokens: int) ->
     mask = torch.ones_like(ids)
     with _steered(model, [record for record in records if record.at != "new"]):
         after = run(model.module, ids, mask).logits[:, -1].double().cpu().log_softmax(-1)
-    padding = model.module.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
-    padding = padding[0] if isinstance(padding, list) else padding
     with _steered(model, records if new_tokens > 1 else []), evaluating(model.module), torch.no_grad():
         sequences = model.module.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(model.device),
@@ -55,7 +54,7 @@ def _some(model: Model, ids: Tensor, records: Sequence[Add], new_tokens: int) ->
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
-            pad_token_id=padding or 0,
+            pad_token_id=(end_tokens(model) or [0])[0],
         ).cpu()
     logits = run(model.module, sequences, torch.ones_like(sequences)).logits[:, ids.shape[1] - 1 : -1]
     generated = sequences[:, ids.shape[1] :]

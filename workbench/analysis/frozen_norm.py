@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,6 +85,13 @@ def token_id(unembed: Unembed, token: str | int, name: str = "tokens") -> int:
         )
     close = nearest(token, known) if known else "; the model has no tokenizer, give ids"
     raise RequestError(f"{name}: {token!r} is no single token{close}")
+
+
+def single_tokens(texts: Iterable[str]) -> dict[str, int]:
+    """Returns the id of each text that exactly one token has, given the texts of the vocabulary in order."""
+    texts = list(texts)
+    counted = Counter(texts)
+    return {text: index for index, text in enumerate(texts) if counted[text] == 1}
 
 
 def token_ids(unembed: Unembed, tokens: Sequence[str | int]) -> list[int]:

@@ -12,8 +12,11 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from workbench.analysis.causal import require_causal
+from workbench.analysis.frozen_norm import single_tokens
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.errors import RequestError
+from workbench.model.reload import recorded_model
 
 if TYPE_CHECKING:
     from workbench.corpus.prompt_pairs import PromptPairs
@@ -46,6 +49,27 @@ def pairs_of(pairs: PromptPairs) -> list[PatchPair]:
     ]
 
 
+def recorded_pairs(
+    store: Store, name: str, model: Model | str | None, where: str | None, device: str | None
+) -> tuple[Model, list[PatchPair], list[str]]:
+    """Returns the model that a store names, the pairs that it holds, and a note for each reason to leave some out.
+
+    Args:
+        store: The store.
+        name: Name of the probe that asks, for messages.
+        model: The recorded model, or where it lies. None: by the store's name for it.
+        where: SQL over the token table: the pairs to use. None: all.
+        device: Device of a model that is loaded here.
+
+    Raises:
+        RequestError: The store has no pairs or is of a model that is not causal, or the model cannot be loaded.
+    """
+    require_causal(store, name)
+    loaded = recorded_model(store, model, device)
+    pairs, dropped = pairs_from_store(store, loaded, where)
+    return loaded, pairs, [f"{count} pairs left out: {reason}" for reason, count in dropped.items()]
+
+
 def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tuple[list[PatchPair], Counter[str]]:
     """Returns the pairs that a store holds, and the number of others by reason.
 
@@ -64,8 +88,7 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
     table = (store.tokens if where is None else store.where(where).tokens).to_pandas()
     labels = sorted(name for name in columns if f"{name}_span" in columns)
     texts = token_texts(model.tokenizer, range(model.vocab)) if {"answer", "wrong"} <= columns else []
-    counted = Counter(texts)
-    ids = {text: index for index, text in enumerate(texts) if counted[text] == 1}
+    ids = single_tokens(texts)
     pairs, dropped = [], Counter()
     for _, both in table.dropna(subset=["pair", "side"]).groupby("pair", sort=True):
         sides = {str(side): part for side, part in both.groupby("side")}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-from workbench.corpus.document import Document, Turn
+from workbench.corpus.document import Document
 from workbench.corpus.memory_tables import masked_ids
 from workbench.corpus.names import refused_name
 from workbench.corpus.spans import check_labels, read_spans
@@ -24,7 +24,7 @@ MESSAGES = "messages"
 SIDES = ("clean", "corrupt")
 """Columns of the two sides of a pair, and the values of the column `side`."""
 _MASK = "attention_mask"
-_GENERATED = ("prompt_tokens", "generation", "turns")  # beside token ids that a model generated
+_GENERATED = ("prompt_tokens", "generation")  # beside token ids that a model generated
 _PAIR = ("pair", "side")
 _CONTENT = ("a chat", "a pair", "a generated text")
 CONTENT_COLUMNS = frozenset({TOKEN_IDS, MESSAGES, *SIDES, _MASK, *_GENERATED})
@@ -183,14 +183,10 @@ def _generated(record: dict[str, Any], place: str) -> dict[str, Any]:
     """Facts about generated token ids, taken out of their record; nothing where they are not generated."""
     if not (isinstance(record.get("generation"), Mapping) and "prompt_tokens" in record):
         return {}
-    prompt, generation, turns = (record.pop(name, None) for name in _GENERATED)
+    prompt, generation = (record.pop(name) for name in _GENERATED)
     if not isinstance(prompt, int) or prompt < 0:
         raise RequestError(f"{place}: prompt_tokens is {prompt!r}; the number of token ids before the generated ones")
-    try:
-        turns = None if turns is None else [Turn(int(a), int(b), str(role), int(n)) for a, b, role, n in turns]
-    except (TypeError, ValueError):
-        raise RequestError(f"{place}: turns must be lists of start, end, role and number, as generate writes") from None
-    return {"prompt_tokens": prompt, "generation": dict(generation), "turns": turns}
+    return {"prompt_tokens": prompt, "generation": dict(generation)}
 
 
 def _metadata_value(value: Any, name: str, place: str) -> Plain:

@@ -37,10 +37,7 @@ def piece_labels(
     """
     size = piece.ids.size
     labels = {name: np.full(size, NONE, np.int32) for name in columns}
-    if document.token_ids is None:
-        starts, ends = piece.char_start, piece.char_end
-    else:
-        starts, ends = np.arange(size, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
+    starts, ends = piece.char_start, piece.char_end
     for turn in document.turns or ():
         inside = slice(int(np.searchsorted(ends, turn.start, "right")), int(np.searchsorted(starts, turn.end, "left")))
         wide = ends[inside] > starts[inside]

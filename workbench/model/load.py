@@ -230,6 +230,13 @@ def load_model(
     return Model(module, _given_tokenizer(tokenizer, trust_remote_code), location.name, revision, loading)
 
 
+def end_tokens(model: Model) -> list[int]:
+    """Returns the ids of the tokens that end a text; none for a model without."""
+    config = getattr(model.module, "generation_config", None) or model.module.config
+    ends = config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+
+
 def batch_tokens(model: Model) -> int:
     """Returns the default tokens of a forward pass: on a CPU as many as fit its caches (measured at width 768)."""
     return max(2048, min(8192, 768 * 2048 // model.d_model)) if model.device.type == "cpu" else 16_384

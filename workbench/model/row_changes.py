@@ -142,8 +142,19 @@ class RowIntervention(Intervention):
         return BoundRows(self, model)
 
 
+class SiteIntervention(RowIntervention):
+    """A record that names its site."""
+
+    site: str
+
+    @property
+    def place(self) -> str:
+        """Name of the site."""
+        return self.site
+
+
 @dataclass(frozen=True, eq=False)
-class RowFunction(RowIntervention):
+class RowFunction(SiteIntervention):
     """A change of rows by any function, for analyses of one process: it has no JSON form and cannot be recorded."""
 
     site: str
@@ -151,11 +162,6 @@ class RowFunction(RowIntervention):
     name: str
     """Name in messages and tables."""
     at: At = field(default="all", kw_only=True)
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the function."""

@@ -15,12 +15,12 @@ from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.model.direction import Direction
 from workbench.model.load import Model
-from workbench.model.row_changes import Change, ChosenRows, Head, Place, RowIntervention
+from workbench.model.row_changes import Change, ChosenRows, Head, Place, SiteIntervention
 from workbench.model.token_choice import At
 
 
 @dataclass(frozen=True, eq=False)
-class Set(RowIntervention):
+class Set(SiteIntervention):
     """Sets the chosen rows of a site: x <- value."""
 
     site: str
@@ -31,11 +31,6 @@ class Set(RowIntervention):
     head: Head = field(default=None, kw_only=True)
 
     sets = True
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
@@ -68,7 +63,7 @@ def _set(value: Tensor, given: int, rows: Tensor, chosen: ChosenRows) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Zero(RowIntervention):
+class Zero(SiteIntervention):
     """Sets the chosen rows of a site, or heads of them, to 0."""
 
     site: str
@@ -76,11 +71,6 @@ class Zero(RowIntervention):
     head: Head = field(default=None, kw_only=True)
 
     sets = True
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
@@ -95,7 +85,7 @@ def _zero(rows: Tensor, _chosen: ChosenRows) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Add(RowIntervention):
+class Add(SiteIntervention):
     """Adds a direction to the chosen rows of a site: x <- x + scale · d."""
 
     site: str
@@ -106,11 +96,6 @@ class Add(RowIntervention):
     """"raw": d as it is; "unit": d divided by its L2 norm; "norm": d / ‖d‖ times the L2 norm of the row."""
     at: At = field(default="all", kw_only=True)
     head: Head = field(default=None, kw_only=True)
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
@@ -134,7 +119,7 @@ def _add(direction: Tensor, relative: bool, rows: Tensor, _chosen: ChosenRows) -
 
 
 @dataclass(frozen=True, eq=False)
-class Project(RowIntervention):
+class Project(SiteIntervention):
     """Removes a direction from the chosen rows of a site: x <- x - (x · d) d / ‖d‖² (directional ablation)."""
 
     site: str
@@ -142,11 +127,6 @@ class Project(RowIntervention):
     """d, of the shape of a row of the site, or of the heads that are named."""
     at: At = field(default="all", kw_only=True)
     head: Head = field(default=None, kw_only=True)
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
-from workbench.model.row_changes import Change, ChosenRows, Head, Place, RowIntervention
+from workbench.model.row_changes import Change, ChosenRows, Head, Place, RowIntervention, SiteIntervention
 from workbench.model.row_records import named
 from workbench.model.token_choice import At, tokens_at, whole
 from workbench.store.reader import ActivationArray, Rows, Store
@@ -24,7 +24,7 @@ _BLOCK = 8192  # rows of a store that are read at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Mean(RowIntervention):
+class Mean(SiteIntervention):
     """Sets the chosen rows of a site to a mean of a store's rows (mean ablation).
 
     One massive row moves a mean: leave sinks out with `of=store.where("position > 0")`.
@@ -39,11 +39,6 @@ class Mean(RowIntervention):
     head: Head = field(default=None, kw_only=True)
 
     sets = True
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
@@ -86,7 +81,7 @@ def _mean(record: Mean, place: Place, means: tuple[np.ndarray, Tensor], rows: Te
 
 
 @dataclass(frozen=True, eq=False)
-class Resample(RowIntervention):
+class Resample(SiteIntervention):
     """Sets each chosen row of a site to a random row of a store (resample ablation).
 
     The draw depends on the seed, the sequence of the batch and the position alone, so cached and uncached passes agree.
@@ -101,11 +96,6 @@ class Resample(RowIntervention):
     head: Head = field(default=None, kw_only=True)
 
     sets = True
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
@@ -139,7 +129,7 @@ def _mixed(seed: int, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Patch(RowIntervention):
+class Patch(SiteIntervention):
     """Sets the chosen rows of a site to rows of a store: those of the same token, or of a named position.
 
     Sequences belong together by their order: with S sequences in `of` and a batch of n · S, each of them serves n
@@ -155,11 +145,6 @@ class Patch(RowIntervention):
     head: Head = field(default=None, kw_only=True)
 
     sets = True
-
-    @property
-    def place(self) -> str:
-        """Name of the site."""
-        return self.site
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""

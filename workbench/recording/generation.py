@@ -34,7 +34,7 @@ from workbench.io.files import explain_full_disk, replace_file
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import evaluating
-from workbench.model.load import Model
+from workbench.model.load import Model, end_tokens
 from workbench.sites.settings import BosPolicy
 
 
@@ -199,7 +199,7 @@ def _prompt_ids(model: Model, prompts: Texts, bos: BosPolicy, new: int) -> list[
 
 def _continued(model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> list[list[int]]:
     """New token ids of each prompt, up to the one that ends its text."""
-    longest, ends = max(map(len, prompts)), _ends(model)
+    longest, ends = max(map(len, prompts)), end_tokens(model)
     padding = ends[0] if ends else 0
     ids = torch.tensor([[padding] * (longest - len(one)) + list(one) for one in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
@@ -216,10 +216,3 @@ def _continued(model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampl
         output: Tensor = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # pyright: ignore[reportCallIssue, reportAssignmentType]
     rows = output[:, longest:].tolist()
     return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]
-
-
-def _ends(model: Model) -> list[int]:
-    """Ids of the tokens that end a text."""
-    config = getattr(model.module, "generation_config", None) or model.module.config
-    ends = config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
