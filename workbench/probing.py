@@ -179,7 +179,13 @@ _PUBLIC = {
     "token_id": "workbench.analysis.frozen_norm",
     # the recorded model: weights, attention, interventions
     "Add": "workbench.model.row_records",
+    "ChangeEffects": "workbench.analysis.change_effects",
     "Columns": "workbench.model.attention",
+    "HeadAblation": "workbench.analysis.head_ablation",
+    "MEASURES": "workbench.analysis.change_effects",
+    "MeasuredRows": "workbench.analysis.change_effects",
+    "change_effects": "workbench.analysis.change_effects",
+    "head_ablation": "workbench.analysis.head_ablation",
     "continue_steered": "workbench.analysis.continuations",
     "load_direction": "workbench.model.direction",
     "random_direction": "workbench.analysis.continuations",
@@ -249,6 +255,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
+    from workbench.analysis.change_effects import MEASURES, ChangeEffects, MeasuredRows, change_effects
     from workbench.analysis.continuations import continue_steered, random_direction
     from workbench.analysis.copying import copying_scores
     from workbench.analysis.detection import clustered_auc
@@ -266,6 +273,7 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
+    from workbench.analysis.head_ablation import HeadAblation, head_ablation
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
     from workbench.analysis.lens import LENS_VARIABLES, kl_slope, log_probabilities, read_lens

@@ -125,6 +125,8 @@ class Batch:
     """Next token; -1 if it is not evaluated."""
     document: Int64[Tensor, "batch position"]
     """Number of the document of an evaluated row; -1: not evaluated."""
+    row: Int64[Tensor, "batch position"]
+    """Id of each token's row in the store; -1: padding."""
 
 
 def _measure(
@@ -221,8 +223,7 @@ def _padded(
         torch.zeros(shape, dtype=torch.int64, device="cpu"),
         torch.zeros(shape, dtype=torch.int64, device="cpu"),
         torch.zeros(shape, dtype=torch.bool, device="cpu"),
-        torch.full(shape, -1, dtype=torch.int64, device="cpu"),
-        torch.full(shape, -1, dtype=torch.int64, device="cpu"),
+        *(torch.full(shape, -1, dtype=torch.int64, device="cpu") for _ in range(3)),
     )
     for line, span in enumerate(spans):
         filled = slice(_length(span))
@@ -231,6 +232,7 @@ def _padded(
         batch.replaced[line, filled] = torch.from_numpy(ordinary[span])
         batch.targets[line, filled] = torch.from_numpy(targets[span])
         batch.document[line, filled] = torch.from_numpy(number[span])
+        batch.row[line, filled] = torch.arange(span.start, span.stop, device="cpu")
     return batch
 
 
