@@ -402,9 +402,10 @@ def test_the_hooks_of_a_module_run_in_one_order(monkeypatch):
         yield
 
     monkeypatch.setattr(sitemap, "hook_tensor", noted)
+    monkeypatch.setattr(sitemap, "hook_output", lambda module, receive: noted(module, "out", receive))
     find_sites(tiny_of_type("codegen"))
     orders = {tuple(order[: len(order) // 2]) for order in parts.values()}  # each trial pass hooks them all
-    assert orders == {("in", "out"), ("in", "out", "returned_weights")}
+    assert orders == {("out",), ("in", "out"), ("in", "out", "returned_weights")}  # "out" alone: claimed by no name
 
 
 # ---- by structure ---------------------------------------------------------------------------------------

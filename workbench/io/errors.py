@@ -56,5 +56,5 @@ class DataError(WorkbenchError, RuntimeError):
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Returns the `n` known names that are most similar to `name`, as the end of an error: "; nearest: a, b" or ""."""
-    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=0.4)
     return f"; nearest: {', '.join(close)}" if close else ""

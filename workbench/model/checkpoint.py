@@ -14,6 +14,7 @@ from workbench.io.log import PROGRESS
 from workbench.io.torch_state import fast_bfloat16, usable_device
 from workbench.model.gguf import make_plain, unread_names, weight_options
 from workbench.model.location import Location
+from workbench.model.module_names import auto_class
 from workbench.model.preview import check_config
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_checkpoint(
     weights = weight_options(dtype) if location.file else {"dtype": "auto" if dtype == "checkpoint" else dtype}
     with quietly(f"model {location.name!r}"):
         try:
-            loaded = _auto_class(location, options).from_pretrained(
+            loaded = auto_class(location, options).from_pretrained(
                 location.path,
                 use_safetensors=None if allow_pickle else True,
                 ignore_mismatched_sizes=True,  # refused below, by name
@@ -86,15 +87,6 @@ def load_checkpoint(
     if dtype == "auto":
         _make_fast_on_cpu(location, module)
     return module
-
-
-def _auto_class(location: Location, options: Mapping[str, Any]) -> Any:
-    """AutoModelForCausalLM, or AutoModel for a checkpoint that was saved without a language-model head."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-    names = AutoConfig.from_pretrained(location.path, **options).architectures or ()
-    return AutoModel if names and names[0] in MODEL_MAPPING_NAMES.values() else AutoModelForCausalLM
 
 
 def _make_fast_on_cpu(location: Location, module: PreTrainedModel) -> None:

@@ -58,10 +58,40 @@ def find_sites(module: nn.Module) -> SiteMap:
             continue
         sites[canonical] = _site(canonical, tap, trial, names)
         synonyms |= {name: canonical for name in by_tap[tap] if name != canonical}
+    paths, others, reasons = _modules(sites, modules, trial, other)
     last = Tap(f"{names.blocks}.{n_layers - 1}", "out")
     causal = trial.causal(last) and other.causal(last)
     chained = tuple(layer for layer in range(1, n_layers) if _chained(layer, names, trial))
-    return SiteMap(sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained)
+    return SiteMap(
+        sites, synonyms | paths, missing | reasons, names.blocks, n_layers, names.adapter, causal, chained, others
+    )
+
+
+def _modules(
+    sites: Mapping[str, Site], modules: Mapping[str, nn.Module], trial: Trial, other: Trial
+) -> tuple[dict[str, str], dict[str, Site], dict[str, str]]:
+    """Modules whose outputs are sites as they are, with these; sites of other outputs; reasons for the rest."""
+    named = {site.tap: site for site in sites.values()}
+    synonyms: dict[str, str] = {}
+    others: dict[str, Site] = {}
+    missing: dict[str, str] = {}
+    paths = {Tap(path, "out"): path for path in modules if path}
+    for tap in sorted(paths, key=lambda tap: trial.order.get(tap, len(trial.order))):
+        path, site, shape = paths[tap], named.get(tap), trial.row_shape(tap)
+        if tap not in trial.counts:
+            missing[path] = "its module does not run"
+        elif reason := _refusal(tap, trial, other):
+            missing[path] = reason
+        elif site and site.shape == shape:
+            synonyms[path] = site.name
+        elif (several := trial.several.get(tap)) or shape is None:
+            missing[path] = f"it gives {several} tensors with a row per token"
+        else:
+            residual = shape == trial.row_shape(trial.stream) and len(shape) == 1
+            part = path.rsplit(".", 1)[-1]
+            axes = ("d_model",) if residual else _plain_axes(part, shape)
+            others[path] = Site(path, axes, shape, tap)
+    return synonyms, others, missing
 
 
 def _chained(layer: int, names: Claims, trial: Trial) -> bool:
@@ -180,5 +210,8 @@ def _axes(name: str, shape: tuple[int, ...], trial: Trial, names: Claims) -> tup
         return ("stream", "d_model")[-len(shape) :]  # hyper-connections carry several residual streams
     if owner == "mlp" and len(shape) == 1:
         return ("d_mlp",)
-    part = hook.removeprefix("hook_") if owner.isdigit() or not owner else owner
+    return _plain_axes(hook.removeprefix("hook_") if owner.isdigit() or not owner else owner, shape)
+
+
+def _plain_axes(part: str, shape: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(f"d_{part}" if len(shape) == 1 else f"d_{part}_{axis}" for axis in range(len(shape)))

@@ -125,6 +125,13 @@ def hook_tensor(
 
 
 @contextmanager
+def hook_output(module: nn.Module, receive: Callable[[Any], None]) -> Iterator[None]:
+    """Passes the whole output of `module` to `receive` each time it runs inside the block."""
+    with _hooked(module, None, lambda _module, _args, output: receive(output)):
+        yield
+
+
+@contextmanager
 def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replaces the first input or output tensor of `module` by `change` of it, each time it runs inside the block."""
 

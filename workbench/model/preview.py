@@ -9,22 +9,24 @@ from typing import Any
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import read_json
 from workbench.model.location import Location
+from workbench.model.module_names import module_names
 from workbench.sites.grammar import check_patterns
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def check_config(location: Location, sites: Iterable[str] | None = None) -> None:
-    """Refuses a model that is no decoder, and sites that it cannot have. Costs milliseconds.
+    """Refuses a model that is no decoder, and sites that it cannot have.
 
-    What a config does not state, and a model that is yet to be fetched, pass: loading and the trial pass check them.
+    Costs milliseconds, and for names of modules the import of torch and transformers. What a config does not state, and
+    a model that is yet to be fetched, pass: loading and the trial pass check them.
 
     Args:
         location: Location of the model.
         sites: Patterns of sites to record. None: none yet.
 
     Raises:
-        RequestError: An encoder-decoder model, an unknown kind of site, a layer that the model does not have.
+        RequestError: An encoder-decoder model, an unknown kind of site, a layer or module that the model does not have.
     """
     try:
         config = (
@@ -37,7 +39,8 @@ def check_config(location: Location, sites: Iterable[str] | None = None) -> None
             f"model {location.name!r} is an encoder-decoder ({_architecture(config)}); give a causal language model, "
             "which has one stack of blocks, such as gpt2"
         )
-    check_patterns(sites or (), _layers(config))
+    known = bool(config) and not location.file
+    check_patterns(sites or (), _layers(config), lambda: module_names(location) if known else None)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -300,7 +300,9 @@ def changeable_place(model: Model, name: str, head: Head = None) -> Place:
     """
     sites = model.site_map.select((name,))
     if len(sites) != 1:
-        raise RequestError(f"site {name!r} selects {len(sites)} sites; name one, such as {sites[0].short!r}")
+        raise RequestError(
+            f"site {name!r} selects {len(sites)} sites; name one, such as {sites[0].short or sites[0].name!r}"
+        )
     (site,) = sites
     if site.of or site.tap.part not in ("in", "out", "query", "key", "value"):
         what = "is computed from another one" if site.of else "is a result of attention or of the whole model"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from workbench.io.errors import RequestError
 from workbench.model.attention import AttentionCall, pattern_blocks, tap_attention
 from workbench.model.claims import Claims
-from workbench.model.forward import attention_name, first_tensor, hook_tensor, run, trial_ids
+from workbench.model.forward import attention_name, first_tensor, hook_output, hook_tensor, run, trial_ids
 from workbench.sites.grammar import Part, Tap
 
 BATCH = 2
@@ -36,18 +37,29 @@ class Trial:
     looks_ahead: bool = False
     """True if a layer's queries attend to later keys."""
     values: dict[Tap, Tensor] = field(default_factory=dict)
-    """Copies on the CPU of what is shaped as the residual stream."""
+    """Copies on the CPU of what is shaped as the residual stream, at claimed taps."""
+    several: dict[Tap, int] = field(default_factory=dict)
+    """Number of tensors with a row per token in the output of a module, where there are several."""
     answer: Tensor | None = None
     """Copy on the CPU of the logits or, without a head, of the last hidden state."""
 
-    def see(self, tap: Tap, tensor: Tensor | None) -> None:
+    def see(self, tap: Tap, tensor: Tensor | None, *, keep: bool = True) -> None:
         self.counts[tap] = self.counts.get(tap, 0) + 1
         self.order.setdefault(tap, len(self.order))
         if tensor is not None and tensor.is_floating_point():
             self.shapes[tap] = tuple(tensor.shape)
             row = self.row_shape(tap)
-            if row is not None and len(row) == 1 and row == self.row_shape(self.stream):
+            if keep and row is not None and len(row) == 1 and row == self.row_shape(self.stream):
                 self.values[tap] = tensor.detach().to("cpu", copy=True).reshape(BATCH, max(self.lengths), -1)
+
+    def see_output(self, tap: Tap, keep: bool, output: Any) -> None:
+        """Observes the whole output of a module."""
+        self.see(tap, first_tensor(output), keep=keep)
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+        tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+        rows = sum(self._rows_of(tuple(part.shape)) is not None for part in tensors)
+        if rows > 1:
+            self.several[tap] = rows
 
     def rows(self, tap: Tap) -> Tensor | None:
         """Tensor at a tap at all real tokens, (token, d_model); None if it is not shaped as the residual stream."""
@@ -70,14 +82,17 @@ class Trial:
 
     def row_shape(self, tap: Tap) -> tuple[int, ...] | None:
         """Shape of one row of the tensor at a tap; None: it has no batch and position axes."""
-        shape, positions = self.shapes.get(tap, ()), max(self.lengths)
+        return self._rows_of(self.shapes.get(tap, ()))
+
+    def _rows_of(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        positions = max(self.lengths)
         if shape[:2] == (BATCH, positions):
             return shape[2:]
         return shape[1:] if shape[:1] == (BATCH * positions,) else None
 
 
 def try_model(module: nn.Module, names: Claims, modules: Mapping[str, nn.Module], lengths: tuple[int, ...]) -> Trial:
-    """Runs the model over right-padded sequences of these lengths and observes every tap."""
+    """Runs the model over right-padded sequences of these lengths; observes every tap and every module's output."""
     trial = Trial(lengths, Tap(f"{names.blocks}.0", "in"))
     ids = trial_ids(module, BATCH, max(lengths), seed=0)
     ids[1, :_SHARED] = ids[0, :_SHARED]
@@ -88,9 +103,15 @@ def try_model(module: nn.Module, names: Claims, modules: Mapping[str, nn.Module]
         taps = dict.fromkeys(names.taps.values())  # no set: hooks of one module run in this order, which sites keep
         for tap in taps:
             part = tap.part
-            if tap.path in modules and part in ("in", "out", "returned_weights"):
+            if tap.path in modules and part == "out":
+                stack.enter_context(hook_output(modules[tap.path], partial(trial.see_output, tap, True)))
+            elif tap.path in modules and part in ("in", "returned_weights"):
                 see = partial(_see_weights if part == "returned_weights" else Trial.see, trial, tap)
                 stack.enter_context(hook_tensor(modules[tap.path], part, see))
+        for path, part in modules.items():
+            tap = Tap(path, "out")
+            if path and tap not in taps:
+                stack.enter_context(hook_output(part, partial(trial.see_output, tap, False)))
         stack.enter_context(tap_attention(attention_name(module), callbacks))
         try:
             output = run(module, ids, mask)

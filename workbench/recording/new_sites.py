@@ -92,7 +92,7 @@ def record_new_sites(plan: RecordingPlan, model: Model, writer: Writer, workers:
         ) as advance:
             _write(growth, model, unwritten, workers, advance)
         checksums = [staged_checksum(path, manifest, segment, sites) for segment in manifest.segments]
-        order = list(model.site_map.recordable)
+        order = list(model.site_map.selectable)
         writer.manifest = add_sites(path, manifest, sites, order, [text for text in checksums if text])
 
 

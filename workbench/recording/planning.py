@@ -137,7 +137,10 @@ def plan_recording(
         settings=settings,
         context=context,
         added=added,
-        sites=tuple(_site_record(site, context, settings.dtype) for site in sites),
+        sites=tuple(
+            replace(_site_record(site, context, settings.dtype), synonyms=model.site_map.names_of(site))
+            for site in sites
+        ),
         features=encoded,
         changes=plan_changes(model, interventions, sites),
     )

@@ -5,6 +5,7 @@ resid_post.3            one layer
 resid_post.0:8:2        a slice of layers, as in Python
 blocks.3.hook_resid_post, ln_final.hook_out        TransformerLens names
 blocks.*.attn.hook_v    globs over those names
+model.layers.3.mlp      output of a module, by its Hugging Face name; globs over these names where no other one matches
 
 Some sites are derived: statistics of another site, computed in the same forward pass and selected by kind or name like
 any other. Globs do not select them.
@@ -12,11 +13,12 @@ any other. Globs do not select them.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -126,6 +128,9 @@ class SiteMap:
     """True if no token changes what is computed at earlier positions."""
     chained: tuple[int, ...] = ()
     """Layers whose resid_pre is the resid_post of the layer before: one tensor."""
+    modules: Mapping[str, Site] = field(default_factory=dict)
+    """Outputs of modules that no other name stands for, by Hugging Face name, in the order of the forward pass. Those
+    of `sites` have their module among the synonyms."""
 
     @property
     def last_block(self) -> str:
@@ -155,14 +160,23 @@ class SiteMap:
             shape = next((site.shape[:1] for site in of_layer if site and site.axes[0] == "head"), shape)
         return Site(SHORT_NAMES[kind].format(layer=layer), axes, shape, source.tap, source)
 
+    @cached_property
+    def selectable(self) -> Mapping[str, Site]:
+        """`recordable`, then the outputs of other modules: the order of sites in a store."""
+        return {**self.recordable, **self.modules}
+
     def select(self, patterns: Iterable[str]) -> tuple[Site, ...]:
-        """Returns the sites that `patterns` select, each once, in the order of the forward pass.
+        """Returns the sites that `patterns` select, each once, in the order of `selectable`.
 
         Raises:
             RequestError: A pattern selects no site; the text has the nearest names, or the reason why it is missing.
         """
         names = {name for pattern in patterns for name in self._match(pattern)}
-        return tuple(site for name, site in self.recordable.items() if name in names)
+        return tuple(site for name, site in self.selectable.items() if name in names)
+
+    def names_of(self, site: Site) -> tuple[str, ...]:
+        """Returns the other names of a site: TransformerLens' and that of the module whose output it is."""
+        return tuple(name for name, canonical in self.synonyms.items() if canonical == site.name)
 
     def _match(self, pattern: str) -> set[str]:
         short = _SHORT.fullmatch(pattern)
@@ -171,9 +185,11 @@ class SiteMap:
         if short and short["kind"] in SHORT_NAMES:
             return self._of_kind(short["kind"], _layers(short, self.n_layers), pattern=pattern)
         if set(pattern) & set("*?["):
-            names = set(fnmatch.filter({*self.sites, *self.synonyms}, pattern))
+            known = (name for name in (*self.sites, *self.synonyms) if is_lens_name(name))
+            paths = (name for name in (*self.synonyms, *self.modules) if not is_lens_name(name))
+            names = set(fnmatch.filter(known, pattern)) or set(fnmatch.filter(paths, pattern))
         else:
-            names = {pattern} & {*self.recordable, *self.synonyms}
+            names = {pattern} & {*self.selectable, *self.synonyms}
         if not names:
             raise RequestError(self._unknown(pattern))
         return {self.synonyms.get(name, name) for name in names}
@@ -189,7 +205,7 @@ class SiteMap:
 
     def _unknown(self, pattern: str, name: str | None = None) -> str:
         name = name or pattern
-        known = [*SHORT_NAMES, *self.sites, *self.synonyms]
+        known = [*SHORT_NAMES, *self.sites, *self.synonyms, *self.modules]
         source, block = DERIVED.get(_kind(name) or ""), _BLOCK.match(name)
         offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
         if not self.causal and _kind(name) in _OF_LATER_QUERIES:
@@ -213,11 +229,19 @@ class SiteMap:
         return any(_kind(name) == kind for name in self.sites)
 
 
-def check_patterns(patterns: Iterable[str], n_layers: int | None) -> None:
-    """Refuses patterns that no model can have, or none of `n_layers` blocks, before a model is loaded.
+def check_patterns(
+    patterns: Iterable[str], n_layers: int | None, modules: Callable[[], Collection[str] | None] = lambda: None
+) -> None:
+    """Refuses patterns that no model can have, or not this one, before its weights are loaded.
+
+    Args:
+        patterns: Patterns of sites.
+        n_layers: Number of blocks. None: unknown.
+        modules: Returns the Hugging Face names of the model's modules; called for a pattern that may be one. None:
+            unknown.
 
     Raises:
-        RequestError: An unknown kind of site, or a layer that the model does not have.
+        RequestError: An unknown kind of site, a layer or a module that the model does not have.
     """
     for pattern in patterns:
         short = _SHORT.fullmatch(pattern)
@@ -225,11 +249,26 @@ def check_patterns(patterns: Iterable[str], n_layers: int | None) -> None:
             _check_has_layer(short["kind"], pattern)
             if n_layers is not None:
                 _layers(short, n_layers)
-        elif (block := _BLOCK.match(pattern)) and n_layers is not None and int(block[1]) >= n_layers:
-            raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {n_layers - 1}")
-        elif short or (re.fullmatch(r"(?!hook_)\w*", pattern) and pattern not in SHORT_NAMES):
-            close = nearest(pattern, SHORT_NAMES) or f"; short names: {', '.join(SHORT_NAMES)}"
-            raise RequestError(f"site {pattern!r} is unknown{close}")
+        elif is_lens_name(pattern):
+            block = _BLOCK.match(pattern)
+            if block and n_layers is not None and int(block[1]) >= n_layers:
+                raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {n_layers - 1}")
+        elif pattern not in SHORT_NAMES and not set(pattern) & set("*?["):
+            known = modules()
+            if _is_misspelt(short["kind"] if short else pattern) if known is None else pattern not in known:
+                close = nearest(pattern, [*SHORT_NAMES, *(known or ())])
+                raise RequestError(f"site {pattern!r} is unknown{close or '; short names: ' + ', '.join(SHORT_NAMES)}")
+
+
+def _is_misspelt(name: str) -> bool:
+    """True for a word that is nearly a short name, and so hardly a module of a model that is not there yet."""
+    close = difflib.get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.75)
+    return not name or (name.isidentifier() and bool(close))
+
+
+def is_lens_name(name: str) -> bool:
+    """Returns True for a name in the form of TransformerLens, and False for a path of modules."""
+    return "hook_" in name or name in SHORT_NAMES.values()
 
 
 def _check_has_layer(kind: str, pattern: str) -> None:

@@ -166,9 +166,7 @@ def remove_unlisted(path: Path, manifest: Manifest, waiting: Sequence[SiteRecord
 
 
 def _named(manifest: Manifest, label: str, path: Path) -> list[SiteRecord]:
-    found = [
-        site for site in manifest.sites if label in (site.name, site.short) or site.label.rpartition(".")[0] == label
-    ]
+    found = [site for site in manifest.sites if site.has_name(label) or site.label.rpartition(".")[0] == label]
     if not found:
         known = [name for site in manifest.sites for name in (site.label, site.label.rpartition(".")[0]) if name]
         raise RequestError(f"sites: {label} is not recorded in {path}{nearest(label, list(dict.fromkeys(known)))}")

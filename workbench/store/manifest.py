@@ -42,6 +42,9 @@ FEATURES = "features"
 _NEW_MODEL_KEYS = {"causal": True, "identity": None}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
+_NEW_SITE_KEYS: dict[str, Any] = {"synonyms": []}
+"""Keys of a site that version 2 added."""
+
 _NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_tokens": 0, "generation": []}
 """Keys of a part that version 2 added."""
 
@@ -69,6 +72,8 @@ class SiteRecord:
     """Lengths of the axes after `row`."""
     dtype: str
     """float16, bfloat16 or float32."""
+    synonyms: tuple[str, ...] = field(default=(), compare=False)
+    """Other names of the tensor: TransformerLens' and that of the module whose output it is."""
 
     def __post_init__(self) -> None:
         for name in (self.name, self.short):
@@ -77,6 +82,10 @@ class SiteRecord:
         check(f"dtype of {self.name}", self.dtype, one_of=ITEM_BYTES)
         if self.axes[:1] != ("row",) or len(self.axes) != len(self.shape) + 1 or min(self.shape, default=1) < 1:
             raise ValueError(f"axes {self.axes} of {self.name} do not fit the shape (row, {self.shape})")
+
+    def has_name(self, name: str) -> bool:
+        """Returns True for the short form, the name and the synonyms."""
+        return name in (self.name, self.short, *self.synonyms)
 
     @property
     def label(self) -> str:
@@ -354,8 +363,10 @@ def _not_as_planned(manifest: Manifest) -> str | None:
 
 def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
     """A manifest of version 1 with the values of the keys that version 2 added; its own keys are left as they are."""
-    model, parts = value.get("model"), value.get("parts")
+    model, parts, sites = value.get("model"), value.get("parts"), value.get("sites")
     value = _NEW_KEYS | value
+    if isinstance(sites, list):
+        value["sites"] = [_NEW_SITE_KEYS | site if isinstance(site, dict) else site for site in sites]
     if isinstance(model, dict):
         value["model"] = _NEW_MODEL_KEYS | model
     if isinstance(parts, list):
@@ -376,6 +387,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     if manifest.version == 1:
         body = _without(body, _NEW_KEYS)
+        body["sites"] = [_without(vars(site), _NEW_SITE_KEYS) for site in manifest.sites]
         body["model"] = _without(vars(manifest.model), _NEW_MODEL_KEYS)
         body["parts"] = [_without(vars(part), _NEW_PART_KEYS) for part in manifest.parts]
         body["segments"] = [_without(vars(segment), _NEW_SEGMENT_KEYS) for segment in manifest.segments]

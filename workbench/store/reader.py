@@ -112,7 +112,7 @@ class Store:
     def __getitem__(self, site: tuple[str, slice | Sequence[int]]) -> LayeredArray: ...
 
     def __getitem__(self, site: str | tuple[str, int | slice | Sequence[int]]) -> ActivationArray | LayeredArray:
-        """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]` or by full name.
+        """Returns the array of a site: `store["resid_post", 3]`, `store["resid_post.3"]`, or by any of its names.
 
         Layer -1 is the model's last one. A slice or a list of layers gives them as one array (row, layer, ...), read
         when it is indexed; `:` stands for all recorded layers. RequestError for a layer that was not recorded.
@@ -131,15 +131,14 @@ class Store:
 
     def _record(self, label: str) -> SiteRecord:
         for record in self.sites:
-            if label in (record.name, record.short):
+            if record.has_name(label):
                 return record
         raise not_recorded(self.path, self.manifest, label)
 
     def require(self, *sites: str) -> None:
         """Raises RequestError, with the record command that would record it, for a site that was not recorded."""
-        recorded = {name for record in self.sites for name in (record.name, record.short)}
         for label in sites:
-            if label not in recorded:
+            if not any(record.has_name(label) for record in self.sites):
                 raise not_recorded(self.path, self.manifest, label)
 
     def where(self, predicate: str, parameters: Parameters = ()) -> Rows:
