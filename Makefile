@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 MODELS := models/smollm2-135m/.complete
 SOURCES := $(shell find workbench probes experiments -name '*.py')
 OLDEST := tests/io tests/store tests/results tests/probes/test_logit_lens.py tests/sae/test_sparsity.py
-export OUT
+export OUT MODEL
 # Every worker and every process that a test starts would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -25,8 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
-demo: $(INSTALLED) ## every probe on the embedded model, ending in a report [OUT=runs/demo]
-	$(BIN)/workbench demo --out "$$OUT"
+demo: $(INSTALLED) ## every probe on the embedded model or MODEL, ending in a report [OUT=runs/demo, MODEL=folder]
+	$(BIN)/workbench demo --out "$$OUT" $(if $(MODEL),--model "$$MODEL")
 
 test: lint $(MODELS) ## lint, check types, then run every test [JOBS=2, PYTEST="-k store"]
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST)

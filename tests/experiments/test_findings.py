@@ -1,21 +1,37 @@
 """The page of what every probe finds: every probe answers, and a model's words are no markup there."""
 
+from dataclasses import replace
+
 import workbench as wb
 from workbench.embedded import demo_corpus
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model.made_of import read_made_of
-from workbench.experiments.findings.__main__ import OTHER_INPUTS, SETTINGS, Subject, headlines, page
+from workbench.experiments.findings.__main__ import DEMO, page, speech
+from workbench.experiments.findings.measure import KEPT, OTHER_INPUTS, Subject, headlines
 from workbench.results.registry import installed_probes
 
 
-def test_every_probe_answers_on_the_embedded_model(tmp_path):
-    subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10])
+def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
     brief = {"row_limit": 8, "training_rows": 16, "prompt_tokens": 2}
-    settings = SETTINGS | {"future-prompts": SETTINGS["future-prompts"] | brief}
+    settings = DEMO | {"future-prompts": DEMO["future-prompts"] | brief}
     settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
-    found = headlines(subject, tmp_path, rows=1200, settings=settings)
+    subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10], 1200, settings)
+    found = headlines(subject, tmp_path)
     assert list(found) == [name for name in installed_probes() if name not in OTHER_INPUTS]
     assert not [text for text in found.values() if text.startswith("not run") or not text]
+    text = (tmp_path / KEPT).read_text()
+    (tmp_path / KEPT).write_text(text.replace(found["logit-lens"], "kept"))
+    assert headlines(subject, tmp_path, ["logit-lens"]) == {"logit-lens": "kept"}
+    other = replace(subject, settings={"logit-lens": {"layers": (0, 1)}})
+    assert headlines(other, tmp_path, ["logit-lens"])["logit-lens"] not in ("kept", found["logit-lens"])
+
+
+def test_quoted_and_narrated_text_cover_a_story():
+    text = 'He said: "Go!" She: "No." End'
+    spans = speech(text)
+    assert "".join(text[span["start"] : span["end"]] for span in spans) == text
+    assert [text[span["start"] : span["end"]] for span in spans if span["value"] == "quoted"] == ["Go!", "No."]
+    assert speech('a " b') == [{"start": 0, "end": 5, "value": "narrated"}]
 
 
 def test_a_random_copy_has_the_shape_and_none_of_the_weights():

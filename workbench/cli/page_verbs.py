@@ -13,17 +13,23 @@ from workbench.io.files import check_writable
 
 @dataclass(frozen=True)
 class Demo:
-    """Run the whole workflow on the embedded model: record, extract features, run every probe, write a report."""
+    """Run the whole workflow on a model: record, extract features, run every probe, write a report."""
 
     out: Path = Path("runs/demo")
     """Folder for the stores, the results and the report."""
+    model: str = "demo"
+    """Model: a directory, a hub id, or demo."""
+    sae: str | None = None
+    """Autoencoder of the model; default: that of the embedded model, or no features for another model."""
+    rows: int | None = None
+    """Maximum number of tokens; default: the whole corpus for the embedded model, 3,000 for another."""
 
     def run(self) -> int:
         """Runs the demo."""
         from workbench.demo.run import demo  # seconds: torch
 
         check_writable(self.out)
-        demo(self.out, print_line=print_plain)
+        demo(self.out, model=self.model, sae=self.sae, rows=self.rows, print_line=print_plain)
         return 0
 
 

@@ -1,4 +1,4 @@
-"""The whole workflow on the embedded model: record, extract features, run every probe, write a report.
+"""The whole workflow on the embedded or another model: record, extract features, run every probe, write a report.
 
 `workbench demo` runs it. The steps are those of a user, with the public names alone.
 """
@@ -39,7 +39,11 @@ WITHOUT = ("steering",)
 REPEATS = 60
 """Sequences of random tokens that repeat."""
 PAIRS = 16
-"""Pairs of prompts about facts of the embedded world, for patching."""
+"""Pairs of prompts, for patching."""
+TASKS = ("ioi", "agreement", "copying")
+"""Tasks for another model than the embedded one; the first that fits the tokenizer is taken."""
+OTHER_ROWS = 3_000
+"""Tokens of another model than the embedded one."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention-sinks": {"domain": "domain"},
     "future-lens": {"epochs": 1, "horizons": 2},
@@ -51,55 +55,87 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 1,
     },
     "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
-    "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0), "late": 3},
+    "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0)},
     "tuned-lens": {"epochs": 2},
 }
-"""Settings of each probe that differ from its defaults, so that everything takes less than a minute."""
+"""Settings of each probe that differ from its defaults, so that everything takes about a minute."""
+EMBEDDED_SETTINGS = {"token-erasure": {**SETTINGS["token-erasure"], "late": 3}}
+"""The same for the embedded model alone, which has four layers."""
 _FEATURES_SHOWN = 24
 _LEAST = 20  # minimum tokens of a label: on fewer, precision is chance
 
 
-def demo(out: str | Path, *, print_line: Callable[[str], None] = print) -> Path:
-    """Records the embedded model, extracts features, runs every probe and writes a report.
+def demo(
+    out: str | Path,
+    *,
+    model: str | Path = NAME,
+    sae: str | Path | None = None,
+    rows: int | None = None,
+    print_line: Callable[[str], None] = print,
+) -> Path:
+    """Records a model on the embedded corpus, extracts features, runs every probe and writes a report.
 
-    Takes about a minute and 400 MB of disk. An interrupted run is resumed. Each probe runs on the first store that
-    has the sites it needs; a probe that no store permits is reported and does not stop the others.
+    Takes about a minute and 400 MB of disk for the embedded model; for SmolLM2-135M see docs/install.md. An interrupted
+    run is resumed. Each probe runs on the first store that has the sites it needs; a probe that no store permits is
+    reported and does not stop the others.
 
     Args:
         out: Folder for `demo.acts` (the store, with features), `heads.acts`, `pairs.acts`, `repeats.acts`,
             `results`, `report.html`.
+        model: A directory, a hub id, or the name of the embedded model.
+        sae: An autoencoder of the model. None: that of the embedded model, or no features for another one.
+        rows: Maximum number of tokens. None: the whole corpus for the embedded model, 3,000 for another.
         print_line: Receives one line of text after each step.
 
     Returns:
         Path of the report.
     """
-    out, model, texts = Path(out), load_model(NAME), demo_corpus()
-    store = record(model, texts, sites=SITES, out=out / "demo.acts")
-    heads = record(model, texts, sites=HEAD_SITES, context=64, max_rows=HEAD_ROWS, out=out / "heads.acts")
-    pairs = record(model, prompt_pairs("facts", model, PAIRS).texts(), sites=("resid_post",), out=out / "pairs.acts")
-    repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
-    repeats = record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts")
-    print_line(f"recorded        {store.rows:,} tokens of {len(SITES)} kinds of site in {store.path}")
-    print_line(f"recorded        {heads.rows:,} tokens of {len(HEAD_SITES)} kinds of site in {heads.path}")
-    features = extract_features(store, load_sae(NAME))
-    assert features is not None  # None only for a share of a job
-    best = label_features(features)
-    sections = [_features_section(features, best)]
-    print_line(f"features        {sections[0].text[0]}")
+    out, embedded, loaded = Path(out), str(model) == NAME, load_model(model)
+    sae = NAME if sae is None and embedded else sae
+    rows = OTHER_ROWS if rows is None and not embedded else rows
+    stores = record_stores(loaded, out, ("facts",) if embedded else TASKS, rows)
+    sections = []
+    for store in stores:
+        kinds = len({site.name for site in store.manifest.sites})
+        print_line(f"recorded        {store.rows:,} tokens of {kinds} sites in {store.path}")
+    if sae is not None:
+        features = extract_features(stores[0], load_sae(sae))
+        assert features is not None  # None only for a share of a job
+        sections.append(_features_section(features, label_features(features)))
+        print_line(f"features        {sections[-1].text[0]}")
+    settings = {**SETTINGS, **EMBEDDED_SETTINGS} if embedded else SETTINGS
     for name in (name for name in installed_probes() if name not in WITHOUT):
-        sections.append(_probed(name, model, (store, heads, pairs, repeats), out / "results" / name))
+        sections.append(_probed(name, settings.get(name, {}), loaded, stores, out / "results" / name))
         print_line(f"{name:<15} {sections[-1].text[0]}")
     path = write_report(
         sections,
         out / "report.html",
         title="Workbench demo",
         text=[
-            f"The embedded model on its held-out corpus of {store.rows:,} tokens. The corpus has ground-truth labels "
-            "for every word, so the probes' results can be checked. docs/demo-model.md describes model and corpus."
+            f"{loaded.name} on {stores[0].rows:,} tokens of the embedded corpus, which has ground-truth labels for "
+            "every word, so the probes' results can be checked. docs/demo-model.md describes it."
         ],
     )
     print_line(f"report          {path}")
     return path
+
+
+def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | None) -> list[Store]:
+    """Records the corpus, sites of heads, repeated tokens, and pairs of prompts of the first task that fits."""
+    texts, head_rows = demo_corpus(), HEAD_ROWS if rows is None else min(HEAD_ROWS, rows)
+    repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
+    stores = [
+        record(model, texts, sites=SITES, max_rows=rows, out=out / "demo.acts"),
+        record(model, texts, sites=HEAD_SITES, context=64, max_rows=head_rows, out=out / "heads.acts"),
+        record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts"),
+    ]
+    for task in tasks:
+        try:
+            pairs = prompt_pairs(task, model, PAIRS).texts()
+        except WorkbenchError:  # no pair fits the tokenizer
+            continue
+        return [*stores, record(model, pairs, sites=("resid_post",), out=out / "pairs.acts")]
+    return stores
 
 
 def label_features(features: Features) -> pd.DataFrame:
@@ -171,9 +207,9 @@ def _label_bars(best: pd.DataFrame) -> Figure:
     return figure
 
 
-def _probed(name: str, model: Model, stores: Sequence[Store], out: Path) -> Section:
+def _probed(name: str, settings: Mapping[str, Any], model: Model, stores: Sequence[Store], out: Path) -> Section:
     """Runs one probe, saves its result, and returns its section of the report."""
-    probe, refused = find_probe(name)(**SETTINGS.get(name, {})), []
+    probe, refused = find_probe(name)(**settings), []
     for store in stores:
         try:
             result = probe.run(store, model=model)

@@ -1,0 +1,94 @@
+"""Headlines of every probe on one model, kept in a folder so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import workbench as wb
+from workbench.demo.run import HEAD_SITES, SITES
+from workbench.experiments.demo_model.made_of import fingerprint
+from workbench.io.errors import WorkbenchError
+from workbench.results.registry import find_probe, installed_probes
+
+REPEATS = 60
+"""Sequences of random tokens that repeat, for induction heads."""
+OTHER_INPUTS = ("activation-patching", "path-patching", "steering")
+"""Probes of pairs of prompts or of a direction, not of texts alone; their pages state what they find."""
+KEPT = "headlines.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its texts, and how much of them is read."""
+
+    title: str
+    model: wb.Model
+    texts: Sequence[Any]
+    rows: int
+    """Maximum number of tokens to record."""
+    settings: Mapping[str, Mapping[str, Any]]
+    """Settings of each probe that differ from its defaults."""
+
+
+def headlines(subject: Subject, folder: Path, probes: Sequence[str] | None = None) -> dict[str, str]:
+    """Returns the headline of every probe, or the reason why it was not run.
+
+    A headline kept in `folder` is taken from there where the model, the number of rows, the settings and the source of
+    the probe are still the same.
+
+    Args:
+        subject: The model and its texts.
+        folder: Folder for the recordings and the headlines.
+        probes: Names of the probes. None: every installed one that needs texts alone.
+    """
+    kept = _kept(folder)
+    stores: list[wb.Store] = []
+    lines = {}
+    for name in [name for name in installed_probes() if name not in OTHER_INPUTS] if probes is None else probes:
+        settings = subject.settings.get(name, {})
+        key = _key(subject, name, settings)
+        if key not in kept:
+            stores = stores or _recorded(subject, folder)
+            kept[key] = _headline(name, settings, subject.model, stores)
+            (folder / KEPT).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        lines[name] = kept[key]
+    return lines
+
+
+def _kept(folder: Path) -> dict[str, str]:
+    path = folder / KEPT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _key(subject: Subject, name: str, settings: Mapping[str, Any]) -> str:
+    """Probe, and a digest of everything its headline depends on but the modules it imports."""
+    source = Path(inspect.getfile(find_probe(name)))
+    about = [subject.model.fingerprint(), subject.rows, sorted(settings.items()), fingerprint([source])]
+    return f"{name} {hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+
+
+def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
+    """The stores that probes are tried on, in order."""
+    model, options = subject.model, {"max_rows": subject.rows, "show_progress": False}
+    repeats = wb.random_repeats(model.tokenizer or range(model.vocab), sequences=REPEATS)
+    return [
+        wb.record(model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
+        wb.record(model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
+        wb.record(model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False),
+    ]
+
+
+def _headline(name: str, settings: Mapping[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> str:
+    probe, refused = find_probe(name), []
+    for store in stores:
+        try:
+            return probe(**settings).run(store, model=model).headline()
+        except WorkbenchError as error:
+            refused.append(str(error))
+    return f"not run: {refused[0]}"
