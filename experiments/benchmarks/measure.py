@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
 from typing import Any, Literal
+
+from scipy.stats import binom
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,24 @@ class Comparison:
     at_most: float | None = None
     target_of: Literal["comparison", "workbench"] = "comparison"
     """Subject of the target: the comparison, or the workbench alone."""
+    paired: bool = False
+    """Compare each repeat with the reference beside it: median ratio and its 95 % interval."""
 
     @property
     def value(self) -> float:
-        """Returns ratio or difference of the medians."""
+        """Returns ratio or difference of the medians, or the median of those of each repeat."""
+        if self.paired:
+            return median(self._repeats)
         return self._compare(median(self.values), median(self.reference_values))
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Returns the lowest and highest value of a single repeat, each side measured in the same turn."""
-        repeats = [self._compare(*pair) for pair in zip(self.values, self.reference_values, strict=True)]
-        return min(repeats), max(repeats)
+        """Returns the lowest and highest value of a single repeat, or the interval of the median of paired repeats."""
+        return median_interval(self._repeats) if self.paired else (min(self._repeats), max(self._repeats))
+
+    @property
+    def _repeats(self) -> list[float]:
+        return [self._compare(*pair) for pair in zip(self.values, self.reference_values, strict=True)]
 
     @property
     def verdict(self) -> str:
@@ -59,7 +68,9 @@ class Comparison:
             f"{_number(median(self.values))} {self.unit}",
             f"{_number(median(self.reference_values))} {self.unit}",
             self._value(self.value),
-            f"{_number(low)} to {_number(high)}" if len(self.values) > 1 else "",
+            (f"95 % CI [{low:.2f}, {high:.2f}]" if self.paired else f"{_number(low)} to {_number(high)}")
+            if len(self.values) > 1
+            else "",
             "".join(
                 f"{sign} {limit}" + (f" {self.unit}" if self.target_of == "workbench" else "")
                 for sign, limit in (("≥", self.at_least), ("≤", self.at_most))
@@ -73,6 +84,36 @@ class Comparison:
 
     def _value(self, value: float) -> str:
         return f"{_number(value)} times" if self.by == "ratio" else f"{_number(value)} {self.unit} more"
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % interval of the median, from order statistics (Conover 1999, section 3.2).
+
+    Below six values no interval has this level; the whole range is returned.
+    """
+    ordered = sorted(values)
+    below = int(binom.ppf(0.025, len(ordered), 0.5))
+    return ordered[max(0, below - 1)], ordered[min(len(ordered) - 1, len(ordered) - below)]
+
+
+def paired_until(
+    width: float, most: int, side: Callable[[], float], reference: Callable[[], float]
+) -> list[tuple[float, float]]:
+    """Calls both sides in turn until the interval of the median ratio is `width` of it wide, or `most` times.
+
+    Returns:
+        The values of each turn: (side, reference).
+    """
+    pairs: list[tuple[float, float]] = []
+    while len(pairs) < most:
+        gc.collect()
+        value = reference()
+        pairs.append((side(), value))
+        ratios = [one / other for one, other in pairs]
+        low, high = median_interval(ratios)
+        if len(pairs) >= min(most, 9) and high - low <= width * median(ratios):
+            break
+    return pairs
 
 
 COLUMNS = ("", "compared with", "workbench", "reference", "comparison", "range over repeats", "target", "")
@@ -97,13 +138,15 @@ def interleaved(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str
     return {name: tuple(each) for name, each in values.items()}
 
 
-def per_second(amount: int | float, work: Callable[[], Any]) -> Callable[[], float]:
-    """Returns a side that runs `work` once and gives `amount` per second."""
+def per_second(
+    amount: int | float, work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> Callable[[], float]:
+    """Returns a side that runs `work` once and gives `amount` per second of `clock`."""
 
     def side() -> float:
-        began = time.perf_counter()
+        began = clock()
         work()
-        return amount / (time.perf_counter() - began)
+        return amount / (clock() - began)
 
     return side
 

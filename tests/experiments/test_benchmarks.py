@@ -1,12 +1,14 @@
 """The page of benchmarks: a section is replaced, the others stay. Sizes come from the command line."""
 
 import argparse
+import itertools
 from pathlib import Path
 
 import pytest
 
 from workbench.experiments.benchmarks.__main__ import INTRODUCTION, main, page
 from workbench.experiments.benchmarks.__main__ import _with_sizes as sized
+from workbench.experiments.benchmarks.measure import Comparison, median_interval, paired_until
 from workbench.experiments.benchmarks.reading import Reading
 
 
@@ -46,3 +48,18 @@ def test_unknown_names_and_sizes_are_refused(arguments, message, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_interval_of_a_median_has_the_ranks_of_the_tables():
+    for number, low, high in ((5, 1, 5), (6, 1, 6), (9, 2, 8), (20, 6, 15)):
+        assert median_interval(range(number, 0, -1)) == (low, high)
+
+
+def test_pairs_are_repeated_until_the_ratio_is_known():
+    assert len(paired_until(0.05, 60, lambda: 2.0, lambda: 4.0)) == 9
+    noise = itertools.cycle((1.0, 9.0))
+    pairs = paired_until(0.05, 14, lambda: next(noise), lambda: 1.0)
+    assert pairs == [(1.0, 1.0), (9.0, 1.0)] * 7
+    values, references = zip(*pairs, strict=True)
+    cells = Comparison("a", "b", values, references, "rows/s", paired=True).cells()
+    assert cells[4:6] == ("5 times", "95 % CI [1.00, 9.00]")
