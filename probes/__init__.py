@@ -16,10 +16,12 @@ _PUBLIC = {
     "InductionHeads": "workbench.probes.induction_heads",
     "LinearProbes": "workbench.probes.linear_probes",
     "LogitLens": "workbench.probes.logit_lens",
+    "MaskedSinks": "workbench.probes.masked_sinks",
     "NextTokenLaw": "workbench.probes.next_token_law",
     "PathPatching": "workbench.probes.path_patching",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
     "Similarity": "workbench.probes.similarity",
+    "Stages": "workbench.probes.stages",
     "Steering": "workbench.probes.steering",
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
@@ -40,10 +42,12 @@ if TYPE_CHECKING:
     from workbench.probes.induction_heads import InductionHeads
     from workbench.probes.linear_probes import LinearProbes
     from workbench.probes.logit_lens import LogitLens
+    from workbench.probes.masked_sinks import MaskedSinks
     from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.path_patching import PathPatching
     from workbench.probes.residual_uncertainty import ResidualUncertainty
     from workbench.probes.similarity import Similarity
+    from workbench.probes.stages import Stages
     from workbench.probes.steering import Steering
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure

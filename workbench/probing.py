@@ -179,7 +179,18 @@ _PUBLIC = {
     "token_id": "workbench.analysis.frozen_norm",
     # the recorded model: weights, attention, interventions
     "Add": "workbench.model.row_records",
+    "Change": "workbench.analysis.change_effects",
+    "Received": "workbench.analysis.sink_changes",
+    "RedistributeAttention": "workbench.model.attention_records",
+    "ScaleAttention": "workbench.model.attention_records",
+    "change_keys": "workbench.analysis.sink_changes",
+    "read_received": "workbench.analysis.sink_changes",
     "ChangeEffects": "workbench.analysis.change_effects",
+    "SkipBlock": "workbench.model.block_records",
+    "SwapBlocks": "workbench.model.block_records",
+    "predicting_rows": "workbench.analysis.change_effects",
+    "random_copy": "workbench.model.random_copy",
+    "vocabulary_moments": "workbench.analysis.neuron_moments",
     "Columns": "workbench.model.attention",
     "HeadAblation": "workbench.analysis.head_ablation",
     "MEASURES": "workbench.analysis.change_effects",
@@ -255,7 +266,14 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
-    from workbench.analysis.change_effects import MEASURES, ChangeEffects, MeasuredRows, change_effects
+    from workbench.analysis.change_effects import (
+        MEASURES,
+        Change,
+        ChangeEffects,
+        MeasuredRows,
+        change_effects,
+        predicting_rows,
+    )
     from workbench.analysis.continuations import continue_steered, random_direction
     from workbench.analysis.copying import copying_scores
     from workbench.analysis.detection import clustered_auc
@@ -290,6 +308,7 @@ if TYPE_CHECKING:
         token_identity,
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
+    from workbench.analysis.neuron_moments import vocabulary_moments
     from workbench.analysis.norms import (
         massive_activation,
         massive_shares,
@@ -345,6 +364,7 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequences import Sequences, select_sequences
+    from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
@@ -379,6 +399,8 @@ if TYPE_CHECKING:
     from workbench.io.progress import progress
     from workbench.io.torch_state import plain_torch, usable_device
     from workbench.model.attention import Columns, row_entropy
+    from workbench.model.attention_records import RedistributeAttention, ScaleAttention
+    from workbench.model.block_records import SkipBlock, SwapBlocks
     from workbench.model.circuits import (
         FirstMlp,
         HeadOutput,
@@ -394,6 +416,7 @@ if TYPE_CHECKING:
     from workbench.model.frozen_output import FrozenOutput
     from workbench.model.load import Model
     from workbench.model.prompted_run import run_prompted
+    from workbench.model.random_copy import random_copy
     from workbench.model.reload import recorded_model
     from workbench.model.row_records import Add
     from workbench.model.unembed import Unembed, final_norm, load_unembed, normalise

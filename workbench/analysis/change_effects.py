@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from workbench.analysis.rows import next_tokens
+from workbench.analysis.rows import next_tokens, selected_rows
 from workbench.io.errors import DataError, RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
@@ -58,6 +58,30 @@ class MeasuredRows:
         if not len(ids):
             raise RequestError(f"no token of {self.store.path.name} is measured; choose others, or record more")
         return ids
+
+
+def predicting_rows(store: Store, where: str | None, limit: int, seed: int) -> Int64[np.ndarray, " row"]:
+    """Returns rows behind another token and before one, in whole sequences drawn at random until `limit` is reached.
+
+    Args:
+        store: The store.
+        where: SQL over the token table: rows that count. None: all.
+        limit: Number of rows after which no further sequence is drawn.
+        seed: Random seed of the order of sequences.
+
+    Raises:
+        RequestError: No row is left, or a store of chosen rows.
+    """
+    rows = selected_rows(store, where)
+    tokens = store.tokens
+    position, sequence = (tokens[name].to_numpy() for name in ("position", "sequence"))
+    rows = rows[(next_tokens(store)[rows] >= 0) & (position[rows] > 0)]
+    if not len(rows):
+        raise RequestError(f"where {where!r} selects no token that has one before it and one after it")
+    numbers, counts = np.unique(sequence[rows], return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    before = np.cumsum(counts[order]) - counts[order]
+    return rows[np.isin(sequence[rows], numbers[order[before < limit]])]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,347 @@
+"""Stages of inference: what deleting or swapping blocks costs, beside markers of stages by layer (Lad et al. 2024).
+
+Deleting block l passes its input on as its output; swapping exchanges blocks l and l + 1, as wholes. On the same tokens
+of the same texts, all with a token before and one after them:
+
+    kl_delete(l) = mean KL(model ‖ without block l)        kl_swap(l) = mean KL(model ‖ blocks l and l + 1 exchanged)
+
+in float64, with the share of tokens whose top-1 prediction stays (agreement) and the change of the loss. A model with
+random weights survives deletion, too, so the same numbers of such a copy stand beside them. Markers by layer: attention
+to the five tokens before the query (detokenisation); entropy of the logit lens and KL between the lenses of layers l
+and l - 1 (ensembling, sharpening); neurons that raise or lower few tokens (prediction, suppression).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Int
+
+from workbench.probing import (
+    CATEGORIES,
+    LOST_VARIABLES,
+    MEASURES,
+    NEUTRAL,
+    Band,
+    Change,
+    LayerProbe,
+    MeasuredRows,
+    Model,
+    RequestError,
+    Result,
+    SkipBlock,
+    Store,
+    SwapBlocks,
+    Variable,
+    blocks,
+    change_effects,
+    check_fields,
+    dataset,
+    intervals,
+    label,
+    layer_bands,
+    layer_curves,
+    layers_of,
+    load_unembed,
+    log_probabilities,
+    mlp_outputs,
+    plain_torch,
+    predicting_rows,
+    random_copy,
+    recorded_model,
+    require_causal,
+    usable_device,
+    vocabulary_moments,
+    with_interval,
+    with_note,
+)
+
+_LAYER = ("layer",)
+_RECENT = 5  # tokens before the query
+_CHANGES = {"delete": "this block deleted", "swap": "this block and the next exchanged"}
+_MEASURED = {"kl": ("kl", 0.0), "agreement": ("agreement", 1.0), "loss": ("loss", 0.0)}
+"""Variable to the measure, and its value in the plain model, which effects leave out."""
+_UNITS = {"kl": "nats", "agreement": "share of tokens", "loss": "nats"}
+_MEANING = {
+    "kl": "KL(model || changed) of the next token",
+    "agreement": "tokens whose top-1 prediction stays",
+    "loss": "change of the cross-entropy of the next token",
+}
+
+
+def _of_changes() -> Iterator[Variable]:
+    for change, phrase in _CHANGES.items():
+        for name in _MEASURED:
+            variable, meaning = f"{name}_{change}", f"{_MEANING[name]}, {phrase}"
+            yield from with_interval(Variable(variable, _LAYER, _UNITS[name], meaning, f"{variable}_random"))
+            yield Variable(f"{variable}_random", _LAYER, _UNITS[name], "the same in a model with random weights")
+
+
+VARIABLES: tuple[Variable, ...] = (
+    *_of_changes(),
+    Variable(
+        "recent", _LAYER, "attention", f"to the {_RECENT} tokens before the query, mean of heads", "recent_uniform"
+    ),
+    Variable("recent_uniform", (), "attention", "of a head that attends to all visible keys equally"),
+    Variable("entropy", _LAYER, "nats", "entropy of the logit lens", "ln(vocab)"),
+    Variable("kl_lens", _LAYER, "nats", "KL(lens at this layer || lens at the one recorded before)", "0"),
+    Variable("prediction_neurons", _LAYER, "share of neurons", "kurtosis above 10, skew above 0", "0"),
+    Variable("suppression_neurons", _LAYER, "share of neurons", "kurtosis above 10, skew below 0", "0"),
+    Variable("rows", (), "tokens", "tokens that are measured"),
+)
+
+
+@dataclass(frozen=True)
+class Stages(LayerProbe):
+    """Measures what deleting or swapping each block costs, beside markers of stages by layer."""
+
+    name: ClassVar[str] = "stages"
+    needs_model: ClassVar[bool] = True
+    sources: ClassVar[tuple[str, ...]] = (
+        "Lad et al. 2024, The remarkable robustness of LLMs: stages of inference?, arXiv 2406.19384",
+        "Gurnee et al. 2024, Universal neurons in GPT2 language models, arXiv 2401.12181",
+    )
+    variables: ClassVar[tuple[Variable, ...]] = (*VARIABLES, *LOST_VARIABLES)
+    controls: ClassVar[Mapping[str, str]] = {
+        "random weights": "the same changes in a model of the same shape with random weights, which survives them, too"
+    }
+
+    where: str | None = "NOT is_special"
+    """SQL over the token table: tokens that are measured, as far as one stands before and one after them. None: all."""
+    row_limit: int = 1000
+    """Tokens that are measured, in whole sequences drawn at random."""
+    markers_only: bool = False
+    """True leaves deletion, swaps and neurons out, so that no model is needed."""
+    control: bool = True
+    """Run the changes in a model with random weights, too: as much memory and time again."""
+    model: str | None = None
+    """Folder or hub id of the recorded model, if the name in the store is not enough to load it."""
+    resamples: int = 1000
+    """Resamples of documents for the intervals."""
+    seed: int = 0
+    """Random seed of the drawn sequences, the resamples and the random weights."""
+    device: str | None = None
+    """Device of a model that the probe loads and of products with W_U. None: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "row_limit", "resamples", at_least=1, whole=True)
+        check_fields(self, "seed", at_least=0, whole=True)
+
+    @plain_torch()
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
+        """Reads `pattern` and `resid_post` as far as they were recorded, and runs the model.
+
+        Costs 2 passes for each layer over about `row_limit` tokens, twice that with the control, and products of all
+        neurons with W_U.
+
+        Args:
+            store: Its texts are measured; it names the model.
+            model: The recorded model. None: it is loaded from the setting `model` or the store's name for it.
+
+        Raises:
+            RequestError: No token is measured, values are NaN or infinite, nothing can be computed, or the model cannot
+                be loaded, is another one, is not causal, or has a block that cannot be deleted or moved.
+        """
+        require_causal(store, self.name)
+        lens = layers_of(store, "resid_post") if store.manifest.unembed is not None else []
+        attention = layers_of(store, "pattern")
+        layers = self._layers(store.manifest.model.n_layers)
+        rows = predicting_rows(store, self.where, self.row_limit, self.seed)
+        lens, attention = ([one for one in known if one in layers] for known in (lens, attention))
+        sites = [f"resid_post.{one}" for one in lens] + [f"pattern.{one}" for one in attention]
+        finite = self.finite_rows(store, sites, rows)
+        arrays: dict[str, Any] = {"rows": len(finite.rows)}
+        if attention:
+            arrays |= _recent(store, attention, layers, finite.rows)
+        if lens:
+            arrays |= _lens(store, lens, layers, finite.rows, usable_device(self.device))
+        notes = [
+            "" if attention else "recent not computed: pattern was not recorded",
+            "" if lens else "entropy not computed: resid_post or the unembedding was not recorded",
+        ]
+        if not self.markers_only:
+            model = recorded_model(store, model or self.model, self.device)
+            arrays |= self._changes(model, MeasuredRows(store, {"all": finite.rows}), layers)
+            if self.control:
+                random = self._changes(random_copy(model, self.seed), MeasuredRows(store, {"all": finite.rows}), layers)
+                arrays |= {f"{name}_random": random[name] for name in random if not name.endswith(("_low", "_high"))}
+            neurons, note = _neurons(store, model, layers, usable_device(self.device))
+            arrays, notes = arrays | neurons, [*notes, note]
+        elif len(arrays) == 1:
+            raise RequestError("markers_only: neither pattern nor resid_post was recorded, so that nothing is measured")
+        data = dataset(self.variables, {name: np.asarray(one) for name, one in arrays.items()}, {"layer": layers})
+        names = [name for name in data if data[name].dims == _LAYER]
+        return self.result(store, data, data[names].to_dataframe().reset_index(), finite, notes)
+
+    def _layers(self, n_layers: int) -> list[int]:
+        chosen = range(n_layers) if self.layers is None else sorted({one % n_layers for one in self.layers})
+        if self.layers is not None and not all(-n_layers <= one < n_layers for one in self.layers):
+            raise RequestError(f"layers must be from 0 to {n_layers - 1}, or count back from -1")
+        return list(chosen)
+
+    def _changes(self, model: Model, rows: MeasuredRows, layers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Measures of every deletion and swap, by layer."""
+        last = model.site_map.n_layers - 1
+        records = {("delete", one): SkipBlock(one) for one in layers}
+        records |= {("swap", one): SwapBlocks(one, one + 1) for one in layers if one < last}
+        changes: dict[str, Change] = {str(one): lambda _batch, one=one: (one,) for one in records.values()}
+        effects = change_effects(model, rows, changes, label="deleting and swapping blocks")
+        mean, resampled = effects.effects(resamples=self.resamples, seed=self.seed)
+        low, high = intervals(resampled)
+        arrays: dict[str, np.ndarray] = {}
+        for name, (measure, plain) in _MEASURED.items():
+            column = list(MEASURES).index(measure)
+            for end, values in (("", mean), ("_low", low), ("_high", high)):
+                for kind in _CHANGES:
+                    line = np.full(len(layers), np.nan)
+                    for index, (change, layer) in enumerate(records):
+                        if change == kind:
+                            line[list(layers).index(layer)] = plain + values[index, 0, column]
+                    arrays[f"{name}_{kind}{end}"] = line
+        return arrays
+
+    @staticmethod
+    def headline(result: Result) -> str:
+        """Returns the agreement after deletion and swap of the middle, first and last block, beside random weights."""
+        data = result.data
+        rows = f"{int(data['rows']):,} tokens"
+        if "agreement_delete" not in data:
+            return with_note(f"Markers of stages at {data.sizes['layer']} layers, {rows}.", result)
+        layers = data["layer"].to_numpy()
+        keep = 100 * data["agreement_delete"].to_numpy()
+        swap = 100 * data["agreement_swap"].to_numpy()
+        middle = slice(len(layers) // 4, max(len(layers) // 4 + 1, 3 * len(layers) // 4))
+        text = (
+            f"Top-1 predictions kept without one block: {keep[middle].mean():.0f} % on average in layers "
+            f"{layers[middle][0]} to {layers[middle][-1]}, {keep[0]:.0f} % for layer {layers[0]}, {keep[-1]:.0f} % for "
+            f"layer {layers[-1]}"
+        )
+        if not np.isnan(swap[middle]).all():
+            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):.0f} % in the same layers"
+        if "agreement_delete_random" in data:
+            text += f"; random weights {100 * float(data['agreement_delete_random'].mean()):.0f} %"
+        return with_note(f"{text} ({rows}).", result)
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Any]:
+        """Returns "agreement" and "kl" of deletion and swap by layer; "attention", "lens", "neurons", the markers."""
+        data, figures = result.data, {}
+        if "agreement_delete" in data:
+            figures = {"agreement": _bands(result, "agreement"), "kl": _bands(result, "kl")}
+        model = label(str(result.provenance["model"]), 60)
+        layers = data["layer"].to_numpy().tolist()
+        markers = {
+            "attention": (("recent",), "Attention to the five tokens before", "attention"),
+            "lens": (("entropy", "kl_lens"), "Logit lens: entropy, and KL to the layer before", "nats"),
+            "neurons": (("prediction_neurons", "suppression_neurons"), "Neurons for few tokens", "share of neurons"),
+        }
+        for name, (variables, title, unit) in markers.items():
+            curves = {one.replace("_", " "): data[one].to_numpy() for one in variables if one in data}
+            if name == "attention" and curves:
+                curves["uniform attention"] = np.full(len(layers), float(data["recent_uniform"]))
+            if curves:
+                figures[name] = layer_curves(curves, layers=layers, title=f"{title}, {model}", unit=unit)
+        return figures
+
+
+# ---- markers --------------------------------------------------------------------------------------------
+
+
+def _filled(layers: Sequence[int], values: Mapping[int, float]) -> np.ndarray:
+    return np.array([values.get(layer, np.nan) for layer in layers])
+
+
+def _recent(
+    store: Store, known: Sequence[int], layers: Sequence[int], rows: Int[np.ndarray, " row"]
+) -> dict[str, np.ndarray]:
+    """Attention to the tokens before the query, of queries that have as many, by layer."""
+    position = store.tokens["position"].to_numpy().astype(np.int64)
+    rows = rows[position[rows] >= _RECENT]
+    if not len(rows):
+        return {"recent": np.full(len(layers), np.nan), "recent_uniform": np.asarray(np.nan)}
+    keys = position[rows][:, None] - np.arange(1, _RECENT + 1)
+    values = {}
+    for layer in known:
+        array, total = store["pattern", layer], 0.0
+        for part in blocks(len(rows), int(np.prod(array.shape[1:]))):
+            pattern = array[rows[part]].double()  # [row, head, key]
+            at = torch.from_numpy(keys[part])[:, None].expand(-1, pattern.shape[1], -1)
+            total += float(pattern.gather(2, at).sum(2).mean(1).sum())
+        values[layer] = total / len(rows)
+    uniform = (_RECENT / (1 + position[rows])).mean()
+    return {"recent": _filled(layers, values), "recent_uniform": np.asarray(uniform)}
+
+
+def _lens(
+    store: Store, known: Sequence[int], layers: Sequence[int], rows: Int[np.ndarray, " row"], device: Any
+) -> dict[str, np.ndarray]:
+    """Entropy of the logit lens, and KL to the layer before, by layer."""
+    unembed = load_unembed(store.path, device)
+    entropy, divergence = (dict.fromkeys(known, 0.0) for _ in range(2))
+    for block in blocks(len(rows), unembed.vocab):
+        before = None
+        for layer in known:
+            log = log_probabilities(unembed, store["resid_post", layer][rows[block]])
+            probability = log.exp()
+            entropy[layer] -= float(torch.where(probability > 0, probability * log, 0).sum(1).double().sum())
+            if before is not None:
+                step = torch.where(probability > 0, probability * (log - before), 0).sum(1)
+                divergence[layer] += float(step.double().sum())
+            before = log
+    divergence[known[0]] = np.nan
+    means = ({layer: total / len(rows) for layer, total in sums.items()} for sums in (entropy, divergence))
+    return dict(zip(("entropy", "kl_lens"), (_filled(layers, one) for one in means), strict=True))
+
+
+def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> tuple[dict[str, np.ndarray], str]:
+    """Shares of prediction and suppression neurons by layer, and a note where there are none."""
+    if store.manifest.unembed is None:
+        return {}, "neurons not counted: the unembedding was not recorded"
+    try:
+        outputs = mlp_outputs(model)
+    except RequestError as error:
+        return {}, f"neurons not counted: {error}"
+    unembed = load_unembed(store.path, device)
+    moments = {
+        layer: vocabulary_moments(outputs[layer].weights()[0].to(device), unembed)
+        for layer in layers
+        if layer in outputs
+    }
+    parts: dict[str, Callable[[Any], float]] = {
+        "prediction_neurons": lambda one: one.prediction,
+        "suppression_neurons": lambda one: one.suppression,
+    }
+    return {
+        name: _filled(layers, {layer: share(one) for layer, one in moments.items()}) for name, share in parts.items()
+    }, ""
+
+
+# ---- figures --------------------------------------------------------------------------------------------
+
+
+def _bands(result: Result, measure: str) -> go.Figure:
+    data, shown = result.data, []
+    for number, (change, name) in enumerate({"delete": "block deleted", "swap": "exchanged with the next"}.items()):
+        variable = f"{measure}_{change}"
+        ends = tuple(data[f"{variable}_{end}"].to_numpy() for end in ("low", "high"))
+        shown.append(Band(name, data[variable].to_numpy(), ends, CATEGORIES[number]))  # pyright: ignore[reportArgumentType]  # two
+        if f"{variable}_random" in data:
+            colour = NEUTRAL if number == 0 else CATEGORIES[2]
+            shown.append(Band(f"{name}, random weights", data[f"{variable}_random"].to_numpy(), None, colour, "dash"))
+    titles = {"agreement": "Top-1 predictions that stay", "kl": "KL(model || changed)"}
+    figure = layer_bands(
+        shown,
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"{titles[measure]} when a block is deleted or moved, {label(str(result.provenance['model']), 40)}",
+        subtitle=f"{int(data['rows']):,} tokens; bands: 95 % intervals over documents",
+        unit=_UNITS[measure],
+    )
+    if measure == "kl" and float(data["kl_delete"].max()) > 0:
+        figure.update_yaxes(type="log", tickformat="~g")
+    return figure.update_yaxes(range=[0, 1.02]) if measure == "agreement" else figure
