@@ -224,8 +224,10 @@ class Stages(LayerProbe):
         )
         if not np.isnan(swap[middle]).all():
             text += f"; with neighbours exchanged {np.nanmean(swap[middle]):.0f} % in the same layers"
+        text += f"; mean KL without one block {float(data['kl_delete'].mean()):.2f} nats"
         if "agreement_delete_random" in data:
-            text += f"; random weights {100 * float(data['agreement_delete_random'].mean()):.0f} %"
+            text += f"; random weights keep {100 * float(data['agreement_delete_random'].mean()):.0f} %, KL "
+            text += f"{float(data['kl_delete_random'].mean()):.2f}"
         return with_note(f"{text} ({rows}).", result)
 
     @staticmethod

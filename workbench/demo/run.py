@@ -55,6 +55,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 1,
     },
     "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
+    "masked-sinks": {"row_limit": 300},
+    "stages": {"row_limit": 300},
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0)},
     "tuned-lens": {"epochs": 2},
 }
