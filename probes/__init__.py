@@ -14,6 +14,7 @@ _PUBLIC = {
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
     "InductionHeads": "workbench.probes.induction_heads",
+    "JacobianLens": "workbench.probes.jacobian_lens",
     "LinearProbes": "workbench.probes.linear_probes",
     "LogitLens": "workbench.probes.logit_lens",
     "MaskedSinks": "workbench.probes.masked_sinks",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "SuccessorHeads": "workbench.probes.successor_heads",
     "TokenErasure": "workbench.probes.token_erasure",
     "TokenGeometry": "workbench.probes.token_geometry",
+    "TokenMicroscope": "workbench.probes.token_microscope",
     "TunedLens": "workbench.probes.tuned_lens",
 }
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
     from workbench.probes.induction_heads import InductionHeads
+    from workbench.probes.jacobian_lens import JacobianLens
     from workbench.probes.linear_probes import LinearProbes
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.masked_sinks import MaskedSinks
@@ -52,4 +55,5 @@ if TYPE_CHECKING:
     from workbench.probes.successor_heads import SuccessorHeads
     from workbench.probes.token_erasure import TokenErasure
     from workbench.probes.token_geometry import TokenGeometry
+    from workbench.probes.token_microscope import TokenMicroscope
     from workbench.probes.tuned_lens import TunedLens

@@ -103,6 +103,8 @@ _PUBLIC = {
     "recalls": "workbench.analysis.linear_probe",
     "second_moments": "workbench.analysis.logistic",
     "shuffle_labels": "workbench.analysis.labelled_rows",
+    "TOKEN_CLASSES": "workbench.analysis.token_classes",
+    "token_classes": "workbench.analysis.token_classes",
     "token_identity": "workbench.analysis.linear_probe",
     # statistics
     "GroupMeans": "workbench.results.bootstrap",
@@ -145,6 +147,9 @@ _PUBLIC = {
     "FutureTask": "workbench.analysis.future_task",
     "LENS_VARIABLES": "workbench.analysis.lens",
     "TrainedLens": "workbench.analysis.trained_lens",
+    "kept_lens": "workbench.analysis.trained_lens",
+    "affordable_prompts": "workbench.analysis.jacobian",
+    "mean_jacobians": "workbench.analysis.jacobian",
     "kl_slope": "workbench.analysis.lens",
     "Unembed": "workbench.model.unembed",
     "fit_direct": "workbench.analysis.future_maps",
@@ -292,6 +297,7 @@ if TYPE_CHECKING:
         precision_table,
     )
     from workbench.analysis.head_ablation import HeadAblation, head_ablation
+    from workbench.analysis.jacobian import affordable_prompts, mean_jacobians
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
     from workbench.analysis.lens import LENS_VARIABLES, kl_slope, log_probabilities, read_lens
@@ -377,7 +383,8 @@ if TYPE_CHECKING:
         token_keys,
         whole_sequences,
     )
-    from workbench.analysis.trained_lens import TrainedLens
+    from workbench.analysis.token_classes import TOKEN_CLASSES, token_classes
+    from workbench.analysis.trained_lens import TrainedLens, kept_lens
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.corpus.tokenizer import token_texts

@@ -39,7 +39,7 @@ OTHERS = ("stories260K", "babyllama-105")
 REAL = ROOT / "models" / "smollm2-135m"
 STORIES = Path("corpora") / "tinystories_1000.jsonl"
 ROWS, REAL_ROWS = 20_000, 3_000
-BRIEF = {"future-prompts": QUICK["future-prompts"]}
+BRIEF = {"future-prompts": QUICK["future-prompts"], "jacobian-lens": {"prompts": 2, "length": 48, "row_limit": 1000}}
 """Settings of each probe that differ from its defaults, for every model."""
 SHALLOW = BRIEF | {"token-erasure": {"offsets": (-2, -1, 0), "late": 3}}
 """The same for models of five layers."""

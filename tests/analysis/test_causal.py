@@ -16,6 +16,7 @@ from workbench.probes import (
     FutureLens,
     FuturePrompts,
     InductionHeads,
+    JacobianLens,
     LogitLens,
     NextTokenLaw,
     PathPatching,
@@ -44,8 +45,16 @@ def test_the_manifest_says_that_the_model_is_not_causal(store):
 
 
 CAUSAL = (
-    *(ActivationPatching, AttentionSinks, DirectLogitAttribution, FutureLens, FuturePrompts, InductionHeads, LogitLens),
-    *(NextTokenLaw, PathPatching, ResidualUncertainty, SuccessorHeads, TokenGeometry, TunedLens),
+    *(
+        ActivationPatching,
+        AttentionSinks,
+        DirectLogitAttribution,
+        FutureLens,
+        FuturePrompts,
+        InductionHeads,
+        JacobianLens,
+    ),
+    *(LogitLens, NextTokenLaw, PathPatching, ResidualUncertainty, SuccessorHeads, TokenGeometry, TunedLens),
 )
 
 

@@ -124,6 +124,7 @@ def test_probes():
         "future-lens",
         "future-prompts",
         "induction-heads",
+        "jacobian-lens",
         "linear-probes",
         "logit-lens",
         "masked-sinks",
@@ -136,6 +137,7 @@ def test_probes():
         "successor-heads",
         "token-erasure",
         "token-geometry",
+        "token-microscope",
         "tuned-lens",
     ]
     assert [line.split()[0] for line in lines] == names

@@ -17,6 +17,8 @@ def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
     settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
     settings |= {"masked-sinks": {"row_limit": 50, "layers_too": False, "heads": 1}}
     settings |= {"stages": {"row_limit": 50, "control": False}}
+    settings |= {"jacobian-lens": {"prompts": 1, "length": 20}}
+    settings |= {"token-microscope": {"rows_per_dimension": 1, "epochs": 1, "dimension_rows": 100}}
     subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10], 1200, settings)
     found = headlines(subject, tmp_path)
     assert list(found) == [name for name in installed_probes() if name not in OTHER_INPUTS]

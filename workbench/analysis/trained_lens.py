@@ -1,4 +1,4 @@
-"""Trained lenses as objects: an affine map for each layer, saved in a folder, applied to any store of one model."""
+"""Lenses as objects: an affine map for each layer, trained or fitted, saved in a folder, for any store of one model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.analysis.frozen_norm import token_id
 from workbench.io.errors import DataError, RequestError
-from workbench.io.files import explain_full_disk, refuse_full, replace_folder, sha256_file, write_file
-from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
+from workbench.io.files import explain_full_disk, refuse_full, replace_folder, sha256_bytes, sha256_file, write_file
+from workbench.io.parse import check_checksum, parse, read_json, to_checked_json, to_json
 from workbench.io.tensors import new_arrays, open_safetensors
+from workbench.model.direction import Direction
+from workbench.model.unembed import load_unembed
 from workbench.results.registry import find_probe
 from workbench.results.result import Result
+from workbench.store.manifest import LENSES
 from workbench.store.reader import Store
 
 _RECORD, _MAPS = "lens.json", "maps.safetensors"
 _FORMAT, _VERSION = "workbench.lens", 1
 _CONFIG, _PICKLE = "config.json", "params.pt"  # of the package tuned-lens
 _ADVICE = "save the lens again"
+_PROBES = {"jacobian lens": "jacobian-lens"}  # method to the probe that reads
 
 
 @dataclass(frozen=True)
@@ -70,24 +75,50 @@ class TrainedLens:
 
     def translate(self, layer: int, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """Returns h + A h + b, the input of the final norm, in float32; RequestError for a layer without a map."""
-        if layer not in self.layers:
-            raise RequestError(f"layer {layer} has no map; the lens has layers {', '.join(map(str, self.layers))}")
-        place, states = self.layers.index(layer), states.float()
+        place, states = self._place(layer), states.float()
         weight, bias = (part[place].to(states.device) for part in (self.weight, self.bias))
         return states + states @ weight.T + bias
 
     def read(self, store: Store, **settings: Any) -> Result:
-        """Returns the readings of all selected tokens of a store, as the result of the probe `tuned-lens`.
+        """Returns the readings of all selected tokens of a store, as the result of the probe that makes such lenses.
 
         Args:
             store: A store of the model that the lens was trained on.
-            **settings: Settings of `TunedLens`: where, layers, top_k, detail, device.
+            **settings: Settings of the probe, `TunedLens` or `JacobianLens`: where, layers, top_k, detail, device.
 
         Raises:
-            RequestError: A store of another model, or what `TunedLens` refuses.
+            RequestError: A store of another model, or what the probe refuses.
         """
-        probe: Any = find_probe("tuned-lens")(**{"site": self.site, **settings})
-        return probe.read(self, store)
+        probe: Any = find_probe(_PROBES.get(self.made_of.get("method", ""), "tuned-lens"))
+        return probe(**{"site": self.site, **settings}).read(self, store)
+
+    def direction(self, store: Store, token: str | int, layer: int) -> Direction:
+        """Returns the row of W_U (I + A) of one token: the direction of the layer's states that the lens reads it by.
+
+        Add it to steer towards the token, or project it out. The final norm and its gain are not in it.
+
+        Args:
+            store: A store of the lens's model, which has W_U.
+            token: Text of one token of the vocabulary, or its id.
+            layer: Layer of the states; negative ones count from the last block, whose map is the identity.
+
+        Raises:
+            RequestError: A store of another model or without unembedding, no single token, or a layer without a map.
+        """
+        self.check_model(store)
+        unembed = load_unembed(store.path)
+        number, layer = token_id(unembed, token, "token"), layer + self.n_layers if layer < 0 else layer
+        vector = unembed.weight[number]
+        if layer != self.n_layers - 1:
+            vector = vector + vector @ self.weight[self._place(layer)]
+        made_of = {"method": f"W_U (I + A) of a {self.made_of.get('method', 'lens')}", "model": self.model}
+        made_of |= {"model_fingerprint": self.model_fingerprint, "token_id": number}
+        return Direction(f"{self.site}.{layer}", vector, f"reads {unembed.token(number)!r}", made_of)
+
+    def _place(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise RequestError(f"layer {layer} has no map; the lens has layers {', '.join(map(str, self.layers))}")
+        return self.layers.index(layer)
 
     def check_model(self, store: Store) -> None:
         """Raises RequestError for a store of another model; warns where only the shape can be compared."""
@@ -139,6 +170,12 @@ class TrainedLens:
             )
             write_file(new / _RECORD, to_checked_json(record).encode())
         return folder
+
+
+def kept_lens(store: Store, kind: str, settings: Mapping[str, Any]) -> Path:
+    """Returns the folder in a store for the lens of a kind that is fitted on it with these settings."""
+    key = to_json({"settings": dict(settings), "store": store.manifest.fingerprint})
+    return store.path / LENSES / f"{kind}-{sha256_bytes(key.encode())[:12]}"
 
 
 def load_lens(folder: str | os.PathLike[str]) -> TrainedLens:

@@ -54,10 +54,12 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "training_rows": 100,
         "epochs": 1,
     },
+    "jacobian-lens": {"prompts": 2, "length": 40, "row_limit": 1000},
     "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
     "masked-sinks": {"row_limit": 300},
     "stages": {"row_limit": 300},
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0)},
+    "token-microscope": {"epochs": 1, "dimension_rows": 500},
     "tuned-lens": {"epochs": 2},
 }
 """Settings of each probe that differ from its defaults, so that everything takes about a minute."""

@@ -38,6 +38,8 @@ TOKENS = "tokens.parquet"
 UNEMBED = "unembed.safetensors"
 FEATURES = "features"
 """Folder of the folders of sparse features."""
+LENSES = "lenses"
+"""Folder of the folders of lenses that were fitted for the store."""
 
 _NEW_MODEL_KEYS = {"causal": True, "identity": None}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""

@@ -19,4 +19,6 @@ STORE_FILES = (
     *(f"features/*/{name}" for name in FEATURE_FILES),
     "features/.*.partial/*",
     "features/.*.partial/segments/*",
+    *(f"lenses/*/{name}" for name in ("lens.json", "maps.safetensors")),
+    "lenses/.*.partial/*",
 )

@@ -16,6 +16,7 @@ from workbench.store.added_records import record_names
 from workbench.store.groups import complete_groups, group_checksum
 from workbench.store.manifest import (
     FEATURES,
+    LENSES,
     MANIFEST,
     SEGMENTS,
     TOKENS,
@@ -30,7 +31,7 @@ _TAR = ".tar"
 
 
 def pack(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """Copies all that belongs to a store, its features included, and returns the path of the copy.
+    """Copies all that belongs to a store, its features and lenses included, and returns the path of the copy.
 
     Every file is compared with its recorded checksum first. The copy shares no bytes with other stores, and has nothing
     that an interrupted recording left. `workbench verify` checks it on the other side, after `tar -xf` of a tar file.
@@ -53,7 +54,7 @@ def pack(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     files.check_writable(out)
     recorded = _recorded(path, manifest)
     check_files([(path / name, sha256) for name, sha256 in recorded.items()], VERIFY)
-    names = sorted([*recorded, *_record_files(manifest), *_feature_files(path), MANIFEST])
+    names = sorted([*recorded, *_record_files(manifest), *_made_files(path), MANIFEST])
     check_space(out, sum((path / name).stat().st_size for name in names))
     with files.explain_full_disk(str(out), "pack it again"):
         if out.suffix == _TAR:
@@ -78,8 +79,9 @@ def _record_files(manifest: Manifest) -> list[str]:
     return [f"{SEGMENTS}/{segment.name}/{name}" for segment in manifest.segments for name in record_names(segment)]
 
 
-def _feature_files(path: Path) -> list[str]:
-    folders = (entry for entry in path.glob(f"{FEATURES}/[!.]*") if entry.is_dir())
+def _made_files(path: Path) -> list[str]:
+    """Files of features and of lenses."""
+    folders = (entry for kind in (FEATURES, LENSES) for entry in path.glob(f"{kind}/[!.]*") if entry.is_dir())
     return [str(file.relative_to(path)) for folder in folders for file in folder.rglob("*") if file.is_file()]
 
 
