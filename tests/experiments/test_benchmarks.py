@@ -52,7 +52,7 @@ def test_unknown_names_and_sizes_are_refused(arguments, message, capsys):
 
 def test_the_interval_of_a_median_has_the_ranks_of_the_tables():
     for number, low, high in ((5, 1, 5), (6, 1, 6), (9, 2, 8), (20, 6, 15)):
-        assert median_interval(range(number, 0, -1)) == (low, high)
+        assert median_interval([float(value) for value in range(number, 0, -1)]) == (low, high)
 
 
 def test_pairs_are_repeated_until_the_ratio_is_known():
