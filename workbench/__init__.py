@@ -17,6 +17,7 @@ _PUBLIC = {
     "load_model": "workbench.model.load",
     "Model": "workbench.model.load",
     "demo_corpus": "workbench.embedded",
+    "planted_corpus": "workbench.embedded.planted",
     "load_sae": "workbench.sae.load",
     "Sae": "workbench.sae.autoencoder",
     "sae_metrics": "workbench.sae.metrics",
@@ -128,6 +129,7 @@ if TYPE_CHECKING:
     from workbench.corpus.repeats import random_repeats, shuffled_blocks
     from workbench.corpus.task_suites import prompt_pairs
     from workbench.embedded import demo_corpus
+    from workbench.embedded.planted import planted_corpus
     from workbench.features.extract import extract_features
     from workbench.features.feature_store import Features, open_features
     from workbench.features.label_files import import_labels

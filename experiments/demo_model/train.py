@@ -166,10 +166,16 @@ def _prefer_far(attention: LlamaAttention) -> None:
         bias.view(-1, 2, attention.head_dim // 2)[:, 0] = sign * size
 
 
-def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[float]:
+def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, kept: int = 10) -> list[float]:
     """Trains, writes `out`/model and `out`/training.json, and returns the loss of every step, in nats per token.
 
     Takes up a run of the same recipe that was stopped. Raises RequestError where `out` holds one of another.
+
+    Args:
+        recipe: What decides the weights.
+        out: Folder of the run.
+        checkpoint_steps: Steps after which the state of the run is saved again.
+        kept: Number of models that stay, in folders `out`/step-N, after equal numbers of steps; the last is the result.
     """
     torch.set_num_threads(recipe.threads)
     tokenizer = train_tokenizer(seed=0)
@@ -198,6 +204,8 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100) -> list[flo
             tick(1)
             if (step + 1) % checkpoint_steps == 0:
                 _checkpoint(checkpoint, recipe, model, optimizer, curve)
+            if (step + 1) * kept // recipe.steps > step * kept // recipe.steps:
+                _save(model, tokenizer, out / f"step-{step + 1}")
     _save(model, tokenizer, out / "model")
     (out / "training.json").write_text(
         json.dumps({"recipe": asdict(recipe), "loss": [round(nats, 5) for nats in curve]})
@@ -250,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains the demo's model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    for name in ("seed", "steps", "learning_rate", "weight_decay", "heads", "threads"):
+    for name in ("seed", "steps", "batch", "learning_rate", "weight_decay", "heads", "threads"):
         default = getattr(Recipe, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     request = vars(parser.parse_args(arguments))

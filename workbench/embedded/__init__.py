@@ -12,6 +12,8 @@ from typing import Any
 
 NAME = "demo"
 """Name of the embedded model and SAE in `load_model` and `load_sae`; a directory of that name is written ./demo."""
+PLANTED = "planted"
+"""Name of the model and SAE whose weights code sets when they are loaded (`workbench.embedded.planted`)."""
 
 FOLDER = Path(__file__).parent
 MODEL, SAE, CORPUS = FOLDER / "model", FOLDER / "sae", FOLDER / "corpus.jsonl"

@@ -50,6 +50,8 @@ def load_checkpoint(
     where = {"device_map": "auto"} if device == "auto" else {}
     if not where:
         device = usable_device(device)
+    if location.built:
+        return _planted(device, dtype)
     if location.local and not location.file and not allow_pickle:
         _refuse_pickles(location)
     weights = weight_options(dtype) if location.file else {"dtype": "auto" if dtype == "checkpoint" else dtype}
@@ -87,6 +89,19 @@ def load_checkpoint(
     if dtype == "auto":
         _make_fast_on_cpu(location, module)
     return module
+
+
+def _planted(device: str | torch.device | None, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The planted model, which code builds; "auto" is one device here."""
+    import torch  # takes seconds
+
+    from workbench.embedded.planted import planted_module
+
+    module = planted_module()
+    if dtype not in ("auto", "checkpoint"):
+        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        module.config.dtype = module.dtype
+    return module.to(usable_device(None if device == "auto" else device))  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
 
 
 def _make_fast_on_cpu(location: Location, module: PreTrainedModel) -> None:

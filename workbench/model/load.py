@@ -190,7 +190,8 @@ def load_model(
     chooses (SDPA).
 
     Args:
-        source: A directory, a GGUF file, a hub id, a transformers module, or "demo" for the embedded model.
+        source: A directory, a GGUF file, a hub id, a transformers module, "demo" for the embedded model, or "planted"
+            for the one whose weights are set by hand.
         tokenizer: Another tokenizer: a directory, a hub id, an object. None: the model's own. Without a tokenizer only
             lists of token ids can be recorded.
         device: "cpu", "cuda:1", ...; "auto" spreads a large model over all devices. None: the GPU if there is one.
@@ -278,7 +279,7 @@ def _saved_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrain
     """The tokenizer saved with the model; None if a directory or file has none."""
     if location.file:
         return _load_tokenizer(location, options) if check_file(Path(location.path, location.file)) else None
-    if location.local and not _has_tokenizer(location):
+    if location.local and not location.built and not _has_tokenizer(location):
         if not location.hub:
             return None
         location = locate(location.name, options["revision"], "tokenizer")  # the cache had the weights only
@@ -302,7 +303,11 @@ def _given_tokenizer(
 def _load_tokenizer(location: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    from workbench.embedded.planted import planted_tokenizer
+
     path = location.path
+    if location.built:
+        return planted_tokenizer()
     with quietly(f"tokenizer {path!r}"):
         try:
             return AutoTokenizer.from_pretrained(path, **_read_options(location, options))

@@ -40,13 +40,16 @@ class Location:
     """True if `name` is a hub id."""
     file: str | None = None
     """GGUF file of the directory that holds it all; None: it is in the files of transformers."""
+    built: bool = False
+    """True for the planted model, which code builds: there is nothing at `path`."""
 
 
 def locate(source: str | Path, revision: str | None = None, kind: Kind = "model") -> Location:
     """Finds a directory or a hub id, without loading anything.
 
     Args:
-        source: A directory, a GGUF file, a hub id, or "demo" for the embedded model.
+        source: A directory, a GGUF file, a hub id, "demo" for the embedded model, "planted" for the one that code
+            builds.
         revision: Branch, tag or commit on the hub.
         kind: What the directory must hold.
 
@@ -65,6 +68,8 @@ def locate(source: str | Path, revision: str | None = None, kind: Kind = "model"
         raise RequestError(f"{kind} is an empty string; give a directory or a hub id")
     if text == embedded.NAME:
         return Location(str(embedded.MODEL), text, local=True, hub=False)
+    if text == embedded.PLANTED:
+        return Location(str(embedded.FOLDER / text), text, local=True, hub=False, built=True)
     if os.path.isdir(path):
         if not any((path / name).is_file() for name in marks):
             if file := the_file(path):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from workbench import embedded
+from workbench.embedded.planted import planted_autoencoder
 from workbench.io.errors import DataError, RequestError, WorkbenchError, nearest
 from workbench.io.reading import check_regular
 from workbench.io.torch_state import plain_torch, usable_device
@@ -27,7 +28,7 @@ from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.autoencoder import Sae
 from workbench.sae.config import check_settings, ignored_settings
-from workbench.sae.conversion import AGAIN, Converted, read_object, read_tensors, tensor_names
+from workbench.sae.conversion import AGAIN, Converted, converted, read_object, read_tensors, tensor_names
 from workbench.sae.folding import SCALER, UNFOLDED, folded, scaled
 from workbench.sae.formats import (
     CONFIG,
@@ -58,7 +59,8 @@ def load_sae(
     Args:
         name: A folder or safetensors file of SAELens, Gemma Scope, Llama Scope, circuit-tracer, Qwen Scope, Goodfire,
             OpenAI, sparsify or dictionary_learning, or a folder of several; a release listed by SAELens, the only case
-            that may use the network; or "demo", the SAE that ships with the workbench.
+            that may use the network; "demo", the SAE that ships with the workbench; or "planted", the features that the
+            planted model writes.
         sae_id: The path inside a folder of several, or the id within a release.
         device: Where to compute. None: the GPU if there is one, else the CPU.
 
@@ -70,6 +72,10 @@ def load_sae(
     text = os.fspath(name)
     if text == embedded.NAME:
         return _load_place(_demo_directory(), embedded.NAME, device)
+    if text == embedded.PLANTED:
+        about = {"hook_name": "blocks.0.hook_mlp_out", "model_name": text}
+        made = converted("jumprelu", planted_autoencoder(), {"apply_b_dec_to_input": False}, about)
+        return _inference_sae(_from_converted(made, embedded.FOLDER / text, device), text)
     path = Path(text).expanduser()
     if text and path.exists():
         place = _checked_place(path, sae_id)
