@@ -18,6 +18,7 @@ _PUBLIC = {
     "LinearProbes": "workbench.probes.linear_probes",
     "LogitLens": "workbench.probes.logit_lens",
     "MaskedSinks": "workbench.probes.masked_sinks",
+    "MassiveActivations": "workbench.probes.massive_activations",
     "NextTokenLaw": "workbench.probes.next_token_law",
     "PathPatching": "workbench.probes.path_patching",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from workbench.probes.linear_probes import LinearProbes
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.masked_sinks import MaskedSinks
+    from workbench.probes.massive_activations import MassiveActivations
     from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.path_patching import PathPatching
     from workbench.probes.residual_uncertainty import ResidualUncertainty

@@ -35,6 +35,11 @@ _PUBLIC = {
     "progress": "workbench.io.progress",
     "usable_device": "workbench.io.torch_state",
     # norms
+    "CHANGES": "workbench.analysis.massive",
+    "MassivePlaces": "workbench.analysis.massive",
+    "find_massive": "workbench.analysis.massive",
+    "mean_norms": "workbench.analysis.massive",
+    "SequenceRuns": "workbench.analysis.sequence_runs",
     "massive_activation": "workbench.analysis.norms",
     "residual_site": "workbench.analysis.norms",
     "value_site": "workbench.analysis.norms",
@@ -196,6 +201,7 @@ _PUBLIC = {
     "predicting_rows": "workbench.analysis.change_effects",
     "random_copy": "workbench.model.random_copy",
     "vocabulary_moments": "workbench.analysis.neuron_moments",
+    "Set": "workbench.model.row_records",
     "Columns": "workbench.model.attention",
     "HeadAblation": "workbench.analysis.head_ablation",
     "MEASURES": "workbench.analysis.change_effects",
@@ -314,6 +320,7 @@ if TYPE_CHECKING:
         token_identity,
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
+    from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, mean_norms
     from workbench.analysis.neuron_moments import vocabulary_moments
     from workbench.analysis.norms import (
         massive_activation,
@@ -369,6 +376,7 @@ if TYPE_CHECKING:
         tokens_at,
     )
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
+    from workbench.analysis.sequence_runs import SequenceRuns
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
@@ -425,7 +433,7 @@ if TYPE_CHECKING:
     from workbench.model.prompted_run import run_prompted
     from workbench.model.random_copy import random_copy
     from workbench.model.reload import recorded_model
-    from workbench.model.row_records import Add
+    from workbench.model.row_records import Add, Set
     from workbench.model.unembed import Unembed, final_norm, load_unembed, normalise
     from workbench.results.bootstrap import (
         GroupMeans,

@@ -128,6 +128,7 @@ def test_probes():
         "linear-probes",
         "logit-lens",
         "masked-sinks",
+        "massive-activations",
         "next-token-law",
         "path-patching",
         "residual-uncertainty",

@@ -1,0 +1,428 @@
+"""Massive activations: a few values of the residual stream that are far larger than all others (Sun et al. 2024).
+
+For the output h of a block over one sequence, a matrix (position, dimension), an activation is massive if
+
+    |h[i, d]| > 100   and   |h[i, d]| > 1000 x median |h|
+
+with the median over the whole matrix. Both rules are shown apart, too: where the median grows with depth the ratio
+rule ends before the values do. `top` is the mean over sequences of the three largest |h|. With the model, the massive
+activations of the block where they first appear are set to 0, to their mean (by dimension, and first token or later
+one), and, as a control, as many other dimensions of the same tokens are set to 0; the loss of the text says what each
+change does. Tokens with massive activations have small values in the next block (value drain), which is measured where
+v_norm or v was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from workbench.probing import (
+    CATEGORIES,
+    CHANGES,
+    LOST_VARIABLES,
+    NEUTRAL,
+    TEMPLATE,
+    LayerProbe,
+    MassivePlaces,
+    Model,
+    RaggedSequences,
+    RequestError,
+    Result,
+    SequenceRuns,
+    Set,
+    Store,
+    Variable,
+    check_fields,
+    clustered_means,
+    dataset,
+    find_massive,
+    group_intervals,
+    head_grid,
+    head_name,
+    integer_step,
+    intervals,
+    label,
+    layers_of,
+    mean_norms,
+    plain_torch,
+    ratio,
+    recorded_model,
+    resampled_means,
+    stack_heads,
+    usable_device,
+    value_site,
+    whole_sequences,
+    with_interval,
+    with_note,
+)
+
+_LAYER, _HEAD, _CHANGE = ("layer",), ("layer", "head"), ("change",)
+
+VARIABLES = (
+    Variable("top", ("layer", "rank"), "|h|", "largest, second and third |h| of a sequence, mean over sequences"),
+    Variable("median", _LAYER, "|h|", "median |h| of a sequence, mean over sequences"),
+    Variable("largest", _LAYER, "|h|", "largest of all sequences"),
+    *with_interval(Variable("massive", _LAYER, "share of sequences", "sequences with a massive activation", "0")),
+    Variable("above_absolute", _LAYER, "share of sequences", "largest |h| above `absolute`", "0"),
+    Variable("above_ratio", _LAYER, "share of sequences", "largest |h| above `relative` times the median", "0"),
+    Variable("tokens", _LAYER, "share of tokens", "tokens with a massive activation", "0"),
+    Variable("first_tokens", _LAYER, "share of those tokens", "massive tokens that are the first of their sequence"),
+    Variable("dimensions", _LAYER, "dimensions", "different dimensions with a massive activation", "0"),
+    Variable("value_norm_massive", _HEAD, "L2 norm", "mean norm of values at tokens that enter the block massive"),
+    Variable("value_norm_others", _HEAD, "L2 norm", "the same at all other tokens"),
+    Variable("value_norm_ratio", _HEAD, "1", "their ratio: below 1 is value drain", "1"),
+    *with_interval(
+        Variable("loss", _CHANGE, "nats", "mean cross-entropy of the next token, by change", "that of none")
+    ),
+    *with_interval(Variable("loss_change", _CHANGE, "nats", "loss less that of the unchanged run", "that of random")),
+)
+
+
+@dataclass(frozen=True)
+class MassiveActivations(LayerProbe):
+    """Finds massive activations: layers, tokens and dimensions, the values behind them, and what removing them does."""
+
+    name: ClassVar[str] = "massive-activations"
+    needs_model: ClassVar[bool] = False
+    sources: ClassVar[tuple[str, ...]] = (
+        "Sun et al. 2024, Massive activations in large language models, arXiv 2402.17762",
+        "Guo et al. 2024, Active-dormant attention heads (value drain), arXiv 2410.13835",
+    )
+    variables: ClassVar[tuple[Variable, ...]] = (*VARIABLES, *LOST_VARIABLES)
+    controls: ClassVar[Mapping[str, str]] = {
+        "random": "as many other dimensions of the same tokens set to 0: what removing any values there does",
+        "median": "the median |h| of the same block output, which the largest are compared with",
+        "random weights": "a model of the same shape with random weights: none",
+    }
+
+    absolute: float = 100.0
+    """Size that a massive activation exceeds."""
+    relative: float = 1000.0
+    """Multiple of the median |h| of its sequence and layer that it exceeds, too."""
+    where: str | None = None
+    """SQL over the token table; a sequence is used if it holds for its first token. None: all."""
+    detail: int = 10
+    """Places (dimension and token) of each layer in the table, the most frequent first."""
+    change_layer: int | None = None
+    """Block whose output is changed. None: the first recorded one with massive activations in at least half as many
+    sequences as the layer with most."""
+    row_limit: int = 4096
+    """Maximum number of tokens of the sequences that the changed model runs on."""
+    model: str | None = None
+    """Directory or name of the recorded model, for the effect. None: no effect, unless a loaded model is given."""
+    resamples: int = 1000
+    """Resamples of documents for the intervals."""
+    seed: int = 0
+    """Random seed of the control's dimensions and of the resamples."""
+    device: str | None = None
+    """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "absolute", "relative", at_least=0)
+        check_fields(self, "detail", "row_limit", "resamples", at_least=1, whole=True)
+        check_fields(self, "seed", at_least=0, whole=True)
+
+    @plain_torch()
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
+        """Reads `resid_post` of every layer; for value drain `v_norm` or `v`; for the effect runs the model.
+
+        Costs one pass over the rows of each layer, and four passes of the model over `row_limit` tokens; memory is one
+        sequence, and a few numbers for each massive activation.
+
+        Args:
+            store: The recorded activations, of whole sequences.
+            model: The recorded model. None: it is loaded if the setting `model` names it.
+
+        Raises:
+            RequestError: resid_post was not recorded, values are NaN or infinite, or the model is another one.
+        """
+        layers, labels = self.recorded(store, "resid_post")
+        sequences = whole_sequences(store, self.where)
+        values = [layer for layer in layers if layer - 1 in layers and layer in layers_of(store, "v", "v_norm")]
+        value_sites = [value_site(store, layer) for layer in values]
+        rows = self.finite_rows(store, [*labels, *value_sites], sequences.rows)
+        sequences = sequences.without(rows.left_out)
+        if not len(sequences):
+            raise RequestError("no sequence is left; change where, or record sequences without infinite values")
+        found = {layer: find_massive(store, layer, sequences, self.absolute, self.relative) for layer in layers}
+        arrays = _by_layer(self, found, sequences)
+        coords: dict[str, Any] = {"layer": layers, "rank": [1, 2, 3][: found[layers[0]].top.shape[1]]}
+        notes = []
+        drains = _value_drain(store, found, values, sequences)
+        if drains:
+            names = ("value_norm_massive", "value_norm_others", "value_norm_ratio")
+            arrays |= stack_heads(layers, drains, names)
+            coords["head"] = np.arange(arrays["value_norm_ratio"].shape[1])
+        else:
+            notes.append("value drain not computed: no massive token enters a block whose v_norm or v was recorded")
+        if model is not None or self.model is not None:
+            effect, note = _effect(self, store, model, found, sequences, arrays["massive"])
+            notes.append(note)
+            arrays, coords = arrays | effect, coords | ({"change": ["none", *CHANGES]} if effect else {})
+        data = dataset(self.variables, arrays, coords)
+        data.attrs["sequences"] = len(sequences)
+        return self.result(store, data, _table(self, store, found), rows, notes)
+
+    @staticmethod
+    def headline(result: Result) -> str:
+        """Returns layers, size, dimension and token of the massive activations, the value drain and the effect."""
+        data, table = result.data, result.table
+        layers = data["layer"].to_numpy()
+        share, top = data["massive"].to_numpy(), data["top"].to_numpy()[:, 0]
+        at = int(np.lexsort((top, share))[-1])
+        line = table.loc[table["layer"] == layers[at]].iloc[0]
+        median = float(data["median"][at])
+        times = f", {top[at] / median:,.0f} times the median" if median else ""
+        size = f"{top[at]:,.0f}" if top[at] >= 1000 else f"{top[at]:.3g}"
+        place = f"dimension {int(line['dimension'])}, {line['position']} token {str(line['token'])!r}"
+        if share[at] == 0:
+            text = f"No massive activations: the largest |h| is {size} on average{times} (layer {layers[at]}, {place})"
+        else:
+            which = _span(layers[share > 0])
+            text = (
+                f"Massive activations at {which}: the largest of a sequence is {size} on average{times} (layer "
+                f"{layers[at]}, {place}), in {100 * share[at]:.0f} % of {data.attrs['sequences']} sequences and "
+                f"{100 * float(data['tokens'][at]):.2g} % of tokens"
+            )
+        if "value_norm_ratio" in data:
+            text += (
+                f"; values of such tokens have {float(data['value_norm_ratio'].median()):.2f} times the norm of others"
+            )
+        if "loss" in data:
+            loss = {change: float(data["loss"].sel(change=change)) for change in ("none", *CHANGES)}
+            text += (
+                f"; loss {loss['none']:.2f} nats, set to their mean {loss['mean']:.2f}, set to 0 {loss['zero']:.2f}, "
+                f"other dimensions of the same tokens set to 0 {loss['random']:.2f}"
+            )
+        return with_note(f"{text}.", result)
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Any]:
+        """Returns "layers", the largest |h| and the median by layer; "values", value drain by head; "effect", loss."""
+        figures = {"layers": _layers(result)}
+        if "value_norm_ratio" in result.data:
+            figures["values"] = _values(result)
+        return {**figures, "effect": _effects(result)} if "loss" in result.data else figures
+
+
+# ---- readings -------------------------------------------------------------------------------------------
+
+
+def _by_layer(
+    probe: MassiveActivations, found: Mapping[int, MassivePlaces], sequences: RaggedSequences
+) -> dict[str, np.ndarray]:
+    """The variables over layers."""
+    columns: dict[str, list[Any]] = {}
+    for one in found.values():
+        largest = one.top[:, 0]
+        absolute, rare = largest > probe.absolute, largest > probe.relative * one.median
+        mean, resampled = clustered_means(
+            (absolute & rare)[:, None].astype(float), sequences.document, resamples=probe.resamples, seed=probe.seed
+        )
+        low, high = intervals(resampled)
+        rows, first = np.unique(one.row[one.massive], return_index=True)
+        line = {
+            "top": one.top.mean(0),
+            "median": one.median.mean(),
+            "largest": largest.max(),
+            "massive": mean[0],
+            "massive_low": low[0],
+            "massive_high": high[0],
+            "above_absolute": absolute.mean(),
+            "above_ratio": rare.mean(),
+            "tokens": len(rows) / sequences.lengths.sum(),
+            "first_tokens": one.first[one.massive][first].mean() if len(rows) else np.nan,
+            "dimensions": len(np.unique(one.dimension[one.massive])),
+        }
+        for name, value in line.items():
+            columns.setdefault(name, []).append(value)
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def _value_drain(
+    store: Store, found: Mapping[int, MassivePlaces], layers: Sequence[int], sequences: RaggedSequences
+) -> dict[int, dict[str, np.ndarray]]:
+    """Norms of values by layer, at tokens that are massive in the output of the block before and at all others."""
+    drains = {}
+    for layer in layers:
+        before = found[layer - 1]
+        chosen = np.unique(before.row[before.massive])
+        others = np.setdiff1d(sequences.rows, chosen)
+        if not len(chosen) or not len(others):
+            continue
+        site = value_site(store, layer)
+        norms = [mean_norms(store, site, rows) for rows in (chosen, others)]
+        parts = (*norms, ratio(*norms))
+        drains[layer] = dict(zip(("value_norm_massive", "value_norm_others", "value_norm_ratio"), parts, strict=True))
+    return drains
+
+
+def _effect(
+    probe: MassiveActivations,
+    store: Store,
+    model: Model | None,
+    found: Mapping[int, MassivePlaces],
+    sequences: RaggedSequences,
+    share: np.ndarray,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Losses of the unchanged and the changed runs, and a note."""
+    layers = list(found)
+    if probe.change_layer is not None and probe.change_layer not in layers:
+        raise RequestError(f"change_layer: layer {probe.change_layer} was not recorded; recorded are {layers}")
+    if not share.max():
+        return {}, "effect not computed: no massive activations"
+    layer = layers[int(np.argmax(share >= share.max() / 2))] if probe.change_layer is None else probe.change_layer
+    one = found[layer]
+    if not one.massive.any():
+        return {}, f"effect not computed: no massive activations at layer {layer}"
+    loaded = recorded_model(store, model or probe.model, usable_device(probe.device))
+    chosen = np.flatnonzero(np.cumsum(sequences.lengths) <= max(probe.row_limit, int(sequences.lengths[0])))
+    runs = SequenceRuns.make(loaded, store, sequences.starts[chosen], sequences.lengths[chosen])
+    site = f"resid_post.{layer}"
+    plain = runs.values(site)
+    cells = one.inside(sequences, chosen)
+    if not len(cells):
+        return {}, f"effect not computed: none of the first {len(chosen)} sequences has a massive activation"
+    at, changed = one.changed_rows(plain, cells, probe.seed)
+    losses = [runs.losses()]
+    losses += [
+        runs.losses(lambda part, name=name: [Set(site, changed[name][part], at=at[part])] if at[part].any() else [])
+        for name in CHANGES
+    ]
+    total, counts = np.stack(losses, 1), runs.targets
+    document = sequences.document[chosen]
+    arrays = {}
+    for name, values in (("loss", total), ("loss_change", total - total[:, :1])):
+        mean, low, high = _weighted(values, counts, document, probe)
+        arrays |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return arrays, f"effect of changes at the output of block {layer} on {int(counts.sum()):,} predicted tokens"
+
+
+def _weighted(
+    values: np.ndarray, counts: np.ndarray, document: np.ndarray, probe: MassiveActivations
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean loss of a token with its 95 % interval over documents; `values` are sums over a sequence's tokens."""
+    clusters, index = np.unique(document, return_inverse=True)
+    totals, weights = np.zeros((len(clusters), values.shape[1])), np.zeros((len(clusters), values.shape[1]))
+    np.add.at(totals, index, values)
+    np.add.at(weights, index, np.repeat(counts[:, None], values.shape[1], 1))
+    mean, resampled = resampled_means(totals, weights, resamples=probe.resamples, seed=probe.seed)
+    return mean, *intervals(resampled)
+
+
+def _table(probe: MassiveActivations, store: Store, found: Mapping[int, MassivePlaces]) -> pd.DataFrame:
+    """The most frequent places of each layer: massive ones first, else the largest of the sequences."""
+    tokens, parts = store.tokens["token"], []
+    for layer, one in found.items():
+        places = pd.DataFrame(
+            {
+                "layer": layer,
+                "dimension": one.dimension,
+                "position": np.where(one.first, "first", "later"),
+                "token": tokens.take(one.row).to_pylist(),
+                "massive": one.massive,
+                "value": one.value.astype(float),
+                "size": np.abs(one.value).astype(float),
+            }
+        )
+        keys = ["layer", "dimension", "position", "token"]
+        lines = places.groupby(keys, sort=True, dropna=False).agg(
+            massive=("massive", "sum"),
+            count=("massive", "size"),
+            mean=("value", "mean"),
+            standard_deviation=("value", lambda values: values.std(ddof=0)),
+            largest=("size", "max"),
+        )
+        order = ["massive", "largest"]
+        parts.append(lines.sort_values(order, ascending=False, kind="stable").head(probe.detail).reset_index())
+    return pd.concat(parts, ignore_index=True)
+
+
+# ---- figures --------------------------------------------------------------------------------------------
+
+
+def _layers(result: Result) -> go.Figure:
+    data = result.data
+    layers = data["layer"].to_numpy()
+    figure = go.Figure()
+    for index, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]]):
+        figure.add_scatter(
+            x=layers, y=data["top"][:, index], name=name, mode="lines+markers", line_color=CATEGORIES[index]
+        )
+    median = np.where(data["median"] > 0, data["median"], np.nan)
+    figure.add_scatter(x=layers, y=median, name="median", mode="lines", line={"color": NEUTRAL, "dash": "dash"})
+    figure.update_traces(hovertemplate="layer %{x}: %{y:.4g}")
+    settings = result.provenance["settings"]
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": f"Largest activations of {_model(result)}",
+            "subtitle": {
+                "text": f"|h| of block outputs, mean over {data.attrs['sequences']:,} sequences; dotted: |h| = "
+                f"{settings['absolute']:g}"
+            },
+        },
+        width=760,
+        height=460,
+        margin={"t": 110},
+    )
+    if settings["absolute"] > 0:
+        figure.add_hline(y=settings["absolute"], line={"dash": "dot", "width": 1, "color": NEUTRAL})
+    figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
+    return figure.update_yaxes(title="|h|", type="log", exponentformat="power")
+
+
+def _values(result: Result) -> go.Figure:
+    data = result.data.dropna("layer", how="all", subset=["value_norm_ratio"])
+    layers, heads = data["layer"].to_numpy().tolist(), data["head"].to_numpy().tolist()
+    values = data["value_norm_ratio"].to_numpy()
+    hover = [
+        [f"<b>{head_name(layer, head)}</b><br>ratio {values[row, head]:.3f}" for head in heads]
+        for row, layer in enumerate(layers)
+    ]
+    return head_grid(
+        values,
+        hover=hover,
+        layers=layers,
+        title=f"Value norm at massive tokens of {_model(result)}",
+        subtitle="mean L2 norm of values at tokens that enter the block massive, divided by that at others",
+        unit="ratio",
+        limits=(0.0, max(1.0, float(np.nanmax(values)))),
+    )
+
+
+def _effects(result: Result) -> go.Figure:
+    data = result.data
+    names = {
+        "none": "unchanged",
+        "mean": "set to their mean",
+        "zero": "set to 0",
+        "random": "other dimensions set to 0",
+    }
+    ends = np.stack([data[f"loss{end}"].to_numpy() for end in ("", "_low", "_high")])
+    return group_intervals(
+        {"loss": ends},
+        categories=[names[change] for change in data["change"].to_numpy().tolist()],
+        hover="%{x}",
+        title=f"Loss of {_model(result)} with changed massive activations",
+        subtitle="mean cross-entropy of the next token in nats, 95 % CI over documents",
+    )
+
+
+def _span(layers: np.ndarray) -> str:
+    """Returns layers as text: "layer 3", "layers 3 to 9", "5 layers from 3 to 9"."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    whole = layers[-1] - layers[0] + 1 == len(layers)
+    return f"layers {layers[0]} to {layers[-1]}" if whole else f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
+
+
+def _model(result: Result) -> str:
+    return label(str(result.provenance["model"]), 60)
