@@ -80,7 +80,11 @@ _PUBLIC = {
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
     "LayeredArray": "workbench.store.reader",
-    "Rows": "workbench.store.reader",
+    "Rows": "workbench.store.rows",
+    "ComputedArray": "workbench.store.computed",
+    "head_results": "workbench.model.head_results",
+    "RowDataset": "workbench.store.datasets",
+    "to_hf_dataset": "workbench.store.datasets",
     "merge": "workbench.store.merged_store",
     "pack": "workbench.store.packed_copy",
     "remove": "workbench.features.removal",
@@ -150,6 +154,7 @@ if TYPE_CHECKING:
     from workbench.model.block_records import SkipBlock, SwapBlocks
     from workbench.model.direction import Direction, load_direction
     from workbench.model.embedding_records import EmbedTokens
+    from workbench.model.head_results import head_results
     from workbench.model.intervene import intervene
     from workbench.model.load import Model, load_model
     from workbench.model.row_records import Add, Project, Set, Zero
@@ -174,6 +179,9 @@ if TYPE_CHECKING:
     from workbench.sae.metrics import sae_metrics
     from workbench.sae.ruled import with_sparsity
     from workbench.sites.settings import Recording
+    from workbench.store.computed import ComputedArray
+    from workbench.store.datasets import RowDataset, to_hf_dataset
     from workbench.store.merged_store import merge
     from workbench.store.packed_copy import pack
-    from workbench.store.reader import ActivationArray, LayeredArray, Rows, Store, open_store
+    from workbench.store.reader import ActivationArray, LayeredArray, Store, open_store
+    from workbench.store.rows import Rows

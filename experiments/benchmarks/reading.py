@@ -49,6 +49,7 @@ class Reading:
                 },
                 at_least=0.7,
             )
+        comparisons.append(self._compare_batches(many, raw))
         return comparisons + self._compare(
             f"all rows in order, {self.block:,} at a time",
             self.rows,
@@ -58,6 +59,28 @@ class Reading:
                 "many": lambda: _copy_all(many, self.block),
             },
             at_least=0.8,
+        )
+
+    def _compare_batches(self, array: wb.ActivationArray, raw: np.memmap) -> Comparison:
+        """Times batches for training, each row once in random order, from a store of many segments."""
+        order = np.random.default_rng(0).permutation(self.rows)
+        batches = np.array_split(order, -(-self.rows // self.block))
+        dataset = wb.RowDataset(array, batch_rows=self.block, seed=0)
+        speeds = interleaved(
+            self.repeats,
+            {
+                "dataset": per_second(self.rows, lambda: sum(1 for _ in dataset)),
+                "memmap": per_second(self.rows, lambda: _gather(raw, batches)),
+            },
+        )
+        return Comparison(
+            f"RowDataset: all rows once, shuffled, {self.block:,} at a time",
+            "np.memmap at the same number of random rows",
+            speeds["dataset"],
+            speeds["memmap"],
+            "rows/s",
+            at_least=100_000,
+            target_of="workbench",
         )
 
     def _record(self, folder: Path, segment_rows: int) -> wb.ActivationArray:

@@ -82,6 +82,14 @@ class LayeredArray:
             raise ValueError(f"{self.kind} is on the disk and cannot become an array without a copy")
         return np.stack([np.asarray(array, dtype) for array in self.arrays], 1)
 
+    def __getitems__(self, ids: list[int]) -> list[Float[Tensor, "layer ..."]]:
+        """Returns rows one by one, read together: a DataLoader of torch asks for its batches in this way."""
+        return list(self[ids])
+
+    def to_numpy(self, rows: Any = slice(None), dtype: Any = np.float32) -> np.ndarray:
+        """Returns rows, indexed as above, as a NumPy array; float32, because sums in float16 overflow at 65,504."""
+        return self[rows].float().numpy().astype(dtype, copy=False)
+
     def blocks(self, rows: int = 8192) -> Iterator[tuple[slice, Float[Tensor, "row layer ..."]]]:
         """Yields all rows in order, `rows` at a time, each block with its slice. Memory: one block of all layers."""
         for start in range(0, len(self), rows):

@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from workbench.corpus.places import add_places
-from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.store.groups import segment_tables
 from workbench.store.growth import delete_sites
@@ -32,7 +31,8 @@ from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, f
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
 from workbench.store.packed_copy import pack
-from workbench.store.query import Parameters, rows_of_tokens, select_rows
+from workbench.store.query import Parameters, select_rows
+from workbench.store.rows import Rows, row_ids
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
 from workbench.store.verify import verify
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _OPEN_MAPS = 32_768  # Linux grants a process 65,530
-_ROWS_SHOWN, _COLUMNS_SHOWN = 10, 16  # of a selection, in a notebook
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:
@@ -289,9 +288,7 @@ class ActivationArray:
             if step == 1:
                 return self._tensor(self._maps.read(start, max(start, stop)))
             return self._tensor(self._maps.gather(np.arange(start, stop, step)))
-        if isinstance(index, Rows):
-            return self._tensor(self._maps.gather(index.ids_in(self.store)))
-        ids = _row_ids(index, self)
+        ids = row_ids(index, self.store, self.site.label)
         if not ids.ndim:
             return self._tensor(self._maps.read(int(ids), int(ids) + 1))[0]
         return self._tensor(self._maps.gather(ids.reshape(-1))).reshape(*ids.shape, *self.site.shape)
@@ -302,6 +299,14 @@ class ActivationArray:
             raise ValueError(f"{self.site.label} is on the disk and cannot become an array without a copy")
         values = self[:]
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy().astype(dtype, copy=False)
+
+    def __getitems__(self, ids: list[int]) -> list[Float[Tensor, ...]]:
+        """Returns rows one by one, read together: a DataLoader of torch asks for its batches in this way."""
+        return list(self[ids])
+
+    def to_numpy(self, rows: Any = slice(None), dtype: Any = np.float32) -> np.ndarray:
+        """Returns rows, indexed as above, as a NumPy array; float32, because sums in float16 overflow at 65,504."""
+        return self[rows].float().numpy().astype(dtype, copy=False)
 
     def blocks(self, rows: int = 8192) -> Iterator[tuple[slice, Float[Tensor, "row ..."]]]:
         """Yields all rows in order, `rows` at a time, each block with its slice. Memory: one block."""
@@ -321,161 +326,3 @@ class ActivationArray:
         # allocated by NumPy, not torch: its large arrays use huge pages, and filling them takes a fifth of the time
         tensor = torch.from_numpy(values)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Rows:
-    """A selection of a store's rows. `&`, `|` and `-` combine two, `~rows` are all others; `rows[:10]` are the first
-    ten, `rows[[0, 5]]` two of them, `rows.sample(100)` a hundred at random."""
-
-    store: Store
-    ids: Int64[np.ndarray, " selected"]
-    """Row ids, ascending, each once. May be given in any order."""
-
-    __iter__ = None
-
-    def __post_init__(self) -> None:
-        ids = np.unique(self.ids).astype(np.int64, casting="same_kind")
-        if len(ids) and not 0 <= ids[0] <= ids[-1] < self.store.rows:
-            raise RequestError(f"rows {ids[0]} to {ids[-1]} are not within the {self.store.rows} of {self.store.path}")
-        ids.flags.writeable = False
-        object.__setattr__(self, "ids", ids)
-
-    def __repr__(self) -> str:
-        return f"{len(self):,} of {self.store.rows:,} rows of {self.store.path}"
-
-    def _repr_html_(self) -> str:
-        from workbench.figures.markup import card, frame
-
-        tokens = self[:_ROWS_SHOWN].tokens
-        more = f"<p>{len(self) - _ROWS_SHOWN:,} more</p>" if len(self) > _ROWS_SHOWN else ""
-        below = frame(tokens.select(tokens.column_names[:_COLUMNS_SHOWN]).to_pandas(), _ROWS_SHOWN) + more
-        lines = {"selected": f"{len(self):,} of {self.store.rows:,}", "store": self.store.path}
-        return card("Rows", lines, below if len(self) else "")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, site: slice | Sequence[int] | np.ndarray) -> Rows: ...
-
-    @overload
-    def __getitem__(self, site: str | tuple[str, int | slice | Sequence[int]]) -> Float[Tensor, "row ..."]: ...
-
-    def __getitem__(
-        self, site: str | tuple[str, int | slice | Sequence[int]] | slice | Sequence[int] | np.ndarray
-    ) -> Rows | Float[Tensor, "row ..."]:
-        """Returns a site's activations (n_selected, ...) for `rows["resid_post", 3]`; fewer rows for an index.
-
-        `rows["resid_post", 0:8]` has the axes (n_selected, layer, ...).
-
-        An index is a slice, a list or array of places among the selected rows, or a mask over them. The result is in
-        row order, each row once, whatever the order of the places.
-        """
-        if isinstance(site, str):
-            return self.store[site][self]
-        if isinstance(site, tuple) and site and isinstance(site[0], str):
-            return self.store[site][self]  # pyright: ignore[reportCallIssue, reportArgumentType]  # (site, layers)
-        places = site if isinstance(site, slice) else _places(site, len(self))  # pyright: ignore[reportArgumentType]
-        return Rows(self.store, self.ids[places])
-
-    def __invert__(self) -> Rows:
-        return Rows(self.store, np.setdiff1d(np.arange(self.store.rows), self.ids, assume_unique=True))
-
-    def sample(self, n: int, seed: int = 0) -> Rows:
-        """Returns `n` of the rows, drawn without replacement; all of them if there are not more.
-
-        The same seed draws the same rows of the same selection.
-        """
-        check("n", n, at_least=0)
-        drawn = np.random.default_rng(seed).permutation(len(self))[:n]
-        return Rows(self.store, self.ids[drawn])
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Returns the token table of these rows as a frame, with their ids as index."""
-        return self.tokens.to_pandas().set_index("row", drop=False).rename_axis(None)
-
-    def text(self, context: int = 0) -> list[str]:
-        """Returns the text of each row's token, with `context` tokens of its sequence before and after it.
-
-        The token stands between ⟦ and ⟧ where there is a context: "Once upon⟦ a⟧ time". Texts of tokens are joined as
-        they are. A store of chosen rows has no context.
-        """
-        check("context", context, at_least=0)
-        if not context:
-            return [text or "" for text in self.tokens["token"].to_pylist()]
-        self.store.require_whole_sequences("text with a context")
-        shifts = np.arange(-context, context + 1)
-        around = np.clip(self.ids[:, None] + shifts, 0, max(self.store.rows - 1, 0))
-        needed, where = np.unique(around, return_inverse=True)
-        tokens = Rows(self.store, needed).tokens
-        texts, sequences = tokens["token"].to_pylist(), tokens["sequence"].to_numpy()
-        lines = []
-        columns: Any = where.reshape(around.shape).tolist()
-        for row, places in zip(self.ids.tolist(), columns, strict=True):
-            own = sequences[places[context]]
-            inside = [
-                (shift, texts[place] or "")
-                for shift, place in zip(shifts.tolist(), places, strict=True)
-                if needed[place] == row + shift and sequences[place] == own
-            ]
-            lines.append("".join(f"⟦{text}⟧" if shift == 0 else text for shift, text in inside))
-        return lines
-
-    def __and__(self, other: Rows) -> Rows:
-        return Rows(self.store, np.intersect1d(self.ids, other.ids_in(self.store), assume_unique=True))
-
-    def __or__(self, other: Rows) -> Rows:
-        return Rows(self.store, np.union1d(self.ids, other.ids_in(self.store)))
-
-    def __sub__(self, other: Rows) -> Rows:
-        return Rows(self.store, np.setdiff1d(self.ids, other.ids_in(self.store), assume_unique=True))
-
-    @property
-    def tokens(self) -> pa.Table:
-        """Token table of these rows, in row order. Reads the tables of their segments."""
-        return rows_of_tokens(self.store.path, self.store.manifest, self.ids)
-
-    def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
-        """Returns the ids, if they are of this store: rows of another store are other tokens."""
-        if self.store.path != store.path:
-            raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")
-        return self.ids
-
-
-def _places(index: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
-    """Places among `count` selected rows, from 0, of integers or a mask."""
-    places = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
-    if places.dtype == bool and places.shape == (count,):
-        return np.flatnonzero(places)
-    if not places.size:
-        return np.empty(0, np.int64)
-    if places.dtype.kind not in "iu" or places.ndim != 1:
-        raise IndexError(
-            f"{count} rows are indexed by a site, a slice, whole numbers or a mask of {count}, not by {places.dtype} "
-            f"values of shape {places.shape}"
-        )
-    if not -count <= places.min() <= places.max() < count:
-        raise IndexError(f"places {places.min()} to {places.max()} are not within the {count} selected rows")
-    return places
-
-
-def _row_ids(index: Any, array: ActivationArray) -> Int64[np.ndarray, "*shape"]:
-    """Integers or a mask as row ids from 0; IndexError for anything else."""
-    rows, label = len(array), array.site.label
-    if isinstance(index, tuple):
-        raise IndexError(f"{label} is indexed by rows alone: write array[rows][:, ...] for the other axes")
-    ids = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-    if ids.dtype == bool:
-        if ids.shape != (rows,):
-            raise IndexError(f"a mask of shape {ids.shape} does not select among the {rows} rows of {label}")
-        return np.flatnonzero(ids)
-    if not ids.size:
-        return ids.astype(np.int64)
-    if ids.dtype.kind not in "iu":
-        raise IndexError(f"rows of {label} are selected by integers, slices, masks or Rows, not {ids.dtype} values")
-    low, high = ids.min(), ids.max()
-    if not -rows <= low <= high < rows:
-        raise IndexError(f"row {low if low < -rows else high} is out of range: {label} has {rows} rows")
-    ids = ids.astype(np.int64, copy=False)
-    return ids if low >= 0 else np.where(ids < 0, ids + rows, ids)
