@@ -52,7 +52,7 @@ def edited(path: Path, edit) -> Path:
         (lambda m: m.update(colour="red"), "manifest.json: unknown key 'colour'; expected model, sites, recording"),
         (
             lambda m: m.pop("sites"),
-            "manifest.json: the key 'sites' is missing; found complete, environment, format, interventions, model",
+            "manifest.json: the key 'sites' is missing; found complete, environment, format, gradient_of",
         ),
         (lambda m: m.update(sites={}), "manifest.json: sites: expected a list, found {}"),
         (lambda m: m["model"].update(vocab=True), "model: vocab: expected a whole number, found true"),

@@ -29,6 +29,7 @@ from workbench.sites.grammar import short_name
 from workbench.store.lost_values import lost_values, refuse_nonfinite
 from workbench.store.manifest import SiteRecord, short_list
 from workbench.store.reader import Rows, Store
+from workbench.store.run_difference import run_difference
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -241,19 +242,8 @@ def _compare_pair(
             clipped = sum(values[one.label].clipped for values in lost if one.label in values)
             lines.append(_compare_site(a, b, one, other, groups, tick) | {"clipped": clipped})
     measures, not_run = _run_probes(a, b, probes, results)
-    other = _difference(a, b)
+    other = run_difference(a.manifest, b.manifest)
     return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run, other)
-
-
-def _difference(a: Store, b: Store) -> str | None:
-    """First difference between the models, and the interventions with which they ran."""
-    model = a.manifest.model.difference(b.manifest.model)
-    changes = [store.manifest.interventions for store in (a, b)]
-    if changes[0] == changes[1] or {one and one.digest for one in changes} == {changes[0] and changes[0].digest}:
-        return model
-    names = [", ".join(one.names) if one else "without interventions" for one in changes]
-    changed = f"the first store ran {names[0]}, the second {names[1]}"
-    return f"{model}; {changed}" if model else changed
 
 
 # ---- checks of the two stores ------------------------------------------------------------------------------
@@ -322,7 +312,7 @@ def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: s
 
 
 def _matches(site: SiteRecord, pattern: str) -> bool:
-    return pattern in (site.name, site.short, (site.short or "").split(".")[0])
+    return pattern in (site.name, site.short, (site.short or "").rpartition(".")[0])
 
 
 def _shape(site: SiteRecord) -> str:
@@ -364,11 +354,11 @@ def _compare_site(
     used = counts[:, 0] > 0
     (cosine, error), resamples = resampled_means(totals[used], counts[used])
     low, high = intervals(resamples) if used.sum() > 1 else np.full((2, 2), np.nan)
-    short = (one.short or one.name).split(".")
+    kind, _, layer = (one.short or one.name).rpartition(".")
     return {
         "site": one.label,
-        "kind": short[0],
-        "layer": int(short[1]) if len(short) == 2 and short[1].isdigit() else -1,
+        "kind": kind if layer.isdigit() else one.label,
+        "layer": int(layer) if layer.isdigit() else -1,
         "cosine": cosine,
         "cosine_low": low[0],
         "cosine_high": high[0],

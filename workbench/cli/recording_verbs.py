@@ -95,6 +95,10 @@ class Record:
     """Use an SAE that was trained on another site or model."""
     interventions: Path | None = None
     """JSON file with records that change the model while it runs: {"records": [{"kind": "zero", "site": "z.3"}]}."""
+    gradient_of: str | None = None
+    """Metric whose gradient with respect to each site is stored as grad.SITE: a JSON object, such as {"kind":
+    "logit_difference", "token": " Mary", "against": " John", "at": -1}, or a file with one. Kinds: log_probability,
+    logit_difference, next_token_loss."""
     append: bool | Literal["again"] = False
     """Add the texts to an existing store. again: even if it ends with these texts."""
     tokenizer: str | None = None
@@ -140,6 +144,7 @@ class Record:
         )
         from workbench.recording.change_files import read_interventions
         from workbench.recording.record import record
+        from workbench.recording.segment_gradients import read_metric
 
         record(
             model,
@@ -147,6 +152,7 @@ class Record:
             out=self.out,
             overwrite=self.overwrite,
             settings=self.recording,
+            gradient_of=None if self.gradient_of is None else read_metric(self.gradient_of),
             interventions=() if self.interventions is None else read_interventions(self.interventions),
             sae=sae,
             sae_site=self.sae_site,

@@ -162,15 +162,24 @@ def _small(blocks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]
 
 
 def _give(site: Site, tensor: Tensor, batch: tuple[int, ...], receive: Receive) -> None:
-    """Delivers a tensor in the site's shape: some modules merge batch and position, and fused heads come flat."""
+    """Delivers a tensor in the site's shape."""
+    tensor = in_site_shape(site, tensor, batch)
+    receive(site, _norms(site, tensor) if site.of else tensor, 0)
+
+
+def in_site_shape(site: Site, tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """Returns a tensor as (batch, position, *row): some modules merge batch and position, and fused heads come flat.
+
+    Raises:
+        DataError: The tensor has another number of values.
+    """
     shape = fixed_shape(site.of or site)
     rows = tensor.shape[:2] == batch or tensor.shape[:1] == (math.prod(batch),)
     if not rows or tensor.numel() != math.prod((*batch, *shape)):
         raise DataError(
             f"site {site.short or site.name}: a tensor of shape {tuple(tensor.shape)} for a batch {tuple(batch)}"
         )
-    tensor = tensor.reshape(*batch, *shape)
-    receive(site, _norms(site, tensor) if site.of else tensor, 0)
+    return tensor.reshape(*batch, *shape)
 
 
 def _norms(site: Site, tensor: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def _record(entry: Any, where: str, folder: Path) -> Intervention:
 
 def _value(name: str, value: Any, folder: Path) -> Any:
     if name in _CHOICES and isinstance(value, dict):
-        return _tokens(value)
+        return choice_of(value)
     if name == "direction" and isinstance(value, str):
         return load_direction(folder / value)
     if name in ("value", "vectors", "direction") and isinstance(value, list):
@@ -90,13 +90,14 @@ def _value(name: str, value: Any, folder: Path) -> Any:
     return value
 
 
-def _tokens(value: dict[str, Any]) -> Tokens | slice:
+def choice_of(value: dict[str, Any]) -> Tokens | slice:
+    """Returns the choice of tokens that an object describes: a slice, or any of index, ids, span and sql."""
     if value.keys() <= {"start", "stop", "step"}:
         return slice(value.get("start"), value.get("stop"), value.get("step"))
     if unknown := sorted(value.keys() - {"index", "ids", "span", "sql"}):
         raise RequestError(f"a choice of tokens has no {unknown[0]!r}; it has index, ids, span and sql")
     index = value.get("index", "all")
-    return Tokens(**{**value, "index": _tokens(index) if isinstance(index, dict) else index})
+    return Tokens(**{**value, "index": choice_of(index) if isinstance(index, dict) else index})
 
 
 def _donors(value: Any, folder: Path) -> Store | Rows:

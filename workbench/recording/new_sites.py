@@ -75,8 +75,9 @@ def record_new_sites(plan: RecordingPlan, model: Model, writer: Writer, workers:
     added = ", ".join(site.label for site in sites[:3])
     if is_read_only(path):
         raise RequestError(f"{path} is read-only and lacks {added}; make it writable, or choose another out")
-    if manifest.chosen or manifest.interventions:
-        reason = "holds chosen rows alone" if manifest.chosen else "was recorded with interventions"
+    if manifest.chosen or manifest.interventions or manifest.gradient_of:
+        changed = "was recorded with interventions" if manifest.interventions else "was recorded with gradients"
+        reason = "holds chosen rows alone" if manifest.chosen else changed
         raise RequestError(f"{path} {reason}, so {added} cannot be added to it; choose another out")
     if workers.shared:
         raise RequestError(f"several processes that share a store cannot add {added} to it; add sites with one")

@@ -18,9 +18,11 @@ from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
+from workbench.model.metrics import Metric
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
 from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes
+from workbench.recording.segment_gradients import check_metric, gradient_record
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
@@ -61,6 +63,8 @@ class RecordingPlan:
     """Site whose SAE features are extracted."""
     changes: RecordedChanges | None = None
     """Interventions with which the model runs."""
+    gradient_of: Metric | None = None
+    """Metric whose gradients with respect to each site are stored."""
 
     @property
     def encoded_only(self) -> EncodedSite | None:
@@ -94,6 +98,7 @@ class PartPlan:
     sequence_offset: int
     document_offset: int
     interventions: tuple[Intervention, ...] = ()
+    gradient_of: Metric | None = None
 
 
 def plan_recording(
@@ -103,6 +108,7 @@ def plan_recording(
     features: RecordedFeatures | None = None,
     present: ModelRecord | None = None,
     interventions: Sequence[Intervention] = (),
+    gradient_of: Metric | None = None,
 ) -> RecordingPlan:
     """Resolves a request against a model: its sites, its context, its features.
 
@@ -113,9 +119,11 @@ def plan_recording(
         features: SAE features to extract while recording.
         present: What a store records of the model. None: it is measured, which takes a checksum of the weights.
         interventions: Interventions with which the model runs.
+        gradient_of: Metric whose gradients are stored.
 
     Raises:
-        RequestError: An unknown site, a context beyond the model's, or an SAE that does not fit.
+        RequestError: An unknown site, a context beyond the model's, an SAE that does not fit, or a metric or site
+            without gradients.
     """
     if settings.sites is None and features is None:
         settings = replace(settings, sites=_SITES)
@@ -132,17 +140,21 @@ def plan_recording(
     if features is not None:
         site = features.select_site(model.site_map, sites)
         encoded = features.at(site, _site_record(site, context, settings.dtype), model, out)
+    check_metric(model, gradient_of, sites)
+    if gradient_of is not None and features is not None:
+        raise RequestError("gradient_of does not go with sae; extract the features from the finished store")
+    records = tuple(
+        replace(_site_record(site, context, settings.dtype), synonyms=model.site_map.names_of(site)) for site in sites
+    )
     return RecordingPlan(
         model=present or model_record(model),
         settings=settings,
         context=context,
         added=added,
-        sites=tuple(
-            replace(_site_record(site, context, settings.dtype), synonyms=model.site_map.names_of(site))
-            for site in sites
-        ),
+        sites=(*records, *(map(gradient_record, records) if gradient_of else ())),
         features=encoded,
         changes=plan_changes(model, interventions, sites),
+        gradient_of=gradient_of,
     )
 
 
@@ -203,6 +215,7 @@ def plan_part(
         sequence_offset=sum(part.sequences for part in before),
         document_offset=sum(part.documents for part in before),
         interventions=plan.changes.records if plan.changes else (),
+        gradient_of=plan.gradient_of,
     )
     first_number = len(writer.manifest.segments) - committed
     return part_plan, [

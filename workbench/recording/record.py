@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from workbench.features.while_recording import RecordedFeatures
     from workbench.model.intervene import Intervention
+    from workbench.model.metrics import Metric
     from workbench.sae.autoencoder import Sae
     from workbench.store.reader import Store
 
@@ -73,6 +74,7 @@ def record(
     sae_dtype: str = "float32",
     sae_force: bool = False,
     interventions: Sequence[Intervention] = (),
+    gradient_of: Metric | None = None,
     append: Append = False,
     workers: Workers | None = None,
     show_progress: bool = True,
@@ -97,6 +99,8 @@ def record(
         sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
         interventions: Records that change the model, such as `wb.Zero("z.3")`; part of the store's identity.
+        gradient_of: A metric, such as `wb.LogitDifference(" Mary", " John")`: its gradient with respect to each site is
+            stored as `grad.resid_post.3`, in float32. Costs a backward pass; part of the store's identity.
         append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
         workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
         show_progress: Show progress bars.
@@ -118,7 +122,8 @@ def record(
     settings, workers = recording(_first_settings(texts, settings, out), **options), workers or ThisProcess()
     folder = _folder(out, overwrite, append, workers)
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    plan = plan_recording(model, settings, path := _path(folder), features, interventions=interventions)
+    changes = {"interventions": interventions, "gradient_of": gradient_of}
+    plan = plan_recording(model, settings, path := _path(folder), features, **changes)
     return _record_at(plan, model, texts, path, overwrite, append, workers, show_progress)
 
 
@@ -264,6 +269,7 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> A
         unembed_reason=None if plan.settings.unembed else LEFT_OUT,
         features=plan.encoded_only and plan.encoded_only.label,
         interventions=plan.changes and plan.changes.stored,
+        gradient_of=plan.gradient_of and plan.gradient_of.described(),
         shared=workers.shared,
     )
 

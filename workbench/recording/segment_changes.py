@@ -75,7 +75,8 @@ class SegmentChanges:
         self.run = Intervened(model, tuple(records), proof=False)
         self._first, self._lengths = first_sequence, lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        self._chosen = {table_key(choice): _chosen(choice, table) for choice in self.run.choices if choice.needs_table}
+        choices = [choice for choice in self.run.choices if choice.needs_table]
+        self._chosen = {table_key(choice): chosen_by_table(choice, table) for choice in choices}
 
     def batch(self, sequences: Int[np.ndarray, " batch"]) -> AbstractContextManager[None]:
         """Gives the next pass, over these sequences of the segment, what the token table knows of them."""
@@ -108,8 +109,12 @@ class SegmentChanges:
         return tuple(counted)
 
 
-def _chosen(choice: Tokens, table: pa.Table) -> Bool[np.ndarray, " row"]:
-    """Rows of a segment that a choice's conditions on the token table select."""
+def chosen_by_table(choice: Tokens, table: pa.Table) -> Bool[np.ndarray, " row"]:
+    """Returns the rows of a segment that a choice's conditions on the token table select.
+
+    Raises:
+        RequestError: A label that no text has, or a condition that DuckDB refuses.
+    """
     rows = np.ones(table.num_rows, bool)
     if choice.span is not None:
         if f"{choice.span}_span" not in table.column_names:

@@ -21,13 +21,15 @@ from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
+from workbench.model.gradients import capture_gradients
 from workbench.model.load import Loading, Model, batch_tokens
 from workbench.model.packing import pack_model, unpack_model
 from workbench.recording.choosing import chosen_rows, chosen_table
 from workbench.recording.planning import PartPlan
 from workbench.recording.segment_changes import SegmentChanges, applied
+from workbench.recording.segment_gradients import SegmentMetric
 from workbench.recording.transfer import BatchRows, ChosenRows, as_numpy, backlog, to_host
-from workbench.sites.grammar import Site
+from workbench.sites.grammar import Site, gradient_name
 from workbench.sites.settings import Recording
 from workbench.store.manifest import SiteRecord
 from workbench.store.segment import SegmentWriter
@@ -36,6 +38,10 @@ from workbench.store.writer import Writer, check_space, explain_full_disk, requi
 
 if TYPE_CHECKING:
     from workbench.features.while_recording import EncodedSite, PackedEncodedSite
+
+
+_GRADIENT_SHARE = 4
+"""Divisor of the default tokens of a pass whose graph is kept for the backward pass."""
 
 
 def write_part(
@@ -173,6 +179,9 @@ class SegmentRecorder:
         changes = None
         if plan.interventions:
             changes = SegmentChanges(self.model, plan.interventions, planned.first_sequence, lengths, table)
+        metric = None
+        if plan.gradient_of is not None:
+            metric = SegmentMetric(self.model, plan.gradient_of, planned.first_sequence, lengths, table)
         chosen = None
         if self.chosen is not None:
             begin, end = sequences.starts[[first, last]]
@@ -193,6 +202,7 @@ class SegmentRecorder:
                         advance,
                         chosen=chosen,
                         changes=changes,
+                        gradient_of=metric,
                     )
                 else:  # its features first: a segment that is finished has them
                     buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
@@ -251,6 +261,7 @@ def fill(
     *,
     chosen: Sequence[Int[np.ndarray, " _"]] | None = None,
     changes: SegmentChanges | None = None,
+    gradient_of: SegmentMetric | None = None,
 ) -> None:
     """Runs the model over one segment's sequences and writes every site's rows.
 
@@ -264,27 +275,39 @@ def fill(
         advance: Called with numbers of rows as they are recorded.
         chosen: Rows to write of each sequence, counted through the segment; None: all.
         changes: Interventions of the pass.
+        gradient_of: Metric whose gradients are written, too.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     counts = lengths if chosen is None else np.array([len(rows) for rows in chosen])
     stored = np.flatnonzero(counts)  # sequences without a chosen row are not run
     first_rows = np.concatenate([[0], np.cumsum(counts)[:-1]])
     with backlog() as submit:
-        for batch in batch_plan(lengths[stored], settings.batch_tokens or batch_tokens(model)):
+        most = settings.batch_tokens or batch_tokens(model) // (_GRADIENT_SHARE if gradient_of else 1)
+        for batch in batch_plan(lengths[stored], most):
             batch = stored[batch]
             tokens, mask = _padded(ids, starts[batch], lengths[batch])
             rows = BatchRows(starts[batch], lengths[batch])
             if chosen is not None:
                 rows = ChosenRows(first_rows[batch], [chosen[i] - starts[i] for i in batch])
 
-            def receive(site: Site, tensor: Tensor, first: int, rows: BatchRows = rows) -> None:
+            def write(name: str, site: Site, tensor: Tensor, first: int, rows: BatchRows = rows) -> None:
                 if site.axes[-1:] == ("key",):
-                    tensor = torch.nn.functional.pad(tensor, (0, segment.shape(site.name)[-1] - tensor.shape[-1]))
+                    tensor = torch.nn.functional.pad(tensor, (0, segment.shape(name)[-1] - tensor.shape[-1]))
                 real, runs = rows.take(tensor, first)
-                submit(_write, segment, site.name, to_host(real, getattr(torch, segment.dtype(site.name))), runs)
+                submit(_write, segment, name, to_host(real, getattr(torch, segment.dtype(name))), runs)
+
+            def receive(site: Site, tensor: Tensor, first: int, write: Any = write) -> None:
+                write(site.name, site, tensor, first)
+
+            def receive_gradient(site: Site, tensor: Tensor, first: int, write: Any = write) -> None:
+                write(gradient_name(site.name), site, tensor, first)
 
             with changes.batch(batch) if changes else nullcontext():
-                capture(model.module, sites, tokens, mask, receive)
+                if gradient_of is None:
+                    capture(model.module, sites, tokens, mask, receive)
+                else:
+                    metric, gradients = gradient_of.of(batch), {"receive_gradient": receive_gradient}
+                    capture_gradients(model, sites, tokens, mask, metric, receive=receive, **gradients)
             advance(int(counts[batch].sum()))
 
 

@@ -69,6 +69,9 @@ DERIVED: Mapping[str, str] = {
 _OF_LATER_QUERIES = ("attn_received", "attn_received_entropy")
 """Derived sites that are means over the queries at and after a key."""
 
+GRADIENT = "grad."
+"""Prefix of the name of a recorded gradient with respect to a site: `grad.resid_post.3`."""
+
 _SHORT = re.compile(r"(?P<kind>\w+)\.(?P<layers>-?\d*(?::-?\d*){0,2})")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -293,8 +296,16 @@ def _layers(short: re.Match[str], n_layers: int) -> range:
     return layers
 
 
+def gradient_name(name: str) -> str:
+    """Returns the name of the gradient with respect to a site, short or full."""
+    return GRADIENT + name
+
+
 def short_name(name: str) -> str | None:
     """Returns `resid_post.3` for `blocks.3.hook_resid_post`; None for a name that has no short form."""
+    if name.startswith(GRADIENT):
+        short = short_name(name.removeprefix(GRADIENT))
+        return short and gradient_name(short)
     block = _BLOCK.match(name)
     template = _BLOCK.sub("blocks.{layer}.", name, count=1)
     for kind, known in SHORT_NAMES.items():

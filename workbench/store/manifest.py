@@ -27,7 +27,7 @@ from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json
 from workbench.io.reading import read_file
 from workbench.store.added_records import merged_record, record_names
 from workbench.store.identity import Identity, difference
-from workbench.store.stored_changes import Ran, StoredChanges, none_ran
+from workbench.store.stored_changes import Ran, StoredChanges, metric_name, none_ran
 
 FORMAT = "workbench.activations"
 VERSION = 2
@@ -53,7 +53,7 @@ _NEW_PART_KEYS = {"cut_documents": None, "columns": None, "documents_with_added_
 _NEW_SEGMENT_KEYS: dict[str, Any] = {"added": []}
 """Keys of a segment that version 2 added."""
 
-_NEW_KEYS = {"complete": False, "interventions": None, "rows_fingerprint": None}
+_NEW_KEYS = {"complete": False, "interventions": None, "gradient_of": None, "rows_fingerprint": None}
 """Keys of the manifest that version 2 added; `parse_manifest` finds whether a store of version 1 is complete."""
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -239,6 +239,8 @@ class Manifest:
     """True once every row of all parts is committed; False while there is no part yet."""
     interventions: StoredChanges | None = None
     """Interventions with which the model ran; None: it ran as it is."""
+    gradient_of: dict[str, Any] | None = None
+    """Metric whose gradients with respect to each site are stored as sites `grad.`; None: no gradients."""
     rows_fingerprint: str | None = None
     """Fingerprint from before sites or the unembedding were added or deleted, which changes no row. None: they are as
     they were recorded."""
@@ -462,6 +464,8 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
     }
     if manifest.interventions:
         lines["changed"] = f"the model ran with interventions: {short_list(manifest.interventions.names)}"
+    if manifest.gradient_of:
+        lines["gradient"] = f"of {metric_name(manifest.gradient_of)}"
     if notes := text_notes(manifest.parts):
         lines["notes"] = "; ".join(notes)
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):

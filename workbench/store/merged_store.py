@@ -112,6 +112,8 @@ def _check(sources: Sequence[_Source], column: str) -> None:
             raise RequestError(
                 f"stores: {source.path} was recorded with interventions; merge stores of the model as it is"
             )
+        if manifest.gradient_of != first.manifest.gradient_of:
+            raise RequestError(f"{pair} hold gradients of different metrics; merge stores of one metric")
         if other := first.manifest.model.difference(manifest.model):
             raise RequestError(f"{pair} are of two models: {other}; merge stores of one model")
         if manifest.model.tokenizer_fingerprint != first.manifest.model.tokenizer_fingerprint:

@@ -69,6 +69,15 @@ def record_name(record: Mapping[str, Any]) -> str:
     return " ".join(part for part in (str(record["kind"]), str(site or ""), *places, heads) if part)
 
 
+def metric_name(metric: Mapping[str, Any]) -> str:
+    """Returns what a recorded metric is, as one phrase: `logit_difference, token ' Mary', against ' John', at -1`."""
+    at = {name: value for name, value in metric["at"].items() if name != "index" or value != "all"} or {"index": "all"}
+    places = [str(value if not isinstance(value, list) else ", ".join(map(str, value))) for value in at.values()]
+    ordered = sorted(metric.items(), key=lambda entry: entry[0].startswith("against"))
+    named = [f"{name} {value!r}" for name, value in ordered if name not in ("kind", "at") and value is not None]
+    return ", ".join([str(metric["kind"]), *named, f"at {' and '.join(places)}"])
+
+
 def none_ran(count: int) -> tuple[Ran, ...]:
     """Returns counts of records that have done nothing yet."""
     return tuple(Ran(0, 0, 0, 0, None) for _ in range(count))

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -39,7 +40,7 @@ from workbench.store.manifest import (
 )
 from workbench.store.segment import SegmentWriter
 from workbench.store.staging import PlannedSegment
-from workbench.store.stored_changes import StoredChanges, added
+from workbench.store.stored_changes import StoredChanges, added, metric_name
 from workbench.store.token_table import ROW_BYTES, check_columns, check_tokens, read_schema
 from workbench.store.unembedding import LEFT_OUT, WriteUnembed, add_unembed
 
@@ -90,6 +91,7 @@ def open_writer(
     unembed_reason: str | None,
     features: str | None = None,
     interventions: StoredChanges | None = None,
+    gradient_of: dict[str, Any] | None = None,
     shared: bool = False,
 ) -> Iterator[Writer]:
     """Creates the store at `path`, or reopens it to resume or append, and locks it until the end of the block.
@@ -107,6 +109,7 @@ def open_writer(
         features: Label of the SAE's features that are extracted from a site that is not stored; a store of others is
             refused.
         interventions: Interventions with which the model runs; a store of others is refused.
+        gradient_of: Metric whose gradients are stored; a store of those of another one is refused.
         shared: True if other processes write other segments of the same recording at the same time.
 
     Raises:
@@ -123,6 +126,7 @@ def open_writer(
         unembed=None,
         unembed_reason=None,
         interventions=interventions,
+        gradient_of=gradient_of and from_json(to_json(gradient_of), "gradient_of"),
     )
     with files.locked(path, shared=shared):
         with _turn(path, shared), explain_full_disk(path, "the unembedding", 0), _explain_read_only(path):
@@ -458,6 +462,7 @@ def _settings(manifest: Manifest) -> dict[str, object]:
         "tokenizer": model.tokenizer_fingerprint and model.tokenizer_fingerprint[:12],
         **recording,
         "interventions": changes and f"{len(changes.records)} records ({changes.digest[:12]})",
+        "gradient_of": manifest.gradient_of and metric_name(manifest.gradient_of),
         **{f"{name} tokens": list(ids) for name, ids in manifest.tokens_added.items()},
         **{_site_setting(site): f"{site.axes} {site.shape} {site.dtype}" for site in manifest.sites},
     }
