@@ -30,14 +30,14 @@ from workbench.probing import (
     TEMPLATE,
     LayerProbe,
     MassivePlaces,
+    MeasuredRows,
     Model,
     RaggedSequences,
     RequestError,
     Result,
-    SequenceRuns,
-    Set,
     Store,
     Variable,
+    change_effects,
     check_fields,
     clustered_means,
     dataset,
@@ -49,11 +49,12 @@ from workbench.probing import (
     intervals,
     label,
     layers_of,
+    massive_changes,
     mean_norms,
     plain_torch,
+    predicting_rows,
     ratio,
     recorded_model,
-    resampled_means,
     stack_heads,
     usable_device,
     value_site,
@@ -282,39 +283,20 @@ def _effect(
     one = found[layer]
     if not one.massive.any():
         return {}, f"effect not computed: no massive activations at layer {layer}"
+    ids = predicting_rows(store, None, probe.row_limit if probe.where is None else store.rows, probe.seed)
+    ids = ids[np.isin(ids, sequences.rows)][: probe.row_limit]
+    if not len(ids):
+        return {}, "effect not computed: no selected sequence has two tokens"
     loaded = recorded_model(store, model or probe.model, usable_device(probe.device))
-    chosen = np.flatnonzero(np.cumsum(sequences.lengths) <= max(probe.row_limit, int(sequences.lengths[0])))
-    runs = SequenceRuns.make(loaded, store, sequences.starts[chosen], sequences.lengths[chosen])
-    site = f"resid_post.{layer}"
-    plain = runs.values(site)
-    cells = one.inside(sequences, chosen)
-    if not len(cells):
-        return {}, f"effect not computed: none of the first {len(chosen)} sequences has a massive activation"
-    at, changed = one.changed_rows(plain, cells, probe.seed)
-    losses = [runs.losses()]
-    losses += [
-        runs.losses(lambda part, name=name: [Set(site, changed[name][part], at=at[part])] if at[part].any() else [])
-        for name in CHANGES
-    ]
-    total, counts = np.stack(losses, 1), runs.targets
-    document = sequences.document[chosen]
+    changes = massive_changes(loaded, layer, one, probe.seed)
+    effects = change_effects(loaded, MeasuredRows(store, {"text": ids}), changes, label="massive activations")
     arrays = {}
-    for name, values in (("loss", total), ("loss_change", total - total[:, :1])):
-        mean, low, high = _weighted(values, counts, document, probe)
-        arrays |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return arrays, f"effect of changes at the output of block {layer} on {int(counts.sum()):,} predicted tokens"
-
-
-def _weighted(
-    values: np.ndarray, counts: np.ndarray, document: np.ndarray, probe: MassiveActivations
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean loss of a token with its 95 % interval over documents; `values` are sums over a sequence's tokens."""
-    clusters, index = np.unique(document, return_inverse=True)
-    totals, weights = np.zeros((len(clusters), values.shape[1])), np.zeros((len(clusters), values.shape[1]))
-    np.add.at(totals, index, values)
-    np.add.at(weights, index, np.repeat(counts[:, None], values.shape[1], 1))
-    mean, resampled = resampled_means(totals, weights, resamples=probe.resamples, seed=probe.seed)
-    return mean, *intervals(resampled)
+    for name, read in (("loss", effects.means), ("loss_change", effects.effects)):
+        mean, resampled = read(resamples=probe.resamples, seed=probe.seed)
+        low, high = intervals(resampled[..., 0, 0])
+        parts = zip(("", "_low", "_high"), (mean[:, 0, 0], low, high), strict=True)
+        arrays |= {f"{name}{end}": values if name == "loss" else np.append(0.0, values) for end, values in parts}
+    return arrays, f"effect of changes at the output of block {layer} on {len(ids):,} predictions"
 
 
 def _table(probe: MassiveActivations, store: Store, found: Mapping[int, MassivePlaces]) -> pd.DataFrame:

@@ -37,9 +37,9 @@ _PUBLIC = {
     # norms
     "CHANGES": "workbench.analysis.massive",
     "MassivePlaces": "workbench.analysis.massive",
+    "massive_changes": "workbench.analysis.massive",
     "find_massive": "workbench.analysis.massive",
     "mean_norms": "workbench.analysis.massive",
-    "SequenceRuns": "workbench.analysis.sequence_runs",
     "massive_activation": "workbench.analysis.norms",
     "residual_site": "workbench.analysis.norms",
     "value_site": "workbench.analysis.norms",
@@ -320,7 +320,7 @@ if TYPE_CHECKING:
         token_identity,
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
-    from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, mean_norms
+    from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, massive_changes, mean_norms
     from workbench.analysis.neuron_moments import vocabulary_moments
     from workbench.analysis.norms import (
         massive_activation,
@@ -376,7 +376,6 @@ if TYPE_CHECKING:
         tokens_at,
     )
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
-    from workbench.analysis.sequence_runs import SequenceRuns
     from workbench.analysis.sequences import Sequences, select_sequences
     from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax

@@ -8,9 +8,7 @@ import torch
 from planted import planted_store
 from refusals import refused
 
-import workbench as wb
 from workbench.analysis.massive import find_massive
-from workbench.analysis.sequence_runs import SequenceRuns
 from workbench.analysis.token_attention import whole_sequences
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
@@ -97,36 +95,20 @@ def test_where_selects_sequences_and_detail_limits_the_table(tmp_path):
 
 def test_changed_rows_are_those_of_the_definition(tmp_path):
     store = stored(tmp_path / "s", (0, 3, 5000), (5, 3, 7000), (6, 9, -9000))
-    sequences = whole_sequences(store)
-    one = find_massive(store, 0, sequences, 100.0, 1000.0)
-    places = one.inside(sequences, np.array([0, 1]))
-    assert sorted(map(tuple, places.tolist())) == [(0, 0, 3, 1), (1, 0, 3, 1), (1, 1, 9, 0)]
+    one = find_massive(store, 0, whole_sequences(store), 100.0, 1000.0)
+    ids = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]])
     rows = torch.ones(2, 5, 40)
     rows[0, 0, 3], rows[1, 0, 3], rows[1, 1, 9] = 5000, 7000, -9000
-    at, changed = one.changed_rows(rows, places, seed=0)
-    assert at.nonzero().tolist() == [[0, 0], [1, 0], [1, 1]]
     expected = rows.clone()
     expected[0, 0, 3] = expected[1, 0, 3] = 6000  # mean over the first tokens of that dimension
-    torch.testing.assert_close(changed["mean"], expected)
+    changed, at = one.changed(rows, ids, "mean", seed=0)
+    assert at.nonzero().tolist() == [[0, 0], [1, 0], [1, 1]]
+    torch.testing.assert_close(changed, expected)
     expected[0, 0, 3] = expected[1, 0, 3] = expected[1, 1, 9] = 0
-    torch.testing.assert_close(changed["zero"], expected)
-    difference = (changed["random"] != rows).nonzero()
+    torch.testing.assert_close(one.changed(rows, ids, "zero", seed=0)[0], expected)
+    difference = (one.changed(rows, ids, "random", seed=0)[0] != rows).nonzero()
     assert difference[:, :2].tolist() == [[0, 0], [1, 0], [1, 1]]
     assert not set(difference[:, 2].tolist()) & {3, 9}
-
-
-def test_losses_are_those_of_the_plain_model(tiny_models):
-    model = Model(tiny_models["gpt2"], None, "tiny")
-    sequences = [[3, 9, 12, 7, 40], [5, 6]]
-    runs = SequenceRuns.of(model, sequences)
-    for found, ids in zip(runs.losses(), sequences, strict=True):
-        ids = torch.tensor([ids])
-        with torch.no_grad():
-            expected = model.module(ids, labels=ids).loss * (ids.shape[1] - 1)
-        assert found == pytest.approx(float(expected), rel=1e-5)
-    zero = [wb.Zero("resid_post.2")]
-    assert not np.allclose(runs.losses(lambda _part: zero), runs.losses())
-    assert runs.targets.tolist() == [4, 1]
 
 
 def test_refused_requests(tmp_path):

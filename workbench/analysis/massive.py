@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.analysis.change_effects import Change
 from workbench.analysis.token_attention import RaggedSequences
+from workbench.model.capture import capture
+from workbench.model.load import Model
+from workbench.model.row_records import Set
+from workbench.sae.spliced_loss import Batch
 from workbench.store.reader import Store
 
 _TOP = 3
@@ -36,45 +42,66 @@ class MassivePlaces:
     first: Bool[np.ndarray, " place"]
     """True for the first token of a sequence."""
 
-    def inside(
-        self, sequences: RaggedSequences, chosen: Int[np.ndarray, " chosen"]
-    ) -> Int[np.ndarray, "massive sequence_position_dimension_first"]:
-        """Returns the massive activations of some sequences, which are counted among the chosen."""
-        starts, ends = sequences.starts[chosen], (sequences.starts + sequences.lengths)[chosen]
-        index = np.searchsorted(starts, self.row, side="right") - 1
-        kept = self.massive & (index >= 0) & (self.row < ends[index.clip(0)])
-        position = self.row - starts[index.clip(0)]
-        return np.stack([index, position, self.dimension, self.first], 1)[kept]
-
-    def changed_rows(
+    def changed(
         self,
-        rows: Float[Tensor, "sequence position d_model"],
-        places: Int[np.ndarray, "massive sequence_position_dimension_first"],
+        rows: Float[Tensor, "batch position d_model"],
+        ids: Int[Tensor, "batch position"],
+        change: str,
         seed: int,
-    ) -> tuple[Bool[Tensor, "sequence position"], dict[str, Float[Tensor, "sequence position d_model"]]]:
-        """Returns the tokens with massive activations, and the rows under each of `CHANGES`.
+    ) -> tuple[Float[Tensor, "batch position d_model"], Bool[Tensor, "batch position"]]:
+        """Returns rows with their massive activations changed, and the mask of those that are.
 
         Args:
             rows: The rows as they are.
-            places: What `inside` gives.
+            ids: Their ids in the store.
+            change: One of `CHANGES`.
             seed: Random seed of the other dimensions.
         """
-        at = torch.zeros(rows.shape[:2], dtype=torch.bool)
-        changed = {name: rows.clone() for name in CHANGES}
-        means = {}
-        for dimension, first in {(int(one[2]), bool(one[3])) for one in places}:
-            alike = self.massive & (self.dimension == dimension) & (self.first == first)
-            means[dimension, first] = float(self.value[alike].mean(dtype=np.float64))
+        rows, at = rows.clone(), torch.isin(ids, torch.from_numpy(np.unique(self.row[self.massive])))
         others = np.setdiff1d(np.arange(rows.shape[2]), self.dimension[self.massive])
-        draw, left = np.random.default_rng(seed), {}
-        for sequence, position, dimension, first in places.tolist():
-            at[sequence, position] = True
-            changed["zero"][sequence, position, dimension] = 0.0
-            changed["mean"][sequence, position, dimension] = means[dimension, bool(first)]
-            order = left.setdefault((sequence, position), draw.permutation(others).tolist())
-            if order:  # none where every dimension is massive somewhere
-                changed["random"][sequence, position, order.pop()] = 0.0
-        return at, changed
+        for sequence, position in at.nonzero().tolist():
+            row = int(ids[sequence, position])
+            places = np.flatnonzero(self.massive & (self.row == row))
+            dimensions = self.dimension[places].tolist()
+            if change == "random":
+                drawn = np.random.default_rng((seed, row)).permutation(others)[: len(dimensions)]
+                rows[sequence, position, drawn] = 0.0
+            elif change == "zero":
+                rows[sequence, position, dimensions] = 0.0
+            else:
+                means = [self._mean(self.dimension[place], self.first[place]) for place in places]
+                rows[sequence, position, dimensions] = torch.tensor(means, dtype=rows.dtype)
+        return rows, at
+
+    def _mean(self, dimension: np.integer, first: np.bool) -> float:
+        alike = self.massive & (self.dimension == dimension) & (self.first == first)
+        return float(self.value[alike].mean(dtype=np.float64))
+
+
+def massive_changes(model: Model, layer: int, places: MassivePlaces, seed: int) -> dict[str, Change]:
+    """Returns each of `CHANGES` at the output of a block, for `change_effects`; a batch is read once for all of them.
+
+    Args:
+        model: The recorded model.
+        layer: The block.
+        places: Its massive activations.
+        seed: Random seed of the control.
+    """
+    site = model.site_map.select([f"resid_post.{layer}"])
+    known: list[tuple[Batch, Tensor]] = []
+
+    def plain(batch: Batch) -> Tensor:
+        if not known or known[0][0] is not batch:
+            kept: list[Tensor] = []
+            capture(model.module, site, batch.ids, batch.mask, lambda _site, tensor, _first: kept.append(tensor.cpu()))
+            known[:] = [(batch, kept[0])]
+        return known[0][1]
+
+    def change(name: str, batch: Batch) -> list[Set]:
+        rows, at = places.changed(plain(batch), batch.row, name, seed)
+        return [Set(site[0].name, rows, at=at)] if bool(at.any()) else []
+
+    return {name: partial(change, name) for name in CHANGES}
 
 
 def find_massive(
