@@ -11,6 +11,7 @@ _PUBLIC = {
     "ActivationPatching": "workbench.probes.activation_patching",
     "AttentionSinks": "workbench.probes.attention_sinks",
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
+    "FunctionVectors": "workbench.probes.function_vectors",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
     "InductionHeads": "workbench.probes.induction_heads",
@@ -19,6 +20,7 @@ _PUBLIC = {
     "LogitLens": "workbench.probes.logit_lens",
     "MaskedSinks": "workbench.probes.masked_sinks",
     "MassiveActivations": "workbench.probes.massive_activations",
+    "Neurons": "workbench.probes.neurons",
     "NextTokenLaw": "workbench.probes.next_token_law",
     "PathPatching": "workbench.probes.path_patching",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from workbench.probes.activation_patching import ActivationPatching
     from workbench.probes.attention_sinks import AttentionSinks
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
+    from workbench.probes.function_vectors import FunctionVectors
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
     from workbench.probes.induction_heads import InductionHeads
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.masked_sinks import MaskedSinks
     from workbench.probes.massive_activations import MassiveActivations
+    from workbench.probes.neurons import Neurons
     from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.path_patching import PathPatching
     from workbench.probes.residual_uncertainty import ResidualUncertainty

@@ -181,6 +181,10 @@ _PUBLIC = {
     "recorded_pairs": "workbench.analysis.patch_pairs",
     "pairs_of": "workbench.analysis.patch_pairs",
     "shuffled_positions": "workbench.analysis.patching",
+    "TaskVectors": "workbench.analysis.task_vectors",
+    "answers_after": "workbench.analysis.task_vectors",
+    "questions_alone": "workbench.analysis.task_vectors",
+    "random_heads": "workbench.analysis.head_ablation",
     "check_sum": "workbench.analysis.stream_terms",
     "plan_terms": "workbench.analysis.stream_terms",
     "norm_bias": "workbench.analysis.frozen_norm",
@@ -200,6 +204,10 @@ _PUBLIC = {
     "SwapBlocks": "workbench.model.block_records",
     "predicting_rows": "workbench.analysis.change_effects",
     "random_copy": "workbench.model.random_copy",
+    "NeuronActivity": "workbench.analysis.neuron_activity",
+    "layer_neurons": "workbench.analysis.neuron_activity",
+    "neuron_activity": "workbench.analysis.neuron_activity",
+    "extreme_tokens": "workbench.sae.decoder",
     "vocabulary_moments": "workbench.analysis.neuron_moments",
     "Set": "workbench.model.row_records",
     "Columns": "workbench.model.attention",
@@ -321,6 +329,7 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
     from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, massive_changes, mean_norms
+    from workbench.analysis.neuron_activity import NeuronActivity, layer_neurons, neuron_activity
     from workbench.analysis.neuron_moments import vocabulary_moments
     from workbench.analysis.norms import (
         massive_activation,
@@ -383,6 +392,7 @@ if TYPE_CHECKING:
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
+    from workbench.analysis.task_vectors import TaskVectors, answers_after, questions_alone
     from workbench.analysis.token_attention import (
         Occurrences,
         RaggedSequences,
@@ -449,6 +459,7 @@ if TYPE_CHECKING:
     )
     from workbench.results.result import Result, provenance
     from workbench.results.variable import Variable, dataset, with_interval
+    from workbench.sae.decoder import extreme_tokens
     from workbench.sites.grammar import Site
     from workbench.store.lost_values import FiniteRows, finite_rows
     from workbench.store.reader import ActivationArray, Store

@@ -24,6 +24,8 @@ class VocabularyMoments(NamedTuple):
     """Fourth standardised moment, 3 for a normal distribution."""
     skew: Float[Tensor, " neuron"]
     """Third standardised moment: above 0, few tokens are raised (prediction); below 0, lowered (suppression)."""
+    variance: Float[Tensor, " neuron"]
+    """Second central moment; small for a neuron that W_U hardly reads, which acts through the final norm."""
 
     @property
     def prediction(self) -> float:
@@ -39,7 +41,7 @@ class VocabularyMoments(NamedTuple):
 @plain_torch()
 @torch.inference_mode()
 def vocabulary_moments(outputs: Float[Tensor, "neuron d_model"], unembed: Unembed) -> VocabularyMoments:
-    """Returns kurtosis and skew of the cosines between each neuron's output and all tokens.
+    """Returns kurtosis, skew and variance of the cosines between each neuron's output and all tokens.
 
     A token's direction is its row of W_U times the gain of the final norm. Costs 2 neurons x d_model x vocab products.
 
@@ -49,12 +51,13 @@ def vocabulary_moments(outputs: Float[Tensor, "neuron d_model"], unembed: Unembe
     """
     tokens = nn.functional.normalize(unembed.weight.float() * unembed.gain.float(), dim=1)
     step = max(1, _BLOCK_BYTES // (4 * len(tokens)))
-    kurtosis, skew = [], []
+    kurtosis, skew, variances = [], [], []
     for part in outputs.to(tokens).split(step):
         cosine = nn.functional.normalize(part, dim=1) @ tokens.T
         centred = cosine - cosine.mean(1, keepdim=True)
         square = centred * centred
         variance = square.mean(1)
+        variances.append(variance)
         skew.append((square * centred).mean(1) / variance**1.5)
         kurtosis.append((square * square).mean(1) / variance**2)
-    return VocabularyMoments(torch.cat(kurtosis).cpu(), torch.cat(skew).cpu())
+    return VocabularyMoments(*(torch.cat(part).cpu() for part in (kurtosis, skew, variances)))

@@ -14,6 +14,8 @@ from workbench.io.files import check_new_folder, check_writable
 
 if TYPE_CHECKING:
     from workbench.features.feature_store import Features as FeatureStore
+    from workbench.sae.autoencoder import Sae
+    from workbench.store.reader import Store
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Features:
     store: Positional[Path]
     """Store to read."""
     sae: str
-    """Folder or file of an autoencoder (docs/features.md lists the formats), a release known to SAELens, or demo."""
+    """Folder or file of an autoencoder (docs/features.md lists the formats), a release known to SAELens, demo, or
+    neurons: those of the MLP at --site mlp_post.N, as a dictionary."""
     sae_id: str | None = None
     """SAE within a release, or path within a folder of several."""
     site: str | None = None
@@ -47,6 +50,8 @@ class Features:
     """Megabytes of memory in which the index by feature is built."""
     force: bool = False
     """Use an SAE that was trained on another site or model."""
+    model: str | None = None
+    """Folder or hub id of the recorded model, for --sae neurons. Default: the name in the store."""
     parallel: Parallel = field(default_factory=Parallel)
 
     def run(self) -> int:
@@ -66,9 +71,10 @@ class Features:
         sparsity = None if self.k is None else SPARSITY_RULES[self.sparsity](self.k)
         workers = self.parallel.to_workers(self.device)
         device = (None if workers is None else workers.planning_device) or self.device
-        sae = load_sae(self.sae, self.sae_id, device=device)
+        store = open_store(self.store)
+        sae = self._neurons(store, device) if self.sae == "neurons" else load_sae(self.sae, self.sae_id, device=device)
         features = extract_features(
-            open_store(self.store),
+            store,
             sae,
             self.site,
             name=self.name,
@@ -87,6 +93,16 @@ class Features:
         if len(features.labels):
             print_labels(features)
         return 0
+
+    def _neurons(self, store: Store, device: str | None) -> Sae:
+        """The neurons of the layer that --site names."""
+        from workbench.model.reload import recorded_model  # seconds: torch
+        from workbench.sae.neurons import neuron_dictionary
+
+        kind, _, layer = (self.site or "").rpartition(".")
+        if kind != "mlp_post" or not layer.isdigit():
+            raise RequestError(f"--sae neurons needs the neurons' site: give --site mlp_post.3, not {self.site}")
+        return neuron_dictionary(recorded_model(store, self.model, device), int(layer))
 
 
 @dataclass(frozen=True)

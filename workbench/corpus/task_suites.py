@@ -13,6 +13,7 @@ from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
 
+from workbench.corpus.in_context import IN_CONTEXT
 from workbench.corpus.prompt_pairs import (
     Characters,
     CheckedPair,
@@ -87,7 +88,9 @@ def prompt_pairs(
     "greater-than" (a later year of the century; corrupt: a later first year); "agreement" (is or are, with another noun
     between; corrupt: the subject's other number); "facts" (job or animal of a person of the embedded world; corrupt:
     another person); "capitals" (of countries; corrupt: another country); "colours" (of one of two things; corrupt: the
-    other thing); "copying" (the next word of a passage that is repeated; corrupt: another word in the first one).
+    other thing); "copying" (the next word of a passage that is repeated; corrupt: another word in the first one);
+    "in-context-capitals", "-opposites", "-plurals", "-past", "-next" (five examples and a question; corrupt: the
+    answers of the examples shuffled, so that they do not show the task).
 
     Args:
         task: Name of the task.
@@ -244,5 +247,6 @@ TASKS: Mapping[str, tuple[Callable[[Random], Iterator[PromptPair]], ...]] = {
     "capitals": (_capitals,),
     "colours": (_colours,),
     "copying": (_copying,),
+    **IN_CONTEXT,
 }
 """Forms of each task: the first one of which a pair fits the tokenizer is taken."""

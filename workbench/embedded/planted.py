@@ -139,6 +139,8 @@ def planted_module() -> GPT2LMHeadModel:
         body.wte.weight[:, CONSTANT] = torch.tensor([_CONSTANT, -_CONSTANT])
         body.wpe.weight[:, POSITION] = _clock(torch.arange(CONTEXT))
         _set_attention(body.h[0].attn, body.h[1].attn)
+        for block in body.h:
+            block.mlp.c_fc.bias.fill_(-1e-3)  # above rounding: a neuron that should not be active is exactly 0
         _set_first_neurons(body.h[0].mlp)
         _set_last_neurons(body.h[1].mlp)
         model.lm_head.weight[:] = _reads(OUTPUT) * (_LOGIT / _SCALE)

@@ -56,6 +56,14 @@ class HeadOutput:
             difference = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
         return difference.reshape(self.heads, self.d_head, -1)
 
+    @plain_torch()
+    def bias(self) -> Float[Tensor, " d_model"]:
+        """Returns the projection's bias in float32; 0 where it has none."""
+        project = real_copy(self.project).float()
+        zeros = torch.zeros(1, 1, self.heads * self.d_head, device=running_device(self.project))
+        with torch.inference_mode():
+            return the_tensor(project(zeros))[0, 0].clone()
+
 
 def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
     """Returns the output of each layer with attention heads, by layer; layers without (state spaces) are left out.

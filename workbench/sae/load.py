@@ -75,7 +75,7 @@ def load_sae(
     if text == embedded.PLANTED:
         about = {"hook_name": "blocks.0.hook_mlp_out", "model_name": text}
         made = converted("jumprelu", planted_autoencoder(), {"apply_b_dec_to_input": False}, about)
-        return _inference_sae(_from_converted(made, embedded.FOLDER / text, device), text)
+        return _inference_sae(from_converted(made, embedded.FOLDER / text, device), text)
     path = Path(text).expanduser()
     if text and path.exists():
         place = _checked_place(path, sae_id)
@@ -136,7 +136,7 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
         from safetensors import SafetensorError
 
     if foreign := converter(place):
-        return _inference_sae(_from_converted(foreign(), place, device), name)
+        return _inference_sae(from_converted(foreign(), place, device), name)
     if not (place / CONFIG).is_file() and (files := layers_of(place)):
         return layered([_load_place(file, file.stem, device) for file in files], name)
     check_settings(read_object(place / CONFIG), place / CONFIG)
@@ -146,7 +146,7 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
         if (place / WEIGHTS).is_file() and "scaling_factor" in tensor_names(place / WEIGHTS):
             settings = read_object(place / CONFIG)
             weights = scaled(settings, read_tensors(place / WEIGHTS), place)
-            return _inference_sae(_from_converted(Converted(settings, weights), place, device), name)
+            return _inference_sae(from_converted(Converted(settings, weights), place, device), name)
         with _silenced():
             module = folded(SAE.load_from_disk(place, device=str(device), dtype="float32"), place)
     except WorkbenchError:
@@ -158,7 +158,8 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     return _inference_sae(module, name)
 
 
-def _from_converted(converted: Converted, folder: Path, device: torch.device) -> SAE[Any]:
+def from_converted(converted: Converted, folder: Path | str, device: torch.device) -> SAE[Any]:
+    """Returns SAELens' module of settings and weights in memory; DataError if they do not fit, which names `folder`."""
     from sae_lens import SAE
 
     config = converted.settings | {"device": str(device), "dtype": "float32"}

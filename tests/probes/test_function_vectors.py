@@ -1,0 +1,166 @@
+"""Function vectors: a head planted to carry the task, effects by hooks written here, and what each setting changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+
+import workbench as wb
+from workbench.analysis.patch_pairs import PatchPair, pairs_of
+from workbench.analysis.task_vectors import TaskVectors, answers_after, questions_alone
+from workbench.io.errors import RequestError
+from workbench.model.load import Model
+from workbench.probes import FunctionVectors
+from workbench.testing import ProbeContract
+
+ANSWERS = (5, 6, 7, 8)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Examples of two tokens, a question of two: as in "in-context-...", over ids of the tiny models."""
+    draw, made = np.random.default_rng(0), []
+    for number in range(8):
+        shown = draw.integers(20, 300, 6)
+        turned = shown[[0, 3, 2, 5, 4, 1]]
+        question = (int(draw.integers(20, 300)), 11)
+        sides = [(0, *map(int, side), *question) for side in (shown, turned)]
+        places = {"question": (7, 8), "end": (8,)}
+        made.append(PatchPair(*sides, (ANSWERS[number % 4],), (9,), places))
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_models):
+    return Model(tiny_models["gpt2"], None, "tiny")
+
+
+class TestContract(ProbeContract):
+    probe = FunctionVectors
+    settings = {"heads": 2, "draws": 1, "resamples": 10}  # noqa: RUF012
+
+    @pytest.fixture
+    def model(self, tiny_models, tiny_tokenizer):
+        return Model(tiny_models["llama"], tiny_tokenizer, "tiny-llama")
+
+    @pytest.fixture
+    def store(self, model, tmp_path):
+        texts = [
+            {**one, "spans": {"question": [{"start": 17, "end": len(one["text"]), "value": "q"}]}}
+            for number in range(4)
+            for one in (
+                {"text": f" Monday: Tuesday\n{'abcd'[number]}:", "pair": number, "side": side, "answer": f"{number}"}
+                for side in ("clean", "corrupt")
+            )
+        ]
+        texts = [{**one, "wrong": "x"} for one in texts]
+        return wb.record(model, texts, sites=["resid_post"], out=tmp_path / "p.acts", show_progress=False)
+
+
+def test_effects_are_those_of_hooks_written_by_hand(tiny, pairs):
+    task = TaskVectors.make(tiny, pairs)
+    effects = task.effects()
+    module, layer, head = tiny.module, 1, 2
+    seen = {}
+
+    def keep(_module, args):
+        seen.setdefault("z", []).append(args[0][0, -1].reshape(4, 8)[head])
+
+    project = module.transformer.h[layer].attn.c_proj
+    with torch.no_grad():
+        handle = project.register_forward_pre_hook(keep)
+        for pair in pairs:
+            module(torch.tensor([pair.clean]))
+        handle.remove()
+        mean = torch.stack(seen["z"]).mean(0)
+
+        def change(_module, args):
+            z = args[0].clone()
+            z[0, -1, head * 8 : head * 8 + 8] = mean
+            return (z,)
+
+        for number, pair in enumerate(pairs):
+            ids = torch.tensor([pair.corrupt])
+            before = module(ids).logits[0, -1].softmax(-1)[pair.answer[0]]
+            handle = project.register_forward_pre_hook(change)
+            after = module(ids).logits[0, -1].softmax(-1)[pair.answer[0]]
+            handle.remove()
+            assert effects[number, layer, head] == pytest.approx(float(after - before), abs=1e-6)
+        written = mean @ project.weight[head * 8 : head * 8 + 8]
+    torch.testing.assert_close(task.vector([(layer, head)]), written, atol=1e-6, rtol=1e-5)
+    both = task.vector([(0, 1)]) + task.vector([(layer, head)])
+    torch.testing.assert_close(task.vector([(layer, head), (0, 1)]), both)
+
+
+def test_questions_alone_keep_what_every_prompt_begins_with(pairs):
+    for one, pair in zip(questions_alone(pairs), pairs, strict=True):
+        assert one.clean == one.corrupt == (0, *pair.clean[7:])
+        assert one.places == {"end": (2,)}
+
+
+def test_answers_are_those_of_the_plain_model_with_the_vector_added(tiny, pairs):
+    vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    found = answers_after(tiny, pairs, "resid_post.0", vector)
+    plain = answers_after(tiny, pairs)
+
+    def add(_module, _args, output):
+        states = output[0] if isinstance(output, tuple) else output
+        states = states.clone()
+        states[:, -1] += vector
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    for number, pair in enumerate(pairs):
+        ids = torch.tensor([pair.clean])
+        with torch.no_grad():
+            for values, hooked in ((plain, False), (found, True)):
+                handle = tiny.module.transformer.h[0].register_forward_hook(add) if hooked else None
+                logits = tiny.module(ids).logits[0, -1]
+                if handle:
+                    handle.remove()
+                assert values[number, 0] == pytest.approx(float(logits.softmax(-1)[pair.answer[0]]), abs=1e-6)
+                assert values[number, 1] == (int(logits.argmax()) in pair.answer)
+
+
+def test_the_planted_head_that_carries_the_answer_is_found():
+    """Its mean output writes every answer of the prompts, so it raises them where the examples name others."""
+    model = wb.load_model("planted", device="cpu")
+    pairs = []
+    for number, (one, answer) in enumerate((("stone", "river"), ("cloud", "window"), ("garden", "candle"))):
+        sides = [f"Read: {a} {b} Ben. Anna Clara {one}" for a, b in ((one, answer), (answer, one))]
+        clean, corrupt = (tuple(model.tokenizer(side)["input_ids"]) for side in sides)
+        last = (len(clean) - 1,)
+        pairs += [PatchPair(clean, corrupt, (clean[4],), (corrupt[5],), {"question": last, "end": last})] * (1 + number)
+    result = FunctionVectors(heads=1, draws=1, resamples=10)._run(model, pairs, [], {"settings": {"heads": 1}})
+    assert result.data.attrs["heads"] == "L1H0"
+    assert float(result.data["accuracy"].sel(prompt="examples")) == 1
+    assert float(result.data["accuracy"].sel(prompt="question")) == 0
+    assert (result.table["effect"].iloc[1:].abs() < 0.01).all()
+
+
+def test_in_context_tasks_shuffle_the_answers_of_the_examples():
+    model = wb.load_model("demo", device="cpu")
+    found = wb.prompt_pairs("in-context-next", model, 10, seed=2)
+    assert len(found) == 10
+    for one in found.pairs:
+        clean, corrupt = (getattr(one.pair, side).split("\n") for side in ("clean", "corrupt"))
+        assert clean[-1] == corrupt[-1] == f"{clean[-1][:-1]}:"
+        shown = [[line.split(": ") for line in side[:-1]] for side in (clean, corrupt)]
+        assert [word for word, _ in shown[0]] == [word for word, _ in shown[1]]
+        assert sorted(answer for _, answer in shown[0]) == sorted(answer for _, answer in shown[1])
+        assert all(right != wrong for (_, right), (_, wrong) in zip(*shown, strict=True))
+        assert one.pair.answer[0] not in one.pair.wrong
+    assert [pair.places["question"] for pair in pairs_of(found)] == [
+        tuple(one.spans["question"]) for one in found.pairs
+    ]
+
+
+def test_refused_requests(tiny, pairs):
+    bare = [replace(pair, places={"end": pair.places["end"]}) for pair in pairs]
+    run = lambda some: FunctionVectors()._run(tiny, some, [], {})  # noqa: E731
+    assert "have no label 'question'" in refused(RequestError, lambda: run(bare))
+    assert "all pairs have the same answer" in refused(RequestError, lambda: run([pairs[0], pairs[0]]))
+    assert "has too few others" in refused(RequestError, lambda: FunctionVectors(heads=9)._run(tiny, pairs, [], {}))

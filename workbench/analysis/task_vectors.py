@@ -1,0 +1,123 @@
+"""Mean outputs of heads over prompts that show a task, their causal effect, and answers with a vector added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from workbench.analysis.patch_pairs import PairTensors, PatchPair
+from workbench.analysis.patching import Runs, batches, end_logits
+from workbench.io.errors import RequestError
+from workbench.io.progress import progress
+from workbench.model.circuits import HeadOutput, head_outputs
+from workbench.model.load import Model
+from workbench.model.row_records import Add
+from workbench.sites.grammar import Site
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """Mean output of every head at the last token of prompts that show a task."""
+
+    runs: Runs
+    """Runs of the prompts, clean, and of those with shuffled examples, corrupt."""
+    sites: Mapping[int, Site]
+    means: Mapping[int, Float[Tensor, "head d_head"]]
+    """By layer."""
+    outputs: Mapping[int, HeadOutput]
+
+    @classmethod
+    def make(cls, model: Model, pairs: Sequence[PatchPair]) -> TaskVectors:
+        """Runs both sides of every pair.
+
+        Raises:
+            RequestError: The model has no separate heads, or layers with different numbers of them.
+        """
+        outputs = head_outputs(model)
+        if len({output.heads for output in outputs.values()}) > 1:
+            raise RequestError(f"model {model.name!r} has layers with different numbers of heads")
+        sites = {layer: model.site_map.select([f"z.{layer}"])[0] for layer in outputs}
+        runs = Runs.make(model, pairs, list(sites.values()), "log-probability", False)
+        rows = torch.arange(len(pairs))
+        means = {layer: runs.clean_values[site.name][rows, runs.pairs.end].mean(0) for layer, site in sites.items()}
+        return cls(runs, sites, means, outputs)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers with heads."""
+        return list(self.sites)
+
+    @property
+    def heads(self) -> int:
+        """Heads of each layer."""
+        return next(iter(self.outputs.values())).heads
+
+    def effects(self) -> Float64[np.ndarray, "pair layer head"]:
+        """Returns the change of P(answer) in the corrupt prompts by each head's mean output at the last token."""
+        before = self.runs.corrupt.exp()
+        effects = np.zeros((len(self.runs.pairs), len(self.layers), self.heads))
+        end = self.runs.pairs.places["end"]
+        with progress("effects of heads", len(self.layers) * self.heads, "heads") as advance:
+            for row, (layer, site) in enumerate(self.sites.items()):
+                shape = self.runs.corrupt_values[site.name].shape
+                donor = self.means[layer].expand(shape)
+                for head in range(self.heads):
+                    after = self.runs.effect("corrupt", site, end, donor, head).exp()
+                    effects[:, row, head] = (after - before).numpy()
+                    advance(1)
+        return effects
+
+    def vector(self, heads: Sequence[tuple[int, int]]) -> Float[Tensor, " d_model"]:
+        """Returns the sum of what some heads' mean outputs write, in float32, on the CPU; without projection biases."""
+        total = torch.zeros(self.runs.model.d_model, device="cpu")
+        for layer in sorted({layer for layer, _ in heads}):
+            weights = self.outputs[layer].weights().cpu()
+            for head in [head for at, head in heads if at == layer]:
+                total += self.means[layer][head].float() @ weights[head]
+        return total
+
+
+def questions_alone(pairs: Sequence[PatchPair]) -> list[PatchPair]:
+    """Returns the questions without the examples before them: the tokens from the label `question` on.
+
+    What the tokenizer puts before a text, such as BOS, stays: the tokens that all prompts begin with on both sides.
+    """
+    shared = 0
+    while (
+        all(shared < pair.places["question"][0] for pair in pairs)
+        and len({pair.clean[shared] for pair in pairs} | {pair.corrupt[shared] for pair in pairs}) == 1
+    ):
+        shared += 1
+    alone = []
+    for pair in pairs:
+        ids = (*pair.clean[:shared], *pair.clean[pair.places["question"][0] :])
+        alone.append(replace(pair, clean=ids, corrupt=ids, places={"end": (len(ids) - 1,)}))
+    return alone
+
+
+def answers_after(
+    model: Model, pairs: Sequence[PatchPair], site: str | None = None, vector: Float[Tensor, " d_model"] | None = None
+) -> Float64[np.ndarray, "pair probability_right"]:
+    """Returns P(answer) after the clean prompts, and 1 where an answer is the most probable token.
+
+    Args:
+        model: The model.
+        pairs: The prompts, with their answers.
+        site: Site at which a vector is added at the last token. None: the unchanged model.
+        vector: The vector.
+    """
+    tensors = PairTensors.of(pairs, False)
+    values = []
+    for part in batches(model, tensors):
+        end = tensors.places["end"][part]
+        records = [] if site is None or vector is None else [Add(site, vector, at=end)]
+        log = end_logits(model, tensors.clean, tensors, part, records).log_softmax(-1)
+        for row, pair in zip(log, pairs[part], strict=True):
+            right = row[list(pair.answer)].logsumexp(0).exp()
+            values.append((float(right), float(int(row.argmax()) in pair.answer)))
+    return np.array(values)
