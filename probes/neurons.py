@@ -171,7 +171,7 @@ class Neurons(LayerProbe):
         """Returns the layers with most prediction and suppression neurons beside chance, and the dead share."""
         data, parts = result.data, []
         for kind in KINDS:
-            at = int(data[kind].argmax())
+            at = int(data[kind].to_numpy().argmax())
             parts.append(
                 f"{kind} {100 * float(data[kind].mean()):.2g} % of neurons (random directions "
                 f"{100 * float(data[f'random_{kind}']):.2g} %), most at layer {int(data['layer'][at])} with "

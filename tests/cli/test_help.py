@@ -128,7 +128,7 @@ def test_bash_completes_verbs_names_options_and_choices(options):
     assert completed(script, "re") == ["record", "report"]
     assert completed(script, "help", "pro") == ["probes", "probe"]
     assert completed(script, "probe", "lo") == ["logit-lens"]
-    assert completed(script, "sweep", "sin") == ["sink-emergence", "sinks"]
+    assert completed(script, "sweep", "sin") == ["sinks"]
     assert completed(script, "probe", "logit-lens", "a.acts", "--to") == ["--top-k"]
     assert completed(script, "features", "a.acts", "--dtype", "") == ["float32", "float16"]
     assert completed(script, "export", "") == []  # bash then offers files

@@ -93,14 +93,14 @@ def test_the_stream_holds_what_the_table_of_dimensions_says(model):
     before[[0, 1, 2], [0, 0, token_id("Monday")]] = 1
     torch.testing.assert_close(first[:, planted.PREVIOUS], before, atol=2e-3, rtol=0)
     massive = torch.tensor([[1000.0, -1000.0], [0, 0], [0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(first[:, planted.MASSIVE], massive, atol=0.5, rtol=0)
+    torch.testing.assert_close(first[:, planted.MASSIVE], massive, atol=2, rtol=0)
     ordinal = torch.zeros(28, dtype=torch.float64)
     ordinal[0] = 1
-    torch.testing.assert_close(first[1, planted.ORDINAL], ordinal, atol=2e-3, rtol=0)
+    torch.testing.assert_close(first[1, planted.ORDINAL], ordinal, atol=5e-3, rtol=0)
     directions = planted.dictionary().double()
     for position, features in ((1, ("day", "m")), (2, ("object", "s"))):
         expected = directions[[planted.FEATURES.index(name) for name in features]].sum(0)
-        torch.testing.assert_close(first[position, planted.DICTIONARY], expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(first[position, planted.DICTIONARY], expected, atol=5e-3, rtol=0)
 
 
 def test_the_dictionary_has_twice_as_many_features_as_dimensions_and_the_stated_cosines():

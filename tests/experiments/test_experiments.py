@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from refusals import refused
 
 import workbench as wb
 from workbench.experiments import (
+    emergence,
     erasure_curves,
     future_curves,
     inputs,
@@ -19,36 +22,36 @@ from workbench.experiments import (
     panels,
     sae_layers,
     sae_losses,
-    sink_emergence,
     sinks,
     successor_scores,
 )
 from workbench.experiments.controls import random_copy
 from workbench.io.errors import RequestError
 from workbench.recording import record as recorder
+from workbench.results import registry
 from workbench.runs.folders import Run, execute
 from workbench.runs.sweep import combine, grid, sweep
 
 MODULES = {
     module.NAME: module
     for module in (
+        emergence,
         erasure_curves,
         future_curves,
         lens_curves,
         sae_layers,
         sae_losses,
-        sink_emergence,
         sinks,
         successor_scores,
     )
 }
 SMALL = {
+    "emergence": {"rows": 640, "length": 32},
     "erasure-curves": {"epochs": 1, "rows": 900, "documents": 12, "offsets": (-1, 0)},
     "future-curves": {"horizons": 2, "rows": 900, "documents": 12},
     "lens-curves": {"rows": 600, "documents": 12},
     "sae-layers": {"rows": 600, "documents": 12},
     "sae-losses": {"rows": 1500, "documents": 12, "d_sae": 64, "k": 4, "steps": 12, "batch": 128, "aux_loss": "zipf"},
-    "sink-emergence": {"rows": 640, "length": 32},
     "sinks": {"rows": 640, "length": 32},
     "successor-scores": {"permutations": 60, "rows": 64, "documents": 2},
 }
@@ -57,7 +60,9 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     entries = [EntryPoint(name, module.__name__, "workbench.experiments") for name, module in MODULES.items()]
-    monkeypatch.setattr("workbench.results.registry.entry_points", lambda group: entries)
+    installed = registry.entry_points
+    of_group = lambda group: entries if group == "workbench.experiments" else installed(group=group)  # noqa: E731
+    monkeypatch.setattr(registry, "entry_points", of_group)
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +150,35 @@ def test_sinks_emerge_between_checkpoints(recordings, tmp_path):
         module.save_pretrained(tmp_path / f"checkpoint-{step}")
         model.tokenizer.save_pretrained(tmp_path / f"checkpoint-{step}")
     checkpoints = tuple(str(tmp_path / f"checkpoint-{step}") for step in (0, 400))
-    table = sink_emergence.run(small("sink-emergence", recordings, checkpoints=checkpoints)).table
-    assert table["step"].tolist() == [0, 400]
-    assert table["sink"][0] == 0 < table["sink"][1]
-    assert table["loss"][0] == pytest.approx(math.log(model.vocab), abs=0.3)  # it knows nothing
-    assert 1 < table["loss"][1] < table["loss"][0] - 1
+    found = emergence.run(small("emergence", recordings, checkpoints=(str(tmp_path),)))
+    assert found.table["step"].unique().tolist() == [0, 400]
+    sink, loss = (part["value"].tolist() for _, part in found.table.groupby("measure"))
+    assert sink[0] == 0 < sink[1]
+    assert loss[0] == pytest.approx(math.log(model.vocab), abs=0.3)  # it knows nothing
+    assert 1 < loss[1] < loss[0] - 1
+    assert found.headline().startswith("Over 2 checkpoints (steps 0 to 400): attention-sinks.sink from 0 to")
+    measures = ("induction-heads.excess:max", "induction-heads.queries")
+    config = small("emergence", recordings, checkpoints=checkpoints, text="repeats", sites=("pattern",), length=48)
+    table = emergence.run(replace(config, measures=measures, settings=("induction-heads.resamples=9",))).table
+    excess = table.loc[table["measure"] == measures[0]]
+    assert excess["value"].iloc[0] < 0.05 < 0.5 < excess["value"].iloc[1]
+    assert (excess["low"] <= excess["value"]).all()
+
+
+def test_a_measure_is_read_at_one_place_with_its_interval():
+    data = xr.Dataset({"a": ("layer", [1.0, 3.0, np.nan]), "a_low": ("layer", [0.0, 2.0, np.nan]), "b": ((), 5.0)})
+    read = lambda variable, over: emergence.read_measure(data, f"p.{variable}", variable, over)[:2]  # noqa: E731
+    assert read("a", "max") == (3, 2)
+    assert read("a", "min") == read("a", "first") == (1, 0)
+    assert read("a", "mean")[0] == 2
+    assert math.isnan(read("a", "last")[0])
+    assert read("b", "")[0] == 5
+    assert "has the axes layer" in refused(RequestError, lambda: read("a", ""))
+    assert "was not computed" in refused(RequestError, lambda: read("c", "max"))
 
 
 def test_steps_are_read_off_names():
-    steps = sink_emergence.training_steps
+    steps = emergence.training_steps
     assert steps(("run-2/checkpoint-500", "run-2/checkpoint-1000")) == [500, 1000]
     assert steps(("org/pythia-14m@step1", "org/pythia-14m@step512")) == [1, 512]
     assert steps(("a/final", "a/step3")) == [0, 1]
@@ -225,8 +250,11 @@ def test_sae_metrics_are_those_of_the_site_it_was_trained_on(recordings, tmp_pat
         ("sinks", {"rows": 31}, "rows is 31, less than one sequence of length 32; give more rows"),
         ("sinks", {"epsilon": 2.0}, "epsilon must be from 0 to 1, not 2.0"),
         ("sinks", {"seed": -1}, "seed must be at least 0, not -1"),
-        ("sink-emergence", {"checkpoints": ()}, "checkpoints is empty; name one or more folders"),
-        ("sink-emergence", {"documents": 0}, "documents must be at least 1, not 0"),
+        ("emergence", {"checkpoints": ()}, "checkpoints is empty; name one or more folders"),
+        ("emergence", {"documents": 0}, "documents must be at least 1, not 0"),
+        ("emergence", {"measures": ("sink",)}, "'sink' is no measure; write PROBE.VARIABLE"),
+        ("emergence", {"measures": ("logit-lens.los:max",)}, "logit-lens has no variable 'los'"),
+        ("emergence", {"settings": ("logit-lens.detial=0",)}, "logit-lens has no setting 'detial'"),
         ("erasure-curves", {"epochs": 0}, "epochs must be at least 1, not 0"),
         ("future-curves", {"horizons": 0}, "horizons must be at least 1, not 0"),
         ("lens-curves", {"epochs": -1}, "epochs must be at least 0, not -1"),
