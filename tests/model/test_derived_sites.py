@@ -22,6 +22,8 @@ from workbench.sites.grammar import DERIVED, SHORT_NAMES, Site, SiteMap, Tap
 
 RAGGED = [24, 9, 24, 1, 17]  # more than the windows of the models here, 16 and 8
 OF_PATTERN = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first")
+OF_TOKENS = ("attn_current", "attn_previous", "attn_recent", "attn_duplicate", "attn_induction")
+ALL = (*OF_PATTERN, *OF_TOKENS)
 
 
 def record(model, texts, out, sites, **options):
@@ -31,7 +33,7 @@ def record(model, texts, out, sites, **options):
 @pytest.fixture(scope="module")
 def sequences():
     random = np.random.default_rng(0)
-    return [random.integers(8, 100, n).tolist() for n in RAGGED]
+    return [random.integers(8, 14, n).tolist() for n in RAGGED]  # tokens repeat, some right away
 
 
 def eager_patterns(module, ids) -> list[np.ndarray]:
@@ -56,6 +58,20 @@ def statistics(pattern: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
+def token_statistics(pattern: np.ndarray, ids: list[int]) -> dict[str, np.ndarray]:
+    """Attention to the keys that the tokens determine, [position, head], one cell after the other."""
+    heads, n, _ = pattern.shape
+    found = {kind: np.zeros((n, heads)) for kind in OF_TOKENS}
+    for h, i in np.ndindex(heads, n):
+        row, earlier = pattern[h, i], [d for d in range(i) if ids[d] == ids[i] and d + 1 != i]
+        found["attn_current"][i, h] = row[i]
+        found["attn_previous"][i, h] = row[i - 1] if i else 0
+        found["attn_recent"][i, h] = sum(row[max(0, i - 5) : i])
+        found["attn_duplicate"][i, h] = sum(row[d] for d in earlier)
+        found["attn_induction"][i, h] = sum(row[d + 1] for d in earlier)
+    return found
+
+
 def entropy(weights) -> float:
     shares = [w / sum(weights) for w in weights if w > 0]
     return -sum(share * np.log(share) for share in shares)
@@ -68,7 +84,7 @@ def check_patterns(module, sequences, store, atol=1e-5):
     first = 0
     for ids in sequences:
         for layer, pattern in enumerate(eager_patterns(module, ids)):
-            for kind, expected in statistics(pattern).items():
+            for kind, expected in (statistics(pattern) | token_statistics(pattern, ids)).items():
                 found = store[kind, layer][first : first + len(ids)]
                 np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=f"{kind}.{layer}")
         first += len(ids)
@@ -76,7 +92,7 @@ def check_patterns(module, sequences, store, atol=1e-5):
 
 def test_statistics_of_patterns_are_those_of_eager_attention(tiny_model, sequences, tmp_path):
     """Ragged lengths in one padded batch, keys shared (GQA), windows, soft-caps."""
-    store = record(Model(tiny_model, None, "tiny"), sequences, tmp_path / "s", OF_PATTERN)
+    store = record(Model(tiny_model, None, "tiny"), sequences, tmp_path / "s", ALL)
     assert {site.axes for site in store.sites} == {("row", "head")}
     assert {site.shape for site in store.sites} == {(4,)}
     check_patterns(tiny_model, sequences, store)
@@ -86,13 +102,13 @@ def test_where_the_module_returns_its_weights(sequences, tmp_path):
     module = tiny_of_type("bloom")
     (site,) = find_sites(module).select(["attn_received.1"])
     assert site.tap.part == "returned_weights"
-    check_patterns(module, sequences, record(Model(module, None, "bloom"), sequences, tmp_path / "s", OF_PATTERN))
+    check_patterns(module, sequences, record(Model(module, None, "bloom"), sequences, tmp_path / "s", ALL))
 
 
 def test_where_the_model_attends_eagerly(tiny_models, sequences, tmp_path):
     module = copy.deepcopy(tiny_models["llama"])
     module.set_attn_implementation("eager")
-    check_patterns(module, sequences, record(Model(module, None, "eager"), sequences, tmp_path / "s", OF_PATTERN))
+    check_patterns(module, sequences, record(Model(module, None, "eager"), sequences, tmp_path / "s", ALL))
 
 
 def test_norms_are_those_of_the_sites(tiny_model, sequences, tmp_path):
@@ -180,12 +196,13 @@ def test_a_pattern_is_computed_once_for_all_that_is_asked_of_it(tiny_models, seq
     monkeypatch.setattr(capturing, "pattern_blocks", counted)
     model = Model(tiny_models["llama"], None, "t")
     model.site_map  # noqa: B018 its trial passes look at patterns too
-    sites = ["pattern.1", *(f"{kind}.1" for kind in OF_PATTERN)]
+    sites = ["pattern.1", *(f"{kind}.1" for kind in ALL)]
     store = record(
         model, sequences[:1], tmp_path / "s", sites, context=RAGGED[0]
     )  # as long as can be: no key is padded
     assert len(asked) == 1
-    for kind, expected in statistics(np.asarray(store["pattern", 1]).transpose(1, 0, 2).astype(float)).items():
+    pattern = np.asarray(store["pattern", 1]).transpose(1, 0, 2).astype(float)
+    for kind, expected in (statistics(pattern) | token_statistics(pattern, sequences[0])).items():
         np.testing.assert_allclose(store[kind, 1][:], expected, atol=1e-6)
 
 
@@ -197,11 +214,12 @@ def test_no_statistic_sees_more_than_a_few_query_rows(tiny_models, implementatio
     monkeypatch.setattr(Columns, "add", lambda self, first, block: [seen.append(block), original(self, first, block)])
     module = copy.deepcopy(tiny_models["llama"])
     module.set_attn_implementation(implementation)
-    ids = [list(range(8, 38))]
-    store = record(Model(module, None, "t"), ids, tmp_path / "s", ["attn_received.0", "attn_entropy.0", "pattern.0"])
+    ids = [[8 + i * i % 7 for i in range(30)]]
+    store = record(Model(module, None, "t"), ids, tmp_path / "s", [f"{kind}.0" for kind in (*ALL, "pattern")])
     assert [block.shape[2] for block in seen] == [8, 8, 8, 6]
-    expected = statistics(eager_patterns(module, ids[0])[0])
-    for kind in ("attn_received", "attn_entropy"):
+    pattern = eager_patterns(module, ids[0])[0]
+    expected = statistics(pattern) | token_statistics(pattern, ids[0])
+    for kind in ALL:
         np.testing.assert_allclose(store[kind, 0][:], expected[kind], atol=1e-5)
 
 

@@ -11,11 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.model.token_keys import earlier_occurrences, next_keys
 from workbench.store.reader import Store
 
 Occurrences = Literal["all", "last"]
 
+TOKEN_MEASURES = ("induction", "duplicate", "previous", "current", "first")
+"""Measures of attention; each is also a derived site, `attn_induction`, ..."""
+
 _BLOCK_BYTES = 64 << 20
+_BLOCK_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,75 @@ def token_keys(sequences: RaggedSequences, part: slice, occurrences: Occurrences
     at = np.arange(int(lengths.max(initial=0)))
     rows = starts[:, None] + np.minimum(at, lengths[:, None] - 1)
     ids = torch.from_numpy(np.where(at < lengths[:, None], sequences.ids[rows], -1))
-    position = torch.arange(len(at))
-    # not the token before the query: what followed it is the query itself
-    same = (ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, :, None] & (position < position[:, None] - 1)
+    same = earlier_occurrences(ids) & (ids >= 0)[:, :, None]
     if occurrences == "last":
         same &= same.flip(-1).cumsum(-1).flip(-1) == 1
     duplicate = same.float()
-    return TokenKeys(rows, same.any(-1), duplicate, torch.nn.functional.pad(duplicate, (1, -1)))
+    return TokenKeys(rows, same.any(-1), duplicate, next_keys(duplicate))
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries that count, of all sequences, and what their tokens alone say."""
+
+    rows: Int[np.ndarray, " query"]
+    """Ids of their rows, ascending."""
+    sequence: Int[np.ndarray, " query"]
+    """Index of the sequence of each."""
+    uniform: float
+    """Mean induction of a head that attends to all visible keys equally."""
+    offset_bound: float
+    """Share of the queries with a target at the most frequent offset: the most that one fixed offset can collect."""
+
+
+def counted_queries(sequences: RaggedSequences, occurrences: Occurrences = "all") -> Queries:
+    """Returns the queries that count; see `TokenKeys`. `uniform` and `offset_bound` are NaN without any.
+
+    Args:
+        sequences: The sequences.
+        occurrences: "all": every earlier occurrence of the query's token. "last": the latest alone.
+    """
+    rows, index, uniform = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0.0
+    offsets = np.zeros(int(sequences.lengths.max(initial=1)), np.int64)
+    for part in sequences.blocks(int(sequences.lengths.max(initial=1))):
+        keys = token_keys(sequences, part, occurrences)
+        visible = 1 + torch.arange(keys.rows.shape[1], dtype=torch.float64)
+        uniform += (keys.induction.sum(-1) / visible).sum().item()
+        _, query, key = (axis.numpy() for axis in keys.induction.nonzero(as_tuple=True))
+        offsets += np.bincount(query - key, minlength=len(offsets))
+        inside, at = np.nonzero(keys.counts.numpy())
+        rows.append(keys.rows[inside, at])
+        index.append(part.start + inside)
+    found = np.concatenate(rows)
+    shares = np.array([uniform, offsets.max()]) / len(found) if len(found) else np.full(2, np.nan)
+    return Queries(found, np.concatenate(index), *shares.tolist())
+
+
+def recorded_sums(
+    store: Store, layer: int, queries: Queries, sequences: int
+) -> dict[str, Float[np.ndarray, "sequence head"]]:
+    """Returns sums over the queries of a layer's measures, as far as their derived sites were recorded.
+
+    They are the `TokenAttention.by_sequence` of the pattern, for all earlier occurrences, without the pattern.
+    """
+    recorded = {site.label for site in store.sites}
+    sums = {}
+    for name in TOKEN_MEASURES:
+        if f"attn_{name}.{layer}" not in recorded:
+            continue
+        array = store[f"attn_{name}", layer]
+        sums[name] = np.zeros((sequences, array.shape[1]))
+        for first in range(0, len(queries.rows), _BLOCK_ROWS):
+            block = slice(first, first + _BLOCK_ROWS)
+            np.add.at(sums[name], queries.sequence[block], array[queries.rows[block]].double().numpy())
+    return sums
 
 
 class TokenAttention:
     """Sums of attention over the queries that count, of one layer, by head and by sequence."""
 
     def __init__(self, heads: int, sequences: int, longest: int) -> None:
-        self.by_sequence = {
-            name: np.zeros((sequences, heads)) for name in ("induction", "duplicate", "previous", "current", "first")
-        }
+        self.by_sequence = {name: np.zeros((sequences, heads)) for name in TOKEN_MEASURES}
         self.queries = np.zeros(sequences)
         """Queries that count, by sequence."""
         self._attention = torch.zeros(longest, heads, longest, dtype=torch.float64)

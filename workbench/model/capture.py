@@ -15,16 +15,23 @@ from torch import Tensor, nn
 
 from workbench.io.errors import DataError
 from workbench.io.torch_state import plain_torch
+from workbench.model import token_keys
 from workbench.model.attention import AttentionCall, Columns, pattern_blocks, row_entropy, tap_attention
 from workbench.model.forward import attention_name, first_tensor, fixed_shape, hook_tensor, run
+from workbench.model.token_keys import QueryBlock
 from workbench.sites.grammar import Site, Tap
 
 _QUERY_ROWS = 256
 
-_OF_QUERIES: Mapping[str | None, Callable[[Tensor], Tensor]] = {
-    "pattern": lambda block: rearrange(block, "batch head query key -> batch query head key"),
-    "attn_entropy": row_entropy,
-    "attn_first": lambda block: rearrange(block[..., 0], "batch head query -> batch query head"),
+_OF_QUERIES: Mapping[str | None, Callable[[QueryBlock], Tensor]] = {
+    "pattern": lambda block: rearrange(block.attention, "batch head query key -> batch query head key"),
+    "attn_entropy": lambda block: row_entropy(block.attention),
+    "attn_first": token_keys.first,
+    "attn_current": token_keys.current,
+    "attn_previous": token_keys.previous,
+    "attn_recent": token_keys.recent,
+    "attn_duplicate": token_keys.duplicate,
+    "attn_induction": token_keys.induction,
 }
 """Activations of a site whose rows are queries, from a block of the pattern."""
 
@@ -69,7 +76,7 @@ def capture(
     """
     if not sites:
         return
-    forward = _Pass(sites, ids.shape, mask, receive)
+    forward = _Pass(sites, ids, mask, receive)
     with ExitStack() as stack:
         forward.hook(module, stack)
         try:
@@ -87,9 +94,13 @@ class _Pass:
     """One forward pass: the sites that have not come yet, and what is done when they come."""
 
     def __init__(
-        self, sites: Sequence[Site], batch: tuple[int, ...], mask: Int[Tensor, "batch position"], receive: Receive
+        self,
+        sites: Sequence[Site],
+        ids: Int[Tensor, "batch position"],
+        mask: Int[Tensor, "batch position"],
+        receive: Receive,
     ) -> None:
-        self.sites, self.batch, self.mask, self.receive = sites, batch, mask, receive
+        self.sites, self.ids, self.mask, self.receive = sites, ids, mask, receive
         self.waiting = {site.name for site in sites}
 
     def hook(self, module: nn.Module, stack: ExitStack) -> None:
@@ -111,7 +122,7 @@ class _Pass:
         stack.enter_context(tap_attention(attention_name(module), callbacks))
 
     def deliver(self, site: Site, tensor: Tensor | None) -> None:
-        _give(site, self._expect(site, tensor), self.batch, self.receive)
+        _give(site, self._expect(site, tensor), tuple(self.ids.shape), self.receive)
         self._finish(site)
 
     def _expect(self, site: Site, tensor: Tensor | None) -> Tensor:
@@ -142,13 +153,14 @@ class _Pass:
     def _deliver_pattern(self, sites: Sequence[Site], blocks: Iterable[tuple[int, Tensor]]) -> None:
         of_keys = [site for site in sites if site.kind in _OF_KEYS]
         columns = Columns(self.mask)
-        for first, block in _small(blocks):
+        for first, attention in _small(blocks):
+            block = QueryBlock(attention, self.ids, first)
             for site in sites:
                 if site not in of_keys:
                     kind = site.kind if site.of else "pattern"
                     self.receive(site, _OF_QUERIES[kind](block), first)
             if of_keys:
-                columns.add(first, block)
+                columns.add(first, attention)
         for site in of_keys:
             self.receive(site, _OF_KEYS[site.kind](columns), 0)
         self._finish(*sites)

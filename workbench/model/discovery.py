@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from workbench.io.torch_state import plain_torch
 from workbench.model.claims import Claims, adapter_claims, blocks_at, has_head, structural_claims
 from workbench.model.meaning import check_block
 from workbench.model.trial import Trial, try_model
 from workbench.sites.grammar import Part, Site, SiteMap, Tap, short_name
+from workbench.sites.score_rule import ScoreRule
 
 _ATTENTION_SITES: Mapping[str, Part] = {
     "hook_q": "query",
@@ -62,9 +64,8 @@ def find_sites(module: nn.Module) -> SiteMap:
     last = Tap(f"{names.blocks}.{n_layers - 1}", "out")
     causal = trial.causal(last) and other.causal(last)
     chained = tuple(layer for layer in range(1, n_layers) if _chained(layer, names, trial))
-    return SiteMap(
-        sites, synonyms | paths, missing | reasons, names.blocks, n_layers, names.adapter, causal, chained, others
-    )
+    synonyms, missing, rules = synonyms | paths, missing | reasons, tuple(_score_rules(sites, trial))
+    return SiteMap(sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, others, rules)
 
 
 def _modules(
@@ -92,6 +93,31 @@ def _modules(
             axes = ("d_model",) if residual else _plain_axes(part, shape)
             others[path] = Site(path, axes, shape, tap)
     return synonyms, others, missing
+
+
+def _score_rules(sites: Mapping[str, Site], trial: Trial) -> Iterator[ScoreRule]:
+    """Rules of the layers whose attention is softmax(q k) v, with the sites of those queries and keys."""
+    at = {site.tap: site for site in sites.values()}
+    for path, call in trial.calls.items():
+        query, key = at.get(Tap(path, "query")), at.get(Tap(path, "key"))
+        if path in trial.refused or query is None or key is None or query.layer is None:
+            continue
+        yield ScoreRule(
+            layer=query.layer,
+            queries=query.short or query.name,
+            keys=key.short or key.name,
+            scale=float(call.scaling),
+            softcap=None if call.softcap is None else float(call.softcap),
+            window=int(call.sliding_window) if call.sliding_window else None,
+            biased=call.position_bias is not None or _adds_bias(call.mask),
+        )
+
+
+def _adds_bias(mask: Tensor | None) -> bool:
+    """True if a mask holds numbers besides 0 and those that hide a key."""
+    if mask is None or not mask.is_floating_point():
+        return False
+    return bool(((mask != 0) & (mask > 0.5 * torch.finfo(mask.dtype).min)).any())
 
 
 def _chained(layer: int, names: Claims, trial: Trial) -> bool:

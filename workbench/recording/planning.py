@@ -310,6 +310,7 @@ def model_record(model: Model) -> ModelRecord:
         adapter=sites.adapter,
         causal=sites.causal,
         identity=identity,
+        score_rules=sites.score_rules,
     )
 
 

@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import Literal
 
 from workbench.io.errors import RequestError, nearest
+from workbench.sites.score_rule import ScoreRule
 
 SHORT_NAMES: Mapping[str, str] = {
     "embed": "hook_embed",
@@ -40,6 +41,11 @@ SHORT_NAMES: Mapping[str, str] = {
     "attn_received_entropy": "blocks.{layer}.attn.hook_attn_received_entropy",
     "attn_entropy": "blocks.{layer}.attn.hook_attn_entropy",
     "attn_first": "blocks.{layer}.attn.hook_attn_first",
+    "attn_current": "blocks.{layer}.attn.hook_attn_current",
+    "attn_previous": "blocks.{layer}.attn.hook_attn_previous",
+    "attn_recent": "blocks.{layer}.attn.hook_attn_recent",
+    "attn_duplicate": "blocks.{layer}.attn.hook_attn_duplicate",
+    "attn_induction": "blocks.{layer}.attn.hook_attn_induction",
     "z": "blocks.{layer}.attn.hook_z",
     "attn_out": "blocks.{layer}.hook_attn_out",
     "resid_mid": "blocks.{layer}.hook_resid_mid",
@@ -61,6 +67,11 @@ DERIVED: Mapping[str, str] = {
     "attn_received_entropy": "pattern",
     "attn_entropy": "pattern",
     "attn_first": "pattern",
+    "attn_current": "pattern",
+    "attn_previous": "pattern",
+    "attn_recent": "pattern",
+    "attn_duplicate": "pattern",
+    "attn_induction": "pattern",
     "v_norm": "v",
     "resid_norm": "resid_post",
 }
@@ -134,6 +145,8 @@ class SiteMap:
     modules: Mapping[str, Site] = field(default_factory=dict)
     """Outputs of modules that no other name stands for, by Hugging Face name, in the order of the forward pass. Those
     of `sites` have their module among the synonyms."""
+    score_rules: tuple[ScoreRule, ...] = ()
+    """Rules by which layers score their queries and keys; without layers that attend in their own way."""
 
     @property
     def last_block(self) -> str:

@@ -25,6 +25,7 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
 from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
+from workbench.sites.score_rule import ScoreRule
 from workbench.store.added_records import merged_record, record_names
 from workbench.store.identity import Identity, difference
 from workbench.store.stored_changes import Ran, StoredChanges, metric_name, none_ran
@@ -41,7 +42,7 @@ FEATURES = "features"
 LENSES = "lenses"
 """Folder of the folders of lenses that were fitted for the store."""
 
-_NEW_MODEL_KEYS = {"causal": True, "identity": None}
+_NEW_MODEL_KEYS = {"causal": True, "identity": None, "score_rules": None}
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
 _NEW_SITE_KEYS: dict[str, Any] = {"synonyms": []}
@@ -130,6 +131,9 @@ class ModelRecord:
     identity: Identity | None = None
     """Facts that decide what its forward pass computes, hooks and adapters included; None: recorded by a version that
     did not measure them."""
+    score_rules: tuple[ScoreRule, ...] | None = None
+    """Rules by which layers score their queries and keys, without layers that attend in their own way; None: recorded
+    by a version that did not keep them."""
 
     def difference(self, present: ModelRecord) -> str | None:
         """Returns a phrase that names what differs in the model `present`; None if both give the same activations."""
