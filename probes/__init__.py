@@ -9,11 +9,13 @@ if __name__ != "workbench.probes":
 
 _PUBLIC = {
     "ActivationPatching": "workbench.probes.activation_patching",
+    "ActiveDormant": "workbench.probes.active_dormant",
     "AttentionSinks": "workbench.probes.attention_sinks",
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FunctionVectors": "workbench.probes.function_vectors",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
+    "HiddenSinks": "workbench.probes.hidden_sinks",
     "InductionHeads": "workbench.probes.induction_heads",
     "JacobianLens": "workbench.probes.jacobian_lens",
     "LinearProbes": "workbench.probes.linear_probes",
@@ -32,6 +34,7 @@ _PUBLIC = {
     "TokenGeometry": "workbench.probes.token_geometry",
     "TokenMicroscope": "workbench.probes.token_microscope",
     "TunedLens": "workbench.probes.tuned_lens",
+    "ValueAwareImportance": "workbench.probes.value_aware_importance",
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
@@ -40,11 +43,13 @@ __getattr__ = lazy_names(__name__, _PUBLIC)
 
 if TYPE_CHECKING:
     from workbench.probes.activation_patching import ActivationPatching
+    from workbench.probes.active_dormant import ActiveDormant
     from workbench.probes.attention_sinks import AttentionSinks
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.function_vectors import FunctionVectors
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
+    from workbench.probes.hidden_sinks import HiddenSinks
     from workbench.probes.induction_heads import InductionHeads
     from workbench.probes.jacobian_lens import JacobianLens
     from workbench.probes.linear_probes import LinearProbes
@@ -63,3 +68,4 @@ if TYPE_CHECKING:
     from workbench.probes.token_geometry import TokenGeometry
     from workbench.probes.token_microscope import TokenMicroscope
     from workbench.probes.tuned_lens import TunedLens
+    from workbench.probes.value_aware_importance import ValueAwareImportance

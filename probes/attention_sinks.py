@@ -50,10 +50,10 @@ from workbench.probing import (
     plain_torch,
     position_bars,
     read_attention,
+    received_sequences,
     require_causal,
     residual_norms,
     residual_site,
-    select_sequences,
     stack_heads,
     stack_layers,
     stack_value_norms,
@@ -187,12 +187,7 @@ class AttentionSinks(StoreProbe):
                     f"sink {self.sink}: attn_first has the attention to position 0 only; for domains record pattern"
                 )
             store.require(*(f"attn_first.{layer}" for layer in layers))
-        sequences = select_sequences(store, self.length, self.where, self.domain)
-        if source == "derived" and sequences.longest > self.length:
-            raise RequestError(
-                f"length {self.length}: attn_received was summed over whole sequences, of up to {sequences.longest} "
-                f"tokens; record with --context {self.length}, or record pattern, or give length {sequences.longest}"
-            )
+        sequences = received_sequences(store, source, self.length, self.where, self.domain)
         values, streams = layers_of(store, "v", "v_norm"), layers_of(store, "resid_post", "resid_norm")
         norm_sites = [value_site(store, layer) for layer in values] + [residual_site(store, layer) for layer in streams]
         rows = self.finite_rows(store, [*attention_sites(store, source, layers), *norm_sites], sequences.rows)

@@ -4,11 +4,13 @@ For a query i whose token x_i stands earlier in its sequence, at positions d wit
 
     induction(h) = mean_i sum_d A_h[i, d + 1]        duplicate(h) = mean_i sum_d A_h[i, d]
 
-over all earlier occurrences d, or the latest (`occurrences`). On the same queries: previous A[i, i - 1], current
-A[i, i], first A[i, 0]. Position alone can fake induction: where tokens repeat at a fixed distance, a head that attends
-that far back reads no token and scores 1. Therefore `induction_shuffled`, the attention at the targets of *other*
-sequences at the same query positions, is subtracted; and `induction_reference` is the best that one fixed offset
-collects. Copying is read from the weights: the OV circuit W_U W_O W_V norm(W_E) raises the attended token itself.
+over all earlier occurrences d, or the latest (`occurrences`). On the same queries: previous A[i, i - 1], current A[i,
+i], first A[i, 0]. All five are also recorded as derived sites (`attn_induction`, ...), without patterns. Position
+alone can fake induction: where tokens repeat at a fixed distance, a head that attends that far back reads no token
+and scores 1. Therefore `induction_shuffled`, the attention at the targets of *other* sequences at the same query
+positions, is subtracted; and `induction_reference` is the best that one fixed offset collects. Without patterns the
+tokens alone bound what one offset could collect: `offset_bound`. Copying is read from the weights: the OV circuit W_U
+W_O W_V norm(W_E) raises the attended token itself.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ import torch
 import xarray as xr
 
 from workbench.probing import (
+    ABLATION_VARIABLES,
     LOST_VARIABLES,
     TEMPLATE,
+    TOKEN_MEASURES,
+    MeasuredRows,
     Model,
     Occurrences,
+    Queries,
     RaggedSequences,
     RequestError,
     Result,
@@ -35,12 +41,16 @@ from workbench.probing import (
     StoreProbe,
     TokenAttention,
     Variable,
+    ablated_heads,
+    ablation_text,
     axis_title,
     blocks,
     check,
     check_fields,
     copying_scores,
+    counted_queries,
     dataset,
+    group_intervals,
     head_grid,
     head_name,
     intervals,
@@ -51,6 +61,7 @@ from workbench.probing import (
     next_tokens,
     plain_torch,
     recorded_model,
+    recorded_sums,
     require_causal,
     resampled_means,
     stack_heads,
@@ -62,7 +73,6 @@ from workbench.probing import (
 )
 
 _HEAD = ("layer", "head")
-_KINDS = ("induction", "duplicate", "previous", "current", "first")
 _UNIFORM = "`uniform`: a head that attends to all visible keys equally"
 _VARIABLES: tuple[Variable, ...] = (
     *with_interval(Variable("induction", _HEAD, "attention", "to the tokens after earlier occurrences", _UNIFORM)),
@@ -76,11 +86,13 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("first", _HEAD, "attention", "to the first token of the sequence"),
     Variable("copying", _HEAD, "share of tokens", "tokens whose own direct logit is the largest", "1 / copying_tokens"),
     Variable("copying_eigen", _HEAD, "1", "sum of the OV circuit's eigenvalues / sum of their sizes, -1 to 1", "0"),
+    *ABLATION_VARIABLES,
     Variable("icl_loss", ("position",), "nats", "mean cross-entropy of the next token, by position of the query"),
     Variable("icl_tokens", ("position",), "tokens", "tokens that icl_loss is the mean of"),
     Variable("icl_score", (), "nats", "icl_loss at `late` less that at `early`; negative: context helps", "0"),
     Variable("loss_repeated", (), "nats", "mean cross-entropy after tokens that stand earlier in their sequence"),
     Variable("loss_new", (), "nats", "mean cross-entropy after all other tokens"),
+    Variable("offset_bound", (), "share of queries", "queries with a target at the most frequent offset"),
     Variable("uniform", (), "attention", "induction of a head that attends to all visible keys equally"),
     Variable("queries", (), "tokens", "queries that count"),
     Variable("sequences", (), "sequences", "sequences with such a query"),
@@ -122,6 +134,12 @@ class InductionHeads(StoreProbe):
     """Folder or name of the recorded model, for copying. None: no copying, unless a loaded model is given."""
     copying_tokens: int = 500
     """Number of tokens, drawn at random from the vocabulary, that copying is measured on and among."""
+    ablated: int = 3
+    """Number of the strongest heads that are ablated, each alone and all together; needs the model. 0: none."""
+    ablation_controls: int = 2
+    """Draws of random heads of the same layers, which are ablated as a control."""
+    ablation_tokens: int = 1000
+    """Tokens, at least, of the whole sequences on which the loss with ablated heads is measured."""
     resamples: int = 1000
     """Resamples of documents for the intervals."""
     seed: int = 0
@@ -133,35 +151,43 @@ class InductionHeads(StoreProbe):
         check("occurrences", self.occurrences, one_of=get_args(Occurrences))
         check("copying_tokens", self.copying_tokens, at_least=2)
         check_fields(self, "resamples", at_least=1)
-        check_fields(self, "seed", "early", "window", at_least=0)
+        check_fields(self, "ablation_controls", "ablation_tokens", at_least=1)
+        check_fields(self, "seed", "early", "window", "ablated", at_least=0)
         check("late", self.late, above=self.early)
         check("threshold", self.threshold, at_least=0, below=1)
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
-        """Reads `pattern`; for losses the last `resid_post`; for copying the model's weights.
+        """Reads `pattern`, or `attn_induction`, ...; for losses the last `resid_post`; for copying the model's weights.
 
-        Costs one pass over the patterns; memory is blocks of 64 MiB and heads x context^2 numbers of one layer.
+        Costs one pass over these; memory is blocks of 64 MiB and, of patterns, heads x context^2 numbers of one layer.
 
         Raises:
-            RequestError: No pattern was recorded, no token repeats, values are NaN or infinite, the model is not causal
+            RequestError: Neither was recorded, no token repeats, values are NaN or infinite, the model is not causal
                 or another one, or the device cannot be used.
         """
         require_causal(store, self.name)
-        layers = layers_of(store, "pattern")
-        if not layers:
-            store.require("pattern.0")
+        sources = _sites(self, store)
+        layers = [*sources]
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         losses = last in [site.label for site in store.sites] and store.manifest.unembed is not None
         sequences = whole_sequences(store, self.where)
-        sites = [f"pattern.{layer}" for layer in layers] + [last] * losses
+        sites = [site for part in sources.values() for site in part] + [last] * losses
         rows = self.finite_rows(store, sites, sequences.rows)
         sequences = sequences.without(rows.left_out)
-        arrays: dict[str, Any] = dict(_queries(self, sequences))
-        heads = {layer: _read(self, store, layer, sequences) for layer in layers}
+        queries = counted_queries(sequences, self.occurrences)  # pyright: ignore[reportArgumentType]  # checked
+        if not len(queries.rows):
+            raise RequestError(
+                "no token of the selected sequences stands earlier in its sequence; record longer texts, or sequences "
+                "of wb.random_repeats(model.tokenizer)"
+            )
+        arrays: dict[str, Any] = {"uniform": queries.uniform, "offset_bound": queries.offset_bound}
+        arrays |= {"queries": len(queries.rows), "sequences": len(np.unique(queries.sequence))}
+        arrays = {name: np.asarray(value) for name, value in arrays.items()}
+        heads = {layer: _read(self, store, layer, sequences, queries) for layer in layers}
         arrays |= stack_heads(layers, heads, [one.name for one in _VARIABLES if one.dims == _HEAD])
         coords: dict[str, Any] = {"layer": layers, "head": np.arange(arrays["induction"].shape[1])}
-        notes = ["" if len(sequences) > 1 else "excess not computed: it needs two sequences or more"]
+        notes = _notes(store, layers, len(sequences))
         if losses:
             lost, note = _losses(self, store, last, sequences)
             arrays, coords = arrays | lost, coords | {"position": np.arange(len(lost["icl_loss"]))}
@@ -169,7 +195,10 @@ class InductionHeads(StoreProbe):
         else:
             notes.append(f"losses not computed: {last} or the unembedding was not recorded")
         if model is not None or self.model is not None:
-            arrays |= _copying(self, store, model, layers, len(coords["head"]))
+            loaded = recorded_model(store, model or self.model, usable_device(self.device))
+            arrays |= _copying(self, store, loaded, layers)
+            ablation, axes = _ablation(self, store, loaded, layers, arrays["excess"], sequences, queries)
+            arrays, coords = arrays | ablation, coords | axes
         data = dataset(_VARIABLES, arrays, coords)
         return self.result(store, data, _table(data), rows, notes)
 
@@ -184,13 +213,24 @@ class InductionHeads(StoreProbe):
             if np.isnan(best["induction_low"])
             else (f", 95 % CI [{best['induction_low']:.2f}, {best['induction_high']:.2f}]")
         )
+        blind = f"one fixed offset collects at most {float(data['offset_bound']):.2f}"
+        if not np.isnan(best.get("induction_shuffled", np.nan)):
+            blind = (
+                f"targets of other sequences {best['induction_shuffled']:.2f}, best fixed offset "
+                f"{best['induction_reference']:.2f}"
+            )
         text = (
             f"{heads}; strongest {head_name(int(best['layer']), int(best['head']))}: induction "
-            f"{best['induction']:.2f}{interval}, targets of other sequences {best['induction_shuffled']:.2f}, best "
-            f"fixed offset {best['induction_reference']:.2f}, duplicate {best['duplicate']:.2f}"
+            f"{best['induction']:.2f}{interval}, {blind}"
         )
+        if not np.isnan(best.get("duplicate", np.nan)):
+            text += f", duplicate {best['duplicate']:.2f}"
         if "copying" in data:
             text += f", copying {100 * best['copying']:.0f} %, eigenvalues {best['copying_eigen']:.2f}"
+        if "ablation" in data and "after repeated tokens" in data["group"].to_numpy():
+            several = str(data["ablated"][-1].item()).replace("all ", "the strongest ")
+            effect = ablation_text({name: data[name].to_numpy() for name in map(str, data.data_vars)})
+            text += f"; loss after repeated tokens with {several} ablated {effect}"
         if "loss_repeated" in data:
             text += (
                 f"; loss after repeated tokens {float(data['loss_repeated']):.2f} nats, after new ones "
@@ -202,51 +242,70 @@ class InductionHeads(StoreProbe):
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """Returns "heads", excess by layer and head; "kinds", what the strongest attend to; "loss" by position."""
+        """Returns "heads", excess by head; "kinds", what the strongest attend to; "ablation"; "loss" by position."""
         figures = {"heads": _heads(result), "kinds": _kinds(result)}
+        figures |= {"ablation": _ablated(result)} if "ablation" in result.data else {}
         return {**figures, "loss": _loss(result)} if "icl_loss" in result.data else figures
 
 
 # ---- readings -------------------------------------------------------------------------------------------
 
 
-def _read(probe: InductionHeads, store: Store, layer: int, sequences: RaggedSequences) -> dict[str, np.ndarray]:
-    """All measures of the heads of one layer, from its pattern."""
-    array = store["pattern", layer]
-    total = TokenAttention(array.shape[1], len(sequences), int(sequences.lengths.max()))
-    for part in sequences.blocks(int(np.prod(array.shape[1:]))):
-        keys = token_keys(sequences, part, probe.occurrences)  # pyright: ignore[reportArgumentType]  # checked
-        total.add(part, keys, array[keys.rows])
-    means = {name: sums.sum(0) / total.queries.sum() for name, sums in total.by_sequence.items()}
-    counts = np.repeat(total.queries[:, None], array.shape[1], 1)
+def _read(
+    probe: InductionHeads, store: Store, layer: int, sequences: RaggedSequences, queries: Queries
+) -> dict[str, np.ndarray]:
+    """All measures of the heads of one layer, from its pattern or from what was derived of it while recording."""
+    counts = np.bincount(queries.sequence, minlength=len(sequences)).astype(float)
+    if layer in layers_of(store, "pattern"):
+        array = store["pattern", layer]
+        total = TokenAttention(array.shape[1], len(sequences), int(sequences.lengths.max()))
+        for part in sequences.blocks(int(np.prod(array.shape[1:]))):
+            keys = token_keys(sequences, part, probe.occurrences)  # pyright: ignore[reportArgumentType]  # checked
+            total.add(part, keys, array[keys.rows])
+        sums, offsets = total.by_sequence, total.by_offset()[1:]
+        blind = total.shuffled()
+        references = {"induction_shuffled": blind, "induction_reference": offsets.max(0)}
+        references |= {"reference_offset": 1.0 + offsets.argmax(0)}
+    else:
+        sums, blind, references = recorded_sums(store, layer, queries, len(sequences)), queries.offset_bound, {}
     clusters, index = np.unique(sequences.document, return_inverse=True)
-    sums = np.zeros((2, len(clusters), array.shape[1]))
-    np.add.at(sums[0], index, total.by_sequence["induction"])
-    np.add.at(sums[1], index, counts)
-    _, resampled = resampled_means(*sums, resamples=probe.resamples, seed=probe.seed)
-    low, high = intervals(resampled)
-    shuffled, offsets = total.shuffled(), total.by_offset()[1:]
-    means |= {"induction_low": low, "induction_high": high, "induction_shuffled": shuffled}
-    means |= {"excess": means["induction"] - shuffled, "excess_low": low - shuffled, "excess_high": high - shuffled}
-    return means | {"induction_reference": offsets.max(0), "reference_offset": 1.0 + offsets.argmax(0)}
+    resampled = np.zeros((2, len(clusters), sums["induction"].shape[1]))
+    np.add.at(resampled[0], index, sums["induction"])
+    np.add.at(resampled[1], index, np.repeat(counts[:, None], sums["induction"].shape[1], 1))
+    low, high = intervals(resampled_means(*resampled, resamples=probe.resamples, seed=probe.seed)[1])
+    means = {name: values.sum(0) / counts.sum() for name, values in sums.items()} | references
+    means |= {"induction_low": low, "induction_high": high, "excess": means["induction"] - blind}
+    return means | {"excess_low": low - blind, "excess_high": high - blind}
 
 
-def _queries(probe: InductionHeads, sequences: RaggedSequences) -> dict[str, np.ndarray]:
-    """Numbers of queries and sequences, and the induction of a uniform head. RequestError without any query."""
-    queries = counted = uniform = 0
-    for part in sequences.blocks(int(sequences.lengths.max())):
-        keys = token_keys(sequences, part, probe.occurrences)  # pyright: ignore[reportArgumentType]  # checked
-        visible = 1 + torch.arange(keys.rows.shape[1], dtype=torch.float64)
-        uniform += (keys.induction.sum(-1) / visible).sum().item()
-        queries += int(keys.counts.sum())
-        counted += int(keys.counts.any(1).sum())
-    if not queries:
-        raise RequestError(
-            "no token of the selected sequences stands earlier in its sequence; record longer texts, or sequences of "
-            "wb.random_repeats(model.tokenizer)"
-        )
-    values = {"uniform": uniform / queries, "queries": queries, "sequences": counted}
-    return {name: np.asarray(value) for name, value in values.items()}
+def _notes(store: Store, layers: list[int], sequences: int) -> list[str]:
+    """Notes of references that patterns alone give."""
+    derived = [layer for layer in layers if layer not in layers_of(store, "pattern")]
+    notes = []
+    if derived != layers and sequences < 2:
+        notes.append("excess not computed: it needs two sequences or more")
+    if derived:
+        where = "" if derived == layers else f"at layers {', '.join(map(str, derived))} "
+        notes.append(f"{where}excess is induction less offset_bound, because pattern was not recorded")
+    return notes
+
+
+def _sites(probe: InductionHeads, store: Store) -> dict[int, list[str]]:
+    """Sites of each layer that attention is read from: its pattern, or what was derived of it."""
+    patterns, derived = layers_of(store, "pattern"), layers_of(store, "attn_induction")
+    if not patterns and not derived:
+        store.require("pattern.0")
+    if derived and probe.occurrences == "last":
+        if not patterns:
+            raise RequestError(
+                "occurrences 'last' needs pattern: attn_induction is the attention after all earlier occurrences; "
+                "leave occurrences out, or record pattern"
+            )
+        derived = []
+    recorded = {site.label for site in store.sites}
+    sites = {layer: [f"attn_{name}.{layer}" for name in TOKEN_MEASURES] for layer in derived}
+    sites |= {layer: [f"pattern.{layer}"] for layer in patterns}
+    return {layer: [site for site in sites[layer] if site in recorded] for layer in sorted(sites)}
 
 
 def _losses(
@@ -279,11 +338,33 @@ def _losses(
     return arrays, ""
 
 
-def _copying(
-    probe: InductionHeads, store: Store, model: Model | None, layers: list[int], heads: int
-) -> dict[str, np.ndarray]:
+def _ablation(
+    probe: InductionHeads,
+    store: Store,
+    model: Model,
+    layers: list[int],
+    excess: np.ndarray,
+    sequences: RaggedSequences,
+    queries: Queries,
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Effect of the strongest heads on the loss after repeated tokens and after others, beside random heads."""
+    order = [np.unravel_index(i, excess.shape) for i in np.argsort(-np.nan_to_num(excess, nan=-2), axis=None)]
+    heads = [(layers[layer], int(head)) for layer, head in order[: probe.ablated]]
+    if not heads:
+        return {}, {}
+    chosen = np.random.default_rng(probe.seed).permutation(np.unique(queries.sequence))
+    chosen = chosen[: 1 + int(np.searchsorted(np.cumsum(sequences.lengths[chosen]), probe.ablation_tokens))]
+    rows = np.concatenate([sequences.starts[one] + np.arange(sequences.lengths[one]) for one in np.sort(chosen)])
+    rows = rows[next_tokens(store)[rows] >= 0]
+    repeated = np.isin(rows, queries.rows)
+    groups = {"after repeated tokens": rows[repeated], "after new tokens": rows[~repeated]}
+    measured = MeasuredRows(store, {name: part for name, part in groups.items() if len(part)})
+    settings = {"controls": probe.ablation_controls, "resamples": probe.resamples, "seed": probe.seed}
+    return ablated_heads(model, measured, heads, **settings)
+
+
+def _copying(probe: InductionHeads, store: Store, loaded: Model, layers: list[int]) -> dict[str, np.ndarray]:
     """Copying of the heads at the recorded layers."""
-    loaded = recorded_model(store, model or probe.model, usable_device(probe.device))
     unembed = load_unembed(store.path, loaded.device)
     draw = np.random.default_rng(probe.seed)
     ids = np.sort(draw.permutation(unembed.vocab)[: probe.copying_tokens])
@@ -307,19 +388,22 @@ def _table(data: xr.Dataset) -> pd.DataFrame:
 def _heads(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy().tolist()
     lines = {(line["layer"], line["head"]): _hover(line) for line in result.table.to_dict("records")}
+    whole = data["induction_shuffled"].notnull().any("head").all() if "induction_shuffled" in data else False
+    blind = "that at the targets of other sequences" if whole else "what one fixed offset collects at most"
     return head_grid(
         data["excess"].to_numpy().clip(0),
         hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
         layers=layers,
         title=f"Induction heads of {_model(result)}",
-        subtitle=f"attention to the tokens after earlier occurrences, less that at the targets of other sequences; "
-        f"{int(data['queries']):,} queries",
+        subtitle=f"attention to the tokens after earlier occurrences, less {blind}; {int(data['queries']):,} queries",
         unit="excess",
     )
 
 
 def _hover(line: Mapping[str, Any]) -> str:
-    shown = [name for name in ("excess", *_KINDS, "induction_shuffled", "copying", "copying_eigen") if name in line]
+    shown = [
+        name for name in ("excess", *TOKEN_MEASURES, "induction_shuffled", "copying", "copying_eigen") if name in line
+    ]
     values = [f"{name}: {line[name]:.3f}" for name in shown]
     return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *values])
 
@@ -327,12 +411,14 @@ def _hover(line: Mapping[str, Any]) -> str:
 def _kinds(result: Result) -> go.Figure:
     best = result.table.head(12)
     names = [head_name(layer, head) for layer, head in zip(best["layer"], best["head"], strict=True)]
-    figure = go.Figure([go.Scatter(x=names, y=best[kind], name=kind, mode="markers") for kind in _KINDS])
+    kinds = [kind for kind in TOKEN_MEASURES if kind in best]
+    figure = go.Figure([go.Scatter(x=names, y=best[kind], name=kind, mode="markers") for kind in kinds])
     figure.update_traces(marker={"size": 9}, hovertemplate="%{x}: %{y:.3f}")
+    whole = "induction_shuffled" in best
     figure.add_scatter(
         x=names,
-        y=best["induction_shuffled"],
-        name="induction, other sequences",
+        y=best["induction_shuffled"] if whole else [float(result.data["offset_bound"])] * len(names),
+        name="induction, other sequences" if whole else "one fixed offset, at most",
         mode="markers",
         marker={"symbol": "line-ew-open", "size": 16, "color": "black"},
         hovertemplate="%{x}: %{y:.3f}",
@@ -341,6 +427,26 @@ def _kinds(result: Result) -> go.Figure:
     figure.update_layout(template=TEMPLATE, title=title, height=440, width=860, margin={"t": 100})
     figure.update_xaxes(title="head, largest excess first", type="category")
     return figure.update_yaxes(title=axis_title(result.data["induction"].attrs), range=[-0.03, 1.03])
+
+
+def _ablated(result: Result) -> go.Figure:
+    data, ends = result.data, ("", "_low", "_high")
+    groups = {
+        str(group): np.stack([data[f"ablation{end}"].sel(group=group).to_numpy() for end in ends])
+        for group in data["group"].to_numpy()
+    }
+    random = data["ablation_random"].isel(group=0).to_numpy()
+    groups[f"random heads, {data['group'].to_numpy()[0]}"] = np.stack([random] * 3)
+    figure = group_intervals(
+        groups,
+        categories=[str(name) for name in data["ablated"].to_numpy()],
+        hover="%{x}",
+        title=f"Loss without the strongest induction heads of {_model(result)}",
+        subtitle="change of the loss with outputs at their mean; 95 % intervals over documents; random heads of the "
+        "same layers",
+    )
+    figure.update_xaxes(title="ablated heads")
+    return figure.update_yaxes(title=axis_title(data["ablation"].attrs, "change of the loss"))
 
 
 def _loss(result: Result) -> go.Figure:

@@ -96,6 +96,8 @@ _PUBLIC = {
     "combine": "workbench.results.combine",
     "TrainedLens": "workbench.analysis.trained_lens",
     "load_lens": "workbench.analysis.trained_lens",
+    "HeadAtlas": "workbench.pages.head_atlas",
+    "head_atlas": "workbench.pages.head_atlas",
     "TokenView": "workbench.pages.token_view",
     "Result": "workbench.results.result",
     "load_result": "workbench.results.result",
@@ -168,6 +170,7 @@ if TYPE_CHECKING:
     from workbench.model.token_choice import Tokens
     from workbench.pages.feature_page import feature_page
     from workbench.pages.figure_export import export
+    from workbench.pages.head_atlas import HeadAtlas, head_atlas
     from workbench.pages.token_view import TokenView
     from workbench.parallel.ray import RayWorkers
     from workbench.parallel.share import Share

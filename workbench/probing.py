@@ -51,6 +51,13 @@ _PUBLIC = {
     "value_norms": "workbench.analysis.norms",
     # rows of a store
     "compare_domains": "workbench.analysis.domains",
+    "permuted_gap": "workbench.analysis.domains",
+    "rank_correlation": "workbench.analysis.importance",
+    "removal_effects": "workbench.analysis.importance",
+    "top_overlap": "workbench.analysis.importance",
+    "for_query_heads": "workbench.analysis.value_outputs",
+    "output_maps": "workbench.analysis.value_outputs",
+    "written_norms": "workbench.analysis.value_outputs",
     "Sequences": "workbench.analysis.sequences",
     "distinct": "workbench.analysis.point_clouds",
     "gaussian_like": "workbench.analysis.point_clouds",
@@ -63,9 +70,13 @@ _PUBLIC = {
     "document_folds": "workbench.analysis.least_squares",
     "final_norm": "workbench.model.unembed",
     "normalise": "workbench.model.unembed",
+    "TOKEN_MEASURES": "workbench.analysis.token_attention",
     "Occurrences": "workbench.analysis.token_attention",
+    "Queries": "workbench.analysis.token_attention",
     "RaggedSequences": "workbench.analysis.token_attention",
     "TokenAttention": "workbench.analysis.token_attention",
+    "counted_queries": "workbench.analysis.token_attention",
+    "recorded_sums": "workbench.analysis.token_attention",
     "token_keys": "workbench.analysis.token_attention",
     "whole_sequences": "workbench.analysis.token_attention",
     "attention_sites": "workbench.analysis.received",
@@ -84,6 +95,8 @@ _PUBLIC = {
     "read_attention": "workbench.analysis.received",
     "recorded_layers": "workbench.analysis.rows",
     "require_causal": "workbench.analysis.causal",
+    "read_alpha": "workbench.analysis.received",
+    "received_sequences": "workbench.analysis.sequences",
     "select_sequences": "workbench.analysis.sequences",
     "stack_heads": "workbench.analysis.received",
     "stack_layers": "workbench.analysis.received",
@@ -211,7 +224,10 @@ _PUBLIC = {
     "vocabulary_moments": "workbench.analysis.neuron_moments",
     "Set": "workbench.model.row_records",
     "Columns": "workbench.model.attention",
+    "ABLATION_VARIABLES": "workbench.analysis.ablated_heads",
     "HeadAblation": "workbench.analysis.head_ablation",
+    "ablated_heads": "workbench.analysis.ablated_heads",
+    "ablation_text": "workbench.analysis.ablated_heads",
     "MEASURES": "workbench.analysis.change_effects",
     "MeasuredRows": "workbench.analysis.change_effects",
     "change_effects": "workbench.analysis.change_effects",
@@ -232,6 +248,10 @@ _PUBLIC = {
     "mlp_outputs": "workbench.model.circuits",
     "ov_logits": "workbench.model.circuits",
     "recorded_model": "workbench.model.reload",
+    "ScoreRule": "workbench.sites.score_rule",
+    "attention_scores": "workbench.model.attention_scores",
+    "layer_rule": "workbench.model.attention_scores",
+    "score_rules": "workbench.model.attention_scores",
     "row_entropy": "workbench.model.attention",
     "run_prompted": "workbench.model.prompted_run",
     "token_embeddings": "workbench.model.embedding_records",
@@ -283,6 +303,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from workbench.analysis.ablated_heads import ABLATION_VARIABLES, ablated_heads, ablation_text
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.causal import require_causal
     from workbench.analysis.change_effects import (
@@ -297,7 +318,7 @@ if TYPE_CHECKING:
     from workbench.analysis.copying import copying_scores
     from workbench.analysis.detection import clustered_auc
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
-    from workbench.analysis.domains import compare_domains
+    from workbench.analysis.domains import compare_domains, permuted_gap
     from workbench.analysis.frozen_norm import norm_bias, read_directions, single_tokens, token_id
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
@@ -311,6 +332,7 @@ if TYPE_CHECKING:
         precision_table,
     )
     from workbench.analysis.head_ablation import HeadAblation, head_ablation
+    from workbench.analysis.importance import rank_correlation, removal_effects, top_overlap
     from workbench.analysis.jacobian import affordable_prompts, mean_jacobians
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
@@ -360,6 +382,7 @@ if TYPE_CHECKING:
         attention_sites,
         attention_source,
         layers_of,
+        read_alpha,
         read_attention,
         stack_heads,
         stack_layers,
@@ -385,7 +408,8 @@ if TYPE_CHECKING:
         tokens_at,
     )
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
-    from workbench.analysis.sequences import Sequences, select_sequences
+    from workbench.analysis.sequence_runs import SequenceRuns
+    from workbench.analysis.sequences import Sequences, received_sequences, select_sequences
     from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
@@ -394,14 +418,19 @@ if TYPE_CHECKING:
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
     from workbench.analysis.task_vectors import TaskVectors, answers_after, questions_alone
     from workbench.analysis.token_attention import (
+        TOKEN_MEASURES,
         Occurrences,
+        Queries,
         RaggedSequences,
         TokenAttention,
+        counted_queries,
+        recorded_sums,
         token_keys,
         whole_sequences,
     )
     from workbench.analysis.token_classes import TOKEN_CLASSES, token_classes
     from workbench.analysis.trained_lens import TrainedLens, kept_lens
+    from workbench.analysis.value_outputs import for_query_heads, output_maps, written_norms
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.corpus.tokenizer import token_texts
@@ -424,6 +453,7 @@ if TYPE_CHECKING:
     from workbench.io.torch_state import plain_torch, usable_device
     from workbench.model.attention import Columns, row_entropy
     from workbench.model.attention_records import RedistributeAttention, ScaleAttention
+    from workbench.model.attention_scores import attention_scores, layer_rule, score_rules
     from workbench.model.block_records import SkipBlock, SwapBlocks
     from workbench.model.circuits import (
         FirstMlp,
@@ -461,5 +491,6 @@ if TYPE_CHECKING:
     from workbench.results.variable import Variable, dataset, with_interval
     from workbench.sae.decoder import extreme_tokens
     from workbench.sites.grammar import Site
+    from workbench.sites.score_rule import ScoreRule
     from workbench.store.lost_values import FiniteRows, finite_rows
     from workbench.store.reader import ActivationArray, Store

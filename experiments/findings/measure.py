@@ -79,7 +79,7 @@ def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
     repeats = wb.random_repeats(model.tokenizer or range(model.vocab), sequences=REPEATS)
     return [
         wb.record(model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
-        wb.record(model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
+        wb.record(model, subject.texts, out=folder / "heads.acts", sites=(*HEAD_SITES, "v"), context=64, **options),
         wb.record(model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False),
     ]
 

@@ -119,11 +119,13 @@ def test_probes():
     lines = out.splitlines()
     names = [
         "activation-patching",
+        "active-dormant",
         "attention-sinks",
         "direct-logit-attribution",
         "function-vectors",
         "future-lens",
         "future-prompts",
+        "hidden-sinks",
         "induction-heads",
         "jacobian-lens",
         "linear-probes",
@@ -142,6 +144,7 @@ def test_probes():
         "token-geometry",
         "token-microscope",
         "tuned-lens",
+        "value-aware-importance",
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[names.index("logit-lens")] == (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -229,18 +231,124 @@ def test_losses_are_those_of_the_model(tiny_models, llama_store):
     assert float(result.data["loss_new"]) == pytest.approx(np.mean(repeated[False]), abs=1e-4)
 
 
-def test_the_embedded_model_has_induction_heads_and_its_random_copy_has_none(tmp_path):
+@pytest.fixture(scope="module")
+def demo_repeats():
     model = wb.load_model("demo", device="cpu")
-    ids = wb.random_repeats(model.tokenizer, 8)
-    found = []
-    for name, one in (("trained", model), ("random", random_copy(model))):
-        store = wb.record(one, ids, sites=["pattern"], out=tmp_path / name, show_progress=False)
-        found.append(InductionHeads(resamples=5).run(store, model=one if name == "trained" else None))
+    return model, wb.record(model, wb.random_repeats(model.tokenizer, 8), sites=["pattern"], show_progress=False)
+
+
+def test_the_embedded_model_has_induction_heads_and_its_random_copy_has_none(demo_repeats):
+    model, store = demo_repeats
+    random = wb.record(
+        random_copy(model), wb.random_repeats(model.tokenizer, 8), sites=["pattern"], show_progress=False
+    )
+    found = [InductionHeads(resamples=5, ablated=0).run(store, model=model), InductionHeads(resamples=5).run(random)]
     best = found[0].table.iloc[0]
     assert best["excess"] > 0.7
     assert best["copying"] > 0.9
     assert best["copying_eigen"] > 0.9
     assert found[1].table["excess"].abs().max() < 0.02
+
+
+# ---- derived while recording ----------------------------------------------------------------------------
+
+DERIVED = ("attn_induction", "attn_duplicate", "attn_previous", "attn_current", "attn_first")
+
+
+def test_what_was_derived_while_recording_agrees_with_patterns(tiny_models, llama_store, tmp_path):
+    model, ids = (
+        Model(tiny_models["llama"], None, "tiny"),
+        wb.random_repeats(range(2, 320), 6, period=(4, 9), filler=(0, 3)),
+    )
+    sites = ["pattern.1", *DERIVED, "resid_post"]
+    derived = run(wb.record(model, ids, sites=sites, dtype="float32", show_progress=False))
+    whole = run(llama_store)
+    for name in ("induction", "duplicate", "previous", "current", "first", "induction_low", "loss_repeated"):
+        np.testing.assert_allclose(derived.data[name], whole.data[name], rtol=0, atol=1e-6, err_msg=name)
+    assert float(derived.data["offset_bound"]) == float(whole.data["offset_bound"])
+    np.testing.assert_allclose(derived.data["excess"][1], whole.data["excess"][1], atol=1e-6)  # from its pattern
+    np.testing.assert_allclose(
+        derived.data["excess"][[0, 2]], whole.data["induction"][[0, 2]] - whole.data["offset_bound"], atol=1e-6
+    )
+    assert derived.data["induction_shuffled"].notnull().all("head").to_numpy().tolist() == [False, True, False]
+    assert "at layers 0, 2 excess is induction less offset_bound, because pattern was not recorded" in str(
+        derived.data.attrs["note"]
+    )
+
+
+def test_a_fixed_period_has_no_excess_without_patterns_either(tmp_path):
+    fixed = wb.random_repeats(range(100), 12, period=(20, 20), filler=(3, 3))
+    ones = {"attn_induction.0": np.ones((sum(map(len, fixed)), 2))}
+    result = run(planted_store(tmp_path / "s", fixed, ones))
+    assert float(result.data["offset_bound"]) == 1
+    assert result.data["excess"].to_numpy().tolist() == [[0, 0]]
+    assert "duplicate" not in result.data
+    assert "0 of 2 heads are induction heads" in result.headline()
+    assert "one fixed offset collects at most 1.00." in result.headline()
+    assert {*result.figures()} == {"heads", "kinds"}
+
+
+def test_the_bound_counts_the_queries_of_the_most_frequent_offset(textbook_store, drawn):
+    offsets = [i - last_before(ids, i) - 1 for ids in drawn for i in range(len(ids)) if last_before(ids, i) is not None]
+    share = np.bincount(offsets).max() / len(offsets)
+    assert float(run(textbook_store).data["offset_bound"]) == pytest.approx(share)
+
+
+def test_the_latest_occurrence_needs_patterns(tmp_path):
+    store = planted_store(tmp_path / "s", [[1, 2, 3, 1, 2]], {"attn_induction.0": np.ones((5, 2))})
+    text = refused(RequestError, lambda: run(store, occurrences="last"))
+    assert text.startswith("occurrences 'last' needs pattern: attn_induction is the attention after all earlier")
+
+
+# ---- ablation -------------------------------------------------------------------------------------------
+
+
+def test_ablated_heads_change_the_loss_as_plain_hugging_face_does(tiny_models, llama_store):
+    """The output of the heads is replaced by its mean, before W_O."""
+    module = copy.deepcopy(tiny_models["llama"])
+    probe = InductionHeads(ablated=2, ablation_controls=1, ablation_tokens=10_000, resamples=5, device="cpu")
+    result = probe.run(llama_store, model=Model(tiny_models["llama"], None, "tiny"))
+    data, best = result.data, result.table.iloc[0]
+    layer, head = int(best["layer"]), int(best["head"])
+    assert data["ablated"].to_numpy().tolist()[0] == f"L{layer}H{head}"
+    assert data["ablated"].to_numpy().tolist()[-1] == "all 2"
+    project, outputs = module.model.layers[layer].self_attn.o_proj, []
+    sequences = [part["token_id"].tolist() for _, part in llama_store.tokens.to_pandas().groupby("sequence")]
+
+    def losses():
+        found = {True: [], False: []}
+        for ids in sequences:
+            with torch.inference_mode():
+                log = module(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            for i in range(len(ids) - 1):
+                found[last_before(ids, i) is not None].append(-float(log[i, ids[i + 1]]))
+        return np.array([np.mean(found[repeated]) for repeated in (True, False)])
+
+    hook = project.register_forward_pre_hook(lambda _module, arguments: outputs.append(arguments[0][0].clone()))
+    plain = losses()
+    hook.remove()
+    part = slice(8 * head, 8 * head + 8)
+    mean = torch.cat(outputs)[:, part].mean(0)
+
+    def ablate(_module, arguments):
+        changed = arguments[0].clone()
+        changed[..., part] = mean
+        return (changed,)
+
+    project.register_forward_pre_hook(ablate)
+    np.testing.assert_allclose(data["ablation"][0], losses() - plain, atol=1e-4)
+    assert "loss after repeated tokens with the strongest 2 ablated" in result.headline()
+    assert "ablation" in result.figures()
+
+
+def test_ablation_of_the_demos_induction_heads_hurts_where_tokens_repeat(demo_repeats):
+    model, store = demo_repeats
+    data = InductionHeads(resamples=20, ablated=3, device="cpu").run(store, model=model).data
+    together = data.isel(ablated=-1)
+    assert float(together["ablation_low"].sel(group="after repeated tokens")) > 0.5
+    assert float(together["ablation_excess_low"].sel(group="after repeated tokens")) > 0.5
+    assert abs(float(together["ablation"].sel(group="after new tokens"))) < 0.5
+    assert "ablation" not in InductionHeads(resamples=5, ablated=0, device="cpu").run(store, model=model).data
 
 
 # ---- sequences ------------------------------------------------------------------------------------------

@@ -189,6 +189,6 @@ def test_classes_of_tokens_by_their_text(tmp_path):
     names, index = token_classes(store, np.arange(1, 13))
     assert names == TOKEN_CLASSES
     assert [names[one] for one in index] == [
-        *("determiner", "other word", "piece of a word", "preposition", "space", "punctuation", "number"),
+        *("determiner", "other word", "piece of a word", "preposition", "newline", "punctuation", "number"),
         *("auxiliary", "other word", "other word", "other word", "piece of a word"),
     ]

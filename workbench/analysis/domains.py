@@ -11,6 +11,37 @@ from workbench.analysis.sequences import Sequences
 from workbench.results.bootstrap import group_means
 
 
+def permuted_gap(
+    values: Float[np.ndarray, "sequence statistic"], sequences: Sequences, *, permutations: int, seed: int
+) -> float:
+    """Returns the gap that the largest of all statistics reaches in 5 % of permutations of domains over documents.
+
+    A gap above it is unlikely for texts whose domain does not matter, however many statistics are looked at. NaN for
+    fewer than two domains of two documents or more.
+
+    Args:
+        values: Statistics of each sequence.
+        sequences: The sequences, with their domains and documents.
+        permutations: Number of permutations.
+        seed: Random seed.
+    """
+    known = sequences.domain >= 0
+    pairs = np.stack([sequences.document[known], sequences.domain[known]], 1)
+    documents, index = np.unique(pairs, axis=0, return_inverse=True)
+    totals, counts = np.zeros((len(documents), values.shape[1])), np.bincount(index.ravel(), minlength=len(documents))
+    np.add.at(totals, index.ravel(), values[known])
+    number = np.bincount(documents[:, 1], minlength=len(sequences.domains))
+    compared = np.flatnonzero(number > 1)
+    if len(compared) < 2:
+        return float("nan")
+    draw, largest = np.random.default_rng(seed), []
+    for _ in range(permutations):
+        member = (draw.permutation(documents[:, 1]) == compared[:, None]).astype(float)
+        means = (member @ totals) / (member @ counts)[:, None]
+        largest.append(np.ptp(means, axis=0).max())
+    return float(np.quantile(largest, 0.95))
+
+
 def compare_domains(
     values: Mapping[int, Float[np.ndarray, "sequence head"]],
     sequences: Sequences,

@@ -65,6 +65,25 @@ def read_attention(
     return {part: store[kind, layer][rows].double().numpy() for part, kind in kinds.items()}
 
 
+def read_alpha(
+    store: Store, source: str, layer: int, rows: Int[np.ndarray, "sequence position"]
+) -> Float[np.ndarray, "sequence position head"]:
+    """Returns the mean attention that each key receives from the queries at and after it, in float64.
+
+    Args:
+        store: The recorded activations.
+        source: What `attention_source` gives.
+        layer: The layer to read.
+        rows: Ids of the rows.
+    """
+    if source == "derived":
+        return store["attn_received", layer][rows].double().numpy()
+    pattern = store["pattern", layer][rows][..., : rows.shape[1]].double()
+    visible = rearrange(pattern, "sequence query head key -> sequence head query key").tril()
+    queries = torch.arange(rows.shape[1], 0, -1, dtype=torch.float64)
+    return rearrange(visible.sum(2) / queries, "sequence head key -> sequence key head").numpy()
+
+
 def attention_sites(store: Store, source: str, layers: Sequence[int]) -> list[str]:
     """Returns the sites that `read_attention` reads at these layers."""
     kinds = ("pattern",) if source == "pattern" else tuple(_DERIVED.values())

@@ -95,6 +95,30 @@ def select_sequences(store: Store, length: int, where: str | None = None, domain
     return Sequences(starts, tokens["document"].to_numpy()[starts], indices, names, length, short, longest)
 
 
+def received_sequences(
+    store: Store, source: str, length: int, where: str | None = None, domain: str | None = None
+) -> Sequences:
+    """Returns what `select_sequences` does, for attention received.
+
+    Args:
+        store: The recorded activations.
+        source: "pattern" or "derived", as `attention_source` gives it.
+        length: Tokens of each sequence that count, from its first on.
+        where: SQL over the token table; see `select_sequences`.
+        domain: Metadata column that gives each sequence its domain.
+
+    Raises:
+        RequestError: As `select_sequences`, or derived attention was summed over longer sequences than `length`.
+    """
+    sequences = select_sequences(store, length, where, domain)
+    if source == "derived" and sequences.longest > length:
+        raise RequestError(
+            f"length {length}: attn_received was summed over whole sequences, of up to {sequences.longest} tokens; "
+            f"record with --context {length}, or record pattern, or give length {sequences.longest}"
+        )
+    return sequences
+
+
 def _domains(
     tokens: pa.Table, column: str, rows: Int[np.ndarray, "sequence position"]
 ) -> tuple[Int[np.ndarray, " sequence"], tuple[str, ...]]:

@@ -22,9 +22,10 @@ _WORDS = {
     "may might must cannot",
 }
 _CLASS = {word: name for name, words in _WORDS.items() for word in words.split()}
-TOKEN_CLASSES = (*_WORDS, "other word", "piece of a word", "number", "punctuation", "space", "special")
+TOKEN_CLASSES = (*_WORDS, "other word", "piece of a word", "number", "punctuation", "newline", "space", "special")
 """Classes of `token_classes`: closed classes of English, other words (nouns, verbs, adjectives, adverbs; names), first
-pieces included; later pieces of words; numbers; punctuation and symbols; white space; special tokens."""
+pieces included; later pieces of words; numbers; punctuation and symbols; white space with a newline, and other; special
+tokens."""
 
 
 def token_classes(
@@ -71,7 +72,7 @@ def _by_text(store: Store) -> Int[np.ndarray, " row"]:
 def _class_of(text: str, continues: bool, goes_on: bool) -> str:
     word = text.strip()
     if not word:
-        return "space"
+        return "newline" if "\n" in text else "space"
     if not any(letter.isalnum() for letter in word):
         return "punctuation"
     if not any(letter.isalpha() for letter in word):

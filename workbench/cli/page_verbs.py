@@ -1,4 +1,4 @@
-"""Verbs that write pages and figures: demo, report, export."""
+"""Verbs that write pages and figures: demo, report, atlas, export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
-from workbench.io.files import check_writable
+from workbench.io.files import check_writable, replace_file
+from workbench.io.spreadsheet import csv_text
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,44 @@ class Report:
         check_writable(self.out)
         page = write_report([section(load_result(path)) for path in self.result], self.out, title=self.title)
         print_plain(f"report  {page}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """Write a page of all heads of a model, with all that a store allows to measure about them, as a sortable table."""
+
+    store: Positional[Path]
+    """Store of any sites; each measure needs its own, and the page says which are missing."""
+    out: Path
+    """Page to write."""
+    model: str | None = None
+    """Folder or name of the recorded model. Default: the name in the store, where that suffices."""
+    repeats: Path | None = None
+    """Store of repeated random tokens, for induction. Default: the store."""
+    domain: str | None = None
+    """Metadata column by whose values active and dormant heads are compared."""
+    table: Path | None = None
+    """CSV file to write the table to, too."""
+    device: str | None = None
+    """Device of the model. Default: the GPU if there is one."""
+
+    def run(self) -> int:
+        """Writes the atlas."""
+        from workbench.pages.head_atlas import head_atlas  # seconds: torch, plotly
+        from workbench.store.reader import open_store
+
+        for path in filter(None, (self.out, self.table)):
+            check_writable(path)
+        repeats = None if self.repeats is None else open_store(self.repeats)
+        settings = {"model": self.model, "repeats": repeats, "domain": self.domain, "device": self.device}
+        atlas = head_atlas(open_store(self.store), **settings)  # pyright: ignore[reportArgumentType]  # each of its type
+        for name, reason in atlas.missing.items():
+            print_plain(f"not measured  {name}: {reason}")
+        if self.table is not None:
+            replace_file(self.table, csv_text(atlas.table).encode())
+            print_plain(f"table  {self.table}")
+        print_plain(f"atlas  {atlas.write(self.out)}")
         return 0
 
 

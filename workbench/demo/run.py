@@ -45,6 +45,7 @@ TASKS = ("ioi", "agreement", "copying")
 OTHER_ROWS = 3_000
 """Tokens of another model than the embedded one."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "active-dormant": {"domain": "domain"},
     "attention-sinks": {"domain": "domain"},
     "future-lens": {"epochs": 1, "horizons": 2},
     "future-prompts": {
@@ -130,7 +131,7 @@ def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | Non
     repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
     stores = [
         record(model, texts, sites=SITES, max_rows=rows, out=out / "demo.acts"),
-        record(model, texts, sites=HEAD_SITES, context=64, max_rows=head_rows, out=out / "heads.acts"),
+        record(model, texts, sites=(*HEAD_SITES, "v"), context=64, max_rows=head_rows, out=out / "heads.acts"),
         record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts"),
     ]
     for task in tasks:

@@ -149,11 +149,31 @@ def _value_range(values: xr.DataArray) -> str:
 
 
 def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) -> str:
+    links = "".join(map(_link, enumerate(sections)))
+    body = [
+        f"<header><h1>{escape(title)}</h1>",
+        *_paragraphs(paragraphs),
+        f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav></header>',
+        '<main id="results">',
+        *(_section(number, part) for number, part in enumerate(sections)),
+        "</main>",
+    ]
+    return document(title, "\n".join(body))
+
+
+def document(title: str, body: str, *, style: str = "", scripts: Sequence[str] = ()) -> str:
+    """Returns a page that needs nothing else: plotly's script, that of figures, and no other than these.
+
+    Args:
+        title: Title of the page.
+        body: Markup, already safe, with an element of id "results".
+        style: Rules behind those of the report.
+        scripts: Scripts behind that of the figures.
+    """
     from plotly.offline import get_plotlyjs
 
-    links = "".join(map(_link, enumerate(sections)))
-    scripts = [get_plotlyjs(), (_FOLDER / "report.js").read_text(encoding="utf-8")]
-    style = (_FOLDER / "report.css").read_text(encoding="utf-8")
+    scripts = [get_plotlyjs(), (_FOLDER / "report.js").read_text(encoding="utf-8"), *scripts]
+    style = (_FOLDER / "report.css").read_text(encoding="utf-8") + style
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -161,12 +181,7 @@ def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) ->
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title><style>{style}</style></head><body>",
             '<a class="skip" href="#results">Skip to the results</a>',
-            f"<header><h1>{escape(title)}</h1>",
-            *_paragraphs(paragraphs),
-            f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav></header>',
-            '<main id="results">',
-            *(_section(number, part) for number, part in enumerate(sections)),
-            "</main>",
+            body,
             *(f"<script>{script}</script>" for script in scripts),
             "</body></html>\n",
         ]
@@ -197,7 +212,7 @@ def _section(number: int, part: Section) -> str:
             f'<p class="question">{escape(part.question)}</p>' if part.question else "",
             f'<p class="headline">{escape(headline)}</p>' if headline else "",
             *_paragraphs(filter(None, others)),
-            *(_figure(figure, f"part-{number}-{name}") for name, figure in enumerate(part.figures.values())),
+            *(figure_markup(figure, f"part-{number}-{name}") for name, figure in enumerate(part.figures.values())),
             _controls(part.controls),
             _folded("Definition", definition),
             _folded("Settings", _rows(("setting", "value", "meaning"), part.settings)),
@@ -209,8 +224,8 @@ def _section(number: int, part: Section) -> str:
     )
 
 
-def _figure(figure: Figure, name: str) -> str:
-    """The plot, drawn by report.js, with title and subtitle as a caption that wraps and that screen readers read."""
+def figure_markup(figure: Figure, name: str) -> str:
+    """Returns the plot, drawn by report.js, with title and subtitle as a caption that screen readers read."""
     from workbench.figures.describe import alt_text
 
     title, subtitle = (part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text))
@@ -271,12 +286,12 @@ def _rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     cells = ([f"<code>{escape(first)}</code>", *map(escape, middle), inline(last)] for first, *middle, last in rows)
-    return _wide(table(heading, cells), " and ".join(heading))
+    return wide(table(heading, cells), " and ".join(heading))
 
 
 def _table_head(values: pd.DataFrame) -> tuple[str, str]:
     title = f"Table, {min(ROWS, len(values))} of {len(values):,} rows"
-    return title, _wide(frame(values, ROWS), title)
+    return title, wide(frame(values, ROWS), title)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
@@ -284,8 +299,8 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f"<dl>{entries}</dl>" if entries else ""
 
 
-def _wide(markup: str, name: str) -> str:
-    """A horizontally scrolling region that the keyboard can reach."""
+def wide(markup: str, name: str) -> str:
+    """Returns markup inside a horizontally scrolling region that the keyboard can reach."""
     return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}">{markup}</div>'
 
 

@@ -1,0 +1,375 @@
+"""Value-aware importance: attention received times the size of the value (VATP, Guo et al. 2024).
+
+For key k of a head, with A the attention and v the value that the query head reads, before W_O:
+
+    S_k = sum over queries i of A[i, k]        I_k = S_k * ||v_k||_1
+
+A token that receives much attention may have a value near 0, as attention sinks do: then S calls it important and I
+does not. Which of the two is closer to what the head does is measured, where patterns, values and the model are there,
+by the change of the head's output when the key is hidden and each query's attention is renormalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+import xarray as xr
+
+from workbench.probing import (
+    LOST_VARIABLES,
+    NEUTRAL,
+    TEMPLATE,
+    TOKEN_CLASSES,
+    Model,
+    RequestError,
+    Result,
+    Sequences,
+    Store,
+    StoreProbe,
+    Variable,
+    attention_source,
+    axis_title,
+    check,
+    check_fields,
+    clustered_interval,
+    clustered_means,
+    dataset,
+    for_query_heads,
+    head_grid,
+    head_name,
+    head_outputs,
+    intervals,
+    label,
+    layer_curves,
+    layers_of,
+    output_maps,
+    plain_torch,
+    rank_correlation,
+    read_alpha,
+    received_sequences,
+    recorded_model,
+    removal_effects,
+    require_causal,
+    stack_heads,
+    token_classes,
+    top_overlap,
+    usable_device,
+    with_interval,
+    with_note,
+)
+
+_HEAD = ("layer", "head")
+_CLASS = ("class", "layer")
+_RANK = "rank among positions, 1 = largest"
+_EFFECT = "and the change of the head's output when a key is hidden"
+_VARIABLES: tuple[Variable, ...] = (
+    *with_interval(Variable("overlap_top", _HEAD, "share of keys", "of the top keys by S, those on top by I", "1")),
+    *with_interval(Variable("spearman", _HEAD, "1", "rank correlation of S and I over positions", "1")),
+    Variable("overlap_shuffled", _HEAD, "share of keys", "the same with value norms permuted over positions"),
+    Variable("spearman_shuffled", _HEAD, "1", "the same with value norms permuted over positions"),
+    Variable("overlap_top_mean", _HEAD, "share of keys", "overlap_top of means over the queries that see a key", "1"),
+    Variable("spearman_mean", _HEAD, "1", "rank correlation of means over the queries that see a key", "1"),
+    Variable("sink_rank_attention", _HEAD, "rank", f"of the position `sink` by S; {_RANK}", "1"),
+    Variable("sink_rank_value", _HEAD, "rank", f"of the position `sink` by I; {_RANK}", "1"),
+    Variable("effect_attention", _HEAD, "1", f"rank correlation of S {_EFFECT}", "0"),
+    Variable("effect_value", _HEAD, "1", f"rank correlation of I {_EFFECT}", "0"),
+    Variable("effect_shuffled", _HEAD, "1", f"rank correlation of I with permuted norms {_EFFECT}", "0"),
+    *with_interval(Variable("overlap", (), "share of keys", "overlap_top, mean over heads", "1")),
+    *with_interval(Variable("effect_gain", (), "1", "effect_value less effect_attention, mean over heads", "0")),
+    Variable("class_norm", _CLASS, "times the mean", "L1 norm of the values of a class of tokens, by that of all", "1"),
+    Variable("class_tokens", ("class",), "tokens", "tokens of the class"),
+    Variable("top_keys", (), "keys", "keys on top, in each sequence and head"),
+    Variable("effect_sequences", (), "sequences", "sequences of which the change of the output was computed"),
+    Variable("sequences", (), "sequences", "sequences that count"),
+    Variable("short_sequences", (), "sequences", "sequences left out because they are shorter than `length`"),
+    *LOST_VARIABLES,
+)
+
+
+@dataclass(frozen=True)
+class ValueAwareImportance(StoreProbe):
+    """Measures whether attention alone ranks tokens as attention times the size of their values does."""
+
+    name: ClassVar[str] = "value-aware-importance"
+    needs_model: ClassVar[bool] = False
+    variables: ClassVar[tuple[Variable, ...]] = _VARIABLES
+    sources: ClassVar[tuple[str, ...]] = (
+        "Guo et al. 2024, Attention score is not all you need for token importance indicator in KV cache reduction, "
+        "arXiv 2406.12335",
+    )
+    controls: ClassVar[Mapping[str, str]] = {
+        "overlap_shuffled": "value norms permuted over positions: the disagreement that their spread alone makes",
+        "effect_shuffled": "I with permuted norms against the change of the output",
+        "random weights": "the same architecture with random weights: values of like size, so S and I agree",
+    }
+
+    length: int = 64
+    """Tokens of each sequence that count, from its first on; shorter sequences are left out."""
+    where: str | None = None
+    """SQL over the token table: a sequence counts if the condition holds for its first token. None: all."""
+    top: float = 0.1
+    """Share of the keys that are on top."""
+    sink: int = 0
+    """Position whose rank is reported."""
+    model: str | None = None
+    """Folder or name of the recorded model, for W_O. None: no change of outputs, unless a loaded model is given."""
+    effect_sequences: int = 32
+    """Number of sequences of which the change of the output is computed."""
+    resamples: int = 1000
+    """Resamples of documents for the intervals."""
+    seed: int = 0
+    """Random seed of resamples and permutations."""
+    device: str | None = None
+    """Device of products with W_O: cpu, cuda, cuda:1. None: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check("length", self.length, at_least=3)
+        check("top", self.top, above=0, below=1)
+        check_fields(self, "resamples", "effect_sequences", at_least=1)
+        check_fields(self, "seed", at_least=0)
+        if not 0 <= self.sink < self.length:
+            raise RequestError(f"sink must be from 0 to {self.length - 1}, one of {self.length} tokens")
+
+    @plain_torch()
+    def run(self, store: Store, *, model: Model | None = None) -> Result:
+        """Reads `v`, and `attn_received` or `pattern`; for the change of outputs `pattern` and the model's W_O.
+
+        Costs one pass over these; memory is blocks of 64 MiB and a few numbers for each sequence and head.
+
+        Raises:
+            RequestError: Attention or values were not recorded, no sequence is long enough, derived attention was
+                summed over longer sequences than `length`, values are NaN or infinite, or the model is not causal or
+                another one.
+        """
+        require_causal(store, self.name)
+        source, attended = attention_source(store)
+        layers = [layer for layer in attended if layer in layers_of(store, "v")]
+        if not layers:
+            store.require(f"v.{attended[0]}")
+        kind = "pattern" if source == "pattern" else "attn_received"
+        sequences = received_sequences(store, source, self.length, self.where)
+        sites = [site for layer in layers for site in (f"{kind}.{layer}", f"v.{layer}")]
+        rows = self.finite_rows(store, sites, sequences.rows)
+        sequences = sequences.without(rows.left_out)
+        classes = token_classes(store, sequences.rows.ravel())[1].reshape(sequences.rows.shape)
+        maps, notes = _maps(self, store, model, source, layers)
+        read = {layer: _read(self, store, source, layer, sequences, classes, maps.get(layer)) for layer in layers}
+        arrays = _summary(self, read, sequences, classes)
+        if sequences.short:
+            notes.append(f"{sequences.short:,} sequences of fewer than {self.length} tokens left out")
+        heads = max(part["spearman"].shape[1] for part in read.values())
+        coords = {"layer": layers, "head": np.arange(heads), "class": list(TOKEN_CLASSES)}
+        data = dataset(_VARIABLES, arrays, coords)
+        return self.result(store, data, _table(data), rows, notes)
+
+    @staticmethod
+    def headline(result: Result) -> str:
+        """Returns the overlap of both rankings beside permuted norms, the sink's ranks, and which outputs follow."""
+        data, settings = result.data, result.provenance["settings"]
+        ranks = [float(data[f"sink_rank_{name}"].median()) for name in ("attention", "value")]
+        text = (
+            f"The top {100 * settings['top']:g} % of keys by attention and by attention times value size overlap by "
+            f"{_value(data, 'overlap')} (mean over heads; permuted value sizes "
+            f"{float(data['overlap_shuffled'].mean()):.2f}); position {settings['sink']} ranks {ranks[0]:.0f} of "
+            f"{settings['length']} by attention and {ranks[1]:.0f} with values (medians over heads)"
+        )
+        if "effect_gain" in data:
+            means = [float(data[f"effect_{name}"].mean()) for name in ("value", "attention", "shuffled")]
+            text += (
+                f"; rank correlation with the change of the head's output when a key is hidden: {means[0]:.2f} with "
+                f"values, {means[1]:.2f} without, gain {_value(data, 'effect_gain')}, permuted {means[2]:.2f}"
+            )
+        return with_note(f"{text}.", result)
+
+    @staticmethod
+    def figures(result: Result) -> dict[str, Any]:
+        """Returns "heads", the overlap by layer and head; "classes", value sizes by layer; with the model "effect"."""
+        figures = {"heads": _heads(result), "classes": _classes(result)}
+        return {**figures, "effect": _effect(result)} if "effect_value" in result.data else figures
+
+
+def _value(data: Any, name: str) -> str:
+    mean, low, high = (float(data[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return f"{mean:.2f}" + ("" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]")
+
+
+# ---- readings -------------------------------------------------------------------------------------------
+
+
+def _maps(
+    probe: ValueAwareImportance, store: Store, model: Model | None, source: str, layers: list[int]
+) -> tuple[dict[int, torch.Tensor], list[str]]:
+    """Maps of W_O of the layers whose change of outputs can be computed; and why others cannot."""
+    if model is None and probe.model is None:
+        return {}, ["change of outputs not computed: it needs the model (model=, --model), for W_O"]
+    if source != "pattern":
+        return {}, ["change of outputs not computed: it needs pattern"]
+    outputs = head_outputs(recorded_model(store, model or probe.model, usable_device(probe.device)))
+    return {layer: output_maps(outputs[layer].weights()) for layer in layers if layer in outputs}, []
+
+
+def _read(
+    probe: ValueAwareImportance,
+    store: Store,
+    source: str,
+    layer: int,
+    sequences: Sequences,
+    classes: np.ndarray,
+    maps: torch.Tensor | None,
+) -> dict[str, np.ndarray]:
+    """Measures of each sequence and head of one layer [sequence, head]; sums of value norms by class."""
+    kind, draw = "pattern" if source == "pattern" else "attn_received", np.random.default_rng((probe.seed, layer))
+    shape, width = store[kind, layer].shape[1:], int(np.prod(store["v", layer].shape[1:]))
+    visible, k = np.arange(probe.length, 0, -1)[:, None], max(1, round(probe.top * probe.length))
+    parts, norms_of_class, first = [], np.zeros(len(TOKEN_CLASSES)), 0
+    for rows in sequences.blocks(max(int(np.prod(shape)), width)):
+        alpha, values = read_alpha(store, source, layer, rows), store["v", layer][rows].double()
+        norms = for_query_heads(values, shape[0]).abs().sum(-1).numpy()
+        mixed = draw.permuted(norms, axis=1)
+        sums = alpha * visible
+        mass, importance, blind = sums, sums * norms, sums * mixed
+        part = {
+            "overlap_top": top_overlap(mass, importance, k),
+            "spearman": rank_correlation(mass, importance),
+            "overlap_shuffled": top_overlap(mass, blind, k),
+            "spearman_shuffled": rank_correlation(mass, blind),
+            "overlap_top_mean": top_overlap(alpha, alpha * norms, k),
+            "spearman_mean": rank_correlation(alpha, alpha * norms),
+            "sink_rank_attention": _rank(mass, probe.sink),
+            "sink_rank_value": _rank(importance, probe.sink),
+        }
+        known = slice(0, max(0, min(len(rows), probe.effect_sequences - first)))
+        if maps is not None and known.stop:
+            pattern = store["pattern", layer][rows[known]][..., : probe.length]
+            effect = removal_effects(pattern, values[known], maps)
+            for name, one in (("attention", mass), ("value", importance), ("shuffled", blind)):
+                part[f"effect_{name}"] = rank_correlation(one[known], effect)
+        np.add.at(norms_of_class, classes[first : first + len(rows)], norms.mean(-1))
+        parts.append(part)
+        first += len(rows)
+    names = dict.fromkeys(name for part in parts for name in part)
+    read = {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
+    return read | {"norms": norms_of_class}
+
+
+def _rank(values: np.ndarray, position: int) -> np.ndarray:
+    """Rank of a position, 1 for the largest, [sequence, head]; the mean of the best and worst at ties."""
+    at = values[:, position][:, None]
+    return 1 + (values > at).sum(1) + ((values == at).sum(1) - 1) / 2
+
+
+def _summary(
+    probe: ValueAwareImportance, read: Mapping[int, Mapping[str, np.ndarray]], sequences: Sequences, classes: np.ndarray
+) -> dict[str, Any]:
+    """Means over sequences with intervals, means over heads, and value norms by class."""
+    settings = {"resamples": probe.resamples, "seed": probe.seed}
+    means: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in read}
+    for layer, part in read.items():
+        for name, values in part.items():
+            if name == "norms":
+                continue
+            mean, resampled = clustered_means(values, sequences.document[: len(values)], **settings)
+            means[layer][name] = mean
+            if name in ("overlap_top", "spearman"):
+                means[layer] |= dict(zip((f"{name}_low", f"{name}_high"), intervals(resampled), strict=True))
+    arrays: dict[str, Any] = stack_heads(list(read), means, [one.name for one in _VARIABLES if one.dims == _HEAD])
+    each = {name: [part[name] for part in read.values() if name in part] for name in next(iter(read.values()))}
+    scalars = {"overlap": np.concatenate(each["overlap_top"], 1)}
+    if "effect_value" in each:
+        scalars["effect_gain"] = np.concatenate(each["effect_value"], 1) - np.concatenate(each["effect_attention"], 1)
+    for name, values in scalars.items():
+        known = np.isfinite(values).any(1)
+        mean = np.nanmean(values[known], 1)
+        interval = clustered_interval(mean, sequences.document[: len(values)][known], **settings)
+        arrays |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+    size = np.bincount(classes.ravel(), minlength=len(TOKEN_CLASSES))
+    norms = np.stack(each["norms"], 1)
+    with np.errstate(invalid="ignore"):
+        arrays["class_norm"] = (norms / size[:, None]) / (norms.sum(0) / size.sum())
+    arrays |= {"class_tokens": size, "top_keys": max(1, round(probe.top * probe.length))}
+    counted = len(each["effect_value"][0]) if "effect_value" in each else 0
+    arrays |= {"effect_sequences": counted, "sequences": len(sequences), "short_sequences": sequences.short}
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def _table(data: xr.Dataset) -> pd.DataFrame:
+    """A line for each layer and head, the least agreement first."""
+    layer, head = (axis.ravel() for axis in np.meshgrid(data["layer"], data["head"], indexing="ij"))
+    columns = {str(name): part.to_numpy().ravel() for name, part in data.items() if part.dims == _HEAD}
+    table = pd.DataFrame({"layer": layer, "head": head, **columns})
+    known = table.loc[table["overlap_top"].notna()]
+    return known.sort_values(["overlap_top", "spearman"], kind="stable", ignore_index=True)
+
+
+# ---- figures --------------------------------------------------------------------------------------------
+
+
+def _heads(result: Result) -> go.Figure:
+    data, layers = result.data, result.data["layer"].to_numpy().tolist()
+    lines = {(line["layer"], line["head"]): _hover(line) for line in result.table.to_dict("records")}
+    return head_grid(
+        data["overlap_top"].to_numpy(),
+        hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
+        layers=layers,
+        title=f"Attention and value-aware importance in {_model(result)}",
+        subtitle=f"share of the {int(data['top_keys'])} keys with most attention that are on top with value sizes; "
+        f"{int(data['sequences']):,} sequences",
+        unit=axis_title(data["overlap_top"].attrs, "overlap"),
+    )
+
+
+def _hover(line: Mapping[str, Any]) -> str:
+    names = ("overlap_top", "spearman", "sink_rank_attention", "sink_rank_value", "effect_attention", "effect_value")
+    shown = [f"{name}: {line[name]:.3g}" for name in names if not np.isnan(line.get(name, np.nan))]
+    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *shown])
+
+
+def _classes(result: Result) -> go.Figure:
+    data = result.data
+    curves = {
+        f"{name} ({int(data['class_tokens'].sel({'class': name})):,})": data["class_norm"]
+        .sel({"class": name})
+        .to_numpy()
+        for name in data["class"].to_numpy().tolist()
+        if int(data["class_tokens"].sel({"class": name}))
+    }
+    figure = layer_curves(
+        curves,
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"Value size by class of token in {_model(result)}",
+        unit=axis_title(data["class_norm"].attrs, "L1 norm"),
+    )
+    return figure.update_layout(
+        width=900, legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    )
+
+
+def _effect(result: Result) -> go.Figure:
+    table = result.table
+    names = [head_name(layer, head) for layer, head in zip(table["layer"], table["head"], strict=True)]
+    figure = go.Figure(
+        go.Scatter(
+            x=table["effect_attention"],
+            y=table["effect_value"],
+            text=names,
+            mode="markers",
+            marker={"size": 6},
+            hovertemplate="%{text}: %{x:.2f} without values, %{y:.2f} with<extra></extra>",
+        )
+    )
+    figure.add_scatter(x=[-1, 1], y=[-1, 1], mode="lines", line={"color": NEUTRAL, "dash": "dash"}, hoverinfo="skip")
+    title = {"text": f"Which importance the heads' outputs follow in {_model(result)}"}
+    title["subtitle"] = {"text": "rank correlation with the change of the output when a key is hidden; a dot a head"}
+    figure.update_layout(template=TEMPLATE, title=title, height=520, width=620, showlegend=False)
+    figure.update_xaxes(title="attention alone", range=[-1.05, 1.05])
+    return figure.update_yaxes(title="attention times value size", range=[-1.05, 1.05])
+
+
+def _model(result: Result) -> str:
+    return label(str(result.provenance["model"]), 60)
