@@ -193,12 +193,12 @@ def all_checkpoints(checkpoints: Sequence[str]) -> tuple[str, ...]:
     known: list[str] = []
     for checkpoint in checkpoints:
         folder = Path(checkpoint)
-        inside = [str(one.parent) for one in folder.glob("*/config.json")] if folder.is_dir() else []
+        inside = sorted(str(one.parent) for one in folder.glob("*/config.json")) if folder.is_dir() else []
         if not inside or (folder / "config.json").is_file():
             known.append(checkpoint)
             continue
-        steps = training_steps(sorted(inside))
-        known += [name for _, name in sorted(zip(steps, sorted(inside), strict=True))]
+        numbered = [name for name in inside if re.search(r"\d", Path(name).name)] or inside  # not a final "model"
+        known += [name for _, name in sorted(zip(training_steps(numbered), numbered, strict=True))]
     return tuple(known)
 
 

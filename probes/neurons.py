@@ -172,10 +172,11 @@ class Neurons(LayerProbe):
         data, parts = result.data, []
         for kind in KINDS:
             at = int(data[kind].to_numpy().argmax())
+            most = 100 * float(data[kind][at])
+            where = f", most at layer {int(data['layer'][at])} with {most:.2g} %" if most else ""
             parts.append(
                 f"{kind} {100 * float(data[kind].mean()):.2g} % of neurons (random directions "
-                f"{100 * float(data[f'random_{kind}']):.2g} %), most at layer {int(data['layer'][at])} with "
-                f"{100 * float(data[kind][at]):.2g} %"
+                f"{100 * float(data[f'random_{kind}']):.2g} %){where}"
             )
         text = "; ".join(parts)
         dead = 100 * float(data["dead"].mean())

@@ -177,11 +177,16 @@ def test_a_measure_is_read_at_one_place_with_its_interval():
     assert "was not computed" in refused(RequestError, lambda: read("c", "max"))
 
 
-def test_steps_are_read_off_names():
+def test_steps_are_read_off_names(tmp_path):
     steps = emergence.training_steps
     assert steps(("run-2/checkpoint-500", "run-2/checkpoint-1000")) == [500, 1000]
     assert steps(("org/pythia-14m@step1", "org/pythia-14m@step512")) == [1, 512]
     assert steps(("a/final", "a/step3")) == [0, 1]
+    for name in ("step-100", "step-20", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    found = emergence.all_checkpoints(("demo", str(tmp_path)))
+    assert found == ("demo", str(tmp_path / "step-20"), str(tmp_path / "step-100"))
     assert steps(("a/x1", "b/x1")) == [0, 1]
 
 
