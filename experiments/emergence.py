@@ -234,12 +234,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             curve = go.Scatter(
                 x=at.index.tolist(),
                 y=at["value"],
-                error_y={
-                    "type": "data",
-                    "array": (at["high"] - at["value"]).fillna(0),
-                    "arrayminus": (at["value"] - at["low"]).fillna(0),
-                    "thickness": 1,
-                },
+                error_y=_bars(at),
                 mode="lines+markers",
                 line={"color": CATEGORIES[number % len(CATEGORIES)]},
                 name=name,
@@ -250,7 +245,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             row, column = place // columns + 1, place % columns + 1
             figure.add_trace(curve, row=row, col=column)
             units = result.table.loc[result.table["measure"] == measure, "units"].iloc[0]
-            figure.update_yaxes(title=label(units, 40), row=row, col=column)
+            figure.update_yaxes(title=label(units, 40).replace("·", " "), row=row, col=column)
     figure.update_layout(
         template=TEMPLATE,
         title={"text": "Emergence in training", "subtitle": {"text": "by checkpoint; bars: 95 % CI of the probe"}},
@@ -260,6 +255,14 @@ def figures(result: wb.Result) -> dict[str, Any]:
     )
     figure.update_annotations(font_size=13)
     return {"emergence": figure.update_xaxes(title="training step", rangemode="tozero")}
+
+
+def _bars(at: pd.DataFrame) -> dict[str, Any] | None:
+    """Error bars of a line; None where the probe has no interval."""
+    if at["low"].isna().all():
+        return None
+    above, below = (at["high"] - at["value"]).fillna(0), (at["value"] - at["low"]).fillna(0)
+    return {"type": "data", "array": above, "arrayminus": below, "thickness": 1}
 
 
 if __name__ == "__main__":

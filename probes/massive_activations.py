@@ -358,7 +358,7 @@ def _layers(result: Result) -> go.Figure:
     if settings["absolute"] > 0:
         figure.add_hline(y=settings["absolute"], line={"dash": "dot", "width": 1, "color": NEUTRAL})
     figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
-    return figure.update_yaxes(title="|h|", type="log", exponentformat="power")
+    return figure.update_yaxes(title="|h|", type="log", exponentformat="power", dtick=1)
 
 
 def _values(result: Result) -> go.Figure:
@@ -394,8 +394,8 @@ def _effects(result: Result) -> go.Figure:
         categories=[names[change] for change in data["change"].to_numpy().tolist()],
         hover="%{x}",
         title=f"Loss of {_model(result)} with changed massive activations",
-        subtitle="mean cross-entropy of the next token in nats, 95 % CI over documents",
-    )
+        subtitle="mean cross-entropy of the next token, 95 % CI over documents",
+    ).update_yaxes(title="nats")
 
 
 def _span(layers: np.ndarray) -> str:
