@@ -180,8 +180,8 @@ class MassiveActivations(LayerProbe):
         at = int(np.lexsort((top, share))[-1])
         line = table.loc[table["layer"] == layers[at]].iloc[0]
         median = float(data["median"][at])
-        times = f", {top[at] / median:,.0f} times the median" if median else ""
-        size = f"{top[at]:,.0f}" if top[at] >= 1000 else f"{top[at]:.3g}"
+        times = f", {top[at] / median:,.0f} times the median" if median > 1e-9 * top[at] else ""
+        size = f"{top[at]:,.0f}" if top[at] >= 100 else f"{top[at]:.3g}"
         place = f"dimension {int(line['dimension'])}, {line['position']} token {str(line['token'])!r}"
         if share[at] == 0:
             text = f"No massive activations: the largest |h| is {size} on average{times} (layer {layers[at]}, {place})"
