@@ -18,7 +18,7 @@ from workbench.results.registry import find_probe, installed_probes
 
 REPEATS = 60
 """Sequences of random tokens that repeat, for induction heads."""
-OTHER_INPUTS = ("activation-patching", "path-patching", "steering")
+OTHER_INPUTS = ("activation-patching", "function-vectors", "path-patching", "steering")
 """Probes of pairs of prompts or of a direction, not of texts alone; their pages state what they find."""
 KEPT = "headlines.json"
 
@@ -79,7 +79,7 @@ def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
     repeats = wb.random_repeats(model.tokenizer or range(model.vocab), sequences=REPEATS)
     return [
         wb.record(model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
-        wb.record(model, subject.texts, out=folder / "heads.acts", sites=(*HEAD_SITES, "v"), context=64, **options),
+        wb.record(model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
         wb.record(model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False),
     ]
 

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from workbench.store.reader import Store
 
 SITES = ("embed", "resid_post", "z")
-HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
+HEAD_SITES = (
+    *("attn_received", "attn_received_entropy", "attn_entropy", "attn_first"),
+    *("v", "v_norm", "resid_norm", "mlp_post"),
+)
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
-WITHOUT = ("steering",)
-"""Probes that ask for more than a store: a direction of yours."""
+WITHOUT = ("function-vectors", "steering")
+"""Probes that ask for more: prompts with examples, a direction of yours."""
 REPEATS = 60
 """Sequences of random tokens that repeat."""
 PAIRS = 16
@@ -131,7 +134,7 @@ def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | Non
     repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
     stores = [
         record(model, texts, sites=SITES, max_rows=rows, out=out / "demo.acts"),
-        record(model, texts, sites=(*HEAD_SITES, "v"), context=64, max_rows=head_rows, out=out / "heads.acts"),
+        record(model, texts, sites=HEAD_SITES, context=64, max_rows=head_rows, out=out / "heads.acts"),
         record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts"),
     ]
     for task in tasks:
