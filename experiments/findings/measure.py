@@ -77,9 +77,10 @@ def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
     """The stores that probes are tried on, in order."""
     model, options = subject.model, {"max_rows": subject.rows, "show_progress": False}
     repeats = wb.random_repeats(model.tokenizer or range(model.vocab), sequences=REPEATS)
+    heads = (*HEAD_SITES, "v", "mlp_post")
     return [
         wb.record(model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
-        wb.record(model, subject.texts, out=folder / "heads.acts", sites=HEAD_SITES, context=64, **options),
+        wb.record(model, subject.texts, out=folder / "heads.acts", sites=heads, context=64, **options),
         wb.record(model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False),
     ]
 

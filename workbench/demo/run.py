@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     from workbench.store.reader import Store
 
 SITES = ("embed", "resid_post", "z")
-HEAD_SITES = (
-    *("attn_received", "attn_received_entropy", "attn_entropy", "attn_first"),
-    *("v", "v_norm", "resid_norm", "mlp_post"),
-)
+HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
 WITHOUT = ("function-vectors", "steering")
@@ -131,10 +128,11 @@ def demo(
 def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | None) -> list[Store]:
     """Records the corpus, sites of heads, repeated tokens, and pairs of prompts of the first task that fits."""
     texts, head_rows = demo_corpus(), HEAD_ROWS if rows is None else min(HEAD_ROWS, rows)
+    head_sites = (*HEAD_SITES, "v", "mlp_post")
     repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
     stores = [
         record(model, texts, sites=SITES, max_rows=rows, out=out / "demo.acts"),
-        record(model, texts, sites=HEAD_SITES, context=64, max_rows=head_rows, out=out / "heads.acts"),
+        record(model, texts, sites=head_sites, context=64, max_rows=head_rows, out=out / "heads.acts"),
         record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts"),
     ]
     for task in tasks:
