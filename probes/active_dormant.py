@@ -414,8 +414,8 @@ def _domains(result: Result) -> go.Figure:
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],
         hover="%{x}",
         title=f"Active in one domain, dormant in another, {_model(result)}",
-        subtitle=f"share of active sequences; 95 % intervals over documents; permuted domains differ by "
-        f"{float(data['gap_permuted']):.2f} at most",
+        subtitle=f"share of active sequences; 95 % intervals over documents; the largest gap of permuted domains is "
+        f"below {float(data['gap_permuted']):.2f} in 95 %",
     )
     figure.update_xaxes(title="head, largest gaps first")
     return figure.update_yaxes(title=axis_title(data["domain_active"].attrs), range=[-0.03, 1.03])

@@ -22,6 +22,7 @@ import torch
 import xarray as xr
 
 from workbench.probing import (
+    CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
     TEMPLATE,
@@ -345,6 +346,8 @@ def _classes(result: Result) -> go.Figure:
         title=f"Value size by class of token in {_model(result)}",
         unit=axis_title(data["class_norm"].attrs, "L1 norm"),
     )
+    for trace in list(figure.data)[len(CATEGORIES) :]:  # colours begin again
+        trace.update(line={"dash": "dash"})
     return figure.update_layout(
         width=900, legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     )
@@ -363,12 +366,14 @@ def _effect(result: Result) -> go.Figure:
             hovertemplate="%{text}: %{x:.2f} without values, %{y:.2f} with<extra></extra>",
         )
     )
-    figure.add_scatter(x=[-1, 1], y=[-1, 1], mode="lines", line={"color": NEUTRAL, "dash": "dash"}, hoverinfo="skip")
+    least = float(np.nanmin(table[["effect_attention", "effect_value"]].to_numpy(), initial=0.9))
+    ends = [np.floor(10 * least) / 10, 1]
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": NEUTRAL, "dash": "dash"}, hoverinfo="skip")
     title = {"text": f"Which importance the heads' outputs follow in {_model(result)}"}
     title["subtitle"] = {"text": "rank correlation with the change of the output when a key is hidden; a dot a head"}
     figure.update_layout(template=TEMPLATE, title=title, height=520, width=620, showlegend=False)
-    figure.update_xaxes(title="attention alone", range=[-1.05, 1.05])
-    return figure.update_yaxes(title="attention times value size", range=[-1.05, 1.05])
+    figure.update_xaxes(title="attention alone", range=[ends[0] - 0.02, 1.02])
+    return figure.update_yaxes(title="attention times value size", range=[ends[0] - 0.02, 1.02])
 
 
 def _model(result: Result) -> str:
