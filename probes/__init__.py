@@ -11,8 +11,10 @@ _PUBLIC = {
     "ActivationPatching": "workbench.probes.activation_patching",
     "ActiveDormant": "workbench.probes.active_dormant",
     "AttentionSinks": "workbench.probes.attention_sinks",
+    "AttributionPatching": "workbench.probes.attribution_patching",
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FunctionVectors": "workbench.probes.function_vectors",
+    "EdgeAttribution": "workbench.probes.edge_attribution",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
     "HiddenSinks": "workbench.probes.hidden_sinks",
@@ -45,8 +47,10 @@ if TYPE_CHECKING:
     from workbench.probes.activation_patching import ActivationPatching
     from workbench.probes.active_dormant import ActiveDormant
     from workbench.probes.attention_sinks import AttentionSinks
+    from workbench.probes.attribution_patching import AttributionPatching
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.function_vectors import FunctionVectors
+    from workbench.probes.edge_attribution import EdgeAttribution
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
     from workbench.probes.hidden_sinks import HiddenSinks

@@ -188,7 +188,7 @@ class ActivationPatching(StoreProbe):
         return Result(self.name, data, _table(data), known)
 
     def _sweep(self, runs: Runs, sites: Sequence[Site]) -> Any:
-        cells = list(_cells(runs, sites, self.at))
+        cells = list(cells_of(runs, sites, self.at))
         names = list(dict.fromkeys(cell.place for cell in cells))
         layers = [site.layer for site in sites]
         shape = (len(runs.pairs), len(layers), len(names))
@@ -216,7 +216,7 @@ class ActivationPatching(StoreProbe):
         data.attrs |= {"metric_units": METRIC_UNITS[self.metric], "heads": int(cells[0].head is not None)}
         return data
 
-    def _effects(self, runs: Runs, cell: _Cell) -> dict[str, np.ndarray]:
+    def _effects(self, runs: Runs, cell: Cell) -> dict[str, np.ndarray]:
         """Effect of each pair at one cell, in units of the metric; NaN where the pair has no such place."""
         site, at, head = cell.site, cell.at, cell.head
         present = at.any(1).numpy()
@@ -276,21 +276,24 @@ class ActivationPatching(StoreProbe):
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
+    """A place of a site, or a head of one."""
+
     site: Site
     place: str
     at: torch.Tensor
     head: int | None = None
 
 
-def _cells(runs: Runs, sites: Sequence[Site], at: str) -> Iterator[_Cell]:
+def cells_of(runs: Runs, sites: Sequence[Site], at: str) -> Iterator[Cell]:
+    """Yields the cells of a sweep: places of each site, or heads at the positions that `at` names."""
     every = runs.pairs.mask.bool()
     for site in sites:
         if site.axes[0] == "head":
             mask = every if at == "all" else runs.pairs.places[at]
-            yield from (_Cell(site, f"H{head}", mask, head) for head in range(site.shape[0] or 0))
+            yield from (Cell(site, f"H{head}", mask, head) for head in range(site.shape[0] or 0))
         else:
-            yield from (_Cell(site, place, mask) for place, mask in runs.pairs.places.items())
+            yield from (Cell(site, place, mask) for place, mask in runs.pairs.places.items())
 
 
 def patched_sites(model: Model, kind: str, layers: tuple[int, ...] | None) -> tuple[Site, ...]:

@@ -7,13 +7,17 @@ With the final norm at the row's own scale s, the logit of token a (or the diffe
 with the gain g and the bias n of the final norm, the rows w of W_U, its bias b, and the model's factor m of its logits;
 for a LayerNorm each part x is centred. Parts are the embedding, each attention and MLP, each head (z W_O, with the bias
 of the projection as a term of its own), or each neuron; a norm behind attention or MLP keeps its own scale, too. The
-sum is the logit before a soft-cap. It is a decomposition, not an effect: later parts read what earlier ones wrote.
+sum is the logit before a soft-cap. It is a decomposition, not an effect: later parts read what earlier ones wrote. With
+`ablation` the model runs with each part set to 0, or to its mean, at the row alone, and what the logit loses stands
+beside what the part adds directly.
+
+In place of w_a - w_b any direction d of the normed last stream can be decomposed: d . norm(x), without m and b.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -23,7 +27,11 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from workbench.probing import (
+    AblatedPart,
+    AblatedRuns,
+    Direction,
     FrozenOutput,
+    LogitTargets,
     Model,
     Parts,
     RequestError,
@@ -33,29 +41,31 @@ from workbench.probing import (
     StreamTerm,
     Unembed,
     Variable,
+    ablation_bars,
+    ablation_effects,
+    ablation_text,
     attribution_bars,
     attribution_grid,
     attribution_heads,
-    blocks,
     check_fields,
     check_sum,
+    clustered_means,
     dataset,
     head_name,
     head_outputs,
     intervals,
+    load_direction,
     load_unembed,
     mlp_outputs,
-    next_tokens,
     norm_bias,
     plain_torch,
     plan_terms,
+    progress,
     read_directions,
     recorded_model,
     require_causal,
     resampled_means,
     selected_rows,
-    single_tokens,
-    token_id,
     with_interval,
     with_note,
 )
@@ -69,6 +79,11 @@ VARIABLES = (
     Variable("absolute", _TERM, "logits", "mean absolute contribution over tokens"),
     *with_interval(
         Variable("control", _TERM, "logits", "the same for tokens drawn uniformly from the vocabulary, for each row")
+    ),
+    *with_interval(Variable("ablated", _TERM, "logits", "mean loss when the term is ablated at the row itself", "0")),
+    Variable("direct", _TERM, "logits", "mean contribution of the term at the same tokens", "0"),
+    Variable(
+        "ablated_by_token", ("ablated_token", "term"), "logits", "loss at each token whose terms are ablated", "0"
     ),
     Variable("by_token", _ROW, "logits", "contribution of the term at each of the first tokens"),
     Variable("text", ("token",), "text", "token whose row is decomposed"),
@@ -92,7 +107,7 @@ class DirectLogitAttribution(StoreProbe):
     )
     variables: ClassVar[tuple[Variable, ...]] = VARIABLES
     controls: ClassVar[Mapping[str, str]] = {
-        "control": "the same decomposition of tokens drawn uniformly from the vocabulary",
+        "control": "the same decomposition of tokens drawn uniformly from the vocabulary, or of random directions",
     }
 
     token: str | None = None
@@ -105,6 +120,8 @@ class DirectLogitAttribution(StoreProbe):
     """Column with the text of the token that is subtracted."""
     predicted: str = "top"
     """Token where neither token nor token_column is given. top: the model's top token; next: the next of the text."""
+    direction: str | None = None
+    """File of a direction of the normed last residual stream (`wb.Direction.save`) that is read in place of tokens."""
     relative: bool = False
     """True subtracts the mean over the vocabulary from every term, which changes no probability."""
     parts: str = "sublayers"
@@ -112,6 +129,11 @@ class DirectLogitAttribution(StoreProbe):
     and the model; neurons: each MLP by neuron, which needs mlp_post and the model."""
     neurons: int = 10
     """Neurons of each layer with their own term, by absolute mean contribution; the others are one term."""
+    ablation: str | None = None
+    """zero or mean: run the model with each term set to 0, or to its mean over the selected tokens, at the token
+    itself; what the logit loses is exact. None: the decomposition alone."""
+    ablated_tokens: int = 32
+    """Tokens at which terms are ablated, drawn at random; costs a pass over their texts for each term."""
     where: str | None = None
     """SQL over the token table: the tokens whose logits are decomposed. None: all."""
     detail: int = 64
@@ -126,13 +148,16 @@ class DirectLogitAttribution(StoreProbe):
     def __post_init__(self) -> None:
         check_fields(self, "parts", one_of=get_args(Parts))
         check_fields(self, "predicted", one_of=("top", "next"))
-        check_fields(self, "neurons", "resamples", at_least=1, whole=True)
+        check_fields(self, "neurons", "resamples", "ablated_tokens", at_least=1, whole=True)
+        check_fields(self, "ablation", one_of=("zero", "mean"), optional=True)
         check_fields(self, "detail", "seed", at_least=0, whole=True)
         for one, column in (("token", "token_column"), ("against", "against_column")):
             if getattr(self, one) is not None and getattr(self, column) is not None:
                 raise RequestError(f"{one} and {column} both name the token; give one of them")
+        tokens = ("token", "against", "token_column", "against_column")
+        if self.direction is not None and (self.relative or any(getattr(self, name) is not None for name in tokens)):
+            raise RequestError("direction stands in place of tokens; leave token, against, their columns and relative")
 
-    @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
         """Decomposes the logit at every selected row.
 
@@ -143,25 +168,48 @@ class DirectLogitAttribution(StoreProbe):
         Args:
             store: Has resid_post of the last block, resid_pre.0 (or embed), and attn_out and mlp_out of
                 every block, or resid_post of those that lack one; z for heads, mlp_post for neurons.
-            model: The recorded model, for heads and neurons. None: it is loaded from the setting `model` or the
-                store's name for it.
+            model: The recorded model, for heads, neurons and ablation. None: it is loaded from the setting `model` or
+                the store's name for it.
 
         Raises:
             RequestError: A site or the unembedding was not recorded, a token is no single one, the terms do not add up
                 to the stream, values are NaN or infinite, or the model is not causal or cannot be loaded.
         """
+        direction = None if self.direction is None else load_direction(self.direction)
+        return self._run(store, direction, model)
+
+    def read(self, store: Store, direction: Direction, *, model: Model | None = None) -> Result:
+        """Decomposes the normed last stream along a direction in memory, whatever the setting `direction`; see `run`.
+
+        Args:
+            store: The store.
+            direction: Direction of d_model, such as a row of the unembedding minus another one.
+            model: The recorded model.
+        """
+        return self._run(store, direction, model)
+
+    @plain_torch()
+    def _run(self, store: Store, direction: Direction | None, model: Model | None) -> Result:
         require_causal(store, self.name)
         unembed = load_unembed(store.path)
         chosen = selected_rows(store, self.where)
         terms = plan_terms(store, self.parts)  # pyright: ignore[reportArgumentType]  # checked
+        if self.ablation is not None or self.parts in ("heads", "neurons"):
+            model = recorded_model(store, model or self.model, "cpu")
         split = self._split(store, model)
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         read = [site for term in terms for site in (*term.plus, *term.minus)]
         rows = self.finite_rows(store, [*dict.fromkeys([*read, *(part.site for part in split.values()), last])], chosen)
-        targets = _Targets.choose(self, store, unembed, rows.rows)
-        work = _Work(store, unembed, terms, split, rows.rows[targets.known], targets.kept())
+        if direction is not None:
+            targets = LogitTargets.of_direction(unembed, direction, rows.rows)
+        else:
+            named = {one: (getattr(self, one), getattr(self, f"{one}_column")) for one in ("token", "against")}
+            targets = LogitTargets.of_tokens(store, unembed, rows.rows, named, self.predicted, self.relative)
+        work = _Work(store, unembed, terms, split, rows.rows[targets.known], targets.chosen(targets.known))
         names, totals, details, checks = work.decompose(self)
-        data = self._data(work, names, totals, details, checks)
+        ablated = {} if self.ablation is None or model is None else self._ablated(work, model, names)
+        data = self._data(work, names, totals, details, checks, ablated)
+        data.attrs["direction"] = "" if direction is None else direction.name
         table = _table(names, data)
         return self.result(store, data, table, rows, [targets.note])
 
@@ -170,7 +218,7 @@ class DirectLogitAttribution(StoreProbe):
         if self.parts not in ("heads", "neurons"):
             return {}
         kind, site = ("attn_out", "z") if self.parts == "heads" else ("mlp_out", "mlp_post")
-        model = recorded_model(store, model or self.model, "cpu")
+        assert model is not None  # loaded by `run`
         outputs = head_outputs(model) if self.parts == "heads" else mlp_outputs(model)
         known = {record.label for record in store.sites}
         layers = [layer for layer in outputs if f"{kind}.{layer}" in known]
@@ -182,7 +230,32 @@ class DirectLogitAttribution(StoreProbe):
             for layer in layers
         }
 
-    def _data(self, work: _Work, names: list[_Name], totals: _Totals, details: Tensor, checks: _Checks) -> Any:
+    def _ablated(self, work: _Work, model: Model, names: list[_Name]) -> dict[str, Any]:
+        """Exact effects of the terms at some rows, and their contributions there."""
+        drawn = np.random.default_rng(self.seed).permutation(len(work.rows))[: self.ablated_tokens]
+        index = np.sort(drawn)
+        rows, targets = work.rows[index], work.targets.chosen(index)
+        runs, parts = AblatedRuns.make(model, work.unembed, work.store, rows, targets), _parts(names, work)
+        replacement = "mean" if self.ablation == "mean" else "zero"
+        with progress("ablating", len(parts), "terms") as advance:
+            terms = [one.name for one in names]
+            effects = ablation_effects(runs, parts, replacement, work.mean, terms, advance)
+        direct, _ = replace(work, rows=rows, targets=targets).each(slice(0, len(rows)))
+        documents = work.store.tokens["document"].take(rows).to_numpy()
+        mean, resampled = clustered_means(effects, documents, resamples=self.resamples, seed=self.seed)
+        low, high = intervals(resampled)
+        arrays = {"ablated": mean, "ablated_low": low, "ablated_high": high, "direct": direct.mean(0).numpy()}
+        return arrays | {"ablated_by_token": effects, "ablated_token": rows}
+
+    def _data(
+        self,
+        work: _Work,
+        names: list[_Name],
+        totals: _Totals,
+        details: Tensor,
+        checks: _Checks,
+        ablated: dict[str, Any],
+    ) -> Any:
         arrays: dict[str, Any] = {}
         for name, values in (
             ("contribution", totals.values),
@@ -197,9 +270,12 @@ class DirectLogitAttribution(StoreProbe):
                 arrays[f"{name}_low"], arrays[f"{name}_high"] = intervals(resampled)
         shown = work.rows[: self.detail]
         arrays |= {"by_token": details.numpy(), "text": list(work.store.tokens["token"].take(shown).to_pylist())}
-        arrays |= {"target": work.targets.texts(work.unembed)[: self.detail], "logit": checks.logit}
+        arrays |= {"target": work.targets.chosen(slice(self.detail)).texts(work.unembed), "logit": checks.logit}
         arrays |= {"error": checks.error, "rounding": checks.rounding}
         coords = {"term": [one.name for one in names], "token": shown}
+        if ablated:
+            coords["ablated_token"] = ablated.pop("ablated_token")
+            arrays |= ablated
         return dataset(VARIABLES, arrays, coords)
 
     @staticmethod
@@ -216,14 +292,19 @@ class DirectLogitAttribution(StoreProbe):
         text += f"the sum misses it by at most {float(data['error']):.2g}"
         if float(data["rounding"]) > 1e-3:
             text += f" and, by rounding of the stored type, the model's own by about {float(data['rounding']):.2g}"
+        if "ablated" in data:
+            text += f"; {ablation_text(data, result.provenance['settings']['ablation'])}"
         return with_note(f"{text}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """Returns "terms", the mean of each term; "heads", one cell a head; "tokens", terms by tokens."""
+        """Returns "terms", the mean of each term; "heads", one cell a head; "tokens", terms by tokens;
+        "ablation", what the logit loses without a term against what the term adds."""
         figures = {"terms": attribution_bars(result, _quantity(result))}
         if "head" in set(result.table["kind"]):
             figures["heads"] = attribution_heads(result, _quantity(result))
+        if "ablated" in result.data:
+            figures["ablation"] = ablation_bars(result, _quantity(result))
         if result.data.sizes["token"]:
             figures["tokens"] = attribution_grid(result, _quantity(result))
         return figures
@@ -231,90 +312,13 @@ class DirectLogitAttribution(StoreProbe):
 
 def _quantity(result: Result) -> str:
     settings = result.provenance["settings"]
+    if name := result.data.attrs.get("direction"):
+        return f"normed last stream along {name!r}"
     one = settings["token"] or settings["token_column"] or f"{settings['predicted']} token"
     other = settings["against"] or settings["against_column"]
     text = f"logit of {one!r}" if settings["token"] else f"logit of the {one}"
     text += f" minus {other!r}" if settings["against"] else f" minus the {other}" if other else ""
     return f"{text} minus the vocabulary's mean" if settings["relative"] else text
-
-
-# ---- tokens ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Token whose logit is decomposed at each row, and the one that is subtracted; -1: the row has none."""
-
-    token: Int[np.ndarray, " row"]
-    against: Int[np.ndarray, " row"] | None
-    relative: bool
-    note: str = ""
-
-    @classmethod
-    def choose(cls, probe: DirectLogitAttribution, store: Store, unembed: Unembed, rows: np.ndarray) -> _Targets:
-        token = _named(probe, "token", store, unembed, rows)
-        if token is None and probe.predicted == "next":
-            token = next_tokens(store)[rows]
-        if token is None:
-            last = store[f"resid_post.{store.manifest.model.n_layers - 1}"]
-            token = np.concatenate(
-                [unembed(last[rows[part]].float()).argmax(-1).numpy() for part in blocks(len(rows), unembed.vocab)]
-            )
-        against = _named(probe, "against", store, unembed, rows)
-        targets = cls(token, against, probe.relative)
-        missing = int((~targets.known).sum())
-        if missing == len(rows):
-            raise RequestError("no selected row has a single token to decompose; name token, or other rows by where")
-        note = f"{missing:,} of {len(rows):,} rows left out: no single token is named there" if missing else ""
-        return cls(token, against, probe.relative, note)
-
-    @property
-    def known(self) -> np.ndarray:
-        """Mask of the rows that have their tokens."""
-        return (self.token >= 0) & (True if self.against is None else self.against >= 0)
-
-    def kept(self) -> _Targets:
-        """Returns the targets of the known rows."""
-        against = None if self.against is None else self.against[self.known]
-        return _Targets(self.token[self.known], against, self.relative)
-
-    def texts(self, unembed: Unembed) -> list[str]:
-        """Returns the text of each row's token."""
-        return [unembed.token(int(token)) for token in self.token]
-
-    def random(self, vocab: int, seed: int) -> _Targets:
-        """Returns targets of the same kind, drawn uniformly."""
-        draw = np.random.default_rng(seed)
-        against = None if self.against is None else draw.integers(vocab, size=len(self.token))
-        return _Targets(draw.integers(vocab, size=len(self.token)), against, self.relative)
-
-    def read(self, unembed: Unembed, part: slice) -> tuple[Float64[Tensor, "row d_model"], Float64[Tensor, " row"]]:
-        """Combination of rows of W_U for some rows, and the contribution of the unembedding's bias."""
-
-        def rows(table: Tensor) -> Tensor:
-            values = table[self.token[part]].double()
-            if self.relative and self.against is None:
-                values = values - table.mean(0, dtype=torch.float64)
-            return values if self.against is None else values - table[self.against[part]].double()
-
-        w = rows(unembed.weight)
-        bias = torch.zeros(len(w), dtype=torch.float64) if unembed.bias is None else rows(unembed.bias)
-        return w, unembed.scale * bias
-
-
-def _named(
-    probe: DirectLogitAttribution, name: str, store: Store, unembed: Unembed, rows: np.ndarray
-) -> np.ndarray | None:
-    """Ids of the tokens that a setting or a column names for each row; -1 where it names no single token."""
-    text, column = getattr(probe, name), getattr(probe, f"{name}_column")
-    if text is not None:
-        return np.full(len(rows), token_id(unembed, text, name))
-    if column is None:
-        return None
-    if column not in store.tokens.column_names:
-        raise RequestError(f"{name}_column {column!r} is no column of {store.path.name}; see `workbench info`")
-    ids = single_tokens(unembed.tokens or ())
-    return np.array([ids.get(str(value), -1) for value in store.tokens[column].take(rows).to_pylist()])
 
 
 # ---- terms ----------------------------------------------------------------------------------------------
@@ -370,7 +374,7 @@ class _Work:
     terms: Sequence[StreamTerm]
     split: Mapping[str, _Split]
     rows: Int[np.ndarray, " row"]
-    targets: _Targets
+    targets: LogitTargets
     kept: dict[str, np.ndarray] = field(default_factory=dict)
     """Neurons of each split MLP that have their own terms."""
 
@@ -407,7 +411,7 @@ class _Work:
         return stream, {term: term.read(self.store, rows) for term in self.terms}
 
     def _terms(
-        self, part: slice, stream: Tensor, values: Mapping[StreamTerm, Tensor], targets: _Targets
+        self, part: slice, stream: Tensor, values: Mapping[StreamTerm, Tensor], targets: LogitTargets
     ) -> tuple[Float64[Tensor, "row term"], Float64[Tensor, " row"]]:
         """Contribution of each term at some rows, in the order of `_names`, and the logit itself."""
         w, bias = targets.read(self.unembed, part)
@@ -423,6 +427,17 @@ class _Work:
             columns += [each, constant[:, None]]
         columns += [norm_bias(self.unembed, w)[:, None], bias[:, None]]
         return torch.cat(columns, dim=1), (stream * u).sum(-1) + columns[-2][:, 0] + bias
+
+    def each(self, part: slice) -> tuple[Float64[Tensor, "row term"], Float64[Tensor, " row"]]:
+        """Returns the contribution of each term at some rows, and the quantity itself."""
+        return self._terms(part, *self._read(part), self.targets)
+
+    def mean(self, site: str) -> Float64[Tensor, "*row"]:
+        """Returns the mean of a site over the rows."""
+        total = torch.zeros(self.store[site].shape[1:], dtype=torch.float64)
+        for part in self._blocks():
+            total += self.store[site][self.rows[part]].double().cpu().sum(0)
+        return total / len(self.rows)
 
     def _names(self) -> Iterator[_Name]:
         """Names of the columns of `_terms`."""
@@ -455,6 +470,20 @@ class _Work:
         return {name: np.sort(np.argsort(-total.abs().numpy(), kind="stable")[:number]) for name, total in sums.items()}
 
 
+def _parts(names: Sequence[_Name], work: _Work) -> dict[str, AblatedPart]:
+    """Terms that are one tensor of the model, or a part of one; blocks, biases and sums of neurons are none."""
+    sites = {term.name: term.plus[0] for term in work.terms if not term.minus}
+    parts = {}
+    for one in names:
+        if one.kind == "head":
+            parts[one.name] = AblatedPart(f"z.{one.layer}", head=one.index)
+        elif one.kind == "neuron":
+            parts[one.name] = AblatedPart(f"mlp_post.{one.layer}", index=one.index)
+        elif one.name in sites:
+            parts[one.name] = AblatedPart(sites[one.name])
+    return parts
+
+
 def _table(names: Sequence[_Name], data: Any) -> pd.DataFrame:
     """One line a term, in the order of the forward pass."""
     table = pd.DataFrame(
@@ -467,4 +496,5 @@ def _table(names: Sequence[_Name], data: Any) -> pd.DataFrame:
     )
     columns = {"contribution": "contribution", "low": "contribution_low", "high": "contribution_high"}
     columns |= {name: name for name in ("absolute", "control", "control_low", "control_high")}
+    columns |= {name: name for name in ("ablated", "ablated_low", "ablated_high", "direct") if name in data}
     return table.assign(**{column: data[name].to_numpy() for column, name in columns.items()})

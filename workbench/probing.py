@@ -198,6 +198,18 @@ _PUBLIC = {
     "answers_after": "workbench.analysis.task_vectors",
     "questions_alone": "workbench.analysis.task_vectors",
     "random_heads": "workbench.analysis.head_ablation",
+    "AblatedPart": "workbench.analysis.ablated_logits",
+    "AblatedRuns": "workbench.analysis.ablated_logits",
+    "ablation_effects": "workbench.analysis.ablated_logits",
+    "ablation_text": "workbench.analysis.ablated_logits",
+    "EdgeGraph": "workbench.analysis.edge_graph",
+    "EdgeRuns": "workbench.analysis.edge_runs",
+    "measure_unembed": "workbench.model.unembed",
+    "LogitTargets": "workbench.analysis.logit_targets",
+    "Attribution": "workbench.analysis.attribution",
+    "at_place": "workbench.analysis.attribution",
+    "correlations": "workbench.analysis.attribution",
+    "some_pairs": "workbench.analysis.attribution",
     "check_sum": "workbench.analysis.stream_terms",
     "plan_terms": "workbench.analysis.stream_terms",
     "norm_bias": "workbench.analysis.frozen_norm",
@@ -257,9 +269,14 @@ _PUBLIC = {
     "token_embeddings": "workbench.model.embedding_records",
     "writes_of": "workbench.model.circuits",
     # figures, made of a result alone
+    "ablation_bars": "workbench.analysis.attribution_figures",
     "attribution_bars": "workbench.analysis.attribution_figures",
     "attribution_grid": "workbench.analysis.attribution_figures",
     "attribution_heads": "workbench.analysis.attribution_figures",
+    "correlation_lines": "workbench.analysis.attribution_patching_figures",
+    "faithfulness_curve": "workbench.analysis.edge_figures",
+    "strongest_edges": "workbench.analysis.edge_figures",
+    "estimate_scatter": "workbench.analysis.attribution_patching_figures",
     "patching_lines": "workbench.analysis.patching_figures",
     "patching_map": "workbench.analysis.patching_figures",
     "patching_spread": "workbench.analysis.patching_figures",
@@ -305,6 +322,15 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from workbench.analysis.ablated_heads import ABLATION_VARIABLES, ablated_heads, ablation_text
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
+    from workbench.analysis.ablated_logits import AblatedPart, AblatedRuns, ablation_effects, ablation_text
+    from workbench.analysis.attribution import Attribution, at_place, correlations, some_pairs
+    from workbench.analysis.attribution_figures import (
+        ablation_bars,
+        attribution_bars,
+        attribution_grid,
+        attribution_heads,
+    )
+    from workbench.analysis.attribution_patching_figures import correlation_lines, estimate_scatter
     from workbench.analysis.causal import require_causal
     from workbench.analysis.change_effects import (
         MEASURES,
@@ -319,6 +345,10 @@ if TYPE_CHECKING:
     from workbench.analysis.detection import clustered_auc
     from workbench.analysis.digits import NUMBERS, digit_readings, strict_argmax
     from workbench.analysis.domains import compare_domains, permuted_gap
+    from workbench.analysis.domains import compare_domains
+    from workbench.analysis.edge_figures import faithfulness_curve, strongest_edges
+    from workbench.analysis.edge_graph import EdgeGraph
+    from workbench.analysis.edge_runs import EdgeRuns
     from workbench.analysis.frozen_norm import norm_bias, read_directions, single_tokens, token_id
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
@@ -352,6 +382,8 @@ if TYPE_CHECKING:
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
     from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, massive_changes, mean_norms
     from workbench.analysis.neuron_activity import NeuronActivity, layer_neurons, neuron_activity
+    from workbench.analysis.logit_targets import LogitTargets
+    from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, mean_norms
     from workbench.analysis.neuron_moments import vocabulary_moments
     from workbench.analysis.norms import (
         massive_activation,
@@ -473,7 +505,7 @@ if TYPE_CHECKING:
     from workbench.model.random_copy import random_copy
     from workbench.model.reload import recorded_model
     from workbench.model.row_records import Add, Set
-    from workbench.model.unembed import Unembed, final_norm, load_unembed, normalise
+    from workbench.model.unembed import Unembed, final_norm, load_unembed, measure_unembed, normalise
     from workbench.results.bootstrap import (
         GroupMeans,
         Interval,

@@ -18,7 +18,8 @@ from workbench.results.registry import find_probe, installed_probes
 
 REPEATS = 60
 """Sequences of random tokens that repeat, for induction heads."""
-OTHER_INPUTS = ("activation-patching", "function-vectors", "path-patching", "steering")
+OTHER_INPUTS = ("activation-patching", "attribution-patching", "edge-attribution", "function-vectors", "path-patching")
+OTHER_INPUTS += ("steering",)
 """Probes of pairs of prompts or of a direction, not of texts alone; their pages state what they find."""
 KEPT = "headlines.json"
 

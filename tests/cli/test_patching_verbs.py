@@ -21,11 +21,20 @@ def test_patch_saves_the_result_of_a_task(tmp_path):
     np.testing.assert_allclose(wb.load_result(out).data["denoising"], expected.data["denoising"], atol=1e-6)
 
 
+def test_attribute_estimates_patching_for_a_task(tmp_path):
+    settings = ("--pairs", 4, "--layers", 1, "--exact-pairs", 2, "--resamples", 20)
+    code, text, _ = run("attribute", "demo", "facts", "--out", tmp_path / "r", *settings)
+    assert code == 0
+    assert "Estimated patching of resid_post (gradient of the corrupt run)" in text
+    assert wb.load_result(tmp_path / "r").data.sizes["exact_pair"] == 2
+
+
 def test_wrong_requests_are_refused_in_one_line(tmp_path):
     for arguments, message in (
         (("patch", "demo", "fact", "--out", tmp_path / "x"), "task must be one of ioi"),
         (("patch", "demo", "ioi", "--out", tmp_path / "x"), "no pair of 'ioi' fits the tokenizer"),
         (("attribute", tmp_path / "gone", "--out", tmp_path / "x"), "gone"),
+        (("attribute", "demo", "fact", "--out", tmp_path / "x"), "task must be one of ioi"),
         (("steer", tmp_path / "gone", "--out", tmp_path / "x"), "gone"),
     ):
         code, out, err = run(*arguments)

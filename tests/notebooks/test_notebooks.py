@@ -17,6 +17,7 @@ jupyter_client = pytest.importorskip("jupyter_client", reason="needs jupyter_cli
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PROBES = {"AttentionSinks", "FutureLens", "LogitLens", "SuccessorHeads", "TokenErasure", "TunedLens"}
+PROBES |= {"AttributionPatching", "DirectLogitAttribution", "EdgeAttribution"}
 
 books = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

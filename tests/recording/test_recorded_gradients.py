@@ -83,7 +83,7 @@ def test_a_store_holds_the_gradients_of_each_sequences_own_answer_beside_the_act
     assert store["grad.resid_post", 2].site.axes == store["resid_post", 2].site.axes
     assert store["grad.blocks.1.attn.hook_z"][:].shape == store["z.1"][:].shape
     assert store["grad.resid_post", :].shape == (store.rows, 3, 32)
-    assert "gradient: of logit_difference, token_column 'answer', against_column 'wrong', at -1" in repr(store)
+    assert "gradient of logit_difference, token_column 'answer', against_column 'wrong', at -1" in repr(store)
     assert store.verify().empty
 
 

@@ -28,6 +28,7 @@ kl: -KL(clean ‖ run). In float64, at the last position."""
 
 METRIC_UNITS = {"logit-difference": "logits", "log-probability": "nats", "loss": "nats", "kl": "nats"}
 METRICS = get_args(Metric)
+Side = Literal["clean", "corrupt"]
 
 _LOGIT_BYTES = 128 << 20  # float32 logits of one batch
 
@@ -89,9 +90,7 @@ class Runs:
         """Metric of the clean minus that of the corrupt run."""
         return (self.clean - self.corrupt).numpy()
 
-    def patched(
-        self, base: Literal["clean", "corrupt"], records: Callable[[slice], list[Intervention]]
-    ) -> Float64[Tensor, " pair"]:
+    def patched(self, base: Side, records: Callable[[slice], list[Intervention]]) -> Float64[Tensor, " pair"]:
         """Returns the metric of one side's runs under interventions, which are made for each batch."""
         parts = []
         for part in batches(self.model, self.pairs):
@@ -101,7 +100,7 @@ class Runs:
 
     def effect(
         self,
-        base: Literal["clean", "corrupt"],
+        base: Side,
         site: Site,
         at: Bool[Tensor, "pair position"],
         donor: Float[Tensor, "pair position ..."],
@@ -126,16 +125,16 @@ class Runs:
 
         return self.patched(base, records)
 
-    def gathered(self, side: Literal["clean", "corrupt"], site: Site, plan: Plan) -> Float[Tensor, "pair position ..."]:
+    def gathered(self, side: Side, site: Site, plan: Plan) -> Float[Tensor, "pair position ..."]:
         """Returns activations of one side at other pairs and positions."""
         values = self.clean_values if side == "clean" else self.corrupt_values
         return values[site.name][plan]
 
 
-def batches(model: Model, pairs: PairTensors) -> Iterator[slice]:
-    """Yields slices of the pairs whose passes fit the default batch and whose logits take 128 MiB."""
+def batches(model: Model, pairs: PairTensors, tokens: int | None = None) -> Iterator[slice]:
+    """Yields slices of the pairs whose passes fit `tokens`, by default those of a batch, and 128 MiB of logits."""
     length = pairs.clean.shape[1]
-    step = max(1, min(batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab)) // length)
+    step = max(1, min(tokens or batch_tokens(model), _LOGIT_BYTES // (4 * model.vocab)) // length)
     return (slice(first, min(first + step, len(pairs))) for first in range(0, len(pairs), step))
 
 

@@ -16,6 +16,8 @@ _LINES = 6  # places or heads with a line of their own
 _MEANING = {
     "denoising": "corrupt run with clean activations: share of the gap that comes back",
     "noising": "clean run with corrupt activations: share of the gap that is lost",
+    "estimate": "estimated from gradients: share of the gap",
+    "exact": "exact patching of a sample: share of the gap",
 }
 _CONTROL_NAMES = {"random_donor": "random donor", "shuffled": "permuted positions", "same_answer": "same answer"}
 _DASHES = {"random_donor": "dash", "shuffled": "dot", "same_answer": "dashdot"}
@@ -27,7 +29,8 @@ def patching_map(data: Any, name: str, site: str) -> go.Figure:
     layers, places = data["layer"].to_numpy().tolist(), data["place"].to_numpy().tolist()
     limit = max(1.0, float(np.nanmax(np.abs(values), initial=0.0)))
     title = sentence(f"{name.capitalize()} {site}")
-    subtitle = sentence(f"{_MEANING[name]}; {data.sizes.get('pair', data.attrs.get('pairs'))} pairs")
+    pairs = data.sizes.get("exact_pair" if name == "exact" else "pair", data.attrs.get("pairs"))
+    subtitle = sentence(f"{_MEANING[name]}; {pairs} pairs")
     if data.attrs["heads"]:
         limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         hover = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.frozen_norm import frozen_logits
 from workbench.analysis.patch_pairs import PatchPair
-from workbench.analysis.patching import Metric, Runs, batches, end_logits, measure
+from workbench.analysis.patching import Metric, Runs, Side, batches, end_logits, measure
 from workbench.io.errors import RequestError
 from workbench.model.capture import capture
 from workbench.model.intervene import intervene
@@ -23,7 +22,6 @@ from workbench.model.unembed import Unembed, measure_unembed
 from workbench.sites.grammar import Site
 
 _RECEIVER = re.compile(r"L(\d+)H(\d+)\.([qkv])")
-Side = Literal["clean", "corrupt"]
 
 
 @dataclass(frozen=True)

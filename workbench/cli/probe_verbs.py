@@ -15,7 +15,10 @@ from workbench.results.probe import Probe
 if TYPE_CHECKING:
     from workbench.results.result import Result
 
-HELP_ATTRIBUTE = "Decompose logits of a store into parts of the model: workbench attribute STORE --out DIR"
+HELP_ATTRIBUTE = (
+    "Decompose logits of a store into parts of the model: workbench attribute STORE --out DIR; "
+    "or estimate patching for a task from gradients: workbench attribute MODEL TASK --out DIR"
+)
 HELP_STEER = "Steer continuations of a store's texts by a direction: workbench steer STORE --direction FILE --out DIR"
 HELP_PATCH = "Patch activations between prompts of a task: workbench patch MODEL TASK --out DIR"
 HELP = "Run a probe on a store and save the result with its figures: workbench probe NAME STORE --out DIR"
@@ -56,7 +59,13 @@ NAMED_AFTER_VERBS = {"attribute": "direct-logit-attribution", "steer": "steering
 
 
 def attribute_command(arguments: list[str]) -> Command:
-    """Returns the command of `workbench attribute ARGUMENTS`: the probe direct-logit-attribution."""
+    """Returns the command of `workbench attribute ARGUMENTS`.
+
+    One word before the options is a store, for direct-logit-attribution; two are a model and a task, for
+    attribution-patching.
+    """
+    if len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
+        return parse(task_options("attribution-patching"), "workbench attribute", arguments, HELP_ATTRIBUTE)
     return _of_probe("attribute", arguments)
 
 
@@ -77,16 +86,16 @@ def _of_probe(verb: str, arguments: list[str]) -> Command:
 
 def patch_command(arguments: list[str]) -> Command:
     """Returns the command of `workbench patch ARGUMENTS`."""
-    return parse(patch_options(), "workbench patch", arguments, HELP_PATCH)
+    return parse(task_options("activation-patching"), "workbench patch", arguments, HELP_PATCH)
 
 
-def patch_options() -> type[Command]:
-    """Returns the class that the arguments of `workbench patch` are parsed into."""
+def task_options(name: str) -> type[Command]:
+    """Returns the class that the arguments of a probe of a task's pairs are parsed into."""
     from workbench.results.registry import find_probe
 
-    probe = find_probe("activation-patching")
+    probe = find_probe(name)
     return make_dataclass(
-        "patch",
+        name,
         [
             ("source", Annotated[Positional[str], Meaning("Model: a directory, a hub id, or demo.")]),
             ("task", Annotated[Positional[str], Meaning("Task of the prompts, such as ioi or facts.")]),
@@ -94,7 +103,7 @@ def patch_options() -> type[Command]:
             ("pairs", Annotated[int, Meaning("Number of pairs of prompts.")], field(default=32)),
             ("settings", probe, field(default_factory=probe)),
         ],
-        bases=(_RunPatch,),
+        bases=(_RunTask,),
         frozen=True,
     )
 
@@ -113,7 +122,7 @@ def probe_options(name: str, probe: type) -> type[Command]:
     )
 
 
-class _RunPatch:
+class _RunTask:
     source: str
     task: str
     out: Path

@@ -1,0 +1,93 @@
+"""Figures of attribution patching: estimated against exact effects, and their correlation by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from workbench.figures.safe_text import label, sentence
+from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE, colour_bar
+from workbench.figures.ticks import integer_step
+
+
+def estimate_scatter(data: Any, site: str) -> go.Figure:
+    """Returns the estimated against the exact effect of every cell and sampled pair, coloured by layer."""
+    exact, estimate = data["exact_by_pair"].to_numpy(), data["estimate_by_pair"].to_numpy()
+    known = ~(np.isnan(exact) | np.isnan(estimate) | ((exact == 0) & (estimate == 0)))
+    pair, layer, place = np.nonzero(known)
+    layers, places = data["layer"].to_numpy(), data["place"].to_numpy()
+    x, y = exact[known], estimate[known]
+    ends = [float(min(x.min(initial=0.0), y.min(initial=0.0))), float(max(x.max(initial=0.0), y.max(initial=0.0)))]
+    hover = [
+        f"layer {layers[one]}, {label(str(places[two]))}, pair {data['exact_pair'].to_numpy()[three]}"
+        for three, one, two in zip(pair, layer, place, strict=True)
+    ]
+    figure = go.Figure(
+        [
+            go.Scatter(x=ends, y=ends, mode="lines", name="exact", line={"color": NEUTRAL, "dash": "dash"}),
+            go.Scatter(
+                x=x,
+                y=y,
+                mode="markers",
+                name="a cell of a pair",
+                customdata=hover,
+                marker={
+                    "size": 5,
+                    "color": layers[layer],
+                    "colorscale": "Viridis",
+                    "colorbar": colour_bar("layer"),
+                    "opacity": 0.75,
+                },
+                hovertemplate="%{customdata}: exact %{x:.2f}, estimated %{y:.2f}<extra></extra>",
+            ),
+        ]
+    )
+    units = sentence(str(data.attrs["metric_units"]))
+    subtitle = f"{len(x):,} cells of {data.sizes['exact_pair']} pairs; dashed: estimate = exact"
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": sentence(f"Estimated against exact patching: {site}"), "subtitle": {"text": subtitle}},
+        width=680,
+        height=560,
+        showlegend=False,
+    )
+    figure.update_xaxes(title=f"exact effect ({units})")
+    return figure.update_yaxes(title=f"estimated effect ({units})")
+
+
+def correlation_lines(data: Any, site: str) -> go.Figure:
+    """Returns the correlation of estimated and exact effects by layer, with the interval over pairs."""
+    layers, mean = data["layer"].to_numpy(), data["correlation"].to_numpy()
+    figure = go.Figure(
+        go.Scatter(
+            x=layers,
+            y=mean,
+            error_y={
+                "type": "data",
+                "array": data["correlation_high"].to_numpy() - mean,
+                "arrayminus": mean - data["correlation_low"].to_numpy(),
+                "thickness": 1,
+                "width": 2,
+            },
+            mode="lines+markers",
+            line={"color": CATEGORIES[0]},
+            name=site,
+            hovertemplate="layer %{x}: r %{y:.3f}<extra></extra>",
+        )
+    )
+    figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dash"})
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": sentence(f"Estimated and exact patching of {site}, by layer"),
+            "subtitle": {"text": f"correlation over cells, 95 % CI over {data.sizes['exact_pair']} pairs"},
+        },
+        width=760,
+        height=420,
+        showlegend=False,
+    )
+    figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
+    low = float(np.nanmin(np.append(data["correlation_low"].to_numpy(), 0.0)))
+    return figure.update_yaxes(title="Pearson's r", range=[max(-1.05, low - 0.05), 1.05])
