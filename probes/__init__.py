@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from workbench.probes.attention_sinks import AttentionSinks
     from workbench.probes.attribution_patching import AttributionPatching
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
-    from workbench.probes.function_vectors import FunctionVectors
     from workbench.probes.edge_attribution import EdgeAttribution
+    from workbench.probes.function_vectors import FunctionVectors
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
     from workbench.probes.hidden_sinks import HiddenSinks

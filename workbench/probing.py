@@ -380,10 +380,9 @@ if TYPE_CHECKING:
         token_identity,
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
+    from workbench.analysis.logit_targets import LogitTargets
     from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, massive_changes, mean_norms
     from workbench.analysis.neuron_activity import NeuronActivity, layer_neurons, neuron_activity
-    from workbench.analysis.logit_targets import LogitTargets
-    from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, mean_norms
     from workbench.analysis.neuron_moments import vocabulary_moments
     from workbench.analysis.norms import (
         massive_activation,

@@ -37,7 +37,7 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
                     "size": 5,
                     "color": layers[layer],
                     "colorscale": "Viridis",
-                    "colorbar": colour_bar("layer"),
+                    "colorbar": colour_bar("layer") | {"dtick": integer_step(layers.tolist())},
                     "opacity": 0.75,
                 },
                 hovertemplate="%{customdata}: exact %{x:.2f}, estimated %{y:.2f}<extra></extra>",
