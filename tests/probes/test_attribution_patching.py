@@ -128,11 +128,11 @@ def test_integrated_gradients_tend_to_the_exact_effect_of_the_site(tiny_models):
     model, pairs = Model(tiny_models["llama"], None, "tiny"), random_pairs()
     errors = {}
     for site in ("resid_post", "z"):
-        for steps in (0, 1, 4, 16):
+        for steps in (0, 4, 32):
             data = estimated(model, pairs, site=site, steps=steps, layers=(1,), exact_pairs=8)
             errors[site, steps] = float(data["completeness_error"].max())
-        assert errors[site, 16] < 1e-3
-        assert errors[site, 16] < errors[site, 4] < errors[site, 0]
+        assert errors[site, 32] < 1e-3
+        assert errors[site, 32] < errors[site, 4] < errors[site, 0]
     whole = float(estimated(model, pairs, layers=(1,))["whole"][0])
     assert whole == pytest.approx(1, abs=1e-5)  # the whole stream carries all that differs
 
@@ -147,8 +147,8 @@ def test_the_planted_heads_alone_have_an_effect(planted):
         assert min(effect[READER], effect[MOVER]) > 0.3
         exact = data["exact"].to_numpy()
         assert exact[READER] == pytest.approx(1, abs=1e-5)
-    integrated = estimated(planted, names(), metric="logit-difference", site="resid_pre", steps=30)
-    np.testing.assert_allclose(integrated["estimate"], integrated["exact"], atol=1e-3)
+    integrated = estimated(planted, names(), metric="logit-difference", site="resid_pre", steps=12, layers=(0,))
+    np.testing.assert_allclose(integrated["estimate"], integrated["exact"], atol=2e-3)
 
 
 def test_controls_are_flat_where_activations_carry_this_pairs_answer_alone(planted):
