@@ -41,9 +41,9 @@ from workbench.probing import (
     StreamTerm,
     Unembed,
     Variable,
+    ablated_logit_text,
     ablation_bars,
     ablation_effects,
-    ablation_text,
     attribution_bars,
     attribution_grid,
     attribution_heads,
@@ -293,7 +293,7 @@ class DirectLogitAttribution(StoreProbe):
         if float(data["rounding"]) > 1e-3:
             text += f" and, by rounding of the stored type, the model's own by about {float(data['rounding']):.2g}"
         if "ablated" in data:
-            text += f"; {ablation_text(data, result.provenance['settings']['ablation'])}"
+            text += f"; {ablated_logit_text(data, result.provenance['settings']['ablation'])}"
         return with_note(f"{text}.", result)
 
     @staticmethod

@@ -151,7 +151,7 @@ def ablation_effects(
     return effects
 
 
-def ablation_text(data: Any, replacement: str) -> str:
+def ablated_logit_text(data: Any, replacement: str) -> str:
     """Returns the term whose ablation changes the quantity most, as one phrase beside its direct contribution."""
     term = int(np.nan_to_num(np.abs(data["ablated"].to_numpy())).argmax())
     loss, low, high, direct = (

@@ -69,51 +69,6 @@ def attribution_bars(result: Result, quantity: str) -> go.Figure:
     return figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, dtick=1)
 
 
-def ablation_bars(result: Result, quantity: str) -> go.Figure:
-    """Returns what the quantity loses without a term and what the term adds, for the 24 terms with the largest loss."""
-    table = result.table[result.table["ablated"].notna()]
-    chosen = np.sort(np.argsort(-table["ablated"].abs().to_numpy(), kind="stable")[:_SHOWN])
-    shown = table.iloc[chosen]
-    names = [sentence(term) for term in shown["term"]]
-    figure = go.Figure()
-    figure.add_bar(
-        y=names,
-        x=shown["ablated"],
-        error_x={
-            "type": "data",
-            "array": shown["ablated_high"] - shown["ablated"],
-            "arrayminus": shown["ablated"] - shown["ablated_low"],
-            "thickness": 1,
-        },
-        orientation="h",
-        name="loss when ablated",
-        marker={"color": CATEGORIES[0]},
-        hovertemplate="%{y}, ablated: %{x:.3f}<extra></extra>",
-    )
-    figure.add_scatter(
-        y=names,
-        x=shown["direct"],
-        mode="markers",
-        name="direct contribution",
-        marker={"color": CATEGORIES[1], "symbol": "diamond", "size": 9},
-        hovertemplate="%{y}, direct: %{x:.3f}<extra></extra>",
-    )
-    tokens = result.data.sizes["ablated_token"]
-    ends = "its mean" if result.provenance["settings"]["ablation"] == "mean" else "0"
-    figure.update_layout(
-        template=TEMPLATE,
-        title={
-            "text": sentence(f"Ablation and direct contribution: {quantity}"),
-            "subtitle": {"text": f"each term set to {ends} at the token alone; mean over {tokens} tokens, 95 % CI"},
-        },
-        width=800,
-        height=190 + 22 * len(shown),
-        margin={"t": 115},
-    )
-    figure.update_xaxes(title="logits", zeroline=True)
-    return figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, dtick=1)
-
-
 def attribution_heads(result: Result, quantity: str) -> go.Figure:
     """Returns layers by heads, coloured by the mean contribution."""
     heads = result.table[result.table["kind"] == "head"]

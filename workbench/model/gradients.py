@@ -72,7 +72,8 @@ def capture_gradients(
     """Runs the model forward and backward; passes activations and the metric's gradients of each site on.
 
     Memory: the graph from the first site's block on, about 13 values of d_model a token and block in a Llama (0.9 MB a
-    token in SmolLM2-135M in float32), and one gradient at a time. All hooks are removed afterwards, and parameters are as before.
+    token in SmolLM2-135M in float32), and one gradient at a time. All hooks are removed afterwards, and parameters are
+    as before.
 
     Args:
         model: A causal LM; see `check_gradients`.
