@@ -20,7 +20,7 @@ _PUBLIC = {
     "planted_corpus": "workbench.embedded.planted",
     "load_sae": "workbench.sae.load",
     "Sae": "workbench.sae.autoencoder",
-    "neuron_dictionary": "workbench.sae.neurons",
+    "neuron_dictionary": "workbench.sae.neuron_dictionary",
     "sae_metrics": "workbench.sae.metrics",
     "with_sparsity": "workbench.sae.ruled",
     "Direction": "workbench.model.direction",
@@ -185,7 +185,7 @@ if TYPE_CHECKING:
     from workbench.sae.feature_record import Feature
     from workbench.sae.load import load_sae
     from workbench.sae.metrics import sae_metrics
-    from workbench.sae.neurons import neuron_dictionary
+    from workbench.sae.neuron_dictionary import neuron_dictionary
     from workbench.sae.ruled import with_sparsity
     from workbench.sites.settings import Recording
     from workbench.store.computed import ComputedArray

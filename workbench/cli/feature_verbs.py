@@ -97,7 +97,7 @@ class Features:
     def _neurons(self, store: Store, device: str | None) -> Sae:
         """The neurons of the layer that --site names."""
         from workbench.model.reload import recorded_model  # seconds: torch
-        from workbench.sae.neurons import neuron_dictionary
+        from workbench.sae.neuron_dictionary import neuron_dictionary
 
         kind, _, layer = (self.site or "").rpartition(".")
         if kind != "mlp_post" or not layer.isdigit():
