@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from workbench.analysis.attribution import site_gradients
 from workbench.analysis.edge_graph import EdgeGraph, EdgeReceiver
 from workbench.analysis.patching import Runs, batches, measure
 from workbench.io.torch_state import plain_torch
-from workbench.model.attention import AttentionCall, AttentionInputs, change_attention, tap_attention
-from workbench.model.capture import in_site_shape
-from workbench.model.forward import attention_name, change_tensor, evaluating, hook_tensor, run
+from workbench.model.attention import AttentionInputs, change_attention
+from workbench.model.capture import in_site_shape, read_tensors
+from workbench.model.forward import attention_name, change_tensor, evaluating, run
 from workbench.model.gradients import without_weight_gradients
 from workbench.model.unembed import Unembed
 from workbench.sites.grammar import Site
@@ -214,7 +213,7 @@ class _Read:
 def _pulled_back(read: _Read, source: Tensor, gradient: Tensor) -> Tensor:
     """Gradient at the source of a number whose gradient at a tensor is given."""
     (result,) = torch.autograd.grad(read.tensor, source, read.shaped(gradient), retain_graph=True)
-    return result.detach().cpu().float()
+    return result.detach().cpu().float().reshape(*read.batch, -1)  # some modules merge batch and position
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ class _BlockCall:
         """Runs the block on another stream, with sites set to values, and returns the tensors of others."""
         found: dict[str, _Read] = {}
 
-        def keep(site: Site, heads_first: bool, tensor: Tensor | None) -> None:
+        def keep(site: Site, tensor: Tensor | None, heads_first: bool) -> None:
             if tensor is not None:
                 found.setdefault(site.name, _Read(site, tensor, heads_first, tuple(stream.shape[:2])))
             if len(found) == len(sites):
@@ -251,7 +250,7 @@ class _BlockCall:
             stack.enter_context(change_tensor(self.block, "in", lambda _tensor: stream))
             for site, value in (changes or {}).items():
                 stack.enter_context(_set(self.module, site, value))
-            stack.enter_context(_reading(self.module, sites, keep))
+            stack.enter_context(read_tensors(self.module, sites, keep))
             with suppress(_Enough):
                 self.block(*self.args, **self.kwargs)
         return found
@@ -272,28 +271,4 @@ def _set(module: nn.Module, site: Site, value: Tensor) -> Iterator[None]:
         return
     side = "in" if site.tap.part == "in" else "out"
     with change_tensor(part, side, lambda tensor: value.reshape(tensor.shape).to(tensor)):
-        yield
-
-
-@contextmanager
-def _reading(
-    module: nn.Module, sites: Sequence[Site], keep: Callable[[Site, bool, Tensor | None], None]
-) -> Iterator[None]:
-    """Passes the tensors of sites on inside the block."""
-
-    def see(sites: Sequence[Site], call: AttentionCall) -> None:
-        for site in sites:
-            keep(site, site.tap.part != "output", getattr(call, site.tap.part))
-
-    with ExitStack() as stack:
-        attention: dict[nn.Module, list[Site]] = {}
-        for site in sites:
-            part = module.get_submodule(site.tap.path)
-            if site.tap.part in ("in", "out"):
-                side = "in" if site.tap.part == "in" else "out"
-                stack.enter_context(hook_tensor(part, side, partial(keep, site, False)))
-            else:
-                attention.setdefault(part, []).append(site)
-        callbacks = {part: partial(see, some) for part, some in attention.items()}
-        stack.enter_context(tap_attention(attention_name(module), callbacks))
         yield

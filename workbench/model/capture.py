@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -164,6 +164,36 @@ class _Pass:
         for site in of_keys:
             self.receive(site, _OF_KEYS[site.kind](columns), 0)
         self._finish(*sites)
+
+
+@contextmanager
+def read_tensors(
+    module: nn.Module, sites: Sequence[Site], receive: Callable[[Site, Tensor | None, bool], None]
+) -> Iterator[None]:
+    """Passes the tensors of sites on, as the model has them, each time they come up inside the block.
+
+    Args:
+        module: A Hugging Face causal LM, of which any part may run.
+        sites: Sites that are inputs or outputs of modules, or parts of attention calls.
+        receive: Called with a site, its tensor, and True if heads come before positions in it.
+    """
+
+    def see(sites: Sequence[Site], call: AttentionCall) -> None:
+        for site in sites:
+            receive(site, getattr(call, site.tap.part), site.tap.part != "output")
+
+    attention: dict[nn.Module, list[Site]] = defaultdict(list)
+    with ExitStack() as stack:
+        for site in sites:
+            part, path = site.tap.part, site.tap.path
+            if part in ("in", "out"):
+                place = module.get_submodule(path)
+                stack.enter_context(hook_tensor(place, part, lambda tensor, site=site: receive(site, tensor, False)))
+            else:
+                attention[module.get_submodule(path)].append(site)
+        callbacks = {part: partial(see, some) for part, some in attention.items()}
+        stack.enter_context(tap_attention(attention_name(module), callbacks))
+        yield
 
 
 def _small(blocks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:

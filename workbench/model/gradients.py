@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from workbench.io.errors import DataError, RequestError, WorkbenchError, first_line
 from workbench.io.torch_state import plain_torch
-from workbench.model.attention import AttentionCall, tap_attention
-from workbench.model.capture import Receive, in_site_shape
-from workbench.model.forward import attention_name, change_tensor, hook_tensor, run, the_tensor
+from workbench.model.capture import Receive, in_site_shape, read_tensors
+from workbench.model.forward import change_tensor, run, the_tensor
 from workbench.model.load import Model
 from workbench.model.offload import placeholders
 from workbench.sites.grammar import Site
@@ -135,18 +133,12 @@ class _Backward:
         if layers:
             first = module.get_submodule(f"{self.model.site_map.blocks}.{min(layers)}")
             stack.enter_context(change_tensor(first, "in", self._begin))
-        attention: dict[nn.Module, list[Site]] = {}
         for site in self.sites:
-            part = site.tap.part
-            if part in ("in", "out"):
+            if site.layer is None and site.tap.part in ("in", "out"):  # it may lie before every block that is hooked
                 place = module.get_submodule(site.tap.path)
-                if site.layer is None:  # an embedding or the final norm may lie before every block that is hooked
-                    stack.enter_context(change_tensor(place, part, self._begin))
-                stack.enter_context(hook_tensor(place, part, partial(self.see, site)))
-            elif part != "logits":
-                attention.setdefault(module.get_submodule(site.tap.path), []).append(site)
-        callbacks = {part: partial(self._see_attention, sites) for part, sites in attention.items()}
-        stack.enter_context(tap_attention(attention_name(module), callbacks))
+                stack.enter_context(change_tensor(place, site.tap.part, self._begin))
+        inside = [site for site in self.sites if site.tap.part != "logits"]
+        stack.enter_context(read_tensors(module, inside, self.see))
 
     def _begin(self, tensor: Tensor) -> Tensor:
         """A tensor that has no gradient yet, as the beginning of the graph."""
@@ -156,7 +148,7 @@ class _Backward:
         self.roots.append(root)
         return root.clone()  # a model may change its input in place, which a leaf refuses
 
-    def see(self, site: Site, tensor: Tensor | None, heads_first: bool = False) -> None:
+    def see(self, site: Site, tensor: Tensor | None, heads_first: bool) -> None:
         """Passes a site's tensor on, and awaits its gradient."""
         if site.name not in self.waiting or tensor is None:
             raise DataError(f"site {site.short or site.name}: it ran twice, or without a tensor, in one forward pass")
@@ -179,17 +171,13 @@ class _Backward:
         tensor = tensor.detach()
         return in_site_shape(site, tensor.transpose(1, 2) if heads_first else tensor, self.batch)
 
-    def _see_attention(self, sites: Sequence[Site], call: AttentionCall) -> None:
-        for site in sites:
-            self.see(site, getattr(call, site.tap.part), site.tap.part != "output")
-
     def see_logits(self, logits: Tensor) -> None:
         """Refuses a pass without gradients, and sees the logits if they are a site."""
         for site in self.sites:
             if site.tap.part == "logits":
                 if not logits.requires_grad:
                     self.roots.append(logits.requires_grad_())
-                self.see(site, logits)
+                self.see(site, logits, False)
         if not logits.requires_grad:
             raise RequestError(
                 f"gradients: model {self.model.name!r} computes its logits without gradients (torch.no_grad); give a "
