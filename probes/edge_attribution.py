@@ -210,7 +210,8 @@ class EdgeAttribution(StoreProbe):
         text = f"The {size:,} edges of largest score, of {total:,}, recover {share:.0f} % of the gap{interval}"
         text += f"; random ones {random:.0f} %; strongest: "
         units = data.attrs["metric_units"]
-        text += ", ".join(f"{one.sender} to {one.receiver} {one.score:+.2f}" for one in table.head(3).itertuples())
+        best = zip(*(table[name].head(3) for name in ("sender", "receiver", "score")), strict=True)
+        text += ", ".join(f"{sender} to {receiver} {score:+.2f}" for sender, receiver, score in best)
         return with_note(f"{text} {units}; {data.sizes['pair']} pairs.", result)
 
     @staticmethod

@@ -127,7 +127,10 @@ def some_pairs(runs: Runs, index: Int[np.ndarray, " chosen"]) -> Runs:
     """Returns the runs of some pairs."""
     chosen = torch.from_numpy(index)
     pairs = PairTensors(
-        *(part[chosen] for part in (runs.pairs.clean, runs.pairs.corrupt, runs.pairs.mask, runs.pairs.end)),
+        runs.pairs.clean[chosen],
+        runs.pairs.corrupt[chosen],
+        runs.pairs.mask[chosen],
+        runs.pairs.end[chosen],
         {name: at[chosen] for name, at in runs.pairs.places.items()},
     )
     return replace(

@@ -122,7 +122,7 @@ def completed_commands() -> dict[str, Options]:
         commands[f"probe {name}"] = completed_options(probe_options(name, find_probe(name)))
     for verb, name in probe_verbs.NAMED_AFTER_VERBS.items():
         commands[verb] = completed_options(probe_options(name, find_probe(name)))
-    commands["patch"] = completed_options(probe_verbs.patch_options())
+    commands["patch"] = completed_options(probe_verbs.task_options("activation-patching"))
     for name in installed_experiments():
         commands[f"sweep {name}"] = completed_options(sweep_options(name, find_experiment(name)))
     return commands

@@ -125,7 +125,7 @@ class SegmentMetric:
 
     def of(self, batch: Int[np.ndarray, " batch"]) -> Callable[[Tensor], Float[Tensor, ""]]:
         """Returns the metric of a right-padded batch of these sequences, as a function of its logits."""
-        parts = [self._starts[one] + np.arange(self._lengths[one]) for one in batch]
+        parts = [self._starts[one] + np.arange(int(self._lengths[one])) for one in batch]
         rows = [part[self._rows[part]] for part in parts]
         line = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(part) for part in rows]))
         flat = np.concatenate(rows)
