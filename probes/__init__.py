@@ -15,6 +15,7 @@ _PUBLIC = {
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
     "FunctionVectors": "workbench.probes.function_vectors",
     "EdgeAttribution": "workbench.probes.edge_attribution",
+    "FeedForwardMaps": "workbench.probes.feed_forward_maps",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
     "HiddenSinks": "workbench.probes.hidden_sinks",
@@ -25,8 +26,11 @@ _PUBLIC = {
     "MaskedSinks": "workbench.probes.masked_sinks",
     "MassiveActivations": "workbench.probes.massive_activations",
     "Neurons": "workbench.probes.neurons",
+    "MaskPositions": "workbench.probes.mask_positions",
     "NextTokenLaw": "workbench.probes.next_token_law",
+    "OverSquashing": "workbench.probes.over_squashing",
     "PathPatching": "workbench.probes.path_patching",
+    "RelativeContextualization": "workbench.probes.relative_contextualization",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
     "Similarity": "workbench.probes.similarity",
     "Stages": "workbench.probes.stages",
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from workbench.probes.attribution_patching import AttributionPatching
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.edge_attribution import EdgeAttribution
+    from workbench.probes.feed_forward_maps import FeedForwardMaps
     from workbench.probes.function_vectors import FunctionVectors
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
@@ -58,11 +63,14 @@ if TYPE_CHECKING:
     from workbench.probes.jacobian_lens import JacobianLens
     from workbench.probes.linear_probes import LinearProbes
     from workbench.probes.logit_lens import LogitLens
+    from workbench.probes.mask_positions import MaskPositions
     from workbench.probes.masked_sinks import MaskedSinks
     from workbench.probes.massive_activations import MassiveActivations
     from workbench.probes.neurons import Neurons
     from workbench.probes.next_token_law import NextTokenLaw
+    from workbench.probes.over_squashing import OverSquashing
     from workbench.probes.path_patching import PathPatching
+    from workbench.probes.relative_contextualization import RelativeContextualization
     from workbench.probes.residual_uncertainty import ResidualUncertainty
     from workbench.probes.similarity import Similarity
     from workbench.probes.stages import Stages

@@ -462,10 +462,13 @@ def _class_figure(result: Result, name: str) -> Any:
     order = np.argsort(values[0])
     words = {"class_nonlinearity": "Non-linearity", "class_memory": "Contextual memory"}
     counts = data["class_tokens"].to_numpy()[kept][order]
-    names = [str(one) for one in data["class"].to_numpy()[kept][order]]
+    names = [label(str(one), 24).replace("·", " ") for one in data["class"].to_numpy()[kept][order]]
     figure = group_intervals(
         {words[name]: values[:, order]},
-        categories=[f"{label(one, 24)}<br>{count:,}" for one, count in zip(names, counts.tolist(), strict=True)],
+        categories=[
+            f"{label(one, 24).replace('·', ' ')}<br>{count:,}"
+            for one, count in zip(names, counts.tolist(), strict=True)
+        ],
         hover="%{x}",
         title=f"{words[name]} by class of token in {label(str(result.provenance['model']), 60)}",
         subtitle="mean and 95 % interval over documents; below each class its tokens",

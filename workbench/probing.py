@@ -152,6 +152,16 @@ _PUBLIC = {
     "kept_lens": "workbench.analysis.trained_lens",
     "affordable_prompts": "workbench.analysis.jacobian",
     "mean_jacobians": "workbench.analysis.jacobian",
+    "BlockParts": "workbench.analysis.feed_forward",
+    "block_parts": "workbench.analysis.feed_forward",
+    "contributions": "workbench.analysis.feed_forward",
+    # scores of attention
+    "conditional_excess": "workbench.analysis.relative_contextualization",
+    "marginal_excess": "workbench.analysis.relative_contextualization",
+    "non_relative": "workbench.analysis.mask_positions",
+    "non_relative_share": "workbench.analysis.mask_positions",
+    "simulated_scores": "workbench.analysis.mask_positions",
+    "slope_of_keys": "workbench.analysis.mask_positions",
     "kl_slope": "workbench.analysis.lens",
     "Unembed": "workbench.model.unembed",
     "fit_direct": "workbench.analysis.future_maps",
@@ -211,6 +221,7 @@ _PUBLIC = {
     "Set": "workbench.model.row_records",
     "Columns": "workbench.model.attention",
     "ABLATION_VARIABLES": "workbench.analysis.ablated_heads",
+    "capture": "workbench.model.capture",
     "HeadAblation": "workbench.analysis.head_ablation",
     "ablated_heads": "workbench.analysis.ablated_heads",
     "ablation_text": "workbench.analysis.ablated_heads",
@@ -256,6 +267,7 @@ _PUBLIC = {
     "MONOSPACE": "workbench.figures.theme",
     "NEUTRAL": "workbench.figures.theme",
     "Panel": "workbench.figures.layer_panels",
+    "PROBABILITY": "workbench.figures.theme",
     "SIGNED": "workbench.figures.theme",
     "TEMPLATE": "workbench.figures.theme",
     "axis_title": "workbench.figures.safe_text",
@@ -307,6 +319,7 @@ if TYPE_CHECKING:
     from workbench.analysis.edge_figures import faithfulness_curve, strongest_edges
     from workbench.analysis.edge_graph import EdgeGraph
     from workbench.analysis.edge_runs import EdgeRuns
+    from workbench.analysis.feed_forward import BlockParts, block_parts, contributions
     from workbench.analysis.frozen_norm import norm_bias, read_directions, single_tokens, token_id
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
@@ -339,6 +352,7 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
     from workbench.analysis.logit_targets import LogitTargets
+    from workbench.analysis.mask_positions import non_relative, non_relative_share, simulated_scores, slope_of_keys
     from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, massive_changes, mean_norms
     from workbench.analysis.neuron_activity import NeuronActivity, layer_neurons, neuron_activity
     from workbench.analysis.neuron_moments import vocabulary_moments
@@ -377,6 +391,7 @@ if TYPE_CHECKING:
         stack_layers,
         strongest_patterns,
     )
+    from workbench.analysis.relative_contextualization import conditional_excess, marginal_excess
     from workbench.analysis.row_similarity import (
         Principal,
         matching_rows,
@@ -432,7 +447,7 @@ if TYPE_CHECKING:
     from workbench.figures.layer_panels import Curve, Panel, layer_panels
     from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
-    from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, SIGNED, TEMPLATE, colour_bar
+    from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, PROBABILITY, SIGNED, TEMPLATE, colour_bar
     from workbench.figures.ticks import integer_step
     from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
     from workbench.figures.token_strip import token_strip
@@ -444,6 +459,7 @@ if TYPE_CHECKING:
     from workbench.model.attention_records import RedistributeAttention, ScaleAttention
     from workbench.model.attention_scores import attention_scores, layer_rule, score_rules
     from workbench.model.block_records import SkipBlock, SwapBlocks
+    from workbench.model.capture import capture
     from workbench.model.circuits import (
         FirstMlp,
         HeadOutput,

@@ -21,6 +21,8 @@ REPEATS = 60
 OTHER_INPUTS = ("activation-patching", "attribution-patching", "edge-attribution", "function-vectors", "path-patching")
 OTHER_INPUTS += ("steering",)
 """Probes of pairs of prompts or of a direction, not of texts alone; their pages state what they find."""
+BLOCK_ROWS = 2_000
+"""Tokens of the recording of whole blocks."""
 KEPT = "headlines.json"
 
 
@@ -77,13 +79,22 @@ def _key(subject: Subject, name: str, settings: Mapping[str, Any]) -> str:
 def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
     """The stores that probes are tried on, in order."""
     model, options = subject.model, {"max_rows": subject.rows, "show_progress": False}
+    fewer = {**options, "max_rows": min(subject.rows, BLOCK_ROWS)}
     repeats = wb.random_repeats(model.tokenizer or range(model.vocab), sequences=REPEATS)
     heads = (*HEAD_SITES, "v", "mlp_post")
     return [
         wb.record(model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
         wb.record(model, subject.texts, out=folder / "heads.acts", sites=heads, context=64, **options),
         wb.record(model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False),
+        wb.record(model, subject.texts, out=folder / "blocks.acts", sites=_block_sites(model), context=64, **fewer),
     ]
+
+
+def _block_sites(model: wb.Model) -> list[str]:
+    """What scores and the decomposition of blocks need: queries and keys as the model scores them, and whole blocks."""
+    kinds = {site.split(".")[0] for site in model.sites}
+    scores = ["rot_q", "rot_k"] if {"rot_q", "rot_k"} <= kinds else ["q", "k"]
+    return ["pattern", "v", *scores, "resid_pre.0", "resid_post"]
 
 
 def _headline(name: str, settings: Mapping[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> str:

@@ -19,6 +19,7 @@ from workbench.probes import (
     JacobianLens,
     LogitLens,
     NextTokenLaw,
+    OverSquashing,
     PathPatching,
     ResidualUncertainty,
     SuccessorHeads,
@@ -54,7 +55,16 @@ CAUSAL = (
         InductionHeads,
         JacobianLens,
     ),
-    *(LogitLens, NextTokenLaw, PathPatching, ResidualUncertainty, SuccessorHeads, TokenGeometry, TunedLens),
+    *(
+        LogitLens,
+        NextTokenLaw,
+        OverSquashing,
+        PathPatching,
+        ResidualUncertainty,
+        SuccessorHeads,
+        TokenGeometry,
+        TunedLens,
+    ),
 )
 
 

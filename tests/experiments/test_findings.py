@@ -17,6 +17,8 @@ def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
     settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
     settings |= {"masked-sinks": {"row_limit": 50, "layers_too": False, "heads": 1}}
     settings |= {"stages": {"row_limit": 50, "control": False}}
+    settings |= {"feed-forward-maps": {"row_limit": 1, "length": 16}}
+    settings |= {"over-squashing": {"draws": 1, "longest": 16}}
     settings |= {"jacobian-lens": {"prompts": 1, "length": 20}}
     settings |= {"token-microscope": {"rows_per_dimension": 1, "epochs": 1, "dimension_rows": 100}}
     subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10], 1200, settings)

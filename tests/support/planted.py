@@ -92,5 +92,7 @@ def _record(name: str, values: np.ndarray, dtype: str) -> SiteRecord:
         "pattern": ("row", "head", "key"),
         "v": ("row", "head", "d_head"),
         "z": ("row", "head", "d_head"),
+        "rot_q": ("row", "head", "d_head"),
+        "rot_k": ("row", "head", "d_head"),
     }.get(name.split(".")[0], ("row", "d_model")[: values.ndim])
     return SiteRecord(full_name(name), name, axes, values.shape[1:], dtype)

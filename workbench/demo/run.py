@@ -59,6 +59,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
     "masked-sinks": {"row_limit": 300},
     "stages": {"row_limit": 300},
+    "over-squashing": {"draws": 2, "longest": 64},
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0)},
     "token-microscope": {"epochs": 1, "dimension_rows": 500},
     "tuned-lens": {"epochs": 2},
