@@ -68,7 +68,7 @@ VARIABLES = (
     *with_interval(
         Variable("steered_accuracy", _VECTOR, "share of questions", "question alone, vector added there", "random")
     ),
-    Variable("steered_probability", _VECTOR, "probability", "mean P(answer) there", "that of random"),
+    *with_interval(Variable("steered_probability", _VECTOR, "probability", "mean P(answer) there", "that of random")),
     Variable("norm", ("vector",), "L2 norm", "norm of the vector"),
     Variable("vector_direction", ("vector", "d_model"), "activation", "the vector; random: the first draw"),
     Variable("chosen_layer", (), "layer", "block after which the choosing half does best"),
@@ -207,8 +207,10 @@ class FunctionVectors(StoreProbe):
         shuffled = [replace(one, clean=one.corrupt) for one in pairs]
         plain = np.stack([answers_after(model, part) for part in (pairs, shuffled, questions_alone(pairs))], 1)
         both = np.stack([steered[:, 0], steered[:, 1:].mean(1)], 1)
-        arrays = {"probability": plain[..., 0].mean(0), "steered_probability": both[..., 0].mean(0)}
-        for name, values in (("effect", effects), ("accuracy", plain[..., 1]), ("steered_accuracy", both[..., 1])):
+        arrays = {"probability": plain[..., 0].mean(0)}
+        measured = {"effect": effects, "accuracy": plain[..., 1]}
+        measured |= {"steered_accuracy": both[..., 1], "steered_probability": both[..., 0]}
+        for name, values in measured.items():
             flat = values.reshape(len(values), -1)
             mean, resampled = clustered_means(flat, np.arange(len(flat)), resamples=self.resamples, seed=self.seed)
             low, high = intervals(resampled)
@@ -218,21 +220,22 @@ class FunctionVectors(StoreProbe):
 
     @staticmethod
     def headline(result: Result) -> str:
-        """Returns accuracy of the question alone, with the vector, with random heads' vectors, and with examples."""
+        """Returns P(answer) and right answers: question alone, with the vector, with random heads', with examples."""
         data = result.data
-        layer = int(data["chosen_layer"])
-        at = data.sel(block=layer)
+        layer, number = int(data["chosen_layer"]), result.provenance["settings"]["heads"]
         shares = {name: 100 * float(data["accuracy"].sel(prompt=name)) for name in PROMPTS}
-        steered = at.sel(vector="function")
-        one, low, high = (100 * float(steered[f"steered_accuracy{end}"]) for end in ("", "_low", "_high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.0f}, {high:.0f}]"
-        random = 100 * float(at["steered_accuracy"].sel(vector="random"))
+        chances = {name: float(data["probability"].sel(prompt=name)) for name in PROMPTS}
+        at = {name: data.sel(block=layer, vector=name) for name in VECTORS}
+        low, high = (float(at["function"][f"steered_probability_{end}"]) for end in ("low", "high"))
+        interval = "" if np.isnan(low) else f", 95 % CI [{low:.2g}, {high:.2g}]"
+        one, other = (float(at[name]["steered_probability"]) for name in VECTORS)
+        right, chance = (100 * float(at[name]["steered_accuracy"]) for name in VECTORS)
         best = result.table.iloc[0]
-        number = result.provenance["settings"]["heads"]
         text = (
-            f"Right answers to the question alone {shares['question']:.0f} %, with the vector of {number} heads after "
-            f"block {layer} {one:.0f} %{interval}, with random heads {random:.0f} %, with examples "
-            f"{shares['examples']:.0f} % (shuffled {shares['shuffled']:.0f} %); strongest head "
+            f"P(answer) to the question alone {chances['question']:.2g}, with the vector of {number} heads after block "
+            f"{layer} {one:.2g}{interval}, with random heads {other:.2g}, with examples {chances['examples']:.2g}; "
+            f"right answers {shares['question']:.0f} %, {right:.0f} %, {chance:.0f} %, {shares['examples']:.0f} % "
+            f"(shuffled examples {shares['shuffled']:.0f} %); strongest head "
             f"{head_name(int(best['layer']), int(best['head']))}, P(answer) {best['effect']:+.3f}; "
             f"{data.attrs['reported']} questions, heads and block chosen on {data.attrs['choosing']} others."
         )
@@ -240,8 +243,12 @@ class FunctionVectors(StoreProbe):
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """Returns "steering", right answers by block, and "heads", the causal effect of each head."""
-        return {"steering": _steering(result), "heads": _heads(result)}
+        """Returns "probability", P(answer) by block; "steering", right answers; "heads", the effect of each head."""
+        return {
+            "probability": _steering(result, "probability"),
+            "steering": _steering(result, "accuracy"),
+            "heads": _heads(result),
+        }
 
 
 def _table(data: xr.Dataset) -> pd.DataFrame:
@@ -254,12 +261,12 @@ def _table(data: xr.Dataset) -> pd.DataFrame:
 # ---- figures --------------------------------------------------------------------------------------------
 
 
-def _steering(result: Result) -> go.Figure:
+def _steering(result: Result, measure: str) -> go.Figure:
     data, figure = result.data, go.Figure()
     blocks = data["block"].to_numpy()
     for vector, name, colour in (("function", "function vector", CATEGORIES[0]), ("random", "random heads", NEUTRAL)):
         part = data.sel(vector=vector)
-        mean, low, high = (part[f"steered_accuracy{end}"].to_numpy() for end in ("", "_low", "_high"))
+        mean, low, high = (part[f"steered_{measure}{end}"].to_numpy() for end in ("", "_low", "_high"))
         figure.add_scatter(
             x=blocks,
             y=mean,
@@ -267,24 +274,27 @@ def _steering(result: Result) -> go.Figure:
             name=name,
             mode="lines+markers",
             line={"color": colour},
-            hovertemplate="block %{x}: %{y:.3f}",
+            hovertemplate="block %{x}: %{y:.3g}",
         )
     for prompt, dash in (("examples", "dash"), ("shuffled", "dashdot"), ("question", "dot")):
-        share = float(data["accuracy"].sel(prompt=prompt))
+        share = float(data[measure].sel(prompt=prompt))
         line = {"dash": dash, "width": 1, "color": NEUTRAL}
         figure.add_scatter(x=blocks, y=np.full(len(blocks), share), name=prompt, mode="lines", line=line)
+    text = "right answers" if measure == "accuracy" else "mean P(answer)"
     figure.update_layout(
         template=TEMPLATE,
         title={
             "text": "Function vector added to questions without examples",
-            "subtitle": {"text": f"right answers, 95 % CI over {data.attrs['reported']} questions; lines: no vector"},
+            "subtitle": {"text": f"{text}, 95 % CI over {data.attrs['reported']} questions; lines: no vector"},
         },
         width=820,
         height=480,
         margin={"t": 130},
     )
     figure.update_xaxes(title="block after which the vector is added", dtick=integer_step(blocks.tolist()))
-    return figure.update_yaxes(title="share of questions", range=[-0.03, 1.03])
+    if measure == "accuracy":
+        return figure.update_yaxes(title="share of questions", range=[-0.03, 1.03])
+    return figure.update_yaxes(title="probability", type="log", exponentformat="power", dtick=1)
 
 
 def _heads(result: Result) -> go.Figure:
