@@ -197,8 +197,11 @@ class InductionHeads(StoreProbe):
         if model is not None or self.model is not None:
             loaded = recorded_model(store, model or self.model, usable_device(self.device))
             arrays |= _copying(self, store, loaded, layers)
-            ablation, axes = _ablation(self, store, loaded, layers, arrays["excess"], sequences, queries)
-            arrays, coords = arrays | ablation, coords | axes
+            try:
+                ablation, axes = _ablation(self, store, loaded, layers, arrays["excess"], sequences, queries)
+                arrays, coords = arrays | ablation, coords | axes
+            except RequestError as error:
+                notes.append(f"ablation not computed: {error}")
         data = dataset(_VARIABLES, arrays, coords)
         return self.result(store, data, _table(data), rows, notes)
 

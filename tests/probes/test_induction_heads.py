@@ -351,6 +351,14 @@ def test_ablation_of_the_demos_induction_heads_hurts_where_tokens_repeat(demo_re
     assert "ablation" not in InductionHeads(resamples=5, ablated=0, device="cpu").run(store, model=model).data
 
 
+def test_a_model_without_other_heads_has_no_ablation_and_says_why(tiny_models, llama_store):
+    """Twelve heads are ablated, so that none is left as a control."""
+    probe = InductionHeads(ablated=12, resamples=5, copying_tokens=20, device="cpu")
+    result = probe.run(llama_store, model=Model(tiny_models["llama"], None, "tiny"))
+    assert "ablation" not in result.data
+    assert "ablation not computed: heads: 12 are named" in result.data.attrs["note"]
+
+
 # ---- sequences ------------------------------------------------------------------------------------------
 
 

@@ -38,10 +38,11 @@ class HeadMeasure:
     """Value under the null."""
     limits: tuple[float, float] | None = (0.0, 1.0)
     """Range of its colours; None: that of its values."""
-    read: Callable[[Result, str], xr.DataArray] = lambda result, variable: result.data[variable]
+    read: Callable[[Result], xr.DataArray] | None = None
+    """Reads it from a result; None: it is the variable."""
 
 
-def _share(result: Result, _variable: str) -> xr.DataArray:
+def _share(result: Result) -> xr.DataArray:
     """Mean absolute contribution of each head to the logit, by the sum of that of all terms."""
     table = result.table
     heads = table.loc[table["kind"] == "head"]
@@ -174,14 +175,11 @@ def _joined(store: Store, results: Mapping[str, Result], missing: dict[str, str]
         if one.name in missing:
             continue
         result = results[one.probe]
-        if one.read is HeadMeasure.read and one.variable not in result.data:
-            missing[one.name] = _reason(one, result, refusal)
-            continue
-        values = one.read(result, one.variable).to_series().dropna()
-        if values.empty:
+        values = one.read(result) if one.read else result.data.get(one.variable)
+        if values is None or values.isnull().all():
             missing[one.name] = _reason(one, result, refusal)
         else:
-            columns[one.name] = values
+            columns[one.name] = values.to_series().dropna()
     if not columns:
         raise RequestError(f"no measure of heads could be computed of {store.path}: {next(iter(missing.values()))}")
     frame = pd.DataFrame(columns)
