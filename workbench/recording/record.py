@@ -44,8 +44,9 @@ from workbench.recording.planning import (
 from workbench.recording.segment_changes import check_changed
 from workbench.recording.segments import SegmentRecorder, write_part
 from workbench.sites.settings import Recording, RecordingOptions, recording
-from workbench.store.manifest import MANIFEST, SiteRecord, read_counts, read_manifest, text_notes
+from workbench.store.manifest import MANIFEST, SiteRecord, read_counts, read_manifest
 from workbench.store.temporary import TemporaryFolder
+from workbench.store.text_notes import text_notes
 from workbench.store.unembedding import LEFT_OUT
 from workbench.store.writer import Writer, explain_full_disk, is_read_only, open_writer
 
@@ -99,8 +100,7 @@ def record(
         sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
         interventions: Records that change the model, such as `wb.Zero("z.3")`; part of the store's identity.
-        gradient_of: A metric, such as `wb.LogitDifference(" Mary", " John")`: its gradient with respect to each site is
-            stored as `grad.resid_post.3`, in float32. Costs a backward pass; part of the store's identity.
+        gradient_of: Metric, such as `wb.NextTokenLoss()`, whose gradients are stored, too, as `grad.resid_post.3`.
         append: Add the texts after those of an existing store. "again": even if the store ends with these texts.
         workers: Processes that write segments side by side, `RayWorkers` or a `Share`. None: this process alone.
         show_progress: Show progress bars.
@@ -108,8 +108,7 @@ def record(
 
             - sites: Sites to record. None: resid_post, or no site if there is an SAE.
             - context: Longest sequence in tokens, BOS included. None: 256, or the model's limit if that is smaller.
-            - dtype: Stored type of activations, float16, bfloat16 or float32.
-            - bos: Policy of BOS tokens: "model" (as the tokenizer does), "always" or "never".
+            - dtype: Stored type of activations, float16, bfloat16 or float32. bos: "model", "always" or "never".
             - where, keep: Rows to store, by SQL or by position; the model sees all tokens. None: all.
 
     Returns:
@@ -122,8 +121,7 @@ def record(
     settings, workers = recording(_first_settings(texts, settings, out), **options), workers or ThisProcess()
     folder = _folder(out, overwrite, append, workers)
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    changes = {"interventions": interventions, "gradient_of": gradient_of}
-    plan = plan_recording(model, settings, path := _path(folder), features, **changes)
+    plan = plan_recording(model, settings, path := _path(folder), features, None, interventions, gradient_of)
     return _record_at(plan, model, texts, path, overwrite, append, workers, show_progress)
 
 

@@ -190,36 +190,24 @@ class SegmentRecorder:
             chosen = np.split(rows, np.searchsorted(rows, np.cumsum(lengths)[:-1]))
         with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
             with stage_segment(plan.store, plan.manifest, planned, table) as segment, applied(changes):
-                encoded = self.encoded_only
-                if encoded is None or self.encode is None:
-                    fill(
-                        segment,
-                        self.model,
-                        self.sites,
-                        ids,
-                        lengths,
-                        plan.settings,
-                        advance,
-                        chosen=chosen,
-                        changes=changes,
-                        gradient_of=metric,
-                    )
-                else:  # its features first: a segment that is finished has them
-                    buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
-                    sites = [*self.sites, encoded.site]
-                    fill(
-                        buffered,
-                        self.model,
-                        sites,
-                        ids,
-                        lengths,
-                        plan.settings,
-                        advance,
-                        chosen=chosen,
-                        changes=changes,
-                    )
+                target, sites, encoded = segment, [*self.sites], self.encoded_only
+                if encoded is not None and self.encode is not None:
+                    target, sites = SegmentWithBuffer(segment, encoded.record, planned.rows), [*sites, encoded.site]
+                fill(
+                    target,
+                    self.model,
+                    sites,
+                    ids,
+                    lengths,
+                    plan.settings,
+                    advance,
+                    chosen=chosen,
+                    changes=changes,
+                    gradient_of=metric,
+                )
+                if isinstance(target, SegmentWithBuffer) and self.encode is not None:  # a finished segment has them
                     stored = lengths.tolist() if chosen is None else [len(one) for one in chosen if len(one)]
-                    self.encode(planned.first_row, buffered.values, stored)
+                    self.encode(planned.first_row, target.values, stored)
                 if changes is not None:
                     segment.interventions = changes.counts()
             submit_segment(plan.store, planned)

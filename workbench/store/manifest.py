@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from workbench.sites.score_rule import ScoreRule
 from workbench.store.added_records import merged_record, record_names
 from workbench.store.identity import Identity, difference
 from workbench.store.stored_changes import Ran, StoredChanges, metric_name, none_ran
+from workbench.store.text_notes import text_notes
 
 FORMAT = "workbench.activations"
 VERSION = 2
@@ -475,20 +476,6 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
     if features := sorted(entry.name for entry in Path(path).glob(f"{FEATURES}/[!.]*")):
         lines["features"] = short_list(features)
     return lines
-
-
-def text_notes(parts: Sequence[Part]) -> list[str]:
-    """Returns what the recording of these parts did to their texts, as phrases; none where all are as they came."""
-    counts = {
-        "{} without a token skipped": sum(part.skipped_documents for part in parts),
-        "{} cut into several sequences": sum(part.cut_documents or 0 for part in parts),
-        "{} with BOS or EOS in the text, not added again": sum(part.documents_with_added_tokens for part in parts),
-    }
-    notes = [text.format(f"{n:,} {'document' if n == 1 else 'documents'}") for text, n in counts.items() if n]
-    if replaced := sum(part.replaced_characters for part in parts):
-        characters = "1 character that is" if replaced == 1 else f"{replaced:,} characters that are"
-        notes.append(f"{characters} not valid Unicode replaced by U+FFFD")
-    return notes
 
 
 def short_list(names: list[str], limit: int = 8) -> str:

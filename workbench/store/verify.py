@@ -34,8 +34,8 @@ from workbench.store.manifest import (
     SiteRecord,
     parse_segment,
     read_manifest,
-    text_notes,
 )
+from workbench.store.text_notes import text_notes
 from workbench.store.token_table import check_tokens, read_tokens, without_nan
 
 _BLOCK_BYTES = 8 << 20
