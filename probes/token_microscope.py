@@ -465,10 +465,7 @@ def _class_figure(result: Result, name: str) -> Any:
     names = [label(str(one), 24).replace("·", " ") for one in data["class"].to_numpy()[kept][order]]
     figure = group_intervals(
         {words[name]: values[:, order]},
-        categories=[
-            f"{label(one, 24).replace('·', ' ')}<br>{count:,}"
-            for one, count in zip(names, counts.tolist(), strict=True)
-        ],
+        categories=[f"{one}<br>{count:,}" for one, count in zip(names, counts.tolist(), strict=True)],
         hover="%{x}",
         title=f"{words[name]} by class of token in {label(str(result.provenance['model']), 60)}",
         subtitle="mean and 95 % interval over documents; below each class its tokens",

@@ -155,13 +155,12 @@ _PUBLIC = {
     "BlockParts": "workbench.analysis.feed_forward",
     "block_parts": "workbench.analysis.feed_forward",
     "contributions": "workbench.analysis.feed_forward",
-    # scores of attention
-    "conditional_excess": "workbench.analysis.relative_contextualization",
-    "marginal_excess": "workbench.analysis.relative_contextualization",
-    "non_relative": "workbench.analysis.mask_positions",
-    "non_relative_share": "workbench.analysis.mask_positions",
-    "simulated_scores": "workbench.analysis.mask_positions",
-    "slope_of_keys": "workbench.analysis.mask_positions",
+    "conditional_excess": "workbench.analysis.score_excess",
+    "marginal_excess": "workbench.analysis.score_excess",
+    "non_relative": "workbench.analysis.position_patterns",
+    "non_relative_share": "workbench.analysis.position_patterns",
+    "simulated_scores": "workbench.analysis.position_patterns",
+    "slope_of_keys": "workbench.analysis.position_patterns",
     "kl_slope": "workbench.analysis.lens",
     "Unembed": "workbench.model.unembed",
     "fit_direct": "workbench.analysis.future_maps",
@@ -352,7 +351,6 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.logistic import LogisticFit, fit_classes, second_moments
     from workbench.analysis.logit_targets import LogitTargets
-    from workbench.analysis.mask_positions import non_relative, non_relative_share, simulated_scores, slope_of_keys
     from workbench.analysis.massive import CHANGES, MassivePlaces, find_massive, massive_changes, mean_norms
     from workbench.analysis.neuron_activity import NeuronActivity, layer_neurons, neuron_activity
     from workbench.analysis.neuron_moments import vocabulary_moments
@@ -380,6 +378,7 @@ if TYPE_CHECKING:
         neighbourhood_overlap,
         two_nn_first_fifth,
     )
+    from workbench.analysis.position_patterns import non_relative, non_relative_share, simulated_scores, slope_of_keys
     from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import (
         attention_sites,
@@ -391,7 +390,6 @@ if TYPE_CHECKING:
         stack_layers,
         strongest_patterns,
     )
-    from workbench.analysis.relative_contextualization import conditional_excess, marginal_excess
     from workbench.analysis.row_similarity import (
         Principal,
         matching_rows,
@@ -411,6 +409,7 @@ if TYPE_CHECKING:
         split_by_document,
         tokens_at,
     )
+    from workbench.analysis.score_excess import conditional_excess, marginal_excess
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
     from workbench.analysis.sequence_runs import SequenceRuns
     from workbench.analysis.sequences import Sequences, received_sequences, select_sequences

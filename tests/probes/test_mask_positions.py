@@ -10,7 +10,7 @@ from planted import planted_store
 from refusals import refused
 
 import workbench as wb
-from workbench.analysis.mask_positions import (
+from workbench.analysis.position_patterns import (
     non_relative,
     non_relative_share,
     second_block_scores,

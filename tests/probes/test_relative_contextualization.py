@@ -11,7 +11,7 @@ from planted import planted_store
 from refusals import refused
 
 import workbench as wb
-from workbench.analysis.relative_contextualization import conditional_excess, marginal_excess, mean_excess
+from workbench.analysis.score_excess import conditional_excess, marginal_excess, mean_excess
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import RelativeContextualization
