@@ -115,7 +115,7 @@ def split_measure(measure: str) -> tuple[str, str, str]:
 def probes_of(config: Config) -> dict[str, Any]:
     """Returns the probes that the measures name, with their settings."""
     names = list(dict.fromkeys(split_measure(measure)[0] for measure in config.measures))
-    kinds = {name: find_probe(name) for name in names}
+    kinds: dict[str, Any] = {name: find_probe(name) for name in names}
     for measure in config.measures:
         name, variable, _ = split_measure(measure)
         known = [one.name for one in kinds[name].variables]
@@ -259,7 +259,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
 
 def _bars(at: pd.DataFrame) -> dict[str, Any] | None:
     """Error bars of a line; None where the probe has no interval."""
-    if at["low"].isna().all():
+    if not at["low"].notna().to_numpy().any():
         return None
     above, below = (at["high"] - at["value"]).fillna(0), (at["value"] - at["low"]).fillna(0)
     return {"type": "data", "array": above, "arrayminus": below, "thickness": 1}

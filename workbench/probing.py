@@ -331,7 +331,7 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
-    from workbench.analysis.head_ablation import HeadAblation, head_ablation
+    from workbench.analysis.head_ablation import HeadAblation, head_ablation, random_heads
     from workbench.analysis.importance import rank_correlation, removal_effects, top_overlap
     from workbench.analysis.jacobian import affordable_prompts, mean_jacobians
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
@@ -411,7 +411,6 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.score_excess import conditional_excess, marginal_excess
     from workbench.analysis.segmentation import SCORED, erasure_scores, segment
-    from workbench.analysis.sequence_runs import SequenceRuns
     from workbench.analysis.sequences import Sequences, received_sequences, select_sequences
     from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax

@@ -125,20 +125,46 @@ def test_answers_are_those_of_the_plain_model_with_the_vector_added(tiny, pairs)
                 assert values[number, 1] == (int(logits.argmax()) in pair.answer)
 
 
-def test_the_planted_head_that_carries_the_answer_is_found():
-    """Its mean output writes every answer of the prompts, so it raises them where the examples name others."""
-    model = wb.load_model("planted", device="cpu")
+@pytest.fixture(scope="module")
+def planted_model():
+    return wb.load_model("planted", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def planted_pairs(planted_model):
+    """The question's word stands before the answer; on the corrupt side the two have changed places."""
     pairs = []
     for number, (one, answer) in enumerate((("stone", "river"), ("cloud", "window"), ("garden", "candle"))):
         sides = [f"Read: {a} {b} Ben. Anna Clara {one}" for a, b in ((one, answer), (answer, one))]
-        clean, corrupt = (tuple(model.tokenizer(side)["input_ids"]) for side in sides)
+        clean, corrupt = (tuple(planted_model.tokenizer(side)["input_ids"]) for side in sides)
         last = (len(clean) - 1,)
         pairs += [PatchPair(clean, corrupt, (clean[4],), (corrupt[5],), {"question": last, "end": last})] * (1 + number)
-    result = FunctionVectors(heads=1, draws=1, resamples=10)._run(model, pairs, [], {"settings": {"heads": 1}})
+    return pairs
+
+
+def test_the_planted_head_that_carries_the_answer_is_found(planted_model, planted_pairs):
+    """Its mean output writes every answer of the prompts, so it raises them where the examples name others."""
+    probe = FunctionVectors(heads=1, draws=1, resamples=10)
+    result = probe._run(planted_model, planted_pairs, [], {"settings": {"heads": 1}})
     assert result.data.attrs["heads"] == "L1H0"
     assert float(result.data["accuracy"].sel(prompt="examples")) == 1
     assert float(result.data["accuracy"].sel(prompt="question")) == 0
     assert (result.table["effect"].iloc[1:].abs() < 0.01).all()
+
+
+def test_settings_matter(planted_model, planted_pairs):
+    run = lambda **settings: FunctionVectors(resamples=10, **settings)._run(  # noqa: E731
+        planted_model, planted_pairs, [], {"settings": settings}
+    )
+    one = run(heads=1, draws=1).data
+    two = run(heads=2, draws=1).data
+    assert two.attrs["heads"].startswith("L1H0, ")
+    assert float(two["norm"][0]) != pytest.approx(float(one["norm"][0]))
+    larger = run(heads=1, draws=1, scale=4.0).data
+    assert not np.allclose(larger["steered_probability"][0], one["steered_probability"][0])
+    np.testing.assert_allclose(larger["norm"], one["norm"])  # of the vector itself
+    others = {run(heads=1, draws=1, seed=seed).data.attrs["choosing"] for seed in range(6)}
+    assert len(others) > 1
 
 
 def test_in_context_tasks_shuffle_the_answers_of_the_examples():

@@ -34,7 +34,8 @@ def layer_neurons(store: Store, layers: Sequence[int] | None) -> tuple[list[int]
     Raises:
         RequestError: No mlp_post was recorded, or not at one of `layers`.
     """
-    known = sorted(int(site.short.split(".")[1]) for site in store.sites if (site.short or "").startswith("mlp_post."))
+    shorts = [site.short or "" for site in store.sites]
+    known = sorted(int(short.split(".")[1]) for short in shorts if short.startswith("mlp_post."))
     if not known:
         store.require("mlp_post.0")
     chosen = choose_layers(known, layers, store.manifest.model.n_layers)

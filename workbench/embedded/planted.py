@@ -135,14 +135,15 @@ def planted_module() -> GPT2LMHeadModel:
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
         body = model.transformer
+        blocks: Any = body.h
         body.wte.weight[:, TOKEN] = torch.eye(VOCAB)
         body.wte.weight[:, CONSTANT] = torch.tensor([_CONSTANT, -_CONSTANT])
         body.wpe.weight[:, POSITION] = _clock(torch.arange(CONTEXT))
-        _set_attention(body.h[0].attn, body.h[1].attn)
-        for block in body.h:
+        _set_attention(blocks[0].attn, blocks[1].attn)
+        for block in blocks:
             block.mlp.c_fc.bias.fill_(-1e-3)  # above rounding: a neuron that should not be active is exactly 0
-        _set_first_neurons(body.h[0].mlp)
-        _set_last_neurons(body.h[1].mlp)
+        _set_first_neurons(blocks[0].mlp)
+        _set_last_neurons(blocks[1].mlp)
         model.lm_head.weight[:] = _reads(OUTPUT) * (_LOGIT / _SCALE)
     return model
 

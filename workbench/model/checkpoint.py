@@ -99,7 +99,7 @@ def _planted(device: str | torch.device | None, dtype: str | torch.dtype) -> Pre
 
     module = planted_module()
     if dtype not in ("auto", "checkpoint"):
-        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
         module.config.dtype = module.dtype
     return module.to(usable_device(None if device == "auto" else device))  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
 
