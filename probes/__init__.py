@@ -16,6 +16,7 @@ _PUBLIC = {
     "FunctionVectors": "workbench.probes.function_vectors",
     "EdgeAttribution": "workbench.probes.edge_attribution",
     "FeedForwardMaps": "workbench.probes.feed_forward_maps",
+    "FiberBundle": "workbench.probes.fiber_bundle",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
     "HiddenSinks": "workbench.probes.hidden_sinks",
@@ -32,15 +33,19 @@ _PUBLIC = {
     "PathPatching": "workbench.probes.path_patching",
     "RelativeContextualization": "workbench.probes.relative_contextualization",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
+    "SemanticAxes": "workbench.probes.semantic_axes",
     "Similarity": "workbench.probes.similarity",
     "Stages": "workbench.probes.stages",
     "Steering": "workbench.probes.steering",
     "SuccessorHeads": "workbench.probes.successor_heads",
+    "TokenCharacters": "workbench.probes.token_characters",
     "TokenErasure": "workbench.probes.token_erasure",
     "TokenGeometry": "workbench.probes.token_geometry",
     "TokenMicroscope": "workbench.probes.token_microscope",
     "TunedLens": "workbench.probes.tuned_lens",
     "ValueAwareImportance": "workbench.probes.value_aware_importance",
+    "UnderTrainedTokens": "workbench.probes.under_trained_tokens",
+    "VocabularyKeys": "workbench.probes.vocabulary_keys",
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
     from workbench.probes.edge_attribution import EdgeAttribution
     from workbench.probes.feed_forward_maps import FeedForwardMaps
+    from workbench.probes.fiber_bundle import FiberBundle
     from workbench.probes.function_vectors import FunctionVectors
     from workbench.probes.future_lens import FutureLens
     from workbench.probes.future_prompts import FuturePrompts
@@ -72,12 +78,16 @@ if TYPE_CHECKING:
     from workbench.probes.path_patching import PathPatching
     from workbench.probes.relative_contextualization import RelativeContextualization
     from workbench.probes.residual_uncertainty import ResidualUncertainty
+    from workbench.probes.semantic_axes import SemanticAxes
     from workbench.probes.similarity import Similarity
     from workbench.probes.stages import Stages
     from workbench.probes.steering import Steering
     from workbench.probes.successor_heads import SuccessorHeads
+    from workbench.probes.token_characters import TokenCharacters
     from workbench.probes.token_erasure import TokenErasure
     from workbench.probes.token_geometry import TokenGeometry
     from workbench.probes.token_microscope import TokenMicroscope
     from workbench.probes.tuned_lens import TunedLens
+    from workbench.probes.under_trained_tokens import UnderTrainedTokens
     from workbench.probes.value_aware_importance import ValueAwareImportance
+    from workbench.probes.vocabulary_keys import VocabularyKeys

@@ -248,8 +248,17 @@ _PUBLIC = {
     "run_prompted": "workbench.model.prompted_run",
     "token_embeddings": "workbench.model.embedding_records",
     "writes_of": "workbench.model.circuits",
+    "Vocabulary": "workbench.analysis.weights_probe",
+    "WeightsProbe": "workbench.analysis.weights_probe",
+    "read_vocabulary": "workbench.analysis.weights_probe",
+    "repetition_probabilities": "workbench.analysis.repetition",
+    "axis_effects": "workbench.analysis.axis_effects",
+    "read_poles": "workbench.analysis.poles",
     # figures, made of a result alone
     "ablation_bars": "workbench.analysis.attribution_patching_figures",
+    "category_points": "workbench.figures.labelled_points",
+    "labelled_histogram": "workbench.figures.labelled_points",
+    "labelled_scatter": "workbench.figures.labelled_points",
     "attribution_bars": "workbench.analysis.attribution_figures",
     "attribution_grid": "workbench.analysis.attribution_figures",
     "attribution_heads": "workbench.analysis.attribution_figures",
@@ -301,6 +310,7 @@ if TYPE_CHECKING:
     from workbench.analysis.attribution import Attribution, at_place, correlations, some_pairs
     from workbench.analysis.attribution_figures import attribution_bars, attribution_grid, attribution_heads
     from workbench.analysis.attribution_patching_figures import ablation_bars, correlation_lines, estimate_scatter
+    from workbench.analysis.axis_effects import axis_effects
     from workbench.analysis.causal import require_causal
     from workbench.analysis.change_effects import (
         MEASURES,
@@ -379,6 +389,7 @@ if TYPE_CHECKING:
         two_nn_first_fifth,
     )
     from workbench.analysis.position_patterns import non_relative, non_relative_share, simulated_scores, slope_of_keys
+    from workbench.analysis.poles import read_poles
     from workbench.analysis.prompted import Prompted
     from workbench.analysis.received import (
         attention_sites,
@@ -390,6 +401,8 @@ if TYPE_CHECKING:
         stack_layers,
         strongest_patterns,
     )
+    from workbench.analysis.relative_contextualization import conditional_excess, marginal_excess
+    from workbench.analysis.repetition import repetition_probabilities
     from workbench.analysis.row_similarity import (
         Principal,
         matching_rows,
@@ -433,12 +446,14 @@ if TYPE_CHECKING:
     from workbench.analysis.token_classes import TOKEN_CLASSES, token_classes
     from workbench.analysis.trained_lens import TrainedLens, kept_lens
     from workbench.analysis.value_outputs import for_query_heads, output_maps, written_norms
+    from workbench.analysis.weights_probe import Vocabulary, WeightsProbe, read_vocabulary
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.corpus.tokenizer import token_texts
     from workbench.figures.attention_map import head_attention
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_name, with_side_panel
+    from workbench.figures.labelled_points import category_points, labelled_histogram, labelled_scatter
     from workbench.figures.layer_bands import Band, layer_bands
     from workbench.figures.layer_curves import layer_curves
     from workbench.figures.layer_grid import layer_grid

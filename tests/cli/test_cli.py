@@ -126,6 +126,7 @@ def test_probes():
         "edge-attribution",
         "function-vectors",
         "feed-forward-maps",
+        "fiber-bundle",
         "future-lens",
         "future-prompts",
         "hidden-sinks",
@@ -142,15 +143,19 @@ def test_probes():
         "path-patching",
         "relative-contextualization",
         "residual-uncertainty",
+        "semantic-axes",
         "similarity",
         "stages",
         "steering",
         "successor-heads",
+        "token-characters",
         "token-erasure",
         "token-geometry",
         "token-microscope",
         "tuned-lens",
         "value-aware-importance",
+        "under-trained-tokens",
+        "vocabulary-keys",
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[names.index("logit-lens")] == (

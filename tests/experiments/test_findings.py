@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import workbench as wb
+from workbench.demo.run import SETTINGS as QUICK
 from workbench.embedded import demo_corpus
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model.made_of import read_made_of
@@ -14,6 +15,7 @@ from workbench.results.registry import installed_probes
 def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
     brief = {"row_limit": 8, "training_rows": 16, "prompt_tokens": 2}
     settings = DEMO | {"future-prompts": DEMO["future-prompts"] | brief}
+    settings |= {name: QUICK[name] for name in ("fiber-bundle", "token-characters", "under-trained-tokens")}
     settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
     settings |= {"masked-sinks": {"row_limit": 50, "layers_too": False, "heads": 1}}
     settings |= {"stages": {"row_limit": 50, "control": False}}

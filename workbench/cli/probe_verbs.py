@@ -13,7 +13,9 @@ from workbench.io.files import check_writable
 from workbench.results.probe import Probe
 
 if TYPE_CHECKING:
+    from workbench.model.load import Model
     from workbench.results.result import Result
+    from workbench.store.reader import Store
 
 HELP_ATTRIBUTE = (
     "Decompose logits of a store into parts of the model: workbench attribute STORE --out DIR; "
@@ -21,7 +23,7 @@ HELP_ATTRIBUTE = (
 )
 HELP_STEER = "Steer continuations of a store's texts by a direction: workbench steer STORE --direction FILE --out DIR"
 HELP_PATCH = "Patch activations between prompts of a task: workbench patch MODEL TASK --out DIR"
-HELP = "Run a probe on a store and save the result with its figures: workbench probe NAME STORE --out DIR"
+HELP = "Run a probe on a store (of weights: on a model) and save the result: workbench probe NAME STORE --out DIR"
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ class Probes:
 
 def probe_command(arguments: list[str]) -> Command:
     """Returns the command of `workbench probe ARGUMENTS`. Imports only the requested probe."""
-    from workbench.results.registry import find_probe, installed_probes
+    from workbench.results.registry import find_probe, installed_probes, runs_on_models
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print_plain(HELP + "\n")
         return Probes()
     name, *rest = arguments
-    if name not in installed_probes():
+    entry = installed_probes().get(name)
+    if entry is None:
         find_probe(name)  # raises RequestError with the nearest name
-    if rest and not rest[0].startswith("-"):
+    elif rest and not rest[0].startswith("-") and not runs_on_models(entry):
         from workbench.store.manifest import read_manifest
 
         read_manifest(rest[0])  # a wrong path is refused before the probe, and torch, are loaded
@@ -110,14 +113,19 @@ def task_options(name: str) -> type[Command]:
 
 def probe_options(name: str, probe: type) -> type[Command]:
     """Returns the class that the arguments of one probe are parsed into."""
+    needs_store = getattr(probe, "needs_store", True)
+    source = ("store", Annotated[Positional[str], Meaning("Store to analyse.")])
+    if not needs_store:
+        meaning = "Model: a directory, a hub id, or demo; or a store, whose model is loaded."
+        source = ("model", Annotated[Positional[str], Meaning(meaning)])
     return make_dataclass(
         name,
         [
-            ("store", Annotated[Positional[Path], Meaning("Store to analyse.")]),
+            source,
             ("out", Annotated[Path, Meaning("Folder for data, table and figures.")]),
             ("settings", probe, field(default_factory=probe)),
         ],
-        bases=(_RunProbe,),
+        bases=(_RunProbe if needs_store else _RunWeightsProbe,),
         frozen=True,
     )
 
@@ -144,18 +152,37 @@ class _RunTask:
 
 
 class _RunProbe:
-    store: Path
+    store: str
     out: Path
     settings: Probe
 
     def run(self) -> int:
-        from workbench.results.result import provenance, refuse_other
         from workbench.store.reader import open_store
 
-        store = open_store(self.store)
-        refuse_other(self.out, self.settings.name, provenance(store, self.settings))
-        check_writable(self.out)
-        return _save(self.settings.run(store), self.out)
+        return _run(self.settings, open_store(self.store), self.out)
+
+
+class _RunWeightsProbe:
+    model: str
+    out: Path
+    settings: Probe
+
+    def run(self) -> int:
+        from workbench.model.load import load_model  # seconds: torch
+        from workbench.store.manifest import MANIFEST
+        from workbench.store.reader import open_store
+
+        if (Path(self.model) / MANIFEST).is_file():
+            return _run(self.settings, open_store(self.model), self.out)
+        return _run(self.settings, load_model(self.model, device=getattr(self.settings, "device", "cpu")), self.out)
+
+
+def _run(probe: Any, source: Store | Model, out: Path) -> int:
+    from workbench.results.result import provenance, refuse_other
+
+    refuse_other(out, probe.name, provenance(source, probe))
+    check_writable(out)
+    return _save(probe.run(source), out)
 
 
 def _save(result: Result, out: Path) -> int:

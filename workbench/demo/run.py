@@ -34,8 +34,8 @@ SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
-WITHOUT = ("function-vectors", "steering")
-"""Probes that ask for more: prompts with examples, a direction of yours."""
+WITHOUT = ("function-vectors", "semantic-axes", "steering")
+"""Probes that ask for more: prompts with examples, a vocabulary with opposite words, a direction of yours."""
 REPEATS = 60
 """Sequences of random tokens that repeat."""
 PAIRS = 16
@@ -57,12 +57,15 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
     "jacobian-lens": {"prompts": 2, "length": 40, "row_limit": 1000},
     "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
+    "fiber-bundle": {"row_limit": 200},
     "masked-sinks": {"row_limit": 300},
     "stages": {"row_limit": 300},
     "over-squashing": {"draws": 2, "longest": 64},
+    "token-characters": {"row_limit": 400, "epochs": 2},
     "token-erasure": {"epochs": 4, "offsets": (-2, -1, 0)},
     "token-microscope": {"epochs": 1, "dimension_rows": 500},
     "tuned-lens": {"epochs": 2},
+    "under-trained-tokens": {"tested": 8},
 }
 """Settings of each probe that differ from its defaults, so that everything takes about a minute."""
 EMBEDDED_SETTINGS = {"token-erasure": {**SETTINGS["token-erasure"], "late": 3}}

@@ -30,6 +30,8 @@ class Probe(Protocol):
         sources: ClassVar[tuple[str, ...]]  the papers, as they are cited: "Gu et al. 2024, arXiv 2410.10781"
         controls: ClassVar[Mapping]         comparisons for the result: a variable of `data`, or a name of its own, to
                                             its meaning
+        needs_store: ClassVar[bool]         False for a probe of weights, whose `run` takes a model in place of a store;
+                                            see `workbench.probing.WeightsProbe`
     """
 
     name: ClassVar[str]

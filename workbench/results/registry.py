@@ -107,16 +107,35 @@ def summary(entry: EntryPoint) -> str:
     half uninstalled does not hide the others.
     """
     try:
-        spec = find_spec(entry.module)
+        node = _source(entry)
     except ModuleNotFoundError:
         return f"cannot be loaded: there is no module {entry.module}"
-    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
-    node: ast.Module | ast.ClassDef | None = ast.parse(source)
-    if entry.attr:
-        classes = (part for part in ast.walk(node) if isinstance(part, ast.ClassDef))
-        node = next((part for part in classes if part.name == entry.attr), None)
     docstring = ast.get_docstring(node) if node else None
     return (docstring or "").strip().partition("\n")[0]
+
+
+def runs_on_models(entry: EntryPoint) -> bool:
+    """Returns True for a probe whose class says `needs_store: ClassVar[bool] = False`, read without importing it."""
+    node = _source(entry)
+    return any(
+        isinstance(part, ast.AnnAssign)
+        and isinstance(part.target, ast.Name)
+        and part.target.id == "needs_store"
+        and isinstance(part.value, ast.Constant)
+        and part.value.value is False
+        for part in (node.body if node else ())
+    )
+
+
+def _source(entry: EntryPoint) -> ast.Module | ast.ClassDef | None:
+    """The parsed class of a probe, or module of an experiment; None where the module does not define it."""
+    spec = find_spec(entry.module)
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    module = ast.parse(source)
+    if not entry.attr:
+        return module
+    classes = (part for part in ast.walk(module) if isinstance(part, ast.ClassDef))
+    return next((part for part in classes if part.name == entry.attr), None)
 
 
 def _installed(group: str) -> dict[str, EntryPoint]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from plotly.graph_objects import Figure
 
+    from workbench.model.load import Model
     from workbench.results.experiment import Experiment
     from workbench.results.probe import Probe
     from workbench.store.reader import Store
@@ -44,6 +45,9 @@ _PROVENANCE = {
     "workbench": str,
 }
 """Keys of every provenance, and their types."""
+
+WEIGHTS = "weights alone"
+"""Name in place of a store's in the provenance of a probe that read a model; its rows are those of the embedding."""
 
 _AGAIN = "run the probe again"
 
@@ -204,25 +208,38 @@ def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result
     return replace(result, provenance={**result.provenance, "probe_class": reference(probe)})
 
 
-def provenance(store: Store, settings: Any) -> dict[str, Any]:
+def provenance(store: Store | Model, settings: Any) -> dict[str, Any]:
     """Returns the provenance of a probe's result.
 
     Args:
-        store: The store that was read.
+        store: The store that was read; or the model, by a probe of weights, whose fingerprint then stands in place of a
+            store's. Costs a checksum of its weights, about 1 s a gigabyte.
         settings: The probe, a dataclass of settings.
     """
-    model, values = store.manifest.model, with_device(asdict(settings))
-    changes = store.manifest.interventions
+    values = with_device(asdict(settings))
+    return {
+        **(_of_store(store) if hasattr(store, "manifest") else _of_model(store)),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
+        "probe_class": reference(type(settings)),
+        "workbench": version("interp-workbench"),
+    }
+
+
+def _of_store(store: Any) -> dict[str, Any]:
+    model, changes = store.manifest.model, store.manifest.interventions
     return {
         "model": f"{model.name}, changed ({', '.join(changes.names)})" if changes else model.name,
         "model_fingerprint": model.fingerprint,
         "store": Path(store.path).name,
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
-        "probe_class": reference(type(settings)),
-        "workbench": version("interp-workbench"),
     }
+
+
+def _of_model(model: Any) -> dict[str, Any]:
+    fingerprint = model.fingerprint()
+    names = {"model": model.name, "model_fingerprint": fingerprint, "store": WEIGHTS}
+    return {**names, "store_fingerprint": fingerprint, "rows": model.vocab}
 
 
 def with_device(settings: dict[str, Any]) -> dict[str, Any]:

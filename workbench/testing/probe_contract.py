@@ -18,7 +18,7 @@ import xarray as xr
 
 from workbench.model.load import Model
 from workbench.results.probe import definition, setting_meanings
-from workbench.results.registry import find_probe
+from workbench.results.registry import find_probe, installed_probes, runs_on_models
 from workbench.results.result import Result, load_result, with_device
 from workbench.results.variable import Variable
 from workbench.store.reader import Store
@@ -46,8 +46,8 @@ class ProbeContract:
     """Settings that make its run short."""
 
     @pytest.fixture
-    def store(self) -> Store:
-        """Returns the store that the probe reads; the subclass gives it."""
+    def store(self) -> Store | Model:
+        """Returns the store that the probe reads, or the model for a probe of weights; the subclass gives it."""
         raise NotImplementedError(f"{type(self).__name__} needs a fixture `store` that returns a recorded store")
 
     @pytest.fixture
@@ -56,7 +56,7 @@ class ProbeContract:
         return None
 
     @pytest.fixture
-    def result(self, request: pytest.FixtureRequest, store: Store, model: Model | None) -> Result:
+    def result(self, request: pytest.FixtureRequest, store: Store | Model, model: Model | None) -> Result:
         """Returns one result for all tests of the class, of the first store that is given."""
         stash = request.node.parent.stash
         if _CACHE not in stash:
@@ -96,6 +96,8 @@ class ProbeContract:
         """The entry point of the probe's name gives its class."""
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.probe.name)
         assert find_probe(self.probe.name) is self.probe
+        on_models = runs_on_models(installed_probes()[self.probe.name])
+        assert on_models is not getattr(self.probe, "needs_store", True), "state needs_store in the class itself"
 
     def test_its_docstrings_are_a_definition_and_a_line(self) -> None:
         """The module's docstring defines the measure; the class's first line is its summary."""
@@ -140,16 +142,18 @@ class ProbeContract:
             assert values.dims == variable.dims, name
             assert values.attrs.items() >= variable.attrs.items(), name
 
-    def test_a_result_names_its_probe_and_its_source(self, result: Result, store: Store) -> None:
+    def test_a_result_names_its_probe_and_its_source(self, result: Result, store: Store | Model) -> None:
         """The result states its probe and its store."""
         assert result.probe == self.probe.name
-        known = result.provenance
-        assert known["model_fingerprint"] == store.manifest.model.fingerprint
-        assert known["store_fingerprint"] == store.manifest.fingerprint
+        known, of_model = result.provenance, isinstance(store, Model)
+        assert known["model_fingerprint"] == (store.fingerprint() if of_model else store.manifest.model.fingerprint)
+        assert known["store_fingerprint"] == (store.fingerprint() if of_model else store.manifest.fingerprint)
         settings = with_device(asdict(self.probe(**self.settings)))
         assert json.loads(json.dumps(with_device(known["settings"]))) == json.loads(json.dumps(settings))
 
-    def test_the_same_run_gives_the_same_result(self, result: Result, store: Store, model: Model | None) -> None:
+    def test_the_same_run_gives_the_same_result(
+        self, result: Result, store: Store | Model, model: Model | None
+    ) -> None:
         """Two runs with the same settings return the same result."""
         again = self.probe(**self.settings).run(store, model=model)
         xr.testing.assert_identical(again.data, result.data)

@@ -1,0 +1,221 @@
+"""Base of the probes that read the weights of a model, without texts: its vocabulary, and the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from workbench.corpus.tokenizer import token_texts
+from workbench.io.errors import RequestError
+from workbench.io.torch_state import plain_torch
+from workbench.model.load import Model
+from workbench.model.offload import real_weight
+from workbench.model.reload import recorded_model
+from workbench.results.result import Result, provenance
+from workbench.results.variable import Variable
+from workbench.store.reader import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from transformers import PreTrainedTokenizerBase
+
+
+KINDS = ("ok", "special", "unreachable", "undecodable", "unused")
+"""ok: the token's text is tokenized as this token. special: BOS, chat markers. unreachable: its text is tokenized as
+other tokens. undecodable: a part of a character. unused: an id of the embedding that the tokenizer lacks."""
+
+_BEFORE = ("", "«", "\n", "a", "1", "(")  # texts before a token that must not stand at the beginning
+_IMPOSSIBLE = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no UTF-8 text has
+_RESERVED = re.compile(r"unused|reserved|extra_id_|placeholder|dummy|\[PAD\d+\]", re.IGNORECASE)
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokens of a model: their rows of the embedding and of the unembedding, and their texts."""
+
+    model: Model
+    embedding: Float[Tensor, "token d_embed"]
+    """Rows of the input embedding in float32 on the CPU; of a padded table, more than the tokenizer has."""
+    unembedding: Float[Tensor, "token d_unembed"] | None
+    """Rows of the language-model head; `embedding` itself where both are one table, None without a linear head."""
+
+    @property
+    def tied(self) -> bool:
+        """True if the embedding and the unembedding are one table."""
+        return self.unembedding is self.embedding
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. RequestError where it has none."""
+        if self.model.tokenizer is None:
+            raise RequestError(
+                f"model {self.model.name!r} has no tokenizer, and this probe reads the texts of tokens; "
+                "load it with load_model(..., tokenizer=)"
+            )
+        return self.model.tokenizer
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """Text of each token, its leading space included; "<50300>" beyond the tokenizer. Costs 10 us a token."""
+        return tuple(token_texts(self.model.tokenizer, range(len(self))))
+
+    @cached_property
+    def kinds(self) -> Shaped[np.ndarray, " token"]:
+        """Kind of each token, one of `KINDS`, by its round trip. Costs some 10 us a token and text before it."""
+        return _kinds(self)
+
+    @cached_property
+    def never_seen(self) -> Bool[np.ndarray, " token"]:
+        """True for tokens that no training text contained, as far as the vocabulary alone shows it.
+
+        These are ids that the tokenizer lacks, names with reserved or unused, and bytes that UTF-8 never has.
+        """
+        return _never_seen(self)
+
+    @cached_property
+    def ordinary(self) -> Bool[np.ndarray, " token"]:
+        """True for tokens that the tokenizer has and that are not special."""
+        if self.model.tokenizer is None:
+            return np.ones(len(self), bool)
+        known = np.zeros(len(self), bool)
+        known[[id for id in self.tokenizer.get_vocab().values() if id < len(self)]] = True
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        known[[id for id in special | set(self.tokenizer.all_special_ids) if id < len(self)]] = False
+        return known
+
+
+@plain_torch()
+def read_vocabulary(store: Store | Model, model: Model | None = None) -> Vocabulary:
+    """Returns the vocabulary of a model, or of the model that a store was recorded from.
+
+    Costs 4 bytes a weight of each table; of a store, the loading of its model and `recorded_model`'s comparison, too.
+
+    Args:
+        store: A model, or a store.
+        model: The model of the store, if the caller has it in memory.
+
+    Raises:
+        RequestError: `store` is neither, or the store's model cannot be loaded or is another one.
+    """
+    if isinstance(store, Model):
+        if model is not None and model is not store:
+            raise RequestError("run got two models; give one, or a store and the model it was recorded from")
+        model = store
+    elif isinstance(store, Store):
+        model = recorded_model(store, model)
+    else:
+        raise RequestError(
+            f"run needs a model (wb.load_model) or a store (wb.open_store), not {type(store).__name__}; "
+            "a probe of weights reads one of them"
+        )
+    embedding = _rows(model, "get_input_embeddings")
+    if embedding is None:
+        raise RequestError(f"model {model.name!r} has no embedding table of tokens, which this probe reads")
+    unembedding = _rows(model, "get_output_embeddings")
+    same = unembedding is not None and embedding.shape == unembedding.shape and torch.equal(embedding, unembedding)
+    return Vocabulary(model, embedding, embedding if same else unembedding)
+
+
+def _rows(model: Model, name: str) -> Float[Tensor, "token d"] | None:
+    part = getattr(model.module, name)()
+    if not isinstance(getattr(part, "weight", None), Tensor) or part.weight.ndim != 2:
+        return None
+    rows = real_weight(part).to("cpu", torch.float32)
+    if not bool(rows.isfinite().all()):
+        table = name.removeprefix("get_").replace("_", " ")
+        raise RequestError(f"model {model.name!r} has {table} that are not all finite; load another checkpoint")
+    return rows
+
+
+@dataclass(frozen=True)
+class WeightsProbe:
+    """Settings and result of every probe of weights: `run` takes a model, or a store whose model it loads.
+
+    A probe is a frozen dataclass that inherits this, repeats `needs_store: ClassVar[bool] = False`, which the command
+    line reads from its source, and begins `run` with `read_vocabulary(store, model)`.
+    """
+
+    name: ClassVar[str]
+    needs_model: ClassVar[bool] = True
+    needs_store: ClassVar[bool] = False
+    variables: ClassVar[tuple[Variable, ...]] = ()
+
+    def result(self, store: Store | Model, data: xr.Dataset, table: pd.DataFrame, notes: Iterable[str] = ()) -> Result:
+        """Returns the result, with all notes in `attrs["note"]`; "" is left out.
+
+        Args:
+            store: The model or the store that `run` was given.
+            data: Arrays of the probe.
+            table: Their tidy form.
+            notes: Notes of the probe.
+        """
+        data.attrs["note"] = "; ".join(filter(None, notes))
+        return Result(self.name, data, table, provenance(store, self))
+
+
+def _kinds(vocabulary: Vocabulary) -> Shaped[np.ndarray, " token"]:
+    tokenizer = vocabulary.tokenizer
+    kinds = np.full(len(vocabulary), "unused", dtype=object)
+    known = np.array(sorted(id for id in set(tokenizer.get_vocab().values()) if id < len(vocabulary)), dtype=np.int64)
+    kinds[known] = "special"
+    texts = tokenizer.batch_decode([[int(id)] for id in known[vocabulary.ordinary[known]]])
+    left = [(int(id), text) for id, text in zip(known[vocabulary.ordinary[known]], texts, strict=True)]
+    for id, text in left:
+        kinds[id] = "undecodable" if "\ufffd" in text else "unreachable"
+    left = [id for id, text in left if "\ufffd" not in text]
+    for before in _BEFORE:
+        back = _back(tokenizer, before, [vocabulary.texts[id] for id in left], left)
+        if not before:  # a SentencePiece tokenizer adds the space by itself
+            back |= _back(tokenizer, before, [vocabulary.texts[id].removeprefix(" ") for id in left], left)
+        kinds[np.array(left, dtype=np.int64)[back]] = "ok"
+        left = [id for id, same in zip(left, back, strict=True) if not same]
+        if not left:
+            break
+    return kinds
+
+
+def _never_seen(vocabulary: Vocabulary) -> Bool[np.ndarray, " token"]:
+    pieces = {id: piece for piece, id in vocabulary.tokenizer.get_vocab().items()}
+    seen = np.zeros(len(vocabulary), bool)
+    for id in range(len(vocabulary)):
+        piece = pieces.get(id)
+        seen[id] = not (piece is None or _RESERVED.search(piece) or _is_impossible(vocabulary.tokenizer, piece, id))
+    return ~seen
+
+
+def _is_impossible(tokenizer: PreTrainedTokenizerBase, piece: str, id: int) -> bool:
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return int(piece[3:5], 16) in _IMPOSSIBLE
+    return len(piece) == 1 and ord(piece) in _IMPOSSIBLE and "\ufffd" in str(tokenizer.decode([id]))
+
+
+def _back(
+    tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequence[str], ids: Sequence[int]
+) -> Bool[np.ndarray, " token"]:
+    """Which texts are tokenized as their token, after `before`."""
+    if not texts:
+        return np.zeros(0, bool)
+    first = _encode(tokenizer, [before])[0] if before else []
+    encoded = _encode(tokenizer, [before + text for text in texts])
+    return np.array([list(one) == [*first, id] for one, id in zip(encoded, ids, strict=True)])
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception:  # a vocabulary that lacks a character and has no <unk>: see corpus.tokenizer.encode
+        if len(texts) == 1:
+            return [[]]
+        return [_encode(tokenizer, [text])[0] for text in texts]

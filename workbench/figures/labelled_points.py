@@ -1,0 +1,133 @@
+"""Histograms of several groups, and points with a text each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from workbench.figures.safe_text import label, sentence
+from workbench.figures.theme import NEUTRAL, TEMPLATE
+
+_BINS = 80
+
+
+def labelled_histogram(
+    groups: Mapping[str, Float[np.ndarray, " value"]],
+    *,
+    title: str,
+    subtitle: str,
+    unit: str,
+    mark: float | None = None,
+    mark_name: str = "",
+) -> go.Figure:
+    """Returns the distribution of each group over common bins, as shares of the group.
+
+    Args:
+        groups: Name of a group to its values.
+        title: Title.
+        subtitle: Line below the title.
+        unit: Title of the horizontal axis.
+        mark: Place of a dashed vertical line. None or NaN: none.
+        mark_name: Text at that line.
+    """
+    everything = np.concatenate(list(groups.values()))
+    low, high = np.quantile(everything, [0.0, 1.0]) if len(everything) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    figure = go.Figure()
+    for name, values in groups.items():
+        counts = np.histogram(values, edges)[0] / max(1, len(values))
+        figure.add_scatter(
+            x=middles,
+            y=counts,
+            mode="lines",
+            line={"shape": "hvh"},
+            name=sentence(f"{name} ({len(values):,})"),
+            hovertemplate="%{x:.3g}: %{y:.3f}",
+        )
+    if mark is not None and np.isfinite(mark):
+        figure.add_vline(mark, line={"dash": "dash", "color": NEUTRAL}, annotation_text=sentence(mark_name))
+    return _laid_out(figure, title, subtitle, (unit, "share of the group"))
+
+
+def labelled_scatter(
+    groups: Mapping[str, tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"], Sequence[str]]],
+    *,
+    title: str,
+    subtitle: str,
+    names: tuple[str, str],
+    line: float | None = None,
+    diagonal: bool = False,
+    log: bool = False,
+) -> go.Figure:
+    """Returns a point with a text for each entry of a group.
+
+    Args:
+        groups: Name of a group to horizontal values, vertical values and texts of tokens.
+        title: Title.
+        subtitle: Line below the title.
+        names: Titles of the axes.
+        line: Height of a dashed horizontal line. None: none.
+        diagonal: Draw the line of equal values.
+        log: Draw the vertical axis in logarithmic scale.
+    """
+    figure = go.Figure()
+    for name, (x, y, texts) in groups.items():
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode="markers",
+            marker={"size": 6, "opacity": 0.75},
+            name=sentence(f"{name} ({len(x):,})"),
+            text=[label(text) for text in texts],
+            hovertemplate="%{text}<br>%{x:.3g}, %{y:.3g}",
+        )
+    if diagonal:
+        ends = [min(x.min() for x, _, _ in groups.values()), max(x.max() for x, _, _ in groups.values())]
+        dashes = {"dash": "dash", "color": NEUTRAL}
+        figure.add_scatter(x=ends, y=ends, mode="lines", line=dashes, name="equal", hoverinfo="skip")
+    if line is not None:
+        figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
+    _laid_out(figure, title, subtitle, names)
+    return figure.update_yaxes(type="log", exponentformat="power") if log else figure
+
+
+def _laid_out(figure: go.Figure, title: str, subtitle: str, names: tuple[str, str]) -> go.Figure:
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": sentence(title), "subtitle": {"text": sentence(subtitle)}},
+        height=460,
+        width=760,
+        margin={"t": 130},
+    )
+    figure.update_xaxes(title=sentence(names[0]))
+    return figure.update_yaxes(title=sentence(names[1]))
+
+
+def category_points(
+    groups: Mapping[str, Float[np.ndarray, " category"]],
+    categories: Sequence[str],
+    *,
+    title: str,
+    subtitle: str,
+    unit: str,
+    line: float | None = None,
+) -> go.Figure:
+    """Returns a point for each group and category; `line` is the height of a dashed horizontal line."""
+    figure = go.Figure()
+    for name, values in groups.items():
+        figure.add_scatter(
+            x=[label(category) for category in categories],
+            y=values,
+            mode="markers",
+            marker={"size": 8},
+            name=sentence(name),
+            hovertemplate="%{x}: %{y:.3f}",
+        )
+    if line is not None:
+        figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
+    _laid_out(figure, title, subtitle, ("", unit))
+    return figure.update_xaxes(type="category", title=None)
