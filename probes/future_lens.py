@@ -67,7 +67,7 @@ from workbench.probing import (
 )
 
 _BINS = 10
-_GRID_TOKENS = 20
+_GRID_TOKENS = 28
 _CHOICES = {"linear": "ridge", "direct": "epochs"}  # the variable that validation chooses, by method
 _READ = ("method", "layer", "horizon")
 _K = (*_READ, "k")
@@ -468,7 +468,7 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
     }
     hover = [[_hover(data, part, texts, n, column) for column in range(part.sizes["row"])] for n in horizons]
     shown = count_shown(part.sizes["row"], len(detail_rows))
-    figure = token_grid(
+    return token_grid(
         np.where(part["top_id"] < 0, np.nan, part["top_probability"]),
         cells=texts["top"],
         hover=hover,
@@ -478,9 +478,8 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         title=f"{_title(result)}: predictions in sequence {sequence}",
         subtitle="; ".join(filter(None, ["cell: token predicted at this horizon from the input token's state", shown])),
         unit=axis_title(data["top_probability"].attrs),
+        rows=("predicted token", [_ahead(horizon) for horizon in horizons]),
     )
-    labels = {"tickmode": "array", "tickvals": list(map(str, horizons)), "ticktext": list(map(_ahead, horizons))}
-    return figure.update_yaxes(title="predicted token", **labels)
 
 
 def _hover(data: xr.Dataset, part: xr.Dataset, texts: Mapping[str, list[list[str]]], horizon: int, column: int) -> str:

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import workbench as wb
+from workbench.figures.describe import figure_data
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import label, visible
 from workbench.figures.theme import CATEGORIES, TEMPLATE
 from workbench.figures.ticks import integer_step
-from workbench.figures.token_grid import token_grid
+from workbench.figures.token_grid import Marks, rewrap, token_grid
 from workbench.model.load import Model
 from workbench.probes import LogitLens
 
@@ -67,6 +68,7 @@ HOSTILE = [
         ("\u2028", "\\u2028"),
         ("\ud800", "\\ud800"),
         ("é日本😀", "é日本😀"),
+        ("a\u00a0b\u3000c\u2009", "a\\xa0b\\u3000c\\u2009"),
         ("שלום", "שלום"),
         ("x" * 24, "x" * 24),
         ("x" * 25, "x" * 23 + "…"),
@@ -118,29 +120,61 @@ def grid(**changes):
 
 
 def test_the_grid_draws_what_it_is_given():
-    figure = grid()
-    (heat,) = figure.data
-    assert np.array(heat.z).tolist() == [[0, 0.25], [0.5, 1]]
-    assert (list(heat.x), list(heat.y)) == (["3", "7"], ["0", "5"])
-    assert [list(row) for row in heat.text] == [["a", "b"], ["c", "&lt;i&gt;"]]
-    assert [list(row) for row in heat.customdata] == [["<b>1</b>", "2"], ["3", "4"]]
+    figure = grid(next_tokens=["y", "<"], marks=Marks(np.eye(2, dtype=bool), np.ones((2, 2), bool)))
+    heat, marks, *_, tokens, following = figure.data
+    assert np.array(heat.z)[1:3].tolist() == [[0, 0.25], [0.5, 1]]
+    assert np.isnan(np.array(heat.z)[[0, 3, 4]]).all()  # the tokens' rows and the gap
+    assert [list(row) for row in heat.text[1:3]] == [["a", "b"], ["c", "&lt;i&gt;"]]
+    assert [list(row) for row in heat.customdata[1:3]] == [["<b>1</b>", "2"], ["3", "4"]]
+    assert np.array(marks.z)[2].tolist() == [1, 2, 0, 2]
+    assert np.array(marks.z)[4].tolist() == [0, 2, 1, 2]
     assert (heat.texttemplate, heat.hovertemplate) == ("%{text}", "%{customdata}<extra></extra>")
     assert (heat.zmin, heat.zmax) == (0, 1)
     assert heat.colorbar.title.text == "nats"
     assert (figure.layout.title.text, figure.layout.title.subtitle.text) == ("a title", "more of it")
-    assert list(figure.layout.xaxis.tickvals) == ["3", "7"]
-    assert list(figure.layout.xaxis.ticktext) == ["·x", "&#36;"]
-    assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("input token", "layer")
+    assert (list(tokens.text), list(tokens.y)) == (["·x", "&#36;"], [0, 0])
+    assert (list(following.text), list(following.y)) == (["y", "&lt;"], [3, 3])
+    axis = figure.layout.yaxis
+    assert (list(axis.tickvals), list(axis.ticktext)) == ([1, 2, 0, 3], ["0", "5", "input", "next"])
+    assert axis.title.text == "layer"
     assert figure.layout.template == TEMPLATE
 
 
+@pytest.mark.parametrize(
+    ("layers", "tokens", "line", "other"), [(1, 1, 1, 3), (3, 40, 7, 15), (2, 28, 40, 14), (4, 15, 15, 1)]
+)
+def test_the_lines_of_a_grid_can_be_laid_out_again(layers, tokens, line, other):
+    values = np.arange(layers * tokens, dtype=float).reshape(layers, tokens)
+    texts = [[f"{value:g}" for value in row] for row in values]
+    made = token_grid(
+        values,
+        cells=texts,
+        hover=texts,
+        tokens=texts[0],
+        positions=range(tokens),
+        layers=range(layers),
+        title="",
+        subtitle="",
+        unit="",
+        marks=Marks(values % 2 == 0, values % 3 == 0),
+    )
+    again = rewrap(rewrap(rewrap(made, line), other), made.layout.meta["grid"]["line"])
+    assert json.loads(again.to_json()) == json.loads(made.to_json())
+    one = figure_data(rewrap(made, line))
+    assert one["value"].tolist() == values.ravel().tolist()
+    assert one["text"].tolist() == [text for row in texts for text in row]
+    assert one["y_label"].tolist() == [str(layer) for layer in range(layers) for _ in range(tokens)]
+    few = rewrap(made, line, max(1, tokens // 2))
+    assert figure_data(few)["value"].tolist() == values[:, : max(1, tokens // 2)].ravel().tolist()
+
+
 def test_limits_are_the_ends_of_the_colours():
-    (heat,) = grid(limits=(-1.0, 8.0)).data
+    heat, _ = grid(limits=(-1.0, 8.0)).data
     assert (heat.zmin, heat.zmax) == (-1, 8)
 
 
-def test_a_long_text_makes_a_wide_figure():
-    def width(n):
+def test_a_long_text_is_cut_into_lines():
+    def size(n):
         texts = [["a"] * n]
         figure = token_grid(
             np.zeros((1, n)),
@@ -153,10 +187,10 @@ def test_a_long_text_makes_a_wide_figure():
             subtitle="",
             unit="",
         )
-        return figure.layout.width
+        return figure.layout.width, figure.layout.height
 
-    assert width(1) == width(4) == 640
-    assert width(100) - width(50) >= 50 * 40
+    assert size(14)[0] == size(200)[0] < 1_100
+    assert size(28)[1] - size(14)[1] == 4 * 22
 
 
 def test_repeated_tokens_keep_columns_of_their_own():

@@ -18,7 +18,6 @@ from workbench.figures.attention_map import head_attention
 from workbench.figures.head_grid import head_grid, with_side_panel
 from workbench.figures.safe_text import visible
 from workbench.figures.theme import SIGNED
-from workbench.figures.token_grid import token_grid
 from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
@@ -84,15 +83,23 @@ def test_ends_of_a_strips_colours(values, changes, ends):
 def test_the_head_picker_has_every_head():
     patterns = np.random.default_rng(0).dirichlet(np.ones(5), (3, 5))
     figure = head_attention(patterns, heads=["L2H0", "L0H1", "L1H1"], tokens=list("abcde"), title="T", subtitle="s")
-    for trace, pattern in zip(figure.data, patterns, strict=True):
+    for trace, pattern in zip(figure.data[:3], patterns, strict=True):
         seen = np.tril(np.ones((5, 5), bool))
         np.testing.assert_allclose(np.array(trace.z, float)[seen], pattern[seen], rtol=1e-6)
         assert np.isnan(np.array(trace.z, float)[~seen]).all()
-    assert [trace.visible for trace in figure.data] == [True, False, False]
+    assert [trace.visible for trace in figure.data] == [True, False, False, None, None]
+    masked, small = figure.data[3:]
+    np.testing.assert_array_equal(np.isnan(np.array(masked.z)), np.tril(np.ones((5, 5), bool)))
+    assert np.array(small.z).shape == (5, 3 * 6)
+    np.testing.assert_allclose(np.array(small.z)[:, 6:11][seen], patterns[1][seen], atol=1e-3)
+    without = figure.layout.updatemenus[1].buttons[1].args
+    assert without[0]["zmax"] == pytest.approx([np.tril(pattern)[1:, 1:].max() for pattern in patterns])
+    assert without[1]["xaxis.range"] == [0.5, 4.5]
     assert figure.layout.title.text == "T, L2H0"
     buttons = figure.layout.updatemenus[0].buttons
     assert [button.label for button in buttons] == ["L2H0", "L0H1", "L1H1"]
     assert buttons[1].args[0]["visible"] == [False, True, False]
+    assert buttons[1].args[2] == (0, 1, 2)
     assert buttons[1].args[1]["title.text"] == "T, L0H1"
 
 
@@ -202,27 +209,18 @@ def test_a_large_lens_grid_says_what_it_left_out():
     told = figure.layout.title.subtitle.text
     assert "cells are too many for text: hover to read it" in told
     assert "hovering shows the top-1 token alone" in told
-    assert np.array(figure.data[0].z).shape == (48, 1_024)
-    assert figure.layout.width < 32_767  # pixels, which browsers draw
-    assert page_size(figure) < 10e6
+    assert np.array(figure.data[0].z).shape == (16 * 51, 64)
+    assert figure.layout.width < 1_100
+    assert page_size(lens_grid(deep_lens(layers=30), tokens=1_024)) < 2e6
+    assert page_size(figure) < 4e6
     few = lens_grid(result)
-    assert "20 of 1,024 tokens" in few.layout.title.subtitle.text
+    assert "28 of 1,024 tokens" in few.layout.title.subtitle.text
     assert "top token alone" not in few.layout.title.subtitle.text
-    assert few.data[0].text[0][0].startswith("·guess")
+    assert few.data[0].text[1][0].startswith("·guess")
     assert page_size(lens_depth(result)) < 10e6
     depth = result.data["prediction_depth"].to_numpy()
     drawn = np.array(lens_depth(result).data[0].z, float).ravel()[:1_024]
     np.testing.assert_array_equal(drawn, np.where(depth == 48, np.nan, depth))
-
-
-@pytest.mark.parametrize(("number", "text"), [(250, True), (300, True), (1_500, False)])
-def test_cells_of_a_grid_narrow_with_the_text(number, text):
-    texts = [["abcdefgh"] * number]
-    given = {"cells": texts, "hover": texts, "tokens": texts[0], "positions": range(number), "layers": [0]}
-    figure = token_grid(np.zeros((1, number)), **given, title="", subtitle="", unit="")
-    assert (figure.data[0].text is not None) == text
-    assert ("too narrow" in figure.layout.title.subtitle.text) != text
-    assert figure.layout.width < 32_767
 
 
 def test_large_maps_of_heads_strips_and_attention():
@@ -234,6 +232,7 @@ def test_large_maps_of_heads_strips_and_attention():
     assert page_size(with_side_panel(heads, {"sink": rng.random(48)}, unit="L2 norm")) < 10e6
     long = strip(rng.random(5_000))
     assert "the first 2,048 of 5,000 tokens" in long.layout.title.subtitle.text
+    assert "21 tokens beyond the colours" in long.layout.title.subtitle.text  # 1 % of 2,048
     assert page_size(long) < 10e6
     patterns = np.broadcast_to(rng.random((1, 1_024, 1_024), np.float32), (64, 1_024, 1_024))
     names = [f"47.{head}" for head in range(64)]
@@ -305,7 +304,18 @@ PICK = """
   await new Promise(done => setTimeout(done, 300));
   click(document.querySelectorAll(".updatemenu-dropdown-button")[1]);
   await new Promise(done => setTimeout(done, 300));
-  return {before, after: plot.data.map(trace => trace.visible), title: plot.layout.title.text};
+  const small = plot.data.find(trace => trace.meta?.part === "heads");
+  const shown = () => plot.data.slice(0, 2).map(trace => trace.visible);
+  const pause = () => new Promise(done => setTimeout(done, 200));
+  const send = async (kind, head) => {
+    plot.emit(kind, {points: [{data: small, x: head * small.meta.width + 1}]});
+    await pause();
+    return shown();
+  };
+  const seen = {after: shown(), title: plot.layout.title.text};
+  const pointed = [await send("plotly_hover", 0), await send("plotly_unhover", 0), await send("plotly_click", 0),
+    await send("plotly_unhover", 0)];
+  return {before, pointed, ...seen};
 """
 
 
@@ -354,6 +364,7 @@ def test_picking_a_head_shows_it(views, tmp_path):
     wb.export(views["sinks-attention"], tmp_path / "pick", formats=["html"])
     ((page,), console) = visit([tmp_path / "pick" / "pick.html"], PICK)
     assert console == []
-    assert page["value"]["before"] == [True, False]
+    assert page["value"]["before"] == [True, False, None, None]
     assert page["value"]["after"] == [False, True]
+    assert page["value"]["pointed"] == [[True, False], [False, True], [True, False], [True, False]]
     assert page["value"]["title"] == views["sinks-attention"].layout.updatemenus[0].buttons[1].args[1]["title.text"]

@@ -139,13 +139,15 @@ def test_lightness_alone_tells_the_order(seen):
 
 
 def test_dark_changes_colours_and_nothing_else():
-    light = grid(["#000000", "b"]).add_scatter(x=["0"], y=["0"], name="#000000", line={"color": "#000000"})
+    light = heads().add_scatter(x=["0"], y=["0"], name="#000000", line={"color": "#000000"})
     made = to_dark(light)
     assert made.layout.template == DARK
     assert made.data[0].colorscale != light.data[0].colorscale
     assert [lab(made.data[0].colorscale[at][1])[0] > 90 for at in (0, -1)] == [False, True]  # none is the page
     assert (made.data[1].name, made.data[1].line.color) == ("#000000", "#f2f4f7")
-    assert made.data[0].text == light.data[0].text
+    cells = grid(["#000000", "b"])
+    assert decoded(to_dark(cells).to_dict()["data"][0]["text"]).tolist() == cells.data[0].text.tolist()
+    assert (to_dark(cells).data[0].textfont.color, cells.data[0].textfont.color) == ("#f2f4f7", "#000000")
     np.testing.assert_array_equal(decoded(made.to_dict()["data"][0]["z"]), light.data[0].z)
 
 
@@ -171,10 +173,10 @@ def test_units_title_an_axis():
 def test_caption_and_alternative_text():
     assert caption(grid(["a", "b"])) == "A title. More of it."
     assert caption(go.Figure()) == ""
-    assert alt_text(grid(["a", "b"])) == "Heat map of layer by input token. 4 values from 0 to 1."
-    assert alt_text(curves()) == "Line chart of nats by layer. one from 1 to 4; two from 2 to 5."
+    assert alt_text(grid(["a", "b"])) == "Heat map of layer by input token. 4 values from 0 to 1, the largest at 1, b."
+    assert alt_text(curves()) == "Line chart of nats by layer. one from 1 at 0 to 4 at 2; two from 2 at 0 to 5 at 2."
     assert alt_text(curves([str(n) for n in range(11)])).endswith("; and 3 more.")
-    assert "a one, line 0 from 0 to 2; b two, line 1 from 1 to 2" in alt_text(panels())
+    assert "a one, line 0 from 0 at 0 to 2 at 2; b two, line 1 from 1 at 0 to 2 at 2" in alt_text(panels())
     assert alt_text(go.Figure()) == "Empty figure."
 
 
@@ -196,17 +198,16 @@ def test_the_figures_hold_what_the_result_holds(result):
     for curve, name in zip(curves, ("entropy", "kl", "cross_entropy"), strict=True):
         np.testing.assert_array_equal(decoded(curve["y"]), result.data[f"mean_{name}"])
         np.testing.assert_array_equal(decoded(curve["x"]), result.data["layer"])
-    heat = result.figure("grid").to_dict()["data"][0]
-    n = decoded(heat["z"]).shape[1]
-    np.testing.assert_array_equal(decoded(heat["z"]), result.data["top_probability"][:, :n, 0])
+    drawn = figure_data(result.figure("grid"))["value"].to_numpy().reshape(result.data.sizes["layer"], -1)
+    np.testing.assert_array_equal(drawn, result.data["top_probability"][:, : drawn.shape[1], 0])
 
 
 def test_the_table_holds_what_is_drawn():
     table = figure_data(grid(["<b>", "$"]))
-    assert table.columns.tolist() == ["series", "x", "x_label", "y", "value", "text"]
+    assert table.columns.tolist() == ["series", "x", "x_label", "y", "y_label", "value", "text"]
     assert table["value"].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert table["x_label"].tolist() == table["text"].tolist() == ["<b>", "$"] * 2
-    assert table["y"].tolist() == ["0", "0", "1", "1"]
+    assert table["y_label"].tolist() == ["0", "0", "1", "1"]
     points = go.Figure(go.Scatter(x=[1, 2], y=[3.0, 5.0], error_y={"array": [1, 1], "arrayminus": [2, 0]}, name="&lt;"))
     assert figure_data(points).to_dict("list") == {
         "series": ["<", "<"],
@@ -244,22 +245,21 @@ def test_paper_has_real_units_and_no_title(shape, columns):
     pd.testing.assert_series_equal(*(figure_data(f).get("value", pd.Series()) for f in (made, shown)))
 
 
-def test_text_in_cells_is_cut_and_said():
-    narrow, cut = to_paper(grid(["abcdefghi"] * 20))
-    assert (narrow.data[0].text, cut) == (None, ["the text in cells, which are too narrow"])
-    some, cut = to_paper(grid(["abcdefghi"] * 20), 2)
-    assert {text for row in some.data[0].text for text in row} == {"abcd…"}
-    assert cut == ["the text in cells after 5 characters"]
-    whole, cut = to_paper(grid(["abc", "<b>"]))
-    assert list(whole.data[0].text[0]) == ["abc", "&lt;b&gt;"]
-    assert cut == []
+def test_a_grid_keeps_as_many_tokens_as_stay_legible():
+    one, cut = to_paper(grid(["abcdefghi"] * 40))
+    assert one.layout.meta["grid"]["line"] == 7
+    assert {text for row in one.data[0].text for text in row} == {"abcdef…", ""}
+    assert cut == ["the text in cells after 7 characters"]
+    two, cut = to_paper(grid(["abc"] * 20), 2)
+    assert (two.layout.meta["grid"]["line"], cut) == (15, [])
+    deep = {"layers": range(30), "cells": [["abc"] * 40] * 30, "hover": [["abc"] * 40] * 30}
+    tokens = {"tokens": ["abc"] * 40, "positions": range(40), "title": "", "subtitle": "", "unit": ""}
+    few, cut = to_paper(token_grid(np.zeros((30, 40)), **deep, **tokens))
+    assert (len(figure_data(few)), cut) == (7 * 30, ["tokens after the first 7"])
     menu, cut = to_paper(SHAPES["menu"]())
-    assert [trace.name for trace in menu.data] == ["L0H1"]
+    assert [trace.name for trace in menu.data] == ["L0H1", None]
     assert not menu.layout.updatemenus
     assert cut == ["other entries of the menu: L1H0", "labels of the x axis, all but one in 2"]
-    long, cut = to_paper(grid(["abcdefghi"] * 60))
-    assert list(long.layout.xaxis.tickvals) == [str(place) for place in range(0, 60, 3)]
-    assert cut[1:] == ["labels of the x axis, all but one in 3"]
     assert refused(RequestError, lambda: to_paper(curves(), 3)) == "columns must be 1 or 2, not 3"
 
 

@@ -10,17 +10,20 @@ import plotly.graph_objects as go
 
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import axis_title, label
-from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
+from workbench.figures.token_grid import MAX_TOKENS, Marks, count_shown, token_grid
 from workbench.figures.token_strip import token_strip
 from workbench.io.errors import RequestError
 from workbench.results.result import Result
 
-_GRID_TOKENS = 20
+_GRID_TOKENS = 28  # two lines
 _FULL_HOVER = 10_000  # cells with a full hover text; of more, hovering shows the top token alone: pages would be large
 
 
 def lens_grid(result: Result, sequence: int | None = None, first: int = 0, tokens: int = _GRID_TOKENS) -> go.Figure:
     """Returns the grid of layers by tokens: in each cell the lens's top-1 token, coloured by its probability.
+
+    Above each column stands the token that follows in the text. A black mark: the lens's token is the model's own
+    prediction; a vermilion one: it is the token that follows.
 
     Args:
         result: The result of a lens.
@@ -38,7 +41,7 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
     layers = chosen["layer"].unique()
     shape = (len(layers), -1)
     line = chosen.iloc[: len(chosen) // len(layers)]
-    subtitle = ["in each cell the lens's top-1 token at this layer, coloured by its probability"]
+    subtitle = ["cell: the lens's top-1 token, coloured by its probability; above: the next token of the text"]
     subtitle += [part for part in [count_shown(len(rows), len(known))] if part]
     hover = _hover
     if len(chosen) > _FULL_HOVER:
@@ -55,7 +58,18 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         title=f"{_lens(result)} of {_model(result)}, {label(site)}, sequence {sequence}",
         subtitle="; ".join(subtitle),
         unit=axis_title(result.data["top_probability"].attrs),
+        next_tokens=line["next_token"].tolist(),
+        marks=_marks(chosen, shape),
     )
+
+
+def _marks(table: pd.DataFrame, shape: tuple[int, int]) -> Marks | None:
+    """Where the top-1 token is the model's: both have the same probability. None for results of earlier versions."""
+    if "surprise" not in table:
+        return None
+    top, model = table["top_probability_1"].to_numpy(), np.exp(-table["surprise"].to_numpy())
+    right = table["rank"].to_numpy() == 1
+    return Marks(np.isclose(top, model, rtol=1e-4, atol=0).reshape(shape), right.reshape(shape))
 
 
 def lens_depth(result: Result, sequence: int | None = None) -> go.Figure:
@@ -118,8 +132,7 @@ def _hover(row: dict[str, Any]) -> str:
 
 
 def _brief(row: dict[str, Any]) -> str:
-    top = label(row["top_token_1"])
-    return f"layer {row['layer']}, {row['position']} {label(row['token'])}: {top} {row['top_probability_1']:.3f}"
+    return f"{row['layer']}: {row['position']} {label(row['token'], 12)}: {label(row['top_token_1'], 12)}"
 
 
 def lens_curves(result: Result) -> go.Figure:

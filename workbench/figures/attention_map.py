@@ -1,4 +1,4 @@
-"""Attention pattern of one head at a time over a text."""
+"""Attention pattern of one head at a time over a text, with small pictures of all of them."""
 
 # pyright: reportAttributeAccessIssue=false
 # plotly makes attributes at run time
@@ -10,11 +10,16 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import label
-from workbench.figures.theme import MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.theme import GREY, MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
 
 MAX_HEADS, MAX_TOKENS = 16, 160
 """Limits that keep a page under 10 MB; the subtitle reports what is left out."""
+
+_SMALL = 24  # values of a small picture, in each direction
+_STRIP = 84  # height of the small pictures, pixels
+_TOP, _BOTTOM = 130, 110  # margins, pixels
 
 
 def head_attention(
@@ -25,9 +30,11 @@ def head_attention(
     title: str,
     subtitle: str,
 ) -> go.Figure:
-    """Draws query tokens (downward) by key tokens (rightward), coloured by attention weight, with a menu of heads.
+    """Draws query tokens (downward) by key tokens (rightward), coloured by attention weight, one head at a time.
 
-    Each row sums to 1. Keys after their query, which a causal model masks, stay white.
+    A menu selects the head; in reports and exported pages, so does the pointer on its small picture above the map, and
+    a click keeps it. A second menu leaves out the first key, the usual attention sink, and scales the colours to the
+    others. Each row sums to 1. Keys after their query, which a causal model masks, are grey.
 
     Args:
         patterns: Attention weights; only the first 16 heads and 160 tokens are drawn, and the subtitle says so.
@@ -38,57 +45,127 @@ def head_attention(
     """
     n_heads, n_tokens = len(patterns), len(tokens)
     patterns, heads = patterns[:MAX_HEADS, :MAX_TOKENS, :MAX_TOKENS], list(heads)[:MAX_HEADS]
-    names = [label(token, 12) for token in tokens][:MAX_TOKENS]
+    names = [label(token, 12) for token in readable_tokens(tokens)][:MAX_TOKENS]
     for shown, total, kind in ((len(heads), n_heads, "heads"), (len(names), n_tokens, "tokens")):
         if shown < total:
             subtitle = f"{subtitle}; the first {shown} of {total:,} {kind}"
-    indices = list(range(len(names)))
     causal = np.tril(np.ones((len(names), len(names)), bool))
+    seen = np.where(causal, patterns, np.nan).astype(np.float32)
     figure = go.Figure(
-        [
-            go.Heatmap(
-                z=np.where(causal, pattern, np.nan).astype(np.float32),
-                x=indices,
-                y=indices,
-                name=head,
-                visible=not index,
-                hovertemplate="%{y} attends to %{x}: %{z:.3f}<extra></extra>",
-                hoverongaps=False,
-                colorscale=PROBABILITY,
-                zmin=0,
-                zmax=1,
-                colorbar=colour_bar("attention weight"),
-            )
-            for index, (head, pattern) in enumerate(zip(heads, patterns, strict=True))
-        ]
+        [_map(pattern, head, index == 0) for index, (head, pattern) in enumerate(zip(heads, seen, strict=True))]
     )
-    side = max(420, (15 if len(names) <= 64 else 12) * len(names))
+    figure.add_trace(_masked(causal))
+    side = max(420, 12 * len(names))
+    height = side + _TOP + _BOTTOM
+    if len(heads) > 1:
+        figure.add_trace(_small_pictures(seen, heads))
+        height += _STRIP + 30
     figure.update_layout(
         template=TEMPLATE,
         title={"text": f"{title}, {heads[0]}", "subtitle": {"text": subtitle}},
         width=side + 260,
-        height=side + 220,
-        margin={"t": 110},
-        updatemenus=[_menu(figure, title)],
+        height=height,
+        margin={"t": _TOP, "b": _BOTTOM},
+        showlegend=False,
+        updatemenus=[_heads_menu(figure, title, heads), _sink_menu(seen)],
+        meta={"heads": len(heads), "title": title},
     )
-    return _label_axes(figure, names)
+    return _label_axes(figure, names, len(heads), height - _TOP - _BOTTOM)
 
 
-def _menu(figure: go.Figure, title: str) -> dict[str, object]:
+def _map(pattern: Float[np.ndarray, "query key"], head: str, visible: bool) -> go.Heatmap:
+    indices = list(range(len(pattern)))
+    return go.Heatmap(
+        z=pattern,
+        x=indices,
+        y=indices,
+        name=head,
+        visible=visible,
+        hovertemplate="%{y} attends to %{x}: %{z:.3f}<extra></extra>",
+        hoverongaps=False,
+        colorscale=PROBABILITY,
+        zmin=0,
+        zmax=1,
+        colorbar=colour_bar("attention weight"),
+    )
+
+
+def _masked(causal: np.ndarray) -> go.Heatmap:
+    indices, grey = list(range(len(causal))), np.where(causal, np.nan, 1).astype(np.float32)
+    look = {"colorscale": GREY, "zmin": 0, "zmax": 1, "showscale": False, "hoverinfo": "skip", "hoverongaps": False}
+    return go.Heatmap(z=grey, x=indices, y=indices, meta={"part": "masked", "decoration": True}, **look)
+
+
+def _small_pictures(seen: Float[np.ndarray, "head query key"], heads: Sequence[str]) -> go.Heatmap:
+    """Every head beside the others: maxima of blocks, so that a narrow stripe is not lost."""
+    step = -(-seen.shape[1] // _SMALL)
+    size = -(-seen.shape[1] // step)
+    padded = np.full((len(seen), size * step, size * step), np.nan, np.float32)
+    padded[:, : seen.shape[1], : seen.shape[2]] = seen
+    blocks = np.where(np.isnan(padded), -1, padded).reshape(len(seen), size, step, size, step).max((2, 4))
+    small = np.where(blocks < 0, np.nan, blocks)
+    gap = np.full((size, 1 + size // 12), np.nan, np.float32)
+    return go.Heatmap(
+        z=np.concatenate([part for picture in small for part in (picture, gap)], axis=1).round(3),
+        customdata=[[head for head in heads for _ in range(size + gap.shape[1])]] * size,
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        colorscale=PROBABILITY,
+        zmin=0,
+        zmax=1,
+        showscale=False,
+        xaxis="x2",
+        yaxis="y2",
+        meta={"part": "heads", "width": size + gap.shape[1], "decoration": True},
+    )
+
+
+def _heads_menu(figure: go.Figure, title: str, heads: Sequence[str]) -> dict[str, object]:
     """A menu that shows one head and names it in the title."""
     buttons = [
         {
-            "label": trace.name,
+            "label": head,
             "method": "update",
-            "args": [{"visible": [other is trace for other in figure.data]}, {"title.text": f"{title}, {trace.name}"}],
+            "args": [
+                {"visible": [other == head for other in heads]},
+                {"title.text": f"{title}, {head}"},
+                list(range(len(heads))),
+            ],
         }
-        for trace in figure.data
+        for head in heads
     ]
-    return {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
+    return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8}}
 
 
-def _label_axes(figure: go.Figure, names: list[str]) -> go.Figure:
+def _sink_menu(seen: Float[np.ndarray, "head query key"]) -> dict[str, object]:
+    """A menu that leaves out the first key, and scales each head's colours to the largest of the other weights."""
+    others = [float(np.nanmax(pattern[1:, 1:], initial=0)) or 1.0 for pattern in seen]
+    traces, end = list(range(len(seen))), seen.shape[2] - 0.5
+    buttons = [
+        {
+            "label": name,
+            "method": "update",
+            "args": [{"zmax": limits}, {"xaxis.range": [first, end]}, traces],
+        }
+        for name, limits, first in (("all keys", [1.0] * len(seen), -0.5), ("without the first key", others, 0.5))
+    ]
+    return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8, "l": 110}}
+
+
+def _label_axes(figure: go.Figure, names: list[str], heads: int, height: int) -> go.Figure:
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names, "showgrid": False}
-    ticks |= {"tickfont": {"family": MONOSPACE, "size": 10}}
-    figure.update_xaxes(title="key token", tickangle=-90, **ticks)
-    return figure.update_yaxes(title="query token", autorange="reversed", **ticks)
+    ticks |= {"tickfont": {"family": MONOSPACE, "size": 10}, "ticks": ""}
+    top = 1 - (_STRIP + 30) / height if heads > 1 else 1
+    figure.update_xaxes(title="key token", tickangle=-90, range=[-0.5, len(names) - 0.5], **ticks)
+    figure.update_yaxes(title="query token", range=[len(names) - 0.5, -0.5], domain=[0, top], **ticks)
+    if heads > 1:
+        hidden = {"showticklabels": False, "ticks": "", "showgrid": False, "showline": False}
+        width = figure.data[-1].meta["width"]
+        middles, texts = [width * (head + 0.45) for head in range(heads)], [trace.name for trace in figure.data[:heads]]
+        labels = {"tickvals": middles, "ticktext": texts, "showticklabels": True, "tickfont": {"size": 10}}
+        small = {"anchor": "y2", "fixedrange": True, "title": {"text": ""}, "tickangle": 0}
+        figure.update_layout(
+            xaxis2={**hidden, **labels, **small},
+            yaxis2={**hidden, "domain": [1 - _STRIP * 0.75 / height, 1], "autorange": "reversed", "fixedrange": True},
+        )
+    return figure

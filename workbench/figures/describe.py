@@ -4,6 +4,7 @@
 # plotly makes attributes at run time
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.basedatatypes import BaseTraceType
 
 from workbench.figures.safe_text import plain
+from workbench.figures.token_grid import grid_of, rewrap
 
 _MAX_SERIES = 8  # described one by one in an alternative text
 
@@ -25,12 +27,30 @@ def figure_data(figure: go.Figure) -> pd.DataFrame:
     labels differ from the coordinates; `value`, encoded as colour; `low` and `high`, the ends of an error bar; `text`
     of the cell. Text is plain, not markup.
     """
-    parts = [_trace_table(figure, trace) for trace in figure.data]
+    figure = _unwrapped(figure)
+    parts = [_trace_table(figure, trace) for trace in drawn_traces(figure)]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["series"])
     for axis in ("x", "y"):
         if axis in table and not pd.api.types.is_numeric_dtype(table[axis]):  # Parquet has one type per column
             table[axis] = [None if value is None else plain(str(value)) for value in table[axis]]
     return table[[name for name in COLUMNS if name in table and (name == "series" or table[name].notna().any())]]
+
+
+def drawn_traces(figure: go.Figure) -> list[BaseTraceType]:
+    """Returns the traces that hold data: all but keys, marks and labels, whose `meta` names them a decoration."""
+    return [trace for trace in figure.data if not (isinstance(trace.meta, Mapping) and trace.meta.get("decoration"))]
+
+
+def _unwrapped(figure: go.Figure) -> go.Figure:
+    """A grid of tokens in one line, so that its columns are tokens; other figures as they are."""
+    grid = grid_of(figure)
+    if grid is None:
+        return figure
+    flat, rows = rewrap(figure, grid["tokens"]), slice(1, grid["rows"] + 1)
+    cells = flat.data[0]
+    for name in ("z", "y", "text"):
+        cells[name] = None if cells[name] is None else cells[name][rows]
+    return flat.update_yaxes(tickvals=cells.y, ticktext=grid["names"]).update_xaxes(title="input token")
 
 
 def caption(figure: go.Figure) -> str:
@@ -41,21 +61,24 @@ def caption(figure: go.Figure) -> str:
 
 
 def alt_text(figure: go.Figure) -> str:
-    """Returns the alternative text: kind of chart, axes, and the range of each series."""
+    """Returns the alternative text: kind of chart, axes, and the ends and extremes of each series."""
     table = figure_data(figure)
     kinds = {"heatmap": "Heat map", "bar": "Bar chart", "scatter": "Line chart"}
-    drawn = list(dict.fromkeys(kinds.get(trace.type, trace.type) for trace in figure.data))
-    axes = " by ".join(_titles(figure))
+    traces = drawn_traces(figure)
+    drawn = list(dict.fromkeys(kinds.get(trace.type, trace.type) for trace in traces))
+    axes = " by ".join(_titles(_unwrapped(figure)))
     parts = [" and ".join(drawn) or "Empty figure", *([f" of {axes}"] if axes else []), "."]
     if "value" in table and table["value"].notna().any():
-        parts.append(f" {table['value'].notna().sum():,} values{_range(table['value'])}.")
+        largest = table.loc[table["value"].idxmax()]
+        at = ", ".join(_place(largest, axis) for axis in "yx" if axis in table)
+        parts.append(f" {table['value'].notna().sum():,} values{_range(table['value'])}, the largest at {at}.")
     key = ["panel", "series"] if "panel" in table else ["series"]
-    visible = [t.showlegend is not False or t.type == "heatmap" for t in figure.data]
+    visible = [t.showlegend is not False or t.type == "heatmap" for t in traces]
     series = [] if "value" in table or not any(visible) else list(table.groupby(key, sort=False, dropna=False))
     measure = "x" if any(t.type == "bar" and t.orientation == "h" for t in figure.data) else "y"
     for names, part in series[:_MAX_SERIES]:
         name = ", ".join(name for name in names if isinstance(name, str) and name)
-        parts.append(f" {name or 'values'}{_range(part[measure])};")
+        parts.append(f" {name or 'values'}{_course(part, measure)};")
     if len(series) > _MAX_SERIES:
         parts.append(f" and {len(series) - _MAX_SERIES} more;")
     return "".join(parts).rstrip(";").rstrip(".") + "."
@@ -64,6 +87,27 @@ def alt_text(figure: go.Figure) -> str:
 def _range(values: pd.Series) -> str:
     known = pd.to_numeric(values, errors="coerce").dropna()
     return f" from {known.min():.3g} to {known.max():.3g}" if len(known) else ", no values"
+
+
+def _course(part: pd.DataFrame, measure: str) -> str:
+    """First and last value of a series, and its extremes where they lie between these."""
+    part = part.assign(number=pd.to_numeric(part[measure], errors="coerce")).dropna(subset=["number"])
+    if part.empty:
+        return ", no values"
+    along = "x" if measure == "y" else "y"
+    ends = [part.iloc[0], part.iloc[-1]]
+    text = " from " + " to ".join(f"{one['number']:.3g} at {_place(one, along)}" for one in ends)
+    for word, place in (("largest", part["number"].idxmax()), ("smallest", part["number"].idxmin())):
+        if part.loc[place, "number"] not in [one["number"] for one in ends]:
+            text += f", {word} {part.loc[place, 'number']:.3g} at {_place(part.loc[place], along)}"
+    return text
+
+
+def _place(row: pd.Series, axis: str) -> str:
+    """Where a point lies on an axis: its label, or its coordinate."""
+    named = row.get(f"{axis}_label")
+    value = named if isinstance(named, str) and named else row[axis]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _titles(figure: go.Figure) -> list[str]:

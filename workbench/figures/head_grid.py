@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.theme import PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.theme import CATEGORIES, CELLS, PROBABILITY, TEMPLATE, TEXT, colour_bar
 
 
 def head_name(layer: int, head: int) -> str:
@@ -49,9 +50,10 @@ def head_grid(
             y=layer_names,
             text=cells,
             texttemplate=None if cells is None else "%{text}",
+            textfont={"color": TEXT},
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
-            colorscale=PROBABILITY,
+            colorscale=PROBABILITY if cells is None else CELLS,
             zmin=limits[0],
             zmax=limits[1],
             xgap=1,
@@ -73,13 +75,14 @@ def head_grid(
 
 def with_side_panel(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " layer"]], *, unit: str) -> go.Figure:
     """Adds a panel to the right of a `head_grid`, one curve over its layers per entry of `curves`, on a log scale."""
-    for name, values in curves.items():
+    for (name, values), colour in zip(curves.items(), cycle(CATEGORIES), strict=False):
         figure.add_scatter(
             x=values,
             y=figure.data[0].y,
             xaxis="x2",
             name=name,
             mode="lines+markers",
+            line={"color": colour},
             hovertemplate="layer %{y}: %{x:.4g}",
         )
     panel = {"domain": [0.77, 1], "anchor": "y", "type": "log", "title": {"text": unit}, "nticks": 4}

@@ -37,6 +37,7 @@ def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, sub
             figure.add_scatter(
                 x=[*x, *x[::-1]],
                 y=np.concatenate([high, low[::-1]]),
+                mode="lines",
                 fill="toself",
                 fillcolor=band.colour,
                 opacity=0.15,

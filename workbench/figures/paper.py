@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import plotly.graph_objects as go
 
 from workbench.figures.safe_text import label, plain
-from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT
+from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT, top_bar
+from workbench.figures.token_grid import grid_of, rewrap
 from workbench.io.errors import RequestError
 
 _CHARACTER = 0.6  # width of a monospaced character, in type sizes
@@ -23,6 +25,8 @@ _MAX_MATRIX_ROWS = 45.0  # of `_ROW` height
 _TALL_ROW, _FEW_ROWS = 28 * POINT, 4  # matrices of few rows: the colour bar needs height
 _GRID_MARGIN = 1.1 * INCH  # around the cells of a grid: titles, labels of layers, the colour bar
 _PLOT_MARGIN = 0.75 * INCH  # the same without labels
+_GRID_LINE, _BARE_LINE = {1: 7, 2: 15}, {1: 48, 2: 110}  # tokens of a line with and without text in its cells
+_GRID_HEIGHT = 4.6 * INCH
 _ASPECT = 0.68  # height by width of a plot without categories
 _TITLE, _TICK = 8 * POINT, 7 * POINT
 
@@ -43,9 +47,12 @@ def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]
     """
     if columns not in COLUMNS:
         raise RequestError(f"columns must be 1 or 2, not {columns!r}")
+    if grid := grid_of(figure):
+        return _grid_to_paper(figure, grid, columns)
     copy, width = go.Figure(figure), COLUMNS[columns] * INCH
     copy.update_layout(template=PAPER, title=None, width=width, margin=PAPER.layout.margin)
     copy.layout.legend = {}
+    _remove_small_pictures(copy)
     omitted = [*_remove_menus(copy), *_set_traces(copy, width)]
     copy.update_annotations(font={"size": _TICK})
     for axis in copy.select_xaxes(lambda axis: axis.type == "log"):
@@ -60,6 +67,37 @@ def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]
     for axis in copy.select_xaxes():
         _thin(axis, copy, inner_width)
     return copy, [*omitted, *_thin_labels(copy, inner_width, _set_height(copy, width))]
+
+
+def _grid_to_paper(figure: go.Figure, grid: Mapping[str, Any], columns: int) -> tuple[go.Figure, list[str]]:
+    """A grid of tokens in lines that stay legible, as many as fit on half a page."""
+    text = figure.data[0].text is not None
+    line, row = (_GRID_LINE[columns], _ROW) if text else (_BARE_LINE[columns], 4 * POINT)
+    lines = max(1, int(_GRID_HEIGHT // ((grid["rows"] + 3) * row)))
+    tokens = min(grid["tokens"], lines * line)
+    copy = rewrap(figure, min(line, tokens), tokens)
+    width, left = COLUMNS[columns] * INCH, (max(map(len, [*grid["names"], "input"])) * _CHARACTER + 2.2) * _TICK
+    copy.update_layout(template=PAPER, title=None, width=width)
+    copy.layout.legend = {}
+    cell = (width - left - 8) / min(line, tokens)
+    omitted = [f"tokens after the first {tokens:,}"] if tokens < grid["tokens"] else []
+    bar = PAPER.data.heatmap[0].colorbar.to_plotly_json()
+    for trace in copy.data:
+        if trace.meta["part"] == "cells":
+            unit = {"text": trace.colorbar.title.text, "side": "top", "font": {"size": _TICK}}
+            trace.colorbar = {**top_bar(""), **bar, "title": unit, "len": 110, "ypad": 3}
+            omitted += _fit_cells(trace, cell)
+        elif trace.meta["part"] in ("input", "next"):
+            trace.textfont.size = _CELL
+            trace.text = [label(plain(word), int((cell - 1) / (_CHARACTER * _CELL))) for word in trace.text]
+        if trace.type == "heatmap":
+            trace.xgap = trace.ygap = 0.5 if trace.ygap else 0
+    copy.update_xaxes(tickfont={"size": _TICK}).update_yaxes(tickfont={"size": _TICK})
+    top, legend = 4.2 * _TICK, _legend_height(copy, width)
+    bottom = 0.4 * _TITLE + legend
+    height = -(-tokens // line) * (grid["rows"] + 3) * row + top + bottom
+    margin = {"t": top, "b": bottom, "l": left, "r": 8}
+    return copy.update_layout(height=4 * math.ceil(height / 4), margin=margin), omitted
 
 
 def _set_traces(figure: go.Figure, width: float) -> list[str]:
@@ -83,9 +121,17 @@ def _set_traces(figure: go.Figure, width: float) -> list[str]:
 def _remove_menus(figure: go.Figure) -> list[str]:
     """Removes menus and the traces they hide at first; names of these."""
     figure.layout.updatemenus = ()
-    hidden = [plain(trace.name or "") for trace in figure.data if trace.visible is False]
+    hidden = [plain(trace.name or "") for trace in figure.data if trace.visible is False and trace.name]
     figure.data = [trace for trace in figure.data if trace.visible is not False]
     return [f"other entries of the menu: {', '.join(hidden)}"] if hidden else []
+
+
+def _remove_small_pictures(figure: go.Figure) -> None:
+    """Removes the small pictures of heads, which switch the large one."""
+    small = [trace for trace in figure.data if isinstance(trace.meta, Mapping) and trace.meta.get("part") == "heads"]
+    if small:
+        figure.data = [trace for trace in figure.data if trace not in small]
+        figure.layout.xaxis2 = figure.layout.yaxis2 = figure.layout.yaxis.domain = None
 
 
 def _bar_title(bar: Any, style: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 _SHOWN = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -18,8 +18,8 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 def visible(token: str, limit: int = 24) -> str:
     """Returns a token as one line with visible white space and control characters, cut to `limit` with "…".
 
-    A space becomes "·", a newline "⏎"; control characters, direction marks and unassigned code points become
-    escapes such as `\\u202e`.
+    A space becomes "·", a newline "⏎"; other spaces, control characters, direction marks and unassigned code points
+    become escapes such as `\\u202e`.
     """
     shown = token.translate(_VISIBLE)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
@@ -53,12 +53,16 @@ def _escaped(text: str) -> str:
 class _Table(dict[int, str]):
     """A table for `str.translate`, filled as characters are met: a figure has a million of them."""
 
+    def __init__(self, shown: Mapping[int, str], hidden: Set[str]) -> None:
+        super().__init__(shown)
+        self._hidden = hidden
+
     def __missing__(self, code: int) -> str:
-        hidden = unicodedata.category(chr(code)) in _HIDDEN
+        hidden = unicodedata.category(chr(code)) in self._hidden
         shown = (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}") if hidden else chr(code)
         self[code] = shown
         return shown
 
 
-_PRINTABLE = _Table()
-_VISIBLE = _Table({ord(char): shown for char, shown in _SHOWN.items()})
+_PRINTABLE = _Table({}, _HIDDEN)
+_VISIBLE = _Table({ord(char): shown for char, shown in _SHOWN.items()}, _HIDDEN | {"Zs"})

@@ -26,11 +26,29 @@ SIGNED += [[1, "#8c2d04"]]
 """Diverging, blue below and orange above a nearly white middle (set `zmid`). Distinguishable with colour-vision
 deficiency; equal distances from the middle are about equally dark."""
 
-CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's categorical colours, distinguishable with colour-vision deficiency."""
+CELLS = [[0, "#f7fbff"], [0.25, "#e1edf8"], [0.5, "#b5d4ea"], [0.75, "#82b6dc"], [1, "#4f97d0"]]
+"""Sequential, for cells with text in them: black text has a contrast of 6.6 or more on every colour."""
 
-NEUTRAL = "#9aa1ad"
+SIGNED_CELLS = [[0, "#4f97d0"], [0.25, "#9cc6e6"], [0.5, "#f7f7f7"], [0.75, "#f8c08f"], [1, "#ee8a3c"]]
+"""Diverging, for cells with text in them."""
+
+TEXT = "#000000"
+"""Colour of text in cells, on `CELLS` and `SIGNED_CELLS`."""
+
+CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5200", "#1f9ad6", "#000000")
+"""Categorical colours, distinguishable with colour-vision deficiency: Okabe and Ito's, with their yellow and light blue
+darkened on white to the contrast of 3 that a line needs."""
+
+NEUTRAL = "#7b8494"
 """Colour of references: diagonals, baselines, excluded values."""
+
+MASKED = "#d5d8de"
+"""Colour of cells that cannot have a value, such as the keys that a causal model masks."""
+
+CLEAR = "rgba(0,0,0,0)"
+GREY = [[0, MASKED], [1, MASKED]]
+MARKS = [[0, CLEAR], [0.5, TEXT], [1, CATEGORIES[1]]]
+"""Marks of cells: 0 none, 1 black, 2 vermilion (`zmin` 0, `zmax` 2)."""
 
 MONOSPACE = "ui-monospace, Menlo, Consolas, monospace"
 SANS = "Inter, Helvetica, Arial, sans-serif"
@@ -40,6 +58,9 @@ _DARK_PROBABILITY = [[0, "#171c26"], [0.25, "#1b2f4a"], [0.5, "#1f5080"], [0.7, 
 _DARK_PROBABILITY += [[1, "#e3f0fa"]]
 _DARK_SIGNED = [[0, "#9ecae1"], [0.2, "#4292c6"], [0.4, "#1d3a5c"], [0.5, "#20242c"], [0.6, "#5a2f12"]]
 _DARK_SIGNED += [[0.8, "#e6741e"], [1, "#fdc38d"]]
+_DARK_CELLS = [[0, "#171c26"], [0.25, "#1a2a41"], [0.5, "#1c3b60"], [0.75, "#204e80"], [1, "#28609b"]]
+_DARK_SIGNED_CELLS = [[0, "#28609b"], [0.25, "#1d3f66"], [0.5, "#20242c"], [0.75, "#5a3413"], [1, "#8f4d14"]]
+_DARK_MASKED = "#3a404c"
 
 
 def _template(ink: str, grid: str, page: str) -> go.layout.Template:
@@ -95,6 +116,13 @@ def colour_bar(unit: str) -> dict[str, Any]:
     return {"title": {"text": unit, "side": "right"}, "thickness": 14, "outlinewidth": 0}
 
 
+def top_bar(unit: str) -> dict[str, Any]:
+    """Returns a colour bar above a heat map, at its left edge, which stays in view however wide the heat map is."""
+    place = {"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0, "y": 1, "yanchor": "bottom", "ypad": 6}
+    title = {"text": unit, "side": "top", "font": {"size": 12}}
+    return {"title": title, "thickness": 10, "outlinewidth": 0, "lenmode": "pixels", "len": 220, "nticks": 5, **place}
+
+
 def to_dark(figure: go.Figure) -> go.Figure:
     """Returns a copy for a dark page, with the dark template and the dark counterpart of each palette."""
     spec = figure.to_plotly_json()
@@ -117,9 +145,26 @@ def _scale(scale: Any) -> tuple[tuple[float, str], ...]:
     return tuple((float(position), str(colour)) for position, colour in scale)
 
 
-_DARK_COLOURS = {"#000000": "#f2f4f7", INK: DARK_INK}
-_DARK_SCALES = {_scale(PROBABILITY): _DARK_PROBABILITY, _scale(SIGNED): _DARK_SIGNED}
+_DARK_COLOURS = {TEXT: "#f2f4f7", INK: DARK_INK, MASKED: _DARK_MASKED, "#7a5200": "#e69f00", "#1f9ad6": "#56b4e9"}
+_DARK_SCALES = {
+    _scale(PROBABILITY): _DARK_PROBABILITY,
+    _scale(SIGNED): _DARK_SIGNED,
+    _scale(CELLS): _DARK_CELLS,
+    _scale(SIGNED_CELLS): _DARK_SIGNED_CELLS,
+    _scale(GREY): [[0, _DARK_MASKED], [1, _DARK_MASKED]],
+    _scale(MARKS): [[0, CLEAR], [0.5, "#f2f4f7"], [1, CATEGORIES[1]]],
+}
 
 TEMPLATE = _template(INK, GRID, PAGE)
 DARK = _template(DARK_INK, DARK_GRID, DARK_PAGE)
 PAPER = _paper_template()
+
+
+def colour_on(dark: bool, colour: str) -> str:
+    """Returns a colour of the light theme as the page shows it."""
+    return _DARK_COLOURS.get(colour, colour) if dark else colour
+
+
+def palette_on(dark: bool, palette: list[list[Any]]) -> list[list[Any]]:
+    """Returns a palette of the light theme as the page shows it."""
+    return _DARK_SCALES.get(_scale(palette), palette) if dark else palette

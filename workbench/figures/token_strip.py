@@ -1,21 +1,26 @@
 """A text in lines, each token coloured by a value."""
 
+# pyright: reportAttributeAccessIssue=false
+# plotly makes attributes at run time
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from workbench.figures.readable import readable_tokens, visual_order
 from workbench.figures.safe_text import label
-from workbench.figures.theme import MONOSPACE, PROBABILITY, SIGNED, TEMPLATE, colour_bar
+from workbench.figures.theme import CELLS, MONOSPACE, PROBABILITY, SIGNED, SIGNED_CELLS, TEMPLATE, TEXT, top_bar
 
 MAX_STRIP_TOKENS = 2_048
 """Maximum tokens that are drawn; the subtitle reports what is left out."""
 
-_LINE = 12  # tokens
+_LINE = 14  # tokens
+_CELL = 66, 24  # pixels
+_QUANTILE = 0.99  # of the absolute values: the end of the colours, so that one massive value does not bleach the others
 
 
 def token_strip(
@@ -30,7 +35,10 @@ def token_strip(
     palette: Sequence[Sequence[object]] = PROBABILITY,
     line: int = _LINE,
 ) -> go.Figure:
-    """Draws the text in lines of `line` tokens, each token coloured by its value.
+    """Draws the text in lines of at most `line` tokens, each token coloured by its value.
+
+    A newline ends a line. Runs of Arabic and Hebrew stand from right to left. A character that several tokens share
+    stands at the first of them, "↪" at the others.
 
     Args:
         values: Value of each token; NaN stays white. Only the first 2,048 tokens are drawn, and the subtitle says so.
@@ -39,66 +47,93 @@ def token_strip(
         title: Plotly markup, already safe, as are `subtitle` and `unit`.
         subtitle: As `title`.
         unit: Title of the colour bar.
-        limits: Values at the ends of the palette. None: 0, or the minimum if negative, and the maximum; with `SIGNED`
-            symmetric around 0.
-        palette: `PROBABILITY` or `SIGNED`.
+        limits: Values at the ends of the palette. None: 0, or the minimum if negative, and the 99 % quantile; the
+            subtitle says how many tokens lie beyond. With `SIGNED` symmetric around 0.
+        palette: `PROBABILITY`, or `SIGNED`: blue below 0, orange above; drawn in the lighter shades that text needs.
         line: Tokens per line.
     """
     total = len(values)
-    values, tokens, positions = (
-        np.asarray(values, float)[:MAX_STRIP_TOKENS],
-        list(tokens)[:MAX_STRIP_TOKENS],
-        list(positions)[:MAX_STRIP_TOKENS],
-    )
+    values = np.asarray(values, float)[:MAX_STRIP_TOKENS]
+    tokens, positions = list(tokens)[: len(values)], list(positions)[: len(values)]
     if total > MAX_STRIP_TOKENS:
         subtitle = f"{subtitle}; the first {MAX_STRIP_TOKENS:,} of {total:,} tokens"
+    low, high = limits or _limits(values, palette is SIGNED)
+    beyond = int((values > high).sum() + (values < low).sum())
+    if beyond:
+        subtitle = f"{subtitle}; {beyond:,} token{'s' * (beyond != 1)} beyond the colours"
+    readable = readable_tokens(tokens)
+    shown = [label(token, 9) for token in readable]
     hover = [
         f"position {position}, {label(token)}: {value:.4g}"
         for position, token, value in zip(positions, tokens, values, strict=True)
     ]
-    lines = -(-len(values) // line)
-    low, high = limits or _limits(values, palette)
-    figure = go.Figure(
-        go.Heatmap(
-            z=np.pad(values, (0, lines * line - len(values)), constant_values=np.nan).reshape(lines, line),
-            x=list(range(line)),
-            y=list(range(lines)),
-            text=_lines([label(token, 9) for token in tokens], line),
-            texttemplate="%{text}",
-            textfont={"family": MONOSPACE, "size": 11},
-            customdata=_lines(hover, line),
-            hovertemplate="%{customdata}<extra></extra>",
-            hoverongaps=False,
-            colorscale=palette,
-            zmin=low,
-            zmax=high,
-            xgap=1,
-            ygap=1,
-            colorbar=colour_bar(unit),
-        )
+    lines = _lines(readable, line)
+    heat = _cells(values, shown, hover, lines, line)
+    heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high, colorbar=top_bar(unit))
+    return _lay_out(
+        go.Figure(heat), title, subtitle, [str(positions[min(part)]) if part else "" for part in lines], line
     )
-    return _lay_out(figure, title, subtitle, [str(position) for position in positions[::line]], line)
+
+
+def _cells(
+    values: Float[np.ndarray, " token"],
+    shown: Sequence[str],
+    hover: Sequence[str],
+    lines: Sequence[Sequence[int]],
+    line: int,
+) -> go.Heatmap:
+    """The tokens of each line, filled up with empty cells."""
+
+    def rows(parts: Sequence[Any], fill: Any) -> list[list[Any]]:
+        return [[parts[index] for index in part] + [fill] * (line - len(part)) for part in lines]
+
+    return go.Heatmap(
+        z=rows(values, np.nan),
+        x=list(range(line)),
+        y=list(range(len(lines))),
+        text=rows(shown, ""),
+        texttemplate="%{text}",
+        textfont={"family": MONOSPACE, "size": 11, "color": TEXT},
+        customdata=rows(hover, ""),
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+    )
 
 
 def _lay_out(figure: go.Figure, title: str, subtitle: str, row_labels: Sequence[str], line: int) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
-        width=190 + 66 * line,
-        height=max(220, 130 + 26 * len(row_labels)),
+        width=110 + _CELL[0] * line,
+        height=160 + _CELL[1] * max(2, len(row_labels)),
+        margin={"t": 115, "b": 20},
     )
     figure.update_xaxes(visible=False)
-    ticks = {"tickmode": "array", "tickvals": list(range(len(row_labels))), "ticktext": row_labels}
+    ticks = {"tickmode": "array", "tickvals": list(range(len(row_labels))), "ticktext": row_labels, "ticks": ""}
     return figure.update_yaxes(title="position", autorange="reversed", showgrid=False, **ticks)
 
 
-def _lines(texts: Sequence[str], line: int) -> list[list[str]]:
-    return [list(part) for part in zip_longest(*[iter(texts)] * line, fillvalue="")]
+def _lines(tokens: Sequence[str], line: int) -> list[list[int]]:
+    """Indices of the tokens of each line from left to right; a token that ends in a newline is the last of its line."""
+    lines: list[list[int]] = [[]]
+    for index, token in enumerate(tokens):
+        if len(lines[-1]) == line:
+            lines.append([])
+        lines[-1].append(index)
+        if token.endswith(("\n", "\r")):
+            lines.append([])
+    filled = [part for part in lines if part] or [[]]
+    return [[part[at] for at in visual_order([tokens[index] for index in part])] for part in filled]
 
 
-def _limits(values: Float[np.ndarray, " token"], palette: Sequence[Sequence[object]]) -> tuple[float, float]:
+def _limits(values: Float[np.ndarray, " token"], signed: bool) -> tuple[float, float]:
+    """The ends of the colours. Values of at most 100 tokens have no quantile worth the name: their extremes."""
     finite = values[np.isfinite(values)]
-    low, high = finite.min(initial=0), finite.max(initial=0)
-    if palette is SIGNED:
+    size = np.abs(finite)
+    end = float(np.quantile(size, _QUANTILE)) if len(size) > 100 else float(size.max(initial=0))
+    low, high = max(-end, float(finite.min(initial=0))), min(end, float(finite.max(initial=0)))
+    if signed:
         low, high = -max(-low, high), max(-low, high)
-    return float(low), float(high if high > low else low + 1)
+    return low, high if high > low else low + 1

@@ -35,6 +35,7 @@ DPI = 300
 """Resolution of PNG files, in dots per inch."""
 
 _SCRIPT = "plotly.min.js"
+_WATCH = 'watchHeads(document.getElementById("figure"));'
 _PAGES = {"light": ("#1f2430", "#5b6472", "white"), "dark": ("#e4e7ec", "#9aa1ad", "#14171f")}
 _STYLE = """
 body {{ font: 15px/1.5 Inter, Helvetica, Arial, sans-serif; color: {0}; background: {2}; margin: 1rem }}
@@ -169,6 +170,8 @@ def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: 
     plot = themed.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id="figure")
     script = f'<script src="{_SCRIPT}"></script>' if plotlyjs == "shared" else f"<script>{get_plotlyjs()}</script>"
     safe = {name: escape(text) for name, text in description.items()}
+    meta = figure.layout.meta if isinstance(figure.layout.meta, Mapping) else {}
+    more = (Path(__file__).parent / "figure.js").read_text(encoding="utf-8") + _WATCH if "heads" in meta else ""
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -178,6 +181,7 @@ def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: 
             f'<div class="plot" role="group" aria-label="{safe["alt"]}">{plot}</div>',
             f"<figcaption>{safe['caption']}</figcaption></figure>",
             f'<p class="provenance">{safe["provenance"]}</p>',
+            f"<script>{more}</script>" if more else "",
             "</body></html>\n",
         ]
     )

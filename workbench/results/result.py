@@ -80,7 +80,7 @@ class Result:
 
         figures = self.maker().figures(self)
         for figure in figures.values():
-            figure.update_layout(meta={"provenance": sentence(self.source())})
+            figure.update_layout(meta={**(figure.layout.meta or {}), "provenance": sentence(self.source())})
         return figures
 
     def source(self) -> str:

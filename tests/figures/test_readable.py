@@ -1,0 +1,56 @@
+"""Tokens as people read them: split characters of real byte-level vocabularies, runs from right to left."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workbench.figures.readable import CONTINUED, readable_tokens, visual_order
+
+BYTE_NAMES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
+
+
+def byte_names(text: str) -> list[str]:
+    """One token for each byte of `text`, by the names that GPT-2's vocabulary has for them."""
+    printable = [ord(name) for name in BYTE_NAMES]
+    others = [value for value in range(256) if value not in printable]
+    names = {value: chr(value) for value in printable} | {value: chr(256 + n) for n, value in enumerate(others)}
+    return [names[value] for value in text.encode()]
+
+
+@pytest.mark.parametrize("text", ["日", "ж", "👩", "ก", "ש"])
+def test_a_character_of_several_tokens_is_whole_at_the_first(text):
+    rest = [CONTINUED] * (len(text.encode()) - 1)
+    assert readable_tokens(["a", *byte_names(text), " b"]) == ["a", text, *rest, " b"]
+    by_value = [f"<0x{value:02X}>" for value in text.encode()]
+    assert readable_tokens(["a", *by_value, " b"]) == ["a", text, *rest, " b"]
+
+
+def test_tokens_that_end_inside_of_a_character():
+    first, second = "".join(byte_names(" 日本")[:6]), byte_names("本")[-1]
+    assert readable_tokens([first, second]) == [" 日本", CONTINUED]
+
+
+@given(st.lists(st.sampled_from(["a", " the", "日本", "é", "", "\n", "<s>", "â", "ж", "<0x41>"]), max_size=8))
+def test_tokens_that_are_text_stay_as_they_are(tokens):
+    assert readable_tokens(tokens) == tokens
+
+
+@given(st.text(min_size=1, max_size=12), st.integers(1, 3))
+def test_any_text_of_bytes_is_read_back(text, size):
+    names = byte_names(text.encode("utf-8", "replace").decode())
+    parts = ["".join(names[at : at + size]) for at in range(0, len(names), size)]
+    shown = readable_tokens(parts)
+    assert len(shown) == len(parts)
+    if all(unicodedata.category(char)[0] == "L" and ord(char) > 0x250 for char in text):
+        assert "".join(part for part in shown if part != CONTINUED) == text
+
+
+def test_runs_from_right_to_left_are_reversed():
+    assert visual_order(["a", " ", "ש", "ל", " ", "ם", ".", "b"]) == [0, 1, 5, 4, 3, 2, 6, 7]
+    assert visual_order(["مر", "حبا", " 12"]) == [1, 0, 2]
+    assert visual_order(["a", "b"]) == [0, 1]
+    assert visual_order([]) == []
