@@ -63,7 +63,10 @@ _PUBLIC = {
     "feature_effect": "workbench.analysis.feature_effect",
     "sparse_probe": "workbench.analysis.sparse_probe",
     "import_labels": "workbench.features.label_files",
+    "feature_card": "workbench.pages.feature_page",
+    "feature_index": "workbench.pages.feature_index",
     "feature_page": "workbench.pages.feature_page",
+    "feature_pages": "workbench.pages.feature_index",
     "export_delphi": "workbench.features.other_formats",
     "export_neuronpedia": "workbench.features.other_formats",
     "nearest_features": "workbench.sae.decoder",
@@ -73,6 +76,7 @@ _PUBLIC = {
     "PromptPair": "workbench.corpus.prompt_pairs",
     "PromptPairs": "workbench.corpus.prompt_pairs",
     "random_repeats": "workbench.corpus.repeats",
+    "serve": "workbench.pages.serve",
     "shuffled_blocks": "workbench.corpus.repeats",
     "record": "workbench.recording.record",
     "generate": "workbench.recording.generation",
@@ -168,9 +172,11 @@ if TYPE_CHECKING:
     from workbench.model.stored_attention import FreezePattern
     from workbench.model.stored_rows import Mean, Patch, Resample
     from workbench.model.token_choice import Tokens
-    from workbench.pages.feature_page import feature_page
+    from workbench.pages.feature_index import feature_index, feature_pages
+    from workbench.pages.feature_page import feature_card, feature_page
     from workbench.pages.figure_export import export
     from workbench.pages.head_atlas import HeadAtlas, head_atlas
+    from workbench.pages.serve import serve
     from workbench.pages.token_view import TokenView
     from workbench.parallel.ray import RayWorkers
     from workbench.parallel.share import Share

@@ -18,8 +18,9 @@ from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
     *("demo", "record", "generate", "plan", "info", "verify", "rm", "pack", "merge", "query"),
-    *("features", "metrics", "labels", "top", "coactive", "contributions", "effect", "match", "sparse-probe"),
-    *("probes", "report", "export", "compare", "completion", "probe", "attribute", "steer", "patch", "sweep"),
+    *("features", "metrics", "labels", "top", "index", "serve", "coactive"),
+    *("contributions", "effect", "match", "sparse-probe"),
+    *("probes", "report", "atlas", "export", "compare", "completion", "probe", "attribute", "steer", "patch", "sweep"),
 ]
 COMMANDS = [verb for verb in VERBS if verb not in ("probe", "sweep")]
 COMMANDS += [f"probe {name}" for name in installed_probes()] + [f"sweep {name}" for name in installed_experiments()]

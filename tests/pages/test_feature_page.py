@@ -1,46 +1,29 @@
 """The page of a feature: what it shows is what the features hold, and no text of a model becomes markup."""
 
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import store_example
-import torch
 from command_line import refused as refused_by_cli
 from command_line import run
+from hostile_example import HOSTILE, SITE
 from refusals import refused
 from sae_example import save_sae
-from store_example import MODEL, write_store
+from store_example import write_store
 
 import workbench as wb
 from workbench.features.extract import extract_features
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
-from workbench.model.load import Model
-from workbench.model.unembed import measure_unembed, save_unembed
 from workbench.sae.decoder import decoder_logits
 from workbench.sae.load import load_sae
-from workbench.store.manifest import SiteRecord
 from workbench.store.reader import open_store
 
-SITE = SiteRecord("blocks.1.hook_resid_post", "resid_post.1", ("row", "d_model"), (32,), "float32")
-HOSTILE = (
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    " &amp; ",
-    "a\nb",
-    "\u202egnp",
-    "</span></div>",
-    "\ud800",
-    "nul\0l",
-    "🦜",
-    "plain",
-)
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "span", "small", "section"),
-    *("svg", "rect", "table", "tr", "th", "td", "code"),
+    *("svg", "rect", "table", "tr", "th", "td", "code", "h3", "br", "details", "summary"),
 }
 
 
@@ -54,7 +37,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.elements.append([tag, dict(attributes).get("class") or "", dict(attributes), ""])
-        if tag != "meta":
+        if tag not in ("meta", "br"):
             self.open.append(self.elements[-1])
 
     def handle_endtag(self, tag):
@@ -71,30 +54,8 @@ class Page(HTMLParser):
         return [text for name, kinds, _, text in self.elements if name == tag and kind in (None, *kinds.split())]
 
 
-@pytest.fixture(scope="module")
-def hostile(tiny_models, tmp_path_factory):
-    """Features of a store whose tokens and vocabulary are hostile; their SAE; the unembedding."""
-    folder = tmp_path_factory.mktemp("hostile")
-    model = tiny_models["gpt2"]
-    tokens = tuple(HOSTILE[i % len(HOSTILE)].replace("\ud800", "?") for i in range(320))
-    unembed = replace(measure_unembed(model, Model(model, None, "tiny").site_map.last_block), tokens=tokens)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(store_example, "WORDS", tuple(token.replace("\ud800", "?") for token in HOSTILE))
-        path = write_store(
-            folder / "x.acts",
-            [[7, 9], [12, 30]],
-            sites=(SITE,),
-            model=replace(MODEL, name="<b>tiny</b>", d_model=32, vocab=320),
-            unembed=lambda path: save_unembed(unembed, path, torch.float32),
-            unembed_reason=None,
-        )
-    about = {"hook_name": SITE.name, "model_name": "<b>tiny</b>"}
-    sae = load_sae(save_sae(folder / "sae", d_in=32, **about), device="cpu")
-    return extract_features(open_store(path), sae, show_progress=False), sae, unembed
-
-
-def test_hostile_tokens_stay_text(hostile, tmp_path):
-    features, sae, _ = hostile
+def test_hostile_tokens_stay_text(hostile_features, tmp_path):
+    features, sae, _ = hostile_features
     feature = int(features.counts.argmax())
     text = wb.feature_page(features, feature, tmp_path / "deep" / "page.html", sae=sae, k=40).read_text()
     page = Page(text)
@@ -118,25 +79,33 @@ def test_hostile_tokens_stay_text(hostile, tmp_path):
     assert any("model <b>tiny</b>; 58 tokens" in part for part in page.texts("p", "from"))
 
 
-def test_contexts_show_the_top_rows(hostile, tmp_path):
-    features, _, _ = hostile
+def test_contexts_show_the_top_rows(hostile_features, tmp_path):
+    features, _, _ = hostile_features
     feature = int(features.counts.argmax())
     page = Page(wb.feature_page(features, feature, tmp_path / "page.html", k=3, context=2).read_text())
     dense, sequence = features[:].toarray()[:, feature], features.store.tokens["sequence"].to_numpy()
     order = np.lexsort((np.arange(len(dense)), -dense))
     shown: list[int] = []
     expected = []
-    for row in order[: int((dense > 0).sum())]:
+    for row in order[: min(4 * 3, int((dense > 0).sum()))]:
         if row in shown:
             continue
         near = [r for r in range(max(row - 2, 0), min(row + 3, len(dense))) if sequence[r] == sequence[row]]
         shown += near
         expected.append((row, near))
+    tokens = features.store.tokens["token"].to_pylist()
+    alike: dict = {}  # contexts with the same tokens around are folded under their first
+    for row, near in expected:
+        alike.setdefault(tuple(tokens[r] for r in near), []).append((row, near))
+    expected = [one for group in list(alike.values())[:3] for one in group]
     boxes = re.split(r'<div class="context">', (tmp_path / "page.html").read_text())[1:]
-    for box, (row, near) in zip(boxes[:3], expected, strict=False):
-        spans = [part for part in Page(box).elements if part[0] == "span"]
+    for box, (row, near) in zip(boxes, expected, strict=False):
+        spans = [
+            part for part in Page(box).elements if part[0] == "span" and "style" in part[2]
+        ]  # not the key of the next section
         assert len(spans) == len(near)
         assert [("here" in part[1]) for part in spans] == [r == row for r in near]
+        assert [part[2].get("tabindex") for part in spans] == ["0" if dense[r] else None for r in near]
         assert [float(part[2].get("title", 0)) for part in spans] == [float(f"{dense[r]:.4g}") for r in near]
         shades = [float(part[2]["style"].removeprefix("--a:")) for part in spans]
         expected_shades = [0.12 + 0.68 * dense[r] / dense.max() if dense[r] else 0 for r in near]
@@ -146,13 +115,30 @@ def test_contexts_show_the_top_rows(hostile, tmp_path):
     assert (tmp_path / "page.html").read_text().count("<section>") == 2
 
 
-def test_panels_show_counts_tokens_and_neighbours(hostile, tmp_path):
-    features, sae, unembed = hostile
+def test_groups_hold_every_active_token_once(hostile_features, tmp_path):
+    features, _, _ = hostile_features
+    feature = int(features.counts.argmax())
+    text = wb.feature_page(features, feature, tmp_path / "page.html").read_text()
+    groups = re.findall(r"<h3>(\S+) to (\S+) <small>(\S+) % of its (\d+) active tokens", text)
+    assert len(groups) == 5
+    values = features.rows_of(feature)[1].astype(float)
+    edges = np.linspace(values[0], min(0, values[-1]), 6)
+    shares = [100 * np.mean((values <= high) & (values > low)) for high, low in pairwise(edges)]
+    shares[-1] = 100 - sum(shares[:-1])
+    assert [float(share) for *_, share, _ in groups] == pytest.approx(shares, abs=0.5)
+    assert [float(low) for low, *_ in groups] == pytest.approx(edges[1:], rel=5e-3)
+
+
+def test_panels_show_counts_tokens_and_neighbours(hostile_features, tmp_path):
+    features, sae, unembed = hostile_features
     feature = int(features.counts.argmax())
     text = wb.feature_page(features, feature, tmp_path / "page.html", sae=sae).read_text()
     counts, _ = wb.feature_histogram(features, feature)
     titles = re.findall(r"<title>[^<]* to [^<]*: ([\d,]+)</title></rect>", text)
-    assert [int(n.replace(",", "")) for n in titles] == [n for n in counts if n]
+    bars = [int(n.replace(",", "")) for n in titles]
+    active = [n for n in counts if n]
+    assert bars[: len(active)] == active
+    assert sum(bars[len(active) :]) == 320  # the histogram of logits holds the whole vocabulary
     assert f"Active on {features.counts[feature]} of 58 tokens" in text
     effects = np.sort(decoder_logits(sae, unembed, [feature])[0].numpy())
     logits = [float(cell) for cell in re.findall(r"<td>([+-]\d+\.\d{3})</td>", text)]
@@ -179,8 +165,18 @@ def test_a_page_without_sae_and_of_a_dead_feature(tmp_path):
     assert "Nearest by decoder" in text
 
 
-def test_wrong_requests_of_a_page(hostile, tmp_path):
-    features, _, _ = hostile
+def test_a_card_of_a_notebook_holds_the_page_and_runs_nothing(hostile_features, tmp_path):
+    features, sae, _ = hostile_features
+    card = wb.feature_card(features, 3, sae=sae, k=20)
+    assert card.html == wb.feature_page(features, 3, tmp_path / "page.html", sae=sae).read_text()
+    (frame,) = [about for tag, _, about, _ in Page(card._repr_html_()).elements if tag == "iframe"]
+    assert frame["srcdoc"] == card.html
+    assert frame["sandbox"] is None  # nothing is allowed
+    assert repr(card) == f"FeatureCard('Feature 3 of {features.record.site}')"
+
+
+def test_wrong_requests_of_a_page(hostile_features, tmp_path):
+    features, _, _ = hostile_features
     other = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")
     page = tmp_path / "page.html"
     assert "not with other" in refused(RequestError, lambda: wb.feature_page(features, 0, page, sae=other))
@@ -194,8 +190,8 @@ def test_wrong_requests_of_a_page(hostile, tmp_path):
 # ---- workbench top ----------------------------------------------------------------------------------------
 
 
-def test_top_lists_and_counts(hostile, tmp_path):
-    features, _, _ = hostile
+def test_top_lists_and_counts(hostile_features, tmp_path):
+    features, _, _ = hostile_features
     feature = int(features.counts.argmax())
     code, out, err = run("top", features.path, feature, "--k", 3, "--where", "position > 3")
     table = features.top(feature, 3, 5, "position > 3")
@@ -208,16 +204,16 @@ def test_top_lists_and_counts(hostile, tmp_path):
     assert out.splitlines()[-1] == f"active on {features.counts[feature]} of 58 rows"
 
 
-def test_top_writes_a_page(hostile, tmp_path):
-    features, sae, _ = hostile
+def test_top_writes_a_page(hostile_features, tmp_path):
+    features, sae, _ = hostile_features
     folder = features.path.parents[2] / "sae"
     code, out, err = run("top", features.path, 2, "--page", tmp_path / "p.html", "--sae", folder)
     assert (code, out, err) == (0, f"page  {tmp_path / 'p.html'}\n", "")
     assert (tmp_path / "p.html").read_text() == wb.feature_page(features, 2, tmp_path / "q.html", sae=sae).read_text()
 
 
-def test_wrong_requests_of_top(hostile, tmp_path):
-    features, _, _ = hostile
+def test_wrong_requests_of_top(hostile_features, tmp_path):
+    features, _, _ = hostile_features
     command, page = ("top", features.path), ("--page", tmp_path / "p.html")
     assert refused_by_cli(*command, 20) == "feature 20 does not exist; the SAE has features 0 to 19"
     assert refused_by_cli(*command, 20, *page) == "feature 20 does not exist; the SAE has features 0 to 19"

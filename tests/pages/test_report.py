@@ -19,6 +19,7 @@ import workbench as wb
 from workbench.cli.main import main
 from workbench.embedded import MODEL
 from workbench.figures.theme import PROBABILITY, TEMPLATE, to_dark
+from workbench.figures.token_grid import rewrap
 from workbench.io.errors import RequestError
 from workbench.pages.report import ROWS, Section, section, write_report
 from workbench.probes import AttentionSinks, LogitLens
@@ -84,7 +85,7 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(tmp_path)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert set(rules["script-src"].split()) == hashes
     assert rules["default-src"] == "'none'"
-    assert len(own) == 2  # plotly once, and what draws
+    assert len(own) == 3  # plotly once, and what draws
     assert len(drawings(page)) == 2
 
 
@@ -137,6 +138,29 @@ def test_sections_are_linked_in_order_with_what_was_found(tmp_path):
     assert [about["id"] for tag, about in page.elements if tag == "section"] == ["part-0", "part-1"]
     assert page.text.count("found one") == 2
     assert page.text.count("more") == 1
+
+
+def test_sections_of_one_title_are_told_apart_by_what_differs(tmp_path):
+    settings = [[("site", f"resid_post.{layer}", "meaning"), ("top_k", "5", "meaning")] for layer in (1, 2)]
+    sections = [Section("lens of m", settings=one, provenance={"model": "m"}) for one in settings]
+    page = written(tmp_path, [*sections, Section("sinks of m", settings=settings[0])], date="2026-01-02")
+    assert "lens of m: site resid_post.1" in page.text
+    assert "lens of m: site resid_post.2" in page.text
+    assert "sinks of m:" not in page.text
+    assert "date 2026-01-02" in page.text
+
+
+def test_reports_of_a_folder_share_one_script(tmp_path):
+    page = written(tmp_path, [Section("part", figures={"a": figure()})], plotlyjs="shared")
+    assert [about["src"] for about, _ in page.scripts if "src" in about] == ["plotly.min.js"]
+    assert (tmp_path / "page.html").stat().st_size < 50_000
+    with chromium() as tab:
+        tab.open((tmp_path / "page.html").as_uri())
+        tab.wait("document.querySelector('.plot .main-svg')", 60)
+        assert tab.complaints == []
+        assert set(tab.requests) == {(tmp_path / name).as_uri() for name in ("page.html", "plotly.min.js")}
+    with pytest.raises(RequestError, match="plotlyjs must be inside or shared, not 'cdn'"):
+        written(tmp_path, [Section("part")], plotlyjs="cdn")
 
 
 def test_an_existing_page_is_replaced_and_no_half_is_left(tmp_path):
@@ -194,7 +218,7 @@ def markup(path):
 def test_text_of_models_and_files_never_becomes_markup(results, markup):
     figures = sum(len(result.figures()) for result in results)
     assert {tag for tag, _ in markup.elements} <= TAGS
-    assert len(markup.scripts) == 2 + figures
+    assert len(markup.scripts) == 3 + figures
     names = {name for _, about in markup.elements for name in about}
     assert not [name for name in names if name.startswith("on") or name == "src"]
     links = {about["href"] for tag, about in markup.elements if tag == "a"}
@@ -256,7 +280,10 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         assert drawn == [len(figure.data) for figure in figures]
         values = "document.querySelector('.plot > div').calcdata[0][0].z"
         shown = page.run(f"Array.from({values}, (line) => Array.from(line))")
-        np.testing.assert_allclose(shown, np.asarray(figures[0].data[0].z, float), rtol=1e-6)
+        line = len(shown[0])  # as many tokens as the page is wide
+        expected = np.asarray(rewrap(figures[0], line).data[0].z, float)
+        np.testing.assert_allclose(np.array(shown, float)[: len(expected)], expected, rtol=1e-6)
+        assert page.run("document.querySelector('.plot > div').getBoundingClientRect().width") <= 1200
         # the keyboard reaches everything, in the order of the page
         expected = page.run(REACHABLE)
         page.run("document.body.focus(); scrollTo(0, 0)")

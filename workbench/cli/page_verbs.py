@@ -1,13 +1,16 @@
-"""Verbs that write pages and figures: demo, report, atlas, export."""
+"""Verbs that write or serve pages and figures: demo, report, atlas, index, serve, export."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
+from workbench.io.errors import RequestError
 from workbench.io.files import check_writable, replace_file
 from workbench.io.spreadsheet import csv_text
 
@@ -44,6 +47,8 @@ class Report:
     """Page to write."""
     title: str = "Report"
     """Title of the page."""
+    plotlyjs: Literal["inside", "shared"] = "inside"
+    """plotly's script inside the page (5 MB), or in one file beside it for all pages of the folder."""
 
     def run(self) -> int:
         """Writes the report."""
@@ -51,7 +56,9 @@ class Report:
         from workbench.results.result import load_result
 
         check_writable(self.out)
-        page = write_report([section(load_result(path)) for path in self.result], self.out, title=self.title)
+        sections = [section(load_result(path)) for path in self.result]
+        today = date.today().isoformat()
+        page = write_report(sections, self.out, title=self.title, date=today, plotlyjs=self.plotlyjs)
         print_plain(f"report  {page}")
         return 0
 
@@ -91,6 +98,75 @@ class Atlas:
             replace_file(self.table, csv_text(atlas.table).encode())
             print_plain(f"table  {self.table}")
         print_plain(f"atlas  {atlas.write(self.out)}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """Write an HTML page that lists every feature, sortable and searchable, and pages of features that it links."""
+
+    features: Positional[Path]
+    """Folder that `workbench features` printed, or a store that has one."""
+    out: Path
+    """Folder to write: index.html and the pages."""
+    pages: int = 0
+    """Number of features that get a page: those that are active on most tokens."""
+    feature: tuple[int, ...] = ()
+    """Ids of further features that get a page."""
+    sae: str | None = None
+    """SAE of the features; adds promoted tokens and nearest features to the pages."""
+    sae_id: str | None = None
+    """SAE within a release, or path within a folder of several."""
+
+    def run(self) -> int:
+        """Writes the index of features and the pages."""
+        if self.sae is None and self.sae_id is not None:
+            raise RequestError("--sae-id chooses one of several SAEs; give --sae too")
+        if self.sae is not None and not (self.pages or self.feature):
+            raise RequestError("--sae is used on pages of features alone; give --pages or --feature too")
+        from workbench.features.feature_store import open_features  # seconds: pandas
+        from workbench.pages.feature_index import feature_pages
+        from workbench.sae.load import load_sae
+
+        check_writable(self.out)
+        features = open_features(self.features)
+        most = features.counts.argsort(kind="stable")[::-1][: self.pages].tolist()
+        chosen = list(dict.fromkeys([*most, *self.feature]))
+        for feature in chosen:
+            features.rows_of(feature)  # a wrong number is refused before SAELens is loaded
+        sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
+        first, *others = feature_pages(features, self.out, chosen, sae=sae)
+        print_plain(f"index  {first}\npages  {len(others)}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Show linked views of a store in a browser on this machine: text, sinks, heads, lens, features, neighbours."""
+
+    store: Positional[Path]
+    """Store to show; only what is looked at is read."""
+    features: Path | None = None
+    """Folder that `workbench features` printed. Default: the store's, if it has one folder of them."""
+    port: int = 0
+    """Port on the loopback interface. Default: a free one."""
+
+    def run(self) -> int:
+        """Serves the views until it is interrupted."""
+        from workbench.features.feature_store import open_features  # seconds: pandas
+        from workbench.pages.serve import serve
+        from workbench.store.manifest import FEATURES
+        from workbench.store.reader import open_store
+
+        store = open_store(self.store)
+        folders = sorted(record.parent for record in store.path.glob(f"{FEATURES}/[!.]*/features.json"))
+        chosen = self.features or (folders[0] if len(folders) == 1 else None)
+        served = serve(store, None if chosen is None else open_features(chosen, store), port=self.port)
+        print_plain(f"serving  {served.address}\nstop with Ctrl-C")
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
+            served.close()
         return 0
 
 

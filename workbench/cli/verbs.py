@@ -12,7 +12,7 @@ from workbench.cli.completion import SCRIPTS, Options, completed_options
 from workbench.cli.experiment_verbs import sweep_command, sweep_options
 from workbench.cli.feature_verbs import Features, Labels, Metrics, Top
 from workbench.cli.options import Positional
-from workbench.cli.page_verbs import Atlas, Demo, Export, Report
+from workbench.cli.page_verbs import Atlas, Demo, Export, Index, Report, Serve
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
 from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, SparseProbe
 from workbench.cli.recording_verbs import Generate, Plan, Record
@@ -50,6 +50,8 @@ VERBS: dict[str, type[Command]] = {
     "metrics": Metrics,
     "labels": Labels,
     "top": Top,
+    "index": Index,
+    "serve": Serve,
     "coactive": Coactive,
     "contributions": Contributions,
     "effect": Effect,

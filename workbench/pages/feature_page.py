@@ -6,17 +6,21 @@ characters are spelt out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import html
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int64
 
 from workbench.features.feature_store import Features
 from workbench.features.labels import names_of, with_names
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
-from workbench.figures.markup import escape
+from workbench.figures.markup import escape, inert
+from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import sentence, visible
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -25,48 +29,18 @@ from workbench.model.unembed import load_unembed
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
 
-_TOKENS, _NEIGHBOURS, _ACROSS = 10, 10, 10
+_TOKENS, _NEIGHBOURS = 10, 10
 _QUANTILES = {0.1: "10 %", 0.5: "median", 0.9: "90 %"}
 _TOKEN_LENGTH = 60
+_STYLE = (Path(__file__).parent / "feature_page.css").read_text(encoding="utf-8")
 
-_CAPTION = """<p class="note">Shade: activation relative to the feature's largest. Outlined: the token whose activation
-and sequence:position are on the left.</p>"""
+_GROUPS, _OF_GROUP = 5, 3  # parts of the range of activations, and contexts of each
+_AROUND = 4  # tokens on either side that make two contexts the same
+_BINS = 60  # of the histogram of logits
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2430; --soft: #5b6472; --line: #e4e7ec; --back: #fff; --bar: #0072b2;
-  --on: 230 120 0; --off: 0 114 178 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --soft: #9aa3b2; --line: #343a46; --back: #16181d;
-  --bar: #56b4e9; --on: 230 130 20; --off: 60 140 220 } }
-body { font: 15px/1.5 Inter, Helvetica, Arial, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem }
-h1 { font-size: 1.6rem; margin-bottom: 0 }
-h2 { font-size: 1.05rem; margin: 0 0 .4rem }
-.label { font-size: 1.1rem; margin: .4rem 0; overflow-wrap: anywhere }
-.words { overflow-wrap: anywhere }
-.from, .note { color: var(--soft); font-size: 13px; margin: .2rem 0 }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: 1.6rem;
-  margin: 1.6rem 0 2rem; padding-top: 1.4rem; border-top: 1px solid var(--line) }
-table { border-collapse: collapse; font-size: 13px; width: 100% }
-th { text-align: right; font-weight: normal; color: var(--soft) }
-th:first-child, td:first-child { text-align: left }
-td { border-top: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums }
-th, td { padding: .12rem 0 .12rem .8rem }
-th:first-child, td:first-child { padding-left: 0 }
-code, .text { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px }
-code { white-space: pre-wrap; overflow-wrap: anywhere }
-svg { width: 100%; height: 9rem; display: block }
-svg rect { fill: var(--bar) }
-.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 12px }
-section { border-top: 1px solid var(--line); padding-top: 1.4rem; margin-bottom: 2rem }
-.context { display: grid; grid-template-columns: 3.5rem 1fr; gap: 0 1rem; padding: .35rem 0;
-  border-top: 1px solid var(--line) }
-.value { text-align: right; font-variant-numeric: tabular-nums }
-.value small { display: block; color: var(--soft); font-size: 11px }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7 }
-.text span { unicode-bidi: isolate; border-radius: 2px; background: rgb(var(--on) / var(--a)) }
-.text span.below { background: rgb(var(--off) / var(--a)) }
-.text span.here { outline: 1.5px solid rgb(var(--on)) }
-"""
+_CAPTION = """<p class="note">Shade: activation, from 0 <span class="key"></span> to {scale:.3g}, the feature's largest.
+Outlined: the token whose activation and sequence:position are on the left. A token shows its activation under the
+pointer, or when it is reached by the tab key or touched.</p>"""
 
 
 def feature_page(
@@ -77,13 +51,16 @@ def feature_page(
     sae: Sae | None = None,
     k: int = 20,
     context: int = 20,
+    pages: Collection[int] = (),
 ) -> Path:
     """Writes a page about one feature to the HTML file `path`, replacing an existing file, and returns the path.
 
     The page shows statistics and a histogram of its activations, features that are active on the same tokens, its
-    strongest contexts, and contexts across its range of activations; tokens are shaded by activation / largest
-    activation. With `sae` it also shows the nearest features by decoder direction and, if the SAE reconstructs the
-    residual stream and the store has an unembedding, the tokens promoted and suppressed. Features have their labels.
+    strongest contexts, and contexts of each fifth of its range of activations with its share of the active tokens;
+    contexts with the same tokens around are folded. Tokens are shaded by activation / largest activation. With `sae` it
+    also shows the nearest features by decoder direction and, if the SAE reconstructs the residual stream and the store
+    has an unembedding, the tokens promoted and suppressed and a histogram of the logits of all tokens. Features have
+    their labels.
 
     Args:
         features: The features.
@@ -92,43 +69,91 @@ def feature_page(
         sae: The SAE that made the features. None: leave its panels out.
         k: Number of strongest contexts.
         context: Number of tokens on either side.
+        pages: Features that have a page beside this one (`page_name`), to which this one links.
 
     Raises:
         RequestError: A feature that does not exist, another SAE, or a path that is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; name the file, such as {path / page_name(feature)}")
+    check_writable(path, "path")
+    page = feature_html(features, feature, sae=sae, k=k, context=context, pages=pages)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, page.encode("utf-8", "replace"))
+    return path
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """The page of a feature, shown by the last line of a notebook cell; saved and converted notebooks keep it."""
+
+    title: str
+    html: str
+    """The whole page."""
+
+    def __repr__(self) -> str:
+        return f"FeatureCard({self.title!r})"
+
+    def _repr_html_(self) -> str:
+        frame = f'<iframe sandbox title="{escape(self.title)}" srcdoc="{html.escape(self.html)}"'
+        return inert(f'{frame} style="width:100%;height:42rem;border:0"></iframe>')
+
+
+def feature_card(
+    features: Features, feature: int, *, sae: Sae | None = None, k: int = 10, context: int = 20
+) -> FeatureCard:
+    """Returns the page of `feature_page` for a notebook.
+
+    Args:
+        features: The features.
+        feature: Id of the feature.
+        sae: The SAE that made the features. None: leave its panels out.
+        k: Number of strongest contexts.
+        context: Number of tokens on either side.
+
+    Raises:
+        RequestError: A feature that does not exist, or another SAE.
+    """
+    page = feature_html(features, feature, sae=sae, k=k, context=context)
+    return FeatureCard(f"Feature {feature} of {features.record.site}", page)
+
+
+def page_name(feature: int) -> str:
+    """Returns the name of a feature's file beside the pages of others: `feature-17.html`."""
+    return f"feature-{feature}.html"
+
+
+def feature_html(
+    features: Features, feature: int, *, sae: Sae | None, k: int, context: int, pages: Collection[int] = ()
+) -> str:
+    """Returns the page that `feature_page` writes."""
     check("k", k, at_least=1)
     check("context", context, at_least=1)
     rows, values = features.rows_of(feature)
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder; name the file, such as {path / f'feature-{feature}.html'}")
-    check_writable(path, "path")
     if sae is not None:
         check_sae(features, sae)
     title = f"Feature {feature} of {features.record.site}"
-    ranks = rows[np.unique(np.linspace(0, max(0, len(rows) - 1), _ACROSS + 2).astype(int))[1:-1]]
     scale = float(np.abs(values[[0, -1]]).max()) if len(rows) else 1.0
-    page = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        '<meta name="viewport" content="width=device-width">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>{_label(features, feature)}",
-        f'<p class="from">{escape(_source(features))}</p>',
-        '<div class="panels">',
-        _panel("Activations", _statistics(features, feature), _bars(features, feature)),
-        *(_decoder_panels(features, feature, sae) if sae else ()),
-        _panel("Coactive features", _features_table(coactivation(features, feature), ("both", "lift", "jaccard"))),
-        "</div>",
-        _contexts("Strongest contexts", feature_contexts(features, feature, rows[: 4 * k], context)[:k], scale),
-        _contexts(
-            "Contexts across the range of activations", feature_contexts(features, feature, ranks, context), scale
-        ),
-        "</body></html>\n",
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, "\n".join(page).encode("utf-8", "replace"))
-    return path
+    coactive = _features_table(coactivation(features, feature), ("both", "lift", "jaccard"), pages)
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{escape(title)}</h1>{_label(features, feature)}",
+            f'<p class="from">{escape(_source(features))}</p>',
+            '<div class="panels">',
+            _panel("Activations", _statistics(features, feature), _bars(features, feature)),
+            *(_decoder_panels(features, feature, sae, pages) if sae else ()),
+            _panel("Coactive features", coactive),
+            "</div>",
+            _strongest(features, feature, k, context, scale),
+            _across(features, feature, context, scale),
+            "</body></html>\n",
+        ]
+    )
 
 
 def _source(features: Features) -> str:
@@ -161,27 +186,30 @@ def _statistics(features: Features, feature: int) -> str:
 
 
 def _bars(features: Features, feature: int) -> str:
-    """The histogram, as SVG: plotly would add 5 MB to the page."""
     counts, edges = feature_histogram(features, feature)
-    if not counts.any():
-        return ""
+    return _histogram(counts, edges, "activation", "tokens") if counts.any() else ""
+
+
+def _histogram(counts: Int64[np.ndarray, " bin"], edges: Float[np.ndarray, " edge"], unit: str, kind: str) -> str:
+    """A histogram as SVG (plotly would add 5 MB to the page): bars above 0 and below 0 have their own colours."""
     width, heights = 100 / len(counts), 100 * counts / counts.max()
     bars = "".join(
-        f'<rect x="{n * width:.3f}" y="{100 - height:.3f}" width="{0.85 * width:.3f}" height="{height:.3f}">'
+        f'<rect class="{"off" if edges[n + 1] <= 0 else "on"}" x="{n * width:.3f}" y="{100 - height:.3f}" '
+        f'width="{0.85 * width:.3f}" height="{height:.3f}">'
         f"<title>{edges[n]:.3g} to {edges[n + 1]:.3g}: {counts[n]:,}</title></rect>"
         for n, height in enumerate(heights)
         if height
     )
     first, last = f"{edges[0]:.3g}", f"{edges[-1]:.3g}"
-    label = f"Histogram of activations from {first} to {last}, highest bar {counts.max():,} tokens"
+    label = f"Histogram of {unit} from {first} to {last}, highest bar {counts.max():,} {kind}"
     return (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">{bars}</svg>'
-        f'<div class="axis"><span>{first}</span><span>activation</span><span>{last}</span></div>'
-        f'<p class="note">Highest bar: {counts.max():,} tokens.</p>'
+        f'<div class="axis"><span>{first}</span><span>{unit}</span><span>{last}</span></div>'
+        f'<p class="note">Highest bar: {counts.max():,} {kind}.</p>'
     )
 
 
-def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]:
+def _decoder_panels(features: Features, feature: int, sae: Sae, pages: Collection[int]) -> Iterable[str]:
     """Panels that need the SAE: promoted and suppressed tokens, nearest features."""
     try:
         check_writes_residual(features, sae)
@@ -193,8 +221,10 @@ def _decoder_panels(features: Features, feature: int, sae: Sae) -> Iterable[str]
         table = extreme_tokens(effects, unembed, _TOKENS)
         yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
         yield _panel("Suppressed tokens", _tokens_table(table.iloc[: -_TOKENS - 1 : -1]))
+        counts, edges = np.histogram(effects.double().cpu().numpy(), bins=_BINS)
+        yield _panel("Logits of all tokens", _histogram(counts, edges, "logit", "tokens of the vocabulary"))
     nearest = nearest_features(sae, feature, _NEIGHBOURS)
-    yield _panel("Nearest by decoder", _features_table(with_names(nearest, features.labels), ("cosine",)))
+    yield _panel("Nearest by decoder", _features_table(with_names(nearest, features.labels), ("cosine",), pages))
 
 
 def _tokens_table(table: pd.DataFrame) -> str:
@@ -205,16 +235,20 @@ def _tokens_table(table: pd.DataFrame) -> str:
     return _table(("token", "logit"), lines)
 
 
-def _features_table(table: pd.DataFrame, columns: Sequence[str]) -> str:
+def _features_table(table: pd.DataFrame, columns: Sequence[str], pages: Collection[int]) -> str:
     if table.empty:
         return '<p class="note">none</p>'
     named = ("description",) if "description" in table else ()
     shown = table.head(_NEIGHBOURS)[["feature", *columns, *named]].itertuples(index=False)
     lines = [
-        (str(feature), *map(_cell, rest[: len(columns)]), *map(_words, rest[len(columns) :]))
+        (_linked(feature, pages), *map(_cell, rest[: len(columns)]), *map(_words, rest[len(columns) :]))
         for feature, *rest in shown
     ]
     return _table(("feature", *columns, *named), lines)
+
+
+def _linked(feature: int, pages: Collection[int]) -> str:
+    return f'<a href="{page_name(feature)}">{feature}</a>' if feature in pages else str(feature)
 
 
 def _cell(value: object) -> str:
@@ -233,13 +267,53 @@ def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _contexts(title: str, contexts: Sequence[Context], scale: float) -> str:
-    if not contexts:
+def _strongest(features: Features, feature: int, k: int, context: int, scale: float) -> str:
+    rows = features.rows_of(feature)[0]
+    groups = _alike(feature_contexts(features, feature, rows[: 4 * k], context))[:k]
+    return _section("Strongest contexts", _folded(groups, scale), scale)
+
+
+def _across(features: Features, feature: int, context: int, scale: float) -> str:
+    """Contexts of each fifth of the range of activations, from the top: evenly spaced by rank."""
+    rows, values = features.rows_of(feature)
+    if not len(rows):
         return ""
-    return (
-        f"<section><h2>{escape(title)}</h2>{_CAPTION}"
-        f"{''.join(_context(context, scale) for context in contexts)}</section>"
+    edges = np.linspace(float(values[0]), min(0.0, float(values[-1])), _GROUPS + 1)
+    ends = np.searchsorted(-values.astype(np.float64), -edges, side="right")
+    ends[0], ends[-1] = 0, len(rows)
+    parts = []
+    for high, low, first, last in zip(edges[:-1], edges[1:], ends[:-1], ends[1:], strict=True):
+        chosen = rows[np.unique(np.linspace(first, last - 1, _OF_GROUP).astype(int))] if last > first else []
+        share = f"{100 * (last - first) / len(rows):.3g} % of its {len(rows):,} active tokens"
+        parts.append(f"<h3>{low:.3g} to {high:.3g} <small>{share}</small></h3>")
+        parts.append(_folded(_alike(feature_contexts(features, feature, chosen, context)), scale))
+    return _section("Contexts across the range of activations", "".join(parts), scale)
+
+
+def _alike(contexts: Sequence[Context]) -> list[list[Context]]:
+    """Groups of contexts with the same tokens around, in the order of their first ones."""
+    groups: dict[tuple[str, ...], list[Context]] = {}
+    for one in contexts:
+        groups.setdefault(one.tokens[max(0, one.at - _AROUND) : one.at + _AROUND + 1], []).append(one)
+    return list(groups.values())
+
+
+def _folded(groups: Sequence[Sequence[Context]], scale: float) -> str:
+    return "".join(
+        _context(first, scale)
+        + (
+            f"<details><summary>{len(more)} more with the same tokens around</summary>"
+            f"{''.join(_context(one, scale) for one in more)}</details>"
+            if more
+            else ""
+        )
+        for first, *more in groups
     )
+
+
+def _section(title: str, markup: str, scale: float) -> str:
+    caption = _CAPTION.format(scale=scale)
+    return f"<section><h2>{escape(title)}</h2>{caption}{markup}</section>" if markup else ""
 
 
 def _context(context: Context, scale: float) -> str:
@@ -247,18 +321,21 @@ def _context(context: Context, scale: float) -> str:
     value = f'{context.activations[context.at]:.3g}<small title="sequence:position">{place}</small>'
     text = "".join(
         _shaded(token, activation, scale, here=n == context.at)
-        for n, (token, activation) in enumerate(zip(context.tokens, context.activations.tolist(), strict=True))
+        for n, (token, activation) in enumerate(
+            zip(readable_tokens(context.tokens), context.activations.tolist(), strict=True)
+        )
     )
     return f'<div class="context"><div class="value">{value}</div><div class="text">{text}</div></div>'
 
 
 def _shaded(token: str, activation: float, scale: float, *, here: bool) -> str:
-    shown = _token(token)
+    shown = _token(token) + ("<br>" * token.endswith("\n"))
     if not activation:
         return f'<span style="--a:0">{shown}</span>'
     kind = " ".join(name for name, applies in (("here", here), ("below", activation < 0)) if applies)
     share = min(1.0, abs(activation) / scale)
-    return f'<span class="{kind}" style="--a:{0.12 + 0.68 * share:.2f}" title="{activation:.4g}">{shown}</span>'
+    style = f"--a:{0.12 + 0.68 * share:.2f}"
+    return f'<span class="{kind}" style="{style}" title="{activation:.4g}" tabindex="0">{shown}</span>'
 
 
 def _token(token: str) -> str:

@@ -2,6 +2,7 @@
 // Draws each figure when it is scrolled near, in the page's colour scheme, and all figures in light before printing.
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const drawings = new Map();
+const PAPER = 680; // pixels that a figure has in print
 
 function toDark(figure) {
   const copy = structuredClone({ data: figure.data, layout: figure.layout });
@@ -14,14 +15,17 @@ function toDark(figure) {
   return copy;
 }
 
-function draw(place, dark) {
+function draw(place, dark, paper = 0) {
   const figure = JSON.parse(place.querySelector("script").textContent);
-  const { data, layout } = dark ? toDark(figure) : figure;
-  const room = place.parentElement.clientWidth;
-  const width = figure.fluid && room ? Math.min(figure.width, Math.max(room, 280)) : figure.width;
+  const themed = dark ? toDark(figure) : figure;
+  const room = paper || place.parentElement.clientWidth;
+  const wide = Math.max(room || figure.width, 280);
+  const { data, layout } = figure.layout.meta?.grid ? wrapGrid(themed, wide) : themed;
+  const width = layout.width ?? (figure.fluid ? Math.min(figure.width, wide) : figure.width);
   drawings.set(place, { width, dark });
   const options = { displaylogo: false, showTips: false, ...(room < 480 && { displayModeBar: false }) };
-  Plotly.react(place.firstElementChild, data, { ...layout, width }, options);
+  const plot = place.firstElementChild;
+  Plotly.react(plot, data, { ...layout, width }, options).then(() => watchHeads(plot));
 }
 
 const near = new IntersectionObserver((entries) => {
@@ -41,9 +45,9 @@ addEventListener("resize", () => {
 addEventListener("beforeprint", () => {
   clearTimeout(waiting);
   document.querySelectorAll("details:not([open])").forEach((part) => { part.open = true; part.dataset.shut = ""; });
-  places.forEach((place) => { if (!drawings.has(place) || drawings.get(place).dark) draw(place, false); });
+  places.forEach((place) => { if (!drawings.has(place) || drawings.get(place).dark || drawings.get(place).width > PAPER) draw(place, false, PAPER); });
 });
 addEventListener("afterprint", () => {
   document.querySelectorAll("details[data-shut]").forEach((part) => { part.open = false; delete part.dataset.shut; });
-  if (prefersDark.matches) [...drawings.keys()].forEach((place) => draw(place, true));
+  [...drawings.keys()].forEach((place) => draw(place, prefersDark.matches));
 });

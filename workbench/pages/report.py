@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 ROWS = 10
 """Table rows that are shown; the result's folder holds the whole table."""
 
+SCRIPT = "plotly.min.js"
+"""File of plotly's script beside reports and exported figures that share it."""
+
+_DIFFERENCES, _LONG = 3, 40  # names in a title that tell sections apart, and characters of a value
 _VARIABLE_COLUMNS = ("variable", "axes", "units", "range", "value under the null", "meaning")
 _PRINT_WIDTH = 680  # pixels
+_TOP = 64  # pixels above a plot, whose title is its caption: legend, colour bar, plotly's buttons
+_BROAD = 800  # pixels; narrower figures stand in two columns
 _FOLDER = Path(__file__).parent
 
 
@@ -80,31 +86,80 @@ def section(result: Result) -> Section:
     )
 
 
-def write_report(sections: Sequence[Section], path: str | Path, *, title: str, text: Sequence[str] = ()) -> Path:
-    """Writes the report, about 5 MB of which are plotly's script, and replaces an existing file.
+def write_report(
+    sections: Sequence[Section],
+    path: str | Path,
+    *,
+    title: str,
+    text: Sequence[str] = (),
+    date: str = "",
+    plotlyjs: str = "inside",
+) -> Path:
+    """Writes the report and replaces an existing file. Sections of equal titles are named by what differs.
 
     Args:
         sections: Sections in order.
         path: File to write; its folder is created.
         title: Heading of the report.
         text: Paragraphs below the heading.
+        date: Date to show below the heading; "" for none, so that the same results give the same bytes.
+        plotlyjs: inside (plotly's script in the page, 5 MB) or shared (in `plotly.min.js` beside it, which other
+            reports and exported figures of the folder use, too).
 
     Returns:
         `path`.
 
     Raises:
-        RequestError: Without any section, or where `path` is a folder.
+        RequestError: Without any section, for another value of `plotlyjs`, or where `path` is a folder.
     """
     path = Path(path)
+    if plotlyjs not in ("inside", "shared"):
+        raise RequestError(f"plotlyjs must be inside or shared, not {plotlyjs!r}")
     if not sections:
         raise RequestError("the report has no results; give at least one folder that `workbench probe --out` wrote")
     if path.is_dir():
         raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'report.html')!r}")
-    page = _page(sections, title, text)
+    page = _page(_named_by_difference(sections), title, text, date, plotlyjs == "shared")
     with explain_full_disk(str(path), "write it again"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if plotlyjs == "shared":
+            from plotly.offline import get_plotlyjs
+
+            replace_file(path.parent / SCRIPT, get_plotlyjs().encode())
         replace_file(path, page.encode("utf-8", "replace"))
     return path
+
+
+def _named_by_difference(sections: Sequence[Section]) -> list[Section]:
+    """The sections, with what differs (settings, then provenance) in titles that several have."""
+    named = []
+    for part in sections:
+        same = [other for other in sections if other.title == part.title]
+        facts = [{**{name: value for name, value, _ in one.settings}, **one.provenance} for one in same]
+        mine = {**{name: value for name, value, _ in part.settings}, **part.provenance}
+        differing = [name for name in mine if len({str(one.get(name)) for one in facts}) > 1]
+        shown = [name for name in differing if not name.endswith("fingerprint")][:_DIFFERENCES] or differing[:1]
+        short = ", ".join(f"{name} {_shortened(mine[name])}" for name in shown)
+        named.append(replace(part, title=f"{part.title}: {short}") if len(same) > 1 and short else part)
+    return named
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
+
+
+def _facts_of_all(sections: Sequence[Section], date: str) -> dict[str, str]:
+    """Models, recordings and versions of all sections, for the head of the page."""
+    facts = {"date": date} if date else {}
+    sources = [part.provenance for part in sections if "model" in part.provenance]
+    stores = {f"{one['store']}, {one['rows']:,} rows" for one in sources if "store" in one and "rows" in one}
+    several = {
+        "model": {" ".join([one["model"], str(one.get("model_fingerprint", ""))[:12]]).strip() for one in sources},
+        "recording": stores,
+        "workbench": {str(one["workbench"]) for one in sources if "workbench" in one},
+    }
+    return facts | {name: "; ".join(sorted(values)) for name, values in several.items() if values}
 
 
 def _variables(probe: Any, data: xr.Dataset) -> list[tuple[str, str, str, str, str, str]]:
@@ -148,51 +203,57 @@ def _value_range(values: xr.DataArray) -> str:
 # ---- markup ---------------------------------------------------------------------------------------------
 
 
-def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str]) -> str:
+def _page(sections: Sequence[Section], title: str, paragraphs: Sequence[str], date: str, shared: bool) -> str:
     links = "".join(map(_link, enumerate(sections)))
     body = [
         f"<header><h1>{escape(title)}</h1>",
         *_paragraphs(paragraphs),
-        f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav></header>',
+        f"{_facts(_facts_of_all(sections, date))}</header>",
+        f'<nav id="contents" aria-label="Contents"><ol>{links}</ol></nav>',
         '<main id="results">',
         *(_section(number, part) for number, part in enumerate(sections)),
         "</main>",
     ]
-    return document(title, "\n".join(body))
+    return document(title, "\n".join(body), shared=shared)
 
 
-def document(title: str, body: str, *, style: str = "", scripts: Sequence[str] = ()) -> str:
-    """Returns a page that needs nothing else: plotly's script, that of figures, and no other than these.
+def document(title: str, body: str, *, style: str = "", scripts: Sequence[str] = (), shared: bool = False) -> str:
+    """Returns a page that needs nothing else: plotly's script, those of figures, and no other than these.
 
     Args:
         title: Title of the page.
         body: Markup, already safe, with an element of id "results".
         style: Rules behind those of the report.
-        scripts: Scripts behind that of the figures.
+        scripts: Scripts behind those of the figures.
+        shared: True to take plotly's script from the file `SCRIPT` beside the page.
     """
     from plotly.offline import get_plotlyjs
 
-    scripts = [get_plotlyjs(), (_FOLDER / "report.js").read_text(encoding="utf-8"), *scripts]
+    own = [*((_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")), *scripts]
+    scripts = own if shared else [get_plotlyjs(), *own]
     style = (_FOLDER / "report.css").read_text(encoding="utf-8") + style
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts, shared)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title><style>{style}</style></head><body>",
             '<a class="skip" href="#results">Skip to the results</a>',
             body,
+            f'<script src="{SCRIPT}"></script>' if shared else "",
             *(f"<script>{script}</script>" for script in scripts),
             "</body></html>\n",
         ]
     )
 
 
-def _policy(scripts: Iterable[str]) -> str:
+def _policy(scripts: Iterable[str], shared: bool) -> str:
     """Content security policy: only these scripts, no requests, only images made by plotly itself."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+    beside = " 'self' file:" * shared  # plotly's script from the folder of the page
+    rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+    return f"default-src 'none'; script-src {allowed}{beside}; {rest}"
 
 
 def _link(numbered: tuple[int, Section]) -> str:
@@ -212,7 +273,9 @@ def _section(number: int, part: Section) -> str:
             f'<p class="question">{escape(part.question)}</p>' if part.question else "",
             f'<p class="headline">{escape(headline)}</p>' if headline else "",
             *_paragraphs(filter(None, others)),
+            '<div class="figures">' if part.figures else "",
             *(figure_markup(figure, f"part-{number}-{name}") for name, figure in enumerate(part.figures.values())),
+            "</div>" if part.figures else "",
             _controls(part.controls),
             _folded("Definition", definition),
             _folded("Settings", _rows(("setting", "value", "meaning"), part.settings)),
@@ -231,10 +294,10 @@ def figure_markup(figure: Figure, name: str) -> str:
     title, subtitle = (part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text))
     caption = f"{escape(title or '')}{f'<small>{escape(subtitle)}</small>' if subtitle else ''}"
     drawing = _drawing(figure)
-    fit = min(1.0, _PRINT_WIDTH / drawing["width"])
-    style = f"--height:{drawing['layout']['height']}px;--fit:{fit:.3f}"
+    fit = 1.0 if drawing["fluid"] else min(1.0, _PRINT_WIDTH / drawing["width"])
+    style = f"--height:{drawing['height']}px;--fit:{fit:.3f}"
     return (
-        f'<figure aria-labelledby="{name}">'
+        f'<figure aria-labelledby="{name}"{" class=broad" * (drawing["width"] > _BROAD)}>'
         f'<figcaption id="{name}">{caption}</figcaption>'
         f'<div class="wide" tabindex="0" role="group" aria-label="{escape(alt_text(figure))}">'
         f'<div class="plot" style="{style}"><div></div><script type="application/json">{_json(drawing)}</script></div>'
@@ -247,13 +310,19 @@ def _drawing(figure: Figure) -> dict[str, Any]:
     import plotly.graph_objects as go
 
     from workbench.figures.theme import to_dark
+    from workbench.figures.token_grid import grid_of, rewrap
 
-    bare = go.Figure(figure)
-    top = (bare.layout.margin.t or 70) - (14 if bare.layout.title.text else 0)
-    bare.update_layout(title=None, margin={"t": top}, width=None, height=figure.layout.height or 450)
+    grid = grid_of(figure)
+    bare = go.Figure(figure) if grid is None else rewrap(figure, grid["tokens"])
+    above = bare.layout.margin.t or 70
+    top = min(above - (14 if bare.layout.title.text else 0), _TOP)
+    height = (bare.layout.height or 450) - above + top
+    bare.update_layout(title=None, margin={"t": top}, width=None, height=height)
     light, other = (json.loads(part.to_json()) for part in (bare, to_dark(bare)))  # pyright: ignore[reportArgumentType]  # plotly
     cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)  # pyright: ignore[reportAttributeAccessIssue]  # plotly
-    return {**light, "dark": _changes(light, other), "width": figure.layout.width or 760, "fluid": not cells}
+    fixed = isinstance(figure.layout.meta, Mapping) and "heads" in figure.layout.meta  # whose cells are square
+    about = {"width": figure.layout.width or 760, "height": (figure.layout.height or 450) - above + top}
+    return {**light, "dark": _changes(light, other), **about, "fluid": grid is not None or not (cells or fixed)}
 
 
 def _changes(old: Any, new: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
@@ -271,7 +340,7 @@ def _changes(old: Any, new: Any, path: tuple[str | int, ...] = ()) -> list[tuple
 
 def _json(value: Any) -> str:
     """JSON that is safe inside a script element, which ends at the first `</script`, even inside a string."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _paragraphs(paragraphs: Iterable[str]) -> list[str]:

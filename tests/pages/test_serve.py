@@ -1,0 +1,179 @@
+"""The served views: answers are the store's numbers, only our own page may ask, and in a browser text stays text."""
+
+from __future__ import annotations
+
+import json
+from http.client import HTTPConnection
+from urllib.parse import urlencode, urlsplit
+
+import numpy as np
+import pytest
+from browser import chromium
+from planted import linear_unembed, planted_store
+from refusals import refused
+
+import workbench as wb
+from workbench.io.errors import RequestError
+from workbench.model.unembed import load_unembed
+from workbench.pages.linked_view import LinkedView
+
+WORDS = ["a", " b", "<img src=x onerror=alert(1)>", "\n", "ש", "ל", "</script>", "\u202e", "d", "e"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two documents with residuals of two layers and patterns of one."""
+    rng = np.random.default_rng(0)
+    documents = [rng.permutation(10) for _ in range(3)]
+    patterns = np.tril(rng.random((3, 2, 10, 10)))
+    patterns /= patterns.sum(-1, keepdims=True)
+    sites = {f"resid_post.{layer}": rng.normal(size=(30, 6)) for layer in (0, 3)}
+    sites["pattern.3"] = patterns.transpose(0, 2, 1, 3).reshape(-1, 2, 10)
+    path = tmp_path_factory.mktemp("served") / "x.acts"
+    return planted_store(path, documents, sites, linear_unembed(rng.normal(size=(10, 6)), WORDS))
+
+
+@pytest.fixture(scope="module")
+def served(store):
+    running = wb.serve(store)
+    yield running
+    running.close()
+
+
+def asked(served, name="", method="GET", headers=None, token=None, **parameters):
+    """Status and content of one request."""
+    parts = urlsplit(served.address)
+    connection = HTTPConnection(parts.hostname, parts.port, timeout=60)
+    path = f"/{token or parts.path.strip('/')}/{name}?{urlencode(parameters)}"
+    connection.request(method, path, headers=headers or {})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, content, answer.headers
+
+
+def answer(served, name, **parameters):
+    status, content, _ = asked(served, name, **parameters)
+    assert status == 200, content
+    return json.loads(content)
+
+
+def test_only_our_own_page_on_this_machine_may_ask(served):
+    assert urlsplit(served.address).hostname == "127.0.0.1"
+    assert asked(served)[0] == asked(served, "about")[0] == 200
+    for refused_request in (
+        {"token": "wrong"},
+        {"headers": {"Host": "evil.example"}},
+        {"headers": {"Origin": "http://evil.example"}},
+        {"headers": {"Origin": "null"}},
+        {"headers": {"Sec-Fetch-Site": "cross-site"}},
+    ):
+        assert asked(served, "about", **refused_request)[0] == 403, refused_request
+    assert asked(served, "about", "POST")[0] == asked(served, "about", "DELETE")[0] == 501
+    headers = asked(served)[2]
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "Access-Control-Allow-Origin" not in headers
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert asked(served, "../../etc/passwd")[0] == 400
+
+
+def test_answers_are_the_numbers_of_the_store(served, store):
+    about = answer(served, "about")
+    assert (about["rows"], about["sequences"]) == (30, 3)
+    assert about["sites"] == {"resid_post": [0, 3], "pattern": [3]}
+    sequence = answer(served, "sequence", number=1)
+    assert (sequence["first"], len(sequence["texts"])) == (10, 10)
+    assert sequence["ends"] == [text == "\n" for text in store.tokens["token"].to_pylist()[10:20]]
+    norms = answer(served, "norms", number=1, site="resid_post", layer=3)["values"]
+    states = store["resid_post", 3][:].numpy()
+    np.testing.assert_allclose(norms, np.linalg.norm(states[10:20], axis=1), rtol=1e-3)
+    pattern = store["pattern", 3][:].numpy()
+    sinks = answer(served, "sinks")
+    later = np.arange(30) % 10 > 0
+    np.testing.assert_allclose(sinks["values"], [pattern[later, :, 0].mean(0)], rtol=1e-3)
+    head = answer(served, "head", number=2, layer=3, head=1)["pattern"]
+    assert [len(line) for line in head] == list(range(1, 11))
+    np.testing.assert_allclose(head[4], pattern[24, 1, :5], rtol=1e-3)
+    lens = answer(served, "lens", row=7)
+    unembed = load_unembed(store.path)
+    logits = states[7].astype(float) @ unembed.weight.double().numpy().T  # a planted unembedding has no norm
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose(lens["probabilities"][1], np.sort(shares)[::-1][:5], rtol=1e-3)
+    near = answer(served, "neighbours", row=7, site="resid_post", layer=0)
+    units = store["resid_post", 0][:].numpy()
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    cosine = units @ units[7]
+    cosine[7] = -2
+    assert [line[0] for line in near["neighbours"]] == np.argsort(-cosine)[:10].tolist()
+    assert [line[2] for line in near["neighbours"]] == pytest.approx(np.sort(cosine)[::-1][:10], abs=1e-3)
+
+
+def test_features_of_a_row_and_over_the_text(hostile_features):
+    features, _, _ = hostile_features
+    view = LinkedView(features.store, features)
+    dense = features[:].toarray()
+    lines = view.active(9)["features"]
+    expected = np.argsort(-dense[9], kind="stable")[: len(lines)]
+    assert [value for _, value, *_ in lines] == pytest.approx(dense[9][expected], rel=1e-3)
+    feature = lines[0][0]
+    first, last = (int(view._starts[1]), int(view._ends[1]))
+    assert view.feature(1, feature)["values"] == pytest.approx(dense[first:last, feature], rel=1e-3)
+    assert f"Feature {feature} of" in view.card(feature)
+
+
+def test_wrong_requests(served, store, hostile_features, tmp_path):
+    def error(name, **parameters):
+        status, content, _ = asked(served, name, **parameters)
+        assert status == 400
+        return json.loads(content)["error"]
+
+    assert error("sequence", number=99) == "sequence 99 does not exist; there are 3: 0 to 2"
+    assert error("sequence", number="-1") == "number must be a whole number, not '-1'"
+    assert error("head", number=0, layer=0, head=0).startswith("pattern.0 was not recorded")
+    assert error("head", number=0, layer=3, head=2) == "head 2 does not exist; there are 2: 0 to 1"
+    assert error("active", row=0) == "no features are shown; give features= (--features)"
+    assert error("nothing").startswith("no answer 'nothing'; there are about, ")
+    assert "resid_pst" in error("norms", number=0, site="resid_pst", layer=0)
+    features, _, _ = hostile_features
+    assert refused(RequestError, lambda: wb.serve(store, features)).startswith("features belong to ")
+    port = urlsplit(served.address).port
+    assert refused(RequestError, lambda: wb.serve(store, port=port)).startswith(f"port {port} cannot be used: ")
+    assert served._repr_html_().count("<iframe") == 1
+
+
+def count(selector: str) -> str:
+    return f'document.querySelectorAll("{selector}").length'
+
+
+def test_the_views_in_a_browser(served, store):
+    with chromium() as page:
+        page.size(1300, 900)
+        page.open(served.address)
+        page.wait(f"{count('.token')} == 10 && {count('#sinks button')} == 2")
+        assert page.run("document.querySelectorAll('img, #tokens script').length") == 0
+        shown = page.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
+        assert "<img src=x onerror=alert(1)>" in shown
+        assert "\\u202e" in shown
+        # a cell of the map of sinks shows its head over the text
+        page.mouse("#sinks td:nth-child(3) button")
+        page.wait("document.querySelector('.token.query') && !document.querySelector('#note').textContent", 20)
+        weights = page.run("[...document.querySelectorAll('.token')].map((token) => token.title.split(': ')[1])")
+        pattern = store["pattern", 3][9].numpy()[1]
+        np.testing.assert_allclose([float(weight) for weight in weights], pattern, rtol=1e-3)
+        # a token opens its lens and its neighbours, by the keyboard alone; the selection is a query
+        page.run("document.querySelector('.token[data-at=\"0\"]').focus()")
+        page.key("ArrowLeft", 37)
+        page.key("Home", 36)
+        page.key("ArrowRight", 39)
+        page.key("Enter", 13, text="\r")
+        page.wait(f"{count('#lens tr')} == 2 && {count('#neighbours li')} == 10", 30)
+        assert page.run("document.querySelector('[name=sql]').value") == "row IN (1)"
+        python = page.run("document.querySelector('[name=python]').value")
+        assert eval(python, {"wb": wb}).ids.tolist() == [1]
+        # a neighbour leads to its place
+        page.mouse("#neighbours li:first-child button")
+        page.wait("document.activeElement.classList.contains('token')", 20)
+        page.key("Escape", 27)
+        assert page.run("document.querySelector('#selection').hidden")
+        assert page.complaints == []
+        assert {urlsplit(address).netloc for address in page.requests} == {urlsplit(served.address).netloc}
