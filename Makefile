@@ -10,6 +10,7 @@ MODELS := models/smollm2-135m/.complete
 SOURCES := $(shell find workbench probes experiments -name '*.py')
 OLDEST := tests/io tests/store tests/results tests/probes/test_logit_lens.py tests/sae/test_sparsity.py
 export OUT MODEL
+# The oldest jaxtyping instruments packages after conftest files have imported them: there, shapes are not checked.
 # Every worker and every process that a test starts would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -34,7 +35,7 @@ test: lint $(MODELS) ## lint, check types, then run every test [JOBS=2, PYTEST="
 test-oldest: ## run a smaller set of tests with the oldest supported versions of the dependencies
 	test -x build/oldest/bin/pip || $(PYTHON) -m venv build/oldest
 	build/oldest/bin/pip install -c constraints-oldest.txt -e ".[dev,export]"
-	build/oldest/bin/pytest -p no:xdist $(OLDEST)
+	build/oldest/bin/pytest -p no:xdist -o addopts="--import-mode=importlib -p no:logging -m 'not torture'" $(OLDEST)
 
 torture: $(INSTALLED) ## try every crash point and 10,000 damages of each file; resumes; writes docs/reliability.md
 	$(BIN)/python tests/torture $(TORTURE)
