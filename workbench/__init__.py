@@ -44,9 +44,9 @@ _PUBLIC = {
     "SkipBlock": "workbench.model.block_records",
     "SwapBlocks": "workbench.model.block_records",
     "Feature": "workbench.sae.feature_record",
-    "LogProbability": "workbench.model.metrics",
-    "LogitDifference": "workbench.model.metrics",
-    "NextTokenLoss": "workbench.model.metrics",
+    "LogProbability": "workbench.model.logit_metrics",
+    "LogitDifference": "workbench.model.logit_metrics",
+    "NextTokenLoss": "workbench.model.logit_metrics",
     "extract_features": "workbench.features.extract",
     "open_features": "workbench.features.feature_store",
     "Features": "workbench.features.feature_store",
@@ -167,7 +167,7 @@ if TYPE_CHECKING:
     from workbench.model.head_results import head_results
     from workbench.model.intervene import intervene
     from workbench.model.load import Model, load_model
-    from workbench.model.metrics import LogitDifference, LogProbability, NextTokenLoss
+    from workbench.model.logit_metrics import LogitDifference, LogProbability, NextTokenLoss
     from workbench.model.row_records import Add, Project, Set, Zero
     from workbench.model.stored_attention import FreezePattern
     from workbench.model.stored_rows import Mean, Patch, Resample

@@ -18,7 +18,7 @@ from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
-from workbench.model.metrics import Metric
+from workbench.model.logit_metrics import Metric
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
 from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes

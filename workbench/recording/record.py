@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from workbench.features.while_recording import RecordedFeatures
     from workbench.model.intervene import Intervention
-    from workbench.model.metrics import Metric
+    from workbench.model.logit_metrics import Metric
     from workbench.sae.autoencoder import Sae
     from workbench.store.reader import Store
 

@@ -21,7 +21,7 @@ from workbench.io.errors import DataError, RequestError, first_line, nearest, sh
 from workbench.io.parse import read_json
 from workbench.model.gradients import check_gradients
 from workbench.model.load import Model
-from workbench.model.metrics import METRIC_KINDS, Metric, NextTokenLoss
+from workbench.model.logit_metrics import METRIC_KINDS, Metric, NextTokenLoss
 from workbench.model.token_choice import Tokens
 from workbench.recording.change_files import choice_of
 from workbench.recording.segment_changes import chosen_by_table
