@@ -79,8 +79,6 @@ _PUBLIC = {
     "segment": "workbench.analysis.segmentation",
     **dict.fromkeys(("attention_sites", "attention_source"), "workbench.analysis.received"),
     "ROWS_PER_DIMENSION": "workbench.analysis.rows",
-    "SCORED": "workbench.analysis.segmentation",
-    "Words": "workbench.analysis.words",
     "blocks": "workbench.analysis.rows",
     **dict.fromkeys(("erasure_scores", "segment"), "workbench.analysis.segmentation"),
     "layers_of": "workbench.analysis.received",
