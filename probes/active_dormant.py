@@ -187,7 +187,7 @@ class ActiveDormant(StoreProbe):
         data, settings, table = result.data, result.provenance["settings"], result.table
         best, sink = table.nlargest(1, "sink_attention").iloc[0], int(data["sink_position"])
         strongest = head_name(int(best["layer"]), int(best["head"]))
-        dormant = int((table["active"] < 0.5).sum())
+        dormant = int((table["active"].to_numpy() < 0.5).sum())
         parts = [
             f"{dormant} of {len(table)} heads are dormant on most sequences (attention to position {sink} above "
             f"{settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences)",
@@ -199,9 +199,9 @@ class ActiveDormant(StoreProbe):
             most = data.isel(layer=int(np.nanargmax(data["peak"].to_numpy())))
             at = {name: float(most[name]) for name in ("peak", "peak_low", "peak_high")}
             parts.append(f"residual peak {_value(at, 'peak', 1)} times the median at layer {int(most['layer'])}")
-        if "gap" in table and table["gap"].notna().any():
+        if "gap" in table and table["gap"].notna().to_numpy().any():
             widest, permuted = table.nlargest(1, "gap").iloc[0], float(data["gap_permuted"])
-            number = int((table["gap"] > permuted).sum())
+            number = int((table["gap"].to_numpy() > permuted).sum())
             text = f"{number} heads differ between domains by more than permuted domains do ({permuted:.2f})"
             if number:
                 text += (

@@ -304,7 +304,7 @@ def _rates(result: Result) -> go.Figure:
         )
     )
     figure.add_vline(x=100 * overall, line={"color": NEUTRAL, "dash": "dash"})
-    title = {"text": f"Tokens of hidden sinks in {_model(result)}"}
+    title: dict[str, Any] = {"text": f"Tokens of hidden sinks in {_model(result)}"}
     title["subtitle"] = {"text": "the most detected, most first; in brackets their rank; dashed: all tokens"}
     figure.update_layout(template=TEMPLATE, title=title, height=160 + 20 * int(kept.sum()), width=760)
     figure.update_xaxes(title="% of (occurrence, head) that are hidden sinks", rangemode="tozero")

@@ -357,7 +357,7 @@ def _ablation(
         return {}, {}
     chosen = np.random.default_rng(probe.seed).permutation(np.unique(queries.sequence))
     chosen = chosen[: 1 + int(np.searchsorted(np.cumsum(sequences.lengths[chosen]), probe.ablation_tokens))]
-    rows = np.concatenate([sequences.starts[one] + np.arange(sequences.lengths[one]) for one in np.sort(chosen)])
+    rows = np.concatenate([sequences.starts[one] + np.arange(int(sequences.lengths[one])) for one in np.sort(chosen)])
     rows = rows[next_tokens(store)[rows] >= 0]
     repeated = np.isin(rows, queries.rows)
     groups = {"after repeated tokens": rows[repeated], "after new tokens": rows[~repeated]}

@@ -369,7 +369,7 @@ def _effect(result: Result) -> go.Figure:
     least = float(np.nanmin(table[["effect_attention", "effect_value"]].to_numpy(), initial=0.9))
     ends = [np.floor(10 * least) / 10, 1]
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": NEUTRAL, "dash": "dash"}, hoverinfo="skip")
-    title = {"text": f"Which importance the heads' outputs follow in {_model(result)}"}
+    title: dict[str, Any] = {"text": f"Which importance the heads' outputs follow in {_model(result)}"}
     title["subtitle"] = {"text": "rank correlation with the change of the output when a key is hidden; a dot a head"}
     figure.update_layout(template=TEMPLATE, title=title, height=520, width=620, showlegend=False)
     figure.update_xaxes(title="attention alone", range=[ends[0] - 0.02, 1.02])

@@ -48,7 +48,7 @@ class HeadAtlas:
         from workbench.figures.head_panels import HeadPanel, head_panels
 
         data, layers = self.table, sorted(self.table["layer"].unique().tolist())
-        heads = int(data["head"].max()) + 1
+        heads = int(data["head"].to_numpy().max()) + 1
         panels = []
         for one in self.measured.measures:
             values = np.full((len(layers), heads), np.nan)
@@ -149,7 +149,7 @@ def _limits(measure: HeadMeasure, data: pd.DataFrame) -> tuple[float, float]:
     """Range of a measure's colours."""
     if measure.limits is not None:
         return measure.limits
-    return 0.0, max(float(data[measure.name].max()), 1e-9)
+    return 0.0, max(float(np.nanmax(data[measure.name].to_numpy())), 1e-9)
 
 
 def _sortable(data: pd.DataFrame, measures: tuple[HeadMeasure, ...]) -> str:
