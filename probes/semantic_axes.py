@@ -92,7 +92,7 @@ class Axes:
     """Axes whose poles are single tokens with a space before them."""
 
     names: tuple[str, ...]
-    pairs: tuple[Int[np.ndarray, "pair 2"], ...]
+    pairs: tuple[Int[np.ndarray, "_ 2"], ...]
     """Token ids of each axis's pairs, the positive pole first."""
     left_out: int
     """Pairs of which a word is not one token."""
@@ -367,7 +367,7 @@ def without_frequency(
 
 
 def axis_directions(
-    vectors: Mapping[int, Float[np.ndarray, " d"]], pairs: Sequence[Int[np.ndarray, "pair 2"]]
+    vectors: Mapping[int, Float[np.ndarray, " d"]], pairs: Sequence[Int[np.ndarray, "_ 2"]]
 ) -> Float[np.ndarray, "axis d"]:
     """Returns the mean difference of each axis's pairs, of length 1."""
     rows = [np.mean([vectors[int(a)] - vectors[int(b)] for a, b in one], axis=0) for one in pairs]
@@ -375,7 +375,7 @@ def axis_directions(
 
 
 def held_out_order(
-    vectors: Mapping[int, Float[np.ndarray, " d"]], pairs: Sequence[Int[np.ndarray, "pair 2"]]
+    vectors: Mapping[int, Float[np.ndarray, " d"]], pairs: Sequence[Int[np.ndarray, "_ 2"]]
 ) -> Float[np.ndarray, "axis other_axis"]:
     """Returns the share of each axis's pairs (first index) that another axis (second) puts in order.
 

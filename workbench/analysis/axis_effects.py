@@ -20,7 +20,7 @@ from workbench.model.row_records import Add
 def axis_effects(
     model: Model,
     vocabulary: Vocabulary,
-    pairs: Sequence[Int[np.ndarray, "pair 2"]],
+    pairs: Sequence[Int[np.ndarray, "_ 2"]],
     directions: Float[np.ndarray, "axis d"],
     strength: float,
 ) -> Float[np.ndarray, "axis other_axis"]:
