@@ -84,7 +84,7 @@ def _cells(
 ) -> go.Heatmap:
     """The tokens of each line, filled up with empty cells."""
 
-    def rows(parts: Sequence[Any], fill: Any) -> list[list[Any]]:
+    def rows(parts: Any, fill: Any) -> list[list[Any]]:
         return [[parts[index] for index in part] + [fill] * (line - len(part)) for part in lines]
 
     return go.Heatmap(
