@@ -53,7 +53,7 @@ def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Pa
     passes: list[float] = []
 
     def note(_module, _args, arguments):
-        if arguments["input_ids"].numel() > 14:  # smaller are the trial passes that look for sites and the unembedding
+        if arguments["input_ids"].numel() > 22:  # smaller are the passes that look for sites, identity and unembedding
             passes.append(time.perf_counter())
 
     handle = model.module.register_forward_pre_hook(note, with_kwargs=True)

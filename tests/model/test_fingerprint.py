@@ -114,3 +114,22 @@ def test_a_tokenizer_without_a_backend(tiny_models):
         return Model(tiny_models["gpt2"], tokenizer, "a").tokenizer_fingerprint()
 
     assert slow({"a": 0, "b": 1}) == slow({"b": 1, "a": 0}) != slow({"a": 1, "b": 0})
+
+
+def test_a_weight_that_is_changed_out_of_torchs_sight_counts(tiny_models):
+    """The same module again: its checksum is kept, and every byte is still compared."""
+    module = copy.deepcopy(tiny_models["llama"])
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    weight = module.model.layers[1].mlp.up_proj.weight
+    version = weight._version
+    last = weight.detach().numpy().reshape(-1)[-1:]
+    last += 1
+    assert weight._version == version
+    changed = fingerprint(module)
+    assert changed == fingerprint(copy.deepcopy(module)) != before
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+    assert fingerprint(module) == fingerprint(copy.deepcopy(module)) != changed
+    last -= 1
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+    assert fingerprint(module) == before

@@ -127,11 +127,11 @@ def test_an_interrupted_recording_resumes_with_the_same_records(model, tmp_path,
     whole, written = record(model, tmp_path / "whole", change), []
     write = segments.SegmentRecorder.write
 
-    def stop(self, planned, advance):
+    def stop(self, planned, *arguments, **options):
         if written:
             raise KeyboardInterrupt
         written.append(planned)
-        write(self, planned, advance)
+        write(self, planned, *arguments, **options)
 
     monkeypatch.setattr(segments.SegmentRecorder, "write", stop)
     with pytest.raises(KeyboardInterrupt):

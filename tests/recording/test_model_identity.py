@@ -124,10 +124,10 @@ def test_an_interrupted_recording_is_not_resumed_with_another_behaviour(module, 
 
     model, real = Model(module, None, "tiny"), segments.SegmentRecorder.write
 
-    def killed(self, planned, advance):
+    def killed(self, planned, *arguments, **options):
         if planned.name == "00001":
             raise KeyboardInterrupt
-        real(self, planned, advance)
+        real(self, planned, *arguments, **options)
 
     monkeypatch.setattr(segments.SegmentRecorder, "write", killed)
     with pytest.raises(KeyboardInterrupt):

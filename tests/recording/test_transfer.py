@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from pretend_device import PretendDevice
 
 import workbench as wb
 from workbench.recording import transfer
-from workbench.recording.transfer import BatchRows, as_numpy, to_host
+from workbench.recording.transfer import BatchRows, as_numpy, one_behind, to_host
 
 ROWS = torch.tensor([[1.0, -7e4, torch.inf], [3e38, torch.nan, -torch.inf]])
 """Beyond float16: two values; not finite: three."""
@@ -93,3 +94,33 @@ def test_a_recording_waits_for_the_device_in_the_models_code_alone(tmp_path, mon
             wb.record(model, ids, out=tmp_path / str(sequences), **settings)
             waits[sequences] = device.waits.copy()
     assert set(waits[4] - waits[1]) <= {"workbench.model.forward:run"}
+
+
+def test_work_runs_beside_what_follows_and_its_errors_come_out():
+    began, gate, order = threading.Event(), threading.Event(), []
+
+    def work(name):
+        began.set()
+        assert gate.wait(60)
+        order.append(name)
+
+    with one_behind() as later:
+        later(lambda: work("first"))
+        assert began.wait(60)
+        order.append("beside")
+        gate.set()
+        later(lambda: work("second"))
+    assert order == ["beside", "first", "second"]
+
+    def fail():
+        raise OSError("disk")
+
+    for count in (1, 2):
+        with pytest.raises(OSError, match="disk"):
+            _run_behind(fail, count)
+
+
+def _run_behind(work, count):
+    with one_behind() as later:
+        for _ in range(count):
+            later(work)

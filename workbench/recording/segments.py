@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from workbench.corpus.layout import Sequences, batch_plan, open_sequences
 from workbench.corpus.tokenizer import token_texts
 from workbench.corpus.tokens import token_table
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, WorkbenchError
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
@@ -28,7 +29,7 @@ from workbench.recording.choosing import chosen_rows, chosen_table
 from workbench.recording.planning import PartPlan
 from workbench.recording.segment_changes import SegmentChanges, applied
 from workbench.recording.segment_gradients import SegmentMetric
-from workbench.recording.transfer import BatchRows, ChosenRows, as_numpy, backlog, to_host
+from workbench.recording.transfer import BatchRows, ChosenRows, as_numpy, backlog, one_behind, to_host
 from workbench.sites.grammar import Site, gradient_name
 from workbench.sites.settings import Recording
 from workbench.store.manifest import SiteRecord
@@ -69,20 +70,30 @@ def write_part(
     rows, rows_left = (sum(segment.rows for segment in some) for some in (share, unwritten))
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
     encoded = recorder.encoded_only if unwritten else None
-    with (
-        encoded.locked(writer.path, writer.manifest, share, unwritten, workers.shared) if encoded else nullcontext(),
-        progress("recording", rows, "rows", show=show_progress, initial=rows - rows_left) as advance,
-        closing(write_segments(recorder, unwritten, workers, advance)) as written,
-    ):
-        for _ in written:
+    try:
+        with (
+            encoded.locked(writer.path, writer.manifest, share, unwritten, workers.shared)
+            if encoded
+            else nullcontext(),
+            progress("recording", rows, "rows", show=show_progress, initial=rows - rows_left) as advance,
+            closing(write_segments(recorder, unwritten, workers, advance)) as written,
+        ):
+            for _ in written:
+                writer.commit_submitted()
+    except BaseException:
+        with suppress(WorkbenchError):  # the first error says what happened
             writer.commit_submitted()
+        raise
     writer.commit_submitted()
 
 
 def write_segments(
     recorder: SegmentRecorder, segments: Sequence[PlannedSegment], workers: Workers, advance: Callable[[int], None]
 ) -> Generator[None, None, None]:
-    """Writes segments by `workers`; yields after each, which is then finished and waits to be committed.
+    """Writes segments by `workers`; yields after each.
+
+    Of this process's, one is still flushed and checksummed while the passes of the next one run; all are finished, and
+    wait to be committed, at the end.
 
     Args:
         recorder: Model and plan of this process.
@@ -100,14 +111,14 @@ def write_segments(
         raise lost_task(f"{description} of {plan.store}", error)
 
     def begin_here(_device: str | None) -> Callable[[PlannedSegment], None]:
-        return partial(recorder.write, advance=advance)
+        return partial(recorder.write, advance=advance, later=later)
 
     begin: Begin[PlannedSegment, None] = begin_here
     arguments: tuple[Any, ...] = ()
     if workers.remote and segments:
         features = recorder.encoded_only.pack(plan.store) if recorder.encoded_only else None
         begin, arguments = begin_segments, (plan, pack_model(recorder.model, plan.manifest.model), features)
-    with closing(workers.map(begin, arguments, segments, on_lost)) as answers:
+    with one_behind() as later, closing(workers.map(begin, arguments, segments, on_lost)) as answers:
         for segment, _ in answers:
             if workers.remote:
                 advance(segment.rows)
@@ -160,22 +171,25 @@ class SegmentRecorder:
         """Encodes the rows of a segment and commits their features: (first row, rows, lengths of the sequences)."""
         return self.encoded_only.encoder(self.plan.store, self.plan.manifest) if self.encoded_only else None
 
-    def write(self, planned: PlannedSegment, advance: Callable[[int], None]) -> None:
-        """Writes one segment, from forward passes to a finished folder that waits to be committed."""
+    def write(
+        self,
+        planned: PlannedSegment,
+        advance: Callable[[int], None],
+        later: Callable[[Callable[[], None]], None] = lambda finish: finish(),
+    ) -> None:
+        """Writes one segment, from forward passes to a finished folder that waits to be committed.
+
+        Args:
+            planned: The segment.
+            advance: Called with numbers of rows as they are recorded.
+            later: Called with the end of the work: flushing, checksums, the folder's name.
+        """
         plan, sequences = self.plan, self.sequences
         first = planned.first_sequence - plan.sequence_offset
         last = first + planned.sequences
         lengths = sequences.lengths[first:last]
         ids = sequences.token_ids[sequences.starts[first] : sequences.starts[last]]
-        table = token_table(
-            sequences,
-            first,
-            last,
-            row_offset=plan.row_offset,
-            sequence_offset=plan.sequence_offset,
-            document_offset=plan.document_offset,
-            text_of=partial(token_texts, self.model.tokenizer),
-        )
+        table = self._table(first, last)
         changes = None
         if plan.interventions:
             changes = SegmentChanges(self.model, plan.interventions, planned.first_sequence, lengths, table)
@@ -188,29 +202,59 @@ class SegmentRecorder:
             rows = self.chosen[slice(*np.searchsorted(self.chosen, [begin, end]))] - begin
             table = chosen_table(table, rows, planned.first_row)
             chosen = np.split(rows, np.searchsorted(rows, np.cumsum(lengths)[:-1]))
-        with explain_full_disk(plan.store, f"segment {planned.name}", planned.first_row):
-            with stage_segment(plan.store, plan.manifest, planned, table) as segment, applied(changes):
-                target, sites, encoded = segment, [*self.sites], self.encoded_only
-                if encoded is not None and self.encode is not None:
-                    target, sites = SegmentWithBuffer(segment, encoded.record, planned.rows), [*sites, encoded.site]
-                fill(
-                    target,
-                    self.model,
-                    sites,
-                    ids,
-                    lengths,
-                    plan.settings,
-                    advance,
-                    chosen=chosen,
-                    changes=changes,
-                    gradient_of=metric,
-                )
-                if isinstance(target, SegmentWithBuffer) and self.encode is not None:  # a finished segment has them
-                    stored = lengths.tolist() if chosen is None else [len(one) for one in chosen if len(one)]
-                    self.encode(planned.first_row, target.values, stored)
+        run = partial(
+            fill,
+            model=self.model,
+            ids=ids,
+            lengths=lengths,
+            settings=plan.settings,
+            advance=advance,
+            chosen=chosen,
+            changes=changes,
+            gradient_of=metric,
+        )
+        stored = lengths.tolist() if chosen is None else [len(one) for one in chosen if len(one)]
+        full_disk = partial(explain_full_disk, plan.store, f"segment {planned.name}", planned.first_row)
+        with full_disk(), ExitStack() as stack:
+            segment = stack.enter_context(stage_segment(plan.store, plan.manifest, planned, table))
+            with applied(changes):
+                self._fill(segment, planned, run, stored)
                 if changes is not None:
                     segment.interventions = changes.counts()
-            submit_segment(plan.store, planned)
+            staged = stack.pop_all()
+
+        def finish() -> None:
+            with full_disk():
+                with staged:
+                    pass
+                submit_segment(plan.store, planned)
+
+        later(finish)
+
+    def _table(self, first: int, last: int) -> pa.Table:
+        """Token table of planned sequences."""
+        plan = self.plan
+        return token_table(
+            self.sequences,
+            first,
+            last,
+            row_offset=plan.row_offset,
+            sequence_offset=plan.sequence_offset,
+            document_offset=plan.document_offset,
+            text_of=partial(token_texts, self.model.tokenizer),
+        )
+
+    def _fill(
+        self, segment: SegmentWriter, planned: PlannedSegment, run: Callable[..., None], stored: Sequence[int]
+    ) -> None:
+        """Runs the model over a segment and writes its sites, and the features of one that is only encoded."""
+        encoded = self.encoded_only
+        if encoded is None or self.encode is None:
+            run(segment, sites=self.sites)
+            return
+        buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
+        run(buffered, sites=[*self.sites, encoded.site])
+        self.encode(planned.first_row, buffered.values, stored)  # before the end: a finished segment has its features
 
 
 class SegmentWithBuffer:

@@ -191,3 +191,22 @@ def backlog() -> Iterator[Callable[..., None]]:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def one_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yields `later(work)`, which runs works in order in one background thread, beside what follows the call.
+
+    A call waits for the work before it. An error of a work is raised by the next call or at the end of the block.
+    """
+    waiting: list[Future] = []
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher") as pool:
+
+        def later(work: Callable[[], None]) -> None:
+            if waiting:
+                waiting.pop().result()
+            waiting.append(pool.submit(work))
+
+        yield later
+        if waiting:
+            waiting.pop().result()
