@@ -25,7 +25,6 @@ from jaxtyping import Float, Int
 from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
-    MAX_TOKENS,
     NEUTRAL,
     TEMPLATE,
     ActivationArray,
@@ -39,15 +38,17 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    TrainedFutureLens,
     Variable,
     axis_title,
+    check,
     check_fields,
     choose_layer,
-    count_shown,
     dataset,
     fit_direct,
     fit_linear,
-    label,
+    future_title,
+    future_view,
     layer_panels,
     load_future_task,
     load_unembed,
@@ -55,19 +56,20 @@ from workbench.probing import (
     note_few_rows,
     note_own_output,
     own_output,
+    pack_future_lens,
     plain_torch,
     points_text,
     precision_table,
     progress,
+    provenance,
     require_causal,
-    token_grid,
+    tokens_ahead,
     usable_device,
     with_interval,
     with_note,
 )
 
 _BINS = 10
-_GRID_TOKENS = 28
 _CHOICES = {"linear": "ridge", "direct": "epochs"}  # the variable that validation chooses, by method
 _READ = ("method", "layer", "horizon")
 _K = (*_READ, "k")
@@ -204,6 +206,28 @@ class FutureLens(LayerProbe):
         notes = [few_rows, note_few_documents(int(arrays["documents"])), note_own_output(output, layers)]
         return self.result(store, data, _table(data), task.checked, notes)
 
+    @plain_torch()
+    def fit(self, store: Store, method: str = "linear") -> TrainedFutureLens:
+        """Returns the maps of one method, fitted as `run` fits them, to be saved and applied to other stores.
+
+        Raises:
+            RequestError: Another method than linear and direct, or as `run`.
+        """
+        check("method", method, one_of=("linear", "direct"))
+        require_causal(store, self.name)
+        layers, labels = self.recorded(store, self.site)
+        unembed = load_unembed(store.path, usable_device(self.device))
+        task = load_future_task(store, self._split(), unembed, self.top_k, probe=self, sites=labels)
+        maps: dict[int, list[FutureMap]] = {}
+        with progress("future lens", len(layers), "layers") as tick:
+            for layer, label_ in zip(layers, labels, strict=True):
+                maps[layer] = self._fit(method, store[label_], task)
+                tick(1)
+        known = provenance(store, self)
+        made_of = {key: known[key] for key in ("store_fingerprint", "settings", "workbench")}
+        made_of |= {"method": f"future lens, {method}", "training_rows": len(task.rows.training)}
+        return pack_future_lens(store, self.site, method, maps, made_of)
+
     def _split(self) -> FutureSplit:
         return FutureSplit(self.horizons, self.where, self.held_out, self.validation, self.seed)
 
@@ -235,7 +259,7 @@ class FutureLens(LayerProbe):
             seen, ours, bigram = (100 * float(at[name]) for name in names)
             where = f"on the {seen:.0f} % of tokens that the bigram has seen {ours:.0f} to {bigram:.0f} %, "
         return with_note(
-            f"Top-1 accuracy at {_ahead(int(one['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
+            f"Top-1 accuracy at {tokens_ahead(int(one['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
             f"(layer {int(one['best_layer'])}, {at['method'].item()} probe); bigram baseline "
             f"{100 * float(one['bigram_precision']):.0f} %; {where}gain "
             f"{points_text(*(100 * float(at[name]) for name in ('gain', 'gain_low', 'gain_high')))}.",
@@ -271,7 +295,8 @@ def _test(
     probe: FutureLens, fitted: FutureMap, site: ActivationArray, task: FutureTask, method: str, horizon: int
 ) -> _Reading:
     rows = task.rows.at("test", horizon)
-    ids, probability = fitted.top_tokens(site, rows, probe.top_k, task.unembed)
+    ids, probabilities = fitted.top_tokens(site, rows, probe.top_k, task.unembed)
+    probability = probabilities[:, 0]
     targets, text = task.model_top[rows + horizon], task.text_next[rows + horizon]
     hits = ids == targets[:, None]
     bins = np.minimum((_BINS * probability).astype(int), _BINS - 1)
@@ -379,21 +404,13 @@ def _table(data: xr.Dataset) -> pd.DataFrame:
     return precision_table(data, names, _READ, text_precision_1=text, **baselines)
 
 
-def _ahead(horizon: int) -> str:
-    return f"t+{horizon + 1}"
-
-
-def _title(result: Result) -> str:
-    return f"Future lens of {label(str(result.provenance['model']), 60)}"
-
-
 def _precision(result: Result) -> go.Figure:
     """Top-1 accuracy by layer: a panel per method, a colour per horizon, the bigram baseline dashed."""
     data, panels = result.data, []
     for method in data["method"].to_numpy().tolist():
         curves = []
         for horizon in data["horizon"].to_numpy().tolist():
-            one, name, colour = data.sel(horizon=horizon), _ahead(horizon), CATEGORIES[horizon % len(CATEGORIES)]
+            one, name, colour = data.sel(horizon=horizon), tokens_ahead(horizon), CATEGORIES[horizon % len(CATEGORIES)]
             values = one["precision"].sel({"method": method, "k": 1}).to_numpy()
             baseline = float(one["bigram_precision"])
             curves.append(Curve(name, values, colour))
@@ -405,7 +422,7 @@ def _precision(result: Result) -> go.Figure:
     return layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),
-        title=f"{_title(result)}: top-1 accuracy",
+        title=f"{future_title(result)}: top-1 accuracy",
         subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents{seen}",
         unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
     )
@@ -423,7 +440,7 @@ def _calibration(result: Result) -> go.Figure:
             x=one["bin"].to_numpy(),
             y=one["calibration"].to_numpy(),
             customdata=one["calibration_rows"].to_numpy(),
-            name=f"{_ahead(int(horizon))}, layer {layer}",
+            name=f"{tokens_ahead(int(horizon))}, layer {layer}",
             mode="lines+markers",
             line={"color": CATEGORIES[int(horizon) % len(CATEGORIES)]},
             hovertemplate="%{y:.3f} of %{customdata:,} tokens",
@@ -431,7 +448,7 @@ def _calibration(result: Result) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": f"{_title(result)}: calibration",
+            "text": f"{future_title(result)}: calibration",
             "subtitle": {"text": "best layer and method of each horizon, test documents"},
         },
         margin={"t": 110},
@@ -440,58 +457,3 @@ def _calibration(result: Result) -> go.Figure:
     )
     figure.update_xaxes(title="probability of the predicted token", range=[0, 1])
     return figure.update_yaxes(title=axis_title(data["calibration"].attrs, "top-1 accuracy"), range=[0, 1])
-
-
-def future_view(result: Result, sequence: int | None = None, first: int = 0, tokens: int = _GRID_TOKENS) -> go.Figure:
-    """Draws the predicted token at each horizon for the tokens of a test sequence, by the best layer.
-
-    Args:
-        result: Result of `FutureLens`.
-        sequence: One of `data["sequence"]`. None: the first.
-        first: Position of the first token to show.
-        tokens: Number of tokens, at most 1,024; the subtitle reports what is left out.
-
-    Raises:
-        RequestError: No prediction was kept for this part of the sequence.
-    """
-    data = result.data
-    names = {int(token): text for token, text in json.loads(data.attrs["tokens"]).items()} | {-1: ""}
-    sequence = int(data["sequence"][0]) if sequence is None else sequence
-    detail_rows = np.flatnonzero((data["sequence"].to_numpy() == sequence) & (data["position"].to_numpy() >= first))
-    if not len(detail_rows):
-        raise RequestError(f"sequence {sequence} from position {first} was not kept; see result.data['sequence']")
-    part = data.isel(row=detail_rows[: min(tokens, MAX_TOKENS)])
-    horizons = part["horizon"].to_numpy().tolist()
-    texts = {
-        name: [[names[token] for token in line] for line in part[f"{name}_id"].to_numpy().tolist()]
-        for name in ("top", "said", "text")
-    }
-    hover = [[_hover(data, part, texts, n, column) for column in range(part.sizes["row"])] for n in horizons]
-    shown = count_shown(part.sizes["row"], len(detail_rows))
-    return token_grid(
-        np.where(part["top_id"] < 0, np.nan, part["top_probability"]),
-        cells=texts["top"],
-        hover=hover,
-        tokens=[names[token] for token in part["token_id"].to_numpy().tolist()],
-        positions=part["position"].to_numpy().tolist(),
-        layers=horizons,
-        title=f"{_title(result)}: predictions in sequence {sequence}",
-        subtitle="; ".join(filter(None, ["cell: token predicted at this horizon from the input token's state", shown])),
-        unit=axis_title(data["top_probability"].attrs),
-        rows=("predicted token", [_ahead(horizon) for horizon in horizons]),
-    )
-
-
-def _hover(data: xr.Dataset, part: xr.Dataset, texts: Mapping[str, list[list[str]]], horizon: int, column: int) -> str:
-    at = part.isel(horizon=horizon, row=column)
-    if int(at["top_id"]) < 0:
-        return "beyond the document or sequence"
-    method = data["method"].to_numpy()[int(at["best_method"])]
-    predicted, model, text = (label(texts[name][horizon][column]) for name in ("top", "said", "text"))
-    lines = [
-        f"<b>{_ahead(horizon)}, {method} probe, layer {int(at['best_layer'])}</b>",
-        f"predicted: {predicted}, probability {float(at['top_probability']):.3f}",
-        f"model: {model}",
-        *([f"text: {text}"] if int(at["text_id"]) >= 0 else []),
-    ]
-    return "<br>".join(lines)

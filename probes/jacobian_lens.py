@@ -326,8 +326,8 @@ def _checked(folder: Path) -> TrainedLens:
     from workbench import load_lens  # not in probing: a user's function
 
     lens = load_lens(folder)
-    if lens.made_of.get("method") != _METHOD:
-        raise RequestError(f"{folder} is no Jacobian lens; read it by load_lens({str(folder)!r}).read(store)")
+    if not isinstance(lens, TrainedLens) or lens.made_of.get("method") != _METHOD:
+        raise RequestError(f"{folder} is no Jacobian lens; load_lens({str(folder)!r}) reads it")
     return lens
 
 

@@ -99,6 +99,7 @@ _PUBLIC = {
     "compare": "workbench.analysis.comparison",
     "combine": "workbench.results.combine",
     "TrainedLens": "workbench.analysis.trained_lens",
+    "TrainedFutureLens": "workbench.analysis.trained_future",
     "load_lens": "workbench.analysis.trained_lens",
     "HeadAtlas": "workbench.pages.head_atlas",
     "head_atlas": "workbench.pages.head_atlas",
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
     from workbench.analysis.sparse_probe import sparse_probe
+    from workbench.analysis.trained_future import TrainedFutureLens
     from workbench.analysis.trained_lens import TrainedLens, load_lens
     from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
     from workbench.corpus.repeats import random_repeats, shuffled_blocks

@@ -127,6 +127,15 @@ _PUBLIC = {
     "FutureMap": "workbench.analysis.future_maps",
     **dict.fromkeys(("SPACES", "TASKS"), "workbench.analysis.successor_tasks"),
     **dict.fromkeys(("NUMBERS", "digit_readings"), "workbench.analysis.digits"),
+    "TrainedFutureLens": "workbench.analysis.trained_future",
+    "pack_future_lens": "workbench.analysis.trained_future",
+    "future_title": "workbench.analysis.future_view",
+    "future_view": "workbench.analysis.future_view",
+    "tokens_ahead": "workbench.analysis.future_view",
+    "SPACES": "workbench.analysis.successor_tasks",
+    "TASKS": "workbench.analysis.successor_tasks",
+    "NUMBERS": "workbench.analysis.digits",
+    "digit_readings": "workbench.analysis.digits",
     "direct_effects": "workbench.analysis.successions",
     "find_chains": "workbench.analysis.successor_tasks",
     "find_places": "workbench.analysis.successions",
@@ -304,6 +313,7 @@ if TYPE_CHECKING:
         own_output,
         precision_table,
     )
+    from workbench.analysis.future_view import future_title, future_view, tokens_ahead
     from workbench.analysis.head_ablation import HeadAblation, head_ablation, random_heads
     from workbench.analysis.importance import rank_correlation, removal_effects, top_overlap
     from workbench.analysis.jacobian import affordable_prompts, mean_jacobians
@@ -406,6 +416,7 @@ if TYPE_CHECKING:
         whole_sequences,
     )
     from workbench.analysis.token_classes import TOKEN_CLASSES, token_classes
+    from workbench.analysis.trained_future import TrainedFutureLens, pack_future_lens
     from workbench.analysis.trained_lens import TrainedLens, kept_lens
     from workbench.analysis.value_outputs import for_query_heads, output_maps, written_norms
     from workbench.analysis.weights_probe import Vocabulary, WeightsProbe, read_vocabulary

@@ -77,6 +77,14 @@ def test_the_mean_explains_no_variance_and_an_identity_all(store, tmp_path):
     assert exact.l0 == pytest.approx((x != 0).sum(1).mean())
 
 
+def test_rows_that_dominate_the_variance_are_named(store, tmp_path):
+    """The special tokens are 100 times as large as the others, and first of their sequences."""
+    sae = identity_sae(tmp_path / "same", 8, SITE.name)
+    (note,) = sae_metrics(store, sae, rows="true").notes
+    assert note.startswith("7 of the 51 rows have 99 % of the variance, 7 of them the first of their sequence")
+    assert sae_metrics(store, sae).notes == ()
+
+
 def test_equal_rows_have_no_explained_variance(store, tmp_path):
     sae = identity_sae(tmp_path / "same", 8, SITE.name)
     assert np.isnan(sae_metrics(store, sae, rows="row = 3").explained_variance)

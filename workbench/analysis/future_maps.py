@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,30 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
+class AffineMap:
+    """Logits of states h: (h - mean) * scale @ weight + bias, through the unembedding if there is one."""
+
+    weight: Float[Tensor, "d_model out"]
+    bias: Float[Tensor, " out"]
+    mean: Float[Tensor, " d_model"] | None = None
+    """None: 0."""
+    scale: Float[Tensor, " d_model"] | None = None
+    """None: 1."""
+    unembed: Unembed | None = None
+    """None: `out` is the vocabulary. Otherwise it is d_model."""
+
+    def __call__(self, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+        states = states.float()
+        states = states if self.mean is None else states - self.mean
+        output = (states if self.scale is None else states * self.scale) @ self.weight + self.bias
+        return output if self.unembed is None else self.unembed(output)
+
+
+@dataclass(frozen=True)
 class FutureMap:
     """A fitted map with its scores on the validation rows of its horizon."""
 
-    logits: Callable[[Tensor], Tensor]
+    logits: AffineMap
     """Map from states `[row, d_model]` to logits `[row, vocab]`."""
     cross_entropy: float
     """Mean -ln p of the target, in nats."""
@@ -35,15 +55,15 @@ class FutureMap:
 
     def top_tokens(
         self, site: ActivationArray, rows: Int[np.ndarray, " row"], top_k: int, unembed: Unembed
-    ) -> tuple[Int[np.ndarray, "row k"], Float[np.ndarray, " row"]]:
-        """Returns the first k predicted tokens of each row and the probability of the first."""
-        ids, probability = np.zeros((len(rows), top_k), np.int64), np.zeros(len(rows), np.float32)
+    ) -> tuple[Int[np.ndarray, "row k"], Float[np.ndarray, "row k"]]:
+        """Returns the first k predicted tokens of each row and their probabilities."""
+        ids, probability = np.zeros((len(rows), top_k), np.int64), np.zeros((len(rows), top_k), np.float32)
         with torch.inference_mode():
             for block in blocks(len(rows), unembed.vocab):
                 scores = self.logits(site[rows[block]].to(unembed.weight.device))
                 top = scores.topk(top_k, dim=1)
                 ids[block] = top.indices.cpu().numpy()
-                probability[block] = (top.values[:, 0] - scores.logsumexp(1)).exp().cpu().numpy()
+                probability[block] = (top.values - scores.logsumexp(1, keepdim=True)).exp().cpu().numpy()
         return ids, probability
 
 
@@ -58,7 +78,7 @@ def fit_linear(site: ActivationArray, task: FutureTask, horizons: int, penalties
     for horizon, gram, cross in _moments(site, task, horizons):
         candidates = [
             _validate(
-                _through_unembedding(task.unembed, weight.float().to(device), bias.float().to(device)),
+                AffineMap(weight.float().to(device), bias.float().to(device), unembed=task.unembed),
                 site,
                 task,
                 horizon,
@@ -87,9 +107,7 @@ def fit_direct(
 
     def validation_divergence(horizon: int, epoch: int) -> FutureMap:
         matrix, offset = weight[:, horizon].detach().clone(), bias[horizon].detach().clone()
-        return _validate(
-            lambda states: (states.float() - mean) * scale @ matrix + offset, site, task, horizon, float(epoch)
-        )
+        return _validate(AffineMap(matrix, offset, mean, scale), site, task, horizon, float(epoch))
 
     best = [validation_divergence(horizon, 0) for horizon in range(horizons)]
     optimizer = torch.optim.AdamW([weight, bias], lr=learning_rate, weight_decay=0.0)
@@ -136,9 +154,7 @@ def ridge_maps(
         yield weight, target - mean @ weight
 
 
-def _validate(
-    logits: Callable[[Tensor], Tensor], site: ActivationArray, task: FutureTask, horizon: int, choice: float
-) -> FutureMap:
+def _validate(logits: AffineMap, site: ActivationArray, task: FutureTask, horizon: int, choice: float) -> FutureMap:
     rows = task.rows.at("validation", horizon)
     targets = task.model_top[rows + horizon]
     loss = hits = 0.0
@@ -170,10 +186,6 @@ def _moments(
             new = torch.from_numpy(task.rows.reach[rows[block]] == horizon + 1).to(device)
             gram += x[new].T @ x[new]
         yield horizon, gram, cross
-
-
-def _through_unembedding(unembed: Unembed, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda states: unembed(states.float() @ weight + bias)
 
 
 def _standardization(

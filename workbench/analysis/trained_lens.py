@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.frozen_norm import token_id
+from workbench.analysis.saved_maps import ADVICE, RECORD, check_lens_model, damaged, format_of, load_maps, save_maps
+from workbench.analysis.trained_future import FORMAT as FUTURE
+from workbench.analysis.trained_future import TrainedFutureLens, load_future_lens
 from workbench.io.errors import DataError, RequestError
-from workbench.io.files import explain_full_disk, refuse_full, replace_folder, sha256_bytes, sha256_file, write_file
-from workbench.io.parse import check_checksum, parse, read_json, to_checked_json, to_json
-from workbench.io.tensors import new_arrays, open_safetensors
+from workbench.io.files import sha256_bytes
+from workbench.io.parse import read_json, to_json
+from workbench.io.tensors import open_safetensors
 from workbench.model.direction import Direction
 from workbench.model.unembed import load_unembed
 from workbench.results.registry import find_probe
@@ -25,10 +27,8 @@ from workbench.results.result import Result
 from workbench.store.manifest import LENSES
 from workbench.store.reader import Store
 
-_RECORD, _MAPS = "lens.json", "maps.safetensors"
 _FORMAT, _VERSION = "workbench.lens", 1
 _CONFIG, _PICKLE = "config.json", "params.pt"  # of the package tuned-lens
-_ADVICE = "save the lens again"
 _PROBES = {"jacobian lens": "jacobian-lens"}  # method to the probe that reads
 
 
@@ -122,24 +122,7 @@ class TrainedLens:
 
     def check_model(self, store: Store) -> None:
         """Raises RequestError for a store of another model; warns where only the shape can be compared."""
-        model = store.manifest.model
-        shape, other = (self.n_layers, self.bias.shape[1]), (model.n_layers, model.d_model)
-        if shape != other:
-            raise RequestError(
-                f"the lens is of {self.model} ({shape[0]} layers, d_model {shape[1]}), and {store.path.name} of "
-                f"{model.name} ({other[0]} layers, d_model {other[1]}); read a store of the lens's model"
-            )
-        if self.model_fingerprint is None:
-            logging.getLogger(__name__).warning(
-                "the lens names no weights (it is of %s): only its layers and dimensions were compared with %s",
-                self.model,
-                model.name,
-            )
-        elif self.model_fingerprint != model.fingerprint:
-            raise RequestError(
-                f"the lens is of {self.model} with the weights {self.model_fingerprint[:12]}, and {store.path.name} of "
-                f"{model.name} with {model.fingerprint[:12]}; read a store of the lens's model, or train one for this"
-            )
+        check_lens_model(store, self.model, self.model_fingerprint, self.n_layers, self.bias.shape[1])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes maps.safetensors and lens.json into a new or empty folder, and returns it.
@@ -148,28 +131,9 @@ class TrainedLens:
             RequestError: The folder is not empty.
             DataError: The disk is full or read-only.
         """
-        folder = Path(folder)
-        refuse_full(folder)
-        with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
-            arrays = {"weight": self.weight.numpy(), "bias": self.bias.numpy()}
-            layout = {name: ("float32", array.shape) for name, array in arrays.items()}
-            with new_arrays(new / _MAPS, layout) as file:
-                for name, array in arrays.items():
-                    file.append(name, array)
-            record = _Record(
-                _FORMAT,
-                _VERSION,
-                self.site,
-                self.layers,
-                self.model,
-                self.model_fingerprint,
-                self.n_layers,
-                self.bias.shape[1],
-                dict(self.made_of),
-                sha256_file(new / _MAPS),
-            )
-            write_file(new / _RECORD, to_checked_json(record).encode())
-        return folder
+        facts = {name: getattr(self, name) for name in ("site", "layers", "model", "model_fingerprint", "n_layers")}
+        facts |= {"d_model": self.bias.shape[1], "made_of": dict(self.made_of)}
+        return save_maps(folder, _FORMAT, _VERSION, facts, {"weight": self.weight, "bias": self.bias})
 
 
 def kept_lens(store: Store, kind: str, settings: Mapping[str, Any]) -> Path:
@@ -178,8 +142,8 @@ def kept_lens(store: Store, kind: str, settings: Mapping[str, Any]) -> Path:
     return store.path / LENSES / f"{kind}-{sha256_bytes(key.encode())[:12]}"
 
 
-def load_lens(folder: str | os.PathLike[str]) -> TrainedLens:
-    """Reads the folder that `TrainedLens.save` wrote, or a released one of the package tuned-lens.
+def load_lens(folder: str | os.PathLike[str]) -> TrainedLens | TrainedFutureLens:
+    """Reads the folder that a lens's `save` wrote, or a released one of the package tuned-lens.
 
     A released folder has config.json and the tensors `0.weight`, `0.bias`, ... in a safetensors file. Its map i reads
     the stream before block i, which is `resid_post` of layer i - 1; that of the embedding is left out. It does not name
@@ -190,30 +154,22 @@ def load_lens(folder: str | os.PathLike[str]) -> TrainedLens:
         DataError: The files are damaged.
     """
     folder = Path(folder)
-    if (folder / _RECORD).is_file():
-        return _load(folder)
+    if (folder / RECORD).is_file():
+        kind = format_of(folder)
+        if kind not in (_FORMAT, FUTURE):
+            raise DataError(f"{folder / RECORD}: format is {kind!r}, expected {_FORMAT!r} or {FUTURE!r}; {ADVICE}")
+        return load_future_lens(folder) if kind == FUTURE else _load(folder)
     if (folder / _CONFIG).is_file():
         return _load_released(folder)
-    raise RequestError(f"no lens at {folder}: it has neither {_RECORD} nor {_CONFIG}; give a folder of a saved lens")
+    raise RequestError(f"no lens at {folder}: it has neither {RECORD} nor {_CONFIG}; give a folder of a saved lens")
 
 
 def _load(folder: Path) -> TrainedLens:
-    source = folder / _RECORD
-    value = read_json(source, _ADVICE)
-    if value.get("format") != _FORMAT:
-        raise DataError(f"{source}: format is {value.get('format')!r}, expected {_FORMAT!r}; {_ADVICE}")
-    if isinstance(version := value.get("version"), int) and version > _VERSION:
-        raise RequestError(f"{source} has format version {version}; upgrade the workbench")
-    check_checksum(value, source, _ADVICE)
-    record: _Record = parse(_Record, value, str(source))
-    with open_safetensors(folder / _MAPS, _ADVICE) as file:
-        weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+    record, maps = load_maps(folder, _Record, _VERSION)
     shape = (len(record.layers), record.d_model)
-    if sha256_file(folder / _MAPS) != record.sha256 or (tuple(weight.shape), tuple(bias.shape)) != (
-        (*shape, record.d_model),
-        shape,
-    ):
-        raise DataError(f"{folder / _MAPS} is damaged: it does not hold what {_RECORD} says; {_ADVICE}")
+    weight, bias = maps.get("weight"), maps.get("bias")
+    if weight is None or bias is None or (weight.shape, bias.shape) != ((*shape, record.d_model), shape):
+        raise damaged(folder)
     model = (record.model, record.model_fingerprint, record.n_layers)
     return TrainedLens(record.site, record.layers, weight, bias, *model, record.made_of)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
@@ -25,6 +25,7 @@ from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
 from workbench.store.lost_values import FiniteRows, finite_rows
 from workbench.store.reader import ActivationArray, Rows, Store
 
+_FAR = 25.0  # times the median of |x - x̄|²
 _LOSSES = ("loss_clean", "loss_spliced", "loss_zeroed", "kl_spliced", "kl_zeroed")  # in the order of `SplicedLoss`
 
 
@@ -67,7 +68,8 @@ class SaeMetrics:
     loss: SplicedLoss | None
     """None if no model was given."""
     notes: tuple[str, ...] = ()
-    """Sentences about rows that were left out and about clipped values; none if there are none."""
+    """Sentences about rows that were left out, clipped values, and a few rows that dominate the variance; none if there
+    are none."""
     intervals: Mapping[str, Interval] = field(default_factory=dict, repr=False, compare=False)
     """95 % intervals of all metrics by name. Those of `loss` are loss_clean, ..., loss_recovered, kl_score."""
     density: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
@@ -135,7 +137,7 @@ def sae_metrics(
     finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
     documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
     tokens, spliced = (0, {}) if model is None else spliced_ratios(array, sae, model, documents)
-    ratios, counts = fit(array, sae, documents)
+    ratios, counts, spread = fit(array, sae, documents)
     intervals = ratio_intervals(ratios | spliced, resamples, seed)
     fitted = {name: intervals[name] for name in ratios} | {"dead_share": counts.dead_share()}
     return SaeMetrics(
@@ -143,10 +145,23 @@ def sae_metrics(
         documents.count,
         **{name: interval.mean for name, interval in fitted.items()},
         loss=SplicedLoss(tokens, *(intervals[name].mean for name in _LOSSES)) if spliced else None,
-        notes=tuple(finite.notes),
+        notes=(*finite.notes, *_massive_rows(store, documents.ids, spread)),
         intervals=fitted | intervals,
         density=counts.table(),
     )
+
+
+def _massive_rows(store: Store, ids: Int64[np.ndarray, " row"], spread: Float[np.ndarray, " row"]) -> Iterator[str]:
+    """A sentence where rows more than five times as far from the mean as the median row have half of the variance."""
+    far = spread > _FAR * np.median(spread)
+    share = float(spread[far].sum() / spread.sum()) if far.any() else 0.0
+    if share >= 0.5:
+        first = int((Rows(store, ids[far]).tokens["position"].to_numpy() == 0).sum())
+        yield (
+            f"{int(far.sum()):,} of the {len(ids):,} rows have {100 * share:.0f} % of the variance, {first:,} of "
+            "them the first of their sequence, as attention sinks are: mse and explained_variance are mostly theirs; "
+            "rows='position > 0' leaves first tokens out"
+        )
 
 
 def _evaluated_rows(array: ActivationArray, sae: Sae, rows: str | Rows | None, allow_nonfinite: bool) -> FiniteRows:

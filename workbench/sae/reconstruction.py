@@ -53,14 +53,17 @@ class Documents:
         return cls(ids[order], number[order], len(different))
 
 
-def fit(array: ActivationArray, sae: Sae, documents: Documents) -> tuple[dict[str, Ratio], FeatureCounts]:
-    """Returns the metrics of the reconstruction as ratios of sums, and the active rows of each feature.
+def fit(
+    array: ActivationArray, sae: Sae, documents: Documents
+) -> tuple[dict[str, Ratio], FeatureCounts, Float[np.ndarray, " row"]]:
+    """Returns the metrics as ratios of sums, the active rows of each feature, and |x - x̄|² of each row.
 
     Reads the rows twice: their mean is needed first.
     """
     mean = _mean(array, sae, documents.ids)
     sums = np.zeros((documents.count, len(_COLUMNS)))
     counts = FeatureCounts(sae.d_sae, sae.device)
+    spread = np.zeros(len(documents.ids))
     step = block_rows(sae)
     for start in range(0, len(documents.ids), step):
         part = slice(start, start + step)
@@ -68,11 +71,13 @@ def fit(array: ActivationArray, sae: Sae, documents: Documents) -> tuple[dict[st
         activations = encode_checked(array, sae, documents.ids[part], values)
         x, reconstruction = exact(sae.input_rows(values)), exact(sae.decode(activations))
         lines = _row_statistics(x, reconstruction, mean.to(x.device), activations)
-        np.add.at(sums, documents.number[part], torch.stack(lines, dim=1).cpu().numpy())
+        statistics = torch.stack(lines, dim=1).cpu().numpy()
+        np.add.at(sums, documents.number[part], statistics)
+        spread[part] = statistics[:, _COLUMNS.index("spread")]
         counts.add(activations != 0, documents.number[part])
     counts.finish()
     columns = dict(zip(_COLUMNS, sums.T, strict=True))
-    return {name: (columns[above], columns[below]) for name, (above, below) in _RATIOS.items()}, counts
+    return {name: (columns[above], columns[below]) for name, (above, below) in _RATIOS.items()}, counts, spread
 
 
 _COLUMNS: tuple[str, ...] = (
