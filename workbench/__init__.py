@@ -91,6 +91,7 @@ _PUBLIC = {
     "Rows": "workbench.store.rows",
     "ComputedArray": "workbench.store.computed",
     "head_results": "workbench.model.head_results",
+    "attn_scores": "workbench.model.score_arrays",
     "RowDataset": "workbench.store.datasets",
     "to_hf_dataset": "workbench.store.datasets",
     "merge": "workbench.store.merged_store",
@@ -171,6 +172,7 @@ if TYPE_CHECKING:
     from workbench.model.load import Model, load_model
     from workbench.model.logit_metrics import LogitDifference, LogProbability, NextTokenLoss
     from workbench.model.row_records import Add, Project, Set, Zero
+    from workbench.model.score_arrays import attn_scores
     from workbench.model.stored_attention import FreezePattern
     from workbench.model.stored_rows import Mean, Patch, Resample
     from workbench.model.token_choice import Tokens

@@ -30,7 +30,7 @@ def store(tmp_path_factory):
 @pytest.mark.parametrize("method", ["linear", "direct"])
 def test_a_saved_lens_predicts_the_planted_future(method, store, tmp_path):
     """Targets from the token table; numbers of the probe from its own result."""
-    probe = FutureLens(**QUICK)
+    probe = FutureLens(**QUICK, epochs=20, learning_rate=0.1)
     lens = probe.fit(store, method)
     again = wb.load_lens(lens.save(tmp_path / "lens"))
     assert isinstance(again, wb.TrainedFutureLens)

@@ -172,10 +172,10 @@ class Serve:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the figures of a result as HTML, PDF, SVG and PNG, with their data, captions and provenance."""
+    """Write the figures of a result or a store as HTML, PDF, SVG and PNG, with their data, captions and provenance."""
 
     result: Positional[Path]
-    """Folder written by `workbench probe --out`."""
+    """Folder written by `workbench probe --out`, or a store, of which the overview is drawn."""
     out: Path
     """Folder for the files."""
     figures: tuple[str, ...] = ()
@@ -192,13 +192,15 @@ class Export:
     """One plotly script for all pages of the folder, or one inside each page (5 MB)."""
 
     def run(self) -> int:
-        """Exports the figures of a result."""
+        """Exports the figures."""
         from workbench.pages.figure_export import export  # seconds: plotly
         from workbench.results.result import load_result
+        from workbench.store.manifest import MANIFEST
+        from workbench.store.reader import open_store
 
         check_writable(self.out)
         paths = export(
-            load_result(self.result),
+            open_store(self.result) if (self.result / MANIFEST).is_file() else load_result(self.result),
             self.out,
             figures=self.figures or None,
             formats=self.formats,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     from workbench.results.result import Result
+    from workbench.store.reader import Store
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ figure {{ margin: 0 }}
 
 
 def export(
-    source: Result | Figure,
+    source: Result | Store | Figure,
     folder: str | Path,
     *,
     figures: Sequence[str] | None = None,
@@ -56,7 +57,7 @@ def export(
     data: str = "parquet",
     plotlyjs: str = "shared",
 ) -> list[Path]:
-    """Writes every figure of a result, or one figure under the folder's name, into `folder`.
+    """Writes every figure of a result or store, or one figure under the folder's name, into `folder`.
 
     Each figure NAME becomes NAME.html (interactive), NAME.pdf, NAME.svg and NAME.png (for print, 300 dpi, without the
     title), NAME.parquet or NAME.csv (the plotted data) and NAME.json (caption, alternative text, provenance, and what
@@ -64,7 +65,7 @@ def export(
     0.5 s per picture. Without Chrome, the other files are written, with a warning.
 
     Args:
-        source: Result or figure to export.
+        source: Result, store or figure to export.
         folder: Output folder, created if needed.
         figures: Names of the figures to export. None: all.
         formats: Any of html, pdf, svg, png.
@@ -106,7 +107,7 @@ def _check_known(argument: str, values: Sequence[str], known: Sequence[str]) -> 
             raise RequestError(f"{argument} has {value!r}{nearest(str(value), known)}; known: {', '.join(known)}")
 
 
-def _choose(source: Result | Figure, folder: Path, names: Sequence[str] | None) -> dict[str, Figure]:
+def _choose(source: Result | Store | Figure, folder: Path, names: Sequence[str] | None) -> dict[str, Figure]:
     figures = {folder.resolve().name or "figure": source} if _is_figure(source) else source.figures()
     for name in names or ():
         if name not in figures:
@@ -118,7 +119,7 @@ def _choose(source: Result | Figure, folder: Path, names: Sequence[str] | None) 
     return chosen
 
 
-def _is_figure(source: Result | Figure) -> TypeIs[Figure]:
+def _is_figure(source: Result | Store | Figure) -> TypeIs[Figure]:
     return hasattr(source, "to_plotly_json")  # duck-typed: importing plotly here would cost seconds
 
 

@@ -1,0 +1,81 @@
+"""Attention scores before the softmax, computed from recorded queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from workbench.io.errors import RequestError
+from workbench.io.torch_state import plain_torch
+from workbench.model.attention_scores import attention_scores, layer_rule, score_rules
+from workbench.model.load import Model
+from workbench.sites.score_rule import ScoreRule
+from workbench.store.computed import ComputedArray
+from workbench.store.layers import layer_number
+from workbench.store.reader import ActivationArray, Store
+
+
+def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> ComputedArray:
+    """Returns the attention scores of a layer before the softmax, `hook_attn_scores` of TransformerLens.
+
+    Scaled, soft-capped and masked as the model does it: minus infinity at keys that the query does not see, of which
+    softmax makes the pattern (in a layer with a learned sink logit the pattern is smaller). Null: 0 for a query that is
+    orthogonal to a key. Costs heads x d_head operations a query and key; a row is computed with the keys of its whole
+    sequence, so read the rows of a sequence together.
+
+    Args:
+        store: A store with queries and keys of the layer as it scores them: `rot_q` and `rot_k`, or `q` and `k` where
+            nothing is rotated.
+        layer: Layer; -1 is the last one.
+        model: The recorded model, for a store from before manifests had the scale. None: the name in the manifest.
+
+    Returns:
+        Array with the axes (row, head, key), computed where it is indexed; keys count from the sequence's first token,
+        as many as the longest sequence has.
+
+    Raises:
+        RequestError: Queries or keys were not recorded, the store holds chosen rows, the model is not causal, or it
+            adds a bias by position to its scores.
+    """
+    number = layer_number(store.manifest, layer)
+    if not store.manifest.model.causal:
+        raise RequestError(f"attention scores need a causal model, and {store.manifest.model.name} is not")
+    store.require_whole_sequences("an array of attention scores")
+    rule = layer_rule(score_rules(store, model), store, number)
+    queries = store[rule.queries]
+    sequence = store.tokens["sequence"].to_numpy()
+    starts = np.flatnonzero(np.diff(sequence, prepend=-1))
+    longest = int(np.diff([*starts, store.rows]).max(initial=0))
+    scores = _Scores(rule, queries, store[rule.keys], starts, longest)
+    axes, shape = ("row", "head", "key"), (queries.site.shape[0], longest)
+    return ComputedArray(store, f"attn_scores.{number}", axes, shape, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """Scores of rows against the keys of their sequences."""
+
+    rule: ScoreRule
+    queries: ActivationArray
+    keys: ActivationArray
+    starts: Int64[np.ndarray, " sequence"]
+    longest: int
+
+    @plain_torch()
+    @torch.inference_mode()
+    def __call__(self, ids: Int64[np.ndarray, " row"]) -> Float[Tensor, "row head key"]:
+        scores = torch.full((len(ids), self.queries.site.shape[0], self.longest), -torch.inf)
+        sequence = np.searchsorted(self.starts, ids, side="right") - 1
+        ends = np.append(self.starts[1:], len(self.queries))
+        for one in np.unique(sequence).tolist():
+            places = np.flatnonzero(sequence == one)
+            first, end = int(self.starts[one]), int(ends[one])
+            raw = attention_scores(self.rule, self.queries[ids[places]], self.keys[first:end]).transpose(0, 1)
+            seen = self.rule.visible((ids[places] - first)[:, None], np.arange(end - first))
+            hidden = ~torch.from_numpy(np.asarray(seen))[:, None]
+            scores[torch.from_numpy(places), :, : end - first] = raw.masked_fill(hidden, -torch.inf)
+        return scores
