@@ -88,7 +88,7 @@ _PUBLIC = {
     "Store": "workbench.store.reader",
     "ActivationArray": "workbench.store.reader",
     "LayeredArray": "workbench.store.reader",
-    "Rows": "workbench.store.rows",
+    "Rows": "workbench.store.selected_rows",
     "ComputedArray": "workbench.store.computed",
     "head_results": "workbench.model.head_results",
     "attn_scores": "workbench.model.score_arrays",
@@ -203,4 +203,4 @@ if TYPE_CHECKING:
     from workbench.store.merged_store import merge
     from workbench.store.packed_copy import pack
     from workbench.store.reader import ActivationArray, LayeredArray, Store, open_store
-    from workbench.store.rows import Rows
+    from workbench.store.selected_rows import Rows

@@ -21,7 +21,7 @@ from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.unembed import load_unembed
 from workbench.store.reader import Store
-from workbench.store.rows import Rows
+from workbench.store.selected_rows import Rows
 
 FORMAT, _VERSION = "workbench.future-lens", 1
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from workbench.store.reader import Store
-from workbench.store.rows import row_ids
+from workbench.store.selected_rows import row_ids
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,7 +20,7 @@ from workbench.io.errors import RequestError, nearest
 from workbench.store.computed import ComputedArray
 from workbench.store.layers import LayeredArray
 from workbench.store.reader import ActivationArray, Store
-from workbench.store.rows import Rows
+from workbench.store.selected_rows import Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -32,7 +32,7 @@ from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
 from workbench.store.packed_copy import pack
 from workbench.store.query import Parameters, select_rows
-from workbench.store.rows import Rows, row_ids
+from workbench.store.selected_rows import Rows, row_ids
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
 from workbench.store.verify import verify
