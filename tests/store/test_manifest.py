@@ -14,7 +14,7 @@ from store_example import MODEL, contents, values, write_store
 
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_checked_json, to_json
-from workbench.store.manifest import SiteRecord, describe, read_manifest
+from workbench.store.manifest import SiteRecord, as_lines, facts, read_manifest
 from workbench.store.reader import open_store
 
 VERSION_1 = Path(__file__).parents[1] / "data" / "store-v1"
@@ -165,9 +165,9 @@ def test_the_manifest_has_no_path_of_this_machine(tmp_path):
     assert next(line for line in text.splitlines() if '"00000"' in line).endswith('"rows": 5, "sequences": 2}')
 
 
-def test_describe_has_a_line_for_each_fact(tmp_path):
+def test_a_summary_has_a_line_for_each_fact(tmp_path):
     path = write_store(tmp_path / "x.acts", [[3, 2], [4]])
-    assert describe("x.acts", read_manifest(path)).splitlines() == [
+    assert as_lines(facts("x.acts", read_manifest(path))).splitlines() == [
         "store    x.acts",
         "model    demo (GPT2LMHeadModel, 2 layers, d_model 3)",
         "sites    3: resid_post.0 (3,) float16, resid_post.1 (3,) float32, pattern.1 (2, 4) bfloat16",

@@ -24,7 +24,7 @@ from store_example import (
 
 from workbench.io.errors import RequestError
 from workbench.io.files import sha256_bytes
-from workbench.store.manifest import describe, read_manifest, write_manifest
+from workbench.store.manifest import as_lines, facts, read_manifest, write_manifest
 from workbench.store.verify import verify
 
 SEGMENTS = [[3, 2], [4], [1, 1, 5]]
@@ -262,7 +262,9 @@ def test_what_the_recording_did_to_its_texts_is_a_note_and_in_the_description(pa
         "1,234 documents cut into several sequences",
         "2 characters that are not valid Unicode replaced by U+FFFD",
     ]
-    assert describe(path, read_manifest(path)).splitlines()[-1] == f"notes    {'; '.join(verify(path)['detail'])}"
+    assert (
+        as_lines(facts(path, read_manifest(path))).splitlines()[-1] == f"notes    {'; '.join(verify(path)['detail'])}"
+    )
 
 
 def test_checksums_are_sha256(path):

@@ -20,9 +20,9 @@ class Info:
 
     def run(self) -> int:
         """Prints the description of a store."""
-        from workbench.store.manifest import describe, read_manifest
+        from workbench.store.manifest import as_lines, facts, read_manifest
 
-        print_plain(describe(self.store, read_manifest(self.store)))
+        print_plain(as_lines(facts(self.store, read_manifest(self.store))))
         return 0
 
 

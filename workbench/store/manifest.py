@@ -444,18 +444,13 @@ def read_segment_record(path: str | os.PathLike[str], segment: Segment) -> Segme
     return merged_record(records)
 
 
-def describe(path: str | os.PathLike[str], manifest: Manifest) -> str:
-    """Returns a summary of the store, one line each for path, model, sites, rows, texts and unembedding."""
-    return as_lines(facts(path, manifest))
-
-
 def as_lines(named: Mapping[str, str]) -> str:
     """Returns facts as text, one line each."""
     return "\n".join(f"{name:<8} {fact}" for name, fact in named.items())
 
 
 def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
-    """Returns the lines of `describe` by their names."""
+    """Returns a summary of the store by name: path, model, sites, rows, texts and unembedding."""
     model, parts = manifest.model, manifest.parts
     state = "complete" if manifest.complete else f"of {manifest.planned_rows:,} planned; the same command resumes it"
     lines = {
