@@ -10,6 +10,7 @@ if __name__ != "workbench.probes":
 _PUBLIC = {
     "ActivationPatching": "workbench.probes.activation_patching",
     "ActiveDormant": "workbench.probes.active_dormant",
+    "AttentionCalibration": "workbench.probes.attention_calibration",
     "AttentionSinks": "workbench.probes.attention_sinks",
     "AttributionPatching": "workbench.probes.attribution_patching",
     "DirectLogitAttribution": "workbench.probes.direct_logit_attribution",
@@ -19,6 +20,7 @@ _PUBLIC = {
     "FiberBundle": "workbench.probes.fiber_bundle",
     "FutureLens": "workbench.probes.future_lens",
     "FuturePrompts": "workbench.probes.future_prompts",
+    "HeadAblation": "workbench.probes.named_heads",
     "HiddenSinks": "workbench.probes.hidden_sinks",
     "InductionHeads": "workbench.probes.induction_heads",
     "JacobianLens": "workbench.probes.jacobian_lens",
@@ -32,6 +34,7 @@ _PUBLIC = {
     "OverSquashing": "workbench.probes.over_squashing",
     "PathPatching": "workbench.probes.path_patching",
     "RelativeContextualization": "workbench.probes.relative_contextualization",
+    "RepresentationHijacking": "workbench.probes.representation_hijacking",
     "ResidualUncertainty": "workbench.probes.residual_uncertainty",
     "SemanticAxes": "workbench.probes.semantic_axes",
     "Similarity": "workbench.probes.similarity",
@@ -46,6 +49,7 @@ _PUBLIC = {
     "ValueAwareImportance": "workbench.probes.value_aware_importance",
     "UnderTrainedTokens": "workbench.probes.under_trained_tokens",
     "VocabularyKeys": "workbench.probes.vocabulary_keys",
+    "ZeroTuning": "workbench.probes.zero_tuning",
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]  # the table is the one list of names
@@ -55,6 +59,7 @@ __getattr__ = lazy_names(__name__, _PUBLIC)
 if TYPE_CHECKING:
     from workbench.probes.activation_patching import ActivationPatching
     from workbench.probes.active_dormant import ActiveDormant
+    from workbench.probes.attention_calibration import AttentionCalibration
     from workbench.probes.attention_sinks import AttentionSinks
     from workbench.probes.attribution_patching import AttributionPatching
     from workbench.probes.direct_logit_attribution import DirectLogitAttribution
@@ -72,11 +77,13 @@ if TYPE_CHECKING:
     from workbench.probes.mask_positions import MaskPositions
     from workbench.probes.masked_sinks import MaskedSinks
     from workbench.probes.massive_activations import MassiveActivations
+    from workbench.probes.named_heads import HeadAblation
     from workbench.probes.neurons import Neurons
     from workbench.probes.next_token_law import NextTokenLaw
     from workbench.probes.over_squashing import OverSquashing
     from workbench.probes.path_patching import PathPatching
     from workbench.probes.relative_contextualization import RelativeContextualization
+    from workbench.probes.representation_hijacking import RepresentationHijacking
     from workbench.probes.residual_uncertainty import ResidualUncertainty
     from workbench.probes.semantic_axes import SemanticAxes
     from workbench.probes.similarity import Similarity
@@ -91,3 +98,4 @@ if TYPE_CHECKING:
     from workbench.probes.under_trained_tokens import UnderTrainedTokens
     from workbench.probes.value_aware_importance import ValueAwareImportance
     from workbench.probes.vocabulary_keys import VocabularyKeys
+    from workbench.probes.zero_tuning import ZeroTuning

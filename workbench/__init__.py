@@ -71,6 +71,9 @@ _PUBLIC = {
     "export_neuronpedia": "workbench.features.other_formats",
     "nearest_features": "workbench.sae.decoder",
     "promoted_tokens": "workbench.features.promoted",
+    "patchscope": "workbench.analysis.patchscope",
+    "Patchscope": "workbench.analysis.patchscope",
+    "substitution_texts": "workbench.corpus.substitutions",
     "prompt_pairs": "workbench.corpus.task_suites",
     "check_pairs": "workbench.corpus.prompt_pairs",
     "PromptPair": "workbench.corpus.prompt_pairs",
@@ -139,11 +142,13 @@ if TYPE_CHECKING:
     from workbench.analysis.directions import mean_difference, principal_directions
     from workbench.analysis.feature_effect import feature_effect
     from workbench.analysis.logit_contributions import feature_contributions
+    from workbench.analysis.patchscope import Patchscope, patchscope
     from workbench.analysis.sparse_probe import sparse_probe
     from workbench.analysis.trained_future import TrainedFutureLens
     from workbench.analysis.trained_lens import TrainedLens, load_lens
     from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
     from workbench.corpus.repeats import random_repeats, shuffled_blocks
+    from workbench.corpus.substitutions import substitution_texts
     from workbench.corpus.task_suites import prompt_pairs
     from workbench.embedded import demo_corpus
     from workbench.embedded.planted import planted_corpus

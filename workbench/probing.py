@@ -165,7 +165,6 @@ _PUBLIC = {
     **dict.fromkeys(("recorded_pairs", "pairs_of"), "workbench.analysis.patch_pairs"),
     "shuffled_positions": "workbench.analysis.patching",
     **dict.fromkeys(("TaskVectors", "answers_after", "questions_alone"), "workbench.analysis.task_vectors"),
-    "random_heads": "workbench.analysis.head_ablation",
     "AblatedPart": "workbench.analysis.ablated_logits",
     "AblatedRuns": "workbench.analysis.ablated_logits",
     "ablation_effects": "workbench.analysis.ablated_logits",
@@ -194,10 +193,23 @@ _PUBLIC = {
     "Columns": "workbench.model.attention",
     "ABLATION_VARIABLES": "workbench.analysis.ablated_heads",
     "capture": "workbench.model.capture",
-    "HeadAblation": "workbench.analysis.head_ablation",
     **dict.fromkeys(("ablated_heads", "ablation_text"), "workbench.analysis.ablated_heads"),
     **dict.fromkeys(("MEASURES", "MeasuredRows", "change_effects"), "workbench.analysis.change_effects"),
-    "head_ablation": "workbench.analysis.head_ablation",
+    "ablated_heads": "workbench.analysis.ablated_heads",
+    "ablation_text": "workbench.analysis.ablated_heads",
+    **dict.fromkeys(
+        ("MEASURES", "Change", "ChangeEffects", "MeasuredRows", "change_effects", "document_halves", "predicting_rows"),
+        "workbench.analysis.change_effects",
+    ),
+    **dict.fromkeys(("AblatedHeads", "head_ablation", "random_heads"), "workbench.analysis.head_ablation"),
+    **dict.fromkeys(("Received", "change_keys", "read_received"), "workbench.analysis.sink_changes"),
+    **dict.fromkeys(("RedistributeAttention", "ScaleAttention"), "workbench.model.attention_records"),
+    **dict.fromkeys(("SkipBlock", "SwapBlocks"), "workbench.model.block_records"),
+    **dict.fromkeys(("first_key_rows", "scaled_entropy", "temperature_curve"), "workbench.analysis.first_key"),
+    **dict.fromkeys(
+        ("IDENTITY_PROMPT", "first_token", "random_states", "read_states", "target_prompt"),
+        "workbench.analysis.patchscope",
+    ),
     "continue_steered": "workbench.analysis.continuations",
     "load_direction": "workbench.model.direction",
     "random_direction": "workbench.analysis.continuations",
@@ -283,6 +295,7 @@ if TYPE_CHECKING:
         ChangeEffects,
         MeasuredRows,
         change_effects,
+        document_halves,
         predicting_rows,
     )
     from workbench.analysis.continuations import continue_steered, random_direction
@@ -294,6 +307,7 @@ if TYPE_CHECKING:
     from workbench.analysis.edge_graph import EdgeGraph
     from workbench.analysis.edge_runs import EdgeRuns
     from workbench.analysis.feed_forward import BlockParts, block_parts, contributions
+    from workbench.analysis.first_key import first_key_rows, scaled_entropy, temperature_curve
     from workbench.analysis.frozen_norm import norm_bias, read_directions, single_tokens, token_id
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
@@ -307,7 +321,7 @@ if TYPE_CHECKING:
         precision_table,
     )
     from workbench.analysis.future_view import future_title, future_view, tokens_ahead
-    from workbench.analysis.head_ablation import HeadAblation, head_ablation, random_heads
+    from workbench.analysis.head_ablation import AblatedHeads, head_ablation, random_heads
     from workbench.analysis.importance import rank_correlation, removal_effects, top_overlap
     from workbench.analysis.jacobian import affordable_prompts, mean_jacobians
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
@@ -344,6 +358,7 @@ if TYPE_CHECKING:
     from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_of, recorded_pairs
     from workbench.analysis.patching import METRIC_UNITS, METRICS, Runs, other_pair, shuffled_positions
     from workbench.analysis.patching_figures import patching_lines, patching_map, patching_spread
+    from workbench.analysis.patchscope import IDENTITY_PROMPT, first_token, random_states, read_states, target_prompt
     from workbench.analysis.path_runs import PathRuns
     from workbench.analysis.point_clouds import (
         distinct,

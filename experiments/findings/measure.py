@@ -19,8 +19,8 @@ from workbench.results.registry import find_probe, installed_probes
 REPEATS = 60
 """Sequences of random tokens that repeat, for induction heads."""
 OTHER_INPUTS = ("activation-patching", "attribution-patching", "edge-attribution", "function-vectors", "path-patching")
-OTHER_INPUTS += ("semantic-axes", "steering")
-"""Probes of pairs of prompts, of opposite words that a small vocabulary lacks, or of a direction; see their pages."""
+OTHER_INPUTS += ("head-ablation", "representation-hijacking", "semantic-axes", "steering")
+"""Probes of pairs of prompts, of words that a small vocabulary lacks, or of heads or a direction; see their pages."""
 BLOCK_ROWS = 2_000
 """Tokens of the recording of whole blocks."""
 KEPT = "headlines.json"

@@ -120,6 +120,7 @@ def test_probes():
     names = [
         "activation-patching",
         "active-dormant",
+        "attention-calibration",
         "attention-sinks",
         "attribution-patching",
         "direct-logit-attribution",
@@ -129,6 +130,7 @@ def test_probes():
         "fiber-bundle",
         "future-lens",
         "future-prompts",
+        "head-ablation",
         "hidden-sinks",
         "induction-heads",
         "jacobian-lens",
@@ -142,6 +144,7 @@ def test_probes():
         "over-squashing",
         "path-patching",
         "relative-contextualization",
+        "representation-hijacking",
         "residual-uncertainty",
         "semantic-axes",
         "similarity",
@@ -156,6 +159,7 @@ def test_probes():
         "value-aware-importance",
         "under-trained-tokens",
         "vocabulary-keys",
+        "zero-tuning",
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[names.index("logit-lens")] == (

@@ -18,6 +18,8 @@ def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
     settings |= {name: QUICK[name] for name in ("fiber-bundle", "token-characters", "under-trained-tokens")}
     settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
     settings |= {"masked-sinks": {"row_limit": 50, "layers_too": False, "heads": 1}}
+    settings |= {"zero-tuning": {"row_limit": 50, "gammas": (0.5, 1.0)}}
+    settings |= {"attention-calibration": {"row_limit": 100, "first": 0, "threshold": 0.1}}
     settings |= {"stages": {"row_limit": 50, "control": False}}
     settings |= {"feed-forward-maps": {"row_limit": 1, "length": 16}}
     settings |= {"over-squashing": {"draws": 1, "longest": 16}}

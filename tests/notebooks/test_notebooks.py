@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PROBES = {"AttentionSinks", "FutureLens", "LogitLens", "SuccessorHeads", "TokenErasure", "TunedLens"}
 PROBES |= {"AttributionPatching", "DirectLogitAttribution", "EdgeAttribution"}
+PROBES |= {"ActivationPatching", "MaskedSinks", "Steering"}
 
 books = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -216,3 +216,13 @@ def test_a_manifest_without_changes_is_read_as_a_plain_run(plain, tmp_path):
     shutil.copytree(plain.path, tmp_path / "copy")
     write_manifest(tmp_path / "copy", read_manifest(tmp_path / "copy"))
     assert wb.open_store(tmp_path / "copy").manifest.interventions is None
+
+
+def test_a_store_with_interventions_is_not_merged_with_another(model, plain, tmp_path):
+    changed = record(model, tmp_path / "changed", wb.Zero("z.1", head=2))
+    for stores in ([plain, changed], [changed, plain], [changed, changed.path]):
+        message = refused(
+            RequestError, lambda stores=stores: wb.merge(dict(zip("ab", stores, strict=True)), tmp_path / "merged")
+        )
+        assert message.endswith("was recorded with interventions; merge stores of the model as it is")
+    assert not (tmp_path / "merged").exists()

@@ -46,7 +46,7 @@ class MeasuredRows:
     """Rows (tokens) of a store at which predictions are measured."""
 
     store: Store
-    groups: Mapping[str, Int64[np.ndarray, " row"]]
+    groups: Mapping[str, Int64[np.ndarray, " _"]]
     """Name to ids of rows; a mean is over each. A row may be in several groups."""
     targets: Int64[np.ndarray, " all_rows"] | None = None
     """Token whose loss and accuracy are measured at each row of the store, -1: none. None: the next token."""
@@ -82,6 +82,22 @@ def predicting_rows(store: Store, where: str | None, limit: int, seed: int) -> I
     order = np.random.default_rng(seed).permutation(len(numbers))
     before = np.cumsum(counts[order]) - counts[order]
     return rows[np.isin(sequence[rows], numbers[order[before < limit]])]
+
+
+def document_halves(
+    store: Store, rows: Int64[np.ndarray, " row"], seed: int
+) -> tuple[Int64[np.ndarray, " first"], Int64[np.ndarray, " second"], str]:
+    """Returns the rows of two halves of the documents: one to choose by, one to measure on; and a note on few.
+
+    A single document is both halves.
+    """
+    document = store.tokens["document"].to_numpy()[rows]
+    known = np.random.default_rng(seed).permutation(np.unique(document))
+    if len(known) < 2:
+        return rows, rows, "chosen and measured on the same document"
+    first = np.isin(document, known[: len(known) // 2])
+    measured = len(known) - len(known) // 2
+    return rows[first], rows[~first], f"intervals over {measured} documents" if measured < 10 else ""
 
 
 @dataclass(frozen=True)

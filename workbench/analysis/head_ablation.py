@@ -31,7 +31,7 @@ Ablation = Literal["mean", "zero"]
 
 
 @dataclass(frozen=True)
-class HeadAblation:
+class AblatedHeads:
     """Result of `head_ablation`."""
 
     table: pd.DataFrame
@@ -71,7 +71,7 @@ def head_ablation(
     resamples: int = 1000,
     seed: int = 0,
     show_progress: bool = True,
-) -> HeadAblation:
+) -> AblatedHeads:
     """Measures how predictions change when sets of heads are ablated, each set as a whole.
 
     The control ablates as many other heads of the same layers, drawn at random; where a layer has too few others, the
@@ -104,7 +104,7 @@ def head_ablation(
     values = {layer: mean if ablation == "mean" else torch.zeros_like(mean) for layer, mean in means.items()}
     changes = {f"{name} {number}": ablate(one, values) for (name, number), one in sets.items()}
     effects = change_effects(model, rows, changes, label="ablation", show_progress=show_progress)
-    return HeadAblation(_table(effects, list(sets), resamples, seed), drawn)
+    return AblatedHeads(_table(effects, list(sets), resamples, seed), drawn)
 
 
 def _table(effects: ChangeEffects, sets: Sequence[tuple[str, int]], resamples: int, seed: int) -> pd.DataFrame:

@@ -34,8 +34,8 @@ SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
-WITHOUT = ("function-vectors", "semantic-axes", "steering")
-"""Probes that ask for more: prompts with examples, a vocabulary with opposite words, a direction of yours."""
+WITHOUT = ("function-vectors", "head-ablation", "representation-hijacking", "semantic-axes", "steering")
+"""Probes that ask for more: prompts with examples, other words, heads or a direction of yours."""
 REPEATS = 60
 """Sequences of random tokens that repeat."""
 PAIRS = 16
@@ -56,6 +56,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 1,
     },
     "jacobian-lens": {"prompts": 2, "length": 40, "row_limit": 1000},
+    "attention-calibration": {"row_limit": 300, "first": 0},
     "linear-probes": {"label": "domain", "row_limit": 4000, "dimensions": (1, 4)},
     "fiber-bundle": {"row_limit": 200},
     "masked-sinks": {"row_limit": 300},
@@ -66,6 +67,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "token-microscope": {"epochs": 1, "dimension_rows": 500},
     "tuned-lens": {"epochs": 2},
     "under-trained-tokens": {"tested": 8},
+    "zero-tuning": {"row_limit": 300},
 }
 """Settings of each probe that differ from its defaults, so that everything takes about a minute."""
 EMBEDDED_SETTINGS = {"token-erasure": {**SETTINGS["token-erasure"], "late": 3}}

@@ -34,9 +34,10 @@ def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, sub
         line = {"color": band.colour, "dash": band.dash, "width": 2 if band.dash == "solid" else 1.5}
         if band.ends is not None:
             low, high = (np.broadcast_to(np.asarray(end, float), len(x)) for end in band.ends)
+            known = np.flatnonzero(~np.isnan(low + high))  # a polygon with a gap is filled wrongly
             figure.add_scatter(
-                x=[*x, *x[::-1]],
-                y=np.concatenate([high, low[::-1]]),
+                x=[x[at] for at in (*known, *known[::-1])],
+                y=np.concatenate([high[known], low[known[::-1]]]),
                 mode="lines",
                 fill="toself",
                 fillcolor=band.colour,

@@ -145,10 +145,12 @@ class AttentionInputs:
     mask: Tensor | None
     settings: Mapping[str, Any]
     """Other arguments: scaling, softcap, ...."""
+    kernel: str | None = None
+    """Name of the attention function that computes this call; None: the model's own."""
 
-    def replaced(self, **tensors: Tensor | None) -> AttentionInputs:
-        """Returns the inputs with other tensors."""
-        return replace(self, **tensors)  # pyright: ignore[reportArgumentType]
+    def replaced(self, **values: Tensor | str | None) -> AttentionInputs:
+        """Returns the inputs with other tensors, or for another kernel."""
+        return replace(self, **values)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -250,13 +252,20 @@ def _tapped(attend: Callable, taps: list[_Tap]) -> Callable:
             if module in tap.changes and tap.in_pass():
                 inputs = tap.changes[module](inputs)
         query, key, value, attention_mask = inputs.query, inputs.key, inputs.value, inputs.mask
-        output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
+        function = attend if inputs.kernel is None else _kernel(inputs.kernel)
+        output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
         for tap in tuple(taps):
             if module in tap.callbacks and tap.in_pass():
                 tap.callbacks[module](_call(module, query, key, value, output, weights, attention_mask, kwargs))
         return output, weights
 
     return tapped
+
+
+def _kernel(name: str) -> Callable:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table  # takes seconds
+
+    return table[name]
 
 
 def _call(module, query, key, value, output, weights, mask, kwargs) -> AttentionCall:

@@ -32,6 +32,9 @@ from workbench.model.row_changes import Head, query_heads
 from workbench.model.token_choice import At, Tokens, tokens_at, whole
 from workbench.sites.grammar import Site
 
+_MASKED_KERNELS = ("eager", "sdpa")
+"""Attention functions that take an additive mask; in the place of others SDPA computes a changed layer."""
+
 _MASKED = 0.5
 """Share of a type's lowest number below which a mask hides a key."""
 
@@ -143,6 +146,7 @@ class _BoundAttention(Bound):
         self.queries, self.key = tokens_at(record.queries), tokens_at(key)
         self.at = self.queries
         self.keys_seen: set[int] = set()
+        self.kernel = None if attention_name(model.module) in _MASKED_KERNELS else "sdpa"
 
     @property
     def choices(self) -> tuple[Tokens | Tensor, ...]:
@@ -173,13 +177,27 @@ class _BoundScores(_BoundAttention):
         super().__init__(record, model, record.key)
         self.bias = record.bias
         self.module_path = attention_module(model, self.site)
+        self.call_path = attention_call(model, record.layer) if self.kernel else self.module_path
         self.eager = attention_name(model.module) == "eager"
 
     def attach(self, module: nn.Module, tokens: CurrentTokens, stack: ExitStack) -> None:
         """Registers the hook; see `Bound.attach`."""
-        refuse_masks_of_two_axes(module, self.record)
-        part = module.get_submodule(self.module_path)
-        stack.enter_context(change_arguments(part, partial(self._arguments, tokens, part)))
+        part = module.get_submodule(self.call_path)
+        if self.kernel:
+            change = partial(self._in_call, tokens)
+            stack.enter_context(change_attention(attention_name(module), part, change))
+        else:
+            stack.enter_context(change_arguments(part, partial(self._arguments, tokens, part)))
+
+    def _in_call(self, tokens: CurrentTokens, inputs: AttentionInputs) -> AttentionInputs:
+        """Changes the scores where a kernel takes no additive mask: another one computes the call."""
+        present = tokens.of(self.record)
+        queries, keys = self.selection(present, inputs.key.shape[2])
+        if self.bias == 0 or not bool(keys.any()):
+            self.count.rows += int((queries & keys.any(1)[:, None])[:, present.fresh :].sum())
+            return inputs
+        mask = mask_of_flash(inputs, present, self.record)
+        return inputs.replaced(mask=self._biased(mask, queries, keys, present), kernel=self.kernel)
 
     def _arguments(self, tokens: CurrentTokens, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         present, mask = tokens.of(self.record), arguments.get("attention_mask")
@@ -259,7 +277,6 @@ class _BoundRedistribution(_BoundAttention):
 
     def attach(self, module: nn.Module, tokens: CurrentTokens, stack: ExitStack) -> None:
         """Registers the change; see `Bound.attach`."""
-        refuse_masks_of_two_axes(module, self.record)
         part = module.get_submodule(self.module_path)
         change = partial(self._redistribute, tokens)
         stack.enter_context(change_attention(attention_name(module), part, change))
@@ -270,11 +287,7 @@ class _BoundRedistribution(_BoundAttention):
         if not bool(queries.any() & keys.any()):
             return inputs
         keep, device, lowest = self.keep, inputs.query.device, torch.finfo(inputs.query.dtype).min
-        mask = inputs.mask
-        if mask is None:
-            mask = _float_mask(_causal(inputs.module, present, held, inputs.query.shape[2]), inputs.query.dtype)
-        elif mask.dtype == torch.bool:
-            mask = _float_mask(mask, inputs.query.dtype)
+        mask = mask_of_flash(inputs, present, self.record) if self.kernel else explicit_mask(inputs, present)
         mask = mask[..., :held].to(device).expand(len(queries), self.heads_of_layer, -1, -1)
         chosen = keys[:, None, None, :].to(device)
         weights = torch.cat([block for _, block in pattern_blocks(_call_of(inputs, mask))], dim=2)
@@ -290,7 +303,7 @@ class _BoundRedistribution(_BoundAttention):
         changed = torch.where(row & ~exempt & chosen & (mask > _MASKED * lowest), mask + bias.to(mask.dtype), mask)
         self.count.rows += int(row[..., 0].any(1)[:, present.fresh :].sum())
         self.count.exempt += int(exempt[..., 0].any(1)[:, present.fresh :].sum())
-        return inputs.replaced(mask=changed.clamp(min=lowest))
+        return inputs.replaced(mask=changed.clamp(min=lowest), kernel=self.kernel or inputs.kernel)
 
 
 def _call_of(inputs: AttentionInputs, mask: Float[Tensor, "batch head query key"]) -> AttentionCall:
@@ -351,14 +364,41 @@ def attention_module(model: Model, site: Site) -> str:
     raise RequestError(f"layer {site.layer}: no module of attention in {model.architecture} takes an attention mask")
 
 
-def refuse_masks_of_two_axes(module: nn.Module, record: Intervention) -> None:
-    """Refuses kernels that take no additive mask, which would ignore a change of the scores."""
-    name = attention_name(module)
-    if name not in ("eager", "sdpa"):
+def explicit_mask(inputs: AttentionInputs, present: PassTokens) -> Float[Tensor, "batch head query key"]:
+    """Returns the float mask of a call that has another form of it, or none, which means a causal kernel."""
+    mask, dtype = inputs.mask, inputs.query.dtype
+    if mask is not None and mask.ndim == 4:
+        return mask if mask.dtype != torch.bool else _float_mask(mask, dtype)
+    columns, held = inputs.query.shape[2], inputs.key.shape[2]
+    visible = _causal(inputs.module, present, held, columns)
+    return _float_mask(visible, dtype).to(inputs.query.device)
+
+
+def mask_of_flash(
+    inputs: AttentionInputs, present: PassTokens, record: Intervention
+) -> Float[Tensor, "batch head query key"]:
+    """Returns the float mask that stands for what flash attention gets: causal, a window, padding by two axes.
+
+    Raises:
+        RequestError: Scores with a soft-cap or a learned sink, which SDPA does not compute.
+    """
+    if inputs.settings.get("softcap") is not None or inputs.settings.get("s_aux") is not None:
         raise RequestError(
-            f"{record}: {name} takes no additive mask; load the model with attn_implementation='sdpa', or call "
-            "model.module.set_attn_implementation('sdpa')"
+            f"{record}: SDPA, which would take the place of the model's attention kernel, computes no soft-cap and no "
+            "learned sink; load the model with attn_implementation='eager'"
         )
+    mask, columns, held = inputs.mask, inputs.query.shape[2], inputs.key.shape[2]
+    if mask is not None and mask.ndim == 4:
+        return explicit_mask(inputs, present)
+    visible = _causal(inputs.module, present, held, columns)
+    if window := inputs.settings.get("sliding_window"):
+        offset = max(0, present.cached + columns - held)
+        query = present.cached + torch.arange(columns, device="cpu")[:, None]
+        visible = visible & (query - offset - torch.arange(held, device="cpu")[None] < window)
+    if mask is not None:  # one of a static cache is shorter than the keys
+        real = nn.functional.pad(mask.cpu().bool(), (0, max(0, held - mask.shape[1])))
+        visible = visible & real[:, None, None, -held:]
+    return _float_mask(visible, inputs.query.dtype).to(inputs.query.device)
 
 
 def attention_heads(model: Model, layer: int, head: Head) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ is computed by the model. All hooks are gone after the block, also after an exce
 
 from __future__ import annotations
 
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from workbench.io.errors import DataError, RequestError
 from workbench.model.counts import Count
+from workbench.model.forward import attention_name
 from workbench.model.load import Model
 from workbench.model.passes import bound
 from workbench.model.positions import PassLabels, PassReader, PassTokens
@@ -28,6 +30,9 @@ from workbench.model.token_choice import Tokens
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class Intervention(ABC):
@@ -51,6 +56,8 @@ class Bound(ABC):
     """Tokens that it changes."""
     override = False
     """True if it may replace what an earlier record sets."""
+    kernel: str | None = None
+    """Attention kernel that computes its layer in place of the model's own; None: the model's own."""
 
     def __init__(self, record: Intervention, place: str) -> None:
         self.record, self.place, self.count = record, place, Count()
@@ -163,9 +170,23 @@ class Intervened:
         return tuple(one.count for one in self._bound)
 
     @property
+    def kernels(self) -> tuple[str | None, ...]:
+        """Attention kernel of each record that takes the place of the model's own; None: no other."""
+        return tuple(one.kernel for one in self._bound)
+
+    @property
     def choices(self) -> tuple[Tokens, ...]:
         """Choices of tokens of all records, without masks."""
         return tuple(choice for one in self._bound for choice in one.choices if isinstance(choice, Tokens))
+
+    def warn_of_kernels(self) -> None:
+        """Logs one warning about all layers that another attention kernel computes than the model's own."""
+        layers = sorted({one.place for one in self._bound if one.kernel})
+        if layers:
+            _LOG.warning(
+                f"{', '.join(layers)}: {attention_name(self.model.module)} takes no additive mask, so SDPA computes "
+                "these layers where their attention is changed; results differ by rounding from the kernel's own"
+            )
 
     def check(self) -> None:
         """Raises DataError for a record that did not run, chose no token, or gave values that are not finite."""
@@ -231,7 +252,9 @@ def intervene(model: Model, *records: Intervention, override: bool = False) -> I
     for record in records:
         if not isinstance(record, Intervention):
             raise RequestError(f"an intervention must be a record such as wb.Zero('z.3', head=0), not {record!r:.60}")
-    return Intervened(model, records, override)
+    intervened = Intervened(model, records, override)
+    intervened.warn_of_kernels()
+    return intervened
 
 
 def overridden(later: Intervention, earlier: Intervention, place: str) -> str:

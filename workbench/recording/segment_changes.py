@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,12 @@ def plan_changes(model: Model, records: Sequence[Intervention], sites: Sequence[
                     f"sites: {inside[0].short or inside[0].name} is inside of block {record.layer}, which is skipped, "
                     "so it has no effect; record resid_pre and resid_post of that layer, or other layers"
                 )
-    Intervened(model, tuple(records))
-    return RecordedChanges(tuple(records), *stored_changes(records))
+    intervened = Intervened(model, tuple(records))
+    intervened.warn_of_kernels()
+    stored, arrays = stored_changes(records)
+    kernels = ({} if kernel is None else {"kernel": kernel} for kernel in intervened.kernels)
+    kept = tuple(record | kernel for record, kernel in zip(stored.records, kernels, strict=True))
+    return RecordedChanges(tuple(records), replace(stored, records=kept), arrays)
 
 
 class SegmentChanges:
