@@ -75,8 +75,6 @@ _PUBLIC = {
     **dict.fromkeys(("ROWS_PER_DIMENSION", "blocks", "recorded_layers"), "workbench.analysis.rows"),
     "SCORED": "workbench.analysis.segmentation",
     "Words": "workbench.analysis.words",
-    "erasure_scores": "workbench.analysis.segmentation",
-    "segment": "workbench.analysis.segmentation",
     **dict.fromkeys(("attention_sites", "attention_source"), "workbench.analysis.received"),
     "ROWS_PER_DIMENSION": "workbench.analysis.rows",
     "blocks": "workbench.analysis.rows",
