@@ -277,7 +277,10 @@ def _compare(maps: list[Float[np.ndarray, "query key"]], first: int) -> tuple[fl
         one, other = (step[i, : i + 1] for step in steps)
         size = np.linalg.norm(one) * np.linalg.norm(other)
         cosines.append(one @ other / size if size > 1e-12 else np.nan)
-    return tuple(float(np.nanmean(part)) if not np.isnan(part).all() else np.nan for part in (*changes, cosines))
+    without, with_residual, cosine = (
+        float(np.nanmean(part)) if not np.isnan(part).all() else np.nan for part in (*changes, cosines)
+    )
+    return without, with_residual, cosine
 
 
 def _shuffled(one: np.ndarray, other: np.ndarray, first: int, draw: np.random.Generator) -> float:
@@ -299,7 +302,7 @@ def _changes(result: Result) -> go.Figure:
         Band(
             words[name],
             data[name].to_numpy(),
-            tuple(data[f"{name}_{end}"].to_numpy() for end in ("low", "high")),
+            (data[f"{name}_low"].to_numpy(), data[f"{name}_high"].to_numpy()),
             colour,
         )
         for name, colour in zip(words, CATEGORIES, strict=False)

@@ -228,7 +228,7 @@ class JacobianLens(LayerProbe):
         documents = draw.permutation(np.unique(document[starts[usable]]))
         allowed = documents[: max(1, int(0.8 * len(documents)))]
         usable = draw.permutation(usable[np.isin(document[starts[usable]], allowed)])[:number]
-        rows = [starts[one] + np.arange(lengths[one]) for one in usable]
+        rows = [starts[one] + np.arange(int(lengths[one])) for one in usable]
         return rows, np.unique(np.concatenate([document[one] for one in rows])).tolist()
 
     def _rows(self, lens: TrainedLens, store: Store, fitted: bool) -> tuple[Int[np.ndarray, " row"], list[str]]:

@@ -150,7 +150,7 @@ class OverSquashing(StoreProbe):
             raise RequestError(f"longest {self.longest} leaves no length: the model takes {limit + 1} tokens")
         work = _Pairs(loaded, unembed, inputs, lengths, self)
         arrays = work.measure()
-        arrays["draws"] = self.draws
+        arrays["draws"] = np.asarray(self.draws)
         coords: dict[str, Any] = {"dtype": list(self.dtypes), "kind": list(self.kinds), "length": lengths}
         coords["layer"] = list(range(loaded.site_map.n_layers))
         patterns, rows = _patterns(store, self.rollout)

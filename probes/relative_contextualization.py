@@ -172,7 +172,7 @@ class RelativeContextualization(LayerProbe):
             f"units of its scores{interval}{other}, marginal {best['rc_marginal']:.2f}; {int(data['sequences'])} "
             "sequences"
         )
-        if result.table["excess"].notna().any():
+        if not bool(result.table["excess"].isna().all()):
             own = result.table.loc[result.table["excess"].idxmax()]
             text += (
                 f". Most beyond other prompts: {head_name(int(own['layer']), int(own['head']))}, {own['rc']:.2f} and "

@@ -177,7 +177,7 @@ class TokenMicroscope(LayerProbe):
             )
         documents = store.tokens["document"].to_numpy()[rows.rows]
         folds = document_folds(documents, min(self.folds, len(np.unique(documents))), self.seed)
-        arrays = _layers(self, store, labels, rows.rows, folds)
+        arrays: dict[str, Any] = _layers(self, store, labels, rows.rows, folds)
         nonlinearity = arrays["nonlinearity"]
         arrays |= {"noise": d_model / (number - 1), "rows": number}
         arrays["isotropic_anisotropy"] = (1 + (d_model / number) ** 0.5) ** 2 / d_model

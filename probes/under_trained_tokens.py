@@ -147,7 +147,7 @@ class UnderTrainedTokens(WeightsProbe):
             "kind": kinds,
             "never_seen": unseen.astype(np.int8),
             "candidate": np.isin(np.arange(len(vocabulary)), candidates).astype(np.int8),
-            "threshold": values[chosen][candidates].max() if len(candidates) else np.nan,
+            "threshold": values[chosen][candidates].max() if chosen and len(candidates) else np.nan,
             "auc": np.array([_auc(values[name][unseen], values[name][ok]) for name in INDICATORS]),
             "probability": probability.astype(np.float32),
             "verified": np.array([_share_below(probability[:, ids]) for ids in groups.values()]),
@@ -195,7 +195,7 @@ class UnderTrainedTokens(WeightsProbe):
         data, indicator = result.data, result.data.attrs["indicator"]
         if indicator == "none":
             return with_note("No indicator ranks the vocabulary of this model.", result)
-        table = result.table[result.table["group"] == "candidate"]
+        table = result.table.loc[result.table["group"] == "candidate"]
         names = ", ".join(repr(text) for text in table["token"].head(_SHOWN))
         tied = "tied" if data.attrs["tied"] else "untied"
         text = f"{len(table):,} candidates by {indicator} ({tied} tables), lowest: {names}"
@@ -235,7 +235,7 @@ class UnderTrainedTokens(WeightsProbe):
         tested = result.table[result.table["probability"].notna()]
         if len(tested):
             parts = {"random tokens": "random", "lowest candidates": "candidate"}
-            shown = {title: tested[tested["group"] == group] for title, group in parts.items()}
+            shown = {title: tested.loc[tested["group"] == group] for title, group in parts.items()}
             figures["verification"] = labelled_scatter(
                 {
                     title: (part[name].to_numpy(), part["probability"].clip(1e-8).to_numpy(), part["token"].tolist())

@@ -346,6 +346,7 @@ def _classes(result: Result) -> go.Figure:
         title=f"Value size by class of token in {_model(result)}",
         unit=axis_title(data["class_norm"].attrs, "L1 norm"),
     )
+    trace: Any
     for trace in list(figure.data)[len(CATEGORIES) :]:  # colours begin again
         trace.update(line={"dash": "dash"})
     return figure.update_layout(

@@ -98,7 +98,7 @@ def correlation_lines(data: Any, site: str) -> go.Figure:
 
 def ablation_bars(result: Result, quantity: str) -> go.Figure:
     """Returns what the quantity loses without a term and what the term adds, for the 24 terms with the largest loss."""
-    table = result.table[result.table["ablated"].notna()]
+    table = result.table.loc[result.table["ablated"].notna()]
     chosen = np.sort(np.argsort(-np.abs(table["ablated"].to_numpy()), kind="stable")[:_SHOWN])
     shown = table.iloc[chosen]
     names = [sentence(term) for term in shown["term"]]

@@ -149,8 +149,8 @@ def contributions(
     step = max(1, _BLOCK_BYTES // (8 * (rows + 1) * parts.gate.weight.shape[1]))
     written = torch.cat([_feed_forward(parts, block) for block in after.split(step)])
     whole = after + written
-    norms = (part.norm(dim=2).numpy() for part in (after, written, whole))
-    return Contributions(*norms, whole.sum(1))
+    before, added, together = (part.norm(dim=2).numpy() for part in (after, written, whole))
+    return Contributions(before, added, together, whole.sum(1))
 
 
 def _feed_forward(

@@ -69,8 +69,10 @@ def mean_jacobians(model: Model, prompts: Sequence[Sequence[int]], *, skip: int)
     counts = (len(prompts) + 1) // 2, len(prompts) // 2
     mean = (halves[0] + halves[1]) / len(prompts)
     identity = torch.eye(d_model, device="cpu")
-    parts = [(half / max(1, count) - identity).flatten(1).double() for half, count in zip(halves, counts, strict=True)]
-    split = torch.nn.functional.cosine_similarity(*parts) if counts[1] else torch.full((len(layers),), torch.nan)
+    even, odd = (
+        (half / max(1, count) - identity).flatten(1).double() for half, count in zip(halves, counts, strict=True)
+    )
+    split = torch.nn.functional.cosine_similarity(even, odd) if counts[1] else torch.full((len(layers),), torch.nan)
     return MeanJacobians(layers, mean, split.numpy().astype(float))
 
 

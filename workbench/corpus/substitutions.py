@@ -96,7 +96,8 @@ def substitution_texts(
         texts += [_text(text.format(one), one, "plain", 1, number) for number, text in enumerate(known[one][used:])]
     for count in counts:
         for number in range(draws):
-            chosen = {one: [known[one][i] for i in draw.permutation(used)[:count]] for one in (word, original)}
+            chosen: dict[str, list[str]]
+            chosen = {one: [known[one][int(i)] for i in draw.permutation(used)[:count]] for one in (word, original)}
             words = " ".join(text.format(word) for text in chosen[original]).split(" ")
             contexts = {
                 "substituted": (word, " ".join(words)),

@@ -125,6 +125,7 @@ def rewrap(figure: go.Figure, line: int, tokens: int | None = None) -> go.Figure
     copy = go.Figure(figure)
     lines = -(-new["tokens"] // line)
     height = grid["rows"] + _AROUND
+    trace: Any
     for trace in copy.data:
         part = trace.meta["part"] if isinstance(trace.meta, Mapping) else ""
         if part == "cells":
@@ -169,10 +170,11 @@ def _lay_out(figure: go.Figure, grid: dict[str, Any], lines: int, height: int) -
 
 def _flat(figure: go.Figure, tokens: Sequence[str]) -> go.Figure:
     """The grid in one line, with empty rows around its layers, as `rewrap` expects it."""
+    trace: Any
     for trace in figure.data:
         if isinstance(trace.meta, Mapping) and trace.meta["part"] in ("cells", "marks"):
             rows = 2 if trace.meta["part"] == "marks" else 1
-            grid = {**grid_of(figure), "tokens": len(tokens)}
+            grid = dict(grid_of(figure)) | {"tokens": len(tokens)}
             for name, fill in (("z", np.nan if rows == 1 else 0), ("text", ""), ("customdata", "")):
                 if trace[name] is not None:
                     trace[name] = _stack(np.asarray(trace[name], None if name == "z" else object), grid, fill, rows)

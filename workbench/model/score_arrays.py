@@ -49,7 +49,7 @@ def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> C
     queries = store[rule.queries]
     sequence = store.tokens["sequence"].to_numpy()
     starts = np.flatnonzero(np.diff(sequence, prepend=-1))
-    longest = int(np.diff([*starts, store.rows]).max(initial=0))
+    longest = int(np.diff(starts, append=store.rows).max(initial=0))
     scores = _Scores(rule, queries, store[rule.keys], starts, longest)
     axes, shape = ("row", "head", "key"), (queries.site.shape[0], longest)
     return ComputedArray(store, f"attn_scores.{number}", axes, shape, scores)

@@ -112,7 +112,7 @@ class LinkedView:
         self._check("row", row, self.store.rows)
         features = self._given_features
         line, names = features[[row]], names_of(features.labels)
-        order = np.argsort(-line.data)[:_FEATURES]
+        order = np.argsort(-np.asarray(line.data, float))[:_FEATURES]
         lines = [
             (int(line.indices[at]), *_short([line.data[at], features.max[line.indices[at]]])) for at in order.tolist()
         ]
@@ -180,7 +180,7 @@ class LinkedView:
     def _layers(self, kind: str) -> list[int]:
         return self.about()["sites"].get(kind, [])
 
-    def _first(self, kind: str, layer: int, rows: Int64[np.ndarray, " row"]) -> list[float]:
+    def _first(self, kind: str, layer: int, rows: Int64[np.ndarray, " row"]) -> list[float | None]:
         values = self.store[kind, layer][rows].float()
         return _short((values if kind == "attn_first" else values[:, :, 0]).mean(0).numpy())
 

@@ -145,9 +145,14 @@ class ProbeContract:
     def test_a_result_names_its_probe_and_its_source(self, result: Result, store: Store | Model) -> None:
         """The result states its probe and its store."""
         assert result.probe == self.probe.name
-        known, of_model = result.provenance, isinstance(store, Model)
-        assert known["model_fingerprint"] == (store.fingerprint() if of_model else store.manifest.model.fingerprint)
-        assert known["store_fingerprint"] == (store.fingerprint() if of_model else store.manifest.fingerprint)
+        known = result.provenance
+        model, source = (
+            (store.fingerprint(), store.fingerprint())
+            if isinstance(store, Model)
+            else (store.manifest.model.fingerprint, store.manifest.fingerprint)
+        )
+        assert known["model_fingerprint"] == model
+        assert known["store_fingerprint"] == source
         settings = with_device(asdict(self.probe(**self.settings)))
         assert json.loads(json.dumps(with_device(known["settings"]))) == json.loads(json.dumps(settings))
 
