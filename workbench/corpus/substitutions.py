@@ -84,7 +84,9 @@ def substitution_texts(
     Raises:
         RequestError: Too few sentences for a word, one without `{}`, or both words are equal.
     """
-    known: Mapping[str, Sequence[str]] = SENTENCES if sentences is None else sentences
+    known: Mapping[str, Sequence[str]] = SENTENCES
+    if sentences is not None:
+        known = sentences
     check("draws", draws, at_least=1, whole=True)
     if word == original or not counts:
         raise RequestError("word and original must differ, and counts must name a number of sentences")

@@ -174,7 +174,7 @@ def _flat(figure: go.Figure, tokens: Sequence[str]) -> go.Figure:
     for trace in figure.data:
         if isinstance(trace.meta, Mapping) and trace.meta["part"] in ("cells", "marks"):
             rows = 2 if trace.meta["part"] == "marks" else 1
-            grid = dict(grid_of(figure)) | {"tokens": len(tokens)}
+            grid = dict(grid_of(figure) or {}) | {"tokens": len(tokens)}
             for name, fill in (("z", np.nan if rows == 1 else 0), ("text", ""), ("customdata", "")):
                 if trace[name] is not None:
                     trace[name] = _stack(np.asarray(trace[name], None if name == "z" else object), grid, fill, rows)

@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         The page itself may also be opened by a link or a frame of another one, such as a notebook.
         """
-        port = self.server.server_port
+        port = self.connection.getsockname()[1]
         hosts = {f"{_HOST}:{port}", f"localhost:{port}"}
         origin = self.headers.get("Origin")
         own = origin is None or origin in {f"http://{host}" for host in hosts}
