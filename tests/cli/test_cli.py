@@ -163,8 +163,8 @@ def test_probes():
     ]
     assert [line.split()[0] for line in lines] == names
     assert lines[names.index("logit-lens")] == (
-        "  logit-lens                Reads every layer through the model's unembedding: top tokens, entropy, KL to the "
-        "model's output, loss."
+        "  logit-lens                  Reads every layer through the model's unembedding: top tokens, entropy, KL to "
+        "the model's output, loss."
     )
 
 

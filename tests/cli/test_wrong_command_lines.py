@@ -118,7 +118,6 @@ LINES = """
     report {tmp} --out {tmp}/r.html
     report {store} --out {tmp}
     report {file} --out {tmp}/r.html
-    export {store} --out {tmp}/e
     export {tmp}/nowhere --out {tmp}/e
     export {tmp} --out {tmp}/e --formats gif
     export {tmp} --out {tmp}/e --columns 3

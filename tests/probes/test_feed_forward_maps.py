@@ -182,5 +182,5 @@ def test_refusals_say_what_to_do(store, tiny, tiny_models, tiny_stores):
     assert "pattern" in refused(RequestError, lambda: FeedForwardMaps(**SHORT).run(tiny_stores["llama"], model=tiny))
     parallel = Model(tiny_models["gpt_neox"], None, "parallel")
     assert "no block with one feed-forward part after attention" in refused(RequestError, lambda: block_parts(parallel))
-    for setting in ({"length": 8}, {"first": 1}, {"row_limit": 0}, {"tolerance": 0}):
+    for setting in ({"length": 8}, {"first": 1}, {"row_limit": 0}, {"tolerance": 0.0}):
         refused(RequestError, lambda setting=setting: FeedForwardMaps(**setting))

@@ -445,31 +445,32 @@ def test_the_grid_is_the_table(llama_store):
         chosen = table[(table["sequence"] == sequence) & (table["position"] >= first)]
         chosen = chosen[chosen["position"] < first + tokens]
         wide = chosen.pivot(index="layer", columns="position", values="top_probability_1")
-        np.testing.assert_array_equal(heat.z, wide.to_numpy())
-        assert list(heat.x) == [str(position) for position in wide.columns]
-        assert list(heat.y) == ["0", "1", "2"]
+        layers = slice(1, -2)  # one line: its tokens below, the next tokens and a gap above
+        np.testing.assert_array_equal(np.array(heat.z)[layers], wide.to_numpy())
+        assert list(figure.layout.yaxis.ticktext) == ["0", "1", "2", "input", "next"]
         top = chosen.pivot(index="layer", columns="position", values="top_token_1").to_numpy()
-        for shown, token in zip(np.ravel(heat.text), top.ravel(), strict=True):
+        for shown, token in zip(np.ravel(np.array(heat.text)[layers]), top.ravel(), strict=True):
             if token.isprintable() and not set(token) & set("<>&$\"'"):
                 assert shown == token.replace(" ", "·")
         assert figure.layout.title.text == f"Logit lens of tiny-llama, resid_post, sequence {sequence}"
         assert heat.colorbar.title.text == "probability"
 
 
-def test_the_grid_shows_at_most_twenty_tokens(tiny_models, tmp_path):
+def test_the_grid_shows_two_lines_of_tokens(tiny_models, tmp_path):
     store = record(tiny_models["llama"], [list(range(5, 45))], tmp_path / "acts")
-    assert len(LogitLens().run(store).figure().data[0].x) == 20
+    grid = LogitLens().run(store).figure().layout.meta["grid"]
+    assert (grid["tokens"], grid["line"]) == (28, 14)
 
 
 def test_hovering_tells_the_whole_cell(scripted):
     result = LogitLens(top_k=1).run(scripted)
     cells = result.figure("grid").data[0].customdata
-    assert cells[1][0] == (
+    assert cells[1 + 1][0] == (
         "<b>layer 1, position 0, token 3</b><br>1.000  [11]"
         f"<br>entropy 0.000 nats, KL to output {result.data['kl'].values[1, 0]:.3f} nats"
         f"<br>next [12]: rank 2, {result.data['cross_entropy'].values[1, 0]:.3f} nats"
     )
-    assert "next" not in cells[1][2]
+    assert "next" not in cells[1 + 1][2]
 
 
 def test_the_curves_are_the_means(llama_store):

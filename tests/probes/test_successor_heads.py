@@ -251,7 +251,7 @@ def test_model_and_device(planted, result, tokenizer, tmp_path):
     """A store keeps no paths: the directory is given, and its weights are compared."""
     model, store = planted
     said = refused(RequestError, lambda: FEW.run(store))
-    assert said.startswith("model is not given, and 'planted', which the store names, cannot be loaded; give model=")
+    assert said.startswith("model is not given, and 'counting', which the store names, cannot be loaded; give model=")
     model.module.save_pretrained(tmp_path / "there")
     tokenizer.save_pretrained(tmp_path / "there")
     again = replace(FEW, model=str(tmp_path / "there"), device="cpu").run(store)

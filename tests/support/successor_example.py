@@ -83,5 +83,5 @@ def llama(members) -> LlamaForCausalLM:
 
 def recorded(module, tokenizer, out, sites=("z", "resid_post.1"), texts=TEXTS):
     """(model, store); a Model that is given keeps the sites it has found."""
-    model = module if isinstance(module, Model) else Model(module, tokenizer, "planted")
+    model = module if isinstance(module, Model) else Model(module, tokenizer, "counting")
     return model, wb.record(model, texts, out=out, sites=sites, dtype="float32", bos="never", show_progress=False)

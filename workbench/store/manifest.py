@@ -28,7 +28,7 @@ from workbench.io.reading import read_file
 from workbench.sites.score_rule import ScoreRule
 from workbench.store.added_records import merged_record, record_names
 from workbench.store.identity import Identity, difference
-from workbench.store.stored_changes import Ran, StoredChanges, metric_name, none_ran
+from workbench.store.stored_changes import Ran, StoredChanges, check_metric, metric_name, none_ran
 from workbench.store.text_notes import text_notes
 
 FORMAT = "workbench.activations"
@@ -251,6 +251,10 @@ class Manifest:
     they were recorded."""
     format: str = FORMAT
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.gradient_of is not None:
+            check_metric(self.gradient_of)
 
     @property
     def rows(self) -> int:

@@ -69,6 +69,18 @@ def record_name(record: Mapping[str, Any]) -> str:
     return " ".join(part for part in (str(record["kind"]), str(site or ""), *places, heads) if part)
 
 
+def check_metric(metric: Mapping[str, Any]) -> None:
+    """Checks that a recorded metric has what `metric_name` reads.
+
+    Raises:
+        ValueError: It has no kind, or no places.
+    """
+    if not isinstance(metric.get("kind"), str) or not isinstance(metric.get("at"), dict):
+        raise ValueError(
+            f"gradient_of has the keys {', '.join(map(repr, metric))}; a text kind and a record at expected"
+        )
+
+
 def metric_name(metric: Mapping[str, Any]) -> str:
     """Returns what a recorded metric is, as one phrase: `logit_difference, token ' Mary', against ' John', at -1`."""
     at = {name: value for name, value in metric["at"].items() if name != "index" or value != "all"} or {"index": "all"}

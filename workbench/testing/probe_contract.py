@@ -17,8 +17,9 @@ import pytest
 import xarray as xr
 
 from workbench.model.load import Model
+from workbench.results import registry
 from workbench.results.probe import definition, setting_meanings
-from workbench.results.registry import find_probe, installed_probes, runs_on_models
+from workbench.results.registry import find_probe, runs_on_models
 from workbench.results.result import Result, load_result, with_device
 from workbench.results.variable import Variable
 from workbench.store.reader import Store
@@ -96,7 +97,7 @@ class ProbeContract:
         """The entry point of the probe's name gives its class."""
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.probe.name)
         assert find_probe(self.probe.name) is self.probe
-        on_models = runs_on_models(installed_probes()[self.probe.name])
+        on_models = runs_on_models(registry.installed_probes()[self.probe.name])
         assert on_models is not getattr(self.probe, "needs_store", True), "state needs_store in the class itself"
 
     def test_its_docstrings_are_a_definition_and_a_line(self) -> None:
