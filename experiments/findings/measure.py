@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import workbench as wb
-from workbench.demo.run import HEAD_SITES, SITES
+from workbench.demo.run import BLOCK_ROWS, HEAD_SITES, SITES, block_sites
 from workbench.experiments.demo_model.made_of import fingerprint
 from workbench.io.errors import WorkbenchError
 from workbench.results.registry import find_probe, installed_probes
@@ -21,8 +21,6 @@ REPEATS = 60
 OTHER_INPUTS = ("activation-patching", "attribution-patching", "edge-attribution", "function-vectors", "path-patching")
 OTHER_INPUTS += ("head-ablation", "representation-hijacking", "semantic-axes", "steering")
 """Probes of pairs of prompts, of words that a small vocabulary lacks, or of heads or a direction; see their pages."""
-BLOCK_ROWS = 2_000
-"""Tokens of the recording of whole blocks."""
 KEPT = "headlines.json"
 
 
@@ -86,15 +84,8 @@ def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
         wb.record(model, subject.texts, out=folder / "rows.acts", sites=SITES, **options),
         wb.record(model, subject.texts, out=folder / "heads.acts", sites=heads, context=64, **options),
         wb.record(model, repeats, out=folder / "repeats.acts", sites=["pattern", "resid_post"], show_progress=False),
-        wb.record(model, subject.texts, out=folder / "blocks.acts", sites=_block_sites(model), context=64, **fewer),
+        wb.record(model, subject.texts, out=folder / "blocks.acts", sites=block_sites(model), context=64, **fewer),
     ]
-
-
-def _block_sites(model: wb.Model) -> list[str]:
-    """What scores and the decomposition of blocks need: queries and keys as the model scores them, and whole blocks."""
-    kinds = {site.split(".")[0] for site in model.sites}
-    scores = ["rot_q", "rot_k"] if {"rot_q", "rot_k"} <= kinds else ["q", "k"]
-    return ["pattern", "v", *scores, "resid_pre.0", "resid_post"]
 
 
 def _headline(name: str, settings: Mapping[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> str:

@@ -21,7 +21,7 @@ def test_another_model_is_recorded_on_the_corpus_without_features(stories260k, t
     assert "domain" in store.tokens.column_names
     lens = wb.load_result(tmp_path / "results" / "logit-lens")
     assert lens.data.sizes["layer"] == store.manifest.model.n_layers
-    assert [line.split()[0] for line in lines] == [*["recorded"] * 3, "logit-lens", "activation-patching", "report"]
+    assert [line.split()[0] for line in lines] == [*["recorded"] * 4, "logit-lens", "activation-patching", "report"]
     assert lines[-2].split(maxsplit=1)[1].startswith("not run: ")  # no pair of prompts fits its 512 tokens
     assert "sparse features" not in report.read_text()
 

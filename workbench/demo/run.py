@@ -34,6 +34,8 @@ SITES = ("embed", "resid_post", "z")
 HEAD_SITES = ("attn_received", "attn_received_entropy", "attn_entropy", "attn_first", "v_norm", "resid_norm")
 """Sites of a second recording, in sequences of 64 tokens: the sink metrics compare sequences of equal length."""
 HEAD_ROWS = 20_000
+BLOCK_ROWS = 2_000
+"""Tokens of the recording of whole blocks."""
 WITHOUT = ("function-vectors", "head-ablation", "representation-hijacking", "semantic-axes", "steering")
 """Probes that ask for more: prompts with examples, other words, heads or a direction of yours."""
 REPEATS = 60
@@ -69,7 +71,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "under-trained-tokens": {"tested": 8},
     "zero-tuning": {"row_limit": 300},
 }
-"""Settings of each probe that differ from its defaults, so that everything takes about a minute."""
+"""Settings of each probe that differ from its defaults, so that everything takes a few minutes."""
 EMBEDDED_SETTINGS = {"token-erasure": {**SETTINGS["token-erasure"], "late": 3}}
 """The same for the embedded model alone, which has four layers."""
 _FEATURES_SHOWN = 24
@@ -86,13 +88,13 @@ def demo(
 ) -> Path:
     """Records a model on the embedded corpus, extracts features, runs every probe and writes a report.
 
-    Takes about a minute and 400 MB of disk for the embedded model; for SmolLM2-135M see docs/install.md. An interrupted
+    Takes a few minutes and 600 MB of disk for the embedded model, more for others. An interrupted
     run is resumed. Each probe runs on the first store that has the sites it needs; a probe that no store permits is
     reported and does not stop the others.
 
     Args:
         out: Folder for `demo.acts` (the store, with features), `heads.acts`, `pairs.acts`, `repeats.acts`,
-            `results`, `report.html`.
+            `blocks.acts`, `results`, `report.html`.
         model: A directory, a hub id, or the name of the embedded model.
         sae: An autoencoder of the model. None: that of the embedded model, or no features for another one.
         rows: Maximum number of tokens. None: the whole corpus for the embedded model, 3,000 for another.
@@ -132,14 +134,16 @@ def demo(
 
 
 def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | None) -> list[Store]:
-    """Records the corpus, sites of heads, repeated tokens, and pairs of prompts of the first task that fits."""
-    texts, head_rows = demo_corpus(), HEAD_ROWS if rows is None else min(HEAD_ROWS, rows)
+    """Records the corpus, heads, whole blocks, repeated tokens, and pairs of prompts of the first task that fits."""
+    texts = demo_corpus()
+    head_rows, block_rows = (most if rows is None else min(most, rows) for most in (HEAD_ROWS, BLOCK_ROWS))
     head_sites = (*HEAD_SITES, "v", "mlp_post")
     repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
     stores = [
         record(model, texts, sites=SITES, max_rows=rows, out=out / "demo.acts"),
         record(model, texts, sites=head_sites, context=64, max_rows=head_rows, out=out / "heads.acts"),
         record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts"),
+        record(model, texts, sites=block_sites(model), context=64, max_rows=block_rows, out=out / "blocks.acts"),
     ]
     for task in tasks:
         try:
@@ -148,6 +152,13 @@ def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | Non
             continue
         return [*stores, record(model, pairs, sites=("resid_post",), out=out / "pairs.acts")]
     return stores
+
+
+def block_sites(model: Model) -> list[str]:
+    """Returns sites of queries and keys as the model scores them, and of whole blocks."""
+    kinds = {site.split(".")[0] for site in model.sites}
+    scores = ["rot_q", "rot_k"] if {"rot_q", "rot_k"} <= kinds else ["q", "k"]
+    return ["pattern", "v", *scores, "resid_pre.0", "resid_post"]
 
 
 def label_features(features: Features) -> pd.DataFrame:
