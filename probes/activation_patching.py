@@ -41,7 +41,9 @@ from workbench.probing import (
     check_fields,
     dataset,
     head_name,
+    interval_suffix,
     intervals,
+    of_usual_length,
     other_pair,
     pairs_of,
     patching_lines,
@@ -166,12 +168,8 @@ class ActivationPatching(StoreProbe):
         if not model.site_map.causal:
             raise RequestError(f"model {model.name!r} is not causal; patching compares prompts of a causal model")
         if self.places == "positions":
-            lengths = [len(pair.clean) for pair in pairs]
-            usual = max(sorted(set(lengths)), key=lengths.count)
-            kept = [pair for pair in pairs if len(pair.clean) == usual]
-            if len(kept) < len(pairs):
-                notes.append(f"{len(pairs) - len(kept)} pairs left out: not of {usual} tokens")
-            pairs = kept
+            pairs, others = of_usual_length(pairs)
+            notes += others
         sites = patched_sites(model, self.site, self.layers)
         runs = Runs.make(model, pairs, sites, self.metric, self.places == "positions")  # pyright: ignore[reportArgumentType]  # checked
         if not runs.used.any():
@@ -250,7 +248,7 @@ class ActivationPatching(StoreProbe):
             layer, place = strongest(shown[direction])
             at = data.sel(layer=layer, place=place)
             share, low, high = (100 * float(at[f"{direction}{end}"]) for end in ("", "_low", "_high"))
-            interval = "" if np.isnan(low) else f", 95 % CI [{low:.0f}, {high:.0f}]"
+            interval = interval_suffix(low, high, ".0f")
             parts.append(f"{direction} {share:.0f} % of the gap at {cell_name(data, layer, place)}{interval}")
         text = f"Strongest {site}{' before the last position' if stream else ''}: {'; '.join(parts)}"
         if "random_donor" in data:

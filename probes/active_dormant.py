@@ -45,6 +45,7 @@ from workbench.probing import (
     label,
     layer_curves,
     layers_of,
+    model_label,
     output_maps,
     permuted_gap,
     plain_torch,
@@ -57,6 +58,7 @@ from workbench.probing import (
     stack_heads,
     usable_device,
     value_site,
+    value_text,
     with_interval,
     with_note,
     written_norms,
@@ -191,21 +193,21 @@ class ActiveDormant(StoreProbe):
         parts = [
             f"{dormant} of {len(table)} heads are dormant on most sequences (attention to position {sink} above "
             f"{settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences)",
-            f"strongest {strongest}: {_value(best, 'sink_attention')}",
+            f"strongest {strongest}: {value_text(best, 'sink_attention')}",
         ]
         if not np.isnan(best.get("drain", np.nan)):
-            parts.append(f"its value through W_O is {_value(best, 'drain')} times the other tokens' median")
+            parts.append(f"its value through W_O is {value_text(best, 'drain')} times the other tokens' median")
         if "peak" in data and data["peak"].notnull().any():
             most = data.isel(layer=int(np.nanargmax(data["peak"].to_numpy())))
             at = {name: float(most[name]) for name in ("peak", "peak_low", "peak_high")}
-            parts.append(f"residual peak {_value(at, 'peak', 1)} times the median at layer {int(most['layer'])}")
+            parts.append(f"residual peak {value_text(at, 'peak', 1)} times the median at layer {int(most['layer'])}")
         if "gap" in table and table["gap"].notna().to_numpy().any():
             widest, permuted = table.nlargest(1, "gap").iloc[0], float(data["gap_permuted"])
             number = int((table["gap"].to_numpy() > permuted).sum())
             text = f"{number} heads differ between domains by more than permuted domains do ({permuted:.2f})"
             if number:
                 text += (
-                    f", most {head_name(int(widest['layer']), int(widest['head']))} by {_value(widest, 'gap')}, "
+                    f", most {head_name(int(widest['layer']), int(widest['head']))} by {value_text(widest, 'gap')}, "
                     f"{widest['gap_most']} over {widest['gap_least']}"
                 )
             parts.append(text)
@@ -216,11 +218,6 @@ class ActiveDormant(StoreProbe):
         """Returns "heads", the active share by layer and head; "phenomena" by layer; "domains" for the largest gaps."""
         figures = {"heads": _heads(result), "phenomena": _phenomena(result)}
         return {**figures, "domains": _domains(result)} if _gaps(result) else figures
-
-
-def _value(values: Any, name: str, digits: int = 2) -> str:
-    mean, low, high = (float(values[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f", 95 % CI [{low:.{digits}f}, {high:.{digits}f}]")
 
 
 def _value_site(store: Store, layer: int) -> str:
@@ -369,7 +366,7 @@ def _heads(result: Result) -> go.Figure:
         known["active"].to_numpy(),
         hover=[[lines.get((layer, head), "") for head in range(known.sizes["head"])] for layer in layers],
         layers=layers,
-        title=f"Active share of the heads of {_model(result)}",
+        title=f"Active share of the heads of {model_label(result)}",
         subtitle=f"share of {int(data['sequences']):,} sequences on which position {int(data['sink_position'])} "
         f"receives {settings['epsilon']:g} or less of the attention",
         unit=axis_title(data["active"].attrs, "active"),
@@ -392,7 +389,7 @@ def _phenomena(result: Result) -> go.Figure:
     figure = layer_curves(
         curves,
         layers=data["layer"].to_numpy().tolist(),
-        title=f"Sink, drain and peak of position {int(data['sink_position'])} in {_model(result)}",
+        title=f"Sink, drain and peak of position {int(data['sink_position'])} in {model_label(result)}",
         unit="attention; times the other tokens' median",
     )
     figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
@@ -413,13 +410,9 @@ def _domains(result: Result) -> go.Figure:
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],
         hover="%{x}",
-        title=f"Active in one domain, dormant in another, {_model(result)}",
+        title=f"Active in one domain, dormant in another, {model_label(result)}",
         subtitle=f"share of active sequences; 95 % intervals over documents; the largest gap of permuted domains is "
         f"below {float(data['gap_permuted']):.2f} in 95 %",
     )
     figure.update_xaxes(title="head, largest gaps first")
     return figure.update_yaxes(title=axis_title(data["domain_active"].attrs), range=[-0.03, 1.03])
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

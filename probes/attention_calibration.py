@@ -42,8 +42,9 @@ from workbench.probing import (
     dataset,
     document_halves,
     head_grid,
+    interval_suffix,
     intervals,
-    label,
+    model_label,
     plain_torch,
     predicting_rows,
     read_received,
@@ -191,7 +192,7 @@ class AttentionCalibration(StoreProbe):
         loss = {kind: float(data["loss"].sel(kind=kind)) for kind in KINDS}
         kind = "all" if np.isnan(loss["chosen"]) else "chosen"
         low, high = (float(data[f"loss_{end}"].sel(kind=kind)) for end in ("low", "high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.3f}, {high:.3f}]"
+        interval = interval_suffix(low, high, ".3f")
         other = "random_keys" if kind == "all" else "random_layers"
         text = (
             f"{100 * float(data['heads_with']):.0f} % of heads have a hidden sink; calibrated in {kind} layers the "
@@ -205,7 +206,7 @@ class AttentionCalibration(StoreProbe):
     def figures(result: Result) -> dict[str, Any]:
         """Returns "loss", the effect in all and in chosen layers beside controls, and "hidden", sinks of each head."""
         data = result.data
-        model = label(str(result.provenance["model"]), 50)
+        model = model_label(result, 50)
         hidden = data["hidden"].to_numpy()
         grid = head_grid(
             hidden,

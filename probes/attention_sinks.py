@@ -42,10 +42,12 @@ from workbench.probing import (
     head_attention,
     head_grid,
     head_name,
+    interval_suffix,
     label,
     layer_curves,
     layers_of,
     massive_text,
+    model_label,
     note_missing,
     plain_torch,
     position_bars,
@@ -225,7 +227,7 @@ class AttentionSinks(StoreProbe):
         sink = settings["sink"]
         strongest = head_name(int(best["layer"]), int(best["head"]))
         low, high = (float(data[name]) if name in data else np.nan for name in ("sink_low", "sink_high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.1f}, {high:.1f}]"
+        interval = interval_suffix(low, high, ".1f")
         parts = [
             f"Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} % of heads{interval} (epsilon "
             f"{settings['epsilon']:g}, T {settings['length']}, {_sequences_text(int(data['sequences']))})",
@@ -395,7 +397,7 @@ def _sinks(result: Result) -> go.Figure:
         alpha.to_numpy(),
         hover=[[lines.get((layer, head), "") for head in range(alpha.sizes["head"])] for layer in layers],
         layers=layers,
-        title=f"Attention sinks of {_model(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
+        title=f"Attention sinks of {model_label(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
         subtitle=f"mean attention that position {sink} receives from itself and later tokens; "
         f"epsilon {settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences",
         unit=axis_title(data["alpha"].attrs, "alpha"),
@@ -421,7 +423,7 @@ def _over_text(result: Result) -> go.Figure:
         patterns.to_numpy(),
         heads=[head_name(layer, head) for layer, head in heads],
         tokens=json.loads(patterns.attrs["tokens"]),
-        title=f"Attention in {_model(result)}",
+        title=f"Attention in {model_label(result)}",
         subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
         f"{patterns.sizes['example']}{among}, those with the largest alpha",
     )
@@ -447,7 +449,7 @@ def _positions(result: Result) -> go.Figure:
         data["sink_k"].to_numpy(),
         reliable=data["reliable"].to_numpy() == 1,
         names=("sink", f"seen by fewer than {settings['min_visible']} queries: unreliable"),
-        title=f"Share of sinks by position in {_model(result)}",
+        title=f"Share of sinks by position in {model_label(result)}",
         subtitle=f"share of (sequence, layer, head) with alpha above {settings['epsilon']:g}",
         unit=axis_title(data["sink_k"].attrs),
     )
@@ -459,7 +461,7 @@ def _norms(result: Result) -> go.Figure:
     figure = layer_curves(
         {name: curve.sel(layer=known).to_numpy() for name, curve in _norm_curves(result).items()},
         layers=known.to_numpy().tolist(),
-        title=f"Residual norm of the sink in {_model(result)}",
+        title=f"Residual norm of the sink in {model_label(result)}",
         unit=axis_title(data["residual_norm_sink"].attrs),
     )
     figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
@@ -483,13 +485,9 @@ def _by_domain(result: Result) -> go.Figure:
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],
         hover="%{x}",
-        title=f"{title}, {_model(result)}",
+        title=f"{title}, {model_label(result)}",
         subtitle=f"attention of later tokens to position {sink}; 95 % intervals over documents; "
         f"dormant: above {epsilon:g}, active: below",
     )
     figure.update_xaxes(title="head, largest gaps first")
     return figure.update_yaxes(title=axis_title(data["attention"].attrs) + " to the sink")
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

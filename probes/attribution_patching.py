@@ -52,6 +52,8 @@ from workbench.probing import (
     correlations,
     dataset,
     estimate_scatter,
+    interval_suffix,
+    of_usual_length,
     other_pair,
     pairs_of,
     patching_map,
@@ -188,7 +190,8 @@ class AttributionPatching(StoreProbe):
     @plain_torch()
     def _run(self, model: Model, pairs: list[PatchPair], notes: list[str], known: dict[str, Any]) -> Result:
         if self.places == "positions":
-            pairs = _of_usual_length(pairs, notes)
+            pairs, others = of_usual_length(pairs)
+            notes += others
         sites = patched_sites(model, self.site, self.layers)
         runs = Runs.make(model, pairs, sites, self.metric, self.places == "positions")  # pyright: ignore[reportArgumentType]  # checked
         used = np.flatnonzero(runs.used)
@@ -243,7 +246,7 @@ class AttributionPatching(StoreProbe):
         """Returns the agreement with exact patching, the weakest layer and the largest miss."""
         data, settings = result.data, result.provenance["settings"]
         low, high = float(data["overall_correlation_low"]), float(data["overall_correlation_high"])
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]"
+        interval = interval_suffix(low, high)
         how = f"{settings['steps']} steps" if settings["steps"] else f"gradient of the {settings['base']} run"
         pairs = data.sizes["exact_pair"]
         text = f"Estimated patching of {settings['site']} ({how}): r {float(data['overall_correlation']):.2f}{interval}"
@@ -345,15 +348,6 @@ def _effect(
     if probe.base == "corrupt":
         return (runs.effect("corrupt", site, at, runs.clean_values[site.name], head) - runs.corrupt).numpy()
     return (runs.clean - runs.effect("clean", site, at, runs.corrupt_values[site.name], head)).numpy()
-
-
-def _of_usual_length(pairs: list[PatchPair], notes: list[str]) -> list[PatchPair]:
-    lengths = [len(pair.clean) for pair in pairs]
-    usual = max(sorted(set(lengths)), key=lengths.count)
-    kept = [pair for pair in pairs if len(pair.clean) == usual]
-    if len(kept) < len(pairs):
-        notes.append(f"{len(pairs) - len(kept)} pairs left out: not of {usual} tokens")
-    return kept
 
 
 def _top(estimate: np.ndarray, exact: np.ndarray) -> dict[str, float]:

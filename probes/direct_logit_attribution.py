@@ -53,6 +53,7 @@ from workbench.probing import (
     dataset,
     head_name,
     head_outputs,
+    interval_suffix,
     intervals,
     load_direction,
     load_unembed,
@@ -284,8 +285,7 @@ class DirectLogitAttribution(StoreProbe):
         data, table = result.data, result.table
         largest = table.iloc[np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:3]]
         parts = [
-            f"{line['term']} {line['contribution']:+.2f}"
-            + ("" if np.isnan(line["low"]) else f", 95 % CI [{line['low']:.2f}, {line['high']:.2f}]")
+            f"{line['term']} {line['contribution']:+.2f}{interval_suffix(line['low'], line['high'])}"
             for _, line in largest.iterrows()
         ]
         text = f"Mean {_quantity(result)} {float(data['logit']):.2f}; largest terms: {'; '.join(parts)}; "

@@ -40,6 +40,7 @@ from workbench.probing import (
     check_fields,
     dataset,
     faithfulness_curve,
+    interval_suffix,
     intervals,
     measure_unembed,
     pairs_of,
@@ -206,7 +207,7 @@ class EdgeAttribution(StoreProbe):
             100 * float(at[name])
             for name in ("faithfulness", "faithfulness_low", "faithfulness_high", "random_faithfulness")
         )
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.0f}, {high:.0f}]"
+        interval = interval_suffix(low, high, ".0f")
         text = f"The {size:,} edges of largest score, of {total:,}, recover {share:.0f} % of the gap{interval}"
         text += f"; random ones {random:.0f} %; strongest: "
         units = data.attrs["metric_units"]

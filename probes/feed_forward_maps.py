@@ -41,6 +41,7 @@ from workbench.probing import (
     colour_bar,
     contributions,
     dataset,
+    interval_suffix,
     intervals,
     label,
     layer_bands,
@@ -199,7 +200,7 @@ class FeedForwardMaps(LayerProbe):
         alone, whole, undone = (float(data[name].mean()) for name in _MEASURES)
         most = data.isel(layer=int(np.nan_to_num(data["change_ff"].to_numpy(), nan=-1).argmax()))
         ends = [float(most[f"change_ff{end}"]) for end in ("", "_low", "_high")]
-        interval = "" if np.isnan(ends[1]) else f", 95 % CI [{ends[1]:.2f}, {ends[2]:.2f}]"
+        interval = interval_suffix(ends[1], ends[2])
         return with_note(
             f"Feed-forward parts change the map of contributing tokens by 1 - Spearman {alone:.2f}, with the residual "
             f"{whole:.2f} (mean of layers; unrelated maps {float(data['change_shuffled'].mean()):.2f}); most at layer "

@@ -46,6 +46,7 @@ from workbench.probing import (
     head_grid,
     head_name,
     integer_step,
+    interval_suffix,
     intervals,
     pairs_of,
     plain_torch,
@@ -227,7 +228,7 @@ class FunctionVectors(StoreProbe):
         chances = {name: float(data["probability"].sel(prompt=name)) for name in PROMPTS}
         at = {name: data.sel(block=layer, vector=name) for name in VECTORS}
         low, high = (float(at["function"][f"steered_probability_{end}"]) for end in ("low", "high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.2g}, {high:.2g}]"
+        interval = interval_suffix(low, high, ".2g")
         one, other = (float(at[name]["steered_probability"]) for name in VECTORS)
         right, chance = (100 * float(at[name]["steered_accuracy"]) for name in VECTORS)
         best = result.table.iloc[0]

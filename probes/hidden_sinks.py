@@ -38,7 +38,9 @@ from workbench.probing import (
     dataset,
     head_grid,
     head_name,
+    interval_suffix,
     label,
+    model_label,
     plain_torch,
     position_bars,
     read_alpha,
@@ -158,7 +160,7 @@ class HiddenSinks(StoreProbe):
         """Returns the share of heads with a hidden sink, both thresholds' counts, and the most frequent tokens."""
         data, settings = result.data, result.provenance["settings"]
         share, low, high = (100 * float(data[f"heads_share{end}"]) for end in ("", "_low", "_high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.1f}, {high:.1f}]"
+        interval = interval_suffix(low, high, ".1f")
         known = data["share"].notnull()
         both = [int((data[name] >= 0.5).where(known, False).sum()) for name in ("share_relative", "share_fixed")]
         text = (
@@ -281,7 +283,7 @@ def _heads(result: Result) -> go.Figure:
         data["share"].to_numpy(),
         hover=[[hover(layer, head) for head in heads] for layer in layers],
         layers=layers,
-        title=f"Hidden sinks in {_model(result)}: {100 * float(data['heads_share']):.1f} % of heads",
+        title=f"Hidden sinks in {model_label(result)}: {100 * float(data['heads_share']):.1f} % of heads",
         subtitle=f"share of {int(data['sequences']):,} sequences in which a position after the first receives more "
         f"than {settings['threshold']} = {float(data['cutoff']):.3g} of the attention",
         unit=axis_title(data["share"].attrs, "share"),
@@ -304,7 +306,7 @@ def _rates(result: Result) -> go.Figure:
         )
     )
     figure.add_vline(x=100 * overall, line={"color": NEUTRAL, "dash": "dash"})
-    title: dict[str, Any] = {"text": f"Tokens of hidden sinks in {_model(result)}"}
+    title: dict[str, Any] = {"text": f"Tokens of hidden sinks in {model_label(result)}"}
     title["subtitle"] = {"text": "the most detected, most first; in brackets their rank; dashed: all tokens"}
     figure.update_layout(template=TEMPLATE, title=title, height=160 + 20 * int(kept.sum()), width=760)
     figure.update_xaxes(title="% of (occurrence, head) that are hidden sinks", rangemode="tozero")
@@ -317,11 +319,7 @@ def _positions(result: Result) -> go.Figure:
         100 * data["position_share"].to_numpy(),
         reliable=data["reliable"].to_numpy() == 1,
         names=("hidden sink", f"first position, or seen by fewer than {settings['min_visible']} queries"),
-        title=f"Hidden sinks by position in {_model(result)}",
+        title=f"Hidden sinks by position in {model_label(result)}",
         subtitle=f"share of (sequence, head) with alpha above {float(data['cutoff']):.3g}",
         unit="% of (sequence, head)",
     )
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

@@ -53,11 +53,12 @@ from workbench.probing import (
     group_intervals,
     head_grid,
     head_name,
+    interval_suffix,
     intervals,
-    label,
     layers_of,
     load_unembed,
     log_probabilities,
+    model_label,
     next_tokens,
     plain_torch,
     recorded_model,
@@ -211,11 +212,7 @@ class InductionHeads(StoreProbe):
         data, best, threshold = result.data, result.table.iloc[0], result.provenance["settings"]["threshold"]
         number = int((data["excess"] > threshold).sum())
         heads = f"{number} of {int(data['excess'].notnull().sum())} heads are induction heads (excess > {threshold:g})"
-        interval = (
-            ""
-            if np.isnan(best["induction_low"])
-            else (f", 95 % CI [{best['induction_low']:.2f}, {best['induction_high']:.2f}]")
-        )
+        interval = interval_suffix(best["induction_low"], best["induction_high"])
         blind = f"one fixed offset collects at most {float(data['offset_bound']):.2f}"
         if not np.isnan(best.get("induction_shuffled", np.nan)):
             blind = (
@@ -397,7 +394,7 @@ def _heads(result: Result) -> go.Figure:
         data["excess"].to_numpy().clip(0),
         hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
         layers=layers,
-        title=f"Induction heads of {_model(result)}",
+        title=f"Induction heads of {model_label(result)}",
         subtitle=f"attention to the tokens after earlier occurrences, less {blind}; {int(data['queries']):,} queries",
         unit="excess",
     )
@@ -426,7 +423,7 @@ def _kinds(result: Result) -> go.Figure:
         marker={"symbol": "line-ew-open", "size": 16, "color": "black"},
         hovertemplate="%{x}: %{y:.3f}",
     )
-    title = {"text": f"Attention of the strongest induction heads of {_model(result)}"}
+    title = {"text": f"Attention of the strongest induction heads of {model_label(result)}"}
     figure.update_layout(template=TEMPLATE, title=title, height=440, width=860, margin={"t": 100})
     figure.update_xaxes(title="head, largest excess first", type="category")
     return figure.update_yaxes(title=axis_title(result.data["induction"].attrs), range=[-0.03, 1.03])
@@ -444,7 +441,7 @@ def _ablated(result: Result) -> go.Figure:
         groups,
         categories=[str(name) for name in data["ablated"].to_numpy()],
         hover="%{x}",
-        title=f"Loss without the strongest induction heads of {_model(result)}",
+        title=f"Loss without the strongest induction heads of {model_label(result)}",
         subtitle="change of the loss with outputs at their mean; 95 % intervals over documents; random heads of the "
         "same layers",
     )
@@ -456,11 +453,7 @@ def _loss(result: Result) -> go.Figure:
     data = result.data
     loss = go.Scatter(x=np.arange(data.sizes["position"]), y=data["icl_loss"], mode="lines", name="mean loss")
     figure = go.Figure([loss])
-    title = {"text": f"Loss by position in {_model(result)}"}
+    title = {"text": f"Loss by position in {model_label(result)}"}
     figure.update_layout(template=TEMPLATE, title=title, height=420, width=760)
     figure.update_xaxes(title="position of the query")
     return figure.update_yaxes(title=axis_title(data["icl_loss"].attrs), rangemode="tozero")
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

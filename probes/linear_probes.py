@@ -46,6 +46,7 @@ from workbench.probing import (
     labelled_rows,
     layer_bands,
     majority,
+    model_label,
     most_informative,
     points_text,
     progress,
@@ -347,7 +348,7 @@ def _band(data: Any, name: str, shown: str, colour: str, dash: str = "solid") ->
 
 def _figure(result: Result, bands: list[Band], what: str, unit: str) -> Any:
     data = result.data
-    name, model = label(data.attrs["label"], 40), label(str(result.provenance["model"]), 60)
+    name, model = label(data.attrs["label"], 40), model_label(result)
     tested = f"{int(data['test_rows'].sum()):,} tokens of {int(data['test_documents']):,} test documents"
     return layer_bands(
         bands,

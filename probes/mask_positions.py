@@ -32,7 +32,6 @@ from workbench.probing import (
     LayerProbe,
     Model,
     Panel,
-    RequestError,
     Result,
     ScoreRule,
     Sequences,
@@ -44,13 +43,12 @@ from workbench.probing import (
     dataset,
     label,
     layer_panels,
-    layer_rule,
     non_relative,
     non_relative_share,
     plain_torch,
     progress,
+    recorded_rules,
     require_causal,
-    score_rules,
     select_sequences,
     simulated_scores,
     slope_of_keys,
@@ -125,7 +123,7 @@ class MaskPositions(LayerProbe):
                 the model is not causal.
         """
         require_causal(store, self.name)
-        rules = self._rules(store, model)
+        rules = recorded_rules(store, model or self.model, self.layers)
         layers = list(rules)
         sequences = select_sequences(store, self.length, self.where)
         sites = [site for rule in rules.values() for site in (rule.queries, rule.keys)]
@@ -156,19 +154,6 @@ class MaskPositions(LayerProbe):
         names = [name for name in arrays if data[name].dims == _LAYER]
         few = "one document: shares include the noise of its text, as there are no halves" if documents < 2 else ""
         return self.result(store, data, data[names].to_dataframe().reset_index(), rows, [few])
-
-    def _rules(self, store: Store, model: Model | None) -> dict[int, ScoreRule]:
-        """Rules of the layers to read."""
-        known = score_rules(store, model or self.model)
-        recorded = {site.label for site in store.sites}
-        layers = [layer for layer, rule in known.items() if {rule.queries, rule.keys} <= recorded]
-        if self.layers is not None:
-            count = store.manifest.model.n_layers
-            layers = sorted({layer + count if layer < 0 else layer for layer in self.layers})
-        if not layers:
-            layer_rule(known, store, next(iter(known), 0))  # which names what is missing
-            raise RequestError("no layer has both queries and keys; record rot_q and rot_k")
-        return {layer: layer_rule(known, store, layer) for layer in layers}
 
     def _halves(self, sequences: Sequences) -> Bool[np.ndarray, " sequence"] | None:
         """Half of the documents; None for a single one."""

@@ -47,10 +47,10 @@ from workbench.probing import (
     head_name,
     integer_step,
     intervals,
-    label,
     layers_of,
     massive_changes,
     mean_norms,
+    model_label,
     plain_torch,
     predicting_rows,
     ratio,
@@ -345,7 +345,7 @@ def _layers(result: Result) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": f"Largest activations of {_model(result)}",
+            "text": f"Largest activations of {model_label(result)}",
             "subtitle": {
                 "text": f"|h| of block outputs, mean over {data.attrs['sequences']:,} sequences; dotted: |h| = "
                 f"{settings['absolute']:g}"
@@ -373,7 +373,7 @@ def _values(result: Result) -> go.Figure:
         values,
         hover=hover,
         layers=layers,
-        title=f"Value norm at massive tokens of {_model(result)}",
+        title=f"Value norm at massive tokens of {model_label(result)}",
         subtitle="mean L2 norm of values at tokens that enter the block massive, divided by that at others",
         unit="ratio",
         limits=(0.0, max(1.0, float(np.nanmax(values)))),
@@ -393,7 +393,7 @@ def _effects(result: Result) -> go.Figure:
         {"loss": ends},
         categories=[names[change] for change in data["change"].to_numpy().tolist()],
         hover="%{x}",
-        title=f"Loss of {_model(result)} with changed massive activations",
+        title=f"Loss of {model_label(result)} with changed massive activations",
         subtitle="mean cross-entropy of the next token, 95 % CI over documents",
     ).update_yaxes(title="nats")
 
@@ -404,7 +404,3 @@ def _span(layers: np.ndarray) -> str:
         return f"layer {layers[0]}"
     whole = layers[-1] - layers[0] + 1 == len(layers)
     return f"layers {layers[0]} to {layers[-1]}" if whole else f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

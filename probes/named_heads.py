@@ -39,6 +39,7 @@ from workbench.probing import (
     group_intervals,
     head_ablation,
     head_name,
+    interval_suffix,
     label,
     load_unembed,
     next_tokens,
@@ -210,7 +211,7 @@ class HeadAblation(StoreProbe):
         for group in data["group"].to_numpy()[:2].tolist():
             at = data.sel(group=group)
             low, high = float(at["loss_low"]), float(at["loss_high"])
-            interval = "" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]"
+            interval = interval_suffix(low, high)
             parts.append(
                 f"loss at {group} {float(at['loss']):+.2f} nats{interval} (random heads "
                 f"{float(at['loss_random']):+.2f}), accuracy {100 * float(at['plain_accuracy']):.0f} to "

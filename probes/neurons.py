@@ -41,6 +41,7 @@ from workbench.probing import (
     layer_neurons,
     load_unembed,
     mlp_outputs,
+    model_label,
     neuron_activity,
     plain_torch,
     recorded_model,
@@ -267,7 +268,7 @@ def _layers(result: Result) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": f"Neurons of {_model(result)}",
+            "text": f"Neurons of {model_label(result)}",
             "subtitle": {
                 "text": f"share of neurons of each layer; of random directions at most {chance:.2g}; dead: active at "
                 f"none of {int(data['rows']):,} tokens"
@@ -298,7 +299,7 @@ def _neurons(result: Result) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": f"Clearest neurons of {_model(result)}",
+            "text": f"Clearest neurons of {model_label(result)}",
             "subtitle": {"text": "kurtosis and skew over the vocabulary of cos(W_out, W_U); dotted: kurtosis 10"},
         },
         width=760,
@@ -314,7 +315,3 @@ def _hover(line: Mapping[str, Any]) -> str:
     for name in ("raises", "lowers", "strongest_at"):
         shown.append(f"{name.replace('_', ' ')}: {label(str(line[name]), 80)}")
     return "<br>".join(shown)
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

@@ -41,6 +41,7 @@ from workbench.probing import (
     document_folds,
     final_norm,
     integer_step,
+    interval_suffix,
     label,
     normalise,
     plain_torch,
@@ -159,7 +160,7 @@ class NextTokenLaw(LayerProbe):
         data, layers = result.data, result.data["layer"].to_numpy()
         ends = {name: data[name].to_numpy()[[0, -1]] for name in ("residual", "residual_heldout", "residual_shuffled")}
         low, high = (10 ** float(data[name]) for name in ("slope_low", "slope_high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.3f}, {high:.3f}]"
+        interval = interval_suffix(low, high, ".3f")
         text = (
             f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}, "
             f"{ends['residual'][1]:.2f} at layer {layers[-1]} (held out {ends['residual_heldout'][0]:.2f} and "

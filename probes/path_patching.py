@@ -41,6 +41,7 @@ from workbench.probing import (
     check_fields,
     dataset,
     head_name,
+    interval_suffix,
     other_pair,
     pairs_of,
     patching_map,
@@ -202,7 +203,7 @@ class PathPatching(StoreProbe):
             layer, place = strongest(data[direction])
             at = data.sel(layer=layer, place=place)
             share, low, high = (100 * float(at[f"{direction}{end}"]) for end in ("", "_low", "_high"))
-            interval = "" if np.isnan(low) else f", 95 % CI [{low:.0f}, {high:.0f}]"
+            interval = interval_suffix(low, high, ".0f")
             parts.append(f"{direction} {share:.0f} % of the gap from {head_name(layer, int(place[1:]))}{interval}")
         gap, units = float(data["gap"]), data.attrs["metric_units"]
         text = f"Strongest path to {_aims(result)}: {'; '.join(parts)}; mean gap {gap:.2f} {units}"

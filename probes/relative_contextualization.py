@@ -42,12 +42,11 @@ from workbench.probing import (
     head_name,
     intervals,
     label,
-    layer_rule,
     marginal_excess,
     plain_torch,
     progress,
+    recorded_rules,
     require_causal,
-    score_rules,
     stack_heads,
     token_strip,
     whole_sequences,
@@ -127,7 +126,7 @@ class RelativeContextualization(LayerProbe):
                 the model is not causal.
         """
         require_causal(store, self.name)
-        rules = self._rules(store, model)
+        rules = recorded_rules(store, model or self.model, self.layers)
         texts = _Texts.choose(self, store)
         sites = [site for rule in rules.values() for site in (rule.queries, rule.keys)]
         rows = self.finite_rows(store, sites, np.concatenate([part.rows for part in texts]))
@@ -147,19 +146,6 @@ class RelativeContextualization(LayerProbe):
         few = f"intervals over {documents} document{'s' * (documents != 1)}, fewer than 10" * (documents < 10)
         alone = "rc_other not computed: it needs two sequences" * (len(texts) < 2)
         return self.result(store, data, _table(data), rows, [few, alone])
-
-    def _rules(self, store: Store, model: Model | None) -> dict[int, ScoreRule]:
-        """Rules of the layers to read."""
-        known = score_rules(store, model or self.model)
-        recorded = {site.label for site in store.sites}
-        layers = [layer for layer, rule in known.items() if {rule.queries, rule.keys} <= recorded]
-        if self.layers is not None:
-            count = store.manifest.model.n_layers
-            layers = sorted({layer + count if layer < 0 else layer for layer in self.layers})
-        if not layers:
-            layer_rule(known, store, next(iter(known), 0))  # which names what is missing
-            raise RequestError("no layer has both queries and keys; record rot_q and rot_k")
-        return {layer: layer_rule(known, store, layer) for layer in layers}
 
     @staticmethod
     def headline(result: Result) -> str:

@@ -37,10 +37,12 @@ from workbench.probing import (
     clustered_means,
     dataset,
     first_token,
+    interval_suffix,
     intervals,
     label,
     layer_bands,
     layer_curves,
+    model_label,
     plain_torch,
     random_states,
     read_states,
@@ -186,7 +188,7 @@ class RepresentationHijacking(LayerProbe):
         at = data.sel(condition="substituted")
         layer = int(np.nanargmax(at["overwrite"].to_numpy()))
         low, high = (float(at[f"overwrite_{end}"][layer]) for end in ("low", "high"))
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]"
+        interval = interval_suffix(low, high)
         others = ", ".join(
             f"{name} {float(data['overwrite'].sel(condition=name)[layer]):.2f}" for name in CONDITIONS[1:]
         )
@@ -217,7 +219,7 @@ class RepresentationHijacking(LayerProbe):
             bands.append(
                 Band(_TITLES[name], parts[0], (parts[1], parts[2]), colour, "dash" if name == "shuffled" else "solid")
             )
-        model = label(str(result.provenance["model"]), 40)
+        model = model_label(result, 40)
         figures = {
             "overwrite": layer_bands(
                 bands,

@@ -38,6 +38,7 @@ from workbench.probing import (
     clustered_auc,
     dataset,
     integer_step,
+    interval_suffix,
     intervals,
     label,
     load_unembed,
@@ -171,7 +172,7 @@ class ResidualUncertainty(LayerProbe):
 
 
 def _interval(gain: float, low: float, high: float) -> str:
-    return f"{gain:+.3f}" + ("" if np.isnan(low) else f", 95 % CI [{low:.3f}, {high:.3f}]")
+    return f"{gain:+.3f}{interval_suffix(low, high, '.3f')}"
 
 
 # ---- readings -------------------------------------------------------------------------------------------

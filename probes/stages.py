@@ -50,6 +50,7 @@ from workbench.probing import (
     load_unembed,
     log_probabilities,
     mlp_outputs,
+    model_label,
     plain_torch,
     predicting_rows,
     random_copy,
@@ -236,7 +237,7 @@ class Stages(LayerProbe):
         data, figures = result.data, {}
         if "agreement_delete" in data:
             figures = {"agreement": _bands(result, "agreement"), "kl": _bands(result, "kl")}
-        model = label(str(result.provenance["model"]), 60)
+        model = model_label(result)
         layers = data["layer"].to_numpy().tolist()
         markers = {
             "attention": (("recent",), "Attention to the five tokens before", "attention"),

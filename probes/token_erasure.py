@@ -49,6 +49,7 @@ from workbench.probing import (
     integer_step,
     intervals,
     label,
+    model_label,
     note_few_rows,
     plain_torch,
     points_text,
@@ -400,10 +401,6 @@ def _agreement(table: pd.DataFrame, words: Words, tested: Int[np.ndarray, " row"
 # ---- figures --------------------------------------------------------------------------------------------
 
 
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)
-
-
 def _curves(result: Result) -> go.Figure:
     """Accuracy by layer, a colour per offset: last tokens solid, control tokens dotted."""
     data = result.data
@@ -428,7 +425,7 @@ def _curves(result: Result) -> go.Figure:
     )
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": f"Token erasure in {_model(result)}", "subtitle": {"text": groups}},
+        title={"text": f"Token erasure in {model_label(result)}", "subtitle": {"text": groups}},
         width=800,
         height=500,
         margin={"t": 140},
@@ -459,7 +456,7 @@ def _vocabulary(result: Result) -> go.Figure:
     )
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": f"Implicit vocabulary of {_model(result)}", "subtitle": {"text": subtitle}},
+        title={"text": f"Implicit vocabulary of {model_label(result)}", "subtitle": {"text": subtitle}},
         width=760,
         height=200 + 18 * len(best),
         margin={"t": 110},
@@ -487,7 +484,7 @@ def _document(result: Result) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title={
-            "text": f"Segmentation of sequence {int(segments['sequence'].iloc[0])} by {_model(result)}",
+            "text": f"Segmentation of sequence {int(segments['sequence'].iloc[0])} by {model_label(result)}",
             "subtitle": {"text": f"the first {len(segments)} of {total:,} segments"},
         },
         width=760,

@@ -57,6 +57,7 @@ from workbench.probing import (
     select_sequences,
     two_nn_first_fifth,
     usable_device,
+    value_text,
     with_interval,
     with_note,
 )
@@ -176,17 +177,17 @@ class TokenGeometry(LayerProbe):
         text = (
             f"Intrinsic dimension of {settings['length'] - settings['skip']} tokens (TwoNN, {int(data['sequences'])} "
             f"sequences) peaks at layer {int(peak['layer'])} with "
-            f"{_value(peak.sel(scale=1), 'intrinsic_dimension', 1)}; a Gaussian with its covariance "
+            f"{value_text(peak.sel(scale=1), 'intrinsic_dimension', 1)}; a Gaussian with its covariance "
             f"has {float(peak['gaussian_dimension']):.1f}; last layer {float(dimension[-1]):.1f}"
         )
         if data["overlap"].notnull().any():
             least = data.isel(layer=int(np.nanargmin(data["overlap"].to_numpy())))
             text += (
-                f"; fewest neighbours kept after layer {int(least['layer'])}: {_value(least, 'overlap', 2)}, permuted "
+                f"; fewest neighbours kept after layer {int(least['layer'])}: {value_text(least, 'overlap')}, permuted "
                 f"{float(least['overlap_permuted']):.2f}"
             )
         if "loss_correlation" in data:
-            text += f"; log dimension and loss correlate at the peak by {_value(peak, 'loss_correlation', 2)}"
+            text += f"; log dimension and loss correlate at the peak by {value_text(peak, 'loss_correlation', 2)}"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -194,11 +195,6 @@ class TokenGeometry(LayerProbe):
         """Returns "dimension" by layer and scale, "overlap" with cosine, and with groups "groups"."""
         figures = {"dimension": _dimension(result), "overlap": _overlap(result)}
         return {**figures, "groups": _groups(result)} if "group" in result.data.sizes else figures
-
-
-def _value(data: Any, name: str, digits: int) -> str:
-    mean, low, high = (float(data[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f", 95 % CI [{low:.{digits}f}, {high:.{digits}f}]")
 
 
 # ---- readings -------------------------------------------------------------------------------------------

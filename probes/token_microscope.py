@@ -56,6 +56,7 @@ from workbench.probing import (
     tokens_at,
     two_nn_first_fifth,
     usable_device,
+    value_text,
     with_interval,
     with_note,
 )
@@ -218,7 +219,7 @@ class TokenMicroscope(LayerProbe):
                 f". Contextual memory (stand-in: loss of the {len(result.provenance['settings']['offsets'])} tokens "
                 f"before) {float(data['contextual_memory'].mean()):.2f} nats at layer {int(data['memory_layer'])}, "
                 f"frequencies alone {float(data['memory_unigram']):.2f}; correlation with non-linearity "
-                f"{_value(data, 'correlation')}, within classes {_value(data, 'correlation_within')}"
+                f"{value_text(data, 'correlation')}, within classes {value_text(data, 'correlation_within')}"
             )
         return with_note(f"{text}.", result)
 
@@ -229,11 +230,6 @@ class TokenMicroscope(LayerProbe):
         if "class_memory" in result.data:
             figures["memory"] = _class_figure(result, "class_memory")
         return figures
-
-
-def _value(data: Any, name: str) -> str:
-    mean, low, high = (float(data[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return f"{mean:.2f}" + ("" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]")
 
 
 # ---- layers ---------------------------------------------------------------------------------------------

@@ -35,12 +35,12 @@ from workbench.probing import (
     check_fields,
     dataset,
     kl_slope,
-    label,
     layer_curves,
     lens_curves,
     lens_depth,
     lens_grid,
     load_unembed,
+    model_label,
     note_few_rows,
     plain_torch,
     progress,
@@ -326,7 +326,7 @@ def _maps(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarray]:
 
 
 def _comparison(result: Result) -> Any:
-    data, model = result.data, label(str(result.provenance["model"]), 60)
+    data, model = result.data, model_label(result)
     return layer_curves(
         {"tuned lens": data["mean_kl"].to_numpy(), "logit lens": data["logit_mean_kl"].to_numpy()},
         layers=data["layer"].to_numpy().tolist(),

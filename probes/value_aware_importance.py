@@ -46,9 +46,9 @@ from workbench.probing import (
     head_name,
     head_outputs,
     intervals,
-    label,
     layer_curves,
     layers_of,
+    model_label,
     output_maps,
     plain_torch,
     rank_correlation,
@@ -61,6 +61,7 @@ from workbench.probing import (
     token_classes,
     top_overlap,
     usable_device,
+    value_text,
     with_interval,
     with_note,
 )
@@ -176,7 +177,7 @@ class ValueAwareImportance(StoreProbe):
         ranks = [float(data[f"sink_rank_{name}"].median()) for name in ("attention", "value")]
         text = (
             f"The top {100 * settings['top']:g} % of keys by attention and by attention times value size overlap by "
-            f"{_value(data, 'overlap')} (mean over heads; permuted value sizes "
+            f"{value_text(data, 'overlap')} (mean over heads; permuted value sizes "
             f"{float(data['overlap_shuffled'].mean()):.2f}); position {settings['sink']} ranks {ranks[0]:.0f} of "
             f"{settings['length']} by attention and {ranks[1]:.0f} with values (medians over heads)"
         )
@@ -184,7 +185,7 @@ class ValueAwareImportance(StoreProbe):
             means = [float(data[f"effect_{name}"].mean()) for name in ("value", "attention", "shuffled")]
             text += (
                 f"; rank correlation with the change of the head's output when a key is hidden: {means[0]:.2f} with "
-                f"values, {means[1]:.2f} without, gain {_value(data, 'effect_gain')}, permuted {means[2]:.2f}"
+                f"values, {means[1]:.2f} without, gain {value_text(data, 'effect_gain')}, permuted {means[2]:.2f}"
             )
         return with_note(f"{text}.", result)
 
@@ -193,11 +194,6 @@ class ValueAwareImportance(StoreProbe):
         """Returns "heads", the overlap by layer and head; "classes", value sizes by layer; with the model "effect"."""
         figures = {"heads": _heads(result), "classes": _classes(result)}
         return {**figures, "effect": _effect(result)} if "effect_value" in result.data else figures
-
-
-def _value(data: Any, name: str) -> str:
-    mean, low, high = (float(data[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return f"{mean:.2f}" + ("" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]")
 
 
 # ---- readings -------------------------------------------------------------------------------------------
@@ -318,7 +314,7 @@ def _heads(result: Result) -> go.Figure:
         data["overlap_top"].to_numpy(),
         hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
         layers=layers,
-        title=f"Attention and value-aware importance in {_model(result)}",
+        title=f"Attention and value-aware importance in {model_label(result)}",
         subtitle=f"share of the {int(data['top_keys'])} keys with most attention that are on top with value sizes; "
         f"{int(data['sequences']):,} sequences",
         unit=axis_title(data["overlap_top"].attrs, "overlap"),
@@ -343,7 +339,7 @@ def _classes(result: Result) -> go.Figure:
     figure = layer_curves(
         curves,
         layers=data["layer"].to_numpy().tolist(),
-        title=f"Value size by class of token in {_model(result)}",
+        title=f"Value size by class of token in {model_label(result)}",
         unit=axis_title(data["class_norm"].attrs, "L1 norm"),
     )
     trace: Any
@@ -370,12 +366,8 @@ def _effect(result: Result) -> go.Figure:
     least = float(np.nanmin(table[["effect_attention", "effect_value"]].to_numpy(), initial=0.9))
     ends = [np.floor(10 * least) / 10, 1]
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": NEUTRAL, "dash": "dash"}, hoverinfo="skip")
-    title: dict[str, Any] = {"text": f"Which importance the heads' outputs follow in {_model(result)}"}
+    title: dict[str, Any] = {"text": f"Which importance the heads' outputs follow in {model_label(result)}"}
     title["subtitle"] = {"text": "rank correlation with the change of the output when a key is hidden; a dot a head"}
     figure.update_layout(template=TEMPLATE, title=title, height=520, width=620, showlegend=False)
     figure.update_xaxes(title="attention alone", range=[ends[0] - 0.02, 1.02])
     return figure.update_yaxes(title="attention times value size", range=[ends[0] - 0.02, 1.02])
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)

@@ -44,8 +44,9 @@ from workbench.probing import (
     document_halves,
     first_key_rows,
     head_grid,
+    interval_suffix,
     intervals,
-    label,
+    model_label,
     plain_torch,
     predicting_rows,
     recorded_model,
@@ -227,7 +228,7 @@ class ZeroTuning(StoreProbe):
         best = int(loss.to_numpy().argmin())
         at = data.isel(gamma=best).sel(heads="tuned", key="initial")
         low, high = float(at["loss_low"]), float(at["loss_high"])
-        interval = "" if np.isnan(low) else f", 95 % CI [{low:.3f}, {high:.3f}]"
+        interval = interval_suffix(low, high, ".3f")
         random = float(data["loss"].isel(gamma=best).sel(heads="tuned", key="random"))
         text = (
             f"Best factor {float(loss['gamma'][best]):g} in {int(np.nansum(data['tuned']))} tuned heads: loss "
@@ -241,7 +242,7 @@ class ZeroTuning(StoreProbe):
     def figures(result: Result) -> dict[str, Any]:
         """Returns "loss" over gamma beside both controls, and "sensitivity", a0 (1 - a0) of every head."""
         data = result.data
-        model = label(str(result.provenance["model"]), 50)
+        model = model_label(result, 50)
         sensitivity, weight = data["sensitivity"].to_numpy(), data["a0"].to_numpy()
         grid = head_grid(
             sensitivity,

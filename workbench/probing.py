@@ -22,7 +22,7 @@ _PUBLIC = {
     **dict.fromkeys(("Variable", "dataset"), "workbench.results.variable"),
     "provenance": "workbench.results.result",
     "finite_rows": "workbench.store.lost_values",
-    "with_note": "workbench.analysis.store_probe",
+    **dict.fromkeys(("model_label", "with_note"), "workbench.analysis.store_probe"),
     "with_interval": "workbench.results.variable",
     # settings, errors and progress
     "RequestError": "workbench.io.errors",
@@ -109,7 +109,7 @@ _PUBLIC = {
     "clustered_auc": "workbench.analysis.detection",
     **dict.fromkeys(("clustered_interval", "clustered_means", "group_means"), "workbench.results.bootstrap"),
     "fit_softmax": "workbench.analysis.softmax_probe",
-    "interval_text": "workbench.results.bootstrap",
+    **dict.fromkeys(("interval_suffix", "interval_text", "value_text"), "workbench.results.bootstrap"),
     "intervals": "workbench.results.bootstrap",
     "points_text": "workbench.results.bootstrap",
     "resampled_means": "workbench.results.bootstrap",
@@ -160,7 +160,7 @@ _PUBLIC = {
     "PathRuns": "workbench.analysis.path_runs",
     "PromptPairs": "workbench.corpus.prompt_pairs",
     **dict.fromkeys(("Runs", "other_pair"), "workbench.analysis.patching"),
-    **dict.fromkeys(("recorded_pairs", "pairs_of"), "workbench.analysis.patch_pairs"),
+    **dict.fromkeys(("of_usual_length", "pairs_of", "recorded_pairs"), "workbench.analysis.patch_pairs"),
     "shuffled_positions": "workbench.analysis.patching",
     **dict.fromkeys(("TaskVectors", "answers_after", "questions_alone"), "workbench.analysis.task_vectors"),
     "AblatedPart": "workbench.analysis.ablated_logits",
@@ -225,7 +225,9 @@ _PUBLIC = {
     "ov_logits": "workbench.model.circuits",
     "recorded_model": "workbench.model.reload",
     "ScoreRule": "workbench.sites.score_rule",
-    **dict.fromkeys(("attention_scores", "layer_rule", "score_rules"), "workbench.model.attention_scores"),
+    **dict.fromkeys(
+        ("attention_scores", "layer_rule", "recorded_rules", "score_rules"), "workbench.model.attention_scores"
+    ),
     "row_entropy": "workbench.model.attention",
     "run_prompted": "workbench.model.prompted_run",
     "token_embeddings": "workbench.model.embedding_records",
@@ -353,7 +355,7 @@ if TYPE_CHECKING:
         value_norms,
         value_site,
     )
-    from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_of, recorded_pairs
+    from workbench.analysis.patch_pairs import OTHER, PatchPair, of_usual_length, pairs_of, recorded_pairs
     from workbench.analysis.patching import METRIC_UNITS, METRICS, Runs, other_pair, shuffled_positions
     from workbench.analysis.patching_figures import patching_lines, patching_map, patching_spread
     from workbench.analysis.patchscope import IDENTITY_PROMPT, first_token, random_states, read_states, target_prompt
@@ -405,7 +407,7 @@ if TYPE_CHECKING:
     from workbench.analysis.sequences import Sequences, received_sequences, select_sequences
     from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
-    from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, with_note
+    from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, model_label, with_note
     from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
@@ -449,7 +451,7 @@ if TYPE_CHECKING:
     from workbench.io.torch_state import plain_torch, usable_device
     from workbench.model.attention import Columns, row_entropy
     from workbench.model.attention_records import RedistributeAttention, ScaleAttention
-    from workbench.model.attention_scores import attention_scores, layer_rule, score_rules
+    from workbench.model.attention_scores import attention_scores, layer_rule, recorded_rules, score_rules
     from workbench.model.block_records import SkipBlock, SwapBlocks
     from workbench.model.capture import capture
     from workbench.model.circuits import (
@@ -478,10 +480,12 @@ if TYPE_CHECKING:
         clustered_interval,
         clustered_means,
         group_means,
+        interval_suffix,
         interval_text,
         intervals,
         points_text,
         resampled_means,
+        value_text,
         wilson,
     )
     from workbench.results.result import Result, provenance

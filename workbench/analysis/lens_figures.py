@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.analysis.store_probe import model_label
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import axis_title, label
 from workbench.figures.token_grid import MAX_TOKENS, Marks, count_shown, token_grid
@@ -55,7 +56,7 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         tokens=line["token"].tolist(),
         positions=line["position"].tolist(),
         layers=layers.tolist(),
-        title=f"{_lens(result)} of {_model(result)}, {label(site)}, sequence {sequence}",
+        title=f"{_lens(result)} of {model_label(result)}, {label(site)}, sequence {sequence}",
         subtitle="; ".join(subtitle),
         unit=axis_title(result.data["top_probability"].attrs),
         next_tokens=line["next_token"].tolist(),
@@ -90,7 +91,7 @@ def lens_depth(result: Result, sequence: int | None = None) -> go.Figure:
         np.append(layers, np.nan)[depth],
         tokens=line["token"].tolist(),
         positions=line["position"].tolist(),
-        title=f"Prediction depth: {_lens(result)} of {_model(result)}, sequence {sequence}",
+        title=f"Prediction depth: {_lens(result)} of {model_label(result)}, sequence {sequence}",
         subtitle="colour: earliest layer from which the lens's top-1 prediction equals the model's",
         unit="layer",
         limits=(float(layers[0]), float(layers[-1])),
@@ -107,10 +108,6 @@ def _of_sequence(result: Result, sequence: int | None, first: int) -> tuple[int,
             f"sequence {sequence} from position {first} is not in the table; see result.table['sequence']"
         )
     return int(sequence), chosen
-
-
-def _model(result: Result) -> str:
-    return label(str(result.provenance["model"]), 60)
 
 
 def _lens(result: Result) -> str:
@@ -143,6 +140,6 @@ def lens_curves(result: Result) -> go.Figure:
     return layer_curves(
         {shown: data[f"mean_{name}"].to_numpy() for name, shown in names.items()},
         layers=data["layer"].to_numpy().tolist(),
-        title=f"{_lens(result)} of {_model(result)}: mean over {rows:,} tokens",
+        title=f"{_lens(result)} of {model_label(result)}: mean over {rows:,} tokens",
         unit=axis_title(data["mean_entropy"].attrs),
     )

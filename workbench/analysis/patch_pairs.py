@@ -49,6 +49,15 @@ def pairs_of(pairs: PromptPairs) -> list[PatchPair]:
     ]
 
 
+def of_usual_length(pairs: Sequence[PatchPair]) -> tuple[list[PatchPair], list[str]]:
+    """Returns the pairs of the most frequent number of tokens, whose positions correspond, and a note on the others."""
+    lengths = [len(pair.clean) for pair in pairs]
+    usual = max(sorted(set(lengths)), key=lengths.count)
+    kept = [pair for pair in pairs if len(pair.clean) == usual]
+    others = len(pairs) - len(kept)
+    return kept, [f"{others} pairs left out: not of {usual} tokens"] if others else []
+
+
 def recorded_pairs(
     store: Store, name: str, model: Model | str | None, where: str | None, device: str | None
 ) -> tuple[Model, list[PatchPair], list[str]]:

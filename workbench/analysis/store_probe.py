@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from workbench.analysis.rows import recorded_layers
+from workbench.figures.safe_text import label
 from workbench.io.errors import RequestError, shown
 from workbench.results.result import Result, provenance
 from workbench.results.variable import Variable, dataset
@@ -98,6 +99,11 @@ class LayerProbe(StoreProbe):
     def recorded(self, store: Store, kind: str) -> tuple[list[int], list[str]]:
         """Returns the layers that are read, ascending, and the labels of their sites; see `recorded_layers`."""
         return recorded_layers(store, kind, self.layers)
+
+
+def model_label(result: Result, limit: int = 60) -> str:
+    """Returns the name of the result's model for a title, escaped, and cut to `limit` characters."""
+    return label(str(result.provenance["model"]), limit)
 
 
 def with_note(headline: str, result: Result) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -52,6 +52,31 @@ def score_rules(store: Store, model: Model | str | None = None) -> Mapping[int, 
     if rules is None:
         rules = recorded_model(store, model).site_map.score_rules
     return {rule.layer: rule for rule in rules}
+
+
+def recorded_rules(
+    store: Store, model: Model | str | None = None, layers: Sequence[int] | None = None
+) -> dict[int, ScoreRule]:
+    """Returns the rules of the layers whose queries and keys were recorded.
+
+    Args:
+        store: The store.
+        model: As for `score_rules`.
+        layers: Layers to read; negative numbers count from the last. None: every recorded one.
+
+    Raises:
+        RequestError: No layer was recorded, or a chosen one has no scores to be computed; see `layer_rule`.
+    """
+    known = score_rules(store, model)
+    recorded = {site.label for site in store.sites}
+    chosen = [layer for layer, rule in known.items() if {rule.queries, rule.keys} <= recorded]
+    if layers is not None:
+        count = store.manifest.model.n_layers
+        chosen = sorted({layer + count if layer < 0 else layer for layer in layers})
+    if not chosen:
+        layer_rule(known, store, next(iter(known), 0))  # which names what is missing
+        raise RequestError("no layer has both queries and keys; record rot_q and rot_k")
+    return {layer: layer_rule(known, store, layer) for layer in chosen}
 
 
 def layer_rule(rules: Mapping[int, ScoreRule], store: Store, layer: int) -> ScoreRule:

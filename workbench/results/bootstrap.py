@@ -167,6 +167,17 @@ def interval_text(low: Any, high: Any) -> str:
     return "no interval from one document" if np.isnan(low) else f"95 % CI [{float(low):.0f}, {float(high):.0f}]"
 
 
+def interval_suffix(low: Any, high: Any, form: str = ".2f") -> str:
+    """Returns ", 95 % CI [0.12, 0.34]" to follow a value, with numbers in the given format; empty for NaN."""
+    return "" if np.isnan(low) else f", 95 % CI [{float(low):{form}}, {float(high):{form}}]"
+
+
+def value_text(values: Any, name: str, digits: int = 2) -> str:
+    """Returns a variable with its interval as text: "0.20, 95 % CI [0.12, 0.34]"; `values` has its ends, too."""
+    value, low, high = (float(values[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return f"{value:.{digits}f}{interval_suffix(low, high, f'.{digits}f')}"
+
+
 def points_text(difference: Any, low: Any, high: Any) -> str:
     """Returns a difference of percentages with its interval as text: "11 points, 95 % CI [7, 14]"."""
     return f"{np.round(float(difference)) + 0.0:.0f} points, {interval_text(low, high)}"  # + 0.0: no "-0"
