@@ -6,8 +6,8 @@
 
 (Gurnee et al. 2026). V are the positions of a prompt after its first ones, without the last; effects on later positions
 are summed. J = I is the logit lens. The maps are fitted once, by gradients of the model, and kept with the store; after
-that the store is read as by any lens. Since J sums over later positions, a token that the lens reads may be said later:
-`recall` asks for the tokens 1, 2, ... tokens on.
+that the store is read as by any lens. Since J sums over later positions, a token that the lens reads may be predicted
+later: `recall` asks for the tokens 1, 2, ... tokens on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 @dataclass(frozen=True)
 class JacobianLens(LayerProbe):
-    """Reads every layer through the mean Jacobian to the last block: what a state makes the model say, now or later."""
+    """Reads every layer through the mean Jacobian to the last block: tokens that a state makes likely, now or later."""
 
     name: ClassVar[str] = "jacobian-lens"
     needs_model: ClassVar[bool] = True
