@@ -102,7 +102,7 @@ class Gpu:
 
         def ours() -> float:
             shutil.rmtree(out, ignore_errors=True)
-            return record(model, ids, out, sites=["resid_post"], batch_tokens=batch * self.context).recording
+            return record(model, ids, out, sites=["resid_post"], batch_tokens=batch * self.context)[0].clock
 
         synchronised(device, body)()
         ours()

@@ -39,31 +39,43 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @dataclass(frozen=True)
-class RecordingRate:
-    """Rows per second of one recording."""
+class Rate:
+    """Rows per second."""
 
-    recording: float
-    """From the first forward pass to the committed store; the limit for a long recording."""
-    whole_call: float
-    """The whole call: planning, the fingerprint of the weights and the stored unembedding too."""
+    clock: float
+    processor: float
+    """Of processor time, all threads."""
 
 
-def record(model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Path, **settings: Any) -> RecordingRate:
-    """Records `ids` with `wb.record` and measures the time."""
-    passes: list[float] = []
+def record(
+    model: wb.Model, ids: Int64[np.ndarray, "sequence position"], out: Path, **settings: Any
+) -> tuple[Rate, Rate]:
+    """Records `ids` with `wb.record`.
+
+    Returns:
+        The rate from the first forward pass to the committed store, the limit for a long recording; and the rate of the
+        whole call, with planning, the fingerprint of the weights and the stored unembedding.
+    """
+    passes: list[tuple[float, float]] = []
+
+    def now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
     def note(_module, _args, arguments):
         if arguments["input_ids"].numel() > 22:  # smaller are the passes that look for sites, identity and unembedding
-            passes.append(time.perf_counter())
+            passes.append(now())
+
+    def rate(since: tuple[float, float]) -> Rate:
+        return Rate(*(ids.size / (one - other) for one, other in zip(end, since, strict=True)))
 
     handle = model.module.register_forward_pre_hook(note, with_kwargs=True)
-    began = time.perf_counter()
+    began = now()
     try:
         wb.record(model, ids.tolist(), out=out, context=ids.shape[1], show_progress=False, **settings)
     finally:
         handle.remove()
-    end = time.perf_counter()
-    return RecordingRate(ids.size / (end - passes[0]), ids.size / (end - began))
+    end = now()
+    return rate(passes[0]), rate(began)
 
 
 def forward(module: torch.nn.Module, ids: Int64[np.ndarray, "sequence position"], batch: int) -> None:

@@ -63,8 +63,8 @@ class SaeLens:
         def ours(ids: np.ndarray = ids) -> float:
             shutil.rmtree(folder / "ours.acts", ignore_errors=True)
             speed = record(model, ids, folder / "ours.acts", sites=sites)
-            whole_calls.append(speed.whole_call)
-            return speed.recording
+            whole_calls.append(speed[1].clock)
+            return speed[0].clock
 
         def theirs() -> float:
             return ids.size / sum(runner.seconds() for runner in runners)
