@@ -29,7 +29,7 @@ class RecordingSpeed:
     context: int = 256
     batch_tokens: int = 2048
     width: float = 0.05
-    repeats: int = 20
+    repeats: int = 12
     model: str = "models/smollm2-135m"
 
     def run(self, folder: Path) -> list[Comparison]:
@@ -38,8 +38,10 @@ class RecordingSpeed:
         lines = self._lines(f"GPT-2, {self.layers} layers", gpt2(self.layers), ids, folder)
         if not Path(self.model).is_dir():
             return lines
-        trained = wb.load_model(self.model, dtype=torch.float32).module
-        return lines + self._lines("SmolLM2-135M, 30 layers", trained, ids.reshape(-1, 128), folder)
+        trained = wb.load_model(self.model, dtype=torch.float32)
+        return lines + self._lines(
+            "SmolLM2-135M, 30 layers", trained.module, ids.reshape(-1, 128) % trained.vocab, folder
+        )
 
     def _lines(
         self, name: str, module: torch.nn.Module, ids: Int64[np.ndarray, "sequence position"], folder: Path
