@@ -77,6 +77,37 @@ def extraction(**settings: Any) -> Operation:
     return Operation(work, begin=begin, check=readable_features)
 
 
+def while_recording() -> Operation:
+    """A recording that extracts the features of a site on the way."""
+    import tempfile
+
+    from features_example import TRAINED
+    from recorded_operations import SETTINGS, TEXTS, tiny_model
+
+    from workbench.recording.record import record
+    from workbench.sae.load import load_sae
+
+    model = tiny_model()
+    warm = Path(tempfile.mkdtemp(prefix="crash-points-warm-"))
+    about = TRAINED | {"d_in": 16, "d_sae": 20, "hook_name": "blocks.0.hook_resid_post", "model_name": "tiny"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = load_sae(save_sae(warm / "sae", "topk", **about), device="cpu")
+    record(model, TEXTS, out=warm / "s.acts", sae=sae, show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        store = record(model, TEXTS, out=folder / "x.acts", sae=sae, show_progress=False, **SETTINGS)
+        assert store.rows == sum(map(len, TEXTS))
+
+    def check(folder: Path) -> None:
+        from recorded_operations import readable
+
+        readable(folder)
+        readable_features(folder)
+
+    return Operation(work, check=check)
+
+
 def delphi_export() -> Operation:
     """An export of all features to delphi's files; what is there is complete, and is not written again."""
     import tempfile

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,48 @@ def merging() -> Operation:
         assert merge([folder / "a", folder / "b"], folder / "m").rows == sum(map(len, TEXTS + MORE))
 
     return Operation(work, begin=begin, check=readable)
+
+
+def packing(name: str = "sent.acts") -> Operation:
+    """A store that is packed into a folder, or into one file if the name ends in .tar."""
+    from workbench.recording.record import record
+    from workbench.store.packed_copy import pack
+
+    model = tiny_model()
+
+    def begin(folder: Path) -> None:
+        record(model, TEXTS, out=folder / "s.acts", show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        if not (folder / name).exists():
+            pack(folder / "s.acts", folder / name)
+
+    def whole(folder: Path) -> None:
+        readable(folder)
+        if (folder / name).is_file():
+            with tarfile.open(folder / name) as archive:
+                archive.extractall(folder / "out", filter="data")
+            readable(folder / "out")
+            shutil.rmtree(folder / "out")
+
+    return Operation(work, begin=begin, check=whole)
+
+
+def removing() -> Operation:
+    """A store that is removed."""
+    from workbench.features.removal import remove
+    from workbench.recording.record import record
+
+    model = tiny_model()
+
+    def begin(folder: Path) -> None:
+        record(model, TEXTS, out=folder / "s.acts", show_progress=False, **SETTINGS)
+
+    def work(folder: Path) -> None:
+        if (folder / "s.acts").exists():
+            remove(folder / "s.acts")
+
+    return Operation(work, begin=begin)
 
 
 def recording_once() -> Operation:

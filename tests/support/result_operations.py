@@ -83,6 +83,29 @@ def saving(over: bool) -> Operation:
     return Operation(work, begin=begin, check=check, contents=without_scratch)
 
 
+def lens_saving() -> Operation:
+    """A trained lens that is saved; what has its name can be loaded whole."""
+    import torch
+
+    from workbench.analysis.trained_lens import TrainedLens, load_lens
+
+    weight, bias = torch.arange(32.0).reshape(2, 4, 4), torch.arange(8.0).reshape(2, 4)
+    lens = TrainedLens("resid_post", (0, 1), weight, bias, "tiny", "a" * 64, 3, {"seed": 0})
+
+    def check(folder: Path) -> None:
+        if (folder / "lens").exists():
+            again = load_lens(folder / "lens")
+            assert isinstance(again, TrainedLens)
+            assert torch.equal(again.weight, weight)
+
+    def work(folder: Path) -> None:
+        if not (folder / "lens").exists():
+            lens.save(folder / "lens")
+        check(folder)
+
+    return Operation(work, check=check, contents=without_scratch)
+
+
 def exporting() -> Operation:
     """Figures and their data that are exported, twice the same."""
     _register_toy()

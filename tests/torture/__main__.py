@@ -30,6 +30,13 @@ MUTATIONS = 10_000
 TITLES = {"extraction": "`extract_features`", "saving": "`Result.save`", "exporting": "`wb.export`"}
 TITLES |= {"delphi_export": "`export_delphi`", "sweeping": "`workbench sweep`", "recording": "`record`"}
 TITLES |= {"appending": "`record(append=True)`", "recording_once": "`record_once`"}
+TITLES |= {
+    "adding_sites": "`record` of more sites",
+    "deleting_sites": "`workbench rm --sites`",
+    "merging": "`wb.merge`",
+}
+TITLES |= {"packing": "`workbench pack`", "removing": "`workbench rm`", "lens_saving": "`save` of a lens"}
+TITLES |= {"while_recording": "`record` with an SAE"}
 
 TEXT = (Path(__file__).parent / "reliability.md").read_text(encoding="utf-8")
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 from crash_points import try_crash_points
-from feature_operations import delphi_export, extraction
-from result_operations import exporting, saving, sweeping
+from feature_operations import delphi_export, extraction, while_recording
+from result_operations import exporting, lens_saving, saving, sweeping
 
 pytestmark = pytest.mark.torture
 
@@ -19,6 +19,8 @@ OPERATIONS = {
     "export of figures": (exporting,),
     "export_delphi": (delphi_export,),
     "sweep": (sweeping,),
+    "features while recording": (while_recording,),
+    "a saved lens": (lens_saving,),
 }
 
 
