@@ -43,6 +43,7 @@ def test_an_array_shows_its_axes_and_size(store):
     assert "ActivationArray pattern.1" in said
     assert "row 13 head 2 key 4" in said
     assert "bfloat16, 0.0 MB" in said
+    assert "LayeredArray pattern" in shown(store["pattern", 1:2])
 
 
 def test_rows_show_the_first_ten_tokens(store):

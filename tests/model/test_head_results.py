@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
 from torch import nn
+from torch.utils.data import DataLoader
 
 import workbench as wb
 from workbench.io.errors import RequestError
@@ -46,6 +48,11 @@ def test_each_head_is_its_part_of_the_weights(tiny_models, tmp_path):
     torch.testing.assert_close(results[store.where("position = 2")], results[:][[2, 7]])
     assert torch.equal(torch.cat([block for _, block in results.blocks(3)]), results[:])
     assert results[3].shape == (4, 32)
+    np.testing.assert_array_equal(results.to_numpy([5, 0]), results[:][[5, 0]])
+    loaded = torch.cat(list(DataLoader(results, batch_size=3)))
+    assert torch.equal(loaded, results[:])
+    (batch,) = wb.RowDataset({"heads": results, "z": store["z", 1]}, seed=0)
+    assert torch.equal(batch["heads"], results[batch["row"]])
     assert repr(results) == "result.1 (row 8, head 4, d_model 32), computed when read"
 
 

@@ -18,6 +18,7 @@ from workbench.model.load import Model
 from workbench.model.offload import real_copy, running_device
 from workbench.model.reload import recorded_model
 from workbench.store.computed import ComputedArray
+from workbench.store.manifest import SiteRecord
 from workbench.store.reader import ActivationArray, Store
 
 
@@ -42,8 +43,9 @@ def head_results(store: Store, layer: int, model: Model | str | None = None) -> 
     array = store["z", layer]
     number = int(array.site.label.rpartition(".")[2])
     weights, _bias = output_weights(recorded_model(store, model), number)
-    compute = partial(_results, array, weights)
-    return ComputedArray(store, f"result.{number}", ("row", "head", "d_model"), tuple(weights.shape[::2]), compute)
+    name, axes, shape = f"blocks.{number}.attn.hook_result", ("row", "head", "d_model"), tuple(weights.shape[::2])
+    site = SiteRecord(name, f"result.{number}", axes, shape, "float32")
+    return ComputedArray(store, site, partial(_results, array, weights))
 
 
 @torch.inference_mode()

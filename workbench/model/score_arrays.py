@@ -16,6 +16,7 @@ from workbench.model.load import Model
 from workbench.sites.score_rule import ScoreRule
 from workbench.store.computed import ComputedArray
 from workbench.store.layers import layer_number
+from workbench.store.manifest import SiteRecord
 from workbench.store.reader import ActivationArray, Store
 
 
@@ -49,10 +50,11 @@ def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> C
     queries = store[rule.queries]
     sequence = store.tokens["sequence"].to_numpy()
     starts = np.flatnonzero(np.diff(sequence, prepend=-1))
-    longest = int(np.diff(starts, append=store.rows).max(initial=0))
+    longest = int(np.diff(starts, append=store.rows).max(initial=1))
     scores = _Scores(rule, queries, store[rule.keys], starts, longest)
-    axes, shape = ("row", "head", "key"), (queries.site.shape[0], longest)
-    return ComputedArray(store, f"attn_scores.{number}", axes, shape, scores)
+    name, shape = f"blocks.{number}.attn.hook_attn_scores", (queries.site.shape[0], longest)
+    site = SiteRecord(name, f"attn_scores.{number}", ("row", "head", "key"), shape, "float32")
+    return ComputedArray(store, site, scores)
 
 
 @dataclass(frozen=True, eq=False)

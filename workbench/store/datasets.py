@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,15 +16,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest
-from workbench.store.computed import ComputedArray
-from workbench.store.layers import LayeredArray
 from workbench.store.reader import ActivationArray, Store
+from workbench.store.row_array import RowArray
 from workbench.store.selected_rows import Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Array = ActivationArray | LayeredArray | ComputedArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +33,8 @@ class RowDataset(IterableDataset):
     divide the blocks. Memory: twice the buffer in each worker.
 
     Args:
-        arrays: Array of a store, such as `store["resid_post", 3]` or `store["resid_post", 0:8]`, or several by name.
+        arrays: Array of a store, such as `store["resid_post", 3]`, `store["resid_post", 0:8]` or
+            `wb.head_results(store, 3)`, or several by name.
         rows: Rows to read. None: all.
         batch_rows: Rows of a batch; the last one of each worker may have fewer.
         shuffle: Shuffle rows. False: in row order.
@@ -47,7 +44,7 @@ class RowDataset(IterableDataset):
         buffer_bytes: Bytes of rows that are mixed with each other.
     """
 
-    arrays: Array | Mapping[str, Array]
+    arrays: RowArray | Mapping[str, RowArray]
     rows: Rows | None = None
     batch_rows: int = field(default=4096, kw_only=True)
     shuffle: bool = field(default=True, kw_only=True)
@@ -113,7 +110,7 @@ class RowDataset(IterableDataset):
         return [worker.seed - worker.id, self._passes[0]]  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
-    def _by_name(self) -> Mapping[str, Array]:
+    def _by_name(self) -> Mapping[str, RowArray]:
         return self.arrays if isinstance(self.arrays, Mapping) else {"activations": self.arrays}
 
     @property
@@ -131,7 +128,7 @@ class RowDataset(IterableDataset):
     @property
     def _blocks(self) -> int:
         """Blocks that fit in the buffer."""
-        row_bytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in self._by_name.values())
+        row_bytes = sum(array.site.row_bytes for array in self._by_name.values())
         return max(1, self.buffer_bytes // max(1, row_bytes * self.block_rows))
 
 

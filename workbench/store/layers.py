@@ -3,98 +3,59 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.io.errors import RequestError, nearest
 from workbench.sites.grammar import SHORT_NAMES
-from workbench.store.manifest import Manifest, short_list
+from workbench.store.manifest import Manifest, SiteRecord, short_list
+from workbench.store.row_array import RowArray
 
 if TYPE_CHECKING:
     from workbench.store.reader import ActivationArray, Store
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayeredArray:
-    """One kind of site at several layers: axes (row, layer, ...), read from the disk where it is indexed.
+class LayeredArray(RowArray):
+    """One kind of site at several layers: axes (row, layer, ...); each layer costs one read of the indexed rows."""
 
-    Indexed by rows as `ActivationArray`; each layer costs one read of these rows.
-    """
-
-    store: Store
-    kind: str
-    """Kind of site: resid_post."""
+    arrays: tuple[ActivationArray, ...]
+    """The array of each layer."""
     layers: tuple[int, ...]
     """Layer of each entry of the second axis."""
 
-    def __post_init__(self) -> None:
-        first, *others = (array.site for array in self.arrays)
-        for other in others:
-            if (other.shape, other.dtype) != (first.shape, first.dtype):
-                raise RequestError(
-                    f"{other.label} has rows of {other.shape} {other.dtype} and {first.label} of {first.shape} "
-                    f"{first.dtype}; read layers of equal shape and type"
-                )
-
     def __repr__(self) -> str:
-        shape = ", ".join(f"{axis} {length:,}" for axis, length in zip(self.axes, self.shape, strict=True))
-        return f"{self.kind} ({shape}) {self.arrays[0].site.dtype}, layers {', '.join(map(str, self.layers))}"
-
-    def __len__(self) -> int:
-        return self.store.rows
-
-    @cached_property
-    def arrays(self) -> tuple[ActivationArray, ...]:
-        """The array of each layer."""
-        return tuple(self.store[self.kind, layer] for layer in self.layers)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Axis names: row, layer, and those of the site."""
-        return ("row", "layer", *self.arrays[0].axes[1:])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(rows, layers, ...)"""
-        return (len(self), len(self.layers), *self.arrays[0].site.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Stored type, which is also that of tensors read."""
-        return self.arrays[0].dtype
+        return f"{super().__repr__()} {self.site.dtype}, layers {', '.join(map(str, self.layers))}"
 
     def __getitem__(self, index: Any) -> Float[Tensor, "*shape"]:
         """Returns activations (row, layer, ...) of rows, or (layer, ...) of one row."""
         parts = [array[index] for array in self.arrays]
         return torch.stack(parts, parts[0].ndim - len(self.arrays[0].site.shape))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Returns all rows in memory for NumPy; bfloat16 becomes float32."""
-        if copy is False:
-            raise ValueError(f"{self.kind} is on the disk and cannot become an array without a copy")
-        return np.stack([np.asarray(array, dtype) for array in self.arrays], 1)
 
-    def __getitems__(self, ids: list[int]) -> list[Float[Tensor, "layer ..."]]:
-        """Returns rows one by one, read together: a DataLoader of torch asks for its batches in this way."""
-        return list(self[ids])
+def layered_array(store: Store, kind: str, layers: slice | Sequence[int]) -> LayeredArray:
+    """Returns one kind of site, such as resid_post, at several layers of a store.
 
-    def to_numpy(self, rows: Any = slice(None), dtype: Any = np.float32) -> np.ndarray:
-        """Returns rows, indexed as above, as a NumPy array; float32, because sums in float16 overflow at 65,504."""
-        return self[rows].float().numpy().astype(dtype, copy=False)
-
-    def blocks(self, rows: int = 8192) -> Iterator[tuple[slice, Float[Tensor, "row layer ..."]]]:
-        """Yields all rows in order, `rows` at a time, each block with its slice. Memory: one block of all layers."""
-        for start in range(0, len(self), rows):
-            stop = min(start + rows, len(self))
-            yield slice(start, stop), self[start:stop]
+    Raises:
+        RequestError: No layer, one that was not recorded, or layers whose rows differ in shape or type.
+    """
+    numbers = select_layers(store.path, store.manifest, kind, layers)
+    arrays = tuple(store[kind, number] for number in numbers)
+    first, *others = (array.site for array in arrays)
+    for other in others:
+        if (other.shape, other.dtype) != (first.shape, first.dtype):
+            raise RequestError(
+                f"{other.label} has rows of {other.shape} {other.dtype} and {first.label} of {first.shape} "
+                f"{first.dtype}; read layers of equal shape and type"
+            )
+    site = SiteRecord(kind, None, ("row", "layer", *first.axes[1:]), (len(numbers), *first.shape), first.dtype)
+    return LayeredArray(store, site, arrays, numbers)
 
 
 def layer_number(manifest: Manifest, layer: int) -> int:

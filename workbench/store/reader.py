@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,13 @@ from workbench.corpus.places import add_places
 from workbench.io.errors import RequestError
 from workbench.store.groups import segment_tables
 from workbench.store.growth import delete_sites
-from workbench.store.layers import LayeredArray, layer_number, not_recorded, select_layers
+from workbench.store.layers import LayeredArray, layer_number, layered_array, not_recorded
 from workbench.store.manifest import SEGMENTS, Manifest, SiteRecord, as_lines, facts, read_manifest
 from workbench.store.maps import SiteMaps
 from workbench.store.new_columns import store_columns
 from workbench.store.packed_copy import pack
 from workbench.store.query import Parameters, select_rows
+from workbench.store.row_array import RowArray
 from workbench.store.selected_rows import Rows, row_ids
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
@@ -126,7 +127,7 @@ class Store:
             return ActivationArray(self, self._record(kind))
         if isinstance(layer, int | np.integer):
             return ActivationArray(self, self._record(f"{kind}.{layer_number(self.manifest, int(layer))}"))
-        return LayeredArray(self, kind, select_layers(self.path, self.manifest, kind, layer))
+        return layered_array(self, kind, layer)
 
     def _record(self, label: str) -> SiteRecord:
         for record in self.sites:
@@ -227,7 +228,7 @@ def _open_maps(path: Path, manifest: Manifest, site: SiteRecord) -> SiteMaps:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ActivationArray:
+class ActivationArray(RowArray):
     """One site over all rows: axes (row, ...), read from the disk where it is indexed.
 
     `array[3]`, slices, integer arrays, masks and `Rows` give torch tensors that own their memory: an edit never reaches
@@ -236,47 +237,8 @@ class ActivationArray:
     in row order. Pickles as path and name, and is safe to use after a fork.
     """
 
-    store: Store
-    site: SiteRecord
-
     def __repr__(self) -> str:
-        shape = ", ".join(f"{axis} {length:,}" for axis, length in zip(self.axes, self.shape, strict=True))
-        return f"{self.site.label} ({shape}) {self.site.dtype}"
-
-    def _repr_html_(self) -> str:
-        from workbench.figures.markup import card
-
-        size = len(self) * self.site.row_bytes / 1e6
-        lines = {
-            "site": self.name,
-            **{axis: f"{length:,}" for axis, length in zip(self.axes, self.shape, strict=True)},
-            "stored as": f"{self.site.dtype}, {size:,.1f} MB",
-            "store": self.store.path,
-        }
-        return card(f"ActivationArray {self.site.label}", lines)
-
-    def __len__(self) -> int:
-        return self.store.rows
-
-    @property
-    def name(self) -> str:
-        """TransformerLens name of the site."""
-        return self.site.name
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Axis names, `row` first."""
-        return self.site.axes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(rows, ...)"""
-        return (len(self), *self.site.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Stored type, which is also that of tensors read."""
-        return getattr(torch, self.site.dtype)
+        return f"{super().__repr__()} {self.site.dtype}"
 
     def __getitem__(self, index: Any) -> Float[Tensor, "*shape"]:
         """Returns activations of a row, a slice, integers of any shape (negative ones from the end), a mask, or `Rows`.
@@ -292,27 +254,6 @@ class ActivationArray:
         if not ids.ndim:
             return self._tensor(self._maps.read(int(ids), int(ids) + 1))[0]
         return self._tensor(self._maps.gather(ids.reshape(-1))).reshape(*ids.shape, *self.site.shape)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Returns all rows in memory for NumPy, which has no bfloat16: it becomes float32."""
-        if copy is False:
-            raise ValueError(f"{self.site.label} is on the disk and cannot become an array without a copy")
-        values = self[:]
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy().astype(dtype, copy=False)
-
-    def __getitems__(self, ids: list[int]) -> list[Float[Tensor, ...]]:
-        """Returns rows one by one, read together: a DataLoader of torch asks for its batches in this way."""
-        return list(self[ids])
-
-    def to_numpy(self, rows: Any = slice(None), dtype: Any = np.float32) -> np.ndarray:
-        """Returns rows, indexed as above, as a NumPy array; float32, because sums in float16 overflow at 65,504."""
-        return self[rows].float().numpy().astype(dtype, copy=False)
-
-    def blocks(self, rows: int = 8192) -> Iterator[tuple[slice, Float[Tensor, "row ..."]]]:
-        """Yields all rows in order, `rows` at a time, each block with its slice. Memory: one block."""
-        for start in range(0, len(self), rows):
-            stop = min(start + rows, len(self))
-            yield slice(start, stop), self[start:stop]
 
     def view(self, segment: int) -> Shaped[np.ndarray, "row ..."]:
         """Returns one segment's rows as a read-only memory map, without a copy; bfloat16 as its uint16 bits."""
