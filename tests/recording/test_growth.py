@@ -39,7 +39,7 @@ def test_a_grown_store_has_the_arrays_of_one_recorded_at_once(model, tmp_path, g
     if given == "texts":
         store = recorded(model, store.path, sites=ALL)
     else:
-        store = record(model, None, out=store.path, sites=ALL[1:], show_progress=False)
+        store = record(model, None, out=store, sites=ALL[1:], show_progress=False)
     assert_same_arrays(store, recorded(model, tmp_path / "once", sites=ALL))
     after = contents(store.path)
     assert {name: after[name] for name in before} == before

@@ -9,6 +9,7 @@ Finish: the store is opened, lost values are reported, features are indexed.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ def record(
     model: Model | PreTrainedModel | str | Path,
     texts: Texts | None,
     *,
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     settings: Recording | None = None,
     sae: Sae | None = None,
@@ -91,8 +92,9 @@ def record(
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
             output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
             None: the tokens of the store at `out`, to add sites to it.
-        out: Folder of the store. A finished store of the same request is opened and gets the sites that it lacks; an
-            unfinished one is resumed. None: a temporary folder, removed with the last handle of the store.
+        out: Folder of the store, or an opened store. A finished store of the same request is opened and gets the sites
+            that it lacks; an unfinished one is resumed. None: a temporary folder, removed with the last handle of the
+            store.
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
@@ -141,7 +143,9 @@ def _record_at(
     return overwrite_store(path, write) if overwrite else write(path)
 
 
-def _first_settings(texts: Texts | None, settings: Recording | None, out: str | Path | None) -> Recording | None:
+def _first_settings(
+    texts: Texts | None, settings: Recording | None, out: str | os.PathLike[str] | None
+) -> Recording | None:
     """Settings that keywords replace: without texts those of the store."""
     if texts is None:
         return settings or stored_settings(None if out is None else Path(out))
@@ -149,7 +153,9 @@ def _first_settings(texts: Texts | None, settings: Recording | None, out: str | 
     return settings
 
 
-def _folder(out: str | Path | None, overwrite: bool, append: Append, workers: Workers) -> Path | TemporaryFolder:
+def _folder(
+    out: str | os.PathLike[str] | None, overwrite: bool, append: Append, workers: Workers
+) -> Path | TemporaryFolder:
     check("append", append, one_of=(False, True, AGAIN))
     if (append or workers.shared) and (overwrite or out is None):
         name, other = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
