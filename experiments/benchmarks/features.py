@@ -13,19 +13,18 @@ import pyarrow as pa
 
 import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
-from workbench.features.feature_store import (
+from workbench.features.feature_store import Features, open_features
+from workbench.features.index import INDEX_MEMORY, entries_in_memory, invert
+from workbench.features.records import (
     BY_FEATURE,
     BY_ROW,
     RECORD,
-    Features,
     FeaturesRecord,
     SaeRecord,
     SiteFeatures,
     by_feature_layout,
     by_row_layout,
-    open_features,
 )
-from workbench.features.index import INDEX_MEMORY, entries_in_memory, invert
 from workbench.io.files import sha256_file, write_file
 from workbench.io.parse import to_checked_json
 from workbench.io.tensors import map_arrays, new_arrays, stream_arrays

@@ -10,7 +10,8 @@ from features_example import extracted
 from mutations import fuzz, mutations, safetensors
 
 import workbench as wb
-from workbench.features.feature_store import BY_ROW, open_features
+from workbench.features.feature_store import open_features
+from workbench.features.records import BY_ROW
 
 
 def question(folder, store):

@@ -6,8 +6,8 @@ from refusals import refused
 from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 
-from workbench.features.feature_store import by_feature_layout, by_row_layout
 from workbench.features.index import _KeyPlan, feature_groups, invert
+from workbench.features.records import by_feature_layout, by_row_layout
 from workbench.io.errors import DataError, RequestError
 from workbench.io.tensors import ArrayFile, map_arrays, new_arrays, stream_arrays
 

@@ -16,17 +16,17 @@ from store_example import MODEL, contents, write_store
 import workbench as wb
 from workbench.features import other_formats
 from workbench.features.extract import extract_features
-from workbench.features.feature_store import (
+from workbench.features.feature_store import Features
+from workbench.features.index import invert
+from workbench.features.records import (
     BY_FEATURE,
     BY_ROW,
-    Features,
     FeaturesRecord,
     SaeRecord,
     SiteFeatures,
     by_feature_layout,
     by_row_layout,
 )
-from workbench.features.index import invert
 from workbench.io.errors import RequestError
 from workbench.io.tensors import new_arrays
 from workbench.model.load import Model

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from workbench.features.feature_segments import SegmentFolder, Span, SparseSegment, concatenate
-from workbench.features.feature_store import feature_type
 from workbench.features.index import ENTRIES, INDEX_MEMORY
+from workbench.features.records import feature_type
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress

@@ -22,9 +22,10 @@ from workbench.features.extraction_folder import (
     read_folder,
     target_path,
 )
-from workbench.features.feature_store import Features, SaeRecord, SiteFeatures, open_features
+from workbench.features.feature_store import Features, open_features
 from workbench.features.index import INDEX_MEMORY
 from workbench.features.merging import merge_segments, write_index
+from workbench.features.records import SaeRecord, SiteFeatures
 from workbench.io import files
 from workbench.io.checks import check
 from workbench.io.errors import RequestError

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from workbench.features.feature_segments import SegmentFolder
-from workbench.features.feature_store import BY_ROW, RECORD, FeaturesRecord, SaeRecord, SiteFeatures, read_record
+from workbench.features.records import BY_ROW, RECORD, FeaturesRecord, SaeRecord, SiteFeatures, read_record
 from workbench.io import files
 from workbench.io.errors import RequestError
 from workbench.io.parse import parse, read_json, to_checked_json, to_json

@@ -11,7 +11,8 @@ from jaxtyping import Int64
 
 from workbench.features.extraction_folder import ExtractionFolder
 from workbench.features.feature_segments import SparseSegment
-from workbench.features.feature_store import (
+from workbench.features.index import INDEX_MEMORY, entries_in_memory, entry_rows, invert
+from workbench.features.records import (
     BY_FEATURE,
     BY_ROW,
     FeaturesRecord,
@@ -19,7 +20,6 @@ from workbench.features.feature_store import (
     by_row_layout,
     feature_type,
 )
-from workbench.features.index import INDEX_MEMORY, entries_in_memory, entry_rows, invert
 from workbench.io import files
 from workbench.io.tensors import array_bytes, new_arrays, stream_arrays
 from workbench.sae.sparsity import Entries, find_cut

@@ -45,8 +45,9 @@ def check_features(path: Path, progress: Progress, prefix: str = "") -> Iterator
         progress: Called with numbers of bytes.
         prefix: Comes before the names of files in the findings.
     """
-    from workbench.features.feature_store import open_features, read_record  # takes seconds: torch
+    from workbench.features.feature_store import open_features  # takes seconds: torch
     from workbench.features.labels import LABELS, load_labels
+    from workbench.features.records import read_record
 
     try:
         record = read_record(path)

@@ -33,7 +33,7 @@ from workbench.features.extraction_folder import (
     target_path,
 )
 from workbench.features.feature_segments import Span
-from workbench.features.feature_store import SiteFeatures
+from workbench.features.records import SiteFeatures
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.tasks import Workers
