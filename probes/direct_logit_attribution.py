@@ -16,19 +16,18 @@ In place of w_a - w_b any direction d of the normed last stream can be decompose
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from workbench.probing import (
     AblatedPart,
     AblatedRuns,
+    Decomposition,
     Direction,
     FrozenOutput,
     LogitTargets,
@@ -36,10 +35,12 @@ from workbench.probing import (
     Parts,
     RequestError,
     Result,
+    SplitTerm,
     Store,
     StoreProbe,
-    StreamTerm,
-    Unembed,
+    SumChecks,
+    TermName,
+    TermSums,
     Variable,
     ablated_logit_text,
     ablation_bars,
@@ -48,21 +49,17 @@ from workbench.probing import (
     attribution_grid,
     attribution_heads,
     check_fields,
-    check_sum,
     clustered_means,
     dataset,
-    head_name,
     head_outputs,
     interval_suffix,
     intervals,
     load_direction,
     load_unembed,
     mlp_outputs,
-    norm_bias,
     plain_torch,
     plan_terms,
     progress,
-    read_directions,
     recorded_model,
     require_causal,
     resampled_means,
@@ -71,8 +68,6 @@ from workbench.probing import (
     with_note,
 )
 
-_BLOCK = 512  # rows whose terms are in memory at a time
-_NOTES = ("bias of the final norm", "bias of the unembedding")
 _TERM, _ROW = ("term",), ("token", "term")
 
 VARIABLES = (
@@ -206,15 +201,16 @@ class DirectLogitAttribution(StoreProbe):
         else:
             named = {one: (getattr(self, one), getattr(self, f"{one}_column")) for one in ("token", "against")}
             targets = LogitTargets.of_tokens(store, unembed, rows.rows, named, self.predicted, self.relative)
-        work = _Work(store, unembed, terms, split, rows.rows[targets.known], targets.chosen(targets.known))
-        names, totals, details, checks = work.decompose(self)
+        work = Decomposition(store, unembed, terms, split, rows.rows[targets.known], targets.chosen(targets.known))
+        neurons = self.neurons if self.parts == "neurons" else None
+        names, totals, details, checks = work.decompose(neurons, self.detail, self.seed)
         ablated = {} if self.ablation is None or model is None else self._ablated(work, model, names)
         data = self._data(work, names, totals, details, checks, ablated)
         data.attrs["direction"] = "" if direction is None else direction.name
         table = _table(names, data)
         return self.result(store, data, table, rows, [targets.note])
 
-    def _split(self, store: Store, model: Model | None) -> dict[str, _Split]:
+    def _split(self, store: Store, model: Model | None) -> dict[str, SplitTerm]:
         """Sublayers that are split further, by the name of their term."""
         if self.parts not in ("heads", "neurons"):
             return {}
@@ -227,11 +223,11 @@ class DirectLogitAttribution(StoreProbe):
         if not layers:
             store.require(*(f"{kind}.{layer}" for layer in outputs))
         return {
-            f"{kind}.{layer}": _Split(layer, f"{site}.{layer}", FrozenOutput(outputs[layer]), self.parts == "heads")
+            f"{kind}.{layer}": SplitTerm(layer, f"{site}.{layer}", FrozenOutput(outputs[layer]), self.parts == "heads")
             for layer in layers
         }
 
-    def _ablated(self, work: _Work, model: Model, names: list[_Name]) -> dict[str, Any]:
+    def _ablated(self, work: Decomposition, model: Model, names: list[TermName]) -> dict[str, Any]:
         """Exact effects of the terms at some rows, and their contributions there."""
         drawn = np.random.default_rng(self.seed).permutation(len(work.rows))[: self.ablated_tokens]
         index = np.sort(drawn)
@@ -250,11 +246,11 @@ class DirectLogitAttribution(StoreProbe):
 
     def _data(
         self,
-        work: _Work,
-        names: list[_Name],
-        totals: _Totals,
+        work: Decomposition,
+        names: list[TermName],
+        totals: TermSums,
         details: Tensor,
-        checks: _Checks,
+        checks: SumChecks,
         ablated: dict[str, Any],
     ) -> Any:
         arrays: dict[str, Any] = {}
@@ -321,156 +317,7 @@ def _quantity(result: Result) -> str:
     return f"{text} minus the vocabulary's mean" if settings["relative"] else text
 
 
-# ---- terms ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A sublayer whose term is split into heads or neurons."""
-
-    layer: int
-    site: str
-    output: FrozenOutput
-    heads: bool
-
-    def contributions(self, store: Store, rows: np.ndarray, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Contributions of heads or neurons, and that of the biases."""
-        inputs = store[self.site][rows].double().cpu().flatten(1)
-        each, bias = self.output.contributions(inputs, u)
-        return (each.reshape(len(u), self.output.output.heads, -1).sum(-1) if self.heads else each), bias
-
-
-@dataclass(frozen=True)
-class _Name:
-    name: str
-    kind: str
-    layer: int | None = None
-    index: int | None = None
-
-
-@dataclass
-class _Totals:
-    """Sums over the rows of each document."""
-
-    values: Float[np.ndarray, "document term"]
-    absolute: Float[np.ndarray, "document term"]
-    control: Float[np.ndarray, "document term"]
-    rows: Float[np.ndarray, " document"]
-
-
-@dataclass
-class _Checks:
-    logit: float = 0.0
-    error: float = 0.0
-    rounding: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Everything that one run reads."""
-
-    store: Store
-    unembed: Unembed
-    terms: Sequence[StreamTerm]
-    split: Mapping[str, _Split]
-    rows: Int[np.ndarray, " row"]
-    targets: LogitTargets
-    kept: dict[str, np.ndarray] = field(default_factory=dict)
-    """Neurons of each split MLP that have their own terms."""
-
-    def decompose(self, probe: DirectLogitAttribution) -> tuple[list[_Name], _Totals, Tensor, _Checks]:
-        """Returns the terms' names, their sums over documents, the first rows one by one, and the checks."""
-        if self.split and probe.parts == "neurons":
-            self.kept.update(self._strongest(probe.neurons))
-        names = list(self._names())
-        documents, number = np.unique(self.store.tokens["document"].take(self.rows).to_numpy(), return_inverse=True)
-        shape = (len(documents), len(names))
-        totals = _Totals(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.bincount(number).astype(float))
-        random, checks, details = self.targets.random(self.unembed.vocab, probe.seed), _Checks(), []
-        eps = torch.finfo(getattr(torch, self.store[self.terms[-1].plus[0]].site.dtype)).eps
-        for part in self._blocks():
-            stream, values = self._read(part)
-            check_sum(self.store, values, stream, self.rows[part])
-            each, logit = self._terms(part, stream, values, self.targets)
-            control, _ = self._terms(part, stream, values, random)
-            for target, source in ((totals.values, each), (totals.absolute, each.abs()), (totals.control, control)):
-                np.add.at(target, number[part], source.numpy())
-            checks.logit += float(logit.sum()) / len(self.rows)
-            checks.error = max(checks.error, float((each.sum(1) - logit).abs().max()))
-            checks.rounding = max(checks.rounding, eps / 4 * float(each.abs().sum(1).max()))
-            if part.start < probe.detail:
-                details.append(each[: probe.detail - part.start])
-        return names, totals, torch.cat(details) if details else torch.zeros(0, len(names)), checks
-
-    def _blocks(self) -> Iterator[slice]:
-        return (slice(first, min(first + _BLOCK, len(self.rows))) for first in range(0, len(self.rows), _BLOCK))
-
-    def _read(self, part: slice) -> tuple[Tensor, dict[StreamTerm, Tensor]]:
-        rows = self.rows[part]
-        stream = self.store[f"resid_post.{self.store.manifest.model.n_layers - 1}"][rows].double().cpu()
-        return stream, {term: term.read(self.store, rows) for term in self.terms}
-
-    def _terms(
-        self, part: slice, stream: Tensor, values: Mapping[StreamTerm, Tensor], targets: LogitTargets
-    ) -> tuple[Float64[Tensor, "row term"], Float64[Tensor, " row"]]:
-        """Contribution of each term at some rows, in the order of `_names`, and the logit itself."""
-        w, bias = targets.read(self.unembed, part)
-        u, columns = read_directions(self.unembed, stream, w), []
-        for term, value in values.items():
-            if term.name not in self.split:
-                columns.append((value * u).sum(-1, keepdim=True))
-                continue
-            each, constant = self.split[term.name].contributions(self.store, self.rows[part], u)
-            if (kept := self.kept.get(term.name)) is not None:
-                rest = each.sum(1, keepdim=True) - each[:, kept].sum(1, keepdim=True)
-                each = torch.cat([each[:, kept], rest], dim=1)
-            columns += [each, constant[:, None]]
-        columns += [norm_bias(self.unembed, w)[:, None], bias[:, None]]
-        return torch.cat(columns, dim=1), (stream * u).sum(-1) + columns[-2][:, 0] + bias
-
-    def each(self, part: slice) -> tuple[Float64[Tensor, "row term"], Float64[Tensor, " row"]]:
-        """Returns the contribution of each term at some rows, and the quantity itself."""
-        return self._terms(part, *self._read(part), self.targets)
-
-    def mean(self, site: str) -> Float64[Tensor, "*row"]:
-        """Returns the mean of a site over the rows."""
-        total = torch.zeros(self.store[site].shape[1:], dtype=torch.float64)
-        for part in self._blocks():
-            total += self.store[site][self.rows[part]].double().cpu().sum(0)
-        return total / len(self.rows)
-
-    def _names(self) -> Iterator[_Name]:
-        """Names of the columns of `_terms`."""
-        for term in self.terms:
-            part = self.split.get(term.name)
-            if part is None:
-                yield _Name(
-                    term.name, "stream" if term.layer is None else term.name.split(".")[0].split(" ")[0], term.layer
-                )
-                continue
-            if part.heads:
-                for head in range(part.output.output.heads):
-                    yield _Name(head_name(part.layer, head), "head", part.layer, head)
-            else:
-                for neuron in self.kept[term.name].tolist():
-                    yield _Name(f"L{part.layer}N{neuron}", "neuron", part.layer, neuron)
-                yield _Name(f"other neurons of {term.name}", "neurons", part.layer)
-            yield _Name(f"bias of {term.name}", "bias", part.layer)
-        yield from (_Name(name, "bias") for name in _NOTES)
-
-    def _strongest(self, number: int) -> dict[str, np.ndarray]:
-        """Neurons of each layer with the largest absolute mean contribution, in ascending order."""
-        sums: dict[str, Tensor] = {}
-        for part in self._blocks():
-            stream = self.store[f"resid_post.{self.store.manifest.model.n_layers - 1}"][self.rows[part]].double().cpu()
-            u = read_directions(self.unembed, stream, self.targets.read(self.unembed, part)[0])
-            for name, split in self.split.items():
-                each, _ = split.contributions(self.store, self.rows[part], u)
-                sums[name] = sums.get(name, torch.zeros(())) + each.sum(0)
-        return {name: np.sort(np.argsort(-total.abs().numpy(), kind="stable")[:number]) for name, total in sums.items()}
-
-
-def _parts(names: Sequence[_Name], work: _Work) -> dict[str, AblatedPart]:
+def _parts(names: Sequence[TermName], work: Decomposition) -> dict[str, AblatedPart]:
     """Terms that are one tensor of the model, or a part of one; blocks, biases and sums of neurons are none."""
     sites = {term.name: term.plus[0] for term in work.terms if not term.minus}
     parts = {}
@@ -484,7 +331,7 @@ def _parts(names: Sequence[_Name], work: _Work) -> dict[str, AblatedPart]:
     return parts
 
 
-def _table(names: Sequence[_Name], data: Any) -> pd.DataFrame:
+def _table(names: Sequence[TermName], data: Any) -> pd.DataFrame:
     """One line a term, in the order of the forward pass."""
     table = pd.DataFrame(
         {
