@@ -13,23 +13,20 @@ are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.probing import (
-    CATEGORIES,
     LOST_VARIABLES,
     SCORED,
-    SIGNED,
-    TEMPLATE,
+    FiniteRows,
     LayerProbe,
     Model,
     RequestError,
@@ -37,33 +34,34 @@ from workbench.probing import (
     SoftmaxFit,
     SoftmaxProbes,
     Store,
+    TrainedErasure,
     Variable,
     Words,
-    axis_title,
     check_fields,
+    choose_layers,
     clustered_means,
     dataset,
-    erasure_scores,
+    erasure_curves,
     find_words,
     fit_softmax,
-    integer_step,
     intervals,
-    label,
-    model_label,
     note_few_rows,
     plain_torch,
     points_text,
     progress,
-    segment,
+    provenance,
+    segment_agreement,
+    segment_bars,
     selected_rows,
     split_by_document,
+    text_segments,
     tokens_at,
     usable_device,
+    vocabulary_bars,
     with_interval,
     with_note,
 )
 
-_SHOWN = 40
 _GROUPS = ("last", "control")
 _GROUP, _OFFSET = ("group", "offset"), ("offset",)
 _ACCURACY = (*_GROUP, "layer")
@@ -170,70 +168,157 @@ class TokenErasure(LayerProbe):
                 fewer than three documents are selected.
         """
         layers, labels = self.recorded(store, self.site)
-        early, late = self._layers(store, layers)
-        checked = self.finite_rows(store, labels, selected_rows(store, self.where or "NOT is_special"))
-        rows = checked.rows
-        documents = store.tokens["document"].to_numpy()[rows]
-        parts = split_by_document(documents, self.held_out, purpose="token erasure", seed=self.seed)
-        training, validation, tested = (rows[part] for part in parts)
-        targets = np.stack([tokens_at(store, offset) for offset in self.offsets])
-        hits, likelihoods = self._read_layers(store, labels, training, validation, tested, targets)
-        tested_hits, validation_hits = np.split(hits, [len(tested)], axis=2)
-        words, source = find_words(store, self.spans)
-        groups, covered = _covered(words, tested, targets, training, self.offsets)
-        at_early, at_late = layers.index(early), layers.index(late)
-        last_tokens = _covered(words, validation, targets, training, self.offsets)[1][0]
-        best = (validation_hits[:at_late] & last_tokens).sum(2).argmax(0)
-        arrays = self._accuracy(tested_hits, covered, documents[parts[2]], (at_early, at_late), best)
-        with np.errstate(invalid="ignore"):  # a group without tokens
-            arrays["coverage"] = np.divide(covered.sum(2), groups.sum(2))
-        arrays |= {"training_rows": len(training), "early": early, "late": late, "best": np.array(layers)[best]}
-        table = pd.DataFrame()
-        if set(SCORED) <= set(self.offsets):
-            deltas = likelihoods[at_early] - likelihoods[at_late]
-            delta = {offset: deltas[at, : len(tested)] for at, offset in enumerate(self.offsets)}
-            table = _segments(store, tested, delta, words, self.longest)
-            arrays |= _agreement(table, words, tested)
-        coords = {"group": list(_GROUPS), "offset": list(self.offsets), "layer": layers}
-        data = dataset(VARIABLES, arrays, coords)
-        data.attrs = {"spans": source}
-        return self.result(store, data, table, checked, [note_few_rows(len(training), store[labels[0]].shape[1])])
+        scored = self._layers(store, layers)
+        rows = self._rows(store, labels)
+        return self._result(store, rows, layers, scored, self._fitted(store, rows, labels), len(rows.training))
 
-    def _read_layers(
-        self,
-        store: Store,
-        labels: list[str],
-        training: Int[np.ndarray, " training_row"],
-        validation: Int[np.ndarray, " validation_row"],
-        tested: Int[np.ndarray, " test_row"],
-        targets: Int[np.ndarray, "offset store_row"],
-    ) -> tuple[Bool[np.ndarray, "layer offset row"], Float[np.ndarray, "layer offset row"]]:
-        """Fits the probes of each layer; hits and likelihoods of the targets on the test rows, then validation rows."""
-        rows = np.concatenate([tested, validation])
-        hits, likelihoods = [], []
-        device = usable_device(self.device)
+    @plain_torch()
+    def fit(self, store: Store) -> TrainedErasure:
+        """Returns the probes, trained as `run` trains them, to be saved and applied to other stores.
+
+        Memory: 4 bytes for each layer, offset, dimension and distinct token of the training documents; `layers` of the
+        two that are compared suffice for segments.
+
+        Raises:
+            RequestError: As `run`.
+        """
+        layers, labels = self.recorded(store, self.site)
+        rows = self._rows(store, labels)
+        fitted = [(probes.to("cpu"), validated) for probes, validated in self._fitted(store, rows, labels)]
+        record, known = store.manifest.model, provenance(store, self)
+        made_of = {key: known[key] for key in ("store_fingerprint", "settings", "workbench")}
+        made_of |= {"method": "token erasure", "training_rows": len(rows.training)}
+        return TrainedErasure(
+            self.site,
+            tuple(layers),
+            self.offsets,
+            fitted[0][0].classes,
+            torch.stack([probes.weight for probes, _ in fitted]),
+            torch.stack([probes.scale for probes, _ in fitted]),
+            torch.from_numpy(np.stack([validated for _, validated in fitted])).float(),
+            record.name,
+            record.fingerprint,
+            record.n_layers,
+            made_of,
+        )
+
+    @plain_torch()
+    def read(self, probes: TrainedErasure, store: Store) -> Result:
+        """Returns accuracy, drop and segments of all selected tokens of a store, by probes that were trained before.
+
+        Raises:
+            RequestError: The store is of another model than the probes, the probes have other offsets or lack a layer,
+                or as `run`.
+        """
+        probes.check_model(store)
+        if (self.site, self.offsets) != (probes.site, probes.offsets):
+            raise RequestError(
+                f"site {self.site} and offsets {self.offsets} are not those of the probes, {probes.site} and "
+                f"{probes.offsets}; leave them out"
+            )
+        n_layers = store.manifest.model.n_layers
+        layers = choose_layers(probes.layers, self.layers, n_layers, "has no probes; layers with probes are")
+        labels = [f"{self.site}.{layer}" for layer in layers]
+        store.require(*labels)
+        scored, device = self._layers(store, layers), usable_device(self.device)
+        rows = self._rows(store, labels, trained=True)
+        places = [probes.layers.index(layer) for layer in layers]
+        fitted = (
+            (probes.probes(layer).to(device), probes.validated[at].numpy())
+            for layer, at in zip(layers, places, strict=True)
+        )
+        same = probes.made_of.get("store_fingerprint") == store.manifest.fingerprint
+        note = "the probes were trained on documents of this store, which are read too" if same else ""
+        number = int(probes.made_of.get("training_rows", 0))
+        return self._result(store, rows, layers, scored, fitted, number, note)
+
+    def _rows(self, store: Store, labels: list[str], trained: bool = False) -> _Rows:
+        """Rows to train on, to validate and to test; of probes that are trained all rows are tested."""
+        checked = self.finite_rows(store, labels, selected_rows(store, self.where or "NOT is_special"))
+        rows, nothing = checked.rows, np.zeros(0, np.int64)
+        parts = (nothing, nothing, rows)
+        if not trained:
+            documents = store.tokens["document"].to_numpy()[rows]
+            masks = split_by_document(documents, self.held_out, purpose="token erasure", seed=self.seed)
+            parts = tuple(rows[mask] for mask in masks)
+        targets = np.stack([tokens_at(store, offset) for offset in self.offsets])
+        return _Rows(checked, *parts, targets, *find_words(store, self.spans))
+
+    def _fitted(
+        self, store: Store, rows: _Rows, labels: list[str]
+    ) -> Iterator[tuple[SoftmaxProbes, Float[np.ndarray, " offset"]]]:
+        """Trains the probes of each layer; yields them with the last tokens of validation documents that they read."""
         settings = SoftmaxFit(self.epochs, self.batch, self.learning_rate, self.weight_decay, self.seed)
-        steps = len(labels) * self.epochs * -(-len(training) // self.batch)
+        training, validation = ((part, rows.targets[:, part]) for part in (rows.training, rows.validation))
+        if not (training[1] >= 0).any():
+            raise RequestError(f"offsets: no training token has a token at {self.offsets}; choose smaller ones")
+        last = rows.covered(rows.validation, np.unique(training[1]), self.offsets)[1][0]
+        steps = len(labels) * self.epochs * -(-len(rows.training) // self.batch)
         with progress("token erasure", steps, "steps") as tick:
             for site in labels:
+                states = self._states(store, site)
+                probes = fit_softmax(states, *training, *validation, settings, tick=tick)
+                hits, _ = _read(probes, states, *validation, self.batch)
+                yield probes, (hits & last).sum(1)
 
-                def states(ids: np.ndarray, site: str = site) -> Tensor:
-                    return store[site][ids].float().to(device)
+    def _states(self, store: Store, site: str) -> Callable[[np.ndarray], Tensor]:
+        device = usable_device(self.device)
+        return lambda ids: store[site][ids].float().to(device)
 
-                split = (training, targets[:, training], validation, targets[:, validation])
-                probes = fit_softmax(states, *split, settings, tick=tick)
-                right, likelihood = _read(probes, states, rows, targets[:, rows], self.batch)
-                hits.append(right)
-                likelihoods.append(likelihood.astype(np.float32))
-        return np.stack(hits), np.stack(likelihoods)
+    def _result(
+        self,
+        store: Store,
+        rows: _Rows,
+        layers: list[int],
+        scored: tuple[int, int],
+        fitted: Iterable[tuple[SoftmaxProbes, np.ndarray]],
+        training_rows: int,
+        note: str = "",
+    ) -> Result:
+        """Reads the test rows by the probes of each layer; all variables, and the segments."""
+        tested, targets, words = rows.tested, rows.targets[:, rows.tested], rows.words
+        hits, likelihoods, validated, classes = [], [], [], np.zeros(0, np.int64)
+        for layer, (probes, seen) in zip(layers, fitted, strict=True):
+            right, likelihood = _read(probes, self._states(store, f"{self.site}.{layer}"), tested, targets, self.batch)
+            hits.append(right)
+            likelihoods.append(likelihood.astype(np.float32))
+            validated.append(seen)
+            classes = probes.classes
+        groups, covered = rows.covered(tested, classes, self.offsets)
+        early, late = (layers.index(layer) for layer in scored)
+        best = np.stack(validated)[:late].argmax(0)
+        documents = store.tokens["document"].to_numpy()[tested]
+        arrays = self._accuracy(np.stack(hits), covered, documents, (early, late), best)
+        with np.errstate(invalid="ignore"):  # a group without tokens
+            arrays["coverage"] = np.divide(covered.sum(2), groups.sum(2))
+        arrays |= {
+            "training_rows": training_rows,
+            "early": scored[0],
+            "late": scored[1],
+            "best": np.array(layers)[best],
+        }
+        table = pd.DataFrame()
+        if set(SCORED) <= set(self.offsets):
+            delta = dict(zip(self.offsets, likelihoods[early] - likelihoods[late], strict=True))
+            table = text_segments(store, tested, delta, words, self.longest)
+            arrays |= segment_agreement(table, words, tested)
+        coords = {"group": list(_GROUPS), "offset": list(self.offsets), "layer": layers}
+        data = dataset(VARIABLES, arrays, coords)
+        data.attrs = {"spans": rows.spans}
+        few = note_few_rows(training_rows, store[self.site, layers[0]].shape[1])
+        return self.result(store, data, table, rows.checked, [few, note])
 
     def _layers(self, store: Store, layers: list[int]) -> tuple[int, int]:
         n_layers = store.manifest.model.n_layers
         early = round(n_layers / 32) if self.early is None else self.early
         late = max(early + 1, round(9 * n_layers / 32)) if self.late is None else self.late
-        for layer in (early, late):
+        for name, layer in {"early": early, "late": late}.items():
             if layer not in layers:
                 store.require(f"{self.site}.{layer}")
+                known = ", ".join(map(str, layers))
+                raise RequestError(
+                    f"{name} is layer {layer}, and layers {known} are read; set {name}, or add the layer"
+                )
         if early >= late:
             raise RequestError(f"late must come after early, layer {early}, not at layer {late}")
         return early, late
@@ -303,22 +388,32 @@ class TokenErasure(LayerProbe):
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
         """Returns "accuracy" (by layer), "vocabulary" (spans with the highest psi) and "segments" (of one text)."""
-        figures = {"accuracy": _curves(result)}
+        figures = {"accuracy": erasure_curves(result)}
         if len(result.table):
-            figures |= {"vocabulary": _vocabulary(result), "segments": _document(result)}
+            figures |= {"vocabulary": vocabulary_bars(result), "segments": segment_bars(result)}
         return figures
 
 
-def _covered(
-    words: Words,
-    rows: Int[np.ndarray, " row"],
-    targets: Int[np.ndarray, "offset store_row"],
-    training: Int[np.ndarray, " training_row"],
-    offsets: tuple[int, ...],
-) -> tuple[Bool[np.ndarray, "group offset row"], Bool[np.ndarray, "group offset row"]]:
-    """Tokens of each group with a target, and those of them whose target some training row has at some offset."""
-    groups = words.groups(rows, offsets) & (targets[:, rows] >= 0)[None]
-    return groups, groups & np.isin(targets[:, rows], targets[:, training])[None]
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a store that probes are trained, validated and tested on, the tokens to predict, and the words."""
+
+    checked: FiniteRows
+    training: Int[np.ndarray, " training_row"]
+    validation: Int[np.ndarray, " validation_row"]
+    tested: Int[np.ndarray, " test_row"]
+    targets: Int[np.ndarray, "offset store_row"]
+    words: Words
+    spans: str
+    """Description of the words."""
+
+    def covered(
+        self, rows: Int[np.ndarray, " row"], classes: Int[np.ndarray, " class"], offsets: tuple[int, ...]
+    ) -> tuple[Bool[np.ndarray, "group offset row"], Bool[np.ndarray, "group offset row"]]:
+        """Tokens of each group with a target, and those of them whose target is one of `classes`."""
+        targets = self.targets[:, rows]
+        groups = self.words.groups(rows, offsets) & (targets >= 0)[None]
+        return groups, groups & np.isin(targets, classes)[None]
 
 
 @torch.no_grad()
@@ -343,153 +438,3 @@ def _read(
             probability[index, part] = torch.where(target >= 0, at, 0.0).cpu().numpy()
     probability[targets < 0] = np.nan
     return hits, probability
-
-
-# ---- the erasure score ----------------------------------------------------------------------------------
-
-
-def _segments(
-    store: Store,
-    tested: Int[np.ndarray, " row"],
-    delta: dict[int, Float[np.ndarray, " row"]],
-    words: Words,
-    longest: int,
-) -> pd.DataFrame:
-    """One line per segment of each test sequence of a document, in order."""
-    tokens = store.tokens.take(tested)
-    texts = np.array(tokens["token"].to_pylist(), dtype=object)
-    sequence, document = tokens["sequence"].to_numpy(), tokens["document"].to_numpy()
-    cuts = np.diff(sequence, prepend=-1) != 0
-    cuts |= np.diff(document, prepend=-1) != 0
-    cuts |= np.diff(tested, prepend=-1) != 1
-    starts = np.flatnonzero(cuts)
-    lines = []
-    for start, end in zip(starts, np.append(starts[1:], len(tested)), strict=True):
-        current, previous, second = (delta[offset][start:end].copy() for offset in SCORED)
-        previous[:1] = second[:2] = np.nan  # these terms reach before the first token
-        psi = erasure_scores(current, previous, second, longest)
-        for first, last in segment(psi):
-            first_row, length = int(tested[start + first]), last - first + 1
-            lines.append(
-                {
-                    "sequence": int(sequence[start]),
-                    "document": int(document[start]),
-                    "first_row": first_row,
-                    "text": "".join(texts[start + first : start + last + 1]),
-                    "tokens": length,
-                    "psi": psi[length - 1, last],
-                    "is_span": words.is_word(first_row, length),
-                    "cut": bool(words.cut[first_row : first_row + length].any()),
-                }
-            )
-    return pd.DataFrame(lines)
-
-
-def _agreement(table: pd.DataFrame, words: Words, tested: Int[np.ndarray, " row"]) -> dict[str, int | float]:
-    """Precision and recall of the segments of several tokens against words of several tokens, all of them whole."""
-    several = table.loc[(table["tokens"] > 1) & ~table["cut"]]
-    number = len(np.unique(words.first[tested[(words.length[tested] > 1) & ~words.cut[tested]]]))
-    hits = int(several["is_span"].sum())
-    return {
-        "segments": len(several),
-        "words": number,
-        "precision": hits / len(several) if len(several) else np.nan,
-        "recall": hits / number if number else np.nan,
-    }
-
-
-# ---- figures --------------------------------------------------------------------------------------------
-
-
-def _curves(result: Result) -> go.Figure:
-    """Accuracy by layer, a colour per offset: last tokens solid, control tokens dotted."""
-    data = result.data
-    figure = go.Figure()
-    layers = data["layer"].to_numpy().tolist()
-    for index, offset in enumerate(data["offset"].to_numpy().tolist()):
-        for group, dash in zip(_GROUPS, ("solid", "dot"), strict=True):
-            here = data.sel(offset=offset, group=group)
-            mean, low, high = (here[name].to_numpy() for name in ("accuracy", "accuracy_low", "accuracy_high"))
-            figure.add_scatter(
-                x=layers,
-                y=mean,
-                name=f"{offset:+d} {group}",
-                mode="lines+markers",
-                line={"dash": dash, "color": CATEGORIES[index % len(CATEGORIES)]},
-                error_y={"array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": 3},
-                hovertemplate="layer %{x}: %{y:.3f}",
-            )
-    groups = (
-        "solid: last tokens of words of several tokens; dotted: tokens outside of such words; 95 % CI over documents; "
-        "targets that the training documents have"
-    )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": f"Token erasure in {model_label(result)}", "subtitle": {"text": groups}},
-        width=800,
-        height=500,
-        margin={"t": 140},
-    )
-    figure.update_xaxes(title="layer", dtick=integer_step(layers))
-    title = axis_title(data["accuracy"].attrs, "accuracy for the token at this offset")
-    return figure.update_yaxes(title=title, rangemode="tozero")
-
-
-def vocabulary(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns segments of several tokens by text, highest mean psi first, with counts and whether any is a word."""
-    several = table.loc[table["tokens"] > 1]
-    grouped = several.groupby("text").agg(psi=("psi", "mean"), times=("psi", "size"), is_span=("is_span", "any"))
-    return grouped.sort_values(["psi", "times"], ascending=False).reset_index()
-
-
-def _vocabulary(result: Result) -> go.Figure:
-    spans = vocabulary(result.table)
-    best = spans.head(_SHOWN)
-    names = [f"{label(text, 30)} ({times})" for text, times in zip(best["text"], best["times"], strict=True)]
-    figure = go.Figure()
-    for is_word, name in ((True, "word"), (False, "not a word")):
-        chosen = (best["is_span"] == is_word).to_numpy()
-        labels = [name for name, keep in zip(names, chosen, strict=True) if keep]
-        figure.add_bar(x=best["psi"][chosen], y=labels, name=name, orientation="h")
-    subtitle = (
-        f"{len(best)} of {len(spans):,} spans of several tokens (occurrences); {label(result.data.attrs['spans'], 60)}"
-    )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": f"Implicit vocabulary of {model_label(result)}", "subtitle": {"text": subtitle}},
-        width=760,
-        height=200 + 18 * len(best),
-        margin={"t": 110},
-    )
-    figure.update_xaxes(title="erasure score psi, mean over the test documents")
-    return figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
-
-
-def _document(result: Result) -> go.Figure:
-    """Segments of the first test sequence, one bar each: length in tokens, colour psi."""
-    table = result.table
-    segments = table.loc[table["sequence"] == table["sequence"].iloc[0]]
-    total, segments = len(segments), segments.head(_SHOWN)
-    colour = {"color": segments["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": SIGNED, "showscale": True}
-    figure = go.Figure(
-        go.Bar(
-            x=segments["tokens"],
-            y=[f"{place:>3} {label(text, 30)}" for place, text in enumerate(segments["text"])],
-            orientation="h",
-            marker={**colour, "colorbar": {"title": {"text": "erasure score psi", "side": "right"}}},
-            customdata=np.stack([segments["psi"], segments["is_span"]], 1),
-            hovertemplate="psi %{customdata[0]:.3f}, word: %{customdata[1]}<extra></extra>",
-        )
-    )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={
-            "text": f"Segmentation of sequence {int(segments['sequence'].iloc[0])} by {model_label(result)}",
-            "subtitle": {"text": f"the first {len(segments)} of {total:,} segments"},
-        },
-        width=760,
-        height=160 + 18 * len(segments),
-        margin={"t": 110},
-    )
-    figure.update_xaxes(title="length (tokens)", dtick=1)
-    return figure.update_yaxes(autorange="reversed")

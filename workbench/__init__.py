@@ -89,6 +89,7 @@ _PUBLIC = {
     "Recording": "workbench.sites.settings",
     "open_store": "workbench.store.reader",
     "Store": "workbench.store.reader",
+    "RowArray": "workbench.store.row_array",
     "ActivationArray": "workbench.store.reader",
     "LayeredArray": "workbench.store.reader",
     "Rows": "workbench.store.selected_rows",
@@ -104,6 +105,7 @@ _PUBLIC = {
     "combine": "workbench.results.combine",
     "TrainedLens": "workbench.analysis.trained_lens",
     "TrainedFutureLens": "workbench.analysis.trained_future",
+    "TrainedErasure": "workbench.analysis.trained_erasure",
     "load_lens": "workbench.analysis.trained_lens",
     "HeadAtlas": "workbench.pages.head_atlas",
     "head_atlas": "workbench.pages.head_atlas",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:
     from workbench.analysis.logit_contributions import feature_contributions
     from workbench.analysis.patchscope import Patchscope, patchscope
     from workbench.analysis.sparse_probe import sparse_probe
+    from workbench.analysis.trained_erasure import TrainedErasure
     from workbench.analysis.trained_future import TrainedFutureLens
     from workbench.analysis.trained_lens import TrainedLens, load_lens
     from workbench.corpus.prompt_pairs import PromptPair, PromptPairs, check_pairs
@@ -208,4 +211,5 @@ if TYPE_CHECKING:
     from workbench.store.merged_store import merge
     from workbench.store.packed_copy import pack
     from workbench.store.reader import ActivationArray, LayeredArray, Store, open_store
+    from workbench.store.row_array import RowArray
     from workbench.store.selected_rows import Rows

@@ -13,6 +13,7 @@ import pytest
 from browser import overlapping, require_export, text_boxes
 
 import workbench as wb
+from workbench.analysis.erasure_figures import implicit_vocabulary
 from workbench.embedded import demo_corpus
 from workbench.figures.describe import figure_data
 from workbench.probes import (
@@ -25,7 +26,6 @@ from workbench.probes import (
     TokenErasure,
     TunedLens,
 )
-from workbench.probes.token_erasure import vocabulary
 
 PROBES = (
     LogitLens(),
@@ -143,7 +143,7 @@ def token_erasure(result):
         for offset in (-2, -1, 0)
         for group in ("last", "control")
     ]
-    best = vocabulary(table).head(40)
+    best = implicit_vocabulary(table).head(40)
     first = table[table["sequence"] == table["sequence"].iloc[0]].head(40)
     return {
         "accuracy": curves,

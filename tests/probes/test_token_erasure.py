@@ -8,21 +8,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from erasure_example import DOCUMENTS, LENGTH, VOCAB, forgetful_words
 from planted import planted_store
 from refusals import refused
 
 import workbench as wb
+from workbench.analysis.erasure_figures import implicit_vocabulary
 from workbench.analysis.rows import split_by_document
+from workbench.analysis.segmentation import SCORED, erasure_scores, segment
 from workbench.analysis.softmax_probe import SoftmaxFit, fit_softmax
 from workbench.io.errors import RequestError
 from workbench.probes import TokenErasure
-from workbench.probes.token_erasure import SCORED, erasure_scores, segment, vocabulary
 from workbench.testing import ProbeContract
-
-VOCAB, DOCUMENTS, LENGTH = 8, 24, 20
-WORD = (5, 6, 7)
-"""Three tokens that always come together, at positions 4 to 6 and 12 to 14: the only word of several tokens."""
-
 
 # The score
 
@@ -102,31 +99,9 @@ def test_segments_cover_a_text_once():
 # A planted model
 
 
-def one_hot(ids: np.ndarray) -> np.ndarray:
-    return np.eye(VOCAB)[ids]
-
-
 @pytest.fixture(scope="module")
 def planted():
-    """Each state says its token and the two before; from layer 2 on not those that lie in the word with it."""
-    draw = np.random.default_rng(0)
-    ids = draw.integers(0, 5, (DOCUMENTS, LENGTH))
-    ends, span = np.zeros((DOCUMENTS, LENGTH), bool), np.full((DOCUMENTS, LENGTH), -1)
-    for number, start in enumerate((4, 12)):
-        ids[:, start : start + 3] = WORD
-        ends[:, start + 2] = True
-        span[:, start : start + 3] = number
-    before = [np.concatenate([np.zeros((DOCUMENTS, n, VOCAB)), one_hot(ids[:, :-n])], 1) for n in (1, 2)]
-    parts = [one_hot(ids), *before]
-    early = np.concatenate(parts, 2).reshape(-1, 3 * VOCAB)
-    inside = np.isin(ids, WORD)[..., None]
-    both = [inside & np.roll(inside, n, axis=1) for n in (0, 1, 2)]  # the word is never at the text's end
-    forgotten = [np.where(where, 0, part) for where, part in zip(both, parts, strict=True)]
-    late = np.concatenate(forgotten, 2).reshape(-1, 3 * VOCAB)
-    noise = 1e-3 * draw.normal(size=(4, *early.shape))
-    span = [None if number < 0 else int(number) for number in span.ravel()]
-    sites = {f"resid_post.{layer}": (early if layer < 2 else late) + noise[layer] for layer in range(4)}
-    return {"ids": ids.tolist(), "sites": sites, "span": span}
+    return forgetful_words()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +156,7 @@ def test_the_word_is_found_in_the_text(found):
     assert right["is_span"].all()
     assert float(found.data["recall"]) == pytest.approx(len(right) / (2 * round(0.3 * DOCUMENTS)))
     assert float(found.data["precision"]) == pytest.approx(several["is_span"].mean())
-    assert vocabulary(found.table)["text"][0] == "t5t6t7"
+    assert implicit_vocabulary(found.table)["text"][0] == "t5t6t7"
 
 
 def test_targets_that_no_training_row_has_do_not_count(planted, store, tmp_path):

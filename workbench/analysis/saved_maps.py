@@ -71,13 +71,15 @@ def damaged(folder: Path) -> DataError:
     return DataError(f"{folder / MAPS} is damaged: it does not hold what {RECORD} says; {ADVICE}")
 
 
-def check_lens_model(store: Store, name: str, fingerprint: str | None, n_layers: int, d_model: int) -> None:
+def check_lens_model(
+    store: Store, name: str, fingerprint: str | None, n_layers: int, d_model: int, noun: str = "lens"
+) -> None:
     """Raises RequestError for a store of another model than a lens's; warns where only the shape can be compared."""
     model = store.manifest.model
     if (n_layers, d_model) != (model.n_layers, model.d_model):
         raise RequestError(
-            f"the lens is of {name} ({n_layers} layers, d_model {d_model}), and {store.path.name} of "
-            f"{model.name} ({model.n_layers} layers, d_model {model.d_model}); read a store of the lens's model"
+            f"the {noun} is of {name} ({n_layers} layers, d_model {d_model}), and {store.path.name} of "
+            f"{model.name} ({model.n_layers} layers, d_model {model.d_model}); read a store of the {noun}'s model"
         )
     if fingerprint is None:
         logging.getLogger(__name__).warning(
@@ -87,6 +89,6 @@ def check_lens_model(store: Store, name: str, fingerprint: str | None, n_layers:
         )
     elif fingerprint != model.fingerprint:
         raise RequestError(
-            f"the lens is of {name} with the weights {fingerprint[:12]}, and {store.path.name} of "
-            f"{model.name} with {model.fingerprint[:12]}; read a store of the lens's model, or train one for this"
+            f"the {noun} is of {name} with the weights {fingerprint[:12]}, and {store.path.name} of "
+            f"{model.name} with {model.fingerprint[:12]}; read a store of the {noun}'s model, or train one for this"
         )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
-from jaxtyping import Float
+import pandas as pd
+from jaxtyping import Float, Int
+
+from workbench.analysis.words import Words
+from workbench.store.reader import Store
 
 SCORED = (0, -1, -2)
 """Offsets that the erasure score needs."""
@@ -55,3 +61,67 @@ def segment(psi: Float[np.ndarray, "length token"]) -> list[tuple[int, int]]:
             free[first : last[index] + 1] = False
             spans.append((int(first), int(last[index])))
     return sorted(spans)
+
+
+def text_segments(
+    store: Store,
+    rows: Int[np.ndarray, " row"],
+    delta: Mapping[int, Float[np.ndarray, " row"]],
+    words: Words,
+    longest: int,
+) -> pd.DataFrame:
+    """Returns one line per segment of each sequence of a document, in order: its text, psi, and whether it is a word.
+
+    Args:
+        store: The store of the texts.
+        rows: Rows to segment, ascending.
+        delta: Drop of the probability of the token at each of the offsets `SCORED`.
+        words: Words of the store.
+        longest: Maximum length of a segment in tokens.
+    """
+    tokens = store.tokens.take(rows)
+    texts = np.array(tokens["token"].to_pylist(), dtype=object)
+    sequence, document = tokens["sequence"].to_numpy(), tokens["document"].to_numpy()
+    cuts = np.diff(sequence, prepend=-1) != 0
+    cuts |= np.diff(document, prepend=-1) != 0
+    cuts |= np.diff(rows, prepend=-1) != 1
+    starts = np.flatnonzero(cuts)
+    lines = []
+    for start, end in zip(starts, np.append(starts[1:], len(rows)), strict=True):
+        current, previous, second = (delta[offset][start:end].copy() for offset in SCORED)
+        previous[:1] = second[:2] = np.nan  # these terms reach before the first token
+        psi = erasure_scores(current, previous, second, longest)
+        for first, last in segment(psi):
+            first_row, length = int(rows[start + first]), last - first + 1
+            lines.append(
+                {
+                    "sequence": int(sequence[start]),
+                    "document": int(document[start]),
+                    "first_row": first_row,
+                    "text": "".join(texts[start + first : start + last + 1]),
+                    "tokens": length,
+                    "psi": psi[length - 1, last],
+                    "is_span": words.is_word(first_row, length),
+                    "cut": bool(words.cut[first_row : first_row + length].any()),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def segment_agreement(table: pd.DataFrame, words: Words, rows: Int[np.ndarray, " row"]) -> dict[str, int | float]:
+    """Returns precision and recall of the segments of several tokens against words of several tokens, all whole.
+
+    Args:
+        table: Segments from `text_segments`.
+        words: Words of the store.
+        rows: The rows that were segmented.
+    """
+    several = table.loc[(table["tokens"] > 1) & ~table["cut"]]
+    number = len(np.unique(words.first[rows[(words.length[rows] > 1) & ~words.cut[rows]]]))
+    hits = int(several["is_span"].sum())
+    return {
+        "segments": len(several),
+        "words": number,
+        "precision": hits / len(several) if len(several) else np.nan,
+        "recall": hits / number if number else np.nan,
+    }

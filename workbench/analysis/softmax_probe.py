@@ -40,6 +40,10 @@ class SoftmaxProbes:
     classes: Int[np.ndarray, " class"]
     """Token ids, ascending."""
 
+    def to(self, device: str | torch.device) -> SoftmaxProbes:
+        """Returns the probes on another device."""
+        return SoftmaxProbes(self.weight.to(device), self.scale.to(device), self.classes)
+
     def log_probabilities(self, probe: int, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row class"]:
         """Returns the log-probabilities of one probe, in nats."""
         return ((states.float() / self.scale) @ self.weight[probe]).log_softmax(1)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from workbench.analysis.frozen_norm import token_id
 from workbench.analysis.saved_maps import ADVICE, RECORD, check_lens_model, damaged, format_of, load_maps, save_maps
+from workbench.analysis.trained_erasure import FORMAT as ERASURE
+from workbench.analysis.trained_erasure import TrainedErasure, load_erasure
 from workbench.analysis.trained_future import FORMAT as FUTURE
 from workbench.analysis.trained_future import TrainedFutureLens, load_future_lens
 from workbench.io.errors import DataError, RequestError
@@ -142,8 +144,8 @@ def kept_lens(store: Store, kind: str, settings: Mapping[str, Any]) -> Path:
     return store.path / LENSES / f"{kind}-{sha256_bytes(key.encode())[:12]}"
 
 
-def load_lens(folder: str | os.PathLike[str]) -> TrainedLens | TrainedFutureLens:
-    """Reads the folder that a lens's `save` wrote, or a released one of the package tuned-lens.
+def load_lens(folder: str | os.PathLike[str]) -> TrainedLens | TrainedFutureLens | TrainedErasure:
+    """Reads the folder that `save` of a lens or of erasure probes wrote, or a released one of the package tuned-lens.
 
     A released folder has config.json and the tensors `0.weight`, `0.bias`, ... in a safetensors file. Its map i reads
     the stream before block i, which is `resid_post` of layer i - 1; that of the embedding is left out. It does not name
@@ -156,9 +158,10 @@ def load_lens(folder: str | os.PathLike[str]) -> TrainedLens | TrainedFutureLens
     folder = Path(folder)
     if (folder / RECORD).is_file():
         kind = format_of(folder)
-        if kind not in (_FORMAT, FUTURE):
-            raise DataError(f"{folder / RECORD}: format is {kind!r}, expected {_FORMAT!r} or {FUTURE!r}; {ADVICE}")
-        return load_future_lens(folder) if kind == FUTURE else _load(folder)
+        loaders = {_FORMAT: _load, FUTURE: load_future_lens, ERASURE: load_erasure}
+        if kind not in loaders:
+            raise DataError(f"{folder / RECORD}: format is {kind!r}, expected one of {', '.join(loaders)}; {ADVICE}")
+        return loaders[kind](folder)
     if (folder / _CONFIG).is_file():
         return _load_released(folder)
     raise RequestError(f"no lens at {folder}: it has neither {RECORD} nor {_CONFIG}; give a folder of a saved lens")
