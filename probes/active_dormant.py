@@ -23,12 +23,12 @@ import xarray as xr
 
 from workbench.probing import (
     LOST_VARIABLES,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
-    StoreProbe,
     Variable,
     attention_source,
     axis_title,
@@ -90,7 +90,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class ActiveDormant(StoreProbe):
+class ActiveDormant(LayerProbe):
     """Measures sink, value drain and residual peak, and on which domains a head rests on the sink."""
 
     name: ClassVar[str] = "active-dormant"
@@ -127,6 +127,7 @@ class ActiveDormant(StoreProbe):
     """Device of products with W_O: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("length", self.length, at_least=3)
         check("min_visible", self.min_visible, at_least=2, at_most=self.length)
         check("epsilon", self.epsilon, at_least=0, at_most=1)
@@ -147,10 +148,10 @@ class ActiveDormant(StoreProbe):
                 longer sequences than `length`, values are NaN or infinite, or the model is not causal or another one.
         """
         require_causal(store, self.name)
-        source, layers = attention_source(store)
+        source, layers = attention_source(store, self.layers)
         kind = "pattern" if source == "pattern" else "attn_received"
         sequences = received_sequences(store, source, self.length, self.where, self.domain)
-        values, streams = layers_of(store, "v", "v_norm"), layers_of(store, "resid_post", "resid_norm")
+        values, streams = (self.layers_with(store, *kinds) for kinds in (("v", "v_norm"), ("resid_post", "resid_norm")))
         sites = [f"{kind}.{layer}" for layer in layers] + [residual_site(store, layer) for layer in streams]
         rows = self.finite_rows(store, sites + [_value_site(store, layer) for layer in values], sequences.rows)
         sequences = sequences.without(rows.left_out)
@@ -181,7 +182,7 @@ class ActiveDormant(StoreProbe):
         if sequences.domains:
             coords["domain"] = list(sequences.domains)
         data = dataset(_VARIABLES, arrays, coords)
-        return self.result(store, data, _table(data), rows, notes)
+        return self.result(store, data, _table(data), rows, [*notes, self.note_layers(store)])
 
     @staticmethod
     def headline(result: Result) -> str:

@@ -23,12 +23,12 @@ from einops import rearrange
 
 from workbench.probing import (
     LOST_VARIABLES,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
-    StoreProbe,
     Variable,
     attention_sites,
     attention_source,
@@ -45,7 +45,6 @@ from workbench.probing import (
     interval_suffix,
     label,
     layer_curves,
-    layers_of,
     massive_text,
     model_label,
     note_missing,
@@ -113,7 +112,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class AttentionSinks(StoreProbe):
+class AttentionSinks(LayerProbe):
     """Measures which heads attend to one token whatever the text, how that token differs, and in which domains."""
 
     name: ClassVar[str] = "attention-sinks"
@@ -159,6 +158,7 @@ class AttentionSinks(StoreProbe):
     """Random seed of the bootstrap."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("length", 3), ("min_visible", 2), ("resamples", 1), ("seed", 0), ("examples", 0)):
             check(name, getattr(self, name), at_least=least)
         check_fields(self, "epsilon", "row_entropy", "column_entropy", at_least=0, at_most=1)
@@ -182,7 +182,7 @@ class AttentionSinks(StoreProbe):
                 longer sequences than `length`, values are NaN or infinite, or the model is not causal.
         """
         require_causal(store, self.name)
-        source, layers = attention_source(store)
+        source, layers = attention_source(store, self.layers)
         if self.domain is not None and source == "derived":
             if self.sink != 0:
                 raise RequestError(
@@ -190,7 +190,7 @@ class AttentionSinks(StoreProbe):
                 )
             store.require(*(f"attn_first.{layer}" for layer in layers))
         sequences = received_sequences(store, source, self.length, self.where, self.domain)
-        values, streams = layers_of(store, "v", "v_norm"), layers_of(store, "resid_post", "resid_norm")
+        values, streams = (self.layers_with(store, *kinds) for kinds in (("v", "v_norm"), ("resid_post", "resid_norm")))
         norm_sites = [value_site(store, layer) for layer in values] + [residual_site(store, layer) for layer in streams]
         rows = self.finite_rows(store, [*attention_sites(store, source, layers), *norm_sites], sequences.rows)
         sequences = sequences.without(rows.left_out)
@@ -215,7 +215,7 @@ class AttentionSinks(StoreProbe):
             coords["domain"] = list(sequences.domains)
         data = dataset(_VARIABLES, arrays, coords)
         data = data.assign(_examples(self, store, data["alpha"], sequences).variables)
-        few = _few(self, data, sequences)
+        few = [*_few(self, data, sequences), *filter(None, [self.note_layers(store)])]
         data.attrs = {"source": source, "few": "; ".join([*rows.notes, *few])}
         notes = [*_notes(self, store, data, sequences), *few]
         return self.result(store, data, _table(data, self.sink), rows, notes)

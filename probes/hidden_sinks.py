@@ -23,12 +23,12 @@ from workbench.probing import (
     NEUTRAL,
     TEMPLATE,
     TOKEN_CLASSES,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
-    StoreProbe,
     Variable,
     attention_source,
     axis_title,
@@ -80,7 +80,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class HiddenSinks(StoreProbe):
+class HiddenSinks(LayerProbe):
     """Measures which heads attend much to a position other than the first, and which tokens stand there."""
 
     name: ClassVar[str] = "hidden-sinks"
@@ -110,6 +110,7 @@ class HiddenSinks(StoreProbe):
     """Random seed of the bootstrap."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("length", self.length, at_least=3)
         check("min_visible", self.min_visible, at_least=1, at_most=self.length - 1)
         check_fields(self, "resamples", at_least=1)
@@ -125,7 +126,7 @@ class HiddenSinks(StoreProbe):
                 longer sequences than `length`, values are NaN or infinite, or the model is not causal.
         """
         require_causal(store, self.name)
-        source, layers = attention_source(store)
+        source, layers = attention_source(store, self.layers)
         sequences = received_sequences(store, source, self.length, self.where)
         kind = "pattern" if source == "pattern" else "attn_received"
         rows = self.finite_rows(store, [f"{kind}.{layer}" for layer in layers], sequences.rows)
@@ -153,7 +154,7 @@ class HiddenSinks(StoreProbe):
         data["token_rate"].attrs["tokens"] = json.dumps(
             table["token"].tolist()[:_SHOWN]
         )  # JSON: a token holds anything
-        return self.result(store, data, table, rows, _notes(self, data))
+        return self.result(store, data, table, rows, [*_notes(self, data), self.note_layers(store)])
 
     @staticmethod
     def headline(result: Result) -> str:

@@ -30,6 +30,7 @@ from workbench.probing import (
     LOST_VARIABLES,
     TEMPLATE,
     TOKEN_MEASURES,
+    LayerProbe,
     MeasuredRows,
     Model,
     Occurrences,
@@ -38,7 +39,6 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
-    StoreProbe,
     TokenAttention,
     Variable,
     ablated_heads,
@@ -47,6 +47,7 @@ from workbench.probing import (
     blocks,
     check,
     check_fields,
+    choose_layers,
     copying_scores,
     counted_queries,
     dataset,
@@ -102,7 +103,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class InductionHeads(StoreProbe):
+class InductionHeads(LayerProbe):
     """Measures which heads attend to what followed the present token before, beyond what position alone explains."""
 
     name: ClassVar[str] = "induction-heads"
@@ -149,6 +150,7 @@ class InductionHeads(StoreProbe):
     """Device of products with W_U: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("occurrences", self.occurrences, one_of=get_args(Occurrences))
         check("copying_tokens", self.copying_tokens, at_least=2)
         check_fields(self, "resamples", at_least=1)
@@ -305,7 +307,8 @@ def _sites(probe: InductionHeads, store: Store) -> dict[int, list[str]]:
     recorded = {site.label for site in store.sites}
     sites = {layer: [f"attn_{name}.{layer}" for name in TOKEN_MEASURES] for layer in derived}
     sites |= {layer: [f"pattern.{layer}"] for layer in patterns}
-    return {layer: [site for site in sites[layer] if site in recorded] for layer in sorted(sites)}
+    chosen = choose_layers(sorted(sites), probe.layers, store.manifest.model.n_layers)
+    return {layer: [site for site in sites[layer] if site in recorded] for layer in chosen}
 
 
 def _losses(
@@ -368,9 +371,8 @@ def _copying(probe: InductionHeads, store: Store, loaded: Model, layers: list[in
     unembed = load_unembed(store.path, loaded.device)
     draw = np.random.default_rng(probe.seed)
     ids = np.sort(draw.permutation(unembed.vocab)[: probe.copying_tokens])
-    scores = copying_scores(loaded, unembed, torch.from_numpy(ids))
-    known = {layer: part for layer, part in scores.items() if layer in layers}
-    return stack_heads(layers, known, ("copying", "copying_eigen"))
+    scores = copying_scores(loaded, unembed, torch.from_numpy(ids), layers)
+    return stack_heads(layers, scores, ("copying", "copying_eigen"))
 
 
 def _table(data: xr.Dataset) -> pd.DataFrame:

@@ -30,14 +30,15 @@ from workbench.probing import (
     NEUTRAL,
     Band,
     Change,
+    LayerProbe,
     MeasuredRows,
     Model,
     Received,
     Result,
     ScaleAttention,
     Store,
-    StoreProbe,
     Variable,
+    attention_source,
     change_effects,
     change_keys,
     check_fields,
@@ -89,7 +90,7 @@ def _variables() -> list[Variable]:
 
 
 @dataclass(frozen=True)
-class MaskedSinks(StoreProbe):
+class MaskedSinks(LayerProbe):
     """Hides each head's sink from later tokens: effect on loss and predictions, beside random keys."""
 
     name: ClassVar[str] = "masked-sinks"
@@ -126,6 +127,7 @@ class MaskedSinks(StoreProbe):
     """Device of a model that the probe loads. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "later", at_least=2, whole=True)
         check_fields(self, "row_limit", "resamples", "draws", at_least=1, whole=True)
         check_fields(self, "heads", "seed", at_least=0, whole=True)
@@ -147,8 +149,9 @@ class MaskedSinks(StoreProbe):
         require_causal(store, self.name)
         where = f"position >= {self.later}" + (f" AND ({self.where})" if self.where else "")
         rows = predicting_rows(store, where, self.row_limit, self.seed)
-        received = read_received(store, rows)
-        finite = self.finite_rows(store, [f"{_recorded(store)}.{layer}" for layer in received.layers], rows)
+        received = read_received(store, rows, self.layers)
+        kind = "pattern" if attention_source(store, self.layers)[0] == "pattern" else "attn_received"
+        finite = self.finite_rows(store, [f"{kind}.{layer}" for layer in received.layers], rows)
         model = recorded_model(store, model or self.model, self.device)
         top = received.top_keys(self.later)
         alpha, at_first = _summary(received, top)
@@ -163,7 +166,7 @@ class MaskedSinks(StoreProbe):
         coords = {"kind": list(KINDS), "layer": received.layers, "head": np.arange(alpha.shape[1])}
         data = dataset(self.variables, arrays, coords)
         few = f"intervals over {documents} documents" if documents < 10 else ""
-        return self.result(store, data, _table(data), finite, [few])
+        return self.result(store, data, _table(data), finite, [few, self.note_layers(store)])
 
     def _changes(
         self,
@@ -251,10 +254,6 @@ class MaskedSinks(StoreProbe):
         """Returns "layers", the loss by layer whose sinks are hidden, and "heads", attention to each head's top key."""
         figures = {"layers": _by_layer(result)} if "loss_layer" in result.data else {}
         return {**figures, "heads": _heads(result)}
-
-
-def _recorded(store: Store) -> str:
-    return "pattern" if any((site.short or "").startswith("pattern.") for site in store.sites) else "attn_received"
 
 
 def _summary(received: Received, top: Mapping[int, Bool[np.ndarray, "all_rows head"]]) -> tuple[np.ndarray, np.ndarray]:

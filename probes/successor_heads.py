@@ -35,15 +35,16 @@ from workbench.probing import (
     FiniteRows,
     FirstMlp,
     HeadOutput,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Store,
-    StoreProbe,
     Unembed,
     Variable,
     axis_title,
     check_fields,
+    choose_layers,
     colour_bar,
     dataset,
     digit_readings,
@@ -114,7 +115,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class SuccessorHeads(StoreProbe):
+class SuccessorHeads(LayerProbe):
     """Scores heads that map a token to its successor (numbers, days, letters), in weights and in the recorded text."""
 
     name: ClassVar[str] = "successor-heads"
@@ -157,6 +158,7 @@ class SuccessorHeads(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (("first_mlp", get_args(FirstMlp)), ("space", tuple(SPACES)), ("case", tuple(CASES))):
             check_fields(self, name, one_of=choices)
         check_fields(self, "min_members", at_least=2)
@@ -188,9 +190,9 @@ class SuccessorHeads(StoreProbe):
         chains = find_chains(unembed, min_members=self.min_members, min_pairs=self.min_pairs, **spelling)
         ids = torch.tensor(sorted({token for chain in chains for token in chain.ids.tolist()}))
         x, unembed = first_mlp(model, ids, self.first_mlp).to(model.device), unembed.to(model.device)  # pyright: ignore[reportArgumentType]  # checked
-        outputs = _equal_heads(model)
+        outputs = _equal_heads(model, self.layers)
         classes = _Classes(chains, ids)
-        tops = np.stack([classes.tops(logits) for _, logits in ov_logits(model, x, ids, unembed)])
+        tops = np.stack([classes.tops(logits) for _, logits in ov_logits(model, x, ids, unembed, outputs)])
         bare = classes.tops(direct_logits(unembed, x, ids.to(x.device))[None])[0]
         arrays = _scores(classes, tops, bare, self)
         best = np.unravel_index(arrays["macro"].argmax(), arrays["macro"].shape)
@@ -239,9 +241,11 @@ class SuccessorHeads(StoreProbe):
 # ---- scores ---------------------------------------------------------------------------------------------
 
 
-def _equal_heads(model: Model) -> dict[int, HeadOutput]:
+def _equal_heads(model: Model, layers: Sequence[int] | None) -> dict[int, HeadOutput]:
     """Head outputs by layer; refused where layers have different numbers of heads, which no array can hold."""
-    outputs = dict(head_outputs(model))
+    every = head_outputs(model)
+    chosen = choose_layers([*every], layers, model.site_map.n_layers, "has no attention heads; layers with heads are")
+    outputs = {layer: every[layer] for layer in chosen}
     numbers = sorted({output.heads for output in outputs.values()})
     if len(numbers) > 1:
         raise RequestError(f"model {model.name!r} has layers with {numbers} heads; equal numbers are needed")
@@ -310,8 +314,8 @@ class _OneHead:
     head: int
 
     def __call__(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token target"]:
-        layers = ov_logits(self.model, x.to(self.model.device), self.ids, self.unembed)
-        return next(logits for layer, logits in layers if layer == self.layer)[self.head]
+        ((_, logits),) = ov_logits(self.model, x.to(self.model.device), self.ids, self.unembed, [self.layer])
+        return logits[self.head]
 
 
 def _text(

@@ -27,12 +27,12 @@ from workbench.probing import (
     NEUTRAL,
     TEMPLATE,
     TOKEN_CLASSES,
+    LayerProbe,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
-    StoreProbe,
     Variable,
     attention_source,
     axis_title,
@@ -95,7 +95,7 @@ _VARIABLES: tuple[Variable, ...] = (
 
 
 @dataclass(frozen=True)
-class ValueAwareImportance(StoreProbe):
+class ValueAwareImportance(LayerProbe):
     """Measures whether attention alone ranks tokens as attention times the size of their values does."""
 
     name: ClassVar[str] = "value-aware-importance"
@@ -131,6 +131,7 @@ class ValueAwareImportance(StoreProbe):
     """Device of products with W_O: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("length", self.length, at_least=3)
         check("top", self.top, above=0, below=1)
         check_fields(self, "resamples", "effect_sequences", at_least=1)
@@ -150,10 +151,11 @@ class ValueAwareImportance(StoreProbe):
                 another one.
         """
         require_causal(store, self.name)
-        source, attended = attention_source(store)
+        source, attended = attention_source(store, self.layers)
         layers = [layer for layer in attended if layer in layers_of(store, "v")]
-        if not layers:
-            store.require(f"v.{attended[0]}")
+        missing = [layer for layer in attended if layer not in layers]
+        if missing and (self.layers is not None or not layers):
+            store.require(f"v.{missing[0]}")
         kind = "pattern" if source == "pattern" else "attn_received"
         sequences = received_sequences(store, source, self.length, self.where)
         sites = [site for layer in layers for site in (f"{kind}.{layer}", f"v.{layer}")]
@@ -168,7 +170,7 @@ class ValueAwareImportance(StoreProbe):
         heads = max(part["spearman"].shape[1] for part in read.values())
         coords = {"layer": layers, "head": np.arange(heads), "class": list(TOKEN_CLASSES)}
         data = dataset(_VARIABLES, arrays, coords)
-        return self.result(store, data, _table(data), rows, notes)
+        return self.result(store, data, _table(data), rows, [*notes, self.note_layers(store)])
 
     @staticmethod
     def headline(result: Result) -> str:

@@ -30,16 +30,17 @@ from workbench.probing import (
     NEUTRAL,
     TEMPLATE,
     Change,
+    LayerProbe,
     MeasuredRows,
     Model,
     RequestError,
     Result,
     ScaleAttention,
     Store,
-    StoreProbe,
     Variable,
     change_effects,
     check_fields,
+    choose_layers,
     dataset,
     document_halves,
     first_key_rows,
@@ -82,7 +83,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class ZeroTuning(StoreProbe):
+class ZeroTuning(LayerProbe):
     """Scales attention to the initial token in chosen heads: loss and entropy over gamma, beside a random key."""
 
     name: ClassVar[str] = "zero-tuning"
@@ -114,6 +115,7 @@ class ZeroTuning(StoreProbe):
     """Device of a model that the probe loads. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "profile", one_of=("layers", "heads", "none"))
         check_fields(self, "share", above=0, at_most=1)
         check_fields(self, "row_limit", "resamples", at_least=1, whole=True)
@@ -137,7 +139,8 @@ class ZeroTuning(StoreProbe):
         """
         require_causal(store, self.name)
         rows = predicting_rows(store, self.where, self.row_limit, self.seed)
-        attention = first_key_rows(store, rows)
+        known = first_key_rows(store, rows)
+        attention = {one: known[one] for one in choose_layers([*known], self.layers, store.manifest.model.n_layers)}
         finite = self.finite_rows(store, _sites(store, list(attention)), rows)
         model = recorded_model(store, model or self.model, self.device)
         first, second, note = document_halves(store, finite.rows, self.seed)
@@ -153,7 +156,9 @@ class ZeroTuning(StoreProbe):
         coords = {"heads": list(SETS), "key": list(KINDS), "gamma": list(self.gammas), "layer": layers}
         data = dataset(self.variables, arrays, coords | {"head": np.arange(width)})
         names = [name for name in data if data[name].dims == _CELL]
-        return self.result(store, data, data[names].to_dataframe().reset_index(), finite, [note])
+        return self.result(
+            store, data, data[names].to_dataframe().reset_index(), finite, [note, self.note_layers(store)]
+        )
 
     def _profiled(
         self, model: Model, rows: MeasuredRows, heads: Mapping[int, int], width: int

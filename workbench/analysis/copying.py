@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +18,7 @@ from workbench.model.unembed import Unembed
 @plain_torch()
 @torch.inference_mode()
 def copying_scores(
-    model: Model, unembed: Unembed, ids: Int[Tensor, " token"]
+    model: Model, unembed: Unembed, ids: Int[Tensor, " token"], layers: Collection[int] | None = None
 ) -> dict[int, dict[str, Float[np.ndarray, " head"]]]:
     """Returns for each layer, by head, how its OV circuit W_U W_O W_V norm(W_E) treats the attended token.
 
@@ -30,6 +32,7 @@ def copying_scores(
         model: The model.
         unembed: Its unembedding.
         ids: Different tokens, which are both attended to and predicted.
+        layers: Layers to score. None: all.
     """
     x = first_mlp(model, ids, "none")
     sizes = {layer: output.d_head for layer, output in head_outputs(model).items()}
@@ -37,7 +40,7 @@ def copying_scores(
     if unembed.norm == "layer":
         read = read - read.mean(1, keepdim=True)
     scores = {}
-    for layer, writes in head_writes(model, x):
+    for layer, writes in head_writes(model, x, layers):
         here, targets = unembed.to(writes.device), ids.to(writes.device)
         right, eigen = [], []
         for write in writes.transpose(0, 1):

@@ -9,31 +9,32 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 
+from workbench.analysis.layers import choose_layers, layers_of
 from workbench.model.attention import Columns, row_entropy
 from workbench.store.reader import Store
 
 _DERIVED = {"alpha": "attn_received", "column": "attn_received_entropy", "row": "attn_entropy", "paid": "attn_first"}
 
 
-def layers_of(store: Store, *kinds: str) -> list[int]:
-    """Returns the layers at which a site of any of these kinds was recorded."""
-    labels = [(site.short or "").split(".") for site in store.sites]
-    return sorted({int(parts[1]) for parts in labels if parts[0] in kinds})
-
-
-def attention_source(store: Store) -> tuple[str, list[int]]:
+def attention_source(store: Store, layers: Sequence[int] | None = None) -> tuple[str, list[int]]:
     """Returns the source of attention, "pattern" or "derived", and its layers.
 
-    It is the one that was recorded at more layers, `pattern` if equal.
+    It is the one that was recorded at more layers, of `layers` if they are given; `pattern` if equal.
+
+    Args:
+        store: The recorded activations.
+        layers: Layers to read; negative ones count from the last block. None: all that the source has.
 
     Raises:
-        RequestError: No attention was recorded.
+        RequestError: No attention was recorded, or none at one of `layers`.
     """
-    layers = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
-    source = max(layers, key=lambda name: len(layers[name]))
-    if not layers[source]:
+    known = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
+    n_layers = store.manifest.model.n_layers
+    wanted = range(n_layers) if layers is None else [layer % n_layers for layer in layers]
+    source = max(known, key=lambda name: len({*known[name]} & {*wanted}))
+    if not (known["pattern"] or known["derived"]):
         store.require("attn_received.0")
-    return source, layers[source]
+    return source, choose_layers(known[source], layers, n_layers)
 
 
 def read_attention(

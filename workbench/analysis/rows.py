@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from workbench.analysis.received import layers_of
+from workbench.analysis.layers import choose_layers, layers_of
 from workbench.corpus.places import NEXT
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
@@ -42,23 +42,6 @@ def recorded_layers(store: Store, kind: str, layers: Sequence[int] | None = None
         raise RequestError(f"site {kind!r} has axes ({', '.join(axes)}); a site of axes (row, d_model) is needed")
     chosen = choose_layers(sorted(sites), layers, store.manifest.model.n_layers)
     return chosen, [f"{kind}.{layer}" for layer in chosen]
-
-
-def choose_layers(known: Sequence[int], layers: Sequence[int] | None, n_layers: int) -> list[int]:
-    """Returns the layers of `layers` in ascending order, each once; all `known` ones for None.
-
-    Raises:
-        RequestError: A layer that is not among `known`, or none at all.
-    """
-    if layers is None:
-        return list(known)
-    chosen = sorted({layer + n_layers if layer < 0 else layer for layer in layers})
-    if missing := [layer for layer in chosen if layer not in known]:
-        listed = ", ".join(map(str, known))
-        raise RequestError(f"layers: layer {missing[0]} was not recorded; recorded are {listed}")
-    if not chosen:
-        raise RequestError("layers is empty; name one or more, or leave it out for all")
-    return chosen
 
 
 def selected_rows(store: Store, where: str | None) -> Int[np.ndarray, " row"]:

@@ -77,14 +77,14 @@ class Received:
         return choice
 
 
-def read_received(store: Store, rows: Int64[np.ndarray, " row"]) -> Received:
+def read_received(store: Store, rows: Int64[np.ndarray, " row"], layers: Sequence[int] | None = None) -> Received:
     """Reads the attention that keys receive in the sequences of some rows, from `pattern` or `attn_received`.
 
     Raises:
-        RequestError: No attention was recorded, or a store of chosen rows.
+        RequestError: No attention was recorded, or not at one of `layers`, or a store of chosen rows.
     """
     store.require_whole_sequences("attention to keys of whole sequences")
-    source, layers = attention_source(store)
+    source, layers = attention_source(store, layers)
     sequence = store.tokens["sequence"].to_numpy()
     starts = np.flatnonzero(np.diff(sequence, prepend=-1))
     lengths = np.diff(starts, append=store.rows)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from jaxtyping import Int
 
+from workbench.analysis.layers import layers_of
 from workbench.analysis.rows import recorded_layers
 from workbench.figures.safe_text import label
 from workbench.io.errors import RequestError, shown
@@ -82,7 +83,7 @@ class StoreProbe:
 
 @dataclass(frozen=True)
 class LayerProbe(StoreProbe):
-    """A probe that reads one kind of site layer by layer: all that were recorded, or those of `layers`."""
+    """A probe that reads layer by layer: all layers that were recorded, or those of `layers`."""
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
     """Layers to read; negative ones count from the last block. None: all that were recorded."""
@@ -99,6 +100,20 @@ class LayerProbe(StoreProbe):
     def recorded(self, store: Store, kind: str) -> tuple[list[int], list[str]]:
         """Returns the layers that are read, ascending, and the labels of their sites; see `recorded_layers`."""
         return recorded_layers(store, kind, self.layers)
+
+    def layers_with(self, store: Store, *kinds: str) -> list[int]:
+        """Returns the layers that are read and have a site of any of these kinds, ascending; there may be none."""
+        n_layers = store.manifest.model.n_layers
+        chosen = range(n_layers) if self.layers is None else [layer % n_layers for layer in self.layers]
+        return [layer for layer in layers_of(store, *kinds) if layer in chosen]
+
+    def note_layers(self, store: Store) -> str:
+        """Returns a note that shares are those of the heads of `layers` alone; "" where `layers` is None."""
+        if self.layers is None:
+            return ""
+        n_layers = store.manifest.model.n_layers
+        chosen = ", ".join(map(str, sorted({layer % n_layers for layer in self.layers})))
+        return f"heads of layers {chosen} alone, of {n_layers} layers"
 
 
 def model_label(result: Result, limit: int = 60) -> str:

@@ -8,7 +8,7 @@ projection's weights without bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -188,9 +188,9 @@ def first_mlp(model: Model, ids: Int[Tensor, " token"], form: FirstMlp = "residu
 
 @torch.inference_mode()
 def head_writes(
-    model: Model, x: Float[Tensor, "token d_model"]
+    model: Model, x: Float[Tensor, "token d_model"], layers: Collection[int] | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "token head d_model"]]]:
-    """Yields for each layer the output of its heads that attend only to a position with the stream `x`.
+    """Yields for each layer, or each of `layers`, the output of its heads that attend only to a stream `x`.
 
     The output is W_O W_V norm(x), with the layer's own norm and the bias of W_V; the bias of W_O belongs to no head and
     is left out. A norm after the projection (Gemma 2 and 3, OLMo 2) is applied to each head alone: its gain is the
@@ -198,7 +198,7 @@ def head_writes(
     output is smaller by the sink's attention. Costs one pass over the tokens, and (token, head, d_model) float32 of
     memory.
     """
-    outputs = head_outputs(model)
+    outputs = {layer: one for layer, one in head_outputs(model).items() if layers is None or layer in layers}
     inputs: dict[int, list[Tensor | None]] = {layer: [] for layer in outputs}
     for chunk in x.split(_TOKENS):
         with ExitStack() as stack:
@@ -253,14 +253,18 @@ def direct_logits(
 
 
 def ov_logits(
-    model: Model, x: Float[Tensor, "token d_model"], targets: Int[Tensor, " target"], unembed: Unembed
+    model: Model,
+    x: Float[Tensor, "token d_model"],
+    targets: Int[Tensor, " target"],
+    unembed: Unembed,
+    layers: Collection[int] | None = None,
 ) -> Iterator[tuple[int, Float[Tensor, "head token target"]]]:
-    """Yields for each layer the logits of `targets` from its heads that attend only to a position with the stream `x`.
+    """Yields for each layer, or each of `layers`, the logits of `targets` from heads that attend only to `x`.
 
     With `x = first_mlp(model, ids)` this is the effective OV circuit W_U W_O W_V MLP_0(W_E), for the given tokens and
     targets only. Costs tokens x heads x targets x d_model operations a layer.
     """
-    for layer, writes in head_writes(model, x):
+    for layer, writes in head_writes(model, x, layers):
         logits = direct_logits(unembed.to(writes.device), writes, targets.to(writes.device))
         yield layer, logits.transpose(0, 1)
 

@@ -1,0 +1,41 @@
+"""Layers at which a store has sites, and those of them that a setting names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from workbench.io.errors import RequestError
+from workbench.store.reader import Store
+
+
+def layers_of(store: Store, *kinds: str) -> list[int]:
+    """Returns the layers at which a site of any of these kinds was recorded."""
+    labels = [(site.short or "").split(".") for site in store.sites]
+    return sorted({int(parts[1]) for parts in labels if parts[0] in kinds})
+
+
+def choose_layers(
+    known: Sequence[int],
+    layers: Sequence[int] | None,
+    n_layers: int,
+    lack: str = "was not recorded; recorded are",
+) -> list[int]:
+    """Returns the layers of `layers` in ascending order, each once; all `known` ones for None.
+
+    Args:
+        known: Layers that can be read.
+        layers: Layers to read; negative ones count from the last of the model's `n_layers`.
+        n_layers: Number of the model's blocks.
+        lack: Reason for an error about another layer, before the list of the known ones.
+
+    Raises:
+        RequestError: A layer that is not among `known`, or none at all.
+    """
+    if layers is None:
+        return list(known)
+    chosen = sorted({layer + n_layers if layer < 0 else layer for layer in layers})
+    if missing := [layer for layer in chosen if layer not in known]:
+        raise RequestError(f"layers: layer {missing[0]} {lack} {', '.join(map(str, known))}")
+    if not chosen:
+        raise RequestError("layers is empty; name one or more, or leave it out for all")
+    return chosen
