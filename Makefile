@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest torture lint types format models bench docs site demo-model constraints clean
+.PHONY: help demo test test-oldest torture lint style types format models bench docs site demo-model constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## every probe on the embedded model or MODEL, ending in a report [OUT=runs/demo, MODEL=folder]
 	$(BIN)/workbench demo --out "$$OUT" $(if $(MODEL),--model "$$MODEL")
 
-test: lint $(MODELS) ## lint, check types, then run every test [JOBS=2, PYTEST="-k store"]
-	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST)
+test: style $(MODELS) ## lint, then run every test and check types beside them [JOBS=2, PYTEST="-k store"]
+	@mkdir -p build
+	@$(MAKE) --no-print-directory types > build/types.log 2>&1 & types=$$!; \
+	  $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST); tests=$$?; \
+	  wait $$types || { cat build/types.log; exit 1; }; exit $$tests
 
 test-oldest: ## run a smaller set of tests with the oldest supported versions of the dependencies
 	test -x build/oldest/bin/pip || $(PYTHON) -m venv build/oldest
@@ -40,7 +43,9 @@ test-oldest: ## run a smaller set of tests with the oldest supported versions of
 torture: $(INSTALLED) ## try every crash point and 10,000 damages of each file; resumes; writes docs/reliability.md
 	$(BIN)/python tests/torture $(TORTURE)
 
-lint: types ## check style and types
+lint: style types ## check style and types
+
+style: $(INSTALLED) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
