@@ -12,13 +12,12 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 import zlib
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from browser import overlapping, require_export, text_boxes
+from browser import draw_for_print, overlapping, require_export, text_boxes
 from plotly.subplots import make_subplots
 from refusals import refused
 from warned import warned
@@ -56,9 +55,9 @@ def curves(names=("one", "two")) -> go.Figure:
 
 def grid(tokens, **changes) -> go.Figure:
     texts = [list(tokens)] * 2
-    given = {"cells": texts, "hover": texts, "tokens": tokens, "positions": range(len(tokens)), "layers": [0, 1]}
-    given |= {"title": "A title", "subtitle": "more of it", "unit": "probability"}
-    return token_grid(np.linspace(0, 1, 2 * len(tokens)).reshape(2, -1), **{**given, **changes})
+    defaults = {"cells": texts, "hover": texts, "tokens": tokens, "positions": range(len(tokens)), "layers": [0, 1]}
+    defaults |= {"title": "A title", "subtitle": "more of it", "unit": "probability"}
+    return token_grid(np.linspace(0, 1, 2 * len(tokens)).reshape(2, -1), **{**defaults, **changes})
 
 
 def heads() -> go.Figure:
@@ -110,45 +109,45 @@ SEEN = {
 }
 
 
-def lab(colour: str, seen: str = "all") -> np.ndarray:
+def lab(colour: str, vision: str = "all") -> np.ndarray:
     coded = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
     linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(np.asarray(SEEN[seen]) @ linear, 0, 1)
+    linear = np.clip(np.asarray(SEEN[vision]) @ linear, 0, 1)
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     xyz = np.array(to_xyz) @ linear / [0.9505, 1, 1.089]
     root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])])
 
 
-@pytest.mark.parametrize("seen", SEEN)
-def test_palettes_are_told_apart_with_any_colour_vision(seen):
-    apart = [np.linalg.norm(lab(a, seen) - lab(b, seen)) for a, b in combinations(CATEGORIES, 2)]
+@pytest.mark.parametrize("vision", SEEN)
+def test_palettes_are_told_apart_with_any_colour_vision(vision):
+    apart = [np.linalg.norm(lab(a, vision) - lab(b, vision)) for a, b in combinations(CATEGORIES, 2)]
     assert min(apart) > 10
-    assert np.linalg.norm(lab(SIGNED[0][1], seen) - lab(SIGNED[-1][1], seen)) > 50
+    assert np.linalg.norm(lab(SIGNED[0][1], vision) - lab(SIGNED[-1][1], vision)) > 50
 
 
-@pytest.mark.parametrize("seen", SEEN)
-def test_lightness_alone_tells_the_order(seen):
-    light = [lab(colour, seen)[0] for _, colour in PROBABILITY]
+@pytest.mark.parametrize("vision", SEEN)
+def test_lightness_alone_tells_the_order(vision):
+    light = [lab(colour, vision)[0] for _, colour in PROBABILITY]
     assert light == sorted(light, reverse=True)
-    signed = [lab(colour, seen)[0] for _, colour in SIGNED]
+    signed = [lab(colour, vision)[0] for _, colour in SIGNED]
     middle = len(signed) // 2
     assert signed[: middle + 1] == sorted(signed[: middle + 1])
     assert signed[middle:] == sorted(signed[middle:], reverse=True)
-    assert lab("#ffffff", seen)[0] - signed[middle] < 5
+    assert lab("#ffffff", vision)[0] - signed[middle] < 5
 
 
 def test_dark_changes_colours_and_nothing_else():
     light = heads().add_scatter(x=["0"], y=["0"], name="#000000", line={"color": "#000000"})
-    made = to_dark(light)
-    assert made.layout.template == DARK
-    assert made.data[0].colorscale != light.data[0].colorscale
-    assert [lab(made.data[0].colorscale[at][1])[0] > 90 for at in (0, -1)] == [False, True]  # none is the page
-    assert (made.data[1].name, made.data[1].line.color) == ("#000000", "#f2f4f7")
+    dark = to_dark(light)
+    assert dark.layout.template == DARK
+    assert dark.data[0].colorscale != light.data[0].colorscale
+    assert [lab(dark.data[0].colorscale[at][1])[0] > 90 for at in (0, -1)] == [False, True]  # none is the page
+    assert (dark.data[1].name, dark.data[1].line.color) == ("#000000", "#f2f4f7")
     cells = grid(["#000000", "b"])
     assert decoded(to_dark(cells).to_dict()["data"][0]["text"]).tolist() == cells.data[0].text.tolist()
     assert (to_dark(cells).data[0].textfont.color, cells.data[0].textfont.color) == ("#f2f4f7", "#000000")
-    np.testing.assert_array_equal(decoded(made.to_dict()["data"][0]["z"]), light.data[0].z)
+    np.testing.assert_array_equal(decoded(dark.to_dict()["data"][0]["z"]), light.data[0].z)
 
 
 # Words
@@ -156,10 +155,10 @@ def test_dark_changes_colours_and_nothing_else():
 
 @pytest.mark.parametrize("text", [HOSTILE, "a  b", "1 < 2 & 3", ""])
 def test_plain_is_what_label_and_sentence_wrote(text):
-    said = sentence(text)
-    assert not set("<>$\"'") & set(said)
-    assert plain(said) == text.replace("\u202e", "\\u202e").replace("\x00", "\\x00")
-    assert plain(label(text, 100)).replace("·", " ") == plain(said)
+    written = sentence(text)
+    assert not set("<>$\"'") & set(written)
+    assert plain(written) == text.replace("\u202e", "\\u202e").replace("\x00", "\\x00")
+    assert plain(label(text, 100)).replace("·", " ") == plain(written)
     assert plain("<b>x</b><br>y") == "x; y"
 
 
@@ -232,23 +231,23 @@ def test_the_table_holds_what_is_drawn():
 def test_paper_has_real_units_and_no_title(shape, columns):
     figure = SHAPES[shape]()
     before = json.loads(figure.to_json())
-    made, _ = to_paper(figure, columns)
+    printed, _ = to_paper(figure, columns)
     assert json.loads(figure.to_json()) == before
-    assert made.layout.width == COLUMNS[columns] * INCH
-    assert made.layout.height <= 9 * INCH
-    assert made.layout.title.text is None
-    layout = made.layout.template.layout
+    assert printed.layout.width == COLUMNS[columns] * INCH
+    assert printed.layout.height <= 9 * INCH
+    assert printed.layout.title.text is None
+    layout = printed.layout.template.layout
     sizes = [layout.xaxis.tickfont.size, layout.xaxis.title.font.size, layout.legend.font.size, layout.font.size]
     assert [size / POINT for size in sizes] == pytest.approx([7, 8, 7, 8])
-    shown = go.Figure(figure)
-    shown.data = [trace for trace in shown.data if trace.visible is not False]
-    pd.testing.assert_series_equal(*(figure_data(f).get("value", pd.Series()) for f in (made, shown)))
+    visible = go.Figure(figure)
+    visible.data = [trace for trace in visible.data if trace.visible is not False]
+    pd.testing.assert_series_equal(*(figure_data(f).get("value", pd.Series()) for f in (printed, visible)))
 
 
 def test_a_grid_keeps_as_many_tokens_as_stay_legible():
-    one, cut = to_paper(grid(["abcdefghi"] * 40))
-    assert one.layout.meta["grid"]["line"] == 7
-    assert {text for row in one.data[0].text for text in row} == {"abcdef…", ""}
+    narrow, cut = to_paper(grid(["abcdefghi"] * 40))
+    assert narrow.layout.meta["grid"]["line"] == 7
+    assert {text for row in narrow.data[0].text for text in row} == {"abcdef…", ""}
     assert cut == ["the text in cells after 7 characters"]
     two, cut = to_paper(grid(["abc"] * 20), 2)
     assert (two.layout.meta["grid"]["line"], cut) == (15, [])
@@ -288,14 +287,14 @@ def test_everything_twice_is_the_same_bytes(result, tmp_path):
     require_export()
     paths = wb.export(result, tmp_path / "one")
     wb.export(result, tmp_path / "two")
-    one = contents(tmp_path / "one")
-    assert one == contents(tmp_path / "two")
+    files = contents(tmp_path / "one")
+    assert files == contents(tmp_path / "two")
     kinds = ("html", "json", "parquet", "pdf", "png", "svg")
-    assert list(one) == sorted(
+    assert list(files) == sorted(
         [*(f"{name}.{k}" for name in ("grid", "by_layer", "depth") for k in kinds), "plotly.min.js"]
     )
-    assert sorted(path.name for path in paths) == list(one)
-    for name, file in one.items():
+    assert sorted(path.name for path in paths) == list(files)
+    for name, file in files.items():
         if name.endswith(".pdf"):
             width = float(re.search(rb"/MediaBox \[0 0 ([\d.]+)", file)[1])
             assert width == 3.25 * 72
@@ -315,18 +314,20 @@ def test_everything_twice_is_the_same_bytes(result, tmp_path):
             assert int.from_bytes(file[16:20]) == 3.25 * 300
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
-def test_no_label_in_print_is_cut_or_lies_on_another(tmp_path, columns):
-    require_export()
-    shapes = SimpleNamespace(figures=lambda: {name: shape() for name, shape in SHAPES.items()})
-    wb.export(shapes, tmp_path, formats=["svg"], columns=columns)
-    drawings = [(tmp_path / f"{name}.svg").read_text() for name in SHAPES]
-    found = text_boxes(drawings, tmp_path)
-    assert len(found) == len(SHAPES)
-    for name, texts in zip(SHAPES, found, strict=True):
+def test_no_label_in_print_is_cut_or_lies_on_another(tmp_path):
+    figures = {(shape, columns): to_paper(SHAPES[shape](), columns)[0] for shape in SHAPES for columns in COLUMNS}
+    boxes = text_boxes(draw_for_print(list(figures.values()), tmp_path), tmp_path)
+    for name, texts in zip(figures, boxes, strict=True):
         assert len(texts) > 5
         assert [text for text in texts if min(text[1:5]) < -0.5] == [], name
         assert overlapping(texts) == [], name
+
+
+def test_one_tab_draws_for_print_as_export_does(tmp_path):
+    require_export()
+    wb.export(panels(), tmp_path / "panels", formats=["svg"])
+    (drawing,) = draw_for_print([to_paper(panels())[0]], tmp_path)
+    assert drawing == (tmp_path / "panels" / "panels.svg").read_text()
 
 
 def test_hostile_text_is_text_in_every_file(result, tmp_path):
@@ -334,10 +335,10 @@ def test_hostile_text_is_text_in_every_file(result, tmp_path):
     figure.data[0].name = label(HOSTILE, 100)
     wb.export(figure, tmp_path / "x", formats=["html"], data="csv")
     page = (tmp_path / "x" / "x.html").read_text()
-    told = json.loads((tmp_path / "x" / "x.json").read_text())
+    description = json.loads((tmp_path / "x" / "x.json").read_text())
     visible = HOSTILE.replace("\u202e", "\\u202e").replace("\x00", "\\x00")
-    assert visible in told["provenance"]
-    assert visible.replace(" ", "·")[:20] in told["alt"]
+    assert visible in description["provenance"]
+    assert visible.replace(" ", "·")[:20] in description["alt"]
     tags = []
     parser = html.parser.HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append(tag)
@@ -356,9 +357,9 @@ def test_hostile_text_is_text_in_every_file(result, tmp_path):
 
 def test_what_lies_beside_a_figure(result, tmp_path):
     wb.export(result, tmp_path, formats=["html"], figures=["by_layer"])
-    told = json.loads((tmp_path / "by_layer.json").read_text())
-    assert told["caption"] == caption(result.figure("by_layer"))
-    assert told["alt"] == alt_text(result.figure("by_layer"))
+    description = json.loads((tmp_path / "by_layer.json").read_text())
+    assert description["caption"] == caption(result.figure("by_layer"))
+    assert description["alt"] == alt_text(result.figure("by_layer"))
     source = result.provenance
     for part in (
         source["model_fingerprint"][:12],
@@ -366,13 +367,13 @@ def test_what_lies_beside_a_figure(result, tmp_path):
         source["store_fingerprint"][:12],
         "probe logit-lens",
     ):
-        assert part in told["provenance"]
-    assert f'top_k 2, where "position < 10"; workbench {source["workbench"]}' in told["provenance"]
+        assert part in description["provenance"]
+    assert f'top_k 2, where "position < 10"; workbench {source["workbench"]}' in description["provenance"]
     table = pd.read_parquet(tmp_path / "by_layer.parquet")
     pd.testing.assert_frame_equal(table, figure_data(result.figure("by_layer")))
     np.testing.assert_array_equal(table["y"], np.concatenate([c.y for c in result.figure("by_layer").data]))
     page = (tmp_path / "by_layer.html").read_text()
-    assert f"<figcaption>{told['caption']}</figcaption>" in html.unescape(page)
+    assert f"<figcaption>{description['caption']}</figcaption>" in html.unescape(page)
     assert '<script src="plotly.min.js">' in page
     assert sorted(contents(tmp_path)) == ["by_layer.html", "by_layer.json", "by_layer.parquet", "plotly.min.js"]
 
@@ -388,9 +389,9 @@ def test_settings_of_the_pages(tmp_path):
 def test_without_a_chrome_the_rest_is_written_and_one_line_says_how(tmp_path, monkeypatch):
     pytest.importorskip("kaleido")
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
-    with warned(r"^no pdf, svg: no Chrome or Chromium was found; install one, or run ") as told:
+    with warned(r"^no pdf, svg: no Chrome or Chromium was found; install one, or run ") as warnings_logged:
         wb.export(curves(), tmp_path / "fig", formats=["svg", "html", "pdf"])
-    assert len(told) == 1
+    assert len(warnings_logged) == 1
     assert sorted(contents(tmp_path / "fig")) == ["fig.html", "fig.json", "fig.parquet", "plotly.min.js"]
 
 
@@ -439,9 +440,9 @@ def test_the_command(result, tmp_path, capsys):
     named = dataclasses.replace(result, provenance={**result.provenance, "model": "m"})
     named.save(tmp_path / "lens")
     out = tmp_path / "figures"
-    given = ["--figures", "by_layer", "--formats", "html", "--data", "csv", "--columns", "2"]
+    options = ["--figures", "by_layer", "--formats", "html", "--data", "csv", "--columns", "2"]
     with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
-        main(["export", str(tmp_path / "lens"), "--out", str(out), *given])
+        main(["export", str(tmp_path / "lens"), "--out", str(out), *options])
     assert stop.value.code == 0
     names = ["by_layer.html", "by_layer.csv", "by_layer.json", "plotly.min.js"]
     assert capsys.readouterr().out.splitlines() == [f"wrote  {out / name}" for name in names]

@@ -10,12 +10,13 @@ from operator import getitem
 
 import numpy as np
 import pytest
-from browser import overlapping, require_export, text_boxes
+from browser import draw_for_print, overlapping, print_pdf, text_boxes
 
 import workbench as wb
 from workbench.analysis.erasure_figures import implicit_vocabulary
 from workbench.embedded import demo_corpus
 from workbench.figures.describe import figure_data
+from workbench.figures.paper import to_paper
 from workbench.probes import (
     AttentionSinks,
     DirectLogitAttribution,
@@ -96,9 +97,9 @@ def attention_sinks(result):
         }
         for name in data["domain"].to_numpy()
     ]
-    seen = np.tril(np.ones((48, 48), bool))
-    attention = [{"z": np.where(seen, pattern, np.nan)} for pattern in data["example_pattern"]]
-    attention += [{"z": np.where(seen, np.nan, 1)}, {}]  # masked keys, small pictures
+    causal = np.tril(np.ones((48, 48), bool))
+    attention = [{"z": np.where(causal, pattern, np.nan)} for pattern in data["example_pattern"]]
+    attention += [{"z": np.where(causal, np.nan, 1)}, {}]  # masked keys, small pictures
     return {
         "sinks": [{"z": data["alpha"].sel(position=0)}, *({"x": norm} for norm in norms)],
         "positions": [{"y": data["sink_k"][:41]}, {"y": data["sink_k"][41:]}],
@@ -117,8 +118,8 @@ def future_lens(result):
     for at in range(data.sizes["horizon"]):
         best = data.isel(horizon=at, method=int(data["best_method"][at])).sel(layer=int(data["best_layer"][at]))
         calibration.append({"y": best["calibration"]})
-    shown = np.flatnonzero(data["sequence"] == data["sequence"][0])[:28]
-    view = np.where(data["top_id"] < 0, np.nan, data["top_probability"])[:, shown]
+    rows = np.flatnonzero(data["sequence"] == data["sequence"][0])[:28]
+    view = np.where(data["top_id"] < 0, np.nan, data["top_probability"])[:, rows]
     return {"precision": precision, "calibration": calibration, "view": view}
 
 
@@ -126,12 +127,12 @@ def future_prompts(result):
     data, precision, ranks = result.data, [], []
     for regime in data["regime"].to_numpy():
         for horizon in data["horizon"].to_numpy():
-            one = data.sel(regime=regime, horizon=horizon)
+            part = data.sel(regime=regime, horizon=horizon)
             for prompt in data["prompt"].to_numpy():
-                precision.append({"y": one["precision"].sel(prompt=prompt, k=1)})
-                precision.append({"y": one["zero_precision"].sel(prompt=prompt)})
-            precision.append({"y": [float(one["bigram_precision"])] * data.sizes["layer"]})
-            best = one.isel(prompt=int(one["best_prompt"])).sel(layer=int(one["best_layer"]))
+                precision.append({"y": part["precision"].sel(prompt=prompt, k=1)})
+                precision.append({"y": part["zero_precision"].sel(prompt=prompt)})
+            precision.append({"y": [float(part["bigram_precision"])] * data.sizes["layer"]})
+            best = part.isel(prompt=int(part["best_prompt"])).sel(layer=int(part["best_layer"]))
             ranks.append({"y": best["precision"]})
     return {"precision": precision, "ranks": ranks}
 
@@ -193,27 +194,20 @@ def test_figures_hold_what_their_result_holds(results, expected):
         assert len(drawn) == len(traces), name
         for trace, parts in zip(drawn, traces, strict=True):
             for path, values in parts.items():
-                found = np.asarray(decoded(reduce(getitem, path.split("."), trace)), float)
-                np.testing.assert_allclose(found, np.asarray(values, float), rtol=1e-6, err_msg=f"{name} {path}")
+                numbers = np.asarray(decoded(reduce(getitem, path.split("."), trace)), float)
+                np.testing.assert_allclose(numbers, np.asarray(values, float), rtol=1e-6, err_msg=f"{name} {path}")
 
 
 def test_every_figure_of_every_probe_fits_a_column_of_print(results, tmp_path):
-    """No text is cut or lies on another, and every font of every PDF is in it."""
-    require_export()
-
-    class Every:
-        def figures(self):
-            return {
-                f"{probe}-{name}": figure for probe, one in results.items() for name, figure in one.figures().items()
-            }
-
-    wb.export(Every(), tmp_path, formats=["svg", "pdf"])
-    names = list(Every().figures())
-    found = text_boxes([(tmp_path / f"{name}.svg").read_text() for name in names], tmp_path)
-    for name, texts in zip(names, found, strict=True):
+    """No text is cut or lies on another, and every font of a PDF of them all is in it."""
+    figures = {
+        f"{probe}-{name}": figure for probe, result in results.items() for name, figure in result.figures().items()
+    }
+    drawings = draw_for_print([to_paper(figure)[0] for figure in figures.values()], tmp_path)
+    for name, texts in zip(figures, text_boxes(drawings, tmp_path), strict=True):
         assert len(texts) > 5
         assert [text for text in texts if min(text[1:5]) < -0.5] == [], name
         assert overlapping(texts) == [], name
-        pdf = (tmp_path / f"{name}.pdf").read_bytes()
-        fonts = re.findall(rb"/FontName /([\w+-]+)", pdf)
-        assert len(re.findall(rb"/FontFile", pdf)) == len(fonts) > 0, name
+    pdf = print_pdf(tmp_path / "drawings.html")
+    fonts = re.findall(rb"/FontName /([\w+-]+)", pdf)
+    assert len(re.findall(rb"/FontFile", pdf)) == len(fonts) > 0

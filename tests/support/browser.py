@@ -231,10 +231,49 @@ def visit(files: Sequence[Path], script: str) -> tuple[list[dict[str, Any]], lis
         return visits, [text for _, text in page.console]
 
 
+def draw_for_print(figures: Sequence[Any], folder: Path) -> list[str]:
+    """Returns the SVG drawings of figures for print, as `export` makes them, but all in one tab.
+
+    Export loads plotly again for each picture, which takes most of its time.
+    """
+    from plotly.offline import get_plotlyjs
+
+    import workbench.pages.figure_export as export
+
+    (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+    listed = ",".join(figure.to_json().replace("<", "\\u003c") for figure in figures)
+    scripts = ((folder / "plotly.min.js").as_uri(), Path(export.__file__).with_name("print.js").as_uri())
+    page = folder / "print.html"
+    page.write_text(
+        '<!doctype html><meta charset="utf-8"><head></head><body>'
+        + "".join(f'<script src="{address}"></script>' for address in scripts)
+        + f"<script>const FIGURES = [{listed}]</script>",
+        encoding="utf-8",
+    )
+    draw = """const drawings = [];
+    for (const figure of FIGURES) {
+      const { width, height } = figure.layout;
+      const picture = { format: "svg", width, height, imageDataOnly: true, setBackground: "" };
+      drawings.push(await Plotly.toImage(figure, picture));
+    }
+    return drawings;"""
+    visits, console = visit([page], draw)
+    assert console == []
+    return visits[0]["value"]
+
+
+def print_pdf(file: Path) -> bytes:
+    """Returns an HTML file as PDF."""
+    with chromium() as page:
+        page.open(file.as_uri())
+        return page.pdf()
+
+
 def text_boxes(drawings: Sequence[str], folder: Path) -> list[list[list[Any]]]:
     """Returns the texts of each SVG drawing as Chrome lays them out.
 
-    Each text is [text, left, top, right, bottom, width, height], with distances from the edges of the drawing.
+    Each text is [text, left, top, right, bottom, width, height], with distances from the edges of the drawing. The
+    drawings stay in `folder` as drawings.html.
     """
     page = folder / "drawings.html"
     page.write_text('<!doctype html><meta charset="utf-8"><body>' + "\n".join(drawings))
@@ -254,9 +293,9 @@ def overlapping(texts: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:
     """Returns pairs of texts whose boxes overlap by 3 pixels or more."""
     boxes = [(text, left, top, left + width, top + height) for text, left, top, _, _, width, height in texts]
     pairs = []
-    for (a, *one), (b, *two) in combinations(boxes, 2):
-        wide = min(one[2], two[2]) - max(one[0], two[0])
-        high = min(one[3], two[3]) - max(one[1], two[1])
+    for (a, *first), (b, *two) in combinations(boxes, 2):
+        wide = min(first[2], two[2]) - max(first[0], two[0])
+        high = min(first[3], two[3]) - max(first[1], two[1])
         if min(wide, high) >= 3:
             pairs.append((a, b))
     return pairs
