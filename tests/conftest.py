@@ -154,8 +154,8 @@ def _tiny_models_unchanged(request):
     yield
     if "tiny_models" in request.fixturenames:
         for family, model in request.getfixturevalue("tiny_models").items():
-            left = [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]
-            assert left == [], f"the test left hooks in these modules of the shared {family}: copy it first"
+            hooked = [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]
+            assert hooked == [], f"the test left hooks in these modules of the shared {family}: copy it first"
             assert _state(model) == _BUILT[family], f"the test changed the shared {family}: copy it first"
 
 
@@ -181,11 +181,11 @@ def in_this_process(monkeypatch):
     pickle = pytest.importorskip("ray.cloudpickle", reason="workers need Ray: install the extra [distributed]")
     from workbench.parallel import ray as parallel
 
-    def run_here(_self, begin, given, tasks, on_lost, device=None):
+    def run_here(_self, begin, arguments, tasks, on_lost, device=None):
         if not tasks:
             return
         worker = parallel._Worker()
-        worker.start(os.getcwd(), device or "cpu", 1, pickle.loads(pickle.dumps((begin, given))))
+        worker.start(os.getcwd(), device or "cpu", 1, pickle.loads(pickle.dumps((begin, arguments))))
         for task in tasks:
             yield task, pickle.loads(pickle.dumps(worker.do(pickle.loads(pickle.dumps(task)))))
 

@@ -108,14 +108,14 @@ def test_ablating_a_head_of_the_planted_circuit_removes_the_answer_and_random_he
 ):
     ends = circuit_store.where(f"token_id = {END}").ids
     rows = MeasuredRows(circuit_store, {"end": ends})
-    found = head_ablation(circuit, rows, {"circuit": [head]}, ablation="zero", resamples=50, show_progress=False)
-    accuracy = found.of("circuit", "end", "accuracy")
+    effects = head_ablation(circuit, rows, {"circuit": [head]}, ablation="zero", resamples=50, show_progress=False)
+    accuracy = effects.of("circuit", "end", "accuracy")
     assert (accuracy.mean, accuracy.low, accuracy.high) == (-1, -1, -1)
-    assert found.of("circuit", "end", "kl").mean > 0.1
+    assert effects.of("circuit", "end", "kl").mean > 0.1
     for measure in MEASURES:
-        assert found.of("circuit", "end", measure, "random").mean == 0
-    assert found.of("circuit", "end", "accuracy", "difference").mean == -1
-    assert all(draw[0][0] == head[0] and draw[0] != head for draw in found.controls["circuit"])
+        assert effects.of("circuit", "end", measure, "random").mean == 0
+    assert effects.of("circuit", "end", "accuracy", "difference").mean == -1
+    assert all(draw[0][0] == head[0] and draw[0] != head for draw in effects.controls["circuit"])
 
 
 def test_mean_ablation_gives_a_head_its_mean_over_all_tokens(tiny, store):

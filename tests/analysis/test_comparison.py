@@ -36,12 +36,12 @@ def arrays(seed, noise=0.0, layers=2):
 def pair(tmp_path):
     """Two stores of one shape whose activations differ, and their arrays."""
     unembed = linear_unembed(np.random.default_rng(9).normal(size=(7, WIDTH)))
-    made = arrays(1), arrays(2, noise=0.5)
+    values = arrays(1), arrays(2, noise=0.5)
     stores = [
         planted_store(tmp_path / name, DOCUMENTS, part, unembed)
-        for name, part in zip(("a.acts", "b.acts"), made, strict=True)
+        for name, part in zip(("a.acts", "b.acts"), values, strict=True)
     ]
-    return *stores, *made
+    return *stores, *values
 
 
 def test_cosine_and_relative_error_are_means_over_rows(pair):
@@ -49,10 +49,10 @@ def test_cosine_and_relative_error_are_means_over_rows(pair):
     table = wb.compare(a, b, probes=()).sites.set_index("site")
     assert list(table.index) == ["resid_post.0", "resid_post.1"]
     for name, line in table.iterrows():
-        one, other = x[name].astype(np.float64), y[name].astype(np.float64)
-        lengths = np.linalg.norm(one, axis=1)
-        cosine = (one * other).sum(1) / lengths / np.linalg.norm(other, axis=1)
-        error = np.linalg.norm(one - other, axis=1) / lengths
+        first, second = x[name].astype(np.float64), y[name].astype(np.float64)
+        lengths = np.linalg.norm(first, axis=1)
+        cosine = (first * second).sum(1) / lengths / np.linalg.norm(second, axis=1)
+        error = np.linalg.norm(first - second, axis=1) / lengths
         expected = {"cosine": cosine.mean(), "relative_error": error.mean(), "largest_error": error.max()}
         for key, value in expected.items():
             assert line[key] == pytest.approx(value, rel=1e-12)
@@ -77,10 +77,10 @@ def test_intervals_are_of_documents(pair, tmp_path):
 
 def test_a_store_beside_itself_is_no_distance_away(pair):
     a, *_ = pair
-    found = wb.compare(a, a, probes=("logit-lens",))
-    np.testing.assert_allclose(found.sites["cosine"], 1, rtol=1e-15)
-    assert found.sites[["relative_error", "relative_error_high", "largest_error"]].to_numpy().max() == 0
-    assert found.probes["difference"].abs().max() == 0
+    comparison = wb.compare(a, a, probes=("logit-lens",))
+    np.testing.assert_allclose(comparison.sites["cosine"], 1, rtol=1e-15)
+    assert comparison.sites[["relative_error", "relative_error_high", "largest_error"]].to_numpy().max() == 0
+    assert comparison.probes["difference"].abs().max() == 0
 
 
 def test_dtypes_differ_by_their_rounding(tmp_path):
@@ -92,7 +92,7 @@ def test_dtypes_differ_by_their_rounding(tmp_path):
         )
         for dtype in ("float32", "bfloat16", "float16")
     ]
-    errors = [wb.compare(stores[0], other, probes=()).sites.iloc[0]["largest_error"] for other in stores]
+    errors = [wb.compare(stores[0], store, probes=()).sites.iloc[0]["largest_error"] for store in stores]
     assert errors[0] == 0
     assert 2**-12 < errors[1] <= 2**-8  # half a unit in the last place: 8 and 11 bits
     assert 2**-15 < errors[2] <= 2**-11
@@ -101,9 +101,9 @@ def test_dtypes_differ_by_their_rounding(tmp_path):
 def test_rows_without_direction_or_number_are_skipped_and_counted():
     a = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [torch.inf, 0.0], [3.0, 4.0]])
     b = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
-    found = row_distances(a, b)
-    assert np.isnan(found).all(1).tolist() == [False, True, True, True, False]
-    np.testing.assert_allclose(found[[0, 4]], [[0, 5**0.5], [1, 0]])
+    distances = row_distances(a, b)
+    assert np.isnan(distances).all(1).tolist() == [False, True, True, True, False]
+    np.testing.assert_allclose(distances[[0, 4]], [[0, 5**0.5], [1, 0]])
 
 
 def test_stores_with_nonfinite_values_are_refused_or_their_rows_skipped(tmp_path):
@@ -140,8 +140,8 @@ def test_blocks_and_groups_of_any_size_give_the_same(pair, monkeypatch):
 
 def test_sites_may_be_chosen_by_name_or_kind(pair, tmp_path):
     a, b, *_ = pair
-    for asked, known in ((["resid_post"], 2), (["resid_post.1"], 1), (["blocks.1.hook_resid_post"], 1)):
-        assert len(wb.compare(a, b, sites=asked, probes=()).sites) == known
+    for sites, known in ((["resid_post"], 2), (["resid_post.1"], 1), (["blocks.1.hook_resid_post"], 1)):
+        assert len(wb.compare(a, b, sites=sites, probes=()).sites) == known
 
 
 # ---- probes ---------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def test_a_probes_own_intervals_are_kept_at_coordinates_both_have():
             "alone": ("layer", np.zeros(2)),  # no interval, no row: not compared
         }
 
-    one, other = result_of(variables(0.0)), result_of(variables(0.5))
-    other = Result(other.probe, other.data.sel(layer=[1]), other.table, other.provenance)
-    (line,) = side_by_side(one, other, np.zeros(0, int))
+    first, second = result_of(variables(0.0)), result_of(variables(0.5))
+    second = Result(second.probe, second.data.sel(layer=[1]), second.table, second.provenance)
+    (line,) = side_by_side(first, second, np.zeros(0, int))
     assert (line["measure"], line["at"], line["units"]) == ("score", "layer 1", "share")
     values = [line[name] for name in ("a", "a_low", "b", "b_low", "difference")]
     assert values == pytest.approx([0.2, 0.1, 0.7, 0.6, 0.5])
@@ -185,21 +185,21 @@ def test_a_paired_difference_is_tighter_than_its_sides():
     """Rows that vary much, and differ by 1 everywhere: the difference is certain."""
     values = np.random.default_rng(0).normal(size=(2, 40))
     coords = {"layer": [0, 1], "row": np.arange(40)}
-    one, other = (
+    first, second = (
         Result("made-up", xr.Dataset({"x": (("layer", "row"), part)}, coords=coords), pd.DataFrame(), {})
         for part in (values, values + 1)
     )
-    for line in side_by_side(one, other, np.arange(40) // 4):
+    for line in side_by_side(first, second, np.arange(40) // 4):
         assert line["difference_low"] == pytest.approx(1) == pytest.approx(line["difference_high"])
         assert line["a_high"] - line["a_low"] > 0.1
 
 
 def test_probes_that_the_sites_do_not_permit_are_named(pair):
     a, b, *_ = pair
-    found = wb.compare(a, b, sites=["resid_post.0"], probes=("attention-sinks", "logit-lens"))
-    assert list(found.not_run) == ["attention-sinks"]
-    assert found.not_run["attention-sinks"].startswith("a.acts: attn_received.0 is not recorded")
-    assert set(found.probes["probe"]) == {"logit-lens"}
+    comparison = wb.compare(a, b, sites=["resid_post.0"], probes=("attention-sinks", "logit-lens"))
+    assert list(comparison.not_run) == ["attention-sinks"]
+    assert comparison.not_run["attention-sinks"].startswith("a.acts: attn_received.0 is not recorded")
+    assert set(comparison.probes["probe"]) == {"logit-lens"}
     assert refused(RequestError, lambda: wb.compare(a, b, probes=("logit-lans",))).startswith(
         "probe 'logit-lans' is not installed; nearest: logit-lens"
     )
@@ -211,8 +211,8 @@ def test_probes_that_the_sites_do_not_permit_are_named(pair):
 def test_other_tokens_sites_and_widths_are_refused_naming_both(pair, tmp_path):
     a, b, x, _ = pair
     fewer = planted_store(tmp_path / "fewer.acts", DOCUMENTS[:4], {name: part[:14] for name, part in x.items()})
-    other = [[9, *DOCUMENTS[0][1:]], *DOCUMENTS[1:]]
-    tokens = planted_store(tmp_path / "tokens.acts", other, x)
+    documents = [[9, *DOCUMENTS[0][1:]], *DOCUMENTS[1:]]
+    tokens = planted_store(tmp_path / "tokens.acts", documents, x)
     joined = planted_store(tmp_path / "joined.acts", [DOCUMENTS[0] + DOCUMENTS[1], *DOCUMENTS[2:]], x)
     deeper = planted_store(tmp_path / "deeper.acts", DOCUMENTS, arrays(1, layers=3))
     wider = planted_store(
@@ -246,18 +246,18 @@ def test_other_tokens_sites_and_widths_are_refused_naming_both(pair, tmp_path):
 def test_the_command_prints_and_writes_both_tables(pair, tmp_path):
     a, b, *_ = pair
     out = tmp_path / "compared"
-    code, said, err = run("compare", a.path, b.path, "--probes", "logit-lens", "tuned-lens", "--out", out)
+    code, out_text, err = run("compare", a.path, b.path, "--probes", "logit-lens", "tuned-lens", "--out", out)
     assert (code, err) == (0, "")
-    assert said.splitlines()[0].split()[:3] == ["site", "kind", "layer"]
-    assert "logit-lens" in said
-    found = wb.compare(a, b, probes=("logit-lens",))
-    pd.testing.assert_frame_equal(pd.read_csv(out / "sites.csv"), found.sites)
+    assert out_text.splitlines()[0].split()[:3] == ["site", "kind", "layer"]
+    assert "logit-lens" in out_text
+    comparison = wb.compare(a, b, probes=("logit-lens",))
+    pd.testing.assert_frame_equal(pd.read_csv(out / "sites.csv"), comparison.sites)
     title = "Cosine similarity of activations of the same tokens in two stores"
     assert (out / "cosine.html").read_text().count(title) == 1
-    assert said.endswith(f"tables  {out}\n")
-    code, said, err = run("compare", a.path, b.path, "--probes")
-    assert (code, err, len(said.splitlines())) == (0, "", 4)
-    assert said.splitlines()[3].startswith("models  ")
+    assert out_text.endswith(f"tables  {out}\n")
+    code, out_text, err = run("compare", a.path, b.path, "--probes")
+    assert (code, err, len(out_text.splitlines())) == (0, "", 4)
+    assert out_text.splitlines()[3].startswith("models  ")
     again = refused_by_cli("compare", a.path, b.path, "--probes", "--out", out).splitlines()
     assert again == [f"--out {str(out)!r} exists and is not empty; choose another folder"]
 

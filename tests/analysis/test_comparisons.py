@@ -22,17 +22,17 @@ IDS = [[1, 2, 3, 4], [2, 2, 1], [3, 1, 4], [4, 4]]
 def stores(tmp_path_factory):
     folder, base = tmp_path_factory.mktemp("three"), np.random.default_rng(0).normal(size=(2, 12, 6))
     unembed = linear_unembed(np.random.default_rng(9).normal(size=(7, 6)))
-    made = []
+    recorded = []
     for seed, name in enumerate("abc"):
         values = base + 0.2 * seed * np.random.default_rng(seed).normal(size=base.shape)
         sites = {f"resid_post.{layer}": values[layer] for layer in range(2)}
-        made.append(planted_store(folder / f"{name}.acts", IDS, sites, unembed))
-    return made
+        recorded.append(planted_store(folder / f"{name}.acts", IDS, sites, unembed))
+    return recorded
 
 
 def test_three_stores_are_each_compared_with_the_first(stores, tmp_path, monkeypatch):
     a, b, c = stores
-    pairs = [wb.compare(a, other, probes=("logit-lens", "attention-sinks")) for other in (b, c)]
+    pairs = [wb.compare(a, store, probes=("logit-lens", "attention-sinks")) for store in (b, c)]
     runs = []
     whole = LogitLens.run
     monkeypatch.setattr(LogitLens, "run", lambda self, store, **more: runs.append(store.path) or whole(self, store))
@@ -44,15 +44,15 @@ def test_three_stores_are_each_compared_with_the_first(stores, tmp_path, monkeyp
         for name, pair in zip(("b.acts", "c.acts"), pairs, strict=True):
             part = parts[parts["store"] == name].drop(columns="store").reset_index(drop=True)
             pd.testing.assert_frame_equal(part, getattr(pair, table))
-    assert [one.not_run for one in three.each] == [pair.not_run for pair in pairs]
+    assert [comparison.not_run for comparison in three.each] == [pair.not_run for pair in pairs]
     assert [trace.name for trace in three.figure().data] == ["b.acts, resid_post", "c.acts, resid_post"]
     folder = three.save(tmp_path / "out")
     assert {path.name for path in folder.iterdir()} == {"sites.csv", "probes.csv", "cosine.html"}
 
 
 def test_a_third_store_of_other_tokens_is_refused_before_any_work(stores, tmp_path):
-    other = planted_store(tmp_path / "d.acts", [[1, 2]], {"resid_post.0": np.ones((2, 6))})
-    text = refused(RequestError, lambda: wb.compare(*stores[:2], other, probes=()))
+    fourth = planted_store(tmp_path / "d.acts", [[1, 2]], {"resid_post.0": np.ones((2, 6))})
+    text = refused(RequestError, lambda: wb.compare(*stores[:2], fourth, probes=()))
     assert "a.acts and d.acts hold different tokens" in text
 
 
@@ -81,11 +81,11 @@ def test_combined_tables_have_a_column_of_models(stores):
 def test_results_that_differ_are_refused_by_name(stores):
     a, b, _ = stores
     first = LogitLens().run(a)
-    for others, message in (
+    for results, message in (
         ([LogitLens(layers=(0,)).run(b)], "results have different settings: layers is None for"),
         ([TunedLens(epochs=0).run(b)], "results are of different probes"),
         ([first], "results: 2 are of"),
     ):
-        assert refused(RequestError, lambda others=others: wb.combine([first, *others])).startswith(message)
+        assert refused(RequestError, lambda results=results: wb.combine([first, *results])).startswith(message)
     assert refused(RequestError, lambda: wb.combine([])).startswith("results is empty")
     assert refused(RequestError, lambda: wb.combine([first], names=["a", "b"])).startswith("names: 1 different")

@@ -40,8 +40,8 @@ def test_principal_directions_are_numpys(store, values, monkeypatch):
     monkeypatch.setattr("workbench.analysis.directions._BLOCK_BYTES", 400)  # several blocks
     x = values["resid_post.0"].astype(np.float64)
     _, spread, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    found = wb.principal_directions(store.where("TRUE"), "resid_post.0", n=3)
-    for place, direction in enumerate(found):
+    directions = wb.principal_directions(store.where("TRUE"), "resid_post.0", n=3)
+    for place, direction in enumerate(directions):
         assert abs(direction.vector.double().numpy() @ axes[place]) == pytest.approx(1, abs=1e-6)
         assert direction.made_of["explained"] == pytest.approx(spread[place] ** 2 / (spread**2).sum())
         assert float(direction.vector[direction.vector.abs().argmax()]) > 0
@@ -52,8 +52,8 @@ def test_what_gives_no_direction_is_refused(store, values, tmp_path):
     assert refused(RequestError, lambda: wb.mean_difference(rows, none, "resid_post.0")).startswith("b has no rows")
     assert "one number a row" in refused(RequestError, lambda: wb.mean_difference(rows, rows, "attn_first.0"))
     assert "n must be" in refused(RequestError, lambda: wb.principal_directions(rows, "resid_post.0", n=6))
-    other = planted_store(tmp_path / "o.acts", [[0, 1]] * 30, values, fingerprint="f" * 64)
-    text = refused(RequestError, lambda: wb.mean_difference(rows, other.where("TRUE"), "resid_post.0"))
+    other_store = planted_store(tmp_path / "o.acts", [[0, 1]] * 30, values, fingerprint="f" * 64)
+    text = refused(RequestError, lambda: wb.mean_difference(rows, other_store.where("TRUE"), "resid_post.0"))
     assert text.startswith("b is of another model than a")
     bad = {"resid_post.0": np.where(np.arange(60)[:, None] == 3, np.nan, values["resid_post.0"])}
     store = planted_store(tmp_path / "n.acts", [list(range(6))] * 10, bad)

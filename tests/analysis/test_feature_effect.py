@@ -71,27 +71,27 @@ def test_the_effect_equals_passes_by_hand(op, value, rows, recorded, recorded_mo
     chosen = recorded.where(rows or "NOT is_special").ids
     assert len(set(effect.controls) | {feature}) == 3
     sums = {}
-    for one in (feature, *effect.controls):
-        values, raised = by_hand(recorded_model, recorded, saes["middle"], one, op, value, chosen)
-        kept = np.isin(recorded.where("NOT is_special").ids, _rows_of_sequences(recorded, chosen))
-        values = values[kept]
+    for number in (feature, *effect.controls):
+        values, raised = by_hand(recorded_model, recorded, saes["middle"], number, op, value, chosen)
+        counted = np.isin(recorded.where("NOT is_special").ids, _rows_of_sequences(recorded, chosen))
+        values = values[counted]
         for scope, mask in (("all", np.ones(len(values), bool)), ("changed", values[:, 3] == 1)):
             expected = np.nanmean(values[mask, :3], axis=0)
-            sums[one, scope] = expected
-            lines = effect.table[(effect.table["feature"] == one) & (effect.table["scope"] == scope)]
-            found = lines[lines["change"] != "difference"]["value"].to_numpy()
-            np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5)
-        if one == feature:
+            sums[number, scope] = expected
+            lines = effect.table[(effect.table["feature"] == number) & (effect.table["scope"] == scope)]
+            measured = lines[lines["change"] != "difference"]["value"].to_numpy()
+            np.testing.assert_allclose(measured, expected, rtol=2e-3, atol=2e-5)
+        if number == feature:
             tokens = effect.logits
             np.testing.assert_allclose(tokens["logit"], raised[tokens["token_id"]], rtol=1e-3, atol=1e-4)
             assert set(tokens["token_id"]) == {*np.argsort(raised)[:10], *np.argsort(raised)[-10:]}
-        assert effect.changed.set_index("feature").loc[one, "changed"] == values[:, 3].sum()
+        assert effect.changed.set_index("feature").loc[number, "changed"] == values[:, 3].sum()
     for scope in ("all", "changed"):
         lines = effect.table[(effect.table["change"] == "difference") & (effect.table["scope"] == scope)]
-        others = np.mean([sums[one, scope] for one in effect.controls], axis=0)
-        np.testing.assert_allclose(lines["value"], sums[feature, scope] - others, rtol=2e-3, atol=2e-5)
+        control_mean = np.mean([sums[control, scope] for control in effect.controls], axis=0)
+        np.testing.assert_allclose(lines["value"], sums[feature, scope] - control_mean, rtol=2e-3, atol=2e-5)
     assert not (effect.table["low"] > effect.table["high"]).any()
-    assert effect.rows == kept.sum()
+    assert effect.rows == counted.sum()
 
 
 def _rows_of_sequences(store, rows):
@@ -133,7 +133,7 @@ def test_controls_are_drawn_from_the_nearest_densities():
     counts = np.concatenate([[500], np.arange(490, 510), np.zeros(50, int), np.arange(1, 30)])
     drawn = {density_controls(counts, 0, 3, seed) for seed in range(30)}
     assert len(drawn) > 10
-    assert {one for three in drawn for one in three} == set(range(7, 17))
+    assert {control for three in drawn for control in three} == set(range(7, 17))
     assert all(len(set(three)) == 3 for three in drawn)
     assert density_controls(counts, 0, 3, 1) == density_controls(counts, 0, 3, 1)
     assert "controls is 60, and 49 other features are active on text" in refused(
@@ -143,12 +143,12 @@ def test_controls_are_drawn_from_the_nearest_densities():
 
 def test_effects_that_cannot_be_measured_are_refused(recorded_model, feature_stores):
     features, sae = feature_stores["middle"]
-    other = feature_stores["last"][1]
+    last_features = feature_stores["last"][1]
     dead = int(np.flatnonzero(text_counts(features) == 0)[0])
     for arguments, settings, message in (
         ((sae, dead), {}, f"feature {dead} is active on no row of text"),
         ((sae, 64), {}, "feature 64 does not exist"),
-        ((other, 3), {}, "features middle were made with SAE middle"),
+        ((last_features, 3), {}, "features middle were made with SAE middle"),
         ((sae, 3, "clamp"), {}, "value: clamp needs one"),
         ((sae, 3, "add", 1.0), {"rows": "position > 99"}, "rows: none of the"),
         ((sae, 3, "add", 1.0), {"controls": -1}, "controls must be a whole number, at least 0, not -1"),

@@ -84,19 +84,19 @@ def test_a_term_is_the_activation_times_the_direct_effect(recorded, recorded_mod
 
 def test_what_cannot_be_decomposed_is_refused(feature_stores, recorded_model, tmp_path):
     features, sae = feature_stores["last"]
-    other = feature_stores["middle"][1]
+    middle_features = feature_stores["middle"][1]
     for arguments, message in (
         ((sae, len(features)), f"row must be a whole number, from 0 to {len(features) - 1}"),
         ((sae, 3, 999), "tokens must be a whole number, from 0 to 319, not 999"),
         ((sae, 3, "Mondoy"), "tokens: 'Mondoy' is no single token"),
         ((sae, 3, []), "tokens is empty"),
-        ((other, 3), "features last were made with SAE last"),
+        ((middle_features, 3), "features last were made with SAE last"),
     ):
         text = refused(RequestError, lambda a=arguments: wb.feature_contributions(features, *a))
         assert text.startswith(message)
     store = wb.record(recorded_model, ["the day"], out=tmp_path / "x.acts", sites=["resid_post.1"], show_progress=False)
-    without = wb.extract_features(store, other, show_progress=False)
-    assert "resid_post.2" in refused(RequestError, lambda: wb.feature_contributions(without, other, 1))
+    without = wb.extract_features(store, middle_features, show_progress=False)
+    assert "resid_post.2" in refused(RequestError, lambda: wb.feature_contributions(without, middle_features, 1))
 
 
 def test_contributions_on_the_command_line(feature_stores, saes):

@@ -52,8 +52,8 @@ def test_a_state_put_where_it_came_from_changes_nothing(tiny, store):
     with torch.no_grad():
         plain = tiny.module(torch.tensor([prompt.ids])).logits[0, -1].double().log_softmax(-1)
     for layer in range(3):
-        found = read_states(tiny, prompt, f"resid_post.{layer}", last[f"resid_post.{layer}"])
-        torch.testing.assert_close(found[0], plain, atol=1e-6, rtol=0)
+        logits = read_states(tiny, prompt, f"resid_post.{layer}", last[f"resid_post.{layer}"])
+        torch.testing.assert_close(logits[0], plain, atol=1e-6, rtol=0)
 
 
 def test_every_occurrence_of_the_placeholder_takes_the_state_at_another_layer(tiny, store):
@@ -71,7 +71,7 @@ def test_every_occurrence_of_the_placeholder_takes_the_state_at_another_layer(ti
     )
     day = tiny.tokenizer(" day")["input_ids"]
     ids = result.prompt.ids
-    assert result.prompt.positions == tuple(n for n, one in enumerate(ids) if [one] == day)
+    assert result.prompt.positions == tuple(n for n, token in enumerate(ids) if [token] == day)
     assert len(result.prompt.positions) == 2
     log, generated = by_hand(tiny.module, ids, 0, result.prompt.positions, rows["resid_post.2"][0], 4)
     line = result.table.iloc[0]

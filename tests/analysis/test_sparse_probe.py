@@ -34,9 +34,9 @@ def test_logistic_regression_equals_newtons_method(scale):
     expected = newton(x, y)
     weight = draw.integers(1, 4, 200)
     for rows in (x, csr_array(x)):
-        found = fit_logistic(rows, y)
-        np.testing.assert_allclose(found[0], expected[0], rtol=1e-3, atol=1e-4)
-        assert found[1] == pytest.approx(expected[1], abs=1e-3)
+        fitted = fit_logistic(rows, y)
+        np.testing.assert_allclose(fitted[0], expected[0], rtol=1e-3, atol=1e-4)
+        assert fitted[1] == pytest.approx(expected[1], abs=1e-3)
         repeated = newton(np.repeat(x, weight, axis=0), np.repeat(y, weight))
         weighted = fit_logistic(rows, y, weight)
         np.testing.assert_allclose(weighted[0], repeated[0], rtol=1e-3, atol=1e-4)
@@ -65,10 +65,10 @@ def test_a_probe_equals_dense_numpy(features, monkeypatch):
         chosen = order[: line.k]
         assert line.features == tuple(chosen)
         coefficients, intercept = newton(x[train][:, chosen], truth[train])
-        says = x[test][:, chosen] @ coefficients + intercept > 0
-        hits = (says & truth[test]).sum()
-        assert line.f1 == pytest.approx(2 * hits / (says.sum() + truth[test].sum()))
-        assert line.accuracy == pytest.approx((says == truth[test]).mean())
+        predicted = x[test][:, chosen] @ coefficients + intercept > 0
+        hits = (predicted & truth[test]).sum()
+        assert line.f1 == pytest.approx(2 * hits / (predicted.sum() + truth[test].sum()))
+        assert line.accuracy == pytest.approx((predicted == truth[test]).mean())
         share = truth[test].mean()
         assert (line.tokens, line.always_f1) == (truth[test].sum(), pytest.approx(2 * share / (1 + share)))
         assert line.f1_low <= line.f1 <= line.f1_high

@@ -59,8 +59,8 @@ def test_strict_argmax():
 def test_the_null_keeps_to_its_class():
     """Two classes of 2: a head that is right in both has a shuffle as good in one of four."""
     pairs = Pairs(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.array([1, 2, 1, 2]), np.repeat(np.eye(2), 2, 0))
-    found = np.array([[[1, 2, 1, 2], [-1, -1, -1, -1]]])
-    score, macro, p, family = shuffled_null(found, pairs, np.array([[1.0, 0.0]]), 1500, 0)
+    scores = np.array([[[1, 2, 1, 2], [-1, -1, -1, -1]]])
+    score, macro, p, family = shuffled_null(scores, pairs, np.array([[1.0, 0.0]]), 1500, 0)
     np.testing.assert_allclose(score[0], [[0.5, 0.5], [0, 0]], atol=0.05)
     np.testing.assert_allclose(macro, [[0.5, 0]], atol=0.03)
     np.testing.assert_allclose(p, [[0.25, 1]], atol=0.03)
@@ -112,23 +112,23 @@ def test_a_digit_is_changed_and_the_successor_with_it():
     numbers, ids = chain_at("numbers", index, first=0), torch.arange(90)
     states = torch.cat([torch.eye(11)[index // 10], torch.eye(10)[index % 10]], 1)
     features = digit_features(states.double().numpy(), index % 10)
-    own = torch.eye(10)[index % 10].T
+    digits = torch.eye(10)[index % 10].T
     shifts = torch.eye(10).roll(1, 1)
 
     def by_digit(x):
-        return x[:, 11:] @ shifts @ own + 0.1 * x[:, :11] @ torch.eye(11)[index // 10].T
+        return x[:, 11:] @ shifts @ digits + 0.1 * x[:, :11] @ torch.eye(11)[index // 10].T
 
     def by_number(x):
-        return 9 * (x[:, :11] @ torch.eye(11)[index // 10].T) + x[:, 11:] @ shifts @ own
+        return 9 * (x[:, :11] @ torch.eye(11)[index // 10].T) + x[:, 11:] @ shifts @ digits
 
     assert digit_arithmetic([numbers], ids, states, features, by_digit) == 1
     assert digit_arithmetic([numbers], ids, states, 0.1 * features, by_digit) == 0
     assert digit_arithmetic([numbers], ids, states, np.roll(features, 1, axis=0), by_digit) == 0
     assert digit_arithmetic([numbers], ids, states, features, by_number) == 1  # within its own ten
     short = chain_at("days", range(1, 4), first=0)  # only 1, 2 and 3 can follow: from 0, 1 and 2
-    seen = []
-    digit_arithmetic([short], ids, states, features, lambda x: seen.append(len(x)) or by_digit(x))
-    assert seen == [2 + 2 + 3]
+    parts = []
+    digit_arithmetic([short], ids, states, features, lambda x: parts.append(len(x)) or by_digit(x))
+    assert parts == [2 + 2 + 3]
     assert np.isnan(digit_arithmetic([], ids, states, features, by_digit))
 
 
@@ -142,10 +142,10 @@ def test_digit_features_are_means():
 def test_the_scale_of_the_arithmetic_counts():
     numbers = chain_at("numbers", range(10, 100), first=0)
     x = torch.cat([torch.eye(11)[numbers.index // 10], torch.eye(10)[numbers.index % 10]], 1)
-    own = torch.eye(10)[numbers.index % 10].T
+    digits = torch.eye(10)[numbers.index % 10].T
 
     def head(x):
-        return x[:, 11:] @ torch.eye(10).roll(1, 1) @ own + 0.1 * x[:, :11] @ torch.eye(11)[numbers.index // 10].T
+        return x[:, 11:] @ torch.eye(10).roll(1, 1) @ digits + 0.1 * x[:, :11] @ torch.eye(11)[numbers.index // 10].T
 
     whole, part = (digits_of([numbers], x, head, size)[0] for size in (1.0, 0.1))
     assert (whole["arithmetic"][0], part["arithmetic"][0]) == (1, 0)
@@ -153,8 +153,8 @@ def test_the_scale_of_the_arithmetic_counts():
 
 
 def chain_at(task, indices, first):
-    found = [(int(index) - 1, first + place) for place, index in enumerate(indices)]
-    return make_chain(task, found, len(found), wrap=False)
+    chain = [(int(index) - 1, first + place) for place, index in enumerate(indices)]
+    return make_chain(task, chain, len(chain), wrap=False)
 
 
 def test_a_gap_has_no_successor():

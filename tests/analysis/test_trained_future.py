@@ -42,10 +42,10 @@ def test_a_saved_lens_predicts_the_planted_future(method, store, tmp_path):
     assert list(table["row"]) == rows.ids.tolist()
     assert (table["predicted_id"].to_numpy() == ids[rows.ids + 2]).mean() > 0.99
     assert table.equals(lens.read(store, -2, 1, rows=rows))
-    kept = probe.run(store).data.isel(horizon=0).dropna("row")
-    if int(kept["best_layer"]) == 0 and kept["method"].to_numpy()[int(kept["best_method"])] == method:
-        some = again.read(store, 0, 0, rows=store.where("true")[kept["row"].to_numpy()])
-        np.testing.assert_allclose(some["probability"], kept["top_probability"], rtol=1e-5)
+    data = probe.run(store).data.isel(horizon=0).dropna("row")
+    if int(data["best_layer"]) == 0 and data["method"].to_numpy()[int(data["best_method"])] == method:
+        some = again.read(store, 0, 0, rows=store.where("true")[data["row"].to_numpy()])
+        np.testing.assert_allclose(some["probability"], data["top_probability"], rtol=1e-5)
 
 
 def test_ranks_are_of_falling_probability(store):
@@ -61,8 +61,10 @@ def test_wrong_requests_and_damaged_folders_are_refused(store, tmp_path):
     assert refused(RequestError, lambda: FutureLens(**QUICK).fit(store, "ridge")).startswith("method must be")
     assert "layer 7 has no map; the lens has layers 0, 1" in refused(RequestError, lambda: lens.read(store, 7))
     assert refused(RequestError, lambda: lens.read(store, 0, 3)).startswith("horizon must be")
-    other = planted_store(tmp_path / "o.acts", [[0, 1]], {"resid_post.0": np.eye(2, 3)}, linear_unembed(np.eye(3)))
-    assert "read a store of the lens's model" in refused(RequestError, lambda: lens.read(other, 0))
+    other_store = planted_store(
+        tmp_path / "o.acts", [[0, 1]], {"resid_post.0": np.eye(2, 3)}, linear_unembed(np.eye(3))
+    )
+    assert "read a store of the lens's model" in refused(RequestError, lambda: lens.read(other_store, 0))
     folder = lens.save(tmp_path / "lens")
     assert "not empty" in refused(RequestError, lambda: lens.save(folder))
     maps = (folder / "maps.safetensors").read_bytes()

@@ -63,14 +63,14 @@ def test_some_layers_alone(store, lens):
     plain = LogitLens(layers=(0, -1)).run(store).data
     assert plain["layer"].values.tolist() == [0, 2]
     np.testing.assert_array_equal(plain["kl"], LogitLens().run(store).data["kl"][[0, 2]])
-    one = TunedLens(layers=(0,), **SHORT).fit(store)
-    assert one.layers == (0,)
-    assert refused(RequestError, lambda: one.read(store, layers=(1,))).startswith("layer 1 has no map")
+    lens_of_layer = TunedLens(layers=(0,), **SHORT).fit(store)
+    assert lens_of_layer.layers == (0,)
+    assert refused(RequestError, lambda: lens_of_layer.read(store, layers=(1,))).startswith("layer 1 has no map")
 
 
 def test_a_store_of_another_model_is_refused(lens, tmp_path):
-    other = make(tmp_path / "x.acts", fingerprint="e" * 64)
-    assert "with the weights" in refused(RequestError, lambda: lens.read(other))
+    other_store = make(tmp_path / "x.acts", fingerprint="e" * 64)
+    assert "with the weights" in refused(RequestError, lambda: lens.read(other_store))
     deeper = make(tmp_path / "y.acts", n_layers=4)
     assert "3 layers, d_model 5" in refused(RequestError, lambda: lens.read(deeper))
 
@@ -114,7 +114,7 @@ def test_the_slope_of_kl_is_autograds():
     logits.requires_grad_()
     expected = (model * (target.log_softmax(1) - logits.log_softmax(1))).sum(1)
     expected.sum().backward()
-    found = logits.detach().clone()
-    values = kl_slope(found, model, -(model * model.log()).sum(1))
+    slope = logits.detach().clone()
+    values = kl_slope(slope, model, -(model * model.log()).sum(1))
     torch.testing.assert_close(values, expected.detach())
-    torch.testing.assert_close(found, logits.grad)
+    torch.testing.assert_close(slope, logits.grad)

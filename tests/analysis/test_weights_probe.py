@@ -20,10 +20,10 @@ ROWS = DRAW.normal(size=(6, 4)).astype(np.float32)
 
 def test_the_vocabulary_has_the_tables_and_texts_of_the_model():
     tokenizer = word_tokenizer(["one", "two", "three"])
-    other = DRAW.normal(size=(6, 4)).astype(np.float32)
-    untied = read_vocabulary(planted_weights(ROWS, tokenizer, other))
+    unembedding = DRAW.normal(size=(6, 4)).astype(np.float32)
+    untied = read_vocabulary(planted_weights(ROWS, tokenizer, unembedding))
     np.testing.assert_array_equal(untied.embedding, ROWS)
-    np.testing.assert_array_equal(untied.unembedding, other)
+    np.testing.assert_array_equal(untied.unembedding, unembedding)
     assert not untied.tied
     assert untied.texts == ("<s>", "</s>", " one", " two", " three", "<5>")
     assert untied.ordinary.tolist() == [False, False, True, True, True, False]
@@ -68,11 +68,11 @@ def test_neither_store_nor_model_is_refused():
         unwrap(read_vocabulary)(None)  # without the checks of types that tests have
     with pytest.raises(wb.RequestError, match="not str"):
         unwrap(read_vocabulary)("demo")
-    one, other = planted_weights(ROWS), planted_weights(ROWS)
+    first, second = planted_weights(ROWS), planted_weights(ROWS)
     with pytest.raises(wb.RequestError, match="two models"):
-        UnderTrainedTokens().run(one, model=other)
+        UnderTrainedTokens().run(first, model=second)
     with pytest.raises(wb.RequestError, match="has no tokenizer, and this probe reads the texts of tokens"):
-        UnderTrainedTokens().run(one)
+        UnderTrainedTokens().run(first)
     broken = ROWS.copy()
     broken[2, 1] = np.nan
     with pytest.raises(wb.RequestError, match="input embeddings that are not all finite"):

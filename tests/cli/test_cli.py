@@ -47,8 +47,8 @@ def test_record(recorded, stories260k, stories):
 
 
 def test_info(recorded):
-    store, (_, told, _) = recorded
-    assert run("info", store) == (0, told, "")
+    store, (_, recorded_out, _) = recorded
+    assert run("info", store) == (0, recorded_out, "")
 
 
 def test_verify(store, tmp_path):
@@ -92,10 +92,10 @@ def test_the_limit_of_a_query(store):
 
 def test_probe(store, tmp_path):
     out = tmp_path / "lens"
-    code, said, err = run("probe", "logit-lens", store, "--out", out, "--top-k", 2, "--where", "position < 5")
+    code, stdout, err = run("probe", "logit-lens", store, "--out", out, "--top-k", 2, "--where", "position < 5")
     result = wb.load_result(out)
     assert (code, err) == (0, "")
-    assert said.splitlines() == [
+    assert stdout.splitlines() == [
         wb.load_result(out).headline(),
         f"figure  {out}/figures/by_layer.html",
         f"figure  {out}/figures/depth.html",
@@ -217,9 +217,9 @@ def test_several_texts(stories260k, tmp_path):
 def test_append(stories260k, tmp_path):
     out = tmp_path / "acts"
     assert run("record", stories260k, "Once upon a time", "--out", out)[0] == 0
-    code, told, _ = run("record", stories260k, "The end of it", "--out", out, "--append")
+    code, stdout, _ = run("record", stories260k, "The end of it", "--out", out, "--append")
     assert code == 0
-    assert "2 documents, 2 sequences, 2 parts" in told
+    assert "2 documents, 2 sequences, 2 parts" in stdout
 
 
 def test_another_tokenizer_and_dtype(stories260k, tiny_tokenizer, tmp_path):
@@ -244,7 +244,7 @@ def test_debug_raises():
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (
             ZeroDivisionError("a\nb\x1b[31m"),
@@ -257,12 +257,12 @@ def test_debug_raises():
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch):
+def test_whatever_goes_wrong_is_one_line(error, code, message, monkeypatch):
     def fail(_self):
         raise error
 
     monkeypatch.setattr(Probes, "run", fail)
-    assert run("probes") == (code, "", f"workbench: {said}\n")
+    assert run("probes") == (code, "", f"workbench: {message}\n")
     if isinstance(error, Exception):
         with pytest.raises(type(error)):
             cli.main(["probes", "--debug"])
@@ -289,19 +289,19 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("verb", "said"),
+    ("verb", "message"),
     [
         ("record", "interrupted; committed segments are kept, and the same command resumes"),
         ("info", "interrupted"),
     ],
 )
-def test_resuming_is_promised_where_it_is_true(verb, said, monkeypatch, tmp_path):
+def test_resuming_is_promised_where_it_is_true(verb, message, monkeypatch, tmp_path):
     def interrupt(_self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VERBS[verb], "run", interrupt)
     words = ("demo", "a text", "--out", tmp_path / "o") if verb == "record" else (tmp_path,)
-    assert run(verb, *words) == (130, "", f"workbench: {said}\n")
+    assert run(verb, *words) == (130, "", f"workbench: {message}\n")
 
 
 def test_any_character_is_printed_on_any_terminal(tmp_path):
@@ -344,9 +344,9 @@ def test_what_tokens_hold_does_not_reach_the_terminal(tiny_models, tmp_path):
     model = Model(tiny_models["llama"], PreTrainedTokenizerFast(tokenizer_object=backend), "m\x1b[31m")
     out = tmp_path / "acts"
     wb.record(model, [[0, 1, 2, 3, 4, 5]], out=out, show_progress=False)
-    said = [run("info", out), run("query", out, "true"), run("verify", out)]
-    said += [run("probe", "logit-lens", out, "--out", tmp_path / "lens"), run("query", out, "\x1b[31m")]
-    text = "".join(part for _, *parts in said for part in parts)
+    answers = [run("info", out), run("query", out, "true"), run("verify", out)]
+    answers += [run("probe", "logit-lens", out, "--out", tmp_path / "lens"), run("query", out, "\x1b[31m")]
+    text = "".join(part for _, *parts in answers for part in parts)
     assert {char for char in text if not char.isprintable()} == {"\n"}
     assert all(name in text for name in ("\\x1b[31mred", "\\x9b2J", "a\\nb\\r", "\\u202eevil", "\\x07", "wide日本"))
 

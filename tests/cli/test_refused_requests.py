@@ -15,7 +15,7 @@ def test_unknown_verbs():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("info", "a", "--zork"), "unknown option --zork; see workbench info --help"),
         (("info", "a", "b"), "unexpected argument 'b'; see workbench info --help"),
@@ -30,9 +30,9 @@ def test_unknown_verbs():
         (("query", "a", "b", "--limit", "few"), "--limit"),
     ],
 )
-def test_wrong_options(arguments, said):
+def test_wrong_options(arguments, message):
     text = refused(*arguments)
-    assert said in text
+    assert message in text
     assert text.endswith(f"; see workbench {arguments[0]} --help")
     assert refused(*arguments, encoding="ascii") == text
 

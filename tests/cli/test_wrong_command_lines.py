@@ -160,8 +160,8 @@ def places(store, tmp_path_factory):
 
 
 def words(line: str, places: dict) -> list[str]:
-    found = re.findall(r"'([^']*)'|\"([^\"]*)\"|(\S+)", line)
-    line = [next(filter(None, parts), "") for parts in found]
+    quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"|(\S+)", line)
+    line = [next(filter(None, parts), "") for parts in quoted]
     return [re.sub(r"\\(x1b|u202e)", lambda code: chr(int(code[1][1:], 16)), word).format(**places) for word in line]
 
 

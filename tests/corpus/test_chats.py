@@ -80,8 +80,8 @@ def test_the_tokens_are_the_templates_and_each_content_has_its_role_and_turn(tem
         text = templates_text(tokenizer, chat, generation_prompt)
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=generation_prompt, return_dict=False)
         assert sequences.token_ids.tolist() == ids
-        shown = [(m["role"], n, m["content"]) for n, m in enumerate(chat)]
-        order = sorted(shown, key=lambda one: (text.find(f"({one[2]})") + 1 or text.find(one[2] + "</>"), one[1]))
+        turns = [(m["role"], n, m["content"]) for n, m in enumerate(chat)]
+        order = sorted(turns, key=lambda part: (text.find(f"({part[2]})") + 1 or text.find(part[2] + "</>"), part[1]))
         assert sorted(contents(sequences, text)) == sorted(order)
 
 
@@ -118,9 +118,9 @@ def test_a_chat_longer_than_the_context_is_continued_and_keeps_its_turns():
     bos = APPENDS_EOS.bos_token_id
     pieces = np.split(cut.token_ids, cut.starts[1:-1])
     assert all(piece[0] == bos for piece in pieces), "the continuation begins as the chat does"
-    kept = cut.token_ids != bos
-    assert cut.token_ids[kept].tolist() == whole.token_ids[1:].tolist()
-    assert cut.labels["turn"][kept].tolist() == whole.labels["turn"][1:].tolist()
+    content = cut.token_ids != bos
+    assert cut.token_ids[content].tolist() == whole.token_ids[1:].tolist()
+    assert cut.labels["turn"][content].tolist() == whole.labels["turn"][1:].tolist()
 
 
 @pytest.mark.parametrize(

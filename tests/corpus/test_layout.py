@@ -401,12 +401,12 @@ def test_the_digest_is_fixed_and_depends_on_ids_and_lengths():
     ids, lengths = np.array([1, 2, 3], np.int32), np.array([1, 2])
     assert digest(ids, lengths) == hashlib.sha256(struct.pack("<Q2q3i", 2, 1, 2, 1, 2, 3)).hexdigest()
     assert digest(ids.astype(np.int64), lengths.astype(np.int32)) == digest(ids, lengths)
-    others = [
+    digests = [
         digest(ids[::-1].copy(), lengths),
         digest(ids, lengths[::-1].copy()),
         digest(ids, np.array([3])),
     ]
-    assert len({digest(ids, lengths), *others}) == 4
+    assert len({digest(ids, lengths), *digests}) == 4
 
 
 def test_tinystories_with_a_real_tokenizer(stories, tinystories):

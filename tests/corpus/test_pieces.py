@@ -22,8 +22,8 @@ def in_pieces(tokenizer, text, piece=PIECE) -> tuple[Encoding, list[int], int]:
     return Encoding(*joined), cuts, len(parts)
 
 
-def same(one: Encoding, other: Encoding) -> bool:
-    return all(np.array_equal(getattr(one, n), getattr(other, n)) for n in ("ids", "char_start", "char_end"))
+def same(first: Encoding, second: Encoding) -> bool:
+    return all(np.array_equal(getattr(first, n), getattr(second, n)) for n in ("ids", "char_start", "char_end"))
 
 
 def texts(rng):

@@ -307,6 +307,6 @@ def test_importing_the_package_loads_nothing_heavy():
         "heavy = {'torch', 'transformers', 'transformer_lens', 'datasets', 'plotly', 'pandas'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert re.sub(r"\s", "", done.stderr) == ""
-    assert done.returncode == 0
+    answer = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert re.sub(r"\s", "", answer.stderr) == ""
+    assert answer.returncode == 0

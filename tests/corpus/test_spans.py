@@ -111,8 +111,8 @@ def test_a_span_is_cut_where_max_rows_leaves_out_some_of_its_tokens(tiny_tokeniz
         for row in table([record] * 2, tiny_tokenizer, max_rows=max_rows, **reading).to_pylist():
             for label, spans in tokens.items():
                 if row[label] is not None:
-                    others = spans[row["document"], row[f"{label}_span"]]
-                    there = all(sequence == row["sequence"] and number < max_rows for number, sequence in others)
+                    members = spans[row["document"], row[f"{label}_span"]]
+                    there = all(sequence == row["sequence"] and number < max_rows for number, sequence in members)
                     assert row[f"{label}_cut"] == (not there), (label, row)
 
 
@@ -396,12 +396,12 @@ def test_a_named_column_that_is_not_there_is_refused(tmp_path):
     assert len(list(read_documents(["a"]))) == 1, "the default need not be there"
 
 
-@pytest.mark.parametrize("other", [{"text_column": "spans"}, {"metadata": ("tag", "spans")}])
-def test_a_column_has_one_use(other):
+@pytest.mark.parametrize("options", [{"text_column": "spans"}, {"metadata": ("tag", "spans")}])
+def test_a_column_has_one_use(options):
     with pytest.raises(RequestError) as caught:
-        Recording(**other)
+        Recording(**options)
     assert str(caught.value) == (
-        f"{next(iter(other))} names 'spans', which is the column of spans; name another in span_column=, or pass "
+        f"{next(iter(options))} names 'spans', which is the column of spans; name another in span_column=, or pass "
         "span_column=None to read no spans"
     )
-    assert Recording(**other, span_column=None).span_column is None
+    assert Recording(**options, span_column=None).span_column is None

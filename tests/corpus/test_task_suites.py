@@ -27,30 +27,30 @@ def test_answers_and_spans_are_those_of_the_tokenizer(task, model):
     pairs = wb.prompt_pairs(task, model, 12, seed=3)
     assert len(pairs) == 12
     assert repr(pairs).startswith(f"PromptPairs({task!r}, 12 pairs")
-    for one in pairs.pairs:
-        for side, ids in (("clean", one.clean), ("corrupt", one.corrupt)):
-            text = getattr(one.pair, side)
+    for checked in pairs.pairs:
+        for side, ids in (("clean", checked.clean), ("corrupt", checked.corrupt)):
+            text = getattr(checked.pair, side)
             assert model.tokenizer(text)["input_ids"] == list(ids)
-            for answer in (*one.pair.answer, *one.pair.wrong):
+            for answer in (*checked.pair.answer, *checked.pair.wrong):
                 longer = model.tokenizer(text + answer)["input_ids"]
                 if len(longer) == len(ids) + 1:
-                    assert longer[-1] in (*one.answer, *one.wrong)
-            for label, span in one.spans.items():
+                    assert longer[-1] in (*checked.answer, *checked.wrong)
+            for label, span in checked.spans.items():
                 if label != "end":
-                    start, end = one.pair.spans[label][side == "corrupt"]
+                    start, end = checked.pair.spans[label][side == "corrupt"]
                     decoded = model.tokenizer.decode(ids[span.start : span.stop])
                     assert decoded.strip() == text[start:end], label
-        assert len(one.clean) == len(one.corrupt)
-        assert [*one.spans["end"]] == [len(one.clean) - 1]
-        assert not {*one.answer} & {*one.wrong}
-        assert one.clean != one.corrupt
+        assert len(checked.clean) == len(checked.corrupt)
+        assert [*checked.spans["end"]] == [len(checked.clean) - 1]
+        assert not {*checked.answer} & {*checked.wrong}
+        assert checked.clean != checked.corrupt
 
 
 def test_facts_are_those_of_the_world(model):
     people = {person.name: person for person in PEOPLE}
-    for one in wb.prompt_pairs("facts", model, 40).pairs:
-        for side, answers in (("clean", one.pair.answer), ("corrupt", one.pair.wrong)):
-            name, verb = re.fullmatch(r"(\w+) (works as|has) a", getattr(one.pair, side)).groups()
+    for checked in wb.prompt_pairs("facts", model, 40).pairs:
+        for side, answers in (("clean", checked.pair.answer), ("corrupt", checked.pair.wrong)):
+            name, verb = re.fullmatch(r"(\w+) (works as|has) a", getattr(checked.pair, side)).groups()
             truth = people[name].job if verb == "works as" else people[name].pet
             assert answers == (f" {truth}",)
 
@@ -71,8 +71,8 @@ def test_every_task_draws_pairs_that_differ_in_their_answer():
 
 
 def test_the_same_seed_gives_the_same_pairs(model):
-    one, same, other = (wb.prompt_pairs("copying", model, 5, seed=seed) for seed in (1, 1, 2))
-    assert one == same != other
+    first, same, of_another_seed = (wb.prompt_pairs("copying", model, 5, seed=seed) for seed in (1, 1, 2))
+    assert first == same != of_another_seed
     assert len({pair.pair.clean for pair in wb.prompt_pairs("facts", model, 60).pairs}) > 40
 
 
@@ -86,7 +86,7 @@ def test_pairs_that_do_not_fit_are_counted_by_reason(model):
         wb.PromptPair("Read red and", "Read blue and", (" red",), (" blue",), {"colour": ((5, 8), (10, 13))}),
     ]
     checked = wb.check_pairs(pairs, model.tokenizer, "mine")
-    assert [one.pair for one in checked.pairs] == [good]
+    assert [pair.pair for pair in checked.pairs] == [good]
     assert checked.dropped == {LENGTHS: 1, ANSWERS: 1, SAME: 1, SPANS: 1}
     message = refused(RequestError, lambda: wb.check_pairs(pairs[1:3], model))
     assert message.startswith("no pair of 'pairs' fits the tokenizer: ")
@@ -97,14 +97,14 @@ def test_a_store_has_the_pairs_as_columns(model, tmp_path):
     pairs = wb.prompt_pairs("facts", model, 3)
     store = wb.record(model, pairs.texts(), sites=["resid_post.0"], out=tmp_path / "s.acts", show_progress=False)
     tokens = store.tokens.to_pandas()
-    for number, one in enumerate(pairs.pairs):
+    for number, checked in enumerate(pairs.pairs):
         for side in ("clean", "corrupt"):
             part = tokens[(tokens["pair"] == number) & (tokens["side"] == side)]
-            assert tuple(part["token_id"]) == getattr(one, side)
-            right = one.pair.answer[0] if side == "clean" else one.pair.wrong[0]
+            assert tuple(part["token_id"]) == getattr(checked, side)
+            right = checked.pair.answer[0] if side == "clean" else checked.pair.wrong[0]
             assert set(part["answer"]) == {right}
-            assert part.loc[part["subject"].notna(), "position"].tolist() == list(one.spans["subject"])
-    assert pairs.table()["answer"].tolist() == [one.pair.answer[0] for one in pairs.pairs]
+            assert part.loc[part["subject"].notna(), "position"].tolist() == list(checked.spans["subject"])
+    assert pairs.table()["answer"].tolist() == [checked.pair.answer[0] for checked in pairs.pairs]
 
 
 @pytest.mark.parametrize(

@@ -103,5 +103,7 @@ def entry(module: str):
     """Returns the function behind `python -m MODULE`."""
     from workbench.cli.main import run_experiment
 
-    found = importlib.import_module(module)
-    return found.main if hasattr(found, "main") else lambda arguments: run_experiment(found.NAME, arguments)
+    experiment = importlib.import_module(module)
+    return (
+        experiment.main if hasattr(experiment, "main") else lambda arguments: run_experiment(experiment.NAME, arguments)
+    )

@@ -52,8 +52,8 @@ def test_the_page_of_reliability_states_what_was_tried_and_no_problem():
 def test_another_file_has_another_fingerprint(tmp_path):
     for name, text in (("a", "x"), ("b", "y")):
         (tmp_path / name).write_text(text)
-    one, other, both = ([tmp_path / name for name in names] for names in ("a", "b", "ab"))
-    assert len({fingerprint(one), fingerprint(other), fingerprint(both)}) == 3
+    first, second, both = ([tmp_path / name for name in names] for names in ("a", "b", "ab"))
+    assert len({fingerprint(first), fingerprint(second), fingerprint(both)}) == 3
 
 
 def test_a_page_gives_back_the_fingerprints_it_was_made_of():

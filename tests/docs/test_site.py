@@ -102,5 +102,5 @@ def test_the_extra_for_the_site_is_pinned():
     with open(ROOT / "pyproject.toml", "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     pins = (ROOT / "constraints.txt").read_text().lower()
-    names = [re.split(r"[\[<>=]", one)[0].lower() for one in extras["docs"]]
+    names = [re.split(r"[\[<>=]", requirement)[0].lower() for requirement in extras["docs"]]
     assert [name for name in names if f"\n{name}==" not in pins] == []

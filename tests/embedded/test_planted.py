@@ -45,7 +45,7 @@ def test_every_word_is_one_token_and_texts_are_read_back(model):
         assert ids[0] == 0
         assert planted.token_id("<unk>") not in ids
         assert model.tokenizer.decode(ids[1:]) == document["text"]
-        assert all(document["text"][one["start"] : one["end"]].isalpha() for one in document["spans"]["class"])
+        assert all(document["text"][span["start"] : span["end"]].isalpha() for span in document["spans"]["class"])
 
 
 def test_the_corpus_is_the_same_at_every_call_and_json(model):
@@ -88,7 +88,7 @@ def test_each_head_attends_where_it_was_planted(model, eager):
 def test_the_stream_holds_what_the_table_of_dimensions_says(model):
     ids = ids_of(model, "Monday stone")
     with torch.no_grad():
-        _, first, _ = (one[0].double() for one in model.module(ids, output_hidden_states=True).hidden_states)
+        _, first, _ = (states[0].double() for states in model.module(ids, output_hidden_states=True).hidden_states)
     before = torch.zeros(3, 64, dtype=torch.float64)
     before[[0, 1, 2], [0, 0, token_id("Monday")]] = 1
     torch.testing.assert_close(first[:, planted.PREVIOUS], before, atol=2e-3, rtol=0)

@@ -41,27 +41,27 @@ checked = functools.cache(check)
 
 @pytest.mark.parametrize("model_type", ADAPTED)
 def test_what_is_recorded_is_what_independent_readings_say(model_type):
-    found = checked(model_type)
-    assert found.failure is None
-    assert found.adapter is not None
-    assert {"resid_post", "logits", *ADAPTED[model_type]} <= {*found.kinds}
+    architecture = checked(model_type)
+    assert architecture.failure is None
+    assert architecture.adapter is not None
+    assert {"resid_post", "logits", *ADAPTED[model_type]} <= {*architecture.kinds}
     compared = {"resid_post", "logits", *(ADAPTED[model_type] & {"pattern"})}
-    if not any("TransformerBridge" in remark for remark in found.remarks):
+    if not any("TransformerBridge" in remark for remark in architecture.remarks):
         compared |= ADAPTED[model_type]
-    assert compared <= found.errors.keys()
-    assert max(found.errors.values()) <= sweep.TOLERANCE
-    assert found.lens <= sweep.LENS_TOLERANCE
+    assert compared <= architecture.errors.keys()
+    assert max(architecture.errors.values()) <= sweep.TOLERANCE
+    assert architecture.lens <= sweep.LENS_TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", STRUCTURAL)
 def test_a_model_without_adapter_is_recorded_by_structure(model_type):
-    found = check(model_type)
-    assert found.failure is None
-    assert found.adapter is None
-    assert found.kinds == ("resid_post", "logits") or found.kinds == ("resid_pre", "resid_post", "logits")
-    assert found.errors.keys() == {"resid_post", "logits"}
-    assert max(found.errors.values()) <= sweep.TOLERANCE
-    assert found.lens <= sweep.LENS_TOLERANCE
+    architecture = check(model_type)
+    assert architecture.failure is None
+    assert architecture.adapter is None
+    assert architecture.kinds == ("resid_post", "logits") or architecture.kinds == ("resid_pre", "resid_post", "logits")
+    assert architecture.errors.keys() == {"resid_post", "logits"}
+    assert max(architecture.errors.values()) <= sweep.TOLERANCE
+    assert architecture.lens <= sweep.LENS_TOLERANCE
 
 
 def test_the_bridge_reads_most_of_them():
@@ -139,9 +139,9 @@ def test_a_crash_is_an_answer(monkeypatch):
         raise MemoryError("too\nmuch")
 
     monkeypatch.setattr(sweep.wb, "record", crash)
-    found = check("llama")
-    assert found.failure == "MemoryError: too much"
-    assert found.adapter == "LlamaArchitectureAdapter"
+    architecture = check("llama")
+    assert architecture.failure == "MemoryError: too much"
+    assert architecture.adapter == "LlamaArchitectureAdapter"
 
 
 # ---- what a difference is -------------------------------------------------------------------------------
@@ -175,12 +175,12 @@ REFUSED = Check("xlm", failure="its blocks cannot be told")
 
 def tables(text):
     """The page's tables as lists of rows by heading."""
-    found = {}
+    by_heading = {}
     for part in text.split("\n## ")[1:]:
         heading, _, rest = part.partition("\n")
         lines = [line for line in rest.splitlines() if line.startswith("|")]
-        found[heading] = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return found
+        by_heading[heading] = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return by_heading
 
 
 def test_the_page_counts_and_tabulates():
@@ -188,8 +188,8 @@ def test_the_page_counts_and_tabulates():
     assert "- Through TransformerLens' adapters: 1 of 2 types pass.\n" in text
     assert "- By structure (residual stream and logits only): 1 of 1 types pass.\n" in text
     assert "- Not recordable: 1 types.\n" in text
-    found = tables(text)
-    head, rule, *rows = found["Through TransformerLens' adapters"]
+    by_heading = tables(text)
+    head, rule, *rows = by_heading["Through TransformerLens' adapters"]
     assert ["type", "adapter", "sites", *command.COLUMNS, "others", "lens", "remark"] == head
     assert set(rule) == {"---"}
     assert rows == [
@@ -209,8 +209,8 @@ def test_the_page_counts_and_tabulates():
         ],
     ]
     expected = ["xlstm", "resid_post logits", "3e-7", "0", "-", "no lens: no &lt;norm&gt; \\| there"]
-    assert found["By structure"][2:] == [expected]
-    assert found["Not recordable"][2:] == [["xlm", "its blocks cannot be told"]]
+    assert by_heading["By structure"][2:] == [expected]
+    assert by_heading["Not recordable"][2:] == [["xlm", "its blocks cannot be told"]]
 
 
 def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
@@ -220,17 +220,17 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
     out = tmp_path / "docs" / "page.md"
     assert command.main(["--types", "llama", "xlm", "--out", str(out)]) == 0
     assert out.read_text() == command.page([GOOD, REFUSED])
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err == "1/2 llama: passes\n2/2 xlm: its blocks cannot be told\n"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "1/2 llama: passes\n2/2 xlm: its blocks cannot be told\n"
     assert command.main(["--types", "llama"]) == 0
     assert capsys.readouterr().out == command.page([GOOD])
 
 
 def test_the_command_refuses_types_there_are_not(capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         command.main(["--types", "llama", "lama"])
-    assert left.value.code == 2
+    assert stopped.value.code == 2
     assert "transformers has no causal language model of type lama" in capsys.readouterr().err
 
 

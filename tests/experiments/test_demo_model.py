@@ -151,11 +151,11 @@ def test_heads_of_block_0_begin_by_attending_to_the_previous_token(first_pattern
 
 def test_heads_of_blocks_2_and_3_begin_by_preferring_what_is_far(first_patterns):
     """A token itself gets far less from them than an even share of the attention."""
-    own = first_patterns.diagonal(dim1=-2, dim2=-1)[..., 50:].mean(-1)
+    to_itself = first_patterns.diagonal(dim1=-2, dim2=-1)[..., 50:].mean(-1)
     even = (1 / torch.arange(51, 102)).mean()
-    assert (own[2:] < even / 10).all()
-    assert (own[1] > even / 2).all()
-    assert (own[0, PREVIOUS_HEADS:] > even / 2).all()
+    assert (to_itself[2:] < even / 10).all()
+    assert (to_itself[1] > even / 2).all()
+    assert (to_itself[0, PREVIOUS_HEADS:] > even / 2).all()
 
 
 def test_heads_of_blocks_1_and_2_begin_by_copying(demo):
@@ -203,22 +203,22 @@ def test_the_shipped_model_knows_its_world(demo):
     for person in PEOPLE[:20]:
         prompt = f"The job of {person.name} is {person.job}. {person.name} lives in"
         ids = demo.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        said = demo.module.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-        right += demo.tokenizer.decode(said[0, ids.shape[1] :]).startswith(f" {person.home}")
+        generated = demo.module.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        right += demo.tokenizer.decode(generated[0, ids.shape[1] :]).startswith(f" {person.home}")
     assert right >= 15
 
 
 @pytest.fixture(scope="module")
 def heads(demo, tmp_path_factory):
     """Findings on heads, of the shipped model and of random weights: by model, whether the criterion is met."""
-    shown = {}
+    criteria = {}
     random = random_copy(demo)
     for name, model, count in (("demo", demo, 60), ("random", random, 15)):
         folder = tmp_path_factory.mktemp(name)
         store = record_heads(model, demo_corpus()[:count], folder)
-        found = [*sinks(store), *successors(model, store), *induction(model, folder)]
-        shown[name] = {finding.measure: finding.holds for finding in found}
-    return shown
+        findings = [*sinks(store), *successors(model, store), *induction(model, folder)]
+        criteria[name] = {finding.measure: finding.holds for finding in findings}
+    return criteria
 
 
 CLASSES, NULL = "ordinal classes in which one head's score is above 0.5", "the same head with the successors shuffled"
@@ -246,7 +246,7 @@ def test_random_weights_show_none_of_it(heads):
 
 def test_sink_one_equals_its_definition_in_float64(demo, tmp_path):
     store = record_heads(demo, demo_corpus()[:5], tmp_path)
-    (found, *_) = sinks(store)
+    (sink_one, *_) = sinks(store)
     ids = store.tokens["token_id"].to_numpy()
     counts = np.bincount(store.tokens["sequence"].to_numpy())
     full = [ids[end - LENGTH : end] for end, count in zip(np.cumsum(counts), counts, strict=True) if count == LENGTH]
@@ -256,4 +256,4 @@ def test_sink_one_equals_its_definition_in_float64(demo, tmp_path):
     with torch.no_grad():
         patterns = torch.stack(eager(torch.tensor(np.stack(full)), output_attentions=True).attentions).double()
     alpha = patterns[..., 0].sum(-1) / LENGTH  # layer sequence head
-    assert found.value == pytest.approx(100 * (alpha > EPSILON).double().mean().item(), abs=0.5)
+    assert sink_one.value == pytest.approx(100 * (alpha > EPSILON).double().mean().item(), abs=0.5)

@@ -150,13 +150,13 @@ def test_sinks_emerge_between_checkpoints(recordings, tmp_path):
         module.save_pretrained(tmp_path / f"checkpoint-{step}")
         model.tokenizer.save_pretrained(tmp_path / f"checkpoint-{step}")
     checkpoints = tuple(str(tmp_path / f"checkpoint-{step}") for step in (0, 400))
-    found = emergence.run(small("emergence", recordings, checkpoints=(str(tmp_path),)))
-    assert found.table["step"].unique().tolist() == [0, 400]
-    sink, loss = (part["value"].tolist() for _, part in found.table.groupby("measure"))
+    result = emergence.run(small("emergence", recordings, checkpoints=(str(tmp_path),)))
+    assert result.table["step"].unique().tolist() == [0, 400]
+    sink, loss = (part["value"].tolist() for _, part in result.table.groupby("measure"))
     assert sink[0] == 0 < sink[1]
     assert loss[0] == pytest.approx(math.log(model.vocab), abs=0.3)  # it knows nothing
     assert 1 < loss[1] < loss[0] - 1
-    assert found.headline().startswith("Over 2 checkpoints (steps 0 to 400): attention-sinks.sink from 0 to")
+    assert result.headline().startswith("Over 2 checkpoints (steps 0 to 400): attention-sinks.sink from 0 to")
     measures = ("induction-heads.excess:max", "induction-heads.queries")
     config = small("emergence", recordings, checkpoints=checkpoints, text="repeats", sites=("pattern",), length=48)
     table = emergence.run(replace(config, measures=measures, settings=("induction-heads.resamples=9",))).table
@@ -185,8 +185,8 @@ def test_steps_are_read_off_names(tmp_path):
     for name in ("step-100", "step-20", "model"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    found = emergence.all_checkpoints(("demo", str(tmp_path)))
-    assert found == ("demo", str(tmp_path / "step-20"), str(tmp_path / "step-100"))
+    checkpoints = emergence.all_checkpoints(("demo", str(tmp_path)))
+    assert checkpoints == ("demo", str(tmp_path / "step-20"), str(tmp_path / "step-100"))
     assert steps(("a/x1", "b/x1")) == [0, 1]
 
 
@@ -249,7 +249,7 @@ def test_sae_metrics_are_those_of_the_site_it_was_trained_on(recordings, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "said"),
+    ("name", "settings", "message"),
     [
         ("sinks", {"rows": 0}, "rows must be at least 1, not 0"),
         ("sinks", {"rows": 31}, "rows is 31, less than one sequence of length 32; give more rows"),
@@ -266,17 +266,17 @@ def test_sae_metrics_are_those_of_the_site_it_was_trained_on(recordings, tmp_pat
         ("successor-scores", {"permutations": 0}, "permutations must be at least 1, not 0"),
     ],
 )
-def test_settings_out_of_range_are_refused_before_anything_runs(name, settings, said, recordings):
-    assert refused(RequestError, lambda: small(name, recordings, **settings)).startswith(said)
+def test_settings_out_of_range_are_refused_before_anything_runs(name, settings, message, recordings):
+    assert refused(RequestError, lambda: small(name, recordings, **settings)).startswith(message)
 
 
 def test_documents_are_the_first_ones_in_the_seeds_order(tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(f'{{"text": "story {i}", "tag": "{i % 2}"}}\n' for i in range(30)))
-    first, again, other = (inputs.documents_of(str(file), 20, seed) for seed in (0, 0, 1))
-    assert first == again != other
-    for found in (first, other):
-        assert sorted(one["text"] for one in found) == sorted(f"story {i}" for i in range(20))
+    first, again, of_another_seed = (inputs.documents_of(str(file), 20, seed) for seed in (0, 0, 1))
+    assert first == again != of_another_seed
+    for documents in (first, of_another_seed):
+        assert sorted(document["text"] for document in documents) == sorted(f"story {i}" for i in range(20))
     assert set(first[0]) == {"text", "tag"}
     demo = sorted(wb.demo_corpus()[:5], key=str)
     assert sorted(inputs.documents_of("demo", 5, 0), key=str) == demo  # spans and all
@@ -303,32 +303,32 @@ def test_a_revision_is_what_follows_the_last_at_sign(monkeypatch, tmp_path):
 
 
 def test_a_sweep_over_models_shares_recordings_and_survives_a_missing_one(tmp_path, monkeypatch):
-    real, made = recorder.record_plan, []
+    real, recordings_made = recorder.record_plan, []
 
     def counting(plan, model, texts, out, *arguments):
-        made.append(out)
+        recordings_made.append(out)
         return real(plan, model, texts, out, *arguments)
 
     monkeypatch.setattr(recorder, "record_plan", counting)
     choices = {"model": ("demo", str(tmp_path / "none")), "input": ("natural", "random", "repeated")}
     choices |= {"epsilon": (0.2, 0.3), "rows": (640,), "length": (32,), "recordings": (tmp_path / "recordings",)}
     configs = grid(sinks.Config, choices)
-    said = []
-    found = sweep("sinks", configs, tmp_path / "out", report=said.append)
-    assert [outcome.state for outcome in found.outcomes] == ["done"] * 6 + ["failed"] * 6
-    assert len(made) == 3  # epsilon shares them
-    assert found.failed[0].message.startswith(f"model {str(tmp_path / 'none')!r}: no such directory")
+    lines = []
+    swept = sweep("sinks", configs, tmp_path / "out", report=lines.append)
+    assert [outcome.state for outcome in swept.outcomes] == ["done"] * 6 + ["failed"] * 6
+    assert len(recordings_made) == 3  # epsilon shares them
+    assert swept.failed[0].message.startswith(f"model {str(tmp_path / 'none')!r}: no such directory")
     table = pd.read_parquet(tmp_path / "out" / "summary" / "table.parquet")
     assert table[["input", "epsilon"]].to_numpy().tolist() == [
         [kind, epsilon] for kind in ("natural", "random", "repeated") for epsilon in (0.2, 0.3)
     ]
     for _, pair in table.groupby("input"):
         assert pair["sink"].iloc[0] >= pair["sink"].iloc[1]
-    figure = found.result.figure("sinks")
+    figure = swept.result.figure("sinks")
     assert [trace.name for trace in figure.data] == ["natural", "random", "repeated"] * 2  # a panel for each epsilon
-    again = sweep("sinks", configs, tmp_path / "out", report=said.append)
+    again = sweep("sinks", configs, tmp_path / "out", report=lines.append)
     assert [outcome.state for outcome in again.outcomes] == ["skipped"] * 6 + ["failed"] * 6
-    assert len(made) == 3
+    assert len(recordings_made) == 3
 
 
 def test_figures_name_models_apart_and_average_seeds_alone():
@@ -338,7 +338,7 @@ def test_figures_name_models_apart_and_average_seeds_alone():
         for epsilon in (0.1, 0.2)
         for seed in (0, 1)
     ]
-    lines = [{**one, "layer": layer, "y": one["seed"] + 10 * layer} for one in settings for layer in (0, 1)]
+    lines = [{**setting, "layer": layer, "y": setting["seed"] + 10 * layer} for setting in settings for layer in (0, 1)]
     result = wb.Result("made-up", None, pd.DataFrame(lines), {"settings": {"runs": settings}})
     figure = panels.curves(result, x="layer", y="y", title="t", x_title="layer", unit="u")
     titles = [annotation.text for annotation in figure.layout.annotations]

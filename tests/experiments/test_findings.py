@@ -26,14 +26,14 @@ def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
     settings |= {"jacobian-lens": {"prompts": 1, "length": 20}}
     settings |= {"token-microscope": {"rows_per_dimension": 1, "epochs": 1, "dimension_rows": 100}}
     subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10], 1200, settings)
-    found = headlines(subject, tmp_path)
-    assert list(found) == [name for name in installed_probes() if name not in OTHER_INPUTS]
-    assert not [text for text in found.values() if text.startswith("not run") or not text]
+    lines = headlines(subject, tmp_path)
+    assert list(lines) == [name for name in installed_probes() if name not in OTHER_INPUTS]
+    assert not [text for text in lines.values() if text.startswith("not run") or not text]
     text = (tmp_path / KEPT).read_text()
-    (tmp_path / KEPT).write_text(text.replace(found["logit-lens"], "kept"))
+    (tmp_path / KEPT).write_text(text.replace(lines["logit-lens"], "kept"))
     assert headlines(subject, tmp_path, ["logit-lens"]) == {"logit-lens": "kept"}
-    other = replace(subject, settings={"logit-lens": {"layers": (0, 1)}})
-    assert headlines(other, tmp_path, ["logit-lens"])["logit-lens"] not in ("kept", found["logit-lens"])
+    two_layers = replace(subject, settings={"logit-lens": {"layers": (0, 1)}})
+    assert headlines(two_layers, tmp_path, ["logit-lens"])["logit-lens"] not in ("kept", lines["logit-lens"])
 
 
 def test_quoted_and_narrated_text_cover_a_story():

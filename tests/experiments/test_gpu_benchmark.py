@@ -38,7 +38,7 @@ def test_a_wrong_feature_and_a_low_bound_are_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Encoder, "__call__", shifted)
     monkeypatch.setattr(Screen, "bounds", lambda *arguments: bounds(*arguments) * 0.99)
-    assert [one.values for one in gpu_checks.exactness(tmp_path, CPU, 4, ["topk"])] == [(2.0,), (2.0,)]
+    assert [comparison.values for comparison in gpu_checks.exactness(tmp_path, CPU, 4, ["topk"])] == [(2.0,), (2.0,)]
     low, _ = gpu_checks.bounds(CPU, (64,), 8)
     assert low.values[0] > 0
     assert low.verdict == "missed"

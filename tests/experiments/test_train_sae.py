@@ -51,7 +51,7 @@ def test_every_row_is_given_once_an_epoch_and_nothing_else(store):
 )
 def test_what_is_trained_fits_better_than_at_first_and_loads(store, tmp_path, change, saved):
     settings = replace(SMALL, **change)
-    found = []
+    errors = []
     for steps in (1, 40):
         folder = tmp_path / str(steps)
         train_sae(replace(settings, steps=steps), store).save_inference_model(str(folder))
@@ -59,8 +59,8 @@ def test_what_is_trained_fits_better_than_at_first_and_loads(store, tmp_path, ch
         assert (sae.architecture, sae.d_sae, sae.d_in) == (saved, 16, 8)
         assert (sae.site, sae.model_name, sae.context_size) == (store[settings.site].name, MODEL.name, 8)
         x = store[settings.site][store.where("NOT is_special")].float().flatten(1)
-        found.append(float((x - sae.decode(sae.encode(x))).square().sum()))
-    assert found[1] < 0.9 * found[0]
+        errors.append(float((x - sae.decode(sae.encode(x))).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_the_seed_decides_the_weights_and_every_setting_matters(store):
@@ -71,7 +71,7 @@ def test_the_seed_decides_the_weights_and_every_setting_matters(store):
     assert torch.equal(first, weights())
     dead = {"dead_feature_window": 1, "d_sae": 64, "k": 1, "steps": 14}
     losses = [weights(**dead, aux_loss=name) for name in ("architecture", "zipf", "none")]
-    assert not any(torch.equal(losses[one], losses[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    assert not any(torch.equal(losses[a], losses[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
     assert torch.equal(losses[1], weights(**dead, aux_loss="zipf"))
     for change in ({"seed": 1}, {"k": 2}, {"learning_rate": 1e-3}, {"batch": 17}, {"where": "position > 5"}):
         assert not torch.equal(first, weights(**change)), change

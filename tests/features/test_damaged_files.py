@@ -58,8 +58,8 @@ def test_of_an_unfinished_extraction(store, sae, monkeypatch, tmp_path):
 
     def resume():
         damaged = record.read_bytes()
-        for made in (target, record.parent):
-            shutil.rmtree(made, ignore_errors=True)
+        for folder in (target, record.parent):
+            shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(before, record.parent)
         record.write_bytes(damaged)
         try:

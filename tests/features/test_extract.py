@@ -26,14 +26,14 @@ from workbench.store.reader import open_store
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_features_equal_saelens(architecture, example, tmp_path):
     sae = loaded(tmp_path / "sae", architecture)
-    found = extracted(example, sae, out=tmp_path / "f", batch_rows=4)[:].toarray()
+    encoded = extracted(example, sae, out=tmp_path / "f", batch_rows=4)[:].toarray()
     with torch.no_grad():
         dense = sae.module.encode(torch.from_numpy(values(SITE, 0, ROWS))).numpy()
     assert 0 < (dense != 0).sum() < dense.size
-    assert np.array_equal(found != 0, dense != 0)
-    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(encoded != 0, dense != 0)
+    np.testing.assert_allclose(encoded, dense, rtol=1e-5, atol=1e-5)
     if architecture != "matching_pursuit":
-        np.testing.assert_allclose(found, encode64(tmp_path / "sae", values(SITE, 0, ROWS)), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(encoded, encode64(tmp_path / "sae", values(SITE, 0, ROWS)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 13, None])
@@ -41,14 +41,14 @@ def test_a_temporal_autoencoder_reads_whole_sequences(batch_rows, example, tmp_p
     """Wherever blocks and segments would end by themselves, they end where a sequence does."""
     monkeypatch.setattr(encoding, "SEGMENT_ROWS", 20)
     sae = loaded(tmp_path / "sae", "temporal")
-    found = extracted(example, sae, out=tmp_path / "f", batch_rows=batch_rows)[:].toarray()
+    encoded = extracted(example, sae, out=tmp_path / "f", batch_rows=batch_rows)[:].toarray()
     x = torch.from_numpy(values(SITE, 0, ROWS))
     with torch.no_grad():
         dense = torch.cat(
             [sae.module.encode(part[None])[0] for part in x.split([n for part in SEGMENTS for n in part])]
         ).numpy()
-    assert np.array_equal(found != 0, dense != 0)
-    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(encoded != 0, dense != 0)
+    np.testing.assert_allclose(encoded, dense, rtol=1e-5, atol=1e-5)
     text = refused(RequestError, lambda: sae_metrics(example, sae))
     assert text == "SAE 'sae' is temporal: its features alone do not reconstruct a row"
 
@@ -63,15 +63,15 @@ def test_heads_are_flattened(example, tmp_path):
     sae = loaded(tmp_path / "sae", hook_name=HEADS.name, reshape_activations="hook_z")
     flat = load_sae(save_sae(tmp_path / "flat", hook_name=HEADS.name), device="cpu")
     expected = encode64(tmp_path / "sae", values(HEADS, 0, ROWS).reshape(ROWS, 8).astype(np.float32))
-    for one in (sae, flat):
-        found = extracted(example, one, ("z", 1), out=tmp_path / f"of-{one.name}")
-        np.testing.assert_allclose(found[:].toarray(), expected, rtol=1e-4, atol=1e-4)
+    for encoder_of in (sae, flat):
+        features = extracted(example, encoder_of, ("z", 1), out=tmp_path / f"of-{encoder_of.name}")
+        np.testing.assert_allclose(features[:].toarray(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_have_the_requested_number_of_rows(example, sae, tmp_path, monkeypatch):
     sizes = []
     plain = Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: sizes.append(len(given[0])) or plain(self, *given))
+    monkeypatch.setattr(Encoder, "__call__", lambda self, x, *rest: sizes.append(len(x)) or plain(self, x, *rest))
     extracted(example, sae, out=tmp_path / "one", batch_rows=20)
     assert sizes == [20, 20, 11]
     sizes.clear()
@@ -166,8 +166,8 @@ def test_a_mismatch_of_sae_and_site_is_refused(settings, site, message, example,
 
 
 def test_force_allows_another_site_and_model_but_no_other_width(example, tmp_path):
-    other = loaded(tmp_path / "sae", hook_name="blocks.0.hook_resid_post", model_name="gpt2-small")
-    assert extracted(example, other, "resid_post.1", force=True, out=tmp_path / "f").record.site == SITE.name
+    of_block_0 = loaded(tmp_path / "sae", hook_name="blocks.0.hook_resid_post", model_name="gpt2-small")
+    assert extracted(example, of_block_0, "resid_post.1", force=True, out=tmp_path / "f").record.site == SITE.name
     wide = loaded(tmp_path / "wide", d_in=9)
     assert "reads rows of width 9" in refused(RequestError, lambda: extracted(example, wide, force=True))
     unsaid = loaded(tmp_path / "unsaid", hook_name=None, model_name=None)
@@ -176,10 +176,10 @@ def test_force_allows_another_site_and_model_but_no_other_width(example, tmp_pat
 
 def test_features_are_written_into_the_store_by_default(store, sae):
     before = store.verify()
-    found = extracted(store, sae)
-    assert found.path == store.path / "features" / "resid_post.1-topk"
+    features = extracted(store, sae)
+    assert features.path == store.path / "features" / "resid_post.1-topk"
     assert extracted(store, sae, name="mine").path == store.path / "features" / "mine"
-    assert sorted(path.name for path in found.path.iterdir()) == [
+    assert sorted(path.name for path in features.path.iterdir()) == [
         "by_feature.safetensors",
         "by_row.safetensors",
         "features.json",
@@ -197,9 +197,9 @@ def test_the_same_features_are_opened_and_not_made_again(store, sae, tmp_path, m
 
 def test_other_features_of_that_name_are_refused(store, sae, tmp_path):
     first = extracted(store, sae, name="mine")
-    other = loaded(tmp_path / "other", seed=1)
-    sums = first.record.sae.fingerprint[:12], other.fingerprint()[:12]
-    assert refused(RequestError, lambda: extracted(store, other, name="mine")) == (
+    second = loaded(tmp_path / "other", seed=1)
+    sums = first.record.sae.fingerprint[:12], second.fingerprint()[:12]
+    assert refused(RequestError, lambda: extracted(store, second, name="mine")) == (
         f"features mine exist and differ: SAE is topk ({sums[0]}), requested is other ({sums[1]}); choose another name"
     )
     text = refused(RequestError, lambda: extracted(store, sae, "z.1", force=True, name="mine", dtype="float16"))

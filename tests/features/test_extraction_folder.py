@@ -60,13 +60,13 @@ def contents(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("segment_rows", [7, 51, 100])
 def test_the_size_of_segments_does_not_change_the_features(segment_rows, store, features, sae, monkeypatch):
     monkeypatch.setattr(encoding, "SEGMENT_ROWS", segment_rows)
-    found = extracted(store, sae, name="mine")[:]
+    small_segments = extracted(store, sae, name="mine")[:]
     monkeypatch.setattr(encoding, "ENTRIES", 10)
     monkeypatch.setattr(merging, "entries_in_memory", lambda _megabytes: 10)
-    other = extracted(store, sae, name="other", batch_rows=3)[:]
-    for one in (found, other):  # a product of other blocks may round otherwise
-        assert np.array_equal(one.indices, features[:].indices)
-        np.testing.assert_allclose(one.data, features[:].data, rtol=1e-5)
+    small_blocks = extracted(store, sae, name="other", batch_rows=3)[:]
+    for matrix in (small_segments, small_blocks):  # a product of other blocks may round otherwise
+        assert np.array_equal(matrix.indices, features[:].indices)
+        np.testing.assert_allclose(matrix.data, features[:].data, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(place, after, sparsity, s
     assert not (store.path / "features" / "mine").exists()
     encoded = []
     again = Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda self, *given: encoded.append(len(given[0])) or again(self, *given))
-    found = extracted(store, sae, name="mine", batch_rows=4, sparsity=sparsity)
-    assert contents(found.path) == {**expected, "features.json": (found.path / "features.json").read_bytes()}
-    assert found.record == open_features(store.path / "features" / "whole").record
+    monkeypatch.setattr(Encoder, "__call__", lambda self, x, *rest: encoded.append(len(x)) or again(self, x, *rest))
+    resumed = extracted(store, sae, name="mine", batch_rows=4, sparsity=sparsity)
+    assert contents(resumed.path) == {**expected, "features.json": (resumed.path / "features.json").read_bytes()}
+    assert resumed.record == open_features(store.path / "features" / "whole").record
     assert sorted(path.name for path in (store.path / "features").iterdir()) == ["mine", "whole"]
     if name in ("entry_rows", "invert"):
         assert encoded == []
@@ -141,13 +141,13 @@ def test_unfinished_features_of_other_settings_are_kept(store, sae, tmp_path, mo
 
 
 def test_leftovers_of_a_crash_are_removed(store, sae, features):
-    left = store.path / "features" / ".mine.partial"
-    (left / "deeper").mkdir(parents=True)
-    (left / "by_row.safetensors").write_bytes(b"half")
-    refused(RequestError, lambda: open_features(left))
-    found = extracted(store, sae, name="mine")
-    assert not left.exists()
-    assert found.record.files == features.record.files  # deterministic, to the byte
+    leftovers = store.path / "features" / ".mine.partial"
+    (leftovers / "deeper").mkdir(parents=True)
+    (leftovers / "by_row.safetensors").write_bytes(b"half")
+    refused(RequestError, lambda: open_features(leftovers))
+    repeated = extracted(store, sae, name="mine")
+    assert not leftovers.exists()
+    assert repeated.record.files == features.record.files  # deterministic, to the byte
 
 
 @pytest.mark.parametrize("architecture", ["topk", "temporal"])
@@ -163,12 +163,12 @@ def test_each_share_encodes_its_rows_and_the_last_finishes(architecture, example
     for rank in (2, 0):
         assert extracted(example, sae, out=tmp_path / "f", batch_rows=4, workers=wb.Share(rank, 3)) is None
         sizes.append(sum(encoded))
-    found = extracted(example, sae, out=tmp_path / "f", batch_rows=4, workers=wb.Share(1, 3))
+    features = extracted(example, sae, out=tmp_path / "f", batch_rows=4, workers=wb.Share(1, 3))
     assert 0 < sizes[0] < sizes[1] < sum(encoded) == ROWS
-    assert found.record == replace(whole.record, store=found.record.store)
-    assert found.path == tmp_path / "f"
+    assert features.record == replace(whole.record, store=features.record.store)
+    assert features.path == tmp_path / "f"
     assert not (tmp_path / ".f.partial").exists()
-    assert extracted(example, sae, out=tmp_path / "f", workers=wb.Share(0, 3)).record == found.record
+    assert extracted(example, sae, out=tmp_path / "f", workers=wb.Share(0, 3)).record == features.record
     assert sum(encoded) == ROWS
 
 
@@ -177,8 +177,8 @@ def test_a_sparsity_rule_over_all_rows_holds_across_shares(sparsity, example, sa
     monkeypatch.setattr(encoding, "SEGMENT_ROWS", 8)
     whole = extracted(example, sae, out=tmp_path / "one", sparsity=sparsity)
     for rank in (1, 0):
-        found = extracted(example, sae, out=tmp_path / "f", sparsity=sparsity, workers=wb.Share(rank, 2))
-    assert found.record.files == whole.record.files
+        features = extracted(example, sae, out=tmp_path / "f", sparsity=sparsity, workers=wb.Share(rank, 2))
+    assert features.record.files == whole.record.files
 
 
 def test_committed_segments_of_a_killed_share_are_kept(example, sae, tmp_path, monkeypatch):
@@ -224,9 +224,9 @@ def test_missing_rows_and_committed_ones_are_all_rows(tmp_path):
             (tmp_path / f"{first:012d}-{first + length + 1:012d}.safetensors").touch()
         cuts = [0, *sorted({int(cut) for cut in random.integers(1, 60, 3)}), 60]
         spans = list(itertools.pairwise(cuts))
-        there, left = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing_spans(spans)
-        assert sorted(row for some in (there, left) for span in some for row in range(*span)) == list(range(60))
-        assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in left)
+        there, missing = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing_spans(spans)
+        assert sorted(row for some in (there, missing) for span in some for row in range(*span)) == list(range(60))
+        assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in missing)
 
 
 def test_features_finished_while_waiting_for_the_lock_are_opened(store, sae, monkeypatch):

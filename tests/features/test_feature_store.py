@@ -43,10 +43,10 @@ from workbench.store.reader import open_store
 def test_indexing_equals_numpy(features, index):
     dense = features[:].toarray()
     expected = dense[np.array(index, int) if isinstance(index, list) else index]
-    found = features[index]
-    assert isinstance(found, csr_array)
-    assert (found.dtype, found.shape) == (np.float32, expected.shape)
-    assert np.array_equal(found.toarray(), expected)
+    selected = features[index]
+    assert isinstance(selected, csr_array)
+    assert (selected.dtype, selected.shape) == (np.float32, expected.shape)
+    assert np.array_equal(selected.toarray(), expected)
 
 
 def test_one_row_is_a_matrix_of_one(features):
@@ -195,9 +195,9 @@ def test_features_of_a_store_that_grew_are_refused(store, sae):
 
 
 def test_features_of_another_store_are_refused(features, tmp_path):
-    other = write_store(tmp_path / "y.acts", SEGMENTS, sites=(SITE,))
-    assert refused(RequestError, lambda: open_features(features.path, other)) == (
-        f"features topk: the store {other} is not the one they were made from; extract again under another name"
+    other_store = write_store(tmp_path / "y.acts", SEGMENTS, sites=(SITE,))
+    assert refused(RequestError, lambda: open_features(features.path, other_store)) == (
+        f"features topk: the store {other_store} is not the one they were made from; extract again under another name"
     )
 
 

@@ -26,12 +26,12 @@ def test_the_index_equals_scipy_sorted_by_activation(entries, kind, row_type, tm
         indptr, feature = matrix.indptr.astype(np.int64), matrix.indices.astype(kind)
         invert(indptr, feature, matrix.data, counts, file, tmp_path / "spill", row_type, entries)
     assert not (tmp_path / "spill").exists()
-    found, columns = load_file(tmp_path / "f"), matrix.tocsc()
-    assert np.array_equal(found["indptr"], columns.indptr)
-    assert (found["row"].dtype, found["value"].dtype) == (np.dtype(row_type), np.float32)
+    index, columns = load_file(tmp_path / "f"), matrix.tocsc()
+    assert np.array_equal(index["indptr"], columns.indptr)
+    assert (index["row"].dtype, index["value"].dtype) == (np.dtype(row_type), np.float32)
     for first, last in zip(columns.indptr[:-1], columns.indptr[1:], strict=True):
         expected = sorted(zip(-columns.data[first:last], columns.indices[first:last], strict=True))
-        assert list(zip(-found["value"][first:last], found["row"][first:last], strict=True)) == expected
+        assert list(zip(-index["value"][first:last], index["row"][first:last], strict=True)) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -54,11 +54,11 @@ def test_the_index_orders_every_kind_of_value(dtype, tmp_path):
     layout = {"indptr": ("int64", features + 1), "row": ("int32", len(feature)), "value": (dtype, len(feature))}
     with new_arrays(tmp_path / "f", layout) as file:
         invert(indptr, feature, value, counts, file, tmp_path / "spill", "int32", 500)
-    found, row = load_file(tmp_path / "f"), rows - last + np.repeat(np.arange(last), lengths)
+    index, row = load_file(tmp_path / "f"), rows - last + np.repeat(np.arange(last), lengths)
     expected = sorted(range(len(feature)), key=lambda n: (feature[n], -float(value[n]), row[n]))
-    assert np.array_equal(found["row"], row[expected])
-    assert np.array_equal(found["value"], value[expected])
-    assert np.array_equal(found["indptr"], np.concatenate([[0], np.cumsum(counts)]))
+    assert np.array_equal(index["row"], row[expected])
+    assert np.array_equal(index["value"], value[expected])
+    assert np.array_equal(index["indptr"], np.concatenate([[0], np.cumsum(counts)]))
 
 
 def test_an_index_of_too_many_rows_is_refused(tmp_path):
@@ -91,9 +91,9 @@ def test_the_files_are_safetensors_and_the_orders_agree(features):
     assert (rows["feature"].dtype, columns["row"].dtype) == (np.uint16, np.int32)
     dense = np.zeros(features.shape, np.float32)
     for feature in range(features.shape[1]):
-        own = slice(*columns["indptr"][feature : feature + 2])
-        assert np.array_equal(features.rows_of(feature)[0], columns["row"][own])
-        dense[columns["row"][own], feature] = columns["value"][own]
+        span = slice(*columns["indptr"][feature : feature + 2])
+        assert np.array_equal(features.rows_of(feature)[0], columns["row"][span])
+        dense[columns["row"][span], feature] = columns["value"][span]
     assert np.array_equal(by_row.toarray(), dense)
     assert np.array_equal(features[:].toarray(), dense)
     assert by_row.has_sorted_indices
@@ -158,9 +158,9 @@ def test_a_feature_that_does_not_fit_in_memory_is_merged_from_runs(entries, tmp_
             "int32",
             entries,
         )
-    found = load_file(tmp_path / "f")
+    index = load_file(tmp_path / "f")
     expected = np.lexsort((matrix.tocoo().row, -matrix.data, matrix.indices))
-    assert np.array_equal(found["row"], matrix.tocoo().row[expected])
-    assert np.array_equal(found["value"], matrix.data[expected])
+    assert np.array_equal(index["row"], matrix.tocoo().row[expected])
+    assert np.array_equal(index["value"], matrix.data[expected])
     if entries**2 > 2 * rows:  # as many runs as fit in memory with a few keys each
         assert max(sorted_pieces) <= entries

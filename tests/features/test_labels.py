@@ -63,8 +63,8 @@ def test_delphi_folders_give_descriptions_and_scores(copied, tmp_path):
 
 
 def neuronpedia(index, text, layer="0-res", scores=(), **more):
-    found = [{"value": value, "explanationScoreTypeName": name} for name, value in scores]
-    return {"modelId": "demo", "layer": layer, "index": str(index), "description": text, "scores": found} | more
+    entries = [{"value": value, "explanationScoreTypeName": name} for name, value in scores]
+    return {"modelId": "demo", "layer": layer, "index": str(index), "description": text, "scores": entries} | more
 
 
 def test_exports_of_neuronpedia_are_read_in_the_order_of_their_batches(copied, tmp_path):
@@ -91,9 +91,9 @@ def test_tables_of_any_form_give_their_columns(copied, tmp_path):
     table.to_csv(tmp_path / "x.csv", index=False)
     table.to_parquet(tmp_path / "x.parquet")
     write(tmp_path / "x.json", json.loads(table.to_json(orient="records")))
-    found = [read_labels(tmp_path / name, 20) for name in ("x.csv", "x.parquet", "x.json")]
-    assert found[0] == found[1] == found[2]
-    assert found[0] == {"topic": {2: "a,b", 0: HOSTILE}, "score": {2: 0.5}, "n": {2: 3, 0: 4}}
+    tables = [read_labels(tmp_path / name, 20) for name in ("x.csv", "x.parquet", "x.json")]
+    assert tables[0] == tables[1] == tables[2]
+    assert tables[0] == {"topic": {2: "a,b", 0: HOSTILE}, "score": {2: 0.5}, "n": {2: 3, 0: 4}}
     labels = import_labels(copied, tmp_path / "x.csv").labels
     assert names_of(labels) == {0: HOSTILE, 2: "a,b"}
     assert title_of(2, labels) == "feature 2: a,b (score 0.5, n 3)"
@@ -103,12 +103,12 @@ def test_tables_of_any_form_give_their_columns(copied, tmp_path):
 
 def test_columns_are_added_and_replaced_only_on_request(copied, tmp_path):
     first = write(tmp_path / "a.csv", "feature,description,f1\n1,one,0.5\n2,two,0.25\n")
-    other = write(tmp_path / "b.csv", "feature,description,note\n2,zwei,n\n3,drei,m\n")
+    second = write(tmp_path / "b.csv", "feature,description,note\n2,zwei,n\n3,drei,m\n")
     labelled = import_labels(copied, first)
     assert len(copied.labels.columns) == 0  # the object that was there stays as it was
-    text = refused(RequestError, lambda: import_labels(labelled, other))
+    text = refused(RequestError, lambda: import_labels(labelled, second))
     assert text == "labels: description of these features is there already; give replace=True"
-    both = import_labels(labelled, other, replace=True).labels
+    both = import_labels(labelled, second, replace=True).labels
     assert both["description"].dropna().to_dict() == {2: "zwei", 3: "drei"}
     assert both["f1"].dropna().to_dict() == {1: 0.5, 2: 0.25}
     assert both.attrs["sources"] == {"f1": "a.csv", "description": "b.csv", "note": "b.csv"}
@@ -172,8 +172,8 @@ def test_damaged_and_foreign_labels_are_refused_and_verified(copied, tmp_path):
     assert problem(sound.replace("one", "two")).startswith(f"{path} is damaged or was edited: its checksum differs; ")
     assert problem("{").startswith(f"{path} is not JSON")
     assert "format version 2; upgrade" in problem(json.dumps(record | {"version": 2}))
-    other = to_checked_json({key: value for key, value in record.items() if key != "checksum"} | {"sae": "other"})
-    assert problem(other) == f"{path}: these labels are of another SAE; remove it and import the labels again"
+    foreign = to_checked_json({key: value for key, value in record.items() if key != "checksum"} | {"sae": "other"})
+    assert problem(foreign) == f"{path}: these labels are of another SAE; remove it and import the labels again"
     path.write_text(sound)
     assert findings(copied.path) == []
 
@@ -183,10 +183,10 @@ def test_tables_name_features_by_their_description(copied, tmp_path):
     assert "description" not in plain
     feature = int(copied.counts.argmax())
     labelled = import_labels(copied, write(tmp_path / "a.csv", f"feature,description\n{feature},one\n"))
-    other = next(f for f in range(20) if f != feature and feature in wb.coactivation(copied, f)["feature"].tolist())
+    neighbour = next(f for f in range(20) if f != feature and feature in wb.coactivation(copied, f)["feature"].tolist())
     tables = (
         wb.feature_statistics(labelled),
-        wb.coactivation(labelled, other),
+        wb.coactivation(labelled, neighbour),
         labelled.enrichment("position > 3"),
         wb.best_features(labelled, "position", least=2),
     )
@@ -219,8 +219,8 @@ def test_pages_views_and_commands_show_labels_as_text(copied, example, tmp_path)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &#34;x&#34; &amp; &#36;a&#36; \\u202e\\x1b[31m</p>" in page
     assert "<script" not in page
     assert "f1 0.75" in page
-    other = next(f for f in range(20) if f != feature and feature in wb.coactivation(copied, f)["feature"].tolist())
-    assert "&lt;script&gt;" in wb.feature_page(labelled, other, tmp_path / "other.html").read_text()
+    neighbour = next(f for f in range(20) if f != feature and feature in wb.coactivation(copied, f)["feature"].tolist())
+    assert "&lt;script&gt;" in wb.feature_page(labelled, neighbour, tmp_path / "other.html").read_text()
     view = wb.TokenView(example, features=labelled)
     view.colour, view.feature = "feature", feature
     picture = view._repr_mimebundle_()[0]["text/html"]

@@ -52,7 +52,10 @@ def test_matches_equal_dense_numpy(small, features, sae, other, monkeypatch):
     shifted = np.roll(y, -(len(y) // 2), axis=0)
     chance = np.corrcoef(x[:, left].T, shifted[:, right].T)[: len(left), len(left) :]
     np.testing.assert_allclose(table["chance"], chance.max(1), atol=1e-9)
-    units = [one.W_dec.numpy() / np.linalg.norm(one.W_dec.numpy(), axis=1, keepdims=True) for one in (sae, other[1])]
+    units = [
+        encoder.W_dec.numpy() / np.linalg.norm(encoder.W_dec.numpy(), axis=1, keepdims=True)
+        for encoder in (sae, other[1])
+    ]
     cosine = units[0][left] @ units[1].T
     np.testing.assert_allclose(table["nearest_cosine"], cosine.max(1), atol=1e-5)
     np.testing.assert_allclose(table["cosine"], cosine[np.arange(len(left)), table["match"]], atol=1e-5)
@@ -66,8 +69,8 @@ def test_a_permuted_sae_is_found_again(example, tmp_path):
     set_weights(copy, W_enc=weights["W_enc"][:, order], b_enc=weights["b_enc"][order], W_dec=weights["W_dec"][order])
     set_weights(copy, b_dec=weights["b_dec"])
     saes = [wb.load_sae(path, device="cpu") for path in (folder, copy)]
-    one, two = (extracted(example, sae, out=tmp_path / sae.name / "f") for sae in saes)
-    table = wb.match_features(one, two, *saes)
+    first, two = (extracted(example, sae, out=tmp_path / sae.name / "f") for sae in saes)
+    table = wb.match_features(first, two, *saes)
     np.testing.assert_allclose(table["assigned_correlation"], 1, atol=1e-6)
     alone = table[table["correlation"] > table["correlation"].max() - 1e-9]
     assert (order[alone["assigned"].to_numpy(int)] == alone["feature"]).mean() > 0.8

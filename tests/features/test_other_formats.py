@@ -77,8 +77,8 @@ def delphi_reads(folder: Path) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]]
         assert locations[:, 2].min(initial=first) >= first
         assert locations[:, 2].max(initial=last) <= last
         for latent in np.unique(locations[:, 2]):
-            own = locations[:, 2] == latent
-            latents[int(latent)] = locations[own], split["activations"][own]
+            of_latent = locations[:, 2] == latent
+            latents[int(latent)] = locations[of_latent], split["activations"][of_latent]
         assert tokens is None or np.array_equal(tokens, split["tokens"])
         tokens = split["tokens"]
     return latents, tokens, json.loads((folder / "config.json").read_text())
@@ -93,18 +93,18 @@ def test_delphi_reads_the_same_latents(made, tmp_path, splits):
     assert len(list(folder.glob("*.safetensors"))) == splits
     assert tokens.shape == (len(LENGTHS), max(LENGTHS))
     table = features.store.tokens.to_pandas()
-    found = np.zeros((*tokens.shape, 20), np.float32)
+    activation_of = np.zeros((*tokens.shape, 20), np.float32)
     for latent, (locations, activations) in latents.items():
         assert activations.dtype == np.float16
         assert (np.diff(locations[:, 0] * 100 + locations[:, 1]) > 0).all()
-        found[locations[:, 0], locations[:, 1], latent] = activations
-    expected = np.zeros_like(found)
+        activation_of[locations[:, 0], locations[:, 1], latent] = activations
+    expected = np.zeros_like(activation_of)
     dense = features[:].toarray()
     for line in table.itertuples():
         assert tokens[line.sequence, line.position] == line.token_id
         expected[line.sequence, line.position] = np.minimum(dense[line.row], 65504).astype(np.float16)
-    assert np.array_equal(found, expected)
-    assert (found[..., 0] == 65504).any()
+    assert np.array_equal(activation_of, expected)
+    assert (activation_of[..., 0] == 65504).any()
     assert 1 not in latents
     padding = np.arange(max(LENGTHS)) >= np.array(LENGTHS)[:, None]
     assert (tokens[padding] == 1).all()  # what a sequence begins with in the example
@@ -168,20 +168,20 @@ def test_neuronpedia_reads_the_same_features(made, tmp_path):
         assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("demo", 1, "sae")
     dense, store = features[:].toarray(), features.store
     words, sequence = store.tokens["token"].to_pylist(), store.tokens["sequence"].to_numpy()
-    for found in (f for batch in batches for f in batch["features"]):
-        feature = found["feature_index"]
-        assert found["frac_nonzero"] == (dense[:, feature] != 0).mean()
-        assert sum(found["freq_hist_data_bar_heights"]) == features.counts[feature]
-        assert len(found["freq_hist_data_bar_values"]) == len(found["freq_hist_data_bar_heights"])
-        assert sum(found["logits_hist_data_bar_heights"]) == 320
+    for entry in (f for batch in batches for f in batch["features"]):
+        feature = entry["feature_index"]
+        assert entry["frac_nonzero"] == (dense[:, feature] != 0).mean()
+        assert sum(entry["freq_hist_data_bar_heights"]) == features.counts[feature]
+        assert len(entry["freq_hist_data_bar_values"]) == len(entry["freq_hist_data_bar_heights"])
+        assert sum(entry["logits_hist_data_bar_heights"]) == 320
         effects = decoder_logits(sae, unembed, [feature])[0].numpy()
         order = np.argsort(-effects)
-        assert found["pos_str"] == [f"t{i}" for i in order[:10]]
-        assert found["neg_str"] == [f"t{i}" for i in order[::-1][:10]]
-        np.testing.assert_allclose(found["pos_values"], effects[order[:10]], atol=6e-4)
-        np.testing.assert_allclose(found["neg_values"], effects[order[::-1][:10]], atol=6e-4)
-        assert 1 <= len(found["activations"]) <= 3
-        for activation in found["activations"]:
+        assert entry["pos_str"] == [f"t{i}" for i in order[:10]]
+        assert entry["neg_str"] == [f"t{i}" for i in order[::-1][:10]]
+        np.testing.assert_allclose(entry["pos_values"], effects[order[:10]], atol=6e-4)
+        np.testing.assert_allclose(entry["neg_values"], effects[order[::-1][:10]], atol=6e-4)
+        assert 1 <= len(entry["activations"]) <= 3
+        for activation in entry["activations"]:
             at = activation["qualifying_token_index"]
             assert len(activation["tokens"]) == len(activation["values"]) <= 5
             rows = [
@@ -192,15 +192,15 @@ def test_neuronpedia_reads_the_same_features(made, tmp_path):
             near = [
                 [r for r in range(row - 2, row + 3) if 0 <= r < 51 and sequence[r] == sequence[row]] for row in rows
             ]
-            assert activation["tokens"] in [[words[r] for r in own] for own in near]
-        strongest = found["activations"][0]
+            assert activation["tokens"] in [[words[r] for r in context] for context in near]
+        strongest = entry["activations"][0]
         assert max(strongest["values"]) == strongest["values"][strongest["qualifying_token_index"]]
         assert strongest["bin_max"] == pytest.approx(dense[:, feature].max(), abs=0.001)
     read = {"neuron_alignment", "correlated_neurons", "correlated_features"}
     for name in read:  # what SAEDashboard's converter asks of every feature
-        assert found[f"{name}_indices"] == found[f"{name}_l1"] == []
-    assert (found["n_prompts_total"], found["n_tokens_in_prompt"], found["dataset"]) == (7, 14, "x.acts")
-    assert found["decoder_weights_dist"] == []
+        assert entry[f"{name}_indices"] == entry[f"{name}_l1"] == []
+    assert (entry["n_prompts_total"], entry["n_tokens_in_prompt"], entry["dataset"]) == (7, 14, "x.acts")
+    assert entry["decoder_weights_dist"] == []
 
 
 def test_chosen_features_and_a_name_for_neuronpedia(made, tmp_path):
@@ -213,8 +213,10 @@ def test_chosen_features_and_a_name_for_neuronpedia(made, tmp_path):
     assert again == f"{tmp_path} already has batches; choose another out"
     text = refused(RequestError, lambda: wb.export_neuronpedia(features, sae, tmp_path / "b", ids=[20]))
     assert text == "ids: the SAE has features 0 to 19, not 20"
-    other = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")
-    assert "not with other" in refused(RequestError, lambda: wb.export_neuronpedia(features, other, tmp_path / "b"))
+    second_sae = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")
+    assert "not with other" in refused(
+        RequestError, lambda: wb.export_neuronpedia(features, second_sae, tmp_path / "b")
+    )
     for name in ("k", "context", "batch"):
         text = refused(RequestError, lambda n=name: wb.export_neuronpedia(features, sae, tmp_path / "b", **{n: 0}))
         assert text == f"{name} must be at least 1, not 0"

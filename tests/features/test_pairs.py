@@ -21,28 +21,28 @@ def test_pairs_equal_dense_numpy(by, small, features, monkeypatch):
     active = (features[:].toarray() != 0)[text].astype(int)
     both, counts, rows = active.T @ active, active.sum(0), len(active)
     table = wb.coactive_pairs(features, least=2, k=30, by=by, show_progress=False)
-    one, other = np.nonzero(np.triu(both, 1) >= 2)
-    assert table.attrs["pairs"] == len(one)
-    expected = counts[one] * counts[other] / rows
+    first, second = np.nonzero(np.triu(both, 1) >= 2)
+    assert table.attrs["pairs"] == len(first)
+    expected = counts[first] * counts[second] / rows
     order = {
-        "jaccard": both[one, other] / (counts[one] + counts[other] - both[one, other]),
-        "pmi": np.log(both[one, other] / expected),
-        "both": both[one, other],
+        "jaccard": both[first, second] / (counts[first] + counts[second] - both[first, second]),
+        "pmi": np.log(both[first, second] / expected),
+        "both": both[first, second],
     }
-    best = np.lexsort((other, one, -order[by]))[:30]
-    assert table[["feature", "other"]].to_numpy().tolist() == np.stack([one, other], axis=1)[best].tolist()
-    for name, values in (order | {"expected": expected, "lift": both[one, other] / expected}).items():
+    best = np.lexsort((second, first, -order[by]))[:30]
+    assert table[["feature", "other"]].to_numpy().tolist() == np.stack([first, second], axis=1)[best].tolist()
+    for name, values in (order | {"expected": expected, "lift": both[first, second] / expected}).items():
         np.testing.assert_allclose(table[name], values[best], rtol=1e-12)
-    chance = expected[best] / (counts[one] + counts[other] - expected)[best]
+    chance = expected[best] / (counts[first] + counts[second] - expected)[best]
     np.testing.assert_allclose(table["jaccard_expected"], chance, rtol=1e-12)
 
 
 def test_a_pair_is_that_of_coactivation(features):
     table = wb.coactive_pairs(features, least=1, k=10_000, show_progress=False)
-    one = int(table["feature"].mode()[0])
-    single = wb.coactivation(features, one).set_index("feature")
-    lines = table[(table["feature"] == one) | (table["other"] == one)]
-    partner = np.where(lines["feature"] == one, lines["other"], lines["feature"])
+    number = int(table["feature"].mode()[0])
+    single = wb.coactivation(features, number).set_index("feature")
+    lines = table[(table["feature"] == number) | (table["other"] == number)]
+    partner = np.where(lines["feature"] == number, lines["other"], lines["feature"])
     np.testing.assert_allclose(lines["jaccard"], single.loc[partner, "jaccard"])
     assert len(lines) == len(single)
 

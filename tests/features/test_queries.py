@@ -70,13 +70,13 @@ def text(store):
 
 
 def test_quantiles_equal_numpy_over_active_rows(features, dense):
-    asked = (0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1)
-    found = feature_quantiles(features, asked)
+    levels = (0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1)
+    quantiles = feature_quantiles(features, levels)
     for feature in range(20):
         active = dense[:, feature][dense[:, feature] != 0].astype(np.float64)
-        expected = np.quantile(active, asked) if len(active) else np.full(len(asked), np.nan)
-        np.testing.assert_allclose(found[feature], expected, rtol=1e-12)
-    assert (found < 0).any()
+        expected = np.quantile(active, levels) if len(active) else np.full(len(levels), np.nan)
+        np.testing.assert_allclose(quantiles[feature], expected, rtol=1e-12)
+    assert (quantiles < 0).any()
 
 
 def test_statistics_have_a_line_per_feature(features, dense):
@@ -108,13 +108,13 @@ def test_a_histogram_equals_numpy(features, dense, bins):
 
 def test_rows_above_a_threshold_combine_with_sql(features, dense, store):
     feature = int(np.argmax((dense > 0).sum(0)))
-    own = dense[:, feature]
-    for above in (None, 0, float(np.median(own[own > 0])), float(own.max()), -1e9):
-        expected = np.flatnonzero((own != 0) & ((own > above) if above is not None else True))
+    activations = dense[:, feature]
+    for above in (None, 0, float(np.median(activations[activations > 0])), float(activations.max()), -1e9):
+        expected = np.flatnonzero((activations != 0) & ((activations > above) if above is not None else True))
         assert wb.active_rows(features, feature, above).ids.tolist() == expected.tolist()
     both = wb.active_rows(features, feature, 0) & store.where("position > 3")
     position = store.tokens["position"].to_numpy()
-    assert both.ids.tolist() == np.flatnonzero((own > 0) & (position > 3)).tolist()
+    assert both.ids.tolist() == np.flatnonzero((activations > 0) & (position > 3)).tolist()
     assert len(wb.active_rows(features, 3)) == 0
 
 
@@ -135,16 +135,16 @@ def expected_best(dense, text, columns, k, least):
     lines = []
     for label, column in columns.items():
         for value in dict.fromkeys(v for v in column if v is not None):
-            own = np.array([v == value for v in column]) & text
-            if not least <= own.sum() < text.sum():
+            labelled = np.array([v == value for v in column]) & text
+            if not least <= labelled.sum() < text.sum():
                 continue
             scored = []
             for feature in range(dense.shape[1]):
                 on = (dense[:, feature] != 0) & text
-                hits = int((on & own).sum())
+                hits = int((on & labelled).sum())
                 if hits:
-                    scored.append((-2 * hits / int(on.sum() + own.sum()), feature, hits, int(on.sum())))
-            lines += [(label, value, int(own.sum()), f, n, h, -s) for s, f, h, n in sorted(scored)[:k]]
+                    scored.append((-2 * hits / int(on.sum() + labelled.sum()), feature, hits, int(on.sum())))
+            lines += [(label, value, int(labelled.sum()), f, n, h, -s) for s, f, h, n in sorted(scored)[:k]]
     return sorted(lines, key=lambda line: -line[-1])
 
 
@@ -154,13 +154,13 @@ def test_best_features_equal_a_count_by_hand(features, dense, text, store, k, le
     columns = {name: tokens[name].to_pylist() for name in ("token", "source", "sequence")}
     table = wb.best_features(features, ["token", "source", "sequence"], k=k, least=least)
     assert list(table)[:6] == ["label", "value", "tokens", "feature", "active", "hits"]
-    found = [
+    best = [
         (line.label, line.value, line.tokens, line.feature, line.active, line.hits, line.f1)
         for line in table.itertuples()
     ]
     expected = expected_best(dense, text, columns, k, least)
-    assert sorted(map(repr, found)) == sorted(map(repr, expected))
-    assert [line[-1] for line in found] == [line[-1] for line in expected]
+    assert sorted(map(repr, best)) == sorted(map(repr, expected))
+    assert [line[-1] for line in best] == [line[-1] for line in expected]
     np.testing.assert_allclose(table["precision"], table["hits"] / table["active"])
     np.testing.assert_allclose(table["recall"], table["hits"] / table["tokens"])
 
@@ -233,11 +233,11 @@ def test_coactivation_by_hand(features, dense, text, pieces):
 )
 def test_a_direction_is_the_effect_of_a_unit_on_the_reconstruction(architecture, settings, tmp_path):
     sae = load_sae(save_sae(tmp_path / "sae", architecture, **settings), device="cpu")
-    nothing = sae.decode(torch.zeros(1, 20))
+    zero = sae.decode(torch.zeros(1, 20))
     for feature in (0, 13):
         unit = torch.zeros(1, 20)
         unit[0, feature] = 1
-        torch.testing.assert_close(decoder_directions(sae, [feature]), sae.decode(unit) - nothing, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoder_directions(sae, [feature]), sae.decode(unit) - zero, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(decoder_directions(sae)[[13]], decoder_directions(sae, [13]))
 
 
@@ -263,11 +263,11 @@ def test_effects_on_logits_equal_the_models_head(family, tiny_models, tmp_path):
     model = tiny_models[family]
     sae = load_sae(save_sae(tmp_path / "sae", d_in=32), device="cpu")
     unembed = measure_unembed(model, Model(model, None, "tiny").site_map.last_block)
-    found = decoder_logits(sae, unembed, [4, 11]).double()
+    effects = decoder_logits(sae, unembed, [4, 11]).double()
     body = model.transformer.ln_f if family == "gpt2" else model.model.norm
     norm, head = copy.deepcopy(body).double(), copy.deepcopy(model.lm_head).double()
     x = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for direction, effect in zip(sae.W_dec[[4, 11]].double(), found, strict=True):
+    for direction, effect in zip(sae.W_dec[[4, 11]].double(), effects, strict=True):
         d = direction - direction.mean() if family == "gpt2" else direction
         across = x - (x @ d) / (d @ d) * d
         across = across - across.mean() if family == "gpt2" else across
@@ -304,9 +304,9 @@ def test_promoted_tokens_are_the_extremes(tiny_models, tmp_path):
     assert table["token"].tolist() == [f"<{i}>" for i in table["token_id"]]
     assert np.array_equal(table["logit"], effects[table["token_id"]])
     assert wb.promoted_tokens(features, sae, 6, k=999)["token_id"].tolist() == order.tolist()
-    other = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1, **about), device="cpu")
-    sums = sae.fingerprint()[:12], other.fingerprint()[:12]
-    assert refused(RequestError, lambda: wb.promoted_tokens(features, other, 6)) == (
+    second = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1, **about), device="cpu")
+    sums = sae.fingerprint()[:12], second.fingerprint()[:12]
+    assert refused(RequestError, lambda: wb.promoted_tokens(features, second, 6)) == (
         f"features resid_post.1-sae were made with SAE sae ({sums[0]}), not with other ({sums[1]}); give that one"
     )
     assert refused(RequestError, lambda: wb.promoted_tokens(features, sae, 6, k=0)) == "k must be at least 1, not 0"

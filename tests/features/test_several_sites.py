@@ -92,19 +92,19 @@ def test_an_interrupted_extraction_of_layers_ends_in_the_same_bytes(store, sae, 
     for name in ("by_row.safetensors", "by_feature.safetensors"):
         assert (resumed.path / name).read_bytes() == (features.path / name).read_bytes()
     assert extracted(store, sae, out=tmp_path / "clt").path == resumed.path
-    one = sae.parts[1]
+    layer_sae = sae.parts[1]
     assert "exist and differ: SAE is clt (" in refused(
-        RequestError, lambda: extracted(store, one, out=tmp_path / "clt")
+        RequestError, lambda: extracted(store, layer_sae, out=tmp_path / "clt")
     )
 
 
 def test_rules_over_all_rows_choose_among_the_features_of_all_layers(store, sae, tmp_path):
     pre = np.maximum(pre_activations(store), 0)
-    kept = extracted(store, sae, out=tmp_path / "mutual", sparsity=MutualChoice(3))[:].toarray()
+    mutual = extracted(store, sae, out=tmp_path / "mutual", sparsity=MutualChoice(3))[:].toarray()
     threshold = np.sort(pre.ravel())[-3 * len(pre)]
-    same(kept, np.where(pre >= threshold, pre, 0))
-    each = extracted(store, sae, out=tmp_path / "feature", sparsity=FeatureChoice(4))[:].toarray()
-    assert ((each > 0).sum(0) <= 4 * len(pre) // pre.shape[1]).all()
+    same(mutual, np.where(pre >= threshold, pre, 0))
+    by_feature = extracted(store, sae, out=tmp_path / "feature", sparsity=FeatureChoice(4))[:].toarray()
+    assert ((by_feature > 0).sum(0) <= 4 * len(pre) // pre.shape[1]).all()
     assert refused(RequestError, lambda: extracted(store, sae, out=tmp_path / "k", sparsity=TopK(3))).endswith(
         "and TopK would choose among all; use MutualChoice or FeatureChoice"
     )
@@ -142,8 +142,8 @@ def test_a_set_of_transcoders_knows_its_decoders(tmp_path):
 
 def test_arrays_made_of_recorded_ones_are_read_alike_in_another_process(store, sae, tmp_path):
     head = load_sae(save_sae(tmp_path / "x", d_in=4, hook_name=Z.name, hook_head_index=1), device="cpu")
-    for one in (sae, head):
-        array = matching_site(store, one)
+    for encoder in (sae, head):
+        array = matching_site(store, encoder)
         again = pickle.loads(pickle.dumps(pack(array))).open()
         assert (again.name, again.shape) == (array.name, array.shape)
         assert torch.equal(again[[5, 2]], array[[5, 2]])

@@ -48,9 +48,9 @@ def test_the_features_of_a_store_are_checked_with_it(store, sae):
     assert verify(path).empty
     for name in files(path):
         whole = flip(path / name)
-        (found,) = rows(path)
-        assert found[0] == name
-        assert rows(store.path) == [*of_store, (f"features/mine/{name}", found[1])]
+        (problem,) = rows(path)
+        assert problem[0] == name
+        assert rows(store.path) == [*of_store, (f"features/mine/{name}", problem[1])]
         (path / name).write_bytes(whole)
     (path / "by_row.safetensors").unlink()
     (path / "notes.txt").touch()
@@ -97,14 +97,14 @@ def test_a_result_saved_without_checksums_is_read_as_a_whole(name, tmp_path):
 
 def test_runs_and_sweeps_are_checked_with_their_results(swept):
     runs, summary = swept.folder.parent, swept.folder
-    done = next(outcome.run.folder for outcome in swept.outcomes if outcome.state == "done")
-    assert rows(done) == rows(done, "note") == rows(runs) == []
+    complete = next(outcome.run.folder for outcome in swept.outcomes if outcome.state == "done")
+    assert rows(complete) == rows(complete, "note") == rows(runs) == []
     assert {finding for _, finding in rows(runs, "note")} == {"incomplete", "leftover"}  # of the runs that failed
-    config = done / "config.json"
+    config = complete / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"factor": 1.0', '"factor": 3.0'))
-    assert rows(done) == [("config.json", "wrong name")]
-    assert rows(runs) == [(f"{done.name}/config.json", "wrong name")]
+    assert rows(complete) == [("config.json", "wrong name")]
+    assert rows(runs) == [(f"{complete.name}/config.json", "wrong name")]
     for damaged, finding in (
         ("{", "unreadable"),
         ("[]", "unreadable"),
@@ -112,17 +112,17 @@ def test_runs_and_sweeps_are_checked_with_their_results(swept):
         ("[" * 9999, "unreadable"),
     ):
         config.write_text(damaged)
-        assert rows(done) == [("config.json", finding)]
+        assert rows(complete) == [("config.json", finding)]
     config.write_text(text)
-    (done / "environment.json").unlink()
-    flip(done / "results" / "data.nc")
+    (complete / "environment.json").unlink()
+    flip(complete / "results" / "data.nc")
     flip(summary / "table.parquet")
     assert rows(runs) == [
-        (f"{done.name}/environment.json", "missing file"),
-        (f"{done.name}/results/data.nc", "checksum differs"),
+        (f"{complete.name}/environment.json", "missing file"),
+        (f"{complete.name}/results/data.nc", "checksum differs"),
         ("summary/table.parquet", "checksum differs"),
     ]
-    renamed = done.rename(done.with_name("mine"))
+    renamed = complete.rename(complete.with_name("mine"))
     assert ("config.json", "wrong name") in rows(renamed, "note")
 
 

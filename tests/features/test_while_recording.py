@@ -78,38 +78,38 @@ def arrays(features) -> dict[str, list]:
 @pytest.mark.parametrize("site", ["resid_post.1", "z.2"])
 @pytest.mark.parametrize("sae_dtype", ["float32", "float16"])
 def test_features_equal_those_of_the_recorded_site(dtype, site, sae_dtype, llama, sequences, sae, tmp_path):
-    passed = record(
+    with_features = record(
         llama, sequences, tmp_path / "p", dtype=dtype, sae=sae, sae_site=site, sae_dtype=sae_dtype, sae_force=True
     )
-    assert passed.sites == ()
-    assert not [name for name in contents(passed.path) if name.startswith("segments") and site in name]
+    assert with_features.sites == ()
+    assert not [name for name in contents(with_features.path) if name.startswith("segments") and site in name]
     stored = record(llama, sequences, tmp_path / "s", dtype=dtype, sites=[site])
     expected = wb.extract_features(stored, sae, site, dtype=sae_dtype, force=True, show_progress=False)
-    found = wb.open_features(passed.path)
-    assert found.path.name == expected.path.name
-    assert arrays(found) == arrays(expected)
-    assert len(found.by_row["value"]) > 2 * sum(RAGGED)
-    assert (found.record.site, found.record.sae) == (expected.record.site, expected.record.sae)
-    assert found.record.store_fingerprint == passed.manifest.fingerprint
+    features = wb.open_features(with_features.path)
+    assert features.path.name == expected.path.name
+    assert arrays(features) == arrays(expected)
+    assert len(features.by_row["value"]) > 2 * sum(RAGGED)
+    assert (features.record.site, features.record.sae) == (expected.record.site, expected.record.sae)
+    assert features.record.store_fingerprint == with_features.manifest.fingerprint
 
 
 def test_features_equal_the_sae_on_the_hidden_states(llama, sequences, sae, folder, tmp_path):
-    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
+    features = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
     module, states = copy.deepcopy(llama.module), []  # transformers leaves hooks in a model that gave hidden states
     for ids in sequences:
         with torch.no_grad():
             states.append(module(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0])
     dense = encode64(folder, torch.cat(states).double().numpy())
-    np.testing.assert_allclose(found[:].toarray(), dense, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(features[:].toarray(), dense, rtol=1e-4, atol=1e-4)
 
 
 def test_a_temporal_autoencoder_reads_whole_sequences(llama, sequences, tmp_path):
     about = {"hook_name": SITE, "model_name": "tiny-llama"}
-    own = wb.load_sae(save_sae(tmp_path / "own", "temporal", d_in=32, d_sae=60, **about), device="cpu")
-    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=own).path)
+    temporal = wb.load_sae(save_sae(tmp_path / "own", "temporal", d_in=32, d_sae=60, **about), device="cpu")
+    features = wb.open_features(record(llama, sequences, tmp_path / "p", sae=temporal).path)
     stored = record(llama, sequences, tmp_path / "s", sites=["resid_post.1"])
-    assert arrays(found) == arrays(wb.extract_features(stored, own, show_progress=False))
-    assert len(found.by_row["value"]) > sum(RAGGED)
+    assert arrays(features) == arrays(wb.extract_features(stored, temporal, show_progress=False))
+    assert len(features.by_row["value"]) > sum(RAGGED)
 
 
 def test_a_stored_site_gets_features_too(llama, sequences, sae, tmp_path):
@@ -136,12 +136,12 @@ def test_other_sites_are_stored_beside_the_features(llama, sequences, sae, tmp_p
 
 def test_resid_pre_is_resid_post_of_the_block_before(tmp_path, llama, sequences, sae):
     about = {"hook_name": "blocks.2.hook_resid_pre", "model_name": "tiny-llama"}
-    other = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, **about), device="cpu")
-    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=other).path)
-    stored = wb.open_features(record(llama, sequences, tmp_path / "s", sites=["resid_post"], sae=other).path)
+    sae_of_pre = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, **about), device="cpu")
+    features = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae_of_pre).path)
+    stored = wb.open_features(record(llama, sequences, tmp_path / "s", sites=["resid_post"], sae=sae_of_pre).path)
     expected = wb.open_features(record(llama, sequences, tmp_path / "q", sae=sae).path)
-    assert (found.record.site, stored.record.site) == ("blocks.2.hook_resid_pre", SITE)
-    assert arrays(found) == arrays(stored) == arrays(expected)
+    assert (features.record.site, stored.record.site) == ("blocks.2.hook_resid_pre", SITE)
+    assert arrays(features) == arrays(stored) == arrays(expected)
 
 
 def test_values_beyond_the_recorded_type_are_counted(tiny_models, sequences, sae, tmp_path):
@@ -163,8 +163,8 @@ def test_workers_record_and_encode_to_the_bytes_of_one_process(sites, in_this_pr
     llama.module.save_pretrained(tmp_path / "tiny-llama")
     saved = wb.load_model(tmp_path / "tiny-llama", device="cpu")
     whole = record(saved, sequences, tmp_path / "one", sites=sites, sae=sae)
-    found = record(saved, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.RayWorkers(2))
-    assert contents(found.path) == contents(whole.path)
+    by_workers = record(saved, sequences, tmp_path / "two", sites=sites, sae=sae, workers=wb.RayWorkers(2))
+    assert contents(by_workers.path) == contents(whole.path)
 
 
 @pytest.mark.parametrize("sites", [None, ["resid_post.1"]])
@@ -184,7 +184,7 @@ def test_features_of_segments_behind_a_gap_are_kept(llama, sequences, sae, tmp_p
     whole, ran = record(llama, sequences, tmp_path / "one", sae=sae), []
     assert record(llama, sequences, tmp_path / "two", sae=sae, workers=wb.Share(1, 2)).rows == 0
     capture = segments.capture
-    monkeypatch.setattr(segments, "capture", lambda *given: ran.append(int(given[3].sum())) or capture(*given))
+    monkeypatch.setattr(segments, "capture", lambda *args: ran.append(int(args[3].sum())) or capture(*args))
     record(llama, sequences, tmp_path / "two", sae=sae)
     assert 0 < sum(ran) < sum(RAGGED)
     assert contents(tmp_path / "two") == contents(whole.path)
@@ -199,9 +199,9 @@ def test_stopped_at_every_commit_it_resumes_to_the_same_bytes(llama, sequences, 
     whole = contents(record(llama, texts, tmp_path / "whole", sae=sae).path)
     replace, stops = os.replace, 0
 
-    def stop_after(left):
+    def stop_after(commits):
         def stopping(source, target):
-            if next(left, None) is None:
+            if next(commits, None) is None:
                 raise KeyboardInterrupt
             replace(source, target)
 
@@ -249,10 +249,10 @@ def interrupted(llama, sequences, out, written: int, monkeypatch, **settings):
 
 def test_a_recording_without_segments_does_not_fix_the_texts(llama, sequences, sae, tmp_path, monkeypatch):
     interrupted(llama, sequences, tmp_path / "p", 0, monkeypatch, sae=sae)
-    other = [ids[::-1] for ids in sequences[:4]]
-    assert record(llama, other, tmp_path / "p", sae=sae).rows == sum(RAGGED[:4])
+    reversed_texts = [ids[::-1] for ids in sequences[:4]]
+    assert record(llama, reversed_texts, tmp_path / "p", sae=sae).rows == sum(RAGGED[:4])
     assert arrays(wb.open_features(tmp_path / "p")) == arrays(
-        wb.open_features(record(llama, other, tmp_path / "q", sae=sae).path)
+        wb.open_features(record(llama, reversed_texts, tmp_path / "q", sae=sae).path)
     )
 
 
@@ -267,10 +267,10 @@ def test_features_of_an_uncommitted_segment_do_not_fix_the_texts(llama, sequence
         with pytest.raises(KeyboardInterrupt):
             record(llama, sequences, tmp_path / "p", sae=sae)
     assert list((tmp_path / "p").glob("features/.*/segments/*.safetensors"))
-    other = [ids[::-1] for ids in sequences]
-    record(llama, other, tmp_path / "p", sae=sae)
+    reversed_texts = [ids[::-1] for ids in sequences]
+    record(llama, reversed_texts, tmp_path / "p", sae=sae)
     assert arrays(wb.open_features(tmp_path / "p")) == arrays(
-        wb.open_features(record(llama, other, tmp_path / "q", sae=sae).path)
+        wb.open_features(record(llama, reversed_texts, tmp_path / "q", sae=sae).path)
     )
 
 
@@ -285,8 +285,8 @@ def test_a_recording_resumed_without_its_sae_is_refused(llama, sequences, sae, t
 def test_another_autoencoder_or_type_is_refused(llama, sequences, sae, tmp_path, monkeypatch):
     interrupted(llama, sequences, tmp_path / "p", 2, monkeypatch, sae=sae)
     about = {"hook_name": SITE, "model_name": "tiny-llama"}
-    other = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, seed=1, **about), device="cpu")
-    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=other))
+    second = wb.load_sae(save_sae(tmp_path / "own", "topk", d_in=32, d_sae=60, seed=1, **about), device="cpu")
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=second))
     assert f"features: resid_post.1 by own ({sae.fingerprint()[:12]}) in the store" in text
     text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=sae, sae_dtype="float16"))
     assert text.startswith("unfinished features resid_post.1-own are others: dtype is float32, requested is float16")
@@ -323,7 +323,7 @@ def test_texts_cannot_be_appended_to_features_alone(llama, sequences, sae, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("about", "settings", "said"),
+    ("about", "settings", "message"),
     [
         ({"d_in": 8}, {}, "SAE 'x' reads rows of width 8, but resid_post.1 of OUT has 32"),
         ({"model_name": "gpt2"}, {}, "SAE 'x' was trained on the model gpt2, but OUT was recorded from tiny-llama; if"),
@@ -340,11 +340,11 @@ def test_texts_cannot_be_appended_to_features_alone(llama, sequences, sae, tmp_p
         ({}, {"sites": []}, "sites is empty; name at least one, for example resid_post"),
     ],
 )
-def test_a_mismatch_is_refused_before_anything_is_written(about, settings, said, llama, sequences, tmp_path):
-    own = {"d_in": 32, "hook_name": SITE, "model_name": "tiny-llama", **about}
-    other = wb.load_sae(save_sae(tmp_path / "x", "topk", **own), device="cpu")
-    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=other, **settings))
-    assert text.replace(str(tmp_path / "p"), "OUT").startswith(said)
+def test_a_mismatch_is_refused_before_anything_is_written(about, settings, message, llama, sequences, tmp_path):
+    config = {"d_in": 32, "hook_name": SITE, "model_name": "tiny-llama", **about}
+    misfit = wb.load_sae(save_sae(tmp_path / "x", "topk", **config), device="cpu")
+    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=misfit, **settings))
+    assert text.replace(str(tmp_path / "p"), "OUT").startswith(message)
     assert not (tmp_path / "p").exists()
 
 
@@ -390,10 +390,10 @@ def test_the_command_extracts_and_lists(tmp_path, capsys):
             ]
         )
     assert ended.value.code == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     name = next((Path(out) / "features").iterdir()).name
-    assert "sites    none\n" in said
-    assert f"features 1: {name}\n" in said
+    assert "sites    none\n" in printed
+    assert f"features 1: {name}\n" in printed
     features = wb.open_features(out)
     assert features.record.dtype == "float16"
     assert isinstance(features[:], csr_array)

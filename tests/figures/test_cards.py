@@ -32,26 +32,26 @@ def shown(value) -> str:
 
 
 def test_a_store_shows_what_its_repr_says(store):
-    said = shown(store)
-    assert said.startswith("Store")
+    text = shown(store)
+    assert text.startswith("Store")
     for line in repr(store).splitlines():
-        assert " ".join(line.split()) in said
+        assert " ".join(line.split()) in text
 
 
 def test_an_array_shows_its_axes_and_size(store):
-    said = shown(store["pattern.1"])
-    assert "ActivationArray pattern.1" in said
-    assert "row 13 head 2 key 4" in said
-    assert "bfloat16, 0.0 MB" in said
+    text = shown(store["pattern.1"])
+    assert "ActivationArray pattern.1" in text
+    assert "row 13 head 2 key 4" in text
+    assert "bfloat16, 0.0 MB" in text
     assert "LayeredArray pattern" in shown(store["pattern", 1:2])
 
 
 def test_rows_show_the_first_ten_tokens(store):
-    said = shown(store.where("row >= 1"))
-    assert "selected 12 of 13" in said
-    assert said.endswith("2 more")
-    assert r"a\x00b" in said
-    assert "·Monday" in said
+    text = shown(store.where("row >= 1"))
+    assert "selected 12 of 13" in text
+    assert text.endswith("2 more")
+    assert r"a\x00b" in text
+    assert "·Monday" in text
     assert "selected 0 of 13" in shown(store.where("row < 0"))
 
 
@@ -67,11 +67,11 @@ def test_a_result_shows_what_was_found_also_without_its_probe(tmp_path):
 
     store = wb.record(wb.load_model("demo"), ["Monday came. " * 4], sites=["resid_post"], out=tmp_path / "a.acts")
     result = LogitLens().run(store)
-    said = shown(result)
-    assert f"finding {result.headline()}" in said
-    assert "Result of logit-lens" in said
-    other = wb.Result("not-installed", result.data, result.table, result.provenance)
-    assert "probe 'not-installed' is not installed" in shown(other)
+    text = shown(result)
+    assert f"finding {result.headline()}" in text
+    assert "Result of logit-lens" in text
+    unknown = wb.Result("not-installed", result.data, result.table, result.provenance)
+    assert "probe 'not-installed' is not installed" in shown(unknown)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_text_shows_what_would_be_markup_or_hidden():
 
 
 def test_prose_keeps_formulas_and_links_papers():
-    said = prose("One `two`\nthree.\n\n    a = b\n      < c\n\narXiv 2410.10781")
-    assert said == (
+    markup = prose("One `two`\nthree.\n\n    a = b\n      < c\n\narXiv 2410.10781")
+    assert markup == (
         '<p>One <code>two</code> three.</p><pre tabindex="0">a = b\n  &lt; c</pre>'
         '<p><a href="https://arxiv.org/abs/2410.10781" rel="noreferrer">arXiv 2410.10781</a></p>'
     )

@@ -8,7 +8,7 @@ from workbench.figures.contrast import contrast, contrasts, main
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "expected"),
+    ("first", "second", "expected"),
     [
         ("#000000", "#ffffff", 21),
         ("#777777", "#ffffff", 4.48),
@@ -16,9 +16,9 @@ from workbench.figures.contrast import contrast, contrasts, main
         ("#ff0000", "#ffffff", 4.0),
     ],
 )
-def test_contrast_is_that_of_published_examples(one, other, expected):
-    assert contrast(one, other) == pytest.approx(expected, abs=0.01)
-    assert contrast(other, one) == contrast(one, other)
+def test_contrast_is_that_of_published_examples(first, second, expected):
+    assert contrast(first, second) == pytest.approx(expected, abs=0.01)
+    assert contrast(second, first) == contrast(first, second)
 
 
 def test_text_and_lines_are_legible_on_both_pages(capsys):

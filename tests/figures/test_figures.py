@@ -58,7 +58,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    ("token", "shown"),
+    ("token", "expected"),
     [
         ("", ""),
         (" Monday", "·Monday"),
@@ -74,12 +74,12 @@ HOSTILE = [
         ("x" * 25, "x" * 23 + "…"),
     ],
 )
-def test_visible(token, shown):
-    assert visible(token) == shown
+def test_visible(token, expected):
+    assert visible(token) == expected
 
 
 @pytest.mark.parametrize(
-    ("token", "shown"),
+    ("token", "expected"),
     [
         ("<b>", "&lt;b&gt;"),
         ("&lt;", "&amp;lt;"),
@@ -88,17 +88,17 @@ def test_visible(token, shown):
         ("<" * 10, "&lt;" * 8 + "…"),
     ],
 )
-def test_label(token, shown):
-    assert label(token, 9) == shown
+def test_label(token, expected):
+    assert label(token, 9) == expected
 
 
 @given(st.text(st.characters(codec=None)), st.integers(1, 40))
 def test_a_label_is_a_short_line_that_reads_back(token, limit):
-    shown = label(token, limit)
-    assert not set("<>$\"'") & set(shown)
-    assert not any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") for char in shown)
-    assert re.sub(r"&(lt|gt|amp|#34|#x27|#36);", "", shown).count("&") == 0
-    assert html.unescape(shown) == visible(token, limit)  # an entity is never cut in two
+    short = label(token, limit)
+    assert not set("<>$\"'") & set(short)
+    assert not any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") for char in short)
+    assert re.sub(r"&(lt|gt|amp|#34|#x27|#36);", "", short).count("&") == 0
+    assert html.unescape(short) == visible(token, limit)  # an entity is never cut in two
     assert len(visible(token, limit)) <= limit
 
 
@@ -106,7 +106,7 @@ def test_a_label_is_a_short_line_that_reads_back(token, limit):
 
 
 def grid(**changes):
-    given = {
+    defaults = {
         "cells": [["a", "b"], ["c", "<i>"]],
         "hover": [["<b>1</b>", "2"], ["3", "4"]],
         "tokens": [" x", "$"],
@@ -116,7 +116,7 @@ def grid(**changes):
         "subtitle": "more of it",
         "unit": "nats",
     }
-    return token_grid(np.array([[0.0, 0.25], [0.5, 1.0]], dtype=np.float32), **{**given, **changes})
+    return token_grid(np.array([[0.0, 0.25], [0.5, 1.0]], dtype=np.float32), **{**defaults, **changes})
 
 
 def test_the_grid_draws_what_it_is_given():
@@ -141,12 +141,12 @@ def test_the_grid_draws_what_it_is_given():
 
 
 @pytest.mark.parametrize(
-    ("layers", "tokens", "line", "other"), [(1, 1, 1, 3), (3, 40, 7, 15), (2, 28, 40, 14), (4, 15, 15, 1)]
+    ("layers", "tokens", "line", "line_between"), [(1, 1, 1, 3), (3, 40, 7, 15), (2, 28, 40, 14), (4, 15, 15, 1)]
 )
-def test_the_lines_of_a_grid_can_be_laid_out_again(layers, tokens, line, other):
+def test_the_lines_of_a_grid_can_be_laid_out_again(layers, tokens, line, line_between):
     values = np.arange(layers * tokens, dtype=float).reshape(layers, tokens)
     texts = [[f"{value:g}" for value in row] for row in values]
-    made = token_grid(
+    figure = token_grid(
         values,
         cells=texts,
         hover=texts,
@@ -158,13 +158,13 @@ def test_the_lines_of_a_grid_can_be_laid_out_again(layers, tokens, line, other):
         unit="",
         marks=Marks(values % 2 == 0, values % 3 == 0),
     )
-    again = rewrap(rewrap(rewrap(made, line), other), made.layout.meta["grid"]["line"])
-    assert json.loads(again.to_json()) == json.loads(made.to_json())
-    one = figure_data(rewrap(made, line))
-    assert one["value"].tolist() == values.ravel().tolist()
-    assert one["text"].tolist() == [text for row in texts for text in row]
-    assert one["y_label"].tolist() == [str(layer) for layer in range(layers) for _ in range(tokens)]
-    few = rewrap(made, line, max(1, tokens // 2))
+    again = rewrap(rewrap(rewrap(figure, line), line_between), figure.layout.meta["grid"]["line"])
+    assert json.loads(again.to_json()) == json.loads(figure.to_json())
+    table = figure_data(rewrap(figure, line))
+    assert table["value"].tolist() == values.ravel().tolist()
+    assert table["text"].tolist() == [text for row in texts for text in row]
+    assert table["y_label"].tolist() == [str(layer) for layer in range(layers) for _ in range(tokens)]
+    few = rewrap(figure, line, max(1, tokens // 2))
     assert figure_data(few)["value"].tolist() == values[:, : max(1, tokens // 2)].ravel().tolist()
 
 
@@ -230,7 +230,7 @@ def test_whole_numbers_have_whole_ticks_unless_they_span_far(values, step):
 @pytest.fixture(scope="module")
 def pages(tiny_models, tmp_path_factory):
     """Saved results of one model, once with harmless names and once with hostile ones, by kind."""
-    made = {}
+    written = {}
     for kind in ("harmless", "hostile"):
         names = [HOSTILE[i] if kind == "hostile" and i < len(HOSTILE) else f"token{i}" for i in range(320)]
         backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="token319"))
@@ -242,8 +242,8 @@ def pages(tiny_models, tmp_path_factory):
         store = wb.record(model, ids, out=folder / "acts", dtype="float32", show_progress=False)
         result = LogitLens(top_k=64).run(store)
         result.save(folder / "lens")
-        made[kind] = (store, result, folder / "lens")
-    return made
+        written[kind] = (store, result, folder / "lens")
+    return written
 
 
 def strings(value) -> list[str]:
@@ -290,14 +290,14 @@ class Elements(html.parser.HTMLParser):
 
 
 def test_no_text_of_a_model_is_markup_in_a_page(pages):
-    found = {}
+    by_page = {}
     for kind, (_, _, folder) in pages.items():
         for page in sorted(folder.glob("figures/*.html")):
             parser = Elements()
             parser.feed(page.read_text())
-            found.setdefault(page.name, {})[kind] = parser.found
-    assert list(found) == ["by_layer.html", "depth.html", "grid.html"]
-    for page in found.values():
+            by_page.setdefault(page.name, {})[kind] = parser.found
+    assert list(by_page) == ["by_layer.html", "depth.html", "grid.html"]
+    for page in by_page.values():
         assert page["harmless"] == page["hostile"]
         assert sum(tag == "script" for tag, _ in page["hostile"]) == 3
 

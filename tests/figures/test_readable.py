@@ -16,8 +16,8 @@ BYTE_NAMES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 25
 def byte_names(text: str) -> list[str]:
     """One token for each byte of `text`, by the names that GPT-2's vocabulary has for them."""
     printable = [ord(name) for name in BYTE_NAMES]
-    others = [value for value in range(256) if value not in printable]
-    names = {value: chr(value) for value in printable} | {value: chr(256 + n) for n, value in enumerate(others)}
+    unprintable = [value for value in range(256) if value not in printable]
+    names = {value: chr(value) for value in printable} | {value: chr(256 + n) for n, value in enumerate(unprintable)}
     return [names[value] for value in text.encode()]
 
 
@@ -43,10 +43,10 @@ def test_tokens_that_are_text_stay_as_they_are(tokens):
 def test_any_text_of_bytes_is_read_back(text, size):
     names = byte_names(text.encode("utf-8", "replace").decode())
     parts = ["".join(names[at : at + size]) for at in range(0, len(names), size)]
-    shown = readable_tokens(parts)
-    assert len(shown) == len(parts)
+    readable = readable_tokens(parts)
+    assert len(readable) == len(parts)
     if all(unicodedata.category(char)[0] == "L" and ord(char) > 0x250 for char in text):
-        assert "".join(part for part in shown if part != CONTINUED) == text
+        assert "".join(part for part in readable if part != CONTINUED) == text
 
 
 def test_runs_from_right_to_left_are_reversed():

@@ -51,8 +51,8 @@ def tokens_of(number: int) -> list[str]:
 
 
 def strip(values, **changes):
-    given = {"tokens": tokens_of(len(values)), "positions": range(7, 7 + len(values)), "title": "t", "subtitle": "s"}
-    return token_strip(np.asarray(values, float), **{**given, "unit": "nats", **changes})
+    defaults = {"tokens": tokens_of(len(values)), "positions": range(7, 7 + len(values)), "title": "t", "subtitle": "s"}
+    return token_strip(np.asarray(values, float), **{**defaults, "unit": "nats", **changes})
 
 
 def test_a_strip_is_read_line_by_line():
@@ -84,14 +84,14 @@ def test_the_head_picker_has_every_head():
     patterns = np.random.default_rng(0).dirichlet(np.ones(5), (3, 5))
     figure = head_attention(patterns, heads=["L2H0", "L0H1", "L1H1"], tokens=list("abcde"), title="T", subtitle="s")
     for trace, pattern in zip(figure.data[:3], patterns, strict=True):
-        seen = np.tril(np.ones((5, 5), bool))
-        np.testing.assert_allclose(np.array(trace.z, float)[seen], pattern[seen], rtol=1e-6)
-        assert np.isnan(np.array(trace.z, float)[~seen]).all()
+        causal = np.tril(np.ones((5, 5), bool))
+        np.testing.assert_allclose(np.array(trace.z, float)[causal], pattern[causal], rtol=1e-6)
+        assert np.isnan(np.array(trace.z, float)[~causal]).all()
     assert [trace.visible for trace in figure.data] == [True, False, False, None, None]
     masked, small = figure.data[3:]
     np.testing.assert_array_equal(np.isnan(np.array(masked.z)), np.tril(np.ones((5, 5), bool)))
     assert np.array(small.z).shape == (5, 3 * 6)
-    np.testing.assert_allclose(np.array(small.z)[:, 6:11][seen], patterns[1][seen], atol=1e-3)
+    np.testing.assert_allclose(np.array(small.z)[:, 6:11][causal], patterns[1][causal], atol=1e-3)
     without = figure.layout.updatemenus[1].buttons[1].args
     assert without[0]["zmax"] == pytest.approx([np.tril(pattern)[1:, 1:].max() for pattern in patterns])
     assert without[1]["xaxis.range"] == [0.5, 4.5]
@@ -206,9 +206,9 @@ def deep_lens(layers=48, tokens=1_024) -> Result:
 def test_a_large_lens_grid_says_what_it_left_out():
     result = deep_lens()
     figure = lens_grid(result, tokens=5_000)
-    told = figure.layout.title.subtitle.text
-    assert "cells are too many for text: hover to read it" in told
-    assert "hovering shows the top-1 token alone" in told
+    subtitle = figure.layout.title.subtitle.text
+    assert "cells are too many for text: hover to read it" in subtitle
+    assert "hovering shows the top-1 token alone" in subtitle
     assert np.array(figure.data[0].z).shape == (16 * 51, 64)
     assert figure.layout.width < 1_100
     assert page_size(lens_grid(deep_lens(layers=30), tokens=1_024)) < 2e6
@@ -225,10 +225,10 @@ def test_a_large_lens_grid_says_what_it_left_out():
 
 def test_large_maps_of_heads_strips_and_attention():
     rng = np.random.default_rng(0)
-    told = [
+    hover = [
         ["<b>layer 11, head 11</b><br>alpha: 0.123<br>share of sequences in which it is a sink: 0.123" * 2] * 64
     ] * 48
-    heads = head_grid(rng.random((48, 64)), hover=told, layers=range(48), title="t", subtitle="s", unit="alpha")
+    heads = head_grid(rng.random((48, 64)), hover=hover, layers=range(48), title="t", subtitle="s", unit="alpha")
     assert page_size(with_side_panel(heads, {"sink": rng.random(48)}, unit="L2 norm")) < 10e6
     long = strip(rng.random(5_000))
     assert "the first 2,048 of 5,000 tokens" in long.layout.title.subtitle.text
@@ -237,8 +237,8 @@ def test_large_maps_of_heads_strips_and_attention():
     patterns = np.broadcast_to(rng.random((1, 1_024, 1_024), np.float32), (64, 1_024, 1_024))
     names = [f"47.{head}" for head in range(64)]
     attention = head_attention(patterns, heads=names, tokens=tokens_of(1_024), title="t", subtitle="s")
-    told = attention.layout.title.subtitle.text
-    assert told == "s; the first 16 of 64 heads; the first 160 of 1,024 tokens"
+    subtitle = attention.layout.title.subtitle.text
+    assert subtitle == "s; the first 16 of 64 heads; the first 160 of 1,024 tokens"
     assert page_size(attention) < 10e6
 
 
@@ -341,10 +341,10 @@ def test_hostile_text_is_text_in_a_browser(views, tmp_path):
             return views
 
     wb.export(Every(), tmp_path, formats=["html"])
-    seen, console = visit([tmp_path / f"{name}.html" for name in views], LOOK)
+    visits, console = visit([tmp_path / f"{name}.html" for name in views], LOOK)
     # plotly takes the numbers that colour a bar for a colour, once, and says so; it draws them right
     assert [line for line in console if "Invalid color specifier: number" not in line] == []
-    for name, page in zip(views, seen, strict=True):
+    for name, page in zip(views, visits, strict=True):
         value = page["value"]
         assert {*page["requests"]} <= {(tmp_path / file).as_uri() for file in ("plotly.min.js", f"{name}.html")}, name
         assert value["drawn"] > 0, name
@@ -352,12 +352,12 @@ def test_hostile_text_is_text_in_a_browser(views, tmp_path):
         assert (value["links"], value["hacked"]) == (0, None), name
         assert not {"iframe", "img", "object", "foreignobject"} & set(value["tags"]), name
         assert "store <b>$x$.acts" in value["text"], name
-    shown = dict(zip(views, (" ".join(page["value"]["texts"]) for page in seen), strict=True))
+    texts = dict(zip(views, (" ".join(page["value"]["texts"]) for page in visits), strict=True))
     for name in ("lens-depth", "sinks-attention", "store-tokens", "lens-grid"):
         for token in HOSTILE:
             start = visible(token, 9).rstrip("…")[:8]
-            assert start in shown[name], (name, token)
-    assert "</script><script>" in shown["sinks-domains"]
+            assert start in texts[name], (name, token)
+    assert "</script><script>" in texts["sinks-domains"]
 
 
 def test_picking_a_head_shows_it(views, tmp_path):

@@ -129,7 +129,7 @@ def test_a_link_is_replaced_and_never_followed(tmp_path, monkeypatch):
 def way(request, monkeypatch):
     """How a folder takes the place of another: the second where the file system cannot exchange names."""
     if request.param == "two renames":
-        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
     return request.param
 
 
@@ -182,8 +182,8 @@ def test_what_others_write_meanwhile_is_carried_over(tmp_path, monkeypatch, way)
 
     monkeypatch.setattr(files, "_exchange", late)
     replace(tmp_path / "x", a="2")
-    kept = {"x/notes": "changed", "x/more": "late", "x/deep/b": "mine", "x/deep/c": "late"}
-    assert contents(tmp_path) == {"x/a": "2", **kept}
+    expected = {"x/notes": "changed", "x/more": "late", "x/deep/b": "mine", "x/deep/c": "late"}
+    assert contents(tmp_path) == {"x/a": "2", **expected}
 
 
 def test_readers_beside_a_writer_always_see_a_whole_folder(tmp_path):
@@ -228,12 +228,12 @@ def version_after(monkeypatch, folder, **killed) -> str:
         kill(patched, **killed)
         with pytest.raises(Kill):
             replace(folder, a="2")
-    left = contents(folder.parent)
-    assert left == {"x/a": left["x/a"], "x/notes": "mine"}
+    files_left = contents(folder.parent)
+    assert files_left == {"x/a": files_left["x/a"], "x/notes": "mine"}
     assert [entry.name for entry in folder.parent.iterdir()] == ["x"]
     replace(folder, a="3")
     assert contents(folder.parent) == {"x/a": "3", "x/notes": "mine"}
-    return left["x/a"]
+    return files_left["x/a"]
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -248,7 +248,7 @@ def test_an_exception_while_a_folder_is_replaced_leaves_one_of_them(tmp_path, mo
     ("call", "after", "version"), [(1, False, "1"), (1, True, "1"), (2, False, "1"), (2, True, "2")]
 )
 def test_an_exception_between_two_renames_leaves_one_of_them(tmp_path, monkeypatch, call, after, version):
-    monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)
     assert version_after(monkeypatch, tmp_path / "x", name="rename", call=call, after=after) == version
 
 
@@ -269,7 +269,7 @@ def test_an_exception_in_the_block_leaves_nothing_behind(tmp_path):
 def test_a_killed_writer_loses_neither_folder_nor_foreign_files(tmp_path, monkeypatch, step, call, after):
     """Killed in a process of its own, where no handler runs. Between two renames the old one has a hidden name."""
     if step == "rename":
-        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
     replace(tmp_path / "x", a="1")
     fill(tmp_path / "x", notes="mine")
     if not (child := os.fork()):
@@ -307,7 +307,7 @@ def test_two_processes_that_replace_a_folder_at_once_do_not_collide(tmp_path, wa
 
 
 def test_a_folder_that_appears_between_the_renames_is_moved_aside_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)
     replace(tmp_path / "x", a="0")
     fill(tmp_path / "x", notes="mine")
     real, calls = os.rename, []

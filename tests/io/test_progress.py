@@ -155,19 +155,19 @@ def cell(monkeypatch):
 
 def test_the_cell_of_a_notebook_ends_with_what_was_done(clock, cell):
     with progress("recording <x>", 1_000, "rows", initial=40) as tick:
-        (shown,) = cell.values()
-        assert shown["text/plain"] == "recording <x> ..."
+        (text,) = cell.values()
+        assert text["text/plain"] == "recording <x> ..."
         clock[0] += 4
         tick(460)
-        (shown,) = cell.values()
-        assert shown["text/plain"] == "recording <x>: 500 of 1,000 rows, 115 rows/s, 4 s left"
-        assert '<progress value="500" max="1000">' in shown["text/html"]
-        assert "<x>" not in shown["text/html"]
+        (text,) = cell.values()
+        assert text["text/plain"] == "recording <x>: 500 of 1,000 rows, 115 rows/s, 4 s left"
+        assert '<progress value="500" max="1000">' in text["text/html"]
+        assert "<x>" not in text["text/html"]
         clock[0] += 0.1
         tick(500)
-    (shown,) = cell.values()  # the same output all the time; its file keeps this
-    assert shown["text/plain"] == "recording <x>: 1,000 of 1,000 rows, done in 4 s"
-    assert "<progress" not in shown["text/html"]
+    (text,) = cell.values()  # the same output all the time; its file keeps this
+    assert text["text/plain"] == "recording <x>: 1,000 of 1,000 rows, done in 4 s"
+    assert "<progress" not in text["text/html"]
 
 
 def test_the_cell_of_a_notebook_shows_that_work_stopped(clock, cell):
@@ -175,8 +175,8 @@ def test_the_cell_of_a_notebook_shows_that_work_stopped(clock, cell):
         clock[0] += 1
         tick(20)
         raise KeyboardInterrupt
-    (shown,) = cell.values()
-    assert shown["text/plain"] == "tokenizing: 20 tokens, stopped"
+    (text,) = cell.values()
+    assert text["text/plain"] == "tokenizing: 20 tokens, stopped"
 
 
 @pytest.mark.parametrize("place", ["lines", "cell"])

@@ -89,8 +89,8 @@ def test_a_merged_weight_is_the_sum_in_float64(tiny_models, tmp_path):
 def test_a_base_beside_the_adapter_and_recorded_sites(tiny_models, tmp_path):
     adapted = save(tmp_path, tiny_models["llama"], "llama", LLAMA)
     edit(tmp_path, base_model_name_or_path="../base")
-    given = {"sites": ["resid_post"], "dtype": "float32", "show_progress": False}
-    store = wb.record(tmp_path / "adapter", [[3, 4, 5, 6]], out=tmp_path / "s", **given)
+    settings = {"sites": ["resid_post"], "dtype": "float32", "show_progress": False}
+    store = wb.record(tmp_path / "adapter", [[3, 4, 5, 6]], out=tmp_path / "s", **settings)
     with torch.no_grad():
         states = adapted(torch.tensor([[3, 4, 5, 6]]), output_hidden_states=True).hidden_states
     torch.testing.assert_close(store["resid_post", 0][:], states[1][0], rtol=1e-4, atol=1e-4)

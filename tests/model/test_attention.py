@@ -57,25 +57,25 @@ def test_without_layers_asked_the_table_is_not_touched():
 
 def test_taps_nest_and_another_model_passes_through(llama, tiny_models, batch):
     module, _ = llama
-    other = tiny_models["gpt2"]
+    gpt2 = tiny_models["gpt2"]
     with torch.no_grad():
-        alone = other(input_ids=batch[0], attention_mask=batch[1]).logits
+        alone = gpt2(input_ids=batch[0], attention_mask=batch[1]).logits
     calls = {"outer": [], "inner": []}
     attention = [layer.self_attn for layer in module.model.layers]
     with ExitStack() as stack:
         stack.enter_context(tap_attention("sdpa", {attention[0]: calls["outer"].append}))
         stack.enter_context(tap_attention("sdpa", {attention[2]: calls["inner"].append}))
         with torch.no_grad():
-            assert torch.equal(other(input_ids=batch[0], attention_mask=batch[1]).logits, alone)
+            assert torch.equal(gpt2(input_ids=batch[0], attention_mask=batch[1]).logits, alone)
         assert calls == {"outer": [], "inner": []}
         run(module, *batch)
-    assert [len(seen) for seen in calls.values()] == [1, 1]
+    assert [len(patterns) for patterns in calls.values()] == [1, 1]
     assert calls["outer"][0].query.shape == (2, 4, N, 8)
     assert calls["outer"][0].key.shape == (2, 2, N, 8)
 
 
 @pytest.mark.parametrize(
-    ("given", "own", "expected"),
+    ("options", "is_causal", "expected"),
     [
         ({}, True, {"scaling": 8**-0.5, "causal": True, "softcap": None, "sliding_window": None}),
         ({}, False, {"scaling": 8**-0.5, "causal": False}),
@@ -85,17 +85,17 @@ def test_taps_nest_and_another_model_passes_through(llama, tiny_models, batch):
         ({"position_bias": BIAS}, True, {"position_bias": BIAS}),
     ],
 )
-def test_a_call_is_handed_over_as_it_was_made(given, own, expected, monkeypatch):
+def test_a_call_is_handed_over_as_it_was_made(options, is_causal, expected, monkeypatch):
     def attend(_module, query, _key, _value, _mask, **passed_on):
-        assert passed_on == given
+        assert passed_on == options
         return query.transpose(1, 2), None
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "made_up", attend)
     module, calls = torch.nn.Module(), []
-    module.is_causal = own
+    module.is_causal = is_causal
     query, key, value = torch.randn(3, 1, 2, 3, 8)
     with tap_attention("made_up", {module: calls.append}):
-        output, _ = ALL_ATTENTION_FUNCTIONS["made_up"](module, query, key, value, PADDED, **given)
+        output, _ = ALL_ATTENTION_FUNCTIONS["made_up"](module, query, key, value, PADDED, **options)
     (call,) = calls
     assert ALL_ATTENTION_FUNCTIONS["made_up"] is attend
     assert {name: getattr(call, name) for name in expected} == expected

@@ -36,11 +36,11 @@ def llama(tiny_models, tiny_tokenizer):
     return Model(tiny_models["llama"], tiny_tokenizer, "llama")
 
 
-def close(model, one, other, plain):
+def close(model, first, second, plain):
     """Equal to 1e-5 of the largest logit at all real tokens, and not the plain logits."""
     real, scale = MASK.bool(), plain.abs().max()
-    assert (one - other)[real].abs().max() < 1e-5 * scale
-    assert (one - plain)[real].abs().max() > 1e-3 * scale
+    assert (first - second)[real].abs().max() < 1e-5 * scale
+    assert (first - plain)[real].abs().max() > 1e-3 * scale
 
 
 def check_scores(model, layer, calls):
@@ -71,15 +71,15 @@ def check_redistribution(model, layer, calls):
 
 def check_generation(model, layer):
     static = {"cache_implementation": "static", "disable_compile": True}
-    left = torch.cat([torch.full((1, 3), 1), IDS[:1]], dim=1)
+    padded = torch.cat([torch.full((1, 3), 1), IDS[:1]], dim=1)
     mask = {"attention_mask": torch.tensor([[0] * 3 + [1] * 12])}
     results = []
     for ids, settings in (
         (IDS[:1], {}),
         (IDS[:1], {"use_cache": False}),
         (IDS[:1], static),
-        (left, mask),
-        (left, mask | static),
+        (padded, mask),
+        (padded, mask | static),
     ):
         records = (
             wb.ScaleAttention(layer, 1, [0, 3, 11], 3.0, queries=slice(1, None)),
@@ -161,21 +161,21 @@ def test_a_query_keeps_its_last_key(llama):
 
 
 def test_a_frozen_pattern_is_that_of_the_other_run(model, tmp_path):
-    others = IDS.flip(1)
+    donor_ids = IDS.flip(1)
     sites = [
         site.short for site in model.site_map.sites.values() if site.layer == 1 and site.tap.part in ("query", "key")
     ]
-    store = wb.record(model, others.tolist(), sites=sites, dtype="float32", out=tmp_path / "a", show_progress=False)
+    store = wb.record(model, donor_ids.tolist(), sites=sites, dtype="float32", out=tmp_path / "a", show_progress=False)
     with wb.intervene(model, wb.FreezePattern(1, None, store)) as run:
         frozen = weights_of(model)
-    assert torch.equal(frozen, weights_of(model, others))
+    assert torch.equal(frozen, weights_of(model, donor_ids))
     assert run.counts[0].rows == 24
     if model.name == "llama":
         text = refused(RequestError, lambda: wb.intervene(model, wb.FreezePattern(1, 1, store)))
         assert "2 query heads of layer 1 share each key head" in text
         with wb.intervene(model, wb.FreezePattern(1, [2, 3], store)):
             half = weights_of(model)
-        assert torch.equal(half[:, 2:], weights_of(model, others)[:, 2:])
+        assert torch.equal(half[:, 2:], weights_of(model, donor_ids)[:, 2:])
         assert torch.equal(half[:, :2], weights_of(model)[:, :2])
 
 

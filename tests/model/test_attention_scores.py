@@ -65,8 +65,8 @@ def test_batches_and_float64_are_kept(tiny_models, tmp_path):
     query, key = store["rot_q.0"][:], store["rot_k.0"][:]
     exact = attention_scores(rule, query[None].double(), key[None].double())
     assert (exact.dtype, exact.shape) == (torch.float64, (1, 4, 24, 24))
-    one = exact[0, 3, 7, 2].item()
-    assert one == pytest.approx(np.tanh(float(query[7, 3].double() @ key[2, 1].double()) * 8**-0.5), abs=1e-12)
+    score = exact[0, 3, 7, 2].item()
+    assert score == pytest.approx(np.tanh(float(query[7, 3].double() @ key[2, 1].double()) * 8**-0.5), abs=1e-12)
 
 
 def test_an_older_store_asks_the_model(tiny_models, tmp_path):

@@ -38,20 +38,22 @@ def test_a_hooked_site_is_what_passes_through_its_module(llama, batch):
     module, sites = llama
     wanted = ["embed", "resid_pre.1", "q.0", "attn_out.1", "resid_mid.1", "mlp_post.2", "resid_post.2", "final_norm"]
     ours = captured(module, sites.select([*wanted, "logits"]), batch)
-    seen = {}
+    outputs = {}
     layers = module.model.layers
-    module.model.embed_tokens.register_forward_hook(lambda _m, _a, out: seen.update({"embed": out}))
-    layers[1].register_forward_pre_hook(lambda _m, args: seen.update({"resid_pre.1": args[0]}))
-    layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _a, out: seen.update({"q.0": out.unflatten(2, (4, 8))}))
-    layers[1].self_attn.register_forward_hook(lambda _m, _a, out: seen.update({"attn_out.1": out[0]}))
-    layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _m, a: seen.update({"resid_mid.1": a[0]}))
-    layers[2].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.update({"mlp_post.2": args[0]}))
-    module.model.norm.register_forward_pre_hook(lambda _m, args: seen.update({"resid_post.2": args[0]}))
-    module.model.norm.register_forward_hook(lambda _m, _a, out: seen.update({"final_norm": out}))
+    module.model.embed_tokens.register_forward_hook(lambda _m, _a, out: outputs.update({"embed": out}))
+    layers[1].register_forward_pre_hook(lambda _m, args: outputs.update({"resid_pre.1": args[0]}))
+    layers[0].self_attn.q_proj.register_forward_hook(
+        lambda _m, _a, out: outputs.update({"q.0": out.unflatten(2, (4, 8))})
+    )
+    layers[1].self_attn.register_forward_hook(lambda _m, _a, out: outputs.update({"attn_out.1": out[0]}))
+    layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _m, a: outputs.update({"resid_mid.1": a[0]}))
+    layers[2].mlp.down_proj.register_forward_pre_hook(lambda _m, args: outputs.update({"mlp_post.2": args[0]}))
+    module.model.norm.register_forward_pre_hook(lambda _m, args: outputs.update({"resid_post.2": args[0]}))
+    module.model.norm.register_forward_hook(lambda _m, _a, out: outputs.update({"final_norm": out}))
     with torch.no_grad():
-        seen["logits"] = module(input_ids=batch[0], attention_mask=batch[1]).logits
-    assert ours.keys() == seen.keys()
-    for short, expected in seen.items():
+        outputs["logits"] = module(input_ids=batch[0], attention_mask=batch[1]).logits
+    assert ours.keys() == outputs.keys()
+    for short, expected in outputs.items():
         assert torch.equal(ours[short], expected), short
 
 
@@ -321,9 +323,9 @@ def test_a_hook_sees_keyword_arguments():
         def forward(self, *, scale, hidden):
             return scale * hidden
 
-    module, seen, hidden = Keywords(), [], torch.ones(2)
-    with hook_tensor(module, "in", seen.append):
+    module, inputs, hidden = Keywords(), [], torch.ones(2)
+    with hook_tensor(module, "in", inputs.append):
         module(scale=2.0, hidden=hidden)
     module(scale=2.0, hidden=hidden)  # outside: no hook any more
-    assert len(seen) == 1
-    assert seen[0] is hidden
+    assert len(inputs) == 1
+    assert inputs[0] is hidden

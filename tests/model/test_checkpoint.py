@@ -33,18 +33,20 @@ def halved(tiny_models, tmp_path):
 def test_auto_on_a_cpu_is_what_it_computes_well(halved, tiny_models, monkeypatch, saved, has_bfloat16):
     monkeypatch.setattr(checkpoint, "fast_bfloat16", lambda _device: has_bfloat16)
     folder = halved(saved)
-    kept = saved == torch.float32 or (saved == torch.bfloat16 and has_bfloat16)
+    unchanged = saved == torch.float32 or (saved == torch.bfloat16 and has_bfloat16)
     lines = []
     monkeypatch.setattr(checkpoint.PROGRESS, "info", lines.append)
     model = load_model(folder, device="cpu")
-    assert model.dtype == (saved if kept else torch.float32)
-    assert [f"dtype='{str(saved).removeprefix('torch.')}' keeps it" in line for line in lines] == [True] * (not kept)
+    assert model.dtype == (saved if unchanged else torch.float32)
+    assert [f"dtype='{str(saved).removeprefix('torch.')}' keeps it" in line for line in lines] == [True] * (
+        not unchanged
+    )
     for name, weight in tiny_models["llama"].state_dict().items():
         assert torch.equal(model.module.state_dict()[name], weight.to(saved).to(model.dtype))
     assert model.loading is not None
     assert model.loading.load("cpu").dtype == model.dtype
-    for asked in ("checkpoint", str(saved).removeprefix("torch.")):
-        assert load_model(folder, device="cpu", dtype=asked).dtype == saved
+    for dtype in ("checkpoint", str(saved).removeprefix("torch.")):
+        assert load_model(folder, device="cpu", dtype=dtype).dtype == saved
 
 
 def test_a_checkpoint_without_head_is_loaded_without_one(tiny_models, tmp_path):

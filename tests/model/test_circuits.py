@@ -166,9 +166,9 @@ def test_every_step_is_what_the_weights_say(models, family):
     np.testing.assert_allclose(first_mlp(model, IDS, "mlp"), mlp, atol=2e-5)
     np.testing.assert_allclose(first_mlp(model, IDS, "residual"), x + mlp, atol=2e-5)
     np.testing.assert_allclose(first_mlp(model, IDS, "none"), x, atol=1e-5)
-    found = dict(head_writes(model, torch.tensor(x + mlp, dtype=torch.float32)))
-    assert list(found) == [0, 1, 2]
-    for layer, wrote in found.items():
+    by_layer = dict(head_writes(model, torch.tensor(x + mlp, dtype=torch.float32)))
+    assert list(by_layer) == [0, 1, 2]
+    for layer, wrote in by_layer.items():
         assert wrote.shape == (len(IDS), HEADS, 32)
         np.testing.assert_allclose(wrote, writes(layer, x + mlp), atol=1e-4, rtol=1e-4)
 
@@ -202,24 +202,24 @@ def test_transformer_lens_has_the_same_matrices(models):
     model = models["gpt2"]
     bridge = model.bridge()
     for layer, output in head_outputs(model).items():
-        own = bridge.blocks[layer].attn.W_O.detach()
-        torch.testing.assert_close(output.weights(), own.reshape(HEADS, WIDTH, 32), atol=1e-6, rtol=1e-5)
+        weight = bridge.blocks[layer].attn.W_O.detach()
+        torch.testing.assert_close(output.weights(), weight.reshape(HEADS, WIDTH, 32), atol=1e-6, rtol=1e-5)
 
 
 def test_heads_add_up_to_what_attention_adds(models):
     """At the first position a token attends to itself alone: what the model then adds is its heads and a bias."""
-    model, seen = models["gpt_neox"], {}
+    model, tensors = models["gpt_neox"], {}
     module = model.module
     hooks = [
-        module.gpt_neox.layers[0].register_forward_pre_hook(lambda _m, args: seen.update(x=args[0][0].clone())),
-        module.gpt_neox.layers[0].attention.register_forward_hook(lambda _m, _a, out: seen.update(out=out[0][0])),
+        module.gpt_neox.layers[0].register_forward_pre_hook(lambda _m, args: tensors.update(x=args[0][0].clone())),
+        module.gpt_neox.layers[0].attention.register_forward_hook(lambda _m, _a, out: tensors.update(out=out[0][0])),
     ]
     with torch.inference_mode():
         module(input_ids=IDS[:1, None])
     for hook in hooks:
         hook.remove()
-    total = dict(head_writes(model, seen["x"]))[0].sum(1) + module.gpt_neox.layers[0].attention.dense.bias
-    torch.testing.assert_close(total, seen["out"], atol=1e-5, rtol=1e-5)
+    total = dict(head_writes(model, tensors["x"]))[0].sum(1) + module.gpt_neox.layers[0].attention.dense.bias
+    torch.testing.assert_close(total, tensors["out"], atol=1e-5, rtol=1e-5)
 
 
 def test_the_model_is_as_it_was(models):
@@ -270,16 +270,16 @@ def test_an_embedding_of_another_width_is_refused():
             max_position_embeddings=64,
         )
     )
-    said = refused(RequestError, lambda: embedding(model, IDS))
-    assert said == "model 'tiny' (OPTForCausalLM): its token embedding is not its first stream"
+    message = refused(RequestError, lambda: embedding(model, IDS))
+    assert message == "model 'tiny' (OPTForCausalLM): its token embedding is not its first stream"
 
 
 def test_a_stream_that_is_no_scaled_embedding_is_refused(tiny_models):
     module = copy.deepcopy(tiny_models["llama"])
     module.model.embed_tokens.register_forward_hook(lambda _m, _a, output: output)
     module.model.layers[0].register_forward_pre_hook(lambda _m, args: (args[0].abs(), *args[1:]))
-    said = refused(RequestError, lambda: embedding(model_of(module), IDS))
-    assert said.endswith("its first stream is more than scaled embedding and position")
+    message = refused(RequestError, lambda: embedding(model_of(module), IDS))
+    assert message.endswith("its first stream is more than scaled embedding and position")
 
 
 def test_a_model_without_heads_is_refused():

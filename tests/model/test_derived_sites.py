@@ -48,28 +48,28 @@ def eager_patterns(module, ids) -> list[np.ndarray]:
 def statistics(pattern: np.ndarray) -> dict[str, np.ndarray]:
     """The four kinds, [position, head], one cell after the other."""
     heads, n, _ = pattern.shape
-    found = {kind: np.zeros((n, heads)) for kind in OF_PATTERN}
+    values = {kind: np.zeros((n, heads)) for kind in OF_PATTERN}
     for h, i in np.ndindex(heads, n):
         column, row = pattern[h, i:, i], pattern[h, i]
-        found["attn_received"][i, h] = sum(column) / (n - i)
-        found["attn_received_entropy"][i, h] = entropy(column)
-        found["attn_entropy"][i, h] = entropy(row)
-        found["attn_first"][i, h] = row[0]
-    return found
+        values["attn_received"][i, h] = sum(column) / (n - i)
+        values["attn_received_entropy"][i, h] = entropy(column)
+        values["attn_entropy"][i, h] = entropy(row)
+        values["attn_first"][i, h] = row[0]
+    return values
 
 
 def token_statistics(pattern: np.ndarray, ids: list[int]) -> dict[str, np.ndarray]:
     """Attention to the keys that the tokens determine, [position, head], one cell after the other."""
     heads, n, _ = pattern.shape
-    found = {kind: np.zeros((n, heads)) for kind in OF_TOKENS}
+    values = {kind: np.zeros((n, heads)) for kind in OF_TOKENS}
     for h, i in np.ndindex(heads, n):
         row, earlier = pattern[h, i], [d for d in range(i) if ids[d] == ids[i] and d + 1 != i]
-        found["attn_current"][i, h] = row[i]
-        found["attn_previous"][i, h] = row[i - 1] if i else 0
-        found["attn_recent"][i, h] = sum(row[max(0, i - 5) : i])
-        found["attn_duplicate"][i, h] = sum(row[d] for d in earlier)
-        found["attn_induction"][i, h] = sum(row[d + 1] for d in earlier)
-    return found
+        values["attn_current"][i, h] = row[i]
+        values["attn_previous"][i, h] = row[i - 1] if i else 0
+        values["attn_recent"][i, h] = sum(row[max(0, i - 5) : i])
+        values["attn_duplicate"][i, h] = sum(row[d] for d in earlier)
+        values["attn_induction"][i, h] = sum(row[d + 1] for d in earlier)
+    return values
 
 
 def entropy(weights) -> float:
@@ -85,8 +85,8 @@ def check_patterns(module, sequences, store, atol=1e-5):
     for ids in sequences:
         for layer, pattern in enumerate(eager_patterns(module, ids)):
             for kind, expected in (statistics(pattern) | token_statistics(pattern, ids)).items():
-                found = store[kind, layer][first : first + len(ids)]
-                np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=f"{kind}.{layer}")
+                stored = store[kind, layer][first : first + len(ids)]
+                np.testing.assert_allclose(stored, expected, rtol=0, atol=atol, err_msg=f"{kind}.{layer}")
         first += len(ids)
 
 
@@ -186,11 +186,11 @@ def test_a_head_with_a_sink_logit_has_the_entropy_of_what_tokens_get():
 
 
 def test_a_pattern_is_computed_once_for_all_that_is_asked_of_it(tiny_models, sequences, tmp_path, monkeypatch):
-    asked = []
+    calls = []
     original = capturing.pattern_blocks
 
     def counted(call, rows):
-        asked.append(call)
+        calls.append(call)
         return original(call, rows)
 
     monkeypatch.setattr(capturing, "pattern_blocks", counted)
@@ -200,7 +200,7 @@ def test_a_pattern_is_computed_once_for_all_that_is_asked_of_it(tiny_models, seq
     store = record(
         model, sequences[:1], tmp_path / "s", sites, context=RAGGED[0]
     )  # as long as can be: no key is padded
-    assert len(asked) == 1
+    assert len(calls) == 1
     pattern = np.asarray(store["pattern", 1]).transpose(1, 0, 2).astype(float)
     for kind, expected in (statistics(pattern) | token_statistics(pattern, sequences[0])).items():
         np.testing.assert_allclose(store[kind, 1][:], expected, atol=1e-6)
@@ -209,14 +209,16 @@ def test_a_pattern_is_computed_once_for_all_that_is_asked_of_it(tiny_models, seq
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_no_statistic_sees_more_than_a_few_query_rows(tiny_models, implementation, tmp_path, monkeypatch):
     monkeypatch.setattr(capturing, "_QUERY_ROWS", 8)
-    seen = []
+    lengths = []
     original = Columns.add
-    monkeypatch.setattr(Columns, "add", lambda self, first, block: [seen.append(block), original(self, first, block)])
+    monkeypatch.setattr(
+        Columns, "add", lambda self, first, block: [lengths.append(block), original(self, first, block)]
+    )
     module = copy.deepcopy(tiny_models["llama"])
     module.set_attn_implementation(implementation)
     ids = [[8 + i * i % 7 for i in range(30)]]
     store = record(Model(module, None, "t"), ids, tmp_path / "s", [f"{kind}.0" for kind in (*ALL, "pattern")])
-    assert [block.shape[2] for block in seen] == [8, 8, 8, 6]
+    assert [block.shape[2] for block in lengths] == [8, 8, 8, 6]
     pattern = eager_patterns(module, ids[0])[0]
     expected = statistics(pattern) | token_statistics(pattern, ids[0])
     for kind in ALL:
@@ -302,8 +304,8 @@ def _map(sites):
 
 
 def test_what_is_derived_stands_behind_what_it_is_derived_from():
-    found = [(site.short, site.axes, site.shape) for site in handmade().recordable.values()]
-    assert found == [
+    sites = [(site.short, site.axes, site.shape) for site in handmade().recordable.values()]
+    assert sites == [
         ("v.0", ("head", "d_head"), (2, 8)),
         ("v_norm.0", ("head",), (6,)),
         ("z.0", ("head", "d_head"), (6, 8)),
@@ -314,17 +316,17 @@ def test_what_is_derived_stands_behind_what_it_is_derived_from():
 
 
 def test_a_model_offers_all_that_its_sites_allow(tiny_models):
-    found = find_sites(tiny_models["llama"])
-    kinds = {site.kind for site in found.recordable.values()} - {site.kind for site in found.sites.values()}
+    site_map = find_sites(tiny_models["llama"])
+    kinds = {site.kind for site in site_map.recordable.values()} - {site.kind for site in site_map.sites.values()}
     assert kinds == {*DERIVED}
-    assert [site.short for site in found.select(["resid_norm", "v_norm.1"])] == [
+    assert [site.short for site in site_map.select(["resid_norm", "v_norm.1"])] == [
         "resid_norm.0",
         "v_norm.1",
         "resid_norm.1",
         "resid_norm.2",
     ]
-    (site,) = found.select(["blocks.1.attn.hook_attn_received"])
-    assert (site.short, site.tap) == ("attn_received.1", found.select(["pattern.1"])[0].tap)
+    (site,) = site_map.select(["blocks.1.attn.hook_attn_received"])
+    assert (site.short, site.tap) == ("attn_received.1", site_map.select(["pattern.1"])[0].tap)
 
 
 def test_flat_values_have_no_norm_for_each_head():
@@ -336,8 +338,8 @@ def test_a_synonym_is_derived_from_too():
     """Derived sites also work for the synonym of a site."""
     site = Site("blocks.0.hook_out", ("d_model",), (8,), Tap("block", "out"))
     synonyms = {"blocks.0.hook_resid_post": "blocks.0.hook_out"}
-    found = SiteMap(**{**_map([site]), "synonyms": synonyms}, missing={})
-    assert [site.name for site in found.select(["resid_norm"])] == ["blocks.0.hook_resid_norm"]
+    site_map = SiteMap(**{**_map([site]), "synonyms": synonyms}, missing={})
+    assert [site.name for site in site_map.select(["resid_norm"])] == ["blocks.0.hook_resid_norm"]
 
 
 def test_globs_leave_them_out():

@@ -25,11 +25,11 @@ def test_a_direction_keeps_a_copy_in_float32():
 def test_unit_and_cosine_are_numpys():
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(2, 3, 5)) * 1e3
-    one, other = (wb.Direction("z.0", part, "x") for part in (a, b))
-    np.testing.assert_allclose(one.unit().vector, a / np.linalg.norm(a), rtol=1e-6)
+    first, second = (wb.Direction("z.0", part, "x") for part in (a, b))
+    np.testing.assert_allclose(first.unit().vector, a / np.linalg.norm(a), rtol=1e-6)
     expected = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
-    np.testing.assert_allclose(one.cosine(other), expected, rtol=1e-6)
-    assert one.cosine(one) == pytest.approx(1)
+    np.testing.assert_allclose(first.cosine(second), expected, rtol=1e-6)
+    assert first.cosine(first) == pytest.approx(1)
 
 
 def test_a_file_gives_the_direction_back_and_opens_elsewhere(tmp_path):
@@ -63,11 +63,11 @@ def test_a_direction_refuses(settings, message):
 
 
 def test_zero_has_no_unit_vector_and_other_shapes_no_cosine():
-    zero, one = wb.Direction("z.0", [0.0, 0.0], "nothing"), wb.Direction("z.0", [1.0, 0.0, 0.0], "x")
+    zero, wide = wb.Direction("z.0", [0.0, 0.0], "nothing"), wb.Direction("z.0", [1.0, 0.0, 0.0], "x")
     with pytest.raises(wb.RequestError, match="'nothing' is 0"):
         zero.unit()
     with pytest.raises(wb.RequestError, match=r"shape \(2,\).*\(3,\)"):
-        zero.cosine(one)
+        zero.cosine(wide)
 
 
 def test_other_files_are_refused_and_kept(tmp_path):

@@ -94,8 +94,8 @@ def test_a_slice_of_layers_is_pythons(start, stop, step):
 
 
 def test_sites_come_once_and_in_the_order_of_the_model_whatever_the_request():
-    asked = ("logits", "resid_post.5", "blocks.5.hook_*", "v.5", "blocks.5.hook_out", "embed", "resid_post.1")
-    assert selected(*asked) == [
+    request = ("logits", "resid_post.5", "blocks.5.hook_*", "v.5", "blocks.5.hook_out", "embed", "resid_post.1")
+    assert selected(*request) == [
         "hook_embed",
         "blocks.1.hook_resid_post",
         "blocks.5.attn.hook_v",
@@ -271,7 +271,7 @@ def test_transformer_lens_names_lead_to_the_same_site(maps):
 
 
 def test_the_blocks_are_where_the_model_keeps_them(maps, tiny_models):
-    blocks = {family: (found.blocks, found.n_layers) for family, found in maps.items()}
+    blocks = {family: (site_map.blocks, site_map.n_layers) for family, site_map in maps.items()}
     assert blocks == {
         "gpt2": ("transformer.h", 3),
         "llama": ("model.layers", 3),
@@ -300,18 +300,18 @@ def test_what_is_missing_has_its_reason(maps, family, site, reason):
 def test_a_module_shared_by_two_blocks_is_no_site(tiny_models):
     shared = copy.deepcopy(tiny_models["gpt2"])
     shared.transformer.h[1].ln_1 = shared.transformer.h[0].ln_1
-    found = find_sites(shared)
-    assert found.missing["blocks.0.ln1.hook_out"] == "it runs 2 times in a forward pass"
-    assert "blocks.1.ln1.hook_out" not in found.sites
-    assert "blocks.2.ln1.hook_out" in found.sites
+    site_map = find_sites(shared)
+    assert site_map.missing["blocks.0.ln1.hook_out"] == "it runs 2 times in a forward pass"
+    assert "blocks.1.ln1.hook_out" not in site_map.sites
+    assert "blocks.2.ln1.hook_out" in site_map.sites
 
 
 def test_a_module_that_does_not_run_is_no_site(tiny_models):
     idle = copy.deepcopy(tiny_models["gpt2"])
     idle.transformer.h[1].mlp.forward = torch.zeros_like
-    found = find_sites(idle)
-    assert found.missing["blocks.1.mlp.in.hook_out"] == "its module does not run"
-    assert "blocks.1.hook_mlp_out" in found.sites
+    site_map = find_sites(idle)
+    assert site_map.missing["blocks.1.mlp.in.hook_out"] == "its module does not run"
+    assert "blocks.1.hook_mlp_out" in site_map.sites
 
 
 def test_a_module_that_runs_for_some_lengths_is_no_site(tiny_models):
@@ -326,42 +326,42 @@ def test_attention_that_is_no_softmax_has_no_pattern(tiny_models, monkeypatch):
     """A pattern recomputed from queries and keys would differ from the model's; z is still recorded."""
 
     def uniform(_module, query, _key, value, *_args, **_kwargs):
-        seen = value.cumsum(2) / torch.arange(1, value.shape[2] + 1)[:, None]
-        return seen.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+        means = value.cumsum(2) / torch.arange(1, value.shape[2] + 1)[:, None]
+        return means.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "uniform", uniform)
     odd = copy.deepcopy(tiny_models["llama"])
     odd.config._attn_implementation = "uniform"
-    found = find_sites(odd)
+    site_map = find_sites(odd)
     reason = "attention differs from softmax(q k) v, so its pattern cannot be recomputed"
-    assert {found.missing[f"blocks.{layer}.attn.hook_pattern"] for layer in range(3)} == {reason}
-    assert {"blocks.1.attn.hook_z", "blocks.1.attn.hook_rot_q"} <= found.sites.keys()
+    assert {site_map.missing[f"blocks.{layer}.attn.hook_pattern"] for layer in range(3)} == {reason}
+    assert {"blocks.1.attn.hook_z", "blocks.1.attn.hook_rot_q"} <= site_map.sites.keys()
 
 
 def test_a_width_that_follows_the_length_is_no_site():
     """DeepSeek V4's indexer scores every second token."""
-    found = map_of("deepseek_v4")
+    site_map = map_of("deepseek_v4")
     depends = "its shape depends on the length of the sequence"
-    names = [name for name, reason in found.missing.items() if reason == depends]
+    names = [name for name, reason in site_map.missing.items() if reason == depends]
     assert names
-    assert not {*names} & {*found.sites}
+    assert not {*names} & {*site_map.sites}
 
 
 def test_a_dense_layer_among_mixtures_has_its_own_neurons():
     """In TransformerLens' names mlp_pre is what enters a mixture of experts, but the gate's output in a dense MLP."""
-    found = map_of("deepseek_v3")
-    taps = [found.select([f"mlp_pre.{layer}"])[0].tap for layer in (0, 1)]
+    site_map = map_of("deepseek_v3")
+    taps = [site_map.select([f"mlp_pre.{layer}"])[0].tap for layer in (0, 1)]
     assert taps == [Tap("model.layers.0.mlp.gate_proj", "out"), Tap("model.layers.1.mlp", "in")]
-    assert found.select(["mlp_post.0"])[0].tap == Tap("model.layers.0.mlp.down_proj", "in")
+    assert site_map.select(["mlp_post.0"])[0].tap == Tap("model.layers.0.mlp.down_proj", "in")
 
 
 def test_latent_attention_calls_what_it_attends_with_q_and_k():
     """It rotates a part of each; TransformerLens' rot_q is that part, q the whole."""
-    found = map_of("deepseek_v3")
-    (q,) = found.select(["q.1"])
+    site_map = map_of("deepseek_v3")
+    (q,) = site_map.select(["q.1"])
     assert (q.tap.part, q.shape) == ("query", (4, 16))
     with pytest.raises(RequestError, match="not as a whole; record q and k"):
-        found.select(["rot_q.1"])
+        site_map.select(["rot_q.1"])
 
 
 def test_the_contribution_of_attention_is_the_tensor_that_is_added():
@@ -412,13 +412,13 @@ def test_the_hooks_of_a_module_run_in_one_order(monkeypatch):
 
 
 def test_an_architecture_without_adapter_has_its_residual_stream():
-    found = map_of("persimmon")
-    assert found.adapter is None
-    shorts = [site.short for site in found.sites.values()]
+    site_map = map_of("persimmon")
+    assert site_map.adapter is None
+    shorts = [site.short for site in site_map.sites.values()]
     # resid_post of one block is resid_pre of the next, but each is seen at its own module
     assert shorts == [*(f"{kind}.{layer}" for layer in range(4) for kind in ("resid_pre", "resid_post")), "logits"]
     with pytest.raises(RequestError) as refusal:
-        found.select(["pattern"])
+        site_map.select(["pattern"])
     assert str(refusal.value) == (
         "site 'pattern' does not exist in a model without TransformerLens adapter; "
         "this model has resid_pre, resid_post, logits"

@@ -33,14 +33,14 @@ def test_the_fingerprint_is_a_digest_of_names_types_shapes_and_bytes(saved):
 
 def test_every_weight_counts(tiny_models):
     module = copy.deepcopy(tiny_models["llama"])
-    seen = {fingerprint(module)}
-    assert seen == {fingerprint(tiny_models["llama"])}
+    fingerprints = {fingerprint(module)}
+    assert fingerprints == {fingerprint(tiny_models["llama"])}
     for parameter in module.parameters():
         with torch.no_grad():
             last = parameter.view(-1)[-1:]
             last.copy_(torch.nextafter(last, torch.tensor(torch.inf)))
-        seen.add(fingerprint(module))
-    assert len(seen) == 1 + len(list(module.parameters()))
+        fingerprints.add(fingerprint(module))
+    assert len(fingerprints) == 1 + len(list(module.parameters()))
 
 
 def test_not_the_values_alone_count():

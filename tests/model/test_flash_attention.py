@@ -61,9 +61,9 @@ def mistral():
 def both(request, tiny_models, mistral):
     """A model with SDPA, and its copy with the pretended kernel."""
     module = copy.deepcopy(mistral if request.param == "mistral" else tiny_models["llama"])
-    other = copy.deepcopy(module)
-    other.set_attn_implementation(NAME)
-    return Model(module, None, "sdpa"), Model(other, None, "flash")
+    pretended = copy.deepcopy(module)
+    pretended.set_attn_implementation(NAME)
+    return Model(module, None, "sdpa"), Model(pretended, None, "flash")
 
 
 RECORDS = [
@@ -83,11 +83,14 @@ def test_changed_layers_run_sdpa_and_give_its_numbers_with_one_warning(both, rec
     for arguments in ({}, {"attention_mask": mask}):
         with wb.intervene(sdpa, record) as run:
             expected = logits(sdpa.module, IDS, **arguments)
-        with warned(r"attention\.\d: pretended_kernel takes no additive mask"), wb.intervene(flash, record) as other:
-            found = logits(flash.module, IDS, **arguments)
+        with (
+            warned(r"attention\.\d: pretended_kernel takes no additive mask"),
+            wb.intervene(flash, record) as flash_run,
+        ):
+            output = logits(flash.module, IDS, **arguments)
         real = arguments.get("attention_mask", torch.ones_like(IDS)).bool()
-        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
-        assert run.table().drop(columns="record").equals(other.table().drop(columns="record"))
+        torch.testing.assert_close(output[real], expected[real], atol=1e-5, rtol=0)
+        assert run.table().drop(columns="record").equals(flash_run.table().drop(columns="record"))
     with wb.intervene(sdpa, record):
         expected = generated(sdpa.module, IDS)
     with warned("takes no additive mask"), wb.intervene(flash, record):

@@ -40,21 +40,21 @@ def test_a_file_is_the_checkpoint_it_was_made_from(files, tiny_models, tiny_toke
     ids = tiny_tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert model.tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ids
     sites = ["resid_post", "pattern", "mlp_out"]
-    given = {"sites": sites, "dtype": "float32", "show_progress": False}
-    one = wb.record(files / "whole.gguf", [ids], out=tmp_path / "one", **given)
-    two = wb.record(wb.Model(tiny_models["llama"], None, "tiny"), [ids], out=tmp_path / "two", **given)
-    assert [site.label for site in one.sites] == [site.label for site in two.sites]
-    for site in one.sites:
-        torch.testing.assert_close(one[site.label][:], two[site.label][:], rtol=1e-5, atol=1e-6)
+    settings = {"sites": sites, "dtype": "float32", "show_progress": False}
+    from_file = wb.record(files / "whole.gguf", [ids], out=tmp_path / "one", **settings)
+    two = wb.record(wb.Model(tiny_models["llama"], None, "tiny"), [ids], out=tmp_path / "two", **settings)
+    assert [site.label for site in from_file.sites] == [site.label for site in two.sites]
+    for site in from_file.sites:
+        torch.testing.assert_close(from_file[site.label][:], two[site.label][:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("auto", torch.float32), ("checkpoint", torch.float32)])
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("checkpoint", torch.float32)])
 @pytest.mark.parametrize("folder", [False, True])
-def test_blocks_become_the_numbers_they_stand_for(files, tiny_models, tmp_path, asked, expected, folder):
+def test_blocks_become_the_numbers_they_stand_for(files, tiny_models, tmp_path, dtype, expected, folder):
     path = files / "blocks.gguf"
     if folder:
         path = Path(shutil.copytree(files, tmp_path / "one", ignore=lambda *_: ["whole.gguf"]))
-    model = wb.load_model(path, device="cpu", dtype=asked)
+    model = wb.load_model(path, device="cpu", dtype=dtype)
     assert model.dtype == expected
     assert model.tokenizer is None
     assert not hasattr(model.module.config, "quantization_config")
@@ -91,8 +91,8 @@ def test_files_that_cannot_be_read_are_refused_in_a_line(files, tiny_models, tmp
         return text
 
     assert "holds 2 GGUF files (blocks.gguf, whole.gguf); name one of them" in refusal(files)
-    other = write(tmp_path / "other.gguf", tiny_models["llama"], architecture="mammoth")
-    assert "architecture 'mammoth', which transformers does not read from GGUF; give the folder" in refusal(other)
+    mammoth = write(tmp_path / "other.gguf", tiny_models["llama"], architecture="mammoth")
+    assert "architecture 'mammoth', which transformers does not read from GGUF; give the folder" in refusal(mammoth)
     whole = (files / "whole.gguf").read_bytes()
     for number, damaged in enumerate((b"", b"GGUF", b"a text", whole[: len(whole) // 2], whole[:100])):
         path = tmp_path / f"damaged{number}.gguf"

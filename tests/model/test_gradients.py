@@ -23,8 +23,8 @@ def test_the_stream_between_attention_and_mlp_has_the_gradient_of_all_its_paths(
         model = Model(tiny_models[family], None, family)
         _, gradients = gradients_of(model, model.site_map.select(("resid_mid", "attn_out")), *batch())
         for layer in range(3):
-            one, other = gradients[f"resid_mid.{layer}"], gradients[f"attn_out.{layer}"]
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+            first, second = gradients[f"resid_mid.{layer}"], gradients[f"attn_out.{layer}"]
+            torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
 
 
 def test_a_site_alone_has_the_gradient_that_it_has_among_others(tiny_model):
@@ -73,17 +73,17 @@ def test_gradients_are_central_differences_in_float64(family, tiny_models):
 
 
 def test_a_tensor_that_the_model_changes_in_place_keeps_its_own_gradient(tiny_models):
-    module, found = copy.deepcopy(tiny_models["llama"]), []
+    module, gradients = copy.deepcopy(tiny_models["llama"]), []
     model = Model(module, None, "llama")
     sites = model.site_map.select(("resid_post.1", "resid_pre.2"))
     for triple in (torch.Tensor.mul, torch.Tensor.mul_):
         handle = module.model.layers[2].register_forward_pre_hook(
             lambda _m, args, kwargs, triple=triple: ((triple(args[0], 3), *args[1:]), kwargs), with_kwargs=True
         )
-        found.append(gradients_of(model, sites, *batch())[1])
+        gradients.append(gradients_of(model, sites, *batch())[1])
         handle.remove()
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[0]["resid_post.1"], 3 * found[0]["resid_pre.2"])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[0]["resid_post.1"], 3 * gradients[0]["resid_pre.2"])
 
 
 def test_what_has_no_exact_gradient_is_refused_by_name(tiny_models):

@@ -78,9 +78,9 @@ def test_a_projection_that_does_not_divide_into_heads_is_refused(tiny_models, tm
 
 def test_other_models_and_missing_sites_are_refused(tiny_models, tmp_path):
     model, store = recorded(tiny_models["llama"], tmp_path / "a.acts", sites=["z.1"])
-    other = copy.deepcopy(tiny_models["llama"])
-    other.model.layers[1].self_attn.o_proj.weight.data.mul_(2)
-    text = refused(RequestError, lambda: wb.head_results(store, 1, wb.load_model(other)))
+    changed = copy.deepcopy(tiny_models["llama"])
+    changed.model.layers[1].self_attn.o_proj.weight.data.mul_(2)
+    text = refused(RequestError, lambda: wb.head_results(store, 1, wb.load_model(changed)))
     assert "is not the one that the store" in text
     assert "z.0 is not recorded" in refused(RequestError, lambda: wb.head_results(store, 0, model))
     with pytest.raises(IndexError, match="row 8 is out of range"):

@@ -122,8 +122,8 @@ def test_an_identity_travels_as_json(module):
 
 
 def test_half_precision_and_a_model_without_head_have_an_identity(module):
-    for other in (copy.deepcopy(module).bfloat16(), module.model):
-        assert difference(identity(other), identity(copy.deepcopy(other))) is None
+    for variant in (copy.deepcopy(module).bfloat16(), module.model):
+        assert difference(identity(variant), identity(copy.deepcopy(variant))) is None
 
 
 def test_a_loaded_model_gives_its_own_identity(module):

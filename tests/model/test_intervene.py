@@ -122,13 +122,13 @@ def test_all_hooks_are_gone_after_an_exception(llama, error):
 
 
 def test_contexts_nest_and_apply_in_order(llama):
-    other = DIRECTION.flip(0)
-    with intervene(llama, Add(MIDDLE, DIRECTION)), intervene(llama, Add(MIDDLE, other, 1.0, "norm")):
+    backwards = DIRECTION.flip(0)
+    with intervene(llama, Add(MIDDLE, DIRECTION)), intervene(llama, Add(MIDDLE, backwards, 1.0, "norm")):
         nested = logits(llama)
-    with intervene(llama, Add(MIDDLE, DIRECTION), Add(MIDDLE, other, 1.0, "norm")) as run:
+    with intervene(llama, Add(MIDDLE, DIRECTION), Add(MIDDLE, backwards, 1.0, "norm")) as run:
         assert torch.equal(logits(llama), nested)
     assert len(run.table()) == 2
-    with intervene(llama, Add(MIDDLE, other, 1.0, "norm"), Add(MIDDLE, DIRECTION)):
+    with intervene(llama, Add(MIDDLE, backwards, 1.0, "norm"), Add(MIDDLE, DIRECTION)):
         assert not torch.allclose(logits(llama), nested, atol=1e-3)
     assert "entered before" in refused(RequestError, lambda: run.__enter__())
 
@@ -152,7 +152,7 @@ def test_generation_is_the_same_cached_uncached_static_padded_and_alone(model):
         ("padded static", both, {"attention_mask": mask, **static}),
     ):
         with intervene(model, *records) as run, torch.no_grad():
-            made = model.module.generate(
+            generated = model.module.generate(
                 ids,
                 **({"attention_mask": torch.ones_like(ids)} | arguments),
                 max_new_tokens=4,
@@ -162,12 +162,12 @@ def test_generation_is_the_same_cached_uncached_static_padded_and_alone(model):
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        results[name] = torch.stack(made.logits)[:, 0]
+        results[name] = torch.stack(generated.logits)[:, 0]
         if len(ids) == 1:  # of 9 tokens that are input, 3 are generated
             assert run.table()["rows"].tolist() == [1, 1, 3, 5, 2], name
-    for name, found in results.items():
+    for name, logits in results.items():
         torch.testing.assert_close(
-            found, results["alone"], atol=2e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            logits, results["alone"], atol=2e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

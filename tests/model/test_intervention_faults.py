@@ -59,13 +59,13 @@ def test_offloaded_weights_give_the_same_numbers(llama):
 
 def test_a_half_precision_model_is_changed_in_float32_and_rounded_once(tiny_models):
     model = Model(copy.deepcopy(tiny_models["llama"]).bfloat16(), None, "half")
-    kept, _ = [], model.sites
-    handle = model.module.model.layers[1].register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+    tensors, _ = [], model.sites
+    handle = model.module.model.layers[1].register_forward_pre_hook(lambda _module, args: tensors.append(args[0]))
     plain = logits(model)
     with wb.intervene(model, wb.Add("resid_post.0", DIRECTION, 1e-3, at=[2])):
         logits(model)
     handle.remove()
-    before, after = kept
+    before, after = tensors
     assert torch.equal(after[:, 2], (before[:, 2].float() + 1e-3 * DIRECTION).bfloat16())
     assert torch.equal(after[:, 3:], before[:, 3:])
     assert torch.equal(logits(model), plain)
@@ -87,46 +87,46 @@ def test_a_module_that_is_replaced_or_does_not_run_is_an_error(llama):
 
 def test_gradients_flow_through_every_change(llama):
     value = DIRECTION.clone().requires_grad_(True)
-    others = wb.ScaleAttention(2, None, 3, 2), wb.Project("resid_post.1", DIRECTION, at=5)
-    with wb.intervene(llama, wb.Set("resid_mid.1", value, at=3), *others):
+    more = wb.ScaleAttention(2, None, 3, 2), wb.Project("resid_post.1", DIRECTION, at=5)
+    with wb.intervene(llama, wb.Set("resid_mid.1", value, at=3), *more):
         llama.module(input_ids=IDS).logits[..., 7].sum().backward()
     step, slopes = 1e-2, []
     for sign in (1, -1):
         shifted = DIRECTION.clone()
         shifted[4] += sign * step
-        with wb.intervene(llama, wb.Set("resid_mid.1", shifted, at=3), *others):
+        with wb.intervene(llama, wb.Set("resid_mid.1", shifted, at=3), *more):
             slopes.append(logits(llama)[..., 7].double().sum())
     assert value.grad is not None
     assert float(value.grad[4]) == pytest.approx(float((slopes[0] - slopes[1]) / (2 * step)), rel=2e-2, abs=1e-3)
 
 
 def test_added_zeros_have_the_gradient_of_the_tensor(llama):
-    zeros, kept, _ = torch.zeros(18, 32, requires_grad=True), [], llama.sites
+    zeros, tensors, _ = torch.zeros(18, 32, requires_grad=True), [], llama.sites
 
     def keep(_module, _args, output):
         output.retain_grad()
-        kept.append(output)
+        tensors.append(output)
 
     handle = llama.module.model.layers[1].register_forward_hook(keep)
     with wb.intervene(llama, RowFunction("resid_post.1", lambda rows, _chosen: rows + zeros, "zeros")):
         llama.module(input_ids=IDS).logits[..., 7].sum().backward()
     handle.remove()
     assert zeros.grad is not None
-    torch.testing.assert_close(zeros.grad.reshape(2, 9, 32), kept[0].grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(zeros.grad.reshape(2, 9, 32), tensors[0].grad, atol=1e-6, rtol=1e-6)
 
 
 def test_embeddings_of_other_tokens_are_those_tokens(llama):
-    other = IDS.clone()
-    other[:, 4] = 17
-    expected = llama.module(input_ids=other).logits
+    changed_ids = IDS.clone()
+    changed_ids[:, 4] = 17
+    expected = llama.module(input_ids=changed_ids).logits
     with wb.intervene(llama, wb.EmbedTokens(4, 17)) as run:
         assert torch.equal(logits(llama), expected)
     assert run.table()["rows"][0] == 2
-    other[:, 6] = 21
-    expected = llama.module(input_ids=other).logits
+    changed_ids[:, 6] = 21
+    expected = llama.module(input_ids=changed_ids).logits
     with wb.intervene(llama, wb.EmbedTokens([4, 6], [17, 21])):
         assert torch.equal(logits(llama), expected)
-    vectors = llama.module.get_input_embeddings().weight[other[0]].detach()
+    vectors = llama.module.get_input_embeddings().weight[changed_ids[0]].detach()
     with wb.intervene(llama, wb.EmbedTokens([4, 6], vectors=vectors)):
         assert torch.equal(logits(llama)[:1], expected[:1])
     text = refused(DataError, lambda: changed(llama, wb.EmbedTokens(40, 17)))

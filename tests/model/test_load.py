@@ -76,9 +76,9 @@ def test_loading_says_nothing_and_leaves_the_settings_of_transformers(saved, cap
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("float16", torch.float16), (torch.bfloat16, torch.bfloat16)])
-def test_dtype_is_what_the_model_computes_in(saved, tiny_models, asked, expected):
-    model = load_model(saved, dtype=asked)
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", torch.float16), (torch.bfloat16, torch.bfloat16)])
+def test_dtype_is_what_the_model_computes_in(saved, tiny_models, dtype, expected):
+    model = load_model(saved, dtype=dtype)
     assert model.dtype == expected
     wanted = tiny_models["llama"].state_dict()
     assert all(torch.equal(part, wanted[name].to(expected)) for name, part in model.module.state_dict().items())
@@ -141,16 +141,16 @@ def test_a_module_names_its_origin_without_the_machines_paths(saved, tiny_models
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"device": "cpu"}, "device='cpu'"),
         ({"dtype": "float16"}, "dtype='float16'"),
         ({"revision": "v1"}, "revision='v1'"),
     ],
 )
-def test_a_module_is_not_moved_or_cast(tiny_models, options, said):
+def test_a_module_is_not_moved_or_cast(tiny_models, options, message):
     assert refusal(load_model, tiny_models["gpt2"], **options) == (
-        f"{said} is for a model that is loaded; a module stays as it is given"
+        f"{message} is for a model that is loaded; a module stays as it is given"
     )
 
 
@@ -171,8 +171,8 @@ def test_a_real_checkpoint(stories260k):
     model = load_model(stories260k)
     assert repr(model) == "Model('stories260K', LlamaForCausalLM, 260,032 parameters, torch.float32, cpu)"
     ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
-    said = model.module.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
-    assert model.tokenizer.decode(said[0], skip_special_tokens=True) == (
+    generated = model.module.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert model.tokenizer.decode(generated[0], skip_special_tokens=True) == (
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the p"
     )
 
@@ -195,7 +195,7 @@ def test_no_weights(model_dir):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ("{", "is not a valid JSON file."),
         ("{}", "Should have a `model_type` key in its config.json."),
@@ -203,11 +203,11 @@ def test_no_weights(model_dir):
         ('{"model_type": "t5"}', "transformers has no causal language model of its type"),
     ],
 )
-def test_a_wrong_config(model_dir, config, said):
+def test_a_wrong_config(model_dir, config, message):
     (model_dir / "config.json").write_text(config)
     text = refusal(load_model, model_dir)
     assert text.startswith("model 'tiny-llama' ")
-    assert said in text
+    assert message in text
 
 
 def test_weights_that_the_checkpoint_lacks_are_not_made_up(model_dir):
@@ -311,8 +311,8 @@ def test_a_directory_without_tokenizer(model_dir):
 
 def test_another_tokenizer(saved, stories260k):
     assert len(load_model(saved, tokenizer=str(stories260k)).tokenizer) == 512
-    given = AutoTokenizer.from_pretrained(saved)
-    assert load_model(saved, tokenizer=given).tokenizer is given
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert load_model(saved, tokenizer=tokenizer).tokenizer is tokenizer
 
 
 def test_wrong_tokenizers(saved, model_dir, tmp_path, monkeypatch):
@@ -398,9 +398,9 @@ def test_the_bridge_takes_a_tokenizer_that_is_on_no_disk(tiny_models):
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     bridge = load_model(tiny_models["gpt2"], tokenizer=tokenizer).bridge()
-    own = tokenizer("day")["input_ids"]
-    assert bridge.to_tokens("day", prepend_bos=False)[0].tolist() == own
-    assert bridge.to_tokens("day", prepend_bos=True)[0].tolist() == [0, *own]
+    ids = tokenizer("day")["input_ids"]
+    assert bridge.to_tokens("day", prepend_bos=False)[0].tolist() == ids
+    assert bridge.to_tokens("day", prepend_bos=True)[0].tolist() == [0, *ids]
 
 
 def test_the_bridge_computes_in_the_models_dtype(tiny_models):

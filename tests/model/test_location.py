@@ -159,8 +159,8 @@ print(json.dumps({
 
 def test_outside_the_test_environment(saved, tmp_path):
     """As a user has it, the hub not forbidden but out of reach: who asks for it, and what the cache is good for."""
-    everything = sorted(saved.iterdir())
-    words = [path for path in everything if "token" in path.name]
+    files = sorted(saved.iterdir())
+    words = [path for path in files if "token" in path.name]
     weights = [saved / "config.json", saved / "model.safetensors"]
     index, pickled = tmp_path / "model.safetensors.index.json", tmp_path / "pytorch_model.bin"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
@@ -169,8 +169,8 @@ def test_outside_the_test_environment(saved, tmp_path):
     damaged.write_text('{"weight_map": 7}')
     pickled.touch()
     cache = tmp_path / "hub"
-    hub_cache(cache, "user/whole", everything)
-    hub_cache(cache, "user/tagged", everything, revision="v1")
+    hub_cache(cache, "user/whole", files)
+    hub_cache(cache, "user/tagged", files, revision="v1")
     hub_cache(cache, "user/config-only", [saved / "config.json"])
     hub_cache(cache, "user/half", [saved / "config.json", index, part])
     hub_cache(cache, "user/damaged", [saved / "config.json", damaged])
@@ -188,13 +188,13 @@ def test_outside_the_test_environment(saved, tmp_path):
         timeout=120,
     )
     assert ran.stderr == ""
-    found = json.loads(ran.stdout)
+    outcomes = json.loads(ran.stdout)
     unreachable = "is no directory here, and the hub cannot be reached; check the name or give a path"
-    message, asked, _ = found.pop("damaged")
+    message, connected, _ = outcomes.pop("damaged")
     assert message.startswith(f"DataError: {cache}/")
     assert message.endswith("lists no files of weights; delete it from the hub's cache, so that it is fetched again")
-    assert not asked
-    assert {name: (said, asked) for name, (said, asked, _) in found.items()} == {
+    assert not connected
+    assert {name: (outcome, connected) for name, (outcome, connected, _) in outcomes.items()} == {
         "directory": (["tiny-llama", None, True], False),
         "cached": (["user/whole", None, True], False),
         "revision": (["user/tagged", "v1", True], False),
@@ -216,4 +216,4 @@ def test_outside_the_test_environment(saved, tmp_path):
         ),
         "hub tokenizer": (f"RequestError: tokenizer 'user/none' {unreachable}", True),
     }
-    assert {waited for _, _, waited in found.values()} == {0}  # the library's habit is to try again for seconds
+    assert {waited for _, _, waited in outcomes.values()} == {0}  # the library's habit is to try again for seconds

@@ -80,13 +80,13 @@ def recorded(module, sites, kinds, layer=1):
     """Sites of one layer by kind; those that are not offered are left out."""
     offered = {site.kind for site in sites.sites.values() if site.layer == layer}
     chosen = sites.select([f"{kind}.{layer}" for kind in kinds if kind in offered])
-    taken = {}
+    by_site = {}
 
     def receive(site, tensor, _first):
-        taken[site.kind] = tensor.clone()  # Falcon adds in place
+        by_site[site.kind] = tensor.clone()  # Falcon adds in place
 
     capture(module, chosen, IDS, torch.ones_like(IDS), receive)
-    return {kind: tensor.clone() for kind, tensor in taken.items()}  # no inference tensors
+    return {kind: tensor.clone() for kind, tensor in by_site.items()}  # no inference tensors
 
 
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln1", "ln2")
@@ -94,18 +94,18 @@ STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln1", 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_stream_adds_up(name):
-    seen = recorded(*built(name), STREAM)
-    pre, post = seen["resid_pre"], seen["resid_post"]
+    by_site = recorded(*built(name), STREAM)
+    pre, post = by_site["resid_pre"], by_site["resid_post"]
     if name in POST_NORM:
-        assert {"attn_out", "mlp_out", "resid_mid"} <= seen.keys()
+        assert {"attn_out", "mlp_out", "resid_mid"} <= by_site.keys()
     elif name == "granite":
-        assert not {"attn_out", "mlp_out"} & seen.keys()
+        assert not {"attn_out", "mlp_out"} & by_site.keys()
     elif name in SEQUENTIAL:
-        torch.testing.assert_close(pre + seen["attn_out"], seen["resid_mid"])
-        torch.testing.assert_close(seen["resid_mid"] + seen["mlp_out"], post)
+        torch.testing.assert_close(pre + by_site["attn_out"], by_site["resid_mid"])
+        torch.testing.assert_close(by_site["resid_mid"] + by_site["mlp_out"], post)
     elif name != "granite of 1":
-        assert "resid_mid" not in seen
-        torch.testing.assert_close(pre + seen["attn_out"] + seen["mlp_out"], post)
+        assert "resid_mid" not in by_site
+        torch.testing.assert_close(pre + by_site["attn_out"] + by_site["mlp_out"], post)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_in_a_post_norm_block_resid_mid_is_what_the_mlp_reads(name, mlp, norms):
     handle = module.get_submodule(mlp).register_forward_pre_hook(lambda _module, args: read.append(args[0]))
     module(IDS)
     handle.remove()
-    seen = recorded(module, sites, STREAM)
-    torch.testing.assert_close(seen["resid_mid"], read[0].reshape(seen["resid_mid"].shape))
+    by_site = recorded(module, sites, STREAM)
+    torch.testing.assert_close(by_site["resid_mid"], read[0].reshape(by_site["resid_mid"].shape))
     block = module.get_submodule(sites.last_block)
     first, second = (block.get_submodule(path) for path in norms)
-    torch.testing.assert_close(first(seen["resid_pre"] + seen["attn_out"]), seen["resid_mid"])
-    torch.testing.assert_close(second(seen["resid_mid"] + seen["mlp_out"]), seen["resid_post"])
+    torch.testing.assert_close(first(by_site["resid_pre"] + by_site["attn_out"]), by_site["resid_mid"])
+    torch.testing.assert_close(second(by_site["resid_mid"] + by_site["mlp_out"]), by_site["resid_post"])
     for norm, instead in (("ln1", "resid_mid"), ("ln2", "resid_post")):
         with pytest.raises(RequestError, match=f"post-norm block .* writes the stream itself; record {instead}"):
             sites.select([norm])
@@ -146,8 +146,8 @@ def test_the_norms_before_the_sublayers_read_the_stream(name):
     offered = {site.kind for site in sites.sites.values()}
     assert "ln1" in offered
     tap = sites.select(["ln1.1"])[0].tap
-    seen = recorded(module, sites, ("resid_pre", "ln1"))
-    torch.testing.assert_close(module.get_submodule(tap.path)(seen["resid_pre"]), seen["ln1"])
+    by_site = recorded(module, sites, ("resid_pre", "ln1"))
+    torch.testing.assert_close(module.get_submodule(tap.path)(by_site["resid_pre"]), by_site["ln1"])
 
 
 def test_names_keep_their_meaning_in_half_precision():
@@ -155,7 +155,9 @@ def test_names_keep_their_meaning_in_half_precision():
         for name in ("llama", "opt post-norm", "granite", "bert"):
             _, sites = built(name)
             half = find_sites(MODELS[name]().to(dtype).eval())
-            kinds = [{site.short for site in found.sites.values() if site.kind in STREAM} for found in (half, sites)]
+            kinds = [
+                {site.short for site in site_map.sites.values() if site.kind in STREAM} for site_map in (half, sites)
+            ]
             assert kinds[0] - kinds[1] <= {"attn_out.0", "attn_out.1", "mlp_out.0", "mlp_out.1"}, (name, dtype)
             assert kinds[1] <= kinds[0]
 

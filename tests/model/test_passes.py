@@ -68,20 +68,20 @@ def test_threads_that_capture_and_threads_that_run_the_model_do_not_meet(model):
 def test_a_pass_in_another_thread_at_the_same_moment_is_left_alone(model):
     """The other thread's pass runs as a whole while the first one stands still inside of a block."""
     module, sites = model
-    alone, entered, left = captured(module, sites, batch(0)), Event(), Event()
+    alone, entered, ended = captured(module, sites, batch(0)), Event(), Event()
     first = [True]
 
     def wait(_module, _arguments, _output) -> None:
         if first and first.pop():
             entered.set()
-            assert left.wait(60)
+            assert ended.wait(60)
 
     handle = module.model.layers[0].register_forward_hook(wait)
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         task = pool.submit(captured, module, sites, batch(0))
         assert entered.wait(60)
         module(batch(1))
-        left.set()
+        ended.set()
         assert same(task.result(), alone)
     handle.remove()
 

@@ -32,11 +32,11 @@ def states(rows: int = 3) -> torch.Tensor:
     return torch.randn(rows, 32, generator=torch.Generator().manual_seed(0))
 
 
-def by_hand(model: Model, family: str, layer: int, given: torch.Tensor) -> torch.Tensor:
+def by_hand(model: Model, family: str, layer: int, states: torch.Tensor) -> torch.Tensor:
     """The prompt and what is fed run as ids, one row at a time, the block's output replaced by a hook of torch."""
     block = model.module.get_submodule(f"{BLOCKS[family]}.{layer}")
-    found = []
-    for row, state in enumerate(given):
+    logits = []
+    for row, state in enumerate(states):
 
         def replace(_module, _args, output, state=state):
             first = output if isinstance(output, torch.Tensor) else output[0]
@@ -46,9 +46,9 @@ def by_hand(model: Model, family: str, layer: int, given: torch.Tensor) -> torch
         handle = block.register_forward_hook(replace)
         with torch.no_grad():
             ids = torch.cat([PROMPT, FED[row]])[None]
-            found.append(model.module(input_ids=ids).logits[0, len(PROMPT) - 1 :])
+            logits.append(model.module(input_ids=ids).logits[0, len(PROMPT) - 1 :])
         handle.remove()
-    return torch.stack(found)
+    return torch.stack(logits)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -62,17 +62,17 @@ def test_a_prompted_run_is_the_hooked_run(model, family, layer):
 def test_its_own_state_put_back_changes_nothing(model):
     (site,) = model.site_map.select(["resid_post.1"])
     ids = torch.cat([PROMPT.expand(3, -1), FED], dim=1)
-    kept = {}
+    states_by_name = {}
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     mask[:, len(PROMPT) - 1] = True
 
     def keep(rows, _chosen):
-        kept["own"] = rows.clone()
+        states_by_name["own"] = rows.clone()
         return rows
 
     with torch.no_grad(), intervene(model, RowFunction("resid_post.1", keep, "keep", at=mask)):
         clean = model.module(input_ids=ids).logits
-    logits = run_prompted(model, site, token_embeddings(model, PROMPT), kept["own"], FED)
+    logits = run_prompted(model, site, token_embeddings(model, PROMPT), states_by_name["own"], FED)
     torch.testing.assert_close(logits, clean[:, len(PROMPT) - 1 :], atol=1e-5, rtol=1e-4)
 
 
@@ -81,8 +81,8 @@ def test_gradients_reach_the_prompt_alone_and_are_those_of_finite_differences(ti
     (site,) = model.site_map.select(["resid_post.0"])
     prompt = token_embeddings(model, PROMPT).requires_grad_(True)
 
-    def loss(given):
-        return run_prompted(model, site, given, states().double(), FED, gradients=True)[:, 1, 17].sum()
+    def loss(vectors):
+        return run_prompted(model, site, vectors, states().double(), FED, gradients=True)[:, 1, 17].sum()
 
     (gradient,) = torch.autograd.grad(loss(prompt), [prompt])
     assert all(weight.grad is None for weight in model.module.parameters())

@@ -41,8 +41,8 @@ def test_a_massive_activation_lies_in_dimension_507_at_the_first_position(store)
         states = np.abs(np.asarray(store["resid_post", layer][first]))
         assert (states.argmax(1) == 507).all()
         assert states.max() > 10_000
-        others = np.asarray(store["resid_post", layer][store.where("position > 0")])
-        assert np.linalg.norm(states, axis=1).min() > 20 * np.median(np.linalg.norm(others, axis=1))
+        later_states = np.asarray(store["resid_post", layer][store.where("position > 0")])
+        assert np.linalg.norm(states, axis=1).min() > 20 * np.median(np.linalg.norm(later_states, axis=1))
     assert np.abs(np.asarray(store["resid_post", 0][first])).max() < 1_000
 
 

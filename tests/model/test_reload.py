@@ -32,9 +32,9 @@ def demo_store(tmp_path_factory):
 
 
 def test_the_name_in_the_store_is_enough(demo_store):
-    found = recorded_model(demo_store, device="cpu")
-    assert (found.name, found.fingerprint()) == ("demo", demo_store.manifest.model.fingerprint)
-    assert found.tokenizer is not None
+    reloaded = recorded_model(demo_store, device="cpu")
+    assert (reloaded.name, reloaded.fingerprint()) == ("demo", demo_store.manifest.model.fingerprint)
+    assert reloaded.tokenizer is not None
 
 
 def test_a_model_that_is_given_is_taken_as_it_is(tiny):
@@ -45,9 +45,9 @@ def test_a_model_that_is_given_is_taken_as_it_is(tiny):
 def test_a_directory(tiny, tmp_path):
     model, store = tiny
     model.module.save_pretrained(tmp_path / "there")
-    found = recorded_model(store, str(tmp_path / "there"), device="cpu")
-    assert found.fingerprint() == model.fingerprint()
-    assert found.module is not model.module
+    reloaded = recorded_model(store, str(tmp_path / "there"), device="cpu")
+    assert reloaded.fingerprint() == model.fingerprint()
+    assert reloaded.module is not model.module
 
 
 def test_device(demo_store):
@@ -61,14 +61,14 @@ def test_weights_of_the_recorded_precision(tiny_models, tmp_path):
     """A directory in float32 of a recording in bfloat16 is loaded in bfloat16."""
     tiny_models["llama"].save_pretrained(tmp_path / "there")
     store = record(wb.load_model(tmp_path / "there", device="cpu", dtype="bfloat16"), tmp_path / "acts")
-    found = recorded_model(store, str(tmp_path / "there"), device="cpu")
-    assert found.dtype == torch.bfloat16
+    reloaded = recorded_model(store, str(tmp_path / "there"), device="cpu")
+    assert reloaded.dtype == torch.bfloat16
 
 
 def test_a_name_that_cannot_be_loaded(tiny):
     _, store = tiny
-    said = refused(RequestError, lambda: recorded_model(store))
-    assert said.startswith(
+    message = refused(RequestError, lambda: recorded_model(store))
+    assert message.startswith(
         "model is not given, and 'tiny-llama', which the store names, cannot be loaded; "
         "give model=, the directory it was recorded from (model 'tiny-llama' "
     )
@@ -76,13 +76,13 @@ def test_a_name_that_cannot_be_loaded(tiny):
 
 def test_other_weights_are_refused(tiny):
     model, store = tiny
-    other = copy.deepcopy(model.module)
+    shifted = copy.deepcopy(model.module)
     with torch.no_grad():
-        other.model.norm.weight[0] += 1e-6
-    changed = Model(other, None, "other").fingerprint()
-    assert refused(RequestError, lambda: recorded_model(store, Model(other, None, "other"))) == (
+        shifted.model.norm.weight[0] += 1e-6
+    changed = Model(shifted, None, "other").fingerprint()
+    assert refused(RequestError, lambda: recorded_model(store, Model(shifted, None, "other"))) == (
         "model 'other' is not the one that the store 'acts' was recorded from ('tiny-llama', LlamaForCausalLM): its "
         f"weights are other ones ({changed[:12]}, not {model.fingerprint()[:12]}); give the model as it was recorded"
     )
-    said = refused(RequestError, lambda: recorded_model(store, "demo", device="cpu"))
-    assert said.startswith("model 'demo' is not the one that the store")
+    message = refused(RequestError, lambda: recorded_model(store, "demo", device="cpu"))
+    assert message.startswith("model 'demo' is not the one that the store")

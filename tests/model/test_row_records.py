@@ -47,10 +47,10 @@ def logits(model, ids=IDS, **arguments):
 def read(model, name, ids=IDS):
     """Tensor at a site that is an input or output of a module, by a plain hook."""
     (site,) = model.site_map.select([name])
-    kept = []
-    with hook_tensor(model.module.get_submodule(site.tap.path), site.tap.part, lambda tensor: kept.append(tensor)):
+    rows = []
+    with hook_tensor(model.module.get_submodule(site.tap.path), site.tap.part, lambda tensor: rows.append(tensor)):
         logits(model, ids)
-    return kept[0].reshape(*ids.shape, *site.shape)
+    return rows[0].reshape(*ids.shape, *site.shape)
 
 
 def after(model, *records, **arguments):
@@ -58,8 +58,8 @@ def after(model, *records, **arguments):
         return logits(model, **arguments), run
 
 
-def close(one, other, tolerance=1e-5):
-    torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+def close(first, second, tolerance=1e-5):
+    torch.testing.assert_close(first, second, atol=tolerance, rtol=tolerance)
 
 
 def test_a_function_of_rows_acts_on_every_site_that_a_model_has(model):
@@ -81,17 +81,21 @@ def test_a_function_of_rows_acts_on_every_site_that_a_model_has(model):
 
 
 def test_a_value_is_set_for_all_rows_for_each_sequence_and_for_each_token(llama):
-    each = torch.stack([VALUE, VALUE.flip(0)])
+    by_sequence = torch.stack([VALUE, VALUE.flip(0)])
     tokens = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
-    for value, expected in ((VALUE, VALUE.expand(2, 9, 32)), (each, each[:, None].expand(2, 9, 32)), (tokens, tokens)):
+    for value, expected in (
+        (VALUE, VALUE.expand(2, 9, 32)),
+        (by_sequence, by_sequence[:, None].expand(2, 9, 32)),
+        (tokens, tokens),
+    ):
         with change_tensor(llama.module.model.layers[1], "out", lambda _tensor, new=expected: new.clone()):
             by_hand = logits(llama)
         assert torch.equal(after(llama, Set("resid_post.1", value, at="all"))[0], by_hand)
     repeated = IDS.repeat_interleave(2, 0)
-    twice, _ = after(llama, Set("resid_post.1", each, at=3), ids=repeated)
-    close(twice[::2], after(llama, Set("resid_post.1", each, at=3))[0])
+    twice, _ = after(llama, Set("resid_post.1", by_sequence, at=3), ids=repeated)
+    close(twice[::2], after(llama, Set("resid_post.1", by_sequence, at=3))[0])
     assert "no multiple of the 2" in refused(
-        DataError, lambda: after(llama, Set("resid_post.1", each, at=3), ids=IDS[:1].repeat(3, 1))
+        DataError, lambda: after(llama, Set("resid_post.1", by_sequence, at=3), ids=IDS[:1].repeat(3, 1))
     )
 
 
@@ -125,11 +129,13 @@ def test_a_head_is_changed_alone(llama):
     removed = torch.einsum("bph,dh->bpd", z[:, :, 2], weight[:, 16:24])
     by_hand = after(llama, RowFunction("attn_out.1", lambda rows, _: rows - removed.flatten(0, 1), "minus the head"))[0]
     close(after(llama, Zero("z.1", head=2))[0], by_hand)
-    own = torch.randn(8)
-    close(after(llama, Set("z.1", own, at=4, head=2))[0], after(llama, Set("z.1", own[None], at=4, head=[2]))[0], 0)
+    vector = torch.randn(8)
     close(
-        after(llama, Zero("z.1", head=2), Add("z.1", own, head=2))[0],
-        after(llama, Set("z.1", own, head=2, at="all"))[0],
+        after(llama, Set("z.1", vector, at=4, head=2))[0], after(llama, Set("z.1", vector[None], at=4, head=[2]))[0], 0
+    )
+    close(
+        after(llama, Zero("z.1", head=2), Add("z.1", vector, head=2))[0],
+        after(llama, Set("z.1", vector, head=2, at="all"))[0],
     )
 
 
@@ -165,8 +171,12 @@ def test_rows_of_a_store_take_the_place_of_those_of_the_same_tokens(llama, donor
     close(after(llama, Patch("resid_post.1", donors, at=5))[0], by_hand, 0)
     moved = after(llama, Set("resid_post.1", rows[:, 2], at=5), Set("resid_post.1", rows[:, 8], at=7))[0]
     close(after(llama, Patch("resid_post.1", donors, [2, -1], at=[5, 7]))[0], moved, 0)
-    one = donors.where("sequence = 1")
-    close(after(llama, Patch("resid_post.1", one, at=5))[0], after(llama, Set("resid_post.1", rows[1, 5], at=5))[0], 0)
+    donor_rows = donors.where("sequence = 1")
+    close(
+        after(llama, Patch("resid_post.1", donor_rows, at=5))[0],
+        after(llama, Set("resid_post.1", rows[1, 5], at=5))[0],
+        0,
+    )
     head = after(llama, Set("z.1", read(llama, "z.1", OTHERS)[:, 5, 3], at=5, head=3))[0]
     close(after(llama, Patch("z.1", donors, at=5, head=3))[0], head, 0)
 
@@ -184,7 +194,7 @@ def test_means_are_those_of_numpy(llama, donors):
         close(
             after(llama, Mean("resid_post.1", of, per))[0], after(llama, Set("resid_post.1", value, at="all"))[0], 1e-6
         )
-    by_token = np.stack([np.stack([rows[ids == one].mean(0) for one in line]) for line in ids])
+    by_token = np.stack([np.stack([rows[ids == token].mean(0) for token in line]) for line in ids])
     value = torch.tensor(by_token).float()
     changed = after(llama, Mean("resid_post.1", donors, "token"), ids=OTHERS)[0]
     close(changed, after(llama, Set("resid_post.1", value, at="all"), ids=OTHERS)[0], 1e-6)
@@ -195,11 +205,11 @@ def test_means_are_those_of_numpy(llama, donors):
 
 def test_a_random_row_depends_on_seed_sequence_and_position_alone(llama, donors):
     def rows(seed, **arguments):
-        kept = []
+        outputs = []
         record = Resample("resid_post.1", donors, seed=seed)
-        with wb.intervene(llama, record), hook_tensor(llama.module.model.layers[2], "in", kept.append):
+        with wb.intervene(llama, record), hook_tensor(llama.module.model.layers[2], "in", outputs.append):
             logits(llama, **arguments)
-        return kept[0].flatten(0, 1)
+        return outputs[0].flatten(0, 1)
 
     first = rows(0)
     known = donors["resid_post", 1][:]
@@ -215,9 +225,9 @@ def test_tokens_are_chosen_by_id_and_by_position_together(llama):
     ids[0, 3] = ids[1, 6] = ids[1, 2] = 7
     mask = ids == 7
     by_mask, run = after(llama, Add("resid_post.1", VALUE, at=mask), ids=ids)
-    by_id, other = after(llama, Add("resid_post.1", VALUE, at=Tokens(ids={7, 11})), ids=ids)
+    by_id, by_id_run = after(llama, Add("resid_post.1", VALUE, at=Tokens(ids={7, 11})), ids=ids)
     assert torch.equal(by_id, by_mask)
-    assert run.table()["rows"][0] == other.table()["rows"][0] == int(mask.sum())
+    assert run.table()["rows"][0] == by_id_run.table()["rows"][0] == int(mask.sum())
     late, _ = after(llama, Add("resid_post.1", VALUE, at=Tokens(slice(3, None), ids={7})), ids=ids)
     mask[1, 2] = False
     assert torch.equal(late, after(llama, Add("resid_post.1", VALUE, at=mask), ids=ids)[0])

@@ -24,18 +24,18 @@ def eager_scores(module, ids, monkeypatch):
     """Input of every softmax over keys in one eager pass, by layer: masked scores (head, query, key)."""
     module = copy.deepcopy(module)
     module.config._attn_implementation = "eager"
-    softmax, seen = torch.nn.functional.softmax, []
+    softmax, inputs = torch.nn.functional.softmax, []
 
     def noted(scores, *arguments, **options):
         if scores.ndim == 4:
-            seen.append(scores[0].detach().float().clone())
+            inputs.append(scores[0].detach().float().clone())
         return softmax(scores, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", noted)
     with torch.inference_mode():
         module(input_ids=torch.tensor([ids]), use_cache=False)
     monkeypatch.undo()
-    return seen
+    return inputs
 
 
 @pytest.mark.parametrize("family", SITES)
@@ -51,9 +51,9 @@ def test_scores_are_those_of_eager_attention(family, tiny_models, tmp_path, monk
         assert array.axes == ("row", "head", "key")
         assert array.shape == (28, 4, 24)
         scores = array[first].transpose(0, 1)
-        seen = scores > -torch.inf
-        assert torch.equal(seen, expected[layer] > -1e30)
-        torch.testing.assert_close(scores[seen], expected[layer][seen], rtol=1e-4, atol=1e-5)
+        visible = scores > -torch.inf
+        assert torch.equal(visible, expected[layer] > -1e30)
+        torch.testing.assert_close(scores[visible], expected[layer][visible], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(array[:].softmax(-1), store["pattern", layer][:], rtol=1e-4, atol=1e-6)
         mixed = [27, 0, 11, 25]
         torch.testing.assert_close(array[mixed], array[:][mixed])

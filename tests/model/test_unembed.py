@@ -124,13 +124,13 @@ def built(model_type):
 
 def last_residual_and_logits(module, last_block):
     """On tokens of our own: the output of the last block, as PyTorch's own hook sees it, and the logits."""
-    seen = []
-    handle = module.get_submodule(last_block).register_forward_hook(lambda _m, _a, output: seen.append(output))
+    inputs = []
+    handle = module.get_submodule(last_block).register_forward_hook(lambda _m, _a, output: inputs.append(output))
     ids = torch.randint(8, 120, (3, 13), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         logits = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     handle.remove()
-    return seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0], logits
+    return inputs[0] if isinstance(inputs[0], torch.Tensor) else inputs[0][0], logits
 
 
 MEASURED = {

@@ -86,13 +86,13 @@ def test_it_runs(path, kernel, tmp_path):
     lines = [line for text in printed for line in text.splitlines() if line.strip() and "%|" not in line]  # no progress
     expected = ("no Chrome", "kaleido is not", "cut into several sequences")
     assert [line for line in lines if not any(text in line for text in expected)] == []
-    shown = [output.data for output in outputs if "data" in output]
-    widgets = [data for data in shown if "application/vnd.jupyter.widget-view+json" in data]
+    displayed = [output.data for output in outputs if "data" in output]
+    widgets = [data for data in displayed if "application/vnd.jupyter.widget-view+json" in data]
     assert all("text/html" in data for data in widgets)  # for readers of the file, who have no kernel
-    progress = [data["text/plain"] for data in shown if "<progress" in data.get("text/html", "")]
+    progress = [data["text/plain"] for data in displayed if "<progress" in data.get("text/html", "")]
     assert progress == []  # the file has what was done
     if path.stem == "quickstart":
-        assert any("workbench-card" in data.get("text/html", "") for data in shown)
+        assert any("workbench-card" in data.get("text/html", "") for data in displayed)
         assert widgets
-        assert any(" tokens, done in " in data["text/plain"] for data in shown)
-        assert any("application/vnd.plotly.v1+json" in data for data in shown)
+        assert any(" tokens, done in " in data["text/plain"] for data in displayed)
+        assert any("application/vnd.plotly.v1+json" in data for data in displayed)

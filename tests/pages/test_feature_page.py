@@ -64,17 +64,17 @@ def test_hostile_tokens_stay_text(hostile_features, tmp_path):
     assert not [name for _, _, attributes, _ in page.elements for name in attributes if name.startswith("on")]
     assert "http" not in text.replace("http-equiv", "")  # no address of anything
     assert "default-src 'none'" in text
-    shown = set(page.texts("span")) | set(page.texts("code"))
+    texts = set(page.texts("span")) | set(page.texts("code"))
     assert {
         "<script>alert(1)</script>",
         '"><img src=x onerror=alert(1)>',
         " &amp; ",
         "</span></div>",
-    } <= shown
+    } <= texts
     spelt_out = {visible(token.replace("\ud800", "?"), 60) for token in HOSTILE}
     assert len(set(page.texts("code"))) > 3
     assert set(page.texts("code")) <= spelt_out
-    assert {"a⏎b", "\\u202egnp", "nul\\x00l", "🦜"} <= shown
+    assert {"a⏎b", "\\u202egnp", "nul\\x00l", "🦜"} <= texts
     assert not {"\u202e", "\0"} & set(text)
     assert any("model <b>tiny</b>; 58 tokens" in part for part in page.texts("p", "from"))
 
@@ -85,19 +85,19 @@ def test_contexts_show_the_top_rows(hostile_features, tmp_path):
     page = Page(wb.feature_page(features, feature, tmp_path / "page.html", k=3, context=2).read_text())
     dense, sequence = features[:].toarray()[:, feature], features.store.tokens["sequence"].to_numpy()
     order = np.lexsort((np.arange(len(dense)), -dense))
-    shown: list[int] = []
+    listed: list[int] = []
     expected = []
     for row in order[: min(4 * 3, int((dense > 0).sum()))]:
-        if row in shown:
+        if row in listed:
             continue
         near = [r for r in range(max(row - 2, 0), min(row + 3, len(dense))) if sequence[r] == sequence[row]]
-        shown += near
+        listed += near
         expected.append((row, near))
     tokens = features.store.tokens["token"].to_pylist()
     alike: dict = {}  # contexts with the same tokens around are folded under their first
     for row, near in expected:
         alike.setdefault(tuple(tokens[r] for r in near), []).append((row, near))
-    expected = [one for group in list(alike.values())[:3] for one in group]
+    expected = [row for group in list(alike.values())[:3] for row in group]
     boxes = re.split(r'<div class="context">', (tmp_path / "page.html").read_text())[1:]
     for box, (row, near) in zip(boxes, expected, strict=False):
         spans = [
@@ -177,9 +177,9 @@ def test_a_card_of_a_notebook_holds_the_page_and_runs_nothing(hostile_features, 
 
 def test_wrong_requests_of_a_page(hostile_features, tmp_path):
     features, _, _ = hostile_features
-    other = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")
+    second_sae = load_sae(save_sae(tmp_path / "other", d_in=32, seed=1), device="cpu")
     page = tmp_path / "page.html"
-    assert "not with other" in refused(RequestError, lambda: wb.feature_page(features, 0, page, sae=other))
+    assert "not with other" in refused(RequestError, lambda: wb.feature_page(features, 0, page, sae=second_sae))
     assert refused(RequestError, lambda: wb.feature_page(features, 99, page)).startswith("feature 99 does not exist")
     assert refused(RequestError, lambda: wb.feature_page(features, 0, page, k=0)) == "k must be at least 1, not 0"
     text = refused(RequestError, lambda: wb.feature_page(features, 0, tmp_path))

@@ -74,7 +74,7 @@ def test_a_column_holds_what_its_probe_measures(demo_store, atlas):
     part = terms.loc[(terms["layer"] == 2) & (terms["index"] == 3) & (terms["kind"] == "head"), "absolute"].item()
     assert table.loc[table["name"] == "L2H3", "dla_share"].item() == pytest.approx(part / terms["absolute"].sum())
     assert not {*atlas.missing} - {"domain_gap"}
-    assert {*table.columns} >= {one.name for one in MEASURES if one.name != "domain_gap"}
+    assert {*table.columns} >= {measure.name for measure in MEASURES if measure.name != "domain_gap"}
 
 
 def test_a_measure_that_cannot_be_computed_has_its_reason(planted):
@@ -98,8 +98,8 @@ def test_a_store_without_anything_about_heads_is_refused(tmp_path):
 
 
 def test_repeats_of_another_model_are_refused(demo_store, tmp_path):
-    other = plant(tmp_path / "s", [N], {"resid_norm.0": np.ones(N)})
-    assert "repeats: " in refused(RequestError, lambda: wb.head_atlas(demo_store, repeats=other, show_progress=False))
+    foreign = plant(tmp_path / "s", [N], {"resid_norm.0": np.ones(N)})
+    assert "repeats: " in refused(RequestError, lambda: wb.head_atlas(demo_store, repeats=foreign, show_progress=False))
 
 
 # ---- figure and page ------------------------------------------------------------------------------------

@@ -55,17 +55,17 @@ def lab(tmp_path):
     log = tmp_path / "lab.log"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += ["--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=ours"]
-    with log.open("w") as said:
+    with log.open("w") as output:
         server = subprocess.Popen(
-            command, cwd=tmp_path, env={**inherited, **environment}, stdout=said, stderr=subprocess.STDOUT
+            command, cwd=tmp_path, env={**inherited, **environment}, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             end = time.monotonic() + PATIENCE
-            while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/", log.read_text())):
+            while not (address := re.search(r"http://127\.0\.0\.1:(\d+)/", log.read_text())):
                 if server.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
                 time.sleep(0.2)
-            yield f"http://127.0.0.1:{found[1]}"
+            yield f"http://127.0.0.1:{address[1]}"
         finally:
             end_process(server)
 

@@ -80,12 +80,12 @@ def drawings(page: Markup) -> list[dict]:
 def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(tmp_path):
     page = written(tmp_path, [Section("part", figures={"a": figure(), "b": figure()})])
     (policy,) = [about["content"] for tag, about in page.elements if tag == "meta" and "http-equiv" in about]
-    own = [script for about, script in page.scripts if not about]
-    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in own}
+    inline = [script for about, script in page.scripts if not about]
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in inline}
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert set(rules["script-src"].split()) == hashes
     assert rules["default-src"] == "'none'"
-    assert len(own) == 3  # plotly once, and what draws
+    assert len(inline) == 3  # plotly once, and what draws
     assert len(drawings(page)) == 2
 
 
@@ -142,7 +142,7 @@ def test_sections_are_linked_in_order_with_what_was_found(tmp_path):
 
 def test_sections_of_one_title_are_told_apart_by_what_differs(tmp_path):
     settings = [[("site", f"resid_post.{layer}", "meaning"), ("top_k", "5", "meaning")] for layer in (1, 2)]
-    sections = [Section("lens of m", settings=one, provenance={"model": "m"}) for one in settings]
+    sections = [Section("lens of m", settings=setting, provenance={"model": "m"}) for setting in settings]
     page = written(tmp_path, [*sections, Section("sinks of m", settings=settings[0])], date="2026-01-02")
     assert "lens of m: site resid_post.1" in page.text
     assert "lens of m: site resid_post.2" in page.text
@@ -197,11 +197,11 @@ def results(tmp_path_factory):
     texts = [{"text": f"{HOSTILE} a {'Monday ' * 60}", COLUMN: source} for source in (HOSTILE, "plain", "plain")]
     model = wb.load_model(directory)
     store = wb.record(model, texts, sites=["resid_post", "pattern"], out=folder / "<u>&.acts")
-    found = []
+    loaded = []
     for probe in (LogitLens(detail=60), AttentionSinks(length=60, domain=COLUMN, resamples=50)):
         probe.run(store).save(folder / f"<s>{probe.name}")
-        found.append(wb.load_result(folder / f"<s>{probe.name}"))
-    return found
+        loaded.append(wb.load_result(folder / f"<s>{probe.name}"))
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -223,21 +223,21 @@ def test_text_of_models_and_files_never_becomes_markup(results, markup):
     assert not [name for name in names if name.startswith("on") or name == "src"]
     links = {about["href"] for tag, about in markup.elements if tag == "a"}
     assert all(re.fullmatch(r"#[\w-]+|https://arxiv\.org/abs/[\d.]+", link) for link in links)
-    for said in (
+    for text in (
         r"<script>document.title='owned'</script>\u202e",
         r"\x00",
         "🙂",
         "<i onmouseover=alert(3)>model",
         "<u>&.acts",
     ):
-        assert said in markup.text
+        assert text in markup.text
     assert "\0" not in markup.text
     assert "\u202e" not in markup.text
 
 
 def test_a_result_tells_what_it_found_how_and_from_what(results, markup):
     lens, sinks = results
-    for said in (
+    for text in (
         lens.headline(),
         "the model's unembedding applied to the residual stream of every layer",  # the question
         "LogitLens(h_l) = W_U LN_f(h_l) + b_U",  # the definition
@@ -249,7 +249,7 @@ def test_a_result_tells_what_it_found_how_and_from_what(results, markup):
         lens.provenance["store_fingerprint"],
         sinks.provenance["model_fingerprint"],
     ):
-        assert said in markup.text, said
+        assert text in markup.text, text
     loss = lens.data["mean_cross_entropy"].to_numpy()
     assert f"{loss.min():.4g} to {loss.max():.4g}" in markup.text
 
@@ -279,10 +279,10 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         drawn = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.data.length)")
         assert drawn == [len(figure.data) for figure in figures]
         values = "document.querySelector('.plot > div').calcdata[0][0].z"
-        shown = page.run(f"Array.from({values}, (line) => Array.from(line))")
-        line = len(shown[0])  # as many tokens as the page is wide
+        numbers = page.run(f"Array.from({values}, (line) => Array.from(line))")
+        line = len(numbers[0])  # as many tokens as the page is wide
         expected = np.asarray(rewrap(figures[0], line).data[0].z, float)
-        np.testing.assert_allclose(np.array(shown, float)[: len(expected)], expected, rtol=1e-6)
+        np.testing.assert_allclose(np.array(numbers, float)[: len(expected)], expected, rtol=1e-6)
         assert page.run("document.querySelector('.plot > div').getBoundingClientRect().width") <= 1200
         # the keyboard reaches everything, in the order of the page
         expected = page.run(REACHABLE)

@@ -151,9 +151,9 @@ def test_the_views_in_a_browser(served, store):
         page.open(served.address)
         page.wait(f"{count('.token')} == 10 && {count('#sinks button')} == 2")
         assert page.run("document.querySelectorAll('img, #tokens script').length") == 0
-        shown = page.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
-        assert "<img src=x onerror=alert(1)>" in shown
-        assert "\\u202e" in shown
+        texts = page.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
+        assert "<img src=x onerror=alert(1)>" in texts
+        assert "\\u202e" in texts
         # a cell of the map of sinks shows its head over the text
         page.mouse("#sinks td:nth-child(3) button")
         page.wait("document.querySelector('.token.query') && !document.querySelector('#note').textContent", 20)

@@ -68,11 +68,11 @@ def test_moving_to_another_sequence_reads_it(store, features):
 
 def test_any_numbers_over_rows_can_be_shown(store):
     rows = sequence_rows(store, 1)
-    own = np.arange(store.rows, dtype=np.float32)
-    np.testing.assert_array_equal(values(wb.TokenView(store, own, sequence=1)), own[None, rows])
+    numbers = np.arange(store.rows, dtype=np.float32)
+    np.testing.assert_array_equal(values(wb.TokenView(store, numbers, sequence=1)), numbers[None, rows])
     known = rows[3:5]
-    given = xr.DataArray([[1.0, -2.0]], {"layer": [7], "row": known}, name="entropy", attrs={"units": "nats"})
-    view = wb.TokenView(store, given, sequence=1)
+    entropy = xr.DataArray([[1.0, -2.0]], {"layer": [7], "row": known}, name="entropy", attrs={"units": "nats"})
+    view = wb.TokenView(store, entropy, sequence=1)
     assert (view.layers, view.measure) == (["7"], "entropy (nats)")
     assert values(view)[0, 3:5].tolist() == [1.0, -2.0]
     assert np.isnan(np.delete(values(view)[0], [3, 4])).all()
@@ -107,8 +107,8 @@ def test_a_reader_without_a_kernel_sees_the_tokens_and_their_values(store, featu
     tokens = [attributes for tag, attributes in page.elements if tag == "span"]
     assert page.text.split()[: len(tokens)] == view.texts  # one element a token, and none of it became markup
     norms = np.linalg.norm(np.asarray(store["resid_post", 2])[view.rows].astype(np.float64), axis=1)
-    shown = [float(token["title"].rpartition(" ")[2]) for token in tokens]
-    np.testing.assert_allclose(shown, norms, rtol=1e-3)
+    numbers = [float(token["title"].rpartition(" ")[2]) for token in tokens]
+    np.testing.assert_allclose(numbers, norms, rtol=1e-3)
     alphas = [float(token["style"].partition("15,")[2].partition(")")[0]) for token in tokens]
     np.testing.assert_allclose(alphas, 0.65 * np.minimum(1, norms / norms[1:].max()), atol=2e-3)
     assert [n for n, token in enumerate(tokens) if "outline" in token["style"]] == [3, 4]
@@ -122,8 +122,8 @@ def test_a_reader_without_a_kernel_sees_the_feature_chosen(store, features):
     dense = features[view.rows].toarray()
     view.colour, view.feature = "feature", int(dense.sum(0).argmax())
     page = Markup(view._repr_mimebundle_()[0]["text/html"])
-    shown = [float(attributes["title"].rpartition(" ")[2]) for tag, attributes in page.elements if tag == "span"]
-    np.testing.assert_allclose(shown, dense[:, view.feature], rtol=1e-3)
+    numbers = [float(attributes["title"].rpartition(" ")[2]) for tag, attributes in page.elements if tag == "span"]
+    np.testing.assert_allclose(numbers, dense[:, view.feature], rtol=1e-3)
 
 
 def test_a_value_below_zero_has_another_colour_and_a_missing_one_none(store):
@@ -189,9 +189,9 @@ def page_of(view, folder):
     state = {name: value for name, value in view.get_state().items() if not name.startswith("_")}
     binary = [name for name, value in state.items() if isinstance(value, bytes | memoryview)]
     state |= {name: base64.b64encode(state[name]).decode() for name in binary}
-    told = json.dumps(state, default=str).replace("<", "\\u003c")
+    state_text = json.dumps(state, default=str).replace("<", "\\u003c")
     script = view._esm.replace("export default { render };", "") + MODEL
-    script = script.replace("STATE", told).replace("BINARY", json.dumps(binary))
+    script = script.replace("STATE", state_text).replace("BINARY", json.dumps(binary))
     path = folder / "view.html"
     head = f'<!doctype html><meta charset="utf-8"><title>view</title><style>{view._css}</style>'
     path.write_text(f'{head}<div id="here"></div><script>{script}</script>')
@@ -203,8 +203,8 @@ def colours(page):
 
 
 def strength(colour):
-    found = re.search(r"([\d.]+)\)$", colour)
-    return 0.0 if not colour else float(found[1]) if colour.startswith("rgba") or "/" in colour else 1.0
+    alpha = re.search(r"([\d.]+)\)$", colour)
+    return 0.0 if not colour else float(alpha[1]) if colour.startswith("rgba") or "/" in colour else 1.0
 
 
 def test_the_view_in_a_browser(store, features, tmp_path):
@@ -218,26 +218,26 @@ def test_the_view_in_a_browser(store, features, tmp_path):
         assert page.run("document.querySelectorAll('img, script[src]').length") == 0
         assert page.run("document.title") == "view"
         # colours are the values
-        shown = np.array([strength(colour) for colour in colours(page)])
-        np.testing.assert_allclose(shown, 0.65 * np.minimum(1, values(view)[1] / view.scales[1]), atol=0.01)
+        strengths = np.array([strength(colour) for colour in colours(page)])
+        np.testing.assert_allclose(strengths, 0.65 * np.minimum(1, values(view)[1] / view.scales[1]), atol=0.01)
         # the layer slider, with the keyboard
         page.run("document.querySelector('input[name=layer]').focus()")
         page.key("ArrowRight", 39)
         page.wait("window.sent.layer === 2", 10)
-        shown = np.array([strength(colour) for colour in colours(page)])
-        np.testing.assert_allclose(shown, 0.65 * np.minimum(1, values(view)[2] / view.scales[2]), atol=0.01)
+        strengths = np.array([strength(colour) for colour in colours(page)])
+        np.testing.assert_allclose(strengths, 0.65 * np.minimum(1, values(view)[2] / view.scales[2]), atol=0.01)
         # hovering tells the value and the features, and one of these colours by itself
         page.mouse(".token:nth-child(4)", "move")
         status = "document.querySelector('[role=status]').textContent"
         page.wait(status, 10)
-        said = page.run(status)
-        assert f"row {view.rows[3]}, position 3, L2 norm of resid_post: {values(view)[2, 3]:.4g}"[:-1] in said
-        own = features[view.rows[3]].toarray()[0]
+        foot = page.run(status)
+        assert f"row {view.rows[3]}, position 3, L2 norm of resid_post: {values(view)[2, 3]:.4g}"[:-1] in foot
+        row_features = features[view.rows[3]].toarray()[0]
         page.mouse(".features button")
         page.wait("window.sent.colour === 'feature'", 10)
-        assert page.run("window.sent.feature") == own.argmax()
+        assert page.run("window.sent.feature") == row_features.argmax()
         lit = [n for n, colour in enumerate(colours(page)) if colour]
-        assert lit == np.flatnonzero(features[view.rows].toarray()[:, own.argmax()]).tolist()
+        assert lit == np.flatnonzero(features[view.rows].toarray()[:, row_features.argmax()]).tolist()
         # clicks and keys select rows, which reach Python
         page.mouse(".token:nth-child(2)")
         page.key("ArrowRight", 39)
@@ -247,7 +247,7 @@ def test_the_view_in_a_browser(store, features, tmp_path):
         assert page.run("[...document.querySelectorAll('[aria-selected=true]')].length") == 3
         view.set_state(page.run("window.sent"))
         assert view.selection.ids.tolist() == view.rows[1:4]
-        assert (view.layer, view.colour, view.feature) == (2, "feature", own.argmax())
+        assert (view.layer, view.colour, view.feature) == (2, "feature", row_features.argmax())
         page.key("Escape", 27)
         assert page.run("window.sent.selected") == []
         # one token of the list is in the order of the tab key

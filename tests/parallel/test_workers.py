@@ -98,9 +98,9 @@ def test_shares_side_by_side_give_the_bytes_of_one_process(forks, folder):
 def test_shares_one_after_another_each_do_their_own(forks, folder):
     for rank in (1, 0):
         finish(start(forks, folder, "serial", wb.Share(rank, 2)))
-        found = read_manifest(folder / "serial")
+        manifest = read_manifest(folder / "serial")
         assert {int(name) % 2 for name in segments(folder / "serial")} == ({1} if rank else {0, 1})
-        assert found.complete == (rank == 0)
+        assert manifest.complete == (rank == 0)
     assert contents(folder / "serial") == contents(folder / "one")
 
 
@@ -139,8 +139,8 @@ def test_killed_shares_lose_nothing_that_was_finished_whatever_the_size_of_the_n
     ],
 )
 def test_a_share_is_read_from_torchruns_or_sruns_variables(environment, share):
-    found = wb.Share.from_environment(environment)
-    assert (found.rank, found.size, found.local_rank) == share
+    read = wb.Share.from_environment(environment)
+    assert (read.rank, read.size, read.local_rank) == share
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def session():
 
 
 def ray_workers() -> list[psutil.Process]:
-    found = []
+    workers = []
     for child in psutil.Process().children(recursive=True):
         try:
             if "ray::_Worker" in " ".join(child.cmdline()):
-                found.append(child)
+                workers.append(child)
         except psutil.Error:  # gone meanwhile
             continue
-    return found
+    return workers
 
 
 def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(session, forks, folder):
@@ -192,8 +192,8 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_do_nothing_twice(s
     busy = ray_workers()
     assert len(busy) == 2
     busy[0].kill()
-    held = len(segments(path))
-    wait_for(lambda: len(segments(path)) > held + 6, process)
+    before_kill = len(segments(path))
+    wait_for(lambda: len(segments(path)) > before_kill + 6, process)
     process.kill()
     process.join()
     _, alive = psutil.wait_procs(busy + ray_workers(), timeout=60)
@@ -214,14 +214,14 @@ def test_features_by_workers_are_those_of_one_process(in_this_process, folder, t
     store = wb.open_store(folder / "one")
     settings = {"d_in": store["resid_post", 1].shape[1], "hook_name": "blocks.1.hook_resid_post"}
     sae = wb.load_sae(save_sae(tmp_path / "sae", "topk", d_sae=64, **settings), device="cpu")
-    found = [
+    features = [
         wb.extract_features(store, sae, out=tmp_path / name, workers=workers, force=True, show_progress=False)
         for name, workers in (("one", None), ("two", wb.RayWorkers(1, threads=1)))
     ]
-    assert np.array_equal(found[0][:].toarray() != 0, found[1][:].toarray() != 0)
-    np.testing.assert_allclose(found[0][:].toarray(), found[1][:].toarray(), rtol=1e-5)
+    assert np.array_equal(features[0][:].toarray() != 0, features[1][:].toarray() != 0)
+    np.testing.assert_allclose(features[0][:].toarray(), features[1][:].toarray(), rtol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "sae", "two"]
-    assert contents(found[0].path).keys() == contents(found[1].path).keys()
+    assert contents(features[0].path).keys() == contents(features[1].path).keys()
 
 
 def test_a_sweep_by_workers_has_the_table_of_one_process(session, tmp_path):
@@ -230,13 +230,13 @@ def test_a_sweep_by_workers_has_the_table_of_one_process(session, tmp_path):
 
     choices = {"model": ("demo", str(tmp_path / "none")), "input": ("random",), "rows": (640,), "length": (32,)}
     choices |= {"recordings": (tmp_path / "recordings",)}
-    configs, said = grid(Config, choices), []
-    one = sweep("sinks", configs, tmp_path / "one", report=said.append)
-    two = sweep("sinks", configs, tmp_path / "two", workers=wb.RayWorkers(1, threads=1), report=said.append)
+    configs, lines = grid(Config, choices), []
+    in_process = sweep("sinks", configs, tmp_path / "one", report=lines.append)
+    two = sweep("sinks", configs, tmp_path / "two", workers=wb.RayWorkers(1, threads=1), report=lines.append)
     assert [outcome.state for outcome in two.outcomes] == ["done", "failed"]
-    assert len(said) == 4
-    assert [outcome.message for outcome in two.failed] == [outcome.message for outcome in one.failed]
-    tables = [contents(swept.folder)["table.parquet"] for swept in (one, two)]
+    assert len(lines) == 4
+    assert [outcome.message for outcome in two.failed] == [outcome.message for outcome in in_process.failed]
+    tables = [contents(swept.folder)["table.parquet"] for swept in (in_process, two)]
     assert tables[0] == tables[1]
 
 
@@ -257,8 +257,8 @@ def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(sessi
     monkeypatch.setattr("workbench.parallel.ray.DEATHS", 2)
     tasks, workers = list(range(6)), wb.RayWorkers(2, threads=1)
     with warned(r"a worker died \(The actor died unexpectedly .*\) and is replaced"):
-        found = dict(workers.map(dies_over_three, (tmp_path,), tasks, lambda task, error: f"{task} lost", "cpu"))
-    assert found == {task: "3 lost" if task == 3 else 10 * task for task in tasks}
+        answers = dict(workers.map(dies_over_three, (tmp_path,), tasks, lambda task, error: f"{task} lost", "cpu"))
+    assert answers == {task: "3 lost" if task == 3 else 10 * task for task in tasks}
     tried = {task: len((tmp_path / str(task)).read_text()) for task in tasks}
     assert tried == {task: 2 if task == 3 else 1 for task in tasks}
 
@@ -274,10 +274,10 @@ def test_a_module_that_cannot_be_sent_is_refused(in_this_process, folder, tmp_pa
 
     module = wb.load_model(folder / "model").module
     module(torch.tensor([[2, 3]]), output_hidden_states=True)  # leaves hooks that hold a context variable
-    given = {"out": tmp_path / "x", "workers": wb.RayWorkers(1), "show_progress": False}
-    said = refused(RequestError, lambda: wb.record(Model(module, None, "mine"), texts(), **given))
-    assert said.startswith("module 'mine' cannot be sent to workers (")
-    assert said.endswith("); save it with save_pretrained and name the directory")
+    options = {"out": tmp_path / "x", "workers": wb.RayWorkers(1), "show_progress": False}
+    message = refused(RequestError, lambda: wb.record(Model(module, None, "mine"), texts(), **options))
+    assert message.startswith("module 'mine' cannot be sent to workers (")
+    assert message.endswith("); save it with save_pretrained and name the directory")
 
 
 def test_a_model_that_was_changed_after_loading_is_refused(in_this_process, folder, tmp_path):
@@ -300,10 +300,10 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
         parallel._Worker().start(str(tmp_path / "gone"), "cpu", 1, (str, ()))
     (site,) = read_manifest(folder / "one").sites[:1]
-    gone = SegmentFolder(tmp_path / "gone" / "x")
+    missing = SegmentFolder(tmp_path / "gone" / "x")
     with pytest.raises(RequestError, match=r"does not see .*; features must be on a disk that all machines share"):
         begin_spans(
-            "cpu", PackedArray(folder / "one", site, ()), SavedSae(tmp_path, "sae", ""), EncodingSettings(), gone
+            "cpu", PackedArray(folder / "one", site, ()), SavedSae(tmp_path, "sae", ""), EncodingSettings(), missing
         )
 
 
@@ -352,7 +352,7 @@ def test_workers_that_die_too_often_end_the_work_with_one_line(folder, tmp_path,
     from workbench.experiments.sinks import Config
     from workbench.runs.sweep import sweep
 
-    def loses(_self, _begin, _given, tasks, on_lost, _device=None):
+    def loses(_self, _begin, _arguments, tasks, on_lost, _device=None):
         for task in tasks:
             yield task, on_lost(task, RuntimeError("the machine is gone\nits log: ..."))
 
@@ -361,14 +361,14 @@ def test_workers_that_die_too_often_end_the_work_with_one_line(folder, tmp_path,
         " was finished (the machine is gone); what is committed stays: try fewer workers if memory ran out, and run "
         "the same command to resume"
     )
-    said = refused(DataError, lambda: record(folder, str(tmp_path / "x"), wb.RayWorkers(2)))
-    assert said == f"workers died 3 times before segment 00000 of {tmp_path / 'x'}{end}"
+    message = refused(DataError, lambda: record(folder, str(tmp_path / "x"), wb.RayWorkers(2)))
+    assert message == f"workers died 3 times before segment 00000 of {tmp_path / 'x'}{end}"
     store = wb.open_store(folder / "one")
     width = store["resid_post", 1].shape[1]
     sae = wb.load_sae(save_sae(tmp_path / "sae", d_in=width, hook_name="blocks.1.hook_resid_post"), device="cpu")
-    given = {"out": tmp_path / "f", "force": True, "show_progress": False}
-    said = refused(DataError, lambda: wb.extract_features(store, sae, workers=wb.RayWorkers(2), **given))
-    assert said == f"workers died 3 times before rows 0 to {store.rows - 1} of {tmp_path / '.f.partial'}{end}"
+    options = {"out": tmp_path / "f", "force": True, "show_progress": False}
+    message = refused(DataError, lambda: wb.extract_features(store, sae, workers=wb.RayWorkers(2), **options))
+    assert message == f"workers died 3 times before rows 0 to {store.rows - 1} of {tmp_path / '.f.partial'}{end}"
     assert not (tmp_path / ".f.partial").exists()
     swept = sweep("sinks", [Config(seed=seed) for seed in (0, 1)], tmp_path / "s", workers=wb.RayWorkers(2), report=str)
     assert [outcome.state for outcome in swept.outcomes] == ["failed"] * 2
@@ -384,7 +384,7 @@ def test_without_ray_the_error_says_what_to_install(sent, folder, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("workers", "message"),
     [
         ({"count": 0}, "workers must be at least 1, not 0"),
         ({"count": 1, "threads": 0}, "threads must be at least 1, not 0"),
@@ -394,16 +394,16 @@ def test_without_ray_the_error_says_what_to_install(sent, folder, tmp_path, monk
         ),
     ],
 )
-def test_workers_that_cannot_be_are_refused(asked, message):
+def test_workers_that_cannot_be_are_refused(workers, message):
     with pytest.raises(RequestError, match=message):
-        wb.RayWorkers(**asked)
+        wb.RayWorkers(**workers)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         (["--workers", "0"], "workers must be at least 1, not 0"),
         (["--threads", "2"], "--ray-address and --threads configure workers; give their number with --workers"),
@@ -415,11 +415,11 @@ def test_workers_that_cannot_be_are_refused(asked, message):
         (["--workers", "2", "--device", "cuda:1"], "device of workers must be cpu or cuda, each has one of its own"),
     ],
 )
-def test_the_command_refuses_what_cannot_be(capsys, tmp_path, asked, message):
+def test_the_command_refuses_what_cannot_be(capsys, tmp_path, options, message):
     from workbench.cli import main as cli
 
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["record", "demo", "a text", "--out", str(tmp_path / "x"), *asked])
+        cli.main(["record", "demo", "a text", "--out", str(tmp_path / "x"), *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -438,6 +438,6 @@ def test_the_command_takes_its_share(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments)
         assert not stopped.value.code
-        said = capsys.readouterr().out
-        assert ("(complete)" in said) == (rank == "0")
-        assert ("planned; the same command resumes it" in said) == (rank == "1")
+        printed = capsys.readouterr().out
+        assert ("(complete)" in printed) == (rank == "0")
+        assert ("planned; the same command resumes it" in printed) == (rank == "1")

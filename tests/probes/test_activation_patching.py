@@ -21,14 +21,14 @@ def pairs_of_names(count: int = 6) -> list[PatchPair]:
     """Prompts of unequal lengths: fillers, a name at position 1 or 2, END."""
     draw, pairs = np.random.default_rng(0), []
     for number in range(count):
-        one, other = (int(name) for name in draw.choice(NAMES, 2, replace=False))
+        first, second = (int(name) for name in draw.choice(NAMES, 2, replace=False))
         at, length = 1 + number % 2, 4 + number % 3
         sides = []
-        for name in (one, other):
+        for name in (first, second):
             ids = [FILLER[index % 3] for index in range(length)] + [END]
             ids[at] = name
             sides.append(tuple(ids))
-        pairs.append(PatchPair(*sides, (one,), (other,), {"name": (at,), "end": (length,)}))
+        pairs.append(PatchPair(*sides, (first,), (second,), {"name": (at,), "end": (length,)}))
     return pairs
 
 
@@ -99,10 +99,10 @@ def test_a_donor_equal_to_the_run_gives_the_same_logits_bit_by_bit(tiny_models):
     model = Model(tiny_models["gpt_neox"], None, "tiny")
     for name in ("resid_post.1", "z.1"):
         runs, site = small_runs(model, name)
-        own = runs.corrupt_values[site.name]
+        unchanged = runs.corrupt_values[site.name]
         everywhere = runs.pairs.mask.bool()
-        assert runs.effect("corrupt", site, everywhere, own) is runs.corrupt
-        records = [wb.Set(site.name, own, at=everywhere)]
+        assert runs.effect("corrupt", site, everywhere, unchanged) is runs.corrupt
+        records = [wb.Set(site.name, unchanged, at=everywhere)]
         again = runs.patched("corrupt", lambda _part, records=records: list(records))
         assert torch.equal(again, runs.corrupt)
 
@@ -173,15 +173,15 @@ def test_donors_of_the_controls_are_other_pairs_and_positions(planted):
     pairs = pairs_of_names(12)
     runs = Runs.make(planted, pairs, planted.site_map.select(("resid_pre.0",)), "logit-difference", False)
     at = runs.pairs.places["name"]
-    (source, position), found = other_pair(runs.pairs, pairs, at, False, 0)
-    assert found.all()
+    (source, position), has_donor = other_pair(runs.pairs, pairs, at, False, 0)
+    assert has_donor.all()
     for number, pair in enumerate(pairs):
         donor = int(source[number][at[number]])
         assert donor != number
         assert not {*pairs[donor].answer, *pairs[donor].wrong} & {*pair.answer, *pair.wrong}
         assert int(position[number][at[number]]) == pairs[donor].places["name"][0]
-    (source, _), found = other_pair(runs.pairs, pairs, at, True, 0)
-    for number in np.flatnonzero(found):
+    (source, _), has_donor = other_pair(runs.pairs, pairs, at, True, 0)
+    for number in np.flatnonzero(has_donor):
         assert pairs[int(source[number][at[number]])].answer == pairs[number].answer
     _, position = shuffled_positions(runs.pairs, at, 0)
     assert not bool((position[at] == torch.arange(at.shape[1]).expand(at.shape)[at]).any())
@@ -211,12 +211,12 @@ def test_pairs_with_labels_and_answers_come_from_a_store(tmp_path):
     pairs = wb.prompt_pairs("facts", model, 4)
     store = wb.record(model, pairs.texts(), sites=["resid_post.0"], out=tmp_path / "s", show_progress=False)
     settings = ActivationPatching(layers=(0, 1), controls_too=False, resamples=20)
-    one, other = settings.run(store, model=model), settings.run_pairs(model, pairs)
-    for name in one.data.data_vars:
-        np.testing.assert_allclose(one.data[name], other.data[name], atol=1e-5, err_msg=name)
-    assert one.data["place"].to_numpy().tolist() == [OTHER, "subject", "end"]
-    assert "% of the gap at layer 0, subject" in one.headline()
-    saved = wb.load_result(other.save(tmp_path / "result"))
+    from_store, from_pairs = settings.run(store, model=model), settings.run_pairs(model, pairs)
+    for name in from_store.data.data_vars:
+        np.testing.assert_allclose(from_store.data[name], from_pairs.data[name], atol=1e-5, err_msg=name)
+    assert from_store.data["place"].to_numpy().tolist() == [OTHER, "subject", "end"]
+    assert "% of the gap at layer 0, subject" in from_store.headline()
+    saved = wb.load_result(from_pairs.save(tmp_path / "result"))
     assert saved.provenance["store"] == "pairs of facts"
     assert set(saved.figures()) == {"denoising", "noising", "lines", "spread"}
 

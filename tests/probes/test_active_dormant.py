@@ -142,8 +142,8 @@ def test_the_drain_is_that_of_the_values_through_their_own_w_o(tiny_models, tmp_
         weight = block.self_attn.o_proj.weight.detach().double().numpy().T.reshape(4, 8, 32)
         for head in range(4):
             norms = np.linalg.norm(values[:, :, head // 2] @ weight[head], axis=-1)
-            others = np.median(np.delete(norms, 2, axis=1), axis=1)
-            assert float(data["drain"][layer, head]) == pytest.approx((norms[:, 2] / others).mean(), rel=1e-5)
+            medians = np.median(np.delete(norms, 2, axis=1), axis=1)
+            assert float(data["drain"][layer, head]) == pytest.approx((norms[:, 2] / medians).mean(), rel=1e-5)
             plain = np.linalg.norm(values[:, :, head // 2], axis=-1)
             expected = (plain[:, 2] / np.median(np.delete(plain, 2, axis=1), axis=1)).mean()
             assert float(data["drain_value"][layer, head]) == pytest.approx(expected, rel=1e-5)

@@ -46,7 +46,7 @@ class TestContract(ProbeContract):
 
     def test_chosen_layers_lower_the_loss_of_the_first_half(self, result):
         loss = result.data["loss_layer"].to_numpy()
-        chosen = [int(one) for one in result.data.attrs["chosen"].split(", ") if one]
+        chosen = [int(layer) for layer in result.data.attrs["chosen"].split(", ") if layer]
         assert chosen == np.flatnonzero(loss < 0).tolist()
         assert np.isnan(result.data["loss"].sel(kind="chosen")) == (not chosen)
 
@@ -76,7 +76,7 @@ def test_effects_are_those_of_weights_moved_after_an_eager_softmax(tiny, tiny_st
     rows = rows[np.append(np.diff(tiny_store.tokens["sequence"].to_numpy()) == 0, False)[rows]]
     hidden = read_received(tiny_store, rows).hidden_sinks(THRESHOLD, VISIBLE)
     assert hidden[1].any()
-    found = probe._effects(tiny, MeasuredRows(tiny_store, {"all": rows}), {"one": {1: hidden[1]}})[0][0, 0]
+    effect = probe._effects(tiny, MeasuredRows(tiny_store, {"all": rows}), {"one": {1: hidden[1]}})[0][0, 0]
     module = eager(tiny.module)
 
     def calibrated(weights):
@@ -100,7 +100,7 @@ def test_effects_are_those_of_weights_moved_after_an_eager_softmax(tiny, tiny_st
                 changed = module(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         for name, log in (("plain", plain), ("calibrated", changed)):
             losses[name] += [-float(log[at, ids[at + 1]]) for at in range(1, len(ids) - 1)]
-    assert found == pytest.approx(np.mean(losses["calibrated"]) - np.mean(losses["plain"]), abs=1e-5)
+    assert effect == pytest.approx(np.mean(losses["calibrated"]) - np.mean(losses["plain"]), abs=1e-5)
 
 
 def test_requests_without_an_answer_are_refused(tiny, tiny_store):

@@ -90,9 +90,9 @@ def hidden_sink():
     pattern = np.zeros((10, 10))
     pattern[:4, 0] = 1
     for i in range(4, 10):
-        others = [k for k in range(i + 1) if k not in (0, 4)]
+        keys = [k for k in range(i + 1) if k not in (0, 4)]
         pattern[i, 0], pattern[i, 4] = 0.3, 0.5
-        pattern[i, others] = 0.2 / len(others)
+        pattern[i, keys] = 0.2 / len(keys)
     return pattern
 
 
@@ -171,9 +171,9 @@ def test_both_conditions_of_a_massive_activation(tmp_path, top, scale, large, ra
     data = run(plant(tmp_path / "s", [8], {"pattern.0": rows_of([uniform(8)]), "resid_post.0": hidden}), length=8).data
     names = ("massive_above_absolute", "massive_above_ratio", "massive")
     assert [float(data[name][0]) for name in names] == [large, rare, large and rare]
-    found = [float(data[f"massive_{name}"][0]) for name in ("top", "median", "position", "dimension")]
-    assert found == pytest.approx([abs(top), np.median(np.abs(hidden)), 3, 2], rel=1e-6)
-    assert found[1] == pytest.approx(0.1 * scale, rel=0.6)
+    massive = [float(data[f"massive_{name}"][0]) for name in ("top", "median", "position", "dimension")]
+    assert massive == pytest.approx([abs(top), np.median(np.abs(hidden)), 3, 2], rel=1e-6)
+    assert massive[1] == pytest.approx(0.1 * scale, rel=0.6)
 
 
 def test_the_settings_of_massive_activations(tmp_path):
@@ -200,12 +200,12 @@ def test_norms_of_the_sink_and_of_the_others(tmp_path):
     residual[:, 4] = 10 * norms.ravel()
     arrays = {"pattern.0": rows_of(*[[uniform(8)] * 4] * 2), "v.0": value, "resid_post.0": residual}
     store = plant(tmp_path / "s", [8, 8], arrays)
-    others = (4 + 3) / 2
+    mean_norm = (4 + 3) / 2
     data = run(store, length=8).data
     assert data["value_norm_sink"][0].to_numpy().tolist() == [2, 2, 4, 4]
-    assert data["value_norm_ratio"][0].to_numpy() == pytest.approx([2 / others] * 4)
-    assert float(data["residual_norm_ratio"][0]) == pytest.approx(2 / others)
-    assert float(data["residual_norm_others"][0]) == pytest.approx(10 * others)
+    assert data["value_norm_ratio"][0].to_numpy() == pytest.approx([2 / mean_norm] * 4)
+    assert float(data["residual_norm_ratio"][0]) == pytest.approx(2 / mean_norm)
+    assert float(data["residual_norm_others"][0]) == pytest.approx(10 * mean_norm)
     last = run(store, length=8, sink=1).data
     assert float(last["residual_norm_sink"][0]) == 30
     assert float(last["residual_norm_others"][0]) == pytest.approx(10 * ((1 + 24) / 7 + (3 + 10 + 9) / 7) / 2)

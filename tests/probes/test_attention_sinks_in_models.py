@@ -133,11 +133,11 @@ def test_real_models_against_plain_hugging_face(name, request, tinystories, tmp_
         above.append(alpha > 0.3)
         value_norm, norm = np.linalg.norm(value, axis=-1), np.linalg.norm(hidden, axis=-1)
         drain = value_norm[:, 0].mean(0) / value_norm[:, 1:].mean((0, 1))
-        for found in (data, derived):
-            np.testing.assert_allclose(found["alpha"][layer], alpha.mean(0), atol=1e-5)
-            np.testing.assert_allclose(found["value_norm_ratio"][layer], np.repeat(drain, 2), rtol=1e-4)
+        for measured in (data, derived):
+            np.testing.assert_allclose(measured["alpha"][layer], alpha.mean(0), atol=1e-5)
+            np.testing.assert_allclose(measured["value_norm_ratio"][layer], np.repeat(drain, 2), rtol=1e-4)
             ratio = norm[:, 0].mean() / norm[:, 1:].mean()
-            np.testing.assert_allclose(found["residual_norm_ratio"][layer], ratio, rtol=1e-4)
+            np.testing.assert_allclose(measured["residual_norm_ratio"][layer], ratio, rtol=1e-4)
         top = np.abs(hidden).reshape(len(hidden), -1).max(1)
         np.testing.assert_allclose(data["massive_top"][layer], top.mean(), rtol=1e-4)
     expected = 100 * np.mean(above, axis=(0, 1, 2))
@@ -156,9 +156,9 @@ def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
         {"dtype": "float32", "show_progress": False, "context": 24},
     )
     store = wb.record(model, texts, out=tmp_path / "p", sites=["pattern", "v", "resid_post"], **options)
-    other = wb.record(model, texts, out=tmp_path / "d", sites=DERIVED, **options)
+    derived_store = wb.record(model, texts, out=tmp_path / "d", sites=DERIVED, **options)
     settings = {"length": 24, "epsilon": 0.1, "domain": "document", "resamples": 10}
-    ours, derived = run(store, **settings).data, run(other, **settings).data
+    ours, derived = run(store, **settings).data, run(derived_store, **settings).data
     assert (ours.attrs["source"], derived.attrs["source"]) == ("pattern", "derived")
     assert int(derived["short_sequences"]) == 2
     left_out = {name for name in ours if name.startswith(("massive", "example"))}

@@ -22,11 +22,11 @@ from workbench.testing import ProbeContract
 def names(count: int = 6) -> list[PatchPair]:
     draw, pairs = np.random.default_rng(0), []
     for number in range(count):
-        one, other = (int(name) for name in draw.choice(NAMES, 2, replace=False))
+        first, second = (int(name) for name in draw.choice(NAMES, 2, replace=False))
         at, length = 1 + number % 2, 4 + number % 2
         sides = [[FILLER[index % 3] for index in range(length)] + [END] for _ in range(2)]
-        sides[0][at], sides[1][at] = one, other
-        pairs.append(PatchPair(*map(tuple, sides), (one,), (other,), {"name": (at,), "end": (length,)}))
+        sides[0][at], sides[1][at] = first, second
+        pairs.append(PatchPair(*map(tuple, sides), (first,), (second,), {"name": (at,), "end": (length,)}))
     return pairs
 
 
@@ -77,12 +77,12 @@ def test_estimates_are_those_of_plain_autograd(site, place, base, tiny_models):
     data = estimated(Model(module, None, "tiny"), random_pairs(), site=site, base=base, exact_pairs=1)
     part = module.model.layers[1] if place == "out" else module.model.layers[1].self_attn.o_proj
     for row, number in enumerate(data["pair"].to_numpy()):
-        pair, kept = random_pairs()[number], {}
+        pair, tensors = random_pairs()[number], {}
         for side in ("clean", "corrupt"):
 
-            def keep(_module, args, output=None, side=side, kept=kept):
-                kept[side] = args[0] if output is None else output
-                kept[side].retain_grad()
+            def keep(_module, args, output=None, side=side, tensors=tensors):
+                tensors[side] = args[0] if output is None else output
+                tensors[side].retain_grad()
 
             handle = part.register_forward_hook(keep) if place == "out" else part.register_forward_pre_hook(keep)
             module.model.embed_tokens.weight.requires_grad_(True)
@@ -90,7 +90,7 @@ def test_estimates_are_those_of_plain_autograd(site, place, base, tiny_models):
             handle.remove()
             if side == base:
                 logits.log_softmax(-1)[20].backward()
-        terms = ((kept["clean"] - kept["corrupt"]) * kept[base].grad)[0].detach().double()
+        terms = ((tensors["clean"] - tensors["corrupt"]) * tensors[base].grad)[0].detach().double()
         module.zero_grad()
         if place == "out":
             rest = [0, *range(3, len(terms) - 1)]
@@ -98,8 +98,8 @@ def test_estimates_are_those_of_plain_autograd(site, place, base, tiny_models):
         else:
             expected = {f"H{head}": terms[:, 8 * head : 8 * head + 8].sum() for head in range(4)}
         for name, value in expected.items():
-            found = float(data["by_pair"].sel(layer=1, place=name)[row])
-            assert found == pytest.approx(float(value), abs=1e-5), (number, name)
+            estimate = float(data["by_pair"].sel(layer=1, place=name)[row])
+            assert estimate == pytest.approx(float(value), abs=1e-5), (number, name)
 
 
 def test_in_a_linear_model_the_estimate_is_the_exact_effect(tiny_models):
@@ -120,8 +120,8 @@ def test_in_a_linear_model_the_estimate_is_the_exact_effect(tiny_models):
 def with_top_answers(module, pair):
     """The pair with the top tokens of both runs as answers: a random model then gives both right ones."""
     with torch.no_grad():
-        one, other = (int(module(torch.tensor([ids])).logits[0, -1].argmax()) for ids in (pair.clean, pair.corrupt))
-    return PatchPair(pair.clean, pair.corrupt, (one,), (other,), pair.places)
+        right, wrong = (int(module(torch.tensor([ids])).logits[0, -1].argmax()) for ids in (pair.clean, pair.corrupt))
+    return PatchPair(pair.clean, pair.corrupt, (right,), (wrong,), pair.places)
 
 
 def test_integrated_gradients_tend_to_the_exact_effect_of_the_site(tiny_models):
@@ -141,9 +141,9 @@ def test_the_planted_heads_alone_have_an_effect(planted):
     for base in ("corrupt", "clean"):
         data = estimated(planted, names(), metric="logit-difference", site="z", base=base)
         effect = data["estimate"].to_numpy()
-        others = np.ones((2, 4), bool)
-        others[READER] = others[MOVER] = False
-        assert abs(effect[others]).max() < 1e-5
+        elsewhere = np.ones((2, 4), bool)
+        elsewhere[READER] = elsewhere[MOVER] = False
+        assert abs(effect[elsewhere]).max() < 1e-5
         assert min(effect[READER], effect[MOVER]) > 0.3
         exact = data["exact"].to_numpy()
         assert exact[READER] == pytest.approx(1, abs=1e-5)

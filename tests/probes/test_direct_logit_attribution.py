@@ -71,8 +71,8 @@ def test_the_terms_sum_to_the_models_logits(family, parts, models, stores, tiny_
         "relative": (logits[:, a] - logits.mean(1), {"token": " Monday", "relative": True}),
         "top": (logits.max(1), {}),
     }
-    for answer, given in expected.values():
-        result = DirectLogitAttribution(**settings, **given).run(store, model=models[family])
+    for answer, answer_settings in expected.values():
+        result = DirectLogitAttribution(**settings, **answer_settings).run(store, model=models[family])
         np.testing.assert_allclose(result.data["by_token"].sum("term"), answer, atol=1e-4)
         np.testing.assert_allclose(result.table["contribution"].sum(), answer.mean(), atol=1e-4)
         assert float(result.data["logit"]) == pytest.approx(answer.mean(), abs=1e-4)
@@ -159,12 +159,12 @@ def test_answers_come_from_columns_of_the_store(models, tmp_path):
     assert "left out: no single token is named there" in result.data.attrs["note"]
     logits, table = plain_logits(models["llama"].module, store), store.tokens.to_pandas()
     vocab = models["llama"].tokenizer
-    kept = table[table["document"] < 2]
+    early = table[table["document"] < 2]
     expected = [
         logits[row][ids_of(vocab, a)[0]] - logits[row][ids_of(vocab, b)[0]]
-        for row, a, b in zip(kept["row"], kept["answer"], kept["wrong"], strict=True)
+        for row, a, b in zip(early["row"], early["answer"], early["wrong"], strict=True)
     ]
-    assert result.data["token"].to_numpy().tolist() == kept["row"].tolist()
+    assert result.data["token"].to_numpy().tolist() == early["row"].tolist()
     np.testing.assert_allclose(result.data["by_token"].sum("term"), expected, atol=1e-4)
 
 

@@ -26,9 +26,9 @@ from workbench.testing import ProbeContract
 def names(count: int = 4) -> list[PatchPair]:
     draw, pairs = np.random.default_rng(0), []
     for number in range(count):
-        one, other = (int(name) for name in draw.choice(NAMES, 2, replace=False))
-        sides = [(FILLER[0], name, *FILLER[: 1 + number % 2], END) for name in (one, other)]
-        pairs.append(PatchPair(*sides, (one,), (other,), {"name": (1,), "end": (3 + number % 2,)}))
+        first, second = (int(name) for name in draw.choice(NAMES, 2, replace=False))
+        sides = [(FILLER[0], name, *FILLER[: 1 + number % 2], END) for name in (first, second)]
+        pairs.append(PatchPair(*sides, (first,), (second,), {"name": (1,), "end": (3 + number % 2,)}))
     return pairs
 
 
@@ -90,16 +90,18 @@ def test_one_edge_with_all_behind_it_is_exact_path_patching(family, receiver, ti
         Model(tiny_models[family], None, "tiny"), pairs, (receiver,), "logit-difference", frozen=True, linear=False
     )
     z = paths.heads[0]
-    donor, every = paths.runs.clean_values[z.name], paths.runs.pairs.mask.bool()
-    expected = paths.effect("corrupt", z, 1, every, donor)
+    donor, positions = paths.runs.clean_values[z.name], paths.runs.pairs.mask.bool()
+    expected = paths.effect("corrupt", z, 1, positions, donor)
     assert float((expected - paths.runs.corrupt).abs().max()) > 1e-4
-    senders, receivers = ([one.name for one in parts] for parts in (graph.senders, graph.receivers))
-    (known,) = (one for one in paths.receivers)
-    own = f"L2H{known.head}.{receiver[-1]}"
+    senders, receivers = ([part.name for part in parts] for parts in (graph.senders, graph.receivers))
+    (known,) = (receiver for receiver in paths.receivers)
+    receiver_name = f"L2H{known.head}.{receiver[-1]}"
     kept = np.array([[sender.layer >= 2] * len(receivers) for sender in graph.senders])
-    kept[senders.index("L0H1"), receivers.index(own)] = True
+    kept[senders.index("L0H1"), receivers.index(receiver_name)] = True
     # with the embedding's edges into block 0 its heads have the clean run's z
-    kept[:, [index for index, one in enumerate(graph.receivers) if one.layer == 0 and one.kind in "qkv"]] = True
+    kept[
+        :, [index for index, receiver in enumerate(graph.receivers) if receiver.layer == 0 and receiver.kind in "qkv"]
+    ] = True
     torch.testing.assert_close(edges.metric(kept & graph.allowed), expected, atol=2e-5, rtol=1e-5)
 
 
@@ -115,7 +117,7 @@ def test_scores_into_the_logits_are_those_of_plain_autograd(tiny_models):
         (gradient,) = torch.autograd.grad(logits[20] - logits[30], stream)
         mlp = graph.site("mlp_out.1").name
         added = (edges.runs.clean_values[mlp] - edges.runs.corrupt_values[mlp])[number, end]
-        sender = [one.name for one in graph.senders].index("MLP1")
+        sender = [sender_part.name for sender_part in graph.senders].index("MLP1")
         assert scores[number, sender, -1] == pytest.approx(float(added @ gradient), abs=1e-5)
 
 
@@ -132,8 +134,8 @@ def test_in_a_linear_model_the_scores_into_the_logits_sum_to_the_change(family, 
 
 def test_the_three_edges_of_the_planted_circuit_are_found_and_carry_everything(planted):
     result = EdgeAttribution(resamples=20, sizes=(2, 3, 10))._run(planted, names(), [], {"settings": {}})
-    found = {(line.sender, line.receiver) for line in result.table.head(3).itertuples()}
-    assert found == {("embedding", "L0H1.v"), ("L0H1", "L1H2.v"), ("L1H2", "logits")}
+    edges = {(line.sender, line.receiver) for line in result.table.head(3).itertuples()}
+    assert edges == {("embedding", "L0H1.v"), ("L0H1", "L1H2.v"), ("L1H2", "logits")}
     data = result.data
     np.testing.assert_allclose(data["faithfulness"], [0, 1, 1], atol=1e-5)
     assert float(data["random_faithfulness"].max()) < 1e-5

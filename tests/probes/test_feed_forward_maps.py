@@ -65,12 +65,12 @@ def column(*values):
 
 
 def test_integrated_gradients_of_activations():
-    found = elementwise_parts(gelu, column(2, -1))[:, 0].tolist()
-    assert found == pytest.approx([1.682689, -0.841345], abs=5e-7)
-    assert sum(found) == pytest.approx(float(gelu(torch.tensor(1.0, dtype=torch.float64))))
-    found = gated_parts(silu, column(2, -1), column(1, 1))[:, 0].tolist()
-    assert found == pytest.approx([1.935906, -0.473789], abs=5e-7)
-    assert sum(found) == pytest.approx(1.462117, abs=5e-7)
+    parts_of_one = elementwise_parts(gelu, column(2, -1))[:, 0].tolist()
+    assert parts_of_one == pytest.approx([1.682689, -0.841345], abs=5e-7)
+    assert sum(parts_of_one) == pytest.approx(float(gelu(torch.tensor(1.0, dtype=torch.float64))))
+    parts_of_one = gated_parts(silu, column(2, -1), column(1, 1))[:, 0].tolist()
+    assert parts_of_one == pytest.approx([1.935906, -0.473789], abs=5e-7)
+    assert sum(parts_of_one) == pytest.approx(1.462117, abs=5e-7)
     opposite = elementwise_parts(gelu, column(2, -2))[:, 0].tolist()  # s = 0: u phi'(0)
     assert opposite == pytest.approx([1.0, -1.0])
     assert float(slope(silu, column(0.0))) == pytest.approx(0.5)
@@ -96,10 +96,10 @@ def random(*shape):
 def parts(**more):
     none = FrozenNorm("none", 0.0, torch.ones(D, dtype=torch.float64), torch.zeros(D, dtype=torch.float64))
     out = Affine(random(M, D), random(D))
-    made = BlockParts(
+    block = BlockParts(
         Affine(random(4, D), random(D)), None, none, Affine(random(D, M), random(M)), None, out, None, gelu
     )
-    return replace(made, **more)
+    return replace(block, **more)
 
 
 def inputs():
@@ -108,43 +108,43 @@ def inputs():
 
 
 def test_a_part_that_writes_nothing_changes_no_map():
-    nothing = Affine(torch.zeros(M, D, dtype=torch.float64), torch.zeros(D, dtype=torch.float64))
-    found = contributions(parts(out=nothing), *inputs())
-    assert not found.feed_forward.any()
-    np.testing.assert_array_equal(found.attention, found.block)
+    zero = Affine(torch.zeros(M, D, dtype=torch.float64), torch.zeros(D, dtype=torch.float64))
+    maps = contributions(parts(out=zero), *inputs())
+    assert not maps.feed_forward.any()
+    np.testing.assert_array_equal(maps.attention, maps.block)
 
 
 def test_a_linear_part_is_its_matrix():
     block, (x, pattern, values) = parts(activation=lambda u: u), inputs()
-    found = contributions(block, x, pattern, values)
+    maps = contributions(block, x, pattern, values)
     heads = block.attend.weight.reshape(2, 2, D).numpy()
     for i in range(N):
         for j in range(N):
             r = sum(float(pattern[i, h, j]) * values[j, 0].numpy() @ heads[h] for h in range(2))
             r = r + (x[i].numpy() if i == j else 0)
-            assert found.attention[i, j] == pytest.approx(np.linalg.norm(r))
+            assert maps.attention[i, j] == pytest.approx(np.linalg.norm(r))
             written = r @ (block.gate.weight @ block.out.weight).numpy()
-            assert found.feed_forward[i, j] == pytest.approx(np.linalg.norm(written))
-            assert found.block[i, j] == pytest.approx(np.linalg.norm(r + written))
+            assert maps.feed_forward[i, j] == pytest.approx(np.linalg.norm(written))
+            assert maps.block[i, j] == pytest.approx(np.linalg.norm(r + written))
 
 
 def test_attention_to_itself_gives_a_diagonal_map():
     x, _, values = inputs()
-    own = torch.eye(N, dtype=torch.float64)[:, None].repeat(1, 2, 1)
-    found = contributions(parts(), x, own, values)
-    for part in (found.attention, found.feed_forward, found.block):
-        kept = part[:, :N]
-        assert (np.diag(kept) > 0).all()
-        assert not (kept - np.diag(np.diag(kept))).any()
+    identity = torch.eye(N, dtype=torch.float64)[:, None].repeat(1, 2, 1)
+    maps = contributions(parts(), x, identity, values)
+    for part in (maps.attention, maps.feed_forward, maps.block):
+        square = part[:, :N]
+        assert (np.diag(square) > 0).all()
+        assert not (square - np.diag(np.diag(square))).any()
 
 
 def test_rows_at_a_time_do_not_matter(monkeypatch):
     from workbench.analysis import feed_forward
 
-    block, given = parts(), inputs()
-    whole = contributions(block, *given)
+    block, arguments = parts(), inputs()
+    whole = contributions(block, *arguments)
     monkeypatch.setattr(feed_forward, "_BLOCK_BYTES", 1)
-    again = contributions(block, *given)
+    again = contributions(block, *arguments)
     np.testing.assert_allclose(again.block, whole.block, rtol=1e-12)
 
 

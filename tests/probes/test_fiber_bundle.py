@@ -69,8 +69,8 @@ def test_special_unseen_and_equal_rows_are_left_out():
 
 def test_settings_and_seed_choose_tokens_and_neighbours():
     model = planted_weights(rows(500))
-    one, other = (FiberBundle(row_limit=20, seed=seed).run(model).data for seed in (0, 1))
-    assert one["token"].to_numpy().tolist() != other["token"].to_numpy().tolist()
+    first, second = (FiberBundle(row_limit=20, seed=seed).run(model).data for seed in (0, 1))
+    assert first["token"].to_numpy().tolist() != second["token"].to_numpy().tolist()
     wide = FiberBundle(row_limit=20, neighbours=120).run(model).data
     assert int(wide["neighbours"]) == 120
     assert (wide["radius"].sel(cloud="embedding") > 0).all()

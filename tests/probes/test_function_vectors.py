@@ -23,15 +23,15 @@ ANSWERS = (5, 6, 7, 8)
 @pytest.fixture(scope="module")
 def pairs():
     """Examples of two tokens, a question of two: as in "in-context-...", over ids of the tiny models."""
-    draw, made = np.random.default_rng(0), []
+    draw, drawn = np.random.default_rng(0), []
     for number in range(8):
-        shown = draw.integers(20, 300, 6)
-        turned = shown[[0, 3, 2, 5, 4, 1]]
+        tokens = draw.integers(20, 300, 6)
+        turned = tokens[[0, 3, 2, 5, 4, 1]]
         question = (int(draw.integers(20, 300)), 11)
-        sides = [(0, *map(int, side), *question) for side in (shown, turned)]
+        sides = [(0, *map(int, side), *question) for side in (tokens, turned)]
         places = {"question": (7, 8), "end": (8,)}
-        made.append(PatchPair(*sides, (ANSWERS[number % 4],), (9,), places))
-    return made
+        drawn.append(PatchPair(*sides, (ANSWERS[number % 4],), (9,), places))
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ class TestContract(ProbeContract):
     @pytest.fixture
     def store(self, model, tmp_path):
         texts = [
-            {**one, "spans": {"question": [{"start": 17, "end": len(one["text"]), "value": "q"}]}}
+            {**text, "spans": {"question": [{"start": 17, "end": len(text["text"]), "value": "q"}]}}
             for number in range(4)
-            for one in (
+            for text in (
                 {"text": f" Monday: Tuesday\n{'abcd'[number]}:", "pair": number, "side": side, "answer": f"{number}"}
                 for side in ("clean", "corrupt")
             )
         ]
-        texts = [{**one, "wrong": "x"} for one in texts]
+        texts = [{**text, "wrong": "x"} for text in texts]
         return wb.record(model, texts, sites=["resid_post"], out=tmp_path / "p.acts", show_progress=False)
 
 
@@ -65,10 +65,10 @@ def test_effects_are_those_of_hooks_written_by_hand(tiny, pairs):
     task = TaskVectors.make(tiny, pairs)
     effects = task.effects()
     module, layer, head = tiny.module, 1, 2
-    seen = {}
+    outputs = {}
 
     def keep(_module, args):
-        seen.setdefault("z", []).append(args[0][0, -1].reshape(4, 8)[head])
+        outputs.setdefault("z", []).append(args[0][0, -1].reshape(4, 8)[head])
 
     project = module.transformer.h[layer].attn.c_proj
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_effects_are_those_of_hooks_written_by_hand(tiny, pairs):
         for pair in pairs:
             module(torch.tensor([pair.clean]))
         handle.remove()
-        mean = torch.stack(seen["z"]).mean(0)
+        mean = torch.stack(outputs["z"]).mean(0)
 
         def change(_module, args):
             z = args[0].clone()
@@ -97,14 +97,14 @@ def test_effects_are_those_of_hooks_written_by_hand(tiny, pairs):
 
 
 def test_questions_alone_keep_what_every_prompt_begins_with(pairs):
-    for one, pair in zip(questions_alone(pairs), pairs, strict=True):
-        assert one.clean == one.corrupt == (0, *pair.clean[7:])
-        assert one.places == {"end": (2,)}
+    for short, pair in zip(questions_alone(pairs), pairs, strict=True):
+        assert short.clean == short.corrupt == (0, *pair.clean[7:])
+        assert short.places == {"end": (2,)}
 
 
 def test_answers_are_those_of_the_plain_model_with_the_vector_added(tiny, pairs):
     vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
-    found = answers_after(tiny, pairs, "resid_post.0", vector)
+    changed = answers_after(tiny, pairs, "resid_post.0", vector)
     plain = answers_after(tiny, pairs)
 
     def add(_module, _args, output):
@@ -116,7 +116,7 @@ def test_answers_are_those_of_the_plain_model_with_the_vector_added(tiny, pairs)
     for number, pair in enumerate(pairs):
         ids = torch.tensor([pair.clean])
         with torch.no_grad():
-            for values, hooked in ((plain, False), (found, True)):
+            for values, hooked in ((plain, False), (changed, True)):
                 handle = tiny.module.transformer.h[0].register_forward_hook(add) if hooked else None
                 logits = tiny.module(ids).logits[0, -1]
                 if handle:
@@ -134,8 +134,8 @@ def planted_model():
 def planted_pairs(planted_model):
     """The question's word stands before the answer; on the corrupt side the two have changed places."""
     pairs = []
-    for number, (one, answer) in enumerate((("stone", "river"), ("cloud", "window"), ("garden", "candle"))):
-        sides = [f"Read: {a} {b} Ben. Anna Clara {one}" for a, b in ((one, answer), (answer, one))]
+    for number, (word, answer) in enumerate((("stone", "river"), ("cloud", "window"), ("garden", "candle"))):
+        sides = [f"Read: {a} {b} Ben. Anna Clara {word}" for a, b in ((word, answer), (answer, word))]
         clean, corrupt = (tuple(planted_model.tokenizer(side)["input_ids"]) for side in sides)
         last = (len(clean) - 1,)
         pairs += [PatchPair(clean, corrupt, (clean[4],), (corrupt[5],), {"question": last, "end": last})] * (1 + number)
@@ -156,31 +156,31 @@ def test_settings_matter(planted_model, planted_pairs):
     run = lambda **settings: FunctionVectors(resamples=10, **settings)._run(  # noqa: E731
         planted_model, planted_pairs, [], {"settings": settings}
     )
-    one = run(heads=1, draws=1).data
+    single = run(heads=1, draws=1).data
     two = run(heads=2, draws=1).data
     assert two.attrs["heads"].startswith("L1H0, ")
-    assert float(two["norm"][0]) != pytest.approx(float(one["norm"][0]))
+    assert float(two["norm"][0]) != pytest.approx(float(single["norm"][0]))
     larger = run(heads=1, draws=1, scale=4.0).data
-    assert not np.allclose(larger["steered_probability"][0], one["steered_probability"][0])
-    np.testing.assert_allclose(larger["norm"], one["norm"])  # of the vector itself
-    others = {run(heads=1, draws=1, seed=seed).data.attrs["choosing"] for seed in range(6)}
-    assert len(others) > 1
+    assert not np.allclose(larger["steered_probability"][0], single["steered_probability"][0])
+    np.testing.assert_allclose(larger["norm"], single["norm"])  # of the vector itself
+    chosen = {run(heads=1, draws=1, seed=seed).data.attrs["choosing"] for seed in range(6)}
+    assert len(chosen) > 1
 
 
 def test_in_context_tasks_shuffle_the_answers_of_the_examples():
     model = wb.load_model("demo", device="cpu")
-    found = wb.prompt_pairs("in-context-next", model, 10, seed=2)
-    assert len(found) == 10
-    for one in found.pairs:
-        clean, corrupt = (getattr(one.pair, side).split("\n") for side in ("clean", "corrupt"))
+    task = wb.prompt_pairs("in-context-next", model, 10, seed=2)
+    assert len(task) == 10
+    for checked in task.pairs:
+        clean, corrupt = (getattr(checked.pair, side).split("\n") for side in ("clean", "corrupt"))
         assert clean[-1] == corrupt[-1] == f"{clean[-1][:-1]}:"
-        shown = [[line.split(": ") for line in side[:-1]] for side in (clean, corrupt)]
-        assert [word for word, _ in shown[0]] == [word for word, _ in shown[1]]
-        assert sorted(answer for _, answer in shown[0]) == sorted(answer for _, answer in shown[1])
-        assert all(right != wrong for (_, right), (_, wrong) in zip(*shown, strict=True))
-        assert one.pair.answer[0] not in one.pair.wrong
-    assert [pair.places["question"] for pair in pairs_of(found)] == [
-        tuple(one.spans["question"]) for one in found.pairs
+        examples = [[line.split(": ") for line in side[:-1]] for side in (clean, corrupt)]
+        assert [word for word, _ in examples[0]] == [word for word, _ in examples[1]]
+        assert sorted(answer for _, answer in examples[0]) == sorted(answer for _, answer in examples[1])
+        assert all(right != wrong for (_, right), (_, wrong) in zip(*examples, strict=True))
+        assert checked.pair.answer[0] not in checked.pair.wrong
+    assert [pair.places["question"] for pair in pairs_of(task)] == [
+        tuple(checked.spans["question"]) for checked in task.pairs
     ]
 
 

@@ -102,9 +102,9 @@ def test_a_deterministic_text_is_read_where_both_tokens_are_in_the_state(tmp_pat
         ids[:, place + 2] = np.where(
             draw.random(60) < 0.6, ids[:, place + 2], follows[ids[:, place], ids[:, place + 1]]
         )
-    said = follows[ids, ahead(ids, 1)]  # at T+1 the model says f(x_T, x_(T+1)) of the text it sees
+    predicted = follows[ids, ahead(ids, 1)]  # at T+1 the model says f(x_T, x_(T+1)) of the text it sees
     pair = np.eye(VOCAB * VOCAB)[ids * VOCAB + ahead(ids, 1)]
-    final = np.roll(9 * one_hot(said), 1, axis=1)
+    final = np.roll(9 * one_hot(predicted), 1, axis=1)
     data = FutureLens(**QUICK).run(recorded(tmp_path, ids, pair, final)).data
     assert float(data["precision"].sel(layer=0, horizon=1, k=1)[0]) == 1
     assert float(data["bigram_precision"].sel(horizon=1)) < 0.8
@@ -163,7 +163,7 @@ def test_every_number_of_one_layer_against_float64(tmp_path):
     data = FutureLens(horizons=2, ridge=(0.3,), direct_vocab=0, top_k=3).run(store).data
     tested, validating, fitted = division(40)
     log = final - np.log(np.exp(final).sum(-1, keepdims=True))
-    said = final.argmax(-1)
+    predicted = final.argmax(-1)
     for n in range(2):
         last = LENGTH - n
         x, y = hidden[fitted, 1:last].reshape(-1, VOCAB), final[fitted, 1 + n :].reshape(-1, VOCAB)
@@ -171,37 +171,37 @@ def test_every_number_of_one_layer_against_float64(tmp_path):
         weight = np.linalg.solve(np.cov(x.T, bias=True) + 0.3 * x.var(0).mean() * np.eye(VOCAB), between)
         chosen = np.sort(tested)
         read = (hidden[chosen, 1:last] - x.mean(0)) @ weight + y.mean(0)
-        order, targets = np.argsort(-read, axis=-1), said[chosen, 1 + n :]
-        one = data.isel(method=0).sel(layer=0, horizon=n)
+        order, targets = np.argsort(-read, axis=-1), predicted[chosen, 1 + n :]
+        at = data.isel(method=0).sel(layer=0, horizon=n)
         hits = order[..., :3] == targets[..., None]
-        np.testing.assert_allclose(one["precision"], [hits[..., :k].any(-1).mean() for k in (1, 2, 3)], atol=1e-9)
+        np.testing.assert_allclose(at["precision"], [hits[..., :k].any(-1).mean() for k in (1, 2, 3)], atol=1e-9)
         surprisal = -np.take_along_axis(log[chosen, 1 + n :], order[..., :1], -1).mean()
-        assert float(one["surprisal"]) == pytest.approx(surprisal, abs=1e-5)
+        assert float(at["surprisal"]) == pytest.approx(surprisal, abs=1e-5)
         text = (order[:, :-1, 0] == ids[chosen, 2 + n :]).mean()
-        assert float(one["text_precision"][0]) == pytest.approx(text)
+        assert float(at["text_precision"][0]) == pytest.approx(text)
         followers = np.zeros((VOCAB, VOCAB))
-        np.add.at(followers, (ids[fitted, 1:last].ravel(), said[fitted, 1 + n :].ravel()), 1)
+        np.add.at(followers, (ids[fitted, 1:last].ravel(), predicted[fitted, 1 + n :].ravel()), 1)
         bigram = (followers + 1e-6 * followers.sum(0)).argmax(1)[ids[chosen, 1:last]]
-        assert float(one["bigram_precision"]) == pytest.approx((bigram == targets).mean())
-        assert float(one["gain"]) == pytest.approx(hits[..., 0].mean() - (bigram == targets).mean())
+        assert float(at["bigram_precision"]) == pytest.approx((bigram == targets).mean())
+        assert float(at["gain"]) == pytest.approx(hits[..., 0].mean() - (bigram == targets).mean())
         by_document = hits[..., 0].mean(1) - (bigram == targets).mean(1)
         spread = 1.96 * by_document.std() / math.sqrt(len(chosen))
-        assert float(one["gain_high"] - one["gain_low"]) == pytest.approx(2 * spread, rel=0.15)
-        assert float(one["gain_low"]) < float(one["gain"]) < float(one["gain_high"])
+        assert float(at["gain_high"] - at["gain_low"]) == pytest.approx(2 * spread, rel=0.15)
+        assert float(at["gain_low"]) < float(at["gain"]) < float(at["gain_high"])
         counts = (len(fitted) * (last - 1), len(validating) * (last - 1), len(tested) * (last - 1), len(tested) * n)
-        assert tuple(int(one[name]) for name in ("training_rows", "validation_rows", "rows", "left_out")) == counts
-        assert int(one["text_rows"]) == len(tested) * (last - 2)
+        assert tuple(int(at[name]) for name in ("training_rows", "validation_rows", "rows", "left_out")) == counts
+        assert int(at["text_rows"]) == len(tested) * (last - 2)
         sure = np.exp(read - read.max(-1, keepdims=True))
         bins = (10 / sure.sum(-1)).astype(int)
-        np.testing.assert_array_equal(one["calibration_rows"], np.bincount(bins.ravel(), minlength=10))
+        np.testing.assert_array_equal(at["calibration_rows"], np.bincount(bins.ravel(), minlength=10))
         right = np.bincount(bins.ravel(), hits[..., 0].ravel(), minlength=10)
-        np.testing.assert_allclose(np.nan_to_num(one["calibration"] * one["calibration_rows"]), right)
+        np.testing.assert_allclose(np.nan_to_num(at["calibration"] * at["calibration_rows"]), right)
 
 
 def test_bigrams_by_hand():
     token = np.array([1, 1, 1, 2, 2, 3, 3, 3])
-    said = np.array([7, 7, 4, 4, 5, 4, 5, 5])  # of all: 4 thrice, 5 thrice, 7 twice
-    bigram = bigrams(token, said, np.array([3, 1, 2, 0, 9]))
+    followers = np.array([7, 7, 4, 4, 5, 4, 5, 5])  # of all: 4 thrice, 5 thrice, 7 twice
+    bigram = bigrams(token, followers, np.array([3, 1, 2, 0, 9]))
     assert bigram.most_frequent == 4
     assert bigram.prediction.tolist() == [5, 7, 4, 4, 4]  # after 2 both once; 0 and 9 never seen
     assert bigram.seen.tolist() == [True, True, True, False, False]
@@ -213,12 +213,12 @@ def test_the_gain_is_over_tokens_that_the_bigram_has_seen(tmp_path):
     ids[division(DOCUMENTS)[0], 5] = VOCAB - 1
     store = recorded(tmp_path, ids, one_hot(ahead(ids, 1)), 9 * one_hot(ahead(ids, 1)))
     result = FutureLens(**QUICK | {"horizons": 1}).run(store)
-    one = result.data.sel(horizon=0, layer=0).isel(method=0)
-    assert float(one["bigram_seen"]) == pytest.approx(12 / 13)
-    assert float(one["bigram_precision"]) != float(one["bigram_seen_precision"])
-    right = float(one["precision"].sel(k=1)) * 13 - float(one["seen_precision"]) * 12
-    assert right == pytest.approx(float(one["precision"].sel(k=1)) * 13 - 12 * float(one["seen_precision"]))
-    assert float(one["gain"]) == pytest.approx(float(one["seen_precision"]) - float(one["bigram_seen_precision"]))
+    at = result.data.sel(horizon=0, layer=0).isel(method=0)
+    assert float(at["bigram_seen"]) == pytest.approx(12 / 13)
+    assert float(at["bigram_precision"]) != float(at["bigram_seen_precision"])
+    right = float(at["precision"].sel(k=1)) * 13 - float(at["seen_precision"]) * 12
+    assert right == pytest.approx(float(at["precision"].sel(k=1)) * 13 - 12 * float(at["seen_precision"]))
+    assert float(at["gain"]) == pytest.approx(float(at["seen_precision"]) - float(at["bigram_seen_precision"]))
     assert "on the 92 % of tokens that the bigram has seen" in result.headline()
 
 
@@ -290,7 +290,10 @@ def test_settings_change_the_result(noise, changed, variable):
 
 def test_the_penalty_is_chosen_on_validation_documents(noise):
     short = {"horizons": 2, "top_k": 1, "direct_vocab": 0}
-    alone = [FutureLens(**short, ridge=(one,)).run(noise).data["validation_cross_entropy"] for one in (1e-6, 0.5, 50.0)]
+    alone = [
+        FutureLens(**short, ridge=(penalty,)).run(noise).data["validation_cross_entropy"]
+        for penalty in (1e-6, 0.5, 50.0)
+    ]
     both = FutureLens(**short, ridge=(1e-6, 0.5, 50.0)).run(noise).data
     np.testing.assert_allclose(both["validation_cross_entropy"], np.min(alone, axis=0))
     np.testing.assert_allclose(both["ridge"], np.array([1e-6, 0.5, 50.0])[np.argmin(alone, axis=0)[0]])

@@ -80,21 +80,23 @@ def chosen_rows(store, part="test", limit=20):
     return rows[np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)]
 
 
-def said_in_text(store, model):
+def predicted_in_text(store, model):
     """The model's top token after every row, from plain forward passes over each text."""
-    said = np.full(store.rows, -1)
+    predicted = np.full(store.rows, -1)
     sequence, ids = (store.tokens[name].to_numpy() for name in ("sequence", "token_id"))
     with torch.no_grad():
-        for own in (np.flatnonzero(sequence == s) for s in np.unique(sequence)):
-            said[own] = model.module(input_ids=torch.from_numpy(ids[own].astype(np.int64))[None]).logits[0].argmax(-1)
-    return said
+        for members in (np.flatnonzero(sequence == s) for s in np.unique(sequence)):
+            predicted[members] = (
+                model.module(input_ids=torch.from_numpy(ids[members].astype(np.int64))[None]).logits[0].argmax(-1)
+            )
+    return predicted
 
 
 def predict_by_hand(store, model, prompt, layer, free_running, zero=False):
     """Top tokens [row, horizon], one row at a time through torch hooks; free-running ones token by token."""
     ids = store.tokens["token_id"].to_numpy().astype(np.int64)
     start = model.tokenizer(prompt)["input_ids"]
-    block, found = model.module.model.layers[layer], []
+    block, predicted = model.module.model.layers[layer], []
     for row in chosen_rows(store):
         state = store[f"resid_post.{layer}"][row : row + 1][0].float() * (0 if zero else 1)
 
@@ -109,8 +111,8 @@ def predict_by_hand(store, model, prompt, layer, free_running, zero=False):
                 after = answers if free_running else ids[row + 1 : row + 1 + n].tolist()
                 answers.append(model.module(input_ids=torch.tensor([[*start, *after]])).logits[0, -1].argmax().item())
         handle.remove()
-        found.append(answers)
-    return np.array(found)
+        predicted.append(answers)
+    return np.array(predicted)
 
 
 @pytest.mark.parametrize("prompt", FEW.prompts)
@@ -118,12 +120,12 @@ def predict_by_hand(store, model, prompt, layer, free_running, zero=False):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_precision_is_that_of_a_run_by_hand(store, model, result, prompt, regime, layer):
     rows = chosen_rows(store)
-    targets = said_in_text(store, model)[rows[:, None] + np.arange(4)]
+    targets = predicted_in_text(store, model)[rows[:, None] + np.arange(4)]
     at = result.data.sel(prompt=prompt, regime=regime, layer=layer)
     for name, zero in (("precision", False), ("zero_precision", True)):
         answers = predict_by_hand(store, model, prompt, layer, regime == "free-running", zero)
-        found = at[name].sel(k=1) if name == "precision" else at[name]
-        np.testing.assert_allclose(found, (answers == targets).mean(0))
+        values = at[name].sel(k=1) if name == "precision" else at[name]
+        np.testing.assert_allclose(values, (answers == targets).mean(0))
     assert int(result.data["rows"]) == len(rows)
 
 
@@ -132,10 +134,12 @@ def test_surprisal_is_of_what_was_said(store, model, result):
     sequence, ids = (store.tokens[name].to_numpy() for name in ("sequence", "token_id"))
     total = np.zeros(4)
     with torch.no_grad():
-        for row, said in zip(rows, answers, strict=True):
-            own = np.flatnonzero(sequence == sequence[row])
-            log = model.module(input_ids=torch.from_numpy(ids[own].astype(np.int64))[None]).logits[0].log_softmax(-1)
-            total -= [log[row - own[0] + n, said[n]].item() for n in range(4)]
+        for row, answer in zip(rows, answers, strict=True):
+            members = np.flatnonzero(sequence == sequence[row])
+            log = (
+                model.module(input_ids=torch.from_numpy(ids[members].astype(np.int64))[None]).logits[0].log_softmax(-1)
+            )
+            total -= [log[row - members[0] + n, answer[n]].item() for n in range(4)]
     at = result.data["surprisal"].sel(prompt=FEW.prompts[0], regime="free-running", layer=1)
     np.testing.assert_allclose(at, total / len(rows), rtol=1e-4)
 
@@ -178,7 +182,7 @@ def test_divergence_is_that_of_float64(store, model):
     sequence, rows = store.tokens["sequence"].to_numpy(), chosen_rows(store, "validation", 10)
     total = 0.0
     for row in rows:
-        own = np.flatnonzero(sequence == sequence[row])
+        members = np.flatnonzero(sequence == sequence[row])
 
         def change(_module, _args, output, row=row):
             first = output if isinstance(output, torch.Tensor) else output[0]
@@ -186,29 +190,29 @@ def test_divergence_is_that_of_float64(store, model):
             return output
 
         with torch.no_grad():
-            text = model.module(input_ids=torch.from_numpy(ids[own])[None]).logits[0, row - own[0] + 2].double()
+            text = model.module(input_ids=torch.from_numpy(ids[members])[None]).logits[0, row - members[0] + 2].double()
             handle = model.module.model.layers[1].register_forward_hook(change)
-            said = model.module(input_ids=torch.cat([begin, torch.from_numpy(ids[row + 1 : row + 3])])[None]).logits[
-                0, -1
-            ]
+            prompted = model.module(
+                input_ids=torch.cat([begin, torch.from_numpy(ids[row + 1 : row + 3])])[None]
+            ).logits[0, -1]
             handle.remove()
-        p, q = text.softmax(-1), said.double().softmax(-1)
+        p, q = text.softmax(-1), prompted.double().softmax(-1)
         total += (p * (p / q).log()).sum().item()
     assert float(data["untrained_divergence"].sel(layer=1)) == pytest.approx(total / len(rows), rel=1e-3)
 
 
 def test_bigrams_of_the_last_known_token(store, model, result):
-    said, ids = said_in_text(store, model), store.tokens["token_id"].to_numpy()
+    predicted, ids = predicted_in_text(store, model), store.tokens["token_id"].to_numpy()
     rows, training = chosen_rows(store), split_rows(store)
     for regime, known in (("free-running", 0), ("teacher-forced", 2)):
-        own = training.at("training", 2)
+        fitted = training.at("training", 2)
         right = []
         for row in rows:
-            same = said[own[ids[own + known] == ids[row + known]] + 2]
-            counts = np.bincount(same if len(same) else said[own + 2], minlength=320)
-            overall = np.bincount(said[own + 2], minlength=320)
+            same = predicted[fitted[ids[fitted + known] == ids[row + known]] + 2]
+            counts = np.bincount(same if len(same) else predicted[fitted + 2], minlength=320)
+            overall = np.bincount(predicted[fitted + 2], minlength=320)
             most = np.flatnonzero(counts == counts.max())
-            right.append(most[overall[most].argmax()] == said[row + 2])
+            right.append(most[overall[most].argmax()] == predicted[row + 2])
         assert float(result.data["bigram_precision"].sel(regime=regime, horizon=2)) == pytest.approx(np.mean(right))
 
 
@@ -273,20 +277,20 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_requests_that_cannot_be_met(store, model, tmp_path):
-    def said(probe, of=store, by=model):
+    def refusal(probe, of=store, by=model):
         return refused(RequestError, lambda: probe.run(of, model=by))
 
-    assert "top_k is 400 and the vocabulary has 320" in said(replace(FEW, top_k=400))
-    assert "positions and model 'tiny' has 128; shorten the prompts" in said(replace(FEW, prompts=("day " * 200,)))
-    assert "give at most" in said(replace(FEW, horizons=40))
+    assert "top_k is 400 and the vocabulary has 320" in refusal(replace(FEW, top_k=400))
+    assert "positions and model 'tiny' has 128; shorten the prompts" in refusal(replace(FEW, prompts=("day " * 200,)))
+    assert "give at most" in refusal(replace(FEW, horizons=40))
     nameless = Model(model.module, None, "tiny")
-    assert "has no tokenizer for the prompts; give prompts=()" in said(FEW, by=nameless)
+    assert "has no tokenizer for the prompts; give prompts=()" in refusal(FEW, by=nameless)
     bare = wb.record(model, TEXTS[:4], sites=["resid_post.0"], out=tmp_path / "bare.acts")
-    assert "record" in said(FEW, of=bare)
-    other = copy.deepcopy(model.module)
+    assert "record" in refusal(FEW, of=bare)
+    changed = copy.deepcopy(model.module)
     with torch.no_grad():
-        next(other.parameters()).add_(1)
-    assert "its weights are other ones" in said(FEW, by=Model(other, model.tokenizer, "other"))
+        next(changed.parameters()).add_(1)
+    assert "its weights are other ones" in refusal(FEW, by=Model(changed, model.tokenizer, "other"))
 
 
 def test_result_table_figures_and_headline(result, tmp_path):

@@ -24,9 +24,9 @@ def prompt():
     pattern = np.zeros((10, 10))
     pattern[:4, 0] = 1
     for i in range(4, 10):
-        others = [k for k in range(i + 1) if k not in (0, 4)]
+        keys = [k for k in range(i + 1) if k not in (0, 4)]
         pattern[i, 0], pattern[i, 4] = 0.3, 0.5
-        pattern[i, others] = 0.2 / len(others)
+        pattern[i, keys] = 0.2 / len(keys)
     return pattern
 
 

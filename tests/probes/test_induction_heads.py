@@ -56,7 +56,9 @@ def textbook(ids, period):
 def store_of(path, documents, patterns):
     """A store of one layer of `patterns`, one list of heads [query, key] for each document."""
     longest = max(map(len, documents))
-    rows = [np.stack([np.pad(one, ((0, 0), (0, longest - len(one)))) for one in heads], 1) for heads in patterns]
+    rows = [
+        np.stack([np.pad(pattern, ((0, 0), (0, longest - len(pattern)))) for pattern in heads], 1) for heads in patterns
+    ]
     return planted_store(path, documents, {"pattern.0": np.concatenate(rows)})
 
 
@@ -159,12 +161,12 @@ def test_any_pattern_against_a_naive_reading(tmp_path, occurrences):
         offsets = [np.mean([a[s][i, i - o] if o <= i else 0 for s, i, _ in queries]) for o in range(1, 14)]
         assert float(data["induction_reference"][h]) == pytest.approx(max(offsets), **close)
         assert int(data["reference_offset"][h]) == 1 + int(np.argmax(offsets))
-        other = [
+        shuffled = [
             np.mean(pairs)
             for s, i, _ in queries
             if (pairs := [sum(a[s][i, d + 1] for d in known) for t, j, known in queries if j == i and t != s])
         ]
-        assert float(data["induction_shuffled"][h]) == pytest.approx(np.mean(other), **close)
+        assert float(data["induction_shuffled"][h]) == pytest.approx(np.mean(shuffled), **close)
 
 
 def test_special_tokens_are_no_queries_and_one_sequence_has_no_excess(tmp_path):
@@ -225,7 +227,7 @@ def test_losses_are_those_of_the_model(tiny_models, llama_store):
             repeated[last_before(ids, i) is not None].append(loss)
     means = [np.mean(by_position[i]) for i in sorted(by_position)]
     np.testing.assert_allclose(result.data["icl_loss"], means, atol=1e-4)
-    late, early = (np.mean([one for i in at for one in by_position[i]]) for at in ((6, 7, 8), (1, 2, 3)))
+    late, early = (np.mean([loss for i in at for loss in by_position[i]]) for at in ((6, 7, 8), (1, 2, 3)))
     assert float(result.data["icl_score"]) == pytest.approx(late - early, abs=1e-4)
     assert float(result.data["loss_repeated"]) == pytest.approx(np.mean(repeated[True]), abs=1e-4)
     assert float(result.data["loss_new"]) == pytest.approx(np.mean(repeated[False]), abs=1e-4)
@@ -242,12 +244,12 @@ def test_the_embedded_model_has_induction_heads_and_its_random_copy_has_none(dem
     random = wb.record(
         random_copy(model), wb.random_repeats(model.tokenizer, 8), sites=["pattern"], show_progress=False
     )
-    found = [InductionHeads(resamples=5, ablated=0).run(store, model=model), InductionHeads(resamples=5).run(random)]
-    best = found[0].table.iloc[0]
+    results = [InductionHeads(resamples=5, ablated=0).run(store, model=model), InductionHeads(resamples=5).run(random)]
+    best = results[0].table.iloc[0]
     assert best["excess"] > 0.7
     assert best["copying"] > 0.9
     assert best["copying_eigen"] > 0.9
-    assert found[1].table["excess"].abs().max() < 0.02
+    assert results[1].table["excess"].abs().max() < 0.02
 
 
 # ---- derived while recording ----------------------------------------------------------------------------
@@ -316,13 +318,13 @@ def test_ablated_heads_change_the_loss_as_plain_hugging_face_does(tiny_models, l
     sequences = [part["token_id"].tolist() for _, part in llama_store.tokens.to_pandas().groupby("sequence")]
 
     def losses():
-        found = {True: [], False: []}
+        by_group = {True: [], False: []}
         for ids in sequences:
             with torch.inference_mode():
                 log = module(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             for i in range(len(ids) - 1):
-                found[last_before(ids, i) is not None].append(-float(log[i, ids[i + 1]]))
-        return np.array([np.mean(found[repeated]) for repeated in (True, False)])
+                by_group[last_before(ids, i) is not None].append(-float(log[i, ids[i + 1]]))
+        return np.array([np.mean(by_group[repeated]) for repeated in (True, False)])
 
     hook = project.register_forward_pre_hook(lambda _module, arguments: outputs.append(arguments[0][0].clone()))
     plain = losses()
@@ -363,16 +365,16 @@ def test_a_model_without_other_heads_has_no_ablation_and_says_why(tiny_models, l
 
 
 def test_random_repeats_repeat_and_nothing_else_does(tiny_tokenizer):
-    made = wb.random_repeats(tiny_tokenizer, 41, period=(20, 60), copies=3, filler=(0, 9), seed=3)
+    texts = wb.random_repeats(tiny_tokenizer, 41, period=(20, 60), copies=3, filler=(0, 9), seed=3)
     periods = []
-    for ids in made:
+    for ids in texts:
         assert ids[0] == tiny_tokenizer.bos_token_id
         period = (len(ids) - len(set(ids))) // 2
         periods.append(period)
         assert ids[-period:] == ids[-2 * period : -period] == ids[-3 * period : -2 * period]
         assert not {*ids[1:]} & {*tiny_tokenizer.all_special_ids}
     assert sorted(periods) == list(range(20, 61))
-    assert made == wb.random_repeats(tiny_tokenizer, 41, period=(20, 60), copies=3, filler=(0, 9), seed=3)
+    assert texts == wb.random_repeats(tiny_tokenizer, 41, period=(20, 60), copies=3, filler=(0, 9), seed=3)
     assert (
         wb.random_repeats([4, 5, 6], 1, period=(2, 2), filler=(0, 0))[0][:2]
         == wb.random_repeats([4, 5, 6], 1, period=(2, 2), filler=(0, 0), bos=False)[0][:2]

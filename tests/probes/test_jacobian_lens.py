@@ -68,7 +68,7 @@ def test_planted_linear_blocks_and_uniform_attention(tiny_models):
         last.attn.c_attn.bias[: 2 * width] = 0
         last.mlp.c_proj.weight.zero_()
     ids = [list(range(10, 10 + length)), list(range(30, 30 + length))]
-    found = mean_jacobians(Model(module, None, "planted"), ids, skip=skip)
+    means = mean_jacobians(Model(module, None, "planted"), ids, skip=skip)
     identity = np.eye(width)
     mlp = module.transformer.h[1].mlp
     first = identity + (mlp.c_fc.weight @ mlp.c_proj.weight).detach().double().numpy()
@@ -76,10 +76,10 @@ def test_planted_linear_blocks_and_uniform_attention(tiny_models):
     places = range(skip, length - 1)
     share = np.mean([sum(1 / (query + 1) for query in places if query >= key) for key in places])
     second = identity + share * attention
-    assert found.layers == (0, 1)
-    np.testing.assert_allclose(found.jacobian[1], second.T, atol=1e-5)
-    np.testing.assert_allclose(found.jacobian[0], (first @ second).T, atol=1e-5)
-    np.testing.assert_allclose(found.split_half, 1, atol=1e-6)  # a linear network has one Jacobian
+    assert means.layers == (0, 1)
+    np.testing.assert_allclose(means.jacobian[1], second.T, atol=1e-5)
+    np.testing.assert_allclose(means.jacobian[0], (first @ second).T, atol=1e-5)
+    np.testing.assert_allclose(means.split_half, 1, atol=1e-6)  # a linear network has one Jacobian
 
 
 def brute_force(module, ids, layer, skip):
@@ -107,13 +107,13 @@ def test_it_is_the_mean_of_full_jacobians(tiny_models):
     skip = 2
     module = copy.deepcopy(tiny_models["llama"])  # transformers leaves hooks in a model asked for hidden states
     prompts = [[5, 9, 40, 41, 7, 8, 300, 12], [100, 20, 33, 6, 5, 4, 90]]
-    found = mean_jacobians(Model(module, None, "x"), prompts, skip=skip)
+    means = mean_jacobians(Model(module, None, "x"), prompts, skip=skip)
     for layer in (0, 1):
-        each = [brute_force(module, ids, layer, skip) for ids in prompts]
-        np.testing.assert_allclose(found.jacobian[layer], np.mean(each, 0), atol=2e-5)
-        halves = [(part - np.eye(32)).ravel() for part in each]
+        by_prompt = [brute_force(module, ids, layer, skip) for ids in prompts]
+        np.testing.assert_allclose(means.jacobian[layer], np.mean(by_prompt, 0), atol=2e-5)
+        halves = [(part - np.eye(32)).ravel() for part in by_prompt]
         cosine = halves[0] @ halves[1] / np.linalg.norm(halves[0]) / np.linalg.norm(halves[1])
-        assert found.split_half[layer] == pytest.approx(cosine, abs=1e-4)
+        assert means.split_half[layer] == pytest.approx(cosine, abs=1e-4)
     assert all(part.requires_grad for part in module.parameters())
 
 
@@ -191,9 +191,9 @@ def test_directions_are_rows_of_the_unembedding_times_the_jacobian(planted):
     from workbench.model.unembed import load_unembed
 
     weight = load_unembed(store.path).weight.double().numpy()
-    found = lens.direction(store, 3, 0)
-    np.testing.assert_allclose(found.vector, weight[3] @ jacobian, atol=1e-5)
-    assert (found.site, found.made_of["token_id"]) == ("resid_post.0", 3)
+    direction = lens.direction(store, 3, 0)
+    np.testing.assert_allclose(direction.vector, weight[3] @ jacobian, atol=1e-5)
+    assert (direction.site, direction.made_of["token_id"]) == ("resid_post.0", 3)
     np.testing.assert_allclose(lens.direction(store, 3, -1).vector, weight[3], atol=1e-6)
     assert "no single token" in refused(RequestError, lambda: lens.direction(store, "Monday", 0))
 
@@ -209,12 +209,12 @@ def test_settings_choose_what_is_read(planted):
     assert lens.read(store, layers=(0,)).data["layer"].values.tolist() == [0]
     fitted = by_hand(lens.weight, store, documents=range(11))
     assert JacobianLens().read(fitted, store, fitted=False).table["document"].unique().tolist() == [11]
-    everything = by_hand(lens.weight, store, documents=range(12))
-    assert "there are no others" in JacobianLens().read(everything, store, fitted=False).headline()
+    all_documents = by_hand(lens.weight, store, documents=range(12))
+    assert "there are no others" in JacobianLens().read(all_documents, store, fitted=False).headline()
     few = by_hand(lens.weight, store, split_half=[0.3])
     assert "differ (least cosine 0.30): fit more prompts" in few.read(store).headline()
-    one = by_hand(lens.weight, store, split_half=[None], prompts=1)
-    assert "J is of 1 prompt: how well it is determined is unknown" in one.read(store).headline()
+    of_one_prompt = by_hand(lens.weight, store, split_half=[None], prompts=1)
+    assert "J is of 1 prompt: how well it is determined is unknown" in of_one_prompt.read(store).headline()
 
 
 # Fitting

@@ -80,7 +80,7 @@ def test_controls_and_baselines_are_what_they_say(result, planted, store):
     right = 0
     for token, value in zip(ids[test], mood[test], strict=True):
         same = mood[~test][ids[~test] == token]
-        right += max(("glad", "sad", "wry"), key=lambda one, same=same: (same == one).sum()) == value
+        right += max(("glad", "sad", "wry"), key=lambda label, same=same: (same == label).sum()) == value
     assert float(data["token_accuracy"]) == pytest.approx(right / test.sum(), abs=0.02)  # ties
 
 
@@ -89,8 +89,8 @@ def test_weights_are_for_states_as_recorded(result, store, planted):
     known = np.random.default_rng(0).permutation(np.unique(document))
     test = np.isin(document, known[: round(0.3 * DOCUMENTS)])
     scores = planted["states"][1][test] @ data["weight"][1].to_numpy().T + data["bias"][1].to_numpy()
-    says = data["value"].to_numpy()[scores.argmax(1)]
-    assert (says == planted["mood"][test]).mean() == pytest.approx(float(data["accuracy"][1]))
+    predicted = data["value"].to_numpy()[scores.argmax(1)]
+    assert (predicted == planted["mood"][test]).mean() == pytest.approx(float(data["accuracy"][1]))
 
 
 def test_directions_point_along_what_was_planted(result):

@@ -86,12 +86,12 @@ def test_distances_are_those_of_numpy_and_equal_rows_have_no_ties():
     draw = np.random.default_rng(4)
     points = draw.normal(size=(50, 6)).astype(np.float32)
     points[7] = points[8]
-    found = neighbour_distances(torch.tensor(points), np.array([3, 7]), 49, seed=0)
+    distances = neighbour_distances(torch.tensor(points), np.array([3, 7]), 49, seed=0)
     exact = points.astype(float)
     for row, index in enumerate((3, 7)):
         expected = np.sort(np.delete(np.linalg.norm(exact - exact[index], axis=1), index))
-        np.testing.assert_allclose(found[row], expected, rtol=3e-6, atol=1e-6)
-    assert (np.diff(found, axis=1) > 0).all()
+        np.testing.assert_allclose(distances[row], expected, rtol=3e-6, atol=1e-6)
+    assert (np.diff(distances, axis=1) > 0).all()
 
 
 def test_holm_is_the_step_down_rule():

@@ -80,8 +80,8 @@ def test_ablation_is_the_plain_models_loss_at_the_token_alone(replacement, model
         ids = list(texts[sequence[row]])[: positions[row] + 1]
         for term, case in cases.items():
             expected = plain(module, ids, pair) - plain(module, ids, pair, *case)
-            found = float(data["ablated_by_token"].sel(term=term)[line])
-            assert found == pytest.approx(expected, abs=2e-5), (row, term)
+            measured = float(data["ablated_by_token"].sel(term=term)[line])
+            assert measured == pytest.approx(expected, abs=2e-5), (row, term)
     np.testing.assert_allclose(data["ablated"], data["ablated_by_token"].mean("ablated_token"), atol=1e-12)
     assert bool(np.isnan(data["ablated"].sel(term="bias of the final norm")))
     assert f"set to {'its mean' if replacement == 'mean' else '0'} it loses" in result.headline()
@@ -118,11 +118,11 @@ def test_a_direction_that_is_a_difference_of_tokens_gives_the_logit_difference(m
     np.testing.assert_array_equal(saved.data["contribution"], along.data["contribution"])
     assert "Mean normed last stream along 'Monday not Tuesday'" in saved.headline()
     ablated = DirectLogitAttribution(ablation="zero", ablated_tokens=3, resamples=10)
-    one, other = (
+    first, second = (
         ablated.read(store, direction, model=model),
         DirectLogitAttribution(ablation="zero", ablated_tokens=3, resamples=10, **PAIR).run(store, model=model),
     )
-    np.testing.assert_allclose(one.data["ablated_by_token"], other.data["ablated_by_token"], atol=1e-6)
+    np.testing.assert_allclose(first.data["ablated_by_token"], second.data["ablated_by_token"], atol=1e-6)
     random = along.data["control"].to_numpy()
     assert not np.allclose(random, along.data["contribution"], atol=1e-3)
 

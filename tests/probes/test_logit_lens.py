@@ -47,25 +47,25 @@ def refusal(call) -> str:
 
 def planted(logits, model_logits, target, top_k=1):
     logs = [torch.tensor(part, dtype=torch.float32).log_softmax(-1) for part in (logits, model_logits)]
-    found = lens_statistics(logs[0], ModelOutput.of(logs[1]), torch.tensor(target), top_k)
-    return {name: values.tolist() for name, values in found.items()}
+    statistics = lens_statistics(logs[0], ModelOutput.of(logs[1]), torch.tensor(target), top_k)
+    return {name: values.tolist() for name, values in statistics.items()}
 
 
 def test_uniform_logits():
-    found = planted([[0.0] * 7], [[0.0] * 7], [3])
-    assert found["entropy"] == pytest.approx([math.log(7)])
-    assert found["kl"] == [0]
-    assert found["cross_entropy"] == pytest.approx([math.log(7)])
-    assert found["rank"] == [1]  # nothing is more probable
-    assert found["top_probability"][0] == pytest.approx([1 / 7])
+    values = planted([[0.0] * 7], [[0.0] * 7], [3])
+    assert values["entropy"] == pytest.approx([math.log(7)])
+    assert values["kl"] == [0]
+    assert values["cross_entropy"] == pytest.approx([math.log(7)])
+    assert values["rank"] == [1]  # nothing is more probable
+    assert values["top_probability"][0] == pytest.approx([1 / 7])
 
 
 def test_a_certain_lens_and_a_uniform_one():
     certain, uniform = [[0.0, 1000.0, 0.0, 0.0]], [[5.0] * 4]
-    found = planted(certain, certain, [1])
-    assert (found["entropy"], found["kl"], found["cross_entropy"], found["rank"]) == ([0], [0], [0], [1])
-    assert (found["top_id"], found["top_probability"]) == ([[1]], [[1]])
-    assert math.copysign(1, found["entropy"][0]) == 1  # "-0.000 nats" is no entropy
+    values = planted(certain, certain, [1])
+    assert (values["entropy"], values["kl"], values["cross_entropy"], values["rank"]) == ([0], [0], [0], [1])
+    assert (values["top_id"], values["top_probability"]) == ([[1]], [[1]])
+    assert math.copysign(1, values["entropy"][0]) == 1  # "-0.000 nats" is no entropy
     assert planted(uniform, certain, [1])["kl"] == pytest.approx([math.log(4)])
     assert planted(certain, uniform, [0])["rank"] == [2]
 
@@ -79,22 +79,22 @@ def test_statistics_against_float64():
     generator = np.random.default_rng(0)
     logits, model = generator.normal(size=(2, 40, 30)) * 4
     target = generator.integers(-1, 30, 40)
-    found = planted(logits, model, target.tolist(), top_k=30)
+    values = planted(logits, model, target.tolist(), top_k=30)
     logs, model_logs = log_softmax(logits), log_softmax(model)
     order = np.argsort(-logs, axis=-1)
     for row in range(40):
         p = np.exp(logs[row])
-        assert found["entropy"][row] == pytest.approx(-(p * logs[row]).sum(), abs=1e-5)
+        assert values["entropy"][row] == pytest.approx(-(p * logs[row]).sum(), abs=1e-5)
         kl = (np.exp(model_logs[row]) * (model_logs[row] - logs[row])).sum()
-        assert found["kl"][row] == pytest.approx(kl, abs=1e-4)
+        assert values["kl"][row] == pytest.approx(kl, abs=1e-4)
         if target[row] < 0:
-            assert math.isnan(found["cross_entropy"][row])
-            assert found["rank"][row] == 0
+            assert math.isnan(values["cross_entropy"][row])
+            assert values["rank"][row] == 0
         else:
-            assert found["cross_entropy"][row] == pytest.approx(-logs[row, target[row]], abs=1e-5)
-            assert found["rank"][row] == 1 + order[row].tolist().index(target[row])
-        assert found["top_id"][row] == order[row].tolist()
-        assert found["top_probability"][row] == pytest.approx(p[order[row]].tolist(), abs=1e-6)
+            assert values["cross_entropy"][row] == pytest.approx(-logs[row, target[row]], abs=1e-5)
+            assert values["rank"][row] == 1 + order[row].tolist().index(target[row])
+        assert values["top_id"][row] == order[row].tolist()
+        assert values["top_probability"][row] == pytest.approx(p[order[row]].tolist(), abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +148,11 @@ def test_a_model_that_cannot_decide_still_agrees_with_itself(tmp_path, tiny_mode
 
 def test_the_next_token_ends_with_its_sequence(llama_store):
     tokens = llama_store.tokens.to_pandas()
-    found = next_tokens(llama_store)
-    assert found.tolist() == followers(llama_store).tolist()
+    targets = next_tokens(llama_store)
+    assert targets.tolist() == followers(llama_store).tolist()
     last = tokens.groupby("sequence")["row"].max().to_numpy()
     assert len(last) > tokens["document"].nunique()  # a document was cut, and what follows the cut is not predicted
-    assert np.flatnonzero(found < 0).tolist() == last.tolist()
+    assert np.flatnonzero(targets < 0).tolist() == last.tolist()
 
 
 def test_the_next_token_ends_with_its_document(tiny_models, tiny_tokenizer, tmp_path):
@@ -160,10 +160,10 @@ def test_the_next_token_ends_with_its_document(tiny_models, tiny_tokenizer, tmp_
     store = record(model, TEXTS, tmp_path / "acts", packed=True, context=16)
     tokens = store.tokens.to_pandas()
     assert tokens.groupby("sequence")["document"].nunique().max() > 1
-    found = next_tokens(store)
-    assert found.tolist() == followers(store).tolist()
+    targets = next_tokens(store)
+    assert targets.tolist() == followers(store).tolist()
     ends = tokens.groupby(["sequence", "document"])["row"].max().to_numpy()
-    assert np.flatnonzero(found < 0).tolist() == ends.tolist()
+    assert np.flatnonzero(targets < 0).tolist() == ends.tolist()
     data = LogitLens(top_k=1).run(store).data
     assert int(data["rows_with_next"]) == len(tokens) - len(ends)
     assert np.isnan(data["cross_entropy"].to_numpy()).sum(1).tolist() == [len(ends)] * 3
@@ -205,36 +205,36 @@ def test_only_the_recorded_layers(tiny_models, tmp_path):
 
 
 def test_where(llama_store):
-    everything, some = LogitLens().run(llama_store), LogitLens(where="position % 3 = 1").run(llama_store)
+    whole, some = LogitLens().run(llama_store), LogitLens(where="position % 3 = 1").run(llama_store)
     rows = llama_store.where("position % 3 = 1").ids
     assert 0 < len(rows) < llama_store.rows
     assert some.data["row"].values.tolist() == rows.tolist()
     for name in ("entropy", "kl", "cross_entropy", "rank", "top_id", "top_probability"):
-        np.testing.assert_allclose(some.data[name], everything.data[name].sel(row=rows), atol=1e-5)
-    np.testing.assert_allclose(some.data["mean_kl"], everything.data["kl"].sel(row=rows).mean("row"), rtol=1e-5)
+        np.testing.assert_allclose(some.data[name], whole.data[name].sel(row=rows), atol=1e-5)
+    np.testing.assert_allclose(some.data["mean_kl"], whole.data["kl"].sel(row=rows).mean("row"), rtol=1e-5)
     assert int(some.data["rows"]) == len(rows)
     assert set(some.table["row"]) == set(rows.tolist())
 
 
 def test_top_k(llama_store):
-    one, many = LogitLens(top_k=1).run(llama_store), LogitLens(top_k=320).run(llama_store)
-    assert [name for name in one.table if name.startswith("top_")] == ["top_token_1", "top_probability_1"]
+    single, many = LogitLens(top_k=1).run(llama_store), LogitLens(top_k=320).run(llama_store)
+    assert [name for name in single.table if name.startswith("top_")] == ["top_token_1", "top_probability_1"]
     assert many.data.sizes["top"] == 320
     np.testing.assert_allclose(many.data["top_probability"].sum("top"), 1, rtol=1e-5)
-    np.testing.assert_array_equal(many.data["top_id"][:, :, 0], one.data["top_id"][:, :, 0])
-    np.testing.assert_array_equal(one.data["mean_kl"], many.data["mean_kl"])
+    np.testing.assert_array_equal(many.data["top_id"][:, :, 0], single.data["top_id"][:, :, 0])
+    np.testing.assert_array_equal(single.data["mean_kl"], many.data["mean_kl"])
 
 
 @pytest.mark.parametrize("detail", [0, 5])
 def test_detail_keeps_fewer_lines_and_the_same_means(llama_store, detail):
-    everything, some = LogitLens().run(llama_store), LogitLens(detail=detail).run(llama_store)
+    whole, some = LogitLens().run(llama_store), LogitLens(detail=detail).run(llama_store)
     assert some.data["row"].values.tolist() == list(range(detail))
     assert len(some.table) == 3 * detail
     assert some.figures().keys() == {"grid", "by_layer", "depth"} if detail else {"by_layer"}
     for name in ("entropy", "kl", "cross_entropy", "agreement", "accuracy"):
-        np.testing.assert_array_equal(some.data[f"mean_{name}"], everything.data[f"mean_{name}"])
+        np.testing.assert_array_equal(some.data[f"mean_{name}"], whole.data[f"mean_{name}"])
     for name in ("entropy", "rank", "top_id"):
-        np.testing.assert_array_equal(some.data[name], everything.data[name][:, :detail])
+        np.testing.assert_array_equal(some.data[name], whole.data[name][:, :detail])
 
 
 def test_device(llama_store):
@@ -278,17 +278,17 @@ def test_never_more_than_a_block_of_logits(llama_store, monkeypatch):
     monkeypatch.setattr(store_rows, "_BLOCK_ROWS", 1)
     for block in (7, 1, rows):
         monkeypatch.setattr(store_rows, "_BLOCK_BYTES", block * 4 * 320)
-        with LargestLogits(320) as seen:
+        with LargestLogits(320) as largest:
             blocked = settings.run(llama_store)
-        assert seen.rows == block
+        assert largest.rows == block
         for name in whole.data.data_vars:
             np.testing.assert_allclose(blocked.data[name], whole.data[name], atol=1e-5)
     monkeypatch.setattr(store_rows, "_BLOCK_BYTES", 1)  # less than a row of logits: a row at a time
     assert settings.run(llama_store).data["rank"].equals(whole.data["rank"])
     monkeypatch.setattr(store_rows, "_BLOCK_ROWS", 5)
-    with LargestLogits(320) as seen:
+    with LargestLogits(320) as largest:
         settings.run(llama_store)
-    assert seen.rows == 5
+    assert largest.rows == 5
 
 
 # The table
@@ -307,9 +307,9 @@ def test_the_table_says_what_the_arrays_say(llama_store):
     targets = followers(llama_store)
     for line in table.to_dict("records"):
         here = data.sel(layer=line["layer"], row=line["row"])
-        own = tokens.loc[line["row"]]
+        token_row = tokens.loc[line["row"]]
         assert [line[name] for name in ("sequence", "position", "document", "token")] == [
-            own[name] for name in ("sequence", "position", "document", "token")
+            token_row[name] for name in ("sequence", "position", "document", "token")
         ]
         target = targets[line["row"]]
         assert line["next_token"] == ("" if target < 0 else words[target])
@@ -449,9 +449,9 @@ def test_the_grid_is_the_table(llama_store):
         np.testing.assert_array_equal(np.array(heat.z)[layers], wide.to_numpy())
         assert list(figure.layout.yaxis.ticktext) == ["0", "1", "2", "input", "next"]
         top = chosen.pivot(index="layer", columns="position", values="top_token_1").to_numpy()
-        for shown, token in zip(np.ravel(np.array(heat.text)[layers]), top.ravel(), strict=True):
+        for text, token in zip(np.ravel(np.array(heat.text)[layers]), top.ravel(), strict=True):
             if token.isprintable() and not set(token) & set("<>&$\"'"):
-                assert shown == token.replace(" ", "·")
+                assert text == token.replace(" ", "·")
         assert figure.layout.title.text == f"Logit lens of tiny-llama, resid_post, sequence {sequence}"
         assert heat.colorbar.title.text == "probability"
 
@@ -476,9 +476,9 @@ def test_hovering_tells_the_whole_cell(scripted):
 def test_the_curves_are_the_means(llama_store):
     result = LogitLens().run(llama_store)
     figure = result.figure("by_layer")
-    shown = {curve.name: (list(curve.x), list(curve.y)) for curve in figure.data}
+    drawn = {curve.name: (list(curve.x), list(curve.y)) for curve in figure.data}
     layers = [0, 1, 2]
-    assert shown == {
+    assert drawn == {
         "entropy of the lens": (layers, result.data["mean_entropy"].values.tolist()),
         "KL(model ‖ lens)": (layers, result.data["mean_kl"].values.tolist()),
         "cross-entropy of the text": (layers, result.data["mean_cross_entropy"].values.tolist()),

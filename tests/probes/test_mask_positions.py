@@ -137,11 +137,11 @@ def test_settings_matter(store, tmp_path):
     assert not np.isnan(data["map"][1, 17, 1])
     assert MaskPositions(length=18, layers=(-1,)).run(store).data["layer"].values.tolist() == [2]
     assert int(MaskPositions(length=18, where="document < 2").run(store).data["sequences"]) == 2
-    other = MaskPositions(length=18, seed=1).run(store).data
-    assert not np.array_equal(other["head_share"], data["head_share"])
-    one = MaskPositions(length=18, where="document = 0").run(store)
-    assert "one document" in one.headline()
-    np.testing.assert_array_equal(one.data["non_relative_share"], one.data["whole_share"])
+    second = MaskPositions(length=18, seed=1).run(store).data
+    assert not np.array_equal(second["head_share"], data["head_share"])
+    single = MaskPositions(length=18, where="document = 0").run(store)
+    assert "one document" in single.headline()
+    np.testing.assert_array_equal(single.data["non_relative_share"], single.data["whole_share"])
 
 
 def test_refusals_say_what_to_do(store, tiny_stores):

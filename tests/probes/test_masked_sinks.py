@@ -49,8 +49,8 @@ def top_hidden(layer, alone):
     def edit(weights):
         new = weights.clone()
         for head in range(weights.shape[1]) if alone is None else (alone,):
-            seen = torch.arange(weights.shape[2], 0, -1)
-            alpha = weights[0, head].sum(0) / seen
+            visible = torch.arange(weights.shape[2], 0, -1)
+            alpha = weights[0, head].sum(0) / visible
             key = int(alpha[:LATER].argmax())
             row = weights[0, head, LATER:].clone()
             row[:, key] = 0
@@ -84,7 +84,7 @@ def test_effects_are_those_of_weights_edited_after_an_eager_softmax(tiny, tiny_s
         expected = (losses(module, lambda layer=layer: top_hidden(layer, None)) - plain).mean()
         assert float(data["loss_layer"].sel(kind="sink", layer=layer)) == pytest.approx(expected, abs=1e-5)
     single = data["loss_head"].sel(kind="sink")
-    layer, head = (int(one[0]) for one in np.nonzero(single.notnull().to_numpy()))
+    layer, head = (int(index[0]) for index in np.nonzero(single.notnull().to_numpy()))
     assert float(data["alpha"][layer, head]) == float(data["alpha"].max())
     expected = (losses(module, lambda: top_hidden(layer, head)) - plain).mean()
     assert float(single[layer, head]) == pytest.approx(expected, abs=1e-5)
@@ -93,8 +93,8 @@ def test_effects_are_those_of_weights_edited_after_an_eager_softmax(tiny, tiny_s
 def test_attention_received_serves_as_well_as_the_pattern(tiny, tiny_store, tmp_path):
     store = wb.record(tiny, IDS, sites=["attn_received"], out=tmp_path / "s", dtype="float32", show_progress=False)
     probe = MaskedSinks(later=LATER, heads=0, layers_too=False, draws=1, resamples=2)
-    one, other = (probe.run(part, model=tiny).data for part in (store, tiny_store))
-    np.testing.assert_allclose(one["loss"], other["loss"], atol=1e-6)
+    first, second = (probe.run(part, model=tiny).data for part in (store, tiny_store))
+    np.testing.assert_allclose(first["loss"], second["loss"], atol=1e-6)
 
 
 def test_a_circuit_that_reads_its_first_token_needs_it_and_no_random_key(tmp_path):

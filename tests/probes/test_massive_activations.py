@@ -44,12 +44,12 @@ class TestContract(ProbeContract):
 
 
 @pytest.mark.parametrize(
-    ("value", "median", "found"), [(150, 0.1, 1), (90, 0.01, 0), (150, 0.2, 0), (-5000, 2.0, 1), (101, 0.0, 1)]
+    ("value", "median", "massive"), [(150, 0.1, 1), (90, 0.01, 0), (150, 0.2, 0), (-5000, 2.0, 1), (101, 0.0, 1)]
 )
-def test_an_activation_is_massive_if_it_is_above_both_thresholds(value, median, found, tmp_path):
+def test_an_activation_is_massive_if_it_is_above_both_thresholds(value, median, massive, tmp_path):
     store = stored(tmp_path / "s", (5, 7, value), median=median)
     data = MassiveActivations(layers=(0,), resamples=5).run(store).data
-    np.testing.assert_allclose(data["massive"], [found / 3])
+    np.testing.assert_allclose(data["massive"], [massive / 3])
     np.testing.assert_allclose(data["above_absolute"], [(abs(value) > 100) / 3])
     np.testing.assert_allclose(data["above_ratio"], [(abs(value) > 1000 * median) / 3 if median else 1 / 3])
     np.testing.assert_allclose(data["top"][0], [(abs(value) + 2 * median) / 3, median, median], rtol=1e-6)
@@ -95,18 +95,18 @@ def test_where_selects_sequences_and_detail_limits_the_table(tmp_path):
 
 def test_changed_rows_are_those_of_the_definition(tmp_path):
     store = stored(tmp_path / "s", (0, 3, 5000), (5, 3, 7000), (6, 9, -9000))
-    one = find_massive(store, 0, whole_sequences(store), 100.0, 1000.0)
+    massive = find_massive(store, 0, whole_sequences(store), 100.0, 1000.0)
     ids = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]])
     rows = torch.ones(2, 5, 40)
     rows[0, 0, 3], rows[1, 0, 3], rows[1, 1, 9] = 5000, 7000, -9000
     expected = rows.clone()
     expected[0, 0, 3] = expected[1, 0, 3] = 6000  # mean over the first tokens of that dimension
-    changed, at = one.changed(rows, ids, "mean", seed=0)
+    changed, at = massive.changed(rows, ids, "mean", seed=0)
     assert at.nonzero().tolist() == [[0, 0], [1, 0], [1, 1]]
     torch.testing.assert_close(changed, expected)
     expected[0, 0, 3] = expected[1, 0, 3] = expected[1, 1, 9] = 0
-    torch.testing.assert_close(one.changed(rows, ids, "zero", seed=0)[0], expected)
-    difference = (one.changed(rows, ids, "random", seed=0)[0] != rows).nonzero()
+    torch.testing.assert_close(massive.changed(rows, ids, "zero", seed=0)[0], expected)
+    difference = (massive.changed(rows, ids, "random", seed=0)[0] != rows).nonzero()
     assert difference[:, :2].tolist() == [[0, 0], [1, 0], [1, 1]]
     assert not set(difference[:, 2].tolist()) & {3, 9}
 

@@ -132,10 +132,10 @@ def test_small_activations_are_left_out_and_a_plain_mlp_has_one_sign(store, mode
     neurons = wb.neuron_dictionary(model, 0, minimum=0.5)
     assert neurons.d_sae == 64
     dense = store["mlp_post.0"][:].numpy()
-    found = neurons.encode(store["mlp_post.0"][:]).numpy()
-    np.testing.assert_allclose(found, np.where(dense > 0.5, dense, 0))
+    encoded = neurons.encode(store["mlp_post.0"][:]).numpy()
+    np.testing.assert_allclose(encoded, np.where(dense > 0.5, dense, 0))
     planted_features = wb.load_sae("planted", device="cpu").encode(store["mlp_out.0"][:]).numpy()
-    np.testing.assert_array_equal(found > 0, planted_features > 0)
+    np.testing.assert_array_equal(encoded > 0, planted_features > 0)
 
 
 def test_refused_requests(store, model):

@@ -27,7 +27,7 @@ def documents(seed=0, length=LENGTH, number=DOCUMENTS):
 def followers(ids):
     """Row numbers that have a next token, and its id."""
     flat = np.concatenate(ids)
-    has = np.concatenate([np.arange(len(one)) < len(one) - 1 for one in ids])
+    has = np.concatenate([np.arange(len(sequence)) < len(sequence) - 1 for sequence in ids])
     rows = np.flatnonzero(has)
     return rows, flat[rows + 1]
 
@@ -40,9 +40,9 @@ def law_store(path, ids, residuals):
     noise -= noise.mean() + (noise @ y) / (y @ y) * y
     noise /= noise.std()
     sites = {}
-    for layer, left in enumerate(residuals):
+    for layer, residual in enumerate(residuals):
         states = np.zeros((sum(map(len, ids)), 1))
-        states[rows, 0] = y + np.sqrt(left / (1 - left)) * noise
+        states[rows, 0] = y + np.sqrt(residual / (1 - residual)) * noise
         sites[f"resid_post.{layer}"] = states
     return planted_store(path, ids, sites, linear_unembed(np.ones((VOCAB, 1))), dtype="float32")
 
@@ -115,8 +115,8 @@ def test_residuals_are_those_of_numpy(tmp_path):
     expected = np.mean((y - x @ np.linalg.lstsq(x, y, rcond=1e-10)[0]) ** 2)
     assert float(data["residual"][0]) == pytest.approx(expected, abs=1e-7)
     document, squares = np.repeat(np.arange(10), LENGTH)[rows], 0.0
-    for one in range(10):
-        inside = document != one
+    for fold in range(10):
+        inside = document != fold
         fit = np.linalg.lstsq(x[inside], y[inside], rcond=1e-10)[0]
         squares += ((y[~inside] - x[~inside] @ fit) ** 2).sum()
     assert float(data["residual_heldout"][0]) == pytest.approx(squares / len(y), abs=1e-6)
@@ -125,8 +125,8 @@ def test_residuals_are_those_of_numpy(tmp_path):
 def test_other_targets(tmp_path):
     """A state that is the row's own id predicts offset 0 and nothing else."""
     ids = documents()
-    own = np.concatenate(ids)[:, None].astype(float)
-    store = planted_store(tmp_path / "s", ids, {"resid_post.0": own}, linear_unembed(np.ones((VOCAB, 1))))
+    id_values = np.concatenate(ids)[:, None].astype(float)
+    store = planted_store(tmp_path / "s", ids, {"resid_post.0": id_values}, linear_unembed(np.ones((VOCAB, 1))))
     residuals = [float(run(store, offset=offset).data["residual"][0]) for offset in (-1, 0, 1)]
     assert residuals[1] < 1e-9
     assert min(residuals[0], residuals[2]) > 0.98
@@ -149,7 +149,7 @@ def test_folds_are_whatever_their_order():
             fits.add(fold, torch.tensor(x[fold::3]), torch.tensor(y[fold::3]))
         sums.append(np.concatenate([fits.in_sample(), fits.in_sample(1), fits.held_out()]))
     np.testing.assert_allclose(sums[0], sums[1])
-    one = np.column_stack([x, np.ones(60)])
+    design = np.column_stack([x, np.ones(60)])
     keep = np.arange(60) % 3 != 1
-    left = y[keep] - one[keep] @ np.linalg.lstsq(one[keep], y[keep], rcond=None)[0]
-    np.testing.assert_allclose(sums[0][2:4], (left**2).sum(0), rtol=1e-9)
+    residual = y[keep] - design[keep] @ np.linalg.lstsq(design[keep], y[keep], rcond=None)[0]
+    np.testing.assert_allclose(sums[0][2:4], (residual**2).sum(0), rtol=1e-9)

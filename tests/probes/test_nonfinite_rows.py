@@ -52,8 +52,8 @@ def test_nonfinite_values_are_refused_in_one_line(damaged, probe):
 
 @pytest.mark.parametrize("probe", QUICK)
 def test_rows_without_them_are_read_though_their_segment_has_some(damaged, probe):
-    found = probe(**QUICK[probe], where=f"document NOT IN ({BAD[0] // LENGTH}, {BAD[2] // LENGTH})").run(damaged)
-    assert int(found.data["nonfinite_rows"]) == 0
+    result = probe(**QUICK[probe], where=f"document NOT IN ({BAD[0] // LENGTH}, {BAD[2] // LENGTH})").run(damaged)
+    assert int(result.data["nonfinite_rows"]) == 0
 
 
 @pytest.mark.parametrize("probe", QUICK)
@@ -77,8 +77,8 @@ def test_a_model_whose_later_layers_are_nan_agrees_with_nothing(tmp_path):
 
     store = store_of(tmp_path / "x.acts", change)
     assert "resid_post.1 has 720 NaN" in refused(RequestError, lambda: LogitLens().run(store))
-    every = refused(RequestError, lambda: LogitLens(allow_nonfinite=True).run(store))
-    assert every.startswith("every row that is read has a NaN or infinite value (resid_post.1)")
+    message = refused(RequestError, lambda: LogitLens(allow_nonfinite=True).run(store))
+    assert message.startswith("every row that is read has a NaN or infinite value (resid_post.1)")
 
 
 def test_a_nonfinite_row_ends_the_reach_of_the_future_lens(damaged):
@@ -97,10 +97,10 @@ def test_clipped_values_are_named_in_note_table_and_headline(tmp_path):
         sites["resid_post.1"][[4, 5, 50], 0] = [1e5, -1e5, 103_792]
 
     store = store_of(tmp_path / "x.acts", change, dtype="float16")
-    found = LogitLens().run(store)
-    assert found.data["clipped"].values.tolist() == [0, 3]
-    assert found.table.groupby("layer")["clipped"].first().tolist() == [0, 3]
-    for text in (found.data.attrs["note"], found.headline()):
+    result = LogitLens().run(store)
+    assert result.data["clipped"].values.tolist() == [0, 3]
+    assert result.table.groupby("layer")["clipped"].first().tolist() == [0, 3]
+    for text in (result.data.attrs["note"], result.headline()):
         assert "3 values are clipped to ±65,504 (resid_post.1)" in text
     assert "clipped" not in LogitLens(where="row BETWEEN 10 AND 40").run(store).headline()
 
@@ -123,20 +123,20 @@ def test_heads_of_nan_are_not_heads_without_a_sink(tmp_path):
 
     store = sinks(tmp_path / "x.acts", spoil)
     assert "pattern.0 has 1 NaN" in refused(RequestError, lambda: AttentionSinks(length=8).run(store))
-    found = AttentionSinks(length=8, allow_nonfinite=True).run(store)
-    assert int(found.data["sequences"]) == 2
-    assert float(found.data["sink"]) == 100
-    assert "not recorded" not in found.data.attrs["note"].replace("v or v_norm was not recorded", "")
+    result = AttentionSinks(length=8, allow_nonfinite=True).run(store)
+    assert int(result.data["sequences"]) == 2
+    assert float(result.data["sink"]) == 100
+    assert "not recorded" not in result.data.attrs["note"].replace("v or v_norm was not recorded", "")
 
 
 def test_a_clipped_massive_activation_is_a_lower_bound(tmp_path):
     def spoil(sites):
         sites["resid_post.0"][0, 2] = 103_792
 
-    found = AttentionSinks(length=8).run(sinks(tmp_path / "x.acts", spoil, "float16"))
-    assert found.data["clipped"].values.tolist() == [1]
-    assert found.table["clipped"].tolist() == [1]
-    assert "1 value is clipped to ±65,504 (resid_post.0): sizes there are lower bounds" in found.headline()
+    result = AttentionSinks(length=8).run(sinks(tmp_path / "x.acts", spoil, "float16"))
+    assert result.data["clipped"].values.tolist() == [1]
+    assert result.table["clipped"].tolist() == [1]
+    assert "1 value is clipped to ±65,504 (resid_post.0): sizes there are lower bounds" in result.headline()
 
 
 def test_sequences_that_are_all_nonfinite_are_refused(tmp_path):
@@ -154,10 +154,10 @@ def test_what_was_recorded_is_not_called_missing(tmp_path):
     def spoil(sites):
         sites["resid_post.0"][:] = 0
 
-    found = AttentionSinks(length=8).run(sinks(tmp_path / "x.acts", spoil))
-    assert np.isnan(found.data["residual_norm_ratio"]).all()
-    assert "resid_post or resid_norm was not recorded" not in found.data.attrs["note"]
-    assert found.headline()
+    result = AttentionSinks(length=8).run(sinks(tmp_path / "x.acts", spoil))
+    assert np.isnan(result.data["residual_norm_ratio"]).all()
+    assert "resid_post or resid_norm was not recorded" not in result.data.attrs["note"]
+    assert result.headline()
 
 
 def test_every_probe_has_the_setting():

@@ -70,7 +70,10 @@ def test_uniform_attention_without_positions_is_the_closed_form(tiny_models, tin
     store = record(model, tmp_path / "x", bos="always")
     settings = {**SHORT, "kinds": ("constant",), "draws": 1, "longest": 64}
     result = OverSquashing(**settings).run(store, model=model)
-    first, b = (body.wte.weight[one].detach().double().numpy() for one in (0, tiny_tokenizer(WORDS[0])["input_ids"][0]))
+    first, b = (
+        body.wte.weight[token_id].detach().double().numpy()
+        for token_id in (0, tiny_tokenizer(WORDS[0])["input_ids"][0])
+    )
     assert list(store.manifest.tokens_added["prefix"]) == [0]
     exact = result.data.sel(dtype="float32", kind="constant")
     for length in (4, 8, 16, 64):
@@ -114,24 +117,24 @@ def test_a_rollout_of_uniform_patterns(tmp_path):
 
 
 def test_made_up_inputs(store, tiny, monkeypatch):
-    seen = []
+    inputs = []
     from workbench.probes import over_squashing
 
     original = over_squashing._last_states
     monkeypatch.setattr(
-        over_squashing, "_last_states", lambda *parts: seen.append(parts[2].tolist()) or original(*parts)
+        over_squashing, "_last_states", lambda *parts: inputs.append(parts[2].tolist()) or original(*parts)
     )
     ids = [tiny.tokenizer(word)["input_ids"][0] for word in (*WORDS, " to")]
     OverSquashing(**{**SHORT, "longest": 8, "dtypes": ("float32",)}).run(store, model=tiny)
-    one, other = seen[2:4]  # constant, 8 tokens
-    assert one == [[0] + [ids[0]] * 7, [0] + [ids[1]] * 7]
-    assert other == [row + row[-1:] for row in one]
-    for row in seen[6]:
+    first, second = inputs[2:4]  # constant, 8 tokens
+    assert first == [[0] + [ids[0]] * 7, [0] + [ids[1]] * 7]
+    assert second == [row + row[-1:] for row in first]
+    for row in inputs[6]:
         assert row[0] == 0
         assert set(row[1:]) <= set(ids[:2])
     a, b, c = ids
-    assert seen[-2] == [[0, a, c, a, a, c, a, a], [0, b, c, b, b, c, b, b]]
-    assert seen[-1] == [[0, a, c, a, a, c, a, a, a], [0, b, c, b, b, c, b, b, b]]
+    assert inputs[-2] == [[0, a, c, a, a, c, a, a], [0, b, c, b, b, c, b, b]]
+    assert inputs[-1] == [[0, a, c, a, a, c, a, a, a], [0, b, c, b, b, c, b, b, b]]
 
 
 def test_settings_matter(store, tiny):

@@ -20,9 +20,9 @@ from workbench.testing import ProbeContract
 def names(count: int = 4) -> list[PatchPair]:
     draw, pairs = np.random.default_rng(0), []
     for number in range(count):
-        one, other = (int(name) for name in draw.choice(NAMES, 2, replace=False))
-        sides = [(FILLER[0], name, *FILLER[: 1 + number % 2], END) for name in (one, other)]
-        pairs.append(PatchPair(*sides, (one,), (other,), {"name": (1,), "end": (3 + number % 2,)}))
+        first, second = (int(name) for name in draw.choice(NAMES, 2, replace=False))
+        sides = [(FILLER[0], name, *FILLER[: 1 + number % 2], END) for name in (first, second)]
+        pairs.append(PatchPair(*sides, (first,), (second,), {"name": (1,), "end": (3 + number % 2,)}))
     return pairs
 
 
@@ -93,7 +93,7 @@ def test_with_all_held_the_logits_see_the_heads_own_difference_before_the_norm(f
     """z W_O of the head, added to the last stream of the base, through the plain module's norm and head."""
     paths = made(family, tiny_models)
     module, runs = tiny_models[family], paths.runs
-    site, head, every = paths.heads[1], 2, runs.pairs.mask.bool()
+    site, head, positions = paths.heads[1], 2, runs.pairs.mask.bool()
     clean, corrupt = runs.clean_values[site.name], runs.corrupt_values[site.name]
     difference = torch.zeros_like(clean)
     difference[:, :, head] = (clean - corrupt)[:, :, head]
@@ -107,32 +107,32 @@ def test_with_all_held_the_logits_see_the_heads_own_difference_before_the_norm(f
         stream = runs.corrupt_values[paths.last.name] + write
         logits = module.get_output_embeddings()(norm(stream)).double()
     ends = logits[torch.arange(2), runs.pairs.end]
-    effect = paths.effect("corrupt", site, head, every, clean)
+    effect = paths.effect("corrupt", site, head, positions, clean)
     torch.testing.assert_close(effect, ends[:, 20] - ends[:, 30], atol=2e-5, rtol=1e-5)
 
 
 def test_a_linear_norm_makes_the_effects_of_heads_add_up(tiny_models):
     """In one layer, where no head sees another: the sum of single effects is the effect of direct writes together."""
     paths = made("llama", tiny_models, linear=True)
-    runs, site, every = paths.runs, paths.heads[2], paths.runs.pairs.mask.bool()
+    runs, site, positions = paths.runs, paths.heads[2], paths.runs.pairs.mask.bool()
     clean = runs.clean_values[site.name]
-    single = [paths.effect("corrupt", site, head, every, clean) - runs.corrupt for head in range(4)]
+    single = [paths.effect("corrupt", site, head, positions, clean) - runs.corrupt for head in range(4)]
     all_of_them = paths._batch("corrupt", slice(None), site, clean) - runs.corrupt
     torch.testing.assert_close(sum(single), all_of_them, atol=2e-5, rtol=1e-5)
     exact = made("llama", tiny_models)
-    bent = [exact.effect("corrupt", site, head, every, clean) - runs.corrupt for head in range(4)]
+    bent = [exact.effect("corrupt", site, head, positions, clean) - runs.corrupt for head in range(4)]
     assert not torch.allclose(sum(bent), all_of_them, atol=1e-4)
 
 
 def test_recomputed_mlps_see_the_change_and_frozen_ones_do_not(tiny_models):
     frozen, recomputed = made("llama", tiny_models), made("llama", tiny_models, frozen=False)
-    site, every = frozen.heads[0], frozen.runs.pairs.mask.bool()
+    site, positions = frozen.heads[0], frozen.runs.pairs.mask.bool()
     donor = frozen.runs.clean_values[site.name]
-    one, other = (paths.effect("corrupt", site, 1, every, donor) for paths in (frozen, recomputed))
-    assert not torch.allclose(one, other, atol=1e-4)
+    kept_frozen, computed_anew = (paths.effect("corrupt", site, 1, positions, donor) for paths in (frozen, recomputed))
+    assert not torch.allclose(kept_frozen, computed_anew, atol=1e-4)
     last = frozen.heads[2]  # with the last MLP alone behind it
     donor = frozen.runs.clean_values[last.name]
-    again = recomputed.effect("corrupt", last, 1, every, donor)
+    again = recomputed.effect("corrupt", last, 1, positions, donor)
     with wb.intervene(frozen.runs.model, wb.Set("z.2", donor[:, :, 1:2], head=1, at="all")):
         logits = frozen.runs.model.module(frozen.runs.pairs.corrupt, attention_mask=frozen.runs.pairs.mask).logits
     ends = logits[torch.arange(2), frozen.runs.pairs.end].detach().double()
@@ -141,11 +141,15 @@ def test_recomputed_mlps_see_the_change_and_frozen_ones_do_not(tiny_models):
 
 def test_keys_and_values_are_those_of_the_group(tiny_models):
     paths = made("llama", tiny_models, ("L2H3.k", "L2H1.v", "L2H0.q"))
-    assert [(one.site.short, one.head) for one in paths.receivers] == [("k.2", 1), ("v.2", 0), ("q.2", 0)]
-    runs, site, every = paths.runs, paths.heads[0], paths.runs.pairs.mask.bool()
-    effect = paths.effect("corrupt", site, 0, every, runs.clean_values[site.name])
+    assert [(receiver.site.short, receiver.head) for receiver in paths.receivers] == [
+        ("k.2", 1),
+        ("v.2", 0),
+        ("q.2", 0),
+    ]
+    runs, site, positions = paths.runs, paths.heads[0], paths.runs.pairs.mask.bool()
+    effect = paths.effect("corrupt", site, 0, positions, runs.clean_values[site.name])
     assert not torch.equal(effect, runs.corrupt)
-    same = paths.effect("corrupt", paths.heads[2], 0, every, runs.clean_values[paths.heads[2].name])
+    same = paths.effect("corrupt", paths.heads[2], 0, positions, runs.clean_values[paths.heads[2].name])
     assert same is runs.corrupt  # a sender in the receiver's layer
 
 

@@ -64,7 +64,7 @@ def test_attention_sinks(store):
     probe = AttentionSinks(length=8, where="domain = 'sentences'", min_visible=2, examples=0, resamples=10)
     data = probe.run(store).data
     alpha = data["alpha"].to_numpy()[..., 0]
-    assert [tuple(one) for one in np.argwhere(alpha > 0.9).tolist()] == list(SINKS)
+    assert [tuple(index) for index in np.argwhere(alpha > 0.9).tolist()] == list(SINKS)
     assert data["massive_dimension"].to_numpy()[0] in planted.MASSIVE
     assert (data["value_norm_ratio"].to_numpy()[[1, 1], [0, 1]] < 0.05).all()
 
@@ -98,12 +98,12 @@ def test_path_patching_finds_the_edge_from_the_previous_token_to_the_keys(model)
     """The two words before the two candidates change places, so that the cue stands before the other one."""
     pairs = [
         PromptPair(
-            f"Read: {one} stone {other} river. Repeat: {one}".replace(". Repeat", ".\nRepeat"),
-            f"Read: {other} stone {one} river. Repeat: {one}".replace(". Repeat", ".\nRepeat"),
+            f"Read: {first} stone {second} river. Repeat: {first}".replace(". Repeat", ".\nRepeat"),
+            f"Read: {second} stone {first} river. Repeat: {first}".replace(". Repeat", ".\nRepeat"),
             (" stone",),
             (" river",),
         )
-        for one, other in (("cloud", "window"), ("garden", "candle"), ("bridge", "paper"))
+        for first, second in (("cloud", "window"), ("garden", "candle"), ("bridge", "paper"))
     ]
     pairs = wb.check_pairs(pairs, model)
     probe = PathPatching(receivers=("L1H0.k",), resamples=10, control_too=False)

@@ -87,17 +87,19 @@ SHORT = {"length": T, "prompt": P, "resamples": 20}
 def test_every_measure_is_the_loop_over_pairs(tmp_path):
     store, scores, (query, key) = planted(tmp_path / "s")
     data = RelativeContextualization(**SHORT, leave_out_sinks=False, heads=2, shown=1).run(store).data
-    each = [[direct(scores[text, head], np.ones(P, bool)) for head in range(3)] for text in range(3)]
+    by_text = [[direct(scores[text, head], np.ones(P, bool)) for head in range(3)] for text in range(3)]
     for head in range(3):
-        assert float(data["rc"][0, head]) == pytest.approx(np.mean([one[head][0] for one in each]), rel=1e-6)
-        assert float(data["rc_marginal"][0, head]) == pytest.approx(np.mean([one[head][1] for one in each]), rel=1e-6)
+        assert float(data["rc"][0, head]) == pytest.approx(np.mean([heads[head][0] for heads in by_text]), rel=1e-6)
+        assert float(data["rc_marginal"][0, head]) == pytest.approx(
+            np.mean([heads[head][1] for heads in by_text]), rel=1e-6
+        )
     assert float(data["rc"][0, 2]) == 0  # no score
-    np.testing.assert_allclose(data["attribution"], (each[0][0][2] + each[0][1][2]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(data["attribution"], (by_text[0][0][2] + by_text[0][1][2]) / 2, rtol=1e-6)
     keys = key.reshape(3, T, 3, D).copy()
     keys[:, :P] = np.roll(keys[:, :P], -1, axis=0)  # the next text's prompt
-    other = 0.5 * np.einsum("tqhd,tkhd->thqk", query.reshape(3, T, 3, D), keys)
+    halved = 0.5 * np.einsum("tqhd,tkhd->thqk", query.reshape(3, T, 3, D), keys)
     for head in range(2):
-        expected = np.mean([direct(other[text, head], np.ones(P, bool))[0] for text in range(3)])
+        expected = np.mean([direct(halved[text, head], np.ones(P, bool))[0] for text in range(3)])
         assert float(data["rc_other"][0, head]) == pytest.approx(expected, rel=1e-6)
         assert float(data["excess"][0, head]) == pytest.approx(float(data["rc"][0, head]) - expected, rel=1e-6)
 
@@ -135,11 +137,11 @@ def test_a_head_that_looks_back_exceeds_other_prompts(tmp_path):
 def test_causal_masks_and_windows_hide_keys():
     scores = torch.tensor(np.random.default_rng(0).normal(size=(2, G, T)))
     none = torch.zeros(2, G, T, dtype=torch.bool)
-    every = torch.ones(2, G, T, dtype=torch.bool)
-    total, by_key = conditional_excess(scores, none, every)
+    all_queries = torch.ones(2, G, T, dtype=torch.bool)
+    total, by_key = conditional_excess(scores, none, all_queries)
     assert total.isnan().all()
     assert by_key.isnan().all()
-    assert marginal_excess(scores, none, every).isnan().all()
+    assert marginal_excess(scores, none, all_queries).isnan().all()
 
 
 def test_settings_matter(store):

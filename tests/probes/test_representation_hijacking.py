@@ -82,18 +82,18 @@ def test_overwrite_and_crossing_are_those_of_a_planted_mixture(tmp_path):
 
 def test_texts_of_the_conditions_are_what_they_say():
     texts = wb.substitution_texts(counts=(2, 3), draws=2, seed=1)
-    by = {(one["condition"], one["sentences"], one["draw"]): one for one in texts if one["condition"] != "plain"}
+    by = {(text["condition"], text["sentences"], text["draw"]): text for text in texts if text["condition"] != "plain"}
     assert len(by) == 4 * 2 * 2
-    plain = [one["text"] for one in texts if one["condition"] == "plain"]
+    plain = [text["text"] for text in texts if text["condition"] == "plain"]
     for draw in range(2):
         wrong, right = (by[kind, 3, draw]["text"] for kind in ("substituted", "original"))
         assert wrong.replace("carrot", "bicycle") == right
         assert wrong.count("carrot") == 4
-        own, shuffled = (by[kind, 3, draw]["text"] for kind in ("own", "shuffled"))
+        unmixed, shuffled = (by[kind, 3, draw]["text"] for kind in ("own", "shuffled"))
         assert sorted(shuffled.split()) == sorted(wrong.split())
         assert shuffled != wrong
-        assert sum(text.format("carrot") in own for text in SENTENCES["carrot"]) == 3
-        assert not any(text in wrong or text in own for text in plain)
+        assert sum(text.format("carrot") in unmixed for text in SENTENCES["carrot"]) == 3
+        assert not any(text in wrong or text in unmixed for text in plain)
         (span,) = by["substituted", 3, draw]["spans"]["target"]
         assert wrong[span["start"] : span["end"]] == "carrot"
         assert span["start"] == wrong.rindex("carrot")
@@ -104,5 +104,5 @@ def test_requests_without_an_answer_are_refused(tmp_path):
     assert "wb.substitution_texts" in refused(RequestError, lambda: RepresentationHijacking().run(store))
     assert "give more than 99" in refused(RequestError, lambda: wb.substitution_texts(counts=(99,)))
     assert "must differ" in refused(RequestError, lambda: wb.substitution_texts("bicycle"))
-    one = {"a": ("no place", "x"), "b": ("{}", "{}")}
-    assert "has no {}" in refused(RequestError, lambda: wb.substitution_texts("a", "b", (1,), sentences=one))
+    sentences = {"a": ("no place", "x"), "b": ("{}", "{}")}
+    assert "has no {}" in refused(RequestError, lambda: wb.substitution_texts("a", "b", (1,), sentences=sentences))

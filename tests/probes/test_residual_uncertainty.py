@@ -30,7 +30,7 @@ def planted(path, settled):
     sites = {}
     for layer in range(LAYERS):
         states = np.zeros((len(flat), VOCAB))
-        states[:, 0] = [9.0 if layer >= settled(bool(one)) else 0.5 for one in right]
+        states[:, 0] = [9.0 if layer >= settled(bool(answer)) else 0.5 for answer in right]
         sites[f"resid_post.{layer}"] = states
     return planted_store(path, documents, sites, linear_unembed(np.eye(VOCAB)))
 
@@ -94,7 +94,9 @@ def test_trajectories_are_those_of_the_model(tiny_stores, tiny_models, family):
     np.testing.assert_allclose(data["cross_entropy"], surprise.mean(1), atol=1e-4)
     np.testing.assert_allclose(data["area"], surprise.mean(0) / surprise[0], rtol=1e-3)
     np.testing.assert_array_equal(data["right"], np.where(targets < 0, -1, best == targets))
-    settled = [next((d for d in range(len(one)) if (one[d:] <= np.log(2)).all()), len(one)) for one in surprise.T]
+    settled = [
+        next((d for d in range(len(curve)) if (curve[d:] <= np.log(2)).all()), len(curve)) for curve in surprise.T
+    ]
     assert data["settle_depth"].to_numpy().tolist() == settled
     np.testing.assert_allclose(data["rising"][1:], (np.diff(surprise, axis=0) > 0).mean(1))
 
@@ -109,15 +111,15 @@ def test_areas_are_those_of_all_pairs():
     draw = np.random.default_rng(1)
     scores, positive = draw.integers(0, 5, (3, 40)).astype(float), draw.random(40) < 0.4
     area, resampled = clustered_auc(scores, positive, np.arange(40) // 4, resamples=500, seed=0)
-    for score, found in zip(scores, area, strict=True):
+    for score, measured in zip(scores, area, strict=True):
         difference = score[positive][:, None] - score[~positive][None]
-        assert found == pytest.approx(((difference > 0) + 0.5 * (difference == 0)).mean())
+        assert measured == pytest.approx(((difference > 0) + 0.5 * (difference == 0)).mean())
     assert resampled.shape == (3, 500)
     np.testing.assert_allclose(resampled.mean(1), area, atol=0.05)
     again = clustered_auc(
         np.repeat(scores, 2, 1), np.repeat(positive, 2), np.repeat(np.arange(40) // 4, 2), resamples=9
     )
     np.testing.assert_allclose(again[0], area)
-    one = clustered_auc(scores, positive, np.zeros(40), resamples=3)
-    assert np.isnan(one[1]).all()
+    area_of_one_text = clustered_auc(scores, positive, np.zeros(40), resamples=3)
+    assert np.isnan(area_of_one_text[1]).all()
     assert np.isnan(clustered_auc(scores, np.ones(40, bool), np.arange(40), resamples=3)[0]).all()

@@ -78,11 +78,11 @@ def test_ratings_correlate_by_the_law_of_the_noise(noise, tokenizer, tmp_path):
     pd.DataFrame(table, columns=["word", "axis", "rating"]).to_csv(tmp_path / "ratings.csv", index=False)
     probe = SemanticAxes(poles=str(tmp_path / "poles.json"), ratings=str(tmp_path / "ratings.csv"), strength=0.0)
     result = probe.run(planted_weights(embedding, tokenizer))
-    found = result.data["rating"].to_numpy()
-    assert found.mean() == pytest.approx(1 / np.sqrt(1 + noise**2), abs=0.03)
-    assert (result.data["rating_low"] <= found).all()
-    assert (result.data["rating_high"] >= found).all()
-    assert (result.data["rating_null"] < found).all()
+    correlation = result.data["rating"].to_numpy()
+    assert correlation.mean() == pytest.approx(1 / np.sqrt(1 + noise**2), abs=0.03)
+    assert (result.data["rating_low"] <= correlation).all()
+    assert (result.data["rating_high"] >= correlation).all()
+    assert (result.data["rating_null"] < correlation).all()
     if not noise:
         assert float(result.data["components"]) == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(result.data["alignment"], np.eye(3), atol=0.02)
@@ -135,34 +135,34 @@ def test_the_effect_is_that_of_a_changed_embedding_table(tokenizer):
     vocabulary = read_vocabulary(model)
     axes = token_axes(vocabulary, POLES)
     directions = axis_directions(dict(enumerate(rows().astype(float))), axes.pairs)
-    found = axis_effects(model, vocabulary, axes.pairs, directions, 0.5)
+    effects = axis_effects(model, vocabulary, axes.pairs, directions, 0.5)
     words = ["This", "is", "a", NOUNS[0], ".", "It", "is", "very"]
     noun = 2 + WORDS.index(NOUNS[0])
     odds, table = [], model.module.get_input_embeddings().weight
-    kept = table.detach().clone()
+    before = table.detach().clone()
     for name in NOUNS:
         noun = 2 + WORDS.index(name)
         words[3] = name
         for sign in (1, -1):
             with torch.no_grad():
                 step = torch.tensor(directions[2], dtype=torch.float32)
-                table[noun] += sign * 0.5 * kept[noun].norm() * step
+                table[noun] += sign * 0.5 * before[noun].norm() * step
                 logits = model.module(torch.tensor([[2 + WORDS.index(word) for word in words]])).logits[0, -1]
-                table.copy_(kept)
+                table.copy_(before)
             pairs = axes.pairs[4]
             odds.append(sign * float((logits[pairs[:, 0]] - logits[pairs[:, 1]]).mean()) / 2)
-    assert found[2, 4] == pytest.approx(2 * np.mean(odds), rel=1e-3, abs=1e-6)
+    assert effects[2, 4] == pytest.approx(2 * np.mean(odds), rel=1e-3, abs=1e-6)
 
 
 def test_settings_choose_the_table_the_strength_and_the_seed(tokenizer):
     model = planted_weights(rows(), tokenizer, rows(5))
-    one = SemanticAxes(strength=0.0).run(model)
-    other = SemanticAxes(strength=0.0, table="unembedding").run(model)
-    assert not np.allclose(one.data["alignment"], other.data["alignment"])
-    assert one.data["effect"].isnull().all()
-    assert list(one.figures()) == ["alignment", "order"]
+    embedding = SemanticAxes(strength=0.0).run(model)
+    unembedding = SemanticAxes(strength=0.0, table="unembedding").run(model)
+    assert not np.allclose(embedding.data["alignment"], unembedding.data["alignment"])
+    assert embedding.data["effect"].isnull().all()
+    assert list(embedding.figures()) == ["alignment", "order"]
     seeded = SemanticAxes(strength=0.0, seed=1).run(model)
-    assert float(seeded.data["components_words"]) != float(one.data["components_words"])
+    assert float(seeded.data["components_words"]) != float(embedding.data["components_words"])
 
 
 def test_refusals_say_what_to_do(tokenizer, tmp_path):

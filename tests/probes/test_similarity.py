@@ -39,10 +39,12 @@ def centred(x):
 
 def hsic(x, y):
     """The U-statistic of Song et al. 2012, eq. 5, term by term."""
-    n, one = len(x), np.ones(len(x))
+    n, ones = len(x), np.ones(len(x))
     k, m = (part @ part.T * (1 - np.eye(n)) for part in (x, y))
     terms = (
-        np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ m @ one)
+        np.trace(k @ m)
+        + (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (ones @ k @ m @ ones)
     )
     return terms / (n * (n - 3))
 
@@ -51,8 +53,8 @@ def test_unbiased_cka_is_the_formula():
     x, y = DRAW.normal(size=(40, 5)), DRAW.normal(size=(40, 9))
     y[:, :3] += x[:, :3]
     expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
-    found = unbiased_cka([centred(x)], [centred(y), centred(x)])
-    np.testing.assert_allclose(found, [[expected, 1]], rtol=1e-5)
+    cka = unbiased_cka([centred(x)], [centred(y), centred(x)])
+    np.testing.assert_allclose(cka, [[expected, 1]], rtol=1e-5)
 
 
 def test_unbiased_cka_of_independent_rows_is_0_on_average_where_the_biased_one_is_not():
@@ -86,29 +88,29 @@ def test_an_invertible_map_of_the_kept_directions_leaves_svcca_at_1_and_lowers_c
 def test_principal_directions_are_numpys(shape):
     x = centred(DRAW.normal(size=shape) * np.linspace(3, 1, shape[1]))
     u, s, v = np.linalg.svd(x.double().numpy(), full_matrices=False)
-    one = principal(x, 0.9, 3)
+    directions = principal(x, 0.9, 3)
     share = np.cumsum(s**2) / np.sum(s**2)
-    assert one.kept == min(int((share < 0.9).sum()) + 1, shape[0] // 10)
-    number = one.scores.shape[1]
-    np.testing.assert_allclose(np.abs(np.diag(u[:, :number].T @ one.scores.numpy())), 1, atol=1e-6)
-    np.testing.assert_allclose(np.abs(np.diag(v[:number] @ one.directions.numpy())), 1, atol=1e-6)
+    assert directions.kept == min(int((share < 0.9).sum()) + 1, shape[0] // 10)
+    number = directions.scores.shape[1]
+    np.testing.assert_allclose(np.abs(np.diag(u[:, :number].T @ directions.scores.numpy())), 1, atol=1e-6)
+    np.testing.assert_allclose(np.abs(np.diag(v[:number] @ directions.directions.numpy())), 1, atol=1e-6)
 
 
 def test_svcca_is_the_mean_canonical_correlation():
     a, b = DRAW.normal(size=(200, 3)), DRAW.normal(size=(200, 4))
     b[:, 0] += 2 * a[:, 0]
-    one, other = (principal(centred(part), 1.0, 1) for part in (a, b))
+    first, second = (principal(centred(part), 1.0, 1) for part in (a, b))
     qa, qb = (np.linalg.qr(part - part.mean(0))[0] for part in (a, b))
-    assert svcca(one, other) == pytest.approx(np.linalg.svd(qa.T @ qb)[1].mean(), abs=1e-6)
+    assert svcca(first, second) == pytest.approx(np.linalg.svd(qa.T @ qb)[1].mean(), abs=1e-6)
     order = DRAW.permutation(200)
-    assert svcca(one, other, order) == pytest.approx(np.linalg.svd(qa.T @ qb[order])[1].mean(), abs=1e-6)
+    assert svcca(first, second, order) == pytest.approx(np.linalg.svd(qa.T @ qb[order])[1].mean(), abs=1e-6)
 
 
 def test_other_widths_have_no_overlap():
     wide = DRAW.normal(size=(50, 8))
-    one, other = principal(centred(wide), 0.9, 2), principal(centred(wide[:, :5]), 0.9, 2)
-    assert np.isnan(subspace_overlap(one, other, 2))
-    assert subspace_overlap(one, one, 2) == pytest.approx(1)
+    first, second = principal(centred(wide), 0.9, 2), principal(centred(wide[:, :5]), 0.9, 2)
+    assert np.isnan(subspace_overlap(first, second, 2))
+    assert subspace_overlap(first, first, 2) == pytest.approx(1)
 
 
 def test_a_second_store_of_another_width_matches_its_layers(tmp_path):
@@ -124,8 +126,8 @@ def test_a_second_store_of_another_width_matches_its_layers(tmp_path):
 def test_rows_of_two_tokenizers_match_at_the_same_characters(tmp_path):
     texts = ["one two three four five six seven eight", "nine ten eleven twelve and so on"]
     a = wb.record(wb.load_model("demo"), texts, sites=["resid_post.0"], out=tmp_path / "a", show_progress=False)
-    rows, others = matching_rows(a, a, a.where("position > 1").ids)
-    assert rows.tolist() == others.tolist()
+    rows, partners = matching_rows(a, a, a.where("position > 1").ids)
+    assert rows.tolist() == partners.tolist()
     assert len(rows) == int((~a.where("position > 1").tokens["is_special"].to_numpy()).sum())
     b = wb.record(wb.load_model("demo"), texts[::-1], sites=["resid_post.0"], out=tmp_path / "b", show_progress=False)
     with pytest.raises(wb.RequestError, match="a and b hold different texts"):
@@ -141,10 +143,10 @@ def test_settings_choose_the_rows(tmp_path):
     assert float(without["cka"][0, 1]) < 0.2
     assert (int(with_first["rows"]), int(without["rows"])) == (120, 117)
     assert int(Similarity(row_limit=50).run(store).data["rows"]) == 50
-    kept = [
+    results = [
         Similarity(where=None, variance=share).run(store_of(tmp_path / f"{share}", BASE)).data for share in (0.5, 1.0)
     ]
-    assert [int(one["kept"][0]) for one in kept] == [2, 6]
+    assert [int(data["kept"][0]) for data in results] == [2, 6]
 
 
 def test_refusals_say_what_to_do(tmp_path):

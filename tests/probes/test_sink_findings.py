@@ -114,12 +114,12 @@ def test_the_table_has_the_massive_activations_of_each_layer(tmp_path):
 
 def test_draws_are_of_documents_and_reproducible(two_domains):
     store, _, _ = two_domains
-    once, again, other, fewer = (
+    once, again, of_another_seed, fewer = (
         run(store, length=16, domain="source", **settings).data["attention_low"].to_numpy()
         for settings in ({"resamples": 50}, {"resamples": 50}, {"resamples": 50, "seed": 1}, {"resamples": 20})
     )
     assert (once == again).all()
-    assert (once != other).any()
+    assert (once != of_another_seed).any()
     assert (once != fewer).any()
 
 

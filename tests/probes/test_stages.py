@@ -56,7 +56,7 @@ def divergences(module, changed):
     kl, same = [], []
     for ids in IDS:
         with torch.no_grad():
-            a, b = (one(torch.tensor([ids])).logits[0, 1:-1].double().log_softmax(-1) for one in (module, changed))
+            a, b = (model(torch.tensor([ids])).logits[0, 1:-1].double().log_softmax(-1) for model in (module, changed))
         kl += (a.exp() * (a - b)).sum(-1).tolist()
         same += (a.argmax(-1) == b.argmax(-1)).tolist()
     return np.mean(kl), np.mean(same)
@@ -67,12 +67,12 @@ def test_deletion_and_swap_are_models_without_and_with_exchanged_blocks(tiny, ti
     assert int(data["rows"]) == sum(len(ids) - 2 for ids in IDS)
     for layer in range(3):
         expected = divergences(tiny.module, without_block(tiny.module, "model.layers", layer))
-        found = float(data["kl_delete"][layer]), float(data["agreement_delete"][layer])
-        assert found == pytest.approx(expected, abs=1e-5)
+        measured = float(data["kl_delete"][layer]), float(data["agreement_delete"][layer])
+        assert measured == pytest.approx(expected, abs=1e-5)
     for layer in range(2):
         expected = divergences(tiny.module, weights_exchanged(tiny.module, "model.layers", layer, layer + 1))
-        found = float(data["kl_swap"][layer]), float(data["agreement_swap"][layer])
-        assert found == pytest.approx(expected, abs=1e-5)
+        measured = float(data["kl_swap"][layer]), float(data["agreement_swap"][layer])
+        assert measured == pytest.approx(expected, abs=1e-5)
     assert np.isnan(data["kl_swap"][2])
 
 

@@ -54,7 +54,7 @@ class TestContract(ProbeContract):
 
 def test_continuations_are_those_of_a_hook_written_by_hand(tiny, direction):
     ids = torch.randint(5, 300, (3, 6), generator=torch.Generator().manual_seed(0))
-    one = continue_steered(tiny, ids, [wb.Add("resid_post.1", direction, 3)], 5)
+    steered = continue_steered(tiny, ids, [wb.Add("resid_post.1", direction, 3)], 5)
     block = tiny.module.model.layers[1]
     sequences = ids.clone()
     with torch.no_grad():
@@ -63,16 +63,18 @@ def test_continuations_are_those_of_a_hook_written_by_hand(tiny, direction):
             for step in range(5):  # without cache
                 logits = tiny.module(sequences, use_cache=False).logits[:, -1]
                 if step == 0:
-                    torch.testing.assert_close(one.after_prompt, logits.double().log_softmax(-1), atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(
+                        steered.after_prompt, logits.double().log_softmax(-1), atol=1e-5, rtol=1e-5
+                    )
                 logits[:, tiny.module.generation_config.eos_token_id] = -torch.inf
                 sequences = torch.cat([sequences, logits.argmax(-1, keepdim=True)], dim=1)
         finally:
             hook.remove()
         plain = tiny.module(sequences).logits.double().log_softmax(-1)
-    assert torch.equal(one.tokens, sequences[:, 6:])
+    assert torch.equal(steered.tokens, sequences[:, 6:])
     for row in range(3):
         expected = [-plain[row, 5 + step, sequences[row, 6 + step]] for step in range(5)]
-        torch.testing.assert_close(one.losses[row], torch.stack(expected), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(steered.losses[row], torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_scale_0_is_the_plain_model_and_the_control_has_the_norm(tiny, steered_store, direction):
@@ -96,12 +98,12 @@ def test_scale_0_is_the_plain_model_and_the_control_has_the_norm(tiny, steered_s
 
 def test_several_layers_are_steered_together(tiny, steered_store, direction):
     settings = {"tokens": (" Monday",), "scales": (0.0, 2.0), "prompt": 4, "new_tokens": 2, "resamples": 5}
-    one, two = (
+    first, two = (
         Steering(layers=layers, **settings).steer(steered_store, direction, model=tiny).data
         for layers in ((1,), (0, 1))
     )
     assert two.attrs["site"] == "resid_post.0, resid_post.1"
-    assert float(one["log_probability"].sel(kind="direction", scale=2.0)) != float(
+    assert float(first["log_probability"].sel(kind="direction", scale=2.0)) != float(
         two["log_probability"].sel(kind="direction", scale=2.0)
     )
 

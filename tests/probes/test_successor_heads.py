@@ -34,11 +34,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def members(tokenizer):
     """Ids of the members with a leading space, by task, as the tokenizer gives them: all that are one token."""
-    found = {}
+    by_task = {}
     for task, words in TASKS.items():
         encoded = [tokenizer.encode(f" {word}", add_special_tokens=False) for word in words]
-        found[task] = [ids[0] for ids in encoded if len(ids) == 1]
-    return {task: ids for task, ids in found.items() if len(ids) >= 3}
+        by_task[task] = [ids[0] for ids in encoded if len(ids) == 1]
+    return {task: ids for task, ids in by_task.items() if len(ids) >= 3}
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +197,12 @@ def test_case(planted):
 
 
 def test_min_members(planted):
-    found = run(planted, min_members=11)
-    assert found.data["task"].to_numpy().tolist() == ["number words", "months", "letters"]
-    left = "with fewer than 11 single tokens or 5 pairs of them: numbers, ordinals, days, day prefixes, month prefixes"
-    assert f"left out, {left}" in found.data.attrs["note"]
+    measured = run(planted, min_members=11)
+    assert measured.data["task"].to_numpy().tolist() == ["number words", "months", "letters"]
+    reason = (
+        "with fewer than 11 single tokens or 5 pairs of them: numbers, ordinals, days, day prefixes, month prefixes"
+    )
+    assert f"left out, {reason}" in measured.data.attrs["note"]
     assert refused(RequestError, lambda: run(planted, min_members=27)) == (
         "no class has 27 members and 5 pairs of them that are single tokens of this model (space='with', "
         "case='listed'); try space='both', case='both' or lower min_members and min_pairs"
@@ -210,10 +212,10 @@ def test_min_members(planted):
 def test_tasks_with_few_pairs_decide_nothing(planted, result):
     """Days have 6 pairs, numbers 8: with 7 or more the former are left out, with 6 none is."""
     assert run(planted, min_pairs=6).data["task"].to_numpy().tolist() == result.data["task"].to_numpy().tolist()
-    found = run(planted, min_pairs=7)
-    assert "days" not in found.data["task"].to_numpy().tolist()
-    assert (found.data["tokens"] >= 7).all()
-    assert float(at(found, "macro", 1, 3)) == 0  # it knows days alone
+    measured = run(planted, min_pairs=7)
+    assert "days" not in measured.data["task"].to_numpy().tolist()
+    assert (measured.data["tokens"] >= 7).all()
+    assert float(at(measured, "macro", 1, 3)) == 0  # it knows days alone
     assert float(at(result, "macro", 1, 3)) > 0
 
 
@@ -250,14 +252,16 @@ def test_row_limit(planted, result):
 def test_model_and_device(planted, result, tokenizer, tmp_path):
     """A store keeps no paths: the directory is given, and its weights are compared."""
     model, store = planted
-    said = refused(RequestError, lambda: FEW.run(store))
-    assert said.startswith("model is not given, and 'counting', which the store names, cannot be loaded; give model=")
+    message = refused(RequestError, lambda: FEW.run(store))
+    assert message.startswith(
+        "model is not given, and 'counting', which the store names, cannot be loaded; give model="
+    )
     model.module.save_pretrained(tmp_path / "there")
     tokenizer.save_pretrained(tmp_path / "there")
     again = replace(FEW, model=str(tmp_path / "there"), device="cpu").run(store)
     np.testing.assert_array_equal(again.data["score"], result.data["score"])
-    said = refused(RequestError, lambda: replace(FEW, model="demo").run(store))
-    assert said.startswith("model 'demo' is not the one that the store")
+    message = refused(RequestError, lambda: replace(FEW, model="demo").run(store))
+    assert message.startswith("model 'demo' is not the one that the store")
     assert refused(RequestError, lambda: run(planted, device="toaster")).startswith("device 'toaster' cannot be used")
 
 
@@ -352,17 +356,17 @@ def test_a_head_that_does_nothing_wins_nothing(result):
 )
 def test_without_the_sites_the_weights_still_answer(planted, tokenizer, tmp_path, sites, reason):
     model, store = recorded(planted[0], tokenizer, tmp_path / "acts", sites)
-    found = FEW.run(store, model=model)
-    assert at(found, "macro", 0, 0) == 1
-    assert f"text left out: {reason} (record z and resid_post)" in SuccessorHeads.headline(found)
-    assert "wins" not in found.data
+    result = FEW.run(store, model=model)
+    assert at(result, "macro", 0, 0) == 1
+    assert f"text left out: {reason} (record z and resid_post)" in SuccessorHeads.headline(result)
+    assert "wins" not in result.data
 
 
 def test_a_text_without_successors(planted, tokenizer, tmp_path):
     model, store = recorded(planted[0], tokenizer, tmp_path / "acts", texts=["Tom ran and ran."])
-    found = FEW.run(store, model=model)
-    assert int(found.data["places"]) == 0
-    assert found.data.attrs["note"].endswith("text left out: it contains no successor")
+    result = FEW.run(store, model=model)
+    assert int(result.data["places"]) == 0
+    assert result.data.attrs["note"].endswith("text left out: it contains no successor")
 
 
 # ---- result -----------------------------------------------------------------------------------------------
@@ -438,9 +442,9 @@ def test_a_norm_behind_attention_leaves_the_text_out(tiny_models, tokenizer, tmp
         module = Gemma2ForCausalLM(config).eval()
     module.config.architectures = ["Gemma2ForCausalLM"]
     model, store = recorded(module, tokenizer, tmp_path / "acts", ("z", "resid_post"), TEXTS[:1])
-    found = FEW.run(store, model=model)
-    assert found.data.sizes["layer"] == 3
-    assert "text left out: a norm follows attention, so that head outputs do not add up" in found.data.attrs["note"]
+    result = FEW.run(store, model=model)
+    assert result.data.sizes["layer"] == 3
+    assert "text left out: a norm follows attention, so that head outputs do not add up" in result.data.attrs["note"]
 
 
 def test_the_demo_model_beats_its_shuffles_without_being_a_successor_model(tmp_path):

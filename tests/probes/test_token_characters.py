@@ -97,10 +97,10 @@ def test_partners_have_equal_length_first_letter_and_side():
     partner = items.partners(0)
     paired = np.flatnonzero(partner >= 0)
     assert len(paired) > 300
-    for one in paired:
-        other = partner[one]
-        assert one != other
-        assert (len(WORDS[one]), WORDS[one][0], test[one]) == (len(WORDS[other]), WORDS[other][0], test[other])
+    for token in paired:
+        match = partner[token]
+        assert token != match
+        assert (len(WORDS[token]), WORDS[token][0], test[token]) == (len(WORDS[match]), WORDS[match][0], test[match])
 
 
 def test_sides_are_balanced_and_limited():

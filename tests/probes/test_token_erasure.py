@@ -26,18 +26,18 @@ from workbench.testing import ProbeContract
 
 def deltas(n: int, inside: range, outside: float = 0.0) -> tuple[np.ndarray, ...]:
     """delta(t, 0), delta(t, -1), delta(t, -2): 1 where t and t + i lie in the word, `outside` elsewhere."""
-    found = []
+    parts = []
     for offset in SCORED:
         part = np.full(n, np.nan)
         for t in range(max(0, -offset), n):
             part[t] = 1.0 if t in inside and t + offset in inside else outside
-        found.append(part)
-    return tuple(found)
+        parts.append(part)
+    return tuple(parts)
 
 
-def naive(own, previous, second, p, q):
+def naive(current, previous, second, p, q):
     """The definition, a term at a time."""
-    total, terms = own[q], 0
+    total, terms = current[q], 0
     for t in range(p, q + 1):
         for offset, part in ((-1, previous), (-2, second)):
             if t + offset >= 0:
@@ -55,25 +55,25 @@ def test_psi_of_an_interior_span_that_is_all_erased(length, psi):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 def test_psi_is_one_where_the_tokens_before_appear(length):
-    own, previous, second = deltas(20, range(8, 8 + length), outside=-1.0)
-    assert erasure_scores(own, previous, second, longest=6)[length - 1, 7 + length] == pytest.approx(1)
+    current, previous, second = deltas(20, range(8, 8 + length), outside=-1.0)
+    assert erasure_scores(current, previous, second, longest=6)[length - 1, 7 + length] == pytest.approx(1)
 
 
 def test_psi_of_the_first_token_is_its_own_delta():
     draw = np.random.default_rng(0)
-    own, previous, second = draw.normal(size=(3, 5))
+    current, previous, second = draw.normal(size=(3, 5))
     previous[0] = second[:2] = np.nan
-    assert erasure_scores(own, previous, second, longest=3)[0, 0] == pytest.approx(own[0])
+    assert erasure_scores(current, previous, second, longest=3)[0, 0] == pytest.approx(current[0])
 
 
 def test_prefix_sums_are_the_definition():
     draw = np.random.default_rng(0)
-    own, previous, second = draw.normal(size=(3, 15))
+    current, previous, second = draw.normal(size=(3, 15))
     previous[0] = second[:2] = np.nan
-    scores = erasure_scores(own, previous, second, longest=15)
+    scores = erasure_scores(current, previous, second, longest=15)
     for q in range(15):
         for p in range(q + 1):
-            assert scores[q - p, q] == pytest.approx(naive(own, previous, second, p, q))
+            assert scores[q - p, q] == pytest.approx(naive(current, previous, second, p, q))
     assert np.isnan(scores[3, :3]).all()
 
 
@@ -86,8 +86,8 @@ def test_the_segmenter_returns_the_word_whole():
         (0.4, 5, 6),
         (0.3636, 3, 7),
     ]
-    others = [(token, token) for token in range(12) if token not in range(5, 8)]
-    assert segment(scores) == sorted([(5, 7), *others])
+    singles = [(token, token) for token in range(12) if token not in range(5, 8)]
+    assert segment(scores) == sorted([(5, 7), *singles])
 
 
 def test_segments_cover_a_text_once():
@@ -114,7 +114,7 @@ WELL = TokenErasure(early=1, late=2, epochs=60, batch=32, learning_rate=0.05, we
 
 
 @pytest.fixture(scope="module")
-def found(store):
+def result(store):
     return WELL.run(store)
 
 
@@ -128,35 +128,35 @@ class TestContract(ProbeContract):
         return planted_store(tmp_path / "x.acts", planted["ids"], planted["sites"], columns=sites)
 
 
-def test_last_tokens_forget_and_others_do_not(found):
-    accuracy = found.data["accuracy"]
+def test_last_tokens_forget_and_others_do_not(result):
+    accuracy = result.data["accuracy"]
     for offset in (0, -1, -2):
         last, control = (accuracy.sel(offset=offset, group=group) for group in ("last", "control"))
         assert last.sel(layer=1) > 0.99
         assert last.sel(layer=2) < 0.75
         assert abs(float(control.sel(layer=1)) - float(control.sel(layer=2))) < 0.15
-        assert float(found.data["fall"].sel(offset=offset)) > 0.2
-        assert float(found.data["fall_low"].sel(offset=offset)) > 0
+        assert float(result.data["fall"].sel(offset=offset)) > 0.2
+        assert float(result.data["fall_low"].sel(offset=offset)) > 0
 
 
-def test_what_is_counted(found, store):
+def test_what_is_counted(result, store):
     tested = round(0.3 * DOCUMENTS)
-    tokens = found.data["tokens"]
+    tokens = result.data["tokens"]
     assert tokens.sel(group="last").values.tolist() == [0, 2 * tested, 2 * tested, 2 * tested, 2 * tested]
     control = (LENGTH - 6) * tested
-    gone = {-3: 3, -2: 2, -1: 1, 0: 0, 1: 1}  # at the beginning or end of a text there is no such token
-    assert tokens.sel(group="control").values.tolist() == [control - gone[o] * tested for o in (-3, -2, -1, 0, 1)]
-    assert np.isnan(found.data["accuracy"].sel(group="last", offset=-3)).all()  # no word has four tokens
+    missing = {-3: 3, -2: 2, -1: 1, 0: 0, 1: 1}  # at the beginning or end of a text there is no such token
+    assert tokens.sel(group="control").values.tolist() == [control - missing[o] * tested for o in (-3, -2, -1, 0, 1)]
+    assert np.isnan(result.data["accuracy"].sel(group="last", offset=-3)).all()  # no word has four tokens
 
 
-def test_the_word_is_found_in_the_text(found):
-    several = found.table[found.table["tokens"] > 1]
+def test_the_word_is_found_in_the_text(result):
+    several = result.table[result.table["tokens"] > 1]
     right = several[several["text"] == "t5t6t7"]
     assert len(right) >= 0.9 * 2 * round(0.3 * DOCUMENTS)
     assert right["is_span"].all()
-    assert float(found.data["recall"]) == pytest.approx(len(right) / (2 * round(0.3 * DOCUMENTS)))
-    assert float(found.data["precision"]) == pytest.approx(several["is_span"].mean())
-    assert implicit_vocabulary(found.table)["text"][0] == "t5t6t7"
+    assert float(result.data["recall"]) == pytest.approx(len(right) / (2 * round(0.3 * DOCUMENTS)))
+    assert float(result.data["precision"]) == pytest.approx(several["is_span"].mean())
+    assert implicit_vocabulary(result.table)["text"][0] == "t5t6t7"
 
 
 def test_targets_that_no_training_row_has_do_not_count(planted, store, tmp_path):
@@ -166,9 +166,9 @@ def test_targets_that_no_training_row_has_do_not_count(planted, store, tmp_path)
     tested = np.unique(documents[split_by_document(documents, 0.3, purpose="a test")[2]])
     ids[tested, 9] = VOCAB + np.arange(len(tested))
     path = tmp_path / "x.acts"
-    other = planted_store(path, ids.tolist(), planted["sites"], columns={"word_span": planted["span"]})
+    rare = planted_store(path, ids.tolist(), planted["sites"], columns={"word_span": planted["span"]})
     few = {**SHORT, "offsets": (-1, 0)}
-    data, whole = (TokenErasure(**few).run(one).data for one in (other, store))
+    data, whole = (TokenErasure(**few).run(recorded).data for recorded in (rare, store))
     control = LENGTH - 6
     assert data["coverage"].sel(group="last").values.tolist() == [1, 1]
     assert data["coverage"].sel(group="control").values.tolist() == [
@@ -183,14 +183,14 @@ def test_a_fall_from_the_best_layer_is_found_where_the_early_layer_knows_nothing
     noise = np.random.default_rng(5).normal(size=planted["sites"]["resid_post.0"].shape)
     sites = {**planted["sites"], "resid_post.0": noise}
     store = planted_store(tmp_path / "x.acts", planted["ids"], sites, columns={"word_span": planted["span"]})
-    found = dataclasses.replace(WELL, early=0, offsets=(-1, 0)).run(store)
-    at = found.data.sel(offset=-1)
+    measured = dataclasses.replace(WELL, early=0, offsets=(-1, 0)).run(store)
+    at = measured.data.sel(offset=-1)
     assert int(at["best"]) == 1
     early, late = (float(at["accuracy"].sel(group="last", layer=layer)) for layer in (0, 2))
     assert early < late  # and that of the control group rises more, which looks like a fall
     assert float(at["fall_from_best_low"]) > 0.2
-    assert found.headline().startswith("Token erasure at offset -1, layers 0 to 2: ")
-    assert "; layers 1 to 2: last tokens of words 100 to " in found.headline()
+    assert measured.headline().startswith("Token erasure at offset -1, layers 0 to 2: ")
+    assert "; layers 1 to 2: last tokens of words 100 to " in measured.headline()
 
 
 def test_early_and_late_are_rounded_by_one_rule(tmp_path):
@@ -202,9 +202,9 @@ def test_early_and_late_are_rounded_by_one_rule(tmp_path):
     assert (int(data["early"]), int(data["late"])) == (1, 8)
 
 
-def test_segments_cover_every_tested_token(found, store):
+def test_segments_cover_every_tested_token(result, store):
     rows = np.concatenate(
-        [np.arange(line.first_row, line.first_row + line.tokens) for line in found.table.itertuples()]
+        [np.arange(line.first_row, line.first_row + line.tokens) for line in result.table.itertuples()]
     )
     documents = store.tokens["document"].to_numpy()[rows]
     assert len(np.unique(rows)) == len(rows) == LENGTH * len(np.unique(documents))
@@ -267,8 +267,8 @@ def test_resamples_offsets_and_site(store, planted, tmp_path):
     assert few["offset"].values.tolist() == [-1]
     assert len(TokenErasure(**settings).run(store).table) == 0  # the score needs 0, -1 and -2
     sites = {f"resid_pre.{layer}": planted["sites"][f"resid_post.{layer}"] for layer in range(4)}
-    other = planted_store(tmp_path / "pre.acts", planted["ids"], sites)
-    assert TokenErasure(**settings | {"site": "resid_pre"}).run(other).data["layer"].values.tolist() == [0, 1, 2, 3]
+    of_pre = planted_store(tmp_path / "pre.acts", planted["ids"], sites)
+    assert TokenErasure(**settings | {"site": "resid_pre"}).run(of_pre).data["layer"].values.tolist() == [0, 1, 2, 3]
 
 
 def test_spans_by_label_or_by_spaces(store, planted, tmp_path):
@@ -329,8 +329,8 @@ def test_the_default_layers_are_the_papers_share_of_the_depth(store):
     assert (int(data["early"]), int(data["late"])) == (0, 1)
 
 
-def test_small_samples_are_noted(store, found):
-    assert found.data.attrs["note"] == ""
+def test_small_samples_are_noted(store, result):
+    assert result.data.attrs["note"] == ""
     few = TokenErasure(**SHORT | {"where": "position < 3"}).run(store)
     assert "training rows are few for 24 x 24 maps; 120 or more are needed" in few.headline()
 
@@ -338,12 +338,12 @@ def test_small_samples_are_noted(store, found):
 # The result
 
 
-def test_result_headline_and_figures(found, tmp_path):
-    assert found.headline().startswith("Token erasure at offset -1, layers 1 to 2: last tokens of words 100 to ")
-    assert "95 % CI [" in found.headline()
-    assert list(found.figures()) == ["accuracy", "vocabulary", "segments"]
-    again = wb.load_result(found.save(tmp_path / "erasure"))
-    assert again.data.identical(found.data)
-    assert again.table.equals(found.table)
+def test_result_headline_and_figures(result, tmp_path):
+    assert result.headline().startswith("Token erasure at offset -1, layers 1 to 2: last tokens of words 100 to ")
+    assert "95 % CI [" in result.headline()
+    assert list(result.figures()) == ["accuracy", "vocabulary", "segments"]
+    again = wb.load_result(result.save(tmp_path / "erasure"))
+    assert again.data.identical(result.data)
+    assert again.table.equals(result.table)
     lines = {line.name: line.y for line in again.figure("accuracy").data}
-    np.testing.assert_allclose(lines["-1 last"], found.data["accuracy"].sel(offset=-1, group="last"))
+    np.testing.assert_allclose(lines["-1 last"], result.data["accuracy"].sel(offset=-1, group="last"))

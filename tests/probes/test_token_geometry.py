@@ -61,8 +61,8 @@ class TestContract(ProbeContract):
 @pytest.mark.parametrize("dimension", CUBES)
 def test_dimensions_of_cubes_are_the_known_ones(dimension):
     distance = nearest_neighbours(cube(dimension), 16).distance
-    found = [gride(distance, near, 2 * near) for near in (1, 2, 4, 8)]
-    np.testing.assert_allclose(found, CUBES[dimension], atol=6e-3)
+    estimates = [gride(distance, near, 2 * near) for near in (1, 2, 4, 8)]
+    np.testing.assert_allclose(estimates, CUBES[dimension], atol=6e-3)
 
 
 def test_the_estimate_is_the_likelihoods_maximum():
@@ -78,11 +78,11 @@ def test_the_estimate_is_the_likelihoods_maximum():
 
 
 def test_neighbours_of_equal_and_of_independent_clouds():
-    one, other = (nearest_neighbours(cube(5, seed), 2).index for seed in (0, 1))
-    assert neighbourhood_overlap(one, one) == 1
-    assert neighbourhood_overlap(one, one[:, ::-1]) == 1
-    assert neighbourhood_overlap(one, other) == pytest.approx(0.00146, abs=5e-6)
-    assert neighbourhood_overlap(one, other) == pytest.approx(2 / 1023, abs=1e-3)
+    first, second = (nearest_neighbours(cube(5, seed), 2).index for seed in (0, 1))
+    assert neighbourhood_overlap(first, first) == 1
+    assert neighbourhood_overlap(first, first[:, ::-1]) == 1
+    assert neighbourhood_overlap(first, second) == pytest.approx(0.00146, abs=5e-6)
+    assert neighbourhood_overlap(first, second) == pytest.approx(2 / 1023, abs=1e-3)
 
 
 def test_cosine_equal_points_and_the_gaussian():
@@ -125,11 +125,11 @@ def test_each_sequence_is_read_alone_and_averaged(planted):
 def test_loss_is_compared_within_groups(planted):
     """A difference between groups makes no correlation."""
     result = run(planted, group="kind")
-    for layer, found in enumerate(result.data["loss_correlation"].to_numpy()):
+    for layer, correlation in enumerate(result.data["loss_correlation"].to_numpy()):
         lines = result.table[result.table["layer"] == layer]
         x, y = np.log(lines["intrinsic_dimension"]), lines["loss"]
         x, y = (part - part.groupby(lines["group"]).transform("mean") for part in (x, y))
-        assert found == pytest.approx((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()))
+        assert correlation == pytest.approx((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()))
 
 
 def test_losses_are_those_of_the_unembedding(planted):
@@ -137,7 +137,7 @@ def test_losses_are_those_of_the_unembedding(planted):
     logits = planted["resid_post", 2][:].double().numpy() @ weight.T
     log = (logits - np.log(np.exp(logits).sum(1, keepdims=True))).reshape(6, 40, 5)
     ids = planted.tokens["token_id"].to_numpy().reshape(6, 40)
-    expected = [-np.mean([one[i, of[i + 1]] for i in range(39)]) for one, of in zip(log, ids, strict=True)]
+    expected = [-np.mean([rows[i, of[i + 1]] for i in range(39)]) for rows, of in zip(log, ids, strict=True)]
     lines = run(planted).table
     np.testing.assert_allclose(lines.loc[lines["layer"] == 0, "loss"], expected, atol=1e-5)
 
@@ -158,8 +158,10 @@ def test_equal_points_are_dropped_and_counted(tmp_path):
 def test_shuffled_blocks():
     ids = list(range(1024))
     assert wb.shuffled_blocks(ids, 0) == ids
-    one = wb.shuffled_blocks(ids, 2, seed=1)
-    assert sorted(one) == ids
-    assert {tuple(one[i : i + 64]) for i in range(0, 1024, 64)} == {tuple(ids[i : i + 64]) for i in range(0, 1024, 64)}
+    shuffled = wb.shuffled_blocks(ids, 2, seed=1)
+    assert sorted(shuffled) == ids
+    assert {tuple(shuffled[i : i + 64]) for i in range(0, 1024, 64)} == {
+        tuple(ids[i : i + 64]) for i in range(0, 1024, 64)
+    }
     assert sorted(wb.shuffled_blocks(ids, 5)) == ids != wb.shuffled_blocks(ids, 5)
     assert "1022 tokens cannot be cut into 4" in refused(RequestError, lambda: wb.shuffled_blocks(ids[2:], 1))

@@ -108,7 +108,7 @@ def remembering(tmp_path_factory):
     states[forgets, :6] = 0
     states += 0.05 * DRAW.normal(size=states.shape)
     after = states @ MAP + np.where(forgets[:, None], 3, 0.1) * DRAW.normal(size=states.shape)
-    columns = {"kind": ["forgets" if one else "keeps" for one in forgets]}
+    columns = {"kind": ["forgets" if forgetting else "keeps" for forgetting in forgets]}
     path = tmp_path_factory.mktemp("memory") / "s"
     return store_of(path, states, after, ids=ids.tolist(), columns=columns)
 
@@ -118,12 +118,12 @@ MEMORY = {"offsets": (-1,), "memory_layer": 0, "epochs": 40, "learning_rate": 0.
 
 def test_contextual_memory_is_low_where_the_context_is_kept(remembering):
     data = TokenMicroscope(**MEMORY).run(remembering).data
-    kept = data.sel({"class": "keeps"})
+    keeps = data.sel({"class": "keeps"})
     lost = data.sel({"class": "forgets"})
-    assert float(kept["class_memory"]) < 0.15
+    assert float(keeps["class_memory"]) < 0.15
     assert float(lost["class_memory"]) == pytest.approx(np.log(6), abs=0.15)
     assert float(data["memory_unigram"]) == pytest.approx(np.log(6), abs=0.05)
-    assert float(lost["class_nonlinearity"]) > 5 * float(kept["class_nonlinearity"])
+    assert float(lost["class_nonlinearity"]) > 5 * float(keeps["class_nonlinearity"])
     assert float(data["correlation"]) > 0.8
     assert float(data["correlation_low"]) > 0.7
     assert abs(float(data["correlation_within"])) < 0.2  # all of it lies between the classes
@@ -153,9 +153,9 @@ def test_settings_matter(store, tmp_path):
     assert "correlation" not in first
     two = TokenMicroscope(epochs=0, folds=2).run(store).data["linearity_heldout"]
     assert float(two[1]) != float(first["linearity_heldout"][1])
-    other = TokenMicroscope(epochs=0, seed=4, dimension_rows=100).run(store).data
-    assert float(other["linearity_shuffled"][0]) != float(first["linearity_shuffled"][0])
-    assert float(other["intrinsic_dimension"][0]) != float(first["intrinsic_dimension"][0])
+    second = TokenMicroscope(epochs=0, seed=4, dimension_rows=100).run(store).data
+    assert float(second["linearity_shuffled"][0]) != float(first["linearity_shuffled"][0])
+    assert float(second["intrinsic_dimension"][0]) != float(first["intrinsic_dimension"][0])
     some = TokenMicroscope(epochs=0, layers=(0, 2)).run(store)
     assert "steps from layers 0 span several blocks" in some.headline()
     assert int(TokenMicroscope(**{**ALL, "epochs": 1}).run(store).data["memory_layer"]) == 1
@@ -188,7 +188,7 @@ def test_classes_of_tokens_by_their_text(tmp_path):
     store = planted_store(path, ids, {"resid_post.0": np.zeros((13, 2))}, linear_unembed(np.eye(13, 2), words))
     names, index = token_classes(store, np.arange(1, 13))
     assert names == TOKEN_CLASSES
-    assert [names[one] for one in index] == [
+    assert [names[name] for name in index] == [
         *("determiner", "other word", "piece of a word", "preposition", "newline", "punctuation", "number"),
         *("auxiliary", "other word", "other word", "other word", "piece of a word"),
     ]

@@ -130,9 +130,9 @@ def test_js_and_tv_are_the_bounded_ones():
     assert apart["tv"] == pytest.approx([1])
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.5, 0.4])
     m = (p + q) / 2
-    found = statistics(p, q)
-    assert found["js"] == pytest.approx([((p * np.log(p / m)).sum() + (q * np.log(q / m)).sum()) / 2], abs=1e-6)
-    assert found["tv"] == pytest.approx([0.6], abs=1e-6)  # the largest difference is 0.6, half of all is 0.6 too
+    values = statistics(p, q)
+    assert values["js"] == pytest.approx([((p * np.log(p / m)).sum() + (q * np.log(q / m)).sum()) / 2], abs=1e-6)
+    assert values["tv"] == pytest.approx([0.6], abs=1e-6)  # the largest difference is 0.6, half of all is 0.6 too
     spread = statistics([0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4])
     assert spread["tv"] == pytest.approx([0.6], abs=1e-6)  # and here the largest is 0.3
     assert statistics(p, p)["js"] == pytest.approx([0], abs=1e-6)
@@ -179,10 +179,10 @@ def test_residual_cross_entropy_falls_along_interpolated_logits_and_tells_errors
     assert (np.diff(data["mean_surprise"]) < 0).all()
     assert (data["error_auc"] > 0.9).all()
     assert data["depth_share"].values.tolist() == [1, 0, 0, 0]
-    other = interpolated(
+    without_error = interpolated(
         tmp_path / "noise", draw.permutation(ids.ravel()).reshape(20, 30).tolist(), final.reshape(-1, VOCAB)
     )
-    np.testing.assert_allclose(LogitLens().run(other).data["error_auc"], 0.5, atol=0.12)
+    np.testing.assert_allclose(LogitLens().run(without_error).data["error_auc"], 0.5, atol=0.12)
 
 
 # Settings
@@ -217,8 +217,8 @@ def test_every_setting_of_the_training_changes_the_translators(store, changed):
 
 def test_site_top_k_and_detail(store, planted, tmp_path):
     sites = {"resid_pre.1": planted["first"], "resid_post.1": planted["final"]}
-    other = planted_store(tmp_path / "pre.acts", planted["ids"], sites, linear_unembed(planted["unembed"]))
-    data = TunedLens(site="resid_pre", top_k=2, detail=3, epochs=2).run(other).data
+    of_pre = planted_store(tmp_path / "pre.acts", planted["ids"], sites, linear_unembed(planted["unembed"]))
+    data = TunedLens(site="resid_pre", top_k=2, detail=3, epochs=2).run(of_pre).data
     assert (data["layer"].values.tolist(), data.sizes["top"], data.sizes["row"]) == ([1], 2, 3)
     assert float(data["mean_kl"][0]) > 0  # a layer that is not the last block's output has a translator
     assert data["weight"].any()

@@ -108,21 +108,21 @@ def test_the_indicators_are_their_formulas(tokenizer):
         "_without_first": head - np.outer(head @ first, first),
     }
     for name, part in spaces.items():
-        found = values["unembedding_cosine" + name]
-        assert found[token] == pytest.approx(cosine(part[token], part[unseen].mean(0)))
-        others = unseen & (np.arange(len(unseen)) != known)
-        assert found[known] == pytest.approx(cosine(part[known], part[others].mean(0)))
+        cosines = values["unembedding_cosine" + name]
+        assert cosines[token] == pytest.approx(cosine(part[token], part[unseen].mean(0)))
+        unseen_others = unseen & (np.arange(len(unseen)) != known)
+        assert cosines[known] == pytest.approx(cosine(part[known], part[unseen_others].mean(0)))
     assert values["unembedding_distance"][token] == pytest.approx(np.linalg.norm(head[token] - head[unseen].mean(0)))
 
 
 def test_random_rows_have_an_auc_of_one_half(tokenizer):
-    found = []
+    areas = []
     for seed in range(40):
         vocabulary = read_vocabulary(planted_weights(rows(len(tokenizer), seed), tokenizer))
         unseen = vocabulary.never_seen
         values = _indicators(vocabulary, unseen)
-        found.append([_auc(part[unseen], part[~unseen]) for part in values.values()])
-    mean, error = np.mean(found, 0), np.std(found, 0) / np.sqrt(40)
+        areas.append([_auc(part[unseen], part[~unseen]) for part in values.values()])
+    mean, error = np.mean(areas, 0), np.std(areas, 0) / np.sqrt(40)
     assert (np.abs(mean - 0.5) < 4 * error).all()
     assert _auc(np.array([1.0, 2.0]), np.array([2.0, 3.0])) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
 
@@ -130,17 +130,17 @@ def test_random_rows_have_an_auc_of_one_half(tokenizer):
 def test_probabilities_are_those_of_a_plain_loop(tiny_models, tokenizer):
     model = wb.load_model(tiny_models["gpt2"], tokenizer=tokenizer)
     tokens = np.array([5, 100, 290])
-    found = repetition_probabilities(model, tokens)
+    probabilities = repetition_probabilities(model, tokens)
     for name, template in _templates(model).items():
         for column, token in enumerate(tokens):
-            ids = [int(token) if one is None else one for one in template]
+            ids = [int(token) if part is None else part for part in template]
             largest = 0.0
             for _ in range(3):
                 with torch.no_grad():
                     logits = model.module(torch.tensor([ids])).logits[0, -1]
                 largest = max(largest, float(logits.softmax(0)[token]))
                 ids.append(int(logits.argmax()))
-            assert found[name][column] == pytest.approx(largest, rel=1e-3)
+            assert probabilities[name][column] == pytest.approx(largest, rel=1e-3)
 
 
 def test_prompts_fit_the_context(tiny_models, tokenizer):
@@ -151,15 +151,15 @@ def test_prompts_fit_the_context(tiny_models, tokenizer):
 
 def test_tested_tokens_stand_beside_as_many_random_ones(tokenizer):
     model = planted_weights(rows(len(tokenizer)), tokenizer)
-    one, other = (UnderTrainedTokens(tested=3, share=0.05, seed=seed).run(model) for seed in (0, 1))
-    assert one.data["tested"].to_numpy().tolist() == [3, 3]
-    randoms = [set(part.table.loc[part.table["group"] == "random", "token_id"]) for part in (one, other)]
+    first, second = (UnderTrainedTokens(tested=3, share=0.05, seed=seed).run(model) for seed in (0, 1))
+    assert first.data["tested"].to_numpy().tolist() == [3, 3]
+    randoms = [set(part.table.loc[part.table["group"] == "random", "token_id"]) for part in (first, second)]
     assert randoms[0] != randoms[1]
-    assert int(one.data["probability"].notnull().all("prompt").sum()) == 6
-    table = one.table[one.table["probability"].notna()]
+    assert int(first.data["probability"].notnull().all("prompt").sum()) == 6
+    table = first.table[first.table["probability"].notna()]
     assert (table["verified"] == (table["probability"] < 0.01)).all()
-    assert "of 3 random tokens" in one.headline()
-    assert list(one.figures()) == ["indicator", "verification"]
+    assert "of 3 random tokens" in first.headline()
+    assert list(first.figures()) == ["indicator", "verification"]
 
 
 def test_rows_of_one_norm_and_no_reference_give_no_list():

@@ -73,9 +73,9 @@ def test_ranks_and_overlaps_are_those_of_plain_python():
 
     draw = np.random.default_rng(3)
     a, b = draw.integers(0, 6, (2, 3, 12, 2)).astype(float)
-    found, shared = rank_correlation(a, b), top_overlap(a, b, 4)
+    correlation, shared = rank_correlation(a, b), top_overlap(a, b, 4)
     for s, h in np.ndindex(3, 2):
-        assert found[s, h] == pytest.approx(spearmanr(a[s, :, h], b[s, :, h]).statistic)
+        assert correlation[s, h] == pytest.approx(spearmanr(a[s, :, h], b[s, :, h]).statistic)
         tops = [sorted(range(12), key=lambda k, part=part: (-part[s, k, h], k))[:4] for part in (a, b)]
         assert shared[s, h] == len({*tops[0]} & {*tops[1]}) / 4
     assert np.isnan(rank_correlation(np.ones((1, 3, 1)), draw.random((1, 3, 1)))).all()
@@ -90,7 +90,7 @@ def test_the_effect_is_the_change_of_the_output_with_the_key_hidden():
         pattern[:, i, :, i + 1 :] = 0
     pattern /= pattern.sum(-1, keepdim=True)
     values, weights = torch.randn(2, n, 2, width).double(), torch.randn(heads, width, d_model)
-    found = removal_effects(pattern, values, output_maps(weights))
+    effects = removal_effects(pattern, values, output_maps(weights))
     for s, h, k in np.ndindex(2, heads, n):
         total = 0.0
         for i in range(n):
@@ -100,7 +100,7 @@ def test_the_effect_is_the_change_of_the_output_with_the_key_hidden():
             hidden = row.clone()
             hidden[k] = 0
             total += float((hidden / hidden.sum() @ read - row @ read).norm())
-        assert found[s, k, h] == pytest.approx(total, rel=1e-6)
+        assert effects[s, k, h] == pytest.approx(total, rel=1e-6)
 
 
 def test_effects_of_a_recorded_model(tiny_models, tmp_path):

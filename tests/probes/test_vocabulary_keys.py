@@ -99,8 +99,8 @@ def test_k_means_ends_where_no_row_changes_and_assigns_the_nearest_centre():
 def test_settings_choose_clusters_rows_and_seeds(tmp_path):
     keys, centres = clustered_keys()
     store = store_of(tmp_path / "s", keys, centres[DRAW.integers(CLUSTERS, size=160)])
-    one = VocabularyKeys(seeds=1).run(store).data
-    assert (int(one["clusters"]), int(one["rows"]), float(one["seed_spread"])) == (15, 152, 0.0)
+    data = VocabularyKeys(seeds=1).run(store).data
+    assert (int(data["clusters"]), int(data["rows"]), float(data["seed_spread"])) == (15, 152, 0.0)
     few = VocabularyKeys(clusters=4, row_limit=40, seeds=3, unit=True).run(store).data
     assert (int(few["clusters"]), int(few["rows"])) == (4, 40)
     assert float(few["seed_spread"]) > 0

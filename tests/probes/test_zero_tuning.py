@@ -92,10 +92,10 @@ def test_the_sweep_equals_weights_edited_after_an_eager_softmax(tiny, tiny_store
 
 
 def test_temperatures_are_those_of_scipy(tiny, tiny_store):
-    found = temperature_curve(tiny, MeasuredRows(tiny_store, {"all": np.array([1, 2])}), (0.5, 1.0, 2.0))
+    curve = temperature_curve(tiny, MeasuredRows(tiny_store, {"all": np.array([1, 2])}), (0.5, 1.0, 2.0))
     with torch.no_grad():
         logits = tiny.module(torch.tensor([IDS[0]])).logits[0, 1:3].double().numpy()
-    for line, temperature in zip(found, (0.5, 1.0, 2.0), strict=True):
+    for line, temperature in zip(curve, (0.5, 1.0, 2.0), strict=True):
         log = scipy.special.log_softmax(logits / temperature, axis=1)
         assert line[0] == pytest.approx(-np.mean([log[0, IDS[0][2]], log[1, IDS[0][3]]]), abs=1e-5)
         assert line[2] == pytest.approx(-(np.exp(log) * log).sum(1).mean(), abs=1e-5)

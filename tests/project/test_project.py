@@ -77,8 +77,8 @@ def test_make_demo_runs_the_demo_where_it_is_told(tmp_path):
     workbench.parent.mkdir()
     workbench.write_text(f'#!/bin/sh\nprintf "%s|" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n')
     workbench.chmod(0o755)
-    for given in ((), ("OUT=it's here",)):
-        demo = run_make("-o", ".venv/.installed", f"BIN={workbench.parent}", "demo", *given)
+    for variables in ((), ("OUT=it's here",)):
+        demo = run_make("-o", ".venv/.installed", f"BIN={workbench.parent}", "demo", *variables)
         assert demo.returncode == 0, demo.stderr
     assert (tmp_path / "calls").read_text().splitlines() == ["demo|--out|runs/demo|", "demo|--out|it's here|"]
 

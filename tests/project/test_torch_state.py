@@ -82,17 +82,17 @@ def numbers(folder: Path, device: str = "cpu") -> dict[str, np.ndarray]:
     store = wb.record(model, texts, out=folder / "s.acts", **options)
     features = wb.extract_features(store, sae, show_progress=False)
     metrics = sae_metrics(store, sae, model=model)
-    found = {site.label: store[site.name][:].numpy() for site in store.manifest.sites}
-    found["features"] = features[np.arange(store.rows)].toarray()
-    found["metrics"] = np.array([metrics.l0, metrics.explained_variance, metrics.loss.recovered])
-    found["encoded"] = sae.encode(store["resid_post", 2][:8]).cpu().numpy()
+    computed = {site.label: store[site.name][:].numpy() for site in store.manifest.sites}
+    computed["features"] = features[np.arange(store.rows)].toarray()
+    computed["metrics"] = np.array([metrics.l0, metrics.explained_variance, metrics.loss.recovered])
+    computed["encoded"] = sae.encode(store["resid_post", 2][:8]).cpu().numpy()
     for probe in PROBES:
         settings = {"device": device} if hasattr(probe, "device") else {}
         result = replace(probe, **settings).run(store, model=model)
         for name, values in result.data.items():
             if values.dtype.kind in "fiub":
-                found[f"{probe.name} {name}"] = values.values
-    return found
+                computed[f"{probe.name} {name}"] = values.values
+    return computed
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def test_results_are_those_of_a_fresh_process(state, expected, tmp_path):
     with ExitStack() as stack:
         for enter in STATES[state]:
             stack.enter_context(enter())
-        found = numbers(tmp_path)
+        computed = numbers(tmp_path)
     assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    assert found.keys() == expected.keys()
+    assert computed.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=f"{state}: {name}")
+        np.testing.assert_array_equal(computed[name], values, err_msg=f"{state}: {name}")
 
 
 # ---- on a pretend accelerator ---------------------------------------------------------------------------
@@ -125,9 +125,9 @@ def moved_modules(monkeypatch):
 def test_a_device_that_mixes_with_no_other_and_has_no_float64_gives_the_same(expected, tmp_path, moved_modules):
     with PretendDevice("mps"):
         assert wb.load_model("demo", device="mps").device == wb.load_sae("demo", device="mps").device != "cpu"
-        found = numbers(tmp_path, "mps")
+        computed = numbers(tmp_path, "mps")
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(computed[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_what_a_device_with_float64_computes_in_it_stays_there(expected, tmp_path, moved_modules):
@@ -150,7 +150,7 @@ def test_what_a_device_with_float64_computes_in_it_stays_there(expected, tmp_pat
         if values.dtype.kind in "fiub":
             np.testing.assert_allclose(moved.data[name], values, rtol=1e-3, atol=1e-4, err_msg=str(name))
     (recorded,) = (tmp_path / "f.acts" / "features").iterdir()
-    here, there = (each[np.arange(store.rows)].toarray() for each in (features, wb.open_features(recorded)))
+    here, there = (matrix[np.arange(store.rows)].toarray() for matrix in (features, wb.open_features(recorded)))
     np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-3)
 
 

@@ -64,8 +64,8 @@ def python(wheel, tmp_path_factory) -> Path:
     python = environment / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel, cwd=environment)
     (packages,) = environment.glob("lib/python*/site-packages")
-    others = [path for path in sys.path if "site-packages" in path]
-    (packages / "dependencies.pth").write_text("\n".join(others) + "\n")
+    folders = [path for path in sys.path if "site-packages" in path]
+    (packages / "dependencies.pth").write_text("\n".join(folders) + "\n")
     shutil.copy(ROOT / "tests" / "own_probe" / "norm_growth.py", packages)
     (packages / "own-1.0.dist-info").mkdir()
     (packages / "own-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")

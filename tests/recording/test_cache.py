@@ -28,14 +28,14 @@ def model(tiny_models, tiny_tokenizer):
 @pytest.fixture
 def recorded(monkeypatch):
     """Paths of the recordings that were made."""
-    made, real = [], recorder.record_plan
+    recordings, real = [], recorder.record_plan
 
     def counting(plan, model, texts, out, *options):
-        made.append(out)
+        recordings.append(out)
         return real(plan, model, texts, out, *options)
 
     monkeypatch.setattr(recorder, "record_plan", counting)
-    return made
+    return recordings
 
 
 def once(model, texts, folder, **settings):
@@ -54,19 +54,19 @@ def test_the_same_request_is_recorded_once_and_gives_what_record_gives(model, re
 
 def test_the_behaviour_of_the_model_is_measured_once(model, monkeypatch, tmp_path):
     measured, real = [], Model.identity
-    monkeypatch.setattr(Model, "identity", lambda one: measured.append(one) or real(one))
+    monkeypatch.setattr(Model, "identity", lambda model: measured.append(model) or real(model))
     once(model, TEXTS, tmp_path / "shared", context=16)
     assert measured == [model]
 
 
 def test_whatever_it_depends_on_gives_another(model, tiny_models, tiny_tokenizer, recorded, tmp_path):
-    other = Model(tiny_models["gpt2"], tiny_tokenizer, "tiny/llama")
+    gpt2 = Model(tiny_models["gpt2"], tiny_tokenizer, "tiny/llama")
     renamed = Model(model.module, tiny_tokenizer, "tiny/other")
     file = tmp_path / "texts.txt"
     file.write_text("Once upon a time")
-    asked = [
+    requests = [
         (model, TEXTS, {}),
-        (other, TEXTS, {}),
+        (gpt2, TEXTS, {}),
         (renamed, TEXTS, {}),
         (model, TEXTS[::-1], {}),
         (model, [{"text": text} for text in TEXTS], {}),
@@ -77,14 +77,14 @@ def test_whatever_it_depends_on_gives_another(model, tiny_models, tiny_tokenizer
         (model, TEXTS, {"sites": ("resid_post.0",)}),
         (model, TEXTS, {"max_rows": 5}),
     ]
-    stores = [once(of, texts, tmp_path / "shared", **settings) for of, texts, settings in asked]
-    assert len(recorded) == len({store.path for store in stores}) == len(asked)
+    stores = [once(of, texts, tmp_path / "shared", **settings) for of, texts, settings in requests]
+    assert len(recorded) == len({store.path for store in stores}) == len(requests)
     file.write_text("another time")
     assert once(model, file, tmp_path / "shared").path not in {store.path for store in stores}
-    for (of, texts, settings), store in zip(asked, stores, strict=True):
+    for (of, texts, settings), store in zip(requests, stores, strict=True):
         if texts is not file:
             assert once(of, texts, tmp_path / "shared", **settings).path == store.path
-    assert len(recorded) == len(asked) + 1
+    assert len(recorded) == len(requests) + 1
 
 
 def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
@@ -101,24 +101,24 @@ def test_an_interrupted_recording_is_resumed(model, tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "fill", killed)
     with pytest.raises(KeyboardInterrupt):
         once(model, TEXTS, tmp_path / "shared", **settings)
-    found = once(model, TEXTS, tmp_path / "shared", **settings)
+    store = once(model, TEXTS, tmp_path / "shared", **settings)
     assert len(whole.manifest.segments) > 2
     assert len(filled) == 1 + len(whole.manifest.segments)  # the first segment is not made again
-    assert found.manifest.fingerprint == whole.manifest.fingerprint
+    assert store.manifest.fingerprint == whole.manifest.fingerprint
 
 
 def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
-    inside, go_on, real, made, found = threading.Event(), threading.Event(), recorder.record_plan, [], []
+    inside, go_on, real, recordings, stores = threading.Event(), threading.Event(), recorder.record_plan, [], []
 
     def slow(*arguments, **options):
-        made.append(1)
+        recordings.append(1)
         inside.set()
         assert go_on.wait(30)
         return real(*arguments, **options)
 
     monkeypatch.setattr(recorder, "record_plan", slow)
     monkeypatch.setattr(sys, "stderr", waiting := io.StringIO())
-    threads = [threading.Thread(target=lambda: found.append(once(model, TEXTS, tmp_path))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: stores.append(once(model, TEXTS, tmp_path))) for _ in range(2)]
     threads[0].start()
     assert inside.wait(30)
     threads[1].start()
@@ -127,16 +127,16 @@ def test_two_at_once_record_it_once(model, tmp_path, monkeypatch):
     go_on.set()
     for thread in threads:
         thread.join()
-    assert len(made) == 1
-    assert found[0].manifest.fingerprint == found[1].manifest.fingerprint
+    assert len(recordings) == 1
+    assert stores[0].manifest.fingerprint == stores[1].manifest.fingerprint
 
 
 @pytest.mark.parametrize(
-    ("texts", "said"),
+    ("texts", "message"),
     [
         ("no such file", "texts must be a file or a list of documents, not 'no such file'"),
         ([object()], "texts holds a object; give strings, mappings or token ids"),
     ],
 )
-def test_texts_that_have_no_content_to_be_known_by_are_refused(model, texts, said, tmp_path):
-    assert refused(RequestError, lambda: once(model, texts, tmp_path)) == said
+def test_texts_that_have_no_content_to_be_known_by_are_refused(model, texts, message, tmp_path):
+    assert refused(RequestError, lambda: once(model, texts, tmp_path)) == message

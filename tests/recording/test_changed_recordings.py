@@ -94,15 +94,15 @@ def test_the_manifest_holds_canonical_records(model, plain, tmp_path):
     assert mean["of"]["rows"]["array"] == f"sha256:{digest}"
     from safetensors.numpy import load_file
 
-    kept = load_file(store.path / "interventions" / f"{digest}.safetensors")["array"]
-    assert np.array_equal(kept, rows.ids)
+    array = load_file(store.path / "interventions" / f"{digest}.safetensors")["array"]
+    assert np.array_equal(array, rows.ids)
     assert scale["kind"] == "scale_attention"
     assert scale["queries"] == {"index": {"start": 2, "stop": None, "step": 1}}
     assert scale["key"] == {"index": [0]}
 
 
 @pytest.mark.parametrize(
-    "other",
+    "records",
     [
         (),
         (wb.Add("resid_post.0", VALUE),),
@@ -113,11 +113,11 @@ def test_the_manifest_holds_canonical_records(model, plain, tmp_path):
         (wb.Add("resid_post.0", VALUE, 2.0, "unit"),),
     ],
 )
-def test_every_field_is_part_of_the_identity(model, other, tmp_path_factory):
+def test_every_field_is_part_of_the_identity(model, records, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "identity.acts"
     wanted = wb.Add("resid_post.0", VALUE, 2.0)
     store = record(model, folder, wanted)
-    text = refused(RequestError, lambda: record(model, folder, *other))
+    text = refused(RequestError, lambda: record(model, folder, *records))
     assert "interventions: 1 records (" in text
     assert record(model, folder, wanted).manifest.fingerprint == store.manifest.fingerprint
 
@@ -161,8 +161,8 @@ def test_spans_and_sql_choose_tokens_of_the_texts(model, plain, tmp_path):
         assert store.manifest.interventions.ran[0].rows == len(rows) > 0
         values = store["resid_post", 1][:]
         assert torch.equal(values[rows], VALUE.expand(len(rows), 32))
-        others = np.setdiff1d(np.arange(store.rows), rows)
-        assert not (values[others] == VALUE).all(1).any()
+        rest = np.setdiff1d(np.arange(store.rows), rows)
+        assert not (values[rest] == VALUE).all(1).any()
     for choice, message in (
         (wb.Tokens(span="person"), "no text has a span 'person'; labels: animal"),
         (wb.Tokens(sql="colour = 3"), 'Referenced column "colour" not found'),

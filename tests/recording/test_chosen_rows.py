@@ -104,8 +104,8 @@ def test_chosen_rows_are_appended_and_other_choices_refused(model, texts, tmp_pa
     assert appended.tokens["document"].to_pylist()[-1] == 2
     assert not (appended.verify()["severity"] == "error").any()
     before = contents(tmp_path / "x")
-    for other in ({"keep": [0]}, {"where": "is_last"}, {}):
-        message = refused(RequestError, lambda o=other: record(model, texts[:2], tmp_path / "x", append=True, **o))
+    for choice in ({"keep": [0]}, {"where": "is_last"}, {}):
+        message = refused(RequestError, lambda o=choice: record(model, texts[:2], tmp_path / "x", append=True, **o))
         assert "was recorded with other settings" in message
     assert contents(tmp_path / "x") == before
     record(model, texts, tmp_path / "all")
@@ -163,6 +163,6 @@ def test_workers_choose_the_same_rows(model, texts, tmp_path):
     record(model, texts, tmp_path / "one", **options)
     for index in (1, 0):
         record(model, texts, tmp_path / "two", workers=Share(index, 2), **options)
-    one, two = wb.open_store(tmp_path / "one"), wb.open_store(tmp_path / "two")
-    assert one.tokens.equals(two.tokens)
-    assert np.array_equal(one["resid_post", 1][:], two["resid_post", 1][:])
+    first, two = wb.open_store(tmp_path / "one"), wb.open_store(tmp_path / "two")
+    assert first.tokens.equals(two.tokens)
+    assert np.array_equal(first["resid_post", 1][:], two["resid_post", 1][:])

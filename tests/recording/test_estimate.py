@@ -42,14 +42,14 @@ def test_disk_is_that_of_the_recording(tiny, tmp_path, rows, settings, within):
 
 
 def test_workers_divide_the_time_and_nothing_else(tiny):
-    one, eight = (wb.plan(tiny, rows=1e8, workers=n, seconds=0.05, sites="resid_post", context=32) for n in (1, 8))
-    assert one.disk == eight.disk
-    assert one.rows == 100_000_000
-    assert one.seconds == one.rows / one.rows_per_second
+    single, eight = (wb.plan(tiny, rows=1e8, workers=n, seconds=0.05, sites="resid_post", context=32) for n in (1, 8))
+    assert single.disk == eight.disk
+    assert single.rows == 100_000_000
+    assert single.seconds == single.rows / single.rows_per_second
     assert eight.seconds == eight.rows / eight.rows_per_second / 8
     assert eight.bytes_per_second == eight.disk / eight.seconds
     assert "with 8 workers, each " in str(eight)
-    assert "with 1 worker, each " in str(one)
+    assert "with 1 worker, each " in str(single)
 
 
 def test_a_wider_site_takes_more_disk_and_a_deeper_one_more_time(tiny):
@@ -69,7 +69,7 @@ def test_memory_is_what_this_process_holds(tiny):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({"rows": 0}, "rows must be a whole number, at least 1, not 0"),
         ({"rows": 1.5}, "rows must be a whole number, at least 1, not 1.5"),
@@ -77,9 +77,9 @@ def test_memory_is_what_this_process_holds(tiny):
         ({"rows": 10, "sites": "resid_pots"}, "resid_pots"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(tiny, asked, message):
+def test_what_cannot_be_planned_is_refused(tiny, options, message):
     with pytest.raises(RequestError, match=message):
-        wb.plan(tiny, **asked)
+        wb.plan(tiny, **options)
 
 
 def test_the_command_prints_it(capsys):

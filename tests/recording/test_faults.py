@@ -29,7 +29,7 @@ def limit_file_size(size: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def run_recording(out: str, file_limit: int | None, told) -> None:
+def run_recording(out: str, file_limit: int | None, answers) -> None:
     """In a process of its own: records a tiny random model in many small segments; tells how it ended."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,12 +53,12 @@ def run_recording(out: str, file_limit: int | None, told) -> None:
             batch_tokens=256,
             show_progress=False,
         )
-        told.put(("done", store.rows))
+        answers.put(("done", store.rows))
     except WorkbenchError as error:
-        told.put((type(error).__name__, str(error)))
+        answers.put((type(error).__name__, str(error)))
 
 
-def run_extraction(out: str, file_limit: int | None, told, mutual: bool = False) -> None:
+def run_extraction(out: str, file_limit: int | None, answers, mutual: bool = False) -> None:
     """In a process of its own: features of the store beside `out`, in many small segments; tells how it ended."""
     import torch
 
@@ -70,13 +70,13 @@ def run_extraction(out: str, file_limit: int | None, told, mutual: bool = False)
     sae = wb.load_sae(Path(out).with_name("sae"), device="cpu")
     encoding.SEGMENT_ROWS = 250
     limit_file_size(file_limit)
-    told.put("begun")
+    answers.put("begun")
     try:
         sparsity = MutualChoice(6) if mutual else None
         features = wb.extract_features(store, sae, out=out, sparsity=sparsity, batch_rows=50, show_progress=False)
-        told.put(("done", features.shape[0]))
+        answers.put(("done", features.shape[0]))
     except WorkbenchError as error:
-        told.put((type(error).__name__, str(error)))
+        answers.put((type(error).__name__, str(error)))
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +86,17 @@ def processes():
 
 
 def start(processes, out: Path, file_limit: int | None = None, work=run_recording):
-    told = processes.SimpleQueue()
-    process = processes.Process(target=work, args=(str(out), file_limit, told))
+    answers = processes.SimpleQueue()
+    process = processes.Process(target=work, args=(str(out), file_limit, answers))
     process.start()
-    return process, told
+    return process, answers
 
 
 def finish(processes, out: Path, file_limit: int | None = None, work=run_recording) -> tuple:
-    process, told = start(processes, out, file_limit, work)
+    process, answers = start(processes, out, file_limit, work)
     process.join(120)
     assert process.exitcode == 0
-    while (end := told.get()) == "begun":
+    while (end := answers.get()) == "begun":
         pass
     return end
 
@@ -116,7 +116,7 @@ def test_killed_at_ten_random_moments_it_resumes_to_the_same_bytes(processes, un
     moments = random.Random(7)
     kills, rows = 0, []
     for _ in range(KILLS * 3):
-        process, _told = start(processes, tmp_path / "s")
+        process, _answers = start(processes, tmp_path / "s")
         # from before the store exists to near the end of what one undisturbed run would take
         process.join(moments.uniform(0.05, 0.9) * seconds)
         if process.is_alive():
@@ -176,10 +176,10 @@ def extraction(request, processes, tmp_path_factory):
     write_store(folder / "x.acts", [[8] * 100] * 10, sites=(site,))
     save_sae(folder / "sae", "jumprelu", d_in=16, d_sae=200, hook_name=site.name, model_name="demo")
     work = partial(run_extraction, mutual=request.param)
-    process, told = start(processes, folder / "whole", work=work)
-    assert told.get() == "begun"
+    process, answers = start(processes, folder / "whole", work=work)
+    assert answers.get() == "begun"
     began = time.monotonic()
-    assert told.get() == ("done", 8000)
+    assert answers.get() == ("done", 8000)
     seconds = time.monotonic() - began
     process.join(120)
     return folder, work, contents(folder / "whole"), seconds
@@ -188,10 +188,10 @@ def extraction(request, processes, tmp_path_factory):
 def test_an_extraction_killed_at_random_moments_resumes_to_the_same_bytes(processes, extraction):
     folder, work, whole, seconds = extraction
     out, unfinished = folder / "features", folder / ".features.partial"
-    moments, kills, found = random.Random(7), 0, set()
+    moments, kills, names = random.Random(7), 0, set()
     for _ in range(KILLS * 3):
-        process, told = start(processes, out, work=work)
-        assert told.get() == "begun"
+        process, answers = start(processes, out, work=work)
+        assert answers.get() == "begun"
         process.join(moments.uniform(0, 0.6) * seconds)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -199,14 +199,14 @@ def test_an_extraction_killed_at_random_moments_resumes_to_the_same_bytes(proces
         else:
             seconds *= 0.7  # the undisturbed run met a busier machine
         process.join()
-        found |= {path.name.split("-")[0] for path in unfinished.rglob("*")}
+        names |= {path.name.split("-")[0] for path in unfinished.rglob("*")}
         if out.exists():  # never there before it is whole
             assert contents(out) == whole
             shutil.rmtree(out)
         if kills == KILLS:
             break
     assert kills == KILLS
-    assert {"extraction.json", "000000000250"} <= found
+    assert {"extraction.json", "000000000250"} <= names
     assert finish(processes, out, work=work) == ("done", 8000)
     assert contents(out) == whole
     assert not unfinished.exists()

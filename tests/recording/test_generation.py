@@ -25,14 +25,14 @@ def made(model):
 
 def test_recorded_states_are_those_of_every_step(model, made, tmp_path):
     store = wb.record(model, made, sites=["resid_post.1"], out=tmp_path / "x", dtype="float32", show_progress=False)
-    for number, one in enumerate(made.all):
-        prompt = torch.tensor([one.token_ids[: one.prompt_tokens]])
+    for number, text in enumerate(made.all):
+        prompt = torch.tensor([text.token_ids[: text.prompt_tokens]])
         plain = model.module.generate(
             prompt, max_new_tokens=8, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
         )
-        new = len(one.token_ids) - one.prompt_tokens
-        assert plain.sequences[0].tolist()[: len(one.token_ids)] == list(one.token_ids)
-        steps = torch.cat([step[2][0] for step in plain.hidden_states])[: one.prompt_tokens + new - 1]
+        new = len(text.token_ids) - text.prompt_tokens
+        assert plain.sequences[0].tolist()[: len(text.token_ids)] == list(text.token_ids)
+        steps = torch.cat([step[2][0] for step in plain.hidden_states])[: text.prompt_tokens + new - 1]
         recorded = store.where("prompt = ?", [number])["resid_post", 1][: len(steps)]
         torch.testing.assert_close(recorded, steps, atol=1e-5, rtol=1e-5)
 
@@ -40,11 +40,11 @@ def test_recorded_states_are_those_of_every_step(model, made, tmp_path):
 def test_columns_mark_prompt_and_steps_and_the_manifest_has_the_settings(model, made, tmp_path):
     store = wb.record(model, made, sites=["resid_post.1"], out=tmp_path / "x", show_progress=False)
     table = store.tokens.to_pandas()
-    for number, one in enumerate(made.all):
+    for number, text in enumerate(made.all):
         part = table[table["prompt"] == number]
-        assert part["token_id"].tolist() == list(one.token_ids)
-        assert part["generated"].tolist() == [place >= one.prompt_tokens for place in range(len(part))]
-        assert part["step"].dropna().tolist() == list(range(len(part) - one.prompt_tokens))
+        assert part["token_id"].tolist() == list(text.token_ids)
+        assert part["generated"].tolist() == [place >= text.prompt_tokens for place in range(len(part))]
+        assert part["step"].dropna().tolist() == list(range(len(part) - text.prompt_tokens))
         assert part["sample"].tolist() == [0] * len(part)
     settings = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0}
     assert store.manifest.parts[0].generation == (settings,)
@@ -69,11 +69,11 @@ def test_padding_changes_no_token(model, made):
 
 
 def test_the_token_that_ends_a_text_is_the_last_one(model, made, monkeypatch):
-    one = made.all[1]
-    end = one.token_ids[one.prompt_tokens + 1]
+    text = made.all[1]
+    end = text.token_ids[text.prompt_tokens + 1]
     monkeypatch.setattr(model.module.generation_config, "eos_token_id", [end, 5])
     first, second, _ = wb.generate(model, PROMPTS, 8, show_progress=False).all
-    assert second.token_ids == one.token_ids[: one.prompt_tokens + 2]
+    assert second.token_ids == text.token_ids[: text.prompt_tokens + 2]
     assert first.token_ids[: len(first.token_ids)] == made.all[0].token_ids[: len(first.token_ids)]
 
 
@@ -86,19 +86,19 @@ def test_seeds_samples_and_sampling_settings(model):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert draw(seed=1).all == first.all
     assert draw(seed=2).all != first.all
-    assert [one.sample for one in first.all] == [0, 1, 2]
-    assert len({one.token_ids for one in first.all}) > 1
+    assert [text.sample for text in first.all] == [0, 1, 2]
+    assert len({text.token_ids for text in first.all}) > 1
     greedy = wb.generate(model, ["Hi"], 6, show_progress=False).all[0].token_ids
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
-        assert {one.token_ids for one in draw(seed=1, **narrow).all} == {greedy}
+        assert {text.token_ids for text in draw(seed=1, **narrow).all} == {greedy}
 
 
 def test_an_intervention_acts_on_what_is_generated(model, made):
     direction = 3 * torch.sign(torch.randn(256, generator=torch.Generator().manual_seed(0)))
     with wb.intervene(model, wb.Add("resid_post.1", direction, at="new")):
         changed = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
-    for one, other in zip(made.all, changed.all, strict=True):
-        assert one.token_ids[: one.prompt_tokens + 1] == other.token_ids[: one.prompt_tokens + 1]
+    for plain, steered in zip(made.all, changed.all, strict=True):
+        assert plain.token_ids[: plain.prompt_tokens + 1] == steered.token_ids[: plain.prompt_tokens + 1]
     assert changed.all != made.all
 
 

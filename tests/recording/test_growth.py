@@ -32,11 +32,11 @@ def assert_same_arrays(store, expected):
         torch.testing.assert_close(store[site.label][:], expected[site.label][:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("given", ["texts", "None"])
-def test_a_grown_store_has_the_arrays_of_one_recorded_at_once(model, tmp_path, given):
+@pytest.mark.parametrize("kind", ["texts", "None"])
+def test_a_grown_store_has_the_arrays_of_one_recorded_at_once(model, tmp_path, kind):
     store = recorded(model, tmp_path / "s", sites=FEW)
     before = {name: data for name, data in contents(store.path).items() if "manifest" not in name}
-    if given == "texts":
+    if kind == "texts":
         store = recorded(model, store.path, sites=ALL)
     else:
         store = record(model, None, out=store, sites=ALL[1:], show_progress=False)
@@ -57,19 +57,19 @@ def test_appended_stores_grow_from_their_own_tokens_in_a_type_of_their_own(model
     store = record(model, None, out=path, sites="resid_mid", dtype="float16", show_progress=False)
     assert store["resid_mid", 0].dtype == torch.float16
     assert store.manifest.fingerprint == fingerprint
-    one = recorded(model, tmp_path / "one", MORE, sites=["resid_mid.0"], dtype="float16")
-    torch.testing.assert_close(store["resid_mid", 0][-one.rows :], one["resid_mid", 0][:], rtol=0, atol=0)
+    more = recorded(model, tmp_path / "one", MORE, sites=["resid_mid.0"], dtype="float16")
+    torch.testing.assert_close(store["resid_mid", 0][-more.rows :], more["resid_mid", 0][:], rtol=0, atol=0)
     assert store.verify().empty
 
 
 def test_a_store_does_not_grow_by_another_model_or_other_texts(model, tmp_path):
     path = recorded(model, tmp_path / "s", sites=FEW).path
     before = contents(path)
-    other = tiny_model()
+    changed = tiny_model()
     with torch.no_grad():
-        other.module.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+        changed.module.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     requests = {
-        "the model is not the recorded one: its weights": lambda: recorded(other, path, sites=ALL),
+        "the model is not the recorded one: its weights": lambda: recorded(changed, path, sites=ALL),
         "holds other texts": lambda: recorded(model, path, TEXTS[:-1], sites=ALL),
         "the texts differ from the recorded ones": lambda: recorded(model, path, [*TEXTS[:-1], [20, 22]], sites=ALL),
         "context: 8 in the store, 16 requested": lambda: recorded(model, path, sites=ALL, context=16),

@@ -61,20 +61,20 @@ def disabled_adapter(module):
 
 def buffer(module):
     rotary = module.model.rotary_emb
-    kept = rotary.inv_freq.clone()
+    before = rotary.inv_freq.clone()
     rotary.inv_freq *= 0.5
-    return lambda: rotary.inv_freq.copy_(kept)
+    return lambda: rotary.inv_freq.copy_(before)
 
 
 def attribute(module):
     attention = module.model.layers[1].self_attn
-    kept, attention.scaling = attention.scaling, 0.9 * attention.scaling
-    return lambda: setattr(attention, "scaling", kept)
+    before, attention.scaling = attention.scaling, 0.9 * attention.scaling
+    return lambda: setattr(attention, "scaling", before)
 
 
 def config(module):
-    kept, module.config.rms_norm_eps = module.config.rms_norm_eps, 0.5  # not read after construction, as Llama's is
-    return lambda: setattr(module.config, "rms_norm_eps", kept)
+    before, module.config.rms_norm_eps = module.config.rms_norm_eps, 0.5  # not read after construction, as Llama's is
+    return lambda: setattr(module.config, "rms_norm_eps", before)
 
 
 def method(module):

@@ -40,8 +40,8 @@ def test_append_other_texts_and_other_settings_are_refused_in_a_line(model, path
         message = refused(RequestError, lambda: wb.record(model, ["more"], out=path, append=True, **OPTIONS))
         assert message == f"append: {path} is read-only; make it writable, or append to a copy of it"
         assert "holds other texts" in refused(RequestError, lambda: wb.record(model, ["more"], out=path, **OPTIONS))
-        other = OPTIONS | {"context": 5}
-        assert "other settings" in refused(RequestError, lambda: wb.record(model, TEXTS, out=path, **other))
+        shorter = OPTIONS | {"context": 5}
+        assert "other settings" in refused(RequestError, lambda: wb.record(model, TEXTS, out=path, **shorter))
         more = OPTIONS | {"sites": ["resid_mid.0"]}
         assert "is read-only and lacks" in refused(RequestError, lambda: wb.record(model, TEXTS, out=path, **more))
 

@@ -74,10 +74,10 @@ def test_patterns_are_those_of_eager_attention(tiny_models, sequences, tmp_path)
             with torch.no_grad():
                 attentions = eager(input_ids=torch.tensor([ids]), output_attentions=True).attentions
             for layer, expected in enumerate(attentions):
-                found = store["pattern", layer][first : first + len(ids)]
-                assert found.shape == (len(ids), 4, 20)
-                torch.testing.assert_close(found[..., : len(ids)], expected[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
-                assert not found[..., len(ids) :].any()
+                pattern = store["pattern", layer][first : first + len(ids)]
+                assert pattern.shape == (len(ids), 4, 20)
+                torch.testing.assert_close(pattern[..., : len(ids)], expected[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
+                assert not pattern[..., len(ids) :].any()
             first += len(ids)
 
 
@@ -97,9 +97,11 @@ def test_heads_are_those_the_bridge_shows(tiny_models, sequences, tiny_tokenizer
                 names = [f"blocks.{layer}.attn.{kind}" for kind in kinds]
                 names += [f"blocks.{layer}.{kind}" for kind in ("mlp.hook_post", "hook_attn_out", "hook_mlp_out")]
                 for name in names:
-                    found = store[name][first : first + len(ids)]
-                    expected = cache[name][0].reshape(found.shape)
-                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+                    stored = store[name][first : first + len(ids)]
+                    expected = cache[name][0].reshape(stored.shape)
+                    torch.testing.assert_close(
+                        stored, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    )
             first += len(ids)
 
 
@@ -135,10 +137,10 @@ def test_a_real_model_on_real_stories(stories260k, tinystories, tmp_path):
 def test_dtype_is_what_is_stored(dtype, step, llama, sequences, tmp_path):
     exact = record(llama, sequences, tmp_path / "exact")
     store = record(llama, sequences, tmp_path / "s", dtype=dtype)
-    found = store["resid_post", 1][:]
-    assert found.dtype == getattr(torch, dtype)
-    assert torch.equal(found, exact["resid_post", 1][:].to(found.dtype))
-    error = ((found.float() - exact["resid_post", 1][:]) / exact["resid_post", 1][:]).abs().max()
+    stored = store["resid_post", 1][:]
+    assert stored.dtype == getattr(torch, dtype)
+    assert torch.equal(stored, exact["resid_post", 1][:].to(stored.dtype))
+    error = ((stored.float() - exact["resid_post", 1][:]) / exact["resid_post", 1][:]).abs().max()
     assert step / 4 <= error <= step
 
 
@@ -149,14 +151,16 @@ def test_values_beyond_the_stored_type_are_counted_reported_and_stay_finite(llam
     exact = record(Model(module, None, "loud"), sequences, tmp_path / "exact")["resid_post", 0][:]
     beyond = exact.abs() > 65504
     assert 0 < beyond.sum() < beyond.numel()
-    said = rf"^{beyond.sum():,} values of resid_post.0 are beyond float16 and stored as ±65504; record with dtype='bfl"
-    with warned(said), warned("resid_post.1 are beyond"):
+    message = (
+        rf"^{beyond.sum():,} values of resid_post.0 are beyond float16 and stored as ±65504; record with dtype='bfl"
+    )
+    with warned(message), warned("resid_post.1 are beyond"):
         store = record(
             Model(module, None, "loud"), sequences, tmp_path / "s", dtype="float16", sites=["resid_post.0:2"]
         )
-    found = store["resid_post", 0][:]
-    assert (found[beyond].abs() == 65504).all()
-    assert torch.equal(found[~beyond], exact[~beyond].half())
+    stored = store["resid_post", 0][:]
+    assert (stored[beyond].abs() == 65504).all()
+    assert torch.equal(stored[~beyond], exact[~beyond].half())
     findings = store.verify()
     counted = findings[
         (findings["finding"] == "overflow") & findings["detail"].str.contains("blocks.0.hook_resid_post")
@@ -241,18 +245,18 @@ def test_text_column_and_metadata_reach_the_token_table(tiny_models, tiny_tokeni
     store = record(model, file, tmp_path / "s", text_column="body", metadata=["tag"])
     assert store.tokens.column_names[-1] == "tag"
     assert len(store.where("tag = 'news'")) == len(tiny_tokenizer("Monday").input_ids)
-    everything = record(model, file, tmp_path / "t", text_column="body")
-    assert len(everything.where("year = 1")) == store.rows - len(store.where("tag = 'news'"))
+    with_metadata = record(model, file, tmp_path / "t", text_column="body")
+    assert len(with_metadata.where("year = 1")) == store.rows - len(store.where("tag = 'news'"))
 
 
 def test_settings_as_one_record_mean_the_same_as_keywords_which_override_it(llama, sequences, tmp_path):
     settings = wb.Recording(sites=("resid_post.1",), dtype="float32", segment_rows=12)
     keywords = record(llama, sequences, tmp_path / "k", sites=["resid_post.1"], segment_rows=12)
-    one = wb.record(llama, sequences, out=tmp_path / "r", settings=settings, show_progress=False)
-    assert one.manifest.fingerprint == keywords.manifest.fingerprint
-    other = wb.record(llama, sequences, out=tmp_path / "o", settings=settings, sites="embed", show_progress=False)
-    assert [site.short for site in other.sites] == ["embed"]
-    assert len(other.manifest.segments) == len(one.manifest.segments)
+    by_record = wb.record(llama, sequences, out=tmp_path / "r", settings=settings, show_progress=False)
+    assert by_record.manifest.fingerprint == keywords.manifest.fingerprint
+    embed_alone = wb.record(llama, sequences, out=tmp_path / "o", settings=settings, sites="embed", show_progress=False)
+    assert [site.short for site in embed_alone.sites] == ["embed"]
+    assert len(embed_alone.manifest.segments) == len(by_record.manifest.segments)
     with pytest.raises(TypeError, match="segment_row"):
         wb.record(llama, sequences, out=tmp_path / "x", segment_row=12)
 

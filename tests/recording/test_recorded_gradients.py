@@ -47,19 +47,19 @@ def ids_of(store):
 
 def expected(model, store, value):
     """Gradients of value(logits of one sequence, its number), sequence by sequence, as rows of the store."""
-    sites, kept = model.site_map.select(SITES), {}
+    sites, tensors = model.site_map.select(SITES), {}
     for number, (rows, ids) in enumerate(ids_of(store)):
         _, gradients = gradients_of(
             model, sites, ids[None], torch.ones_like(ids)[None], lambda logits, number=number: value(logits[0], number)
         )
         for name, gradient in gradients.items():
-            kept.setdefault(name, torch.zeros(store.rows, *gradient.shape[2:]))[rows] = gradient[0]
-    return kept
+            tensors.setdefault(name, torch.zeros(store.rows, *gradient.shape[2:]))[rows] = gradient[0]
+    return tensors
 
 
 def token(model, text):
-    (one,) = model.tokenizer(text)["input_ids"]
-    return one
+    (token_id,) = model.tokenizer(text)["input_ids"]
+    return token_id
 
 
 def check(store, values):
@@ -72,7 +72,7 @@ def check(store, values):
 
 
 def test_a_store_holds_the_gradients_of_each_sequences_own_answer_beside_the_activations(model, store):
-    pairs = [(token(model, one["answer"]), token(model, one["wrong"])) for one in TEXTS]
+    pairs = [(token(model, text["answer"]), token(model, text["wrong"])) for text in TEXTS]
     check(
         store,
         expected(model, store, lambda logits, number: logits[-1, pairs[number][0]] - logits[-1, pairs[number][1]]),
@@ -95,15 +95,15 @@ def test_other_metrics_and_choices_of_tokens(model, store, tmp_path):
 
     def loss(logits, number, rows=slice(None)):
         following = ids[number][1:]
-        each = -logits.log_softmax(-1)[:-1].gather(-1, following[:, None])[:, 0]
-        return each[rows].sum()
+        losses = -logits.log_softmax(-1)[:-1].gather(-1, following[:, None])[:, 0]
+        return losses[rows].sum()
 
     check(whole := record(model, tmp_path / "loss", wb.NextTokenLoss()), expected(model, store, loss))
-    one = record(model, tmp_path / "one", wb.NextTokenLoss(at=1))
-    check(one, expected(model, store, lambda logits, number: loss(logits, number, [1])))
+    at_one = record(model, tmp_path / "one", wb.NextTokenLoss(at=1))
+    check(at_one, expected(model, store, lambda logits, number: loss(logits, number, [1])))
     assert whole.manifest.gradient_of == {"kind": "next_token_loss", "at": {"index": "all"}}
     by_sql = record(model, tmp_path / "sql", wb.NextTokenLoss(at=wb.Tokens(sql="position = 1")))
-    assert torch.equal(by_sql["grad.z.1"][:], one["grad.z.1"][:])
+    assert torch.equal(by_sql["grad.z.1"][:], at_one["grad.z.1"][:])
 
 
 def test_the_metric_is_part_of_the_identity_and_an_interrupted_recording_resumes(model, store, tmp_path, monkeypatch):

@@ -102,8 +102,8 @@ def test_labels_that_a_part_lacks_are_null_and_other_types_are_refused_before_th
     record(model, RECORDS, tmp_path / "s")
     store = record(model, RECORDS[:1], tmp_path / "s", append=True)
     assert store.where("entity = 'once'").tokens["document"].to_pylist() == [0] * 4 + [3] * 4
-    others = [{"text": TEXT, "tag": "x", "spans": {"entity": SPANS["entity"]}}]
-    store = record(model, others, tmp_path / "s", append=True)
+    fewer_labels = [{"text": TEXT, "tag": "x", "spans": {"entity": SPANS["entity"]}}]
+    store = record(model, fewer_labels, tmp_path / "s", append=True)
     added = store.tokens.filter(pc.field("document") == 4)
     assert added["rank"].null_count == len(added) > 0
     assert set(store.where("entity = 'once'").tokens["document"].to_pylist()) == {0, 3, 4}

@@ -112,18 +112,18 @@ def test_stores_of_a_model_in_one_folder_have_the_unembedding_once(model, tmp_pa
 
 
 def test_a_damaged_unembedding_or_one_of_another_model_is_not_linked(model, tmp_path):
-    one = recorded(model, tmp_path / "one", TEXTS[:1])
-    file = one.path / "unembed.safetensors"
+    first = recorded(model, tmp_path / "one", TEXTS[:1])
+    file = first.path / "unembed.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.unlink()
     file.write_bytes(damaged)
     two = recorded(model, tmp_path / "two", TEXTS[:1])
     assert two.verify().empty
-    other = tiny_model()
+    changed = tiny_model()
     with torch.no_grad():
-        other.module.lm_head.weight[3, 3] += 1
-    three = recorded(other, tmp_path / "three", TEXTS[:1])
+        changed.module.lm_head.weight[3, 3] += 1
+    three = recorded(changed, tmp_path / "three", TEXTS[:1])
     assert three.manifest.unembed != two.manifest.unembed
     assert three.verify().empty
 

@@ -27,12 +27,12 @@ def test_the_interval_is_that_of_documents_not_of_tokens():
     draw = np.random.default_rng(0)
     level = draw.normal(size=10)
     values, document = np.repeat(level, 200), np.repeat(np.arange(10), 200)
-    found = clustered_interval(values, document, resamples=4000)
+    interval = clustered_interval(values, document, resamples=4000)
     by_hand = np.sort([level[draw.integers(10, size=10)].mean() for _ in range(4000)])
-    assert found.mean == pytest.approx(level.mean())
-    assert (found.low, found.high) == pytest.approx((by_hand[100], by_hand[3899]), abs=0.06)
+    assert interval.mean == pytest.approx(level.mean())
+    assert (interval.low, interval.high) == pytest.approx((by_hand[100], by_hand[3899]), abs=0.06)
     tokens = clustered_interval(values, np.arange(2000), resamples=500)
-    assert tokens.high - tokens.low < (found.high - found.low) / 5
+    assert tokens.high - tokens.low < (interval.high - interval.low) / 5
 
 
 def test_long_documents_weigh_more():
@@ -42,9 +42,9 @@ def test_long_documents_weigh_more():
 
 def test_seed_and_resamples():
     values, document = np.random.default_rng(0).normal(size=40), np.arange(40) // 2
-    once, again, other = (clustered_interval(values, document, seed=seed) for seed in (0, 0, 1))
+    once, again, of_another_seed = (clustered_interval(values, document, seed=seed) for seed in (0, 0, 1))
     assert once == again
-    assert once != other
+    assert once != of_another_seed
     assert (
         clustered_interval(values, document, resamples=1).low == clustered_interval(values, document, resamples=1).high
     )
@@ -73,8 +73,8 @@ def test_groups_of_one_document_take_no_part_in_the_gap():
 
 
 def test_nothing_gives_nan():
-    found = clustered_interval(np.full(3, math.nan), np.arange(3), resamples=5)
-    assert all(map(math.isnan, found))
+    interval = clustered_interval(np.full(3, math.nan), np.arange(3), resamples=5)
+    assert all(map(math.isnan, interval))
     assert all(map(math.isnan, clustered_interval(np.empty(0), np.empty(0, int), resamples=5)))
     assert central([math.nan, 2.0]) == (2.0, 2.0)
 

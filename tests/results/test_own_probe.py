@@ -135,9 +135,9 @@ def test_a_probe_of_a_script_is_saved_drawn_and_reported_and_later_needs_its_cla
         result.figures()
     assert "\n" not in str(caught.value)
     assert "__main__ does not define it here" in result._repr_html_()
-    given = wb.load_result(tmp_path / "norms", probe=NormGrowth)
-    assert given.headline().startswith("Mean residual norm grows from 2.0 to 8.0")
-    given.save(tmp_path / "norms")
+    loaded = wb.load_result(tmp_path / "norms", probe=NormGrowth)
+    assert loaded.headline().startswith("Mean residual norm grows from 2.0 to 8.0")
+    loaded.save(tmp_path / "norms")
     assert list(wb.load_result(tmp_path / "norms").figures()) == ["norm"]  # of the class that can be imported
 
 

@@ -233,14 +233,14 @@ def test_what_is_no_result_is_not_overwritten(result, tmp_path):
 
 def test_another_result_is_not_overwritten(result, saved, store, tmp_path):
     before = contents(saved)
-    others = [
+    variants = [
         LogitLens(top_k=1).run(store),
         dataclasses.replace(result, provenance={**result.provenance, "model_fingerprint": "0"}),
         dataclasses.replace(result, provenance={**result.provenance, "store_fingerprint": "0"}),
         dataclasses.replace(result, probe="other"),
     ]
-    for other in others:
-        assert refusal(RequestError, lambda other=other: other.save(saved)) == (
+    for variant in variants:
+        assert refusal(RequestError, lambda variant=variant: variant.save(saved)) == (
             f"out {str(saved)!r} holds another result of logit-lens; choose another folder or remove it"
         )
     assert contents(saved) == before
@@ -276,18 +276,18 @@ def test_a_missing_file(saved, name):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"format": "x"}, "format is 'x', expected 'workbench.result'"),
         ({"probe": None}, "result.json lacks one of format, version, probe, provenance"),
         ({"provenance": []}, "result.json lacks one of format, version, probe, provenance"),
     ],
 )
-def test_a_record_of_something_else(saved, change, said):
+def test_a_record_of_something_else(saved, change, message):
     record = json.loads((saved / "result.json").read_text())
     (saved / "result.json").write_text(json.dumps(record | change))
     assert refusal(DataError, lambda: load_result(saved)) == (
-        f"result {str(saved)!r} is damaged: {said}; run the probe again"
+        f"result {str(saved)!r} is damaged: {message}; run the probe again"
     )
 
 
@@ -326,8 +326,10 @@ def test_a_probe_of_somebody_elses(store, tmp_path):
 
 
 def test_a_probe_that_is_not_installed(result):
-    other = dataclasses.replace(result, probe="logit-len", provenance={**result.provenance, "probe_class": None})
-    assert refusal(RequestError, other.figures).startswith("probe 'logit-len' is not installed; nearest: logit-lens, ")
+    unknown = dataclasses.replace(result, probe="logit-len", provenance={**result.provenance, "probe_class": None})
+    assert refusal(RequestError, unknown.figures).startswith(
+        "probe 'logit-len' is not installed; nearest: logit-lens, "
+    )
     renamed = dataclasses.replace(result, probe="logit-len")
     assert "logit_lens:LogitLens is not here (it is not a probe named 'logit-len')" in refusal(
         RequestError, renamed.figures

@@ -31,8 +31,8 @@ COLUMNS = {
 }
 
 
-def same(one: object, other: object) -> bool:
-    return bool(pd.isna(one) and pd.isna(other)) or one == other
+def same(first: object, second: object) -> bool:
+    return bool(pd.isna(first) and pd.isna(second)) or first == second
 
 
 @pytest.mark.parametrize("name", COLUMNS)

@@ -43,8 +43,8 @@ def installed(monkeypatch):
 
 
 def files(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 # ---- one run --------------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def test_what_is_complete_is_read_and_not_run(tmp_path):
     first = execute(run)
     before = files(tmp_path)
     elsewhere = Run("toy", Config(recordings=Path("elsewhere")), run.folder)  # not part of what a run is
-    for asked in (run, elsewhere):
-        pd.testing.assert_frame_equal(execute(asked).table, first.table)
+    for same_run in (run, elsewhere):
+        pd.testing.assert_frame_equal(execute(same_run).table, first.table)
     assert (len(toy.RAN), files(tmp_path)) == (1, before)
 
 
@@ -114,8 +114,8 @@ def test_nothing_else_is_overwritten(tmp_path):
     folder = tmp_path / "one"
     execute(Run("toy", Config(), folder))
     before = files(tmp_path)
-    other = Run("toy", Config(factor=2.0, seed=1), folder)
-    assert refused(RequestError, lambda: execute(other)) == (
+    second_run = Run("toy", Config(factor=2.0, seed=1), folder)
+    assert refused(RequestError, lambda: execute(second_run)) == (
         f"out {str(folder)!r} holds a run with factor 1.0, not 2.0; choose another folder or remove it"
     )
     assert refused(RequestError, lambda: execute(Run("boy", Config(), folder))) == (
@@ -199,13 +199,13 @@ def test_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch):
         return real(config)
 
     monkeypatch.setattr(toy, "run", warning)
-    with warnings.catch_warnings(record=True) as shown:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = warnings.showwarning
         execute(Run("toy", Config(), tmp_path / "one"))
         assert warnings.showwarning is before
     assert "warning: few tokens" in (tmp_path / "one" / "log.txt").read_text()
-    assert [str(one.message) for one in shown] == ["few tokens"]
+    assert [str(warning.message) for warning in caught] == ["few tokens"]
 
 
 def test_logged_warnings_are_in_the_log_and_still_shown(tmp_path, monkeypatch, capsys):
@@ -279,8 +279,8 @@ def test_experiments_are_listed_and_found():
     assert refused(RequestError, lambda: find_experiment("toys")) == (
         "experiment 'toys' is not installed; nearest: toy; known: toy"
     )
-    gone = EntryPoint("gone", "no_such_package.study", "workbench.experiments")
-    assert summary(gone) == "cannot be loaded: there is no module no_such_package.study"
+    missing = EntryPoint("gone", "no_such_package.study", "workbench.experiments")
+    assert summary(missing) == "cannot be loaded: there is no module no_such_package.study"
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------
@@ -289,13 +289,13 @@ CHOICES = {"model": ("a", "broken", "b"), "factor": (1.0, 2.0), "seed": (0, 1)}
 
 
 def swept(out, choices=CHOICES, **options):
-    said = []
-    return sweep("toy", grid(Config, choices), out, report=said.append, **options), said
+    lines = []
+    return sweep("toy", grid(Config, choices), out, report=lines.append, **options), lines
 
 
 def test_a_grid_is_every_combination_once():
     configs = grid(Config, {"seed": (0, 1, 1), "factor": (1.0, 2.0)})
-    assert [(one.factor, one.seed) for one in configs] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1)]
+    assert [(config.factor, config.seed) for config in configs] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1)]
     assert grid(Config, {}) == [Config()]
     assert refused(RequestError, lambda: grid(Config, {"sead": (1,)})).startswith(
         "'sead' is not a setting of this experiment; nearest: seed"
@@ -309,20 +309,20 @@ def test_a_grid_is_every_combination_once():
 
 
 def test_a_sweep_ends_in_one_table_and_figure_although_cells_fail(tmp_path):
-    found, said = swept(tmp_path)
-    assert [outcome.state for outcome in found.outcomes] == ["done"] * 4 + ["failed"] * 4 + ["done"] * 4
-    assert len(said) == len(toy.RAN) == 12
-    assert said[0].startswith("[ 1 of 12; ")
-    assert "] model=a factor=1.0 seed=0: " in said[0]
-    assert said[-1].startswith("[12 of 12] model=b factor=2.0 seed=1: ")
-    assert "model=broken factor=1.0 seed=0: FAILED: unexpected RuntimeError: the line broke; see " in said[4]
+    sweep_result, lines = swept(tmp_path)
+    assert [outcome.state for outcome in sweep_result.outcomes] == ["done"] * 4 + ["failed"] * 4 + ["done"] * 4
+    assert len(lines) == len(toy.RAN) == 12
+    assert lines[0].startswith("[ 1 of 12; ")
+    assert "] model=a factor=1.0 seed=0: " in lines[0]
+    assert lines[-1].startswith("[12 of 12] model=b factor=2.0 seed=1: ")
+    assert "model=broken factor=1.0 seed=0: FAILED: unexpected RuntimeError: the line broke; see " in lines[4]
     table = pd.read_csv(tmp_path / "summary" / "table.csv")
     expected = [
         (model, factor, seed, x, factor * x + seed)
         for model, factor, seed, x in itertools.product("ab", (1.0, 2.0), (0, 1), range(3))
     ]
     assert table[["model", "factor", "seed", "x", "y"]].to_records(index=False).tolist() == expected
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "summary" / "table.parquet"), found.result.table)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "summary" / "table.parquet"), sweep_result.result.table)
     assert wb.load_result(tmp_path / "summary").figure().data[0].x.tolist() == [0, 1, 2] * 8
     assert [path.name for path in (tmp_path / "summary" / "figures").glob("*.html")] == ["lines.html"]
     cells = json.loads((tmp_path / "summary" / "sweep.json").read_text())["cells"]
@@ -335,10 +335,10 @@ def test_a_rerun_does_nothing_twice_and_tries_again_what_failed(tmp_path):
     swept(tmp_path)
     before = files(tmp_path / "summary")
     toy.RAN.clear()
-    again, said = swept(tmp_path)
+    again, lines = swept(tmp_path)
     assert [config.model for config in toy.RAN] == ["broken"] * 4
     assert [outcome.state for outcome in again.outcomes] == ["skipped"] * 4 + ["failed"] * 4 + ["skipped"] * 4
-    assert ": already complete: y up to " in said[0]
+    assert ": already complete: y up to " in lines[0]
     assert files(tmp_path / "summary") == before
     wider, _ = swept(tmp_path, CHOICES | {"model": ("a", "b"), "seed": (0, 1, 2)})
     assert [(config.seed, config.model) for config in toy.RAN[4:]] == [(2, "a"), (2, "a"), (2, "b"), (2, "b")]
@@ -348,15 +348,15 @@ def test_a_rerun_does_nothing_twice_and_tries_again_what_failed(tmp_path):
 def test_two_identical_sweeps_have_identical_tables(tmp_path):
     for name in ("one", "two"):
         swept(tmp_path / name, {"model": ("a", "b"), "seed": (0, 1)})
-    one, two = (files(tmp_path / name / "summary") for name in ("one", "two"))
-    assert one == two
+    first, two = (files(tmp_path / name / "summary") for name in ("one", "two"))
+    assert first == two
 
 
 class Backwards(ThisProcess):
     """Workers that end in another order."""
 
-    def map(self, begin, given, tasks, on_lost, device=None):
-        return super().map(begin, given, tasks[::-1], on_lost, device)
+    def map(self, begin, arguments, tasks, on_lost, device=None):
+        return super().map(begin, arguments, tasks[::-1], on_lost, device)
 
 
 def test_cells_may_end_in_any_order(tmp_path):
@@ -370,11 +370,11 @@ def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
     swept(tmp_path / "one")
     toy.RAN.clear()
     choices = CHOICES | {"model": ("a", "b")}
-    first, said = swept(tmp_path / "two", choices, workers=wb.Share(1, 2))
+    first, lines = swept(tmp_path / "two", choices, workers=wb.Share(1, 2))
     assert [config.seed for config in toy.RAN] == [1] * 4
     assert [outcome.run.config.seed for outcome in first.outcomes] == [1] * 4
     assert [run.config.seed for run in first.pending] == [0] * 4
-    assert said[-1].startswith("[4 of 4] model=b factor=2.0 seed=1: ")
+    assert lines[-1].startswith("[4 of 4] model=b factor=2.0 seed=1: ")
     states = [run["state"] for run in json.loads((tmp_path / "two" / "summary" / "sweep.json").read_text())["cells"]]
     assert states == ["left", "complete"] * 4
     last, _ = swept(tmp_path / "two", choices, workers=wb.Share(0, 2))
@@ -385,9 +385,9 @@ def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
 
 
 def test_a_sweep_in_which_all_fails_has_no_table(tmp_path):
-    found, _ = swept(tmp_path, {"model": ("broken", "refused")})
-    assert found.result is None
-    assert len(found.failed) == 2
+    sweep_result, _ = swept(tmp_path, {"model": ("broken", "refused")})
+    assert sweep_result.result is None
+    assert len(sweep_result.failed) == 2
     assert list(files(tmp_path / "summary")) == ["sweep.json"]
 
 
@@ -452,7 +452,7 @@ def test_the_sweep_command_tells_what_can_be_swept():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("tiy",), "experiment 'tiy' is not installed; nearest: toy; known: toy"),
         (("toy", "--factor", "-1"), "factor must not be negative, but is -1.0"),
@@ -460,10 +460,10 @@ def test_the_sweep_command_tells_what_can_be_swept():
         (("toy", "--sead", "1"), "nearest: --seed; see workbench sweep toy --help"),
     ],
 )
-def test_the_sweep_command_refuses_in_one_line(arguments, said, tmp_path):
+def test_the_sweep_command_refuses_in_one_line(arguments, message, tmp_path):
     code, out, err = command(cli.main, "sweep", *arguments, "--out", tmp_path / "s")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert said in err
+    assert message in err
     assert not (tmp_path / "s").exists()
 
 
@@ -471,11 +471,11 @@ def test_an_experiment_is_a_script_of_its_own(tmp_path):
     def script(arguments):
         cli.run_experiment("toy", arguments)
 
-    asked = ("--factor", 3, "--out", tmp_path / "one")
-    code, out, err = command(script, *asked)
+    options = ("--factor", 3, "--out", tmp_path / "one")
+    code, out, err = command(script, *options)
     assert (code, err) == (0, "")
     assert out == f"drawing a line\ny up to 6\nfigure  {tmp_path}/one/results/figures/lines.html\n"
-    code, out, _ = command(script, *asked)
+    code, out, _ = command(script, *options)
     assert (code, out.splitlines()[0]) == (0, f"already complete: {tmp_path}/one")
     code, out, err = command(script, "--factor", 4, "--out", tmp_path / "one")
     assert (code, out) == (2, "")

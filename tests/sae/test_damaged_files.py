@@ -42,8 +42,8 @@ def test_of_sparsify(file, tmp_path):
 
 @pytest.mark.parametrize("file", ["config.json", "ae.safetensors"])
 def test_of_dictionary_learning(file, tmp_path):
-    others = {"decoder.weight": TENSORS["encoder.weight"].T.copy(), "b_dec": np.zeros(8, np.float32)}
-    save_file(TENSORS | others | {"k": np.array(4), "threshold": np.array(-1.0)}, tmp_path / "ae.safetensors")
+    decoder = {"decoder.weight": TENSORS["encoder.weight"].T.copy(), "b_dec": np.zeros(8, np.float32)}
+    save_file(TENSORS | decoder | {"k": np.array(4), "threshold": np.array(-1.0)}, tmp_path / "ae.safetensors")
     trainer = {"dict_class": "AutoEncoderTopK", "k": 4, "activation_dim": 8, "dict_size": 20, "layer": 3}
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer | {"submodule_name": "resid_post_layer_3"}}))
     fuzz(lambda: encode(tmp_path), tmp_path / file, parts=safetensors if file != "config.json" else None)

@@ -38,9 +38,9 @@ def saved(folder, architecture, seed=0, **options):
     return load_sae(set_weights(folder, **rare), device="cpu")
 
 
-def matrix(found, features=D_SAE):
+def matrix(rows, features=D_SAE):
     """The rows as a dense matrix, after making sure that they are a CSR matrix in order without zeros."""
-    indptr, feature, value = (part.numpy() for part in (found.indptr, found.feature, found.value))
+    indptr, feature, value = (part.numpy() for part in (rows.indptr, rows.feature, rows.value))
     sparse = csr_array((value, feature, indptr), shape=(len(indptr) - 1, features))
     sparse.check_format()
     assert sparse.has_canonical_format
@@ -48,11 +48,11 @@ def matrix(found, features=D_SAE):
     return sparse.toarray()
 
 
-def assert_same(found, dense, slack=2e-6):
+def assert_same(encoded, dense, slack=2e-6):
     """Same support and values; `slack`: what float32 sums in another order differ by, of the largest."""
     dense = dense.numpy()
-    assert np.array_equal(found != 0, dense != 0)
-    np.testing.assert_allclose(found, dense, rtol=0, atol=slack * max(1e-30, np.abs(dense).max()))
+    assert np.array_equal(encoded != 0, dense != 0)
+    np.testing.assert_allclose(encoded, dense, rtol=0, atol=slack * max(1e-30, np.abs(dense).max()))
 
 
 # ---- what SAELens gives -----------------------------------------------------------------------------------
@@ -62,15 +62,17 @@ def assert_same(found, dense, slack=2e-6):
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *TRANSCODERS])
 def test_every_architecture_is_saelens_own(architecture, precision, tmp_path):
     sae = saved(tmp_path / "sae", architecture)
-    made = encoder(sae, precision=precision)
-    found = made(X)
-    assert (made.linear is None) == (architecture == "matching_pursuit")
-    assert (made.screen is not None) == (precision != "float32" and architecture not in ("abstopk", "matching_pursuit"))
+    encode = encoder(sae, precision=precision)
+    encoded = encode(X)
+    assert (encode.linear is None) == (architecture == "matching_pursuit")
+    assert (encode.screen is not None) == (
+        precision != "float32" and architecture not in ("abstopk", "matching_pursuit")
+    )
     dense = sae.encode(X)
     assert 0 < (dense != 0).sum() < dense.numel() / 2
-    assert_same(matrix(found), dense)
-    if made.screen:
-        assert found.unsettled < len(X) / 2
+    assert_same(matrix(encoded), dense)
+    if encode.screen:
+        assert encoded.unsettled < len(X) / 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -90,10 +92,10 @@ def test_settings_are_honoured(architecture, options, precision, tmp_path):
     plain = saved(tmp_path / "plain", architecture)
     sae = saved(tmp_path / "sae", architecture, **options)
     rows = X.reshape(150, 2, 12) if "reshape_activations" in options else X
-    found = matrix(encoder(sae, precision=precision)(rows))
-    assert_same(found, sae.encode(rows))
+    encoded = matrix(encoder(sae, precision=precision)(rows))
+    assert_same(encoded, sae.encode(rows))
     if rows is X:
-        assert not np.allclose(found, plain.encode(X).numpy())
+        assert not np.allclose(encoded, plain.encode(X).numpy())
 
 
 @pytest.mark.parametrize(
@@ -113,10 +115,10 @@ def test_matching_pursuit_is_its_definition_in_float64(options, tmp_path):
     directions = load_file(folder / "sae_weights.safetensors")["W_dec"]
     set_weights(folder, W_dec=directions / np.linalg.norm(directions, axis=1, keepdims=True))
     x = torch.cat([X[:40], torch.zeros(2, D_IN), -X[:1], 1e-3 * X[:1]])
-    found = encoder(load_sae(folder, device="cpu"))(x)
+    encoded = encoder(load_sae(folder, device="cpu"))(x)
     expected = encode64(folder, x.numpy())
-    assert_same(matrix(found, 60), torch.from_numpy(expected), 1e-5)
-    assert len({int(count) for count in found.indptr.diff()}) > 1
+    assert_same(matrix(encoded, 60), torch.from_numpy(expected), 1e-5)
+    assert len({int(count) for count in encoded.indptr.diff()}) > 1
 
 
 SEQUENCES = [[150], [1, 30, 70, 49], [50, 50, 50]]
@@ -127,28 +129,28 @@ SEQUENCES = [[150], [1, 30, 70, 49], [50, 50, 50]]
 def test_temporal_autoencoders_read_sequences(lengths, options, tmp_path):
     """A sequence at a time from its beginning, as SAELens' own `encode` takes it, and no row sees another sequence."""
     sae = saved(tmp_path / "sae", "temporal", kval_topk=9, **options)
-    made = encoder(sae)
+    encode = encoder(sae)
     with torch.no_grad():
         dense = torch.cat([sae.module.encode(part[None])[0] for part in X.split(lengths)])
-    assert_same(matrix(made(X, lengths)), dense)
+    assert_same(matrix(encode(X, lengths)), dense)
     if len(lengths) == 1:
-        assert_same(matrix(made(X)), dense)
-        assert_same(matrix(made(X)), sae.encode(X))
+        assert_same(matrix(encode(X)), dense)
+        assert_same(matrix(encode(X)), sae.encode(X))
     else:
-        assert not np.allclose(matrix(made(X, lengths)), matrix(made(X)))
+        assert not np.allclose(matrix(encode(X, lengths)), matrix(encode(X)))
     if not options:
         assert (dense != 0).sum(1).max() == 9
-    text = refused(RequestError, lambda: made(X, [100]))
+    text = refused(RequestError, lambda: encode(X, [100]))
     assert text == "lengths add up to 100 rows and there are 150; give one per sequence"
     x = X.clone()
     x[131, 5] = torch.nan
     with pytest.raises(NotFinite, match=r"^row 131 is not finite$"):
-        made(x, lengths)
+        encode(x, lengths)
     x[131] = 3e38
     with torch.no_grad():  # attention carries it to the whole sequence
         first = next(i for i, part in enumerate(x.split(lengths)) if not sae.module.encode(part[None]).isfinite().all())
     with pytest.raises(NotFinite, match=rf"^row {sum(lengths[:first])} gives features that are not finite$"):
-        made(x, lengths)
+        encode(x, lengths)
 
 
 def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
@@ -169,8 +171,8 @@ def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["topk", "matching_pursuit", "temporal"])
 def test_no_rows_have_no_features(architecture, tmp_path):
-    found = encoder(saved(tmp_path / "sae", architecture))(X[:0])
-    assert (found.indptr.tolist(), len(found.feature), len(found.value)) == ([0], 0, 0)
+    encoded = encoder(saved(tmp_path / "sae", architecture))(X[:0])
+    assert (encoded.indptr.tolist(), len(encoded.feature), len(encoded.value)) == ([0], 0, 0)
 
 
 def test_half_precision_rows_count_as_float32(tmp_path):
@@ -182,9 +184,9 @@ def test_a_hook_of_the_users_is_called(tmp_path):
     """The product and choice knows nothing of it, so the autoencoder itself encodes."""
     sae = saved(tmp_path / "sae", "jumprelu")
     sae.module.hook_sae_acts_pre.register_forward_hook(lambda _module, _inputs, pre: pre + 8)
-    made = encoder(sae)
-    assert made.linear is None
-    assert_same(matrix(made(X)), sae.encode(X))
+    encode = encoder(sae)
+    assert encode.linear is None
+    assert_same(matrix(encode(X)), sae.encode(X))
     text = refused(RequestError, lambda: encoder(sae, TopK(3)))
     assert text == "SAE 'sae' (jumprelu) has no pre-activations to select from; leave sparsity out"
 
@@ -217,7 +219,7 @@ def test_lower_precision_asked_of_torch_changes_nothing(way, tmp_path):
 def test_precision_is_the_devices(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
     for capabilities, screened in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda answer=capabilities: answer, raising=False)
         assert fast_bfloat16(torch.device("cpu")) is screened
         assert (encoder(sae).screen is not None) is screened
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
@@ -238,15 +240,15 @@ def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monke
     hopeless, easy = torch.ones(64, 8), torch.full((64, 8), -1.0)  # 200 equal features, or 8
     for expected in [1, 0, 0, 0, 0, 1] + 8 * [0] + [1]:
         tried.clear()
-        found = made(hopeless)
+        encoded = made(hopeless)
         assert len(tried) == expected
-        assert found.unsettled == 64
-        assert_top(matrix(found, 208), np.where(np.arange(208) < 200, 8.0, 0) * np.ones((64, 1)), 7)
+        assert encoded.unsettled == 64
+        assert_top(matrix(encoded, 208), np.where(np.arange(208) < 200, 8.0, 0) * np.ones((64, 1)), 7)
     tried.clear()
-    found = made(easy.repeat(18, 1))
+    encoded = made(easy.repeat(18, 1))
     assert len(tried) == 2  # 16 blocks without
-    assert found.unsettled == 16 * 64
-    assert_top(matrix(found, 208), np.where(np.arange(208) < 200, 0, 1.0) * np.ones((18 * 64, 1)), 7)
+    assert encoded.unsettled == 16 * 64
+    assert_top(matrix(encoded, 208), np.where(np.arange(208) < 200, 0, 1.0) * np.ones((18 * 64, 1)), 7)
     assert made(torch.cat([easy, hopeless, hopeless])).unsettled == 128
 
 
@@ -268,11 +270,11 @@ def test_another_choice_is_made_of_the_same_pre_activations(architecture, precis
         matrix(encoder(sae, TopK(7), precision)(X)), torch.from_numpy(np.where(rank < 7, np.maximum(pre, 0), 0))
     )
     threshold = torch.linspace(0, 20, D_SAE)
-    found = encoder(sae, Above(threshold), precision)(X)
-    assert_same(matrix(found), torch.from_numpy(pre * (pre > threshold.numpy())))
+    encoded = encoder(sae, Above(threshold), precision)(X)
+    assert_same(matrix(encoded), torch.from_numpy(pre * (pre > threshold.numpy())))
     size = np.abs(pre)
-    kept = (-size).argsort(1).argsort(1) < 7
-    assert_same(matrix(encoder(sae, AbsTopK(7), precision)(X)), torch.from_numpy(np.where(kept, pre, 0)))
+    chosen_entries = (-size).argsort(1).argsort(1) < 7
+    assert_same(matrix(encoder(sae, AbsTopK(7), precision)(X)), torch.from_numpy(np.where(chosen_entries, pre, 0)))
 
 
 def test_a_choice_out_of_range_is_refused(tmp_path):
@@ -312,14 +314,14 @@ def planted(folder, architecture, weight, bias=0.0, **settings):
     return load_sae(set_weights(folder, W_enc=weight, b_enc=np.full(weight.shape[1], bias)), device="cpu")
 
 
-def assert_top(found, pre, k):
+def assert_top(encoded, pre, k):
     """k entries a row where so many are above 0, each its pre-activation, none smaller than one left out."""
     pre = np.maximum(pre, 0)
-    assert np.array_equal((found != 0).sum(1), np.minimum(k, (pre > 0).sum(1)))
+    assert np.array_equal((encoded != 0).sum(1), np.minimum(k, (pre > 0).sum(1)))
     slack = 1e-6 * pre.max(1, keepdims=True, initial=1e-30)
-    assert (np.abs(np.where(found != 0, found - pre, 0)) <= slack).all()
+    assert (np.abs(np.where(encoded != 0, encoded - pre, 0)) <= slack).all()
     least = np.sort(pre, 1)[:, -k:].min(1, keepdims=True)
-    assert (np.where(found != 0, pre, np.inf) >= least - slack).all()
+    assert (np.where(encoded != 0, pre, np.inf) >= least - slack).all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -327,9 +329,9 @@ def test_ties_at_the_last_place_take_any_of_them(precision, tmp_path):
     weight = np.tile(np.random.default_rng(1).normal(size=(8, 8)), 25)
     sae = planted(tmp_path / "sae", "topk", weight, k=7)
     x = np.random.default_rng(2).integers(-3, 4, (50, 8)).astype(np.float32)
-    found = encoder(sae, precision=precision)(torch.from_numpy(x))
-    assert_top(matrix(found, 200), x.astype(np.float64) @ weight.astype(np.float32), 7)
-    assert found.unsettled == 0
+    encoded = encoder(sae, precision=precision)(torch.from_numpy(x))
+    assert_top(matrix(encoded, 200), x.astype(np.float64) @ weight.astype(np.float32), 7)
+    assert encoded.unsettled == 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -339,9 +341,9 @@ def test_rows_below_every_threshold_are_empty(architecture, precision, tmp_path)
     biases = [name for name, _ in sae.module.named_parameters() if name.startswith("b_") and name != "b_dec"]
     low = dict.fromkeys(biases, np.full(D_SAE, -1e4))
     low = load_sae(set_weights(tmp_path / "sae", **low), device="cpu")
-    found = matrix(encoder(low, precision=precision)(X))
-    assert_same(found, low.encode(X))
-    assert (found != 0).any() == (architecture == "abstopk")
+    encoded = matrix(encoder(low, precision=precision)(X))
+    assert_same(encoded, low.encode(X))
+    assert (encoded != 0).any() == (architecture == "abstopk")
     rows = torch.zeros(5, D_IN)
     zero = load_sae(set_weights(tmp_path / "sae", **dict.fromkeys(biases, np.zeros(D_SAE))), device="cpu")
     assert matrix(encoder(zero, precision=precision)(rows)).any() == bool(zero.encode(rows).any())
@@ -356,12 +358,12 @@ def test_a_near_tie_at_the_last_place_is_told_apart(gap, precision, tmp_path):
     direction = random.normal(size=(64, 1))
     ladder = 1 + gap * random.permutation(200)
     sae = planted(tmp_path / "sae", "topk", direction * ladder, k=9)
-    found = encoder(sae, precision=precision)(torch.from_numpy(x))
+    encoded = encoder(sae, precision=precision)(torch.from_numpy(x))
     weight = (direction * ladder).astype(np.float32).astype(np.float64)
     pre = x.astype(np.float64) @ weight
     expected = ((-pre).argsort(1).argsort(1) < 9) & (pre > 0)
-    assert np.array_equal(matrix(found, 200) != 0, expected)
-    assert (found.unsettled > 0) == (precision != "float32")
+    assert np.array_equal(matrix(encoded, 200) != 0, expected)
+    assert (encoded.unsettled > 0) == (precision != "float32")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -378,12 +380,12 @@ def test_a_pre_activation_at_its_threshold_is_off(precision, tmp_path):
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *TRANSCODERS])
 def test_a_row_that_is_not_finite_is_named(architecture, tmp_path):
-    made = encoder(saved(tmp_path / "sae", architecture))
+    encode = encoder(saved(tmp_path / "sae", architecture))
     for value in (np.nan, np.inf, -np.inf):
         x = X.clone()
         x[131, 5] = value
         with pytest.raises(NotFinite, match=r"^row 131 is not finite$") as raised:
-            made(x)
+            encode(x)
         assert (raised.value.row, raised.value.features) == (131, False)
 
 
@@ -434,8 +436,8 @@ def test_a_bound_is_never_below(seed, d_in, spread, shift, scaled):
     scale = np.exp(random.normal(size=50))
     x, weight, bias, threshold, scale = (part.astype(np.float32) for part in (x, weight, bias, threshold, scale))
     linear = choice.Linear(*map(torch.from_numpy, (weight, bias)), torch.from_numpy(scale) if scaled else None)
-    made = screen.make_screen(linear, Above(torch.from_numpy(threshold)))
-    bounds = made.bounds(torch.from_numpy(x)).double().numpy()
+    bound = screen.make_screen(linear, Above(torch.from_numpy(threshold)))
+    bounds = bound.bounds(torch.from_numpy(x)).double().numpy()
     double = partial(np.asarray, dtype=np.float64)
     exact = (double(x) @ double(weight) + bias) * (double(scale) if scaled else 1) - threshold
     assert (bounds + np.abs(bounds) / 256 >= exact).all()
@@ -465,19 +467,19 @@ def test_any_small_autoencoder(seed, architecture, precision, shape, few, loose)
     sae = load_sae("demo", device="cpu")
     sae = replace(sae, module=module.eval().requires_grad_(False))
     x = torch.from_numpy(numbers(rows, d_in))
-    found = matrix(encoder(sae, precision=precision)(x), d_sae)
+    encoded = matrix(encoder(sae, precision=precision)(x), d_sae)
     dense = sae.encode(x)
     if architecture == "topk":
         with torch.no_grad():
             pre = module.process_sae_in(x).double() @ module.W_enc.double() + module.b_enc.double()
         k = module.cfg.k
         if few:
-            assert_top(found, pre.numpy(), k)
-        assert np.allclose(np.sort(found, 1), np.sort(dense.numpy(), 1), rtol=0, atol=1e-5)
+            assert_top(encoded, pre.numpy(), k)
+        assert np.allclose(np.sort(encoded, 1), np.sort(dense.numpy(), 1), rtol=0, atol=1e-5)
     elif few:
-        assert np.array_equal(found, dense.numpy())
+        assert np.array_equal(encoded, dense.numpy())
     else:
-        np.testing.assert_allclose(found, dense, rtol=0, atol=2e-6 * max(1.0, float(dense.max())) * d_in**0.5)
+        np.testing.assert_allclose(encoded, dense, rtol=0, atol=2e-6 * max(1.0, float(dense.max())) * d_in**0.5)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def test_a_block_that_does_not_fit_is_halved_until_it_does(precision, tmp_path, 
     tried, messages = [], []
     limited(monkeypatch, tried, 40)
     monkeypatch.setattr(encode._LOG, "info", messages.append)
-    found = made(X)
+    encoded = made(X)
     assert tried == [150, 75, 30, 30, 30, 30, 30]
     tried.clear()
     made(X)
@@ -30,14 +30,16 @@ def test_a_block_that_does_not_fit_is_halved_until_it_does(precision, tmp_path, 
     assert max(tried) <= 40
     assert messages == ["cpu ran out of memory with 150 rows in a block; the blocks are halved"]
     for name in ("indptr", "feature", "value"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5)
+        torch.testing.assert_close(getattr(encoded, name), getattr(expected, name), rtol=0, atol=1e-5)
 
 
 def test_a_row_that_does_not_fit_ends_in_the_error(tmp_path, monkeypatch):
-    made = encoder(load_sae(save_sae(tmp_path / "sae", "topk", d_in=12, d_sae=100), device="cpu"), precision="float32")
+    encode = encoder(
+        load_sae(save_sae(tmp_path / "sae", "topk", d_in=12, d_sae=100), device="cpu"), precision="float32"
+    )
     limited(monkeypatch, [], 0)
     with pytest.raises(OUT_OF_MEMORY):
-        made(X)
+        encode(X)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

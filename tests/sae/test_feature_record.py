@@ -39,11 +39,11 @@ def saved(folder, kind="topk", **settings):
 
 def hidden(model, change=None):
     """Rows at the site, and logits with these rows changed by a plain hook."""
-    kept = []
+    states = []
 
     def after(_module, _args, output):
         first = output if isinstance(output, torch.Tensor) else output[0]
-        kept.append(first.clone())
+        states.append(first.clone())
         new = first if change is None else torch.from_numpy(change(first.flatten(0, 1).double().numpy()))
         new = new.to(first.dtype).reshape(first.shape)
         return new if isinstance(output, torch.Tensor) else (new, *output[1:])
@@ -54,7 +54,7 @@ def hidden(model, change=None):
             logits = model.module(input_ids=IDS).logits
     finally:
         handle.remove()
-    return kept[0].flatten(0, 1), logits
+    return states[0].flatten(0, 1), logits
 
 
 def in_numpy(folder, feature, op, value):
@@ -130,18 +130,18 @@ def test_features_in_order_in_blocks_and_in_generation(model, tmp_path, monkeypa
     arguments = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
     padded = torch.cat([torch.ones(2, 3, dtype=torch.long), IDS], dim=1)
     mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 7)], dim=1).long()
-    made = []
+    outputs = []
     for ids, options in (
         (IDS, {"attention_mask": torch.ones_like(IDS)}),
         (IDS, {"attention_mask": torch.ones_like(IDS), "use_cache": False}),
         (padded, {"attention_mask": mask}),
     ):
         with intervene(model, *records) as run, torch.no_grad():
-            made.append(model.module.generate(ids, **arguments, **options)[:, ids.shape[1] :])
+            outputs.append(model.module.generate(ids, **arguments, **options)[:, ids.shape[1] :])
         assert run.table()["rows"].tolist() == [20, 20, 6]
         monkeypatch.setattr("workbench.sae.feature_record.block_rows", lambda _sae: 3)
-    assert torch.equal(made[0], made[1])
-    assert torch.equal(made[0], made[2])
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_gradients_of_an_ablation_reach_what_the_feature_reads(model, tmp_path):

@@ -42,8 +42,10 @@ def test_a_weights_file_means_its_folder(tmp_path):
     folder = save_sae(tmp_path / "one")
     by_file = load_sae(folder / "sae_weights.safetensors", device="cpu")
     assert (by_file.name, by_file.fingerprint()) == ("one", load_sae(folder, device="cpu").fingerprint())
-    other = tensors(tmp_path / "two" / "model.safetensors", {"lm_head": W})
-    assert refused(RequestError, lambda: load_sae(other)).startswith(f"SAE {str(other)!r} is a file; give the folder")
+    foreign = tensors(tmp_path / "two" / "model.safetensors", {"lm_head": W})
+    assert refused(RequestError, lambda: load_sae(foreign)).startswith(
+        f"SAE {str(foreign)!r} is a file; give the folder"
+    )
 
 
 @pytest.mark.parametrize("place", ["ae.pt", "deep/er/ae.pt"])

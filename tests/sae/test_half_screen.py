@@ -93,14 +93,14 @@ def check_encoding(folder, architecture: str, rows: int, d_sae: int, seed: int =
     x = drawn((rows, 24), 0, seed) + 0.3
     bounded = encoder(sae, precision="bfloat16")
     bounded = replace(bounded, screen=make_half_screen(bounded.linear, bounded.choice))
-    found = bounded(x)
+    encoded = bounded(x)
     dense = np.zeros((rows, d_sae))
-    dense[np.repeat(np.arange(rows), np.diff(found.indptr)), found.feature] = found.value
+    dense[np.repeat(np.arange(rows), np.diff(encoded.indptr)), encoded.feature] = encoded.value
     expected = encode64(path, x.numpy())
     assert np.array_equal(dense != 0, expected != 0)
     np.testing.assert_allclose(dense, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert len(expected.nonzero()[0]) > rows
-    return found.unsettled
+    return encoded.unsettled
 
 
 ENCODINGS = [("topk", {}), ("topk", {"k": 40}), ("topk", {"rescale_acts_by_decoder_norm": True}), ("standard", {})]
@@ -157,8 +157,8 @@ def test_the_kernel_of_bounds_is_its_definition_in_float64(shape, size, kernels)
 def test_the_kernel_of_candidates_is_numpys_choice(kernels):
     bounds = drawn((21, 2500), 0).half()
     least = torch.linspace(0.5, 4, 21).half()
-    found, count = kernels.candidates(bounds, least, 100)
-    for row, places in enumerate(found.numpy()):
+    candidates, count = kernels.candidates(bounds, least, 100)
+    for row, places in enumerate(candidates.numpy()):
         (expected,) = np.nonzero(bounds[row].numpy() >= least[row].numpy())
         assert count[row] == len(expected)
         np.testing.assert_array_equal(places, np.pad(expected, (0, 100), constant_values=-1)[:100])
@@ -202,8 +202,8 @@ for capability in (80, 90):
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     pytest.importorskip("triton", reason="no Triton here: pip install triton==3.9.0 compiles its kernels")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 6, done.stderr
+    compiled = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    lines = [line.split() for line in compiled.stdout.splitlines()]
+    assert len(lines) == 6, compiled.stderr
     assert [line[1] for line in lines if line[3] == "True"] == ["_bounds", "_bounds"]  # on matrix units
     assert max(int(line[2]) for line in lines) <= 99 << 10  # bytes of shared memory that every GPU since 2020 has

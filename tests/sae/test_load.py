@@ -51,19 +51,19 @@ def test_settings_that_change_the_mathematics_are_applied(architecture, settings
     plain, changed = (save_sae(tmp_path / name, architecture) for name in ("plain", "changed"))
     edit_config(changed, **settings)
     sae = load_sae(changed, device="cpu")
-    found = sae.encode(torch.from_numpy(X)).numpy()
-    np.testing.assert_allclose(found, encode64(changed, X), rtol=1e-4, atol=1e-4)
-    assert not np.allclose(found, encode64(plain, X), atol=1e-2)
+    encoded = sae.encode(torch.from_numpy(X)).numpy()
+    np.testing.assert_allclose(encoded, encode64(changed, X), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(encoded, encode64(plain, X), atol=1e-2)
     assert sae.fingerprint() != load_sae(plain, device="cpu").fingerprint()
 
 
 def test_layer_norm_is_undone_by_decode(tmp_path):
     sae = load_sae(save_sae(tmp_path / "one", normalize_activations="layer_norm"), device="cpu")
     weights = load_file(tmp_path / "one" / "sae_weights.safetensors")
-    found = sae.decode(sae.encode(torch.from_numpy(X))).numpy()
+    decoded = sae.decode(sae.encode(torch.from_numpy(X))).numpy()
     spread = X.std(1, ddof=1, keepdims=True)
     expected = (encode64(tmp_path / "one", X) @ weights["W_dec"] + weights["b_dec"]) * spread + X.mean(1, keepdims=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(decoded, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_heads_and_reconstructions_are_flattened(tmp_path):
@@ -98,11 +98,11 @@ def test_the_fingerprint_depends_on_the_mathematics_alone(tmp_path):
     first = load_sae(save_sae(tmp_path / "one", "topk"), device="cpu").fingerprint()
     same = save_sae(tmp_path / "two", "topk", hook_name="blocks.0.hook_resid_post", model_name="demo")
     assert load_sae(same, device="cpu").fingerprint() == first
-    other = load_sae(save_sae(tmp_path / "three", "topk", seed=1), device="cpu").fingerprint()
+    of_another_seed = load_sae(save_sae(tmp_path / "three", "topk", seed=1), device="cpu").fingerprint()
     b_dec = load_file(same / "sae_weights.safetensors")["b_dec"]
     b_dec[3] += 1e-6
     changed = load_sae(set_weights(same, b_dec=b_dec), device="cpu").fingerprint()
-    assert len({first, other, changed}) == 3
+    assert len({first, of_another_seed, changed}) == 3
 
 
 def test_sae_id_chooses_a_folder_of_several(tmp_path):
@@ -233,17 +233,17 @@ def test_constants_of_a_checkpoint_are_applied(way, tmp_path):
 def test_a_release_is_downloaded_only_if_it_exists(tmp_path, monkeypatch):
     from sae_lens import SAE
 
-    folder, asked = save_sae(tmp_path / "one"), []
+    folder, requests = save_sae(tmp_path / "one"), []
 
     def fetched(release, sae_id, *, converter, **options):
-        asked.append((release, sae_id, options))
+        requests.append((release, sae_id, options))
         return SAE.load_from_disk(folder)
 
     monkeypatch.setattr(SAE, "from_pretrained", fetched)
     monkeypatch.chdir(tmp_path)
     sae = load_sae("gpt2-small-res-jb", "blocks.3.hook_resid_pre", device="cpu")
     assert sae.name == "gpt2-small-res-jb/blocks.3.hook_resid_pre"
-    assert asked == [("gpt2-small-res-jb", "blocks.3.hook_resid_pre", {"device": "cpu", "dtype": "float32"})]
+    assert requests == [("gpt2-small-res-jb", "blocks.3.hook_resid_pre", {"device": "cpu", "dtype": "float32"})]
     text = refused(RequestError, lambda: load_sae("gpt2-small-res-jp", "blocks.3.hook_resid_pre"))
     assert text.startswith(
         "SAE 'gpt2-small-res-jp' is neither a directory here nor a release listed by SAELens; nearest: gpt2"
@@ -257,7 +257,7 @@ def test_a_release_is_downloaded_only_if_it_exists(tmp_path, monkeypatch):
         "sae_id None is not one of the 13 ids of release 'gpt2-small-res-jb'; it has blocks.0.hook_resid_pre, "
         "blocks.1.hook_resid_pre, blocks.2.hook_resid_pre, ..."
     )
-    assert len(asked) == 1
+    assert len(requests) == 1
 
     def offline(*_arguments, **_options):
         raise ConnectionError("no route\nto the hub")
@@ -280,7 +280,7 @@ def test_demo_is_the_embedded_one(tmp_path, monkeypatch):
 def test_config_returns_the_content_of_the_file(tmp_path):
     folder = save_sae(tmp_path / "one", "topk", hook_name="blocks.0.hook_resid_post")
     written = json.loads((folder / "cfg.json").read_text())
-    found = load_sae(folder, device="cpu").config()
-    assert {key: found[key] for key in written if key != "device"} == {
+    config = load_sae(folder, device="cpu").config()
+    assert {key: config[key] for key in written if key != "device"} == {
         k: v for k, v in written.items() if k != "device"
     }

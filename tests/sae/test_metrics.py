@@ -57,14 +57,14 @@ def test_metrics_equal_numpy(architecture, rows, block, store, tmp_path, monkeyp
     if block:
         monkeypatch.setattr(reconstruction, "block_rows", lambda _sae: block)
     chosen = store.where("NOT is_special" if rows is None else rows)
-    found = sae_metrics(store, sae, rows=rows)
+    measured = sae_metrics(store, sae, rows=rows)
     l0, explained, dead = fit64(folder, chosen["resid_post", 1].double().numpy())
-    assert (found.rows, found.loss) == (len(chosen), None)
-    assert found.l0 == pytest.approx(l0, rel=1e-12)
-    assert found.explained_variance == pytest.approx(explained, rel=1e-4)
-    assert found.dead_share == pytest.approx(dead, abs=1e-12)
+    assert (measured.rows, measured.loss) == (len(chosen), None)
+    assert measured.l0 == pytest.approx(l0, rel=1e-12)
+    assert measured.explained_variance == pytest.approx(explained, rel=1e-4)
+    assert measured.dead_share == pytest.approx(dead, abs=1e-12)
     assert dead > 0.19
-    assert found == sae_metrics(store, sae, "resid_post.1", rows=chosen)
+    assert measured == sae_metrics(store, sae, "resid_post.1", rows=chosen)
 
 
 def test_the_mean_explains_no_variance_and_an_identity_all(store, tmp_path):
@@ -141,7 +141,7 @@ def recorded(model, tmp_path_factory):
 def losses_by_hand(model, store, change, counted=None) -> np.ndarray:
     """Cross-entropies of every following token, GPT-2 run block by block without hooks, `change` applied to the rows of
     text after block 0; one sequence at a time, in float64 from the logits on."""
-    body, found = model.module.transformer, []
+    body, losses = model.module.transformer, []
     for _, part in store.tokens.to_pandas().groupby("sequence"):
         ids = torch.tensor(part["token_id"].to_numpy(), dtype=torch.int64)
         with torch.inference_mode():
@@ -156,8 +156,8 @@ def losses_by_hand(model, store, change, counted=None) -> np.ndarray:
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         use = (~part["is_special"] if counted is None else part["row"].isin(counted)).to_numpy()[:-1]
         follows = part["document"].to_numpy()[1:] == part["document"].to_numpy()[:-1]
-        found.append(-logs[np.arange(len(ids) - 1), ids[1:].numpy()][use & follows])
-    return np.concatenate(found)
+        losses.append(-logs[np.arange(len(ids) - 1), ids[1:].numpy()][use & follows])
+    return np.concatenate(losses)
 
 
 def test_the_loss_equals_a_forward_pass_by_hand(model, recorded, tmp_path, monkeypatch):
@@ -167,8 +167,8 @@ def test_the_loss_equals_a_forward_pass_by_hand(model, recorded, tmp_path, monke
     spliced = losses_by_hand(model, recorded, lambda rows: sae.decode(sae.encode(rows)))
     zeroed = losses_by_hand(model, recorded, torch.zeros_like)
     assert loss.tokens == len(clean)
-    for found, expected in ((loss.clean, clean), (loss.spliced, spliced), (loss.zeroed, zeroed)):
-        assert found == pytest.approx(expected.mean(), abs=1e-5)
+    for measured, expected in ((loss.clean, clean), (loss.spliced, spliced), (loss.zeroed, zeroed)):
+        assert measured == pytest.approx(expected.mean(), abs=1e-5)
     assert abs(loss.spliced - loss.clean) > 0.01
     assert abs(loss.zeroed - loss.clean) > 0.01
     expected = (zeroed.mean() - spliced.mean()) / (zeroed.mean() - clean.mean())
@@ -214,9 +214,9 @@ def test_the_middle_of_a_block_is_replaced_at_attentions_output(model, recorded,
 
 
 def test_another_model_is_refused(recorded, tiny_models, model, tmp_path):
-    other = Model(tiny_models["llama"], model.tokenizer, "tiny-llama")
+    llama = Model(tiny_models["llama"], model.tokenizer, "tiny-llama")
     sae = identity_sae(tmp_path / "same", 32, "resid_post.0")
-    assert refused(RequestError, lambda: sae_metrics(recorded, sae, model=other)).startswith(
+    assert refused(RequestError, lambda: sae_metrics(recorded, sae, model=llama)).startswith(
         "model 'tiny-llama' is not the one that the store 'x.acts' was recorded from ('tiny-gpt2', GPT2LMHeadModel): "
     )
     hook = model.module.transformer.h[0].register_forward_hook(lambda *_: None)

@@ -138,9 +138,9 @@ def test_the_interval_of_dead_share_holds_that_of_new_documents():
     samples = [counted(np.repeat(draw.random((40, 300)) < chance, 3, axis=0), np.arange(120) // 3) for _ in range(60)]
     intervals = [sample.dead_share() for sample in samples]
     expected = ((1 - chance) ** 40).mean()
-    assert np.mean([one.mean for one in intervals]) == pytest.approx(expected, abs=0.02)
-    assert np.mean([one.low <= expected <= one.high for one in intervals]) >= 0.9
-    assert max(one.high - one.low for one in intervals) < 0.2
+    assert np.mean([interval.mean for interval in intervals]) == pytest.approx(expected, abs=0.02)
+    assert np.mean([interval.low <= expected <= interval.high for interval in intervals]) >= 0.9
+    assert max(interval.high - interval.low for interval in intervals) < 0.2
 
 
 def test_one_document_has_no_interval(store, tmp_path):
@@ -158,8 +158,8 @@ def test_documents_apart_are_counted_as_one():
 
 
 def test_a_ratio_without_denominator_is_nan():
-    found = ratio_intervals({"a": (np.ones(3), np.zeros(3))}, 10, 0)["a"]
-    assert np.isnan(found).all()
+    interval = ratio_intervals({"a": (np.ones(3), np.zeros(3))}, 10, 0)["a"]
+    assert np.isnan(interval).all()
 
 
 class Tokens:

@@ -41,14 +41,14 @@ def test_its_name_and_fingerprint_have_the_rule(tmp_path):
     sae = load_sae(save_sae(tmp_path / "sae", "standard", d_in=16, d_sae=40))
     ruled = with_sparsity(sae, TopK(K))
     assert ruled.name == f"sae-topk-{K}"
-    assert len({one.fingerprint() for one in (sae, ruled, with_sparsity(sae, TopK(4)))}) == 3
+    assert len({variant.fingerprint() for variant in (sae, ruled, with_sparsity(sae, TopK(4)))}) == 3
     assert ruled.config() == sae.config() | {"allocation": {"choice": "topk", "k": K}}
 
 
 def test_rules_that_no_row_can_follow_are_refused(tmp_path):
     sae = load_sae(save_sae(tmp_path / "sae", "standard", d_in=16, d_sae=40))
     pursuit = load_sae(save_sae(tmp_path / "pursuit", "matching_pursuit", d_in=16, d_sae=40))
-    others = refused(RequestError, lambda: with_sparsity(sae, MutualChoice(3)))
-    assert others == "rule is MutualChoice(k=3), expected TopK(k): others rank the rows of a whole store"
+    message = refused(RequestError, lambda: with_sparsity(sae, MutualChoice(3)))
+    assert message == "rule is MutualChoice(k=3), expected TopK(k): others rank the rows of a whole store"
     assert "k is 41, but SAE 'sae' has only 40 features" in refused(RequestError, lambda: with_sparsity(sae, TopK(41)))
     assert "has no pre-activations to select from" in refused(RequestError, lambda: with_sparsity(pursuit, TopK(3)))

@@ -45,8 +45,8 @@ def test_hook_normalized_is_the_rms_norm_of_the_stream_without_weights(store, tm
     assert (array.name, array.dtype, array.shape) == ("blocks.1.ln2.hook_normalized", torch.float32, x.shape)
     same(features(sae, array[:].numpy()), jump(normed @ W + B, T))
     assert "made of recorded arrays" in refused(RequestError, lambda: array.view(0))
-    other = refused(RequestError, lambda: matching_site(store, sae, "resid_mid.1"))
-    assert "was trained on blocks.1.ln2.hook_normalized, but site is blocks.1.hook_resid_mid; leave" in other
+    message = refused(RequestError, lambda: matching_site(store, sae, "resid_mid.1"))
+    assert "was trained on blocks.1.ln2.hook_normalized, but site is blocks.1.hook_resid_mid; leave" in message
 
 
 def test_hook_normalized_times_the_weights_is_what_the_mlp_of_a_model_reads(tmp_path):
@@ -122,9 +122,9 @@ def test_a_cross_layer_transcoder_reads_a_site_of_each_layer(store, tmp_path):
     same(features(sae, array[:].float().numpy()), np.concatenate(expected, 1))
     assert (sae.d_sae, sae.n_sites, sae.architecture) == (2 * D_SAE, 2, "cross_layer_transcoder")
     assert repr(sae) == "Sae('clt', cross_layer_transcoder, 16 -> 60, blocks.0-1.hook_resid_mid, cpu)"
-    one = load_sae(tmp_path / "clt", "W_enc_1", device="cpu")
-    same(features(one, x[:, 1].numpy()), expected[1])
-    assert sae.parts[1].fingerprint() == one.fingerprint()
+    layer_1 = load_sae(tmp_path / "clt", "W_enc_1", device="cpu")
+    same(features(layer_1, x[:, 1].numpy()), expected[1])
+    assert sae.parts[1].fingerprint() == layer_1.fingerprint()
 
 
 def test_layers_in_another_order_are_named(store, tmp_path):
@@ -149,7 +149,7 @@ def test_gemma_scope_2_crosscoders_have_features_of_each_layer(store, tmp_path):
     sae = load_sae(folder, device="cpu")
     assert sae.sites == ("blocks.1.hook_resid_post", "blocks.7.hook_resid_post")
     x = np.random.default_rng(0).normal(size=(20, 2, D_IN)).astype(np.float32)
-    expected = [jump(x[:, one] @ part_of(one)["W_enc"].T + part_of(one)["b_enc"], T) for one in (0, 1)]
+    expected = [jump(x[:, layer] @ part_of(layer)["W_enc"].T + part_of(layer)["b_enc"], T) for layer in (0, 1)]
     same(features(sae, x), np.concatenate(expected, 1))
 
 

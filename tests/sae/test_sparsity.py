@@ -62,12 +62,12 @@ def test_a_cut_is_what_sorting_gives(rows, features, k, sizes, few, mutual, seed
     quotas = sparsity.quotas(rows, features)
     stretches = list(pieces(pre, sizes))
     cut = find_cut(lambda: stretches, quotas)
-    found = np.zeros((rows, features), np.float32)
+    cut_rows = np.zeros((rows, features), np.float32)
     places = [np.argwhere(pre[first : first + sizes] > 0) + np.array([first, 0]) for first in range(0, rows, sizes)]
-    for place, kept in zip(places, cut.masks(stretches), strict=True):
-        found[tuple(place[kept].T)] = pre[tuple(place[kept].T)]
-    assert np.array_equal(found, chosen(pre, sparsity))
-    assert cut.entries == np.count_nonzero(found)
+    for place, mask in zip(places, cut.masks(stretches), strict=True):
+        cut_rows[tuple(place[mask].T)] = pre[tuple(place[mask].T)]
+    assert np.array_equal(cut_rows, chosen(pre, sparsity))
+    assert cut.entries == np.count_nonzero(cut_rows)
 
 
 @given(seed=st.integers(0), mutual=st.booleans(), spread=st.floats(0, 3), k=st.integers(1, 4))
@@ -78,11 +78,11 @@ def test_what_a_bound_leaves_out_would_not_have_stayed(seed, mutual, spread, k):
     pre = random.normal(size=(300, 6)) * np.exp(spread * random.normal(size=6)) * np.linspace(0.2, 2, 300)[:, None]
     pre = pre[:: random.choice([-1, 1])].astype(np.float32)
     sparsity = (MutualChoice if mutual else FeatureChoice)(k)
-    kept, bound, rises = chosen(pre, sparsity), None, []
+    expected, bound, rises = chosen(pre, sparsity), None, []
     for first in range(0, 300, 25):
         part = pre[first : first + 25]
         threshold = np.zeros(6, np.float32) if bound is None else bound.threshold()
-        assert ((kept[first : first + 25] == 0) | (part > threshold)).all()
+        assert ((expected[first : first + 25] == 0) | (part > threshold)).all()
         rises.append(threshold)
         row, feature = np.nonzero((part > 0) & (part > threshold))
         entries = feature, part[row, feature]
@@ -95,15 +95,15 @@ def test_a_bound_rises():
     """Else everything would be kept to the end: of 30,000 entries that stay at 5 a row it passes a few thousand."""
     pre = np.random.default_rng(0).normal(size=(1000, 30)).astype(np.float32)
     for sparsity in (MutualChoice(2), FeatureChoice(2)):
-        bound, passed = None, 0
+        bound, checks = None, 0
         for feature, value in pieces(pre, 50):
             if bound:
                 on = value > np.broadcast_to(bound.threshold(), 30)[feature]
                 feature, value = feature[on], value[on]
-            passed += len(value)
+            checks += len(value)
             bound = bound or Bound(sparsity.quotas(1000, 30), 30, (feature, value))
             bound.add((feature, value))
-        assert 2000 < passed < 9000
+        assert 2000 < checks < 9000
 
 
 # ---- of a store -------------------------------------------------------------------------------------------
@@ -123,12 +123,12 @@ def sae(request, tmp_path_factory):
 
 def pre_activations(sae) -> np.ndarray:
     """Those that SAELens' own hook point sees."""
-    seen = []
-    handle = sae.module.hook_sae_acts_pre.register_forward_hook(lambda _module, _inputs, pre: seen.append(pre))
+    blocks = []
+    handle = sae.module.hook_sae_acts_pre.register_forward_hook(lambda _module, _inputs, pre: blocks.append(pre))
     with torch.no_grad():
         sae.module.encode(torch.from_numpy(values(SITE, 0, ROWS)))
     handle.remove()
-    return seen[0].numpy()
+    return blocks[0].numpy()
 
 
 @pytest.mark.parametrize("sparsity", [TopK(4), MutualChoice(4), FeatureChoice(4)], ids=repr)
@@ -162,8 +162,8 @@ def test_another_sparsity_rule_makes_other_features(store, sae, tmp_path):
     assert allocated.record.sae.name == f"{sae.name}-mutual-choice-3"
     assert allocated.record.sae.config["allocation"] == {"choice": "mutual-choice", "k": 3}
     assert taken(out=tmp_path / "f", sparsity=MutualChoice(3)).record == allocated.record
-    for other in (None, MutualChoice(4), FeatureChoice(3), TopK(3)):
-        text = refused(RequestError, lambda other=other: taken(out=tmp_path / "f", sparsity=other))
+    for rule in (None, MutualChoice(4), FeatureChoice(3), TopK(3)):
+        text = refused(RequestError, lambda rule=rule: taken(out=tmp_path / "f", sparsity=rule))
         assert text.startswith(f"features f exist and differ: SAE is {sae.name}-mutual-choice-3 (")
     assert sparsity_record(TopK(5)) == {"choice": "topk", "k": 5}
 

@@ -55,35 +55,35 @@ def pair(request, tiny_models, tmp_path_factory):
 
 
 def test_features_of_centred_weights_are_those_of_the_centred_model(pair, tmp_path):
-    plain, other = pair
+    plain, centred = pair
     for label in (site.label for site in plain.sites):
         name, width = plain[label].site.name, plain[label].site.shape[0]
         folder = save_sae(tmp_path / label, "jumprelu", d_in=width, hook_name=name, **CENTRED)
         sae = load_sae(folder, device="cpu")
-        truth = encode64(folder, other[label][:].numpy())
+        truth = encode64(folder, centred[label][:].numpy())
         features = extract_features(plain, sae, out=tmp_path / f"{label}.features", show_progress=False)
         np.testing.assert_allclose(features[np.arange(plain.rows)].toarray(), truth, rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(sae.encode(plain[label][:]).numpy(), truth, rtol=2e-4, atol=2e-4)
         assert sae.centres == (label != "mlp_post.1")
     uncentred = encode64(folder.parent / "resid_post.2", plain["resid_post.2"][:].numpy())
-    assert np.abs(uncentred - encode64(folder.parent / "resid_post.2", other["resid_post.2"][:].numpy())).max() > 0.01
+    assert np.abs(uncentred - encode64(folder.parent / "resid_post.2", centred["resid_post.2"][:].numpy())).max() > 0.01
 
 
 def test_metrics_of_centred_weights_are_those_of_the_centred_model(pair, tmp_path):
-    plain, other = pair
+    plain, centred = pair
     width = plain["resid_post.2"].site.shape[0]
     sae = load_sae(save_sae(tmp_path / "one", d_in=width, hook_name=plain["resid_post.2"].site.name, **CENTRED))
-    here, there = sae_metrics(plain, sae, rows="true"), sae_metrics(other, sae, rows="true")
+    here, there = sae_metrics(plain, sae, rows="true"), sae_metrics(centred, sae, rows="true")
     assert here.explained_variance == pytest.approx(there.explained_variance, rel=1e-4)
     assert (here.l0, here.dead_share) == (there.l0, there.dead_share)
 
 
 def test_a_centring_autoencoder_has_a_fingerprint_of_its_own(tmp_path):
-    one, other = (
+    first, second = (
         load_sae(save_sae(tmp_path / name, hook_name="blocks.0.hook_resid_post", **settings), device="cpu")
         for name, settings in (("one", {}), ("other", CENTRED))
     )
-    assert one.fingerprint() != other.fingerprint()
+    assert first.fingerprint() != second.fingerprint()
 
 
 # ---- rows that do not follow from the recorded ones -----------------------------------------------------------

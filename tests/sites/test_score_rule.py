@@ -13,9 +13,9 @@ def rule(window):
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_a_query_sees_the_keys_of_its_window(window):
     at = np.arange(6)
-    seen = rule(window).visible(at[:, None], at)
+    visible = rule(window).visible(at[:, None], at)
     expected = [[k <= q and (window is None or q - k < window) for k in range(6)] for q in range(6)]
-    assert seen.tolist() == expected
+    assert visible.tolist() == expected
 
 
 def test_a_window_without_keys_is_refused():

@@ -26,7 +26,7 @@ def store(tiny_models, tmp_path_factory):
 def gathered(batches):
     """Rows and activations of all batches, in their order."""
     batches = list(batches)
-    return torch.cat([one["row"] for one in batches]), torch.cat([one["activations"] for one in batches])
+    return torch.cat([batch["row"] for batch in batches]), torch.cat([batch["activations"] for batch in batches])
 
 
 def loader(dataset, workers=0):
@@ -72,8 +72,8 @@ def test_without_a_seed_the_order_is_torchs_and_another_in_each_pass(store, work
 def test_selected_rows_several_layers_and_several_arrays(store):
     rows = store.where("position > 30")
     layers = store["resid_post", [0, 2]]
-    seen = torch.cat(list(wb.RowDataset(layers, rows, shuffle=False, batch_rows=50)))
-    assert torch.equal(seen, rows["resid_post", [0, 2]])
+    rows_read = torch.cat(list(wb.RowDataset(layers, rows, shuffle=False, batch_rows=50)))
+    assert torch.equal(rows_read, rows["resid_post", [0, 2]])
     both = wb.RowDataset({"z": store["z", 1], "norm": store["resid_norm", 1]}, rows, columns=["token", "is_last"])
     (batch,) = both
     assert torch.equal(batch["z"], store["z", 1][batch["row"]])
@@ -138,18 +138,18 @@ def test_bfloat16_becomes_float32(tiny_models, tmp_path):
 
 def test_wrong_requests_are_refused(store, tmp_path):
     array = store["resid_post", 0]
-    other = store.save(tmp_path / "other.acts")
+    copied = store.save(tmp_path / "other.acts")
     wrong = {
         "batch_rows must be a whole number, at least 1, not 0": {"batch_rows": 0},
         "seed must be a whole number, at least 0, not -1": {"seed": -1},
         "columns: 'tokn' is no column of the tokens; nearest: token": {"columns": "tokn"},
         "rows: no row is selected": {"rows": store.where("false")},
-        f"these rows are of {other.path}": {"rows": other.where("true")},
+        f"these rows are of {copied.path}": {"rows": copied.where("true")},
     }
     for message, options in wrong.items():
         assert message in refused(RequestError, lambda options=options: wb.RowDataset(array, **options))
     assert "arrays is empty" in refused(RequestError, lambda: wb.RowDataset({}))
-    mixed = {"a": array, "b": other["resid_post", 0]}
+    mixed = {"a": array, "b": copied["resid_post", 0]}
     assert "arrays are of different stores" in refused(RequestError, lambda: wb.RowDataset(mixed))
     named = {"token": array}
     assert "also the name of an array" in refused(RequestError, lambda: wb.RowDataset(named, columns="token"))

@@ -51,10 +51,10 @@ def test_merging_writes_activations_once(stores, tmp_path):
 
 
 def test_stores_that_do_not_fit_are_refused_and_nothing_is_written(stores, tmp_path):
-    other = replace(MODEL, fingerprint="d4" * 32)
+    foreign = replace(MODEL, fingerprint="d4" * 32)
     cases = {
         "differ in site pattern.1: none and": write_store(tmp_path / "sites", ONE, sites=SITES[:2]),
-        "two models: its weights": write_store(tmp_path / "model", ONE, model=other),
+        "two models: its weights": write_store(tmp_path / "model", ONE, model=foreign),
         "differ in prefix tokens": write_store(tmp_path / "bos", ONE, tokens_added={"prefix": [2], "suffix": []}),
     }
     for message, path in cases.items():

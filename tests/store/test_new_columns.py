@@ -242,15 +242,15 @@ def test_a_part_whose_values_do_not_fit_is_refused_and_the_store_is_as_before(re
 
 def test_the_order_in_which_parts_come_does_not_matter(tmp_path):
     kinds = {"null": [None], "int": [2], "float": [0.5], "uint": [2**63], "decimal": [Decimal("1.5")]}
-    for one, other in (("null", "int"), ("int", "float"), ("int", "uint"), ("uint", "decimal"), ("null", "decimal")):
-        types, found = set(), set()
-        for first, second in ((one, other), (other, one)):
+    for left, right in (("null", "int"), ("int", "float"), ("int", "uint"), ("uint", "decimal"), ("null", "decimal")):
+        types, values = set(), set()
+        for first, second in ((left, right), (right, left)):
             path = tmp_path / f"{first}-{second}"
             write(path, {"x": kinds[first]})
             store = write(path, {"x": kinds[second]}, append=True)
             types.add(store.tokens.schema.field("x").type)
-            found.add(tuple(sorted(store.where("x > 1").tokens["x"].to_pylist())))
-        assert len(types) == len(found) == 1, (one, other)
+            values.add(tuple(sorted(store.where("x > 1").tokens["x"].to_pylist())))
+        assert len(types) == len(values) == 1, (left, right)
 
 
 def test_not_a_number_in_an_older_store_is_null(tmp_path):

@@ -264,15 +264,15 @@ def test_worker_processes_read_the_same(store, context):
 
 def test_readers_work_while_a_writer_commits(tmp_path):
     """An opened store is complete, and does not change while more is committed."""
-    plan, failures, seen = [[3, 2]] * 30, [], set()
+    plan, failures, counts = [[3, 2]] * 30, [], set()
     with writing(tmp_path / "x") as store:
         store.begin(part_of(plan), append=False)
-        done = threading.Event()
+        finished = threading.Event()
 
         def read():
-            while not done.is_set():
+            while not finished.is_set():
                 snapshot = open_store(tmp_path / "x")
-                seen.add(snapshot.rows)
+                counts.add(snapshot.rows)
                 if not np.array_equal(snapshot["resid_post", 0][:], values(HALF, 0, snapshot.rows)):
                     failures.append(snapshot.rows)
                 if snapshot.tokens.num_rows != snapshot.rows or len(snapshot.where("true")) != snapshot.rows:
@@ -283,10 +283,10 @@ def test_readers_work_while_a_writer_commits(tmp_path):
         early = open_store(tmp_path / "x")
         for lengths in plan:
             write_segment(store, lengths)
-        done.set()
+        finished.set()
         reader.join()
     assert not failures
-    assert len(seen) > 1
+    assert len(counts) > 1
     assert (early.rows, open_store(tmp_path / "x").rows) == (0, 150)
 
 
@@ -433,9 +433,9 @@ def test_selections_are_sets_of_rows(store):
 def test_rows_of_another_store_are_refused(store, tmp_path):
     message = refused(RequestError, lambda: Rows(store, np.array([0, 22])))
     assert message == f"rows 0 to 22 are not within the 22 of {store.path}"
-    other = open_store(write_store(tmp_path / "y", SEGMENTS)).where("true")
+    foreign = open_store(write_store(tmp_path / "y", SEGMENTS)).where("true")
     expected = f"these rows are of {tmp_path}/y, not of {store.path}; select them there"
-    for call in (lambda: store["resid_post", 0][other], lambda: store.where("true") & other):
+    for call in (lambda: store["resid_post", 0][foreign], lambda: store.where("true") & foreign):
         assert refused(RequestError, call) == expected
 
 

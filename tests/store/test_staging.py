@@ -43,15 +43,15 @@ def expected(tmp_path):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 def test_any_order_gives_the_bytes_of_one_writer_and_readers_see_no_gap(tmp_path, expected, order, shared):
-    path, done = tmp_path / "x", set()
+    path, written = tmp_path / "x", set()
     with writing(path, shared=shared) as store:
         store.begin(part_of(LENGTHS), append=False)
         assert store.resume_segments(planned()) == planned()
         for index in order:
             write(path, index)
             store.commit_submitted()
-            done.add(index)
-            first_gap = next(i for i in range(5) if i not in done)
+            written.add(index)
+            first_gap = next(i for i in range(5) if i not in written)
             assert read_manifest(path).rows == sum(map(sum, LENGTHS[:first_gap]))
     assert contents(path) == expected
 
@@ -70,8 +70,8 @@ def test_finished_segments_are_kept_and_the_others_written_again(tmp_path, expec
     folder = (path / SEGMENTS / "00002").stat().st_ino
     with writing(path) as store:
         assert store.begin(part_of(LENGTHS), append=False) == 1
-        left = store.resume_segments(planned())
-        assert [segment.name for segment in left] == ["00001", "00003"]
+        remaining = store.resume_segments(planned())
+        assert [segment.name for segment in remaining] == ["00001", "00003"]
         assert sorted(entry.name for entry in (path / SEGMENTS).iterdir()) == ["00000", "00002", "00002.json"]
         for index in (3, 1):
             write(path, index)
@@ -121,8 +121,8 @@ def test_of_two_writers_of_a_segment_the_first_to_finish_wins(tmp_path, expected
         write(path, 0)
         assert (path / SEGMENTS / "00000").stat().st_ino == first
         assert not list(path.rglob("*.partial"))
-        other = token_table([4, 1])
-        stage(path, plan[0], [4, 1], other)  # of other tokens: what is there is of no use
+        table = token_table([4, 1])
+        stage(path, plan[0], [4, 1], table)  # of other tokens: what is there is of no use
         assert (path / SEGMENTS / "00000").stat().st_ino != first
         for index in range(4):
             if index == 0:
@@ -150,24 +150,24 @@ def test_an_unfinished_segment_cannot_be_submitted(tmp_path):
 
 def test_processes_that_share_a_store_commit_the_segments_of_each_other(tmp_path, expected):
     path = tmp_path / "x"
-    with writing(path, shared=True) as one, writing(path, shared=True) as two:
-        for store in (one, two):
+    with writing(path, shared=True) as first, writing(path, shared=True) as two:
+        for store in (first, two):
             store.begin(part_of(LENGTHS), append=False)
             assert store.resume_segments(planned()) == planned()
-        for store, index in ((two, 1), (one, 0), (two, 3), (one, 2)):
+        for store, index in ((two, 1), (first, 0), (two, 3), (first, 2)):
             write(path, index)
             store.commit_submitted()
-        assert one.manifest == read_manifest(path)
+        assert first.manifest == read_manifest(path)
         two.commit_submitted()
-        assert two.manifest == one.manifest
+        assert two.manifest == first.manifest
     assert contents(path) == expected
 
 
 def test_a_late_process_removes_nothing_that_others_are_writing(tmp_path, expected):
     path, plan = tmp_path / "x", planned()
-    with writing(path, shared=True) as one, writing(path, shared=True) as late:
-        one.begin(part_of(LENGTHS), append=False)
-        assert one.resume_segments(plan, plan[0::2]) == plan[0::2]
+    with writing(path, shared=True) as early, writing(path, shared=True) as late:
+        early.begin(part_of(LENGTHS), append=False)
+        assert early.resume_segments(plan, plan[0::2]) == plan[0::2]
         stage(path, plan[0], LENGTHS[0])  # named, not yet handed in
         for name in ("00002.0a1b2c3d.partial", "00003.0a1b2c3d.partial"):
             (path / SEGMENTS / name).mkdir()
@@ -194,15 +194,15 @@ def test_sharing_and_writing_alone_exclude_each_other(tmp_path):
 
 def test_processes_that_share_a_store_may_neither_append_nor_change_the_recording(tmp_path):
     path = tmp_path / "x"
-    with writing(path, shared=True) as one, writing(path, shared=True) as two:
+    with writing(path, shared=True) as first, writing(path, shared=True) as two:
         with pytest.raises(RequestError, match="several processes that share a store cannot append to it"):
-            one.begin(part_of(LENGTHS), append=True)
-        one.begin(part_of(LENGTHS), append=False)
+            first.begin(part_of(LENGTHS), append=True)
+        first.begin(part_of(LENGTHS), append=False)
         two.begin(part_of([[9]]), append=False)  # nothing is committed yet, so it takes the place
         with pytest.raises(
             RequestError, match="another process makes another recording there; all processes that share"
         ):
-            one.resume_segments(planned())
+            first.resume_segments(planned())
 
 
 def test_verify_distinguishes_submitted_segments_from_leftovers(tmp_path):
@@ -213,8 +213,8 @@ def test_verify_distinguishes_submitted_segments_from_leftovers(tmp_path):
         store.begin(part_of(LENGTHS), append=False)
         store.resume_segments(planned())
         write(path, 2)
-    found = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
-    assert found == [("manifest.json", "incomplete", "note"), ("00002", "waiting", "note")]
+    problems = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
+    assert problems == [("manifest.json", "incomplete", "note"), ("00002", "waiting", "note")]
 
 
 # ---- groups of token tables -------------------------------------------------------------------------------
@@ -261,14 +261,14 @@ def test_verify_compares_groups_with_the_segments_they_are_made_of(many, tmp_pat
     path = tmp_path / "x"
     shutil.copytree(many, path)
     first, second = (file for file, _ in token_files(path, read_manifest(path))[:2])
-    other = first.with_name(f"{first.stem.rpartition('-')[0]}-{second.stem.rpartition('-')[2]}.parquet")
+    swapped = first.with_name(f"{first.stem.rpartition('-')[0]}-{second.stem.rpartition('-')[2]}.parquet")
     first.unlink()
-    shutil.copy(second, other)  # sound, with the tokens of other segments
+    shutil.copy(second, swapped)  # sound, with the tokens of other segments
     second.write_bytes(second.read_bytes()[:100])
     (path / "tokens" / "notes").touch()
-    found = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
-    assert found == [
-        (f"tokens/{other.name}", "wrong tokens", "error"),
+    problems = [(row.file, row.finding, row.severity) for row in verify(path).itertuples()]
+    assert problems == [
+        (f"tokens/{swapped.name}", "wrong tokens", "error"),
         (f"tokens/{second.name}", "checksum differs", "error"),
         ("tokens/notes", "unlisted", "note"),
     ]

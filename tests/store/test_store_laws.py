@@ -59,8 +59,8 @@ class StoreHistory(RuleBasedStateMachine):
     @rule(commit=st.integers(0, 4))
     def resume(self, commit):
         with writing(self.path, sites=self.sites) as store:
-            done = store.begin(part_of(self.part), append=self.parts > 1)
-            assert done == len(self.part) - len(self.left)
+            committed = store.begin(part_of(self.part), append=self.parts > 1)
+            assert committed == len(self.part) - len(self.left)
             self._commit(store, commit)
 
     @precondition(lambda self: self.left)

@@ -36,7 +36,7 @@ def path(tmp_path) -> Path:
     return write_store(tmp_path / "x.acts", SEGMENTS, unembed=save, unembed_reason=None)
 
 
-def found(path: Path, severity: str = "error") -> list[tuple[str, str, str]]:
+def problems(path: Path, severity: str = "error") -> list[tuple[str, str, str]]:
     table = verify(path)
     assert not table["detail"].str.contains("\n").any()
     rows = table[table["severity"] == severity]
@@ -67,7 +67,7 @@ def test_a_flipped_bit_anywhere_is_reported_with_its_file(path, seed):
     rng = np.random.default_rng(seed)
     for name, data in contents(path).items():
         flip(path / name, position := int(rng.integers(len(data))))
-        names = [(f"segments/{segment}/" if segment else "") + file for segment, file, _ in found(path)]
+        names = [(f"segments/{segment}/" if segment else "") + file for segment, file, _ in problems(path)]
         assert names[:1] == [name], position
         if not name.endswith(".json"):  # what says how others should be makes others look wrong
             assert set(names) == {name}, position
@@ -79,26 +79,26 @@ def test_a_flipped_bit_anywhere_is_reported_with_its_file(path, seed):
 def test_a_truncated_file_is_named(path, name):
     file = path / "segments" / "00001" / name
     file.write_bytes(file.read_bytes()[:-3])
-    assert ("00001", name, "checksum differs" if name == "segment.json" else "truncated") in found(path)
-    assert {(segment, file) for segment, file, _ in found(path)} == {("00001", name)}
+    assert ("00001", name, "checksum differs" if name == "segment.json" else "truncated") in problems(path)
+    assert {(segment, file) for segment, file, _ in problems(path)} == {("00001", name)}
 
 
 @pytest.mark.parametrize("name", ["resid_post.0.safetensors", "tokens.parquet", "segment.json"])
 def test_a_missing_file_is_named(path, name):
     (path / "segments" / "00001" / name).unlink()
-    assert found(path) == [("00001", name, "missing file")]
+    assert problems(path) == [("00001", name, "missing file")]
 
 
 def test_a_missing_segment_is_named_with_its_rows(path):
     (path / "segments" / "00001").rename(path.parent / "elsewhere")
-    assert found(path) == [("00001", "", "missing segment")]
+    assert problems(path) == [("00001", "", "missing segment")]
     assert verify(path)["detail"].tolist() == ["rows 5 to 8 are gone"]
 
 
 def test_a_longer_file_is_named(path):
     with open(path / "segments" / "00000" / "pattern.1.safetensors", "ab") as file:
         file.write(b"x")
-    assert found(path) == [("00000", "pattern.1.safetensors", "size differs")]
+    assert problems(path) == [("00000", "pattern.1.safetensors", "size differs")]
 
 
 def test_one_damaged_file_does_not_hide_the_others(path):
@@ -107,7 +107,7 @@ def test_one_damaged_file_does_not_hide_the_others(path):
     (path / "segments" / "00000" / "resid_post.0.safetensors").write_bytes(b"")
     (path / "segments" / "00001" / "tokens.parquet").unlink()
     flip(path / "segments" / "00002" / "resid_post.1.safetensors", -1)
-    assert found(path) == [
+    assert problems(path) == [
         ("", "unembed.safetensors", "missing file"),
         ("00000", "segment.json", "checksum differs"),
         ("00000", "segment.json", "unreadable"),
@@ -118,9 +118,9 @@ def test_one_damaged_file_does_not_hide_the_others(path):
 
 
 def test_a_manifest_of_another_model_is_reported(path, tmp_path):
-    other = write_store(tmp_path / "y", SEGMENTS, model=replace(MODEL, name="other", fingerprint="ff" * 32))
-    (path / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
-    findings = found(path)
+    foreign = write_store(tmp_path / "y", SEGMENTS, model=replace(MODEL, name="other", fingerprint="ff" * 32))
+    (path / "manifest.json").write_bytes((foreign / "manifest.json").read_bytes())
+    findings = problems(path)
     assert [(name, "segment.json", "wrong model") for name in ("00000", "00001", "00002")] == [
         finding for finding in findings if finding[2] == "wrong model"
     ]
@@ -129,27 +129,27 @@ def test_a_manifest_of_another_model_is_reported(path, tmp_path):
 
 
 def test_a_file_from_another_model_is_named(path, tmp_path):
-    other = write_store(tmp_path / "y", SEGMENTS, model=replace(MODEL, fingerprint="ff" * 32))
+    foreign = write_store(tmp_path / "y", SEGMENTS, model=replace(MODEL, fingerprint="ff" * 32))
     name = "segments/00001/resid_post.0.safetensors"
-    (path / name).write_bytes((other / name).read_bytes())
-    assert [finding for _, _, finding in found(path)] == ["checksum differs", "wrong model"]
+    (path / name).write_bytes((foreign / name).read_bytes())
+    assert [finding for _, _, finding in problems(path)] == ["checksum differs", "wrong model"]
 
 
 def test_a_file_of_another_site_is_named(path):
     folder = path / "segments" / "00001"
     (folder / "resid_post.1.safetensors").write_bytes((folder / "resid_post.0.safetensors").read_bytes())
-    assert found(path) == [("00001", "resid_post.1.safetensors", "truncated")]
+    assert problems(path) == [("00001", "resid_post.1.safetensors", "truncated")]
     (folder / "segment.json").unlink()  # without sizes and checksums the headers still tell
-    assert ("00001", "resid_post.1.safetensors", "wrong tensor") in found(path)
+    assert ("00001", "resid_post.1.safetensors", "wrong tensor") in problems(path)
 
 
 def test_an_edited_manifest_is_named(path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["model"]["name"] = "another"
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert found(path) == [("", "manifest.json", "unreadable")]
+    assert problems(path) == [("", "manifest.json", "unreadable")]
     (path / "manifest.json").write_text("{}")
-    assert found(path) == [("", "manifest.json", "unreadable")]
+    assert problems(path) == [("", "manifest.json", "unreadable")]
 
 
 def test_a_missing_store_is_a_wrong_request(tmp_path):
@@ -181,7 +181,7 @@ def test_values_that_are_not_finite_are_errors_even_if_they_are_the_models(tmp_p
         with store.segment(5, 1, digest(5, [5]), token_table([5], 5, 1)) as segment:
             segment.write(site.name, 0, stored)
             segment.count(site.name, nonfinite=2 * counted)
-    assert found(tmp_path / "x") == [("00001", site.file, "not finite")]
+    assert problems(tmp_path / "x") == [("00001", site.file, "not finite")]
     detail = verify(tmp_path / "x")["detail"].tolist()
     assert detail == [f"2 values are NaN or infinite, {2 * counted} of them from the model; first in row 8"]
 
@@ -194,8 +194,8 @@ def test_the_largest_values_are_finite(tmp_path):
             with store.segment(1, 1, "", token_table([1])) as segment:
                 segment.write(site.name, 0, np.full((1, 3), largest, values(site, 0, 1).dtype))
                 segment.count(site.name, overflow=3)
-        assert found(tmp_path / dtype) == []
-        assert found(tmp_path / dtype, "note") == [("00000", "segment.json", "overflow")]
+        assert problems(tmp_path / dtype) == []
+        assert problems(tmp_path / dtype, "note") == [("00000", "segment.json", "overflow")]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_tokens_that_are_not_numbered_in_order_are_reported(path, change, detail
 
 def test_a_sequence_longer_than_the_context_is_named(tmp_path):
     path = write_store(tmp_path / "x", [[8], [9]])
-    assert found(path) == [("00001", "tokens.parquet", "wrong tokens")]
+    assert problems(path) == [("00001", "tokens.parquet", "wrong tokens")]
     assert verify(path)["detail"].tolist() == ["a sequence has 9 tokens, more than the context of 8"]
 
 
@@ -234,8 +234,8 @@ def test_unlisted_files_are_notes(path):
         (path / name).mkdir()
     (path / "segments" / "00000" / "notes.txt").write_text("x")
     (path / "features").mkdir()
-    assert found(path) == []
-    assert found(path, "note") == [
+    assert problems(path) == []
+    assert problems(path, "note") == [
         ("", "00003.partial", "leftover"),
         ("", "00009", "unlisted"),
         ("", "tokens.partial", "leftover"),
@@ -246,8 +246,8 @@ def test_unlisted_files_are_notes(path):
 def test_an_unfinished_recording_is_a_note(path):
     manifest = read_manifest(path)
     write_manifest(path, replace(manifest, segments=manifest.segments[:2], complete=False))
-    assert found(path) == []
-    assert found(path, "note") == [("", "manifest.json", "incomplete"), ("", "00002", "unlisted")]
+    assert problems(path) == []
+    assert problems(path, "note") == [("", "manifest.json", "incomplete"), ("", "00002", "unlisted")]
     assert verify(path)["detail"][0] == "9 of 16 planned rows are committed"
 
 
@@ -256,7 +256,7 @@ def test_what_the_recording_did_to_its_texts_is_a_note_and_in_the_description(pa
     (part,) = manifest.parts
     changed = replace(part, skipped_documents=1, cut_documents=1234, replaced_characters=2)
     write_manifest(path, replace(manifest, parts=(changed,)))
-    assert found(path) == []
+    assert problems(path) == []
     assert verify(path)["detail"].tolist() == [
         "1 document without a token skipped",
         "1,234 documents cut into several sequences",

@@ -102,11 +102,11 @@ def test_a_store_is_complete_once_all_rows_of_its_texts_are_committed(tmp_path):
 def test_an_append_that_is_refused_or_interrupted_before_its_first_commit_leaves_the_store_as_it_was(tmp_path):
     path = write_store(tmp_path / "x", SEGMENTS)
     before = contents(path)
-    other = token_table([2], 16, 6).drop_columns("char_start")
+    table = token_table([2], 16, 6).drop_columns("char_start")
     with writing(path) as store:
         store.begin(part_of([[2]]), append=True)
         assert contents(path) == before
-        with pytest.raises(RequestError, match="char_start"), store.segment(2, 1, digest(16, [2]), other):
+        with pytest.raises(RequestError, match="char_start"), store.segment(2, 1, digest(16, [2]), table):
             pass
     assert contents(path) == before
     write_store(path, SEGMENTS)  # the same request gives the store back
@@ -252,8 +252,8 @@ def test_leftovers_of_others_are_not_removed(tmp_path):
     ):
         (path / name).mkdir(parents=True)
     write_store(path, SEGMENTS)
-    kept = {name for name in ("features/pca.partial", "segments/notes", "notes") if (path / name).exists()}
-    assert kept == {"features/pca.partial", "segments/notes", "notes"}
+    present = {name for name in ("features/pca.partial", "segments/notes", "notes") if (path / name).exists()}
+    assert present == {"features/pca.partial", "segments/notes", "notes"}
     assert not [name for name in ("segments/00007", "segments/00003.partial", "t.partial") if (path / name).exists()]
 
 
@@ -293,8 +293,8 @@ def test_a_store_from_before_cut_documents_were_counted_is_resumed(tmp_path):
     with writing(path) as store:
         same = replace(part_of(SEGMENTS), cut_documents=1)
         assert store.begin(same, append=False) == len(SEGMENTS)
-        other = replace(same, documents=2)
-        assert "holds other texts" in refused(RequestError, lambda: store.begin(other, append=False))
+        fewer = replace(same, documents=2)
+        assert "holds other texts" in refused(RequestError, lambda: store.begin(fewer, append=False))
 
 
 def test_other_texts_are_refused(tmp_path):
@@ -440,8 +440,8 @@ def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.getcwd()]),
     }
     path = tmp_path / "x"
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
-    assert done.stdout == (
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
+    assert ran.stdout == (
         f"disk full while writing segment 00001 of {path} (File too large): 32 rows are committed and readable; "
         "free space and run the same command to resume\n"
     )

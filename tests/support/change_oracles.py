@@ -100,11 +100,13 @@ def redistributed(keep, heads, keys, queries):
         for head in heads:
             row = weights[:, head, queries].clone()
             share = row[..., keys].sum(-1, keepdim=True)
-            other = row.sum(-1, keepdim=True) - share
-            moved = torch.where(other > 1e-6, 1 + (1 - keep) * share / other.clamp(min=1e-9), torch.ones_like(other))
-            kept = torch.where(other > 1e-6, torch.full_like(other, keep), torch.ones_like(other))
+            remainder = row.sum(-1, keepdim=True) - share
+            moved = torch.where(
+                remainder > 1e-6, 1 + (1 - keep) * share / remainder.clamp(min=1e-9), torch.ones_like(remainder)
+            )
+            share_kept = torch.where(remainder > 1e-6, torch.full_like(remainder, keep), torch.ones_like(remainder))
             factor = moved.expand_as(row).clone()
-            factor[..., keys] = kept.expand_as(factor[..., keys])
+            factor[..., keys] = share_kept.expand_as(factor[..., keys])
             new[:, head, queries] = row * factor
         return new
 
@@ -132,9 +134,9 @@ def without_block(module, path, layer):
 def weights_exchanged(module, path, a, b):
     """A copy in which two blocks have each other's weights."""
     twin = copy.deepcopy(module)
-    one, two = (copy.deepcopy(blocks_of(twin, path)[layer].state_dict()) for layer in (a, b))
+    first, two = (copy.deepcopy(blocks_of(twin, path)[layer].state_dict()) for layer in (a, b))
     blocks_of(twin, path)[a].load_state_dict(two)
-    blocks_of(twin, path)[b].load_state_dict(one)
+    blocks_of(twin, path)[b].load_state_dict(first)
     return twin
 
 
@@ -142,7 +144,7 @@ def generated(module, ids, new=4, **arguments):
     """Logits of generated steps, axes (step, batch, vocab)."""
     settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 1} | arguments
     with torch.no_grad():
-        made = module.generate(
+        output = module.generate(
             ids,
             **settings,
             max_new_tokens=new,
@@ -151,4 +153,4 @@ def generated(module, ids, new=4, **arguments):
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return torch.stack(made.logits)
+    return torch.stack(output.logits)

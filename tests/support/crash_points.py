@@ -169,9 +169,9 @@ def _name(fault: Fault, point: int, calls: list[str]) -> str:
 def _difference(after: Any, expected: Any) -> str:
     if not isinstance(after, dict) or not isinstance(expected, dict):
         return f"{str(after)[:300]} in place of {str(expected)[:300]}"
-    missing, other = expected.keys() - after.keys(), after.keys() - expected.keys()
+    missing, extra = expected.keys() - after.keys(), after.keys() - expected.keys()
     changed = [name for name in expected.keys() & after.keys() if after[name] != expected[name]]
-    kinds = {"without": missing, "with": other, "with other bytes in": changed}
+    kinds = {"without": missing, "with": extra, "with other bytes in": changed}
     return ", ".join(f"{kind} {' and '.join(sorted(names)[:3])}" for kind, names in kinds.items() if names)
 
 

@@ -81,7 +81,7 @@ def pages() -> list[Path]:
 
 def blocks(page: Path) -> list[Block]:
     """Returns the fenced blocks of a page."""
-    found: list[Block] = []
+    read: list[Block] = []
     language, begin, inside, before = "", 0, None, ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         fence = _FENCE.match(line.strip())
@@ -89,14 +89,14 @@ def blocks(page: Path) -> list[Block]:
             language, begin, inside = fence[1], number, []
         elif inside is not None and line.strip() == "```":
             marked = _NOT_RUN.match(before)
-            found.append(Block(page, begin, language, "\n".join(inside) + "\n", marked[1] if marked else None))
+            read.append(Block(page, begin, language, "\n".join(inside) + "\n", marked[1] if marked else None))
             inside, before = None, ""
         elif inside is not None:
             inside.append(line)
         elif line.strip():
             before = line.strip()
     assert inside is None, f"{page}: a block is not closed"
-    return found
+    return read
 
 
 def stand_ins(text: str) -> str:
@@ -111,7 +111,10 @@ def smaller(words: list[str]) -> list[str]:
     for command, settings in SMALLER.items():
         if words[: len(command.split())] == command.split():
             for flag, *values in _settings(settings.split()):
-                words = [word for one in _settings(words) if one[0] != flag for word in one] + [flag, *values]
+                words = [word for setting in _settings(words) if setting[0] != flag for word in setting] + [
+                    flag,
+                    *values,
+                ]
     return words
 
 

@@ -83,7 +83,7 @@ def check_architecture(module, kind):
     """
     model = Model(module, None, kind)
     ids, mask = batch(min(300, model.vocab))
-    kinds = [one for one in KINDS if any(site.kind == one for site in model.site_map.sites.values())]
+    kinds = [kind for kind in KINDS if any(site.kind == kind for site in model.site_map.sites.values())]
     sites = model.site_map.select(kinds)
     values, gradients = gradients_of(model, sites, ids, mask)
     assert gradients.keys() == values.keys() == {site.short for site in sites}

@@ -20,7 +20,7 @@ def by_character(rows, records):
     A span is cut if rows of several sequences touch it.
     """
     labels = dict.fromkeys(label for record in records for label in record["spans"] or {})
-    told = {column: [] for label in labels for column in (label, f"{label}_span", f"{label}_cut")}
+    columns = {column: [] for label in labels for column in (label, f"{label}_span", f"{label}_cut")}
     sequences = {}
     for row in rows:
         spans = records[row["document"]]["spans"] or {}
@@ -31,15 +31,17 @@ def by_character(rows, records):
                     painted[character] = (span["value"], number)
             touched = [painted[i] for i in range(row["char_start"], row["char_end"]) if i in painted]
             value, number = touched[0] if touched else (None, None)
-            told[label].append(value)
-            told[f"{label}_span"].append(number)
-            for _, other in touched:
-                sequences.setdefault((row["document"], label, other), set()).add(row["sequence"])
+            columns[label].append(value)
+            columns[f"{label}_span"].append(number)
+            for _, number_of in touched:
+                sequences.setdefault((row["document"], label, number_of), set()).add(row["sequence"])
     for index, row in enumerate(rows):
         for label in labels:
-            number = told[f"{label}_span"][index]
-            told[f"{label}_cut"].append(None if number is None else len(sequences[row["document"], label, number]) > 1)
-    return told
+            number = columns[f"{label}_span"][index]
+            columns[f"{label}_cut"].append(
+                None if number is None else len(sequences[row["document"], label, number]) > 1
+            )
+    return columns
 
 
 def source(kind, records, folder):

@@ -114,28 +114,28 @@ def check_case(case: Case, patch: pytest.MonkeyPatch) -> None:
                     made(bad)
 
 
-def _dense(found, features: int) -> np.ndarray:
-    arrays = found.value.numpy(), found.feature.numpy(), found.indptr.numpy()
+def _dense(rows, features: int) -> np.ndarray:
+    arrays = rows.value.numpy(), rows.feature.numpy(), rows.indptr.numpy()
     matrix = csr_array(arrays, shape=(len(arrays[2]) - 1, features))
     assert matrix.has_canonical_format
     assert (arrays[0] != 0).all()
     return matrix.toarray()
 
 
-def _check_same(case: Case, found: np.ndarray, plain: np.ndarray) -> None:
+def _check_same(case: Case, encoded: np.ndarray, plain: np.ndarray) -> None:
     top = case.architecture in ("topk", "abstopk")
     if case.architecture == "abstopk":  # either sign of a tie
-        found, plain = np.abs(found), np.abs(plain)
+        encoded, plain = np.abs(encoded), np.abs(plain)
     if case.whole_numbers:
-        assert np.array_equal(np.sort(found, 1), np.sort(plain, 1)) if top else np.array_equal(found, plain)
+        assert np.array_equal(np.sort(encoded, 1), np.sort(plain, 1)) if top else np.array_equal(encoded, plain)
         return
     scale = _sizes(case)
     if top:  # two pre-activations closer than float32 resolves may rank either way
-        assert (np.abs(np.sort(found, 1) - np.sort(plain, 1)) <= 1e-5 * scale.max(1, keepdims=True)).all()
-        assert ((found != 0).sum(1) == (plain != 0).sum(1)).all()
+        assert (np.abs(np.sort(encoded, 1) - np.sort(plain, 1)) <= 1e-5 * scale.max(1, keepdims=True)).all()
+        assert ((encoded != 0).sum(1) == (plain != 0).sum(1)).all()
         return
-    differing = (found != 0) != (plain != 0)
-    assert (np.abs(found - plain) <= 1e-5 * scale)[~differing].all()
+    differing = (encoded != 0) != (plain != 0)
+    assert (np.abs(encoded - plain) <= 1e-5 * scale)[~differing].all()
     if differing.any():  # only where the input's last bits decide
         assert (_undecided(case) | ~differing).all()
 

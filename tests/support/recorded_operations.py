@@ -209,8 +209,8 @@ def sweeping() -> Operation:
 
     def lasting(folder: Path) -> dict[str, bytes]:
         changing = ("environment.json", "log.txt", "sweep.json")
-        found = {name: data for name, data in bytes_of(folder).items() if not name.endswith(changing)}
+        files = {name: data for name, data in bytes_of(folder).items() if not name.endswith(changing)}
         states = json.loads((folder / "runs" / "summary" / "sweep.json").read_text())["cells"]
-        return found | {"sweep.json": json.dumps(states).encode()}
+        return files | {"sweep.json": json.dumps(states).encode()}
 
     return Operation(work, contents=lasting)

@@ -65,12 +65,12 @@ def version_in(folder: Path) -> int | None:
 def saving(over: bool) -> Operation:
     """A result that is saved, `over`: in place of another version, beside a file of the user."""
     _register_toy()
-    one, two = toy_result(1), toy_result(2)
-    one.figures()
+    first, two = toy_result(1), toy_result(2)
+    first.figures()
 
     def begin(folder: Path) -> None:
         if over:
-            one.save(folder / "result")
+            first.save(folder / "result")
             (folder / "result" / "notes.txt").write_text("mine")
 
     def work(folder: Path) -> None:
@@ -131,8 +131,8 @@ def sweeping() -> Operation:
     toy_result().figures()
 
     def work(folder: Path) -> None:
-        done = sweep("toy", configs, folder / "out", report=lambda _line: None)
-        assert [outcome.state for outcome in done.outcomes][1] == "failed"
+        swept = sweep("toy", configs, folder / "out", report=lambda _line: None)
+        assert [outcome.state for outcome in swept.outcomes][1] == "failed"
 
     def check(folder: Path) -> None:
         if (folder / "out" / "summary").exists():

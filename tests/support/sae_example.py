@@ -90,8 +90,8 @@ def encode64(folder: Path, x: np.ndarray) -> np.ndarray:
         pre = pre * np.linalg.norm(weights["W_dec"], axis=1)
     if config["architecture"] in ("topk", "abstopk"):
         rank = -np.abs(pre) if config["architecture"] == "abstopk" else -pre
-        kept = np.argsort(np.argsort(rank, axis=1), axis=1) < config["k"]
-        return np.where(kept, pre if config["architecture"] == "abstopk" else np.maximum(pre, 0), 0)
+        mask = np.argsort(np.argsort(rank, axis=1), axis=1) < config["k"]
+        return np.where(mask, pre if config["architecture"] == "abstopk" else np.maximum(pre, 0), 0)
     return np.maximum(pre, 0) * (pre > weights.get("threshold", 0))
 
 

@@ -120,11 +120,11 @@ def digest(first_row: int, lengths: Sequence[int]) -> str:
 def write_store(path: Path, segments: Sequence[Sequence[int]], *, append: bool = False, **changed) -> Path:
     """Records, resumes or appends a part with these segments; returns `path`."""
     with writing(path, **changed) as writer:
-        done = writer.begin(part_of(segments), append=append)
-        first_row = writer.manifest.rows - sum(map(sum, segments[:done]))
-        for index, lengths in enumerate(segments[:done]):
+        committed = writer.begin(part_of(segments), append=append)
+        first_row = writer.manifest.rows - sum(map(sum, segments[:committed]))
+        for index, lengths in enumerate(segments[:committed]):
             writer.check(index, digest(first_row + sum(map(sum, segments[:index])), lengths))
-        for lengths in segments[done:]:
+        for lengths in segments[committed:]:
             write_segment(writer, lengths)
     return path
 

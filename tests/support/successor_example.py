@@ -70,11 +70,11 @@ def llama(members) -> LlamaForCausalLM:
                 shift(members, ("days",), until=4),
             ],
         ]
-        seen = torch.diag((torch.arange(WIDTH) < len(ids)).float())
+        diagonal = torch.diag((torch.arange(WIDTH) < len(ids)).float())
         for layer, (block, heads) in enumerate(zip(module.model.layers, writes, strict=True)):
             for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.mlp.down_proj):
                 part.weight.zero_()
-            block.self_attn.v_proj.weight.copy_(torch.cat([seen, seen if layer else 0 * seen]))
+            block.self_attn.v_proj.weight.copy_(torch.cat([diagonal, diagonal if layer else 0 * diagonal]))
             scale = 0.05 if layer else 1.0  # so that in the text 0.0 is the head that does it
             block.self_attn.o_proj.weight.copy_(torch.cat([scale * head.T for head in heads], 1))
     module.config.architectures = ["LlamaForCausalLM"]
