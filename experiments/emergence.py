@@ -154,11 +154,14 @@ def read_measure(data: xr.Dataset, measure: str, variable: str, over: str) -> tu
     Of "max" and "min" the interval is that of the same place: not one of the largest of several.
 
     Raises:
-        RequestError: The probe did not compute the variable, or it has axes and nothing says what to take over them.
+        RequestError: The probe did not compute the variable, it is text, or it has axes and nothing says what to take
+            over them.
     """
     if variable not in data:
         note = data.attrs.get("note", "")
         raise RequestError(f"measures: {measure} was not computed{f' ({note})' if note else ''}; record other sites")
+    if data[variable].dtype.kind not in "biuf":
+        raise RequestError(f"measures: {measure} is text; name a variable with numbers")
     values = data[variable].to_numpy().astype(float)
     if values.ndim and not over:
         axes = ", ".join(map(str, data[variable].dims))
@@ -203,8 +206,9 @@ def all_checkpoints(checkpoints: Sequence[str]) -> tuple[str, ...]:
 
 
 def training_steps(checkpoints: Sequence[str]) -> list[int]:
-    """Returns the last number in each name, 500 of "checkpoint-500"; indices if one is missing or two are equal."""
-    numbers = [re.findall(r"\d+", name if "@" in name else Path(name).name) for name in checkpoints]
+    """Returns the last number in each name or revision, 500 of "checkpoint-500"; indices if one is missing or two are
+    equal."""
+    numbers = [re.findall(r"\d+", Path(name.rpartition("@")[2]).name) for name in checkpoints]
     steps = [int(each[-1]) if each else -1 for each in numbers]
     return steps if len({*steps}) == len(steps) and min(steps) >= 0 else list(range(len(steps)))
 

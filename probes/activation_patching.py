@@ -117,7 +117,7 @@ class ActivationPatching(StoreProbe):
     controls_too: bool = True
     """False leaves the controls out, which cost five passes a cell; patching costs two."""
     where: str | None = None
-    """SQL over the token table: the pairs to use. None: all."""
+    """SQL over the token table: pairs with a selected token are used. None: all."""
     model: str | None = None
     """Directory or hub id of the recorded model, if the name in the store is not enough to load it."""
     resamples: int = 1000

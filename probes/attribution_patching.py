@@ -140,7 +140,7 @@ class AttributionPatching(StoreProbe):
     at: str = "all"
     """Positions at which heads are patched: all, or a label, such as end."""
     where: str | None = None
-    """SQL over the token table: the pairs to use. None: all."""
+    """SQL over the token table: pairs with a selected token are used. None: all."""
     model: str | None = None
     """Directory or hub id of the recorded model, if the name in the store is not enough to load it."""
     resamples: int = 1000

@@ -91,7 +91,7 @@ class EdgeAttribution(StoreProbe):
     metric: str = "logit-difference"
     """logit-difference, log-probability, loss or kl, at the last position."""
     where: str | None = None
-    """SQL over the token table: the pairs to use. None: all."""
+    """SQL over the token table: pairs with a selected token are used. None: all."""
     model: str | None = None
     """Directory or hub id of the recorded model, if the name in the store is not enough to load it."""
     resamples: int = 1000

@@ -99,7 +99,7 @@ class FunctionVectors(StoreProbe):
     draws: int = 3
     """Random sets of heads for the control."""
     where: str | None = None
-    """SQL over the token table: the pairs to use. None: all."""
+    """SQL over the token table: pairs with a selected token are used. None: all."""
     model: str | None = None
     """Directory or hub id of the recorded model, if the name in the store is not enough to load it."""
     resamples: int = 1000

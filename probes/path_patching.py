@@ -98,7 +98,7 @@ class PathPatching(StoreProbe):
     control_too: bool = True
     """False leaves the control out, which costs as much as both directions."""
     where: str | None = None
-    """SQL over the token table: the pairs to use. None: all."""
+    """SQL over the token table: pairs with a selected token are used. None: all."""
     model: str | None = None
     """Directory or hub id of the recorded model, if the name in the store is not enough to load it."""
     resamples: int = 1000

@@ -167,6 +167,7 @@ def test_sinks_emerge_between_checkpoints(recordings, tmp_path):
 
 def test_a_measure_is_read_at_one_place_with_its_interval():
     data = xr.Dataset({"a": ("layer", [1.0, 3.0, np.nan]), "a_low": ("layer", [0.0, 2.0, np.nan]), "b": ((), 5.0)})
+    data["word"] = ("layer", ["one", "two", "three"])
     read = lambda variable, over: emergence.read_measure(data, f"p.{variable}", variable, over)[:2]  # noqa: E731
     assert read("a", "max") == (3, 2)
     assert read("a", "min") == read("a", "first") == (1, 0)
@@ -175,12 +176,14 @@ def test_a_measure_is_read_at_one_place_with_its_interval():
     assert read("b", "")[0] == 5
     assert "has the axes layer" in refused(RequestError, lambda: read("a", ""))
     assert "was not computed" in refused(RequestError, lambda: read("c", "max"))
+    assert "p.word is text" in refused(RequestError, lambda: read("word", "max"))
 
 
 def test_steps_are_read_off_names(tmp_path):
     steps = emergence.training_steps
     assert steps(("run-2/checkpoint-500", "run-2/checkpoint-1000")) == [500, 1000]
     assert steps(("org/pythia-14m@step1", "org/pythia-14m@step512")) == [1, 512]
+    assert steps(("org/pythia-14m@step512", "org/pythia-14m@main")) == [0, 1]  # 14 is no step
     assert steps(("a/final", "a/step3")) == [0, 1]
     for name in ("step-100", "step-20", "model"):
         (tmp_path / name).mkdir()

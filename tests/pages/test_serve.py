@@ -108,6 +108,19 @@ def test_answers_are_the_numbers_of_the_store(served, store):
     assert [line[2] for line in near["neighbours"]] == pytest.approx(np.sort(cosine)[::-1][:10], abs=1e-3)
 
 
+def test_keys_of_a_store_of_chosen_rows_are_those_of_their_positions(tmp_path):
+    model = wb.load_model("demo", device="cpu")
+    text, sites = ["Once upon a time there was a cat."], ["pattern.1"]
+    whole, chosen = (
+        wb.record(model, text, sites=sites, dtype="float32", out=tmp_path / name, show_progress=False, **rows)
+        for name, rows in (("whole", {}), ("chosen", {"where": "position % 3 = 2"}))
+    )
+    pattern = whole["pattern", 1][:].numpy()
+    lines = LinkedView(chosen).head(0, 1, 2)["pattern"]
+    for query, line in enumerate(lines):
+        np.testing.assert_allclose(line, pattern[2 + 3 * query, 2, 2 : 3 + 3 * query : 3], rtol=1e-3)
+
+
 def test_features_of_a_row_and_over_the_text(hostile_features):
     features, _, _ = hostile_features
     view = LinkedView(features.store, features)
@@ -129,6 +142,7 @@ def test_wrong_requests(served, store, hostile_features, tmp_path):
 
     assert error("sequence", number=99) == "sequence 99 does not exist; there are 3: 0 to 2"
     assert error("sequence", number="-1") == "number must be a whole number, not '-1'"
+    assert error("sequence", number="9" * 5000).startswith("number must be a whole number, not '999")
     assert error("head", number=0, layer=0, head=0).startswith("pattern.0 was not recorded")
     assert error("head", number=0, layer=3, head=2) == "head 2 does not exist; there are 2: 0 to 1"
     assert error("active", row=0) == "no features are shown; give features= (--features)"

@@ -9,7 +9,8 @@ from planted_circuit import END, FILLER, MOVER, NAMES, READER, planted_circuit
 from refusals import refused
 
 import workbench as wb
-from workbench.analysis.patch_pairs import OTHER, PatchPair
+from workbench.analysis.frozen_norm import ids_of_values
+from workbench.analysis.patch_pairs import OTHER, PatchPair, pairs_from_store
 from workbench.analysis.patching import Runs, other_pair, shuffled_positions
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
@@ -58,6 +59,19 @@ class TestContract(ProbeContract):
     @pytest.fixture
     def model(self, planted):
         return planted
+
+
+def test_where_selects_whole_pairs_and_a_store_of_chosen_rows_is_refused(planted, store):
+    some = pairs_from_store(store, planted, "position > 1 AND side = 'clean' AND pair < 2")[0]
+    assert [pair.clean for pair in some] == [pair.clean for pair in pairs_of_names()[:2]]
+    texts = [{"input_ids": list(some[0].clean), "pair": 0, "side": side} for side in ("clean", "corrupt")]
+    last = wb.record(planted, texts, sites=["resid_post"], keep="last", show_progress=False)
+    assert "holds chosen rows" in refused(RequestError, lambda: pairs_from_store(last, planted))
+
+
+def test_a_missing_answer_names_no_token():
+    by_text = {" a": 3, "None": 7, "nan": 8}
+    assert ids_of_values([" a", None, "None", float("nan"), "b"], by_text).tolist() == [3, -1, 7, -1, -1]
 
 
 def patched(planted, pairs, **settings):

@@ -77,6 +77,19 @@ def test_the_token_that_ends_a_text_is_the_last_one(model, made, monkeypatch):
     assert first.token_ids[: len(first.token_ids)] == made.all[0].token_ids[: len(first.token_ids)]
 
 
+def test_the_models_own_generation_settings_are_not_applied(model, made, monkeypatch):
+    own = model.module.generation_config
+    for name, value in {
+        "repetition_penalty": 9.0,
+        "suppress_tokens": [made.all[0].token_ids[-1]],
+        "num_beams": 3,
+    }.items():
+        monkeypatch.setattr(own, name, value)
+    assert wb.generate(model, PROMPTS, 8, show_progress=False).all == made.all
+    assert model.module.generation_config is own
+    assert own.repetition_penalty == 9.0
+
+
 def test_seeds_samples_and_sampling_settings(model):
     def draw(**settings):
         return wb.generate(model, ["Hi"], 6, samples=3, show_progress=False, **{"temperature": 1.5} | settings)

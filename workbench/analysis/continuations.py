@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from workbench.model.direction import Direction
-from workbench.model.forward import evaluating, run
+from workbench.model.forward import generating, run
 from workbench.model.intervene import intervene
 from workbench.model.load import end_tokens
 from workbench.model.row_records import Add
@@ -44,17 +44,18 @@ def continue_steered(
 
 
 def _some(model: Model, ids: Tensor, records: Sequence[Add], new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    mask = torch.ones_like(ids)
+    mask, ends = torch.ones_like(ids), end_tokens(model)
     with _steered(model, [record for record in records if record.at != "new"]):
         after = run(model.module, ids, mask).logits[:, -1].double().cpu().log_softmax(-1)
-    with _steered(model, records if new_tokens > 1 else []), evaluating(model.module), torch.no_grad():
+    with _steered(model, records if new_tokens > 1 else []), generating(model.module):
         sequences = model.module.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
-            pad_token_id=(end_tokens(model) or [0])[0],
+            eos_token_id=ends or None,
+            pad_token_id=(ends or [0])[0],
         ).cpu()
     logits = run(model.module, sequences, torch.ones_like(sequences)).logits[:, ids.shape[1] - 1 : -1]
     generated = sequences[:, ids.shape[1] :]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from workbench.io.checks import check
@@ -92,6 +93,11 @@ def single_tokens(texts: Iterable[str]) -> dict[str, int]:
     texts = list(texts)
     counted = Counter(texts)
     return {text: index for index, text in enumerate(texts) if counted[text] == 1}
+
+
+def ids_of_values(values: Iterable[Any], by_text: Mapping[str, int]) -> Int64[np.ndarray, " value"]:
+    """Returns the token that each value of a column names, by `single_tokens`; -1 for none, and for a missing value."""
+    return np.array([-1 if pd.isna(value) else by_text.get(str(value), -1) for value in values], np.int64)
 
 
 def token_ids(unembed: Unembed, tokens: Sequence[str | int]) -> list[int]:

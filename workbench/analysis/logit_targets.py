@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from workbench.analysis.frozen_norm import single_tokens, token_id
+from workbench.analysis.frozen_norm import ids_of_values, single_tokens, token_id
 from workbench.analysis.rows import blocks, next_tokens
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
@@ -149,4 +149,4 @@ def _named(
     if column not in store.tokens.column_names:
         raise RequestError(f"{name}_column {column!r} is no column of {store.path.name}; see `workbench info`")
     ids = single_tokens(unembed.tokens or ())
-    return np.array([ids.get(str(value), -1) for value in store.tokens[column].take(rows).to_pylist()])
+    return ids_of_values(store.tokens[column].take(rows).to_pylist(), ids)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from workbench.analysis.causal import require_causal
-from workbench.analysis.frozen_norm import single_tokens
+from workbench.analysis.frozen_norm import ids_of_values, single_tokens
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.errors import RequestError
 from workbench.model.reload import recorded_model
@@ -83,10 +83,11 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
     """Returns the pairs that a store holds, and the number of others by reason.
 
     A store has pairs in the columns pair and side ("clean", "corrupt"); answer and wrong hold the text of the right
-    token after this side, and after the other. Each label of its spans is a place.
+    token after this side, and after the other. Each label of its spans is a place. `where` selects a pair by any token
+    of it.
 
     Raises:
-        RequestError: The store has no pairs.
+        RequestError: The store has no pairs, or holds chosen rows.
     """
     columns = set(store.tokens.column_names)
     if missing := {"pair", "side"} - columns:
@@ -94,7 +95,10 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
             f"store {store.path.name} has no column {min(missing)!r}, so it holds no pairs; record "
             "wb.prompt_pairs(...).texts(), or texts with columns pair and side"
         )
-    table = (store.tokens if where is None else store.where(where).tokens).to_pandas()
+    store.require_whole_sequences("patching between the prompts of a pair")
+    table = store.tokens.to_pandas()
+    if where is not None:  # the prompts of a pair are run whole, whichever of their tokens are selected
+        table = table[table["pair"].isin(store.where(where).tokens["pair"].to_pylist())]
     labels = sorted(name for name in columns if f"{name}_span" in columns)
     texts = token_texts(model.tokenizer, range(model.vocab)) if {"answer", "wrong"} <= columns else []
     ids = single_tokens(texts)
@@ -107,17 +111,17 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
         clean, corrupt = sides["clean"], sides["corrupt"]
         places = {name: tuple(np.flatnonzero(clean[name].notna()).tolist()) for name in labels}
         others = {name: tuple(np.flatnonzero(corrupt[name].notna()).tolist()) for name in labels}
-        answers = [ids.get(str(clean[name].iloc[0])) if ids else None for name in ("answer", "wrong")]
+        answers = ids_of_values([clean[name].iloc[0] for name in ("answer", "wrong")], ids) if ids else []
         if len(clean) != len(corrupt):
             dropped["different numbers of tokens"] += 1
         elif places != others:
             dropped["a label has other positions on the two sides"] += 1
-        elif ids and None in answers:
+        elif any(one < 0 for one in answers):
             dropped["an answer is not one token"] += 1
         else:
             known = {name: at for name, at in sorted(places.items(), key=lambda one: one[1]) if at}
             known["end"] = (len(clean) - 1,)
-            right, wrong = ((one,) if one is not None else () for one in answers)
+            right, wrong = ((int(one),) for one in answers) if ids else ((), ())
             first, second = (tuple(map(int, part["token_id"])) for part in (clean, corrupt))
             pairs.append(PatchPair(first, second, right, wrong, known))
     if not pairs:

@@ -21,7 +21,7 @@ from workbench.corpus.tokenizer import added_tokens, encode, token_texts, with_w
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import evaluating, run
+from workbench.model.forward import generating, run
 from workbench.model.intervene import intervene
 from workbench.model.load import Model, batch_tokens, end_tokens
 from workbench.model.reload import recorded_model
@@ -158,7 +158,7 @@ def patchscope(
         raise RequestError(f"into: a row of {into} has the shape {shape}, and one of {site} {tuple(states.shape[1:])}")
     if top_k > model.vocab:
         raise RequestError(f"top_k is {top_k} and the vocabulary has {model.vocab}; give at most that")
-    asked = {text: _token(model, text) for text in tokens}
+    asked = {text: _token(model, text) for text in ([tokens] if isinstance(tokens, str) else tokens)}
     texts, lines = token_texts(model.tokenizer, rows.tokens["token_id"].to_numpy()), []
     for kind, values in (("row", states), ("random", random_states(states, seed))):
         found = read_states(model, target, into, values)
@@ -213,12 +213,12 @@ def _generate(
     rows = 1 if states is None else len(states)
     if not new_tokens:
         return [""] * rows
-    texts = []
+    texts, ends = [], end_tokens(model)
     for part in torch.arange(rows).split(16):
         ids = torch.tensor([prompt.ids]).expand(len(part), -1).to(model.device)
-        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
-        settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": (end_tokens(model) or [0])[0]}
-        with evaluating(model.module), torch.no_grad():
+        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ends or None}
+        settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": (ends or [0])[0]}
+        with generating(model.module):
             if states is None:
                 made = model.module.generate(input_ids=ids, **settings)  # pyright: ignore[reportCallIssue]
             else:

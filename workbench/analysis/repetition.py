@@ -13,7 +13,7 @@ from workbench.corpus.tokenizer import added_tokens
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import evaluating
+from workbench.model.forward import generating
 from workbench.model.load import Model, batch_tokens, end_tokens
 
 _WORDS = "river apple seven garden house yellow winter paper stone music window horse salt bridge cloud spoon letter "
@@ -87,7 +87,8 @@ def _filled(template: Sequence[int | None], tokens: Int[np.ndarray, " token"]) -
 
 def _largest(model: Model, ids: Tensor, tokens: Int[np.ndarray, " token"]) -> Float[np.ndarray, " token"]:
     """Largest probability of each token over the positions that are generated."""
-    with evaluating(model.module), torch.no_grad():
+    ends = end_tokens(model)
+    with generating(model.module):
         made = model.module.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(model.device),
             attention_mask=torch.ones_like(ids).to(model.device),
@@ -96,7 +97,8 @@ def _largest(model: Model, ids: Tensor, tokens: Int[np.ndarray, " token"]) -> Fl
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
-            pad_token_id=(end_tokens(model) or [0])[0],
+            eos_token_id=ends or None,
+            pad_token_id=(ends or [0])[0],
         )
     index = torch.as_tensor(tokens)[:, None]
     logs = [step.float().cpu().log_softmax(-1).gather(1, index)[:, 0] for step in made.logits]

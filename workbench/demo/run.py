@@ -134,16 +134,24 @@ def demo(
 
 
 def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | None) -> list[Store]:
-    """Records the corpus, heads, whole blocks, repeated tokens, and pairs of prompts of the first task that fits."""
+    """Records the corpus, heads, whole blocks, repeated tokens, and pairs of prompts of the first task that fits.
+
+    Sites that the model lacks are left out: a state-space model has no heads.
+    """
     texts = demo_corpus()
     head_rows, block_rows = (most if rows is None else min(most, rows) for most in (HEAD_ROWS, BLOCK_ROWS))
-    head_sites = (*HEAD_SITES, "v", "mlp_post")
     repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS)  # for induction heads
+    requests: tuple[tuple[str, Any, Sequence[str], dict[str, Any]], ...] = (
+        ("demo.acts", texts, SITES, {"max_rows": rows}),
+        ("heads.acts", texts, (*HEAD_SITES, "v", "mlp_post"), {"max_rows": head_rows, "context": 64}),
+        ("repeats.acts", repeated, ("pattern", "resid_post"), {}),
+        ("blocks.acts", texts, block_sites(model), {"max_rows": block_rows, "context": 64}),
+    )
+    kinds = {site.kind for site in model.site_map.recordable.values()}
     stores = [
-        record(model, texts, sites=SITES, max_rows=rows, out=out / "demo.acts"),
-        record(model, texts, sites=head_sites, context=64, max_rows=head_rows, out=out / "heads.acts"),
-        record(model, repeated, sites=("pattern", "resid_post"), out=out / "repeats.acts"),
-        record(model, texts, sites=block_sites(model), context=64, max_rows=block_rows, out=out / "blocks.acts"),
+        record(model, documents, sites=known, out=out / name, **options)
+        for name, documents, sites, options in requests
+        if (known := [site for site in sites if site.split(".")[0] in kinds])
     ]
     for task in tasks:
         try:

@@ -99,6 +99,26 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def generating(module: nn.Module) -> Iterator[None]:
+    """Lets the model's `generate` do inside the block what its arguments say alone: in eval mode, without gradients.
+
+    transformers adds the model's own generation settings to them: penalties of repetition, forced and suppressed
+    tokens, beams. Its end tokens are to be given.
+    """
+    from transformers import GenerationConfig  # seconds
+
+    kept = [(part, vars(part)["generation_config"]) for part in module.modules() if "generation_config" in vars(part)]
+    try:
+        for part, _ in kept:
+            part.generation_config = GenerationConfig()
+        with evaluating(module), torch.no_grad():
+            yield
+    finally:
+        for part, config in kept:
+            part.generation_config = config
+
+
+@contextmanager
 def hook_tensor(
     module: nn.Module,
     side: Literal["in", "out", "returned_weights"],

@@ -88,19 +88,26 @@ class LinkedView:
         return {"layers": layers, "values": [self._first(kind, one, rows) for one in layers], "rows": len(rows)}
 
     def head(self, number: int, layer: int, head: int) -> dict[str, Any]:
-        """Returns the attention pattern of a head over a sequence, one list a query token with a value a key token."""
+        """Returns the attention pattern of a head over a sequence, one list a query token with a value a key token.
+
+        Of a store of chosen rows, keys that were not chosen have no token and are left out.
+        """
         if layer not in self._layers("pattern"):
             raise RequestError(f"pattern.{layer} was not recorded; record pattern to see heads over the text")
         array, rows = self.store["pattern", layer], self._rows(number)
         self._check("head", head, array.shape[1])
-        pattern = array[rows][:, head, : len(rows)].float().numpy()
+        keys = self.store.tokens["position"].take(rows).to_numpy()
+        pattern = array[rows][:, head, keys].float().numpy()
         return {"pattern": [_short(line[: query + 1]) for query, line in enumerate(pattern)]}
 
     @plain_torch()
     def lens(self, row: int) -> dict[str, Any]:
         """Returns the logit lens of a row: the top tokens and their probabilities at every layer of resid_post."""
         self._check("row", row, self.store.rows)
-        layers, unembed = self._layers("resid_post"), self._unembed
+        layers = self._layers("resid_post")
+        if not layers:
+            raise RequestError("resid_post was not recorded; record it to see the lens")
+        unembed = self._unembed
         states = torch.stack([self.store["resid_post", layer][[row]][0].float() for layer in layers])
         with torch.inference_mode():
             values, ids = unembed(states).softmax(-1).topk(_TOP)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import partial
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from workbench.features.feature_store import Features
 from workbench.figures.markup import escape, inert
@@ -88,12 +89,21 @@ def serve(store: Store, features: Features | None = None, *, port: int = 0) -> S
     token = secrets.token_urlsafe(24)
     handler = partial(_Handler, LinkedView(store, features), token)
     try:
-        server = ThreadingHTTPServer((_HOST, port), handler)
+        server = _Server((_HOST, port), handler)
     except OSError as error:
         raise RequestError(f"port {port} cannot be used: {error.strerror}; give another, or 0 for a free one") from None
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True, name="workbench-serve").start()
     return Served(f"http://{_HOST}:{server.server_address[1]}/{token}/", server)
+
+
+class _Server(ThreadingHTTPServer):
+    """Threads end with the process, and a browser that leaves before its answer is written is no error."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(error := sys.exception(), ConnectionError):
+            _LOG.warning(f"a request failed: {type(error).__name__}: {error}")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,8 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)  # pyright: ignore[reportArgumentType]  # request, address, server
 
     def do_GET(self) -> None:
-        parts = urlsplit(self.path)
-        _, token, *rest = [*parts.path.split("/"), ""]
+        path, _, query = self.path.partition("?")
+        _, token, *rest = [*path.split("/"), ""]
         name = "/".join(rest).removesuffix("/")
         if not self._is_ours(name) or not compare_digest(token.encode(), self._token.encode()):
             self._send(403, "text/plain", b"the address needs the token that `workbench serve` printed")
@@ -116,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             file, kind = _FILES[name]
             self._send(200, kind, (_FOLDER / file).read_bytes())
         else:
-            self._answer(name, dict(parse_qsl(parts.query)))
+            self._answer(name, dict(parse_qsl(query)))
 
     def _is_ours(self, name: str) -> bool:
         """True for requests to this host by its own name (a foreign one may point here), from our own pages.
@@ -160,6 +170,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _number(name: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise RequestError(f"{name} must be a whole number, not {text[:40]!r}")
     return int(text)

@@ -33,7 +33,7 @@ from workbench.io.errors import RequestError
 from workbench.io.files import explain_full_disk, replace_file
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import evaluating
+from workbench.model.forward import generating
 from workbench.model.load import Model, end_tokens
 from workbench.sites.settings import BosPolicy
 
@@ -212,7 +212,7 @@ def _continued(model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampl
         pad_token_id=padding,
         **(chosen if drawn else {}),
     )
-    with evaluating(model.module), torch.no_grad():
+    with generating(model.module):
         output: Tensor = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # pyright: ignore[reportCallIssue, reportAssignmentType]
     rows = output[:, longest:].tolist()
     return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]

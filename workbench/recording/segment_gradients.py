@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.analysis.frozen_norm import single_tokens
+from workbench.analysis.frozen_norm import ids_of_values, single_tokens
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.errors import DataError, RequestError, first_line, nearest, shown
 from workbench.io.parse import read_json
@@ -115,7 +115,7 @@ class SegmentMetric:
         column = self.metric.named[name][1]
         if column not in table.column_names:
             raise RequestError(f"gradient_of: the texts have no column {column!r}; columns: {_columns(table)}")
-        ids = np.array([by_text.get(str(text), -1) for text in table[column].to_pylist()], np.int64)
+        ids = ids_of_values(table[column].to_pylist(), by_text)
         if (missing := self._rows & (ids < 0)).any():
             row = int(np.flatnonzero(missing)[0])
             sequence = int(np.searchsorted(self._starts, row, side="right")) - 1 + self._first
