@@ -253,16 +253,16 @@ class FutureLens(LayerProbe):
         data = result.data
         one = data.isel(horizon=min(1, data.sizes["horizon"] - 1))
         at = one.isel(method=int(one["best_method"])).sel(layer=int(one["best_layer"]))
-        where = ""
+        against = f"gain {points_text(*(100 * float(at[name]) for name in ('gain', 'gain_low', 'gain_high')))}"
         if "bigram_seen" in data:  # results of earlier versions compare all tokens
             names = ("bigram_seen", "seen_precision", "bigram_seen_precision")
             seen, ours, bigram = (100 * float(at[name]) for name in names)
-            where = f"on the {seen:.0f} % of tokens that the bigram has seen {ours:.0f} to {bigram:.0f} %, "
+            against = f"on the {seen:.0f} % of tokens that the bigram has seen {ours:.0f} to {bigram:.0f} %, {against}"
+            against = against if seen else "the bigram has seen none of the tokens, so there is no gain to measure"
         return with_note(
             f"Top-1 accuracy at {tokens_ahead(int(one['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
             f"(layer {int(one['best_layer'])}, {at['method'].item()} probe); bigram baseline "
-            f"{100 * float(one['bigram_precision']):.0f} %; {where}gain "
-            f"{points_text(*(100 * float(at[name]) for name in ('gain', 'gain_low', 'gain_high')))}.",
+            f"{100 * float(one['bigram_precision']):.0f} %; {against}.",
             result,
         )
 

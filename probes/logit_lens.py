@@ -101,6 +101,8 @@ class LogitLens(LayerProbe):
 
 def _cross_entropy(data: xr.Dataset) -> str:
     loss, layers = data["mean_cross_entropy"].to_numpy(), data["layer"].to_numpy()
+    if np.isnan(loss).all():
+        return "Cross-entropy of the text not measured: no token has a next one"
     text = f"Cross-entropy of the text: {loss[0]:.2f} nats at layer {layers[0]}"
     if len(layers) > 1:
         text += f", {loss[-1]:.2f} nats at layer {layers[-1]}"

@@ -147,9 +147,13 @@ class ResidualUncertainty(LayerProbe):
         loss = data["cross_entropy"].to_numpy()
         text = (
             f"Residual cross-entropy: {loss[0]:.2f} nats at layer {layers[0]}, {loss[-1]:.2f} at layer {layers[-1]}; "
-            f"it falls at every layer on {100 * float(data['falling_share']):.0f} % of tokens. The model errs on "
-            f"{100 * float(data['wrong_share']):.0f} %; AUC of detectors: own output {float(data['output_auc']):.3f}"
+            f"it falls at every layer on {100 * float(data['falling_share']):.0f} % of tokens. "
         )
+        wrong, own = 100 * float(data["wrong_share"]), float(data["output_auc"])
+        if np.isnan(own):
+            reason = "no token has a next one" if np.isnan(wrong) else f"the model errs on {wrong:.0f} % of the tokens"
+            return with_note(f"{text}Detectors of errors not compared: {reason}.", result)
+        text += f"The model errs on {wrong:.0f} %; AUC of detectors: own output {own:.3f}"
         for name in data["statistic"].to_numpy().tolist():
             one = data.sel(statistic=name)
             interval = _interval(*(float(one[f"depth_gain{end}"]) for end in ("", "_low", "_high")))
@@ -162,7 +166,8 @@ class ResidualUncertainty(LayerProbe):
             ((one[f"{name}_low"] > 0.5) & (one[f"{gain}_low"] > 0)).any().item()
             for one, name, gain in ((data, "depth_auc", "depth_gain"), (earlier, "auc", "auc_gain"))
         ]
-        none = "" if any(gained) else ". Nothing before the output detects errors better than the output"
+        decided = bool(data["depth_gain_low"].notnull().any())
+        none = "" if any(gained) or not decided else ". Nothing before the output detects errors better than the output"
         return with_note(f"{text}{none}.", result)
 
     @staticmethod

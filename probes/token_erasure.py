@@ -376,9 +376,10 @@ class TokenErasure(LayerProbe):
             finding, parts = "Token erasure not measured", ["where a group has no token to compare"]
         texts = [f"{finding} at offset {offset:+d}, {'; '.join(parts)}."]
         if "coverage" in data:
-            share = [f"{100 * float(here['coverage'].sel(group=group)):.0f} % of {group}" for group in _GROUPS]
-            texts.append(f"Targets in the training documents: {share[0]} tokens, {share[1]} tokens.")
-        if "precision" in data:
+            share = {group: 100 * float(here["coverage"].sel(group=group)) for group in _GROUPS}
+            known = [f"{value:.0f} % of {group} tokens" for group, value in share.items() if not np.isnan(value)]
+            texts += [f"Targets in the training documents: {', '.join(known)}."] * bool(known)
+        if "precision" in data and not np.isnan(float(data["precision"])):
             texts.append(
                 f"{int(data['segments']):,} segments of several tokens: precision {float(data['precision']):.2f}, "
                 f"recall {float(data['recall']):.2f} against {data.attrs['spans']}."

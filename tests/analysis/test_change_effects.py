@@ -168,7 +168,6 @@ def test_heads_that_cannot_be_ablated_are_refused(circuit, circuit_store, heads,
 def test_a_change_that_chooses_no_token_and_rows_that_are_none_are_refused(tiny, store):
     rows, none = MeasuredRows(store, {"all": np.arange(3)}), MeasuredRows(store, {"all": np.zeros(0, int)})
     late = {"late": lambda _batch: []}
-    assert "late: it chose no token" in refused(
-        DataError, lambda: change_effects(tiny, rows, late, show_progress=False)
-    )
+    message = refused(DataError, lambda: change_effects(tiny, rows, late, label="hiding", show_progress=False))
+    assert message.startswith("hiding, late: no token of the 3 measured ones' sequences is changed")
     assert "is measured" in refused(RequestError, lambda: change_effects(tiny, none, {}, show_progress=False))

@@ -220,6 +220,8 @@ def test_the_gain_is_over_tokens_that_the_bigram_has_seen(tmp_path):
     assert right == pytest.approx(float(at["precision"].sel(k=1)) * 13 - 12 * float(at["seen_precision"]))
     assert float(at["gain"]) == pytest.approx(float(at["seen_precision"]) - float(at["bigram_seen_precision"]))
     assert "on the 92 % of tokens that the bigram has seen" in result.headline()
+    result.data["bigram_seen"][:] = 0
+    assert "the bigram has seen none of the tokens, so there is no gain to measure." in result.headline()
 
 
 def test_the_model_s_own_output_is_no_layer_to_choose(tmp_path):

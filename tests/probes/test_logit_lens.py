@@ -177,6 +177,7 @@ def test_no_token_has_a_next(tiny_models, tmp_path):
     assert np.isnan(result.data["mean_accuracy"]).all()
     assert int(result.data["rows_with_next"]) == 0
     assert result.figures().keys() == {"grid", "by_layer", "depth"}
+    assert result.headline().startswith("Cross-entropy of the text not measured: no token has a next one; lens and")
 
 
 # Settings

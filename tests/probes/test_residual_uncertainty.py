@@ -84,6 +84,19 @@ def test_equal_trajectories_detect_nothing(tmp_path):
     assert "Nothing before the output detects errors better than the output" in result.headline()
 
 
+@pytest.mark.parametrize(
+    ("documents", "reason"),
+    [([[0], [1], [2]], "no token has a next one."), ([[0] * 5, [0] * 5], "the model errs on 0 % of the tokens.")],
+)
+def test_detectors_are_not_compared_where_there_is_nothing_to_detect(tmp_path, documents, reason):
+    states = np.tile([9.0, 0, 0, 0], (sum(map(len, documents)), 1))
+    sites = {"resid_post.0": states / 2, "resid_post.1": states}
+    result = run(planted_store(tmp_path / "s", documents, sites, linear_unembed(np.eye(VOCAB))))
+    assert f"Detectors of errors not compared: {reason}" in result.headline()
+    assert np.isnan(result.data["auc"]).all()
+    assert "nan" not in result.headline()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_trajectories_are_those_of_the_model(tiny_stores, tiny_models, family):
     store = tiny_stores[family]

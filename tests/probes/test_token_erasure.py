@@ -281,6 +281,7 @@ def test_spans_by_label_or_by_spaces(store, planted, tmp_path):
     assert unlabelled.headline().startswith(
         "Token erasure not measured at offset -1, where a group has no token to compare."
     )
+    assert "nan" not in unlabelled.headline()
 
 
 def test_words_by_spaces(tiny_models, tiny_tokenizer, tmp_path):

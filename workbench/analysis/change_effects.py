@@ -180,7 +180,8 @@ def change_effects(
     for name, chosen in sums.chosen.items():
         if not chosen:
             raise DataError(
-                f"{name}: it chose no token of the {len(ids):,} measured ones' sequences; record longer texts"
+                f"{label}, {name}: no token of the {len(ids):,} measured ones' sequences is changed; record longer "
+                "texts"
             )
     return ChangeEffects(names, sums.groups, sums.totals, sums.counts, sums.chosen)
 

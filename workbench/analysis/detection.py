@@ -30,8 +30,10 @@ def clustered_auc(
         seed: Random seed of the resamples.
     """
     known, index = np.unique(clusters, return_inverse=True)
-    draw, chances = np.random.default_rng(seed), np.full(len(known), 1 / max(len(known), 1))
-    step = max(1, _WEIGHTS // max(1, len(index)))
+    if not len(index):
+        return np.full(len(scores), np.nan), np.full((len(scores), resamples), np.nan)
+    draw, chances = np.random.default_rng(seed), np.full(len(known), 1 / len(known))
+    step = max(1, _WEIGHTS // len(index))
     orders = [np.argsort(score, kind="stable") for score in scores]
     edges = [
         np.flatnonzero(np.diff(score[order], prepend=-np.inf)) for score, order in zip(scores, orders, strict=True)
@@ -50,8 +52,6 @@ def clustered_auc(
 
 def _auc(times: np.ndarray, positive: np.ndarray, edges: np.ndarray) -> Float[np.ndarray, " resample"]:
     """Areas where each row, in the order of its score, counts `times`; `edges` begin the groups of equal scores."""
-    if not len(edges):
-        return np.full(len(times), np.nan)
     above = np.add.reduceat(times * positive, edges, axis=1).astype(float)
     below = np.add.reduceat(times * ~positive, edges, axis=1).astype(float)
     smaller = below.cumsum(1) - below / 2

@@ -73,7 +73,7 @@ class TokenKeys:
 
 def whole_sequences(store: Store, where: str | None = None) -> RaggedSequences:
     """Returns the sequences of a store for whose first token an SQL condition holds; all for None."""
-    store.require_whole_sequences("a probe of whole sequences")
+    store.require_whole_sequences("an analysis of tokens and their contexts")
     tokens = store.tokens
     starts = np.flatnonzero(np.diff(tokens["sequence"].to_numpy(), prepend=-1))
     lengths = np.diff(starts, append=store.rows)

@@ -187,7 +187,7 @@ def sequence_batches(
         tokens: Tokens of a batch, padding included.
         replaced: Rows of the store that are replaced. None: all but special tokens.
     """
-    store.require_whole_sequences("a loss of the model with an SAE in it")
+    store.require_whole_sequences("a run of the model over the texts")
     table = store.tokens
     names = ("token_id", "sequence", "document", "is_special")
     ids, sequence, document, special = (table[name].to_numpy() for name in names)
