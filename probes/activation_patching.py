@@ -128,6 +128,7 @@ class ActivationPatching(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "metric", one_of=METRICS)
         check_fields(self, "places", one_of=("labels", "positions"))
         check_fields(self, "resamples", at_least=1, whole=True)

@@ -115,6 +115,7 @@ class AttentionCalibration(StoreProbe):
     """Device of a model that the probe loads. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "threshold", above=0, at_most=1, optional=True)
         check_fields(self, "keep", at_least=0, at_most=1)
         check_fields(self, "min_visible", "row_limit", "resamples", at_least=1, whole=True)

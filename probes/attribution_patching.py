@@ -151,6 +151,7 @@ class AttributionPatching(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "metric", one_of=METRICS)
         check_fields(self, "base", one_of=("corrupt", "clean"))
         check_fields(self, "places", one_of=("labels", "positions"))

@@ -142,6 +142,7 @@ class DirectLogitAttribution(StoreProbe):
     """Random seed of the control's tokens and of the resamples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "parts", one_of=get_args(Parts))
         check_fields(self, "predicted", one_of=("top", "next"))
         check_fields(self, "neurons", "resamples", "ablated_tokens", at_least=1, whole=True)

@@ -115,6 +115,7 @@ class FiberBundle(WeightsProbe):
     """Random seed of the drawn tokens, the Gaussian cloud and the simulated null."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "row_limit", at_least=1, whole=True)
         if self.neighbours is not None:
             check_fields(self, "neighbours", at_least=_FIRST + _SPACINGS, whole=True)

@@ -110,6 +110,7 @@ class FunctionVectors(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "heads", "draws", "resamples", at_least=1, whole=True)
         check_fields(self, "seed", at_least=0, whole=True)
         check_fields(self, "scale", above=0, below=float("inf"))

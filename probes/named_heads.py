@@ -122,6 +122,7 @@ class HeadAblation(StoreProbe):
     """Device of a model that the probe loads. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "groups", one_of=GROUPS)
         check_fields(self, "ablation", one_of=("mean", "zero"))
         check_fields(self, "top", "row_limit", "resamples", "controls_drawn", at_least=1, whole=True)

@@ -115,6 +115,7 @@ class OverSquashing(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "draws", at_least=1, whole=True)
         check_fields(self, "longest", at_least=4, whole=True)
         check_fields(self, "rollout", at_least=2, whole=True)

@@ -109,6 +109,7 @@ class PathPatching(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "metric", one_of=METRICS)
         check_fields(self, "mlps", one_of=("frozen", "recomputed"))
         check_fields(self, "norm", one_of=("exact", "linear"))

@@ -131,6 +131,7 @@ class SemanticAxes(WeightsProbe):
     """Random seed of the random words and axes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "table", one_of=("embedding", "unembedding"))
         check_fields(self, "strength", at_least=0)
         check_fields(self, "seed", at_least=0, whole=True)

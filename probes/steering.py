@@ -105,6 +105,7 @@ class Steering(StoreProbe):
     """Device of a model that the probe loads: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "unit", one_of=("raw", "unit", "norm"))
         check_fields(self, "at", one_of=("all", "new"))
         check_fields(self, "prompt", "new_tokens", "row_limit", "resamples", at_least=1, whole=True)

@@ -93,6 +93,7 @@ class TokenCharacters(WeightsProbe):
     """Random seed of the split, of the drawn tokens, the random vectors and the MLP."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "row_limit", at_least=100, whole=True)
         check_fields(self, "epochs", at_least=1, whole=True)
         check_fields(self, "penalty", above=0)

@@ -111,6 +111,7 @@ class UnderTrainedTokens(WeightsProbe):
     """Random seed of the drawn tokens."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, "indicator", one_of=("auto", *INDICATORS))
         check_fields(self, "share", above=0, at_most=1)
         check_fields(self, "tested", at_least=0, whole=True)

@@ -105,6 +105,7 @@ class VocabularyKeys(StoreProbe):
     """Random seed of the drawn tokens, of k-means and of the permutations."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.clusters is not None:
             check_fields(self, "clusters", at_least=2, whole=True)
         check_fields(self, "seeds", "row_limit", at_least=1, whole=True)

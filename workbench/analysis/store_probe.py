@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxtyping import Int
 from workbench.analysis.layers import layers_of
 from workbench.analysis.rows import recorded_layers
 from workbench.figures.safe_text import label
-from workbench.io.errors import RequestError, shown
+from workbench.io.checks import check_types
 from workbench.results.result import Result, provenance
 from workbench.results.variable import Variable, dataset
 from workbench.store.lost_values import FiniteRows, finite_rows
@@ -41,6 +40,10 @@ class StoreProbe:
     allow_nonfinite: bool = field(default=False, kw_only=True)
     """True leaves out tokens with a NaN or infinite value at a site that is read, and counts them; False refuses such a
     store."""
+
+    def __post_init__(self) -> None:
+        """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""
+        check_types(self)
 
     def finite_rows(
         self, store: Store, sites: Sequence[str], rows: Int[np.ndarray, "*shape"] | None = None
@@ -87,15 +90,6 @@ class LayerProbe(StoreProbe):
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
     """Layers to read; negative ones count from the last block. None: all that were recorded."""
-
-    def __post_init__(self) -> None:
-        if self.layers is None:
-            return
-        layers = [self.layers] if isinstance(self.layers, int) else self.layers
-        try:
-            object.__setattr__(self, "layers", tuple(index(layer) for layer in layers))
-        except TypeError:
-            raise RequestError(f"layers must be whole numbers, not {shown(self.layers)}") from None
 
     def recorded(self, store: Store, kind: str) -> tuple[list[int], list[str]]:
         """Returns the layers that are read, ascending, and the labels of their sites; see `recorded_layers`."""

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from workbench.corpus.tokenizer import token_texts
+from workbench.io.checks import check_types
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.load import Model
@@ -151,6 +152,10 @@ class WeightsProbe:
     needs_model: ClassVar[bool] = True
     needs_store: ClassVar[bool] = False
     variables: ClassVar[tuple[Variable, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""
+        check_types(self)
 
     def result(self, store: Store | Model, data: xr.Dataset, table: pd.DataFrame, notes: Iterable[str] = ()) -> Result:
         """Returns the result, with all notes in `attrs["note"]`; "" is left out.

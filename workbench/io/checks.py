@@ -1,13 +1,26 @@
-"""Checks of settings: one sentence for every range and every choice."""
+"""Checks of settings: one sentence for every type, every range and every choice."""
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Collection
+import os
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
-from workbench.io.errors import RequestError, nearest
+from workbench.io.errors import RequestError, nearest, shown
+
+_WORDS: Mapping[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    bool: ("True or False", "True or False"),
+}
+"""Types that are checked, and what one and several values are called."""
 
 
 def check(
@@ -67,6 +80,69 @@ def check_fields(record: object, *names: str, **limits: Any) -> None:
     """Checks fields of a settings record, all by the same `limits`, which are those of `check`."""
     for name in names:
         check(name, getattr(record, name), **limits)
+
+
+def check_types(record: Any) -> None:
+    """Refuses values of a frozen settings record that are not of the types of its fields.
+
+    Numbers of NumPy become Python's, 2.0 becomes 2 where a whole number is meant, and a list, or one value alone, a
+    tuple where there may be several. A text may be a path; a number in its place is left to the record. Fields of other
+    types than numbers, texts, truth values and tuples of them are left alone.
+
+    Args:
+        record: The record, which is changed in place.
+
+    Raises:
+        RequestError: For example "resamples must be a whole number, not 2.5".
+    """
+    hints = _hints(type(record))
+    for name in (field.name for field in fields(record)):
+        hint, value = hints.get(name), getattr(record, name)
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        known = [kind for kind in kinds if kind in _WORDS or typing.get_origin(kind) is tuple]
+        if len(known) != 1 or (value is None and type(None) in kinds):
+            continue
+        object.__setattr__(record, name, _of_kind(name, known[0], value))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of the fields of a class; none where a name of them is not known when it runs."""
+    try:
+        return typing.get_type_hints(kind)
+    except NameError:
+        return {}
+
+
+def _of_kind(name: str, kind: Any, value: Any) -> Any:
+    """A value as one of a type, or several in a tuple."""
+    if typing.get_origin(kind) is not tuple:
+        return _converted(name, kind, value, several=False)
+    inner = typing.get_args(kind)[0]
+    if inner not in _WORDS:
+        return value
+    alone = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    return tuple(_converted(name, inner, one, several=True) for one in ([value] if alone else value))
+
+
+def _converted(name: str, kind: type, value: Any, several: bool) -> Any:
+    truth = isinstance(value, bool) or type(value).__name__ == "bool"  # NumPy's
+    try:
+        if kind is bool and truth:
+            return bool(value)
+        if kind is str and isinstance(value, str | os.PathLike):
+            return os.fspath(value)
+        if kind is str and isinstance(value, int | float) and not truth and not several:
+            return value
+        if kind in (int, float) and not truth and not isinstance(value, str | bytes):
+            number = float(value)
+            if kind is float and not (several and math.isnan(number)):  # alone it is in no range
+                return value if isinstance(value, int) else number
+            if kind is int and number == math.floor(number):
+                return int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # none, or several numbers
+        pass
+    raise RequestError(f"{name} must be {_WORDS[kind][several]}, not {shown(value)}")
 
 
 def _one_of(choices: list[str]) -> str:

@@ -97,7 +97,7 @@ class LinkedView:
         array, rows = self.store["pattern", layer], self._rows(number)
         self._check("head", head, array.shape[1])
         keys = self.store.tokens["position"].take(rows).to_numpy()
-        pattern = array[rows][:, head, keys].float().numpy()
+        pattern = array[rows].float().numpy()[:, head, keys]
         return {"pattern": [_short(line[: query + 1]) for query, line in enumerate(pattern)]}
 
     @plain_torch()
