@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from workbench.analysis.importance import rank_correlation, removal_effects, top_overlap
     from workbench.analysis.jacobian import affordable_prompts, mean_jacobians
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
-    from workbench.analysis.layers import choose_layers, layers_of
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
     from workbench.analysis.lens import LENS_VARIABLES, kl_slope, log_probabilities, read_lens
     from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
@@ -106,6 +105,7 @@ if TYPE_CHECKING:
     from workbench.analysis.poles import read_poles
     from workbench.analysis.position_patterns import non_relative, non_relative_share, simulated_scores, slope_of_keys
     from workbench.analysis.prompted import Prompted
+    from workbench.analysis.read_layers import choose_layers, layers_of
     from workbench.analysis.received import (
         attention_sites,
         attention_source,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from workbench.analysis.layers import choose_layers
+from workbench.analysis.read_layers import choose_layers
 from workbench.store.reader import ActivationArray, Store
 
 _BLOCK_BYTES = 64 << 20

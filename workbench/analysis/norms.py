@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.analysis.layers import layers_of
+from workbench.analysis.read_layers import layers_of
 from workbench.analysis.sequences import Sequences
 from workbench.store.reader import Store
 

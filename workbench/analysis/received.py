@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from workbench.analysis.layers import choose_layers, layers_of
+from workbench.analysis.read_layers import choose_layers, layers_of
 from workbench.model.attention import Columns, row_entropy
 from workbench.store.reader import Store
 
@@ -30,8 +30,8 @@ def attention_source(store: Store, layers: Sequence[int] | None = None) -> tuple
     """
     known = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
     n_layers = store.manifest.model.n_layers
-    wanted = range(n_layers) if layers is None else [layer % n_layers for layer in layers]
-    source = max(known, key=lambda name: len({*known[name]} & {*wanted}))
+    wanted = None if layers is None else {layer % n_layers for layer in layers}
+    source = max(known, key=lambda name: len(known[name] if wanted is None else wanted.intersection(known[name])))
     if not (known["pattern"] or known["derived"]):
         store.require("attn_received.0")
     return source, choose_layers(known[source], layers, n_layers)

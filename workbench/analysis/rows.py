@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from workbench.analysis.layers import choose_layers, layers_of
+from workbench.analysis.read_layers import choose_layers, layers_of
 from workbench.corpus.places import NEXT
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store

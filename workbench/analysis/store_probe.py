@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from workbench.analysis.layers import layers_of
+from workbench.analysis.read_layers import layers_of
 from workbench.analysis.rows import recorded_layers
 from workbench.figures.safe_text import label
 from workbench.io.checks import check_types
@@ -97,9 +97,11 @@ class LayerProbe(StoreProbe):
 
     def layers_with(self, store: Store, *kinds: str) -> list[int]:
         """Returns the layers that are read and have a site of any of these kinds, ascending; there may be none."""
-        n_layers = store.manifest.model.n_layers
-        chosen = range(n_layers) if self.layers is None else [layer % n_layers for layer in self.layers]
-        return [layer for layer in layers_of(store, *kinds) if layer in chosen]
+        known = layers_of(store, *kinds)
+        if self.layers is None:
+            return known
+        chosen = {layer % store.manifest.model.n_layers for layer in self.layers}
+        return [layer for layer in known if layer in chosen]
 
     def note_layers(self, store: Store) -> str:
         """Returns a note that shares are those of the heads of `layers` alone; "" where `layers` is None."""

@@ -92,9 +92,8 @@ def record(
         texts: A file (.txt .json .jsonl .csv .tsv .parquet), "hf:NAME", a Dataset, a table (pandas, Arrow, polars), the
             output of a tokenizer, strings, lists of token ids, chats, or (clean, corrupt) pairs.
             None: the tokens of the store at `out`, to add sites to it.
-        out: Folder of the store, or an opened store. A finished store of the same request is opened and gets the sites
-            that it lacks; an unfinished one is resumed. None: a temporary folder, removed with the last handle of the
-            store.
+        out: Store, or its folder. A finished one of the same request is opened and gets the sites that it lacks; an
+            unfinished one is resumed. None: a temporary folder, removed with the last handle of the store.
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
         sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
