@@ -230,6 +230,18 @@ def test_softmax_probes_read_a_planted_code_and_keep_their_best_pass():
     assert probes.class_of(np.array([31, 99, -1])).tolist() == [7, -1, -1]
 
 
+@pytest.mark.parametrize("rounding", [torch.float32, torch.bfloat16])
+def test_a_dimension_that_does_not_vary_serves_as_a_bias(rounding):
+    """Divided by its deviation it would be millions, and no other dimension would be read."""
+    ids = np.arange(600) % 10
+    draw = np.random.default_rng(0)
+    x = torch.tensor(np.concatenate([np.eye(10)[ids], 16.03 + 1e-3 * draw.normal(size=(600, 1))], 1))
+    x = x.to(rounding).float()
+    split = (np.arange(400), ids[None, :400], np.arange(400, 600), ids[None, 400:])
+    probes = fit_softmax(lambda at: x[at], *split, SoftmaxFit(epochs=8, batch=64))
+    assert (probes.log_probabilities(0, x[400:]).argmax(1).numpy() == ids[400:]).all()
+
+
 # Settings
 
 

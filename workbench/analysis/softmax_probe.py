@@ -14,6 +14,7 @@ from workbench.io.torch_state import plain_torch
 
 _SCALE_ROWS = 20_000
 _PATIENCE = 2
+_CONSTANT = 2e-3  # deviation over size, above what the rounding of bfloat16 makes of a constant
 
 States = Callable[[np.ndarray], Tensor]
 """From row ids to states `[row, d_model]`."""
@@ -67,9 +68,10 @@ def fit_softmax(
 ) -> SoftmaxProbes:
     """Returns one map without bias for each row of `targets`, fitted by softmax cross-entropy.
 
-    States are divided by their standard deviation first, which the map could learn but AdamW finds slowly. Each probe
-    keeps its best epoch on the validation rows. The classes are the targets of the training rows. Costs epochs x rows x
-    probes products with the map; memory is a batch of logits and the maps.
+    States are divided by their standard deviation first, which the map could learn but AdamW finds slowly; a dimension
+    that does not vary by its size, so that it serves as a bias. Each probe keeps its best epoch on the validation rows.
+    The classes are the targets of the training rows. Costs epochs x rows x probes products with the map; memory is a
+    batch of logits and the maps.
 
     Args:
         states: Reads the states of rows.
@@ -82,7 +84,7 @@ def fit_softmax(
     """
     classes = np.unique(targets[targets >= 0])
     sample = states(training[:: max(1, len(training) // _SCALE_ROWS)]).float()
-    scale = sample.std(0, correction=0).clamp(min=1e-6)
+    scale = _scale(sample)
     weight = torch.zeros(len(targets), sample.shape[1], len(classes), device=sample.device, requires_grad=True)
     probes = SoftmaxProbes(weight, scale, classes)
     optimizer = torch.optim.AdamW([weight], lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -111,6 +113,12 @@ def fit_softmax(
         if since >= _PATIENCE:
             break
     return SoftmaxProbes(best_weight, scale, classes)
+
+
+def _scale(states: Float[Tensor, "row d_model"]) -> Float[Tensor, " d_model"]:
+    """Standard deviation of each dimension; the root mean square of one that does not vary."""
+    deviation, size = states.std(0, correction=0), states.square().mean(0).sqrt()
+    return torch.where(deviation > _CONSTANT * size, deviation, size).clamp(min=1e-6)
 
 
 def _batches(order: np.ndarray, batch: int) -> Sequence[np.ndarray]:
