@@ -161,14 +161,25 @@ class SemanticAxes(WeightsProbe):
         notes = [f"{axes.left_out} pairs were left out, since a word is not one token"] if axes.left_out else []
         size = len(axes.names)
         arrays["effect"] = np.full((size, size), np.nan)
-        if self.strength and rows.shape[1] == vocabulary.embedding.shape[1]:
+        reason = self._no_effect(vocabulary, rows) if self.strength else ""
+        if self.strength and not reason:
             arrays["effect"] = axis_effects(vocabulary.model, vocabulary, axes.pairs, directions, self.strength)
+        notes += [f"effect not measured: {reason}"] if reason else []
         arrays |= _effect_alignment(arrays["effect"], arrays["alignment"], self.seed)
         arrays |= self._ratings(rows, axes, words, directions)
         names = list(axes.names)
         data = dataset(self.variables, arrays, {"axis": names, "other_axis": names})
         frame = data[[name for name in arrays if data[name].dims == _PAIR]].to_dataframe().reset_index()
         return self.result(store, data, frame, notes)
+
+    @staticmethod
+    def _no_effect(vocabulary: Vocabulary, rows: np.ndarray) -> str:
+        """Why a shift of an embedding has no effect on the next word that could be measured; "" where it has."""
+        if vocabulary.unembedding is None or not vocabulary.model.site_map.causal:
+            return "the model does not predict the next word"
+        if rows.shape[1] != vocabulary.embedding.shape[1]:
+            return "rows of the unembedding have another width than those of the embedding, which is moved"
+        return ""
 
     def _geometry(self, rows: np.ndarray, axes: Axes, words: Mapping[str, int]) -> tuple[dict[str, Any], np.ndarray]:
         """Order, alignment, frequency and components; and the directions of the axes."""

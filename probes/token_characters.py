@@ -114,7 +114,7 @@ class TokenCharacters(WeightsProbe):
         if len(items.words) < _TOKENS:
             raise RequestError(
                 f"{len(items.words)} tokens of this vocabulary consist of two letters or more; token-characters needs "
-                f"{_TOKENS}: a vocabulary of characters has none to read"
+                f"{_TOKENS}, so neither a vocabulary of characters nor one of few words can be read"
             )
         x = vocabulary.embedding.numpy()[items.ids]
         noise = np.random.default_rng(self.seed).normal(0, 0.1, x.shape).astype(np.float32)  # variance 0.01

@@ -167,23 +167,25 @@ class UnderTrainedTokens(WeightsProbe):
         """The indicator, None where none says anything, and notes."""
         norms = values["embedding_norm"][~unseen]
         constant = float(norms.std()) < _CONSTANT * float(norms.mean())
-        reference = bool(np.isfinite(values["unembedding_cosine"]).any())
+        reference = bool(np.isfinite(values["unembedding_distance"]).any())
+        zero = reference and not np.isfinite(values["unembedding_cosine"]).any()
         if self.indicator != "auto":
-            if self.indicator == "embedding_norm" or reference:
+            if self.indicator == "embedding_norm" or (reference and np.isfinite(values[self.indicator]).any()):
                 return self.indicator, []
             raise RequestError(
-                f"indicator={self.indicator!r} needs tokens that no text contains, and an unembedding; this model has "
-                "none; choose embedding_norm"
+                f"indicator={self.indicator!r} needs tokens that no text contains, with rows other than 0, and an "
+                "unembedding; this model has none; choose embedding_norm"
             )
         if not vocabulary.tied and not constant:
             return "embedding_norm", []
-        if reference:
+        if reference and not zero:
             return "unembedding_cosine", []
         if constant:
             return None, ["the rows of the embedding have one norm, and no token is known to be unseen: no candidates"]
+        unseen_rows = "the rows of tokens that no text contains are 0" if zero else "no token is known to be unseen"
         return "embedding_norm", [
-            "the tables are tied and no token is known to be unseen, so the norm chose the candidates; in tied models "
-            "a low norm marks frequent tokens and names as well"
+            f"the tables are tied and {unseen_rows}, so the norm chose the candidates; in tied models a low norm marks "
+            "frequent tokens and names as well"
         ]
 
     def _drawn(self, ok: Bool[np.ndarray, " token"], candidates: np.ndarray) -> np.ndarray:
@@ -284,8 +286,10 @@ def _against_reference(rows: Tensor, known: Tensor, distance: Any) -> Float[np.n
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cosine; 0 for a row of zeros, NaN to a reference of zeros, which has no direction."""
     size = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(size > 0, 1 - (a * b).sum(1) / size.clamp_min(1e-300), torch.zeros_like(size))  # a row of zeros
+    distance = torch.where(size > 0, 1 - (a * b).sum(1) / size.clamp_min(1e-300), torch.zeros_like(size))
+    return torch.where(b.norm(dim=1) > 0, distance, torch.nan)
 
 
 def _lowest(values: np.ndarray, pool: Bool[np.ndarray, " token"], share: float) -> np.ndarray:

@@ -186,14 +186,13 @@ class VocabularyKeys(StoreProbe):
         data = result.data
         value = {name: float(data[name]) for name in data.data_vars if not data[name].dims}
         permuted = float(data["share_permuted"].mean())
-        low, high = (100 * value[f"mean_share_{end}"] for end in ("low", "high"))
+        ends = [100 * value[f"mean_share_{end}"] for end in ("low", "high")]
+        interval = "" if np.isnan(ends[0]) else f"95 % CI [{ends[0]:.0f}, {ends[1]:.0f}]; "
         text = (
             f"{100 * value['mean_share']:.0f} % of the tokens of ranks 11 to 100 are in the clusters of the first 10 "
-            f"(95 % CI [{low:.0f}, {high:.0f}]; permuted clusters {100 * permuted:.0f} %; seeds of k-means differ by "
+            f"({interval}permuted clusters {100 * permuted:.0f} %; seeds of k-means differ by "
             f"{100 * value['seed_spread']:.0f} points), {int(value['clusters'])} clusters; rank and cosine to the "
-            f"first key correlate by {value['spearman']:+.2f}; at equal rank a candidate in a main cluster is the next "
-            f"token {value['next_ratio']:.2f} times as often (95 % CI [{value['next_ratio_low']:.2f}, "
-            f"{value['next_ratio_high']:.2f}], permuted {value['next_ratio_permuted']:.2f})."
+            f"first key correlate by {value['spearman']:+.2f}; {_ratio_text(value)}."
         )
         return with_note(text, result)
 
@@ -226,6 +225,17 @@ class VocabularyKeys(StoreProbe):
                 names=("rank", "cosine"),
             ),
         }
+
+
+def _ratio_text(value: Mapping[str, float]) -> str:
+    if np.isnan(value["next_ratio"]):
+        return "no candidate of ranks 11 to 100 is the next token, or all are in main clusters"
+    low, high = value["next_ratio_low"], value["next_ratio_high"]
+    interval = "" if np.isnan(low) else f"95 % CI [{low:.2f}, {high:.2f}], "
+    return (
+        f"at equal rank a candidate in a main cluster is the next token {value['next_ratio']:.2f} times as often "
+        f"({interval}permuted {value['next_ratio_permuted']:.2f})"
+    )
 
 
 def _ranked(store: Store, site: str, rows: np.ndarray, unembed: Unembed) -> Int[np.ndarray, "row rank"]:

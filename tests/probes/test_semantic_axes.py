@@ -180,3 +180,14 @@ def test_refusals_say_what_to_do(tokenizer, tmp_path):
         SemanticAxes(ratings=str(tmp_path / "bad.csv"), strength=0.0).run(model)
     with pytest.raises(wb.RequestError, match="table"):
         SemanticAxes(table="both")
+
+
+def test_a_model_that_predicts_no_next_word_has_no_effect_and_says_so(tokenizer):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    encoder = wb.load_model(BertModel(BertConfig(vocab_size=SIZE, **sizes)).eval(), tokenizer=tokenizer)
+    result = SemanticAxes().run(encoder)
+    assert bool(result.data["effect"].isnull().all())
+    assert "effect not measured: the model does not predict the next word" in result.headline()
+    assert "effect" not in result.figures()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from planted_weights import planted_weights, word_tokenizer
+from refusals import refused
 
 import workbench as wb
 from workbench.analysis.repetition import _templates, repetition_probabilities
@@ -91,6 +92,35 @@ def test_planted_rows_of_a_tied_table_are_found_by_the_reference_and_missed_by_t
     auc = by_reference.data["auc"].to_series()
     assert auc["embedding_norm"] < 0.05
     assert min(auc["unembedding_cosine"], auc["unembedding_cosine_centred"], auc["unembedding_distance"]) > 0.95
+
+
+def test_padding_of_zeros_has_no_direction_to_compare_with():
+    """Every cosine to it would be 0, and the candidates those with the lowest ids."""
+    tokenizer, known = word_tokenizer([f"{one}{other}" for one in "abcdefg" for other in "hijklmn"]), 51
+    embedding = rows(64)
+    embedding[known:] = 0
+    embedding[20] *= 0.01
+    result = UnderTrainedTokens(tested=0).run(planted_weights(embedding, tokenizer))
+    assert result.data.attrs["indicator"] == "embedding_norm"
+    assert result.table["token_id"].tolist() == [20]
+    assert "the rows of tokens that no text contains are 0" in result.headline()
+    assert bool(result.data["value"].sel(indicator="unembedding_cosine").isnull().all())
+    with pytest.raises(wb.RequestError, match="with rows other than 0"):
+        UnderTrainedTokens(tested=0, indicator="unembedding_cosine").run(planted_weights(embedding, tokenizer))
+
+
+def test_models_that_cannot_be_asked_are_refused_in_one_line(tokenizer):
+    """An encoder, and a table that is smaller than its tokenizer."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    encoder = wb.load_model(BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer=tokenizer)
+    message = refused(wb.RequestError, lambda: UnderTrainedTokens(tested=2).run(encoder))
+    assert "does not generate text, which verifies tokens; set tested=0" in message
+    small = planted_weights(rows(60), tokenizer)
+    message = refused(wb.RequestError, lambda: UnderTrainedTokens(tested=2).run(small))
+    assert "and the model has 60 tokens; load it with its own tokenizer, or set tested=0" in message
+    assert len(UnderTrainedTokens(tested=0).run(small).table) == 1
 
 
 def test_the_indicators_are_their_formulas(tokenizer):

@@ -114,3 +114,13 @@ def test_refusals_say_what_to_do(tmp_path):
     keys, centres = clustered_keys()
     with pytest.raises(wb.RequestError, match="clusters=481 of 480 tokens"):
         VocabularyKeys(clusters=481).run(store_of(tmp_path / "other" / "s", keys, centres[[0] * 40]))
+
+
+def test_a_headline_without_hits_or_intervals_has_no_nan(tmp_path):
+    keys, centres = clustered_keys()
+    states = np.tile(centres[0], (8, 1))
+    ids = [[SIZE * 3 + number for number in range(8)]]  # next tokens of another cluster, ranked behind 100
+    store = planted_store(tmp_path / "s", ids, {"resid_post.0": states}, linear_unembed(keys))
+    headline = VocabularyKeys(where=None, clusters=CLUSTERS, seeds=1).run(store).headline()
+    assert "nan" not in headline
+    assert "no candidate of ranks 11 to 100 is the next token" in headline

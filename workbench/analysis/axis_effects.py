@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from workbench.analysis.poles import NOUNS
-from workbench.analysis.weights_probe import Vocabulary
+from workbench.analysis.weights_probe import Vocabulary, require_rows
 from workbench.io.errors import RequestError
 from workbench.model.forward import run
 from workbench.model.intervene import intervene
@@ -42,6 +42,7 @@ def axis_effects(
         raise RequestError(f"{number} of the nouns of the prompt are single tokens; the effect needs 3; set strength=0")
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     before = before[:-1] if before[-1] == end and len(before) > 1 else before  # T5-like tokenizers end every text
+    require_rows(model, [*before, *after], "set strength=0")
     ids = torch.tensor([[*before, noun, *after] for noun in nouns])
     odds = []
     for direction in directions:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.analysis.weights_probe import require_rows
 from workbench.corpus.tokenizer import added_tokens
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
@@ -36,8 +37,13 @@ def repetition_probabilities(model: Model, tokens: Int[np.ndarray, " token"]) ->
         tokens: Token ids.
 
     Raises:
-        RequestError: The tokenizer cannot write the prompts, or the model's context is too short for them.
+        RequestError: The model does not generate text, the tokenizer cannot write the prompts in its vocabulary, or its
+            context is too short for them.
     """
+    if not hasattr(model.module, "generate") or not model.site_map.causal:
+        raise RequestError(
+            f"model {model.name!r} does not generate text, which verifies tokens; set tested=0 for the list alone"
+        )
     templates, values = _templates(model), {}
     with progress("under-trained tokens", len(tokens) * len(templates), "prompts") as tick:
         for name, template in templates.items():
@@ -69,6 +75,7 @@ def _templates(model: Model) -> dict[str, list[int | None]]:
             f"the prompts of the verification have up to {max(longest)} tokens, and the context of model "
             f"{model.name!r} is {limit + _POSITIONS}; set tested=0"
         )
+    require_rows(model, (id for one in templates.values() for id in one if id is not None), "set tested=0")
     return templates
 
 

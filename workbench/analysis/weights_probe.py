@@ -129,6 +129,20 @@ def read_vocabulary(store: Store | Model, model: Model | None = None) -> Vocabul
     return Vocabulary(model, embedding, embedding if same else unembedding)
 
 
+def require_rows(model: Model, ids: Iterable[int], remedy: str) -> None:
+    """Refuses token ids for which the embedding has no row, as of a tokenizer with more tokens than the model.
+
+    Raises:
+        RequestError: An id is beyond the embedding; `remedy` ends the message.
+    """
+    rows, largest = len(model.module.get_input_embeddings().weight), max(ids)
+    if largest >= rows:
+        raise RequestError(
+            f"the tokenizer of model {model.name!r} writes the prompts with token id {largest}, and the model has "
+            f"{rows} tokens; load it with its own tokenizer, or {remedy}"
+        )
+
+
 def _rows(model: Model, name: str) -> Float[Tensor, "token d"] | None:
     part = getattr(model.module, name)()
     if not isinstance(getattr(part, "weight", None), Tensor) or part.weight.ndim != 2:
