@@ -249,7 +249,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
             row, column = place // columns + 1, place % columns + 1
             figure.add_trace(curve, row=row, col=column)
             units = result.table.loc[result.table["measure"] == measure, "units"].iloc[0]
-            figure.update_yaxes(title=label(units, 40).replace("·", " "), row=row, col=column)
+            figure.update_yaxes(title=label(units, 40).replace("·", " "), rangemode="tozero", row=row, col=column)
     figure.update_layout(
         template=TEMPLATE,
         title={"text": "Emergence in training", "subtitle": {"text": "by checkpoint; bars: 95 % CI of the probe"}},

@@ -176,6 +176,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, kept: int =
         out: Folder of the run.
         checkpoint_steps: Steps after which the state of the run is saved again.
         kept: Number of models that stay, in folders `out`/step-N, after equal numbers of steps; the last is the result.
+            `out`/step-0 is the model before its first step.
     """
     torch.set_num_threads(recipe.threads)
     tokenizer = train_tokenizer(seed=0)
@@ -190,6 +191,8 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, kept: int =
     checkpoint = out / "checkpoint.safetensors"
     curve = _resume(checkpoint, recipe, model, optimizer) if checkpoint.exists() else []
     out.mkdir(parents=True, exist_ok=True)
+    if not curve:
+        _save(model, tokenizer, out / "step-0")
     with progress("training", recipe.steps, "steps", initial=len(curve)) as tick:
         for step in range(len(curve), recipe.steps):
             ids = sequences(recipe, tokenizer, step)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import workbench as wb
 from workbench.demo.run import demo
+from workbench.experiments import emergence
 from workbench.experiments.demo_model.made_of import embedded
 from workbench.probes import ActivationPatching
 
@@ -32,6 +33,10 @@ PICTURES = {
 """Figure of each probe; the picture is named after the probe."""
 IOI = "ioi-patching"
 """Picture of a model that does not ship: `--ioi` draws it anew."""
+EMERGENCE = "emergence"
+"""Picture of a training run, whose checkpoints do not ship: `--emergence` draws it anew."""
+EMERGING = ("excess:max", "loss_repeated", "loss_new", "previous:max", "duplicate:max", "copying:max")
+"""Variables of the probe induction-heads that it shows."""
 IOI_PAIRS, IOI_LAYERS = 8, (0, 4, 8, 12, 16, 18, 20, 22, 24, 26, 29)
 
 
@@ -59,11 +64,25 @@ def draw_ioi(source: str, images: Path) -> Path:
     return draw_one(result, "lines", images / f"{IOI}.png")
 
 
+def draw_emergence(run: str, images: Path) -> Path:
+    """Follows induction over the checkpoints of a training run, which takes minutes, and writes its picture."""
+    config = emergence.Config(
+        checkpoints=(run,),
+        measures=tuple(f"induction-heads.{name}" for name in EMERGING),
+        settings=("induction-heads.copying_tokens=256", "induction-heads.resamples=200"),
+        sites=("pattern", "resid_post"),
+        text=emergence.REPEATS,
+        rows=3200,
+    )
+    return draw_one(emergence.run(config), "emergence", images / f"{EMERGENCE}.png")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the pictures of the documentation."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures", description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder of a finished `workbench demo`; default: run it")
     parser.add_argument("--ioi", help="folder of SmolLM2-135M; draws its picture, too")
+    parser.add_argument("--emergence", help="folder of a training run with checkpoints; draws its picture, too")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder to write")
     request = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"wrote  {path}")
     if request.ioi:
         print(f"wrote  {draw_ioi(request.ioi, request.out)}")
+    if request.emergence:
+        print(f"wrote  {draw_emergence(request.emergence, request.out)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from workbench.experiments.architectures.__main__ import MADE_OF
 from workbench.experiments.demo_model.made_of import embedded, fingerprint, made_of, read_made_of
-from workbench.experiments.pictures.__main__ import IOI, PICTURES, RECORD
+from workbench.experiments.pictures.__main__ import EMERGENCE, IOI, PICTURES, RECORD
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -23,7 +23,7 @@ def test_a_page_states_the_fingerprints_of_what_ships(page):
 
 def test_the_pictures_are_of_what_ships():
     assert json.loads((DOCS / "images" / RECORD).read_text()) == embedded(), f"docs/images: {WRITE}"
-    assert {path.stem for path in (DOCS / "images").glob("*.png")} - {IOI} == {*PICTURES}
+    assert {path.stem for path in (DOCS / "images").glob("*.png")} - {EMERGENCE, IOI} == {*PICTURES}
 
 
 def test_the_page_of_architectures_states_the_pinned_versions():
