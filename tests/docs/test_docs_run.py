@@ -22,17 +22,25 @@ RECORDING = ("README.md", "tutorial.md")
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """A folder with a few documents of the embedded corpus in stories.jsonl, and their recording."""
+    """A folder with the beginnings of a few documents of the embedded corpus in stories.jsonl, and their recording."""
     import workbench as wb
 
     folder = tmp_path_factory.mktemp("docs")
     documents = [document for document in wb.demo_corpus() if document["domain"] in ("story", "lists")]
     texts = folder / TEXTS
-    texts.write_text("".join(json.dumps(document) + "\n" for document in documents[:12]))
+    texts.write_text("".join(json.dumps(beginning(document)) + "\n" for document in documents[:12]))
     model = wb.load_model("demo")
     sites = ["resid_post", "attn_received", "pattern.1"]
     wb.record(model, str(texts), sites=sites, out=folder / STORE, context=128, show_progress=False)
     return folder
+
+
+def beginning(document: dict, characters: int = 400) -> dict:
+    """The first characters of a document, with the spans that lie in them."""
+    spans = {
+        label: [span for span in listed if span["end"] <= characters] for label, listed in document["spans"].items()
+    }
+    return {**document, "text": document["text"][:characters], "spans": spans}
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 A page names what a reader brings: a model of the hub, an autoencoder, a file of texts. When the tests run a block, each
 name in `STAND_INS` is replaced by the embedded model, autoencoder or corpus, and nothing else is changed but the
-settings in `SMALLER`, which spare time.
+settings in `SMALLER` and `SMALLER_CODE`, which spare time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,36 @@ STAND_INS = {
 """Text of the documentation, and its replacement in a test."""
 
 TEXTS = "stories.jsonl"
-"""The file of texts that pages name: the tests write a few documents of the embedded corpus into it."""
+"""The file of texts that pages name: the tests write the beginnings of a few embedded documents into it."""
 
 SMALLER = {
+    "workbench probe fiber-bundle": "--row-limit 50",
     "workbench probe future-lens": "--epochs 1 --horizons 2",
-    "workbench probe future-prompts": "--epochs 1 --row-limit 8 --horizons 2 --training-rows 32 --prompt-tokens 2",
+    "workbench probe future-prompts": "--prompts Now: --prompt-tokens 2 --horizons 2 --row-limit 8 --training-rows 32 "
+    "--epochs 1",
+    "workbench probe head-ablation": "--row-limit 60 --controls-drawn 1 --resamples 20",
+    "workbench probe induction-heads": "--ablation-tokens 100 --ablation-controls 1 --resamples 20",
+    "workbench probe masked-sinks": "--row-limit 60 --heads 1 --draws 1 --resamples 20",
+    "workbench probe stages": "--row-limit 60 --resamples 20",
     "workbench probe successor-heads": "--permutations 20",
     "workbench probe token-erasure": "--epochs 1 --offsets -1 0 --late 3",
+    "workbench probe token-characters": "--row-limit 200 --epochs 1",
     "workbench probe tuned-lens": "--epochs 1",
+    "workbench probe under-trained-tokens": "--tested 4",
+    "workbench probe zero-tuning": "--row-limit 60 --gammas 0.5 1.0 --resamples 20",
+    "workbench sweep sinks": "--rows 640",
     "workbench plan": "--seconds 0.2",
     "python -m workbench.experiments.train_sae": "--steps 4 --batch 64 --d-sae 64 --k 4",
 }
 """Settings that are added to a command, or replace what it says."""
+
+SMALLER_CODE = {
+    "in wb.demo_corpus():": "in wb.demo_corpus()[:20]:",
+    "sequences=64": "sequences=8",
+    "InductionHeads().run": "InductionHeads(ablation_tokens=100, ablation_controls=1, resamples=20).run",
+    'prompt_pairs("facts", model, 16': 'prompt_pairs("facts", model, 6',
+}
+"""Parts of Python blocks, and what they are replaced by."""
 
 RUN = ("python", "py", "sh")
 SHOWN = ("text", "toml", "latex")
@@ -100,8 +118,8 @@ def blocks(page: Path) -> list[Block]:
 
 
 def stand_ins(text: str) -> str:
-    """Returns the text with every name of `STAND_INS` replaced."""
-    for name, embedded in STAND_INS.items():
+    """Returns the text with every name of `STAND_INS` and every part of `SMALLER_CODE` replaced."""
+    for name, embedded in (STAND_INS | SMALLER_CODE).items():
         text = text.replace(name, embedded)
     return text
 
