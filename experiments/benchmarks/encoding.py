@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 import workbench as wb
 from workbench.experiments.benchmarks.features import token_table
-from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
+from workbench.experiments.benchmarks.measure import Comparison, paired_until, peak_memory, per_second
 from workbench.io.torch_state import fast_bfloat16
 from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import encoder
@@ -27,13 +28,17 @@ from workbench.store.writer import open_writer
 
 _SITE = "blocks.0.hook_resid_post"
 
+Work = Callable[[], Any]
+
 
 @dataclass(frozen=True)
 class Encoding:
     """Random rows, encoder columns of norm 1; the jumprelu's threshold gives as many active features as the topk has.
-    Products use `threads` threads. An extraction prepares the encoder, reads stored float16 rows, encodes, writes
-    segments, merges and indexes; SAELens reads the first 2,048 of the same rows in blocks of 1,024, and its features
-    stay in memory.
+    Products use `threads` threads. Rates are rows per second of processor time, all threads, so that other work on the
+    machine counts less (on a GPU: per second on the clock); each side runs beside its reference in turn, until the 95 %
+    interval of the median ratio is `width` of it wide, extractions `extractions` times. An extraction prepares the
+    encoder, reads stored float16 rows, encodes, writes segments, merges and indexes; SAELens reads the first 2,048 of
+    the same rows in blocks of 1,024, and its features stay in memory.
     Without fast bfloat16, the product in that type is measured on 4 rows, and its targets are out of reach: everything
     is computed in float32, no faster than that product.
 
@@ -50,7 +55,9 @@ class Encoding:
     rows: int = 1_024
     stored_rows: int = 16_384
     threads: int = 1
-    repeats: int = 3
+    width: float = 0.08
+    repeats: int = 15
+    extractions: int = 3
 
     def run(self, folder: Path) -> list[Comparison]:
         """Times encoding against SAELens and against products alone, in memory and from a store."""
@@ -73,25 +80,46 @@ class Encoding:
         ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
         float32 = partial(encoder(sae, precision="float32"), x)
         _check_same(ours(), theirs())
-        work = {
-            "workbench": ours,
-            "float32 path": float32,
-            "reference": theirs,
-            "float32": partial(torch.mm, x, weight, out=pre),
-            "bfloat16": partial(torch.mm, few, low),
-        }
-        sizes = {"bfloat16": len(few)}
-        sides = {name: per_second(sizes.get(name, self.rows), _synchronised(sae, one)) for name, one in work.items()}
-        speeds = interleaved(self.repeats, sides)
         narrow = 0.7 if sae.d_sae > 20_000 else 0.55
+        lines: tuple[tuple[str, Work, Work, int, float | None], ...] = (
+            ("SAELens' encode, made sparse", ours, theirs, self.rows, 8.0 if cuda else 1.3),
+            (
+                "the bfloat16 product alone",
+                ours,
+                partial(torch.mm, few, low),
+                len(few),
+                0.6 if cuda else narrow if fast else None,
+            ),
+            (
+                "float32 path, the float32 product alone",
+                float32,
+                partial(torch.mm, x, weight, out=pre),
+                self.rows,
+                None if cuda else 0.85,
+            ),
+        )
         return [
-            Comparison(subject, name, speeds[one], speeds[other], "rows/s", at_least=least)
-            for name, one, other, least in (
-                ("SAELens' encode, made sparse", "workbench", "reference", 8.0 if cuda else 1.3),
-                ("the bfloat16 product alone", "workbench", "bfloat16", 0.6 if cuda else narrow if fast else None),
-                ("float32 path, the float32 product alone", "float32 path", "float32", None if cuda else 0.85),
-            )
+            self._paired(subject, name, sae, (one, self.rows), (other, rows), least, self.repeats)
+            for name, one, other, rows, least in lines
         ]
+
+    def _paired(
+        self,
+        subject: str,
+        name: str,
+        sae: Sae,
+        ours: tuple[Work, int],
+        other: tuple[Work, int],
+        least: float | None,
+        most: int,
+    ) -> Comparison:
+        """Compares two works, each with its number of rows, in at most this many turns."""
+        clock = time.perf_counter if sae.device.type == "cuda" else time.process_time
+        sides = [per_second(rows, _synchronised(sae, work), clock) for work, rows in (ours, other)]
+        for side in sides:
+            side()  # the first call prepares
+        pairs = zip(*paired_until(self.width, most, *sides), strict=True)
+        return Comparison(subject, name, *pairs, "rows/s", at_least=least, paired=True)
 
     def _from_a_store(self, subject: str, folder: Path, sae: Sae) -> Comparison:
         path = folder / "rows.acts"
@@ -100,27 +128,20 @@ class Encoding:
             rows, parts, few = store[_SITE], [], min(self.stored_rows, 2048)
 
             def ours() -> None:
-                target = Path(out) / str(len(list(Path(out).iterdir())))
+                target = Path(out) / "features"
+                shutil.rmtree(target, ignore_errors=True)
                 wb.extract_features(store, sae, _SITE, out=target, force=True, show_progress=False)
 
             def theirs() -> None:
+                parts.clear()
                 for first in range(0, few, 1024):
                     parts.append(sparse(sae, rows[first : first + 1024].to(sae.device).float()))
 
-            speeds = interleaved(
-                self.repeats,
-                {"workbench": per_second(self.stored_rows, ours), "reference": per_second(few, theirs)},
-            )
+            least = 8.0 if sae.device.type == "cuda" else 1.3
+            works, name = ((ours, self.stored_rows), (theirs, few)), f"{subject}, whole extraction"
+            line = self._paired(name, "SAELens' encode", sae, *works, least, self.extractions)
         shutil.rmtree(path)
-        least = 8.0 if sae.device.type == "cuda" else 1.3
-        return Comparison(
-            f"{subject}, whole extraction",
-            "SAELens' encode",
-            speeds["workbench"],
-            speeds["reference"],
-            "rows/s",
-            at_least=least,
-        )
+        return line
 
     def _memory(self, architecture: str, shape: tuple[int, int, int]) -> Comparison:
         sizes = {"architecture": architecture, "d_in": shape[0], "d_sae": shape[1], "k": shape[2], "rows": self.rows}
@@ -231,4 +252,4 @@ def _keys(indptr: torch.Tensor, feature: torch.Tensor) -> np.ndarray:
 
 
 FULL = Encoding()
-QUICK = Encoding(d_in=(64,), d_sae=(512,), k=(8,), rows=256, stored_rows=512, repeats=2)
+QUICK = Encoding(d_in=(64,), d_sae=(512,), k=(8,), rows=256, stored_rows=512, repeats=1, extractions=1)

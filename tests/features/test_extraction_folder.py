@@ -15,7 +15,7 @@ from store_example import write_store
 from warned import warned
 
 import workbench as wb
-from workbench.features import encoding, extract, merging
+from workbench.features import encoding, extract, extraction_folder, merging
 from workbench.features.feature_segments import SegmentFolder
 from workbench.features.feature_store import open_features
 from workbench.io.errors import DataError, RequestError
@@ -266,3 +266,13 @@ def test_two_at_once_do_not_write_over_each_other(store, sae):
     assert (partial / "by_row.safetensors").exists()
     os.close(descriptor)
     assert extracted(store, sae, name="mine").shape == (51, 20)
+
+
+def test_names_that_are_long_or_not_ascii_give_folders_of_their_own():
+    site = SITE
+    plain = extraction_folder.target_path(Path("s"), site, "my sae")
+    assert plain.name == f"{site.label}-my-sae"
+    others = ["x" * 300, "x" * 301, "\u65e5\u672c", "\u4e2d\u56fd"]
+    names = {extraction_folder.target_path(Path("s"), site, name).name for name in others}
+    assert len(names) == len(others)
+    assert max(map(len, names)) < 230  # the hidden folder has ten more

@@ -253,6 +253,9 @@ def test_nearest_features_by_hand(tmp_path):
     np.testing.assert_allclose(table["cosine"], cosine[table["feature"]], atol=1e-6)
     assert table["cosine"].is_monotonic_decreasing
     assert wb.nearest_features(sae, 2, k=3).equals(table.head(3))
+    for size in (1e30, 1e-30):  # whose squares float32 cannot hold
+        scaled = load_sae(set_weights(folder, W_dec=W * size), device="cpu")
+        np.testing.assert_allclose(wb.nearest_features(scaled, 2, k=3)["cosine"], table["cosine"][:3], rtol=1e-5)
     assert refused(RequestError, lambda: wb.nearest_features(sae, 20)).startswith("feature 20 does not exist; ")
     assert refused(RequestError, lambda: wb.nearest_features(sae, 0, k=0)) == "k must be at least 1, not 0"
 

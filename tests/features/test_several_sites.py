@@ -17,14 +17,12 @@ import workbench.features.encoding as encoding
 from workbench.features.feature_store import open_features
 from workbench.features.queries import feature_statistics
 from workbench.features.verify_folder import verify
-from workbench.features.while_recording import RecordedFeatures
 from workbench.io.errors import RequestError
 from workbench.sae.input_rows import pack
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import sae_metrics
 from workbench.sae.site import matching_site
 from workbench.sae.sparsity import FeatureChoice, MutualChoice, TopK
-from workbench.sites.grammar import SiteMap
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +114,6 @@ def test_what_several_layers_cannot_do_is_refused(store, sae, features):
     assert refused(RequestError, lambda: sae_metrics(store, sae)).startswith("SAE 'clt' is a cross_layer_transcoder")
     assert refused(RequestError, lambda: promoted_tokens(features, sae, 3)).endswith("its decoders are not read")
     assert refused(RequestError, lambda: sae.decode(torch.zeros(1, sae.d_sae))).endswith("sites; decode one layer")
-    sites = SiteMap({}, {}, {}, "blocks", 2, None)
-    assert refused(RequestError, lambda: RecordedFeatures(sae).select_site(sites)) == (
-        "sae: SAE 'clt' reads 2 sites at once, which is not possible while recording; record the sites, then extract "
-        "its features"
-    )
 
 
 def test_a_set_of_transcoders_knows_its_decoders(tmp_path):

@@ -294,7 +294,7 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
     from workbench.features.encoding import EncodingSettings, begin_spans
     from workbench.features.feature_segments import SegmentFolder
     from workbench.parallel import ray as parallel
-    from workbench.sae.input_rows import PackedArray
+    from workbench.sae.input_rows import PackedArray, Reading
     from workbench.sae.saved import SavedSae
 
     with pytest.raises(RequestError, match=f"finds no {tmp_path}/gone; work in a folder that all machines share"):
@@ -303,7 +303,11 @@ def test_a_worker_that_does_not_see_the_files_refuses(folder, tmp_path):
     missing = SegmentFolder(tmp_path / "gone" / "x")
     with pytest.raises(RequestError, match=r"does not see .*; features must be on a disk that all machines share"):
         begin_spans(
-            "cpu", PackedArray(folder / "one", site, ()), SavedSae(tmp_path, "sae", ""), EncodingSettings(), missing
+            "cpu",
+            PackedArray(folder / "one", Reading(site)),
+            SavedSae(tmp_path, "sae", ""),
+            EncodingSettings(),
+            missing,
         )
 
 

@@ -284,3 +284,23 @@ def test_config_returns_the_content_of_the_file(tmp_path):
     assert {key: config[key] for key in written if key != "device"} == {
         k: v for k, v in written.items() if k != "device"
     }
+
+
+def test_weights_in_several_files_are_one_autoencoder(tmp_path):
+    whole, parts = save_sae(tmp_path / "a" / "x", "topk"), save_sae(tmp_path / "b" / "x", "topk")
+    weights = load_file(parts / "sae_weights.safetensors")
+    (parts / "sae_weights.safetensors").unlink()
+    for number, names in enumerate((["W_dec", "b_dec"], ["W_enc", "b_enc"]), 1):
+        save_file({name: weights[name] for name in names}, parts / f"sae_weights-0000{number}-of-00002.safetensors")
+    assert load_sae(parts).fingerprint() == load_sae(whole).fingerprint()
+    (parts / "sae_weights-00002-of-00002.safetensors").unlink()
+    text = refused(DataError, lambda: load_sae(parts))
+    assert "its settings and weights do not fit: " in text
+    assert "W_enc" in text
+
+
+def test_a_threshold_that_is_nan_is_refused(tmp_path):
+    folder = save_sae(tmp_path / "x", "jumprelu")
+    set_weights(folder, threshold=np.where(np.arange(20) < 3, np.nan, 1))
+    text = refused(DataError, lambda: load_sae(folder))
+    assert text == "SAE 'x': 3 of 20 numbers of threshold are NaN; save or download the SAE again"

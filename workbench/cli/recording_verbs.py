@@ -83,12 +83,12 @@ class Record:
     parallel: Parallel = field(default_factory=Parallel)
     sae: str | None = None
     """SAE whose features are extracted during the recording: a directory written by SAELens, sparsify or
-    dictionary_learning, a release known to SAELens, or demo. The activations of its site are stored only if --sites
+    dictionary_learning, a release known to SAELens, or demo. The activations of its sites are stored only if --sites
     names them."""
     sae_id: str | None = None
     """SAE within a release, or path within a folder of several."""
     sae_site: str | None = None
-    """Site that the SAE reads. Default: the one it was trained on."""
+    """Site that the SAE reads; several with commas between. Default: those it was trained on."""
     sae_dtype: Literal["float32", "float16"] = "float32"
     """Stored type of the feature activations."""
     sae_force: bool = False

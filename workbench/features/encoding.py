@@ -137,22 +137,30 @@ class StoreEncoder:
                 writing.result()
         return unsettled
 
-    def encode_rows(self, first: int, rows: Float[Tensor, "row ..."], lengths: Sequence[int]) -> SparseSegment:
+    def encode_rows(
+        self, span: Span, read: Callable[[slice], Float[Tensor, "row ..."]], lengths: Sequence[int]
+    ) -> SparseSegment:
         """Returns the features of rows in memory.
 
         Args:
-            first: Number of the first row in the store.
-            rows: Their activations.
+            span: The rows in the store.
+            read: Returns some of them; the first is 0.
             lengths: Lengths of the sequences that they are.
 
         Raises:
             DataError: A row or its features are not finite; the message has the row.
         """
-        step = len(rows) if self.sae.sequential else _BLOCKS * self.encoder.block_rows
+        first, stop = span
+        step = stop - first if self.sae.sequential else _BLOCKS * self.encoder.block_rows
         current = self.encoder.inexperienced()
         parts = [
-            self._encode_block(current, first + at, rows[at : at + step], lengths if self.sae.sequential else None)
-            for at in range(0, len(rows), step)
+            self._encode_block(
+                current,
+                first + at,
+                read(slice(at, min(at + step, stop - first))),
+                lengths if self.sae.sequential else None,
+            )
+            for at in range(0, stop - first, step)
         ]
         return concatenate([self._to_segment(part) for part in parts])
 

@@ -32,7 +32,7 @@ from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
 from workbench.sae.autoencoder import Sae
-from workbench.sae.input_rows import recorded
+from workbench.sae.input_rows import Reading, reading_of
 from workbench.sae.layered import LayeredSae
 from workbench.sae.ruled import RULE, RuledSae, ruled_fingerprint, ruled_name
 from workbench.sae.site import matching_site, not_finite
@@ -100,14 +100,27 @@ def extract_features(
     """
     array = matching_site(store, sae, site, force=force)
     encoding = StoreEncoder(array, sae, EncodingSettings(sparsity, batch_rows, precision, index_memory), show_progress)
-    _check_choices(sae, dtype, sparsity, name, out)
+    return extract_array(encoding, dtype, workers, name=name, out=out)
+
+
+def extract_array(
+    encoding: StoreEncoder,
+    dtype: str,
+    workers: Workers | None = None,
+    *,
+    name: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Features | None:
+    """Encodes every row of an array of a store, as `extract_features` describes."""
+    array = encoding.array
+    _check_choices(encoding.sae, dtype, encoding.settings.sparsity, name, out)
     with ThreadPoolExecutor(1) as pool:  # the fingerprint takes as long as the preparation of the encoder
         requested = pool.submit(_request, encoding, dtype)
         encoding.check()
         _check_rows(encoding)
         request = requested.result()
-    target = Path(out).absolute() if out is not None else target_path(store.path, array.site, request.sae.name, name)
-    return make_features(encoding, target, request, workers)
+    place = target_path(array.store.path, array.site, request.sae.name, name)
+    return make_features(encoding, place if out is None else Path(out).absolute(), request, workers)
 
 
 def _check_choices(
@@ -123,7 +136,7 @@ def _check_choices(
 
 def _request(encoding: StoreEncoder, dtype: str) -> ExtractionRecord:
     array, sae = encoding.array, encoding.sae
-    manifest, reads = array.store.manifest, sites_read(array, sae)
+    manifest, reads = array.store.manifest, sites_read(reading_of(array), sae)
     record = sae_record(sae, encoding.settings.sparsity)
     return extraction_record(record, array.name, reads, manifest.fingerprint, array.store.rows, dtype)
 
@@ -131,11 +144,12 @@ def _request(encoding: StoreEncoder, dtype: str) -> ExtractionRecord:
 def _check_rows(encoding: StoreEncoder) -> None:
     """Refuses rows that are not finite before hours of work, and warns of clipped values."""
     array = encoding.array
-    lost = {part: lost_values(array.store, [part.name]).get(part.site.label) for part in recorded(array)}
-    for part, values in lost.items():
+    for site in reading_of(array).recorded:
+        values = lost_values(array.store, [site.name]).get(site.label)
         if values is None:
             continue
         if values.nonfinite:
+            part = ActivationArray(array.store, site)
             raise not_finite(part, encoding.sae, int(values.nonfinite_rows[0]), features=False)
         _LOG.warning(
             f"clipped values at {values.site}: {values.clipped:,}, stored as ±{values.limit:,.6g}; features of their "
@@ -212,9 +226,9 @@ def _warn_of_negative(features: Features, encoding: StoreEncoder) -> None:
             )
 
 
-def sites_read(array: ActivationArray, sae: Sae) -> tuple[SiteFeatures, ...]:
-    """Returns the sites that an array is made of, with the features of `sae` that read each."""
-    names = [part.name for part in recorded(array)] if sae.n_sites > 1 else [array.name]
+def sites_read(reading: Reading, sae: Sae) -> tuple[SiteFeatures, ...]:
+    """Returns the sites that `sae` reads, with its features that read each."""
+    names = [part.site.name for part in reading.parts] if sae.n_sites > 1 else [reading.site.name]
     if isinstance(sae, LayeredSae):
         sizes = zip(sae.firsts, sae.parts, strict=True)
         return tuple(

@@ -28,6 +28,7 @@ from workbench.store.manifest import FEATURES, SiteRecord
 _LOG = logging.getLogger(__name__)
 
 _PROGRESS, _SEGMENTS = "extraction.json", "segments"
+_LONGEST_NAME = 200  # of 255 bytes that file systems allow
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,18 @@ def extraction_record(
 
 def target_path(store: Path, site: SiteRecord, sae: str, name: str | None = None) -> Path:
     """Returns the place of features in a store. `name` None: made of the site and the SAE's name."""
-    name = re.sub(r"[^\w.-]+", "-", f"{site.label}-{sae}", flags=re.ASCII) if name is None else name
+    name = _folder_name(f"{site.label}-{sae}") if name is None else name
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise RequestError(f"name {name!r} cannot be a folder; use letters, digits, '_', '.' and '-' only")
     return store / FEATURES / name
+
+
+def _folder_name(text: str) -> str:
+    """A text as the name of a folder; long ones and letters beyond ASCII, which are lost, leave a digest of it."""
+    name = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
+    if len(name) <= _LONGEST_NAME and text.isascii():
+        return name
+    return f"{name[:_LONGEST_NAME]}-{files.sha256_bytes(text.encode())[:8]}"
 
 
 def partial_path(target: Path) -> Path:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
@@ -22,7 +21,7 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.sae.autoencoder import Sae
-from workbench.sae.decoder import decoder_directions
+from workbench.sae.decoder import decoder_directions, unit_rows
 
 _BYTES = 256 << 20  # sums of the pairs of one group of features with all others
 _EXACT = 1 << 22  # pairs of features up to which the assignment looks at all of them
@@ -188,7 +187,7 @@ def _cosines(
     sae: Sae, other: Sae, left: Int64[np.ndarray, " left"], match: Int64[np.ndarray, " left"]
 ) -> dict[str, np.ndarray]:
     """Cosine of the matches' decoder directions, and the feature with the largest cosine."""
-    units, others = (torch.nn.functional.normalize(decoder_directions(one).cpu(), dim=1) for one in (sae, other))
+    units, others = (unit_rows(decoder_directions(one).cpu()) for one in (sae, other))
     if units.shape[1] != others.shape[1]:
         raise RequestError(
             f"the decoders of {sae.name!r} and {other.name!r} have the widths {units.shape[1]} and {others.shape[1]}; "

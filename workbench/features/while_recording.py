@@ -1,4 +1,4 @@
-"""Features of a site whose activations are not stored: encoded during the forward passes, segment by segment.
+"""Features of sites whose activations are not stored: encoded during the forward passes, segment by segment.
 
 The features of a segment are committed before the segment of the recording. So after a kill every committed row has
 features, and those of a segment that is recorded again are discarded. When all rows are recorded, the features are
@@ -11,16 +11,17 @@ products, which is torch's for the whole process, so passes beside it would have
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.features.encoding import StoreEncoder
-from workbench.features.extract import DTYPES, extract_features, make_features, sae_record
+from workbench.features.extract import DTYPES, extract_array, make_features, sae_record, sites_read
 from workbench.features.extraction_folder import (
     ExtractionRecord,
     exclusive_turn,
@@ -33,17 +34,19 @@ from workbench.features.extraction_folder import (
     target_path,
 )
 from workbench.features.feature_segments import Span
-from workbench.features.records import SiteFeatures
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.tasks import Workers
 from workbench.model.load import Model
+from workbench.model.unembed import measure_unembed
 from workbench.sae.autoencoder import Sae
+from workbench.sae.input_rows import Norm, Reading, open_reading
 from workbench.sae.saved import SavedSae, save_sae
-from workbench.sae.site import check_fit, reads_special, site_names
-from workbench.sites.grammar import Site, SiteMap, full_name
+from workbench.sae.site import OfferedSites, input_reading
+from workbench.sae.training import warn_of_other_rows
+from workbench.sites.grammar import Site, SiteMap
 from workbench.store.manifest import Manifest, SiteRecord
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import Store
 from workbench.store.staging import PlannedSegment
 
 
@@ -52,8 +55,8 @@ class RecordedFeatures:
     """Features to extract while a model is recorded."""
 
     sae: Sae
-    site: str | None = None
-    """The site to read. None: the one that the SAE was trained on."""
+    site: str | Sequence[str] | None = None
+    """The site to read, or a list of several. None: those that the SAE was trained on."""
     dtype: str = "float32"
     """Stored type of the features' activations: float32, or float16 at half the size."""
     force: bool = False
@@ -62,67 +65,71 @@ class RecordedFeatures:
     def __post_init__(self) -> None:
         check("dtype", self.dtype, one_of=DTYPES)
 
-    def select_site(self, sites: SiteMap, stored: Sequence[Site] = ()) -> Site:
-        """Returns the site to read among a model's sites; of two names of the same site the one in `stored`.
-
-        Raises:
-            RequestError: The model has no such site, or the SAE's files do not record its site.
-        """
-        if special := reads_special(self.sae):
-            raise RequestError(
-                f"sae: SAE {self.sae.name!r} reads {special}, which is not possible while recording; record the sites, "
-                "then extract its features"
-            )
-        names = (full_name(self.site),) if self.site else ()
-        if not names:
-            if self.sae.site is None:
-                raise RequestError(
-                    f"sae_site: the files of SAE {self.sae.name!r} do not record its site; give sae_site="
-                )
-            names = site_names(full_name(self.sae.site))
-        available = [name for name in names if name in sites.recordable or name in sites.synonyms]
-        available = [site.name for site in stored if site.name in available] or available
-        selected = sites.select(available[:1] or [self.site or names[0]])
-        if len(selected) != 1:
-            raise RequestError(f"sae_site {self.site!r} names {len(selected)} sites; give one, such as resid_post.3")
-        return selected[0]
-
-    def at(self, site: Site, record: SiteRecord, model: Model, out: Path) -> EncodedSite:
-        """Returns the encoded site.
+    def of(
+        self, model: Model, path: Path, stored: Sequence[Site], record_of: Callable[[Site], SiteRecord]
+    ) -> EncodedSites:
+        """Returns the sites of the model that the SAE reads, and what is computed of them.
 
         Args:
-            site: The site of the model.
-            record: Its record in the store.
             model: The model.
-            out: Path of the store.
+            path: Path of the store.
+            stored: Sites that are stored as well; of two names of one site theirs is used.
+            record_of: Returns the record of a site in the store.
 
         Raises:
-            RequestError: The SAE has another width or, unless forced, another site or model.
+            RequestError: The model has no such sites, the SAE's files do not record them, or it has another width or,
+                unless forced, another site or model.
         """
-        names = ("sae_site", "sae_force")
-        check_fit(self.sae, record, model, out, force=self.force, arguments=names, trained_on=self.sae.site)
-        return EncodedSite(self, site, record)
+        offered = model_sites(model, path, stored, record_of)
+        reading = input_reading(self.sae, self.site, offered, force=self.force)
+        return EncodedSites(self, reading, model.site_map.select([site.name for site in reading.recorded]))
+
+
+def model_sites(
+    model: Model, path: Path, stored: Sequence[Site], record_of: Callable[[Site], SiteRecord]
+) -> OfferedSites:
+    """Returns the sites of a model that is to be recorded; for the arguments see `RecordedFeatures.of`."""
+    sites, stored_names = model.site_map, {site.name for site in stored}
+
+    def first(names: Sequence[str]) -> str | None:
+        available = [name for name in names if name in sites.selectable or name in sites.synonyms]
+        return next((name for name in available if name in stored_names), next(iter(available), None))
+
+    def record(site: str | tuple[str, int]) -> SiteRecord:
+        name = site if isinstance(site, str) else ".".join(map(str, site))
+        selected = sites.select([name])
+        if len(selected) != 1:
+            raise RequestError(f"sae_site {name!r} names {len(selected)} sites; give one, such as resid_post.3")
+        return record_of(selected[0])
+
+    @cache
+    def final_norm() -> Norm:
+        unembed = measure_unembed(model.module, sites.last_block)  # as it is for the store
+        return Norm(unembed.norm, unembed.eps)
+
+    return OfferedSites(path, model, first, record, final_norm, ("sae_site", "sae_force"))
 
 
 @dataclass(frozen=True)
-class EncodedSite:
-    """A site of a recording whose features are extracted. Create it with `RecordedFeatures.at`."""
+class EncodedSites:
+    """Sites of a recording whose features are extracted. Create them with `RecordedFeatures.of`."""
 
     features: RecordedFeatures
-    site: Site
-    record: SiteRecord
+    reading: Reading
+    """What is computed of the sites, and their records in the store."""
+    sites: tuple[Site, ...]
 
     @property
     def label(self) -> str:
-        """Description for the manifest of a store that has the features in place of the site's activations."""
+        """Description for the manifest of a store that has the features in place of the sites' activations."""
         sae = self.features.sae
-        return f"{self.record.label} by {sae.name} ({sae.fingerprint()[:12]})"
+        return f"{self.reading.site.label} by {sae.name} ({sae.fingerprint()[:12]})"
 
-    def pack(self, path: Path) -> PackedEncodedSite:
-        """Returns what other processes need to encode the site; saves the SAE beside the features of the store."""
+    def pack(self, path: Path) -> PackedEncodedSites:
+        """Returns what other processes need to encode the sites; saves the SAE beside the features of the store."""
         features = self.features
         folder = partial_path(self._target(path))
-        return PackedEncodedSite(save_sae(features.sae, folder), self.record, features.dtype, features.force)
+        return PackedEncodedSites(save_sae(features.sae, folder), self.reading, features.dtype)
 
     @contextmanager
     def locked(
@@ -158,85 +165,91 @@ class EncodedSite:
                     raise self._without_features(path, lacking)
             yield
 
-    def encoder(self, path: Path, manifest: Manifest) -> Callable[[int, Tensor, Sequence[int]], None]:
+    def encoder(
+        self, path: Path, manifest: Manifest
+    ) -> Callable[[int, Mapping[str, Float[Tensor, "row ..."]], Sequence[int]], None]:
         """Returns the function that encodes the rows of a segment and commits their features.
 
-        It takes the number of the segment's first row, its rows and the lengths of its sequences, and raises DataError
-        with the row if that, or its features, are not finite.
+        It takes the number of the segment's first row, its rows by name of their site and the lengths of its sequences,
+        and raises DataError with the row if that, or its features, are not finite.
         """
         encoding = self._encoding(Store(path.absolute(), manifest), show_progress=False)
         segments = segment_folder(self._target(path))
 
-        def write(first: int, rows: Float[Tensor, "row ..."], lengths: Sequence[int]) -> None:
-            finite = rows.isfinite().flatten(1).all(1)
-            if not finite.all():
-                row = first + int((~finite).nonzero()[0])
-                raise DataError(
-                    f"row {row} of {self.record.label} is not finite in the model's forward pass; load the model in "
-                    "another dtype"
-                )
-            segments.write((first, first + len(rows)), encoding.encode_rows(first, rows, lengths))
+        def write(first: int, values: Mapping[str, Tensor], lengths: Sequence[int]) -> None:
+            for site in self.reading.recorded:
+                _check_finite(site, first, values[site.name])
+
+            def read(some: slice) -> Float[Tensor, "row ..."]:
+                return self.reading.rows(lambda site: values[site.name][some])
+
+            span = first, first + len(values[self.reading.recorded[0].name])
+            segments.write(span, encoding.encode_rows(span, read, lengths))
 
         return write
 
     def finish(self, store: Store, workers: Workers | None = None, show_progress: bool = True) -> None:
-        """Merges and indexes the features of a complete recording, or extracts them if the store has the site."""
+        """Merges and indexes the features of a complete recording, or extracts them if the store has the sites."""
         settings, target = self.features, self._target(store.path)
+        warn_of_other_rows(settings.sae, store)
+        encoding = self._encoding(store, show_progress)
         shared = workers is not None and workers.shared
-        if any(site.name == self.record.name for site in store.sites):
-            extract_features(
-                store,
-                settings.sae,
-                self.record.name,
-                dtype=settings.dtype,
-                force=settings.force,
-                workers=None if shared else workers,  # the other processes of the recording may have ended
-                show_progress=show_progress,
-            )
+        stored = {site.name for site in store.sites}
+        if all(site.name in stored for site in self.reading.recorded):
+            others = None if shared else workers  # the other processes of the recording may have ended
+            extract_array(encoding, settings.dtype, others)
             return
         planned, request = self._planned(store.manifest), self._request(store.manifest.fingerprint, store.rows)
         with exclusive_turn(target, shared):
             started = replace_fingerprint(target, planned.store_fingerprint, request.store_fingerprint)
         if store.rows and not started:
             raise self._without_features(store.path, store.rows)
-        make_features(self._encoding(store, show_progress), target, request, workers)
+        make_features(encoding, target, request, workers)
 
     def _encoding(self, store: Store, show_progress: bool) -> StoreEncoder:
         """The encoding of an array that is not stored: only rows in memory can be encoded."""
-        return StoreEncoder(ActivationArray(store, self.record), self.features.sae, show_progress=show_progress)
+        return StoreEncoder(open_reading(store, self.reading), self.features.sae, show_progress=show_progress)
 
     def _target(self, store: Path) -> Path:
-        return target_path(store.absolute(), self.record, self.features.sae.name)
+        return target_path(store.absolute(), self.reading.site, self.features.sae.name)
 
     def _planned(self, manifest: Manifest) -> ExtractionRecord:
         """The request while the store is recorded, with the fingerprint of the planned store."""
         return self._request(manifest.without_segments.fingerprint, manifest.planned_rows)
 
     def _request(self, fingerprint: str, rows: int) -> ExtractionRecord:
-        sae = sae_record(self.features.sae, None)
-        reads = (SiteFeatures(self.record.name, 0, self.features.sae.d_sae),)
-        return extraction_record(sae, self.record.name, reads, fingerprint, rows, self.features.dtype)
+        sae, name = self.features.sae, self.reading.site.name
+        reads = sites_read(self.reading, sae)
+        return extraction_record(sae_record(sae, None), name, reads, fingerprint, rows, self.features.dtype)
 
     def _without_features(self, store: Path, rows: int) -> RequestError:
         return RequestError(
             f"{store} has {rows:,} rows that were recorded without features of SAE {self.features.sae.name!r} and "
-            f"without {self.record.label}; choose another out"
+            f"without {self.reading.site.label}; choose another out"
         )
 
 
 @dataclass(frozen=True)
-class PackedEncodedSite:
-    """An `EncodedSite` sent to other processes, with its SAE saved in files."""
+class PackedEncodedSites:
+    """`EncodedSites` sent to other processes, with their SAE saved in files."""
 
     sae: SavedSae
-    record: SiteRecord
+    reading: Reading
     dtype: str
-    force: bool
 
-    def unpack(self, device: str, sites: SiteMap) -> EncodedSite:
-        """Returns the site with its SAE on `device`, for a model with these sites."""
-        features = RecordedFeatures(self.sae.load(device), self.record.name, self.dtype, self.force)
-        return EncodedSite(features, features.select_site(sites), self.record)
+    def unpack(self, device: str, sites: SiteMap) -> EncodedSites:
+        """Returns the sites with their SAE on `device`, for a model with these sites."""
+        features = RecordedFeatures(self.sae.load(device), dtype=self.dtype)
+        return EncodedSites(features, self.reading, sites.select([site.name for site in self.reading.recorded]))
+
+
+def _check_finite(site: SiteRecord, first: int, rows: Float[Tensor, "row ..."]) -> None:
+    finite = rows.isfinite().flatten(1).all(1)
+    if not finite.all():
+        row = first + int((~finite).nonzero()[0])
+        raise DataError(
+            f"row {row} of {site.label} is not finite in the model's forward pass; load the model in another dtype"
+        )
 
 
 def _span(segment: PlannedSegment) -> Span:

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -33,7 +34,7 @@ from workbench.store.writer import Writer
 if TYPE_CHECKING:
     from torch import nn
 
-    from workbench.features.while_recording import EncodedSite, RecordedFeatures
+    from workbench.features.while_recording import EncodedSites, RecordedFeatures
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,23 +60,24 @@ class RecordingPlan:
     added: AddedTokens
     sites: tuple[SiteRecord, ...]
     """Sites that are stored."""
-    features: EncodedSite | None
-    """Site whose SAE features are extracted."""
+    features: EncodedSites | None
+    """Sites whose SAE features are extracted."""
     changes: RecordedChanges | None = None
     """Interventions with which the model runs."""
     gradient_of: Metric | None = None
     """Metric whose gradients with respect to each site are stored."""
 
     @property
-    def encoded_only(self) -> EncodedSite | None:
-        """The site whose features are extracted and whose activations are not stored."""
-        stored = self.features and any(site.name == self.features.record.name for site in self.sites)
-        return None if stored else self.features
+    def encoded_only(self) -> EncodedSites | None:
+        """The sites whose features are extracted, unless the activations of all of them are stored."""
+        return self.features if len(self.all_sites) > len(self.sites) else None
 
     @property
     def all_sites(self) -> tuple[SiteRecord, ...]:
-        """Sites that are stored, and the one that is only encoded."""
-        return (*self.sites, self.encoded_only.record) if self.encoded_only else self.sites
+        """Sites that are stored, then those that are only encoded."""
+        stored = {site.name for site in self.sites}
+        encoded = self.features.reading.recorded if self.features else ()
+        return (*self.sites, *(site for site in encoded if site.name not in stored))
 
     @property
     def segment_rows(self) -> int:
@@ -138,8 +140,8 @@ def plan_recording(
     added = added_tokens(model.tokenizer, settings.bos)
     encoded = None
     if features is not None:
-        site = features.select_site(model.site_map, sites)
-        encoded = features.at(site, _site_record(site, context, settings.dtype), model, out)
+        record_of = partial(_site_record, context=context, dtype=settings.dtype)
+        encoded = features.of(model, out, sites, record_of)
     check_metric(model, gradient_of, sites)
     if gradient_of is not None and features is not None:
         raise RequestError("gradient_of does not go with sae; extract the features from the finished store")

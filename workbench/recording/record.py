@@ -72,7 +72,7 @@ def record(
     overwrite: bool = False,
     settings: Recording | None = None,
     sae: Sae | None = None,
-    sae_site: str | None = None,
+    sae_site: str | Sequence[str] | None = None,
     sae_dtype: str = "float32",
     sae_force: bool = False,
     interventions: Sequence[Intervention] = (),
@@ -96,8 +96,8 @@ def record(
             unfinished one is resumed. None: a temporary folder, removed with the last handle of the store.
         overwrite: Record anew, in place of a store at `out`, which stays until the new one is complete.
         settings: Settings as one record. None: the defaults.
-        sae: An SAE whose features are extracted while the model runs. Its site is stored only if `sites` names it.
-        sae_site: Site that the SAE reads. None: the one it was trained on.
+        sae: An SAE whose features are extracted while the model runs. Its sites are stored only if `sites` names them.
+        sae_site: Site that the SAE reads, or a list of several. None: those it was trained on.
         sae_dtype: Stored type of the feature activations, float32 or float16.
         sae_force: Use an SAE that was trained on another site or model.
         interventions: Records that change the model, such as `wb.Zero("z.3")`; part of the store's identity.
@@ -249,7 +249,7 @@ def _without_traces(out: Path, workers: Workers) -> Iterator[None]:
         raise
 
 
-def _features(sae: Sae | None, site: str | None, dtype: str, force: bool) -> RecordedFeatures | None:
+def _features(sae: Sae | None, site: str | Sequence[str] | None, dtype: str, force: bool) -> RecordedFeatures | None:
     if sae is None:
         if site is not None or force:
             raise RequestError("sae_site and sae_force are for sae; give it too")
@@ -311,7 +311,7 @@ def _check_append(plan: RecordingPlan, writer: Writer) -> None:
     if plan.encoded_only and writer.manifest.complete:
         raise RequestError(
             f"append: features of the {writer.manifest.rows:,} rows before need their "
-            f"{plan.encoded_only.record.label} again, which was not stored; choose another out"
+            f"{plan.encoded_only.reading.site.label} again, which was not stored; choose another out"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,7 +38,7 @@ from workbench.store.staging import PlannedSegment, stage_segment, submit_segmen
 from workbench.store.writer import Writer, check_space, explain_full_disk, required_bytes
 
 if TYPE_CHECKING:
-    from workbench.features.while_recording import EncodedSite, PackedEncodedSite
+    from workbench.features.while_recording import EncodedSites, PackedEncodedSites
 
 
 _GRADIENT_SHARE = 4
@@ -126,7 +126,7 @@ def write_segments(
 
 
 def begin_segments(
-    device: str, plan: PartPlan, model: Loading | bytes, features: PackedEncodedSite | None
+    device: str, plan: PartPlan, model: Loading | bytes, features: PackedEncodedSites | None
 ) -> Callable[[PlannedSegment], None]:
     """Returns the function that writes a segment in another process.
 
@@ -148,8 +148,8 @@ class SegmentRecorder:
 
     plan: PartPlan
     model: Model
-    encoded_only: EncodedSite | None = None
-    """A site whose features are extracted and whose activations are not stored."""
+    encoded_only: EncodedSites | None = None
+    """Sites whose features are extracted, of which not all are stored."""
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -167,8 +167,9 @@ class SegmentRecorder:
         return chosen_rows(self.plan.tokens)
 
     @cached_property
-    def encode(self) -> Callable[[int, Tensor, Sequence[int]], None] | None:
-        """Encodes the rows of a segment and commits their features: (first row, rows, lengths of the sequences)."""
+    def encode(self) -> Callable[[int, Mapping[str, Tensor], Sequence[int]], None] | None:
+        """Encodes the rows of a segment and commits their features: (first row, rows of each site, lengths of the
+        sequences)."""
         return self.encoded_only.encoder(self.plan.store, self.plan.manifest) if self.encoded_only else None
 
     def write(
@@ -247,43 +248,46 @@ class SegmentRecorder:
     def _fill(
         self, segment: SegmentWriter, planned: PlannedSegment, run: Callable[..., None], stored: Sequence[int]
     ) -> None:
-        """Runs the model over a segment and writes its sites, and the features of one that is only encoded."""
+        """Runs the model over a segment and writes its sites, and the features of those that are encoded."""
         encoded = self.encoded_only
         if encoded is None or self.encode is None:
             run(segment, sites=self.sites)
             return
-        buffered = SegmentWithBuffer(segment, encoded.record, planned.rows)
-        run(buffered, sites=[*self.sites, encoded.site])
-        self.encode(planned.first_row, buffered.values, stored)  # before the end: a finished segment has its features
+        stored_sites = {site.name for site in self.plan.manifest.sites}
+        buffered = SegmentWithBuffers(segment, stored_sites, encoded.reading.recorded, planned.rows)
+        others = [site for site in encoded.sites if site.name not in stored_sites]
+        run(buffered, sites=[*self.sites, *others])
+        # before the end: a finished segment has its features
+        self.encode(planned.first_row, buffered.values, stored)
 
 
-class SegmentWithBuffer:
-    """A segment being written, with one more site that is kept in memory and not written."""
+class SegmentWithBuffers:
+    """A segment being written, and sites that are kept in memory, of which some are written too."""
 
-    def __init__(self, segment: SegmentWriter, site: SiteRecord, rows: int) -> None:
-        self._segment, self._site = segment, site
-        self.values = torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype))
-        """Activations of that site in the stored type, axes (row, *shape)."""
+    def __init__(self, segment: SegmentWriter, stored: Set[str], kept: Sequence[SiteRecord], rows: int) -> None:
+        self._segment, self._stored, self._kept = segment, stored, {site.name: site for site in kept}
+        self.values = {site.name: torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype)) for site in kept}
+        """Activations of the sites in memory in the stored type, axes (row, *shape)."""
         self.count = segment.count
 
     def shape(self, site: str) -> tuple[int, ...]:
         """Returns the shape of one row at `site`."""
-        return self._site.shape if site == self._site.name else self._segment.shape(site)
+        return self._kept[site].shape if site in self._kept else self._segment.shape(site)
 
     def dtype(self, site: str) -> str:
         """Returns the stored type of `site`."""
-        return self._site.dtype if site == self._site.name else self._segment.dtype(site)
+        return self._kept[site].dtype if site in self._kept else self._segment.dtype(site)
 
     def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
-        """Writes rows of `site` to the segment, or to memory if it is the additional site."""
-        if site == self._site.name:
-            as_numpy(self.values)[first_row : first_row + len(rows)] = rows
-        else:
+        """Writes rows of `site` to memory, to the segment, or to both."""
+        if site in self._kept:
+            as_numpy(self.values[site])[first_row : first_row + len(rows)] = rows
+        if site in self._stored:
             self._segment.write(site, first_row, rows)
 
 
 def fill(
-    segment: SegmentWriter | SegmentWithBuffer,
+    segment: SegmentWriter | SegmentWithBuffers,
     model: Model,
     sites: Sequence[Site],
     ids: Int[np.ndarray, " row"],
@@ -344,7 +348,7 @@ def fill(
 
 
 def _write(
-    segment: SegmentWriter | SegmentWithBuffer,
+    segment: SegmentWriter | SegmentWithBuffers,
     name: str,
     arrived: Callable[[], tuple[np.ndarray, list[int]]],
     runs: list[tuple[int, int, int]],

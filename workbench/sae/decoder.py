@@ -38,8 +38,15 @@ def decoder_directions(
         return sae.decoder_rows([int(feature) for feature in features]).detach().float()
     rows = (sae.W_dec if features is None else sae.W_dec[[int(feature) for feature in features]]).detach().float()
     if getattr(sae.module.cfg, "rescale_acts_by_decoder_norm", False):
-        return torch.nn.functional.normalize(rows, dim=1)
+        return unit_rows(rows)
     return rows
+
+
+def unit_rows(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """Returns rows at length 1, whatever their size; rows of zeros stay."""
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+    scaled = rows / largest.clamp(min=torch.finfo(rows.dtype).tiny)  # so that no square over- or underflows
+    return scaled.div_(scaled.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
 
 def row_scale(sae: Sae, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row 1"] | float:
@@ -68,9 +75,8 @@ def nearest_features(sae: Sae, feature: int | np.integer, k: int = 10) -> pd.Dat
         RequestError: A feature that does not exist, or k < 1.
     """
     check("k", k, at_least=1)
-    direction = decoder_directions(sae, [feature])[0]
-    units = torch.nn.functional.normalize(decoder_directions(sae), dim=1)
-    cosine = (units @ torch.nn.functional.normalize(direction, dim=0)).clamp(-1, 1).cpu().numpy()
+    direction = decoder_directions(sae, [feature])
+    cosine = (unit_rows(decoder_directions(sae)) @ unit_rows(direction)[0]).clamp(-1, 1).cpu().numpy()
     cosine[feature] = -np.inf
     order = np.argsort(-cosine, kind="stable")[: min(k, sae.d_sae - 1)]
     return pd.DataFrame({"feature": order, "cosine": cosine[order]})

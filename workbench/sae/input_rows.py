@@ -1,13 +1,14 @@
-"""Rows as an autoencoder reads them, where they are not one recorded array as it is.
+"""Rows as an autoencoder reads them, where they are not one recorded site as it is.
 
 An autoencoder may read one head of a site, the stream before the MLP as the norm without its weights leaves it, or
-several sites of a row at once. The rows come from the recorded arrays, exactly up to float32.
+several sites of a row at once. A `Reading` says which recorded sites these are and what is computed of them, exactly
+up to float32, whether their rows lie in a store or have just left the model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from workbench.io.errors import RequestError
 from workbench.model.unembed import normalise
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray, open_store
+from workbench.store.reader import ActivationArray, Store, open_store
 
 _LAYER = re.compile(r"(blocks\.)(\d+)(\..+)")
 
@@ -33,27 +34,63 @@ class Norm:
     eps: float
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class InputRows(ActivationArray):
-    """An array that is made of recorded ones where it is indexed. Create it with the functions of this module."""
+@dataclass(frozen=True)
+class Reading:
+    """Input rows of an autoencoder, made of recorded sites."""
 
-    parts: tuple[ActivationArray, ...]
-    """The recorded arrays."""
+    site: SiteRecord
+    """The rows: a name, axes and a type."""
+    parts: tuple[Reading, ...] = ()
+    """What they are made of. None: `site` is recorded as it is."""
     head: int | None = None
     norm: Norm | None = None
 
-    def __getitem__(self, index: Any) -> Float[Tensor, "*shape"]:
-        """Returns rows as `ActivationArray` does; of several sites with an axis `site` before the last."""
-        rows = [part[index] for part in self.parts]
+    @property
+    def recorded(self) -> tuple[SiteRecord, ...]:
+        """The recorded sites, in the order of the input."""
+        return tuple(site for part in self.parts for site in part.recorded) if self.parts else (self.site,)
+
+    def rows(self, rows_of: Callable[[SiteRecord], Float[Tensor, "*row ..."]]) -> Float[Tensor, "*row ..."]:
+        """Returns the rows; of several sites with an axis `site` before the last.
+
+        Args:
+            rows_of: Returns rows of a recorded site.
+        """
+        if not self.parts:
+            return rows_of(self.site)
+        rows = [part.rows(rows_of) for part in self.parts]
         if self.head is not None:
             rows = [part[..., self.head, :] for part in rows]
         if self.norm is not None:
             rows = [normalise(part.float(), self.norm.kind, self.norm.eps) for part in rows]
-        return rows[0] if len(self.site.shape) == 1 else torch.stack([part.to(self.dtype) for part in rows], -2)
+        if len(self.site.shape) == 1:
+            return rows[0]
+        return torch.stack([part.to(getattr(torch, self.site.dtype)) for part in rows], -2)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InputRows(ActivationArray):
+    """An array that is made of recorded ones where it is indexed. Create it with `open_reading`."""
+
+    reading: Reading
+
+    def __getitem__(self, index: Any) -> Float[Tensor, "*shape"]:
+        """Returns rows as `ActivationArray` does; of several sites with an axis `site` before the last."""
+        return self.reading.rows(lambda site: ActivationArray(self.store, site)[index])
 
     def view(self, segment: int) -> Shaped[np.ndarray, "row ..."]:
         """Refuses: the rows are not in a file."""
         raise RequestError(f"{self.site.label} is made of recorded arrays when it is read; index it")
+
+
+def open_reading(store: Store, reading: Reading) -> ActivationArray:
+    """Returns the input rows of an autoencoder as an array over all rows of a store that has the recorded sites."""
+    return InputRows(store, reading.site, reading) if reading.parts else ActivationArray(store, reading.site)
+
+
+def reading_of(array: ActivationArray) -> Reading:
+    """Returns what an array is made of."""
+    return array.reading if isinstance(array, InputRows) else Reading(array.site)
 
 
 @dataclass(frozen=True)
@@ -61,79 +98,55 @@ class PackedArray:
     """An array sent to another process, which may not see its store. Made by `pack`."""
 
     store: Path
-    site: SiteRecord
-    parts: tuple[SiteRecord, ...]
-    """The recorded sites that it is made of; none: it is one itself."""
-    head: int | None = None
-    norm: Norm | None = None
+    reading: Reading
 
     def open(self) -> ActivationArray:
         """Returns the array; raises as `open_store` does."""
-        store = open_store(self.store)
-        if not self.parts:
-            return ActivationArray(store, self.site)
-        parts = tuple(ActivationArray(store, site) for site in self.parts)
-        return InputRows(store, self.site, parts, self.head, self.norm)
+        return open_reading(open_store(self.store), self.reading)
 
 
 def pack(array: ActivationArray) -> PackedArray:
     """Returns what another process needs to read an array."""
-    if not isinstance(array, InputRows):
-        return PackedArray(array.store.path, array.site, ())
-    return PackedArray(array.store.path, array.site, tuple(part.site for part in array.parts), array.head, array.norm)
+    return PackedArray(array.store.path, reading_of(array))
 
 
-def recorded(array: ActivationArray) -> tuple[ActivationArray, ...]:
-    """Returns the recorded arrays that an array is made of."""
-    return array.parts if isinstance(array, InputRows) else (array,)
-
-
-def head_of(array: ActivationArray, head: int) -> InputRows:
-    """Returns one head of an array with axes (row, head, ...).
+def head_of(site: SiteRecord, head: int) -> Reading:
+    """Returns the reading of one head of a site with axes (row, head, ...).
 
     Raises:
-        RequestError: The array has no axis of heads, or not so many.
+        RequestError: The site has no axis of heads, or not so many.
     """
-    site = array.site
     if "head" not in site.axes[1:2] or len(site.shape) != 2 or head not in range(site.shape[0]):
         axes = ", ".join(f"{axis} {length}" for axis, length in zip(site.axes[1:], site.shape, strict=True))
         raise RequestError(f"head {head} of {site.label} does not exist: a row has the axes {axes}")
     one = replace(site, axes=("row", site.axes[2]), shape=site.shape[1:])
-    return InputRows(array.store, one, (array,), head)
+    return Reading(one, (Reading(site),), head)
 
 
-def normalised(array: ActivationArray, norm: Norm, name: str) -> InputRows:
-    """Returns an array under a norm without weights, as the site `name`."""
-    site = replace(array.site, name=name, short=None, dtype="float32")
-    return InputRows(array.store, site, (array,), norm=norm)
+def normalised(site: SiteRecord, norm: Norm, name: str) -> Reading:
+    """Returns the reading of a site under a norm without weights, as the site `name`."""
+    return Reading(replace(site, name=name, short=None, dtype="float32"), (Reading(site),), norm=norm)
 
 
-def renamed(array: ActivationArray, name: str) -> InputRows:
-    """Returns an array as the site `name`, whose rows are the same."""
-    return InputRows(array.store, replace(array.site, name=name, short=None), (array,))
+def renamed(site: SiteRecord, name: str) -> Reading:
+    """Returns the reading of a site as the site `name`, whose rows are the same."""
+    return Reading(replace(site, name=name, short=None), (Reading(site),))
 
 
-def side_by_side(arrays: Sequence[ActivationArray]) -> InputRows:
-    """Returns several arrays of one width as one with axes (row, site, d).
+def side_by_side(parts: Sequence[Reading]) -> Reading:
+    """Returns several readings of one width as one with axes (row, site, d).
 
     Raises:
-        RequestError: Arrays of other widths, or with heads.
+        RequestError: Readings of other widths, or with heads.
     """
-    first = arrays[0].site
-    if other := next(
-        (array.site for array in arrays if array.site.shape != first.shape or len(first.shape) != 1), None
-    ):
+    first, *others = (part.site for part in parts)
+    if other := next((site for site in (first, *others) if site.shape != first.shape or len(first.shape) != 1), None):
         raise RequestError(f"{first.label} and {other.label} cannot be read side by side: their rows have other shapes")
-    types = {array.site.dtype for array in arrays}
+    types = {part.site.dtype for part in parts}
     dtype = types.pop() if len(types) == 1 else "float32"
-    site = SiteRecord(
-        joint_name([array.name for array in arrays]),
-        None,
-        ("row", "site", first.axes[1]),
-        (len(arrays), *first.shape),
-        dtype,
-    )
-    return InputRows(arrays[0].store, site, tuple(arrays))
+    name = joint_name([part.site.name for part in parts])
+    site = SiteRecord(name, None, ("row", "site", first.axes[1]), (len(parts), *first.shape), dtype)
+    return Reading(site, tuple(parts))
 
 
 def joint_name(names: Sequence[str]) -> str:

@@ -140,15 +140,17 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     if not (place / CONFIG).is_file() and (files := layers_of(place)):
         return layered([_load_place(file, file.stem, device) for file in files], name)
     check_settings(read_object(place / CONFIG), place / CONFIG)
-    if (place / WEIGHTS).exists():
-        check_regular(place / WEIGHTS, AGAIN)
     try:
-        if (place / WEIGHTS).is_file() and "scaling_factor" in tensor_names(place / WEIGHTS):
+        if weights := _weights_in_memory(place):
             settings = read_object(place / CONFIG)
-            weights = scaled(settings, read_tensors(place / WEIGHTS), place)
-            return _inference_sae(from_converted(Converted(settings, weights), place, device), name)
+            if "scaling_factor" in weights:
+                weights = scaled(settings, weights, place)
+            module = from_converted(Converted(settings, weights), place, device)
+        else:
+            with _silenced():
+                module = SAE.load_from_disk(place, device=str(device), dtype="float32")
         with _silenced():
-            module = folded(SAE.load_from_disk(place, device=str(device), dtype="float32"), place)
+            module = folded(module, place)
     except WorkbenchError:
         raise
     except (OSError, SafetensorError) as error:
@@ -156,6 +158,15 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     except Exception as error:  # SAELens and torch raise many kinds for weights that do not fit
         raise DataError(f"SAE {str(place)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
     return _inference_sae(module, name)
+
+
+def _weights_in_memory(place: Path) -> dict[str, Tensor] | None:
+    """The weights of a folder that SAELens would not read as they are: several files, or factors of features."""
+    if not (place / WEIGHTS).exists():
+        shards = sorted(place.glob("*-of-*.safetensors"))
+        return {name: part for shard in shards for name, part in read_tensors(shard).items()} or None
+    check_regular(place / WEIGHTS, AGAIN)
+    return read_tensors(place / WEIGHTS) if "scaling_factor" in tensor_names(place / WEIGHTS) else None
 
 
 def from_converted(converted: Converted, folder: Path | str, device: torch.device) -> SAE[Any]:
@@ -227,6 +238,9 @@ def _inference_sae(module: SAE[Any], name: str) -> Sae:
     k = getattr(module.cfg, "k", None)
     if isinstance(k, int) and k > sae.d_sae:
         raise DataError(f"SAE {name!r}: k is {k}, but it has only {sae.d_sae} features; correct its settings")
+    for weights, part in module.named_parameters():
+        if part.ndim == 1 and (undefined := int(part.isnan().sum())):
+            raise DataError(f"SAE {name!r}: {undefined} of {len(part)} numbers of {weights} are NaN; {AGAIN}")
     if module.cfg.normalize_activations in UNFOLDED:
         _LOG.warning(
             f"SAE {name!r} was trained with {module.cfg.normalize_activations}, whose constants are not in its files "

@@ -18,7 +18,7 @@ from workbench.io.torch_state import plain_torch
 from workbench.model.load import Model
 from workbench.results.bootstrap import Interval
 from workbench.sae.autoencoder import Sae
-from workbench.sae.input_rows import recorded
+from workbench.sae.input_rows import reading_of
 from workbench.sae.reconstruction import Documents, fit, ratio_intervals
 from workbench.sae.site import matching_site
 from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
@@ -177,4 +177,4 @@ def _evaluated_rows(array: ActivationArray, sae: Sae, rows: str | Rows | None, a
     ids: Int64[np.ndarray, " row"] = rows.ids_in(store)
     if not len(ids):
         raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
-    return finite_rows(store, [part.name for part in recorded(array)], ids, allow_nonfinite=allow_nonfinite)
+    return finite_rows(store, [site.name for site in reading_of(array).recorded], ids, allow_nonfinite=allow_nonfinite)

@@ -1,9 +1,11 @@
-"""The array of a store that an autoencoder encodes, and checked dense encoding of its rows."""
+"""The sites that an autoencoder reads, of a store or of a model, and checked dense encoding of their rows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -16,7 +18,7 @@ from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import final_norm
 from workbench.sae.autoencoder import Sae
-from workbench.sae.input_rows import Norm, head_of, normalised, renamed, side_by_side
+from workbench.sae.input_rows import Norm, Reading, head_of, normalised, open_reading, renamed, side_by_side
 from workbench.sae.training import check_training, warn_of_other_rows
 from workbench.sites.grammar import full_name
 from workbench.store.manifest import ModelRecord, SiteRecord
@@ -26,75 +28,121 @@ _NORMALISED = re.compile(r"blocks\.(\d+)\.ln2\.hook_normalized")
 _LATENT_BYTES = 64 << 20  # dense float32 activations of one block
 
 
+@dataclass(frozen=True)
+class OfferedSites:
+    """Sites from which the input of an autoencoder can be made: those of a store, or of a model to be recorded."""
+
+    path: Path
+    """Path of the store."""
+    model: Model | ModelRecord
+    first: Callable[[Sequence[str]], str | None]
+    """Returns the first of these full names that a site has; None: no site has one."""
+    record: Callable[[str | tuple[str, int]], SiteRecord]
+    """Returns the record of a site; RequestError if there is none."""
+    final_norm: Callable[[], Norm]
+    """Returns kind and epsilon of the model's final norm; RequestError if they are not known."""
+    arguments: tuple[str, str] = ("site", "force")
+    """Names of the caller's arguments for site and force, for messages."""
+
+
+def stored_sites(store: Store) -> OfferedSites:
+    """Returns the sites of a store."""
+    names = {record.name for record in store.sites}
+    return OfferedSites(
+        path=store.path,
+        model=store.manifest.model,
+        first=lambda wanted: next((name for name in wanted if name in names), None),
+        record=lambda site: store[site].site,
+        final_norm=cache(lambda: Norm(*final_norm(store.path))),
+    )
+
+
 def matching_site(
     store: Store, sae: Sae, site: str | tuple[str, int] | Sequence[str] | None = None, *, force: bool = False
 ) -> ActivationArray:
     """Returns the array of `store` that `sae` encodes; where it is not recorded as it is read, one made of others.
+
+    Warns where its rows are unlike those that the SAE was trained on. For the arguments see `input_reading`.
+    """
+    reading = input_reading(sae, site, stored_sites(store), force=force)
+    warn_of_other_rows(sae, store)
+    return open_reading(store, reading)
+
+
+def input_reading(
+    sae: Sae, site: str | tuple[str, int] | Sequence[str] | None, offered: OfferedSites, *, force: bool = False
+) -> Reading:
+    """Returns which of the offered sites `sae` reads, and what is computed of them.
 
     resid_pre of a block and resid_post of the block before are the same activations: an SAE of either reads both.
     hook_mlp_in is mlp.hook_in. ln2.hook_normalized is made of resid_mid. An SAE of one head reads that head. An SAE of
     several sites reads all of them, with axes (row, site, d_model).
 
     Args:
-        store: The recording.
         sae: The autoencoder.
         site: Name or (name, layer); of an SAE of several sites a list of names, or the names with commas between. None:
             the sites the SAE was trained on.
+        offered: The sites of a store or of a model.
         force: Allow another site or model than the SAE's.
 
     Raises:
         RequestError: Width, site or model differ from the SAE's, or the SAE's files do not record its site.
     """
-    wanted = _wanted(sae, site)
+    wanted = _wanted(sae, site, offered.arguments[0])
     trained_on = sae.sites or (None,) * sae.n_sites
-    arrays = [_array(store, sae, one, own) for one, own in zip(wanted, trained_on, strict=True)]
-    for array, own in zip(arrays, trained_on, strict=True):
-        check_fit(sae, array.site, store.manifest.model, store.path, force=force, trained_on=own)
-    warn_of_other_rows(sae, store)
-    return arrays[0] if sae.n_sites == 1 else side_by_side(arrays)
+    parts = [_reading(offered, sae, one, own) for one, own in zip(wanted, trained_on, strict=True)]
+    for part, own in zip(parts, trained_on, strict=True):
+        check_fit(sae, part.site, offered.model, offered.path, force=force, arguments=offered.arguments, trained_on=own)
+    return parts[0] if sae.n_sites == 1 else side_by_side(parts)
 
 
-def _wanted(sae: Sae, site: str | tuple[str, int] | Sequence[str] | None) -> Sequence[str | tuple[str, int]]:
+def _wanted(
+    sae: Sae, site: str | tuple[str, int] | Sequence[str] | None, argument: str
+) -> Sequence[str | tuple[str, int]]:
     """The site of each part of the SAE's input, as the caller or the SAE's files have it."""
     if site is None:
         if not sae.sites:
             more = "" if sae.n_sites == 1 else f", a list of {sae.n_sites} names"
-            raise RequestError(f"site: the files of SAE {sae.name!r} do not record its site; give site={more}")
+            raise RequestError(
+                f"{argument}: the files of SAE {sae.name!r} do not record its site; give {argument}={more}"
+            )
         return sae.sites
     if sae.n_sites == 1:
         return [site] if isinstance(site, str) else [cast("tuple[str, int]", tuple(site))]
     wanted = site.split(",") if isinstance(site, str) else list(site)
     if len(wanted) != sae.n_sites:
-        raise RequestError(f"site: SAE {sae.name!r} reads {sae.n_sites} sites at once; give as many, not {len(wanted)}")
+        raise RequestError(
+            f"{argument}: SAE {sae.name!r} reads {sae.n_sites} sites at once; give as many, not {len(wanted)}"
+        )
     return [str(name).strip() for name in wanted]
 
 
-def _array(store: Store, sae: Sae, site: str | tuple[str, int], trained_on: str | None) -> ActivationArray:
-    """The recorded array of a site, under either of its names, or what it is made of."""
+def _reading(offered: OfferedSites, sae: Sae, site: str | tuple[str, int], trained_on: str | None) -> Reading:
+    """The reading of one site, under either of its names, or of what it is made of."""
     name = full_name(site) if isinstance(site, str) else None
-    recorded = {record.name for record in store.sites}
-    if name is not None and (layer := _NORMALISED.fullmatch(name)) and name not in recorded:
-        return _normalised(store, sae, name, layer[1])
+    if name is not None and (layer := _NORMALISED.fullmatch(name)) and offered.first([name]) is None:
+        return _normalised(offered, sae, name, layer[1])
     if name is not None and trained_on is not None and name == full_name(trained_on):
         names = site_names(name)  # any name of the SAE's own site will do
-        site = next((one for one in names if one in recorded), site if names[0] == name else names[0])
-    array = store[site]
-    return array if sae.head is None else head_of(array, sae.head)
+        site = offered.first(names) or (site if names[0] == name else names[0])
+    record = offered.record(site)
+    return Reading(record) if sae.head is None else head_of(record, sae.head)
 
 
-def _normalised(store: Store, sae: Sae, name: str, layer: str) -> ActivationArray:
+def _normalised(offered: OfferedSites, sae: Sae, name: str, layer: str) -> Reading:
     """TransformerLens' ln2.hook_normalized: RMSNorm without its weights; of a LayerNorm what the SAE's files tell."""
-    kind, eps = final_norm(store.path)
+    norm = offered.final_norm()
     folded = (sae.metadata.get("model_from_pretrained_kwargs") or {}).get("fold_ln")
-    if kind == "layer" and folded is False:  # then the hook comes after the weights
-        return renamed(store[f"blocks.{layer}.ln2.hook_out"], name)
-    if kind == "none" or (kind == "layer" and folded is None):
-        reason = "has no norm" if kind == "none" else "has LayerNorms, and the SAE's files do not record fold_ln"
+    if norm.kind == "layer" and folded is False:  # then the hook comes after the weights
+        return renamed(offered.record(f"blocks.{layer}.ln2.hook_out"), name)
+    if norm.kind == "none" or (norm.kind == "layer" and folded is None):
+        reason = "has no norm" if norm.kind == "none" else "has LayerNorms, and the SAE's files do not record fold_ln"
+        site, force = offered.arguments
         raise RequestError(
-            f"SAE {sae.name!r} reads {name}, which cannot be made exactly: {store.manifest.model.name} {reason}; give "
-            "site= and force=True for another one"
+            f"SAE {sae.name!r} reads {name}, which cannot be made exactly: {offered.model.name} {reason}; give "
+            f"{site}= and {force}=True for another one"
         )
-    return normalised(store[f"blocks.{layer}.hook_resid_mid"], Norm(kind, eps), name)
+    return normalised(offered.record(f"blocks.{layer}.hook_resid_mid"), norm, name)
 
 
 def check_fit(
@@ -174,15 +222,6 @@ def encode_checked(
     if (bad := ~activations.isfinite().all(1).cpu()).any():
         raise not_finite(array, sae, ids[int(bad.nonzero()[0])], features=True)
     return activations
-
-
-def reads_special(sae: Sae) -> str | None:
-    """Returns what an SAE reads that is not one site as a model gives it; None for most."""
-    if sae.n_sites > 1:
-        return f"{sae.n_sites} sites at once"
-    if sae.head is not None:
-        return f"head {sae.head} of its site"
-    return "a norm without its weights" if sae.site and _NORMALISED.fullmatch(full_name(sae.site)) else None
 
 
 def not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> DataError:
