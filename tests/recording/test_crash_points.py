@@ -16,6 +16,7 @@ from recorded_operations import adding_sites, appending, deleting_sites, merging
         (adding_sites, "kill", 6),
         (adding_sites, "full", 2),
         (deleting_sites, "kill", 2),
+        (deleting_sites, "full", 2),
         (merging, "kill", 5),
         (merging, "full", 2),
         (recording, "error", 4),

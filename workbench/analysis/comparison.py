@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.io.errors import RequestError, WorkbenchError, nearest
-from workbench.io.files import save_texts
 from workbench.io.progress import progress
+from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.results.bootstrap import clustered_means, intervals, resampled_means

@@ -21,8 +21,8 @@ from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import save_texts
 from workbench.io.progress import progress
+from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import hook_tensor, run

@@ -21,8 +21,8 @@ from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import save_texts
 from workbench.io.progress import progress
+from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.results.bootstrap import central, resampled_means
 

@@ -11,7 +11,8 @@ from typing import Literal
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable, replace_file
+from workbench.io.files import check_writable
+from workbench.io.saving import save_text
 from workbench.io.spreadsheet import csv_text
 
 
@@ -95,7 +96,7 @@ class Atlas:
         for name, reason in atlas.missing.items():
             print_plain(f"not measured  {name}: {reason}")
         if self.table is not None:
-            replace_file(self.table, csv_text(atlas.table).encode())
+            save_text(self.table, csv_text(atlas.table))
             print_plain(f"table  {self.table}")
         print_plain(f"atlas  {atlas.write(self.out)}")
         return 0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_frame, print_plain
-from workbench.io.files import check_new_folder, check_writable, replace_file, save_texts
+from workbench.io.files import check_new_folder, check_writable
+from workbench.io.saving import save_text, save_texts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -205,7 +206,7 @@ class Match:
         print_frame(shown.where(shown.notna(), None))
         print_plain(f"{min(self.k, len(table)):,} of {len(table):,} features")
         if self.out is not None:
-            replace_file(self.out, csv_text(table).encode())
+            save_text(self.out, csv_text(table))
             print_plain(f"table  {self.out}")
         return 0
 

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from workbench.io.errors import DataError, RequestError
-from workbench.io.files import replace_file
 from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
+from workbench.io.saving import save_text
 
 LABELS = "labels.json"
 _FORMAT, _VERSION = "workbench.feature_labels", 1
@@ -74,7 +74,7 @@ def save_labels(folder: Path, sae: str, table: pd.DataFrame) -> None:
     sources = table.attrs["sources"]
     columns = (_Column(name, sources[name], tuple(map(_plain, table[name].tolist()))) for name in table.columns)
     record = _Record(sae, tuple(map(int, table.index)), tuple(columns))
-    replace_file(folder / LABELS, to_checked_json(record).encode())
+    save_text(folder / LABELS, to_checked_json(record))
 
 
 def labels_table(columns: Mapping[str, Mapping[int, Any]], sources: Mapping[str, str]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path, PurePath
 
 from workbench.io.errors import RequestError
-from workbench.io.files import locked, remove_known
+from workbench.io.files import explain_full_disk, locked, remove_known
 from workbench.results.check_result import RECORD
 from workbench.results.result import RESULT_FILES
 from workbench.runs.folders import CONFIG, ENVIRONMENT, LOG, RESULTS
@@ -26,12 +26,13 @@ def remove(path: str | os.PathLike[str]) -> list[Path]:
 
     Raises:
         RequestError: There is no such folder, or a process writes to it.
+        DataError: The disk fails or is read-only; the same call continues.
     """
     path = Path(path)
     if path.is_symlink() or not path.is_dir():
         raise RequestError(f"{path} is no folder of the workbench; give a store, features, a result, a run or a sweep")
     patterns, last = _files_of(path)
-    with locked(path):
+    with locked(path), explain_full_disk(str(path), "remove it again"):
         return remove_known(path, [PurePath(pattern).parts for pattern in patterns], last)
 
 

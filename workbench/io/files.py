@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
@@ -351,21 +351,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def save_texts(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> Path:
-    """Writes text files by name into an empty or new folder, all or none, and returns the folder.
-
-    Raises:
-        RequestError: The folder is not empty, or is a file.
-        DataError: The disk is full, read-only or failing.
-    """
-    folder = Path(folder)
-    refuse_full(folder)
-    with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
-        for name, text in texts.items():
-            write_file(new / name, text.encode("utf-8", "replace"))
-    return folder
 
 
 def check_writable(path: str | os.PathLike[str], name: str = "out") -> None:

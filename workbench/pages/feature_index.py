@@ -18,7 +18,8 @@ from workbench.figures.markup import escape
 from workbench.figures.safe_text import visible
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable, replace_file
+from workbench.io.files import check_writable
+from workbench.io.saving import save_text
 from workbench.pages.feature_page import feature_page, page_name
 from workbench.sae.autoencoder import Sae
 
@@ -49,9 +50,7 @@ def feature_index(features: Features, path: str | Path, *, tokens: int = 5, page
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / 'index.html'}")
     check_writable(path, "path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, _page(features, tokens, pages).encode("utf-8", "replace"))
-    return path
+    return save_text(path, _page(features, tokens, pages))
 
 
 def feature_pages(

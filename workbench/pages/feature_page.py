@@ -24,7 +24,8 @@ from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import sentence, visible
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable, replace_file
+from workbench.io.files import check_writable
+from workbench.io.saving import save_text
 from workbench.model.unembed import load_unembed
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
@@ -79,9 +80,7 @@ def feature_page(
         raise RequestError(f"{path} is a folder; name the file, such as {path / page_name(feature)}")
     check_writable(path, "path")
     page = feature_html(features, feature, sae=sae, k=k, context=context, pages=pages)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page.encode("utf-8", "replace"))
-    return path
+    return save_text(path, page)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from workbench.analysis.head_measures import HeadMeasure, HeadMeasures, measure_
 from workbench.figures.markup import cell, escape, frame, inert, table
 from workbench.figures.safe_text import label, sentence
 from workbench.io.errors import RequestError
-from workbench.io.files import explain_full_disk, replace_file
+from workbench.io.saving import save_text
 from workbench.pages.report import document, figure_markup, wide
 
 if TYPE_CHECKING:
@@ -72,10 +72,7 @@ class HeadAtlas:
         title = f"Heads of {self.measured.model}"
         style, script = ((_FOLDER / f"head_atlas.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
         page = document(title, self._body(title), style=style, scripts=[script])
-        with explain_full_disk(str(path), "write it again"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, page.encode("utf-8", "replace"))
-        return path
+        return save_text(path, page)
 
     def _body(self, title: str) -> str:
         measured = self.measured

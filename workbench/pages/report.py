@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.markup import escape, frame, inline, prose, table
 from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError
-from workbench.io.files import explain_full_disk, replace_file
+from workbench.io.saving import save_text
 from workbench.results.probe import definition, setting_meanings
 from workbench.results.result import Result
 
@@ -120,14 +120,11 @@ def write_report(
     if path.is_dir():
         raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'report.html')!r}")
     page = _page(_named_by_difference(sections), title, text, date, plotlyjs == "shared")
-    with explain_full_disk(str(path), "write it again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if plotlyjs == "shared":
-            from plotly.offline import get_plotlyjs
+    if plotlyjs == "shared":
+        from plotly.offline import get_plotlyjs
 
-            replace_file(path.parent / SCRIPT, get_plotlyjs().encode())
-        replace_file(path, page.encode("utf-8", "replace"))
-    return path
+        save_text(path.parent / SCRIPT, get_plotlyjs())
+    return save_text(path, page)
 
 
 def _named_by_difference(sections: Sequence[Section]) -> list[Section]:

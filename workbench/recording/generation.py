@@ -30,8 +30,8 @@ from workbench.corpus.sources import Texts, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
 from workbench.io.checks import check, check_fields
 from workbench.io.errors import RequestError
-from workbench.io.files import explain_full_disk, replace_file
 from workbench.io.progress import progress
+from workbench.io.saving import save_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating
 from workbench.model.load import Model, end_tokens
@@ -101,10 +101,7 @@ class Generations:
         if path.suffix != ".jsonl":
             raise RequestError(f"path {str(path)!r} must end in .jsonl")
         lines = "".join(f"{json.dumps(one)}\n" for one in self)
-        with explain_full_disk(str(path), "save it again"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, lines.encode())
-        return path
+        return save_text(path, lines)
 
     def texts(self) -> list[str]:
         """Returns the continuations as texts, without prompts and special tokens."""

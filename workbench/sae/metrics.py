@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
-from workbench.io.files import save_texts
+from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.load import Model

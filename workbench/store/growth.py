@@ -117,10 +117,11 @@ def delete_sites(path: str | os.PathLike[str], labels: Sequence[str] | str) -> M
 
     Raises:
         RequestError: A site that is not recorded, all sites, or a store that is not finished.
+        DataError: The disk is full or failing; the same call continues.
     """
     path, labels = Path(path), [labels] if isinstance(labels, str) else labels
     read_manifest(path)  # before the folder is made, to be locked
-    with files.locked(path):
+    with files.locked(path), files.explain_full_disk(str(path), "delete the sites again"):
         manifest = read_manifest(path)
         if not manifest.complete:
             raise RequestError(f"{path} is not finished: sites are deleted from a complete store; resume it first")
