@@ -45,6 +45,8 @@ SHALLOW = BRIEF | {"token-erasure": {"offsets": (-2, -1, 0), "late": 3}}
 """The same for models of five layers."""
 SPEECH = {"linear-probes": {"label": "speech"}}
 """The same for stories."""
+DEEP = BRIEF | SPEECH | {"future-prompts": BRIEF["future-prompts"] | {"layers": (9, 19, 29)}}
+"""The same for SmolLM2-135M, whose prompts train for half a minute a layer."""
 DEMO = SHALLOW | {"attention-sinks": {"domain": "domain"}, "linear-probes": {"label": "domain"}}
 """The same for the embedded model on its corpus."""
 
@@ -56,7 +58,7 @@ A finding that the control shares is not a result of training. `python -m workbe
 page from {rows:,} tokens of `demo_corpus()` for the embedded model, and of TinyStories for stories260K and
 babyllama-105, small Llamas trained elsewhere, and from {real_rows:,} tokens of TinyStories for SmolLM2-135M. Linear
 probes read whether a token lies between quotation marks in the stories, and its domain in `demo_corpus()`. Settings are
-the defaults, except those in `BRIEF`, `SHALLOW`, `SPEECH` and `DEMO` of experiments/findings/__main__.py: the future
+the defaults, except those in `BRIEF`, `SHALLOW`, `SPEECH`, `DEEP` and `DEMO` of experiments/findings/__main__.py: the future
 prompts are few and briefly trained, and more training would find more.
 """
 
@@ -110,7 +112,7 @@ def page_sources(shared: Path, real: Path, rows: int, real_rows: int) -> list[So
     return [
         Source("demo", "demo", wb.demo_corpus(), rows, DEMO),
         *(Source(name, shared / "models" / name, texts, rows, SHALLOW | SPEECH) for name in OTHERS),
-        Source("SmolLM2-135M", real, texts, real_rows, BRIEF | SPEECH),
+        Source("SmolLM2-135M", real, texts, real_rows, DEEP),
     ]
 
 

@@ -112,6 +112,15 @@ def test_removal_keeps_files_of_others(stores, tmp_path):
     assert "is no folder" in refused(RequestError, lambda: remove(tmp_path / "none"))
 
 
+def test_removal_continues_in_a_folder_that_a_killed_one_has_emptied(tmp_path):
+    (tmp_path / "sweep" / "summary").mkdir(parents=True)
+    assert remove(tmp_path / "sweep") == []
+    assert not (tmp_path / "sweep").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "link").symlink_to(tmp_path)
+    assert "nothing was removed" in refused(RequestError, lambda: remove(tmp_path / "mine"))
+
+
 def test_the_command_line_merges_packs_deletes_sites_and_removes(stores, tmp_path):
     a, b = (str(store.path) for store in stores)
     m, p = str(tmp_path / "m"), str(tmp_path / "p")

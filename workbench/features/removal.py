@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path, PurePath
 
 from workbench.io.errors import RequestError
@@ -22,7 +23,8 @@ _SWEEP = (*(f"*/{name}" for name in _RUN), *(f"{SUMMARY}/{name}" for name in (*_
 def remove(path: str | os.PathLike[str]) -> list[Path]:
     """Removes a store, features, a result, a run or a sweep; returns the files of others in it, which stay.
 
-    The file that makes the folder what it is goes last, so that a killed call is continued by the same one.
+    The file that makes the folder what it is goes last, so that a killed call is continued by the same one. That may
+    leave a folder with nothing but empty ones in it, which goes too.
 
     Raises:
         RequestError: There is no such folder, or a process writes to it.
@@ -31,6 +33,9 @@ def remove(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     if path.is_symlink() or not path.is_dir():
         raise RequestError(f"{path} is no folder of the workbench; give a store, features, a result, a run or a sweep")
+    if all(entry.is_dir() and not entry.is_symlink() for entry in path.rglob("*")):
+        shutil.rmtree(path)
+        return []
     patterns, last = _files_of(path)
     with locked(path), explain_full_disk(str(path), "remove it again"):
         return remove_known(path, [PurePath(pattern).parts for pattern in patterns], last)
