@@ -58,8 +58,8 @@ A finding that the control shares is not a result of training. `python -m workbe
 page from {rows:,} tokens of `demo_corpus()` for the embedded model, and of TinyStories for stories260K and
 babyllama-105, small Llamas trained elsewhere, and from {real_rows:,} tokens of TinyStories for SmolLM2-135M. Linear
 probes read whether a token lies between quotation marks in the stories, and its domain in `demo_corpus()`. Settings are
-the defaults, except those in `BRIEF`, `SHALLOW`, `SPEECH`, `DEEP` and `DEMO` of experiments/findings/__main__.py: the future
-prompts are few and briefly trained, and more training would find more.
+the defaults, except those in `BRIEF`, `SHALLOW`, `SPEECH`, `DEEP` and `DEMO` of experiments/findings/__main__.py: the
+future prompts are few and briefly trained, and more training would find more.
 """
 
 
