@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest torture lint style types format models bench docs site demo-model constraints clean
+.PHONY: help demo test test-oldest torture lint style types format models bench docs notebooks site demo-model constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ docs: $(INSTALLED) ## write the generated pages and pictures under docs/: about 
 	$(BIN)/python -m workbench.experiments.architectures
 	$(BIN)/python -m workbench.experiments.findings
 	$(BIN)/python -m workbench.experiments.pictures
+
+notebooks: $(INSTALLED) ## run the notebooks and keep their outputs in them [NOTEBOOKS=notebooks/steering.ipynb]
+	$(BIN)/python -m workbench.experiments.pictures.notebooks $(NOTEBOOKS)
 
 site: $(INSTALLED) ## build the documentation as a site in build/site; a broken link or an undocumented name fails
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"

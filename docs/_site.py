@@ -1,11 +1,13 @@
-"""Hook of mkdocs (`make site`): the start page, the command-line reference, links into the repository, the check that
-every public name is documented."""
+"""Hook of mkdocs (`make site`): the start page, the command-line reference, pages of the notebooks, links into the
+repository, the check that every public name is documented."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib
 import io
+import json
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "build" / "site-source" / "workbench"
 INSIDE = ("probes", "experiments")
 """Folders of the repository's top level that are installed inside the package."""
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMANDS, NAMES, VARIABLES = "<!-- commands -->", "<!-- names -->", "<!-- variables -->"
 """Places of generated text: in reference/cli.md, reference/probing.md and reference/variables.md."""
 MODULES = ("workbench", "workbench.probes", "workbench.probing")
@@ -53,6 +56,40 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if place == "reference/variables.md":
         markdown = markdown.replace(VARIABLES, variables())
     return re.sub(r"\]\(\.\./(?!\w+\.md)([\w/.-]+)", rf"]({repository()}/blob/main/\1", markdown)
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """Adds a page for each notebook, which shows the outputs that the notebook holds."""
+    from mkdocs.structure.files import File
+
+    for path in NOTEBOOKS:
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
+    return files
+
+
+def notebook_page(path: Path) -> str:
+    """Returns a notebook as Markdown: text, code, and outputs as text, table or picture."""
+    address = f"{repository()}/blob/main/notebooks/{path.name}"
+    first, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = ["".join(first["source"]), f"*This page shows the outputs of [{path.name}]({address}).*"]
+    for cell in cells:
+        source = "".join(cell["source"])
+        parts.append(_block(source, "python") if cell["cell_type"] == "code" else source)
+        parts += map(_output, cell.get("outputs", []))
+    linked = "\n\n".join(parts).replace("](../docs/", "](../")
+    return re.sub(r"\]\(([\w-]+)\.ipynb\)", r"](\1.md)", linked) + "\n"
+
+
+def _output(output: dict[str, Any]) -> str:
+    """The richest form of an output that a page can show; markup of ours and of pandas has no scripts."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        alt = html.escape(output["metadata"]["image/png"]["alt"])
+        return f'<figure><img alt="{alt}" src="data:image/png;base64,{"".join(data["image/png"]).strip()}"></figure>'
+    if "text/html" in data:
+        markup = re.sub(r"\n\s*\n", "\n", "".join(data["text/html"]))  # a blank line ends a block of markup
+        return f'<div class="output">{markup}</div>'
+    return _block("".join(output.get("text", data.get("text/plain", ""))).rstrip())
 
 
 def start_page(readme: str) -> str:
@@ -94,8 +131,8 @@ def help_text(command: list[str]) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).strip()
 
 
-def _block(text: str) -> str:
-    return f"```text\n{text}\n```\n"
+def _block(text: str, language: str = "text") -> str:
+    return f"```{language}\n{text}\n```\n"
 
 
 def on_post_build(config: Any, **_: Any) -> None:

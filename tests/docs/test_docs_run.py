@@ -60,7 +60,7 @@ def reader(recorded, tmp_path, monkeypatch, request):
             shutil.copytree(recorded / STORE, tmp_path / STORE, copy_function=os.link)
         monkeypatch.chdir(tmp_path)
         # Chrome takes seconds a figure; tests/pages renders with it.
-        monkeypatch.setattr("workbench.pages.figure_export._render", lambda _figures, _formats: {})
+        monkeypatch.setattr("workbench.pages.figure_export.render", lambda _figures, _formats: {})
         return tmp_path
 
     return begin

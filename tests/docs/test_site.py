@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import tomllib
 
@@ -104,3 +105,36 @@ def test_the_extra_for_the_site_is_pinned():
     pins = (ROOT / "constraints.txt").read_text().lower()
     names = [re.split(r"[\[<>=]", requirement)[0].lower() for requirement in extras["docs"]]
     assert [name for name in names if f"\n{name}==" not in pins] == []
+
+
+def test_the_site_has_a_page_for_each_notebook():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    named = re.findall(r"notebooks/([\w-]+)\.md$", navigation, re.MULTILINE)
+    assert sorted(named) == [path.stem for path in HOOK.NOTEBOOKS]
+    for path in HOOK.NOTEBOOKS:
+        page, book = HOOK.notebook_page(path), json.loads(path.read_text())
+        outputs = [output.get("data", {}) for cell in book["cells"] for output in cell.get("outputs", [])]
+        assert page.startswith("# ")
+        assert page.count('<figure><img alt="') == sum("image/png" in data for data in outputs)
+        assert page.count("```python\n") == sum(cell["cell_type"] == "code" for cell in book["cells"])
+        assert "<script" not in page
+        links = re.findall(r"\]\((?!https:)([^)#]+)", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
+        assert [link for link in links if not (DOCS / "notebooks" / link).resolve().exists()] == []
+
+
+def test_outputs_of_a_notebook_become_text_tables_and_pictures(tmp_path):
+    png = {"data": {"image/png": "QUJD\n", "text/plain": "-"}, "metadata": {"image/png": {"alt": 'a "b"'}}}
+    outputs = [{"text": ["one\n", "two\n"]}, {"data": {"text/html": "<table>\n\n</table>", "text/plain": "-"}}, png]
+    outputs += [{"data": {"text/plain": "0.5"}}]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "See [a page](../docs/x.md), [other](y.ipynb)."]},
+        {"cell_type": "code", "source": ["1 + 1"], "outputs": outputs},
+    ]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    page = HOOK.notebook_page(tmp_path / "n.ipynb")
+    assert "See [a page](../x.md), [other](y.md)." in page
+    assert "```python\n1 + 1\n```" in page
+    assert "```text\none\ntwo\n```" in page
+    assert '<div class="output"><table>\n</table></div>' in page
+    assert '<figure><img alt="a &quot;b&quot;" src="data:image/png;base64,QUJD"></figure>' in page
+    assert page.endswith("```text\n0.5\n```\n\n")

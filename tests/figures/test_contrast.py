@@ -23,7 +23,7 @@ def test_contrast_is_that_of_published_examples(first, second, expected):
 
 def test_text_and_lines_are_legible_on_both_pages(capsys):
     table = contrasts()
-    assert {line.page for line in table} == {"light", "dark"}
+    assert {line.page for line in table} == {"light", "dark", "dark notebook"}
     assert [line for line in table if line.least < line.needed] == []
     main()
     assert len(capsys.readouterr().out.splitlines()) == len(table) + 2

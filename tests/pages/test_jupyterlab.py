@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import PATIENCE, chromium, end_process
+
+from workbench.figures.themed import DARK_FILTER
 
 pytest.importorskip("jupyterlab", reason="needs jupyterlab: pip install 'interp-workbench[notebook]'")
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
@@ -34,10 +36,18 @@ ASK = """new Promise((done) => {
 })"""
 
 
+def without_outputs(path: Path) -> dict[str, Any]:
+    book = json.loads(path.read_text())
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    return book
+
+
 @pytest.fixture
 def lab(tmp_path):
     """Address of a JupyterLab of its own, which knows only the quickstart and asks nothing of the network."""
-    shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", tmp_path)
+    (tmp_path / "quickstart.ipynb").write_text(json.dumps(without_outputs(ROOT / "notebooks" / "quickstart.ipynb")))
     tracker = tmp_path / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
     tracker.write_text(json.dumps({"windowingMode": "none"}))  # every cell is in the page, seen or not
@@ -68,6 +78,25 @@ def lab(tmp_path):
             yield f"http://127.0.0.1:{address[1]}"
         finally:
             end_process(server)
+
+
+def figures_follow_the_theme(page, tmp_path) -> None:
+    """A figure is filtered on the dark theme alone, and the output that carries the rule takes no room."""
+    plot = ".jp-RenderedPlotly .js-plotly-plot, .jp-RenderedPlotly.js-plotly-plot"
+    page.run(f"document.querySelector('{plot}').scrollIntoView({{ block: 'center' }})")
+    seen = {}
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        page.run(
+            f"jupyterapp.commands.execute('apputils:change-theme', {{ theme: {json.dumps(theme)} }}).then(() => null)"
+        )
+        page.wait(f"document.body.dataset.jpThemeLight == '{str('Light' in theme).lower()}'")
+        seen[theme] = page.run(
+            f"getComputedStyle(document.querySelector('{plot}').closest('.jp-RenderedPlotly')).filter"
+        )
+        page.picture(tmp_path / f"{theme}.png")
+    assert seen == {"JupyterLab Dark": DARK_FILTER, "JupyterLab Light": "none"}
+    hidden = "[...document.querySelectorAll('.workbench-figure')].map((sign) => sign.offsetParent === null)"
+    assert set(page.run(hidden)) == {True}
 
 
 def test_the_quickstart_in_jupyterlab(lab, tmp_path):
@@ -109,6 +138,12 @@ def test_the_quickstart_in_jupyterlab(lab, tmp_path):
         # and what Python sets is shown
         python("view.colour, view.feature = 'feature', 7")
         page.wait("document.querySelector('.workbench-tokens .foot').textContent.startsWith('feature 7')")
-        page.picture(tmp_path / "lab.png")
+        figures_follow_the_theme(page, tmp_path)
+        # JupyterLab keeps a picture of each figure, which readers of the saved file see
+        figure, held = "application/vnd.plotly.v1+json", f"JSON.stringify({FOUND}.content.model.toJSON())"
+        cells = json.loads(page.run(held))["cells"]
+        shown = [part["data"] for cell in cells for part in cell.get("outputs", []) if figure in part.get("data", {})]
+        assert shown
+        assert all("image/png" in data for data in shown)
         outside = [address for address in page.requests if not address.startswith((lab, lab.replace("http", "ws")))]
         assert outside == []

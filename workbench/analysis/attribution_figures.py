@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.head_grid import head_grid, head_name
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, TEMPLATE, colour_bar
@@ -34,12 +35,7 @@ def attribution_bars(result: Result, quantity: str) -> go.Figure:
         figure.add_bar(
             y=[sentence(term) for term in part["term"]],
             x=part["contribution"],
-            error_x={
-                "type": "data",
-                "array": part["high"] - part["contribution"],
-                "arrayminus": part["contribution"] - part["low"],
-                "thickness": 1,
-            },
+            error_x=error_bars(*(part[name].to_numpy() for name in ("contribution", "low", "high"))),
             orientation="h",
             name=name,
             marker={"color": color},

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE, colour_bar
 from workbench.figures.ticks import integer_step
@@ -67,13 +68,7 @@ def correlation_lines(data: Any, site: str) -> go.Figure:
         go.Scatter(
             x=layers,
             y=mean,
-            error_y={
-                "type": "data",
-                "array": data["correlation_high"].to_numpy() - mean,
-                "arrayminus": mean - data["correlation_low"].to_numpy(),
-                "thickness": 1,
-                "width": 2,
-            },
+            error_y=error_bars(mean, *(data[f"correlation_{end}"].to_numpy() for end in ("low", "high"))),
             mode="lines+markers",
             line={"color": CATEGORIES[0]},
             name=site,
@@ -106,12 +101,7 @@ def ablation_bars(result: Result, quantity: str) -> go.Figure:
     figure.add_bar(
         y=names,
         x=shown["ablated"],
-        error_x={
-            "type": "data",
-            "array": shown["ablated_high"] - shown["ablated"],
-            "arrayminus": shown["ablated"] - shown["ablated_low"],
-            "thickness": 1,
-        },
+        error_x=error_bars(*(shown[name].to_numpy() for name in ("ablated", "ablated_low", "ablated_high"))),
         orientation="h",
         name="loss when ablated",
         marker={"color": CATEGORIES[0]},

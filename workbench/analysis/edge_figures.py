@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
 
@@ -24,13 +25,7 @@ def faithfulness_curve(data: Any) -> go.Figure:
         figure.add_scatter(
             x=sizes,
             y=mean,
-            error_y={
-                "type": "data",
-                "array": data[f"{name}_high"].to_numpy() - mean,
-                "arrayminus": mean - data[f"{name}_low"].to_numpy(),
-                "thickness": 1,
-                "width": 2,
-            },
+            error_y=error_bars(mean, *(data[f"{name}_{end}"].to_numpy() for end in ("low", "high"))),
             name=title,
             mode="lines+markers",
             line={"color": color, "dash": dash},
@@ -61,12 +56,7 @@ def strongest_edges(table: Any, units: str) -> go.Figure:
         go.Bar(
             y=names,
             x=shown["score"],
-            error_x={
-                "type": "data",
-                "array": shown["high"] - shown["score"],
-                "arrayminus": shown["score"] - shown["low"],
-                "thickness": 1,
-            },
+            error_x=error_bars(*(shown[name].to_numpy() for name in ("score", "low", "high"))),
             orientation="h",
             marker={"color": CATEGORIES[0]},
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",

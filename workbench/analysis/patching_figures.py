@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.head_grid import head_grid, head_name
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, TEMPLATE, colour_bar
@@ -83,7 +84,7 @@ def patching_lines(data: Any, site: str) -> go.Figure:
         figure.add_scatter(
             x=layers,
             y=mean,
-            error_y={"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": 2},
+            error_y=error_bars(mean, low, high),
             name=name,
             mode="lines+markers",
             line={"color": color},

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import label
 from workbench.figures.theme import GREY, MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.themed import ThemedFigure
 
 MAX_HEADS, MAX_TOKENS = 16, 160
 """Limits that keep a page under 10 MB; the subtitle reports what is left out."""
@@ -51,7 +52,7 @@ def head_attention(
             subtitle = f"{subtitle}; the first {shown} of {total:,} {kind}"
     causal = np.tril(np.ones((len(names), len(names)), bool))
     seen = np.where(causal, patterns, np.nan).astype(np.float32)
-    figure = go.Figure(
+    figure = ThemedFigure(
         [_map(pattern, head, index == 0) for index, (head, pattern) in enumerate(zip(heads, seen, strict=True))]
     )
     figure.add_trace(_masked(causal))

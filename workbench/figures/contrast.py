@@ -1,16 +1,17 @@
 """Contrast of every colour of the figures, as WCAG 2 defines it: `python -m workbench.figures.contrast` prints a table.
 
-Text needs 4.5, lines and marks need 3.
+Text needs 4.5, lines and marks need 3. The dark notebook is the light page behind `themed.DARK_FILTER`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from workbench.figures import theme
+from workbench.figures.themed import DARK_FILTER
 
 TEXT_CONTRAST, LINE_CONTRAST = 4.5, 3.0
 """Least contrast of text and of lines (WCAG 2.2, success criteria 1.4.3 and 1.4.11)."""
@@ -24,7 +25,7 @@ class Contrast:
 
     use: str
     page: str
-    """light or dark."""
+    """light, dark, or dark notebook."""
     least: float
     needed: float
 
@@ -36,22 +37,38 @@ def contrast(one: str, other: str) -> float:
 
 
 def contrasts() -> list[Contrast]:
-    """Returns the contrast of text and lines on both pages, and of text on every colour of the palettes of cells."""
+    """Returns the contrast of text and lines on each page, and of text on every colour of the palettes of cells."""
     table = []
-    for page, back, ink in (("light", "#ffffff", theme.INK), ("dark", theme.DARK_PAGE, theme.DARK_INK)):
-        table.append(Contrast("text of axes and titles", page, contrast(ink, back), TEXT_CONTRAST))
+    for page, (dark, back, ink, seen) in _PAGES.items():
+        table.append(Contrast("text of axes and titles", page, contrast(seen(ink), seen(back)), TEXT_CONTRAST))
         for number, colour in enumerate([*theme.CATEGORIES, theme.NEUTRAL]):
             name = f"line, colour {number + 1}" if number < len(theme.CATEGORIES) else "references"
-            table.append(Contrast(name, page, contrast(_on(page, colour), back), LINE_CONTRAST))
+            line = seen(theme.colour_on(dark, colour))
+            table.append(Contrast(name, page, contrast(line, seen(back)), LINE_CONTRAST))
         for name, palette in (("cells", theme.CELLS), ("signed cells", theme.SIGNED_CELLS)):
-            text = _on(page, theme.TEXT)
-            least = min(contrast(text, colour) for colour in _colours(theme.palette_on(page == "dark", palette)))
+            text = seen(theme.colour_on(dark, theme.TEXT))
+            least = min(contrast(text, seen(colour)) for colour in _colours(theme.palette_on(dark, palette)))
             table.append(Contrast(f"text in {name}", page, least, TEXT_CONTRAST))
     return table
 
 
-def _on(page: str, colour: str) -> str:
-    return theme.colour_on(page == "dark", colour)
+def in_dark_notebook(colour: str) -> str:
+    """Returns a colour behind `DARK_FILTER`: `invert` and `hue-rotate` as Filter Effects 1 defines them, in sRGB."""
+    amount = float(DARK_FILTER.partition("(")[2].partition(")")[0])
+    inverted = [amount + part / 255 * (1 - 2 * amount) for part in _parts(colour)]
+    light = 2 * sum(weight * part for weight, part in zip((0.213, 0.715, 0.072), inverted, strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*(round(255 * min(1, max(0, light - part))) for part in inverted))
+
+
+def _unchanged(colour: str) -> str:
+    return colour
+
+
+_PAGES: dict[str, tuple[bool, str, str, Callable[[str], str]]] = {
+    "light": (False, "#ffffff", theme.INK, _unchanged),
+    "dark": (True, theme.DARK_PAGE, theme.DARK_INK, _unchanged),
+    "dark notebook": (False, "#ffffff", theme.INK, in_dark_notebook),
+}
 
 
 def _colours(palette: Sequence[Sequence[Any]]) -> Iterator[str]:

@@ -63,9 +63,8 @@ def caption(figure: go.Figure) -> str:
 def alt_text(figure: go.Figure) -> str:
     """Returns the alternative text: kind of chart, axes, and the ends and extremes of each series."""
     table = figure_data(figure)
-    kinds = {"heatmap": "Heat map", "bar": "Bar chart", "scatter": "Line chart"}
     traces = drawn_traces(figure)
-    drawn = list(dict.fromkeys(kinds.get(trace.type, trace.type) for trace in traces))
+    drawn = list(dict.fromkeys(map(_kind, traces)))
     axes = " by ".join(_titles(_unwrapped(figure)))
     parts = [" and ".join(drawn) or "Empty figure", *([f" of {axes}"] if axes else []), "."]
     if "value" in table and table["value"].notna().any():
@@ -84,23 +83,35 @@ def alt_text(figure: go.Figure) -> str:
     return "".join(parts).rstrip(";").rstrip(".") + "."
 
 
+def _kind(trace: BaseTraceType) -> str:
+    if trace.type == "scatter":
+        return "Line chart" if trace.mode is None or "lines" in trace.mode else "Dot plot"
+    return {"heatmap": "Heat map", "bar": "Bar chart"}.get(trace.type, trace.type)
+
+
 def _range(values: pd.Series) -> str:
     known = pd.to_numeric(values, errors="coerce").dropna()
     return f" from {known.min():.3g} to {known.max():.3g}" if len(known) else ", no values"
 
 
 def _course(part: pd.DataFrame, measure: str) -> str:
-    """First and last value of a series, and its extremes where they lie between these."""
+    """First and last value of a series with their intervals, and its extremes where they lie between these."""
     part = part.assign(number=pd.to_numeric(part[measure], errors="coerce")).dropna(subset=["number"])
     if part.empty:
         return ", no values"
     along = "x" if measure == "y" else "y"
     ends = [part.iloc[0], part.iloc[-1]]
-    text = " from " + " to ".join(f"{one['number']:.3g} at {_place(one, along)}" for one in ends)
+    text = " from " + " to ".join(f"{one['number']:.3g}{_interval(one)} at {_place(one, along)}" for one in ends)
     for word, place in (("largest", part["number"].idxmax()), ("smallest", part["number"].idxmin())):
         if part.loc[place, "number"] not in [one["number"] for one in ends]:
             text += f", {word} {part.loc[place, 'number']:.3g} at {_place(part.loc[place], along)}"
     return text
+
+
+def _interval(row: pd.Series) -> str:
+    """The ends of the error bar of a point, where it has one."""
+    known = "low" in row and pd.notna(row["low"]) and row["low"] < row["high"]
+    return f" [{row['low']:.3g}, {row['high']:.3g}]" if known else ""
 
 
 def _place(row: pd.Series, axis: str) -> str:
@@ -145,10 +156,13 @@ def _points(trace: BaseTraceType) -> dict[str, Any]:
     columns: dict[str, Any] = {name: [*part, *[None] * (size - len(part))] for name, part in axes.items()}
     if axes and len(axes) < 2:  # plotly counts along the missing axis
         columns["y" if "x" in axes else "x"] = list(range(size))
-    if "error_y" in trace and trace.error_y.array is not None:
-        up, y = np.asarray(trace.error_y.array, float), np.asarray(columns["y"], float)
-        down = up if trace.error_y.arrayminus is None else np.asarray(trace.error_y.arrayminus, float)
-        columns |= {"low": y - down, "high": y + up}
+    for axis in ("x", "y"):
+        name = f"error_{axis}"
+        if name in trace and trace[name].array is not None:
+            bars = trace[name]
+            up, middle = np.asarray(bars.array, float), np.asarray(columns[axis], float)
+            down = up if bars.arrayminus is None else np.asarray(bars.arrayminus, float)
+            columns |= {"low": middle - down, "high": middle + up}
     colour = trace.marker.color if "marker" in trace and "color" in trace.marker else None
     if colour is not None and not isinstance(colour, str) and not any(isinstance(part, str) for part in colour):
         columns["value"] = np.asarray(colour, float)

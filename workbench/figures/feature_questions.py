@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.group_intervals import group_intervals
 from workbench.figures.safe_text import label as text_label
 from workbench.figures.theme import CATEGORIES, PROBABILITY, SIGNED, TEMPLATE, colour_bar
+from workbench.figures.themed import ThemedFigure
 
 _SCOPES = {"changed": "tokens whose activation changes", "all": "all tokens"}
 _MEASURES = {
@@ -53,14 +55,13 @@ def sparse_probe_figure(table: Any, label: str, values: int, documents: int) -> 
         documents: Number of test documents.
     """
     best = table.groupby("value", sort=False)["f1"].max().sort_values(ascending=False, kind="stable").index[:values]
-    figure = go.Figure()
+    figure = ThemedFigure()
     for colour, value in zip(cycle(CATEGORIES), best, strict=False):
         lines = table[table["value"] == value].sort_values("k")
-        ends = {"array": lines["f1_high"] - lines["f1"], "arrayminus": lines["f1"] - lines["f1_low"]}
         figure.add_scatter(
             x=lines["k"],
             y=lines["f1"],
-            error_y={"type": "data", "thickness": 1} | ends,
+            error_y=error_bars(*(lines[name].to_numpy() for name in ("f1", "f1_low", "f1_high"))),
             name=text_label(str(value)),
             line={"color": colour},
             mode="lines+markers",
@@ -108,7 +109,7 @@ def pairs_figure(table: pd.DataFrame, by: str = "jaccard", features: int = 40) -
     scale = {"colorscale": SIGNED, "zmid": 0} if by == "pmi" else {"colorscale": PROBABILITY, **from_0}
     hover = "features %{x} and %{y}: %{z:.3g}<extra></extra>"
     bar = colour_bar(units)
-    figure = go.Figure(go.Heatmap(z=cells, x=names, y=names, colorbar=bar, hovertemplate=hover, **scale))
+    figure = ThemedFigure(go.Heatmap(z=cells, x=names, y=names, colorbar=bar, hovertemplate=hover, **scale))
     subtitle = f"{len(table):,} pairs; empty: pairs that are not among them"
     title = {"text": "Features active on the same tokens", "subtitle": {"text": subtitle}}
     figure.update_layout(template=TEMPLATE, title=title, height=760, width=820)

@@ -8,7 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.theme import TEMPLATE
+from workbench.figures.themed import ThemedFigure
 
 
 def group_intervals(
@@ -28,12 +30,12 @@ def group_intervals(
         title: Title, as plotly text.
         subtitle: Line below the title.
     """
-    figure = go.Figure()
+    figure = ThemedFigure()
     for name, (mean, low, high) in groups.items():
         figure.add_scatter(
             x=categories,
             y=mean,
-            error_y={"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1},
+            error_y=error_bars(mean, low, high),
             name=name,
             mode="markers",
             marker={"size": 8},

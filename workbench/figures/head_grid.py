@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.theme import CATEGORIES, CELLS, PROBABILITY, TEMPLATE, TEXT, colour_bar
+from workbench.figures.themed import ThemedFigure
 
 
 def head_name(layer: int, head: int) -> str:
@@ -43,7 +44,7 @@ def head_grid(
         limits: Values at the two ends of the colour scale.
     """
     layer_names, head_names = [str(layer) for layer in layers], [str(head) for head in range(values.shape[1])]
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Heatmap(
             z=values,
             x=head_names,

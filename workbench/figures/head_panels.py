@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from workbench.figures.head_grid import head_name
 from workbench.figures.theme import PROBABILITY, SIGNED, TEMPLATE
+from workbench.figures.themed import ThemedFigure
 
 _ACROSS = 4
 
@@ -45,6 +46,7 @@ def head_panels(panels: Sequence[HeadPanel], *, layers: Sequence[int], title: st
     figure = make_subplots(
         down,
         across,
+        figure=ThemedFigure(),
         subplot_titles=[f"{panel.title}: {panel.limits[0]:.2g} to {panel.limits[1]:.2g}" for panel in panels],
         shared_yaxes=True,
         horizontal_spacing=0.03,

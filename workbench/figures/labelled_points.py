@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import NEUTRAL, TEMPLATE
+from workbench.figures.themed import ThemedFigure
 
 _BINS = 80
 
@@ -37,7 +38,7 @@ def labelled_histogram(
     low, high = np.quantile(everything, [0.0, 1.0]) if len(everything) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     middles = (edges[1:] + edges[:-1]) / 2
-    figure = go.Figure()
+    figure = ThemedFigure()
     for name, values in groups.items():
         counts = np.histogram(values, edges)[0] / max(1, len(values))
         figure.add_scatter(
@@ -74,7 +75,7 @@ def labelled_scatter(
         diagonal: Draw the line of equal values.
         log: Draw the vertical axis in logarithmic scale.
     """
-    figure = go.Figure()
+    figure = ThemedFigure()
     for name, (x, y, texts) in groups.items():
         figure.add_scatter(
             x=x,
@@ -117,7 +118,7 @@ def category_points(
     line: float | None = None,
 ) -> go.Figure:
     """Returns a point for each group and category; `line` is the height of a dashed horizontal line."""
-    figure = go.Figure()
+    figure = ThemedFigure()
     for name, values in groups.items():
         figure.add_scatter(
             x=[label(category) for category in categories],

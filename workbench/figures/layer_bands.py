@@ -9,7 +9,9 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.theme import TEMPLATE
+from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
 
@@ -29,11 +31,13 @@ class Band:
 
 def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, subtitle: str, unit: str) -> go.Figure:
     """Draws one line over layers per entry of `bands`, all in the same unit, each with a band between its ends."""
-    figure, x = go.Figure(), list(layers)
+    figure, x = ThemedFigure(), list(layers)
     for band in bands:
         line = {"color": band.colour, "dash": band.dash, "width": 2 if band.dash == "solid" else 1.5}
+        values, ends = np.broadcast_to(np.asarray(band.values, float), len(x)), None
         if band.ends is not None:
             low, high = (np.broadcast_to(np.asarray(end, float), len(x)) for end in band.ends)
+            ends = error_bars(values, low, high) | {"visible": False}  # for the table of what is drawn
             known = np.flatnonzero(~np.isnan(low + high))  # a polygon with a gap is filled wrongly
             figure.add_scatter(
                 x=[x[at] for at in (*known, *known[::-1])],
@@ -46,10 +50,12 @@ def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, sub
                 hoverinfo="skip",
                 legendgroup=band.name,
                 showlegend=False,
+                meta={"decoration": "band"},
             )
         figure.add_scatter(
             x=x,
-            y=np.broadcast_to(np.asarray(band.values, float), len(x)),
+            y=values,
+            error_y=ends,
             name=band.name,
             mode="lines+markers" if band.dash == "solid" else "lines",
             line=line,

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.theme import TEMPLATE
+from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
 
@@ -16,7 +17,7 @@ def layer_curves(
     curves: Mapping[str, Float[np.ndarray, " layer"]], *, layers: Sequence[int], title: str, unit: str
 ) -> go.Figure:
     """Draws one line over layers per entry of `curves`, all in the same unit."""
-    figure = go.Figure(
+    figure = ThemedFigure(
         [
             go.Scatter(x=list(layers), y=values, name=name, mode="lines+markers", hovertemplate="layer %{x}: %{y:.4g}")
             for name, values in curves.items()

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.theme import PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.themed import ThemedFigure
 
 
 def layer_grid(
@@ -32,7 +33,7 @@ def layer_grid(
         subtitle: Subtitle of the figure.
         unit: Title of the colour bar.
     """
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Heatmap(
             z=values,
             x=list(map(str, other_layers)),

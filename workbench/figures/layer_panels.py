@@ -11,6 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.figures.theme import TEMPLATE
+from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
 
@@ -54,6 +55,7 @@ def layer_panels(
     figure = make_subplots(
         len(rows),
         columns,
+        figure=ThemedFigure(),
         shared_xaxes=True,
         shared_yaxes=True,
         subplot_titles=[panel.title for row in rows for panel in row],

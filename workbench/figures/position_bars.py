@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
+from workbench.figures.themed import ThemedFigure
 
 
 def position_bars(
@@ -17,6 +21,7 @@ def position_bars(
     title: str,
     subtitle: str,
     unit: str,
+    ends: Mapping[int, tuple[float, float]] | None = None,
 ) -> go.Figure:
     """Returns a bar for each position from 0 on; unreliable ones are grey.
 
@@ -27,12 +32,17 @@ def position_bars(
         title: Title, as plotly text.
         subtitle: Line below the title.
         unit: Title of the vertical axis.
+        ends: Lower and upper end of the interval of the positions that have one.
     """
-    figure = go.Figure()
+    figure = ThemedFigure()
+    low, high = np.full(len(values), np.nan), np.full(len(values), np.nan)
+    for position, interval in (ends or {}).items():
+        low[position], high[position] = interval
     for mask, name, color in zip((reliable, ~reliable), names, (CATEGORIES[0], NEUTRAL), strict=True):
         figure.add_bar(
             x=np.flatnonzero(mask).tolist(),
             y=values[mask],
+            error_y=error_bars(values[mask], low[mask], high[mask]) if ends else None,
             name=name,
             marker={"color": color},
             hovertemplate="position %{x}: %{y:.2f} %",

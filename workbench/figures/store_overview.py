@@ -12,6 +12,7 @@ from jaxtyping import Float
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import TEMPLATE
+from workbench.figures.themed import ThemedFigure
 
 _TOKENS_SHOWN = 30
 _MEGA = 1e6
@@ -66,7 +67,7 @@ def _sites(summary: StoreSummary) -> go.Figure:
         for kind in kinds
     ]
     names = [f"{kind.name} ({kind.sites})" if kind.layered else kind.name for kind in kinds]
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Bar(
             x=[kind.total_bytes / _MEGA for kind in kinds],
             y=names,
@@ -84,7 +85,7 @@ def _tokens(summary: StoreSummary) -> go.Figure:
     counts = sorted(summary.token_counts.items(), key=lambda part: (-part[1], part[0]))
     best = counts[:_TOKENS_SHOWN]
     share = 100 * sum(number for _, number in best) / max(1, summary.rows)
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Bar(
             x=[number for _, number in best],
             y=[f"{place} {label(text)}" for place, (text, _) in enumerate(best, start=1)],
@@ -98,7 +99,7 @@ def _tokens(summary: StoreSummary) -> go.Figure:
 
 def _norms(summary: StoreSummary) -> go.Figure:
     if not summary.norm_rows:
-        return go.Figure()
+        return ThemedFigure()
     title = f"Activation norms in {_name(summary)}"
     figure = layer_curves(summary.norms, layers=summary.norm_layers, title=title, unit="median L2 norm")
     subtitle = f"median over {summary.norm_rows:,} of {summary.rows:,} rows, evenly spaced"

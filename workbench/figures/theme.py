@@ -26,10 +26,11 @@ SIGNED += [[1, "#8c2d04"]]
 """Diverging, blue below and orange above a nearly white middle (set `zmid`). Distinguishable with colour-vision
 deficiency; equal distances from the middle are about equally dark."""
 
-CELLS = [[0, "#f7fbff"], [0.25, "#e1edf8"], [0.5, "#b5d4ea"], [0.75, "#82b6dc"], [1, "#4f97d0"]]
-"""Sequential, for cells with text in them: black text has a contrast of 6.6 or more on every colour."""
+CELLS = [[0, "#f7fbff"], [0.25, "#e1edf8"], [0.5, "#b5d4ea"], [0.75, "#8cbce0"], [1, "#65a6da"]]
+"""Sequential, for cells with text in them: black text has a contrast of 8 or more on every colour, and of 4.5 or more
+where a dark notebook inverts it."""
 
-SIGNED_CELLS = [[0, "#4f97d0"], [0.25, "#9cc6e6"], [0.5, "#f7f7f7"], [0.75, "#f8c08f"], [1, "#ee8a3c"]]
+SIGNED_CELLS = [[0, "#65a6da"], [0.25, "#a5cce9"], [0.5, "#f7f7f7"], [0.75, "#f8c59a"], [1, "#f09550"]]
 """Diverging, for cells with text in them."""
 
 TEXT = "#000000"

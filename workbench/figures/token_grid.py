@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import label
 from workbench.figures.theme import CELLS, MARKS, MONOSPACE, TEMPLATE, TEXT, top_bar
+from workbench.figures.themed import ThemedFigure
 
 MAX_TOKENS = 1_024
 """Maximum tokens of one grid: more would be larger than 2 MB at 30 layers."""
@@ -87,7 +88,7 @@ def token_grid(
     size = CELL if values.size <= _MAX_TEXTS else NARROW
     if size == NARROW:
         subtitle = f"{subtitle}; cells are too many for text: hover to read it"
-    figure = go.Figure([_cells(values, cells if size == CELL else None, hover, limits, unit)])
+    figure = ThemedFigure([_cells(values, cells if size == CELL else None, hover, limits, unit)])
     if marks is not None:
         figure.add_traces([_mark_cells(marks), *_mark_names()])
     if size == CELL:
@@ -122,7 +123,7 @@ def rewrap(figure: go.Figure, line: int, tokens: int | None = None) -> go.Figure
     grid = grid_of(figure)
     assert grid is not None
     new = {**grid, "tokens": min(tokens or grid["tokens"], grid["tokens"]), "line": line}
-    copy = go.Figure(figure)
+    copy = ThemedFigure(figure)
     lines = -(-new["tokens"] // line)
     height = grid["rows"] + _AROUND
     trace: Any

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from workbench.figures.readable import readable_tokens, visual_order
 from workbench.figures.safe_text import label
 from workbench.figures.theme import CELLS, MONOSPACE, PROBABILITY, SIGNED, SIGNED_CELLS, TEMPLATE, TEXT, top_bar
+from workbench.figures.themed import ThemedFigure
 
 MAX_STRIP_TOKENS = 2_048
 """Maximum tokens that are drawn; the subtitle reports what is left out."""
@@ -71,7 +72,7 @@ def token_strip(
     heat = _cells(values, shown, hover, lines, line)
     heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high, colorbar=top_bar(unit))
     return _lay_out(
-        go.Figure(heat), title, subtitle, [str(positions[min(part)]) if part else "" for part in lines], line
+        ThemedFigure(heat), title, subtitle, [str(positions[min(part)]) if part else "" for part in lines], line
     )
 
 

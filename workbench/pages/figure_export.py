@@ -20,6 +20,7 @@ from workbench.figures.safe_text import plain
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import check_writable, explain_full_disk, replace_file
 from workbench.io.spreadsheet import csv_text
+from workbench.pages.picture_metadata import with_metadata
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +134,7 @@ def _files(
 
     printed = {name: to_paper(figure, columns) for name, figure in figures.items()}
     images = [kind for kind in formats if kind != "html"]
-    pictures = _render({name: figure for name, (figure, _) in printed.items()}, images) if images else {}
+    pictures = render({name: figure for name, (figure, _) in printed.items()}, images) if images else {}
     files: dict[str, bytes] = {}
     for name, figure in figures.items():
         meta = figure.layout.meta if isinstance(figure.layout.meta, Mapping) else {}
@@ -145,7 +146,10 @@ def _files(
         }
         if "html" in formats:
             files[f"{name}.html"] = _page(figure, description, theme, plotlyjs).encode("utf-8", "replace")
-        files |= {f"{name}.{kind}": pictures[name, kind] for kind in images if (name, kind) in pictures}
+        for kind in images:
+            if picture := pictures.get((name, kind)):
+                about = description["caption"] or name, f"{description['alt']} {description['provenance']}".strip()
+                files[f"{name}.{kind}"] = with_metadata(picture, kind, *about)
         files[f"{name}.{data}"] = _table(figure_data(figure), data)
         description["left out in print"] = printed[name][1]
         files[f"{name}.json"] = (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode(
@@ -191,21 +195,30 @@ def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: 
 # ---- pictures -------------------------------------------------------------------------------------------
 
 
-def _render(figures: Mapping[str, Figure], formats: Sequence[str]) -> dict[tuple[str, str], bytes]:
-    """Each figure in each format, rendered by Chrome; one warning for what cannot be rendered."""
+def render(
+    figures: Mapping[str, Figure], formats: Sequence[str], scale: float | None = None
+) -> dict[tuple[str, str], bytes]:
+    """Returns each figure in each format, rendered by Chrome, with one warning for what cannot be rendered.
+
+    Args:
+        figures: Figures by name.
+        formats: Any of pdf, svg, png.
+        scale: Pixels of a PNG per pixel of the figure. None: those of `DPI`.
+    """
     from workbench.figures.theme import INCH
 
     try:
         import kaleido
     except ImportError:
         return _warn_missing(formats, "kaleido is not installed; pip install 'interp-workbench[export]'")
+    pixels = DPI / INCH if scale is None else scale
     page = kaleido.PageGenerator(mathjax=False, others=[Path(__file__).parent / "print.js"])
     with TemporaryDirectory() as folder:
         paths = {
             (name, kind): Path(folder, f"{number}.{kind}") for number, name in enumerate(figures) for kind in formats
         }
         jobs = [
-            {"fig": figures[name], "path": path, "opts": {"format": kind, "scale": DPI / INCH if kind == "png" else 1}}
+            {"fig": figures[name], "path": path, "opts": {"format": kind, "scale": pixels if kind == "png" else 1}}
             for (name, kind), path in paths.items()
         ]
         try:

@@ -77,8 +77,9 @@ class Result:
         Each carries `source()` as plotly text in `layout.meta["provenance"]`.
         """
         from workbench.figures.safe_text import sentence
+        from workbench.figures.themed import themed  # plotly
 
-        figures = self.maker().figures(self)
+        figures = {name: themed(figure) for name, figure in self.maker().figures(self).items()}
         for figure in figures.values():
             figure.update_layout(meta={**(figure.layout.meta or {}), "provenance": sentence(self.source())})
         return figures
