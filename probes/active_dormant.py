@@ -39,6 +39,7 @@ from workbench.probing import (
     dataset,
     group_intervals,
     head_grid,
+    head_hover,
     head_name,
     head_outputs,
     intervals,
@@ -375,9 +376,7 @@ def _heads(result: Result) -> go.Figure:
 
 
 def _hover(line: Mapping[str, Any]) -> str:
-    names = ("active", "sink_attention", "drain", "drain_value", "gap")
-    shown = [f"{name}: {line[name]:.3g}" for name in names if not np.isnan(line.get(name, np.nan))]
-    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *shown])
+    return head_hover(line, ("active", "sink_attention", "drain", "drain_value", "gap"))
 
 
 def _phenomena(result: Result) -> go.Figure:

@@ -41,6 +41,7 @@ from workbench.probing import (
     check_fields,
     dataset,
     document_halves,
+    error_bars,
     head_grid,
     interval_suffix,
     intervals,
@@ -252,11 +253,11 @@ def _loss(result: Result, model: str) -> go.Figure:
     names |= {"chosen": "chosen layers", "random_layers": "random layers"}
     for kind, name in names.items():
         at = data.sel(kind=kind)
-        mean, low, high = (float(at[f"loss{end}"]) for end in ("", "_low", "_high"))
+        mean, low, high = (np.atleast_1d(at[f"loss{end}"]) for end in ("", "_low", "_high"))
         figure.add_scatter(
             x=[name],
-            y=[mean],
-            error_y={"type": "data", "array": [high - mean], "arrayminus": [mean - low], "thickness": 1},
+            y=mean,
+            error_y=error_bars(mean, low, high),
             mode="markers",
             marker={"size": 10, "color": NEUTRAL if kind.startswith("random") else CATEGORIES[0]},
             showlegend=False,

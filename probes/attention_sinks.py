@@ -445,13 +445,16 @@ def _hover(row: Mapping[str, Any]) -> str:
 
 def _positions(result: Result) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
+    interval = [float(data[name]) for name in ("sink_low", "sink_high") if name in data]  # earlier results have none
     return position_bars(
         data["sink_k"].to_numpy(),
         reliable=data["reliable"].to_numpy() == 1,
         names=("sink", f"seen by fewer than {settings['min_visible']} queries: unreliable"),
         title=f"Share of sinks by position in {model_label(result)}",
-        subtitle=f"share of (sequence, layer, head) with alpha above {settings['epsilon']:g}",
+        subtitle=f"share of (sequence, layer, head) with alpha above {settings['epsilon']:g}"
+        + "; at the sink: 95 % interval over documents" * bool(interval),
         unit=axis_title(data["sink_k"].attrs),
+        ends={settings["sink"]: (interval[0], interval[1])} if interval else None,
     )
 
 

@@ -43,6 +43,7 @@ from workbench.probing import (
     check_fields,
     clustered_means,
     dataset,
+    error_bars,
     head_grid,
     head_name,
     integer_step,
@@ -272,7 +273,7 @@ def _steering(result: Result, measure: str) -> go.Figure:
         figure.add_scatter(
             x=blocks,
             y=mean,
-            error_y={"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1},
+            error_y=error_bars(mean, low, high),
             name=name,
             mode="lines+markers",
             line={"color": colour},

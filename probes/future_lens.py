@@ -45,6 +45,7 @@ from workbench.probing import (
     check_fields,
     choose_layer,
     dataset,
+    error_bars,
     fit_direct,
     fit_linear,
     future_title,
@@ -65,6 +66,7 @@ from workbench.probing import (
     require_causal,
     tokens_ahead,
     usable_device,
+    wilson,
     with_interval,
     with_note,
 )
@@ -436,10 +438,12 @@ def _calibration(result: Result) -> go.Figure:
     best = (data[name].to_numpy() for name in ("horizon", "best_method", "best_layer"))
     for horizon, method, layer in zip(*best, strict=True):
         one = data.isel(method=int(method)).sel(horizon=horizon, layer=layer)
+        share, number = one["calibration"].to_numpy(), one["calibration_rows"].to_numpy()
         figure.add_scatter(
             x=one["bin"].to_numpy(),
-            y=one["calibration"].to_numpy(),
-            customdata=one["calibration_rows"].to_numpy(),
+            y=share,
+            error_y=error_bars(share, *wilson(share, np.where(number > 0, number, np.nan))),
+            customdata=number,
             name=f"{tokens_ahead(int(horizon))}, layer {layer}",
             mode="lines+markers",
             line={"color": CATEGORIES[int(horizon) % len(CATEGORIES)]},
@@ -449,7 +453,9 @@ def _calibration(result: Result) -> go.Figure:
         template=TEMPLATE,
         title={
             "text": f"{future_title(result)}: calibration",
-            "subtitle": {"text": "best layer and method of each horizon, test documents"},
+            "subtitle": {
+                "text": "best layer and method of each horizon; bars: Wilson's 95 % interval of each bin's tokens"
+            },
         },
         margin={"t": 110},
         height=520,

@@ -39,6 +39,7 @@ from workbench.probing import (
     conditional_excess,
     dataset,
     head_grid,
+    head_hover,
     head_name,
     intervals,
     label,
@@ -317,10 +318,7 @@ def _heads(result: Result) -> Any:
 
     def hover(layer: int, head: int) -> str:
         line = lines.get((layer, head))
-        if line is None:
-            return ""
-        shown = ("rc", "rc_other", "rc_marginal", "sinks")
-        return "<br>".join([f"<b>{head_name(layer, head)}</b>", *(f"{name}: {line[name]:.3f}" for name in shown)])
+        return "" if line is None else head_hover(line, ("rc", "rc_other", "rc_marginal", "sinks"))
 
     values = data["rc"].to_numpy()
     return head_grid(

@@ -23,9 +23,11 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int
 
 from workbench.probing import (
+    CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
     TEMPLATE,
+    Band,
     LayerProbe,
     Model,
     RequestError,
@@ -41,6 +43,7 @@ from workbench.probing import (
     interval_suffix,
     intervals,
     label,
+    layer_bands,
     load_unembed,
     next_tokens,
     plain_torch,
@@ -277,18 +280,19 @@ def _trajectory(result: Result) -> go.Figure:
 def _detection(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy()
     auc, low, high = (data[f"auc{end}"].to_numpy() for end in ("", "_low", "_high"))
-    error = {"type": "data", "array": high - auc, "arrayminus": auc - low, "thickness": 1}
-    figure = go.Figure(go.Scatter(x=layers, y=auc, error_y=error, name="cross-entropy", mode="lines+markers"))
-    for name, dash in zip(data["statistic"].to_numpy().tolist(), ("dash", "dot"), strict=True):
-        value = float(data["depth_auc"].sel(statistic=name))
-        line = {"dash": dash, "width": 1.5}
-        figure.add_scatter(x=layers[[0, -1]], y=[value] * 2, name=name.replace("_", " "), mode="lines", line=line)
-    own = [float(data["output_auc"])] * 2
-    figure.add_scatter(x=layers[[0, -1]], y=own, name="own output", mode="lines", line={"color": NEUTRAL})
-    figure.update_traces(hovertemplate="layer %{x}: %{y:.3f}")
-    title = f"Detection of errors of {label(str(result.provenance['model']), 60)}"
-    text = "95 % intervals over documents; 0.5: no information"
-    return _laid_out(figure, title, text, layers, _AUC).update_yaxes(rangemode="normal")
+    bands = [Band("cross-entropy", auc, (low, high), CATEGORIES[0])]
+    for number, name in enumerate(data["statistic"].to_numpy().tolist(), 1):
+        one = data.sel(statistic=name)
+        value, *ends = (float(one[f"depth_auc{end}"]) for end in ("", "_low", "_high"))
+        bands.append(Band(name.replace("_", " "), value, (ends[0], ends[1]), CATEGORIES[number], "dash"))
+    bands.append(Band("own output", float(data["output_auc"]), None, NEUTRAL, "dot"))
+    return layer_bands(
+        bands,
+        layers=layers.tolist(),
+        title=f"Detection of errors of {label(str(result.provenance['model']), 60)}",
+        subtitle="bands: 95 % intervals over documents; 0.5: no information",
+        unit=_AUC,
+    )
 
 
 def _laid_out(figure: go.Figure, title: str, subtitle: str, layers: np.ndarray, unit: str) -> go.Figure:

@@ -36,6 +36,7 @@ from workbench.probing import (
     clustered_means,
     continue_steered,
     dataset,
+    error_bars,
     intervals,
     load_direction,
     plain_torch,
@@ -240,7 +241,7 @@ def _by_scale(data: Any, name: str) -> go.Figure:
         figure.add_scatter(
             x=data["scale"].to_numpy(),
             y=mean,
-            error_y={"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1},
+            error_y=error_bars(mean, low, high),
             name={"direction": "direction", "random": "random direction of equal norm"}[kind],
             mode="lines+markers",
             line={"color": color},

@@ -50,6 +50,7 @@ from workbench.probing import (
     digit_readings,
     direct_effects,
     direct_logits,
+    error_bars,
     find_chains,
     find_places,
     first_mlp,
@@ -414,7 +415,7 @@ def _task_bars(result: Result) -> go.Figure:
     for layer, head in _best_heads(data)[:_SHOWN]:
         score = data["score"].sel(layer=layer, head=head).to_numpy()
         low, high = wilson(score, number)
-        error = {"array": high - score, "arrayminus": score - low, "thickness": 1, "width": 3}
+        error = error_bars(score, low, high)
         figure.add_bar(x=tasks, y=score, error_y=error, name=head_name(layer, head), hovertemplate="%{x}: %{y:.3f}")
     layer, head = _best_heads(data)[0]
     levels = {

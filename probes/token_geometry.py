@@ -40,6 +40,7 @@ from workbench.probing import (
     clustered_means,
     dataset,
     distinct,
+    error_bars,
     gaussian_like,
     gride,
     integer_step,
@@ -318,7 +319,7 @@ def _dimension(result: Result) -> go.Figure:
     for scale in data["scale"].to_numpy().tolist():
         one, first = data.sel(scale=scale), scale == 1
         values, low, high = (one[f"intrinsic_dimension{end}"].to_numpy() for end in ("", "_low", "_high"))
-        error = {"type": "data", "array": high - values, "arrayminus": values - low, "thickness": 1, "visible": first}
+        error = error_bars(values, low, high) | {"visible": first}
         name = f"neighbours {scale} and {2 * scale}"
         figure.add_scatter(x=data["layer"], y=values, error_y=error, name=name, mode="lines+markers")
     like = {"color": NEUTRAL, "dash": "dash"}
@@ -332,7 +333,7 @@ def _overlap(result: Result) -> go.Figure:
     names = {"overlap": "neighbours kept", "cosine": "mean cosine"}
     for name, shown in names.items():
         values, low, high = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
-        error = {"type": "data", "array": high - values, "arrayminus": values - low, "thickness": 1}
+        error = error_bars(values, low, high)
         figure.add_scatter(x=data["layer"], y=values, error_y=error, name=shown, mode="lines+markers")
     line = {"color": NEUTRAL, "dash": "dash"}
     figure.add_scatter(x=data["layer"], y=data["overlap_permuted"], name="tokens permuted", mode="lines", line=line)

@@ -43,6 +43,7 @@ from workbench.probing import (
     dataset,
     for_query_heads,
     head_grid,
+    head_hover,
     head_name,
     head_outputs,
     intervals,
@@ -325,8 +326,7 @@ def _heads(result: Result) -> go.Figure:
 
 def _hover(line: Mapping[str, Any]) -> str:
     names = ("overlap_top", "spearman", "sink_rank_attention", "sink_rank_value", "effect_attention", "effect_value")
-    shown = [f"{name}: {line[name]:.3g}" for name in names if not np.isnan(line.get(name, np.nan))]
-    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *shown])
+    return head_hover(line, names)
 
 
 def _classes(result: Result) -> go.Figure:

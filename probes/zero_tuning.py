@@ -43,6 +43,7 @@ from workbench.probing import (
     choose_layers,
     dataset,
     document_halves,
+    error_bars,
     first_key_rows,
     head_grid,
     interval_suffix,
@@ -300,7 +301,7 @@ def _sweep(result: Result, model: str) -> go.Figure:
         errors = {}
         if variable == "loss":
             low, mean, high = (at[f"loss{end}"].to_numpy() for end in ("_low", "", "_high"))
-            errors = {"error_y": {"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1}}
+            errors = {"error_y": error_bars(mean, low, high)}
         line = {"color": colour, "dash": dash}
         figure.add_scatter(x=x, y=at[variable].to_numpy(), name=name, mode="lines+markers", line=line, **errors)
     figure.update_layout(

@@ -168,7 +168,7 @@ if TYPE_CHECKING:
     from workbench.figures.attention_map import head_attention
     from workbench.figures.error_bars import error_bars
     from workbench.figures.group_intervals import group_intervals
-    from workbench.figures.head_grid import head_grid, head_name, with_side_panel
+    from workbench.figures.head_grid import head_grid, head_hover, head_name, with_side_panel
     from workbench.figures.labelled_points import category_points, labelled_histogram, labelled_scatter
     from workbench.figures.layer_bands import Band, layer_bands
     from workbench.figures.layer_curves import layer_curves

@@ -10,6 +10,7 @@ from operator import getitem
 
 import numpy as np
 import pytest
+import scipy.stats
 from browser import draw_for_print, overlapping, print_pdf, text_boxes
 
 import workbench as wb
@@ -100,13 +101,21 @@ def attention_sinks(result):
     causal = np.tril(np.ones((48, 48), bool))
     attention = [{"z": np.where(causal, pattern, np.nan)} for pattern in data["example_pattern"]]
     attention += [{"z": np.where(causal, np.nan, 1)}, {}]  # masked keys, small pictures
+    at_sink = [float(data["sink_high"] - data["sink"]), *[np.nan] * 40]
     return {
         "sinks": [{"z": data["alpha"].sel(position=0)}, *({"x": norm} for norm in norms)],
-        "positions": [{"y": data["sink_k"][:41]}, {"y": data["sink_k"][41:]}],
+        "positions": [{"y": data["sink_k"][:41], "error_y.array": at_sink}, {"y": data["sink_k"][41:]}],
         "norms": [{"y": norm} for norm in norms],
         "domains": domains,
         "attention": attention,
     }
+
+
+def wilson_end(share, number) -> float:
+    """The upper end by scipy, which takes counts."""
+    if not number:
+        return np.nan
+    return scipy.stats.binomtest(round(share * number), int(number)).proportion_ci(method="wilson").high
 
 
 def future_lens(result):
@@ -117,7 +126,9 @@ def future_lens(result):
             precision.append({"y": [float(data["bigram_precision"].sel(horizon=horizon))] * data.sizes["layer"]})
     for at in range(data.sizes["horizon"]):
         best = data.isel(horizon=at, method=int(data["best_method"][at])).sel(layer=int(data["best_layer"][at]))
-        calibration.append({"y": best["calibration"]})
+        share, number = best["calibration"].to_numpy(), best["calibration_rows"].to_numpy()
+        ends = [wilson_end(*one) for one in zip(share, number, strict=True)]
+        calibration.append({"y": share, "error_y.array": ends - share})
     rows = np.flatnonzero(data["sequence"] == data["sequence"][0])[:28]
     view = np.where(data["top_id"] < 0, np.nan, data["top_probability"])[:, rows]
     return {"precision": precision, "calibration": calibration, "view": view}

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import label, sentence
-from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE, colour_bar
+from workbench.figures.theme import CATEGORIES, MARKERS, NEUTRAL, TEMPLATE, colour_bar
 from workbench.figures.ticks import integer_step
 from workbench.results.result import Result
 
@@ -40,9 +40,8 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
                 marker={
                     "size": 5,
                     "color": layers[layer],
-                    "colorscale": "Viridis",
+                    "colorscale": MARKERS,
                     "colorbar": colour_bar("layer") | {"dtick": integer_step(layers.tolist())},
-                    "opacity": 0.75,
                 },
                 hovertemplate="%{customdata}: exact %{x:.2f}, estimated %{y:.2f}<extra></extra>",
             ),

@@ -67,6 +67,7 @@ class Comparison:
         """Returns the mean cosine of each kind of site by layer, with 95 % intervals."""
         import plotly.graph_objects as go  # seconds, which a comparison on the command line does not pay
 
+        from workbench.figures.error_bars import error_bars
         from workbench.figures.safe_text import label
         from workbench.figures.theme import TEMPLATE
         from workbench.figures.ticks import integer_step
@@ -77,11 +78,7 @@ class Comparison:
             figure.add_scatter(
                 x=np.asarray(part["layer"]),
                 y=np.asarray(part["cosine"]),
-                error_y={
-                    "array": np.asarray(part["cosine_high"] - part["cosine"]),
-                    "arrayminus": np.asarray(part["cosine"] - part["cosine_low"]),
-                    "thickness": 1,
-                },
+                error_y=error_bars(*(np.asarray(part[name]) for name in ("cosine", "cosine_low", "cosine_high"))),
                 name=label(str(kind), 30),
                 mode="lines+markers",
                 hovertemplate="layer %{x}: %{y:.5g}",

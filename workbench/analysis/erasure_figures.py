@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.analysis.store_probe import model_label
+from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
 from workbench.figures.ticks import integer_step
@@ -30,7 +31,7 @@ def erasure_curves(result: Result) -> go.Figure:
                 name=f"{offset:+d} {group}",
                 mode="lines+markers",
                 line={"dash": dash, "color": CATEGORIES[index % len(CATEGORIES)]},
-                error_y={"array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": 3},
+                error_y=error_bars(mean, low, high),
                 hovertemplate="layer %{x}: %{y:.3f}",
             )
     groups = (

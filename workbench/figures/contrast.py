@@ -45,6 +45,9 @@ def contrasts() -> list[Contrast]:
             name = f"line, colour {number + 1}" if number < len(theme.CATEGORIES) else "references"
             line = seen(theme.colour_on(dark, colour))
             table.append(Contrast(name, page, contrast(line, seen(back)), LINE_CONTRAST))
+        colours = _colours(theme.palette_on(dark, theme.MARKERS))
+        least = min(contrast(seen(colour), seen(back)) for colour in colours)
+        table.append(Contrast("points by value", page, least, LINE_CONTRAST))
         for name, palette in (("cells", theme.CELLS), ("signed cells", theme.SIGNED_CELLS)):
             text = seen(theme.colour_on(dark, theme.TEXT))
             least = min(contrast(text, seen(colour)) for colour in _colours(theme.palette_on(dark, palette)))

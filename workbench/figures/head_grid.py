@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,6 +19,27 @@ from workbench.figures.themed import ThemedFigure
 def head_name(layer: int, head: int) -> str:
     """Returns the name of a head, `L2H3`."""
     return f"L{layer}H{head}"
+
+
+def head_hover(line: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Returns the hover text of a head: each measure that is known, with the interval where there is one.
+
+    Args:
+        line: Line of a table: `layer`, `head`, and measures; the ends of an interval are `NAME_low` and `NAME_high`.
+        names: Measures to show.
+    """
+    shown = [f"{name}: {line[name]:.3g}{_interval(line, name)}" for name in names if _known(line, name)]
+    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *shown])
+
+
+def _interval(line: Mapping[str, Any], name: str) -> str:
+    ends = [f"{name}_low", f"{name}_high"]
+    known = all(_known(line, end) for end in ends)
+    return f", 95 % CI [{', '.join(f'{line[end]:.3g}' for end in ends)}]" if known else ""
+
+
+def _known(line: Mapping[str, Any], name: str) -> bool:
+    return not np.isnan(line.get(name, np.nan))
 
 
 def head_grid(

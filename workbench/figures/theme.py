@@ -33,6 +33,9 @@ where a dark notebook inverts it."""
 SIGNED_CELLS = [[0, "#65a6da"], [0.25, "#a5cce9"], [0.5, "#f7f7f7"], [0.75, "#f8c59a"], [1, "#f09550"]]
 """Diverging, for cells with text in them."""
 
+MARKERS = [[0, "#1f9ad6"], [1, "#08306b"]]
+"""Sequential, for points and lines: every colour has a contrast of 3 or more to the page."""
+
 TEXT = "#000000"
 """Colour of text in cells, on `CELLS` and `SIGNED_CELLS`."""
 
@@ -61,6 +64,7 @@ _DARK_SIGNED = [[0, "#9ecae1"], [0.2, "#4292c6"], [0.4, "#1d3a5c"], [0.5, "#2024
 _DARK_SIGNED += [[0.8, "#e6741e"], [1, "#fdc38d"]]
 _DARK_CELLS = [[0, "#171c26"], [0.25, "#1a2a41"], [0.5, "#1c3b60"], [0.75, "#204e80"], [1, "#28609b"]]
 _DARK_SIGNED_CELLS = [[0, "#28609b"], [0.25, "#1d3f66"], [0.5, "#20242c"], [0.75, "#5a3413"], [1, "#8f4d14"]]
+_DARK_MARKERS = [[0, "#3f86bd"], [1, "#e3f0fa"]]
 _DARK_MASKED = "#3a404c"
 
 
@@ -152,6 +156,7 @@ _DARK_SCALES = {
     _scale(SIGNED): _DARK_SIGNED,
     _scale(CELLS): _DARK_CELLS,
     _scale(SIGNED_CELLS): _DARK_SIGNED_CELLS,
+    _scale(MARKERS): _DARK_MARKERS,
     _scale(GREY): [[0, _DARK_MASKED], [1, _DARK_MASKED]],
     _scale(MARKS): [[0, CLEAR], [0.5, "#f2f4f7"], [1, CATEGORIES[1]]],
 }
