@@ -115,7 +115,8 @@ def wilson_end(share, number) -> float:
     """The upper end by scipy, which takes counts."""
     if not number:
         return np.nan
-    return scipy.stats.binomtest(round(share * number), int(number)).proportion_ci(method="wilson").high
+    level = 2 * scipy.stats.norm.cdf(1.96) - 1
+    return scipy.stats.binomtest(round(share * number), int(number)).proportion_ci(level, method="wilson").high
 
 
 def future_lens(result):
