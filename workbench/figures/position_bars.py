@@ -48,7 +48,12 @@ def position_bars(
             hovertemplate="position %{x}: %{y:.2f} %",
         )
     figure.update_layout(
-        template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}}, height=420, width=760, showlegend=True
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": subtitle}},
+        height=440,
+        width=760,
+        margin={"t": 110},
+        showlegend=True,
     )
     figure.update_xaxes(title="position, from 0")
     return figure.update_yaxes(title=unit, rangemode="tozero")
