@@ -86,3 +86,19 @@ def test_one_encoded_text_is_one_document_and_a_mask_with_a_hole_is_refused():
     )
     uneven = {"input_ids": [[5], [6]], "attention_mask": [[1]]}
     assert "input_ids has 2 rows and attention_mask 1" in refused(RequestError, lambda: plan(uneven))
+
+
+class Lazy:
+    """A lazy frame: its columns cost a pass over the data."""
+
+    @property
+    def columns(self):
+        raise AssertionError("columns of a lazy frame were asked for")
+
+    def collect(self):
+        return pd.DataFrame({"text": ["a"]})
+
+
+def test_a_lazy_frame_is_refused_with_the_call_that_helps_and_costs_no_pass():
+    assert "call its collect() first" in refused(RequestError, lambda: check_source(Lazy()))
+    check_source(Lazy().collect())

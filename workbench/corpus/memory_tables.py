@@ -42,7 +42,7 @@ def is_table(source: Any) -> bool:
         return _IDS in source
     if _is_pandas(source) or isinstance(source, pa.Table | pa.RecordBatch | pa.RecordBatchReader):
         return True
-    return hasattr(source, "columns") and any(hasattr(source, method) for method in _EXPORTS)
+    return any(hasattr(source, method) for method in _EXPORTS) and hasattr(source, "columns")  # costly if lazy
 
 
 def table_rows(source: Any) -> TableRows | None:

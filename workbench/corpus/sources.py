@@ -59,7 +59,8 @@ def check_source(texts: Texts) -> None:
     elif isinstance(texts, Mapping):
         _one_split(texts)
     elif isinstance(texts, bytes) or not (isinstance(texts, Iterable) or is_table(texts)):
-        raise RequestError(f"texts is of type {type(texts).__name__}, which is not read; {_UNDERSTOOD}")
+        first = "call its collect() first; " if hasattr(texts, "collect") else ""
+        raise RequestError(f"texts is of type {type(texts).__name__}, which is not read; {first}{_UNDERSTOOD}")
 
 
 def _one_split(texts: Mapping[Any, Any]) -> Any:
