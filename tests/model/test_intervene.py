@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from change_oracles import generated
 from refusals import refused
 
 from workbench.io.errors import DataError, RequestError
@@ -133,6 +134,7 @@ def test_contexts_nest_and_apply_in_order(llama):
     assert "entered before" in refused(RequestError, lambda: run.__enter__())
 
 
+RECURRENT = ("mamba2", "falcon_mamba", "rwkv", "xlstm")
 CHOICES = (2, -1, "new", slice(4, None), [0, 7])
 """Each with a direction of its own, so that one run shows all of them."""
 
@@ -169,6 +171,37 @@ def test_generation_is_the_same_cached_uncached_static_padded_and_alone(model):
         torch.testing.assert_close(
             logits, results["alone"], atol=2e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+@pytest.mark.parametrize("kind", ["mamba", *(pytest.param(one, marks=pytest.mark.torture) for one in RECURRENT)])
+def test_generation_from_a_recurrent_state_counts_the_tokens_before_it(kind):
+    from workbench.experiments.architectures.tiny import tiny_model
+
+    model = Model(tiny_model(kind), None, kind)
+    prompt = IDS[:1, :6] % 120
+    both = torch.cat([torch.cat([torch.full((1, 3), 1), prompt], dim=1), IDS[1:, :9] % 120])
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    direction = torch.cat([DIRECTION, DIRECTION])[: model.site_map.select([MIDDLE])[0].shape[0]]
+    records = [Add(MIDDLE, direction.roll(index), 2.0, at=at) for index, at in enumerate(CHOICES)]
+    plain = generated(model.module, prompt)
+    with intervene(model, *records) as run:
+        cached = generated(model.module, prompt)
+    assert run.table()["rows"].tolist() == [1, 1, 3, 5, 2]
+    scale = plain.abs().max()
+    assert (cached - plain).abs().max() > 1e-2 * scale
+    with intervene(model, *records):
+        assert (generated(model.module, prompt, use_cache=False) - cached).abs().max() < 1e-5 * scale
+    if (generated(model.module, both, attention_mask=mask)[:, :1] - plain).abs().max() < 1e-5 * scale:
+        with intervene(model, *records):  # of a model that can be padded on the left
+            padded = generated(model.module, both, attention_mask=mask)[:, :1]
+        assert (padded - cached).abs().max() < 1e-5 * scale
+    else:
+        assert kind in ("rwkv", "xlstm")
+    if kind == "mamba":
+        with torch.no_grad():
+            state = model.module(input_ids=prompt, use_cache=True).cache_params
+        with pytest.raises(DataError, match="continues a state of passes outside"), intervene(model, records[0]):
+            model.module(input_ids=prompt[:, :1], cache_params=state, use_cache=True)
 
 
 def test_beams_change_the_prompt_of_every_beam(llama):

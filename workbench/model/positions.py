@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from workbench.io.errors import DataError
 from workbench.model.token_choice import Tokens
 
+_CACHES = ("past_key_values", "cache_params", "state")
+"""Arguments by which models of transformers continue earlier passes."""
+
 
 @dataclass(frozen=True, eq=False)
 class PassLabels:
@@ -190,12 +193,16 @@ class PassReader:
         self._prompt: Tensor | None = None
         self._columns = 0
         """Columns of the last prompt."""
+        self._seen = 0
+        """Columns of the last sequences, those of earlier passes included."""
+        self._pads: Tensor | None = None
+        """Padding before the prompts, as of `PassTokens.pads`."""
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: PassLabels | None = None) -> PassTokens:
         """Returns the tokens of a pass, from the arguments of the model's call and the labels of a recording.
 
         Raises:
-            DataError: The call has neither token ids nor embeddings.
+            DataError: The call has neither token ids nor embeddings, or continues a recurrent state of other passes.
         """
         inputs = self._named(args, kwargs)
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
@@ -203,8 +210,12 @@ class PassReader:
         if not isinstance(source, Tensor) or source.ndim < 2:
             raise DataError("the model was called without input_ids and inputs_embeds; give one of them by name")
         batch, columns = shape = (int(source.shape[0]), int(source.shape[1]))
-        cached = _cached(inputs.get("past_key_values"))
+        cached = _cached(inputs)
+        recurrent = cached is None
+        cached = self._continued() if cached is None else cached
         position = _positions(inputs, shape, cached)
+        if recurrent and inputs.get("attention_mask") is None and position is not None and self._pads is not None:
+            position = position - self._pads.repeat_interleave(batch // len(self._pads))[:, None]
         repeated = not cached and self._repeats(ids)
         if cached or repeated:
             fresh = columns - 1 if repeated else 0
@@ -213,6 +224,8 @@ class PassReader:
         else:
             prompt = None if position is None else (position >= 0).sum(1)
             fresh, split, self._prompt, self._columns = 0, False, prompt, columns
+            self._pads = _pads(inputs, position, cached)
+        self._seen = cached + columns
         self._ids = ids.detach() if isinstance(ids, Tensor) else None
         return PassTokens(
             position=position,
@@ -225,6 +238,15 @@ class PassReader:
             cached=cached,
             pads=_pads(inputs, position, cached),
         )
+
+    def _continued(self) -> int:
+        """Tokens that a recurrent state holds: those of the passes before."""
+        if not self._seen:
+            raise DataError(
+                "the model continues a state of passes outside of the block, whose number of tokens is not known; "
+                "begin with the prompts inside the block"
+            )
+        return self._seen
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = self._parameters.bind_partial(*args, **kwargs).arguments
@@ -258,12 +280,21 @@ class PassReader:
         return self._prompt.repeat_interleave(batch // len(self._prompt))
 
 
-def _cached(cache: Any) -> int:
-    """Tokens that a cache holds at the beginning of a pass; inside the blocks it counts the current ones already."""
-    if cache is None:
+def _cached(inputs: Mapping[str, Any]) -> int | None:
+    """Tokens that the cache holds at the beginning of a pass; inside the blocks it counts the current ones already.
+
+    None: it is a recurrent state (Mamba, RWKV, xLSTM) of some tokens, which does not count them.
+    """
+    cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
+    if cache is None or getattr(cache, "rnn_state_initial", False):
         return 0
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # no layer of it has attention
+            return None if cache.has_previous_state() else 0
+    if inputs.get("past_key_values") is None:
+        return None
     return int(cache[0][0].shape[-2]) if len(cache) and cache[0] else 0
 
 

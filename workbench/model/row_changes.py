@@ -229,7 +229,12 @@ class BoundRows(Bound):
         if self.sets and not self.override:
             self._refuse_second(present, mask)
         sequence, column = mask.nonzero().unbind(1)
-        rows = tensor.reshape(mask.numel(), *fixed_shape(self.where.site))
+        rows = tensor.reshape(-1, *fixed_shape(self.where.site))
+        if len(rows) != mask.numel():
+            raise DataError(
+                f"{self.record}: {self.place} has {len(rows)} rows in a pass of {mask.numel()} tokens, so a row is no "
+                "token; run one sequence at a time, or change another site"
+            )
         index = (sequence * mask.shape[1] + column).to(rows.device)
         whole_rows = rows[index]
         old = whole_rows.to(torch.promote_types(rows.dtype, torch.float32))
