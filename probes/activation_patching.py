@@ -310,14 +310,17 @@ def patched_sites(model: Model, kind: str, layers: tuple[int, ...] | None) -> tu
 def ratio_of_sums(
     values: Float[np.ndarray, "pair ..."], gap: Float[np.ndarray, " pair"], resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns sum of values / sum of gaps over the pairs that have a value, and the ends of its 95 % interval."""
+    """Returns sum of values / sum of gaps over the pairs that have a value, and the ends of its 95 % interval.
+
+    The interval is a bootstrap over pairs, widened for their number; see `intervals`.
+    """
     flat = values.reshape(len(values), -1)
     known = ~np.isnan(flat)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio, resampled = resampled_means(
             np.where(known, flat, 0.0), known * gap[:, None], resamples=resamples, seed=seed
         )
-    low, high = intervals(resampled)
+    low, high = intervals(resampled, known.sum(0))
     shape = values.shape[1:]
     return ratio.reshape(shape), low.reshape(shape), high.reshape(shape)
 

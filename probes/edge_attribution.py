@@ -186,7 +186,7 @@ class EdgeAttribution(StoreProbe):
         sender, receiver = np.unravel_index(order, mean.shape)
         values = scores[:, sender, receiver]
         _, resampled = resampled_means(values, np.ones_like(values), resamples=self.resamples, seed=self.seed)
-        low, high = intervals(resampled)
+        low, high = intervals(resampled, len(values))
         return pd.DataFrame(
             {
                 "sender": [graph.senders[one].name for one in sender],

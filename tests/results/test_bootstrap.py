@@ -11,7 +11,14 @@ from refusals import refused
 from workbench.analysis.rows import split_by_document
 from workbench.io.errors import RequestError
 from workbench.results import bootstrap
-from workbench.results.bootstrap import central, clustered_interval, clustered_means, group_means
+from workbench.results.bootstrap import (
+    central,
+    clustered_interval,
+    clustered_means,
+    group_means,
+    intervals,
+    resampled_means,
+)
 
 
 def test_means_leave_out_nan_and_columns_are_apart():
@@ -103,3 +110,19 @@ def test_resamples_in_several_parts_are_those_in_one(monkeypatch):
     again, parts = bootstrap.resampled_means(totals, np.ones_like(totals), resamples=50)
     assert np.array_equal(mean, again)
     np.testing.assert_allclose(parts, drawn, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("pairs", "before", "after"), [(5, 0.13, 0.1), (8, 0.095, 0.065), (12, 0.075, 0.06)])
+def test_intervals_of_few_clusters_cover_the_null_as_often_as_they_state(pairs, before, after):
+    """Effects without a mean, over gaps that differ: percentiles miss 0 too often, those for the number do not."""
+    draw = np.random.default_rng(pairs)
+    gaps = draw.uniform(5, 15, size=(pairs, 1))
+    effects = draw.normal(size=(pairs, 4000)) * gaps
+    _, resampled = resampled_means(effects, np.broadcast_to(gaps, effects.shape), resamples=1000)
+    missed = []
+    for clusters in (None, np.full(4000, pairs)):
+        low, high = intervals(resampled, clusters)
+        missed.append(float(((low > 0) | (high < 0)).mean()))
+    assert missed[0] > before
+    assert 0.04 < missed[1] < after
+    assert central(resampled[:, 0], 10**6) == pytest.approx(central(resampled[:, 0]), abs=1e-3)

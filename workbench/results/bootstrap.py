@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Real, Shaped
+from scipy.special import ndtr, stdtrit
 
 LEVEL = 0.95
 _DRAWS = 4_000_000  # drawn numbers in memory at a time
@@ -146,19 +147,43 @@ def group_means(
     return GroupMeans(mean, low, high, counts, gap, gap_low, gap_high, most, least)
 
 
-def intervals(resampled: Float[np.ndarray, "resample ..."]) -> Float[np.ndarray, "bound ..."]:
-    """Returns the `central` 95 % of every column of a bootstrap: [low or high, ...]."""
-    flat = resampled.reshape(len(resampled), -1)
-    return np.array([central(column) for column in flat.T]).T.reshape(2, *resampled.shape[1:])
+def intervals(
+    resampled: Float[np.ndarray, "resample ..."], clusters: Int[np.ndarray, ...] | int | None = None
+) -> Float[np.ndarray, "bound ..."]:
+    """Returns the `central` 95 % of every column of a bootstrap: [low or high, ...].
+
+    Args:
+        resampled: A bootstrap distribution in each column.
+        clusters: Number of clusters of each column, or of all; see `central`.
+    """
+    flat, shape = resampled.reshape(len(resampled), -1), resampled.shape[1:]
+    numbers = np.broadcast_to(-1 if clusters is None else clusters, shape).ravel().tolist()
+    ends = [central(column, None if number < 0 else number) for column, number in zip(flat.T, numbers, strict=True)]
+    return np.array(ends).T.reshape(2, *resampled.shape[1:])
 
 
-def central(resampled: Float[np.ndarray, " resample"] | Sequence[float]) -> tuple[float, float]:
-    """Returns the ends of the central 95 % of a bootstrap distribution; resamples that are NaN are left out."""
+def central(
+    resampled: Float[np.ndarray, " resample"] | Sequence[float], clusters: int | None = None
+) -> tuple[float, float]:
+    """Returns the ends of the central 95 % of a bootstrap distribution; resamples that are NaN are left out.
+
+    With few clusters the percentiles 2.5 and 97.5 cover too little: 91 % for the mean of 12 normal values, 88 % of 8.
+    Given their number n, those at which the interval of normal values is Student's are taken, Phi(-sqrt(n / (n - 1))
+    t(n - 1)): the expanded percentile interval of Hesterberg 2015, "What teachers should know about the bootstrap". It
+    covers 94 to 95 % of 12 and of 8 normal values, and 91 % of 5.
+
+    Args:
+        resampled: The distribution.
+        clusters: Number of independent clusters that were resampled. None: many.
+    """
     values = np.asarray(resampled, dtype=float)
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = (1 - LEVEL) / 2
+    if clusters is not None and clusters > 1:
+        tail = float(ndtr(stdtrit(clusters - 1, tail) * np.sqrt(clusters / (clusters - 1))))
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
