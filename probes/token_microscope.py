@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -91,6 +92,8 @@ _VARIABLES: tuple[Variable, ...] = (
     *LOST_VARIABLES,
 )
 _FEW = 10
+_RANK = 1e-10
+"""Smallest pivot of a Gram matrix, relative to its largest entry, for which no eigenvalues are needed."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class TokenMicroscope(LayerProbe):
 
         Costs layers x rows x d_model^2 operations in float64 for the maps, layers x dimension_rows^2 x d_model for the
         dimension, and epochs x rows x offsets products with a map from d_model to the distinct tokens for the probes.
-        Memory: three arrays rows x d_model in float64, and 5 d_model^2.
+        Memory: four arrays rows x d_model in float64, and 20 d_model^2.
 
         Raises:
             RequestError: The site was not recorded at two layers, tokens are fewer than 5 a dimension, the class is no
@@ -249,70 +252,95 @@ def _layers(
         name: np.full((len(labels), len(rows)), np.nan, np.float32)
         for name in ("nonlinearity", "nonlinearity_relative")
     }
-    before: Tensor | None = None
+    parts = [torch.from_numpy(np.flatnonzero(folds == one)).to(device) for one in np.unique(folds)]
+    before: _Layer | None = None
     with progress("token microscope", len(labels), "layers") as tick:
         for layer, name in enumerate(labels):
             states = store[name][rows]
-            now = _normalised(states.to(device), name)
+            now = _Layer(_normalised(states.to(device), name), parts)
             cloud = states[torch.from_numpy(drawn)].double()
             kept = cloud[torch.from_numpy(distinct(cloud))]
             if len(kept) >= _FEW:
                 arrays["intrinsic_dimension"][layer] = two_nn_first_fifth(nearest_neighbours(kept, 2).distance)
-            spectrum = torch.linalg.eigvalsh(now.T @ now)
+            spectrum = torch.linalg.eigvalsh(now.gram)
             arrays["anisotropy"][layer] = float(spectrum[-1] / spectrum.sum())
             if before is not None:
-                at, step = layer - 1, _normalised(now - before, f"the step to {name}", allowed=True)
-                fit = _Map(before, folds)
-                arrays["linearity"][at] = 1 - fit.residual(now)
-                arrays["linearity_heldout"][at] = 1 - fit.held_out(now)
-                arrays["linearity_step"][at] = 1 - fit.residual(step) if step is not None else np.nan
-                arrays["linearity_shuffled"][at] = 1 - fit.residual(now[order])
-                errors = (before @ fit.solve(now) - now).norm(dim=1)
-                arrays["nonlinearity"][at] = errors.cpu().numpy()
-                arrays["nonlinearity_relative"][at] = (errors / now.norm(dim=1)).cpu().numpy()
+                for measure, value in _step(before, now, order).items():
+                    arrays[measure][layer - 1] = value
             before = now
             tick(1)
     return arrays
 
 
-def _normalised(states: Tensor, name: str, allowed: bool = False) -> Any:
+@dataclass(frozen=True)
+class _Layer:
+    """Normalised states of a layer, and their second moments in each fold."""
+
+    x: Float[Tensor, "row d"]
+    folds: list[Tensor]
+
+    @cached_property
+    def grams(self) -> Float[Tensor, "fold d d"]:
+        return self.cross(self.x)
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "d d"]:
+        return self.grams.sum(0)
+
+    def cross(self, y: Float[Tensor, "row d"]) -> Float[Tensor, "fold d d"]:
+        """Moments with another layer, in each fold."""
+        return torch.stack([self.x[rows].T @ y[rows] for rows in self.folds])
+
+
+def _step(before: _Layer, now: _Layer, order: Int[Tensor, " row"]) -> dict[str, Any]:
+    """Measures of the step between two layers.
+
+    With G = X'X and C = X'Y the map is A = G^-1 C, and it explains tr(C' A) of |Y|^2: all but the error of each token
+    follows from products of d x d. Those of the step Y - X are C - G over the step's norm.
+    """
+    crosses, gram = before.cross(now.x), before.gram
+    cross, shuffled = crosses.sum(0), before.x.T @ now.x[order]
+    best, noise = _solve(gram, torch.cat([cross, shuffled], dim=1)).chunk(2, dim=1)
+    errors = (before.x @ best - now.x).norm(dim=1)
+    measures: dict[str, Any] = {
+        "linearity": float((cross * best).sum()),
+        "linearity_shuffled": float((shuffled * noise).sum()),
+        "nonlinearity": errors.cpu().numpy(),
+        "nonlinearity_relative": (errors / now.x.norm(dim=1)).cpu().numpy(),
+    }
+    if size := float((now.x - before.x).square().sum()):
+        change = best - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        measures["linearity_step"] = float(((cross - gram) * change).sum()) / size
+    if (number := len(crosses)) > 1:
+        lost = 0.0
+        for fold in range(number):
+            others = [one for one in range(number) if one != fold]
+            other = _solve(before.grams[others].sum(0), crosses[others].sum(0))
+            size = (other * (before.grams[fold] @ other)).sum()
+            lost += float(now.grams[fold].trace() - 2 * (other * crosses[fold]).sum() + size)
+        measures["linearity_heldout"] = 1 - lost
+    return measures
+
+
+def _solve(gram: Float[Tensor, "d d"], cross: Float[Tensor, "d columns"]) -> Float[Tensor, "d columns"]:
+    """Returns the least-squares map; the smallest one for directions that rows do not have."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal()
+    if not int(failed) and float(diagonal.min() ** 2) > _RANK * float(gram.diagonal().max()):
+        return torch.cholesky_solve(cross, factor)
+    values, vectors = torch.linalg.eigh(gram)
+    inverse = torch.where(values > 1e-12 * values[-1], 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0)
+    return vectors @ (inverse[:, None] * (vectors.T @ cross))
+
+
+def _normalised(states: Tensor, name: str) -> Float[Tensor, "row d"]:
     """Centred rows of Frobenius norm 1, in float64."""
     centred = states.double()
     centred = centred - centred.mean(0)
     norm = centred.norm()
     if not float(norm):
-        if allowed:
-            return None
         raise RequestError(f"{name} is the same for all selected tokens; nothing can be compared")
     return centred / norm
-
-
-class _Map:
-    """Least squares from rows of one layer, on all rows or on all but a fold."""
-
-    def __init__(self, x: Float[Tensor, "row d"], folds: Int[np.ndarray, " row"]) -> None:
-        self._x, self._folds = x, [torch.from_numpy(np.flatnonzero(folds == one)).to(x.device) for one in set(folds)]
-        self._parts = [x[rows].T @ x[rows] for rows in self._folds]
-
-    def solve(self, y: Float[Tensor, "row d"], without: int | None = None) -> Float[Tensor, "d d"]:
-        """Returns A*; of directions that rows do not have, the least one."""
-        kept = [one for one in range(len(self._folds)) if one != without]
-        gram = torch.stack([self._parts[one] for one in kept]).sum(0)
-        cross = torch.stack([self._x[self._folds[one]].T @ y[self._folds[one]] for one in kept]).sum(0)
-        values, vectors = torch.linalg.eigh(gram)
-        inverse = torch.where(values > 1e-12 * values[-1], 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0)
-        return vectors @ (inverse[:, None] * (vectors.T @ cross))
-
-    def residual(self, y: Float[Tensor, "row d"]) -> float:
-        return float((self._x @ self.solve(y) - y).square().sum() / y.square().sum())
-
-    def held_out(self, y: Float[Tensor, "row d"]) -> float:
-        if len(self._folds) < 2:
-            return float("nan")
-        total = 0.0
-        for one, rows in enumerate(self._folds):
-            total += float((self._x[rows] @ self.solve(y, without=one) - y[rows]).square().sum())
-        return total / float(y.square().sum())
 
 
 # ---- contextual memory ----------------------------------------------------------------------------------

@@ -77,6 +77,18 @@ def test_the_estimate_is_the_likelihoods_maximum():
     assert gride(distance, 1, 2) == pytest.approx(200 / logs.sum())
 
 
+def test_neighbours_are_those_of_all_differences_where_inner_products_lose_them():
+    """A cluster of points 1e-9 apart, 1e3 from the others: their squares differ by less than rounding."""
+    draw = np.random.default_rng(0)
+    points = draw.normal(size=(60, 6))
+    points[:20] = 1e3 + 1e-9 * points[:20]
+    found = nearest_neighbours(torch.from_numpy(points), 3)
+    distance = np.sqrt(((points[:, None] - points) ** 2).sum(2))
+    np.fill_diagonal(distance, np.inf)
+    np.testing.assert_allclose(found.distance, np.sort(distance, 1)[:, :3], rtol=1e-12)
+    assert np.array_equal(found.index, np.argsort(distance, 1)[:, :3])
+
+
 def test_neighbours_of_equal_and_of_independent_clouds():
     first, second = (nearest_neighbours(cube(5, seed), 2).index for seed in (0, 1))
     assert neighbourhood_overlap(first, first) == 1

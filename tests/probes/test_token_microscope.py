@@ -10,6 +10,7 @@ from refusals import refused
 from workbench.analysis.token_classes import TOKEN_CLASSES, token_classes
 from workbench.io.errors import RequestError
 from workbench.probes import TokenMicroscope
+from workbench.probing import document_folds
 from workbench.testing import ProbeContract
 
 D, DOCUMENTS, LENGTH = 10, 20, 50
@@ -76,6 +77,26 @@ def test_linearity_of_planted_steps(store):
         assert float(data["anisotropy"][layer]) == pytest.approx(values[0] / values.sum(), rel=1e-9)
     assert float(data["isotropic_anisotropy"]) == pytest.approx((1 + (D / len(X)) ** 0.5) ** 2 / D)
     assert float(data["anisotropy"][3]) == pytest.approx(float(data["isotropic_anisotropy"]), abs=0.01)
+
+
+def test_maps_of_layers_without_full_rank_are_the_smallest_ones(tmp_path):
+    flat = X.copy()
+    flat[:, -3:] = flat[:, :3] @ DRAW.normal(size=(3, 3))
+    after = flat @ MAP + DRAW.normal(size=X.shape)
+    store = store_of(tmp_path / "s", flat, after)
+    data = TokenMicroscope(**ALL, folds=4, epochs=0).run(store).data
+    x, y = (normalised(store["resid_post", layer][:].double().numpy()) for layer in (0, 1))
+    document = store.tokens["document"].to_numpy()
+    fold = document_folds(document, 4, 0)
+    lost = 0.0
+    for one in range(4):
+        rest = fold != one
+        fit = np.linalg.pinv(x[rest], rcond=1e-5) @ y[rest]
+        lost += ((x[~rest] @ fit - y[~rest]) ** 2).sum()
+    assert float(data["linearity_heldout"][0]) == pytest.approx(1 - lost, abs=1e-7)
+    fit = np.linalg.pinv(x, rcond=1e-5) @ y
+    np.testing.assert_allclose(data["nonlinearity"][0], np.linalg.norm(x @ fit - y, axis=1), atol=1e-6)
+    assert float(data["linearity"][0]) == pytest.approx(1 - ((x @ fit - y) ** 2).sum(), abs=1e-7)
 
 
 def test_a_moved_token_has_the_largest_nonlinearity(tmp_path):

@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 _LARGEST = 1e6  # dimension beyond which none is looked for
+_SPARE = 8  # candidates for nearest neighbours beyond those asked for
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,27 @@ def distinct(points: Float[Tensor, "point d"]) -> Bool[np.ndarray, " point"]:
 
 
 def nearest_neighbours(points: Float[Tensor, "point d"], number: int) -> Neighbours:
-    """Returns the `number` nearest neighbours by Euclidean distance, in float64. Costs points^2 x d operations."""
+    """Returns the `number` nearest neighbours by Euclidean distance, in float64.
+
+    Inner products choose some candidates for each point, whose distances are computed from differences; where rounding
+    might have hidden a nearer one, all are. Costs points^2 x d operations, as one product of matrices.
+    """
     exact = points.double()
-    distance = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
-    distance.fill_diagonal_(torch.inf)
-    found = distance.topk(number, largest=False)
-    return Neighbours(found.values.numpy(), found.indices.numpy())
+    centred = exact - exact.mean(0)
+    norms = centred.square().sum(1)
+    squares = (norms[:, None] + norms - 2 * centred @ centred.T).fill_diagonal_(torch.inf)
+    near = squares.topk(min(number + _SPARE, len(exact) - 1), largest=False)
+    rounding = 1e4 * torch.finfo(torch.float64).eps * norms.max()
+    distances, indices = (np.empty((len(exact), number), kind) for kind in (np.float64, np.int64))
+    for point, (candidates, limit) in enumerate(zip(near.indices, near.values[:, -1] - rounding, strict=True)):
+        distance = (exact[candidates] - exact[point]).norm(dim=1)
+        if len(candidates) < len(exact) - 1 and distance.kthvalue(number).values ** 2 > limit:
+            distance = (exact - exact[point]).norm(dim=1)
+            distance[point] = torch.inf
+            candidates = torch.arange(len(exact), device=exact.device)
+        found = distance.topk(number, largest=False)
+        distances[point], indices[point] = found.values.numpy(), candidates[found.indices].numpy()
+    return Neighbours(distances, indices)
 
 
 def gride(distance: Float[np.ndarray, "point neighbour"], near: int, far: int) -> float:
