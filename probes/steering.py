@@ -44,6 +44,7 @@ from workbench.probing import (
     random_direction,
     recorded_model,
     require_causal,
+    token_of_text,
     token_texts,
     with_interval,
     with_note,
@@ -186,7 +187,7 @@ class Steering(StoreProbe):
         for name, one in values.items():
             flat = one.reshape(len(one), -1)
             mean, resampled = clustered_means(flat, np.arange(len(one)), resamples=self.resamples, seed=self.seed)
-            low, high = intervals(resampled)
+            low, high = intervals(resampled, len(one))
             shape = one.shape[1:]
             arrays |= {
                 name: mean.reshape(shape),
@@ -220,17 +221,15 @@ class Steering(StoreProbe):
 
 
 def _target_ids(model: Model, tokens: Sequence[str]) -> list[int]:
-    """Ids of the target tokens. RequestError where none is named, or one is no single token."""
+    """Ids of the target tokens. RequestError where none is named, one is no single token, or one is named twice."""
     if not tokens:
         raise RequestError("tokens is empty; name one or more target tokens, such as ' Monday'")
     if model.tokenizer is None:
         raise RequestError(f"model {model.name!r} has no tokenizer, which target tokens need")
-    known: dict[str, int] = {}
-    for index, text in enumerate(token_texts(model.tokenizer, range(model.vocab))):
-        known.setdefault(text, index)
-    if missing := [token for token in tokens if token not in known]:
-        raise RequestError(f"tokens: {missing[0]!r} is no single token of this model")
-    return [known[token] for token in tokens]
+    ids = [token_of_text(model.tokenizer, model.vocab, token) for token in tokens]
+    if twice := [token for index, token in enumerate(tokens) if ids.index(ids[index]) < index]:
+        raise RequestError(f"tokens: {twice[0]!r} is named twice; name each target token once")
+    return ids
 
 
 def _by_scale(data: Any, name: str) -> go.Figure:

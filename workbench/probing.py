@@ -164,7 +164,7 @@ if TYPE_CHECKING:
     from workbench.analysis.weights_probe import Vocabulary, WeightsProbe, read_vocabulary
     from workbench.analysis.words import Words, find_words
     from workbench.corpus.prompt_pairs import PromptPairs
-    from workbench.corpus.tokenizer import token_texts
+    from workbench.corpus.tokenizer import token_of_text, token_texts
     from workbench.figures.attention_map import head_attention
     from workbench.figures.error_bars import error_bars
     from workbench.figures.group_intervals import group_intervals

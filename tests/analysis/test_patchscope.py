@@ -97,7 +97,7 @@ def test_requests_without_an_answer_are_refused_in_one_line(tiny, store):
         "is not in the prompt": lambda: wb.patchscope(rows, "resid_post.0", placeholder="zebra", model=tiny),
         "none is selected": lambda: wb.patchscope(store.where("position = 99"), "resid_post.0", model=tiny),
         "prompt is empty": lambda: wb.patchscope(rows, "resid_post.0", "", model=tiny),
-        "tokens of this model": lambda: wb.patchscope(rows, "resid_post.0", tokens=("zebra",), model=tiny),
+        "is no single token of this model": lambda: wb.patchscope(rows, "resid_post.0", tokens=("zebra",), model=tiny),
         "has the shape": lambda: wb.patchscope(rows, "resid_post.0", into="z.1", model=tiny),
         "top_k": lambda: wb.patchscope(rows, "resid_post.0", top_k=0, model=tiny),
     }

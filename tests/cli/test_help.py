@@ -19,7 +19,7 @@ from workbench.results.registry import installed_experiments, installed_probes
 VERBS = [
     *("demo", "record", "generate", "plan", "info", "verify", "rm", "pack", "merge", "query"),
     *("features", "metrics", "labels", "top", "index", "serve", "coactive"),
-    *("contributions", "effect", "match", "sparse-probe"),
+    *("contributions", "effect", "match", "patchscope", "sparse-probe"),
     *("probes", "report", "atlas", "export", "compare", "completion", "probe", "attribute", "steer", "patch", "sweep"),
 ]
 COMMANDS = [verb for verb in VERBS if verb not in ("probe", "sweep")]

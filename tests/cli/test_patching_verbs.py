@@ -1,8 +1,10 @@
-"""Verbs of patching, attribution and steering: what they save is what Python gives."""
+"""Verbs of patching, attribution, steering and patchscopes: what they save is what Python gives."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
+import pytest
 from command_line import run
 
 import workbench as wb
@@ -27,6 +29,63 @@ def test_attribute_estimates_patching_for_a_task(tmp_path):
     assert code == 0
     assert "Estimated patching of resid_post (gradient of the corrupt run)" in text
     assert wb.load_result(tmp_path / "r").data.sizes["exact_pair"] == 2
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    out = tmp_path_factory.mktemp("patchscope") / "s.acts"
+    text = "Once upon a time there was a cat."
+    model = wb.load_model("demo", device="cpu")
+    return wb.record(model, [text], sites=["resid_post"], out=out, dtype="float32", show_progress=False)
+
+
+def test_patchscope_lists_and_saves_what_python_gives(store, tmp_path):
+    options = ("--where", "position > 2", "--limit", 2, "--prompt", "the _ and the _", "--placeholder", "_")
+    options += ("--into", "resid_post.0", "--tokens", " cat", "--top-k", 2, "--new-tokens", 3, "--seed", 1)
+    code, text, _ = run("patchscope", store.path, "resid_post.2", *options, "--out", tmp_path / "scope")
+    assert code == 0
+    rows = store.where("position > 2")[:2]
+    settings = {"placeholder": "_", "into": "resid_post.0", "tokens": (" cat",), "top_k": 2, "new_tokens": 3, "seed": 1}
+    expected = wb.patchscope(rows, "resid_post.2", "the _ and the _", **settings, device="cpu").table
+    saved = pd.read_csv(tmp_path / "scope" / "patchscope.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(saved, expected, check_dtype=False, rtol=1e-6)
+    *lines, end, folder = text.splitlines()
+    assert len(lines) == 1 + len(expected)
+    assert "  ".join(lines[0].split()) == "  ".join(" ".join(expected.columns).split())
+    positions = wb.patchscope(rows, "resid_post.2", "the _ and the _", placeholder="_").prompt.positions
+    assert end == (
+        f"2 of {len(store.where('position > 2'))} rows of resid_post.2, put into resid_post.0 at positions "
+        f"{positions[0]}, {positions[1]} of 'the _ and the _'"
+    )
+    assert folder == f"table  {tmp_path / 'scope'}"
+
+
+def test_patchscope_has_the_identity_prompt_by_default(store):
+    code, text, _ = run("patchscope", store.path, "resid_post.1", "--limit", 1, "--top-k", 1)
+    assert code == 0
+    assert text.splitlines()[0].split() == ["row", "token", "kind", "top_token_1", "top_probability_1"]
+    assert text.rstrip().endswith("of 'cat->cat; 1124->1124; hello->hello; ?'")
+
+
+def test_patchscope_refuses_wrong_requests_in_one_line(store, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for options, message in (
+        (("resid_post.9",), "resid_post.9"),
+        (("resid_post.1", "--where", "position > 99"), "--where 'position > 99' selects no row; choose another"),
+        (("resid_post.1", "--where", "nonsense"), "nonsense"),
+        (("resid_post.1", "--limit", 0), "--limit must be a whole number, at least 1, not 0"),
+        (("resid_post.1", "--into", "resid_pst.0"), "resid_pst.0"),
+        (("resid_post.1", "--placeholder", "zebra"), "--placeholder 'zebra' is not in the prompt"),
+        (("resid_post.1", "--tokens", "xyzzy"), "--tokens: 'xyzzy' is"),
+        (("resid_post.1", "--top-k", 0), "--top-k must be a whole number, at least 1"),
+        (("resid_post.1", "--out", tmp_path / "full"), "full"),
+        (("resid_post",), "resid_post"),
+    ):
+        code, out, err = run("patchscope", store.path, *options)
+        assert (code, out) == (2, ""), options
+        assert message in err, options
+        assert err.count("\n") == 1
 
 
 def test_wrong_requests_are_refused_in_one_line(tmp_path):

@@ -14,8 +14,10 @@ from corpus_example import (
     two_words,
     word_pieces,
 )
+from refusals import refused
+from tokenizers import normalizers
 
-from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
+from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_of_text, token_texts
 from workbench.io.errors import RequestError
 
 
@@ -60,3 +62,16 @@ def test_token_texts_by_kind_of_tokenizer(stories):
     assert token_texts(two_words(), [0, 1]) == [" hello", " world"]
     assert token_texts(Letters(), [0, 3, 11, 2]) == ["<", "a", " ", "?"]
     assert token_texts(None, np.array([7, 8])) == ["7", "8"]
+
+
+def test_a_text_names_the_token_that_the_tokenizer_writes_for_it():
+    assert token_of_text(BYTE_LEVEL, 261, " the") == BYTE_LEVEL(" the").input_ids[0]
+    assert token_of_text(UNIGRAM, 32, "a") == 6  # encoded alone it is " " and "a"
+    tokenizer = letters_as_bytes("b", "c")
+    assert token_texts(tokenizer, [1 + 0x62, 258]) == ["b", "b"]
+    assert token_of_text(tokenizer, 260, "b") == 258
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("b", "c")
+    text = "answer: 2 tokens have the text 'b' (99, 258), and the tokenizer writes none of them; name another token"
+    assert refused(RequestError, lambda: token_of_text(tokenizer, 260, "b", "answer")) == text
+    text = "tokens: ' thx' is no single token of this model; nearest:  the"
+    assert refused(RequestError, lambda: token_of_text(BYTE_LEVEL, 261, " thx")).startswith(text)

@@ -124,6 +124,7 @@ def test_runs_without_a_direction_are_refused(settings, message, steered_store):
     [
         ({}, "tokens is empty"),
         ({"tokens": ("Mondays",)}, "tokens: 'Mondays' is no single token"),
+        ({"tokens": (" day", " Monday", " day")}, "tokens: ' day' is named twice"),
         ({"tokens": (" Monday",), "prompt": 99}, "no selected sequence has 99 tokens"),
         ({"tokens": (" Monday",), "prompt": 4, "layers": (9,)}, "no such layer"),
         ({"scales": (1.0, 1.0)}, "scales must be one or more numbers that differ"),

@@ -52,9 +52,9 @@ def unigram():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def letters_as_bytes():
-    """SentencePiece's byte fallback with a vocabulary that holds no letter: "a" is the byte 0x61."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the"]
+def letters_as_bytes(*letters):
+    """SentencePiece's byte fallback with a vocabulary that holds no letter but these: "a" is the byte 0x61."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", *letters]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from workbench.corpus.tokenizer import added_tokens, encode, token_texts, with_whole_offsets
+from workbench.corpus.tokenizer import added_tokens, encode, token_of_text, token_texts, with_whole_offsets
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
@@ -158,7 +158,9 @@ def patchscope(
         raise RequestError(f"into: a row of {into} has the shape {shape}, and one of {site} {tuple(states.shape[1:])}")
     if top_k > model.vocab:
         raise RequestError(f"top_k is {top_k} and the vocabulary has {model.vocab}; give at most that")
-    asked = {text: _token(model, text) for text in ([tokens] if isinstance(tokens, str) else tokens)}
+    assert model.tokenizer is not None  # target_prompt refuses it
+    named = [tokens] if isinstance(tokens, str) else tokens
+    asked = {text: token_of_text(model.tokenizer, model.vocab, text) for text in named}
     texts, lines = token_texts(model.tokenizer, rows.tokens["token_id"].to_numpy()), []
     for kind, values in (("row", states), ("random", random_states(states, seed))):
         found = read_states(model, target, into, values)
@@ -228,11 +230,3 @@ def _generate(
         new = made[:, ids.shape[1] :].cpu()
         texts += [model.tokenizer.decode(one.tolist(), skip_special_tokens=True) for one in new]
     return texts
-
-
-def _token(model: Model, text: str) -> int:
-    assert model.tokenizer is not None
-    ids = encode(model.tokenizer, [text])[0].ids
-    if len(ids) != 1:
-        raise RequestError(f"tokens: {text!r} is {len(ids)} tokens of this model; name one, with its leading space")
-    return int(ids[0])

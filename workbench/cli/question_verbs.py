@@ -1,4 +1,4 @@
-"""Verbs that ask questions about features: coactive, contributions, effect, match, sparse-probe."""
+"""Verbs that ask about features and activations: coactive, contributions, effect, match, patchscope, sparse-probe."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_frame, print_plain
+from workbench.io.checks import check_fields
+from workbench.io.errors import RequestError
 from workbench.io.files import check_new_folder, check_writable
 from workbench.io.saving import save_text, save_texts
 
@@ -207,6 +209,79 @@ class Match:
         print_plain(f"{min(self.k, len(table)):,} of {len(table):,} features")
         if self.out is not None:
             save_text(self.out, csv_text(table))
+            print_plain(f"table  {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Patchscope:
+    """Put recorded activations into a prompt and list what the model says after it, with random ones beside."""
+
+    store: Positional[Path]
+    """Store with the activations."""
+    site: Positional[str]
+    """Recorded site to read, such as resid_post.12."""
+    where: str | None = None
+    """SQL over the token table: the rows (tokens) to read. Default: all."""
+    limit: int = 20
+    """Maximum number of rows, from the first selected one on."""
+    prompt: str | None = None
+    """Prompt that takes the activation. Default: "cat->cat; 1124->1124; hello->hello; ?"."""
+    placeholder: str | None = None
+    """Part of the prompt whose tokens, at every occurrence, take the activation. Default: its last token."""
+    into: str | None = None
+    """Site of the prompt that takes the activation. Default: the one that is read."""
+    tokens: tuple[str, ...] = ()
+    """Tokens, with their leading space, whose log-probability is listed."""
+    top_k: int = 5
+    """Number of most probable tokens to list."""
+    new_tokens: int = 0
+    """Number of tokens to generate, greedily."""
+    model: str | None = None
+    """Recorded model, a local directory or hub id. Default: the name in the store."""
+    seed: int = 0
+    """Random seed of the random activations."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: the GPU if there is one."""
+    out: Path | None = None
+    """Folder for the table (CSV), with all columns."""
+
+    def run(self) -> int:
+        """Prints what the model says of each row."""
+        from workbench.analysis.patchscope import IDENTITY_PROMPT, patchscope  # seconds: torch
+        from workbench.io.spreadsheet import csv_text
+        from workbench.model.reload import recorded_model
+        from workbench.store.reader import open_store
+
+        check_fields(self, "limit", at_least=1, whole=True)
+        check_fields(self, "seed", at_least=0, whole=True)
+        if self.out is not None:
+            check_new_folder(self.out)
+        store = open_store(self.store)
+        store.require(self.site)  # a wrong site is refused before the model is loaded
+        rows = store.where("true" if self.where is None else self.where)
+        if not len(rows):
+            raise RequestError(f"where={self.where!r} selects no row; choose another condition")
+        scope = patchscope(
+            rows[: self.limit],
+            self.site,
+            IDENTITY_PROMPT if self.prompt is None else self.prompt,
+            placeholder=self.placeholder,
+            into=self.into,
+            tokens=self.tokens,
+            top_k=self.top_k,
+            new_tokens=self.new_tokens,
+            model=recorded_model(store, self.model, self.device),
+            seed=self.seed,
+        )
+        print_frame(scope.table if self.new_tokens else scope.table.drop(columns="text"))
+        positions = ", ".join(map(str, scope.prompt.positions))
+        print_plain(
+            f"{min(len(rows), self.limit):,} of {len(rows):,} rows of {scope.source}, put into {scope.into} at "
+            f"position{'s' * (len(scope.prompt.positions) > 1)} {positions} of {scope.prompt.text!r}"
+        )
+        if self.out is not None:
+            save_texts(self.out, {"patchscope.csv": csv_text(scope.table)})
             print_plain(f"table  {self.out}")
         return 0
 

@@ -14,7 +14,7 @@ from workbench.cli.feature_verbs import Features, Labels, Metrics, Top
 from workbench.cli.options import Positional
 from workbench.cli.page_verbs import Atlas, Demo, Export, Index, Report, Serve
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
-from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, SparseProbe
+from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, Patchscope, SparseProbe
 from workbench.cli.recording_verbs import Generate, Plan, Record
 from workbench.cli.store_verbs import Compare, Info, Merge, Pack, Query, Remove, Verify
 from workbench.cli.terminal import print_items, print_plain
@@ -56,6 +56,7 @@ VERBS: dict[str, type[Command]] = {
     "contributions": Contributions,
     "effect": Effect,
     "match": Match,
+    "patchscope": Patchscope,
     "sparse-probe": SparseProbe,
     "probes": Probes,
     "report": Report,

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int32
 
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, nearest
 from workbench.sites.settings import BosPolicy
 
 if TYPE_CHECKING:
@@ -165,6 +165,35 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encodin
         raise RequestError(f"the tokenizer cannot encode the texts: {error}") from error
     spans = encoded["offset_mapping"] if offsets else [[(-1, -1)] * len(ids) for ids in encoded["input_ids"]]
     return [_encoding(ids, span) for ids, span in zip(encoded["input_ids"], spans, strict=True)]
+
+
+def token_of_text(tokenizer: PreTrainedTokenizerBase, vocab: int, text: str, name: str = "tokens") -> int:
+    """Returns the id of the token with a text, as `token_texts` gives it: " Monday" with its leading space.
+
+    Of several tokens with one text, the one that the tokenizer writes for it.
+
+    Args:
+        tokenizer: The model's.
+        vocab: Number of token ids of the model.
+        text: Text of the token.
+        name: What the caller calls the token, for messages.
+
+    Raises:
+        RequestError: No token has the text, or several have it and the tokenizer writes none of them.
+    """
+    written = encode(tokenizer, [text])[0].ids
+    if len(written) == 1 and token_texts(tokenizer, written) == [text]:
+        return int(written[0])
+    known = token_texts(tokenizer, range(vocab))
+    ids = [index for index, one in enumerate(known) if one == text]
+    if len(ids) == 1:
+        return ids[0]
+    if ids:
+        raise RequestError(
+            f"{name}: {len(ids)} tokens have the text {text!r} ({', '.join(map(str, ids[:5]))}), and the tokenizer "
+            "writes none of them; name another token"
+        )
+    raise RequestError(f"{name}: {text!r} is no single token of this model{nearest(text, known)}")
 
 
 def _encoding(ids: list[int], spans: list[tuple[int, int]]) -> Encoding:
