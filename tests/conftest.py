@@ -1,5 +1,6 @@
 """Fixtures for all tests: an offline, quiet environment; real small models; tiny random ones."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def shared(path: str) -> Path:
             f"{path} is no part of the repository; its authors keep it in a folder `shared` beside their checkout"
         )
     return SHARED / path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collects no garbage while modules are imported, nor later among what they made: scanning it takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
