@@ -7,15 +7,20 @@ from workbench.demo.run import SETTINGS as QUICK
 from workbench.embedded import demo_corpus
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model.made_of import read_made_of
+from workbench.experiments.findings import measure
 from workbench.experiments.findings.__main__ import DEMO, page, speech
 from workbench.experiments.findings.measure import KEPT, OTHER_INPUTS, Subject, headlines
 from workbench.results.registry import installed_probes
 
 
-def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path):
+def test_every_probe_answers_on_the_embedded_model_and_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "REPEATS", 8)
     brief = {"row_limit": 8, "training_rows": 16, "prompt_tokens": 2}
     settings = DEMO | {"future-prompts": DEMO["future-prompts"] | brief}
-    settings |= {name: QUICK[name] for name in ("fiber-bundle", "token-characters", "under-trained-tokens")}
+    settings |= {"under-trained-tokens": QUICK["under-trained-tokens"]}
+    settings |= {"token-characters": {"row_limit": 200, "epochs": 1}, "fiber-bundle": {"row_limit": 50}}
+    settings |= {"future-lens": {"epochs": 1, "horizons": 1}, "tuned-lens": {"epochs": 1}}
+    settings |= {"induction-heads": {"ablation_tokens": 100, "ablation_controls": 1, "resamples": 20}}
     settings |= {"next-token-law": {"rows_per_dimension": 1}, "linear-probes": {"label": "concept", "least": 5}}
     settings |= {"masked-sinks": {"row_limit": 50, "layers_too": False, "heads": 1}}
     settings |= {"zero-tuning": {"row_limit": 50, "gammas": (0.5, 1.0)}}
