@@ -108,7 +108,7 @@ def test_float16_keeps_the_support_and_counts_what_overflows(example, tmp_path):
 
 
 def test_the_default_name_is_made_of_the_site_and_the_sae(store, tmp_path):
-    sae = replace(loaded(tmp_path / "sae"), name="release é/blocks.1 id")
+    sae = replace(loaded(tmp_path / "sae"), name="release/blocks.1 id")
     assert extracted(store, sae).path.name == "resid_post.1-release-blocks.1-id"
 
 
