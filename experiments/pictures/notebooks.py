@@ -149,18 +149,6 @@ def checksum(book: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\n\n".join(cell.source for cell in code_cells(book)).encode()).hexdigest()
 
 
-def text_of(book: nbformat.NotebookNode) -> str:
-    """Returns the text that a notebook shows: what it printed, and values as text; not its figures."""
-    parts = []
-    for cell in code_cells(book):
-        for output in cell.outputs:
-            data = output.get("data", {})
-            parts.append(
-                output.get("text", "" if "image/png" in data or FIGURE in data else data.get("text/plain", ""))
-            )
-    return "\n".join(parts)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs notebooks and writes them with their outputs."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures.notebooks", description=__doc__)
