@@ -91,17 +91,24 @@ def test_the_control_has_the_norm_of_each_row(store):
     assert not torch.equal(drawn, random_states(states, 1))
 
 
-def test_requests_without_an_answer_are_refused_in_one_line(tiny, store):
-    rows = store.where("position = 1")
+def test_requests_without_an_answer_are_refused_in_one_line(tiny, store, monkeypatch):
+    rows, long = store.where("position = 1"), "day " * 200
     calls = {
         "is not in the prompt": lambda: wb.patchscope(rows, "resid_post.0", placeholder="zebra", model=tiny),
         "none is selected": lambda: wb.patchscope(store.where("position = 99"), "resid_post.0", model=tiny),
         "prompt is empty": lambda: wb.patchscope(rows, "resid_post.0", "", model=tiny),
         "is no single token of this model": lambda: wb.patchscope(rows, "resid_post.0", tokens=("zebra",), model=tiny),
         "has the shape": lambda: wb.patchscope(rows, "resid_post.0", into="z.1", model=tiny),
+        "must be rows of a store": lambda: wb.patchscope(store, "resid_post.0", model=tiny),
+        "and the context of model 'tiny-llama' 128": lambda: wb.patchscope(rows, "resid_post.0", long, model=tiny),
+        "and 120 new ones": lambda: wb.patchscope(rows, "resid_post.0", new_tokens=120, model=tiny),
         "top_k": lambda: wb.patchscope(rows, "resid_post.0", top_k=0, model=tiny),
     }
     for message, call in calls.items():
         assert message in refused(RequestError, call)
+    monkeypatch.setattr(type(rows), "__getitem__", lambda rows, _site: torch.full((len(rows), 32), torch.nan))
+    assert "have a NaN or infinite value at resid_post.0" in refused(
+        RequestError, lambda: wb.patchscope(rows, "resid_post.0", model=tiny)
+    )
     bare = Model(tiny.module, None, "tiny-llama")
     assert "no tokenizer" in refused(RequestError, lambda: target_prompt(bare, "a"))

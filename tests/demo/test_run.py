@@ -2,10 +2,12 @@
 
 import pytest
 from refusals import refused
+from transformers import MambaConfig, MambaForCausalLM
 
 import workbench as wb
 from workbench.demo import run
 from workbench.io.errors import RequestError
+from workbench.model.load import Model
 
 
 @pytest.fixture
@@ -29,3 +31,14 @@ def test_another_model_is_recorded_on_the_corpus_without_features(stories260k, t
 def test_a_number_of_rows_below_one_is_refused(stories260k, three_probes, tmp_path):
     message = refused(RequestError, lambda: run.demo(tmp_path, model=stories260k, rows=0))
     assert "max_rows" in message
+
+
+def test_sites_that_a_model_lacks_are_left_out(monkeypatch, tmp_path):
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = Model(MambaForCausalLM(config).eval(), None, "mamba")
+    monkeypatch.setattr(run, "record", lambda _model, _texts, *, sites, out, **_: (out.name, sites))
+    stores = dict(run.record_stores(model, tmp_path, (), 10))
+    assert "resid_post" in stores["demo.acts"]
+    for sites in stores.values():
+        assert model.site_map.select(sites)
+        assert not any(site.startswith(("attn", "pattern")) for site in sites)

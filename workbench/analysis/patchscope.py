@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.corpus.tokenizer import added_tokens, encode, token_of_text, token_texts, with_whole_offsets
 from workbench.io.checks import check
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, shown
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating, run
 from workbench.model.intervene import intervene
@@ -59,11 +59,12 @@ class Patchscope:
     generates."""
 
 
-def target_prompt(model: Model, text: str, placeholder: str | None = None) -> TargetPrompt:
+def target_prompt(model: Model, text: str, placeholder: str | None = None, new_tokens: int = 0) -> TargetPrompt:
     """Returns a prompt with the tokens of every occurrence of `placeholder`; None: its last token.
 
     Raises:
-        RequestError: The model has no tokenizer, the prompt is empty, or it does not contain the placeholder.
+        RequestError: The model has no tokenizer, the prompt is empty, does not contain the placeholder, or leaves no
+            room for new tokens in the model's context.
     """
     if model.tokenizer is None:
         raise RequestError(f"model {model.name!r} has no tokenizer, which a prompt needs")
@@ -81,6 +82,12 @@ def target_prompt(model: Model, text: str, placeholder: str | None = None) -> Ta
     if not inside:
         raise RequestError(f"placeholder {placeholder!r} is not in the prompt {text!r}; name a part of it")
     ids = (*prefix, *(int(one) for one in encoding.ids))
+    if model.context_limit is not None and len(ids) + new_tokens > model.context_limit:
+        after = f" and {new_tokens} new ones" if new_tokens else ""
+        raise RequestError(
+            f"prompt has {len(ids)} tokens{after}, and the context of model {model.name!r} {model.context_limit}; "
+            "give a shorter one"
+        )
     return TargetPrompt(text, ids, tuple(len(prefix) + one for one in inside))
 
 
@@ -143,17 +150,22 @@ def patchscope(
         device: Device of a model that is loaded here. None: the GPU if there is one.
 
     Raises:
-        RequestError: No row, another model, a site that was not recorded or cannot be changed or has another shape, a
-            placeholder that is not in the prompt, or a token that is none.
+        RequestError: No row or one that is not finite, another model, a site that was not recorded or cannot be changed
+            or has another shape, a placeholder that is not in the prompt, a prompt that is too long, or a token that is
+            none.
     """
     check("top_k", top_k, at_least=1, whole=True)
     check("new_tokens", new_tokens, at_least=0, whole=True)
+    if not isinstance(rows, Rows):
+        raise RequestError(f"rows must be rows of a store, such as store.where('position = 5'), not {shown(rows)}")
     if not len(rows):
         raise RequestError("rows: none is selected; choose others")
     model = recorded_model(rows.store, model, device)
-    target = target_prompt(model, prompt, placeholder)
+    target = target_prompt(model, prompt, placeholder, new_tokens)
     into = site if into is None else into
     states = rows[site].float()
+    if lost := int((~states.isfinite().flatten(1).all(1)).sum()):
+        raise RequestError(f"rows: {lost} of {len(rows)} have a NaN or infinite value at {site}; choose others")
     if (shape := changeable_place(model, into).shape) != tuple(states.shape[1:]):
         raise RequestError(f"into: a row of {into} has the shape {shape}, and one of {site} {tuple(states.shape[1:])}")
     if top_k > model.vocab:

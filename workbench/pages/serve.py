@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl
 from workbench.features.feature_store import Features
 from workbench.figures.markup import escape, inert
 from workbench.io.checks import check
-from workbench.io.errors import RequestError, WorkbenchError
+from workbench.io.errors import RequestError, WorkbenchError, shown
 from workbench.pages.linked_view import ANSWERS, LinkedView
 from workbench.store.reader import Store
 
@@ -79,7 +79,9 @@ def serve(store: Store, features: Features | None = None, *, port: int = 0) -> S
     Raises:
         RequestError: An empty store, features of another store, or a port that is taken.
     """
-    check("port", port, at_least=0, at_most=65_535)
+    check("port", port, at_least=0, at_most=65_535, whole=True)
+    if not isinstance(store, Store):
+        raise RequestError(f"store must be an opened one, such as wb.open_store('runs/x.acts'), not {shown(store)}")
     if not store.rows:
         raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
     if features is not None and features.store.path != store.path:
