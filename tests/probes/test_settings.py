@@ -32,7 +32,7 @@ def test_values_become_those_of_the_fields():
     )
     assert type(LogitLens(top_k=np.int64(3)).top_k) is int
     assert OverSquashing(tokens="a").tokens == ("a",)
-    assert Steering(scales=2).scales == (2,)
+    assert Steering(scales=2).scales == (2.0,)
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def check_fields(record: object, *names: str, **limits: Any) -> None:
 def check_types(record: Any) -> None:
     """Refuses values of a frozen settings record that are not of the types of its fields.
 
-    Numbers of NumPy become Python's, 2.0 becomes 2 where a whole number is meant, and a list, or one value alone, a
-    tuple where there may be several. A text may be a path; a number in its place is left to the record. Fields of other
-    types than numbers, texts, truth values and tuples of them are left alone.
+    Numbers of NumPy become Python's, 2.0 becomes 2 where a whole number is meant, a path a text, and a list, or one
+    value alone, a tuple where there may be several. Fields of other types than numbers, texts, truth values and tuples
+    of them are left alone.
 
     Args:
         record: The record, which is changed in place.
@@ -132,12 +132,10 @@ def _converted(name: str, kind: type, value: Any, several: bool) -> Any:
             return bool(value)
         if kind is str and isinstance(value, str | os.PathLike):
             return os.fspath(value)
-        if kind is str and isinstance(value, int | float) and not truth and not several:
-            return value
         if kind in (int, float) and not truth and not isinstance(value, str | bytes):
             number = float(value)
             if kind is float and not (several and math.isnan(number)):  # alone it is in no range
-                return value if isinstance(value, int) else number
+                return number
             if kind is int and number == math.floor(number):
                 return int(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # none, or several numbers
