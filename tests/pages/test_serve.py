@@ -164,7 +164,8 @@ def test_the_views_in_a_browser(served, store):
     with chromium() as page:
         page.size(1300, 900)
         page.open(served.address)
-        page.wait(f"{count('.token')} == 10 && {count('#sinks button')} == 2")
+        page.wait(f"{count('.token')} == 30 && {count('#sinks button')} == 2")
+        assert page.run("[...document.querySelectorAll('.sequence')].map((one) => one.dataset.name)") == ["0", "1", "2"]
         assert page.run("document.querySelectorAll('img, #tokens script').length") == 0
         texts = page.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
         assert "<img src=x onerror=alert(1)>" in texts
@@ -173,10 +174,11 @@ def test_the_views_in_a_browser(served, store):
         page.mouse("#sinks td:nth-child(3) button")
         page.wait("document.querySelector('.token.query') && !document.querySelector('#note').textContent", 20)
         weights = page.run("[...document.querySelectorAll('.token')].map((token) => token.title.split(': ')[1])")
+        assert weights[10:] == [None] * 20  # attention stays in its sequence
         pattern = store["pattern", 3][9].numpy()[1]
-        np.testing.assert_allclose([float(weight) for weight in weights], pattern, rtol=1e-3)
+        np.testing.assert_allclose([float(weight) for weight in weights[:10]], pattern, rtol=1e-3)
         # a token opens its lens and its neighbours, by the keyboard alone; the selection is a query
-        page.run("document.querySelector('.token[data-at=\"0\"]').focus()")
+        page.run("document.querySelector('.token[data-row=\"0\"]').focus()")
         page.key("ArrowLeft", 37)
         page.key("Home", 36)
         page.key("ArrowRight", 39)
@@ -185,6 +187,12 @@ def test_the_views_in_a_browser(served, store):
         assert page.run("document.querySelector('[name=sql]').value") == "row IN (1)"
         python = page.run("document.querySelector('[name=python]').value")
         assert eval(python, {"wb": wb}).ids.tolist() == [1]
+        # the arrow keys cross the ends of sequences; a run of rows is a range
+        for _ in range(10):
+            page.key("ArrowRight", 39, modifiers=8)
+        page.key("Enter", 13, text="\r", modifiers=8)
+        assert page.run("document.querySelector('[name=sql]').value") == "row BETWEEN 1 AND 11"
+        page.wait("document.querySelector('#lens .note').textContent.startsWith('row 11:')", 20)
         # a neighbour leads to its place
         page.mouse("#neighbours li:first-child button")
         page.wait("document.activeElement.classList.contains('token')", 20)
@@ -192,3 +200,32 @@ def test_the_views_in_a_browser(served, store):
         assert page.run("document.querySelector('#selection').hidden")
         assert page.complaints == []
         assert {urlsplit(address).netloc for address in page.requests} == {urlsplit(served.address).netloc}
+
+
+def test_a_store_of_many_sequences_scrolls(tmp_path):
+    """Sequences come before they are seen and go when they are far; the number follows, and tokens keep their rows."""
+    documents = [[1, 2, 3, 4] * 100 for _ in range(40)]
+    values = np.arange(16_000.0)[:, None] + 1
+    path = planted_store(tmp_path / "x.acts", documents, {"resid_post.0": values}).path
+    served = wb.serve(wb.open_store(path))
+    try:
+        with chromium() as page:
+            page.size(800, 500)
+            page.open(served.address)
+            page.wait(f"{count('.sequence')} > 1")
+            assert page.run(count(".sequence")) < 20
+            scroll = "const list = document.querySelector('#tokens'); list.scrollTop = list.scrollHeight"
+            shown = "[...document.querySelectorAll('.sequence')].map((one) => Number(one.dataset.name))"
+            page.wait(f"(() => {{ {scroll}; return {shown}.at(-1) == 39 }})()")
+            numbers = page.run(shown)
+            assert numbers == list(range(numbers[0], 40))
+            assert 1 < len(numbers) < 20
+            assert page.run("Number(document.querySelector('[name=sequence]').value)") in numbers
+            last = page.run("[...document.querySelectorAll('.token')].at(-1).title")
+            assert last == "row 15999, position 399: 16000"
+            assert page.run("document.querySelectorAll('.token[tabindex=\"0\"]').length") == 1
+            page.wait(f"(() => {{ document.querySelector('#tokens').scrollTop = 0; return {shown}[0] == 0 }})()")
+            assert page.run("document.querySelector('.token').title") == "row 0, position 0: 1"
+            assert page.complaints == []
+    finally:
+        served.close()

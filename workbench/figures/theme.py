@@ -6,6 +6,7 @@ page.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,9 +131,15 @@ def top_bar(unit: str) -> dict[str, Any]:
 
 def to_dark(figure: go.Figure) -> go.Figure:
     """Returns a copy for a dark page, with the dark template and the dark counterpart of each palette."""
-    spec = figure.to_plotly_json()
-    copy = go.Figure({"data": _dark(spec["data"]), "layout": _dark({**spec["layout"], "template": None})})
-    return copy.update_layout(template=DARK)
+    return go.Figure(to_dark_spec(figure.to_plotly_json()))
+
+
+def to_dark_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `to_dark` does to a figure, of its specification: its data and layout as plain values."""
+    return {
+        "data": _dark(spec["data"]),
+        "layout": {**_dark({**spec["layout"], "template": None}), "template": _DARK_SPEC},
+    }
 
 
 def _dark(value: Any, key: str = "") -> Any:
@@ -164,6 +171,7 @@ _DARK_SCALES = {
 TEMPLATE = _template(INK, GRID, PAGE)
 DARK = _template(DARK_INK, DARK_GRID, DARK_PAGE)
 PAPER = _paper_template()
+_DARK_SPEC: dict[str, Any] = json.loads(json.dumps(DARK.to_plotly_json()))
 
 
 def colour_on(dark: bool, colour: str) -> str:

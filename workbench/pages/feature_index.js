@@ -9,10 +9,19 @@ const PAGE = 100;
 const total = data.active.length;
 const linked = new Set(data.pages);
 const label = (feature) => data.labels[feature] ?? "";
-const texts = data.active.map((_, feature) =>
+// All that is searched in one text, a line a feature: the browser's own search passes over it once a word.
+const lines = data.active.map((_, feature) =>
   `${feature} ${label(feature)} ${data.tokens[feature].map((code) => data.words[code]).join(" ")}`.toLowerCase());
+const starts = new Uint32Array(total + 1);  // of each feature's line
+lines.forEach((line, feature) => { starts[feature + 1] = starts[feature] + line.length + 1; });
+const haystack = lines.join("\n");
+const numbers = new Intl.NumberFormat("en");
 
-const keys = { feature: (one) => one, active: (one) => data.active[one], max: (one) => data.max[one], label };
+let ranks = null;  // of labels, in their order
+const ranked = () => new Map([...new Set(Object.values(data.labels))].sort(new Intl.Collator("en", { numeric: true }).compare)
+  .map((name, place) => [name, place]));
+const keys = { feature: (one) => one, active: (one) => data.active[one], max: (one) => data.max[one],
+  label: (one) => (ranks ??= ranked()).get(data.labels[one]) };
 let sorted = { column: "active", down: true };
 let ordered = [];  // every feature, sorted
 let shown = [];
@@ -26,20 +35,29 @@ function make(tag, parent, text, kind) {
   return element;
 }
 
+// Every feature, by the chosen column; those without a label last.
 function order() {
-  const key = keys[sorted.column];
+  const values = data.active.map((_, feature) => keys[sorted.column](feature));
   const sign = sorted.down ? -1 : 1;
-  const features = Array.from(texts.keys());
-  if (sorted.column !== "label") return features.sort((a, b) => sign * (key(a) - key(b)) || a - b);
-  const compare = new Intl.Collator("en", { numeric: true }).compare;
-  return features.sort((a, b) => (!label(a) - !label(b)) || sign * compare(label(a), label(b)) || a - b);
+  return Array.from(values.keys()).sort((a, b) =>
+    (values[a] === undefined) - (values[b] === undefined) || sign * (values[a] - values[b]) || a - b);
+}
+
+// 1 for each feature whose line has the word.
+function marked(word) {
+  const marks = new Uint8Array(total);
+  let feature = 0;
+  for (let at = haystack.indexOf(word); at >= 0; at = haystack.indexOf(word, starts[feature])) {
+    while (starts[feature + 1] <= at) feature++;
+    marks[feature++] = 1;
+  }
+  return marks;
 }
 
 function choose() {
-  const words = form.words.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = form.words.value.toLowerCase().split(/\s+/).filter(Boolean).map(marked);
   const dead = form.dead.checked;
-  shown = ordered.filter((feature) =>
-    (dead || data.active[feature]) && words.every((word) => texts[feature].includes(word)));
+  shown = ordered.filter((feature) => (dead || data.active[feature]) && found.every((marks) => marks[feature]));
   first = 0;
   draw();
 }
@@ -50,7 +68,7 @@ function line(feature) {
   if (linked.has(feature)) make("a", number, feature).href = `feature-${feature}.html`;
   else number.textContent = feature;
   const share = (100 * data.active[feature]) / Math.max(1, data.rows);
-  const active = make("td", row, `${data.active[feature].toLocaleString("en")} `, "number");
+  const active = make("td", row, `${numbers.format(data.active[feature])} `, "number");
   make("small", active, `${Number(share.toPrecision(3))} %`);
   make("td", row, data.max[feature], "number");
   make("td", row, label(feature));
@@ -63,7 +81,7 @@ function draw() {
   const part = shown.slice(first, first + PAGE);
   body.replaceChildren(...part.map(line));
   status_.textContent = part.length
-    ? `${(first + 1).toLocaleString("en")} to ${(first + part.length).toLocaleString("en")} of ${shown.length.toLocaleString("en")} features`
+    ? `${numbers.format(first + 1)} to ${numbers.format(first + part.length)} of ${numbers.format(shown.length)} features`
     : "no feature has these words";
   back.disabled = first === 0;
   on.disabled = first + PAGE >= shown.length;

@@ -36,6 +36,7 @@ FORMATS = ("html", "pdf", "svg", "png")
 DPI = 300
 """Resolution of PNG files, in dots per inch."""
 
+_BITMAPS = ("png", "webp")
 _SCRIPT = "plotly.min.js"
 _WATCH = 'watchHeads(document.getElementById("figure"));'
 _PAGES = {"light": ("#1f2430", "#5b6472", "white"), "dark": ("#e4e7ec", "#9aa1ad", "#14171f")}
@@ -202,8 +203,8 @@ def render(
 
     Args:
         figures: Figures by name.
-        formats: Any of pdf, svg, png.
-        scale: Pixels of a PNG per pixel of the figure. None: those of `DPI`.
+        formats: Any of pdf, svg, png, webp.
+        scale: Pixels of a PNG or WebP per pixel of the figure. None: those of `DPI`.
     """
     from workbench.figures.theme import INCH
 
@@ -218,10 +219,11 @@ def render(
             (name, kind): Path(folder, f"{number}.{kind}") for number, name in enumerate(figures) for kind in formats
         }
         jobs = [
-            {"fig": figures[name], "path": path, "opts": {"format": kind, "scale": pixels if kind == "png" else 1}}
+            {"fig": figures[name], "path": path, "opts": {"format": kind, "scale": pixels if kind in _BITMAPS else 1}}
             for (name, kind), path in paths.items()
         ]
         try:
+            logging.getLogger("choreographer.channels.pipe").addFilter(_is_of_chrome)
             # blocks requests by figures: a proxy that does not exist receives all but file addresses
             kopts = {"page_generator": page, "proxy_server": "127.0.0.1:9"}
             failed = kaleido.write_fig_from_object_sync(jobs, kopts=kopts)
@@ -241,6 +243,11 @@ def render(
         (name, kind): _without_dates(picture) if kind == "pdf" else picture
         for (name, kind), picture in pictures.items()
     }
+
+
+def _is_of_chrome(record: logging.LogRecord) -> bool:
+    """False for choreographer's report of its own goodbye: closing, it may read that behind a message of Chrome."""
+    return "JSONError" not in record.getMessage()
 
 
 def _warn_missing(formats: Sequence[str], reason: str) -> dict[tuple[str, str], bytes]:

@@ -4,8 +4,13 @@ const find = (selector) => document.querySelector(selector);
 const controls = find("#controls");
 const list = find("#tokens");
 const note = find("#note");
-let about, text, values = [], pattern = null, focus = 0, anchor = 0;
+let about;
+let blocks = [];  // the sequences in the list, one after another
+let focus = 0, anchor = 0;  // rows
+let shows = 0;  // how often the list was begun anew
+let full = 1;  // the value of full colour
 const selected = new Set();
+const AHEAD = 2;  // heights of the list that are filled beyond what is seen, on either side
 
 async function ask(name, parameters = {}) {
   const answer = await fetch(`${name}?${new URLSearchParams(parameters)}`);
@@ -53,8 +58,10 @@ async function begin() {
   layers();
   if (!about.features) controls.querySelector("option[value=feature]").remove();
   if (!about.sites.pattern) controls.querySelector("option[value=head]").remove();
-  await show(0);
+  find("#features").hidden = !about.features;
+  const text = show(0);
   attempt(find("#sinks .note"), sinks);
+  await text;
 }
 
 function layers() {
@@ -66,64 +73,143 @@ function layers() {
   }
 }
 
+const holds = (block, row) => row >= block.first && row < block.first + block.texts.length;
+const blockOf = (row) => blocks.find((block) => holds(block, row));
+const place = (row) => { const block = blockOf(row); return block?.tokens[row - block.first]; };
+
 async function show(sequence, row = null) {
+  const mine = ++shows;
   await attempt(note, async () => {
-    text = await ask("sequence", { number: sequence });
+    const block = await blockAt(sequence);
+    if (mine !== shows) return;
+    note.textContent = "";
+    focus = anchor = row !== null && holds(block, row) ? row : block.first;
+    blocks = [block];
+    list.replaceChildren(block.element);
+    list.scrollTop = 0;
     controls.sequence.value = sequence;
-    focus = anchor = row === null ? 0 : row - text.first;
-    list.replaceChildren();
-    let run = null;
-    text.texts.forEach((word, at) => {
-      const backward = rtl.test(word);
-      if (backward && !run) { run = make("bdi", list); run.dir = "rtl"; }
-      if (!backward && run && /\p{L}/u.test(word)) run = null;
-      const token = make("span", run ?? list, word.replace(/·/g, " "), "token");
-      token.setAttribute("role", "option");
-      token.dataset.at = at;
-      if (text.ends[at]) { run = null; make("br", list); }
-    });
-    note.textContent = text.left_out ? `${text.left_out.toLocaleString("en")} more tokens of this sequence are not shown` : "";
     await colour();
-    if (row !== null) place(focus)?.focus();
+    if (focus === row) place(row).focus();
+    else if (row !== null) note.textContent = `row ${row} lies beyond the tokens of its sequence that are shown`;
+    await fill();
   });
 }
 
-const tokens = () => [...list.querySelectorAll(".token")];
-const place = (at) => list.querySelector(`.token[data-at="${at}"]`);
+// A sequence with its tokens drawn, without colours.
+async function blockAt(sequence) {
+  const block = { ...await ask("sequence", { number: sequence }), values: [], pattern: null, tokens: [] };
+  block.element = make("div", null, "", "sequence");
+  block.element.setAttribute("role", "group");
+  block.element.setAttribute("aria-label", `sequence ${sequence}`);
+  block.element.dataset.name = sequence;
+  if (block.left_out) block.element.dataset.left = `${block.left_out.toLocaleString("en")} more tokens of this sequence are not shown`;
+  let run = null;
+  block.texts.forEach((word, at) => {
+    const backward = rtl.test(word);
+    if (backward && !run) { run = make("bdi", block.element); run.dir = "rtl"; }
+    if (!backward && run && /\p{L}/u.test(word)) run = null;
+    const token = make("span", run ?? block.element, word.replace(/·/g, " "), "token");
+    token.setAttribute("role", "option");
+    token.dataset.row = block.first + at;
+    block.tokens.push(token);
+    if (block.ends[at]) { run = null; make("br", block.element); }
+  });
+  return block;
+}
+
+async function readValues(block) {
+  const kind = controls.colour.value, which = { number: block.sequence };
+  block.pattern = null;
+  block.values = [];
+  if (kind === "feature") block.values = (await ask("feature", { ...which, feature: number("feature") })).values;
+  else if (kind === "norm" && site()) block.values = (await ask("norms", { ...which, site: site(), layer: number("layer") })).values;
+  else if (kind === "head" && holds(block, focus)) {
+    block.pattern = (await ask("head", { ...which, layer: number("layer"), head: number("head") })).pattern;
+    block.values = block.pattern[focus - block.first] ?? [];
+  }
+}
 
 async function colour() {
   layers();
   await attempt(note, async () => {
-    const kind = controls.colour.value;
-    pattern = null;
-    if (kind === "head") {
-      pattern = (await ask("head", { number: text.sequence, layer: number("layer"), head: number("head") })).pattern;
-      values = pattern[Math.min(focus, pattern.length - 1)] ?? [];
-    } else if (kind === "feature") values = (await ask("feature", { number: text.sequence, feature: number("feature") })).values;
-    else values = site() ? (await ask("norms", { number: text.sequence, site: site(), layer: number("layer") })).values : [];
+    await Promise.all(blocks.map(readValues));
+    note.textContent = "";
     paint();
   });
 }
 
-// Full colour: the largest value but for the first token, whose norm or attention would bleach all others.
-function paint() {
-  const finite = values.slice(1).filter((value) => value !== null);
-  const full = Math.max(...finite, 0) || Math.max(values[0] ?? 0, 0) || 1;
-  const beyond = values.filter((value) => value > full).length;
-  tokens().forEach((token, at) => {
-    const value = values[at] ?? null;
-    token.style.setProperty("--a", value === null ? 0 : (0.75 * Math.min(1, Math.max(0, value) / full)).toFixed(3));
-    token.title = `row ${text.first + at}, position ${text.positions[at]}` + (value === null ? "" : `: ${short(value)}`);
-    token.setAttribute("aria-selected", selected.has(text.first + at));
-    token.classList.toggle("query", pattern !== null && at === focus);
-    token.tabIndex = at === focus ? 0 : -1;
-  });
+// Sequences are added before the list is scrolled to them, and those far away are removed: a store of any length scrolls.
+let filling = null;
+const fill = () => (filling ??= attempt(note, fillOnce).finally(() => { filling = null; }));
+
+async function fillOnce() {
+  for (;;) {
+    const room = AHEAD * list.clientHeight, above = list.scrollTop, below = list.scrollHeight - above - list.clientHeight;
+    const last = blocks.at(-1).sequence, first = blocks[0].sequence;
+    const next = below < room && last + 1 < about.sequences ? last + 1 : above < room && first > 0 ? first - 1 : null;
+    if (next === null) break;
+    const mine = shows, block = await blockAt(next);
+    await readValues(block);
+    if (mine !== shows) continue;
+    if (next > last) { blocks.push(block); list.append(block.element); }
+    else { blocks.unshift(block); keepPlace(() => list.prepend(block.element)); }
+    paint([block]);
+  }
+  const far = 2 * AHEAD * list.clientHeight;
+  while (blocks.length > 1 && list.scrollTop - blocks[0].element.offsetHeight > far) { const block = blocks.shift(); keepPlace(() => block.element.remove()); }
+  while (blocks.length > 1 && list.scrollHeight - blocks.at(-1).element.offsetHeight - list.scrollTop - list.clientHeight > far) blocks.pop().element.remove();
+  if (!blockOf(focus)) { focus = anchor = seen().first; paint([seen()]); }
+}
+
+// What is seen stays where it is while something changes above it.
+function keepPlace(change) {
+  const height = list.scrollHeight, top = list.scrollTop;
+  change();
+  list.scrollTop = top + list.scrollHeight - height;
+}
+
+// The first sequence that is seen.
+function seen() {
+  const top = list.getBoundingClientRect().top + 8;
+  return blocks.find((block) => block.element.getBoundingClientRect().bottom > top) ?? blocks.at(-1);
+}
+
+// Full colour: the largest value but for those of first tokens, whose norm or attention would bleach all others.
+function paint(changed = blocks) {
+  const values = blocks.flatMap((block) => block.values.filter((value) => value !== null));
+  const later = blocks.flatMap((block) => block.values.slice(1).filter((value) => value !== null));
+  const now = largest(later) || largest(values) || 1;
+  const beyond = values.filter((value) => value > now).length;
+  for (const block of now === full ? changed : blocks) paintTokens(block, now);
+  full = now;
   find("#scale output").textContent = `0 to ${short(full)}` + (beyond ? `; ${beyond} beyond` : "");
-  const rows = [...selected].sort((a, b) => a - b);
+}
+
+const largest = (values) => values.reduce((most, value) => Math.max(most, value), 0);
+
+function paintTokens(block, most) {
+  block.tokens.forEach((token, at) => {
+    const value = block.values[at] ?? null, row = block.first + at;
+    token.style.setProperty("--a", value === null ? 0 : (0.75 * Math.min(1, Math.max(0, value) / most)).toFixed(3));
+    token.title = `row ${row}, position ${block.positions[at]}` + (value === null ? "" : `: ${short(value)}`);
+    token.setAttribute("aria-selected", selected.has(row));
+    token.classList.toggle("query", block.pattern !== null && row === focus);
+    token.tabIndex = row === focus ? 0 : -1;
+  });
+}
+
+// The selected rows as a query; runs of rows as their ends.
+function showSelection() {
+  const rows = [...selected].sort((a, b) => a - b), single = [], parts = [];
+  for (let at = 0, end; at < rows.length; at = end) {
+    for (end = at + 1; rows[end] === rows[end - 1] + 1;) end++;
+    if (end - at < 3) single.push(...rows.slice(at, end));
+    else parts.push(`row BETWEEN ${rows[at]} AND ${rows[end - 1]}`);
+  }
+  if (single.length) parts.unshift(`row IN (${single.join(", ")})`);
   find("#selection").hidden = rows.length === 0;
-  const sql = `row IN (${rows.join(", ")})`;
-  find("[name=sql]").value = sql;
-  find("[name=python]").value = `wb.open_store(${JSON.stringify(about.path)}).where("${sql}")`;
+  find("[name=sql]").value = parts.join(" OR ");
+  find("[name=python]").value = `wb.open_store(${JSON.stringify(about.path)}).where("${parts.join(" OR ")}")`;
 }
 
 async function sinks() {
@@ -148,15 +234,15 @@ async function sinks() {
         layers();
         controls.layer.value = layer;
         controls.head.value = head;
-        if (focus === 0) focus = tokens().length - 1;
+        const block = blockOf(focus);
+        if (focus === block.first) focus = anchor = block.first + block.texts.length - 1;
         colour();
       });
     });
   });
 }
 
-function explain(at) {
-  const row = text.first + at;
+function explain(row) {
   attempt(find("#lens .note"), () => lens(row));
   if (about.features) attempt(find("#features .note"), () => active(row));
   if (site()) attempt(find("#neighbours .note"), () => neighbours(row));
@@ -213,39 +299,69 @@ async function neighbours(row) {
   }));
 }
 
-function move(at) {
-  focus = Math.max(0, Math.min(text.texts.length - 1, at));
-  if (pattern) values = pattern[focus] ?? [];
-  paint();
-  place(focus)?.focus();
+// The row some tokens further on, over the ends of sequences.
+function stepped(row, steps) {
+  let at = blocks.indexOf(blockOf(row)), index = row - blocks[at].first + steps;
+  while (index < 0 && at > 0) index += blocks[--at].texts.length;
+  while (index >= blocks[at].texts.length && at + 1 < blocks.length) index -= blocks[at++].texts.length;
+  return blocks[at].first + Math.max(0, Math.min(blocks[at].texts.length - 1, index));
 }
 
-function toggle(at, range) {
-  const ends = range ? [Math.min(anchor, at), Math.max(anchor, at)] : [at, at];
-  const add = range || !selected.has(text.first + at);
-  for (let one = ends[0]; one <= ends[1]; one++) selected[add ? "add" : "delete"](text.first + one);
-  anchor = at;
+function move(row) {
+  const old = blockOf(focus), now = blockOf(row);
+  focus = row;
+  if (now.pattern) now.values = now.pattern[row - now.first] ?? [];
+  if (old !== now && controls.colour.value === "head") colour();
+  else paint(old === now ? [now] : [old, now]);
+  place(row).focus();
+}
+
+function toggle(row, range) {
+  const [low, high] = range ? [Math.min(anchor, row), Math.max(anchor, row)] : [row, row];
+  const add = range || !selected.has(row);
+  for (let one = low; one <= high; one++) selected[add ? "add" : "delete"](one);
+  anchor = row;
   paint();
-  explain(at);
+  showSelection();
+  explain(row);
+}
+
+function clear() {
+  selected.clear();
+  paint();
+  showSelection();
 }
 
 list.addEventListener("click", (event) => {
   const token = event.target.closest(".token");
-  if (token) { move(Number(token.dataset.at)); toggle(focus, event.shiftKey); }
+  if (token) { move(Number(token.dataset.row)); toggle(focus, event.shiftKey); }
 });
 list.addEventListener("keydown", (event) => {
-  const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
-  if (event.key in steps) move(focus + steps[event.key]);
+  const block = blockOf(focus), steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 };
+  if (event.key in steps) move(stepped(focus, steps[event.key]));
+  else if (event.key === "Home") move(block.first);
+  else if (event.key === "End") move(block.first + block.texts.length - 1);
   else if (event.key === " " || event.key === "Enter") toggle(focus, event.shiftKey);
-  else if (event.key === "Escape") { selected.clear(); paint(); }
+  else if (event.key === "Escape") clear();
   else return;
   event.preventDefault();
 });
+let scrolled = false;
+list.addEventListener("scroll", () => {
+  if (scrolled) return;
+  scrolled = true;
+  requestAnimationFrame(() => {
+    scrolled = false;
+    if (!blocks.length) return;
+    if (document.activeElement !== controls.sequence) controls.sequence.value = seen().sequence;
+    fill();
+  });
+}, { passive: true });
 const turn = (step) => show(Math.max(0, Math.min(about.sequences - 1, number("sequence") + step)));
 controls.back.addEventListener("click", () => turn(-1));
 controls.on.addEventListener("click", () => turn(1));
 controls.addEventListener("submit", (event) => event.preventDefault());
 controls.addEventListener("change", (event) => (event.target.name === "sequence" ? turn(0) : colour()));
-find("[name=clear]").addEventListener("click", () => { selected.clear(); paint(); });
+find("[name=clear]").addEventListener("click", clear);
 for (const name of ["sql", "python"]) find(`[name=${name}]`).addEventListener("focus", (event) => event.target.select());
 attempt(note, begin);

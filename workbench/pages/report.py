@@ -37,6 +37,7 @@ _VARIABLE_COLUMNS = ("variable", "axes", "units", "range", "value under the null
 _PRINT_WIDTH = 680  # pixels
 _TOP = 64  # pixels above a plot, whose title is its caption: legend, colour bar, plotly's buttons
 _BROAD = 800  # pixels; narrower figures stand in two columns
+_PANELS = 2  # side by side; titles of more would overlap on a phone, so that they scroll
 _FOLDER = Path(__file__).parent
 
 
@@ -304,22 +305,24 @@ def figure_markup(figure: Figure, name: str) -> str:
 
 def _drawing(figure: Figure) -> dict[str, Any]:
     """Input of report.js: the figure, its changes for a dark page, its width, and whether it may shrink."""
-    import plotly.graph_objects as go
-
-    from workbench.figures.theme import to_dark
+    from workbench.figures.theme import to_dark_spec
     from workbench.figures.token_grid import grid_of, rewrap
 
     grid = grid_of(figure)
-    bare = go.Figure(figure) if grid is None else rewrap(figure, grid["tokens"])
-    above = bare.layout.margin.t or 70
-    top = min(above - (14 if bare.layout.title.text else 0), _TOP)
-    height = (bare.layout.height or 450) - above + top
-    bare.update_layout(title=None, margin={"t": top}, width=None, height=height)
-    light, other = (json.loads(part.to_json()) for part in (bare, to_dark(bare)))  # pyright: ignore[reportArgumentType]  # plotly
+    light: dict[str, Any] = json.loads((figure if grid is None else rewrap(figure, grid["tokens"])).to_json())  # pyright: ignore[reportArgumentType]  # plotly
+    layout = light["layout"]
+    above = layout.get("margin", {}).get("t", 70)
+    top = min(above - (14 if layout.get("title", {}).get("text") else 0), _TOP)
+    height = layout.get("height", 450) - above + top
+    bare = {name: value for name, value in layout.items() if name not in ("title", "width")}
+    light["layout"] = {**bare, "margin": {**bare.get("margin", {}), "t": top}, "height": height}
     cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)  # pyright: ignore[reportAttributeAccessIssue]  # plotly
     fixed = isinstance(figure.layout.meta, Mapping) and "heads" in figure.layout.meta  # whose cells are square
+    panels = {tuple(axis.get("domain", ())) for name, axis in layout.items() if name.startswith("xaxis")}
+    fixed |= len(panels) > _PANELS
     about = {"width": figure.layout.width or 760, "height": (figure.layout.height or 450) - above + top}
-    return {**light, "dark": _changes(light, other), **about, "fluid": grid is not None or not (cells or fixed)}
+    dark = _changes(light, {**light, **to_dark_spec(light)})
+    return {**light, "dark": dark, **about, "fluid": grid is not None or not (cells or fixed)}
 
 
 def _changes(old: Any, new: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:

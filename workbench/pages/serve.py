@@ -164,8 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(content))}
         for name, value in {**headers, **_HEADERS, "Content-Security-Policy": _POLICY}.items():
             self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+        try:
+            self.end_headers()
+            self.wfile.write(content)
+        except ConnectionError:  # the page was left before its answer came
+            self.close_connection = True
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Logs nothing: addresses hold the token."""

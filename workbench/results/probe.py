@@ -11,6 +11,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def setting_meanings(settings: type) -> dict[str, str]:
     return meanings
 
 
+@cache
 def _meanings_in(settings: type) -> dict[str, str]:
     try:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body

@@ -86,12 +86,13 @@ def find_maker(name: str, address: str | None = None) -> type[Probe] | Experimen
 
 def _at_address(name: str, address: str) -> type[Probe]:
     module, _, qualified = address.partition(":")
-    registered = next((entry for entry in installed_probes().values() if entry.value == address), None)
-    probe: Any = registered.load() if registered else None
-    if probe is None and "<locals>" not in qualified and (probe := sys.modules.get(module)) is not None:
+    probe: Any = None
+    if "<locals>" not in qualified and (probe := sys.modules.get(module)) is not None:
         for part in qualified.split("."):
             probe = getattr(probe, part, None)
-    probe = probe or _USED.get(address)
+    if probe is None:  # last, as it reads the records of all installed packages: 20 ms
+        registered = next((entry for entry in installed_probes().values() if entry.value == address), None)
+        probe = registered.load() if registered else _USED.get(address)
     if probe is None:
         missing = "does not define it here" if module in sys.modules else "is not imported"
         raise RequestError(f"{printable(module, 120)} {missing}")

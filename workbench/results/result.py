@@ -81,7 +81,7 @@ class Result:
 
         figures = {name: themed(figure) for name, figure in self.maker().figures(self).items()}
         for figure in figures.values():
-            figure.update_layout(meta={**(figure.layout.meta or {}), "provenance": sentence(self.source())})
+            figure.layout.meta = {**(figure.layout.meta or {}), "provenance": sentence(self.source())}
         return figures
 
     def source(self) -> str:
