@@ -1,70 +1,128 @@
-"""Every figure of saved results, on screen and in print: a page to look at before a release.
+"""Gallery of the documentation: every figure of saved results, on screen and in print.
 
-`python -m workbench.experiments.pictures.gallery RESULTS... --out gallery` reads folders of results, such as those of
-`workbench demo`, and writes `index.html` with every figure one and two columns wide, captions and alternative texts,
-and `screen.html`, the report of all results. It needs a Chrome; 2 s a figure.
+`python -m workbench.experiments.pictures.gallery RESULTS...` reads folders of results, such as those that `workbench
+demo` writes for the embedded model and for another one, and writes docs/gallery.md with its pictures. It needs a
+Chrome, which draws about two pictures a second.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import plotly.graph_objects as go
+
 import workbench as wb
+from workbench.experiments.demo_model.made_of import embedded, made_of
+from workbench.figures.describe import caption
 from workbench.figures.markup import escape
-from workbench.pages.report import section, write_report
+from workbench.figures.paper import to_paper
+from workbench.pages.figure_export import render
 
-_STYLE = """body { font: 14px/1.5 Helvetica, Arial, sans-serif; margin: 2rem; max-width: 72rem } img { max-width: 100%;
-vertical-align: top } figure { margin: 0 0 2.5rem } figcaption small { display: block; color: #565f6d }"""
-_DPI = 96 / 300  # pictures have 300 dots an inch
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, PICTURES = "gallery.md", Path("images") / "gallery"
+"""The page, and the folder of its pictures, both inside of the folder of the documentation."""
+KIND = "webp"
+SCREEN, PRINT = 0.46, 0.88
+"""Pixels of a picture per pixel of the figure on screen and in print: small, and what is seen can be read."""
+
+TEXT = """# Gallery
+
+{made_of}
+Every figure of every probe: on the left as it is on a light screen, on the right in print, one column (3.25 in) wide,
+without the title, which becomes the caption. `python -m workbench.experiments.pictures.gallery RESULTS...` draws this
+page from saved results: those of `workbench demo`, and of SmolLM2-135M single runs of its probes on few texts.
+Pictures are small; `workbench export` writes them as PDF, SVG and HTML.
+"""
 
 
-def results_in(folders: Sequence[Path]) -> dict[str, wb.Result]:
-    """Returns the results of folders, and of the folders inside of these, by a name that is a file name."""
-    found = sorted(path.parent for folder in folders for path in folder.rglob("result.json"))
-    return {f"{path.parent.parent.name}-{path.name}": wb.load_result(path) for path in found}
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of a result."""
+
+    result: wb.Result
+    name: str
+    figure: go.Figure
+
+    @property
+    def file(self) -> str:
+        """Returns the name of its pictures, without what tells them apart."""
+        model = "".join(char if char.isalnum() or char in "-_." else "-" for char in self.result.provenance["model"])
+        return f"{model}-{self.result.probe}-{self.name}"
 
 
-def gallery(folders: Sequence[Path], out: Path) -> Path:
-    """Writes the gallery of all figures of all results into `out`, and returns its page."""
-    results = results_in(folders)
+def results_in(folders: Sequence[Path]) -> list[wb.Result]:
+    """Returns the results of folders, and of the folders inside of these: of each probe and model the last one."""
+    loaded = [wb.load_result(path.parent) for folder in folders for path in sorted(folder.rglob("result.json"))]
+    results = {(one.probe, one.provenance["model"]): one for one in loaded}
     if not results:
-        raise wb.RequestError(f"no result in {', '.join(map(str, folders))}; name folders that `workbench demo` wrote")
-    for name, result in results.items():
-        for columns in (1, 2):
-            wb.export(result, out / f"{name}-{columns}", formats=("png",), columns=columns, data="csv")
-    write_report([section(result) for result in results.values()], out / "screen.html", title="Gallery")
-    page = out / "index.html"
-    body = "".join(part for name in results for part in _figures(out, name))
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Gallery</title><style>{_STYLE}</style>'
-    page.write_text(f'{head}<h1>Gallery</h1><p><a href="screen.html">On screen</a></p>{body}</html>\n', "utf-8")
+        places = ", ".join(map(str, folders))
+        raise wb.RequestError(f"no result in {places}; name folders that `workbench demo` wrote")
+    return [results[key] for key in sorted(results)]
+
+
+def gallery(folders: Sequence[Path], docs: Path) -> Path:
+    """Writes the page and its pictures into `docs`, in place of older ones, and returns the page."""
+    results = results_in(folders)
+    drawn = [Drawn(one, name, figure) for one in results for name, figure in one.figures().items()]
+    pictures = _pictures(drawn)
+    shutil.rmtree(docs / PICTURES, ignore_errors=True)
+    (docs / PICTURES).mkdir(parents=True)
+    for name, content in pictures.items():
+        (docs / PICTURES / name).write_bytes(content)
+    page = docs / PAGE
+    page.write_text("\n".join([_head(results), *_sections(drawn, pictures, docs)]) + "\n", encoding="utf-8")
     return page
 
 
-def _figures(out: Path, name: str) -> Iterator[str]:
-    yield f"<h2>{escape(name)}</h2>"
-    for described in sorted((out / f"{name}-1").glob("*.json")):
-        about = json.loads(described.read_text("utf-8"))
-        pictures = "".join(
-            f'<img src="{name}-{columns}/{described.stem}.png" style="zoom:{_DPI:.2f}" alt="{escape(about["alt"])}">'
-            for columns in (1, 2)
-        )
-        cut = "; ".join(about["left out in print"])
-        yield (
-            f"<figure>{pictures}<figcaption>{escape(about['caption'])}<small>{escape(about['alt'])}</small>"
-            f"<small>{escape(f'left out in one column: {cut}' if cut else '')}</small></figcaption></figure>"
-        )
+def _pictures(drawn: Sequence[Drawn]) -> dict[str, bytes]:
+    """Content of each picture by its file name; those that cannot be drawn are left out, with a warning."""
+    screen = {f"{one.file}-screen": one.figure for one in drawn}
+    printed = {f"{one.file}-print": to_paper(one.figure, 1)[0] for one in drawn}
+    pictures = render(screen, [KIND], SCREEN) | render(printed, [KIND], PRINT)
+    return {f"{name}.{kind}": content for (name, kind), content in pictures.items()}
+
+
+def _head(results: Sequence[wb.Result]) -> str:
+    models = {one.provenance["model"]: one.provenance["model_fingerprint"][:16] for one in results}
+    others = {f"model {name}": digits for name, digits in models.items() if name != "demo"}
+    return TEXT.format(made_of=made_of({**embedded(), **others}, {}))
+
+
+def _sections(drawn: Sequence[Drawn], pictures: Mapping[str, bytes], docs: Path) -> Iterator[str]:
+    probe = model = None
+    for one in drawn:
+        result = one.result
+        if result.probe != probe:
+            probe, model = result.probe, None
+            title = probe.replace("-", " ").capitalize()
+            yield f"## [{title}]({probe}.md)\n" if (docs / f"{probe}.md").exists() else f"## {title}\n"
+        if result.provenance["model"] != model:
+            model = result.provenance["model"]
+            yield f"<p><strong>{escape(model)}</strong>: {escape(result.headline())}</p>\n"
+        yield _figure(one, pictures)
+
+
+def _figure(one: Drawn, pictures: Mapping[str, bytes]) -> str:
+    text = escape(caption(one.figure))
+    images = "".join(
+        f'<img src="{PICTURES.as_posix()}/{name}" alt="{text}, {place}" loading="lazy">'
+        for place, name in (("on screen", f"{one.file}-screen.{KIND}"), ("in print", f"{one.file}-print.{KIND}"))
+        if name in pictures
+    )
+    return f"<figure>{images}<figcaption>{text}</figcaption></figure>\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the gallery of the results that the arguments name."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures.gallery", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="folders of results")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write; default: docs")
     request = parser.parse_args(arguments)
-    print(f"wrote  {gallery(request.results, request.out)}")
+    print(f"wrote  {gallery(request.results, request.docs)}")
 
 
 if __name__ == "__main__":
