@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crash_points import Operation
+from feature_operations import without_scratch
 from store_example import contents as bytes_of
 
 from workbench.io.errors import DataError
@@ -146,14 +147,15 @@ def packing(name: str = "sent.acts") -> Operation:
             pack(folder / "s.acts", folder / name)
 
     def whole(folder: Path) -> None:
-        readable(folder)
         if (folder / name).is_file():
             with tarfile.open(folder / name) as archive:
                 archive.extractall(folder / "out", filter="data")
             readable(folder / "out")
             shutil.rmtree(folder / "out")
+        elif (folder / name).exists():
+            readable(folder / name)
 
-    return Operation(work, begin=begin, check=whole)
+    return Operation(work, begin=begin, check=whole, contents=without_scratch)
 
 
 def removing() -> Operation:
