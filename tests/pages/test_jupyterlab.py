@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from browser import PATIENCE, chromium, end_process
 
+from workbench.figures.themed import DARK_FILTER
+
 pytest.importorskip("jupyterlab", reason="needs jupyterlab: pip install 'interp-workbench[notebook]'")
 pytest.importorskip("anywidget", reason="needs anywidget: pip install 'interp-workbench[notebook]'")
 
@@ -78,6 +80,25 @@ def lab(tmp_path):
             end_process(server)
 
 
+def figures_follow_the_theme(page, tmp_path) -> None:
+    """A figure is filtered on the dark theme alone, and the output that carries the rule takes no room."""
+    plot = ".jp-RenderedPlotly .js-plotly-plot, .jp-RenderedPlotly.js-plotly-plot"
+    page.run(f"document.querySelector('{plot}').scrollIntoView({{ block: 'center' }})")
+    seen = {}
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        page.run(
+            f"jupyterapp.commands.execute('apputils:change-theme', {{ theme: {json.dumps(theme)} }}).then(() => null)"
+        )
+        page.wait(f"document.body.dataset.jpThemeLight == '{str('Light' in theme).lower()}'")
+        seen[theme] = page.run(
+            f"getComputedStyle(document.querySelector('{plot}').closest('.jp-RenderedPlotly')).filter"
+        )
+        page.picture(tmp_path / f"{theme}.png")
+    assert seen == {"JupyterLab Dark": DARK_FILTER, "JupyterLab Light": "none"}
+    hidden = "[...document.querySelectorAll('.workbench-figure')].map((sign) => sign.offsetParent === null)"
+    assert set(page.run(hidden)) == {True}
+
+
 def test_the_quickstart_in_jupyterlab(lab, tmp_path):
     with chromium() as page:
 
@@ -117,6 +138,8 @@ def test_the_quickstart_in_jupyterlab(lab, tmp_path):
         # and what Python sets is shown
         python("view.colour, view.feature = 'feature', 7")
         page.wait("document.querySelector('.workbench-tokens .foot').textContent.startsWith('feature 7')")
-        page.picture(tmp_path / "lab.png")
+        figures_follow_the_theme(page, tmp_path)
+        # JupyterLab keeps a picture of each figure, which readers of the saved file see
+        page.wait(f"JSON.stringify({FOUND}.content.model.toJSON()).includes('image/png')")
         outside = [address for address in page.requests if not address.startswith((lab, lab.replace("http", "ws")))]
         assert outside == []
