@@ -121,7 +121,7 @@ def token_microscope(stores: PlantedStores) -> None:
 
 
 def token_erasure(stores: PlantedStores) -> None:
-    probe = TokenErasure(spans="pair", offsets=(-1, 0), early=0, late=1, epochs=20, batch=32, resamples=10)
+    probe = TokenErasure(spans="pair", offsets=(-1, 0), early=0, late=1, epochs=60, batch=32, resamples=10)
     data = probe.run(stores.passages).data
     np.testing.assert_allclose(data["accuracy"], 1, atol=0.05)
     np.testing.assert_allclose(data["fall"], 0, atol=0.05)
