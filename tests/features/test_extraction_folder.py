@@ -210,7 +210,7 @@ def test_rows_encoded_by_two_processes_count_once(example, sae, tmp_path, monkey
     folder = SegmentFolder(tmp_path / ".f.partial" / "segments")
     assert extracted(example, sae, out=tmp_path / "f", workers=wb.Share(1, 2)) is None
     encoder.write_segments(folder, [(0, 12)], lambda rows: None)
-    folder.write((5, 30), encoder.encode_rows(5, example[SITE.name][5:30], [25]))
+    folder.write((5, 30), encoder.encode_rows((5, 30), example[SITE.name][5:30].__getitem__, [25]))
     assert list(folder.spans()) == [(0, 12), (20, 40)]
     assert extracted(example, sae, out=tmp_path / "f").record.files == whole.record.files
 
