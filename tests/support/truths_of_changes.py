@@ -126,7 +126,7 @@ def semantic_axes(stores: PlantedStores) -> None:
     poles = {str(axis): [list(pair) for pair in pairs[size * axis : size * axis + size]] for axis in range(size)}
     path = stores.folder / "poles.json"
     path.write_text(json.dumps(poles))
-    data = SemanticAxes(poles=str(path), strength=0).run(stores.model).data
+    data = SemanticAxes(poles=str(path), strength=0.0).run(stores.model).data
     np.testing.assert_allclose(data["alignment_raw"], np.eye(size), atol=1e-6)
     np.testing.assert_allclose(data["alignment"], np.eye(size), atol=0.1)
 
