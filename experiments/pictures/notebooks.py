@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jupyter_client
 import nbclient
 import nbformat
 import numpy as np
 import plotly.graph_objects as go
+from jupyter_client.manager import KernelManager
 
 from workbench.figures.describe import alt_text
 from workbench.figures.themed import is_style
@@ -36,9 +36,9 @@ KEY = "workbench"
 
 
 @contextmanager
-def kernel(home: Path, environment: Mapping[str, str]) -> Iterator[jupyter_client.KernelManager]:
+def kernel(home: Path, environment: Mapping[str, str]) -> Iterator[KernelManager]:
     """Starts one kernel for several notebooks: importing torch and transformers takes most of a short one."""
-    manager = jupyter_client.KernelManager(kernel_name="python3")
+    manager = KernelManager(kernel_name="python3")
     places = {"IPYTHONDIR": str(home / ".ipython"), "JUPYTER_PLATFORM_DIRS": "1"}
     manager.start_kernel(env={**environment, **places}, cwd=str(home))
     try:
@@ -47,7 +47,7 @@ def kernel(home: Path, environment: Mapping[str, str]) -> Iterator[jupyter_clien
         manager.shutdown_kernel(now=True)
 
 
-def execute(book: nbformat.NotebookNode, manager: jupyter_client.KernelManager, folder: Path) -> None:
+def execute(book: nbformat.NotebookNode, manager: KernelManager, folder: Path) -> None:
     """Runs a notebook in a fresh namespace and in `folder`; its cells then hold their outputs."""
     about = copy.deepcopy(book.metadata)
     fresh = nbformat.v4.new_code_cell(f"%reset -f\nimport os as _os; _os.chdir({str(folder)!r})")
@@ -56,7 +56,8 @@ def execute(book: nbformat.NotebookNode, manager: jupyter_client.KernelManager, 
     try:
         client.execute()
     finally:  # the kernel stays, and with it nbclient leaves the sockets open
-        client.kc.stop_channels()
+        if client.kc is not None:
+            client.kc.stop_channels()
         book.cells.remove(fresh)
         book.metadata = about  # without the version of Python
 
