@@ -235,14 +235,13 @@ class TokenErasure(LayerProbe):
     def _rows(self, store: Store, labels: list[str], trained: bool = False) -> _Rows:
         """Rows to train on, to validate and to test; of probes that are trained all rows are tested."""
         checked = self.finite_rows(store, labels, selected_rows(store, self.where or "NOT is_special"))
-        rows, nothing = checked.rows, np.zeros(0, np.int64)
-        parts = (nothing, nothing, rows)
+        training, validation, test = np.zeros(0, np.int64), np.zeros(0, np.int64), checked.rows
         if not trained:
-            documents = store.tokens["document"].to_numpy()[rows]
+            documents = store.tokens["document"].to_numpy()[checked.rows]
             masks = split_by_document(documents, self.held_out, purpose="token erasure", seed=self.seed)
-            parts = tuple(rows[mask] for mask in masks)
+            training, validation, test = (checked.rows[mask] for mask in masks)
         targets = np.stack([tokens_at(store, offset) for offset in self.offsets])
-        return _Rows(checked, *parts, targets, *find_words(store, self.spans))
+        return _Rows(checked, training, validation, test, targets, *find_words(store, self.spans))
 
     def _fitted(
         self, store: Store, rows: _Rows, labels: list[str]

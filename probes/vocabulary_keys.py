@@ -184,7 +184,7 @@ class VocabularyKeys(StoreProbe):
     def headline(result: Result) -> str:
         """Returns the share in main clusters beside permuted ones, the rank correlation, and the next-token ratio."""
         data = result.data
-        value = {name: float(data[name]) for name in data.data_vars if not data[name].dims}
+        value = {str(name): float(data[name]) for name in data.data_vars if not data[name].dims}
         permuted = float(data["share_permuted"].mean())
         ends = [100 * value[f"mean_share_{end}"] for end in ("low", "high")]
         interval = "" if np.isnan(ends[0]) else f"95 % CI [{ends[0]:.0f}, {ends[1]:.0f}]; "

@@ -118,7 +118,7 @@ class Encoding:
         sides = [per_second(rows, _synchronised(sae, work), clock) for work, rows in (ours, other)]
         for side in sides:
             side()  # the first call prepares
-        pairs = zip(*paired_until(self.width, most, *sides), strict=True)
+        pairs = paired_until(self.width, most, *sides)
         return Comparison(subject, name, *pairs, "rows/s", at_least=least, paired=True)
 
     def _from_a_store(self, subject: str, folder: Path, sae: Sae) -> Comparison:

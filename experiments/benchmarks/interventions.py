@@ -63,7 +63,7 @@ class Interventions:
         for name, records in _records(model, store, layer).items():
             changed = per_second(ids.numel(), timed(records), time.process_time)
             changed()
-            values, references = zip(*paired_until(self.width, self.repeats, changed, plain), strict=True)
+            values, references = paired_until(self.width, self.repeats, changed, plain)
             comparisons.append(
                 Comparison(name, f"the plain pass, {len(values)} repeats", values, references, "tokens/s", paired=True)
             )

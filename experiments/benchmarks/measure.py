@@ -98,22 +98,22 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def paired_until(
     width: float, most: int, side: Callable[[], float], reference: Callable[[], float]
-) -> list[tuple[float, float]]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Calls both sides in turn until the interval of the median ratio is `width` of it wide, or `most` times.
 
     Returns:
-        The values of each turn: (side, reference).
+        The values of the side, and those of the reference, by turn.
     """
-    pairs: list[tuple[float, float]] = []
-    while len(pairs) < most:
+    values, references = [], []
+    while len(values) < most:
         gc.collect()
-        value = reference()
-        pairs.append((side(), value))
-        ratios = [one / other for one, other in pairs]
+        references.append(reference())
+        values.append(side())
+        ratios = [value / other for value, other in zip(values, references, strict=True)]
         low, high = median_interval(ratios)
-        if len(pairs) >= min(most, 9) and high - low <= width * median(ratios):
+        if len(values) >= min(most, 9) and high - low <= width * median(ratios):
             break
-    return pairs
+    return tuple(values), tuple(references)
 
 
 COLUMNS = ("", "compared with", "workbench", "reference", "comparison", "range over repeats", "target", "")

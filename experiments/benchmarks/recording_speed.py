@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int64
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison, paired_until, per_second
@@ -38,13 +39,12 @@ class RecordingSpeed:
         lines = self._lines(f"GPT-2, {self.layers} layers", gpt2(self.layers), ids, folder)
         if not Path(self.model).is_dir():
             return lines
-        trained = wb.load_model(self.model, dtype=torch.float32)
-        return lines + self._lines(
-            "SmolLM2-135M, 30 layers", trained.module, ids.reshape(-1, 128) % trained.vocab, folder
-        )
+        trained = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        ids = ids.reshape(-1, 128) % trained.config.vocab_size
+        return lines + self._lines("SmolLM2-135M, 30 layers", trained.eval(), ids, folder)
 
     def _lines(
-        self, name: str, module: torch.nn.Module, ids: Int64[np.ndarray, "sequence position"], folder: Path
+        self, name: str, module: PreTrainedModel, ids: Int64[np.ndarray, "sequence position"], folder: Path
     ) -> list[Comparison]:
         model = wb.load_model(module)
         batch = self.batch_tokens // ids.shape[1]
@@ -70,13 +70,13 @@ class RecordingSpeed:
         record(model, ids[:batch], folder / "warm.acts", sites=["resid_post"], batch_tokens=self.batch_tokens)
         shutil.rmtree(folder / "warm.acts")
         passes.clear()
-        pairs = paired_until(self.width, self.repeats, ours, plain(module.base_model))
-        turns = f"its body without logits, {len(pairs)} repeats"
-        processor = tuple(zip(*pairs, strict=True))
+        body = module.base_model
+        processor = paired_until(self.width, self.repeats, ours, plain(body))
+        turns = f"its body without logits, {len(passes)} repeats"
         clock = tuple(recording.clock for recording, _ in rates), tuple(passes)
         whole = tuple(call.clock for _, call in rates), tuple(passes)
         logits = per_second(ids.size, lambda: forward(module, ids, batch), time.process_time)
-        with_logits = tuple(zip(*paired_until(2 * self.width, 9, ours, logits), strict=True))
+        with_logits = paired_until(2 * self.width, 9, ours, logits)
         return [
             Comparison(f"{name}: processor time", turns, *processor, "rows/s", at_least=0.95, paired=True),
             Comparison(f"{name}: clock", turns, *clock, "rows/s", at_least=0.95, paired=True),

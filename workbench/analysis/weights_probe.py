@@ -17,6 +17,7 @@ from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import check_types
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
+from workbench.model.forward import input_embedding
 from workbench.model.load import Model
 from workbench.model.offload import real_weight
 from workbench.model.reload import recorded_model
@@ -135,7 +136,7 @@ def require_rows(model: Model, ids: Iterable[int], remedy: str) -> None:
     Raises:
         RequestError: An id is beyond the embedding; `remedy` ends the message.
     """
-    rows, largest = len(model.module.get_input_embeddings().weight), max(ids)
+    rows, largest = len(input_embedding(model.module)), max(ids)
     if largest >= rows:
         raise RequestError(
             f"the tokenizer of model {model.name!r} writes the prompts with token id {largest}, and the model has "

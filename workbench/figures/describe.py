@@ -158,8 +158,8 @@ def _points(trace: BaseTraceType) -> dict[str, Any]:
         columns["y" if "x" in axes else "x"] = list(range(size))
     for axis in ("x", "y"):
         name = f"error_{axis}"
-        if name in trace and trace[name].array is not None:
-            bars = trace[name]
+        bars = trace[name] if name in trace else None
+        if bars is not None and bars.array is not None:
             up, middle = np.asarray(bars.array, float), np.asarray(columns[axis], float)
             down = up if bars.arrayminus is None else np.asarray(bars.arrayminus, float)
             columns |= {"low": middle - down, "high": middle + up}

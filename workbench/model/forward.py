@@ -110,7 +110,7 @@ def generating(module: nn.Module) -> Iterator[None]:
     kept = [(part, vars(part)["generation_config"]) for part in module.modules() if "generation_config" in vars(part)]
     try:
         for part, _ in kept:
-            part.generation_config = GenerationConfig()
+            setattr(part, "generation_config", GenerationConfig())  # noqa: B010  # no tensor or module, as its type says
         with evaluating(module), torch.no_grad():
             yield
     finally:

@@ -79,7 +79,7 @@ class Result:
         from workbench.figures.safe_text import sentence
         from workbench.figures.themed import themed  # plotly
 
-        figures = {name: themed(figure) for name, figure in self.maker().figures(self).items()}
+        figures: dict[str, Figure] = {name: themed(figure) for name, figure in self.maker().figures(self).items()}
         for figure in figures.values():
             figure.layout.meta = {**(figure.layout.meta or {}), "provenance": sentence(self.source())}
         return figures
