@@ -157,7 +157,7 @@ def test_bad_metrics_are_refused_in_one_line(model, tmp_path):
     texts = [{"text": "the cat", "answer": " a dog"}]
     call = lambda: wb.record(model, texts, gradient_of=wb.LogProbability(token_column="answer"), show_progress=False)  # noqa: E731
     assert "answer of sequence 0 is ' a dog', which is no single token" in refused(DataError, call)
-    texts[0]["answer"] = None
+    texts = [{"text": "the cat", "answer": None}, {"text": "the day", "answer": " day"}]
     assert "answer of sequence 0 is None, which is no single token" in refused(DataError, call)
     assert "pattern.0 is computed beside" in refused(
         RequestError, lambda: record(model, tmp_path / "s", DIFFERENCE, sites=["pattern"])
