@@ -158,7 +158,7 @@ def _points(trace: BaseTraceType) -> dict[str, Any]:
         columns["y" if "x" in axes else "x"] = list(range(size))
     for axis in ("x", "y"):
         name = f"error_{axis}"
-        bars = trace[name] if name in trace else None
+        bars = getattr(trace, name, None)
         if bars is not None and bars.array is not None:
             up, middle = np.asarray(bars.array, float), np.asarray(columns[axis], float)
             down = up if bars.arrayminus is None else np.asarray(bars.arrayminus, float)
