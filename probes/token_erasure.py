@@ -379,9 +379,10 @@ class TokenErasure(LayerProbe):
             known = [f"{value:.0f} % of {group} tokens" for group, value in share.items() if not np.isnan(value)]
             texts += [f"Targets in the training documents: {', '.join(known)}."] * bool(known)
         if "precision" in data and not np.isnan(float(data["precision"])):
+            recall = float(data["recall"])
             texts.append(
                 f"{int(data['segments']):,} segments of several tokens: precision {float(data['precision']):.2f}, "
-                f"recall {float(data['recall']):.2f} against {data.attrs['spans']}."
+                f"recall {'not measured' if np.isnan(recall) else f'{recall:.2f}'} against {data.attrs['spans']}."
             )
         return with_note(" ".join(texts), result)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from refusals import refused
@@ -99,7 +101,7 @@ def test_requests_without_an_answer_are_refused_in_one_line(tiny, store, monkeyp
         "prompt is empty": lambda: wb.patchscope(rows, "resid_post.0", "", model=tiny),
         "is no single token of this model": lambda: wb.patchscope(rows, "resid_post.0", tokens=("zebra",), model=tiny),
         "has the shape": lambda: wb.patchscope(rows, "resid_post.0", into="z.1", model=tiny),
-        "must be rows of a store": lambda: wb.patchscope(store, "resid_post.0", model=tiny),
+        "must be rows of a store": lambda: inspect.unwrap(wb.patchscope)(store, "resid_post.0", model=tiny),
         "and the context of model 'tiny-llama' 128": lambda: wb.patchscope(rows, "resid_post.0", long, model=tiny),
         "and 120 new ones": lambda: wb.patchscope(rows, "resid_post.0", new_tokens=120, model=tiny),
         "top_k": lambda: wb.patchscope(rows, "resid_post.0", top_k=0, model=tiny),

@@ -128,7 +128,7 @@ def test_numpy_gets_all_rows(store):
     brain = (values(BRAIN, 0, ROWS).astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(np.asarray(store["pattern", 1]), brain)
     assert np.asarray(store["resid_post", 0], np.float64).dtype == np.float64
-    with pytest.raises(ValueError, match=r"resid_post.0 is on the disk and cannot become an array without a copy"):
+    with pytest.raises(ValueError, match=r"resid_post.0 is not in memory and cannot become an array without a copy"):
         np.array(store["resid_post", 0], copy=False)
 
 

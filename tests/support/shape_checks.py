@@ -9,6 +9,7 @@ decorator that jaxtyping's import hook adds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from types import CodeType, FunctionType
@@ -39,21 +40,39 @@ def _decorated(thing: Any, typechecker: Callable[..., Any]) -> Any:
     if key in _CHECKS:
         known = _CHECKS[key]
         return thing if known is None else _check_of(known, thing)
+    if "<locals>" not in thing.__qualname__:
+        return _at_the_first_call(thing, typechecker)
+    check = _built(thing, typechecker)
+    if check is thing:
+        _CHECKS[key] = None
+    elif _FUNCTION in (check.__kwdefaults__ or {}):
+        _CHECKS[key] = check
+    return check
+
+
+def _at_the_first_call(thing: FunctionType, typechecker: Callable[..., Any]) -> FunctionType:
+    """The function with a check that is built when it is first called: most functions are not, in one worker."""
+    checks: list[Callable[..., Any]] = []
+
+    @functools.wraps(thing)
+    def check(*arguments: Any, **options: Any) -> Any:
+        if not checks:
+            checks.append(_built(thing, typechecker))
+        return checks[0](*arguments, **options)
+
+    return check
+
+
+def _built(thing: FunctionType, typechecker: Callable[..., Any]) -> Callable[..., Any]:
     written = thing.__annotations__
     hints = {name: _resolved(hint, thing.__globals__) for name, hint in written.items()}
     if any("jaxtyping." in repr(hint) for hint in hints.values()):
         return _WITH_SHAPES(thing, typechecker=typechecker)
     thing.__annotations__ = hints
     try:
-        check = typechecker(thing)
+        return typechecker(thing)
     finally:
         thing.__annotations__ = written
-    if "<locals>" in thing.__qualname__:
-        if check is thing:
-            _CHECKS[key] = None
-        elif _FUNCTION in (check.__kwdefaults__ or {}):
-            _CHECKS[key] = check
-    return check
 
 
 def _check_of(known: FunctionType, thing: FunctionType) -> FunctionType:

@@ -110,7 +110,8 @@ class Decomposition:
             checks.rounding = max(checks.rounding, eps / 4 * float(each.abs().sum(1).max()))
             if part.start < detail:
                 details.append(each[: detail - part.start])
-        return names, totals, torch.cat(details) if details else torch.zeros(0, len(names)), checks
+        none = torch.zeros(0, len(names), dtype=torch.float64)
+        return names, totals, torch.cat([none, *details]), checks
 
     def _blocks(self) -> Iterator[slice]:
         return (slice(first, min(first + _BLOCK, len(self.rows))) for first in range(0, len(self.rows), _BLOCK))

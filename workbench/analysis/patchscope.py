@@ -163,11 +163,7 @@ def patchscope(
     model = recorded_model(rows.store, model, device)
     target = target_prompt(model, prompt, placeholder, new_tokens)
     into = site if into is None else into
-    states = rows[site].float()
-    if lost := int((~states.isfinite().flatten(1).all(1)).sum()):
-        raise RequestError(f"rows: {lost} of {len(rows)} have a NaN or infinite value at {site}; choose others")
-    if (shape := changeable_place(model, into).shape) != tuple(states.shape[1:]):
-        raise RequestError(f"into: a row of {into} has the shape {shape}, and one of {site} {tuple(states.shape[1:])}")
+    states = _states(rows, model, site, into)
     if top_k > model.vocab:
         raise RequestError(f"top_k is {top_k} and the vocabulary has {model.vocab}; give at most that")
     assert model.tokenizer is not None  # target_prompt refuses it
@@ -184,6 +180,16 @@ def patchscope(
     lines.append({"row": -1, "token": "", "kind": "none"} | _answer(model, _plain(model, target), asked, top_k))
     lines[-1]["text"] = said[0]
     return Patchscope(target, site, into, pd.DataFrame(lines))
+
+
+def _states(rows: Rows, model: Model, site: str, into: str) -> Float[Tensor, "row ..."]:
+    """The states of the rows, if another site can take them."""
+    states = rows[site].float()
+    if lost := int((~states.isfinite().flatten(1).all(1)).sum()):
+        raise RequestError(f"rows: {lost} of {len(rows)} have a NaN or infinite value at {site}; choose others")
+    if (shape := changeable_place(model, into).shape) != tuple(states.shape[1:]):
+        raise RequestError(f"into: a row of {into} has the shape {shape}, and one of {site} {tuple(states.shape[1:])}")
+    return states
 
 
 def _plain(model: Model, prompt: TargetPrompt) -> Float64[Tensor, " vocab"]:
