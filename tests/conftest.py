@@ -53,6 +53,11 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_unconfigure():
+    """Lets the end of the process collect what was kept: extension modules report what is left then."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct: Llama, 30 layers x 576, GQA 9/3, tied, 49,152 tokens, no BOS, float32."""

@@ -258,7 +258,8 @@ def draw_for_print(figures: Sequence[Any], folder: Path) -> list[str]:
     }
     return drawings;"""
     visits, console = visit([page], draw)
-    assert console == []
+    # plotly itself asks for the contrast of a bar's number where a colour scale gives the colour
+    assert [text for text in console if "Invalid color specifier" not in text] == []
     return visits[0]["value"]
 
 

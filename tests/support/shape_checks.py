@@ -40,9 +40,11 @@ def _decorated(thing: Any, typechecker: Callable[..., Any]) -> Any:
     if key in _CHECKS:
         known = _CHECKS[key]
         return thing if known is None else _check_of(known, thing)
+    written = thing.__annotations__
+    hints = {name: _resolved(hint, thing.__globals__) for name, hint in written.items()}
     if "<locals>" not in thing.__qualname__:
-        return _at_the_first_call(thing, typechecker)
-    check = _built(thing, typechecker)
+        return _at_the_first_call(thing, hints, typechecker)
+    check = _built(thing, hints, typechecker)
     if check is thing:
         _CHECKS[key] = None
     elif _FUNCTION in (check.__kwdefaults__ or {}):
@@ -50,24 +52,25 @@ def _decorated(thing: Any, typechecker: Callable[..., Any]) -> Any:
     return check
 
 
-def _at_the_first_call(thing: FunctionType, typechecker: Callable[..., Any]) -> FunctionType:
-    """The function with a check that is built when it is first called: most functions are not, in one worker."""
+def _at_the_first_call(
+    thing: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function with a check that is built when it is first called: in one process most functions are not."""
     checks: list[Callable[..., Any]] = []
 
     @functools.wraps(thing)
     def check(*arguments: Any, **options: Any) -> Any:
         if not checks:
-            checks.append(_built(thing, typechecker))
+            checks.append(_built(thing, hints, typechecker))
         return checks[0](*arguments, **options)
 
     return check
 
 
-def _built(thing: FunctionType, typechecker: Callable[..., Any]) -> Callable[..., Any]:
-    written = thing.__annotations__
-    hints = {name: _resolved(hint, thing.__globals__) for name, hint in written.items()}
+def _built(thing: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]) -> Callable[..., Any]:
     if any("jaxtyping." in repr(hint) for hint in hints.values()):
         return _WITH_SHAPES(thing, typechecker=typechecker)
+    written = thing.__annotations__
     thing.__annotations__ = hints
     try:
         return typechecker(thing)

@@ -154,12 +154,7 @@ def patchscope(
             or has another shape, a placeholder that is not in the prompt, a prompt that is too long, or a token that is
             none.
     """
-    check("top_k", top_k, at_least=1, whole=True)
-    check("new_tokens", new_tokens, at_least=0, whole=True)
-    if not isinstance(rows, Rows):
-        raise RequestError(f"rows must be rows of a store, such as store.where('position = 5'), not {shown(rows)}")
-    if not len(rows):
-        raise RequestError("rows: none is selected; choose others")
+    _check_request(rows, top_k, new_tokens)
     model = recorded_model(rows.store, model, device)
     target = target_prompt(model, prompt, placeholder, new_tokens)
     into = site if into is None else into
@@ -180,6 +175,15 @@ def patchscope(
     lines.append({"row": -1, "token": "", "kind": "none"} | _answer(model, _plain(model, target), asked, top_k))
     lines[-1]["text"] = said[0]
     return Patchscope(target, site, into, pd.DataFrame(lines))
+
+
+def _check_request(rows: Rows, top_k: int, new_tokens: int) -> None:
+    check("top_k", top_k, at_least=1, whole=True)
+    check("new_tokens", new_tokens, at_least=0, whole=True)
+    if not isinstance(rows, Rows):
+        raise RequestError(f"rows must be rows of a store, such as store.where('position = 5'), not {shown(rows)}")
+    if not len(rows):
+        raise RequestError("rows: none is selected; choose others")
 
 
 def _states(rows: Rows, model: Model, site: str, into: str) -> Float[Tensor, "row ..."]:
