@@ -177,7 +177,7 @@ def patchscope(
     return Patchscope(target, site, into, pd.DataFrame(lines))
 
 
-def _check_request(rows: Rows, top_k: int, new_tokens: int) -> None:
+def _check_request(rows: object, top_k: int, new_tokens: int) -> None:
     check("top_k", top_k, at_least=1, whole=True)
     check("new_tokens", new_tokens, at_least=0, whole=True)
     if not isinstance(rows, Rows):
