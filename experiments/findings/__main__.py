@@ -2,8 +2,9 @@
 
 `python -m workbench.experiments.findings` writes docs/findings.md. The embedded model runs on its own corpus, the
 others on stories; --shared names the folder with their `models/` and `corpora/`, --real that of SmolLM2-135M, which
-`make models` brings. Takes about an hour on one core. Recordings and headlines are kept in --folder: an interrupted run
-goes on, and only probes whose file has changed run again.
+`make models` brings. Takes about two hours on one core, most of them for SmolLM2-135M; `--real-rows 0` leaves it out.
+Recordings and headlines are kept in --folder: an interrupted run goes on, and only probes whose file has changed run
+again.
 
 Of another model, with the same control, for instance before and after a change of a probe:
 
@@ -53,10 +54,10 @@ DEMO = SHALLOW | {"attention-sinks": {"domain": "domain"}, "linear-probes": {"la
 TEXT = """# What the probes find
 
 {made_of}
-Every probe on four trained models, each with a control: a model of the same shape with Hugging Face's random weights.
-A finding that the control shares is not a result of training. `python -m workbench.experiments.findings` writes this
-page from {rows:,} tokens of `demo_corpus()` for the embedded model, and of TinyStories for stories260K and
-babyllama-105, small Llamas trained elsewhere, and from {real_rows:,} tokens of TinyStories for SmolLM2-135M. Linear
+Every probe on {count} trained models, each with a control: a model of the same shape with Hugging Face's random
+weights. A finding that the control shares is not a result of training. `python -m workbench.experiments.findings`
+writes this page from {rows:,} tokens of `demo_corpus()` for the embedded model, and of TinyStories for stories260K and
+babyllama-105, small Llamas trained elsewhere{real}. Linear
 probes read whether a token lies between quotation marks in the stories, and its domain in `demo_corpus()`. Settings are
 the defaults, except those in `BRIEF`, `SHALLOW`, `SPEECH`, `DEEP` and `DEMO` of experiments/findings/__main__.py: the
 future prompts are few and briefly trained, and more training would find more.
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with models/ and corpora/")
     parser.add_argument("--real", type=Path, default=REAL, help="folder of SmolLM2-135M")
     parser.add_argument("--rows", type=int, default=ROWS, help="tokens recorded of each model")
-    parser.add_argument("--real-rows", type=int, default=REAL_ROWS, help="tokens recorded of SmolLM2-135M")
+    parser.add_argument("--real-rows", type=int, default=REAL_ROWS, help="tokens of SmolLM2-135M; 0: without it")
     parser.add_argument("--folder", type=Path, default=Path("runs/findings"), help="folder of what is kept")
     parser.add_argument("--write", type=Path, default=PAGE, help="page to write")
     parser.add_argument("--model", type=Path, help="folder of a model to measure in place of those of the page")
@@ -158,7 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--real: {request.real} is no folder; `make models` brings SmolLM2-135M")
     if request.model is None:
         sources = page_sources(request.shared, request.real, request.rows, request.real_rows)
-        prints, head, words = _fingerprints(request.shared, request.real), TEXT, {"real_rows": request.real_rows}
+        prints, head = _fingerprints(request.shared, request.real), TEXT
+        words = {"count": "four", "real": f", and from {request.real_rows:,} tokens of TinyStories for SmolLM2-135M"}
+        if not request.real_rows:
+            sources = sources[:-1]
+            del prints["model SmolLM2-135M"]
+            words = {"count": "three", "real": ". What they find in SmolLM2-135M stands on the page of each probe"}
     else:
         texts, settings = [request.text], BRIEF
         if request.text is None:
