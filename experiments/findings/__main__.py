@@ -129,8 +129,8 @@ def page(
     return "\n".join([head.format(rows=rows, made_of=made_of(fingerprints, versions), **words), *sections])
 
 
-def _fingerprints(shared: Path, real: Path) -> dict[str, str]:
-    folders = {name: shared / "models" / name for name in OTHERS} | {"SmolLM2-135M": real}
+def _fingerprints(shared: Path, real: Path | None) -> dict[str, str]:
+    folders = {name: shared / "models" / name for name in OTHERS} | ({} if real is None else {"SmolLM2-135M": real})
     models = {f"model {name}": model_fingerprint(folder) for name, folder in folders.items()}
     return embedded() | models | {"texts TinyStories": fingerprint([shared / STORIES])}
 
@@ -155,15 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     request = parser.parse_args(arguments)
     if (request.model or request.probes) and request.write == PAGE:
         parser.error("--write: name another page; docs/findings.md has every probe of the models of the page")
-    if request.model is None and not request.real.is_dir():
+    if request.model is None and request.real_rows and not request.real.is_dir():
         parser.error(f"--real: {request.real} is no folder; `make models` brings SmolLM2-135M")
     if request.model is None:
         sources = page_sources(request.shared, request.real, request.rows, request.real_rows)
-        prints, head = _fingerprints(request.shared, request.real), TEXT
+        prints, head = _fingerprints(request.shared, request.real if request.real_rows else None), TEXT
         words = {"count": "four", "real": f", and from {request.real_rows:,} tokens of TinyStories for SmolLM2-135M"}
         if not request.real_rows:
             sources = sources[:-1]
-            del prints["model SmolLM2-135M"]
             words = {"count": "three", "real": ". What they find in SmolLM2-135M stands on the page of each probe"}
     else:
         texts, settings = [request.text], BRIEF
