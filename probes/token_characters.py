@@ -192,11 +192,16 @@ class TokenCharacters(WeightsProbe):
             f"tokens {means['f1_matched'][place]:.2f})"
             for place, probe in enumerate(_PROBES)
         ]
+        finding = f"Mean macro F1 of {letters} letters from the embeddings of {int(data['tokens']):,} tokens: "
+        if not letters:
+            finding, parts = (
+                "No letter is measured: ",
+                [f"of {int(data['tokens']):,} tokens too few have it or lack it"],
+            )
         text = (
-            f"Mean macro F1 of {letters} letters from the embeddings of {int(data['tokens']):,} tokens: "
-            f"{'; '.join(parts)}. First letter: {100 * first[0]:.0f} % (random vectors {100 * first[1]:.0f} %, most "
-            f"frequent letter {100 * float(data['first_letter_majority']):.0f} %); length: R² {length[0]:.2f} (random "
-            f"{length[1]:.2f})."
+            f"{finding}{'; '.join(parts)}. First letter: {100 * first[0]:.0f} % "
+            f"(random vectors {100 * first[1]:.0f} %, most frequent letter "
+            f"{100 * float(data['first_letter_majority']):.0f} %); length: R² {length[0]:.2f} (random {length[1]:.2f})."
         )
         return with_note(text, result)
 

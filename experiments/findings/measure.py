@@ -94,5 +94,6 @@ def _headline(name: str, settings: Mapping[str, Any], model: wb.Model, stores: S
         try:
             return probe(**settings).run(store, model=model).headline()
         except WorkbenchError as error:
-            refused.append(str(error))
-    return f"not run: {refused[0]}"
+            refused.append(str(error).replace(f"{store.path.parent}/", ""))
+    reasons = [reason for reason in refused if "is not recorded" not in reason]  # by a store that is meant for it
+    return f"not run: {(reasons or refused)[0]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted_weights import planted_weights, word_tokenizer
@@ -130,6 +132,15 @@ def test_rare_letters_are_missing_and_said(spelled):
     assert int(result.data["tested"].sel(letter="q")) == 0
     assert "with or without q" in result.headline()
     assert int(spelled.data["tested"].sel(letter="q")) > 0
+
+
+def test_without_a_measured_letter_the_headline_says_so(spelled):
+    names = ("f1", "f1_control", "f1_matched")
+    data = spelled.data.assign({name: spelled.data[name] * np.nan for name in names})
+    headline = replace(spelled, data=data).headline()
+    tokens = f"{int(data['tokens']):,}"
+    assert headline.startswith(f"No letter is measured: of {tokens} tokens too few have it or lack it. First letter: ")
+    assert "nan" not in headline
 
 
 def test_a_vocabulary_of_characters_is_refused():
