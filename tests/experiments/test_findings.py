@@ -62,8 +62,10 @@ def test_the_page_has_a_line_for_each_model_and_probe_and_no_markup_of_theirs():
         {"a": {"lens": "head 0.1 | <b>"}, "b": {"lens": "none"}},
         rows=2_000,
         fingerprints={"model a": "0" * 16},
-        real_rows=300,
+        count="two",
+        real="",
     )
+    assert "on two trained models" in text
     assert "| a | head 0.1 &#124; &lt;b&gt; |\n| b | none |\n" in text
     assert "2,000 tokens" in text
     assert read_made_of(text) == {"model a": "0" * 16}

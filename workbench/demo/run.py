@@ -141,8 +141,9 @@ def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | Non
     texts = demo_corpus()
     head_rows, block_rows = (most if rows is None else min(most, rows) for most in (HEAD_ROWS, BLOCK_ROWS))
     longest = min(60, model.vocab // 3)  # of a block; random tokens that repeat show induction heads
-    lengths = {"period": (min(20, longest), longest), "filler": (1, max(1, longest // 2))}
-    repeated = random_repeats(model.tokenizer or range(model.vocab), REPEATS, **lengths)
+    ids = model.tokenizer or range(model.vocab)
+    period, filler = (min(20, longest), longest), (1, max(1, longest // 2))
+    repeated = random_repeats(ids, REPEATS, period=period, filler=filler)
     requests: tuple[tuple[str, Any, Sequence[str], dict[str, Any]], ...] = (
         ("demo.acts", texts, SITES, {"max_rows": rows}),
         ("heads.acts", texts, (*HEAD_SITES, "v", "mlp_post"), {"max_rows": head_rows, "context": 64}),
