@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## every probe on the embedded model or MODEL, ending in a re
 test: style $(MODELS) ## lint, then run every test and check types beside them [JOBS=2, PYTEST="-k store"]
 	@mkdir -p build
 	@$(MAKE) --no-print-directory types > build/types.log 2>&1 & types=$$!; \
-	  $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST); tests=$$?; \
+	  env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST); tests=$$?; \
 	  wait $$types || { cat build/types.log; exit 1; }; exit $$tests
 
 test-oldest: ## run a smaller set of tests with the oldest supported versions of the dependencies
