@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ from workbench.store.reader import Store
 
 RECORD, MAPS = "lens.json", "maps.safetensors"
 ADVICE = "save the lens again"
+
+
+@dataclass(frozen=True)
+class MapsRecord:
+    """`lens.json`: what every kind of maps states; some state more."""
+
+    format: str
+    version: int
+    site: str
+    layers: tuple[int, ...]
+    model: str
+    model_fingerprint: str | None
+    n_layers: int
+    d_model: int
+    made_of: dict[str, Any]
+    sha256: str
+    """Of the maps' file."""
 
 
 def save_maps(

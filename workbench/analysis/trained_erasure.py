@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.analysis.saved_maps import check_lens_model, damaged, load_maps, save_maps
+from workbench.analysis.saved_maps import MapsRecord, check_lens_model, damaged, load_maps, save_maps
 from workbench.analysis.softmax_probe import SoftmaxProbes
 from workbench.io.errors import RequestError
 from workbench.results.registry import find_probe
@@ -23,22 +23,9 @@ FORMAT, _VERSION = "workbench.erasure", 1
 
 
 @dataclass(frozen=True)
-class _Record:
-    """`lens.json`."""
-
-    format: str
-    version: int
-    site: str
-    layers: tuple[int, ...]
+class _Record(MapsRecord):
     offsets: tuple[int, ...]
     classes: tuple[int, ...]
-    model: str
-    model_fingerprint: str | None
-    n_layers: int
-    d_model: int
-    made_of: dict[str, Any]
-    sha256: str
-    """Of the maps' file."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.future_maps import AffineMap, FutureMap
-from workbench.analysis.saved_maps import check_lens_model, damaged, load_maps, save_maps
+from workbench.analysis.saved_maps import MapsRecord, check_lens_model, damaged, load_maps, save_maps
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch, usable_device
@@ -27,22 +27,9 @@ FORMAT, _VERSION = "workbench.future-lens", 1
 
 
 @dataclass(frozen=True)
-class _Record:
-    """`lens.json`."""
-
-    format: str
-    version: int
-    site: str
+class _Record(MapsRecord):
     method: str
-    layers: tuple[int, ...]
     horizons: int
-    model: str
-    model_fingerprint: str | None
-    n_layers: int
-    d_model: int
-    made_of: dict[str, Any]
-    sha256: str
-    """Of the maps' file."""
 
 
 @dataclass(frozen=True, eq=False)

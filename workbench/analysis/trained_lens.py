@@ -13,7 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.frozen_norm import token_id
-from workbench.analysis.saved_maps import ADVICE, RECORD, check_lens_model, damaged, format_of, load_maps, save_maps
+from workbench.analysis.saved_maps import (
+    ADVICE,
+    RECORD,
+    MapsRecord,
+    check_lens_model,
+    damaged,
+    format_of,
+    load_maps,
+    save_maps,
+)
 from workbench.analysis.trained_erasure import FORMAT as ERASURE
 from workbench.analysis.trained_erasure import TrainedErasure, load_erasure
 from workbench.analysis.trained_future import FORMAT as FUTURE
@@ -32,23 +41,6 @@ from workbench.store.reader import Store
 _FORMAT, _VERSION = "workbench.lens", 1
 _CONFIG, _PICKLE = "config.json", "params.pt"  # of the package tuned-lens
 _PROBES = {"jacobian lens": "jacobian-lens"}  # method to the probe that reads
-
-
-@dataclass(frozen=True)
-class _Record:
-    """`lens.json`."""
-
-    format: str
-    version: int
-    site: str
-    layers: tuple[int, ...]
-    model: str
-    model_fingerprint: str | None
-    n_layers: int
-    d_model: int
-    made_of: dict[str, Any]
-    sha256: str
-    """Of the maps' file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +160,7 @@ def load_lens(folder: str | os.PathLike[str]) -> TrainedLens | TrainedFutureLens
 
 
 def _load(folder: Path) -> TrainedLens:
-    record, maps = load_maps(folder, _Record, _VERSION)
+    record, maps = load_maps(folder, MapsRecord, _VERSION)
     shape = (len(record.layers), record.d_model)
     weight, bias = maps.get("weight"), maps.get("bias")
     if weight is None or bias is None or (weight.shape, bias.shape) != ((*shape, record.d_model), shape):
