@@ -2,12 +2,15 @@
 
 import shutil
 
+import numpy as np
 import pytest
-from features_example import HEADS, SEGMENTS, SITE, TRAINED
+import torch
+from features_example import HEADS, RAGGED, SEGMENTS, SITE, TRAINED
 from sae_example import save_sae
 from store_example import write_store
 
 from workbench.features.extract import extract_features
+from workbench.model.load import Model
 from workbench.sae.load import load_sae
 from workbench.store.reader import open_store
 
@@ -31,3 +34,23 @@ def sae(tmp_path_factory):
 @pytest.fixture(scope="session")
 def features(example, sae, tmp_path_factory):
     return extract_features(example, sae, out=tmp_path_factory.mktemp("features") / "topk", show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads divide a product by its rows, and here blocks are of other rows than there: last bits would differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sequences():
+    random = np.random.default_rng(0)
+    return [random.integers(2, 300, n).tolist() for n in RAGGED]
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_models):
+    return Model(tiny_models["llama"], None, "tiny-llama")

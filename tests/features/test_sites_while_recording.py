@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from features_example import RAGGED, TINY
 from formats_example import jump, same, tensors, text
 from pretend_device import PretendDevice
 from refusals import refused
@@ -17,30 +18,10 @@ from workbench.cli.main import main
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 
-RAGGED = [11, 3, 7, 1, 16, 7, 20, 5]
-TINY = {"dtype": "float32", "context": 20, "segment_rows": 24, "batch_tokens": 40, "show_progress": False}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH, FEATURES = 32, 20
 MIDS = [f"blocks.{layer}.hook_resid_mid" for layer in range(3)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads divide a product by its rows, and here blocks are of other rows than there: last bits would differ."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def sequences():
-    random = np.random.default_rng(0)
-    return [random.integers(2, 300, n).tolist() for n in RAGGED]
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_models):
-    return Model(tiny_models["llama"], None, "tiny-llama")
 
 
 def layer_weights(layer: int) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from features_example import RAGGED, TINY
 from refusals import refused
 from sae_example import encode64, save_sae
 from scipy.sparse import csr_array
@@ -19,29 +20,9 @@ from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.recording import segments
 
-RAGGED = [11, 3, 7, 1, 16, 7, 20, 5]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITE = "blocks.1.hook_resid_post"
-TINY = {"dtype": "float32", "context": 20, "segment_rows": 24, "batch_tokens": 40, "show_progress": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads divide a product by its rows, and here blocks are of other rows than there: last bits would differ."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def sequences():
-    random = np.random.default_rng(0)
-    return [random.integers(2, 300, n).tolist() for n in RAGGED]
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_models):
-    return Model(tiny_models["llama"], None, "tiny-llama")
 
 
 @pytest.fixture(scope="module")

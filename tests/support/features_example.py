@@ -13,6 +13,10 @@ HEADS = SiteRecord("blocks.1.attn.hook_z", "z.1", ("row", "head", "d_head"), (2,
 SEGMENTS = [[7, 9], [12], [3, 1, 14], [5]]
 ROWS = 51
 TRAINED = {"hook_name": SITE.name, "model_name": "demo"}
+RAGGED = [11, 3, 7, 1, 16, 7, 20, 5]
+"""Lengths of sequences that are recorded with an SAE."""
+TINY = {"dtype": "float32", "context": 20, "segment_rows": 24, "batch_tokens": 40, "show_progress": False}
+"""Settings of such recordings: several batches and segments."""
 
 
 def loaded(folder: Path, architecture: str = "standard", **settings):
