@@ -110,11 +110,11 @@ class Source:
 def page_sources(shared: Path, real: Path, rows: int, real_rows: int) -> list[Source]:
     """Returns the models of the page."""
     texts = stories(shared / STORIES)
-    return [
+    sources = [
         Source("demo", "demo", wb.demo_corpus(), rows, DEMO),
         *(Source(name, shared / "models" / name, texts, rows, SHALLOW | SPEECH) for name in OTHERS),
-        Source("SmolLM2-135M", real, texts, real_rows, DEEP),
     ]
+    return sources + [Source("SmolLM2-135M", real, texts, real_rows, DEEP)] * bool(real_rows)
 
 
 def page(
@@ -162,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prints, head = _fingerprints(request.shared, request.real if request.real_rows else None), TEXT
         words = {"count": "four", "real": f", and from {request.real_rows:,} tokens of TinyStories for SmolLM2-135M"}
         if not request.real_rows:
-            sources = sources[:-1]
             words = {"count": "three", "real": ". What they find in SmolLM2-135M stands on the page of each probe"}
     else:
         texts, settings = [request.text], BRIEF
