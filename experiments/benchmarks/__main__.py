@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from workbench.experiments.benchmarks.measure import Comparison, table
+from workbench.experiments.benchmarks.measure import Comparison, processor, table
 from workbench.io.errors import RequestError
 
 NAMES = (
@@ -158,14 +158,11 @@ def _plain(value: Any) -> str:
 
 def _device(on_gpu: bool) -> str:
     """Returns processor, cores and memory, as Linux reports them, the GPU if used, and the versions that matter."""
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    processor = models[0] if models else platform.machine()
     gpu = f"one {torch.cuda.get_device_name()}" if on_gpu else "no GPU used"
     versions = ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
     return (
-        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {gpu}; "
+        f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {gpu}; "
         f"Python {platform.python_version()}, {versions}"
     )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from scipy.stats import binom
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,21 +182,33 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], **arguments: Any) -> 
     return Memory(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def _measure_here(call: str) -> None:
-    module, name, arguments = json.loads(call)
-    work = getattr(import_module(module), name)(**arguments)
+def with_peak(work: Callable[[], T]) -> tuple[T, Memory]:
+    """Returns what `work` returns, and the memory of this process meanwhile. Linux only."""
     gc.collect()
     loaded = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak, so that loading does not count
-    work()
-    print(json.dumps({"loaded": loaded, "peak": _resident("VmHWM")}))
+        file.write("5")  # resets the peak, so that what was before does not count
+    result = work()
+    return result, Memory(loaded, _resident("VmHWM"))
+
+
+def _measure_here(call: str) -> None:
+    module, name, arguments = json.loads(call)
+    _, memory = with_peak(getattr(import_module(module), name)(**arguments))
+    print(json.dumps(asdict(memory)))
 
 
 def _resident(field: str) -> float:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
+
+
+def processor() -> str:
+    """Returns the processor's name, as Linux reports it."""
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _number(x: float) -> str:

@@ -1,9 +1,9 @@
-"""Findings of every probe on four trained models, and on their shapes with random weights.
+"""What every probe finds in four trained models, and in their shapes with random weights, and what it costs.
 
 `python -m workbench.experiments.findings` writes docs/findings.md. The embedded model runs on its own corpus, the
 others on stories; --shared names the folder with their `models/` and `corpora/`, --real that of SmolLM2-135M, which
 `make models` brings. Takes about two hours on one core, most of them for SmolLM2-135M; `--real-rows 0` leaves it out.
-Recordings and headlines are kept in --folder: an interrupted run goes on, and only probes whose file has changed run
+Recordings and findings are kept in --folder: an interrupted run goes on, and only probes whose file has changed run
 again.
 
 Of another model, with the same control, for instance before and after a change of a probe:
@@ -27,9 +27,10 @@ from typing import Any
 
 import workbench as wb
 from workbench.demo.run import SETTINGS as QUICK
+from workbench.experiments.benchmarks.measure import processor
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model.made_of import embedded, fingerprint, made_of, model_fingerprint
-from workbench.experiments.findings.measure import Subject, headlines
+from workbench.experiments.findings.measure import Finding, Subject, findings
 from workbench.io.progress import progress
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,9 @@ babyllama-105, small Llamas trained elsewhere{real}. Linear
 probes read whether a token lies between quotation marks in the stories, and its domain in `demo_corpus()`. Settings are
 the defaults, except those in `BRIEF`, `SHALLOW`, `SPEECH`, `DEEP` and `DEMO` of experiments/findings/__main__.py: the
 future prompts are few and briefly trained, and more training would find more.
+
+CPU s is the processor time of all threads, MB the resident memory that the probe added at most, with the pages of the
+store that it read; both without loading the model and recording it ({cpu}).
 """
 
 
@@ -68,6 +72,7 @@ ANOTHER = """# What the probes find in {model}
 
 {made_of}
 The probes on {model} and on a model of the same shape with random weights, over {rows:,} tokens.
+CPU s is the processor time of all threads, MB the resident memory that the probe added at most ({cpu}).
 """
 
 
@@ -118,15 +123,27 @@ def page_sources(shared: Path, real: Path, rows: int, real_rows: int) -> list[So
 
 
 def page(
-    findings: dict[str, dict[str, str]], rows: int, fingerprints: Mapping[str, str], head: str = TEXT, **words: Any
+    found: Mapping[str, Mapping[str, Finding]],
+    rows: int,
+    fingerprints: Mapping[str, str],
+    head: str = TEXT,
+    **words: Any,
 ) -> str:
     """Returns the page: `head`, filled in, and a section for each probe with a line for each model."""
     versions = {"tokens of each model": rows, "Python": platform.python_version(), "torch": version("torch")}
     sections = []
-    for probe in next(iter(findings.values())):
-        lines = "".join(f"| {title} | {_cell(headlines[probe])} |\n" for title, headlines in findings.items())
-        sections.append(f"## {probe}\n\n| model | finding |\n| --- | --- |\n{lines}")
-    return "\n".join([head.format(rows=rows, made_of=made_of(fingerprints, versions), **words), *sections])
+    for probe in next(iter(found.values())):
+        lines = "".join(_line(title, of_model[probe]) for title, of_model in found.items())
+        sections.append(
+            f"## {probe}\n\n| model | finding | tokens | CPU s | MB |\n| --- | --- |{' ---: |' * 3}\n{lines}"
+        )
+    words = {"rows": rows, "made_of": made_of(fingerprints, versions), "cpu": processor(), **words}
+    return "\n".join([head.format(**words), *sections])
+
+
+def _line(title: str, finding: Finding) -> str:
+    cost = "| |" if not finding.rows else f"{finding.rows:,} | {finding.seconds:,.1f} | {finding.megabytes:,.0f}"
+    return f"| {title} | {_cell(finding.headline)} | {cost} |\n"
 
 
 def _fingerprints(shared: Path, real: Path | None) -> dict[str, str]:
@@ -171,13 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prints = {f"model {request.model.name}": model_fingerprint(request.model)}
         prints |= {"texts": fingerprint([request.text or request.shared / STORIES])}
         head, words = ANOTHER, {"model": request.model.name}
-    findings = {}
+    found = {}
     with progress("findings", 2 * len(sources), "models") as tick:
         for subject in (subject for source in sources for subject in source.subjects()):
             place = request.folder / subject.title.replace(", ", "-").replace(" ", "-")
-            findings[subject.title] = headlines(subject, place, request.probes)
+            found[subject.title] = findings(subject, place, request.probes)
             tick(1)
-    request.write.write_text(page(findings, request.rows, prints, head, **words), encoding="utf-8")
+    request.write.write_text(page(found, request.rows, prints, head, **words), encoding="utf-8")
     print(f"wrote  {request.write}")
 
 

@@ -1,17 +1,19 @@
-"""Headlines of every probe on one model, kept in a folder so that an interrupted run goes on."""
+"""What every probe finds in one model, and what that costs, kept in a folder so that an interrupted run goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import workbench as wb
 from workbench.demo.run import BLOCK_ROWS, HEAD_SITES, SITES, block_sites
+from workbench.experiments.benchmarks.measure import with_peak
 from workbench.experiments.demo_model.made_of import fingerprint
 from workbench.io.errors import WorkbenchError
 from workbench.results.registry import find_probe, installed_probes
@@ -21,7 +23,7 @@ REPEATS = 60
 OTHER_INPUTS = ("activation-patching", "attribution-patching", "edge-attribution", "function-vectors", "path-patching")
 OTHER_INPUTS += ("head-ablation", "representation-hijacking", "semantic-axes", "steering")
 """Probes of pairs of prompts, of words that a small vocabulary lacks, or of heads or a direction; see their pages."""
-KEPT = "headlines.json"
+KEPT = "findings.json"
 
 
 @dataclass(frozen=True)
@@ -37,32 +39,50 @@ class Subject:
     """Settings of each probe that differ from its defaults."""
 
 
-def headlines(subject: Subject, folder: Path, probes: Sequence[str] | None = None) -> dict[str, str]:
-    """Returns the headline of every probe, or the reason why it was not run.
+@dataclass(frozen=True)
+class Finding:
+    """What a probe found in a model, or why it was not run."""
 
-    A headline kept in `folder` is taken from there where the model, the number of rows, the settings and the source of
+    headline: str
+    rows: int = 0
+    """Tokens of the store that it ran on; 0: it was not run."""
+    seconds: float = 0.0
+    """Processor time of all threads, loading of the model and recording not counted."""
+    megabytes: float = 0.0
+    """Resident memory that it added at most, read pages of the store among it (10^6 bytes)."""
+
+
+def probes_of_texts() -> list[str]:
+    """Returns the names of the installed probes that need a model and texts alone."""
+    return [name for name in installed_probes() if name not in OTHER_INPUTS]
+
+
+def findings(subject: Subject, folder: Path, probes: Sequence[str] | None = None) -> dict[str, Finding]:
+    """Returns what every probe finds. Linux only.
+
+    A finding kept in `folder` is taken from there where the model, the number of rows, the settings and the source of
     the probe are still the same.
 
     Args:
         subject: The model and its texts.
-        folder: Folder for the recordings and the headlines.
+        folder: Folder for the recordings and the findings.
         probes: Names of the probes. None: every installed one that needs texts alone.
     """
     kept = _kept(folder)
     stores: list[wb.Store] = []
     lines = {}
-    for name in [name for name in installed_probes() if name not in OTHER_INPUTS] if probes is None else probes:
+    for name in probes_of_texts() if probes is None else probes:
         settings = subject.settings.get(name, {})
         key = _key(subject, name, settings)
         if key not in kept:
             stores = stores or _recorded(subject, folder)
-            kept[key] = _headline(name, settings, subject.model, stores)
+            kept[key] = asdict(_finding(name, settings, subject.model, stores))
             (folder / KEPT).write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        lines[name] = kept[key]
+        lines[name] = Finding(**kept[key])
     return lines
 
 
-def _kept(folder: Path) -> dict[str, str]:
+def _kept(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / KEPT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -88,12 +108,15 @@ def _recorded(subject: Subject, folder: Path) -> list[wb.Store]:
     ]
 
 
-def _headline(name: str, settings: Mapping[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> str:
-    probe, refused = find_probe(name), []
+def _finding(name: str, settings: Mapping[str, Any], model: wb.Model, stores: Sequence[wb.Store]) -> Finding:
+    probe, refused = find_probe(name)(**settings), []
     for store in stores:
+        began = time.process_time()
         try:
-            return probe(**settings).run(store, model=model).headline()
+            result, memory = with_peak(lambda store=store: probe.run(store, model=model))
         except WorkbenchError as error:
             refused.append(str(error).replace(f"{store.path.parent}/", ""))
+            continue
+        return Finding(result.headline(), len(store), round(time.process_time() - began, 2), round(memory.rise, 1))
     reasons = [reason for reason in refused if "is not recorded" not in reason]  # by a store that is meant for it
-    return f"not run: {(reasons or refused)[0]}"
+    return Finding(f"not run: {(reasons or refused)[0]}")
