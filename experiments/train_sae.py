@@ -127,8 +127,8 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
         )
     )
     with torch.no_grad():
-        some = rows[:: max(1, len(rows) // _MEAN_ROWS)]
-        sae.b_dec.copy_(array[some].float().flatten(1).mean(0))
+        sample = rows[:: max(1, len(rows) // _MEAN_ROWS)]
+        sae.b_dec.copy_(array[sample].float().flatten(1).mean(0))
     return SAETrainer(_trainer_config(settings, checkpoint_path), sae, batches(array, rows, settings)).fit()
 
 

@@ -240,11 +240,11 @@ def _found(
         for keys in hidden.values()
         for start, length in zip(received.starts, received.lengths, strict=True)
     ]
-    both = {}
+    shares = {}
     for name, threshold in (("hidden_paper", None), ("hidden_code", _CODE)):
         choice = received.hidden_sinks(threshold, min_visible)
-        both[name] = np.mean([keys.sum() / (keys.shape[1] * len(received.starts)) for keys in choice.values()])
-    return {"hidden": counts, "heads_with": np.mean(having), **both}
+        shares[name] = np.mean([keys.sum() / (keys.shape[1] * len(received.starts)) for keys in choice.values()])
+    return {"hidden": counts, "heads_with": np.mean(having), **shares}
 
 
 def _loss(result: Result, model: str) -> go.Figure:

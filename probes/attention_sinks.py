@@ -482,8 +482,12 @@ def _by_domain(result: Result) -> go.Figure:
         for name, number in zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy().tolist(), strict=True)
     ]
     epsilon = result.provenance["settings"]["epsilon"]
-    both = int(((parts[1] > epsilon).any(0) & (parts[2] < epsilon).any(0)).sum())
-    title = f"Active in one domain, dormant in another: {both} of {len(heads)} heads" if both else "Attention by domain"
+    switching = int(((parts[1] > epsilon).any(0) & (parts[2] < epsilon).any(0)).sum())
+    title = (
+        f"Active in one domain, dormant in another: {switching} of {len(heads)} heads"
+        if switching
+        else "Attention by domain"
+    )
     figure = group_intervals(
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],

@@ -307,12 +307,12 @@ class _Estimated:
         masks = {"": patched} if heads else dict(runs.pairs.places)
         plans = {name: _plans(probe, runs, at) for name, at in masks.items()}
         for row, site in enumerate(sites):
-            own = made.by_position(site)
-            sums[:, row] = at_place(own, patched).reshape(shape[0], -1).sum(1).numpy()
+            estimate = made.by_position(site)
+            sums[:, row] = at_place(estimate, patched).reshape(shape[0], -1).sum(1).numpy()
             for name, at in masks.items():
                 columns = slice(None) if heads else places.index(name)
                 for kind, (plan, known) in plans[name].items():
-                    values = at_place(own if plan is None else made.by_position(site, plan), at).numpy()
+                    values = at_place(estimate if plan is None else made.by_position(site, plan), at).numpy()
                     estimates[kind][:, row, columns] = np.where(known[:, None] if heads else known, values, np.nan)
         draw = np.random.default_rng(probe.seed)
         sample = np.sort(draw.permutation(shape[0])[: probe.exact_pairs])

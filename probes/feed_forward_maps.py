@@ -197,12 +197,12 @@ class FeedForwardMaps(LayerProbe):
     def headline(result: Result) -> str:
         """Returns the changes, the layer with the largest, and the completeness error."""
         data = result.data
-        alone, whole, undone = (float(data[name].mean()) for name in _MEASURES)
+        by_ff, whole, undone = (float(data[name].mean()) for name in _MEASURES)
         most = data.isel(layer=int(np.nan_to_num(data["change_ff"].to_numpy(), nan=-1).argmax()))
         ends = [float(most[f"change_ff{end}"]) for end in ("", "_low", "_high")]
         interval = interval_suffix(ends[1], ends[2])
         return with_note(
-            f"Feed-forward parts change the map of contributing tokens by 1 - Spearman {alone:.2f}, with the residual "
+            f"Feed-forward parts change the map of contributing tokens by 1 - Spearman {by_ff:.2f}, with the residual "
             f"{whole:.2f} (mean of layers; unrelated maps {float(data['change_shuffled'].mean()):.2f}); most at layer "
             f"{int(most['layer'])}: {ends[0]:.2f}{interval}, with residual {float(most['change_ff_residual']):.2f}; "
             f"cosine of the part's change and the residual's {undone:+.2f}. Contributions miss the block's output by "

@@ -171,14 +171,14 @@ class FiberBundle(WeightsProbe):
         """Returns the share of rejected tokens beside the Gaussian cloud, the level of the test, and the dimension."""
         data = result.data
         rejected, below, found = (100 * data[name].to_numpy() for name in ("rejected", "below", "detector"))
-        here, there = (float(data["dimension"][cloud].median()) for cloud in (0, 1))
+        dimension, gaussian = (float(data["dimension"][cloud].median()) for cloud in (0, 1))
         null, detector = (100 * float(data[name]) for name in ("null_below", "null_detector"))
         text = (
             f"A rise of the dimension rejects the fiber bundle at {rejected[0]:.1f} % of {data['token'].size:,} tokens "
             f"(Gaussian cloud {rejected[1]:.1f} %; unit rows {rejected[2]:.1f} % and {rejected[3]:.1f} %), after "
             f"Holm's correction; p < 0.05 at {below[0]:.1f} % (Gaussian {below[1]:.1f} %, exact null {null:.1f} %). "
-            f"Median dimension {here:.1f} (Gaussian {there:.1f}). The usual window detector rejects {found[0]:.0f} % "
-            f"here and {detector:.0f} % under the exact null."
+            f"Median dimension {dimension:.1f} (Gaussian {gaussian:.1f}). The usual window detector rejects "
+            f"{found[0]:.0f} % here and {detector:.0f} % under the exact null."
         )
         return with_note(text, result)
 

@@ -192,9 +192,9 @@ class FunctionVectors(StoreProbe):
         self, model: Model, pairs: Sequence[PatchPair], vectors: Float[Tensor, "vector d_model"], blocks: Sequence[int]
     ) -> np.ndarray:
         """[pair, vector, block, (P, right)] of questions alone."""
-        alone = questions_alone(pairs)
+        questions = questions_alone(pairs)
         values = [
-            [answers_after(model, alone, f"resid_post.{block}", self.scale * vector) for block in blocks]
+            [answers_after(model, questions, f"resid_post.{block}", self.scale * vector) for block in blocks]
             for vector in vectors
         ]
         return np.moveaxis(np.array(values), 2, 0)
@@ -209,10 +209,10 @@ class FunctionVectors(StoreProbe):
     ) -> dict[str, np.ndarray]:
         shuffled = [replace(one, clean=one.corrupt) for one in pairs]
         plain = np.stack([answers_after(model, part) for part in (pairs, shuffled, questions_alone(pairs))], 1)
-        both = np.stack([steered[:, 0], steered[:, 1:].mean(1)], 1)
+        averages = np.stack([steered[:, 0], steered[:, 1:].mean(1)], 1)
         arrays = {"probability": plain[..., 0].mean(0)}
         measured = {"effect": effects, "accuracy": plain[..., 1]}
-        measured |= {"steered_accuracy": both[..., 1], "steered_probability": both[..., 0]}
+        measured |= {"steered_accuracy": averages[..., 1], "steered_probability": averages[..., 0]}
         for name, values in measured.items():
             flat = values.reshape(len(values), -1)
             mean, resampled = clustered_means(flat, np.arange(len(flat)), resamples=self.resamples, seed=self.seed)

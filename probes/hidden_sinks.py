@@ -163,12 +163,12 @@ class HiddenSinks(LayerProbe):
         share, low, high = (100 * float(data[f"heads_share{end}"]) for end in ("", "_low", "_high"))
         interval = interval_suffix(low, high, ".1f")
         known = data["share"].notnull()
-        both = [int((data[name] >= 0.5).where(known, False).sum()) for name in ("share_relative", "share_fixed")]
+        frequent = [int((data[name] >= 0.5).where(known, False).sum()) for name in ("share_relative", "share_fixed")]
         text = (
             f"{share:.1f} % of heads have a hidden sink{interval} (alpha above {settings['threshold']} = "
             f"{float(data['cutoff']):.3g} at a position after the first, T {settings['length']}, "
-            f"{int(data['sequences']):,} sequences); in half of the sequences or more: {both[0]} of {int(known.sum())} "
-            f"heads with 5/N, {both[1]} with 0.1"
+            f"{int(data['sequences']):,} sequences); in half of the sequences or more: {frequent[0]} of "
+            f"{int(known.sum())} heads with 5/N, {frequent[1]} with 0.1"
         )
         table = result.table.loc[result.table["detections"] > 0]
         if len(table):

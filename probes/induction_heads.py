@@ -327,11 +327,11 @@ def _losses(
     for part in sequences.blocks(int(sequences.lengths.max())):
         keys = token_keys(sequences, part)
         repeated[keys.rows[keys.counts.numpy()]] = True
-    at, again = position[rows], repeated[rows]
+    at, seen = position[rows], repeated[rows]
     tokens = np.bincount(at)
     with np.errstate(invalid="ignore"):
         by_position = np.bincount(at, loss) / tokens
-        parts = [np.divide(loss[mask].sum(), mask.sum()) for mask in (again, ~again)]
+        parts = [np.divide(loss[mask].sum(), mask.sum()) for mask in (seen, ~seen)]
     arrays: dict[str, Any] = {"icl_loss": by_position, "icl_tokens": tokens}
     arrays |= {"loss_repeated": parts[0], "loss_new": parts[1]}
     near = [np.abs(at - place) <= probe.window for place in (probe.early, probe.late)]

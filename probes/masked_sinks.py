@@ -187,9 +187,9 @@ class MaskedSinks(LayerProbe):
             for layer in received.layers if self.layers_too else ():
                 choices[kind, "layer", layer] = {layer: choice[layer]}
             for layer, head in places:
-                alone = np.zeros_like(choice[layer])
-                alone[:, head] = choice[layer][:, head]
-                choices[kind, "head", layer, head] = {layer: alone}
+                single = np.zeros_like(choice[layer])
+                single[:, head] = choice[layer][:, head]
+                choices[kind, "head", layer, head] = {layer: single}
         return {key: change_keys(choice, hide) for key, choice in choices.items()}
 
     def _arrays(

@@ -144,7 +144,7 @@ class Neurons(LayerProbe):
         unembed, outputs = load_unembed(store.path, loaded.device), mlp_outputs(loaded)
         if missing := [layer for layer in layers if layer not in outputs]:
             raise RequestError(f"layers: layer {missing[0]} of {loaded.name!r} has no single set of neurons")
-        both = any(site.startswith("mlp_pre_linear.") for site in loaded.sites)
+        gated = any(site.startswith("mlp_pre_linear.") for site in loaded.sites)
         draw = torch.Generator("cpu").manual_seed(self.seed)
         chance = torch.randn(self.random, loaded.d_model, generator=draw, device="cpu")
         control = vocabulary_moments(chance, unembed)
@@ -152,7 +152,7 @@ class Neurons(LayerProbe):
         for layer, site in zip(layers, labels, strict=True):
             weights[layer] = outputs[layer].weights()[0]
             moments = vocabulary_moments(weights[layer], unembed)
-            activity = neuron_activity(store[site], rows.rows, self.top, self.threshold, both)
+            activity = neuron_activity(store[site], rows.rows, self.top, self.threshold, gated)
             parts.append(_measures(moments, control, weights[layer], activity))
         arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
         arrays |= _shares(arrays)
@@ -164,7 +164,7 @@ class Neurons(LayerProbe):
         shape = arrays["top_row"].shape
         coords = {"layer": layers, "neuron": np.arange(shape[1]), "rank": np.arange(1, shape[2] + 1)}
         data = dataset(self.variables, arrays, coords)
-        notes = ["gated MLPs: neurons are active in either direction, so few are dead"] if both else []
+        notes = ["gated MLPs: neurons are active in either direction, so few are dead"] if gated else []
         return self.result(store, data, _table(self, store, data, weights, unembed), rows, notes)
 
     @staticmethod

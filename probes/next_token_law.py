@@ -212,9 +212,9 @@ def _residuals(
     array, device = store[site], usable_device(probe.device)
     fits = FoldedLeastSquares(array.shape[1], ends.shape[1], probe.folds, device)
     for fold in range(probe.folds):
-        mine = np.flatnonzero(folds == fold)
-        for first in range(0, len(mine), _BLOCK):
-            at = mine[first : first + _BLOCK]
+        held_out = np.flatnonzero(folds == fold)
+        for first in range(0, len(held_out), _BLOCK):
+            at = held_out[first : first + _BLOCK]
             states = normalise(array[rows[at]].to(device).double(), *norm)
             fits.add(fold, states, torch.from_numpy(ends[at]).to(device))
     n, present = len(rows), np.unique(folds)

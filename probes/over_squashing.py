@@ -322,12 +322,12 @@ def spacing(size: Float[Tensor, " draw"], dtype: torch.dtype) -> Float[Tensor, "
 
 def _patterns(store: Store, length: int) -> tuple[list[str], Int[np.ndarray, "sequence position"]]:
     """Sites of the patterns of all layers, and rows of the sequences that are long enough; none where either lacks."""
-    nothing = np.zeros((0, length), np.int64)
+    empty = np.zeros((0, length), np.int64)
     if layers_of(store, "pattern") != list(range(store.manifest.model.n_layers)) or store.manifest.chosen:
-        return [], nothing
+        return [], empty
     lengths = np.unique(store.tokens["sequence"].to_numpy(), return_counts=True)[1]
     if lengths.max(initial=0) < length:
-        return [], nothing
+        return [], empty
     return [f"pattern.{layer}" for layer in layers_of(store, "pattern")], select_sequences(store, length).rows
 
 

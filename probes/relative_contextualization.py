@@ -145,8 +145,8 @@ class RelativeContextualization(LayerProbe):
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
         documents = len({part.document for part in texts})
         few = f"intervals over {documents} document{'s' * (documents != 1)}, fewer than 10" * (documents < 10)
-        alone = "rc_other not computed: it needs two sequences" * (len(texts) < 2)
-        return self.result(store, data, _table(data), rows, [few, alone])
+        single = "rc_other not computed: it needs two sequences" * (len(texts) < 2)
+        return self.result(store, data, _table(data), rows, [few, single])
 
     @staticmethod
     def headline(result: Result) -> str:
@@ -160,10 +160,10 @@ class RelativeContextualization(LayerProbe):
             "sequences"
         )
         if not bool(result.table["excess"].isna().all()):
-            own = result.table.loc[result.table["excess"].idxmax()]
+            beyond = result.table.loc[result.table["excess"].idxmax()]
             text += (
-                f". Most beyond other prompts: {head_name(int(own['layer']), int(own['head']))}, {own['rc']:.2f} and "
-                f"{own['rc_other']:.2f}"
+                f". Most beyond other prompts: {head_name(int(beyond['layer']), int(beyond['head']))}, "
+                f"{beyond['rc']:.2f} and {beyond['rc_other']:.2f}"
             )
         if data.sizes.get("token"):
             values = data["attribution"].to_numpy()

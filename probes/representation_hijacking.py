@@ -164,8 +164,8 @@ class RepresentationHijacking(LayerProbe):
         counts: int,
     ) -> dict[str, np.ndarray]:
         """What the model says after the prompt, of each layer's states and of random ones."""
-        own, other = (first_token(model, f" {word}") for word in words)
-        if own == other:
+        token, other = (first_token(model, f" {word}") for word in words)
+        if token == other:
             raise RequestError(f"words: {words[0]!r} and {words[1]!r} begin with the same token of this model")
         prompt = target_prompt(model, self.prompt)
         asked = np.unique(np.concatenate(list(cells.values())))
@@ -174,7 +174,7 @@ class RepresentationHijacking(LayerProbe):
             states = store[site][rows[asked]].float()
             for drawn, lines in ((states, parts), (random_states(states, self.seed), random)):
                 log = read_states(model, prompt, site, drawn)
-                lines.append((log[:, other] - log[:, own]).numpy())
+                lines.append((log[:, other] - log[:, token]).numpy())
         values = np.full((len(rows), len(labels)), np.nan)
         values[asked] = np.stack(parts, 1)
         reading = _cells("reading", cells, values, counts, 1, self.seed)["reading"]
@@ -201,9 +201,9 @@ class RepresentationHijacking(LayerProbe):
             f"{float(at['overwrite'][layer]):.2f} at layer {int(data['layer'][layer])}{interval} ({others}); {where}"
         )
         if "reading" in data:
-            said = float(at["reading"][layer])
+            ratio = float(at["reading"][layer])
             text += (
-                f"; patchscope there: ln P ratio {said:.1f} (random state {float(data['reading_random'][layer]):.1f})"
+                f"; patchscope there: ln P ratio {ratio:.1f} (random state {float(data['reading_random'][layer]):.1f})"
             )
         return with_note(f"{text}.", result)
 

@@ -152,11 +152,11 @@ class ResidualUncertainty(LayerProbe):
             f"Residual cross-entropy: {loss[0]:.2f} nats at layer {layers[0]}, {loss[-1]:.2f} at layer {layers[-1]}; "
             f"it falls at every layer on {100 * float(data['falling_share']):.0f} % of tokens. "
         )
-        wrong, own = 100 * float(data["wrong_share"]), float(data["output_auc"])
-        if np.isnan(own):
+        wrong, output_auc = 100 * float(data["wrong_share"]), float(data["output_auc"])
+        if np.isnan(output_auc):
             reason = "no token has a next one" if np.isnan(wrong) else f"the model errs on {wrong:.0f} % of the tokens"
             return with_note(f"{text}Detectors of errors not compared: {reason}.", result)
-        text += f"The model errs on {wrong:.0f} %; AUC of detectors: own output {own:.3f}"
+        text += f"The model errs on {wrong:.0f} %; AUC of detectors: own output {output_auc:.3f}"
         for name in data["statistic"].to_numpy().tolist():
             one = data.sel(statistic=name)
             interval = _interval(*(float(one[f"depth_gain{end}"]) for end in ("", "_low", "_high")))

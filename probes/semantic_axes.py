@@ -220,9 +220,9 @@ class SemanticAxes(WeightsProbe):
         table, known = _read_ratings(self.ratings), list(words.values())
         draw = np.random.default_rng(self.seed)
         for place, name in enumerate(axes.names):
-            own = {int(id) for id in axes.pairs[place].ravel()}
+            poles = {int(id) for id in axes.pairs[place].ravel()}
             part = table.loc[(table["axis"] == name) & table["word"].isin(list(words))]
-            part = part.loc[[words[word] not in own for word in part["word"]]]  # a pole would be rated by itself
+            part = part.loc[[words[word] not in poles for word in part["word"]]]  # a pole would be rated by itself
             if len(part) < 5:
                 continue
             clean, _ = without_frequency(rows, known, np.array([words[word] for word in part["word"]]))

@@ -158,13 +158,13 @@ class Similarity(LayerProbe):
         rows = self.finite_rows(store, labels, chosen)
         kept = np.isin(chosen, rows.rows)
         others = self.finite_rows(second, other_labels, other[kept])
-        both = np.isin(other[kept], others.rows)
-        if not both.all():
-            rows = self.finite_rows(store, labels, rows.rows[both])
+        finite = np.isin(other[kept], others.rows)
+        if not finite.all():
+            rows = self.finite_rows(store, labels, rows.rows[finite])
             notes += others.notes
         if len(rows.rows) < _LEAST:
             raise RequestError(f"{len(rows.rows)} tokens are selected; similarity needs {_LEAST} or more")
-        return rows, other[kept][both], notes
+        return rows, other[kept][finite], notes
 
     @staticmethod
     def headline(result: Result) -> str:

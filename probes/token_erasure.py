@@ -352,16 +352,16 @@ class TokenErasure(LayerProbe):
         """Returns whether last tokens erase the token before, the drops against the control, and the segmentation."""
         data = result.data
         offset = -1 if -1 in data["offset"] else int(data["offset"][0])
-        here = data.sel(offset=offset)
+        at_offset = data.sel(offset=offset)
         late = int(data["late"])
-        starts = {"fall": int(data["early"])} | ({"fall_from_best": int(here["best"])} if "best" in data else {})
+        starts = {"fall": int(data["early"])} | ({"fall_from_best": int(at_offset["best"])} if "best" in data else {})
         parts, erased = [], False
         for name, start in starts.items():
             last, control = (
-                [100 * float(here["accuracy"].sel(group=group, layer=layer)) for layer in (start, late)]
+                [100 * float(at_offset["accuracy"].sel(group=group, layer=layer)) for layer in (start, late)]
                 for group in _GROUPS
             )
-            fall = [100 * float(here[f"{name}{end}"]) for end in ("", "_low", "_high")]
+            fall = [100 * float(at_offset[f"{name}{end}"]) for end in ("", "_low", "_high")]
             erased |= last[0] > last[1] and fall[1] > 0
             parts.append(
                 f"layers {start} to {late}: last tokens of words {last[0]:.0f} to {last[1]:.0f} %, control "
@@ -369,13 +369,13 @@ class TokenErasure(LayerProbe):
             )
         parts = list(dict.fromkeys(parts))  # the early layer may be the best
         finding = "Token erasure" if erased else "No token erasure"
-        if np.isnan(float(here["fall_low"])):
+        if np.isnan(float(at_offset["fall_low"])):
             finding = "Token erasure not decided"
-        if not int(here["tokens"].min()):
+        if not int(at_offset["tokens"].min()):
             finding, parts = "Token erasure not measured", ["where a group has no token to compare"]
         texts = [f"{finding} at offset {offset:+d}, {'; '.join(parts)}."]
         if "coverage" in data:
-            share = {group: 100 * float(here["coverage"].sel(group=group)) for group in _GROUPS}
+            share = {group: 100 * float(at_offset["coverage"].sel(group=group)) for group in _GROUPS}
             known = [f"{value:.0f} % of {group} tokens" for group, value in share.items() if not np.isnan(value)]
             texts += [f"Targets in the training documents: {', '.join(known)}."] * bool(known)
         if "precision" in data and not np.isnan(float(data["precision"])):

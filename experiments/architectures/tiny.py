@@ -157,16 +157,16 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def _tiny_config(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
+def _tiny_config(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
     """Returns the config of this class from the tables above, including nested configs."""
     fields = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in TINY.items() if name in fields}
     for name, companions in COMPANIONS.items():
         values |= companions if name in fields else {}
-    values |= copy.deepcopy(own)
+    values |= copy.deepcopy(overrides)
     specs = config_class.sub_configs_defaults or {}
     for name, sub_class in config_class.sub_configs.items():  # pyright: ignore[reportAttributeAccessIssue]  # a class property
-        if name in own or name not in specs or not specs[name].optional:
+        if name in overrides or name not in specs or not specs[name].optional:
             nested = CONFIG_MAPPING[specs[name].model_type] if sub_class is AutoConfig else sub_class
-            values[name] = _tiny_config(nested, own.get(name, {}))
+            values[name] = _tiny_config(nested, overrides.get(name, {}))
     return config_class(**values)

@@ -97,8 +97,8 @@ class Gpu:
         def body() -> None:
             with torch.inference_mode():
                 for rows in torch.from_numpy(ids).split(batch):
-                    there = rows.to(device)
-                    module.transformer(input_ids=there, attention_mask=torch.ones_like(there), use_cache=False)
+                    moved = rows.to(device)
+                    module.transformer(input_ids=moved, attention_mask=torch.ones_like(moved), use_cache=False)
 
         def ours() -> float:
             shutil.rmtree(out, ignore_errors=True)

@@ -87,19 +87,19 @@ class AblatedRuns:
         step = max(1, batch_tokens(self.model) // self.ids.shape[1])
         (last,) = self.model.site_map.select((f"resid_post.{self.model.site_map.n_layers - 1}",))
         for first in range(0, len(self.ids), step):
-            some = slice(first, min(first + step, len(self.ids)))
+            batch = slice(first, min(first + step, len(self.ids)))
             kept: list[Tensor] = []
-            record = None if part is None else _replace(part, value, self.at[some])
+            record = None if part is None else _replace(part, value, self.at[batch])
             with nullcontext() if record is None else intervene(self.model, record):
                 capture(
                     self.model.module,
                     (last,),
-                    self.ids[some],
-                    self.mask[some],
+                    self.ids[batch],
+                    self.mask[batch],
                     lambda _site, tensor, _first, kept=kept: kept.append(tensor.detach().cpu().double()),
                 )
-            stream = kept[0][self.at[some]]
-            w, bias = self.targets.read(self.unembed, some)
+            stream = kept[0][self.at[batch]]
+            w, bias = self.targets.read(self.unembed, batch)
             u = read_directions(self.unembed, stream, w)
             results.append((stream * u).sum(-1) + norm_bias(self.unembed, w) + bias)
         return torch.cat(results)

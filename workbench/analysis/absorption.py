@@ -125,16 +125,16 @@ class _Data:
         train = ~self.test
         weight, bias = fit_logistic(self.x[train], has[train])
         says = self.x @ weight + bias > 0
-        own, sparse_f1 = self._own(has, k)
+        features, sparse_f1 = self._own(has, k)
         found = np.flatnonzero(self.test & has & says)
         unit = weight / max(np.linalg.norm(weight), 1e-30)
-        outcome = [self._absorbed(int(token), unit, own) for token in found]
+        outcome = [self._absorbed(int(token), unit, features) for token in found]
         line = {
             "tokens": int((has & self.test).sum()),
             "probe_f1": _f1(says[self.test], has[self.test]),
             "sparse_f1": sparse_f1,
-            "features": tuple(map(int, own)),
-            "splits": len(own) - 1,
+            "features": tuple(map(int, features)),
+            "splits": len(features) - 1,
             "true_positives": len(found),
         }
         for index, name in enumerate(("full", "fraction")):
@@ -146,7 +146,7 @@ class _Data:
 
     def _own(self, has: Bool[np.ndarray, " token"], k: int) -> tuple[Int64[np.ndarray, " own"], float]:
         """The letter's own features, and the F1 of the probe on them."""
-        train, own, best = ~self.test, np.empty(0, np.int64), -np.inf
+        train, features, best = ~self.test, np.empty(0, np.int64), -np.inf
         gap = self.active[train & has].mean(0) - self.active[train & ~has].mean(0)
         order = np.argsort(-np.asarray(gap).ravel(), kind="stable")
         columns = self.active.tocsc()
@@ -156,11 +156,11 @@ class _Data:
             f1 = _f1(np.asarray(x @ weight + bias > 0)[self.test], has[self.test])
             if f1 <= best + F1_GAIN:
                 break
-            own, best = order[:size], f1
-        return own, float(best)
+            features, best = order[:size], f1
+        return features, float(best)
 
     def _absorbed(
-        self, token: int, unit: Float[np.ndarray, " d_model"], own: Int64[np.ndarray, " own"]
+        self, token: int, unit: Float[np.ndarray, " d_model"], features: Int64[np.ndarray, " own"]
     ) -> tuple[bool, float, int]:
         """Full absorption, absorption fraction, and the feature with the largest projection on the probe."""
         entries = slice(*self.active.indptr[token : token + 2])
@@ -169,9 +169,9 @@ class _Data:
         cosine = toward / np.maximum(self.norms[feature], 1e-30)
         projection = activation * self.scale[token] * toward
         total = float(self.x[token] @ unit)
-        mine = np.isin(feature, own)
-        own_part = float(projection[mine].sum())
-        others = np.sort(projection[~mine & (cosine >= PARTIAL_COSINE) & (projection > 0)])[::-1][:ABSORBERS].sum()
+        of_letter = np.isin(feature, features)
+        own_part = float(projection[of_letter].sum())
+        others = np.sort(projection[~of_letter & (cosine >= PARTIAL_COSINE) & (projection > 0)])[::-1][:ABSORBERS].sum()
         if total <= 0 or own_part >= total or others / total < SHARE:
             fraction = 0.0
         elif own_part <= 0:
@@ -182,7 +182,7 @@ class _Data:
         if not len(feature):
             return False, fraction, -1
         top = int(projection.argmax())
-        silent = not (np.abs(activation[mine]) >= _SILENT).any()
+        silent = not (np.abs(activation[of_letter]) >= _SILENT).any()
         full = silent and cosine[top] >= FULL_COSINE and total > 0 and projection[top] / total >= SHARE
         return bool(full), fraction, int(feature[top])
 

@@ -92,12 +92,12 @@ class Attribution:
             return cls(runs, site_gradients(runs, base, sites))
         gradients = {}
         for site in sites:
-            own, other = runs.corrupt_values[site.name], runs.clean_values[site.name]
+            start, end = runs.corrupt_values[site.name], runs.clean_values[site.name]
             if base == "clean":
-                own, other = other, own
-            total = torch.zeros_like(own, dtype=torch.float32)
+                start, end = end, start
+            total = torch.zeros_like(start, dtype=torch.float32)
             for index in range(steps):
-                point = own + (index + 0.5) / steps * (other - own)
+                point = start + (index + 0.5) / steps * (end - start)
                 total += site_gradients(runs, base, (site,), {site.name: point})[site.name] / steps
             gradients[site.name] = total
         return cls(runs, gradients)
@@ -168,9 +168,9 @@ def correlations(
     if len(x) < 2:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     drawn = _pearson(np.einsum("rp,spg->srg", weights, sums))
-    some = ~np.isnan(drawn).all(0)
-    low, high = np.nanquantile(np.where(some, drawn, 0.0), (0.025, 0.975), axis=0)
-    return mean, np.where(some, low, np.nan), np.where(some, high, np.nan)
+    known_groups = ~np.isnan(drawn).all(0)
+    low, high = np.nanquantile(np.where(known_groups, drawn, 0.0), (0.025, 0.975), axis=0)
+    return mean, np.where(known_groups, low, np.nan), np.where(known_groups, high, np.nan)
 
 
 def _pearson(sums: Float64[np.ndarray, " sum *group"]) -> Float64[np.ndarray, " *group"]:

@@ -46,11 +46,11 @@ def axis_effects(
     ids = torch.tensor([[*before, noun, *after] for noun in nouns])
     odds = []
     for direction in directions:
-        both = []
+        effects = []
         for sign in (1.0, -1.0):
             step = torch.tensor(direction, dtype=torch.float32)
             with intervene(model, Add("embed", step, scale=sign * strength, unit="norm", at=len(before))):
                 logits = run(model.module, ids, torch.ones_like(ids)).logits[:, -1].double().cpu().numpy()
-            both.append([(logits[:, one[:, 0]] - logits[:, one[:, 1]]).mean() for one in pairs])
-        odds.append((np.array(both[0]) - np.array(both[1])) / 2)
+            effects.append([(logits[:, one[:, 0]] - logits[:, one[:, 1]]).mean() for one in pairs])
+        odds.append((np.array(effects[0]) - np.array(effects[1])) / 2)
     return np.stack(odds)

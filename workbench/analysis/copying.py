@@ -41,13 +41,13 @@ def copying_scores(
         read = read - read.mean(1, keepdim=True)
     scores = {}
     for layer, writes in head_writes(model, x, layers):
-        here, targets = unembed.to(writes.device), ids.to(writes.device)
+        unembedding, targets = unembed.to(writes.device), ids.to(writes.device)
         right, eigen = [], []
         for write in writes.transpose(0, 1):
-            logits = direct_logits(here, write, targets)
-            own = logits.diagonal().clone()
+            logits = direct_logits(unembedding, write, targets)
+            right_logits = logits.diagonal().clone()
             logits.fill_diagonal_(-torch.inf)
-            right.append((own > logits.max(1).values).double().mean().item())
+            right.append((right_logits > logits.max(1).values).double().mean().item())
             eigen.append(_eigen_share(write.double(), read.to(write.device), sizes[layer]))
         scores[layer] = {"copying": np.array(right), "copying_eigen": np.array(eigen)}
     return scores

@@ -132,9 +132,9 @@ class EdgeGraph:
         device = next(project.parameters()).device
         constant = the_tensor(project(torch.zeros_like(z.flatten(2)).to(device)))
         for head in range(z.shape[2]):
-            alone = torch.zeros_like(z)
-            alone[:, :, head] = z[:, :, head]
-            parts.append((the_tensor(project(alone.flatten(2).to(device))) - constant).cpu())
+            single = torch.zeros_like(z)
+            single[:, :, head] = z[:, :, head]
+            parts.append((the_tensor(project(single.flatten(2).to(device))) - constant).cpu())
         return torch.stack(parts)
 
 

@@ -88,9 +88,9 @@ class EdgeRuns:
             for site in sites.values():
                 tensor, gradient = read[site.name], gradients[site.name][part]
                 for head in range(gradient.shape[2]):
-                    alone = torch.zeros_like(gradient)
-                    alone[:, :, head] = gradient[:, :, head]
-                    yield _pulled_back(tensor, stream, alone)
+                    single = torch.zeros_like(gradient)
+                    single[:, :, head] = gradient[:, :, head]
+                    yield _pulled_back(tensor, stream, single)
             source = stream if graph.parallel[layer] else read[middle.name].tensor
             yield _pulled_back(read[out.name], source, gradients[out.name][part])
 

@@ -23,8 +23,8 @@ def erasure_curves(result: Result) -> go.Figure:
     layers = data["layer"].to_numpy().tolist()
     for index, offset in enumerate(data["offset"].to_numpy().tolist()):
         for group, dash in zip(("last", "control"), ("solid", "dot"), strict=True):
-            here = data.sel(offset=offset, group=group)
-            mean, low, high = (here[name].to_numpy() for name in ("accuracy", "accuracy_low", "accuracy_high"))
+            curve = data.sel(offset=offset, group=group)
+            mean, low, high = (curve[name].to_numpy() for name in ("accuracy", "accuracy_low", "accuracy_high"))
             figure.add_scatter(
                 x=layers,
                 y=mean,

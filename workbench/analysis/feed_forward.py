@@ -144,8 +144,8 @@ def contributions(
     after[:, -1] = parts.attend.bias
     if parts.attend_norm is not None:
         after = parts.attend_norm.parts(after)
-    own = torch.arange(rows)
-    after[own, own] += resid_pre.double()
+    diagonal = torch.arange(rows)
+    after[diagonal, diagonal] += resid_pre.double()
     step = max(1, _BLOCK_BYTES // (8 * (rows + 1) * parts.gate.weight.shape[1]))
     written = torch.cat([_feed_forward(parts, block) for block in after.split(step)])
     whole = after + written

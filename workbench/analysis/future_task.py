@@ -171,8 +171,8 @@ def own_output(store: Store, site: str, layers: Sequence[int]) -> int | None:
 
 def note_own_output(output: int | None, layers: Sequence[int]) -> str:
     """Returns a note where the only layer's state is the model's own output at t+1, else ""."""
-    alone = output is not None and len(layers) == 1
-    return "the only layer is the model's own output: at t+1 nothing is read" if alone else ""
+    single = output is not None and len(layers) == 1
+    return "the only layer is the model's own output: at t+1 nothing is read" if single else ""
 
 
 def note_few_documents(documents: int) -> str:

@@ -276,8 +276,8 @@ def _statistics(
     known = target >= 0
     at_target = logits.gather(1, target.clamp(min=0)[:, None])
     above = torch.gt(logits, at_target, out=product).sum(1).long()
-    both = p.add_(q).clamp_(min=_TINY)  # 0 ln 0 is 0; torch's xlogy takes five times as long
-    js = math.log(2) - torch.log(both, out=product).mul_(both).sum(1) / 2 - (entropy + model.entropy) / 2
+    mixture = p.add_(q).clamp_(min=_TINY)  # 0 ln 0 is 0; torch's xlogy takes five times as long
+    js = math.log(2) - torch.log(mixture, out=product).mul_(mixture).sum(1) / 2 - (entropy + model.entropy) / 2
     surprise = normaliser - (logits.gather(1, model.top[:, None]) - peak)[:, 0]
     return {
         "entropy": entropy.clamp(min=0),
@@ -343,10 +343,10 @@ def _largest(
 
 def _repeated(chosen: Int[Tensor, "row group"], columns: int) -> Bool[Tensor, "row candidate"]:
     """True for candidates of a group that is the first one again."""
-    again = chosen == chosen[:, :1]
-    again[:, 0] = False
-    again = again.repeat_interleave(_GROUP, 1)
-    return torch.nn.functional.pad(again, (0, columns - again.shape[1]))
+    duplicate = chosen == chosen[:, :1]
+    duplicate[:, 0] = False
+    duplicate = duplicate.repeat_interleave(_GROUP, 1)
+    return torch.nn.functional.pad(duplicate, (0, columns - duplicate.shape[1]))
 
 
 def _on_host(statistics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -103,8 +103,8 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
     texts = token_texts(model.tokenizer, range(model.vocab)) if {"answer", "wrong"} <= columns else []
     ids = single_tokens(texts)
     pairs, dropped = [], Counter()
-    for _, both in table.dropna(subset=["pair", "side"]).groupby("pair", sort=True):
-        sides = {str(side): part for side, part in both.groupby("side")}
+    for _, pair_rows in table.dropna(subset=["pair", "side"]).groupby("pair", sort=True):
+        sides = {str(side): part for side, part in pair_rows.groupby("side")}
         if set(sides) != {"clean", "corrupt"} or any(part["sequence"].nunique() != 1 for part in sides.values()):
             dropped["not one clean and one corrupt sequence"] += 1
             continue

@@ -111,10 +111,10 @@ class Runs:
         Where they equal the run's own, the run is not repeated: its logits would be the same bit by bit.
         """
         values = self.clean_values if base == "clean" else self.corrupt_values
-        own, donor_rows = values[site.name][at], donor[at]
+        present, donor_rows = values[site.name][at], donor[at]
         if head is not None:
-            own, donor_rows = own[:, head], donor_rows[:, head]
-        if torch.equal(own, donor_rows):
+            present, donor_rows = present[:, head], donor_rows[:, head]
+        if torch.equal(present, donor_rows):
             return self.clean if base == "clean" else self.corrupt
         axes = (slice(None), slice(None)) if head is None else (slice(None), slice(None), slice(head, head + 1))
 

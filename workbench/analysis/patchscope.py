@@ -167,13 +167,13 @@ def patchscope(
     texts, lines = token_texts(model.tokenizer, rows.tokens["token_id"].to_numpy()), []
     for kind, values in (("row", states), ("random", random_states(states, seed))):
         found = read_states(model, target, into, values)
-        said = _generate(model, target, into, values, new_tokens)
+        continuations = _generate(model, target, into, values, new_tokens)
         for number, row in enumerate(rows.ids.tolist()):
             cell = {"row": row, "token": texts[number], "kind": kind}
-            lines.append(cell | _answer(model, found[number], asked, top_k) | {"text": said[number]})
-    said = _generate(model, target, into, None, new_tokens)
+            lines.append(cell | _answer(model, found[number], asked, top_k) | {"text": continuations[number]})
+    continuations = _generate(model, target, into, None, new_tokens)
     lines.append({"row": -1, "token": "", "kind": "none"} | _answer(model, _plain(model, target), asked, top_k))
-    lines[-1]["text"] = said[0]
+    lines[-1]["text"] = continuations[0]
     return Patchscope(target, site, into, pd.DataFrame(lines))
 
 

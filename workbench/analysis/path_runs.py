@@ -59,10 +59,10 @@ def _receiver(model: Model, name: str) -> Receiver:
     site = next((sites[one] for one in known if one in sites), None)
     if site is None or site.axes[0] != "head":
         raise RequestError(f"receiver {name!r}: {model.architecture} has no site {part}.{layer} with heads")
-    heads, own = z.shape[0] or 0, site.shape[0] or 0
+    heads, site_heads = z.shape[0] or 0, site.shape[0] or 0
     if not 0 <= head < heads:
         raise RequestError(f"receiver {name!r}: layer {layer} has the heads 0 to {heads - 1}")
-    return Receiver(name, site, head * own // heads)
+    return Receiver(name, site, head * site_heads // heads)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def _ends(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
         shared = np.array([str(text)[-1:] for text in tokens["token"].to_pylist()], dtype=object)
     key, rows, shared = key[kept], rows[kept], shared[kept]
     _, first, number = np.unique(key, return_index=True, return_counts=True)
-    alone = np.sort(first[number == 1])
-    return key[alone], rows[alone], shared[alone]
+    unique = np.sort(first[number == 1])
+    return key[unique], rows[unique], shared[unique]
 
 
 @dataclass(frozen=True)

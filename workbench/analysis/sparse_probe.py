@@ -264,9 +264,9 @@ def _fit(
     positive, everywhere = int((has & training).sum()), int(training.sum())
     zeros = np.array([positive - truth.sum(), everywhere - positive - (~truth).sum()])
     weight = np.concatenate([np.ones(len(truth)), zeros])
-    both: Any = vstack([x[used], csr_array((2, x.shape[1]))], format="csr")
+    inputs: Any = vstack([x[used], csr_array((2, x.shape[1]))], format="csr")
     kept = weight > 0
-    return fit_logistic(both[kept], np.concatenate([truth, [True, False]])[kept], weight[kept])
+    return fit_logistic(inputs[kept], np.concatenate([truth, [True, False]])[kept], weight[kept])
 
 
 def _line(

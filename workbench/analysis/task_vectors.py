@@ -93,11 +93,11 @@ def questions_alone(pairs: Sequence[PatchPair]) -> list[PatchPair]:
         and len({pair.clean[shared] for pair in pairs} | {pair.corrupt[shared] for pair in pairs}) == 1
     ):
         shared += 1
-    alone = []
+    questions = []
     for pair in pairs:
         ids = (*pair.clean[:shared], *pair.clean[pair.places["question"][0] :])
-        alone.append(replace(pair, clean=ids, corrupt=ids, places={"end": (len(ids) - 1,)}))
-    return alone
+        questions.append(replace(pair, clean=ids, corrupt=ids, places={"end": (len(ids) - 1,)}))
+    return questions
 
 
 def answers_after(

@@ -141,7 +141,7 @@ def pack_future_lens(
     fitted = [[one.logits for one in maps[layer]] for layer in sorted(maps)]
 
     def stacked(part: Any) -> Tensor:
-        return torch.stack([torch.stack([part(one).cpu() for one in some]) for some in fitted])
+        return torch.stack([torch.stack([part(one).cpu() for one in of_layer]) for of_layer in fitted])
 
     model = store.manifest.model
     return TrainedFutureLens(

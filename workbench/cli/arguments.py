@@ -74,9 +74,9 @@ def parse(
         return Help(help_text(program, options, docstring(kind) if description is None else description))
     end = f"; see {program} --help"
     try:
-        given = _divide(arguments, options)
-        _check_missing(options, given)
-        values = {option.name: _value(option, words) for option, words in given.items()}
+        placed = _divide(arguments, options)
+        _check_missing(options, placed)
+        values = {option.name: _value(option, words) for option, words in placed.items()}
     except RequestError as error:
         raise RequestError(f"{error}{end}") from None
     with spelled_for_the_shell(options, end):
@@ -99,7 +99,7 @@ def _divide(arguments: Sequence[str], options: Sequence[Option]) -> dict[Option,
     """The words of each option and positional argument that was given."""
     flags = {option.flag: option for option in options if not option.positional}
     flags |= {f"--no-{flag[2:]}": option for flag, option in flags.items() if option.reader.flag}
-    given: dict[Option, list[str]] = {}
+    placed: dict[Option, list[str]] = {}
     free: list[str] = []
     waiting = list(arguments)
     while waiting:
@@ -115,23 +115,23 @@ def _divide(arguments: Sequence[str], options: Sequence[Option]) -> dict[Option,
         if name not in flags:
             raise RequestError(f"unknown option {name}{nearest(name, flags, n=1)}")
         option = flags[name]
-        if option in given and not option.reader.several:
+        if option in placed and not option.reader.several:
             raise RequestError(f"{name} is given twice; give it once")
         if option.reader.flag:
             if not equals and waiting and waiting[0] in option.reader.choices:
                 value = waiting.pop(0)
             if value not in ("", *option.reader.choices) or (equals and not value):
                 raise RequestError(f"{name} takes no value, but has {value!r}; leave it out")
-            given[option] = ["" if name.startswith("--no-") and option.flag != name else value or name]
+            placed[option] = ["" if name.startswith("--no-") and option.flag != name else value or name]
         elif option.reader.several:
             count = next((n for n, following in enumerate(waiting) if _is_option(following)), len(waiting))
-            given.setdefault(option, []).extend([value] if equals else waiting[:count])
+            placed.setdefault(option, []).extend([value] if equals else waiting[:count])
             del waiting[: 0 if equals else count]
         elif equals or (waiting and not _is_option(waiting[0])):
-            given[option] = [value if equals else waiting.pop(0)]
+            placed[option] = [value if equals else waiting.pop(0)]
         else:
             raise RequestError(f"{name} needs a value: {option.shown}")
-    return given | _placed(free, options)
+    return placed | _placed(free, options)
 
 
 def _is_option(word: str) -> bool:
@@ -151,15 +151,15 @@ def _placed(words: list[str], options: Sequence[Option]) -> dict[Option, list[st
     return placed
 
 
-def _check_missing(options: Sequence[Option], given: dict[Option, list[str]]) -> None:
-    missing = [option for option in options if option.required and option not in given]
+def _check_missing(options: Sequence[Option], placed: dict[Option, list[str]]) -> None:
+    missing = [option for option in options if option.required and option not in placed]
     if not missing:
         return
     text = f"missing {', '.join(option.flag if option.positional else option.shown for option in missing)}"
     places = [option.flag for option in missing if option.positional]
-    greedy = next((option for option, words in given.items() if option.reader.several and len(words) > 1), None)
+    greedy = next((option for option, words in placed.items() if option.reader.several and len(words) > 1), None)
     if places and greedy is not None and not greedy.positional:
-        words = given[greedy]
+        words = placed[greedy]
         text += (
             f"; {greedy.flag} took all of {shlex.join(words)}: write {places[0]} before the options, "
             f"or {greedy.flag} {','.join(words[:-1])} -- {shlex.quote(words[-1])}"

@@ -141,9 +141,9 @@ def _pair(
 ) -> PromptPair:
     clean, spans = _fill(template, slots)
     corrupt, others = _fill(template, {**slots, **changed})
-    both = {label: (ends, others[label]) for label, ends in spans.items()}
+    labelled = {label: (ends, others[label]) for label, ends in spans.items()}
     right, false = (one if isinstance(one, tuple) else (f" {one}",) for one in (answer, wrong))
-    return PromptPair(clean, corrupt, right, false, both)
+    return PromptPair(clean, corrupt, right, false, labelled)
 
 
 # ---- tasks: endless draws -------------------------------------------------------------------------------
@@ -182,11 +182,11 @@ def _digits(draw: Random) -> Iterator[PromptPair]:
 def _agreement(draw: Random) -> Iterator[PromptPair]:
     while True:
         noun, other = draw.sample(list(_SINGULAR), 2)
-        both, plural = (noun, _SINGULAR[noun]), draw.random() < 0.5
+        forms, plural = (noun, _SINGULAR[noun]), draw.random() < 0.5
         right, wrong = ("are", "is") if plural else ("is", "are")
         attractor = draw.choice((other, _SINGULAR[other]))
-        slots = {"subject": both[plural], "near": draw.choice(_NEAR), "attractor": attractor}
-        yield _pair("The {subject} {near} the {attractor}", slots, {"subject": both[not plural]}, right, wrong)
+        slots = {"subject": forms[plural], "near": draw.choice(_NEAR), "attractor": attractor}
+        yield _pair("The {subject} {near} the {attractor}", slots, {"subject": forms[not plural]}, right, wrong)
 
 
 def _facts(draw: Random) -> Iterator[PromptPair]:
@@ -234,8 +234,8 @@ def _copying(draw: Random) -> Iterator[PromptPair]:
         passage = [f"{{word_{index}}}" if index != source else "{source}" for index in range(8)]
         slots = {f"word_{index}": word for index, word in enumerate(words[:8])} | {"source": words[source]}
         slots |= {"cue": words[source - 1]}
-        again = [*words[: source - 1], "{cue}"]
-        template = f"Read: {' '.join(passage)}.\nRepeat: {' '.join(again)}"
+        repeat = [*words[: source - 1], "{cue}"]
+        template = f"Read: {' '.join(passage)}.\nRepeat: {' '.join(repeat)}"
         yield _pair(template, slots, {"source": words[8]}, words[source], words[8])
 
 

@@ -99,7 +99,7 @@ class StoreEncoder:
         """Encodes the rows that have no committed segment, of the share of them that this process has."""
         spans = workers.share_of(self.spans())
         unwritten = folder.missing_spans(spans)
-        rows, rows_left = (sum(stop - first for first, stop in some) for some in (spans, unwritten))
+        rows, rows_left = (sum(stop - first for first, stop in listed) for listed in (spans, unwritten))
         unsettled = 0
         with (
             progress("extracting features", rows, "rows", show=self.show_progress, initial=rows - rows_left) as advance,
@@ -174,7 +174,7 @@ class StoreEncoder:
             raise lost_task(f"{description} of {folder.path.parent}", error)
 
         def begin_here(_device: str | None) -> Callable[[Sequence[Span]], int]:
-            return lambda some: self.write_segments(folder, some, advance)
+            return lambda chosen: self.write_segments(folder, chosen, advance)
 
         if workers.remote and spans:
             saved = save_sae(self.sae, folder.path.parent)

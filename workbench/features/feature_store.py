@@ -224,8 +224,8 @@ class Features:
     @cached_property
     def max(self) -> Float[np.ndarray, " feature"]:
         """Largest activation of each feature; 0 if it is never active."""
-        largest, some = np.zeros(self.shape[1], np.float32), self.counts > 0
-        largest[some] = self.by_feature["value"][self.by_feature["indptr"][:-1][some]]
+        largest, active = np.zeros(self.shape[1], np.float32), self.counts > 0
+        largest[active] = self.by_feature["value"][self.by_feature["indptr"][:-1][active]]
         return largest
 
     @cached_property

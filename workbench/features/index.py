@@ -50,10 +50,10 @@ def feature_sums(
     values: Float[np.ndarray, " entry"], counts: Int64[np.ndarray, " feature"]
 ) -> Float[np.ndarray, " feature"]:
     """Returns the sums over each feature's entries in float64; `values` in feature order, `counts` of each feature."""
-    sums, some = np.zeros(len(counts)), counts > 0
-    if some.any():  # for an empty slice, reduceat returns the next element
+    sums, active = np.zeros(len(counts)), counts > 0
+    if active.any():  # for an empty slice, reduceat returns the next element
         starts = np.cumsum(counts) - counts
-        sums[some] = np.add.reduceat(values, starts[some], dtype=np.float64)
+        sums[active] = np.add.reduceat(values, starts[active], dtype=np.float64)
     return sums
 
 
@@ -135,10 +135,10 @@ def _chunks(indptr: Slices, entries: int) -> Iterator[tuple[slice, Int64[np.ndar
     """Consecutive entries, at most so many, and the row of each; reads the rows in pieces."""
     step = max(entries, _LEAST_ROWS)
     for start in range(0, len(indptr) - 1, step):
-        some = indptr[start : min(start + step, len(indptr) - 1) + 1].astype(np.int64)
-        for first in range(int(some[0]), int(some[-1]), entries):
-            part = slice(first, min(first + entries, int(some[-1])))
-            yield part, start + entry_rows(some, part.start, part.stop)
+        borders = indptr[start : min(start + step, len(indptr) - 1) + 1].astype(np.int64)
+        for first in range(int(borders[0]), int(borders[-1]), entries):
+            part = slice(first, min(first + entries, int(borders[-1])))
+            yield part, start + entry_rows(borders, part.start, part.stop)
 
 
 def _merge_plan(spill: Path, first: int, stop: int, entries: int) -> list[_Piece]:
@@ -160,8 +160,8 @@ def _merge_plan(spill: Path, first: int, stop: int, entries: int) -> list[_Piece
     pieces, before = [], [start for start, _ in runs]
     for border in np.sort(np.concatenate(known))[len(runs) :: len(runs)]:
         after = []
-        for (start, end), some in zip(runs, known, strict=True):
-            later = int(np.searchsorted(some, border))  # the border lies after the known key before it
+        for (start, end), sample in zip(runs, known, strict=True):
+            later = int(np.searchsorted(sample, border))  # the border lies after the known key before it
             begin = start + max(0, later - 1) * every
             after.append(begin + int(np.searchsorted(_read_keys(spill, begin, min(begin + every, end)), border)))
         pieces.append(list(zip(before, after, strict=True)))

@@ -171,9 +171,9 @@ def _assign(
         rows, partners = linear_sum_assignment(cost)
         gained = -cost[rows, partners]
     else:  # each row has a column of its own, at cost 2, for no partner; others cost 2 - value
-        own = np.arange(left)
+        unmatched = np.arange(left)
         costs = np.concatenate([2 - value, np.full(left, 2.0)])
-        places = np.concatenate([row, own]), np.concatenate([column, right + own])
+        places = np.concatenate([row, unmatched]), np.concatenate([column, right + unmatched])
         order = np.unique(places[0] * (left + right) + places[1], return_index=True)[1]
         graph = csr_array((costs[order], (places[0][order], places[1][order])), shape=(left, left + right))
         rows, partners = min_weight_full_bipartite_matching(graph)
@@ -233,12 +233,12 @@ def feature_splits(one: Features, other: Features, *, precision: float | int = 0
     counts, other_counts = text_counts(one), text_counts(other)
     left, right = np.flatnonzero(counts >= least), np.flatnonzero(other_counts >= least)
     text, lines = text_rows(one.store), []
-    for first, both in _overlaps(one, other, left, right):
-        inside = both >= precision * other_counts[right]
+    for first, shared in _overlaps(one, other, left, right):
+        inside = shared >= precision * other_counts[right]
         for index in np.flatnonzero(inside.any(1)):
             feature = int(left[first + index])
             parts = np.flatnonzero(inside[index])
-            parts = parts[np.argsort(-both[index, parts], kind="stable")]
+            parts = parts[np.argsort(-shared[index, parts], kind="stable")]
             rows = one.rows_of(feature)[0]
             rows = rows[text[rows]]
             covered = np.unique(np.concatenate([other.rows_of(part)[0] for part in right[parts]]))
@@ -248,7 +248,7 @@ def feature_splits(one: Features, other: Features, *, precision: float | int = 0
                     "active": int(counts[feature]),
                     "parts": len(parts),
                     "covered": float(np.isin(rows, covered).mean()),
-                    "largest": float(both[index, parts[0]] / counts[feature]),
+                    "largest": float(shared[index, parts[0]] / counts[feature]),
                     "density": float(counts[feature] / text.sum()),
                     "features": tuple(map(int, right[parts])),
                 }

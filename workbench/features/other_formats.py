@@ -84,9 +84,9 @@ def export_delphi(
         progress("writing delphi's cache", count, "features", show=show_progress) as advance,
     ):
         for first in range(0, splits, _OPEN_FILES):
-            some = bounds[first : first + _OPEN_FILES + 1]
-            _write_delphi_splits(features, some, new, **place)
-            advance(int(some[-1] - some[0]))
+            part = bounds[first : first + _OPEN_FILES + 1]
+            _write_delphi_splits(features, part, new, **place)
+            advance(int(part[-1] - part[0]))
         config = {
             **DELPHI_CONFIG,
             "cache_ctx_len": tokens.shape[1],

@@ -58,9 +58,9 @@ def coactive_pairs(
     counts, rows = text_counts(features), int(text_rows(features.store).sum())
     kept = np.flatnonzero(counts >= least)
     best, pairs, none = pd.DataFrame(), 0, np.empty(0, np.int64)
-    for first, both in _pair_counts(features, kept, show_progress):
-        one, other = np.nonzero(np.triu(both, 1) >= least)
-        table = _compared(kept[first + one], kept[first + other], both[one, other].astype(np.int64), counts, rows)
+    for first, shared in _pair_counts(features, kept, show_progress):
+        one, other = np.nonzero(np.triu(shared, 1) >= least)
+        table = _compared(kept[first + one], kept[first + other], shared[one, other].astype(np.int64), counts, rows)
         pairs += len(table)
         best = pd.concat([best, table]).sort_values([by, "feature", "other"], ascending=[False, True, True]).head(k)
     best = best.reset_index(drop=True) if len(best) else _compared(none, none, none, counts, rows)

@@ -64,13 +64,13 @@ def feature_quantiles(
     for quantile in quantiles:
         check("quantiles", quantile, at_least=0, at_most=1)
     values = np.full((features.shape[1], len(quantiles)), np.nan)
-    some = np.flatnonzero(features.counts)
-    place = np.multiply.outer(features.counts[some] - 1, 1 - np.asarray(quantiles, float))  # sorted largest first
-    first = features.by_feature["indptr"][some][:, None] + place.astype(np.int64)
+    active = np.flatnonzero(features.counts)
+    place = np.multiply.outer(features.counts[active] - 1, 1 - np.asarray(quantiles, float))  # sorted largest first
+    first = features.by_feature["indptr"][active][:, None] + place.astype(np.int64)
     rest = place - place.astype(np.int64)
     value = features.by_feature["value"]
     above, below = (value[part].astype(np.float64) for part in (first, first + (rest > 0)))
-    values[some] = above + rest * (below - above)
+    values[active] = above + rest * (below - above)
     return values
 
 
@@ -230,19 +230,19 @@ def coactivation(features: Features, feature: int | np.integer) -> pd.DataFrame:
     text = text_rows(features.store)
     rows = np.sort(features.rows_of(feature)[0])
     rows = rows[text[rows]]
-    both = _counts_on(features, rows)
-    both[feature] = 0
-    other = np.flatnonzero(both)
-    active, both = text_counts(features)[other], both[other]
+    shared = _counts_on(features, rows)
+    shared[feature] = 0
+    other = np.flatnonzero(shared)
+    active, shared = text_counts(features)[other], shared[other]
     expected = active * len(rows) / max(1, int(text.sum()))
     table = pd.DataFrame(
         {
             "feature": other,
             "active": active,
-            "both": both,
+            "both": shared,
             "expected": expected,
-            "lift": both / expected,
-            "jaccard": both / (active + len(rows) - both),
+            "lift": shared / expected,
+            "jaccard": shared / (active + len(rows) - shared),
         }
     )
     return with_names(table.sort_values("jaccard", ascending=False, kind="stable", ignore_index=True), features.labels)

@@ -34,8 +34,8 @@ def labelled_histogram(
         mark: Place of a dashed vertical line. None or NaN: none.
         mark_name: Text at that line.
     """
-    everything = np.concatenate(list(groups.values()))
-    low, high = np.quantile(everything, [0.0, 1.0]) if len(everything) else (0.0, 1.0)
+    pooled = np.concatenate(list(groups.values()))
+    low, high = np.quantile(pooled, [0.0, 1.0]) if len(pooled) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     figure = ThemedFigure()

@@ -121,8 +121,8 @@ def _of_kind(name: str, kind: Any, value: Any) -> Any:
     inner = typing.get_args(kind)[0]
     if inner not in _WORDS:
         return value
-    alone = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
-    return tuple(_converted(name, inner, one, several=True) for one in ([value] if alone else value))
+    single = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    return tuple(_converted(name, inner, one, several=True) for one in ([value] if single else value))
 
 
 def _converted(name: str, kind: type, value: Any, several: bool) -> Any:

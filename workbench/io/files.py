@@ -254,15 +254,15 @@ def remove_known(folder: Path, known: list[tuple[str, ...]], last: str) -> list[
     left = _foreign(folder, known)
     kept = {folder / last, *left}
     for place, folders, names in os.walk(folder, topdown=False):
-        here = Path(place)
+        inside = Path(place)
         for name in names:
-            entry = here / name
+            entry = inside / name
             if not any(entry == other or other in entry.parents for other in kept):
                 entry.unlink()
         for name in folders:
-            if not (here / name).is_symlink() and (here / name) not in left:
+            if not (inside / name).is_symlink() and (inside / name) not in left:
                 with suppress(OSError):  # not empty
-                    os.rmdir(here / name)
+                    os.rmdir(inside / name)
     (folder / last).unlink(missing_ok=True)
     for place in (*(folder / last).relative_to(folder).parents[:-1], Path()):
         with suppress(OSError):

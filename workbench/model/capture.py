@@ -191,7 +191,7 @@ def read_tensors(
                 stack.enter_context(hook_tensor(place, part, lambda tensor, site=site: receive(site, tensor, False)))
             else:
                 attention[module.get_submodule(path)].append(site)
-        callbacks = {part: partial(see, some) for part, some in attention.items()}
+        callbacks = {part: partial(see, tapped) for part, tapped in attention.items()}
         stack.enter_context(tap_attention(attention_name(module), callbacks))
         yield
 

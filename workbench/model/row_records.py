@@ -37,9 +37,9 @@ class Set(SiteIntervention):
         value = torch.as_tensor(self.value)
         _check_finite("value", value)
         for shape in (place.shape, place.shape[1:]) if place.single_head else (place.shape,):
-            given = value.ndim - len(shape)
-            if 0 <= given <= 2 and tuple(value.shape[given:]) == shape:
-                return partial(_set, value.reshape(*value.shape[:given], *place.shape), given)
+            extra_axes = value.ndim - len(shape)
+            if 0 <= extra_axes <= 2 and tuple(value.shape[extra_axes:]) == shape:
+                return partial(_set, value.reshape(*value.shape[:extra_axes], *place.shape), extra_axes)
         raise RequestError(
             f"value has the shape {tuple(value.shape)}, and a row of {place.label} {place.shape}; give a row, one for "
             "each sequence, or one for each token"
@@ -49,12 +49,12 @@ class Set(SiteIntervention):
         return f"set {named(self.site, self.head)}"
 
 
-def _set(value: Tensor, given: int, rows: Tensor, chosen: ChosenRows) -> Tensor:
+def _set(value: Tensor, extra_axes: int, rows: Tensor, chosen: ChosenRows) -> Tensor:
     value = value.to(rows)
-    if given == 0:
+    if extra_axes == 0:
         return value.expand_as(rows)
     sequence = chosen.donors(len(value)).to(rows.device)
-    if given == 1:
+    if extra_axes == 1:
         return value[sequence]
     position = chosen.position
     if len(position) and int(position.max()) >= value.shape[1]:

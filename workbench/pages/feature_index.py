@@ -92,8 +92,8 @@ def strongest_tokens(features: Features, tokens: int) -> tuple[list[list[int]], 
     starts, counts = features.by_feature["indptr"][:-1], features.counts
     codes = np.full((_READ, features.shape[1]), -1, np.int64)
     for rank in range(_READ):
-        some = np.flatnonzero(counts > rank)
-        codes[rank, some] = features.texts.codes[features.by_feature["row"][starts[some] + rank]]
+        active = np.flatnonzero(counts > rank)
+        codes[rank, active] = features.texts.codes[features.by_feature["row"][starts[active] + rank]]
     return [_distinct(column, tokens) for column in codes.T], features.texts.words
 
 

@@ -134,10 +134,10 @@ def _named_by_difference(sections: Sequence[Section]) -> list[Section]:
     for part in sections:
         same = [other for other in sections if other.title == part.title]
         facts = [{**{name: value for name, value, _ in one.settings}, **one.provenance} for one in same]
-        mine = {**{name: value for name, value, _ in part.settings}, **part.provenance}
-        differing = [name for name in mine if len({str(one.get(name)) for one in facts}) > 1]
+        of_part = {**{name: value for name, value, _ in part.settings}, **part.provenance}
+        differing = [name for name in of_part if len({str(one.get(name)) for one in facts}) > 1]
         shown = [name for name in differing if not name.endswith("fingerprint")][:_DIFFERENCES] or differing[:1]
-        short = ", ".join(f"{name} {_shortened(mine[name])}" for name in shown)
+        short = ", ".join(f"{name} {_shortened(of_part[name])}" for name in shown)
         named.append(replace(part, title=f"{part.title}: {short}") if len(same) > 1 and short else part)
     return named
 
@@ -227,8 +227,8 @@ def document(title: str, body: str, *, style: str = "", scripts: Sequence[str] =
     """
     from plotly.offline import get_plotlyjs
 
-    own = [*((_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")), *scripts]
-    scripts = own if shared else [get_plotlyjs(), *own]
+    inline = [*((_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")), *scripts]
+    scripts = inline if shared else [get_plotlyjs(), *inline]
     style = (_FOLDER / "report.css").read_text(encoding="utf-8") + style
     return "\n".join(
         [

@@ -138,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         port = self.connection.getsockname()[1]
         hosts = {f"{_HOST}:{port}", f"localhost:{port}"}
         origin = self.headers.get("Origin")
-        own = origin is None or origin in {f"http://{host}" for host in hosts}
+        same_origin = origin is None or origin in {f"http://{host}" for host in hosts}
         near = name == "" or self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-        return self.headers.get("Host") in hosts and own and near
+        return self.headers.get("Host") in hosts and same_origin and near
 
     def _answer(self, name: str, query: Mapping[str, str]) -> None:
         try:

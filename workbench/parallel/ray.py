@@ -242,9 +242,11 @@ def _check_resources(ray: Any, count: int, resources: Mapping[str, int]) -> None
 
 
 def _warn_of_other_versions(versions: Mapping[str, str], reported: set[str]) -> None:
-    here = library_versions()
+    driver = library_versions()
     differing = [
-        f"{name} {value} (here {here[name]})" for name, value in versions.items() if here.get(name) not in (None, value)
+        f"{name} {value} (here {driver[name]})"
+        for name, value in versions.items()
+        if driver.get(name) not in (None, value)
     ]
     if differing and not reported.issuperset(differing):
         reported.update(differing)

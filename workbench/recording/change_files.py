@@ -62,14 +62,14 @@ def _record(entry: Any, where: str, folder: Path) -> Intervention:
         raise RequestError(f"{where}: kind is {shown(kind)}, which is none{close}")
     kind = KINDS[entry["kind"]]
     known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # pyright: ignore[reportArgumentType]
-    given = {name: value for name, value in entry.items() if name != "kind"}
-    if unknown := sorted(given.keys() - known.keys()):
+    settings = {name: value for name, value in entry.items() if name != "kind"}
+    if unknown := sorted(settings.keys() - known.keys()):
         raise RequestError(f"{where}: {entry['kind']} has no field {unknown[0]!r}; it has {', '.join(known)}")
     required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
-    if missing := [name for name in required if name not in given]:
+    if missing := [name for name in required if name not in settings]:
         raise RequestError(f"{where}: {entry['kind']} needs the field {missing[0]!r}")
     try:
-        return kind(**{name: _value(name, value, folder) for name, value in given.items()})
+        return kind(**{name: _value(name, value, folder) for name, value in settings.items()})
     except (RequestError, TypeError, ValueError) as error:
         raise RequestError(f"{where}: {error}") from None
 

@@ -67,7 +67,7 @@ def write_part(
     """
     share = workers.share_of(segments)
     unwritten = writer.resume_segments(segments, share)
-    rows, rows_left = (sum(segment.rows for segment in some) for some in (share, unwritten))
+    rows, rows_left = (sum(segment.rows for segment in listed) for listed in (share, unwritten))
     check_space(writer.path, required_bytes(writer.manifest.sites, rows_left))
     encoded = recorder.encoded_only if unwritten else None
     try:

@@ -26,15 +26,15 @@ def write_table(table: pd.DataFrame) -> bytes:
         content = _parquet(table)
     except Exception as error:  # Arrow has a kind for each reason; the column is what the caller can mend
         raise RequestError(_unwritable(table, error)) from error
-    again = read_table(content)
+    read_back = read_table(content)
     for place, name in enumerate(names):
-        before, after = table.iloc[:, place], again.iloc[:, place]
+        before, after = table.iloc[:, place], read_back.iloc[:, place]
         if not _same(before, after):
             raise RequestError(
                 f"table[{name!r}] cannot be saved exactly: its cells ({_example(before)}) would be read back as "
                 f"{_example(after)}; give numbers, text, dates or None, one kind a column"
             )
-    if not again.index.equals(table.index):
+    if not read_back.index.equals(table.index):
         raise RequestError("the index of table cannot be saved exactly; make it a column by table.reset_index()")
     return content
 

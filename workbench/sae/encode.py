@@ -200,8 +200,8 @@ class Encoder:
         self.experience.note(len(unsettled) > _HOPELESS * len(x))
         if not len(unsettled):
             return entries
-        again = self._dense(x[unsettled])
-        merged = merge(len(x), entries.where(~dense[entries.row]), replace(again, row=unsettled[again.row]))
+        exact = self._dense(x[unsettled])
+        merged = merge(len(x), entries.where(~dense[entries.row]), replace(exact, row=unsettled[exact.row]))
         return replace(merged, unsettled=len(unsettled))
 
     def _dense(self, x: Float32[Tensor, "row d_in"]) -> Entries:
@@ -243,10 +243,10 @@ class LayeredEncoder:
         rows = rows.unflatten(1, (len(self.parts), -1)) if rows.ndim == 2 else rows
         entries, unsettled = [], 0
         for index, (part, first) in enumerate(zip(self.parts, self.sae.firsts, strict=True)):
-            some = part(rows[:, index])
-            row = torch.arange(len(rows), device=some.indptr.device).repeat_interleave(some.indptr.diff())
-            entries.append(Entries(row, some.feature + first, some.value))
-            unsettled += some.unsettled
+            encoded = part(rows[:, index])
+            row = torch.arange(len(rows), device=encoded.indptr.device).repeat_interleave(encoded.indptr.diff())
+            entries.append(Entries(row, encoded.feature + first, encoded.value))
+            unsettled += encoded.unsettled
         row = torch.cat([part.row for part in entries])
         row, order = row.sort(stable=True)
         feature, value = (torch.cat([getattr(part, name) for part in entries])[order] for name in ("feature", "value"))

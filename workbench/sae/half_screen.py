@@ -113,13 +113,13 @@ class HalfScreen:
         last = value[:, -1].clamp(min=0)
         needed = (last * scale * self.unit).clamp(min=_LEAST).half()
         crowded = count > most
-        again = crowded | (needed < start)
+        retried = crowded | (needed < start)
         feature, order = feature.gather(1, place).sort(dim=1)
         value = value.gather(1, order)
-        on = (value > 0) & ~again[:, None]
+        on = (value > 0) & ~retried[:, None]
         entries = Entries(row[:, :k][on], feature[on], value[on])
         crowded = torch.zeros_like(crowded)
-        rest = again.nonzero()[:, 0]
+        rest = retried.nonzero()[:, 0]
         if len(rest):
             tried = _candidates(stored[rest], needed[rest], features // CROWDED)
             row, feature, over = _listed(*tried)
@@ -144,9 +144,9 @@ def make_half_screen(linear: Linear, choice: Above | TopK) -> HalfScreen | None:
 
     norm = torch.cat([weights(part).norm(dim=0) for part in parts])
     exponent = torch.frexp(norm).exponent
-    some = exponent[norm > 0]
-    highest = int(some.max()) if len(some) else 0
-    if len(some) and highest - int(some.min()) > _SPREAD:
+    exponents = exponent[norm > 0]
+    highest = int(exponents.max()) if len(exponents) else 0
+    if len(exponents) and highest - int(exponents.min()) > _SPREAD:
         return None
     exponent = torch.where(norm > 0, exponent, highest)
     low = torch.empty(features, d_in, dtype=torch.float16, device=linear.weight.device)

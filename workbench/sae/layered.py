@@ -113,11 +113,11 @@ class LayeredSae(Sae):
     def metadata(self) -> Mapping[str, Any]:
         """What the files record of the training, as far as all parts have the same; without sites."""
         first, *others = (part.metadata for part in self.parts)
-        own = {"hook_name", "hook_name_out", "hook_names"}
+        site_keys = {"hook_name", "hook_name_out", "hook_names"}
         return {
             name: value
             for name, value in first.items()
-            if name not in own and all(other.get(name) == value for other in others)
+            if name not in site_keys and all(other.get(name) == value for other in others)
         }
 
 

@@ -184,8 +184,8 @@ def from_converted(converted: Converted, folder: Path | str, device: torch.devic
 
 def _moved(part: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; one number that was expanded to a matrix stays one number."""
-    alone = part.ndim == 2 and part.stride() == (0, 0)
-    return part[:1, :1].to(device).expand(part.shape) if alone else part.to(device)
+    constant = part.ndim == 2 and part.stride() == (0, 0)
+    return part[:1, :1].to(device).expand(part.shape) if constant else part.to(device)
 
 
 def _load_release(release: str, sae_id: str | None, device: torch.device) -> Sae:

@@ -51,15 +51,17 @@ def pair_products(
         return (_gathered if kernels is None else kernels.pair_products)(x, weight, row, feature)
     start, features = row_starts(row, len(x)), len(parts[0])
     inputs = x.split([part.shape[1] for part in parts], dim=1)
-    pairs = [(some.contiguous(), part) for some, part in zip(inputs, parts, strict=True)]
+    pairs = [(part_inputs.contiguous(), part) for part_inputs, part in zip(inputs, parts, strict=True)]
     if 2 * len(row) < features:
-        return _summed(_sampled(some, part, start, feature) for some, part in pairs)
+        return _summed(_sampled(part_inputs, part, start, feature) for part_inputs, part in pairs)
     # in the order of features each feature's weights are read once
     size = (len(x), features)
     by_feature = csr_array((np.arange(len(row)), feature.numpy(), start.numpy()), size).tocsc()
     rows, starts = (torch.from_numpy(part.astype(np.int64)) for part in (by_feature.indices, by_feature.indptr))
     products = x.new_empty(len(row))
-    products[torch.from_numpy(by_feature.data)] = _summed(_sampled(part, some, starts, rows) for some, part in pairs)
+    products[torch.from_numpy(by_feature.data)] = _summed(
+        _sampled(part, part_inputs, starts, rows) for part_inputs, part in pairs
+    )
     return products
 
 

@@ -80,16 +80,16 @@ def make_screen(linear: Linear, choice: Above | TopK) -> Screen:
     parts = input_parts(linear.weight)
     weight = linear.weight.new_zeros(features, -(-(d_in + 5) // 8) * 8, dtype=torch.bfloat16)
     for start in range(0, features, _FEATURES):
-        some = slice(start, start + _FEATURES)
-        exact = torch.cat([part[some] for part in parts], 1)
+        block = slice(start, start + _FEATURES)
+        exact = torch.cat([part[block] for part in parts], 1)
         if linear.scale is not None:
             place = device_for_float64(exact.device)
-            exact = exact.to(place).double() * linear.scale[some, None].to(place)
+            exact = exact.to(place).double() * linear.scale[block, None].to(place)
         low = exact.bfloat16()
-        weight[some, :d_in] = low
+        weight[block, :d_in] = low
         low = low.to(exact.dtype)
-        weight[some, d_in] = _norm(exact - low)
-        weight[some, d_in + 1] = _norm(low)
+        weight[block, d_in] = _norm(exact - low)
+        weight[block, d_in + 1] = _norm(low)
     for index in range(3):  # a float32 is the sum of three bfloat16
         weight[:, d_in + 2 + index] = below
         below = below - weight[:, d_in + 2 + index]

@@ -112,16 +112,16 @@ def screened_top(
     entries, last = largest(choice, screen.exact(x, row, feature), row, feature, len(x))
     # rounding keeps order, so bounds below the rounded k-th are bounds of smaller pre-activations
     needed = torch.maximum(last.bfloat16(), least)
-    again = ((needed < start) & ~crowded).nonzero()[:, 0]
+    retried = ((needed < start) & ~crowded).nonzero()[:, 0]
     known = (last > 0) & ~crowded
     if known.any():
         experience.slack = max(0.0, _MORE * float(torch.quantile(((high - last) / width)[known], _SHARE)))
-    if len(again):
-        row, feature, over = places_from(bounds[again], needed[again], most)
-        more, _ = largest(choice, screen.exact(x[again], row, feature), row, feature, len(again))
-        first = entries.where(torch.ones_like(crowded).index_fill_(0, again, False)[entries.row])
-        entries = merge(len(x), first, Entries(again[more.row], more.feature, more.value))
-        crowded[again] = over
+    if len(retried):
+        row, feature, over = places_from(bounds[retried], needed[retried], most)
+        more, _ = largest(choice, screen.exact(x[retried], row, feature), row, feature, len(retried))
+        first = entries.where(torch.ones_like(crowded).index_fill_(0, retried, False)[entries.row])
+        entries = merge(len(x), first, Entries(retried[more.row], more.feature, more.value))
+        crowded[retried] = over
     return entries, crowded
 
 

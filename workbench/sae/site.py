@@ -90,9 +90,11 @@ def input_reading(
     """
     wanted = _wanted(sae, site, offered.arguments[0])
     trained_on = sae.sites or (None,) * sae.n_sites
-    parts = [_reading(offered, sae, one, own) for one, own in zip(wanted, trained_on, strict=True)]
-    for part, own in zip(parts, trained_on, strict=True):
-        check_fit(sae, part.site, offered.model, offered.path, force=force, arguments=offered.arguments, trained_on=own)
+    parts = [_reading(offered, sae, one, recorded) for one, recorded in zip(wanted, trained_on, strict=True)]
+    for part, recorded in zip(parts, trained_on, strict=True):
+        check_fit(
+            sae, part.site, offered.model, offered.path, force=force, arguments=offered.arguments, trained_on=recorded
+        )
     return parts[0] if sae.n_sites == 1 else side_by_side(parts)
 
 

@@ -92,9 +92,9 @@ def check_training(sae: Sae, site: str, architecture: str) -> None:
             raise RequestError(f"SAE {sae.name!r} was trained on a model loaded with {name}, which changes {site}")
     known = {"center_writing_weights", *_CHANGED_SITES, *_SAME_ROWS}
     if others := {name: value for name, value in loading.items() if name not in known and value is not None}:
-        given = ", ".join(f"{name}={value!r}" for name, value in sorted(others.items()))[:200]
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(others.items()))[:200]
         _LOG.warning(
-            f"SAE {sae.name!r} was trained on a model loaded with {given}: unless the recorded model is the same, its "
+            f"SAE {sae.name!r} was trained on a model loaded with {listed}: unless the recorded model is the same, its "
             "features are wrong"
         )
 

@@ -162,8 +162,8 @@ def _pairs(x, weight, row, feature, products, pairs, d_in, PAIRS: tl.constexpr, 
     if tl.max(of, 0) >= 0:
         for start in range(0, d_in, WIDTH):
             k = start + tl.arange(0, WIDTH)
-            there = (of >= 0)[:, None] & (k < d_in)[None, :]
-            a = tl.load(x + at[:, None] * d_in + k[None, :], mask=there, other=0.0)
-            b = tl.load(weight + of[:, None] * d_in + k[None, :], mask=there, other=0.0)
+            inside = (of >= 0)[:, None] & (k < d_in)[None, :]
+            a = tl.load(x + at[:, None] * d_in + k[None, :], mask=inside, other=0.0)
+            b = tl.load(weight + of[:, None] * d_in + k[None, :], mask=inside, other=0.0)
             total += a * b
     tl.store(products + pair, tl.sum(total, 1), mask=pair < pairs)

@@ -112,11 +112,11 @@ class Rows:
         lines = []
         columns: Any = where.reshape(around.shape).tolist()
         for row, places in zip(self.ids.tolist(), columns, strict=True):
-            own = sequences[places[context]]
+            sequence = sequences[places[context]]
             inside = [
                 (shift, texts[place] or "")
                 for shift, place in zip(shifts.tolist(), places, strict=True)
-                if needed[place] == row + shift and sequences[place] == own
+                if needed[place] == row + shift and sequences[place] == sequence
             ]
             lines.append("".join(f"⟦{text}⟧" if shift == 0 else text for shift, text in inside))
         return lines

@@ -32,10 +32,10 @@ def allowed_clause(connection: Any, predicate: str, condition: str, parameters: 
     window = any(node.get("class") == "WINDOW" for node in _nodes(tree, into_subqueries=False))
     if tree.get("error") or not (subquery or window or parameters):
         return None  # the filter gives the error of a condition that cannot be parsed
-    alone = not _parsed(connection, f"SELECT [{condition}\n]").get("error")
+    complete = not _parsed(connection, f"SELECT [{condition}\n]").get("error")
     (statement, *more) = tree["statements"]
     plain = statement["node"].get("type") == "SELECT_NODE" and not statement["node"].get("modifiers")
-    if more or not plain or not alone:
+    if more or not plain or not complete:
         raise RequestError(f"query {predicate!r}: more than a condition; give one over the columns of the token table")
     for node in nodes:
         if (node.get("cte_map") or {}).get("map"):

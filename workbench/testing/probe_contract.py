@@ -161,16 +161,16 @@ class ProbeContract:
         self, result: Result, store: Store | Model, model: Model | None
     ) -> None:
         """Two runs with the same settings return the same result."""
-        again = self.probe(**self.settings).run(store, model=model)
-        xr.testing.assert_identical(again.data, result.data)
-        pd.testing.assert_frame_equal(again.table, result.table)
+        second = self.probe(**self.settings).run(store, model=model)
+        xr.testing.assert_identical(second.data, result.data)
+        pd.testing.assert_frame_equal(second.table, result.table)
 
     def test_figures_are_made_of_a_saved_result_alone(self, result: Result, tmp_path: Path) -> None:
         """A saved and loaded result gives the same figures, without its store."""
-        again = load_result(result.save(tmp_path / "result"))
-        xr.testing.assert_identical(again.data, result.data)
-        pd.testing.assert_frame_equal(again.table, result.table)
-        figures, before = again.figures(), result.figures()
+        loaded = load_result(result.save(tmp_path / "result"))
+        xr.testing.assert_identical(loaded.data, result.data)
+        pd.testing.assert_frame_equal(loaded.table, result.table)
+        figures, before = loaded.figures(), result.figures()
         assert figures
         assert list(figures) == list(before)
         for name, figure in figures.items():
