@@ -101,14 +101,19 @@ def start_page(readme: str) -> str:
 def commands() -> str:
     """Returns the help of every command as Markdown."""
     sections = []
-    for name in re.findall(r"^  ([a-z]+) ", help_text([]), re.MULTILINE):
+    for name in listed_in(help_text([])):
         if name in ("probe", "sweep"):
-            listed = re.findall(r"^  ([a-z][a-z-]+) ", help_text([name]), re.MULTILINE)
-            sections.append(f"## workbench {name}\n\n{_block(help_text([name]))}")
-            sections += [f"### workbench {name} {one}\n\n{_block(help_text([name, one]))}" for one in listed]
+            text = help_text([name])
+            sections.append(f"## workbench {name}\n\n{_block(text)}")
+            sections += [f"### workbench {name} {one}\n\n{_block(help_text([name, one]))}" for one in listed_in(text)]
         elif name != "help":
             sections.append(f"## workbench {name}\n\n{_block(help_text([name]))}")
     return "\n".join([_block(help_text([])), *sections])
+
+
+def listed_in(text: str) -> list[str]:
+    """Returns the names that a list of commands, probes or experiments has, in their order."""
+    return re.findall(r"^  ([a-z][a-z-]+) ", text, re.MULTILINE)
 
 
 def variables() -> str:

@@ -97,7 +97,7 @@ class HiddenSinks(LayerProbe):
     }
 
     threshold: str = "5/N"
-    """Minimum alpha of a hidden sink: a number, or `5/N`, that times 1 / length."""
+    """Minimum alpha of a hidden sink, as text: "0.1", or "5/N", that times 1 / length."""
     length: int = 64
     """Tokens of each sequence that count, from its first on; shorter sequences are left out."""
     where: str | None = None

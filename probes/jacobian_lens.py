@@ -350,7 +350,7 @@ def _fit_statistics(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarra
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * float(value):.0f} %"
+    return "not measured" if np.isnan(float(value)) else f"{100 * float(value):.0f} %"
 
 
 def _recall(result: Result) -> Any:

@@ -42,6 +42,7 @@ from workbench.probing import (
     check,
     check_fields,
     dataset,
+    in_dtype,
     label,
     layers_of,
     load_unembed,
@@ -266,7 +267,7 @@ class _Pairs:
                 kind = getattr(torch, dtype)
                 module = self.model.module
                 if self.model.dtype != kind:
-                    module = copy.deepcopy(module).to(kind)
+                    module = in_dtype(copy.deepcopy(module), kind)
                 for place in np.ndindex(sizes[1:]):
                     ids = self.inputs.draw(
                         self.probe.kinds[place[0]], self.lengths[place[1]], self.probe.draws, self.probe.seed

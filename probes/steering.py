@@ -127,7 +127,8 @@ class Steering(StoreProbe):
 
         Raises:
             RequestError: No direction or target token is named, a target is no single token, no sequence is long
-                enough, or the model cannot be loaded, is another one, is not causal or has no such site.
+                enough, the store holds chosen rows, or the model cannot be loaded, is another one, is not causal or has
+                no such site.
         """
         if not self.direction:
             raise RequestError("direction is not given; name the file of a direction: wb.Direction(...).save(path)")
@@ -137,6 +138,7 @@ class Steering(StoreProbe):
     def steer(self, store: Store, direction: Direction, *, model: Model | None = None) -> Result:
         """Steers with a direction in memory, whatever the setting `direction`; see `run`."""
         require_causal(store, self.name)
+        store.require_whole_sequences("a continuation of prompts")
         model = recorded_model(store, model or self.model, self.device)
         targets = _target_ids(model, self.tokens)
         ids, left_out = self._prompts(store)
@@ -164,7 +166,7 @@ class Steering(StoreProbe):
         if self.layers is None:
             return [direction.site]
         kind, _, layer = direction.site.rpartition(".")
-        if not layer.isdigit() or not kind:
+        if not layer.isdecimal() or not kind:
             raise RequestError(f"layers: the direction is at {direction.site}, which is no site of a layer")
         return [f"{kind}.{one}" for one in self.layers]
 

@@ -289,7 +289,8 @@ def _correlations(
     for total, product in zip(sums, (x * y, x * x, y * y), strict=True):
         np.add.at(total, index, np.nan_to_num(product))
     ones = np.ones_like(sums[0])
-    means, resampled = zip(*(resampled_means(one, ones, resamples=probe.resamples) for one in sums), strict=True)
+    settings = {"resamples": probe.resamples, "seed": probe.seed}
+    means, resampled = zip(*(resampled_means(one, ones, **settings) for one in sums), strict=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = intervals(resampled[0] / np.sqrt(resampled[1] * resampled[2]))
         correlation = means[0] / np.sqrt(means[1] * means[2])

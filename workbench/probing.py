@@ -202,6 +202,7 @@ if TYPE_CHECKING:
     from workbench.model.direction import Direction, load_direction
     from workbench.model.embedding_records import token_embeddings
     from workbench.model.frozen_output import FrozenOutput
+    from workbench.model.in_dtype import in_dtype
     from workbench.model.load import Model
     from workbench.model.prompted_run import run_prompted
     from workbench.model.random_copy import random_copy

@@ -12,7 +12,7 @@ from command_line import run
 
 import workbench as wb
 from workbench.cli.completion import SCRIPTS
-from workbench.cli.verbs import NAMED_VERBS, completed_commands
+from workbench.cli.verbs import GROUPS, NAMED_VERBS, completed_commands
 from workbench.cli.verbs import VERBS as TABLE
 from workbench.results.registry import installed_experiments, installed_probes
 
@@ -30,8 +30,16 @@ def test_help_lists_every_verb():
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert run() == run("-h") == run("help") == (0, out, "")
-    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == VERBS == [*TABLE, *NAMED_VERBS]
+    listed = re.findall(r"^  ([a-z-]+)  ", out, re.M)
+    assert listed == [verb for group in GROUPS.values() for verb in group]
+    assert sorted(listed) == sorted(VERBS)
+    assert [*TABLE, *NAMED_VERBS] == VERBS
+
+
+def test_the_overview_is_wrapped(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    for arguments in ((), ("probes",)):
+        assert max(map(len, run(*arguments)[1].splitlines()[:-1])) <= 72
 
 
 @pytest.mark.parametrize(

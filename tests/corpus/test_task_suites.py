@@ -93,6 +93,21 @@ def test_pairs_that_do_not_fit_are_counted_by_reason(model):
     assert "(1)" in message
 
 
+def unchecked(*values):
+    """A pair of values of any type. Not by its `__init__`, whose arguments beartype checks while the tests run."""
+    pair = object.__new__(wb.PromptPair)
+    for name, value in zip(("clean", "corrupt", "answer", "wrong", "spans"), [*values, {}], strict=False):
+        object.__setattr__(pair, name, value)
+    pair.__post_init__()
+    return pair
+
+
+def test_one_answer_may_stand_alone(model):
+    pair = wb.PromptPair("Read red and", "Read blue and", " red", " blue")
+    assert pair == wb.PromptPair("Read red and", "Read blue and", (" red",), (" blue",))
+    assert wb.check_pairs(pair, model).pairs[0].pair == pair
+
+
 def test_a_store_has_the_pairs_as_columns(model, tmp_path):
     pairs = wb.prompt_pairs("facts", model, 3)
     store = wb.record(model, pairs.texts(), sites=["resid_post.0"], out=tmp_path / "s.acts", show_progress=False)
@@ -115,6 +130,10 @@ def test_a_store_has_the_pairs_as_columns(model, tmp_path):
         (lambda model: wb.prompt_pairs("facts", None), "tokenizer must be a tokenizer, or a model that has one"),
         (lambda model: wb.prompt_pairs("ioi", model), "no pair of 'ioi' fits the tokenizer"),
         (lambda model: wb.check_pairs([], model), "no pair is given"),
+        (lambda model: wb.check_pairs(iter([("a", "b")]), model), "pairs: entry 0 is ('a', 'b'); give wb.PromptPair"),
+        (lambda _model: unchecked("a", None, " c", " d"), "corrupt must be a text, not None"),
+        (lambda _model: unchecked("a", "b", 3, " d"), "answer must be a text, not 3"),
+        (lambda _model: unchecked("a", "b", " c", " d", {"x": (0, 1)}), "spans: 'x' needs first and last"),
     ],
 )
 def test_bad_requests_are_refused(call, message, model):

@@ -12,6 +12,8 @@ import tomllib
 import pytest
 from documents import ROOT, pages
 
+from workbench.cli.verbs import NAMED_VERBS, VERBS
+
 DOCS = ROOT / "docs"
 
 
@@ -74,6 +76,10 @@ def test_inline_commands_name_commands_and_flags_that_exist():
             wrong += [f"{page.name}: workbench {command}" for flag in flags if flag not in known]
             wrong += [] if known else [f"{page.name}: workbench {command}"]
     assert wrong == []
+
+
+def test_the_reference_has_every_command():
+    assert sorted(HOOK.listed_in(HOOK.help_text([]))) == sorted([*VERBS, *NAMED_VERBS])
 
 
 def test_the_reference_has_every_variable_that_a_probe_declares():

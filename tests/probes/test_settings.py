@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from workbench.io.errors import RequestError
-from workbench.probes import LogitLens, OverSquashing, Steering, VocabularyKeys
+from workbench.probes import FiberBundle, LogitLens, OverSquashing, Steering, VocabularyKeys
 from workbench.results.registry import find_probe, installed_probes
 
 WRONG = [-1, 2.5, float("nan"), float("inf"), "x", "", (), ("x",), (float("nan"),), [0], None, {"a": 1}, object(), True]
@@ -52,6 +52,8 @@ def test_values_become_those_of_the_fields():
         (LogitLens, {"where": 5}, "where must be a text, not 5"),
         (Steering, {"scales": (1.0, float("nan"))}, "scales must be numbers, not nan"),
         (VocabularyKeys, {"unit": "no"}, "unit must be True or False, not 'no'"),
+        (Steering, {"seed": 1 << 63}, "seed must be below 9223372036854775808, not 9223372036854775808"),
+        (FiberBundle, {"seed": 1 << 70}, "seed must be below 9223372036854775808, not 1180591620717411303424"),
     ],
 )
 def test_the_message_names_the_setting_and_the_type(probe, settings, message):

@@ -52,15 +52,16 @@ class TestContract(ProbeContract):
         return tiny
 
 
-def test_continuations_are_those_of_a_hook_written_by_hand(tiny, direction):
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_continuations_are_those_of_a_hook_written_by_hand(tiny, direction, new_tokens):
     ids = torch.randint(5, 300, (3, 6), generator=torch.Generator().manual_seed(0))
-    steered = continue_steered(tiny, ids, [wb.Add("resid_post.1", direction, 3)], 5)
+    steered = continue_steered(tiny, ids, [wb.Add("resid_post.1", direction, 3)], new_tokens)
     block = tiny.module.model.layers[1]
     sequences = ids.clone()
     with torch.no_grad():
         hook = block.register_forward_hook(lambda _m, _a, output: output + 3 * direction.vector)
         try:
-            for step in range(5):  # without cache
+            for step in range(new_tokens):  # without cache
                 logits = tiny.module(sequences, use_cache=False).logits[:, -1]
                 if step == 0:
                     torch.testing.assert_close(
@@ -73,7 +74,7 @@ def test_continuations_are_those_of_a_hook_written_by_hand(tiny, direction):
         plain = tiny.module(sequences).logits.double().log_softmax(-1)
     assert torch.equal(steered.tokens, sequences[:, 6:])
     for row in range(3):
-        expected = [-plain[row, 5 + step, sequences[row, 6 + step]] for step in range(5)]
+        expected = [-plain[row, 5 + step, sequences[row, 6 + step]] for step in range(new_tokens)]
         torch.testing.assert_close(steered.losses[row], torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
@@ -106,6 +107,15 @@ def test_several_layers_are_steered_together(tiny, steered_store, direction):
     assert float(first["log_probability"].sel(kind="direction", scale=2.0)) != float(
         two["log_probability"].sel(kind="direction", scale=2.0)
     )
+
+
+def test_a_store_of_chosen_rows_is_refused(tiny, direction, tmp_path):
+    """Its tokens are no prompt: some of the text is left out."""
+    options = {"sites": ["resid_post.1"], "where": "position % 2 = 0", "show_progress": False}
+    store = wb.record(tiny, TEXTS, out=tmp_path / "s.acts", **options)
+    probe = Steering(tokens=(" Monday",), prompt=4)
+    message = refused(RequestError, lambda: probe.steer(store, direction, model=tiny))
+    assert message.startswith("a continuation of prompts needs whole sequences")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_records_of_a_file_are_those_of_python(tmp_path):
     ("record", "message"),
     [
         ({"kind": "zeros", "site": "z.1"}, "record 0: kind is 'zeros', which is none; nearest: zero"),
+        ({"kind": ["zero"]}, "record 0: kind is ['zero'], which is none"),
         ({"kind": "zero", "place": "z.1"}, "record 0: zero has no field 'place'; it has site, at, head"),
         ({"kind": "patch", "site": "z.1", "at": 0}, "record 0: patch needs the field 'of'"),
         ({"kind": "zero", "site": "z.1", "at": {"index": "last"}}, "record 0: at must be a position"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -120,6 +121,9 @@ def test_an_intervention_acts_on_what_is_generated(model, made):
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.inf}, "temperature must be at least 0 and finite"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; give 0 for the most probable token"),
+        ({"seed": 1 << 63}, "seed must be"),
         ({"samples": 2}, "temperature 0 gives the same each time"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 10**6}, "context of model 'demo'"),

@@ -354,8 +354,8 @@ def _compare_site(
     kind, _, layer = (one.short or one.name).rpartition(".")
     return {
         "site": one.label,
-        "kind": kind if layer.isdigit() else one.label,
-        "layer": int(layer) if layer.isdigit() else -1,
+        "kind": kind if layer.isdecimal() else one.label,
+        "layer": int(layer) if layer.isdecimal() else -1,
         "cosine": cosine,
         "cosine_low": low[0],
         "cosine_high": high[0],

@@ -45,9 +45,11 @@ def continue_steered(
 
 def _some(model: Model, ids: Tensor, records: Sequence[Add], new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     mask, ends = torch.ones_like(ids), end_tokens(model)
-    with _steered(model, [record for record in records if record.at != "new"]):
+    prompt_records = [record for record in records if record.at != "new"]
+    with _steered(model, prompt_records):
         after = run(model.module, ids, mask).logits[:, -1].double().cpu().log_softmax(-1)
-    with _steered(model, records if new_tokens > 1 else []), generating(model.module):
+    active = records if new_tokens > 1 else prompt_records  # a single new token is no input
+    with _steered(model, active), generating(model.module):
         sequences = model.module.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

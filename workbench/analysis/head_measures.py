@@ -108,7 +108,7 @@ def measure_heads(
 ) -> HeadMeasures:
     """Returns every measure of heads that a store and its model allow, and the reason why others are missing.
 
-    Costs the runs of five probes: see their pages. Longest with the model are `successor-heads` and, at 2,000 tokens,
+    Costs the runs of six probes: see their pages. Longest with the model are `successor-heads` and, at 2,000 tokens,
     `direct-logit-attribution`.
 
     Args:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from workbench.analysis.read_layers import layers_of
 from workbench.analysis.rows import recorded_layers
 from workbench.figures.safe_text import label
-from workbench.io.checks import check_types
+from workbench.io.checks import SEEDS, check, check_types
 from workbench.results.result import Result, provenance
 from workbench.results.variable import Variable, dataset
 from workbench.store.lost_values import FiniteRows, finite_rows
@@ -44,6 +44,7 @@ class StoreProbe:
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""
         check_types(self)
+        check("seed", getattr(self, "seed", None), below=SEEDS, optional=True)
 
     def finite_rows(
         self, store: Store, sites: Sequence[str], rows: Int[np.ndarray, "*shape"] | None = None
@@ -126,4 +127,4 @@ def with_note(headline: str, result: Result) -> str:
 def _layer(site: str) -> int:
     """Layer of `resid_post.3`; -1 for a site without one."""
     last = site.rsplit(".", 1)[-1]
-    return int(last) if last.isdigit() else -1
+    return int(last) if last.isdecimal() else -1

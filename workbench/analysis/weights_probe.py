@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from workbench.corpus.tokenizer import token_texts
-from workbench.io.checks import check_types
+from workbench.io.checks import SEEDS, check, check_types
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import input_embedding
@@ -171,6 +171,7 @@ class WeightsProbe:
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""
         check_types(self)
+        check("seed", getattr(self, "seed", None), below=SEEDS, optional=True)
 
     def result(self, store: Store | Model, data: xr.Dataset, table: pd.DataFrame, notes: Iterable[str] = ()) -> Result:
         """Returns the result, with all notes in `attrs["note"]`; "" is left out.

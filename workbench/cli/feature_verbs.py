@@ -100,7 +100,7 @@ class Features:
         from workbench.sae.neuron_dictionary import neuron_dictionary
 
         kind, _, layer = (self.site or "").rpartition(".")
-        if kind != "mlp_post" or not layer.isdigit():
+        if kind != "mlp_post" or not layer.isdecimal():
             raise RequestError(f"--sae neurons needs the neurons' site: give --site mlp_post.3, not {self.site}")
         return neuron_dictionary(recorded_model(store, self.model, device), int(layer))
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
-import shutil
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from workbench.cli.options import Option
+from workbench.cli.terminal import line_width
 
 _COLUMN = 26
 
 
 def help_text(program: str, options: Sequence[Option], description: str) -> str:
     """Returns the help of a command, wrapped to the width of the terminal."""
-    width = max(50, min(100, shutil.get_terminal_size().columns))
+    width = line_width()
     positional = [option for option in options if option.positional]
     required = [option for option in options if option.required and not option.positional]
     words = [*(_placed(option) for option in positional), *(option.shown for option in required)]

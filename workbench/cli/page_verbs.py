@@ -10,6 +10,7 @@ from typing import Literal
 
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
+from workbench.io.checks import check_fields
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
@@ -125,6 +126,7 @@ class Index:
             raise RequestError("--sae-id chooses one of several SAEs; give --sae too")
         if self.sae is not None and not (self.pages or self.feature):
             raise RequestError("--sae is used on pages of features alone; give --pages or --feature too")
+        check_fields(self, "pages", at_least=0)
         from workbench.features.feature_store import open_features  # seconds: pandas
         from workbench.pages.feature_index import feature_pages
         from workbench.sae.load import load_sae

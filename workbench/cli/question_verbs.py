@@ -84,7 +84,7 @@ class Contributions:
         from workbench.sae.load import load_sae
 
         features = open_features(self.features)
-        tokens = [int(token) if token.isdigit() else token for token in self.tokens] or None
+        tokens = [int(token) if token.isdecimal() else token for token in self.tokens] or None
         sae = load_sae(self.sae, self.sae_id, device="cpu")
         table = feature_contributions(features, sae, self.row, tokens, k=self.k)
         print_frame(table.astype(object).where(table.notna(), None))
@@ -195,6 +195,7 @@ class Match:
         from workbench.io.spreadsheet import csv_text
         from workbench.sae.load import load_sae
 
+        check_fields(self, "k", at_least=1)
         if self.out is not None:
             check_writable(self.out)
         one, other = open_features(self.features), open_features(self.other)
@@ -254,7 +255,6 @@ class Patchscope:
         from workbench.store.reader import open_store
 
         check_fields(self, "limit", at_least=1, whole=True)
-        check_fields(self, "seed", at_least=0, whole=True)
         if self.out is not None:
             check_new_folder(self.out)
         store = open_store(self.store)

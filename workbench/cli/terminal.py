@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,11 +53,20 @@ def print_frame(table: pd.DataFrame, limit: int = 40) -> None:
     print_table(list(table.columns), table.to_numpy(object).tolist(), limit)
 
 
-def print_items(items: dict[str, str]) -> None:
-    """Prints names with a description each, indented."""
-    width = max((len(name) for name in items), default=0)
+def print_items(items: dict[str, str], column: int = 0) -> None:
+    """Prints names with a description each, indented and wrapped; `column` is the least width of the names."""
+    width = max([column, *map(len, items)])
     for name, description in items.items():
-        print_plain(f"  {name:<{width}}  {description}".rstrip())
+        text = textwrap.wrap(plain(description), max(40, line_width() - width - 4), break_on_hyphens=False)
+        first, *others = text or [""]
+        print_plain(f"  {plain(name):<{width}}  {first}".rstrip())
+        for line in others:
+            print_plain(f"{'':{width + 4}}{line}")
+
+
+def line_width() -> int:
+    """Returns the number of characters in a line of help: that of the terminal, 50 to 100."""
+    return max(50, min(100, shutil.get_terminal_size().columns))
 
 
 def _is_name(value: object) -> bool:

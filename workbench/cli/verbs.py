@@ -74,6 +74,19 @@ NAMED_VERBS: dict[str, tuple[str, Callable[[list[str]], Command]]] = {
 }
 """Verbs that are followed by the name of a probe or an experiment: help and parser."""
 
+GROUPS = {
+    "record": ("demo", "plan", "record", "generate"),
+    "stores": ("info", "query", "verify", "compare", "merge", "pack", "rm"),
+    "probes and experiments": ("probes", "probe", "attribute", "patch", "steer", "patchscope", "sweep"),
+    "sparse features": (
+        *("features", "metrics", "labels", "top", "index", "effect", "contributions"),
+        *("coactive", "match", "sparse-probe"),
+    ),
+    "pages and figures": ("report", "export", "atlas", "serve"),
+    "shell": ("completion",),
+}
+"""All verbs in the order of the overview."""
+
 
 def find_command(arguments: list[str]) -> Command:
     """Returns the command that the arguments name."""
@@ -93,13 +106,16 @@ def find_command(arguments: list[str]) -> Command:
 
 @dataclass(frozen=True)
 class Overview:
-    """Print every verb with one line."""
+    """Print every verb with a sentence."""
 
     def run(self) -> int:
-        """Prints all commands, one line each."""
-        print_plain("usage: workbench COMMAND ...\n")
+        """Prints all commands by group, a sentence each."""
+        print_plain("usage: workbench COMMAND ...")
         lines = {name: docstring(kind) for name, kind in VERBS.items()}
-        print_items(lines | {name: text for name, (text, _) in NAMED_VERBS.items()})
+        lines |= {name: text for name, (text, _) in NAMED_VERBS.items()}
+        for heading, names in GROUPS.items():
+            print_plain(f"\n{heading}:")
+            print_items({name: lines[name] for name in names}, max(map(len, lines)))
         print_plain("\nworkbench help COMMAND lists the options of a command; --debug shows tracebacks; --version")
         return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from workbench.corpus.tokenizer import added_tokens, encode, with_whole_offsets
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,12 +43,30 @@ class PromptPair:
 
     clean: str
     corrupt: str
-    answer: tuple[str, ...]
-    """Texts that continue the clean prompt rightly, with their leading space; several count together."""
-    wrong: tuple[str, ...]
+    answer: tuple[str, ...] | str
+    """Texts that continue the clean prompt rightly, with their leading space; several count together. A text alone is
+    the only one."""
+    wrong: tuple[str, ...] | str
     """Texts that continue the corrupt prompt rightly."""
     spans: Mapping[str, tuple[Characters, Characters]] = field(default_factory=dict)
     """Label to its characters in the clean and in the corrupt prompt: {"subject": ((4, 9), (4, 8))}."""
+
+    def __post_init__(self) -> None:
+        """Takes one answer alone as the only one, and refuses what is no text or no span."""
+        for name in ("answer", "wrong"):
+            value: Any = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else (value,))
+        for name in ("clean", "corrupt", "answer", "wrong"):
+            value = getattr(self, name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if not isinstance(text, str):
+                    raise RequestError(f"{name} must be a text, not {shown(text)}")
+        for label, ends in self.spans.items():
+            if not _two_spans(ends):
+                raise RequestError(
+                    f"spans: {label!r} needs first and last character in both prompts, such as ((4, 9), (4, 8)), not "
+                    f"{shown(ends)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class PromptPairs:
 
 
 def check_pairs(
-    pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase | WithTokenizer, task: str = "pairs"
+    pairs: Iterable[PromptPair] | PromptPair, tokenizer: PreTrainedTokenizerBase | WithTokenizer, task: str = "pairs"
 ) -> PromptPairs:
     """Tokenizes pairs, and drops those that do not fit the tokenizer, with a count for each reason.
 
@@ -125,15 +143,20 @@ def check_pairs(
     answer is one token where it follows its prompt (in a set of several answers, those that are not are left out).
 
     Args:
-        pairs: The pairs.
+        pairs: The pairs, or one.
         tokenizer: Tokenizer, or a model with its tokenizer.
         task: Name for tables and figures.
 
     Raises:
         RequestError: No pair is given, or none fits; or the model has no tokenizer.
     """
-    checked = PairChecker(tokenizer)
-    kept = [one for pair in pairs if (one := checked(pair)) is not None]
+    checked, kept = PairChecker(tokenizer), []
+    for number, pair in enumerate([pairs] if isinstance(pairs, PromptPair) else pairs):
+        if not isinstance(pair, PromptPair):
+            raise RequestError(
+                f"pairs: entry {number} is {shown(pair)}; give wb.PromptPair(clean, corrupt, answer, wrong)"
+            )
+        kept += [one] if (one := checked(pair)) is not None else []
     return made_pairs(task, kept, checked.dropped, None)
 
 
@@ -186,6 +209,13 @@ class PairChecker:
         found = encode(self._tokenizer, [prompt + text for text in texts])
         same = [one.ids for one in found if len(one.ids) == len(ids) + 1 and np.array_equal(one.ids[:-1], ids)]
         return tuple(dict.fromkeys(int(one[-1]) for one in same))
+
+
+def _two_spans(ends: Any) -> bool:
+    try:
+        return np.shape(ends) == (2, 2)
+    except ValueError:  # parts of different lengths
+        return False
 
 
 def _tokens(encoding: Any, ends: Characters) -> range:

@@ -22,6 +22,9 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
 }
 """Types that are checked, and what one and several values are called."""
 
+SEEDS = 1 << 63
+"""Random seeds are below this number: torch takes no larger ones."""
+
 
 def check(
     name: str,

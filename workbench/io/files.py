@@ -380,7 +380,7 @@ def check_new_folder(folder: str | os.PathLike[str]) -> None:
 
 def natural_order(name: str) -> list[int | str]:
     """Returns a key that sorts names as people do: batch-2 before batch-10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def human_bytes(count: int) -> str:

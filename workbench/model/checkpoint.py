@@ -96,10 +96,11 @@ def _planted(device: str | torch.device | None, dtype: str | torch.dtype) -> Pre
     import torch  # takes seconds
 
     from workbench.embedded.planted import planted_module
+    from workbench.model.in_dtype import in_dtype
 
     module = planted_module()
     if dtype not in ("auto", "checkpoint"):
-        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
+        in_dtype(module, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         module.config.dtype = module.dtype
     return module.to(usable_device(None if device == "auto" else device))  # pyright: ignore[reportArgumentType]  # transformers decorates it without types
 

@@ -236,7 +236,7 @@ def _axes(name: str, shape: tuple[int, ...], trial: Trial, names: Claims) -> tup
         return ("stream", "d_model")[-len(shape) :]  # hyper-connections carry several residual streams
     if owner == "mlp" and len(shape) == 1:
         return ("d_mlp",)
-    return _plain_axes(hook.removeprefix("hook_") if owner.isdigit() or not owner else owner, shape)
+    return _plain_axes(hook.removeprefix("hook_") if owner.isdecimal() or not owner else owner, shape)
 
 
 def _plain_axes(part: str, shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from workbench.io.torch_state import plain_torch
+from workbench.model.in_dtype import in_dtype
 from workbench.model.load import Model
 
 
@@ -17,5 +18,5 @@ def random_copy(model: Model, seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = type(model.module)(model.module.config)
-    module.to(device=model.device, dtype=model.dtype)  # pyright: ignore[reportCallIssue]  # transformers decorates it without types
+    module = in_dtype(module, model.dtype).to(device=model.device)
     return Model(module.eval(), model.tokenizer, f"{model.name}, random weights")

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from workbench.io.checks import check
+from workbench.io.checks import SEEDS, check
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Head, Place, RowIntervention, SiteIntervention
@@ -99,7 +99,7 @@ class Resample(SiteIntervention):
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
-        check("seed", self.seed, at_least=0, below=1 << 63, whole=True)
+        check("seed", self.seed, at_least=0, below=SEEDS, whole=True)
         rows, array = donor_rows(self.of, place)
         return partial(_resample, self, place, rows.ids, array)
 

@@ -46,7 +46,7 @@ class LinkedView:
         sites: dict[str, list[int]] = {}
         for site in self.store.sites:
             kind, _, layer = site.label.partition(".")
-            if layer.isdigit():
+            if layer.isdecimal():
                 sites.setdefault(kind, []).append(int(layer))
         return {
             "name": self.store.path.name,

@@ -56,20 +56,20 @@ def read_interventions(path: str | os.PathLike[str]) -> tuple[Intervention, ...]
 
 
 def _record(entry: Any, where: str, folder: Path) -> Intervention:
-    if not isinstance(entry, dict) or entry.get("kind") not in KINDS:
-        kind = entry.get("kind") if isinstance(entry, dict) else entry
+    kind = entry.get("kind") if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict) or not isinstance(kind, str) or kind not in KINDS:
         close = nearest(str(kind), KINDS) or f"; kinds: {', '.join(KINDS)}"
         raise RequestError(f"{where}: kind is {shown(kind)}, which is none{close}")
-    kind = KINDS[entry["kind"]]
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # pyright: ignore[reportArgumentType]
+    record_type = KINDS[kind]
+    known: dict[str, Field[Any]] = {field.name: field for field in fields(record_type)}  # pyright: ignore[reportArgumentType]
     settings = {name: value for name, value in entry.items() if name != "kind"}
     if unknown := sorted(settings.keys() - known.keys()):
-        raise RequestError(f"{where}: {entry['kind']} has no field {unknown[0]!r}; it has {', '.join(known)}")
+        raise RequestError(f"{where}: {kind} has no field {unknown[0]!r}; it has {', '.join(known)}")
     required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     if missing := [name for name in required if name not in settings]:
-        raise RequestError(f"{where}: {entry['kind']} needs the field {missing[0]!r}")
+        raise RequestError(f"{where}: {kind} needs the field {missing[0]!r}")
     try:
-        return kind(**{name: _value(name, value, folder) for name, value in settings.items()})
+        return record_type(**{name: _value(name, value, folder) for name, value in settings.items()})
     except (RequestError, TypeError, ValueError) as error:
         raise RequestError(f"{where}: {error}") from None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from workbench.corpus.chats import render_chats
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import Texts, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
-from workbench.io.checks import check, check_fields
+from workbench.io.checks import SEEDS, check, check_fields
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_text
@@ -36,6 +37,9 @@ from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating
 from workbench.model.load import Model, end_tokens
 from workbench.sites.settings import BosPolicy
+
+_COLDEST = 1e-6
+"""Smallest temperature above 0."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_fields(self, "max_new_tokens", at_least=1, whole=True)
-        check_fields(self, "temperature", at_least=0)
+        check_fields(self, "temperature", at_least=0, below=math.inf)
+        if 0 < self.temperature < _COLDEST:  # logits divided by it are infinite
+            raise RequestError(f"temperature is {self.temperature}; give 0 for the most probable token, or more")
         check_fields(self, "top_p", above=0, at_most=1)
-        check_fields(self, "seed", at_least=0, whole=True)
+        check_fields(self, "seed", at_least=0, below=SEEDS, whole=True)
         if self.top_k is not None:
             check_fields(self, "top_k", at_least=1, whole=True)
 

@@ -231,7 +231,7 @@ def _openai(path: Path) -> Converted:
         wrong = about.get("postact_fn") if activation == "TopK" else activation
         raise RequestError(f"{path}: activation {shown(wrong)} is not supported; supported are TopK of ReLU, and ReLU")
     metadata: dict[str, Any] = {}
-    if release and path.stem.isdigit():
+    if release and path.stem.isdecimal():
         metadata = {"model_name": "gpt2-small", "hook_name": _OPENAI_SITES[release[1]].format(path.stem)}
     settings: dict[str, Any] = {"apply_b_dec_to_input": True}
     if activation == "ReLU":

@@ -46,7 +46,7 @@ def _layers_by_kind(store: Store) -> dict[str, dict[int, str]]:
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for site in store.sites:
         kind, dot, layer = site.label.rpartition(".")
-        numbered = bool(dot) and layer.isdigit()
+        numbered = bool(dot) and layer.isdecimal()
         kinds[kind if numbered else site.label][int(layer) if numbered else _NO_LAYER] = site.label
     return kinds
 
