@@ -142,7 +142,8 @@ def page(
 
 
 def _line(title: str, finding: Finding) -> str:
-    cost = "| |" if not finding.rows else f"{finding.rows:,} | {finding.seconds:,.1f} | {finding.megabytes:,.0f}"
+    memory = max(0.0, finding.megabytes)
+    cost = f"{finding.rows:,} | {finding.seconds:,.1f} | {memory:,.0f}" if finding.rows else "| |"
     return f"| {title} | {_cell(finding.headline)} | {cost} |\n"
 
 

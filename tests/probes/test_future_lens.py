@@ -11,6 +11,7 @@ from planted import linear_unembed, planted_store
 from refusals import refused
 
 import workbench as wb
+import workbench.analysis.future_maps as future_maps
 from workbench.analysis.future import bigrams
 from workbench.analysis.future_maps import ridge_maps
 from workbench.io.errors import RequestError
@@ -290,15 +291,21 @@ def test_settings_change_the_result(noise, changed, variable):
     assert (before[variable].to_numpy() != after[variable].to_numpy()).any()
 
 
-def test_the_penalty_is_chosen_on_validation_documents(noise):
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_the_penalty_is_chosen_on_validation_documents(noise, monkeypatch, tokens):
+    """On a few of their tokens; what is stated of the chosen map is of all."""
+    monkeypatch.setattr(future_maps, "_CHOOSING", tokens)
     short = {"horizons": 2, "top_k": 1, "direct_vocab": 0}
-    alone = [
-        FutureLens(**short, ridge=(penalty,)).run(noise).data["validation_cross_entropy"]
-        for penalty in (1e-6, 0.5, 50.0)
-    ]
-    both = FutureLens(**short, ridge=(1e-6, 0.5, 50.0)).run(noise).data
-    np.testing.assert_allclose(both["validation_cross_entropy"], np.min(alone, axis=0))
-    np.testing.assert_allclose(both["ridge"], np.array([1e-6, 0.5, 50.0])[np.argmin(alone, axis=0)[0]])
+    penalties = (1e-6, 0.5, 50.0)
+    single = [FutureLens(**short, ridge=(penalty,)).run(noise).data for penalty in penalties]
+    data = FutureLens(**short, ridge=penalties).run(noise).data
+    at = np.vectorize(penalties.index)(data["ridge"].to_numpy())
+    for name in ("validation_cross_entropy", "validation_precision"):
+        values = np.stack([one[name].to_numpy()[0] for one in single])
+        np.testing.assert_allclose(data[name].to_numpy()[0], np.take_along_axis(values, at[None], 0)[0])
+    if tokens == 300:
+        losses = [one["validation_cross_entropy"].to_numpy()[0] for one in single]
+        np.testing.assert_allclose(data["ridge"], np.array(penalties)[np.argmin(losses, axis=0)])
 
 
 def test_the_direct_method_keeps_its_best_pass(noise):

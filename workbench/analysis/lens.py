@@ -222,7 +222,7 @@ class ModelOutput:
         log = logits.log_softmax(1)
         probability = log.exp()
         entropy = -log.mul_(probability).sum(1)
-        return cls(logits, probability, entropy, _largest(logits, 1)[2])
+        return cls(logits, probability, entropy, largest_values(logits, 1)[2])
 
     def __getitem__(self, part: slice) -> ModelOutput:
         """Returns the distributions of some rows."""
@@ -263,7 +263,7 @@ def _statistics(
 ) -> dict[str, Tensor]:
     shifted, p, product = (memory[: len(logits)] for memory in scratch)
     q = model.probability
-    values, ids, top = _largest(logits, top_k)
+    values, ids, top = largest_values(logits, top_k)
     peak = values[:, :1]
     torch.sub(logits, peak, out=shifted)
     torch.exp(shifted, out=p)
@@ -316,10 +316,17 @@ def kl_slope(
     return torch.cat(parts)
 
 
-def _largest(
+def log_normaliser(logits: Float[Tensor, "row vocab"], peak: Float[Tensor, "row 1"]) -> Float[Tensor, " row"]:
+    """Returns ln sum exp of each row, whose largest value is known: half the time of `logsumexp` on a CPU."""
+    step = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    parts = zip(logits.split(step), peak.split(step), strict=True)
+    return torch.cat([torch.sub(part, high).exp_().sum(1).log() + high[:, 0] for part, high in parts])
+
+
+def largest_values(
     x: Float[Tensor, "row column"], k: int
 ) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"], Int[Tensor, " row"]]:
-    """The k largest values of each row, their columns, and the first column with the largest, whatever k is.
+    """Returns the k largest values of each row, their columns, and the first column with the largest, whatever k is.
 
     In a tenth of the time of `topk` on a CPU: the largest are in the k groups of columns with the largest maxima.
     """
