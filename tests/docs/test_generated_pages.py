@@ -9,6 +9,8 @@ import pytest
 from workbench.experiments.architectures.__main__ import MADE_OF
 from workbench.experiments.demo_model.made_of import embedded, fingerprint, made_of, read_made_of
 from workbench.experiments.pictures.__main__ import EMERGENCE, IOI, PICTURES, RECORD
+from workbench.experiments.pictures.costs import NAME as COSTS
+from workbench.experiments.pictures.costs import costs, figure
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -23,7 +25,16 @@ def test_a_page_states_the_fingerprints_of_what_ships(page):
 
 def test_the_pictures_are_of_what_ships():
     assert json.loads((DOCS / "images" / RECORD).read_text()) == embedded(), f"docs/images: {WRITE}"
-    assert {path.stem for path in (DOCS / "images").glob("*.png")} - {EMERGENCE, IOI} == {*PICTURES}
+    assert {path.stem for path in (DOCS / "images").glob("*.png")} - {COSTS, EMERGENCE, IOI} == {*PICTURES}
+
+
+def test_the_costs_of_interventions_are_those_of_the_page():
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    known = costs(page)
+    assert len(known) >= 10
+    assert all(low <= ratio <= high for ratio, low, high in known.values())
+    points = figure(page).data[0]
+    assert dict(zip(points.y, points.x, strict=True)) == {name: ratio for name, (ratio, _, _) in known.items()}
 
 
 def test_the_page_of_architectures_states_the_pinned_versions():
