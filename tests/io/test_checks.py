@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from workbench.io.checks import check, check_fields
+from workbench.io.checks import as_path, check, check_fields
 from workbench.io.errors import RequestError
 
 
@@ -67,3 +68,31 @@ def test_the_fields_of_a_record_are_checked_by_name():
     check_fields(Settings(), "batch", at_least=1)
     with pytest.raises(RequestError, match=r"^seed must be at least 0, not -1$"):
         check_fields(Settings(), "batch", "seed", at_least=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (3, "out must be a path (a text or a pathlib.Path), not 3"),
+        (None, "out must be a path (a text or a pathlib.Path), not None"),
+        (b"x", "out must be a path (a text or a pathlib.Path), not b'x'"),
+        (["x"], "out must be a path (a text or a pathlib.Path), not ['x']"),
+        ("", "out is an empty text; give a path"),
+        ("a\x00b", "out is 'a\\x00b', which cannot be the name of a file; give another path"),
+        (Path("a\x00"), "out is 'a\\x00', which cannot be the name of a file; give another path"),
+        ("x" * 256, f"out is {'x' * 256!r:.60}, which cannot be the name of a file; give another path"),
+        ("\ud800", "out is '\\ud800', which cannot be the name of a file; give another path"),
+    ],
+)
+def test_what_is_no_path_is_refused_in_one_sentence(value, sentence):
+    with pytest.raises(RequestError) as caught:
+        as_path("out", value)
+    assert str(caught.value) == sentence
+
+
+def test_texts_and_path_objects_are_paths():
+    class Folder:
+        def __fspath__(self):
+            return "a/b"
+
+    assert as_path("out", "a/b") == as_path("out", Path("a/b")) == as_path("out", Folder()) == Path("a/b")

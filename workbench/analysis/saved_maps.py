@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import explain_full_disk, refuse_full, replace_folder, sha256_file, write_file
 from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
@@ -47,7 +48,7 @@ def save_maps(
         RequestError: The folder is not empty.
         DataError: The disk is full or read-only.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     refuse_full(folder)
     with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
         arrays = {name: part.numpy() for name, part in maps.items()}

@@ -27,6 +27,7 @@ from workbench.analysis.trained_erasure import FORMAT as ERASURE
 from workbench.analysis.trained_erasure import TrainedErasure, load_erasure
 from workbench.analysis.trained_future import FORMAT as FUTURE
 from workbench.analysis.trained_future import TrainedFutureLens, load_future_lens
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_bytes
 from workbench.io.parse import read_json, to_json
@@ -147,7 +148,7 @@ def load_lens(folder: str | os.PathLike[str]) -> TrainedLens | TrainedFutureLens
         RequestError: No lens there, one of a later format, or maps in a pickle alone.
         DataError: The files are damaged.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if (folder / RECORD).is_file():
         kind = format_of(folder)
         loaders = {_FORMAT: _load, FUTURE: load_future_lens, ERASURE: load_erasure}

@@ -17,6 +17,7 @@ from workbench.embedded import NAME, demo_corpus
 from workbench.features.extract import extract_features
 from workbench.features.feature_store import Features
 from workbench.features.queries import best_features
+from workbench.io.checks import as_path
 from workbench.io.errors import WorkbenchError
 from workbench.model.load import Model, load_model
 from workbench.pages.report import Section, section, write_report
@@ -103,7 +104,7 @@ def demo(
     Returns:
         Path of the report.
     """
-    out, embedded, loaded = Path(out), str(model) == NAME, load_model(model)
+    out, embedded, loaded = as_path("out", out), str(model) == NAME, load_model(model)
     sae = NAME if sae is None and embedded else sae
     rows = OTHER_ROWS if rows is None and not embedded else rows
     stores = record_stores(loaded, out, ("facts",) if embedded else TASKS, rows)

@@ -27,7 +27,7 @@ from workbench.features.index import INDEX_MEMORY
 from workbench.features.merging import merge_segments, write_index
 from workbench.features.records import SaeRecord, SiteFeatures
 from workbench.io import files
-from workbench.io.checks import check
+from workbench.io.checks import as_path, check
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
@@ -120,7 +120,7 @@ def extract_array(
         _check_rows(encoding)
         request = requested.result()
     place = target_path(array.store.path, array.site, request.sae.name, name)
-    return make_features(encoding, place if out is None else Path(out).absolute(), request, workers)
+    return make_features(encoding, place if out is None else as_path("out", out).absolute(), request, workers)
 
 
 def _check_choices(

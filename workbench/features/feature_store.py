@@ -30,7 +30,7 @@ from workbench.features.records import (
     FeaturesRecord,
     read_record,
 )
-from workbench.io.checks import check
+from workbench.io.checks import as_path, check
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
 from workbench.io.tensors import map_arrays
@@ -51,12 +51,12 @@ def open_features(path: str | os.PathLike[str], store: Store | str | os.PathLike
         RequestError: No features or several, no store, or a store whose rows have changed.
         DataError: A damaged file.
     """
-    path = Path(path).absolute()
+    path = as_path("path", path).absolute()
     if (path / MANIFEST).is_file():
         path = _only_folder(path)
     record = read_record(path)
     if not isinstance(store, Store):
-        place = Path(os.path.normpath(path / record.store)) if store is None else Path(store)
+        place = Path(os.path.normpath(path / record.store)) if store is None else as_path("store", store)
         if store is None and not place.is_dir():
             raise RequestError(f"features {path}: there is no store at {place}; give its path as store=")
         store = open_store(place)

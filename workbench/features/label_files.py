@@ -13,6 +13,7 @@ from typing import Any
 from workbench.corpus.file_rows import SUFFIXES, Columns, file_rows, suffix
 from workbench.features.feature_store import Features, open_features
 from workbench.features.labels import LABELS, labels_table, save_labels
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import check_writable, natural_order
 from workbench.io.parse import load_json
@@ -63,7 +64,7 @@ def import_labels(
             columns that are there already.
         DataError: A damaged file.
     """
-    path = Path(path)
+    path = as_path("path", path)
     check_writable(features.path / LABELS, "features")
     columns = read_labels(path, features.shape[1], source)
     saved = features.labels

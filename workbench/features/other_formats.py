@@ -24,7 +24,7 @@ from workbench.features.index import entry_rows
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, feature_contexts, feature_histogram
 from workbench.io import files
-from workbench.io.checks import check
+from workbench.io.checks import as_path, check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tensors import new_arrays
@@ -72,7 +72,8 @@ def export_delphi(
     """
     count = features.shape[1]
     check("splits", splits, at_least=1, at_most=count)
-    folder = Path(out).resolve() / features.record.site
+    folder = as_path("out", out).resolve() / features.record.site
+    files.check_writable(folder)
     _check_empty(folder)
     store = features.store
     sequence, position, tokens = _rectangle(features)
@@ -181,7 +182,8 @@ def export_neuronpedia(
         check(name, value, at_least=1)
     chosen = _checked_ids(features, ids)
     _check_one_site(features, sae)
-    out = Path(out)
+    out = as_path("out", out)
+    files.check_writable(out)
     if any(out.glob("batch-*.json")):
         raise RequestError(f"{out} already has batches; choose another out")
     unembed = load_unembed(features.store.path)

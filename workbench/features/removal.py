@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path, PurePath
 
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError
 from workbench.io.files import explain_full_disk, locked, remove_known
 from workbench.results.check_result import RECORD
@@ -30,7 +31,7 @@ def remove(path: str | os.PathLike[str]) -> list[Path]:
         RequestError: There is no such folder, or a process writes to it.
         DataError: The disk fails or is read-only; the same call continues.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_symlink() or not path.is_dir():
         raise RequestError(f"{path} is no folder of the workbench; give a store, features, a result, a run or a sweep")
     if all(entry.is_dir() and not entry.is_symlink() for entry in path.rglob("*")):

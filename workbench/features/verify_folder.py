@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, WorkbenchError
 from workbench.io.findings import Finding, Progress, check_listed, check_unlisted, findings_table
 from workbench.store.manifest import FEATURES, MANIFEST, read_manifest
@@ -34,7 +35,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd
     Raises:
         RequestError: `path` is none of these, or of a newer version.
     """
-    return findings_table(_check(Path(path), progress or (lambda _: None)))
+    return findings_table(_check(as_path("path", path), progress or (lambda _: None)))
 
 
 def check_features(path: Path, progress: Progress, prefix: str = "") -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from workbench.io.errors import RequestError, nearest, shown
@@ -24,6 +25,8 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
 
 SEEDS = 1 << 63
 """Random seeds are below this number: torch takes no larger ones."""
+
+_LONGEST_NAME = 255  # bytes, of all usual file systems
 
 
 def check(
@@ -77,6 +80,33 @@ def check(
         shown = f"{value!r}" if isinstance(value, str) else f"{value}"
         kind = "a whole number, " if whole else ""
         raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {shown}")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Returns a path that a caller gave as a text or as a path object.
+
+    Args:
+        name: What the caller calls the path: `out`.
+        value: What was given. An empty text is refused: it would be the current folder.
+
+    Raises:
+        RequestError: For example "out must be a path (a text or a pathlib.Path), not 3".
+    """
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be a path (a text or a pathlib.Path), not {shown(value)}")
+    if not text:
+        raise RequestError(f"{name} is an empty text; give a path")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        encoded = b"\0"
+    if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise RequestError(f"{name} is {shown(text)}, which cannot be the name of a file; give another path")
+    return Path(text)
 
 
 def check_fields(record: object, *names: str, **limits: Any) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from workbench.io.checks import as_path
 from workbench.io.files import explain_full_disk, refuse_full, replace_file, replace_folder, write_file
 
 
@@ -15,7 +16,7 @@ def save_text(path: str | os.PathLike[str], text: str) -> Path:
     Raises:
         DataError: The disk is full, read-only or failing.
     """
-    path = Path(path)
+    path = as_path("path", path)
     with explain_full_disk(str(path), "write it again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode("utf-8", "replace"))
@@ -29,7 +30,7 @@ def save_texts(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> Path
         RequestError: The folder is not empty, or is a file.
         DataError: The disk is full, read-only or failing.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     refuse_full(folder)
     with explain_full_disk(str(folder), "save it again"), replace_folder(folder.resolve(), ()) as new:
         for name, text in texts.items():

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, shown
 from workbench.io.files import explain_full_disk, new_file, sha256_bytes
 from workbench.io.parse import check_checksum, from_json, parse, to_checked_json, to_json
@@ -104,7 +105,7 @@ class Direction:
             RequestError: Another ending, or the file exists and is no direction.
             DataError: The disk is full or read-only.
         """
-        path = Path(path)
+        path = as_path("path", path)
         if path.suffix != ".safetensors":
             raise RequestError(f"path {str(path)!r} must end in .safetensors")
         if os.path.lexists(path):
@@ -141,7 +142,7 @@ def load_direction(path: str | os.PathLike[str]) -> Direction:
         RequestError: No file there, or a safetensors file of something else.
         DataError: The file is damaged.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise RequestError(f"no direction at {path}; give the file that Direction.save wrote")
     with open_safetensors(path, _ADVICE) as file:

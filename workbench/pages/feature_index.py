@@ -16,7 +16,7 @@ from workbench.features.feature_store import Features
 from workbench.features.labels import names_of
 from workbench.figures.markup import escape
 from workbench.figures.safe_text import visible
-from workbench.io.checks import check
+from workbench.io.checks import as_path, check
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
@@ -45,7 +45,7 @@ def feature_index(features: Features, path: str | Path, *, tokens: int = 5, page
     Raises:
         RequestError: A path that is a folder, or no token to show.
     """
-    path = Path(path)
+    path = as_path("path", path)
     check("tokens", tokens, at_least=1)
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / 'index.html'}")
@@ -73,7 +73,7 @@ def feature_pages(
     Raises:
         RequestError: A feature that does not exist, another SAE, or a folder that is a file.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"folder {str(folder)!r} is a file; name a folder")
     for feature in chosen:

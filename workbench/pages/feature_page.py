@@ -22,7 +22,7 @@ from workbench.features.queries import Context, coactivation, feature_contexts, 
 from workbench.figures.markup import escape, inert
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import sentence, visible
-from workbench.io.checks import check
+from workbench.io.checks import as_path, check
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
@@ -75,7 +75,7 @@ def feature_page(
     Raises:
         RequestError: A feature that does not exist, another SAE, or a path that is a folder.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / page_name(feature)}")
     check_writable(path, "path")

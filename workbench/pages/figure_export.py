@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.figures.markup import escape
 from workbench.figures.safe_text import plain
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError, nearest
 from workbench.io.files import check_writable, explain_full_disk, replace_file
 from workbench.io.spreadsheet import csv_text
@@ -83,7 +84,7 @@ def export(
         RequestError: For an unknown figure, format, theme, data format or value of `plotlyjs` or `columns`, or where
             `folder` is a file.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     chosen = _choose(source, folder, figures)
     _check_known("formats", formats, FORMATS)
     for name, value, known in (

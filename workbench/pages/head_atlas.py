@@ -11,6 +11,7 @@ import numpy as np
 from workbench.analysis.head_measures import HeadMeasure, HeadMeasures, measure_heads
 from workbench.figures.markup import cell, escape, frame, inert, table
 from workbench.figures.safe_text import label, sentence
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_text
 from workbench.pages.report import document, figure_markup, wide
@@ -66,7 +67,7 @@ class HeadAtlas:
         Raises:
             RequestError: `path` is a folder.
         """
-        path = Path(path)
+        path = as_path("path", path)
         if path.is_dir():
             raise RequestError(f"out {str(path)!r} is a folder; name the file, such as {str(path / 'atlas.html')!r}")
         title = f"Heads of {self.measured.model}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.figures.markup import escape, frame, inline, prose, table
 from workbench.figures.safe_text import plain
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_text
 from workbench.results.probe import definition, setting_meanings
@@ -113,7 +114,7 @@ def write_report(
     Raises:
         RequestError: Without any section, for another value of `plotlyjs`, or where `path` is a folder.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if plotlyjs not in ("inside", "shared"):
         raise RequestError(f"plotlyjs must be inside or shared, not {plotlyjs!r}")
     if not sections:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError
 from workbench.io.files import PARTIAL, explain_full_disk, locked, remove, replace_file, sha256_bytes, sha256_file
 from workbench.io.log import PROGRESS
@@ -62,7 +63,7 @@ def record_once(
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
     from workbench.store.writer import remove_leftovers
 
-    settings, present = recording(**options), model_record(model)
+    folder, settings, present = as_path("folder", folder), recording(**options), model_record(model)
     request = {
         "model": present.name,
         "revision": present.revision,
@@ -76,7 +77,7 @@ def record_once(
     name = f"{_slug(model.name)}-{sha256_bytes(text.encode())[:16]}"
     number = 1
     while True:
-        place = Path(folder) / (name if number == 1 else f"{name}-{number}")
+        place = folder / (name if number == 1 else f"{name}-{number}")
         path = place / STORE
         with locked(place, wait=partial(PROGRESS.info, f"waiting for another process that records {path}")):
             manifest = read_manifest(path) if (path / MANIFEST).exists() else None

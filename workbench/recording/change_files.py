@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.parse import read_json
 from workbench.model.attention_records import BiasAttention, RedistributeAttention, ScaleAttention
@@ -48,11 +49,12 @@ def read_interventions(path: str | os.PathLike[str]) -> tuple[Intervention, ...]
         RequestError: Another structure, an unknown kind or field, or a file that cannot be used.
         DataError: The file is missing or no JSON.
     """
+    path = as_path("path", path)
     value = read_json(path, "give a JSON file with interventions")
     records = value.get("records")
     if value.keys() != {"records"} or not isinstance(records, list) or not records:
         raise RequestError(f'{path} must be an object with one key, "records": a list of records')
-    return tuple(_record(entry, f"{path}: record {number}", Path(path).parent) for number, entry in enumerate(records))
+    return tuple(_record(entry, f"{path}: record {number}", path.parent) for number, entry in enumerate(records))
 
 
 def _record(entry: Any, where: str, folder: Path) -> Intervention:

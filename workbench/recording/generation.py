@@ -29,7 +29,7 @@ from workbench.corpus.chats import render_chats
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import Texts, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
-from workbench.io.checks import SEEDS, check, check_fields
+from workbench.io.checks import SEEDS, as_path, check, check_fields
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_text
@@ -103,7 +103,7 @@ class Generations:
 
     def save(self, path: str | Path) -> Path:
         """Writes a `.jsonl` file that `record` reads; RequestError for another ending."""
-        path = Path(path)
+        path = as_path("path", path)
         if path.suffix != ".jsonl":
             raise RequestError(f"path {str(path)!r} must end in .jsonl")
         lines = "".join(f"{json.dumps(one)}\n" for one in self)

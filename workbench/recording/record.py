@@ -22,7 +22,7 @@ import torch
 from workbench.corpus.aligned import aligned_pairs
 from workbench.corpus.chats import render_chats
 from workbench.corpus.sources import Texts, check_source, read_documents
-from workbench.io.checks import check
+from workbench.io.checks import as_path, check
 from workbench.io.errors import RequestError
 from workbench.io.log import PROGRESS
 from workbench.io.tasks import ThisProcess, Workers, dtype_for
@@ -147,7 +147,7 @@ def _first_settings(
 ) -> Recording | None:
     """Settings that keywords replace: without texts those of the store."""
     if texts is None:
-        return settings or stored_settings(None if out is None else Path(out))
+        return settings or stored_settings(None if out is None else as_path("out", out))
     check_source(texts)
     return settings
 
@@ -159,7 +159,7 @@ def _folder(
     if (append or workers.shared) and (overwrite or out is None):
         name, other = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
         raise RequestError(f"{name} does not go with {other}; leave one of them out")
-    return TemporaryFolder() if out is None else Path(out)
+    return TemporaryFolder() if out is None else as_path("out", out)
 
 
 def _path(folder: Path | TemporaryFolder) -> Path:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.files import explain_full_disk, replace_folder, sha256_bytes, write_file
 from workbench.io.findings import FileRecord
@@ -123,7 +124,8 @@ class Result:
                 setting would not be read back as it is, which the message names; nothing is written then.
             DataError: The disk is full.
         """
-        requested, path = Path(path), Path(path).resolve()  # a link, or ".", cannot be replaced by name
+        requested = as_path("path", path)
+        path = requested.resolve()  # a link, or ".", cannot be replaced by name
         refuse_other(requested, self.probe, self.provenance)
         with (
             explain_full_disk(f"result {str(requested)!r}", "save it again"),
@@ -184,7 +186,7 @@ def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result
         RequestError: The folder has no result, one of a later format, or one of another probe than `probe`.
         DataError: The result is damaged.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not (path / _RECORD).is_file():
         raise RequestError(
             f"result {str(path)!r}: no {_RECORD} there; give a folder that `workbench probe --out` wrote"
@@ -252,7 +254,7 @@ def with_device(settings: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) -> None:
     """Raises RequestError if `path` holds anything but the same probe's result of the same store and settings."""
-    path = Path(path)
+    path = as_path("path", path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
@@ -317,7 +319,7 @@ def listed_files(path: str | Path) -> dict[str, FileRecord] | None:
     Raises:
         ValueError: The record is damaged.
     """
-    record = _read_record(Path(path))
+    record = _read_record(as_path("path", path))
     return parse(dict[str, FileRecord], record["files"], _RECORD) if "files" in record else None
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, WorkbenchError
 from workbench.io.files import PARTIAL, commit_folder, explain_full_disk, fsync_tree, locked, remove, sha256_bytes
 from workbench.io.log import PROGRESS
@@ -61,7 +62,7 @@ class Outcome:
 
 def run_in(out: str | Path, experiment: str, config: Any) -> Run:
     """Returns the run of a config, in the folder under `out` that is named after the config."""
-    return Run(experiment, config, Path(out) / run_name(config))
+    return Run(experiment, config, as_path("out", out) / run_name(config))
 
 
 def run_name(config: Any) -> str:
@@ -156,7 +157,7 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any], Result
         RequestError: The folder has no run.
         DataError: The run is damaged.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if not (folder / CONFIG).is_file():
         raise RequestError(f"run {str(folder)!r}: no {CONFIG} there; give a folder that an experiment wrote")
     try:

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.files import PARTIAL, explain_full_disk, locked, remove, replace_folder, write_file
 from workbench.io.progress import duration
@@ -101,7 +102,7 @@ def sweep(
         RequestError: `out` holds a summary that no sweep wrote, or the experiment is not installed.
     """
     find_experiment(experiment)
-    out = Path(out)
+    out = as_path("out", out)
     _refuse_other(out)
     runs = [run_in(out, experiment, config) for config in configs]
     titles = dict(zip(runs, _titles(configs), strict=True))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from workbench import embedded
 from workbench.embedded.planted import planted_autoencoder
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, WorkbenchError, nearest
 from workbench.io.reading import check_regular
 from workbench.io.torch_state import plain_torch, usable_device
@@ -68,8 +69,8 @@ def load_sae(
         RequestError: No such directory, release or id; an architecture that cannot encode rows; an unusable device.
         DataError: Files that are damaged or do not fit each other.
     """
-    device = usable_device(device)
-    text = os.fspath(name)
+    as_path("name", name)
+    device, text = usable_device(device), os.fspath(name)
     if text == embedded.NAME:
         return _load_place(_demo_directory(), embedded.NAME, device)
     if text == embedded.PLANTED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from workbench.io import files
-from workbench.io.errors import RequestError
+from workbench.io.checks import as_path
+from workbench.io.errors import RequestError, shown
 from workbench.io.findings import FileRecord
 from workbench.io.parse import from_json, to_json
 from workbench.sites.settings import Recording
@@ -65,7 +66,7 @@ def merge(stores: Stores, out: str | os.PathLike[str], *, column: str = "store")
     """
     sources = _sources(stores)
     _check(sources, column)
-    out = Path(out)
+    out = as_path("out", out)
     requested, planned = _plan(sources, column)
     links = all(os.stat(source.path).st_dev == os.stat(_existing(out)).st_dev for source in sources)
     check_space(out, required_bytes(() if links else requested.sites, requested.rows))
@@ -91,8 +92,13 @@ _Planned = tuple[PlannedSegment, _Source, Segment, int]
 
 
 def _sources(stores: Stores) -> list[_Source]:
-    named = stores.items() if isinstance(stores, Mapping) else ((Path(store).name, store) for store in stores)
-    sources = [_Source(name, path, read_manifest(path)) for name, path in ((n, Path(s).absolute()) for n, s in named)]
+    if isinstance(stores, str | os.PathLike) or not isinstance(stores, Iterable):
+        raise RequestError(f"stores must be a list of stores or of their paths, not {shown(stores)}")
+    given = stores.items() if isinstance(stores, Mapping) else ((None, store) for store in stores)
+    paths = [(name, as_path("stores", store)) for name, store in given]
+    sources = [
+        _Source(path.name if name is None else name, path.absolute(), read_manifest(path)) for name, path in paths
+    ]
     if len(sources) < 2:
         raise RequestError(f"stores: {len(sources)} given; merge takes two or more")
     names = [source.name for source in sources]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from workbench.io import files
+from workbench.io.checks import as_path
 from workbench.io.checksums import check_files
 from workbench.io.errors import RequestError
 from workbench.io.tensors import VERIFY
@@ -44,7 +45,7 @@ def pack(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
         RequestError: There is no store, or something at `out`, or not enough space.
         DataError: A damaged file, or a full disk.
     """
-    path, out = Path(store).absolute(), Path(out)
+    path, out = as_path("store", store).absolute(), as_path("out", out)
     manifest = read_manifest(path)
     if out.suffix == _TAR:
         if out.exists():

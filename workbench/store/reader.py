@@ -23,6 +23,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from workbench.corpus.places import add_places
+from workbench.io.checks import as_path
 from workbench.io.errors import RequestError
 from workbench.store.groups import segment_tables
 from workbench.store.growth import delete_sites
@@ -53,7 +54,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         RequestError: There is no store at `path`.
         DataError: The manifest is damaged.
     """
-    path = Path(path).absolute()
+    path = as_path("path", path).absolute()
     return Store(path, read_manifest(path), temporary_folder(path))
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from workbench.corpus.places import LENGTH
 from workbench.io import files
+from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.findings import FileRecord, Finding, Progress, Severity, check_listed, findings_table
 from workbench.io.reading import check_regular, read_file
@@ -52,7 +53,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> pd
     Raises:
         RequestError: There is no store at `path`, or one of a newer version.
     """
-    return findings_table(check_store(Path(path), progress or (lambda _: None)))
+    return findings_table(check_store(as_path("path", path), progress or (lambda _: None)))
 
 
 def check_store(path: Path, progress: Progress) -> Iterator[Finding]:
