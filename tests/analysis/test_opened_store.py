@@ -1,0 +1,34 @@
+"""The store of a probe, given by its path, and what is neither."""
+
+from pathlib import Path
+
+import pytest
+from refusals import refused
+
+import workbench as wb
+from workbench.probes import LogitLens, UnderTrainedTokens
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    model = wb.load_model("demo", device="cpu")
+    out = tmp_path_factory.mktemp("stores") / "s.acts"
+    return wb.record(model, ["the little day"], out=out, show_progress=False)
+
+
+def test_a_path_is_opened(store):
+    expected = LogitLens().run(store)
+    for path in (str(store.path), Path(store.path)):
+        assert LogitLens().run(path).data.identical(expected.data)
+    assert UnderTrainedTokens(tested=0).run(str(store.path)).provenance["store"] == "s.acts"
+
+
+def test_a_path_without_a_store_and_what_is_no_path_are_refused_in_a_line(store, tmp_path):
+    lens, tokens = LogitLens(), UnderTrainedTokens(tested=0)
+    model = wb.load_model("demo", device="cpu")
+    assert refused(wb.RequestError, lambda: lens.run(tmp_path / "x.acts")).startswith("no store at ")
+    assert refused(wb.RequestError, lambda: tokens.run("demo")).endswith("; a model is given by wb.load_model('demo')")
+    expected = "store must be a store (wb.open_store) or its path, not "
+    for value in (None, 3, model, store.tokens, b"x", [store]):
+        assert refused(wb.RequestError, lambda value=value: lens.run(value)).startswith(expected)
+    assert lens.run(store=store).probe == "logit-lens"
