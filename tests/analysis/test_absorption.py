@@ -21,6 +21,7 @@ def data(x, *active):
     for feature, activation in active:
         row[0, feature] = activation
     planted.x, planted.active, planted.scale = np.array([[x, 5.0]]), csr_array(row), np.ones(1)
+    planted.used = np.arange(len(DIRECTIONS))
     planted.directions, planted.norms = DIRECTIONS, np.linalg.norm(DIRECTIONS, axis=1)
     return planted
 

@@ -11,12 +11,13 @@ from refusals import refused
 from sae_example import save_sae, set_weights
 from safetensors.numpy import load_file
 from store_example import MODEL, values, write_store
+from warned import warned
 
 import workbench as wb
 from workbench.features import index
 from workbench.features.extract import extract_features
 from workbench.features.queries import feature_quantiles, text_counts
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed, save_unembed
 from workbench.sae.decoder import decoder_directions, decoder_logits
@@ -256,6 +257,13 @@ def test_nearest_features_by_hand(tmp_path):
     for size in (1e30, 1e-30):  # whose squares float32 cannot hold
         scaled = load_sae(set_weights(folder, W_dec=W * size), device="cpu")
         np.testing.assert_allclose(wb.nearest_features(scaled, 2, k=3)["cosine"], table["cosine"][:3], rtol=1e-5)
+    W[4, 1], W[7, 0] = np.nan, np.inf
+    broken = load_sae(set_weights(folder, W_dec=W), device="cpu")
+    with warned("the decoder has NaN or infinite values at 2 features, 4, 7; .*; they are left out of comparisons"):
+        assert wb.nearest_features(broken, 2, k=50).equals(table[~table["feature"].isin([4, 7])].reset_index(drop=True))
+    refusal = "SAE 'sae': the decoder has NaN or infinite values at feature 4; save or download the SAE again"
+    assert refused(DataError, lambda: wb.nearest_features(broken, 4)) == refusal
+    assert "at 2 features, 4, 7; " in refused(DataError, lambda: broken.decode(torch.zeros(1, 20)))
     assert refused(RequestError, lambda: wb.nearest_features(sae, 20)).startswith("feature 20 does not exist; ")
     assert refused(RequestError, lambda: wb.nearest_features(sae, 0, k=0)) == "k must be at least 1, not 0"
 

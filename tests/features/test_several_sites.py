@@ -21,6 +21,7 @@ from workbench.io.errors import RequestError
 from workbench.sae.input_rows import pack
 from workbench.sae.load import load_sae
 from workbench.sae.metrics import sae_metrics
+from workbench.sae.saved import save_sae as save_autoencoder
 from workbench.sae.site import matching_site
 from workbench.sae.sparsity import FeatureChoice, MutualChoice, TopK
 
@@ -131,6 +132,9 @@ def test_a_set_of_transcoders_knows_its_decoders(tmp_path):
     cosine = unit @ unit[D_SAE + 3]
     cosine[D_SAE + 3] = -2
     assert nearest_features(sae, D_SAE + 3, 1)["feature"][0] == cosine.argmax()
+    again = save_autoencoder(sae, tmp_path / "sent").load("cpu")  # as it is sent to other processes
+    assert (again.fingerprint(), again.name) == (sae.fingerprint(), sae.name)
+    assert [part.name for part in again.parts] == [part.name for part in sae.parts]
 
 
 def test_arrays_made_of_recorded_ones_are_read_alike_in_another_process(store, sae, tmp_path):

@@ -117,7 +117,8 @@ class _Data:
         self.active = features[rows]
         scale = row_scale(sae, values)
         self.scale = scale.cpu().numpy().ravel() if isinstance(scale, Tensor) else np.ones(len(rows))
-        self.directions = decoder_directions(sae).cpu().numpy().astype(np.float64)
+        self.used = np.unique(self.active.indices)
+        self.directions = decoder_directions(sae, self.used.tolist()).cpu().numpy().astype(np.float64)
         self.norms = np.linalg.norm(self.directions, axis=1)
 
     def letter(self, has: Bool[np.ndarray, " token"], k: int, seed: int) -> dict[str, Any]:
@@ -165,8 +166,9 @@ class _Data:
         """Full absorption, absorption fraction, and the feature with the largest projection on the probe."""
         entries = slice(*self.active.indptr[token : token + 2])
         feature, activation = self.active.indices[entries], self.active.data[entries].astype(np.float64)
-        toward = self.directions[feature] @ unit
-        cosine = toward / np.maximum(self.norms[feature], 1e-30)
+        place = np.searchsorted(self.used, feature)
+        toward = self.directions[place] @ unit
+        cosine = toward / np.maximum(self.norms[place], 1e-30)
         projection = activation * self.scale[token] * toward
         total = float(self.x[token] @ unit)
         of_letter = np.isin(feature, features)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
@@ -21,7 +22,7 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.sae.autoencoder import Sae
-from workbench.sae.decoder import decoder_directions, unit_rows
+from workbench.sae.decoder import decoder_directions, unit_directions, unit_rows
 
 _BYTES = 256 << 20  # sums of the pairs of one group of features with all others
 _EXACT = 1 << 22  # pairs of features up to which the assignment looks at all of them
@@ -57,6 +58,7 @@ def match_features(
 
     Raises:
         RequestError: Features of different stores, one SAE alone, another SAE than the features', or no active feature.
+        DataError: The direction of an active feature has NaN or infinite values.
     """
     _check_stores(one, other)
     if (sae is None) != (other_sae is None):
@@ -187,20 +189,28 @@ def _cosines(
     sae: Sae, other: Sae, left: Int64[np.ndarray, " left"], match: Int64[np.ndarray, " left"]
 ) -> dict[str, np.ndarray]:
     """Cosine of the matches' decoder directions, and the feature with the largest cosine."""
-    units, others = (unit_rows(decoder_directions(one).cpu()) for one in (sae, other))
-    if units.shape[1] != others.shape[1]:
+    units, matched = (
+        unit_rows(decoder_directions(*one).cpu()) for one in ((sae, left.tolist()), (other, match.tolist()))
+    )
+    if units.shape[1] != matched.shape[1]:
         raise RequestError(
-            f"the decoders of {sae.name!r} and {other.name!r} have the widths {units.shape[1]} and {others.shape[1]}; "
+            f"the decoders of {sae.name!r} and {other.name!r} have the widths {units.shape[1]} and {matched.shape[1]}; "
             "leave the SAEs out to compare activations alone"
         )
-    nearest, largest, cosine = np.zeros(len(left), np.int64), np.zeros(len(left)), np.zeros(len(left))
-    step = max(1, _BYTES // (4 * len(others)))
-    for first in range(0, len(left), step):
-        part = slice(first, first + step)
-        products = (units[left[part]] @ others.T).clamp(-1, 1).numpy()
-        nearest[part], largest[part] = products.argmax(1), products.max(1)
-        cosine[part] = products[np.arange(len(products)), match[part]]
-    return {"cosine": cosine, "nearest": nearest, "nearest_cosine": largest}
+    nearest, largest = np.zeros(len(left), np.int64), np.full(len(left), -np.inf)
+    for place, others in unit_directions(other):
+        step = max(1, _BYTES // (4 * len(others)))
+        for part in (slice(first, first + step) for first in range(0, len(left), step)):
+            products = (units[part] @ others.cpu().T).nan_to_num(nan=-torch.inf).numpy()
+            best, closest = products.argmax(1), products.max(1)
+            better = closest > largest[part]
+            nearest[part] = np.where(better, place.start + best, nearest[part])
+            largest[part] = np.maximum(closest, largest[part])
+    return {
+        "cosine": (units * matched).sum(1).clamp(-1, 1).numpy(),
+        "nearest": nearest,
+        "nearest_cosine": largest.clip(-1, 1),
+    }
 
 
 def feature_splits(one: Features, other: Features, *, precision: float | int = 0.8, least: int = 20) -> pd.DataFrame:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.sae.input_rows import joint_name
 from workbench.sae.training import centres
@@ -108,6 +109,13 @@ class Sae:
             raise RequestError(f"SAE {self.name!r} writes to several layers; its decoders are not read")
         return self.module.W_dec
 
+    @cached_property
+    def undefined(self) -> tuple[int, ...]:
+        """Ids of features whose direction has NaN or infinite values; the decoder is read for it, once."""
+        if bool(self.W_dec.sum().isfinite()):  # ten times faster; it may overflow
+            return ()
+        return tuple((~self.W_dec.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist())
+
     @property
     def encoder_only(self) -> bool:
         """True if it encodes and cannot decode: its features write to several layers."""
@@ -134,8 +142,13 @@ class Sae:
 
     @plain_torch()
     def decode(self, activations: Float[Tensor, "row feature"]) -> Float[Tensor, "row d_model"]:
-        """Returns the reconstruction of the rows encoded last; under layer_norm SAELens stores their mean and scale."""
-        _ = self.W_dec  # refused where it was not read
+        """Returns the reconstruction of the rows encoded last; under layer_norm SAELens stores their mean and scale.
+
+        Raises:
+            DataError: The decoder has NaN or infinite values, which reach every reconstruction.
+        """
+        if self.undefined:
+            raise not_defined(self.name, self.undefined)
         with torch.no_grad():
             return self.module.decode(activations).flatten(1)
 
@@ -174,3 +187,11 @@ class Sae:
         flat = self.input_rows(rows)
         # an SAE of z expects separate heads; a single head of the full width flattens to the same
         return flat[:, None] if self.module.cfg.reshape_activations == "hook_z" else flat
+
+
+def not_defined(name: str, features: Sequence[int]) -> DataError:
+    """Returns the error for features whose directions have NaN or infinite values."""
+    more = ", ..." if len(features) > 5 else ""
+    which = "feature " if len(features) == 1 else f"{len(features):,} features, "
+    which += ", ".join(map(str, features[:5])) + more
+    return DataError(f"SAE {name!r}: the decoder has NaN or infinite values at {which}; save or download the SAE again")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,12 @@ from torch import Tensor
 from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
-from workbench.sae.autoencoder import Sae
+from workbench.sae.autoencoder import Sae, not_defined
 from workbench.sae.layered import LayeredSae
+
+_LOG = logging.getLogger(__name__)
+
+_BYTES = 64 << 20
 
 
 def decoder_directions(
@@ -31,15 +36,38 @@ def decoder_directions(
 
     Raises:
         RequestError: A feature id outside 0 to d_sae - 1.
+        DataError: A direction with NaN or infinite values.
     """
-    if features is not None and (wrong := [f for f in features if not 0 <= f < sae.d_sae]):
+    ids = list(range(sae.d_sae)) if features is None else [int(feature) for feature in features]
+    if wrong := [one for one in ids if not 0 <= one < sae.d_sae]:
         raise RequestError(f"feature {wrong[0]} does not exist; the SAE has features 0 to {sae.d_sae - 1}")
     if isinstance(sae, LayeredSae) and features is not None:
-        return sae.decoder_rows([int(feature) for feature in features]).detach().float()
-    rows = (sae.W_dec if features is None else sae.W_dec[[int(feature) for feature in features]]).detach().float()
+        rows = sae.decoder_rows(ids).detach().float()
+    else:
+        rows = (sae.W_dec if features is None else sae.W_dec[ids]).detach().float()
+    finite = rows.isfinite().all(1)
+    if not bool(finite.all()):
+        raise not_defined(sae.name, [ids[index] for index in (~finite).nonzero()[:, 0].tolist()])
     if getattr(sae.module.cfg, "rescale_acts_by_decoder_norm", False):
         return unit_rows(rows)
     return rows
+
+
+def unit_directions(sae: Sae) -> Iterator[tuple[slice, Float[Tensor, "feature d_model"]]]:
+    """Yields the directions of all features at length 1, in blocks of 64 MiB: their place, and the directions.
+
+    Directions with NaN or infinite values are NaN; a warning names their features.
+    """
+    first = 0
+    for part in sae.parts if isinstance(sae, LayeredSae) else (sae,):
+        if part.undefined:
+            ids = [first + one for one in part.undefined]
+            _LOG.warning(f"{not_defined(sae.name, ids)}; they are left out of comparisons")
+        step = max(1, _BYTES // (4 * part.W_dec.shape[1]))
+        for start in range(0, part.d_sae, step):
+            rows = unit_rows(part.W_dec[start : start + step].detach().float())
+            yield slice(first + start, first + start + len(rows)), rows
+        first += part.d_sae
 
 
 def unit_rows(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
@@ -65,20 +93,24 @@ def row_scale(sae: Sae, rows: Float[Tensor, "row ..."]) -> Float[Tensor, "row 1"
 def nearest_features(sae: Sae, feature: int | np.integer, k: int = 10) -> pd.DataFrame:
     """Returns the `k` features whose decoder directions have the largest cosine with that of `feature`.
 
-    Cost: one product with the decoder.
+    Cost: one product with the decoder, in blocks of 64 MiB.
 
     Returns:
         Columns feature and cosine (-1 to 1), largest first. Null: two random directions have 0 ± 1/√d_in, and the
-        closest of d_sae random ones about √(2 ln d_sae / d_in). A zero direction has cosine 0.
+        closest of d_sae random ones about √(2 ln d_sae / d_in). A zero direction has cosine 0; features whose direction
+        has NaN or infinite values are left out, with a warning.
 
     Raises:
         RequestError: A feature that does not exist, or k < 1.
+        DataError: The direction of `feature` has NaN or infinite values.
     """
     check("k", k, at_least=1)
-    direction = decoder_directions(sae, [feature])
-    cosine = (unit_rows(decoder_directions(sae)) @ unit_rows(direction)[0]).clamp(-1, 1).cpu().numpy()
-    cosine[feature] = -np.inf
-    order = np.argsort(-cosine, kind="stable")[: min(k, sae.d_sae - 1)]
+    direction = unit_rows(decoder_directions(sae, [feature]))[0]
+    cosine = np.empty(sae.d_sae, np.float32)
+    for place, units in unit_directions(sae):
+        cosine[place] = (units @ direction).clamp(-1, 1).cpu().numpy()
+    cosine[feature] = np.nan
+    order = np.argsort(-cosine, kind="stable")[: min(k, int(np.isfinite(cosine).sum()))]  # NaN comes last
     return pd.DataFrame({"feature": order, "cosine": cosine[order]})
 
 

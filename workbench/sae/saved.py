@@ -8,7 +8,7 @@ from pathlib import Path
 from workbench.io.errors import RequestError
 from workbench.io.files import remove
 from workbench.sae.autoencoder import Sae
-from workbench.sae.layered import LayeredSae
+from workbench.sae.layered import LayeredSae, layered
 from workbench.sae.load import load_sae
 from workbench.sae.ruled import RuledSae
 
@@ -23,6 +23,8 @@ class SavedSae:
     folder: Path
     name: str
     fingerprint: str
+    parts: tuple[SavedSae, ...] = ()
+    """Layers of an autoencoder of several, each in a folder of its own."""
 
     def load(self, device: str) -> Sae:
         """Returns the autoencoder on `device`.
@@ -30,6 +32,8 @@ class SavedSae:
         Raises:
             RequestError: SAELens saves and loads it with other weights or settings.
         """
+        if self.parts:
+            return layered([part.load(device) for part in self.parts], self.name)
         loaded = replace(load_sae(self.folder, device=device), name=self.name)
         if loaded.fingerprint() != self.fingerprint:
             raise RequestError(
@@ -45,9 +49,10 @@ def save_sae(sae: Sae, place: Path) -> SavedSae:
     Raises:
         RequestError: An autoencoder whose decoders were not read.
     """
-    if isinstance(sae, LayeredSae) or sae.encoder_only:
+    if sae.encoder_only:
         raise RequestError(
-            f"workers: SAE {sae.name!r} of several layers cannot be sent to them; extract with one process or shares"
+            f"workers: SAE {sae.name!r} cannot be sent to them, since its decoders were not read; extract with one "
+            "process or shares"
         )
     if isinstance(sae, RuledSae):
         raise RequestError(
@@ -55,5 +60,12 @@ def save_sae(sae: Sae, place: Path) -> SavedSae:
         )
     folder = place / SAVED
     remove(folder)
+    if not isinstance(sae, LayeredSae):
+        return _save(sae, folder)
+    parts = tuple(_save(part, folder / str(number)) for number, part in enumerate(sae.parts))
+    return SavedSae(folder, sae.name, sae.fingerprint(), parts)
+
+
+def _save(sae: Sae, folder: Path) -> SavedSae:
     sae.module.save_model(folder)
     return SavedSae(folder, sae.name, sae.fingerprint())
