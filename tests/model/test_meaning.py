@@ -12,6 +12,8 @@ from transformers import (
     BertModel,
     CohereConfig,
     CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -22,15 +24,25 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
 )
@@ -148,6 +160,50 @@ def test_the_norms_before_the_sublayers_read_the_stream(name):
     tap = sites.select(["ln1.1"])[0].tap
     by_site = recorded(module, sites, ("resid_pre", "ln1"))
     torch.testing.assert_close(module.get_submodule(tap.path)(by_site["resid_pre"]), by_site["ln1"])
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+LATENT |= {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+MIXTURES = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=4)),
+    "qwen2 moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**GROUPED, **EXPERTS, shared_expert_intermediate_size=8, decoder_sparse_step=1)
+    ),
+    "qwen3 moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=4)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2)),
+    "granite moe": lambda: GraniteMoeForCausalLM(
+        GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.22)
+    ),
+    "deepseek v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(**BODY, **LATENT, num_experts_per_tok=2, moe_intermediate_size=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_experts_has_an_output_and_no_neurons(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = MIXTURES[name]().eval()
+    sites = find_sites(module)
+    for kind, end in (("mlp_pre", "in"), ("mlp_post", "out")):
+        with pytest.raises(RequestError, match=rf"as in a mixture of experts, .*; record blocks\.1\.mlp\.hook_{end}"):
+            sites.select([f"{kind}.1"])
+        assert sites.select([f"blocks.1.mlp.hook_{end}"])
+    dense = {site.short for site in sites.sites.values() if site.kind == "mlp_post"}
+    assert dense == ({"mlp_post.0"} if name == "deepseek v3" else set())
+    seen, block = {}, module.get_submodule(sites.last_block)
+    mixture = next(part for path, part in block.named_children() if path in ("mlp", "block_sparse_moe"))
+    handle = mixture.register_forward_hook(
+        lambda _module, args, out: seen.update(read=args[0], wrote=out[0] if isinstance(out, tuple) else out)
+    )
+    module(IDS)
+    handle.remove()
+    chosen, got = sites.select(["blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"]), []
+    capture(module, chosen, IDS, torch.ones_like(IDS), lambda _site, tensor, _first: got.append(tensor.clone()))
+    for tensor, expected in zip(got, (seen["read"], seen["wrote"]), strict=True):
+        torch.testing.assert_close(tensor.reshape(-1, 16), expected.reshape(-1, 16), rtol=0, atol=0)
 
 
 def test_names_keep_their_meaning_in_half_precision():

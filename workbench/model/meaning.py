@@ -7,6 +7,8 @@ block, an `attn_out` that the block multiplies before it adds it. So the documen
     resid_pre + attn_out + mlp_out = resid_post                            (attention and MLP in parallel)
     norm(resid_pre + attn_out) = resid_mid, which the MLP reads            (post-norm)
 
+Neurons are neither what the MLP reads nor what it writes.
+
 A name that fails is not offered, or leads to the tensor that fits. What cannot be compared is left as it is.
 """
 
@@ -25,6 +27,7 @@ from workbench.sites.grammar import Tap
 _ATTENTIONS = ("hook_attn_out", "attn.o.hook_out", "attn.hook_out")
 _MLPS = ("hook_mlp_out", "mlp.out.hook_out", "mlp.hook_out")
 _MIDS = ("hook_resid_mid", "mlp.hook_in", "mlp.in.hook_in")
+_NEURONS = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
 """Names whose tensors may be the one that the first name stands for, the first one first."""
 
 
@@ -61,9 +64,20 @@ class _Block:
 def check_block(layer: int, taps: Mapping[str, Tap], trial: Trial) -> tuple[dict[str, Tap], dict[str, str]]:
     """Returns the taps that names of a block take in place of theirs, and the reason for each name that fails."""
     block = _Block(f"blocks.{layer}", taps, trial)
+    chosen: dict[str, tuple[str | None, str | None]] = {name: (None, _no_neurons(block, name)) for name in _NEURONS}
     pre, post = block.value("hook_resid_pre"), block.value("hook_resid_post")
-    if pre is None or post is None:
-        return {}, {}
+    if pre is not None and post is not None:
+        chosen |= _stream_names(block, pre, post)
+    moved = {
+        f"{block.prefix}.{name}": block.tap(other) for name, (other, _) in chosen.items() if other and other != name
+    }
+    reasons = {f"{block.prefix}.{name}": reason for name, (_, reason) in chosen.items() if reason}
+    claimed = {name: tap for name, tap in moved.items() if name in taps and tap is not None}
+    return claimed, reasons
+
+
+def _stream_names(block: _Block, pre: Tensor, post: Tensor) -> dict[str, tuple[str | None, str | None]]:
+    """For each name between `pre` and `post`, the name whose tensor it stands for, or the reason why it fails."""
     attentions, mlps = block.values(_ATTENTIONS), block.values(_MLPS)
     mids = {name: value for name, value in block.values(_MIDS).items() if not block.after(name, _MLPS)}
     norm_inputs = block.values(("ln1.hook_in", "ln2.hook_in"))
@@ -77,16 +91,23 @@ def check_block(layer: int, taps: Mapping[str, Tap], trial: Trial) -> tuple[dict
     mlp, no_mlp = _added("the MLP", mlps, before_mlp, [post, *norm_inputs.values()])
     mid = next((name for name, value in mids.items() if _is_mid(block, value, attentions, mlps)), None)
     chosen = {_ATTENTIONS[0]: (attention, no_attention), _MLPS[0]: (mlp, no_mlp), _MIDS[0]: (mid, None)}
-    if mid is None and block.tap(_MIDS[0]) in trial.values:
+    if mid is None and block.tap(_MIDS[0]) in block.trial.values:
         chosen[_MIDS[0]] = (None, _no_mid(block.value(_MIDS[0]), pre))
     chosen["ln1.hook_out"] = (None, _first_norm(block, pre))
     chosen["ln2.hook_out"] = (None, _second_norm(block))
-    moved = {
-        f"{block.prefix}.{name}": block.tap(other) for name, (other, _) in chosen.items() if other and other != name
-    }
-    reasons = {f"{block.prefix}.{name}": reason for name, (_, reason) in chosen.items() if reason}
-    claimed = {name: tap for name, tap in moved.items() if name in taps and tap is not None}
-    return claimed, reasons
+    return chosen
+
+
+def _no_neurons(block: _Block, name: str) -> str | None:
+    """The reason where a name of neurons leads to what the whole MLP reads or writes, as in a mixture of experts."""
+    tap = block.tap(name)
+    for end, meaning in (("mlp.hook_in", "input"), ("mlp.hook_out", "output")):
+        if tap is not None and tap == block.tap(end):
+            return (
+                f"it leads to the {meaning} of the whole MLP, as in a mixture of experts, where each token has neurons "
+                f"of its own; record {block.prefix}.{end}"
+            )
+    return None
 
 
 def _added(
