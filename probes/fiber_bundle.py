@@ -218,7 +218,7 @@ class FiberBundle(WeightsProbe):
 def _points(vocabulary: Vocabulary) -> tuple[np.ndarray, list[str]]:
     """Ids of the tokens of the cloud: without special and unseen tokens, and one of each set of equal rows."""
     kept: Bool[np.ndarray, " token"] = vocabulary.ordinary.copy()
-    if vocabulary.model.tokenizer is not None:
+    if vocabulary.maybe_tokenizer is not None:
         kept &= ~vocabulary.never_seen
     ids = np.flatnonzero(kept)
     single = distinct(vocabulary.embedding[torch.as_tensor(ids)])

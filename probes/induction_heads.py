@@ -173,7 +173,7 @@ class InductionHeads(LayerProbe):
         sources = _sites(self, store)
         layers = [*sources]
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
-        losses = last in [site.label for site in store.sites] and store.manifest.unembed is not None
+        losses = last in [site.label for site in store.sites] and store.manifest.has_unembed
         sequences = whole_sequences(store, self.where)
         sites = [site for part in sources.values() for site in part] + [last] * losses
         rows = self.finite_rows(store, sites, sequences.rows)

@@ -161,9 +161,9 @@ class SemanticAxes(WeightsProbe):
         notes = [f"{axes.left_out} pairs were left out, since a word is not one token"] if axes.left_out else []
         size = len(axes.names)
         arrays["effect"] = np.full((size, size), np.nan)
-        reason = self._no_effect(vocabulary, rows) if self.strength else ""
-        if self.strength and not reason:
-            arrays["effect"] = axis_effects(vocabulary.model, vocabulary, axes.pairs, directions, self.strength)
+        mover, reason = self._mover(vocabulary, rows) if self.strength else (None, "")
+        if mover is not None:
+            arrays["effect"] = axis_effects(mover, vocabulary, axes.pairs, directions, self.strength)
         notes += [f"effect not measured: {reason}"] if reason else []
         arrays |= _effect_alignment(arrays["effect"], arrays["alignment"], self.seed)
         arrays |= self._ratings(rows, axes, words, directions)
@@ -173,13 +173,16 @@ class SemanticAxes(WeightsProbe):
         return self.result(store, data, frame, notes)
 
     @staticmethod
-    def _no_effect(vocabulary: Vocabulary, rows: np.ndarray) -> str:
-        """Why a shift of an embedding has no effect on the next word that could be measured; "" where it has."""
-        if vocabulary.unembedding is None or not vocabulary.model.site_map.causal:
-            return "the model does not predict the next word"
+    def _mover(vocabulary: Vocabulary, rows: np.ndarray) -> tuple[Model | None, str]:
+        """The model, whose embedding is moved; or None, and why this has no effect on the next word to measure."""
+        if vocabulary.unembedding is None:
+            return None, "the model does not predict the next word"
         if rows.shape[1] != vocabulary.embedding.shape[1]:
-            return "rows of the unembedding have another width than those of the embedding, which is moved"
-        return ""
+            return None, "rows of the unembedding have another width than those of the embedding, which is moved"
+        model, reason = vocabulary.loaded
+        if model is not None and not model.site_map.causal:
+            return None, "the model does not predict the next word"
+        return model, reason
 
     def _geometry(self, rows: np.ndarray, axes: Axes, words: Mapping[str, int]) -> tuple[dict[str, Any], np.ndarray]:
         """Order, alignment, frequency and components; and the directions of the axes."""

@@ -150,7 +150,7 @@ class Stages(LayerProbe):
                 be loaded, is another one, is not causal, or has a block that cannot be deleted or moved.
         """
         require_causal(store, self.name)
-        lens = layers_of(store, "resid_post") if store.manifest.unembed is not None else []
+        lens = layers_of(store, "resid_post") if store.manifest.has_unembed else []
         attention = layers_of(store, "pattern")
         layers = self._layers(store.manifest.model.n_layers)
         rows = predicting_rows(store, self.where, self.row_limit, self.seed)
@@ -304,7 +304,7 @@ def _lens(
 
 def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> tuple[dict[str, np.ndarray], str]:
     """Shares of prediction and suppression neurons by layer, and a note where there are none."""
-    if store.manifest.unembed is None:
+    if not store.manifest.has_unembed:
         return {}, "neurons not counted: the unembedding was not recorded"
     try:
         outputs = mlp_outputs(model)

@@ -235,7 +235,7 @@ def _cloud_measures(
 def _losses(probe: TokenGeometry, store: Store, sequences: Sequences) -> Float[np.ndarray, " sequence"] | None:
     """Mean cross-entropy of the next token in each sequence; None where it cannot be had."""
     last = f"resid_post.{store.manifest.model.n_layers - 1}"
-    if last not in [site.label for site in store.sites] or store.manifest.unembed is None:
+    if last not in [site.label for site in store.sites] or not store.manifest.has_unembed:
         return None
     unembed = load_unembed(store.path, usable_device(probe.device))
     rows = sequences.rows[:, :-1].ravel()

@@ -134,15 +134,17 @@ class UnderTrainedTokens(WeightsProbe):
         chosen, notes = self._choose(vocabulary, values, unseen)
         candidates = _lowest(values[chosen], ok | ((kinds == "special") & ~unseen), self.share) if chosen else ()
         candidates = np.asarray(candidates, np.int64)
+        loaded, reason = vocabulary.loaded if self.tested else (None, "")
         groups = {"candidate": candidates[: self.tested], "random": self._drawn(ok, candidates)}
+        groups = {name: ids if loaded else ids[:0] for name, ids in groups.items()}
         probability = np.full((len(PROMPTS), len(vocabulary)), np.nan)
-        tested = np.concatenate(list(groups.values())) if self.tested else np.zeros(0, np.int64)
-        if len(tested):
-            found = repetition_probabilities(vocabulary.model, tested)
+        tested = np.concatenate(list(groups.values()))
+        if loaded and len(tested):
+            found = repetition_probabilities(loaded, tested)
             probability[:, tested] = np.stack([found[name] for name in PROMPTS])
         else:
             notes.append("no token was verified, so the candidates are a list of suspects")
-        groups = {name: ids if self.tested else ids[:0] for name, ids in groups.items()}
+            notes += [f"verification needs the model: {reason}"] if reason else []
         arrays = {
             "value": np.stack([values[name] for name in INDICATORS]).astype(np.float32),
             "kind": kinds,

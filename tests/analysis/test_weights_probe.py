@@ -67,7 +67,7 @@ def test_neither_store_nor_model_is_refused():
     with pytest.raises(wb.RequestError, match=r"run needs a model \(wb.load_model\) or a store .* not NoneType"):
         unwrap(read_vocabulary)(None)  # without the checks of types that tests have
     with pytest.raises(wb.RequestError, match="not str"):
-        unwrap(read_vocabulary)("demo")
+        unwrap(read_vocabulary)("demo")  # `run` of a probe opens a path
     first, second = planted_weights(ROWS), planted_weights(ROWS)
     with pytest.raises(wb.RequestError, match="two models"):
         UnderTrainedTokens().run(first, model=second)

@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from workbench.analysis.opened_store import taking_paths
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import SEEDS, check, check_types
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import input_embedding
 from workbench.model.load import Model
-from workbench.model.offload import real_weight
 from workbench.model.reload import recorded_model
+from workbench.model.stored_vocabulary import read_stored_vocabulary, table
 from workbench.results.result import Result, provenance
 from workbench.results.variable import Variable
 from workbench.store.reader import Store
@@ -44,11 +45,25 @@ _RESERVED = re.compile(r"unused|reserved|extra_id_|placeholder|dummy|\[PAD\d+\]"
 class Vocabulary:
     """The tokens of a model: their rows of the embedding and of the unembedding, and their texts."""
 
-    model: Model
+    source: Model | Store
+    """The model, or the store of a model that need not be loaded."""
     embedding: Float[Tensor, "token d_embed"]
     """Rows of the input embedding in float32 on the CPU; of a padded table, more than the tokenizer has."""
     unembedding: Float[Tensor, "token d_unembed"] | None
     """Rows of the language-model head; `embedding` itself where both are one table, None without a linear head."""
+
+    maybe_tokenizer: PreTrainedTokenizerBase | None
+    """The model's tokenizer; None: it has none."""
+
+    @cached_property
+    def loaded(self) -> tuple[Model | None, str]:
+        """The model, loaded by the name in the store at the first use; or None, and why it cannot be loaded."""
+        if isinstance(self.source, Model):
+            return self.source, ""
+        try:
+            return recorded_model(self.source), ""
+        except RequestError as error:
+            return None, str(error)
 
     @property
     def tied(self) -> bool:
@@ -61,17 +76,18 @@ class Vocabulary:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. RequestError where it has none."""
-        if self.model.tokenizer is None:
+        if self.maybe_tokenizer is None:
+            name = self.source.name if isinstance(self.source, Model) else self.source.manifest.model.name
             raise RequestError(
-                f"model {self.model.name!r} has no tokenizer, and this probe reads the texts of tokens; "
+                f"model {name!r} has no tokenizer, and this probe reads the texts of tokens; "
                 "load it with load_model(..., tokenizer=)"
             )
-        return self.model.tokenizer
+        return self.maybe_tokenizer
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
         """Text of each token, its leading space included; "<50300>" beyond the tokenizer. Costs 10 us a token."""
-        return tuple(token_texts(self.model.tokenizer, range(len(self))))
+        return tuple(token_texts(self.maybe_tokenizer, range(len(self))))
 
     @cached_property
     def kinds(self) -> Shaped[np.ndarray, " token"]:
@@ -89,7 +105,7 @@ class Vocabulary:
     @cached_property
     def ordinary(self) -> Bool[np.ndarray, " token"]:
         """True for tokens that the tokenizer has and that are not special."""
-        if self.model.tokenizer is None:
+        if self.maybe_tokenizer is None:
             return np.ones(len(self), bool)
         known = np.zeros(len(self), bool)
         known[[id for id in self.tokenizer.get_vocab().values() if id < len(self)]] = True
@@ -102,7 +118,8 @@ class Vocabulary:
 def read_vocabulary(store: Store | Model, model: Model | None = None) -> Vocabulary:
     """Returns the vocabulary of a model, or of the model that a store was recorded from.
 
-    Costs 4 bytes a weight of each table; of a store, the loading of its model and `recorded_model`'s comparison, too.
+    A store has the tables and the tokenizer beside its unembedding, and they are read unless `model` is given. The
+    model of a store without them is loaded. Costs 4 bytes a weight of each table.
 
     Args:
         store: A model, or a store.
@@ -116,18 +133,31 @@ def read_vocabulary(store: Store | Model, model: Model | None = None) -> Vocabul
             raise RequestError("run got two models; give one, or a store and the model it was recorded from")
         model = store
     elif isinstance(store, Store):
-        model = recorded_model(store, model)
+        if model is None and (stored := read_stored_vocabulary(store)) is not None:
+            _check_finite(store.manifest.model.name, embedding=stored.embedding, head=stored.head)
+            return Vocabulary(store, stored.embedding, stored.head, stored.tokenizer)
+        model = _loaded(store, model)
     else:
         raise RequestError(
             f"run needs a model (wb.load_model) or a store (wb.open_store), not {type(store).__name__}; "
             "a probe of weights reads one of them"
         )
-    embedding = _rows(model, "get_input_embeddings")
+    embedding, head = (None if (rows := table(model, name)) is None else rows.float() for name in ("embedding", "head"))
     if embedding is None:
         raise RequestError(f"model {model.name!r} has no embedding table of tokens, which this probe reads")
-    unembedding = _rows(model, "get_output_embeddings")
-    same = unembedding is not None and embedding.shape == unembedding.shape and torch.equal(embedding, unembedding)
-    return Vocabulary(model, embedding, embedding if same else unembedding)
+    _check_finite(model.name, embedding=embedding, head=head)
+    same = head is not None and embedding.shape == head.shape and torch.equal(embedding, head)
+    return Vocabulary(model, embedding, embedding if same else head, model.tokenizer)
+
+
+def _loaded(store: Store, model: Model | None) -> Model:
+    """The model of a store that lacks its tables."""
+    try:
+        return recorded_model(store, model)
+    except RequestError as error:
+        if model is not None:
+            raise
+        raise RequestError(f"store {store.path.name!r} does not have the embedding of its model; {error}") from error
 
 
 def require_rows(model: Model, ids: Iterable[int], remedy: str) -> None:
@@ -144,20 +174,16 @@ def require_rows(model: Model, ids: Iterable[int], remedy: str) -> None:
         )
 
 
-def _rows(model: Model, name: str) -> Float[Tensor, "token d"] | None:
-    part = getattr(model.module, name)()
-    if not isinstance(getattr(part, "weight", None), Tensor) or part.weight.ndim != 2:
-        return None
-    rows = real_weight(part).to("cpu", torch.float32)
-    if not bool(rows.isfinite().all()):
-        table = name.removeprefix("get_").replace("_", " ")
-        raise RequestError(f"model {model.name!r} has {table} that are not all finite; load another checkpoint")
-    return rows
+def _check_finite(model: str, embedding: Tensor, head: Tensor | None) -> None:
+    """RequestError where a table has NaN or infinite values."""
+    for name, rows in (("input embeddings", embedding), ("output embeddings", head)):
+        if rows is not None and not bool(rows.isfinite().all()):
+            raise RequestError(f"model {model!r} has {name} that are not all finite; load another checkpoint")
 
 
 @dataclass(frozen=True)
 class WeightsProbe:
-    """Settings and result of every probe of weights: `run` takes a model, or a store whose model it loads.
+    """Settings and result of every probe of weights: `run` takes a model, or a store of its activations.
 
     A probe is a frozen dataclass that inherits this, repeats `needs_store: ClassVar[bool] = False`, which the command
     line reads from its source, and begins `run` with `read_vocabulary(store, model)`.
@@ -167,6 +193,12 @@ class WeightsProbe:
     needs_model: ClassVar[bool] = True
     needs_store: ClassVar[bool] = False
     variables: ClassVar[tuple[Variable, ...]] = ()
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Lets `run` take the path of a store, too."""
+        super().__init_subclass__(**options)
+        if "run" in vars(cls):
+            setattr(cls, "run", taking_paths(vars(cls)["run"], models=True))  # noqa: B010  # no method of this class
 
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""

@@ -116,7 +116,7 @@ def probe_options(name: str, probe: type) -> type[Command]:
     needs_store = getattr(probe, "needs_store", True)
     source = ("store", Annotated[Positional[str], Meaning("Store to analyse.")])
     if not needs_store:
-        meaning = "Model: a directory, a hub id, or demo; or a store, whose model is loaded."
+        meaning = "Model: a directory, a hub id, or demo; or a store."
         source = ("model", Annotated[Positional[str], Meaning(meaning)])
     return make_dataclass(
         name,

@@ -91,6 +91,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map], sort_keys=True))
 
 
+def tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the `tokenizer.json` of a fast tokenizer, whose SHA-256 is its fingerprint."""
+    return _without_batching(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _without_batching(definition: str) -> str:
     """Padding and truncation are set by the last caller of a tokenizer, so they are left out."""
     parts = json.loads(definition)

@@ -9,6 +9,7 @@ replaces the head's output. The result is then compared with the model's own log
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,6 +33,7 @@ from workbench.store.manifest import UNEMBED, read_manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PARTS = ("weight", "bias", "gain", "shift")
 _EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 
 
@@ -103,12 +105,25 @@ class Unembed:
         return replace(self, **moved)
 
 
-def save_unembed(unembed: Unembed, path: str | Path, dtype: torch.dtype) -> None:
-    """Writes a safetensors file, with W_U and b_U in `dtype`, the model's own type, so that nothing is lost."""
+def save_unembed(
+    unembed: Unembed,
+    path: str | Path,
+    dtype: torch.dtype,
+    others: tuple[Mapping[str, Tensor], Mapping[str, str]] = ({}, {}),
+) -> None:
+    """Writes a safetensors file, with W_U and b_U in `dtype`, the model's own type, so that nothing is lost.
+
+    Args:
+        unembed: The unembedding.
+        path: A new file.
+        dtype: Type of the model's head.
+        others: More tensors of the file, by names that are none of the unembedding's, and more metadata.
+    """
     scalars = {name: getattr(unembed, name) for name in ("norm", "eps", "scale", "softcap", "tokens")}
     tensors = {name: part.detach().cpu().contiguous() for name, part in _tensors(unembed).items()}
     tensors |= {name: tensors[name].to(dtype) for name in ("weight", "bias") if name in tensors}
-    save_file(tensors, str(path), metadata={"unembed": json.dumps(scalars, sort_keys=True)})
+    metadata = {"unembed": json.dumps(scalars, sort_keys=True), **others[1]}
+    save_file(tensors | dict(others[0]), str(path), metadata=metadata)
 
 
 @plain_torch()
@@ -124,7 +139,8 @@ def load_unembed(store_path: str | Path, device: str | torch.device = "cpu") -> 
     with open_safetensors(path, VERIFY, str(device)) as file:  # which names the file in every error inside
         scalars = load_json(file.metadata()["unembed"])
         scalars["tokens"] = None if scalars["tokens"] is None else tuple(scalars["tokens"])
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        names = [name for name in file.keys() if name in _PARTS]  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name).float() for name in names}
         unembed = Unembed(**{"bias": None, **tensors, **scalars})
         _check_shapes(unembed)
     return unembed
@@ -146,7 +162,7 @@ def final_norm(store_path: str | Path) -> tuple[str, float]:
 def _recorded_checksum(store_path: str | Path) -> str:
     """Checksum of the file of the unembedding; RequestError where the store has none."""
     manifest = read_manifest(store_path)
-    if manifest.unembed is None:
+    if manifest.unembed is None or manifest.unembed_reason is not None:
         raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
     return manifest.unembed
 
@@ -316,7 +332,7 @@ def normalise(x: Tensor, kind: str, eps: float) -> Tensor:
 
 
 def _tensors(unembed: Unembed) -> dict[str, Tensor]:
-    parts = {name: getattr(unembed, name) for name in ("weight", "bias", "gain", "shift")}
+    parts = {name: getattr(unembed, name) for name in _PARTS}
     return {name: part for name, part in parts.items() if part is not None}
 
 

@@ -20,6 +20,7 @@ from workbench.io.progress import progress
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
 from workbench.model.logit_metrics import Metric
+from workbench.model.stored_vocabulary import save_vocabulary, vocabulary_tensors
 from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
 from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes
@@ -317,16 +318,19 @@ def model_record(model: Model) -> ModelRecord:
 
 
 def unembed_writer(model: Model) -> Callable[[Path], str | None]:
-    """Returns a function that writes the unembedding to a path, or returns the reason why there is none."""
+    """Returns a function that writes unembedding and vocabulary to a path, or returns why there is no unembedding."""
 
     def write(path: Path) -> str | None:
         try:
-            with_tokens = unembed = measure_unembed(model.module, model.site_map.last_block)
+            unembed = measure_unembed(model.module, model.site_map.last_block)
         except NoUnembed as error:
+            save_vocabulary(path, vocabulary_tensors(model, None))
             return str(error)
+        vocabulary = vocabulary_tensors(model, unembed.weight)
         if model.tokenizer is not None:
-            with_tokens = replace(unembed, tokens=tuple(token_texts(model.tokenizer, range(unembed.vocab))))
-        save_unembed(with_tokens, path, cast("nn.Linear", model.module.get_output_embeddings()).weight.dtype)
+            unembed = replace(unembed, tokens=tuple(token_texts(model.tokenizer, range(unembed.vocab))))
+        dtype = cast("nn.Linear", model.module.get_output_embeddings()).weight.dtype
+        save_unembed(unembed, path, dtype, vocabulary)
         return None
 
     return write

@@ -59,8 +59,8 @@ class Recording:
     segment_rows: int | None = None
     """Rows committed at a time. None: as many as make about 256 MiB, at most 65,536."""
     unembed: bool = True
-    """Store the final norm and the unembedding, which lenses need: vocabulary x d_model values, kept once for all
-    stores of the model in one folder."""
+    """Store the final norm and the unembedding, which lenses need, and the embedding and the tokenizer, which probes of
+    weights need: vocabulary x d_model values for each table, kept once for all stores of the model in one folder."""
 
     def __post_init__(self) -> None:
         check_fields(self, "context", "max_rows", "batch_tokens", "segment_rows", at_least=1, optional=True)

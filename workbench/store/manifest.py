@@ -235,9 +235,9 @@ class Manifest:
     environment: dict[str, str]
     """Library versions at the time of the recording."""
     unembed: str | None
-    """SHA-256 of `unembed.safetensors` (final norm and W_U); None: the store has none."""
+    """SHA-256 of `unembed.safetensors` (final norm and W_U, embedding and tokenizer); None: the store has none."""
     unembed_reason: str | None
-    """Reason why there is no unembedding; None where there is one."""
+    """Reason why there is no unembedding; None where there is one. With a file, this has embedding and tokenizer."""
     parts: tuple[Part, ...] = ()
     segments: tuple[Segment, ...] = ()
     complete: bool = False
@@ -265,6 +265,11 @@ class Manifest:
     def planned_rows(self) -> int:
         """Rows of all parts, committed or not yet."""
         return sum(part.rows for part in self.parts)
+
+    @property
+    def has_unembed(self) -> bool:
+        """True for a store with final norm and unembedding, which lenses need."""
+        return self.unembed is not None and self.unembed_reason is None
 
     @property
     def chosen(self) -> bool:
@@ -464,7 +469,7 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
         "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
         "texts": f"{sum(part.documents for part in parts):,} documents, {sum(part.sequences for part in parts):,} "
         f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
-        "unembed": "yes" if manifest.unembed else f"none: {manifest.unembed_reason}",
+        "unembed": "yes" if manifest.has_unembed else f"none: {manifest.unembed_reason}",
     }
     if manifest.interventions:
         lines["changed"] = f"the model ran with interventions: {short_list(manifest.interventions.names)}"

@@ -23,7 +23,8 @@ LEFT_OUT = "it was recorded with unembed=False; record it again without that, or
 """Reason in the manifest of a store whose unembedding was not asked for."""
 
 WriteUnembed = Callable[[Path], object]
-"""Writes the final norm and the unembedding to a path; a text that it returns is the reason why there is none."""
+"""Writes final norm, unembedding and vocabulary to a path. A text that it returns is the reason why the first two are
+left out."""
 
 
 def add_unembed(path: Path, manifest: Manifest, write: WriteUnembed | None, reason: str | None) -> Manifest:
@@ -41,20 +42,23 @@ def add_unembed(path: Path, manifest: Manifest, write: WriteUnembed | None, reas
     if write is not None:
         with files.scratch_folder(path / UNEMBED) as partial:
             new = partial / UNEMBED
-            checksum = _link_other(path, manifest.model, new)
-            answer = write(new) if checksum is None else None
-            reason = answer if isinstance(answer, str) else None
-            if reason is None:
-                if checksum is None:
+            linked = _link_other(path, manifest.model, new)
+            if linked is not None:
+                checksum, reason = linked.unembed, linked.unembed_reason
+            else:
+                answer = write(new)
+                reason = answer if isinstance(answer, str) else None
+                if new.exists():
                     os.chmod(new, partial.stat().st_mode & 0o666)  # as every other file here, not 0600
                     files.fsync(new)
                     checksum = files.sha256_file(new)
+            if checksum is not None:
                 os.replace(new, path / UNEMBED)
         files.fsync(path)
     recording = manifest.recording
     if checksum is not None and "unembed" in recording:
         recording = recording | {"unembed": True}
-    reason = None if checksum else reason or "not asked for"
+    reason = reason if checksum else reason or "not asked for"
     rows = manifest.fingerprint if manifest.complete else None
     manifest = replace(manifest, unembed=checksum, unembed_reason=reason, recording=recording, rows_fingerprint=rows)
     write_manifest(path, manifest)
@@ -70,19 +74,19 @@ def link_or_copy(source: Path, target: Path) -> None:
         files.fsync(target)
 
 
-def _link_other(path: Path, model: ModelRecord, new: Path) -> str | None:
-    """Checksum of the unembedding of the same model, whose file has now the name `new` too; None: no store has it."""
-    for other, checksum in _others(path, model):
+def _link_other(path: Path, model: ModelRecord, new: Path) -> Manifest | None:
+    """Manifest of a store of the same model, whose file has now the name `new` too; None: there is none."""
+    for other, manifest in _others(path, model):
         with suppress(WorkbenchError, OSError):  # damaged, or removed meanwhile: it is written anew
-            check_files([(other, checksum)], VERIFY)
+            check_files([(other, manifest.unembed or "")], VERIFY)
             link_or_copy(other, new)
-            return checksum
+            return manifest
         files.remove(new)
     return None
 
 
-def _others(path: Path, model: ModelRecord) -> Iterator[tuple[Path, str]]:
-    """Files of the unembedding of a model in the stores beside `path`, with their recorded checksums.
+def _others(path: Path, model: ModelRecord) -> Iterator[tuple[Path, Manifest]]:
+    """Files of the unembedding of a model in the stores beside `path`, with the manifests of these.
 
     Only this user's: another one could change the bytes later.
     """
@@ -98,7 +102,7 @@ def _others(path: Path, model: ModelRecord) -> Iterator[tuple[Path, str]]:
             manifest = parse_manifest(text, source)
             file = source.with_name(UNEMBED)
             if manifest.unembed and _identity(manifest.model) == expected and file.stat().st_uid == os.geteuid():
-                yield file, manifest.unembed
+                yield file, manifest
 
 
 def _identity(model: ModelRecord) -> ModelRecord | None:
