@@ -39,6 +39,7 @@ from workbench.probing import (
     StoreProbe,
     Variable,
     check_fields,
+    check_model,
     dataset,
     head_name,
     interval_suffix,
@@ -346,6 +347,7 @@ def cell_name(data: Any, layer: int, place: str) -> str:
 
 def provenance_of_pairs(probe: Any, model: Model, pairs: PromptPairs) -> dict[str, Any]:
     """Returns the provenance of a result that was made of pairs without a store."""
+    check_model(model)
     texts = "\n".join(f"{one.clean}{one.corrupt}{one.answer}{one.wrong}" for one in pairs.pairs)
     return {
         "model": model.name,

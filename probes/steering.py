@@ -33,6 +33,7 @@ from workbench.probing import (
     StoreProbe,
     Variable,
     check_fields,
+    check_kind,
     clustered_means,
     continue_steered,
     dataset,
@@ -138,6 +139,7 @@ class Steering(StoreProbe):
     def steer(self, store: Store, direction: Direction, *, model: Model | None = None) -> Result:
         """Steers with a direction in memory, whatever the setting `direction`; see `run`."""
         require_causal(store, self.name)
+        check_kind("direction", direction, Direction, "a direction, such as wb.load_direction(path)")
         store.require_whole_sequences("a continuation of prompts")
         model = recorded_model(store, model or self.model, self.device)
         targets = _target_ids(model, self.tokens)

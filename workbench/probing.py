@@ -180,7 +180,7 @@ if TYPE_CHECKING:
     from workbench.figures.ticks import integer_step
     from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
     from workbench.figures.token_strip import token_strip
-    from workbench.io.checks import check, check_fields
+    from workbench.io.checks import check, check_fields, check_kind
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress
     from workbench.io.torch_state import plain_torch, usable_device
@@ -203,7 +203,7 @@ if TYPE_CHECKING:
     from workbench.model.embedding_records import token_embeddings
     from workbench.model.frozen_output import FrozenOutput
     from workbench.model.in_dtype import in_dtype
-    from workbench.model.load import Model
+    from workbench.model.load import Model, check_model
     from workbench.model.prompted_run import run_prompted
     from workbench.model.random_copy import random_copy
     from workbench.model.reload import recorded_model

@@ -152,7 +152,7 @@ def test_wrong_requests(served, store, hostile_features, tmp_path):
     features, _, _ = hostile_features
     assert refused(RequestError, lambda: wb.serve(store, features)).startswith("features belong to ")
     assert refused(RequestError, lambda: inspect.unwrap(wb.serve)("runs/x.acts")).startswith(
-        "store must be an opened one"
+        "store must be an opened store, such as"
     )
     port = urlsplit(served.address).port
     assert refused(RequestError, lambda: wb.serve(store, port=port)).startswith(f"port {port} cannot be used: ")

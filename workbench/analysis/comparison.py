@@ -28,7 +28,7 @@ from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
 from workbench.store.lost_values import lost_values, refuse_nonfinite
 from workbench.store.manifest import SiteRecord, short_list
-from workbench.store.reader import Rows, Store
+from workbench.store.reader import Rows, Store, check_store
 from workbench.store.run_difference import run_difference
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def compare(
     a: Store,
     b: Store,
     *,
-    sites: Sequence[str] | None = None,
-    probes: Sequence[str] | None = None,
+    sites: Sequence[str] | str | None = None,
+    probes: Sequence[str] | str | None = None,
     allow_nonfinite: bool = False,
 ) -> Comparison: ...
 
@@ -172,8 +172,8 @@ def compare(
     c: Store,
     /,
     *others: Store,
-    sites: Sequence[str] | None = None,
-    probes: Sequence[str] | None = None,
+    sites: Sequence[str] | str | None = None,
+    probes: Sequence[str] | str | None = None,
     allow_nonfinite: bool = False,
 ) -> Comparisons: ...
 
@@ -183,8 +183,8 @@ def compare(
     a: Store,
     b: Store,
     *others: Store,
-    sites: Sequence[str] | None = None,
-    probes: Sequence[str] | None = None,
+    sites: Sequence[str] | str | None = None,
+    probes: Sequence[str] | str | None = None,
     allow_nonfinite: bool = False,
 ) -> Comparison | Comparisons:
     """Compares the activations and probe results of stores of the same tokens, in bounded memory.
@@ -206,8 +206,11 @@ def compare(
         RequestError: The stores have different tokens, sites or widths, a site has NaN or infinite values, or a probe
             is not installed.
     """
+    sites, probes = ((one,) if isinstance(one, str) else one for one in (sites, probes))
     for name in probes or ():
         find_probe(name)
+    for store in (a, b, *others):
+        check_store(store, "stores")
     for other in (b, *others):  # before the first pass
         _check_tokens(a, other)
         _select_sites(a, other, sites)

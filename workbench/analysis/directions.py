@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
 from workbench.store.lost_values import lost_values, refuse_nonfinite
 from workbench.store.reader import Rows
 
 _BLOCK_BYTES = 32 << 20  # of rows in float64
+_ROWS = "rows of a store, such as store.where('position > 0')"
 
 
 def mean_difference(a: Rows, b: Rows, site: str, layer: int | None = None, *, name: str | None = None) -> Direction:
@@ -35,6 +36,7 @@ def mean_difference(a: Rows, b: Rows, site: str, layer: int | None = None, *, na
         RequestError: No rows, NaN or infinite values, a site that was not recorded, or stores of two models.
     """
     for argument, rows in (("a", a), ("b", b)):
+        check_kind(argument, rows, Rows, _ROWS)
         if not len(rows):
             raise RequestError(f"{argument} has no rows; a mean needs one or more")
     label = _label(a, site, layer)
@@ -64,6 +66,7 @@ def principal_directions(rows: Rows, site: str, layer: int | None = None, n: int
     Raises:
         RequestError: Too few rows, no variance, NaN or infinite values, or a site that was not recorded.
     """
+    check_kind("rows", rows, Rows, _ROWS)
     label = _label(rows, site, layer)
     mean = _mean(rows, label)
     size = mean.size

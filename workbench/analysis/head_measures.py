@@ -18,7 +18,7 @@ from workbench.model.load import Model
 from workbench.model.reload import recorded_model
 from workbench.results.registry import find_probe
 from workbench.results.result import Result
-from workbench.store.reader import Store
+from workbench.store.reader import Store, check_store
 
 LENGTH = 64
 """Tokens of the sequences on which attention received is compared, where they are as long."""
@@ -123,6 +123,9 @@ def measure_heads(
     Raises:
         RequestError: Nothing could be measured, or the model or `repeats` is of another model.
     """
+    check_store(store)
+    if repeats is not None:
+        check_store(repeats, "repeats")
     if repeats is not None and (other := store.manifest.model.difference(repeats.manifest.model)):
         raise RequestError(f"repeats: {repeats.path} was recorded from another model: {other}")
     try:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from workbench.analysis.causal import require_causal
 from workbench.analysis.frozen_norm import ids_of_values, single_tokens
+from workbench.corpus.prompt_pairs import PromptPairs
 from workbench.corpus.tokenizer import token_texts
+from workbench.io.checks import check_kind
 from workbench.io.errors import RequestError
 from workbench.model.reload import recorded_model
 
 if TYPE_CHECKING:
-    from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.model.load import Model
     from workbench.store.reader import Store
 
@@ -43,6 +44,7 @@ class PatchPair:
 
 def pairs_of(pairs: PromptPairs) -> list[PatchPair]:
     """Returns the pairs of a task."""
+    check_kind("pairs", pairs, PromptPairs, "checked pairs, such as wb.prompt_pairs('ioi', model)")
     return [
         PatchPair(one.clean, one.corrupt, one.answer, one.wrong, {name: tuple(at) for name, at in one.spans.items()})
         for one in pairs.pairs

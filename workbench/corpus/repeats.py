@@ -9,7 +9,7 @@ import numpy as np
 
 from workbench.corpus.tokenizer import AddedTokens, special_ids
 from workbench.io.checks import check
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,9 +45,12 @@ def random_repeats(
     Raises:
         RequestError: A range is empty, or there are fewer tokens than a sequence needs.
     """
-    check("sequences", sequences, at_least=1)
-    check("copies", copies, at_least=2)
-    for name, (low, high), least in (("period", period, 2), ("filler", filler, 0)):
+    check("sequences", sequences, at_least=1, whole=True)
+    check("copies", copies, at_least=2, whole=True)
+    for name, ends, least in (("period", period, 2), ("filler", filler, 0)):
+        if not isinstance(ends, Sequence) or len(ends) != 2:
+            raise RequestError(f"{name} must be the smallest and the largest one, such as (20, 60), not {shown(ends)}")
+        low, high = ends
         check(f"the smallest {name}", low, at_least=least)
         check(f"the largest {name}", high, at_least=low)
     ids, first = _drawn_from(tokens)
@@ -84,6 +87,8 @@ def shuffled_blocks(ids: Sequence[int], shuffle: int, seed: int = 0) -> list[int
 
 def _drawn_from(tokens: PreTrainedTokenizerBase | Sequence[int]) -> tuple[np.ndarray, list[int]]:
     """Ids to draw from, and BOS if there is one."""
+    if isinstance(tokens, str) or not (isinstance(tokens, Sequence) or hasattr(tokens, "get_vocab")):
+        raise RequestError("tokens must be a tokenizer, such as model.tokenizer, or ids, such as range(model.vocab)")
     if isinstance(tokens, Sequence):
         return np.unique(np.asarray(tokens, dtype=np.int64)), []
     special = special_ids(tokens, AddedTokens())

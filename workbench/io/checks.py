@@ -109,6 +109,23 @@ def as_path(name: str, value: Any) -> Path:
     return Path(text)
 
 
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], example: str) -> None:
+    """Refuses a value of another type than a function takes, such as a path in place of an opened store.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        kind: The type, or several.
+        example: What is taken, in words: "an opened store, such as wb.open_store('runs/x.acts')".
+
+    Raises:
+        RequestError: For example "store must be an opened store, ..., not 'runs/x.acts'".
+    """
+    if not isinstance(value, kind):
+        plain = value is None or isinstance(value, str | int | float | list | tuple | dict | os.PathLike)
+        raise RequestError(f"{name} must be {example}, not {shown(value) if plain else type(value).__name__}")
+
+
 def check_fields(record: object, *names: str, **limits: Any) -> None:
     """Checks fields of a settings record, all by the same `limits`, which are those of `check`."""
     for name in names:

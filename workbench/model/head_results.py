@@ -18,8 +18,9 @@ from workbench.model.load import Model
 from workbench.model.offload import real_copy, running_device
 from workbench.model.reload import recorded_model
 from workbench.store.computed import ComputedArray
+from workbench.store.layers import known_layer
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import ActivationArray, Store, check_store
 
 
 def head_results(store: Store, layer: int, model: Model | str | None = None) -> ComputedArray:
@@ -40,8 +41,9 @@ def head_results(store: Store, layer: int, model: Model | str | None = None) -> 
     Raises:
         RequestError: z was not recorded, the model is another one, or its output projection is not linear in z.
     """
-    array = store["z", layer]
-    number = int(array.site.label.rpartition(".")[2])
+    check_store(store)
+    number = known_layer(store.manifest, layer)
+    array = store["z", number]
     weights, _bias = output_weights(recorded_model(store, model), number)
     name, axes, shape = f"blocks.{number}.attn.hook_result", ("row", "head", "d_model"), tuple(weights.shape[::2])
     site = SiteRecord(name, f"result.{number}", axes, shape, "float32")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from workbench.io.errors import DataError, RequestError
 from workbench.model.counts import Count
 from workbench.model.forward import attention_name
-from workbench.model.load import Model
+from workbench.model.load import Model, check_model
 from workbench.model.passes import bound
 from workbench.model.positions import PassLabels, PassReader, PassTokens
 from workbench.model.token_choice import Tokens
@@ -247,6 +247,7 @@ def intervene(model: Model, *records: Intervention, override: bool = False) -> I
         DataError: When the block ends without exception: no pass of the model, no token chosen, a named position that
             never came up, values that are not finite.
     """
+    check_model(model)
     if not records:
         raise RequestError("no intervention is given; give one or more records, such as wb.Zero('z.3', head=0)")
     for record in records:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from workbench.io.checks import check_kind
 from workbench.io.errors import RequestError, first_line
 from workbench.io.torch_state import plain_torch
 from workbench.model.adapter import base_location, merge
@@ -167,6 +168,11 @@ class Model:
     def __repr__(self) -> str:
         sizes = f"{sum(part.numel() for part in self.module.parameters()):,} parameters"
         return f"Model({self.name!r}, {self.architecture}, {sizes}, {self.dtype}, {self.device})"
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no loaded model, such as a name or a module of transformers."""
+    check_kind("model", model, Model, "a loaded model, such as wb.load_model('demo')")
 
 
 @plain_torch()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
 
+from workbench.io.checks import check_kind
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, load_model
 from workbench.store.identity import difference
+from workbench.store.reader import Store, check_store
 
 _LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from workbench.store.manifest import ModelRecord
-    from workbench.store.reader import Store
 
 
 def recorded_model(store: Store, model: Model | str | None = None, device: str | torch.device | None = None) -> Model:
@@ -32,6 +35,8 @@ def recorded_model(store: Store, model: Model | str | None = None, device: str |
     Raises:
         RequestError: The model cannot be loaded, or is not the recorded one.
     """
+    check_store(store)
+    check_kind("model", model, (Model, str, Path, NoneType), "a loaded model, such as wb.load_model('demo'), or a name")
     recorded = store.manifest.model
     if model is None:
         try:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.io.checks import check_kind
 from workbench.io.errors import DataError, RequestError
 from workbench.model.attention import AttentionInputs, change_attention
 from workbench.model.forward import attention_name, change_tensor, fixed_shape, hook_tensor
@@ -303,6 +304,7 @@ def changeable_place(model: Model, name: str, head: Head = None) -> Place:
         RequestError: Another number of sites than one, a site that is no single tensor of a module or of the attention
             call, or heads that the site does not have.
     """
+    check_kind("site", name, str, "the name of one, such as resid_post.3")
     sites = model.site_map.select((name,))
     if len(sites) != 1:
         raise RequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.io.checks import check
-from workbench.io.errors import DataError, RequestError
+from workbench.io.errors import DataError, RequestError, shown
 from workbench.model.direction import Direction
 from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Head, Place, SiteIntervention
@@ -144,6 +145,8 @@ def _project(direction: Tensor, rows: Tensor, _chosen: ChosenRows) -> Tensor:
 
 def _direction(direction: Tensor | Direction, place: Place) -> Tensor:
     """The vector of a direction in float32, in the shape of a row."""
+    if isinstance(direction, str | os.PathLike):
+        raise RequestError(f"direction is {shown(direction)}; load its file: wb.load_direction(path)")
     vector = direction.vector if isinstance(direction, Direction) else torch.as_tensor(direction).float()
     vector = place.fit("direction", vector)
     _check_finite("direction", vector)

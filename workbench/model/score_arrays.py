@@ -15,9 +15,9 @@ from workbench.model.attention_scores import attention_scores, layer_rule, score
 from workbench.model.load import Model
 from workbench.sites.score_rule import ScoreRule
 from workbench.store.computed import ComputedArray
-from workbench.store.layers import layer_number
+from workbench.store.layers import known_layer
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import ActivationArray, Store, check_store
 
 
 def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> ComputedArray:
@@ -42,7 +42,8 @@ def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> C
         RequestError: Queries or keys were not recorded, the store holds chosen rows, the model is not causal, or it
             adds a bias by position to its scores.
     """
-    number = layer_number(store.manifest, layer)
+    check_store(store)
+    number = known_layer(store.manifest, layer)
     if not store.manifest.model.causal:
         raise RequestError(f"attention scores need a causal model, and {store.manifest.model.name} is not")
     store.require_whole_sequences("an array of attention scores")

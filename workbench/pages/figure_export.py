@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.markup import escape
 from workbench.figures.safe_text import plain
 from workbench.io.checks import as_path
-from workbench.io.errors import RequestError, nearest
+from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.files import check_writable, explain_full_disk, replace_file
 from workbench.io.spreadsheet import csv_text
 from workbench.pages.picture_metadata import with_metadata
@@ -53,8 +53,8 @@ def export(
     source: Result | Store | Figure,
     folder: str | Path,
     *,
-    figures: Sequence[str] | None = None,
-    formats: Sequence[str] = FORMATS,
+    figures: Sequence[str] | str | None = None,
+    formats: Sequence[str] | str = FORMATS,
     columns: int = 1,
     theme: str = "light",
     data: str = "parquet",
@@ -85,6 +85,10 @@ def export(
             `folder` is a file.
     """
     folder = as_path("folder", folder)
+    folder = Path(folder)
+    figures, formats = ((one,) if isinstance(one, str) else one for one in (figures, formats))
+    if not hasattr(source, "figures") and not _is_figure(source):
+        raise RequestError(f"source must be a result, an opened store or a figure, not {shown(source)}")
     chosen = _choose(source, folder, figures)
     _check_known("formats", formats, FORMATS)
     for name, value, known in (

@@ -23,9 +23,9 @@ from urllib.parse import parse_qsl
 from workbench.features.feature_store import Features
 from workbench.figures.markup import escape, inert
 from workbench.io.checks import check
-from workbench.io.errors import RequestError, WorkbenchError, shown
+from workbench.io.errors import RequestError, WorkbenchError
 from workbench.pages.linked_view import ANSWERS, LinkedView
-from workbench.store.reader import Store
+from workbench.store.reader import Store, check_store
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
@@ -80,8 +80,7 @@ def serve(store: Store, features: Features | None = None, *, port: int = 0) -> S
         RequestError: An empty store, features of another store, or a port that is taken.
     """
     check("port", port, at_least=0, at_most=65_535, whole=True)
-    if not isinstance(store, Store):
-        raise RequestError(f"store must be an opened one, such as wb.open_store('runs/x.acts'), not {shown(store)}")
+    check_store(store)
     if not store.rows:
         raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
     if features is not None and features.store.path != store.path:

@@ -21,7 +21,7 @@ from workbench.features.labels import names_of
 from workbench.figures.markup import escape, inert
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError, nearest, printable
-from workbench.store.reader import Rows, Store
+from workbench.store.reader import Rows, Store, check_store
 
 try:
     import anywidget
@@ -98,6 +98,7 @@ class TokenView(anywidget.AnyWidget):
             RequestError: For a site that was not recorded, an array of another shape, features of another store, or a
                 sequence that does not exist.
         """
+        check_store(store)
         if not store.rows:
             raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
         if features is not None and features.store.path != store.path:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from workbench.io.progress import progress
 from workbench.io.saving import save_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating
-from workbench.model.load import Model, end_tokens
+from workbench.model.load import Model, check_model, end_tokens
 from workbench.sites.settings import BosPolicy
 
 _COLDEST = 1e-6
@@ -63,6 +63,8 @@ class Sampling:
         if 0 < self.temperature < _COLDEST:  # logits divided by it are infinite
             raise RequestError(f"temperature is {self.temperature}; give 0 for the most probable token, or more")
         check_fields(self, "top_p", above=0, at_most=1)
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         check_fields(self, "seed", at_least=0, below=SEEDS, whole=True)
         if self.top_k is not None:
             check_fields(self, "top_k", at_least=1, whole=True)
@@ -154,7 +156,9 @@ def generate(
         RequestError: A model that is not causal, several samples at temperature 0, no prompt, or prompts that leave no
             room in the model's context.
     """
-    sampling = Sampling(max_new_tokens, float(temperature), float(top_p), top_k, seed)
+    check_model(model)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    check("bos", bos, one_of=get_args(BosPolicy))
     check("samples", samples, at_least=1, whole=True)
     check("batch_size", batch_size, at_least=1, whole=True)
     if not model.site_map.causal:

@@ -75,7 +75,7 @@ def record(
     sae_site: str | Sequence[str] | None = None,
     sae_dtype: str = "float32",
     sae_force: bool = False,
-    interventions: Sequence[Intervention] = (),
+    interventions: Sequence[Intervention] | Intervention = (),
     gradient_of: Metric | None = None,
     append: Append = False,
     workers: Workers | None = None,
@@ -119,10 +119,10 @@ def record(
         RequestError: An unknown site, settings other than the store's, not enough space, an SAE that does not fit.
         DataError: The disk is full, or a row to encode is not finite. What is committed stays readable.
     """
-    settings, workers = recording(_first_settings(texts, settings, out), **options), workers or ThisProcess()
+    settings, workers = recording(_first_settings(texts, settings, out), **options), _workers(workers)
     folder = _folder(out, overwrite, append, workers)
     features, model = _features(sae, sae_site, sae_dtype, sae_force), _loaded(model, settings, workers)
-    plan = plan_recording(model, settings, path := _path(folder), features, None, interventions, gradient_of)
+    plan = plan_recording(model, settings, path := _path(folder), features, None, _several(interventions), gradient_of)
     return _record_at(plan, model, texts, path, overwrite, append, workers, show_progress)
 
 
@@ -140,6 +140,17 @@ def _record_at(
         return record_plan(plan, model, texts, place, append, workers, show_progress)
 
     return overwrite_store(path, write) if overwrite else write(path)
+
+
+def _workers(workers: Workers | None) -> Workers:
+    if isinstance(workers, int):
+        raise RequestError(f"workers is {workers}; give wb.RayWorkers({workers})")
+    return workers or ThisProcess()
+
+
+def _several(interventions: Sequence[Intervention] | Intervention) -> Sequence[Intervention]:
+    """Records; one alone stands for a sequence of one."""
+    return interventions if isinstance(interventions, Sequence) else (interventions,)
 
 
 def _first_settings(

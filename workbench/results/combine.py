@@ -29,6 +29,8 @@ def combine(results: Sequence[Result], names: Sequence[str] | None = None) -> pd
     """
     import pandas as pd  # seconds
 
+    if isinstance(results, Result):
+        results = (results,)
     if not results:
         raise RequestError("results is empty; give one or more")
     labels = _labels(results) if names is None else list(names)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.io.checks import check_kind
 from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.sae.input_rows import joint_name
@@ -195,3 +196,8 @@ def not_defined(name: str, features: Sequence[int]) -> DataError:
     which = "feature " if len(features) == 1 else f"{len(features):,} features, "
     which += ", ".join(map(str, features[:5])) + more
     return DataError(f"SAE {name!r}: the decoder has NaN or infinite values at {which}; save or download the SAE again")
+
+
+def check_sae(sae: object) -> None:
+    """Refuses what is no loaded autoencoder, such as its name."""
+    check_kind("sae", sae, Sae, "a loaded SAE, such as wb.load_sae('demo')")

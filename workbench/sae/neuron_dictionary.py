@@ -8,7 +8,7 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.circuits import mlp_outputs
-from workbench.model.load import Model
+from workbench.model.load import Model, check_model
 from workbench.sae.autoencoder import Sae
 from workbench.sae.conversion import converted
 from workbench.sae.load import from_converted
@@ -36,6 +36,7 @@ def neuron_dictionary(model: Model, layer: int, *, minimum: float = 0.0) -> Sae:
     Raises:
         RequestError: No such layer, or its MLP has no single set of neurons (mixtures of experts, state spaces).
     """
+    check_model(model)
     check("minimum", minimum, at_least=0, below=float("inf"))
     outputs = mlp_outputs(model)
     layer = layer + model.site_map.n_layers if layer < 0 else layer

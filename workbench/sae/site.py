@@ -17,12 +17,12 @@ from torch import Tensor
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import final_norm
-from workbench.sae.autoencoder import Sae
+from workbench.sae.autoencoder import Sae, check_sae
 from workbench.sae.input_rows import Norm, Reading, head_of, normalised, open_reading, renamed, side_by_side
 from workbench.sae.training import check_training, warn_of_other_rows
 from workbench.sites.grammar import full_name
 from workbench.store.manifest import ModelRecord, SiteRecord
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import ActivationArray, Store, check_store
 
 _NORMALISED = re.compile(r"blocks\.(\d+)\.ln2\.hook_normalized")
 _LATENT_BYTES = 64 << 20  # dense float32 activations of one block
@@ -64,6 +64,8 @@ def matching_site(
 
     Warns where its rows are unlike those that the SAE was trained on. For the arguments see `input_reading`.
     """
+    check_store(store)
+    check_sae(sae)
     reading = input_reading(sae, site, stored_sites(store), force=force)
     warn_of_other_rows(sae, store)
     return open_reading(store, reading)

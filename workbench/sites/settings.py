@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 from workbench.io.checks import check, check_fields
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def recording(settings: Recording | None = None, **options: Unpack[RecordingOpti
     fields: dict[str, Any] = dict(options)
     for name in ("sites", "metadata"):
         if name in fields:
-            fields[name] = _names(fields[name])
+            fields[name] = _names(name, fields[name])
     if "keep" in fields:
         keep = fields["keep"]
         fields["keep"] = _positions((keep,) if isinstance(keep, str | int) else keep)
@@ -122,8 +122,13 @@ def recording(settings: Recording | None = None, **options: Unpack[RecordingOpti
     return replace(settings or Recording(), **fields)
 
 
-def _names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    return (names,) if isinstance(names, str) else None if names is None else tuple(names)
+def _names(argument: str, names: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    several = (names,) if isinstance(names, str) else None if names is None else tuple(names)
+    for name in several or ():
+        if not isinstance(name, str):
+            example = "resid_post.3" if argument == "sites" else "domain"
+            raise RequestError(f"{argument} must be names, such as {example}, not {shown(name)}")
+    return several
 
 
 def _positions(keep: Sequence[Any] | None) -> tuple[Position, ...] | None:

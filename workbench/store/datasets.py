@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import ActivationArray, Store
 from workbench.store.row_array import RowArray
@@ -59,6 +60,9 @@ class RowDataset(IterableDataset):
         check("seed", self.seed, at_least=0, whole=True, optional=True)
         object.__setattr__(self, "columns", (self.columns,) if isinstance(self.columns, str) else tuple(self.columns))
         object.__setattr__(self, "_passes", [0])
+        for array in self._by_name.values():
+            check_kind("arrays", array, RowArray, "an array of a store, such as store['resid_post', 3]")
+        check_kind("rows", self.rows, (Rows, NoneType), "rows of a store, such as store.where('position > 0')")
         if not self._by_name:
             raise RequestError("arrays is empty; give an array such as store['resid_post', 3]")
         if len({array.store.path for array in self._by_name.values()}) > 1:
@@ -158,6 +162,7 @@ def to_hf_dataset(rows: Store | Rows, sites: Sequence[str] | str, columns: Seque
     """
     from datasets import Dataset  # takes seconds
 
+    check_kind("rows", rows, (Store, Rows), "an opened store, or rows of one, such as store.where('position > 0')")
     store = rows if isinstance(rows, Store) else rows.store
     table = rows.tokens
     wanted = table.column_names if columns is None else [columns] if isinstance(columns, str) else list(columns)

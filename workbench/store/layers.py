@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.io.errors import RequestError, nearest
+from workbench.io.checks import check
+from workbench.io.errors import RequestError, nearest, shown
 from workbench.sites.grammar import SHORT_NAMES
 from workbench.store.manifest import Manifest, SiteRecord, short_list
 from workbench.store.row_array import RowArray
@@ -64,12 +65,21 @@ def layer_number(manifest: Manifest, layer: int) -> int:
     return layer + n_layers if -n_layers <= layer < 0 else layer
 
 
+def known_layer(manifest: Manifest, layer: int) -> int:
+    """Returns the number of a layer of the model, as `layer_number` does. RequestError for one that it lacks."""
+    n_layers = manifest.model.n_layers
+    check("layer", layer, at_least=-n_layers, at_most=n_layers - 1, whole=True)
+    return layer_number(manifest, layer)
+
+
 def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Sequence[int]) -> tuple[int, ...]:
     """Returns the numbers of the layers that a slice or a list stands for.
 
     Raises:
         RequestError: No layer, or one that was not recorded.
     """
+    if isinstance(layers, str) or not isinstance(layers, slice | Iterable):
+        raise RequestError(f"layers of {kind} must be a number, a slice or a list of numbers, not {shown(layers)}")
     every = range(manifest.model.n_layers)
     recorded = [layer for layer in every if any(f"{kind}.{layer}" == site.short for site in manifest.sites)]
     if layers == slice(None):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from workbench.corpus.places import LENGTH, PLACE_SCHEMA, with_places
-from workbench.io.errors import DataError, RequestError, nearest
+from workbench.io.errors import DataError, RequestError, nearest, shown
 from workbench.store.groups import GROUPS, segment_tables, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
 from workbench.store.new_columns import common_columns, part_columns, store_columns
@@ -68,6 +68,8 @@ def select_rows(
         RequestError: A condition that DuckDB refuses: an unknown column, a wrong type, a syntax error.
         DataError: A token table that is missing or damaged.
     """
+    if not isinstance(predicate, str):
+        raise RequestError(f"query must be a text, such as \"token = ' Monday'\", not {shown(predicate)}")
     if not manifest.segments:
         return np.empty(0, np.int64)
     store = Path(path).absolute()

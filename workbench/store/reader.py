@@ -23,7 +23,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from workbench.corpus.places import add_places
-from workbench.io.checks import as_path
+from workbench.io.checks import as_path, check_kind
 from workbench.io.errors import RequestError
 from workbench.store.groups import segment_tables
 from workbench.store.growth import delete_sites
@@ -56,6 +56,11 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     """
     path = as_path("path", path).absolute()
     return Store(path, read_manifest(path), temporary_folder(path))
+
+
+def check_store(store: object, name: str = "store") -> None:
+    """Refuses what is no opened store, such as a path."""
+    check_kind(name, store, Store, "an opened store, such as wb.open_store('runs/x.acts')")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from workbench.io.checks import check
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, shown
 from workbench.store.query import rows_of_tokens
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Rows:
 
         The same seed draws the same rows of the same selection.
         """
-        check("n", n, at_least=0)
+        check("n", n, at_least=0, whole=True)
+        check("seed", seed, at_least=0, whole=True)
         drawn = np.random.default_rng(seed).permutation(len(self))[:n]
         return Rows(self.store, self.ids[drawn])
 
@@ -100,7 +101,7 @@ class Rows:
         The token stands between ⟦ and ⟧ where there is a context: "Once upon⟦ a⟧ time". Texts of tokens are joined as
         they are. A store of chosen rows has no context.
         """
-        check("context", context, at_least=0)
+        check("context", context, at_least=0, whole=True)
         if not context:
             return [text or "" for text in self.tokens["token"].to_pylist()]
         self.store.require_whole_sequences("text with a context")
@@ -122,13 +123,18 @@ class Rows:
         return lines
 
     def __and__(self, other: Rows) -> Rows:
-        return Rows(self.store, np.intersect1d(self.ids, other.ids_in(self.store), assume_unique=True))
+        return Rows(self.store, np.intersect1d(self.ids, self._ids_of(other), assume_unique=True))
 
     def __or__(self, other: Rows) -> Rows:
-        return Rows(self.store, np.union1d(self.ids, other.ids_in(self.store)))
+        return Rows(self.store, np.union1d(self.ids, self._ids_of(other)))
 
     def __sub__(self, other: Rows) -> Rows:
-        return Rows(self.store, np.setdiff1d(self.ids, other.ids_in(self.store), assume_unique=True))
+        return Rows(self.store, np.setdiff1d(self.ids, self._ids_of(other), assume_unique=True))
+
+    def _ids_of(self, other: object) -> Int64[np.ndarray, " selected"]:
+        if not isinstance(other, Rows):
+            raise RequestError(f"rows combine with rows, such as store.where('position > 0'), not {shown(other)}")
+        return other.ids_in(self.store)
 
     @property
     def tokens(self) -> pa.Table:
@@ -151,8 +157,8 @@ def _places(index: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
         return np.empty(0, np.int64)
     if places.dtype.kind not in "iu" or places.ndim != 1:
         raise IndexError(
-            f"{count} rows are indexed by a site, a slice, whole numbers or a mask of {count}, not by {places.dtype} "
-            f"values of shape {places.shape}"
+            f"{count} rows are indexed by a site, a slice, whole numbers such as [0], or a mask of {count}, not by "
+            f" {places.dtype} values of shape {places.shape}"
         )
     if not -count <= places.min() <= places.max() < count:
         raise IndexError(f"places {places.min()} to {places.max()} are not within the {count} selected rows")

@@ -1,0 +1,102 @@
+"""Arguments of another kind, as users give them, are refused in one line; one name stands for a sequence of one.
+
+The functions are called without the checks of beartype, which the other tests have and users do not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+
+import workbench as wb
+from workbench.analysis.patch_pairs import pairs_of
+from workbench.io.errors import RequestError
+from workbench.model.load import Model, check_model
+from workbench.model.reload import recorded_model
+from workbench.model.row_changes import changeable_place
+from workbench.model.row_records import _direction
+from workbench.recording.record import _workers
+from workbench.sae.site import matching_site
+from workbench.sites.settings import _names
+from workbench.store.layers import select_layers
+from workbench.store.query import select_rows
+from workbench.store.selected_rows import Rows
+
+STORE = "store must be an opened store, such as wb.open_store('runs/x.acts'), not 'x.acts'"
+MODEL = "model must be a loaded model, such as wb.load_model('demo'), not 'demo'"
+ROWS = "must be rows of a store, such as store.where('position > 0'), not 5"
+
+
+def plain(function):
+    """The function without checks of its annotations."""
+    return inspect.unwrap(function)
+
+
+@pytest.fixture(scope="module")
+def at(tiny_models, tiny_tokenizer, tmp_path_factory):
+    model = Model(tiny_models["llama"], tiny_tokenizer, "tiny-llama")
+    store = wb.record(
+        model, ["the little day was Monday"], out=tmp_path_factory.mktemp("wrong") / "x.acts", show_progress=False
+    )
+    return SimpleNamespace(model=model, store=store, rows=store.where("row > 0"))
+
+
+LAYERS = "layers of resid_post must be a number, a slice or a list of numbers, not"
+NUMBER = "layer must be a whole number, from -3 to 2, not"
+SAE = "sae must be a loaded SAE, such as wb.load_sae('demo'), not 'demo'"
+
+CALLS = [
+    (lambda _: plain(recorded_model)("x.acts"), STORE),
+    (lambda _: plain(matching_site)("x.acts", "demo"), STORE),
+    (lambda at: plain(matching_site)(at.store, "demo"), SAE),
+    (lambda _: plain(wb.head_results)("x.acts", 0), STORE),
+    (lambda at: plain(wb.head_results)(at.store, 3), f"{NUMBER} 3"),
+    (lambda at: plain(wb.attn_scores)(at.store, -99), f"{NUMBER} -99"),
+    (lambda at: plain(wb.compare)("x.acts", at.store), STORE.replace("store must", "stores must", 1)),
+    (lambda _: plain(wb.to_hf_dataset)("x.acts", "resid_post.0"), "rows must be an opened store, or rows of one"),
+    (lambda _: plain(wb.export)("x.acts", "e"), "source must be a result, an opened store or a figure, not 'x.acts'"),
+    (lambda _: plain(wb.generate)("demo", ["a"]), MODEL),
+    (lambda _: plain(wb.intervene)("demo", wb.SkipBlock(0)), MODEL),
+    (lambda _: plain(wb.neuron_dictionary)("demo", 0), MODEL),
+    (lambda at: plain(check_model)(at.model.module), "such as wb.load_model('demo'), not LlamaForCausalLM"),
+    (lambda at: plain(recorded_model)(at.store, at.model.module), "or a name, not LlamaForCausalLM"),
+    (lambda at: plain(wb.generate)(at.model, ["a"], bos="zork"), "bos must be one of model, always, never, not 'zork'"),
+    (lambda _: plain(pairs_of)([]), "pairs must be checked pairs, such as wb.prompt_pairs('ioi', model), not []"),
+    (lambda at: plain(wb.mean_difference)(5, at.rows, "resid_post", 0), f"a {ROWS}"),
+    (lambda _: plain(wb.principal_directions)(5, "resid_post", 0), f"rows {ROWS}"),
+    (lambda at: plain(select_rows)(at.store.path, at.store.manifest, 5), "query must be a text, such as"),
+    (lambda at: plain(Rows.__and__)(at.rows, 5), "rows combine with rows, such as store.where('position > 0'), not 5"),
+    (lambda at: plain(Rows.sample)(at.rows, 3, -1), "seed must be a whole number, at least 0, not -1"),
+    (lambda at: plain(Rows.text)(at.rows, 1.5), "context must be a whole number, at least 0, not 1.5"),
+    (lambda at: plain(select_layers)(at.store.path, at.store.manifest, "resid_post", "10"), f"{LAYERS} '10'"),
+    (lambda at: plain(select_layers)(at.store.path, at.store.manifest, "resid_post", 1.0), f"{LAYERS} 1.0"),
+    (lambda at: plain(changeable_place)(at.model, ("resid_post", 0)), "site must be the name of one, such as"),
+    (lambda _: plain(_names)("sites", ("resid_post", 0)), "sites must be names, such as resid_post.3, not 0"),
+    (lambda _: plain(_workers)(2), "workers is 2; give wb.RayWorkers(2)"),
+    (lambda _: plain(_direction)("a.safetensors", None), "'a.safetensors'; load its file: wb.load_direction(path)"),
+    (lambda _: plain(wb.random_repeats)("demo"), "tokens must be a tokenizer, such as model.tokenizer, or ids"),
+    (lambda _: plain(wb.random_repeats)(range(9), period=5), "period must be the smallest and the largest one"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+def test_it_is_refused_in_one_line(call, message, at):
+    assert message in refused(RequestError, lambda: call(at))
+
+
+def test_one_stands_for_a_sequence_of_one(at, tmp_path):
+    options = {"sites": ["resid_post.0"], "dtype": "float32", "show_progress": False}
+    change = wb.Add("resid_post.0", torch.ones(32))
+    one, other = (
+        plain(wb.record)(at.model, ["the day"], out=tmp_path / name, interventions=records, **options)
+        for name, records in (("one", change), ("several", [change]))
+    )
+    np.testing.assert_array_equal(one["resid_post", 0][:], other["resid_post", 0][:])
+    compared = wb.compare(one, other, sites="resid_post", probes="logit-lens")
+    assert compared.sites["site"].tolist() == ["resid_post.0"]
+    assert set(compared.not_run) <= {"logit-lens"}
