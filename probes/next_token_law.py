@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 
 from workbench.probing import (
@@ -160,14 +161,16 @@ class NextTokenLaw(LayerProbe):
         data, layers = result.data, result.data["layer"].to_numpy()
         ends = {name: data[name].to_numpy()[[0, -1]] for name in ("residual", "residual_heldout", "residual_shuffled")}
         low, high = (10 ** float(data[name]) for name in ("slope_low", "slope_high"))
-        interval = interval_suffix(low, high, ".3f")
-        text = (
-            f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}, "
-            f"{ends['residual'][1]:.2f} at layer {layers[-1]} (held out {ends['residual_heldout'][0]:.2f} and "
-            f"{ends['residual_heldout'][1]:.2f}); factor {float(data['rho']):.3f} a layer{interval}, Pearson "
-            f"{float(data['pearson']):.2f}; shuffled ids {ends['residual_shuffled'][0]:.2f} and "
-            f"{ends['residual_shuffled'][1]:.2f}, factor {10 ** float(data['slope_shuffled']):.3f}, Pearson "
-            f"{float(data['pearson_shuffled']):.2f}; noise alone {float(data['noise']):.2f}"
+        shuffled = f"shuffled ids {ends['residual_shuffled'][0]:.2f} and {ends['residual_shuffled'][1]:.2f}"
+        text = "; ".join(
+            [
+                f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}, "
+                f"{ends['residual'][1]:.2f} at layer {layers[-1]} (held out {ends['residual_heldout'][0]:.2f} and "
+                f"{ends['residual_heldout'][1]:.2f})",
+                *_line_text(data, "", " a layer" + interval_suffix(low, high, ".3f")),
+                ", ".join([shuffled, *_line_text(data, "_shuffled")]),
+                f"noise alone {float(data['noise']):.2f}",
+            ]
         )
         return with_note(f"{text}.", result)
 
@@ -189,6 +192,14 @@ def _check_rows(probe: NextTokenLaw, targets: Int[np.ndarray, " row"], d_model: 
         )
     if (targets == targets[0]).all():
         raise RequestError("all target ids are equal; select other tokens by where")
+
+
+def _line_text(data: xr.Dataset, end: str, more: str = "") -> list[str]:
+    """Factor and correlation of the line over layers; nothing where there is none."""
+    factor, pearson = 10 ** float(data[f"slope{end}"]), float(data[f"pearson{end}"])
+    if np.isnan(factor):
+        return []
+    return [f"factor {factor:.3f}{more}" + ("" if np.isnan(pearson) else f", Pearson {pearson:.2f}")]
 
 
 def _targets(probe: NextTokenLaw, targets: Int[np.ndarray, " row"], vocab: int) -> Float[np.ndarray, "row target"]:
@@ -273,12 +284,12 @@ def _law(result: Result) -> go.Figure:
         style = {"color": NEUTRAL} if name == "shuffled ids" else {}
         figure.add_scatter(x=layers, y=data[variable], name=name, mode="lines+markers", line=style)
     figure.update_traces(hovertemplate="layer %{x}: %{y:.4f}")
-    text = f"factor {float(data['rho']):.3f} a layer, Pearson {float(data['pearson']):.2f}; shuffled ids "
-    text += f"{10 ** float(data['slope_shuffled']):.3f} and {float(data['pearson_shuffled']):.2f}"
+    lines = [*_line_text(data, "", " a layer"), *(f"shuffled ids {one}" for one in _line_text(data, "_shuffled"))]
+    text = "; ".join([*lines, f"{int(data['rows']):,} tokens"])
     title = f"Law of next-token prediction in {label(str(result.provenance['model']), 60)}"
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": f"{text}; {int(data['rows']):,} tokens"}},
+        title={"text": title, "subtitle": {"text": text}},
         margin={"t": 110},
         height=460,
         width=760,

@@ -128,6 +128,14 @@ def test_one_prompt_has_no_halves_and_batches_do_not_matter(tiny, monkeypatch):
     assert affordable_prompts(tiny, 128) == 1
 
 
+def test_a_model_of_one_block_has_no_jacobian(tiny):
+    one = copy.deepcopy(tiny.module)
+    del one.model.layers[1:]
+    one.config.num_hidden_layers = 1
+    message = refused(RequestError, lambda: mean_jacobians(Model(one, tiny.tokenizer, "one"), [[5, 9, 40]], skip=0))
+    assert message == "model 'one' has one block, and a Jacobian leads from earlier ones to the last"
+
+
 # Readings
 
 

@@ -84,6 +84,13 @@ def test_an_exact_fit_has_no_law(tmp_path):
     assert "no slope: a layer leaves nothing, which has no logarithm" in data.attrs["note"]
 
 
+def test_a_single_layer_has_no_line(tmp_path):
+    result = run(law_store(tmp_path / "s", documents(), [0.5]))
+    assert "nan" not in result.headline()
+    assert result.headline().startswith("Residual of a linear map to the next token's id: 0.5")
+    assert "nan" not in result.figure("law").layout.title.subtitle.text
+
+
 def test_noise_fits_in_sample_and_not_on_other_documents(tmp_path):
     ids, d_model = documents(number=50), 100
     states = np.random.default_rng(2).normal(size=(50 * LENGTH, d_model))

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import change_tensor, run
@@ -58,8 +59,15 @@ def mean_jacobians(model: Model, prompts: Sequence[Sequence[int]], *, skip: int)
         model: The model; gradients are in its own type, their means in float32.
         prompts: Token ids of each prompt, more than `skip` + 1.
         skip: First positions that are neither sources nor targets.
+
+    Raises:
+        RequestError: The model has a single block.
     """
     layers, d_model = tuple(range(model.site_map.n_layers - 1)), model.d_model
+    if not layers:
+        raise RequestError(
+            f"model {model.name!r} has one block; a Jacobian lens leads from earlier blocks to the last one"
+        )
     halves = [torch.zeros(len(layers), d_model, d_model, device="cpu") for _ in range(2)]
     with progress("Jacobian lens", len(prompts) * d_model, "gradients") as tick, _frozen(model.module):
         for number, ids in enumerate(prompts):
