@@ -133,7 +133,7 @@ def test_a_model_of_one_block_has_no_jacobian(tiny):
     del one.model.layers[1:]
     one.config.num_hidden_layers = 1
     message = refused(RequestError, lambda: mean_jacobians(Model(one, tiny.tokenizer, "one"), [[5, 9, 40]], skip=0))
-    assert message == "model 'one' has one block, and a Jacobian leads from earlier ones to the last"
+    assert message == "model 'one' has one block; a Jacobian lens leads from earlier blocks to the last one"
 
 
 # Readings
