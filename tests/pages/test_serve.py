@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from http.client import HTTPConnection
 from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pytest
 from browser import chromium
+from command_line import run
+from hostile_example import SITE
 from planted import linear_unembed, planted_store
 from refusals import refused
+from sae_example import save_sae
+from warned import warned
 
 import workbench as wb
 from workbench.io.errors import RequestError
@@ -122,17 +127,49 @@ def test_keys_of_a_store_of_chosen_rows_are_those_of_their_positions(tmp_path):
         np.testing.assert_allclose(line, pattern[2 + 3 * query, 2, 2 : 3 + 3 * query : 3], rtol=1e-3)
 
 
-def test_features_of_a_row_and_over_the_text(hostile_features):
+@pytest.fixture
+def two_folders(hostile_features, tmp_path):
+    """Features of one store by two autoencoders, one of them outside of the store."""
     features, _, _ = hostile_features
-    view = LinkedView(features.store, features)
-    dense = features[:].toarray()
-    lines = view.active(9)["features"]
-    expected = np.argsort(-dense[9], kind="stable")[: len(lines)]
-    assert [value for _, value, *_ in lines] == pytest.approx(dense[9][expected], rel=1e-3)
-    feature = lines[0][0]
+    sae = wb.load_sae(save_sae(tmp_path / "sae", d_in=32, d_sae=7, seed=5, hook_name=SITE.name), device="cpu")
+    return features, wb.extract_features(features.store, sae, out=tmp_path / "second", show_progress=False)
+
+
+def test_features_of_a_row_and_over_the_text(two_folders):
+    view = LinkedView(two_folders[0].store, two_folders)
+    assert view.about()["features"] == [[one.path.name, one.shape[1]] for one in two_folders]
     first, last = (int(view._starts[1]), int(view._ends[1]))
-    assert view.feature(1, feature)["values"] == pytest.approx(dense[first:last, feature], rel=1e-3)
-    assert f"Feature {feature} of" in view.card(feature)
+    for number, features in enumerate(two_folders):
+        dense = features[:].toarray()
+        lines = view.active(number, 9)["features"]
+        expected = np.argsort(-dense[9], kind="stable")[: len(lines)]
+        assert [value for _, value, *_ in lines] == pytest.approx(dense[9][expected], rel=1e-3)
+        feature = lines[0][0]
+        assert view.feature(number, 1, feature)["values"] == pytest.approx(dense[first:last, feature], rel=1e-3)
+        assert f"Feature {feature} of" in view.card(number, feature)
+    assert refused(RequestError, lambda: view.active(2, 9)) == "folder 2 does not exist; there are 2: 0 to 1"
+
+
+def test_the_command_shows_every_folder_of_features_that_opens(two_folders, monkeypatch):
+    class Interrupted:
+        def wait(self):
+            raise KeyboardInterrupt
+
+    features, second = two_folders
+    views = []
+    monkeypatch.setattr("workbench.pages.serve.LinkedView", lambda *given: views.append(given) or LinkedView(*given))
+    monkeypatch.setattr("workbench.cli.page_verbs.Event", Interrupted)
+    damaged = features.path.parent / "damaged"
+    damaged.mkdir()
+    (damaged / "features.json").write_text("{")
+    try:
+        with warned("features damaged are not shown: .* is not JSON"):
+            code, out, _ = run("serve", features.store.path)
+        assert (code, out.splitlines()[1]) == (0, "stop with Ctrl-C")
+        assert run("serve", features.store.path, "--features", features.path, second.path)[0] == 0
+    finally:
+        shutil.rmtree(damaged)
+    assert [[one.path for one in given[1]] for given in views] == [[features.path], [features.path, second.path]]
 
 
 def test_wrong_requests(served, store, hostile_features, tmp_path):
@@ -146,7 +183,7 @@ def test_wrong_requests(served, store, hostile_features, tmp_path):
     assert error("sequence", number="9" * 5000).startswith("number must be a whole number, not '999")
     assert error("head", number=0, layer=0, head=0).startswith("pattern.0 was not recorded")
     assert error("head", number=0, layer=3, head=2) == "head 2 does not exist; there are 2: 0 to 1"
-    assert error("active", row=0) == "no features are shown; give features= (--features)"
+    assert error("active", folder=0, row=0) == "no features are shown; give features= (--features)"
     assert error("nothing").startswith("no answer 'nothing'; there are about, ")
     assert "resid_pst" in error("norms", number=0, site="resid_pst", layer=0)
     features, _, _ = hostile_features
@@ -203,6 +240,32 @@ def test_the_views_in_a_browser(served, store):
         assert page.run("document.querySelector('#selection').hidden")
         assert page.complaints == []
         assert {urlsplit(address).netloc for address in page.requests} == {urlsplit(served.address).netloc}
+
+
+def test_the_reader_chooses_among_folders_of_features(two_folders):
+    served = wb.serve(two_folders[0].store, two_folders)
+    try:
+        with chromium() as page:
+            page.open(served.address)
+            page.wait(count(".token[data-row='9']"))
+            names = page.run("[...document.querySelector('[name=features]').options].map((one) => one.textContent)")
+            assert names == [one.path.name for one in two_folders]
+            page.mouse(".token[data-row='9']")
+            change = "dispatchEvent(new Event('change', {bubbles: true}))"
+            for number, features in reversed(list(enumerate(two_folders))):
+                page.run(f"controls.features.value = {number}; controls.features.{change}")
+                active = set(features[[9]].indices.tolist())
+                page.wait("document.querySelector('#features .note').textContent.startsWith('active on row 9')")
+                cards = "document.querySelectorAll('#features li button:first-child')"
+                ids = f"[...{cards}].map((one) => Number(one.textContent))"
+                page.wait(f"{ids}.length && {ids}.every((one) => {sorted(active)}.includes(one))")
+                page.mouse("#features li button:nth-child(2)")
+                feature = page.run(f"{ids}[0]")
+                value = f"{features[[9]].toarray()[0, feature]:.4g}"
+                page.wait(f"Number(document.querySelector('.token[data-row=\"9\"]').title.split(': ')[1]) == {value}")
+            assert page.complaints == []
+    finally:
+        served.close()
 
 
 def test_a_store_of_many_sequences_scrolls(tmp_path):

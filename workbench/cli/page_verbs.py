@@ -149,8 +149,8 @@ class Serve:
 
     store: Positional[Path]
     """Store to show; only what is looked at is read."""
-    features: Path | None = None
-    """Folder that `workbench features` printed. Default: the store's, if it has one folder of them."""
+    features: tuple[Path, ...] = ()
+    """Folders that `workbench features` printed; the page chooses among several. Default: all inside the store."""
     port: int = 0
     """Port on the loopback interface. Default: a free one."""
 
@@ -158,13 +158,11 @@ class Serve:
         """Serves the views until it is interrupted."""
         from workbench.features.feature_store import open_features  # seconds: pandas
         from workbench.pages.serve import serve
-        from workbench.store.manifest import FEATURES
         from workbench.store.reader import open_store
 
         store = open_store(self.store)
-        folders = sorted(record.parent for record in store.path.glob(f"{FEATURES}/[!.]*/features.json"))
-        chosen = self.features or (folders[0] if len(folders) == 1 else None)
-        served = serve(store, None if chosen is None else open_features(chosen, store), port=self.port)
+        features = [open_features(folder, store) for folder in self.features]
+        served = serve(store, features or None, port=self.port)
         print_plain(f"serving  {served.address}\nstop with Ctrl-C")
         try:
             Event().wait()

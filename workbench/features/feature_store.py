@@ -70,8 +70,13 @@ def _layer(site: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def feature_folders(store: Path) -> list[Path]:
+    """Returns the folders of features inside a store, by name; they are not opened."""
+    return sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
+
+
 def _only_folder(store: Path) -> Path:
-    folders = sorted(record.parent for record in store.glob(f"{FEATURES}/[!.]*/{RECORD}"))
+    folders = feature_folders(store)
     if len(folders) != 1:
         names = ", ".join(folder.name for folder in folders)
         several = f"has several features in {FEATURES}/; name one: {names}"

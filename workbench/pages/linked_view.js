@@ -9,6 +9,7 @@ let blocks = [];  // the sequences in the list, one after another
 let focus = 0, anchor = 0;  // rows
 let shows = 0;  // how often the list was begun anew
 let full = 1;  // the value of full colour
+let explained = null;  // the row whose lens, features and neighbours are shown
 const selected = new Set();
 const AHEAD = 2;  // heights of the list that are filled beyond what is seen, on either side
 
@@ -52,13 +53,15 @@ async function begin() {
   about = await ask("about");
   document.title = `${about.name}: linked views`;
   find("#about").textContent = `${about.name}, ${about.model}; ${about.rows.toLocaleString("en")} tokens in ${about.sequences.toLocaleString("en")} sequences`
-    + (about.features ? `; ${about.features.toLocaleString("en")} features` : "");
+    + about.features.map(([name, count]) => `; ${count.toLocaleString("en")} features ${name}`).join("");
   controls.sequence.max = about.sequences - 1;
   choices(controls.site, about.norms);
+  about.features.forEach(([name], at) => { make("option", controls.features, name).value = at; });
+  controls.features.closest("label").hidden = about.features.length < 2;
   layers();
-  if (!about.features) controls.querySelector("option[value=feature]").remove();
+  if (!about.features.length) controls.querySelector("option[value=feature]").remove();
   if (!about.sites.pattern) controls.querySelector("option[value=head]").remove();
-  find("#features").hidden = !about.features;
+  find("#features").hidden = !about.features.length;
   const text = show(0);
   attempt(find("#sinks .note"), sinks);
   await text;
@@ -67,6 +70,7 @@ async function begin() {
 function layers() {
   const kind = controls.colour.value === "head" ? "pattern" : site();
   choices(controls.layer, about.sites[kind] ?? []);
+  controls.feature.max = (about.features[number("features")]?.[1] ?? 1) - 1;
   for (const name of ["site", "layer", "head", "feature"]) {
     const used = { norm: ["site", "layer"], head: ["layer", "head"], feature: ["feature"] }[controls.colour.value];
     controls[name].closest("label").hidden = !used.includes(name);
@@ -121,7 +125,7 @@ async function readValues(block) {
   const kind = controls.colour.value, which = { number: block.sequence };
   block.pattern = null;
   block.values = [];
-  if (kind === "feature") block.values = (await ask("feature", { ...which, feature: number("feature") })).values;
+  if (kind === "feature") block.values = (await ask("feature", { ...which, folder: number("features"), feature: number("feature") })).values;
   else if (kind === "norm" && site()) block.values = (await ask("norms", { ...which, site: site(), layer: number("layer") })).values;
   else if (kind === "head" && holds(block, focus)) {
     block.pattern = (await ask("head", { ...which, layer: number("layer"), head: number("head") })).pattern;
@@ -243,8 +247,9 @@ async function sinks() {
 }
 
 function explain(row) {
+  explained = row;
   attempt(find("#lens .note"), () => lens(row));
-  if (about.features) attempt(find("#features .note"), () => active(row));
+  if (about.features.length) attempt(find("#features .note"), () => active(row));
   if (site()) attempt(find("#neighbours .note"), () => neighbours(row));
 }
 
@@ -265,14 +270,14 @@ async function lens(row) {
 }
 
 async function active(row) {
-  const answer = await ask("active", { row });
+  const folder = number("features"), answer = await ask("active", { folder, row });
   find("#features .note").textContent = answer.features.length ? `active on row ${row}; full is its largest activation` : `none is active on row ${row}`;
   find("#features ol").replaceChildren(...answer.features.map(([feature, value, full, name]) => {
     const line = make("li", null);
     const card = make("button", line, `${feature}`);
     card.type = "button";
     card.addEventListener("click", () => {
-      find("dialog iframe").src = `card?feature=${feature}`;
+      find("dialog iframe").src = `card?folder=${folder}&feature=${feature}`;
       find("dialog").showModal();
     });
     const over = make("button", line, "over the text");
@@ -361,7 +366,11 @@ const turn = (step) => show(Math.max(0, Math.min(about.sequences - 1, number("se
 controls.back.addEventListener("click", () => turn(-1));
 controls.on.addEventListener("click", () => turn(1));
 controls.addEventListener("submit", (event) => event.preventDefault());
-controls.addEventListener("change", (event) => (event.target.name === "sequence" ? turn(0) : colour()));
+controls.addEventListener("change", (event) => {
+  if (event.target.name === "sequence") return turn(0);
+  if (event.target.name === "features" && explained !== null) attempt(find("#features .note"), () => active(explained));
+  return colour();
+});
 find("[name=clear]").addEventListener("click", clear);
 for (const name of ["sql", "python"]) find(`[name=${name}]`).addEventListener("focus", (event) => event.target.select());
 attempt(note, begin);

@@ -36,13 +36,13 @@ _NORMS = ("resid_post", "resid_mid", "resid_pre", "mlp_out", "attn_out", "embed"
 
 @dataclass(frozen=True)
 class LinkedView:
-    """Answers about one store, and about its features if there are any."""
+    """Answers about one store, and about features of it, one folder of them or several."""
 
     store: Store
-    features: Features | None = None
+    features: tuple[Features, ...] = ()
 
     def about(self) -> dict[str, Any]:
-        """Returns what was recorded: name, model, rows, sequences, kinds of site with their layers."""
+        """Returns what was recorded: name, model, rows, sequences, kinds of site with their layers, features."""
         sites: dict[str, list[int]] = {}
         for site in self.store.sites:
             kind, _, layer = site.label.partition(".")
@@ -56,7 +56,7 @@ class LinkedView:
             "sequences": len(self._starts),
             "sites": {kind: sorted(layers) for kind, layers in sites.items()},
             "norms": [kind for kind in _NORMS if kind in sites],
-            "features": 0 if self.features is None else self.features.shape[1],
+            "features": [[one.path.name, one.shape[1]] for one in self.features],
         }
 
     def sequence(self, number: int) -> dict[str, Any]:
@@ -114,10 +114,10 @@ class LinkedView:
         texts = [[visible(unembed.token(token), 24) for token in line] for line in ids.tolist()]
         return {"layers": layers, "tokens": texts, "probabilities": [_short(line) for line in values.numpy()]}
 
-    def active(self, row: int) -> dict[str, Any]:
+    def active(self, folder: int, row: int) -> dict[str, Any]:
         """Returns the strongest features of a row: id, activation, largest activation, label."""
+        features = self._folder(folder)
         self._check("row", row, self.store.rows)
-        features = self._given_features
         line, names = features[[row]], names_of(features.labels)
         order = np.argsort(-np.asarray(line.data, float))[:_FEATURES]
         lines = [
@@ -125,15 +125,15 @@ class LinkedView:
         ]
         return {"features": [[*one, visible_words(names.get(one[0], ""))] for one in lines]}
 
-    def feature(self, number: int, feature: int) -> dict[str, Any]:
+    def feature(self, folder: int, number: int, feature: int) -> dict[str, Any]:
         """Returns the activation of a feature at every token of a sequence."""
-        features = self._given_features
+        features = self._folder(folder)
         self._check("feature", feature, features.shape[1])
         return {"values": _short(features[self._rows(number)][:, [feature]].toarray()[:, 0])}
 
-    def card(self, feature: int) -> str:
+    def card(self, folder: int, feature: int) -> str:
         """Returns the page of a feature."""
-        return feature_html(self._given_features, feature, sae=None, k=10, context=15)
+        return feature_html(self._folder(folder), feature, sae=None, k=10, context=15)
 
     @plain_torch()
     def neighbours(self, row: int, site: str, layer: int) -> dict[str, Any]:
@@ -178,11 +178,11 @@ class LinkedView:
         later = np.flatnonzero(position > 0)
         return later[np.unique(np.linspace(0, max(0, len(later) - 1), _SINK_ROWS).astype(int))] if len(later) else later
 
-    @property
-    def _given_features(self) -> Features:
-        if self.features is None:
+    def _folder(self, number: int) -> Features:
+        if not self.features:
             raise RequestError("no features are shown; give features= (--features)")
-        return self.features
+        self._check("folder", number, len(self.features))
+        return self.features[number]
 
     def _layers(self, kind: str) -> list[int]:
         return self.about()["sites"].get(kind, [])
@@ -215,8 +215,8 @@ ANSWERS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
     "sinks": (LinkedView.sinks, ()),
     "head": (LinkedView.head, ("number", "layer", "head")),
     "lens": (LinkedView.lens, ("row",)),
-    "active": (LinkedView.active, ("row",)),
-    "feature": (LinkedView.feature, ("number", "feature")),
+    "active": (LinkedView.active, ("folder", "row")),
+    "feature": (LinkedView.feature, ("folder", "number", "feature")),
     "neighbours": (LinkedView.neighbours, ("row", "site", "layer")),
 }
 """Answers by name, and the names of their parameters: whole numbers, but for `site`."""

@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hmac import compare_digest
@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from workbench.features.feature_store import Features
+from workbench.features.feature_store import Features, feature_folders, open_features
 from workbench.figures.markup import escape, inert
 from workbench.io.checks import check
 from workbench.io.errors import RequestError, WorkbenchError
@@ -65,7 +65,7 @@ class Served:
         return inert(f'{frame}<p><a href="{escape(self.address)}" target="_blank">open in a tab</a></p>')
 
 
-def serve(store: Store, features: Features | None = None, *, port: int = 0) -> Served:
+def serve(store: Store, features: Features | Sequence[Features] | None = None, *, port: int = 0) -> Served:
     """Serves linked views of a store to browsers on this machine, until the process ends or `close` is called.
 
     A cell of the map of sinks shows that head over the text; a token shows its lens column, its features and its
@@ -73,7 +73,8 @@ def serve(store: Store, features: Features | None = None, *, port: int = 0) -> S
 
     Args:
         store: The store; only what is looked at is read.
-        features: Features of the store.
+        features: Features of the store; of several folders of them, the reader chooses. None: all inside the store that
+            can be opened; a warning names the others.
         port: Port on the loopback interface; 0: a free one.
 
     Raises:
@@ -83,18 +84,31 @@ def serve(store: Store, features: Features | None = None, *, port: int = 0) -> S
     check_store(store)
     if not store.rows:
         raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
-    if features is not None and features.store.path != store.path:
-        raise RequestError(
-            f"features belong to {str(features.store.path)!r}, not to {str(store.path)!r}; open those of this store"
-        )
+    folders = _inside(store) if features is None else (features,) if isinstance(features, Features) else features
+    for one in folders:
+        if one.store.path != store.path:
+            raise RequestError(
+                f"features belong to {str(one.store.path)!r}, not to {str(store.path)!r}; open those of this store"
+            )
     token = secrets.token_urlsafe(24)
-    handler = partial(_Handler, LinkedView(store, features), token)
+    handler = partial(_Handler, LinkedView(store, tuple(folders)), token)
     try:
         server = _Server((_HOST, port), handler)
     except OSError as error:
         raise RequestError(f"port {port} cannot be used: {error.strerror}; give another, or 0 for a free one") from None
     threading.Thread(target=server.serve_forever, daemon=True, name="workbench-serve").start()
     return Served(f"http://{_HOST}:{server.server_address[1]}/{token}/", server)
+
+
+def _inside(store: Store) -> list[Features]:
+    """The features inside a store, but for those that cannot be opened."""
+    opened = []
+    for folder in feature_folders(store.path):
+        try:
+            opened.append(open_features(folder, store))
+        except WorkbenchError as error:
+            _LOG.warning(f"features {folder.name} are not shown: {error}")
+    return opened
 
 
 class _Server(ThreadingHTTPServer):
@@ -144,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, name: str, query: Mapping[str, str]) -> None:
         try:
             if name == "card":
-                page = self._view.card(_number("feature", query.get("feature", "")))
+                page = self._view.card(*(_number(one, query.get(one, "")) for one in ("folder", "feature")))
                 self._send(200, "text/html", page.encode("utf-8", "replace"))
                 return
             if name not in ANSWERS:
