@@ -36,6 +36,7 @@ NAMES = (
     "features",
     "memory",
     "probes",
+    "pages",
     "scale",
     "import_time",
     "gpu",

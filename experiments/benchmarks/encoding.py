@@ -16,15 +16,13 @@ import numpy as np
 import torch
 
 import workbench as wb
-from workbench.experiments.benchmarks.features import token_table
 from workbench.experiments.benchmarks.measure import Comparison, paired_until, peak_memory, per_second
+from workbench.experiments.benchmarks.random_store import random_store
 from workbench.io.torch_state import fast_bfloat16
 from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import encoder
 from workbench.sae.load import load_sae
-from workbench.sites.settings import Recording
-from workbench.store.manifest import ModelRecord, Part, SiteRecord
-from workbench.store.writer import open_writer
+from workbench.store.manifest import SiteRecord
 
 _SITE = "blocks.0.hook_resid_post"
 
@@ -162,21 +160,12 @@ def _threads(count: int) -> Iterator[None]:
 
 def _row_store(path: Path, rows: int, d_in: int) -> wb.Store:
     """Writes a store of random float16 rows at one site."""
-    model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, d_in, 10, None, True)
-    site = SiteRecord(_SITE, "resid_post.0", ("row", "d_model"), (d_in,), "float16")
-    settings = Recording(dtype="float16")
-    with open_writer(
-        path, model=model, sites=(site,), recording=settings, tokens_added={"prefix": (), "suffix": ()}, environment={},
-        unembed=None, unembed_reason="nothing was run",
-    ) as writer:  # fmt: skip
-        tokens = token_table(rows)
-        writer.begin(Part(rows, len(tokens["sequence"].unique()), 1, 0, 0), append=False)
-        with writer.segment(rows, len(tokens["sequence"].unique()), "0" * 64, tokens) as segment:
-            random = np.random.default_rng(0)
-            for first in range(0, rows, 1024):
-                size = min(1024, rows - first)
-                segment.write(_SITE, first, random.normal(size=(size, d_in)).astype(np.float16))
-    return wb.open_store(path)
+    site, random = SiteRecord(_SITE, "resid_post.0", ("row", "d_model"), (d_in,), "float16"), np.random.default_rng(0)
+
+    def draw(_: SiteRecord, size: int) -> np.ndarray:
+        return random.normal(size=(size, d_in)).astype(np.float16)
+
+    return random_store(path, rows, [site], draw, block=1024)
 
 
 def make_autoencoder(

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-import workbench as wb
 from workbench.experiments.benchmarks.measure import Comparison, interleaved, peak_memory, per_second
+from workbench.experiments.benchmarks.random_store import random_store
 from workbench.features.feature_store import Features, open_features
 from workbench.features.index import INDEX_MEMORY, entries_in_memory, invert
 from workbench.features.records import (
@@ -28,14 +27,10 @@ from workbench.features.records import (
 from workbench.io.files import sha256_file, write_file
 from workbench.io.parse import to_checked_json
 from workbench.io.tensors import map_arrays, new_arrays, stream_arrays
-from workbench.sites.settings import Recording
-from workbench.store.manifest import FileRecord, ModelRecord, Part
-from workbench.store.writer import open_writer
+from workbench.store.manifest import FileRecord
 
-_SEQUENCE = 128
 _BLOCK = 1 << 22
 """Bytes copied at a time."""
-_WORDS = 32_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class FeatureStore:
 
     def run(self, folder: Path) -> list[Comparison]:
         """Times queries, opening and export of a planted feature store."""
-        features = self._make(folder)
+        features = self.make(folder)
         size = sum(file.bytes for file in features.record.files.values())
         index = features.record.files[BY_FEATURE].bytes
         rates = interleaved(
@@ -90,9 +85,9 @@ class FeatureStore:
         index_of(str(features.path), str(out))()
         (out / BY_FEATURE).unlink()
 
-    def _make(self, folder: Path) -> Features:
-        """Writes a store of `rows` tokens without activations, and features as an extraction writes them."""
-        store = _token_store(folder / "x.acts", self.rows)
+    def make(self, folder: Path) -> Features:
+        """Writes a store of `rows` tokens without activations, and returns features as an extraction writes them."""
+        store = random_store(folder / "x.acts", self.rows)
         path = store.path / "features" / "drawn"
         path.mkdir(parents=True)
         entries = self.rows * self.active
@@ -149,46 +144,6 @@ def index_of(path: str, out: str) -> Callable[[], None]:
             invert(*arguments, layout["row"][0], entries_in_memory(INDEX_MEMORY))
 
     return work
-
-
-def _token_store(path: Path, rows: int) -> wb.Store:
-    """Writes a store of tokens alone, in sequences of 128."""
-    model = ModelRecord("drawn", "none", "0" * 64, "0" * 64, "0" * 64, "float32", None, 1, 1, _WORDS, None, True)
-    part = Part(rows, -(-rows // _SEQUENCE), 1, 0, 0)
-    with open_writer(
-        path,
-        model=model,
-        sites=(),
-        recording=Recording(),
-        tokens_added={"prefix": (), "suffix": ()},
-        environment={},
-        unembed=None,
-        unembed_reason="nothing was run",
-    ) as writer:
-        writer.begin(part, append=False)
-        with writer.segment(rows, part.sequences, "0" * 64, token_table(rows)):
-            pass
-    return wb.open_store(path)
-
-
-def token_table(rows: int) -> pa.Table:
-    """Returns a table of random tokens in sequences of 128."""
-    row = np.arange(rows)
-    ids = np.random.default_rng(2).integers(0, _WORDS, rows)
-    words = pa.array([f" word{i}" for i in range(_WORDS)], pa.string())
-    return pa.table(
-        {
-            "row": row,
-            "sequence": row // _SEQUENCE,
-            "position": pa.array(row % _SEQUENCE, pa.int32()),
-            "document": row * 0,
-            "token_id": pa.array(ids, pa.int32()),
-            "token": pa.DictionaryArray.from_arrays(pa.array(ids, pa.int32()), words),
-            "char_start": pa.array(row, pa.int32()),
-            "char_end": pa.array(row + 1, pa.int32()),
-            "is_special": row % _SEQUENCE == 0,
-        }
-    )
 
 
 def _sizes(path: Path) -> dict[str, FileRecord]:
