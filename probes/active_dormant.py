@@ -22,7 +22,9 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.probing import (
+    CATEGORIES,
     LOST_VARIABLES,
+    Band,
     LayerProbe,
     Model,
     RequestError,
@@ -44,7 +46,7 @@ from workbench.probing import (
     head_outputs,
     intervals,
     label,
-    layer_curves,
+    layer_bands,
     layers_of,
     model_label,
     output_maps,
@@ -69,12 +71,15 @@ _HEAD = ("layer", "head")
 _LAYER = ("layer",)
 _DOMAIN = ("domain", "layer", "head")
 _SHOWN = 12
+_OVER_HEADS = {"mean_sink": ("sink_attention", xr.DataArray.mean), "median_drain": ("drain", xr.DataArray.median)}
 _UNIFORM = "0.074 for T = 64 and position 0: H_T / T of a head that attends uniformly"
 _VARIABLES: tuple[Variable, ...] = (
     *with_interval(Variable("sink_attention", _HEAD, "attention", "mean attention that the sink receives", _UNIFORM)),
     *with_interval(Variable("active", _HEAD, "share of sequences", "the sink receives epsilon or less", "1")),
     *with_interval(Variable("drain", _HEAD, "times the median", "norm of v W_O of the sink, others' median", "1")),
     Variable("drain_value", _HEAD, "times the median", "the same of v, before W_O: another quantity", "1"),
+    *with_interval(Variable("mean_sink", _LAYER, "attention", "sink_attention, mean over heads", _UNIFORM)),
+    *with_interval(Variable("median_drain", _LAYER, "times the median", "drain, median over heads", "1")),
     *with_interval(Variable("peak", _LAYER, "times the median", "residual norm of the sink, others' median", "1")),
     Variable("position_attention", ("position",), "attention", "attention received, mean over heads and sequences"),
     Variable("sink_position", (), "position", "position of the sink, from 0"),
@@ -171,7 +176,7 @@ class ActiveDormant(LayerProbe):
             for layer, part in heads.items()
         }
         arrays |= stack_heads(every, means, [one.name for one in _VARIABLES if one.dims == _HEAD])
-        arrays |= _peaks(self, store, every, streams, sequences, sink)
+        arrays |= _over_heads(self, heads, every, sequences) | _peaks(self, store, every, streams, sequences, sink)
         number = arrays["active"].shape[1]
         if self.domain is not None:
             arrays |= _by_domain(
@@ -298,10 +303,30 @@ def _to_median(norms: np.ndarray, sink: int) -> np.ndarray:
 def _mean(probe: ActiveDormant, name: str, values: np.ndarray, sequences: Sequences) -> dict[str, np.ndarray]:
     """Mean over sequences, with its interval where one is declared."""
     mean, resampled = clustered_means(values, sequences.document, resamples=probe.resamples, seed=probe.seed)
-    if name == "drain_value":
-        return {name: mean}
-    low, high = intervals(resampled)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return {name: mean} if name == "drain_value" else _with_ends(name, mean, resampled, sequences)
+
+
+def _with_ends(name: str, value: Any, resampled: np.ndarray, sequences: Sequences) -> dict[str, np.ndarray]:
+    low, high = intervals(resampled, len(np.unique(sequences.document)))
+    return {name: np.asarray(value), f"{name}_low": low, f"{name}_high": high}
+
+
+def _over_heads(
+    probe: ActiveDormant, heads: Mapping[int, Mapping[str, np.ndarray]], layers: list[int], sequences: Sequences
+) -> dict[str, np.ndarray]:
+    """Sink attention and drain by layer, mean and median over heads, with their intervals."""
+    arrays: dict[str, np.ndarray] = {}
+    settings = {"resamples": probe.resamples, "seed": probe.seed}
+    for layer, part in heads.items():
+        for name, (source, over) in _OVER_HEADS.items():
+            if source not in part:
+                continue
+            mean, resampled = clustered_means(part[source], sequences.document, **settings)
+            value = over(xr.DataArray(mean, dims="head"), "head")
+            drawn = over(xr.DataArray(resampled, dims=("resample", "head")), "head").to_numpy()
+            for key, number in _with_ends(name, value, drawn, sequences).items():
+                arrays.setdefault(key, np.full(len(layers), np.nan))[layers.index(layer)] = number
+    return arrays
 
 
 def _peaks(
@@ -381,15 +406,23 @@ def _hover(line: Mapping[str, Any]) -> str:
 
 def _phenomena(result: Result) -> go.Figure:
     data = result.data
-    curves = {"sink: attention, mean over heads": data["sink_attention"].mean("head").to_numpy()}
+    curves = {"mean_sink": ("sink: attention, mean over heads", data["sink_attention"].mean("head"))}
     if "drain" in data:
-        curves["drain: value through W_O, median over heads"] = data["drain"].median("head").to_numpy()
+        curves["median_drain"] = ("drain: value through W_O, median over heads", data["drain"].median("head"))
     if "peak" in data:
-        curves["peak: residual norm"] = data["peak"].to_numpy()
-    figure = layer_curves(
-        curves,
+        curves["peak"] = ("peak: residual norm", data["peak"])
+    bands = []
+    for (name, (text, values)), colour in zip(curves.items(), CATEGORIES, strict=False):
+        ends = None
+        if f"{name}_low" in data:
+            low, high = (data[f"{name}_{end}"].to_numpy() for end in ("low", "high"))
+            ends = (np.where(low > 0, low, np.nan), high)  # the axis is logarithmic
+        bands.append(Band(text, values.to_numpy(), ends, colour))
+    figure = layer_bands(
+        bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Sink, drain and peak of position {int(data['sink_position'])} in {model_label(result)}",
+        subtitle=f"{int(data['sequences']):,} sequences; bands: 95 % intervals over documents",
         unit="attention; times the other tokens' median",
     )
     figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")

@@ -270,8 +270,8 @@ class FutureLens(LayerProbe):
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
-        """Returns "precision" (top-1 accuracy by layer), "calibration" and "view" (predictions over a text)."""
-        figures = {"precision": _precision(result), "calibration": _calibration(result)}
+        """Returns "precision" and "gain" over the bigram by layer, "calibration", and "view", a text."""
+        figures = {"precision": _precision(result), "gain": _gain(result), "calibration": _calibration(result)}
         return {**figures, "view": future_view(result)} if result.data.sizes["row"] else figures
 
 
@@ -428,6 +428,28 @@ def _precision(result: Result) -> go.Figure:
         subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents{seen}",
         unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
     )
+
+
+def _gain(result: Result) -> go.Figure:
+    """Gain over the bigram baseline by layer with its interval: a panel per method, a colour per horizon."""
+    data, panels = result.data, []
+    for method in data["method"].to_numpy().tolist():
+        curves = []
+        for horizon in data["horizon"].to_numpy().tolist():
+            one = data.sel({"method": method, "horizon": horizon})
+            gain, low, high = (one[f"gain{end}"].to_numpy() for end in ("", "_low", "_high"))
+            ends = None if np.isnan(low).all() else (low, high)
+            curves.append(Curve(tokens_ahead(horizon), gain, CATEGORIES[horizon % len(CATEGORIES)], ends=ends))
+        panels.append(Panel(f"{method} probe", curves))
+    seen = " that the bigram has seen" if "bigram_seen" in data else ""
+    figure = layer_panels(
+        [panels],
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"{future_title(result)}: gain over the bigram baseline",
+        subtitle=f"on the tokens{seen}; bands: 95 % interval over {int(data['documents']):,} test documents",
+        unit=axis_title(data["gain"].attrs, "gain"),
+    )
+    return figure.update_yaxes(zeroline=True, zerolinecolor=NEUTRAL)
 
 
 def _calibration(result: Result) -> go.Figure:

@@ -35,10 +35,13 @@ from workbench.probing import (
     check,
     check_fields,
     clustered_interval,
+    clustered_means,
     dataset,
+    error_bars,
     head_grid,
     head_name,
     interval_suffix,
+    intervals,
     label,
     model_label,
     plain_torch,
@@ -46,6 +49,7 @@ from workbench.probing import (
     read_alpha,
     received_sequences,
     require_causal,
+    resampled_means,
     stack_heads,
     token_classes,
     with_interval,
@@ -64,12 +68,16 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("share_fixed", _HEAD, "share of sequences", "the same with 0.1, the threshold of the paper's code", "0"),
     Variable("share_late", _HEAD, "share of sequences", "with a detection that few queries see; these do not count"),
     Variable("mass", _HEAD, "attention", "mean attention received by a hidden sink, where there is one"),
-    Variable("position_share", ("position",), "share", "(sequence, head) in which the position is a hidden sink", "0"),
+    *with_interval(
+        Variable("position_share", ("position",), "share", "(sequence, head) with a hidden sink there", "0")
+    ),
     Variable("reliable", ("position",), "1 = reliable", "min_visible queries or more see the position"),
     Variable("class_share", ("class",), "share of detections", "hidden sinks on tokens of the class", "class_tokens"),
     Variable("class_tokens", ("class",), "share of tokens", "tokens of the class among positions that can be detected"),
     Variable("class_rate", ("class",), "share", "(token, head) of the class that are hidden sinks"),
-    Variable("token_rate", ("token",), "share", "(occurrence, head) of the token that are hidden sinks"),
+    *with_interval(
+        Variable("token_rate", ("token",), "share", "(occurrence, head) of the token that are hidden sinks")
+    ),
     Variable("token_detections", ("token",), "detections", "(occurrence, head) of the token that are hidden sinks"),
     Variable("uniform_positions", (), "positions", "positions at which a uniform head exceeds `threshold`", "0"),
     Variable("cutoff", (), "attention", "alpha above which a position counts", ""),
@@ -142,11 +150,11 @@ class HiddenSinks(LayerProbe):
         arrays |= dict(zip(("heads_share", "heads_share_low", "heads_share_high"), interval, strict=True))
         seen = self.length - np.arange(self.length)
         eligible = (np.arange(self.length) > 0) & (seen >= self.min_visible)
-        arrays |= {"position_share": counts.sum(0) / (number * len(sequences)), "reliable": eligible.astype(np.int8)}
+        arrays |= _by_position(self, counts / number, sequences) | {"reliable": eligible.astype(np.int8)}
         uniform = np.cumsum(1 / np.arange(self.length, 0, -1.0))[::-1] / seen
         arrays |= {"uniform_positions": int((uniform > cutoff)[eligible].sum()), "cutoff": cutoff}
         arrays |= {"sequences": len(sequences), "short_sequences": sequences.short}
-        tokens, table = _tokens(store, sequences, counts, eligible, number)
+        tokens, table = _tokens(self, store, sequences, counts, eligible, number)
         arrays = {name: np.asarray(value) for name, value in (arrays | tokens).items()}
         coords = {"layer": layers, "head": np.arange(arrays["share"].shape[1]), "position": np.arange(self.length)}
         coords |= {"class": list(TOKEN_CLASSES), "token": table["token_id"].to_numpy()[:_SHOWN]}
@@ -221,8 +229,15 @@ def _detect(
     return shares, np.concatenate(counts), np.concatenate(having)
 
 
+def _by_position(probe: HiddenSinks, share: np.ndarray, sequences: Sequences) -> dict[str, np.ndarray]:
+    """Share of heads by position, mean over sequences [sequence, position], with its interval."""
+    mean, resampled = clustered_means(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
+    low, high = intervals(resampled, len(np.unique(sequences.document)))
+    return {"position_share": mean, "position_share_low": low, "position_share_high": high}
+
+
 def _tokens(
-    store: Store, sequences: Sequences, counts: np.ndarray, eligible: np.ndarray, heads: int
+    probe: HiddenSinks, store: Store, sequences: Sequences, counts: np.ndarray, eligible: np.ndarray, heads: int
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Rates by class and by token, and a line for each token, the most detected first."""
     rows = sequences.rows[:, eligible].ravel()
@@ -253,7 +268,23 @@ def _tokens(
     ).sort_values(["detections", "rate"], ascending=False, kind="stable", ignore_index=True)
     shown = table.head(_SHOWN)
     arrays |= {"token_rate": shown["rate"].to_numpy(), "token_detections": shown["detections"].to_numpy()}
-    return arrays, table
+    document = np.repeat(sequences.document, eligible.sum())
+    ends = _rate_ends(probe, shown["token_id"].to_numpy(), ids[index], document, found / heads)
+    return arrays | ends, table
+
+
+def _rate_ends(
+    probe: HiddenSinks, shown: np.ndarray, token: np.ndarray, document: np.ndarray, share: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Ends of the interval of each shown token's rate over documents, from the share of heads at each occurrence."""
+    row, at = np.nonzero(token[:, None] == shown)
+    documents, cluster = np.unique(document[row], return_inverse=True)
+    totals, counts = (np.zeros((len(documents), len(shown))) for _ in range(2))
+    np.add.at(totals, (cluster, at), share[row])
+    np.add.at(counts, (cluster, at), 1)
+    _, resampled = resampled_means(totals, counts, resamples=probe.resamples, seed=probe.seed)
+    low, high = intervals(resampled, (counts > 0).sum(0))
+    return {"token_rate_low": low, "token_rate_high": high}
 
 
 def _notes(probe: HiddenSinks, data: Any) -> list[str]:
@@ -273,6 +304,7 @@ def _notes(probe: HiddenSinks, data: Any) -> list[str]:
 
 def _heads(result: Result) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
+    share, low, high = (100 * float(data[f"heads_share{end}"]) for end in ("", "_low", "_high"))
     names = ("share", "share_relative", "share_fixed", "share_late", "mass")
     layers, heads = data["layer"].to_numpy().tolist(), data["head"].to_numpy().tolist()
 
@@ -284,7 +316,7 @@ def _heads(result: Result) -> go.Figure:
         data["share"].to_numpy(),
         hover=[[hover(layer, head) for head in heads] for layer in layers],
         layers=layers,
-        title=f"Hidden sinks in {model_label(result)}: {100 * float(data['heads_share']):.1f} % of heads",
+        title=f"Hidden sinks in {model_label(result)}: {share:.1f} % of heads{interval_suffix(low, high, '.1f')}",
         subtitle=f"share of {int(data['sequences']):,} sequences in which a position after the first receives more "
         f"than {settings['threshold']} = {float(data['cutoff']):.3g} of the attention",
         unit=axis_title(data["share"].attrs, "share"),
@@ -301,6 +333,7 @@ def _rates(result: Result) -> go.Figure:
         go.Bar(
             x=100 * data["token_rate"].to_numpy()[kept],
             y=[f"{label(token)} ({number})" for number, token in enumerate(tokens)][: int(kept.sum())],
+            error_x=_bars(data, "token_rate", kept),
             customdata=data["token_detections"].to_numpy()[kept],
             orientation="h",
             hovertemplate="%{y}: %{x:.2f} % of occurrences and heads, %{customdata} detections<extra></extra>",
@@ -308,19 +341,33 @@ def _rates(result: Result) -> go.Figure:
     )
     figure.add_vline(x=100 * overall, line={"color": NEUTRAL, "dash": "dash"})
     title: dict[str, Any] = {"text": f"Tokens of hidden sinks in {model_label(result)}"}
-    title["subtitle"] = {"text": "the most detected, most first; in brackets their rank; dashed: all tokens"}
+    shown = "bars: 95 % interval over documents; " * ("token_rate_low" in data)
+    title["subtitle"] = {"text": f"the most detected first, in brackets their rank; {shown}dashed: all tokens"}
     figure.update_layout(template=TEMPLATE, title=title, height=160 + 20 * int(kept.sum()), width=760)
     figure.update_xaxes(title="% of (occurrence, head) that are hidden sinks", rangemode="tozero")
     return figure.update_yaxes(type="category", autorange="reversed", tickfont={"family": MONOSPACE, "size": 11})
 
 
+def _bars(data: Any, name: str, kept: np.ndarray) -> dict[str, Any] | None:
+    """Error bars in percent; None for a result saved before there were intervals."""
+    if f"{name}_low" not in data:
+        return None
+    return error_bars(*(100 * data[f"{name}{end}"].to_numpy()[kept] for end in ("", "_low", "_high")))
+
+
 def _positions(result: Result) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
+    reliable, ends = data["reliable"].to_numpy() == 1, {}
+    if "position_share_low" in data:
+        low, high = (100 * data[f"position_share_{end}"].to_numpy() for end in ("low", "high"))
+        ends = {int(at): (low[at], high[at]) for at in np.flatnonzero(reliable)}
     return position_bars(
         100 * data["position_share"].to_numpy(),
-        reliable=data["reliable"].to_numpy() == 1,
+        reliable=reliable,
+        ends=ends,
         names=("hidden sink", f"first position, or seen by fewer than {settings['min_visible']} queries"),
         title=f"Hidden sinks by position in {model_label(result)}",
-        subtitle=f"share of (sequence, head) with alpha above {float(data['cutoff']):.3g}",
+        subtitle=f"share of (sequence, head) with alpha above {float(data['cutoff']):.3g}"
+        + "; bars: 95 % interval over documents" * bool(ends),
         unit="% of (sequence, head)",
     )

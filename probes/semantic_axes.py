@@ -38,14 +38,19 @@ from workbench.probing import (
     WeightsProbe,
     axis_effects,
     category_points,
+    central,
     check_fields,
     colour_bar,
     dataset,
+    interval_suffix,
     label,
     labelled_scatter,
     plain_torch,
     read_poles,
     read_vocabulary,
+    resampled_means,
+    wilson,
+    with_interval,
     with_note,
 )
 
@@ -61,6 +66,9 @@ VARIABLES = (
         "share of pairs",
         "of the first axis's pairs that the second puts in order; on the diagonal, without the pair itself",
         "0.5",
+    ),
+    *with_interval(
+        Variable("in_order", (), "share of pairs", "held-out pairs in order, of all axes; over axes", "0.5")
     ),
     Variable("alignment", _PAIR, "cosine", "cosine of two axes, frequency regressed out", "0"),
     Variable("alignment_raw", _PAIR, "cosine", "the same without regressing out frequency"),
@@ -202,7 +210,8 @@ class SemanticAxes(WeightsProbe):
         drawn = [component_share(plain @ random_axes(plain, directions, int(seed)).T) for seed in seeds]
         projections = (rows[chosen] - rows[chosen].mean(0)) @ raw.T
         return {
-            "held_out": held_out_order(vectors, axes.pairs),
+            "held_out": (order := held_out_order(vectors, axes.pairs)),
+            **_in_order(np.diag(order), np.array([len(pairs) for pairs in axes.pairs]), self.seed),
             "alignment": directions @ directions.T,
             "alignment_raw": raw @ raw.T,
             "frequency": np.array([_correlation(column, rank) for column in projections.T]),
@@ -235,7 +244,7 @@ class SemanticAxes(WeightsProbe):
             for _ in range(_RESAMPLES):
                 rows_drawn = draw.integers(len(part), size=len(part))
                 resampled.append(_correlation(clean[rows_drawn] @ directions[place], rating[rows_drawn]))
-            values["rating_low"][place], values["rating_high"][place] = np.nanquantile(resampled, [0.025, 0.975])
+            values["rating_low"][place], values["rating_high"][place] = central(resampled, len(part))
             pool, _ = without_frequency(rows, known, np.array(known))
             pairs = draw.integers(len(pool), size=(_RESAMPLES, 2))
             null = [abs(_correlation(clean @ (pool[a] - pool[b]), rating)) for a, b in pairs if a != b]
@@ -250,11 +259,15 @@ class SemanticAxes(WeightsProbe):
         shares = [100 * float(data[name]) for name in ("components", "components_axes", "components_words")]
         right, number = float((np.diag(order) * pairs).sum() / pairs.sum()), int(pairs.sum())
         others = float(order[~np.eye(len(order), dtype=bool)].mean())
+        ends = ""
+        if "in_order_low" in data:
+            ends = interval_suffix(*(100 * float(data[f"in_order_{end}"]) for end in ("low", "high")), ".0f")
         alike = np.abs(data["alignment"].to_numpy()[~np.eye(len(order), dtype=bool)]).mean()
         text = (
-            f"{len(order)} axes put {100 * right:.0f} % of {number} held-out pairs in order (axes of other meanings "
-            f"{100 * others:.0f} %, chance 50 %); mean |cosine| of two axes {alike:.2f}; three components hold "
-            f"{shares[0]:.0f} % of words' projections (random axes {shares[1]:.0f} %, random tokens {shares[2]:.0f} %)"
+            f"{len(order)} axes put {100 * right:.0f} % of {number} held-out pairs in order{ends} (axes of other "
+            f"meanings {100 * others:.0f} %, chance 50 %); mean |cosine| of two axes {alike:.2f}; three components "
+            f"hold {shares[0]:.0f} % of words' projections (random axes {shares[1]:.0f} %, random tokens "
+            f"{shares[2]:.0f} %)"
         )
         effect = data["effect"].to_numpy()
         if np.isfinite(effect).all():
@@ -275,26 +288,28 @@ class SemanticAxes(WeightsProbe):
         """Returns "alignment", "order", and, where they were measured, "effect" and "ratings"."""
         data = result.data
         names = data["axis"].to_numpy().tolist()
+        own, pairs = np.diag(data["held_out"].to_numpy()), data["pairs"].to_numpy()
         figures = {
             "alignment": _grid(
                 data["alignment"].to_numpy(), names, title="Cosine of semantic axes", subtitle="frequency regressed out"
             ),
             "order": category_points(
                 {
-                    "own axis, pair left out": np.diag(data["held_out"].to_numpy()),
+                    "own axis, pair left out": own,
                     "mean of other axes": _off_diagonal(data["held_out"].to_numpy()).mean(1),
                 },
                 names,
                 title="Opposite words in order along the axis",
-                subtitle=f"{int(data['pairs'].sum())} pairs; chance: 0.5",
+                subtitle=f"{int(pairs.sum())} pairs; chance: 0.5; bars: Wilson's 95 % interval of the axis's pairs",
                 unit="share of pairs",
                 line=0.5,
+                ends={"own axis, pair left out": wilson(own, pairs)},
             ),
         }
         effect, cosine = data["effect"].to_numpy(), data["alignment"].to_numpy()
         if np.isfinite(effect).all():
-            pairs = [f"{one} on {other}" for one in names for other in names if one != other]
-            points = {"other poles": (_off_diagonal(cosine).ravel(), _off_diagonal(effect).ravel(), pairs)}
+            shifts = [f"{one} on {other}" for one in names for other in names if one != other]
+            points = {"other poles": (_off_diagonal(cosine).ravel(), _off_diagonal(effect).ravel(), shifts)}
             points["its own poles"] = (np.diag(cosine), np.diag(effect), names)
             figures["effect"] = labelled_scatter(
                 points,
@@ -303,7 +318,30 @@ class SemanticAxes(WeightsProbe):
                 names=("cosine of the axes", "change of log-odds (nats)"),
                 line=0.0,
             )
+        if data["rating"].notnull().any():
+            figures["ratings"] = _rated(data.isel(axis=np.flatnonzero(data["rating"].notnull())))
         return figures
+
+
+def _in_order(share: np.ndarray, pairs: np.ndarray, seed: int) -> dict[str, float]:
+    """Share of all pairs that are in order, with its interval over axes."""
+    mean, resampled = resampled_means((share * pairs)[:, None], pairs[:, None].astype(float), seed=seed)
+    low, high = central(resampled[:, 0], len(pairs))
+    return {"in_order": float(mean[0]), "in_order_low": low, "in_order_high": high}
+
+
+def _rated(data: Any) -> Any:
+    """Correlation with ratings by axis, with its interval, beside the largest that random axes reach in 95 %."""
+    rating, low, high = (data[f"rating{end}"].to_numpy() for end in ("", "_low", "_high"))
+    return category_points(
+        {"axis": rating, "95 % of axes between random words are below": data["rating_null"].to_numpy()},
+        data["axis"].to_numpy().tolist(),
+        title="Ratings of words and their projections on the axis",
+        subtitle="bars: 95 % interval over words",
+        unit="correlation",
+        line=0.0,
+        ends={"axis": (low, high)},
+    )
 
 
 def _off_diagonal(values: np.ndarray) -> np.ndarray:

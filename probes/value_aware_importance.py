@@ -41,6 +41,7 @@ from workbench.probing import (
     clustered_interval,
     clustered_means,
     dataset,
+    error_bars,
     for_query_heads,
     head_grid,
     head_hover,
@@ -277,7 +278,8 @@ def _summary(
             mean, resampled = clustered_means(values, sequences.document[: len(values)], **settings)
             means[layer][name] = mean
             if name in ("overlap_top", "spearman"):
-                means[layer] |= dict(zip((f"{name}_low", f"{name}_high"), intervals(resampled), strict=True))
+                ends = intervals(resampled, len(np.unique(sequences.document)))
+                means[layer] |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
     arrays: dict[str, Any] = stack_heads(list(read), means, [one.name for one in _VARIABLES if one.dims == _HEAD])
     each = {name: [part[name] for part in read.values() if name in part] for name in next(iter(read.values()))}
     scalars = {"overlap": np.concatenate(each["overlap_top"], 1)}
@@ -317,7 +319,7 @@ def _heads(result: Result) -> go.Figure:
         data["overlap_top"].to_numpy(),
         hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
         layers=layers,
-        title=f"Attention and value-aware importance in {model_label(result)}",
+        title=f"Attention and value-aware importance in {model_label(result)}: overlap {value_text(data, 'overlap')}",
         subtitle=f"share of the {int(data['top_keys'])} keys with most attention that are on top with value sizes; "
         f"{int(data['sequences']):,} sequences",
         unit=axis_title(data["overlap_top"].attrs, "overlap"),
@@ -353,13 +355,14 @@ def _classes(result: Result) -> go.Figure:
 
 
 def _effect(result: Result) -> go.Figure:
-    table = result.table
+    table, data = result.table, result.data
     names = [head_name(layer, head) for layer, head in zip(table["layer"], table["head"], strict=True)]
     figure = go.Figure(
         go.Scatter(
             x=table["effect_attention"],
             y=table["effect_value"],
             text=names,
+            name="heads",
             mode="markers",
             marker={"size": 6},
             hovertemplate="%{text}: %{x:.2f} without values, %{y:.2f} with<extra></extra>",
@@ -367,9 +370,21 @@ def _effect(result: Result) -> go.Figure:
     )
     least = float(np.nanmin(table[["effect_attention", "effect_value"]].to_numpy(), initial=0.9))
     ends = [np.floor(10 * least) / 10, 1]
-    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": NEUTRAL, "dash": "dash"}, hoverinfo="skip")
+    dashes = {"color": NEUTRAL, "dash": "dash"}
+    figure.add_scatter(x=ends, y=ends, mode="lines", line=dashes, name="equal", hoverinfo="skip")
+    without = float(data["effect_attention"].mean())
+    gained = [np.array([without + float(data[f"effect_gain{end}"])]) for end in ("", "_low", "_high")]
+    figure.add_scatter(
+        x=[without],
+        y=gained[0],
+        error_y=error_bars(*gained) | {"thickness": 2},
+        name="mean of heads, 95 % interval of the gain",
+        mode="markers",
+        marker={"size": 11, "symbol": "diamond", "color": CATEGORIES[1]},
+        hovertemplate="mean: %{x:.2f} without values, %{y:.2f} with<extra></extra>",
+    )
     title: dict[str, Any] = {"text": f"Which importance the heads' outputs follow in {model_label(result)}"}
     title["subtitle"] = {"text": "rank correlation with the change of the output when a key is hidden; a dot a head"}
-    figure.update_layout(template=TEMPLATE, title=title, height=520, width=620, showlegend=False)
+    figure.update_layout(template=TEMPLATE, title=title, height=560, width=620, margin={"t": 110})
     figure.update_xaxes(title="attention alone", range=[ends[0] - 0.02, 1.02])
     return figure.update_yaxes(title="attention times value size", range=[ends[0] - 0.02, 1.02])

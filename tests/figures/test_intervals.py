@@ -8,7 +8,9 @@ import plotly.graph_objects as go
 from workbench.figures.describe import alt_text, figure_data
 from workbench.figures.error_bars import error_bars
 from workbench.figures.group_intervals import group_intervals
+from workbench.figures.labelled_points import category_points
 from workbench.figures.layer_bands import Band, layer_bands
+from workbench.figures.layer_panels import Curve, Panel, layer_panels
 from workbench.figures.position_bars import position_bars
 
 MEAN, LOW, HIGH = np.array([1.0, 2.0, 4.0]), np.array([0.5, 2.0, 3.0]), np.array([1.5, 3.0, 4.5])
@@ -32,6 +34,28 @@ def test_a_band_is_exported_with_its_line_and_drawn_once():
     assert len(table) == 9  # without the corners of the bands
     assert all(trace.error_y.visible is False for trace in figure.data if trace.error_y.array is not None)
     assert "one from 1 [0.5, 1.5] at 3 to 4 [3, 4.5] at 6; level from 2 [1, 3] at 3" in alt_text(figure)
+
+
+def test_bands_of_panels_stand_in_their_own_panel():
+    none = (np.full(3, np.nan), np.full(3, np.nan))
+    panels = [
+        Panel("a", [Curve("one", MEAN, "#0072b2")]),
+        Panel("b", [Curve("one", MEAN, "#0072b2", ends=(LOW, HIGH))]),
+    ]
+    panels.append(Panel("c", [Curve("one", MEAN, "#0072b2", ends=none)]))
+    figure = layer_panels([panels], layers=[0, 1, 2], title="", subtitle="", unit="")
+    table = figure_data(figure).set_index("panel")
+    np.testing.assert_allclose(table.loc["b", ["low", "high"]], np.stack([LOW, HIGH], 1))
+    assert table.loc[["a", "c"], "low"].isna().all()
+    assert [trace.xaxis for trace in figure.data if trace.fill == "toself"] == ["x2"]
+
+
+def test_points_of_a_group_have_the_intervals_that_it_has():
+    ends = {"two": (LOW, HIGH)}
+    figure = category_points({"one": MEAN, "two": MEAN}, ["a", "b", "c"], title="", subtitle="", unit="", ends=ends)
+    table = figure_data(figure).set_index("series")
+    np.testing.assert_allclose(table.loc["two", ["low", "high"]], np.stack([LOW, HIGH], 1))
+    assert table.loc["one", "low"].isna().all()
 
 
 def test_points_are_a_dot_plot_and_name_their_intervals():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
+from scipy.stats import binom, norm, t
 from sink_example import plant, previous, rows_of, sink_head, uniform
 
 import workbench as wb
+from workbench.figures.describe import figure_data
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import ActiveDormant
@@ -127,6 +129,27 @@ def test_one_domain_or_one_document_each_has_no_gap(planted):
     assert {*result.figures()} == {"heads", "phenomena"}
 
 
+def test_the_curves_have_the_intervals_of_drawn_documents(tmp_path):
+    """Two heads are sinks in 8 of 20 documents, with a residual peak there: the share that is drawn is binomial."""
+    number, having = 20, 8
+    heads = [[sink_head(N, 0.9), sink_head(N, 0.9)] if one < having else [uniform(N)] * 2 for one in range(number)]
+    stream = np.ones((N * number, 6))
+    stream[: N * having : N] *= 50
+    arrays = {"pattern.0": rows_of(*heads), "resid_post.0": stream}
+    result = run(plant(tmp_path / "s", [N] * number, arrays, documents=list(range(number))), sink=0, resamples=4000)
+    tail = norm.cdf(-np.sqrt(number / (number - 1)) * t.ppf(0.975, number - 1))
+    shares = np.array([having, *binom.ppf([tail, 1 - tail], number, having / number)]) / number
+    sink, even = (1 + 15 * 0.9) / 16, sum(1 / i for i in range(1, 17)) / 16
+    table = figure_data(result.figures()["phenomena"])
+    for name, (first, other), text in (("mean_sink", (sink, even), "sink"), ("peak", (50, 1), "peak")):
+        expected, step = other + shares * (first - other), (first - other) / number
+        values = [float(result.data[f"{name}{end}"][0]) for end in ("", "_low", "_high")]
+        assert values[0] == pytest.approx(expected[0], rel=1e-5)
+        assert values[1:] == pytest.approx(expected[1:], abs=step * 1.01)
+        line = table.loc[table["series"].str.startswith(text)].iloc[0]
+        assert line[["y", "low", "high"]].tolist() == pytest.approx(values)
+
+
 # ---- weights of plain Hugging Face ------------------------------------------------------------------------
 
 
@@ -147,6 +170,8 @@ def test_the_drain_is_that_of_the_values_through_their_own_w_o(tiny_models, tmp_
             plain = np.linalg.norm(values[:, :, head // 2], axis=-1)
             expected = (plain[:, 2] / np.median(np.delete(plain, 2, axis=1), axis=1)).mean()
             assert float(data["drain_value"][layer, head]) == pytest.approx(expected, rel=1e-5)
+        assert float(data["median_drain"][layer]) == pytest.approx(np.median(data["drain"][layer]))
+        assert np.isnan(data["median_drain_low"][layer]) == (len(set(store.tokens["document"].to_pylist())) == 1)
         with torch.no_grad():
             stream = copy.deepcopy(module)(torch.tensor(ids), output_hidden_states=True).hidden_states
         if layer < 2:  # the last one is normed

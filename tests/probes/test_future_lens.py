@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from planted import linear_unembed, planted_store
 from refusals import refused
@@ -186,7 +187,7 @@ def test_every_number_of_one_layer_against_float64(tmp_path):
         assert float(at["bigram_precision"]) == pytest.approx((bigram == targets).mean())
         assert float(at["gain"]) == pytest.approx(hits[..., 0].mean() - (bigram == targets).mean())
         by_document = hits[..., 0].mean(1) - (bigram == targets).mean(1)
-        spread = 1.96 * by_document.std() / math.sqrt(len(chosen))
+        spread = scipy.stats.t.ppf(0.975, len(chosen) - 1) * by_document.std(ddof=1) / math.sqrt(len(chosen))
         assert float(at["gain_high"] - at["gain_low"]) == pytest.approx(2 * spread, rel=0.15)
         assert float(at["gain_low"]) < float(at["gain"]) < float(at["gain_high"])
         counts = (len(fitted) * (last - 1), len(validating) * (last - 1), len(tested) * (last - 1), len(tested) * n)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from planted import planted_store
 from refusals import refused
+from scipy.stats import binom, norm, t
 from sink_example import plant, rows_of, sink_head, uniform
 
+from workbench.figures.describe import figure_data
 from workbench.io.errors import RequestError
 from workbench.probes import HiddenSinks
 from workbench.testing import ProbeContract
@@ -97,6 +99,49 @@ def test_the_tokens_at_hidden_sinks_are_counted(tmp_path):
     assert int(result.data["token"][0]) == 5
     assert float(result.data["class_share"].sum()) == pytest.approx(1)
     assert '"t5"' in result.headline()
+
+
+# ---- intervals ------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_drawn_documents(tmp_path):
+    """A document has the sink or not: its share of drawn documents is binomial, and the level Student's."""
+    number, having = 20, 8
+    heads = [[sink_head(N, 0.8, 3)] if one < having else [uniform(N)] for one in range(number)]
+    ids = [[5 if at in (3, 4) else 10 + at for at in range(N)] for _ in range(number)]
+    path = tmp_path / "s"
+    store = planted_store(path, ids, {"pattern.0": rows_of(*heads)})
+    result = run(store, resamples=4000)
+    data = result.data
+    tail = norm.cdf(-np.sqrt(number / (number - 1)) * t.ppf(0.975, number - 1))
+    low, high = binom.ppf([tail, 1 - tail], number, having / number) / number
+    for name in ("heads_share", "position_share", "token_rate"):
+        scale, at = 1.0, {}
+        if name == "position_share":
+            at = {"position": 3}
+        if name == "token_rate":
+            at, scale = {"token": 0}, 0.5  # the token stands at two positions, the sink on one of them
+        ends = [float(data[f"{name}{end}"].isel(at)) for end in ("", "_low", "_high")]
+        assert ends[0] == pytest.approx(scale * having / number)
+        assert ends[1:] == pytest.approx([scale * low, scale * high], abs=scale / number + 1e-9)
+    assert data["position_share_high"].to_numpy()[5] == 0
+    figures = result.figures()
+    drawn = figure_data(figures["positions"]).set_index("x").loc[3]
+    assert (drawn["low"], drawn["high"]) == pytest.approx(100 * ends_of(data, "position_share", 3))
+    drawn = figure_data(figures["tokens"]).iloc[0]
+    assert (drawn["low"], drawn["high"]) == pytest.approx(100 * ends_of(data, "token_rate", 0))
+    assert ", 95 % CI [" in figures["heads"].layout.title.text
+
+
+def ends_of(data, name, at):
+    return np.array([data[f"{name}_{end}"].to_numpy()[at] for end in ("low", "high")])
+
+
+def test_a_single_document_has_no_interval_and_its_figures_no_bars(tmp_path):
+    store = plant(tmp_path / "s", [N] * 2, {"pattern.0": rows_of(*[[sink_head(N, 0.8, 3)]] * 2)}, documents=[0, 0])
+    result = run(store)
+    assert result.data[["heads_share_low", "position_share_low", "token_rate_low"]].isnull().all().to_array().all()
+    assert all("low" not in figure_data(figure) for figure in result.figures().values())
 
 
 # ---- refusals -------------------------------------------------------------------------------------------

@@ -120,11 +120,17 @@ def wilson_end(share, number) -> float:
 
 
 def future_lens(result):
-    data, precision, calibration = result.data, [], [{"x": [0, 1], "y": [0, 1]}]
+    data, precision, calibration, gain = result.data, [], [{"x": [0, 1], "y": [0, 1]}], []
     for method in data["method"].to_numpy():
         for horizon in data["horizon"].to_numpy():
             precision.append({"y": data["precision"].sel({"method": method, "horizon": horizon, "k": 1})})
             precision.append({"y": [float(data["bigram_precision"].sel(horizon=horizon))] * data.sizes["layer"]})
+            middle, low, high = (
+                data[f"gain{end}"].sel({"method": method, "horizon": horizon}).to_numpy()
+                for end in ("", "_low", "_high")
+            )
+            gain.append({"y": [*high, *low[::-1]]})
+            gain.append({"y": middle, "error_y.array": high - middle, "error_y.arrayminus": middle - low})
     for at in range(data.sizes["horizon"]):
         best = data.isel(horizon=at, method=int(data["best_method"][at])).sel(layer=int(data["best_layer"][at]))
         share, number = best["calibration"].to_numpy(), best["calibration_rows"].to_numpy()
@@ -132,7 +138,7 @@ def future_lens(result):
         calibration.append({"y": share, "error_y.array": ends - share})
     rows = np.flatnonzero(data["sequence"] == data["sequence"][0])[:28]
     view = np.where(data["top_id"] < 0, np.nan, data["top_probability"])[:, rows]
-    return {"precision": precision, "calibration": calibration, "view": view}
+    return {"precision": precision, "gain": gain, "calibration": calibration, "view": view}
 
 
 def future_prompts(result):

@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from planted_weights import planted_weights, word_tokenizer
+from scipy.stats import binomtest, t
 
 import workbench as wb
 from workbench.analysis.axis_effects import axis_effects
 from workbench.analysis.poles import NOUNS, POLES
 from workbench.analysis.weights_probe import read_vocabulary
+from workbench.figures.describe import figure_data
 from workbench.probes import SemanticAxes
 from workbench.probes.semantic_axes import (
     axis_directions,
@@ -83,10 +85,28 @@ def test_ratings_correlate_by_the_law_of_the_noise(noise, tokenizer, tmp_path):
     assert (result.data["rating_low"] <= correlation).all()
     assert (result.data["rating_high"] >= correlation).all()
     assert (result.data["rating_null"] < correlation).all()
+    drawn = figure_data(result.figures()["ratings"]).set_index("series").loc["axis"]
+    np.testing.assert_allclose(drawn["low"], result.data["rating_low"])
+    np.testing.assert_allclose(drawn["high"], result.data["rating_high"])
     if not noise:
         assert float(result.data["components"]) == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(result.data["alignment"], np.eye(3), atol=0.02)
     np.testing.assert_array_equal(np.diag(result.data["held_out"]), 1)
+
+
+def test_pairs_in_order_have_intervals(tokenizer):
+    """Of all axes the spread of axes; of one axis scipy's interval of its pairs."""
+    result = SemanticAxes(strength=0.0).run(planted_weights(rows(), tokenizer))
+    own, pairs = np.diag(result.data["held_out"]), result.data["pairs"].to_numpy()
+    share, low, high = (float(result.data[f"in_order{end}"]) for end in ("", "_low", "_high"))
+    assert share == pytest.approx(np.average(own, weights=pairs))
+    error = np.sqrt(np.sum((pairs * (own - share)) ** 2)) / pairs.sum()
+    assert (high - low) / 2 == pytest.approx(t.ppf(0.975, len(own) - 1) * error, rel=0.15)
+    assert f"in order, 95 % CI [{100 * low:.0f}, {100 * high:.0f}]" in result.headline()
+    drawn = figure_data(result.figures()["order"]).set_index("series").loc["own axis, pair left out"]
+    for line, number in zip(drawn.itertuples(), pairs, strict=True):
+        ends = binomtest(round(line.y * number), int(number)).proportion_ci(method="wilson")
+        assert (line.low, line.high) == pytest.approx((ends.low, ends.high), abs=1e-4)
 
 
 def test_random_rows_put_pairs_in_order_by_chance(tokenizer):

@@ -11,6 +11,7 @@ from sink_example import plant, rows_of, sink_head, uniform
 import workbench as wb
 from workbench.analysis.importance import rank_correlation, removal_effects, top_overlap
 from workbench.analysis.value_outputs import output_maps
+from workbench.figures.describe import figure_data
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import ValueAwareImportance
@@ -118,7 +119,14 @@ def test_effects_of_a_recorded_model(tiny_models, tmp_path):
     assert float(result.data["effect_value"][layer, head]) == pytest.approx(expected, abs=1e-6)
     gain = result.data["effect_value"] - result.data["effect_attention"]
     assert float(result.data["effect_gain"]) == pytest.approx(float(gain.mean()), abs=1e-9)
-    assert {*result.figures()} == {"heads", "classes", "effect"}
+    figures = result.figures()
+    assert {*figures} == {"heads", "classes", "effect"}
+    mean = figure_data(figures["effect"]).iloc[-1]
+    for end in ("low", "high"):
+        gained = float(result.data[f"effect_gain_{end}"])
+        assert mean[end] == pytest.approx(float(result.data["effect_attention"].mean()) + gained, abs=1e-9)
+    assert mean["low"] < mean["y"] < mean["high"]
+    assert ": overlap 0." in figures["heads"].layout.title.text
 
 
 def test_derived_attention_gives_the_same_ranks(tiny_models):

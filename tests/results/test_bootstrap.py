@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from refusals import refused
 
 from workbench.analysis.rows import split_by_document
@@ -35,9 +36,9 @@ def test_the_interval_is_that_of_documents_not_of_tokens():
     level = draw.normal(size=10)
     values, document = np.repeat(level, 200), np.repeat(np.arange(10), 200)
     interval = clustered_interval(values, document, resamples=4000)
-    by_hand = np.sort([level[draw.integers(10, size=10)].mean() for _ in range(4000)])
+    student = scipy.stats.t(9, level.mean(), level.std(ddof=1) / np.sqrt(10))
     assert interval.mean == pytest.approx(level.mean())
-    assert (interval.low, interval.high) == pytest.approx((by_hand[100], by_hand[3899]), abs=0.06)
+    assert (interval.low, interval.high) == pytest.approx(student.interval(0.95), abs=0.06)
     tokens = clustered_interval(values, np.arange(2000), resamples=500)
     assert tokens.high - tokens.low < (interval.high - interval.low) / 5
 

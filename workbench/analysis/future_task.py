@@ -98,7 +98,7 @@ class FutureTask:
         document, difference = self.rows.document[rows], hits.astype(float) - baseline
         values = difference if counted is None else np.where(counted, difference, np.nan)
         gain, resampled = clustered_means(values.T, document, seed=seed)
-        low, high = intervals(resampled)
+        low, high = intervals(resampled, len(np.unique(document if counted is None else document[counted])))
         return {"gain": gain, "gain_low": low, "gain_high": high}
 
     def counts(self, horizons: int) -> dict[str, Int[np.ndarray, ...]]:

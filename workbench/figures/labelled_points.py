@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import NEUTRAL, TEMPLATE
 from workbench.figures.themed import ThemedFigure
@@ -116,8 +117,19 @@ def category_points(
     subtitle: str,
     unit: str,
     line: float | None = None,
+    ends: Mapping[str, tuple[Float[np.ndarray, " category"], Float[np.ndarray, " category"]]] | None = None,
 ) -> go.Figure:
-    """Returns a point for each group and category; `line` is the height of a dashed horizontal line."""
+    """Returns a point for each group and category.
+
+    Args:
+        groups: Name of a group to its values.
+        categories: Names on the horizontal axis.
+        title: Title.
+        subtitle: Line below the title.
+        unit: Title of the vertical axis.
+        line: Height of a dashed horizontal line. None: none.
+        ends: Lower and upper ends of the intervals of the groups that have them.
+    """
     figure = ThemedFigure()
     for name, values in groups.items():
         figure.add_scatter(
@@ -125,6 +137,7 @@ def category_points(
             y=values,
             mode="markers",
             marker={"size": 8},
+            error_y=error_bars(values, *ends[name]) if ends and name in ends else None,
             name=sentence(name),
             hovertemplate="%{x}: %{y:.3f}",
         )

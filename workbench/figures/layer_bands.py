@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.error_bars import error_bars
+from workbench.figures.error_bars import band_traces
 from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
@@ -31,37 +31,19 @@ class Band:
 
 def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, subtitle: str, unit: str) -> go.Figure:
     """Draws one line over layers per entry of `bands`, all in the same unit, each with a band between its ends."""
-    figure, x = ThemedFigure(), list(layers)
+    figure = ThemedFigure()
     for band in bands:
-        line = {"color": band.colour, "dash": band.dash, "width": 2 if band.dash == "solid" else 1.5}
-        values, ends = np.broadcast_to(np.asarray(band.values, float), len(x)), None
-        if band.ends is not None:
-            low, high = (np.broadcast_to(np.asarray(end, float), len(x)) for end in band.ends)
-            ends = error_bars(values, low, high) | {"visible": False}  # for the table of what is drawn
-            known = np.flatnonzero(~np.isnan(low + high))  # a polygon with a gap is filled wrongly
-            figure.add_scatter(
-                x=[x[at] for at in (*known, *known[::-1])],
-                y=np.concatenate([high[known], low[known[::-1]]]),
-                mode="lines",
-                fill="toself",
-                fillcolor=band.colour,
-                opacity=0.15,
-                line={"width": 0},
-                hoverinfo="skip",
-                legendgroup=band.name,
-                showlegend=False,
-                meta={"decoration": "band"},
-            )
-        figure.add_scatter(
-            x=x,
-            y=values,
-            error_y=ends,
+        solid = band.dash == "solid"
+        line = go.Scatter(
+            x=list(layers),
+            y=np.broadcast_to(np.asarray(band.values, float), len(layers)),
             name=band.name,
-            mode="lines+markers" if band.dash == "solid" else "lines",
-            line=line,
+            mode="lines+markers" if solid else "lines",
+            line={"color": band.colour, "dash": band.dash, "width": 2 if solid else 1.5},
             legendgroup=band.name,
             hovertemplate="layer %{x}: %{y:.3f}",
         )
+        figure.add_traces(band_traces(line, band.ends))
     figure.update_layout(
         template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from workbench.figures.error_bars import band_traces
 from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
@@ -29,6 +30,8 @@ class Curve:
     """Curves of a group are switched together by the legend. "": the name."""
     legend: bool = True
     """False for references that the subtitle explains."""
+    ends: tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]] | None = None
+    """Lower and upper end of the interval, drawn as a band. None: no band."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def layer_panels(
     for row, panels in enumerate(rows, start=1):
         for column, panel in enumerate(panels, start=1):
             for curve in panel.curves:
-                figure.add_scatter(
+                line = go.Scatter(
                     x=list(layers),
                     y=np.broadcast_to(np.asarray(curve.values, float), len(layers)),
                     name=curve.name,
@@ -74,9 +77,9 @@ def layer_panels(
                     legendgroup=curve.group or curve.name,
                     showlegend=curve.legend and row == column == 1,
                     hovertemplate="layer %{x}: %{y:.3f}",
-                    row=row,
-                    col=column,
                 )
+                for trace in band_traces(line, curve.ends):
+                    figure.add_trace(trace, row=row, col=column)
     height = 210 + 250 * len(rows)
     figure.update_layout(
         template=TEMPLATE,

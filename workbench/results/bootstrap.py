@@ -84,9 +84,10 @@ def clustered_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Returns the mean of one column and its 95 % interval, by `clustered_means`."""
+    """Returns the mean of one column and its 95 % interval, by `clustered_means` and `central`."""
     mean, resampled = clustered_means(values[:, None], clusters, resamples=resamples, seed=seed)
-    return Interval(float(mean[0]), *central(resampled[:, 0]))
+    number = len(np.unique(clusters[~np.isnan(values)]))
+    return Interval(float(mean[0]), *central(resampled[:, 0], number))
 
 
 @dataclass(frozen=True)
