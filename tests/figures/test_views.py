@@ -16,9 +16,10 @@ import workbench as wb
 from workbench.analysis.lens_figures import lens_depth, lens_grid
 from workbench.figures.attention_map import head_attention
 from workbench.figures.head_grid import head_grid, with_side_panel
+from workbench.figures.paper import to_paper
 from workbench.figures.safe_text import visible
 from workbench.figures.theme import SIGNED
-from workbench.figures.token_strip import token_strip
+from workbench.figures.token_strip import restrip, token_strip
 from workbench.io.errors import RequestError
 from workbench.probes import AttentionSinks, FutureLens, LogitLens, SuccessorHeads, TokenErasure
 from workbench.results.result import Result
@@ -78,6 +79,25 @@ def test_a_strip_is_read_line_by_line():
 def test_ends_of_a_strips_colours(values, changes, ends):
     (heat,) = strip(values, **changes).data
     assert (heat.zmin, heat.zmax) == ends
+
+
+def test_a_strip_in_shorter_lines_is_what_would_be_drawn_so():
+    """Newlines end lines, and runs of Hebrew stand from right to left, in long lines and in short ones."""
+    words = [*tokens_of(5), "שלום", "עולם", "ספר", " a", "\n", *tokens_of(9)]
+    values = np.arange(len(words)) / 10
+    long, short = (strip(values, tokens=words, line=line) for line in (6, 3))
+    copy, number = restrip(long, 3, 60)
+    assert number == len(words)
+    for name in ("z", "text", "customdata"):
+        np.testing.assert_array_equal(np.array(copy.data[0][name]), np.array(short.data[0][name]))
+    assert copy.layout.yaxis.ticktext == short.layout.yaxis.ticktext
+    assert (copy.layout.width, copy.layout.height) == (short.layout.width, short.layout.height)
+    cut, number = restrip(long, 3, 2)
+    assert (number, len(cut.data[0].z)) == (6, 2)
+    printed, omitted = to_paper(strip(values, tokens=words))
+    assert printed.data[0].text[0][0] == "·tok…"
+    assert not any("too narrow" in one for one in omitted)
+    assert "tokens after the first 420" in to_paper(strip(np.zeros(500)))[1]
 
 
 def test_the_head_picker_has_every_head():

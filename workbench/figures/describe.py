@@ -4,7 +4,8 @@
 # plotly makes attributes at run time
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,25 +63,22 @@ def caption(figure: go.Figure) -> str:
 
 def alt_text(figure: go.Figure) -> str:
     """Returns the alternative text: kind of chart, axes, and the ends and extremes of each series."""
-    table = figure_data(figure)
-    traces = drawn_traces(figure)
+    flat = _unwrapped(figure)
+    traces = drawn_traces(flat)
     drawn = list(dict.fromkeys(map(_kind, traces)))
-    axes = " by ".join(_titles(_unwrapped(figure)))
-    parts = [" and ".join(drawn) or "Empty figure", *([f" of {axes}"] if axes else []), "."]
-    if "value" in table and table["value"].notna().any():
-        largest = table.loc[table["value"].idxmax()]
-        at = ", ".join(_place(largest, axis) for axis in "yx" if axis in table)
-        parts.append(f" {table['value'].notna().sum():,} values{_range(table['value'])}, the largest at {at}.")
-    key = ["panel", "series"] if "panel" in table else ["series"]
-    visible = [t.showlegend is not False or t.type == "heatmap" for t in traces]
-    series = [] if "value" in table or not any(visible) else list(table.groupby(key, sort=False, dropna=False))
-    measure = "x" if any(t.type == "bar" and t.orientation == "h" for t in figure.data) else "y"
-    for names, part in series[:_MAX_SERIES]:
-        name = ", ".join(name for name in names if isinstance(name, str) and name)
-        parts.append(f" {name or 'values'}{_course(part, measure)};")
+    axes = " by ".join(_titles(flat))
+    text = (" and ".join(drawn) or "Empty figure") + (f" of {axes}" if axes else "") + "."
+    columns = [_trace_columns(flat, trace) for trace in traces]
+    if coloured := _colours(columns):
+        return text + coloured
+    if not any(trace.showlegend is not False or trace.type == "heatmap" for trace in traces):
+        return text
+    measure = "x" if any(trace.type == "bar" and trace.orientation == "h" for trace in flat.data) else "y"
+    series = _series(columns)
+    parts = [f" {name or 'values'}{_course(points, measure)}" for name, points in series[:_MAX_SERIES]]
     if len(series) > _MAX_SERIES:
-        parts.append(f" and {len(series) - _MAX_SERIES} more;")
-    return "".join(parts).rstrip(";").rstrip(".") + "."
+        parts.append(f" and {len(series) - _MAX_SERIES} more")
+    return (text + ";".join(parts)).rstrip(".") + "."
 
 
 def _kind(trace: BaseTraceType) -> str:
@@ -89,36 +87,69 @@ def _kind(trace: BaseTraceType) -> str:
     return {"heatmap": "Heat map", "bar": "Bar chart"}.get(trace.type, trace.type)
 
 
-def _range(values: pd.Series) -> str:
-    known = pd.to_numeric(values, errors="coerce").dropna()
-    return f" from {known.min():.3g} to {known.max():.3g}" if len(known) else ", no values"
+def _colours(columns: Sequence[Mapping[str, Any]]) -> str:
+    """Count, range and place of the largest of the values that are encoded as colour; "" without any."""
+    parts = [part for part in columns if "value" in part and np.isfinite(part["value"]).any()]
+    if not parts:
+        return ""
+    count = sum(np.count_nonzero(~np.isnan(part["value"])) for part in parts)
+    smallest = min(np.nanmin(part["value"]) for part in parts)
+    most = max(parts, key=lambda part: np.nanmax(part["value"]))
+    place = int(np.nanargmax(most["value"]))
+    at = ", ".join(_place(most, axis, place) for axis in "yx" if axis in most)
+    return f" {count:,} values from {smallest:.3g} to {most['value'][place]:.3g}, the largest at {at}."
 
 
-def _course(part: pd.DataFrame, measure: str) -> str:
+def _series(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, list[Any]]]]:
+    """Name and points of each series; traces of one name in one panel are one."""
+    series: dict[str, dict[str, list[Any]]] = {}
+    for part in columns:
+        size = max((len(part[axis]) for axis in "xy" if axis in part), default=0)
+        if not size:
+            continue
+        name = ", ".join(name for name in (part["panel"], part["series"]) if name)
+        points = series.setdefault(name, {axis: [] for axis in ("x", "x_label", "y", "y_label", "low", "high")})
+        for axis, values in points.items():
+            values += list(part.get(axis, [None] * size))
+    return list(series.items())
+
+
+def _course(points: Mapping[str, Sequence[Any]], measure: str) -> str:
     """First and last value of a series with their intervals, and its extremes where they lie between these."""
-    part = part.assign(number=pd.to_numeric(part[measure], errors="coerce")).dropna(subset=["number"])
-    if part.empty:
+    values = np.array([_number(value) for value in points[measure]])
+    known = np.flatnonzero(~np.isnan(values))
+    if not len(known):
         return ", no values"
-    along = "x" if measure == "y" else "y"
-    ends = [part.iloc[0], part.iloc[-1]]
-    text = " from " + " to ".join(f"{one['number']:.3g}{_interval(one)} at {_place(one, along)}" for one in ends)
-    for word, place in (("largest", part["number"].idxmax()), ("smallest", part["number"].idxmin())):
-        if part.loc[place, "number"] not in [one["number"] for one in ends]:
-            text += f", {word} {part.loc[place, 'number']:.3g} at {_place(part.loc[place], along)}"
+    along, ends = "x" if measure == "y" else "y", [int(known[0]), int(known[-1])]
+    shown = [f"{values[one]:.3g}{_interval(points, one)} at {_place(points, along, one)}" for one in ends]
+    text = " from " + " to ".join(shown)
+    for word, place in (("largest", int(np.nanargmax(values))), ("smallest", int(np.nanargmin(values)))):
+        if values[place] not in values[ends]:
+            text += f", {word} {values[place]:.3g} at {_place(points, along, place)}"
     return text
 
 
-def _interval(row: pd.Series) -> str:
+def _interval(points: Mapping[str, Sequence[Any]], index: int) -> str:
     """The ends of the error bar of a point, where it has one."""
-    known = "low" in row and pd.notna(row["low"]) and row["low"] < row["high"]
-    return f" [{row['low']:.3g}, {row['high']:.3g}]" if known else ""
+    low, high = (_number(points[end][index]) for end in ("low", "high"))
+    return f" [{low:.3g}, {high:.3g}]" if low < high else ""
 
 
-def _place(row: pd.Series, axis: str) -> str:
+def _number(value: Any) -> float:
+    """The value as a number; NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _place(points: Mapping[str, Any], axis: str, index: int) -> str:
     """Where a point lies on an axis: its label, or its coordinate."""
-    named = row.get(f"{axis}_label")
-    value = named if isinstance(named, str) and named else row[axis]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    labels = points.get(f"{axis}_label")
+    value = (labels[index] if labels else None) or points[axis][index]
+    if isinstance(value, str):
+        return plain(value)
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def _titles(figure: go.Figure) -> list[str]:
@@ -129,24 +160,29 @@ def _titles(figure: go.Figure) -> list[str]:
 
 
 def _trace_table(figure: go.Figure, trace: BaseTraceType) -> pd.DataFrame:
+    columns = _trace_columns(figure, trace)
+    names = {name: columns.pop(name) for name in ("series", "panel")}
+    if trace.type == "heatmap" and trace.text is not None:
+        columns["text"] = [plain(text) for row in trace.text for text in row]
+    return pd.DataFrame(columns).assign(**names)
+
+
+def _trace_columns(figure: go.Figure, trace: BaseTraceType) -> dict[str, Any]:
+    """Columns of a trace, of one length and without texts of cells; and its name and panel."""
     columns = _heatmap(trace) if trace.type == "heatmap" else _points(trace)
-    table = pd.DataFrame(columns).assign(series=plain(trace.name or ""), panel=_panel(figure, trace))
     for name in {"x", "y"} & {*columns}:
         axis = figure.layout[f"{name}axis{(getattr(trace, f'{name}axis') or name)[1:]}"]
         if axis.tickvals is not None and axis.ticktext is not None:
             labels = dict(zip(axis.tickvals, map(plain, axis.ticktext), strict=True))
-            table[f"{name}_label"] = [labels.get(value) for value in columns[name]]
-    return table
+            columns[f"{name}_label"] = [labels.get(value) for value in columns[name]]
+    return {**columns, "series": plain(trace.name or ""), "panel": _panel(figure, trace)}
 
 
 def _heatmap(trace: BaseTraceType) -> dict[str, Any]:
     values = np.asarray(trace.z, dtype=float)
     sides = (trace.x, values.shape[1]), (trace.y, values.shape[0])
     x, y = (np.arange(size) if side is None else np.asarray(side) for side, size in sides)
-    columns = {"x": np.tile(x, len(y)), "y": np.repeat(y, len(x)), "value": values.ravel()}
-    if trace.text is not None:
-        columns["text"] = [plain(text) for row in trace.text for text in row]
-    return columns
+    return {"x": np.tile(x, len(y)), "y": np.repeat(y, len(x)), "value": values.ravel()}
 
 
 def _points(trace: BaseTraceType) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from workbench.figures.safe_text import label, plain
 from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT, top_bar
 from workbench.figures.token_grid import grid_of, rewrap
+from workbench.figures.token_strip import is_strip, restrip
 from workbench.io.errors import RequestError
 
 _CHARACTER = 0.6  # width of a monospaced character, in type sizes
@@ -49,12 +50,17 @@ def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]
         raise RequestError(f"columns must be 1 or 2, not {columns!r}")
     if grid := grid_of(figure):
         return _grid_to_paper(figure, grid, columns)
-    copy, width = go.Figure(figure), COLUMNS[columns] * INCH
+    copy, width, omitted = go.Figure(figure), COLUMNS[columns] * INCH, []
+    if is_strip(figure):
+        copy, tokens = restrip(figure, _GRID_LINE[columns], _MAX_ROWS)
+        total = len(figure.layout.meta["strip"]["positions"])
+        omitted += [f"tokens after the first {tokens:,}"] if tokens < total else []
     copy.update_layout(template=PAPER, title=None, width=width, margin=PAPER.layout.margin)
     copy.layout.legend = {}
     _remove_small_pictures(copy)
-    omitted = [*_remove_menus(copy), *_set_traces(copy, width)]
+    omitted += [*_remove_menus(copy), *_set_traces(copy, width)]
     copy.update_annotations(font={"size": _TICK})
+    _wrap_panel_titles(copy, width)
     for axis in copy.select_xaxes(lambda axis: axis.type == "log"):
         axis.dtick = 1  # powers of ten: no room for ticks between them
     copy.update_xaxes(tickfont={"size": _TICK})
@@ -176,7 +182,8 @@ def _set_height(figure: go.Figure, width: float) -> float:
     # plotly's automatic margin ends at the base line of the title
     figure.layout.margin.b = (below or 1.4 * _TICK) + (1.3 * lines + 0.7) * _TITLE
     if figure.layout.annotations:
-        figure.layout.margin.t = 1.6 * _TICK
+        titles = max(str(part.text).count("<br>") for part in figure.layout.annotations)
+        figure.layout.margin.t = (1.6 + 1.3 * titles) * _TICK
     return float(height - _GRID_MARGIN)
 
 
@@ -208,6 +215,16 @@ def _wrap(axis: go.layout.XAxis | go.layout.YAxis, room: float) -> None:
             axis.title.text, max(12, int(room / (0.5 * _TITLE))), break_long_words=False, break_on_hyphens=False
         )
         axis.title.text = "<br>".join(lines)
+
+
+def _wrap_panel_titles(figure: go.Figure, width: float) -> None:
+    """Wraps the titles above panels to the width of these."""
+    domains = {axis.domain for axis in figure.select_xaxes() if axis.domain}
+    for title in figure.layout.annotations if domains else ():
+        if title.xref == title.yref == "paper" and not title.showarrow:
+            left, right = min(domains, key=lambda ends: abs(sum(ends) / 2 - title.x))
+            room = int((width - _PLOT_MARGIN) * (right - left) / (0.52 * _TICK))
+            title.text = "<br>".join(textwrap.wrap(title.text, max(8, room), break_long_words=False))
 
 
 def _row_count(trace: Any, width: float) -> float:

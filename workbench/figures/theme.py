@@ -71,10 +71,12 @@ _DARK_MASKED = "#3a404c"
 
 def _template(ink: str, grid: str, page: str) -> go.layout.Template:
     axis = {"gridcolor": grid, "linecolor": ink, "ticks": "outside", "zeroline": False, "automargin": True}
+    axis |= {"title": {"standoff": 8}}  # by the width that labels really have: those of logarithmic axes are wide
     return go.layout.Template(
         layout={
             "font": {"family": SANS, "size": 13, "color": ink},
-            "title": {"x": 0.01, "xanchor": "left", "font": {"size": 16}},
+            "title": {"x": 0.01, "xanchor": "left", "font": {"size": 16}}
+            | {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}},  # away from a legend of two lines
             "colorway": _dark(list(CATEGORIES)) if page == DARK_PAGE else CATEGORIES,
             "paper_bgcolor": page,
             "plot_bgcolor": page,
@@ -144,6 +146,8 @@ def to_dark_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dark(value: Any, key: str = "") -> Any:
     """`value` with the light theme's colours replaced where a colour is expected; other text is unchanged."""
+    if key in _WITHOUT_COLOURS:
+        return value
     if isinstance(value, Mapping):
         return {name: _dark(part, name) for name, part in value.items()}
     if key == "colorscale":
@@ -157,6 +161,7 @@ def _scale(scale: Any) -> tuple[tuple[float, str], ...]:
     return tuple((float(position), str(colour)) for position, colour in scale)
 
 
+_WITHOUT_COLOURS = {"x", "y", "z", "text", "customdata", "hovertext", "tickvals", "ticktext", "meta"}
 _DARK_COLOURS = {TEXT: "#f2f4f7", INK: DARK_INK, MASKED: _DARK_MASKED, "#7a5200": "#e69f00", "#1f9ad6": "#56b4e9"}
 _DARK_SCALES = {
     _scale(PROBABILITY): _DARK_PROBABILITY,

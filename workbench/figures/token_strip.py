@@ -4,7 +4,7 @@
 # plotly makes attributes at run time
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.readable import readable_tokens, visual_order
-from workbench.figures.safe_text import label
+from workbench.figures.safe_text import label, plain
 from workbench.figures.theme import CELLS, MONOSPACE, PROBABILITY, SIGNED, SIGNED_CELLS, TEMPLATE, TEXT, top_bar
 from workbench.figures.themed import ThemedFigure
 
@@ -71,9 +71,39 @@ def token_strip(
     lines = _lines(readable, line)
     heat = _cells(values, shown, hover, lines, line)
     heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high, colorbar=top_bar(unit))
-    return _lay_out(
-        ThemedFigure(heat), title, subtitle, [str(positions[min(part)]) if part else "" for part in lines], line
+    figure = ThemedFigure(heat)
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": title, "subtitle": {"text": subtitle}},
+        margin={"t": 115, "b": 20},
+        meta={"strip": {"lines": lines, "positions": list(map(int, positions))}},
     )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(title="position", autorange="reversed", showgrid=False)
+    return _lay_out(figure, lines, positions, line)
+
+
+def is_strip(figure: go.Figure) -> bool:
+    """Returns True for a figure that `token_strip` drew."""
+    return isinstance(figure.layout.meta, Mapping) and "strip" in figure.layout.meta
+
+
+def restrip(figure: go.Figure, line: int, most: int) -> tuple[go.Figure, int]:
+    """Returns a copy of a strip in at most `most` lines of at most `line` tokens, and the number of tokens it holds."""
+    copy, heat = ThemedFigure(figure), figure.data[0]
+    lines, positions = (figure.layout.meta["strip"][name] for name in ("lines", "positions"))
+    place = {index: (row, column) for row, part in enumerate(lines) for column, index in enumerate(part)}
+    parts = [sorted(part)[first : first + line] for part in lines for first in range(0, max(1, len(part)), line)][:most]
+
+    def moved(cells: Any, fill: Any) -> list[list[Any]]:
+        return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in shown]
+
+    texts = [[plain(heat.text[place[i][0]][place[i][1]]) for i in part] for part in parts]
+    shown = [[part[at] for at in visual_order(text)] for part, text in zip(parts, texts, strict=True)]
+    cells = copy.data[0]
+    cells.z, cells.text, cells.customdata = moved(heat.z, np.nan), moved(heat.text, ""), moved(heat.customdata, "")
+    cells.x, cells.y = list(range(line)), list(range(len(shown)))
+    return _lay_out(copy, shown, positions, line), sum(map(len, shown))
 
 
 def _cells(
@@ -103,17 +133,11 @@ def _cells(
     )
 
 
-def _lay_out(figure: go.Figure, title: str, subtitle: str, row_labels: Sequence[str], line: int) -> go.Figure:
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
-        width=110 + _CELL[0] * line,
-        height=160 + _CELL[1] * max(2, len(row_labels)),
-        margin={"t": 115, "b": 20},
-    )
-    figure.update_xaxes(visible=False)
-    ticks = {"tickmode": "array", "tickvals": list(range(len(row_labels))), "ticktext": row_labels, "ticks": ""}
-    return figure.update_yaxes(title="position", autorange="reversed", showgrid=False, **ticks)
+def _lay_out(figure: go.Figure, lines: Sequence[Sequence[int]], positions: Sequence[int], line: int) -> go.Figure:
+    """Sizes of a strip, and the position of the first token of each line."""
+    figure.update_layout(width=110 + _CELL[0] * line, height=160 + _CELL[1] * max(2, len(lines)))
+    names = [str(positions[min(part)]) if part else "" for part in lines]
+    return figure.update_yaxes(tickmode="array", tickvals=list(range(len(lines))), ticktext=names, ticks="")
 
 
 def _lines(tokens: Sequence[str], line: int) -> list[list[int]]:

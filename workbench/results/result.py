@@ -77,12 +77,14 @@ class Result:
 
         Each carries `source()` as plotly text in `layout.meta["provenance"]`.
         """
+        from workbench.figures.legend_room import with_legend_room  # plotly
         from workbench.figures.safe_text import sentence
-        from workbench.figures.themed import themed  # plotly
+        from workbench.figures.themed import themed
 
-        figures: dict[str, Figure] = {name: themed(figure) for name, figure in self.maker().figures(self).items()}
+        made, source = self.maker().figures(self), sentence(self.source())
+        figures: dict[str, Figure] = {name: with_legend_room(themed(figure)) for name, figure in made.items()}
         for figure in figures.values():
-            figure.layout.meta = {**(figure.layout.meta or {}), "provenance": sentence(self.source())}
+            figure.layout.meta = {**(figure.layout.meta or {}), "provenance": source}
         return figures
 
     def source(self) -> str:
