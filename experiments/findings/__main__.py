@@ -48,7 +48,8 @@ SHALLOW = BRIEF | {"token-erasure": {"offsets": (-2, -1, 0), "late": 3}}
 SPEECH = {"linear-probes": {"label": "speech"}}
 """The same for stories."""
 DEEP = BRIEF | SPEECH | {"future-prompts": BRIEF["future-prompts"] | {"layers": (9, 19, 29)}}
-"""The same for SmolLM2-135M, whose prompts train for half a minute a layer."""
+DEEP |= {name: {"row_limit": 250} for name in ("masked-sinks", "stages", "zero-tuning")}
+"""The same for SmolLM2-135M, whose prompts train for half a minute a layer, and which runs for each head or layer."""
 DEMO = SHALLOW | {"attention-sinks": {"domain": "domain"}, "linear-probes": {"label": "domain"}}
 """The same for the embedded model on its corpus."""
 
