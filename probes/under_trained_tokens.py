@@ -207,7 +207,7 @@ class UnderTrainedTokens(WeightsProbe):
         number, others = (int(count) for count in data["tested"])
         if number:
             share, random = (float(value) for value in data["verified"])
-            low, high = (100 * float(end[0]) for end in wilson(np.array([share]), np.array([number])))
+            low, high = (max(0.0, 100 * float(end[0])) for end in wilson(np.array([share]), np.array([number])))
             text += (
                 f"; {100 * share:.0f} % of the {number} lowest are verified (p < {_VERIFIED}, 95 % CI [{low:.0f}, "
                 f"{high:.0f}]), of {others} random tokens {100 * random:.0f} %"

@@ -91,6 +91,17 @@ LINES = """
     features {store} --sae {tmp}/nowhere
     features {store} --sae ''
     features {tmp} --sae demo
+    match {store} {store} --k 0
+    match {store} {store} --out {store}
+    index {store} --out {tmp}/i --pages -3
+    contributions {store} 3 --sae demo --k 0
+    features {store} --sae neurons --site mlp_post.²
+    generate demo {file} --out {file}
+    generate demo 'a text' --out {tmp}
+    atlas {store} --out {tmp}
+    atlas {store} --out {tmp}/a.html --table {tmp}
+    rm {store} --sites
+    pack {store} {store}/inside
     top {store} 0
     top {tmp} 3
     top {store} first

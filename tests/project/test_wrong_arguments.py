@@ -79,6 +79,8 @@ CALLS = [
     (lambda _: plain(_names)("sites", ("resid_post", 0)), "sites must be names, such as resid_post.3, not 0"),
     (lambda _: plain(_workers)(2), "workers is 2; give wb.RayWorkers(2)"),
     (lambda _: plain(_direction)("a.safetensors", None), "'a.safetensors'; load its file: wb.load_direction(path)"),
+    (lambda at: plain(wb.sae_metrics)(at.store, None, seed=-1), "seed must be a whole number, at least 0"),
+    (lambda _: plain(wb.feature_effect)(None, None, 0, seed=-1), "seed must be a whole number, at least 0"),
     (lambda _: plain(wb.random_repeats)("demo"), "tokens must be a tokenizer, such as model.tokenizer, or ids"),
     (lambda _: plain(wb.random_repeats)(range(9), period=5), "period must be the smallest and the largest one"),
 ]

@@ -12,7 +12,7 @@ import xarray as xr
 
 from workbench.analysis.received import attention_source
 from workbench.figures.head_grid import head_name
-from workbench.io.errors import RequestError
+from workbench.io.errors import RequestError, nearest
 from workbench.io.progress import progress
 from workbench.model.load import Model
 from workbench.model.reload import recorded_model
@@ -128,6 +128,8 @@ def measure_heads(
         check_store(repeats, "repeats")
     if repeats is not None and (other := store.manifest.model.difference(repeats.manifest.model)):
         raise RequestError(f"repeats: {repeats.path} was recorded from another model: {other}")
+    if domain is not None and domain not in (known := store.tokens.column_names):
+        raise RequestError(f"domain {domain!r} is not a column of the token table{nearest(domain, known)}")
     try:
         loaded, refusal = recorded_model(store, model, device), ""
     except RequestError as error:

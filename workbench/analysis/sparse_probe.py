@@ -19,7 +19,7 @@ from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
 from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
-from workbench.io.checks import check
+from workbench.io.checks import SEEDS, check
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts
@@ -103,6 +103,7 @@ def sparse_probe(
         RequestError: No such column, a single document, no value in training and test documents, or wrong settings.
     """
     _check_settings(features, k, least, held_out, resamples)
+    check("seed", seed, at_least=0, below=SEEDS, whole=True)
     draw = np.random.default_rng(seed)
     text, lines, shuffled, left_out = text_rows(features.store), [], dict[str, str](), 0
     split = _Split.of(features.store.tokens["document"].to_numpy(), text, held_out, draw)

@@ -12,7 +12,7 @@ from workbench.cli.options import Positional
 from workbench.cli.terminal import print_plain
 from workbench.io.checks import check_fields
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable
+from workbench.io.files import check_writable, check_writable_file
 from workbench.io.saving import save_text
 from workbench.io.spreadsheet import csv_text
 
@@ -57,7 +57,7 @@ class Report:
         from workbench.pages.report import section, write_report  # seconds: plotly
         from workbench.results.result import load_result
 
-        check_writable(self.out)
+        check_writable_file(self.out)
         sections = [section(load_result(path)) for path in self.result]
         today = date.today().isoformat()
         page = write_report(sections, self.out, title=self.title, date=today, plotlyjs=self.plotlyjs)
@@ -89,8 +89,9 @@ class Atlas:
         from workbench.pages.head_atlas import head_atlas  # seconds: torch, plotly
         from workbench.store.reader import open_store
 
-        for path in filter(None, (self.out, self.table)):
-            check_writable(path)
+        for name, path in (("out", self.out), ("table", self.table)):
+            if path is not None:
+                check_writable_file(path, name)
         repeats = None if self.repeats is None else open_store(self.repeats)
         settings = {"model": self.model, "repeats": repeats, "domain": self.domain, "device": self.device}
         atlas = head_atlas(open_store(self.store), **settings)  # pyright: ignore[reportArgumentType]  # each of its type

@@ -10,7 +10,7 @@ from workbench.cli.options import Positional
 from workbench.cli.terminal import print_frame, print_plain
 from workbench.io.checks import check_fields
 from workbench.io.errors import RequestError
-from workbench.io.files import check_new_folder, check_writable
+from workbench.io.files import check_new_folder, check_writable_file
 from workbench.io.saving import save_text, save_texts
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class Match:
 
         check_fields(self, "k", at_least=1)
         if self.out is not None:
-            check_writable(self.out)
+            check_writable_file(self.out)
         one, other = open_features(self.features), open_features(self.other)
         if self.splits:
             table = feature_splits(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +12,7 @@ from workbench.cli.options import Positional
 from workbench.cli.store_verbs import Info
 from workbench.cli.terminal import print_plain
 from workbench.io.errors import RequestError
-from workbench.io.files import check_writable
+from workbench.io.files import check_writable, check_writable_file
 from workbench.io.tasks import dtype_for
 from workbench.sites.settings import Recording
 
@@ -51,6 +52,9 @@ class Generate:
 
         if self.out.suffix != ".jsonl":
             raise RequestError(f"--out {str(self.out)!r} must end in .jsonl")
+        check_writable_file(self.out)
+        if self.out.exists() and any(os.path.exists(one) and self.out.samefile(one) for one in self.prompts):
+            raise RequestError(f"--out {str(self.out)!r} is a file of prompts, which would be lost; choose another")
         model = load_model(self.model, device=self.device)
         settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         made = generate(

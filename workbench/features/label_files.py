@@ -85,6 +85,8 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
     known = sorted({module for _, module, _, _ in lines})
     if source is None and len(known) > 1:
         raise RequestError(f"labels: {str(path)!r} has several autoencoders; choose one with source: {_some(known)}")
+    if source is not None and known == [""]:
+        raise RequestError(f"labels: {str(path)!r} names no autoencoders; leave source out")
     if source is not None and source not in known:
         raise RequestError(
             f"labels: {str(path)!r} has no source {source!r}, but {_some(known)}{nearest(source, known)}"

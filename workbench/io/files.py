@@ -372,6 +372,13 @@ def check_writable(path: str | os.PathLike[str], name: str = "out") -> None:
         raise RequestError(f"{name}={path} cannot be written{place}: {error.strerror}; choose another {name}") from None
 
 
+def check_writable_file(path: str | os.PathLike[str], name: str = "out") -> None:
+    """Refuses the path of a file that is a folder or cannot be written, before work is done for it."""
+    if Path(path).is_dir():
+        raise RequestError(f"{name}={path} is a folder; name a file in it")
+    check_writable(path, name)
+
+
 def check_new_folder(folder: str | os.PathLike[str]) -> None:
     """Refuses a folder that is not empty or cannot be written, before work is done for it."""
     refuse_full(Path(folder))

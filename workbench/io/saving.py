@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from workbench.io.checks import as_path
+from workbench.io.errors import RequestError
 from workbench.io.files import explain_full_disk, refuse_full, replace_file, replace_folder, write_file
 
 
@@ -14,9 +15,12 @@ def save_text(path: str | os.PathLike[str], text: str) -> Path:
     """Writes a text file, in place of one of that name, into a folder that is made if need be; returns its path.
 
     Raises:
+        RequestError: The path is a folder.
         DataError: The disk is full, read-only or failing.
     """
     path = as_path("path", path)
+    if path.is_dir():
+        raise RequestError(f"path {str(path)!r} is a folder; name a file in it")
     with explain_full_disk(str(path), "write it again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode("utf-8", "replace"))

@@ -35,6 +35,8 @@ class Set(SiteIntervention):
 
     def change(self, model: Model, place: Place) -> Change:
         """Returns the change of rows; see `RowIntervention.change`."""
+        if isinstance(self.value, str):
+            raise RequestError(f"value must be numbers, not {shown(self.value)}")
         value = torch.as_tensor(self.value)
         _check_finite("value", value)
         for shape in (place.shape, place.shape[1:]) if place.single_head else (place.shape,):

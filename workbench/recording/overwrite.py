@@ -23,6 +23,7 @@ def overwrite_store(path: Path, write: Callable[[Path], Store]) -> Store:
     """
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
 
+    path = path if path.name not in ("", "..") else path.resolve()  # "." has no name
     place = path.with_name(f".{path.name}.overwrite{PARTIAL}")
     if not (path / MANIFEST).exists() and not place.exists():
         return write(path)  # which refuses a folder that is no store

@@ -116,10 +116,12 @@ def delete_sites(path: str | os.PathLike[str], labels: Sequence[str] | str) -> M
         labels: Sites by label (`resid_post.3`), name, or kind (`resid_post`: every layer).
 
     Raises:
-        RequestError: A site that is not recorded, all sites, or a store that is not finished.
+        RequestError: No site, one that is not recorded, all sites, or a store that is not finished.
         DataError: The disk is full or failing; the same call continues.
     """
     path, labels = Path(path), [labels] if isinstance(labels, str) else labels
+    if not labels:
+        raise RequestError("sites is empty; name one or more, such as resid_post.3")
     read_manifest(path)  # before the folder is made, to be locked
     with files.locked(path), files.explain_full_disk(str(path), "delete the sites again"):
         manifest = read_manifest(path)

@@ -42,7 +42,7 @@ def pack(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
         out: A new folder; or a name that ends in .tar, for one file with the folder in it.
 
     Raises:
-        RequestError: There is no store, or something at `out`, or not enough space.
+        RequestError: There is no store, or something at `out`, which is inside of the store, or not enough space.
         DataError: A damaged file, or a full disk.
     """
     path, out = as_path("store", store).absolute(), as_path("out", out)
@@ -52,6 +52,8 @@ def pack(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
             raise RequestError(f"out={out} exists; choose another name")
     else:
         files.refuse_full(out)
+    if out.resolve().is_relative_to(path.resolve()):
+        raise RequestError(f"out={out} is inside of the store; choose a place beside it")
     files.check_writable(out)
     recorded = _recorded(path, manifest)
     check_files([(path / name, sha256) for name, sha256 in recorded.items()], VERIFY)
