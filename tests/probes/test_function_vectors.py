@@ -96,6 +96,17 @@ def test_effects_are_those_of_hooks_written_by_hand(tiny, pairs):
     torch.testing.assert_close(task.vector([(layer, head), (0, 1)]), both)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_effects_do_not_depend_on_the_cache(tiny_models, pairs, family, monkeypatch):
+    longer = replace(pairs[0], clean=(3, *pairs[0].clean), corrupt=(3, *pairs[0].corrupt), places={"end": (9,)})
+    task = TaskVectors.make(Model(tiny_models[family], None, "tiny"), [longer, *pairs[1:]])
+    assert task._cached() is not None
+    quick = task.effects()
+    monkeypatch.setattr("workbench.analysis.task_vectors.CachedPrompts.make", lambda *_: None)
+    np.testing.assert_allclose(quick, task.effects(), atol=1e-7)
+    assert np.abs(quick).max() > 1e-5
+
+
 def test_questions_alone_keep_what_every_prompt_begins_with(pairs):
     for short, pair in zip(questions_alone(pairs), pairs, strict=True):
         assert short.clean == short.corrupt == (0, *pair.clean[7:])

@@ -50,22 +50,26 @@ def fixed_shape(site: Site) -> tuple[int, ...]:
 def run(
     module: nn.Module,
     ids: Int[Tensor, "batch position"],
-    mask: Int[Tensor, "batch position"],
+    mask: Int[Tensor, "batch seen"],
     *,
     gradients: bool = False,
+    cache: Any = False,
 ) -> Any:
-    """Runs one forward pass, without cache and dropout, and returns the model's output.
+    """Runs one forward pass, without dropout, and returns the model's output.
 
     A compiled model runs uncompiled: every hook would break its graph, and leaving it early its guards.
 
     Args:
         module: A Hugging Face causal LM.
         ids: Token ids.
-        mask: 1 for tokens, 0 for padding.
+        mask: 1 for tokens, 0 for padding; with a cache also for the tokens in it.
         gradients: Compute gradients, too.
+        cache: True keeps keys and values, in the output's `past_key_values`; those of earlier tokens are continued, and
+            change.
     """
     device = input_device(module)
-    inputs = {"attention_mask": mask.to(device), "use_cache": False, "return_dict": True}
+    inputs = {"attention_mask": mask.to(device), "use_cache": cache is not False, "return_dict": True}
+    inputs |= {} if isinstance(cache, bool) else {"past_key_values": cache}
     accepted = inspect.signature(module.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     accepted_inputs = {name: value for name, value in inputs.items() if open_ended or name in accepted}

@@ -1,0 +1,64 @@
+"""Prompts whose earlier tokens are run once: changes at the last token then cost one token each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from workbench.io.torch_state import plain_torch
+from workbench.model.forward import run
+from workbench.model.intervene import Intervention, intervene
+from workbench.model.load import Model
+
+_KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""Layers of transformers' caches that hold keys and values alone, and can be copied for several runs."""
+
+
+@dataclass(frozen=True)
+class CachedPrompts:
+    """Prompts of one length, with the keys and values of all their tokens but the last."""
+
+    model: Model
+    ids: Int64[Tensor, "prompt position"]
+    cache: Any
+    """Cache of transformers, which is never changed."""
+
+    @classmethod
+    @plain_torch()
+    def make(cls, model: Model, ids: Int64[Tensor, "prompt position"]) -> CachedPrompts | None:
+        """Runs all tokens but the last; None for a model that keeps something else than keys and values.
+
+        Args:
+            model: The model.
+            ids: Prompts without padding.
+        """
+        before = ids[:, :-1]
+        if not before.shape[1]:
+            return None
+        cache = getattr(run(model.module, before, torch.ones_like(before), cache=True), "past_key_values", None)
+        layers = getattr(cache, "layers", ())
+        known = layers and all(type(layer).__name__ in _KEPT for layer in layers)
+        return cls(model, ids, cache) if known else None
+
+    @plain_torch()
+    def logits(self, copies: int = 1, records: Sequence[Intervention] = ()) -> Float64[Tensor, "prompt copy vocab"]:
+        """Returns the logits after the last token, under interventions on that token alone.
+
+        Args:
+            copies: Runs of each prompt, in one pass.
+            records: Interventions; a mask of theirs has the axes (prompt and copy, 1).
+        """
+        with torch.inference_mode():
+            cache = copy.deepcopy(self.cache)
+            cache.batch_repeat_interleave(copies)
+        ids = self.ids.repeat_interleave(copies, 0)
+        with intervene(self.model, *records) if records else nullcontext():
+            logits = run(self.model.module, ids[:, -1:], torch.ones_like(ids), cache=cache).logits
+        return logits[:, -1].detach().cpu().double().unflatten(0, (len(self.ids), copies))
