@@ -1,8 +1,9 @@
 """Outputs of the notebooks in the repository: `python -m workbench.experiments.pictures.notebooks`.
 
-Runs the notebooks on the embedded model and writes them with their outputs: text, tables, and figures as PNG with their
-alternative texts. What differs from run to run (times, progress) is left out. It needs the extras notebook and export
-and a Chrome, and takes about five minutes.
+Runs the notebooks and writes them with their outputs: text, tables, and figures as PNG with their alternative texts.
+What differs from run to run (times, progress) is left out. It needs the extras notebook and export and a Chrome, and
+takes about five minutes. Notebooks about SmolLM2-135M load it from models/, where `make models` wrote it, else from the
+hub.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 FIGURE, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 KEY = "workbench"
 """Key of a notebook's metadata: the checksum of the sources whose outputs it holds."""
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Name by which notebooks load the real model."""
 
 
 @contextmanager
@@ -50,6 +53,7 @@ def kernel(home: Path, environment: Mapping[str, str]) -> Iterator[KernelManager
 def execute(book: nbformat.NotebookNode, manager: KernelManager, folder: Path) -> None:
     """Runs a notebook in a fresh namespace and in `folder`; its cells then hold their outputs."""
     about = copy.deepcopy(book.metadata)
+    _link_model(folder)
     fresh = nbformat.v4.new_code_cell(f"%reset -f\nimport os as _os; _os.chdir({str(folder)!r})")
     book.cells.insert(0, fresh)
     client = nbclient.NotebookClient(book, km=manager, timeout=600, record_timing=False)
@@ -60,6 +64,14 @@ def execute(book: nbformat.NotebookNode, manager: KernelManager, folder: Path) -
             client.kc.stop_channels()
         book.cells.remove(fresh)
         book.metadata = about  # without the version of Python
+
+
+def _link_model(folder: Path) -> None:
+    """Lets the real model's hub id be a folder, where its files are at hand: nothing is fetched."""
+    files, place = FOLDER.parent / "models" / "smollm2-135m", folder / HUB_ID
+    if files.is_dir() and not place.exists():
+        place.parent.mkdir()
+        place.symlink_to(files.resolve(), target_is_directory=True)
 
 
 def keep_outputs(book: nbformat.NotebookNode, folder: Path) -> None:
