@@ -43,3 +43,12 @@ def test_several_texts_appear_together_or_not_at_all(tmp_path, request):
     request.getfixturevalue("full_disk")
     assert "disk full" in refused(DataError, lambda: save_texts(tmp_path / "none", {"a.csv": "1", "b.csv": "2"}))
     assert os.listdir(tmp_path) == ["both"]
+
+
+def test_a_pipe_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a device, a pipe or a socket, which is never" in refused(
+        RequestError, lambda: save_text(tmp_path / "pipe", "x")
+    )
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]

@@ -348,11 +348,11 @@ def test_a_width_that_follows_the_length_is_no_site():
 
 
 def test_a_dense_layer_among_mixtures_has_its_own_neurons():
-    """In TransformerLens' names mlp_pre is what enters a mixture of experts, but the gate's output in a dense MLP."""
+    """In TransformerLens' names mlp_pre is what enters a mixture of experts; here it is the gate's output alone."""
     site_map = map_of("deepseek_v3")
-    taps = [site_map.select([f"mlp_pre.{layer}"])[0].tap for layer in (0, 1)]
-    assert taps == [Tap("model.layers.0.mlp.gate_proj", "out"), Tap("model.layers.1.mlp", "in")]
-    assert site_map.select(["mlp_post.0"])[0].tap == Tap("model.layers.0.mlp.down_proj", "in")
+    taps = [site_map.select([name])[0].tap for name in ("mlp_pre", "mlp_post", "blocks.1.mlp.hook_in")]
+    parts = (("0.mlp.gate_proj", "out"), ("0.mlp.down_proj", "in"), ("1.mlp", "in"))
+    assert taps == [Tap(f"model.layers.{path}", side) for path, side in parts]
 
 
 def test_latent_attention_calls_what_it_attends_with_q_and_k():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 from refusals import refused
 from store_example import contents
@@ -65,3 +68,32 @@ def test_the_command_line_appends_again(tmp_path, capsys):
     assert run("--append", "again", "--sites", "resid_post.0")[0] == 0
     assert wb.open_store(tmp_path / "s").rows == 2 * rows
     assert "--append [again]" in run("--help")[1].out
+
+
+STRICT = (
+    "{% for message in messages %}{% if message['role'] != 'user' %}{{ raise_exception('no ' + message['role']) }}"
+    "{% endif %}{{ message['content'] }}{% endfor %}"
+)
+CHAT = [{"role": "user", "content": "one two"}]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([CHAT, "text"], {}, r"document 1 \(texts\[1\]\) is a text or token ids, and each document before it a chat"),
+        (["text", CHAT], {}, r"document 1 \(texts\[1\]\) is a chat, and each document before it a text"),
+        ([[{"role": "wizard", "content": "x"}]], {}, r"document 0: the chat template refuses the chat \(no wizard"),
+        (["one two"], {"where": "token = 'zzz'"}, "where: None in the store, token = 'zzz' requested"),
+    ],
+)
+def test_refused_texts_leave_the_store_as_it_was(texts, options, message, tiny_models, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = STRICT
+    model = Model(tiny_models["llama"], tokenizer, "tiny")
+    record(model, ["one two"], tmp_path / "s")
+    before = contents(tmp_path / "s")
+    for how in ({"append": True}, {} if options else {"overwrite": True}):
+        text = refused(RequestError, lambda how=how: record(model, texts, tmp_path / "s", **how, **options))
+        assert re.search(message, text)
+        assert contents(tmp_path / "s") == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]

@@ -1,6 +1,7 @@
 """Loading of autoencoders and their metadata, against NumPy."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -127,7 +128,9 @@ def test_missing_paths_are_refused_before_saelens_is_imported(tmp_path, monkeypa
         f"SAE {str(tmp_path / 'gelu-seä')!r}: no such directory; nearest: gelu-sae"
     )
     assert refused(RequestError, lambda: load_sae(tmp_path / "zzz")).endswith("zzz': no such directory")
-    assert refused(RequestError, lambda: load_sae("")).startswith("SAE '': no such directory")
+    assert refused(RequestError, lambda: load_sae("")) == "name is an empty text; give a path"
+    os.mkfifo(tmp_path / "pipe")
+    assert "is neither a folder nor a file" in refused(RequestError, lambda: load_sae(tmp_path / "pipe"))
     (save_sae_folder / "readme").touch()
     assert refused(RequestError, lambda: load_sae(save_sae_folder)) == (
         f"SAE {str(save_sae_folder)!r} is a directory without cfg.json; it contains readme"

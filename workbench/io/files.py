@@ -83,7 +83,12 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     At any moment, and after any crash, readers find the old bytes or the new ones, whole. An exception leaves the old
     file as it was and nothing else. Several processes may write the same name; the last one to finish wins.
+
+    Raises:
+        RequestError: A device, a pipe or a socket is there, such as /dev/null, which root could replace.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RequestError(f"{path} is a device, a pipe or a socket, which is never replaced; choose another name")
     partial, descriptor = _create_beside(path, lambda name: os.open(name, _CREATE, 0o666))
     try:
         with open(descriptor, "wb") as file:

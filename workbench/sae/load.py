@@ -78,10 +78,12 @@ def load_sae(
         made = converted("jumprelu", planted_autoencoder(), {"apply_b_dec_to_input": False}, about)
         return _inference_sae(from_converted(made, embedded.FOLDER / text, device), text)
     path = Path(text).expanduser()
-    if text and path.exists():
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise RequestError(f"SAE {text!r} is neither a folder nor a file; give one that holds an autoencoder")
+    if path.exists():
         place = _checked_place(path, sae_id)
         return _load_place(place, _name(place, sae_id), device)
-    if not isinstance(name, str) or not text or os.sep in text:  # no release has a slash
+    if not isinstance(name, str) or os.sep in text:  # no release has a slash
         parent = next(folder for folder in path.absolute().parents if folder.is_dir())
         missing = path.absolute().relative_to(parent).parts[:1]
         raise RequestError(f"SAE {text!r}: no such directory{nearest(''.join(missing), folders(parent))}")
