@@ -100,6 +100,12 @@ LINES = """
     generate demo 'a text' --out {tmp}
     atlas {store} --out {tmp}
     atlas {store} --out {tmp}/a.html --table {tmp}
+    export {store} --out {store} --formats html
+    sweep sinks --out {store}
+    plan demo --rows 100 --seconds nan
+    patch demo facts --out {tmp}/p --pairs 0
+    demo --rows 0 --out {tmp}/d
+    probe logit-lens {store} --out {tmp}/l --layers -99
     rm {store} --sites
     pack {store} {store}/inside
     top {store} 0

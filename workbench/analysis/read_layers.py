@@ -33,9 +33,9 @@ def choose_layers(
     """
     if layers is None:
         return list(known)
-    chosen = sorted({layer + n_layers if layer < 0 else layer for layer in layers})
-    if missing := [layer for layer in chosen if layer not in known]:
+    numbers = {layer: layer + n_layers if layer < 0 else layer for layer in layers}
+    if missing := [layer for layer, number in sorted(numbers.items()) if number not in known]:
         raise RequestError(f"layers: layer {missing[0]} {lack} {', '.join(map(str, known))}")
-    if not chosen:
+    if not numbers:
         raise RequestError("layers is empty; name one or more, or leave it out for all")
-    return chosen
+    return sorted(set(numbers.values()))

@@ -32,6 +32,7 @@ class Demo:
 
     def run(self) -> int:
         """Runs the demo."""
+        check_fields(self, "rows", at_least=1, optional=True)
         from workbench.demo.run import demo  # seconds: torch
 
         check_writable(self.out)

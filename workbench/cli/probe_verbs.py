@@ -142,6 +142,7 @@ class _RunTask:
         from workbench.io.checks import check
 
         check("task", self.task, one_of=tuple(TASKS))
+        check("pairs", self.pairs, at_least=1)
         check_writable(self.out)
         from workbench.model.load import load_model  # seconds: torch
 

@@ -22,6 +22,7 @@ from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.files import check_writable, explain_full_disk, replace_file
 from workbench.io.spreadsheet import csv_text
 from workbench.pages.picture_metadata import with_metadata
+from workbench.store.owned_files import refuse_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,6 +100,7 @@ def export(
         _check_known(name, [value], known)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"folder {str(folder)!r} is a file; name a folder")
+    refuse_store(folder)
     check_writable(folder, "folder")
     files = _files(chosen, [kind for kind in FORMATS if kind in formats], columns, theme, data, plotlyjs)
     with explain_full_disk(str(folder), "export again"):

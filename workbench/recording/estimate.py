@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import tempfile
@@ -128,6 +129,7 @@ def plan(
     settings = recording(settings, **options)
     check("rows", rows, at_least=1, whole=True)
     check("workers", workers, at_least=1)
+    check("seconds", seconds, above=0, below=math.inf)
     model = model if isinstance(model, Model) else load_model(model)
     context = context_length(settings, model)
     with tempfile.TemporaryDirectory(prefix="workbench-plan-") as folder:

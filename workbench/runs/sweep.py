@@ -31,6 +31,7 @@ from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
 from workbench.results.result import RESULT_FILES, Result, load_result
 from workbench.runs.folders import CONFIG, RESULTS, Outcome, Run, attempt, is_complete, run_in, share_script
+from workbench.store.owned_files import refuse_store
 
 _LOG = logging.getLogger(__name__)
 
@@ -215,7 +216,8 @@ def _run_record(run: Run, outcome: Outcome | None) -> dict[str, Any]:
 
 
 def _refuse_other(out: Path) -> None:
-    """Every sweep replaces the summary; a folder of that name that no sweep wrote is refused."""
+    """Every sweep replaces the summary; a folder of that name that no sweep wrote is refused, and so is a store."""
+    refuse_store(out)
     folder = out / SUMMARY
     if folder.exists() and not (folder / RUNS).exists():
         raise RequestError(f"out {str(out)!r} holds a {SUMMARY} that no sweep wrote; choose another folder")
