@@ -101,6 +101,13 @@ def test_tables_of_any_form_give_their_columns(copied, tmp_path):
     assert open_features(copied.path, copied.store).labels.equals(labels)
 
 
+def test_headings_may_have_spaces_and_capitals(tmp_path):
+    path = write(tmp_path / "a.csv", "Feature, Description, F1\n1,one,0.5\n")
+    assert read_labels(path, 20) == {"description": {1: "one"}, "F1": {1: 0.5}}
+    text = refused(RequestError, lambda: read_labels(path, 20, "b"))
+    assert text == f"labels: {str(path)!r} names no autoencoders; leave source out"
+
+
 def test_columns_are_added_and_replaced_only_on_request(copied, tmp_path):
     first = write(tmp_path / "a.csv", "feature,description,f1\n1,one,0.5\n2,two,0.25\n")
     second = write(tmp_path / "b.csv", "feature,description,note\n2,zwei,n\n3,drei,m\n")

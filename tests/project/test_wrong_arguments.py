@@ -15,6 +15,8 @@ from refusals import refused
 
 import workbench as wb
 from workbench.analysis.patch_pairs import pairs_of
+from workbench.features.feature_store import Features
+from workbench.features.promoted import check_sae
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, check_model
 from workbench.model.reload import recorded_model
@@ -79,6 +81,8 @@ CALLS = [
     (lambda _: plain(_names)("sites", ("resid_post", 0)), "sites must be names, such as resid_post.3, not 0"),
     (lambda _: plain(_workers)(2), "workers is 2; give wb.RayWorkers(2)"),
     (lambda _: plain(_direction)("a.safetensors", None), "'a.safetensors'; load its file: wb.load_direction(path)"),
+    (lambda at: plain(check_sae)(at.store, None), "features must be opened features, such as wb.open_features("),
+    (lambda _: plain(Features.rows_of)(None, "0"), "feature must be the number of one, not '0'"),
     (lambda at: plain(wb.sae_metrics)(at.store, None, seed=-1), "seed must be a whole number, at least 0"),
     (lambda _: plain(wb.feature_effect)(None, None, 0, seed=-1), "seed must be a whole number, at least 0"),
     (lambda _: plain(wb.random_repeats)("demo"), "tokens must be a tokenizer, such as model.tokenizer, or ids"),

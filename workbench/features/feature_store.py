@@ -30,7 +30,7 @@ from workbench.features.records import (
     FeaturesRecord,
     read_record,
 )
-from workbench.io.checks import as_path, check
+from workbench.io.checks import as_path, check, check_kind
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
 from workbench.io.tensors import map_arrays
@@ -171,6 +171,7 @@ class Features:
         Raises:
             RequestError: A feature that does not exist.
         """
+        check_kind("feature", feature, (int, np.integer), "the number of one")
         if not 0 <= feature < self.shape[1]:
             raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
         entries = slice(*self.by_feature["indptr"][feature : feature + 2])

@@ -206,7 +206,7 @@ def _rows(file: Path) -> Iterator[_Line]:
 def _row(place: str, row: Any) -> Iterator[_Line]:
     if not isinstance(row, dict):
         raise RequestError(f"{place}: no object with the number of a feature; {_EXPECTED}")
-    lowered = {str(name).lower(): name for name in row}
+    lowered = {str(name).strip().lower(): name for name in row}
     column = next((lowered[name] for name in _IDS if name in lowered), None)
     if column is None:
         raise RequestError(f"{place}: no column {_some(list(_IDS))}, but {_some(list(map(str, row)))}; rename one")
@@ -238,8 +238,16 @@ def _explained(explanation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cells(row: Mapping[Any, Any], column: Any) -> dict[str, Any]:
     """Texts and numbers of a line, besides the number of the feature."""
-    cells = {str(name): value for name, value in row.items() if name != column and isinstance(value, str | int | float)}
+    cells = {
+        _name(name): value for name, value in row.items() if name != column and isinstance(value, str | int | float)
+    }
     return {name: value for name, value in cells.items() if value != "" and value == value}
+
+
+def _name(heading: Any) -> str:
+    """Name of a column; headings are written with spaces around them and capitals."""
+    name = str(heading).strip()
+    return name.lower() if name.lower() == "description" else name
 
 
 def _number(value: Any) -> float | None:

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from workbench.features.feature_store import Features
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError
 from workbench.model.unembed import load_unembed
-from workbench.sae.autoencoder import Sae
+from workbench.sae.autoencoder import Sae, check_autoencoder
 from workbench.sae.choice import TopK
 from workbench.sae.decoder import decoder_logits, extreme_tokens
 from workbench.sae.ruled import RULE, ruled_fingerprint, with_sparsity
@@ -40,6 +40,8 @@ def promoted_tokens(features: Features, sae: Sae, feature: int | np.integer, k: 
 
 def check_sae(features: Features, sae: Sae) -> None:
     """Raises RequestError if `sae`, under a rule or not, did not make `features`; 1 s per gigabyte of weights."""
+    check_kind("features", features, Features, "opened features, such as wb.open_features('runs/x.acts')")
+    check_autoencoder(sae)
     used, fingerprint = features.record.sae, sae.fingerprint()
     rule = used.config.get(RULE)
     if used.fingerprint not in (fingerprint, rule and ruled_fingerprint(fingerprint, rule)):

@@ -198,6 +198,6 @@ def not_defined(name: str, features: Sequence[int]) -> DataError:
     return DataError(f"SAE {name!r}: the decoder has NaN or infinite values at {which}; save or download the SAE again")
 
 
-def check_sae(sae: object) -> None:
+def check_autoencoder(sae: object) -> None:
     """Refuses what is no loaded autoencoder, such as its name."""
     check_kind("sae", sae, Sae, "a loaded SAE, such as wb.load_sae('demo')")

@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.io.errors import DataError, RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import final_norm
-from workbench.sae.autoencoder import Sae, check_sae
+from workbench.sae.autoencoder import Sae, check_autoencoder
 from workbench.sae.input_rows import Norm, Reading, head_of, normalised, open_reading, renamed, side_by_side
 from workbench.sae.training import check_training, warn_of_other_rows
 from workbench.sites.grammar import full_name
@@ -65,7 +65,7 @@ def matching_site(
     Warns where its rows are unlike those that the SAE was trained on. For the arguments see `input_reading`.
     """
     check_store(store)
-    check_sae(sae)
+    check_autoencoder(sae)
     reading = input_reading(sae, site, stored_sites(store), force=force)
     warn_of_other_rows(sae, store)
     return open_reading(store, reading)
