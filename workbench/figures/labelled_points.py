@@ -94,7 +94,7 @@ def labelled_scatter(
     if line is not None:
         figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
     _laid_out(figure, title, subtitle, names)
-    return figure.update_yaxes(type="log", exponentformat="power") if log else figure
+    return figure.update_yaxes(type="log", exponentformat="power", dtick="D2") if log else figure
 
 
 def _laid_out(figure: go.Figure, title: str, subtitle: str, names: tuple[str, str]) -> go.Figure:

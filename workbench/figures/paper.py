@@ -242,7 +242,8 @@ def _legend_height(figure: go.Figure, width: float) -> float:
     if len(names) < 2 and not figure.layout.showlegend:
         return 0.0
     longest = max((len(name) for name in names), default=0) * 0.55 * 7 * POINT + 45
-    return 11 * POINT * math.ceil(len(names) / max(1, int(width // longest)))
+    lines = math.ceil(len(names) / max(1, int(width // longest)))
+    return max(11 * POINT * lines, 19.0 * lines - 4)  # plotly draws lines of 19 pixels; the margin of few has room
 
 
 def _fit_cells(trace: go.Heatmap, width: float) -> list[str]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import label
-from workbench.figures.theme import CELLS, MARKS, MONOSPACE, TEMPLATE, TEXT, top_bar
+from workbench.figures.theme import BELOW_TOP, CELLS, MARKS, MONOSPACE, TEMPLATE, TEXT, top_bar
 from workbench.figures.themed import ThemedFigure
 
 MAX_TOKENS = 1_024
@@ -101,7 +101,7 @@ def token_grid(
     shape["words"] = [[row, word] for row, word in words.items() if word == "input" or next_tokens]
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
+        title={"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
         meta={"grid": shape},
         margin={"t": 120, "b": 40},
         legend={"x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"},

@@ -13,7 +13,17 @@ from jaxtyping import Float
 
 from workbench.figures.readable import readable_tokens, visual_order
 from workbench.figures.safe_text import label, plain
-from workbench.figures.theme import CELLS, MONOSPACE, PROBABILITY, SIGNED, SIGNED_CELLS, TEMPLATE, TEXT, top_bar
+from workbench.figures.theme import (
+    BELOW_TOP,
+    CELLS,
+    MONOSPACE,
+    PROBABILITY,
+    SIGNED,
+    SIGNED_CELLS,
+    TEMPLATE,
+    TEXT,
+    top_bar,
+)
 from workbench.figures.themed import ThemedFigure
 
 MAX_STRIP_TOKENS = 2_048
@@ -74,7 +84,7 @@ def token_strip(
     figure = ThemedFigure(heat)
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
+        title={"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
         margin={"t": 115, "b": 20},
         meta={"strip": {"lines": lines, "positions": list(map(int, positions))}},
     )
