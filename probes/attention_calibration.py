@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from workbench.probing import (
@@ -143,11 +143,9 @@ class AttentionCalibration(StoreProbe):
         model = recorded_model(store, model or self.model, self.device)
         hidden = received.hidden_sinks(self.threshold, self.min_visible)
         arrays: dict[str, Any] = _found(received, hidden, self.min_visible)
-        stop = model.site_map.n_layers - self.last
-        used = [one for one in received.layers if self.first <= one < stop and hidden[one].any()]
-        if not used:
-            raise RequestError("no head of these layers has a hidden sink; lower threshold, first or last")
         one, other, note = document_halves(store, finite.rows, self.seed)
+        candidates = [layer for layer in received.layers if self.first <= layer < model.site_map.n_layers - self.last]
+        used, notes = _in_both(store, hidden, candidates, (one, other))
         profile = self._effects(model, MeasuredRows(store, {"all": one}), {str(at): {at: hidden[at]} for at in used})[0]
         loss = dict(zip(used, profile[:, 0], strict=True))
         arrays["loss_layer"] = np.array([loss.get(layer, np.nan) for layer in received.layers])
@@ -169,7 +167,7 @@ class AttentionCalibration(StoreProbe):
         data.attrs["chosen"] = ", ".join(map(str, chosen))
         names = [name for name in data if data[name].dims == ("kind",)]
         table = data[names].to_dataframe().reset_index()
-        notes = [note, "" if chosen else "no layer lowers the loss of the first half, so that none was chosen"]
+        notes = [note, *notes, "" if chosen else "no layer lowers the loss of the first half, so that none was chosen"]
         return self.result(store, data, table, finite, notes)
 
     def _effects(
@@ -225,6 +223,30 @@ class AttentionCalibration(StoreProbe):
 
 def _kind(store: Store) -> str:
     return "pattern" if attention_source(store)[0] == "pattern" else "attn_received"
+
+
+def _in_both(
+    store: Store,
+    hidden: Mapping[int, Bool[np.ndarray, "all_rows head"]],
+    layers: Sequence[int],
+    halves: Sequence[Int64[np.ndarray, " _"]],
+) -> tuple[list[int], list[str]]:
+    """Layers with hidden sinks in the sequences of both halves, and a note on those with sinks in one half alone.
+
+    RequestError if there is none: nothing could be calibrated in one of the halves.
+    """
+    sequence = store.tokens["sequence"].to_numpy()
+    parts = [np.isin(sequence, sequence[rows]) for rows in halves]
+    found = {layer: [hidden[layer][part].any() for part in parts] for layer in layers}
+    used = [layer for layer, both in found.items() if all(both)]
+    if not used:
+        raise RequestError(
+            "no head of these layers has a hidden sink in both halves of the documents; lower threshold, first or "
+            "last, or record more texts"
+        )
+    single = [str(layer) for layer, both in found.items() if any(both) and not all(both)]
+    note = f"layers left out, with hidden sinks in one half of the documents alone: {', '.join(single)}"
+    return used, [note] if single else []
 
 
 def _found(

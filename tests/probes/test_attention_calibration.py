@@ -11,7 +11,7 @@ from sink_example import planted
 
 import workbench as wb
 from workbench.analysis.change_effects import MeasuredRows
-from workbench.analysis.sink_changes import read_received
+from workbench.analysis.sink_changes import Received, read_received
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import AttentionCalibration
@@ -101,6 +101,23 @@ def test_effects_are_those_of_weights_moved_after_an_eager_softmax(tiny, tiny_st
         for name, log in (("plain", plain), ("calibrated", changed)):
             losses[name] += [-float(log[at, ids[at + 1]]) for at in range(1, len(ids) - 1)]
     assert effect == pytest.approx(np.mean(losses["calibrated"]) - np.mean(losses["plain"]), abs=1e-5)
+
+
+def test_a_layer_with_hidden_sinks_in_one_half_alone_is_left_out(tiny, tiny_store, monkeypatch):
+    every = Received.hidden_sinks
+
+    def in_the_first_sequence(received, *arguments):
+        choice = every(received, *arguments)
+        alone = np.zeros_like(choice[1])
+        alone[3, 0] = True
+        return {**choice, 1: alone}
+
+    monkeypatch.setattr(Received, "hidden_sinks", in_the_first_sequence)
+    probe = AttentionCalibration(first=0, last=0, threshold=THRESHOLD, min_visible=VISIBLE, resamples=2)
+    result = probe.run(tiny_store, model=tiny)
+    assert np.isnan(result.data["loss_layer"].sel(layer=1))
+    assert np.isfinite(result.data["loss_layer"].sel(layer=[0, 2])).all()
+    assert "in one half of the documents alone: 1" in result.headline()
 
 
 def test_requests_without_an_answer_are_refused(tiny, tiny_store):
