@@ -55,6 +55,8 @@ from workbench.probing import (
 
 _BLOCK = 128  # rows whose logits are in memory
 _PATIENCE = 2  # passes without a better layer
+_EPOCHS = 20  # where they are not set and the work below allows them
+_CPU_WORK, _GPU_WORK = 6e13, 1e16  # operations of a training whose epochs are not set: some minutes
 _ROWS = "mean over the held-out tokens"
 _VARIABLES: tuple[Variable, ...] = (
     *LENS_VARIABLES,
@@ -94,8 +96,9 @@ class TunedLens(LayerProbe):
     """SQL over the token table: the tokens to train on and to read. None: all."""
     held_out: float = 0.2
     """Share of the documents that are read and not trained on; half as many more are for validation."""
-    epochs: int = 20
-    """Maximum epochs; training ends earlier when no layer improves on the validation documents for 2 epochs."""
+    epochs: int | None = None
+    """Maximum epochs; training ends earlier when no layer improves on the validation documents for 2 epochs. None: 20,
+    or as many as some minutes pay for; if that is less than one, it is one over fewer tokens, drawn at random."""
     batch: int = 1024
     """Batch size, in tokens."""
     learning_rate: float = 1e-3
@@ -114,7 +117,8 @@ class TunedLens(LayerProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, "top_k", "batch", at_least=1)
-        check_fields(self, "detail", "epochs", at_least=0)
+        check_fields(self, "detail", at_least=0)
+        check_fields(self, "epochs", at_least=0, optional=True)
         check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
         check("held_out", self.held_out, above=0, below=0.6)
 
@@ -168,7 +172,7 @@ class TunedLens(LayerProbe):
         counts = {name: lens.made_of.get(name, 0) for name in ("training_rows", "validation_rows")}
         data = data.assign(dataset(self.variables, {**logit, **_maps(lens, layers), **counts}).variables)
         note = note_few_rows(counts["training_rows"], lens.bias.shape[1]) if counts["training_rows"] else ""
-        return self.result(store, data, table, checked, [note])
+        return self.result(store, data, table, checked, [note, lens.made_of.get("note", "")])
 
     def _fit(self, store: Store) -> tuple[TrainedLens, FiniteRows, Int[np.ndarray, " test_row"]]:
         """The lens, the rows that are read, and those of them that are held out."""
@@ -184,12 +188,13 @@ class TunedLens(LayerProbe):
         parts = split_by_document(document, self.held_out, purpose="a tuned lens", seed=self.seed)
         training, validation, tested = (checked.rows[part] for part in parts)
         maps = _Maps(len(translated), unembed.weight.shape[1], device)
-        if self.epochs and translated:
-            self._train(store, [name for _, name in translated], last, unembed, maps, training, validation)
+        plan = self._plan(training, validation, len(translated), unembed)
+        if plan.epochs and translated:
+            self._train(store, [name for _, name in translated], last, unembed, maps, plan)
         model, made_of = store.manifest.model, provenance(store, self)
         made_of = {key: made_of[key] for key in ("store_fingerprint", "settings", "workbench")}
         made_of |= {"method": "tuned lens", "epochs": maps.epochs.tolist()}
-        made_of |= {"training_rows": len(training), "validation_rows": len(validation)}
+        made_of |= {"training_rows": len(plan.training), "validation_rows": len(plan.validation), "note": plan.note}
         weight, bias = (part.detach().cpu() for part in maps.parameters())
         lens = TrainedLens(
             self.site,
@@ -203,19 +208,35 @@ class TunedLens(LayerProbe):
         )
         return lens, checked, tested
 
-    def _train(
+    def _plan(
         self,
-        store: Store,
-        sites: list[str],
-        last: str,
-        unembed: Unembed,
-        lens: _Maps,
         training: Int[np.ndarray, " training_row"],
         validation: Int[np.ndarray, " validation_row"],
-    ) -> None:
+        layers: int,
+        unembed: Unembed,
+    ) -> _Plan:
+        """All tokens and the epochs that are set; None: what some minutes of the device pay for."""
+        if self.epochs is not None:
+            return _Plan(training, validation, self.epochs)
+        work = _CPU_WORK if unembed.weight.device.type == "cpu" else _GPU_WORK
+        visits = max(self.batch, int(work // max(1, 4 * layers * unembed.weight.numel())))  # two products each
+        draw = np.random.default_rng(self.seed)
+        rows, checked = (
+            np.sort(draw.permutation(part)[:most])
+            for part, most in ((training, visits), (validation, max(self.batch, visits // 10)))
+        )
+        epochs = min(_EPOCHS, visits // len(rows))
+        if epochs == _EPOCHS:
+            return _Plan(rows, checked, epochs)
+        words = f"{epochs} epoch{'s' * (epochs > 1)} of {len(rows):,} of {len(training):,} tokens"
+        note = f"trained for {words}, as long as some minutes allow; set epochs to train longer"
+        return _Plan(rows, checked, epochs, note)
+
+    def _train(self, store: Store, sites: list[str], last: str, unembed: Unembed, lens: _Maps, plan: _Plan) -> None:
         """Trains with AdamW on KL(model || lens), all layers on the same batches; each keeps its best epoch."""
+        training, validation = plan.training, plan.validation
         optimizer = torch.optim.AdamW(lens.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = self.epochs * -(-len(training) // self.batch)
+        steps = plan.epochs * -(-len(training) // self.batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         draw = np.random.default_rng(self.seed)
 
@@ -247,7 +268,7 @@ class TunedLens(LayerProbe):
 
         with progress("tuned lens", steps, "steps") as tick:
             lens.keep(0, validated())
-            for epoch in range(1, self.epochs + 1):
+            for epoch in range(1, plan.epochs + 1):
                 order = draw.permutation(training)
                 for rows in np.split(order, range(self.batch, len(order), self.batch)):
                     losses(np.sort(rows))
@@ -281,6 +302,17 @@ class TunedLens(LayerProbe):
         if not len(result.table):
             return figures
         return {**figures, "grid": lens_grid(result), "depth": lens_depth(result)}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What maps are trained on, and how long."""
+
+    training: Int[np.ndarray, " training_row"]
+    validation: Int[np.ndarray, " validation_row"]
+    epochs: int
+    note: str = ""
+    """What the work of the device allows, where that is less than `_EPOCHS` of all tokens."""
 
 
 class _Maps:

@@ -11,8 +11,10 @@ from planted import linear_unembed, planted_store
 from refusals import refused
 
 import workbench as wb
+import workbench.probes.tuned_lens as tuned_lens
 from workbench.analysis.lens import ModelOutput, auc, lens_statistics, prediction_depth
 from workbench.io.errors import RequestError
+from workbench.model.unembed import load_unembed
 from workbench.probes import LogitLens, TunedLens
 from workbench.testing import ProbeContract
 
@@ -222,6 +224,22 @@ def test_site_top_k_and_detail(store, planted, tmp_path):
     assert (data["layer"].values.tolist(), data.sizes["top"], data.sizes["row"]) == ([1], 2, 3)
     assert float(data["mean_kl"][0]) > 0  # a layer that is not the last block's output has a translator
     assert data["weight"].any()
+
+
+@pytest.mark.parametrize(("shares", "epochs", "read"), [(3.5, 3, 1.0), (0.5, 1, 0.5)])
+def test_epochs_that_are_not_set_are_those_that_the_work_allows(store, monkeypatch, shares, epochs, read):
+    settings = {"batch": 8, "learning_rate": 0.03}
+    whole = TunedLens(epochs=epochs, **settings).run(store)
+    rows = int(whole.data["training_rows"])
+    products = 4 * (whole.data.sizes["layer"] - 1) * load_unembed(store.path).weight.numel()
+    monkeypatch.setattr(tuned_lens, "_CPU_WORK", int(shares * rows) * products)
+    result = TunedLens(**settings).run(store)
+    note = f"trained for {epochs} epoch{'s' * (epochs > 1)} of {int(read * rows)} of {rows} tokens, as long as some"
+    assert note in result.data.attrs["note"]
+    assert int(result.data["training_rows"]) == int(read * rows)
+    same = np.array_equal(result.data["weight"], whole.data["weight"])
+    assert same == (read == 1)
+    assert (result.data["mean_kl"] < result.data["logit_mean_kl"])[0]
 
 
 def test_the_same_seed_gives_the_same(store):
