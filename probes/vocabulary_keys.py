@@ -262,6 +262,8 @@ def _interval(values: Float[np.ndarray, " row"], documents: np.ndarray, seed: in
 def _ratio(main: np.ndarray, hits: np.ndarray, documents: np.ndarray, seed: int) -> tuple[float, float, float]:
     """Mantel-Haenszel ratio of hits in and out of main clusters over ranks, and its interval over documents."""
     unique, index = np.unique(documents, return_inverse=True)
+    if not len(unique):  # no token has a next one, as in a store of last tokens
+        return float("nan"), float("nan"), float("nan")
     counts = np.zeros((4, len(unique), hits.shape[1]))
     for place, values in enumerate((main & hits, ~main & hits, main, ~main)):
         np.add.at(counts[place], index, values)

@@ -124,3 +124,13 @@ def test_a_headline_without_hits_or_intervals_has_no_nan(tmp_path):
     headline = VocabularyKeys(where=None, clusters=CLUSTERS, seeds=1).run(store).headline()
     assert "nan" not in headline
     assert "no candidate of ranks 11 to 100 is the next token" in headline
+
+
+def test_last_tokens_have_no_next_token_and_are_ranked_all_the_same(tmp_path):
+    keys, centres = clustered_keys()
+    ids = [[SIZE * 3 + number] for number in range(8)]
+    store = planted_store(tmp_path / "s", ids, {"resid_post.0": np.tile(centres[0], (8, 1))}, linear_unembed(keys))
+    result = VocabularyKeys(where=None, clusters=CLUSTERS, seeds=1).run(store)
+    assert np.isnan(float(result.data["next_ratio"]))
+    assert not np.isnan(float(result.data["mean_share"]))
+    assert "nan" not in result.headline()
