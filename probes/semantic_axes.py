@@ -261,7 +261,8 @@ class SemanticAxes(WeightsProbe):
         others = float(order[~np.eye(len(order), dtype=bool)].mean())
         ends = ""
         if "in_order_low" in data:
-            ends = interval_suffix(*(100 * float(data[f"in_order_{end}"]) for end in ("low", "high")), ".0f")
+            low, high = (100 * float(data[f"in_order_{end}"]) for end in ("low", "high"))
+            ends = interval_suffix(low, high, ".0f")
         alike = np.abs(data["alignment"].to_numpy()[~np.eye(len(order), dtype=bool)]).mean()
         text = (
             f"{len(order)} axes put {100 * right:.0f} % of {number} held-out pairs in order{ends} (axes of other "

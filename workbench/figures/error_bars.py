@@ -30,12 +30,13 @@ def band_traces(
     if not len(known):
         return [line]
     line.error_y = error_bars(values, low, high) | {"visible": False}
+    style: Any = line.line
     band = go.Scatter(
         x=[*x[known], *x[known[::-1]]],
         y=np.concatenate([high[known], low[known[::-1]]]),
         mode="lines",
         fill="toself",
-        fillcolor=line.line.color,
+        fillcolor=style.color,
         opacity=0.15,
         line={"width": 0},
         hoverinfo="skip",

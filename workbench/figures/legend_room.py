@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 
 from workbench.figures.safe_text import plain
@@ -17,7 +19,8 @@ def with_legend_room(figure: go.Figure) -> go.Figure:
     figures without one, stay as they are.
     """
     layout, legend = figure.layout, figure.layout.legend
-    names = [plain(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False]
+    traces: Any = figure.data
+    names = [plain(trace.name) for trace in traces if trace.name and trace.showlegend is not False]
     shown = layout.showlegend if layout.showlegend is not None else len(names) > 1
     if not (shown and names) or legend.y is not None or legend.orientation == "v":
         return figure

@@ -93,7 +93,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the `tokenizer.json` of a fast tokenizer, whose SHA-256 is its fingerprint."""
-    return _without_batching(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]  # of fast tokenizers
+    return _without_batching(backend.to_str())
 
 
 def _without_batching(definition: str) -> str:

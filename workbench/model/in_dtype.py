@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
+T = TypeVar("T", bound=nn.Module)
 
-def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+
+def in_dtype(module: T, dtype: torch.dtype) -> T:
     """Converts a module's parameters and saved buffers to a floating-point type, in place, and returns it.
 
     `module.to(dtype)` would also round what the module computed when it was made, such as rotary frequencies, which

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from workbench.io.torch_state import plain_torch
@@ -17,6 +19,6 @@ def random_copy(model: Model, seed: int = 0) -> Model:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = type(model.module)(model.module.config)
+        module: Any = type(model.module)(model.module.config)
     module = in_dtype(module, model.dtype).to(device=model.device)
     return Model(module.eval(), model.tokenizer, f"{model.name}, random weights")

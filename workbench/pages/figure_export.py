@@ -86,8 +86,8 @@ def export(
             `folder` is a file.
     """
     folder = as_path("folder", folder)
-    folder = Path(folder)
-    figures, formats = ((one,) if isinstance(one, str) else one for one in (figures, formats))
+    figures = (figures,) if isinstance(figures, str) else figures
+    formats = (formats,) if isinstance(formats, str) else formats
     if not hasattr(source, "figures") and not _is_figure(source):
         raise RequestError(f"source must be a result, an opened store or a figure, not {shown(source)}")
     chosen = _choose(source, folder, figures)
