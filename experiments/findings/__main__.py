@@ -49,6 +49,7 @@ SPEECH = {"linear-probes": {"label": "speech"}}
 """The same for stories."""
 DEEP = BRIEF | SPEECH | {"future-prompts": BRIEF["future-prompts"] | {"layers": (9, 19, 29)}}
 DEEP |= {name: {"row_limit": 250} for name in ("masked-sinks", "stages", "zero-tuning")}
+DEEP |= {"tuned-lens": {"epochs": 2}}
 """The same for SmolLM2-135M, whose prompts train for half a minute a layer, and which runs for each head or layer."""
 DEMO = SHALLOW | {"attention-sinks": {"domain": "domain"}, "linear-probes": {"label": "domain"}}
 """The same for the embedded model on its corpus."""
