@@ -11,6 +11,7 @@ import pytest
 from command_line import run
 
 import workbench as wb
+import workbench.cli.terminal as terminal
 from workbench.cli.completion import SCRIPTS
 from workbench.cli.verbs import GROUPS, NAMED_VERBS, completed_commands
 from workbench.cli.verbs import VERBS as TABLE
@@ -38,6 +39,8 @@ def test_help_lists_every_verb():
 
 def test_the_overview_is_wrapped(monkeypatch):
     monkeypatch.setenv("COLUMNS", "72")
+    assert max(map(len, run("probes")[1].splitlines())) > 100  # in a pipe, a line each
+    monkeypatch.setattr(terminal, "on_terminal", lambda: True)
     for arguments in ((), ("probes",)):
         assert max(map(len, run(*arguments)[1].splitlines()[:-1])) <= 72
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mutations import fuzz, safetensors
+from safetensors.torch import load, save
 
 import workbench as wb
 from workbench.analysis.weights_probe import read_vocabulary
@@ -135,11 +136,12 @@ def test_a_tokenizer_that_its_definition_does_not_give_back_is_not_stored(module
 
     loud = Loud(tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     model = Model(modules["llama"], loud, "loud")
-    assert vocabulary_tensors(model, None) == ({}, {})
-    assert set(vocabulary_tensors(Model(modules["llama"], tiny_tokenizer, "x"), None)[0]) == {
+    assert vocabulary_tensors(model, None) == {}
+    assert set(vocabulary_tensors(Model(modules["llama"], tiny_tokenizer, "x"), None)) == {
         "head",
         "embedding",
         "tokenizer.json",
+        "vocabulary",
     }
 
 
@@ -158,11 +160,14 @@ def test_damaged_files_are_refused_in_one_line(modules, tiny_tokenizer, tmp_path
 
 
 def facts(data: bytes):
-    """The facts of the vocabulary in the metadata of the file, to damage them alone."""
-    value, build = safetensors(data)
+    """What tells which table is which, to damage it alone."""
+    tensors = load(data)
+    known = json.loads(tensors["vocabulary"].numpy().tobytes())
 
     def rebuilt(changed) -> bytes:
-        metadata = value["__metadata__"] | {"vocabulary": json.dumps(changed)}
-        return build(value | {"__metadata__": metadata})
+        text = torch.frombuffer(bytearray(json.dumps(changed).encode()), dtype=torch.uint8)
+        return save(tensors | {"vocabulary": text}, {"unembed": metadata})
 
-    return json.loads(value["__metadata__"]["vocabulary"]), rebuilt
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size])["__metadata__"]["unembed"]
+    return known, rebuilt

@@ -338,7 +338,7 @@ def test_site_horizons_top_k_detail_and_direct_vocab(tmp_path):
     np.testing.assert_array_equal(at_all.data["precision"].sel(k=VOCAB), 1)
     assert at_all.data["method"].values.tolist() == ["linear", "direct"]
     assert at_all.data.attrs["direct"] == ""
-    assert list(at_all.figures()) == ["precision", "calibration"]
+    assert list(at_all.figures()) == ["precision", "gain", "calibration"]
     assert at_all.headline().startswith("Top-1 accuracy at t+1: ")
 
 
@@ -447,7 +447,7 @@ def test_the_view_shows_the_predictions(result):
 
 
 def test_result_table_and_figures(result, tmp_path):
-    assert list(result.figures()) == ["precision", "calibration", "view"]
+    assert list(result.figures()) == ["precision", "gain", "calibration", "view"]
     assert len(result.table) == 1 * 2 * 3
     line = result.table.query("layer == 0 and horizon == 1").iloc[0]
     assert (line["method"], line["precision_1"], line["precision_2"]) == ("linear", 1, 1)

@@ -19,7 +19,7 @@ from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
 from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
-from workbench.io.checks import SEEDS, check
+from workbench.io.checks import check, check_resampling
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts
@@ -136,8 +136,7 @@ def feature_effect(
         RequestError: Another SAE or model, a site that cannot be changed, no rows, too few features, or an ablated one
             that is never active on text.
     """
-    check("resamples", resamples, at_least=1, whole=True)
-    check("seed", seed, at_least=0, below=SEEDS, whole=True)
+    check_resampling(resamples, seed)
     sae = running_sae(features, sae)
     counts, chosen = _chosen(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)

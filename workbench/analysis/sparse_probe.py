@@ -81,9 +81,8 @@ def sparse_probe(
     rows with the value and without it, in standard deviations of the feature, and a logistic regression on them with
     balanced class weights, tested on other documents. The same with shuffled labels, features chosen anew, shows what
     chance alone reaches: the value under the null. If a label is the same for all tokens of a document, whole documents
-    are shuffled, else tokens. Source, where differences are not scaled, so that features of large activations come
-    first:
-    Gurnee et al., arXiv 2305.01610.
+    are shuffled, else tokens. Source: Gurnee et al., arXiv 2305.01610, where differences are not scaled, so that
+    features of large activations come first.
 
     Cost: one pass over the entries per label, and fits over the rows on which chosen features are active. Memory:
     32 MiB and the entries of the chosen features.

@@ -54,14 +54,23 @@ def print_frame(table: pd.DataFrame, limit: int = 40) -> None:
 
 
 def print_items(items: dict[str, str], column: int = 0) -> None:
-    """Prints names with a description each, indented and wrapped; `column` is the least width of the names."""
+    """Prints names with a description each, indented; `column` is the least width of the names.
+
+    On a terminal descriptions are wrapped; elsewhere each stays one line, to be searched.
+    """
     width = max([column, *map(len, items)])
+    room = line_width() if on_terminal() else sys.maxsize
     for name, description in items.items():
-        text = textwrap.wrap(plain(description), max(40, line_width() - width - 4), break_on_hyphens=False)
+        text = textwrap.wrap(plain(description), max(40, room - width - 4), break_on_hyphens=False)
         first, *others = text or [""]
         print_plain(f"  {plain(name):<{width}}  {first}".rstrip())
         for line in others:
             print_plain(f"{'':{width + 4}}{line}")
+
+
+def on_terminal() -> bool:
+    """Returns True if the output is read on a terminal, False for a pipe or a file."""
+    return sys.stdout.isatty()
 
 
 def line_width() -> int:

@@ -82,6 +82,12 @@ def check(
         raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {shown}")
 
 
+def check_resampling(resamples: int, seed: int) -> None:
+    """Checks the settings of intervals: at least one resample, and a seed that NumPy takes."""
+    check("resamples", resamples, at_least=1, whole=True)
+    check("seed", seed, at_least=0, below=SEEDS, whole=True)
+
+
 def as_path(name: str, value: Any) -> Path:
     """Returns a path that a caller gave as a text or as a path object.
 

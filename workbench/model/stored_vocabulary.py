@@ -60,13 +60,12 @@ def table(model: Model, name: str) -> Float[Tensor, "token d"] | None:
 
 
 @plain_torch()
-def vocabulary_tensors(
-    model: Model, unembedding: Float[Tensor, "vocab d_model"] | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns what is stored of a model's vocabulary: tensors, and metadata of their file.
+def vocabulary_tensors(model: Model, unembedding: Float[Tensor, "vocab d_model"] | None) -> dict[str, Tensor]:
+    """Returns what is stored of a model's vocabulary, as tensors.
 
-    The tokenizer is its `tokenizer.json` as bytes. Nothing is returned for a model without an embedding, nor for a
-    tokenizer that its definition alone does not give back, as one that is written in Python.
+    The tokenizer is its `tokenizer.json` as bytes; so is what tells which table is which, since safetensors writes
+    several entries of a file's metadata in no fixed order. Nothing is returned for a model without an embedding, nor
+    for a tokenizer that its definition alone does not give back, as one that is written in Python.
 
     Args:
         model: The model.
@@ -75,7 +74,7 @@ def vocabulary_tensors(
     embedding, head = table(model, _EMBEDDING), table(model, _HEAD)
     described = None if model.tokenizer is None else _described(model.tokenizer)
     if embedding is None or (described is None and model.tokenizer is not None):
-        return {}, {}
+        return {}
     tensors = {} if unembedding is None else {_WEIGHT: unembedding.detach().cpu()}
     names = {}
     for name, rows in ((_HEAD, head), (_EMBEDDING, embedding)):
@@ -85,15 +84,18 @@ def vocabulary_tensors(
     tensors.pop(_WEIGHT, None)
     definition, settings = described or (None, None)
     if definition is not None:
-        tensors[_TOKENIZER] = torch.from_numpy(np.frombuffer(definition.encode(), np.uint8).copy())
-    return tensors, {_VOCABULARY: to_json({"tables": names, "tokenizer": settings})}
+        tensors[_TOKENIZER] = _as_tensor(definition)
+    return tensors | {_VOCABULARY: _as_tensor(to_json({"tables": names, "tokenizer": settings}))}
 
 
-def save_vocabulary(path: Path, vocabulary: tuple[Mapping[str, Tensor], Mapping[str, str]]) -> None:
+def _as_tensor(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())
+
+
+def save_vocabulary(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes the file of a model without an unembedding, unless there is nothing to store."""
-    tensors, metadata = vocabulary
     if tensors:
-        save_file(dict(tensors), str(path), metadata=dict(metadata))
+        save_file(dict(tensors), str(path))
 
 
 @plain_torch()
@@ -110,9 +112,9 @@ def read_stored_vocabulary(store: Store) -> StoredVocabulary | None:
         return None
     check_files([(path, manifest.unembed)], VERIFY)
     with open_safetensors(path, VERIFY) as file:  # which names the file in every error inside
-        facts = load_json(file.metadata().get(_VOCABULARY, "null"))
-        if facts is None:
+        if _VOCABULARY not in file.keys():  # noqa: SIM118 (no mapping)
             return None
+        facts = load_json(file.get_tensor(_VOCABULARY).numpy().tobytes())
         names, described = facts["tables"], facts["tokenizer"]
         embedding = file.get_tensor(names[_EMBEDDING]).float()
         head = embedding

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -109,7 +110,7 @@ def save_unembed(
     unembed: Unembed,
     path: str | Path,
     dtype: torch.dtype,
-    others: tuple[Mapping[str, Tensor], Mapping[str, str]] = ({}, {}),
+    others: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes a safetensors file, with W_U and b_U in `dtype`, the model's own type, so that nothing is lost.
 
@@ -117,13 +118,12 @@ def save_unembed(
         unembed: The unembedding.
         path: A new file.
         dtype: Type of the model's head.
-        others: More tensors of the file, by names that are none of the unembedding's, and more metadata.
+        others: More tensors of the file, by names that are none of the unembedding's.
     """
     scalars = {name: getattr(unembed, name) for name in ("norm", "eps", "scale", "softcap", "tokens")}
     tensors = {name: part.detach().cpu().contiguous() for name, part in _tensors(unembed).items()}
     tensors |= {name: tensors[name].to(dtype) for name in ("weight", "bias") if name in tensors}
-    metadata = {"unembed": json.dumps(scalars, sort_keys=True), **others[1]}
-    save_file(tensors | dict(others[0]), str(path), metadata=metadata)
+    save_file(tensors | dict(others), str(path), metadata={"unembed": json.dumps(scalars, sort_keys=True)})
 
 
 @plain_torch()

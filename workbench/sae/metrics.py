@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int64
 
-from workbench.io.checks import SEEDS, check
+from workbench.io.checks import check_resampling
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
@@ -132,8 +132,7 @@ def sae_metrics(
             whose features are a residual of a prediction; no rows; another model than the store's; a site that cannot
             be replaced.
     """
-    check("resamples", resamples, at_least=1)
-    check("seed", seed, at_least=0, below=SEEDS, whole=True)
+    check_resampling(resamples, seed)
     array = matching_site(store, sae, site, force=force)
     finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
     documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
