@@ -187,7 +187,7 @@ def with_peak(work: Callable[[], T]) -> tuple[T, Memory]:
     gc.collect()
     loaded = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak, so that what was before does not count
+        file.write("5")  # resets the peak, so that earlier work does not count
     result = work()
     return result, Memory(loaded, _resident("VmHWM"))
 

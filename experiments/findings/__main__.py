@@ -1,4 +1,4 @@
-"""What every probe finds in four trained models, and in their shapes with random weights, and what it costs.
+"""Findings of every probe on four trained models, and on their shapes with random weights, with their costs.
 
 `python -m workbench.experiments.findings` writes docs/findings.md. The embedded model runs on its own corpus, the
 others on stories; --shared names the folder with their `models/` and `corpora/`, --real that of SmolLM2-135M, which
@@ -47,9 +47,9 @@ SHALLOW = BRIEF | {"token-erasure": {"offsets": (-2, -1, 0), "late": 3}}
 """The same for models of five layers."""
 SPEECH = {"linear-probes": {"label": "speech"}}
 """The same for stories."""
-DEEP = BRIEF | SPEECH | {"future-prompts": BRIEF["future-prompts"] | {"layers": (9, 19, 29)}}
-DEEP |= {name: {"row_limit": 250} for name in ("masked-sinks", "stages", "zero-tuning")}
-DEEP |= {"tuned-lens": {"epochs": 2}}
+FEW = {"row_limit": 250}
+DEEP = BRIEF | SPEECH | {"masked-sinks": FEW, "stages": FEW, "zero-tuning": FEW, "tuned-lens": {"epochs": 2}}
+DEEP |= {"future-prompts": BRIEF["future-prompts"] | {"layers": (9, 19, 29)}}
 """The same for SmolLM2-135M, whose prompts train for half a minute a layer, and which runs for each head or layer."""
 DEMO = SHALLOW | {"attention-sinks": {"domain": "domain"}, "linear-probes": {"label": "domain"}}
 """The same for the embedded model on its corpus."""

@@ -1,4 +1,4 @@
-"""What every probe finds in one model, and what that costs, kept in a folder so that an interrupted run goes on."""
+"""Findings of every probe on one model, with their costs, kept in a folder so that an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a probe found in a model, or why it was not run."""
+    """Finding of a probe on a model, or the reason why it was not run."""
 
     headline: str
     rows: int = 0

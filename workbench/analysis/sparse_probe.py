@@ -19,7 +19,7 @@ from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
 from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
-from workbench.io.checks import SEEDS, check
+from workbench.io.checks import check, check_resampling
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts
@@ -101,8 +101,8 @@ def sparse_probe(
     Raises:
         RequestError: No such column, a single document, no value in training and test documents, or wrong settings.
     """
-    _check_settings(features, k, least, held_out, resamples)
-    check("seed", seed, at_least=0, below=SEEDS, whole=True)
+    _check_settings(features, k, least, held_out)
+    check_resampling(resamples, seed)
     draw = np.random.default_rng(seed)
     text, lines, shuffled, left_out = text_rows(features.store), [], dict[str, str](), 0
     split = _Split.of(features.store.tokens["document"].to_numpy(), text, held_out, draw)
@@ -126,14 +126,13 @@ def sparse_probe(
     return SparseProbes(table, split.documents, shuffled, left_out)
 
 
-def _check_settings(features: Features, k: Sequence[int], least: int, held_out: float | int, resamples: int) -> None:
+def _check_settings(features: Features, k: Sequence[int], least: int, held_out: float | int) -> None:
     for one in k:
         check("k", one, at_least=1, at_most=features.shape[1], whole=True)
     if not k:
         raise RequestError("k is empty; name one or more numbers of features")
     check("least", least, at_least=1, whole=True)
     check("held_out", held_out, above=0, below=1)
-    check("resamples", resamples, at_least=1, whole=True)
 
 
 @dataclass(frozen=True)

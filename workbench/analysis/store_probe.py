@@ -13,7 +13,7 @@ from workbench.analysis.opened_store import taking_paths
 from workbench.analysis.read_layers import layers_of
 from workbench.analysis.rows import recorded_layers
 from workbench.figures.safe_text import label
-from workbench.io.checks import SEEDS, check, check_types
+from workbench.io.checks import check_settings
 from workbench.results.result import Result, provenance
 from workbench.results.variable import Variable, dataset
 from workbench.store.lost_values import FiniteRows, finite_rows
@@ -50,8 +50,7 @@ class StoreProbe:
 
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""
-        check_types(self)
-        check("seed", getattr(self, "seed", None), below=SEEDS, optional=True)
+        check_settings(self)
 
     def finite_rows(
         self, store: Store, sites: Sequence[str], rows: Int[np.ndarray, "*shape"] | None = None

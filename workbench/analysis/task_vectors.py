@@ -87,14 +87,14 @@ class TaskVectors:
             rows = torch.nonzero(pairs.end == length - 1)[:, 0].tolist()
             step = max(1, batch_tokens(model) // (length * self.heads))
             for first in range(0, len(rows), step):
-                some = rows[first : first + step]
-                prompts = CachedPrompts.make(model, pairs.corrupt[some, :length])
+                batch = rows[first : first + step]
+                prompts = CachedPrompts.make(model, pairs.corrupt[batch, :length])
                 if prompts is None:
                     return None
-                answers = self._log_probability(prompts.logits(), some)[:, 0]
-                if (answers - self.runs.corrupt[some]).abs().max() > (_EXACT if exact else _ROUNDED):
+                answers = self._log_probability(prompts.logits(), batch)[:, 0]
+                if (answers - self.runs.corrupt[batch]).abs().max() > (_EXACT if exact else _ROUNDED):
                     return None
-                parts.append((some, prompts))
+                parts.append((batch, prompts))
         return parts
 
     def _by_whole_passes(self, layer: int, advance: Callable[[int], None]) -> Float64[np.ndarray, "pair head"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workbench.analysis.opened_store import taking_paths
 from workbench.corpus.tokenizer import token_texts
-from workbench.io.checks import SEEDS, check, check_types
+from workbench.io.checks import check_settings
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import input_embedding
@@ -202,8 +202,7 @@ class WeightsProbe:
 
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""
-        check_types(self)
-        check("seed", getattr(self, "seed", None), below=SEEDS, optional=True)
+        check_settings(self)
 
     def result(self, store: Store | Model, data: xr.Dataset, table: pd.DataFrame, notes: Iterable[str] = ()) -> Result:
         """Returns the result, with all notes in `attrs["note"]`; "" is left out.

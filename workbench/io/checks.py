@@ -83,9 +83,15 @@ def check(
 
 
 def check_resampling(resamples: int, seed: int) -> None:
-    """Checks the settings of intervals: at least one resample, and a seed that NumPy takes."""
+    """Checks the settings of intervals: at least one resample, and a seed that NumPy and torch take."""
     check("resamples", resamples, at_least=1, whole=True)
     check("seed", seed, at_least=0, below=SEEDS, whole=True)
+
+
+def check_settings(settings: Any) -> None:
+    """Checks what the settings of every probe have in common: their types, and a seed that NumPy and torch take."""
+    check_types(settings)
+    check("seed", getattr(settings, "seed", None), below=SEEDS, optional=True)
 
 
 def as_path(name: str, value: Any) -> Path:

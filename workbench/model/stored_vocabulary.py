@@ -185,5 +185,5 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
     joined = [*("«" + text for text in texts), "".join(texts)]
-    both = (tokenizer(joined, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
-    return [list(ids) for encoded in both for ids in encoded]
+    encodings = (tokenizer(joined, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    return [list(ids) for encoded in encodings for ids in encoded]

@@ -162,7 +162,7 @@ def final_norm(store_path: str | Path) -> tuple[str, float]:
 def _recorded_checksum(store_path: str | Path) -> str:
     """Checksum of the file of the unembedding; RequestError where the store has none."""
     manifest = read_manifest(store_path)
-    if manifest.unembed is None or manifest.unembed_reason is not None:
+    if not manifest.has_unembed or manifest.unembed is None:
         raise RequestError(f"store {Path(store_path).name} holds no unembedding: {manifest.unembed_reason}")
     return manifest.unembed
 

@@ -94,8 +94,8 @@ _Planned = tuple[PlannedSegment, _Source, Segment, int]
 def _sources(stores: Stores) -> list[_Source]:
     if isinstance(stores, str | os.PathLike) or not isinstance(stores, Iterable):
         raise RequestError(f"stores must be a list of stores or of their paths, not {shown(stores)}")
-    given = stores.items() if isinstance(stores, Mapping) else ((None, store) for store in stores)
-    paths = [(name, as_path("stores", store)) for name, store in given]
+    named = stores.items() if isinstance(stores, Mapping) else ((None, store) for store in stores)
+    paths = [(name, as_path("stores", store)) for name, store in named]
     sources = [
         _Source(path.name if name is None else name, path.absolute(), read_manifest(path)) for name, path in paths
     ]

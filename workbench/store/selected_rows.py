@@ -158,7 +158,7 @@ def _places(index: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
     if places.dtype.kind not in "iu" or places.ndim != 1:
         raise IndexError(
             f"{count} rows are indexed by a site, a slice, whole numbers such as [0], or a mask of {count}, not by "
-            f" {places.dtype} values of shape {places.shape}"
+            f"{places.dtype} values of shape {places.shape}"
         )
     if not -count <= places.min() <= places.max() < count:
         raise IndexError(f"places {places.min()} to {places.max()} are not within the {count} selected rows")
