@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores already; the
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import shape_checks  # noqa: F401  # takes effect for what is imported after it
+import shape_checks  # takes effect for what is imported after it
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from warned import warned_of
@@ -51,6 +51,10 @@ def pytest_collection():
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_runtest_setup():
+    shape_checks.start_test()
 
 
 def pytest_unconfigure():

@@ -93,12 +93,20 @@ class Page(Connection):
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float = PATIENCE) -> None:
-        """Waits until an expression is true."""
+        """Waits until an expression is true. A question on which the page is left has no answer: it is asked again."""
         end = time.monotonic() + seconds
-        while not self.run(f"!!({script})"):
+        while not self._holds(script):
             if time.monotonic() > end:
                 raise TimeoutError(f"{script} is {self.run(script)!r} after {seconds} s")
             time.sleep(0.1)
+
+    def _holds(self, script: str) -> bool:
+        try:
+            return bool(self.run(f"!!({script})"))
+        except RuntimeError as error:
+            if "Inspected target navigated or closed" not in str(error):
+                raise
+            return False
 
     def open(self, address: str) -> None:
         self.ask("Page.navigate", url=address)

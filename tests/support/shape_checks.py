@@ -1,7 +1,8 @@
 """Checks of annotations while the tests run: of types everywhere, of shapes in the functions that state shapes.
 
 jaxtyping's wrapper keeps a memo of axes for every call, which is most of the time of a small function. A function that
-states no shape needs no memo: there beartype alone checks the same annotations. A function inside another one is
+states no shape needs no memo: there beartype alone checks the same annotations. One that states shapes is checked in
+its first calls in each test: a loop of training would check them thousands of times. A function inside another one is
 defined again at each call of the outer one; its check is built the first time only. Importing this module replaces the
 decorator that jaxtyping's import hook adds.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
@@ -19,7 +21,14 @@ import jaxtyping
 
 _WITH_SHAPES = jaxtyping.jaxtyped
 _CHECKS: dict[tuple[CodeType, str], FunctionType | None] = {}
+_CALLS: Counter[FunctionType] = Counter()
+_CHECKED_CALLS = 30  # of a function that states shapes, in one test
 _FUNCTION = "__beartype_func"  # the keyword by which a check of beartype knows the function that it calls
+
+
+def start_test() -> None:
+    """Checks the first calls of every function anew."""
+    _CALLS.clear()
 
 
 def _checked(*arguments: Any, typechecker: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -57,18 +66,27 @@ def _at_the_first_call(
 ) -> Callable[..., Any]:
     """The function with a check that is built when it is first called: in one process most functions are not."""
     checks: list[Callable[..., Any]] = []
+    shaped = _states_shapes(hints)
 
     @functools.wraps(thing)
     def check(*arguments: Any, **options: Any) -> Any:
         if not checks:
             checks.append(_built(thing, hints, typechecker))
+        if shaped:
+            _CALLS[thing] += 1
+            if _CALLS[thing] > _CHECKED_CALLS:
+                return thing(*arguments, **options)
         return checks[0](*arguments, **options)
 
     return check
 
 
+def _states_shapes(hints: dict[str, Any]) -> bool:
+    return any("jaxtyping." in repr(hint) for hint in hints.values())
+
+
 def _built(thing: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]) -> Callable[..., Any]:
-    if any("jaxtyping." in repr(hint) for hint in hints.values()):
+    if _states_shapes(hints):
         return _WITH_SHAPES(thing, typechecker=typechecker)
     written = thing.__annotations__
     thing.__annotations__ = hints

@@ -89,7 +89,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Int[np.ndarray, 
     SentencePiece and WordPiece decoders treat the first token of a text differently, so each token is decoded
     after an ordinary one. Parts of a character ("<0xE2>", "â") and special tokens ("<s>") have their name in the
     vocabulary. Ids outside of the vocabulary give "<50300>"; without a tokenizer, id 7 gives "7".
-    Two ids may share a text. Cost: one decoding each, about 10 us.
+    Two ids may share a text. Cost: one decoding each, 3 us, 10 us by a tokenizer with code of its own.
     """
     ids = [int(token_id) for token_id in ids]
     if tokenizer is None:
@@ -98,13 +98,15 @@ def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Int[np.ndarray, 
     anchored = _decode(tokenizer, anchor)
     special = set(tokenizer.all_special_ids)
     known = len(tokenizer)
+    pieces = [tokenizer.convert_ids_to_tokens(token_id) if token_id < known else None for token_id in ids]
+    named = [token_id for token_id, piece in zip(ids, pieces, strict=True) if piece is not None]
+    decoded = dict(zip(named, _decode_all(tokenizer, [[*anchor, token_id] for token_id in named]), strict=True))
     texts = []
-    for token_id in ids:
-        piece = tokenizer.convert_ids_to_tokens(token_id) if token_id < known else None
+    for token_id, piece in zip(ids, pieces, strict=True):
         if piece is None:
             texts.append(f"<{token_id}>")
             continue
-        text = _decode(tokenizer, [*anchor, token_id])
+        text = decoded[token_id]
         # False where the anchor is one byte and part of a character follows: the two do not make a character.
         text = text[len(anchored) :] if text.startswith(anchored) else _decode(tokenizer, [token_id])
         texts.append(piece if token_id in special or "\ufffd" in text else text)
@@ -241,3 +243,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: b
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _decode_all(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[str]:
+    """The text of each sequence: by one call of the library below, where the tokenizer's class adds nothing to it."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds
+
+    plain = PreTrainedTokenizerFast
+    if (
+        isinstance(tokenizer, plain)
+        and type(tokenizer)._decode is plain._decode
+        and type(tokenizer).decode is plain.decode
+    ):
+        return list(tokenizer.backend_tokenizer.decode_batch(sequences, skip_special_tokens=False))
+    return [_decode(tokenizer, ids) for ids in sequences]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
 
 _LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "numpy", "pyarrow")
@@ -13,5 +14,11 @@ def library_versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "workbench": version("interp-workbench"),
-        **{name: version(name) for name in _LIBRARIES},
+        **_installed(),
     }
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Versions of the libraries, which each take milliseconds to find: a process does not change them."""
+    return {name: version(name) for name in _LIBRARIES}

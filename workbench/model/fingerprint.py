@@ -6,6 +6,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -75,19 +76,10 @@ def config_fingerprint(config: PretrainedConfig) -> str:
     return _sha256(json.dumps(fields, sort_keys=True, default=str))
 
 
-_TOKENIZERS: dict[str, str] = {}
-"""SHA-256 of each definition of a tokenizer by its XXH3: parsing one of 50,000 tokens takes a third of a second."""
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the SHA-256 of a tokenizer's whole definition."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        definition = backend.to_str()
-        key = xxhash.xxh3_128_hexdigest(definition.encode())
-        if key not in _TOKENIZERS:
-            _TOKENIZERS[key] = _sha256(_without_batching(definition))
-        return _TOKENIZERS[key]
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        return _sha256(tokenizer_definition(tokenizer))
     return _sha256(json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map], sort_keys=True))
 
 
@@ -97,6 +89,7 @@ def tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> str:
     return _without_batching(backend.to_str())
 
 
+@lru_cache(maxsize=4)  # of 50,000 tokens it takes a third of a second, and each recording asks for it
 def _without_batching(definition: str) -> str:
     """Padding and truncation are set by the last caller of a tokenizer, so they are left out."""
     parts = json.loads(definition)

@@ -38,6 +38,8 @@ _OTHERS = "extra_special_tokens"
 _TRIED_TOKENS = 1000
 _SETTINGS = ("clean_up_tokenization_spaces", "split_special_tokens")
 """Settings of a tokenizer that are not in its definition, and change its texts and ids."""
+_RESTORED: dict[tuple[type, str, str], bool] = {}
+"""True for each class, definition and settings of a tokenizer that give it back: trying takes half a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +147,13 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]
     settings |= {name: bool(getattr(tokenizer, name, False)) for name in _SETTINGS}
     try:
         definition = tokenizer_definition(tokenizer)
-        twin = _tokenizer(definition, settings)
-        same = tokenizer_definition(twin) == definition and _same(tokenizer, twin)
+        key = (type(tokenizer), sha256_bytes(definition.encode()), to_json(settings))
+        if key not in _RESTORED:
+            twin = _tokenizer(definition, settings)
+            _RESTORED[key] = tokenizer_definition(twin) == definition and _same(tokenizer, twin)
     except Exception:  # of a class with code of its own, any
         return None
-    return (definition, settings) if same else None
+    return (definition, settings) if _RESTORED[key] else None
 
 
 def _tokenizer(definition: str, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
