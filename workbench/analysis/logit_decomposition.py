@@ -155,9 +155,7 @@ class Decomposition:
         for term in self.terms:
             part = self.split.get(term.name)
             if part is None:
-                yield TermName(
-                    term.name, "stream" if term.layer is None else term.name.split(".")[0].split(" ")[0], term.layer
-                )
+                yield TermName(term.name, "stream" if term.layer is None else term.kind, term.layer)
                 continue
             if part.heads:
                 for head in range(part.output.output.heads):

@@ -44,9 +44,10 @@ def find_sites(module: nn.Module) -> SiteMap:
     taps, missing = _resolve(names, trial, modules)
     if not has_head(module):
         missing |= dict.fromkeys(("logits", "unembed.hook_out"), _NO_HEAD)
+    factors: dict[str, float] = {}
     for layer in range(n_layers):
-        moved, reasons = check_block(layer, taps, trial)
-        missing |= reasons
+        moved, reasons, multiplied = check_block(layer, taps, trial)
+        missing, factors = missing | reasons, factors | multiplied
         taps = {name: tap for name, tap in (taps | moved).items() if name not in reasons}
     by_tap: dict[Tap, list[str]] = {}
     for name, tap in taps.items():
@@ -65,7 +66,9 @@ def find_sites(module: nn.Module) -> SiteMap:
     causal = trial.causal(last) and other.causal(last)
     chained = tuple(layer for layer in range(1, n_layers) if _chained(layer, names, trial))
     synonyms, missing, rules = synonyms | paths, missing | reasons, tuple(_score_rules(sites, trial))
-    return SiteMap(sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, others, rules)
+    return SiteMap(
+        sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, others, rules, factors
+    )
 
 
 def _modules(
