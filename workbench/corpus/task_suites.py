@@ -24,7 +24,7 @@ from workbench.corpus.prompt_pairs import (
     made_pairs,
 )
 from workbench.embedded import demo_corpus
-from workbench.io.checks import check
+from workbench.io.checks import check, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,7 @@ def prompt_pairs(
         RequestError: No such task, or no pair fits the tokenizer.
     """
     check("task", task, one_of=tuple(TASKS))
-    check("count", count, at_least=1, whole=True)
+    count = whole_number("count", count, at_least=1)
     kept: list[CheckedPair] = []
     dropped: Mapping[str, int] = {}
     for form in TASKS[task]:
