@@ -24,7 +24,7 @@ from workbench.model.capture import capture
 from workbench.model.forward import change_tensor, fixed_shape, hook_tensor, run, the_tensor, trial_ids
 from workbench.model.load import Model
 from workbench.model.offload import real_copy, running_device
-from workbench.model.unembed import Unembed
+from workbench.model.unembed import Unembed, fit_norm
 from workbench.sites.grammar import Site
 
 FirstMlp = Literal["residual", "mlp", "none"]
@@ -57,6 +57,20 @@ class HeadOutput:
         with torch.inference_mode():
             difference = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
         return difference.reshape(self.heads, self.d_head, -1)
+
+    @plain_torch()
+    def directions(self) -> Float[Tensor, "head d_head d_model"]:
+        """Returns the direction in which each input of the projection changes the stream, in float32, without biases.
+
+        It is W_O times the block's factor. With a norm behind the projection it is known up to the scale that the norm
+        has at a token: times the norm's gain, centred for a LayerNorm.
+        """
+        directions = (self.factor or 1.0) * self.weights()
+        if self.norm is None:
+            return directions
+        kind, _eps, gain, _shift = fit_norm(self.norm, directions.shape[-1], "behind the output of a block's part")
+        directions = directions - directions.mean(-1, keepdim=True) if kind == "layer" else directions
+        return directions * gain.to(directions)
 
     @plain_torch()
     def bias(self) -> Float[Tensor, " d_model"]:
