@@ -47,8 +47,8 @@ def neuron_dictionary(model: Model, layer: int, *, minimum: float = 0.0) -> Sae:
     if output.norm is not None or output.factor != 1:
         change = "changes" if output.norm is None else "norms"
         raise RequestError(
-            f"layer {layer} of {model.architecture} {change} the MLP's output before it adds it, so that no decoder gives "
-            "what a neuron adds; use the probe direct-logit-attribution with parts='neurons'"
+            f"layer {layer} of {model.architecture} {change} the MLP's output before it adds it, so that no decoder "
+            "gives what a neuron adds; use the probe direct-logit-attribution with parts='neurons'"
         )
     decoder, bias = (part.cpu().clone() for part in (output.weights()[0], output.bias()))  # no inference tensors
     units = torch.eye(output.d_head)
