@@ -78,7 +78,7 @@ class EdgeRuns:
         """Refuses a model whose last stream is not the sum of what its parts add."""
         rounding = 1e-4 if self.runs.model.dtype in (torch.float32, torch.float64) else 0.05
         error = (added.double().sum(0) - last.double()).norm()
-        if not error <= rounding * added.double().norm(dim=(1, 2, 3)).sum():
+        if not error <= rounding * added.double().flatten(1).norm(dim=1).sum():
             raise RequestError(
                 f"edges: what heads and MLPs of {self.runs.model.architecture} add does not sum to its last residual "
                 f"stream: it misses {float(error / last.double().norm()):.2g} of the difference between clean and "
