@@ -126,7 +126,6 @@ def test_an_intervention_acts_on_what_is_generated(model, made):
         ({"seed": 1 << 63}, "seed must be"),
         ({"samples": 2}, "temperature 0 gives the same each time"),
         ({"top_p": 0.0}, "top_p"),
-        ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
         ({"max_new_tokens": 10**6}, "context of model 'demo'"),
     ],
 )

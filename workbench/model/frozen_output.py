@@ -103,5 +103,5 @@ class FrozenOutput:
             return the_tensor(self._project(inputs.double()[:, None]))[:, 0]
 
 
-def _centred(x: Float64[Tensor, "row d_model"], kind: str) -> Float64[Tensor, "row d_model"]:
+def _centred(x: Float64[Tensor, "*row d_model"], kind: str) -> Float64[Tensor, "*row d_model"]:
     return x - x.mean(-1, keepdim=True) if kind == "layer" else x
