@@ -64,6 +64,7 @@ from workbench.probing import (
     plain_torch,
     recorded_model,
     recorded_sums,
+    require_any,
     require_causal,
     resampled_means,
     stack_heads,
@@ -295,8 +296,7 @@ def _notes(store: Store, layers: list[int], sequences: int) -> list[str]:
 def _sites(probe: InductionHeads, store: Store) -> dict[int, list[str]]:
     """Sites of each layer that attention is read from: its pattern, or what was derived of it."""
     patterns, derived = layers_of(store, "pattern"), layers_of(store, "attn_induction")
-    if not patterns and not derived:
-        store.require("pattern.0")
+    require_any(store, "pattern", "attn_induction")
     if derived and probe.occurrences == "last":
         if not patterns:
             raise RequestError(

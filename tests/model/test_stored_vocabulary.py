@@ -118,6 +118,20 @@ def test_stores_of_a_folder_share_the_file_and_a_copy_has_its_own(modules, tiny_
     assert read_vocabulary(merged).tied
 
 
+def test_tokenizers_with_other_special_tokens_have_a_file_each(modules, tiny_tokenizer, tmp_path):
+    """Their definitions are equal, and so are their fingerprints."""
+    other = copy.deepcopy(tiny_tokenizer)
+    other.bos_token, other.sep_token = "</s>", "<s>"
+    models = [Model(modules["llama"], one, "llama") for one in (tiny_tokenizer, other, copy.deepcopy(other))]
+    stores = [recorded(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    assert len({store.manifest.model.tokenizer_fingerprint for store in stores}) == 1
+    files = [store.path / "unembed.safetensors" for store in stores]
+    assert not files[0].samefile(files[1])
+    assert files[1].samefile(files[2])
+    for store, model in zip(stores, models, strict=True):
+        assert read_vocabulary(store).tokenizer.special_tokens_map == model.tokenizer.special_tokens_map
+
+
 def test_stores_without_it_ask_for_the_model(modules, tiny_tokenizer, tmp_path):
     model = Model(modules["llama"], tiny_tokenizer, "somebody/gone")
     store = recorded(model, tmp_path / "s", unembed=False)

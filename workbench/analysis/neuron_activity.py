@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from workbench.analysis.read_layers import choose_layers
+from workbench.analysis.read_layers import choose_layers, require_any
 from workbench.store.reader import ActivationArray, Store
 
 _BLOCK_BYTES = 64 << 20
@@ -36,8 +36,7 @@ def layer_neurons(store: Store, layers: Sequence[int] | None) -> tuple[list[int]
     """
     shorts = [site.short or "" for site in store.sites]
     known = sorted(int(short.split(".")[1]) for short in shorts if short.startswith("mlp_post."))
-    if not known:
-        store.require("mlp_post.0")
+    require_any(store, "mlp_post")
     chosen = choose_layers(known, layers, store.manifest.model.n_layers)
     return chosen, [f"mlp_post.{layer}" for layer in chosen]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workbench.io.errors import RequestError
+from workbench.store.layers import offered_label
 from workbench.store.reader import Store
 
 
@@ -12,6 +13,12 @@ def layers_of(store: Store, *kinds: str) -> list[int]:
     """Returns the layers at which a site of any of these kinds was recorded."""
     labels = [(site.short or "").split(".") for site in store.sites]
     return sorted({int(parts[1]) for parts in labels if parts[0] in kinds})
+
+
+def require_any(store: Store, *kinds: str) -> None:
+    """Raises RequestError for a store without a site of these kinds; the text names one that its model offers."""
+    if not layers_of(store, *kinds):
+        store.require(offered_label(store.manifest, *kinds))
 
 
 def choose_layers(

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from workbench.analysis.read_layers import choose_layers, layers_of
+from workbench.analysis.read_layers import choose_layers, layers_of, require_any
 from workbench.model.attention import Columns, row_entropy
 from workbench.store.reader import Store
 
@@ -32,8 +32,7 @@ def attention_source(store: Store, layers: Sequence[int] | None = None) -> tuple
     n_layers = store.manifest.model.n_layers
     wanted = None if layers is None else {layer % n_layers for layer in layers}
     source = max(known, key=lambda name: len(known[name] if wanted is None else wanted.intersection(known[name])))
-    if not (known["pattern"] or known["derived"]):
-        store.require("attn_received.0")
+    require_any(store, "attn_received", "pattern")
     return source, choose_layers(known[source], layers, n_layers)
 
 

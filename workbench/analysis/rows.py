@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from workbench.analysis.read_layers import choose_layers, layers_of
+from workbench.analysis.read_layers import choose_layers, layers_of, require_any
 from workbench.corpus.places import NEXT
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
@@ -36,7 +36,7 @@ def recorded_layers(store: Store, kind: str, layers: Sequence[int] | None = None
     shorts = {site.short or "": site for site in store.sites}
     sites = {int(short.split(".")[1]): site for short, site in shorts.items() if short.startswith(f"{kind}.")}
     if not sites:
-        store.require(f"{kind}.0")
+        require_any(store, kind)
     axes = next(iter(sites.values())).axes
     if axes != ("row", "d_model"):
         raise RequestError(f"site {kind!r} has axes ({', '.join(axes)}); a site of axes (row, d_model) is needed")

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Fields of a config that name the place and the program it was saved with."""
 
+OTHER_TOKENS = "extra_special_tokens"
+"""Setting of a tokenizer: its special tokens without a role."""
+SWITCHES = ("clean_up_tokenization_spaces", "split_special_tokens")
+"""Settings of a tokenizer that are true or false, and change its texts and ids."""
+
 _PIECE = 1 << 20  # bytes: in the cache for both checksums
 
 
@@ -87,6 +92,19 @@ def tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the `tokenizer.json` of a fast tokenizer, whose SHA-256 is its fingerprint."""
     backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]  # of fast tokenizers
     return _without_batching(backend.to_str())
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns the settings of a tokenizer outside of its definition: special tokens, and what changes its texts."""
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    others = getattr(tokenizer, OTHER_TOKENS, None) or []
+    switches = {name: bool(getattr(tokenizer, name, False)) for name in SWITCHES}
+    return {**named, OTHER_TOKENS: [str(token) for token in others], **switches}
+
+
+def settings_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the SHA-256 of `tokenizer_settings`, in which tokenizers of one fingerprint may differ."""
+    return _sha256(json.dumps(tokenizer_settings(tokenizer), sort_keys=True))
 
 
 @lru_cache(maxsize=4)  # of 50,000 tokens it takes a third of a second, and each recording asks for it

@@ -22,7 +22,7 @@ from workbench.io.files import sha256_bytes
 from workbench.io.parse import load_json, to_json
 from workbench.io.tensors import VERIFY, open_safetensors
 from workbench.io.torch_state import plain_torch
-from workbench.model.fingerprint import tokenizer_definition
+from workbench.model.fingerprint import OTHER_TOKENS, SWITCHES, tokenizer_definition, tokenizer_settings
 from workbench.model.load import Model
 from workbench.model.offload import real_weight
 from workbench.store.manifest import UNEMBED
@@ -34,10 +34,7 @@ if TYPE_CHECKING:
 _WEIGHT, _EMBEDDING, _HEAD = "weight", "embedding", "head"
 _TOKENIZER = "tokenizer.json"
 _VOCABULARY = "vocabulary"
-_OTHERS = "extra_special_tokens"
 _TRIED_TOKENS = 1000
-_SETTINGS = ("clean_up_tokenization_spaces", "split_special_tokens")
-"""Settings of a tokenizer that are not in its definition, and change its texts and ids."""
 _RESTORED: dict[tuple[type, str, str], bool] = {}
 """True for each class, definition and settings of a tokenizer that give it back: trying takes half a second."""
 
@@ -141,10 +138,7 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]
     """The definition of a tokenizer, and settings with which it gives the tokenizer back; None where they do not."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return None
-    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
-    others = getattr(tokenizer, _OTHERS, None) or []
-    settings = {**named, _OTHERS: [str(token) for token in others]}
-    settings |= {name: bool(getattr(tokenizer, name, False)) for name in _SETTINGS}
+    settings = tokenizer_settings(tokenizer)
     try:
         definition = tokenizer_definition(tokenizer)
         key = (type(tokenizer), sha256_bytes(definition.encode()), to_json(settings))
@@ -163,8 +157,8 @@ def _tokenizer(definition: str, settings: Mapping[str, Any]) -> PreTrainedTokeni
 
     for name, value in settings.items():
         token = name.endswith("_token") and isinstance(value, str)
-        tokens = name == _OTHERS and all(isinstance(one, str) for one in value)
-        if not (token or tokens or (name in _SETTINGS and isinstance(value, bool))):
+        tokens = name == OTHER_TOKENS and all(isinstance(one, str) for one in value)
+        if not (token or tokens or (name in SWITCHES and isinstance(value, bool))):
             raise ValueError(f"{name} is no setting of a tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(definition), **settings)
 

@@ -17,6 +17,7 @@ from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, s
 from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
+from workbench.model.fingerprint import settings_fingerprint
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
 from workbench.model.logit_metrics import Metric
@@ -25,6 +26,7 @@ from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
 from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes
 from workbench.recording.segment_gradients import check_metric, gradient_record
+from workbench.sites.absent_sites import absent_sites
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
@@ -314,6 +316,8 @@ def model_record(model: Model) -> ModelRecord:
         causal=sites.causal,
         identity=identity,
         score_rules=sites.score_rules,
+        absent_sites=absent_sites(sites),
+        tokenizer_settings=None if model.tokenizer is None else settings_fingerprint(model.tokenizer),
     )
 
 

@@ -147,9 +147,6 @@ class SiteMap:
     of `sites` have their module among the synonyms."""
     score_rules: tuple[ScoreRule, ...] = ()
     """Rules by which layers score their queries and keys; without layers that attend in their own way."""
-    factors: Mapping[str, float] = field(default_factory=dict)
-    """Number by which a block multiplies the output of its attention or MLP before it adds it, by the name of what is
-    added, such as blocks.0.hook_attn_out, which is no site then."""
 
     @property
     def last_block(self) -> str:
@@ -222,26 +219,31 @@ class SiteMap:
             raise RequestError(self._unknown(pattern, names[0]))
         return existing
 
+    @property
+    def source(self) -> str:
+        """What the names of the sites came from, in words."""
+        return f"the {self.adapter}" if self.adapter else "a model without TransformerLens adapter"
+
+    def reason(self, name: str) -> str | None:
+        """Returns the reason why the site of a full name is missing, that of its source if it is derived; None: none is
+        known."""
+        if not self.causal and _kind(name) in _OF_LATER_QUERIES:
+            return (
+                "it is a mean over the queries at and after a token, and in this model earlier tokens attend to later "
+                "ones"
+            )
+        source, block = DERIVED.get(_kind(name) or ""), _BLOCK.match(name)
+        return self.missing.get(SHORT_NAMES[source].format(layer=block[1]) if source and block else name)
+
     def _unknown(self, pattern: str, name: str | None = None) -> str:
         name = name or pattern
         known = [*SHORT_NAMES, *self.sites, *self.synonyms, *self.modules]
-        source, block = DERIVED.get(_kind(name) or ""), _BLOCK.match(name)
-        offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
-        if not self.causal and _kind(name) in _OF_LATER_QUERIES:
-            return (
-                f"site {pattern!r} cannot be recorded here: it is a mean over the queries at and after a token, and in "
-                f"this model earlier tokens attend to later ones; this model has {', '.join(offered)}"
-            )
-        if source and block:  # the reason is that of its source
-            name = SHORT_NAMES[source].format(layer=block[1])
-        if name in self.missing:
-            return (
-                f"site {pattern!r} cannot be recorded here: {self.missing[name]}; this model has {', '.join(offered)}"
-            )
-        if pattern in SHORT_NAMES or name != pattern:
+        if reason := self.reason(name):
+            offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
+            return f"site {pattern!r} cannot be recorded here: {reason}; this model has {', '.join(offered)}"
+        if pattern in SHORT_NAMES or name != pattern or _kind(name) in DERIVED:
             offered = [kind for kind in SHORT_NAMES if self._has(kind)]
-            source = f"the {self.adapter}" if self.adapter else "a model without TransformerLens adapter"
-            return f"site {pattern!r} does not exist in {source}; this model has {', '.join(offered)}"
+            return f"site {pattern!r} does not exist in {self.source}; this model has {', '.join(offered)}"
         return f"site {pattern!r} is unknown{nearest(pattern, known) or '; short names: ' + ', '.join(SHORT_NAMES)}"
 
     def _has(self, kind: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.io.checks import check
 from workbench.io.errors import RequestError, nearest, shown
+from workbench.sites.absent_sites import absence
 from workbench.sites.grammar import SHORT_NAMES
 from workbench.store.manifest import Manifest, SiteRecord, short_list
 from workbench.store.row_array import RowArray
@@ -103,13 +104,25 @@ def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Seq
 def not_recorded(path: Path, manifest: Manifest, label: str) -> RequestError:
     """Returns the error for a site that a store does not have, with the command that would record it."""
     known = [name for site in manifest.sites for name in (site.name, site.short) if name]
-    text = f"{label} is not recorded in {path}; recorded are {short_list([site.label for site in manifest.sites])}"
+    recorded = f"recorded are {short_list([site.label for site in manifest.sites])}"
+    text = f"{label} is not recorded in {path}"
     if layers := [site.label for site in manifest.sites if site.label.partition(".")[0] == label]:
         return RequestError(f"{label} is recorded by layer in {path}; name one, such as {layers[0]}")
     stem, layers = re.fullmatch(r"(\w+?)(\.-?\d+)?", label), manifest.model.n_layers
     if stem and stem[2] and not 0 <= int(stem[2][1:]) < layers:
         return RequestError(f"{label} is no site of {manifest.model.name}, whose layers are 0 to {layers - 1}")
     if stem and stem[1] in SHORT_NAMES:
-        name = manifest.model.name
-        return RequestError(f"{text}; to record it: workbench record {name} TEXT --sites {label} --out ANOTHER_STORE")
-    return RequestError(f"{text}{nearest(label, known)}")
+        name, layer = manifest.model.name, None if stem[2] is None else int(stem[2][1:])
+        if reason := absence(manifest.model.absent_sites, stem[1], layer):
+            return RequestError(f"{text}, and {name} does not offer it: {reason}; {recorded}")
+        command = f"workbench record {name} TEXT --sites {label} --out ANOTHER_STORE"
+        return RequestError(f"{text}; {recorded}; to record it: {command}")
+    return RequestError(f"{text}; {recorded}{nearest(label, known)}")
+
+
+def offered_label(manifest: Manifest, *kinds: str) -> str:
+    """Returns the label of the first site of these kinds that the model offers; of the first kind where it has none."""
+    model = manifest.model
+    places = ((kind, layer) for kind in kinds for layer in range(model.n_layers))
+    offered = (f"{kind}.{layer}" for kind, layer in places if not absence(model.absent_sites, kind, layer))
+    return next(offered, f"{kinds[0]}.0")

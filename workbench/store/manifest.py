@@ -25,6 +25,7 @@ from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
 from workbench.io.parse import VERIFY_STORE, check_checksum, checksum, from_json, parse, to_checked_json
 from workbench.io.reading import read_file
+from workbench.sites.absent_sites import AbsentSites
 from workbench.sites.score_rule import ScoreRule
 from workbench.store.added_records import merged_record, record_names
 from workbench.store.identity import Identity, difference
@@ -43,7 +44,7 @@ FEATURES = "features"
 LENSES = "lenses"
 """Folder of the folders of lenses that were fitted for the store."""
 
-_NEW_MODEL_KEYS = {"causal": True, "identity": None, "score_rules": None}
+_NEW_MODEL_KEYS = {"causal": True} | dict.fromkeys(("identity", "score_rules", "absent_sites", "tokenizer_settings"))
 """Keys of the model that version 2 added, with the values that hold for stores of version 1."""
 
 _NEW_SITE_KEYS: dict[str, Any] = {"synonyms": []}
@@ -135,6 +136,10 @@ class ModelRecord:
     score_rules: tuple[ScoreRule, ...] | None = None
     """Rules by which layers score their queries and keys, without layers that attend in their own way; None: recorded
     by a version that did not keep them."""
+    absent_sites: tuple[AbsentSites, ...] | None = None
+    """Sites with short names that it does not offer; None as for the rules."""
+    tokenizer_settings: str | None = None
+    """SHA-256 of the tokenizer's special tokens and switches; None as for the rules, or without a tokenizer."""
 
     def difference(self, present: ModelRecord) -> str | None:
         """Returns a phrase that names what differs in the model `present`; None if both give the same activations."""
