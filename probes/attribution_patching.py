@@ -156,7 +156,8 @@ class AttributionPatching(StoreProbe):
         check_fields(self, "base", one_of=("corrupt", "clean"))
         check_fields(self, "places", one_of=("labels", "positions"))
         check_fields(self, "resamples", "exact_pairs", at_least=1, whole=True)
-        check_fields(self, "seed", "steps", at_least=0, whole=True)
+        check_fields(self, "seed", at_least=0, whole=True)
+        check_fields(self, "steps", at_least=0, at_most=10_000, whole=True)
         if self.layers is not None and not self.layers:
             raise RequestError("layers is empty; name one or more, or leave it out")
         if self.metric == "kl" and self.base == "clean" and not self.steps:

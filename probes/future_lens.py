@@ -161,7 +161,8 @@ class FutureLens(LayerProbe):
         super().__post_init__()
         self._split()  # checks the settings that it takes
         check_fields(self, "top_k", at_least=1)
-        check_fields(self, "direct_vocab", "epochs", "detail", at_least=0)
+        check_fields(self, "direct_vocab", "detail", at_least=0)
+        check_fields(self, "epochs", at_least=0, at_most=10_000)
         check_fields(self, "learning_rate", above=0, below=float("inf"))
         if not self.ridge or not all(0 < penalty < float("inf") for penalty in self.ridge):
             raise RequestError(f"ridge must be one or more finite numbers above 0, not {self.ridge}")

@@ -155,7 +155,7 @@ class FuturePrompts(LayerProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._split()  # checks the settings that it takes
-        check_fields(self, "prompt_tokens", "learned_for", "epochs", at_least=0)
+        check_fields(self, "prompt_tokens", "learned_for", "epochs", at_least=0, at_most=10_000)
         check_fields(self, "training_rows", "batch", "top_k", at_least=1)
         check_fields(self, "row_limit", at_least=2)
         check_fields(self, "learning_rate", above=0, below=float("inf"))

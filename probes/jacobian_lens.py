@@ -127,7 +127,8 @@ class JacobianLens(LayerProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, "site", one_of=("resid_post",))
-        check_fields(self, "row_limit", "top_k", "horizons", at_least=1, whole=True)
+        check_fields(self, "row_limit", "top_k", at_least=1, whole=True)
+        check_fields(self, "horizons", at_least=1, at_most=1000, whole=True)
         check_fields(self, "prompts", at_least=1, whole=True, optional=True)
         check_fields(self, "detail", "seed", "skip", at_least=0, whole=True)
         check_fields(self, "length", at_least=self.skip + 2, whole=True)

@@ -120,7 +120,7 @@ class NextTokenLaw(LayerProbe):
         super().__post_init__()
         check("norm", self.norm, one_of=("final", "none"))
         check_fields(self, "shuffles", "rows_per_dimension", at_least=1)
-        check_fields(self, "folds", at_least=2)
+        check_fields(self, "folds", at_least=2, at_most=100)
         check_fields(self, "seed", at_least=0)
 
     @plain_torch()

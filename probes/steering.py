@@ -111,7 +111,8 @@ class Steering(StoreProbe):
         super().__post_init__()
         check_fields(self, "unit", one_of=("raw", "unit", "norm"))
         check_fields(self, "at", one_of=("all", "new"))
-        check_fields(self, "prompt", "new_tokens", "row_limit", "resamples", at_least=1, whole=True)
+        check_fields(self, "prompt", "row_limit", "resamples", at_least=1, whole=True)
+        check_fields(self, "new_tokens", at_least=1, at_most=100_000, whole=True)
         check_fields(self, "seed", at_least=0, whole=True)
         if len(set(self.scales)) != len(self.scales) or not self.scales:
             raise RequestError("scales must be one or more numbers that differ")
@@ -144,6 +145,8 @@ class Steering(StoreProbe):
         model = recorded_model(store, model or self.model, self.device)
         targets = _target_ids(model, self.tokens)
         ids, left_out = self._prompts(store)
+        if (longest := self.prompt + self.new_tokens) > (limit := model.context_limit or longest):
+            raise RequestError(f"new_tokens: {longest:,} tokens with the prompt, the model takes {limit:,}; give fewer")
         values: dict[str, np.ndarray] = {name: np.full((len(ids), 2, len(self.scales)), np.nan) for name in MEASURES}
         lines = []
         for row, kind in enumerate(KINDS):

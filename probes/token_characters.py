@@ -95,7 +95,7 @@ class TokenCharacters(WeightsProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, "row_limit", at_least=100, whole=True)
-        check_fields(self, "epochs", at_least=1, whole=True)
+        check_fields(self, "epochs", at_least=1, at_most=10_000, whole=True)
         check_fields(self, "penalty", above=0)
         check_fields(self, "seed", at_least=0, whole=True)
 

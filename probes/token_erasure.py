@@ -144,7 +144,7 @@ class TokenErasure(LayerProbe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, "longest", "epochs", "batch", "resamples", at_least=1)
+        check_fields(self, "longest", "epochs", "batch", "resamples", at_least=1, at_most=100_000)
         check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
         check_fields(self, "held_out", above=0, below=0.6)
         if not self.offsets or len(set(self.offsets)) < len(self.offsets):

@@ -36,6 +36,7 @@ from workbench.probing import (
     Store,
     Variable,
     blocks,
+    check,
     check_fields,
     clustered_means,
     dataset,
@@ -216,6 +217,7 @@ def _cloud_measures(
     measures["duplicates"] = np.array([1 - mask.mean() for mask in first])
     if points < _LEAST:
         return measures
+    check("neighbours", probe.neighbours, at_most=points - 1)
     order = np.random.default_rng(probe.seed + number).permutation(points)
     near = []
     for layer, cloud in enumerate(clouds):

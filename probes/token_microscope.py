@@ -148,9 +148,10 @@ class TokenMicroscope(LayerProbe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, "folds", at_least=2, whole=True)
+        check_fields(self, "folds", at_least=2, at_most=100, whole=True)
         check_fields(self, "resamples", "rows_per_dimension", at_least=1, whole=True)
-        check_fields(self, "detail", "seed", "epochs", at_least=0, whole=True)
+        check_fields(self, "detail", "seed", at_least=0, whole=True)
+        check_fields(self, "epochs", at_least=0, at_most=10_000, whole=True)
         check_fields(self, "dimension_rows", at_least=_FEW, whole=True)
         check_fields(self, "held_out", above=0, below=0.6)
         check_fields(self, "learning_rate", above=0, below=float("inf"))

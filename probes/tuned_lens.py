@@ -118,7 +118,7 @@ class TunedLens(LayerProbe):
         super().__post_init__()
         check_fields(self, "top_k", "batch", at_least=1)
         check_fields(self, "detail", at_least=0)
-        check_fields(self, "epochs", at_least=0, optional=True)
+        check_fields(self, "epochs", at_least=0, at_most=10_000, optional=True)
         check_fields(self, "learning_rate", "weight_decay", at_least=0, below=float("inf"))
         check("held_out", self.held_out, above=0, below=0.6)
 

@@ -23,6 +23,14 @@ def test_patch_saves_the_result_of_a_task(tmp_path):
     np.testing.assert_allclose(wb.load_result(out).data["denoising"], expected.data["denoising"], atol=1e-6)
 
 
+def test_counts_that_cannot_be_met_are_refused_before_the_model_is_loaded(tmp_path):
+    for option, limit in (("--pairs", "from 1 to 100000"), ("--resamples", "at most 100000")):
+        code, _, err = run("patch", "no-model", "facts", "--out", tmp_path / "r", option, "1e9")
+        assert code == 2
+        assert err.startswith(f"workbench: {option} must be {limit}, not 1000000000")
+        assert len(err.splitlines()) == 1
+
+
 def test_attribute_estimates_patching_for_a_task(tmp_path):
     settings = ("--pairs", 4, "--layers", 1, "--exact-pairs", 2, "--resamples", 20)
     code, text, _ = run("attribute", "demo", "facts", "--out", tmp_path / "r", *settings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 from refusals import refused
+from warned import warned
 
 import workbench as wb
 from workbench.corpus.prompt_pairs import ANSWERS, LENGTHS, SAME, SPANS
@@ -102,6 +104,13 @@ def unchecked(*values):
     return pair
 
 
+def test_a_task_of_few_pairs_ends_with_a_warning(model, monkeypatch):
+    pairs = [wb.PromptPair(f"Read {one} and", "Read blue and", " red", " blue") for one in ("red", "white", "black")]
+    monkeypatch.setitem(TASKS, "three", (lambda draw: (draw.choice(pairs) for _ in itertools.count()),))
+    with warned("task three: 3 pairs fit the tokenizer, fewer than the 90,000 asked for"):
+        assert len(wb.prompt_pairs("three", model, 90_000)) == 3
+
+
 def test_one_answer_may_stand_alone(model):
     pair = wb.PromptPair("Read red and", "Read blue and", " red", " blue")
     assert pair == wb.PromptPair("Read red and", "Read blue and", (" red",), (" blue",))
@@ -126,7 +135,8 @@ def test_a_store_has_the_pairs_as_columns(model, tmp_path):
     ("call", "message"),
     [
         (lambda model: wb.prompt_pairs("iio", model), "task must be one of ioi, greater-than"),
-        (lambda model: wb.prompt_pairs("facts", model, 0), "count must be a whole number, at least 1, not 0"),
+        (lambda model: wb.prompt_pairs("facts", model, 0), "count must be a whole number, from 1 to 100000, not 0"),
+        (lambda model: wb.prompt_pairs("facts", model, 10**9), "count must be a whole number, from 1 to 100000, not"),
         (lambda model: wb.prompt_pairs("facts", None), "tokenizer must be a tokenizer, or a model that has one"),
         (lambda model: wb.prompt_pairs("ioi", model), "no pair of 'ioi' fits the tokenizer"),
         (lambda model: wb.check_pairs([], model), "no pair is given"),

@@ -109,6 +109,12 @@ def test_several_layers_are_steered_together(tiny, steered_store, direction):
     )
 
 
+def test_more_tokens_than_the_model_takes_are_refused(tiny, steered_store, direction):
+    probe = Steering(tokens=(" Monday",), prompt=4, new_tokens=125)
+    text = refused(RequestError, lambda: probe.steer(str(steered_store.path), direction, model=tiny))
+    assert text == "new_tokens: 129 tokens with the prompt, the model takes 128; give fewer"
+
+
 def test_a_store_of_chosen_rows_is_refused(tiny, direction, tmp_path):
     """Its tokens are no prompt: some of the text is left out."""
     options = {"sites": ["resid_post.1"], "where": "position % 2 = 0", "show_progress": False}

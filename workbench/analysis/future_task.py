@@ -41,7 +41,7 @@ class FutureSplit:
     seed: int
 
     def __post_init__(self) -> None:
-        check_fields(self, "horizons", at_least=1)
+        check_fields(self, "horizons", at_least=1, at_most=1000)
         check_fields(self, "held_out", "validation", above=0, below=1)
         check_fields(self, "seed", at_least=0)
         if not self.held_out + self.validation < 1:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.change_effects import MEASURES, Change, ChangeEffects, MeasuredRows, change_effects
-from workbench.io.checks import check
+from workbench.io.checks import MOST, check
 from workbench.io.errors import RequestError
 from workbench.model.capture import capture
 from workbench.model.load import Model
@@ -93,7 +93,7 @@ def head_ablation(
             whose heads' outputs cannot be changed.
     """
     check("ablation", ablation, one_of=get_args(Ablation))
-    check("controls", controls, at_least=0, whole=True)
+    check("controls", controls, at_least=0, at_most=MOST, whole=True)
     for name, one in heads.items():
         _check_heads(model, name, one)
     draw = np.random.default_rng(seed)

@@ -139,10 +139,10 @@ class _RunTask:
 
     def run(self) -> int:
         from workbench.corpus.task_suites import TASKS, prompt_pairs
-        from workbench.io.checks import check
+        from workbench.io.checks import MOST, check
 
         check("task", self.task, one_of=tuple(TASKS))
-        check("pairs", self.pairs, at_least=1)
+        check("pairs", self.pairs, at_least=1, at_most=MOST)
         check_writable(self.out)
         from workbench.model.load import load_model  # seconds: torch
 

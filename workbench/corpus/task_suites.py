@@ -6,6 +6,7 @@ template, and differ in the slots that decide the answer.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -24,12 +25,15 @@ from workbench.corpus.prompt_pairs import (
     made_pairs,
 )
 from workbench.embedded import demo_corpus
-from workbench.io.checks import check, whole_number
+from workbench.io.checks import MOST, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOG = logging.getLogger(__name__)
+
 _TRIES = 40  # draws for each pair that is asked for
+_STALLED = 100  # draws without a new pair, for each that was drawn, after which there are no others
 _FIRST = 100  # draws after which a form that has given no pair is left
 
 _NAMES = (
@@ -105,21 +109,26 @@ def prompt_pairs(
         RequestError: No such task, or no pair fits the tokenizer.
     """
     check("task", task, one_of=tuple(TASKS))
-    count = whole_number("count", count, at_least=1)
+    check("count", count, at_least=1, at_most=MOST, whole=True)
     kept: list[CheckedPair] = []
     dropped: Mapping[str, int] = {}
     for form in TASKS[task]:
-        checked, seen, draw = PairChecker(tokenizer), set(), Random(f"{task}:{seed}")
+        checked, seen, draw, newest = PairChecker(tokenizer), set(), Random(f"{task}:{seed}"), 0
         for number, pair in enumerate(islice(form(draw), _TRIES * count)):
-            if len(kept) == count or (not kept and number == _FIRST):
+            exhausted = number - newest > max(_FIRST, _STALLED * len(seen))
+            if len(kept) == count or (not kept and number == _FIRST) or exhausted:
                 break
             if (pair.clean, pair.corrupt) not in seen:
+                newest = number
                 seen.add((pair.clean, pair.corrupt))
                 kept += filter(None, [checked(pair)])
         dropped = checked.dropped
         if kept:
             break
-    return made_pairs(task, kept, dropped, seed)
+    pairs = made_pairs(task, kept, dropped, seed)
+    if len(kept) < count:
+        _LOG.warning(f"task {task}: {len(kept):,} pairs fit the tokenizer, fewer than the {count:,} asked for")
+    return pairs
 
 
 # ---- templates ------------------------------------------------------------------------------------------

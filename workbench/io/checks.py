@@ -26,6 +26,11 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
 SEEDS = 1 << 63
 """Random seeds are below this number: torch takes no larger ones."""
 
+MOST = 100_000
+"""Largest number of random draws of one kind, such as resamples; more would change no interval."""
+_REPEATED = ("resamples", "permutations", "shuffles", "draws", "controls_drawn", "ablation_controls", "seeds", "random")
+"""Settings of probes that are such numbers."""
+
 _LONGEST_NAME = 255  # bytes, of all usual file systems
 
 
@@ -82,31 +87,19 @@ def check(
         raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {shown}")
 
 
-def whole_number(name: str, value: Any, **limits: Any) -> int:
-    """Returns a whole number that a caller gave, 2.0 as 2, so that it can count and slice.
-
-    Args:
-        name: What the caller calls it: `k`.
-        value: The number.
-        **limits: Its limits, as of `check`.
-
-    Raises:
-        RequestError: For example "k must be a whole number, at least 1, not 2.5".
-    """
-    check(name, value, whole=True, **limits)
-    return int(value)
-
-
 def check_resampling(resamples: int, seed: int) -> None:
-    """Checks the settings of intervals: at least one resample, and a seed that NumPy and torch take."""
-    check("resamples", resamples, at_least=1, whole=True)
+    """Checks the settings of intervals: from 1 to `MOST` resamples, and a seed that NumPy and torch take."""
+    check("resamples", resamples, at_least=1, at_most=MOST, whole=True)
     check("seed", seed, at_least=0, below=SEEDS, whole=True)
 
 
 def check_settings(settings: Any) -> None:
-    """Checks what the settings of every probe have in common: their types, and a seed that NumPy and torch take."""
+    """Checks what the settings of every probe have in common: types, a usable seed, and at most `MOST` random draws."""
     check_types(settings)
     check("seed", getattr(settings, "seed", None), below=SEEDS, optional=True)
+    for name in _REPEATED:
+        if isinstance(value := getattr(settings, name, None), int):
+            check(name, value, at_most=MOST)
 
 
 def as_path(name: str, value: Any) -> Path:

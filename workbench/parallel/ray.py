@@ -49,7 +49,7 @@ class RayWorkers:
 
     def __post_init__(self) -> None:
         check("workers", self.count, at_least=1, optional=True)
-        check("threads", self.threads, at_least=1, optional=True)
+        check("threads", self.threads, at_least=1, at_most=1024, optional=True)
         if self.kind not in (None, "cpu", "cuda"):
             raise RequestError(f"device of workers must be cpu or cuda, each has one of its own, not {self.kind!r}")
 
