@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,7 +144,8 @@ def change_effects(
 ) -> ChangeEffects:
     """Measures predictions of the plain model and under each change, on whole sequences of a store.
 
-    Costs 1 + changes passes over the sequences that have measured rows; memory is two batches of logits (128 MiB each).
+    Costs 1 + changes passes over the sequences that have measured rows; memory is two batches of logits (128 MiB each)
+    and the log-probabilities of one in float64 (256 MiB).
 
     Args:
         model: The recorded model.
@@ -170,12 +171,14 @@ def change_effects(
             inside = np.stack([mask[row] for mask in member.values()])
             target = torch.from_numpy(targets[row])
             plain = _logits(model, batch, measured)
-            sums.add(0, number, inside, measures(plain, target, plain).numpy())
+            sums.add(0, number, inside, measures(plain, target).numpy())
+            before = plain_log_probabilities(plain)
             advance(len(row))
             for index, (name, change) in enumerate(changes.items(), start=1):
                 after, chosen = _changed(model, batch, measured, change(batch), plain)
                 sums.chosen[name] += chosen
-                sums.add(index, number, inside, measures(after, target, plain).numpy())
+                values = measures(after, target, None if after is plain else before)
+                sums.add(index, number, inside, values.numpy())
                 advance(len(row))
     for name, chosen in sums.chosen.items():
         if not chosen:
@@ -187,13 +190,19 @@ def change_effects(
 
 
 def measures(
-    logits: Float[Tensor, "row vocab"], targets: Int64[Tensor, " row"], plain: Float[Tensor, "row vocab"]
+    logits: Float[Tensor, "row vocab"],
+    targets: Int64[Tensor, " row"],
+    before: Float64[Tensor, "row vocab"] | None = None,
 ) -> Float64[Tensor, "measure row"]:
-    """Returns `MEASURES` of each row, on the CPU; loss and accuracy are NaN where the target is -1."""
-    step = max(1, _WIDE_BYTES // (8 * plain.shape[1]))
+    """Returns `MEASURES` of each row, on the CPU; loss and accuracy are NaN where the target is -1.
+
+    Args:
+        logits: Logits of the model.
+        targets: Token whose loss and accuracy are measured, -1: none.
+        before: Log-probabilities of the plain model. None: those of `logits`.
+    """
     values = torch.zeros(len(MEASURES), len(targets), dtype=torch.float64, device="cpu")
-    for start in range(0, len(targets), step):
-        part = slice(start, start + step)
+    for part in _parts(logits):
         after, target = exact(logits[part]).log_softmax(-1), targets[part]
         probability = after.exp()
         index = target.clamp(min=0).to(after.device)
@@ -202,14 +211,25 @@ def measures(
         values[1, part] = (top == index).double().cpu()
         values[2, part] = -torch.where(probability > 0, probability * after, 0).sum(-1).cpu()
         values[:2, part] = torch.where(target >= 0, values[:2, part], torch.nan)
-        if plain is not logits:
-            before = exact(plain[part]).log_softmax(-1)
-            probability = before.exp()  # a token of probability 0 adds nothing
-            values[3, part] = torch.where(probability > 0, probability * (before - after), 0).sum(-1).cpu()
-            values[4, part] = (top == before.argmax(-1)).double().cpu()
+        if before is not None:
+            known = before[part]
+            probability = known.exp()  # a token of probability 0 adds nothing
+            values[3, part] = torch.where(probability > 0, probability * (known - after), 0).sum(-1).cpu()
+            values[4, part] = (top == known.argmax(-1)).double().cpu()
         else:
             values[4, part] = 1
     return values
+
+
+def plain_log_probabilities(logits: Float[Tensor, "row vocab"]) -> Float64[Tensor, "row vocab"]:
+    """Returns the log-probability of every token in the plain model, with which `measures` compares changes."""
+    return torch.cat([exact(logits[part]).log_softmax(-1) for part in _parts(logits)])
+
+
+def _parts(logits: Float[Tensor, "row vocab"]) -> Iterator[slice]:
+    """Slices of rows that are measured together."""
+    step = max(1, _WIDE_BYTES // (8 * logits.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
 def _changed(

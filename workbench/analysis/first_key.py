@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 
-from workbench.analysis.change_effects import MEASURES, MeasuredRows, measures
+from workbench.analysis.change_effects import MEASURES, MeasuredRows, measures, plain_log_probabilities
 from workbench.analysis.rows import next_tokens
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
@@ -86,8 +86,9 @@ def temperature_curve(
         logits = run(model.module, batch.ids, batch.mask).logits
         logits = logits[measured.to(logits.device)]
         target = torch.from_numpy(targets[batch.row[measured].numpy()])
+        before = plain_log_probabilities(logits)
         for index, temperature in enumerate(temperatures):
-            values = measures(logits / temperature, target, logits).numpy()
+            values = measures(logits / temperature, target, before).numpy()
             totals[index] += np.nansum(values, 1)
             counts[index] += (~np.isnan(values)).sum(1)
     return totals / counts
