@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 from command_line import run
-from features_example import SEGMENTS, SITE, extracted, loaded
+from features_example import SEGMENTS, SITE, TRAINED, extracted, loaded
 from refusals import refused
 from sae_example import save_sae, set_weights
 from safetensors.numpy import load_file
 from scipy.optimize import linear_sum_assignment
 from store_example import write_store
+from warned import warned
 
 import workbench as wb
 from workbench.features import index, matching
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.store.reader import open_store
 
 
@@ -103,6 +104,32 @@ def test_splits_equal_dense_numpy(small, features, other, monkeypatch):
         assert (line.covered, line.largest) == (pytest.approx(covered), pytest.approx(largest))
         assert line.density == pytest.approx(x[:, line.feature].mean())
     assert (table["parts"].diff().dropna() <= 0).all()
+
+
+def test_directions_that_are_nan_are_no_neighbours_and_refused_of_active_features(example, features, sae, tmp_path):
+    """NaN of a feature that is never active is left out; that of an active one would be a wrong cosine."""
+
+    def changed(name, **weights):
+        folder = save_sae(tmp_path / name, "jumprelu", d_sae=26, seed=5, **TRAINED)
+        copy = wb.load_sae(set_weights(folder, **weights), device="cpu")
+        return extracted(example, copy, out=tmp_path / f"features of {name}"), copy
+
+    weights = load_file(save_sae(tmp_path / "w", "jumprelu", d_sae=26, seed=5) / "sae_weights.safetensors")
+    silent = np.where(np.arange(26) == 4, 1e6, weights["threshold"])
+    whole = changed("whole", threshold=silent)
+    expected = wb.match_features(features, whole[0], sae, whole[1])
+    undefined = weights["W_dec"].copy()
+    undefined[4] = np.nan
+    nan = changed("nan", threshold=silent, W_dec=undefined)
+    with warned("they are left out of comparisons"):
+        table = wb.match_features(features, nan[0], sae, nan[1])
+    assert 4 not in table["nearest"].tolist()
+    kept = expected["nearest"] != 4
+    assert table[kept].equals(expected[kept])
+    assert np.isfinite(table[["cosine", "nearest_cosine"]].to_numpy()).all()
+    undefined[expected["match"].iloc[0]] = np.nan
+    damaged = changed("damaged", threshold=silent, W_dec=undefined)
+    assert "NaN" in refused(DataError, lambda: wb.match_features(features, damaged[0], sae, damaged[1]))
 
 
 def test_what_cannot_be_matched_is_refused(features, sae, other, tmp_path):

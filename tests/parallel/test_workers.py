@@ -224,6 +224,26 @@ def test_features_by_workers_are_those_of_one_process(in_this_process, folder, t
     assert contents(features[0].path).keys() == contents(features[1].path).keys()
 
 
+def test_features_of_several_layers_go_to_workers_of_ray(session, tmp_path, monkeypatch):
+    """The autoencoder and the sites that its layers read are files for a process of their own."""
+    from features_example import extracted
+    from sae_example import save_sae
+    from several_sites import D_IN, MIDS, stream_store
+
+    from workbench.sae.layered import layered
+
+    monkeypatch.setattr("workbench.features.encoding.SEGMENT_ROWS", 12)
+    store, parts = stream_store(tmp_path / "x.acts"), []
+    for layer, site in enumerate(MIDS):
+        about = {"d_in": D_IN, "seed": layer, "hook_name": site.name, "model_name": "demo"}
+        parts.append(wb.load_sae(save_sae(tmp_path / f"sae {layer}", "jumprelu", **about), device="cpu"))
+    sae, places = layered(parts, "two"), {"one": None, "ray": wb.RayWorkers(1, threads=1)}
+    one, ray = (extracted(store, sae, out=tmp_path / name, workers=workers) for name, workers in places.items())
+    np.testing.assert_allclose(ray[:].toarray(), one[:].toarray(), rtol=1e-6)
+    assert ray.sites.equals(one.sites)
+    assert (one.counts > 0).sum() > 20
+
+
 def test_a_sweep_by_workers_has_the_table_of_one_process(session, tmp_path):
     from workbench.experiments.sinks import Config
     from workbench.runs.sweep import grid, sweep

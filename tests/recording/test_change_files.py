@@ -8,8 +8,10 @@ from refusals import refused
 
 import workbench as wb
 from workbench.io.errors import RequestError
+from workbench.model.load import Model
 from workbench.model.record_json import stored_changes
 from workbench.recording.change_files import KINDS, read_interventions
+from workbench.recording.segment_changes import plan_changes
 
 
 def read(folder, *records):
@@ -54,6 +56,21 @@ def test_records_of_a_file_are_those_of_python(tmp_path):
 )
 def test_what_is_no_record_is_refused(tmp_path, record, message):
     assert message in refused(RequestError, lambda: read(tmp_path, record))
+
+
+def test_what_does_not_fit_the_model_names_the_record(tmp_path, tiny_models):
+    model = Model(tiny_models["llama"], None, "llama")
+    for record, message in (
+        ({"kind": "zero", "site": "z.9"}, "record 1 (zero): site 'z.9': no such layer"),
+        ({"kind": "zero", "site": "z.1", "head": 9}, "record 1 (zero): head 9: z.1 has the heads 0 to 3"),
+        (
+            {"kind": "set", "site": "resid_post.0", "at": "all", "value": [1, 2]},
+            "record 1 (set): value has the shape (2,)",
+        ),
+        ({"kind": "skip_block", "layer": 9}, "record 1 (skip_block): layer"),
+    ):
+        records = read(tmp_path, {"kind": "zero", "site": "z.0"}, record)
+        assert refused(RequestError, lambda records=records: plan_changes(model, records, ())).startswith(message)
 
 
 def test_another_structure_is_refused(tmp_path):

@@ -83,6 +83,17 @@ def test_metadata_missing_from_the_files_is_none(tmp_path):
     assert repr(sae) == "Sae('one', standard, 8 -> 20, cpu)"
 
 
+def test_metadata_without_a_version_is_kept(tmp_path):
+    """SAELens takes such a file for one from before version 6, and would drop its metadata."""
+    folder = save_sae(tmp_path / "one", "topk")
+    edit_config(folder, metadata={"hook_name": "blocks.3.hook_resid_post", "model_name": "gpt2-small"})
+    sae = load_sae(folder, device="cpu")
+    assert (sae.site, sae.model_name) == ("blocks.3.hook_resid_post", "gpt2-small")
+    assert sae.fingerprint() == load_sae(save_sae(tmp_path / "two", "topk"), device="cpu").fingerprint()
+    x = torch.from_numpy(X)
+    assert torch.equal(sae.encode(x), load_sae(tmp_path / "two", device="cpu").encode(x))
+
+
 def test_files_from_before_saelens_6_are_read(tmp_path):
     """They had all settings on one level, under other names."""
     folder = save_sae(tmp_path / "old")

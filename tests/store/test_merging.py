@@ -61,7 +61,8 @@ def test_stores_that_do_not_fit_are_refused_and_nothing_is_written(stores, tmp_p
         assert message in refused(RequestError, lambda path=path: merge([stores[0], path], tmp_path / "m"))
     assert "two or more" in refused(RequestError, lambda: merge(stores[:1], tmp_path / "m"))
     assert "have a column 'source'" in refused(RequestError, lambda: merge(stores, tmp_path / "m", column="source"))
-    assert "two are named a" in refused(RequestError, lambda: merge([stores[0], stores[0]], tmp_path / "m"))
+    twice = refused(RequestError, lambda: merge([stores[0], stores[0]], tmp_path / "m"))
+    assert twice == "stores: two are named a; rename a folder, or in Python give a mapping of names to stores"
     assert not (tmp_path / "m").exists()
     assert "holds another store" in refused(RequestError, lambda: merge(stores, stores[0].path))
 

@@ -25,7 +25,7 @@ class Generate:
     """Continue prompts, and write the token ids to a file that `workbench record` reads, generated tokens marked."""
 
     model: Positional[str]
-    """Local directory, or hub id such as gpt2."""
+    """Local directory, hub id such as gpt2, or demo."""
     prompts: Positional[tuple[str, ...]]
     """Files of prompts (.txt .json .jsonl .csv .tsv .parquet), hf:NAME, or a quoted text."""
     out: Path
@@ -75,7 +75,7 @@ class Record:
     after_interrupt = "; committed segments are kept, and the same command resumes"
 
     model: Positional[str]
-    """Local directory, or hub id such as gpt2."""
+    """Local directory, hub id such as gpt2, or demo."""
     text: Positional[tuple[str, ...]]
     """Files (.txt .json .jsonl .csv .tsv .parquet), hf:NAME for a dataset of the hub, or a quoted text."""
     out: Path
@@ -180,7 +180,7 @@ class Plan:
     """Estimate disk, memory and time of a recording from a short measurement."""
 
     model: Positional[str]
-    """Local directory, or hub id such as gpt2."""
+    """Local directory, hub id such as gpt2, or demo."""
     text: Positional[tuple[str, ...]] = ()
     """Texts to sample, as for `record`. Default: random tokens in sequences as long as the context."""
     rows: float | None = None

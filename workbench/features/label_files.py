@@ -102,6 +102,8 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
                 "the labels of this SAE"
             )
         for name, value in values.items():
+            if (number := _number(value)) is not None and math.isinf(number):
+                raise RequestError(f"labels: {place}: {name} is {str(value)[:40]}; give a finite number, or none")
             repeated += columns.setdefault(name, {}).setdefault(feature, value) != value
     if not columns:
         raise RequestError(f"labels: {str(path)!r} has numbers of features, but nothing about them; {_EXPECTED}")
@@ -251,6 +253,10 @@ def _name(heading: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as such; None for anything else."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    """A number as such, infinite beyond the range of 64 bits; None for NaN, which is none, and anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -11,6 +11,7 @@ is computed by the model. All hooks are gone after the block, also after an exce
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -45,6 +46,12 @@ class Intervention(ABC):
         Raises:
             RequestError: The record does not fit the model.
         """
+
+
+def kind_of(record: Intervention | type[Intervention]) -> str:
+    """Returns the name of a kind of record, as in JSON: `scale_attention`."""
+    name = (record if isinstance(record, type) else type(record)).__name__
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 class Bound(ABC):
@@ -131,10 +138,17 @@ class Intervened:
     """Result of `intervene`: a context that changes a model inside its block, and counts what was changed."""
 
     def __init__(
-        self, model: Model, records: tuple[Intervention, ...], override: bool = False, proof: bool = True
+        self,
+        model: Model,
+        records: tuple[Intervention, ...],
+        override: bool = False,
+        proof: bool = True,
+        numbered: bool = False,
     ) -> None:
+        """Binds the records; with `numbered`, errors name a record by its number and kind, as a list in a file does."""
         self.model, self.records, self._proof = model, records, proof
-        self._bound = [record.bind(model) for record in records]
+        names = [f"record {number} ({kind_of(record)})" if numbered else "" for number, record in enumerate(records)]
+        self._bound = [_bind(model, record, name) for record, name in zip(records, names, strict=True)]
         for one in self._bound:
             one.override = override
         if not override:
@@ -256,6 +270,15 @@ def intervene(model: Model, *records: Intervention, override: bool = False) -> I
     intervened = Intervened(model, records, override)
     intervened.warn_of_kernels()
     return intervened
+
+
+def _bind(model: Model, record: Intervention, name: str) -> Bound:
+    try:
+        return record.bind(model)
+    except (DataError, RequestError) as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from None
 
 
 def overridden(later: Intervention, earlier: Intervention, place: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
-from workbench.model.intervene import Intervention
+from workbench.model.intervene import Intervention, kind_of
 from workbench.model.token_choice import tokens_at
 from workbench.sites.grammar import full_name
 from workbench.store.reader import Rows, Store
@@ -30,12 +29,6 @@ def stored_changes(records: Sequence[Intervention]) -> tuple[StoredChanges, Arra
     """
     arrays = Arrays()
     return StoredChanges(FORMAT, tuple(_record(one, arrays) for one in records), none_ran(len(records))), arrays
-
-
-def kind_of(record: Intervention | type[Intervention]) -> str:
-    """Returns the name of a kind of record in JSON: `scale_attention`."""
-    name = (record if isinstance(record, type) else type(record)).__name__
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _record(record: Intervention, arrays: Arrays) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from workbench.model.attention_records import BiasAttention, RedistributeAttenti
 from workbench.model.block_records import SkipBlock, SwapBlocks
 from workbench.model.direction import load_direction
 from workbench.model.embedding_records import EmbedTokens
-from workbench.model.intervene import Intervention
-from workbench.model.record_json import kind_of
+from workbench.model.intervene import Intervention, kind_of
 from workbench.model.row_records import Add, Project, Set, Zero
 from workbench.model.stored_attention import FreezePattern
 from workbench.model.stored_rows import Mean, Patch, Resample

@@ -57,7 +57,7 @@ def plan_changes(model: Model, records: Sequence[Intervention], sites: Sequence[
                     f"sites: {inside[0].short or inside[0].name} is inside of block {record.layer}, which is skipped, "
                     "so it has no effect; record resid_pre and resid_post of that layer, or other layers"
                 )
-    intervened = Intervened(model, tuple(records))
+    intervened = Intervened(model, tuple(records), numbered=True)
     intervened.warn_of_kernels()
     stored, arrays = stored_changes(records)
     kernels = ({} if kernel is None else {"kernel": kernel} for kernel in intervened.kernels)

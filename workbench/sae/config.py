@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
     if "k" in known and "k" not in config:
         raise DataError(f"{source}: k is missing and SAELens would use 100; add it")
     _check_values(config, kind, source)
+
+
+def loaded_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that SAELens must see in place of those in the file.
+
+    SAELens takes a file without its version for one from before SAELens 6, and drops its `metadata`: site and model.
+    """
+    metadata = config.get("metadata")
+    if not isinstance(metadata, dict) or metadata.get("sae_lens_version") or config.get("sae_lens_version"):
+        return {}
+    return {"metadata": metadata | {"sae_lens_version": version("sae-lens")}}
 
 
 def ignored_settings(config: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.autoencoder import Sae
-from workbench.sae.config import check_settings, ignored_settings
+from workbench.sae.config import check_settings, ignored_settings, loaded_metadata
 from workbench.sae.conversion import AGAIN, Converted, converted, read_object, read_tensors, tensor_names
 from workbench.sae.folding import SCALER, UNFOLDED, folded, scaled
 from workbench.sae.formats import (
@@ -142,16 +142,18 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
         return _inference_sae(from_converted(foreign(), place, device), name)
     if not (place / CONFIG).is_file() and (files := layers_of(place)):
         return layered([_load_place(file, file.stem, device) for file in files], name)
-    check_settings(read_object(place / CONFIG), place / CONFIG)
+    settings = read_object(place / CONFIG)
+    check_settings(settings, place / CONFIG)
+    overrides = loaded_metadata(settings)
     try:
         if weights := _weights_in_memory(place):
-            settings = read_object(place / CONFIG)
+            settings |= overrides
             if "scaling_factor" in weights:
                 weights = scaled(settings, weights, place)
             module = from_converted(Converted(settings, weights), place, device)
         else:
             with _silenced():
-                module = SAE.load_from_disk(place, device=str(device), dtype="float32")
+                module = SAE.load_from_disk(place, str(device), "float32", _reader(overrides))
         with _silenced():
             module = folded(module, place)
     except WorkbenchError:
@@ -161,6 +163,16 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     except Exception as error:  # SAELens and torch raise many kinds for weights that do not fit
         raise DataError(f"SAE {str(place)!r}: {CONFIG} and {WEIGHTS} do not fit: {_line(error)}") from error
     return _inference_sae(module, name)
+
+
+def _reader(overrides: Mapping[str, Any]) -> Callable[..., Any]:
+    """SAELens' reader of a folder, with these settings in place of those in the file."""
+    from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+
+    def read(path: Path, device: str, cfg_overrides: dict[str, Any]) -> Any:
+        return sae_lens_disk_loader(path, device, {**cfg_overrides, **overrides})
+
+    return read
 
 
 def _weights_in_memory(place: Path) -> dict[str, Tensor] | None:

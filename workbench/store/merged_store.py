@@ -103,7 +103,10 @@ def _sources(stores: Stores) -> list[_Source]:
         raise RequestError(f"stores: {len(sources)} given; merge takes two or more")
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise RequestError(f"stores: two are named {max(names, key=names.count)}; give a mapping of names to stores")
+        raise RequestError(
+            f"stores: two are named {max(names, key=names.count)}; rename a folder, or in Python give a mapping of "
+            "names to stores"
+        )
     return sources
 
 
