@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from refusals import refused
 
 import workbench as wb
+from workbench.model.reload import recorded_model
 from workbench.probes import LogitLens, UnderTrainedTokens
 
 
@@ -21,6 +23,21 @@ def test_a_path_is_opened(store):
     for path in (str(store.path), Path(store.path)):
         assert LogitLens().run(path).data.identical(expected.data)
     assert UnderTrainedTokens(tested=0).run(str(store.path)).provenance["store"] == "s.acts"
+
+
+def test_functions_that_read_a_store_take_its_path(store):
+    model, path = wb.load_model("demo", device="cpu"), str(store.path)
+    assert recorded_model(path, model) is model
+    assert wb.compare(path, path, probes=()).sites.equals(wb.compare(store, store, probes=()).sites)
+    assert wb.to_hf_dataset(path, "resid_post.0", ()).num_rows == store.rows
+    sae = wb.load_sae("demo", device="cpu")
+    assert wb.sae_metrics(path, sae, rows="row > 0").rows == store.rows - 1
+    assert wb.extract_features(path, sae, show_progress=False).store.path == store.path
+    states = []
+    for of in (path, store):
+        with wb.intervene(model, wb.Mean("resid_post.0", of)), torch.no_grad():
+            states.append(model.module(torch.tensor([[3, 4]])).logits)
+    assert torch.equal(*states)
 
 
 def test_a_path_without_a_store_and_what_is_no_path_are_refused_in_a_line(store, tmp_path):

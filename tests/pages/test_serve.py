@@ -188,9 +188,7 @@ def test_wrong_requests(served, store, hostile_features, tmp_path):
     assert "resid_pst" in error("norms", number=0, site="resid_pst", layer=0)
     features, _, _ = hostile_features
     assert refused(RequestError, lambda: wb.serve(store, features)).startswith("features belong to ")
-    assert refused(RequestError, lambda: inspect.unwrap(wb.serve)("runs/x.acts")).startswith(
-        "store must be an opened store, such as"
-    )
+    assert refused(RequestError, lambda: inspect.unwrap(wb.serve)(5)).startswith("store must be a store ")
     port = urlsplit(served.address).port
     assert refused(RequestError, lambda: wb.serve(store, port=port)).startswith(f"port {port} cannot be used: ")
     assert served._repr_html_().count("<iframe") == 1

@@ -11,27 +11,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from refusals import refused, unchecked
+from refusals import refused
 
 import workbench as wb
 from workbench.analysis.patch_pairs import pairs_of
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae
-from workbench.io.checks import whole_number
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, check_model
 from workbench.model.reload import recorded_model
 from workbench.model.row_changes import changeable_place
 from workbench.model.row_records import _direction
-from workbench.recording.generation import Sampling
 from workbench.recording.record import _workers
+from workbench.results.registry import installed_probes
 from workbench.sae.site import matching_site
 from workbench.sites.settings import _names
 from workbench.store.layers import select_layers
 from workbench.store.query import select_rows
 from workbench.store.selected_rows import Rows
 
-STORE = "store must be an opened store, such as wb.open_store('runs/x.acts'), not 'x.acts'"
+STORE = "store must be a store (wb.open_store) or its path, not 5"
 MODEL = "model must be a loaded model, such as wb.load_model('demo'), not 'demo'"
 ROWS = "must be rows of a store, such as store.where('position > 0'), not 5"
 
@@ -55,19 +54,15 @@ NUMBER = "layer must be a whole number, from -3 to 2, not"
 SAE = "sae must be a loaded SAE, such as wb.load_sae('demo'), not 'demo'"
 
 CALLS = [
-    (lambda _: unchecked(wb.Recording, context=16.5), "context must be a whole number, not 16.5"),
-    (lambda _: unchecked(wb.Recording, unembed="no"), "unembed must be True or False, not 'no'"),
-    (lambda _: unchecked(Sampling, max_new_tokens=3, top_k=2.5), "top_k must be a whole number, not 2.5"),
-    (lambda _: whole_number("k", 2.5, at_least=1), "k must be a whole number, at least 1, not 2.5"),
-    (lambda _: plain(recorded_model)("x.acts"), STORE),
-    (lambda _: plain(matching_site)("x.acts", "demo"), STORE),
+    (lambda _: plain(recorded_model)(5), STORE),
+    (lambda _: plain(matching_site)(5, "demo"), STORE),
     (lambda at: plain(matching_site)(at.store, "demo"), SAE),
-    (lambda _: plain(wb.head_results)("x.acts", 0), STORE),
+    (lambda _: plain(wb.head_results)(5, 0), STORE),
     (lambda at: plain(wb.head_results)(at.store, 3), f"{NUMBER} 3"),
     (lambda at: plain(wb.attn_scores)(at.store, -99), f"{NUMBER} -99"),
-    (lambda at: plain(wb.compare)("x.acts", at.store), STORE.replace("store must", "stores must", 1)),
-    (lambda _: plain(wb.to_hf_dataset)("x.acts", "resid_post.0"), "rows must be an opened store, or rows of one"),
-    (lambda _: plain(wb.export)("x.acts", "e"), "source must be a result, an opened store or a figure, not 'x.acts'"),
+    (lambda at: plain(wb.compare)(5, at.store), STORE.replace("store must", "stores must", 1)),
+    (lambda _: plain(wb.to_hf_dataset)(5, "resid_post.0"), "rows must be a store (wb.open_store) or its path"),
+    (lambda _: plain(wb.export)("x.acts", "e"), "a store (wb.open_store) or a figure, not 'x.acts'"),
     (lambda _: plain(wb.generate)("demo", ["a"]), MODEL),
     (lambda _: plain(wb.intervene)("demo", wb.SkipBlock(0)), MODEL),
     (lambda _: plain(wb.neuron_dictionary)("demo", 0), MODEL),
@@ -101,11 +96,6 @@ def test_it_is_refused_in_one_line(call, message, at):
     assert message in refused(RequestError, lambda: call(at))
 
 
-def test_a_whole_number_may_be_written_as_a_float():
-    assert type(whole_number("k", 2.0, at_least=1)) is int
-    assert unchecked(wb.Recording, context=np.float64(16)).context == 16
-
-
 def test_one_stands_for_a_sequence_of_one(at, tmp_path):
     options = {"sites": ["resid_post.0"], "dtype": "float32", "show_progress": False}
     change = wb.Add("resid_post.0", torch.ones(32))
@@ -117,3 +107,23 @@ def test_one_stands_for_a_sequence_of_one(at, tmp_path):
     compared = wb.compare(one, other, sites="resid_post", probes="logit-lens")
     assert compared.sites["site"].tolist() == ["resid_post.0"]
     assert set(compared.not_run) <= {"logit-lens"}
+
+
+def test_numbers_of_random_draws_have_a_limit():
+    """Of every installed probe, before anything is read."""
+    counts = (
+        "resamples",
+        "permutations",
+        "shuffles",
+        "draws",
+        "controls_drawn",
+        "ablation_controls",
+        "seeds",
+        "random",
+    )
+    probes = [entry.load() for entry in installed_probes().values()]
+    places = [(probe, name) for probe in probes for name in counts if hasattr(probe, name)]
+    assert {name for _, name in places} == set(counts)
+    for probe, name in places:
+        text = refused(RequestError, lambda probe=probe, name=name: probe(**{name: 10**9}))
+        assert text == f"{name} must be at most 100000, not 1000000000"

@@ -28,7 +28,7 @@ from workbench.results.registry import find_probe, installed_probes
 from workbench.sites.grammar import short_name
 from workbench.store.lost_values import lost_values, refuse_nonfinite
 from workbench.store.manifest import SiteRecord, short_list
-from workbench.store.reader import Rows, Store, check_store
+from workbench.store.reader import Rows, Store, StoreOrPath, opened
 from workbench.store.run_difference import run_difference
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ class Comparisons:
 
 @overload
 def compare(
-    a: Store,
-    b: Store,
+    a: StoreOrPath,
+    b: StoreOrPath,
     *,
     sites: Sequence[str] | str | None = None,
     probes: Sequence[str] | str | None = None,
@@ -167,11 +167,11 @@ def compare(
 
 @overload
 def compare(
-    a: Store,
-    b: Store,
-    c: Store,
+    a: StoreOrPath,
+    b: StoreOrPath,
+    c: StoreOrPath,
     /,
-    *others: Store,
+    *others: StoreOrPath,
     sites: Sequence[str] | str | None = None,
     probes: Sequence[str] | str | None = None,
     allow_nonfinite: bool = False,
@@ -180,9 +180,9 @@ def compare(
 
 @plain_torch()
 def compare(
-    a: Store,
-    b: Store,
-    *others: Store,
+    a: StoreOrPath,
+    b: StoreOrPath,
+    *others: StoreOrPath,
     sites: Sequence[str] | str | None = None,
     probes: Sequence[str] | str | None = None,
     allow_nonfinite: bool = False,
@@ -193,7 +193,7 @@ def compare(
     pass over the sites of both stores of a pair, and the runs of the probes, one a store.
 
     Args:
-        a: The store that relative errors refer to.
+        a: The store, or its path, that relative errors refer to.
         b: The other store.
         *others: More stores, each to compare with `a`.
         sites: Names or kinds, `resid_post.3` or `resid_post`. None: all, which then must be the same in both.
@@ -209,14 +209,13 @@ def compare(
     sites, probes = ((one,) if isinstance(one, str) else one for one in (sites, probes))
     for name in probes or ():
         find_probe(name)
-    for store in (a, b, *others):
-        check_store(store, "stores")
-    for other in (b, *others):  # before the first pass
-        _check_tokens(a, other)
-        _select_sites(a, other, sites)
+    first, *rest = (opened(store, "stores") for store in (a, b, *others))
+    for other in rest:  # before the first pass
+        _check_tokens(first, other)
+        _select_sites(first, other, sites)
     results: dict[str, Result | WorkbenchError] = {}
     names = tuple(installed_probes()) if probes is None else tuple(probes)
-    each = tuple(_compare_pair(a, other, sites, names, allow_nonfinite, results) for other in (b, *others))
+    each = tuple(_compare_pair(first, other, sites, names, allow_nonfinite, results) for other in rest)
     return Comparisons(each) if others else each[0]
 
 

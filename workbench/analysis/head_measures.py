@@ -18,7 +18,7 @@ from workbench.model.load import Model
 from workbench.model.reload import recorded_model
 from workbench.results.registry import find_probe
 from workbench.results.result import Result
-from workbench.store.reader import Store, check_store
+from workbench.store.reader import Store, StoreOrPath, opened
 
 LENGTH = 64
 """Tokens of the sequences on which attention received is compared, where they are as long."""
@@ -97,10 +97,10 @@ class HeadMeasures:
 
 
 def measure_heads(
-    store: Store,
+    store: StoreOrPath,
     *,
     model: Model | str | None = None,
-    repeats: Store | None = None,
+    repeats: StoreOrPath | None = None,
     domain: str | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -112,7 +112,7 @@ def measure_heads(
     `direct-logit-attribution`.
 
     Args:
-        store: The store; each probe reads the sites that it has.
+        store: The store, or its path; each probe reads the sites that it has.
         model: The recorded model, or what `load_model` takes. None: the name in the manifest, where that suffices.
         repeats: Store of random tokens that repeat (`wb.random_repeats`), for induction. None: `store`.
         domain: Metadata column by whose values active and dormant heads are compared. None: no comparison.
@@ -123,9 +123,8 @@ def measure_heads(
     Raises:
         RequestError: Nothing could be measured, or the model or `repeats` is of another model.
     """
-    check_store(store)
-    if repeats is not None:
-        check_store(repeats, "repeats")
+    store = opened(store)
+    repeats = None if repeats is None else opened(repeats, "repeats")
     if repeats is not None and (other := store.manifest.model.difference(repeats.manifest.model)):
         raise RequestError(f"repeats: {repeats.path} was recorded from another model: {other}")
     if domain is not None and domain not in (known := store.tokens.column_names):

@@ -1,39 +1,53 @@
-"""The store that a probe is given, opened where it is a path."""
+"""The store that a method of a probe is given, opened where it is a path."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from os import PathLike
+from types import FunctionType
 from typing import Any
 
-from workbench.io.errors import RequestError, shown
-from workbench.store.reader import Store, open_store
+from workbench.io.errors import RequestError
+from workbench.store.reader import Store, opened
+
+_STORE = "store"
 
 
-def taking_paths(run: Callable[..., Any], models: bool = False) -> Callable[..., Any]:
-    """Returns the `run` of a probe for a store or its path, which refuses everything else.
+def open_paths(probe: type, models: bool = False) -> None:
+    """Lets `run`, and each public method of a probe with an argument `store`, take the path of a store.
 
     Args:
-        run: The method of the probe.
+        probe: Class whose methods are replaced.
         models: True for a probe that takes a model in place of a store, and refuses the rest itself.
     """
+    for name, method in list(vars(probe).items()):
+        if isinstance(method, FunctionType) and not name.startswith("_"):
+            parameters = list(inspect.signature(method).parameters)
+            if _STORE in parameters or name == "run":
+                place = parameters.index(_STORE) if _STORE in parameters else 1
+                setattr(probe, name, _taking_paths(method, place, models))
 
-    @functools.wraps(run)
-    def opened(probe: Any, store: Any, *arguments: Any, **options: Any) -> Any:
-        return run(probe, _opened(store, models), *arguments, **options)
 
-    return opened
+def _taking_paths(method: Callable[..., Any], place: int, models: bool) -> Callable[..., Any]:
+    """The method of a probe whose argument at `place` is a store."""
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if _STORE in options:
+            options[_STORE] = _opened(options[_STORE], models)
+        elif len(arguments) > place:
+            arguments = (*arguments[:place], _opened(arguments[place], models), *arguments[place + 1 :])
+        return method(*arguments, **options)
+
+    return call
 
 
 def _opened(store: Any, models: bool) -> Any:
-    if isinstance(store, Store):
+    if models and not isinstance(store, Store | str | PathLike):
         return store
-    if isinstance(store, str | PathLike):
-        try:
-            return open_store(store)
-        except RequestError as error:
-            raise RequestError(f"{error}; a model is given by wb.load_model({store!r})") if models else error from None
-    if not models:
-        raise RequestError(f"store must be a store (wb.open_store) or its path, not {shown(store)}")
-    return store
+    try:
+        return opened(store)
+    except RequestError as error:
+        raise RequestError(f"{error}; a model is given by wb.load_model({store!r})") if models else error from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from workbench.analysis.opened_store import taking_paths
+from workbench.analysis.opened_store import open_paths
 from workbench.analysis.read_layers import layers_of
 from workbench.analysis.rows import recorded_layers
 from workbench.figures.safe_text import label
@@ -43,10 +43,9 @@ class StoreProbe:
     store."""
 
     def __init_subclass__(cls, **options: object) -> None:
-        """Lets `run` take the path of a store, and refuse what is none."""
+        """Lets methods take the path of a store, and refuse what is none."""
         super().__init_subclass__(**options)
-        if "run" in vars(cls):
-            setattr(cls, "run", taking_paths(vars(cls)["run"]))  # noqa: B010  # no method of this class
+        open_paths(cls)
 
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""

@@ -17,7 +17,7 @@ from workbench.analysis.softmax_probe import SoftmaxProbes
 from workbench.io.errors import RequestError
 from workbench.results.registry import find_probe
 from workbench.results.result import Result
-from workbench.store.reader import Store
+from workbench.store.reader import Store, StoreOrPath, opened
 
 FORMAT, _VERSION = "workbench.erasure", 1
 
@@ -80,12 +80,12 @@ class TrainedErasure:
         probes = self.probes(layer).to(states.device)
         return probes.log_probabilities(self.offsets.index(offset), states)
 
-    def read(self, store: Store, **settings: Any) -> Result:
+    def read(self, store: StoreOrPath, **settings: Any) -> Result:
         """Returns accuracy, drop and segments of all selected tokens of a store, as the result of `TokenErasure`.
 
         Args:
-            store: A store of the model that the probes were trained on. Give one of other texts: on the training
-                documents the accuracy is that of training.
+            store: A store, or its path, of the model that the probes were trained on. Give one of other texts: on the
+                training documents the accuracy is that of training.
             **settings: Settings of `TokenErasure` other than those of training: where, spans, early, late, longest,
                 layers, resamples, batch, seed, device.
 
@@ -93,7 +93,7 @@ class TrainedErasure:
             RequestError: A store of another model, or what the probe refuses.
         """
         probe: Any = find_probe("token-erasure")
-        return probe(**{"site": self.site, "offsets": self.offsets, **settings}).read(self, store)
+        return probe(**{"site": self.site, "offsets": self.offsets, **settings}).read(self, opened(store))
 
     def check_model(self, store: Store) -> None:
         """Raises RequestError for a store of another model."""

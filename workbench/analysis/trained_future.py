@@ -20,7 +20,7 @@ from workbench.io.checks import check
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.unembed import load_unembed
-from workbench.store.reader import Store
+from workbench.store.reader import Store, StoreOrPath, opened
 from workbench.store.selected_rows import Rows
 
 FORMAT, _VERSION = "workbench.future-lens", 1
@@ -72,7 +72,7 @@ class TrainedFutureLens:
     @plain_torch()
     def read(
         self,
-        store: Store,
+        store: StoreOrPath,
         layer: int,
         horizon: int = 1,
         *,
@@ -86,7 +86,7 @@ class TrainedFutureLens:
         frequent tokens.
 
         Args:
-            store: A store of the lens's model.
+            store: A store of the lens's model, or its path.
             layer: Layer with a map; negative ones count from the last block.
             horizon: N.
             rows: Rows T. None: all.
@@ -99,6 +99,7 @@ class TrainedFutureLens:
         Raises:
             RequestError: A store of another model, without the site or an unembedding, or no such layer or horizon.
         """
+        store = opened(store)
         check_lens_model(store, self.model, self.model_fingerprint, self.n_layers, self.mean.shape[2])
         check("horizon", horizon, at_least=0, below=self.horizons, whole=True)
         layer = layer + self.n_layers if layer < 0 else layer

@@ -37,7 +37,7 @@ from workbench.model.unembed import load_unembed
 from workbench.results.registry import find_probe
 from workbench.results.result import Result
 from workbench.store.manifest import LENSES
-from workbench.store.reader import Store
+from workbench.store.reader import Store, StoreOrPath, opened
 
 _FORMAT, _VERSION = "workbench.lens", 1
 _CONFIG, _PICKLE = "config.json", "params.pt"  # of the package tuned-lens
@@ -74,33 +74,33 @@ class TrainedLens:
         weight, bias = (part[place].to(states.device) for part in (self.weight, self.bias))
         return states + states @ weight.T + bias
 
-    def read(self, store: Store, **settings: Any) -> Result:
+    def read(self, store: StoreOrPath, **settings: Any) -> Result:
         """Returns the readings of all selected tokens of a store, as the result of the probe that makes such lenses.
 
         Args:
-            store: A store of the model that the lens was trained on.
+            store: A store, or its path, of the model that the lens was trained on.
             **settings: Settings of the probe, `TunedLens` or `JacobianLens`: where, layers, top_k, detail, device.
 
         Raises:
             RequestError: A store of another model, or what the probe refuses.
         """
         probe: Any = find_probe(_PROBES.get(self.made_of.get("method", ""), "tuned-lens"))
-        return probe(**{"site": self.site, **settings}).read(self, store)
+        return probe(**{"site": self.site, **settings}).read(self, opened(store))
 
-    def direction(self, store: Store, token: str | int, layer: int) -> Direction:
+    def direction(self, store: StoreOrPath, token: str | int, layer: int) -> Direction:
         """Returns the row of W_U (I + A) of one token: the direction of the layer's states that the lens reads it by.
 
         Add it to steer towards the token, or project it out. The final norm and its gain are not in it.
 
         Args:
-            store: A store of the lens's model, which has W_U.
+            store: A store of the lens's model, or its path, which has W_U.
             token: Text of one token of the vocabulary, or its id.
             layer: Layer of the states; negative ones count from the last block, whose map is the identity.
 
         Raises:
             RequestError: A store of another model or without unembedding, no single token, or a layer without a map.
         """
-        self.check_model(store)
+        self.check_model(store := opened(store))
         unembed = load_unembed(store.path)
         number, layer = token_id(unembed, token, "token"), layer + self.n_layers if layer < 0 else layer
         vector = unembed.weight[number]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from workbench.analysis.opened_store import taking_paths
+from workbench.analysis.opened_store import open_paths
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import check_settings
 from workbench.io.errors import RequestError
@@ -195,10 +195,9 @@ class WeightsProbe:
     variables: ClassVar[tuple[Variable, ...]] = ()
 
     def __init_subclass__(cls, **options: object) -> None:
-        """Lets `run` take the path of a store, too."""
+        """Lets methods take the path of a store, too."""
         super().__init_subclass__(**options)
-        if "run" in vars(cls):
-            setattr(cls, "run", taking_paths(vars(cls)["run"], models=True))  # noqa: B010  # no method of this class
+        open_paths(cls, models=True)
 
     def __post_init__(self) -> None:
         """Refuses settings of other types than declared; a probe with checks of its own begins them with this one."""

@@ -38,7 +38,7 @@ from workbench.sae.ruled import RULE, RuledSae, ruled_fingerprint, ruled_name
 from workbench.sae.site import matching_site, not_finite
 from workbench.sae.sparsity import SparsityRule, sparsity_record
 from workbench.store.lost_values import lost_values
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import ActivationArray, StoreOrPath
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ DTYPES = ("float32", "float16")
 
 @plain_torch()
 def extract_features(
-    store: Store,
+    store: StoreOrPath,
     sae: Sae,
     site: str | tuple[str, int] | Sequence[str] | None = None,
     *,
@@ -73,8 +73,8 @@ def extract_features(
     holds the features nearly twice; before that, under MutualChoice and FeatureChoice, up to ten times.
 
     Args:
-        store: The recording. All its rows are encoded, special tokens (BOS) too, whose activations are often the
-            largest; `Features.enrichment` and `sae_metrics` leave them out.
+        store: The recording, or its path. All its rows are encoded, special tokens (BOS) too, whose activations are
+            often the largest; `Features.enrichment` and `sae_metrics` leave them out.
         sae: The autoencoder, from `load_sae`; computes on its device.
         site: The site to read, or a list of several. None: those that the SAE was trained on.
         name: Folder under the store's `features/`. None: made of the site and the SAE's name.

@@ -20,10 +20,10 @@ from workbench.model.reload import recorded_model
 from workbench.store.computed import ComputedArray
 from workbench.store.layers import known_layer
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray, Store, check_store
+from workbench.store.reader import ActivationArray, StoreOrPath, opened
 
 
-def head_results(store: Store, layer: int, model: Model | str | None = None) -> ComputedArray:
+def head_results(store: StoreOrPath, layer: int, model: Model | str | None = None) -> ComputedArray:
     """Returns the output of each head of a layer, `hook_result` of TransformerLens: z times the head's part of W_O.
 
     The sum over heads and the bias is the output of the layer's projection: `attn_out`, where no norm comes after it
@@ -31,7 +31,7 @@ def head_results(store: Store, layer: int, model: Model | str | None = None) -> 
     operations a row; the weights are float32, and the values as exact as the stored z.
 
     Args:
-        store: A store with z of the layer.
+        store: A store with z of the layer, or its path.
         layer: Layer; -1 is the last one.
         model: The recorded model, or what `load_model` takes. None: the name in the manifest.
 
@@ -41,7 +41,7 @@ def head_results(store: Store, layer: int, model: Model | str | None = None) -> 
     Raises:
         RequestError: z was not recorded, the model is another one, or its output projection is not linear in z.
     """
-    check_store(store)
+    store = opened(store)
     number = known_layer(store.manifest, layer)
     array = store["z", number]
     weights, _bias = output_weights(recorded_model(store, model), number)

@@ -13,7 +13,7 @@ from workbench.io.checks import check_kind
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, load_model
 from workbench.store.identity import difference
-from workbench.store.reader import Store, check_store
+from workbench.store.reader import Store, StoreOrPath, opened
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from workbench.store.manifest import ModelRecord
 
 
-def recorded_model(store: Store, model: Model | str | None = None, device: str | torch.device | None = None) -> Model:
+def recorded_model(
+    store: StoreOrPath, model: Model | str | None = None, device: str | torch.device | None = None
+) -> Model:
     """Returns the model that a store was recorded from, after comparing its behaviour.
 
     Costs a checksum of all weights, about 1 s a gigabyte, and a forward pass over 16 tokens.
 
     Args:
-        store: The store.
+        store: The store, or its path.
         model: A loaded model, or what `load_model` takes. None: the name in the manifest, which suffices for "demo"
             and hub ids; a local directory must be given, because a store keeps no paths of a machine.
         device: Device to load it on. None: the GPU if there is one.
@@ -35,7 +37,7 @@ def recorded_model(store: Store, model: Model | str | None = None, device: str |
     Raises:
         RequestError: The model cannot be loaded, or is not the recorded one.
     """
-    check_store(store)
+    store = opened(store)
     check_kind("model", model, (Model, str, Path, NoneType), "a loaded model, such as wb.load_model('demo'), or a name")
     recorded = store.manifest.model
     if model is None:

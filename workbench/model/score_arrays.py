@@ -17,10 +17,10 @@ from workbench.sites.score_rule import ScoreRule
 from workbench.store.computed import ComputedArray
 from workbench.store.layers import known_layer
 from workbench.store.manifest import SiteRecord
-from workbench.store.reader import ActivationArray, Store, check_store
+from workbench.store.reader import ActivationArray, StoreOrPath, opened
 
 
-def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> ComputedArray:
+def attn_scores(store: StoreOrPath, layer: int, model: Model | str | None = None) -> ComputedArray:
     """Returns the attention scores of a layer before the softmax, `hook_attn_scores` of TransformerLens.
 
     Scaled, soft-capped and masked as the model does it: minus infinity at keys that the query does not see, of which
@@ -29,8 +29,8 @@ def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> C
     sequence, so read the rows of a sequence together.
 
     Args:
-        store: A store with queries and keys of the layer as it scores them: `rot_q` and `rot_k`, or `q` and `k` where
-            nothing is rotated.
+        store: A store, or its path, with queries and keys of the layer as it scores them: `rot_q` and `rot_k`, or `q`
+            and `k` where nothing is rotated.
         layer: Layer; -1 is the last one.
         model: The recorded model, for a store from before manifests had the scale. None: the name in the manifest.
 
@@ -42,7 +42,7 @@ def attn_scores(store: Store, layer: int, model: Model | str | None = None) -> C
         RequestError: Queries or keys were not recorded, the store holds chosen rows, the model is not causal, or it
             adds a bias by position to its scores.
     """
-    check_store(store)
+    store = opened(store)
     number = known_layer(store.manifest, layer)
     if not store.manifest.model.causal:
         raise RequestError(f"attention scores need a causal model, and {store.manifest.model.name} is not")

@@ -12,9 +12,9 @@ from workbench.model.attention_records import attention_call, attention_heads
 from workbench.model.intervene import Bound, CurrentTokens, Intervention
 from workbench.model.load import Model
 from workbench.model.row_changes import Head
-from workbench.model.stored_rows import Patch
+from workbench.model.stored_rows import Patch, opened_donors
 from workbench.sites.grammar import Site
-from workbench.store.reader import Rows, Store
+from workbench.store.reader import Rows, StoreOrPath
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,12 @@ class FreezePattern(Intervention):
     layer: int
     head: Head
     """Query heads: all of each group that shares keys. None: all."""
-    of: Store | Rows
-    """Store with the layer's queries and keys: `rot_q` and `rot_k`, or `q` and `k` where nothing is rotated."""
+    of: StoreOrPath | Rows
+    """Store, or its path, with the layer's queries and keys: `rot_q` and `rot_k`, or `q` and `k` where nothing is
+    rotated."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", opened_donors(self.of))
 
     def bind(self, model: Model) -> Bound:
         """Returns the record made ready for one model; see `Intervention.bind`."""

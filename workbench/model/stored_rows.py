@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -18,21 +19,35 @@ from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Head, Place, RowIntervention, SiteIntervention
 from workbench.model.row_records import named
 from workbench.model.token_choice import At, tokens_at, whole
-from workbench.store.reader import ActivationArray, Rows, Store
+from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath, open_store
 
 _BLOCK = 8192  # rows of a store that are read at a time
 
 
+class StoreIntervention(SiteIntervention):
+    """A record that takes rows of a store, which may be given by its path."""
+
+    of: StoreOrPath | Rows
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", opened_donors(self.of))
+
+
+def opened_donors(of: StoreOrPath | Rows) -> Store | Rows:
+    """Returns what a record takes rows of, with a store in place of its path."""
+    return open_store(of) if isinstance(of, str | os.PathLike) else of
+
+
 @dataclass(frozen=True, eq=False)
-class Mean(SiteIntervention):
+class Mean(StoreIntervention):
     """Sets the chosen rows of a site to a mean of a store's rows (mean ablation).
 
     One massive row moves a mean: leave sinks out with `of=store.where("position > 0")`.
     """
 
     site: str
-    of: Store | Rows
-    """Rows of which the mean is taken: all of a store, or those that SQL selects."""
+    of: StoreOrPath | Rows
+    """Rows of which the mean is taken: all of a store, which may be given by its path, or those that SQL selects."""
     per: Literal["site", "position", "token"] = "site"
     """"site": one mean; "position": of the rows at the same position; "token": of the rows with the same token id."""
     at: At = field(default="all", kw_only=True)
@@ -47,7 +62,7 @@ class Mean(SiteIntervention):
         return partial(_mean, self, place, _means(rows, place.site.name, self.per))
 
     def __str__(self) -> str:
-        return f"mean of {len(self.of):,} rows at {named(self.site, self.head)}"
+        return f"mean of {len(opened_donors(self.of)):,} rows at {named(self.site, self.head)}"
 
 
 @lru_cache(4)
@@ -81,15 +96,15 @@ def _mean(record: Mean, place: Place, means: tuple[np.ndarray, Tensor], rows: Te
 
 
 @dataclass(frozen=True, eq=False)
-class Resample(SiteIntervention):
+class Resample(StoreIntervention):
     """Sets each chosen row of a site to a random row of a store (resample ablation).
 
     The draw depends on the seed, the sequence of the batch and the position alone, so cached and uncached passes agree.
     """
 
     site: str
-    of: Store | Rows
-    """Rows that are drawn from."""
+    of: StoreOrPath | Rows
+    """Rows that are drawn from; all of a store, which may be given by its path."""
     seed: int = field(kw_only=True)
     """Random seed."""
     at: At = field(default="all", kw_only=True)
@@ -104,7 +119,7 @@ class Resample(SiteIntervention):
         return partial(_resample, self, place, rows.ids, array)
 
     def __str__(self) -> str:
-        return f"resample of {len(self.of):,} rows at {named(self.site, self.head)}"
+        return f"resample of {len(opened_donors(self.of)):,} rows at {named(self.site, self.head)}"
 
 
 def _resample(
@@ -129,7 +144,7 @@ def _mixed(seed: int, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Patch(SiteIntervention):
+class Patch(StoreIntervention):
     """Sets the chosen rows of a site to rows of a store: those of the same token, or of a named position.
 
     Sequences belong together by their order: with S sequences in `of` and a batch of n · S, each of them serves n
@@ -137,8 +152,8 @@ class Patch(SiteIntervention):
     """
 
     site: str
-    of: Store | Rows
-    """Donors: a store, or rows of it; the sequences that have a row in it count."""
+    of: StoreOrPath | Rows
+    """Donors: a store, its path, or rows of it; the sequences that have a row in it count."""
     position: int | Sequence[int] | None = None
     """Position of the donor for each position that `at` names; -1 is the last of its sequence. None: the same."""
     at: At = field(kw_only=True)
@@ -166,7 +181,8 @@ class Patch(SiteIntervention):
         return torch.tensor([int(one) for one in positions], device="cpu")
 
     def __str__(self) -> str:
-        store = self.of if isinstance(self.of, Store) else self.of.store
+        of = opened_donors(self.of)
+        store = of if isinstance(of, Store) else of.store
         return f"patch {named(self.site, self.head)} from {store.path.name}"
 
 
@@ -231,7 +247,7 @@ def _finite_rows(record: RowIntervention, array: ActivationArray, ids: np.ndarra
     return values
 
 
-def donor_rows(of: Store | Rows, place: Place) -> tuple[Rows, ActivationArray]:
+def donor_rows(of: StoreOrPath | Rows, place: Place) -> tuple[Rows, ActivationArray]:
     """Returns the rows of a store and its array of a site, if they can take the place of rows of a model.
 
     Raises:

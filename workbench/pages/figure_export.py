@@ -89,7 +89,8 @@ def export(
     figures = (figures,) if isinstance(figures, str) else figures
     formats = (formats,) if isinstance(formats, str) else formats
     if not hasattr(source, "figures") and not _is_figure(source):
-        raise RequestError(f"source must be a result, an opened store or a figure, not {shown(source)}")
+        kinds = "a result (wb.load_result), a store (wb.open_store) or a figure"
+        raise RequestError(f"source must be {kinds}, not {shown(source)}")
     chosen = _choose(source, folder, figures)
     _check_known("formats", formats, FORMATS)
     for name, value, known in (

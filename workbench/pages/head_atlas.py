@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from workbench.model.load import Model
-    from workbench.store.reader import Store
+    from workbench.store.reader import StoreOrPath
 
 _FOLDER = Path(__file__).parent
 _SHOWN = 10
@@ -109,10 +109,10 @@ class HeadAtlas:
 
 
 def head_atlas(
-    store: Store,
+    store: StoreOrPath,
     *,
     model: Model | str | None = None,
-    repeats: Store | None = None,
+    repeats: StoreOrPath | None = None,
     domain: str | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -126,7 +126,7 @@ def head_atlas(
     the runs of these probes.
 
     Args:
-        store: The store; each probe reads the sites that it has.
+        store: The store, or its path; each probe reads the sites that it has.
         model: The recorded model, or what `load_model` takes. None: the name in the manifest, where that suffices.
         repeats: Store of random tokens that repeat (`wb.random_repeats`), for induction. None: `store`.
         domain: Metadata column by whose values active and dormant heads are compared. None: no comparison.

@@ -25,7 +25,7 @@ from workbench.figures.markup import escape, inert
 from workbench.io.checks import check
 from workbench.io.errors import RequestError, WorkbenchError
 from workbench.pages.linked_view import ANSWERS, LinkedView
-from workbench.store.reader import Store, check_store
+from workbench.store.reader import Store, StoreOrPath, opened
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
@@ -65,14 +65,14 @@ class Served:
         return inert(f'{frame}<p><a href="{escape(self.address)}" target="_blank">open in a tab</a></p>')
 
 
-def serve(store: Store, features: Features | Sequence[Features] | None = None, *, port: int = 0) -> Served:
+def serve(store: StoreOrPath, features: Features | Sequence[Features] | None = None, *, port: int = 0) -> Served:
     """Serves linked views of a store to browsers on this machine, until the process ends or `close` is called.
 
     A cell of the map of sinks shows that head over the text; a token shows its lens column, its features and its
     neighbours; a feature shows its page; selected tokens are shown as SQL and Python.
 
     Args:
-        store: The store; only what is looked at is read.
+        store: The store, or its path; only what is looked at is read.
         features: Features of the store; of several folders of them, the reader chooses. None: all inside the store that
             can be opened; a warning names the others.
         port: Port on the loopback interface; 0: a free one.
@@ -81,7 +81,7 @@ def serve(store: Store, features: Features | Sequence[Features] | None = None, *
         RequestError: An empty store, features of another store, or a port that is taken.
     """
     check("port", port, at_least=0, at_most=65_535, whole=True)
-    check_store(store)
+    store = opened(store)
     if not store.rows:
         raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
     folders = _inside(store) if features is None else (features,) if isinstance(features, Features) else features

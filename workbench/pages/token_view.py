@@ -21,7 +21,7 @@ from workbench.features.labels import names_of
 from workbench.figures.markup import escape, inert
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError, nearest, printable
-from workbench.store.reader import Rows, Store, check_store
+from workbench.store.reader import Rows, Store, StoreOrPath, opened
 
 try:
     import anywidget
@@ -74,7 +74,7 @@ class TokenView(anywidget.AnyWidget):
 
     def __init__(
         self,
-        store: Store,
+        store: StoreOrPath,
         values: str | xr.DataArray | Float[np.ndarray, " row"] | Float[np.ndarray, "layer row"] | None = None,
         *,
         features: Features | None = None,
@@ -86,7 +86,7 @@ class TokenView(anywidget.AnyWidget):
         costs one read of its activations; only the first 2,048 tokens of a longer one are shown.
 
         Args:
-            store: Store with the tokens to show.
+            store: Store with the tokens to show, or its path.
             values: Values that colour the tokens. A kind of site such as "resid_post" gives the L2 norm at every
                 recorded layer. An array has shape (row) or (layer, row) over all rows of the store. A DataArray has
                 axes (row) or (layer, row) with row ids as coordinates; tokens without a value are uncoloured. None:
@@ -98,7 +98,7 @@ class TokenView(anywidget.AnyWidget):
             RequestError: For a site that was not recorded, an array of another shape, features of another store, or a
                 sequence that does not exist.
         """
-        check_store(store)
+        store = opened(store)
         if not store.rows:
             raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
         if features is not None and features.store.path != store.path:

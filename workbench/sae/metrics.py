@@ -23,7 +23,7 @@ from workbench.sae.reconstruction import Documents, fit, ratio_intervals
 from workbench.sae.site import matching_site
 from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
 from workbench.store.lost_values import FiniteRows, finite_rows
-from workbench.store.reader import ActivationArray, Rows, Store
+from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath, opened
 
 _FAR = 25.0  # times the median of |x - x̄|²
 _LOSSES = ("loss_clean", "loss_spliced", "loss_zeroed", "kl_spliced", "kl_zeroed")  # in the order of `SplicedLoss`
@@ -90,7 +90,7 @@ class SaeMetrics:
 
 @plain_torch()
 def sae_metrics(
-    store: Store,
+    store: StoreOrPath,
     sae: Sae,
     site: str | tuple[str, int] | Sequence[str] | None = None,
     *,
@@ -116,7 +116,7 @@ def sae_metrics(
     with `model` also a batch and three copies of its logits, of at most 128 MiB.
 
     Args:
-        store: The recording.
+        store: The recording, or its path.
         sae: The autoencoder.
         site: The site to read. None: the one that the SAE was trained on.
         model: The recorded model. None: loss and divergence are not computed.
@@ -133,7 +133,7 @@ def sae_metrics(
             be replaced.
     """
     check_resampling(resamples, seed)
-    array = matching_site(store, sae, site, force=force)
+    array = matching_site(store := opened(store), sae, site, force=force)
     finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
     documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
     tokens, spliced = (0, {}) if model is None else spliced_ratios(array, sae, model, documents)

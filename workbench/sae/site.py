@@ -22,7 +22,7 @@ from workbench.sae.input_rows import Norm, Reading, head_of, normalised, open_re
 from workbench.sae.training import check_training, warn_of_other_rows
 from workbench.sites.grammar import full_name
 from workbench.store.manifest import ModelRecord, SiteRecord
-from workbench.store.reader import ActivationArray, Store, check_store
+from workbench.store.reader import ActivationArray, Store, StoreOrPath, opened
 
 _NORMALISED = re.compile(r"blocks\.(\d+)\.ln2\.hook_normalized")
 _LATENT_BYTES = 64 << 20  # dense float32 activations of one block
@@ -58,13 +58,13 @@ def stored_sites(store: Store) -> OfferedSites:
 
 
 def matching_site(
-    store: Store, sae: Sae, site: str | tuple[str, int] | Sequence[str] | None = None, *, force: bool = False
+    store: StoreOrPath, sae: Sae, site: str | tuple[str, int] | Sequence[str] | None = None, *, force: bool = False
 ) -> ActivationArray:
     """Returns the array of `store` that `sae` encodes; where it is not recorded as it is read, one made of others.
 
     Warns where its rows are unlike those that the SAE was trained on. For the arguments see `input_reading`.
     """
-    check_store(store)
+    store = opened(store)
     check_autoencoder(sae)
     reading = input_reading(sae, site, stored_sites(store), force=force)
     warn_of_other_rows(sae, store)

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError, nearest
-from workbench.store.reader import ActivationArray, Store
+from workbench.store.reader import ActivationArray, Store, StoreOrPath, opened
 from workbench.store.row_array import RowArray
 from workbench.store.selected_rows import Rows
 
@@ -146,14 +146,16 @@ def _taken(column: pa.ChunkedArray | np.ndarray, ids: np.ndarray) -> Tensor | li
     return torch.from_numpy(column[ids]) if isinstance(column, np.ndarray) else column.take(pa.array(ids)).to_pylist()
 
 
-def to_hf_dataset(rows: Store | Rows, sites: Sequence[str] | str, columns: Sequence[str] | None = None) -> Dataset:
+def to_hf_dataset(
+    rows: StoreOrPath | Rows, sites: Sequence[str] | str, columns: Sequence[str] | None = None
+) -> Dataset:
     """Returns rows as a `datasets.Dataset`: a column for each site, beside columns of the token table.
 
     Of a whole store the activations are the memory-mapped files themselves, without a copy; of selected rows they are
     copied. bfloat16, which Arrow lacks, becomes float32 in memory.
 
     Args:
-        rows: A store, or rows of one.
+        rows: A store, its path, or rows of one.
         sites: Labels or names of sites: "resid_post.3".
         columns: Columns of the token table. None: all; (): none.
 
@@ -162,7 +164,7 @@ def to_hf_dataset(rows: Store | Rows, sites: Sequence[str] | str, columns: Seque
     """
     from datasets import Dataset  # takes seconds
 
-    check_kind("rows", rows, (Store, Rows), "an opened store, or rows of one, such as store.where('position > 0')")
+    rows = rows if isinstance(rows, Rows) else opened(rows, "rows")
     store = rows if isinstance(rows, Store) else rows.store
     table = rows.tokens
     wanted = table.column_names if columns is None else [columns] if isinstance(columns, str) else list(columns)

@@ -58,9 +58,20 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     return Store(path, read_manifest(path), temporary_folder(path))
 
 
-def check_store(store: object, name: str = "store") -> None:
-    """Refuses what is no opened store, such as a path."""
-    check_kind(name, store, Store, "an opened store, such as wb.open_store('runs/x.acts')")
+def opened(store: StoreOrPath, name: str = "store") -> Store:
+    """Returns a store as it is, or opens the one at a path.
+
+    Args:
+        store: What the caller of a public function gave.
+        name: Name of the argument.
+
+    Raises:
+        RequestError: There is no store at the path, or what was given is neither.
+    """
+    if isinstance(store, str | os.PathLike):
+        return open_store(store)
+    check_kind(name, store, Store, "a store (wb.open_store) or its path")
+    return store
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -231,6 +242,10 @@ class Store:
 def _open_maps(path: Path, manifest: Manifest, site: SiteRecord) -> SiteMaps:
     files = [path / SEGMENTS / segment.name / site.file for segment in manifest.segments]
     return SiteMaps(files, manifest.starts, site.shape, site.dtype)
+
+
+StoreOrPath = Store | str | os.PathLike[str]
+"""What functions that read a store take: an opened one, or its path."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
