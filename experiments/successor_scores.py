@@ -11,12 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import plotly.graph_objects as go
-
 import workbench as wb
 from workbench.experiments.inputs import Inputs, model_of, record_documents
 from workbench.experiments.panels import groups
-from workbench.figures.theme import CATEGORIES, TEMPLATE
+from workbench.figures.theme import CATEGORIES
+from workbench.figures.themed import ThemedFigure
 from workbench.probes import SuccessorHeads
 from workbench.results.experiment import make_result
 
@@ -66,7 +65,7 @@ def headline(result: wb.Result) -> str:
 
 def figures(result: wb.Result) -> dict[str, Any]:
     """Returns "heads": the macro score of every head, one column per model and setting, filled where p < 0.05."""
-    figure = go.Figure()
+    figure = ThemedFigure()
     in_legend = set()
     columns = groups(result, ())
     names = [name.replace(", ", "<br>") for name, _ in columns]
@@ -100,7 +99,6 @@ def figures(result: wb.Result) -> dict[str, Any]:
             yshift=14,
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": "Successor heads",
             "subtitle": {"text": "share of tokens mapped to their successor, mean over classes; one point per head"},

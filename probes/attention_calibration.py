@@ -24,7 +24,6 @@ from workbench.probing import (
     LOST_VARIABLES,
     MEASURES,
     NEUTRAL,
-    TEMPLATE,
     Change,
     MeasuredRows,
     Model,
@@ -34,6 +33,7 @@ from workbench.probing import (
     Result,
     Store,
     StoreProbe,
+    ThemedFigure,
     Variable,
     attention_source,
     change_effects,
@@ -270,7 +270,7 @@ def _found(
 
 
 def _loss(result: Result, model: str) -> go.Figure:
-    data, figure = result.data, go.Figure()
+    data, figure = result.data, ThemedFigure()
     names = {"all": "all layers", "random_keys": "random keys, all layers"}
     names |= {"chosen": "chosen layers", "random_layers": "random layers"}
     for kind, name in names.items():
@@ -286,7 +286,6 @@ def _loss(result: Result, model: str) -> go.Figure:
             hovertemplate="%{x}: %{y:.4f}",
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Loss with attention to hidden sinks reduced, {model}",
             "subtitle": {"text": f"{int(data['rows']):,} tokens of other documents; 95 % intervals over documents"},

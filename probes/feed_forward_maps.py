@@ -26,7 +26,6 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     PROBABILITY,
-    TEMPLATE,
     Band,
     BlockParts,
     LayerProbe,
@@ -34,6 +33,7 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Variable,
     block_parts,
     check_fields,
@@ -320,7 +320,9 @@ def _changes(result: Result) -> go.Figure:
 def _maps(result: Result) -> go.Figure:
     data = result.data
     most = data.isel(layer=int(np.nan_to_num(data["change_ff"].to_numpy(), nan=-1).argmax()))
-    figure = make_subplots(1, 3, subplot_titles=[f"after {stage}" for stage in STAGES], shared_yaxes=True)
+    figure = make_subplots(
+        1, 3, subplot_titles=[f"after {stage}" for stage in STAGES], shared_yaxes=True, figure=ThemedFigure()
+    )
     tokens = [label(str(one), 12) for one in data["token"].to_numpy()]
     for column, stage in enumerate(STAGES, start=1):
         figure.add_heatmap(
@@ -337,7 +339,7 @@ def _maps(result: Result) -> go.Figure:
             col=column,
         )
     title = f"Contributing tokens at layer {int(most['layer'])} of {label(str(result.provenance['model']), 60)}"
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, width=1020, margin={"t": 110})
+    figure.update_layout(title={"text": title}, height=420, width=1020, margin={"t": 110})
     figure.update_xaxes(title="source")
     figure.update_yaxes(autorange="reversed")
     return figure.update_yaxes(title="token", col=1)

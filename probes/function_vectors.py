@@ -29,7 +29,6 @@ from workbench.probes.activation_patching import provenance_of_pairs
 from workbench.probing import (
     CATEGORIES,
     NEUTRAL,
-    TEMPLATE,
     Model,
     PatchPair,
     PromptPairs,
@@ -38,6 +37,7 @@ from workbench.probing import (
     Store,
     StoreProbe,
     TaskVectors,
+    ThemedFigure,
     Variable,
     answers_after,
     check_fields,
@@ -265,7 +265,7 @@ def _table(data: xr.Dataset) -> pd.DataFrame:
 
 
 def _steering(result: Result, measure: str) -> go.Figure:
-    data, figure = result.data, go.Figure()
+    data, figure = result.data, ThemedFigure()
     blocks = data["block"].to_numpy()
     for vector, name, colour in (("function", "function vector", CATEGORIES[0]), ("random", "random heads", NEUTRAL)):
         part = data.sel(vector=vector)
@@ -285,7 +285,6 @@ def _steering(result: Result, measure: str) -> go.Figure:
         figure.add_scatter(x=blocks, y=np.full(len(blocks), share), name=prompt, mode="lines", line=line)
     text = "right answers" if measure == "accuracy" else "mean P(answer)"
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": "Function vector added to questions without examples",
             "subtitle": {"text": f"{text}, 95 % CI over {data.attrs['reported']} questions; lines: no vector"},

@@ -26,7 +26,6 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     ActivationArray,
     Curve,
     FutureMap,
@@ -38,6 +37,7 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     TrainedFutureLens,
     Variable,
     axis_title,
@@ -457,7 +457,7 @@ def _calibration(result: Result) -> go.Figure:
     """Top-1 accuracy of the best map of each horizon by the probability it gives its prediction."""
     data = result.data
     diagonal = {"color": NEUTRAL, "dash": "dot"}
-    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect calibration", line=diagonal))
+    figure = ThemedFigure(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect calibration", line=diagonal))
     best = (data[name].to_numpy() for name in ("horizon", "best_method", "best_layer"))
     for horizon, method, layer in zip(*best, strict=True):
         one = data.isel(method=int(method)).sel(horizon=horizon, layer=layer)
@@ -473,7 +473,6 @@ def _calibration(result: Result) -> go.Figure:
             hovertemplate="%{y:.3f} of %{customdata:,} tokens",
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"{future_title(result)}: calibration",
             "subtitle": {

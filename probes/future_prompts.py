@@ -25,7 +25,6 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     ActivationArray,
     Curve,
     FutureSplit,
@@ -38,6 +37,7 @@ from workbench.probing import (
     Result,
     Site,
     Store,
+    ThemedFigure,
     Variable,
     axis_title,
     check_fields,
@@ -471,7 +471,7 @@ def _precision(result: Result) -> go.Figure:
 def _ranks(result: Result) -> go.Figure:
     """Precision at k of the best prompt and layer of each regime and horizon."""
     data = result.data
-    figure = go.Figure()
+    figure = ThemedFigure()
     for regime, dash in zip(data["regime"].to_numpy().tolist(), ("solid", "dash"), strict=True):
         for horizon in data["horizon"].to_numpy().tolist():
             at = data.sel(regime=regime, horizon=horizon)
@@ -485,7 +485,6 @@ def _ranks(result: Result) -> go.Figure:
                 line={"color": CATEGORIES[horizon % len(CATEGORIES)], "dash": dash},
             )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"{_title(result)}: precision at k",
             "subtitle": {"text": f"{int(data['rows']):,} test tokens; best prompt and layer by validation tokens"},

@@ -21,7 +21,6 @@ from workbench.probing import (
     LOST_VARIABLES,
     MONOSPACE,
     NEUTRAL,
-    TEMPLATE,
     TOKEN_CLASSES,
     LayerProbe,
     Model,
@@ -29,6 +28,7 @@ from workbench.probing import (
     Result,
     Sequences,
     Store,
+    ThemedFigure,
     Variable,
     attention_source,
     axis_title,
@@ -308,13 +308,15 @@ def _heads(result: Result) -> go.Figure:
     names = ("share", "share_relative", "share_fixed", "share_late", "mass")
     layers, heads = data["layer"].to_numpy().tolist(), data["head"].to_numpy().tolist()
 
-    def hover(layer: int, head: int) -> str:
-        one = {name: float(data[name].sel(layer=layer, head=head)) for name in names}
-        return "<br>".join([f"<b>{head_name(layer, head)}</b>", *(f"{name}: {v:.3f}" for name, v in one.items())])
+    values = {name: data[name].to_numpy() for name in names}
+
+    def hover(row: int, head: int) -> str:
+        lines = [f"{name}: {one[row, head]:.3f}" for name, one in values.items()]
+        return "<br>".join([f"<b>{head_name(layers[row], heads[head])}</b>", *lines])
 
     return head_grid(
         data["share"].to_numpy(),
-        hover=[[hover(layer, head) for head in heads] for layer in layers],
+        hover=[[hover(row, head) for head in range(len(heads))] for row in range(len(layers))],
         layers=layers,
         title=f"Hidden sinks in {model_label(result)}: {share:.1f} % of heads{interval_suffix(low, high, '.1f')}",
         subtitle=f"share of {int(data['sequences']):,} sequences in which a position after the first receives more "
@@ -329,10 +331,11 @@ def _rates(result: Result) -> go.Figure:
     number, table = int(data["share"].notnull().sum()), result.table
     overall = table["detections"].sum() / (number * table["occurrences"].sum())
     kept = data["token_detections"].to_numpy() > 0
-    figure = go.Figure(
+    detected = tokens[: int(kept.sum())]
+    figure = ThemedFigure(
         go.Bar(
             x=100 * data["token_rate"].to_numpy()[kept],
-            y=[f"{label(token)} ({number})" for number, token in enumerate(tokens)][: int(kept.sum())],
+            y=[f"{label(token)} ({number})" for number, token in enumerate(detected)],
             error_x=_bars(data, "token_rate", kept),
             customdata=data["token_detections"].to_numpy()[kept],
             orientation="h",
@@ -343,7 +346,7 @@ def _rates(result: Result) -> go.Figure:
     title: dict[str, Any] = {"text": f"Tokens of hidden sinks in {model_label(result)}"}
     shown = "bars: 95 % interval over documents; " * ("token_rate_low" in data)
     title["subtitle"] = {"text": f"the most detected first, in brackets their rank; {shown}dashed: all tokens"}
-    figure.update_layout(template=TEMPLATE, title=title, height=160 + 20 * int(kept.sum()), width=760)
+    figure.update_layout(title=title, height=160 + 20 * int(kept.sum()), width=760)
     figure.update_xaxes(title="% of (occurrence, head) that are hidden sinks", rangemode="tozero")
     return figure.update_yaxes(type="category", autorange="reversed", tickfont={"family": MONOSPACE, "size": 11})
 

@@ -28,7 +28,6 @@ import xarray as xr
 from workbench.probing import (
     ABLATION_VARIABLES,
     LOST_VARIABLES,
-    TEMPLATE,
     TOKEN_MEASURES,
     LayerProbe,
     MeasuredRows,
@@ -39,6 +38,7 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     TokenAttention,
     Variable,
     ablated_heads,
@@ -414,7 +414,7 @@ def _kinds(result: Result) -> go.Figure:
     best = result.table.head(12)
     names = [head_name(layer, head) for layer, head in zip(best["layer"], best["head"], strict=True)]
     kinds = [kind for kind in TOKEN_MEASURES if kind in best]
-    figure = go.Figure([go.Scatter(x=names, y=best[kind], name=kind, mode="markers") for kind in kinds])
+    figure = ThemedFigure([go.Scatter(x=names, y=best[kind], name=kind, mode="markers") for kind in kinds])
     figure.update_traces(marker={"size": 9}, hovertemplate="%{x}: %{y:.3f}")
     whole = "induction_shuffled" in best
     figure.add_scatter(
@@ -426,7 +426,7 @@ def _kinds(result: Result) -> go.Figure:
         hovertemplate="%{x}: %{y:.3f}",
     )
     title = {"text": f"Attention of the strongest induction heads of {model_label(result)}"}
-    figure.update_layout(template=TEMPLATE, title=title, height=440, width=860, margin={"t": 100})
+    figure.update_layout(title=title, height=440, width=860, margin={"t": 100})
     figure.update_xaxes(title="head, largest excess first", type="category")
     return figure.update_yaxes(title=axis_title(result.data["induction"].attrs), range=[-0.03, 1.03])
 
@@ -454,8 +454,8 @@ def _ablated(result: Result) -> go.Figure:
 def _loss(result: Result) -> go.Figure:
     data = result.data
     loss = go.Scatter(x=np.arange(data.sizes["position"]), y=data["icl_loss"], mode="lines", name="mean loss")
-    figure = go.Figure([loss])
+    figure = ThemedFigure([loss])
     title = {"text": f"Loss by position in {model_label(result)}"}
-    figure.update_layout(template=TEMPLATE, title=title, height=420, width=760)
+    figure.update_layout(title=title, height=420, width=760)
     figure.update_xaxes(title="position of the query")
     return figure.update_yaxes(title=axis_title(data["icl_loss"].attrs), rangemode="tozero")

@@ -27,7 +27,6 @@ from workbench.probing import (
     LOST_VARIABLES,
     NEUTRAL,
     SIGNED,
-    TEMPLATE,
     Curve,
     LayerProbe,
     Model,
@@ -36,6 +35,7 @@ from workbench.probing import (
     ScoreRule,
     Sequences,
     Store,
+    ThemedFigure,
     Variable,
     attention_scores,
     check_fields,
@@ -277,7 +277,13 @@ def _maps(result: Result) -> go.Figure:
     parts = [data["map"].isel(layer=one).to_numpy() for one in shown]
     values = np.concatenate([part[~np.isnan(part)] for part in parts])
     limit = float(np.abs(np.quantile(values, [0.01, 0.99])).max()) or 1.0
-    figure = make_subplots(1, len(shown), subplot_titles=[f"layer {layers[one]}" for one in shown], shared_yaxes=True)
+    figure = make_subplots(
+        1,
+        len(shown),
+        subplot_titles=[f"layer {layers[one]}" for one in shown],
+        shared_yaxes=True,
+        figure=ThemedFigure(),
+    )
     for column, part in enumerate(parts, start=1):
         figure.add_heatmap(
             z=part,
@@ -292,7 +298,6 @@ def _maps(result: Result) -> go.Figure:
             col=column,
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Mean scores less the mean of their diagonal in {label(str(result.provenance['model']), 60)}",
             "subtitle": {"text": "colours end at the 1 % and 99 % quantiles, because of sinks"},

@@ -27,7 +27,6 @@ from workbench.probing import (
     CHANGES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     LayerProbe,
     MassivePlaces,
     MeasuredRows,
@@ -36,6 +35,7 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Variable,
     change_effects,
     check_fields,
@@ -333,32 +333,31 @@ def _table(probe: MassiveActivations, store: Store, found: Mapping[int, MassiveP
 def _layers(result: Result) -> go.Figure:
     data = result.data
     layers = data["layer"].to_numpy()
-    figure = go.Figure()
-    for index, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]]):
-        figure.add_scatter(
-            x=layers, y=data["top"][:, index], name=name, mode="lines+markers", line_color=CATEGORIES[index]
-        )
+    lines = {
+        name: (data["top"][:, index], "lines+markers", {"color": CATEGORIES[index]})
+        for index, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]])
+    }
     median = np.where(data["median"] > 0, data["median"], np.nan)
-    figure.add_scatter(x=layers, y=median, name="median", mode="lines", line={"color": NEUTRAL, "dash": "dash"})
-    figure.update_traces(hovertemplate="layer %{x}: %{y:.4g}")
-    settings = result.provenance["settings"]
-    figure.update_layout(
-        template=TEMPLATE,
-        title={
-            "text": f"Largest activations of {model_label(result)}",
-            "subtitle": {
-                "text": f"|h| of block outputs, mean over {data.attrs['sequences']:,} sequences; dotted: |h| = "
-                f"{settings['absolute']:g}"
-            },
+    lines["median"] = median, "lines", {"color": NEUTRAL, "dash": "dash"}
+    absolute = result.provenance["settings"]["absolute"]
+    text = f"|h| of block outputs, mean over {data.attrs['sequences']:,} sequences; dotted: |h| = {absolute:g}"
+    figure = ThemedFigure(
+        [
+            go.Scatter(x=layers, y=values, name=name, mode=mode, line=line, hovertemplate="layer %{x}: %{y:.4g}")
+            for name, (values, mode, line) in lines.items()
+        ],
+        {
+            "title": {"text": f"Largest activations of {model_label(result)}", "subtitle": {"text": text}},
+            "width": 760,
+            "height": 460,
+            "margin": {"t": 110},
+            "xaxis": {"title": {"text": "layer"}, "dtick": integer_step(layers.tolist())},
+            "yaxis": {"title": {"text": "|h|"}, "type": "log", "exponentformat": "power", "dtick": 1},
         },
-        width=760,
-        height=460,
-        margin={"t": 110},
     )
-    if settings["absolute"] > 0:
-        figure.add_hline(y=settings["absolute"], line={"dash": "dot", "width": 1, "color": NEUTRAL})
-    figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
-    return figure.update_yaxes(title="|h|", type="log", exponentformat="power", dtick=1)
+    if absolute > 0:
+        figure.add_hline(y=absolute, line={"dash": "dot", "width": 1, "color": NEUTRAL})
+    return figure
 
 
 def _values(result: Result) -> go.Figure:

@@ -25,13 +25,13 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     LayerProbe,
     Model,
     NeuronActivity,
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Variable,
     check_fields,
     dataset,
@@ -260,13 +260,12 @@ def _table(
 
 def _layers(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy()
-    figure = go.Figure()
+    figure = ThemedFigure()
     for kind, colour in zip((*KINDS, "dead"), CATEGORIES, strict=False):
         figure.add_scatter(x=layers, y=data[kind], name=kind, mode="lines+markers", line={"color": colour})
     chance = max(float(data[f"random_{kind}"]) for kind in KINDS)
     figure.update_traces(hovertemplate="layer %{x}: %{y:.4f}")
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Neurons of {model_label(result)}",
             "subtitle": {
@@ -283,7 +282,7 @@ def _layers(result: Result) -> go.Figure:
 
 
 def _neurons(result: Result) -> go.Figure:
-    table, figure = result.table, go.Figure()
+    table, figure = result.table, ThemedFigure()
     for kind, colour in zip(KINDS, CATEGORIES, strict=False):
         part = table.loc[(table["kind"] == kind) & table["kurtosis"].notna()]
         figure.add_scatter(
@@ -297,7 +296,6 @@ def _neurons(result: Result) -> go.Figure:
         )
     figure.add_hline(y=_KURTOSIS, line={"dash": "dot", "width": 1, "color": NEUTRAL})
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Clearest neurons of {model_label(result)}",
             "subtitle": {"text": "kurtosis and skew over the vocabulary of cos(W_out, W_U); dotted: kurtosis 10"},

@@ -26,13 +26,13 @@ from jaxtyping import Float, Int
 from workbench.probing import (
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     FoldedLeastSquares,
     LayerProbe,
     Model,
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Variable,
     axis_title,
     central,
@@ -278,7 +278,7 @@ def _law(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy()
     high, low = data["residual_shuffled_high"].to_numpy(), data["residual_shuffled_low"].to_numpy()
     band = {"x": [*layers, *layers[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "line": {"width": 0}}
-    figure = go.Figure(go.Scatter(band, mode="lines", fillcolor="rgba(154,161,173,0.3)", name="95 % of shuffles"))
+    figure = ThemedFigure(go.Scatter(band, mode="lines", fillcolor="rgba(154,161,173,0.3)", name="95 % of shuffles"))
     curves = {"next token": "residual", "held out": "residual_heldout", "shuffled ids": "residual_shuffled"}
     for name, variable in curves.items():
         style = {"color": NEUTRAL} if name == "shuffled ids" else {}
@@ -288,7 +288,6 @@ def _law(result: Result) -> go.Figure:
     text = "; ".join([*lines, f"{int(data['rows']):,} tokens"])
     title = f"Law of next-token prediction in {label(str(result.provenance['model']), 60)}"
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": text}},
         margin={"t": 110},
         height=460,

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
@@ -30,12 +29,12 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     Model,
     RequestError,
     Result,
     Store,
     StoreProbe,
+    ThemedFigure,
     Unembed,
     Variable,
     capture,
@@ -360,7 +359,7 @@ def uniform_rollout(length: int, layers: int) -> Float[np.ndarray, " position"]:
 
 
 def _distance(result: Result) -> Any:
-    data, figure = result.data, go.Figure()
+    data, figure = result.data, ThemedFigure()
     dashes = ("solid", "dash", "dot")
     for colour, kind in zip(CATEGORIES, data["kind"].to_numpy().tolist(), strict=False):
         for dash, dtype in zip(dashes, data["dtype"].to_numpy().tolist(), strict=False):
@@ -383,7 +382,6 @@ def _distance(result: Result) -> Any:
             line={"color": NEUTRAL, "dash": dash},
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Distance of last states, one repetition apart, in {label(str(result.provenance['model']), 60)}",
             "subtitle": {"text": f"largest coordinate after the final norm; mean of {int(data['draws'])} inputs"},
@@ -398,7 +396,7 @@ def _distance(result: Result) -> Any:
 
 def _rollout_figure(result: Result) -> Any:
     data = result.data
-    figure = go.Figure()
+    figure = ThemedFigure()
     for name, words, line in (
         ("rollout", "recorded attention", {"color": CATEGORIES[0]}),
         ("uniform_rollout", "uniform attention", {"color": NEUTRAL, "dash": "dash"}),
@@ -406,7 +404,6 @@ def _rollout_figure(result: Result) -> Any:
         figure.add_scatter(x=data["position"], y=data[name], name=words, mode="lines", line=line)
     figure.update_traces(hovertemplate="position %{x}: %{y:.4f}")
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": f"Influence on the last token by attention in {label(str(result.provenance['model']), 60)}"},
         height=420,
         width=760,

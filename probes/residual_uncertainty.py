@@ -26,13 +26,13 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     Band,
     LayerProbe,
     Model,
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Variable,
     axis_title,
     blocks,
@@ -261,7 +261,7 @@ def _trajectory(result: Result) -> go.Figure:
     share = 100 * float(data["wrong_share"])
     curves = {"predicted right": "cross_entropy_right", "predicted wrongly": "cross_entropy_wrong"}
     lines = [go.Scatter(x=layers, y=data[one], name=name, mode="lines+markers") for name, one in curves.items()]
-    figure = go.Figure(lines)
+    figure = ThemedFigure(lines)
     figure.add_scatter(
         x=layers[[0, -1]],
         y=[math.log(2)] * 2,
@@ -297,6 +297,6 @@ def _detection(result: Result) -> go.Figure:
 
 def _laid_out(figure: go.Figure, title: str, subtitle: str, layers: np.ndarray, unit: str) -> go.Figure:
     heading = {"text": title, "subtitle": {"text": subtitle}}
-    figure.update_layout(template=TEMPLATE, title=heading, margin={"t": 120}, height=440, width=760)
+    figure.update_layout(title=heading, margin={"t": 120}, height=440, width=760)
     figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
     return figure.update_yaxes(title=unit, rangemode="tozero")

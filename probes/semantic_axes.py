@@ -28,11 +28,11 @@ from jaxtyping import Float, Int
 
 from workbench.probing import (
     SIGNED,
-    TEMPLATE,
     Model,
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Variable,
     Vocabulary,
     WeightsProbe,
@@ -471,7 +471,7 @@ def _grid(
     import plotly.graph_objects as go
 
     shown = [label(name) for name in names]
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Heatmap(
             z=values,
             x=shown,
@@ -485,7 +485,6 @@ def _grid(
         )
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         height=300 + 22 * len(names),
         width=360 + 26 * len(names),

@@ -23,7 +23,6 @@ from torch import Tensor
 from workbench.probing import (
     CATEGORIES,
     NEUTRAL,
-    TEMPLATE,
     Add,
     Direction,
     Model,
@@ -31,6 +30,7 @@ from workbench.probing import (
     Result,
     Store,
     StoreProbe,
+    ThemedFigure,
     Variable,
     check_fields,
     check_kind,
@@ -241,7 +241,7 @@ def _target_ids(model: Model, tokens: Sequence[str]) -> list[int]:
 
 def _by_scale(data: Any, name: str) -> go.Figure:
     units, meaning = MEASURES[name]
-    figure = go.Figure()
+    figure = ThemedFigure()
     for kind, color in zip(KINDS, (CATEGORIES[0], NEUTRAL), strict=True):
         mean, low, high = (data[f"{name}{end}"].sel(kind=kind).to_numpy() for end in ("", "_low", "_high"))
         figure.add_scatter(
@@ -254,7 +254,6 @@ def _by_scale(data: Any, name: str) -> go.Figure:
             hovertemplate="scale %{x}: %{y:.3f}",
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": f"Steering: {meaning}", "subtitle": {"text": f"95 % CI over {data.attrs['prompts']} prompts"}},
         width=760,
         height=440,

@@ -30,7 +30,6 @@ from workbench.probing import (
     SIGNED,
     SPACES,
     TASKS,
-    TEMPLATE,
     Chain,
     FiniteRows,
     FirstMlp,
@@ -40,6 +39,7 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
+    ThemedFigure,
     Unembed,
     Variable,
     axis_title,
@@ -410,7 +410,7 @@ def _score_map(result: Result) -> go.Figure:
 def _task_bars(result: Result) -> go.Figure:
     data = result.data
     tasks, number = data["task"].to_numpy().tolist(), data["tokens"].to_numpy()
-    figure = go.Figure()
+    figure = ThemedFigure()
     shown = f"the best {min(_SHOWN, data['macro'].size)}"
     for layer, head in _best_heads(data)[:_SHOWN]:
         score = data["score"].sel(layer=layer, head=head).to_numpy()
@@ -427,7 +427,6 @@ def _task_bars(result: Result) -> go.Figure:
         marker = {"color": NEUTRAL, "pattern": {"shape": pattern, "solidity": 0.4}}
         figure.add_bar(x=tasks, y=level.to_numpy(), name=name, marker=marker, hovertemplate="%{x}: %{y:.3f}")
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"{_title(result)}: score by task",
             "subtitle": {
@@ -449,7 +448,7 @@ def _circuit_map(result: Result) -> go.Figure:
     values = result.data["circuit"]
     words = [label(str(word)) for word in result.data["member_text"].to_numpy().tolist()]
     places = list(range(len(words)))
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Heatmap(
             z=values.to_numpy(),
             x=places,
@@ -464,7 +463,7 @@ def _circuit_map(result: Result) -> go.Figure:
     head = head_name(int(values.attrs["layer"]), int(values.attrs["head"]))
     subtitle = f"{head}, task: {values.attrs['task']}; white: the mean, {float(values.mean()):.3g} logits"
     title = {"text": f"{_title(result)}: OV circuit", "subtitle": {"text": subtitle}}
-    figure.update_layout(template=TEMPLATE, title=title, width=640, height=620, margin={"t": 110})
+    figure.update_layout(title=title, width=640, height=620, margin={"t": 110})
     step = max(1, len(words) // 30)
     ticks = {"tickmode": "array", "tickvals": places[::step], "ticktext": words[::step], "showgrid": False}
     figure.update_xaxes(title="output token", tickangle=-45, tickfont={"family": MONOSPACE}, **ticks)
@@ -479,7 +478,7 @@ def _ov_scatter(result: Result) -> go.Figure:
         head_name(layer, head) for layer in data["layer"].to_numpy().tolist() for head in range(data.sizes["head"])
     ]
     best = int(np.argmax(macro))
-    figure = go.Figure()
+    figure = ThemedFigure()
     for name, score, marker in (
         ("shuffled successors", null, {"color": NEUTRAL, "size": 5}),
         ("successors", macro, {"color": CATEGORIES[0], "size": 7}),
@@ -491,6 +490,6 @@ def _ov_scatter(result: Result) -> go.Figure:
     at_best = {"x": copying[[best]], "y": macro[[best]], "text": [names[best]]}
     figure.add_scatter(**at_best, mode="text", textposition="middle right", showlegend=False)
     title = {"text": f"{_title(result)}: OV circuits", "subtitle": {"text": "one point per head, mean over tasks"}}
-    figure.update_layout(template=TEMPLATE, title=title, width=640, height=560, margin={"t": 110})
+    figure.update_layout(title=title, width=640, height=560, margin={"t": 110})
     figure.update_xaxes(title=axis_title(data["copying"].attrs, "copying score"), range=[-0.03, 1.1], dtick=0.2)
     return figure.update_yaxes(title=axis_title(data["macro"].attrs, "successor score"), range=[-0.03, 1.05])

@@ -14,7 +14,7 @@ model's loss over sequences, within the groups of `group`. Equal points are drop
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,18 +22,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 
 from workbench.probing import (
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     LayerProbe,
     Model,
     RequestError,
     Result,
     Sequences,
     Store,
+    ThemedFigure,
     Variable,
     blocks,
     check,
@@ -317,47 +318,51 @@ def _table(
 
 
 def _dimension(result: Result) -> go.Figure:
-    data = result.data
-    figure = go.Figure()
+    data, lines = result.data, []
     for scale in data["scale"].to_numpy().tolist():
         one, first = data.sel(scale=scale), scale == 1
         values, low, high = (one[f"intrinsic_dimension{end}"].to_numpy() for end in ("", "_low", "_high"))
         error = error_bars(values, low, high) | {"visible": first}
-        name = f"neighbours {scale} and {2 * scale}"
-        figure.add_scatter(x=data["layer"], y=values, error_y=error, name=name, mode="lines+markers")
-    like = {"color": NEUTRAL, "dash": "dash"}
-    figure.add_scatter(x=data["layer"], y=data["gaussian_dimension"], name="Gaussian, 1 and 2", mode="lines", line=like)
-    return _laid_out(figure, result, "Intrinsic dimension", "intrinsic dimension").update_yaxes(rangemode="tozero")
+        lines.append(_line(data, values, f"neighbours {scale} and {2 * scale}", error_y=error))
+    lines.append(_reference(data, "gaussian_dimension", "Gaussian, 1 and 2"))
+    figure = _curves(lines, result, "Intrinsic dimension", "intrinsic dimension")
+    return figure.update_yaxes(rangemode="tozero")
 
 
 def _overlap(result: Result) -> go.Figure:
-    data = result.data
-    figure = go.Figure()
-    names = {"overlap": "neighbours kept", "cosine": "mean cosine"}
-    for name, shown in names.items():
+    data, lines = result.data, []
+    for name, shown in {"overlap": "neighbours kept", "cosine": "mean cosine"}.items():
         values, low, high = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
-        error = error_bars(values, low, high)
-        figure.add_scatter(x=data["layer"], y=values, error_y=error, name=shown, mode="lines+markers")
-    line = {"color": NEUTRAL, "dash": "dash"}
-    figure.add_scatter(x=data["layer"], y=data["overlap_permuted"], name="tokens permuted", mode="lines", line=line)
-    return _laid_out(figure, result, "Neighbours and cosine", "share, cosine")
+        lines.append(_line(data, values, shown, error_y=error_bars(values, low, high)))
+    lines.append(_reference(data, "overlap_permuted", "tokens permuted"))
+    return _curves(lines, result, "Neighbours and cosine", "share, cosine")
 
 
 def _groups(result: Result) -> go.Figure:
     data = result.data
-    figure = go.Figure()
-    for name in data["group"].to_numpy().tolist():
-        one = data["group_dimension"].sel(group=name)
-        figure.add_scatter(x=data["layer"], y=one, name=label(str(name)), mode="lines+markers")
-    return _laid_out(figure, result, "Intrinsic dimension by group", "intrinsic dimension")
+    names, values = data["group"].to_numpy().tolist(), data["group_dimension"]
+    lines = [_line(data, values.sel(group=name), label(str(name))) for name in names]
+    return _curves(lines, result, "Intrinsic dimension by group", "intrinsic dimension")
 
 
-def _laid_out(figure: go.Figure, result: Result, title: str, unit: str) -> go.Figure:
+def _line(data: xr.Dataset, values: Any, name: str, mode: str = "lines+markers", **style: Any) -> go.Scatter:
+    return go.Scatter(x=data["layer"], y=values, name=name, mode=mode, hovertemplate="layer %{x}: %{y:.3f}", **style)
+
+
+def _reference(data: xr.Dataset, variable: str, name: str) -> go.Scatter:
+    return _line(data, data[variable], name, "lines", line={"color": NEUTRAL, "dash": "dash"})
+
+
+def _curves(lines: Sequence[go.Scatter], result: Result, title: str, unit: str) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
     points = f"{settings['length'] - settings['skip']} tokens of {int(data['sequences']):,} sequences"
     text = f"{points}; 95 % intervals over documents"
-    heading = {"text": f"{title} in {label(str(result.provenance['model']), 60)}", "subtitle": {"text": text}}
-    figure.update_layout(template=TEMPLATE, title=heading, margin={"t": 120}, height=440, width=760)
-    figure.update_traces(hovertemplate="layer %{x}: %{y:.3f}")
-    figure.update_xaxes(title="layer", dtick=integer_step(data["layer"].to_numpy().tolist()))
-    return figure.update_yaxes(title=unit)
+    layout = {
+        "title": {"text": f"{title} in {label(str(result.provenance['model']), 60)}", "subtitle": {"text": text}},
+        "margin": {"t": 120},
+        "height": 440,
+        "width": 760,
+        "xaxis": {"title": {"text": "layer"}, "dtick": integer_step(data["layer"].to_numpy().tolist())},
+        "yaxis": {"title": {"text": unit}},
+    }
+    return ThemedFigure(lines, layout)

@@ -25,7 +25,6 @@ from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
-    TEMPLATE,
     TOKEN_CLASSES,
     LayerProbe,
     Model,
@@ -33,6 +32,7 @@ from workbench.probing import (
     Result,
     Sequences,
     Store,
+    ThemedFigure,
     Variable,
     attention_source,
     axis_title,
@@ -357,7 +357,7 @@ def _classes(result: Result) -> go.Figure:
 def _effect(result: Result) -> go.Figure:
     table, data = result.table, result.data
     names = [head_name(layer, head) for layer, head in zip(table["layer"], table["head"], strict=True)]
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Scatter(
             x=table["effect_attention"],
             y=table["effect_value"],
@@ -385,6 +385,6 @@ def _effect(result: Result) -> go.Figure:
     )
     title: dict[str, Any] = {"text": f"Which importance the heads' outputs follow in {model_label(result)}"}
     title["subtitle"] = {"text": "rank correlation with the change of the output when a key is hidden; a dot a head"}
-    figure.update_layout(template=TEMPLATE, title=title, height=560, width=620, margin={"t": 110})
+    figure.update_layout(title=title, height=560, width=620, margin={"t": 110})
     figure.update_xaxes(title="attention alone", range=[ends[0] - 0.02, 1.02])
     return figure.update_yaxes(title="attention times value size", range=[ends[0] - 0.02, 1.02])

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from workbench.probing import (
     LOST_VARIABLES,
-    TEMPLATE,
     Model,
     RequestError,
     Result,
     Store,
     StoreProbe,
+    ThemedFigure,
     Unembed,
     Variable,
     blocks,
@@ -356,9 +356,8 @@ def _curves(curves: Mapping[str, np.ndarray], x: np.ndarray, title: str, subtitl
     lines = [
         go.Scatter(x=x, y=y, mode="lines", name=name, hovertemplate="%{x}: %{y:.3f}") for name, y in curves.items()
     ]
-    figure = go.Figure(lines)
+    figure = ThemedFigure(lines)
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         height=460,
         width=760,

@@ -28,7 +28,6 @@ from workbench.probing import (
     LOST_VARIABLES,
     MEASURES,
     NEUTRAL,
-    TEMPLATE,
     Change,
     LayerProbe,
     MeasuredRows,
@@ -37,6 +36,7 @@ from workbench.probing import (
     Result,
     ScaleAttention,
     Store,
+    ThemedFigure,
     Variable,
     change_effects,
     check_fields,
@@ -288,7 +288,7 @@ def _recorded(
 
 
 def _sweep(result: Result, model: str) -> go.Figure:
-    data, figure = result.data, go.Figure()
+    data, figure = result.data, ThemedFigure()
     lines = {
         "tuned heads": ("loss", "tuned", "initial", CATEGORIES[0], "solid"),
         "all heads": ("loss", "all", "initial", CATEGORIES[1], "solid"),
@@ -305,7 +305,6 @@ def _sweep(result: Result, model: str) -> go.Figure:
         line = {"color": colour, "dash": dash}
         figure.add_scatter(x=x, y=at[variable].to_numpy(), name=name, mode="lines+markers", line=line, **errors)
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Loss with attention to the initial token scaled, {model}",
             "subtitle": {"text": f"{int(data['rows']):,} tokens; 95 % intervals over documents"},

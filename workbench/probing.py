@@ -177,6 +177,7 @@ if TYPE_CHECKING:
     from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
     from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, PROBABILITY, SIGNED, TEMPLATE, colour_bar
+    from workbench.figures.themed import ThemedFigure
     from workbench.figures.ticks import integer_step
     from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
     from workbench.figures.token_strip import token_strip

@@ -15,7 +15,8 @@ import plotly.graph_objects as go
 
 import workbench as wb
 from workbench.figures.error_bars import error_bars
-from workbench.figures.theme import NEUTRAL, TEMPLATE
+from workbench.figures.theme import NEUTRAL
+from workbench.figures.themed import ThemedFigure
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAME = "intervention-costs"
@@ -32,12 +33,11 @@ def figure(page: str) -> go.Figure:
     """Returns a point with its interval for each kind of record; 1 is the speed of the plain pass."""
     known = costs(page)
     ratio, low, high = np.array(list(known.values())).T
-    drawn = go.Figure()
+    drawn = ThemedFigure()
     drawn.add_scatter(x=ratio, y=list(known), error_x=error_bars(ratio, low, high), mode="markers", marker={"size": 8})
     drawn.add_vline(1.0, line={"dash": "dash", "color": NEUTRAL})
     subtitle = "tokens per second, times those of the plain pass (dashed); median and 95 % interval of pairs"
     drawn.update_layout(
-        template=TEMPLATE,
         title={"text": "Speed of a pass with interventions, SmolLM2-135M", "subtitle": {"text": subtitle}},
         height=460,
         width=760,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workbench.figures.readable import CONTINUED, readable_tokens, visual_order
@@ -40,13 +40,23 @@ def test_tokens_that_are_text_stay_as_they_are(tokens):
 
 
 @given(st.text(min_size=1, max_size=12), st.integers(1, 3))
+@example("\u0e01", 3)
+@example("жж日", 2)
 def test_any_text_of_bytes_is_read_back(text, size):
-    names = byte_names(text.encode("utf-8", "replace").decode())
+    data = text.encode("utf-8", "replace")
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    names = byte_names(data.decode())
     parts = ["".join(names[at : at + size]) for at in range(0, len(names), size)]
     readable = readable_tokens(parts)
     assert len(readable) == len(parts)
     if all(unicodedata.category(char)[0] == "L" and ord(char) > 0x250 for char in text):
-        assert "".join(part for part in readable if part != CONTINUED) == text
+        whole = [piece.decode("utf-8", "ignore").encode() == piece for piece in pieces]  # these stay as they are
+        read = ["" if part == CONTINUED else part for part in readable]
+        texts = (
+            piece.decode() if alone and part == name else part
+            for piece, alone, part, name in zip(pieces, whole, read, parts, strict=True)
+        )
+        assert "".join(texts) == text
 
 
 def test_runs_from_right_to_left_are_reversed():

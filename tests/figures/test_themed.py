@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,6 +12,7 @@ from plotly import io
 
 from workbench.figures.contrast import in_dark_notebook
 from workbench.figures.layer_curves import layer_curves
+from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import DARK_FILTER, ThemedFigure, is_style, themed
 
 
@@ -39,6 +41,36 @@ def test_a_figure_of_plotly_becomes_themed_and_stays_the_same():
     assert themed(made) is made
     assert json.loads(made.to_json()) == json.loads(plain.to_json())
     assert isinstance(curves(), ThemedFigure)
+
+
+def test_a_figure_is_what_plotly_makes_of_its_parts():
+    line, none = go.Scatter(y=np.arange(3), error_y={"array": [1, 1, 1]}), {"dtick": None, "type": "log"}
+    drawn = ThemedFigure([line], {"title": {"text": "t"}, "xaxis": none})
+    plain = go.Figure([line]).update_layout(template=TEMPLATE, title="t", xaxis={"type": "log"})
+    assert json.loads(drawn.to_json()) == json.loads(plain.to_json())
+    assert drawn == plain
+    for copy in (ThemedFigure(drawn), pickle.loads(pickle.dumps(drawn))):
+        assert json.loads(copy.to_json()) == json.loads(drawn.to_json())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda figure: figure.update_layout(height="high"),
+        lambda figure: figure.update_xaxes(type="none"),
+        lambda figure: figure.update_traces(line={"width": -1}),
+        lambda figure: figure.add_scatter(mode="dots"),
+    ],
+)
+def test_changes_of_a_figure_are_validated(change):
+    with pytest.raises(ValueError, match="Invalid value"):
+        change(curves())
+
+
+def test_figures_share_no_template():
+    first, second = curves(), curves()
+    first.layout.template.layout.font.size = 99
+    assert second.layout.template == TEMPLATE == curves().layout.template
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,8 @@ def test_the_table_holds_what_is_drawn():
     assert figure_data(go.Figure([go.Pie(values=[1, 2], name="p"), go.Box(y=[1, 2], name="b")]))["y"].tolist() == [1, 2]
     coloured = go.Figure(go.Bar(y=[1, 2], marker={"color": [0.5, -0.5]}))
     assert figure_data(coloured)["value"].tolist() == [0.5, -0.5]
+    note = {"xref": "paper", "yref": "paper", "showarrow": False, "text": "a note"}
+    assert figure_data(go.Figure(go.Scatter(y=[1]), {"annotations": [note]}))["panel"].tolist() == ["a note"]
 
 
 # Paper

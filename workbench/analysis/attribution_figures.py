@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from workbench.figures.error_bars import error_bars
 from workbench.figures.head_grid import head_grid, head_name
 from workbench.figures.safe_text import label, sentence
-from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, TEMPLATE, colour_bar
+from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, colour_bar
+from workbench.figures.themed import ThemedFigure
 from workbench.results.result import Result
 
 _KINDS = {
@@ -28,7 +29,7 @@ def attribution_bars(result: Result, quantity: str) -> go.Figure:
     table = result.table
     chosen = np.sort(np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:_SHOWN])
     shown = table.iloc[chosen]
-    figure = go.Figure()
+    figure = ThemedFigure()
     kinds = shown["kind"].map(lambda kind: _KINDS.get(kind, ("embedding, bias, rest", NEUTRAL)))
     for name, color in dict.fromkeys(kinds):
         part = shown[[kind[0] == name for kind in kinds]]
@@ -54,7 +55,6 @@ def attribution_bars(result: Result, quantity: str) -> go.Figure:
     title = sentence(f"Direct logit attribution: {quantity}")
     subtitle = f"mean over tokens, 95 % CI over documents{more}; later parts lie above"
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         width=800,
         height=190 + 22 * len(shown),
@@ -94,7 +94,7 @@ def attribution_grid(result: Result, quantity: str) -> go.Figure:
     texts, targets = (result.data[name].to_numpy()[:_TOKENS].tolist() for name in ("text", "target"))
     limit = float(np.abs(values).max(initial=0.0)) or 1.0
     frame = pd.DataFrame(values[:, chosen].T)
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Heatmap(
             z=frame.to_numpy(),
             x=list(range(len(texts))),
@@ -109,7 +109,6 @@ def attribution_grid(result: Result, quantity: str) -> go.Figure:
         )
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": sentence(f"By token: {quantity}"), "subtitle": {"text": "contribution of each term"}},
         width=max(640, 260 + 26 * len(texts)),
         height=200 + 22 * len(chosen),

@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 
 from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import label, sentence
-from workbench.figures.theme import CATEGORIES, MARKERS, NEUTRAL, TEMPLATE, colour_bar
+from workbench.figures.theme import CATEGORIES, MARKERS, NEUTRAL, colour_bar
+from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 from workbench.results.result import Result
 
@@ -28,7 +29,7 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
         f"layer {layers[one]}, {label(str(places[two]))}, pair {data['exact_pair'].to_numpy()[three]}"
         for three, one, two in zip(pair, layer, place, strict=True)
     ]
-    figure = go.Figure(
+    figure = ThemedFigure(
         [
             go.Scatter(x=ends, y=ends, mode="lines", name="exact", line={"color": NEUTRAL, "dash": "dash"}),
             go.Scatter(
@@ -50,7 +51,6 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
     units = sentence(str(data.attrs["metric_units"]))
     subtitle = f"{len(x):,} cells of {data.sizes['exact_pair']} pairs; dashed: estimate = exact"
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": sentence(f"Estimated against exact patching: {site}"), "subtitle": {"text": subtitle}},
         width=680,
         height=560,
@@ -63,7 +63,7 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
 def correlation_lines(data: Any, site: str) -> go.Figure:
     """Returns the correlation of estimated and exact effects by layer, with the interval over pairs."""
     layers, mean = data["layer"].to_numpy(), data["correlation"].to_numpy()
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Scatter(
             x=layers,
             y=mean,
@@ -76,7 +76,6 @@ def correlation_lines(data: Any, site: str) -> go.Figure:
     )
     figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dash"})
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": sentence(f"Estimated and exact patching of {site}, by layer"),
             "subtitle": {"text": f"correlation over cells, 95 % CI over {data.sizes['exact_pair']} pairs"},
@@ -96,7 +95,7 @@ def ablation_bars(result: Result, quantity: str) -> go.Figure:
     chosen = np.sort(np.argsort(-np.abs(table["ablated"].to_numpy()), kind="stable")[:_SHOWN])
     shown = table.iloc[chosen]
     names = [sentence(term) for term in shown["term"]]
-    figure = go.Figure()
+    figure = ThemedFigure()
     figure.add_bar(
         y=names,
         x=shown["ablated"],
@@ -117,7 +116,6 @@ def ablation_bars(result: Result, quantity: str) -> go.Figure:
     tokens = result.data.sizes["ablated_token"]
     ends = "its mean" if result.provenance["settings"]["ablation"] == "mean" else "0"
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": sentence(f"Ablation and direct contribution: {quantity}"),
             "subtitle": {"text": f"each term set to {ends} at the token alone; mean over {tokens} tokens, 95 % CI"},

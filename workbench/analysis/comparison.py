@@ -65,14 +65,12 @@ class Comparison:
 
     def figure(self) -> Figure:
         """Returns the mean cosine of each kind of site by layer, with 95 % intervals."""
-        import plotly.graph_objects as go  # seconds, which a comparison on the command line does not pay
-
-        from workbench.figures.error_bars import error_bars
+        from workbench.figures.error_bars import error_bars  # plotly: seconds, which the command line does not pay
         from workbench.figures.safe_text import label
-        from workbench.figures.theme import TEMPLATE
+        from workbench.figures.themed import ThemedFigure
         from workbench.figures.ticks import integer_step
 
-        figure = go.Figure()
+        figure = ThemedFigure()
         known = self.sites[self.sites["layer"] >= 0]
         for kind, part in known.groupby("kind", sort=False):
             figure.add_scatter(
@@ -84,7 +82,6 @@ class Comparison:
                 hovertemplate="layer %{x}: %{y:.5g}",
             )
         figure.update_layout(
-            template=TEMPLATE,
             title={
                 "text": "Cosine similarity of activations of the same tokens in two stores",
                 "subtitle": {"text": f"{label(Path(self.a).name, 40)} and {label(Path(self.b).name, 40)}"},

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import sentence
-from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
+from workbench.figures.theme import CATEGORIES, NEUTRAL
+from workbench.figures.themed import ThemedFigure
 
 _SHOWN = 24
 _ARROW = "\u2192"
@@ -16,7 +17,7 @@ _ARROW = "\u2192"
 
 def faithfulness_curve(data: Any) -> go.Figure:
     """Returns the share of the gap that kept edges recover, best edges first and edges at random, by their number."""
-    sizes, figure = data["edges"].to_numpy(), go.Figure()
+    sizes, figure = data["edges"].to_numpy(), ThemedFigure()
     for name, title, color, dash in (
         ("faithfulness", "largest scores", CATEGORIES[0], "solid"),
         ("random_faithfulness", "random edges", NEUTRAL, "dash"),
@@ -34,7 +35,6 @@ def faithfulness_curve(data: Any) -> go.Figure:
     figure.add_hline(y=1, line={"color": NEUTRAL, "dash": "dot"})
     total = int(data["total"])
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": "Faithfulness of the best edges",
             "subtitle": {
@@ -52,7 +52,7 @@ def strongest_edges(table: Any, units: str) -> go.Figure:
     """Returns a bar for each of the 24 edges with the largest absolute scores."""
     shown = table.head(_SHOWN).iloc[::-1]
     names = [sentence(f"{line.sender} {_ARROW} {line.receiver}") for line in shown.itertuples()]
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Bar(
             y=names,
             x=shown["score"],
@@ -63,7 +63,6 @@ def strongest_edges(table: Any, units: str) -> go.Figure:
         )
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": "Strongest edges",
             "subtitle": {"text": "estimated effect of each edge, 95 % CI over pairs"},

@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from workbench.analysis.store_probe import model_label
 from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import axis_title, label
-from workbench.figures.theme import CATEGORIES, SIGNED, TEMPLATE
+from workbench.figures.theme import CATEGORIES, SIGNED
+from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 from workbench.results.result import Result
 
@@ -19,7 +20,7 @@ _SHOWN = 40
 def erasure_curves(result: Result) -> go.Figure:
     """Returns accuracy by layer, a colour per offset: last tokens solid, control tokens dotted."""
     data = result.data
-    figure = go.Figure()
+    figure = ThemedFigure()
     layers = data["layer"].to_numpy().tolist()
     for index, offset in enumerate(data["offset"].to_numpy().tolist()):
         for group, dash in zip(("last", "control"), ("solid", "dot"), strict=True):
@@ -39,7 +40,6 @@ def erasure_curves(result: Result) -> go.Figure:
         "targets that the training documents have"
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": f"Token erasure in {model_label(result)}", "subtitle": {"text": groups}},
         width=800,
         height=500,
@@ -62,7 +62,7 @@ def vocabulary_bars(result: Result) -> go.Figure:
     spans = implicit_vocabulary(result.table)
     best = spans.head(_SHOWN)
     names = [f"{label(text, 30)} ({times})" for text, times in zip(best["text"], best["times"], strict=True)]
-    figure = go.Figure()
+    figure = ThemedFigure()
     for is_word, name in ((True, "word"), (False, "not a word")):
         chosen = (best["is_span"] == is_word).to_numpy()
         labels = [name for name, keep in zip(names, chosen, strict=True) if keep]
@@ -71,7 +71,6 @@ def vocabulary_bars(result: Result) -> go.Figure:
         f"{len(best)} of {len(spans):,} spans of several tokens (occurrences); {label(result.data.attrs['spans'], 60)}"
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": f"Implicit vocabulary of {model_label(result)}", "subtitle": {"text": subtitle}},
         width=760,
         height=200 + 18 * len(best),
@@ -87,7 +86,7 @@ def segment_bars(result: Result) -> go.Figure:
     segments = table.loc[table["sequence"] == table["sequence"].iloc[0]]
     total, segments = len(segments), segments.head(_SHOWN)
     colour = {"color": segments["psi"], "cmin": -1, "cmid": 0, "cmax": 1, "colorscale": SIGNED, "showscale": True}
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Bar(
             x=segments["tokens"],
             y=[f"{place:>3} {label(text, 30)}" for place, text in enumerate(segments["text"])],
@@ -98,7 +97,6 @@ def segment_bars(result: Result) -> go.Figure:
         )
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": f"Segmentation of sequence {int(segments['sequence'].iloc[0])} by {model_label(result)}",
             "subtitle": {"text": f"the first {len(segments)} of {total:,} segments"},

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from workbench.figures.error_bars import error_bars
 from workbench.figures.head_grid import head_grid, head_name
 from workbench.figures.safe_text import label, sentence
-from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, TEMPLATE, colour_bar
+from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, colour_bar
+from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
 _LINES = 6  # places or heads with a line of their own
@@ -48,7 +49,7 @@ def patching_map(data: Any, name: str, site: str) -> go.Figure:
             limits=(-limit, limit),
         )
         return figure.update_traces(colorscale=SIGNED, zmid=0)
-    figure = go.Figure(
+    figure = ThemedFigure(
         go.Heatmap(
             z=values,
             x=[label(place) for place in places],
@@ -63,7 +64,6 @@ def patching_map(data: Any, name: str, site: str) -> go.Figure:
         )
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         width=max(640, 230 + 40 * len(places)),
         height=max(380, 210 + 16 * len(layers)),
@@ -75,7 +75,7 @@ def patching_map(data: Any, name: str, site: str) -> go.Figure:
 def patching_lines(data: Any, site: str) -> go.Figure:
     """Returns denoising over layers for the strongest places (of heads: the layer's strongest), and the controls."""
     layers = data["layer"].to_numpy()
-    figure = go.Figure()
+    figure = ThemedFigure()
     best, columns = _chosen(data)
     for color, column in zip(CATEGORIES, columns, strict=False):
         name = "strongest head of each layer" if column is None else label(str(data["place"].to_numpy()[column]))
@@ -105,7 +105,6 @@ def patching_lines(data: Any, site: str) -> go.Figure:
             hovertemplate="layer %{x}: %{y:.3f}",
         )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": sentence(f"Denoising {site} by layer"),
             "subtitle": {"text": f"share of the gap, 95 % CI over {data.sizes['pair']} pairs; grey: controls"},
@@ -127,7 +126,7 @@ def patching_spread(data: Any, site: str) -> go.Figure:
     gap = (data["clean_metric"] - data["corrupt_metric"]).to_numpy()
     effect = data["by_pair"].to_numpy()[:, row, column]
     ends = [0.0, float(gap.max(initial=0.0))]
-    figure = go.Figure(
+    figure = ThemedFigure(
         [
             go.Scatter(x=ends, y=ends, mode="lines", name="all of the gap", line={"color": NEUTRAL, "dash": "dash"}),
             go.Scatter(
@@ -143,7 +142,6 @@ def patching_spread(data: Any, site: str) -> go.Figure:
     )
     units = sentence(str(data.attrs["metric_units"]))
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": sentence(f"Spread over pairs: {site}, {where}"), "subtitle": {"text": "denoising of each pair"}},
         width=640,
         height=480,

@@ -216,17 +216,16 @@ def _label_bars(best: pd.DataFrame) -> Figure:
     import plotly.graph_objects as go
 
     from workbench.figures.safe_text import label
-    from workbench.figures.theme import TEMPLATE
+    from workbench.figures.themed import ThemedFigure
 
     names = [f"{label(name)} ({feature})" for name, feature in zip(best["label"], best["feature"], strict=True)]
-    figure = go.Figure(
+    figure = ThemedFigure(
         [
             go.Scatter(x=best[measure], y=names, name=measure, mode="markers", marker={"size": 9, "symbol": symbol})
             for measure, symbol in (("f1", "circle"), ("precision", "triangle-right"), ("recall", "triangle-left"))
         ]
     )
     figure.update_layout(
-        template=TEMPLATE,
         title={
             "text": "Best feature per label",
             "subtitle": {

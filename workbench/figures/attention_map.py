@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,7 +13,7 @@ from jaxtyping import Float
 
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import label
-from workbench.figures.theme import GREY, MONOSPACE, PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.theme import GREY, MONOSPACE, PROBABILITY, colour_bar
 from workbench.figures.themed import ThemedFigure
 
 MAX_HEADS, MAX_TOKENS = 16, 160
@@ -52,26 +53,23 @@ def head_attention(
             subtitle = f"{subtitle}; the first {shown} of {total:,} {kind}"
     causal = np.tril(np.ones((len(names), len(names)), bool))
     seen = np.where(causal, patterns, np.nan).astype(np.float32)
-    figure = ThemedFigure(
-        [_map(pattern, head, index == 0) for index, (head, pattern) in enumerate(zip(heads, seen, strict=True))]
-    )
-    figure.add_trace(_masked(causal))
+    traces = [_map(pattern, head, index == 0) for index, (head, pattern) in enumerate(zip(heads, seen, strict=True))]
+    traces.append(_masked(causal))
     side = max(420, 12 * len(names))
     height = side + _TOP + _BOTTOM
     if len(heads) > 1:
-        figure.add_trace(_small_pictures(seen, heads))
+        traces.append(_small_pictures(seen, heads))
         height += _STRIP + 30
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": f"{title}, {heads[0]}", "subtitle": {"text": subtitle}},
-        width=side + 260,
-        height=height,
-        margin={"t": _TOP, "b": _BOTTOM},
-        showlegend=False,
-        updatemenus=[_heads_menu(figure, title, heads), _sink_menu(seen)],
-        meta={"heads": len(heads), "title": title},
-    )
-    return _label_axes(figure, names, len(heads), height - _TOP - _BOTTOM)
+    layout = {
+        "title": {"text": f"{title}, {heads[0]}", "subtitle": {"text": subtitle}},
+        "width": side + 260,
+        "height": height,
+        "margin": {"t": _TOP, "b": _BOTTOM},
+        "showlegend": False,
+        "updatemenus": [_heads_menu(title, heads), _sink_menu(seen)],
+        "meta": {"heads": len(heads), "title": title},
+    }
+    return ThemedFigure(traces, layout | _axes(names, heads, traces[-1], height - _TOP - _BOTTOM))
 
 
 def _map(pattern: Float[np.ndarray, "query key"], head: str, visible: bool) -> go.Heatmap:
@@ -121,7 +119,7 @@ def _small_pictures(seen: Float[np.ndarray, "head query key"], heads: Sequence[s
     )
 
 
-def _heads_menu(figure: go.Figure, title: str, heads: Sequence[str]) -> dict[str, object]:
+def _heads_menu(title: str, heads: Sequence[str]) -> dict[str, object]:
     """A menu that shows one head and names it in the title."""
     buttons = [
         {
@@ -153,20 +151,20 @@ def _sink_menu(seen: Float[np.ndarray, "head query key"]) -> dict[str, object]:
     return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8, "l": 110}}
 
 
-def _label_axes(figure: go.Figure, names: list[str], heads: int, height: int) -> go.Figure:
+def _axes(names: list[str], heads: Sequence[str], last: Any, height: int) -> dict[str, Any]:
+    """Axes of the map and, above it, of the small pictures of several heads, which are the last trace."""
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names, "showgrid": False}
     ticks |= {"tickfont": {"family": MONOSPACE, "size": 10}, "ticks": ""}
-    top = 1 - (_STRIP + 30) / height if heads > 1 else 1
-    figure.update_xaxes(title="key token", tickangle=-90, range=[-0.5, len(names) - 0.5], **ticks)
-    figure.update_yaxes(title="query token", range=[len(names) - 0.5, -0.5], domain=[0, top], **ticks)
-    if heads > 1:
-        hidden = {"showticklabels": False, "ticks": "", "showgrid": False, "showline": False}
-        width = figure.data[-1].meta["width"]
-        middles, texts = [width * (head + 0.45) for head in range(heads)], [trace.name for trace in figure.data[:heads]]
-        labels = {"tickvals": middles, "ticktext": texts, "showticklabels": True, "tickfont": {"size": 10}}
-        small = {"anchor": "y2", "fixedrange": True, "title": {"text": ""}, "tickangle": 0}
-        figure.update_layout(
-            xaxis2={**hidden, **labels, **small},
-            yaxis2={**hidden, "domain": [1 - _STRIP * 0.75 / height, 1], "autorange": "reversed", "fixedrange": True},
-        )
-    return figure
+    top, end = 1 - (_STRIP + 30) / height if len(heads) > 1 else 1, len(names) - 0.5
+    axes = {
+        "xaxis": {"title": {"text": "key token"}, "tickangle": -90, "range": [-0.5, end], **ticks},
+        "yaxis": {"title": {"text": "query token"}, "range": [end, -0.5], "domain": [0, top], **ticks},
+    }
+    if len(heads) < 2:
+        return axes
+    hidden = {"showticklabels": False, "ticks": "", "showgrid": False, "showline": False}
+    middles = [last.meta["width"] * (head + 0.45) for head in range(len(heads))]
+    labels = {"tickvals": middles, "ticktext": list(heads), "showticklabels": True, "tickfont": {"size": 10}}
+    small = {"anchor": "y2", "fixedrange": True, "title": {"text": ""}, "tickangle": 0}
+    high = {"domain": [1 - _STRIP * 0.75 / height, 1], "autorange": "reversed", "fixedrange": True}
+    return {**axes, "xaxis2": {**hidden, **labels, **small}, "yaxis2": {**hidden, **high}}

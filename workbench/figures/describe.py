@@ -29,7 +29,8 @@ def figure_data(figure: go.Figure) -> pd.DataFrame:
     of the cell. Text is plain, not markup.
     """
     figure = _unwrapped(figure)
-    parts = [_trace_table(figure, trace) for trace in drawn_traces(figure)]
+    layout = figure.layout.to_plotly_json()
+    parts = [_trace_table(layout, trace) for trace in drawn_traces(figure)]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["series"])
     for axis in ("x", "y"):
         if axis in table and not pd.api.types.is_numeric_dtype(table[axis]):  # Parquet has one type per column
@@ -64,11 +65,11 @@ def caption(figure: go.Figure) -> str:
 def alt_text(figure: go.Figure) -> str:
     """Returns the alternative text: kind of chart, axes, and the ends and extremes of each series."""
     flat = _unwrapped(figure)
-    traces = drawn_traces(flat)
+    traces, layout = drawn_traces(flat), flat.layout.to_plotly_json()
     drawn = list(dict.fromkeys(map(_kind, traces)))
-    axes = " by ".join(_titles(flat))
+    axes = " by ".join(_titles(layout))
     text = (" and ".join(drawn) or "Empty figure") + (f" of {axes}" if axes else "") + "."
-    columns = [_trace_columns(flat, trace) for trace in traces]
+    columns = [_trace_columns(layout, trace) for trace in traces]
     if coloured := _colours(columns):
         return text + coloured
     if not any(trace.showlegend is not False or trace.type == "heatmap" for trace in traces):
@@ -152,30 +153,38 @@ def _place(points: Mapping[str, Any], axis: str, index: int) -> str:
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
-def _titles(figure: go.Figure) -> list[str]:
+def _titles(layout: Mapping[str, Any]) -> list[str]:
     """Axis titles of the y axes and of the x axes, where there are any."""
-    sides = (figure.select_yaxes(), figure.select_xaxes())
-    titles = [dict.fromkeys(plain(axis.title.text) for axis in axes if axis.title.text) for axes in sides]
+    titles = []
+    for name in ("yaxis", "xaxis"):
+        numbers = sorted(int(key.removeprefix(name) or 1) for key in layout if key.startswith(name))
+        axes = [layout[f"{name}{number if number > 1 else ''}"] for number in numbers]
+        titles.append(dict.fromkeys(plain(text) for axis in axes if (text := axis.get("title", {}).get("text"))))
     return [", ".join(texts) for texts in titles if texts]
 
 
-def _trace_table(figure: go.Figure, trace: BaseTraceType) -> pd.DataFrame:
-    columns = _trace_columns(figure, trace)
+def _axis(layout: Mapping[str, Any], trace: BaseTraceType, name: str) -> Mapping[str, Any]:
+    """The axis of a trace in plotly's JSON form, which is read many times faster than its objects."""
+    return layout.get(f"{name}axis{(getattr(trace, f'{name}axis', None) or name)[1:]}", {})
+
+
+def _trace_table(layout: Mapping[str, Any], trace: BaseTraceType) -> pd.DataFrame:
+    columns = _trace_columns(layout, trace)
     names = {name: columns.pop(name) for name in ("series", "panel")}
     if trace.type == "heatmap" and trace.text is not None:
         columns["text"] = [plain(text) for row in trace.text for text in row]
     return pd.DataFrame(columns).assign(**names)
 
 
-def _trace_columns(figure: go.Figure, trace: BaseTraceType) -> dict[str, Any]:
+def _trace_columns(layout: Mapping[str, Any], trace: BaseTraceType) -> dict[str, Any]:
     """Columns of a trace, of one length and without texts of cells; and its name and panel."""
     columns = _heatmap(trace) if trace.type == "heatmap" else _points(trace)
     for name in {"x", "y"} & {*columns}:
-        axis = figure.layout[f"{name}axis{(getattr(trace, f'{name}axis') or name)[1:]}"]
-        if axis.tickvals is not None and axis.ticktext is not None:
-            labels = dict(zip(axis.tickvals, map(plain, axis.ticktext), strict=True))
+        axis = _axis(layout, trace, name)
+        if axis.get("tickvals") is not None and axis.get("ticktext") is not None:
+            labels = dict(zip(axis["tickvals"], map(plain, axis["ticktext"]), strict=True))
             columns[f"{name}_label"] = [labels.get(value) for value in columns[name]]
-    return {**columns, "series": plain(trace.name or ""), "panel": _panel(figure, trace)}
+    return {**columns, "series": plain(trace.name or ""), "panel": _panel(layout, trace)}
 
 
 def _heatmap(trace: BaseTraceType) -> dict[str, Any]:
@@ -187,30 +196,34 @@ def _heatmap(trace: BaseTraceType) -> dict[str, Any]:
 
 def _points(trace: BaseTraceType) -> dict[str, Any]:
     """Columns of a trace with one mark per point; none for kinds without x and y."""
-    axes = {name: list(trace[name]) for name in ("x", "y") if name in trace and trace[name] is not None}
+    known = trace.to_plotly_json()
+    axes = {name: list(known[name]) for name in ("x", "y") if name in known}
     size = max(map(len, axes.values()), default=0)
     columns: dict[str, Any] = {name: [*part, *[None] * (size - len(part))] for name, part in axes.items()}
     if axes and len(axes) < 2:  # plotly counts along the missing axis
         columns["y" if "x" in axes else "x"] = list(range(size))
     for axis in ("x", "y"):
         name = f"error_{axis}"
-        bars = getattr(trace, name, None)
-        if bars is not None and bars.array is not None:
-            up, middle = np.asarray(bars.array, float), np.asarray(columns[axis], float)
-            down = up if bars.arrayminus is None else np.asarray(bars.arrayminus, float)
+        bars = known.get(name, {})
+        if "array" in bars:
+            up, middle = np.asarray(bars["array"], float), np.asarray(columns[axis], float)
+            down = np.asarray(bars.get("arrayminus", up), float)
             columns |= {"low": middle - down, "high": middle + up}
-    colour = trace.marker.color if "marker" in trace and "color" in trace.marker else None
+    colour = known.get("marker", {}).get("color")
     if colour is not None and not isinstance(colour, str) and not any(isinstance(part, str) for part in colour):
         columns["value"] = np.asarray(colour, float)
     return columns
 
 
-def _panel(figure: go.Figure, trace: BaseTraceType) -> str | None:
+def _panel(layout: Mapping[str, Any], trace: BaseTraceType) -> str | None:
     """Title above the panel of a trace, in a figure of several panels."""
-    titles = [part for part in figure.layout.annotations if part.xref == part.yref == "paper" and not part.showarrow]
+    titles = [
+        part
+        for part in layout.get("annotations", ())
+        if part.get("xref") == part.get("yref") == "paper" and not part.get("showarrow")
+    ]
     if not titles or "xaxis" not in trace:
         return None
-    axis = {name: figure.layout[f"{name}axis{(trace[f'{name}axis'] or name)[1:]}"].domain for name in "xy"}
-    middle, top = sum(axis["x"]) / 2, axis["y"][1]
-    closest = min(titles, key=lambda part: abs(part.x - middle) + abs(part.y - top))
-    return plain(closest.text)
+    across, up = (_axis(layout, trace, name).get("domain", (0, 1)) for name in "xy")
+    closest = min(titles, key=lambda part: abs(part.get("x", 0.5) - sum(across) / 2) + abs(part.get("y", 1) - up[1]))
+    return plain(closest.get("text", ""))

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from workbench.figures.error_bars import error_bars
 from workbench.figures.group_intervals import group_intervals
 from workbench.figures.safe_text import label as text_label
-from workbench.figures.theme import CATEGORIES, PROBABILITY, SIGNED, TEMPLATE, colour_bar
+from workbench.figures.theme import CATEGORIES, PROBABILITY, SIGNED, colour_bar
 from workbench.figures.themed import ThemedFigure
 
 _SCOPES = {"changed": "tokens whose activation changes", "all": "all tokens"}
@@ -76,7 +76,6 @@ def sparse_probe_figure(table: Any, label: str, values: int, documents: int) -> 
         )
     subtitle = f"dashed: shuffled labels; 95 % CI over {documents:,} test documents"
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": f"F1 of probes on k features: {text_label(label)}", "subtitle": {"text": subtitle}},
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
         height=460,
@@ -112,6 +111,6 @@ def pairs_figure(table: pd.DataFrame, by: str = "jaccard", features: int = 40) -
     figure = ThemedFigure(go.Heatmap(z=cells, x=names, y=names, colorbar=bar, hovertemplate=hover, **scale))
     subtitle = f"{len(table):,} pairs; empty: pairs that are not among them"
     title = {"text": "Features active on the same tokens", "subtitle": {"text": subtitle}}
-    figure.update_layout(template=TEMPLATE, title=title, height=760, width=820)
+    figure.update_layout(title=title, height=760, width=820)
     figure.update_xaxes(type="category", title="feature", showgrid=False)
     return figure.update_yaxes(type="category", title="feature", autorange="reversed", showgrid=False)

@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.error_bars import error_bars
-from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 
 
@@ -30,9 +29,8 @@ def group_intervals(
         title: Title, as plotly text.
         subtitle: Line below the title.
     """
-    figure = ThemedFigure()
-    for name, (mean, low, high) in groups.items():
-        figure.add_scatter(
+    points = [
+        go.Scatter(
             x=categories,
             y=mean,
             error_y=error_bars(mean, low, high),
@@ -41,13 +39,15 @@ def group_intervals(
             marker={"size": 8},
             hovertemplate=hover + ": %{y:.3f}",
         )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
-        scattermode="group",
-        height=460,
-        width=960,
-        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
-    )
-    figure.update_xaxes(type="category")
-    return figure.update_yaxes(rangemode="tozero")
+        for name, (mean, low, high) in groups.items()
+    ]
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}},
+        "scattermode": "group",
+        "height": 460,
+        "width": 960,
+        "legend": {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
+        "xaxis": {"type": "category"},
+        "yaxis": {"rangemode": "tozero"},
+    }
+    return ThemedFigure(points, layout)

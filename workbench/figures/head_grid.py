@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.theme import CATEGORIES, CELLS, PROBABILITY, TEMPLATE, TEXT, colour_bar
+from workbench.figures.theme import CATEGORIES, CELLS, PROBABILITY, TEXT, colour_bar
 from workbench.figures.themed import ThemedFigure
 
 
@@ -66,34 +66,31 @@ def head_grid(
         limits: Values at the two ends of the colour scale.
     """
     layer_names, head_names = [str(layer) for layer in layers], [str(head) for head in range(values.shape[1])]
-    figure = ThemedFigure(
-        go.Heatmap(
-            z=values,
-            x=head_names,
-            y=layer_names,
-            text=cells,
-            texttemplate=None if cells is None else "%{text}",
-            textfont={"color": TEXT},
-            customdata=hover,
-            hovertemplate="%{customdata}<extra></extra>",
-            colorscale=PROBABILITY if cells is None else CELLS,
-            zmin=limits[0],
-            zmax=limits[1],
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            colorbar=colour_bar(unit),
-        )
+    heat = go.Heatmap(
+        z=values,
+        x=head_names,
+        y=layer_names,
+        text=cells,
+        texttemplate=None if cells is None else "%{text}",
+        textfont={"color": TEXT},
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        colorscale=PROBABILITY if cells is None else CELLS,
+        zmin=limits[0],
+        zmax=limits[1],
+        xgap=1,
+        ygap=1,
+        hoverongaps=False,
+        colorbar=colour_bar(unit),
     )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
-        width=max(640, 190 + 26 * len(head_names)),
-        height=210 + 26 * len(layer_names),
-    )
-    figure.update_xaxes(title="head", type="category", showgrid=False)
-    figure.update_yaxes(title="layer", type="category", showgrid=False)
-    return figure
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}},
+        "width": max(640, 190 + 26 * len(head_names)),
+        "height": 210 + 26 * len(layer_names),
+        "xaxis": {"title": {"text": "head"}, "type": "category", "showgrid": False},
+        "yaxis": {"title": {"text": "layer"}, "type": "category", "showgrid": False},
+    }
+    return ThemedFigure(heat, layout)
 
 
 def with_side_panel(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " layer"]], *, unit: str) -> go.Figure:

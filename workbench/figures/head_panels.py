@@ -11,7 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.figures.head_grid import head_name
-from workbench.figures.theme import PROBABILITY, SIGNED, TEMPLATE
+from workbench.figures.theme import PROBABILITY, SIGNED
 from workbench.figures.themed import ThemedFigure
 
 _ACROSS = 4
@@ -73,7 +73,6 @@ def head_panels(panels: Sequence[HeadPanel], *, layers: Sequence[int], title: st
         )
     figure.update_annotations(font={"size": 12})
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         width=110 + across * (wide + 24),
         height=height,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,7 +11,7 @@ from jaxtyping import Float
 
 from workbench.figures.error_bars import error_bars
 from workbench.figures.safe_text import label, sentence
-from workbench.figures.theme import NEUTRAL, TEMPLATE
+from workbench.figures.theme import NEUTRAL
 from workbench.figures.themed import ThemedFigure
 
 _BINS = 80
@@ -39,20 +40,23 @@ def labelled_histogram(
     low, high = np.quantile(pooled, [0.0, 1.0]) if len(pooled) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     middles = (edges[1:] + edges[:-1]) / 2
-    figure = ThemedFigure()
+    lines = []
     for name, values in groups.items():
         counts = np.histogram(values, edges)[0] / max(1, len(values))
-        figure.add_scatter(
-            x=middles,
-            y=counts,
-            mode="lines",
-            line={"shape": "hvh"},
-            name=sentence(f"{name} ({len(values):,})"),
-            hovertemplate="%{x:.3g}: %{y:.3f}",
+        lines.append(
+            go.Scatter(
+                x=middles,
+                y=counts,
+                mode="lines",
+                line={"shape": "hvh"},
+                name=sentence(f"{name} ({len(values):,})"),
+                hovertemplate="%{x:.3g}: %{y:.3f}",
+            )
         )
+    figure = ThemedFigure(lines, _layout(title, subtitle, (unit, "share of the group")))
     if mark is not None and np.isfinite(mark):
         figure.add_vline(mark, line={"dash": "dash", "color": NEUTRAL}, annotation_text=sentence(mark_name))
-    return _laid_out(figure, title, subtitle, (unit, "share of the group"))
+    return figure
 
 
 def labelled_scatter(
@@ -76,9 +80,8 @@ def labelled_scatter(
         diagonal: Draw the line of equal values.
         log: Draw the vertical axis in logarithmic scale.
     """
-    figure = ThemedFigure()
-    for name, (x, y, texts) in groups.items():
-        figure.add_scatter(
+    points = [
+        go.Scatter(
             x=x,
             y=y,
             mode="markers",
@@ -87,26 +90,27 @@ def labelled_scatter(
             text=[label(text) for text in texts],
             hovertemplate="%{text}<br>%{x:.3g}, %{y:.3g}",
         )
+        for name, (x, y, texts) in groups.items()
+    ]
     if diagonal:
         ends = [min(x.min() for x, _, _ in groups.values()), max(x.max() for x, _, _ in groups.values())]
         dashes = {"dash": "dash", "color": NEUTRAL}
-        figure.add_scatter(x=ends, y=ends, mode="lines", line=dashes, name="equal", hoverinfo="skip")
+        points.append(go.Scatter(x=ends, y=ends, mode="lines", line=dashes, name="equal", hoverinfo="skip"))
+    figure = ThemedFigure(points, _layout(title, subtitle, names))
     if line is not None:
         figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
-    _laid_out(figure, title, subtitle, names)
     return figure.update_yaxes(type="log", exponentformat="power", dtick="D2") if log else figure
 
 
-def _laid_out(figure: go.Figure, title: str, subtitle: str, names: tuple[str, str]) -> go.Figure:
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": sentence(title), "subtitle": {"text": sentence(subtitle)}},
-        height=460,
-        width=760,
-        margin={"t": 130},
-    )
-    figure.update_xaxes(title=sentence(names[0]))
-    return figure.update_yaxes(title=sentence(names[1]))
+def _layout(title: str, subtitle: str, names: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "title": {"text": sentence(title), "subtitle": {"text": sentence(subtitle)}},
+        "height": 460,
+        "width": 760,
+        "margin": {"t": 130},
+        "xaxis": {"title": {"text": sentence(names[0]) or None}},
+        "yaxis": {"title": {"text": sentence(names[1])}},
+    }
 
 
 def category_points(
@@ -130,9 +134,8 @@ def category_points(
         line: Height of a dashed horizontal line. None: none.
         ends: Lower and upper ends of the intervals of the groups that have them.
     """
-    figure = ThemedFigure()
-    for name, values in groups.items():
-        figure.add_scatter(
+    points = [
+        go.Scatter(
             x=[label(category) for category in categories],
             y=values,
             mode="markers",
@@ -141,7 +144,9 @@ def category_points(
             name=sentence(name),
             hovertemplate="%{x}: %{y:.3f}",
         )
+        for name, values in groups.items()
+    ]
+    figure = ThemedFigure(points, _layout(title, subtitle, ("", unit)))
     if line is not None:
         figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
-    _laid_out(figure, title, subtitle, ("", unit))
-    return figure.update_xaxes(type="category", title=None)
+    return figure.update_xaxes(type="category")

@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.error_bars import band_traces
-from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
@@ -31,7 +30,7 @@ class Band:
 
 def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, subtitle: str, unit: str) -> go.Figure:
     """Draws one line over layers per entry of `bands`, all in the same unit, each with a band between its ends."""
-    figure = ThemedFigure()
+    traces: list[go.Scatter] = []
     for band in bands:
         solid = band.dash == "solid"
         line = go.Scatter(
@@ -43,14 +42,14 @@ def layer_bands(bands: Sequence[Band], *, layers: Sequence[int], title: str, sub
             legendgroup=band.name,
             hovertemplate="layer %{x}: %{y:.3f}",
         )
-        figure.add_traces(band_traces(line, band.ends))
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
-        height=460,
-        width=760,
-        margin={"t": 110},
-        showlegend=True,
-    )
-    figure.update_xaxes(title="layer", dtick=integer_step(layers))
-    return figure.update_yaxes(title=unit)
+        traces += band_traces(line, band.ends)
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}},
+        "height": 460,
+        "width": 760,
+        "margin": {"t": 110},
+        "showlegend": True,
+        "xaxis": {"title": {"text": "layer"}, "dtick": integer_step(layers)},
+        "yaxis": {"title": {"text": unit}},
+    }
+    return ThemedFigure(traces, layout)

@@ -8,7 +8,6 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
@@ -17,13 +16,16 @@ def layer_curves(
     curves: Mapping[str, Float[np.ndarray, " layer"]], *, layers: Sequence[int], title: str, unit: str
 ) -> go.Figure:
     """Draws one line over layers per entry of `curves`, all in the same unit."""
-    figure = ThemedFigure(
-        [
-            go.Scatter(x=list(layers), y=values, name=name, mode="lines+markers", hovertemplate="layer %{x}: %{y:.4g}")
-            for name, values in curves.items()
-        ]
-    )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, width=760, hovermode="x unified")
-    figure.update_xaxes(title="layer", dtick=integer_step(layers))
-    figure.update_yaxes(title=unit, rangemode="tozero")
-    return figure
+    lines = [
+        go.Scatter(x=list(layers), y=values, name=name, mode="lines+markers", hovertemplate="layer %{x}: %{y:.4g}")
+        for name, values in curves.items()
+    ]
+    layout = {
+        "title": {"text": title},
+        "height": 420,
+        "width": 760,
+        "hovermode": "x unified",
+        "xaxis": {"title": {"text": "layer"}, "dtick": integer_step(layers)},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+    }
+    return ThemedFigure(lines, layout)

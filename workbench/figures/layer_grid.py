@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.theme import PROBABILITY, TEMPLATE, colour_bar
+from workbench.figures.theme import PROBABILITY, colour_bar
 from workbench.figures.themed import ThemedFigure
 
 
@@ -33,25 +33,23 @@ def layer_grid(
         subtitle: Subtitle of the figure.
         unit: Title of the colour bar.
     """
-    figure = ThemedFigure(
-        go.Heatmap(
-            z=values,
-            x=list(map(str, other_layers)),
-            y=list(map(str, layers)),
-            hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
-            colorscale=PROBABILITY,
-            zmin=0,
-            zmax=1,
-            hoverongaps=False,
-            colorbar=colour_bar(unit),
-        )
-    )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
-        width=max(640, 260 + 16 * len(other_layers)),
-        height=max(480, 240 + 16 * len(layers)),
+    cells = go.Heatmap(
+        z=values,
+        x=list(map(str, other_layers)),
+        y=list(map(str, layers)),
+        hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
+        colorscale=PROBABILITY,
+        zmin=0,
+        zmax=1,
+        hoverongaps=False,
+        colorbar=colour_bar(unit),
     )
     steps = [1 + len(numbers) // 16 for numbers in (layers, other_layers)]
-    figure.update_xaxes(title=names[1], type="category", dtick=steps[1], showgrid=False)
-    return figure.update_yaxes(title=names[0], type="category", dtick=steps[0], showgrid=False)
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}},
+        "width": max(640, 260 + 16 * len(other_layers)),
+        "height": max(480, 240 + 16 * len(layers)),
+        "xaxis": {"title": {"text": names[1]}, "type": "category", "dtick": steps[1], "showgrid": False},
+        "yaxis": {"title": {"text": names[0]}, "type": "category", "dtick": steps[0], "showgrid": False},
+    }
+    return ThemedFigure(cells, layout)

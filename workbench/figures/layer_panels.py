@@ -11,7 +11,6 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from workbench.figures.error_bars import band_traces
-from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
 
@@ -82,7 +81,6 @@ def layer_panels(
                     figure.add_trace(trace, row=row, col=column)
     height = 210 + 250 * len(rows)
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         margin={"t": 110, "b": 100},
         legend={"y": -65 / (height - 210), "yanchor": "top"},

@@ -31,5 +31,5 @@ def with_legend_room(figure: go.Figure) -> go.Figure:
     margin = layout.margin.t if layout.margin.t is not None else 70
     needed = _TITLE + _SUBTITLE * bool(layout.title.subtitle.text) + _LINE * lines + _GAP
     if layout.title.text and needed > margin:
-        figure.update_layout(margin={"t": needed}, height=(layout.height or 450) + needed - margin)
+        layout.margin.t, layout.height = needed, (layout.height or 450) + needed - margin
     return figure

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
 from workbench.figures.error_bars import error_bars
-from workbench.figures.theme import CATEGORIES, NEUTRAL, TEMPLATE
+from workbench.figures.theme import CATEGORIES, NEUTRAL
 from workbench.figures.themed import ThemedFigure
 
 
@@ -34,12 +34,11 @@ def position_bars(
         unit: Title of the vertical axis.
         ends: Lower and upper end of the interval of the positions that have one.
     """
-    figure = ThemedFigure()
     low, high = np.full(len(values), np.nan), np.full(len(values), np.nan)
     for position, interval in (ends or {}).items():
         low[position], high[position] = interval
-    for mask, name, color in zip((reliable, ~reliable), names, (CATEGORIES[0], NEUTRAL), strict=True):
-        figure.add_bar(
+    bars = [
+        go.Bar(
             x=np.flatnonzero(mask).tolist(),
             y=values[mask],
             error_y=error_bars(values[mask], low[mask], high[mask]) if ends else None,
@@ -47,13 +46,15 @@ def position_bars(
             marker={"color": color},
             hovertemplate="position %{x}: %{y:.2f} %",
         )
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}},
-        height=440,
-        width=760,
-        margin={"t": 110},
-        showlegend=True,
-    )
-    figure.update_xaxes(title="position, from 0")
-    return figure.update_yaxes(title=unit, rangemode="tozero")
+        for mask, name, color in zip((reliable, ~reliable), names, (CATEGORIES[0], NEUTRAL), strict=True)
+    ]
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}},
+        "height": 440,
+        "width": 760,
+        "margin": {"t": 110},
+        "showlegend": True,
+        "xaxis": {"title": {"text": "position, from 0"}},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+    }
+    return ThemedFigure(bars, layout)

@@ -11,7 +11,6 @@ from jaxtyping import Float
 
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.safe_text import label, sentence
-from workbench.figures.theme import TEMPLATE
 from workbench.figures.themed import ThemedFigure
 
 _TOKENS_SHOWN = 30
@@ -109,7 +108,6 @@ def _norms(summary: StoreSummary) -> go.Figure:
 
 def _horizontal(figure: go.Figure, bars: int, title: str, subtitle: str, unit: str) -> go.Figure:
     figure.update_layout(
-        template=TEMPLATE,
         title={"text": title, "subtitle": {"text": subtitle}},
         width=760,
         height=180 + 20 * max(3, bars),

@@ -1,14 +1,18 @@
-"""Figures that follow the theme of the notebook that shows them."""
+"""Figures in the theme of the screen, which follow that of the notebook that shows them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 
+from workbench.figures.theme import TEMPLATE
+
 DARK_FILTER = "invert(0.95) hue-rotate(180deg)"
 """CSS filter of a figure on a dark notebook: lightness is inverted, hues stay."""
 
+_TEMPLATE: dict[str, Any] = TEMPLATE.to_plotly_json()
 _SIGN = "workbench-figure"
 _OUTPUT = f".jp-OutputArea-child:has(.{_SIGN})"
 _STYLE = (
@@ -19,11 +23,24 @@ _STYLE = (
 
 
 class ThemedFigure(go.Figure):
-    """A plotly figure that is dark in a dark JupyterLab or Notebook 7, and changes with their theme.
+    """A plotly figure in the theme of the screen that is dark in a dark JupyterLab or Notebook 7.
 
     A notebook draws plotly's format in the colours of the figure. A hidden output before the figure holds a style
     that applies to the next output alone; other plotly figures, other front ends and exported files are unchanged.
+
+    Traces and layout are taken as they are; a layout is in plotly's JSON form (`{"title": {"text": "..."}}`), and what
+    is None in it is left out. Plotly validates a trace object when it is made, and would do so again for every figure
+    that holds it. Later changes are validated as in any figure.
     """
+
+    def __init__(self, data: Any = None, layout: Mapping[str, Any] | None = None, **others: Any) -> None:
+        """Makes a figure as `plotly.graph_objects.Figure` does; a copy of another figure keeps its own template."""
+        if not isinstance(data, go.Figure) and not (isinstance(data, Mapping) and "layout" in data):
+            layout = {"template": _TEMPLATE, **_without_none(layout or {})}
+        super().__init__(data, layout, _validate=False, **others)
+        part: Any
+        for part in (self, self.layout, *self.data):  # pyright: ignore[reportGeneralTypeIssues]  # plotly
+            part._validate = True
 
     def show(self, *args: Any, **kwargs: Any) -> None:
         """Shows the figure as plotly does, after the style that follows the theme of a notebook."""
@@ -33,6 +50,12 @@ class ThemedFigure(go.Figure):
     def _ipython_display_(self) -> None:
         _show_style(None)
         super()._ipython_display_()
+
+
+def _without_none(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_none(part) for name, part in value.items() if part is not None}
 
 
 def themed(figure: go.Figure) -> ThemedFigure:

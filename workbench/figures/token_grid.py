@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import label
-from workbench.figures.theme import BELOW_TOP, CELLS, MARKS, MONOSPACE, TEMPLATE, TEXT, top_bar
+from workbench.figures.theme import BELOW_TOP, CELLS, MARKS, MONOSPACE, TEXT, top_bar
 from workbench.figures.themed import ThemedFigure
 
 MAX_TOKENS = 1_024
@@ -88,28 +88,27 @@ def token_grid(
     size = CELL if values.size <= _MAX_TEXTS else NARROW
     if size == NARROW:
         subtitle = f"{subtitle}; cells are too many for text: hover to read it"
-    figure = ThemedFigure([_cells(values, cells if size == CELL else None, hover, limits, unit)])
+    traces: list[Any] = [_cells(values, cells if size == CELL else None, hover, limits, unit)]
     if marks is not None:
-        figure.add_traces([_mark_cells(marks), *_mark_names()])
+        traces += [_mark_cells(marks), *_mark_names()]
     if size == CELL:
         following = readable_tokens([*tokens[:1], *next_tokens])[1:]  # the first may continue a token's character
         shown = {"input": readable_tokens(tokens), "next": following}
-        figure.add_traces([_words(text, part) for part, text in shown.items() if text])
+        traces += [_words(text, part) for part, text in shown.items() if text]
     axis, names = rows or ("layer", [str(layer) for layer in layers])
     shape = {"tokens": len(positions), "rows": len(layers), "line": len(positions), "cell": size, "names": list(names)}
     words = {-1: "input", len(layers): "next"} if size == CELL else {}
     shape["words"] = [[row, word] for row, word in words.items() if word == "input" or next_tokens]
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
-        meta={"grid": shape},
-        margin={"t": 120, "b": 40},
-        legend={"x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"},
-        showlegend=marks is not None,
-    )
-    figure.update_xaxes(showgrid=False, ticks="", ticktext=[label(token) for token in tokens])
-    figure.update_yaxes(title=axis, showgrid=False, ticks="")
-    return rewrap(_flat(figure, tokens), min(len(positions), _LINE[size]))
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
+        "meta": {"grid": shape},
+        "margin": {"t": 120, "b": 40},
+        "legend": {"x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"},
+        "showlegend": marks is not None,
+        "xaxis": {"showgrid": False, "ticks": "", "ticktext": [label(token) for token in tokens]},
+        "yaxis": {"title": {"text": axis}, "showgrid": False, "ticks": ""},
+    }
+    return rewrap(_flat(ThemedFigure(traces, layout), tokens), min(len(positions), _LINE[size]))
 
 
 def grid_of(figure: go.Figure) -> dict[str, Any] | None:
@@ -123,7 +122,7 @@ def rewrap(figure: go.Figure, line: int, tokens: int | None = None) -> go.Figure
     grid = grid_of(figure)
     assert grid is not None
     new = {**grid, "tokens": min(tokens or grid["tokens"], grid["tokens"]), "line": line}
-    copy = ThemedFigure(figure)
+    copy = ThemedFigure(figure.data, figure.layout.to_plotly_json())
     lines = -(-new["tokens"] // line)
     height = grid["rows"] + _AROUND
     trace: Any

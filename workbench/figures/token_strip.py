@@ -20,7 +20,6 @@ from workbench.figures.theme import (
     PROBABILITY,
     SIGNED,
     SIGNED_CELLS,
-    TEMPLATE,
     TEXT,
     top_bar,
 )
@@ -81,16 +80,14 @@ def token_strip(
     lines = _lines(readable, line)
     heat = _cells(values, shown, hover, lines, line)
     heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high, colorbar=top_bar(unit))
-    figure = ThemedFigure(heat)
-    figure.update_layout(
-        template=TEMPLATE,
-        title={"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
-        margin={"t": 115, "b": 20},
-        meta={"strip": {"lines": lines, "positions": list(map(int, positions))}},
-    )
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(title="position", autorange="reversed", showgrid=False)
-    return _lay_out(figure, lines, positions, line)
+    layout = {
+        "title": {"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
+        "margin": {"t": 115, "b": 20},
+        "meta": {"strip": {"lines": lines, "positions": list(map(int, positions))}},
+        "xaxis": {"visible": False},
+        "yaxis": {"title": {"text": "position"}, "autorange": "reversed", "showgrid": False},
+    }
+    return _lay_out(ThemedFigure(heat, layout), lines, positions, line)
 
 
 def is_strip(figure: go.Figure) -> bool:
@@ -100,7 +97,7 @@ def is_strip(figure: go.Figure) -> bool:
 
 def restrip(figure: go.Figure, line: int, most: int) -> tuple[go.Figure, int]:
     """Returns a copy of a strip in at most `most` lines of at most `line` tokens, and the number of tokens it holds."""
-    copy, heat = ThemedFigure(figure), figure.data[0]
+    copy, heat = ThemedFigure(figure.data, figure.layout.to_plotly_json()), figure.data[0]
     lines, positions = (figure.layout.meta["strip"][name] for name in ("lines", "positions"))
     place = {index: (row, column) for row, part in enumerate(lines) for column, index in enumerate(part)}
     parts = [sorted(part)[first : first + line] for part in lines for first in range(0, max(1, len(part)), line)][:most]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
@@ -174,7 +175,9 @@ class ProbeContract:
         assert figures
         assert list(figures) == list(before)
         for name, figure in figures.items():
-            assert figure.to_json() == before[name].to_json()
+            drawn = figure.to_json()
+            assert drawn == before[name].to_json()
+            assert json.loads(go.Figure(json.loads(drawn)).to_json()) == json.loads(drawn), f"{name} is not valid"
             assert figure.layout.title.text, f"{name} has no title"
 
     def test_its_headline_is_one_line(self, result: Result, tmp_path: Path) -> None:
