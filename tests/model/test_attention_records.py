@@ -6,6 +6,7 @@ from change_oracles import TYPES, eager, edited_softmax, generated, logits, redi
 from refusals import refused
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import DataError, RequestError
 from workbench.model.attention import pattern_blocks, tap_attention
 from workbench.model.attention_records import attention_call
@@ -26,8 +27,6 @@ def model(request, tiny_models, tiny_tokenizer):
 
 @pytest.fixture(scope="module", params=TYPES)
 def any_model(request):
-    from workbench.experiments.architectures.tiny import tiny_model
-
     return load_model(tiny_model(request.param))
 
 
@@ -112,6 +111,24 @@ def test_scores_of_any_architecture_are_scaled_as_in_the_closed_form(any_model):
 
 
 @pytest.mark.torture
+def test_scores_of_all_heads_are_changed_without_an_axis_of_heads(tmp_path):
+    """XGLM refuses a mask by head."""
+    model, made = load_model(tiny_model("xglm")), {}
+    for name, records in (("plain", ()), ("scaled", wb.ScaleAttention(1, None, 2, 3.0))):
+        made[name] = wb.record(
+            model,
+            [IDS[0].tolist()],
+            sites=["pattern.1"],
+            dtype="float32",
+            out=tmp_path / name,
+            show_progress=False,
+            interventions=records,
+        )["pattern.1"][:]
+    expected = made["plain"] / (1 + 2 * made["plain"][..., 2:3])
+    expected[..., 2] *= 3
+    torch.testing.assert_close(made["scaled"], expected, atol=1e-6, rtol=1e-5)
+
+
 def test_weight_of_any_architecture_is_redistributed_or_refused(any_model):
     if any_model.architecture.startswith(("Falcon", "Bloom", "GPTJ", "GptOss")):
         text = refused(RequestError, lambda: wb.intervene(any_model, wb.RedistributeAttention(1, 1, 0)))

@@ -10,6 +10,7 @@ import torch
 from command_line import run
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model
 
 PROMPTS = ["One day, Tom", "On Monday the red dog ran to", "Hi"]
 
@@ -67,6 +68,20 @@ def test_a_saved_file_records_the_same(model, made, tmp_path):
 def test_padding_changes_no_token(model, made):
     alone = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
     assert alone.all == made.all
+
+
+def test_a_state_that_mixes_sequences_gets_one_prompt_at_a_time():
+    model = wb.load_model(tiny_model("rwkv"))
+    prompts = [[9, 10, 11, 12, 13], [20, 21], [30, 31, 32, 33, 34]]
+    together, alone = (wb.generate(model, prompts, 4, batch_size=size, show_progress=False).all for size in (3, 1))
+    assert together == alone
+    assert not model.generates_in_batches
+
+
+def test_the_trial_of_batches_is_not_changed_by_an_intervention(model):
+    again = wb.load_model(model.module)
+    with pytest.raises(wb.DataError, match="no forward pass reached it"), wb.intervene(again, wb.Zero("mlp_out.0")):
+        assert again.generates_in_batches
 
 
 def test_the_token_that_ends_a_text_is_the_last_one(model, made, monkeypatch):

@@ -221,9 +221,12 @@ class _BoundScores(_BoundAttention):
 
     def _biased(self, mask: Tensor, queries: Tensor, keys: Tensor, present: PassTokens) -> Tensor:
         lowest = torch.finfo(mask.dtype).min
-        mask = mask.expand(len(queries), self.heads_of_layer, *mask.shape[2:])
-        heads = torch.zeros(self.heads_of_layer, dtype=torch.bool, device="cpu")
-        heads[list(self.heads)] = True
+        count = 1 if len({*self.heads}) == self.heads_of_layer else self.heads_of_layer  # XGLM takes no mask by head
+        mask = mask.expand(len(queries), max(count, mask.shape[1]), *mask.shape[2:])
+        heads = torch.ones(count, dtype=torch.bool, device="cpu")
+        if count > 1:
+            heads[:] = False
+            heads[list(self.heads)] = True
         chosen = (heads[None, :, None, None] & queries[:, None, :, None] & keys[:, None, None, :]).to(mask.device)
         visible = mask > _MASKED * lowest
         if self.bias == -inf:

@@ -75,6 +75,13 @@ class Model:
 
         return find_sites(self.module)
 
+    @cached_property
+    def generates_in_batches(self) -> bool:
+        """True if it generates in a padded batch what it does from each prompt alone. Costs a few short passes."""
+        from workbench.model.padded_batch import generates_in_batches
+
+        return generates_in_batches(self.module)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order of the forward pass; short names where there are any."""

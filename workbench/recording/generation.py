@@ -148,7 +148,8 @@ def generate(
         top_k: Number of tokens that are drawn from. None: all.
         seed: Random seed.
         samples: Continuations of each prompt.
-        batch_size: Sequences in a pass; shorter prompts are padded on the left.
+        batch_size: Sequences in a pass; shorter prompts are padded on the left. Models that generate something else in
+            batches (RWKV, RecurrentGemma) continue one prompt at a time.
         bos: Policy of BOS tokens, as of `record`.
         show_progress: Show progress.
 
@@ -167,6 +168,7 @@ def generate(
         raise RequestError(f"samples is {samples}, and temperature 0 gives the same each time; raise the temperature")
     ids = [one for one in _prompt_ids(model, prompts, bos, max_new_tokens) for _ in range(samples)]
     made: list[Generation] = []
+    batch_size = batch_size if len(ids) == 1 or batch_size == 1 or model.generates_in_batches else 1
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         progress("generating", len(ids), "texts", show=show_progress) as advance,
