@@ -48,6 +48,7 @@ from workbench.probing import (
     label,
     layer_bands,
     layers_of,
+    layers_text,
     model_label,
     output_maps,
     permuted_gap,
@@ -290,7 +291,7 @@ def _drains(
     if not outputs:
         return [*notes, "drain not computed: it needs the model (model=, --model), for W_O"]
     if missing := [layer for layer, part in heads.items() if "drain" not in part]:
-        notes.append(f"drain is NaN at layers {', '.join(map(str, missing))}: v was not recorded there")
+        notes.append(f"drain is NaN at layers {layers_text(missing)}: v was not recorded there")
     return notes
 
 

@@ -57,6 +57,7 @@ from workbench.probing import (
     interval_suffix,
     intervals,
     layers_of,
+    layers_text,
     load_unembed,
     log_probabilities,
     model_label,
@@ -288,7 +289,7 @@ def _notes(store: Store, layers: list[int], sequences: int) -> list[str]:
     if derived != layers and sequences < 2:
         notes.append("excess not computed: it needs two sequences or more")
     if derived:
-        where = "" if derived == layers else f"at layers {', '.join(map(str, derived))} "
+        where = "" if derived == layers else f"at layers {layers_text(derived)} "
         notes.append(f"{where}excess is induction less offset_bound, because pattern was not recorded")
     return notes
 

@@ -48,6 +48,7 @@ from workbench.probing import (
     intervals,
     label,
     layer_panels,
+    layers_text,
     nearest_neighbours,
     plain_torch,
     progress,
@@ -198,7 +199,7 @@ class TokenMicroscope(LayerProbe):
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
         known = [names[one] if one >= 0 else "" for one in classes[shown]]
         if gaps := [layer for layer, other in itertools.pairwise(layers) if other > layer + 1]:
-            notes.append(f"steps from layers {', '.join(map(str, gaps))} span several blocks, which were not recorded")
+            notes.append(f"steps from layers {layers_text(gaps)} span several blocks, which were not recorded")
         table = _table(store, rows.rows[shown], known, mean[shown], memory[shown])
         return self.result(store, data, table, rows, notes)
 

@@ -105,7 +105,7 @@ if TYPE_CHECKING:
     from workbench.analysis.poles import read_poles
     from workbench.analysis.position_patterns import non_relative, non_relative_share, simulated_scores, slope_of_keys
     from workbench.analysis.prompted import Prompted
-    from workbench.analysis.read_layers import choose_layers, layers_of, require_any
+    from workbench.analysis.read_layers import choose_layers, layers_of, layers_text, require_any
     from workbench.analysis.received import (
         attention_sites,
         attention_source,

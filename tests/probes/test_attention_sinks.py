@@ -275,10 +275,10 @@ def test_the_source_with_more_layers_is_read(tmp_path):
     [
         (["resid_norm"], [8], {}, "attn_received.0 is not recorded in {path}; recorded are 1: resid_norm.0; to record "
          "it: workbench record demo TEXT --sites attn_received.0 --out ANOTHER_STORE"),
-        (["attn_received"], [8, 5], {}, "length 64: no sequence has as many tokens, the longest of 2 has 8; give a "
-         "smaller length, or record longer texts"),
+        (["attn_received"], [8, 5], {}, "length 64: no sequence has as many tokens, the longest of 2 has 8; give "
+         "length 8, or record longer texts"),
         (["attn_received"], [8, 5], {"length": 5}, "length 5: attn_received was summed over whole sequences, of up to "
-         "8 tokens; record with --context 5, or record pattern, or give length 8"),
+         "8 tokens; give length 8, or record with context=5, or record pattern"),
         (["attn_received"], [8], {"length": 8, "domain": "source"}, "attn_first.0 is not recorded in {path}; recorded "
          "are 1: attn_received.0; to record it: workbench record demo TEXT --sites attn_first.0 --out ANOTHER_STORE"),
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "source", "sink": 2}, "sink 2: attn_first has "

@@ -323,6 +323,12 @@ def test_where_selects_the_same_rows_as_pandas(store, predicate):
     ("predicate", "reason", "tail"),
     [
         ("tokn = 'x'", 'Referenced column "tokn" not found in FROM clause', "; nearest: token, token_id"),
+        (
+            "token = tokn",
+            'Referenced column "tokn" not found in FROM clause',
+            "; a text stands in single quotes: 'tokn'",
+        ),
+        ('token IN (" Monday")', 'Referenced column " Monday" not', "; a text stands in single quotes: ' Monday'"),
         ("position >", 'syntax error at or near ">"', ""),
         ("token = 1", "Could not convert string '", ""),  # which token, the threads decide
         ("row = 1; DROP TABLE x", "Cannot have any modifiers in the expression list", ""),

@@ -21,6 +21,17 @@ def require_any(store: Store, *kinds: str) -> None:
         store.require(offered_label(store.manifest, *kinds))
 
 
+def layers_text(layers: Sequence[int]) -> str:
+    """Returns ascending layers as text, three or more in a row by their ends: "0 to 4, 6, 8 to 29"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def choose_layers(
     known: Sequence[int],
     layers: Sequence[int] | None,

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from workbench.analysis.read_layers import choose_layers, layers_of, require_any
+from workbench.analysis.read_layers import choose_layers, layers_of, layers_text, require_any
 from workbench.corpus.places import NEXT
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
@@ -149,6 +149,6 @@ def note_missing(
         recorded = layers_of(store, *kinds)
         missing = [layer for layer in data["layer"].to_numpy().tolist() if layer not in recorded]
         if missing and name in data:
-            layers = ", ".join(map(str, missing))
-            notes.append(f"{words[name]} is NaN at layers {layers}: {' or '.join(kinds)} was not recorded there")
+            lack = f"{' or '.join(kinds)} was not recorded there"
+            notes.append(f"{words[name]} is NaN at layers {layers_text(missing)}: {lack}")
     return notes

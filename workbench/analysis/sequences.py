@@ -57,7 +57,9 @@ class Sequences:
             yield self.rows[first : first + step]
 
 
-def select_sequences(store: Store, length: int, where: str | None = None, domain: str | None = None) -> Sequences:
+def select_sequences(
+    store: Store, length: int, where: str | None = None, domain: str | None = None, *, summed: bool = False
+) -> Sequences:
     """Returns the sequences of at least `length` tokens.
 
     Args:
@@ -65,9 +67,11 @@ def select_sequences(store: Store, length: int, where: str | None = None, domain
         length: Tokens of each sequence that count, from its first on.
         where: SQL over the token table; a sequence is selected if the condition holds for its first token. None: all.
         domain: Metadata column that gives each sequence its domain. None: no domains.
+        summed: True for attention that was summed over whole sequences: `length` must be that of the longest one.
 
     Raises:
-        RequestError: No sequence is selected, none is long enough, or `domain` has no usable value.
+        RequestError: No sequence is selected, none is long enough, one is longer than it may be, or `domain` has no
+            usable value.
     """
     store.require_whole_sequences("a probe of sequences from their first token on")
     tokens = store.tokens
@@ -84,8 +88,13 @@ def select_sequences(store: Store, length: int, where: str | None = None, domain
     longest = int(lengths.max(initial=0))
     if longest < length:
         raise RequestError(
-            f"length {length}: no sequence has as many tokens, the longest of {len(starts):,} has {longest}; "
-            "give a smaller length, or record longer texts"
+            f"length {length}: no sequence has as many tokens, the longest of {len(starts):,} has {longest}; give "
+            f"length {longest}{'' if summed else ' or less'}, or record longer texts"
+        )
+    if summed and longest > length:
+        raise RequestError(
+            f"length {length}: attn_received was summed over whole sequences, of up to {longest} tokens; give length "
+            f"{longest}, or record with context={length}, or record pattern"
         )
     long = lengths >= length
     starts, short = starts[long], int((~long).sum())
@@ -110,13 +119,7 @@ def received_sequences(
     Raises:
         RequestError: As `select_sequences`, or derived attention was summed over longer sequences than `length`.
     """
-    sequences = select_sequences(store, length, where, domain)
-    if source == "derived" and sequences.longest > length:
-        raise RequestError(
-            f"length {length}: attn_received was summed over whole sequences, of up to {sequences.longest} tokens; "
-            f"record with --context {length}, or record pattern, or give length {sequences.longest}"
-        )
-    return sequences
+    return select_sequences(store, length, where, domain, summed=source == "derived")
 
 
 def _domains(

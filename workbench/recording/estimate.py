@@ -38,7 +38,7 @@ _ROW_OF_MANIFEST = 300
 """Bytes of a segment in the manifest, about."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Estimate of a recording of `rows` tokens."""
 
@@ -80,7 +80,7 @@ class Plan:
         """Rate at which the disk must be written."""
         return self.disk / self.seconds
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         one = f"{self.rows_per_second:,.0f} rows/s, measured on {self.device} over {self.sample_rows:,} rows"
         facts = {

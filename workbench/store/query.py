@@ -215,11 +215,17 @@ def _pattern(path: Path) -> str:
     return re.sub(r"([*?[])", r"[\1]", str(path))
 
 
+_TEXT_FOLLOWS = r"((?<![<>])=|<>|\blike\b|\bin\b\s*\(|,)\s*\"?"
+"""Operators after which an unknown column is likely a text that lacks its quotes."""
+
+
 def _refused(predicate: str, error: Exception, names: SqlNames) -> RequestError:
     reason = _first_line(error)
     unknown = reason.split('"')[1] if reason.startswith("Referenced column") else ""
     columns = ", ".join(name if name.isprintable() else repr(name) for name in names.names)
-    hint = names.hint(predicate) or nearest(unknown, names.names)
+    compared = unknown and re.search(rf"{_TEXT_FOLLOWS}{re.escape(unknown)}", predicate, re.IGNORECASE)
+    quotes = f"; a text stands in single quotes: '{unknown}'" if compared else ""
+    hint = names.hint(predicate) or quotes or nearest(unknown, names.names)
     return RequestError(f"query {predicate!r}: {reason}; columns: {columns}{hint}")
 
 
