@@ -111,9 +111,10 @@ def test_scores_of_any_architecture_are_scaled_as_in_the_closed_form(any_model):
 
 
 @pytest.mark.torture
-def test_scores_of_all_heads_are_changed_without_an_axis_of_heads(tmp_path):
-    """XGLM refuses a mask by head."""
-    model, made = load_model(tiny_model("xglm")), {}
+@pytest.mark.parametrize("kind", ["xglm", "codegen"])
+def test_scores_are_changed_before_the_softmax_in_attention_of_its_own_kind(tmp_path, kind):
+    """XGLM refuses a mask by head; CodeGen divides its scores after the mask."""
+    model, made = load_model(tiny_model(kind)), {}
     for name, records in (("plain", ()), ("scaled", wb.ScaleAttention(1, None, 2, 3.0))):
         made[name] = wb.record(
             model,

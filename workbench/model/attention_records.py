@@ -27,6 +27,7 @@ from workbench.model.attention import AttentionCall, AttentionInputs, change_att
 from workbench.model.forward import attention_name, change_arguments
 from workbench.model.intervene import Bound, CurrentTokens, Intervention
 from workbench.model.load import Model
+from workbench.model.mask_gain import mask_gain
 from workbench.model.positions import PassTokens
 from workbench.model.row_changes import Head, query_heads
 from workbench.model.token_choice import At, Tokens, tokens_at, whole
@@ -175,8 +176,9 @@ class _BoundScores(_BoundAttention):
 
     def __init__(self, record: ScoreIntervention, model: Model) -> None:
         super().__init__(record, model, record.key)
-        self.bias = record.bias
         self.module_path = attention_module(model, self.site)
+        part = model.module.get_submodule(self.module_path)
+        self.bias = record.bias / mask_gain(model.module, part, self.site)
         self.call_path = attention_call(model, record.layer) if self.kernel else self.module_path
         self.eager = attention_name(model.module) == "eager"
 

@@ -1,0 +1,67 @@
+"""Trial of a layer's mask: attention that divides its scores after the mask (CodeGen) divides what the mask adds."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.io.torch_state import plain_torch
+from workbench.model.capture import capture
+from workbench.model.forward import change_arguments, trial_ids
+from workbench.model.passes import one_pass
+from workbench.sites.grammar import Site
+
+_SMALLEST = 1e-3
+"""Weights below this tell nothing about their ratio."""
+_ROUNDED = 0.02
+
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[str, float]] = weakref.WeakKeyDictionary()
+
+
+def mask_gain(model: nn.Module, attention: nn.Module, site: Site) -> float:
+    """Returns the number by which a layer multiplies what its mask adds to the scores; 1 in all models but CodeGen.
+
+    Interventions on the model do not see the trial. Costs two passes over 5 tokens up to the layer, once, where
+    transformers does not compute its attention; else it is 1.
+
+    Args:
+        model: The model.
+        attention: The module of the layer that takes the mask.
+        site: Site of the layer's pattern, as the module returns it.
+    """
+    if site.tap.part != "returned_weights":
+        return 1.0
+    known = _MEASURED.setdefault(model, {})
+    if site.name not in known:
+        known[site.name] = _measured(model, attention, site)
+    return known[site.name]
+
+
+@plain_torch()
+def _measured(model: nn.Module, attention: nn.Module, site: Site) -> float:
+    ids, patterns = trial_ids(model, 1, 5, seed=5), []
+    with one_pass(model), one_pass(model):  # one level deeper than passes that hooks may be bound to
+        for change in (nullcontext(), change_arguments(attention, _raised)):
+            with change:
+                capture(model, (site,), ids, torch.ones_like(ids), lambda _site, rows, _first: patterns.append(rows))
+    before, after = (rows[0, -1, :, :2].double().cpu() for rows in patterns)
+    certain = (torch.minimum(before, after) > _SMALLEST).all(-1)
+    if not bool(certain.any()):
+        return 1.0
+    odds = [rows[certain, 0].log() - rows[certain, 1].log() for rows in (before, after)]
+    gain = (odds[1] - odds[0]).median().item()
+    return 1.0 if abs(gain - 1) < _ROUNDED or gain < _ROUNDED else gain
+
+
+def _raised(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an attention module whose mask adds 1 to the scores of the first key."""
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.is_floating_point():
+        return arguments
+    mask = mask.clone()
+    mask[..., 0] += 1
+    return {**arguments, "attention_mask": mask}
