@@ -25,6 +25,7 @@ import pandas as pd
 from torch import Tensor
 
 from workbench.probing import (
+    SUBLAYERS,
     AblatedPart,
     AblatedRuns,
     Decomposition,
@@ -38,6 +39,7 @@ from workbench.probing import (
     SplitTerm,
     Store,
     StoreProbe,
+    StreamTerm,
     SumChecks,
     TermName,
     TermSums,
@@ -48,6 +50,7 @@ from workbench.probing import (
     attribution_bars,
     attribution_grid,
     attribution_heads,
+    check_added,
     check_fields,
     clustered_means,
     dataset,
@@ -193,7 +196,7 @@ class DirectLogitAttribution(StoreProbe):
         terms = plan_terms(store, self.parts)  # pyright: ignore[reportArgumentType]  # checked
         if self.ablation is not None or self.parts in ("heads", "neurons"):
             model = recorded_model(store, model or self.model, "cpu")
-        split = self._split(store, model)
+        split = self._split(store, terms, model)
         last = f"resid_post.{store.manifest.model.n_layers - 1}"
         read = [site for term in terms for site in (*term.plus, *term.minus)]
         rows = self.finite_rows(store, [*dict.fromkeys([*read, *(part.site for part in split.values()), last])], chosen)
@@ -211,20 +214,21 @@ class DirectLogitAttribution(StoreProbe):
         table = _table(names, data)
         return self.result(store, data, table, rows, [targets.note])
 
-    def _split(self, store: Store, model: Model | None) -> dict[str, SplitTerm]:
+    def _split(self, store: Store, terms: Sequence[StreamTerm], model: Model | None) -> dict[str, SplitTerm]:
         """Sublayers that are split further, by the name of their term."""
         if self.parts not in ("heads", "neurons"):
             return {}
         kind, site = ("attn_out", "z") if self.parts == "heads" else ("mlp_out", "mlp_post")
         assert model is not None  # loaded by `run`
         outputs = head_outputs(model) if self.parts == "heads" else mlp_outputs(model)
-        known = {record.label for record in store.sites}
-        layers = [layer for layer in outputs if f"{kind}.{layer}" in known]
+        names = {term.layer: term.name for term in terms if term.kind in (kind, SUBLAYERS[kind])}
+        layers = [layer for layer in outputs if layer in names]
         store.require(*(f"{site}.{layer}" for layer in layers or outputs))
         if not layers:
             store.require(*(f"{kind}.{layer}" for layer in outputs))
+        check_added({layer: outputs[layer] for layer in layers}, model)
         return {
-            f"{kind}.{layer}": SplitTerm(layer, f"{site}.{layer}", FrozenOutput(outputs[layer]), self.parts == "heads")
+            names[layer]: SplitTerm(layer, f"{site}.{layer}", FrozenOutput(outputs[layer]), self.parts == "heads")
             for layer in layers
         }
 

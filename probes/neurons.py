@@ -150,7 +150,7 @@ class Neurons(LayerProbe):
         control = vocabulary_moments(chance, unembed)
         parts, weights = [], {}
         for layer, site in zip(layers, labels, strict=True):
-            weights[layer] = outputs[layer].weights()[0]
+            weights[layer] = outputs[layer].directions()[0]
             moments = vocabulary_moments(weights[layer], unembed)
             activity = neuron_activity(store[site], rows.rows, self.top, self.threshold, gated)
             parts.append(_measures(moments, control, weights[layer], activity))

@@ -312,7 +312,7 @@ def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> 
         return {}, f"neurons not counted: {error}"
     unembed = load_unembed(store.path, device)
     moments = {
-        layer: vocabulary_moments(outputs[layer].weights()[0].to(device), unembed)
+        layer: vocabulary_moments(outputs[layer].directions()[0].to(device), unembed)
         for layer in layers
         if layer in outputs
     }

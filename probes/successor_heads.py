@@ -331,8 +331,8 @@ def _text(
         return {}, rows, "text left out: row_limit is 0"
     if missing:
         return {}, rows, f"text left out: {missing[0]} was not recorded (record z and resid_post)"
-    if any(output.norm is not None for output in outputs.values()):
-        return {}, rows, "text left out: a norm follows attention, so that head outputs do not add up"
+    if any(output.factor is None for output in outputs.values()):
+        return {}, rows, "text left out: the model adds more to the stream than head outputs"
     places = find_places(store, chains, probe.row_limit)
     if not len(places.rows):
         return {"places": 0}, rows, "text left out: it contains no successor"

@@ -141,7 +141,7 @@ if TYPE_CHECKING:
     from workbench.analysis.sink_changes import Received, change_keys, read_received
     from workbench.analysis.softmax_probe import SoftmaxFit, SoftmaxProbes, fit_softmax
     from workbench.analysis.store_probe import LOST_VARIABLES, LayerProbe, StoreProbe, model_label, with_note
-    from workbench.analysis.stream_terms import Parts, StreamTerm, check_sum, plan_terms
+    from workbench.analysis.stream_terms import SUBLAYERS, Parts, StreamTerm, check_sum, plan_terms
     from workbench.analysis.successions import direct_effects, find_places, shares_of_wins
     from workbench.analysis.successor_tasks import CASES, SPACES, TASKS, Chain, find_chains, make_pairs, shuffled_null
     from workbench.analysis.task_vectors import TaskVectors, answers_after, questions_alone
@@ -193,6 +193,7 @@ if TYPE_CHECKING:
     from workbench.model.circuits import (
         FirstMlp,
         HeadOutput,
+        check_added,
         direct_logits,
         first_mlp,
         head_outputs,

@@ -166,8 +166,8 @@ def test_a_feature_made_for_a_label_is_found(store, tmp_path):
     [
         (lambda f: f.top(20), "feature 20 does not exist; the SAE has features 0 to 19"),
         (lambda f: f.rows_of(-1), "feature -1 does not exist; the SAE has features 0 to 19"),
-        (lambda f: f.top(0, k=0), "k must be at least 1, not 0"),
-        (lambda f: f.top(0, context=-1), "context must be at least 0, not -1"),
+        (lambda f: f.top(0, k=0), "k must be a whole number, at least 1, not 0"),
+        (lambda f: f.top(0, context=-1), "context must be a whole number, at least 0, not -1"),
         (lambda f: f.enrichment("token = 'x'"), "\"token = 'x'\" selects none of the 44 rows of text; choose another"),
         (
             lambda f: f.enrichment("is_special"),

@@ -151,7 +151,7 @@ def test_wrong_requests_of_delphi_are_refused(made, tmp_path):
     features, _, _ = made
     for splits in (0, 21):
         text = refused(RequestError, lambda n=splits: wb.export_delphi(features, tmp_path, splits=n))
-        assert text == f"splits must be from 1 to 20, not {splits}"
+        assert text == f"splits must be a whole number, from 1 to 20, not {splits}"
     wb.export_delphi(features, tmp_path, show_progress=False)
     text = refused(RequestError, lambda: wb.export_delphi(features, tmp_path))
     assert text == f"{tmp_path / SITE.name} is not empty; choose another out"
@@ -219,4 +219,4 @@ def test_chosen_features_and_a_name_for_neuronpedia(made, tmp_path):
     )
     for name in ("k", "context", "batch"):
         text = refused(RequestError, lambda n=name: wb.export_neuronpedia(features, sae, tmp_path / "b", **{n: 0}))
-        assert text == f"{name} must be at least 1, not 0"
+        assert text == f"{name} must be a whole number, at least 1, not 0"

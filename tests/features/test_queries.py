@@ -186,14 +186,14 @@ def test_labels_given_as_values(features, text, store):
     ("call", "message"),
     [
         (lambda f: feature_quantiles(f, [0.5, 1.5]), "quantiles must be from 0 to 1, not 1.5"),
-        (lambda f: wb.feature_histogram(f, 0, bins=0), "bins must be at least 1, not 0"),
+        (lambda f: wb.feature_histogram(f, 0, bins=0), "bins must be a whole number, at least 1, not 0"),
         (lambda f: wb.feature_histogram(f, 20), "feature 20 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.active_rows(f, -1), "feature -1 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.coactivation(f, 20), "feature 20 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.best_features(f, "sorce"), "labels: no column 'sorce'; columns are row, sequence, "),
         (lambda f: wb.best_features(f), "labels: the texts of "),
-        (lambda f: wb.best_features(f, "source", k=0), "k must be at least 1, not 0"),
-        (lambda f: wb.best_features(f, "source", least=0), "least must be at least 1, not 0"),
+        (lambda f: wb.best_features(f, "source", k=0), "k must be a whole number, at least 1, not 0"),
+        (lambda f: wb.best_features(f, "source", least=0), "least must be a whole number, at least 1, not 0"),
         (
             lambda f: wb.best_features(f, "row"),
             "labels: no value of row has 20 tokens without having all; give a smalle",
@@ -265,7 +265,9 @@ def test_nearest_features_by_hand(tmp_path):
     assert refused(DataError, lambda: wb.nearest_features(broken, 4)) == refusal
     assert "at 2 features, 4, 7; " in refused(DataError, lambda: broken.decode(torch.zeros(1, 20)))
     assert refused(RequestError, lambda: wb.nearest_features(sae, 20)).startswith("feature 20 does not exist; ")
-    assert refused(RequestError, lambda: wb.nearest_features(sae, 0, k=0)) == "k must be at least 1, not 0"
+    assert (
+        refused(RequestError, lambda: wb.nearest_features(sae, 0, k=0)) == "k must be a whole number, at least 1, not 0"
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -320,7 +322,10 @@ def test_promoted_tokens_are_the_extremes(tiny_models, tmp_path):
     assert refused(RequestError, lambda: wb.promoted_tokens(features, second, 6)) == (
         f"features resid_post.1-sae were made with SAE sae ({sums[0]}), not with other ({sums[1]}); give that one"
     )
-    assert refused(RequestError, lambda: wb.promoted_tokens(features, sae, 6, k=0)) == "k must be at least 1, not 0"
+    assert (
+        refused(RequestError, lambda: wb.promoted_tokens(features, sae, 6, k=0))
+        == "k must be a whole number, at least 1, not 0"
+    )
     narrow = load_sae(save_sae(tmp_path / "narrow"), device="cpu")
     text = refused(RequestError, lambda: decoder_logits(narrow, unembed, [0]))
     assert text.startswith("the output of SAE 'narrow' has width 8 and the residual stream 32; ")

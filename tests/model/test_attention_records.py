@@ -197,6 +197,18 @@ def test_a_frozen_pattern_is_that_of_the_other_run(model, tmp_path):
         assert torch.equal(half[:, :2], weights_of(model)[:, :2])
 
 
+def test_padding_behind_a_shorter_text_needs_no_donor(llama, tmp_path):
+    """A recording pads on the right; a pattern is frozen, and keys are counted, at its tokens alone."""
+    texts, donors = ([IDS[0, :12].tolist(), ids.tolist()] for ids in (IDS[1, :9], IDS[1, 3:]))
+    plain = {"sites": ["rot_q.1", "rot_k.1", "pattern.1"], "dtype": "float32", "show_progress": False}
+    donor = wb.record(llama, donors, out=tmp_path / "a", **plain)
+    frozen = wb.record(llama, texts, out=tmp_path / "b", interventions=wb.FreezePattern(1, None, donor), **plain)
+    assert torch.equal(frozen["pattern.1"][:], donor["pattern.1"][:])
+    with wb.intervene(llama, wb.Zero("rot_k.1")) as run:
+        logits(llama.module, IDS, attention_mask=MASK)
+    assert run.counts[0].rows == 12 + 9
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

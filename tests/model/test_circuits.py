@@ -18,6 +18,7 @@ from workbench.model.circuits import (
     first_mlp,
     head_outputs,
     head_writes,
+    mlp_outputs,
     ov_logits,
     writes_of,
 )
@@ -332,3 +333,12 @@ def test_written_of_a_recorded_z(models):
     out = models["llama"].module.model.layers[1].self_attn.o_proj.weight.detach()
     expected = torch.stack([z[:, h] @ out[:, h * WIDTH : (h + 1) * WIDTH].T for h in range(HEADS)], 1)
     torch.testing.assert_close(writes_of(head_outputs(models["llama"])[1], z), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_directions_of_neurons_have_the_gain_of_the_norm_behind_them(tiny_models):
+    block = tiny_models["gemma2"].model.layers[1]
+    output = mlp_outputs(model_of(tiny_models["gemma2"]))[1]
+    expected = block.mlp.down_proj.weight.detach().T * (1 + block.post_feedforward_layernorm.weight.detach())
+    torch.testing.assert_close(output.directions()[0], expected, atol=1e-5, rtol=1e-4)
+    plain = mlp_outputs(model_of(tiny_models["llama"]))[1]
+    torch.testing.assert_close(plain.directions(), plain.weights())

@@ -152,6 +152,14 @@ def test_a_residual_multiplier_is_the_reason(name, kind):
     assert sites.select(["resid_mid", "blocks.*.attn.hook_out", "blocks.*.mlp.hook_out"])
 
 
+def test_the_multiplier_is_kept_for_what_reads_heads_and_neurons():
+    _, sites = built("granite")
+    names = [f"blocks.{layer}.hook_{part}" for layer in range(2) for part in ("attn_out", "mlp_out")]
+    assert dict(sites.factors) == pytest.approx(dict.fromkeys(names, 0.22))
+    for name in ("llama", "granite of 1", "gemma2"):
+        assert not built(name)[1].factors
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt pre-norm", "neox parallel", "falcon", "cohere"])
 def test_the_norms_before_the_sublayers_read_the_stream(name):
     module, sites = built(name)

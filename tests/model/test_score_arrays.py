@@ -9,6 +9,7 @@ import torch
 from refusals import refused
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import RequestError
 
 TEXTS = [[3 + i % 40 for i in range(24)], [4, 16, 64, 256]]  # longer than Gemma's window of 16
@@ -70,3 +71,9 @@ def test_what_has_no_scores_is_refused(tiny_models, tmp_path):
         model, TEXTS, sites=["rot_q", "rot_k"], keep="last", context=24, out=tmp_path / "b", show_progress=False
     )
     assert "needs whole sequences" in refused(RequestError, lambda: wb.attn_scores(chosen, 1))
+
+
+def test_layers_that_attend_within_chunks_have_no_rule():
+    """In Llama 4 the mask alone tells which keys a query sees; the last of the four layers attends to all."""
+    rules = wb.load_model(tiny_model("llama4_text")).site_map.score_rules
+    assert [rule.layer for rule in rules] == [3]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lens_example import TEXTS, record, sequences_of
 from refusals import refused
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from workbench.analysis.stream_terms import check_sum, plan_terms
 from workbench.io.errors import RequestError
@@ -77,6 +78,26 @@ def test_the_terms_sum_to_the_models_logits(family, parts, models, stores, tiny_
         np.testing.assert_allclose(result.table["contribution"].sum(), answer.mean(), atol=1e-4)
         assert float(result.data["logit"]) == pytest.approx(answer.mean(), abs=1e-4)
         assert float(result.data["error"]) < 1e-5
+
+
+def test_a_multiplier_of_what_is_added_is_part_of_every_term(tiny_models, tiny_tokenizer, tmp_path):
+    """Granite has no attn_out: attention and MLP are the changes of the stream, heads times the multiplier."""
+    config = tiny_models["llama"].config.to_dict() | {"residual_multiplier": 0.22, "logits_scaling": 2.0}
+    module = GraniteForCausalLM(GraniteConfig(**config)).eval()
+    module.load_state_dict(tiny_models["llama"].state_dict())
+    module.config.architectures = ["GraniteForCausalLM"]
+    model = Model(module, tiny_tokenizer, "granite")
+    store = record(
+        model, TEXTS, tmp_path / "s", ("resid_pre.0", "resid_mid", "resid_post", "z", "mlp_post"), context=12
+    )
+    logits = plain_logits(module, store).max(1)
+    for parts in ("sublayers", "heads", "neurons"):
+        data = DirectLogitAttribution(parts=parts, detail=store.rows, resamples=10).run(store, model=model).data
+        np.testing.assert_allclose(data["by_token"].sum("term"), logits, atol=1e-4)
+        assert float(data["error"]) < 1e-5
+        terms = data["term"].to_numpy().tolist()
+        assert terms[1] == ("L0H0" if parts == "heads" else "attention of block 0")
+        assert ("L0N" in " ".join(terms)) == (parts == "neurons")
 
 
 def test_each_head_and_neuron_is_what_its_weights_give(models, stores, tiny_tokenizer):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from planted_circuit import END, FILLER, NAMES, planted_circuit
 from refusals import refused
+from transformers import OPTConfig, OPTForCausalLM
 
 import workbench as wb
 from workbench.analysis.edge_graph import EdgeGraph
@@ -16,6 +17,7 @@ from workbench.analysis.edge_runs import EdgeRuns
 from workbench.analysis.patch_pairs import PatchPair
 from workbench.analysis.patching import Runs
 from workbench.analysis.path_runs import PathRuns
+from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed
@@ -154,6 +156,16 @@ def test_a_task_has_figures_and_is_saved(tmp_path):
     assert set(result.figures()) == {"faithfulness", "edges"}
     assert float(result.data["faithfulness"][0]) > 0.5 > float(result.data["random_faithfulness"][0])
     assert wb.load_result(result.save(tmp_path / "r")).headline() == result.headline()
+
+
+def test_a_stream_that_is_no_sum_of_what_its_parts_add_is_refused():
+    """A post-norm OPT, whose norms rewrite the stream; Falcon-H1, which adds a state space beside attention."""
+    size = {"vocab_size": 320, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "ffn_dim": 16}
+    config = OPTConfig(**size, word_embed_proj_dim=16, max_position_embeddings=32, do_layer_norm_before=False)
+    edges = edges_of(OPTForCausalLM(config).eval(), random_pairs())
+    assert "does not sum to its last residual stream" in refused(RequestError, edges.scores)
+    model = Model(tiny_model("falcon_h1"), None, "tiny")
+    assert "layer 0 of FalconH1ForCausalLM adds more" in refused(RequestError, lambda: EdgeGraph.of(model))
 
 
 def test_models_without_such_edges_and_bad_settings_are_refused(tiny_models, planted):

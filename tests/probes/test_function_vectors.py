@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from refusals import refused
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import workbench as wb
 from workbench.analysis.patch_pairs import PatchPair, pairs_of
@@ -105,6 +107,31 @@ def test_effects_do_not_depend_on_the_cache(tiny_models, pairs, family, monkeypa
     monkeypatch.setattr("workbench.analysis.task_vectors.CachedPrompts.make", lambda *_: None)
     np.testing.assert_allclose(quick, task.effects(), atol=1e-7)
     assert np.abs(quick).max() > 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_the_vector_of_all_heads_is_what_the_block_adds(tiny_models, pairs, family):
+    """Behind the norm after attention, or times the multiplier of the residual stream, by hooks written here."""
+    if family == "granite":
+        module = copy.deepcopy(tiny_models["llama"])
+        config = GraniteConfig(**{**module.config.to_dict(), "residual_multiplier": 0.22})
+        module = GraniteForCausalLM(config).eval()
+        module.load_state_dict(tiny_models["llama"].state_dict())
+        module.config.architectures = ["GraniteForCausalLM"]
+        part, factor = module.model.layers[1].self_attn.o_proj, 0.22
+    else:
+        module = tiny_models[family]
+        part, factor = module.model.layers[1].post_attention_layernorm, 1.0
+    task = TaskVectors.make(Model(module, None, family), pairs)
+    added = []
+    handle = part.register_forward_hook(lambda *call: added.append(call[2][0, -1]))
+    with torch.no_grad():
+        for pair in pairs:
+            module(torch.tensor([pair.clean]))
+    handle.remove()
+    torch.testing.assert_close(
+        task.vector([(1, head) for head in range(4)]), factor * torch.stack(added).mean(0), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_questions_alone_keep_what_every_prompt_begins_with(pairs):

@@ -138,7 +138,9 @@ def test_small_activations_are_left_out_and_a_plain_mlp_has_one_sign(store, mode
     np.testing.assert_array_equal(encoded > 0, planted_features > 0)
 
 
-def test_refused_requests(store, model):
+def test_refused_requests(store, model, tiny_models):
+    gemma = Model(tiny_models["gemma2"], None, "gemma2")
+    assert "Gemma2ForCausalLM norms the MLP's output" in refused(RequestError, lambda: wb.neuron_dictionary(gemma, 1))
     assert "layer 9 of 'planted' has no neurons" in refused(RequestError, lambda: wb.neuron_dictionary(model, 9))
     probe = Neurons(layers=(7,))
     assert "layer 7 was not recorded" in refused(RequestError, lambda: probe.run(store, model=model))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
 import numpy as np
 import pytest
+from refusals import unchecked
 
 from workbench.io.errors import RequestError
 from workbench.probes import FiberBundle, LogitLens, OverSquashing, Steering, VocabularyKeys
@@ -14,34 +15,24 @@ from workbench.results.registry import find_probe, installed_probes
 WRONG = [-1, 2.5, float("nan"), float("inf"), "x", "", (), ("x",), (float("nan"),), [0], None, {"a": 1}, object(), True]
 
 
-def made(probe, **settings):
-    """A probe with these settings. Not by its `__init__`, whose arguments beartype checks while the tests run."""
-    one = object.__new__(probe)
-    for field in fields(probe):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        object.__setattr__(one, field.name, settings.get(field.name, default))
-    one.__post_init__()
-    return one
-
-
 @pytest.mark.parametrize("name", installed_probes())
 def test_a_probe_takes_a_setting_or_refuses_it(name):
     probe = find_probe(name)
     for setting in (field.name for field in fields(probe)):
         for value in WRONG:
             try:
-                one = made(probe, **{setting: value})
+                one = unchecked(probe, **{setting: value})
             except RequestError:
                 continue
             assert not isinstance(getattr(one, setting), list | dict), (setting, value)
 
 
 def test_values_become_those_of_the_fields():
-    lens = made(LogitLens, top_k=np.int64(3), detail=10.0, layers=[0, np.int32(-1)])
+    lens = unchecked(LogitLens, top_k=np.int64(3), detail=10.0, layers=[0, np.int32(-1)])
     assert lens == LogitLens(top_k=3, detail=10, layers=(0, -1))
     assert type(lens.top_k) is int
-    assert made(OverSquashing, tokens="a").tokens == ("a",)
-    assert made(Steering, scales=2).scales == (2.0,)
+    assert unchecked(OverSquashing, tokens="a").tokens == ("a",)
+    assert unchecked(Steering, scales=2).scales == (2.0,)
 
 
 @pytest.mark.parametrize(
@@ -58,5 +49,5 @@ def test_values_become_those_of_the_fields():
 )
 def test_the_message_names_the_setting_and_the_type(probe, settings, message):
     with pytest.raises(RequestError) as caught:
-        made(probe, **settings)
+        unchecked(probe, **settings)
     assert str(caught.value) == message

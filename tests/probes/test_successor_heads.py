@@ -432,8 +432,8 @@ def test_a_model_without_tokenizer(tiny_models, tmp_path):
     )
 
 
-def test_a_norm_behind_attention_leaves_the_text_out(tiny_models, tokenizer, tmp_path):
-    """Gemma 2's heads do not add up; their scores are there all the same."""
+def test_a_norm_behind_attention_keeps_its_scale_in_the_text(tiny_models, tokenizer, tmp_path, members):
+    """Gemma 2's heads together raise the successor by what attention adds, in float64 from the recording."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(**{**tiny_models["gemma2"].config.to_dict(), "vocab_size": 1024})
@@ -441,10 +441,19 @@ def test_a_norm_behind_attention_leaves_the_text_out(tiny_models, tokenizer, tmp
         torch.manual_seed(0)
         module = Gemma2ForCausalLM(config).eval()
     module.config.architectures = ["Gemma2ForCausalLM"]
-    model, store = recorded(module, tokenizer, tmp_path / "acts", ("z", "resid_post"), TEXTS[:1])
-    result = FEW.run(store, model=model)
-    assert result.data.sizes["layer"] == 3
-    assert "text left out: a norm follows attention, so that head outputs do not add up" in result.data.attrs["note"]
+    model, store = recorded(module, tokenizer, tmp_path / "acts", ("z", "attn_out", "resid_post"), TEXTS[:1])
+    effects = FEW.run(store, model=model).data["direct_effect"]
+    places = brute_force(store, members)
+    unembed, gain = (
+        weight.detach().double().numpy() for weight in (module.lm_head.weight, 1 + module.model.norm.weight)
+    )
+    expected = np.zeros((len(places), 3))
+    for i, (row, task, place) in enumerate(places):
+        read = unembed[members[task]] * gain
+        resid = store["resid_post", 2][[row]][0].double().numpy()
+        read = (read[place] - read.mean(0)) / np.sqrt((resid**2).mean() + config.rms_norm_eps)
+        expected[i] = [read @ store["attn_out", layer][[row]][0].double().numpy() for layer in range(3)]
+    np.testing.assert_allclose(effects.sum("head"), expected.mean(0), atol=1e-3, rtol=1e-2)  # stored in float16
 
 
 def test_the_demo_model_beats_its_shuffles_without_being_a_successor_model(tmp_path):

@@ -11,17 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from refusals import refused
+from refusals import refused, unchecked
 
 import workbench as wb
 from workbench.analysis.patch_pairs import pairs_of
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae
+from workbench.io.checks import whole_number
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, check_model
 from workbench.model.reload import recorded_model
 from workbench.model.row_changes import changeable_place
 from workbench.model.row_records import _direction
+from workbench.recording.generation import Sampling
 from workbench.recording.record import _workers
 from workbench.results.registry import installed_probes
 from workbench.sae.site import matching_site
@@ -54,6 +56,10 @@ NUMBER = "layer must be a whole number, from -3 to 2, not"
 SAE = "sae must be a loaded SAE, such as wb.load_sae('demo'), not 'demo'"
 
 CALLS = [
+    (lambda _: unchecked(wb.Recording, context=16.5), "context must be a whole number, not 16.5"),
+    (lambda _: unchecked(wb.Recording, unembed="no"), "unembed must be True or False, not 'no'"),
+    (lambda _: unchecked(Sampling, max_new_tokens=3, top_k=2.5), "top_k must be a whole number, not 2.5"),
+    (lambda _: whole_number("k", 2.5, at_least=1), "k must be a whole number, at least 1, not 2.5"),
     (lambda _: plain(recorded_model)(5), STORE),
     (lambda _: plain(matching_site)(5, "demo"), STORE),
     (lambda at: plain(matching_site)(at.store, "demo"), SAE),
@@ -94,6 +100,11 @@ CALLS = [
 @pytest.mark.parametrize(("call", "message"), CALLS)
 def test_it_is_refused_in_one_line(call, message, at):
     assert message in refused(RequestError, lambda: call(at))
+
+
+def test_a_whole_number_may_be_written_as_a_float():
+    assert type(whole_number("k", 2.0, at_least=1)) is int
+    assert unchecked(wb.Recording, context=np.float64(16)).context == 16
 
 
 def test_one_stands_for_a_sequence_of_one(at, tmp_path):

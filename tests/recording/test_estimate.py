@@ -73,7 +73,7 @@ def test_memory_is_what_this_process_holds(tiny):
     [
         ({"rows": 0}, "rows must be a whole number, at least 1, not 0"),
         ({"rows": 1.5}, "rows must be a whole number, at least 1, not 1.5"),
-        ({"rows": 10, "workers": 0}, "workers must be at least 1, not 0"),
+        ({"rows": 10, "workers": 0}, "workers must be a whole number, at least 1, not 0"),
         ({"rows": 10, "sites": "resid_pots"}, "resid_pots"),
     ],
 )

@@ -1,5 +1,7 @@
 """Helper for refused requests: an error of the expected kind with a one-line message."""
 
+from dataclasses import MISSING, fields
+
 import pytest
 
 
@@ -9,3 +11,13 @@ def refused(kind, call) -> str:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def unchecked(kind, **settings):
+    """A settings record. Not by its `__init__`, whose arguments beartype checks while the tests run."""
+    one = object.__new__(kind)
+    for field in fields(kind):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        object.__setattr__(one, field.name, settings.get(field.name, default))
+    one.__post_init__()
+    return one

@@ -15,7 +15,7 @@ from workbench.analysis.logistic import fit_logistic
 from workbench.features.feature_store import Features
 from workbench.features.promoted import check_sae
 from workbench.features.queries import text_rows
-from workbench.io.checks import SEEDS, check
+from workbench.io.checks import SEEDS, check, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.results.bootstrap import clustered_interval
@@ -73,10 +73,10 @@ def feature_absorption(
         RequestError: Another SAE, one that reads one site and writes another, a site that was not recorded, or no
             letter with enough distinct tokens.
     """
-    check("k", k, at_least=1, at_most=features.shape[1], whole=True)
+    k = whole_number("k", k, at_least=1, at_most=features.shape[1])
     check("held_out", held_out, above=0, below=1)
-    check("least", least, at_least=1, whole=True)
-    check("seed", seed, at_least=0, below=SEEDS, whole=True)
+    least = whole_number("least", least, at_least=1)
+    seed = whole_number("seed", seed, at_least=0, below=SEEDS)
     check_sae(features, sae)
     if not sae.reconstructs or sae.sequential:
         raise RequestError(f"SAE {sae.name!r} does not reconstruct the rows that it reads one by one")

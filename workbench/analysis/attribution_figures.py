@@ -16,7 +16,9 @@ from workbench.results.result import Result
 _KINDS = {
     "attn_out": ("attention", CATEGORIES[0]),
     "head": ("head", CATEGORIES[0]),
+    "attention": ("attention", CATEGORIES[0]),
     "mlp_out": ("MLP", CATEGORIES[1]),
+    "MLP": ("MLP", CATEGORIES[1]),
     "block": ("block", CATEGORIES[2]),
     "neuron": ("neuron", CATEGORIES[1]),
 }

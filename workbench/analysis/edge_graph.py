@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.io.errors import RequestError
-from workbench.model.circuits import HeadOutput, head_outputs
+from workbench.model.circuits import HeadOutput, check_added, head_outputs
 from workbench.model.forward import the_tensor
 from workbench.model.load import Model
 from workbench.sites.grammar import Site
@@ -58,10 +58,11 @@ class EdgeGraph:
         """Returns the graph of a model.
 
         Raises:
-            RequestError: A layer without separate heads, queries, keys, values or MLP, or with a norm behind attention,
-                which makes what a head adds depend on the others.
+            RequestError: A layer without separate heads, queries, keys, values or MLP, one that adds more than these,
+                or one with a norm behind attention, which makes what a head adds depend on the others.
         """
         outputs, layers = head_outputs(model), range(model.site_map.n_layers)
+        check_added(outputs, model)
         for layer in layers:
             if layer not in outputs:
                 raise RequestError(f"edges: layer {layer} of {model.architecture} has no separate attention heads")

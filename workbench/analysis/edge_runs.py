@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from workbench.analysis.attribution import site_gradients
 from workbench.analysis.edge_graph import EdgeGraph, EdgeReceiver
 from workbench.analysis.patching import Runs, batches, measure
+from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.attention import AttentionInputs, change_attention
 from workbench.model.capture import in_site_shape, read_tensors
@@ -57,8 +58,9 @@ class EdgeRuns:
         parts = []
         with without_weight_gradients(runs.model.module):
             for part in batches(runs.model, runs.pairs):
-                inputs = [*self._input_gradients(part, gradients), gradients[last.name][part]]
                 added = self._differences(part)
+                self._check_sum(added, self._difference(last.name, part))
+                inputs = [*self._input_gradients(part, gradients), gradients[last.name][part]]
                 parts.append(torch.einsum("sbtd,rbtd->bsr", added.double(), torch.stack(inputs).double()))
         return torch.cat(parts).numpy() * graph.allowed
 
@@ -71,6 +73,17 @@ class EdgeRuns:
                 found.append(graph.writes(layer, self._difference(f"z.{layer}", part)))
                 found.append(self._difference(f"mlp_out.{layer}", part)[None])
         return torch.cat(found)
+
+    def _check_sum(self, added: Tensor, last: Tensor) -> None:
+        """Refuses a model whose last stream is not the sum of what its parts add."""
+        rounding = 1e-4 if self.runs.model.dtype in (torch.float32, torch.float64) else 0.05
+        error = (added.double().sum(0) - last.double()).norm()
+        if not error <= rounding * added.double().flatten(1).norm(dim=1).sum():
+            raise RequestError(
+                f"edges: what heads and MLPs of {self.runs.model.architecture} add does not sum to its last residual "
+                f"stream: it misses {float(error / last.double().norm()):.2g} of the difference between clean and "
+                "corrupt run; use path-patching or attribution-patching"
+            )
 
     def _difference(self, name: str, part: slice) -> Tensor:
         site = self.graph.site(name).name

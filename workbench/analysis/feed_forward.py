@@ -32,6 +32,10 @@ class Affine:
     weight: Float64[Tensor, "into out"]
     bias: Float64[Tensor, " out"]
 
+    def times(self, factor: float) -> Affine:
+        """Returns the map with its output multiplied."""
+        return Affine(factor * self.weight, factor * self.bias)
+
 
 @dataclass(frozen=True)
 class FrozenNorm:
@@ -185,17 +189,19 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
     for layer in sorted(attention.keys() & neurons.keys()):
         middle, norm, gate = (_site(model, layer, name) for name in ("hook_resid_mid", "ln2.hook_out", "mlp.hook_pre"))
         linear = _site(model, layer, "mlp.hook_pre_linear")
+        attend, out = attention[layer], neurons[layer]
         if middle is None or norm is None or gate is None or gate.tap.part != "out":
             continue
+        if attend.factor is None or out.factor is None:
+            continue
         d_model, d_mlp = fixed_shape(middle)[0], fixed_shape(gate)[0]
-        attend, out = attention[layer], neurons[layer]
         found[layer] = BlockParts(
-            affine(attend.project, attend.heads * attend.d_head),
+            affine(attend.project, attend.heads * attend.d_head).times(attend.factor),
             _norm(attend.norm, d_model),
             _frozen(model.module.get_submodule(norm.tap.path), d_model),
             affine(model.module.get_submodule(gate.tap.path), d_model),
             None if linear is None else affine(model.module.get_submodule(linear.tap.path), d_model),
-            affine(out.project, d_mlp),
+            affine(out.project, d_mlp).times(out.factor),
             _norm(out.norm, d_model),
             phi,
         )

@@ -14,11 +14,14 @@ from workbench.analysis.frozen_norm import norm_bias, read_directions
 from workbench.analysis.logit_targets import LogitTargets
 from workbench.analysis.stream_terms import StreamTerm, check_sum
 from workbench.figures.head_grid import head_name
+from workbench.io.errors import RequestError
 from workbench.model.frozen_output import FrozenOutput
 from workbench.model.unembed import Unembed
 from workbench.store.reader import Store
 
 _BLOCK = 512  # rows whose terms are in memory at a time
+_ROUNDED = 0.05
+"""Part of a term's size by which its heads or neurons may miss it, in types of 16 bits."""
 _NOTES = ("bias of the final norm", "bias of the unembedding")
 
 
@@ -132,6 +135,7 @@ class Decomposition:
                 columns.append((value * u).sum(-1, keepdim=True))
                 continue
             each, constant = self.split[term.name].contributions(self.store, self.rows[part], u)
+            _check_split(term, value, u, each.sum(1) + constant)
             if (kept := self.kept.get(term.name)) is not None:
                 rest = each.sum(1, keepdim=True) - each[:, kept].sum(1, keepdim=True)
                 each = torch.cat([each[:, kept], rest], dim=1)
@@ -155,9 +159,7 @@ class Decomposition:
         for term in self.terms:
             part = self.split.get(term.name)
             if part is None:
-                yield TermName(
-                    term.name, "stream" if term.layer is None else term.name.split(".")[0].split(" ")[0], term.layer
-                )
+                yield TermName(term.name, "stream" if term.layer is None else term.kind, term.layer)
                 continue
             if part.heads:
                 for head in range(part.output.output.heads):
@@ -179,3 +181,18 @@ class Decomposition:
                 each, _ = split.contributions(self.store, self.rows[part], u)
                 sums[name] = sums.get(name, torch.zeros(())) + each.sum(0)
         return {name: np.sort(np.argsort(-total.abs().numpy(), kind="stable")[:number]) for name, total in sums.items()}
+
+
+def _check_split(
+    term: StreamTerm,
+    value: Float64[Tensor, "row d_model"],
+    u: Float64[Tensor, "row d_model"],
+    total: Float64[Tensor, " row"],
+) -> None:
+    """Refuses heads or neurons that are not all that a part adds, as in a block that norms the stream itself."""
+    error = (total - (value * u).sum(-1)).abs()
+    if not bool((error <= _ROUNDED * value.norm(dim=-1) * u.norm(dim=-1)).all()):
+        raise RequestError(
+            f"the heads or neurons of {term.name} do not add up to it: they miss {float(error.max()):.2g} logits; "
+            "choose parts='sublayers'"
+        )

@@ -19,7 +19,7 @@ from workbench.features.feature_store import Features
 from workbench.features.index import feature_groups
 from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
-from workbench.io.checks import check, check_resampling
+from workbench.io.checks import check, check_resampling, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts
@@ -131,7 +131,7 @@ def _check_settings(features: Features, k: Sequence[int], least: int, held_out: 
         check("k", one, at_least=1, at_most=features.shape[1], whole=True)
     if not k:
         raise RequestError("k is empty; name one or more numbers of features")
-    check("least", least, at_least=1, whole=True)
+    least = whole_number("least", least, at_least=1)
     check("held_out", held_out, above=0, below=1)
 
 

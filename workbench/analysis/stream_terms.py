@@ -17,6 +17,9 @@ from workbench.store.reader import Store
 Parts = Literal["blocks", "sublayers", "heads", "neurons"]
 """How fine the sum is: whole blocks; attention and MLP of each block; their heads; their neurons."""
 
+SUBLAYERS = {"attn_out": "attention", "mlp_out": "MLP"}
+"""Sites of what attention and MLP add, and the first word of their terms where these are differences of the stream."""
+
 _TRIED = 512  # rows on which embedding and position embedding are compared
 
 
@@ -29,6 +32,11 @@ class StreamTerm:
     plus: tuple[str, ...]
     minus: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """First word of the name: embedding, attn_out, mlp_out, attention, MLP, block, rest."""
+        return self.name.split(".")[0].split(" ")[0]
+
     def read(self, store: Store, rows: Int[np.ndarray, " row"]) -> Float64[Tensor, "row d_model"]:
         """Returns the term for some rows, in float64 on the CPU."""
         values = [store[site][rows].double().cpu() for site in (*self.plus, *self.minus)]
@@ -38,9 +46,9 @@ class StreamTerm:
 def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
     """Returns the terms whose sum is the last residual stream, in the order of the forward pass.
 
-    A part of a block that was not recorded, or that the architecture does not have as a site, is one term with the rest
-    of the block, which needs resid_post at the block and before it. Where embed stands for resid_pre.0, block 0 holds a
-    position embedding, too.
+    A part of a block that was not recorded, or that the architecture does not have as a site (Granite multiplies what
+    it adds), is the change of the stream between resid_pre, resid_mid and resid_post; without resid_mid it is one term
+    with the rest of the block. Where embed stands for resid_pre.0, block 0 holds a position embedding, too.
 
     Args:
         store: The recorded activations.
@@ -57,19 +65,30 @@ def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
         first = "embed" if "embed" in known and "resid_pre.0" not in known else "resid_pre.0"
         before = f"resid_pre.{layer}" if f"resid_pre.{layer}" in known else f"resid_post.{layer - 1}"
         whole = [f"resid_post.{layer}", before if layer else first]
-        sublayers = [f"{kind}.{layer}" for kind in ("attn_out", "mlp_out")]
-        present = [] if parts == "blocks" else [site for site in sublayers if site in known]
-        terms += [StreamTerm(site, layer, (site,)) for site in present]
+        present = [] if parts == "blocks" else list(_sublayers(layer, whole[1], known))
+        terms += present
         if len(present) == 2:
             continue
         if parts != "blocks" and not {*whole} <= known:
-            store.require(*sublayers)
+            store.require(*(f"{kind}.{layer}" for kind in SUBLAYERS))
         store.require(*whole)
         name = f"rest of block {layer}" if present else f"block {layer}"
-        terms.append(StreamTerm(name, layer, (whole[0],), (whole[1], *present)))
+        others = [site for term in present for site in term.plus]
+        terms.append(StreamTerm(name, layer, (whole[0],), (whole[1], *others)))
     for term in terms:
         _check_width(store, (*term.plus, *term.minus))
     return tuple(terms)
+
+
+def _sublayers(layer: int, before: str, known: set[str]) -> Iterator[StreamTerm]:
+    """What attention and MLP of a block add: their sites, or differences of the stream where it has both ends."""
+    middle = f"resid_mid.{layer}"
+    ends = {"attn_out": (middle, before), "mlp_out": (f"resid_post.{layer}", middle)}
+    for kind, (after, start) in ends.items():
+        if f"{kind}.{layer}" in known:
+            yield StreamTerm(f"{kind}.{layer}", layer, (f"{kind}.{layer}",))
+        elif {middle, before, f"resid_post.{layer}"} <= known:
+            yield StreamTerm(f"{SUBLAYERS[kind]} of block {layer}", layer, (after,), (start,))
 
 
 def _embedding(store: Store, known: set[str]) -> Iterator[StreamTerm]:

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from workbench.analysis.frozen_norm import read_directions
 from workbench.analysis.rows import next_tokens
 from workbench.analysis.successor_tasks import Chain
-from workbench.model.circuits import HeadOutput, direct_logits, writes_of
+from workbench.model.circuits import HeadOutput
+from workbench.model.frozen_output import FrozenOutput
 from workbench.model.unembed import Unembed
 from workbench.results.bootstrap import clustered_means, intervals
 from workbench.store.reader import Store
@@ -86,22 +88,25 @@ def find_places(store: Store, chains: Sequence[Chain], limit: int) -> Places:
 def direct_effects(
     store: Store, outputs: Mapping[int, HeadOutput], chains: Sequence[Chain], unembed: Unembed, places: Places
 ) -> Float[np.ndarray, "place layer head"]:
-    """Returns the logit that each head's recorded output gives the successor minus its mean over the class."""
-    device = unembed.weight.device
-    n_heads = next(iter(outputs.values())).heads
-    effects = np.zeros((len(places.rows), len(outputs), n_heads))
+    """Returns the logit that each head's recorded output gives the successor minus its mean over the class, in float64.
+
+    The norms behind the heads and before the unembedding keep the scales that they have at the place.
+    """
+    unembed = unembed.to("cpu")
+    of_chain = [unembed.weight[torch.from_numpy(chain.ids)].double() for chain in chains]
+    read = torch.stack(
+        [of_chain[one][member] - of_chain[one].mean(0) for one, member in zip(places.chain, places.member, strict=True)]
+    )
     final = store["resid_post", store.manifest.model.n_layers - 1]
-    for number, chain in enumerate(chains):
-        of_chain = np.flatnonzero(places.chain == number)
-        targets = torch.from_numpy(chain.ids).to(device)
-        for block in (of_chain[first : first + _BLOCK] for first in range(0, len(of_chain), _BLOCK)):
-            rows = places.rows[block]
-            stream = final[rows].to(device)[:, None]
-            for i, (layer, output) in enumerate(outputs.items()):
-                writes = writes_of(output, store["z", layer][rows]).to(device)
-                logits = direct_logits(unembed, writes, targets, stream)
-                at = torch.from_numpy(places.member[block]).to(device)[:, None, None].expand(-1, n_heads, 1)
-                effects[block, i] = (logits.gather(2, at)[..., 0] - logits.mean(-1)).cpu().numpy()
+    effects = np.zeros((len(places.rows), len(outputs), next(iter(outputs.values())).heads))
+    for number, (layer, output) in enumerate(outputs.items()):
+        frozen, z = FrozenOutput(output), store["z", layer]
+        for first in range(0, len(places.rows), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            rows = places.rows[part]
+            directions = read_directions(unembed, final[rows].cpu(), read[part])
+            each, _bias = frozen.contributions(z[rows].cpu().flatten(1), directions)
+            effects[part, number] = each.reshape(len(rows), output.heads, -1).sum(-1).numpy()
     return effects
 
 

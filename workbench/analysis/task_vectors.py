@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from workbench.analysis.patching import Runs, batches, end_logits, measure
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.model.cached_prompts import CachedPrompts
-from workbench.model.circuits import HeadOutput, head_outputs
+from workbench.model.circuits import HeadOutput, check_added, head_outputs
+from workbench.model.frozen_output import FrozenOutput
 from workbench.model.load import Model, batch_tokens
 from workbench.model.row_records import Add, Set
 from workbench.sites.grammar import Site
@@ -31,8 +33,8 @@ class TaskVectors:
     runs: Runs
     """Runs of the prompts, clean, and of those with shuffled examples, corrupt."""
     sites: Mapping[int, Site]
-    means: Mapping[int, Float[Tensor, "head d_head"]]
-    """By layer."""
+    ends: Mapping[int, Float[Tensor, "pair head d_head"]]
+    """Output of every head at the last token of each prompt, by layer."""
     outputs: Mapping[int, HeadOutput]
 
     @classmethod
@@ -40,16 +42,23 @@ class TaskVectors:
         """Runs both sides of every pair.
 
         Raises:
-            RequestError: The model has no separate heads, or layers with different numbers of them.
+            RequestError: The model has no separate heads, layers with different numbers of them, or layers that add
+                more than their heads.
         """
         outputs = head_outputs(model)
+        check_added(outputs, model)
         if len({output.heads for output in outputs.values()}) > 1:
             raise RequestError(f"model {model.name!r} has layers with different numbers of heads")
         sites = {layer: model.site_map.select([f"z.{layer}"])[0] for layer in outputs}
         runs = Runs.make(model, pairs, list(sites.values()), "log-probability", False)
         rows = torch.arange(len(pairs))
-        means = {layer: runs.clean_values[site.name][rows, runs.pairs.end].mean(0) for layer, site in sites.items()}
-        return cls(runs, sites, means, outputs)
+        ends = {layer: runs.clean_values[site.name][rows, runs.pairs.end] for layer, site in sites.items()}
+        return cls(runs, sites, ends, outputs)
+
+    @cached_property
+    def means(self) -> Mapping[int, Float[Tensor, "head d_head"]]:
+        """Mean output of every head, by layer."""
+        return {layer: values.mean(0) for layer, values in self.ends.items()}
 
     @property
     def layers(self) -> list[int]:
@@ -124,13 +133,15 @@ class TaskVectors:
         return measure("log-probability", flat, answers, flat).unflatten(0, logits.shape[:2])
 
     def vector(self, heads: Sequence[tuple[int, int]]) -> Float[Tensor, " d_model"]:
-        """Returns the sum of what some heads' mean outputs write, in float32, on the CPU; without projection biases."""
-        total = torch.zeros(self.runs.model.d_model, device="cpu")
+        """Returns the sum of what some heads add to the stream, mean over the prompts, without projection biases.
+
+        In float32, on the CPU. A norm behind attention keeps the scale that it has in each prompt.
+        """
+        total = torch.zeros(self.runs.model.d_model, dtype=torch.float64, device="cpu")
         for layer in sorted({layer for layer, _ in heads}):
-            weights = self.outputs[layer].weights().cpu()
-            for head in [head for at, head in heads if at == layer]:
-                total += self.means[layer][head].float() @ weights[head]
-        return total
+            chosen = [head for at, head in heads if at == layer]
+            total += FrozenOutput(self.outputs[layer]).mean_write(self.ends[layer].flatten(1), chosen)
+        return total.float()
 
 
 def questions_alone(pairs: Sequence[PatchPair]) -> list[PatchPair]:

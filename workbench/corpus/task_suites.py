@@ -25,7 +25,7 @@ from workbench.corpus.prompt_pairs import (
     made_pairs,
 )
 from workbench.embedded import demo_corpus
-from workbench.io.checks import MOST, check
+from workbench.io.checks import MOST, check, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def prompt_pairs(
         RequestError: No such task, or no pair fits the tokenizer.
     """
     check("task", task, one_of=tuple(TASKS))
-    check("count", count, at_least=1, at_most=MOST, whole=True)
+    count = whole_number("count", count, at_least=1, at_most=MOST)
     kept: list[CheckedPair] = []
     dropped: Mapping[str, int] = {}
     for form in TASKS[task]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from workbench.features.feature_segments import SegmentFolder, Span, SparseSegment, concatenate
 from workbench.features.index import ENTRIES, INDEX_MEMORY
 from workbench.features.records import feature_type
-from workbench.io.checks import check
+from workbench.io.checks import check_fields, check_types
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
@@ -48,8 +48,9 @@ class EncodingSettings:
     index_memory: int = INDEX_MEMORY
 
     def __post_init__(self) -> None:
-        check("batch_rows", self.batch_rows, at_least=1, optional=True)
-        check("index_memory", self.index_memory, at_least=1)
+        check_types(self)
+        check_fields(self, "batch_rows", at_least=1, optional=True)
+        check_fields(self, "index_memory", at_least=1)
 
 
 @dataclass(frozen=True)

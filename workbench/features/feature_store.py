@@ -30,7 +30,7 @@ from workbench.features.records import (
     FeaturesRecord,
     read_record,
 )
-from workbench.io.checks import as_path, check, check_kind
+from workbench.io.checks import as_path, check_kind, whole_number
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
 from workbench.io.tensors import map_arrays
@@ -201,8 +201,8 @@ class Features:
         Raises:
             RequestError: A feature that does not exist, or settings out of range.
         """
-        check("k", k, at_least=1)
-        check("context", context, at_least=0)
+        k = whole_number("k", k, at_least=1)
+        context = whole_number("context", context, at_least=0)
         rows, values = self.rows_of(feature)
         if where is not None:
             chosen = self._mask(where)[rows]

@@ -18,7 +18,7 @@ from workbench.features.labels import with_names
 from workbench.features.pairs import add_product, columns, numbered, text_blocks
 from workbench.features.promoted import check_sae
 from workbench.features.queries import text_counts, text_rows
-from workbench.io.checks import check
+from workbench.io.checks import check, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.sae.autoencoder import Sae
@@ -238,7 +238,7 @@ def feature_splits(one: Features, other: Features, *, precision: float | int = 0
         RequestError: Features of different stores, or settings out of range.
     """
     check("precision", precision, above=0, at_most=1)
-    check("least", least, at_least=1, whole=True)
+    least = whole_number("least", least, at_least=1)
     _check_stores(one, other)
     counts, other_counts = text_counts(one), text_counts(other)
     left, right = np.flatnonzero(counts >= least), np.flatnonzero(other_counts >= least)

@@ -24,7 +24,7 @@ from workbench.features.index import entry_rows
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, feature_contexts, feature_histogram
 from workbench.io import files
-from workbench.io.checks import as_path, check
+from workbench.io.checks import as_path, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tensors import new_arrays
@@ -71,7 +71,7 @@ def export_delphi(
         RequestError: A folder that is not empty, or splits out of range.
     """
     count = features.shape[1]
-    check("splits", splits, at_least=1, at_most=count)
+    splits = whole_number("splits", splits, at_least=1, at_most=count)
     folder = as_path("out", out).resolve() / features.record.site
     files.check_writable(folder)
     _check_empty(folder)
@@ -178,8 +178,9 @@ def export_neuronpedia(
     Raises:
         RequestError: As `promoted_tokens`; ids that do not exist, several sites, or a folder that has batches.
     """
-    for name, value in (("k", k), ("context", context), ("batch", batch)):
-        check(name, value, at_least=1)
+    k, context, batch = (
+        whole_number(name, value, at_least=1) for name, value in (("k", k), ("context", context), ("batch", batch))
+    )
     chosen = _checked_ids(features, ids)
     _check_one_site(features, sae)
     out = as_path("out", out)

@@ -14,7 +14,7 @@ from workbench.features import index
 from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
 from workbench.features.queries import text_counts, text_rows
-from workbench.io.checks import check
+from workbench.io.checks import check, whole_number
 from workbench.io.progress import progress
 
 MEASURES = ("jaccard", "pmi", "both")
@@ -52,8 +52,8 @@ def coactive_pairs(
     Raises:
         RequestError: Settings out of range.
     """
-    check("least", least, at_least=1, whole=True)
-    check("k", k, at_least=1, whole=True)
+    least = whole_number("least", least, at_least=1)
+    k = whole_number("k", k, at_least=1)
     check("by", by, one_of=MEASURES)
     counts, rows = text_counts(features), int(text_rows(features.store).sum())
     kept = np.flatnonzero(counts >= least)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.features.feature_store import Features
-from workbench.io.checks import check, check_kind
+from workbench.io.checks import check_kind, whole_number
 from workbench.io.errors import RequestError
 from workbench.model.unembed import load_unembed
 from workbench.sae.autoencoder import Sae, check_autoencoder
@@ -31,7 +31,7 @@ def promoted_tokens(features: Features, sae: Sae, feature: int | np.integer, k: 
         RequestError: Another SAE than the features', one that does not write to the residual stream, or a store without
             unembedding.
     """
-    check("k", k, at_least=1)
+    k = whole_number("k", k, at_least=1)
     check_sae(features, sae)
     check_writes_residual(features, sae)
     unembed = load_unembed(features.store.path)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 from workbench.features import index
 from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
-from workbench.io.checks import check
+from workbench.io.checks import check, whole_number
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Rows, Store
 
@@ -85,7 +85,7 @@ def feature_histogram(
     Raises:
         RequestError: A feature that does not exist, or fewer than one bin.
     """
-    check("bins", bins, at_least=1)
+    bins = whole_number("bins", bins, at_least=1)
     rising = features.rows_of(feature)[1][::-1].astype(np.float64)
     low, high = (min(0.0, rising[0]), max(0.0, rising[-1])) if len(rising) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else 1.0, bins + 1)
@@ -182,8 +182,8 @@ def best_features(
     Raises:
         RequestError: A column that does not exist, or no value with `least` tokens.
     """
-    check("k", k, at_least=1)
-    check("least", least, at_least=1)
+    k = whole_number("k", k, at_least=1)
+    least = whole_number("least", least, at_least=1)
     text = text_rows(features.store)
     coded = [coded_labels(name, column, text, least) for name, column in label_columns(features.store, labels).items()]
     names = [(name, value) for name, values, _ in coded for value in values]

@@ -87,6 +87,21 @@ def check(
         raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {shown}")
 
 
+def whole_number(name: str, value: Any, **limits: Any) -> int:
+    """Returns a whole number that a caller gave, 2.0 as 2, so that it can count and slice.
+
+    Args:
+        name: What the caller calls it: `k`.
+        value: The number.
+        **limits: Its limits, as of `check`.
+
+    Raises:
+        RequestError: For example "k must be a whole number, at least 1, not 2.5".
+    """
+    check(name, value, whole=True, **limits)
+    return int(value)
+
+
 def check_resampling(resamples: int, seed: int) -> None:
     """Checks the settings of intervals: from 1 to `MOST` resamples, and a seed that NumPy and torch take."""
     check("resamples", resamples, at_least=1, at_most=MOST, whole=True)

@@ -24,7 +24,7 @@ from workbench.model.capture import capture
 from workbench.model.forward import change_tensor, fixed_shape, hook_tensor, run, the_tensor, trial_ids
 from workbench.model.load import Model
 from workbench.model.offload import real_copy, running_device
-from workbench.model.unembed import Unembed
+from workbench.model.unembed import Unembed, fit_norm
 from workbench.sites.grammar import Site
 
 FirstMlp = Literal["residual", "mlp", "none"]
@@ -40,6 +40,8 @@ class HeadOutput:
     d_head: int
     project: nn.Module
     norm: nn.Module | None
+    factor: float | None = 1.0
+    """Number by which the block multiplies it before it adds it to the stream; None: it adds something else, too."""
 
     @property
     def last(self) -> nn.Module:
@@ -55,6 +57,20 @@ class HeadOutput:
         with torch.inference_mode():
             difference = the_tensor(project(units))[:, 0] - the_tensor(project(torch.zeros_like(units[:1])))[:, 0]
         return difference.reshape(self.heads, self.d_head, -1)
+
+    @plain_torch()
+    def directions(self) -> Float[Tensor, "head d_head d_model"]:
+        """Returns the direction in which each input of the projection changes the stream, in float32, without biases.
+
+        It is W_O times the block's factor. With a norm behind the projection it is known up to the scale that the norm
+        has at a token: times the norm's gain, centred for a LayerNorm.
+        """
+        directions = (self.factor or 1.0) * self.weights()
+        if self.norm is None:
+            return directions
+        kind, _eps, gain, _shift = fit_norm(self.norm, directions.shape[-1], "behind the output of a block's part")
+        directions = directions - directions.mean(-1, keepdim=True) if kind == "layer" else directions
+        return directions * gain.to(directions)
 
     @plain_torch()
     def bias(self) -> Float[Tensor, " d_model"]:
@@ -83,7 +99,8 @@ def head_outputs(model: Model) -> Mapping[int, HeadOutput]:
         if added is not None and not f"{o.tap.path}.".startswith(f"{added.tap.path}."):
             norm = model.module.get_submodule(added.tap.path)
         heads, d_head = fixed_shape(z)
-        outputs[layer] = HeadOutput(heads, d_head, model.module.get_submodule(o.tap.path), norm)
+        factor = _factor(model, f"blocks.{layer}.hook_attn_out")
+        outputs[layer] = HeadOutput(heads, d_head, model.module.get_submodule(o.tap.path), norm, factor)
     if not outputs:
         raise RequestError(
             f"model {model.name!r} ({model.architecture}) has no layer with separate attention heads; "
@@ -108,13 +125,32 @@ def mlp_outputs(model: Model) -> Mapping[int, HeadOutput]:
         norm = None
         if added is not None and not f"{out.tap.path}.".startswith(f"{added.tap.path}."):
             norm = model.module.get_submodule(added.tap.path)
-        outputs[layer] = HeadOutput(1, fixed_shape(post)[0], model.module.get_submodule(out.tap.path), norm)
+        factor = _factor(model, f"blocks.{layer}.hook_mlp_out")
+        outputs[layer] = HeadOutput(1, fixed_shape(post)[0], model.module.get_submodule(out.tap.path), norm, factor)
     if not outputs:
         raise RequestError(
             f"model {model.name!r} ({model.architecture}) has no layer with one set of neurons; "
             "this needs an architecture with the site mlp_post"
         )
     return outputs
+
+
+def check_added(outputs: Mapping[int, HeadOutput], model: Model) -> None:
+    """Refuses layers that add more to the stream than these outputs.
+
+    Raises:
+        RequestError: There is one, such as those of Falcon-H1, where attention and a state space are added at once.
+    """
+    for layer, output in outputs.items():
+        if output.factor is None:
+            raise RequestError(
+                f"layer {layer} of {model.architecture} adds more to the residual stream than the output of its heads, "
+                "so what they add is not known; patch z, or change it by wb.intervene"
+            )
+
+
+def _factor(model: Model, added: str) -> float | None:
+    return 1.0 if _site(model, added) is not None else model.site_map.factors.get(added)
 
 
 @plain_torch()

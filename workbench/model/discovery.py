@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from workbench.io.torch_state import plain_torch
 from workbench.model.claims import Claims, adapter_claims, blocks_at, has_head, structural_claims
+from workbench.model.forward import text_config
 from workbench.model.meaning import check_block
 from workbench.model.trial import Trial, try_model
 from workbench.sites.grammar import Part, Site, SiteMap, Tap, short_name
@@ -44,9 +45,10 @@ def find_sites(module: nn.Module) -> SiteMap:
     taps, missing = _resolve(names, trial, modules)
     if not has_head(module):
         missing |= dict.fromkeys(("logits", "unembed.hook_out"), _NO_HEAD)
+    factors: dict[str, float] = {}
     for layer in range(n_layers):
-        moved, reasons = check_block(layer, taps, trial)
-        missing |= reasons
+        moved, reasons, multiplied = check_block(layer, taps, trial)
+        missing, factors = missing | reasons, factors | multiplied
         taps = {name: tap for name, tap in (taps | moved).items() if name not in reasons}
     by_tap: dict[Tap, list[str]] = {}
     for name, tap in taps.items():
@@ -64,8 +66,10 @@ def find_sites(module: nn.Module) -> SiteMap:
     last = Tap(f"{names.blocks}.{n_layers - 1}", "out")
     causal = trial.causal(last) and other.causal(last)
     chained = tuple(layer for layer in range(1, n_layers) if _chained(layer, names, trial))
-    synonyms, missing, rules = synonyms | paths, missing | reasons, tuple(_score_rules(sites, trial))
-    return SiteMap(sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, others, rules)
+    synonyms, missing, rules = synonyms | paths, missing | reasons, tuple(_score_rules(module, sites, trial))
+    return SiteMap(
+        sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, others, rules, factors
+    )
 
 
 def _modules(
@@ -95,12 +99,18 @@ def _modules(
     return synonyms, others, missing
 
 
-def _score_rules(sites: Mapping[str, Site], trial: Trial) -> Iterator[ScoreRule]:
-    """Rules of the layers whose attention is softmax(q k) v, with the sites of those queries and keys."""
+def _score_rules(module: nn.Module, sites: Mapping[str, Site], trial: Trial) -> Iterator[ScoreRule]:
+    """Rules of the layers whose attention is softmax(q k) v, with the sites of those queries and keys.
+
+    Layers that attend within chunks (Llama 4) are left out: which keys a query sees is in their mask alone.
+    """
     at = {site.tap: site for site in sites.values()}
+    kinds = getattr(text_config(module), "layer_types", None) or ()
     for path, call in trial.calls.items():
         query, key = at.get(Tap(path, "query")), at.get(Tap(path, "key"))
         if path in trial.refused or query is None or key is None or query.layer is None:
+            continue
+        if "chunked_attention" in kinds[query.layer : query.layer + 1]:
             continue
         yield ScoreRule(
             layer=query.layer,

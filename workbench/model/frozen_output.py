@@ -1,7 +1,9 @@
-"""Heads and neurons as parts of what attention and MLP add to the stream, with a norm behind them at its own scale."""
+"""Heads and neurons as parts of what attention and MLP add to the stream: the norm behind them keeps its scale, and the
+number by which the block multiplies them is theirs, too."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +20,10 @@ from workbench.model.unembed import fit_norm, normalise
 
 @dataclass(frozen=True)
 class FrozenOutput:
-    """Output projection of a layer, and the norm behind it, in float64 on the CPU."""
+    """Output projection of a layer, and what the block does to it before it adds it, in float64 on the CPU.
+
+    The output's factor is known; see `circuits.check_added`.
+    """
 
     output: HeadOutput
 
@@ -39,14 +44,19 @@ class FrozenOutput:
     def _width(self) -> int:
         return self.output.heads * self.output.d_head
 
+    @property
+    def _factor(self) -> float:
+        assert self.output.factor is not None
+        return self.output.factor
+
     @plain_torch()
     def added(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
         """Returns what the whole part adds to the stream, from the inputs of its projection."""
         written = self._projected(inputs)
         if self._norm is None:
-            return written
+            return self._factor * written
         kind, eps, gain, shift = self._norm
-        return normalise(written, kind, eps) * gain + shift
+        return self._factor * (normalise(written, kind, eps) * gain + shift)
 
     @plain_torch()
     def contributions(
@@ -57,21 +67,41 @@ class FrozenOutput:
         They sum to `added(inputs) . directions`. A norm behind the projection keeps the scale that it has for the row,
         so that it is linear. The projection's weights are read by its own backward pass, in whatever form it has them.
         """
-        u = directions.double()
+        u = self._factor * directions.double()
         bias = torch.zeros(len(u), dtype=torch.float64)
         if self._norm is not None:
             kind, eps, gain, shift = self._norm
             written = self._projected(inputs)
             bias = u @ shift
             u = u * gain
-            if kind == "layer":
-                written, u = written - written.mean(-1, keepdim=True), u - u.mean(-1, keepdim=True)
-            u = u * torch.rsqrt(written.square().mean(-1, keepdim=True) + eps)
+            u = _centred(u, kind) * torch.rsqrt(_centred(written, kind).square().mean(-1, keepdim=True) + eps)
         zero = torch.zeros(len(u), 1, self._width, dtype=torch.float64, requires_grad=True)
         constant = the_tensor(self._project(zero))
         (weights,) = torch.autograd.grad(constant, zero, u[:, None])
         return inputs.double() * weights[:, 0], bias + (constant.detach()[:, 0] * u).sum(-1)
 
+    @plain_torch()
+    @torch.no_grad()
+    def mean_write(self, inputs: Float[Tensor, "row inner"], heads: Sequence[int]) -> Float64[Tensor, " d_model"]:
+        """Returns the mean over rows of what some heads together add to the stream, without biases.
+
+        A norm behind the projection keeps the scale that it has for each row.
+        """
+        chosen = torch.zeros(self.output.heads, 1, dtype=torch.float64)
+        chosen[list(heads)] = 1
+        inputs, scale = inputs.double(), torch.ones(1, dtype=torch.float64)
+        kind, gain = "none", scale
+        if self._norm is not None:
+            kind, eps, gain, _ = self._norm
+            scale = torch.rsqrt(_centred(self._projected(inputs), kind).square().mean(-1, keepdim=True) + eps)
+        mean = (scale * inputs).mean(0).reshape(self.output.heads, -1) * chosen
+        written, bias = self._projected(torch.stack([mean.flatten(), torch.zeros(self._width)]))
+        return self._factor * gain * _centred(written - bias, kind)
+
     def _projected(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
         with torch.no_grad():
             return the_tensor(self._project(inputs.double()[:, None]))[:, 0]
+
+
+def _centred(x: Float64[Tensor, "*row d_model"], kind: str) -> Float64[Tensor, "*row d_model"]:
+    return x - x.mean(-1, keepdim=True) if kind == "layer" else x

@@ -32,6 +32,18 @@ _NEURONS = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
 
 
 @dataclass(frozen=True)
+class _Meaning:
+    """Finding about one name of a block."""
+
+    name: str | None = None
+    """Name whose tensor it stands for. None: its own."""
+    reason: str | None = None
+    """Reason why it is not offered."""
+    factor: float | None = None
+    """Number by which the block multiplies the tensor before it adds it, where that is the reason."""
+
+
+@dataclass(frozen=True)
 class _Block:
     """Tensors of one block by the ends of their names, at the real tokens of a trial pass."""
 
@@ -61,23 +73,29 @@ class _Block:
         return tap in order and order[tap] > min(earlier, default=len(order))
 
 
-def check_block(layer: int, taps: Mapping[str, Tap], trial: Trial) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Returns the taps that names of a block take in place of theirs, and the reason for each name that fails."""
+def check_block(
+    layer: int, taps: Mapping[str, Tap], trial: Trial
+) -> tuple[dict[str, Tap], dict[str, str], dict[str, float]]:
+    """Returns the taps that names of a block take in place of theirs, the reason for each name that fails, and the
+    number by which the block multiplies what a name should stand for, where that is the reason."""
     block = _Block(f"blocks.{layer}", taps, trial)
-    chosen: dict[str, tuple[str | None, str | None]] = {name: (None, _no_neurons(block, name)) for name in _NEURONS}
+    chosen = {name: _Meaning(reason=_no_neurons(block, name)) for name in _NEURONS}
     pre, post = block.value("hook_resid_pre"), block.value("hook_resid_post")
     if pre is not None and post is not None:
         chosen |= _stream_names(block, pre, post)
     moved = {
-        f"{block.prefix}.{name}": block.tap(other) for name, (other, _) in chosen.items() if other and other != name
+        f"{block.prefix}.{name}": block.tap(meaning.name)
+        for name, meaning in chosen.items()
+        if meaning.name and meaning.name != name
     }
-    reasons = {f"{block.prefix}.{name}": reason for name, (_, reason) in chosen.items() if reason}
+    reasons = {f"{block.prefix}.{name}": meaning.reason for name, meaning in chosen.items() if meaning.reason}
+    factors = {f"{block.prefix}.{name}": one.factor for name, one in chosen.items() if one.factor is not None}
     claimed = {name: tap for name, tap in moved.items() if name in taps and tap is not None}
-    return claimed, reasons
+    return claimed, reasons, factors
 
 
-def _stream_names(block: _Block, pre: Tensor, post: Tensor) -> dict[str, tuple[str | None, str | None]]:
-    """For each name between `pre` and `post`, the name whose tensor it stands for, or the reason why it fails."""
+def _stream_names(block: _Block, pre: Tensor, post: Tensor) -> dict[str, _Meaning]:
+    """The meaning of each name between `pre` and `post`."""
     attentions, mlps = block.values(_ATTENTIONS), block.values(_MLPS)
     mids = {name: value for name, value in block.values(_MIDS).items() if not block.after(name, _MLPS)}
     norm_inputs = block.values(("ln1.hook_in", "ln2.hook_in"))
@@ -87,15 +105,15 @@ def _stream_names(block: _Block, pre: Tensor, post: Tensor) -> dict[str, tuple[s
         *norm_inputs.values(),
         *(pre.double() + attention.double() for attention in attentions.values()),
     ]
-    attention, no_attention = _added("attention", attentions, [pre], after_attention)
-    mlp, no_mlp = _added("the MLP", mlps, before_mlp, [post, *norm_inputs.values()])
     mid = next((name for name, value in mids.items() if _is_mid(block, value, attentions, mlps)), None)
-    chosen = {_ATTENTIONS[0]: (attention, no_attention), _MLPS[0]: (mlp, no_mlp), _MIDS[0]: (mid, None)}
-    if mid is None and block.tap(_MIDS[0]) in block.trial.values:
-        chosen[_MIDS[0]] = (None, _no_mid(block.value(_MIDS[0]), pre))
-    chosen["ln1.hook_out"] = (None, _first_norm(block, pre))
-    chosen["ln2.hook_out"] = (None, _second_norm(block))
-    return chosen
+    no_mid = mid is None and block.tap(_MIDS[0]) in block.trial.values
+    return {
+        _ATTENTIONS[0]: _added("attention", attentions, [pre], after_attention),
+        _MLPS[0]: _added("the MLP", mlps, before_mlp, [post, *norm_inputs.values()]),
+        _MIDS[0]: _Meaning(mid, _no_mid(block.value(_MIDS[0]), pre) if no_mid else None),
+        "ln1.hook_out": _Meaning(reason=_first_norm(block, pre)),
+        "ln2.hook_out": _Meaning(reason=_second_norm(block)),
+    }
 
 
 def _no_neurons(block: _Block, name: str) -> str | None:
@@ -110,27 +128,26 @@ def _no_neurons(block: _Block, name: str) -> str | None:
     return None
 
 
-def _added(
-    part: str, candidates: Mapping[str, Tensor], bases: list[Tensor], totals: list[Tensor]
-) -> tuple[str | None, str | None]:
+def _added(part: str, candidates: Mapping[str, Tensor], bases: list[Tensor], totals: list[Tensor]) -> _Meaning:
     """Name of the tensor that a part of the block adds to the stream, or the reason why the first name is not it."""
     if not candidates or not totals:
-        return None, None
+        return _Meaning()
     scaled: dict[str, float] = {}
     for name, value in candidates.items():
         for base, total in product(bases, totals):
             factor = _factor(base, value, total)
             if factor == 1.0:
-                return name, None
+                return _Meaning(name)
             if factor is not None:
                 scaled.setdefault(name, factor)
     if scaled:
         name, factor = next(reversed(scaled.items()))
-        return None, (
+        reason = (
             f"the block multiplies the output of {part} by {factor:.4g} before it adds it; record blocks.N.{name} and "
             "multiply by that"
         )
-    return None, f"the stream does not change by the output of {part} alone"
+        return _Meaning(reason=reason, factor=factor)
+    return _Meaning(reason=f"the stream does not change by the output of {part} alone")
 
 
 def _is_mid(block: _Block, mid: Tensor, attentions: Mapping[str, Tensor], mlps: Mapping[str, Tensor]) -> bool:

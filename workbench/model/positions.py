@@ -128,9 +128,16 @@ class PassTokens:
         seen = self.cached + self.shape[1]
         column = torch.arange(held, device="cpu") + max(0, seen - held)
         position = column - self.pads[:, None]
-        position = torch.where((position >= 0) & (column < seen), position, -1)
+        position = torch.where((position >= 0) & (column < seen) & ~self._padded(column), position, -1)
         fresh = max(0, max(self.cached, self.fresh) - max(0, seen - held))
         return PassTokens(position, self.prompt, (self.shape[0], held), fresh, self.split, labels=self.labels)
+
+    def _padded(self, column: Int[Tensor, " key"]) -> Bool[Tensor, "batch key"]:
+        """Mask of the columns of this pass that are padding, behind the tokens, too; keys of earlier passes are not."""
+        assert self.position is not None
+        place = column - self.cached
+        inside = (place >= 0) & (place < self.shape[1])
+        return inside & (self.position[:, place.clamp(0, self.shape[1] - 1)] < 0)
 
     def _choose(self, choice: Tokens | Tensor) -> Tensor:
         if isinstance(choice, Tensor):

@@ -16,7 +16,7 @@ from workbench.features.feature_store import Features
 from workbench.features.labels import names_of
 from workbench.figures.markup import escape
 from workbench.figures.safe_text import visible
-from workbench.io.checks import as_path, check
+from workbench.io.checks import as_path, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
@@ -46,7 +46,7 @@ def feature_index(features: Features, path: str | Path, *, tokens: int = 5, page
         RequestError: A path that is a folder, or no token to show.
     """
     path = as_path("path", path)
-    check("tokens", tokens, at_least=1)
+    tokens = whole_number("tokens", tokens, at_least=1)
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / 'index.html'}")
     check_writable(path, "path")

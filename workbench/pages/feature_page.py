@@ -22,7 +22,7 @@ from workbench.features.queries import Context, coactivation, feature_contexts, 
 from workbench.figures.markup import escape, inert
 from workbench.figures.readable import readable_tokens
 from workbench.figures.safe_text import sentence, visible
-from workbench.io.checks import as_path, check
+from workbench.io.checks import as_path, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
@@ -127,8 +127,8 @@ def feature_html(
     features: Features, feature: int, *, sae: Sae | None, k: int, context: int, pages: Collection[int] = ()
 ) -> str:
     """Returns the page that `feature_page` writes."""
-    check("k", k, at_least=1)
-    check("context", context, at_least=1)
+    k = whole_number("k", k, at_least=1)
+    context = whole_number("context", context, at_least=1)
     rows, values = features.rows_of(feature)
     if sae is not None:
         check_sae(features, sae)

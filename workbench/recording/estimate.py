@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from workbench.corpus.sources import Texts
-from workbench.io.checks import check
+from workbench.io.checks import check, whole_number
 from workbench.io.files import human_bytes
 from workbench.io.progress import duration
 from workbench.io.tasks import Answer, Begin, OnLost, Task, ThisProcess
@@ -128,7 +128,7 @@ def plan(
     """
     settings = recording(settings, **options)
     check("rows", rows, at_least=1, whole=True)
-    check("workers", workers, at_least=1)
+    workers = whole_number("workers", workers, at_least=1)
     check("seconds", seconds, above=0, below=math.inf)
     model = model if isinstance(model, Model) else load_model(model)
     context = context_length(settings, model)

@@ -29,7 +29,7 @@ from workbench.corpus.chats import render_chats
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import Texts, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
-from workbench.io.checks import MOST, SEEDS, as_path, check, check_fields
+from workbench.io.checks import MOST, SEEDS, as_path, check, check_fields, check_types, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_text
@@ -58,16 +58,14 @@ class Sampling:
     """Random seed; a seed gives the same tokens on the same machine in batches of the same size."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "max_new_tokens", at_least=1, whole=True)
+        check_types(self)
+        check_fields(self, "max_new_tokens", at_least=1)
         check_fields(self, "temperature", at_least=0, below=math.inf)
         if 0 < self.temperature < _COLDEST:  # logits divided by it are infinite
             raise RequestError(f"temperature is {self.temperature}; give 0 for the most probable token, or more")
         check_fields(self, "top_p", above=0, at_most=1)
-        for name in ("temperature", "top_p"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        check_fields(self, "seed", at_least=0, below=SEEDS, whole=True)
-        if self.top_k is not None:
-            check_fields(self, "top_k", at_least=1, whole=True)
+        check_fields(self, "seed", at_least=0, below=SEEDS)
+        check_fields(self, "top_k", at_least=1, optional=True)
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ def generate(
     check_model(model)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     check("bos", bos, one_of=get_args(BosPolicy))
-    check("samples", samples, at_least=1, at_most=MOST, whole=True)
-    check("batch_size", batch_size, at_least=1, whole=True)
+    samples = whole_number("samples", samples, at_least=1, at_most=MOST)
+    batch_size = whole_number("batch_size", batch_size, at_least=1)
     if not model.site_map.causal:
         raise RequestError(f"model {model.name!r} is not causal; it does not generate")
     if samples > 1 and not sampling.temperature:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from workbench.io.checks import check
+from workbench.io.checks import whole_number
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
 from workbench.sae.autoencoder import Sae, not_defined
@@ -104,7 +104,7 @@ def nearest_features(sae: Sae, feature: int | np.integer, k: int = 10) -> pd.Dat
         RequestError: A feature that does not exist, or k < 1.
         DataError: The direction of `feature` has NaN or infinite values.
     """
-    check("k", k, at_least=1)
+    k = whole_number("k", k, at_least=1)
     direction = unit_rows(decoder_directions(sae, [feature]))[0]
     cosine = np.empty(sae.d_sae, np.float32)
     for place, units in unit_directions(sae):

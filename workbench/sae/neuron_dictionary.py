@@ -34,7 +34,8 @@ def neuron_dictionary(model: Model, layer: int, *, minimum: float = 0.0) -> Sae:
         minimum: Activations up to this, in absolute value, are left out.
 
     Raises:
-        RequestError: No such layer, or its MLP has no single set of neurons (mixtures of experts, state spaces).
+        RequestError: No such layer, its MLP has no single set of neurons (mixtures of experts, state spaces), or the
+            block norms or multiplies the MLP's output before it adds it.
     """
     check_model(model)
     check("minimum", minimum, at_least=0, below=float("inf"))
@@ -43,6 +44,12 @@ def neuron_dictionary(model: Model, layer: int, *, minimum: float = 0.0) -> Sae:
     if layer not in outputs:
         raise RequestError(f"layer {layer} of {model.name!r} has no neurons; layers with them are {sorted(outputs)}")
     output = outputs[layer]
+    if output.norm is not None or output.factor != 1:
+        change = "changes" if output.norm is None else "norms"
+        raise RequestError(
+            f"layer {layer} of {model.architecture} {change} the MLP's output before it adds it, so that no decoder "
+            "gives what a neuron adds; use the probe direct-logit-attribution with parts='neurons'"
+        )
     decoder, bias = (part.cpu().clone() for part in (output.weights()[0], output.bias()))  # no inference tensors
     units = torch.eye(output.d_head)
     if gated(model, layer):

@@ -147,6 +147,9 @@ class SiteMap:
     of `sites` have their module among the synonyms."""
     score_rules: tuple[ScoreRule, ...] = ()
     """Rules by which layers score their queries and keys; without layers that attend in their own way."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Number by which a block multiplies the output of its attention or MLP before it adds it, by the name of what is
+    added, such as blocks.0.hook_attn_out, which is no site then."""
 
     @property
     def last_block(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
-from workbench.io.checks import check, check_fields
+from workbench.io.checks import check, check_fields, check_types
 from workbench.io.errors import RequestError, shown
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Recording:
     weights need: vocabulary x d_model values for each table, kept once for all stores of the model in one folder."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_fields(self, "context", "max_rows", "batch_tokens", "segment_rows", at_least=1, optional=True)
         _check_choices({"dtype": self.dtype, "bos": self.bos, "unaligned_pairs": self.unaligned_pairs})
         for name, columns in (("text_column", (self.text_column,)), ("metadata", self.metadata or ())):

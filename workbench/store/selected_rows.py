@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from workbench.io.checks import check
+from workbench.io.checks import check, whole_number
 from workbench.io.errors import RequestError, shown
 from workbench.store.query import rows_of_tokens
 
@@ -86,7 +86,7 @@ class Rows:
 
         The same seed draws the same rows of the same selection.
         """
-        check("n", n, at_least=0, whole=True)
+        n = whole_number("n", n, at_least=0)
         check("seed", seed, at_least=0, whole=True)
         drawn = np.random.default_rng(seed).permutation(len(self))[:n]
         return Rows(self.store, self.ids[drawn])
@@ -101,7 +101,7 @@ class Rows:
         The token stands between ⟦ and ⟧ where there is a context: "Once upon⟦ a⟧ time". Texts of tokens are joined as
         they are. A store of chosen rows has no context.
         """
-        check("context", context, at_least=0, whole=True)
+        context = whole_number("context", context, at_least=0)
         if not context:
             return [text or "" for text in self.tokens["token"].to_pylist()]
         self.store.require_whole_sequences("text with a context")
