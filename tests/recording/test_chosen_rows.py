@@ -116,6 +116,11 @@ def test_chosen_rows_are_appended_and_other_choices_refused(model, texts, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"where": "position > 2 AND random() < 0.5"}, "query '(position > 2 AND random() < 0.5\\n)': random() may"),
+        (
+            {"where": "position > year(now())"},
+            "query '(position > year(now())\\n)': now() may choose other tokens each",
+        ),
         ({"where": "token = 'nowhere'"}, "where=\"token = 'nowhere'\" selects none of the "),
         ({"keep": [99]}, "keep=(99,) selects none of the "),
         ({"where": "tokn = 1"}, "query '(tokn = 1\\n)': Referenced column \"tokn\" not found"),

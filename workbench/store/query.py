@@ -21,7 +21,7 @@ from workbench.store.groups import GROUPS, segment_tables, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
 from workbench.store.new_columns import common_columns, part_columns, store_columns
 from workbench.store.sql_names import SqlNames, quote
-from workbench.store.sql_tree import TABLE, allowed_clause
+from workbench.store.sql_tree import TABLE, allowed_clause, check_repeatable
 from workbench.store.token_table import read_schema, take_tokens
 
 _SQL_TYPES = {
@@ -87,10 +87,10 @@ def select_rows(
 def select_planned(file: Path, predicate: str) -> Int64[np.ndarray, " selected"]:
     """Returns the row ids, ascending, of the tokens in one Parquet file for which `predicate` is true.
 
-    Raises as `select_rows` does.
+    Raises as `select_rows` does, and RequestError for a condition that may choose other tokens each time.
     """
     schema = read_schema(file).remove_metadata()
-    files = _Tokens("the planned tokens", (file.parent,), schema, ((file, schema),), chosen=False)
+    files = _Tokens("the planned tokens", (file.parent,), schema, ((file, schema),), chosen=False, repeatable=True)
     return files.select(predicate, ())
 
 
@@ -125,6 +125,8 @@ class _Tokens:
     files: tuple[tuple[Path, pa.Schema], ...]
     chosen: bool
     """True for chosen rows, which have the length of their sequence."""
+    repeatable: bool = False
+    """True if the same condition must choose the same rows again."""
 
     def select(self, predicate: str, parameters: Parameters) -> Int64[np.ndarray, " selected"]:
         """Returns the ids of the rows for which the condition is true."""
@@ -137,6 +139,8 @@ class _Tokens:
         row = names.quoted("row")
         with duckdb.connect() as connection:
             clause = allowed_clause(connection, predicate, condition, bool(parameters))
+            if self.repeatable:
+                check_repeatable(connection, predicate, condition)
             connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
             try:
                 tokens = self._relation(connection, names, condition)

@@ -45,6 +45,22 @@ def allowed_clause(connection: Any, predicate: str, condition: str, parameters: 
     return f"{'QUALIFY' if window else 'WHERE'} ({condition}\n)"
 
 
+def check_repeatable(connection: Any, predicate: str, condition: str) -> None:
+    """Refuses a condition that may choose other tokens each time, as a recording and what resumes it must not.
+
+    Raises:
+        RequestError: It calls a function such as random() or now().
+    """
+    changing = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
+    names = {name for (name,) in connection.execute(changing).fetchall()}
+    for node in _nodes(_parsed(connection, f"SELECT 1 WHERE ({condition}\n)")):
+        if (name := node.get("function_name")) in names:
+            raise RequestError(
+                f"query {predicate!r}: {name}() may choose other tokens each time, and the same request must record "
+                "the same tokens; choose by columns, such as row % 10 = 0"
+            )
+
+
 def _parsed(connection: Any, statement: str) -> dict[str, Any]:
     ((tree,),) = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [statement]).fetchall()
     return json.loads(tree)
