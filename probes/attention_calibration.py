@@ -294,4 +294,4 @@ def _loss(result: Result, model: str) -> go.Figure:
         height=440,
         margin={"t": 110},
     )
-    return figure.update_yaxes(title="change of the loss, nats", zeroline=True)
+    return figure.update_yaxes(title="change of the loss, nats", zeroline=True, rangemode="tozero")

@@ -321,7 +321,7 @@ def _heads(result: Result) -> go.Figure:
         title=f"Hidden sinks in {model_label(result)}: {share:.1f} % of heads{interval_suffix(low, high, '.1f')}",
         subtitle=f"share of {int(data['sequences']):,} sequences in which a position after the first receives more "
         f"than {settings['threshold']} = {float(data['cutoff']):.3g} of the attention",
-        unit=axis_title(data["share"].attrs, "share"),
+        unit=axis_title(data["share"].attrs),
     )
 
 

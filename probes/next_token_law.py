@@ -296,4 +296,6 @@ def _law(result: Result) -> go.Figure:
     figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
     values = np.concatenate([data[name].to_numpy() for name in curves.values()])
     wide = np.nanmax(values) > 5 * max(np.nanmin(values), _EXACT)
-    return figure.update_yaxes(type="log", title=axis_title(data["residual"].attrs), dtick="D2" if wide else "D1")
+    return figure.update_yaxes(
+        type="log", title=axis_title(data["residual"].attrs), dtick="D2" if wide else "D1", tickformat="~r"
+    )

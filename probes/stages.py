@@ -346,5 +346,5 @@ def _bands(result: Result, measure: str) -> go.Figure:
         unit=_UNITS[measure],
     )
     if measure == "kl" and float(data["kl_delete"].max()) > 0:
-        figure.update_yaxes(type="log", tickformat="~g")
+        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
     return figure.update_yaxes(range=[0, 1.02]) if measure == "agreement" else figure

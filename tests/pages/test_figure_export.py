@@ -26,6 +26,7 @@ import workbench as wb
 from workbench.cli.main import main
 from workbench.figures.attention_map import head_attention
 from workbench.figures.describe import alt_text, caption, figure_data
+from workbench.figures.group_intervals import group_intervals
 from workbench.figures.head_grid import head_grid, with_side_panel
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.legend_room import with_legend_room
@@ -101,6 +102,13 @@ SHAPES |= {
     ),
     "deep": lambda: head_grid(
         np.eye(48, 64), hover=[[""] * 64] * 48, layers=range(48), title="t", subtitle="s", unit="alpha (attention)"
+    ),
+    "names": lambda: group_intervals(
+        {"one": np.ones((3, 4))},
+        categories=["all layers", "random keys, all layers", "chosen<br>1,234", "of others"],
+        hover="",
+        title="t",
+        subtitle="s",
     ),
     "panels": panels,
     "long_titles": long_titles,

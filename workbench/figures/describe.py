@@ -182,9 +182,15 @@ def _trace_columns(layout: Mapping[str, Any], trace: BaseTraceType) -> dict[str,
     for name in {"x", "y"} & {*columns}:
         axis = _axis(layout, trace, name)
         if axis.get("tickvals") is not None and axis.get("ticktext") is not None:
-            labels = dict(zip(axis["tickvals"], map(plain, axis["ticktext"]), strict=True))
-            columns[f"{name}_label"] = [labels.get(value) for value in columns[name]]
+            texts = dict(zip(axis["tickvals"], axis["ticktext"], strict=True))
+            labels = {value: plain(text) for value, text in texts.items()}
+            if any(not isinstance(value, str) or _words(value) != _words(text) for value, text in texts.items()):
+                columns[f"{name}_label"] = [labels.get(value) for value in columns[name]]
     return {**columns, "series": plain(trace.name or ""), "panel": _panel(layout, trace)}
+
+
+def _words(markup: str) -> list[str]:
+    return plain(markup.replace("<br>", " ")).split()
 
 
 def _heatmap(trace: BaseTraceType) -> dict[str, Any]:

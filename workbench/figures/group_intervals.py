@@ -8,8 +8,11 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from workbench.figures.category_names import name_ticks
 from workbench.figures.error_bars import error_bars
 from workbench.figures.themed import ThemedFigure
+
+_WIDTH, _SIDES, _LEGEND = 960, 100, 150  # pixels
 
 
 def group_intervals(
@@ -41,13 +44,14 @@ def group_intervals(
         )
         for name, (mean, low, high) in groups.items()
     ]
+    room = float(_WIDTH - _SIDES - _LEGEND * (len(groups) > 1))
     layout = {
         "title": {"text": title, "subtitle": {"text": subtitle}},
         "scattermode": "group",
         "height": 460,
-        "width": 960,
+        "width": _WIDTH,
         "legend": {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
-        "xaxis": {"type": "category"},
+        "xaxis": {"type": "category", **name_ticks({one: one for one in categories}, room, 13.0)},
         "yaxis": {"rangemode": "tozero"},
     }
     return ThemedFigure(points, layout)

@@ -105,6 +105,13 @@ def with_side_panel(figure: go.Figure, curves: Mapping[str, Float[np.ndarray, " 
             line={"color": colour},
             hovertemplate="layer %{y}: %{x:.4g}",
         )
-    panel = {"domain": [0.77, 1], "anchor": "y", "type": "log", "title": {"text": unit}, "nticks": 4}
+    panel = {
+        "domain": [0.77, 1],
+        "anchor": "y",
+        "type": "log",
+        "title": {"text": unit},
+        "nticks": 4,
+        "tickformat": "~r",
+    }
     figure.update_layout(xaxis={"domain": [0, 0.72]}, xaxis2=panel, width=figure.layout.width + 260, margin={"t": 110})
     return figure

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from workbench.figures.safe_text import plain
 
-_TITLE, _SUBTITLE, _LINE, _GAP = 38, 28, 19, 12  # pixels from the top
+_TITLE, _SUBTITLE, _LINE, _GAP = 38, 28, 19, 18  # pixels from the top
 _CHARACTER, _KEY, _SIDES, _WIDTH = 6.6, 48, 100, 760
 
 

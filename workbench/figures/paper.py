@@ -12,6 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from workbench.figures.category_names import name_ticks
 from workbench.figures.safe_text import label, plain
 from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT, top_bar
 from workbench.figures.token_grid import grid_of, rewrap
@@ -72,6 +73,7 @@ def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]
     inner_width = width - max(_GRID_MARGIN, labels + _PLOT_MARGIN)
     for axis in copy.select_xaxes():
         _thin(axis, copy, inner_width)
+        _fit_names(axis, copy, inner_width)
     return copy, [*omitted, *_thin_labels(copy, inner_width, _set_height(copy, width))]
 
 
@@ -188,9 +190,10 @@ def _set_height(figure: go.Figure, width: float) -> float:
 
 
 def _label_width(axis: go.layout.XAxis | go.layout.YAxis, figure: go.Figure, name: str) -> float:
-    """Extent of category labels away from their axis; 0 for none, and for horizontal labels of an x axis."""
+    """Extent of category labels away from their axis; 0 for none, and for labels of one line along an x axis."""
     if name == "x" and axis.tickangle != -90:
-        return 0.0
+        lines = max((text.count("<br>") for text in axis.ticktext or ()), default=0)
+        return 1.3 * _TICK * (lines + 1) if lines else 0.0
     bars = [t for t in figure.data if t.type == "bar" and t.orientation == "h"] if name == "y" else []
     texts = axis.ticktext or [value for trace in bars for value in trace.y]
     lines = [plain(line) for text in texts for line in str(text).split("<br>")]
@@ -206,6 +209,20 @@ def _thin(axis: go.layout.XAxis, figure: go.Figure, width: float) -> None:
         steps = (max(values, default=0) - min(values, default=0)) / axis.dtick
         axis.dtick *= max(1, math.ceil(steps / room))
         axis.tickangle = 0
+
+
+def _fit_names(axis: go.layout.XAxis, figure: go.Figure, width: float) -> None:
+    """Wraps or turns the names of categories that would overlap."""
+    number = (axis.plotly_name or "xaxis").removeprefix("xaxis")
+    traces = [trace for trace in figure.data if trace.type in ("bar", "scatter") and trace.x is not None]
+    drawn = [trace.x for trace in traces if (trace.xaxis or "x")[1:] == number]
+    names = {value: value for values in drawn for value in values if isinstance(value, str)}
+    if axis.ticktext:
+        names = dict(zip(axis.tickvals, axis.ticktext, strict=True)) if {*axis.tickvals} <= {*names} else {}
+    length = width * (axis.domain[1] - axis.domain[0] if axis.domain else 1)
+    if names:
+        axis.tickangle = None
+        axis.update(name_ticks(names, float(length), _TICK))
 
 
 def _wrap(axis: go.layout.XAxis | go.layout.YAxis, room: float) -> None:

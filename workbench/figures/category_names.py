@@ -1,0 +1,39 @@
+"""Names of categories along a horizontal axis: in one line, wrapped or turned, as their room allows."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from workbench.figures.safe_text import plain, sentence
+
+_CHARACTER = 0.52  # mean width, in sizes of the type
+_MAX_LINES = 3
+_SHORT = 3  # characters that always fit: plotly leaves out labels of these
+
+
+def name_ticks(names: Mapping[str, str], length: float, size: float) -> dict[str, Any]:
+    """Returns ticks of categories whose names would overlap: wrapped, or turned where their words are too long.
+
+    Args:
+        names: Category to its name, as plotly text.
+        length: Length of the axis in pixels.
+        size: Size of the type in pixels.
+
+    Returns:
+        Properties of the axis; none where the names fit as they are.
+    """
+    lines = [[plain(line) for line in name.split("<br>")] for name in names.values()]
+    room = int(length / max(1, len(names)) / (_CHARACTER * size) - 0.5)  # between two names half a character
+    if max((len(line) for parts in lines for line in parts), default=0) <= max(room, _SHORT):
+        return {}
+    wrapped = [[part for line in parts for part in textwrap.wrap(line, max(room, 1))] for parts in lines]
+    words = [len(word) for parts in lines for line in parts for word in line.split()]
+    turned = max(words) > room or max(map(len, wrapped)) > _MAX_LINES
+    shown = [[" ".join(parts)] for parts in lines] if turned else wrapped
+    return {
+        "tickvals": list(names),
+        "ticktext": ["<br>".join(map(sentence, parts)) for parts in shown],
+        "tickangle": -90 if turned else 0,
+    }
