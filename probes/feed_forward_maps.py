@@ -137,7 +137,7 @@ class FeedForwardMaps(LayerProbe):
         parts = block_parts(recorded_model(store, model or self.model, "cpu"))
         places = self._places(store, list(parts))
         sequences = select_sequences(store, self.length, self.where)
-        chosen = np.unique(np.linspace(0, len(sequences) - 1, self.row_limit).round().astype(int))
+        chosen = np.unique(np.linspace(0, len(sequences) - 1, min(self.row_limit, len(sequences))).round().astype(int))
         rows = sequences.rows[chosen]
         sites = list(dict.fromkeys(site for place in places.values() for site in place))
         checked = self.finite_rows(store, sites, rows)

@@ -154,7 +154,7 @@ class InductionHeads(LayerProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check("occurrences", self.occurrences, one_of=get_args(Occurrences))
-        check("copying_tokens", self.copying_tokens, at_least=2)
+        check("copying_tokens", self.copying_tokens, at_least=2, at_most=10_000)
         check_fields(self, "resamples", at_least=1)
         check_fields(self, "ablation_controls", "ablation_tokens", at_least=1)
         check_fields(self, "seed", "early", "window", "ablated", at_least=0)

@@ -40,6 +40,7 @@ from workbench.probing import (
     Variable,
     affordable_prompts,
     axis_title,
+    check,
     check_fields,
     dataset,
     kept_lens,
@@ -149,6 +150,7 @@ class JacobianLens(LayerProbe):
                 infinite, the model is not causal, cannot be loaded or is another one.
         """
         require_causal(store, self.name)
+        check("top_k", self.top_k, at_most=store.manifest.model.vocab)  # before the fit
         _, labels = self.recorded(store, self.site)
         store.require(*labels, f"resid_post.{store.manifest.model.n_layers - 1}")  # before the fit
         folder = Path(self.lens) if self.lens is not None else kept_lens(store, "jacobian", self._fit_settings())

@@ -119,7 +119,7 @@ class Neurons(LayerProbe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, "threshold", at_least=0)
-        check_fields(self, "top", "detail", "tokens", at_least=1, whole=True)
+        check_fields(self, "top", "detail", "tokens", at_least=1, at_most=1000, whole=True)
         check_fields(self, "random", at_least=2, whole=True)
         check_fields(self, "seed", at_least=0, whole=True)
 

@@ -133,6 +133,7 @@ class TunedLens(LayerProbe):
             RequestError: A site or the unembedding was not recorded, values are NaN or infinite, the model is not
                 causal, or there are fewer than three documents.
         """
+        check("top_k", self.top_k, at_most=store.manifest.model.vocab)  # before the training
         lens, checked, tested = self._fit(store)
         return self._result(lens, store, checked, tested)
 

@@ -23,6 +23,7 @@ from workbench.model.load import Model, check_model
 from workbench.model.reload import recorded_model
 from workbench.model.row_changes import changeable_place
 from workbench.model.row_records import _direction
+from workbench.probes import JacobianLens, TunedLens
 from workbench.recording.generation import Sampling
 from workbench.recording.record import _workers
 from workbench.results.registry import installed_probes
@@ -138,3 +139,25 @@ def test_numbers_of_random_draws_have_a_limit():
     for probe, name in places:
         text = refused(RequestError, lambda probe=probe, name=name: probe(**{name: 10**9}))
         assert text == f"{name} must be at most 100000, not 1000000000"
+
+
+@pytest.mark.parametrize(
+    ("probe", "name", "limit"),
+    [
+        ("attribution-patching", "steps", "from 0 to 10000"),
+        ("future-lens", "horizons", "from 1 to 1000"),
+        ("induction-heads", "copying_tokens", "from 2 to 10000"),
+        ("neurons", "top", "from 1 to 1000"),
+        ("next-token-law", "folds", "from 2 to 100"),
+        ("tuned-lens", "epochs", "from 0 to 10000"),
+    ],
+)
+def test_counts_that_would_never_end_are_refused(probe, name, limit):
+    kind = installed_probes()[probe].load()
+    assert f"{limit}, not 1000000000" in refused(RequestError, lambda: kind(**{name: 10**9}))
+
+
+def test_more_top_tokens_than_the_vocabulary_has_are_refused_before_a_fit(at):
+    for probe in (TunedLens(top_k=10**9), JacobianLens(top_k=10**9)):
+        text = refused(RequestError, lambda probe=probe: probe.run(at.store, model=at.model))
+        assert text == f"top_k must be at most {at.model.vocab}, not 1000000000"
