@@ -129,6 +129,7 @@ def test_contexts_nest_and_apply_in_order(llama):
     with intervene(llama, Add(MIDDLE, DIRECTION), Add(MIDDLE, backwards, 1.0, "norm")) as run:
         assert torch.equal(logits(llama), nested)
     assert len(run.table()) == 2
+    assert repr(run) == f"interventions on {llama.name}: {'; '.join(run.table()['record'])}"
     with intervene(llama, Add(MIDDLE, backwards, 1.0, "norm"), Add(MIDDLE, DIRECTION)):
         assert not torch.allclose(logits(llama), nested, atol=1e-3)
     assert "entered before" in refused(RequestError, lambda: run.__enter__())

@@ -156,6 +156,9 @@ class Intervened:
         self._tokens = CurrentTokens(model.module)
         self._stack: ExitStack | None = None
 
+    def __repr__(self) -> str:
+        return f"interventions on {self.model.name}: {'; '.join(map(str, self.records))}"
+
     def __enter__(self) -> Intervened:
         if self._stack is not None:
             raise RequestError("these interventions were entered before; call wb.intervene again for another block")
