@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from workbench.corpus.tokenizer import added_tokens, encode, token_of_text, token_texts, with_whole_offsets
-from workbench.io.checks import MOST, SEEDS, check
+from workbench.io.checks import MOST, SEEDS, whole_number
 from workbench.io.errors import RequestError, shown
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating, run
@@ -154,7 +154,10 @@ def patchscope(
             or has another shape, a placeholder that is not in the prompt, a prompt that is too long, or a token that is
             none.
     """
-    _check_request(rows, top_k, new_tokens, seed)
+    top_k = whole_number("top_k", top_k, at_least=1)
+    new_tokens = whole_number("new_tokens", new_tokens, at_least=0, at_most=MOST)
+    seed = whole_number("seed", seed, at_least=0, below=SEEDS)
+    _check_rows(rows)
     model = recorded_model(rows.store, model, device)
     target = target_prompt(model, prompt, placeholder, new_tokens)
     into = site if into is None else into
@@ -177,10 +180,7 @@ def patchscope(
     return Patchscope(target, site, into, pd.DataFrame(lines))
 
 
-def _check_request(rows: object, top_k: int, new_tokens: int, seed: int) -> None:
-    check("top_k", top_k, at_least=1, whole=True)
-    check("new_tokens", new_tokens, at_least=0, at_most=MOST, whole=True)
-    check("seed", seed, at_least=0, below=SEEDS, whole=True)
+def _check_rows(rows: object) -> None:
     if not isinstance(rows, Rows):
         raise RequestError(f"rows must be rows of a store, such as store.where('position = 5'), not {shown(rows)}")
     if not len(rows):

@@ -145,16 +145,16 @@ def as_path(name: str, value: Any) -> Path:
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], example: str) -> None:
-    """Refuses a value of another type than a function takes, such as a path in place of an opened store.
+    """Refuses a value of another type than a function takes, such as a name in place of a loaded model.
 
     Args:
         name: Name of the argument.
         value: Its value.
         kind: The type, or several.
-        example: What is taken, in words: "an opened store, such as wb.open_store('runs/x.acts')".
+        example: What is taken, in words: "a loaded model, such as wb.load_model('demo')".
 
     Raises:
-        RequestError: For example "store must be an opened store, ..., not 'runs/x.acts'".
+        RequestError: For example "model must be a loaded model, such as wb.load_model('demo'), not 'demo'".
     """
     if not isinstance(value, kind):
         plain = value is None or isinstance(value, str | int | float | list | tuple | dict | os.PathLike)
