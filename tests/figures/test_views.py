@@ -81,11 +81,12 @@ def test_ends_of_a_strips_colours(values, changes, ends):
     assert (heat.zmin, heat.zmax) == ends
 
 
-def test_a_strip_in_shorter_lines_is_what_would_be_drawn_so():
+@pytest.mark.parametrize("line", [4, 6, 10])  # the first paragraph has 10 tokens
+def test_a_strip_in_shorter_lines_is_what_would_be_drawn_so(line):
     """Newlines end lines, and runs of Hebrew stand from right to left, in long lines and in short ones."""
     words = [*tokens_of(5), "שלום", "עולם", "ספר", " a", "\n", *tokens_of(9)]
     values = np.arange(len(words)) / 10
-    long, short = (strip(values, tokens=words, line=line) for line in (6, 3))
+    long, short = (strip(values, tokens=words, line=line) for line in (line, 3))
     copy, number = restrip(long, 3, 60)
     assert number == len(words)
     for name in ("z", "text", "customdata"):

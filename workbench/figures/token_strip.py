@@ -28,8 +28,9 @@ from workbench.figures.themed import ThemedFigure
 MAX_STRIP_TOKENS = 2_048
 """Maximum tokens that are drawn; the subtitle reports what is left out."""
 
-_LINE = 14  # tokens
+_LINE = 12  # tokens: as wide as a report on a small screen
 _CELL = 66, 24  # pixels
+_ENDS = ("⏎", "␍")  # of the text of a token that ends its line
 _QUANTILE = 0.99  # of the absolute values: the end of the colours, so that one massive value does not bleach the others
 
 
@@ -100,7 +101,14 @@ def restrip(figure: go.Figure, line: int, most: int) -> tuple[go.Figure, int]:
     copy, heat = ThemedFigure(figure.data, figure.layout.to_plotly_json()), figure.data[0]
     lines, positions = (figure.layout.meta["strip"][name] for name in ("lines", "positions"))
     place = {index: (row, column) for row, part in enumerate(lines) for column, index in enumerate(part)}
-    parts = [sorted(part)[first : first + line] for part in lines for first in range(0, max(1, len(part)), line)][:most]
+    whole = max(map(len, lines))
+    paragraphs: list[list[int]] = [[]]
+    for number, part in enumerate(lines):
+        paragraphs[-1] += sorted(part)
+        last = plain(heat.text[number][part.index(max(part))]) if part else ""
+        if len(part) < whole or last.endswith(_ENDS):
+            paragraphs.append([])
+    parts = [part[first : first + line] for part in paragraphs for first in range(0, len(part), line)][:most] or [[]]
 
     def moved(cells: Any, fill: Any) -> list[list[Any]]:
         return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in shown]

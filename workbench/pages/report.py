@@ -361,7 +361,8 @@ def _rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _table_head(values: pd.DataFrame) -> tuple[str, str]:
     title = f"Table, {min(ROWS, len(values))} of {len(values):,} rows"
-    return title, wide(frame(values, ROWS), title)
+    markup = f'<div class="data" style="--columns:{max(1, len(values.columns))}">{frame(values, ROWS)}</div>'
+    return title, wide(markup, title)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
