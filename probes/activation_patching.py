@@ -255,7 +255,8 @@ class ActivationPatching(StoreProbe):
         text = f"Strongest {site}{' before the last position' if stream else ''}: {'; '.join(parts)}"
         if "random_donor" in data:
             layer, place = strongest(shown["denoising"])
-            text += f"; random donor there {100 * float(data['random_donor'].sel(layer=layer, place=place)):.0f} %"
+            donor = 100 * float(data["random_donor"].sel(layer=layer, place=place))
+            text += "; no random donor there" if np.isnan(donor) else f"; random donor there {donor:.0f} %"
         if stream:
             above = data["denoising"].isel(place=-1).to_numpy() > 0.5
             later = np.flatnonzero(np.append(True, ~above))[-1]

@@ -214,8 +214,9 @@ class InductionHeads(LayerProbe):
     def headline(result: Result) -> str:
         """Returns the number of induction heads, the strongest beside its references, and the losses."""
         data, best, threshold = result.data, result.table.iloc[0], result.provenance["settings"]["threshold"]
-        number = int((data["excess"] > threshold).sum())
-        heads = f"{number} of {int(data['excess'].notnull().sum())} heads are induction heads (excess > {threshold:g})"
+        number, measured = int((data["excess"] > threshold).sum()), int(data["excess"].notnull().sum())
+        heads = f"{number} of {measured} heads are induction heads (excess > {threshold:g})"
+        heads = heads if measured else "Induction heads not counted: there is no other sequence to compare with"
         interval = interval_suffix(best["induction_low"], best["induction_high"])
         blind = f"one fixed offset collects at most {float(data['offset_bound']):.2f}"
         if not np.isnan(best.get("induction_shuffled", np.nan)):

@@ -162,11 +162,12 @@ class NextTokenLaw(LayerProbe):
         ends = {name: data[name].to_numpy()[[0, -1]] for name in ("residual", "residual_heldout", "residual_shuffled")}
         low, high = (10 ** float(data[name]) for name in ("slope_low", "slope_high"))
         shuffled = f"shuffled ids {ends['residual_shuffled'][0]:.2f} and {ends['residual_shuffled'][1]:.2f}"
+        held_out = ends["residual_heldout"]
+        beside = "none held out" if np.isnan(held_out).any() else f"held out {held_out[0]:.2f} and {held_out[1]:.2f}"
         text = "; ".join(
             [
                 f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}, "
-                f"{ends['residual'][1]:.2f} at layer {layers[-1]} (held out {ends['residual_heldout'][0]:.2f} and "
-                f"{ends['residual_heldout'][1]:.2f})",
+                f"{ends['residual'][1]:.2f} at layer {layers[-1]} ({beside})",
                 *_line_text(data, "", " a layer" + interval_suffix(low, high, ".3f")),
                 ", ".join([shuffled, *_line_text(data, "_shuffled")]),
                 f"noise alone {float(data['noise']):.2f}",

@@ -204,6 +204,12 @@ def test_donors_of_the_controls_are_other_pairs_and_positions(planted):
     assert float(data["same_answer"].sel(place="name", layer=0)) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_single_pair_has_no_random_donor(planted):
+    known = {"settings": {"site": "resid_pre"}, "probe": "activation-patching"}
+    result = ActivationPatching(resamples=10, site="resid_pre")._run(planted, pairs_of_names(1), [], known)
+    assert "no random donor there" in ActivationPatching.headline(result)
+
+
 def test_random_donors_are_flat_in_the_planted_circuit(planted):
     data = patched(planted, pairs_of_names(40), site="resid_pre")
     at = data.sel(place="name", layer=0)

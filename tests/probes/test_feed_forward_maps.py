@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusals import refused
 from scipy.stats import spearmanr
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import workbench as wb
 from workbench.analysis.feed_forward import (
@@ -77,13 +77,15 @@ def test_integrated_gradients_of_activations():
     assert float(slope(silu, column(0.0))) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite", "olmo2"])
 def test_contributions_add_up_to_what_the_model_computes(tiny_models, family, tmp_path):
     """Biases, layer norms, gates, shared values, norms behind both parts, multipliers of the residual stream."""
-    module = tiny_models["llama" if family == "granite" else family]
+    module = tiny_models["llama" if family in ("granite", "olmo2") else family]
+    config = {**module.config.to_dict(), "architectures": None}
     if family == "granite":
-        module = GraniteForCausalLM(GraniteConfig(**{**module.config.to_dict(), "residual_multiplier": 0.22})).eval()
-        module.config.architectures = ["GraniteForCausalLM"]
+        module = GraniteForCausalLM(GraniteConfig(**{**config, "residual_multiplier": 0.22})).eval()
+    elif family == "olmo2":
+        module = Olmo2ForCausalLM(Olmo2Config(**config)).eval()
     model = Model(module, None, family)
     result = FeedForwardMaps(**SHORT).run(record(model, tmp_path / "x"), model=model)
     assert result.data.sizes["layer"] == 3

@@ -91,6 +91,12 @@ def test_a_single_layer_has_no_line(tmp_path):
     assert "nan" not in result.figure("law").layout.title.subtitle.text
 
 
+def test_a_single_document_has_none_held_out(tmp_path):
+    result = run(law_store(tmp_path / "s", documents(number=1), [0.5, 0.4]))
+    assert "(none held out)" in result.headline()
+    assert "nan" not in result.headline()
+
+
 def test_noise_fits_in_sample_and_not_on_other_documents(tmp_path):
     ids, d_model = documents(number=50), 100
     states = np.random.default_rng(2).normal(size=(50 * LENGTH, d_model))

@@ -190,7 +190,7 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
         middle, norm, gate = (_site(model, layer, name) for name in ("hook_resid_mid", "ln2.hook_out", "mlp.hook_pre"))
         linear = _site(model, layer, "mlp.hook_pre_linear")
         attend, out = attention[layer], neurons[layer]
-        if middle is None or norm is None or gate is None or gate.tap.part != "out":
+        if middle is None or gate is None or gate.tap.part != "out":
             continue
         if attend.factor is None or out.factor is None:
             continue
@@ -198,7 +198,7 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
         found[layer] = BlockParts(
             affine(attend.project, attend.heads * attend.d_head).times(attend.factor),
             _norm(attend.norm, d_model),
-            _frozen(model.module.get_submodule(norm.tap.path), d_model),
+            _norm(norm and model.module.get_submodule(norm.tap.path), d_model) or _no_norm(d_model),
             affine(model.module.get_submodule(gate.tap.path), d_model),
             None if linear is None else affine(model.module.get_submodule(linear.tap.path), d_model),
             affine(out.project, d_mlp).times(out.factor),
@@ -208,7 +208,7 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
     if not found:
         raise RequestError(
             f"model {model.name!r} ({model.architecture}) has no block with one feed-forward part after attention; "
-            "this needs the sites resid_mid, ln2 and mlp_pre"
+            "this needs the sites resid_mid and mlp_pre"
         )
     return found
 
@@ -236,6 +236,12 @@ def affine(module: nn.Module, width: int) -> Affine:
 
 def _norm(module: nn.Module | None, d_model: int) -> FrozenNorm | None:
     return None if module is None else _frozen(module, d_model)
+
+
+def _no_norm(d_model: int) -> FrozenNorm:
+    """Stands before a feed-forward part that reads the stream as it is, with its norm behind it (OLMo 2)."""
+    ones = torch.ones(d_model, dtype=torch.float64)
+    return FrozenNorm("none", 0.0, ones, torch.zeros_like(ones))
 
 
 def _frozen(module: nn.Module, d_model: int) -> FrozenNorm:
