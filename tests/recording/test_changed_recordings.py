@@ -171,6 +171,7 @@ def test_spans_and_sql_choose_tokens_of_the_texts(model, plain, tmp_path):
             RequestError, lambda choice=choice, m=message: record(model, tmp_path / m[:4], wb.Zero("z.1", at=choice))
         )
         assert message in text
+        assert text.startswith("record 0 (zero z.1): ")
 
 
 def test_donors_of_a_store_belong_to_the_recorded_sequences(model, plain, tmp_path):
@@ -182,9 +183,9 @@ def test_donors_of_a_store_belong_to_the_recorded_sequences(model, plain, tmp_pa
 
 def test_what_changes_nothing_that_is_recorded_is_refused(model, tmp_path):
     late = refused(DataError, lambda: record(model, tmp_path / "late", wb.Zero("mlp_out.2"), sites=["resid_post.0"]))
-    assert late.startswith("zero mlp_out.2: it comes after every recorded site")
+    assert late.startswith("record 0 (zero mlp_out.2): it comes after every recorded site")
     never = refused(DataError, lambda: record(model, tmp_path / "never", wb.Zero("mlp_out.1", at=wb.Tokens(ids={1}))))
-    assert "zero blocks.1.hook_mlp_out chose no token of the" in never
+    assert "record 0 (zero blocks.1.hook_mlp_out) chose no token of the" in never
     inside = refused(RequestError, lambda: record(model, tmp_path / "inside", wb.SkipBlock(2)))
     assert inside.startswith("sites: z.2 is inside of block 2, which is skipped")
     mask = torch.ones(1, 3, dtype=torch.bool)

@@ -21,7 +21,10 @@ HELP_ATTRIBUTE = (
     "Decompose logits of a store into parts of the model: workbench attribute STORE --out DIR; "
     "or estimate patching for a task from gradients: workbench attribute MODEL TASK --out DIR"
 )
-HELP_STEER = "Steer continuations of a store's texts by a direction: workbench steer STORE --direction FILE --out DIR"
+HELP_STEER = (
+    "Steer continuations of a store's texts by a direction: "
+    "workbench steer STORE --direction FILE --tokens ' Monday' --out DIR"
+)
 HELP_PATCH = "Patch activations between prompts of a task: workbench patch MODEL TASK --out DIR"
 HELP = "Run a probe on a store (of weights: on a model) and save the result: workbench probe NAME STORE --out DIR"
 

@@ -192,9 +192,9 @@ class Intervened:
         return tuple(one.kernel for one in self._bound)
 
     @property
-    def choices(self) -> tuple[Tokens, ...]:
-        """Choices of tokens of all records, without masks."""
-        return tuple(choice for one in self._bound for choice in one.choices if isinstance(choice, Tokens))
+    def choices(self) -> tuple[tuple[Tokens, ...], ...]:
+        """Choices of tokens of each record, without masks."""
+        return tuple(tuple(choice for choice in one.choices if isinstance(choice, Tokens)) for one in self._bound)
 
     def warn_of_kernels(self) -> None:
         """Logs one warning about all layers that another attention kernel computes than the model's own."""

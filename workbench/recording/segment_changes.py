@@ -79,8 +79,11 @@ class SegmentChanges:
         self.run = Intervened(model, tuple(records), proof=False)
         self._first, self._lengths = first_sequence, lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        choices = [choice for choice in self.run.choices if choice.needs_table]
-        self._chosen = {table_key(choice): chosen_by_table(choice, table) for choice in choices}
+        self._chosen = {}
+        for number, (record, choices) in enumerate(zip(records, self.run.choices, strict=True)):
+            for choice in choices:
+                if choice.needs_table:
+                    self._chosen[table_key(choice)] = chosen_by_table(choice, table, f"record {number} ({record})")
 
     def batch(self, sequences: Int[np.ndarray, " batch"]) -> AbstractContextManager[None]:
         """Gives the next pass, over these sequences of the segment, what the token table knows of them."""
@@ -103,18 +106,24 @@ class SegmentChanges:
             DataError: A record was not reached, or gave values that are not finite.
         """
         counted = []
-        for record, count in zip(self.run.records, self.run.counts, strict=True):
+        for number, (record, count) in enumerate(zip(self.run.records, self.run.counts, strict=True)):
+            name = f"record {number} ({record})"
             if not count.passes:
-                raise DataError(f"{record}: it comes after every recorded site, so none shows it; record a later site")
+                raise DataError(f"{name}: it comes after every recorded site, so none shows it; record a later site")
             if not count.finite:
-                raise DataError(f"{record}: its new values are not finite; look for NaN in the model or a huge value")
+                raise DataError(f"{name}: its new values are not finite; look for NaN in the model or a huge value")
             relative = None if math.isnan(count.relative_change) else count.relative_change
             counted.append(Ran(count.passes, count.rows, count.changed, count.exempt, relative))
         return tuple(counted)
 
 
-def chosen_by_table(choice: Tokens, table: pa.Table) -> Bool[np.ndarray, " row"]:
+def chosen_by_table(choice: Tokens, table: pa.Table, name: str = "at") -> Bool[np.ndarray, " row"]:
     """Returns the rows of a segment that a choice's conditions on the token table select.
+
+    Args:
+        choice: The choice.
+        table: Token table of the segment.
+        name: Name of the choice in errors.
 
     Raises:
         RequestError: A label that no text has, or a condition that DuckDB refuses.
@@ -123,10 +132,13 @@ def chosen_by_table(choice: Tokens, table: pa.Table) -> Bool[np.ndarray, " row"]
     if choice.span is not None:
         if f"{choice.span}_span" not in table.column_names:
             labels = [name.removesuffix("_span") for name in table.column_names if name.endswith("_span")]
-            raise RequestError(f"at: no text has a span {choice.span!r}; labels: {', '.join(labels) or 'none'}")
+            raise RequestError(f"{name}: no text has a span {choice.span!r}; labels: {', '.join(labels) or 'none'}")
         rows &= table[f"{choice.span}_span"].is_valid().to_numpy()
     if choice.sql is not None:
-        rows &= _matching(table, choice.sql)
+        try:
+            rows &= _matching(table, choice.sql)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}") from None
     return rows
 
 
@@ -152,9 +164,9 @@ def check_changed(manifest: Manifest) -> None:
     changes = manifest.interventions
     if changes is None or not manifest.complete:
         return
-    for name, ran in zip(changes.names, changes.ran, strict=True):
+    for number, (name, ran) in enumerate(zip(changes.names, changes.ran, strict=True)):
         if not ran.rows:
             raise DataError(
-                f"interventions: {name} chose no token of the {manifest.rows:,} that were recorded, so the store is as "
-                "without it; choose other tokens and another out"
+                f"interventions: record {number} ({name}) chose no token of the {manifest.rows:,} that were recorded, "
+                "so the store is as without it; choose other tokens and another out"
             )
