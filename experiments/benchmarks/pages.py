@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +180,9 @@ class Pages:
         )
 
 
-def _limit(limit: float, subject: str, values: list[float], unit: str) -> Comparison:
-    return Comparison(subject, "target", tuple(values), (limit,) * len(values), unit, at_most=1.0)
+def _limit(limit: float, subject: str, values: Sequence[float | int], unit: str) -> Comparison:
+    """A comparison with a target; whole numbers of JavaScript arrive as integers."""
+    return Comparison(subject, "target", tuple(map(float, values)), (limit,) * len(values), unit, at_most=1.0)
 
 
 def _size(address: str) -> int:
