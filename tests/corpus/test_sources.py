@@ -148,8 +148,9 @@ def test_a_hub_dataset_is_streamed_and_its_failure_is_one_line(monkeypatch):
 
 
 UNDERSTOOD = (
-    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], tables of pandas, "
-    "Arrow or polars, lists of strings, of token id lists, of chats or of (clean, corrupt) pairs"
+    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], a text with white "
+    "space in it, tables of pandas, Arrow or polars, lists of strings, of token id lists, of chats or of (clean, "
+    "corrupt) pairs"
 )
 
 

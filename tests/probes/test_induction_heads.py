@@ -385,7 +385,7 @@ def test_random_repeats_repeat_and_nothing_else_does(tiny_tokenizer):
     ("settings", "words"),
     [
         ({"period": (60, 20)}, "the largest period must be at least 60"),
-        ({"copies": 1}, "copies must be a whole number, at least 2, not 1"),
+        ({"copies": 1}, "copies must be a whole number, from 2 to 100000, not 1"),
         ({"period": (5, 9)}, "up to 39 different tokens, and there are 30"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workbench.corpus.tokenizer import AddedTokens, special_ids
-from workbench.io.checks import check
+from workbench.io.checks import MOST, check
 from workbench.io.errors import RequestError, shown
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def random_repeats(
     Raises:
         RequestError: A range is empty, or there are fewer tokens than a sequence needs.
     """
-    check("sequences", sequences, at_least=1, whole=True)
-    check("copies", copies, at_least=2, whole=True)
+    check("sequences", sequences, at_least=1, at_most=MOST, whole=True)
+    check("copies", copies, at_least=2, at_most=MOST, whole=True)
     for name, ends, least in (("period", period, 2), ("filler", filler, 0)):
         if not isinstance(ends, Sequence) or len(ends) != 2:
             raise RequestError(f"{name} must be the smallest and the largest one, such as (20, 60), not {shown(ends)}")

@@ -37,8 +37,9 @@ else:  # wrong texts are refused by name, not by the checks of types that the te
     Chat = Text = Texts = Any
 
 _UNDERSTOOD = (
-    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], tables of pandas, "
-    "Arrow or polars, lists of strings, of token id lists, of chats or of (clean, corrupt) pairs"
+    "understood: files (.txt .json .jsonl .csv .tsv, also with .gz, and .parquet), hf:NAME[:SPLIT], a text with white "
+    "space in it, tables of pandas, Arrow or polars, lists of strings, of token id lists, of chats or of (clean, "
+    "corrupt) pairs"
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.io.checks import whole_number
+from workbench.io.checks import MOST, whole_number
 from workbench.io.errors import RequestError
 
 SENTENCES: Mapping[str, tuple[str, ...]] = {
@@ -87,7 +87,7 @@ def substitution_texts(
     known: Mapping[str, Sequence[str]] = SENTENCES
     if sentences is not None:
         known = sentences
-    draws = whole_number("draws", draws, at_least=1)
+    draws = whole_number("draws", draws, at_least=1, at_most=MOST)
     if word == original or not counts:
         raise RequestError("word and original must differ, and counts must name a number of sentences")
     _check_sentences({one: known.get(one, ()) for one in (word, original)}, question, max(counts))
