@@ -8,6 +8,7 @@ import torch
 from refusals import refused
 
 import workbench as wb
+from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import DataError, RequestError
 from workbench.model.forward import change_tensor, hook_tensor
 from workbench.model.load import Model
@@ -111,6 +112,18 @@ def test_a_middle_stream_is_changed_where_attention_is_added(model):
     both = (Add("resid_pre.1", VALUE), Set("resid_mid.1", VALUE, at=4))
     shifted = (Add("resid_pre.1", VALUE), Set("attn_out.1", -before[:, 4], at=4))
     close(after(model, *both)[0], after(model, *shifted)[0], 1e-5)
+
+
+def test_the_stream_after_attention_is_set_where_the_block_multiplies(tmp_path):
+    """Granite adds half of its attention's output: the stream is the value, and the multiplier is divided out."""
+    model = wb.load_model(tiny_model("granite"))
+    options = {"sites": ["resid_pre.2", "resid_mid.2"], "dtype": "float32", "show_progress": False}
+    changes = [Add("resid_pre.2", VALUE), Set("resid_mid.2", VALUE, at=4)]
+    store = wb.record(model, IDS.remainder(100).tolist(), out=tmp_path / "s", interventions=changes, **options)
+    torch.testing.assert_close(store.where("position = 4")["resid_mid", 2], VALUE.expand(2, -1), atol=1e-5, rtol=1e-5)
+    plain = wb.record(model, IDS.remainder(100).tolist(), out=tmp_path / "t", interventions=changes[:1], **options)
+    early = [one.where("position < 4")["resid_mid", 2] for one in (store, plain)]
+    assert torch.equal(*early)
 
 
 def test_the_stream_between_two_blocks_is_one_tensor_that_records_change_in_their_order(model):

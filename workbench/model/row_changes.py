@@ -79,6 +79,8 @@ class Place:
     """Where the change is made: of resid_pre behind the block before, of resid_mid at attention's output."""
     stream: Tap | None = None
     """For resid_mid: the stream that attention's output is added to."""
+    factor: float = 1.0
+    """For resid_mid: number by which the block multiplies attention's output before it adds it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -241,11 +243,11 @@ class BoundRows(Bound):
         old = whole_rows.to(torch.promote_types(rows.dtype, torch.float32))
         offset = self._offset(tensor, index)
         part = old if self.where.heads is None else old[:, list(self.where.heads)]
-        part = part if offset is None else part + offset
+        part = part if offset is None else self.where.factor * part + offset
         new = self.change(part, ChosenRows(present, self.at, sequence, column))
         fresh = (column >= present.fresh).to(rows.device)
         self.count.add(part[fresh], new[fresh])
-        new = new if offset is None else torch.where(new == part, old, new - offset)
+        new = new if offset is None else torch.where(new == part, old, (new - offset) / self.where.factor)
         if self.where.heads is not None:
             head = torch.tensor(self.where.heads, device=old.device)
             new = old.index_copy(1, head, new)
@@ -277,7 +279,7 @@ class BoundRows(Bound):
         self._middle = self._stream[0] = None
         if changed is None or stream is None or between is None:
             return
-        total = (stream.detach().double() + changed.to(stream.device).double()).flatten()
+        total = (stream.detach().double() + self.where.factor * changed.to(stream.device).double()).flatten()
         error = (between.detach().to(stream.device).double().flatten() - total).norm()
         if not error <= _MIDDLE * total.norm():
             raise DataError(
@@ -319,8 +321,10 @@ def changeable_place(model: Model, name: str, head: Head = None) -> Place:
         )
     heads = _heads(model, site, head)
     if site.kind == "resid_mid" and site.tap.part == "in":
-        before, added = (model.site_map.select((f"{kind}.{site.layer}",))[0] for kind in ("resid_pre", "attn_out"))
-        return Place(site, heads, added.tap, before.tap)
+        (before,) = model.site_map.select((f"resid_pre.{site.layer}",))
+        factor = model.site_map.factors.get(f"blocks.{site.layer}.hook_attn_out")
+        name = f"attn_out.{site.layer}" if factor is None else f"blocks.{site.layer}.attn.hook_out"
+        return Place(site, heads, model.site_map.select((name,))[0].tap, before.tap, factor or 1.0)
     if site.kind == "resid_pre" and site.layer in model.site_map.chained:
         return Place(site, heads, model.site_map.select((f"resid_post.{site.layer - 1}",))[0].tap)
     return Place(site, heads, site.tap)
