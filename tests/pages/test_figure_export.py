@@ -378,6 +378,13 @@ def test_hostile_text_is_text_in_every_file(result, tmp_path):
     assert not set("<>\u202e\x00\x1b") & set(caption)
 
 
+def test_a_result_is_exported_by_its_path(result, tmp_path):
+    options = {"formats": "html", "figures": "by_layer"}
+    for source, folder in ((result, "one"), (str(result.save(tmp_path / "saved")), "two")):
+        wb.export(source, tmp_path / folder, **options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_what_lies_beside_a_figure(result, tmp_path):
     wb.export(result, tmp_path, formats=["html"], figures=["by_layer"])
     description = json.loads((tmp_path / "by_layer.json").read_text())

@@ -197,13 +197,10 @@ class Export:
     def run(self) -> int:
         """Exports the figures."""
         from workbench.pages.figure_export import export  # seconds: plotly
-        from workbench.results.result import load_result
-        from workbench.store.manifest import MANIFEST
-        from workbench.store.reader import open_store
 
         check_writable(self.out)
         paths = export(
-            open_store(self.result) if (self.result / MANIFEST).is_file() else load_result(self.result),
+            self.result,
             self.out,
             figures=self.figures or None,
             formats=self.formats,

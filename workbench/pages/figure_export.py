@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.files import check_writable, explain_full_disk, replace_file
 from workbench.io.spreadsheet import csv_text
 from workbench.pages.picture_metadata import with_metadata
+from workbench.store.manifest import MANIFEST
 from workbench.store.owned_files import refuse_store
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ figure {{ margin: 0 }}
 
 
 def export(
-    source: Result | Store | Figure,
+    source: Result | Store | Figure | str | os.PathLike[str],
     folder: str | Path,
     *,
     figures: Sequence[str] | str | None = None,
@@ -69,7 +71,7 @@ def export(
     0.5 s per picture. Without Chrome, the other files are written, with a warning.
 
     Args:
-        source: Result, store or figure to export.
+        source: Result, store or figure to export; a result and a store also by their paths.
         folder: Output folder, created if needed.
         figures: Names of the figures to export. None: all.
         formats: Any of html, pdf, svg, png.
@@ -88,9 +90,9 @@ def export(
     folder = as_path("folder", folder)
     figures = (figures,) if isinstance(figures, str) else figures
     formats = (formats,) if isinstance(formats, str) else formats
+    source = _opened(source) if isinstance(source, str | os.PathLike) else source
     if not hasattr(source, "figures") and not _is_figure(source):
-        kinds = "a result (wb.load_result), a store (wb.open_store) or a figure"
-        raise RequestError(f"source must be {kinds}, not {shown(source)}")
+        raise RequestError(f"source must be a result, a store, the path of one, or a figure, not {shown(source)}")
     chosen = _choose(source, folder, figures)
     _check_known("formats", formats, FORMATS)
     for name, value, known in (
@@ -109,6 +111,14 @@ def export(
         for name, content in files.items():
             replace_file(folder / name, content)
     return [folder / name for name in files]
+
+
+def _opened(path: str | os.PathLike[str]) -> Result | Store:
+    """The store at a path, or the result."""
+    from workbench.results.result import load_result  # a second: xarray
+    from workbench.store.reader import open_store  # seconds: torch
+
+    return open_store(path) if (as_path("source", path) / MANIFEST).is_file() else load_result(Path(path))
 
 
 def _check_known(argument: str, values: Sequence[str], known: Sequence[str]) -> None:
