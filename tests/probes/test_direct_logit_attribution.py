@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from granite_example import granite_of
 from lens_example import TEXTS, record, sequences_of
 from refusals import refused
-from transformers import GraniteConfig, GraniteForCausalLM
 
 from workbench.analysis.stream_terms import check_sum, plan_terms
 from workbench.io.errors import RequestError
@@ -82,10 +82,7 @@ def test_the_terms_sum_to_the_models_logits(family, parts, models, stores, tiny_
 
 def test_a_multiplier_of_what_is_added_is_part_of_every_term(tiny_models, tiny_tokenizer, tmp_path):
     """Granite has no attn_out: attention and MLP are the changes of the stream, heads times the multiplier."""
-    config = tiny_models["llama"].config.to_dict() | {"residual_multiplier": 0.22, "logits_scaling": 2.0}
-    module = GraniteForCausalLM(GraniteConfig(**config)).eval()
-    module.load_state_dict(tiny_models["llama"].state_dict())
-    module.config.architectures = ["GraniteForCausalLM"]
+    module = granite_of(tiny_models["llama"], logits_scaling=2.0)
     model = Model(module, tiny_tokenizer, "granite")
     store = record(
         model, TEXTS, tmp_path / "s", ("resid_pre.0", "resid_mid", "resid_post", "z", "mlp_post"), context=12

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from granite_example import granite_of
 from refusals import refused
 from scipy.stats import spearmanr
-from transformers import GraniteConfig, GraniteForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 import workbench as wb
 from workbench.analysis.feed_forward import (
@@ -81,11 +82,10 @@ def test_integrated_gradients_of_activations():
 def test_contributions_add_up_to_what_the_model_computes(tiny_models, family, tmp_path):
     """Biases, layer norms, gates, shared values, norms behind both parts, multipliers of the residual stream."""
     module = tiny_models["llama" if family in ("granite", "olmo2") else family]
-    config = {**module.config.to_dict(), "architectures": None}
     if family == "granite":
-        module = GraniteForCausalLM(GraniteConfig(**{**config, "residual_multiplier": 0.22})).eval()
+        module = granite_of(module)
     elif family == "olmo2":
-        module = Olmo2ForCausalLM(Olmo2Config(**config)).eval()
+        module = Olmo2ForCausalLM(Olmo2Config(**{**module.config.to_dict(), "architectures": None})).eval()
     model = Model(module, None, family)
     result = FeedForwardMaps(**SHORT).run(record(model, tmp_path / "x"), model=model)
     assert result.data.sizes["layer"] == 3

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from granite_example import MULTIPLIER, granite_of
 from refusals import refused
-from transformers import GraniteConfig, GraniteForCausalLM
 
 import workbench as wb
 from workbench.analysis.patch_pairs import PatchPair, pairs_of
@@ -113,12 +112,8 @@ def test_effects_do_not_depend_on_the_cache(tiny_models, pairs, family, monkeypa
 def test_the_vector_of_all_heads_is_what_the_block_adds(tiny_models, pairs, family):
     """Behind the norm after attention, or times the multiplier of the residual stream, by hooks written here."""
     if family == "granite":
-        module = copy.deepcopy(tiny_models["llama"])
-        config = GraniteConfig(**{**module.config.to_dict(), "residual_multiplier": 0.22})
-        module = GraniteForCausalLM(config).eval()
-        module.load_state_dict(tiny_models["llama"].state_dict())
-        module.config.architectures = ["GraniteForCausalLM"]
-        part, factor = module.model.layers[1].self_attn.o_proj, 0.22
+        module = granite_of(tiny_models["llama"])
+        part, factor = module.model.layers[1].self_attn.o_proj, MULTIPLIER
     else:
         module = tiny_models[family]
         part, factor = module.model.layers[1].post_attention_layernorm, 1.0

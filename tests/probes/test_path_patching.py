@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from granite_example import MULTIPLIER, granite_of
 from planted_circuit import END, FILLER, MOVER, NAMES, READER, planted_circuit
 from refusals import refused
 
 import workbench as wb
 from workbench.analysis.patch_pairs import PatchPair
 from workbench.analysis.path_runs import PathRuns
+from workbench.experiments.architectures.tiny import tiny_model
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes import PathPatching
@@ -88,23 +90,24 @@ def made(family, tiny_models, receivers=("logits",), frozen=True, linear=False):
     return PathRuns.make(model, pairs, receivers, metric, frozen=frozen, linear=linear)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "granite"])
 def test_with_all_held_the_logits_see_the_heads_own_difference_before_the_norm(family, tiny_models):
     """z W_O of the head, added to the last stream of the base, through the plain module's norm and head."""
-    paths = made(family, tiny_models)
-    module, runs = tiny_models[family], paths.runs
+    models = {**tiny_models, "granite": granite_of(tiny_models["llama"])}
+    paths = made(family, models)
+    module, runs = models[family], paths.runs
     site, head, positions = paths.heads[1], 2, runs.pairs.mask.bool()
     clean, corrupt = runs.clean_values[site.name], runs.corrupt_values[site.name]
     difference = torch.zeros_like(clean)
     difference[:, :, head] = (clean - corrupt)[:, :, head]
-    path = {"gpt2": "transformer.h.1.attn.c_proj", "llama": "model.layers.1.self_attn.o_proj"}
-    project = module.get_submodule(path.get(family, "gpt_neox.layers.1.attention.dense"))
-    norm = module.get_submodule(
-        {"gpt2": "transformer.ln_f", "llama": "model.norm"}.get(family, "gpt_neox.final_layer_norm")
-    )
+    path, norm = {
+        "gpt2": ("transformer.h.1.attn.c_proj", "transformer.ln_f"),
+        "gpt_neox": ("gpt_neox.layers.1.attention.dense", "gpt_neox.final_layer_norm"),
+    }.get(family, ("model.layers.1.self_attn.o_proj", "model.norm"))
+    project, norm = module.get_submodule(path), module.get_submodule(norm)
     with torch.no_grad():
         write = project(difference.flatten(2)) - project(torch.zeros_like(difference.flatten(2)))
-        stream = runs.corrupt_values[paths.last.name] + write
+        stream = runs.corrupt_values[paths.last.name] + write * (MULTIPLIER if family == "granite" else 1)
         logits = module.get_output_embeddings()(norm(stream)).double()
     ends = logits[torch.arange(2), runs.pairs.end]
     effect = paths.effect("corrupt", site, head, positions, clean)
@@ -151,6 +154,14 @@ def test_keys_and_values_are_those_of_the_group(tiny_models):
     assert not torch.equal(effect, runs.corrupt)
     same = paths.effect("corrupt", paths.heads[2], 0, positions, runs.clean_values[paths.heads[2].name])
     assert same is runs.corrupt  # a sender in the receiver's layer
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "lfm2"])
+def test_models_that_mix_tokens_by_more_than_heads_are_refused(kind):
+    """A state space beside attention; convolutions in some blocks. They would carry what is to be held."""
+    models = {kind: tiny_model(kind)}
+    message = refused(RequestError, lambda: made(kind, models))
+    assert "moves values between tokens by more than attention heads" in message
 
 
 @pytest.mark.parametrize(

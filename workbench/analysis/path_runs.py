@@ -15,6 +15,7 @@ from workbench.analysis.patch_pairs import PatchPair
 from workbench.analysis.patching import Metric, Runs, Side, batches, end_logits, measure
 from workbench.io.errors import RequestError
 from workbench.model.capture import capture
+from workbench.model.circuits import check_heads_alone
 from workbench.model.intervene import intervene
 from workbench.model.load import Model
 from workbench.model.row_records import Set
@@ -65,6 +66,14 @@ def _receiver(model: Model, name: str) -> Receiver:
     return Receiver(name, site, head * site_heads // heads)
 
 
+def _mlps(model: Model) -> tuple[Site, ...]:
+    """Output of the MLP of every layer: mlp_out, or what the block multiplies before it adds it (Granite)."""
+    multiplied = model.site_map.factors
+    layers = range(model.site_map.n_layers)
+    names = ["mlp.hook_out" if f"blocks.{layer}.hook_mlp_out" in multiplied else "hook_mlp_out" for layer in layers]
+    return model.site_map.select([f"blocks.{layer}.{name}" for layer, name in zip(layers, names, strict=True)])
+
+
 @dataclass(frozen=True)
 class PathRuns:
     """Both runs of every pair with the outputs of all heads and MLPs, and what path patching needs of them."""
@@ -73,7 +82,7 @@ class PathRuns:
     heads: tuple[Site, ...]
     """z of every layer that has it."""
     mlps: tuple[Site, ...]
-    """mlp_out of every layer, where MLPs are frozen."""
+    """Output of the MLP of every layer, where MLPs are frozen."""
     last: Site
     """resid_post of the last block."""
     receivers: tuple[Receiver, ...]
@@ -96,8 +105,9 @@ class PathRuns:
             raise RequestError(
                 "norm='linear' is for the receiver logits; a head's own norm acts as it is: norm='exact'"
             )
+        check_heads_alone(model)
         heads = model.site_map.select(("z",))
-        mlps = model.site_map.select(("mlp_out",)) if frozen else ()
+        mlps = _mlps(model) if frozen else ()
         (last,) = model.site_map.select((f"resid_post.{model.site_map.n_layers - 1}",))
         runs = Runs.make(model, pairs, (*heads, *mlps, last), metric, False)
         unembed = measure_unembed(model.module, model.site_map.last_block) if linear else None

@@ -149,6 +149,21 @@ def check_added(outputs: Mapping[int, HeadOutput], model: Model) -> None:
             )
 
 
+def check_heads_alone(model: Model) -> None:
+    """Refuses a model in which something besides heads moves values between tokens, as a state space does.
+
+    Raises:
+        RequestError: A layer has no separate heads, or adds more than their output.
+    """
+    for layer in range(model.site_map.n_layers):
+        heads = _site(model, f"blocks.{layer}.attn.hook_z")
+        if heads is None or _factor(model, f"blocks.{layer}.hook_attn_out") is None:
+            raise RequestError(
+                f"layer {layer} of {model.architecture} moves values between tokens by more than attention heads, so "
+                "they are not all that is held; use activation-patching"
+            )
+
+
 def _factor(model: Model, added: str) -> float | None:
     return 1.0 if _site(model, added) is not None else model.site_map.factors.get(added)
 
