@@ -1,5 +1,6 @@
 """Fixtures for all tests: an offline, quiet environment; real small models; tiny random ones."""
 
+import atexit
 import gc
 import os
 from pathlib import Path
@@ -57,9 +58,8 @@ def pytest_runtest_setup():
     shape_checks.start_test()
 
 
-def pytest_unconfigure():
-    """Lets the end of the process collect what was kept: extension modules report what is left then."""
-    gc.unfreeze()
+# Extension modules report what is left at the end of the process; before it, pytest collects garbage five times.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")
