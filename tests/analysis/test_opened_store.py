@@ -1,5 +1,6 @@
 """The store of a probe, given by its path, and what is neither."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from refusals import refused
 
 import workbench as wb
 from workbench.model.reload import recorded_model
+from workbench.model.stored_rows import opened_donors
 from workbench.probes import LogitLens, UnderTrainedTokens
+from workbench.store.reader import opened
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,14 @@ def test_functions_that_read_a_store_take_its_path(store):
         with wb.intervene(model, wb.Mean("resid_post.0", of)), torch.no_grad():
             states.append(model.module(torch.tensor([[3, 4]])).logits)
     assert torch.equal(*states)
+
+
+def test_an_open_store_is_read_as_it_is(store):
+    """It has a path itself; the store there may be another by now, or a temporary one without a second handle."""
+    changed = wb.Store(store.path, replace(store.manifest, model=replace(store.manifest.model, name="renamed")))
+    assert opened(changed) is changed
+    assert opened_donors(changed) is changed
+    assert LogitLens().run(changed).provenance["model"] == "renamed"
 
 
 def test_a_path_without_a_store_and_what_is_no_path_are_refused_in_a_line(store, tmp_path):

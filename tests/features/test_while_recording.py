@@ -1,6 +1,7 @@
 """Features extracted while a model is recorded: those of the site that was not stored, resumed as the recording is."""
 
 import copy
+import errno
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_stopped_at_every_commit_it_resumes_to_the_same_bytes(llama, sequences, 
         record(llama, texts, out, sae=sae)
         assert contents(out) == whole, stops
     assert stops > 12
+
+
+def test_a_full_disk_is_reported_in_one_line_and_the_same_call_ends(llama, sequences, sae, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("workbench.features.while_recording.replace_fingerprint", full)
+        text = refused(DataError, lambda: record(llama, sequences, tmp_path / "p", sae=sae))
+    assert text.startswith(f"disk full while writing features {tmp_path / 'p' / 'features'}")
+    assert text.endswith(": what is committed stays; free space and run the same command to resume")
+    whole = record(llama, sequences, tmp_path / "q", sae=sae)
+    assert contents(record(llama, sequences, tmp_path / "p", sae=sae).path) == contents(whole.path)
 
 
 def test_finished_features_are_opened_without_a_forward_pass(llama, sequences, sae, tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from workbench.features.extraction_folder import (
 from workbench.features.feature_segments import Span
 from workbench.io.checks import check
 from workbench.io.errors import DataError, RequestError
+from workbench.io.files import explain_full_disk
 from workbench.io.tasks import Workers
 from workbench.model.load import Model
 from workbench.model.unembed import measure_unembed
@@ -200,7 +201,8 @@ class EncodedSites:
             extract_array(encoding, settings.dtype, others)
             return
         planned, request = self._planned(store.manifest), self._request(store.manifest.fingerprint, store.rows)
-        with exclusive_turn(target, shared):
+        explained = explain_full_disk(f"features {target}", "run the same command to resume", "what is committed stays")
+        with exclusive_turn(target, shared), explained:
             started = replace_fingerprint(target, planned.store_fingerprint, request.store_fingerprint)
         if store.rows and not started:
             raise self._without_features(store.path, store.rows)

@@ -19,7 +19,7 @@ from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Head, Place, RowIntervention, SiteIntervention
 from workbench.model.row_records import named
 from workbench.model.token_choice import At, tokens_at, whole
-from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath, open_store
+from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath, opened
 
 _BLOCK = 8192  # rows of a store that are read at a time
 
@@ -35,7 +35,7 @@ class StoreIntervention(SiteIntervention):
 
 def opened_donors(of: StoreOrPath | Rows) -> Store | Rows:
     """Returns what a record takes rows of, with a store in place of its path."""
-    return open_store(of) if isinstance(of, str | os.PathLike) else of
+    return opened(of) if isinstance(of, str | os.PathLike) else of
 
 
 @dataclass(frozen=True, eq=False)

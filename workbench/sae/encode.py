@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -103,7 +104,7 @@ class Encoder:
             out = None
             while sizes:
                 try:
-                    out = self._buffer(max(sizes)) if out is None else out
+                    out = self._room_for(max(sizes)) if out is None else out
                     part = self._encode_block(x[start : start + sizes[0]], out)
                 except NotFinite as error:
                     raise NotFinite(start + error.row, error.features) from None
@@ -115,11 +116,14 @@ class Encoder:
                 part.row.add_(start)
                 parts.append(part)
                 start += sizes.pop(0)
+        if out is not None and self.sae.device.type == "cpu":
+            self.experience.rooms.append(out)
         return _concatenate(parts, len(rows), rows.device)
 
     def inexperienced(self) -> Encoder:
         """Returns the encoder without experience but that of memory: the same blocks of rows give the same bits."""
-        return replace(self, experience=Experience(most_rows=self.experience.most_rows))
+        known = self.experience
+        return replace(self, experience=Experience(most_rows=known.most_rows, rooms=known.rooms))
 
     def above(self, threshold: Float32[Tensor, " feature"]) -> Encoder:
         """Returns an encoder that keeps pre-activations above a threshold per feature."""
@@ -215,10 +219,13 @@ class Encoder:
         row, feature, value = (torch.cat([getattr(part, name) for part in parts]) for name in _ARRAYS)
         return Entries(row, feature, value)
 
-    def _buffer(self, rows: int) -> Tensor | None:
-        """Room for the product of a block, used again for each: fresh memory takes as long as the product."""
+    def _room_for(self, rows: int) -> Tensor | None:
+        """Memory for the product of a block, used again for each: that of an earlier call where it is large enough."""
         if self.linear is None:
             return None
+        with suppress(IndexError):  # no call has brought one back
+            if len(kept := self.experience.rooms.pop()) >= rows:
+                return kept
         rows = 0 if isinstance(self.screen, HalfScreen) else rows  # whose kernels return theirs
         kind = torch.bfloat16 if self.screen else torch.float32
         return torch.empty(rows, self.sae.d_sae, dtype=kind, device=self.sae.device)

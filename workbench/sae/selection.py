@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float32, Int64
@@ -55,6 +55,9 @@ class Experience:
 
     most_rows: int = sys.maxsize
     """Rows in a block that fit in memory, as far as is known."""
+    rooms: list[Tensor] = field(default_factory=list)
+    """Memory of blocks for the next calls on a CPU, where fresh memory takes as long as the product. A call takes one
+    out and brings it back: calls in several threads share none."""
 
     def note(self, hopeless: bool) -> None:
         """Notes that bounds paid off in a block, or did not. Sooner or later they are tried again."""

@@ -68,7 +68,7 @@ def opened(store: StoreOrPath, name: str = "store") -> Store:
     Raises:
         RequestError: There is no store at the path, or what was given is neither.
     """
-    if isinstance(store, str | os.PathLike):
+    if isinstance(store, str | os.PathLike) and not isinstance(store, Store):  # which has a path itself
         return open_store(store)
     check_kind(name, store, Store, "a store (wb.open_store) or its path")
     return store
