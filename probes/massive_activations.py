@@ -333,7 +333,7 @@ def _table(probe: MassiveActivations, store: Store, found: Mapping[int, MassiveP
 def _layers(result: Result) -> go.Figure:
     data = result.data
     layers = data["layer"].to_numpy()
-    lines = {
+    lines: dict[str, tuple[Any, str, dict[str, str]]] = {
         name: (data["top"][:, index], "lines+markers", {"color": CATEGORIES[index]})
         for index, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]])
     }

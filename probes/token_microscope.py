@@ -496,4 +496,4 @@ def _class_figure(result: Result, name: str) -> Any:
         title=f"{words[name]} by class of token in {label(str(result.provenance['model']), 60)}",
         subtitle="mean and 95 % interval over documents; below each class its tokens",
     )
-    return figure.update_yaxes(title=axis_title(data[name].attrs)).update_layout(showlegend=False)
+    return figure.update_yaxes(title=axis_title(data[name].attrs, words[name].lower())).update_layout(showlegend=False)

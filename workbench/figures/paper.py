@@ -218,7 +218,9 @@ def _fit_names(axis: go.layout.XAxis, figure: go.Figure, width: float) -> None:
     drawn = [trace.x for trace in traces if (trace.xaxis or "x")[1:] == number]
     names = {value: value for values in drawn for value in values if isinstance(value, str)}
     if axis.ticktext:
-        names = dict(zip(axis.tickvals, axis.ticktext, strict=True)) if {*axis.tickvals} <= {*names} else {}
+        places: Any = axis.tickvals
+        ticks = {} if places is None else dict(zip(places, axis.ticktext, strict=True))
+        names = ticks if {*ticks} <= {*names} else {}
     length = width * (axis.domain[1] - axis.domain[0] if axis.domain else 1)
     if names:
         axis.tickangle = None

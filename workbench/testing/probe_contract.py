@@ -175,9 +175,10 @@ class ProbeContract:
         assert figures
         assert list(figures) == list(before)
         for name, figure in figures.items():
-            drawn = figure.to_json()
+            drawn = str(figure.to_json())
             assert drawn == before[name].to_json()
-            assert json.loads(go.Figure(json.loads(drawn)).to_json()) == json.loads(drawn), f"{name} is not valid"
+            valid = str(go.Figure(json.loads(drawn)).to_json())
+            assert json.loads(valid) == json.loads(drawn), f"{name} is not valid"
             assert figure.layout.title.text, f"{name} has no title"
 
     def test_its_headline_is_one_line(self, result: Result, tmp_path: Path) -> None:
