@@ -154,9 +154,8 @@ def patchscope(
             or has another shape, a placeholder that is not in the prompt, a prompt that is too long, or a token that is
             none.
     """
-    top_k = whole_number("top_k", top_k, at_least=1)
+    top_k, seed = whole_number("top_k", top_k, at_least=1), whole_number("seed", seed, at_least=0, below=SEEDS)
     new_tokens = whole_number("new_tokens", new_tokens, at_least=0, at_most=MOST)
-    seed = whole_number("seed", seed, at_least=0, below=SEEDS)
     _check_rows(rows)
     model = recorded_model(rows.store, model, device)
     target = target_prompt(model, prompt, placeholder, new_tokens)

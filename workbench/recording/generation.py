@@ -152,8 +152,7 @@ def generate(
         show_progress: Show progress.
 
     Raises:
-        RequestError: A model that is not causal, several samples at temperature 0, no prompt, or prompts that leave no
-            room in the model's context.
+        RequestError: A model that is not causal, several samples at temperature 0, no prompt, or one that is too long.
     """
     check_model(model)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
