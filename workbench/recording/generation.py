@@ -146,8 +146,7 @@ def generate(
         top_k: Number of tokens that are drawn from. None: all.
         seed: Random seed.
         samples: Continuations of each prompt.
-        batch_size: Sequences in a pass; shorter prompts are padded on the left. Models that generate something else in
-            batches (RWKV, RecurrentGemma) continue one prompt at a time.
+        batch_size: Sequences in a pass, padded on the left; models whose tokens a batch changes (RWKV) get one alone.
         bos: Policy of BOS tokens, as of `record`.
         show_progress: Show progress.
 
