@@ -150,9 +150,8 @@ def patchscope(
         device: Device of a model that is loaded here. None: the GPU if there is one.
 
     Raises:
-        RequestError: No row or one that is not finite, another model, a site that was not recorded or cannot be changed
-            or has another shape, a placeholder that is not in the prompt, a prompt that is too long, or a token that is
-            none.
+        RequestError: No row or one that is not finite, another model, a site that was not recorded, cannot be changed
+            or has another shape, a placeholder that is not in the prompt, a prompt too long, or a token that is none.
     """
     top_k, seed = whole_number("top_k", top_k, at_least=1), whole_number("seed", seed, at_least=0, below=SEEDS)
     new_tokens = whole_number("new_tokens", new_tokens, at_least=0, at_most=MOST)
