@@ -127,6 +127,9 @@ def test_scores_are_changed_before_the_softmax_in_attention_of_its_own_kind(tmp_
         )["pattern.1"][:]
     expected = made["plain"] / (1 + 2 * made["plain"][..., 2:3])
     expected[..., 2] *= 3
+    if kind == "xglm":
+        text = refused(RequestError, lambda: wb.intervene(model, wb.ScaleAttention(1, 0, 2, 3.0)))
+        assert text == "layer 1: the attention of XGLMForCausalLM takes one mask for all heads; give head=None"
     torch.testing.assert_close(made["scaled"], expected, atol=1e-6, rtol=1e-5)
 
 

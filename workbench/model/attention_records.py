@@ -27,7 +27,7 @@ from workbench.model.attention import AttentionCall, AttentionInputs, change_att
 from workbench.model.forward import attention_name, change_arguments
 from workbench.model.intervene import Bound, CurrentTokens, Intervention
 from workbench.model.load import Model
-from workbench.model.mask_gain import mask_gain
+from workbench.model.mask_gain import mask_gain, takes_mask_by_head
 from workbench.model.positions import PassTokens
 from workbench.model.row_changes import Head, query_heads
 from workbench.model.token_choice import At, Tokens, tokens_at, whole
@@ -179,6 +179,12 @@ class _BoundScores(_BoundAttention):
         self.module_path = attention_module(model, self.site)
         part = model.module.get_submodule(self.module_path)
         self.bias = record.bias / mask_gain(model.module, part, self.site)
+        some = len({*self.heads}) < self.heads_of_layer
+        if some and not takes_mask_by_head(model.module, part, self.site, self.heads_of_layer):
+            raise RequestError(
+                f"layer {record.layer}: the attention of {model.architecture} takes one mask for all heads; "
+                "give head=None"
+            )
         self.call_path = attention_call(model, record.layer) if self.kernel else self.module_path
         self.eager = attention_name(model.module) == "eager"
 

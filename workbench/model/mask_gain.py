@@ -1,9 +1,11 @@
-"""Trial of a layer's mask: attention that divides its scores after the mask (CodeGen) divides what the mask adds."""
+"""Trials of a layer's mask: attention that divides its scores after the mask (CodeGen) divides what the mask adds, and
+some attention takes one mask for all heads alone (XGLM)."""
 
 from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ _SMALLEST = 1e-3
 _ROUNDED = 0.02
 
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[str, float]] = weakref.WeakKeyDictionary()
+_BY_HEAD: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
 def mask_gain(model: nn.Module, attention: nn.Module, site: Site) -> float:
@@ -39,6 +42,30 @@ def mask_gain(model: nn.Module, attention: nn.Module, site: Site) -> float:
     if site.name not in known:
         known[site.name] = _measured(model, attention, site)
     return known[site.name]
+
+
+@plain_torch()
+def takes_mask_by_head(model: nn.Module, attention: nn.Module, site: Site, heads: int) -> bool:
+    """Returns True if a layer takes a mask with an axis of heads; XGLM refuses it. Costs as `mask_gain`."""
+    if site.tap.part != "returned_weights":
+        return True
+    known = _BY_HEAD.setdefault(model, {})
+    if site.name not in known:
+        ids = trial_ids(model, 1, 5, seed=5)
+        try:
+            with one_pass(model), one_pass(model), change_arguments(attention, partial(_by_head, heads)):
+                capture(model, (site,), ids, torch.ones_like(ids), lambda *_rows: None)
+            known[site.name] = True
+        except (ValueError, RuntimeError):  # what attention modules raise of a mask of another size
+            known[site.name] = False
+    return known[site.name]
+
+
+def _by_head(heads: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an attention module with its mask repeated for each head."""
+    mask = arguments.get("attention_mask")
+    repeated = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1
+    return {**arguments, "attention_mask": mask.expand(-1, heads, -1, -1)} if repeated else arguments
 
 
 @plain_torch()
