@@ -110,7 +110,6 @@ def test_scores_of_any_architecture_are_scaled_as_in_the_closed_form(any_model):
     check_generation(any_model, 3 if hybrid else 1)
 
 
-@pytest.mark.torture
 @pytest.mark.parametrize("kind", ["xglm", "codegen"])
 def test_scores_are_changed_before_the_softmax_in_attention_of_its_own_kind(tmp_path, kind):
     """XGLM refuses a mask by head; CodeGen divides its scores after the mask."""
@@ -133,6 +132,7 @@ def test_scores_are_changed_before_the_softmax_in_attention_of_its_own_kind(tmp_
     torch.testing.assert_close(made["scaled"], expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.torture
 def test_weight_of_any_architecture_is_redistributed_or_refused(any_model):
     if any_model.architecture.startswith(("Falcon", "Bloom", "GPTJ", "GptOss")):
         text = refused(RequestError, lambda: wb.intervene(any_model, wb.RedistributeAttention(1, 1, 0)))
