@@ -308,16 +308,14 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         )
         page.run("dispatchEvent(new Event('afterprint'))")
         assert page.run("document.querySelectorAll('details[open]').length") == 1
-        printed = page.pdf()
-        assert printed.startswith(b"%PDF")
+        assert (printed := page.pdf()).startswith(b"%PDF")
         assert len(printed) > 50_000
         page.size(680, 900)
         page.ask("Emulation.setEmulatedMedia", media="print")
         tables = "[...document.querySelectorAll('.data')].filter((part) => part.clientWidth)"
         assert page.run(f"{tables}.length") == 2
-        assert page.run(
-            f"{tables}.every((part) => part.scrollWidth <= part.parentElement.clientWidth)"
-        )  # nothing is cut
+        whole = "(part) => part.scrollWidth <= part.parentElement.clientWidth"
+        assert page.run(f"{tables}.every({whole})")
         # on a phone nothing but figures and tables scrolls sideways
         page.media("light")
         page.size(390, 844, mobile=True)

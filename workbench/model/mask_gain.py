@@ -64,8 +64,9 @@ def takes_mask_by_head(model: nn.Module, attention: nn.Module, site: Site, heads
 def _by_head(heads: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an attention module with its mask repeated for each head."""
     mask = arguments.get("attention_mask")
-    repeated = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1
-    return {**arguments, "attention_mask": mask.expand(-1, heads, -1, -1)} if repeated else arguments
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:
+        return {**arguments, "attention_mask": mask.expand(-1, heads, -1, -1)}
+    return arguments
 
 
 @plain_torch()
