@@ -34,8 +34,8 @@ TEXT = """# Gallery
 {made_of}
 Every figure of every probe: on the left as it is on a light screen, on the right in print, one column (3.25 in) wide,
 without the title, which becomes the caption. `python -m workbench.experiments.pictures.gallery RESULTS...` draws this
-page from saved results: those of `workbench demo`, and of SmolLM2-135M single runs of its probes on few texts.
-Pictures are small; `workbench export` writes them as PDF, SVG and HTML.
+page from saved results: those of `workbench demo`, and single runs on few texts, of SmolLM2-135M and of probes that
+the demo leaves out. Pictures are small; `workbench export` writes them as PDF, SVG and HTML.
 """
 
 
