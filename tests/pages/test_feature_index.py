@@ -87,4 +87,6 @@ def test_the_command_and_wrong_requests(tmp_path):
     assert refused_by_cli(*command, "--feature", 99).startswith("--feature 99 does not exist")
     assert not (tmp_path / "other").exists()
     assert refused(RequestError, lambda: wb.feature_index(features, tmp_path)).startswith(f"{tmp_path} is a folder")
-    assert "tokens must be at least 1" in refused(RequestError, lambda: wb.feature_index(features, "x", tokens=0))
+    assert "tokens must be a whole number, at least 1" in refused(
+        RequestError, lambda: wb.feature_index(features, "x", tokens=0)
+    )

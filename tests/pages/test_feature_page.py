@@ -181,7 +181,10 @@ def test_wrong_requests_of_a_page(hostile_features, tmp_path):
     page = tmp_path / "page.html"
     assert "not with other" in refused(RequestError, lambda: wb.feature_page(features, 0, page, sae=second_sae))
     assert refused(RequestError, lambda: wb.feature_page(features, 99, page)).startswith("feature 99 does not exist")
-    assert refused(RequestError, lambda: wb.feature_page(features, 0, page, k=0)) == "k must be at least 1, not 0"
+    assert (
+        refused(RequestError, lambda: wb.feature_page(features, 0, page, k=0))
+        == "k must be a whole number, at least 1, not 0"
+    )
     text = refused(RequestError, lambda: wb.feature_page(features, 0, tmp_path))
     assert text == f"{tmp_path} is a folder; name the file, such as {tmp_path / 'feature-0.html'}"
     assert not page.exists()

@@ -411,7 +411,7 @@ def test_without_ray_the_error_says_what_to_install(sent, folder, tmp_path, monk
     ("workers", "message"),
     [
         ({"count": 0}, "workers must be at least 1, not 0"),
-        ({"count": 1, "threads": 0}, "threads must be at least 1, not 0"),
+        ({"count": 1, "threads": 0}, "threads must be from 1 to 1024, not 0"),
         (
             {"count": 1, "kind": "cuda:1"},
             "device of workers must be cpu or cuda, each has one of its own, not 'cuda:1'",

@@ -354,9 +354,9 @@ def test_device(noise):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"horizons": 0}, "horizons must be at least 1, not 0"),
+        ({"horizons": 0}, "horizons must be from 1 to 1000, not 0"),
         ({"direct_vocab": -1}, "direct_vocab must be at least 0, not -1"),
-        ({"epochs": -1}, "epochs must be at least 0, not -1"),
+        ({"epochs": -1}, "epochs must be from 0 to 10000, not -1"),
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"detail": -1}, "detail must be at least 0, not -1"),
         ({"seed": -1}, "seed must be at least 0, not -1"),

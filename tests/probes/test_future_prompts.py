@@ -261,7 +261,7 @@ def test_the_same_seed_gives_the_same(store, model, result):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt_tokens": -1}, "prompt_tokens must be at least 0, not -1"),
+        ({"prompt_tokens": -1}, "prompt_tokens must be from 0 to 10000, not -1"),
         ({"row_limit": 1}, "row_limit must be at least 2, not 1"),
         ({"held_out": 1.0}, "held_out must be above 0 and below 1, not 1.0"),
         ({"held_out": 0.6, "validation": 0.4}, "leave no document to train on"),

@@ -314,10 +314,10 @@ def test_words_by_spaces(tiny_models, tiny_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"longest": 0}, "longest must be at least 1, not 0"),
-        ({"epochs": 0}, "epochs must be at least 1, not 0"),
-        ({"batch": 0}, "batch must be at least 1, not 0"),
-        ({"resamples": 0}, "resamples must be at least 1, not 0"),
+        ({"longest": 0}, "longest must be from 1 to 100000, not 0"),
+        ({"epochs": 0}, "epochs must be from 1 to 100000, not 0"),
+        ({"batch": 0}, "batch must be from 1 to 100000, not 0"),
+        ({"resamples": 0}, "resamples must be from 1 to 100000, not 0"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0 and finite, not -1.0"),
         ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite, not inf"),
         ({"offsets": ()}, "offsets must be one or more different whole numbers, not ()"),

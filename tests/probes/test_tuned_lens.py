@@ -255,7 +255,7 @@ def test_device(store):
     ("settings", "message"),
     [
         ({"held_out": 0.0}, "held_out must be above 0 and below 0.6, not 0.0"),
-        ({"epochs": -1}, "epochs must be at least 0, not -1"),
+        ({"epochs": -1}, "epochs must be from 0 to 10000, not -1"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0 and finite, not -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, not nan"),

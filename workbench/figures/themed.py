@@ -29,8 +29,8 @@ class ThemedFigure(go.Figure):
     that applies to the next output alone; other plotly figures, other front ends and exported files are unchanged.
 
     Traces and layout are taken as they are; a layout is in plotly's JSON form (`{"title": {"text": "..."}}`), and what
-    is None in it is left out. Plotly validates a trace object when it is made, and would do so again for every figure
-    that holds it. Later changes are validated as in any figure.
+    is None or empty in it is left out. Plotly validates a trace object when it is made, and would do so again for every
+    figure that holds it. Later changes are validated as in any figure.
     """
 
     def __init__(self, data: Any = None, layout: Mapping[str, Any] | None = None, **others: Any) -> None:
@@ -55,7 +55,8 @@ class ThemedFigure(go.Figure):
 def _without_none(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {name: _without_none(part) for name, part in value.items() if part is not None}
+    parts = {name: _without_none(part) for name, part in value.items() if part is not None}
+    return {name: part for name, part in parts.items() if part != {}}
 
 
 def themed(figure: go.Figure) -> ThemedFigure:
