@@ -1,7 +1,7 @@
 # `make demo` and `make test` work on a fresh machine: they create .venv and install into it first, once.
 PYTHON ?= python3
-# one more than two cores have room for: tests also wait for browsers and for processes that they start
-JOBS ?= 3
+# A worker for each core: a third one on two cores imports everything once more, and all of them became slower.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 OUT ?= runs/demo
 
 BIN := .venv/bin
@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## every probe on the embedded model or MODEL, ending in a report [OUT=runs/demo, MODEL=folder]
 	$(BIN)/workbench demo --out "$$OUT" $(if $(MODEL),--model "$$MODEL")
 
-test: style $(MODELS) ## lint, then run every test and check types beside them [JOBS=3, PYTEST="-k store"]
+test: style $(MODELS) ## lint, then run every test and check types beside them [JOBS=2, PYTEST="-k store"]
 	@mkdir -p build
 	@$(MAKE) --no-print-directory types > build/types.log 2>&1 & types=$$!; \
 	  env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST); tests=$$?; \
