@@ -179,8 +179,11 @@ class _BoundScores(_BoundAttention):
         self.module_path = attention_module(model, self.site)
         part = model.module.get_submodule(self.module_path)
         self.bias = record.bias / mask_gain(model.module, part, self.site)
-        some = len({*self.heads}) < self.heads_of_layer
-        if some and not takes_mask_by_head(model.module, part, self.site, self.heads_of_layer):
+        self.of_heads = torch.zeros(self.heads_of_layer, dtype=torch.bool, device="cpu")
+        self.of_heads[list(self.heads)] = True
+        if bool(self.of_heads.all()):  # one mask is for all heads: XGLM takes no other
+            self.of_heads = self.of_heads[:1]
+        elif not takes_mask_by_head(model.module, part, self.site, self.heads_of_layer):
             raise RequestError(
                 f"layer {record.layer}: the attention of {model.architecture} takes one mask for all heads; "
                 "give head=None"
@@ -229,12 +232,8 @@ class _BoundScores(_BoundAttention):
 
     def _biased(self, mask: Tensor, queries: Tensor, keys: Tensor, present: PassTokens) -> Tensor:
         lowest = torch.finfo(mask.dtype).min
-        count = 1 if len({*self.heads}) == self.heads_of_layer else self.heads_of_layer  # XGLM takes no mask by head
-        mask = mask.expand(len(queries), max(count, mask.shape[1]), *mask.shape[2:])
-        heads = torch.ones(count, dtype=torch.bool, device="cpu")
-        if count > 1:
-            heads[:] = False
-            heads[list(self.heads)] = True
+        heads = self.of_heads
+        mask = mask.expand(len(queries), max(len(heads), mask.shape[1]), *mask.shape[2:])
         chosen = (heads[None, :, None, None] & queries[:, None, :, None] & keys[:, None, None, :]).to(mask.device)
         visible = mask > _MASKED * lowest
         if self.bias == -inf:

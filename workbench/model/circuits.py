@@ -24,7 +24,7 @@ from workbench.model.capture import capture
 from workbench.model.forward import change_tensor, fixed_shape, hook_tensor, run, the_tensor, trial_ids
 from workbench.model.load import Model
 from workbench.model.offload import real_copy, running_device
-from workbench.model.unembed import Unembed, fit_norm
+from workbench.model.unembed import Unembed, centred, fit_norm
 from workbench.sites.grammar import Site
 
 FirstMlp = Literal["residual", "mlp", "none"]
@@ -69,7 +69,7 @@ class HeadOutput:
         if self.norm is None:
             return directions
         kind, _eps, gain, _shift = fit_norm(self.norm, directions.shape[-1], "behind the output of a block's part")
-        directions = directions - directions.mean(-1, keepdim=True) if kind == "layer" else directions
+        directions = centred(directions, kind)
         return directions * gain.to(directions)
 
     @plain_torch()
@@ -291,15 +291,11 @@ def direct_logits(
         targets: Ids of the tokens whose logits are computed.
         stream: Last residual stream that `write` is part of, which sets the scale of the norm. None: `write` itself.
     """
-
-    def centred(x: Tensor) -> Tensor:
-        return x.float() - x.float().mean(-1, keepdim=True) if unembed.norm == "layer" else x.float()
-
     read = unembed.scale * unembed.gain * unembed.weight[targets]
-    logits = centred(write) @ read.T
+    logits = centred(write.float(), unembed.norm) @ read.T
     if unembed.norm == "none":
         return logits
-    reference = centred(write if stream is None else stream)
+    reference = centred((write if stream is None else stream).float(), unembed.norm)
     return logits * torch.rsqrt(reference.square().mean(-1, keepdim=True) + unembed.eps)
 
 

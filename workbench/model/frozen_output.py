@@ -15,7 +15,7 @@ from workbench.io.torch_state import plain_torch
 from workbench.model.circuits import HeadOutput
 from workbench.model.forward import the_tensor
 from workbench.model.offload import real_copy
-from workbench.model.unembed import fit_norm, normalise
+from workbench.model.unembed import centred, fit_norm, normalise
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FrozenOutput:
             written = self._projected(inputs)
             bias = u @ shift
             u = u * gain
-            u = _centred(u, kind) * torch.rsqrt(_centred(written, kind).square().mean(-1, keepdim=True) + eps)
+            u = centred(u, kind) * torch.rsqrt(centred(written, kind).square().mean(-1, keepdim=True) + eps)
         zero = torch.zeros(len(u), 1, self._width, dtype=torch.float64, requires_grad=True)
         constant = the_tensor(self._project(zero))
         (weights,) = torch.autograd.grad(constant, zero, u[:, None])
@@ -93,15 +93,11 @@ class FrozenOutput:
         kind, gain = "none", scale
         if self._norm is not None:
             kind, eps, gain, _ = self._norm
-            scale = torch.rsqrt(_centred(self._projected(inputs), kind).square().mean(-1, keepdim=True) + eps)
+            scale = torch.rsqrt(centred(self._projected(inputs), kind).square().mean(-1, keepdim=True) + eps)
         mean = (scale * inputs).mean(0).reshape(self.output.heads, -1) * chosen
         written, bias = self._projected(torch.stack([mean.flatten(), torch.zeros(self._width)]))
-        return self._factor * gain * _centred(written - bias, kind)
+        return self._factor * gain * centred(written - bias, kind)
 
     def _projected(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
         with torch.no_grad():
             return the_tensor(self._project(inputs.double()[:, None]))[:, 0]
-
-
-def _centred(x: Float64[Tensor, "*row d_model"], kind: str) -> Float64[Tensor, "*row d_model"]:
-    return x - x.mean(-1, keepdim=True) if kind == "layer" else x

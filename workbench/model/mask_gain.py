@@ -4,7 +4,7 @@ some attention takes one mask for all heads alone (XGLM)."""
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench.io.torch_state import plain_torch
 from workbench.model.capture import capture
 from workbench.model.forward import change_arguments, trial_ids
-from workbench.model.passes import one_pass
+from workbench.model.passes import unseen_pass
 from workbench.sites.grammar import Site
 
 _SMALLEST = 1e-3
@@ -51,10 +51,8 @@ def takes_mask_by_head(model: nn.Module, attention: nn.Module, site: Site, heads
         return True
     known = _BY_HEAD.setdefault(model, {})
     if site.name not in known:
-        ids = trial_ids(model, 1, 5, seed=5)
         try:
-            with one_pass(model), one_pass(model), change_arguments(attention, partial(_by_head, heads)):
-                capture(model, (site,), ids, torch.ones_like(ids), lambda *_rows: None)
+            _pattern(model, site, change_arguments(attention, partial(_by_head, heads)))
             known[site.name] = True
         except (ValueError, RuntimeError):  # what attention modules raise of a mask of another size
             known[site.name] = False
@@ -71,11 +69,7 @@ def _by_head(heads: int, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @plain_torch()
 def _measured(model: nn.Module, attention: nn.Module, site: Site) -> float:
-    ids, patterns = trial_ids(model, 1, 5, seed=5), []
-    with one_pass(model), one_pass(model):  # one level deeper than passes that hooks may be bound to
-        for change in (nullcontext(), change_arguments(attention, _raised)):
-            with change:
-                capture(model, (site,), ids, torch.ones_like(ids), lambda _site, rows, _first: patterns.append(rows))
+    patterns = [_pattern(model, site, change) for change in (nullcontext(), change_arguments(attention, _raised))]
     before, after = (rows[0, -1, :, :2].double().cpu() for rows in patterns)
     certain = (torch.minimum(before, after) > _SMALLEST).all(-1)
     if not bool(certain.any()):
@@ -83,6 +77,14 @@ def _measured(model: nn.Module, attention: nn.Module, site: Site) -> float:
     odds = [rows[certain, 0].log() - rows[certain, 1].log() for rows in (before, after)]
     gain = (odds[1] - odds[0]).median().item()
     return 1.0 if abs(gain - 1) < _ROUNDED or gain < _ROUNDED else gain
+
+
+def _pattern(model: nn.Module, site: Site, change: AbstractContextManager[Any]) -> Tensor:
+    """The pattern that a layer returns in a short pass with a change."""
+    ids, patterns = trial_ids(model, 1, 5, seed=5), []
+    with unseen_pass(model), change:
+        capture(model, (site,), ids, torch.ones_like(ids), lambda _site, rows, _first: patterns.append(rows))
+    return patterns[0]
 
 
 def _raised(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating, input_device, trial_ids
-from workbench.model.passes import one_pass
+from workbench.model.passes import unseen_pass
 
 _LENGTHS, _NEW = (6, 9), 2
 _ROUNDED, _ROUNDED_16 = 1e-3, 0.05
@@ -27,7 +27,7 @@ def generates_in_batches(module: nn.Module) -> bool:
     after each.
     """
     prompts = [trial_ids(module, 1, length, seed=length)[0] for length in _LENGTHS]
-    with one_pass(module), one_pass(module):  # one level deeper than passes that hooks may be bound to
+    with unseen_pass(module):
         alone = torch.cat([_logits(module, [one]) for one in prompts], 1)
         together = _logits(module, prompts)
     exact = module.dtype in (torch.float32, torch.float64) and not getattr(module, "is_quantized", False)

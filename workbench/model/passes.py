@@ -69,6 +69,13 @@ def one_pass(module: nn.Module) -> Iterator[None]:
             _THREAD.passes.pop()
 
 
+@contextmanager
+def unseen_pass(module: nn.Module) -> Iterator[None]:
+    """Runs passes of `module` in the block one level deeper than those that hooks of this thread may be bound to."""
+    with one_pass(module), one_pass(module):
+        yield
+
+
 def _trunks(module: nn.Module) -> Iterator[nn.Module]:
     """The model and the modules inside it that hold its lists of blocks: another pass enters one of them again."""
     yield module

@@ -326,9 +326,13 @@ def normalise(x: Tensor, kind: str, eps: float) -> Tensor:
     """Returns `x` under a norm without weights over the last axis: "layer" (centred first), "rms" or "none"."""
     if kind == "none":
         return x
-    if kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
+    x = centred(x, kind)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def centred(x: Tensor, kind: str) -> Tensor:
+    """Returns `x` minus its mean over the last axis, as a norm of kind "layer" reads it; other kinds read `x`."""
+    return x - x.mean(-1, keepdim=True) if kind == "layer" else x
 
 
 def _tensors(unembed: Unembed) -> dict[str, Tensor]:
