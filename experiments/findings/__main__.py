@@ -160,6 +160,21 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
+def _inputs(request: argparse.Namespace) -> Iterator[tuple[str, Path, str]]:
+    """Yields the flag, the path and the remedy of every file and folder that the request reads."""
+    others = "name a folder with models/ and corpora/"
+    if request.text is None or request.model is None:
+        yield "--shared", request.shared / STORIES, f"{others}, or a --model with a --text"
+    else:
+        yield "--text", request.text, "name a file of texts"
+    if request.model is not None:
+        yield "--model", request.model, "name the folder of a model"
+        return
+    yield from (("--shared", request.shared / "models" / name, others) for name in OTHERS)
+    if request.real_rows:
+        yield "--real", request.real, "`make models` brings SmolLM2-135M, and --real-rows 0 leaves it out"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the probes on all models and writes the page."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.findings", description=__doc__)
@@ -175,8 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     request = parser.parse_args(arguments)
     if (request.model or request.probes) and request.write == PAGE:
         parser.error("--write: name another page; docs/findings.md has every probe of the models of the page")
-    if request.model is None and request.real_rows and not request.real.is_dir():
-        parser.error(f"--real: {request.real} is no folder; `make models` brings SmolLM2-135M")
+    for flag, path, remedy in _inputs(request):
+        if not path.exists():
+            parser.error(f"{flag}: {path} does not exist; {remedy}")
     if request.model is None:
         sources = page_sources(request.shared, request.real, request.rows, request.real_rows)
         prints, head = _fingerprints(request.shared, request.real if request.real_rows else None), TEXT

@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+
 import workbench as wb
 from workbench.embedded import demo_corpus
 from workbench.experiments.controls import random_copy
 from workbench.experiments.demo_model.made_of import read_made_of
+from workbench.experiments.findings import __main__ as command
 from workbench.experiments.findings import measure
 from workbench.experiments.findings.__main__ import DEMO, page, speech
 from workbench.experiments.findings.measure import KEPT, OTHER_INPUTS, Finding, Subject, findings, probes_of_texts
@@ -66,3 +69,20 @@ def test_the_page_has_a_line_for_each_model_and_probe_and_no_markup_of_theirs():
     assert "| a | head 0.1 &#124; &lt;b&gt; | 1,999 | 2.3 | 30 |\n| b | not run: no | | | |\n" in text
     assert "2,000 tokens" in text
     assert read_made_of(text) == {"model a": "0" * 16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        ([], "--shared: none/corpora/tinystories_1000.jsonl does not exist; name a folder with models/ and corpora/"),
+        (["--model", "here"], "--shared: none/corpora/tinystories_1000.jsonl does not exist"),
+        (["--model", "here", "--text", "no.txt"], "--text: no.txt does not exist; name a file of texts"),
+        (["--model", "no", "--text", "here"], "--model: no does not exist; name the folder of a model"),
+    ],
+)
+def test_a_missing_input_is_refused_in_one_line_before_anything_runs(tmp_path, monkeypatch, capsys, arguments, refusal):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--shared", "none", "--write", "page.md", *arguments])
+    assert f"error: {refusal}" in capsys.readouterr().err
