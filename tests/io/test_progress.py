@@ -46,6 +46,12 @@ def test_the_line_has_count_rate_and_remaining_time():
     assert lines.line(15.0) == "recording: 120,000 of 1,000,000 rows, 8,000 rows/s, 1 min 50 s left"
 
 
+def test_units_that_take_seconds_have_a_time_each():
+    lines = _Lines("future prompts", 8, "prompts", 0)
+    lines.advance(3)
+    assert lines.line(12.0) == "future prompts: 3 of 8 prompts, 4 s each, 20 s left"
+
+
 def test_earlier_work_is_counted_but_not_timed():
     lines = _Lines("recording", 1_000, "rows", 900)
     lines.advance(50)

@@ -120,11 +120,16 @@ def test_values_of_placeholders_are_data_and_not_sql(place):
     assert select_rows(path, manifest, "position = ? AND row > ?", [1, 2]).tolist() == [4, 6]
     assert select_rows(path, manifest, "position = $p OR row = $p", {"p": 2}).tolist() == [2, 7]
     assert select_rows(path, manifest, "token = ?", ["' OR true --"]).tolist() == []
-    for predicate, values in [
-        ("position = ?", [1, 2]),
-        ("position = 1", [1]),
-        ("position = $p", {"q": 1}),
-        ("x = ?", [1]),
+    remedy = "give parameters, one value for each ? or {name: value} for $name"
+    for predicate, values, found in [
+        ("position = ?", (), f"no value for placeholder 1; {remedy}"),
+        ("position = ?", [1, 2], f"no placeholder for value 2; {remedy}"),
+        ("position = 1", [1], f"no placeholder for value 1; {remedy}"),
+        ("position = $p", {"q": 1}, f"no value for placeholder p; {remedy}"),
+        ("position = $p", {"p": 1, "q": 1}, f"no placeholder for value q; {remedy}"),
+        ("position IN (SELECT ? FROM tokens)", (), f"no value for placeholder 1; {remedy}"),
+        ("x = ?", [1], 'Referenced column "x" not found'),
+        ("position = ? )", [1], ""),
     ]:
         message = refused(RequestError, lambda p=predicate, v=values: select_rows(path, manifest, p, v))
-        assert message.startswith(f"query {predicate!r}: ")
+        assert message.startswith(f"query {predicate!r}: {found}"), message

@@ -67,7 +67,8 @@ class _Lines:
         rate = self.new / seconds
         of = f" of {self.total:,}" if self.total else ""
         left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
-        return f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f} {self.unit}/s{left}"
+        speed = f"{duration(1 / rate)} each" if 0 < rate < 1 else f"{rate:,.0f} {self.unit}/s"
+        return f"{self.label}: {self.done:,}{of} {self.unit}, {speed}{left}"
 
 
 class _Output(_Lines):

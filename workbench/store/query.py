@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -21,7 +21,7 @@ from workbench.store.groups import GROUPS, segment_tables, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
 from workbench.store.new_columns import common_columns, part_columns, store_columns
 from workbench.store.sql_names import SqlNames, quote
-from workbench.store.sql_tree import TABLE, allowed_clause, check_repeatable
+from workbench.store.sql_tree import TABLE, Parameters, allowed_clause, check_placeholders, check_repeatable
 from workbench.store.token_table import read_schema, take_tokens
 
 _SQL_TYPES = {
@@ -44,9 +44,6 @@ _SETTINGS = (
     "SET enable_external_access = false",
     "SET lock_configuration = true",
 )
-
-
-Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
 
 
 def select_rows(
@@ -139,6 +136,7 @@ class _Tokens:
         row = names.quoted("row")
         with duckdb.connect() as connection:
             clause = allowed_clause(connection, predicate, condition, bool(parameters))
+            check_placeholders(connection, predicate, condition, parameters)
             if self.repeatable:
                 check_repeatable(connection, predicate, condition)
             connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from workbench.io.errors import RequestError
 
 TABLE = "tokens"
 """Name of the token table in subqueries."""
+
+Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
+"""Values of the placeholders of a condition: a sequence for `?`, a mapping for `$name`."""
 
 _REFERENCES = ("BASE_TABLE", "JOIN", "SUBQUERY", "EMPTY", "EXPRESSION_LIST")
 
@@ -43,6 +46,24 @@ def allowed_clause(connection: Any, predicate: str, condition: str, parameters: 
         if "from_table" in node and (name := _foreign(node["from_table"])):
             raise RequestError(f"query {predicate!r}: {name} in a subquery; the one table is {TABLE}")
     return f"{'QUALIFY' if window else 'WHERE'} ({condition}\n)"
+
+
+def check_placeholders(connection: Any, predicate: str, condition: str, parameters: Parameters) -> None:
+    """Refuses a condition whose placeholders are others than the given values.
+
+    Raises:
+        RequestError: A placeholder has no value, or a value no placeholder.
+    """
+    tree = _parsed(connection, f"SELECT 1 WHERE ({condition}\n)")
+    placeholders = {node["identifier"] for node in _nodes(tree) if node.get("class") == "PARAMETER"}
+    names = {*parameters} if isinstance(parameters, Mapping) else {str(n + 1) for n in range(len(parameters))}
+    if tree.get("error") or placeholders == names:
+        return
+    absent, unused = (", ".join(sorted(rest)) for rest in (placeholders - names, names - placeholders))
+    found = f"no value for placeholder {absent}" if absent else f"no placeholder for value {unused}"
+    raise RequestError(
+        f"query {predicate!r}: {found}; give parameters, one value for each ? or {{name: value}} for $name"
+    )
 
 
 def check_repeatable(connection: Any, predicate: str, condition: str) -> None:
