@@ -15,6 +15,7 @@ import workbench as wb
 from workbench.io.errors import RequestError
 
 TEXTS = [[3, 9, 27, 81, 243], [4, 16, 64]]
+LAST_BITS = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def recorded(module, path, sites=("z", "blocks.*.attn.o.hook_out")):
@@ -46,13 +47,15 @@ def test_each_head_is_its_part_of_the_weights(tiny_models, tmp_path):
         torch.testing.assert_close(results[:][:, head], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[[5, 0]], results[:][[5, 0]])
     torch.testing.assert_close(results[store.where("position = 2")], results[:][[2, 7]])
-    assert torch.equal(torch.cat([block for _, block in results.blocks(3)]), results[:])
+    # products of other numbers of rows differ in the last bits on some processors
+    blocks = torch.cat([block for _, block in results.blocks(3)])
+    torch.testing.assert_close(blocks, results[:], **LAST_BITS)
     assert results[3].shape == (4, 32)
-    np.testing.assert_array_equal(results.to_numpy([5, 0]), results[:][[5, 0]])
+    np.testing.assert_allclose(results.to_numpy([5, 0]), results[:][[5, 0]], **LAST_BITS)
     loaded = torch.cat(list(DataLoader(results, batch_size=3)))
-    assert torch.equal(loaded, results[:])
+    torch.testing.assert_close(loaded, results[:], **LAST_BITS)
     (batch,) = wb.RowDataset({"heads": results, "z": store["z", 1]}, seed=0)
-    assert torch.equal(batch["heads"], results[batch["row"]])
+    torch.testing.assert_close(batch["heads"], results[batch["row"]], **LAST_BITS)
     assert repr(results) == "result.1 (row 8, head 4, d_model 32), computed when read"
 
 

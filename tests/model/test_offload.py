@@ -66,8 +66,12 @@ def test_its_unembedding_and_its_heads_are_read_from_where_they_are(pair):
 def test_a_copy_holds_the_values_and_runs_alone(pair):
     plain, moved = pair
     for path in ("lm_head", "model.norm", "model.layers.1.mlp"):
-        ours, theirs = real_copy(moved.get_submodule(path)), plain.get_submodule(path)
-        assert not placeholders(ours)
-        assert torch.equal(ours(torch.ones(1, 1, 16)), theirs(torch.ones(1, 1, 16)))
+        copied, original = real_copy(moved.get_submodule(path)), plain.get_submodule(path)
+        assert not placeholders(copied)
+        for values, expected in zip(copied.parameters(), original.parameters(), strict=True):
+            assert torch.equal(values, expected)
+        # weights elsewhere in memory give other last bits on some processors
+        torch.testing.assert_close(copied(torch.ones(1, 1, 16)), original(torch.ones(1, 1, 16)), rtol=1e-6, atol=1e-7)
     assert torch.equal(real_weight(moved.lm_head), plain.lm_head.weight)
-    assert torch.equal(moved(torch.tensor([[3, 4]])).logits, plain(torch.tensor([[3, 4]])).logits)
+    ids = torch.tensor([[3, 4]])
+    torch.testing.assert_close(moved(ids).logits, plain(ids).logits, rtol=1e-6, atol=1e-7)

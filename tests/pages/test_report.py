@@ -286,7 +286,7 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         assert page.run("document.querySelector('.plot > div').getBoundingClientRect().width") <= 1200
         # the keyboard reaches everything, in the order of the page
         expected = page.run(REACHABLE)
-        page.run("document.body.focus(); scrollTo(0, 0)")
+        page.run("location.hash = '#top'")  # the keyboard starts at what was last scrolled to, in some browsers
         reached = []
         for _ in expected:
             page.key("Tab", 9)
