@@ -170,8 +170,8 @@ class ActivationPatching(StoreProbe):
         if not model.site_map.causal:
             raise RequestError(f"model {model.name!r} is not causal; patching compares prompts of a causal model")
         if self.places == "positions":
-            pairs, others = of_usual_length(pairs)
-            notes += others
+            pairs, length_notes = of_usual_length(pairs)
+            notes += length_notes
         sites = patched_sites(model, self.site, self.layers)
         runs = Runs.make(model, pairs, sites, self.metric, self.places == "positions")  # pyright: ignore[reportArgumentType]  # checked
         if not runs.used.any():
@@ -225,36 +225,39 @@ class ActivationPatching(StoreProbe):
             "denoising": runs.effect("corrupt", site, at, clean, head) - runs.corrupt,
             "noising": runs.clean - runs.effect("clean", site, at, corrupt, head),
         }
-        found = {"denoising": present, "noising": present}
+        masks = {"denoising": present, "noising": present}
         if self.controls_too:
-            other, with_other = other_pair(runs.pairs, runs.answers, at, False, self.seed)
-            same, with_same = other_pair(runs.pairs, runs.answers, at, True, self.seed)
-            for name, plan in (("random_donor", other), ("shuffled", shuffled_positions(runs.pairs, at, self.seed))):
+            random_plan, with_random = other_pair(runs.pairs, runs.answers, at, False, self.seed)
+            same_plan, with_same_answer = other_pair(runs.pairs, runs.answers, at, True, self.seed)
+            for name, plan in (
+                ("random_donor", random_plan),
+                ("shuffled", shuffled_positions(runs.pairs, at, self.seed)),
+            ):
                 sides = [
                     runs.effect("corrupt", site, at, runs.gathered(side, site, plan), head)
                     for side in ("clean", "corrupt")
                 ]
                 effects[name] = sides[0] - sides[1]
-            donor = runs.gathered("clean", site, same)
+            donor = runs.gathered("clean", site, same_plan)
             effects["same_answer"] = runs.effect("corrupt", site, at, donor, head) - runs.corrupt
-            found |= {"random_donor": with_other, "shuffled": present, "same_answer": with_same}
-        return {name: np.where(found[name], values.numpy(), np.nan) for name, values in effects.items()}
+            masks |= {"random_donor": with_random, "shuffled": present, "same_answer": with_same_answer}
+        return {name: np.where(masks[name], values.numpy(), np.nan) for name, values in effects.items()}
 
     @staticmethod
     def headline(result: Result) -> str:
         """Returns the cell with the largest effect in each direction with its interval, and that of the control."""
         site, data, parts = result.provenance["settings"]["site"], result.data, []
         stream = site in _STREAMS and data.sizes["place"] > 1
-        shown = data.isel(place=slice(0, -1)) if stream else data  # the last layer's last position has all by identity
+        cells = data.isel(place=slice(0, -1)) if stream else data  # the last layer's last position has all by identity
         for direction in ("denoising", "noising"):
-            layer, place = strongest(shown[direction])
+            layer, place = strongest(cells[direction])
             at = data.sel(layer=layer, place=place)
             share, low, high = (100 * float(at[f"{direction}{end}"]) for end in ("", "_low", "_high"))
             interval = interval_suffix(low, high, ".0f")
             parts.append(f"{direction} {share:.0f} % of the gap at {cell_name(data, layer, place)}{interval}")
         text = f"Strongest {site}{' before the last position' if stream else ''}: {'; '.join(parts)}"
         if "random_donor" in data:
-            layer, place = strongest(shown["denoising"])
+            layer, place = strongest(cells["denoising"])
             donor = 100 * float(data["random_donor"].sel(layer=layer, place=place))
             text += "; no random donor there" if np.isnan(donor) else f"; random donor there {donor:.0f} %"
         if stream:
@@ -288,10 +291,10 @@ class Cell:
 
 def cells_of(runs: Runs, sites: Sequence[Site], at: str) -> Iterator[Cell]:
     """Yields the cells of a sweep: places of each site, or heads at the positions that `at` names."""
-    every = runs.pairs.mask.bool()
+    all_positions = runs.pairs.mask.bool()
     for site in sites:
         if site.axes[0] == "head":
-            mask = every if at == "all" else runs.pairs.places[at]
+            mask = all_positions if at == "all" else runs.pairs.places[at]
             yield from (Cell(site, f"H{head}", mask, head) for head in range(site.shape[0] or 0))
         else:
             yield from (Cell(site, place, mask) for place, mask in runs.pairs.places.items())
@@ -349,7 +352,7 @@ def cell_name(data: Any, layer: int, place: str) -> str:
 def provenance_of_pairs(probe: Any, model: Model, pairs: PromptPairs) -> dict[str, Any]:
     """Returns the provenance of a result that was made of pairs without a store."""
     check_model(model)
-    texts = "\n".join(f"{one.clean}{one.corrupt}{one.answer}{one.wrong}" for one in pairs.pairs)
+    texts = "\n".join(f"{pair.clean}{pair.corrupt}{pair.answer}{pair.wrong}" for pair in pairs.pairs)
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint(),

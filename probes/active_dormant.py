@@ -164,28 +164,32 @@ class ActiveDormant(LayerProbe):
         sequences = sequences.without(rows.left_out)
         arrays = _choose_sink(self, store, source, layers, sequences)
         sink = int(arrays["sink_position"])
-        every = sorted({*layers, *streams})
+        blocks = sorted({*layers, *streams})
         received = {layer: _sink_attention(store, source, layer, sequences, sink) for layer in layers}
-        heads: dict[int, dict[str, np.ndarray]] = {layer: {"sink_attention": one} for layer, one in received.items()}
+        heads: dict[int, dict[str, np.ndarray]] = {
+            layer: {"sink_attention": attention} for layer, attention in received.items()
+        }
         for part in heads.values():
             part["active"] = (part["sink_attention"] <= self.epsilon).astype(float)
         notes = _drains(self, store, model, sequences, sink, heads)
         if self.sink is None and sink == self.length - self.min_visible:
             notes.append(f"position {sink} is the last that counts as a sink: no position receives most as a sink does")
         means = {
-            layer: {name: mean for key, one in part.items() for name, mean in _mean(self, key, one, sequences).items()}
+            layer: {
+                name: mean for key, array in part.items() for name, mean in _mean(self, key, array, sequences).items()
+            }
             for layer, part in heads.items()
         }
-        arrays |= stack_heads(every, means, [one.name for one in _VARIABLES if one.dims == _HEAD])
-        arrays |= _over_heads(self, heads, every, sequences) | _peaks(self, store, every, streams, sequences, sink)
+        arrays |= stack_heads(blocks, means, [variable.name for variable in _VARIABLES if variable.dims == _HEAD])
+        arrays |= _over_heads(self, heads, blocks, sequences) | _peaks(self, store, blocks, streams, sequences, sink)
         number = arrays["active"].shape[1]
         if self.domain is not None:
             arrays |= _by_domain(
-                self, {layer: part["active"] for layer, part in heads.items()}, sequences, every, number
+                self, {layer: part["active"] for layer, part in heads.items()}, sequences, blocks, number
             )
             notes += _domain_notes(self, arrays["documents"], sequences)
         arrays |= {"sequences": np.asarray(len(sequences)), "short_sequences": np.asarray(sequences.short)}
-        coords: dict[str, Any] = {"layer": every, "head": np.arange(number), "position": np.arange(self.length)}
+        coords: dict[str, Any] = {"layer": blocks, "head": np.arange(number), "position": np.arange(self.length)}
         if sequences.domains:
             coords["domain"] = list(sequences.domains)
         data = dataset(_VARIABLES, arrays, coords)
@@ -297,8 +301,8 @@ def _drains(
 
 def _to_median(norms: np.ndarray, sink: int) -> np.ndarray:
     """Norm at the sink by the median of the others, [sequence, ...]; NaN where that is 0."""
-    others = np.median(np.delete(norms, sink, axis=1), axis=1)
-    return np.where(others > 0, ratio(norms[:, sink], others), np.nan)
+    median = np.median(np.delete(norms, sink, axis=1), axis=1)
+    return np.where(median > 0, ratio(norms[:, sink], median), np.nan)
 
 
 def _mean(probe: ActiveDormant, name: str, values: np.ndarray, sequences: Sequences) -> dict[str, np.ndarray]:
@@ -352,8 +356,8 @@ def _by_domain(
     settings = {"layers": layers, "heads": heads, "resamples": probe.resamples, "seed": probe.seed}
     arrays = compare_domains(active, sequences, **settings)
     arrays = {name.replace("attention", "domain_active"): part for name, part in arrays.items()}
-    every = np.concatenate(list(active.values()), axis=1)
-    gap = permuted_gap(every, sequences, permutations=probe.permutations, seed=probe.seed)
+    all_heads = np.concatenate(list(active.values()), axis=1)
+    gap = permuted_gap(all_heads, sequences, permutations=probe.permutations, seed=probe.seed)
     return {**arrays, "gap_permuted": np.asarray(gap)}
 
 

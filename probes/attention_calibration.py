@@ -66,9 +66,9 @@ _MEANING = {
 }
 VARIABLES: tuple[Variable, ...] = (
     *(
-        one
+        variable
         for name, units in _MEASURED.items()
-        for one in with_interval(Variable(name, ("kind",), units, _MEANING[name], "that of the controls"))
+        for variable in with_interval(Variable(name, ("kind",), units, _MEANING[name], "that of the controls"))
     ),
     Variable("loss_layer", ("layer",), "nats", "change of the loss with this layer calibrated alone, other half", "0"),
     Variable("hidden", ("layer", "head"), "keys", "hidden sinks of a sequence, mean"),
@@ -142,11 +142,13 @@ class AttentionCalibration(StoreProbe):
         finite = self.finite_rows(store, [f"{_kind(store)}.{layer}" for layer in received.layers], rows)
         model = recorded_model(store, model or self.model, self.device)
         hidden = received.hidden_sinks(self.threshold, self.min_visible)
-        arrays: dict[str, Any] = _found(received, hidden, self.min_visible)
-        one, other, note = document_halves(store, finite.rows, self.seed)
+        arrays: dict[str, Any] = _sink_counts(received, hidden, self.min_visible)
+        first_half, second_half, note = document_halves(store, finite.rows, self.seed)
         candidates = [layer for layer in received.layers if self.first <= layer < model.site_map.n_layers - self.last]
-        used, notes = _in_both(store, hidden, candidates, (one, other))
-        profile = self._effects(model, MeasuredRows(store, {"all": one}), {str(at): {at: hidden[at]} for at in used})[0]
+        used, notes = _in_both(store, hidden, candidates, (first_half, second_half))
+        profile = self._effects(
+            model, MeasuredRows(store, {"all": first_half}), {str(at): {at: hidden[at]} for at in used}
+        )[0]
         loss = dict(zip(used, profile[:, 0], strict=True))
         arrays["loss_layer"] = np.array([loss.get(layer, np.nan) for layer in received.layers])
         chosen = [layer for layer in used if loss[layer] < 0]
@@ -155,13 +157,13 @@ class AttentionCalibration(StoreProbe):
         keys = received.random_keys(hidden, 1, int(received.lengths.min()), self.seed)
         sets = {"all": {at: hidden[at] for at in used}, "random_keys": {at: keys[at] for at in used}}
         sets |= {"chosen": {at: hidden[at] for at in chosen}, "random_layers": {at: hidden[at] for at in random}}
-        sets = {name: part for name, part in sets.items() if any(one.any() for one in part.values())}
-        mean, low, high = self._effects(model, MeasuredRows(store, {"all": other}), sets)
+        sets = {name: part for name, part in sets.items() if any(mask.any() for mask in part.values())}
+        mean, low, high = self._effects(model, MeasuredRows(store, {"all": second_half}), sets)
         for column, name in enumerate(_MEASURED):
             for end, values in (("", mean), ("_low", low), ("_high", high)):
                 by_kind = dict(zip(sets, values[:, column], strict=True))
                 arrays[f"{name}{end}"] = np.array([by_kind.get(kind, np.nan) for kind in KINDS])
-        arrays["rows"] = len(other)
+        arrays["rows"] = len(second_half)
         coords = {"kind": list(KINDS), "layer": received.layers, "head": np.arange(arrays["hidden"].shape[1])}
         data = dataset(self.variables, arrays, coords)
         data.attrs["chosen"] = ", ".join(map(str, chosen))
@@ -178,7 +180,7 @@ class AttentionCalibration(StoreProbe):
         def calibrate(layer: int, heads: Sequence[int], keys: Bool[Tensor, "batch position"]) -> RedistributeAttention:
             return RedistributeAttention(layer, heads, keys, self.keep)
 
-        changes: dict[str, Change] = {name: change_keys(one, calibrate) for name, one in sets.items()}
+        changes: dict[str, Change] = {name: change_keys(keys, calibrate) for name, keys in sets.items()}
         effects = change_effects(model, rows, changes, label="calibrating attention")
         mean, resampled = effects.effects(resamples=self.resamples, seed=self.seed)
         columns = [list(MEASURES).index(name) for name in _MEASURED]
@@ -193,11 +195,11 @@ class AttentionCalibration(StoreProbe):
         kind = "all" if np.isnan(loss["chosen"]) else "chosen"
         low, high = (float(data[f"loss_{end}"].sel(kind=kind)) for end in ("low", "high"))
         interval = interval_suffix(low, high, ".3f")
-        other = "random_keys" if kind == "all" else "random_layers"
+        control = "random_keys" if kind == "all" else "random_layers"
         text = (
             f"{100 * float(data['heads_with']):.0f} % of heads have a hidden sink; calibrated in {kind} layers the "
-            f"loss changes by {loss[kind]:+.3f} nats{interval} on other documents ({other.replace('_', ' ')} "
-            f"{loss[other]:+.3f}); in all layers {loss['all']:+.3f} (random keys {loss['random_keys']:+.3f}; "
+            f"loss changes by {loss[kind]:+.3f} nats{interval} on other documents ({control.replace('_', ' ')} "
+            f"{loss[control]:+.3f}); in all layers {loss['all']:+.3f} (random keys {loss['random_keys']:+.3f}; "
             f"{int(data['rows']):,} tokens)"
         )
         return with_note(f"{text}.", result)
@@ -210,7 +212,7 @@ class AttentionCalibration(StoreProbe):
         hidden = data["hidden"].to_numpy()
         grid = head_grid(
             hidden,
-            hover=[[f"{one:.2f} keys" for one in line] for line in hidden],
+            hover=[[f"{number:.2f} keys" for number in line] for line in hidden],
             layers=data["layer"].to_numpy().tolist(),
             title=f"Hidden attention sinks, {model}",
             subtitle=f"keys behind position 0 above the threshold, mean of sequences; threshold 5 / N: "
@@ -237,19 +239,19 @@ def _in_both(
     """
     sequence = store.tokens["sequence"].to_numpy()
     parts = [np.isin(sequence, sequence[rows]) for rows in halves]
-    found = {layer: [hidden[layer][part].any() for part in parts] for layer in layers}
-    used = [layer for layer, both in found.items() if all(both)]
+    sinks = {layer: [hidden[layer][part].any() for part in parts] for layer in layers}
+    used = [layer for layer, flags in sinks.items() if all(flags)]
     if not used:
         raise RequestError(
             "no head of these layers has a hidden sink in both halves of the documents; lower threshold, first or "
             "last, or record more texts"
         )
-    single = [str(layer) for layer, both in found.items() if any(both) and not all(both)]
+    single = [str(layer) for layer, flags in sinks.items() if any(flags) and not all(flags)]
     note = f"layers left out, with hidden sinks in one half of the documents alone: {', '.join(single)}"
     return used, [note] if single else []
 
 
-def _found(
+def _sink_counts(
     received: Received, hidden: Mapping[int, Bool[np.ndarray, "all_rows head"]], min_visible: int
 ) -> dict[str, Any]:
     """Numbers of hidden sinks by head, and under both thresholds."""

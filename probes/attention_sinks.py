@@ -198,19 +198,19 @@ class AttentionSinks(LayerProbe):
         norms = {layer: value_norms(store, layer, sequences, self.sink) for layer in values}
         massive = {"absolute": self.massive_absolute, "relative": self.massive_ratio}
         residual = {layer: residual_norms(store, layer, sequences, self.sink, **massive) for layer in streams}
-        every = sorted({*layers, *residual})
-        arrays = stack_heads(every, received, _OF_HEADS) | stack_layers(every, residual)
-        arrays |= stack_value_norms(every, {layer: len(part["sink_share"]) for layer, part in received.items()}, norms)
+        blocks = sorted({*layers, *residual})
+        arrays = stack_heads(blocks, received, _OF_HEADS) | stack_layers(blocks, residual)
+        arrays |= stack_value_norms(blocks, {layer: len(part["sink_share"]) for layer, part in received.items()}, norms)
         heads = len(sequences) * sum(len(part["sink_share"]) for part in received.values())
         arrays["sink_k"] = 100 * np.sum([part["above"] for part in received.values()], axis=0) / heads
         arrays |= _sink_interval(self, received, sequences)
         arrays["reliable"] = (self.length - np.arange(self.length) >= self.min_visible).astype(np.int8)
         if self.domain is not None:
             paid = {layer: part["paid"] for layer, part in received.items()}
-            settings = {"layers": every, "heads": arrays["sink_share"].shape[1], "resamples": self.resamples}
+            settings = {"layers": blocks, "heads": arrays["sink_share"].shape[1], "resamples": self.resamples}
             arrays |= compare_domains(paid, sequences, seed=self.seed, **settings)
         arrays |= {"sequences": np.asarray(len(sequences)), "short_sequences": np.asarray(sequences.short)}
-        coords = {"layer": every, "head": np.arange(arrays["sink_share"].shape[1]), "position": np.arange(self.length)}
+        coords = {"layer": blocks, "head": np.arange(arrays["sink_share"].shape[1]), "position": np.arange(self.length)}
         if sequences.domains:
             coords["domain"] = list(sequences.domains)
         data = dataset(_VARIABLES, arrays, coords)
@@ -285,13 +285,13 @@ def _attention(
             part["paid"] = values["paid"][:, probe.sink + 1 :].mean(1)
         parts.append(part)
     total = {name: np.sum([part[name] for part in parts], axis=0) for name in ("alpha", "above", "sink_share")}
-    each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in total}
+    stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in total}
     means = {name: total[name] / len(sequences) for name in ("alpha", "sink_share")}
-    means |= {f"{name}_entropy": each[name].mean(0) for name in ("row", "column") if name in each}
-    if {"row", "column"} <= each.keys():
-        means["detected"] = ((each["row"] < probe.row_entropy) & (each["column"] > probe.column_entropy)).mean(0)
-    paid = {"paid": each["paid"]} if "paid" in each else {}
-    return means | {"above": total["above"], "sinks": each["sinks"]} | paid
+    means |= {f"{name}_entropy": stats[name].mean(0) for name in ("row", "column") if name in stats}
+    if {"row", "column"} <= stats.keys():
+        means["detected"] = ((stats["row"] < probe.row_entropy) & (stats["column"] > probe.column_entropy)).mean(0)
+    paid = {"paid": stats["paid"]} if "paid" in stats else {}
+    return means | {"above": total["above"], "sinks": stats["sinks"]} | paid
 
 
 def _sink_interval(
@@ -439,7 +439,7 @@ def _hover(row: Mapping[str, Any]) -> str:
         "value_norm_ratio": "value norm, times the others'",
         "gap": "gap between domains",
     }
-    lines = [f"{shown}: {row[name]:.3g}" for name, shown in measures.items() if not np.isnan(row.get(name, np.nan))]
+    lines = [f"{text}: {row[name]:.3g}" for name, text in measures.items() if not np.isnan(row.get(name, np.nan))]
     return "<br>".join([f"<b>{head_name(row['layer'], row['head'])}</b>", *lines])
 
 

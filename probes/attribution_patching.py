@@ -192,8 +192,8 @@ class AttributionPatching(StoreProbe):
     @plain_torch()
     def _run(self, model: Model, pairs: list[PatchPair], notes: list[str], known: dict[str, Any]) -> Result:
         if self.places == "positions":
-            pairs, others = of_usual_length(pairs)
-            notes += others
+            pairs, length_notes = of_usual_length(pairs)
+            notes += length_notes
         sites = patched_sites(model, self.site, self.layers)
         runs = Runs.make(model, pairs, sites, self.metric, self.places == "positions")  # pyright: ignore[reportArgumentType]  # checked
         used = np.flatnonzero(runs.used)
@@ -257,8 +257,8 @@ class AttributionPatching(StoreProbe):
         if not np.isnan(by_layer).all():
             worst = int(np.nanargmin(by_layer))
             text += f", lowest {by_layer[worst]:.2f} in layer {int(data['layer'].to_numpy()[worst])}"
-        found, top, chance = (float(data[name]) for name in ("top_found", "top", "top_chance"))
-        text += f"; {found:.0f} of the {top:.0f} strongest cells found ({chance:.1f} by chance)"
+        hits, top, chance = (float(data[name]) for name in ("top_found", "top", "top_chance"))
+        text += f"; {hits:.0f} of the {top:.0f} strongest cells found ({chance:.1f} by chance)"
         if data.sizes["miss"]:
             place = cell_name(data, int(data["miss_layer"][0]), str(data["miss_place"].to_numpy()[0]))
             exact, estimate = float(data["miss_exact"][0]), float(data["miss_estimate"][0])
@@ -297,7 +297,7 @@ class _Estimated:
     @classmethod
     def make(cls, probe: AttributionPatching, runs: Runs, sites: Sequence[Site]) -> _Estimated:
         base = "clean" if probe.base == "clean" else "corrupt"
-        made = Attribution.make(runs, base, sites, probe.steps)
+        attribution = Attribution.make(runs, base, sites, probe.steps)
         cells = list(cells_of(runs, sites, probe.at))
         places, layers = list(dict.fromkeys(cell.place for cell in cells)), [site.layer or 0 for site in sites]
         heads = cells[0].head is not None
@@ -308,12 +308,12 @@ class _Estimated:
         masks = {"": patched} if heads else dict(runs.pairs.places)
         plans = {name: _plans(probe, runs, at) for name, at in masks.items()}
         for row, site in enumerate(sites):
-            estimate = made.by_position(site)
+            estimate = attribution.by_position(site)
             sums[:, row] = at_place(estimate, patched).reshape(shape[0], -1).sum(1).numpy()
             for name, at in masks.items():
                 columns = slice(None) if heads else places.index(name)
                 for kind, (plan, known) in plans[name].items():
-                    values = at_place(estimate if plan is None else made.by_position(site, plan), at).numpy()
+                    values = at_place(estimate if plan is None else attribution.by_position(site, plan), at).numpy()
                     estimates[kind][:, row, columns] = np.where(known[:, None] if heads else known, values, np.nan)
         draw = np.random.default_rng(probe.seed)
         sample = np.sort(draw.permutation(shape[0])[: probe.exact_pairs])
@@ -324,9 +324,13 @@ class _Estimated:
 def _plans(probe: AttributionPatching, runs: Runs, at: torch.Tensor) -> dict[str, tuple[Any, np.ndarray]]:
     """Donors of the estimate and its controls at one place, and the pairs that have them."""
     present = at.any(1).numpy()
-    other, found = other_pair(runs.pairs, runs.answers, at, False, probe.seed)
+    random_plan, with_random = other_pair(runs.pairs, runs.answers, at, False, probe.seed)
     shuffled = shuffled_positions(runs.pairs, at, probe.seed)
-    return {"estimate": (None, present), "random_donor": (other, present & found), "shuffled": (shuffled, present)}
+    return {
+        "estimate": (None, present),
+        "random_donor": (random_plan, present & with_random),
+        "shuffled": (shuffled, present),
+    }
 
 
 def _exact(
@@ -339,8 +343,8 @@ def _exact(
         index = (slice(None), layers.index(cell.site.layer), list(places).index(cell.place))
         exact[index] = np.where(cell.at.any(1).numpy(), _effect(probe, runs, cell.site, cell.at, cell.head), np.nan)
     heads = sites[0].axes[0] == "head" and probe.at != "all"
-    every = runs.pairs.places[probe.at] if heads else runs.pairs.mask.bool()
-    return exact, np.stack([_effect(probe, runs, site, every) for site in sites], axis=1)
+    all_positions = runs.pairs.places[probe.at] if heads else runs.pairs.mask.bool()
+    return exact, np.stack([_effect(probe, runs, site, all_positions) for site in sites], axis=1)
 
 
 def _effect(

@@ -151,9 +151,9 @@ class DirectLogitAttribution(StoreProbe):
         check_fields(self, "neurons", "resamples", "ablated_tokens", at_least=1, whole=True)
         check_fields(self, "ablation", one_of=("zero", "mean"), optional=True)
         check_fields(self, "detail", "seed", at_least=0, whole=True)
-        for one, column in (("token", "token_column"), ("against", "against_column")):
-            if getattr(self, one) is not None and getattr(self, column) is not None:
-                raise RequestError(f"{one} and {column} both name the token; give one of them")
+        for setting, column in (("token", "token_column"), ("against", "against_column")):
+            if getattr(self, setting) is not None and getattr(self, column) is not None:
+                raise RequestError(f"{setting} and {column} both name the token; give one of them")
         tokens = ("token", "against", "token_column", "against_column")
         if self.direction is not None and (self.relative or any(getattr(self, name) is not None for name in tokens)):
             raise RequestError("direction stands in place of tokens; leave token, against, their columns and relative")
@@ -203,7 +203,7 @@ class DirectLogitAttribution(StoreProbe):
         if direction is not None:
             targets = LogitTargets.of_direction(unembed, direction, rows.rows)
         else:
-            named = {one: (getattr(self, one), getattr(self, f"{one}_column")) for one in ("token", "against")}
+            named = {name: (getattr(self, name), getattr(self, f"{name}_column")) for name in ("token", "against")}
             targets = LogitTargets.of_tokens(store, unembed, rows.rows, named, self.predicted, self.relative)
         work = Decomposition(store, unembed, terms, split, rows.rows[targets.known], targets.chosen(targets.known))
         neurons = self.neurons if self.parts == "neurons" else None
@@ -240,7 +240,7 @@ class DirectLogitAttribution(StoreProbe):
         runs, parts = AblatedRuns.make(model, work.unembed, work.store, rows, targets), _parts(names, work)
         replacement = "mean" if self.ablation == "mean" else "zero"
         with progress("ablating", len(parts), "terms") as advance:
-            terms = [one.name for one in names]
+            terms = [term.name for term in names]
             effects = ablation_effects(runs, parts, replacement, work.mean, terms, advance)
         direct, _ = replace(work, rows=rows, targets=targets).each(slice(0, len(rows)))
         documents = work.store.tokens["document"].take(rows).to_numpy()
@@ -270,11 +270,11 @@ class DirectLogitAttribution(StoreProbe):
             arrays[name] = mean
             if name != "absolute":
                 arrays[f"{name}_low"], arrays[f"{name}_high"] = intervals(resampled)
-        shown = work.rows[: self.detail]
-        arrays |= {"by_token": details.numpy(), "text": list(work.store.tokens["token"].take(shown).to_pylist())}
+        detail_rows = work.rows[: self.detail]
+        arrays |= {"by_token": details.numpy(), "text": list(work.store.tokens["token"].take(detail_rows).to_pylist())}
         arrays |= {"target": work.targets.chosen(slice(self.detail)).texts(work.unembed), "logit": checks.logit}
         arrays |= {"error": checks.error, "rounding": checks.rounding}
-        coords = {"term": [one.name for one in names], "token": shown}
+        coords = {"term": [term.name for term in names], "token": detail_rows}
         if ablated:
             coords["ablated_token"] = ablated.pop("ablated_token")
             arrays |= ablated
@@ -315,10 +315,10 @@ def _quantity(result: Result) -> str:
     settings = result.provenance["settings"]
     if name := result.data.attrs.get("direction"):
         return f"normed last stream along {name!r}"
-    one = settings["token"] or settings["token_column"] or f"{settings['predicted']} token"
-    other = settings["against"] or settings["against_column"]
-    text = f"logit of {one!r}" if settings["token"] else f"logit of the {one}"
-    text += f" minus {other!r}" if settings["against"] else f" minus the {other}" if other else ""
+    target = settings["token"] or settings["token_column"] or f"{settings['predicted']} token"
+    against = settings["against"] or settings["against_column"]
+    text = f"logit of {target!r}" if settings["token"] else f"logit of the {target}"
+    text += f" minus {against!r}" if settings["against"] else f" minus the {against}" if against else ""
     return f"{text} minus the vocabulary's mean" if settings["relative"] else text
 
 
@@ -326,13 +326,13 @@ def _parts(names: Sequence[TermName], work: Decomposition) -> dict[str, AblatedP
     """Terms that are one tensor of the model, or a part of one; blocks, biases and sums of neurons are none."""
     sites = {term.name: term.plus[0] for term in work.terms if not term.minus}
     parts = {}
-    for one in names:
-        if one.kind == "head":
-            parts[one.name] = AblatedPart(f"z.{one.layer}", head=one.index)
-        elif one.kind == "neuron":
-            parts[one.name] = AblatedPart(f"mlp_post.{one.layer}", index=one.index)
-        elif one.name in sites:
-            parts[one.name] = AblatedPart(sites[one.name])
+    for term in names:
+        if term.kind == "head":
+            parts[term.name] = AblatedPart(f"z.{term.layer}", head=term.index)
+        elif term.kind == "neuron":
+            parts[term.name] = AblatedPart(f"mlp_post.{term.layer}", index=term.index)
+        elif term.name in sites:
+            parts[term.name] = AblatedPart(sites[term.name])
     return parts
 
 
@@ -340,10 +340,10 @@ def _table(names: Sequence[TermName], data: Any) -> pd.DataFrame:
     """One line a term, in the order of the forward pass."""
     table = pd.DataFrame(
         {
-            "term": [one.name for one in names],
-            "kind": [one.kind for one in names],
-            "layer": pd.array([one.layer for one in names], dtype="Int64"),
-            "index": pd.array([one.index for one in names], dtype="Int64"),
+            "term": [term.name for term in names],
+            "kind": [term.kind for term in names],
+            "layer": pd.array([term.layer for term in names], dtype="Int64"),
+            "index": pd.array([term.index for term in names], dtype="Int64"),
         }
     )
     columns = {"contribution": "contribution", "low": "contribution_low", "high": "contribution_high"}

@@ -162,9 +162,9 @@ class EdgeAttribution(StoreProbe):
             for name, order in recovered.items():
                 values = np.zeros((len(used), len(sizes)))
                 for column, size in enumerate(sizes):
-                    kept = np.zeros(graph.allowed.size, bool)
-                    kept[order[:size]] = True
-                    values[:, column] = (edges.metric(kept.reshape(graph.allowed.shape)) - runs.corrupt).numpy()
+                    mask = np.zeros(graph.allowed.size, bool)
+                    mask[order[:size]] = True
+                    values[:, column] = (edges.metric(mask.reshape(graph.allowed.shape)) - runs.corrupt).numpy()
                     advance(1)
                 ratio, low, high = ratio_of_sums(values, gap, self.resamples, self.seed)
                 arrays |= {name: ratio, f"{name}_low": low, f"{name}_high": high}
@@ -173,7 +173,7 @@ class EdgeAttribution(StoreProbe):
         arrays |= {"half": float(enough[0]) if enough else np.nan}
         arrays |= {"clean_metric": runs.clean.numpy(), "corrupt_metric": runs.corrupt.numpy(), "gap": gap.mean()}
         names = {"sender": graph.senders, "receiver": graph.receivers}
-        coords = {axis: [one.name for one in parts] for axis, parts in names.items()} | {"edges": sizes, "pair": used}
+        coords = {axis: [node.name for node in parts] for axis, parts in names.items()} | {"edges": sizes, "pair": used}
         data = dataset(VARIABLES, arrays, coords)
         data.attrs["metric_units"] = METRIC_UNITS[self.metric]
         return data
@@ -189,8 +189,8 @@ class EdgeAttribution(StoreProbe):
         low, high = intervals(resampled, len(values))
         return pd.DataFrame(
             {
-                "sender": [graph.senders[one].name for one in sender],
-                "receiver": [graph.receivers[one].name for one in receiver],
+                "sender": [graph.senders[index].name for index in sender],
+                "receiver": [graph.receivers[index].name for index in receiver],
                 "score": mean[sender, receiver],
                 "low": low,
                 "high": high,

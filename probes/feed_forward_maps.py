@@ -141,8 +141,8 @@ class FeedForwardMaps(LayerProbe):
         rows = sequences.rows[chosen]
         sites = list(dict.fromkeys(site for place in places.values() for site in place))
         checked = self.finite_rows(store, sites, rows)
-        kept = ~np.isin(rows, checked.left_out).any(1)
-        rows, documents = rows[kept], sequences.document[chosen][kept]
+        finite = ~np.isin(rows, checked.left_out).any(1)
+        rows, documents = rows[finite], sequences.document[chosen][finite]
         measured = {}
         with progress("feed-forward maps", len(places) * len(rows), "maps") as tick:
             for layer, place in places.items():
@@ -180,9 +180,9 @@ class FeedForwardMaps(LayerProbe):
             mean, resampled = clustered_means(values, documents, resamples=self.resamples, seed=self.seed)
             low, high = intervals(resampled)
             arrays |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-        arrays["change_shuffled"] = np.array([np.nanmean(one.change_shuffled) for one in measured.values()])
-        arrays["completeness_error"] = np.array([one.error for one in measured.values()])
-        arrays["map"] = np.stack([one.map for one in measured.values()])
+        arrays["change_shuffled"] = np.array([np.nanmean(layer.change_shuffled) for layer in measured.values()])
+        arrays["completeness_error"] = np.array([layer.error for layer in measured.values()])
+        arrays["map"] = np.stack([layer.map for layer in measured.values()])
         arrays["token"] = store.tokens["token"].take(rows[0]).to_pylist()
         arrays["sequences"] = len(rows)
         place = np.arange(self.length)
@@ -239,17 +239,17 @@ class _Layer:
     ) -> _Layer:
         values: dict[str, list[float]] = {name: [] for name in (*_MEASURES, "change_shuffled")}
         draw, worst, first = np.random.default_rng(probe.seed), 0.0, None
-        for one in rows:
-            pattern, value, before, after = (store[site][one].double() for site in place)
-            found = contributions(parts, before, pattern[..., : len(one)], value)
-            miss = (found.total - after).norm(dim=1) / after.norm(dim=1).clamp(min=1e-30)
+        for sequence in rows:
+            pattern, value, before, after = (store[site][sequence].double() for site in place)
+            terms = contributions(parts, before, pattern[..., : len(sequence)], value)
+            miss = (terms.total - after).norm(dim=1) / after.norm(dim=1).clamp(min=1e-30)
             worst = max(worst, float(miss.max()))
             if worst > probe.tolerance:
                 raise RequestError(
                     f"the contributions at {place[3]} miss what was recorded by {worst:.2g} of its norm: the block is "
                     "not the attention, norms and feed-forward part that its sites say"
                 )
-            maps = [part[:, :-1] for part in (found.attention, found.feed_forward, found.block)]
+            maps = [part[:, :-1] for part in (terms.attention, terms.feed_forward, terms.block)]
             for name, number in zip(_MEASURES, _compare(maps, probe.first), strict=True):
                 values[name].append(number)
             values["change_shuffled"].append(_shuffled(maps[0], maps[1], probe.first, draw))
@@ -262,9 +262,9 @@ class _Layer:
 def _shares(contribution: Float[np.ndarray, "query key"]) -> Float[np.ndarray, "query key"]:
     """Rows that sum to 1; NaN after the query, and for a row without any contribution."""
     n = len(contribution)
-    seen = np.where(np.tril(np.ones((n, n), bool)), contribution, np.nan)
-    total = np.nansum(seen, 1, keepdims=True)
-    return np.divide(seen, total, out=np.full(seen.shape, np.nan), where=total > 0)
+    visible = np.where(np.tril(np.ones((n, n), bool)), contribution, np.nan)
+    total = np.nansum(visible, 1, keepdims=True)
+    return np.divide(visible, total, out=np.full(visible.shape, np.nan), where=total > 0)
 
 
 def _compare(maps: list[Float[np.ndarray, "query key"]], first: int) -> tuple[float, float, float]:
@@ -275,23 +275,26 @@ def _compare(maps: list[Float[np.ndarray, "query key"]], first: int) -> tuple[fl
     steps = [shares[1] - shares[0], shares[2] - shares[1]]
     cosines = []
     for i in rows:
-        one, other = (step[i, : i + 1] for step in steps)
-        size = np.linalg.norm(one) * np.linalg.norm(other)
-        cosines.append(one @ other / size if size > 1e-12 else np.nan)
+        a, b = (step[i, : i + 1] for step in steps)
+        size = np.linalg.norm(a) * np.linalg.norm(b)
+        cosines.append(a @ b / size if size > 1e-12 else np.nan)
     without, with_residual, cosine = (
         float(np.nanmean(part)) if not np.isnan(part).all() else np.nan for part in (*changes, cosines)
     )
     return without, with_residual, cosine
 
 
-def _shuffled(one: np.ndarray, other: np.ndarray, first: int, draw: np.random.Generator) -> float:
-    parts = [1 - spearman(one[i, : i + 1], draw.permutation(other[i, : i + 1])) for i in range(first, len(one))]
+def _shuffled(attention: np.ndarray, feed_forward: np.ndarray, first: int, draw: np.random.Generator) -> float:
+    parts = [
+        1 - spearman(attention[i, : i + 1], draw.permutation(feed_forward[i, : i + 1]))
+        for i in range(first, len(attention))
+    ]
     return float(np.nanmean(parts)) if not np.isnan(parts).all() else float("nan")
 
 
-def spearman(one: Float[np.ndarray, " source"], other: Float[np.ndarray, " source"]) -> float:
+def spearman(first: Float[np.ndarray, " source"], second: Float[np.ndarray, " source"]) -> float:
     """Returns the rank correlation, ties averaged; NaN where one side is constant."""
-    a, b = (rankdata(part) - (len(part) + 1) / 2 for part in (one, other))
+    a, b = (rankdata(part) - (len(part) + 1) / 2 for part in (first, second))
     size = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size else float("nan")
 
@@ -323,7 +326,7 @@ def _maps(result: Result) -> go.Figure:
     figure = make_subplots(
         1, 3, subplot_titles=[f"after {stage}" for stage in STAGES], shared_yaxes=True, figure=ThemedFigure()
     )
-    tokens = [label(str(one), 12) for one in data["token"].to_numpy()]
+    tokens = [label(str(token), 12) for token in data["token"].to_numpy()]
     for column, stage in enumerate(STAGES, start=1):
         figure.add_heatmap(
             z=most["map"].sel(stage=stage).to_numpy(),

@@ -131,21 +131,23 @@ class FiberBundle(WeightsProbe):
             RequestError: Fewer than 200 tokens have rows of their own, or fewer than the neighbours asked for.
         """
         vocabulary = read_vocabulary(store, model)
-        kept, notes = _points(vocabulary)
-        if len(kept) < _LEAST:
-            raise RequestError(f"{len(kept)} tokens have embeddings of their own; fiber-bundle needs {_LEAST} or more")
-        number = self.neighbours or int(np.clip(len(kept) // 50, _FIRST + _SPACINGS, 1000))
-        if number >= len(kept):
-            raise RequestError(f"neighbours={number} of {len(kept)} tokens; choose fewer")
-        if number > len(kept) // 50:
+        token_ids, notes = _points(vocabulary)
+        if len(token_ids) < _LEAST:
+            raise RequestError(
+                f"{len(token_ids)} tokens have embeddings of their own; fiber-bundle needs {_LEAST} or more"
+            )
+        number = self.neighbours or int(np.clip(len(token_ids) // 50, _FIRST + _SPACINGS, 1000))
+        if number >= len(token_ids):
+            raise RequestError(f"neighbours={number} of {len(token_ids)} tokens; choose fewer")
+        if number > len(token_ids) // 50:
             notes.append(
-                f"{number} neighbours are over a fiftieth of {len(kept):,} tokens: density gradients bend more"
+                f"{number} neighbours are over a fiftieth of {len(token_ids):,} tokens: density gradients bend more"
             )
         draw = np.random.default_rng(self.seed)
-        chosen = np.sort(draw.choice(len(kept), min(self.row_limit, len(kept)), replace=False))
-        rows = vocabulary.embedding[torch.as_tensor(kept)]
-        other = _gaussian_cloud(rows, self.seed)
-        clouds = dict(zip(CLOUDS, (rows, other, _unit(rows), _unit(other)), strict=True))
+        chosen = np.sort(draw.choice(len(token_ids), min(self.row_limit, len(token_ids)), replace=False))
+        rows = vocabulary.embedding[torch.as_tensor(token_ids)]
+        gaussian = _gaussian_cloud(rows, self.seed)
+        clouds = dict(zip(CLOUDS, (rows, gaussian, _unit(rows), _unit(gaussian)), strict=True))
         parts = {}
         with progress("fiber bundle", len(CLOUDS) * len(chosen), "tokens") as tick:
             for cloud, points in clouds.items():
@@ -153,15 +155,15 @@ class FiberBundle(WeightsProbe):
                 parts[cloud] = _tested(distance)
         arrays = {name: np.stack([parts[cloud][name] for cloud in CLOUDS]) for name in parts[CLOUDS[0]]}
         usual = float(np.median(arrays["dimension"][0]))
-        null = uniform_ball(len(kept), usual, number + 1, _NULL, self.seed)
+        null = uniform_ball(len(token_ids), usual, number + 1, _NULL, self.seed)
         ball = uniform_ball(_DETECTOR_POINTS, usual, _DETECTOR_POINTS, _DETECTOR_TRIALS, self.seed)
         arrays |= {
             "null_below": float((dimension_change(null, _FIRST, _SPLITS).p < 0.05).mean()),
             "null_detector": float(window_detector(ball).mean()),
             "neighbours": number,
-            "points": len(kept),
+            "points": len(token_ids),
         }
-        ids = kept[chosen]
+        ids = token_ids[chosen]
         texts = np.array([vocabulary.texts[id] for id in ids], dtype=object)
         data = dataset(self.variables, arrays, {"cloud": list(CLOUDS), "token": ids, "text": ("token", texts)})
         return self.result(store, data, _table(data), notes)
@@ -170,7 +172,7 @@ class FiberBundle(WeightsProbe):
     def headline(result: Result) -> str:
         """Returns the share of rejected tokens beside the Gaussian cloud, the level of the test, and the dimension."""
         data = result.data
-        rejected, below, found = (100 * data[name].to_numpy() for name in ("rejected", "below", "detector"))
+        rejected, below, window = (100 * data[name].to_numpy() for name in ("rejected", "below", "detector"))
         dimension, gaussian = (float(data["dimension"][cloud].median()) for cloud in (0, 1))
         null, detector = (100 * float(data[name]) for name in ("null_below", "null_detector"))
         text = (
@@ -178,7 +180,7 @@ class FiberBundle(WeightsProbe):
             f"(Gaussian cloud {rejected[1]:.1f} %; unit rows {rejected[2]:.1f} % and {rejected[3]:.1f} %), after "
             f"Holm's correction; p < 0.05 at {below[0]:.1f} % (Gaussian {below[1]:.1f} %, exact null {null:.1f} %). "
             f"Median dimension {dimension:.1f} (Gaussian {gaussian:.1f}). The usual window detector rejects "
-            f"{found[0]:.0f} % here and {detector:.0f} % under the exact null."
+            f"{window[0]:.0f} % here and {detector:.0f} % under the exact null."
         )
         return with_note(text, result)
 
@@ -217,10 +219,10 @@ class FiberBundle(WeightsProbe):
 
 def _points(vocabulary: Vocabulary) -> tuple[np.ndarray, list[str]]:
     """Ids of the tokens of the cloud: without special and unseen tokens, and one of each set of equal rows."""
-    kept: Bool[np.ndarray, " token"] = vocabulary.ordinary.copy()
+    mask: Bool[np.ndarray, " token"] = vocabulary.ordinary.copy()
     if vocabulary.maybe_tokenizer is not None:
-        kept &= ~vocabulary.never_seen
-    ids = np.flatnonzero(kept)
+        mask &= ~vocabulary.never_seen
+    ids = np.flatnonzero(mask)
     single = distinct(vocabulary.embedding[torch.as_tensor(ids)])
     notes = [f"{int((~single).sum()):,} tokens with the row of another one were left out"] if not single.all() else []
     return ids[single], notes
@@ -302,7 +304,7 @@ def neighbour_distances(
     """
     exact = points.double()
     squares = exact.square().sum(1)
-    draw, kept = np.random.default_rng(seed), []
+    draw, distances = np.random.default_rng(seed), []
     for part in np.array_split(chosen, max(1, -(-len(chosen) * len(points) // _BLOCK))):
         index = torch.as_tensor(part)
         distance = squares[index, None] + squares - 2 * exact[index] @ exact.T
@@ -310,9 +312,9 @@ def neighbour_distances(
         nearest = distance.topk(number, largest=False, sorted=False).values.clamp_min(0).sqrt().numpy()
         floor = 1e-12 * np.maximum(nearest.max(1, keepdims=True), 1e-300)  # equal points
         jittered = np.maximum(nearest, floor) * (1 + _JITTER * draw.random(nearest.shape))
-        kept.append(np.sort(jittered, axis=1))
+        distances.append(np.sort(jittered, axis=1))
         tick(len(part))
-    return np.concatenate(kept)
+    return np.concatenate(distances)
 
 
 def dimension_change(distance: Float[np.ndarray, "point neighbour"], first: int, splits: int) -> DimensionChange:
@@ -348,13 +350,13 @@ def uniform_ball(
 ) -> Float[np.ndarray, "trial neighbour"]:
     """Returns distances from the centre of a ball to the nearest of points that fill it uniformly: the exact null."""
     draw = np.random.default_rng(seed)
-    kept = []
+    distances = []
     for part in np.array_split(np.arange(trials), max(1, trials * points // _BLOCK)):
         # spacings of uniform order statistics, without drawing or sorting all points
         steps = draw.exponential(size=(len(part), number)).cumsum(1)
         rest = draw.gamma(points + 1 - number, size=(len(part), 1))
-        kept.append((steps / (steps[:, -1:] + rest)) ** (1 / dimension))
-    return np.concatenate(kept)
+        distances.append((steps / (steps[:, -1:] + rest)) ** (1 / dimension))
+    return np.concatenate(distances)
 
 
 def holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
@@ -373,7 +375,7 @@ def window_detector(distance: Float[np.ndarray, "point neighbour"]) -> Float[np.
     windows of 10 slopes are compared by Welch's t-test at 0.001, at every place. The slopes of a cumulative count
     depend on each other, which the test ignores.
     """
-    found = np.zeros(len(distance))
+    detections = np.zeros(len(distance))
     for row, r in enumerate(distance):
         radii = np.geomspace(r[0], r[-1], _RADII)
         slopes = np.gradient(np.log(np.searchsorted(r, radii, side="right")), np.log(radii))
@@ -384,5 +386,5 @@ def window_detector(distance: Float[np.ndarray, "point neighbour"]) -> Float[np.
             parts = before.var(1, ddof=1) / _WINDOW, after.var(1, ddof=1) / _WINDOW
             t = gap / np.sqrt(parts[0] + parts[1])
             freedom = (parts[0] + parts[1]) ** 2 / ((parts[0] ** 2 + parts[1] ** 2) / (_WINDOW - 1))
-        found[row] = np.nanmin(stats.t.sf(t, freedom), initial=1.0) < _WELCH
-    return found
+        detections[row] = np.nanmin(stats.t.sf(t, freedom), initial=1.0) < _WELCH
+    return detections

@@ -151,8 +151,8 @@ class FunctionVectors(StoreProbe):
         order = np.argsort(-effects.mean(0), axis=None, kind="stable")[: self.heads]
         best = [(task.layers[index // task.heads], int(index % task.heads)) for index in order.tolist()]
         draw = np.random.default_rng(self.seed)
-        others = [random_heads(model, best, draw) for _ in range(self.draws)]
-        vectors = torch.stack([task.vector(best), *(task.vector(one) for one in others)])
+        control_heads = [random_heads(model, best, draw) for _ in range(self.draws)]
+        vectors = torch.stack([task.vector(best), *(task.vector(heads) for heads in control_heads)])
         blocks = list(range(model.site_map.n_layers))
         chosen = self._layer(model, choosing, vectors[0], blocks)
         steered = self._steered(model, reported, vectors, blocks)
@@ -165,7 +165,7 @@ class FunctionVectors(StoreProbe):
         coords = {"layer": task.layers, "head": np.arange(task.heads), "prompt": list(PROMPTS), "block": blocks}
         data = dataset(VARIABLES, arrays, coords | {"vector": list(VECTORS)})
         data.attrs |= {
-            "heads": ", ".join(head_name(*one) for one in best),
+            "heads": ", ".join(head_name(*head) for head in best),
             "choosing": len(choosing),
             "reported": len(reported),
         }
@@ -186,7 +186,7 @@ class FunctionVectors(StoreProbe):
             raise RequestError("all pairs have the same answer; half of the answers choose heads, others are reported")
         order = np.random.default_rng(self.seed).permutation(len(questions))
         chosen = {questions[index] for index in order[: (len(questions) + 1) // 2]}
-        return [one for one in pairs if one.answer in chosen], [one for one in pairs if one.answer not in chosen]
+        return [pair for pair in pairs if pair.answer in chosen], [pair for pair in pairs if pair.answer not in chosen]
 
     def _steered(
         self, model: Model, pairs: Sequence[PatchPair], vectors: Float[Tensor, "vector d_model"], blocks: Sequence[int]
@@ -207,7 +207,7 @@ class FunctionVectors(StoreProbe):
     def _arrays(
         self, model: Model, pairs: Sequence[PatchPair], effects: np.ndarray, steered: np.ndarray
     ) -> dict[str, np.ndarray]:
-        shuffled = [replace(one, clean=one.corrupt) for one in pairs]
+        shuffled = [replace(pair, clean=pair.corrupt) for pair in pairs]
         plain = np.stack([answers_after(model, part) for part in (pairs, shuffled, questions_alone(pairs))], 1)
         averages = np.stack([steered[:, 0], steered[:, 1:].mean(1)], 1)
         arrays = {"probability": plain[..., 0].mean(0)}
@@ -231,15 +231,15 @@ class FunctionVectors(StoreProbe):
         at = {name: data.sel(block=layer, vector=name) for name in VECTORS}
         low, high = (float(at["function"][f"steered_probability_{end}"]) for end in ("low", "high"))
         interval = interval_suffix(low, high, ".2g")
-        one, other = (float(at[name]["steered_probability"]) for name in VECTORS)
+        with_vector, with_random = (float(at[name]["steered_probability"]) for name in VECTORS)
         right, chance = (100 * float(at[name]["steered_accuracy"]) for name in VECTORS)
         best = result.table.iloc[0]
         text = (
             f"P(answer) to the question alone {chances['question']:.2g}, with the vector of {number} heads after block "
-            f"{layer} {one:.2g}{interval}, with random heads {other:.2g}, with examples {chances['examples']:.2g}; "
-            f"right answers {shares['question']:.0f} %, {right:.0f} %, {chance:.0f} %, {shares['examples']:.0f} % "
-            f"(shuffled examples {shares['shuffled']:.0f} %); strongest head "
-            f"{head_name(int(best['layer']), int(best['head']))}, P(answer) {best['effect']:+.3f}; "
+            f"{layer} {with_vector:.2g}{interval}, with random heads {with_random:.2g}, with examples "
+            f"{chances['examples']:.2g}; right answers {shares['question']:.0f} %, {right:.0f} %, "
+            f"{chance:.0f} %, {shares['examples']:.0f} % (shuffled examples {shares['shuffled']:.0f} %); strongest "
+            f"head {head_name(int(best['layer']), int(best['head']))}, P(answer) {best['effect']:+.3f}; "
             f"{data.attrs['reported']} questions, heads and block chosen on {data.attrs['choosing']} others."
         )
         return with_note(text, result)

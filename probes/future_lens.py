@@ -195,7 +195,7 @@ class FutureLens(LayerProbe):
         output = own_output(store, self.site, layers)
         arrays = _arrays(readings, methods, len(layers), self.horizons) | task.counts(self.horizons)
         arrays["best_method"], arrays["best_layer"] = choose_layer(arrays["validation_precision"], output)
-        arrays |= {name: np.stack([one[name] for one in by_horizon], axis=-1) for name in by_horizon[0]}
+        arrays |= {name: np.stack([part[name] for part in by_horizon], axis=-1) for name in by_horizon[0]}
         arrays |= _token_view(self, readings, arrays, task, store)
         arrays["best_layer"] = np.array(layers)[arrays["best_layer"]]
         coords = {"method": methods, "layer": layers, "horizon": np.arange(self.horizons)}
@@ -254,18 +254,20 @@ class FutureLens(LayerProbe):
     def headline(result: Result) -> str:
         """Top-1 accuracy at t+2 (t+1 where that is all) of the best layer, against the bigram baseline."""
         data = result.data
-        one = data.isel(horizon=min(1, data.sizes["horizon"] - 1))
-        at = one.isel(method=int(one["best_method"])).sel(layer=int(one["best_layer"]))
+        at_horizon = data.isel(horizon=min(1, data.sizes["horizon"] - 1))
+        at = at_horizon.isel(method=int(at_horizon["best_method"])).sel(layer=int(at_horizon["best_layer"]))
         against = f"gain {points_text(*(100 * float(at[name]) for name in ('gain', 'gain_low', 'gain_high')))}"
         if "bigram_seen" in data:  # results of earlier versions compare all tokens
             names = ("bigram_seen", "seen_precision", "bigram_seen_precision")
-            seen, ours, bigram = (100 * float(at[name]) for name in names)
-            against = f"on the {seen:.0f} % of tokens that the bigram has seen {ours:.0f} to {bigram:.0f} %, {against}"
-            against = against if seen else "the bigram has seen none of the tokens, so there is no gain to measure"
+            share, accuracy, bigram = (100 * float(at[name]) for name in names)
+            against = (
+                f"on the {share:.0f} % of tokens that the bigram has seen {accuracy:.0f} to {bigram:.0f} %, {against}"
+            )
+            against = against if share else "the bigram has seen none of the tokens, so there is no gain to measure"
         return with_note(
-            f"Top-1 accuracy at {tokens_ahead(int(one['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
-            f"(layer {int(one['best_layer'])}, {at['method'].item()} probe); bigram baseline "
-            f"{100 * float(one['bigram_precision']):.0f} %; {against}.",
+            f"Top-1 accuracy at {tokens_ahead(int(at_horizon['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
+            f"(layer {int(at_horizon['best_layer'])}, {at['method'].item()} probe); bigram baseline "
+            f"{100 * float(at_horizon['bigram_precision']):.0f} %; {against}.",
             result,
         )
 
@@ -287,7 +289,7 @@ class _Reading:
     """Values by variable name."""
     top: Int[np.ndarray, " row"]
     """Predicted token of each test row."""
-    probability: Float[np.ndarray, " kept"]
+    probability: Float[np.ndarray, " detail_row"]
     """Probability of the prediction for the kept rows; 0 where T+N is out of range."""
 
 
@@ -325,9 +327,9 @@ def _test(
 def _other_rows(rows: int, seed: int) -> Int[np.ndarray, " row"]:
     """A different row for every row."""
     order = np.random.default_rng(seed).permutation(rows)
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)
-    return other
+    partners = np.empty_like(order)
+    partners[order] = np.roll(order, 1)
+    return partners
 
 
 def _arrays(readings: _Readings, methods: list[str], layers: int, horizons: int) -> dict[str, np.ndarray]:
@@ -352,18 +354,18 @@ def _against_bigram(
     targets, text = task.model_top[rows + horizon], task.text_next[rows + horizon]
     tops = np.stack([readings[method, layer, horizon].top for method, layer in np.ndindex(shape)])
     baseline = task.bigram(rows, horizon)
-    bigram, seen = baseline.prediction, baseline.seen
+    bigram, seen_rows = baseline.prediction, baseline.seen
     surprisal = task.surprisal(np.concatenate([tops, bigram[None]]), rows, horizon)
-    by_map = {"surprisal": surprisal[:-1], **task.gain(tops == targets, bigram == targets, rows, seed, seen)}
+    by_map = {"surprisal": surprisal[:-1], **task.gain(tops == targets, bigram == targets, rows, seed, seen_rows)}
     with np.errstate(invalid="ignore"):  # NaN where no token follows, or the bigram has seen none
         bigram_text = np.divide((bigram == text).sum(), (text >= 0).sum())
-        by_map["seen_precision"] = np.divide(((tops == targets) & seen).sum(1), seen.sum())
-        bigram_seen = np.divide(((bigram == targets) & seen).sum(), seen.sum())
+        by_map["seen_precision"] = np.divide(((tops == targets) & seen_rows).sum(1), seen_rows.sum())
+        bigram_seen = np.divide(((bigram == targets) & seen_rows).sum(), seen_rows.sum())
     return {
         **{name: values.reshape(shape) for name, values in by_map.items()},
         "bigram_surprisal": surprisal[-1],
         "bigram_precision": (bigram == targets).mean(),
-        "bigram_seen": seen.mean(),
+        "bigram_seen": seen_rows.mean(),
         "bigram_seen_precision": bigram_seen,
         "bigram_text_precision": bigram_text,
         "unigram_precision": (targets == baseline.most_frequent).mean(),
@@ -389,7 +391,7 @@ def _token_view(
     return view
 
 
-def _detail_rows(probe: FutureLens, task: FutureTask) -> Int[np.ndarray, " kept"]:
+def _detail_rows(probe: FutureLens, task: FutureTask) -> Int[np.ndarray, " detail_row"]:
     """Test tokens whose predictions are kept for the token view."""
     return task.rows.test[: probe.detail]
 
@@ -413,20 +415,24 @@ def _precision(result: Result) -> go.Figure:
     for method in data["method"].to_numpy().tolist():
         curves = []
         for horizon in data["horizon"].to_numpy().tolist():
-            one, name, colour = data.sel(horizon=horizon), tokens_ahead(horizon), CATEGORIES[horizon % len(CATEGORIES)]
-            values = one["precision"].sel({"method": method, "k": 1}).to_numpy()
-            baseline = float(one["bigram_precision"])
+            at_horizon, name, colour = (
+                data.sel(horizon=horizon),
+                tokens_ahead(horizon),
+                CATEGORIES[horizon % len(CATEGORIES)],
+            )
+            values = at_horizon["precision"].sel({"method": method, "k": 1}).to_numpy()
+            baseline = float(at_horizon["bigram_precision"])
             curves.append(Curve(name, values, colour))
             curves.append(Curve(f"bigram baseline, {name}", baseline, colour, dash="dash", group=name, legend=False))
         panels.append(Panel(f"{method} probe", curves))
-    documents, seen = int(data["documents"]), ""
+    documents, seen_note = int(data["documents"]), ""
     if "bigram_seen" in data:
-        seen = f", which have at least {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens"
+        seen_note = f", which have at least {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens"
     return layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),
         title=f"{future_title(result)}: top-1 accuracy",
-        subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents{seen}",
+        subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents{seen_note}",
         unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
     )
 
@@ -437,17 +443,17 @@ def _gain(result: Result) -> go.Figure:
     for method in data["method"].to_numpy().tolist():
         curves = []
         for horizon in data["horizon"].to_numpy().tolist():
-            one = data.sel({"method": method, "horizon": horizon})
-            gain, low, high = (one[f"gain{end}"].to_numpy() for end in ("", "_low", "_high"))
+            at_horizon = data.sel({"method": method, "horizon": horizon})
+            gain, low, high = (at_horizon[f"gain{end}"].to_numpy() for end in ("", "_low", "_high"))
             ends = None if np.isnan(low).all() else (low, high)
             curves.append(Curve(tokens_ahead(horizon), gain, CATEGORIES[horizon % len(CATEGORIES)], ends=ends))
         panels.append(Panel(f"{method} probe", curves))
-    seen = " that the bigram has seen" if "bigram_seen" in data else ""
+    seen_note = " that the bigram has seen" if "bigram_seen" in data else ""
     figure = layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),
         title=f"{future_title(result)}: gain over the bigram baseline",
-        subtitle=f"on the tokens{seen}; bands: 95 % interval over {int(data['documents']):,} test documents",
+        subtitle=f"on the tokens{seen_note}; bands: 95 % interval over {int(data['documents']):,} test documents",
         unit=axis_title(data["gain"].attrs, "gain"),
     )
     return figure.update_yaxes(zeroline=True, zerolinecolor=NEUTRAL)
@@ -460,10 +466,10 @@ def _calibration(result: Result) -> go.Figure:
     figure = ThemedFigure(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect calibration", line=diagonal))
     best = (data[name].to_numpy() for name in ("horizon", "best_method", "best_layer"))
     for horizon, method, layer in zip(*best, strict=True):
-        one = data.isel(method=int(method)).sel(horizon=horizon, layer=layer)
-        share, number = one["calibration"].to_numpy(), one["calibration_rows"].to_numpy()
+        at_horizon = data.isel(method=int(method)).sel(horizon=horizon, layer=layer)
+        share, number = at_horizon["calibration"].to_numpy(), at_horizon["calibration_rows"].to_numpy()
         figure.add_scatter(
-            x=one["bin"].to_numpy(),
+            x=at_horizon["bin"].to_numpy(),
             y=share,
             error_y=error_bars(share, *wilson(share, np.where(number > 0, number, np.nan))),
             customdata=number,

@@ -249,11 +249,11 @@ class FuturePrompts(LayerProbe):
             best = at.isel(prompt=int(at["best_prompt"])).sel(layer=int(at["best_layer"]))
             names = ("zero_precision", "gain", "gain_low", "gain_high", "bigram_precision")
             zero, gain, low, high, bigram = (100 * float(best[name]) for name in names)
-            seen = f", {100 * float(at['bigram_seen']):.0f} % of tokens seen" if "bigram_seen" in data else ""
+            seen_note = f", {100 * float(at['bigram_seen']):.0f} % of tokens seen" if "bigram_seen" in data else ""
             parts.append(
                 f"{_regime(regime)} {100 * float(best['precision'][0]):.0f} % (layer {int(at['best_layer'])}, prompt "
                 f"{_short(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain "
-                f"{points_text(gain, low, high)}; bigram baseline {bigram:.0f} %{seen})"
+                f"{points_text(gain, low, high)}; bigram baseline {bigram:.0f} %{seen_note})"
             )
         return with_note(f"Top-1 accuracy at t+{horizon + 1}: {', '.join(parts)}.", result)
 
@@ -297,7 +297,7 @@ def _select_tokens(probe: FuturePrompts, task: FutureTask, positions: int) -> _T
     return _Tokens(task, probe.horizons, **parts, batch=batch)
 
 
-def _evenly(rows: Int[np.ndarray, " row"], limit: int) -> Int[np.ndarray, " kept"]:
+def _evenly(rows: Int[np.ndarray, " row"], limit: int) -> Int[np.ndarray, " chosen_row"]:
     """At most `limit` rows, evenly spaced."""
     return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
 
@@ -381,14 +381,14 @@ class _Setup:
 def _test(setup: _Setup, seed: int) -> _Reading:
     tested, validation = setup.tokens.test, setup.tokens.validation
     targets = setup.tokens.targets(tested)
-    other = np.roll(np.random.default_rng(seed).permutation(len(tested)), 1)
+    partners = np.roll(np.random.default_rng(seed).permutation(len(tested)), 1)
     predictions = setup.predictions(tested, tested)
     zero = setup.predictions(tested, None)[..., 0]
     chosen = setup.predictions(validation, validation)[..., 0]
     shares = {
         "precision": (predictions == targets[..., None]).cumsum(-1).mean(0),
         "zero_precision": (zero == targets).mean(0),
-        "shuffled_precision": (setup.predictions(tested, tested[other])[..., 0] == targets).mean(0),
+        "shuffled_precision": (setup.predictions(tested, tested[partners])[..., 0] == targets).mean(0),
         "validation_precision": (chosen == setup.tokens.targets(validation)).mean(0),
     }
     return _Reading(shares, predictions[..., 0].T, zero.T)
@@ -404,7 +404,9 @@ def _arrays(
         name: np.array([reading.shares[name] for reading in ordered]).reshape(*shape, *values.shape)
         for name, values in ordered[0].shares.items()
     }
-    top, zero_top = (np.stack(parts) for parts in zip(*((one.top, one.zero_top) for one in ordered), strict=True))
+    top, zero_top = (
+        np.stack(parts) for parts in zip(*((reading.top, reading.zero_top) for reading in ordered), strict=True)
+    )
     targets = tokens.targets(tested).T
     flat = (-1, len(tested))
     gain = task.gain((top == targets).reshape(flat), (zero_top == targets).reshape(flat), tested, seed)
@@ -412,9 +414,9 @@ def _arrays(
     surprisal = [task.surprisal(top[:, n], tested, n) for n in range(horizons)]
     arrays["surprisal"] = np.stack(surprisal, axis=-1).reshape(*shape, horizons)
     bigrams = [[task.bigram(tested, n, known=n if forced else 0) for n in range(horizons)] for forced in (True, False)]
-    right = [[(one.prediction == targets[n]).mean() for n, one in enumerate(part)] for part in bigrams]
+    right = [[(bigram.prediction == targets[n]).mean() for n, bigram in enumerate(part)] for part in bigrams]
     arrays["bigram_precision"] = np.array(right)
-    arrays["bigram_seen"] = np.array([[one.seen.mean() for one in part] for part in bigrams])
+    arrays["bigram_seen"] = np.array([[bigram.seen.mean() for bigram in part] for part in bigrams])
     counts = {"rows": tested, "validation_rows": tokens.validation, "training_rows": tokens.training}
     arrays |= {name: np.array(len(rows)) for name, rows in counts.items()}
     arrays["documents"] = np.array(len(np.unique(task.rows.document[tested])))
@@ -450,13 +452,13 @@ def _precision(result: Result) -> go.Figure:
     for regime in data["regime"].to_numpy().tolist():
         panels = []
         for horizon in data["horizon"].to_numpy().tolist():
-            one, curves = data.sel(regime=regime, horizon=horizon), []
+            at_horizon, curves = data.sel(regime=regime, horizon=horizon), []
             for number, prompt in enumerate(data["prompt"].to_numpy().tolist()):
-                name, colour, at = _short(prompt), CATEGORIES[number % len(CATEGORIES)], one.sel(prompt=prompt)
+                name, colour, at = _short(prompt), CATEGORIES[number % len(CATEGORIES)], at_horizon.sel(prompt=prompt)
                 zero = at["zero_precision"].to_numpy()
                 curves.append(Curve(name, at["precision"].sel(k=1).to_numpy(), colour))
                 curves.append(Curve(f"{name}, zero state", zero, colour, dash="dot", group=name, legend=False))
-            curves.append(Curve("bigram baseline", float(one["bigram_precision"]), NEUTRAL, dash="dash"))
+            curves.append(Curve("bigram baseline", float(at_horizon["bigram_precision"]), NEUTRAL, dash="dash"))
             panels.append(Panel(f"{_regime(regime)}, t+{horizon + 1}", curves))
         rows.append(panels)
     return layer_panels(

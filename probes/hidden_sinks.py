@@ -143,15 +143,17 @@ class HiddenSinks(LayerProbe):
         counts = np.zeros((len(sequences), self.length), np.int64)
         with_sink, heads, number = np.zeros(len(sequences)), {}, 0
         for layer in layers:
-            heads[layer], found, having = _detect(self, store, source, layer, sequences, cutoff)
-            counts, with_sink, number = counts + found, with_sink + having, number + len(heads[layer]["share"])
-        arrays: dict[str, Any] = stack_heads(layers, heads, [one.name for one in _VARIABLES if one.dims == _HEAD])
+            heads[layer], detections, having = _detect(self, store, source, layer, sequences, cutoff)
+            counts, with_sink, number = counts + detections, with_sink + having, number + len(heads[layer]["share"])
+        arrays: dict[str, Any] = stack_heads(
+            layers, heads, [variable.name for variable in _VARIABLES if variable.dims == _HEAD]
+        )
         interval = clustered_interval(with_sink / number, sequences.document, resamples=self.resamples, seed=self.seed)
         arrays |= dict(zip(("heads_share", "heads_share_low", "heads_share_high"), interval, strict=True))
-        seen = self.length - np.arange(self.length)
-        eligible = (np.arange(self.length) > 0) & (seen >= self.min_visible)
+        queries = self.length - np.arange(self.length)
+        eligible = (np.arange(self.length) > 0) & (queries >= self.min_visible)
         arrays |= _by_position(self, counts / number, sequences) | {"reliable": eligible.astype(np.int8)}
-        uniform = np.cumsum(1 / np.arange(self.length, 0, -1.0))[::-1] / seen
+        uniform = np.cumsum(1 / np.arange(self.length, 0, -1.0))[::-1] / queries
         arrays |= {"uniform_positions": int((uniform > cutoff)[eligible].sum()), "cutoff": cutoff}
         arrays |= {"sequences": len(sequences), "short_sequences": sequences.short}
         tokens, table = _tokens(self, store, sequences, counts, eligible, number)
@@ -183,8 +185,8 @@ class HiddenSinks(LayerProbe):
             lift = data["class_share"] / data["class_tokens"]
             name = str(data["class"][int(np.nanargmax(lift.where(data["class_tokens"] > 0.005).to_numpy()))].item())
             part, base = (100 * float(data[of].sel({"class": name})) for of in ("class_share", "class_tokens"))
-            shown = ", ".join(json.dumps(token, ensure_ascii=True)[:24] for token in table["token"].tolist()[:3])
-            text += f"; {part:.0f} % of detections are on {name} tokens, {base:.0f} % of tokens; most on {shown}"
+            tokens = ", ".join(json.dumps(token, ensure_ascii=True)[:24] for token in table["token"].tolist()[:3])
+            text += f"; {part:.0f} % of detections are on {name} tokens, {base:.0f} % of tokens; most on {tokens}"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -219,11 +221,11 @@ def _detect(
         for name, level in (("share", cutoff), ("share_relative", RELATIVE / probe.length), ("share_fixed", FIXED)):
             sums[name] += (early > level).any(1).sum(0)
         sums["share_late"] += (late > cutoff).any(1).sum(0)
-        found = early > cutoff
-        sums["mass"] += np.where(found, early, 0).sum((0, 1))
-        number += found.sum((0, 1))
-        counts.append(np.pad(found.sum(2), ((0, 0), (1, probe.length - last))))
-        having.append(found.any(1).sum(1))
+        sinks = early > cutoff
+        sums["mass"] += np.where(sinks, early, 0).sum((0, 1))
+        number += sinks.sum((0, 1))
+        counts.append(np.pad(sinks.sum(2), ((0, 0), (1, probe.length - last))))
+        having.append(sinks.any(1).sum(1))
     shares = {name: total / len(sequences) for name, total in sums.items()}
     shares["mass"] = np.divide(sums["mass"], number, out=np.full(shape[0], np.nan), where=number > 0)
     return shares, np.concatenate(counts), np.concatenate(having)
@@ -241,10 +243,10 @@ def _tokens(
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Rates by class and by token, and a line for each token, the most detected first."""
     rows = sequences.rows[:, eligible].ravel()
-    found = counts[:, eligible].ravel()
+    sinks = counts[:, eligible].ravel()
     _, classes = token_classes(store, rows)
     size = np.bincount(classes, minlength=len(TOKEN_CLASSES))
-    detected = np.bincount(classes, found, minlength=len(TOKEN_CLASSES))
+    detected = np.bincount(classes, sinks, minlength=len(TOKEN_CLASSES))
     with np.errstate(invalid="ignore"):
         arrays = {
             "class_share": detected / detected.sum(),
@@ -254,32 +256,32 @@ def _tokens(
     ids, index = np.unique(store.tokens["token_id"].to_numpy()[rows], return_inverse=True)
     first = np.full(len(ids), len(rows))
     np.minimum.at(first, index, np.arange(len(rows)))
-    occurrences, detections = np.bincount(index), np.bincount(index, found)
+    occurrences, detections = np.bincount(index), np.bincount(index, sinks)
     table = pd.DataFrame(
         {
             "token_id": ids,
             "token": store.tokens["token"].take(rows[first]).to_pylist(),
-            "class": [TOKEN_CLASSES[one] for one in classes[first]],
+            "class": [TOKEN_CLASSES[kind] for kind in classes[first]],
             "occurrences": occurrences,
             "detections": detections.astype(np.int64),
             "rate": detections / (occurrences * heads),
-            "lift": np.divide(detections / occurrences, found.mean(), out=np.full(len(ids), np.nan), where=found.any()),
+            "lift": np.divide(detections / occurrences, sinks.mean(), out=np.full(len(ids), np.nan), where=sinks.any()),
         }
     ).sort_values(["detections", "rate"], ascending=False, kind="stable", ignore_index=True)
-    shown = table.head(_SHOWN)
-    arrays |= {"token_rate": shown["rate"].to_numpy(), "token_detections": shown["detections"].to_numpy()}
+    top = table.head(_SHOWN)
+    arrays |= {"token_rate": top["rate"].to_numpy(), "token_detections": top["detections"].to_numpy()}
     document = np.repeat(sequences.document, eligible.sum())
-    ends = _rate_ends(probe, shown["token_id"].to_numpy(), ids[index], document, found / heads)
+    ends = _rate_ends(probe, top["token_id"].to_numpy(), ids[index], document, sinks / heads)
     return arrays | ends, table
 
 
 def _rate_ends(
-    probe: HiddenSinks, shown: np.ndarray, token: np.ndarray, document: np.ndarray, share: np.ndarray
+    probe: HiddenSinks, token_ids: np.ndarray, token: np.ndarray, document: np.ndarray, share: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Ends of the interval of each shown token's rate over documents, from the share of heads at each occurrence."""
-    row, at = np.nonzero(token[:, None] == shown)
+    row, at = np.nonzero(token[:, None] == token_ids)
     documents, cluster = np.unique(document[row], return_inverse=True)
-    totals, counts = (np.zeros((len(documents), len(shown))) for _ in range(2))
+    totals, counts = (np.zeros((len(documents), len(token_ids))) for _ in range(2))
     np.add.at(totals, (cluster, at), share[row])
     np.add.at(counts, (cluster, at), 1)
     _, resampled = resampled_means(totals, counts, resamples=probe.resamples, seed=probe.seed)
@@ -311,7 +313,7 @@ def _heads(result: Result) -> go.Figure:
     values = {name: data[name].to_numpy() for name in names}
 
     def hover(row: int, head: int) -> str:
-        lines = [f"{name}: {one[row, head]:.3f}" for name, one in values.items()]
+        lines = [f"{name}: {grid[row, head]:.3f}" for name, grid in values.items()]
         return "<br>".join([f"<b>{head_name(layers[row], heads[head])}</b>", *lines])
 
     return head_grid(
@@ -330,32 +332,32 @@ def _rates(result: Result) -> go.Figure:
     tokens = json.loads(data["token_rate"].attrs["tokens"])
     number, table = int(data["share"].notnull().sum()), result.table
     overall = table["detections"].sum() / (number * table["occurrences"].sum())
-    kept = data["token_detections"].to_numpy() > 0
-    detected = tokens[: int(kept.sum())]
+    nonzero = data["token_detections"].to_numpy() > 0
+    detected = tokens[: int(nonzero.sum())]
     figure = ThemedFigure(
         go.Bar(
-            x=100 * data["token_rate"].to_numpy()[kept],
+            x=100 * data["token_rate"].to_numpy()[nonzero],
             y=[f"{label(token)} ({number})" for number, token in enumerate(detected)],
-            error_x=_bars(data, "token_rate", kept),
-            customdata=data["token_detections"].to_numpy()[kept],
+            error_x=_bars(data, "token_rate", nonzero),
+            customdata=data["token_detections"].to_numpy()[nonzero],
             orientation="h",
             hovertemplate="%{y}: %{x:.2f} % of occurrences and heads, %{customdata} detections<extra></extra>",
         )
     )
     figure.add_vline(x=100 * overall, line={"color": NEUTRAL, "dash": "dash"})
     title: dict[str, Any] = {"text": f"Tokens of hidden sinks in {model_label(result)}"}
-    shown = "bars: 95 % interval over documents; " * ("token_rate_low" in data)
-    title["subtitle"] = {"text": f"the most detected first, in brackets their rank; {shown}dashed: all tokens"}
-    figure.update_layout(title=title, height=160 + 20 * int(kept.sum()), width=760)
+    interval_note = "bars: 95 % interval over documents; " * ("token_rate_low" in data)
+    title["subtitle"] = {"text": f"the most detected first, in brackets their rank; {interval_note}dashed: all tokens"}
+    figure.update_layout(title=title, height=160 + 20 * int(nonzero.sum()), width=760)
     figure.update_xaxes(title="% of (occurrence, head) that are hidden sinks", rangemode="tozero")
     return figure.update_yaxes(type="category", autorange="reversed", tickfont={"family": MONOSPACE, "size": 11})
 
 
-def _bars(data: Any, name: str, kept: np.ndarray) -> dict[str, Any] | None:
+def _bars(data: Any, name: str, mask: np.ndarray) -> dict[str, Any] | None:
     """Error bars in percent; None for a result saved before there were intervals."""
     if f"{name}_low" not in data:
         return None
-    return error_bars(*(100 * data[f"{name}{end}"].to_numpy()[kept] for end in ("", "_low", "_high")))
+    return error_bars(*(100 * data[f"{name}{end}"].to_numpy()[mask] for end in ("", "_low", "_high")))
 
 
 def _positions(result: Result) -> go.Figure:

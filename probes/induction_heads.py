@@ -190,7 +190,7 @@ class InductionHeads(LayerProbe):
         arrays |= {"queries": len(queries.rows), "sequences": len(np.unique(queries.sequence))}
         arrays = {name: np.asarray(value) for name, value in arrays.items()}
         heads = {layer: _read(self, store, layer, sequences, queries) for layer in layers}
-        arrays |= stack_heads(layers, heads, [one.name for one in _VARIABLES if one.dims == _HEAD])
+        arrays |= stack_heads(layers, heads, [variable.name for variable in _VARIABLES if variable.dims == _HEAD])
         coords: dict[str, Any] = {"layer": layers, "head": np.arange(arrays["induction"].shape[1])}
         notes = _notes(store, layers, len(sequences))
         if losses:
@@ -329,11 +329,11 @@ def _losses(
     for part in sequences.blocks(int(sequences.lengths.max())):
         keys = token_keys(sequences, part)
         repeated[keys.rows[keys.counts.numpy()]] = True
-    at, seen = position[rows], repeated[rows]
+    at, is_repeat = position[rows], repeated[rows]
     tokens = np.bincount(at)
     with np.errstate(invalid="ignore"):
         by_position = np.bincount(at, loss) / tokens
-        parts = [np.divide(loss[mask].sum(), mask.sum()) for mask in (seen, ~seen)]
+        parts = [np.divide(loss[mask].sum(), mask.sum()) for mask in (is_repeat, ~is_repeat)]
     arrays: dict[str, Any] = {"icl_loss": by_position, "icl_tokens": tokens}
     arrays |= {"loss_repeated": parts[0], "loss_new": parts[1]}
     near = [np.abs(at - place) <= probe.window for place in (probe.early, probe.late)]
@@ -359,7 +359,9 @@ def _ablation(
         return {}, {}
     chosen = np.random.default_rng(probe.seed).permutation(np.unique(queries.sequence))
     chosen = chosen[: 1 + int(np.searchsorted(np.cumsum(sequences.lengths[chosen]), probe.ablation_tokens))]
-    rows = np.concatenate([sequences.starts[one] + np.arange(int(sequences.lengths[one])) for one in np.sort(chosen)])
+    rows = np.concatenate(
+        [sequences.starts[sequence] + np.arange(int(sequences.lengths[sequence])) for sequence in np.sort(chosen)]
+    )
     rows = rows[next_tokens(store)[rows] >= 0]
     repeated = np.isin(rows, queries.rows)
     groups = {"after repeated tokens": rows[repeated], "after new tokens": rows[~repeated]}
@@ -405,10 +407,10 @@ def _heads(result: Result) -> go.Figure:
 
 
 def _hover(line: Mapping[str, Any]) -> str:
-    shown = [
+    names = [
         name for name in ("excess", *TOKEN_MEASURES, "induction_shuffled", "copying", "copying_eigen") if name in line
     ]
-    values = [f"{name}: {line[name]:.3f}" for name in shown]
+    values = [f"{name}: {line[name]:.3f}" for name in names]
     return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *values])
 
 

@@ -183,7 +183,7 @@ class JacobianLens(LayerProbe):
         made_of = {key: known[key] for key in ("store_fingerprint", "settings", "workbench")}
         made_of |= {"method": _METHOD, "documents": documents, "prompts": len(chosen)}
         made_of |= {"tokens": sum(map(len, chosen)), "dtype": str(loaded.dtype).removeprefix("torch.")}
-        made_of["split_half"] = [None if np.isnan(one) else float(one) for one in fitted.split_half]
+        made_of["split_half"] = [None if np.isnan(cosine) else float(cosine) for cosine in fitted.split_half]
         weight = fitted.jacobian - torch.eye(fitted.jacobian.shape[1], device="cpu")
         bias = torch.zeros(weight.shape[:2], device="cpu")
         shape = (record.name, record.fingerprint, record.n_layers)
@@ -231,8 +231,8 @@ class JacobianLens(LayerProbe):
         documents = draw.permutation(np.unique(document[starts[usable]]))
         allowed = documents[: max(1, int(0.8 * len(documents)))]
         usable = draw.permutation(usable[np.isin(document[starts[usable]], allowed)])[:number]
-        rows = [starts[one] + np.arange(int(lengths[one])) for one in usable]
-        return rows, np.unique(np.concatenate([document[one] for one in rows])).tolist()
+        rows = [starts[index] + np.arange(int(lengths[index])) for index in usable]
+        return rows, np.unique(np.concatenate([document[part] for part in rows])).tolist()
 
     def _rows(self, lens: TrainedLens, store: Store, fitted: bool) -> tuple[Int[np.ndarray, " row"], list[str]]:
         """Rows that are read, and notes."""
@@ -249,7 +249,7 @@ class JacobianLens(LayerProbe):
             number = max(1, int((counts[order].cumsum() <= self.row_limit).sum()))
             rows = rows[np.isin(sequence[rows], known[order[:number]])][: self.row_limit]
             notes.append(f"{len(rows):,} of {total:,} tokens were read")
-        halves = [one for one in lens.made_of.get("split_half", []) if one is not None]
+        halves = [cosine for cosine in lens.made_of.get("split_half", []) if cosine is not None]
         if not halves:
             notes.append(f"J is of {lens.made_of.get('prompts', 1)} prompt: how well it is determined is unknown")
         elif min(halves) < 0.8:
@@ -279,10 +279,10 @@ class JacobianLens(LayerProbe):
         for horizon in range(1, self.horizons + 1):
             target = tokens_at(store, horizon)[rows]
             known = target >= 0
-            other = target[order][known[order]]
+            shuffled_target = target[order][known[order]]
             values["recall"].append(_hits(top[:, known], target[known]))
             values["logit_recall"].append(_hits(plain[:, known], target[known]))
-            values["recall_shuffled"].append(_hits(top[:, known], other))
+            values["recall_shuffled"].append(_hits(top[:, known], shuffled_target))
         return {name: np.stack(parts, 1) for name, parts in values.items()}
 
     @staticmethod
@@ -296,8 +296,10 @@ class JacobianLens(LayerProbe):
         read = [place for place in range(len(layers)) if place != data.attrs.get("own_output")]
         parts = []
         for horizon in dict.fromkeys((1, ahead)):
-            one = data.sel(horizon=horizon).isel(layer=read)
-            best = one.isel(layer=int(np.nan_to_num((one["recall"] - one["recall_shuffled"]).to_numpy()).argmax()))
+            at_horizon = data.sel(horizon=horizon).isel(layer=read)
+            best = at_horizon.isel(
+                layer=int(np.nan_to_num((at_horizon["recall"] - at_horizon["recall_shuffled"]).to_numpy()).argmax())
+            )
             parts.append(
                 f"token {horizon} on in the top {k}: {_percent(best['recall'])} at layer {int(best['layer'])}, logit "
                 f"lens {_percent(best['logit_recall'])}, other rows' {_percent(best['recall_shuffled'])}"
@@ -335,8 +337,8 @@ def _checked(folder: Path) -> TrainedLens:
 
 
 def _hits(top: Int[np.ndarray, "layer row k"], target: Int[np.ndarray, " row"]) -> Float[np.ndarray, " layer"]:
-    found: Bool[np.ndarray, "layer row"] = (top == target[:, None]).any(-1)
-    return found.mean(1) if found.shape[1] else np.full(len(found), np.nan)
+    hits: Bool[np.ndarray, "layer row"] = (top == target[:, None]).any(-1)
+    return hits.mean(1) if hits.shape[1] else np.full(len(hits), np.nan)
 
 
 def _fit_statistics(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarray]:
@@ -359,14 +361,14 @@ def _percent(value: Any) -> str:
 def _recall(result: Result) -> Any:
     data, k = result.data, result.provenance["settings"]["top_k"]
     layers = data["layer"].to_numpy().tolist()
-    shown = [one for one in (1, 2, 4, 8) if one <= data.sizes["horizon"]]
+    horizons = [horizon for horizon in (1, 2, 4, 8) if horizon <= data.sizes["horizon"]]
     panels = []
-    for horizon in shown:
-        one = data.sel(horizon=horizon)
+    for horizon in horizons:
+        at_horizon = data.sel(horizon=horizon)
         curves = [
-            Curve("Jacobian lens", one["recall"].to_numpy(), CATEGORIES[0]),
-            Curve("logit lens", one["logit_recall"].to_numpy(), CATEGORIES[1]),
-            Curve("Jacobian lens, other rows' tokens", one["recall_shuffled"].to_numpy(), NEUTRAL, "dash"),
+            Curve("Jacobian lens", at_horizon["recall"].to_numpy(), CATEGORIES[0]),
+            Curve("logit lens", at_horizon["logit_recall"].to_numpy(), CATEGORIES[1]),
+            Curve("Jacobian lens, other rows' tokens", at_horizon["recall_shuffled"].to_numpy(), NEUTRAL, "dash"),
         ]
         panels.append(Panel(f"{horizon} token{'s' * (horizon > 1)} on", curves))
     rows = [panels[:2], panels[2:]] if len(panels) == 4 else [panels]

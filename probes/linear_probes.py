@@ -75,7 +75,7 @@ _BASELINES = (
 )
 _SPARSE = Variable("sparse_accuracy", ("layer", "dimensions"), _SHARE, "accuracy of a probe on so many dimensions")
 _VARIABLES = (
-    *(end for one in (*_MEASURES, *_BASELINES, _SPARSE) for end in with_interval(one)),
+    *(end for variable in (*_MEASURES, *_BASELINES, _SPARSE) for end in with_interval(variable)),
     Variable("majority_cross_entropy", (), "nats", "log-loss of the frequencies of the training part"),
     Variable("token_cross_entropy", (), "nats", "log-loss of the frequencies for the token id"),
     Variable("recall", ("layer", "value"), _SHARE, "test tokens with this value that the probe predicts"),
@@ -262,8 +262,8 @@ class LinearProbes(LayerProbe):
             notes.append(f"{stopped} fits did not converge: their numbers are not those of the minimum")
         edge = data["penalty"].to_numpy() == min(self.penalties)
         if len(self.penalties) > 1 and edge.any():
-            which = "every layer" if edge.all() else f"layers {', '.join(map(str, layers[edge]))}"
-            notes.append(f"the smallest of `penalties` was chosen at {which}: smaller ones may do better")
+            place = "every layer" if edge.all() else f"layers {', '.join(map(str, layers[edge]))}"
+            notes.append(f"the smallest of `penalties` was chosen at {place}: smaller ones may do better")
         return notes
 
     @staticmethod
@@ -284,10 +284,10 @@ class LinearProbes(LayerProbe):
         made_of |= {key: known[key] for key in ("model", "model_fingerprint", "store_fingerprint")}
         made_of |= {"accuracy": float(data["accuracy"].sel(layer=layer)), "test_rows": int(data["test_rows"].sum())}
         site = f"{known['settings']['site']}.{layer}"
-        others = (weight.sum(0) - weight) / (len(values) - 1)
+        other_mean = (weight.sum(0) - weight) / (len(values) - 1)
         return {
             value: Direction(site, vector, f"{made_of['label']} = {value}", made_of)
-            for value, vector in zip(values, weight - others, strict=True)
+            for value, vector in zip(values, weight - other_mean, strict=True)
         }
 
     @staticmethod
@@ -322,14 +322,14 @@ class LinearProbes(LayerProbe):
 def _with_ends(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Mean, lower and upper end as three arrays."""
     ends = tuple(enumerate(("", "_low", "_high")))
-    return {f"{name}{end}": one[place] for name, one in values.items() for place, end in ends}
+    return {f"{name}{end}": triple[place] for name, triple in values.items() for place, end in ends}
 
 
 def _table(data: Any) -> Any:
     """A line for each layer and number of dimensions."""
     import pandas as pd
 
-    names = [f"{one.name}{end}" for one in _MEASURES for end in ("", "_low", "_high")]
+    names = [f"{variable.name}{end}" for variable in _MEASURES for end in ("", "_low", "_high")]
     whole = data[[*names, "penalty", "validation_loss", "unconverged"]].to_dataframe().reset_index()
     whole.insert(1, "dimensions", data.sizes["d_model"])
     if not data.sizes["dimensions"]:
@@ -339,21 +339,21 @@ def _table(data: Any) -> Any:
     return pd.concat([whole, sparse]).sort_values(["layer", "dimensions"], ignore_index=True)
 
 
-def _band(data: Any, name: str, shown: str, colour: str, dash: str = "solid") -> Band:
+def _band(data: Any, name: str, legend: str, colour: str, dash: str = "solid") -> Band:
     values, low, high = (data[name + end].to_numpy() for end in ("", "_low", "_high"))
     if values.ndim == 0:
-        values, low, high = (float(one) for one in (values, low, high))
-    return Band(shown, values, None if np.isnan(low).all() else (low, high), colour, dash)
+        values, low, high = (float(number) for number in (values, low, high))
+    return Band(legend, values, None if np.isnan(low).all() else (low, high), colour, dash)
 
 
-def _figure(result: Result, bands: list[Band], what: str, unit: str) -> Any:
+def _figure(result: Result, bands: list[Band], measure: str, unit: str) -> Any:
     data = result.data
     name, model = label(data.attrs["label"], 40), model_label(result)
     tested = f"{int(data['test_rows'].sum()):,} tokens of {int(data['test_documents']):,} test documents"
     return layer_bands(
         bands,
         layers=data["layer"].to_numpy().tolist(),
-        title=f"{what} for {name}: {model}",
+        title=f"{measure} for {name}: {model}",
         subtitle=f"{tested}; bands: 95 % intervals over documents",
         unit=unit,
     )

@@ -132,19 +132,23 @@ class MaskPositions(LayerProbe):
         half = self._halves(sequences)
         simulated = simulated_scores(self.length, _SIMULATED)
         below = np.tril(np.ones((self.length, self.length), bool), -1)
-        heads, each = {}, {}
+        heads, by_layer = {}, {}
         with progress("mask positions", len(layers), "layers") as tick:
             for layer, rule in rules.items():
                 place = np.arange(self.length)
-                seen = below & rule.visible(place[:, None], place)
+                visible = below & rule.visible(place[:, None], place)
                 scores, received = _mean_scores(store, rule, sequences, half)
-                heads[layer], each[layer] = _measures(scores, received, half, seen, simulated[1], self.sink_threshold)
+                heads[layer], by_layer[layer] = _measures(
+                    scores, received, half, visible, simulated[1], self.sink_threshold
+                )
                 tick(1)
-        arrays: dict[str, Any] = stack_heads(layers, heads, [one.name for one in _VARIABLES if one.dims == _HEAD])
-        arrays |= {name: np.stack([each[layer][name] for layer in layers]) for name in each[layers[0]]}
+        arrays: dict[str, Any] = stack_heads(
+            layers, heads, [variable.name for variable in _VARIABLES if variable.dims == _HEAD]
+        )
+        arrays |= {name: np.stack([by_layer[layer][name] for layer in layers]) for name in by_layer[layers[0]]}
         known = arrays["head_share_no_sinks"]
         arrays["median_share_no_sinks"] = np.array([_median(row) for row in known])
-        arrays["simulated_share"] = np.array([non_relative_share(one, one, below) for one in simulated])
+        arrays["simulated_share"] = np.array([non_relative_share(block, block, below) for block in simulated])
         documents = len(np.unique(sequences.document))
         arrays |= {"sequences": len(sequences), "documents": documents}
         place = np.arange(self.length)
@@ -168,14 +172,14 @@ class MaskPositions(LayerProbe):
         if np.isnan(clean).all():
             return with_note("Mean scores do not vary beyond the noise of texts.", result)
         most, layers = int(np.nanargmax(clean)), data["layer"].to_numpy()
-        one = data.isel(layer=most)
+        best = data.isel(layer=most)
         text = (
             f"Non-relative share of the mean scores, without sinks: {_text(clean[0])} at layer {layers[0]}, most "
-            f"{_text(clean[most])} at layer {layers[most]} (with sinks {_text(one['non_relative_share'])}, median head "
-            f"{_text(one['median_share_no_sinks'])}, slope on j / i {float(one['slope_no_sinks']):+.2f}, correlation "
-            f"with a mask without weights {float(one['simulated_correlation']):+.2f}); blocks without weights "
-            f"{_text(data['simulated_share'][1])} and {_text(data['simulated_share'][2])}. {int(data['sequences'])} "
-            f"sequences of {result.provenance['settings']['length']} tokens"
+            f"{_text(clean[most])} at layer {layers[most]} (with sinks {_text(best['non_relative_share'])}, median "
+            f"head {_text(best['median_share_no_sinks'])}, slope on j / i {float(best['slope_no_sinks']):+.2f}, "
+            f"correlation with a mask without weights {float(best['simulated_correlation']):+.2f}); blocks without "
+            f"weights {_text(data['simulated_share'][1])} and {_text(data['simulated_share'][2])}. "
+            f"{int(data['sequences'])} sequences of {result.provenance['settings']['length']} tokens"
         )
         return with_note(f"{text}.", result)
 
@@ -200,7 +204,7 @@ def _mean_scores(
     """Mean scores over each half of the sequences, and the mean attention that keys receive."""
     length = sequences.length
     place = torch.arange(length)
-    seen = torch.as_tensor(rule.visible(place[:, None], place))
+    visible = torch.as_tensor(rule.visible(place[:, None], place))
     groups = np.ones((1, len(sequences)), bool) if half is None else np.stack([half, ~half])
     total: Any = 0
     received: Any = 0
@@ -209,11 +213,11 @@ def _mean_scores(
         scores = attention_scores(rule, store[rule.queries][rows], store[rule.keys][rows]).double()
         part = torch.from_numpy(groups[:, first : first + len(rows)]).double()
         total = total + torch.einsum("gs,shqk->ghqk", part, scores)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         received = received + weights.sum((0, 2))
         first += len(rows)
     counts = torch.from_numpy(groups.sum(1)).double()
-    queries = seen.sum(0) * len(sequences)
+    queries = visible.sum(0) * len(sequences)
     return (total / counts[:, None, None, None]).numpy(), (received / queries).numpy()
 
 
@@ -221,7 +225,7 @@ def _measures(
     scores: Float[np.ndarray, "part head query key"],
     received: Float[np.ndarray, "head key"],
     half: Bool[np.ndarray, " sequence"] | None,
-    seen: Bool[np.ndarray, "query key"],
+    visible: Bool[np.ndarray, "query key"],
     simulated: Float[np.ndarray, "query key"],
     threshold: float,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -232,22 +236,22 @@ def _measures(
     sink[:, 0] = True
     heads: dict[str, list[float]] = {"head_share": [], "head_share_no_sinks": [], "head_slope_no_sinks": []}
     for head in range(scores.shape[1]):
-        clean = seen & ~sink[head]
+        clean = visible & ~sink[head]
         halves = scores[0, head], scores[-1, head]
-        heads["head_share"].append(non_relative_share(*halves, seen))
+        heads["head_share"].append(non_relative_share(*halves, visible))
         heads["head_share_no_sinks"].append(non_relative_share(*halves, clean))
         heads["head_slope_no_sinks"].append(slope_of_keys(whole[head], clean))
-    mean, halves, clean = whole.mean(0), scores.mean(1), seen & ~sink.any(0)
-    rest, other = (non_relative(part, clean)[clean] for part in (mean, simulated))
-    varies = len(rest) > 1 and rest.std() > 0 and other.std() > 0
+    mean, halves, clean = whole.mean(0), scores.mean(1), visible & ~sink.any(0)
+    rest, simulated_rest = (non_relative(part, clean)[clean] for part in (mean, simulated))
+    varies = len(rest) > 1 and rest.std() > 0 and simulated_rest.std() > 0
     layer = {
-        "non_relative_share": non_relative_share(halves[0], halves[-1], seen),
+        "non_relative_share": non_relative_share(halves[0], halves[-1], visible),
         "non_relative_share_no_sinks": non_relative_share(halves[0], halves[-1], clean),
-        "whole_share": non_relative_share(mean, mean, seen),
-        "slope": slope_of_keys(mean, seen),
+        "whole_share": non_relative_share(mean, mean, visible),
+        "slope": slope_of_keys(mean, visible),
         "slope_no_sinks": slope_of_keys(mean, clean),
-        "simulated_correlation": float(np.corrcoef(rest, other)[0, 1]) if varies else float("nan"),
-        "map": non_relative(mean, seen).astype(np.float32),
+        "simulated_correlation": float(np.corrcoef(rest, simulated_rest)[0, 1]) if varies else float("nan"),
+        "map": non_relative(mean, visible).astype(np.float32),
     }
     arrays = {name: np.array(values) for name, values in heads.items()}
     return arrays | {"sinks": sink[:, 1:].sum(1).astype(float)}, layer
@@ -273,14 +277,14 @@ def _shares(result: Result) -> go.Figure:
 def _maps(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy()
     clean = np.nan_to_num(data["non_relative_share_no_sinks"].to_numpy(), nan=-1)
-    shown = sorted({0, int(clean.argmax()), len(layers) - 1})
-    parts = [data["map"].isel(layer=one).to_numpy() for one in shown]
+    indices = sorted({0, int(clean.argmax()), len(layers) - 1})
+    parts = [data["map"].isel(layer=index).to_numpy() for index in indices]
     values = np.concatenate([part[~np.isnan(part)] for part in parts])
     limit = float(np.abs(np.quantile(values, [0.01, 0.99])).max()) or 1.0
     figure = make_subplots(
         1,
-        len(shown),
-        subplot_titles=[f"layer {layers[one]}" for one in shown],
+        len(indices),
+        subplot_titles=[f"layer {layers[index]}" for index in indices],
         shared_yaxes=True,
         figure=ThemedFigure(),
     )
@@ -303,7 +307,7 @@ def _maps(result: Result) -> go.Figure:
             "subtitle": {"text": "colours end at the 1 % and 99 % quantiles, because of sinks"},
         },
         height=420,
-        width=max(480, 120 + 300 * len(shown)),
+        width=max(480, 120 + 300 * len(indices)),
         margin={"t": 120},
     )
     figure.update_xaxes(title="key")

@@ -158,7 +158,9 @@ class MaskedSinks(LayerProbe):
         places = _strongest(alpha, received.layers, self.heads)
         changes = self._changes(received, top, places)
         measured = MeasuredRows(store, {"later": finite.rows})
-        effects = change_effects(model, measured, {str(key): one for key, one in changes.items()}, label="hiding sinks")
+        effects = change_effects(
+            model, measured, {str(key): change for key, change in changes.items()}, label="hiding sinks"
+        )
         mean, resampled = effects.effects(resamples=self.resamples, seed=self.seed)
         arrays = self._arrays(list(changes), mean[:, 0], resampled[:, :, 0], received.layers, alpha.shape[1])
         documents = len(np.unique(store.tokens["document"].to_numpy()[finite.rows]))
@@ -180,9 +182,9 @@ class MaskedSinks(LayerProbe):
             return ScaleAttention(layer, heads, keys, 0, queries=slice(self.later, None))
 
         random = [received.random_keys(top, 1, self.later, self.seed + draw) for draw in range(self.draws)]
-        other = {layer: np.roll(keys, -1, axis=1) for layer, keys in top.items()}
-        choices: dict[tuple[Any, ...], Any] = {("sink", "all"): top, ("other_head", "all"): other}
-        choices |= {("random", "all", draw): one for draw, one in enumerate(random)}
+        next_head = {layer: np.roll(keys, -1, axis=1) for layer, keys in top.items()}
+        choices: dict[tuple[Any, ...], Any] = {("sink", "all"): top, ("other_head", "all"): next_head}
+        choices |= {("random", "all", draw): keys for draw, keys in enumerate(random)}
         for kind, choice in (("sink", top), ("random", random[0])):
             for layer in received.layers if self.layers_too else ():
                 choices[kind, "layer", layer] = {layer: choice[layer]}
@@ -215,8 +217,8 @@ class MaskedSinks(LayerProbe):
             for index, key in enumerate(keys):
                 at = KINDS.index(key[0])
                 if key[1] == "layer":
-                    for array, one in zip(ends, (mean[index, column], all_low[index], all_high[index]), strict=True):
-                        array[at, list(layers).index(key[2])] = one
+                    for array, value in zip(ends, (mean[index, column], all_low[index], all_high[index]), strict=True):
+                        array[at, list(layers).index(key[2])] = value
                 elif key[1] == "head":
                     single[at, list(layers).index(key[2]), key[3]] = mean[index, column]
             if self.layers_too:
@@ -239,14 +241,14 @@ class MaskedSinks(LayerProbe):
         )
         if "loss_layer" in data:
             layer = int(data["loss_layer"].sel(kind="sink").to_numpy().argmax())
-            one = data["loss_layer"].isel(layer=layer)
-            text += f"; most in layer {int(data['layer'][layer])} alone, {float(one.sel(kind='sink')):.3f} (random "
-            text += f"{float(one.sel(kind='random')):.3f})"
+            effect = data["loss_layer"].isel(layer=layer)
+            text += f"; most in layer {int(data['layer'][layer])} alone, {float(effect.sel(kind='sink')):.3f} (random "
+            text += f"{float(effect.sel(kind='random')):.3f})"
         if "loss_head" in data:
             at = np.unravel_index(np.nanargmax(data["loss_head"].sel(kind="sink").to_numpy()), data["alpha"].shape)
-            one = data["loss_head"].isel(layer=at[0], head=at[1])
+            effect = data["loss_head"].isel(layer=at[0], head=at[1])
             text += f"; most of single heads {head_name(int(data['layer'][at[0]]), int(at[1]))}, "
-            text += f"{float(one.sel(kind='sink')):.4f} (random {float(one.sel(kind='random')):.4f})"
+            text += f"{float(effect.sel(kind='sink')):.4f} (random {float(effect.sel(kind='random')):.4f})"
         return with_note(f"{text} ({int(data['rows']):,} tokens).", result)
 
     @staticmethod
@@ -270,7 +272,7 @@ def _summary(received: Received, top: Mapping[int, Bool[np.ndarray, "all_rows he
 
 def _strongest(alpha: np.ndarray, layers: Sequence[int], number: int) -> list[tuple[int, int]]:
     order = np.argsort(-np.nan_to_num(alpha, nan=-1), axis=None, kind="stable")[:number]
-    return [(layers[int(i)], int(h)) for i, h in (np.unravel_index(one, alpha.shape) for one in order)]
+    return [(layers[int(i)], int(h)) for i, h in (np.unravel_index(index, alpha.shape) for index in order)]
 
 
 def _table(data: Any) -> pd.DataFrame:
@@ -285,8 +287,8 @@ def _table(data: Any) -> pd.DataFrame:
         if "loss_head" in data:
             pairs = ((layer, head) for layer in layers for head in heads)
             places |= {("head", head_name(*pair)): (at.sel(layer=pair[0], head=pair[1]), "_head") for pair in pairs}
-        for (scope, place), (one, end) in places.items():
-            values = {name: float(one[f"{name}{end}"]) for name in _UNITS}
+        for (scope, place), (cell, end) in places.items():
+            values = {name: float(cell[f"{name}{end}"]) for name in _UNITS}
             lines.append({"kind": kind, "scope": scope, "place": place} | values)
     return pd.DataFrame(lines).dropna(subset="loss", ignore_index=True)
 

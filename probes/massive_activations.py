@@ -152,11 +152,11 @@ class MassiveActivations(LayerProbe):
         sequences = sequences.without(rows.left_out)
         if not len(sequences):
             raise RequestError("no sequence is left; change where, or record sequences without infinite values")
-        found = {layer: find_massive(store, layer, sequences, self.absolute, self.relative) for layer in layers}
-        arrays = _by_layer(self, found, sequences)
-        coords: dict[str, Any] = {"layer": layers, "rank": [1, 2, 3][: found[layers[0]].top.shape[1]]}
+        by_layer = {layer: find_massive(store, layer, sequences, self.absolute, self.relative) for layer in layers}
+        arrays = _by_layer(self, by_layer, sequences)
+        coords: dict[str, Any] = {"layer": layers, "rank": [1, 2, 3][: by_layer[layers[0]].top.shape[1]]}
         notes = []
-        drains = _value_drain(store, found, values, sequences)
+        drains = _value_drain(store, by_layer, values, sequences)
         if drains:
             names = ("value_norm_massive", "value_norm_others", "value_norm_ratio")
             arrays |= stack_heads(layers, drains, names)
@@ -164,12 +164,12 @@ class MassiveActivations(LayerProbe):
         else:
             notes.append("value drain not computed: no massive token enters a block whose v_norm or v was recorded")
         if model is not None or self.model is not None:
-            effect, note = _effect(self, store, model, found, sequences, arrays["massive"])
+            effect, note = _effect(self, store, model, by_layer, sequences, arrays["massive"])
             notes.append(note)
             arrays, coords = arrays | effect, coords | ({"change": ["none", *CHANGES]} if effect else {})
         data = dataset(self.variables, arrays, coords)
         data.attrs["sequences"] = len(sequences)
-        return self.result(store, data, _table(self, store, found), rows, notes)
+        return self.result(store, data, _table(self, store, by_layer), rows, notes)
 
     @staticmethod
     def headline(result: Result) -> str:
@@ -186,9 +186,9 @@ class MassiveActivations(LayerProbe):
         if share[at] == 0:
             text = f"No massive activations: the largest |h| is {size} on average{times} (layer {layers[at]}, {place})"
         else:
-            which = _span(layers[share > 0])
+            span = _span(layers[share > 0])
             text = (
-                f"Massive activations at {which}: the largest of a sequence is {size} on average{times} (layer "
+                f"Massive activations at {span}: the largest of a sequence is {size} on average{times} (layer "
                 f"{layers[at]}, {place}), in {100 * share[at]:.0f} % of {data.attrs['sequences']} sequences and "
                 f"{100 * float(data['tokens'][at]):.2g} % of tokens"
             )
@@ -217,21 +217,21 @@ class MassiveActivations(LayerProbe):
 
 
 def _by_layer(
-    probe: MassiveActivations, found: Mapping[int, MassivePlaces], sequences: RaggedSequences
+    probe: MassiveActivations, by_layer: Mapping[int, MassivePlaces], sequences: RaggedSequences
 ) -> dict[str, np.ndarray]:
     """The variables over layers."""
     columns: dict[str, list[Any]] = {}
-    for one in found.values():
-        largest = one.top[:, 0]
-        absolute, rare = largest > probe.absolute, largest > probe.relative * one.median
+    for activations in by_layer.values():
+        largest = activations.top[:, 0]
+        absolute, rare = largest > probe.absolute, largest > probe.relative * activations.median
         mean, resampled = clustered_means(
             (absolute & rare)[:, None].astype(float), sequences.document, resamples=probe.resamples, seed=probe.seed
         )
         low, high = intervals(resampled)
-        rows, first = np.unique(one.row[one.massive], return_index=True)
+        rows, first = np.unique(activations.row[activations.massive], return_index=True)
         line = {
-            "top": one.top.mean(0),
-            "median": one.median.mean(),
+            "top": activations.top.mean(0),
+            "median": activations.median.mean(),
             "largest": largest.max(),
             "massive": mean[0],
             "massive_low": low[0],
@@ -239,8 +239,8 @@ def _by_layer(
             "above_absolute": absolute.mean(),
             "above_ratio": rare.mean(),
             "tokens": len(rows) / sequences.lengths.sum(),
-            "first_tokens": one.first[one.massive][first].mean() if len(rows) else np.nan,
-            "dimensions": len(np.unique(one.dimension[one.massive])),
+            "first_tokens": activations.first[activations.massive][first].mean() if len(rows) else np.nan,
+            "dimensions": len(np.unique(activations.dimension[activations.massive])),
         }
         for name, value in line.items():
             columns.setdefault(name, []).append(value)
@@ -248,18 +248,18 @@ def _by_layer(
 
 
 def _value_drain(
-    store: Store, found: Mapping[int, MassivePlaces], layers: Sequence[int], sequences: RaggedSequences
+    store: Store, by_layer: Mapping[int, MassivePlaces], layers: Sequence[int], sequences: RaggedSequences
 ) -> dict[int, dict[str, np.ndarray]]:
     """Norms of values by layer, at tokens that are massive in the output of the block before and at all others."""
     drains = {}
     for layer in layers:
-        before = found[layer - 1]
+        before = by_layer[layer - 1]
         chosen = np.unique(before.row[before.massive])
-        others = np.setdiff1d(sequences.rows, chosen)
-        if not len(chosen) or not len(others):
+        rest = np.setdiff1d(sequences.rows, chosen)
+        if not len(chosen) or not len(rest):
             continue
         site = value_site(store, layer)
-        norms = [mean_norms(store, site, rows) for rows in (chosen, others)]
+        norms = [mean_norms(store, site, rows) for rows in (chosen, rest)]
         parts = (*norms, ratio(*norms))
         drains[layer] = dict(zip(("value_norm_massive", "value_norm_others", "value_norm_ratio"), parts, strict=True))
     return drains
@@ -269,26 +269,26 @@ def _effect(
     probe: MassiveActivations,
     store: Store,
     model: Model | None,
-    found: Mapping[int, MassivePlaces],
+    by_layer: Mapping[int, MassivePlaces],
     sequences: RaggedSequences,
     share: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], str]:
     """Losses of the unchanged and the changed runs, and a note."""
-    layers = list(found)
+    layers = list(by_layer)
     if probe.change_layer is not None and probe.change_layer not in layers:
         raise RequestError(f"change_layer: layer {probe.change_layer} was not recorded; recorded are {layers}")
     if not share.max():
         return {}, "effect not computed: no massive activations"
     layer = layers[int(np.argmax(share >= share.max() / 2))] if probe.change_layer is None else probe.change_layer
-    one = found[layer]
-    if not one.massive.any():
+    activations = by_layer[layer]
+    if not activations.massive.any():
         return {}, f"effect not computed: no massive activations at layer {layer}"
     ids = predicting_rows(store, None, probe.row_limit if probe.where is None else store.rows, probe.seed)
     ids = ids[np.isin(ids, sequences.rows)][: probe.row_limit]
     if not len(ids):
         return {}, "effect not computed: no selected sequence has two tokens"
     loaded = recorded_model(store, model or probe.model, usable_device(probe.device))
-    changes = massive_changes(loaded, layer, one, probe.seed)
+    changes = massive_changes(loaded, layer, activations, probe.seed)
     effects = change_effects(loaded, MeasuredRows(store, {"text": ids}), changes, label="massive activations")
     arrays = {}
     for name, read in (("loss", effects.means), ("loss_change", effects.effects)):
@@ -299,19 +299,19 @@ def _effect(
     return arrays, f"effect of changes at the output of block {layer} on {len(ids):,} predictions"
 
 
-def _table(probe: MassiveActivations, store: Store, found: Mapping[int, MassivePlaces]) -> pd.DataFrame:
+def _table(probe: MassiveActivations, store: Store, by_layer: Mapping[int, MassivePlaces]) -> pd.DataFrame:
     """The most frequent places of each layer: massive ones first, else the largest of the sequences."""
     tokens, parts = store.tokens["token"], []
-    for layer, one in found.items():
+    for layer, activations in by_layer.items():
         places = pd.DataFrame(
             {
                 "layer": layer,
-                "dimension": one.dimension,
-                "position": np.where(one.first, "first", "later"),
-                "token": tokens.take(one.row).to_pylist(),
-                "massive": one.massive,
-                "value": one.value.astype(float),
-                "size": np.abs(one.value).astype(float),
+                "dimension": activations.dimension,
+                "position": np.where(activations.first, "first", "later"),
+                "token": tokens.take(activations.row).to_pylist(),
+                "massive": activations.massive,
+                "value": activations.value.astype(float),
+                "size": np.abs(activations.value).astype(float),
             }
         )
         keys = ["layer", "dimension", "position", "token"]

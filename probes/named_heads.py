@@ -150,10 +150,10 @@ class HeadAblation(StoreProbe):
         model = recorded_model(store, model or self.model, self.device)
         rows = predicting_rows(store, self.where, self.row_limit, self.seed)
         groups = self._groups(store, rows)
-        if empty := [name for name, one in groups.items() if not len(one)]:
+        if empty := [name for name, members in groups.items() if not len(members)]:
             raise RequestError(f"groups {self.groups!r}: no measured token is of {empty[0]!r}; record other texts")
         sets = {"all": heads} if len(heads) > 1 else {}
-        sets |= {head_name(*one): [one] for one in heads}
+        sets |= {head_name(*head): [head] for head in heads}
         ablated = head_ablation(
             model,
             MeasuredRows(store, groups),
@@ -195,7 +195,7 @@ class HeadAblation(StoreProbe):
             if self.column not in store.tokens.column_names:
                 raise RequestError(f"column {self.column!r} is not in the token table: {store.tokens.column_names}")
             values = store.tokens[self.column].to_pandas().astype("string").to_numpy(dtype=object, na_value="")[rows]
-            return {str(value): rows[values == value] for value in sorted({str(one) for one in values} - {""})}
+            return {str(value): rows[values == value] for value in sorted({str(text) for text in values} - {""})}
         if self.groups == "repeats":
             chosen = np.isin(rows, _repeated(store))
         else:
@@ -207,7 +207,7 @@ class HeadAblation(StoreProbe):
     def headline(result: Result) -> str:
         """Returns the effect on the first group and on the others, beside random heads."""
         data = result.data.isel(heads=0)
-        names = ", ".join(str(one) for one in result.data["heads"].to_numpy() if one != "all")
+        names = ", ".join(str(name) for name in result.data["heads"].to_numpy() if name != "all")
         parts = []
         for group in data["group"].to_numpy()[:2].tolist():
             at = data.sel(group=group)
@@ -246,7 +246,7 @@ def _arrays(ablated: AblatedHeads, heads: Sequence[str], groups: Sequence[str]) 
     arrays: dict[str, np.ndarray] = {}
     for name in _MEASURED:
         for kind, end in (("named", ""), ("random", "_random"), ("difference", "_difference")):
-            values = np.array([[ablated.of(one, group, name, kind) for group in groups] for one in heads])
+            values = np.array([[ablated.of(head, group, name, kind) for group in groups] for head in heads])
             for at, bound in enumerate(("", "_low", "_high")):
                 arrays[f"{name}{end}{bound}"] = values[..., at]
     lines = ablated.table.loc[(ablated.table["heads"] == heads[0]) & (ablated.table["kind"] == "named")]
@@ -261,7 +261,7 @@ def _arrays(ablated: AblatedHeads, heads: Sequence[str], groups: Sequence[str]) 
 
 def _figure(result: Result, name: str) -> go.Figure:
     data = result.data
-    categories = [str(one) for one in data["heads"].to_numpy()]
+    categories = [str(heads) for heads in data["heads"].to_numpy()]
     groups = {}
     for group in data["group"].to_numpy().tolist():
         for kind, end in (("named heads", ""), ("random heads", "_random")):

@@ -232,9 +232,9 @@ def _table(
     names = ("kurtosis", "skew", "logit_variance", "norm", "rate", "mean", "largest")
     tokens, lines = store.tokens["token"], []
     for index, layer in enumerate(data["layer"].to_numpy().tolist()):
-        one = {name: data[name].to_numpy()[index] for name in names}
-        for kind, mask in _kinds(one).items():
-            order = one["logit_variance"] if kind == "entropy" else -one["kurtosis"]
+        measures = {name: data[name].to_numpy()[index] for name in names}
+        for kind, mask in _kinds(measures).items():
+            order = measures["logit_variance"] if kind == "entropy" else -measures["kurtosis"]
             for neuron in [n for n in np.argsort(order, kind="stable").tolist() if mask[n]][: probe.detail]:
                 direction = weights[layer][neuron].to(unembed.weight.device)
                 extremes = extreme_tokens(unembed.weight.float() @ (direction * unembed.gain), unembed, probe.tokens)
@@ -245,7 +245,7 @@ def _table(
                         "layer": layer,
                         "neuron": neuron,
                         "kind": kind,
-                        **{name: float(one[name][neuron]) for name in names},
+                        **{name: float(measures[name][neuron]) for name in names},
                         "raises": " ".join(map(repr, raised)),
                         "lowers": " ".join(map(repr, lowered)),
                         "strongest_at": " ".join(map(repr, tokens.take(top).to_pylist())),
@@ -309,7 +309,7 @@ def _neurons(result: Result) -> go.Figure:
 
 
 def _hover(line: Mapping[str, Any]) -> str:
-    shown = [f"<b>L{line['layer']}N{line['neuron']}</b>"]
+    lines = [f"<b>L{line['layer']}N{line['neuron']}</b>"]
     for name in ("raises", "lowers", "strongest_at"):
-        shown.append(f"{name.replace('_', ' ')}: {label(str(line[name]), 80)}")
-    return "<br>".join(shown)
+        lines.append(f"{name.replace('_', ' ')}: {label(str(line[name]), 80)}")
+    return "<br>".join(lines)

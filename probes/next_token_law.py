@@ -232,8 +232,8 @@ def _residuals(
     n, present = len(rows), np.unique(folds)
     without = np.full(probe.folds, np.nan)
     for fold in present.tolist() if len(present) > 1 else []:
-        kept = ends[folds != fold, 0]
-        without[fold] = fits.in_sample(fold)[0] / (len(kept) * kept.var())
+        rest = ends[folds != fold, 0]
+        without[fold] = fits.in_sample(fold)[0] / (len(rest) * rest.var())
     return {"in_sample": fits.in_sample() / n, "held_out": fits.held_out() / n, "without": without}
 
 
@@ -285,7 +285,7 @@ def _law(result: Result) -> go.Figure:
         style = {"color": NEUTRAL} if name == "shuffled ids" else {}
         figure.add_scatter(x=layers, y=data[variable], name=name, mode="lines+markers", line=style)
     figure.update_traces(hovertemplate="layer %{x}: %{y:.4f}")
-    lines = [*_line_text(data, "", " a layer"), *(f"shuffled ids {one}" for one in _line_text(data, "_shuffled"))]
+    lines = [*_line_text(data, "", " a layer"), *(f"shuffled ids {text}" for text in _line_text(data, "_shuffled"))]
     text = "; ".join([*lines, f"{int(data['rows']):,} tokens"])
     title = f"Law of next-token prediction in {label(str(result.provenance['model']), 60)}"
     figure.update_layout(

@@ -123,8 +123,8 @@ class OverSquashing(StoreProbe):
         for name, known in (("kinds", KINDS), ("dtypes", ("float32", "bfloat16", "float16"))):
             if not getattr(self, name):
                 raise RequestError(f"{name} is empty; name one or more of {', '.join(known)}")
-            for one in getattr(self, name):
-                check(name, one, one_of=known)
+            for value in getattr(self, name):
+                check(name, value, one_of=known)
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
@@ -177,11 +177,11 @@ class OverSquashing(StoreProbe):
         for dtype in data["dtype"].to_numpy().tolist():
             texts = []
             for kind in data["kind"].to_numpy().tolist():
-                one = data.sel(dtype=dtype, kind=kind)
-                below = one["below_floor"].to_numpy() > 0.5
+                cell = data.sel(dtype=dtype, kind=kind)
+                below = cell["below_floor"].to_numpy() > 0.5
                 stays = below[::-1].cumprod()[::-1].astype(bool)
-                found = f"from {int(one['length'][stays.argmax()])} tokens on" if stays.any() else "at no length"
-                texts.append(f"{kind} {found} ({float(one['final_inf'][-1]):.2g} at {length})")
+                onset = f"from {int(cell['length'][stays.argmax()])} tokens on" if stays.any() else "at no length"
+                texts.append(f"{kind} {onset} ({float(cell['final_inf'][-1]):.2g} at {length})")
             parts.append(f"{dtype}: {', '.join(texts)}")
         text = f"Inputs with one more repetition differ by less than the number format's spacing, {'; '.join(parts)}"
         if "rollout" in data:
@@ -210,10 +210,10 @@ class _Inputs:
     @classmethod
     def choose(cls, probe: OverSquashing, store: Store, unembed: Unembed) -> tuple[_Inputs, list[str]]:
         known = single_tokens(unembed.tokens or ())
-        prefix = tuple(int(one) for one in store.manifest.tokens_added.get("prefix", ()))
+        prefix = tuple(int(token) for token in store.manifest.tokens_added.get("prefix", ()))
         special = store.tokens["is_special"].to_numpy()
         ids = store.tokens["token_id"].to_numpy()[~special].tolist()
-        usual = [one for one, _ in Counter(ids).most_common(11)]
+        usual = [token for token, _ in Counter(ids).most_common(11)]
         texts, notes = probe.tokens or tuple(_DIGITS), []
         if missing := [text for text in texts if text not in known]:
             if probe.tokens:
@@ -226,14 +226,14 @@ class _Inputs:
             raise RequestError("tokens: name two or more, since random inputs need different ones")
         separator = known.get(probe.separator)
         if separator is None:
-            separator = next((one for one in usual[::-1] if one not in repeated), repeated[-1])
+            separator = next((token for token in usual[::-1] if token not in repeated), repeated[-1])
             notes.append(f"{probe.separator!r} is no single token here: {unembed.token(separator)!r} separates")
         return cls(prefix, repeated, separator), notes
 
     def draw(self, kind: str, length: int, number: int, seed: int) -> Int[np.ndarray, "draw position"]:
         """x*_{n+1} of each draw; without its last token it is x_n of `length` tokens."""
         draw = np.random.default_rng([seed, length])
-        last = np.array([self.repeated[one % len(self.repeated)] for one in range(number)])[:, None]
+        last = np.array([self.repeated[index % len(self.repeated)] for index in range(number)])[:, None]
         rest = np.repeat(last, length - len(self.prefix) - 1, 1)
         if kind == "random":
             rest = draw.choice(self.repeated, rest.shape)
@@ -259,8 +259,10 @@ class _Pairs:
     def measure(self) -> dict[str, np.ndarray]:
         sizes = (len(self.probe.dtypes), len(self.probe.kinds), len(self.lengths))
         layers = self.model.site_map.n_layers
-        arrays = {one.name: np.full(sizes, np.nan) for one in _VARIABLES if one.dims == _LAST}
-        arrays |= {one.name: np.full((*sizes, layers), np.nan) for one in _VARIABLES if one.dims == _LAYERS}
+        arrays = {variable.name: np.full(sizes, np.nan) for variable in _VARIABLES if variable.dims == _LAST}
+        arrays |= {
+            variable.name: np.full((*sizes, layers), np.nan) for variable in _VARIABLES if variable.dims == _LAYERS
+        }
         with progress("over-squashing", int(np.prod(sizes)), "pairs of inputs") as tick:
             for number, dtype in enumerate(self.probe.dtypes):
                 kind = getattr(torch, dtype)
@@ -278,17 +280,17 @@ class _Pairs:
         return arrays
 
     def _pair(self, module: nn.Module, ids: Int[Tensor, "draw position"], dtype: torch.dtype) -> dict[str, Any]:
-        one, other = (_last_states(self.model, module, part) for part in (ids[:, :-1], ids))
-        difference = (one - other).abs().double()
+        shorter, longer = (_last_states(self.model, module, part) for part in (ids[:, :-1], ids))
+        difference = (shorter - longer).abs().double()
         size = difference.norm(dim=2)
-        normed = [self._final(part[-1], dtype) for part in (one, other)]
+        normed = [self._final(part[-1], dtype) for part in (shorter, longer)]
         final = (normed[0] - normed[1]).abs().amax(1)
         floor = spacing(normed[0].abs().amax(1), dtype)
-        top = [self.unembed(part[-1].float()).argmax(1) for part in (one, other)]
+        top = [self.unembed(part[-1].float()).argmax(1) for part in (shorter, longer)]
         return {
             "distance_inf": difference.amax(2).mean(1).cpu().numpy(),
             "distance_l2": size.mean(1).cpu().numpy(),
-            "relative": (size / one.double().norm(dim=2).clamp(min=1e-30)).mean(1).cpu().numpy(),
+            "relative": (size / shorter.double().norm(dim=2).clamp(min=1e-30)).mean(1).cpu().numpy(),
             "final_inf": float(final.mean()),
             "floor": float(floor.mean()),
             "below_floor": float((final <= floor).double().mean()),
@@ -305,11 +307,11 @@ def _last_states(
 ) -> Float[Tensor, "layer draw d_model"]:
     """States of the last token after each block, on the device of the unembedding."""
     sites = model.site_map.select(["resid_post"])
-    kept: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     capture(
-        module, sites, ids, torch.ones_like(ids), lambda site, x, _first: kept.update({site.name: x[:, -1].clone()})
+        module, sites, ids, torch.ones_like(ids), lambda site, x, _first: states.update({site.name: x[:, -1].clone()})
     )
-    return torch.stack([kept[site.name].to(model.device) for site in sites])
+    return torch.stack([states[site.name].to(model.device) for site in sites])
 
 
 def spacing(size: Float[Tensor, " draw"], dtype: torch.dtype) -> Float[Tensor, " draw"]:
@@ -363,11 +365,11 @@ def _distance(result: Result) -> Any:
     dashes = ("solid", "dash", "dot")
     for colour, kind in zip(CATEGORIES, data["kind"].to_numpy().tolist(), strict=False):
         for dash, dtype in zip(dashes, data["dtype"].to_numpy().tolist(), strict=False):
-            one: xr.Dataset = data.sel(kind=kind, dtype=dtype)
-            shown = np.where(one["final_inf"] > 0, one["final_inf"], np.nan)  # an exact 0 has no logarithm
+            cell: xr.Dataset = data.sel(kind=kind, dtype=dtype)
+            distance = np.where(cell["final_inf"] > 0, cell["final_inf"], np.nan)  # an exact 0 has no logarithm
             figure.add_scatter(
                 x=data["length"].to_numpy(),
-                y=shown,
+                y=distance,
                 name=f"{kind}, {dtype}",
                 mode="lines+markers",
                 line={"color": colour, "dash": dash},

@@ -181,7 +181,7 @@ class PathPatching(StoreProbe):
         names = ("denoising", "noising", *(("random_donor",) if self.control_too else ()))
         effects = {name: np.full((len(runs.pairs), len(senders), heads), np.nan) for name in names}
         at = runs.pairs.mask.bool() if self.at == "all" else runs.pairs.places[self.at]
-        plan, found = other_pair(runs.pairs, runs.answers, at, False, self.seed)
+        plan, with_donor = other_pair(runs.pairs, runs.answers, at, False, self.seed)
         for row, site in enumerate(senders):
             clean, corrupt = runs.clean_values[site.name], runs.corrupt_values[site.name]
             for head in range(site.shape[0] or 0):
@@ -189,11 +189,11 @@ class PathPatching(StoreProbe):
                 effects["denoising"][index] = paths.effect("corrupt", site, head, at, clean) - runs.corrupt
                 effects["noising"][index] = runs.clean - paths.effect("clean", site, head, at, corrupt)
                 if self.control_too:
-                    one, other = (
+                    from_clean, from_corrupt = (
                         paths.effect("corrupt", site, head, at, runs.gathered(side, site, plan))
                         for side in ("clean", "corrupt")
                     )
-                    effects["random_donor"][index] = np.where(found, (one - other).numpy(), np.nan)
+                    effects["random_donor"][index] = np.where(with_donor, (from_clean - from_corrupt).numpy(), np.nan)
         return effects, [site.layer or 0 for site in senders]
 
     @staticmethod

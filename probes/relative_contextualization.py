@@ -138,7 +138,9 @@ class RelativeContextualization(LayerProbe):
                 heads[layer], tokens[layer] = _read(self, store, rule, texts)
                 tick(1)
         layers = list(rules)
-        arrays: dict[str, Any] = stack_heads(layers, heads, [one.name for one in _VARIABLES if one.dims == _HEAD])
+        arrays: dict[str, Any] = stack_heads(
+            layers, heads, [variable.name for variable in _VARIABLES if variable.dims == _HEAD]
+        )
         coords: dict[str, Any] = {"layer": layers, "head": np.arange(arrays["rc"].shape[1])}
         arrays |= _attributions(self, store, texts[: self.shown], arrays["rc"], layers, tokens)
         arrays["sequences"] = len(texts)
@@ -153,10 +155,10 @@ class RelativeContextualization(LayerProbe):
         """Returns the head with the most rc beside its control, and the tokens with the most attribution."""
         data, best = result.data, result.table.iloc[0]
         interval = "" if np.isnan(best["rc_low"]) else f", 95 % CI [{best['rc_low']:.2f}, {best['rc_high']:.2f}]"
-        other = "" if np.isnan(best["rc_other"]) else f", other prompts {best['rc_other']:.2f}"
+        control = "" if np.isnan(best["rc_other"]) else f", other prompts {best['rc_other']:.2f}"
         text = (
             f"Most relative contextualization: {head_name(int(best['layer']), int(best['head']))}, {best['rc']:.2f} in "
-            f"units of its scores{interval}{other}, marginal {best['rc_marginal']:.2f}; {int(data['sequences'])} "
+            f"units of its scores{interval}{control}, marginal {best['rc_marginal']:.2f}; {int(data['sequences'])} "
             "sequences"
         )
         if not bool(result.table["excess"].isna().all()):
@@ -168,7 +170,7 @@ class RelativeContextualization(LayerProbe):
         if data.sizes.get("token"):
             values = data["attribution"].to_numpy()
             most = np.argsort(-np.nan_to_num(values, nan=-1), kind="stable")[:3]
-            named = ", ".join(f"{str(data['text'].to_numpy()[one])!r} {values[one]:.2f}" for one in most)
+            named = ", ".join(f"{str(data['text'].to_numpy()[index])!r} {values[index]:.2f}" for index in most)
             text += f". Tokens with the most attribution: {named}"
         return with_note(f"{text}.", result)
 
@@ -219,7 +221,7 @@ def _read(
     """Measures of the heads of one layer, and attributions of the shown prompts."""
     values: dict[str, list[Tensor]] = {"rc": [], "rc_marginal": [], "rc_other": [], "sinks": []}
     tokens = []
-    for number, (text, other) in enumerate(_pairs(texts)):
+    for number, (text, partner) in enumerate(_pairs(texts)):
         query, key = store[rule.queries][text.rows[text.prompt :]], store[rule.keys][text.rows]
         scores, earlier, newer, sinks = _parts(probe, rule, query, key, text.prompt)
         rc, by_key = conditional_excess(scores, earlier, newer)
@@ -228,10 +230,10 @@ def _read(
         values["sinks"].append(sinks)
         if number < probe.shown:
             tokens.append(by_key[:, : text.prompt].numpy())
-        shared = 0 if other is None else min(text.prompt, other.prompt)
-        if other is not None and shared > 1:
+        shared = 0 if partner is None else min(text.prompt, partner.prompt)
+        if partner is not None and shared > 1:
             foreign = key.clone()
-            foreign[:shared] = store[rule.keys][other.rows[:shared]]
+            foreign[:shared] = store[rule.keys][partner.rows[:shared]]
             parts = _parts(probe, rule, query, foreign, text.prompt)
             inside = torch.arange(len(text.rows)) < shared
             values["rc_other"].append(conditional_excess(parts[0], parts[1] & inside, parts[2])[0])
@@ -251,9 +253,12 @@ def _read(
 def _pairs(texts: list[_Texts]) -> Iterator[tuple[_Texts, _Texts | None]]:
     """Each sequence with the next one, of another document where there is one."""
     for number, text in enumerate(texts):
-        others = [texts[(number + step) % len(texts)] for step in range(1, len(texts))]
-        other = next((one for one in others[:8] if one.document != text.document), others[0] if others else None)
-        yield text, other
+        partners = [texts[(number + step) % len(texts)] for step in range(1, len(texts))]
+        partner = next(
+            (candidate for candidate in partners[:8] if candidate.document != text.document),
+            partners[0] if partners else None,
+        )
+        yield text, partner
 
 
 def _parts(
@@ -266,13 +271,13 @@ def _parts(
     """Scores of newer queries, keys of the prompt that count, newer keys, and the share of the prompt left out."""
     scores = attention_scores(rule, query, key).double()
     places = torch.arange(len(key))
-    seen = torch.as_tensor(rule.visible(torch.arange(prompt, prompt + len(query))[:, None], places))
-    earlier = (seen & (places < prompt)).expand(scores.shape)
-    newer = (seen & (places >= prompt)).expand(scores.shape)
+    visible = torch.as_tensor(rule.visible(torch.arange(prompt, prompt + len(query))[:, None], places))
+    earlier = (visible & (places < prompt)).expand(scores.shape)
+    newer = (visible & (places >= prompt)).expand(scores.shape)
     sinks = torch.zeros(scores.shape[0], dtype=torch.float64)
     if probe.leave_out_sinks:
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        sink = weights.sum(1) / seen.sum(0).clamp(min=1) > probe.sink_threshold
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        sink = weights.sum(1) / visible.sum(0).clamp(min=1) > probe.sink_threshold
         sink[:, 0] = True
         sinks = sink[:, :prompt].double().mean(1)
         earlier = earlier & ~sink[:, None]
@@ -289,7 +294,7 @@ def _attributions(
 ) -> dict[str, Any]:
     """Attribution of the tokens of the shown prompts."""
     ranked = np.argsort(-np.nan_to_num(rc, nan=-1), axis=None, kind="stable")[: probe.heads]
-    best = [np.unravel_index(one, rc.shape) for one in ranked]
+    best = [np.unravel_index(index, rc.shape) for index in ranked]
     values, rows = [], []
     for number, text in enumerate(texts):
         parts = np.stack([tokens[layers[int(layer)]][number][int(head)] for layer, head in best])
@@ -335,11 +340,11 @@ def _heads(result: Result) -> Any:
 def _tokens(result: Result) -> Any:
     data = result.data
     first = data["sequence"].to_numpy()
-    shown = np.flatnonzero(first == first[0])
+    rows = np.flatnonzero(first == first[0])
     return token_strip(
-        data["attribution"].to_numpy()[shown],
-        tokens=[str(one) for one in data["text"].to_numpy()[shown]],
-        positions=data["place"].to_numpy()[shown].tolist(),
+        data["attribution"].to_numpy()[rows],
+        tokens=[str(text) for text in data["text"].to_numpy()[rows]],
+        positions=data["place"].to_numpy()[rows].tolist(),
         title=f"Attribution of a prompt's tokens in {label(str(result.provenance['model']), 60)}",
         subtitle=f"mean over the {result.provenance['settings']['heads']} heads with the most rc; white: a sink",
         unit=axis_title(data["attribution"].attrs),

@@ -125,21 +125,23 @@ class RepresentationHijacking(LayerProbe):
         """
         layers, labels = self.recorded(store, self.site)
         rows, condition, count, words = _targets(store)
-        others = np.flatnonzero(store.tokens["position"].to_numpy() > 0)
-        if len(others) > self.token_limit:
-            others = np.sort(np.random.default_rng(self.seed).choice(others, self.token_limit, replace=False))
-        finite = self.finite_rows(store, labels, np.union1d(rows, others))
-        kept, others = np.isin(rows, finite.rows), others[np.isin(others, finite.rows)]
-        rows, condition, count, words = (part[kept] for part in (rows, condition, count, words))
+        background = np.flatnonzero(store.tokens["position"].to_numpy() > 0)
+        if len(background) > self.token_limit:
+            background = np.sort(np.random.default_rng(self.seed).choice(background, self.token_limit, replace=False))
+        finite = self.finite_rows(store, labels, np.union1d(rows, background))
+        is_finite, background = np.isin(rows, finite.rows), background[np.isin(background, finite.rows)]
+        rows, condition, count, words = (part[is_finite] for part in (rows, condition, count, words))
         word, original = _words(condition, words)
-        counts = sorted({int(one) for one in count[condition != "plain"]})
+        counts = sorted({int(number) for number in count[condition != "plain"]})
         cells = {
             (i, j): np.flatnonzero((condition == name) & (count == number))
             for i, name in enumerate(CONDITIONS)
             for j, number in enumerate(counts)
         }
-        means = {one: (condition == "plain") & (words == one) for one in (word, original)}
-        values = np.stack([_overwrite(store, site, rows, others, means[word], means[original]) for site in labels], 1)
+        means = {term: (condition == "plain") & (words == term) for term in (word, original)}
+        values = np.stack(
+            [_overwrite(store, site, rows, background, means[word], means[original]) for site in labels], 1
+        )
         arrays: dict[str, Any] = _cells("overwrite", cells, values, len(counts), self.resamples, self.seed)
         arrays["crossing"] = np.apply_along_axis(_crossing, -1, arrays["overwrite"], np.array(layers))
         shape = (len(CONDITIONS), len(counts))
@@ -164,19 +166,19 @@ class RepresentationHijacking(LayerProbe):
         counts: int,
     ) -> dict[str, np.ndarray]:
         """What the model says after the prompt, of each layer's states and of random ones."""
-        token, other = (first_token(model, f" {word}") for word in words)
-        if token == other:
+        token, original_token = (first_token(model, f" {word}") for word in words)
+        if token == original_token:
             raise RequestError(f"words: {words[0]!r} and {words[1]!r} begin with the same token of this model")
         prompt = target_prompt(model, self.prompt)
-        asked = np.unique(np.concatenate(list(cells.values())))
+        members = np.unique(np.concatenate(list(cells.values())))
         parts, random = [], []
         for site in labels:
-            states = store[site][rows[asked]].float()
+            states = store[site][rows[members]].float()
             for drawn, lines in ((states, parts), (random_states(states, self.seed), random)):
                 log = read_states(model, prompt, site, drawn)
-                lines.append((log[:, other] - log[:, token]).numpy())
+                lines.append((log[:, original_token] - log[:, token]).numpy())
         values = np.full((len(rows), len(labels)), np.nan)
-        values[asked] = np.stack(parts, 1)
+        values[members] = np.stack(parts, 1)
         reading = _cells("reading", cells, values, counts, 1, self.seed)["reading"]
         return {"reading": reading, "reading_random": np.mean(random, 1)}
 
@@ -189,7 +191,7 @@ class RepresentationHijacking(LayerProbe):
         layer = int(np.nanargmax(at["overwrite"].to_numpy()))
         low, high = (float(at[f"overwrite_{end}"][layer]) for end in ("low", "high"))
         interval = interval_suffix(low, high)
-        others = ", ".join(
+        controls = ", ".join(
             f"{name} {float(data['overwrite'].sel(condition=name)[layer]):.2f}" for name in CONDITIONS[1:]
         )
         crossing = float(at["crossing"])
@@ -198,7 +200,7 @@ class RepresentationHijacking(LayerProbe):
         )
         text = (
             f"{data.attrs['word']!r} in {number} sentences of {data.attrs['original']!r}: largest overwrite "
-            f"{float(at['overwrite'][layer]):.2f} at layer {int(data['layer'][layer])}{interval} ({others}); {where}"
+            f"{float(at['overwrite'][layer]):.2f} at layer {int(data['layer'][layer])}{interval} ({controls}); {where}"
         )
         if "reading" in data:
             ratio = float(at["reading"][layer])
@@ -262,20 +264,20 @@ def _targets(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
 
 def _words(condition: np.ndarray, words: np.ndarray) -> tuple[str, str]:
     """The word that stands for another, and the other."""
-    one, other = (np.unique(words[condition == name]) for name in ("substituted", "original"))
-    if len(one) != 1 or len(other) != 1:
+    substitutes, originals = (np.unique(words[condition == name]) for name in ("substituted", "original"))
+    if len(substitutes) != 1 or len(originals) != 1:
         raise RequestError("the store has several pairs of words; record one pair in a store")
-    for word in (one[0], other[0]):
+    for word in (substitutes[0], originals[0]):
         if not ((condition == "plain") & (words == word)).any():
             raise RequestError(f"no plain text of {word!r} is in the store; record all of wb.substitution_texts(...)")
-    return str(one[0]), str(other[0])
+    return str(substitutes[0]), str(originals[0])
 
 
 def _overwrite(
-    store: Store, site: str, rows: np.ndarray, others: np.ndarray, word: np.ndarray, original: np.ndarray
+    store: Store, site: str, rows: np.ndarray, background: np.ndarray, word: np.ndarray, original: np.ndarray
 ) -> Float[np.ndarray, " text"]:
     """Cosine with the mean state of the original less that with the word's own, of every text at one site."""
-    centre = store[site][others].double().mean(0)
+    centre = store[site][background].double().mean(0)
     states = store[site][rows].double() - centre
     means = torch.stack([states[torch.from_numpy(mask)].mean(0) for mask in (original, word)])
     cosine = torch.nn.functional.cosine_similarity(states[:, None], means[None], dim=-1)

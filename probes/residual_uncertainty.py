@@ -132,9 +132,9 @@ class ResidualUncertainty(LayerProbe):
         documents = store.tokens["document"].to_numpy()[rows.rows]
         scores = np.concatenate([surprise, [area, settled]])[:, known]
         arrays |= _detectors(self, scores, right[known] == 0, documents[known])
-        shown = slice(0, self.detail)
-        arrays |= {"area": area[shown], "settle_depth": settled[shown].astype(np.int32), "right": right[shown]}
-        coords = {"layer": layers, "row": rows.rows[shown], "statistic": ["area", "settle_depth"]}
+        detail = slice(0, self.detail)
+        arrays |= {"area": area[detail], "settle_depth": settled[detail].astype(np.int32), "right": right[detail]}
+        coords = {"layer": layers, "row": rows.rows[detail], "statistic": ["area", "settle_depth"]}
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
         table = _table(data, store)
         number = len(np.unique(documents[known]))
@@ -158,16 +158,16 @@ class ResidualUncertainty(LayerProbe):
             return with_note(f"{text}Detectors of errors not compared: {reason}.", result)
         text += f"The model errs on {wrong:.0f} %; AUC of detectors: own output {output_auc:.3f}"
         for name in data["statistic"].to_numpy().tolist():
-            one = data.sel(statistic=name)
-            interval = _interval(*(float(one[f"depth_gain{end}"]) for end in ("", "_low", "_high")))
-            text += f", {name.replace('_', ' ')} {float(one['depth_auc']):.3f} ({interval})"
+            detector = data.sel(statistic=name)
+            interval = _interval(*(float(detector[f"depth_gain{end}"]) for end in ("", "_low", "_high")))
+            text += f", {name.replace('_', ' ')} {float(detector['depth_auc']):.3f} ({interval})"
         earlier = data.isel(layer=slice(0, -1))
         best = earlier.isel(layer=int(np.nan_to_num(earlier["auc"].to_numpy(), nan=-1).argmax()))
         interval = _interval(*(float(best[f"auc_gain{end}"]) for end in ("", "_low", "_high")))
         text += f", best earlier layer {int(best['layer'])} {float(best['auc']):.3f} ({interval})"
         gained = [
-            ((one[f"{name}_low"] > 0.5) & (one[f"{gain}_low"] > 0)).any().item()
-            for one, name, gain in ((data, "depth_auc", "depth_gain"), (earlier, "auc", "auc_gain"))
+            ((part[f"{name}_low"] > 0.5) & (part[f"{gain}_low"] > 0)).any().item()
+            for part, name, gain in ((data, "depth_auc", "depth_gain"), (earlier, "auc", "auc_gain"))
         ]
         decided = bool(data["depth_gain_low"].notnull().any())
         none = "" if any(gained) or not decided else ". Nothing before the output detects errors better than the output"
@@ -200,8 +200,8 @@ def _trajectories(
             last = index == len(labels) - 1
             logits = final if last else unembed(store[name][rows[block]].to(unembed.weight.device))
             surprise[index, block] = (logits.logsumexp(1) - logits.gather(1, best)[:, 0]).cpu().numpy()
-        same = best[:, 0].cpu().numpy() == targets[block]
-        right[block] = np.where(targets[block] < 0, -1, same)
+        hits = best[:, 0].cpu().numpy() == targets[block]
+        right[block] = np.where(targets[block] < 0, -1, hits)
     return np.maximum(surprise, 0), right
 
 
@@ -260,7 +260,9 @@ def _trajectory(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy()
     share = 100 * float(data["wrong_share"])
     curves = {"predicted right": "cross_entropy_right", "predicted wrongly": "cross_entropy_wrong"}
-    lines = [go.Scatter(x=layers, y=data[one], name=name, mode="lines+markers") for name, one in curves.items()]
+    lines = [
+        go.Scatter(x=layers, y=data[variable], name=name, mode="lines+markers") for name, variable in curves.items()
+    ]
     figure = ThemedFigure(lines)
     figure.add_scatter(
         x=layers[[0, -1]],
@@ -282,8 +284,8 @@ def _detection(result: Result) -> go.Figure:
     auc, low, high = (data[f"auc{end}"].to_numpy() for end in ("", "_low", "_high"))
     bands = [Band("cross-entropy", auc, (low, high), CATEGORIES[0])]
     for number, name in enumerate(data["statistic"].to_numpy().tolist(), 1):
-        one = data.sel(statistic=name)
-        value, *ends = (float(one[f"depth_auc{end}"]) for end in ("", "_low", "_high"))
+        detector = data.sel(statistic=name)
+        value, *ends = (float(detector[f"depth_auc{end}"]) for end in ("", "_low", "_high"))
         bands.append(Band(name.replace("_", " "), value, (ends[0], ends[1]), CATEGORIES[number], "dash"))
     bands.append(Band("own output", float(data["output_auc"]), None, NEUTRAL, "dot"))
     return layer_bands(

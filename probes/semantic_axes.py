@@ -200,9 +200,9 @@ class SemanticAxes(WeightsProbe):
         vectors = dict(zip(poles.tolist(), clean, strict=True))
         raw = axis_directions({int(id): rows[id] for id in poles}, axes.pairs)
         directions = axis_directions(vectors, axes.pairs)
-        others = np.array([id for id in known if id not in axes.poles])
+        non_poles = np.array([id for id in known if id not in axes.poles])
         draw = np.random.default_rng(self.seed)
-        chosen = np.sort(draw.choice(others[:_FREQUENT], min(_WORDS, len(others[:_FREQUENT])), replace=False))
+        chosen = np.sort(draw.choice(non_poles[:_FREQUENT], min(_WORDS, len(non_poles[:_FREQUENT])), replace=False))
         plain, rank = without_frequency(rows, known, chosen)
         tokens = np.sort(draw.choice(len(rows), min(_WORDS, len(rows)), replace=False))
         random_tokens, _ = without_frequency(rows, known, tokens)
@@ -258,7 +258,7 @@ class SemanticAxes(WeightsProbe):
         order, pairs = data["held_out"].to_numpy(), data["pairs"].to_numpy()
         shares = [100 * float(data[name]) for name in ("components", "components_axes", "components_words")]
         right, number = float((np.diag(order) * pairs).sum() / pairs.sum()), int(pairs.sum())
-        others = float(order[~np.eye(len(order), dtype=bool)].mean())
+        off_axis = float(order[~np.eye(len(order), dtype=bool)].mean())
         ends = ""
         if "in_order_low" in data:
             low, high = (100 * float(data[f"in_order_{end}"]) for end in ("low", "high"))
@@ -266,7 +266,7 @@ class SemanticAxes(WeightsProbe):
         alike = np.abs(data["alignment"].to_numpy()[~np.eye(len(order), dtype=bool)]).mean()
         text = (
             f"{len(order)} axes put {100 * right:.0f} % of {number} held-out pairs in order{ends} (axes of other "
-            f"meanings {100 * others:.0f} %, chance 50 %); mean |cosine| of two axes {alike:.2f}; three components "
+            f"meanings {100 * off_axis:.0f} %, chance 50 %); mean |cosine| of two axes {alike:.2f}; three components "
             f"hold {shares[0]:.0f} % of words' projections (random axes {shares[1]:.0f} %, random tokens "
             f"{shares[2]:.0f} %)"
         )
@@ -289,14 +289,14 @@ class SemanticAxes(WeightsProbe):
         """Returns "alignment", "order", and, where they were measured, "effect" and "ratings"."""
         data = result.data
         names = data["axis"].to_numpy().tolist()
-        own, pairs = np.diag(data["held_out"].to_numpy()), data["pairs"].to_numpy()
+        shares, pairs = np.diag(data["held_out"].to_numpy()), data["pairs"].to_numpy()
         figures = {
             "alignment": _grid(
                 data["alignment"].to_numpy(), names, title="Cosine of semantic axes", subtitle="frequency regressed out"
             ),
             "order": category_points(
                 {
-                    "own axis, pair left out": own,
+                    "own axis, pair left out": shares,
                     "mean of other axes": _off_diagonal(data["held_out"].to_numpy()).mean(1),
                 },
                 names,
@@ -304,12 +304,12 @@ class SemanticAxes(WeightsProbe):
                 subtitle=f"{int(pairs.sum())} pairs; chance: 0.5; bars: Wilson's 95 % interval of the axis's pairs",
                 unit="share of pairs",
                 line=0.5,
-                ends={"own axis, pair left out": wilson(own, pairs)},
+                ends={"own axis, pair left out": wilson(shares, pairs)},
             ),
         }
         effect, cosine = data["effect"].to_numpy(), data["alignment"].to_numpy()
         if np.isfinite(effect).all():
-            shifts = [f"{one} on {other}" for one in names for other in names if one != other]
+            shifts = [f"{source} on {target}" for source in names for target in names if source != target]
             points = {"other poles": (_off_diagonal(cosine).ravel(), _off_diagonal(effect).ravel(), shifts)}
             points["its own poles"] = (np.diag(cosine), np.diag(effect), names)
             figures["effect"] = labelled_scatter(
@@ -357,8 +357,8 @@ def _effect_alignment(effect: np.ndarray, alignment: np.ndarray, seed: int) -> d
     flat, draw = _off_diagonal(effect).ravel(), np.random.default_rng(seed)
     orders = (draw.permutation(len(effect)) for _ in range(_RESAMPLES))
     null = [abs(_correlation(flat, _off_diagonal(alignment[np.ix_(order, order)]).ravel())) for order in orders]
-    found = _correlation(flat, _off_diagonal(alignment).ravel())
-    return {"effect_alignment": found, "effect_null": float(np.nanquantile(null, 0.975))}
+    correlation = _correlation(flat, _off_diagonal(alignment).ravel())
+    return {"effect_alignment": correlation, "effect_null": float(np.nanquantile(null, 0.975))}
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -394,14 +394,14 @@ def token_axes(vocabulary: Vocabulary, poles: Mapping[str, Sequence[tuple[str, s
     for id in np.flatnonzero(vocabulary.ordinary):
         if vocabulary.texts[id].startswith(" "):
             ids.setdefault(vocabulary.texts[id][1:], int(id))
-    names, kept, left_out = [], [], 0
+    names, pole_ids, left_out = [], [], 0
     for name, pairs in poles.items():
         present = [(ids[a], ids[b]) for a, b in pairs if a in ids and b in ids]
         left_out += len(pairs) - len(present)
         if len(present) >= 2:
             names.append(name)
-            kept.append(np.array(present))
-    return Axes(tuple(names), tuple(kept), left_out)
+            pole_ids.append(np.array(present))
+    return Axes(tuple(names), tuple(pole_ids), left_out)
 
 
 def without_frequency(
@@ -424,7 +424,7 @@ def axis_directions(
     vectors: Mapping[int, Float[np.ndarray, " d"]], pairs: Sequence[Int[np.ndarray, "_ 2"]]
 ) -> Float[np.ndarray, "axis d"]:
     """Returns the mean difference of each axis's pairs, of length 1."""
-    rows = [np.mean([vectors[int(a)] - vectors[int(b)] for a, b in one], axis=0) for one in pairs]
+    rows = [np.mean([vectors[int(a)] - vectors[int(b)] for a, b in pole_ids], axis=0) for pole_ids in pairs]
     return np.stack([row / max(float(np.linalg.norm(row)), 1e-300) for row in rows])
 
 
@@ -437,8 +437,8 @@ def held_out_order(
     """
     directions = axis_directions(vectors, pairs)
     shares = np.empty((len(pairs), len(pairs)))
-    for row, one in enumerate(pairs):
-        gaps = np.stack([vectors[int(a)] - vectors[int(b)] for a, b in one])
+    for row, pole_ids in enumerate(pairs):
+        gaps = np.stack([vectors[int(a)] - vectors[int(b)] for a, b in pole_ids])
         shares[row] = (gaps @ directions.T > 0).mean(0)
         rest = gaps.sum(0) - gaps
         shares[row, row] = ((gaps * rest).sum(1) > 0).mean()
@@ -470,12 +470,12 @@ def _grid(
     """A heat map of values from -1 to 1 between named things, blue below and orange above 0."""
     import plotly.graph_objects as go
 
-    shown = [label(name) for name in names]
+    labels = [label(name) for name in names]
     figure = ThemedFigure(
         go.Heatmap(
             z=values,
-            x=shown,
-            y=shown,
+            x=labels,
+            y=labels,
             colorscale=SIGNED,
             zmid=0,
             zmin=-1,

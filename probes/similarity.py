@@ -127,18 +127,18 @@ class Similarity(LayerProbe):
         rows, other_rows, notes = self._rows(store, labels, second, other_labels)
         order = np.random.default_rng(self.seed).permutation(len(rows.rows))
         parts = _read(store, labels, rows.rows)
-        same = second is store and labels == other_labels
-        other_parts = parts if same else _read(second, other_labels, other_rows)
-        kept = [principal(part, self.variance, self.subspace) for part in parts]
-        other_kept = kept if same else [principal(part, self.variance, self.subspace) for part in other_parts]
+        same_layers = second is store and labels == other_labels
+        other_parts = parts if same_layers else _read(second, other_labels, other_rows)
+        bases = [principal(part, self.variance, self.subspace) for part in parts]
+        other_bases = bases if same_layers else [principal(part, self.variance, self.subspace) for part in other_parts]
         arrays: dict[str, Any] = {
             "cka": unbiased_cka(parts, other_parts),
             "cka_shuffled": unbiased_cka(parts, [part[torch.as_tensor(order)] for part in other_parts]),
-            "svcca": _pairs(kept, other_kept, svcca),
-            "svcca_shuffled": _pairs(kept, other_kept, lambda a, b: svcca(a, b, order)),
-            "overlap": _pairs(kept, other_kept, lambda a, b: subspace_overlap(a, b, self.subspace)),
+            "svcca": _pairs(bases, other_bases, svcca),
+            "svcca_shuffled": _pairs(bases, other_bases, lambda a, b: svcca(a, b, order)),
+            "overlap": _pairs(bases, other_bases, lambda a, b: subspace_overlap(a, b, self.subspace)),
             "overlap_random": min(1.0, self.subspace / parts[0].shape[1]),
-            "kept": [one.kept for one in kept],
+            "kept": [basis.kept for basis in bases],
             "rows": len(rows.rows),
         }
         data = dataset(self.variables, arrays, {"layer": layers, "other_layer": other_layers})
@@ -148,32 +148,32 @@ class Similarity(LayerProbe):
     def _rows(self, store: Store, labels: Sequence[str], second: Store, other_labels: Sequence[str]) -> Any:
         """The finite rows of the first store, the same tokens' rows of the second, and notes."""
         chosen, notes = selected_rows(store, self.where), []
-        other = chosen
+        other_rows = chosen
         if second is not store:
-            chosen, other = matching_rows(store, second, chosen)
+            chosen, other_rows = matching_rows(store, second, chosen)
             notes.append(f"compared with {second.path.name} at {len(chosen):,} tokens that end at the same characters")
         if len(chosen) > self.row_limit:
             drawn = np.sort(np.random.default_rng(self.seed).choice(len(chosen), self.row_limit, replace=False))
-            chosen, other = chosen[drawn], other[drawn]
+            chosen, other_rows = chosen[drawn], other_rows[drawn]
         rows = self.finite_rows(store, labels, chosen)
-        kept = np.isin(chosen, rows.rows)
-        others = self.finite_rows(second, other_labels, other[kept])
-        finite = np.isin(other[kept], others.rows)
+        in_first = np.isin(chosen, rows.rows)
+        second_finite = self.finite_rows(second, other_labels, other_rows[in_first])
+        finite = np.isin(other_rows[in_first], second_finite.rows)
         if not finite.all():
             rows = self.finite_rows(store, labels, rows.rows[finite])
-            notes += others.notes
+            notes += second_finite.notes
         if len(rows.rows) < _LEAST:
             raise RequestError(f"{len(rows.rows)} tokens are selected; similarity needs {_LEAST} or more")
-        return rows, other[kept][finite], notes
+        return rows, other_rows[in_first][finite], notes
 
     @staticmethod
     def headline(result: Result) -> str:
         """Returns the CKA of neighbouring layers and of the ends, or of the best matches in the second store."""
         cka, data = result.data["cka"].to_numpy(), result.data
-        layers, others = (data[axis].to_numpy() for axis in _PAIR)
+        layers, other_layers = (data[axis].to_numpy() for axis in _PAIR)
         floor = f"shuffled rows at most {float(data['cka_shuffled'].max()):.2f}"
         if result.provenance["settings"]["other"] is not None:
-            matches = ", ".join(f"{layers[row]} with {others[cka[row].argmax()]}" for row in _spread(len(layers)))
+            matches = ", ".join(f"{layers[row]} with {other_layers[cka[row].argmax()]}" for row in _spread(len(layers)))
             text = f"Best matching layer has a CKA of {np.nanmean(cka.max(1)):.2f} on average ({matches}); {floor}."
         elif len(layers) == 1:
             text = "One layer was recorded; similarity compares two or more."
@@ -189,10 +189,10 @@ class Similarity(LayerProbe):
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
         """Returns "cka", "svcca" and, for equal widths, "overlap": layers by layers."""
-        data, other = result.data, result.provenance["settings"]["other"]
-        names = ("layer", "layer" if other is None else f"layer of {label(Path(other).name, 30)}")
+        data, second_path = result.data, result.provenance["settings"]["other"]
+        names = ("layer", "layer" if second_path is None else f"layer of {label(Path(second_path).name, 30)}")
         rows = f"{int(data['rows']):,} tokens"
-        shown = [
+        grids = [
             (
                 "cka",
                 "Similarity of layers: unbiased CKA",
@@ -215,7 +215,7 @@ class Similarity(LayerProbe):
                 subtitle=f"{rows}; {floor}",
                 unit="overlap" if name == "overlap" else name.upper(),
             )
-            for name, title, floor in shown
+            for name, title, floor in grids
             if not bool(data[name].isnull().all())
         }
 
@@ -232,7 +232,7 @@ def _read(store: Store, labels: Sequence[str], rows: Int[np.ndarray, " row"]) ->
 
 
 def _pairs(a: Sequence[Principal], b: Sequence[Principal], measure: Any) -> np.ndarray:
-    return np.array([[measure(one, other) for other in b] for one in a])
+    return np.array([[measure(first, second) for second in b] for first in a])
 
 
 def _spread(number: int) -> list[int]:

@@ -154,8 +154,8 @@ class Stages(LayerProbe):
         attention = layers_of(store, "pattern")
         layers = self._layers(store.manifest.model.n_layers)
         rows = predicting_rows(store, self.where, self.row_limit, self.seed)
-        lens, attention = ([one for one in known if one in layers] for known in (lens, attention))
-        sites = [f"resid_post.{one}" for one in lens] + [f"pattern.{one}" for one in attention]
+        lens, attention = ([layer for layer in known if layer in layers] for known in (lens, attention))
+        sites = [f"resid_post.{layer}" for layer in lens] + [f"pattern.{layer}" for layer in attention]
         finite = self.finite_rows(store, sites, rows)
         arrays: dict[str, Any] = {"rows": len(finite.rows)}
         if attention:
@@ -176,22 +176,24 @@ class Stages(LayerProbe):
             arrays, notes = arrays | neurons, [*notes, note]
         elif len(arrays) == 1:
             raise RequestError("markers_only: neither pattern nor resid_post was recorded, so that nothing is measured")
-        data = dataset(self.variables, {name: np.asarray(one) for name, one in arrays.items()}, {"layer": layers})
+        data = dataset(self.variables, {name: np.asarray(array) for name, array in arrays.items()}, {"layer": layers})
         names = [name for name in data if data[name].dims == _LAYER]
         return self.result(store, data, data[names].to_dataframe().reset_index(), finite, notes)
 
     def _layers(self, n_layers: int) -> list[int]:
-        chosen = range(n_layers) if self.layers is None else sorted({one % n_layers for one in self.layers})
-        if self.layers is not None and not all(-n_layers <= one < n_layers for one in self.layers):
+        chosen = range(n_layers) if self.layers is None else sorted({layer % n_layers for layer in self.layers})
+        if self.layers is not None and not all(-n_layers <= layer < n_layers for layer in self.layers):
             raise RequestError(f"layers must be from 0 to {n_layers - 1}, or count back from -1")
         return list(chosen)
 
     def _changes(self, model: Model, rows: MeasuredRows, layers: Sequence[int]) -> dict[str, np.ndarray]:
         """Measures of every deletion and swap, by layer."""
         last = model.site_map.n_layers - 1
-        records = {("delete", one): SkipBlock(one) for one in layers}
-        records |= {("swap", one): SwapBlocks(one, one + 1) for one in layers if one < last}
-        changes: dict[str, Change] = {str(one): lambda _batch, one=one: (one,) for one in records.values()}
+        records = {("delete", layer): SkipBlock(layer) for layer in layers}
+        records |= {("swap", layer): SwapBlocks(layer, layer + 1) for layer in layers if layer < last}
+        changes: dict[str, Change] = {
+            str(record): lambda _batch, record=record: (record,) for record in records.values()
+        }
         effects = change_effects(model, rows, changes, label="deleting and swapping blocks")
         mean, resampled = effects.effects(resamples=self.resamples, seed=self.seed)
         low, high = intervals(resampled)
@@ -245,7 +247,9 @@ class Stages(LayerProbe):
             "neurons": (("prediction_neurons", "suppression_neurons"), "Neurons for few tokens", "share of neurons"),
         }
         for name, (variables, title, unit) in markers.items():
-            curves = {one.replace("_", " "): data[one].to_numpy() for one in variables if one in data}
+            curves = {
+                variable.replace("_", " "): data[variable].to_numpy() for variable in variables if variable in data
+            }
             if name == "attention" and curves:
                 curves["uniform attention"] = np.full(len(layers), float(data["recent_uniform"]))
             if curves:
@@ -299,7 +303,7 @@ def _lens(
             before = log
     divergence[known[0]] = np.nan
     means = ({layer: total / len(rows) for layer, total in sums.items()} for sums in (entropy, divergence))
-    return dict(zip(("entropy", "kl_lens"), (_filled(layers, one) for one in means), strict=True))
+    return dict(zip(("entropy", "kl_lens"), (_filled(layers, mean) for mean in means), strict=True))
 
 
 def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> tuple[dict[str, np.ndarray], str]:
@@ -317,11 +321,11 @@ def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> 
         if layer in outputs
     }
     parts: dict[str, Callable[[Any], float]] = {
-        "prediction_neurons": lambda one: one.prediction,
-        "suppression_neurons": lambda one: one.suppression,
+        "prediction_neurons": lambda moments: moments.prediction,
+        "suppression_neurons": lambda moments: moments.suppression,
     }
     return {
-        name: _filled(layers, {layer: share(one) for layer, one in moments.items()}) for name, share in parts.items()
+        name: _filled(layers, {layer: share(part) for layer, part in moments.items()}) for name, share in parts.items()
     }, ""
 
 
@@ -329,17 +333,17 @@ def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> 
 
 
 def _bands(result: Result, measure: str) -> go.Figure:
-    data, shown = result.data, []
+    data, bands = result.data, []
     for number, (change, name) in enumerate({"delete": "block deleted", "swap": "exchanged with the next"}.items()):
         variable = f"{measure}_{change}"
         ends = tuple(data[f"{variable}_{end}"].to_numpy() for end in ("low", "high"))
-        shown.append(Band(name, data[variable].to_numpy(), ends, CATEGORIES[number]))  # pyright: ignore[reportArgumentType]  # two
+        bands.append(Band(name, data[variable].to_numpy(), ends, CATEGORIES[number]))  # pyright: ignore[reportArgumentType]  # two
         if f"{variable}_random" in data:
             colour = NEUTRAL if number == 0 else CATEGORIES[2]
-            shown.append(Band(f"{name}, random weights", data[f"{variable}_random"].to_numpy(), None, colour, "dash"))
+            bands.append(Band(f"{name}, random weights", data[f"{variable}_random"].to_numpy(), None, colour, "dash"))
     titles = {"agreement": "Top-1 predictions that stay", "kl": "KL(model || changed)"}
     figure = layer_bands(
-        shown,
+        bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"{titles[measure]} when a block is deleted or moved, {label(str(result.provenance['model']), 40)}",
         subtitle=f"{int(data['rows']):,} tokens; bands: 95 % intervals over documents",

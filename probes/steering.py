@@ -153,12 +153,12 @@ class Steering(StoreProbe):
             used = direction if kind == "direction" else random_direction(direction, self.seed)
             for column, scale in enumerate(self.scales):
                 records = [Add(site, used.vector, scale, self.unit, at=self.at) for site in self._sites(direction)]  # pyright: ignore[reportArgumentType]  # checked
-                one = continue_steered(model, ids, records if scale else [], self.new_tokens)
-                values["log_probability"][:, row, column] = one.after_prompt[:, targets].logsumexp(1).numpy()
-                hits = torch.isin(one.tokens, torch.tensor(targets)).double()
+                continuation = continue_steered(model, ids, records if scale else [], self.new_tokens)
+                values["log_probability"][:, row, column] = continuation.after_prompt[:, targets].logsumexp(1).numpy()
+                hits = torch.isin(continuation.tokens, torch.tensor(targets)).double()
                 values["share"][:, row, column] = hits.mean(1).numpy()
-                values["loss"][:, row, column] = one.losses.mean(1).numpy()
-                for prompt, tokens in enumerate(one.tokens):
+                values["loss"][:, row, column] = continuation.losses.mean(1).numpy()
+                for prompt, tokens in enumerate(continuation.tokens):
                     text = "".join(token_texts(model.tokenizer, tokens.tolist()))
                     lines.append({"kind": kind, "scale": scale, "prompt": prompt, "text": text})
         data = self._data(values)
@@ -173,7 +173,7 @@ class Steering(StoreProbe):
         kind, _, layer = direction.site.rpartition(".")
         if not layer.isdecimal() or not kind:
             raise RequestError(f"layers: the direction is at {direction.site}, which is no site of a layer")
-        return [f"{kind}.{one}" for one in self.layers]
+        return [f"{kind}.{layer}" for layer in self.layers]
 
     def _prompts(self, store: Store) -> tuple[Int64[Tensor, "prompt position"], int]:
         """Ids of the prompts, and the number of sequences that are too short."""
@@ -191,11 +191,11 @@ class Steering(StoreProbe):
 
     def _data(self, values: Mapping[str, np.ndarray]) -> Any:
         arrays: dict[str, Any] = {}
-        for name, one in values.items():
-            flat = one.reshape(len(one), -1)
-            mean, resampled = clustered_means(flat, np.arange(len(one)), resamples=self.resamples, seed=self.seed)
-            low, high = intervals(resampled, len(one))
-            shape = one.shape[1:]
+        for name, array in values.items():
+            flat = array.reshape(len(array), -1)
+            mean, resampled = clustered_means(flat, np.arange(len(array)), resamples=self.resamples, seed=self.seed)
+            low, high = intervals(resampled, len(array))
+            shape = array.shape[1:]
             arrays |= {
                 name: mean.reshape(shape),
                 f"{name}_low": low.reshape(shape),
@@ -210,13 +210,13 @@ class Steering(StoreProbe):
         gain = data["log_probability"].sel(kind="direction") - data["log_probability"].sel(kind="random")
         scale = float(data["scale"].to_numpy()[int(gain.to_numpy().argmax())])
         base, at = data.isel(scale=0), data.sel(scale=scale)
-        one, other = at.sel(kind="direction"), at.sel(kind="random")
+        steered, random = at.sel(kind="direction"), at.sel(kind="random")
         text = (
             f"{data.attrs['direction']!r} at {data.attrs['site']}, scale {scale:g}: ln P of the targets "
-            f"{float(one['log_probability']):.2f} (scale {float(base['scale']):g}: "
+            f"{float(steered['log_probability']):.2f} (scale {float(base['scale']):g}: "
             f"{float(base.sel(kind='direction')['log_probability']):.2f}; random direction "
-            f"{float(other['log_probability']):.2f}); plain loss of the generated text {float(one['loss']):.2f} nats "
-            f"(random {float(other['loss']):.2f}), {data.attrs['prompts']} prompts."
+            f"{float(random['log_probability']):.2f}); plain loss of the generated text {float(steered['loss']):.2f} "
+            f"nats (random {float(random['loss']):.2f}), {data.attrs['prompts']} prompts."
         )
         return with_note(text, result)
 

@@ -244,9 +244,11 @@ class SuccessorHeads(LayerProbe):
 
 def _equal_heads(model: Model, layers: Sequence[int] | None) -> dict[int, HeadOutput]:
     """Head outputs by layer; refused where layers have different numbers of heads, which no array can hold."""
-    every = head_outputs(model)
-    chosen = choose_layers([*every], layers, model.site_map.n_layers, "has no attention heads; layers with heads are")
-    outputs = {layer: every[layer] for layer in chosen}
+    all_outputs = head_outputs(model)
+    chosen = choose_layers(
+        [*all_outputs], layers, model.site_map.n_layers, "has no attention heads; layers with heads are"
+    )
+    outputs = {layer: all_outputs[layer] for layer in chosen}
     numbers = sorted({output.heads for output in outputs.values()})
     if len(numbers) > 1:
         raise RequestError(f"model {model.name!r} has layers with {numbers} heads; equal numbers are needed")
@@ -411,7 +413,7 @@ def _task_bars(result: Result) -> go.Figure:
     data = result.data
     tasks, number = data["task"].to_numpy().tolist(), data["tokens"].to_numpy()
     figure = ThemedFigure()
-    shown = f"the best {min(_SHOWN, data['macro'].size)}"
+    selection = f"the best {min(_SHOWN, data['macro'].size)}"
     for layer, head in _best_heads(data)[:_SHOWN]:
         score = data["score"].sel(layer=layer, head=head).to_numpy()
         low, high = wilson(score, number)
@@ -430,7 +432,7 @@ def _task_bars(result: Result) -> go.Figure:
         title={
             "text": f"{_title(result)}: score by task",
             "subtitle": {
-                "text": f"{shown} of {data['macro'].size:,} heads, with 95 % Wilson intervals, and three controls"
+                "text": f"{selection} of {data['macro'].size:,} heads, with 95 % Wilson intervals, and three controls"
             },
         },
         barmode="group",

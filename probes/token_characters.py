@@ -177,8 +177,8 @@ class TokenCharacters(WeightsProbe):
         draw = np.random.default_rng(self.seed)
         parts = [draw.permutation(np.flatnonzero(side)) for side in (~items.test, items.test)]
         limits = 4 * self.row_limit, self.row_limit
-        kept = [part[:limit] for part, limit in zip(parts, limits, strict=True)]
-        return np.concatenate(kept), len(kept[0])
+        samples = [part[:limit] for part, limit in zip(parts, limits, strict=True)]
+        return np.concatenate(samples), len(samples[0])
 
     @staticmethod
     def headline(result: Result) -> str:
@@ -290,8 +290,8 @@ def letter_tokens(vocabulary: Vocabulary, case_sensitive: bool, seed: int) -> Le
             words.append(match[1] if case_sensitive else match[1].lower())
     stems = np.array([stem(word) for word in words], dtype=object)
     unique, index = np.unique(stems, return_inverse=True) if words else (stems, np.zeros(0, int))
-    held = np.random.default_rng(seed).random(len(unique)) < _TEST
-    return LetterTokens(np.array(ids, np.int64), tuple(words), held[index])
+    is_test = np.random.default_rng(seed).random(len(unique)) < _TEST
+    return LetterTokens(np.array(ids, np.int64), tuple(words), is_test[index])
 
 
 def balanced(

@@ -227,8 +227,8 @@ class TokenErasure(LayerProbe):
             (probes.probes(layer).to(device), probes.validated[at].numpy())
             for layer, at in zip(layers, places, strict=True)
         )
-        same = probes.made_of.get("store_fingerprint") == store.manifest.fingerprint
-        note = "the probes were trained on documents of this store, which are read too" if same else ""
+        same_store = probes.made_of.get("store_fingerprint") == store.manifest.fingerprint
+        note = "the probes were trained on documents of this store, which are read too" if same_store else ""
         number = int(probes.made_of.get("training_rows", 0))
         return self._result(store, rows, layers, scored, fitted, number, note)
 
@@ -277,11 +277,11 @@ class TokenErasure(LayerProbe):
         """Reads the test rows by the probes of each layer; all variables, and the segments."""
         tested, targets, words = rows.tested, rows.targets[:, rows.tested], rows.words
         hits, likelihoods, validated, classes = [], [], [], np.zeros(0, np.int64)
-        for layer, (probes, seen) in zip(layers, fitted, strict=True):
+        for layer, (probes, validation) in zip(layers, fitted, strict=True):
             right, likelihood = _read(probes, self._states(store, f"{self.site}.{layer}"), tested, targets, self.batch)
             hits.append(right)
             likelihoods.append(likelihood.astype(np.float32))
-            validated.append(seen)
+            validated.append(validation)
             classes = probes.classes
         groups, covered = rows.covered(tested, classes, self.offsets)
         early, late = (layers.index(layer) for layer in scored)

@@ -156,8 +156,12 @@ class TokenGeometry(LayerProbe):
         sequences = select_sequences(store, self.length, self.where, self.group)
         rows = self.finite_rows(store, labels, sequences.rows)
         sequences = sequences.without(rows.left_out)
-        each = [_cloud_measures(self, store, labels, part[self.skip :], n) for n, part in enumerate(sequences.rows)]
-        values = {name: np.stack([one[name] for one in each]) for name in each[0]}  # [sequence, layer, ...]
+        by_sequence = [
+            _cloud_measures(self, store, labels, part[self.skip :], n) for n, part in enumerate(sequences.rows)
+        ]
+        values = {
+            name: np.stack([measures[name] for measures in by_sequence]) for name in by_sequence[0]
+        }  # [sequence, layer, ...]
         loss = _losses(self, store, sequences)
         arrays = _averages(self, values, sequences) | _correlations(self, values, loss, sequences)
         arrays |= {"sequences": len(sequences), "short_sequences": sequences.short}
@@ -210,8 +214,8 @@ def _cloud_measures(
     layer, NaN at the last."""
     clouds = [store[name][rows].float() for name in labels]
     first = [distinct(cloud) for cloud in clouds]
-    kept = torch.from_numpy(np.logical_and.reduce(first))
-    points, layers = int(kept.sum()), len(labels)
+    common = torch.from_numpy(np.logical_and.reduce(first))
+    points, layers = int(common.sum()), len(labels)
     empty = {"intrinsic_dimension": np.full((layers, len(SCALES)), np.nan)}
     measures = empty | {name: np.full(layers, np.nan) for name in _MEASURES}
     measures["cosine"] = np.array([mean_cosine(cloud) for cloud in clouds])
@@ -222,16 +226,16 @@ def _cloud_measures(
     order = np.random.default_rng(probe.seed + number).permutation(points)
     near = []
     for layer, cloud in enumerate(clouds):
-        found = nearest_neighbours(cloud[kept], max(2 * SCALES[-1], probe.neighbours))
-        near.append(found.index[:, : probe.neighbours])
-        dimensions = [gride(found.distance, scale, 2 * scale) for scale in SCALES]
+        neighbours = nearest_neighbours(cloud[common], max(2 * SCALES[-1], probe.neighbours))
+        near.append(neighbours.index[:, : probe.neighbours])
+        dimensions = [gride(neighbours.distance, scale, 2 * scale) for scale in SCALES]
         measures["intrinsic_dimension"][layer] = dimensions
-        measures["two_nn"][layer] = two_nn_first_fifth(found.distance)
-        like = gaussian_like(cloud[kept], probe.seed + number)
+        measures["two_nn"][layer] = two_nn_first_fifth(neighbours.distance)
+        like = gaussian_like(cloud[common], probe.seed + number)
         measures["gaussian_dimension"][layer] = gride(nearest_neighbours(like, 2).distance, 1, 2)
-    for layer, (one, other) in enumerate(itertools.pairwise(near)):
-        measures["overlap"][layer] = neighbourhood_overlap(one, other)
-        measures["overlap_permuted"][layer] = neighbourhood_overlap(one, np.argsort(order)[other[order]])
+    for layer, (before, after) in enumerate(itertools.pairwise(near)):
+        measures["overlap"][layer] = neighbourhood_overlap(before, after)
+        measures["overlap_permuted"][layer] = neighbourhood_overlap(before, np.argsort(order)[after[order]])
     return measures
 
 
@@ -291,9 +295,9 @@ def _correlations(
     sums = np.zeros((3, len(clusters), x.shape[1]))
     for total, product in zip(sums, (x * y, x * x, y * y), strict=True):
         np.add.at(total, index, np.nan_to_num(product))
-    ones = np.ones_like(sums[0])
+    counts = np.ones_like(sums[0])
     settings = {"resamples": probe.resamples, "seed": probe.seed}
-    means, resampled = zip(*(resampled_means(one, ones, **settings) for one in sums), strict=True)
+    means, resampled = zip(*(resampled_means(total, counts, **settings) for total in sums), strict=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = intervals(resampled[0] / np.sqrt(resampled[1] * resampled[2]))
         correlation = means[0] / np.sqrt(means[1] * means[2])
@@ -320,8 +324,8 @@ def _table(
 def _dimension(result: Result) -> go.Figure:
     data, lines = result.data, []
     for scale in data["scale"].to_numpy().tolist():
-        one, first = data.sel(scale=scale), scale == 1
-        values, low, high = (one[f"intrinsic_dimension{end}"].to_numpy() for end in ("", "_low", "_high"))
+        at_scale, first = data.sel(scale=scale), scale == 1
+        values, low, high = (at_scale[f"intrinsic_dimension{end}"].to_numpy() for end in ("", "_low", "_high"))
         error = error_bars(values, low, high) | {"visible": first}
         lines.append(_line(data, values, f"neighbours {scale} and {2 * scale}", error_y=error))
     lines.append(_reference(data, "gaussian_dimension", "Gaussian, 1 and 2"))
@@ -331,9 +335,9 @@ def _dimension(result: Result) -> go.Figure:
 
 def _overlap(result: Result) -> go.Figure:
     data, lines = result.data, []
-    for name, shown in {"overlap": "neighbours kept", "cosine": "mean cosine"}.items():
+    for name, legend in {"overlap": "neighbours kept", "cosine": "mean cosine"}.items():
         values, low, high = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
-        lines.append(_line(data, values, shown, error_y=error_bars(values, low, high)))
+        lines.append(_line(data, values, legend, error_y=error_bars(values, low, high)))
     lines.append(_reference(data, "overlap_permuted", "tokens permuted"))
     return _curves(lines, result, "Neighbours and cosine", "share, cosine")
 

@@ -192,15 +192,15 @@ class TokenMicroscope(LayerProbe):
         mean = nonlinearity[:-1].mean(0, dtype=float)
         arrays |= more | _by_class(self, mean, memory, classes, len(names), documents)
         arrays |= _correlations(self, mean, memory, classes, documents)
-        shown = slice(0, self.detail)
-        arrays |= {name: arrays[name][:, shown] for name in ("nonlinearity", "nonlinearity_relative")}
-        arrays["contextual_memory"] = memory[shown]
-        coords = {"layer": layers, "row": rows.rows[shown], "class": list(names)}
+        detail = slice(0, self.detail)
+        arrays |= {name: arrays[name][:, detail] for name in ("nonlinearity", "nonlinearity_relative")}
+        arrays["contextual_memory"] = memory[detail]
+        coords = {"layer": layers, "row": rows.rows[detail], "class": list(names)}
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
-        known = [names[one] if one >= 0 else "" for one in classes[shown]]
-        if gaps := [layer for layer, other in itertools.pairwise(layers) if other > layer + 1]:
+        known = [names[index] if index >= 0 else "" for index in classes[detail]]
+        if gaps := [layer for layer, next_layer in itertools.pairwise(layers) if next_layer > layer + 1]:
             notes.append(f"steps from layers {layers_text(gaps)} span several blocks, which were not recorded")
-        table = _table(store, rows.rows[shown], known, mean[shown], memory[shown])
+        table = _table(store, rows.rows[detail], known, mean[detail], memory[detail])
         return self.result(store, data, table, rows, notes)
 
     @staticmethod
@@ -254,22 +254,22 @@ def _layers(
         name: np.full((len(labels), len(rows)), np.nan, np.float32)
         for name in ("nonlinearity", "nonlinearity_relative")
     }
-    parts = [torch.from_numpy(np.flatnonzero(folds == one)).to(device) for one in np.unique(folds)]
+    parts = [torch.from_numpy(np.flatnonzero(folds == fold)).to(device) for fold in np.unique(folds)]
     before: _Layer | None = None
     with progress("token microscope", len(labels), "layers") as tick:
         for layer, name in enumerate(labels):
             states = store[name][rows]
-            now = _Layer(_normalised(states.to(device), name), parts)
+            after = _Layer(_normalised(states.to(device), name), parts)
             cloud = states[torch.from_numpy(drawn)].double()
-            kept = cloud[torch.from_numpy(distinct(cloud))]
-            if len(kept) >= _FEW:
-                arrays["intrinsic_dimension"][layer] = two_nn_first_fifth(nearest_neighbours(kept, 2).distance)
-            spectrum = torch.linalg.eigvalsh(now.gram)
+            points = cloud[torch.from_numpy(distinct(cloud))]
+            if len(points) >= _FEW:
+                arrays["intrinsic_dimension"][layer] = two_nn_first_fifth(nearest_neighbours(points, 2).distance)
+            spectrum = torch.linalg.eigvalsh(after.gram)
             arrays["anisotropy"][layer] = float(spectrum[-1] / spectrum.sum())
             if before is not None:
-                for measure, value in _step(before, now, order).items():
+                for measure, value in _step(before, after, order).items():
                     arrays[measure][layer - 1] = value
-            before = now
+            before = after
             tick(1)
     return arrays
 
@@ -294,32 +294,32 @@ class _Layer:
         return torch.stack([self.x[rows].T @ y[rows] for rows in self.folds])
 
 
-def _step(before: _Layer, now: _Layer, order: Int[Tensor, " row"]) -> dict[str, Any]:
+def _step(before: _Layer, after: _Layer, order: Int[Tensor, " row"]) -> dict[str, Any]:
     """Measures of the step between two layers.
 
     With G = X'X and C = X'Y the map is A = G^-1 C, and it explains tr(C' A) of |Y|^2: all but the error of each token
     follows from products of d x d. Those of the step Y - X are C - G over the step's norm.
     """
-    crosses, gram = before.cross(now.x), before.gram
-    cross, shuffled = crosses.sum(0), before.x.T @ now.x[order]
+    crosses, gram = before.cross(after.x), before.gram
+    cross, shuffled = crosses.sum(0), before.x.T @ after.x[order]
     best, noise = _solve(gram, torch.cat([cross, shuffled], dim=1)).chunk(2, dim=1)
-    errors = (before.x @ best - now.x).norm(dim=1)
+    errors = (before.x @ best - after.x).norm(dim=1)
     measures: dict[str, Any] = {
         "linearity": float((cross * best).sum()),
         "linearity_shuffled": float((shuffled * noise).sum()),
         "nonlinearity": errors.cpu().numpy(),
-        "nonlinearity_relative": (errors / now.x.norm(dim=1)).cpu().numpy(),
+        "nonlinearity_relative": (errors / after.x.norm(dim=1)).cpu().numpy(),
     }
-    if size := float((now.x - before.x).square().sum()):
+    if size := float((after.x - before.x).square().sum()):
         change = best - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         measures["linearity_step"] = float(((cross - gram) * change).sum()) / size
     if (number := len(crosses)) > 1:
         lost = 0.0
         for fold in range(number):
-            others = [one for one in range(number) if one != fold]
-            other = _solve(before.grams[others].sum(0), crosses[others].sum(0))
-            size = (other * (before.grams[fold] @ other)).sum()
-            lost += float(now.grams[fold].trace() - 2 * (other * crosses[fold]).sum() + size)
+            training_folds = [n for n in range(number) if n != fold]
+            fold_map = _solve(before.grams[training_folds].sum(0), crosses[training_folds].sum(0))
+            size = (fold_map * (before.grams[fold] @ fold_map)).sum()
+            lost += float(after.grams[fold].trace() - 2 * (fold_map * crosses[fold]).sum() + size)
         measures["linearity_heldout"] = 1 - lost
     return measures
 
@@ -406,7 +406,7 @@ def _by_class(
     number: int,
     documents: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    masks = [classes == one for one in range(number)]
+    masks = [classes == index for index in range(number)]
     arrays = {"class_tokens": np.array([int(mask.sum()) for mask in masks])}
     for name, values in (("class_nonlinearity", nonlinearity), ("class_memory", memory)):
         if np.isnan(values).all():
@@ -483,15 +483,15 @@ def _layer_figure(result: Result) -> Any:
 
 def _class_figure(result: Result, name: str) -> Any:
     data = result.data
-    kept = np.flatnonzero(~np.isnan(data[name].to_numpy()))
-    values = np.stack([data[f"{name}{end}"].to_numpy()[kept] for end in ("", "_low", "_high")])
+    places = np.flatnonzero(~np.isnan(data[name].to_numpy()))
+    values = np.stack([data[f"{name}{end}"].to_numpy()[places] for end in ("", "_low", "_high")])
     order = np.argsort(values[0])
     words = {"class_nonlinearity": "Non-linearity", "class_memory": "Contextual memory"}
-    counts = data["class_tokens"].to_numpy()[kept][order]
-    names = [label(str(one), 24).replace("·", " ") for one in data["class"].to_numpy()[kept][order]]
+    counts = data["class_tokens"].to_numpy()[places][order]
+    names = [label(str(text), 24).replace("·", " ") for text in data["class"].to_numpy()[places][order]]
     figure = group_intervals(
         {words[name]: values[:, order]},
-        categories=[f"{one}<br>{count:,}" for one, count in zip(names, counts.tolist(), strict=True)],
+        categories=[f"{text}<br>{count:,}" for text, count in zip(names, counts.tolist(), strict=True)],
         hover="%{x}",
         title=f"{words[name]} by class of token in {label(str(result.provenance['model']), 60)}",
         subtitle="mean and 95 % interval over documents; below each class its tokens",

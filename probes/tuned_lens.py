@@ -247,7 +247,7 @@ class TunedLens(LayerProbe):
             """Mean KL of each layer; its slope goes through W_U by hand, since a graph would keep all logits."""
             values = torch.zeros(len(sites), device=unembed.weight.device)
             for part in np.split(rows, range(_BLOCK, len(rows), _BLOCK)):
-                model, logits = (one[: len(part)] for one in memory)
+                model, logits = (buffer[: len(part)] for buffer in memory)
                 log = unembed.write(store[last][part].to(logits.device), model).log_softmax(1)
                 entropy = -log.mul_(torch.exp(log, out=model)).sum(1)
                 for index, name in enumerate(sites):
@@ -264,8 +264,8 @@ class TunedLens(LayerProbe):
         def validated() -> Float[Tensor, " layer"]:
             parts = np.split(validation, range(self.batch, len(validation), self.batch))
             with torch.no_grad():
-                first, *others = [losses(part) * len(part) for part in parts]
-                return sum(others, start=first) / len(validation)
+                first, *rest = [losses(part) * len(part) for part in parts]
+                return sum(rest, start=first) / len(validation)
 
         with progress("tuned lens", steps, "steps") as tick:
             lens.keep(0, validated())
@@ -335,15 +335,15 @@ class _Maps:
     def keep(self, epoch: int, losses: Float[Tensor, " layer"]) -> None:
         """Keeps the layers that are better than in any epoch before."""
         better = losses < self._best
-        for kept, part in zip(self.kept, self.parameters(), strict=True):
-            kept[better] = part.detach()[better]
+        for best, part in zip(self.kept, self.parameters(), strict=True):
+            best[better] = part.detach()[better]
         self.epochs[better.cpu()] = epoch
         self._best = torch.minimum(losses, self._best)
 
     def restore(self) -> None:
         with torch.no_grad():
-            for kept, part in zip(self.kept, self.parameters(), strict=True):
-                part.copy_(kept)
+            for best, part in zip(self.kept, self.parameters(), strict=True):
+                part.copy_(best)
                 part.requires_grad_(False)
 
 

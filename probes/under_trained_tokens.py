@@ -140,8 +140,8 @@ class UnderTrainedTokens(WeightsProbe):
         probability = np.full((len(PROMPTS), len(vocabulary)), np.nan)
         tested = np.concatenate(list(groups.values()))
         if loaded and len(tested):
-            found = repetition_probabilities(loaded, tested)
-            probability[:, tested] = np.stack([found[name] for name in PROMPTS])
+            by_prompt = repetition_probabilities(loaded, tested)
+            probability[:, tested] = np.stack([by_prompt[name] for name in PROMPTS])
         else:
             notes.append("no token was verified, so the candidates are a list of suspects")
             notes += [f"verification needs the model: {reason}"] if reason else []
@@ -204,13 +204,13 @@ class UnderTrainedTokens(WeightsProbe):
         names = ", ".join(repr(text) for text in table["token"].head(_SHOWN))
         tied = "tied" if data.attrs["tied"] else "untied"
         text = f"{len(table):,} candidates by {indicator} ({tied} tables), lowest: {names}"
-        number, others = (int(count) for count in data["tested"])
+        number, random_number = (int(count) for count in data["tested"])
         if number:
             share, random = (float(value) for value in data["verified"])
             low, high = (max(0.0, 100 * float(end[0])) for end in wilson(np.array([share]), np.array([number])))
             text += (
                 f"; {100 * share:.0f} % of the {number} lowest are verified (p < {_VERIFIED}, 95 % CI [{low:.0f}, "
-                f"{high:.0f}]), of {others} random tokens {100 * random:.0f} %"
+                f"{high:.0f}]), of {random_number} random tokens {100 * random:.0f} %"
             )
         auc = float(data["auc"].sel(indicator=indicator))
         known = int(data["never_seen"].sum())
@@ -240,11 +240,11 @@ class UnderTrainedTokens(WeightsProbe):
         tested = result.table[result.table["probability"].notna()]
         if len(tested):
             parts = {"random tokens": "random", "lowest candidates": "candidate"}
-            shown = {title: tested.loc[tested["group"] == group] for title, group in parts.items()}
+            tables = {title: tested.loc[tested["group"] == group] for title, group in parts.items()}
             figures["verification"] = labelled_scatter(
                 {
                     title: (part[name].to_numpy(), part["probability"].clip(1e-8).to_numpy(), part["token"].tolist())
-                    for title, part in shown.items()
+                    for title, part in tables.items()
                 },
                 title="Does the model repeat the token?",
                 subtitle=f"a token is verified below the line, at {_VERIFIED}",

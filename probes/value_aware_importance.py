@@ -249,8 +249,8 @@ def _read(
         if maps is not None and known.stop:
             pattern = store["pattern", layer][rows[known]][..., : probe.length]
             effect = removal_effects(pattern, values[known], maps)
-            for name, one in (("attention", mass), ("value", importance), ("shuffled", blind)):
-                part[f"effect_{name}"] = rank_correlation(one[known], effect)
+            for name, scores in (("attention", mass), ("value", importance), ("shuffled", blind)):
+                part[f"effect_{name}"] = rank_correlation(scores[known], effect)
         np.add.at(norms_of_class, classes[first : first + len(rows)], norms.mean(-1))
         parts.append(part)
         first += len(rows)
@@ -280,22 +280,26 @@ def _summary(
             if name in ("overlap_top", "spearman"):
                 ends = intervals(resampled, len(np.unique(sequences.document)))
                 means[layer] |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
-    arrays: dict[str, Any] = stack_heads(list(read), means, [one.name for one in _VARIABLES if one.dims == _HEAD])
-    each = {name: [part[name] for part in read.values() if name in part] for name in next(iter(read.values()))}
-    scalars = {"overlap": np.concatenate(each["overlap_top"], 1)}
-    if "effect_value" in each:
-        scalars["effect_gain"] = np.concatenate(each["effect_value"], 1) - np.concatenate(each["effect_attention"], 1)
+    arrays: dict[str, Any] = stack_heads(
+        list(read), means, [variable.name for variable in _VARIABLES if variable.dims == _HEAD]
+    )
+    by_layer = {name: [part[name] for part in read.values() if name in part] for name in next(iter(read.values()))}
+    scalars = {"overlap": np.concatenate(by_layer["overlap_top"], 1)}
+    if "effect_value" in by_layer:
+        scalars["effect_gain"] = np.concatenate(by_layer["effect_value"], 1) - np.concatenate(
+            by_layer["effect_attention"], 1
+        )
     for name, values in scalars.items():
         known = np.isfinite(values).any(1)
         mean = np.nanmean(values[known], 1)
         interval = clustered_interval(mean, sequences.document[: len(values)][known], **settings)
         arrays |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
     size = np.bincount(classes.ravel(), minlength=len(TOKEN_CLASSES))
-    norms = np.stack(each["norms"], 1)
+    norms = np.stack(by_layer["norms"], 1)
     with np.errstate(invalid="ignore"):
         arrays["class_norm"] = (norms / size[:, None]) / (norms.sum(0) / size.sum())
     arrays |= {"class_tokens": size, "top_keys": max(1, round(probe.top * probe.length))}
-    counted = len(each["effect_value"][0]) if "effect_value" in each else 0
+    counted = len(by_layer["effect_value"][0]) if "effect_value" in by_layer else 0
     arrays |= {"effect_sequences": counted, "sequences": len(sequences), "short_sequences": sequences.short}
     return {name: np.asarray(value) for name, value in arrays.items()}
 

@@ -161,8 +161,8 @@ class VocabularyKeys(StoreProbe):
         permuted = in_main(ranked, np.random.default_rng(seed).permutation(labels))
         hits = ranked[:, _MAIN:] == targets[:, None]
         known = targets >= 0
-        each = main.mean(1)
-        mean, low, high = _interval(each, documents, self.seed)
+        row_shares = main.mean(1)
+        mean, low, high = _interval(row_shares, documents, self.seed)
         ratio = _ratio(main[known], hits[known], documents[known], self.seed)
         candidates = [main[known], ~main[known]]
         shares = [float(hits[known][part].mean()) if part.any() else np.nan for part in candidates]
@@ -202,14 +202,14 @@ class VocabularyKeys(StoreProbe):
         data = result.data
         ranks = data["rank"].to_numpy()
         about = f"{int(data['rows']):,} tokens, {int(data['clusters'])} clusters"
-        seen = ranks > _MAIN
+        later = ranks > _MAIN
         return {
             "share": _curves(
                 {
-                    "main clusters": data["share_main"].to_numpy()[seen],
-                    "clusters permuted": data["share_permuted"].to_numpy()[seen],
+                    "main clusters": data["share_main"].to_numpy()[later],
+                    "clusters permuted": data["share_permuted"].to_numpy()[later],
                 },
-                ranks[seen],
+                ranks[later],
                 title="Tokens from the clusters of the first ten, by rank",
                 subtitle=f"{about}, mean of {result.provenance['settings']['seeds']} seeds of k-means",
                 names=("rank", "share of tokens"),
@@ -255,8 +255,8 @@ def in_main(ranked: Int[np.ndarray, "row rank"], labels: Int[np.ndarray, " token
 
 def _interval(values: Float[np.ndarray, " row"], documents: np.ndarray, seed: int) -> tuple[float, float, float]:
     """Mean and its 95 % interval over documents."""
-    found = clustered_interval(values, documents, resamples=_RESAMPLES, seed=seed)
-    return float(values.mean()), found.low, found.high
+    interval = clustered_interval(values, documents, resamples=_RESAMPLES, seed=seed)
+    return float(values.mean()), interval.low, interval.high
 
 
 def _ratio(main: np.ndarray, hits: np.ndarray, documents: np.ndarray, seed: int) -> tuple[float, float, float]:
@@ -286,15 +286,15 @@ def _cosines(unembed: Unembed, ranked: np.ndarray, documents: np.ndarray, seed: 
     ids = torch.as_tensor(ranked)
     first = units[ids[:, 0]]
     cosine = torch.stack([(units[ids[:, rank]] * first).sum(1) for rank in range(1, _RANKS)], 1).double().numpy()
-    others = torch.as_tensor(np.random.default_rng(seed).integers(len(units), size=len(ranked)))
+    random_keys = torch.as_tensor(np.random.default_rng(seed).integers(len(units), size=len(ranked)))
     ranks, order = np.arange(_RANKS - 1.0), rankdata(cosine, axis=1)
     x, y = ranks - ranks.mean(), order - order.mean(1, keepdims=True)
     size = np.sqrt((x @ x) * np.square(y).sum(1))
-    each = np.where(size > 0, y @ x / np.maximum(size, 1e-300), 0.0)
-    mean, low, high = _interval(each, documents, seed)
+    correlations = np.where(size > 0, y @ x / np.maximum(size, 1e-300), 0.0)
+    mean, low, high = _interval(correlations, documents, seed)
     return {
         "cosine": cosine.mean(0),
-        "cosine_random": float((units[others] * first).sum(1).mean()),
+        "cosine_random": float((units[random_keys] * first).sum(1).mean()),
         "spearman": mean,
         "spearman_low": low,
         "spearman_high": high,

@@ -63,7 +63,7 @@ SETS = ("all", "tuned")
 KINDS = ("initial", "random")
 _PROFILED = (0.5, 2.0)
 _EARLY = 16
-_TEMPERATURES = tuple(float(one) for one in np.geomspace(0.25, 4, 49))
+_TEMPERATURES = tuple(float(factor) for factor in np.geomspace(0.25, 4, 49))
 _CELL = ("heads", "key", "gamma")
 _HEAD = ("layer", "head")
 
@@ -141,7 +141,9 @@ class ZeroTuning(LayerProbe):
         require_causal(store, self.name)
         rows = predicting_rows(store, self.where, self.row_limit, self.seed)
         known = first_key_rows(store, rows)
-        attention = {one: known[one] for one in choose_layers([*known], self.layers, store.manifest.model.n_layers)}
+        attention = {
+            layer: known[layer] for layer in choose_layers([*known], self.layers, store.manifest.model.n_layers)
+        }
         finite = self.finite_rows(store, _sites(store, list(attention)), rows)
         model = recorded_model(store, model or self.model, self.device)
         first, second, note = document_halves(store, finite.rows, self.seed)
@@ -151,7 +153,7 @@ class ZeroTuning(LayerProbe):
         up, down, tuned = self._profiled(model, MeasuredRows(store, {"all": first}), heads, width)
         arrays |= {"loss_up": up, "loss_down": down, "tuned": tuned}
         sets = {"all": {layer: list(range(count)) for layer, count in heads.items()}}
-        sets["tuned"] = {one: np.flatnonzero(tuned[at] == 1).tolist() for at, one in enumerate(layers)}
+        sets["tuned"] = {layer: np.flatnonzero(tuned[at] == 1).tolist() for at, layer in enumerate(layers)}
         arrays |= self._swept(model, MeasuredRows(store, {"all": second}), sets)
         arrays["rows"] = len(second)
         coords = {"heads": list(SETS), "key": list(KINDS), "gamma": list(self.gammas), "layer": layers}
@@ -174,7 +176,9 @@ class ZeroTuning(LayerProbe):
         if self.profile == "heads":
             units = [(layer, head) for layer in layers for head in range(heads[layer])]
         records = [ScaleAttention(layer, head, 0, gamma) for layer, head in units for gamma in _PROFILED]
-        changes: dict[str, Change] = {str(n): lambda _batch, one=one: [one] for n, one in enumerate(records)}
+        changes: dict[str, Change] = {
+            str(n): lambda _batch, record=record: [record] for n, record in enumerate(records)
+        }
         effects = change_effects(model, rows, changes, label="profiling").effects(resamples=1)[0]
         loss = effects[:, 0, list(MEASURES).index("loss")].reshape(len(units), 2)
         for (layer, head), (lower, raised) in zip(units, loss, strict=True):
@@ -203,12 +207,12 @@ class ZeroTuning(LayerProbe):
                     lengths = batch.mask.sum(1)
                     at = 1 + (torch.from_numpy(draws[batch.row[:, 0].numpy()]) - 1) % (lengths - 1).clamp(min=1)
                     key = (at[:, None] == torch.from_numpy(np.arange(batch.ids.shape[1]))) & (batch.row >= 0)
-                return [ScaleAttention(layer, one, key, gamma) for layer, one in sets[name].items() if len(one)]
+                return [ScaleAttention(layer, heads, key, gamma) for layer, heads in sets[name].items() if len(heads)]
 
             return records
 
         cells = [(s, k, g) for s in SETS for k in KINDS for g in self.gammas if g != 1]
-        effects = change_effects(model, rows, {str(one): change(*one) for one in cells}, label="sweeping gamma")
+        effects = change_effects(model, rows, {str(cell): change(*cell) for cell in cells}, label="sweeping gamma")
         mean, resampled = effects.effects(resamples=self.resamples, seed=self.seed)
         low, high = intervals(resampled)
         shape = (len(SETS), len(KINDS), len(self.gammas))
@@ -252,7 +256,7 @@ class ZeroTuning(LayerProbe):
         sensitivity, weight = data["sensitivity"].to_numpy(), data["a0"].to_numpy()
         grid = head_grid(
             sensitivity,
-            hover=[[f"a0 {one:.3f}" for one in line] for line in weight],
+            hover=[[f"a0 {share:.3f}" for share in line] for line in weight],
             layers=data["layer"].to_numpy().tolist(),
             title=f"Which heads can respond to gamma, {model}",
             subtitle="a0 (1 - a0): a head whose a0 is near 0 or near 1 cannot",
@@ -264,7 +268,7 @@ class ZeroTuning(LayerProbe):
 
 def _sites(store: Store, layers: Sequence[int]) -> list[str]:
     labels = {site.short or "" for site in store.sites}
-    return [f"{kind}.{one}" for one in layers for kind in ("pattern", "attn_first") if f"{kind}.{one}" in labels]
+    return [f"{kind}.{layer}" for layer in layers for kind in ("pattern", "attn_first") if f"{kind}.{layer}" in labels]
 
 
 def _recorded(
@@ -295,7 +299,7 @@ def _sweep(result: Result, model: str) -> go.Figure:
         "tuned heads, random key": ("loss", "tuned", "random", NEUTRAL, "solid"),
         "tuned heads, temperature of the same entropy": ("loss_temperature", "tuned", "initial", CATEGORIES[0], "dot"),
     }
-    x = [f"{one:g}" for one in data["gamma"].to_numpy()]
+    x = [f"{gamma:g}" for gamma in data["gamma"].to_numpy()]
     for name, (variable, heads, key, colour, dash) in lines.items():
         at = data.sel(heads=heads, key=key)
         errors = {}
