@@ -118,7 +118,7 @@ def probes_of(config: Config) -> dict[str, Any]:
     kinds: dict[str, Any] = {name: find_probe(name) for name in names}
     for measure in config.measures:
         name, variable, _ = split_measure(measure)
-        known = [one.name for one in kinds[name].variables]
+        known = [declaration.name for declaration in kinds[name].variables]
         if variable not in known:
             raise RequestError(f"measures: {name} has no variable {variable!r}{nearest(variable, known)}")
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -128,13 +128,13 @@ def probes_of(config: Config) -> dict[str, Any]:
             raise RequestError(f"settings: {setting!r} is no setting; write PROBE.SETTING=VALUE")
         if match[1] not in kinds:
             continue  # of a probe that no measure names, as the default
-        known = [one.name for one in fields(kinds[match[1]])]
+        known = [setting_field.name for setting_field in fields(kinds[match[1]])]
         if match[2] not in known:
             raise RequestError(f"settings: {match[1]} has no setting {match[2]!r}{nearest(match[2], known)}")
         chosen[match[1]][match[2]] = _value(match[3])
     shared = {"seed": config.seed, "length": config.length, "device": config.device}
     for name, kind in kinds.items():
-        known = {one.name for one in fields(kind)}
+        known = {setting_field.name for setting_field in fields(kind)}
         chosen[name] = {key: value for key, value in shared.items() if key in known} | chosen[name]
     return {name: kind(**chosen[name]) for name, kind in kinds.items()}
 
@@ -196,7 +196,7 @@ def all_checkpoints(checkpoints: Sequence[str]) -> tuple[str, ...]:
     known: list[str] = []
     for checkpoint in checkpoints:
         folder = Path(checkpoint)
-        inside = sorted(str(one.parent) for one in folder.glob("*/config.json")) if folder.is_dir() else []
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.json")) if folder.is_dir() else []
         if not inside or (folder / "config.json").is_file():
             known.append(checkpoint)
             continue
@@ -209,7 +209,7 @@ def training_steps(checkpoints: Sequence[str]) -> list[int]:
     """Returns the last number in each name or revision, 500 of "checkpoint-500"; indices if one is missing or two are
     equal."""
     numbers = [re.findall(r"\d+", Path(name.rpartition("@")[2]).name) for name in checkpoints]
-    steps = [int(each[-1]) if each else -1 for each in numbers]
+    steps = [int(digits[-1]) if digits else -1 for digits in numbers]
     return steps if len({*steps}) == len(steps) and min(steps) >= 0 else list(range(len(steps)))
 
 
@@ -228,7 +228,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
     measures = result.table["measure"].unique().tolist()
     columns = min(3, len(measures))
     rows = -(-len(measures) // columns)
-    titles = [label(one, 60) for one in measures]
+    titles = [label(measure, 60) for measure in measures]
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.2 / rows)
     lines = groups(result, ("checkpoints", "measures", "settings"))
     for number, (name, part) in enumerate(lines):

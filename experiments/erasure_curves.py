@@ -64,9 +64,9 @@ def figures(result: wb.Result) -> dict[str, Any]:
     names = {"last": "last tokens of words", "control": "other tokens"}
     groups = [names[group] for group in result.table["group"]]
     table = result.table.assign(tokens_of=groups, offset=[f"{offset:+d}" for offset in result.table["offset"]])
-    shown = wb.Result(result.probe, result.data, table.loc[np.isfinite(table["accuracy"])], result.provenance)
+    finite_result = wb.Result(result.probe, result.data, table.loc[np.isfinite(table["accuracy"])], result.provenance)
     figure = curves(
-        shown,
+        finite_result,
         x="layer",
         y="accuracy",
         colour="offset",

@@ -63,10 +63,10 @@ def headline(result: wb.Result) -> str:
     if not far["horizon"].max() and far["layer"].nunique() > 1:  # at t+1 the last layer's state is the model's output
         far = far.loc[far["layer"] < far["layer"].max()]
     best = far.loc[far["precision"].idxmax()]
-    seen = f", which has seen {100 * best['bigram_seen']:.0f} % of the tokens" if "bigram_seen" in best else ""
+    seen_note = f", which has seen {100 * best['bigram_seen']:.0f} % of the tokens" if "bigram_seen" in best else ""
     return (
         f"Top-1 accuracy at t+{best['horizon'] + 1}: {100 * best['precision']:.0f} % (layer {best['layer']}); "
-        f"bigram baseline {100 * best['bigram_precision']:.0f} %{seen}."
+        f"bigram baseline {100 * best['bigram_precision']:.0f} %{seen_note}."
     )
 
 

@@ -65,11 +65,11 @@ def figures(result: wb.Result) -> dict[str, Any]:
     names = {"cross_entropy": "of the text", "surprise": "at the model's top token"}
     columns = [name for name in result.table.columns if name not in names]
     long = result.table.melt(id_vars=columns, value_vars=list(names), var_name="of", value_name="nats")
-    shown = wb.Result(
+    long_result = wb.Result(
         result.probe, result.data, long.assign(of=[names[name] for name in long["of"]]), result.provenance
     )
     shared: dict[str, Any] = {"x": "layer", "x_title": "layer", "unit": "nats", "dash": "lens"}
-    loss = curves(shown, y="nats", colour="of", title="Cross-entropy of the lens by layer", **shared)
+    loss = curves(long_result, y="nats", colour="of", title="Cross-entropy of the lens by layer", **shared)
     kl = curves(result, y="kl", title="KL(model ‖ lens)", **shared)
     return {"cross_entropy": loss, "kl": kl}
 

@@ -84,9 +84,9 @@ def figures(result: wb.Result) -> dict[str, Any]:
     columns = [name for name in result.table.columns if name not in names]
     long = result.table.melt(id_vars=columns, value_vars=list(names), var_name="what", value_name="share")
     long = long.assign(what=[names[name] for name in long["what"]]).dropna(subset=["share"])
-    shown = wb.Result(result.probe, result.data, long, result.provenance)
+    long_result = wb.Result(result.probe, result.data, long, result.provenance)
     shared = {"x": "layer", "x_title": "layer", "besides": ("sae", "sae_id", "site")}
-    fit = curves(shown, y="share", colour="what", title="Fit of sparse autoencoders", unit="share", **shared)
+    fit = curves(long_result, y="share", colour="what", title="Fit of sparse autoencoders", unit="share", **shared)
     l0 = curves(result, y="l0", title="Active features", unit="L0, active features per token", **shared)
     return {"fit": fit, "l0": l0}
 

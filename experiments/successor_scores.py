@@ -75,18 +75,18 @@ def figures(result: wb.Result) -> dict[str, Any]:
         )
         last = int(heads["head"].to_numpy().max())
         for certain in (True, False):
-            shown = heads.loc[(heads["p_family"] < 0.05) == certain]
-            if not len(shown):
+            points = heads.loc[(heads["p_family"] < 0.05) == certain]
+            if not len(points):
                 continue
             figure.add_scatter(
-                x=place + _aside(shown["head"], last),
-                y=shown["macro"],
+                x=place + _aside(points["head"], last),
+                y=points["macro"],
                 mode="markers",
                 marker={"symbol": "circle" if certain else "circle-open", "size": 8, "color": CATEGORIES[0]},
                 name="p < 0.05 over all heads" if certain else "p ≥ 0.05",
                 legendgroup=str(certain),
                 showlegend=certain not in in_legend,
-                customdata=[f"L{layer}H{head}" for layer, head in zip(shown["layer"], shown["head"], strict=True)],
+                customdata=[f"L{layer}H{head}" for layer, head in zip(points["layer"], points["head"], strict=True)],
                 hovertemplate="head %{customdata}: %{y:.3f}<extra></extra>",
             )
             in_legend.add(certain)

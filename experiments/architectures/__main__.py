@@ -111,11 +111,17 @@ def page(checks: Sequence[Check]) -> str:
 def _columns(checks: Sequence[Check], kinds: Sequence[str]) -> dict[str, list[str]]:
     """Sites, the largest error of each of `kinds`, of all other kinds, of the lens, and the remarks."""
     errors = {kind: [_error_text(result.errors.get(kind)) for result in checks] for kind in kinds}
-    others = [max((result.errors[kind] for kind in result.errors.keys() - {*kinds}), default=None) for result in checks]
+    other_errors = [
+        max((result.errors[kind] for kind in result.errors.keys() - {*kinds}), default=None) for result in checks
+    ]
     return {
         "sites": [" ".join(result.kinds) for result in checks],
         **errors,
-        **({"others": [_error_text(error) for error in others]} if any(error is not None for error in others) else {}),
+        **(
+            {"others": [_error_text(error) for error in other_errors]}
+            if any(error is not None for error in other_errors)
+            else {}
+        ),
         "lens": [_error_text(result.lens) for result in checks],
         "remark": ["; ".join(map(_short, _remarks(result))) for result in checks],
     }

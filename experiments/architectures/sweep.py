@@ -90,7 +90,7 @@ def _compare(result: Check, model: Model, folder: Path) -> Check:
     generator = torch.Generator().manual_seed(2)
     ids = [torch.randint(8, 120, (n,), generator=generator) for n in LENGTHS]
     sites = [site.short for site in model.site_map.sites.values() if site.short]
-    texts = [one.tolist() for one in ids]
+    texts = [sequence.tolist() for sequence in ids]
     store = wb.record(
         model, texts, out=folder / "store", sites=sites, context=CONTEXT, dtype="float32", show_progress=False
     )
@@ -165,14 +165,14 @@ def _against_eager_attention(
             _remark(remarks, "eager attention gives no weights to compare the pattern with")
             weights = [None] * len(layers)
         for layer, weight in zip(layers, weights, strict=True):
-            ours = recorded.read(f"pattern.{layer}", sequence)
-            _note(errors, "pattern", ours.transpose(0, 1).triu(1), torch.zeros(()))
-            sums = torch.ones(n, ours.shape[1]) if weight is None else weight[0].sum(-1).T
+            pattern = recorded.read(f"pattern.{layer}", sequence)
+            _note(errors, "pattern", pattern.transpose(0, 1).triu(1), torch.zeros(()))
+            sums = torch.ones(n, pattern.shape[1]) if weight is None else weight[0].sum(-1).T
             if (sums < 1 - 1e-3).any():
                 _remark(remarks, "patterns sum to less than 1: each head has a sink that is no token")
-            _note(errors, "pattern", ours.sum(-1), sums)
+            _note(errors, "pattern", pattern.sum(-1), sums)
             if weight is not None:
-                _note(errors, "pattern", ours[..., :n], weight[0].transpose(0, 1))
+                _note(errors, "pattern", pattern[..., :n], weight[0].transpose(0, 1))
     return errors
 
 
@@ -242,21 +242,21 @@ def _silent() -> Iterator[None]:
 # ---- differences ----------------------------------------------------------------------------------------
 
 
-def _note(errors: dict[str, float], kind: str, ours: Tensor, theirs: Tensor) -> None:
-    errors[kind] = max(errors.get(kind, 0.0), _difference(ours, theirs))
+def _note(errors: dict[str, float], kind: str, tensor: Tensor, reference: Tensor) -> None:
+    errors[kind] = max(errors.get(kind, 0.0), _difference(tensor, reference))
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest difference relative to the largest of `theirs`, or to 1; infinite for other shapes.
+def _difference(tensor: Tensor, reference: Tensor) -> float:
+    """Returns the largest difference relative to the largest of `reference`, or to 1; infinite for other shapes.
 
-    `theirs` may have its heads before its positions, or flat.
+    `reference` may have its heads before its positions, or flat.
     """
-    if theirs.ndim == 3 and theirs.shape != ours.shape and theirs.transpose(0, 1).shape == ours.shape:
-        theirs = theirs.transpose(0, 1)
-    if theirs.ndim and theirs.numel() != ours.numel():
+    if reference.ndim == 3 and reference.shape != tensor.shape and reference.transpose(0, 1).shape == tensor.shape:
+        reference = reference.transpose(0, 1)
+    if reference.ndim and reference.numel() != tensor.numel():
         return float("inf")
-    theirs = theirs.reshape(ours.shape) if theirs.ndim else theirs
-    difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+    reference = reference.reshape(tensor.shape) if reference.ndim else reference
+    difference = ((tensor - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
     return difference if difference == difference else float("inf")
 
 

@@ -97,7 +97,9 @@ def _settings(name: str, quick: bool) -> Any:
 def _with_sizes(parser: argparse.ArgumentParser, settings: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
     """Returns the settings with the sizes that the flags give; ends with an error for a flag that is no size."""
     sizes = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    defaults = {field.name: getattr(one, field.name) for one in settings.values() for field in fields(one)}
+    defaults = {
+        field.name: getattr(benchmark, field.name) for benchmark in settings.values() for field in fields(benchmark)
+    }
     for name, default in defaults.items():
         several = isinstance(default, tuple)
         kind = type(default[0] if several else default)
@@ -105,8 +107,8 @@ def _with_sizes(parser: argparse.ArgumentParser, settings: dict[str, Any], flags
     values = vars(sizes.parse_args(flags))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {
-        name: replace(one, **{key: value for key, value in values.items() if hasattr(one, key)})
-        for name, one in settings.items()
+        name: replace(benchmark, **{key: value for key, value in values.items() if hasattr(benchmark, key)})
+        for name, benchmark in settings.items()
     }
 
 

@@ -75,15 +75,15 @@ class Encoding:
         fast, cuda = fast_bfloat16(sae.device), sae.device.type == "cuda"
         weight, low, pre = sae.module.W_enc, sae.module.W_enc.bfloat16(), x.new_empty(self.rows, sae.d_sae)
         few = x[: self.rows if fast else 4].bfloat16()
-        ours, theirs = partial(encoder(sae), x), partial(sparse, sae, x)
+        encode, reference = partial(encoder(sae), x), partial(sparse, sae, x)
         float32 = partial(encoder(sae, precision="float32"), x)
-        _check_same(ours(), theirs())
+        _check_equal(encode(), reference())
         narrow = 0.7 if sae.d_sae > 20_000 else 0.55
         lines: tuple[tuple[str, Work, Work, int, float | None], ...] = (
-            ("SAELens' encode, made sparse", ours, theirs, self.rows, 8.0 if cuda else 1.3),
+            ("SAELens' encode, made sparse", encode, reference, self.rows, 8.0 if cuda else 1.3),
             (
                 "the bfloat16 product alone",
-                ours,
+                encode,
                 partial(torch.mm, few, low),
                 len(few),
                 0.6 if cuda else narrow if fast else None,
@@ -97,8 +97,8 @@ class Encoding:
             ),
         )
         return [
-            self._paired(subject, name, sae, (one, self.rows), (other, rows), least, self.repeats)
-            for name, one, other, rows, least in lines
+            self._paired(subject, name, sae, (work, self.rows), (baseline, rows), least, self.repeats)
+            for name, work, baseline, rows, least in lines
         ]
 
     def _paired(
@@ -106,14 +106,14 @@ class Encoding:
         subject: str,
         name: str,
         sae: Sae,
-        ours: tuple[Work, int],
-        other: tuple[Work, int],
+        first: tuple[Work, int],
+        second: tuple[Work, int],
         least: float | None,
         most: int,
     ) -> Comparison:
         """Compares two works, each with its number of rows, in at most this many turns."""
         clock = time.perf_counter if sae.device.type == "cuda" else time.process_time
-        sides = [per_second(rows, _synchronised(sae, work), clock) for work, rows in (ours, other)]
+        sides = [per_second(rows, _synchronised(sae, work), clock) for work, rows in (first, second)]
         for side in sides:
             side()  # the first call prepares
         pairs = paired_until(self.width, most, *sides)
@@ -125,27 +125,27 @@ class Encoding:
             store = _row_store(path, self.stored_rows, sae.d_in)
             rows, parts, few = store[_SITE], [], min(self.stored_rows, 2048)
 
-            def ours() -> None:
+            def extract() -> None:
                 target = Path(out) / "features"
                 shutil.rmtree(target, ignore_errors=True)
                 wb.extract_features(store, sae, _SITE, out=target, force=True, show_progress=False)
 
-            def theirs() -> None:
+            def encode_part() -> None:
                 parts.clear()
                 for first in range(0, few, 1024):
                     parts.append(sparse(sae, rows[first : first + 1024].to(sae.device).float()))
 
             least = 8.0 if sae.device.type == "cuda" else 1.3
-            works, name = ((ours, self.stored_rows), (theirs, few)), f"{subject}, whole extraction"
+            works, name = ((extract, self.stored_rows), (encode_part, few)), f"{subject}, whole extraction"
             line = self._paired(name, "SAELens' encode", sae, *works, least, self.extractions)
         shutil.rmtree(path)
         return line
 
     def _memory(self, architecture: str, shape: tuple[int, int, int]) -> Comparison:
         sizes = {"architecture": architecture, "d_in": shape[0], "d_sae": shape[1], "k": shape[2], "rows": self.rows}
-        rise, other = (peak_memory(encoding, side=side, **sizes).rise for side in ("workbench", "reference"))
+        rise, reference_rise = (peak_memory(encoding, side=side, **sizes).rise for side in ("workbench", "reference"))
         subject = f"{architecture}, memory beyond the weights, {self.rows:,} rows"
-        return Comparison(subject, "SAELens' encode", (rise,), (other,), "MB", at_most=0.25)
+        return Comparison(subject, "SAELens' encode", (rise,), (reference_rise,), "MB", at_most=0.25)
 
 
 @contextmanager
@@ -227,9 +227,9 @@ def _synchronised(sae: Sae, work: Callable[[], Any]) -> Callable[[], Any]:
     return synchronised
 
 
-def _check_same(ours: Any, theirs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    keys = _keys(*theirs[:2])
-    differing = len(np.setxor1d(_keys(ours.indptr, ours.feature), keys)) / max(1, len(keys))
+def _check_equal(entries: Any, reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    keys = _keys(*reference[:2])
+    differing = len(np.setxor1d(_keys(entries.indptr, entries.feature), keys)) / max(1, len(keys))
     if differing > 1e-4:  # pre-activations closer than float32 resolves may lie on either side
         raise RuntimeError(f"{differing:.1%} of the features are not SAELens'")
 

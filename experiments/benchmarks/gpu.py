@@ -75,10 +75,10 @@ class Gpu:
         speeds = interleaved(
             self.repeats, {name: per_second(len(x), synchronised(device, work)) for name, work in sides.items()}
         )
-        ours = speeds.pop("workbench")
+        encoder_speed = speeds.pop("workbench")
         targets = {"the same with TF32": 8.0, "the bfloat16 product alone": 0.6}
         comparisons = [
-            Comparison(subject, name, ours, speed, "rows/s", at_least=targets.get(name))
+            Comparison(subject, name, encoder_speed, speed, "rows/s", at_least=targets.get(name))
             for name, speed in speeds.items()
         ]
         unsettled = float(encode(x).unsettled)
@@ -100,13 +100,13 @@ class Gpu:
                     moved = rows.to(device)
                     module.transformer(input_ids=moved, attention_mask=torch.ones_like(moved), use_cache=False)
 
-        def ours() -> float:
+        def recording_rate() -> float:
             shutil.rmtree(out, ignore_errors=True)
             return record(model, ids, out, sites=["resid_post"], batch_tokens=batch * self.context)[0].clock
 
         synchronised(device, body)()
-        ours()
-        sides = {"workbench": ours, "body": per_second(ids.size, synchronised(device, body))}
+        recording_rate()
+        sides = {"workbench": recording_rate, "body": per_second(ids.size, synchronised(device, body))}
         speeds = interleaved(self.repeats, sides)
         subject, name = f"recording, {self.layers} resid_post sites", "the model's body alone"
         return [Comparison(subject, name, speeds["workbench"], speeds["body"], "rows/s", at_least=0.9)]
@@ -139,16 +139,20 @@ def _operations(subject: str, encode: Callable[[Tensor], Any], x: Tensor, most: 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
         synchronised(x.device, partial(encode, x))()
-    time_of = (lambda one: one.self_device_time_total) if cuda else (lambda one: one.self_cpu_time_total)
-    operations = [(one.key, time_of(one) / 1000) for one in profiler.key_averages()]
+    time_of = (lambda event: event.self_device_time_total) if cuda else (lambda event: event.self_cpu_time_total)
+    operations = [(event.key, time_of(event) / 1000) for event in profiler.key_averages()]
     operations = sorted(operations, key=lambda pair: -pair[1])
     total = sum(milliseconds for _, milliseconds in operations)
     return [
         Comparison(
-            f"{subject}, {name.replace('|', '/')[:60]}", "all operations of one encoding", (each,), (total,), "ms"
+            f"{subject}, {name.replace('|', '/')[:60]}",
+            "all operations of one encoding",
+            (milliseconds,),
+            (total,),
+            "ms",
         )
-        for name, each in operations[:most]
-        if each
+        for name, milliseconds in operations[:most]
+        if milliseconds
     ]
 
 
@@ -164,8 +168,10 @@ def _memory(subject: str, encode: Callable[[Tensor], Any], sae: Sae, x: Tensor) 
         work()
         return (torch.cuda.max_memory_allocated(x.device) - before) / 1e6
 
-    ours, theirs = peak(partial(encode, x)), peak(partial(sparse, sae, x))
-    return [Comparison(f"{subject}, peak memory", "SAELens' encode, made sparse", (ours,), (theirs,), "MB")]
+    encoder_peak, saelens_peak = peak(partial(encode, x)), peak(partial(sparse, sae, x))
+    return [
+        Comparison(f"{subject}, peak memory", "SAELens' encode, made sparse", (encoder_peak,), (saelens_peak,), "MB")
+    ]
 
 
 FULL = Gpu()

@@ -49,12 +49,12 @@ def exactness(
         precisions = ("float32", "bfloat16") if linear_form(sae, replaced=False) else (None,)
         for precision in precisions:
             encoded = encoder(sae, precision=precision)(x.to(device))
-            found = torch.zeros(expected.shape, dtype=torch.float64)
+            values = torch.zeros(expected.shape, dtype=torch.float64)
             counts = encoded.indptr.diff().cpu()
             row = torch.repeat_interleave(torch.arange(rows), counts)
-            found[row, encoded.feature.cpu()] = encoded.value.cpu().double()
-            wrong = (found - expected).abs() > 1e-4 * expected.abs().max()
-            wrong |= (found != 0) != (expected != 0)
+            values[row, encoded.feature.cpu()] = encoded.value.cpu().double()
+            wrong = (values - expected).abs() > 1e-4 * expected.abs().max()
+            wrong |= (values != 0) != (expected != 0)
             count = float((wrong & ~doubtful).sum())
             subject = f"{architecture}, {precision or 'its own encode'}: wrong entries"
             comparisons.append(
@@ -108,11 +108,11 @@ def equality(folder: Path, device: torch.device, documents: int) -> list[Compari
         extracted: Any = wb.extract_features(store, sae, show_progress=False)
         features[place] = extracted[np.arange(store.rows)]
         metrics[place] = wb.sae_metrics(store, sae, model=model)
-    here, there = torch.device("cpu"), device
-    error = float((recorded[here] - recorded[there]).abs().max() / recorded[here].abs().max())
-    moved = abs((features[here] != 0).astype(int) - (features[there] != 0).astype(int)).sum() / features[here].nnz
+    cpu, accelerator = torch.device("cpu"), device
+    error = float((recorded[cpu] - recorded[accelerator]).abs().max() / recorded[cpu].abs().max())
+    moved = abs((features[cpu] != 0).astype(int) - (features[accelerator] != 0).astype(int)).sum() / features[cpu].nnz
     worst = max(
-        abs(getattr(metrics[here], name) - getattr(metrics[there], name)) for name in ("l0", "explained_variance")
+        abs(getattr(metrics[cpu], name) - getattr(metrics[accelerator], name)) for name in ("l0", "explained_variance")
     )
     zero = (0.0,)
     return [

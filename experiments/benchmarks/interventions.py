@@ -93,15 +93,15 @@ def _records(model: Model, store: wb.Store, layer: int) -> dict[str, tuple[Inter
     layers = range(model.site_map.n_layers)
     direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
     kinds: dict[str, tuple[Intervention, ...]] = {
-        "Add, all layers": tuple(wb.Add(f"resid_post.{one}", direction) for one in layers),
-        "Project, all layers": tuple(wb.Project(f"resid_post.{one}", direction) for one in layers),
-        "Zero a head, all layers": tuple(wb.Zero(f"z.{one}", head=0) for one in layers),
-        "Set one row, all layers": tuple(wb.Set(f"resid_post.{one}", direction, at=3) for one in layers),
+        "Add, all layers": tuple(wb.Add(f"resid_post.{block}", direction) for block in layers),
+        "Project, all layers": tuple(wb.Project(f"resid_post.{block}", direction) for block in layers),
+        "Zero a head, all layers": tuple(wb.Zero(f"z.{block}", head=0) for block in layers),
+        "Set one row, all layers": tuple(wb.Set(f"resid_post.{block}", direction, at=3) for block in layers),
         "Mean, one layer": (wb.Mean(f"z.{layer}", store, head=0),),
         "Resample, one layer": (wb.Resample(f"resid_post.{layer}", store, seed=0),),
         "Patch one row, one layer": (wb.Patch(f"resid_post.{layer}", store, at=3),),
-        "ScaleAttention, all layers": tuple(wb.ScaleAttention(one, None, 0, 0.5) for one in layers),
-        "RedistributeAttention, all layers": tuple(wb.RedistributeAttention(one, None, 0, 0.5) for one in layers),
+        "ScaleAttention, all layers": tuple(wb.ScaleAttention(block, None, 0, 0.5) for block in layers),
+        "RedistributeAttention, all layers": tuple(wb.RedistributeAttention(block, None, 0, 0.5) for block in layers),
         "SkipBlock, one layer": (wb.SkipBlock(layer),),
         "SwapBlocks": (wb.SwapBlocks(layer - 1, layer),),
         "EmbedTokens, one position": (wb.EmbedTokens(3, 5),),

@@ -34,14 +34,14 @@ class LongContext:
         shape = {"layers": self.layers, "context": self.context, "sequences": self.sequences}
         plain = peak_memory(plain_pass, **shape, body=False)
         body = peak_memory(plain_pass, **shape, body=True)
-        ours = peak_memory(recording_work, **shape, folder=str(folder))
+        recording = peak_memory(recording_work, **shape, folder=str(folder))
         bridge = peak_memory(bridge_pass, **shape)
         return [
-            _peaks("peak memory", "plain forward pass, with logits", ours, plain, at_most=1.3),
-            _rises("memory added to what was loaded", "plain forward pass, with logits", ours, plain),
-            _peaks("peak memory", "its body only, without logits", ours, body),
-            _rises("memory added to what was loaded", "its body only, without logits", ours, body),
-            _peaks("peak memory", "TransformerBridge", ours, bridge),
+            _peaks("peak memory", "plain forward pass, with logits", recording, plain, at_most=1.3),
+            _rises("memory added to what was loaded", "plain forward pass, with logits", recording, plain),
+            _peaks("peak memory", "its body only, without logits", recording, body),
+            _rises("memory added to what was loaded", "its body only, without logits", recording, body),
+            _peaks("peak memory", "TransformerBridge", recording, bridge),
         ]
 
     def _speed(self, folder: Path) -> list[Comparison]:
@@ -50,7 +50,7 @@ class LongContext:
         ids = token_ids(self.sequences, self.context)
         whole_calls: list[float] = []
 
-        def ours() -> float:
+        def recording_rate() -> float:
             shutil.rmtree(folder / "long.acts", ignore_errors=True)
             speed = record(model, ids, folder / "long.acts", sites=["resid_post"], batch_tokens=self.context)
             whole_calls.append(speed[1].clock)
@@ -59,7 +59,8 @@ class LongContext:
         record(model, ids[:, :256], folder / "warm.acts", sites=["resid_post"])
         cache_residuals(bridge, ids[:, :256])
         speeds = interleaved(
-            self.repeats, {"workbench": ours, "bridge": per_second(ids.size, lambda: cache_residuals(bridge, ids))}
+            self.repeats,
+            {"workbench": recording_rate, "bridge": per_second(ids.size, lambda: cache_residuals(bridge, ids))},
         )
         return [
             Comparison("recording", "TransformerBridge", speeds["workbench"], speeds["bridge"], "rows/s", at_least=3.0),
@@ -110,12 +111,12 @@ def cache_residuals(bridge: Any, ids: np.ndarray) -> None:
                 raise RuntimeError(f"TransformerBridge did not give {sorted(missing)}")
 
 
-def _peaks(subject: str, reference: str, ours: Memory, other: Memory, at_most: float | None = None) -> Comparison:
-    return Comparison(subject, reference, (ours.peak,), (other.peak,), "MB", at_most=at_most)
+def _peaks(subject: str, reference: str, memory: Memory, baseline: Memory, at_most: float | None = None) -> Comparison:
+    return Comparison(subject, reference, (memory.peak,), (baseline.peak,), "MB", at_most=at_most)
 
 
-def _rises(subject: str, reference: str, ours: Memory, other: Memory) -> Comparison:
-    return Comparison(subject, reference, (ours.rise,), (other.rise,), "MB")
+def _rises(subject: str, reference: str, memory: Memory, baseline: Memory) -> Comparison:
+    return Comparison(subject, reference, (memory.rise,), (baseline.rise,), "MB")
 
 
 FULL = LongContext()

@@ -59,8 +59,8 @@ class Comparison:
         if self.at_least is None and self.at_most is None:
             return ""
         value = self.value if self.target_of == "comparison" else median(self.values)
-        met = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
-        return "met" if met else "missed"
+        in_range = (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+        return "met" if in_range else "missed"
 
     def cells(self) -> tuple[str, ...]:
         """Returns the cells of `COLUMNS`."""
@@ -112,7 +112,7 @@ def paired_until(
         gc.collect()
         references.append(reference())
         values.append(side())
-        ratios = [value / other for value, other in zip(values, references, strict=True)]
+        ratios = [value / baseline for value, baseline in zip(values, references, strict=True)]
         low, high = median_interval(ratios)
         if len(values) >= min(most, 9) and high - low <= width * median(ratios):
             break
@@ -138,7 +138,7 @@ def interleaved(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str
         for name, side in sides.items():
             gc.collect()
             values[name].append(side())
-    return {name: tuple(each) for name, each in values.items()}
+    return {name: tuple(rates) for name, rates in values.items()}
 
 
 def per_second(

@@ -58,23 +58,23 @@ def record(
     """
     passes: list[tuple[float, float]] = []
 
-    def now() -> tuple[float, float]:
+    def clocks() -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
 
     def note(_module, _args, arguments):
         if arguments["input_ids"].numel() > 22:  # smaller are the passes that look for sites, identity and unembedding
-            passes.append(now())
+            passes.append(clocks())
 
     def rate(since: tuple[float, float]) -> Rate:
-        return Rate(*(ids.size / (one - other) for one, other in zip(end, since, strict=True)))
+        return Rate(*(ids.size / (stop - start) for stop, start in zip(end, since, strict=True)))
 
     handle = model.module.register_forward_pre_hook(note, with_kwargs=True)
-    began = now()
+    began = clocks()
     try:
         wb.record(model, ids.tolist(), out=out, context=ids.shape[1], show_progress=False, **settings)
     finally:
         handle.remove()
-    end = now()
+    end = clocks()
     return rate(passes[0]), rate(began)
 
 

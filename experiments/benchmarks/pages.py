@@ -97,12 +97,12 @@ class Pages:
         settings = {"sites": [*SITES, *HEAD_SITES], "context": CONTEXT, "max_rows": self.recorded}
         store = wb.record("demo", wb.demo_corpus(), out=folder / "demo.acts", show_progress=False, **settings)
         chosen = itertools.islice(PROBES.items(), self.results)
-        made = [find_probe(name)(**options).run(store).save(folder / name) for name, options in chosen]
+        paths = [find_probe(name)(**options).run(store).save(folder / name) for name, options in chosen]
         page, seconds = folder / "report.html", []
         for _ in range(self.repeats + 1):
             began = time.process_time()
-            results = [wb.load_result(path) for path in itertools.islice(itertools.cycle(made), self.results)]
-            write_report([section(one) for one in results], page, title="Report", plotlyjs="shared")
+            results = [wb.load_result(path) for path in itertools.islice(itertools.cycle(paths), self.results)]
+            write_report([section(result) for result in results], page, title="Report", plotlyjs="shared")
             seconds.append(time.process_time() - began)
         return page, seconds[1:]  # the first one imports
 
@@ -168,7 +168,7 @@ class Pages:
             for kind, (place, axis, size) in kinds.items()
             for layer in range(self.layers)
         ]
-        random, one = np.random.default_rng(0), torch.ones(self.d_model)
+        random, gain = np.random.default_rng(0), torch.ones(self.d_model)
         weight = torch.tensor(random.random((WORDS, self.d_model), np.float32) - 0.5)
         words = tuple(f" word{number}" for number in range(WORDS))
 
@@ -176,7 +176,7 @@ class Pages:
             return random.random((size, site.shape[0]), np.float32).astype(np.float16)
 
         return random_store(
-            path, self.rows, sites, draw, Unembed(weight, None, "none", one, 0 * one, 0.0, tokens=words)
+            path, self.rows, sites, draw, Unembed(weight, None, "none", gain, 0 * gain, 0.0, tokens=words)
         )
 
 

@@ -31,10 +31,10 @@ class Reading:
 
     def run(self, folder: Path) -> list[Comparison]:
         """Times reads of a store against reads of a NumPy memory map."""
-        one, many = self._record(folder, self.rows), self._record(folder, self.rows // self.segments)
-        if not torch.equal(one[:], many[:]):
+        single, segmented = self._record(folder, self.rows), self._record(folder, self.rows // self.segments)
+        if not torch.equal(single[:], segmented[:]):
             raise RuntimeError("one segment and many do not hold the same rows")
-        raw = _memmap(one)
+        raw = _memmap(single)
         comparisons = []
         rng = np.random.default_rng(0)
         for size in self.gathers:
@@ -43,20 +43,20 @@ class Reading:
                 f"{size:,} random rows at a time",
                 size * len(gathers),
                 {
-                    "one": lambda gathers=gathers: _gather(one, gathers),
+                    "one": lambda gathers=gathers: _gather(single, gathers),
                     "memmap": lambda gathers=gathers: _gather(raw, gathers),
-                    "many": lambda gathers=gathers: _gather(many, gathers),
+                    "many": lambda gathers=gathers: _gather(segmented, gathers),
                 },
                 at_least=0.7,
             )
-        comparisons.append(self._compare_batches(many, raw))
+        comparisons.append(self._compare_batches(segmented, raw))
         return comparisons + self._compare(
             f"all rows in order, {self.block:,} at a time",
             self.rows,
             {
-                "one": lambda: _copy_all(one, self.block),
+                "one": lambda: _copy_all(single, self.block),
                 "memmap": lambda: _copy_all(raw, self.block),
-                "many": lambda: _copy_all(many, self.block),
+                "many": lambda: _copy_all(segmented, self.block),
             },
             at_least=0.8,
         )

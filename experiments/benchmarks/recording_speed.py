@@ -51,7 +51,7 @@ class RecordingSpeed:
         out = folder / "recorded.acts"
         rates: list[tuple[Rate, Rate]] = []
 
-        def ours() -> float:
+        def recording_rate() -> float:
             shutil.rmtree(out, ignore_errors=True)
             rates.append(record(model, ids, out, sites=["resid_post"], batch_tokens=self.batch_tokens))
             return rates[-1][0].processor
@@ -71,12 +71,12 @@ class RecordingSpeed:
         shutil.rmtree(folder / "warm.acts")
         passes.clear()
         body = module.base_model
-        processor = paired_until(self.width, self.repeats, ours, plain(body))
+        processor = paired_until(self.width, self.repeats, recording_rate, plain(body))
         turns = f"its body without logits, {len(passes)} repeats"
         clock = tuple(recording.clock for recording, _ in rates), tuple(passes)
         whole = tuple(call.clock for _, call in rates), tuple(passes)
         logits = per_second(ids.size, lambda: forward(module, ids, batch), time.process_time)
-        with_logits = paired_until(2 * self.width, 9, ours, logits)
+        with_logits = paired_until(2 * self.width, 9, recording_rate, logits)
         return [
             Comparison(f"{name}: processor time", turns, *processor, "rows/s", at_least=0.95, paired=True),
             Comparison(f"{name}: clock", turns, *clock, "rows/s", at_least=0.95, paired=True),

@@ -60,18 +60,18 @@ class SaeLens:
         runners = [Runner(path, hook, model.d_model, ids, self.batch_sequences, folder / "saelens") for hook in hooks]
         whole_calls: list[float] = []
 
-        def ours(ids: np.ndarray = ids) -> float:
+        def recording_rate(ids: np.ndarray = ids) -> float:
             shutil.rmtree(folder / "ours.acts", ignore_errors=True)
             speed = record(model, ids, folder / "ours.acts", sites=sites)
             whole_calls.append(speed[1].clock)
             return speed[0].clock
 
-        def theirs() -> float:
+        def runner_rate() -> float:
             return ids.size / sum(runner.seconds() for runner in runners)
 
-        ours(ids[: self.batch_sequences])
+        recording_rate(ids[: self.batch_sequences])
         whole_calls.clear()
-        speeds = interleaved(repeats, {"workbench": ours, "reference": theirs})
+        speeds = interleaved(repeats, {"workbench": recording_rate, "reference": runner_rate})
         subject = f"{path.name}, {len(hooks)} site{'s'[: len(hooks) > 1]}"
         return [
             Comparison(

@@ -119,11 +119,11 @@ class Scale:
         tables = [corpus.tokens.slice(i * self.segment_rows, self.segment_rows) for i in range(self.tables)]
         tables = [_from_zero(table) for table in tables]
         sequences = [table["sequence"][-1].as_py() + 1 for table in tables]
-        which = np.arange(rows // self.segment_rows) % self.tables
-        first = np.cumsum([0, *(sequences[table] for table in which)])
+        table_numbers = np.arange(rows // self.segment_rows) % self.tables
+        first = np.cumsum([0, *(sequences[table] for table in table_numbers)])
 
         def write(index: int) -> Segment:
-            name, table = f"{index:05d}", which[index]
+            name, table = f"{index:05d}", table_numbers[index]
             folder = path / SEGMENTS / name
             folder.mkdir(parents=True)
             shifts = {"row": index * self.segment_rows, "sequence": first[index], "document": first[index]}
@@ -137,7 +137,7 @@ class Scale:
             return Segment(name, self.segment_rows, sequences[table], 0, "", sha256_bytes(record))
 
         with ThreadPoolExecutor() as pool:
-            segments = list(pool.map(write, range(len(which))))
+            segments = list(pool.map(write, range(len(table_numbers))))
         manifest = read_manifest(corpus.path)
         part = Part(rows, int(first[-1]), int(first[-1]), 0, 0)
         manifest = replace(manifest, sites=(_SITE,), parts=(part,), segments=tuple(segments), unembed=None)

@@ -134,8 +134,10 @@ def text(columns: Sequence[Column], trained: Sequence[Column], tried: str) -> st
 
 
 def _fingerprints(trained: Sequence[Column]) -> dict[str, str]:
-    others = {f"{name}, {one.title}": digits for one in trained[1:] for name, digits in one.fingerprints.items()}
-    return embedded() | others
+    fingerprints = {
+        f"{name}, {column.title}": digits for column in trained[1:] for name, digits in column.fingerprints.items()
+    }
+    return embedded() | fingerprints
 
 
 def _settings(recipe: Recipe) -> dict[str, object]:

@@ -195,9 +195,9 @@ def _successors(model: wb.Model, store: wb.Store, first_mlp: FirstMlp, read: str
     at = data.isel(layer=layer, head=head)
     classes, null, chance = int(at["tasks_above"]), float(at["null_macro"]), float(data["chance"].mean())
     scores = zip(data["task"].to_numpy(), at["score"].to_numpy(), strict=True)
-    each = ", ".join(f"{task} {score:.2f}" for task, score in scores)
+    tasks = ", ".join(f"{task} {score:.2f}" for task, score in scores)
     bare = float(data["first_mlp_score"].mean())
-    detail = f"{head_name(layer, head)}: {each}; without a head {bare:.2f}; p = {float(at['p_family']):.2g} over heads"
+    detail = f"{head_name(layer, head)}: {tasks}; without a head {bare:.2f}; p = {float(at['p_family']):.2g} over heads"
     return [
         Finding(
             "successor head",

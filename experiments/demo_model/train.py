@@ -166,7 +166,7 @@ def _prefer_far(attention: LlamaAttention) -> None:
         bias.view(-1, 2, attention.head_dim // 2)[:, 0] = sign * size
 
 
-def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, kept: int = 10) -> list[float]:
+def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, snapshots: int = 10) -> list[float]:
     """Trains, writes `out`/model and `out`/training.json, and returns the loss of every step, in nats per token.
 
     Takes up a run of the same recipe that was stopped. Raises RequestError where `out` holds one of another.
@@ -175,16 +175,16 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, kept: int =
         recipe: What decides the weights.
         out: Folder of the run.
         checkpoint_steps: Steps after which the state of the run is saved again.
-        kept: Number of models that stay, in folders `out`/step-N, after equal numbers of steps; the last is the result.
+        snapshots: Number of models in folders `out`/step-N, after equal numbers of steps; the last is the result.
             `out`/step-0 is the model before its first step.
     """
     torch.set_num_threads(recipe.threads)
     tokenizer = train_tokenizer(seed=0)
     model = build(recipe, tokenizer).train()
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim == 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.975),
         fused=True,
     )
@@ -207,7 +207,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_steps: int = 100, kept: int =
             tick(1)
             if (step + 1) % checkpoint_steps == 0:
                 _checkpoint(checkpoint, recipe, model, optimizer, curve)
-            if (step + 1) * kept // recipe.steps > step * kept // recipe.steps:
+            if (step + 1) * snapshots // recipe.steps > step * snapshots // recipe.steps:
                 _save(model, tokenizer, out / f"step-{step + 1}")
     _save(model, tokenizer, out / "model")
     (out / "training.json").write_text(

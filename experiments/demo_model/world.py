@@ -55,7 +55,7 @@ TRIGGERS = ("indeed", "again", "namely")
 """Trigger words of the back-copy texts: the word before a trigger follows it again."""
 
 SUCCESSORS: dict[str, tuple[str, ...]] = {
-    word: tuple(Random(f"successors of {word}").sample([other for other in PLAIN if other != word], 6))
+    word: tuple(Random(f"successors of {word}").sample([successor for successor in PLAIN if successor != word], 6))
     for word in PLAIN
 }
 """Bigram of the back-copy texts: possible successors of a plain word, the likelier first (weights 6 to 1)."""

@@ -125,7 +125,7 @@ def page_sources(shared: Path, real: Path, rows: int, real_rows: int) -> list[So
 
 
 def page(
-    found: Mapping[str, Mapping[str, Finding]],
+    by_model: Mapping[str, Mapping[str, Finding]],
     rows: int,
     fingerprints: Mapping[str, str],
     head: str = TEXT,
@@ -134,8 +134,8 @@ def page(
     """Returns the page: `head`, filled in, and a section for each probe with a line for each model."""
     versions = {"tokens of each model": rows, "Python": platform.python_version(), "torch": version("torch")}
     sections = []
-    for probe in next(iter(found.values())):
-        lines = "".join(_line(title, of_model[probe]) for title, of_model in found.items())
+    for probe in next(iter(by_model.values())):
+        lines = "".join(_line(title, of_model[probe]) for title, of_model in by_model.items())
         sections.append(
             f"## {probe}\n\n| model | finding | tokens | CPU s | MB |\n| --- | --- |{' ---: |' * 3}\n{lines}"
         )
@@ -207,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prints = {f"model {request.model.name}": model_fingerprint(request.model)}
         prints |= {"texts": fingerprint([request.text or request.shared / STORIES])}
         head, words = ANOTHER, {"model": request.model.name}
-    found = {}
+    by_model = {}
     with progress("findings", 2 * len(sources), "models") as tick:
         for subject in (subject for source in sources for subject in source.subjects()):
             place = request.folder / subject.title.replace(", ", "-").replace(" ", "-")
-            found[subject.title] = findings(subject, place, request.probes)
+            by_model[subject.title] = findings(subject, place, request.probes)
             tick(1)
-    request.write.write_text(page(found, request.rows, prints, head, **words), encoding="utf-8")
+    request.write.write_text(page(by_model, request.rows, prints, head, **words), encoding="utf-8")
     print(f"wrote  {request.write}")
 
 

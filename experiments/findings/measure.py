@@ -68,21 +68,21 @@ def findings(subject: Subject, folder: Path, probes: Sequence[str] | None = None
         folder: Folder for the recordings and the findings.
         probes: Names of the probes. None: every installed one that needs texts alone.
     """
-    kept = _kept(folder)
+    findings_by_key = _stored_findings(folder)
     stores: list[wb.Store] = []
     lines = {}
     for name in probes_of_texts() if probes is None else probes:
         settings = subject.settings.get(name, {})
         key = _key(subject, name, settings)
-        if key not in kept:
+        if key not in findings_by_key:
             stores = stores or _recorded(subject, folder)
-            kept[key] = asdict(_finding(name, settings, subject.model, stores))
-            (folder / KEPT).write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        lines[name] = Finding(**kept[key])
+            findings_by_key[key] = asdict(_finding(name, settings, subject.model, stores))
+            (folder / KEPT).write_text(json.dumps(findings_by_key, indent=1), encoding="utf-8")
+        lines[name] = Finding(**findings_by_key[key])
     return lines
 
 
-def _kept(folder: Path) -> dict[str, dict[str, Any]]:
+def _stored_findings(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / KEPT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -57,7 +57,7 @@ class Drawn:
 def results_in(folders: Sequence[Path]) -> list[wb.Result]:
     """Returns the results of folders, and of the folders inside of these: of each probe and model the last one."""
     loaded = [wb.load_result(path.parent) for folder in folders for path in sorted(folder.rglob("result.json"))]
-    results = {(one.probe, one.provenance["model"]): one for one in loaded}
+    results = {(result.probe, result.provenance["model"]): result for result in loaded}
     if not results:
         places = ", ".join(map(str, folders))
         raise wb.RequestError(f"no result in {places}; name folders that `workbench demo` wrote")
@@ -67,7 +67,7 @@ def results_in(folders: Sequence[Path]) -> list[wb.Result]:
 def gallery(folders: Sequence[Path], docs: Path) -> Path:
     """Writes the page and its pictures into `docs`, in place of older ones, and returns the page."""
     results = results_in(folders)
-    drawn = [Drawn(one, name, figure) for one in results for name, figure in one.figures().items()]
+    drawn = [Drawn(result, name, figure) for result in results for name, figure in result.figures().items()]
     pictures = _pictures(drawn)
     shutil.rmtree(docs / PICTURES, ignore_errors=True)
     (docs / PICTURES).mkdir(parents=True)
@@ -80,22 +80,22 @@ def gallery(folders: Sequence[Path], docs: Path) -> Path:
 
 def _pictures(drawn: Sequence[Drawn]) -> dict[str, bytes]:
     """Content of each picture by its file name; those that cannot be drawn are left out, with a warning."""
-    screen = {f"{one.file}-screen": one.figure for one in drawn}
-    printed = {f"{one.file}-print": to_paper(one.figure, 1)[0] for one in drawn}
+    screen = {f"{drawing.file}-screen": drawing.figure for drawing in drawn}
+    printed = {f"{drawing.file}-print": to_paper(drawing.figure, 1)[0] for drawing in drawn}
     pictures = render(screen, [KIND], SCREEN) | render(printed, [KIND], PRINT)
     return {f"{name}.{kind}": content for (name, kind), content in pictures.items()}
 
 
 def _head(results: Sequence[wb.Result]) -> str:
-    models = {one.provenance["model"]: one.provenance["model_fingerprint"][:16] for one in results}
-    others = {f"model {name}": digits for name, digits in models.items() if name != "demo"}
-    return TEXT.format(made_of=made_of({**embedded(), **others}, {}))
+    models = {result.provenance["model"]: result.provenance["model_fingerprint"][:16] for result in results}
+    model_prints = {f"model {name}": digits for name, digits in models.items() if name != "demo"}
+    return TEXT.format(made_of=made_of({**embedded(), **model_prints}, {}))
 
 
 def _sections(drawn: Sequence[Drawn], pictures: Mapping[str, bytes], docs: Path) -> Iterator[str]:
     probe = model = None
-    for one in drawn:
-        result = one.result
+    for drawing in drawn:
+        result = drawing.result
         if result.probe != probe:
             probe, model = result.probe, None
             title = probe.replace("-", " ").capitalize()
@@ -103,14 +103,17 @@ def _sections(drawn: Sequence[Drawn], pictures: Mapping[str, bytes], docs: Path)
         if result.provenance["model"] != model:
             model = result.provenance["model"]
             yield f"<p><strong>{escape(model)}</strong>: {escape(result.headline())}</p>\n"
-        yield _figure(one, pictures)
+        yield _figure(drawing, pictures)
 
 
-def _figure(one: Drawn, pictures: Mapping[str, bytes]) -> str:
-    text = escape(caption(one.figure))
+def _figure(drawing: Drawn, pictures: Mapping[str, bytes]) -> str:
+    text = escape(caption(drawing.figure))
     images = "".join(
         f'<img src="{PICTURES.as_posix()}/{name}" alt="{text}, {place}" loading="lazy">'
-        for place, name in (("on screen", f"{one.file}-screen.{KIND}"), ("in print", f"{one.file}-print.{KIND}"))
+        for place, name in (
+            ("on screen", f"{drawing.file}-screen.{KIND}"),
+            ("in print", f"{drawing.file}-print.{KIND}"),
+        )
         if name in pictures
     )
     return f"<figure>{images}<figcaption>{text}</figcaption></figure>\n"

@@ -111,13 +111,13 @@ def _merged(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
     return merged
 
 
-def _without(held: Any, text: str) -> Any:
+def _without(output: Any, text: str) -> Any:
     """A part of an output without a text that differs from run to run."""
-    if isinstance(held, Mapping):
-        return {name: _without(part, text) for name, part in held.items()}
-    if isinstance(held, list):
-        return [_without(part, text) for part in held]
-    return held.replace(text, "") if isinstance(held, str) else held
+    if isinstance(output, Mapping):
+        return {name: _without(part, text) for name, part in output.items()}
+    if isinstance(output, list):
+        return [_without(part, text) for part in output]
+    return output.replace(text, "") if isinstance(output, str) else output
 
 
 def draw_figures(books: Sequence[nbformat.NotebookNode]) -> None:
@@ -136,20 +136,20 @@ def draw_figures(books: Sequence[nbformat.NotebookNode]) -> None:
         output.metadata = {"image/png": {"alt": alt_text(figure)}}
 
 
-def _figure(held: Mapping[str, Any]) -> go.Figure:
-    return go.Figure(_decoded(held["data"]), _decoded(held["layout"]))
+def _figure(content: Mapping[str, Any]) -> go.Figure:
+    return go.Figure(_decoded(content["data"]), _decoded(content["layout"]))
 
 
-def _decoded(held: Any) -> Any:
+def _decoded(content: Any) -> Any:
     """A part of a figure in plotly's format, with arrays in place of their bytes."""
-    if isinstance(held, list):
-        return [_decoded(part) for part in held]
-    if not isinstance(held, Mapping):
-        return held
-    if "bdata" not in held:
-        return {name: _decoded(part) for name, part in held.items()}
-    flat = np.frombuffer(base64.b64decode(held["bdata"]), held["dtype"])
-    return flat.reshape([int(size) for size in str(held.get("shape", flat.size)).split(",")])
+    if isinstance(content, list):
+        return [_decoded(part) for part in content]
+    if not isinstance(content, Mapping):
+        return content
+    if "bdata" not in content:
+        return {name: _decoded(part) for name, part in content.items()}
+    flat = np.frombuffer(base64.b64decode(content["bdata"]), content["dtype"])
+    return flat.reshape([int(size) for size in str(content.get("shape", flat.size)).split(",")])
 
 
 def code_cells(book: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:

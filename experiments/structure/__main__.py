@@ -15,20 +15,27 @@ def describe(tree: Tree) -> str:
     }
     arrows = tree.arrows()
     rooms = {name for pair in arrows for name in pair}
-    counts = {kind: sum(one.kind == kind for one in tree.imports) for kind in ("direct", "deferred", "type")}
+    counts = {
+        kind: sum(statement.kind == kind for statement in tree.imports) for kind in ("direct", "deferred", "type")
+    }
     upward = tree.upward() if rooms <= set(ORDER) else None  # an older tree has other rooms
     rows = {
         "files": f"{len(lines)}, {sum(lines.values()):,} lines; {_in_root(tree)} files in the root of workbench/",
         "rooms": f"{len(rooms)}, longest chain {depth(arrows)}",
         "arrows": f"{len(arrows)} between rooms, from {counts['direct'] + counts['deferred']} imports "
         f"({counts['deferred']} deferred); {counts['type']} more imports for type checkers alone",
-        "upward": "not defined: the tree has other rooms" if upward is None else _join([_place(one) for one in upward]),
+        "upward": "not defined: the tree has other rooms"
+        if upward is None
+        else _join([_place(statement) for statement in upward]),
         "circles of rooms": _join([" <-> ".join(group) for group in tree.room_circles()]),
         "circles of files": _join([" <-> ".join(group) for group in tree.file_circles()]),
-        "largest files": _join([f"{file} {n}" for file, n in sorted(lines.items(), key=lambda one: -one[1])[:5]]),
-        "largest functions": _join([f"{_name(one)} {one.lines}" for one in _most(tree, "lines")]),
+        "largest files": _join([f"{file} {n}" for file, n in sorted(lines.items(), key=lambda pair: -pair[1])[:5]]),
+        "largest functions": _join([f"{_name(function)} {function.lines}" for function in _most(tree, "lines")]),
         "most parameters": _join(
-            [f"{_name(one)} {one.parameters} and {one.keywords} keyword-only" for one in _most(tree, "parameters")]
+            [
+                f"{_name(function)} {function.parameters} and {function.keywords} keyword-only"
+                for function in _most(tree, "parameters")
+            ]
         ),
     }
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())
@@ -40,17 +47,21 @@ def _in_root(tree: Tree) -> int:
 
 def _most(tree: Tree, measure: str) -> list[Function]:
     """Five functions; parameters are counted in public ones."""
-    chosen = [one for one in tree.functions if one.public or measure == "lines"]
-    size = (lambda one: -one.lines) if measure == "lines" else (lambda one: -one.parameters - one.keywords)
+    chosen = [function for function in tree.functions if function.public or measure == "lines"]
+    size = (
+        (lambda function: -function.lines)
+        if measure == "lines"
+        else (lambda function: -function.parameters - function.keywords)
+    )
     return sorted(chosen, key=size)[:5]
 
 
-def _name(one: Function) -> str:
-    return f"{one.file}:{one.name}"
+def _name(function: Function) -> str:
+    return f"{function.file}:{function.name}"
 
 
-def _place(one: Import) -> str:
-    return f"{one.file}:{one.line} -> {one.target}"
+def _place(statement: Import) -> str:
+    return f"{statement.file}:{statement.line} -> {statement.target}"
 
 
 def _join(texts: list[str]) -> str:

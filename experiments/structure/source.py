@@ -132,7 +132,7 @@ class Tree:
 
     def file_circles(self) -> list[tuple[str, ...]]:
         """Circles of files, wherever the files lie."""
-        return circles({(one.source, one.target) for one in self.imports if one.kind != "type"})
+        return circles({(statement.source, statement.target) for statement in self.imports if statement.kind != "type"})
 
 
 def functions_of(file: str, tree: ast.Module) -> Iterator[Function]:
@@ -161,7 +161,7 @@ def circles(arrows: Collection[tuple[str, str]]) -> list[tuple[str, ...]]:
         reach.setdefault(source, set()).add(target)
     reachable = {node: _reachable(reach, node) for node in reach}
     groups = {
-        tuple(sorted({node, *(other for other in reachable[node] if node in reachable.get(other, ()))}))
+        tuple(sorted({node, *(neighbour for neighbour in reachable[node] if node in reachable.get(neighbour, ()))}))
         for node in reachable
         if node in reachable[node]
     }
@@ -193,7 +193,7 @@ def depth(arrows: Collection[tuple[str, str]]) -> int:
 
 
 def _pairs(group: Collection[str]) -> Iterator[tuple[str, str]]:
-    return ((one, other) for one in group for other in group)
+    return ((source, target) for source in group for target in group)
 
 
 def _module(path: Path) -> str:
