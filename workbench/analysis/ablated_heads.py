@@ -50,7 +50,7 @@ def ablated_heads(
     effect = head_ablation(model, rows, sets, **settings)
     kinds = {"ablation": "named", "ablation_random": "random", "ablation_excess": "difference"}
     parts = {
-        name: np.array([[effect.of(one, group, kind=kind) for group in rows.groups] for one in sets])
+        name: np.array([[effect.of(set_name, group, kind=kind) for group in rows.groups] for set_name in sets])
         for name, kind in kinds.items()
     }
     arrays = {name: part[..., 0] for name, part in parts.items()}

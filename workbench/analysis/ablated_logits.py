@@ -88,7 +88,7 @@ class AblatedRuns:
         (last,) = self.model.site_map.select((f"resid_post.{self.model.site_map.n_layers - 1}",))
         for first in range(0, len(self.ids), step):
             batch = slice(first, min(first + step, len(self.ids)))
-            kept: list[Tensor] = []
+            streams: list[Tensor] = []
             record = None if part is None else _replace(part, value, self.at[batch])
             with nullcontext() if record is None else intervene(self.model, record):
                 capture(
@@ -96,9 +96,9 @@ class AblatedRuns:
                     (last,),
                     self.ids[batch],
                     self.mask[batch],
-                    lambda _site, tensor, _first, kept=kept: kept.append(tensor.detach().cpu().double()),
+                    lambda _site, tensor, _first, streams=streams: streams.append(tensor.detach().cpu().double()),
                 )
-            stream = kept[0][self.at[batch]]
+            stream = streams[0][self.at[batch]]
             w, bias = self.targets.read(self.unembed, batch)
             u = read_directions(self.unembed, stream, w)
             results.append((stream * u).sum(-1) + norm_bias(self.unembed, w) + bias)

@@ -127,26 +127,26 @@ class _Data:
         train = ~self.test
         weight, bias = fit_logistic(self.x[train], has[train])
         says = self.x @ weight + bias > 0
-        features, sparse_f1 = self._own(has, k)
-        found = np.flatnonzero(self.test & has & says)
+        features, sparse_f1 = self._letter_features(has, k)
+        true_positives = np.flatnonzero(self.test & has & says)
         unit = weight / max(np.linalg.norm(weight), 1e-30)
-        outcome = [self._absorbed(int(token), unit, features) for token in found]
+        outcomes = [self._absorbed(int(token), unit, features) for token in true_positives]
         line = {
             "tokens": int((has & self.test).sum()),
             "probe_f1": _f1(says[self.test], has[self.test]),
             "sparse_f1": sparse_f1,
             "features": tuple(map(int, features)),
             "splits": len(features) - 1,
-            "true_positives": len(found),
+            "true_positives": len(true_positives),
         }
         for index, name in enumerate(("full", "fraction")):
-            values = np.array([float(one[index]) for one in outcome])
-            ends = clustered_interval(values, found, seed=seed) if len(found) else [np.nan] * 3
+            values = np.array([float(outcome[index]) for outcome in outcomes])
+            ends = clustered_interval(values, true_positives, seed=seed) if len(true_positives) else [np.nan] * 3
             line |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
-        absorbers = Counter(one[2] for one in outcome if one[0]).most_common(1)
+        absorbers = Counter(outcome[2] for outcome in outcomes if outcome[0]).most_common(1)
         return line | {"absorber": absorbers[0][0] if absorbers else None}
 
-    def _own(self, has: Bool[np.ndarray, " token"], k: int) -> tuple[Int64[np.ndarray, " own"], float]:
+    def _letter_features(self, has: Bool[np.ndarray, " token"], k: int) -> tuple[Int64[np.ndarray, " feature"], float]:
         """The letter's own features, and the F1 of the probe on them."""
         train, features, best = ~self.test, np.empty(0, np.int64), -np.inf
         gap = self.active[train & has].mean(0) - self.active[train & ~has].mean(0)
@@ -162,7 +162,7 @@ class _Data:
         return features, float(best)
 
     def _absorbed(
-        self, token: int, unit: Float[np.ndarray, " d_model"], features: Int64[np.ndarray, " own"]
+        self, token: int, unit: Float[np.ndarray, " d_model"], features: Int64[np.ndarray, " feature"]
     ) -> tuple[bool, float, int]:
         """Full absorption, absorption fraction, and the feature with the largest projection on the probe."""
         entries = slice(*self.active.indptr[token : token + 2])
@@ -173,15 +173,16 @@ class _Data:
         projection = activation * self.scale[token] * toward
         total = float(self.x[token] @ unit)
         of_letter = np.isin(feature, features)
-        own_part = float(projection[of_letter].sum())
-        others = np.sort(projection[~of_letter & (cosine >= PARTIAL_COSINE) & (projection > 0)])[::-1][:ABSORBERS].sum()
-        if total <= 0 or own_part >= total or others / total < SHARE:
+        letter_part = float(projection[of_letter].sum())
+        absorbers = ~of_letter & (cosine >= PARTIAL_COSINE) & (projection > 0)
+        absorber_part = np.sort(projection[absorbers])[::-1][:ABSORBERS].sum()
+        if total <= 0 or letter_part >= total or absorber_part / total < SHARE:
             fraction = 0.0
-        elif own_part <= 0:
+        elif letter_part <= 0:
             fraction = 1.0
         else:
-            absorbed = min(float(others), total - own_part)
-            fraction = absorbed / (absorbed + own_part)
+            absorbed = min(float(absorber_part), total - letter_part)
+            fraction = absorbed / (absorbed + letter_part)
         if not len(feature):
             return False, fraction, -1
         top = int(projection.argmax())

@@ -53,7 +53,7 @@ def site_gradients(
         RequestError: The model or a site has no gradients.
     """
     check_gradients(runs.model, sites)
-    kept: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    gradients: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     for part in batches(runs.model, runs.pairs, batch_tokens(runs.model) // _GRAPH):
         records = [Set(name, value[part], at="all") for name, value in (values or {}).items()]
         with intervene(runs.model, *records) if records else nullcontext():
@@ -64,9 +64,9 @@ def site_gradients(
                 runs.pairs.mask[part],
                 end_metric(runs, part),
                 receive=lambda _site, _tensor, _first: None,
-                receive_gradient=lambda site, tensor, _first: kept[site.name].append(tensor.cpu().float()),
+                receive_gradient=lambda site, tensor, _first: gradients[site.name].append(tensor.cpu().float()),
             )
-    return {name: torch.cat(parts) for name, parts in kept.items()}
+    return {name: torch.cat(parts) for name, parts in gradients.items()}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def at_place(
     return torch.where(at.reshape(*at.shape, *[1] * (values.ndim - 2)), values, 0).sum(1)
 
 
-def some_pairs(runs: Runs, index: Int[np.ndarray, " chosen"]) -> Runs:
+def some_pairs(runs: Runs, index: Int[np.ndarray, " chosen_pair"]) -> Runs:
     """Returns the runs of some pairs."""
     chosen = torch.from_numpy(index)
     pairs = PairTensors(
@@ -160,7 +160,7 @@ def correlations(
         seed: Random seed.
     """
     known = ~(np.isnan(x) | np.isnan(y) | ((x == 0) & (y == 0)))
-    x, y = (np.where(known, one, 0.0).reshape(*one.shape[:2], -1) for one in (x, y))
+    x, y = (np.where(known, values, 0.0).reshape(*values.shape[:2], -1) for values in (x, y))
     known = known.reshape(*x.shape).astype(float)
     sums = np.stack([part.sum(-1) for part in (known, x, y, x * x, y * y, x * y)])  # (sum, pair, group)
     weights = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)

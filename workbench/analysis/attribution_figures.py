@@ -29,12 +29,12 @@ _TOKENS = 32
 def attribution_bars(result: Result, quantity: str) -> go.Figure:
     """Returns a bar for each of the 24 terms with the largest means, in the order of the forward pass."""
     table = result.table
-    chosen = np.sort(np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:_SHOWN])
-    shown = table.iloc[chosen]
+    top_rows = np.sort(np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:_SHOWN])
+    top_terms = table.iloc[top_rows]
     figure = ThemedFigure()
-    kinds = shown["kind"].map(lambda kind: _KINDS.get(kind, ("embedding, bias, rest", NEUTRAL)))
+    kinds = top_terms["kind"].map(lambda kind: _KINDS.get(kind, ("embedding, bias, rest", NEUTRAL)))
     for name, color in dict.fromkeys(kinds):
-        part = shown[[kind[0] == name for kind in kinds]]
+        part = top_terms[[kind[0] == name for kind in kinds]]
         figure.add_bar(
             y=[sentence(term) for term in part["term"]],
             x=part["contribution"],
@@ -45,25 +45,25 @@ def attribution_bars(result: Result, quantity: str) -> go.Figure:
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",
         )
     figure.add_scatter(
-        y=[sentence(term) for term in shown["term"]],
-        x=shown["control"],
+        y=[sentence(term) for term in top_terms["term"]],
+        x=top_terms["control"],
         mode="markers",
         name="random tokens",
         marker={"color": "#000000", "symbol": "line-ns-open", "size": 9},
         hovertemplate="%{y}, random tokens: %{x:.3f}<extra></extra>",
     )
-    left_out = len(table) - len(shown)
+    left_out = len(table) - len(top_terms)
     more = f"; {left_out} smaller terms not shown" if left_out else ""
     title = sentence(f"Direct logit attribution: {quantity}")
     subtitle = f"mean over tokens, 95 % CI over documents{more}; later parts lie above"
     figure.update_layout(
         title={"text": title, "subtitle": {"text": subtitle}},
         width=800,
-        height=190 + 22 * len(shown),
+        height=190 + 22 * len(top_terms),
         margin={"t": 115},
     )
     figure.update_xaxes(title="contribution (logits)", zeroline=True)
-    names = [sentence(term) for term in shown["term"]]
+    names = [sentence(term) for term in top_terms["term"]]
     return figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, dtick=1)
 
 

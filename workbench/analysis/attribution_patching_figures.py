@@ -26,8 +26,9 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
     x, y = exact[known], estimate[known]
     ends = [float(min(x.min(initial=0.0), y.min(initial=0.0))), float(max(x.max(initial=0.0), y.max(initial=0.0)))]
     hover = [
-        f"layer {layers[one]}, {label(str(places[two]))}, pair {data['exact_pair'].to_numpy()[three]}"
-        for three, one, two in zip(pair, layer, place, strict=True)
+        f"layer {layers[layer_index]}, {label(str(places[place_index]))}, "
+        f"pair {data['exact_pair'].to_numpy()[pair_index]}"
+        for pair_index, layer_index, place_index in zip(pair, layer, place, strict=True)
     ]
     figure = ThemedFigure(
         [
@@ -92,14 +93,14 @@ def correlation_lines(data: Any, site: str) -> go.Figure:
 def ablation_bars(result: Result, quantity: str) -> go.Figure:
     """Returns what the quantity loses without a term and what the term adds, for the 24 terms with the largest loss."""
     table = result.table.loc[result.table["ablated"].notna()]
-    chosen = np.sort(np.argsort(-np.abs(table["ablated"].to_numpy()), kind="stable")[:_SHOWN])
-    shown = table.iloc[chosen]
-    names = [sentence(term) for term in shown["term"]]
+    top_rows = np.sort(np.argsort(-np.abs(table["ablated"].to_numpy()), kind="stable")[:_SHOWN])
+    top_terms = table.iloc[top_rows]
+    names = [sentence(term) for term in top_terms["term"]]
     figure = ThemedFigure()
     figure.add_bar(
         y=names,
-        x=shown["ablated"],
-        error_x=error_bars(*(shown[name].to_numpy() for name in ("ablated", "ablated_low", "ablated_high"))),
+        x=top_terms["ablated"],
+        error_x=error_bars(*(top_terms[name].to_numpy() for name in ("ablated", "ablated_low", "ablated_high"))),
         orientation="h",
         name="loss when ablated",
         marker={"color": CATEGORIES[0]},
@@ -107,7 +108,7 @@ def ablation_bars(result: Result, quantity: str) -> go.Figure:
     )
     figure.add_scatter(
         y=names,
-        x=shown["direct"],
+        x=top_terms["direct"],
         mode="markers",
         name="direct contribution",
         marker={"color": CATEGORIES[1], "symbol": "diamond", "size": 9},
@@ -121,7 +122,7 @@ def ablation_bars(result: Result, quantity: str) -> go.Figure:
             "subtitle": {"text": f"each term set to {ends} at the token alone; mean over {tokens} tokens, 95 % CI"},
         },
         width=800,
-        height=190 + 22 * len(shown),
+        height=190 + 22 * len(top_terms),
         margin={"t": 115},
     )
     figure.update_xaxes(title="logits", zeroline=True)

@@ -51,6 +51,6 @@ def axis_effects(
             step = torch.tensor(direction, dtype=torch.float32)
             with intervene(model, Add("embed", step, scale=sign * strength, unit="norm", at=len(before))):
                 logits = run(model.module, ids, torch.ones_like(ids)).logits[:, -1].double().cpu().numpy()
-            effects.append([(logits[:, one[:, 0]] - logits[:, one[:, 1]]).mean() for one in pairs])
+            effects.append([(logits[:, poles[:, 0]] - logits[:, poles[:, 1]]).mean() for poles in pairs])
         odds.append((np.array(effects[0]) - np.array(effects[1])) / 2)
     return np.stack(odds)

@@ -125,8 +125,8 @@ class Comparisons:
 
         figure = self.each[0].figure()
         figure.data = ()
-        for name, one in zip(self._names, self.each, strict=True):
-            traces: Any = one.figure().data  # plotly makes their attributes at run time
+        for name, comparison in zip(self._names, self.each, strict=True):
+            traces: Any = comparison.figure().data  # plotly makes their attributes at run time
             for trace in traces:
                 figure.add_trace(trace.update(name=f"{label(name, 30)}, {trace.name}"))
         subtitle = f"each with {label(Path(self.each[0].a).name, 40)}"
@@ -141,13 +141,13 @@ class Comparisons:
     @property
     def _names(self) -> list[str]:
         """Names of the other stores: of their folders, or whole paths where two folders have one name."""
-        names = [Path(one.b).name for one in self.each]
-        return names if len(set(names)) == len(names) else [one.b for one in self.each]
+        names = [Path(comparison.b).name for comparison in self.each]
+        return names if len(set(names)) == len(names) else [comparison.b for comparison in self.each]
 
     def _stacked(self, table: str) -> pd.DataFrame:
-        tables = [getattr(one, table).copy() for one in self.each]
-        for name, one in zip(self._names, tables, strict=True):
-            one.insert(0, "store", name)
+        tables = [getattr(comparison, table).copy() for comparison in self.each]
+        for name, frame in zip(self._names, tables, strict=True):
+            frame.insert(0, "store", name)
         return pd.concat(tables, ignore_index=True)
 
 
@@ -203,17 +203,17 @@ def compare(
         RequestError: The stores have different tokens, sites or widths, a site has NaN or infinite values, or a probe
             is not installed.
     """
-    sites, probes = ((one,) if isinstance(one, str) else one for one in (sites, probes))
+    sites, probes = ((value,) if isinstance(value, str) else value for value in (sites, probes))
     for name in probes or ():
         find_probe(name)
     first, *rest = (opened(store, "stores") for store in (a, b, *others))
-    for other in rest:  # before the first pass
-        _check_tokens(first, other)
-        _select_sites(first, other, sites)
+    for store in rest:  # before the first pass
+        _check_tokens(first, store)
+        _select_sites(first, store, sites)
     results: dict[str, Result | WorkbenchError] = {}
     names = tuple(installed_probes()) if probes is None else tuple(probes)
-    each = tuple(_compare_pair(first, other, sites, names, allow_nonfinite, results) for other in rest)
-    return Comparisons(each) if others else each[0]
+    comparisons = tuple(_compare_pair(first, store, sites, names, allow_nonfinite, results) for store in rest)
+    return Comparisons(comparisons) if others else comparisons[0]
 
 
 def _compare_pair(
@@ -225,21 +225,21 @@ def _compare_pair(
     results: dict[str, Result | WorkbenchError],
 ) -> Comparison:
     """The comparison of two stores; `results` of probes on the first one are kept for the next pair."""
-    chosen = _select_sites(a, b, sites)
-    labels = [site.label for site, _ in chosen]
+    site_pairs = _select_sites(a, b, sites)
+    labels = [site.label for site, _ in site_pairs]
     lost = [lost_values(store, labels) for store in (a, b)]
     for values in lost:
         if not allow_nonfinite:
             refuse_nonfinite(values, a.rows)
     lines = []
-    with progress("comparing", len(chosen) * a.rows, "rows") as tick:
+    with progress("comparing", len(site_pairs) * a.rows, "rows") as tick:
         groups = _document_groups(a)
-        for one, other in chosen:
-            clipped = sum(values[one.label].clipped for values in lost if one.label in values)
-            lines.append(_compare_site(a, b, one, other, groups, tick) | {"clipped": clipped})
+        for a_site, b_site in site_pairs:
+            clipped = sum(values[a_site.label].clipped for values in lost if a_site.label in values)
+            lines.append(_compare_site(a, b, a_site, b_site, groups, tick) | {"clipped": clipped})
     measures, not_run = _run_probes(a, b, probes, results)
-    other = run_difference(a.manifest, b.manifest)
-    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run, other)
+    difference = run_difference(a.manifest, b.manifest)
+    return Comparison(str(a.path), str(b.path), pd.DataFrame(lines), measures, not_run, difference)
 
 
 # ---- checks of the two stores ------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ def _compare_pair(
 
 def _names(a: Store, b: Store) -> str:
     """Names of both stores for an error."""
-    same = a.path.name == b.path.name
-    return f"{a.path} and {b.path}" if same else f"{a.path.name} and {b.path.name}"
+    same_name = a.path.name == b.path.name
+    return f"{a.path} and {b.path}" if same_name else f"{a.path.name} and {b.path.name}"
 
 
 def _check_tokens(a: Store, b: Store) -> None:
@@ -261,47 +261,47 @@ def _check_tokens(a: Store, b: Store) -> None:
         ids = np.arange(start, stop)
         tables = [Rows(store, ids).tokens for store in (a, b)]
         for name in _SAME:
-            one, other = (table[name].to_numpy() for table in tables)
-            if len(differ := np.flatnonzero(one != other)):
+            a_values, b_values = (table[name].to_numpy() for table in tables)
+            if len(differ := np.flatnonzero(a_values != b_values)):
                 at = int(differ[0])
                 raise RequestError(
-                    f"{_names(a, b)} hold different tokens: row {start + at:,} has {name} {one[at]} and {other[at]}; "
-                    "record both from the same texts with the same tokenizer, context and BOS"
+                    f"{_names(a, b)} hold different tokens: row {start + at:,} has {name} {a_values[at]} and "
+                    f"{b_values[at]}; record both from the same texts with the same tokenizer, context and BOS"
                 )
 
 
 def _select_sites(a: Store, b: Store, requested: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
     known = [{site.name: site for site in store.sites} for store in (a, b)]
     if requested is None:
-        for one, other, store, without in ((*known, a, b), (*known[::-1], b, a)):
-            if lacking := [site.label for name, site in one.items() if name not in other]:
+        for sites, second_sites, store, second_store in ((*known, a, b), (*known[::-1], b, a)):
+            if lacking := [site.label for name, site in sites.items() if name not in second_sites]:
                 raise RequestError(
                     f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(lacking)}, which "
-                    f"{without.path.name} lacks; name the sites to compare in sites="
+                    f"{second_store.path.name} lacks; name the sites to compare in sites="
                 )
         names = list(known[0])
     else:
         names = [name for pattern in requested for name in _matching(a, b, known, pattern)]
     pairs = [(known[0][name], known[1][name]) for name in dict.fromkeys(names)]
-    for one, other in pairs:
-        if (one.axes, one.shape) != (other.axes, other.shape):
+    for a_site, b_site in pairs:
+        if (a_site.axes, a_site.shape) != (b_site.axes, b_site.shape):
             raise RequestError(
-                f"{_names(a, b)} hold {one.label} of different widths: {_shape(one)} and {_shape(other)}; "
+                f"{_names(a, b)} hold {a_site.label} of different widths: {_shape(a_site)} and {_shape(b_site)}; "
                 "their rows cannot be compared"
             )
     return pairs
 
 
 def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: str) -> list[str]:
-    matches = [[site.name for site in one.values() if _matches(site, pattern)] for one in known]
-    for store, other, names, others in ((a, b, *matches), (b, a, *matches[::-1])):
+    matches = [[site.name for site in store_sites.values() if _matches(site, pattern)] for store_sites in known]
+    for store, second_store, names, second_names in ((a, b, *matches), (b, a, *matches[::-1])):
         if not names:
             labels = [site.label for site in store.sites]
             close, recorded = nearest(pattern, labels), short_list(labels)
             raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}; recorded are {recorded}")
-        if lacking := [short_name(name) or name for name in others if name not in names]:
+        if lacking := [short_name(name) or name for name in second_names if name not in names]:
             raise RequestError(
-                f"site {pattern!r}: {other.path.name} has {short_list(lacking)}, which {store.path.name} lacks; "
+                f"site {pattern!r}: {second_store.path.name} has {short_list(lacking)}, which {store.path.name} lacks; "
                 "name the sites that both have"
             )
     return matches[0]
@@ -330,16 +330,16 @@ def _document_groups(store: Store) -> Int[np.ndarray, " row"]:
 def _compare_site(
     a: Store,
     b: Store,
-    one: SiteRecord,
-    other: SiteRecord,
+    a_site: SiteRecord,
+    b_site: SiteRecord,
     groups: Int[np.ndarray, " row"],
     tick: Callable[[int], object],
 ) -> dict[str, Any]:
     """The row of one site."""
     totals, counts = (np.zeros((_GROUPS, 2)) for _ in range(2))
     largest, skipped = 0.0, 0
-    for block, x in a[one.label].blocks(max(1, _BLOCK_BYTES // (8 * max(1, int(np.prod(one.shape)))))):
-        values = row_distances(x, b[other.label][block])
+    for block, x in a[a_site.label].blocks(max(1, _BLOCK_BYTES // (8 * max(1, int(np.prod(a_site.shape)))))):
+        values = row_distances(x, b[b_site.label][block])
         finite = np.isfinite(values).all(1)
         group = groups[block][finite]
         np.add.at(totals, group, values[finite])
@@ -350,10 +350,10 @@ def _compare_site(
     used = counts[:, 0] > 0
     (cosine, error), resamples = resampled_means(totals[used], counts[used])
     low, high = intervals(resamples) if used.sum() > 1 else np.full((2, 2), np.nan)
-    kind, _, layer = (one.short or one.name).rpartition(".")
+    kind, _, layer = (a_site.short or a_site.name).rpartition(".")
     return {
-        "site": one.label,
-        "kind": kind if layer.isdecimal() else one.label,
+        "site": a_site.label,
+        "kind": kind if layer.isdecimal() else a_site.label,
         "layer": int(layer) if layer.isdecimal() else -1,
         "cosine": cosine,
         "cosine_low": low[0],
@@ -388,13 +388,13 @@ def _run_probes(
     for name in names:
         if name not in results:
             results[name] = _run_probe(name, a)
-        one = results[name]
-        other = one if isinstance(one, WorkbenchError) else _run_probe(name, b)
-        if isinstance(one, WorkbenchError) or isinstance(other, WorkbenchError):
-            not_run[name] = f"{(a if other is one else b).path.name}: {other}"
+        a_result = results[name]
+        b_result = a_result if isinstance(a_result, WorkbenchError) else _run_probe(name, b)
+        if isinstance(a_result, WorkbenchError) or isinstance(b_result, WorkbenchError):
+            not_run[name] = f"{(a if b_result is a_result else b).path.name}: {b_result}"
             continue
         document = a.tokens["document"].to_numpy() if document is None else document
-        lines += [{"probe": name, **line} for line in side_by_side(one, other, document)]
+        lines += [{"probe": name, **line} for line in side_by_side(a_result, b_result, document)]
     return pd.DataFrame(lines), not_run
 
 
@@ -451,14 +451,14 @@ def _with_intervals(a: Result, b: Result, name: str) -> list[dict[str, Any]]:
 def _over_rows(a: Result, b: Result, name: str, document: Int[np.ndarray, " row"]) -> list[dict[str, Any]]:
     import xarray as xr
 
-    one, other = xr.align(a.data[name], b.data[name], join="inner")
-    if "row" not in one.coords or not one.sizes["row"]:
+    a_array, b_array = xr.align(a.data[name], b.data[name], join="inner")
+    if "row" not in a_array.coords or not a_array.sizes["row"]:
         return []
-    one, other = (part.transpose(..., "row") for part in (one, other))
-    clusters = document[one["row"].to_numpy()]
+    a_array, b_array = (part.transpose(..., "row") for part in (a_array, b_array))
+    clusters = document[a_array["row"].to_numpy()]
     lines = []
-    for place in np.ndindex(one.shape[:-1]):
-        values = np.stack([one.to_numpy()[place], other.to_numpy()[place]], 1).astype(np.float64)
+    for place in np.ndindex(a_array.shape[:-1]):
+        values = np.stack([a_array.to_numpy()[place], b_array.to_numpy()[place]], 1).astype(np.float64)
         values[np.isnan(values).any(1)] = np.nan  # the same rows in both
         if np.isnan(values).all():
             continue
@@ -468,7 +468,7 @@ def _over_rows(a: Result, b: Result, name: str, document: Int[np.ndarray, " row"
         lines.append(
             {
                 "measure": f"mean {name}",
-                "at": _coordinates(one.isel(row=0), place),
+                "at": _coordinates(a_array.isel(row=0), place),
                 **{"a": mean[0], "a_low": low[0], "a_high": high[0]},
                 **{"b": mean[1], "b_low": low[1], "b_high": high[1]},
                 **{"difference": mean[1] - mean[0], "difference_low": low[2], "difference_high": high[2]},

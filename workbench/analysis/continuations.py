@@ -39,11 +39,13 @@ def continue_steered(
     model: Model, ids: Int64[Tensor, "prompt position"], records: Sequence[Add], new_tokens: int
 ) -> Continuations:
     """Continues prompts greedily under steering; no records: the plain model. The end token is not generated."""
-    parts = [_some(model, part, records, new_tokens) for part in ids.split(_PROMPTS)]
+    parts = [_continue_prompts(model, part, records, new_tokens) for part in ids.split(_PROMPTS)]
     return Continuations(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _some(model: Model, ids: Tensor, records: Sequence[Add], new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _continue_prompts(
+    model: Model, ids: Tensor, records: Sequence[Add], new_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
     mask, ends = torch.ones_like(ids), end_tokens(model)
     prompt_records = [record for record in records if record.at != "new"]
     with _steered(model, prompt_records):

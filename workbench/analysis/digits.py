@@ -73,8 +73,8 @@ def strict_argmax(logits: Float[Tensor, "head member output"]) -> Int[np.ndarray
 
 
 def ridge_digits(
-    x: Float[np.ndarray, "token d_model"], digit: Int[np.ndarray, " token"], query: Float[np.ndarray, "other d_model"]
-) -> Int[np.ndarray, " other"]:
+    x: Float[np.ndarray, "token d_model"], digit: Int[np.ndarray, " token"], query: Float[np.ndarray, "query d_model"]
+) -> Int[np.ndarray, " query"]:
     """Returns the digit that a ridge regression from `x` to one-hot digits gives to each row of `query`.
 
     The penalty is a tenth of the mean squared length of a centred token. Closed form.

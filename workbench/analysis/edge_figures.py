@@ -50,13 +50,13 @@ def faithfulness_curve(data: Any) -> go.Figure:
 
 def strongest_edges(table: Any, units: str) -> go.Figure:
     """Returns a bar for each of the 24 edges with the largest absolute scores."""
-    shown = table.head(_SHOWN).iloc[::-1]
-    names = [sentence(f"{line.sender} {_ARROW} {line.receiver}") for line in shown.itertuples()]
+    top_edges = table.head(_SHOWN).iloc[::-1]
+    names = [sentence(f"{line.sender} {_ARROW} {line.receiver}") for line in top_edges.itertuples()]
     figure = ThemedFigure(
         go.Bar(
             y=names,
-            x=shown["score"],
-            error_x=error_bars(*(shown[name].to_numpy() for name in ("score", "low", "high"))),
+            x=top_edges["score"],
+            error_x=error_bars(*(top_edges[name].to_numpy() for name in ("score", "low", "high"))),
             orientation="h",
             marker={"color": CATEGORIES[0]},
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",
@@ -68,7 +68,7 @@ def strongest_edges(table: Any, units: str) -> go.Figure:
             "subtitle": {"text": "estimated effect of each edge, 95 % CI over pairs"},
         },
         width=760,
-        height=180 + 22 * len(shown),
+        height=180 + 22 * len(top_edges),
     )
     figure.update_xaxes(title=sentence(f"score ({units})"), zeroline=True)
     return figure.update_yaxes(type="category", dtick=1, showgrid=False)

@@ -80,22 +80,22 @@ class EdgeGraph:
     @cached_property
     def senders(self) -> tuple[Sender, ...]:
         """Senders in the order of the pass."""
-        found = [Sender(EMBEDDING, -1)]
+        senders = [Sender(EMBEDDING, -1)]
         for layer, output in self.outputs.items():
-            found += [Sender(f"L{layer}H{head}", layer, head) for head in range(output.heads)]
-            found.append(Sender(f"MLP{layer}", layer))
-        return tuple(found)
+            senders += [Sender(f"L{layer}H{head}", layer, head) for head in range(output.heads)]
+            senders.append(Sender(f"MLP{layer}", layer))
+        return tuple(senders)
 
     @cached_property
     def receivers(self) -> tuple[EdgeReceiver, ...]:
         """Receivers in the order of the pass; keys and values are those of key/value heads."""
-        found = []
+        receivers = []
         for layer, sites in enumerate(self.queries):
             for kind, site in sites.items():
                 heads = range(site.shape[0] or 0)
-                found += [EdgeReceiver(f"L{layer}H{head}.{kind}", layer, kind, head) for head in heads]
-            found.append(EdgeReceiver(f"MLP{layer}", layer, "mlp"))
-        return (*found, EdgeReceiver(LOGITS, len(self.queries), "logits"))
+                receivers += [EdgeReceiver(f"L{layer}H{head}.{kind}", layer, kind, head) for head in heads]
+            receivers.append(EdgeReceiver(f"MLP{layer}", layer, "mlp"))
+        return (*receivers, EdgeReceiver(LOGITS, len(self.queries), "logits"))
 
     @cached_property
     def allowed(self) -> Bool[np.ndarray, "sender receiver"]:
@@ -105,8 +105,8 @@ class EdgeGraph:
     def _reaches(self, sender: Sender, receiver: EdgeReceiver) -> bool:
         if sender.layer < receiver.layer:
             return True
-        same = sender.layer == receiver.layer and sender.head is not None and receiver.kind == "mlp"
-        return same and not self.parallel[sender.layer]
+        same_block = sender.layer == receiver.layer and sender.head is not None and receiver.kind == "mlp"
+        return same_block and not self.parallel[sender.layer]
 
     def site(self, name: str) -> Site:
         """Returns the one site of a name."""

@@ -67,12 +67,12 @@ class EdgeRuns:
     def _differences(self, part: slice) -> Float[Tensor, "sender batch position d_model"]:
         """What each sender adds in the clean run beyond what it adds in the corrupt one."""
         graph = self.graph
-        found = [self._difference("resid_pre.0", part)[None]]
+        differences = [self._difference("resid_pre.0", part)[None]]
         with torch.no_grad():
             for layer in graph.outputs:
-                found.append(graph.writes(layer, self._difference(f"z.{layer}", part)))
-                found.append(self._difference(f"mlp_out.{layer}", part)[None])
-        return torch.cat(found)
+                differences.append(graph.writes(layer, self._difference(f"z.{layer}", part)))
+                differences.append(self._difference(f"mlp_out.{layer}", part)[None])
+        return torch.cat(differences)
 
     def _check_sum(self, added: Tensor, last: Tensor) -> None:
         """Refuses a model whose last stream is not the sum of what its parts add."""
@@ -96,8 +96,8 @@ class EdgeRuns:
             sites = graph.queries[layer]
             out, middle = graph.site(f"mlp_out.{layer}"), graph.mlp_input(layer)
             stream = self._corrupt(graph.site(f"resid_pre.{layer}"), part).to(call.device).requires_grad_()
-            wanted = (*sites.values(), out, *(() if graph.parallel[layer] else (middle,)))
-            read = call.read(stream, wanted)
+            read_sites = (*sites.values(), out, *(() if graph.parallel[layer] else (middle,)))
+            read = call.read(stream, read_sites)
             for site in sites.values():
                 tensor, gradient = read[site.name], gradients[site.name][part]
                 for head in range(gradient.shape[2]):
@@ -124,13 +124,15 @@ class EdgeRuns:
                 parts.append(measure(self.runs.metric, logits, self.runs.answers[part], self.runs.clean_logits[part]))
         return torch.cat(parts)
 
-    def _last_stream(self, part: slice, kept: Bool[np.ndarray, "sender receiver"]) -> Float[Tensor, "batch position d"]:
-        graph, column = self.graph, {one.name: index for index, one in enumerate(self.graph.receivers)}
+    def _last_stream(
+        self, part: slice, edges: Bool[np.ndarray, "sender receiver"]
+    ) -> Float[Tensor, "batch position d"]:
+        graph, column = self.graph, {receiver.name: index for index, receiver in enumerate(self.graph.receivers)}
         added: list[Tensor | None] = [self._difference("resid_pre.0", part)]  # by sender; None: as in the corrupt run
 
         def entering(site: Site, receiver: str) -> Tensor | None:
             """The input of a receiver; None if it is that of the corrupt run."""
-            terms = [term for term, keep in zip(added, kept[:, column[receiver]], strict=False) if keep]
+            terms = [term for term, keep in zip(added, edges[:, column[receiver]], strict=False) if keep]
             known = [term for term in terms if term is not None]
             return self._corrupt(site, part) + sum(known) if known else None
 
@@ -166,15 +168,17 @@ class EdgeRuns:
         sites = graph.queries[layer]
         values = {kind: self._corrupt(site, part).clone() for kind, site in sites.items()}
         groups: list[tuple[Tensor, list[EdgeReceiver]]] = []
-        for receiver in (one for one in graph.receivers if one.layer == layer and one.kind in sites):
+        for receiver in (
+            receiver for receiver in graph.receivers if receiver.layer == layer and receiver.kind in sites
+        ):
             stream = entering(before, receiver.name)
             if stream is None:
                 continue
-            same = next((members for other, members in groups if torch.equal(other, stream)), None)
-            if same is None:
+            group = next((members for group_stream, members in groups if torch.equal(group_stream, stream)), None)
+            if group is None:
                 groups.append((stream, [receiver]))
             else:
-                same.append(receiver)
+                group.append(receiver)
         for stream, members in groups:
             kinds = {member.kind: sites[member.kind] for member in members}
             read = call.read(stream.to(call.device), tuple(kinds.values()))
@@ -250,12 +254,12 @@ class _BlockCall:
         changes: Mapping[Site, Tensor] | None = None,
     ) -> dict[str, _Read]:
         """Runs the block on another stream, with sites set to values, and returns the tensors of others."""
-        found: dict[str, _Read] = {}
+        reads: dict[str, _Read] = {}
 
         def keep(site: Site, tensor: Tensor | None, heads_first: bool) -> None:
             if tensor is not None:
-                found.setdefault(site.name, _Read(site, tensor, heads_first, tuple(stream.shape[:2])))
-            if len(found) == len(sites):
+                reads.setdefault(site.name, _Read(site, tensor, heads_first, tuple(stream.shape[:2])))
+            if len(reads) == len(sites):
                 raise _Enough
 
         with ExitStack() as stack:
@@ -266,7 +270,7 @@ class _BlockCall:
             stack.enter_context(read_tensors(self.module, sites, keep))
             with suppress(_Enough):
                 self.block(*self.args, **self.kwargs)
-        return found
+        return reads
 
 
 @contextmanager

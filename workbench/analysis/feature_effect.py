@@ -141,7 +141,7 @@ def feature_effect(
     counts, chosen = _chosen(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted
-    work = _Work(sae, model, [Feature(sae, one, op, value, site, force=True) for one in chosen])
+    work = _Work(sae, model, [Feature(sae, index, op, value, site, force=True) for index in chosen])
     documents, replaced = _rows(features, rows)
     sums = work.measure_all(features.store, documents, replaced, show_progress)
     density = counts / max(1, int(text_rows(features.store).sum()))
@@ -181,12 +181,14 @@ def density_controls(counts: Int64[np.ndarray, " feature"], feature: int, contro
     Raises:
         RequestError: There are fewer other features that are active at all than controls.
     """
-    others = np.flatnonzero(counts > 0) if counts[feature] else np.arange(len(counts))
-    others = others[others != feature]
-    if len(others) < controls:
-        raise RequestError(f"controls is {controls}, and {len(others)} other features are active on text; give fewer")
-    distance = np.abs(counts[others] - counts[feature]) / np.maximum(1, counts[others] + counts[feature])
-    nearest = others[np.argsort(distance, kind="stable")[: max(_POOL, controls)]]
+    candidates = np.flatnonzero(counts > 0) if counts[feature] else np.arange(len(counts))
+    candidates = candidates[candidates != feature]
+    if len(candidates) < controls:
+        raise RequestError(
+            f"controls is {controls}, and {len(candidates)} other features are active on text; give fewer"
+        )
+    distance = np.abs(counts[candidates] - counts[feature]) / np.maximum(1, counts[candidates] + counts[feature])
+    nearest = candidates[np.argsort(distance, kind="stable")[: max(_POOL, controls)]]
     return tuple(map(int, np.sort(np.random.default_rng(seed).choice(nearest, controls, replace=False))))
 
 
@@ -253,13 +255,13 @@ class _Work:
 
     def _pass(self, batch: Batch, applied: Intervened | None) -> tuple[Tensor, Tensor | None]:
         """Logits of a pass and, where nothing is changed, the rows of the site."""
-        kept: list[Tensor | None] = []
+        site_rows: list[Tensor | None] = []
         tap = self.where.site.tap
         part = self.model.module.get_submodule(tap.path)
         side = "in" if tap.part == "in" else "out"
-        with hook_tensor(part, side, kept.append) if applied is None else nullcontext():
+        with hook_tensor(part, side, site_rows.append) if applied is None else nullcontext():
             logits = run(self.model.module, batch.ids, batch.mask).logits
-        return logits, kept[0] if kept else None
+        return logits, site_rows[0] if site_rows else None
 
     def _changes(
         self, values: Tensor | None, replaced: Bool[Tensor, "batch position"]
@@ -317,7 +319,7 @@ class _Sums:
         flat = (part.reshape(shape[0], -1) for part in (self.totals, self.counts))
         mean, resampled = resampled_means(*flat, resamples=resamples, seed=seed)
         mean, resampled = mean.reshape(shape[1:]), resampled.reshape(-1, *shape[1:])
-        lines = [("feature" if index == 0 else "control", one) for index, one in enumerate(features)]
+        lines = [("feature" if index == 0 else "control", feature) for index, feature in enumerate(features)]
         if len(features) > 1:
             lines.append(("difference", features[0]))
             mean = np.concatenate([mean, mean[:1] - mean[1:].mean(0)])

@@ -184,7 +184,7 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
     Raises:
         RequestError: The model has no such block: parts in parallel, experts, or no separate heads.
     """
-    attention, neurons, found = head_outputs(model), mlp_outputs(model), {}
+    attention, neurons, blocks = head_outputs(model), mlp_outputs(model), {}
     phi = activation_of(model)
     for layer in sorted(attention.keys() & neurons.keys()):
         middle, norm, gate = (_site(model, layer, name) for name in ("hook_resid_mid", "ln2.hook_out", "mlp.hook_pre"))
@@ -195,7 +195,7 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
         if attend.factor is None or out.factor is None:
             continue
         d_model, d_mlp = fixed_shape(middle)[0], fixed_shape(gate)[0]
-        found[layer] = BlockParts(
+        blocks[layer] = BlockParts(
             affine(attend.project, attend.heads * attend.d_head).times(attend.factor),
             _norm(attend.norm, d_model),
             _norm(norm and model.module.get_submodule(norm.tap.path), d_model) or _no_norm(d_model),
@@ -205,12 +205,12 @@ def block_parts(model: Model) -> Mapping[int, BlockParts]:
             _norm(out.norm, d_model),
             phi,
         )
-    if not found:
+    if not blocks:
         raise RequestError(
             f"model {model.name!r} ({model.architecture}) has no block with one feed-forward part after attention; "
             "this needs the sites resid_mid and mlp_pre"
         )
-    return found
+    return blocks
 
 
 def activation_of(model: Model) -> Activation:
@@ -240,8 +240,8 @@ def _norm(module: nn.Module | None, d_model: int) -> FrozenNorm | None:
 
 def _no_norm(d_model: int) -> FrozenNorm:
     """Stands before a feed-forward part that reads the stream as it is, with its norm behind it (OLMo 2)."""
-    ones = torch.ones(d_model, dtype=torch.float64)
-    return FrozenNorm("none", 0.0, ones, torch.zeros_like(ones))
+    gain = torch.ones(d_model, dtype=torch.float64)
+    return FrozenNorm("none", 0.0, gain, torch.zeros_like(gain))
 
 
 def _frozen(module: nn.Module, d_model: int) -> FrozenNorm:

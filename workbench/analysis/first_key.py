@@ -37,9 +37,9 @@ def scaled_entropy(
         factor: γ.
     """
     rest = 1 - weight
-    others = np.where(rest > 1e-9, (entropy - _binary(weight)) / np.maximum(rest, 1e-9), 0)
+    other_entropy = np.where(rest > 1e-9, (entropy - _binary(weight)) / np.maximum(rest, 1e-9), 0)
     after = scaled_first(weight, factor)
-    return _binary(after) + (1 - after) * np.maximum(others, 0)
+    return _binary(after) + (1 - after) * np.maximum(other_entropy, 0)
 
 
 def _binary(share: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -57,20 +57,20 @@ def first_key_rows(
         RequestError: Neither `pattern` nor `attn_first` was recorded.
     """
     labels = {site.short or "" for site in store.sites}
-    found = {}
+    by_layer = {}
     for layer in range(store.manifest.model.n_layers):
         if f"pattern.{layer}" in labels:
             pattern = store["pattern", layer]
             parts = [pattern[part].double() for part in np.array_split(rows, max(1, len(rows) // 256))]
             entropy = [row_entropy(part.permute(1, 0, 2)[None])[0] for part in parts]
-            found[layer] = torch.cat([part[..., 0] for part in parts]).numpy(), torch.cat(entropy).numpy()
+            by_layer[layer] = torch.cat([part[..., 0] for part in parts]).numpy(), torch.cat(entropy).numpy()
         elif f"attn_first.{layer}" in labels:
             known = f"attn_entropy.{layer}" in labels
             entropies = store["attn_entropy", layer][rows].double().numpy() if known else None
-            found[layer] = store["attn_first", layer][rows].double().numpy(), entropies
-    if not found:
+            by_layer[layer] = store["attn_first", layer][rows].double().numpy(), entropies
+    if not by_layer:
         raise RequestError("neither pattern nor attn_first was recorded; record attn_first and attn_entropy")
-    return found
+    return by_layer
 
 
 @plain_torch()

@@ -156,5 +156,5 @@ def bigrams(
     known, first = np.unique(pairs[0][order], return_index=True)
     most = pairs[1][order][first]
     place = np.minimum(np.searchsorted(known, query), len(known) - 1)
-    mode, seen = int(overall.argmax()), known[place] == query
-    return Bigram(np.where(seen, most[place], mode), seen, mode)
+    mode, in_training = int(overall.argmax()), known[place] == query
+    return Bigram(np.where(in_training, most[place], mode), in_training, mode)

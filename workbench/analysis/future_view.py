@@ -52,7 +52,7 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         for name in ("top", "said", "text")
     }
     hover = [[_hover(data, part, texts, n, column) for column in range(part.sizes["row"])] for n in horizons]
-    shown = count_shown(part.sizes["row"], len(detail_rows))
+    note = count_shown(part.sizes["row"], len(detail_rows))
     return token_grid(
         np.where(part["top_id"] < 0, np.nan, part["top_probability"]),
         cells=texts["top"],
@@ -61,7 +61,7 @@ def future_view(result: Result, sequence: int | None = None, first: int = 0, tok
         positions=part["position"].to_numpy().tolist(),
         layers=horizons,
         title=f"{future_title(result)}: predictions in sequence {sequence}",
-        subtitle="; ".join(filter(None, ["cell: token predicted at this horizon from the input token's state", shown])),
+        subtitle="; ".join(filter(None, ["cell: token predicted at this horizon from the input token's state", note])),
         unit=axis_title(data["top_probability"].attrs),
         rows=("predicted token", [tokens_ahead(horizon) for horizon in horizons]),
     )

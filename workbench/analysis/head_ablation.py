@@ -94,15 +94,17 @@ def head_ablation(
     """
     check("ablation", ablation, one_of=get_args(Ablation))
     check("controls", controls, at_least=0, at_most=MOST, whole=True)
-    for name, one in heads.items():
-        _check_heads(model, name, one)
+    for name, head_set in heads.items():
+        _check_heads(model, name, head_set)
     draw = np.random.default_rng(seed)
-    drawn = {name: tuple(random_heads(model, one, draw) for _ in range(controls)) for name, one in heads.items()}
-    sets = {(name, -1): one for name, one in heads.items()}
-    sets |= {(name, number): one for name, several in drawn.items() for number, one in enumerate(several)}
-    means = head_means(model, rows, sorted({layer for one in sets.values() for layer, _ in one}))
+    drawn = {
+        name: tuple(random_heads(model, head_set, draw) for _ in range(controls)) for name, head_set in heads.items()
+    }
+    sets = {(name, -1): head_set for name, head_set in heads.items()}
+    sets |= {(name, number): head_set for name, draws in drawn.items() for number, head_set in enumerate(draws)}
+    means = head_means(model, rows, sorted({layer for head_set in sets.values() for layer, _ in head_set}))
     values = {layer: mean if ablation == "mean" else torch.zeros_like(mean) for layer, mean in means.items()}
-    changes = {f"{name} {number}": ablate(one, values) for (name, number), one in sets.items()}
+    changes = {f"{name} {number}": ablate(head_set, values) for (name, number), head_set in sets.items()}
     effects = change_effects(model, rows, changes, label="ablation", show_progress=show_progress)
     return AblatedHeads(_table(effects, list(sets), resamples, seed), drawn)
 
@@ -113,7 +115,7 @@ def _table(effects: ChangeEffects, sets: Sequence[tuple[str, int]], resamples: i
     change, resampled = effects.effects(resamples=resamples, seed=seed)
     counts, lines = effects.counts.sum(0), []
     for name in dict.fromkeys(name for name, _ in sets):
-        named, *random = (index for index, (other, _) in enumerate(sets) if other == name)
+        named, *random = (index for index, (set_name, _) in enumerate(sets) if set_name == name)
         parts = [("named", -1, [named]), *(("random", draw, [index]) for draw, index in enumerate(random))]
         parts += [("random", -1, random)] * bool(random)
         values = [(kind, draw, change[at].mean(0), resampled[:, at].mean(1)) for kind, draw, at in parts]
@@ -175,7 +177,7 @@ def random_heads(model: Model, heads: Heads, draw: np.random.Generator) -> Heads
     }
     chosen: list[tuple[int, int]] = []
     for layer, _ in heads:
-        near = sorted((one for one in layers if free[one]), key=lambda one: abs(one - layer))
+        near = sorted((index for index in layers if free[index]), key=lambda index: abs(index - layer))
         if not near:
             raise RequestError(f"heads: {len(heads)} are named, and the model has too few others as a control")
         chosen.append(free[near[0]].pop(int(draw.integers(len(free[near[0]])))))

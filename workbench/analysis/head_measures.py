@@ -125,8 +125,8 @@ def measure_heads(
     """
     store = opened(store)
     repeats = None if repeats is None else opened(repeats, "repeats")
-    if repeats is not None and (other := store.manifest.model.difference(repeats.manifest.model)):
-        raise RequestError(f"repeats: {repeats.path} was recorded from another model: {other}")
+    if repeats is not None and (difference := store.manifest.model.difference(repeats.manifest.model)):
+        raise RequestError(f"repeats: {repeats.path} was recorded from another model: {difference}")
     if domain is not None and domain not in (known := store.tokens.column_names):
         raise RequestError(f"domain {domain!r} is not a column of the token table{nearest(domain, known)}")
     try:
@@ -146,7 +146,7 @@ def measure_heads(
                     raise RequestError(refusal)
                 results[name] = probe(**chosen).run(read, model=loaded)
             except RequestError as error:
-                missing |= {one.name: str(error) for one in MEASURES if one.probe == name}
+                missing |= {measure.name: str(error) for measure in MEASURES if measure.probe == name}
             advance(1)
     return _joined(store, results, missing, refusal)
 
@@ -175,27 +175,27 @@ def _settings(store: Store, domain: str | None, device: str | None, seed: int) -
 
 def _joined(store: Store, results: Mapping[str, Result], missing: dict[str, str], refusal: str) -> HeadMeasures:
     columns: dict[str, pd.Series] = {}
-    for one in MEASURES:
-        if one.name in missing:
+    for measure in MEASURES:
+        if measure.name in missing:
             continue
-        result = results[one.probe]
-        values = one.read(result) if one.read else result.data.get(one.variable)
+        result = results[measure.probe]
+        values = measure.read(result) if measure.read else result.data.get(measure.variable)
         if values is None or values.isnull().all():
-            missing[one.name] = _reason(one, result, refusal)
+            missing[measure.name] = _reason(measure, result, refusal)
         else:
-            columns[one.name] = values.to_series().dropna()
+            columns[measure.name] = values.to_series().dropna()
     if not columns:
         raise RequestError(f"no measure of heads could be computed of {store.path}: {next(iter(missing.values()))}")
     frame = pd.DataFrame(columns)
-    layer, head = (frame.index.get_level_values(i).to_numpy(int) for i in (0, 1))
-    names = [head_name(int(one), int(other)) for one, other in zip(layer, head, strict=True)]
-    table = pd.DataFrame({"name": names, "layer": layer, "head": head})
+    layers, heads = (frame.index.get_level_values(i).to_numpy(int) for i in (0, 1))
+    names = [head_name(int(layer), int(head)) for layer, head in zip(layers, heads, strict=True)]
+    table = pd.DataFrame({"name": names, "layer": layers, "head": heads})
     for name in columns:
         table[name] = frame[name].to_numpy(float)
     table = table.sort_values(["layer", "head"], ignore_index=True)
-    kept = tuple(one for one in MEASURES if one.name in columns)
+    measures = tuple(measure for measure in MEASURES if measure.name in columns)
     lines = {name: result.headline() for name, result in results.items()}
-    return HeadMeasures(store.manifest.model.name, table, kept, missing, lines)
+    return HeadMeasures(store.manifest.model.name, table, measures, missing, lines)
 
 
 def _reason(measure: HeadMeasure, result: Result, refusal: str) -> str:

@@ -49,6 +49,6 @@ def removal_effects(
     mixed = torch.einsum("sqhk,skhe->sqhe", weights, written)
     squares = mixed.square().sum(-1)[..., None] + written.square().sum(-1).transpose(1, 2)[:, None]
     distance = (squares - 2 * torch.einsum("sqhe,skhe->sqhk", mixed, written)).clamp(min=0).sqrt()
-    left = 1 - weights
-    factor = torch.where(left > 1e-6, weights / left, 0)
+    rest = 1 - weights
+    factor = torch.where(rest > 1e-6, weights / rest, 0)
     return (factor * distance).sum(1).transpose(1, 2).cpu().numpy()

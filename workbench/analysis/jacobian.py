@@ -100,7 +100,7 @@ def _jacobian(
             cotangent[place, counted, first + place] = 1
         last = first + number == d_model
         gradients = torch.autograd.grad(final, streams, cotangent, retain_graph=not last, materialize_grads=True)
-        yield first, torch.stack([one[:number, counted].float().mean(1).cpu() for one in gradients])
+        yield first, torch.stack([gradient[:number, counted].float().mean(1).cpu() for gradient in gradients])
 
 
 class _Enough(BaseException):
@@ -110,13 +110,13 @@ class _Enough(BaseException):
 def _streams(model: Model, ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """Output of each of these blocks and of the last one in one graph, whose root is the first of them."""
     sites = model.site_map.select([f"resid_post.{layer}" for layer in (*layers, layers[-1] + 1)])
-    held: list[Tensor] = []
+    streams: list[Tensor] = []
 
     def keep(tensor: Tensor, *, last: bool) -> Tensor:
-        held.append(tensor if held else tensor.detach().requires_grad_())
+        streams.append(tensor if streams else tensor.detach().requires_grad_())
         if last:
             raise _Enough
-        return held[-1]
+        return streams[-1]
 
     with ExitStack() as stack:
         for site in sites:
@@ -125,7 +125,7 @@ def _streams(model: Model, ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
             stack.enter_context(change_tensor(place, part, partial(keep, last=site is sites[-1])))
         with suppress(_Enough):
             run(model.module, ids, torch.ones_like(ids), gradients=True)
-    return held
+    return streams
 
 
 @contextmanager

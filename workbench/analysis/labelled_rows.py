@@ -53,7 +53,7 @@ class LabelledRows:
 def labelled_rows(
     store: Store,
     label: str | None,
-    selected: Int[np.ndarray, " selected"],
+    selected: Int[np.ndarray, " row"],
     *,
     least: int,
     most: int,
@@ -96,8 +96,8 @@ def labelled_rows(
     usable = sorted(_usable(label, codes, parts), key=lambda value: values[value])
     if dropped := len(np.unique(codes)) - len(usable):
         notes.append(f"{dropped} values of {label} left out: not in both training and test documents")
-    kept = [np.flatnonzero(part & np.isin(codes, usable)) for part in parts]
-    index, renamed = np.concatenate(kept), np.full(len(values), -1)
+    usable_rows = [np.flatnonzero(part & np.isin(codes, usable)) for part in parts]
+    index, renamed = np.concatenate(usable_rows), np.full(len(values), -1)
     renamed[usable] = np.arange(len(usable))
     return LabelledRows(
         label,
@@ -106,8 +106,8 @@ def labelled_rows(
         renamed[codes[index]],
         document[index].astype(np.int64),
         store.tokens["token_id"].to_numpy()[rows[index]].astype(np.int64),
-        len(kept[0]),
-        len(kept[1]),
+        len(usable_rows[0]),
+        len(usable_rows[1]),
         tuple(notes),
     )
 

@@ -54,9 +54,15 @@ _SHARES = (
 LENS_VARIABLES: tuple[Variable, ...] = (
     *_STATISTICS,
     *(
-        Variable(f"mean_{one.name}", _MEAN, one.units, f"{one.meaning}; mean over all selected tokens", one.null)
-        for one in (*_STATISTICS, *_SHARES)
-        if one.name in _MEANS
+        Variable(
+            f"mean_{statistic.name}",
+            _MEAN,
+            statistic.units,
+            f"{statistic.meaning}; mean over all selected tokens",
+            statistic.null,
+        )
+        for statistic in (*_STATISTICS, *_SHARES)
+        if statistic.name in _MEANS
     ),
     Variable(
         "depth_share",
@@ -200,10 +206,10 @@ def auc(scores: Float[np.ndarray, " row"], positive: Bool[np.ndarray, " row"]) -
     It is the probability that a positive row's score is above a negative one's, ties counted half (Mann-Whitney).
     """
     ranks = pd.Series(scores).rank().to_numpy()
-    ones, zeros = int(positive.sum()), int((~positive).sum())
-    if not ones or not zeros:
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
         return float("nan")
-    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 @dataclass(frozen=True)

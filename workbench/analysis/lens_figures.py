@@ -138,7 +138,7 @@ def lens_curves(result: Result) -> go.Figure:
     names = {"entropy": "entropy of the lens", "kl": "KL(model ‖ lens)", "cross_entropy": "cross-entropy of the text"}
     rows = int(data["rows"])
     return layer_curves(
-        {shown: data[f"mean_{name}"].to_numpy() for name, shown in names.items()},
+        {curve_name: data[f"mean_{name}"].to_numpy() for name, curve_name in names.items()},
         layers=data["layer"].to_numpy().tolist(),
         title=f"{_lens(result)} of {model_label(result)}: mean over {rows:,} tokens",
         unit=axis_title(data["mean_entropy"].attrs),

@@ -71,8 +71,8 @@ def fit_probe(
         penalties: Penalties to choose among, in `fit_classes`' units.
         moments: `second_moments` of the rows of both parts. None: computed.
     """
-    fitted, held = training + validation, slice(training, training + validation)
-    moments = second_moments(x[:fitted]) if moments is None else moments
+    fit_rows, validation_rows = training + validation, slice(training, training + validation)
+    moments = second_moments(x[:fit_rows]) if moments is None else moments
     fits: list[LogisticFit] = []
     losses: list[float] = []
     falling = sorted(set(penalties), reverse=True)
@@ -80,11 +80,11 @@ def fit_probe(
     for penalty in falling:
         start = fits[-1] if fits else None
         fits.append(fit(x[:training], codes[:training], penalty=penalty, start=start, tolerance=_ROUGHLY))
-        losses.append(-float(_at(fits[-1].log_probabilities(x[held]), codes[held]).mean()))
+        losses.append(-float(_at(fits[-1].log_probabilities(x[validation_rows]), codes[validation_rows]).mean()))
         if losses[-1] > min(losses):  # weaker penalties overfit more, and take most steps
             break
     best = int(np.argmin(losses))
-    fits.append(fit(x[:fitted], codes[:fitted], penalty=falling[best], start=fits[best]))
+    fits.append(fit(x[:fit_rows], codes[:fit_rows], penalty=falling[best], start=fits[best]))
     return ProbeFit(fits[-1], falling[best], losses[best], sum(not fit.converged for fit in fits))
 
 

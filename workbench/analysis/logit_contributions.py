@@ -81,7 +81,9 @@ def feature_contributions(
     ids = _token_ids(unembed, tokens, stream)
     parts = _parts(features, sae, int(row), stream, store[last].name)
     logit, relative = _logits(unembed, torch.stack([part[3] for part in parts]), stream, ids)
-    names = [(*part[:3], one, other) for part, one, other in zip(parts, logit[:-1], relative[:-1], strict=True)]
+    names = [
+        (*part[:3], logits, centred) for part, logits, centred in zip(parts, logit[:-1], relative[:-1], strict=True)
+    ]
     names += [
         ("bias of the final norm", None, np.nan, logit[-1], relative[-1]),
         ("bias of the unembedding", None, np.nan, *_bias(unembed, ids)),
@@ -164,15 +166,16 @@ def _table(
 ) -> pd.DataFrame:
     """The lines of one token."""
     lines = [
-        (name, feature, value, float(one[index]), float(other[index])) for name, feature, value, one, other in terms
+        (name, feature, value, float(logits[index]), float(centred[index]))
+        for name, feature, value, logits, centred in terms
     ]
     ranked = sorted((line for line in lines if line[1] is not None), key=lambda line: -abs(line[4]))
-    shown, hidden = ranked[:k], ranked[k:] if k is not None else []
-    if hidden:
-        logit, relative = sum(line[3] for line in hidden), sum(line[4] for line in hidden)
-        shown = [*shown, (f"other features ({len(hidden)})", None, np.nan, logit, relative)]
+    top_lines, other_lines = ranked[:k], ranked[k:] if k is not None else []
+    if other_lines:
+        logit, relative = sum(line[3] for line in other_lines), sum(line[4] for line in other_lines)
+        top_lines = [*top_lines, (f"other features ({len(other_lines)})", None, np.nan, logit, relative)]
     table = pd.DataFrame(
-        [*shown, *(line for line in lines if line[1] is None)],
+        [*top_lines, *(line for line in lines if line[1] is None)],
         columns=["term", "feature", "activation", "logit", "relative"],
     )
     table.insert(0, "token", unembed.token(token))

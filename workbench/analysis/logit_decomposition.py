@@ -37,8 +37,8 @@ class SplitTerm:
     def contributions(self, store: Store, rows: np.ndarray, u: Tensor) -> tuple[Tensor, Tensor]:
         """Contributions of heads or neurons, and that of the biases."""
         inputs = store[self.site][rows].double().cpu().flatten(1)
-        each, bias = self.output.contributions(inputs, u)
-        return (each.reshape(len(u), self.output.output.heads, -1).sum(-1) if self.heads else each), bias
+        terms, bias = self.output.contributions(inputs, u)
+        return (terms.reshape(len(u), self.output.output.heads, -1).sum(-1) if self.heads else terms), bias
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,15 @@ class Decomposition:
         for part in self._blocks():
             stream, values = self._read(part)
             check_sum(self.store, values, stream, self.rows[part])
-            each, logit = self._terms(part, stream, values, self.targets)
+            terms, logit = self._terms(part, stream, values, self.targets)
             control, _ = self._terms(part, stream, values, random)
-            for target, source in ((totals.values, each), (totals.absolute, each.abs()), (totals.control, control)):
+            for target, source in ((totals.values, terms), (totals.absolute, terms.abs()), (totals.control, control)):
                 np.add.at(target, number[part], source.numpy())
             checks.logit += float(logit.sum()) / len(self.rows)
-            checks.error = max(checks.error, float((each.sum(1) - logit).abs().max()))
-            checks.rounding = max(checks.rounding, eps / 4 * float(each.abs().sum(1).max()))
+            checks.error = max(checks.error, float((terms.sum(1) - logit).abs().max()))
+            checks.rounding = max(checks.rounding, eps / 4 * float(terms.abs().sum(1).max()))
             if part.start < detail:
-                details.append(each[: detail - part.start])
+                details.append(terms[: detail - part.start])
         none = torch.zeros(0, len(names), dtype=torch.float64)
         return names, totals, torch.cat([none, *details]), checks
 
@@ -134,12 +134,12 @@ class Decomposition:
             if term.name not in self.split:
                 columns.append((value * u).sum(-1, keepdim=True))
                 continue
-            each, constant = self.split[term.name].contributions(self.store, self.rows[part], u)
-            _check_split(term, value, u, each.sum(1) + constant)
-            if (kept := self.kept.get(term.name)) is not None:
-                rest = each.sum(1, keepdim=True) - each[:, kept].sum(1, keepdim=True)
-                each = torch.cat([each[:, kept], rest], dim=1)
-            columns += [each, constant[:, None]]
+            terms, constant = self.split[term.name].contributions(self.store, self.rows[part], u)
+            _check_split(term, value, u, terms.sum(1) + constant)
+            if (neurons := self.kept.get(term.name)) is not None:
+                rest = terms.sum(1, keepdim=True) - terms[:, neurons].sum(1, keepdim=True)
+                terms = torch.cat([terms[:, neurons], rest], dim=1)
+            columns += [terms, constant[:, None]]
         columns += [norm_bias(self.unembed, w)[:, None], bias[:, None]]
         return torch.cat(columns, dim=1), (stream * u).sum(-1) + columns[-2][:, 0] + bias
 
@@ -178,8 +178,8 @@ class Decomposition:
             stream = self.store[f"resid_post.{self.store.manifest.model.n_layers - 1}"][self.rows[part]].double().cpu()
             u = read_directions(self.unembed, stream, self.targets.read(self.unembed, part)[0])
             for name, split in self.split.items():
-                each, _ = split.contributions(self.store, self.rows[part], u)
-                sums[name] = sums.get(name, torch.zeros(())) + each.sum(0)
+                terms, _ = split.contributions(self.store, self.rows[part], u)
+                sums[name] = sums.get(name, torch.zeros(())) + terms.sum(0)
         return {name: np.sort(np.argsort(-total.abs().numpy(), kind="stable")[:number]) for name, total in sums.items()}
 
 

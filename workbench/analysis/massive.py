@@ -58,13 +58,13 @@ class MassivePlaces:
             seed: Random seed of the other dimensions.
         """
         rows, at = rows.clone(), torch.isin(ids, torch.from_numpy(np.unique(self.row[self.massive])))
-        others = np.setdiff1d(np.arange(rows.shape[2]), self.dimension[self.massive])
+        other_dimensions = np.setdiff1d(np.arange(rows.shape[2]), self.dimension[self.massive])
         for sequence, position in at.nonzero().tolist():
             row = int(ids[sequence, position])
             places = np.flatnonzero(self.massive & (self.row == row))
             dimensions = self.dimension[places].tolist()
             if change == "random":
-                drawn = np.random.default_rng((seed, row)).permutation(others)[: len(dimensions)]
+                drawn = np.random.default_rng((seed, row)).permutation(other_dimensions)[: len(dimensions)]
                 rows[sequence, position, drawn] = 0.0
             elif change == "zero":
                 rows[sequence, position, dimensions] = 0.0
@@ -92,9 +92,9 @@ def massive_changes(model: Model, layer: int, places: MassivePlaces, seed: int) 
 
     def plain(batch: Batch) -> Tensor:
         if not known or known[0][0] is not batch:
-            kept: list[Tensor] = []
-            capture(model.module, site, batch.ids, batch.mask, lambda _site, tensor, _first: kept.append(tensor.cpu()))
-            known[:] = [(batch, kept[0])]
+            rows: list[Tensor] = []
+            capture(model.module, site, batch.ids, batch.mask, lambda _site, tensor, _first: rows.append(tensor.cpu()))
+            known[:] = [(batch, rows[0])]
         return known[0][1]
 
     def change(name: str, batch: Batch) -> list[Set]:

@@ -54,9 +54,9 @@ def residual_norms(
         sums.append(_at_position_and_others(_norm(hidden, whole), position))
         if whole:
             largest += [massive_activation(matrix.reshape(len(matrix), -1)) for matrix in hidden]
-    at_position, others = (np.sum(sums, axis=0) / len(sequences)).reshape(2, -1).mean(1).tolist()
-    norms = {"residual_norm_sink": at_position, "residual_norm_others": others}
-    norms["residual_norm_ratio"] = ratio(at_position, others)
+    position_norm, other_norm = (np.sum(sums, axis=0) / len(sequences)).reshape(2, -1).mean(1).tolist()
+    norms = {"residual_norm_sink": position_norm, "residual_norm_others": other_norm}
+    norms["residual_norm_ratio"] = ratio(position_norm, other_norm)
     return norms | (massive_shares(np.array(largest, dtype=np.float64), absolute, relative) if largest else {})
 
 
@@ -100,9 +100,9 @@ def massive_text(data: xr.Dataset) -> str:
     share, size, median, position, dimension = (float(at[name]) for name in names)
     times = f", {size / median:,.0f} times the median" if median else ""
     place = f"layer {int(at['layer'])}, position {position:.0f}, dimension {dimension:.0f}"
-    what = f"massive activations in {100 * share:.0f} % of sequences" if share else "no massive activations"
+    summary = f"massive activations in {100 * share:.0f} % of sequences" if share else "no massive activations"
     mean = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
-    return f"{what}: the largest of a sequence is {mean} on average{times} ({place})"
+    return f"{summary}: the largest of a sequence is {mean} on average{times} ({place})"
 
 
 def ratio(values: Any, others: Any) -> Any:
@@ -121,14 +121,18 @@ def stack_value_norms(
         heads: Layer to its number of query heads.
         norms: Layer to its `value_norms`; NaN stands for a layer without. Without any the result is empty.
     """
-    sink, others = np.full((2, len(layers), max(heads.values())), np.nan)
+    sink_norms, other_norms = np.full((2, len(layers), max(heads.values())), np.nan)
     for layer in norms.keys() & heads.keys():
         spread = np.repeat(norms[layer], heads[layer] // norms[layer].shape[1], axis=1)
         at = (layers.index(layer), slice(heads[layer]))
-        sink[at], others[at] = spread
-    if np.isnan(sink).all():
+        sink_norms[at], other_norms[at] = spread
+    if np.isnan(sink_norms).all():
         return {}
-    return {"value_norm_sink": sink, "value_norm_others": others, "value_norm_ratio": ratio(sink, others)}
+    return {
+        "value_norm_sink": sink_norms,
+        "value_norm_others": other_norms,
+        "value_norm_ratio": ratio(sink_norms, other_norms),
+    }
 
 
 def _norm(x: np.ndarray, vectors: bool) -> np.ndarray:

@@ -46,8 +46,10 @@ def pairs_of(pairs: PromptPairs) -> list[PatchPair]:
     """Returns the pairs of a task."""
     check_kind("pairs", pairs, PromptPairs, "checked pairs, such as wb.prompt_pairs('ioi', model)")
     return [
-        PatchPair(one.clean, one.corrupt, one.answer, one.wrong, {name: tuple(at) for name, at in one.spans.items()})
-        for one in pairs.pairs
+        PatchPair(
+            pair.clean, pair.corrupt, pair.answer, pair.wrong, {name: tuple(at) for name, at in pair.spans.items()}
+        )
+        for pair in pairs.pairs
     ]
 
 
@@ -55,9 +57,9 @@ def of_usual_length(pairs: Sequence[PatchPair]) -> tuple[list[PatchPair], list[s
     """Returns the pairs of the most frequent number of tokens, whose positions correspond, and a note on the others."""
     lengths = [len(pair.clean) for pair in pairs]
     usual = max(sorted(set(lengths)), key=lengths.count)
-    kept = [pair for pair in pairs if len(pair.clean) == usual]
-    others = len(pairs) - len(kept)
-    return kept, [f"{others} pairs left out: not of {usual} tokens"] if others else []
+    usual_pairs = [pair for pair in pairs if len(pair.clean) == usual]
+    dropped_count = len(pairs) - len(usual_pairs)
+    return usual_pairs, [f"{dropped_count} pairs left out: not of {usual} tokens"] if dropped_count else []
 
 
 def recorded_pairs(
@@ -111,19 +113,19 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
             dropped["not one clean and one corrupt sequence"] += 1
             continue
         clean, corrupt = sides["clean"], sides["corrupt"]
-        places = {name: tuple(np.flatnonzero(clean[name].notna()).tolist()) for name in labels}
-        others = {name: tuple(np.flatnonzero(corrupt[name].notna()).tolist()) for name in labels}
+        clean_places = {name: tuple(np.flatnonzero(clean[name].notna()).tolist()) for name in labels}
+        corrupt_places = {name: tuple(np.flatnonzero(corrupt[name].notna()).tolist()) for name in labels}
         answers = ids_of_values([clean[name].iloc[0] for name in ("answer", "wrong")], ids) if ids else []
         if len(clean) != len(corrupt):
             dropped["different numbers of tokens"] += 1
-        elif places != others:
+        elif clean_places != corrupt_places:
             dropped["a label has other positions on the two sides"] += 1
-        elif any(one < 0 for one in answers):
+        elif any(answer < 0 for answer in answers):
             dropped["an answer is not one token"] += 1
         else:
-            known = {name: at for name, at in sorted(places.items(), key=lambda one: one[1]) if at}
+            known = {name: at for name, at in sorted(clean_places.items(), key=lambda place: place[1]) if at}
             known["end"] = (len(clean) - 1,)
-            right, wrong = ((int(one),) for one in answers) if ids else ((), ())
+            right, wrong = ((int(answer),) for answer in answers) if ids else ((), ())
             first, second = (tuple(map(int, part["token_id"])) for part in (clean, corrupt))
             pairs.append(PatchPair(first, second, right, wrong, known))
     if not pairs:

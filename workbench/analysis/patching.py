@@ -63,7 +63,7 @@ class Runs:
         tensors = PairTensors.of(pairs, by_index)
         values, logits = [], []
         for ids in (tensors.clean, tensors.corrupt):
-            kept: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+            activations: dict[str, list[Tensor]] = {site.name: [] for site in sites}
             ends = []
             for part in batches(model, tensors):
                 capture(
@@ -71,12 +71,14 @@ class Runs:
                     sites,
                     ids[part],
                     tensors.mask[part],
-                    lambda site, tensor, _first, kept=kept: kept[site.name].append(tensor.detach().cpu().clone()),
+                    lambda site, tensor, _first, activations=activations: activations[site.name].append(
+                        tensor.detach().cpu().clone()
+                    ),
                 )
                 ends.append(end_logits(model, ids, tensors, part))
-            values.append({name: torch.cat(parts) for name, parts in kept.items()})
+            values.append({name: torch.cat(parts) for name, parts in activations.items()})
             logits.append(torch.cat(ends))
-        clean, corrupt = (measure(metric, one, pairs, logits[0]) for one in logits)
+        clean, corrupt = (measure(metric, side_logits, pairs, logits[0]) for side_logits in logits)
         return cls(model, tensors, pairs, metric, clean, corrupt, logits[0], values[0], values[1])
 
     @property
@@ -189,13 +191,13 @@ def other_pair(
     """
     draw = np.random.default_rng(seed)
     source_pair, source_position = (part.clone() for part in identity_plan(pairs))
-    counts, found = at.sum(1).tolist(), np.zeros(len(pairs), bool)
+    counts, has_donor = at.sum(1).tolist(), np.zeros(len(pairs), bool)
     for number, pair in enumerate(answers):
         fits = [
-            other
-            for other, candidate in enumerate(answers)
-            if other != number
-            and counts[other] == counts[number] > 0
+            index
+            for index, candidate in enumerate(answers)
+            if index != number
+            and counts[index] == counts[number] > 0
             and (bool({*pair.answer} & {*candidate.answer}) if same_answer else _differ(pair, candidate))
             and (not same_answer or pair.clean != candidate.clean)
         ]
@@ -204,8 +206,8 @@ def other_pair(
         donor = int(draw.choice(fits))
         source_pair[number, at[number]] = donor
         source_position[number, at[number]] = at[donor].nonzero()[:, 0]
-        found[number] = True
-    return (source_pair, source_position), found
+        has_donor[number] = True
+    return (source_pair, source_position), has_donor
 
 
 def shuffled_positions(pairs: PairTensors, at: Bool[Tensor, "pair position"], seed: int) -> Plan:
@@ -224,6 +226,6 @@ def shuffled_positions(pairs: PairTensors, at: Bool[Tensor, "pair position"], se
     return source_pair, source_position
 
 
-def _differ(one: PatchPair, other: PatchPair) -> bool:
+def _differ(a: PatchPair, b: PatchPair) -> bool:
     """True if no token is an answer, right or wrong, of both; two of the same prompts never are."""
-    return not {*one.answer, *one.wrong} & {*other.answer, *other.wrong} and one.clean != other.clean
+    return not {*a.answer, *a.wrong} & {*b.answer, *b.wrong} and a.clean != b.clean

@@ -81,14 +81,14 @@ def target_prompt(model: Model, text: str, placeholder: str | None = None, new_t
         inside = [n for n in range(len(start)) if any(start[n] < end and stop[n] > first for first, end in ends)]
     if not inside:
         raise RequestError(f"placeholder {placeholder!r} is not in the prompt {text!r}; name a part of it")
-    ids = (*prefix, *(int(one) for one in encoding.ids))
+    ids = (*prefix, *(int(id) for id in encoding.ids))
     if model.context_limit is not None and len(ids) + new_tokens > model.context_limit:
         after = f" and {new_tokens} new ones" if new_tokens else ""
         raise RequestError(
             f"prompt has {len(ids)} tokens{after}, and the context of model {model.name!r} {model.context_limit}; "
             "give a shorter one"
         )
-    return TargetPrompt(text, ids, tuple(len(prefix) + one for one in inside))
+    return TargetPrompt(text, ids, tuple(len(prefix) + index for index in inside))
 
 
 @plain_torch()
@@ -164,16 +164,16 @@ def patchscope(
         raise RequestError(f"top_k is {top_k} and the vocabulary has {model.vocab}; give at most that")
     assert model.tokenizer is not None  # target_prompt refuses it
     named = [tokens] if isinstance(tokens, str) else tokens
-    asked = {text: token_of_text(model.tokenizer, model.vocab, text) for text in named}
+    token_ids = {text: token_of_text(model.tokenizer, model.vocab, text) for text in named}
     texts, lines = token_texts(model.tokenizer, rows.tokens["token_id"].to_numpy()), []
     for kind, values in (("row", states), ("random", random_states(states, seed))):
-        found = read_states(model, target, into, values)
+        logs = read_states(model, target, into, values)
         continuations = _generate(model, target, into, values, new_tokens)
         for number, row in enumerate(rows.ids.tolist()):
             cell = {"row": row, "token": texts[number], "kind": kind}
-            lines.append(cell | _answer(model, found[number], asked, top_k) | {"text": continuations[number]})
+            lines.append(cell | _answer(model, logs[number], token_ids, top_k) | {"text": continuations[number]})
     continuations = _generate(model, target, into, None, new_tokens)
-    lines.append({"row": -1, "token": "", "kind": "none"} | _answer(model, _plain(model, target), asked, top_k))
+    lines.append({"row": -1, "token": "", "kind": "none"} | _answer(model, _plain(model, target), token_ids, top_k))
     lines[-1]["text"] = continuations[0]
     return Patchscope(target, site, into, pd.DataFrame(lines))
 
@@ -219,14 +219,14 @@ def first_token(model: Model, text: str) -> int:
     return int(ids[0])
 
 
-def _answer(model: Model, log: Float64[Tensor, " vocab"], asked: dict[str, int], top_k: int) -> dict[str, Any]:
+def _answer(model: Model, log: Float64[Tensor, " vocab"], token_ids: dict[str, int], top_k: int) -> dict[str, Any]:
     """Columns of one line: the most probable tokens, and the asked ones."""
     values, ids = log.topk(top_k)
     names = token_texts(model.tokenizer, ids.tolist())
     line: dict[str, Any] = {}
     for place, (name, value) in enumerate(zip(names, values.tolist(), strict=True), start=1):
         line |= {f"top_token_{place}": name, f"top_probability_{place}": float(np.exp(value))}
-    return line | {f"log_probability{text}": float(log[index]) for text, index in asked.items()}
+    return line | {f"log_probability{text}": float(log[index]) for text, index in token_ids.items()}
 
 
 def _generate(
@@ -243,11 +243,11 @@ def _generate(
         settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": (ends or [0])[0]}
         with generating(model.module):
             if states is None:
-                made = model.module.generate(input_ids=ids, **settings)  # pyright: ignore[reportCallIssue]
+                sequences = model.module.generate(input_ids=ids, **settings)  # pyright: ignore[reportCallIssue]
             else:
                 with intervene(model, Set(site, states[part], at=prompt.positions)):
-                    made = model.module.generate(input_ids=ids, **settings)  # pyright: ignore[reportCallIssue]
+                    sequences = model.module.generate(input_ids=ids, **settings)  # pyright: ignore[reportCallIssue]
         assert model.tokenizer is not None
-        new = made[:, ids.shape[1] :].cpu()
-        texts += [model.tokenizer.decode(one.tolist(), skip_special_tokens=True) for one in new]
+        new = sequences[:, ids.shape[1] :].cpu()
+        texts += [model.tokenizer.decode(continuation.tolist(), skip_special_tokens=True) for continuation in new]
     return texts

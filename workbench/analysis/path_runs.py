@@ -44,8 +44,8 @@ def parse_receivers(model: Model, names: Sequence[str]) -> tuple[Receiver, ...]:
         return ()
     if "logits" in names or not names:
         raise RequestError('receivers must be "logits" alone, or queries, keys and values of heads, such as L9H6.q')
-    found = [_receiver(model, name) for name in names]
-    return tuple(sorted(found, key=lambda one: one.site.layer or 0))
+    receivers = [_receiver(model, name) for name in names]
+    return tuple(sorted(receivers, key=lambda receiver: receiver.site.layer or 0))
 
 
 def _receiver(model: Model, name: str) -> Receiver:
@@ -57,7 +57,7 @@ def _receiver(model: Model, name: str) -> Receiver:
     kinds = (part,) if part == "v" else (part, f"rot_{part}")
     sites = model.site_map.sites
     known = [f"blocks.{layer}.attn.hook_{kind}" for kind in kinds]
-    site = next((sites[one] for one in known if one in sites), None)
+    site = next((sites[site_name] for site_name in known if site_name in sites), None)
     if site is None or site.axes[0] != "head":
         raise RequestError(f"receiver {name!r}: {model.architecture} has no site {part}.{layer} with heads")
     heads, site_heads = z.shape[0] or 0, site.shape[0] or 0
@@ -139,9 +139,9 @@ class PathRuns:
     def _batch(self, base: Side, part: slice, sender: Site, changed: Tensor) -> Float64[Tensor, " batch"]:
         """Metric of some pairs: the held run, and, for heads as receivers, the run with their inputs alone."""
         runs, values = self.runs, self._values(base)
-        held = [site for site in (*self.heads, *self.mlps) if site is not sender and self._between(site, sender)]
+        fixed_sites = [site for site in (*self.heads, *self.mlps) if site is not sender and self._between(site, sender)]
         records = [Set(sender.name, changed[part], at="all")]
-        records += [Set(site.name, values[site.name][part], at="all") for site in held]
+        records += [Set(site.name, values[site.name][part], at="all") for site in fixed_sites]
         ids, mask = getattr(runs.pairs, base)[part], runs.pairs.mask[part]
         if self.receivers:
             records = self._inputs(records, ids, mask)
@@ -156,16 +156,16 @@ class PathRuns:
 
     def _inputs(self, records: list[Set], ids: Tensor, mask: Tensor) -> list[Set]:
         """Records that set the inputs of the receivers, and nothing else, to those of the held run."""
-        module, kept = self.runs.model.module, {}
+        module, inputs = self.runs.model.module, {}
         sites = tuple(dict.fromkeys(receiver.site for receiver in self.receivers))
 
         def keep(site: Site, tensor: Tensor, _first: int) -> None:
-            kept[site.name] = tensor.detach().cpu().clone()
+            inputs[site.name] = tensor.detach().cpu().clone()
 
         with intervene(self.runs.model, *records):
             capture(module, sites, ids, mask, keep)
         heads = dict.fromkeys((receiver.site.name, receiver.head) for receiver in self.receivers)
-        return [Set(name, kept[name][:, :, head : head + 1], at="all", head=head) for name, head in heads]
+        return [Set(name, inputs[name][:, :, head : head + 1], at="all", head=head) for name, head in heads]
 
     def _logits(self, base: Side, part: slice, records: Sequence[Set]) -> Float64[Tensor, "batch vocab"]:
         """Logits at the end of some pairs' runs, with the final norm's own scale or that of the unchanged run."""
@@ -173,10 +173,10 @@ class PathRuns:
         ids = getattr(pairs, base)
         if self.unembed is None:
             return end_logits(runs.model, ids, pairs, part, records)
-        kept: list[Tensor] = []
+        streams: list[Tensor] = []
         with intervene(runs.model, *records):
             capture(
-                runs.model.module, (self.last,), ids[part], pairs.mask[part], lambda _s, x, _f: kept.append(x.cpu())
+                runs.model.module, (self.last,), ids[part], pairs.mask[part], lambda _s, x, _f: streams.append(x.cpu())
             )
-        rows = torch.arange(len(kept[0])), pairs.end[part]
-        return frozen_logits(self.unembed, self._values(base)[self.last.name][part][rows], kept[0][rows])
+        rows = torch.arange(len(streams[0])), pairs.end[part]
+        return frozen_logits(self.unembed, self._values(base)[self.last.name][part][rows], streams[0][rows])

@@ -50,8 +50,8 @@ def nearest_neighbours(points: Float[Tensor, "point d"], number: int) -> Neighbo
             distance = (exact - exact[point]).norm(dim=1)
             distance[point] = torch.inf
             candidates = torch.arange(len(exact), device=exact.device)
-        found = distance.topk(number, largest=False)
-        distances[point], indices[point] = found.values.numpy(), candidates[found.indices].numpy()
+        nearest = distance.topk(number, largest=False)
+        distances[point], indices[point] = nearest.values.numpy(), candidates[nearest.indices].numpy()
     return Neighbours(distances, indices)
 
 

@@ -64,11 +64,11 @@ def simulated_scores(n: int, blocks: int) -> Float[np.ndarray, "block query key"
         n: Positions.
         blocks: Number of blocks.
     """
-    x, seen, parts = np.eye(n), np.tril(np.ones((n, n), bool)), []
+    x, causal, parts = np.eye(n), np.tril(np.ones((n, n), bool)), []
     for _ in range(blocks):
         y = x / np.linalg.norm(x, axis=1, keepdims=True)
         scores = y @ y.T
-        weights = np.where(seen, np.exp(scores), 0)
+        weights = np.where(causal, np.exp(scores), 0)
         parts.append(scores)
         x = weights / weights.sum(1, keepdims=True) @ y + x
     return np.stack(parts)

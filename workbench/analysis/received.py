@@ -30,8 +30,10 @@ def attention_source(store: Store, layers: Sequence[int] | None = None) -> tuple
     """
     known = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
     n_layers = store.manifest.model.n_layers
-    wanted = None if layers is None else {layer % n_layers for layer in layers}
-    source = max(known, key=lambda name: len(known[name] if wanted is None else wanted.intersection(known[name])))
+    chosen_layers = None if layers is None else {layer % n_layers for layer in layers}
+    source = max(
+        known, key=lambda name: len(known[name] if chosen_layers is None else chosen_layers.intersection(known[name]))
+    )
     require_any(store, "attn_received", "pattern")
     return source, choose_layers(known[source], layers, n_layers)
 
@@ -134,7 +136,7 @@ def strongest_patterns(
     ranked = [np.unravel_index(i, received.shape) for i in np.argsort(-received, axis=None, kind="stable")]  # NaN last
     known = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(received[i, head])]
     known = [place for place in known if place[0] in recorded]
-    layer, head = np.array(known[:number], dtype=np.int64).reshape(-1, 2).T
-    patterns = [store["pattern", one][rows][:, other, : len(rows)].float().numpy() for one, other in known[:number]]
+    example_layer, example_head = np.array(known[:number], dtype=np.int64).reshape(-1, 2).T
+    patterns = [store["pattern", layer][rows][:, head, : len(rows)].float().numpy() for layer, head in known[:number]]
     stacked = np.stack(patterns) if patterns else np.zeros((0, len(rows), len(rows)), np.float32)
-    return layer, head, stacked, len(known)
+    return example_layer, example_head, stacked, len(known)

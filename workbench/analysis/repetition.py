@@ -70,12 +70,12 @@ def _templates(model: Model) -> dict[str, list[int | None]]:
     explain = [*prefix, *_ids(model, question[0]), _HOLE, *_ids(model, question[1])]
     repeat = [*prefix, *[_HOLE] * min(_REPEATS, limit - len(prefix))]
     templates = {"copy": copy, "explain": explain, "repeat": repeat}
-    if longest := [len(one) for one in templates.values() if len(one) > limit]:
+    if longest := [len(template) for template in templates.values() if len(template) > limit]:
         raise RequestError(
             f"the prompts of the verification have up to {max(longest)} tokens, and the context of model "
             f"{model.name!r} is {limit + _POSITIONS}; set tested=0"
         )
-    require_rows(model, (id for one in templates.values() for id in one if id is not None), "set tested=0")
+    require_rows(model, (id for template in templates.values() for id in template if id is not None), "set tested=0")
     return templates
 
 
@@ -87,8 +87,8 @@ def _ids(model: Model, text: str) -> list[int]:
 
 
 def _filled(template: Sequence[int | None], tokens: Int[np.ndarray, " token"]) -> Int[Tensor, "token position"]:
-    ids = torch.tensor([0 if one is _HOLE else one for one in template]).repeat(len(tokens), 1)
-    ids[:, [one is _HOLE for one in template]] = torch.as_tensor(tokens)[:, None]
+    ids = torch.tensor([0 if id is _HOLE else id for id in template]).repeat(len(tokens), 1)
+    ids[:, [id is _HOLE for id in template]] = torch.as_tensor(tokens)[:, None]
     return ids
 
 
@@ -96,7 +96,7 @@ def _largest(model: Model, ids: Tensor, tokens: Int[np.ndarray, " token"]) -> Fl
     """Largest probability of each token over the positions that are generated."""
     ends = end_tokens(model)
     with generating(model.module):
-        made = model.module.generate(  # pyright: ignore[reportCallIssue]
+        output = model.module.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(model.device),
             attention_mask=torch.ones_like(ids).to(model.device),
             max_new_tokens=_POSITIONS,
@@ -108,5 +108,5 @@ def _largest(model: Model, ids: Tensor, tokens: Int[np.ndarray, " token"]) -> Fl
             pad_token_id=(ends or [0])[0],
         )
     index = torch.as_tensor(tokens)[:, None]
-    logs = [step.float().cpu().log_softmax(-1).gather(1, index)[:, 0] for step in made.logits]
+    logs = [step.float().cpu().log_softmax(-1).gather(1, index)[:, 0] for step in output.logits]
     return torch.stack(logs).max(0).values.double().exp().numpy()

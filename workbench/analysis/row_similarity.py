@@ -38,16 +38,16 @@ def matching_rows(
         RequestError: The texts differ, or nothing matches.
     """
     keys = [_ends(a, rows), _ends(b, np.arange(b.rows))]
-    _, one, other = np.intersect1d(*(key for key, _, _ in keys), assume_unique=True, return_indices=True)
-    order = np.argsort(keys[0][1][one])
-    one, other = one[order], other[order]
-    ends = [last[index] for (_, _, last), index in zip(keys, (one, other), strict=True)]
-    if not len(one) or np.mean(ends[0] == ends[1]) < 0.9:
+    _, a_index, b_index = np.intersect1d(*(key for key, _, _ in keys), assume_unique=True, return_indices=True)
+    order = np.argsort(keys[0][1][a_index])
+    a_index, b_index = a_index[order], b_index[order]
+    ends = [last[index] for (_, _, last), index in zip(keys, (a_index, b_index), strict=True)]
+    if not len(a_index) or np.mean(ends[0] == ends[1]) < 0.9:
         raise RequestError(
-            f"{a.path.name} and {b.path.name} hold different texts: {len(one):,} of {len(rows):,} tokens end at the "
-            "same character of the same document; record both from the same texts in the same order"
+            f"{a.path.name} and {b.path.name} hold different texts: {len(a_index):,} of {len(rows):,} tokens end at "
+            "the same character of the same document; record both from the same texts in the same order"
         )
-    return keys[0][1][one], keys[1][1][other]
+    return keys[0][1][a_index], keys[1][1][b_index]
 
 
 def _ends(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,13 +55,13 @@ def _ends(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     tokens = Rows(store, rows).tokens
     end = tokens["char_end"]
     place = (tokens["position"] if end.null_count == len(end) else end.fill_null(-1)).to_numpy()
-    kept = (place >= 0) & ~tokens["is_special"].to_numpy()
+    ordinary = (place >= 0) & ~tokens["is_special"].to_numpy()
     key = (tokens["document"].to_numpy().astype(np.int64) << 32) + place
     if end.null_count == len(end):
         shared = tokens["token_id"].to_numpy().astype(object)
     else:
         shared = np.array([str(text)[-1:] for text in tokens["token"].to_pylist()], dtype=object)
-    key, rows, shared = key[kept], rows[kept], shared[kept]
+    key, rows, shared = key[ordinary], rows[ordinary], shared[ordinary]
     _, first, number = np.unique(key, return_index=True, return_counts=True)
     unique = np.sort(first[number == 1])
     return key[unique], rows[unique], shared[unique]
@@ -108,9 +108,9 @@ def unbiased_cka(
             squares += flat.square().sum(1)
             advance(block.stop - block.start)
 
-    def hsic(product: Tensor, one: Tensor, other: Tensor) -> Tensor:
-        totals = one.sum(-1) * other.sum(-1) / ((rows - 1) * (rows - 2))
-        return (product + totals - 2 / (rows - 2) * (one * other).sum(-1)) / (rows * (rows - 3))
+    def hsic(product: Tensor, a_sums: Tensor, b_sums: Tensor) -> Tensor:
+        totals = a_sums.sum(-1) * b_sums.sum(-1) / ((rows - 1) * (rows - 2))
+        return (product + totals - 2 / (rows - 2) * (a_sums * b_sums).sum(-1)) / (rows * (rows - 3))
 
     scale = hsic(squares, sums, sums).clamp(min=0).sqrt()
     cross = hsic(products, sums[: len(a), None], sums[None, len(a) :])
@@ -137,13 +137,13 @@ def principal(x: Float[Tensor, "row d_model"], variance: float, subspace: int) -
     values, vectors = torch.linalg.eigh(small)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     share = values.cumsum(0) / values.sum()
-    kept = min(int((share < variance).sum()) + 1, max(1, len(x) // _ROWS_PER_DIRECTION))
+    svcca_rank = min(int((share < variance).sum()) + 1, max(1, len(x) // _ROWS_PER_DIRECTION))
     rank = int((values > 1e-10 * values[0]).sum())
-    number = min(max(kept, subspace), rank)
+    number = min(max(svcca_rank, subspace), rank)
     vectors, scale = vectors[:, :number], values[:number].sqrt()
     if x.shape[0] >= x.shape[1]:
-        return Principal(x @ vectors / scale, vectors, min(kept, number))
-    return Principal(vectors, x.T @ vectors / scale, min(kept, number))
+        return Principal(x @ vectors / scale, vectors, min(svcca_rank, number))
+    return Principal(vectors, x.T @ vectors / scale, min(svcca_rank, number))
 
 
 def svcca(a: Principal, b: Principal, order: Int[np.ndarray, " row"] | None = None) -> float:
@@ -154,8 +154,8 @@ def svcca(a: Principal, b: Principal, order: Int[np.ndarray, " row"] | None = No
         b: Another of the same rows.
         order: Order of the rows of `b`, for a control.
     """
-    other = b.scores[:, : b.kept] if order is None else b.scores[torch.as_tensor(order), : b.kept]
-    correlations = torch.linalg.svdvals(a.scores[:, : a.kept].T @ other)
+    b_scores = b.scores[:, : b.kept] if order is None else b.scores[torch.as_tensor(order), : b.kept]
+    correlations = torch.linalg.svdvals(a.scores[:, : a.kept].T @ b_scores)
     return float(correlations.clamp(max=1).mean())
 
 

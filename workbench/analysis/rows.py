@@ -75,9 +75,9 @@ def tokens_at(store: Store, offset: int) -> Int[np.ndarray, " row"]:
     store.require_whole_sequences(f"the token {offset} tokens on")
     ids, sequence, document = (tokens[name].to_numpy() for name in ("token_id", "sequence", "document"))
     source = np.arange(max(0, -offset), len(ids) - max(0, offset))
-    same = (sequence[source] == sequence[source + offset]) & (document[source] == document[source + offset])
+    same_text = (sequence[source] == sequence[source + offset]) & (document[source] == document[source + offset])
     targets = np.full(len(ids), -1, dtype=np.int64)
-    targets[source] = np.where(same, ids[source + offset], -1)
+    targets[source] = np.where(same_text, ids[source + offset], -1)
     return targets
 
 

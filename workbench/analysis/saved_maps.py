@@ -74,8 +74,8 @@ def load_maps(folder: Path, kind: Any, version: int) -> tuple[Any, dict[str, Ten
     """
     source = folder / RECORD
     value = read_json(source, ADVICE)
-    if isinstance(found := value.get("version"), int) and found > version:
-        raise RequestError(f"{source} has format version {found}; upgrade the workbench")
+    if isinstance(file_version := value.get("version"), int) and file_version > version:
+        raise RequestError(f"{source} has format version {file_version}; upgrade the workbench")
     check_checksum(value, source, ADVICE)
     record = parse(kind, value, str(source))
     with open_safetensors(folder / MAPS, ADVICE) as file:

@@ -49,8 +49,8 @@ def conditional_excess(
     by_query = excess.sum(-1) / number.clamp(min=1)
     queries = known.sum(-1)
     total = torch.where(known, by_query, 0).sum(-1) / torch.where(queries > 0, queries, torch.nan)
-    seen = earlier.sum(-2)
-    return total, excess.sum(-2) / torch.where(seen > 0, seen, torch.nan)
+    queries_of_key = earlier.sum(-2)
+    return total, excess.sum(-2) / torch.where(queries_of_key > 0, queries_of_key, torch.nan)
 
 
 def marginal_excess(

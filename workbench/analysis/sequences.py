@@ -40,15 +40,15 @@ class Sequences:
         """Ids of all rows."""
         return self.starts[:, None] + np.arange(self.length)
 
-    def without(self, rows: Int[np.ndarray, " left_out"]) -> Sequences:
+    def without(self, rows: Int[np.ndarray, " row"]) -> Sequences:
         """Returns the sequences that have none of these rows. RequestError if none is left."""
-        kept = ~np.isin(self.rows, rows).any(1)
-        if not kept.any():
+        without_rows = ~np.isin(self.rows, rows).any(1)
+        if not without_rows.any():
             raise RequestError(
                 f"every sequence has a NaN or infinite value in its first {self.length} tokens; record again with the "
                 "model in bfloat16 or float32"
             )
-        return replace(self, **{name: getattr(self, name)[kept] for name in ("starts", "document", "domain")})
+        return replace(self, **{name: getattr(self, name)[without_rows] for name in ("starts", "document", "domain")})
 
     def blocks(self, row_values: int) -> Iterator[Int[np.ndarray, "sequence position"]]:
         """Yields row ids of some sequences at a time, so that values of `row_values` numbers a row take 64 MiB."""

@@ -88,8 +88,8 @@ def read_received(store: Store, rows: Int64[np.ndarray, " row"], layers: Sequenc
     sequence = store.tokens["sequence"].to_numpy()
     starts = np.flatnonzero(np.diff(sequence, prepend=-1))
     lengths = np.diff(starts, append=store.rows)
-    kept = np.isin(starts, starts[np.searchsorted(starts, rows, side="right") - 1])
-    starts, lengths = starts[kept].astype(np.int64), lengths[kept].astype(np.int64)
+    has_rows = np.isin(starts, starts[np.searchsorted(starts, rows, side="right") - 1])
+    starts, lengths = starts[has_rows].astype(np.int64), lengths[has_rows].astype(np.int64)
     alpha = {}
     for layer in layers:
         parts = [

@@ -127,8 +127,8 @@ def sparse_probe(
 
 
 def _check_settings(features: Features, k: Sequence[int], least: int, held_out: float | int) -> None:
-    for one in k:
-        check("k", one, at_least=1, at_most=features.shape[1], whole=True)
+    for number in k:
+        check("k", number, at_least=1, at_most=features.shape[1], whole=True)
     if not k:
         raise RequestError("k is empty; name one or more numbers of features")
     least = whole_number("least", least, at_least=1)
@@ -264,8 +264,8 @@ def _fit(
     zeros = np.array([positive - truth.sum(), everywhere - positive - (~truth).sum()])
     weight = np.concatenate([np.ones(len(truth)), zeros])
     inputs: Any = vstack([x[used], csr_array((2, x.shape[1]))], format="csr")
-    kept = weight > 0
-    return fit_logistic(inputs[kept], np.concatenate([truth, [True, False]])[kept], weight[kept])
+    nonzero = weight > 0
+    return fit_logistic(inputs[nonzero], np.concatenate([truth, [True, False]])[nonzero], weight[nonzero])
 
 
 def _line(
@@ -273,7 +273,7 @@ def _line(
 ) -> dict[str, Any]:
     share = score.positive / score.rows
     line = {"label": label, "value": value, "k": k, "features": tuple(map(int, chosen)), "tokens": score.positive}
-    for prefix, one in (("", score), ("shuffled_", shuffled)):
-        for name, numbers in (("f1", one.f1), ("accuracy", one.accuracy)):
+    for prefix, probe_score in (("", score), ("shuffled_", shuffled)):
+        for name, numbers in (("f1", probe_score.f1), ("accuracy", probe_score.accuracy)):
             line |= dict(zip((f"{prefix}{name}{end}" for end in ("", "_low", "_high")), numbers, strict=True))
     return line | {"always_f1": 2 * share / (1 + share)}

@@ -73,8 +73,8 @@ def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
             store.require(*(f"{kind}.{layer}" for kind in SUBLAYERS))
         store.require(*whole)
         name = f"rest of block {layer}" if present else f"block {layer}"
-        others = [site for term in present for site in term.plus]
-        terms.append(StreamTerm(name, layer, (whole[0],), (whole[1], *others)))
+        present_sites = [site for term in present for site in term.plus]
+        terms.append(StreamTerm(name, layer, (whole[0],), (whole[1], *present_sites)))
     for term in terms:
         _check_width(store, (*term.plus, *term.minus))
     return tuple(terms)
@@ -111,10 +111,10 @@ def _has_positions(store: Store) -> bool:
     added = stream - embed
     positions = store.tokens["position"].to_numpy()[: len(added)]
     _, first, group = np.unique(positions, return_index=True, return_inverse=True)
-    same = (added - added[first[group]]).norm(dim=-1) <= 2 * size
+    equal = (added - added[first[group]]).norm(dim=-1) <= 2 * size
     ids = store.tokens["token_id"].to_numpy()[: len(added)]
     compared = bool((ids != ids[first[group]]).any())
-    return compared and bool(same.all()) and bool((added.norm(dim=-1) > size).any())
+    return compared and bool(equal.all()) and bool((added.norm(dim=-1) > size).any())
 
 
 def _check_width(store: Store, sites: Sequence[str]) -> None:

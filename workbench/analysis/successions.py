@@ -34,10 +34,10 @@ class Places:
     total: int
     """Number of such places in the store, before the limit."""
 
-    def at(self, rows: Int[np.ndarray, " kept"]) -> Places:
+    def at(self, rows: Int[np.ndarray, " row"]) -> Places:
         """Returns the places at some of the rows."""
-        kept = np.isin(self.rows, rows)
-        return Places(self.rows[kept], self.chain[kept], self.member[kept], self.total)
+        at_rows = np.isin(self.rows, rows)
+        return Places(self.rows[at_rows], self.chain[at_rows], self.member[at_rows], self.total)
 
 
 def successions(
@@ -81,8 +81,8 @@ def find_places(store: Store, chains: Sequence[Chain], limit: int) -> Places:
     rows, member = (np.concatenate(part) for part in zip(*by_chain, strict=True))
     chain = np.repeat(np.arange(len(chains)), [len(part) for part, _ in by_chain])
     _, first = np.unique(rows, return_index=True)  # " May" is a month and its prefix: one place
-    kept = first[:limit]
-    return Places(rows[kept], chain[kept], member[kept], len(first))
+    index = first[:limit]
+    return Places(rows[index], chain[index], member[index], len(first))
 
 
 def direct_effects(
@@ -95,7 +95,10 @@ def direct_effects(
     unembed = unembed.to("cpu")
     of_chain = [unembed.weight[torch.from_numpy(chain.ids)].double() for chain in chains]
     read = torch.stack(
-        [of_chain[one][member] - of_chain[one].mean(0) for one, member in zip(places.chain, places.member, strict=True)]
+        [
+            of_chain[chain][member] - of_chain[chain].mean(0)
+            for chain, member in zip(places.chain, places.member, strict=True)
+        ]
     )
     final = store["resid_post", store.manifest.model.n_layers - 1]
     effects = np.zeros((len(places.rows), len(outputs), next(iter(outputs.values())).heads))
@@ -105,8 +108,8 @@ def direct_effects(
             part = slice(first, first + _BLOCK)
             rows = places.rows[part]
             directions = read_directions(unembed, final[rows].cpu(), read[part])
-            each, _bias = frozen.contributions(z[rows].cpu().flatten(1), directions)
-            effects[part, number] = each.reshape(len(rows), output.heads, -1).sum(-1).numpy()
+            contributions, _bias = frozen.contributions(z[rows].cpu().flatten(1), directions)
+            effects[part, number] = contributions.reshape(len(rows), output.heads, -1).sum(-1).numpy()
     return effects
 
 

@@ -96,13 +96,13 @@ def find_chains(
     pairs = Counter()
     for chain in chains.values():
         pairs[chain.task] += len(chain.source)
-    kept = [chain for chain in chains.values() if pairs[chain.task] >= min_pairs]
-    if not kept:
+    large_chains = [chain for chain in chains.values() if pairs[chain.task] >= min_pairs]
+    if not large_chains:
         raise RequestError(
             f"no class has {min_members} members and {min_pairs} pairs of them that are single tokens of this model "
             f"(space={space!r}, case={case!r}); try space='both', case='both' or lower min_members and min_pairs"
         )
-    return kept
+    return large_chains
 
 
 def make_chain(task: str, members: Sequence[tuple[int, int]], listed: int, wrap: bool) -> Chain:

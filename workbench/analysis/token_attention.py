@@ -39,15 +39,17 @@ class RaggedSequences:
         return len(self.starts)
 
     @property
-    def rows(self) -> Int[np.ndarray, " selected"]:
+    def rows(self) -> Int[np.ndarray, " row"]:
         """Ids of all rows, ascending."""
         parts = [start + np.arange(n) for start, n in zip(self.starts, self.lengths, strict=True)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def without(self, rows: Int[np.ndarray, " left_out"]) -> RaggedSequences:
+    def without(self, rows: Int[np.ndarray, " row"]) -> RaggedSequences:
         """Returns the sequences that have none of these rows."""
-        kept = np.searchsorted(rows, self.starts) == np.searchsorted(rows, self.starts + self.lengths)
-        return RaggedSequences(self.starts[kept], self.lengths[kept], self.document[kept], self.ids)
+        without_rows = np.searchsorted(rows, self.starts) == np.searchsorted(rows, self.starts + self.lengths)
+        return RaggedSequences(
+            self.starts[without_rows], self.lengths[without_rows], self.document[without_rows], self.ids
+        )
 
     def blocks(self, row_values: int) -> Iterator[slice]:
         """Yields some sequences at a time, so that values of `row_values` numbers a row take 64 MiB in float32."""
@@ -78,8 +80,8 @@ def whole_sequences(store: Store, where: str | None = None) -> RaggedSequences:
     starts = np.flatnonzero(np.diff(tokens["sequence"].to_numpy(), prepend=-1))
     lengths = np.diff(starts, append=store.rows)
     ids = np.where(tokens["is_special"].to_numpy(), -1, tokens["token_id"].to_numpy().astype(np.int64))
-    kept = np.ones(len(starts), bool) if where is None else np.isin(starts, store.where(where).ids)
-    return RaggedSequences(starts[kept], lengths[kept], tokens["document"].to_numpy()[starts[kept]], ids)
+    matches = np.ones(len(starts), bool) if where is None else np.isin(starts, store.where(where).ids)
+    return RaggedSequences(starts[matches], lengths[matches], tokens["document"].to_numpy()[starts[matches]], ids)
 
 
 def token_keys(sequences: RaggedSequences, part: slice, occurrences: Occurrences = "all") -> TokenKeys:
@@ -94,11 +96,11 @@ def token_keys(sequences: RaggedSequences, part: slice, occurrences: Occurrences
     at = np.arange(int(lengths.max(initial=0)))
     rows = starts[:, None] + np.minimum(at, lengths[:, None] - 1)
     ids = torch.from_numpy(np.where(at < lengths[:, None], sequences.ids[rows], -1))
-    same = earlier_occurrences(ids) & (ids >= 0)[:, :, None]
+    matches = earlier_occurrences(ids) & (ids >= 0)[:, :, None]
     if occurrences == "last":
-        same &= same.flip(-1).cumsum(-1).flip(-1) == 1
-    duplicate = same.float()
-    return TokenKeys(rows, same.any(-1), duplicate, next_keys(duplicate))
+        matches &= matches.flip(-1).cumsum(-1).flip(-1) == 1
+    duplicate = matches.float()
+    return TokenKeys(rows, matches.any(-1), duplicate, next_keys(duplicate))
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,9 @@ def counted_queries(sequences: RaggedSequences, occurrences: Occurrences = "all"
         inside, at = np.nonzero(keys.counts.numpy())
         rows.append(keys.rows[inside, at])
         index.append(part.start + inside)
-    found = np.concatenate(rows)
-    shares = np.array([uniform, offsets.max()]) / len(found) if len(found) else np.full(2, np.nan)
-    return Queries(found, np.concatenate(index), *shares.tolist())
+    query_rows = np.concatenate(rows)
+    shares = np.array([uniform, offsets.max()]) / len(query_rows) if len(query_rows) else np.full(2, np.nan)
+    return Queries(query_rows, np.concatenate(index), *shares.tolist())
 
 
 def recorded_sums(
@@ -197,10 +199,10 @@ class TokenAttention:
         It is what a head gets that attends by position alone. NaN where no two sequences have a query at one position.
         """
         pairs = self._counts * (self._counts - 1)
-        other = torch.einsum("qhk,qk->qh", self._attention, self._targets) - self._both
-        each = torch.where(pairs[:, None] > 0, other / pairs.clamp(min=1)[:, None], 0)
+        other_attention = torch.einsum("qhk,qk->qh", self._attention, self._targets) - self._both
+        mean_by_query = torch.where(pairs[:, None] > 0, other_attention / pairs.clamp(min=1)[:, None], 0)
         weight = self._counts * (pairs > 0)
-        return ((each * weight[:, None]).sum(0) / weight.sum()).numpy()
+        return ((mean_by_query * weight[:, None]).sum(0) / weight.sum()).numpy()
 
     def by_offset(self) -> Float[np.ndarray, "offset head"]:
         """Returns the mean attention to the key `offset` tokens before the query, over all queries that count."""

@@ -62,11 +62,11 @@ def _by_text(store: Store) -> Int[np.ndarray, " row"]:
         joined = bool(text) and text[0].isalpha() and bool(before) and before[-1].isalpha()
         continues[row] = joined and sequence[row] == sequence[row - 1] and not special[row - 1]
     places = {name: number for number, name in enumerate(TOKEN_CLASSES)}
-    each = (
+    class_names = (
         "special" if special[row] else _class_of(text, bool(continues[row]), bool(continues[row + 1]))
         for row, text in enumerate(tokens)
     )
-    return np.array([places[name] for name in each], dtype=np.int64)
+    return np.array([places[name] for name in class_names], dtype=np.int64)
 
 
 def _class_of(text: str, continues: bool, goes_on: bool) -> str:

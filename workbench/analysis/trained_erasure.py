@@ -55,7 +55,9 @@ class TrainedErasure:
     """How they were trained, as JSON holds it."""
 
     def __repr__(self) -> str:
-        size = f"{len(self.layers)} layers of {self.site}, offsets {', '.join(f'{one:+d}' for one in self.offsets)}"
+        size = (
+            f"{len(self.layers)} layers of {self.site}, offsets {', '.join(f'{offset:+d}' for offset in self.offsets)}"
+        )
         return f"TrainedErasure of {self.model}: {size}, {len(self.classes):,} tokens"
 
     def probes(self, layer: int) -> SoftmaxProbes:

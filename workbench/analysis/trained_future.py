@@ -112,8 +112,8 @@ class TrainedFutureLens:
         logits = AffineMap(*moved, unembed=unembed if self.method == "linear" else None)
         chosen = Rows(store, np.arange(store.rows)) if rows is None else rows
         ids = chosen.ids_in(store)
-        found = FutureMap(logits, float("nan"), float("nan"), float("nan"))
-        top, probability = found.top_tokens(store[self.site, layer], ids, top_k, unembed)
+        future_map = FutureMap(logits, float("nan"), float("nan"), float("nan"))
+        top, probability = future_map.top_tokens(store[self.site, layer], ids, top_k, unembed)
         frame = chosen.tokens.select(["row", "sequence", "position", "token"]).to_pandas()
         lines = frame.loc[frame.index.repeat(top_k)].reset_index(drop=True)
         lines["rank"] = np.tile(np.arange(top_k), len(ids))
@@ -139,20 +139,20 @@ def pack_future_lens(
     store: Store, site: str, method: str, maps: Mapping[int, list[FutureMap]], made_of: Mapping[str, Any]
 ) -> TrainedFutureLens:
     """Returns fitted maps, by layer a list of horizons, as one object."""
-    fitted = [[one.logits for one in maps[layer]] for layer in sorted(maps)]
+    fitted = [[future_map.logits for future_map in maps[layer]] for layer in sorted(maps)]
 
     def stacked(part: Any) -> Tensor:
-        return torch.stack([torch.stack([part(one).cpu() for one in of_layer]) for of_layer in fitted])
+        return torch.stack([torch.stack([part(affine).cpu() for affine in of_layer]) for of_layer in fitted])
 
     model = store.manifest.model
     return TrainedFutureLens(
         site,
         method,
         tuple(sorted(maps)),
-        stacked(lambda one: one.weight),
-        stacked(lambda one: one.bias),
-        stacked(lambda one: torch.zeros(len(one.weight)) if one.mean is None else one.mean),
-        stacked(lambda one: torch.ones(len(one.weight)) if one.scale is None else one.scale),
+        stacked(lambda affine: affine.weight),
+        stacked(lambda affine: affine.bias),
+        stacked(lambda affine: torch.zeros(len(affine.weight)) if affine.mean is None else affine.mean),
+        stacked(lambda affine: torch.ones(len(affine.weight)) if affine.scale is None else affine.scale),
         model.name,
         model.fingerprint,
         model.n_layers,

@@ -146,8 +146,8 @@ def read_vocabulary(store: Store | Model, model: Model | None = None) -> Vocabul
     if embedding is None:
         raise RequestError(f"model {model.name!r} has no embedding table of tokens, which this probe reads")
     _check_finite(model.name, embedding=embedding, head=head)
-    same = head is not None and embedding.shape == head.shape and torch.equal(embedding, head)
-    return Vocabulary(model, embedding, embedding if same else head, model.tokenizer)
+    is_tied = head is not None and embedding.shape == head.shape and torch.equal(embedding, head)
+    return Vocabulary(model, embedding, embedding if is_tied else head, model.tokenizer)
 
 
 def _loaded(store: Store, model: Model | None) -> Model:
@@ -222,28 +222,28 @@ def _kinds(vocabulary: Vocabulary) -> Shaped[np.ndarray, " token"]:
     known = np.array(sorted(id for id in set(tokenizer.get_vocab().values()) if id < len(vocabulary)), dtype=np.int64)
     kinds[known] = "special"
     texts = tokenizer.batch_decode([[int(id)] for id in known[vocabulary.ordinary[known]]])
-    left = [(int(id), text) for id, text in zip(known[vocabulary.ordinary[known]], texts, strict=True)]
-    for id, text in left:
+    decoded = [(int(id), text) for id, text in zip(known[vocabulary.ordinary[known]], texts, strict=True)]
+    for id, text in decoded:
         kinds[id] = "undecodable" if "\ufffd" in text else "unreachable"
-    left = [id for id, text in left if "\ufffd" not in text]
+    ids = [id for id, text in decoded if "\ufffd" not in text]
     for before in _BEFORE:
-        back = _back(tokenizer, before, [vocabulary.texts[id] for id in left], left)
+        back = _back(tokenizer, before, [vocabulary.texts[id] for id in ids], ids)
         if not before:  # a SentencePiece tokenizer adds the space by itself
-            back |= _back(tokenizer, before, [vocabulary.texts[id].removeprefix(" ") for id in left], left)
-        kinds[np.array(left, dtype=np.int64)[back]] = "ok"
-        left = [id for id, same in zip(left, back, strict=True) if not same]
-        if not left:
+            back |= _back(tokenizer, before, [vocabulary.texts[id].removeprefix(" ") for id in ids], ids)
+        kinds[np.array(ids, dtype=np.int64)[back]] = "ok"
+        ids = [id for id, matches in zip(ids, back, strict=True) if not matches]
+        if not ids:
             break
     return kinds
 
 
 def _never_seen(vocabulary: Vocabulary) -> Bool[np.ndarray, " token"]:
     pieces = {id: piece for piece, id in vocabulary.tokenizer.get_vocab().items()}
-    seen = np.zeros(len(vocabulary), bool)
+    possible = np.zeros(len(vocabulary), bool)
     for id in range(len(vocabulary)):
         piece = pieces.get(id)
-        seen[id] = not (piece is None or _RESERVED.search(piece) or _is_impossible(vocabulary.tokenizer, piece, id))
-    return ~seen
+        possible[id] = not (piece is None or _RESERVED.search(piece) or _is_impossible(vocabulary.tokenizer, piece, id))
+    return ~possible
 
 
 def _is_impossible(tokenizer: PreTrainedTokenizerBase, piece: str, id: int) -> bool:
@@ -260,7 +260,7 @@ def _back(
         return np.zeros(0, bool)
     first = _encode(tokenizer, [before])[0] if before else []
     encoded = _encode(tokenizer, [before + text for text in texts])
-    return np.array([list(one) == [*first, id] for one, id in zip(encoded, ids, strict=True)])
+    return np.array([list(encoding) == [*first, id] for encoding, id in zip(encoded, ids, strict=True)])
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

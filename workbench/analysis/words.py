@@ -26,9 +26,7 @@ class Words:
         begins = self.number[first] >= 0 and self.first[first] == first and self.length[first] == length
         return bool(begins and not self.cut[first])
 
-    def groups(
-        self, rows: Int[np.ndarray, " selected"], offsets: tuple[int, ...]
-    ) -> Bool[np.ndarray, "group offset selected"]:
+    def groups(self, rows: Int[np.ndarray, " row"], offsets: tuple[int, ...]) -> Bool[np.ndarray, "group offset row"]:
         """Returns masks of the last tokens of words of several tokens, by offset, and of tokens of no such word.
 
         Tokens of words that are cut are in neither.
@@ -62,8 +60,8 @@ def words_of(tokens: pa.Table, name: str) -> tuple[Words, str]:
         begins = spaced | ~np.append(False, letters[:-1])
         number = np.where(letters, np.cumsum(begins & letters), -1)
         joined, source = letters[before] & letters[after] & ~spaced[after], "words split by spaces"
-    same = (number[1:] == number[:-1]) & (document[1:] == document[:-1]) & (sequence[1:] == sequence[:-1])
-    starts = np.flatnonzero(np.append(True, ~same | (number[1:] < 0)))
+    same_word = (number[1:] == number[:-1]) & (document[1:] == document[:-1]) & (sequence[1:] == sequence[:-1])
+    starts = np.flatnonzero(np.append(True, ~same_word | (number[1:] < 0)))
     lengths = np.diff(starts, append=len(number))
     word_lengths = np.where(number[starts] < 0, 1, lengths)
     first = np.repeat(starts, lengths)
