@@ -154,9 +154,9 @@ class _BoundAttention(Bound):
         """Its choices of queries and of keys."""
         return self.queries, self.key
 
-    def selection(self, present: PassTokens, held: int) -> tuple[Tensor, Tensor]:
+    def selection(self, present: PassTokens, key_count: int) -> tuple[Tensor, Tensor]:
         """Masks of the chosen queries (batch, query) and keys (batch, key) of a pass, on the CPU."""
-        keys = present.keys(held)
+        keys = present.keys(key_count)
         self.count.passes += 1
         self.seen |= present.came_up(self.at)
         self.keys_seen |= keys.came_up(self.key)
@@ -218,15 +218,15 @@ class _BoundScores(_BoundAttention):
             raise DataError(f"{self.record}: the attention of this model takes no mask that is added to the scores")
         hidden = next(value for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point())
         dtype, columns = hidden.dtype, present.shape[1]
-        held = mask.shape[-1] if isinstance(mask, Tensor) else _held(part, arguments, present)
-        queries, keys = self.selection(present, held)
+        key_count = mask.shape[-1] if isinstance(mask, Tensor) else _count_keys(part, arguments, present)
+        queries, keys = self.selection(present, key_count)
         if self.bias == 0 or not bool(keys.any()):
             self.count.rows += int((queries & keys.any(1)[:, None])[:, present.fresh :].sum())
             return arguments
         if isinstance(mask, Tensor):
             mask = mask if mask.dtype != torch.bool else _float_mask(mask, dtype)
         else:
-            mask = _float_mask(_causal(part, present, held, columns), dtype)
+            mask = _float_mask(_causal(part, present, key_count, columns), dtype)
         arguments["attention_mask"] = self._biased(mask.to(hidden.device), queries, keys, present)
         return arguments
 
@@ -248,7 +248,7 @@ class _BoundScores(_BoundAttention):
         return changed
 
 
-def _held(part: nn.Module, arguments: dict[str, Any], present: PassTokens) -> int:
+def _count_keys(part: nn.Module, arguments: dict[str, Any], present: PassTokens) -> int:
     """Keys that the attention of a layer reads where it gets no mask."""
     cache = next((value for value in arguments.values() if hasattr(value, "get_mask_sizes")), None)
     layer = getattr(part, "layer_idx", None)
@@ -257,11 +257,11 @@ def _held(part: nn.Module, arguments: dict[str, Any], present: PassTokens) -> in
     return int(cache.get_mask_sizes(present.shape[1], layer)[0])
 
 
-def _causal(part: nn.Module, present: PassTokens, held: int, columns: int) -> Bool[Tensor, "1 1 query key"]:
+def _causal(part: nn.Module, present: PassTokens, key_count: int, columns: int) -> Bool[Tensor, "1 1 query key"]:
     """Keys that each query sees where the model leaves the mask to the kernel: all up to its own."""
-    offset = max(0, present.cached + columns - held)
+    offset = max(0, present.cached + columns - key_count)
     query = present.cached + torch.arange(columns, device="cpu")[:, None]
-    key = offset + torch.arange(held, device="cpu")[None]
+    key = offset + torch.arange(key_count, device="cpu")[None]
     visible = key <= query if getattr(part, "is_causal", True) else torch.ones_like(key <= query)
     return visible[None, None]
 
@@ -292,13 +292,13 @@ class _BoundRedistribution(_BoundAttention):
         stack.enter_context(change_attention(attention_name(module), part, change))
 
     def _redistribute(self, tokens: CurrentTokens, inputs: AttentionInputs) -> AttentionInputs:
-        present, held = tokens.of(self.record), inputs.key.shape[2]
-        queries, keys = self.selection(present, held)
+        present, key_count = tokens.of(self.record), inputs.key.shape[2]
+        queries, keys = self.selection(present, key_count)
         if not bool(queries.any() & keys.any()):
             return inputs
         keep, device, lowest = self.keep, inputs.query.device, torch.finfo(inputs.query.dtype).min
         mask = mask_of_flash(inputs, present, self.record) if self.kernel else explicit_mask(inputs, present)
-        mask = mask[..., :held].to(device).expand(len(queries), self.heads_of_layer, -1, -1)
+        mask = mask[..., :key_count].to(device).expand(len(queries), self.heads_of_layer, -1, -1)
         chosen = keys[:, None, None, :].to(device)
         weights = torch.cat([block for _, block in pattern_blocks(_call_of(inputs, mask))], dim=2)
         mass = (weights * chosen).sum(-1, keepdim=True)
@@ -379,8 +379,8 @@ def explicit_mask(inputs: AttentionInputs, present: PassTokens) -> Float[Tensor,
     mask, dtype = inputs.mask, inputs.query.dtype
     if mask is not None and mask.ndim == 4:
         return mask if mask.dtype != torch.bool else _float_mask(mask, dtype)
-    columns, held = inputs.query.shape[2], inputs.key.shape[2]
-    visible = _causal(inputs.module, present, held, columns)
+    columns, key_count = inputs.query.shape[2], inputs.key.shape[2]
+    visible = _causal(inputs.module, present, key_count, columns)
     return _float_mask(visible, dtype).to(inputs.query.device)
 
 
@@ -397,17 +397,17 @@ def mask_of_flash(
             f"{record}: SDPA, which would take the place of the model's attention kernel, computes no soft-cap and no "
             "learned sink; load the model with attn_implementation='eager'"
         )
-    mask, columns, held = inputs.mask, inputs.query.shape[2], inputs.key.shape[2]
+    mask, columns, key_count = inputs.mask, inputs.query.shape[2], inputs.key.shape[2]
     if mask is not None and mask.ndim == 4:
         return explicit_mask(inputs, present)
-    visible = _causal(inputs.module, present, held, columns)
+    visible = _causal(inputs.module, present, key_count, columns)
     if window := inputs.settings.get("sliding_window"):
-        offset = max(0, present.cached + columns - held)
+        offset = max(0, present.cached + columns - key_count)
         query = present.cached + torch.arange(columns, device="cpu")[:, None]
-        visible = visible & (query - offset - torch.arange(held, device="cpu")[None] < window)
+        visible = visible & (query - offset - torch.arange(key_count, device="cpu")[None] < window)
     if mask is not None:  # one of a static cache is shorter than the keys
-        real = nn.functional.pad(mask.cpu().bool(), (0, max(0, held - mask.shape[1])))
-        visible = visible & real[:, None, None, -held:]
+        real = nn.functional.pad(mask.cpu().bool(), (0, max(0, key_count - mask.shape[1])))
+        visible = visible & real[:, None, None, -key_count:]
     return _float_mask(visible, inputs.query.dtype).to(inputs.query.device)
 
 
@@ -417,6 +417,6 @@ def attention_heads(model: Model, layer: int, head: Head) -> tuple[int, ...]:
     if head is None:
         return tuple(range(count))
     heads = tuple(head) if isinstance(head, Sequence) else (head,)
-    if not heads or not all(map(whole, heads)) or not all(0 <= int(one) < count for one in heads):
+    if not heads or not all(map(whole, heads)) or not all(0 <= int(index) < count for index in heads):
         raise RequestError(f"head must be query heads from 0 to {count - 1} of layer {layer}, not {head!r}")
-    return tuple(int(one) for one in heads)
+    return tuple(int(index) for index in heads)

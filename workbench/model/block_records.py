@@ -99,14 +99,15 @@ class _BoundSwap(Bound):
             raise RequestError(f"a and b are both {record.a}; name two blocks")
         kinds = getattr(text_config(model.module), "layer_types", None)
         if kinds and kinds[record.a] != kinds[record.b]:
-            one, two = kinds[record.a], kinds[record.b]
-            if one not in _ATTENTION or two not in _ATTENTION:
+            a_kind, b_kind = kinds[record.a], kinds[record.b]
+            if a_kind not in _ATTENTION or b_kind not in _ATTENTION:
                 raise RequestError(
-                    f"blocks {record.a} ({one}) and {record.b} ({two}) keep different caches and cannot change places"
+                    f"blocks {record.a} ({a_kind}) and {record.b} ({b_kind}) keep different caches and "
+                    "cannot change places"
                 )
             _LOG.warning(
-                f"{record}: block {record.a} is {one} and block {record.b} {two}; each takes the mask and the rotary "
-                "base of its new place, which it was not trained with"
+                f"{record}: block {record.a} is {a_kind} and block {record.b} {b_kind}; each takes the mask and the "
+                "rotary base of its new place, which it was not trained with"
             )
         types = [type(model.module.get_submodule(path)) for path in self.paths]
         if types[0] is not types[1]:
@@ -126,11 +127,11 @@ class _BoundSwap(Bound):
 
     def _exchange(self, blocks: Any) -> None:
         a, b = self.layers
-        one, two = blocks[a], blocks[b]
-        indices = [_indices(part) for part in (one, two)]
-        blocks[a], blocks[b] = two, one
-        for parts, other in zip(indices, (indices[1], indices[0]), strict=True):
-            index = next((index for _, index in other), None)
+        a_block, b_block = blocks[a], blocks[b]
+        indices = [_indices(part) for part in (a_block, b_block)]
+        blocks[a], blocks[b] = b_block, a_block
+        for parts, counterparts in zip(indices, (indices[1], indices[0]), strict=True):
+            index = next((index for _, index in counterparts), None)
             for part, _ in parts:
                 if index is not None:
                     part.layer_idx = index

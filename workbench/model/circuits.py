@@ -181,8 +181,8 @@ def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
     embed, stream = _site(model, "hook_embed"), _site(model, "blocks.0.hook_resid_pre")
     if embed is None or stream is None or embed.shape != stream.shape or len(stream.shape) != 1:
         raise RequestError(f"model {model.name!r} ({model.architecture}): its token embedding is not its first stream")
-    others = trial_ids(model.module, 1, 32, seed=2)[0]
-    ids_to_run = torch.cat([ids.cpu(), others])[:, None]
+    trial_tokens = trial_ids(model.module, 1, 32, seed=2)[0]
+    ids_to_run = torch.cat([ids.cpu(), trial_tokens])[:, None]
     captured = {}
     capture(
         model.module,
@@ -249,7 +249,7 @@ def head_writes(
     output is smaller by the sink's attention. Costs one pass over the tokens, and (token, head, d_model) float32 of
     memory.
     """
-    outputs = {layer: one for layer, one in head_outputs(model).items() if layers is None or layer in layers}
+    outputs = {layer: output for layer, output in head_outputs(model).items() if layers is None or layer in layers}
     inputs: dict[int, list[Tensor | None]] = {layer: [] for layer in outputs}
     for chunk in x.split(_TOKENS):
         with ExitStack() as stack:

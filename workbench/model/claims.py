@@ -170,7 +170,7 @@ def structural_claims(module: nn.Module) -> Claims:
     """Residual sites of the one list of blocks as long as the model is deep."""
     n_layers = getattr(text_config(module), "num_hidden_layers", None)
     lists = [path for path, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers]
-    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    outermost = [path for path in lists if not any(path.startswith(f"{outer}.") for outer in lists)]
     if len(outermost) > 1:  # a vision tower as deep as the language model
         language_model = cast("PreTrainedModel", module)
         decoder = next(path for path, part in module.named_modules() if part is language_model.get_decoder())

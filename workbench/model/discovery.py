@@ -39,8 +39,8 @@ def find_sites(module: nn.Module) -> SiteMap:
     names = adapter_claims(module) or structural_claims(module)
     modules = dict(module.named_modules())
     trial = try_model(module, names, modules, _LENGTHS)
-    other = try_model(module, names, modules, _OTHER_LENGTHS)
-    trial.refused |= other.refused
+    second_trial = try_model(module, names, modules, _OTHER_LENGTHS)
+    trial.refused |= second_trial.refused
     n_layers = len(blocks_at(modules, names.blocks))
     taps, missing = _resolve(names, trial, modules)
     if not has_head(module):
@@ -55,37 +55,37 @@ def find_sites(module: nn.Module) -> SiteMap:
         by_tap.setdefault(tap, []).append(name)
     sites, synonyms = {}, {}
     for tap in sorted(by_tap, key=trial.order.__getitem__):
-        reason = _refusal(tap, trial, other)
+        reason = _refusal(tap, trial, second_trial)
         canonical = min(by_tap[tap], key=lambda name: (short_name(name) is None, name not in names.aliases))
         if reason:
             missing |= dict.fromkeys(by_tap[tap], reason)
             continue
         sites[canonical] = _site(canonical, tap, trial, names)
         synonyms |= {name: canonical for name in by_tap[tap] if name != canonical}
-    paths, others, reasons = _modules(sites, modules, trial, other)
+    paths, other_sites, reasons = _modules(sites, modules, trial, second_trial)
     last = Tap(f"{names.blocks}.{n_layers - 1}", "out")
-    causal = trial.causal(last) and other.causal(last)
+    causal = trial.causal(last) and second_trial.causal(last)
     chained = tuple(layer for layer in range(1, n_layers) if _chained(layer, names, trial))
     synonyms, missing, rules = synonyms | paths, missing | reasons, tuple(_score_rules(module, sites, trial))
     return SiteMap(
-        sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, others, rules, factors
+        sites, synonyms, missing, names.blocks, n_layers, names.adapter, causal, chained, other_sites, rules, factors
     )
 
 
 def _modules(
-    sites: Mapping[str, Site], modules: Mapping[str, nn.Module], trial: Trial, other: Trial
+    sites: Mapping[str, Site], modules: Mapping[str, nn.Module], trial: Trial, second_trial: Trial
 ) -> tuple[dict[str, str], dict[str, Site], dict[str, str]]:
     """Modules whose outputs are sites as they are, with these; sites of other outputs; reasons for the rest."""
     named = {site.tap: site for site in sites.values()}
     synonyms: dict[str, str] = {}
-    others: dict[str, Site] = {}
+    other_sites: dict[str, Site] = {}
     missing: dict[str, str] = {}
     paths = {Tap(path, "out"): path for path in modules if path}
     for tap in sorted(paths, key=lambda tap: trial.order.get(tap, len(trial.order))):
         path, site, shape = paths[tap], named.get(tap), trial.row_shape(tap)
         if tap not in trial.counts:
             missing[path] = "its module does not run"
-        elif reason := _refusal(tap, trial, other):
+        elif reason := _refusal(tap, trial, second_trial):
             missing[path] = reason
         elif site and site.shape == shape:
             synonyms[path] = site.name
@@ -95,8 +95,8 @@ def _modules(
             residual = shape == trial.row_shape(trial.stream) and len(shape) == 1
             part = path.rsplit(".", 1)[-1]
             axes = ("d_model",) if residual else _plain_axes(part, shape)
-            others[path] = Site(path, axes, shape, tap)
-    return synonyms, others, missing
+            other_sites[path] = Site(path, axes, shape, tap)
+    return synonyms, other_sites, missing
 
 
 def _score_rules(module: nn.Module, sites: Mapping[str, Site], trial: Trial) -> Iterator[ScoreRule]:
@@ -198,16 +198,16 @@ def _attention_taps(attention: str, names: Claims, trial: Trial) -> Iterator[tup
         yield "hook_z", Tap(paths[0], "output")
 
 
-def _refusal(tap: Tap, trial: Trial, other: Trial) -> str | None:
+def _refusal(tap: Tap, trial: Trial, second_trial: Trial) -> str | None:
     if trial.counts[tap] != 1:
         return f"it runs {trial.counts[tap]} times in a forward pass"
-    if other.counts.get(tap) != 1:
+    if second_trial.counts.get(tap) != 1:
         return "whether it runs depends on the sequence"
     if tap not in trial.shapes:
         return "no tensor of floating-point numbers passes there"
     if trial.row_shape(tap) is None:
         return f"its tensor of shape {trial.shapes[tap]} has no batch and position axes"
-    if tap.part not in ("weights", "returned_weights") and trial.row_shape(tap) != other.row_shape(tap):
+    if tap.part not in ("weights", "returned_weights") and trial.row_shape(tap) != second_trial.row_shape(tap):
         return "its shape depends on the length of the sequence"
     return None
 

@@ -45,11 +45,11 @@ _KNOWN: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDiction
 """XXH3 and SHA-256 of the weights of each module that was measured."""
 
 
-def _checksum(module: PreTrainedModel, digest: Any, *others: Any) -> str:
+def _checksum(module: PreTrainedModel, digest: Any, *other_digests: Any) -> str:
     """Adds the weights to checksums, and returns the first of them."""
     for part in _weights(module):
-        for one in (digest, *others):
-            one.update(part)
+        for checksum in (digest, *other_digests):
+            checksum.update(part)
     return digest.hexdigest()
 
 
@@ -65,10 +65,10 @@ def _weights(module: PreTrainedModel) -> Iterator[Any]:
     for name, tensor in sorted(saved.items()):
         if not isinstance(tensor, torch.Tensor):
             continue
-        same = {id(tensor), *((name, tied.get(name, name)) if name in readers else ())}
-        if same & counted:  # tied weights count once; their placeholders are different objects
+        identities = {id(tensor), *((name, tied.get(name, name)) if name in readers else ())}
+        if identities & counted:  # tied weights count once; their placeholders are different objects
             continue
-        counted |= same
+        counted |= identities
         tensor = readers[name]() if name in readers else tensor
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
         for piece in tensor.detach().contiguous().flatten().view(torch.uint8).split(_PIECE):
@@ -97,9 +97,9 @@ def tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns the settings of a tokenizer outside of its definition: special tokens, and what changes its texts."""
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
-    others = getattr(tokenizer, OTHER_TOKENS, None) or []
+    other_tokens = getattr(tokenizer, OTHER_TOKENS, None) or []
     switches = {name: bool(getattr(tokenizer, name, False)) for name in SWITCHES}
-    return {**named, OTHER_TOKENS: [str(token) for token in others], **switches}
+    return {**named, OTHER_TOKENS: [str(token) for token in other_tokens], **switches}
 
 
 def settings_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

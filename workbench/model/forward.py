@@ -111,14 +111,16 @@ def generating(module: nn.Module) -> Iterator[None]:
     """
     from transformers import GenerationConfig  # seconds
 
-    kept = [(part, vars(part)["generation_config"]) for part in module.modules() if "generation_config" in vars(part)]
+    configs = [
+        (part, vars(part)["generation_config"]) for part in module.modules() if "generation_config" in vars(part)
+    ]
     try:
-        for part, _ in kept:
+        for part, _ in configs:
             setattr(part, "generation_config", GenerationConfig())  # noqa: B010  # no tensor or module, as its type says
         with evaluating(module), torch.no_grad():
             yield
     finally:
-        for part, config in kept:
+        for part, config in configs:
             part.generation_config = config
 
 
@@ -173,7 +175,9 @@ def change_tensor(module: nn.Module, side: Literal["in", "out"], change: Callabl
 def change_arguments(module: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
     """Replaces the arguments of `module`, by their names, by `change` of them, each time it runs inside the block."""
     signature = inspect.signature(module.forward)
-    variadic = [one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD]
+    variadic = [
+        parameter.name for parameter in signature.parameters.values() if parameter.kind is parameter.VAR_KEYWORD
+    ]
 
     def before(_module, args, kwargs):
         arguments = signature.bind_partial(*args, **kwargs).arguments
@@ -251,6 +255,6 @@ def the_tensor(value: Any) -> Tensor:
 
 def attention_weights(output: Any) -> Tensor | None:
     """Returns the (batch, head, query, key) tensor that an eager attention module returns with its output, or None."""
-    others = output[1:] if isinstance(output, tuple | list) else ()
-    square = (part for part in others if isinstance(part, Tensor) and part.ndim == 4)
+    other_outputs = output[1:] if isinstance(output, tuple | list) else ()
+    square = (part for part in other_outputs if isinstance(part, Tensor) and part.ndim == 4)
     return next((part for part in square if part.shape[2] == part.shape[3]), None)

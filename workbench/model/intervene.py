@@ -149,8 +149,8 @@ class Intervened:
         self.model, self.records, self._proof = model, records, proof
         names = [f"record {number} ({kind_of(record)})" if numbered else "" for number, record in enumerate(records)]
         self._bound = [_bind(model, record, name) for record, name in zip(records, names, strict=True)]
-        for one in self._bound:
-            one.override = override
+        for bound_record in self._bound:
+            bound_record.override = override
         if not override:
             _refuse_overridden(self._bound)
         self._tokens = CurrentTokens(model.module)
@@ -168,7 +168,7 @@ class Intervened:
             if "torch._dynamo" in sys.modules:  # compiled code ignores hooks that are added after its first call
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._tokens.read(stack)
-            for bound_record in sorted(self._bound, key=lambda one: not one.first):
+            for bound_record in sorted(self._bound, key=lambda bound_record: not bound_record.first):
                 bound_record.attach(module, self._tokens, stack)
             for bound_record in self._bound:
                 bound_record.attach_readers(module, stack)
@@ -184,21 +184,24 @@ class Intervened:
     @property
     def counts(self) -> tuple[Count, ...]:
         """Counts of each record."""
-        return tuple(one.count for one in self._bound)
+        return tuple(bound_record.count for bound_record in self._bound)
 
     @property
     def kernels(self) -> tuple[str | None, ...]:
         """Attention kernel of each record that takes the place of the model's own; None: no other."""
-        return tuple(one.kernel for one in self._bound)
+        return tuple(bound_record.kernel for bound_record in self._bound)
 
     @property
     def choices(self) -> tuple[tuple[Tokens, ...], ...]:
         """Choices of tokens of each record, without masks."""
-        return tuple(tuple(choice for choice in one.choices if isinstance(choice, Tokens)) for one in self._bound)
+        return tuple(
+            tuple(choice for choice in bound_record.choices if isinstance(choice, Tokens))
+            for bound_record in self._bound
+        )
 
     def warn_of_kernels(self) -> None:
         """Logs one warning about all layers that another attention kernel computes than the model's own."""
-        layers = sorted({one.place for one in self._bound if one.kernel})
+        layers = sorted({bound_record.place for bound_record in self._bound if bound_record.kernel})
         if layers:
             _LOG.warning(
                 f"{', '.join(layers)}: {attention_name(self.model.module)} takes no additive mask, so SDPA computes "
@@ -207,8 +210,8 @@ class Intervened:
 
     def check(self) -> None:
         """Raises DataError for a record that did not run, chose no token, or gave values that are not finite."""
-        for one in self._bound:
-            one.check()
+        for bound_record in self._bound:
+            bound_record.check()
 
     @contextmanager
     def labelled(self, labels: PassLabels) -> Iterator[None]:
@@ -231,15 +234,15 @@ class Intervened:
         return pd.DataFrame(
             [
                 {
-                    "record": str(one.record),
-                    "site": one.place,
-                    "passes": one.count.passes,
-                    "rows": one.count.rows,
-                    "changed": one.count.changed,
-                    "exempt": one.count.exempt,
-                    "relative_change": one.count.relative_change,
+                    "record": str(bound_record.record),
+                    "site": bound_record.place,
+                    "passes": bound_record.count.passes,
+                    "rows": bound_record.count.rows,
+                    "changed": bound_record.count.changed,
+                    "exempt": bound_record.count.exempt,
+                    "relative_change": bound_record.count.relative_change,
                 }
-                for one in self._bound
+                for bound_record in self._bound
             ]
         )
 

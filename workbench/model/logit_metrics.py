@@ -62,7 +62,7 @@ class Metric(ABC):
 
     def described(self) -> dict[str, Any]:
         """Returns the record as JSON holds it, defaults included."""
-        entries = {one.name: getattr(self, one.name) for one in fields(self)}
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"kind": self.kind} | entries | {"at": self.choice.described()}
 
     def __str__(self) -> str:

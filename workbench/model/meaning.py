@@ -66,10 +66,10 @@ class _Block:
                 first.setdefault(tap, name)
         return {name: value for name in first.values() if (value := self.value(name)) is not None}
 
-    def after(self, name: str, others: Iterable[str]) -> bool:
+    def after(self, name: str, names: Iterable[str]) -> bool:
         """True if the tensor of `name` comes later in the pass than one of `others`."""
         order, tap = self.trial.order, self.tap(name)
-        earlier = (order[other] for other in map(self.tap, others) if other in order)
+        earlier = (order[other_tap] for other_tap in map(self.tap, names) if other_tap in order)
         return tap in order and order[tap] > min(earlier, default=len(order))
 
 
@@ -89,7 +89,9 @@ def check_block(
         if meaning.name and meaning.name != name
     }
     reasons = {f"{block.prefix}.{name}": meaning.reason for name, meaning in chosen.items() if meaning.reason}
-    factors = {f"{block.prefix}.{name}": one.factor for name, one in chosen.items() if one.factor is not None}
+    factors = {
+        f"{block.prefix}.{name}": meaning.factor for name, meaning in chosen.items() if meaning.factor is not None
+    }
     claimed = {name: tap for name, tap in moved.items() if name in taps and tap is not None}
     return claimed, reasons, factors
 

@@ -28,7 +28,7 @@ def generates_in_batches(module: nn.Module) -> bool:
     """
     prompts = [trial_ids(module, 1, length, seed=length)[0] for length in _LENGTHS]
     with unseen_pass(module):
-        alone = torch.cat([_logits(module, [one]) for one in prompts], 1)
+        alone = torch.cat([_logits(module, [prompt]) for prompt in prompts], 1)
         together = _logits(module, prompts)
     exact = module.dtype in (torch.float32, torch.float64) and not getattr(module, "is_quantized", False)
     alone, together = alone.double(), together.double()
@@ -41,8 +41,8 @@ def _logits(module: nn.Module, prompts: Sequence[Tensor]) -> Float[Tensor, "step
     from transformers import GenerationConfig  # seconds
 
     longest = max(map(len, prompts))
-    ids = torch.stack([nn.functional.pad(one, (longest - len(one), 0)) for one in prompts])
-    mask = torch.stack([nn.functional.pad(torch.ones_like(one), (longest - len(one), 0)) for one in prompts])
+    ids = torch.stack([nn.functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(prompt), (longest - len(prompt), 0)) for prompt in prompts])
     config = GenerationConfig(
         max_new_tokens=_NEW, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )

@@ -68,10 +68,10 @@ class PassTokens:
         Raises:
             DataError: The pass does not decide the positions or the ids, or a mask of another shape.
         """
-        kept = self._masks.get(id(choice))
-        if kept is None or kept[0] is not choice:
-            kept = self._masks[id(choice)] = choice, self._choose(choice)
-        return kept[1]
+        entry = self._masks.get(id(choice))
+        if entry is None or entry[0] is not choice:
+            entry = self._masks[id(choice)] = choice, self._choose(choice)
+        return entry[1]
 
     def named(self, choice: Tokens | Tensor) -> Int[Tensor, "batch position"]:
         """Returns, for each entry, the number of the named position that it is, in the order of `at`; -1: none."""
@@ -107,30 +107,30 @@ class PassTokens:
             raise DataError(f"the batch has {batch} sequences, no multiple of the {count} that values are given for")
         return torch.arange(batch, device="cpu") // (batch // count)
 
-    def keys(self, held: int) -> PassTokens:
-        """Returns the keys that a layer's attention reads, when its cache gives `held` of them.
+    def keys(self, key_count: int) -> PassTokens:
+        """Returns the keys that a layer's attention reads, when its cache gives `key_count` of them.
 
-        Key j is token j + max(0, tokens seen - held): so in growing, sliding and static caches alike.
+        Key j is token j + max(0, tokens seen - key_count): so in growing, sliding and static caches alike.
 
         Raises:
             DataError: The pass does not decide the positions.
         """
-        if held not in self._keys:
-            self._keys[held] = self._read_keys(held)
-        return self._keys[held]
+        if key_count not in self._keys:
+            self._keys[key_count] = self._read_keys(key_count)
+        return self._keys[key_count]
 
-    def _read_keys(self, held: int) -> PassTokens:
+    def _read_keys(self, key_count: int) -> PassTokens:
         if self.pads is None:
             raise DataError(
                 "keys: the positions of the tokens in the cache are not known; call the model with a mask of two axes "
                 "whose tokens are in consecutive columns, or with position_ids"
             )
-        seen = self.cached + self.shape[1]
-        column = torch.arange(held, device="cpu") + max(0, seen - held)
+        token_count = self.cached + self.shape[1]
+        column = torch.arange(key_count, device="cpu") + max(0, token_count - key_count)
         position = column - self.pads[:, None]
-        position = torch.where((position >= 0) & (column < seen) & ~self._padded(column), position, -1)
-        fresh = max(0, max(self.cached, self.fresh) - max(0, seen - held))
-        return PassTokens(position, self.prompt, (self.shape[0], held), fresh, self.split, labels=self.labels)
+        position = torch.where((position >= 0) & (column < token_count) & ~self._padded(column), position, -1)
+        fresh = max(0, max(self.cached, self.fresh) - max(0, token_count - key_count))
+        return PassTokens(position, self.prompt, (self.shape[0], key_count), fresh, self.split, labels=self.labels)
 
     def _padded(self, column: Int[Tensor, " key"]) -> Bool[Tensor, "batch key"]:
         """Mask of the columns of this pass that are padding, behind the tokens, too; keys of earlier passes are not."""

@@ -28,7 +28,7 @@ def stored_changes(records: Sequence[Intervention]) -> tuple[StoredChanges, Arra
         RequestError: A record that has no JSON form: a function, or a mask of one batch.
     """
     arrays = Arrays()
-    return StoredChanges(FORMAT, tuple(_record(one, arrays) for one in records), none_ran(len(records))), arrays
+    return StoredChanges(FORMAT, tuple(_record(record, arrays) for record in records), none_ran(len(records))), arrays
 
 
 def _record(record: Intervention, arrays: Arrays) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _value(record: Intervention, name: str, arrays: Arrays) -> Any:
     if name == "site" and isinstance(value, str):
         return full_name(value)
     if name in _LISTS and value is not None:
-        return [int(one) for one in (value if isinstance(value, Sequence) else (value,))]
+        return [int(number) for number in (value if isinstance(value, Sequence) else (value,))]
     if isinstance(value, Direction):
         return arrays.add(value.vector.numpy()) | {"name": value.name, "made_of": dict(value.made_of)}
     if isinstance(value, Tensor):

@@ -258,8 +258,8 @@ class BoundRows(Bound):
 
     def _refuse_second(self, present: PassTokens, mask: Tensor) -> None:
         """Refuses a token that an earlier record of this run set in the same pass."""
-        for earlier, place, other in present.set_rows:
-            if self.where.meets(place) and bool((mask & other).any()):
+        for earlier, place, earlier_mask in present.set_rows:
+            if self.where.meets(place) and bool((mask & earlier_mask).any()):
                 raise RequestError(overridden(self.record, earlier, self.place))
         present.set_rows.append((self.record, self.where, mask))
 
@@ -314,10 +314,10 @@ def changeable_place(model: Model, name: str, head: Head = None) -> Place:
         )
     (site,) = sites
     if site.of or site.tap.part not in ("in", "out", "query", "key", "value"):
-        what = "is computed from another one" if site.of else "is a result of attention or of the whole model"
+        reason = "is computed from another one" if site.of else "is a result of attention or of the whole model"
         raise RequestError(
-            f"site {site.short or site.name} cannot be changed: it {what}; resid_pre, resid_mid, resid_post, attn_out, "
-            "mlp_out, q, k, v, z, mlp_post and embed can"
+            f"site {site.short or site.name} cannot be changed: it {reason}; resid_pre, resid_mid, resid_post, "
+            "attn_out, mlp_out, q, k, v, z, mlp_post and embed can"
         )
     heads = _heads(model, site, head)
     if site.kind == "resid_mid" and site.tap.part == "in":
@@ -340,17 +340,17 @@ def _heads(model: Model, site: Site, head: Head) -> tuple[int, ...] | None:
     if not heads or not all(map(whole, heads)) or len(set(heads)) < len(heads):
         raise RequestError(f"head must be a head, or several that differ, not {head!r}")
     count = site.shape[0] or 0
-    for one in heads:
-        if not 0 <= one < count:
+    for number in heads:
+        if not 0 <= number < count:
             queries = query_heads(model, site.layer)
-            if queries and queries > count and one < queries:
+            if queries and queries > count and number < queries:
                 group = queries // count
                 raise RequestError(
-                    f"head {one}: {label} has the {count} key/value heads 0 to {count - 1}, each for {group} query "
-                    f"heads; query head {one} reads key/value head {one // group}"
+                    f"head {number}: {label} has the {count} key/value heads 0 to {count - 1}, each for {group} query "
+                    f"heads; query head {number} reads key/value head {number // group}"
                 )
-            raise RequestError(f"head {one}: {label} has the heads 0 to {count - 1}")
-    return tuple(int(one) for one in heads)
+            raise RequestError(f"head {number}: {label} has the heads 0 to {count - 1}")
+    return tuple(int(number) for number in heads)
 
 
 def query_heads(model: Model, layer: int | None) -> int | None:

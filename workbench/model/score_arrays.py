@@ -72,13 +72,13 @@ class _Scores:
     @torch.inference_mode()
     def __call__(self, ids: Int64[np.ndarray, " row"]) -> Float[Tensor, "row head key"]:
         scores = torch.full((len(ids), self.queries.site.shape[0], self.longest), -torch.inf)
-        sequence = np.searchsorted(self.starts, ids, side="right") - 1
+        sequences = np.searchsorted(self.starts, ids, side="right") - 1
         ends = np.append(self.starts[1:], len(self.queries))
-        for one in np.unique(sequence).tolist():
-            places = np.flatnonzero(sequence == one)
-            first, end = int(self.starts[one]), int(ends[one])
+        for sequence in np.unique(sequences).tolist():
+            places = np.flatnonzero(sequences == sequence)
+            first, end = int(self.starts[sequence]), int(ends[sequence])
             raw = attention_scores(self.rule, self.queries[ids[places]], self.keys[first:end]).transpose(0, 1)
-            seen = self.rule.visible((ids[places] - first)[:, None], np.arange(end - first))
-            hidden = ~torch.from_numpy(np.asarray(seen))[:, None]
+            visible = self.rule.visible((ids[places] - first)[:, None], np.arange(end - first))
+            hidden = ~torch.from_numpy(np.asarray(visible))[:, None]
             scores[torch.from_numpy(places), :, : end - first] = raw.masked_fill(hidden, -torch.inf)
         return scores

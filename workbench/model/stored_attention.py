@@ -54,7 +54,7 @@ class _BoundPattern(Bound):
         queries, keys = query.shape[0] or 1, key.shape[0] or 1
         group = queries // keys
         shared = sorted({head // group for head in heads})
-        whole = [group * one + number for one in shared for number in range(group)]
+        whole = [group * key_head + number for key_head in shared for number in range(group)]
         if sorted(heads) != whole:
             raise RequestError(
                 f"head {record.head}: {group} query heads of layer {record.layer} share each key head, so their "

@@ -90,8 +90,10 @@ def _mean(record: Mean, place: Place, means: tuple[np.ndarray, Tensor], rows: Te
     keys = (chosen.position if record.per == "position" else chosen.token_id).numpy()
     number = np.searchsorted(groups, keys).clip(max=len(groups) - 1)
     if (missing := groups[number] != keys).any():
-        what = "position" if record.per == "position" else "token id"
-        raise DataError(f"{record}: the rows of the mean have none with {what} {keys[missing][0]}; select more rows")
+        key_name = "position" if record.per == "position" else "token id"
+        raise DataError(
+            f"{record}: the rows of the mean have none with {key_name} {keys[missing][0]}; select more rows"
+        )
     return values[torch.from_numpy(number)].to(rows)
 
 
@@ -166,7 +168,7 @@ class Patch(StoreIntervention):
         rows, array = donor_rows(self.of, place)
         return partial(_patch, self, place, _donors(rows), array, self._positions())
 
-    def _positions(self) -> Int[Tensor, " named"] | None:
+    def _positions(self) -> Int[Tensor, " position"] | None:
         """Donor position for each named one."""
         if self.position is None:
             return None
@@ -178,7 +180,7 @@ class Patch(StoreIntervention):
                 f"position must be one donor position for each of the {len(targets)} positions that at= names, not "
                 f"{self.position!r}"
             )
-        return torch.tensor([int(one) for one in positions], device="cpu")
+        return torch.tensor([int(position) for position in positions], device="cpu")
 
     def __str__(self) -> str:
         of = opened_donors(self.of)

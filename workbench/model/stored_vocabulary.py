@@ -130,8 +130,8 @@ def read_stored_vocabulary(store: Store) -> StoredVocabulary | None:
     return StoredVocabulary(embedding, head, tokenizer)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.float(), other.float())
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float(), b.float())
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]] | None:
@@ -144,7 +144,7 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]
         key = (type(tokenizer), sha256_bytes(definition.encode()), to_json(settings))
         if key not in _RESTORED:
             twin = _tokenizer(definition, settings)
-            _RESTORED[key] = tokenizer_definition(twin) == definition and _same(tokenizer, twin)
+            _RESTORED[key] = tokenizer_definition(twin) == definition and _equivalent(tokenizer, twin)
     except Exception:  # of a class with code of its own, any
         return None
     return (definition, settings) if _RESTORED[key] else None
@@ -157,13 +157,13 @@ def _tokenizer(definition: str, settings: Mapping[str, Any]) -> PreTrainedTokeni
 
     for name, value in settings.items():
         token = name.endswith("_token") and isinstance(value, str)
-        tokens = name == OTHER_TOKENS and all(isinstance(one, str) for one in value)
+        tokens = name == OTHER_TOKENS and all(isinstance(text, str) for text in value)
         if not (token or tokens or (name in SWITCHES and isinstance(value, bool))):
             raise ValueError(f"{name} is no setting of a tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(definition), **settings)
 
 
-def _same(tokenizer: PreTrainedTokenizerBase, twin: PreTrainedTokenizerBase) -> bool:
+def _equivalent(tokenizer: PreTrainedTokenizerBase, twin: PreTrainedTokenizerBase) -> bool:
     """True where both have the same special tokens, and texts and encodings of a thousand tokens."""
     special = sorted(tokenizer.all_special_ids)
     step = max(1, len(tokenizer) // _TRIED_TOKENS)
@@ -178,7 +178,7 @@ def _same(tokenizer: PreTrainedTokenizerBase, twin: PreTrainedTokenizerBase) -> 
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
-    return list(tokenizer.batch_decode([[one] for one in ids]))
+    return list(tokenizer.batch_decode([[id] for id in ids]))
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:

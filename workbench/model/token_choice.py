@@ -51,7 +51,7 @@ class Tokens:
         """Positions that are named one by one; none for slices and words."""
         if isinstance(self.index, str | slice):
             return ()
-        return tuple(int(one) for one in (self.index if isinstance(self.index, Sequence) else (self.index,)))
+        return tuple(int(position) for position in (self.index if isinstance(self.index, Sequence) else (self.index,)))
 
     @property
     def needs_table(self) -> bool:
@@ -72,7 +72,7 @@ class Tokens:
             index = {"start": index.start, "stop": index.stop, "step": index.step or 1}
         elif not isinstance(index, str):
             index = list(self.positions)
-        ids = None if self.ids is None else sorted(int(one) for one in self.ids)
+        ids = None if self.ids is None else sorted(int(id) for id in self.ids)
         entries = {"ids": ids, "span": self.span, "sql": self.sql}
         return {"index": index} | {name: value for name, value in entries.items() if value is not None}
 

@@ -75,10 +75,12 @@ class Trial:
         return not self.looks_ahead and all(state is None or self._causal(state) for state in states)
 
     def _causal(self, state: Tensor) -> bool:
-        shared, others = (
+        shared_states, later_states = (
             state[:, positions].double() for positions in (slice(_SHARED), slice(_SHARED, min(self.lengths)))
         )
-        change, effect = ((part[0] - part[1]).norm(dim=-1) / part[0].norm(dim=-1) for part in (shared, others))
+        change, effect = (
+            (part[0] - part[1]).norm(dim=-1) / part[0].norm(dim=-1) for part in (shared_states, later_states)
+        )
         tolerance = max(1e-5, 4 * torch.finfo(state.dtype).eps)
         return not bool((change > tolerance * effect.mean().clamp(max=1)).any())
 

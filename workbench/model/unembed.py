@@ -110,7 +110,7 @@ def save_unembed(
     unembed: Unembed,
     path: str | Path,
     dtype: torch.dtype,
-    others: Mapping[str, Tensor] = MappingProxyType({}),
+    more_tensors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes a safetensors file, with W_U and b_U in `dtype`, the model's own type, so that nothing is lost.
 
@@ -118,12 +118,12 @@ def save_unembed(
         unembed: The unembedding.
         path: A new file.
         dtype: Type of the model's head.
-        others: More tensors of the file, by names that are none of the unembedding's.
+        more_tensors: More tensors of the file, by names that are none of the unembedding's.
     """
     scalars = {name: getattr(unembed, name) for name in ("norm", "eps", "scale", "softcap", "tokens")}
     tensors = {name: part.detach().cpu().contiguous() for name, part in _tensors(unembed).items()}
     tensors |= {name: tensors[name].to(dtype) for name in ("weight", "bias") if name in tensors}
-    save_file(tensors | dict(others), str(path), metadata={"unembed": json.dumps(scalars, sort_keys=True)})
+    save_file(tensors | dict(more_tensors), str(path), metadata={"unembed": json.dumps(scalars, sort_keys=True)})
 
 
 @plain_torch()
@@ -218,8 +218,8 @@ def measure_unembed(module: nn.Module, last_block: str) -> Unembed:
     return unembed
 
 
-def _compare(ours: Tensor, logits: Tensor, module: nn.Module) -> None:
-    error = (ours - logits.float()).abs().max().item()
+def _compare(recomputed_logits: Tensor, logits: Tensor, module: nn.Module) -> None:
+    error = (recomputed_logits - logits.float()).abs().max().item()
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(logits.dtype, 0.05) * max(1.0, logits.abs().max().item())
     if not error <= tolerance:
         raise NoUnembed(
@@ -250,8 +250,8 @@ def _last_steps(
         )
     if _parallel(resid, head_in):
         return resid, head_in, logits, None
-    for path, seen in steps.items():
-        layer_input, output = (tensors[-1] if tensors else None for tensors in seen)
+    for path, side_tensors in steps.items():
+        layer_input, output = (tensors[-1] if tensors else None for tensors in side_tensors)
         if (
             layer_input is None
             or output is None
