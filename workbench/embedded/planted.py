@@ -314,9 +314,11 @@ def _sequences(draw: Random, name: str) -> dict[str, Any]:
 
 
 def _sentences(draw: Random) -> dict[str, Any]:
-    names, (one, other) = draw.sample(NAMES, 2), draw.sample(VERBS, 2)
-    thing, day = draw.choice(OBJECTS), draw.choice(CHAINS["day"])
-    return _document("sentences", [f" {word}" for word in (names[0], one, "the", thing, day, names[1], other)])
+    names, (first_verb, second_verb) = draw.sample(NAMES, 2), draw.sample(VERBS, 2)
+    noun, day = draw.choice(OBJECTS), draw.choice(CHAINS["day"])
+    return _document(
+        "sentences", [f" {word}" for word in (names[0], first_verb, "the", noun, day, names[1], second_verb)]
+    )
 
 
 def _document(domain: str, pieces: Sequence[str]) -> dict[str, Any]:
