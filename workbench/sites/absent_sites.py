@@ -50,5 +50,5 @@ def absence(absent: Iterable[AbsentSites] | None, kind: str, layer: int | None =
         kind: Short name without the layer: `attn_received`.
         layer: The layer. None: any.
     """
-    known = (one for one in absent or () if kind in one.kinds)
-    return next((one.reason for one in known if one.layers is None or layer in one.layers), None)
+    known = (entry for entry in absent or () if kind in entry.kinds)
+    return next((entry.reason for entry in known if entry.layers is None or layer in entry.layers), None)

@@ -29,5 +29,5 @@ class ScoreRule:
 
     def visible(self, query: Any, key: Any) -> Any:
         """Returns whether positions `query` see positions `key` in a causal model; numbers or arrays, broadcast."""
-        seen = key <= query
-        return seen if self.window is None else seen & (query - key < self.window)
+        causal = key <= query
+        return causal if self.window is None else causal & (query - key < self.window)

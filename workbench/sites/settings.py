@@ -137,7 +137,7 @@ def _positions(keep: Sequence[Any] | None) -> tuple[Position, ...] | None:
     if keep is None:
         return None
     positions = tuple(-1 if position == "last" else position for position in keep)
-    if not positions or not all(isinstance(one, int) and not isinstance(one, bool) for one in positions):
+    if not positions or not all(isinstance(position, int) and not isinstance(position, bool) for position in positions):
         raise RequestError(f"keep must be 'last' or positions, such as [0, -1], not {list(keep)!r}")
     return positions
 
