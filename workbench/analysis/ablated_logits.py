@@ -110,9 +110,9 @@ def _replace(part: AblatedPart, value: Float[Tensor, "*row"] | float, at: Bool[T
         new = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
         if part.head is None and part.index is None:
             return new.expand_as(rows)
-        changed = rows.clone()
-        changed[:, part.head if part.head is not None else part.index] = new
-        return changed
+        new_rows = rows.clone()
+        new_rows[:, part.head if part.head is not None else part.index] = new
+        return new_rows
 
     return RowFunction(part.site, change, "ablation", at=at)
 

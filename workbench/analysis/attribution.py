@@ -125,23 +125,23 @@ def at_place(
 
 def some_pairs(runs: Runs, index: Int[np.ndarray, " chosen_pair"]) -> Runs:
     """Returns the runs of some pairs."""
-    chosen = torch.from_numpy(index)
+    chosen_pairs = torch.from_numpy(index)
     pairs = PairTensors(
-        runs.pairs.clean[chosen],
-        runs.pairs.corrupt[chosen],
-        runs.pairs.mask[chosen],
-        runs.pairs.end[chosen],
-        {name: at[chosen] for name, at in runs.pairs.places.items()},
+        runs.pairs.clean[chosen_pairs],
+        runs.pairs.corrupt[chosen_pairs],
+        runs.pairs.mask[chosen_pairs],
+        runs.pairs.end[chosen_pairs],
+        {name: at[chosen_pairs] for name, at in runs.pairs.places.items()},
     )
     return replace(
         runs,
         pairs=pairs,
         answers=[runs.answers[number] for number in index],
-        clean=runs.clean[chosen],
-        corrupt=runs.corrupt[chosen],
-        clean_logits=runs.clean_logits[chosen],
-        clean_values={name: value[chosen] for name, value in runs.clean_values.items()},
-        corrupt_values={name: value[chosen] for name, value in runs.corrupt_values.items()},
+        clean=runs.clean[chosen_pairs],
+        corrupt=runs.corrupt[chosen_pairs],
+        clean_logits=runs.clean_logits[chosen_pairs],
+        clean_values={name: value[chosen_pairs] for name, value in runs.clean_values.items()},
+        corrupt_values={name: value[chosen_pairs] for name, value in runs.corrupt_values.items()},
     )
 
 
@@ -159,17 +159,17 @@ def correlations(
         resamples: Resamples of pairs.
         seed: Random seed.
     """
-    known = ~(np.isnan(x) | np.isnan(y) | ((x == 0) & (y == 0)))
-    x, y = (np.where(known, values, 0.0).reshape(*values.shape[:2], -1) for values in (x, y))
-    known = known.reshape(*x.shape).astype(float)
-    sums = np.stack([part.sum(-1) for part in (known, x, y, x * x, y * y, x * y)])  # (sum, pair, group)
+    valid = ~(np.isnan(x) | np.isnan(y) | ((x == 0) & (y == 0)))
+    x, y = (np.where(valid, values, 0.0).reshape(*values.shape[:2], -1) for values in (x, y))
+    valid = valid.reshape(*x.shape).astype(float)
+    sums = np.stack([part.sum(-1) for part in (valid, x, y, x * x, y * y, x * y)])  # (sum, pair, group)
     weights = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)
     mean = _pearson(sums.sum(1))
     if len(x) < 2:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    drawn = _pearson(np.einsum("rp,spg->srg", weights, sums))
-    known_groups = ~np.isnan(drawn).all(0)
-    low, high = np.nanquantile(np.where(known_groups, drawn, 0.0), (0.025, 0.975), axis=0)
+    resampled = _pearson(np.einsum("rp,spg->srg", weights, sums))
+    known_groups = ~np.isnan(resampled).all(0)
+    low, high = np.nanquantile(np.where(known_groups, resampled, 0.0), (0.025, 0.975), axis=0)
     return mean, np.where(known_groups, low, np.nan), np.where(known_groups, high, np.nan)
 
 

@@ -92,16 +92,17 @@ def attribution_grid(result: Result, quantity: str) -> go.Figure:
     """Returns terms by tokens for the first 32 tokens: the 24 terms with the largest absolute values."""
     values = result.data["by_token"].to_numpy()[:_TOKENS]
     terms = result.table["term"].tolist()
-    chosen = np.sort(np.argsort(-np.abs(values).max(0), kind="stable")[:_SHOWN])
+    top_terms = np.sort(np.argsort(-np.abs(values).max(0), kind="stable")[:_SHOWN])
     texts, targets = (result.data[name].to_numpy()[:_TOKENS].tolist() for name in ("text", "target"))
     limit = float(np.abs(values).max(initial=0.0)) or 1.0
-    frame = pd.DataFrame(values[:, chosen].T)
+    frame = pd.DataFrame(values[:, top_terms].T)
     figure = ThemedFigure(
         go.Heatmap(
             z=frame.to_numpy(),
             x=list(range(len(texts))),
-            y=[sentence(terms[index]) for index in chosen],
-            customdata=[[f"{label(a)} predicts {label(b)}" for a, b in zip(texts, targets, strict=True)]] * len(chosen),
+            y=[sentence(terms[index]) for index in top_terms],
+            customdata=[[f"{label(a)} predicts {label(b)}" for a, b in zip(texts, targets, strict=True)]]
+            * len(top_terms),
             hovertemplate="%{y}, %{customdata}: %{z:.3f}<extra></extra>",
             colorscale=SIGNED,
             zmin=-limit,
@@ -113,7 +114,7 @@ def attribution_grid(result: Result, quantity: str) -> go.Figure:
     figure.update_layout(
         title={"text": sentence(f"By token: {quantity}"), "subtitle": {"text": "contribution of each term"}},
         width=max(640, 260 + 26 * len(texts)),
-        height=200 + 22 * len(chosen),
+        height=200 + 22 * len(top_terms),
     )
     ticks = [label(text, 12) for text in texts]
     figure.update_xaxes(title="token", tickvals=list(range(len(texts))), ticktext=ticks, tickangle=-60, showgrid=False)

@@ -20,10 +20,10 @@ _SHOWN = 24  # terms in the bars
 def estimate_scatter(data: Any, site: str) -> go.Figure:
     """Returns the estimated against the exact effect of every cell and sampled pair, coloured by layer."""
     exact, estimate = data["exact_by_pair"].to_numpy(), data["estimate_by_pair"].to_numpy()
-    known = ~(np.isnan(exact) | np.isnan(estimate) | ((exact == 0) & (estimate == 0)))
-    pair, layer, place = np.nonzero(known)
+    valid = ~(np.isnan(exact) | np.isnan(estimate) | ((exact == 0) & (estimate == 0)))
+    pair, layer, place = np.nonzero(valid)
     layers, places = data["layer"].to_numpy(), data["place"].to_numpy()
-    x, y = exact[known], estimate[known]
+    x, y = exact[valid], estimate[valid]
     ends = [float(min(x.min(initial=0.0), y.min(initial=0.0))), float(max(x.max(initial=0.0), y.max(initial=0.0)))]
     hover = [
         f"layer {layers[layer_index]}, {label(str(places[place_index]))}, "

@@ -92,12 +92,12 @@ def document_halves(
     A single document is both halves.
     """
     document = store.tokens["document"].to_numpy()[rows]
-    known = np.random.default_rng(seed).permutation(np.unique(document))
-    if len(known) < 2:
+    documents = np.random.default_rng(seed).permutation(np.unique(document))
+    if len(documents) < 2:
         return rows, rows, "chosen and measured on the same document"
-    first = np.isin(document, known[: len(known) // 2])
-    measured = len(known) - len(known) // 2
-    return rows[first], rows[~first], f"intervals over {measured} documents" if measured < 10 else ""
+    first = np.isin(document, documents[: len(documents) // 2])
+    document_count = len(documents) - len(documents) // 2
+    return rows[first], rows[~first], f"intervals over {document_count} documents" if document_count < 10 else ""
 
 
 @dataclass(frozen=True)
@@ -166,22 +166,22 @@ def change_effects(
     sums = _Sums(documents.count, names, tuple(rows.groups))
     with progress(label, len(ids) * len(names), "rows", show=show_progress) as advance:
         for batch in sequence_batches(store, documents, batch_limit(model)):
-            measured = batch.document >= 0
-            row, number = batch.row[measured].numpy(), batch.document[measured].numpy()
+            measured_rows = batch.document >= 0
+            row, number = batch.row[measured_rows].numpy(), batch.document[measured_rows].numpy()
             inside = np.stack([mask[row] for mask in member.values()])
             target = torch.from_numpy(targets[row])
-            plain = _logits(model, batch, measured)
+            plain = _logits(model, batch, measured_rows)
             sums.add(0, number, inside, measures(plain, target).numpy())
             before = plain_log_probabilities(plain)
             advance(len(row))
             for index, (name, change) in enumerate(changes.items(), start=1):
-                after, chosen = _changed(model, batch, measured, change(batch), plain)
-                sums.chosen[name] += chosen
+                after, chosen_count = _changed_logits(model, batch, measured_rows, change(batch), plain)
+                sums.chosen[name] += chosen_count
                 values = measures(after, target, None if after is plain else before)
                 sums.add(index, number, inside, values.numpy())
                 advance(len(row))
-    for name, chosen in sums.chosen.items():
-        if not chosen:
+    for name, chosen_count in sums.chosen.items():
+        if not chosen_count:
             raise DataError(
                 f"{label}, {name}: no token of the {len(ids):,} measured ones' sequences is changed; record longer "
                 "texts"
@@ -212,10 +212,10 @@ def measures(
         values[2, part] = -torch.where(probability > 0, probability * after, 0).sum(-1).cpu()
         values[:2, part] = torch.where(target >= 0, values[:2, part], torch.nan)
         if before is not None:
-            known = before[part]
-            probability = known.exp()  # a token of probability 0 adds nothing
-            values[3, part] = torch.where(probability > 0, probability * (known - after), 0).sum(-1).cpu()
-            values[4, part] = (top == known.argmax(-1)).double().cpu()
+            before_logs = before[part]
+            probability = before_logs.exp()  # a token of probability 0 adds nothing
+            values[3, part] = torch.where(probability > 0, probability * (before_logs - after), 0).sum(-1).cpu()
+            values[4, part] = (top == before_logs.argmax(-1)).double().cpu()
         else:
             values[4, part] = 1
     return values
@@ -232,23 +232,27 @@ def _parts(logits: Float[Tensor, "row vocab"]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
-def _changed(
-    model: Model, batch: Batch, measured: Bool[Tensor, "batch position"], records: Sequence[Intervention], plain: Tensor
+def _changed_logits(
+    model: Model,
+    batch: Batch,
+    measured_rows: Bool[Tensor, "batch position"],
+    records: Sequence[Intervention],
+    plain: Tensor,
 ) -> tuple[Tensor, int]:
     """Logits of the measured rows under some records, and the number of tokens that they chose."""
     if not records:
         return plain, 0
     with Intervened(model, tuple(records), proof=False) as applied:
-        logits = _logits(model, batch, measured)
+        logits = _logits(model, batch, measured_rows)
     for record, count in zip(records, applied.counts, strict=True):
         if not count.finite:
             raise DataError(f"{record}: its new values are not finite; look for NaN in the model")
     return logits, sum(count.rows - count.exempt for count in applied.counts)
 
 
-def _logits(model: Model, batch: Batch, measured: Bool[Tensor, "batch position"]) -> Float[Tensor, "row vocab"]:
+def _logits(model: Model, batch: Batch, measured_rows: Bool[Tensor, "batch position"]) -> Float[Tensor, "row vocab"]:
     logits = run(model.module, batch.ids, batch.mask).logits
-    return logits[measured.to(logits.device)]
+    return logits[measured_rows.to(logits.device)]
 
 
 class _Sums:
@@ -269,7 +273,7 @@ class _Sums:
     ) -> None:
         for group, mask in enumerate(inside):
             for measure, value in enumerate(values):
-                known = mask & ~np.isnan(value)
-                np.add.at(self.totals[:, change, group, measure], document[known], value[known])
+                valid = mask & ~np.isnan(value)
+                np.add.at(self.totals[:, change, group, measure], document[valid], value[valid])
                 if change == 0:
-                    np.add.at(self.counts[:, group, measure], document[known], 1)
+                    np.add.at(self.counts[:, group, measure], document[valid], 1)

@@ -71,8 +71,8 @@ class Comparison:
         from workbench.figures.ticks import integer_step
 
         figure = ThemedFigure()
-        known = self.sites[self.sites["layer"] >= 0]
-        for kind, part in known.groupby("kind", sort=False):
+        layer_sites = self.sites[self.sites["layer"] >= 0]
+        for kind, part in layer_sites.groupby("kind", sort=False):
             figure.add_scatter(
                 x=np.asarray(part["layer"]),
                 y=np.asarray(part["cosine"]),
@@ -91,7 +91,7 @@ class Comparison:
             margin={"t": 110},
             showlegend=True,
         )
-        figure.update_xaxes(title="layer", dtick=integer_step(known["layer"]))
+        figure.update_xaxes(title="layer", dtick=integer_step(layer_sites["layer"]))
         figure.update_yaxes(title="cosine similarity, mean over tokens")
         return figure
 
@@ -227,15 +227,15 @@ def _compare_pair(
     """The comparison of two stores; `results` of probes on the first one are kept for the next pair."""
     site_pairs = _select_sites(a, b, sites)
     labels = [site.label for site, _ in site_pairs]
-    lost = [lost_values(store, labels) for store in (a, b)]
-    for values in lost:
+    losses = [lost_values(store, labels) for store in (a, b)]
+    for values in losses:
         if not allow_nonfinite:
             refuse_nonfinite(values, a.rows)
     lines = []
     with progress("comparing", len(site_pairs) * a.rows, "rows") as tick:
         groups = _document_groups(a)
         for a_site, b_site in site_pairs:
-            clipped = sum(values[a_site.label].clipped for values in lost if a_site.label in values)
+            clipped = sum(values[a_site.label].clipped for values in losses if a_site.label in values)
             lines.append(_compare_site(a, b, a_site, b_site, groups, tick) | {"clipped": clipped})
     measures, not_run = _run_probes(a, b, probes, results)
     difference = run_difference(a.manifest, b.manifest)
@@ -270,19 +270,19 @@ def _check_tokens(a: Store, b: Store) -> None:
                 )
 
 
-def _select_sites(a: Store, b: Store, requested: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
-    known = [{site.name: site for site in store.sites} for store in (a, b)]
-    if requested is None:
-        for sites, second_sites, store, second_store in ((*known, a, b), (*known[::-1], b, a)):
-            if lacking := [site.label for name, site in sites.items() if name not in second_sites]:
+def _select_sites(a: Store, b: Store, patterns: Sequence[str] | None) -> list[tuple[SiteRecord, SiteRecord]]:
+    sites_by_store = [{site.name: site for site in store.sites} for store in (a, b)]
+    if patterns is None:
+        for sites, second_sites, store, second_store in ((*sites_by_store, a, b), (*sites_by_store[::-1], b, a)):
+            if missing_sites := [site.label for name, site in sites.items() if name not in second_sites]:
                 raise RequestError(
-                    f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(lacking)}, which "
+                    f"{_names(a, b)} hold different sites: {store.path.name} has {short_list(missing_sites)}, which "
                     f"{second_store.path.name} lacks; name the sites to compare in sites="
                 )
-        names = list(known[0])
+        names = list(sites_by_store[0])
     else:
-        names = [name for pattern in requested for name in _matching(a, b, known, pattern)]
-    pairs = [(known[0][name], known[1][name]) for name in dict.fromkeys(names)]
+        names = [name for pattern in patterns for name in _matching(a, b, sites_by_store, pattern)]
+    pairs = [(sites_by_store[0][name], sites_by_store[1][name]) for name in dict.fromkeys(names)]
     for a_site, b_site in pairs:
         if (a_site.axes, a_site.shape) != (b_site.axes, b_site.shape):
             raise RequestError(
@@ -292,17 +292,21 @@ def _select_sites(a: Store, b: Store, requested: Sequence[str] | None) -> list[t
     return pairs
 
 
-def _matching(a: Store, b: Store, known: list[dict[str, SiteRecord]], pattern: str) -> list[str]:
-    matches = [[site.name for site in store_sites.values() if _matches(site, pattern)] for store_sites in known]
+def _matching(a: Store, b: Store, sites_by_store: list[dict[str, SiteRecord]], pattern: str) -> list[str]:
+    matches = [
+        [site.name for site in store_sites.values() if _matches(site, pattern)] for store_sites in sites_by_store
+    ]
     for store, second_store, names, second_names in ((a, b, *matches), (b, a, *matches[::-1])):
         if not names:
             labels = [site.label for site in store.sites]
-            close, recorded = nearest(pattern, labels), short_list(labels)
-            raise RequestError(f"site {pattern!r} is not recorded in {store.path}{close}; recorded are {recorded}")
-        if lacking := [short_name(name) or name for name in second_names if name not in names]:
+            close, recorded_sites = nearest(pattern, labels), short_list(labels)
             raise RequestError(
-                f"site {pattern!r}: {second_store.path.name} has {short_list(lacking)}, which {store.path.name} lacks; "
-                "name the sites that both have"
+                f"site {pattern!r} is not recorded in {store.path}{close}; recorded are {recorded_sites}"
+            )
+        if missing_names := [short_name(name) or name for name in second_names if name not in names]:
+            raise RequestError(
+                f"site {pattern!r}: {second_store.path.name} has {short_list(missing_names)}, which "
+                f"{store.path.name} lacks; name the sites that both have"
             )
     return matches[0]
 
@@ -347,9 +351,9 @@ def _compare_site(
         skipped += int((~finite).sum())
         largest = max(largest, float(values[finite, 1].max(initial=0.0)))
         tick(len(x))
-    used = counts[:, 0] > 0
-    (cosine, error), resamples = resampled_means(totals[used], counts[used])
-    low, high = intervals(resamples) if used.sum() > 1 else np.full((2, 2), np.nan)
+    nonempty = counts[:, 0] > 0
+    (cosine, error), resamples = resampled_means(totals[nonempty], counts[nonempty])
+    low, high = intervals(resamples) if nonempty.sum() > 1 else np.full((2, 2), np.nan)
     kind, _, layer = (a_site.short or a_site.name).rpartition(".")
     return {
         "site": a_site.label,

@@ -29,10 +29,10 @@ def clustered_auc(
         resamples: Number of resamples.
         seed: Random seed of the resamples.
     """
-    known, index = np.unique(clusters, return_inverse=True)
+    cluster_ids, index = np.unique(clusters, return_inverse=True)
     if not len(index):
         return np.full(len(scores), np.nan), np.full((len(scores), resamples), np.nan)
-    draw, chances = np.random.default_rng(seed), np.full(len(known), 1 / len(known))
+    draw, chances = np.random.default_rng(seed), np.full(len(cluster_ids), 1 / len(cluster_ids))
     step = max(1, _WEIGHTS // len(index))
     orders = [np.argsort(score, kind="stable") for score in scores]
     edges = [
@@ -40,10 +40,10 @@ def clustered_auc(
     ]
     parts = []
     for first in range(0, resamples, step):
-        times = draw.multinomial(len(known), chances, size=min(step, resamples - first))[:, index]
+        times = draw.multinomial(len(cluster_ids), chances, size=min(step, resamples - first))[:, index]
         parts.append([_auc(times[:, order], positive[order], edge) for order, edge in zip(orders, edges, strict=True)])
     resampled = np.concatenate([np.array(part) for part in parts], 1) if parts else np.zeros((len(scores), 0))
-    if len(known) < 2:
+    if len(cluster_ids) < 2:
         resampled[:] = np.nan
     once = np.ones((1, len(index)), np.int64)
     whole = [_auc(once, positive[order], edge)[0] for order, edge in zip(orders, edges, strict=True)]

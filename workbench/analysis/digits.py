@@ -47,9 +47,9 @@ def digit_readings(
         for task, part in of_task.items()
     }
     index = {task: np.concatenate([chain.index for chain in part]) for task, part in of_task.items()}
-    known = len(states.get("numbers", ()))
-    if known < NUMBERS:
-        return {name: np.full(len(tasks), np.nan) for name in _READINGS}, known
+    number_count = len(states.get("numbers", ()))
+    if number_count < NUMBERS:
+        return {name: np.full(len(tasks), np.nan) for name in _READINGS}, number_count
     numbers, digit = states["numbers"], index["numbers"] % 10
     features = digit_features(numbers, digit)
     steps = {"arithmetic": features, "shuffled_arithmetic": features[np.random.default_rng(seed).permutation(10)]}
@@ -63,7 +63,7 @@ def digit_readings(
         name: np.array([digit_arithmetic(of_task[task], ids, x, size * step, head_logits) for task in tasks])
         for name, step in steps.items()
     }
-    return {"mod10_accuracy": np.array(accuracy), **arrays}, known
+    return {"mod10_accuracy": np.array(accuracy), **arrays}, number_count
 
 
 def strict_argmax(logits: Float[Tensor, "head member output"]) -> Int[np.ndarray, "head member"]:

@@ -25,18 +25,18 @@ def permuted_gap(
         permutations: Number of permutations.
         seed: Random seed.
     """
-    known = sequences.domain >= 0
-    pairs = np.stack([sequences.document[known], sequences.domain[known]], 1)
+    has_domain = sequences.domain >= 0
+    pairs = np.stack([sequences.document[has_domain], sequences.domain[has_domain]], 1)
     documents, index = np.unique(pairs, axis=0, return_inverse=True)
     totals, counts = np.zeros((len(documents), values.shape[1])), np.bincount(index.ravel(), minlength=len(documents))
-    np.add.at(totals, index.ravel(), values[known])
+    np.add.at(totals, index.ravel(), values[has_domain])
     number = np.bincount(documents[:, 1], minlength=len(sequences.domains))
-    compared = np.flatnonzero(number > 1)
-    if len(compared) < 2:
+    compared_domains = np.flatnonzero(number > 1)
+    if len(compared_domains) < 2:
         return float("nan")
     draw, largest = np.random.default_rng(seed), []
     for _ in range(permutations):
-        member = (draw.permutation(documents[:, 1]) == compared[:, None]).astype(float)
+        member = (draw.permutation(documents[:, 1]) == compared_domains[:, None]).astype(float)
         means = (member @ totals) / (member @ counts)[:, None]
         largest.append(np.ptp(means, axis=0).max())
     return float(np.quantile(largest, 0.95))

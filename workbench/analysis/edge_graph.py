@@ -72,10 +72,10 @@ class EdgeGraph:
                     "other heads; use attribution-patching of z"
                 )
         queries = tuple({part: _query_site(model, part, layer) for part in "qkv"} for layer in layers)
-        known = {site.short for site in model.site_map.sites.values()}
-        if missing := [layer for layer in layers if f"mlp_out.{layer}" not in known]:
+        site_names = {site.short for site in model.site_map.sites.values()}
+        if missing := [layer for layer in layers if f"mlp_out.{layer}" not in site_names]:
             raise RequestError(f"edges: layer {missing[0]} of {model.architecture} has no site mlp_out")
-        return cls(model, outputs, queries, tuple(f"resid_mid.{layer}" not in known for layer in layers))
+        return cls(model, outputs, queries, tuple(f"resid_mid.{layer}" not in site_names for layer in layers))
 
     @cached_property
     def senders(self) -> tuple[Sender, ...]:

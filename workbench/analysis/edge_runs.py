@@ -133,8 +133,8 @@ class EdgeRuns:
         def entering(site: Site, receiver: str) -> Tensor | None:
             """The input of a receiver; None if it is that of the corrupt run."""
             terms = [term for term, keep in zip(added, edges[:, column[receiver]], strict=False) if keep]
-            known = [term for term in terms if term is not None]
-            return self._corrupt(site, part) + sum(known) if known else None
+            clean_terms = [term for term in terms if term is not None]
+            return self._corrupt(site, part) + sum(clean_terms) if clean_terms else None
 
         for layer, call in enumerate(self._calls(part)):
             values = self._queries(layer, call, part, entering)

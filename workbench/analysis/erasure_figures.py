@@ -52,8 +52,8 @@ def erasure_curves(result: Result) -> go.Figure:
 
 def implicit_vocabulary(table: pd.DataFrame) -> pd.DataFrame:
     """Returns segments of several tokens by text, highest mean psi first, with counts and whether any is a word."""
-    several = table.loc[table["tokens"] > 1]
-    grouped = several.groupby("text").agg(psi=("psi", "mean"), times=("psi", "size"), is_span=("is_span", "any"))
+    long_segments = table.loc[table["tokens"] > 1]
+    grouped = long_segments.groupby("text").agg(psi=("psi", "mean"), times=("psi", "size"), is_span=("is_span", "any"))
     return grouped.sort_values(["psi", "times"], ascending=False).reset_index()
 
 
@@ -64,9 +64,9 @@ def vocabulary_bars(result: Result) -> go.Figure:
     names = [f"{label(text, 30)} ({times})" for text, times in zip(best["text"], best["times"], strict=True)]
     figure = ThemedFigure()
     for is_word, name in ((True, "word"), (False, "not a word")):
-        chosen = (best["is_span"] == is_word).to_numpy()
-        labels = [name for name, keep in zip(names, chosen, strict=True) if keep]
-        figure.add_bar(x=best["psi"][chosen], y=labels, name=name, orientation="h")
+        of_kind = (best["is_span"] == is_word).to_numpy()
+        labels = [name for name, keep in zip(names, of_kind, strict=True) if keep]
+        figure.add_bar(x=best["psi"][of_kind], y=labels, name=name, orientation="h")
     subtitle = (
         f"{len(best)} of {len(spans):,} spans of several tokens (occurrences); {label(result.data.attrs['spans'], 60)}"
     )

@@ -138,26 +138,26 @@ def feature_effect(
     """
     check_resampling(resamples, seed)
     sae = running_sae(features, sae)
-    counts, chosen = _chosen(features, feature, op, controls, seed)
+    counts, chosen_features = _chosen_features(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted
-    work = _Work(sae, model, [Feature(sae, index, op, value, site, force=True) for index in chosen])
-    documents, replaced = _rows(features, rows)
-    sums = work.measure_all(features.store, documents, replaced, show_progress)
+    work = _Work(sae, model, [Feature(sae, index, op, value, site, force=True) for index in chosen_features])
+    documents, replaced_rows = _rows(features, rows)
+    sums = work.measure_all(features.store, documents, replaced_rows, show_progress)
     density = counts / max(1, int(text_rows(features.store).sum()))
     return FeatureEffect(
         int(feature),
-        tuple(chosen[1:]),
+        tuple(chosen_features[1:]),
         str(work.records[0]),
         len(documents.ids),
         documents.count,
-        with_names(sums.table(chosen, resamples, seed), features.labels),
-        with_names(sums.changed(chosen, density), features.labels),
+        with_names(sums.table(chosen_features, resamples, seed), features.labels),
+        with_names(sums.changed(chosen_features, density), features.labels),
         sums.tokens(model),
     )
 
 
-def _chosen(
+def _chosen_features(
     features: Features, feature: int, op: str, controls: int, seed: int
 ) -> tuple[Int64[np.ndarray, " feature"], list[int]]:
     """Active rows of text of every feature; the feature and its controls."""
@@ -196,18 +196,18 @@ def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[
     """Measured rows, all text of the sequences with chosen rows, and a mask of the chosen rows."""
     features.store.require_whole_sequences("the effect of a feature on the model")
     store, text = features.store, text_rows(features.store)
-    replaced = text
+    replaced_rows = text
     if rows is not None:
-        chosen = store.where(rows) if isinstance(rows, str) else rows
-        replaced = np.zeros(store.rows, bool)
-        replaced[chosen.ids_in(store)] = True
-    if not replaced.any():
+        chosen_rows = store.where(rows) if isinstance(rows, str) else rows
+        replaced_rows = np.zeros(store.rows, bool)
+        replaced_rows[chosen_rows.ids_in(store)] = True
+    if not replaced_rows.any():
         raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
     sequence = store.tokens["sequence"].to_numpy()
-    measured = text & np.isin(sequence, np.unique(sequence[replaced]))
-    if not measured.any():
+    measured_rows = text & np.isin(sequence, np.unique(sequence[replaced_rows]))
+    if not measured_rows.any():
         raise RequestError("rows: their sequences have no text, only special tokens; choose others")
-    return Documents.of(store.tokens["document"].to_numpy(), np.flatnonzero(measured)), replaced
+    return Documents.of(store.tokens["document"].to_numpy(), np.flatnonzero(measured_rows)), replaced_rows
 
 
 class _Work:
@@ -219,12 +219,12 @@ class _Work:
         self.changes = [record.change(model, self.where) for record in records]  # checked once for all batches
 
     def measure_all(
-        self, store: Store, documents: Documents, replaced: Bool[np.ndarray, " row"], show_progress: bool
+        self, store: Store, documents: Documents, replaced_rows: Bool[np.ndarray, " row"], show_progress: bool
     ) -> _Sums:
         """Sums of the effects of every change over all sequences with chosen rows."""
         sums = _Sums(len(self.records), documents, self.model.vocab)
         with progress("effect", len(documents.ids), "rows", show=show_progress) as advance:
-            for batch in sequence_batches(store, documents, batch_limit(self.model), replaced):
+            for batch in sequence_batches(store, documents, batch_limit(self.model), replaced_rows):
                 self.measure(batch, sums)
                 advance(int((batch.document >= 0).sum()))
         return sums
@@ -264,19 +264,19 @@ class _Work:
         return logits, site_rows[0] if site_rows else None
 
     def _changes(
-        self, values: Tensor | None, replaced: Bool[Tensor, "batch position"]
+        self, values: Tensor | None, replaced_rows: Bool[Tensor, "batch position"]
     ) -> Bool[Tensor, "change batch position"]:
         """Rows at which each record changes the activation."""
         assert values is not None
-        masks = torch.zeros(len(self.records), replaced.numel(), dtype=torch.bool, device="cpu")
-        chosen = replaced.flatten().nonzero()[:, 0]
+        masks = torch.zeros(len(self.records), replaced_rows.numel(), dtype=torch.bool, device="cpu")
+        row_index = replaced_rows.flatten().nonzero()[:, 0]
         ids = [record.id for record in self.records]
-        rows = values.reshape(replaced.numel(), *self.where.shape)
-        for part in chosen.split(block_rows(self.sae)):
+        rows = values.reshape(replaced_rows.numel(), *self.where.shape)
+        for part in row_index.split(block_rows(self.sae)):
             activations = self.sae.encode(rows[part.to(rows.device)])[:, ids].cpu()
             for index, record in enumerate(self.records):
                 masks[index, part] = record.target(activations[:, index]) != activations[:, index]
-        return masks.reshape(len(self.records), *replaced.shape)
+        return masks.reshape(len(self.records), *replaced_rows.shape)
 
 
 class _Sums:
@@ -292,24 +292,24 @@ class _Sums:
         self,
         change: int,
         document: Int64[np.ndarray, " row"],
-        changed: Bool[np.ndarray, " row"],
+        changed_rows: Bool[np.ndarray, " row"],
         values: dict[str, Float[Tensor, " row"]],
     ) -> None:
-        for scope, rows in enumerate((np.ones_like(changed), changed)):
+        for scope, rows in enumerate((np.ones_like(changed_rows), changed_rows)):
             for measure, name in enumerate(MEASURES):
                 value = values[name].numpy()
-                known = rows & ~np.isnan(value)
-                np.add.at(self.totals[:, change, scope, measure], document[known], value[known])
-                np.add.at(self.counts[:, change, scope, measure], document[known], 1)
+                valid = rows & ~np.isnan(value)
+                np.add.at(self.totals[:, change, scope, measure], document[valid], value[valid])
+                np.add.at(self.counts[:, change, scope, measure], document[valid], 1)
 
     def add_logits(
-        self, change: int, before: Tensor, after: Tensor, changed: Bool[Tensor, " row"], rows: int, relative: float
+        self, change: int, before: Tensor, after: Tensor, changed_rows: Bool[Tensor, " row"], rows: int, relative: float
     ) -> None:
         """Adds the change of the logits at changed rows, minus its mean over the vocabulary."""
-        self.rows[change] += int(changed.sum())
+        self.rows[change] += int(changed_rows.sum())
         self.chosen[change] += rows
         self.relative[change] += relative
-        for part in changed.nonzero()[:, 0].split(max(1, _WIDE // before.shape[1])):
+        for part in changed_rows.nonzero()[:, 0].split(max(1, _WIDE // before.shape[1])):
             index = part.to(before.device)
             step = (after[index].float() - before[index].float()).sum(0).double().cpu().numpy()
             self.logits[change] += step - step.mean()
@@ -352,7 +352,7 @@ class _Sums:
 
     def tokens(self, model: Model) -> pd.DataFrame:
         means = self.logits / np.maximum(self.rows, 1)[:, None]
-        chosen = extremes(means[0], _TOKENS)
-        control = means[1:].mean(0)[chosen] if len(means) > 1 else np.full(len(chosen), np.nan)
-        texts = token_texts(model.tokenizer, chosen)
-        return pd.DataFrame({"token_id": chosen, "token": texts, "logit": means[0][chosen], "control": control})
+        token_ids = extremes(means[0], _TOKENS)
+        control = means[1:].mean(0)[token_ids] if len(means) > 1 else np.full(len(token_ids), np.nan)
+        texts = token_texts(model.tokenizer, token_ids)
+        return pd.DataFrame({"token_id": token_ids, "token": texts, "logit": means[0][token_ids], "control": control})

@@ -142,18 +142,18 @@ def contributions(
     pattern, values = pattern.double(), values.double()
     values = values.repeat_interleave(pattern.shape[1] // values.shape[1], 1)
     by_head = parts.attend.weight.reshape(pattern.shape[1], -1, d_model)
-    moved = torch.einsum("shv,hvd->shd", values, by_head)
+    head_writes = torch.einsum("shv,hvd->shd", values, by_head)
     after = torch.zeros(rows, rows + 1, d_model, dtype=torch.float64)
-    after[:, :rows] = torch.einsum("rhs,shd->rsd", pattern, moved)
+    after[:, :rows] = torch.einsum("rhs,shd->rsd", pattern, head_writes)
     after[:, -1] = parts.attend.bias
     if parts.attend_norm is not None:
         after = parts.attend_norm.parts(after)
     diagonal = torch.arange(rows)
     after[diagonal, diagonal] += resid_pre.double()
     step = max(1, _BLOCK_BYTES // (8 * (rows + 1) * parts.gate.weight.shape[1]))
-    written = torch.cat([_feed_forward(parts, block) for block in after.split(step)])
-    whole = after + written
-    before, added, together = (part.norm(dim=2).numpy() for part in (after, written, whole))
+    mlp_writes = torch.cat([_feed_forward(parts, block) for block in after.split(step)])
+    whole = after + mlp_writes
+    before, added, together = (part.norm(dim=2).numpy() for part in (after, mlp_writes, whole))
     return Contributions(before, added, together, whole.sum(1))
 
 
@@ -170,9 +170,9 @@ def _feed_forward(
         v = normed @ parts.linear.weight
         v[:, -1] += parts.linear.bias
         inner = gated_parts(parts.activation, u, v)
-    written = inner @ parts.out.weight
-    written[:, -1] += parts.out.bias
-    return written if parts.out_norm is None else parts.out_norm.parts(written)
+    mlp_writes = inner @ parts.out.weight
+    mlp_writes[:, -1] += parts.out.bias
+    return mlp_writes if parts.out_norm is None else parts.out_norm.parts(mlp_writes)
 
 
 # ---- weights of a model ---------------------------------------------------------------------------------

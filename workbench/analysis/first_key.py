@@ -65,8 +65,8 @@ def first_key_rows(
             entropy = [row_entropy(part.permute(1, 0, 2)[None])[0] for part in parts]
             by_layer[layer] = torch.cat([part[..., 0] for part in parts]).numpy(), torch.cat(entropy).numpy()
         elif f"attn_first.{layer}" in labels:
-            known = f"attn_entropy.{layer}" in labels
-            entropies = store["attn_entropy", layer][rows].double().numpy() if known else None
+            has_entropy = f"attn_entropy.{layer}" in labels
+            entropies = store["attn_entropy", layer][rows].double().numpy() if has_entropy else None
             by_layer[layer] = store["attn_first", layer][rows].double().numpy(), entropies
     if not by_layer:
         raise RequestError("neither pattern nor attn_first was recorded; record attn_first and attn_entropy")
@@ -82,10 +82,10 @@ def temperature_curve(
     targets = next_tokens(rows.store)
     totals, counts = (np.zeros((len(temperatures), len(MEASURES))) for _ in range(2))
     for batch in sequence_batches(rows.store, documents, batch_limit(model)):
-        measured = batch.document >= 0
+        measured_rows = batch.document >= 0
         logits = run(model.module, batch.ids, batch.mask).logits
-        logits = logits[measured.to(logits.device)]
-        target = torch.from_numpy(targets[batch.row[measured].numpy()])
+        logits = logits[measured_rows.to(logits.device)]
+        target = torch.from_numpy(targets[batch.row[measured_rows].numpy()])
         before = plain_log_probabilities(logits)
         for index, temperature in enumerate(temperatures):
             values = measures(logits / temperature, target, before).numpy()

@@ -76,23 +76,23 @@ def token_id(unembed: Unembed, token: str | int, name: str = "tokens") -> int:
     if isinstance(token, int | np.integer):
         check(name, token, at_least=0, at_most=unembed.vocab - 1, whole=True)
         return int(token)
-    known = unembed.tokens or ()
-    matches = [index for index, text in enumerate(known) if text == token]
+    texts = unembed.tokens or ()
+    matches = [index for index, text in enumerate(texts) if text == token]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise RequestError(
             f"{name}: {len(matches)} tokens have this text: {', '.join(map(str, matches[:5]))}; give the id"
         )
-    close = nearest(token, known) if known else "; the model has no tokenizer, give ids"
+    close = nearest(token, texts) if texts else "; the model has no tokenizer, give ids"
     raise RequestError(f"{name}: {token!r} is no single token{close}")
 
 
 def single_tokens(texts: Iterable[str]) -> dict[str, int]:
     """Returns the id of each text that exactly one token has, given the texts of the vocabulary in order."""
     texts = list(texts)
-    counted = Counter(texts)
-    return {text: index for index, text in enumerate(texts) if counted[text] == 1}
+    counts = Counter(texts)
+    return {text: index for index, text in enumerate(texts) if counts[text] == 1}
 
 
 def ids_of_values(values: Iterable[Any], by_text: Mapping[str, int]) -> Int64[np.ndarray, " value"]:

@@ -77,25 +77,25 @@ def future_rows(
     store.require_whole_sequences("prediction of tokens further on")
     tokens = store.tokens
     sequence, document = (tokens[name].to_numpy() for name in ("sequence", "document"))
-    chosen = selected_rows(store, where)
+    chosen_rows = selected_rows(store, where)
     plain = (tokens["position"].to_numpy() > 0) & ~tokens["is_special"].to_numpy()
-    chosen = chosen[plain[chosen]]
+    chosen_rows = chosen_rows[plain[chosen_rows]]
     continued = np.append(False, (sequence[1:] == sequence[:-1]) & (document[1:] == document[:-1]))
     reach = _reach(continued, horizons)
-    checked = check(np.unique(np.concatenate([chosen[reach[chosen] > n] + n for n in range(horizons)])))
+    checked = check(np.unique(np.concatenate([chosen_rows[reach[chosen_rows] > n] + n for n in range(horizons)])))
     if len(checked.left_out):
-        chosen = chosen[~np.isin(chosen, checked.left_out)]
+        chosen_rows = chosen_rows[~np.isin(chosen_rows, checked.left_out)]
         continued[checked.left_out] = False
         reach = _reach(continued, horizons)
     parts = split_by_document(
-        document[chosen],
+        document[chosen_rows],
         held_out,
         validation,
         purpose="a future lens",
         uses="to fit on, to validate on and to test on",
         seed=seed,
     )
-    training_rows, validation_rows, test_rows = (chosen[part] for part in parts)
+    training_rows, validation_rows, test_rows = (chosen_rows[part] for part in parts)
     rows = FutureRows(training_rows, validation_rows, test_rows, reach, document)
     for part in ("training", "validation", "test"):
         if not len(rows.at(part, horizons - 1)):
@@ -119,10 +119,12 @@ def _reach(continued: Bool[np.ndarray, " row"], horizons: int) -> Int[np.ndarray
 def model_tokens(final: ActivationArray, unembed: Unembed, rows: FutureRows) -> Int[np.ndarray, " row"]:
     """Returns the model's top-1 prediction at every row that is some T+N; -1 elsewhere."""
     top = np.full(len(rows.reach), -1, dtype=np.int64)
-    chosen = np.concatenate([rows.training, rows.validation, rows.test])
-    needed = np.unique(np.concatenate([chosen[rows.reach[chosen] > n] + n for n in range(int(rows.reach.max()))]))
-    for block in blocks(len(needed), unembed.vocab):
-        top[needed[block]] = log_probabilities(unembed, final[needed[block]]).argmax(1).cpu().numpy()
+    chosen_rows = np.concatenate([rows.training, rows.validation, rows.test])
+    target_rows = np.unique(
+        np.concatenate([chosen_rows[rows.reach[chosen_rows] > n] + n for n in range(int(rows.reach.max()))])
+    )
+    for block in blocks(len(target_rows), unembed.vocab):
+        top[target_rows[block]] = log_probabilities(unembed, final[target_rows[block]]).argmax(1).cpu().numpy()
     return top
 
 
@@ -153,8 +155,8 @@ def bigrams(
     overall = np.bincount(target)
     pairs, counts = np.unique(np.stack([token, target]), axis=1, return_counts=True)
     order = np.lexsort((pairs[1], -overall[pairs[1]], -counts, pairs[0]))
-    known, first = np.unique(pairs[0][order], return_index=True)
+    known_tokens, first = np.unique(pairs[0][order], return_index=True)
     most = pairs[1][order][first]
-    place = np.minimum(np.searchsorted(known, query), len(known) - 1)
-    mode, in_training = int(overall.argmax()), known[place] == query
+    place = np.minimum(np.searchsorted(known_tokens, query), len(known_tokens) - 1)
+    mode, in_training = int(overall.argmax()), known_tokens[place] == query
     return Bigram(np.where(in_training, most[place], mode), in_training, mode)

@@ -92,9 +92,9 @@ def fit_linear(site: ActivationArray, task: FutureTask, horizons: int, penalties
             )
             for penalty, (weight, bias) in zip(penalties, ridge_maps(gram, cross, penalties), strict=True)
         ]
-        chosen = min(candidates, key=lambda candidate: candidate.cross_entropy)
+        best_map = min(candidates, key=lambda candidate: candidate.cross_entropy)
         whole = len(few) == len(rows)
-        best.append(chosen if whole else _validate(chosen.logits, site, task, horizon, chosen.choice, rows))
+        best.append(best_map if whole else _validate(best_map.logits, site, task, horizon, best_map.choice, rows))
     return best[::-1]
 
 

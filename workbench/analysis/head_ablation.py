@@ -97,16 +97,16 @@ def head_ablation(
     for name, head_set in heads.items():
         _check_heads(model, name, head_set)
     draw = np.random.default_rng(seed)
-    drawn = {
+    random_sets = {
         name: tuple(random_heads(model, head_set, draw) for _ in range(controls)) for name, head_set in heads.items()
     }
     sets = {(name, -1): head_set for name, head_set in heads.items()}
-    sets |= {(name, number): head_set for name, draws in drawn.items() for number, head_set in enumerate(draws)}
+    sets |= {(name, number): head_set for name, draws in random_sets.items() for number, head_set in enumerate(draws)}
     means = head_means(model, rows, sorted({layer for head_set in sets.values() for layer, _ in head_set}))
     values = {layer: mean if ablation == "mean" else torch.zeros_like(mean) for layer, mean in means.items()}
     changes = {f"{name} {number}": ablate(head_set, values) for (name, number), head_set in sets.items()}
     effects = change_effects(model, rows, changes, label="ablation", show_progress=show_progress)
-    return AblatedHeads(_table(effects, list(sets), resamples, seed), drawn)
+    return AblatedHeads(_table(effects, list(sets), resamples, seed), random_sets)
 
 
 def _table(effects: ChangeEffects, sets: Sequence[tuple[str, int]], resamples: int, seed: int) -> pd.DataFrame:
@@ -115,14 +115,14 @@ def _table(effects: ChangeEffects, sets: Sequence[tuple[str, int]], resamples: i
     change, resampled = effects.effects(resamples=resamples, seed=seed)
     counts, lines = effects.counts.sum(0), []
     for name in dict.fromkeys(name for name, _ in sets):
-        named, *random = (index for index, (set_name, _) in enumerate(sets) if set_name == name)
-        parts = [("named", -1, [named]), *(("random", draw, [index]) for draw, index in enumerate(random))]
+        named_index, *random = (index for index, (set_name, _) in enumerate(sets) if set_name == name)
+        parts = [("named", -1, [named_index]), *(("random", draw, [index]) for draw, index in enumerate(random))]
         parts += [("random", -1, random)] * bool(random)
         values = [(kind, draw, change[at].mean(0), resampled[:, at].mean(1)) for kind, draw, at in parts]
         if random:
             values.append(("difference", -1, values[0][2] - values[-1][2], values[0][3] - values[-1][3]))
-        for kind, draw, value, several in values:
-            low, high = intervals(several)
+        for kind, draw, value, resampled_values in values:
+            low, high = intervals(resampled_values)
             for g, group in enumerate(effects.groups):
                 for m, (measure, units) in enumerate(MEASURES.items()):
                     cell = {"heads": name, "kind": kind, "draw": draw, "group": group, "measure": measure}
@@ -141,7 +141,10 @@ def ablate(heads: Heads, values: Mapping[int, Float[Tensor, "head d_head"]]) -> 
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
-    records = [Set(f"z.{layer}", values[layer][several], at="all", head=several) for layer, several in by_layer.items()]
+    records = [
+        Set(f"z.{layer}", values[layer][layer_heads], at="all", head=layer_heads)
+        for layer, layer_heads in by_layer.items()
+    ]
     return lambda _batch: records
 
 
@@ -169,19 +172,19 @@ def random_heads(model: Model, heads: Heads, draw: np.random.Generator) -> Heads
     Raises:
         RequestError: The model has too few other heads.
     """
-    named = set(heads)
+    named_heads = set(heads)
     layers = [layer for layer in range(model.site_map.n_layers) if query_heads(model, layer)]
     free = {
-        layer: [(layer, h) for h in range(query_heads(model, layer) or 0) if (layer, h) not in named]
+        layer: [(layer, h) for h in range(query_heads(model, layer) or 0) if (layer, h) not in named_heads]
         for layer in layers
     }
-    chosen: list[tuple[int, int]] = []
+    drawn_heads: list[tuple[int, int]] = []
     for layer, _ in heads:
         near = sorted((index for index in layers if free[index]), key=lambda index: abs(index - layer))
         if not near:
             raise RequestError(f"heads: {len(heads)} are named, and the model has too few others as a control")
-        chosen.append(free[near[0]].pop(int(draw.integers(len(free[near[0]])))))
-    return tuple(sorted(chosen))
+        drawn_heads.append(free[near[0]].pop(int(draw.integers(len(free[near[0]])))))
+    return tuple(sorted(drawn_heads))
 
 
 def _check_heads(model: Model, name: str, heads: Heads) -> None:

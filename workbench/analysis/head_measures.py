@@ -127,8 +127,8 @@ def measure_heads(
     repeats = None if repeats is None else opened(repeats, "repeats")
     if repeats is not None and (difference := store.manifest.model.difference(repeats.manifest.model)):
         raise RequestError(f"repeats: {repeats.path} was recorded from another model: {difference}")
-    if domain is not None and domain not in (known := store.tokens.column_names):
-        raise RequestError(f"domain {domain!r} is not a column of the token table{nearest(domain, known)}")
+    if domain is not None and domain not in (column_names := store.tokens.column_names):
+        raise RequestError(f"domain {domain!r} is not a column of the token table{nearest(domain, column_names)}")
     try:
         loaded, refusal = recorded_model(store, model, device), ""
     except RequestError as error:
@@ -138,17 +138,17 @@ def measure_heads(
     results, missing = {}, {}
     settings = _settings(store, domain, device, seed)
     with progress("heads", len(settings), "probes", show=show_progress) as advance:
-        for name, chosen in settings.items():
+        for name, probe_settings in settings.items():
             probe = find_probe(name)
             read = repeats if repeats is not None and name == "induction-heads" else store
             try:
                 if probe.needs_model and loaded is None:
                     raise RequestError(refusal)
-                results[name] = probe(**chosen).run(read, model=loaded)
+                results[name] = probe(**probe_settings).run(read, model=loaded)
             except RequestError as error:
                 missing |= {measure.name: str(error) for measure in MEASURES if measure.probe == name}
             advance(1)
-    return _joined(store, results, missing, refusal)
+    return _join(store, results, missing, refusal)
 
 
 def _settings(store: Store, domain: str | None, device: str | None, seed: int) -> dict[str, dict[str, Any]]:
@@ -173,7 +173,7 @@ def _settings(store: Store, domain: str | None, device: str | None, seed: int) -
     }
 
 
-def _joined(store: Store, results: Mapping[str, Result], missing: dict[str, str], refusal: str) -> HeadMeasures:
+def _join(store: Store, results: Mapping[str, Result], missing: dict[str, str], refusal: str) -> HeadMeasures:
     columns: dict[str, pd.Series] = {}
     for measure in MEASURES:
         if measure.name in missing:

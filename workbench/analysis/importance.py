@@ -45,10 +45,10 @@ def removal_effects(
         maps: `output_maps` of the layer.
     """
     weights = pattern.double().to(maps.device)
-    written = torch.einsum("skhd,hde->skhe", for_query_heads(values.double(), len(maps)).to(maps.device), maps)
-    mixed = torch.einsum("sqhk,skhe->sqhe", weights, written)
-    squares = mixed.square().sum(-1)[..., None] + written.square().sum(-1).transpose(1, 2)[:, None]
-    distance = (squares - 2 * torch.einsum("sqhe,skhe->sqhk", mixed, written)).clamp(min=0).sqrt()
+    writes = torch.einsum("skhd,hde->skhe", for_query_heads(values.double(), len(maps)).to(maps.device), maps)
+    mixed = torch.einsum("sqhk,skhe->sqhe", weights, writes)
+    squares = mixed.square().sum(-1)[..., None] + writes.square().sum(-1).transpose(1, 2)[:, None]
+    distance = (squares - 2 * torch.einsum("sqhe,skhe->sqhk", mixed, writes)).clamp(min=0).sqrt()
     rest = 1 - weights
     factor = torch.where(rest > 1e-6, weights / rest, 0)
     return (factor * distance).sum(1).transpose(1, 2).cpu().numpy()

@@ -92,15 +92,15 @@ def _jacobian(
     batch = max(1, min(d_model, _TOKENS // len(ids)))
     streams = _streams(model, torch.tensor([list(ids)] * batch, device="cpu"), layers)
     final = streams.pop()
-    counted = slice(skip, len(ids) - 1)
+    counted_positions = slice(skip, len(ids) - 1)
     for first in range(0, d_model, batch):
         number = min(batch, d_model - first)
         cotangent = torch.zeros_like(final)
         for place in range(number):
-            cotangent[place, counted, first + place] = 1
+            cotangent[place, counted_positions, first + place] = 1
         last = first + number == d_model
         gradients = torch.autograd.grad(final, streams, cotangent, retain_graph=not last, materialize_grads=True)
-        yield first, torch.stack([gradient[:number, counted].float().mean(1).cpu() for gradient in gradients])
+        yield first, torch.stack([gradient[:number, counted_positions].float().mean(1).cpu() for gradient in gradients])
 
 
 class _Enough(BaseException):

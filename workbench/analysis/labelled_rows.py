@@ -94,16 +94,16 @@ def labelled_rows(
     codes, document = codes[rows], store.tokens["document"].to_numpy()[rows]
     parts = split_by_document(document, held_out, purpose="a linear probe", uses=_USES, seed=seed)
     usable = sorted(_usable(label, codes, parts), key=lambda value: values[value])
-    if dropped := len(np.unique(codes)) - len(usable):
-        notes.append(f"{dropped} values of {label} left out: not in both training and test documents")
+    if dropped_count := len(np.unique(codes)) - len(usable):
+        notes.append(f"{dropped_count} values of {label} left out: not in both training and test documents")
     usable_rows = [np.flatnonzero(part & np.isin(codes, usable)) for part in parts]
-    index, renamed = np.concatenate(usable_rows), np.full(len(values), -1)
-    renamed[usable] = np.arange(len(usable))
+    index, new_codes = np.concatenate(usable_rows), np.full(len(values), -1)
+    new_codes[usable] = np.arange(len(usable))
     return LabelledRows(
         label,
         tuple(str(values[value]) for value in usable),
         rows[index],
-        renamed[codes[index]],
+        new_codes[codes[index]],
         document[index].astype(np.int64),
         store.tokens["token_id"].to_numpy()[rows[index]].astype(np.int64),
         len(usable_rows[0]),
@@ -114,13 +114,13 @@ def labelled_rows(
 
 def _usable(label: str, codes: np.ndarray, parts: Sequence[np.ndarray]) -> list[int]:
     """Values that are in the training and in the test documents."""
-    known = np.unique(codes).tolist()
+    values = np.unique(codes).tolist()
     training, validation, test = parts
-    usable = [value for value in known if all((codes[part] == value).any() for part in (training, test))]
+    usable = [value for value in values if all((codes[part] == value).any() for part in (training, test))]
     advice = "record more documents of each, or change seed or held_out"
     if len(usable) < 2:
         raise RequestError(
-            f"label {label!r}: {len(usable)} of its {len(known)} values is in both training and test documents; "
+            f"label {label!r}: {len(usable)} of its {len(values)} values is in both training and test documents; "
             f"two are needed: {advice}"
         )
     if not np.isin(codes[validation], usable).any():
@@ -134,8 +134,8 @@ def _column(store: Store, label: str | None) -> tuple[str, pa.Array]:
     computed = {*COLUMNS.names, *PLACE_SCHEMA.names, NEXT}
     described = [name for name in kinds if name not in computed and not name.endswith("_span")]
     if label is None:
-        known = [name for name in described if _is_category(kinds[name])]
-        varied = (name for name in known if len(store.tokens[name].unique().drop_null()) > 1)
+        category_columns = [name for name in described if _is_category(kinds[name])]
+        varied = (name for name in category_columns if len(store.tokens[name].unique().drop_null()) > 1)
         label = next(varied, None)
         if label is None:
             raise RequestError(
@@ -182,9 +182,9 @@ def shuffle_labels(
     for part in parts:
         if whole:
             places = np.unique(document[part])
-            moved = np.arange(documents)
-            moved[places] = draw.permutation(places)
-            permuted[part] = high[moved[document[part]]]
+            permutation = np.arange(documents)
+            permutation[places] = draw.permutation(places)
+            permuted[part] = high[permutation[document[part]]]
         else:
             permuted[part] = draw.permutation(codes[part])
     return ("documents" if whole else "tokens"), permuted

@@ -49,20 +49,20 @@ class FoldedLeastSquares:
         return np.sum(parts, axis=0)
 
     def _fit(self, folds: Iterable[int]) -> Tensor:
-        chosen = torch.tensor(list(folds), device=self._gram.device)
-        gram, cross = self._gram[chosen].sum(0), self._cross[chosen].sum(0)
+        index = torch.tensor(list(folds), device=self._gram.device)
+        gram, cross = self._gram[index].sum(0), self._cross[index].sum(0)
         gram.diagonal()[:-1] += _RIDGE * gram.diagonal()[:-1].mean()
         return torch.linalg.solve(gram, cross)
 
     def _squared(self, fit: Tensor, folds: Iterable[int]) -> np.ndarray:
-        chosen = torch.tensor(list(folds), device=self._gram.device)
-        gram, cross, squares = (part[chosen].sum(0) for part in (self._gram, self._cross, self._squares))
+        index = torch.tensor(list(folds), device=self._gram.device)
+        gram, cross, squares = (part[index].sum(0) for part in (self._gram, self._cross, self._squares))
         residual = squares - 2 * (fit * cross).sum(0) + (fit * (gram @ fit)).sum(0)
         return residual.clamp(min=0).cpu().numpy()
 
 
 def document_folds(documents: Shaped[np.ndarray, " row"], folds: int, seed: int) -> Int[np.ndarray, " row"]:
     """Returns the fold of each row: whole documents, drawn at random, in folds of about equal numbers of documents."""
-    known, index = np.unique(documents, return_inverse=True)
-    fold = np.arange(len(known)) % folds
+    unique_documents, index = np.unique(documents, return_inverse=True)
+    fold = np.arange(len(unique_documents)) % folds
     return np.random.default_rng(seed).permutation(fold)[index]

@@ -279,7 +279,7 @@ def _statistics(
     entropy = normaliser - torch.mul(p, shifted, out=product).sum(1)
     kl = normaliser - model.entropy - torch.mul(q, shifted, out=product).sum(1)
     tv = torch.sub(p, q, out=product).abs_().sum(1) / 2
-    known = target >= 0
+    has_target = target >= 0
     at_target = logits.gather(1, target.clamp(min=0)[:, None])
     above = torch.gt(logits, at_target, out=product).sum(1).long()
     mixture = p.add_(q).clamp_(min=_TINY)  # 0 ln 0 is 0; torch's xlogy takes five times as long
@@ -290,8 +290,8 @@ def _statistics(
         "kl": kl.clamp(min=0),
         "js": js.clamp(min=0),
         "tv": tv,
-        "cross_entropy": torch.where(known, normaliser - (at_target - peak)[:, 0], torch.nan),
-        "rank": torch.where(known, 1 + above, 0),
+        "cross_entropy": torch.where(has_target, normaliser - (at_target - peak)[:, 0], torch.nan),
+        "rank": torch.where(has_target, 1 + above, 0),
         "surprise": surprise,
         "top": top,
         "top_id": ids,
@@ -343,20 +343,20 @@ def largest_values(
         return values, places, x.argmax(1)
     whole, rest = x[:, : groups * _GROUP].view(rows, groups, _GROUP), x[:, groups * _GROUP :]
     maxima = whole.amax(2)
-    chosen = torch.cat([maxima.argmax(1, keepdim=True), maxima.topk(k, 1).indices], 1)  # one of them twice
-    candidates = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=x.device)).flatten(1)
+    chosen_groups = torch.cat([maxima.argmax(1, keepdim=True), maxima.topk(k, 1).indices], 1)  # one of them twice
+    candidates = (chosen_groups[:, :, None] * _GROUP + torch.arange(_GROUP, device=x.device)).flatten(1)
     end = torch.arange(groups * _GROUP, columns, device=x.device).expand(rows, -1)
-    values = torch.cat([whole.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1), rest], 1)
+    values = torch.cat([whole.gather(1, chosen_groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1), rest], 1)
     candidates = torch.cat([candidates, end], 1)
     first = candidates.gather(1, values.argmax(1, keepdim=True))[:, 0]
-    values = values.masked_fill(_repeated(chosen, values.shape[1]), -torch.inf)
+    values = values.masked_fill(_repeated(chosen_groups, values.shape[1]), -torch.inf)
     largest, place = values.topk(k, 1)
     return largest, candidates.gather(1, place), first
 
 
-def _repeated(chosen: Int[Tensor, "row group"], columns: int) -> Bool[Tensor, "row candidate"]:
+def _repeated(chosen_groups: Int[Tensor, "row group"], columns: int) -> Bool[Tensor, "row candidate"]:
     """True for candidates of a group that is the first one again."""
-    duplicate = chosen == chosen[:, :1]
+    duplicate = chosen_groups == chosen_groups[:, :1]
     duplicate[:, 0] = False
     duplicate = duplicate.repeat_interleave(_GROUP, 1)
     return torch.nn.functional.pad(duplicate, (0, columns - duplicate.shape[1]))
@@ -414,13 +414,13 @@ class _Totals:
         self.known, self.right = targets >= 0, np.zeros(rows, bool)
 
     def add(self, layer: int, block: slice, statistics: dict[str, Tensor]) -> None:
-        known = torch.from_numpy(self.known[block])
-        self.rows[layer] += len(known)
-        self.targets[layer] += int(known.sum())
+        has_target = torch.from_numpy(self.known[block])
+        self.rows[layer] += len(has_target)
+        self.targets[layer] += int(has_target.sum())
         for name, sums in self.sums.items():
             values = statistics[name]
-            counted = values[known] if name in ("cross_entropy", "accuracy") else values
-            sums[layer] += counted.double().sum().item()
+            counted_values = values[has_target] if name in ("cross_entropy", "accuracy") else values
+            sums[layer] += counted_values.double().sum().item()
         self.surprise[layer, block] = statistics["surprise"].numpy()
 
     def means(self) -> dict[str, np.ndarray]:

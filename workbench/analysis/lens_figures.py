@@ -35,24 +35,24 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
     Raises:
         RequestError: The table does not have this sequence and position.
     """
-    sequence, chosen = _of_sequence(result, sequence, first)
-    known = np.unique(chosen["row"].to_numpy())
-    rows = known[: min(tokens, MAX_TOKENS)]
-    chosen = chosen.loc[chosen["row"].isin(rows.tolist())].sort_values(["layer", "row"])
-    layers = chosen["layer"].unique()
+    sequence, sequence_rows = _of_sequence(result, sequence, first)
+    row_ids = np.unique(sequence_rows["row"].to_numpy())
+    rows = row_ids[: min(tokens, MAX_TOKENS)]
+    sequence_rows = sequence_rows.loc[sequence_rows["row"].isin(rows.tolist())].sort_values(["layer", "row"])
+    layers = sequence_rows["layer"].unique()
     shape = (len(layers), -1)
-    line = chosen.iloc[: len(chosen) // len(layers)]
+    line = sequence_rows.iloc[: len(sequence_rows) // len(layers)]
     subtitle = ["cell: the lens's top-1 token, coloured by its probability; above: the next token of the text"]
-    subtitle += [part for part in [count_shown(len(rows), len(known))] if part]
+    subtitle += [part for part in [count_shown(len(rows), len(row_ids))] if part]
     hover = _hover
-    if len(chosen) > _FULL_HOVER:
+    if len(sequence_rows) > _FULL_HOVER:
         hover = _brief
         subtitle.append("hovering shows the top-1 token alone")
     site = result.provenance["settings"]["site"]
     return token_grid(
-        chosen["top_probability_1"].to_numpy().reshape(shape),
-        cells=chosen["top_token_1"].to_numpy().reshape(shape).tolist(),
-        hover=np.array([hover(row) for row in chosen.to_dict("records")], dtype=object).reshape(shape).tolist(),
+        sequence_rows["top_probability_1"].to_numpy().reshape(shape),
+        cells=sequence_rows["top_token_1"].to_numpy().reshape(shape).tolist(),
+        hover=np.array([hover(row) for row in sequence_rows.to_dict("records")], dtype=object).reshape(shape).tolist(),
         tokens=line["token"].tolist(),
         positions=line["position"].tolist(),
         layers=layers.tolist(),
@@ -60,7 +60,7 @@ def lens_grid(result: Result, sequence: int | None = None, first: int = 0, token
         subtitle="; ".join(subtitle),
         unit=axis_title(result.data["top_probability"].attrs),
         next_tokens=line["next_token"].tolist(),
-        marks=_marks(chosen, shape),
+        marks=_marks(sequence_rows, shape),
     )
 
 
@@ -83,9 +83,9 @@ def lens_depth(result: Result, sequence: int | None = None) -> go.Figure:
     Raises:
         RequestError: The table does not have this sequence.
     """
-    sequence, chosen = _of_sequence(result, sequence, 0)
+    sequence, sequence_rows = _of_sequence(result, sequence, 0)
     layers = result.data["layer"].to_numpy()
-    line = chosen.loc[chosen["layer"] == layers[0]].sort_values("row")
+    line = sequence_rows.loc[sequence_rows["layer"] == layers[0]].sort_values("row")
     depth = result.data["prediction_depth"].sel(row=line["row"].to_numpy()).to_numpy()
     return token_strip(
         np.append(layers, np.nan)[depth],
@@ -102,12 +102,12 @@ def _of_sequence(result: Result, sequence: int | None, first: int) -> tuple[int,
     """Lines of the table of one sequence, from a position on."""
     table = result.table
     sequence = table["sequence"].iloc[0] if sequence is None else sequence
-    chosen = table.loc[(table["sequence"] == sequence) & (table["position"] >= first)]
-    if chosen.empty:
+    sequence_rows = table.loc[(table["sequence"] == sequence) & (table["position"] >= first)]
+    if sequence_rows.empty:
         raise RequestError(
             f"sequence {sequence} from position {first} is not in the table; see result.table['sequence']"
         )
-    return int(sequence), chosen
+    return int(sequence), sequence_rows
 
 
 def _lens(result: Result) -> str:

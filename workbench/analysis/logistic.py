@@ -76,8 +76,8 @@ def fit_classes(
     if start is not None:
         begin = (np.linalg.pinv(loss.contrasts) @ np.column_stack([start.coefficients, start.intercept])).T
     parameters, converged = _minimise(x, loss, penalty, moments, begin, tolerance)
-    fitted = loss.contrasts @ parameters.T
-    return LogisticFit(fitted[:, :-1].copy(), fitted[:, -1].copy(), converged)
+    solution = loss.contrasts @ parameters.T
+    return LogisticFit(solution[:, :-1].copy(), solution[:, -1].copy(), converged)
 
 
 def _present_alone(

@@ -95,7 +95,7 @@ def feature_contributions(
 def _parts(features: Features, sae: Sae, row: int, stream: Float64[Tensor, " d_model"], last: str) -> list[Part]:
     """What features, bias, error and the rest add to the stream."""
     site, entries = features.record.site, features[row]
-    values = _recorded(features.store, site, row)
+    values = _recorded_row(features.store, site, row)
     active = torch.from_numpy(entries.indices.astype(np.int64))
     activations = torch.from_numpy(entries.data).double()
     scale, offset = _affine(sae, values)
@@ -118,7 +118,7 @@ def _parts(features: Features, sae: Sae, row: int, stream: Float64[Tensor, " d_m
     return parts
 
 
-def _recorded(store: Store, site: str, row: int) -> Tensor | None:
+def _recorded_row(store: Store, site: str, row: int) -> Tensor | None:
     """The row that the SAE read; None if its features alone were recorded."""
     return store[site][row].float() if site in {record.name for record in store.sites} else None
 

@@ -59,7 +59,7 @@ class LogitTargets:
         Raises:
             RequestError: No row has a single token, or a token or column does not exist.
         """
-        token = _named(named["token"], "token", store, unembed, rows)
+        token = _named_ids(named["token"], "token", store, unembed, rows)
         if token is None and predicted == "next":
             token = next_tokens(store)[rows]
         if token is None:
@@ -67,7 +67,7 @@ class LogitTargets:
             token = np.concatenate(
                 [unembed(last[rows[part]].float()).argmax(-1).numpy() for part in blocks(len(rows), unembed.vocab)]
             )
-        targets = cls(token, _named(named["against"], "against", store, unembed, rows), relative)
+        targets = cls(token, _named_ids(named["against"], "against", store, unembed, rows), relative)
         missing = int((~targets.known).sum())
         if missing == len(rows):
             raise RequestError("no selected row has a single token to decompose; name token, or other rows by where")
@@ -133,11 +133,11 @@ class LogitTargets:
         vector = self.direction.vector.double()
         if self.seed is None:
             return vector.expand(count, -1)
-        drawn = torch.from_numpy(np.random.default_rng((self.seed, first)).standard_normal((count, len(vector))))
-        return drawn / drawn.norm(dim=1, keepdim=True) * vector.norm()
+        draws = torch.from_numpy(np.random.default_rng((self.seed, first)).standard_normal((count, len(vector))))
+        return draws / draws.norm(dim=1, keepdim=True) * vector.norm()
 
 
-def _named(
+def _named_ids(
     named: Named, name: str, store: Store, unembed: Unembed, rows: Int[np.ndarray, " row"]
 ) -> Int[np.ndarray, " row"] | None:
     """Ids of the tokens that a setting or a column names for each row; -1 where it names no single token."""

@@ -64,8 +64,8 @@ class MassivePlaces:
             places = np.flatnonzero(self.massive & (self.row == row))
             dimensions = self.dimension[places].tolist()
             if change == "random":
-                drawn = np.random.default_rng((seed, row)).permutation(other_dimensions)[: len(dimensions)]
-                rows[sequence, position, drawn] = 0.0
+                drawn_dimensions = np.random.default_rng((seed, row)).permutation(other_dimensions)[: len(dimensions)]
+                rows[sequence, position, drawn_dimensions] = 0.0
             elif change == "zero":
                 rows[sequence, position, dimensions] = 0.0
             else:
@@ -88,14 +88,14 @@ def massive_changes(model: Model, layer: int, places: MassivePlaces, seed: int) 
         seed: Random seed of the control.
     """
     site = model.site_map.select([f"resid_post.{layer}"])
-    known: list[tuple[Batch, Tensor]] = []
+    cache: list[tuple[Batch, Tensor]] = []
 
     def plain(batch: Batch) -> Tensor:
-        if not known or known[0][0] is not batch:
+        if not cache or cache[0][0] is not batch:
             rows: list[Tensor] = []
             capture(model.module, site, batch.ids, batch.mask, lambda _site, tensor, _first: rows.append(tensor.cpu()))
-            known[:] = [(batch, rows[0])]
-        return known[0][1]
+            cache[:] = [(batch, rows[0])]
+        return cache[0][1]
 
     def change(name: str, batch: Batch) -> list[Set]:
         rows, at = places.changed(plain(batch), batch.row, name, seed)
@@ -126,8 +126,8 @@ def find_massive(
         massive = (size > max(absolute, relative * median)).flatten().nonzero()[:, 0]
         places = torch.cat([massive, best.indices[~torch.isin(best.indices, massive)]])
         row, dimension = places // hidden.shape[1], places % hidden.shape[1]
-        known = torch.arange(len(places)) < len(massive)
-        parts.append((start + row, dimension, hidden[row, dimension], known, row == 0))
+        is_massive = torch.arange(len(places)) < len(massive)
+        parts.append((start + row, dimension, hidden[row, dimension], is_massive, row == 0))
         tops.append(best.values.numpy())
         medians.append(median)
     columns = (torch.cat(part).numpy() for part in zip(*parts, strict=True))

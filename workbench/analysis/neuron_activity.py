@@ -35,10 +35,10 @@ def layer_neurons(store: Store, layers: Sequence[int] | None) -> tuple[list[int]
         RequestError: No mlp_post was recorded, or not at one of `layers`.
     """
     shorts = [site.short or "" for site in store.sites]
-    known = sorted(int(short.split(".")[1]) for short in shorts if short.startswith("mlp_post."))
+    known_layers = sorted(int(short.split(".")[1]) for short in shorts if short.startswith("mlp_post."))
     require_any(store, "mlp_post")
-    chosen = choose_layers(known, layers, store.manifest.model.n_layers)
-    return chosen, [f"mlp_post.{layer}" for layer in chosen]
+    chosen_layers = choose_layers(known_layers, layers, store.manifest.model.n_layers)
+    return chosen_layers, [f"mlp_post.{layer}" for layer in chosen_layers]
 
 
 def neuron_activity(

@@ -95,8 +95,8 @@ def massive_text(data: xr.Dataset) -> str:
     Without any it is the largest activation of all.
     """
     names = [f"massive{part}" for part in ("", "_top", "_median", "_position", "_dimension")]
-    known = data[names].dropna("layer")
-    at = known.isel(layer=int(np.lexsort((known["massive_top"].to_numpy(), known["massive"].to_numpy()))[-1]))
+    layers = data[names].dropna("layer")
+    at = layers.isel(layer=int(np.lexsort((layers["massive_top"].to_numpy(), layers["massive"].to_numpy()))[-1]))
     share, size, median, position, dimension = (float(at[name]) for name in names)
     times = f", {size / median:,.0f} times the median" if median else ""
     place = f"layer {int(at['layer'])}, position {position:.0f}, dimension {dimension:.0f}"

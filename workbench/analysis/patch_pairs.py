@@ -79,8 +79,8 @@ def recorded_pairs(
     """
     require_causal(store, name)
     loaded = recorded_model(store, model, device)
-    pairs, dropped = pairs_from_store(store, loaded, where)
-    return loaded, pairs, [f"{count} pairs left out: {reason}" for reason, count in dropped.items()]
+    pairs, dropped_pairs = pairs_from_store(store, loaded, where)
+    return loaded, pairs, [f"{count} pairs left out: {reason}" for reason, count in dropped_pairs.items()]
 
 
 def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tuple[list[PatchPair], Counter[str]]:
@@ -106,31 +106,33 @@ def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tu
     labels = sorted(name for name in columns if f"{name}_span" in columns)
     texts = token_texts(model.tokenizer, range(model.vocab)) if {"answer", "wrong"} <= columns else []
     ids = single_tokens(texts)
-    pairs, dropped = [], Counter()
+    pairs, dropped_pairs = [], Counter()
     for _, pair_rows in table.dropna(subset=["pair", "side"]).groupby("pair", sort=True):
         sides = {str(side): part for side, part in pair_rows.groupby("side")}
         if set(sides) != {"clean", "corrupt"} or any(part["sequence"].nunique() != 1 for part in sides.values()):
-            dropped["not one clean and one corrupt sequence"] += 1
+            dropped_pairs["not one clean and one corrupt sequence"] += 1
             continue
         clean, corrupt = sides["clean"], sides["corrupt"]
         clean_places = {name: tuple(np.flatnonzero(clean[name].notna()).tolist()) for name in labels}
         corrupt_places = {name: tuple(np.flatnonzero(corrupt[name].notna()).tolist()) for name in labels}
         answers = ids_of_values([clean[name].iloc[0] for name in ("answer", "wrong")], ids) if ids else []
         if len(clean) != len(corrupt):
-            dropped["different numbers of tokens"] += 1
+            dropped_pairs["different numbers of tokens"] += 1
         elif clean_places != corrupt_places:
-            dropped["a label has other positions on the two sides"] += 1
+            dropped_pairs["a label has other positions on the two sides"] += 1
         elif any(answer < 0 for answer in answers):
-            dropped["an answer is not one token"] += 1
+            dropped_pairs["an answer is not one token"] += 1
         else:
-            known = {name: at for name, at in sorted(clean_places.items(), key=lambda place: place[1]) if at}
-            known["end"] = (len(clean) - 1,)
+            places = {name: at for name, at in sorted(clean_places.items(), key=lambda place: place[1]) if at}
+            places["end"] = (len(clean) - 1,)
             right, wrong = ((int(answer),) for answer in answers) if ids else ((), ())
             first, second = (tuple(map(int, part["token_id"])) for part in (clean, corrupt))
-            pairs.append(PatchPair(first, second, right, wrong, known))
+            pairs.append(PatchPair(first, second, right, wrong, places))
     if not pairs:
-        raise RequestError(f"store {store.path.name} holds no usable pair: {dict(dropped) or 'no row has a pair'}")
-    return pairs, dropped
+        raise RequestError(
+            f"store {store.path.name} holds no usable pair: {dict(dropped_pairs) or 'no row has a pair'}"
+        )
+    return pairs, dropped_pairs
 
 
 @dataclass(frozen=True)

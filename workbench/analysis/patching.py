@@ -221,8 +221,8 @@ def shuffled_positions(pairs: PairTensors, at: Bool[Tensor, "pair position"], se
         inside = at[number].nonzero()[:, 0].tolist()
         outside = [position for position in range(1, end + 1) if position not in inside]
         for position in inside:
-            chosen = int(draw.choice(outside)) if outside else (position % max(end, 1)) + min(end, 1)
-            source_position[number, position] = chosen
+            source = int(draw.choice(outside)) if outside else (position % max(end, 1)) + min(end, 1)
+            source_position[number, position] = source
     return source_pair, source_position
 
 

@@ -76,7 +76,7 @@ def patching_lines(data: Any, site: str) -> go.Figure:
     """Returns denoising over layers for the strongest places (of heads: the layer's strongest), and the controls."""
     layers = data["layer"].to_numpy()
     figure = ThemedFigure()
-    best, columns = _chosen(data)
+    best, columns = _chosen_columns(data)
     for color, column in zip(CATEGORIES, columns, strict=False):
         name = "strongest head of each layer" if column is None else label(str(data["place"].to_numpy()[column]))
         mean, low, high = (_pick(data[f"denoising{end}"].to_numpy(), column, best) for end in ("", "_low", "_high"))
@@ -150,7 +150,7 @@ def patching_spread(data: Any, site: str) -> go.Figure:
     return figure.update_yaxes(title=f"effect of patching ({units})", rangemode="tozero")
 
 
-def _chosen(data: Any) -> tuple[np.ndarray, list[int | None]]:
+def _chosen_columns(data: Any) -> tuple[np.ndarray, list[int | None]]:
     """The strongest column of each layer, and the columns that get a line; None stands for the strongest ones."""
     values = np.nan_to_num(data["denoising"].to_numpy(), nan=-np.inf)
     best = values.argmax(1)

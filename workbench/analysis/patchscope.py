@@ -163,8 +163,8 @@ def patchscope(
     if top_k > model.vocab:
         raise RequestError(f"top_k is {top_k} and the vocabulary has {model.vocab}; give at most that")
     assert model.tokenizer is not None  # target_prompt refuses it
-    named = [tokens] if isinstance(tokens, str) else tokens
-    token_ids = {text: token_of_text(model.tokenizer, model.vocab, text) for text in named}
+    named_tokens = [tokens] if isinstance(tokens, str) else tokens
+    token_ids = {text: token_of_text(model.tokenizer, model.vocab, text) for text in named_tokens}
     texts, lines = token_texts(model.tokenizer, rows.tokens["token_id"].to_numpy()), []
     for kind, values in (("row", states), ("random", random_states(states, seed))):
         logs = read_states(model, target, into, values)
@@ -188,8 +188,8 @@ def _check_rows(rows: object) -> None:
 def _states(rows: Rows, model: Model, site: str, into: str) -> Float[Tensor, "row ..."]:
     """The states of the rows, if another site can take them."""
     states = rows[site].float()
-    if lost := int((~states.isfinite().flatten(1).all(1)).sum()):
-        raise RequestError(f"rows: {lost} of {len(rows)} have a NaN or infinite value at {site}; choose others")
+    if lost_rows := int((~states.isfinite().flatten(1).all(1)).sum()):
+        raise RequestError(f"rows: {lost_rows} of {len(rows)} have a NaN or infinite value at {site}; choose others")
     if (shape := changeable_place(model, into).shape) != tuple(states.shape[1:]):
         raise RequestError(f"into: a row of {into} has the shape {shape}, and one of {site} {tuple(states.shape[1:])}")
     return states
@@ -204,9 +204,9 @@ def _plain(model: Model, prompt: TargetPrompt) -> Float64[Tensor, " vocab"]:
 def random_states(states: Float[Tensor, "row ..."], seed: int) -> Float[Tensor, "row ..."]:
     """Returns random states with the norm of each row."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(states.shape, generator=generator, device="cpu").flatten(1)
+    noise = torch.randn(states.shape, generator=generator, device="cpu").flatten(1)
     norms = states.flatten(1).float().cpu().norm(dim=1, keepdim=True)
-    return (drawn * norms / drawn.norm(dim=1, keepdim=True)).reshape(states.shape)
+    return (noise * norms / noise.norm(dim=1, keepdim=True)).reshape(states.shape)
 
 
 def first_token(model: Model, text: str) -> int:

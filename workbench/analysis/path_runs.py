@@ -56,8 +56,8 @@ def _receiver(model: Model, name: str) -> Receiver:
     (z,) = model.site_map.select((f"z.{layer}",))
     kinds = (part,) if part == "v" else (part, f"rot_{part}")
     sites = model.site_map.sites
-    known = [f"blocks.{layer}.attn.hook_{kind}" for kind in kinds]
-    site = next((sites[site_name] for site_name in known if site_name in sites), None)
+    site_names = [f"blocks.{layer}.attn.hook_{kind}" for kind in kinds]
+    site = next((sites[site_name] for site_name in site_names if site_name in sites), None)
     if site is None or site.axes[0] != "head":
         raise RequestError(f"receiver {name!r}: {model.architecture} has no site {part}.{layer} with heads")
     heads, site_heads = z.shape[0] or 0, site.shape[0] or 0
@@ -129,18 +129,18 @@ class PathRuns:
             return unchanged
         if torch.equal(values[sender.name][at][:, head], donor[at][:, head]):
             return unchanged
-        changed = values[sender.name].clone()
-        changed[:, :, head] = torch.where(at[:, :, None], donor[:, :, head], changed[:, :, head])
-        return torch.cat([self._batch(base, part, sender, changed) for part in batches(runs.model, runs.pairs)])
+        changed_values = values[sender.name].clone()
+        changed_values[:, :, head] = torch.where(at[:, :, None], donor[:, :, head], changed_values[:, :, head])
+        return torch.cat([self._batch(base, part, sender, changed_values) for part in batches(runs.model, runs.pairs)])
 
     def _values(self, base: Side) -> Mapping[str, Tensor]:
         return self.runs.clean_values if base == "clean" else self.runs.corrupt_values
 
-    def _batch(self, base: Side, part: slice, sender: Site, changed: Tensor) -> Float64[Tensor, " batch"]:
+    def _batch(self, base: Side, part: slice, sender: Site, changed_values: Tensor) -> Float64[Tensor, " batch"]:
         """Metric of some pairs: the held run, and, for heads as receivers, the run with their inputs alone."""
         runs, values = self.runs, self._values(base)
         fixed_sites = [site for site in (*self.heads, *self.mlps) if site is not sender and self._between(site, sender)]
-        records = [Set(sender.name, changed[part], at="all")]
+        records = [Set(sender.name, changed_values[part], at="all")]
         records += [Set(site.name, values[site.name][part], at="all") for site in fixed_sites]
         ids, mask = getattr(runs.pairs, base)[part], runs.pairs.mask[part]
         if self.receivers:

@@ -28,14 +28,17 @@ def attention_source(store: Store, layers: Sequence[int] | None = None) -> tuple
     Raises:
         RequestError: No attention was recorded, or none at one of `layers`.
     """
-    known = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
+    layers_by_source = {"pattern": layers_of(store, "pattern"), "derived": layers_of(store, "attn_received")}
     n_layers = store.manifest.model.n_layers
     chosen_layers = None if layers is None else {layer % n_layers for layer in layers}
     source = max(
-        known, key=lambda name: len(known[name] if chosen_layers is None else chosen_layers.intersection(known[name]))
+        layers_by_source,
+        key=lambda name: len(
+            layers_by_source[name] if chosen_layers is None else chosen_layers.intersection(layers_by_source[name])
+        ),
     )
     require_any(store, "attn_received", "pattern")
-    return source, choose_layers(known[source], layers, n_layers)
+    return source, choose_layers(layers_by_source[source], layers, n_layers)
 
 
 def read_attention(
@@ -132,11 +135,11 @@ def strongest_patterns(
     Only layers of which whole patterns were recorded count, so that there may be fewer than `number`, or none; the
     last value is the number of heads that were chosen among.
     """
-    recorded = set(layers_of(store, "pattern"))
+    pattern_layers = set(layers_of(store, "pattern"))
     ranked = [np.unravel_index(i, received.shape) for i in np.argsort(-received, axis=None, kind="stable")]  # NaN last
-    known = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(received[i, head])]
-    known = [place for place in known if place[0] in recorded]
-    example_layer, example_head = np.array(known[:number], dtype=np.int64).reshape(-1, 2).T
-    patterns = [store["pattern", layer][rows][:, head, : len(rows)].float().numpy() for layer, head in known[:number]]
+    places = [(int(layers[i]), int(head)) for i, head in ranked if not np.isnan(received[i, head])]
+    places = [place for place in places if place[0] in pattern_layers]
+    example_layer, example_head = np.array(places[:number], dtype=np.int64).reshape(-1, 2).T
+    patterns = [store["pattern", layer][rows][:, head, : len(rows)].float().numpy() for layer, head in places[:number]]
     stacked = np.stack(patterns) if patterns else np.zeros((0, len(rows), len(rows)), np.float32)
-    return example_layer, example_head, stacked, len(known)
+    return example_layer, example_head, stacked, len(places)

@@ -40,8 +40,8 @@ def recorded_layers(store: Store, kind: str, layers: Sequence[int] | None = None
     axes = next(iter(sites.values())).axes
     if axes != ("row", "d_model"):
         raise RequestError(f"site {kind!r} has axes ({', '.join(axes)}); a site of axes (row, d_model) is needed")
-    chosen = choose_layers(sorted(sites), layers, store.manifest.model.n_layers)
-    return chosen, [f"{kind}.{layer}" for layer in chosen]
+    chosen_layers = choose_layers(sorted(sites), layers, store.manifest.model.n_layers)
+    return chosen_layers, [f"{kind}.{layer}" for layer in chosen_layers]
 
 
 def selected_rows(store: Store, where: str | None) -> Int[np.ndarray, " row"]:
@@ -110,15 +110,16 @@ def split_by_document(
     Raises:
         RequestError: No document is left to train on.
     """
-    known = np.random.default_rng(seed).permutation(np.unique(documents))
-    tested = max(1, round(held_out * len(known)))
-    validating = max(1, round(tested / 2 if validation is None else validation * len(known)))
-    if len(known) < tested + validating + 1:
+    shuffled_documents = np.random.default_rng(seed).permutation(np.unique(documents))
+    tested = max(1, round(held_out * len(shuffled_documents)))
+    validating = max(1, round(tested / 2 if validation is None else validation * len(shuffled_documents)))
+    if len(shuffled_documents) < tested + validating + 1:
         raise RequestError(
-            f"store has {len(known)} documents among the selected tokens; {purpose} needs three or more, {uses}"
+            f"store has {len(shuffled_documents)} documents among the selected tokens; {purpose} needs "
+            f"three or more, {uses}"
         )
     test_mask, validation_mask, training_mask = (
-        np.isin(documents, part) for part in np.split(known, [tested, tested + validating])
+        np.isin(documents, part) for part in np.split(shuffled_documents, [tested, tested + validating])
     )
     return training_mask, validation_mask, test_mask
 
@@ -146,8 +147,8 @@ def note_missing(
     absent = [name for name in needs if name not in data]
     notes = [f"{words[name]} not computed: {' or '.join(needs[name])} was not recorded" for name in absent]
     for name, kinds in needs.items():
-        recorded = layers_of(store, *kinds)
-        missing = [layer for layer in data["layer"].to_numpy().tolist() if layer not in recorded]
+        known_layers = layers_of(store, *kinds)
+        missing = [layer for layer in data["layer"].to_numpy().tolist() if layer not in known_layers]
         if missing and name in data:
             lack = f"{' or '.join(kinds)} was not recorded there"
             notes.append(f"{words[name]} is NaN at layers {layers_text(missing)}: {lack}")

@@ -45,10 +45,10 @@ def conditional_excess(
     """
     excess = torch.where(earlier, mean_excess(scores, scores, newer), 0)
     number = earlier.sum(-1)
-    known = number > 0
+    has_pairs = number > 0
     by_query = excess.sum(-1) / number.clamp(min=1)
-    queries = known.sum(-1)
-    total = torch.where(known, by_query, 0).sum(-1) / torch.where(queries > 0, queries, torch.nan)
+    queries = has_pairs.sum(-1)
+    total = torch.where(has_pairs, by_query, 0).sum(-1) / torch.where(queries > 0, queries, torch.nan)
     queries_of_key = earlier.sum(-2)
     return total, excess.sum(-2) / torch.where(queries_of_key > 0, queries_of_key, torch.nan)
 
@@ -59,7 +59,7 @@ def marginal_excess(
     newer: Bool[Tensor, "head query key"],
 ) -> Float[Tensor, " head"]:
     """Returns the mean over all earlier scores x and all newer scores y, of any queries, of max(x - y, 0)."""
-    flat, chosen = scores.flatten(1), earlier.flatten(1)
-    excess = torch.where(chosen, mean_excess(flat, flat, newer.flatten(1)), 0)
-    number = chosen.sum(-1)
+    flat_scores, flat_earlier = scores.flatten(1), earlier.flatten(1)
+    excess = torch.where(flat_earlier, mean_excess(flat_scores, flat_scores, newer.flatten(1)), 0)
+    number = flat_earlier.sum(-1)
     return excess.sum(-1) / torch.where(number > 0, number, torch.nan)

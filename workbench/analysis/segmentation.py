@@ -116,12 +116,12 @@ def segment_agreement(table: pd.DataFrame, words: Words, rows: Int[np.ndarray, "
         words: Words of the store.
         rows: The rows that were segmented.
     """
-    several = table.loc[(table["tokens"] > 1) & ~table["cut"]]
+    long_segments = table.loc[(table["tokens"] > 1) & ~table["cut"]]
     number = len(np.unique(words.first[rows[(words.length[rows] > 1) & ~words.cut[rows]]]))
-    hits = int(several["is_span"].sum())
+    hits = int(long_segments["is_span"].sum())
     return {
-        "segments": len(several),
+        "segments": len(long_segments),
         "words": number,
-        "precision": hits / len(several) if len(several) else np.nan,
+        "precision": hits / len(long_segments) if len(long_segments) else np.nan,
         "recall": hits / number if number else np.nan,
     }

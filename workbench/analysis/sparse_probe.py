@@ -53,9 +53,9 @@ class SparseProbes:
         """Returns F1 against k for the best `values` values of a label, and dashed with shuffled labels."""
         from workbench.figures.feature_questions import sparse_probe_figure  # a second: plotly
 
-        known = list(dict.fromkeys(self.table["label"]))
-        label = known[0] if label is None else label
-        check("label", label, one_of=known)
+        labels = list(dict.fromkeys(self.table["label"]))
+        label = labels[0] if label is None else label
+        check("label", label, one_of=labels)
         check("values", values, at_least=1, whole=True)
         return sparse_probe_figure(self.table.loc[self.table["label"] == label], str(label), values, self.documents[1])
 
@@ -112,11 +112,11 @@ def sparse_probe(
         shuffled[name], permuted = shuffle_labels(codes, split.document, (split.training, split.test), draw)
         usable = [value for value in range(len(values)) if split.usable(codes, value) and split.usable(permuted, value)]
         left_out += len(values) - len(usable)
-        chosen = [_largest_differences(features, part, split, len(values), max(k)) for part in (codes, permuted)]
+        orders = [_largest_differences(features, part, split, len(values), max(k)) for part in (codes, permuted)]
         with progress(f"probing {name}", len(usable), "values", show=show_progress) as advance:
             for value in usable:
                 for size in k:
-                    real, null = (order[value][:size] for order in chosen)
+                    real, null = (order[value][:size] for order in orders)
                     scores = score(real, codes == value), score(null, permuted == value)
                     lines.append(_line(name, values[value], size, real, *scores))
                 advance(1)
@@ -154,14 +154,14 @@ class _Split:
         draw: np.random.Generator,
     ) -> _Split:
         number = np.unique(document, return_inverse=True)[1]
-        known = draw.permutation(np.unique(number[text]))
-        if len(known) < 2:
+        shuffled_documents = draw.permutation(np.unique(number[text]))
+        if len(shuffled_documents) < 2:
             raise RequestError(
-                f"the store has {len(known)} documents; probes need some to learn and others to be tested"
+                f"the store has {len(shuffled_documents)} documents; probes need some to learn and others to be tested"
             )
-        tested = min(len(known) - 1, max(1, round(held_out * len(known))))
-        test = text & np.isin(number, known[:tested])
-        return cls(number, text & ~test, test, (len(known) - tested, tested))
+        tested = min(len(shuffled_documents) - 1, max(1, round(held_out * len(shuffled_documents))))
+        test = text & np.isin(number, shuffled_documents[:tested])
+        return cls(number, text & ~test, test, (len(shuffled_documents) - tested, tested))
 
     def usable(self, codes: Int[np.ndarray, " row"], value: int) -> bool:
         """True if rows with the value and without it are in both parts."""
@@ -178,7 +178,7 @@ def _largest_differences(
     positive = np.bincount(codes[codes >= 0], minlength=values)
     negative = int(split.training.sum()) - positive
     best = np.empty((values, 0))
-    chosen = np.empty((values, 0), np.int64)
+    best_features = np.empty((values, 0), np.int64)
     indptr = features.by_feature["indptr"]
     for group in feature_groups(indptr, most=max(1, _CELLS // max(1, values))):
         entries = slice(int(indptr[group.start]), int(indptr[group.stop]))
@@ -187,19 +187,21 @@ def _largest_differences(
         number = np.repeat(np.arange(group.stop - group.start), features.counts[group])
         size = group.stop - group.start
         total = np.bincount(number, activation * split.training[rows], minlength=size)
-        known = codes[rows] >= 0
-        cell = number[known] * values + codes[rows][known]
-        sums = np.bincount(cell, activation[known], minlength=size * values).reshape(size, values).T
+        has_value = codes[rows] >= 0
+        cell = number[has_value] * values + codes[rows][has_value]
+        sums = np.bincount(cell, activation[has_value], minlength=size * values).reshape(size, values).T
         squares = np.bincount(number, activation**2 * split.training[rows], minlength=size)
         rows_of_all = max(1, int(split.training.sum()))
         spread = np.sqrt(np.maximum(squares / rows_of_all - (total / rows_of_all) ** 2, 0))
         with np.errstate(invalid="ignore", divide="ignore"):  # a value without training rows is not used
             gap = np.abs(sums / positive[:, None] - (total - sums) / negative[:, None]) / spread
         best = np.concatenate([best, np.nan_to_num(gap)], axis=1)
-        chosen = np.concatenate([chosen, np.broadcast_to(np.arange(group.start, group.stop), gap.shape)], axis=1)
+        best_features = np.concatenate(
+            [best_features, np.broadcast_to(np.arange(group.start, group.stop), gap.shape)], axis=1
+        )
         order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-        best, chosen = np.take_along_axis(best, order, 1), np.take_along_axis(chosen, order, 1)
-    return chosen
+        best, best_features = np.take_along_axis(best, order, 1), np.take_along_axis(best_features, order, 1)
+    return best_features
 
 
 class _Score(NamedTuple):
@@ -213,14 +215,14 @@ class _Score(NamedTuple):
 
 def _scores(
     features: Features,
-    chosen: Int64[np.ndarray, " k"],
+    chosen_features: Int64[np.ndarray, " k"],
     has: Bool[np.ndarray, " row"],
     split: _Split,
     resamples: int,
     seed: int,
 ) -> _Score:
     """Fits on the training rows and tests on the others. Rows on which no chosen feature is active count by number."""
-    rows, x = _columns(features, chosen)
+    rows, x = _columns(features, chosen_features)
     coefficients, intercept = _fit(x, rows, has, split.training)
     test = split.test[rows]
     says = np.asarray(x @ coefficients + intercept > 0)[test]
@@ -244,35 +246,37 @@ def _scores(
     return _Score(f1, accuracy, int(positive.sum()), int(everywhere.sum()))
 
 
-def _columns(features: Features, chosen: Int64[np.ndarray, " k"]) -> tuple[Int64[np.ndarray, " active"], csr_array]:
+def _columns(
+    features: Features, chosen_features: Int64[np.ndarray, " k"]
+) -> tuple[Int64[np.ndarray, " active"], csr_array]:
     """Rows on which some of the features are active, and their activations."""
-    parts = [features.rows_of(feature) for feature in chosen]
+    parts = [features.rows_of(feature) for feature in chosen_features]
     rows = np.unique(np.concatenate([np.asarray(part[0], np.int64) for part in parts]))
     indices = [np.searchsorted(rows, part[0]) for part in parts]
     indptr = np.cumsum([0, *(len(index) for index in indices)])
     values = np.concatenate([part[1].astype(np.float64) for part in parts])
-    return rows, csc_array((values, np.concatenate(indices), indptr), shape=(len(rows), len(chosen))).tocsr()
+    return rows, csc_array((values, np.concatenate(indices), indptr), shape=(len(rows), len(chosen_features))).tocsr()
 
 
 def _fit(
     x: Any, rows: Int64[np.ndarray, " active"], has: Bool[np.ndarray, " row"], training: Bool[np.ndarray, " row"]
 ) -> tuple[Float[np.ndarray, " k"], float]:
     """Coefficients and intercept; rows without an active feature are two rows of zeros with their number as weight."""
-    used = training[rows]
-    truth = has[rows[used]]
+    in_training = training[rows]
+    truth = has[rows[in_training]]
     positive, everywhere = int((has & training).sum()), int(training.sum())
     zeros = np.array([positive - truth.sum(), everywhere - positive - (~truth).sum()])
     weight = np.concatenate([np.ones(len(truth)), zeros])
-    inputs: Any = vstack([x[used], csr_array((2, x.shape[1]))], format="csr")
+    inputs: Any = vstack([x[in_training], csr_array((2, x.shape[1]))], format="csr")
     nonzero = weight > 0
     return fit_logistic(inputs[nonzero], np.concatenate([truth, [True, False]])[nonzero], weight[nonzero])
 
 
 def _line(
-    label: str, value: Any, k: int, chosen: Int64[np.ndarray, " k"], score: _Score, shuffled: _Score
+    label: str, value: Any, k: int, features: Int64[np.ndarray, " k"], score: _Score, shuffled: _Score
 ) -> dict[str, Any]:
     share = score.positive / score.rows
-    line = {"label": label, "value": value, "k": k, "features": tuple(map(int, chosen)), "tokens": score.positive}
+    line = {"label": label, "value": value, "k": k, "features": tuple(map(int, features)), "tokens": score.positive}
     for prefix, probe_score in (("", score), ("shuffled_", shuffled)):
         for name, numbers in (("f1", probe_score.f1), ("accuracy", probe_score.accuracy)):
             line |= dict(zip((f"{prefix}{name}{end}" for end in ("", "_low", "_high")), numbers, strict=True))

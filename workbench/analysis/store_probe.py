@@ -103,19 +103,19 @@ class LayerProbe(StoreProbe):
 
     def layers_with(self, store: Store, *kinds: str) -> list[int]:
         """Returns the layers that are read and have a site of any of these kinds, ascending; there may be none."""
-        known = layers_of(store, *kinds)
+        site_layers = layers_of(store, *kinds)
         if self.layers is None:
-            return known
-        chosen = {layer % store.manifest.model.n_layers for layer in self.layers}
-        return [layer for layer in known if layer in chosen]
+            return site_layers
+        chosen_layers = {layer % store.manifest.model.n_layers for layer in self.layers}
+        return [layer for layer in site_layers if layer in chosen_layers]
 
     def note_layers(self, store: Store) -> str:
         """Returns a note that shares are those of the heads of `layers` alone; "" where `layers` is None."""
         if self.layers is None:
             return ""
         n_layers = store.manifest.model.n_layers
-        chosen = ", ".join(map(str, sorted({layer % n_layers for layer in self.layers})))
-        return f"heads of layers {chosen} alone, of {n_layers} layers"
+        layer_text = ", ".join(map(str, sorted({layer % n_layers for layer in self.layers})))
+        return f"heads of layers {layer_text} alone, of {n_layers} layers"
 
 
 def model_label(result: Result, limit: int = 60) -> str:

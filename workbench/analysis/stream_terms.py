@@ -58,18 +58,18 @@ def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
         RequestError: A site that is needed was not recorded.
     """
     layers = store.manifest.model.n_layers
-    known = {site.label for site in store.sites}
+    labels = {site.label for site in store.sites}
     store.require(f"resid_post.{layers - 1}")
-    terms = list(_embedding(store, known))
+    terms = list(_embedding(store, labels))
     for layer in range(layers):
-        first = "embed" if "embed" in known and "resid_pre.0" not in known else "resid_pre.0"
-        before = f"resid_pre.{layer}" if f"resid_pre.{layer}" in known else f"resid_post.{layer - 1}"
+        first = "embed" if "embed" in labels and "resid_pre.0" not in labels else "resid_pre.0"
+        before = f"resid_pre.{layer}" if f"resid_pre.{layer}" in labels else f"resid_post.{layer - 1}"
         whole = [f"resid_post.{layer}", before if layer else first]
-        present = [] if parts == "blocks" else list(_sublayers(layer, whole[1], known))
+        present = [] if parts == "blocks" else list(_sublayers(layer, whole[1], labels))
         terms += present
         if len(present) == 2:
             continue
-        if parts != "blocks" and not {*whole} <= known:
+        if parts != "blocks" and not {*whole} <= labels:
             store.require(*(f"{kind}.{layer}" for kind in SUBLAYERS))
         store.require(*whole)
         name = f"rest of block {layer}" if present else f"block {layer}"
@@ -80,22 +80,22 @@ def plan_terms(store: Store, parts: Parts) -> tuple[StreamTerm, ...]:
     return tuple(terms)
 
 
-def _sublayers(layer: int, before: str, known: set[str]) -> Iterator[StreamTerm]:
+def _sublayers(layer: int, before: str, labels: set[str]) -> Iterator[StreamTerm]:
     """What attention and MLP of a block add: their sites, or differences of the stream where it has both ends."""
     middle = f"resid_mid.{layer}"
     ends = {"attn_out": (middle, before), "mlp_out": (f"resid_post.{layer}", middle)}
     for kind, (after, start) in ends.items():
-        if f"{kind}.{layer}" in known:
+        if f"{kind}.{layer}" in labels:
             yield StreamTerm(f"{kind}.{layer}", layer, (f"{kind}.{layer}",))
-        elif {middle, before, f"resid_post.{layer}"} <= known:
+        elif {middle, before, f"resid_post.{layer}"} <= labels:
             yield StreamTerm(f"{SUBLAYERS[kind]} of block {layer}", layer, (after,), (start,))
 
 
-def _embedding(store: Store, known: set[str]) -> Iterator[StreamTerm]:
-    if "resid_pre.0" not in known:
-        store.require("embed" if "embed" in known else "resid_pre.0")
+def _embedding(store: Store, labels: set[str]) -> Iterator[StreamTerm]:
+    if "resid_pre.0" not in labels:
+        store.require("embed" if "embed" in labels else "resid_pre.0")
         yield StreamTerm("embedding", None, ("embed",))
-    elif "embed" in known and _has_positions(store):
+    elif "embed" in labels and _has_positions(store):
         yield StreamTerm("embedding", None, ("embed",))
         yield StreamTerm("position embedding", None, ("resid_pre.0",), ("embed",))
     else:
@@ -145,13 +145,13 @@ def check_sum(
     stored = _eps(store[last].site.dtype)
     computed = _eps(store.manifest.model.dtype)
     tolerance = 2 * stored + 2 * len(terms) ** 0.5 * computed
-    known, broken = {site.label for site in store.sites}, ""
+    labels, broken = {site.label for site in store.sites}, ""
     ordered = list(terms.items())
     for index, (term, value) in enumerate(ordered):
         total, size = total + value, size + value.norm(dim=-1)
         ends = index + 1 == len(ordered) or ordered[index + 1][0].layer != term.layer
         site = f"resid_post.{term.layer}" if term.layer is not None else "resid_pre.0"
-        if not ends or site not in known or broken:
+        if not ends or site not in labels or broken:
             continue
         values = stream if site == last else store[site][rows].double().cpu()
         if not bool(((total - values).norm(dim=-1) <= tolerance * size).all()):

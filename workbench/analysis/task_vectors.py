@@ -139,8 +139,8 @@ class TaskVectors:
         """
         total = torch.zeros(self.runs.model.d_model, dtype=torch.float64, device="cpu")
         for layer in sorted({layer for layer, _ in heads}):
-            chosen = [head for at, head in heads if at == layer]
-            total += FrozenOutput(self.outputs[layer]).mean_write(self.ends[layer].flatten(1), chosen)
+            layer_heads = [head for at, head in heads if at == layer]
+            total += FrozenOutput(self.outputs[layer]).mean_write(self.ends[layer].flatten(1), layer_heads)
         return total.float()
 
 

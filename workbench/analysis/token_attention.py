@@ -147,10 +147,10 @@ def recorded_sums(
 
     They are the `TokenAttention.by_sequence` of the pattern, for all earlier occurrences, without the pattern.
     """
-    recorded = {site.label for site in store.sites}
+    labels = {site.label for site in store.sites}
     sums = {}
     for name in TOKEN_MEASURES:
-        if f"attn_{name}.{layer}" not in recorded:
+        if f"attn_{name}.{layer}" not in labels:
             continue
         array = store[f"attn_{name}", layer]
         sums[name] = np.zeros((sequences, array.shape[1]))

@@ -47,9 +47,9 @@ def token_classes(
     if column not in store.tokens.column_names:
         raise RequestError(f"label={column!r} is no column; columns are {', '.join(store.tokens.column_names)}")
     values = store.tokens[column].take(rows).to_pandas()
-    known = sorted(values.dropna().astype(str).unique())
-    index = np.searchsorted(known, values.astype(str).to_numpy(str)).clip(max=max(0, len(known) - 1))
-    return tuple(known), np.where(values.isna(), -1, index)
+    class_names = sorted(values.dropna().astype(str).unique())
+    index = np.searchsorted(class_names, values.astype(str).to_numpy(str)).clip(max=max(0, len(class_names) - 1))
+    return tuple(class_names), np.where(values.isna(), -1, index)
 
 
 def _by_text(store: Store) -> Int[np.ndarray, " row"]:

@@ -64,8 +64,8 @@ class TrainedErasure:
         """Returns the probes of a layer, one for each offset; RequestError for a layer without."""
         layer = layer + self.n_layers if layer < 0 else layer
         if layer not in self.layers:
-            known = ", ".join(map(str, self.layers))
-            raise RequestError(f"layer {layer} has no probes; layers with probes are {known}")
+            layers = ", ".join(map(str, self.layers))
+            raise RequestError(f"layer {layer} has no probes; layers with probes are {layers}")
         place = self.layers.index(layer)
         return SoftmaxProbes(self.weight[place], self.scale[place], self.classes)
 

@@ -108,13 +108,13 @@ class TrainedFutureLens:
         unembed = load_unembed(store.path, usable_device(device))
         check("top_k", top_k, at_least=1, at_most=unembed.vocab, whole=True)
         parts = (part[self.layers.index(layer), horizon] for part in (self.weight, self.bias, self.mean, self.scale))
-        moved = [part.to(unembed.weight.device) for part in parts]
-        logits = AffineMap(*moved, unembed=unembed if self.method == "linear" else None)
-        chosen = Rows(store, np.arange(store.rows)) if rows is None else rows
-        ids = chosen.ids_in(store)
+        tensors = [part.to(unembed.weight.device) for part in parts]
+        logits = AffineMap(*tensors, unembed=unembed if self.method == "linear" else None)
+        chosen_rows = Rows(store, np.arange(store.rows)) if rows is None else rows
+        ids = chosen_rows.ids_in(store)
         future_map = FutureMap(logits, float("nan"), float("nan"), float("nan"))
         top, probability = future_map.top_tokens(store[self.site, layer], ids, top_k, unembed)
-        frame = chosen.tokens.select(["row", "sequence", "position", "token"]).to_pandas()
+        frame = chosen_rows.tokens.select(["row", "sequence", "position", "token"]).to_pandas()
         lines = frame.loc[frame.index.repeat(top_k)].reset_index(drop=True)
         lines["rank"] = np.tile(np.arange(top_k), len(ids))
         lines["predicted_id"] = top.reshape(-1)
@@ -139,10 +139,10 @@ def pack_future_lens(
     store: Store, site: str, method: str, maps: Mapping[int, list[FutureMap]], made_of: Mapping[str, Any]
 ) -> TrainedFutureLens:
     """Returns fitted maps, by layer a list of horizons, as one object."""
-    fitted = [[future_map.logits for future_map in maps[layer]] for layer in sorted(maps)]
+    affine_maps = [[future_map.logits for future_map in maps[layer]] for layer in sorted(maps)]
 
     def stacked(part: Any) -> Tensor:
-        return torch.stack([torch.stack([part(affine).cpu() for affine in of_layer]) for of_layer in fitted])
+        return torch.stack([torch.stack([part(affine).cpu() for affine in of_layer]) for of_layer in affine_maps])
 
     model = store.manifest.model
     return TrainedFutureLens(

@@ -192,17 +192,17 @@ def _load_released(folder: Path) -> TrainedLens:
         )
     weights, biases = [], []
     with open_safetensors(files[0], "fetch the lens again") as file:
-        known = set(file.keys())
+        names = set(file.keys())
         for layer in range(1, count):
             name = next(
-                (prefix for prefix in (f"{layer}", f"layer_translators.{layer}") if f"{prefix}.weight" in known), None
+                (prefix for prefix in (f"{layer}", f"layer_translators.{layer}") if f"{prefix}.weight" in names), None
             )
             if name is None:
-                holds = ", ".join(sorted(known))[:120]
+                holds = ", ".join(sorted(names))[:120]
                 raise RequestError(f"{files[0]} has no tensor {layer}.weight; it holds {holds}")
             weights.append(file.get_tensor(f"{name}.weight").float())
             zero = torch.zeros(size)
-            biases.append(file.get_tensor(f"{name}.bias").float() if f"{name}.bias" in known else zero)
+            biases.append(file.get_tensor(f"{name}.bias").float() if f"{name}.bias" in names else zero)
     if {tuple(w.shape) for w in weights} != {(size, size)} or {tuple(b.shape) for b in biases} != {(size,)}:
         raise DataError(f"{files[0]}: its maps are not {size} x {size} with a bias of {size}, as {_CONFIG} says")
     name = str(config.get("base_model_name_or_path", "an unnamed model"))

@@ -107,11 +107,11 @@ class Vocabulary:
         """True for tokens that the tokenizer has and that are not special."""
         if self.maybe_tokenizer is None:
             return np.ones(len(self), bool)
-        known = np.zeros(len(self), bool)
-        known[[id for id in self.tokenizer.get_vocab().values() if id < len(self)]] = True
+        is_ordinary = np.zeros(len(self), bool)
+        is_ordinary[[id for id in self.tokenizer.get_vocab().values() if id < len(self)]] = True
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        known[[id for id in special | set(self.tokenizer.all_special_ids) if id < len(self)]] = False
-        return known
+        is_ordinary[[id for id in special | set(self.tokenizer.all_special_ids) if id < len(self)]] = False
+        return is_ordinary
 
 
 @plain_torch()
@@ -219,10 +219,10 @@ class WeightsProbe:
 def _kinds(vocabulary: Vocabulary) -> Shaped[np.ndarray, " token"]:
     tokenizer = vocabulary.tokenizer
     kinds = np.full(len(vocabulary), "unused", dtype=object)
-    known = np.array(sorted(id for id in set(tokenizer.get_vocab().values()) if id < len(vocabulary)), dtype=np.int64)
-    kinds[known] = "special"
-    texts = tokenizer.batch_decode([[int(id)] for id in known[vocabulary.ordinary[known]]])
-    decoded = [(int(id), text) for id, text in zip(known[vocabulary.ordinary[known]], texts, strict=True)]
+    all_ids = np.array(sorted(id for id in set(tokenizer.get_vocab().values()) if id < len(vocabulary)), dtype=np.int64)
+    kinds[all_ids] = "special"
+    texts = tokenizer.batch_decode([[int(id)] for id in all_ids[vocabulary.ordinary[all_ids]]])
+    decoded = [(int(id), text) for id, text in zip(all_ids[vocabulary.ordinary[all_ids]], texts, strict=True)]
     for id, text in decoded:
         kinds[id] = "undecodable" if "\ufffd" in text else "unreachable"
     ids = [id for id, text in decoded if "\ufffd" not in text]

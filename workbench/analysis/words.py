@@ -31,11 +31,11 @@ class Words:
 
         Tokens of words that are cut are in neither.
         """
-        several, cut = self.length[rows] > 1, self.cut[rows]
+        in_long_word, cut = self.length[rows] > 1, self.cut[rows]
         index = rows - self.first[rows]
-        last = several & (index == self.length[rows] - 1) & ~cut
+        last = in_long_word & (index == self.length[rows] - 1) & ~cut
         inside = np.stack([last & (index + offset >= 0) for offset in offsets])
-        return np.stack([inside, np.repeat((~several & ~cut)[None], len(offsets), 0)])
+        return np.stack([inside, np.repeat((~in_long_word & ~cut)[None], len(offsets), 0)])
 
 
 def find_words(store: Store, name: str) -> tuple[Words, str]:
