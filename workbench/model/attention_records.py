@@ -234,18 +234,18 @@ class _BoundScores(_BoundAttention):
         lowest = torch.finfo(mask.dtype).min
         heads = self.of_heads
         mask = mask.expand(len(queries), max(len(heads), mask.shape[1]), *mask.shape[2:])
-        chosen = (heads[None, :, None, None] & queries[:, None, :, None] & keys[:, None, None, :]).to(mask.device)
+        chosen_pairs = (heads[None, :, None, None] & queries[:, None, :, None] & keys[:, None, None, :]).to(mask.device)
         visible = mask > _MASKED * lowest
         if self.bias == -inf:
-            exempt = ~(visible & ~chosen).any(-1, keepdim=True) & (visible & chosen).any(-1, keepdim=True)
-            changed = torch.where(visible & chosen & ~exempt, torch.full_like(mask, lowest), mask)
+            exempt = ~(visible & ~chosen_pairs).any(-1, keepdim=True) & (visible & chosen_pairs).any(-1, keepdim=True)
+            new_mask = torch.where(visible & chosen_pairs & ~exempt, torch.full_like(mask, lowest), mask)
             self.count.exempt += int(exempt[..., 0].any(1)[:, present.fresh :].sum())
         else:
-            changed = torch.where(visible & chosen, mask + self.bias, mask)
-        rows = queries & (visible & chosen).any(-1).any(1).to(queries.device)
+            new_mask = torch.where(visible & chosen_pairs, mask + self.bias, mask)
+        rows = queries & (visible & chosen_pairs).any(-1).any(1).to(queries.device)
         fresh = rows[:, present.fresh :]
         self.count.rows += int(fresh.sum())
-        return changed
+        return new_mask
 
 
 def _count_keys(part: nn.Module, arguments: dict[str, Any], present: PassTokens) -> int:
@@ -299,9 +299,9 @@ class _BoundRedistribution(_BoundAttention):
         keep, device, lowest = self.keep, inputs.query.device, torch.finfo(inputs.query.dtype).min
         mask = mask_of_flash(inputs, present, self.record) if self.kernel else explicit_mask(inputs, present)
         mask = mask[..., :key_count].to(device).expand(len(queries), self.heads_of_layer, -1, -1)
-        chosen = keys[:, None, None, :].to(device)
+        chosen_keys = keys[:, None, None, :].to(device)
         weights = torch.cat([block for _, block in pattern_blocks(_call_of(inputs, mask))], dim=2)
-        mass = (weights * chosen).sum(-1, keepdim=True)
+        mass = (weights * chosen_keys).sum(-1, keepdim=True)
         total = weights.sum(-1, keepdim=True)  # below 1 where the layer has a learned sink
         rest = total - mass
         ratio = keep * rest / (total - keep * mass).clamp(min=1e-30)
@@ -310,10 +310,12 @@ class _BoundRedistribution(_BoundAttention):
         row = (heads[None, :, None, None] & queries[:, None, :, None]).to(device) & (mass > 0)
         exempt = row & (rest <= 1e-6 * total)
         bias = torch.where(ratio > 0, ratio.log(), torch.tensor(-inf, device=device))
-        changed = torch.where(row & ~exempt & chosen & (mask > _MASKED * lowest), mask + bias.to(mask.dtype), mask)
+        new_mask = torch.where(
+            row & ~exempt & chosen_keys & (mask > _MASKED * lowest), mask + bias.to(mask.dtype), mask
+        )
         self.count.rows += int(row[..., 0].any(1)[:, present.fresh :].sum())
         self.count.exempt += int(exempt[..., 0].any(1)[:, present.fresh :].sum())
-        return inputs.replaced(mask=changed.clamp(min=lowest), kernel=self.kernel or inputs.kernel)
+        return inputs.replaced(mask=new_mask.clamp(min=lowest), kernel=self.kernel or inputs.kernel)
 
 
 def _call_of(inputs: AttentionInputs, mask: Float[Tensor, "batch head query key"]) -> AttentionCall:

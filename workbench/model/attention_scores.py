@@ -67,16 +67,16 @@ def recorded_rules(
     Raises:
         RequestError: No layer was recorded, or a chosen one has no scores to be computed; see `layer_rule`.
     """
-    known = score_rules(store, model)
-    recorded = {site.label for site in store.sites}
-    chosen = [layer for layer, rule in known.items() if {rule.queries, rule.keys} <= recorded]
+    rules = score_rules(store, model)
+    labels = {site.label for site in store.sites}
+    chosen_layers = [layer for layer, rule in rules.items() if {rule.queries, rule.keys} <= labels]
     if layers is not None:
         count = store.manifest.model.n_layers
-        chosen = sorted({layer + count if layer < 0 else layer for layer in layers})
-    if not chosen:
-        layer_rule(known, store, next(iter(known), 0))  # which names what is missing
+        chosen_layers = sorted({layer + count if layer < 0 else layer for layer in layers})
+    if not chosen_layers:
+        layer_rule(rules, store, next(iter(rules), 0))  # which names what is missing
         raise RequestError("no layer has both queries and keys; record rot_q and rot_k")
-    return {layer: layer_rule(known, store, layer) for layer in chosen}
+    return {layer: layer_rule(rules, store, layer) for layer in chosen_layers}
 
 
 def layer_rule(rules: Mapping[int, ScoreRule], store: Store, layer: int) -> ScoreRule:

@@ -87,8 +87,8 @@ def _hooks(module: nn.Module) -> Iterator[str]:
 def _qualified(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    definition = function if hasattr(function, "__qualname__") else type(function)
+    return f"{definition.__module__}.{definition.__qualname__}"
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, tuple[float, ...]]]:

@@ -44,8 +44,8 @@ class CachedPrompts:
             return None
         cache = getattr(run(model.module, before, torch.ones_like(before), cache=True), "past_key_values", None)
         layers = getattr(cache, "layers", ())
-        known = layers and all(type(layer).__name__ in _KEPT for layer in layers)
-        return cls(model, ids, cache) if known else None
+        is_known = layers and all(type(layer).__name__ in _KEPT for layer in layers)
+        return cls(model, ids, cache) if is_known else None
 
     @plain_torch()
     def logits(self, copies: int = 1, records: Sequence[Intervention] = ()) -> Float64[Tensor, "prompt copy vocab"]:

@@ -183,15 +183,15 @@ def embedding(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token 
         raise RequestError(f"model {model.name!r} ({model.architecture}): its token embedding is not its first stream")
     trial_tokens = trial_ids(model.module, 1, 32, seed=2)[0]
     ids_to_run = torch.cat([ids.cpu(), trial_tokens])[:, None]
-    captured = {}
+    activations = {}
     capture(
         model.module,
         (embed, stream),
         ids_to_run,
         torch.ones_like(ids_to_run),
-        lambda site, tensor, _first: captured.update({site.name: tensor[:, 0].float()}),
+        lambda site, tensor, _first: activations.update({site.name: tensor[:, 0].float()}),
     )
-    embedded, entered = captured[embed.name], captured[stream.name].to(captured[embed.name].device)
+    embedded, entered = activations[embed.name], activations[stream.name].to(activations[embed.name].device)
     embeddings, streams = (part.double() - part.double().mean(0) for part in (embedded.cpu(), entered.cpu()))
     scale = ((embeddings * streams).sum() / embeddings.square().sum()).item()
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03

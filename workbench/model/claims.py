@@ -157,9 +157,9 @@ def transformer_lens_adapter(module: nn.Module):
     names = [*(config.architectures or [type(module).__name__]), *([] if has_head(module) else [with_head])]
     for name in filter(None, names):
         try:
-            named = type(config).from_dict({**config.to_dict(), "architectures": [name]})
-            architecture = determine_architecture_from_hf_config(named)
-            bridge_config = build_bridge_config_from_hf(named, architecture, architecture, torch.float32)
+            named_config = type(config).from_dict({**config.to_dict(), "architectures": [name]})
+            architecture = determine_architecture_from_hf_config(named_config)
+            bridge_config = build_bridge_config_from_hf(named_config, architecture, architecture, torch.float32)
             return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
         except Exception:  # an adapter that refuses this config counts as none: the structure decides
             continue

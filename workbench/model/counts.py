@@ -35,15 +35,15 @@ class Count:
         old, new = old.detach().flatten(1), new.detach().flatten(1)
         norm = old.norm(dim=1)
         relative = (new - old).norm(dim=1) / torch.where(norm > 0, norm, 1)
-        changed = (new != old).any(1).sum()
-        self._sums.append(torch.stack([changed.float(), relative.float().sum(), (~new.isfinite()).sum().float()]))
+        changed_count = (new != old).any(1).sum()
+        self._sums.append(torch.stack([changed_count.float(), relative.float().sum(), (~new.isfinite()).sum().float()]))
         if len(self._sums) > _KEPT:
             self._fold()
 
     def _fold(self) -> None:
         for sums in self._sums:
-            changed, relative, nonfinite = sums.tolist()
-            self._changed += int(changed)
+            changed_count, relative, nonfinite = sums.tolist()
+            self._changed += int(changed_count)
             self._relative += relative
             self._nonfinite += nonfinite
         self._sums.clear()

@@ -47,9 +47,9 @@ def find_sites(module: nn.Module) -> SiteMap:
         missing |= dict.fromkeys(("logits", "unembed.hook_out"), _NO_HEAD)
     factors: dict[str, float] = {}
     for layer in range(n_layers):
-        moved, reasons, multiplied = check_block(layer, taps, trial)
+        moved_taps, reasons, multiplied = check_block(layer, taps, trial)
         missing, factors = missing | reasons, factors | multiplied
-        taps = {name: tap for name, tap in (taps | moved).items() if name not in reasons}
+        taps = {name: tap for name, tap in (taps | moved_taps).items() if name not in reasons}
     by_tap: dict[Tap, list[str]] = {}
     for name, tap in taps.items():
         by_tap.setdefault(tap, []).append(name)
@@ -76,21 +76,21 @@ def _modules(
     sites: Mapping[str, Site], modules: Mapping[str, nn.Module], trial: Trial, second_trial: Trial
 ) -> tuple[dict[str, str], dict[str, Site], dict[str, str]]:
     """Modules whose outputs are sites as they are, with these; sites of other outputs; reasons for the rest."""
-    named = {site.tap: site for site in sites.values()}
+    sites_by_tap = {site.tap: site for site in sites.values()}
     synonyms: dict[str, str] = {}
     other_sites: dict[str, Site] = {}
     missing: dict[str, str] = {}
     paths = {Tap(path, "out"): path for path in modules if path}
     for tap in sorted(paths, key=lambda tap: trial.order.get(tap, len(trial.order))):
-        path, site, shape = paths[tap], named.get(tap), trial.row_shape(tap)
+        path, site, shape = paths[tap], sites_by_tap.get(tap), trial.row_shape(tap)
         if tap not in trial.counts:
             missing[path] = "its module does not run"
         elif reason := _refusal(tap, trial, second_trial):
             missing[path] = reason
         elif site and site.shape == shape:
             synonyms[path] = site.name
-        elif (several := trial.several.get(tap)) or shape is None:
-            missing[path] = f"it gives {several} tensors with a row per token"
+        elif (tensor_count := trial.several.get(tap)) or shape is None:
+            missing[path] = f"it gives {tensor_count} tensors with a row per token"
         else:
             residual = shape == trial.row_shape(trial.stream) and len(shape) == 1
             part = path.rsplit(".", 1)[-1]

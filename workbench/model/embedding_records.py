@@ -95,9 +95,9 @@ def _embedded(model: Model, record: EmbedTokens, at: Tokens | Tensor) -> tuple[T
     ids = record.ids if isinstance(record.ids, Sequence) else (record.ids,)
     if isinstance(ids, str) or not all(map(whole, ids)) or not all(0 <= int(id or 0) < model.vocab for id in ids):
         raise RequestError(f"ids must be token ids from 0 to {model.vocab - 1}, not {shown(record.ids)}")
-    named = () if isinstance(at, Tensor) else at.positions
-    if isinstance(record.ids, Sequence) and len(ids) != len(named):
-        raise RequestError(f"ids has {len(ids)} ids; give one, or one for each of the {len(named)} named positions")
+    positions = () if isinstance(at, Tensor) else at.positions
+    if isinstance(record.ids, Sequence) and len(ids) != len(positions):
+        raise RequestError(f"ids has {len(ids)} ids; give one, or one for each of the {len(positions)} named positions")
     vectors = token_embeddings(model, torch.tensor([int(id or 0) for id in ids]))
     return (vectors, "named") if isinstance(record.ids, Sequence) else (vectors[0], "all")
 

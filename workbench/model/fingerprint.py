@@ -33,8 +33,8 @@ def weights_fingerprint(module: PreTrainedModel) -> str:
     About 1 s a gigabyte; again for the same module a tenth of that: it is kept with a faster checksum of the same bytes
     (XXH3, 128 bits), which is computed at each call, so that no change is missed however it was made.
     """
-    if (known := _KNOWN.get(module)) and _checksum(module, xxhash.xxh3_128()) == known[0]:
-        return known[1]
+    if (checksums := _KNOWN.get(module)) and _checksum(module, xxhash.xxh3_128()) == checksums[0]:
+        return checksums[1]
     fast = xxhash.xxh3_128()
     digest = _checksum(module, hashlib.sha256(), fast)
     _KNOWN[module] = fast.hexdigest(), digest
@@ -61,14 +61,14 @@ def _weights(module: PreTrainedModel) -> Iterator[Any]:
 
     saved, readers = module.state_dict(keep_vars=True), placeholders(module)
     tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    counted: set[int | str] = set()
+    counted_weights: set[int | str] = set()
     for name, tensor in sorted(saved.items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         identities = {id(tensor), *((name, tied.get(name, name)) if name in readers else ())}
-        if identities & counted:  # tied weights count once; their placeholders are different objects
+        if identities & counted_weights:  # tied weights count once; their placeholders are different objects
             continue
-        counted |= identities
+        counted_weights |= identities
         tensor = readers[name]() if name in readers else tensor
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
         for piece in tensor.detach().contiguous().flatten().view(torch.uint8).split(_PIECE):
@@ -96,10 +96,12 @@ def tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns the settings of a tokenizer outside of its definition: special tokens, and what changes its texts."""
-    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    special_tokens = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)
+    }
     other_tokens = getattr(tokenizer, OTHER_TOKENS, None) or []
     switches = {name: bool(getattr(tokenizer, name, False)) for name in SWITCHES}
-    return {**named, OTHER_TOKENS: [str(token) for token in other_tokens], **switches}
+    return {**special_tokens, OTHER_TOKENS: [str(token) for token in other_tokens], **switches}
 
 
 def settings_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -228,9 +228,9 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return value if first is None else change(value)
     if isinstance(value, dict):
         key = next(key for key, part in value.items() if part is first)
-        changed = value.copy()
-        changed[key] = change(first)
-        return changed
+        new_value = value.copy()
+        new_value[key] = change(first)
+        return new_value
     return type(value)(change(part) if part is first else part for part in value)
 
 

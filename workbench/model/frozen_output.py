@@ -52,11 +52,11 @@ class FrozenOutput:
     @plain_torch()
     def added(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
         """Returns what the whole part adds to the stream, from the inputs of its projection."""
-        written = self._projected(inputs)
+        writes = self._projected(inputs)
         if self._norm is None:
-            return self._factor * written
+            return self._factor * writes
         kind, eps, gain, shift = self._norm
-        return self._factor * (normalise(written, kind, eps) * gain + shift)
+        return self._factor * (normalise(writes, kind, eps) * gain + shift)
 
     @plain_torch()
     def contributions(
@@ -71,10 +71,10 @@ class FrozenOutput:
         bias = torch.zeros(len(u), dtype=torch.float64)
         if self._norm is not None:
             kind, eps, gain, shift = self._norm
-            written = self._projected(inputs)
+            writes = self._projected(inputs)
             bias = u @ shift
             u = u * gain
-            u = centred(u, kind) * torch.rsqrt(centred(written, kind).square().mean(-1, keepdim=True) + eps)
+            u = centred(u, kind) * torch.rsqrt(centred(writes, kind).square().mean(-1, keepdim=True) + eps)
         zero = torch.zeros(len(u), 1, self._width, dtype=torch.float64, requires_grad=True)
         constant = the_tensor(self._project(zero))
         (weights,) = torch.autograd.grad(constant, zero, u[:, None])
@@ -87,16 +87,16 @@ class FrozenOutput:
 
         A norm behind the projection keeps the scale that it has for each row.
         """
-        chosen = torch.zeros(self.output.heads, 1, dtype=torch.float64)
-        chosen[list(heads)] = 1
+        head_mask = torch.zeros(self.output.heads, 1, dtype=torch.float64)
+        head_mask[list(heads)] = 1
         inputs, scale = inputs.double(), torch.ones(1, dtype=torch.float64)
         kind, gain = "none", scale
         if self._norm is not None:
             kind, eps, gain, _ = self._norm
             scale = torch.rsqrt(centred(self._projected(inputs), kind).square().mean(-1, keepdim=True) + eps)
-        mean = (scale * inputs).mean(0).reshape(self.output.heads, -1) * chosen
-        written, bias = self._projected(torch.stack([mean.flatten(), torch.zeros(self._width)]))
-        return self._factor * gain * centred(written - bias, kind)
+        mean = (scale * inputs).mean(0).reshape(self.output.heads, -1) * head_mask
+        writes, bias = self._projected(torch.stack([mean.flatten(), torch.zeros(self._width)]))
+        return self._factor * gain * centred(writes - bias, kind)
 
     def _projected(self, inputs: Float[Tensor, "row inner"]) -> Float64[Tensor, "row d_model"]:
         with torch.no_grad():

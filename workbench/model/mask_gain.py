@@ -38,10 +38,10 @@ def mask_gain(model: nn.Module, attention: nn.Module, site: Site) -> float:
     """
     if site.tap.part != "returned_weights":
         return 1.0
-    known = _MEASURED.setdefault(model, {})
-    if site.name not in known:
-        known[site.name] = _measured(model, attention, site)
-    return known[site.name]
+    gains = _MEASURED.setdefault(model, {})
+    if site.name not in gains:
+        gains[site.name] = _measure(model, attention, site)
+    return gains[site.name]
 
 
 @plain_torch()
@@ -49,14 +49,14 @@ def takes_mask_by_head(model: nn.Module, attention: nn.Module, site: Site, heads
     """Returns True if a layer takes a mask with an axis of heads; XGLM refuses it. Costs as `mask_gain`."""
     if site.tap.part != "returned_weights":
         return True
-    known = _BY_HEAD.setdefault(model, {})
-    if site.name not in known:
+    by_site = _BY_HEAD.setdefault(model, {})
+    if site.name not in by_site:
         try:
             _pattern(model, site, change_arguments(attention, partial(_by_head, heads)))
-            known[site.name] = True
+            by_site[site.name] = True
         except (ValueError, RuntimeError):  # what attention modules raise of a mask of another size
-            known[site.name] = False
-    return known[site.name]
+            by_site[site.name] = False
+    return by_site[site.name]
 
 
 def _by_head(heads: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _by_head(heads: int, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @plain_torch()
-def _measured(model: nn.Module, attention: nn.Module, site: Site) -> float:
+def _measure(model: nn.Module, attention: nn.Module, site: Site) -> float:
     patterns = [_pattern(model, site, change) for change in (nullcontext(), change_arguments(attention, _raised))]
     before, after = (rows[0, -1, :, :2].double().cpu() for rows in patterns)
     certain = (torch.minimum(before, after) > _SMALLEST).all(-1)

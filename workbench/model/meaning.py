@@ -79,20 +79,20 @@ def check_block(
     """Returns the taps that names of a block take in place of theirs, the reason for each name that fails, and the
     number by which the block multiplies what a name should stand for, where that is the reason."""
     block = _Block(f"blocks.{layer}", taps, trial)
-    chosen = {name: _Meaning(reason=_no_neurons(block, name)) for name in _NEURONS}
+    meanings = {name: _Meaning(reason=_no_neurons(block, name)) for name in _NEURONS}
     pre, post = block.value("hook_resid_pre"), block.value("hook_resid_post")
     if pre is not None and post is not None:
-        chosen |= _stream_names(block, pre, post)
-    moved = {
+        meanings |= _stream_names(block, pre, post)
+    moved_taps = {
         f"{block.prefix}.{name}": block.tap(meaning.name)
-        for name, meaning in chosen.items()
+        for name, meaning in meanings.items()
         if meaning.name and meaning.name != name
     }
-    reasons = {f"{block.prefix}.{name}": meaning.reason for name, meaning in chosen.items() if meaning.reason}
+    reasons = {f"{block.prefix}.{name}": meaning.reason for name, meaning in meanings.items() if meaning.reason}
     factors = {
-        f"{block.prefix}.{name}": meaning.factor for name, meaning in chosen.items() if meaning.factor is not None
+        f"{block.prefix}.{name}": meaning.factor for name, meaning in meanings.items() if meaning.factor is not None
     }
-    claimed = {name: tap for name, tap in moved.items() if name in taps and tap is not None}
+    claimed = {name: tap for name, tap in moved_taps.items() if name in taps and tap is not None}
     return claimed, reasons, factors
 
 
@@ -155,8 +155,12 @@ def _added(part: str, candidates: Mapping[str, Tensor], bases: list[Tensor], tot
 def _is_mid(block: _Block, mid: Tensor, attentions: Mapping[str, Tensor], mlps: Mapping[str, Tensor]) -> bool:
     """True if `mid` is the stream plus attention's output, or the norm of that sum, or what the MLP's is added to."""
     pre, post = block.value("hook_resid_pre"), block.value("hook_resid_post")
-    read, written = block.value("ln1.hook_in"), block.value("ln1.hook_out")
-    if written is not None and _equal(written, mid) and any(_factor(pre, part, read) for part in attentions.values()):
+    norm_in, norm_out = block.value("ln1.hook_in"), block.value("ln1.hook_out")
+    if (
+        norm_out is not None
+        and _equal(norm_out, mid)
+        and any(_factor(pre, part, norm_in) for part in attentions.values())
+    ):
         return True
     sums = [*((pre, part, mid) for part in attentions.values()), *((mid, part, post) for part in mlps.values())]
     return not sums or any(_factor(*terms) for terms in sums)
@@ -178,10 +182,10 @@ def _first_norm(block: _Block, pre: Tensor) -> str | None:
 
 
 def _second_norm(block: _Block) -> str | None:
-    read, written, post = block.value("ln2.hook_in"), block.value("ln2.hook_out"), block.value("hook_resid_post")
-    if read is None or not block.after("ln2.hook_in", _MLPS):
+    norm_in, norm_out, post = block.value("ln2.hook_in"), block.value("ln2.hook_out"), block.value("hook_resid_post")
+    if norm_in is None or not block.after("ln2.hook_in", _MLPS):
         return None
-    if written is not None and post is not None and _equal(written, post):
+    if norm_out is not None and post is not None and _equal(norm_out, post):
         return "in this post-norm block the norm after the MLP writes the stream itself; record resid_post"
     return "its norm comes after the MLP, not before it; record mlp_out"
 
@@ -197,8 +201,8 @@ def _factor(base: Tensor | None, part: Tensor | None, total: Tensor | None) -> f
     base, part, total = base.double(), part.double(), total.double()
     change = total - base
     slack = 2 * eps * torch.maximum(base.norm(dim=-1), total.norm(dim=-1))
-    fitted = ((change * part).sum() / part.square().sum().clamp(min=1e-300)).item()
-    for factor in (1.0, fitted):
+    fitted_factor = ((change * part).sum() / part.square().sum().clamp(min=1e-300)).item()
+    for factor in (1.0, fitted_factor):
         size, error = abs(factor) * part.norm(dim=-1), (change - factor * part).norm(dim=-1)
         if bool((error <= slack + 4 * eps * size).all()) and (factor == 1.0 or bool((size > slack).any())):
             return factor

@@ -55,8 +55,8 @@ def running_device(module: nn.Module) -> torch.device:
     device = next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
     if device is not None:
         return device
-    named = (getattr(hook, "execution_device", None) for part in module.modules() for hook in _hooks(part))
-    device = next((device for device in named if device is not None), tensors[0].device if tensors else "cpu")
+    devices = (getattr(hook, "execution_device", None) for part in module.modules() for hook in _hooks(part))
+    device = next((device for device in devices if device is not None), tensors[0].device if tensors else "cpu")
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 

@@ -28,12 +28,12 @@ def generates_in_batches(module: nn.Module) -> bool:
     """
     prompts = [trial_ids(module, 1, length, seed=length)[0] for length in _LENGTHS]
     with unseen_pass(module):
-        alone = torch.cat([_logits(module, [prompt]) for prompt in prompts], 1)
-        together = _logits(module, prompts)
+        single_logits = torch.cat([_logits(module, [prompt]) for prompt in prompts], 1)
+        batch_logits = _logits(module, prompts)
     exact = module.dtype in (torch.float32, torch.float64) and not getattr(module, "is_quantized", False)
-    alone, together = alone.double(), together.double()
-    size = (alone - alone.mean(-1, keepdim=True)).norm()
-    return bool((together - alone).norm() <= (_ROUNDED if exact else _ROUNDED_16) * size)
+    single_logits, batch_logits = single_logits.double(), batch_logits.double()
+    size = (single_logits - single_logits.mean(-1, keepdim=True)).norm()
+    return bool((batch_logits - single_logits).norm() <= (_ROUNDED if exact else _ROUNDED_16) * size)
 
 
 def _logits(module: nn.Module, prompts: Sequence[Tensor]) -> Float[Tensor, "step prompt vocab"]:

@@ -88,9 +88,9 @@ class PassTokens:
 
     def came_up(self, choice: Tokens | Tensor) -> set[int]:
         """Returns the named positions of `at` that a sequence of the pass has."""
-        chosen = self.chosen(choice)
+        mask = self.chosen(choice)
         positions = choice.positions if isinstance(choice, Tokens) else ()
-        return {position for position in positions if bool((self._at(position) & chosen).any())}
+        return {position for position in positions if bool((self._at(position) & mask).any())}
 
     def donors(self, count: int) -> Int[Tensor, " batch"]:
         """Returns for each sequence the one of `count` others that belongs to it.
@@ -177,8 +177,8 @@ class PassTokens:
             inside = token & (position >= start) & ((position - start) % (index.step or 1) == 0)
             return inside if stop is None else inside & (position < stop)
         mask = torch.zeros_like(token)
-        for named in choice.positions:
-            mask |= self._at(named)
+        for place in choice.positions:
+            mask |= self._at(place)
         return mask
 
     def _at(self, index: int) -> Tensor:

@@ -39,8 +39,8 @@ def check_config(location: Location, sites: Iterable[str] | None = None) -> None
             f"model {location.name!r} is an encoder-decoder ({_architecture(config)}); give a causal language model, "
             "which has one stack of blocks, such as gpt2"
         )
-    known = bool(config) and not location.file
-    check_patterns(sites or (), _layers(config), lambda: module_names(location) if known else None)
+    has_modules = bool(config) and not location.file
+    check_patterns(sites or (), _layers(config), lambda: module_names(location) if has_modules else None)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

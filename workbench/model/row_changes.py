@@ -251,10 +251,10 @@ class BoundRows(Bound):
         if self.where.heads is not None:
             head = torch.tensor(self.where.heads, device=old.device)
             new = old.index_copy(1, head, new)
-        changed = rows.index_copy(0, index, new.to(rows.dtype)).reshape(tensor.shape)
+        new_tensor = rows.index_copy(0, index, new.to(rows.dtype)).reshape(tensor.shape)
         if offset is not None:
-            self._middle = changed.detach()
-        return changed
+            self._middle = new_tensor.detach()
+        return new_tensor
 
     def _refuse_second(self, present: PassTokens, mask: Tensor) -> None:
         """Refuses a token that an earlier record of this run set in the same pass."""
@@ -275,11 +275,11 @@ class BoundRows(Bound):
 
     def _check_middle(self, between: Tensor | None) -> None:
         """Refuses a model whose stream between attention and MLP is not the sum that was changed."""
-        changed, stream = self._middle, self._stream[0]
+        middle, stream = self._middle, self._stream[0]
         self._middle = self._stream[0] = None
-        if changed is None or stream is None or between is None:
+        if middle is None or stream is None or between is None:
             return
-        total = (stream.detach().double() + self.where.factor * changed.to(stream.device).double()).flatten()
+        total = (stream.detach().double() + self.where.factor * middle.to(stream.device).double()).flatten()
         error = (between.detach().to(stream.device).double().flatten() - total).norm()
         if not error <= _MIDDLE * total.norm():
             raise DataError(
@@ -291,8 +291,8 @@ class BoundRows(Bound):
         present, tensor = tokens.of(self.record), getattr(inputs, part).transpose(1, 2)
         if part != "query":
             present = present.keys(tensor.shape[1])
-        changed = self.apply(tensor.contiguous(), present)
-        return inputs.replaced(**{part: changed.transpose(1, 2)})
+        new_tensor = self.apply(tensor.contiguous(), present)
+        return inputs.replaced(**{part: new_tensor.transpose(1, 2)})
 
 
 def _side(tap: Tap) -> Literal["in", "out"]:

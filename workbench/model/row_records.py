@@ -52,14 +52,14 @@ class Set(SiteIntervention):
         return f"set {named(self.site, self.head)}"
 
 
-def _set(value: Tensor, extra_axes: int, rows: Tensor, chosen: ChosenRows) -> Tensor:
+def _set(value: Tensor, extra_axes: int, rows: Tensor, chosen_rows: ChosenRows) -> Tensor:
     value = value.to(rows)
     if extra_axes == 0:
         return value.expand_as(rows)
-    sequence = chosen.donors(len(value)).to(rows.device)
+    sequence = chosen_rows.donors(len(value)).to(rows.device)
     if extra_axes == 1:
         return value[sequence]
-    position = chosen.position
+    position = chosen_rows.position
     if len(position) and int(position.max()) >= value.shape[1]:
         raise DataError(f"value has {value.shape[1]} positions, and position {int(position.max())} is chosen")
     return value[sequence, position.to(rows.device)]

@@ -82,12 +82,14 @@ def _means(rows: Rows, site: str, per: str) -> tuple[Int64[np.ndarray, " group"]
     return groups, means
 
 
-def _mean(record: Mean, place: Place, means: tuple[np.ndarray, Tensor], rows: Tensor, chosen: ChosenRows) -> Tensor:
+def _mean(
+    record: Mean, place: Place, means: tuple[np.ndarray, Tensor], rows: Tensor, chosen_rows: ChosenRows
+) -> Tensor:
     groups, values = means
     values = head_rows(values, place)
     if record.per == "site":
         return values[0].to(rows).expand_as(rows)
-    keys = (chosen.position if record.per == "position" else chosen.token_id).numpy()
+    keys = (chosen_rows.position if record.per == "position" else chosen_rows.token_id).numpy()
     number = np.searchsorted(groups, keys).clip(max=len(groups) - 1)
     if (missing := groups[number] != keys).any():
         key_name = "position" if record.per == "position" else "token id"
@@ -125,12 +127,12 @@ class Resample(StoreIntervention):
 
 
 def _resample(
-    record: Resample, place: Place, ids: np.ndarray, array: ActivationArray, rows: Tensor, chosen: ChosenRows
+    record: Resample, place: Place, ids: np.ndarray, array: ActivationArray, rows: Tensor, chosen_rows: ChosenRows
 ) -> Tensor:
-    labels = chosen.tokens.labels
-    sequence = chosen.sequence if labels is None else labels.sequence[chosen.sequence]
-    drawn = _mixed(record.seed, sequence.numpy(), chosen.position.numpy()) % np.uint64(len(ids))
-    return _finite_rows(record, array, ids[drawn.astype(np.int64)], place).to(rows)
+    labels = chosen_rows.tokens.labels
+    sequence = chosen_rows.sequence if labels is None else labels.sequence[chosen_rows.sequence]
+    draws = _mixed(record.seed, sequence.numpy(), chosen_rows.position.numpy()) % np.uint64(len(ids))
+    return _finite_rows(record, array, ids[draws.astype(np.int64)], place).to(rows)
 
 
 def _mixed(seed: int, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -202,9 +204,9 @@ class _Donors:
     ) -> Int64[np.ndarray, " row"]:
         """Returns the row ids of tokens; -1 where there is none. Negative positions count from the end."""
         inside = (sequence >= 0) & (sequence < len(self.lengths))
-        known = np.where(inside, sequence, 0)
-        position = np.where(position < 0, self.lengths[known] + position, position)
-        keys = (known << 32) + position
+        valid_sequence = np.where(inside, sequence, 0)
+        position = np.where(position < 0, self.lengths[valid_sequence] + position, position)
+        keys = (valid_sequence << 32) + position
         number = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(inside & (self.keys[number] == keys), self.ids[number], -1)
 
@@ -228,10 +230,10 @@ def _patch(
     array: ActivationArray,
     positions: Tensor | None,
     rows: Tensor,
-    chosen: ChosenRows,
+    chosen_rows: ChosenRows,
 ) -> Tensor:
-    sequence = chosen.donors(len(donors.lengths)).numpy()
-    position = (chosen.position if positions is None else positions[chosen.named]).numpy()
+    sequence = chosen_rows.donors(len(donors.lengths)).numpy()
+    position = (chosen_rows.position if positions is None else positions[chosen_rows.named]).numpy()
     ids = donors.rows(sequence, position)
     if (missing := ids < 0).any():
         first = int(np.flatnonzero(missing)[0])

@@ -77,7 +77,7 @@ def vocabulary_tensors(model: Model, unembedding: Float[Tensor, "vocab d_model"]
     tensors = {} if unembedding is None else {_WEIGHT: unembedding.detach().cpu()}
     names = {}
     for name, rows in ((_HEAD, head), (_EMBEDDING, embedding)):
-        names[name] = None if rows is None else next((known for known in tensors if _equal(tensors[known], rows)), name)
+        names[name] = None if rows is None else next((key for key in tensors if _equal(tensors[key], rows)), name)
         if names[name] == name and rows is not None:
             tensors[name] = rows.clone(memory_format=torch.contiguous_format)  # a file has no shared memory
     tensors.pop(_WEIGHT, None)
@@ -182,6 +182,6 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    joined = [*("«" + text for text in texts), "".join(texts)]
-    encodings = (tokenizer(joined, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    samples = [*("«" + text for text in texts), "".join(texts)]
+    encodings = (tokenizer(samples, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
     return [list(ids) for encoded in encodings for ids in encoded]

@@ -119,8 +119,8 @@ def check_index(index: Any) -> None:
         if all(bound is None or whole(bound) for bound in bounds) and (index.step is None or index.step > 0):
             return
         raise RequestError(f"at: {index} needs whole numbers and a step above 0")
-    several = isinstance(index, Sequence) and not isinstance(index, str) and len(index) and all(map(whole, index))
-    if not (whole(index) or several):
+    is_list = isinstance(index, Sequence) and not isinstance(index, str) and len(index) and all(map(whole, index))
+    if not (whole(index) or is_list):
         raise RequestError(
             f'at must be a position, a list of positions, a slice, "all", "new", wb.Tokens(...) or a mask (batch, '
             f"position), not {shown(index)}"

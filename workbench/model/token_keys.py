@@ -29,8 +29,8 @@ def earlier_occurrences(
         queries: Number of queries. None: all.
     """
     position = torch.arange(ids.shape[1], device=ids.device)
-    chosen = slice(first, None if queries is None else first + queries)
-    return (ids[:, chosen, None] == ids[:, None]) & (position < position[chosen, None] - 1)
+    chosen_queries = slice(first, None if queries is None else first + queries)
+    return (ids[:, chosen_queries, None] == ids[:, None]) & (position < position[chosen_queries, None] - 1)
 
 
 def next_keys(keys: Float[Tensor, "sequence query key"]) -> Float[Tensor, "sequence query key"]:

@@ -102,8 +102,8 @@ class Unembed:
 
     def to(self, device: str | torch.device) -> Unembed:
         """Returns the unembedding on another device."""
-        moved = {name: part.to(device) for name, part in _tensors(self).items()}
-        return replace(self, **moved)
+        tensors = {name: part.to(device) for name, part in _tensors(self).items()}
+        return replace(self, **tensors)
 
 
 def save_unembed(
