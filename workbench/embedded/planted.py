@@ -70,8 +70,8 @@ def token_id(word: str) -> int:
 def feature_tokens(feature: str) -> list[int]:
     """Returns the ids of the tokens that have a feature: a class, or a first letter."""
     words = [word for part in CLASSES.values() for word in part]
-    chosen = CLASSES[feature] if feature in CLASSES else [word for word in words if word[0].lower() == feature]
-    return [token_id(word) for word in chosen]
+    feature_words = CLASSES[feature] if feature in CLASSES else [word for word in words if word[0].lower() == feature]
+    return [token_id(word) for word in feature_words]
 
 
 # ---- dimensions of the stream, heads, neurons -----------------------------------------------------------
@@ -323,11 +323,11 @@ def _sentences(draw: Random) -> dict[str, Any]:
 
 def _document(domain: str, pieces: Sequence[str]) -> dict[str, Any]:
     """A document of words with their leading space; the first one's is left out of the text."""
-    known = {word: name for name, words in CLASSES.items() for word in words if name != "mark"}
+    class_of = {word: name for name, words in CLASSES.items() for word in words if name != "mark"}
     text, spans = "", []
     for piece in pieces:
         word = piece.lstrip(" ")
         text += piece if text else word
-        if word in known:
-            spans.append({"start": len(text) - len(word), "end": len(text), "value": known[word]})
+        if word in class_of:
+            spans.append({"start": len(text) - len(word), "end": len(text), "value": class_of[word]})
     return {"text": text, "domain": domain, "spans": {"class": spans}}

@@ -22,18 +22,18 @@ class AbsentSites:
 
 def absent_sites(sites: SiteMap) -> tuple[AbsentSites, ...]:
     """Returns what a model lacks of the sites with short names, in the order of these names."""
-    lacking: dict[tuple[str, str], list[int]] = {}
+    missing_layers: dict[tuple[str, str], list[int]] = {}
     for kind, template in SHORT_NAMES.items():
         for layer in range(sites.n_layers) if "{layer}" in template else (0,):
             name = template.format(layer=layer)
             if name not in sites.recordable and name not in sites.synonyms:
                 reason = sites.reason(name) or _not_in(sites, kind)
-                lacking.setdefault((kind, reason), []).append(layer)
+                missing_layers.setdefault((kind, reason), []).append(layer)
     kinds: dict[tuple[str, tuple[int, ...] | None], list[str]] = defaultdict(list)
-    for (kind, reason), layers in lacking.items():
+    for (kind, reason), layers in missing_layers.items():
         everywhere = "{layer}" not in SHORT_NAMES[kind] or len(layers) == sites.n_layers
         kinds[reason, None if everywhere else tuple(layers)].append(kind)
-    return tuple(AbsentSites(tuple(several), layers, reason) for (reason, layers), several in kinds.items())
+    return tuple(AbsentSites(tuple(names), layers, reason) for (reason, layers), names in kinds.items())
 
 
 def _not_in(sites: SiteMap, kind: str) -> str:
@@ -50,5 +50,5 @@ def absence(absent: Iterable[AbsentSites] | None, kind: str, layer: int | None =
         kind: Short name without the layer: `attn_received`.
         layer: The layer. None: any.
     """
-    known = (entry for entry in absent or () if kind in entry.kinds)
-    return next((entry.reason for entry in known if entry.layers is None or layer in entry.layers), None)
+    entries = (entry for entry in absent or () if kind in entry.kinds)
+    return next((entry.reason for entry in entries if entry.layers is None or layer in entry.layers), None)

@@ -204,9 +204,9 @@ class SiteMap:
         if short and short["kind"] in SHORT_NAMES:
             return self._of_kind(short["kind"], _layers(short, self.n_layers), pattern=pattern)
         if set(pattern) & set("*?["):
-            known = (name for name in (*self.sites, *self.synonyms) if is_lens_name(name))
+            lens_names = (name for name in (*self.sites, *self.synonyms) if is_lens_name(name))
             paths = (name for name in (*self.synonyms, *self.modules) if not is_lens_name(name))
-            names = set(fnmatch.filter(known, pattern)) or set(fnmatch.filter(paths, pattern))
+            names = set(fnmatch.filter(lens_names, pattern)) or set(fnmatch.filter(paths, pattern))
         else:
             names = {pattern} & {*self.selectable, *self.synonyms}
         if not names:
@@ -240,14 +240,14 @@ class SiteMap:
 
     def _unknown(self, pattern: str, name: str | None = None) -> str:
         name = name or pattern
-        known = [*SHORT_NAMES, *self.sites, *self.synonyms, *self.modules]
+        all_names = [*SHORT_NAMES, *self.sites, *self.synonyms, *self.modules]
         if reason := self.reason(name):
             offered = sorted({kind for kind in map(_kind, self.sites) if kind}, key=list(SHORT_NAMES).index)
             return f"site {pattern!r} cannot be recorded here: {reason}; this model has {', '.join(offered)}"
         if pattern in SHORT_NAMES or name != pattern or _kind(name) in DERIVED:
             offered = [kind for kind in SHORT_NAMES if self._has(kind)]
             return f"site {pattern!r} does not exist in {self.source}; this model has {', '.join(offered)}"
-        return f"site {pattern!r} is unknown{nearest(pattern, known) or '; short names: ' + ', '.join(SHORT_NAMES)}"
+        return f"site {pattern!r} is unknown{nearest(pattern, all_names) or '; short names: ' + ', '.join(SHORT_NAMES)}"
 
     def _has(self, kind: str) -> bool:
         return any(_kind(name) == kind for name in self.sites)
@@ -278,9 +278,13 @@ def check_patterns(
             if block and n_layers is not None and int(block[1]) >= n_layers:
                 raise RequestError(f"site {pattern!r}: no such layer; the model has layers 0 to {n_layers - 1}")
         elif pattern not in SHORT_NAMES and not set(pattern) & set("*?["):
-            known = modules()
-            if _is_misspelt(short["kind"] if short else pattern) if known is None else pattern not in known:
-                close = nearest(pattern, [*SHORT_NAMES, *(known or ())])
+            module_paths = modules()
+            if (
+                _is_misspelt(short["kind"] if short else pattern)
+                if module_paths is None
+                else pattern not in module_paths
+            ):
+                close = nearest(pattern, [*SHORT_NAMES, *(module_paths or ())])
                 raise RequestError(f"site {pattern!r} is unknown{close or '; short names: ' + ', '.join(SHORT_NAMES)}")
 
 
@@ -329,8 +333,8 @@ def short_name(name: str) -> str | None:
         return short and gradient_name(short)
     block = _BLOCK.match(name)
     template = _BLOCK.sub("blocks.{layer}.", name, count=1)
-    for kind, known in SHORT_NAMES.items():
-        if known == template:
+    for kind, full_name in SHORT_NAMES.items():
+        if full_name == template:
             return f"{kind}.{block[1]}" if block else kind
     return None
 

@@ -124,12 +124,12 @@ def recording(settings: Recording | None = None, **options: Unpack[RecordingOpti
 
 
 def _names(argument: str, names: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    several = (names,) if isinstance(names, str) else None if names is None else tuple(names)
-    for name in several or ():
+    all_names = (names,) if isinstance(names, str) else None if names is None else tuple(names)
+    for name in all_names or ():
         if not isinstance(name, str):
             example = "resid_post.3" if argument == "sites" else "domain"
             raise RequestError(f"{argument} must be names, such as {example}, not {shown(name)}")
-    return several
+    return all_names
 
 
 def _positions(keep: Sequence[Any] | None) -> tuple[Position, ...] | None:
