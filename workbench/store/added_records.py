@@ -21,17 +21,17 @@ def record_names(segment: Segment) -> list[str]:
 
 def merged_record(records: Sequence[SegmentRecord]) -> SegmentRecord:
     """Returns the records of one segment as one; of a site that was deleted and added again, the latest counts."""
-    first, *others = records
-    for other in others:
-        new = set(other.files)
+    first, *later_records = records
+    for later in later_records:
+        new = set(later.files)
 
-        def kept(counts: Mapping[str, int], new: set[str] = new) -> dict[str, int]:
+        def without_new(counts: Mapping[str, int], new: set[str] = new) -> dict[str, int]:
             return {name: n for name, n in counts.items() if not new & {f"{short_name(name) or name}.safetensors"}}
 
         first = replace(
             first,
-            files=first.files | other.files,
-            overflow=kept(first.overflow) | other.overflow,
-            nonfinite=kept(first.nonfinite) | other.nonfinite,
+            files=first.files | later.files,
+            overflow=without_new(first.overflow) | later.overflow,
+            nonfinite=without_new(first.nonfinite) | later.nonfinite,
         )
     return first

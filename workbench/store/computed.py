@@ -21,7 +21,7 @@ class ComputedArray(RowArray):
     Nothing is stored; memory and time are those of the rows that are read.
     """
 
-    compute: Callable[[Int64[np.ndarray, " selected"]], Float[Tensor, "selected ..."]]
+    compute: Callable[[Int64[np.ndarray, " row"]], Float[Tensor, "row ..."]]
     """Returns the values of rows, in their order, in the type that `site` names."""
 
     def __repr__(self) -> str:

@@ -85,24 +85,26 @@ class RowDataset(IterableDataset):
             generator.shuffle(starts)
         if worker is not None:
             starts = starts[worker.id :: worker.num_workers]
-        left = self._ids[:0]
+        rest_ids = self._ids[:0]
         for first in range(0, len(starts), self._blocks):
             parts = [self._ids[start : start + self.block_rows] for start in starts[first : first + self._blocks]]
-            ids = np.concatenate([left, *parts])
+            ids = np.concatenate([rest_ids, *parts])
             order = generator.permutation(len(ids)) if self.shuffle else np.arange(len(ids))
             whole = len(ids) if first + self._blocks >= len(starts) else len(ids) // self.batch_rows * self.batch_rows
             values = {name: array[ids] for name, array in self._by_name.items()} if whole else {}
             for begin in range(0, whole, self.batch_rows):
                 places = order[begin : begin + self.batch_rows]
                 yield self._batch(values, torch.from_numpy(places), ids[places])
-            left = ids[order[whole:]]
+            rest_ids = ids[order[whole:]]
 
     def _batch(self, values: Mapping[str, Tensor], places: Tensor, ids: np.ndarray) -> Tensor | dict[str, Any]:
         batch: dict[str, Any] = {name: part[places] for name, part in values.items()}
         if not isinstance(self.arrays, Mapping) and not self.columns:
             (activations,) = batch.values()
             return activations
-        return batch | {"row": torch.from_numpy(ids)} | {name: _taken(self._tokens[name], ids) for name in self.columns}
+        return (
+            batch | {"row": torch.from_numpy(ids)} | {name: _entries(self._tokens[name], ids) for name in self.columns}
+        )
 
     def _entropy(self, worker: Any) -> list[int]:
         """Seeds of one pass, the same in all workers."""
@@ -122,7 +124,7 @@ class RowDataset(IterableDataset):
         return next(iter(self._by_name.values())).store
 
     @cached_property
-    def _ids(self) -> Int64[np.ndarray, " selected"]:
+    def _ids(self) -> Int64[np.ndarray, " row"]:
         return np.arange(self._store.rows) if self.rows is None else self.rows.ids_in(self._store)
 
     @cached_property
@@ -141,7 +143,7 @@ def _as_values(column: pa.ChunkedArray) -> pa.ChunkedArray | np.ndarray:
     return column.to_numpy() if numeric and not column.null_count else column
 
 
-def _taken(column: pa.ChunkedArray | np.ndarray, ids: np.ndarray) -> Tensor | list[Any]:
+def _entries(column: pa.ChunkedArray | np.ndarray, ids: np.ndarray) -> Tensor | list[Any]:
     """Entries of a column: numbers and booleans as a tensor, others, and those with nulls, as a list."""
     return torch.from_numpy(column[ids]) if isinstance(column, np.ndarray) else column.take(pa.array(ids)).to_pylist()
 
@@ -167,14 +169,14 @@ def to_hf_dataset(
     rows = rows if isinstance(rows, Rows) else opened(rows, "rows")
     store = rows if isinstance(rows, Store) else rows.store
     table = rows.tokens
-    wanted = table.column_names if columns is None else [columns] if isinstance(columns, str) else list(columns)
-    for name in wanted:
+    column_names = table.column_names if columns is None else [columns] if isinstance(columns, str) else list(columns)
+    for name in column_names:
         if name not in table.column_names:
             raise RequestError(f"columns: {name!r} is no column of the tokens{nearest(name, table.column_names)}")
-    table = table.select(wanted)
-    for index, one in enumerate(table.schema):
-        if pa.types.is_dictionary(one.type):
-            table = table.set_column(index, one.name, table[one.name].cast(pa.string()))
+    table = table.select(column_names)
+    for index, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(index, column.name, table[column.name].cast(pa.string()))
     for name in (sites,) if isinstance(sites, str) else sites:
         array = store[name]
         values = _whole(array) if rows is store else pa.chunked_array([_lists(array[rows])])

@@ -97,8 +97,8 @@ def group_checksum(file: Path) -> str:
 def _write(folder: Path, store: Path, group: Sequence[Segment]) -> None:
     tables = segment_tables(store, group)
     first = {segment.part: table for table, segment in zip(reversed(tables), reversed(group), strict=True)}
-    schema, *others = [read_schema(table) for table in first.values()]  # of the first segment of each part
-    if not all(schema.equals(other) for other in others):
+    schema, *other_schemas = [read_schema(table) for table in first.values()]  # of the first segment of each part
+    if not all(schema.equals(other_schema) for other_schema in other_schemas):
         return
     folder.mkdir(exist_ok=True)
     with files.scratch_folder(folder / _prefix(group)) as scratch:

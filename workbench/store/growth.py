@@ -92,16 +92,16 @@ def add_sites(
         order: Names of sites in the order of the forward pass.
         checksums: Checksum of the new record in each segment.
     """
-    every = sorted((*manifest.sites, *sites), key=lambda site: order.index(site.name))
+    all_sites = sorted((*manifest.sites, *sites), key=lambda site: order.index(site.name))
     segments = tuple(
         replace(segment, added=(*segment.added, checksum))
         for segment, checksum in zip(manifest.segments, checksums, strict=True)
     )
     manifest = replace(
         manifest,
-        sites=tuple(every),
+        sites=tuple(all_sites),
         segments=segments,
-        recording=manifest.recording | {"sites": [site.label for site in every]},
+        recording=manifest.recording | {"sites": [site.label for site in all_sites]},
         rows_fingerprint=manifest.fingerprint,
     )
     write_manifest(path, manifest)
@@ -129,14 +129,14 @@ def delete_sites(path: str | os.PathLike[str], labels: Sequence[str] | str) -> M
             raise RequestError(f"{path} is not finished: sites are deleted from a complete store; resume it first")
         remove_unlisted(path, manifest)  # a crash may have come before the files of a deleted site were removed
         deleted = {site.name for label in labels for site in _named(manifest, label, path)}
-        kept = tuple(site for site in manifest.sites if site.name not in deleted)
-        if not kept:
+        remaining_sites = tuple(site for site in manifest.sites if site.name not in deleted)
+        if not remaining_sites:
             raise RequestError(f"sites: these are all sites of {path}; remove the store: workbench rm {path}")
         if deleted:
             manifest = replace(
                 manifest,
-                sites=kept,
-                recording=manifest.recording | {"sites": [site.label for site in kept]},
+                sites=remaining_sites,
+                recording=manifest.recording | {"sites": [site.label for site in remaining_sites]},
                 rows_fingerprint=manifest.fingerprint,
             )
             write_manifest(path, manifest)
@@ -169,11 +169,11 @@ def remove_unlisted(path: Path, manifest: Manifest, waiting: Sequence[SiteRecord
 
 
 def _named(manifest: Manifest, label: str, path: Path) -> list[SiteRecord]:
-    found = [site for site in manifest.sites if site.has_name(label) or site.label.rpartition(".")[0] == label]
-    if not found:
+    matches = [site for site in manifest.sites if site.has_name(label) or site.label.rpartition(".")[0] == label]
+    if not matches:
         known = [name for site in manifest.sites for name in (site.label, site.label.rpartition(".")[0]) if name]
         raise RequestError(f"sites: {label} is not recorded in {path}{nearest(label, list(dict.fromkeys(known)))}")
-    return found
+    return matches
 
 
 def _new_record(segment: Segment) -> str:

@@ -49,12 +49,12 @@ def layered_array(store: Store, kind: str, layers: slice | Sequence[int]) -> Lay
     """
     numbers = select_layers(store.path, store.manifest, kind, layers)
     arrays = tuple(store[kind, number] for number in numbers)
-    first, *others = (array.site for array in arrays)
-    for other in others:
-        if (other.shape, other.dtype) != (first.shape, first.dtype):
+    first, *other_sites = (array.site for array in arrays)
+    for other_site in other_sites:
+        if (other_site.shape, other_site.dtype) != (first.shape, first.dtype):
             raise RequestError(
-                f"{other.label} has rows of {other.shape} {other.dtype} and {first.label} of {first.shape} "
-                f"{first.dtype}; read layers of equal shape and type"
+                f"{other_site.label} has rows of {other_site.shape} {other_site.dtype} and {first.label} of "
+                f"{first.shape} {first.dtype}; read layers of equal shape and type"
             )
     site = SiteRecord(kind, None, ("row", "layer", *first.axes[1:]), (len(numbers), *first.shape), first.dtype)
     return LayeredArray(store, site, arrays, numbers)
@@ -81,12 +81,12 @@ def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Seq
     """
     if isinstance(layers, str) or not isinstance(layers, slice | Iterable):
         raise RequestError(f"layers of {kind} must be a number, a slice or a list of numbers, not {shown(layers)}")
-    every = range(manifest.model.n_layers)
-    recorded = [layer for layer in every if any(f"{kind}.{layer}" == site.short for site in manifest.sites)]
+    all_layers = range(manifest.model.n_layers)
+    recorded = [layer for layer in all_layers if any(f"{kind}.{layer}" == site.short for site in manifest.sites)]
     if layers == slice(None):
         chosen = recorded or [0]
     elif isinstance(layers, slice):
-        chosen = list(every[layers])
+        chosen = list(all_layers[layers])
     else:
         chosen = [layer_number(manifest, int(layer)) for layer in layers]
     if missing := [layer for layer in chosen if layer not in recorded]:
@@ -97,7 +97,7 @@ def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Seq
             f"{', '.join(map(str, recorded))}"
         )
     if not chosen:
-        raise RequestError(f"{layers} selects no layer of {kind}; the model has layers 0 to {len(every) - 1}")
+        raise RequestError(f"{layers} selects no layer of {kind}; the model has layers 0 to {len(all_layers) - 1}")
     return tuple(chosen)
 
 

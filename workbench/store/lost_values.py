@@ -52,17 +52,17 @@ class FiniteRows:
         """Sentences about the rows that were left out and the values that are clipped; none if there are none."""
         notes = []
         if len(self.left_out):
-            sites = [one.site for one in self.lost.values() if one.nonfinite]
+            sites = [entry.site for entry in self.lost.values() if entry.nonfinite]
             notes.append(
                 f"{len(self.left_out):,} {_rows(len(self.left_out))} with NaN or infinite values left out "
                 f"({_sites(sites)})"
             )
-        clipped = [one for one in self.lost.values() if one.clipped]
+        clipped = [entry for entry in self.lost.values() if entry.clipped]
         if clipped:
-            number = sum(one.clipped for one in clipped)
+            number = sum(entry.clipped for entry in clipped)
             notes.append(
                 f"{number:,} {'value is' if number == 1 else 'values are'} clipped to ±{clipped[0].limit:,.6g} "
-                f"({_sites([one.site for one in clipped])}): sizes there are lower bounds; record in bfloat16 or "
+                f"({_sites([entry.site for entry in clipped])}): sizes there are lower bounds; record in bfloat16 or "
                 "float32 to keep them"
             )
         return notes
@@ -106,7 +106,7 @@ def lost_values(
         for site in records
         if site.label in suspect
     )
-    return {one.site: one for one in counted if one.nonfinite or one.clipped}
+    return {entry.site: entry for entry in counted if entry.nonfinite or entry.clipped}
 
 
 def finite_rows(
@@ -127,15 +127,15 @@ def finite_rows(
     lost = lost_values(store, sites, ids)
     if not allow_nonfinite:
         refuse_nonfinite(lost, len(np.unique(ids)))
-    bad = [one for one in lost.values() if one.nonfinite]
-    left_out = np.unique(np.concatenate([np.zeros(0, np.int64), *(one.nonfinite_rows for one in bad)]))
-    kept = ids[~np.isin(ids, left_out)]
-    if len(ids) and not len(kept):
+    bad = [entry for entry in lost.values() if entry.nonfinite]
+    left_out = np.unique(np.concatenate([np.zeros(0, np.int64), *(entry.nonfinite_rows for entry in bad)]))
+    finite_ids = ids[~np.isin(ids, left_out)]
+    if len(ids) and not len(finite_ids):
         raise RequestError(
-            f"every row that is read has a NaN or infinite value ({_sites([one.site for one in bad])}); record again "
-            "with the model in bfloat16 or float32"
+            f"every row that is read has a NaN or infinite value ({_sites([entry.site for entry in bad])}); record "
+            "again with the model in bfloat16 or float32"
         )
-    return FiniteRows(kept, left_out, lost)
+    return FiniteRows(finite_ids, left_out, lost)
 
 
 def refuse_nonfinite(lost: Mapping[str, LostValues], rows: int) -> None:
@@ -145,9 +145,11 @@ def refuse_nonfinite(lost: Mapping[str, LostValues], rows: int) -> None:
         lost: What `lost_values` gives.
         rows: Number of rows that are read.
     """
-    bad = [one for one in lost.values() if one.nonfinite]
+    bad = [entry for entry in lost.values() if entry.nonfinite]
     if bad:
-        more = f", as {'have' if len(bad) > 2 else 'has'} {_sites([one.site for one in bad[1:]])}" if bad[1:] else ""
+        more = (
+            f", as {'have' if len(bad) > 2 else 'has'} {_sites([entry.site for entry in bad[1:]])}" if bad[1:] else ""
+        )
         raise RequestError(
             f"{bad[0].site} has {bad[0].nonfinite:,} NaN or infinite values in {len(bad[0].nonfinite_rows):,} of the "
             f"{rows:,} rows that are read{more}; record again with the model in bfloat16 or float32, or set "

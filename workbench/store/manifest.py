@@ -366,19 +366,19 @@ def parse_manifest(text: bytes, source: Path) -> Manifest:
 
 def _not_as_planned(manifest: Manifest) -> str | None:
     """A reason why these segments cannot be those of these parts. None: they are, all of them or the first ones."""
-    left = [[part.rows, part.sequences] for part in manifest.parts]
+    remaining_counts = [[part.rows, part.sequences] for part in manifest.parts]
     for number, segment in enumerate(manifest.segments):
         if segment.name != f"{number:05d}":
             return f"segment {number} is named {segment.name}, expected {number:05d}"
-        if not 0 <= segment.part < len(left):
-            return f"segment {segment.name} is of part {segment.part}, and there are {len(left)} parts"
-        if any(rows for rows, _ in left[: segment.part]):
+        if not 0 <= segment.part < len(remaining_counts):
+            return f"segment {segment.name} is of part {segment.part}, and there are {len(remaining_counts)} parts"
+        if any(rows for rows, _ in remaining_counts[: segment.part]):
             return f"segment {segment.name} is of part {segment.part}, and rows of an earlier part are missing"
-        left[segment.part][0] -= segment.rows
-        left[segment.part][1] -= segment.sequences
-        if min(left[segment.part]) < 0:
+        remaining_counts[segment.part][0] -= segment.rows
+        remaining_counts[segment.part][1] -= segment.sequences
+        if min(remaining_counts[segment.part]) < 0:
             return f"part {segment.part} has more rows or sequences than planned"
-    if manifest.complete != (bool(left) and not any(map(any, left))):
+    if manifest.complete != (bool(remaining_counts) and not any(map(any, remaining_counts))):
         state = "complete" if manifest.complete else "not complete"
         return f"it counts as {state} with {manifest.rows} of {manifest.planned_rows} planned rows"
     return None
@@ -396,7 +396,7 @@ def _with_new_keys(value: dict[str, Any]) -> dict[str, Any]:
         value["parts"] = [_NEW_PART_KEYS | part if isinstance(part, dict) else part for part in parts]
     segments = value.get("segments")
     if isinstance(segments, list):
-        value["segments"] = [_NEW_SEGMENT_KEYS | one if isinstance(one, dict) else one for one in segments]
+        value["segments"] = [_NEW_SEGMENT_KEYS | entry if isinstance(entry, dict) else entry for entry in segments]
     return value
 
 
@@ -491,8 +491,8 @@ def short_list(names: list[str], limit: int = 8) -> str:
     """Returns the number of names and the names, a long list shortened: "12: resid_post.0, ..., resid_post.11"."""
     if not names:
         return "none"
-    shown = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
-    return f"{len(names)}: {', '.join(shown)}"
+    listed_names = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
+    return f"{len(names)}: {', '.join(listed_names)}"
 
 
 def _nearest_store(path: Path) -> str:

@@ -68,7 +68,7 @@ class SiteMaps:
             row = end
         return values
 
-    def gather(self, ids: Int64[np.ndarray, " selected"]) -> Shaped[np.ndarray, "selected ..."]:
+    def gather(self, ids: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, "row ..."]:
         """Returns a copy of the rows `ids`, in their order. IndexError for one that is not within the array.
 
         Grouping the rows by file and putting the copies back in order would touch each row twice, at half the speed

@@ -73,7 +73,7 @@ def merge(stores: Stores, out: str | os.PathLike[str], *, column: str = "store")
     requested = replace(requested, segments=(), complete=False)
     with files.locked(out), files.explain_full_disk(str(out), "merge again, which resumes"):
         if not _begin(out, requested, sources[0].path):
-            segments = tuple(_segment(out, requested, *one, column) for one in planned)
+            segments = tuple(_segment(out, requested, *plan, column) for plan in planned)
             write_manifest(out, replace(requested, segments=segments, complete=True))
         staging.remove_rows(out, [new.name for new, *_ in planned])
         write_groups(out, read_manifest(out))
@@ -123,22 +123,22 @@ def _check(sources: Sequence[_Source], column: str) -> None:
             )
         if manifest.gradient_of != first.manifest.gradient_of:
             raise RequestError(f"{pair} hold gradients of different metrics; merge stores of one metric")
-        if other := first.manifest.model.difference(manifest.model):
-            raise RequestError(f"{pair} are of two models: {other}; merge stores of one model")
+        if difference := first.manifest.model.difference(manifest.model):
+            raise RequestError(f"{pair} are of two models: {difference}; merge stores of one model")
         if manifest.model.tokenizer_fingerprint != first.manifest.model.tokenizer_fingerprint:
             raise RequestError(f"{pair} are of two tokenizers; merge stores of one")
-        sites = [{site.label: site for site in one.manifest.sites} for one in (first, source)]
+        sites = [{site.label: site for site in side.manifest.sites} for side in (first, source)]
         for label in dict.fromkeys((*sites[0], *sites[1])):
-            ours, theirs = (one.get(label) for one in sites)
-            if ours != theirs:
-                known = [f"{site.shape} {site.dtype}" if site else "none" for site in (theirs, ours)]
+            first_site, source_site = (by_label.get(label) for by_label in sites)
+            if first_site != source_site:
+                known = [f"{site.shape} {site.dtype}" if site else "none" for site in (source_site, first_site)]
                 raise RequestError(
                     f"{pair} differ in site {label}: {known[0]} and {known[1]}; add or delete sites until they agree"
                 )
         settings = [
-            {name: value for name, value in one.manifest.recording.items() if name not in _OF_TEXTS}
-            | {f"{name} tokens": ids for name, ids in one.manifest.tokens_added.items()}
-            for one in (source, first)
+            {name: value for name, value in side.manifest.recording.items() if name not in _OF_TEXTS}
+            | {f"{name} tokens": ids for name, ids in side.manifest.tokens_added.items()}
+            for side in (source, first)
         ]
         for name in dict.fromkeys((*settings[0], *settings[1])):
             if settings[0].get(name) != settings[1].get(name):
@@ -199,8 +199,8 @@ def _begin(out: Path, requested: Manifest, first: Path) -> bool:
             raise RequestError(f"out={out} holds another store; choose another out, or remove it: workbench rm {out}")
         if existing.complete:
             return True
-    elif others := [entry.name for entry in out.iterdir() if not entry.name.endswith(files.PARTIAL)]:
-        raise RequestError(f"out={out} is not empty: it holds {others[0]}; choose another out")
+    elif foreign_names := [entry.name for entry in out.iterdir() if not entry.name.endswith(files.PARTIAL)]:
+        raise RequestError(f"out={out} is not empty: it holds {foreign_names[0]}; choose another out")
     for leftover in (*out.glob(f".*{files.PARTIAL}"), *out.glob(f"{SEGMENTS}/.*{files.PARTIAL}")):
         files.remove(leftover)
     write_manifest(out, started)

@@ -129,7 +129,7 @@ def check_new_columns(path: str | os.PathLike[str], manifest: Manifest, part: in
         for field in schema:
             index = planned.get_field_index(field.name)
             if number != part and index >= 0:
-                files = segment_tables(Path(path), [one for one in manifest.segments if one.part == number])
+                files = segment_tables(Path(path), [segment for segment in manifest.segments if segment.part == number])
                 _check_column(field, files, planned.field(index), sequences)
 
 
@@ -172,16 +172,16 @@ def _ranges(files: Iterable[Path], name: str) -> Iterator[tuple[int, int]]:
                     yield statistics.min, statistics.max
 
 
-def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
     """The type that holds the values of both; None where there is none. Ranges are not looked at."""
-    if one.equals(other) or pa.types.is_null(other):
-        return one
-    if pa.types.is_null(one):
-        return other
-    kinds = {one, other}
+    if first.equals(second) or pa.types.is_null(second):
+        return first
+    if pa.types.is_null(first):
+        return second
+    kinds = {first, second}
     if kinds <= {pa.int64(), pa.uint64(), pa.float64()} and pa.float64() in kinds:
         return pa.float64()
-    sizes = [size for kind in (one, other) if (size := _size(kind))]
+    sizes = [size for kind in (first, second) if (size := _size(kind))]
     if len(sizes) < 2:
         return None
     whole, scale = (max(part) for part in zip(*sizes, strict=True))

@@ -48,7 +48,7 @@ _SETTINGS = (
 
 def select_rows(
     path: str | os.PathLike[str], manifest: Manifest, predicate: str, parameters: Parameters = ()
-) -> Int64[np.ndarray, " selected"]:
+) -> Int64[np.ndarray, " row"]:
     """Returns the row ids, ascending, of the committed tokens for which the SQL condition `predicate` is true.
 
     The condition may use the token table's columns, metadata included: "token = ' Monday' AND position > 0". A name
@@ -81,7 +81,7 @@ def select_rows(
     return files.select(predicate, parameters)
 
 
-def select_planned(file: Path, predicate: str) -> Int64[np.ndarray, " selected"]:
+def select_planned(file: Path, predicate: str) -> Int64[np.ndarray, " row"]:
     """Returns the row ids, ascending, of the tokens in one Parquet file for which `predicate` is true.
 
     Raises as `select_rows` does, and RequestError for a condition that may choose other tokens each time.
@@ -101,7 +101,7 @@ def query_tokens(
     return rows_of_tokens(Path(path), manifest, select_rows(path, manifest, predicate)[:limit])
 
 
-def rows_of_tokens(path: Path, manifest: Manifest, ids: Int64[np.ndarray, " selected"]) -> pa.Table:
+def rows_of_tokens(path: Path, manifest: Manifest, ids: Int64[np.ndarray, " row"]) -> pa.Table:
     """Returns the token table of these rows, which ascend. Reads the tables of their segments."""
     starts = manifest.starts
     edges = np.searchsorted(ids, starts)
@@ -125,7 +125,7 @@ class _Tokens:
     repeatable: bool = False
     """True if the same condition must choose the same rows again."""
 
-    def select(self, predicate: str, parameters: Parameters) -> Int64[np.ndarray, " selected"]:
+    def select(self, predicate: str, parameters: Parameters) -> Int64[np.ndarray, " row"]:
         """Returns the ids of the rows for which the condition is true."""
         if not predicate.strip():
             raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
@@ -191,7 +191,7 @@ def _relation(connection: Any, files: Sequence[tuple[Path, pa.Schema]], columns:
                 ", ".join(f"{value} AS {names.quoted(name)}" for value, name in zip(values, columns.names, strict=True))
             )
         relations.append(tokens)
-    return functools.reduce(lambda one, other: one.union(other), relations)
+    return functools.reduce(lambda first, second: first.union(second), relations)
 
 
 def _value(schema: pa.Schema, field: pa.Field, read: Mapping[str, str]) -> str:

@@ -16,15 +16,15 @@ def run_difference(a: Manifest, b: Manifest) -> str | None:
 
 
 def _interventions(a: Manifest, b: Manifest) -> str | None:
-    one, other = a.interventions, b.interventions
-    if (one and one.digest) == (other and other.digest):
+    changes_a, changes_b = a.interventions, b.interventions
+    if (changes_a and changes_a.digest) == (changes_b and changes_b.digest):
         return None
-    names = [", ".join(changes.names) if changes else "without interventions" for changes in (one, other)]
+    names = [", ".join(changes.names) if changes else "without interventions" for changes in (changes_a, changes_b)]
     return f"the first store ran {names[0]}, the second {names[1]}"
 
 
 def _gradients(a: Manifest, b: Manifest) -> str | None:
-    one, other = a.gradient_of, b.gradient_of
-    if one is None or other is None or one == other:
+    metric_a, metric_b = a.gradient_of, b.gradient_of
+    if metric_a is None or metric_b is None or metric_a == metric_b:
         return None
-    return f"gradients are of {metric_name(one)} in the first store, of {metric_name(other)} in the second"
+    return f"gradients are of {metric_name(metric_a)} in the first store, of {metric_name(metric_b)} in the second"

@@ -28,7 +28,7 @@ class Rows:
     ten, `rows[[0, 5]]` two of them, `rows.sample(100)` a hundred at random."""
 
     store: Store
-    ids: Int64[np.ndarray, " selected"]
+    ids: Int64[np.ndarray, " row"]
     """Row ids, ascending, each once. May be given in any order."""
 
     __iter__ = None
@@ -131,7 +131,7 @@ class Rows:
     def __sub__(self, other: Rows) -> Rows:
         return Rows(self.store, np.setdiff1d(self.ids, self._ids_of(other), assume_unique=True))
 
-    def _ids_of(self, other: object) -> Int64[np.ndarray, " selected"]:
+    def _ids_of(self, other: object) -> Int64[np.ndarray, " row"]:
         if not isinstance(other, Rows):
             raise RequestError(f"rows combine with rows, such as store.where('position > 0'), not {shown(other)}")
         return other.ids_in(self.store)
@@ -141,7 +141,7 @@ class Rows:
         """Token table of these rows, in row order. Reads the tables of their segments."""
         return rows_of_tokens(self.store.path, self.store.manifest, self.ids)
 
-    def ids_in(self, store: Store) -> Int64[np.ndarray, " selected"]:
+    def ids_in(self, store: Store) -> Int64[np.ndarray, " row"]:
         """Returns the ids, if they are of this store: rows of another store are other tokens."""
         if self.store.path != store.path:
             raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")

@@ -28,14 +28,14 @@ class SqlNames:
         self.names = list(names)
         counts = Counter(map(_folded, names))
         self._similar = {name for name, count in counts.items() if count > 1}
-        taken = set(counts)
+        used_names = set(counts)
         self._sql: dict[str, str] = {}
         for name in names:
             sql, number = name, 1
-            while _folded(name) in self._similar and (number == 1 or _folded(sql) in taken):
+            while _folded(name) in self._similar and (number == 1 or _folded(sql) in used_names):
                 number += 1
                 sql = f"{name} {number}"
-            taken.add(_folded(sql))
+            used_names.add(_folded(sql))
             self._sql[name] = sql
 
     @property
@@ -60,7 +60,7 @@ class SqlNames:
             if is_call or _folded(name) not in self._similar:
                 continue
             if name not in self._sql:
-                similar = " and ".join(repr(other) for other in self.names if _folded(other) == _folded(name))
+                similar = " and ".join(repr(column) for column in self.names if _folded(column) == _folded(name))
                 raise RequestError(
                     f"query {condition!r}: {name!r} is neither of the columns {similar}; spell one of them"
                 )

@@ -95,9 +95,9 @@ def none_ran(count: int) -> tuple[Ran, ...]:
     return tuple(Ran(0, 0, 0, 0, None) for _ in range(count))
 
 
-def added(one: Sequence[Ran], other: Sequence[Ran]) -> tuple[Ran, ...]:
+def added(first: Sequence[Ran], second: Sequence[Ran]) -> tuple[Ran, ...]:
     """Returns the counts of both together, record by record."""
-    return tuple(_sum((a, b)) for a, b in zip(one, other, strict=True))
+    return tuple(_sum((a, b)) for a, b in zip(first, second, strict=True))
 
 
 def _sum(counts: Iterable[Ran]) -> Ran:

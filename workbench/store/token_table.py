@@ -99,8 +99,8 @@ def without_nan(table: pa.Table) -> pa.Table:
         if pa.types.is_floating(field.type):
             values = table.column(index)
             missing = pc.is_nan(values)  # pyright: ignore[reportAttributeAccessIssue]  # made at import
-            kept = pc.if_else(missing, pa.scalar(None, field.type), values)  # pyright: ignore[reportAttributeAccessIssue]
-            table = table.set_column(index, field, kept)
+            numbers = pc.if_else(missing, pa.scalar(None, field.type), values)  # pyright: ignore[reportAttributeAccessIssue]
+            table = table.set_column(index, field, numbers)
     return table
 
 

@@ -76,16 +76,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def _link_other(path: Path, model: ModelRecord, new: Path) -> Manifest | None:
     """Manifest of a store of the same model, whose file has now the name `new` too; None: there is none."""
-    for other, manifest in _others(path, model):
+    for file, manifest in _unembeddings_beside(path, model):
         with suppress(WorkbenchError, OSError):  # damaged, or removed meanwhile: it is written anew
-            check_files([(other, manifest.unembed or "")], VERIFY)
-            link_or_copy(other, new)
+            check_files([(file, manifest.unembed or "")], VERIFY)
+            link_or_copy(file, new)
             return manifest
         files.remove(new)
     return None
 
 
-def _others(path: Path, model: ModelRecord) -> Iterator[tuple[Path, Manifest]]:
+def _unembeddings_beside(path: Path, model: ModelRecord) -> Iterator[tuple[Path, Manifest]]:
     """Files of the unembedding of a model in the stores beside `path`, with the manifests of these.
 
     Only this user's: another one could change the bytes later.

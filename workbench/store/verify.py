@@ -285,8 +285,8 @@ def _wrong_choice(table: pa.Table, sequences: int, first_sequence: int, context:
     sequence, position, length = (table[name].to_numpy() for name in ("sequence", "position", LENGTH))
     if sequence.min() < first_sequence or sequence.max() >= first_sequence + sequences:
         return f"sequences are not among {first_sequence} to {first_sequence + sequences - 1}"
-    step, same = np.diff(sequence), np.diff(sequence) == 0
-    if (step < 0).any() or (np.diff(position)[same] < 1).any() or (np.diff(length)[same] != 0).any():
+    step, same_sequence = np.diff(sequence), np.diff(sequence) == 0
+    if (step < 0).any() or (np.diff(position)[same_sequence] < 1).any() or (np.diff(length)[same_sequence] != 0).any():
         return "sequences and positions in them do not ascend"
     if position.min() < 0 or (position >= length).any() or (isinstance(context, int) and length.max() > context):
         return "a position is not within its sequence"

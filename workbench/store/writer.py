@@ -133,8 +133,8 @@ def open_writer(
             manifest = (
                 _reopen(path, requested, shared) if (path / MANIFEST).exists() else _create(path, requested, shared)
             )
-            wanted = unembed is not None and manifest.complete and not is_read_only(path)
-            left_out = wanted and manifest.unembed_reason == LEFT_OUT
+            may_add = unembed is not None and manifest.complete and not is_read_only(path)
+            left_out = may_add and manifest.unembed_reason == LEFT_OUT
             if manifest.unembed is None and (manifest.unembed_reason is None or left_out):
                 manifest = add_unembed(path, manifest, unembed, unembed_reason)
         with _explain_read_only(path):
@@ -185,7 +185,7 @@ class Writer:
             raise RequestError("several processes that share a store cannot append to it; append with one")
         with self._turn():
             parts, unfinished = self.manifest.parts, not self.manifest.complete
-            same = bool(parts) and parts[-1].same_counts(part) and parts[-1].same_columns(part)
+            same_texts = bool(parts) and parts[-1].same_counts(part) and parts[-1].same_columns(part)
             if len(parts) > 1 and not append:
                 raise RequestError(
                     f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts, "
@@ -196,7 +196,7 @@ class Writer:
             elif append and not unfinished:  # the first commit lists the part: a refused append leaves the store alone
                 _remove_leftovers(self.path, self.manifest, keep=())  # of an append that may have had other texts
                 self.manifest = _with_parts(self.manifest, (*parts, part))
-            elif not same and unfinished and not self._part_segments():  # without a committed segment
+            elif not same_texts and unfinished and not self._part_segments():  # without a committed segment
                 if not self._shared:
                     _remove_leftovers(self.path, self.manifest, keep=())
                 self._replace(_with_parts(self.manifest, (*parts[:-1], part)))
@@ -206,7 +206,7 @@ class Writer:
                     f"{self.path} holds other texts: {_texts(parts[-1])} in the store, {_texts(part)} requested; "
                     f"{hint}, or choose another out"
                 )
-            elif not same:
+            elif not same_texts:
                 raise OtherRecording(
                     f"{self.path} holds other texts than those requested, or other metadata or spans of them; give the "
                     "same, or choose another out"
@@ -361,18 +361,18 @@ def _with_ran(path: Path, manifest: Manifest, rows: Iterable[Segment]) -> Manife
     changes = manifest.interventions
     if changes is None:
         return manifest
-    ran = changes.ran
+    counts = changes.ran
     for row in rows:
-        ran = added(ran, read_segment_record(path, row).interventions)
-    return replace(manifest, interventions=replace(changes, ran=ran))
+        counts = added(counts, read_segment_record(path, row).interventions)
+    return replace(manifest, interventions=replace(changes, ran=counts))
 
 
 def _create(path: Path, manifest: Manifest, shared: bool) -> Manifest:
     entries = (entry for entry in path.iterdir() if not entry.name.endswith(files.PARTIAL))
-    others = sorted(entry.name for entry in entries if not (shared and entry.name == SEGMENTS))
-    if others:
+    names = sorted(entry.name for entry in entries if not (shared and entry.name == SEGMENTS))
+    if names:
         raise RequestError(
-            f"out={path} is not empty and not a store: it holds {others[0]} and no {MANIFEST}; choose another out"
+            f"out={path} is not empty and not a store: it holds {names[0]} and no {MANIFEST}; choose another out"
         )
     for leftover in () if shared else path.glob(f".{MANIFEST}.*{files.PARTIAL}"):
         files.remove(leftover)
@@ -387,11 +387,12 @@ def _reopen(path: Path, requested: Manifest, shared: bool) -> Manifest:
     newer -= {name for name in ("where", "keep") if requested.recording.get(name)}  # these have no effect only if None
     apart = newer | _free_settings(existing, requested)
     settings, recorded = (
-        {name: value for name, value in _settings(one).items() if name not in apart} for one in (requested, existing)
+        {name: value for name, value in _settings(manifest).items() if name not in apart}
+        for manifest in (requested, existing)
     )
     differences = _differences(recorded, settings)
-    if other := existing.model.difference(requested.model):
-        differences.insert(0, f"the model is not the recorded one: {other}")
+    if difference := existing.model.difference(requested.model):
+        differences.insert(0, f"the model is not the recorded one: {difference}")
     if (differences or newer) and not existing.segments:  # nothing is committed: the settings may change
         files.remove(path / UNEMBED)
         _remove_leftovers(path, existing, keep=())
@@ -424,8 +425,8 @@ def _free_settings(existing: Manifest, requested: Manifest) -> set[str]:
     """Settings that need not be equal: a finished store may have more sites than requested, and get those it lacks."""
     if not existing.complete or not requested.sites:
         return set()
-    kept = {site.name for site in existing.sites} & {site.name for site in requested.sites}
-    sites = {_site_setting(site) for site in (*existing.sites, *requested.sites) if site.name not in kept}
+    common_names = {site.name for site in existing.sites} & {site.name for site in requested.sites}
+    sites = {_site_setting(site) for site in (*existing.sites, *requested.sites) if site.name not in common_names}
     return {*sites, "dtype"}  # each site has a type of its own
 
 
@@ -480,7 +481,7 @@ def _texts(part: Part) -> str:
     return f"{part.rows} rows of {part.sequences} sequences from {part.documents} documents"
 
 
-def explain_full_disk(path: Path, what: str, rows: int) -> AbstractContextManager[None]:
+def explain_full_disk(path: Path, content: str, rows: int) -> AbstractContextManager[None]:
     """Inside, a full disk raises DataError with what was being written and that `rows` are safe."""
-    kept = f"{rows} rows are committed and readable"
-    return files.explain_full_disk(f"{what} of {path}", "run the same command to resume", kept)
+    state = f"{rows} rows are committed and readable"
+    return files.explain_full_disk(f"{content} of {path}", "run the same command to resume", state)
