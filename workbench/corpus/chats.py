@@ -125,9 +125,9 @@ def _locate(
         turns = []
         for place, content in contents.items():
             around = render(_with_contents(messages, {**contents, place: markers[place]}))
-            before, found, after = around.partition(markers[place])
+            before, separator, after = around.partition(markers[place])
             end = len(text) - len(after)
-            if found and len(before) <= end and text.startswith(before) and text.endswith(after):
+            if separator and len(before) <= end and text.startswith(before) and text.endswith(after):
                 turns.append(Turn(len(before), end, str(messages[place[0]]["role"]), place[0]))
                 if (inside := text[len(before) : end]) != content:
                     kind = "trimmed" if inside == content.strip() else "rewritten"

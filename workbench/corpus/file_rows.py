@@ -167,8 +167,8 @@ def _json(path: Path, columns: Columns) -> Iterator[Row]:
     elif isinstance(value, list) and not all(isinstance(item, int | float) for item in value):
         for number, item in enumerate(value):
             if not isinstance(item, str | dict | list):
-                found = json.dumps(item)[:40]
-                raise RequestError(f"{path}[{number}]: found {found}; a list must hold JSON objects or strings")
+                excerpt = json.dumps(item)[:40]
+                raise RequestError(f"{path}[{number}]: found {excerpt}; a list must hold JSON objects or strings")
             yield f"{path}[{number}]", item
     elif problem and whole_problem:
         raise RequestError(

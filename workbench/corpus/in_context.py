@@ -48,7 +48,7 @@ WORD_MAPS: Mapping[str, Mapping[str, str]] = {
     "opposites": _map(_OPPOSITES),
     "plurals": _map(_PLURALS),
     "past": _map(_PAST),
-    "next": {one: after for chain in _CHAINS for one, after in pairwise(chain.split())},
+    "next": {word: after for chain in _CHAINS for word, after in pairwise(chain.split())},
 }
 """Name of each task to its questions and answers."""
 
@@ -58,13 +58,13 @@ def _prompts(words: Mapping[str, str]) -> Callable[[Random], Iterator[PromptPair
 
     def draw_pairs(draw: Random) -> Iterator[PromptPair]:
         while True:
-            *shown, question = draw.sample(list(words), SHOTS + 1)
-            answers = [words[one] for one in shown]
+            *examples, question = draw.sample(list(words), SHOTS + 1)
+            answers = [words[word] for word in examples]
             shift = draw.randint(1, SHOTS - 1)
             turned = answers[shift:] + answers[:shift]
             last = f"{question}:"
             clean, corrupt = (
-                "".join(f"{one}: {answer}\n" for one, answer in zip(shown, side, strict=True)) + last
+                "".join(f"{word}: {answer}\n" for word, answer in zip(examples, side, strict=True)) + last
                 for side in (answers, turned)
             )
             wrong = tuple(f" {answer}" for answer in dict.fromkeys(answers) if answer != words[question])

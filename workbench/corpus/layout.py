@@ -277,8 +277,8 @@ class _SequenceWriter:
                 f"{place} has the columns {', '.join(columns) or 'of a plain text'}, and those before it "
                 f"{', '.join(self.labels) or 'have none'}; record chats, generated and plain texts into several stores"
             )
-        taken = {*document.metadata, *(name for label in document.spans for name in label_columns(label))}
-        if clash := taken.intersection(columns):
+        text_columns = {*document.metadata, *(name for label in document.spans for name in label_columns(label))}
+        if clash := text_columns.intersection(columns):
             raise RequestError(
                 f"{place} has a column {min(clash)!r}, which its tokens have, too; rename that of the texts, or name "
                 "the columns to keep in metadata="
@@ -288,7 +288,7 @@ class _SequenceWriter:
         if document.prompt_tokens is not None and document.token_ids is not None:
             _check_whole(document, self.layout, place)
 
-    def _prefix(self, document: Document, first: Encoding) -> Int32[np.ndarray, " added"]:
+    def _prefix(self, document: Document, first: Encoding) -> Int32[np.ndarray, " prefix"]:
         """Tokens before each sequence of a document that does not begin with them itself."""
         chat_begins = document.turns is not None and first.ids[0] in self.prefix[:1]
         return self.prefix if document.text is not None and (document.turns is None or chat_begins) else self.prefix[:0]
@@ -297,7 +297,7 @@ class _SequenceWriter:
         self,
         document: Document,
         body: Encoding,
-        prefix: Int32[np.ndarray, " added"],
+        prefix: Int32[np.ndarray, " prefix"],
         labels: Mapping[str, Int32[np.ndarray, " position"]],
         begins: bool,
     ) -> set[int]:
@@ -308,18 +308,18 @@ class _SequenceWriter:
         sequences: set[int] = set()
         if begins and not self.layout.packed:
             self.free = 0
-        done = 0
-        while done < body.ids.size and self.rows_left:
+        start = 0
+        while start < body.ids.size and self.rows_left:
             leads = begins or self.free == 0
             if self.free == 0:
                 self._write("starts", self.rows)
                 self.sequences += 1
                 self.free = min(self.layout.context, self.rows_left)
-            leads &= not (prefix.size and body.ids[done] == prefix[0])
+            leads &= not (prefix.size and body.ids[start] == prefix[0])
             # The prefix may fill the rest of a sequence; the text then begins in the next one, after another prefix.
             lead = prefix[: self.free] if leads else prefix[:0]
-            part = slice(done, done + self.free - lead.size)
-            offset = np.full(lead.size, body.char_start[done])
+            part = slice(start, start + self.free - lead.size)
+            offset = np.full(lead.size, body.char_start[start])
             self._write("token_ids", lead, body.ids[part])
             self._write("char_start", offset, body.char_start[part])
             self._write("char_end", offset, body.char_end[part])
@@ -332,10 +332,10 @@ class _SequenceWriter:
                 sequences.add(self.sequences)
             self.rows += written
             self.free -= written
-            done, begins = part.stop, False
+            start, begins = part.stop, False
         if not self.rows_left and self.cut_at is None:
-            left = body.char_start[done] if done < body.ids.size else body.char_end[-1]
-            self.cut_at = int(left) if left >= 0 else None
+            cut = body.char_start[start] if start < body.ids.size else body.char_end[-1]
+            self.cut_at = int(cut) if cut >= 0 else None
         return sequences
 
     def _write(self, name: str, *values: int | np.ndarray) -> None:

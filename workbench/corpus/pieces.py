@@ -75,10 +75,10 @@ def _part(encoding: Encoding, first: int | None, last: int | None) -> Encoding:
     return Encoding(encoding.ids[part], encoding.char_start[part], encoding.char_end[part])
 
 
-def _joint(one: Encoding, other: Encoding, first: int, last: int) -> tuple[int, int] | None:
+def _joint(a: Encoding, b: Encoding, first: int, last: int) -> tuple[int, int] | None:
     """Index in each encoding of the first token from `first` on; None unless both agree from there to `last`."""
     places, zones = [], []
-    for encoding in (one, other):
+    for encoding in (a, b):
         begin, end = np.searchsorted(encoding.char_start, (first, last))
         zones.append(np.stack([part[begin:end] for part in (encoding.ids, encoding.char_start, encoding.char_end)]))
         places.append(int(begin))

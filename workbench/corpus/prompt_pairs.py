@@ -108,15 +108,15 @@ class PromptPairs:
         first wrong answer of this side), and each label of the spans.
         """
         texts = []
-        for number, one in enumerate(self.pairs):
+        for number, checked_pair in enumerate(self.pairs):
             for index, side in enumerate(("clean", "corrupt")):
-                text, answers = getattr(one.pair, side), (one.pair.answer, one.pair.wrong)
+                text, answers = getattr(checked_pair.pair, side), (checked_pair.pair.answer, checked_pair.pair.wrong)
                 right, wrong = answers if side == "clean" else answers[::-1]
                 spans = {
                     label: [
                         {"start": ends[index][0], "end": ends[index][1], "value": text[slice(*ends[index])].strip()}
                     ]
-                    for label, ends in one.pair.spans.items()
+                    for label, ends in checked_pair.pair.spans.items()
                 }
                 columns = {"pair": number, "side": side, "task": self.task, "answer": right[0], "wrong": wrong[0]}
                 texts.append({"text": text, **columns, "spans": spans})
@@ -127,10 +127,16 @@ class PromptPairs:
         import pandas as pd  # a second
 
         lines = []
-        for one in self.pairs:
-            texts = {"clean": one.pair.clean, "corrupt": one.pair.corrupt}
-            answers = {"answer": one.pair.answer[0], "wrong": one.pair.wrong[0], "tokens": len(one.clean)}
-            lines.append(texts | answers | {label: f"{span.start}:{span.stop}" for label, span in one.spans.items()})
+        for checked_pair in self.pairs:
+            texts = {"clean": checked_pair.pair.clean, "corrupt": checked_pair.pair.corrupt}
+            answers = {
+                "answer": checked_pair.pair.answer[0],
+                "wrong": checked_pair.pair.wrong[0],
+                "tokens": len(checked_pair.clean),
+            }
+            lines.append(
+                texts | answers | {label: f"{span.start}:{span.stop}" for label, span in checked_pair.spans.items()}
+            )
         return pd.DataFrame(lines)
 
 
@@ -150,22 +156,22 @@ def check_pairs(
     Raises:
         RequestError: No pair is given, or none fits; or the model has no tokenizer.
     """
-    checked, kept = PairChecker(tokenizer), []
+    checker, fitting_pairs = PairChecker(tokenizer), []
     for number, pair in enumerate([pairs] if isinstance(pairs, PromptPair) else pairs):
         if not isinstance(pair, PromptPair):
             raise RequestError(
                 f"pairs: entry {number} is {shown(pair)}; give wb.PromptPair(clean, corrupt, answer, wrong)"
             )
-        kept += [one] if (one := checked(pair)) is not None else []
-    return made_pairs(task, kept, checked.dropped, None)
+        fitting_pairs += [checked_pair] if (checked_pair := checker(pair)) is not None else []
+    return made_pairs(task, fitting_pairs, checker.dropped, None)
 
 
-def made_pairs(task: str, kept: Sequence[CheckedPair], dropped: Mapping[str, int], seed: int | None) -> PromptPairs:
+def made_pairs(task: str, pairs: Sequence[CheckedPair], dropped: Mapping[str, int], seed: int | None) -> PromptPairs:
     """Returns the pairs that were kept. RequestError if there is none."""
-    if not kept:
+    if not pairs:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items()) or "no pair is given"
         raise RequestError(f"no pair of {task!r} fits the tokenizer: {reasons}")
-    return PromptPairs(task, tuple(kept), dict(dropped), seed)
+    return PromptPairs(task, tuple(pairs), dict(dropped), seed)
 
 
 class PairChecker:
@@ -184,7 +190,7 @@ class PairChecker:
         answer = self._answers(pair.clean, clean.ids, pair.answer)
         wrong = self._answers(pair.clean, clean.ids, pair.wrong)
         spans = {
-            label: [_tokens(one, ends) for one, ends in zip((clean, corrupt), pair.spans[label], strict=True)]
+            label: [_tokens(encoding, ends) for encoding, ends in zip((clean, corrupt), pair.spans[label], strict=True)]
             for label in pair.spans
         }
         begin, reason = len(self._prefix), None
@@ -194,21 +200,25 @@ class PairChecker:
             reason = ANSWERS
         elif {*answer} & {*wrong}:
             reason = SAME
-        elif any(one != other or not one for one, other in spans.values()):
+        elif any(clean_tokens != corrupt_tokens or not clean_tokens for clean_tokens, corrupt_tokens in spans.values()):
             reason = SPANS
         if reason is not None:
             self.dropped[reason] += 1
             return None
-        first, second = ((*self._prefix, *map(int, one.ids)) for one in (clean, corrupt))
-        shifted = {label: range(begin + one.start, begin + one.stop) for label, (one, _) in spans.items()}
+        first, second = ((*self._prefix, *map(int, encoding.ids)) for encoding in (clean, corrupt))
+        shifted = {label: range(begin + span.start, begin + span.stop) for label, (span, _) in spans.items()}
         end = range(len(first) - 1, len(first))
         return CheckedPair(pair, first, second, answer, wrong, {**shifted, "end": end})
 
     def _answers(self, prompt: str, ids: np.ndarray, texts: Sequence[str]) -> tuple[int, ...]:
         """Ids of the answers that are one token after the prompt."""
-        found = encode(self._tokenizer, [prompt + text for text in texts])
-        same = [one.ids for one in found if len(one.ids) == len(ids) + 1 and np.array_equal(one.ids[:-1], ids)]
-        return tuple(dict.fromkeys(int(one[-1]) for one in same))
+        encodings = encode(self._tokenizer, [prompt + text for text in texts])
+        extensions = [
+            encoding.ids
+            for encoding in encodings
+            if len(encoding.ids) == len(ids) + 1 and np.array_equal(encoding.ids[:-1], ids)
+        ]
+        return tuple(dict.fromkeys(int(extension[-1]) for extension in extensions))
 
 
 def _two_spans(ends: Any) -> bool:

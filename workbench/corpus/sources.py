@@ -68,8 +68,8 @@ def _one_split(texts: Mapping[Any, Any]) -> Any:
     """The one entry of a mapping of datasets, such as a DatasetDict; the output of a tokenizer as it is."""
     if is_table(texts) or not texts:
         return texts
-    (entry, *others) = texts.values()
-    if others or not isinstance(entry, Iterable) or isinstance(entry, str):
+    (entry, *other_entries) = texts.values()
+    if other_entries or not isinstance(entry, Iterable) or isinstance(entry, str):
         raise RequestError(
             f"texts is of type {type(texts).__name__}, which is not read; pass one of its entries: "
             f"{', '.join(map(repr, texts))}"

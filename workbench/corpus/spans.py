@@ -66,11 +66,11 @@ def read_spans(value: object, text: str | None, column: str, where: str) -> dict
         places = (f"{where}: span {number} of label {label!r}" for number in range(len(entries or ())))
         label_spans = [_span(entry, text or "", place) for entry, place in zip(entries or (), places, strict=True)]
         label_spans.sort(key=lambda span: span.start)
-        for one, other in pairwise(label_spans):
-            if other.start < one.end:
+        for first, second in pairwise(label_spans):
+            if second.start < first.end:
                 raise RequestError(
-                    f"{where}: spans {one.start} to {one.end} and {other.start} to {other.end} of label {label!r} "
-                    "overlap; a character has one value, so leave one out or give it another label"
+                    f"{where}: spans {first.start} to {first.end} and {second.start} to {second.end} of "
+                    f"label {label!r} overlap; a character has one value, so leave one out or give it another label"
                 )
         spans[replace_surrogates(label)[0]] = tuple(label_spans)
     return spans
@@ -78,14 +78,14 @@ def read_spans(value: object, text: str | None, column: str, where: str) -> dict
 
 def check_labels(labels: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:
     """Raises RequestError where a column of a label cannot have its name, or has the name of another column."""
-    taken = dict.fromkeys(metadata, "a metadata column")
+    origins = dict.fromkeys(metadata, "a metadata column")
     for label in labels:
         for name in label_columns(label):
-            if reason := refused_name(name) or taken.get(name):
+            if reason := refused_name(name) or origins.get(name):
                 raise RequestError(
                     f"{where}: label {label!r} needs a column {name!r}, which is {reason}; rename the label"
                 )
-            taken[name] = f"made of label {label!r}"
+            origins[name] = f"made of label {label!r}"
 
 
 def label_columns(label: str) -> tuple[str, str, str]:
@@ -143,8 +143,8 @@ def _span(entry: Any, text: str, place: str) -> Span:
 
 
 def _malformed(place: str, value: Any) -> RequestError:
-    shown = repr(value)
+    text = repr(value)
     return RequestError(
-        f"{place} is {shown if len(shown) <= 80 else shown[:79] + '…'}; spans are given as {_FORM}: name the column "
+        f"{place} is {text if len(text) <= 80 else text[:79] + '…'}; spans are given as {_FORM}: name the column "
         "that holds them in span_column=, or pass span_column=None to read no spans"
     )

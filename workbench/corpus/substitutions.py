@@ -90,16 +90,16 @@ def substitution_texts(
     draws = whole_number("draws", draws, at_least=1, at_most=MOST)
     if word == original or not counts:
         raise RequestError("word and original must differ, and counts must name a number of sentences")
-    _check_sentences({one: known.get(one, ()) for one in (word, original)}, question, max(counts))
+    _check_sentences({noun: known.get(noun, ()) for noun in (word, original)}, question, max(counts))
     draw = np.random.default_rng(seed)
     used = max(counts)
     texts = []
-    for one in (word, original):
-        texts += [_text(text.format(one), one, "plain", 1, number) for number, text in enumerate(known[one][used:])]
+    for noun in (word, original):
+        texts += [_text(text.format(noun), noun, "plain", 1, number) for number, text in enumerate(known[noun][used:])]
     for count in counts:
         for number in range(draws):
             chosen: dict[str, list[str]]
-            chosen = {one: [known[one][int(i)] for i in draw.permutation(used)[:count]] for one in (word, original)}
+            chosen = {noun: [known[noun][int(i)] for i in draw.permutation(used)[:count]] for noun in (word, original)}
             words = " ".join(text.format(word) for text in chosen[original]).split(" ")
             contexts = {
                 "substituted": (word, " ".join(words)),
@@ -107,8 +107,8 @@ def substitution_texts(
                 "own": (word, " ".join(text.format(word) for text in chosen[word])),
                 "shuffled": (word, " ".join(words[i] for i in draw.permutation(len(words)))),
             }
-            for condition, (asked, context) in contexts.items():
-                texts.append(_text(f"{context} {question.format(asked)}", asked, condition, count, number))
+            for condition, (subject, context) in contexts.items():
+                texts.append(_text(f"{context} {question.format(subject)}", subject, condition, count, number))
     return texts
 
 

@@ -110,24 +110,24 @@ def prompt_pairs(
     """
     check("task", task, one_of=tuple(TASKS))
     count = whole_number("count", count, at_least=1, at_most=MOST)
-    kept: list[CheckedPair] = []
+    fitting_pairs: list[CheckedPair] = []
     dropped: Mapping[str, int] = {}
     for form in TASKS[task]:
-        checked, seen, draw, newest = PairChecker(tokenizer), set(), Random(f"{task}:{seed}"), 0
+        checker, drawn_prompts, draw, newest = PairChecker(tokenizer), set(), Random(f"{task}:{seed}"), 0
         for number, pair in enumerate(islice(form(draw), _TRIES * count)):
-            exhausted = number - newest > max(_FIRST, _STALLED * len(seen))
-            if len(kept) == count or (not kept and number == _FIRST) or exhausted:
+            exhausted = number - newest > max(_FIRST, _STALLED * len(drawn_prompts))
+            if len(fitting_pairs) == count or (not fitting_pairs and number == _FIRST) or exhausted:
                 break
-            if (pair.clean, pair.corrupt) not in seen:
+            if (pair.clean, pair.corrupt) not in drawn_prompts:
                 newest = number
-                seen.add((pair.clean, pair.corrupt))
-                kept += filter(None, [checked(pair)])
-        dropped = checked.dropped
-        if kept:
+                drawn_prompts.add((pair.clean, pair.corrupt))
+                fitting_pairs += filter(None, [checker(pair)])
+        dropped = checker.dropped
+        if fitting_pairs:
             break
-    pairs = made_pairs(task, kept, dropped, seed)
-    if len(kept) < count:
-        _LOG.warning(f"task {task}: {len(kept):,} pairs fit the tokenizer, fewer than the {count:,} asked for")
+    pairs = made_pairs(task, fitting_pairs, dropped, seed)
+    if len(fitting_pairs) < count:
+        _LOG.warning(f"task {task}: {len(fitting_pairs):,} pairs fit the tokenizer, fewer than the {count:,} asked for")
     return pairs
 
 
@@ -149,9 +149,9 @@ def _pair(
     template: str, slots: Mapping[str, str], changed: Mapping[str, str], answer: str | tuple, wrong: str | tuple
 ) -> PromptPair:
     clean, spans = _fill(template, slots)
-    corrupt, others = _fill(template, {**slots, **changed})
-    labelled = {label: (ends, others[label]) for label, ends in spans.items()}
-    right, false = (one if isinstance(one, tuple) else (f" {one}",) for one in (answer, wrong))
+    corrupt, corrupt_spans = _fill(template, {**slots, **changed})
+    labelled = {label: (ends, corrupt_spans[label]) for label, ends in spans.items()}
+    right, false = (value if isinstance(value, tuple) else (f" {value}",) for value in (answer, wrong))
     return PromptPair(clean, corrupt, right, false, labelled)
 
 
@@ -160,9 +160,9 @@ def _pair(
 
 def _ioi(draw: Random) -> Iterator[PromptPair]:
     while True:
-        one, other = draw.sample(_NAMES, 2)
-        slots = {"a": one, "b": other, "place": draw.choice(_PLACES), "object": draw.choice(_GIFTS)}
-        subject, answer = draw.sample((one, other), 2)
+        first_name, second_name = draw.sample(_NAMES, 2)
+        slots = {"a": first_name, "b": second_name, "place": draw.choice(_PLACES), "object": draw.choice(_GIFTS)}
+        subject, answer = draw.sample((first_name, second_name), 2)
         yield _pair(draw.choice(_IOI), {**slots, "subject": subject}, {"subject": answer}, answer, subject)
 
 
@@ -190,10 +190,10 @@ def _digits(draw: Random) -> Iterator[PromptPair]:
 
 def _agreement(draw: Random) -> Iterator[PromptPair]:
     while True:
-        noun, other = draw.sample(list(_SINGULAR), 2)
+        noun, other_noun = draw.sample(list(_SINGULAR), 2)
         forms, plural = (noun, _SINGULAR[noun]), draw.random() < 0.5
         right, wrong = ("are", "is") if plural else ("is", "are")
-        attractor = draw.choice((other, _SINGULAR[other]))
+        attractor = draw.choice((other_noun, _SINGULAR[other_noun]))
         slots = {"subject": forms[plural], "near": draw.choice(_NEAR), "attractor": attractor}
         yield _pair("The {subject} {near} the {attractor}", slots, {"subject": forms[not plural]}, right, wrong)
 
@@ -202,9 +202,9 @@ def _facts(draw: Random) -> Iterator[PromptPair]:
     facts = _world_facts()
     while True:
         template, known = draw.choice(list(facts.items()))
-        (one, answer), (other, wrong) = draw.sample(list(known.items()), 2)
+        (subject, answer), (corrupt_subject, wrong) = draw.sample(list(known.items()), 2)
         if answer != wrong:
-            yield _pair(template, {"subject": one}, {"subject": other}, answer, wrong)
+            yield _pair(template, {"subject": subject}, {"subject": corrupt_subject}, answer, wrong)
 
 
 @lru_cache(1)
@@ -221,19 +221,31 @@ def _world_facts() -> dict[str, dict[str, str]]:
 def _capitals(draw: Random) -> Iterator[PromptPair]:
     templates = ("The capital of {subject} is the city of", "{subject} is a country, and its capital is called")
     while True:
-        one, other = draw.sample(list(_CAPITALS), 2)
-        yield _pair(draw.choice(templates), {"subject": one}, {"subject": other}, _CAPITALS[one], _CAPITALS[other])
+        country, corrupt_country = draw.sample(list(_CAPITALS), 2)
+        yield _pair(
+            draw.choice(templates),
+            {"subject": country},
+            {"subject": corrupt_country},
+            _CAPITALS[country],
+            _CAPITALS[corrupt_country],
+        )
 
 
 def _colours(draw: Random) -> Iterator[PromptPair]:
     template = "The {first} is {first_colour} and the {second} is {second_colour}. The colour of the {thing} is"
     while True:
-        (first, second), (one, other) = draw.sample(_THINGS, 2), draw.sample(_COLOURS, 2)
-        slots = {"first": first, "first_colour": one, "second": second, "second_colour": other, "thing": first}
+        (first, second), (first_colour, second_colour) = draw.sample(_THINGS, 2), draw.sample(_COLOURS, 2)
+        slots = {
+            "first": first,
+            "first_colour": first_colour,
+            "second": second,
+            "second_colour": second_colour,
+            "thing": first,
+        }
         if draw.random() < 0.5:
-            yield _pair(template, slots, {"thing": second}, one, other)
+            yield _pair(template, slots, {"thing": second}, first_colour, second_colour)
         else:
-            yield _pair(template, {**slots, "thing": second}, {"thing": first}, other, one)
+            yield _pair(template, {**slots, "thing": second}, {"thing": first}, second_colour, first_colour)
 
 
 def _copying(draw: Random) -> Iterator[PromptPair]:

@@ -187,7 +187,7 @@ def token_of_text(tokenizer: PreTrainedTokenizerBase, vocab: int, text: str, nam
     if len(written) == 1 and token_texts(tokenizer, written) == [text]:
         return int(written[0])
     known = token_texts(tokenizer, range(vocab))
-    ids = [index for index, one in enumerate(known) if one == text]
+    ids = [index for index, token in enumerate(known) if token == text]
     if len(ids) == 1:
         return ids[0]
     if ids:

@@ -159,8 +159,8 @@ class ColumnType:
         if kinds <= {int, Decimal}:
             digits = max(self.digits, len(str(max(-self.low, self.high)))) + self.scale
             return pa.decimal128(digits, self.scale) if digits <= _DIGITS else pa.string()
-        (kind, *others) = kinds
-        return pa.string() if others else _ARROW.get(kind, pa.string())
+        (kind, *other_kinds) = kinds
+        return pa.string() if other_kinds else _ARROW.get(kind, pa.string())
 
     def _whole(self) -> pa.DataType:
         if self.low >= -(2**63) and self.high < 2**63:
