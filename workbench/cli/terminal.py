@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def plain(text: str) -> str:
     """Escapes what is not printable, so that text from a model or a file cannot move the cursor or change colours."""
-    return escape(text, kept="\n")
+    return escape(text, safe="\n")
 
 
 def print_plain(text: str) -> None:
@@ -62,9 +62,9 @@ def print_items(items: dict[str, str], column: int = 0) -> None:
     room = line_width() if on_terminal() else sys.maxsize
     for name, description in items.items():
         text = textwrap.wrap(plain(description), max(40, room - width - 4), break_on_hyphens=False)
-        first, *others = text or [""]
+        first, *other_lines = text or [""]
         print_plain(f"  {plain(name):<{width}}  {first}".rstrip())
-        for line in others:
+        for line in other_lines:
             print_plain(f"{'':{width + 4}}{line}")
 
 
@@ -116,7 +116,7 @@ class Output(logging.Handler):
 @contextmanager
 def terminal_output() -> Iterator[Output]:
     """Inside, messages go to stderr, one line each, and characters that the terminal lacks are escaped."""
-    output, shown = Output(), warnings.showwarning
+    output, showwarning = Output(), warnings.showwarning
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     errors = {name: getattr(stream, "errors", None) for name, stream in streams.items()}
     for name, stream in streams.items():
@@ -130,7 +130,7 @@ def terminal_output() -> Iterator[Output]:
         yield output
     finally:
         logging.getLogger("workbench").removeHandler(output)
-        warnings.showwarning = shown
+        warnings.showwarning = showwarning
         for name, stream in streams.items():
             if stream is not None and hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors=errors[name])

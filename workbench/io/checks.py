@@ -82,9 +82,9 @@ def check(
     except (TypeError, ValueError, OverflowError):  # no number, or none that could be a whole one
         inside = False
     if not inside:
-        shown = f"{value!r}" if isinstance(value, str) else f"{value}"
+        text = f"{value!r}" if isinstance(value, str) else f"{value}"
         kind = "a whole number, " if whole else ""
-        raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {shown}")
+        raise RequestError(f"{name} must be {kind}{_range(at_least, at_most, above, below)}, not {text}")
 
 
 def whole_number(name: str, value: Any, **limits: Any) -> int:
@@ -207,7 +207,7 @@ def _of_kind(name: str, kind: Any, value: Any) -> Any:
     if inner not in _WORDS:
         return value
     single = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
-    return tuple(_converted(name, inner, one, several=True) for one in ([value] if single else value))
+    return tuple(_converted(name, inner, entry, several=True) for entry in ([value] if single else value))
 
 
 def _converted(name: str, kind: type, value: Any, several: bool) -> Any:

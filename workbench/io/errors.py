@@ -22,10 +22,10 @@ def printable(text: str, longest: int = _LONGEST) -> str:
     return escape(text)
 
 
-def escape(text: str, kept: str = "") -> str:
+def escape(text: str, safe: str = "") -> str:
     """Returns `text` with what is not printable escaped, except the characters in `kept`."""
     return "".join(
-        sign if sign in kept or sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+        sign if sign in safe or sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )
 
 

@@ -14,7 +14,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, second: Path) -> bool:
     """Exchanges what two names of one file system stand for; at every moment both names stand for something.
 
     Returns:
@@ -26,13 +26,13 @@ def exchange(one: Path, other: Path) -> bool:
     call = _renameat2()
     if call is None:
         return False
-    sys.audit("os.rename", str(one), str(other), -1, -1)  # as os.rename does
-    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    sys.audit("os.rename", str(first), str(second), -1, -1)  # as os.rename does
+    if call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in _UNSUPPORTED:
         return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 @functools.cache

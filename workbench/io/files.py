@@ -242,8 +242,8 @@ def _foreign(folder: Path, known: list[tuple[str, ...]]) -> list[Path]:
         if inner and is_folder:
             entries += _foreign(entry, inner)
             continue
-        ours = any(len(pattern) == 1 and fnmatchcase(entry.name, *pattern) for pattern in known)
-        if is_folder or entry.is_dir() or not ours:
+        is_known = any(len(pattern) == 1 and fnmatchcase(entry.name, *pattern) for pattern in known)
+        if is_folder or entry.is_dir() or not is_known:
             entries.append(entry)
     return entries
 
@@ -256,23 +256,23 @@ def remove_known(folder: Path, known: list[tuple[str, ...]], last: str) -> list[
         known: Patterns of names relative to it, as for `replace_folder`, in parts.
         last: Name of the file that is removed after all others.
     """
-    left = _foreign(folder, known)
-    kept = {folder / last, *left}
+    foreign_entries = _foreign(folder, known)
+    kept_paths = {folder / last, *foreign_entries}
     for place, folders, names in os.walk(folder, topdown=False):
         inside = Path(place)
         for name in names:
             entry = inside / name
-            if not any(entry == other or other in entry.parents for other in kept):
+            if not any(entry == path or path in entry.parents for path in kept_paths):
                 entry.unlink()
         for name in folders:
-            if not (inside / name).is_symlink() and (inside / name) not in left:
+            if not (inside / name).is_symlink() and (inside / name) not in foreign_entries:
                 with suppress(OSError):  # not empty
                     os.rmdir(inside / name)
     (folder / last).unlink(missing_ok=True)
     for place in (*(folder / last).relative_to(folder).parents[:-1], Path()):
         with suppress(OSError):
             os.rmdir(folder / place)
-    return left
+    return foreign_entries
 
 
 def _link(source: Path, target: Path) -> None:
@@ -406,15 +406,15 @@ def human_bytes(count: int) -> str:
 
 
 @contextmanager
-def explain_full_disk(what: str, advice: str, kept: str = "") -> Iterator[None]:
+def explain_full_disk(content: str, advice: str, state: str = "") -> Iterator[None]:
     """Inside, a disk that is full, read-only or failing raises DataError, with what to do about it.
 
     Each library has its own error for it: some without an error number, in a text of Rust's or NumPy's.
 
     Args:
-        what: Name of the thing being written.
+        content: Name of the thing being written.
         advice: Step that follows once the disk can be written: "run the same command to resume".
-        kept: Statement of what is safe: "14 rows are committed and readable".
+        state: Statement of what is safe: "14 rows are committed and readable".
     """
     try:
         yield
@@ -428,8 +428,8 @@ def explain_full_disk(what: str, advice: str, kept: str = "") -> Iterator[None]:
             problem, remedy = "disk failure", "make it writable" if number == errno.EROFS else "check the disk"
         else:
             raise
-        steps = "; ".join(filter(None, [kept, f"{remedy} and {advice}"]))
-        raise DataError(f"{problem} while writing {what} ({os.strerror(number)}): {steps}") from error
+        steps = "; ".join(filter(None, [state, f"{remedy} and {advice}"]))
+        raise DataError(f"{problem} while writing {content} ({os.strerror(number)}): {steps}") from error
 
 
 def _number(error: Exception) -> int:

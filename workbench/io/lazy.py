@@ -34,6 +34,6 @@ def declared_names(file: str) -> dict[str, str]:
         file: The module's `__file__`.
     """
     blocks = [node for node in ast.parse(Path(file).read_bytes()).body if isinstance(node, ast.If)]
-    guarded = [one for one in blocks if isinstance(one.test, ast.Name) and one.test.id == "TYPE_CHECKING"]
+    guarded = [block for block in blocks if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"]
     imports = [node for block in guarded for node in block.body if isinstance(node, ast.ImportFrom)]
     return {name.name: str(node.module) for node in imports for name in node.names}

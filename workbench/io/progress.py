@@ -46,18 +46,18 @@ def _in_notebook() -> bool:
 class _Lines:
     """Logs a line every few seconds: `recording: 120,000 of 1,000,000 rows, 8,123 rows/s, 1 min 48 s left`."""
 
-    def __init__(self, label: str, total: int | None, unit: str, done: int, every: float | None = None) -> None:
-        self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.every = EVERY if every is None else every
+    def __init__(self, label: str, total: int | None, unit: str, initial: int, interval: float | None = None) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, initial
+        self.every = EVERY if interval is None else interval
         self.began = self.last_line = time.monotonic()
         self.new = 0
 
     def advance(self, n: int) -> None:
         self.done, self.new = self.done + n, self.new + n
-        now = time.monotonic()
-        if now - self.last_line >= self.every:
-            self.last_line = now
-            self.show(self.line(now - self.began))
+        moment = time.monotonic()
+        if moment - self.last_line >= self.every:
+            self.last_line = moment
+            self.show(self.line(moment - self.began))
 
     def show(self, line: str) -> None:
         PROGRESS.info(line)
@@ -66,16 +66,16 @@ class _Lines:
         """Returns the line after `seconds` of work."""
         rate = self.new / seconds
         of = f" of {self.total:,}" if self.total else ""
-        left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
+        time_left = f", {duration((self.total - self.done) / rate)} left" if self.total and rate else ""
         speed = f"{duration(1 / rate)} each" if 0 < rate < 1 else f"{rate:,.0f} {self.unit}/s"
-        return f"{self.label}: {self.done:,}{of} {self.unit}, {speed}{left}"
+        return f"{self.label}: {self.done:,}{of} {self.unit}, {speed}{time_left}"
 
 
 class _Output(_Lines):
     """A bar in the output of a notebook's cell. No widget: the file of the notebook keeps what it showed last."""
 
-    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
-        super().__init__(label, total, unit, done, _REDRAW)
+    def __init__(self, label: str, total: int | None, unit: str, initial: int) -> None:
+        super().__init__(label, total, unit, initial, _REDRAW)
         self.handle: Any = None
 
     def __enter__(self) -> _Output:
