@@ -84,7 +84,7 @@ def write_dataset(data: xr.Dataset) -> tuple[bytes, DatasetRecord]:
         )
         records.append(record)
         if stored is not None:
-            if not _same(_decode(encoded, record), values):
+            if not _equal(_decode(encoded, record), values):
                 raise RequestError(f"data[{name!r}] of type {values.dtype} cannot be saved exactly; give another type")
             file.add(stored, [dims(axis) for axis in record.dims], encoded, record)
     unindexed = tuple(str(name) for name in plain.coords if name in plain.dims and name not in plain.xindexes)
@@ -236,16 +236,16 @@ def _objects(cells: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
     """Equality of type, shape and every value; NaN equals NaN."""
     import numpy as np
 
-    if one.dtype != other.dtype or one.shape != other.shape:
+    if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    if one.dtype.kind == "O":
-        pairs = zip(one.ravel(), other.ravel(), strict=True)
+    if first.dtype.kind == "O":
+        pairs = zip(first.ravel(), second.ravel(), strict=True)
         return all(a == b or (a != a and b != b) for a, b in pairs)
-    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind in "fcmM"))
+    return bool(np.array_equal(first, second, equal_nan=first.dtype.kind in "fcmM"))
 
 
 # ---- names and attributes -----------------------------------------------------------------------------------

@@ -142,9 +142,9 @@ def group_means(
         none, nowhere = np.full(statistics, np.nan), np.full(statistics, -1)
         return GroupMeans(mean, low, high, counts, none, none, none, nowhere, nowhere)
     most, least = compared[mean[compared].argmax(0)], compared[mean[compared].argmin(0)]
-    each = np.arange(statistics)
-    gap_low, gap_high = intervals(resampled[:, most, each] - resampled[:, least, each])
-    gap = mean[most, each] - mean[least, each]
+    statistic = np.arange(statistics)
+    gap_low, gap_high = intervals(resampled[:, most, statistic] - resampled[:, least, statistic])
+    gap = mean[most, statistic] - mean[least, statistic]
     return GroupMeans(mean, low, high, counts, gap, gap_low, gap_high, most, least)
 
 

@@ -39,6 +39,6 @@ def check_result(path: Path, progress: Progress, prefix: str = "") -> Iterator[F
     known = {RECORD, *(listed or {})}
     for entry in sorted(entry for entry in path.rglob("*") if not entry.is_dir()):
         name = entry.relative_to(path).as_posix()
-        ours = any(fnmatchcase(name, pattern) for pattern in RESULT_FILES) if listed is None else name in known
-        if not ours:
+        is_known = any(fnmatchcase(name, pattern) for pattern in RESULT_FILES) if listed is None else name in known
+        if not is_known:
             yield Finding("", prefix + name, "unlisted", "not a file of this result; it is not read", "note")

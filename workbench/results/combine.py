@@ -37,13 +37,13 @@ def combine(results: Sequence[Result], names: Sequence[str] | None = None) -> pd
     if len(labels) != len(results) or len(set(labels)) < len(labels):
         raise RequestError(f"names: {len(results)} different names are needed, one for each result, not {labels}")
     first, known = results[0], _settings(results[0])
-    for label, other in zip(labels[1:], results[1:], strict=True):
-        if other.probe != first.probe:
+    for label, later_result in zip(labels[1:], results[1:], strict=True):
+        if later_result.probe != first.probe:
             raise RequestError(
-                f"results are of different probes: {labels[0]} of {first.probe}, {label} of {other.probe}; combine "
-                "results of one probe"
+                f"results are of different probes: {labels[0]} of {first.probe}, {label} of {later_result.probe}; "
+                "combine results of one probe"
             )
-        present = _settings(other)
+        present = _settings(later_result)
         for name in dict.fromkeys((*known, *present)):
             if known.get(name) != present.get(name):
                 raise RequestError(
@@ -77,9 +77,13 @@ def _settings(result: Result) -> dict[str, Any]:
         declared: Any = fields(result.maker())  # pyright: ignore[reportArgumentType]  # a dataclass
     except (RequestError, TypeError):  # a probe that is not installed, or an experiment
         return settings
-    defaults = {one.name: one.default for one in declared if one.default is not MISSING and one.name not in _PLACE}
+    defaults = {
+        setting.name: setting.default
+        for setting in declared
+        if setting.default is not MISSING and setting.name not in _PLACE
+    }
     return {name: _plain(value) for name, value in defaults.items()} | settings
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

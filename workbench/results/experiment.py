@@ -69,8 +69,8 @@ def make_result(name: str, config: Any, table: pd.DataFrame, *stores: Store, dat
     import xarray as xr  # seconds, which `workbench sweep --help` does not pay
 
     settings = with_device(identity(config))
-    if taken := [column for column in table.columns if column in settings]:
-        raise RequestError(f"table of {name} has a column {taken[0]!r}, and so has its config; rename one")
+    if clashes := [column for column in table.columns if column in settings]:
+        raise RequestError(f"table of {name} has a column {clashes[0]!r}, and so has its config; rename one")
     columns = {key: [_cell(value)] * len(table) for key, value in settings.items()}
     table = table.reset_index(drop=True)
     for place, (key, values) in enumerate(columns.items()):

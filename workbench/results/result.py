@@ -81,8 +81,8 @@ class Result:
         from workbench.figures.safe_text import sentence
         from workbench.figures.themed import themed
 
-        made, source = self.maker().figures(self), sentence(self.source())
-        figures: dict[str, Figure] = {name: with_legend_room(themed(figure)) for name, figure in made.items()}
+        plain_figures, source = self.maker().figures(self), sentence(self.source())
+        figures: dict[str, Figure] = {name: with_legend_room(themed(figure)) for name, figure in plain_figures.items()}
         for figure in figures.values():
             figure.layout.meta = {**(figure.layout.meta or {}), "provenance": source}
         return figures
@@ -172,8 +172,8 @@ class Result:
             "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
             "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
         }
-        shown = self.table.iloc[:, :_COLUMNS_SHOWN]
-        return card(f"Result of {self.probe}", facts, frame(shown, _ROWS_SHOWN) if len(shown) else "")
+        excerpt = self.table.iloc[:, :_COLUMNS_SHOWN]
+        return card(f"Result of {self.probe}", facts, frame(excerpt, _ROWS_SHOWN) if len(excerpt) else "")
 
 
 def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result:
@@ -263,8 +263,8 @@ def refuse_other(path: str | Path, probe: str, provenance: Mapping[str, Any]) ->
         known = _read_record(path)
     except (DataError, OSError, ValueError) as error:
         raise RequestError(f"out {str(path)!r} exists and is not a result; choose another folder") from error
-    same, requested = ("model_fingerprint", "store_fingerprint", "settings"), json_value("provenance", provenance)
-    if known["probe"] != probe or any(known["provenance"].get(k) != requested.get(k) for k in same):
+    keys, requested = ("model_fingerprint", "store_fingerprint", "settings"), json_value("provenance", provenance)
+    if known["probe"] != probe or any(known["provenance"].get(k) != requested.get(k) for k in keys):
         raise RequestError(
             f"out {str(path)!r} holds another result of {known['probe']}; choose another folder or remove it"
         )

@@ -29,7 +29,7 @@ def write_table(table: pd.DataFrame) -> bytes:
     read_back = read_table(content)
     for place, name in enumerate(names):
         before, after = table.iloc[:, place], read_back.iloc[:, place]
-        if not _same(before, after):
+        if not _equal(before, after):
             raise RequestError(
                 f"table[{name!r}] cannot be saved exactly: its cells ({_example(before)}) would be read back as "
                 f"{_example(after)}; give numbers, text, dates or None, one kind a column"
@@ -69,16 +69,16 @@ def _unwritable(table: pd.DataFrame, error: Exception) -> str:
     return f"the index of table cannot be saved ({str(error)[:120]}); make it a column by table.reset_index()"
 
 
-def _same(one: pd.Series, other: pd.Series) -> bool:
+def _equal(first: pd.Series, second: pd.Series) -> bool:
     """Equality of type and cells; missing values of objects are all the same, and lists are never."""
-    if one.dtype != other.dtype:
+    if first.dtype != second.dtype:
         return False
-    missing = one.isna()
-    if not missing.equals(other.isna()):
+    missing = first.isna()
+    if not missing.equals(second.isna()):
         return False
-    if one.dtype != object:
-        return one.equals(other)
-    pairs = zip(one[~missing], other[~missing], strict=True)
+    if first.dtype != object:
+        return first.equals(second)
+    pairs = zip(first[~missing], second[~missing], strict=True)
     return all((isinstance(a, str | bytes) or not hasattr(a, "__len__")) and a == b for a, b in pairs)
 
 

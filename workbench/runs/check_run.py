@@ -88,8 +88,10 @@ def _check_summary(path: Path, progress: Progress) -> Iterator[Finding]:
         if cell["state"] == "complete" and not (path.parent / cell["folder"] / CONFIG).exists():
             yield Finding("", prefix + RUNS, "missing file", f"the run {cell['folder']} is not there", "note")
     if (path / RECORD).exists():
-        yield from (finding for finding in check_result(path, progress, prefix) if finding.file not in _others(prefix))
+        yield from (
+            finding for finding in check_result(path, progress, prefix) if finding.file not in _sweep_files(prefix)
+        )
 
 
-def _others(prefix: str) -> set[str]:
+def _sweep_files(prefix: str) -> set[str]:
     return {prefix + TABLE, prefix + RUNS}

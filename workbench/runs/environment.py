@@ -43,11 +43,11 @@ def environment(source: Path, device: str | None = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions,
         **_commit(source),
-        "started": now(),
+        "started": utc_now(),
     }
 
 
-def now() -> str:
+def utc_now() -> str:
     """Returns the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -57,7 +57,7 @@ def file_digests(config: Any) -> dict[str, str]:
     digests = {}
     for name, value in identity(config).items():
         texts = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)]
-        models = [part for part in texts if any(os.path.isfile(os.path.join(part, one)) for one in _CONFIGS)]
+        models = [part for part in texts if any(os.path.isfile(os.path.join(part, file)) for file in _CONFIGS)]
         paths = [part for part in texts if os.path.isfile(part)]
         paths += [entry.path for part in models for entry in os.scandir(part) if entry.is_file()]
         stats = sorted((os.path.basename(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)

@@ -173,10 +173,10 @@ def share_script(result: Path, runs: Path) -> None:
     candidates = runs.glob(f"*/{RESULTS}/figures/{script.name}")
     with contextlib.suppress(OSError):  # no figure, or no hard links there
         copies = (path for path in candidates if not path.samefile(script))
-        other = next((path for path in copies if filecmp.cmp(script, path, shallow=False)), None)
-        if other is not None:
+        twin = next((path for path in copies if filecmp.cmp(script, path, shallow=False)), None)
+        if twin is not None:
             link = script.with_name(script.name + PARTIAL)
-            os.link(other, link)
+            os.link(twin, link)
             os.replace(link, script)
 
 
@@ -209,7 +209,7 @@ def _changed_setting(run: Run) -> str | None:
         before = _object(read_json(run.folder / ENVIRONMENT, _REMOVE, finite=False).get("files", {}))
     except (DataError, TypeError):  # damaged: `load_run` reports it
         return None
-    return next((name for name, now in file_digests(run.config).items() if before.get(name, now) != now), None)
+    return next((name for name, digest in file_digests(run.config).items() if before.get(name, digest) != digest), None)
 
 
 def _object(value: Any) -> dict[str, Any]:

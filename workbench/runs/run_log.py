@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.io.log import copy_warnings
-from workbench.runs.environment import now
+from workbench.runs.environment import utc_now
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def logged(path: Path, title: str) -> Iterator[Callable[[str], None]]:
     with path.open("wb", buffering=0) as file:  # a line that a full disk refuses must not be tried again at the end
 
         def log(text: str) -> None:
-            file.write(f"{now()}  {text.rstrip()}\n".encode("utf-8", "backslashreplace"))
+            file.write(f"{utc_now()}  {text.rstrip()}\n".encode("utf-8", "backslashreplace"))
 
         show = warnings.showwarning
 

@@ -113,7 +113,7 @@ def sweep(
     start = time.monotonic()
     for outcome in _outcomes(workers, share):
         ended[outcome.run] = outcome
-        executed = sum(one.state != "skipped" for one in ended.values())
+        executed = sum(outcome.state != "skipped" for outcome in ended.values())
         remaining = (time.monotonic() - start) / executed * (len(share) - len(ended)) if executed else 0.0
         time_left = f"; {duration(remaining)} left" if remaining else ""
         place = f"{len(ended):>{len(str(len(share)))}} of {len(share)}"
@@ -176,8 +176,10 @@ def _of_another_process(run: Run) -> Outcome | None:
 def _titles(configs: Sequence[Any]) -> list[str]:
     """A title for each config: "model=demo epsilon=0.2", made of the settings that differ among them."""
     settings = [identity(config) for config in configs]
-    differ = [name for name in settings[0] if len({json.dumps(one[name]) for one in settings}) > 1] if settings else []
-    return [" ".join(f"{name}={_short(one[name])}" for name in differ) or "single run" for one in settings]
+    differ = (
+        [name for name in settings[0] if len({json.dumps(values[name]) for values in settings}) > 1] if settings else []
+    )
+    return [" ".join(f"{name}={_short(values[name])}" for name in differ) or "single run" for values in settings]
 
 
 def _short(value: Any) -> str:
@@ -233,12 +235,12 @@ def combine(experiment: str, results: Sequence[Result]) -> Result:
     columns = list(dict.fromkeys(name for result in results for name in result.table.columns))
     table = pd.concat(with_values, ignore_index=True).reindex(columns=columns)
     provenance = {
-        "model": ", ".join(dict.fromkeys(one["model"] for one in known)),
-        "model_fingerprint": " ".join(dict.fromkeys(one["model_fingerprint"] for one in known)),
-        "store": ", ".join(dict.fromkeys(one["store"] for one in known)),
-        "store_fingerprint": " ".join(dict.fromkeys(one["store_fingerprint"] for one in known)),
-        "rows": sum(one["rows"] for one in known),
-        "settings": {"runs": [one["settings"] for one in known]},
+        "model": ", ".join(dict.fromkeys(source["model"] for source in known)),
+        "model_fingerprint": " ".join(dict.fromkeys(source["model_fingerprint"] for source in known)),
+        "store": ", ".join(dict.fromkeys(source["store"] for source in known)),
+        "store_fingerprint": " ".join(dict.fromkeys(source["store_fingerprint"] for source in known)),
+        "rows": sum(source["rows"] for source in known),
+        "settings": {"runs": [source["settings"] for source in known]},
         "workbench": version("interp-workbench"),
     }
     return Result(experiment, xr.Dataset(), table, provenance)
