@@ -218,11 +218,11 @@ def _warn_of_negative(features: Features, encoding: StoreEncoder) -> None:
         part = np.searchsorted(starts, feature[ends[0] : ends[-1]], side="right") - 1
         counts = np.bincount(row * len(parts) + part, minlength=rows * len(parts)).reshape(rows, -1)
         fewer += (counts < k).sum(0)
-    for number, one, least in zip(fewer, parts, k, strict=True):
+    for number, part_sae, least in zip(fewer, parts, k, strict=True):
         if number:
             _LOG.warning(
-                f"{number:,} of {len(features):,} rows have fewer than {least} activations of {one.name!r} above 0; "
-                "its library also keeps negative ones there, which are not stored"
+                f"{number:,} of {len(features):,} rows have fewer than {least} activations of {part_sae.name!r} "
+                "above 0; its library also keeps negative ones there, which are not stored"
             )
 
 

@@ -266,12 +266,16 @@ def _differences(existing: FeaturesRecord | ExtractionRecord, request: Extractio
             _store_text(request),
         ),
     )
-    differing = ((name, text, request_text) for name, one, other, text, request_text in pairs if one != other)
+    differing = (
+        (name, text, request_text)
+        for name, existing_value, requested_value, text, request_text in pairs
+        if existing_value != requested_value
+    )
     return "; ".join(f"{name} is {text}, requested is {request_text}" for name, text, request_text in differing)
 
 
 def _sites(record: FeaturesRecord | ExtractionRecord) -> tuple[str, list[str]]:
-    return record.site, [one.site for one in record.reads]
+    return record.site, [reading.site for reading in record.reads]
 
 
 def _sae_text(sae: SaeRecord) -> str:

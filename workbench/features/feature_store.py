@@ -137,7 +137,7 @@ class Features:
         The features of a cross-layer transcoder have ids layer by layer: feature j of a layer is first + j. Those of a
         crosscoder read all of its sites.
         """
-        lines = [(one.site, _layer(one.site), one.first, one.stop) for one in self.record.reads]
+        lines = [(reading.site, _layer(reading.site), reading.first, reading.stop) for reading in self.record.reads]
         table = pd.DataFrame(lines, columns=["site", "layer", "first", "stop"])
         return table.astype({"layer": "Int64"})
 
@@ -286,7 +286,7 @@ class Features:
         """
         if not 0 <= feature < self.shape[1]:
             raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
-        return tuple(one.site for one in self.record.reads if one.first <= feature < one.stop)
+        return tuple(reading.site for reading in self.record.reads if reading.first <= feature < reading.stop)
 
     def verify(self) -> None:
         """Reads every byte once and raises DataError for a file whose checksum differs."""
@@ -318,9 +318,11 @@ class Features:
         """Raises for a store that has changed since, and for damaged row pointers."""
         manifest = self.store.manifest
         if self.record.store_fingerprint != manifest.fingerprint:
-            was, now = self.record.rows, self.store.rows
+            rows_then, rows_now = self.record.rows, self.store.rows
             change = (
-                f"had {was:,} rows then and has {now:,} now" if was != now else "is not the one they were made from"
+                f"had {rows_then:,} rows then and has {rows_now:,} now"
+                if rows_then != rows_now
+                else "is not the one they were made from"
             )
             raise RequestError(
                 f"features {self.path.name}: the store {self.store.path} {change}; extract again under another name"
@@ -330,8 +332,8 @@ class Features:
             if indptr[0] != 0 or indptr[-1] != self.record.entries or (indptr[1:] < indptr[:-1]).any():
                 raise self._damaged(name, "its indptr does not rise from 0 to the number of entries")
 
-    def _damaged(self, name: str, what: str) -> DataError:
-        return DataError(f"{self.path / name} is damaged: {what}; extract the features again")
+    def _damaged(self, name: str, problem: str) -> DataError:
+        return DataError(f"{self.path / name} is damaged: {problem}; extract the features again")
 
     def _sums(self, values: Callable[[slice], np.ndarray]) -> Float[np.ndarray, " feature"]:
         """Sum of `values(entries)` over each feature's entries; `entries` is a slice of the order by feature."""
@@ -355,7 +357,7 @@ class Features:
             )
         return where
 
-    def _row_ids(self, index: Any) -> Int64[np.ndarray, " selected"]:
+    def _row_ids(self, index: Any) -> Int64[np.ndarray, " row"]:
         rows = len(self)
         if isinstance(index, Rows):
             return index.ids_in(self.store)
@@ -398,8 +400,8 @@ class Texts:
         first = max(row - context, 0)
         near = np.arange(first, min(row + context + 1, len(self.sequence)))
         together = self.position[near] - self.position[row] == near - row  # rows between may not have been chosen
-        same = np.flatnonzero(together & (self.sequence[near] == self.sequence[row]))
-        return slice(first + int(same[0]), first + int(same[-1]) + 1)
+        offsets = np.flatnonzero(together & (self.sequence[near] == self.sequence[row]))
+        return slice(first + int(offsets[0]), first + int(offsets[-1]) + 1)
 
     def around(self, row: int, context: int) -> str:
         """Returns the text of these rows."""

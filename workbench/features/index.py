@@ -106,7 +106,7 @@ def invert(
         part, rows = chunk
         return plan.distribute(feature[part], value[part], rows)
 
-    def sort(piece: _Piece) -> tuple[Integer[np.ndarray, " sorted"], Float[np.ndarray, " sorted"]]:
+    def sort(piece: _Piece) -> tuple[Integer[np.ndarray, " key"], Float[np.ndarray, " key"]]:
         rows, values = plan.sort(np.concatenate([_read_keys(spill, first, stop) for first, stop in piece]))
         return rows.astype(row_type), values
 
@@ -119,11 +119,11 @@ def invert(
     places = starts[[group.start for group in plan.groups]]
     with open(spill, "wb") as out:
         for keys, numbers in _ahead(distribute, _chunks(indptr, entries)):
-            done = 0
+            start = 0
             for index in np.flatnonzero(numbers):
                 out.seek(8 * int(places[index]))
-                out.write(keys[done : done + numbers[index]].data)
-                done += numbers[index]
+                out.write(keys[start : start + numbers[index]].data)
+                start += numbers[index]
             places += numbers
     for rows, values in _ahead(sort, pieces()):
         file.append("row", rows)
@@ -148,7 +148,7 @@ def _merge_plan(spill: Path, first: int, stop: int, entries: int) -> list[_Piece
     more than are known, so a piece has at most 2 R m keys: what fits in memory.
     """
     runs = [(start, min(start + entries, stop)) for start in range(first, stop, entries)]
-    every = max(1, entries // (2 * len(runs)))
+    spacing = max(1, entries // (2 * len(runs)))
     known = []
     with open(spill, "r+b") as out:
         for start, end in runs:
@@ -156,14 +156,14 @@ def _merge_plan(spill: Path, first: int, stop: int, entries: int) -> list[_Piece
             keys.sort()
             out.seek(8 * start)
             out.write(keys.data)
-            known.append(keys[::every].copy())
+            known.append(keys[::spacing].copy())
     pieces, before = [], [start for start, _ in runs]
     for border in np.sort(np.concatenate(known))[len(runs) :: len(runs)]:
         after = []
         for (start, end), sample in zip(runs, known, strict=True):
             later = int(np.searchsorted(sample, border))  # the border lies after the known key before it
-            begin = start + max(0, later - 1) * every
-            after.append(begin + int(np.searchsorted(_read_keys(spill, begin, min(begin + every, end)), border)))
+            begin = start + max(0, later - 1) * spacing
+            after.append(begin + int(np.searchsorted(_read_keys(spill, begin, min(begin + spacing, end)), border)))
         pieces.append(list(zip(before, after, strict=True)))
         before = after
     return [*pieces, [(start, end) for start, (_, end) in zip(before, runs, strict=True)]]

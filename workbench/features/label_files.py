@@ -71,9 +71,9 @@ def import_labels(
     twice = [name for name in columns if name in saved.columns]
     if twice and not replace:
         raise RequestError(f"labels: {', '.join(twice)} of these features is there already; give replace=True")
-    kept = {name: saved[name].dropna().to_dict() for name in saved.columns if name not in twice}
+    saved_columns = {name: saved[name].dropna().to_dict() for name in saved.columns if name not in twice}
     sources = saved.attrs["sources"] | dict.fromkeys(columns, path.name)
-    save_labels(features.path, features.record.sae.fingerprint, labels_table(kept | columns, sources))
+    save_labels(features.path, features.record.sae.fingerprint, labels_table(saved_columns | columns, sources))
     return open_features(features.path, features.store)
 
 
@@ -84,12 +84,14 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
         raise RequestError(f"labels: {str(path)!r} has none; {_EXPECTED}")
     known = sorted({module for _, module, _, _ in lines})
     if source is None and len(known) > 1:
-        raise RequestError(f"labels: {str(path)!r} has several autoencoders; choose one with source: {_some(known)}")
+        raise RequestError(
+            f"labels: {str(path)!r} has several autoencoders; choose one with source: {_first_names(known)}"
+        )
     if source is not None and known == [""]:
         raise RequestError(f"labels: {str(path)!r} names no autoencoders; leave source out")
     if source is not None and source not in known:
         raise RequestError(
-            f"labels: {str(path)!r} has no source {source!r}, but {_some(known)}{nearest(source, known)}"
+            f"labels: {str(path)!r} has no source {source!r}, but {_first_names(known)}{nearest(source, known)}"
         )
     columns: dict[str, dict[int, Any]] = {}
     repeated = 0
@@ -112,7 +114,7 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
     return columns
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
@@ -128,17 +130,17 @@ def _lines(path: Path) -> Iterator[_Line]:
     if texts:
         yield from _delphi(path, texts)
         return
-    found = [file for file in _files(path, SUFFIXES) if suffix(file) != ".txt"]
-    if not found:
+    files = [file for file in _files(path, SUFFIXES) if suffix(file) != ".txt"]
+    if not files:
         raise RequestError(f"labels: {str(path)!r} has no file of labels; {_EXPECTED}")
-    for file in found:
+    for file in files:
         yield from _rows(file)
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     """Files in a folder and its folders, batch-2 before batch-10."""
-    found = [file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(endings)]
-    return sorted(found, key=lambda file: natural_order(str(file)))
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name.lower().endswith(endings)]
+    return sorted(files, key=lambda file: natural_order(str(file)))
 
 
 # ---- delphi -----------------------------------------------------------------------------------------------
@@ -211,7 +213,9 @@ def _row(place: str, row: Any) -> Iterator[_Line]:
     lowered = {str(name).strip().lower(): name for name in row}
     column = next((lowered[name] for name in _IDS if name in lowered), None)
     if column is None:
-        raise RequestError(f"{place}: no column {_some(list(_IDS))}, but {_some(list(map(str, row)))}; rename one")
+        raise RequestError(
+            f"{place}: no column {_first_names(list(_IDS))}, but {_first_names(list(map(str, row)))}; rename one"
+        )
     feature = row[column]
     if isinstance(feature, float) and feature.is_integer():
         feature = int(feature)
@@ -230,7 +234,7 @@ def _row(place: str, row: Any) -> Iterator[_Line]:
 def _explained(explanation: Mapping[str, Any]) -> dict[str, Any]:
     """Description and scores of one explanation of Neuronpedia."""
     values = {"description": explanation.get("description")}
-    values |= {ours: explanation.get(theirs) for theirs, ours in _NEURONPEDIA.items()}
+    values |= {name: explanation.get(key) for key, name in _NEURONPEDIA.items()}
     scores = explanation.get("scores")
     for score in scores if isinstance(scores, list) else ():
         if isinstance(score, dict) and (number := _number(score.get("value"))) is not None:

@@ -121,10 +121,10 @@ def _plain(value: Any) -> Any:
 def names_of(labels: pd.DataFrame) -> dict[int, str]:
     """Returns the words for each labelled feature: its description, or the first column of text."""
     texts = [name for name in labels.columns if any(isinstance(value, str) for value in labels[name].tolist())]
-    shown = next((name for name in _NAMES if name in texts), texts[0] if texts else None)
-    if shown is None:
+    column = next((name for name in _NAMES if name in texts), texts[0] if texts else None)
+    if column is None:
         return {}
-    cells = zip(labels.index.tolist(), labels[shown].tolist(), strict=True)
+    cells = zip(labels.index.tolist(), labels[column].tolist(), strict=True)
     return {feature: text for feature, text in cells if isinstance(text, str)}
 
 

@@ -101,13 +101,13 @@ class _Matches(NamedTuple):
 
 
 def _matches(
-    one: Features, other: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"]
+    a: Features, b: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"]
 ) -> _Matches:
     best, largest = np.zeros(len(left), np.int64), np.full(len(left), -np.inf)
     best_left, largest_left = np.zeros(len(right), np.int64), np.full(len(right), -np.inf)
     candidates: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     width = len(right) if len(left) * len(right) <= _EXACT else min(_CANDIDATES, len(right))
-    for first, part in _correlations(one, other, left, right, 0):
+    for first, part in _correlations(a, b, left, right, 0):
         rows = np.arange(first, first + len(part))
         best[rows], largest[rows] = part.argmax(1), part.max(1)
         better = part.max(0) > largest_left
@@ -120,17 +120,17 @@ def _matches(
 
 
 def _correlations(
-    one: Features, other: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"], shift: int
+    a: Features, b: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"], shift: int
 ) -> Iterator[tuple[int, Float[np.ndarray, "group right"]]]:
-    """Groups of features of `one`: index of the first, and correlations with all of `other`."""
-    rows = int(text_rows(one.store).sum())
-    number, mean, spread = _moments(one, left, rows)
-    other_number, other_mean, other_spread = _moments(other, right, rows)
+    """Groups of features of `a`: index of the first, and correlations with all of `b`."""
+    rows = int(text_rows(a.store).sum())
+    number, mean, spread = _moments(a, left, rows)
+    other_number, other_mean, other_spread = _moments(b, right, rows)
     step = max(1, _BYTES // (8 * len(right)))
     for first in range(0, len(left), step):
         size = min(step, len(left) - first)
         sums = np.zeros((size, len(right)))
-        for block, partner in text_blocks(one, other, shift=shift):
+        for block, partner in text_blocks(a, b, shift=shift):
             add_product(
                 sums,
                 columns(block, number - first, size, values=True),
@@ -143,15 +143,15 @@ def _correlations(
 
 
 def _moments(
-    features: Features, kept: Int64[np.ndarray, " kept"], rows: int
-) -> tuple[Int64[np.ndarray, " feature"], Float[np.ndarray, " kept"], Float[np.ndarray, " kept"]]:
-    """Index of each kept feature, -1 for others, and mean and standard deviation of the kept ones over rows of text."""
-    number = numbered(features, kept)
-    sums, squares = np.zeros((2, len(kept)))
+    features: Features, ids: Int64[np.ndarray, " id"], rows: int
+) -> tuple[Int64[np.ndarray, " feature"], Float[np.ndarray, " id"], Float[np.ndarray, " id"]]:
+    """Index of each feature among `ids`, -1 for others, and mean and standard deviation of these over rows of text."""
+    number = numbered(features, ids)
+    sums, squares = np.zeros((2, len(ids)))
     for (block,) in text_blocks(features):
-        values = columns(block, number, len(kept), values=True)
-        sums += np.bincount(values.indices, values.data, minlength=len(kept))
-        squares += np.bincount(values.indices, values.data**2, minlength=len(kept))
+        values = columns(block, number, len(ids), values=True)
+        sums += np.bincount(values.indices, values.data, minlength=len(ids))
+        squares += np.bincount(values.indices, values.data**2, minlength=len(ids))
     mean = sums / rows
     return number, mean, np.sqrt(np.maximum(squares / rows - mean**2, 0))
 
@@ -186,22 +186,22 @@ def _assign(
 
 
 def _cosines(
-    sae: Sae, other: Sae, left: Int64[np.ndarray, " left"], match: Int64[np.ndarray, " left"]
+    sae: Sae, other_sae: Sae, left: Int64[np.ndarray, " left"], match: Int64[np.ndarray, " left"]
 ) -> dict[str, np.ndarray]:
     """Cosine of the matches' decoder directions, and the feature with the largest cosine."""
     units, matched = (
-        unit_rows(decoder_directions(*one).cpu()) for one in ((sae, left.tolist()), (other, match.tolist()))
+        unit_rows(decoder_directions(*side).cpu()) for side in ((sae, left.tolist()), (other_sae, match.tolist()))
     )
     if units.shape[1] != matched.shape[1]:
         raise RequestError(
-            f"the decoders of {sae.name!r} and {other.name!r} have the widths {units.shape[1]} and {matched.shape[1]}; "
-            "leave the SAEs out to compare activations alone"
+            f"the decoders of {sae.name!r} and {other_sae.name!r} have the widths {units.shape[1]} and "
+            f"{matched.shape[1]}; leave the SAEs out to compare activations alone"
         )
     nearest, largest = np.zeros(len(left), np.int64), np.full(len(left), -np.inf)
-    for place, others in unit_directions(other):
-        step = max(1, _BYTES // (4 * len(others)))
+    for place, directions in unit_directions(other_sae):
+        step = max(1, _BYTES // (4 * len(directions)))
         for part in (slice(first, first + step) for first in range(0, len(left), step)):
-            products = (units[part] @ others.cpu().T).nan_to_num(nan=-torch.inf).numpy()
+            products = (units[part] @ directions.cpu().T).nan_to_num(nan=-torch.inf).numpy()
             best, closest = products.argmax(1), products.max(1)
             better = closest > largest[part]
             nearest[part] = np.where(better, place.start + best, nearest[part])
@@ -269,21 +269,21 @@ def feature_splits(one: Features, other: Features, *, precision: float | int = 0
 
 
 def _overlaps(
-    one: Features, other: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"]
+    a: Features, b: Features, left: Int64[np.ndarray, " left"], right: Int64[np.ndarray, " right"]
 ) -> Iterator[tuple[int, Int64[np.ndarray, "group right"]]]:
-    """Groups of features of `one`: index of the first, and rows of text shared with each feature of `other`."""
-    numbers = numbered(one, left), numbered(other, right)
+    """Groups of features of `a`: index of the first, and rows of text shared with each feature of `b`."""
+    numbers = numbered(a, left), numbered(b, right)
     step = max(1, _BYTES // (8 * max(1, len(right))))
     for first in range(0, len(left), step):
         sums = np.zeros((min(step, len(left) - first), len(right)), np.int64)
-        for block, partner in text_blocks(one, other):
+        for block, partner in text_blocks(a, b):
             add_product(sums, columns(block, numbers[0] - first, len(sums)), columns(partner, numbers[1], len(right)))
         yield first, sums
 
 
-def _check_stores(one: Features, other: Features) -> None:
-    if one.record.store_fingerprint != other.record.store_fingerprint or len(one) != len(other):
+def _check_stores(a: Features, b: Features) -> None:
+    if a.record.store_fingerprint != b.record.store_fingerprint or len(a) != len(b):
         raise RequestError(
-            f"features {one.path.name} and {other.path.name} are of different stores ({one.store.path}, "
-            f"{other.store.path}); extract both from one store"
+            f"features {a.path.name} and {b.path.name} are of different stores ({a.store.path}, "
+            f"{b.store.path}); extract both from one store"
         )

@@ -205,7 +205,7 @@ def export_neuronpedia(
     return out
 
 
-def _checked_ids(features: Features, ids: Sequence[int] | None) -> Int64[np.ndarray, " chosen"]:
+def _checked_ids(features: Features, ids: Sequence[int] | None) -> Int64[np.ndarray, " id"]:
     chosen = np.flatnonzero(features.counts) if ids is None else np.asarray(ids, np.int64)
     if len(chosen) and not 0 <= chosen.min() <= chosen.max() < features.shape[1]:
         raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {chosen.max()}")

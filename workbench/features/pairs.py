@@ -56,11 +56,11 @@ def coactive_pairs(
     k = whole_number("k", k, at_least=1)
     check("by", by, one_of=MEASURES)
     counts, rows = text_counts(features), int(text_rows(features.store).sum())
-    kept = np.flatnonzero(counts >= least)
+    ids = np.flatnonzero(counts >= least)
     best, pairs, none = pd.DataFrame(), 0, np.empty(0, np.int64)
-    for first, shared in _pair_counts(features, kept, show_progress):
-        one, other = np.nonzero(np.triu(shared, 1) >= least)
-        table = _compared(kept[first + one], kept[first + other], shared[one, other].astype(np.int64), counts, rows)
+    for first, shared in _pair_counts(features, ids, show_progress):
+        row, column = np.nonzero(np.triu(shared, 1) >= least)
+        table = _compared(ids[first + row], ids[first + column], shared[row, column].astype(np.int64), counts, rows)
         pairs += len(table)
         best = pd.concat([best, table]).sort_values([by, "feature", "other"], ascending=[False, True, True]).head(k)
     best = best.reset_index(drop=True) if len(best) else _compared(none, none, none, counts, rows)
@@ -71,41 +71,41 @@ def coactive_pairs(
 
 
 def _compared(
-    one: Int64[np.ndarray, " pair"],
-    other: Int64[np.ndarray, " pair"],
-    both: Int64[np.ndarray, " pair"],
+    first: Int64[np.ndarray, " pair"],
+    second: Int64[np.ndarray, " pair"],
+    shared: Int64[np.ndarray, " pair"],
     counts: Int64[np.ndarray, " feature"],
     rows: int,
 ) -> pd.DataFrame:
-    active, other_active = counts[one], counts[other]
+    active, other_active = counts[first], counts[second]
     expected = active * (other_active / max(1, rows))
     return pd.DataFrame(
         {
-            "feature": one,
-            "other": other,
+            "feature": first,
+            "other": second,
             "active": active,
             "other_active": other_active,
-            "both": both,
+            "both": shared,
             "expected": expected,
-            "lift": both / expected,
-            "pmi": np.log(both / expected),
-            "jaccard": both / (active + other_active - both),
+            "lift": shared / expected,
+            "pmi": np.log(shared / expected),
+            "jaccard": shared / (active + other_active - shared),
             "jaccard_expected": expected / (active + other_active - expected),
         }
     )
 
 
 def _pair_counts(
-    features: Features, kept: Int64[np.ndarray, " kept"], show_progress: bool
+    features: Features, ids: Int64[np.ndarray, " id"], show_progress: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Groups of consecutive kept features: index of the first, counts (feature of the group, from it on)."""
-    number = numbered(features, kept)
-    step = max(1, _BYTES // (4 * max(1, len(kept))))
-    groups = range(0, len(kept), step)
+    """Groups of consecutive features of `ids`: index of the first, counts (feature of the group, from it on)."""
+    number = numbered(features, ids)
+    step = max(1, _BYTES // (4 * max(1, len(ids))))
+    groups = range(0, len(ids), step)
     text = int(text_rows(features.store).sum())
     with progress("pairs", len(groups) * text, "rows", show=show_progress) as advance:
         for first in groups:
-            size, later = min(step, len(kept) - first), len(kept) - first
+            size, later = min(step, len(ids) - first), len(ids) - first
             sums = np.zeros((size, later), np.int32)
             for blocks in text_blocks(features):
                 block: Any = blocks[0]
@@ -130,10 +130,10 @@ def text_blocks(*stores: Features, shift: int = 0) -> Iterator[tuple[csr_array, 
         yield tuple(features[(moved if place else text)[part]] for place, features in enumerate(stores))
 
 
-def numbered(features: Features, kept: Int64[np.ndarray, " kept"]) -> Int64[np.ndarray, " feature"]:
-    """Returns the index of each feature among the kept ones, -1 for others."""
+def numbered(features: Features, ids: Int64[np.ndarray, " id"]) -> Int64[np.ndarray, " feature"]:
+    """Returns the index of each feature among `ids`, -1 for others."""
     number = np.full(features.shape[1], -1)
-    number[kept] = np.arange(len(kept))
+    number[ids] = np.arange(len(ids))
     return number
 
 

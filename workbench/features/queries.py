@@ -119,10 +119,10 @@ def feature_contexts(
             spans[row] = texts.near(row, context)
     if not spans:
         return []
-    shown = np.concatenate([np.arange(span.start, span.stop) for span in spans.values()])
-    entries = features[shown].tocoo()
+    context_rows = np.concatenate([np.arange(span.start, span.stop) for span in spans.values()])
+    entries = features[context_rows].tocoo()
     selected = entries.col == feature
-    activations = np.zeros(len(shown), np.float32)
+    activations = np.zeros(len(context_rows), np.float32)
     activations[entries.row[selected]] = entries.data[selected]
     cuts = np.cumsum([span.stop - span.start for span in spans.values()])[:-1]
     return [
@@ -232,12 +232,12 @@ def coactivation(features: Features, feature: int | np.integer) -> pd.DataFrame:
     rows = rows[text[rows]]
     shared = _counts_on(features, rows)
     shared[feature] = 0
-    other = np.flatnonzero(shared)
-    active, shared = text_counts(features)[other], shared[other]
+    partners = np.flatnonzero(shared)
+    active, shared = text_counts(features)[partners], shared[partners]
     expected = active * len(rows) / max(1, int(text.sum()))
     table = pd.DataFrame(
         {
-            "feature": other,
+            "feature": partners,
             "active": active,
             "both": shared,
             "expected": expected,
@@ -258,7 +258,7 @@ def text_counts(features: Features) -> Int64[np.ndarray, " feature"]:
     return features.counts - _counts_on(features, np.flatnonzero(~text_rows(features.store)))
 
 
-def _counts_on(features: Features, rows: Int[np.ndarray, " selected"]) -> Int64[np.ndarray, " feature"]:
+def _counts_on(features: Features, rows: Int[np.ndarray, " row"]) -> Int64[np.ndarray, " feature"]:
     """Number of `rows` on which each feature is active."""
     counts = np.zeros(features.shape[1], np.int64)
     step = max(1, index.ENTRIES * len(features) // max(1, features.record.entries))

@@ -181,8 +181,8 @@ class EncodedSites:
             for site in self.reading.recorded:
                 _check_finite(site, first, values[site.name])
 
-            def read(some: slice) -> Float[Tensor, "row ..."]:
-                return self.reading.rows(lambda site: values[site.name][some])
+            def read(rows: slice) -> Float[Tensor, "row ..."]:
+                return self.reading.rows(lambda site: values[site.name][rows])
 
             span = first, first + len(values[self.reading.recorded[0].name])
             segments.write(span, encoding.encode_rows(span, read, lengths))
@@ -197,8 +197,8 @@ class EncodedSites:
         shared = workers is not None and workers.shared
         stored = {site.name for site in store.sites}
         if all(site.name in stored for site in self.reading.recorded):
-            others = None if shared else workers  # the other processes of the recording may have ended
-            extract_array(encoding, settings.dtype, others)
+            extraction_workers = None if shared else workers  # the other processes of the recording may have ended
+            extract_array(encoding, settings.dtype, extraction_workers)
             return
         planned, request = self._planned(store.manifest), self._request(store.manifest.fingerprint, store.rows)
         explained = explain_full_disk(f"features {target}", "run the same command to resume", "what is committed stays")
