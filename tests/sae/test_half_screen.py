@@ -184,7 +184,7 @@ from workbench.sae import triton_kernels as kernels
 
 half, single, sizes = "*fp16", "*fp32", dict.fromkeys(("rows", "features", "d_in", "groups", "most", "pairs"), "i32")
 types = dict.fromkeys(("out", "maxima", "bounds", "least"), half)
-types |= {**sizes, "row_terms": single, "feature_terms": single, "products": single, "found": "*i32", "count": "*i32"}
+types |= {**sizes, "row_terms": single, "feature_terms": single, "products": single, "ids": "*i32", "count": "*i32"}
 types |= {"row": "*i64", "feature": "*i64"}
 for capability in (80, 90):
     for kernel, of_rows, constants, options in (

@@ -193,9 +193,9 @@ class Sae:
 def not_defined(name: str, features: Sequence[int]) -> DataError:
     """Returns the error for features whose directions have NaN or infinite values."""
     more = ", ..." if len(features) > 5 else ""
-    which = "feature " if len(features) == 1 else f"{len(features):,} features, "
-    which += ", ".join(map(str, features[:5])) + more
-    return DataError(f"SAE {name!r}: the decoder has NaN or infinite values at {which}; save or download the SAE again")
+    text = "feature " if len(features) == 1 else f"{len(features):,} features, "
+    text += ", ".join(map(str, features[:5])) + more
+    return DataError(f"SAE {name!r}: the decoder has NaN or infinite values at {text}; save or download the SAE again")
 
 
 def check_autoencoder(sae: object) -> None:

@@ -39,7 +39,7 @@ def decoder_directions(
         DataError: A direction with NaN or infinite values.
     """
     ids = list(range(sae.d_sae)) if features is None else [int(feature) for feature in features]
-    if wrong := [one for one in ids if not 0 <= one < sae.d_sae]:
+    if wrong := [feature for feature in ids if not 0 <= feature < sae.d_sae]:
         raise RequestError(f"feature {wrong[0]} does not exist; the SAE has features 0 to {sae.d_sae - 1}")
     if isinstance(sae, LayeredSae) and features is not None:
         rows = sae.decoder_rows(ids).detach().float()
@@ -61,7 +61,7 @@ def unit_directions(sae: Sae) -> Iterator[tuple[slice, Float[Tensor, "feature d_
     first = 0
     for part in sae.parts if isinstance(sae, LayeredSae) else (sae,):
         if part.undefined:
-            ids = [first + one for one in part.undefined]
+            ids = [first + feature for feature in part.undefined]
             _LOG.warning(f"{not_defined(sae.name, ids)}; they are left out of comparisons")
         step = max(1, _BYTES // (4 * part.W_dec.shape[1]))
         for start in range(0, part.d_sae, step):
@@ -151,7 +151,7 @@ def extreme_tokens(effects: Float[Tensor, " vocab"], unembed: Unembed, k: int) -
     )
 
 
-def extremes(values: Float[np.ndarray, " value"], k: int) -> Int64[np.ndarray, " chosen"]:
+def extremes(values: Float[np.ndarray, " value"], k: int) -> Int64[np.ndarray, " extreme"]:
     """Returns the indices of the k largest and the k smallest values, largest first; none twice."""
     order = np.argsort(-values, kind="stable")
     return order if 2 * k >= len(order) else np.concatenate([order[:k], order[-k:]])

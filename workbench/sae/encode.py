@@ -176,8 +176,8 @@ class Encoder:
         overflowing = ~(norm * steepest + highest < SAFE)  # also where either is NaN
         if overflowing.any():
             pre = self.linear.pre(x)
-            kept = pre.abs() if isinstance(self.choice, AbsTopK) else pre
-            if (bad := _first(~(kept < torch.inf).all(1))) is not None:
+            values = pre.abs() if isinstance(self.choice, AbsTopK) else pre
+            if (bad := _first(~(values < torch.inf).all(1))) is not None:
                 raise NotFinite(bad, features=True)
             return choose(self.choice, pre)
         if self.screen is None or (len(x) <= _FEW_ROWS and x.device.type == "cpu"):
@@ -224,8 +224,8 @@ class Encoder:
         if self.linear is None:
             return None
         with suppress(IndexError):  # no call has brought one back
-            if len(kept := self.experience.rooms.pop()) >= rows:
-                return kept
+            if len(room := self.experience.rooms.pop()) >= rows:
+                return room
         rows = 0 if isinstance(self.screen, HalfScreen) else rows  # whose kernels return theirs
         kind = torch.bfloat16 if self.screen else torch.float32
         return torch.empty(rows, self.sae.d_sae, dtype=kind, device=self.sae.device)
@@ -271,7 +271,7 @@ class LayeredEncoder:
     def above(self, threshold: Float32[Tensor, " feature"]) -> LayeredEncoder:
         """Returns an encoder that keeps pre-activations above a threshold per feature."""
         thresholds = threshold.split([part.d_sae for part in self.sae.parts])
-        return replace(self, parts=tuple(part.above(one) for part, one in zip(self.parts, thresholds, strict=True)))
+        return replace(self, parts=tuple(part.above(level) for part, level in zip(self.parts, thresholds, strict=True)))
 
 
 @plain_torch()
@@ -322,8 +322,8 @@ def _layered_encoder(sae: LayeredSae, choice: TopK | Above | None, precision: st
         )
     parts = []
     for part in sae.parts:
-        one = None if choice is None else Above(torch.zeros(part.d_sae, device=part.device))
-        encodes = encoder(part, one, precision)
+        part_choice = None if choice is None else Above(torch.zeros(part.d_sae, device=part.device))
+        encodes = encoder(part, part_choice, precision)
         assert isinstance(encodes, Encoder)
         parts.append(encodes)
     whole = LayeredEncoder(sae, tuple(parts))

@@ -104,6 +104,6 @@ def _change(
         target = record.target(activation)
         step = (target - activation)[:, None] * row_scale(sae, block) * direction
         step = step.to(block).reshape(block.shape)
-        same = (target == activation).to(block.device).reshape(-1, *[1] * (block.ndim - 1))
-        parts.append(torch.where(same, block, block + step))
+        is_unchanged = (target == activation).to(block.device).reshape(-1, *[1] * (block.ndim - 1))
+        parts.append(torch.where(is_unchanged, block, block + step))
     return torch.cat(parts)

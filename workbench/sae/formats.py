@@ -163,7 +163,7 @@ def _spellings(sae_id: str) -> Iterator[str]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Folders, safetensors files and pickles below a folder; what is inside of a place is a part of it."""
-    seen, waiting = 0, [(folder, 0)]
+    count, waiting = 0, [(folder, 0)]
     while waiting:
         parent, depth = waiting.pop()
         try:
@@ -171,9 +171,9 @@ def _walk(folder: Path) -> Iterator[Path]:
         except OSError:
             continue
         for entry in entries:
-            seen += 1
+            count += 1
             path = parent / entry.name
-            if seen > _MOST:
+            if count > _MOST:
                 return
             if entry.is_dir():
                 yield path

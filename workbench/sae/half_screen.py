@@ -74,14 +74,14 @@ class HalfScreen:
         self, x: Float32[Tensor, "row d_in"], row: Int64[Tensor, " entry"], feature: Int64[Tensor, " entry"]
     ) -> Float32[Tensor, " entry"]:
         """Returns selected pre-activations in float32; `row` ascends. Those of the feature -1 are any numbers."""
-        there, kernels = feature.clamp(min=0), kernels_for(x.device)
+        index, kernels = feature.clamp(min=0), kernels_for(x.device)
         if kernels is not None:
             pre = kernels.pair_products(x, self.rows, row, feature)
         else:
             pre, real = torch.zeros(len(row), device=x.device), feature >= 0
             pre[real] = pair_products(x, (self.rows,), row[real], feature[real])
-        pre += self.linear.bias[there]
-        return pre if self.linear.scale is None else pre * self.linear.scale[there]
+        pre += self.linear.bias[index]
+        return pre if self.linear.scale is None else pre * self.linear.scale[index]
 
     def select(self, choice: Above | TopK, x: Float32[Tensor, "row d_in"]) -> tuple[Entries, Bool[Tensor, " row"]]:
         """Returns the entries found through bounds, and a mask of the rows for which bounds do not pay off."""
@@ -157,8 +157,8 @@ def make_half_screen(linear: Linear, choice: Above | TopK) -> HalfScreen | None:
         low[part] = rounded.T
         terms[0, part] = ((scaled - rounded.double()).norm(dim=0) * _MARGIN + _FLUSHED).float()
         terms[1, part] = (rounded.double().norm(dim=0) * _MARGIN + _LEAST).float()
-    one = torch.ones(features, device=place)
-    terms[2] = torch.ldexp(one, exponent - highest)
+    ones = torch.ones(features, device=place)
+    terms[2] = torch.ldexp(ones, exponent - highest)
     bias = linear.bias * scale
     below = (bias - choice.threshold if isinstance(choice, Above) else bias).clamp(-SAFE, SAFE)
     below = below + (below.abs() + bias.abs()) * 8 * (d_in + 8) * 2**-24
@@ -206,10 +206,10 @@ def _candidates(
     row, feature = (stored >= least[:, None]).nonzero().unbind(1)
     start = row_starts(row, len(stored))
     place = torch.arange(len(row), device=row.device) - start[row]
-    kept = place < most
-    found = torch.full((len(stored), most), -1, dtype=torch.int32, device=row.device)
-    found[row[kept], place[kept]] = feature[kept].int()
-    return found, start.diff().int()
+    fits = place < most
+    candidates = torch.full((len(stored), most), -1, dtype=torch.int32, device=row.device)
+    candidates[row[fits], place[fits]] = feature[fits].int()
+    return candidates, start.diff().int()
 
 
 def _listed(

@@ -119,8 +119,8 @@ def head_of(site: SiteRecord, head: int) -> Reading:
     if "head" not in site.axes[1:2] or len(site.shape) != 2 or head not in range(site.shape[0]):
         axes = ", ".join(f"{axis} {length}" for axis, length in zip(site.axes[1:], site.shape, strict=True))
         raise RequestError(f"head {head} of {site.label} does not exist: a row has the axes {axes}")
-    one = replace(site, axes=("row", site.axes[2]), shape=site.shape[1:])
-    return Reading(one, (Reading(site),), head)
+    head_site = replace(site, axes=("row", site.axes[2]), shape=site.shape[1:])
+    return Reading(head_site, (Reading(site),), head)
 
 
 def normalised(site: SiteRecord, norm: Norm, name: str) -> Reading:
@@ -139,9 +139,13 @@ def side_by_side(parts: Sequence[Reading]) -> Reading:
     Raises:
         RequestError: Readings of other widths, or with heads.
     """
-    first, *others = (part.site for part in parts)
-    if other := next((site for site in (first, *others) if site.shape != first.shape or len(first.shape) != 1), None):
-        raise RequestError(f"{first.label} and {other.label} cannot be read side by side: their rows have other shapes")
+    first, *other_sites = (part.site for part in parts)
+    if misfit := next(
+        (site for site in (first, *other_sites) if site.shape != first.shape or len(first.shape) != 1), None
+    ):
+        raise RequestError(
+            f"{first.label} and {misfit.label} cannot be read side by side: their rows have other shapes"
+        )
     types = {part.site.dtype for part in parts}
     dtype = types.pop() if len(types) == 1 else "float32"
     name = joint_name([part.site.name for part in parts])

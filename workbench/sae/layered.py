@@ -82,7 +82,9 @@ class LayeredSae(Sae):
         """Returns rows of `W_dec`, without a copy of all."""
         ids, firsts = np.asarray(features, np.int64), np.array(self.firsts)
         part = np.searchsorted(firsts, ids, side="right") - 1
-        return torch.stack([self.parts[which].W_dec[one - firsts[which]] for which, one in zip(part, ids, strict=True)])
+        return torch.stack(
+            [self.parts[number].W_dec[feature - firsts[number]] for number, feature in zip(part, ids, strict=True)]
+        )
 
     def encode(self, rows: Float[Tensor, "row site d_in"], *, gradients: bool = False) -> Float[Tensor, "row feature"]:
         """Returns the dense activations of all features of all layers in float32."""
@@ -112,12 +114,12 @@ class LayeredSae(Sae):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the files record of the training, as far as all parts have the same; without sites."""
-        first, *others = (part.metadata for part in self.parts)
+        first, *other_metadata = (part.metadata for part in self.parts)
         site_keys = {"hook_name", "hook_name_out", "hook_names"}
         return {
             name: value
             for name, value in first.items()
-            if name not in site_keys and all(other.get(name) == value for other in others)
+            if name not in site_keys and all(metadata.get(name) == value for metadata in other_metadata)
         }
 
 

@@ -75,8 +75,8 @@ def load_sae(
         return _load_place(_demo_directory(), embedded.NAME, device)
     if text == embedded.PLANTED:
         about = {"hook_name": "blocks.0.hook_mlp_out", "model_name": text}
-        made = converted("jumprelu", planted_autoencoder(), {"apply_b_dec_to_input": False}, about)
-        return _inference_sae(from_converted(made, embedded.FOLDER / text, device), text)
+        autoencoder = converted("jumprelu", planted_autoencoder(), {"apply_b_dec_to_input": False}, about)
+        return _inference_sae(from_converted(autoencoder, embedded.FOLDER / text, device), text)
     path = Path(text).expanduser()
     if path.exists() and not (path.is_dir() or path.is_file()):
         raise RequestError(f"SAE {text!r} is neither a folder nor a file; give one that holds an autoencoder")

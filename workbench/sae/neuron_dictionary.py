@@ -68,8 +68,8 @@ def neuron_dictionary(model: Model, layer: int, *, minimum: float = 0.0) -> Sae:
         "model_name": model.name,
     }
     kind = "jumprelu_transcoder" if minimum else "transcoder"
-    made = converted(kind, weights, {"apply_b_dec_to_input": False}, about)
-    return Sae(from_converted(made, NAME, model.device), NAME)
+    transcoder = converted(kind, weights, {"apply_b_dec_to_input": False}, about)
+    return Sae(from_converted(transcoder, NAME, model.device), NAME)
 
 
 def gated(model: Model, layer: int) -> bool:

@@ -162,12 +162,12 @@ def places_from(
     shares = [(bits[at : at + share], lowest[at : at + share], most) for at in range(0, len(bits), share)]
     if len(shares) > 1:
         with ThreadPoolExecutor(len(shares)) as pool:
-            found = list(pool.map(_places_from, *zip(*shares, strict=True)))
+            results = list(pool.map(_places_from, *zip(*shares, strict=True)))
     else:
-        found = [_places_from(*one) for one in shares]
-    flat = np.concatenate([places + index * share * bits.shape[1] for index, (places, _) in enumerate(found)])
+        results = [_places_from(*part) for part in shares]
+    flat = np.concatenate([places + index * share * bits.shape[1] for index, (places, _) in enumerate(results)])
     row = flat // bits.shape[1]
-    crowded = np.concatenate([over for _, over in found])
+    crowded = np.concatenate([over for _, over in results])
     return torch.from_numpy(row), torch.from_numpy(flat - row * bits.shape[1]), torch.from_numpy(crowded)
 
 
@@ -220,14 +220,14 @@ def _summed(terms: Iterable[Tensor]) -> Tensor:
     return reduce(Tensor.add_, terms)
 
 
-def _sampled(one: Tensor, other: Tensor, start: Tensor, place: Tensor) -> Float32[Tensor, " entry"]:
-    """Pairs without copies, nine times faster on a CPU: rows of `one` by `start`, rows of `other` by `place`."""
+def _sampled(a: Tensor, b: Tensor, start: Tensor, place: Tensor) -> Float32[Tensor, " entry"]:
+    """Pairs without copies, nine times faster on a CPU: rows of `a` by `start`, rows of `b` by `place`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch warns that CSR is in beta
         places = torch.sparse_csr_tensor(
-            start, place, one.new_zeros(len(place)), (len(one), len(other)), check_invariants=False
+            start, place, a.new_zeros(len(place)), (len(a), len(b)), check_invariants=False
         )
-        return torch.sparse.sampled_addmm(places, one, other.T, beta=0.0).values()
+        return torch.sparse.sampled_addmm(places, a, b.T, beta=0.0).values()
 
 
 def _places_from(

@@ -273,12 +273,12 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
         raise DataError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from None
-    taken = {name: take(weights, name, path) for name in _GEMMA_TENSORS}
+    tensors = {name: take(weights, name, path) for name in _GEMMA_TENSORS}
     if "scaling_factor" in weights and bool((weights["scaling_factor"] == 1).all()):
         weights.pop("scaling_factor")
     check_none_left(weights, path)
-    check_matrices(path, taken)
-    return taken
+    check_matrices(path, tensors)
+    return tensors
 
 
 def _gemma_3_name(name: object) -> str | None:

@@ -128,12 +128,12 @@ def screened_top(
     return entries, crowded
 
 
-def merge(rows: int, one: Entries, other: Entries) -> Entries:
+def merge(rows: int, first: Entries, second: Entries) -> Entries:
     """Returns the entries of both, which have no row in common."""
-    if not len(other.row) or not len(one.row):
-        return one if len(one.row) else other
-    starts = row_starts(one.row, rows), row_starts(other.row, rows)
-    parts, place = (one, other), []
+    if not len(second.row) or not len(first.row):
+        return first if len(first.row) else second
+    starts = row_starts(first.row, rows), row_starts(second.row, rows)
+    parts, place = (first, second), []
     for part, before in zip(parts, reversed(starts), strict=True):
         place.append(torch.arange(len(part.row), device=part.row.device) + before[part.row])
     place = torch.cat(place)
@@ -153,13 +153,13 @@ def largest(
     border = last[row]
     larger, tied = value > border, (value == border) & (border > 0)
     start = row_starts(row, rows)
-    taken = torch.zeros(len(row) + 1, dtype=torch.int64, device=row.device)
-    torch.cumsum(larger, 0, out=taken[1:])
-    free = choice.k - (taken[start[1:]] - taken[start[:-1]])
-    torch.cumsum(tied, 0, out=taken[1:])
-    rank = taken[1:] - taken[start[:-1]][row]
-    kept = larger | (tied & (rank <= free[row]))  # of equal ones the first
-    return Entries(row, feature, value).where(kept), last
+    running_count = torch.zeros(len(row) + 1, dtype=torch.int64, device=row.device)
+    torch.cumsum(larger, 0, out=running_count[1:])
+    free = choice.k - (running_count[start[1:]] - running_count[start[:-1]])
+    torch.cumsum(tied, 0, out=running_count[1:])
+    rank = running_count[1:] - running_count[start[:-1]][row]
+    mask = larger | (tied & (rank <= free[row]))  # of equal ones the first
+    return Entries(row, feature, value).where(mask), last
 
 
 def _positive(bounds: Tensor) -> Tensor:

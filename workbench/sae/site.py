@@ -51,7 +51,7 @@ def stored_sites(store: Store) -> OfferedSites:
     return OfferedSites(
         path=store.path,
         model=store.manifest.model,
-        first=lambda wanted: next((name for name in wanted if name in names), None),
+        first=lambda candidates: next((name for name in candidates if name in names), None),
         record=lambda site: store[site].site,
         final_norm=cache(lambda: Norm(*final_norm(store.path))),
     )
@@ -90,9 +90,9 @@ def input_reading(
     Raises:
         RequestError: Width, site or model differ from the SAE's, or the SAE's files do not record its site.
     """
-    wanted = _wanted(sae, site, offered.arguments[0])
+    choices = _site_choices(sae, site, offered.arguments[0])
     trained_on = sae.sites or (None,) * sae.n_sites
-    parts = [_reading(offered, sae, one, recorded) for one, recorded in zip(wanted, trained_on, strict=True)]
+    parts = [_reading(offered, sae, choice, recorded) for choice, recorded in zip(choices, trained_on, strict=True)]
     for part, recorded in zip(parts, trained_on, strict=True):
         check_fit(
             sae, part.site, offered.model, offered.path, force=force, arguments=offered.arguments, trained_on=recorded
@@ -100,7 +100,7 @@ def input_reading(
     return parts[0] if sae.n_sites == 1 else side_by_side(parts)
 
 
-def _wanted(
+def _site_choices(
     sae: Sae, site: str | tuple[str, int] | Sequence[str] | None, argument: str
 ) -> Sequence[str | tuple[str, int]]:
     """The site of each part of the SAE's input, as the caller or the SAE's files have it."""
@@ -113,12 +113,12 @@ def _wanted(
         return sae.sites
     if sae.n_sites == 1:
         return [site] if isinstance(site, str) else [cast("tuple[str, int]", tuple(site))]
-    wanted = site.split(",") if isinstance(site, str) else list(site)
-    if len(wanted) != sae.n_sites:
+    names = site.split(",") if isinstance(site, str) else list(site)
+    if len(names) != sae.n_sites:
         raise RequestError(
-            f"{argument}: SAE {sae.name!r} reads {sae.n_sites} sites at once; give as many, not {len(wanted)}"
+            f"{argument}: SAE {sae.name!r} reads {sae.n_sites} sites at once; give as many, not {len(names)}"
         )
-    return [str(name).strip() for name in wanted]
+    return [str(name).strip() for name in names]
 
 
 def _reading(offered: OfferedSites, sae: Sae, site: str | tuple[str, int], trained_on: str | None) -> Reading:
@@ -245,11 +245,11 @@ def site_names(site: str) -> tuple[str, ...]:
     if match[2] == "mlp_in":
         return (f"blocks.{layer}.mlp.hook_in", site)
     pre = match[2] == "resid_pre"
-    other = f"blocks.{layer - 1}.hook_resid_post" if pre else f"blocks.{layer + 1}.hook_resid_pre"
-    return (site, other)
+    twin = f"blocks.{layer - 1}.hook_resid_post" if pre else f"blocks.{layer + 1}.hook_resid_pre"
+    return (site, twin)
 
 
-def same_model(one: str, other: str) -> bool:
+def same_model(first: str, second: str) -> bool:
     """Returns True if two names mean the same model: owners differ between hubs, and TransformerLens has aliases."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
@@ -258,4 +258,4 @@ def same_model(one: str, other: str) -> bool:
         official = next((key for key, aliases in MODEL_ALIASES.items() if name in map(str.casefold, aliases)), name)
         return official.casefold().rsplit("/", 1)[-1]
 
-    return plain(one) == plain(other)
+    return plain(first) == plain(second)

@@ -129,7 +129,7 @@ class Cut:
 
     def masks(self, chunks: Iterable[Entries]) -> Iterator[Bool[np.ndarray, " _entry"]]:
         """Yields the mask of kept entries for each chunk; the chunks are those of `find_cut`, in order."""
-        seen = np.zeros(len(self.last), np.int64)
+        tie_counts = np.zeros(len(self.last), np.int64)
         for feature, value in chunks:
             group, bits = _grouped(feature, len(self.last)), value.view(np.uint32)
             mask = bits > self.last[group]
@@ -139,8 +139,8 @@ class Cut:
             rank = np.empty(len(tied), np.int64)
             starts = np.searchsorted(tied_group[order], tied_group[order])
             rank[order] = np.arange(len(tied)) - starts
-            mask[tied] = rank + seen[tied_group] < self.ties[tied_group]
-            seen += np.bincount(tied_group, minlength=len(seen))
+            mask[tied] = rank + tie_counts[tied_group] < self.ties[tied_group]
+            tie_counts += np.bincount(tied_group, minlength=len(tie_counts))
             yield mask
 
 

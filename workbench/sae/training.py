@@ -91,8 +91,8 @@ def check_training(sae: Sae, site: str, architecture: str) -> None:
         if loading.get(name) and pattern.fullmatch(site):
             raise RequestError(f"SAE {sae.name!r} was trained on a model loaded with {name}, which changes {site}")
     known = {"center_writing_weights", *_CHANGED_SITES, *_SAME_ROWS}
-    if others := {name: value for name, value in loading.items() if name not in known and value is not None}:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(others.items()))[:200]
+    if other_settings := {name: value for name, value in loading.items() if name not in known and value is not None}:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other_settings.items()))[:200]
         _LOG.warning(
             f"SAE {sae.name!r} was trained on a model loaded with {listed}: unless the recorded model is the same, its "
             "features are wrong"

@@ -64,7 +64,7 @@ def transcoder(path: Path) -> Converted:
         DataError: A file that is damaged or has other tensors, or a damaged config.
     """
     config = _read_config(path.parent)
-    layers = [other.name for other in layer_files(path.parent)] if "transcoders" in config else []
+    layers = [file.name for file in layer_files(path.parent)] if "transcoders" in config else []
     number = re.search(r"_(\d+)\.safetensors$", path.name)
     layer = layers.index(path.name) if path.name in layers else int(number[1]) if number else None
     metadata: dict[str, Any] = {"model_name": config.get("model_name")}

@@ -139,17 +139,17 @@ def _bounds(
 
 
 @triton.jit
-def _candidates(bounds, least, found, count, features, most, BLOCK: tl.constexpr):
+def _candidates(bounds, least, ids, count, features, most, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     border = tl.load(least + row)
     number = 0
     for start in range(0, features, BLOCK):
         feature = start + tl.arange(0, BLOCK)
         bound = tl.load(bounds + row * features + feature, mask=feature < features, other=0.0)
-        kept = ((bound >= border) & (feature < features)).to(tl.int32)
-        place = number + tl.cumsum(kept, 0) - 1
-        tl.store(found + row * most + place, feature, mask=(kept > 0) & (place < most))
-        number += tl.sum(kept, 0)
+        fits = ((bound >= border) & (feature < features)).to(tl.int32)
+        place = number + tl.cumsum(fits, 0) - 1
+        tl.store(ids + row * most + place, feature, mask=(fits > 0) & (place < most))
+        number += tl.sum(fits, 0)
     tl.store(count + row, number)
 
 
