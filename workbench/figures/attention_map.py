@@ -48,17 +48,17 @@ def head_attention(
     n_heads, n_tokens = len(patterns), len(tokens)
     patterns, heads = patterns[:MAX_HEADS, :MAX_TOKENS, :MAX_TOKENS], list(heads)[:MAX_HEADS]
     names = [label(token, 12) for token in readable_tokens(tokens)][:MAX_TOKENS]
-    for shown, total, kind in ((len(heads), n_heads, "heads"), (len(names), n_tokens, "tokens")):
-        if shown < total:
-            subtitle = f"{subtitle}; the first {shown} of {total:,} {kind}"
+    for count, total, kind in ((len(heads), n_heads, "heads"), (len(names), n_tokens, "tokens")):
+        if count < total:
+            subtitle = f"{subtitle}; the first {count} of {total:,} {kind}"
     causal = np.tril(np.ones((len(names), len(names)), bool))
-    seen = np.where(causal, patterns, np.nan).astype(np.float32)
-    traces = [_map(pattern, head, index == 0) for index, (head, pattern) in enumerate(zip(heads, seen, strict=True))]
+    weights = np.where(causal, patterns, np.nan).astype(np.float32)
+    traces = [_map(pattern, head, index == 0) for index, (head, pattern) in enumerate(zip(heads, weights, strict=True))]
     traces.append(_masked(causal))
     side = max(420, 12 * len(names))
     height = side + _TOP + _BOTTOM
     if len(heads) > 1:
-        traces.append(_small_pictures(seen, heads))
+        traces.append(_small_pictures(weights, heads))
         height += _STRIP + 30
     layout = {
         "title": {"text": f"{title}, {heads[0]}", "subtitle": {"text": subtitle}},
@@ -66,7 +66,7 @@ def head_attention(
         "height": height,
         "margin": {"t": _TOP, "b": _BOTTOM},
         "showlegend": False,
-        "updatemenus": [_heads_menu(title, heads), _sink_menu(seen)],
+        "updatemenus": [_heads_menu(title, heads), _sink_menu(weights)],
         "meta": {"heads": len(heads), "title": title},
     }
     return ThemedFigure(traces, layout | _axes(names, heads, traces[-1], height - _TOP - _BOTTOM))
@@ -95,13 +95,13 @@ def _masked(causal: np.ndarray) -> go.Heatmap:
     return go.Heatmap(z=grey, x=indices, y=indices, meta={"part": "masked", "decoration": True}, **look)
 
 
-def _small_pictures(seen: Float[np.ndarray, "head query key"], heads: Sequence[str]) -> go.Heatmap:
+def _small_pictures(weights: Float[np.ndarray, "head query key"], heads: Sequence[str]) -> go.Heatmap:
     """Every head beside the others: maxima of blocks, so that a narrow stripe is not lost."""
-    step = -(-seen.shape[1] // _SMALL)
-    size = -(-seen.shape[1] // step)
-    padded = np.full((len(seen), size * step, size * step), np.nan, np.float32)
-    padded[:, : seen.shape[1], : seen.shape[2]] = seen
-    blocks = np.where(np.isnan(padded), -1, padded).reshape(len(seen), size, step, size, step).max((2, 4))
+    step = -(-weights.shape[1] // _SMALL)
+    size = -(-weights.shape[1] // step)
+    padded = np.full((len(weights), size * step, size * step), np.nan, np.float32)
+    padded[:, : weights.shape[1], : weights.shape[2]] = weights
+    blocks = np.where(np.isnan(padded), -1, padded).reshape(len(weights), size, step, size, step).max((2, 4))
     small = np.where(blocks < 0, np.nan, blocks)
     gap = np.full((size, 1 + size // 12), np.nan, np.float32)
     return go.Heatmap(
@@ -126,7 +126,7 @@ def _heads_menu(title: str, heads: Sequence[str]) -> dict[str, object]:
             "label": head,
             "method": "update",
             "args": [
-                {"visible": [other == head for other in heads]},
+                {"visible": [name == head for name in heads]},
                 {"title.text": f"{title}, {head}"},
                 list(range(len(heads))),
             ],
@@ -136,17 +136,17 @@ def _heads_menu(title: str, heads: Sequence[str]) -> dict[str, object]:
     return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8}}
 
 
-def _sink_menu(seen: Float[np.ndarray, "head query key"]) -> dict[str, object]:
+def _sink_menu(weights: Float[np.ndarray, "head query key"]) -> dict[str, object]:
     """A menu that leaves out the first key, and scales each head's colours to the largest of the other weights."""
-    others = [float(np.nanmax(pattern[1:, 1:], initial=0)) or 1.0 for pattern in seen]
-    traces, end = list(range(len(seen))), seen.shape[2] - 0.5
+    maxima = [float(np.nanmax(pattern[1:, 1:], initial=0)) or 1.0 for pattern in weights]
+    traces, end = list(range(len(weights))), weights.shape[2] - 0.5
     buttons = [
         {
             "label": name,
             "method": "update",
             "args": [{"zmax": limits}, {"xaxis.range": [first, end]}, traces],
         }
-        for name, limits, first in (("all keys", [1.0] * len(seen), -0.5), ("without the first key", others, 0.5))
+        for name, limits, first in (("all keys", [1.0] * len(weights), -0.5), ("without the first key", maxima, 0.5))
     ]
     return {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8, "l": 110}}
 

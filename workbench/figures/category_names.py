@@ -31,9 +31,9 @@ def name_ticks(names: Mapping[str, str], length: float, size: float) -> dict[str
     wrapped = [[part for line in parts for part in textwrap.wrap(line, max(room, 1))] for parts in lines]
     words = [len(word) for parts in lines for line in parts for word in line.split()]
     turned = max(words) > room or max(map(len, wrapped)) > _MAX_LINES
-    shown = [[" ".join(parts)] for parts in lines] if turned else wrapped
+    ticks = [[" ".join(parts)] for parts in lines] if turned else wrapped
     return {
         "tickvals": list(names),
-        "ticktext": ["<br>".join(map(sentence, parts)) for parts in shown],
+        "ticktext": ["<br>".join(map(sentence, parts)) for parts in ticks],
         "tickangle": -90 if turned else 0,
     }

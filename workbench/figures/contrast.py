@@ -30,27 +30,27 @@ class Contrast:
     needed: float
 
 
-def contrast(one: str, other: str) -> float:
+def contrast(first: str, second: str) -> float:
     """Returns the contrast of two colours `#rrggbb`, 1 to 21."""
-    lights = sorted(map(_luminance, (one, other)))
+    lights = sorted(map(_luminance, (first, second)))
     return (lights[1] + 0.05) / (lights[0] + 0.05)
 
 
 def contrasts() -> list[Contrast]:
     """Returns the contrast of text and lines on each page, and of text on every colour of the palettes of cells."""
     table = []
-    for page, (dark, back, ink, seen) in _PAGES.items():
-        table.append(Contrast("text of axes and titles", page, contrast(seen(ink), seen(back)), TEXT_CONTRAST))
+    for page, (dark, back, ink, vision) in _PAGES.items():
+        table.append(Contrast("text of axes and titles", page, contrast(vision(ink), vision(back)), TEXT_CONTRAST))
         for number, colour in enumerate([*theme.CATEGORIES, theme.NEUTRAL]):
             name = f"line, colour {number + 1}" if number < len(theme.CATEGORIES) else "references"
-            line = seen(theme.colour_on(dark, colour))
-            table.append(Contrast(name, page, contrast(line, seen(back)), LINE_CONTRAST))
+            line = vision(theme.colour_on(dark, colour))
+            table.append(Contrast(name, page, contrast(line, vision(back)), LINE_CONTRAST))
         colours = _colours(theme.palette_on(dark, theme.MARKERS))
-        least = min(contrast(seen(colour), seen(back)) for colour in colours)
+        least = min(contrast(vision(colour), vision(back)) for colour in colours)
         table.append(Contrast("points by value", page, least, LINE_CONTRAST))
         for name, palette in (("cells", theme.CELLS), ("signed cells", theme.SIGNED_CELLS)):
-            text = seen(theme.colour_on(dark, theme.TEXT))
-            least = min(contrast(text, seen(colour)) for colour in _colours(theme.palette_on(dark, palette)))
+            text = vision(theme.colour_on(dark, theme.TEXT))
+            least = min(contrast(text, vision(colour)) for colour in _colours(theme.palette_on(dark, palette)))
             table.append(Contrast(f"text in {name}", page, least, TEXT_CONTRAST))
     return table
 

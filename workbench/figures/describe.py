@@ -122,8 +122,8 @@ def _course(points: Mapping[str, Sequence[Any]], measure: str) -> str:
     if not len(known):
         return ", no values"
     along, ends = "x" if measure == "y" else "y", [int(known[0]), int(known[-1])]
-    shown = [f"{values[one]:.3g}{_interval(points, one)} at {_place(points, along, one)}" for one in ends]
-    text = " from " + " to ".join(shown)
+    texts = [f"{values[index]:.3g}{_interval(points, index)} at {_place(points, along, index)}" for index in ends]
+    text = " from " + " to ".join(texts)
     for word, place in (("largest", int(np.nanargmax(values))), ("smallest", int(np.nanargmin(values)))):
         if values[place] not in values[ends]:
             text += f", {word} {values[place]:.3g} at {_place(points, along, place)}"

@@ -99,9 +99,9 @@ def pairs_figure(table: pd.DataFrame, by: str = "jaccard", features: int = 40) -
     chosen = list(dict.fromkeys(pairs.ravel().tolist()))[:features]
     place = {feature: index for index, feature in enumerate(chosen)}
     cells = np.full((len(chosen), len(chosen)), np.nan)
-    for (one, other), value in zip(pairs, table[by], strict=True):
-        if one in place and other in place:
-            cells[place[one], place[other]] = cells[place[other], place[one]] = value
+    for (first, second), value in zip(pairs, table[by], strict=True):
+        if first in place and second in place:
+            cells[place[first], place[second]] = cells[place[second], place[first]] = value
     names = [str(feature) for feature in chosen]
     units = {"jaccard": "Jaccard index", "pmi": "PMI (nats)", "both": "tokens"}[by]
     from_0 = {"zmin": 0, "zmax": float(table[by].to_numpy().max()) if len(table) else 1.0}  # plotly ignores zmin alone

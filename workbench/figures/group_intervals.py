@@ -51,7 +51,7 @@ def group_intervals(
         "height": 460,
         "width": _WIDTH,
         "legend": {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
-        "xaxis": {"type": "category", **name_ticks({one: one for one in categories}, room, 13.0)},
+        "xaxis": {"type": "category", **name_ticks({name: name for name in categories}, room, 13.0)},
         "yaxis": {"rangemode": "tozero"},
     }
     return ThemedFigure(points, layout)

@@ -28,8 +28,8 @@ def head_hover(line: Mapping[str, Any], names: Sequence[str]) -> str:
         line: Line of a table: `layer`, `head`, and measures; the ends of an interval are `NAME_low` and `NAME_high`.
         names: Measures to show.
     """
-    shown = [f"{name}: {line[name]:.3g}{_interval(line, name)}" for name in names if _known(line, name)]
-    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *shown])
+    measures = [f"{name}: {line[name]:.3g}{_interval(line, name)}" for name in names if _known(line, name)]
+    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *measures])
 
 
 def _interval(line: Mapping[str, Any], name: str) -> str:

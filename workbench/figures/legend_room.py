@@ -21,8 +21,8 @@ def with_legend_room(figure: go.Figure) -> go.Figure:
     layout, legend = figure.layout, figure.layout.legend
     traces: Any = figure.data
     names = [plain(trace.name) for trace in traces if trace.name and trace.showlegend is not False]
-    shown = layout.showlegend if layout.showlegend is not None else len(names) > 1
-    if not (shown and names) or legend.y is not None or legend.orientation == "v":
+    has_legend = layout.showlegend if layout.showlegend is not None else len(names) > 1
+    if not (has_legend and names) or legend.y is not None or legend.orientation == "v":
         return figure
     width = (layout.width or _WIDTH) - _SIDES
     widths = [_KEY + _CHARACTER * len(name) for name in names]

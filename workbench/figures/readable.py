@@ -22,13 +22,13 @@ def readable_tokens(tokens: Sequence[str]) -> list[str]:
     Tokens are parts of characters if, by their names in the vocabulary, they are bytes that only together are UTF-8.
     All other tokens are unchanged.
     """
-    shown, place = list(tokens), 0
+    texts, place = list(tokens), 0
     while place < len(tokens):
         end, text = _joined(tokens, place)
         if text:
-            shown[place:end] = [text, *[CONTINUED] * (end - place - 1)]
+            texts[place:end] = [text, *[CONTINUED] * (end - place - 1)]
         place = max(end, place + 1)
-    return shown
+    return texts
 
 
 def visual_order(tokens: Sequence[str]) -> list[int]:
@@ -86,8 +86,8 @@ def _bytes(token: str) -> bytes | None:
 def _byte_names() -> dict[str, int]:
     """Characters that stand for a byte in byte-level vocabularies: printable Latin-1 as it is, others from U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in plain]
-    return {chr(value): value for value in plain} | {chr(256 + n): value for n, value in enumerate(others)}
+    unprintable = [value for value in range(256) if value not in plain]
+    return {chr(value): value for value in plain} | {chr(256 + n): value for n, value in enumerate(unprintable)}
 
 
 _BYTES = _byte_names() | {" ": 0x20}

@@ -21,8 +21,8 @@ def visible(token: str, limit: int = 24) -> str:
     A space becomes "·", a newline "⏎"; other spaces, control characters, direction marks and unassigned code points
     become escapes such as `\\u202e`.
     """
-    shown = token.translate(_VISIBLE)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    text = token.translate(_VISIBLE)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def label(token: str, limit: int = 24) -> str:
@@ -53,16 +53,16 @@ def _escaped(text: str) -> str:
 class _Table(dict[int, str]):
     """A table for `str.translate`, filled as characters are met: a figure has a million of them."""
 
-    def __init__(self, shown: Mapping[int, str], hidden: Set[str]) -> None:
-        super().__init__(shown)
+    def __init__(self, texts: Mapping[int, str], hidden: Set[str]) -> None:
+        super().__init__(texts)
         self._hidden = hidden
 
     def __missing__(self, code: int) -> str:
         hidden = unicodedata.category(chr(code)) in self._hidden
-        shown = (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}") if hidden else chr(code)
-        self[code] = shown
-        return shown
+        text = (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}") if hidden else chr(code)
+        self[code] = text
+        return text
 
 
 _PRINTABLE = _Table({}, _HIDDEN)
-_VISIBLE = _Table({ord(char): shown for char, shown in _SHOWN.items()}, _HIDDEN | {"Zs"})
+_VISIBLE = _Table({ord(char): text for char, text in _SHOWN.items()}, _HIDDEN | {"Zs"})

@@ -33,11 +33,11 @@ class ThemedFigure(go.Figure):
     figure that holds it. Later changes are validated as in any figure.
     """
 
-    def __init__(self, data: Any = None, layout: Mapping[str, Any] | None = None, **others: Any) -> None:
+    def __init__(self, data: Any = None, layout: Mapping[str, Any] | None = None, **options: Any) -> None:
         """Makes a figure as `plotly.graph_objects.Figure` does; a copy of another figure keeps its own template."""
         if not isinstance(data, go.Figure) and not (isinstance(data, Mapping) and "layout" in data):
             layout = {"template": _TEMPLATE, **_without_none(layout or {})}
-        super().__init__(data, layout, _validate=False, **others)
+        super().__init__(data, layout, _validate=False, **options)
         part: Any
         for part in (self, self.layout, *self.data):  # pyright: ignore[reportGeneralTypeIssues]  # plotly
             part._validate = True

@@ -35,9 +35,9 @@ _MARK = 0.16  # height of a mark, in cells
 _NAMES = ("equals the model's prediction", "equals the next token of the text")
 
 
-def count_shown(shown: int, total: int) -> str:
+def count_shown(count: int, total: int) -> str:
     """Returns "20 of 1,024 tokens" for the subtitle of a figure that leaves some out, else ""."""
-    return f"{shown:,} of {total:,} tokens" if shown < total else ""
+    return f"{count:,} of {total:,} tokens" if count < total else ""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def token_grid(
         traces += [_mark_cells(marks), *_mark_names()]
     if size == CELL:
         following = readable_tokens([*tokens[:1], *next_tokens])[1:]  # the first may continue a token's character
-        shown = {"input": readable_tokens(tokens), "next": following}
-        traces += [_words(text, part) for part, text in shown.items() if text]
+        token_rows = {"input": readable_tokens(tokens), "next": following}
+        traces += [_words(text, part) for part, text in token_rows.items() if text]
     axis, names = rows or ("layer", [str(layer) for layer in layers])
     shape = {"tokens": len(positions), "rows": len(layers), "line": len(positions), "cell": size, "names": list(names)}
     words = {-1: "input", len(layers): "next"} if size == CELL else {}

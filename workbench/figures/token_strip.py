@@ -73,13 +73,13 @@ def token_strip(
     if beyond:
         subtitle = f"{subtitle}; {beyond:,} token{'s' * (beyond != 1)} beyond the colours"
     readable = readable_tokens(tokens)
-    shown = [label(token, 9) for token in readable]
+    texts = [label(token, 9) for token in readable]
     hover = [
         f"position {position}, {label(token)}: {value:.4g}"
         for position, token, value in zip(positions, tokens, values, strict=True)
     ]
     lines = _lines(readable, line)
-    heat = _cells(values, shown, hover, lines, line)
+    heat = _cells(values, texts, hover, lines, line)
     heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high, colorbar=top_bar(unit))
     layout = {
         "title": {"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
@@ -111,19 +111,19 @@ def restrip(figure: go.Figure, line: int, most: int) -> tuple[go.Figure, int]:
     parts = [part[first : first + line] for part in paragraphs for first in range(0, len(part), line)][:most] or [[]]
 
     def moved(cells: Any, fill: Any) -> list[list[Any]]:
-        return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in shown]
+        return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in visual_lines]
 
     texts = [[plain(heat.text[place[i][0]][place[i][1]]) for i in part] for part in parts]
-    shown = [[part[at] for at in visual_order(text)] for part, text in zip(parts, texts, strict=True)]
+    visual_lines = [[part[at] for at in visual_order(text)] for part, text in zip(parts, texts, strict=True)]
     cells = copy.data[0]
     cells.z, cells.text, cells.customdata = moved(heat.z, np.nan), moved(heat.text, ""), moved(heat.customdata, "")
-    cells.x, cells.y = list(range(line)), list(range(len(shown)))
-    return _lay_out(copy, shown, positions, line), sum(map(len, shown))
+    cells.x, cells.y = list(range(line)), list(range(len(visual_lines)))
+    return _lay_out(copy, visual_lines, positions, line), sum(map(len, visual_lines))
 
 
 def _cells(
     values: Float[np.ndarray, " token"],
-    shown: Sequence[str],
+    texts: Sequence[str],
     hover: Sequence[str],
     lines: Sequence[Sequence[int]],
     line: int,
@@ -137,7 +137,7 @@ def _cells(
         z=rows(values, np.nan),
         x=list(range(line)),
         y=list(range(len(lines))),
-        text=rows(shown, ""),
+        text=rows(texts, ""),
         texttemplate="%{text}",
         textfont={"family": MONOSPACE, "size": 11, "color": TEXT},
         customdata=rows(hover, ""),
