@@ -133,8 +133,8 @@ def _page(features: Features, tokens: int, pages: Collection[int]) -> str:
     data = json.dumps(_data(features, tokens, pages), separators=(",", ":"), ensure_ascii=False)
     source = f"SAE {record.sae.name}, {features.shape[1]:,} features; model {features.store.manifest.model.name}"
     heads = "".join(
-        f'<th scope="col"><button type="button" data-column="{name}">{shown}</button></th>'
-        for name, shown in _COLUMNS.items()
+        f'<th scope="col"><button type="button" data-column="{name}">{heading}</button></th>'
+        for name, heading in _COLUMNS.items()
     )
     return "\n".join(
         [

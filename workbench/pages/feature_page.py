@@ -165,9 +165,9 @@ def _label(features: Features, feature: int) -> str:
     if feature not in features.labels.index:
         return ""
     name, values = names_of(features.labels).get(feature), features.labels.loc[feature].dropna()
-    others = [f"{column} {_cell(value)}" for column, value in values.items() if value != name]
+    other_labels = [f"{column} {_cell(value)}" for column, value in values.items() if value != name]
     first = "" if name is None else f'<p class="label">{sentence(name)}</p>'
-    return first + (f'<p class="from">{sentence("; ".join(others))}</p>' if others else "")
+    return first + (f'<p class="from">{sentence("; ".join(other_labels))}</p>' if other_labels else "")
 
 
 def _panel(title: str, *parts: str) -> str:
@@ -238,10 +238,10 @@ def _features_table(table: pd.DataFrame, columns: Sequence[str], pages: Collecti
     if table.empty:
         return '<p class="note">none</p>'
     named = ("description",) if "description" in table else ()
-    shown = table.head(_NEIGHBOURS)[["feature", *columns, *named]].itertuples(index=False)
+    rows = table.head(_NEIGHBOURS)[["feature", *columns, *named]].itertuples(index=False)
     lines = [
         (_linked(feature, pages), *map(_cell, rest[: len(columns)]), *map(_words, rest[len(columns) :]))
-        for feature, *rest in shown
+        for feature, *rest in rows
     ]
     return _table(("feature", *columns, *named), lines)
 
@@ -292,8 +292,8 @@ def _across(features: Features, feature: int, context: int, scale: float) -> str
 def _alike(contexts: Sequence[Context]) -> list[list[Context]]:
     """Groups of contexts with the same tokens around, in the order of their first ones."""
     groups: dict[tuple[str, ...], list[Context]] = {}
-    for one in contexts:
-        groups.setdefault(one.tokens[max(0, one.at - _AROUND) : one.at + _AROUND + 1], []).append(one)
+    for context in contexts:
+        groups.setdefault(context.tokens[max(0, context.at - _AROUND) : context.at + _AROUND + 1], []).append(context)
     return list(groups.values())
 
 
@@ -302,7 +302,7 @@ def _folded(groups: Sequence[Sequence[Context]], scale: float) -> str:
         _context(first, scale)
         + (
             f"<details><summary>{len(more)} more with the same tokens around</summary>"
-            f"{''.join(_context(one, scale) for one in more)}</details>"
+            f"{''.join(_context(context, scale) for context in more)}</details>"
             if more
             else ""
         )
@@ -319,7 +319,7 @@ def _context(context: Context, scale: float) -> str:
     place = f"{context.sequence}:{context.position}"
     value = f'{context.activations[context.at]:.3g}<small title="sequence:position">{place}</small>'
     text = "".join(
-        _shaded(token, activation, scale, here=n == context.at)
+        _shaded(token, activation, scale, is_target=n == context.at)
         for n, (token, activation) in enumerate(
             zip(readable_tokens(context.tokens), context.activations.tolist(), strict=True)
         )
@@ -327,14 +327,14 @@ def _context(context: Context, scale: float) -> str:
     return f'<div class="context"><div class="value">{value}</div><div class="text">{text}</div></div>'
 
 
-def _shaded(token: str, activation: float, scale: float, *, here: bool) -> str:
-    shown = _token(token) + ("<br>" * token.endswith("\n"))
+def _shaded(token: str, activation: float, scale: float, *, is_target: bool) -> str:
+    markup = _token(token) + ("<br>" * token.endswith("\n"))
     if not activation:
-        return f'<span style="--a:0">{shown}</span>'
-    kind = " ".join(name for name, applies in (("here", here), ("below", activation < 0)) if applies)
+        return f'<span style="--a:0">{markup}</span>'
+    kind = " ".join(name for name, applies in (("here", is_target), ("below", activation < 0)) if applies)
     share = min(1.0, abs(activation) / scale)
     style = f"--a:{0.12 + 0.68 * share:.2f}"
-    return f'<span class="{kind}" style="{style}" title="{activation:.4g}" tabindex="0">{shown}</span>'
+    return f'<span class="{kind}" style="{style}" title="{activation:.4g}" tabindex="0">{markup}</span>'
 
 
 def _token(token: str) -> str:

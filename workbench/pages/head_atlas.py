@@ -51,10 +51,10 @@ class HeadAtlas:
         data, layers = self.table, sorted(self.table["layer"].unique().tolist())
         heads = int(data["head"].to_numpy().max()) + 1
         panels = []
-        for one in self.measured.measures:
+        for measure in self.measured.measures:
             values = np.full((len(layers), heads), np.nan)
-            values[np.searchsorted(layers, data["layer"]), data["head"]] = data[one.name]
-            panels.append(HeadPanel(sentence(one.name), values, _limits(one, data)))
+            values[np.searchsorted(layers, data["layer"]), data["head"]] = data[measure.name]
+            panels.append(HeadPanel(sentence(measure.name), values, _limits(measure, data)))
         title = f"Heads of {label(self.measured.model, 60)}"
         subtitle = f"{len(data):,} heads; the range of colours stands behind each name"
         return head_panels(panels, layers=layers, title=title, subtitle=subtitle)
@@ -77,7 +77,7 @@ class HeadAtlas:
 
     def _body(self, title: str) -> str:
         measured = self.measured
-        columns = [(one.name, one.probe, one.null, one.meaning) for one in measured.measures]
+        columns = [(measure.name, measure.probe, measure.null, measure.meaning) for measure in measured.measures]
         lines = [[f"<code>{escape(name)}</code>", *map(escape, rest)] for name, *rest in columns]
         missing = [[f"<code>{escape(name)}</code>", escape(reason)] for name, reason in measured.missing.items()]
         headlines = "".join(
@@ -152,8 +152,8 @@ def _limits(measure: HeadMeasure, data: pd.DataFrame) -> tuple[float, float]:
 
 def _sortable(data: pd.DataFrame, measures: tuple[HeadMeasure, ...]) -> str:
     """The table with a button in each heading; cells have their value, and the share of the column's range, for CSS."""
-    limits = {one.name: _limits(one, data) for one in measures}
-    meanings = {one.name: one.meaning for one in measures}
+    limits = {measure.name: _limits(measure, data) for measure in measures}
+    meanings = {measure.name: measure.meaning for measure in measures}
     names = [name for name in data.columns if name not in ("layer", "head")]
     heading = "".join(
         f'<th scope="col" aria-sort="{"ascending" if name == "name" else "none"}">'

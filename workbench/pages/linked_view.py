@@ -56,7 +56,7 @@ class LinkedView:
             "sequences": len(self._starts),
             "sites": {kind: sorted(layers) for kind, layers in sites.items()},
             "norms": [kind for kind in _NORMS if kind in sites],
-            "features": [[one.path.name, one.shape[1]] for one in self.features],
+            "features": [[folder.path.name, folder.shape[1]] for folder in self.features],
         }
 
     def sequence(self, number: int) -> dict[str, Any]:
@@ -81,11 +81,11 @@ class LinkedView:
 
     def sinks(self) -> dict[str, Any]:
         """Returns the mean attention of later tokens to the first one by layer and head, over at most 2,000 rows."""
-        kind = next((one for one in ("attn_first", "pattern") if self._layers(one)), None)
+        kind = next((name for name in ("attn_first", "pattern") if self._layers(name)), None)
         if kind is None:
             return {"layers": [], "values": [], "rows": 0}
         layers, rows = self._layers(kind), self._later_rows
-        return {"layers": layers, "values": [self._first(kind, one, rows) for one in layers], "rows": len(rows)}
+        return {"layers": layers, "values": [self._first(kind, layer, rows) for layer in layers], "rows": len(rows)}
 
     def head(self, number: int, layer: int, head: int) -> dict[str, Any]:
         """Returns the attention pattern of a head over a sequence, one list a query token with a value a key token.
@@ -123,7 +123,7 @@ class LinkedView:
         lines = [
             (int(line.indices[at]), *_short([line.data[at], features.max[line.indices[at]]])) for at in order.tolist()
         ]
-        return {"features": [[*one, visible_words(names.get(one[0], ""))] for one in lines]}
+        return {"features": [[*entry, visible_words(names.get(entry[0], ""))] for entry in lines]}
 
     def feature(self, folder: int, number: int, feature: int) -> dict[str, Any]:
         """Returns the activation of a feature at every token of a sequence."""
@@ -141,9 +141,9 @@ class LinkedView:
         self._check("row", row, self.store.rows)
         array = self.store[site, layer]
         searched = np.unique(np.linspace(0, self.store.rows - 1, _SEARCHED).astype(np.int64))
-        wanted = torch.nn.functional.normalize(array[[row]].float().flatten(1), dim=1)[0]
+        direction = torch.nn.functional.normalize(array[[row]].float().flatten(1), dim=1)[0]
         parts = [
-            torch.nn.functional.normalize(array[part].float().flatten(1), dim=1) @ wanted
+            torch.nn.functional.normalize(array[part].float().flatten(1), dim=1) @ direction
             for part in np.array_split(searched, -(-len(searched) // 4_096))
         ]
         similarity = torch.cat(parts).numpy()
@@ -151,11 +151,11 @@ class LinkedView:
         best = np.argsort(-similarity)[:_NEIGHBOURS]
         rows = searched[best]
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        words = [self._around(int(one), int(number)) for one, number in zip(rows, numbers, strict=True)]
+        words = [self._around(int(neighbour), int(number)) for neighbour, number in zip(rows, numbers, strict=True)]
         return {
             "neighbours": [
-                [int(one), int(number), value, *text]
-                for one, number, value, text in zip(rows, numbers, _short(similarity[best]), words, strict=True)
+                [int(neighbour), int(number), value, *text]
+                for neighbour, number, value, text in zip(rows, numbers, _short(similarity[best]), words, strict=True)
             ],
             "searched": len(searched),
         }

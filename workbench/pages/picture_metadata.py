@@ -40,10 +40,10 @@ def _pdf(picture: bytes, title: str, description: str) -> bytes:
     texts = (b"/%s <%s>" % (key, _utf_16(text)) for key, text in ((b"Title", title), (b"Subject", description)))
     entries = [*texts, b"/Creator (%s)" % _MAKER.encode(), dates]
     file = picture if picture.endswith(b"\n") else picture + b"\n"
-    made = b"%d 0 obj\n<<%s>>\nendobj\n" % (number, b" ".join(entries))
+    information = b"%d 0 obj\n<<%s>>\nendobj\n" % (number, b" ".join(entries))
     table = b"xref\n%d 1\n%010d 00000 n \n" % (number, len(file))
     last = b"trailer\n<</Size %d %s /Info %d 0 R /Prev %s>>\n" % (number + 1, root[0], number, trailer[2])
-    return file + made + table + last + b"startxref\n%d\n%%%%EOF\n" % (len(file) + len(made))
+    return file + information + table + last + b"startxref\n%d\n%%%%EOF\n" % (len(file) + len(information))
 
 
 def _utf_16(text: str) -> bytes:

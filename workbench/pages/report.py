@@ -133,13 +133,15 @@ def _named_by_difference(sections: Sequence[Section]) -> list[Section]:
     """The sections, with what differs (settings, then provenance) in titles that several have."""
     named = []
     for part in sections:
-        same = [other for other in sections if other.title == part.title]
-        facts = [{**{name: value for name, value, _ in one.settings}, **one.provenance} for one in same]
+        namesakes = [section for section in sections if section.title == part.title]
+        facts = [
+            {**{name: value for name, value, _ in section.settings}, **section.provenance} for section in namesakes
+        ]
         of_part = {**{name: value for name, value, _ in part.settings}, **part.provenance}
-        differing = [name for name in of_part if len({str(one.get(name)) for one in facts}) > 1]
-        shown = [name for name in differing if not name.endswith("fingerprint")][:_DIFFERENCES] or differing[:1]
-        short = ", ".join(f"{name} {_shortened(of_part[name])}" for name in shown)
-        named.append(replace(part, title=f"{part.title}: {short}") if len(same) > 1 and short else part)
+        differing = [name for name in of_part if len({str(section_facts.get(name)) for section_facts in facts}) > 1]
+        title_names = [name for name in differing if not name.endswith("fingerprint")][:_DIFFERENCES] or differing[:1]
+        short = ", ".join(f"{name} {_shortened(of_part[name])}" for name in title_names)
+        named.append(replace(part, title=f"{part.title}: {short}") if len(namesakes) > 1 and short else part)
     return named
 
 
@@ -152,11 +154,15 @@ def _facts_of_all(sections: Sequence[Section], date: str) -> dict[str, str]:
     """Models, recordings and versions of all sections, for the head of the page."""
     facts = {"date": date} if date else {}
     sources = [part.provenance for part in sections if "model" in part.provenance]
-    stores = {f"{one['store']}, {one['rows']:,} rows" for one in sources if "store" in one and "rows" in one}
+    stores = {
+        f"{source['store']}, {source['rows']:,} rows" for source in sources if "store" in source and "rows" in source
+    }
     several = {
-        "model": {" ".join([one["model"], str(one.get("model_fingerprint", ""))[:12]]).strip() for one in sources},
+        "model": {
+            " ".join([source["model"], str(source.get("model_fingerprint", ""))[:12]]).strip() for source in sources
+        },
         "recording": stores,
-        "workbench": {str(one["workbench"]) for one in sources if "workbench" in one},
+        "workbench": {str(source["workbench"]) for source in sources if "workbench" in source},
     }
     return facts | {name: "; ".join(sorted(values)) for name, values in several.items() if values}
 
@@ -180,8 +186,8 @@ def _settings(probe: type, values: Mapping[str, Any]) -> list[tuple[str, str, st
     lines = []
     for name, value in values.items():
         default = json.loads(json.dumps(defaults[name])) if name in defaults else value
-        other = f" (default {json.dumps(default)})" if default != value else ""
-        lines.append((name, json.dumps(value, ensure_ascii=False), meanings.get(name, "") + other))
+        suffix = f" (default {json.dumps(default)})" if default != value else ""
+        lines.append((name, json.dumps(value, ensure_ascii=False), meanings.get(name, "") + suffix))
     return lines
 
 
@@ -262,7 +268,7 @@ def _link(numbered: tuple[int, Section]) -> str:
 
 
 def _section(number: int, part: Section) -> str:
-    headline, *others = [*part.text, ""]
+    headline, *paragraphs = [*part.text, ""]
     papers = "".join(f"<li>{inline(paper)}</li>" for paper in part.papers)
     definition = prose(part.definition) + (f"<ul>{papers}</ul>" if papers else "")
     return "\n".join(
@@ -271,7 +277,7 @@ def _section(number: int, part: Section) -> str:
             f'<h2 id="title-{number}">{escape(part.title)}</h2>',
             f'<p class="question">{escape(part.question)}</p>' if part.question else "",
             f'<p class="headline">{escape(headline)}</p>' if headline else "",
-            *_paragraphs(filter(None, others)),
+            *_paragraphs(filter(None, paragraphs)),
             '<div class="figures">' if part.figures else "",
             *(figure_markup(figure, f"part-{number}-{name}") for name, figure in enumerate(part.figures.values())),
             "</div>" if part.figures else "",

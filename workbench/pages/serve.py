@@ -85,10 +85,10 @@ def serve(store: StoreOrPath, features: Features | Sequence[Features] | None = N
     if not store.rows:
         raise RequestError(f"store {str(store.path)!r} has no rows; record some texts first")
     folders = _inside(store) if features is None else (features,) if isinstance(features, Features) else features
-    for one in folders:
-        if one.store.path != store.path:
+    for folder in folders:
+        if folder.store.path != store.path:
             raise RequestError(
-                f"features belong to {str(one.store.path)!r}, not to {str(store.path)!r}; open those of this store"
+                f"features belong to {str(folder.store.path)!r}, not to {str(store.path)!r}; open those of this store"
             )
     token = secrets.token_urlsafe(24)
     handler = partial(_Handler, LinkedView(store, tuple(folders)), token)
@@ -158,13 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, name: str, query: Mapping[str, str]) -> None:
         try:
             if name == "card":
-                page = self._view.card(*(_number(one, query.get(one, "")) for one in ("folder", "feature")))
+                page = self._view.card(*(_number(key, query.get(key, "")) for key in ("folder", "feature")))
                 self._send(200, "text/html", page.encode("utf-8", "replace"))
                 return
             if name not in ANSWERS:
                 raise RequestError(f"no answer {name!r}; there are {', '.join(ANSWERS)}")
             answer, names = ANSWERS[name]
-            values = [query.get(one, "") if one == "site" else _number(one, query.get(one, "")) for one in names]
+            values = [query.get(key, "") if key == "site" else _number(key, query.get(key, "")) for key in names]
             self._send(200, "application/json", json.dumps(answer(self._view, *values)).encode())
         except WorkbenchError as error:
             self._send(400, "application/json", json.dumps({"error": str(error)}).encode())
