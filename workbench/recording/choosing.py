@@ -50,7 +50,7 @@ def choose_rows(settings: Recording, model: Model, sequences: Sequences, folder:
     rows.astype(np.int64).tofile(folder / _FILE)
 
 
-def chosen_rows(folder: Path) -> Int64[np.ndarray, " chosen"] | None:
+def chosen_rows(folder: Path) -> Int64[np.ndarray, " row"] | None:
     """Returns the planned rows that are stored, ascending; None: all."""
     file = folder / _FILE
     return np.memmap(file, np.int64, mode="r") if file.exists() else None
@@ -74,12 +74,12 @@ def chosen_segments(
     return list(zip(starts, [*starts[1:], len(counts)], strict=True))
 
 
-def chosen_digest(planned: str, rows: Int64[np.ndarray, " chosen"]) -> str:
+def chosen_digest(planned: str, rows: Int64[np.ndarray, " row"]) -> str:
     """Returns the SHA-256 of a segment's tokens, of which `planned` is the digest, and of its chosen rows."""
     return hashlib.sha256(planned.encode() + np.ascontiguousarray(rows, "<i8").tobytes()).hexdigest()
 
 
-def chosen_table(table: pa.Table, rows: Int64[np.ndarray, " chosen"], first_row: int) -> pa.Table:
+def chosen_table(table: pa.Table, rows: Int64[np.ndarray, " row"], first_row: int) -> pa.Table:
     """Returns the token table of chosen rows, with `sequence_length` and `next_token_id`.
 
     Args:
@@ -103,8 +103,8 @@ def chosen_table(table: pa.Table, rows: Int64[np.ndarray, " chosen"], first_row:
 def _condition(settings: Recording) -> str | None:
     conditions = [settings.where] if settings.where else []
     if settings.keep is not None:
-        from_start = [int(one) for one in settings.keep if int(one) >= 0]
-        from_end = [-1 - int(one) for one in settings.keep if int(one) < 0]
+        from_start = [int(position) for position in settings.keep if int(position) >= 0]
+        from_end = [-1 - int(position) for position in settings.keep if int(position) < 0]
         places = {"position": from_start, "position_from_end": from_end}
         inside = [f"{name} IN ({', '.join(map(str, places[name]))})" for name in places if places[name]]
         conditions.append(" OR ".join(inside))

@@ -82,7 +82,7 @@ class Plan:
 
     def __repr__(self) -> str:
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
-        one = f"{self.rows_per_second:,.0f} rows/s, measured on {self.device} over {self.sample_rows:,} rows"
+        speed = f"{self.rows_per_second:,.0f} rows/s, measured on {self.device} over {self.sample_rows:,} rows"
         facts = {
             "rows": f"{self.rows:,} in at most {self.segments:,} segments",
             "disk": f"{human_bytes(self.disk)}: activations {human_bytes(self.activations)}, tokens "
@@ -90,7 +90,7 @@ class Plan:
             f"{human_bytes(self.scratch)} more while it runs",
             "memory": f"{human_bytes(self.memory)} a worker"
             + ("" if self.gpu_memory is None else f", {human_bytes(self.gpu_memory)} of its GPU"),
-            "time": f"{duration(self.seconds)} with {workers}, each {one}",
+            "time": f"{duration(self.seconds)} with {workers}, each {speed}",
             "writes": f"{human_bytes(int(self.bytes_per_second))}/s, which the disk must keep up with",
         }
         return "\n".join(f"{name:<7} {fact}" for name, fact in facts.items())

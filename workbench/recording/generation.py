@@ -97,23 +97,27 @@ class Generations:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields the documents that `record` reads."""
-        for one in self.all:
-            facts = {"prompt": one.prompt, "sample": one.sample, "prompt_tokens": one.prompt_tokens}
-            yield {"input_ids": list(one.token_ids), **facts, "generation": asdict(self.sampling)}
+        for generation in self.all:
+            facts = {
+                "prompt": generation.prompt,
+                "sample": generation.sample,
+                "prompt_tokens": generation.prompt_tokens,
+            }
+            yield {"input_ids": list(generation.token_ids), **facts, "generation": asdict(self.sampling)}
 
     def save(self, path: str | Path) -> Path:
         """Writes a `.jsonl` file that `record` reads; RequestError for another ending."""
         path = as_path("path", path)
         if path.suffix != ".jsonl":
             raise RequestError(f"path {str(path)!r} must end in .jsonl")
-        lines = "".join(f"{json.dumps(one)}\n" for one in self)
+        lines = "".join(f"{json.dumps(document)}\n" for document in self)
         return save_text(path, lines)
 
     def texts(self) -> list[str]:
         """Returns the continuations as texts, without prompts and special tokens."""
         if self.model.tokenizer is None:
             raise RequestError(f"model {self.model.name!r} has no tokenizer; read the ids of `all`")
-        new = [list(one.token_ids[one.prompt_tokens :]) for one in self.all]
+        new = [list(generation.token_ids[generation.prompt_tokens :]) for generation in self.all]
         return [str(self.model.tokenizer.decode(ids, skip_special_tokens=True)) for ids in new]
 
 
@@ -162,8 +166,8 @@ def generate(
         raise RequestError(f"model {model.name!r} is not causal; it does not generate")
     if samples > 1 and not sampling.temperature:
         raise RequestError(f"samples is {samples}, and temperature 0 gives the same each time; raise the temperature")
-    ids = [one for one in _prompt_ids(model, prompts, bos, max_new_tokens) for _ in range(samples)]
-    made: list[Generation] = []
+    ids = [prompt_ids for prompt_ids in _prompt_ids(model, prompts, bos, max_new_tokens) for _ in range(samples)]
+    generations: list[Generation] = []
     batch_size = batch_size if len(ids) == 1 or batch_size == 1 or model.generates_in_batches else 1
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -174,9 +178,9 @@ def generate(
             part = ids[first : first + batch_size]
             for number, tokens in enumerate(_continued(model, part, sampling), first):
                 prompt, sample = divmod(number, samples)
-                made.append(Generation(prompt, sample, (*ids[number], *tokens), len(ids[number])))
+                generations.append(Generation(prompt, sample, (*ids[number], *tokens), len(ids[number])))
             advance(len(part))
-    return Generations(model, sampling, tuple(made))
+    return Generations(model, sampling, tuple(generations))
 
 
 def _prompt_ids(model: Model, prompts: Texts, bos: BosPolicy, new: int) -> list[tuple[int, ...]]:
@@ -206,8 +210,8 @@ def _continued(model: Model, prompts: Sequence[tuple[int, ...]], sampling: Sampl
     """New token ids of each prompt, up to the one that ends its text."""
     longest, ends = max(map(len, prompts)), end_tokens(model)
     padding = ends[0] if ends else 0
-    ids = torch.tensor([[padding] * (longest - len(one)) + list(one) for one in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     drawn = bool(sampling.temperature)
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
     config = GenerationConfig(

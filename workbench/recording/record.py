@@ -168,8 +168,8 @@ def _folder(
 ) -> Path | TemporaryFolder:
     check("append", append, one_of=(False, True, AGAIN))
     if (append or workers.shared) and (overwrite or out is None):
-        name, other = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
-        raise RequestError(f"{name} does not go with {other}; leave one of them out")
+        name, conflict = ("overwrite=True" if overwrite else "out=None"), "append" if append else "a Share"
+        raise RequestError(f"{name} does not go with {conflict}; leave one of them out")
     return TemporaryFolder() if out is None else as_path("out", out)
 
 

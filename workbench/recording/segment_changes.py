@@ -61,8 +61,8 @@ def plan_changes(model: Model, records: Sequence[Intervention], sites: Sequence[
     intervened.warn_of_kernels()
     stored, arrays = stored_changes(records)
     kernels = ({} if kernel is None else {"kernel": kernel} for kernel in intervened.kernels)
-    kept = tuple(record | kernel for record, kernel in zip(stored.records, kernels, strict=True))
-    return RecordedChanges(tuple(records), replace(stored, records=kept), arrays)
+    full_records = tuple(record | kernel for record, kernel in zip(stored.records, kernels, strict=True))
+    return RecordedChanges(tuple(records), replace(stored, records=full_records), arrays)
 
 
 class SegmentChanges:
@@ -164,8 +164,8 @@ def check_changed(manifest: Manifest) -> None:
     changes = manifest.interventions
     if changes is None or not manifest.complete:
         return
-    for number, (name, ran) in enumerate(zip(changes.names, changes.ran, strict=True)):
-        if not ran.rows:
+    for number, (name, counts) in enumerate(zip(changes.names, changes.ran, strict=True)):
+        if not counts.rows:
             raise DataError(
                 f"interventions: record {number} ({name}) chose no token of the {manifest.rows:,} that were recorded, "
                 "so the store is as without it; choose other tokens and another out"

@@ -90,8 +90,8 @@ class SegmentMetric:
         self._rows = self._chosen(table)
         ids = _Ids(model)
         self._tokens = {"next": np.append(self._ids[1:], 0)} | {
-            name: np.full(len(self._ids), one) if one is not None else self._column(name, table, ids.by_text)
-            for name, one in ids.of(metric).items()
+            name: np.full(len(self._ids), token) if token is not None else self._column(name, table, ids.by_text)
+            for name, token in ids.of(metric).items()
         }
 
     def _chosen(self, table: pa.Table) -> Bool[np.ndarray, " row"]:
@@ -125,7 +125,7 @@ class SegmentMetric:
 
     def of(self, batch: Int[np.ndarray, " batch"]) -> Callable[[Tensor], Float[Tensor, ""]]:
         """Returns the metric of a right-padded batch of these sequences, as a function of its logits."""
-        parts = [self._starts[one] + np.arange(int(self._lengths[one])) for one in batch]
+        parts = [self._starts[sequence] + np.arange(int(self._lengths[sequence])) for sequence in batch]
         rows = [part[self._rows[part]] for part in parts]
         line = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(part) for part in rows]))
         flat = np.concatenate(rows)
@@ -149,8 +149,8 @@ def _at_index(
     if isinstance(choice.index, slice):
         inside = [np.isin(np.arange(n), np.arange(n)[choice.index]) for n in lengths]
         return np.concatenate(inside)
-    wanted = [np.where(one < 0, np.repeat(lengths, lengths) + one, one) for one in choice.positions]
-    return np.any([position == one for one in wanted], axis=0)
+    targets = [np.where(index < 0, np.repeat(lengths, lengths) + index, index) for index in choice.positions]
+    return np.any([position == target for target in targets], axis=0)
 
 
 def _columns(table: pa.Table) -> str:
@@ -182,10 +182,10 @@ def parse_metric(value: Mapping[str, Any]) -> Metric:
     kind = METRIC_KINDS.get(str(value.get("kind")))
     if kind is None:
         raise RequestError(f"gradient_of: kind is {shown(value.get('kind'))}; kinds: {', '.join(METRIC_KINDS)}")
-    known = [one.name for one in fields(kind)]
+    known = [field.name for field in fields(kind)]
     if unknown := sorted(value.keys() - {"kind", *known}):
         raise RequestError(f"gradient_of: {value['kind']} has no field {unknown[0]!r}; it has {', '.join(known)}")
-    entries = {name: one for name, one in value.items() if name != "kind"}
+    entries = {name: setting for name, setting in value.items() if name != "kind"}
     if isinstance(entries.get("at"), dict):
         entries["at"] = choice_of(entries["at"])
     try:

@@ -162,7 +162,7 @@ class SegmentRecorder:
         return open_sequences(self.plan.tokens)
 
     @cached_property
-    def chosen(self) -> Int[np.ndarray, " chosen"] | None:
+    def chosen(self) -> Int[np.ndarray, " row"] | None:
         """Returns the planned rows that are stored; None: all."""
         return chosen_rows(self.plan.tokens)
 
@@ -214,7 +214,7 @@ class SegmentRecorder:
             changes=changes,
             gradient_of=metric,
         )
-        stored = lengths.tolist() if chosen is None else [len(one) for one in chosen if len(one)]
+        stored = lengths.tolist() if chosen is None else [len(part) for part in chosen if len(part)]
         full_disk = partial(explain_full_disk, plan.store, f"segment {planned.name}", planned.first_row)
         with full_disk(), ExitStack() as stack:
             segment = stack.enter_context(stage_segment(plan.store, plan.manifest, planned, table))
@@ -255,8 +255,8 @@ class SegmentRecorder:
             return
         stored_sites = {site.name for site in self.plan.manifest.sites}
         buffered = SegmentWithBuffers(segment, stored_sites, encoded.reading.recorded, planned.rows)
-        others = [site for site in encoded.sites if site.name not in stored_sites]
-        run(buffered, sites=[*self.sites, *others])
+        extra_sites = [site for site in encoded.sites if site.name not in stored_sites]
+        run(buffered, sites=[*self.sites, *extra_sites])
         # before the end: a finished segment has its features
         self.encode(planned.first_row, buffered.values, stored)
 
@@ -264,23 +264,31 @@ class SegmentRecorder:
 class SegmentWithBuffers:
     """A segment being written, and sites that are kept in memory, of which some are written too."""
 
-    def __init__(self, segment: SegmentWriter, stored: Set[str], kept: Sequence[SiteRecord], rows: int) -> None:
-        self._segment, self._stored, self._kept = segment, stored, {site.name: site for site in kept}
-        self.values = {site.name: torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype)) for site in kept}
+    def __init__(
+        self, segment: SegmentWriter, stored: Set[str], buffered_sites: Sequence[SiteRecord], rows: int
+    ) -> None:
+        self._segment, self._stored, self._buffered_sites = (
+            segment,
+            stored,
+            {site.name: site for site in buffered_sites},
+        )
+        self.values = {
+            site.name: torch.empty((rows, *site.shape), dtype=getattr(torch, site.dtype)) for site in buffered_sites
+        }
         """Activations of the sites in memory in the stored type, axes (row, *shape)."""
         self.count = segment.count
 
     def shape(self, site: str) -> tuple[int, ...]:
         """Returns the shape of one row at `site`."""
-        return self._kept[site].shape if site in self._kept else self._segment.shape(site)
+        return self._buffered_sites[site].shape if site in self._buffered_sites else self._segment.shape(site)
 
     def dtype(self, site: str) -> str:
         """Returns the stored type of `site`."""
-        return self._kept[site].dtype if site in self._kept else self._segment.dtype(site)
+        return self._buffered_sites[site].dtype if site in self._buffered_sites else self._segment.dtype(site)
 
     def write(self, site: str, first_row: int, rows: np.ndarray) -> None:
         """Writes rows of `site` to memory, to the segment, or to both."""
-        if site in self._kept:
+        if site in self._buffered_sites:
             as_numpy(self.values[site])[first_row : first_row + len(rows)] = rows
         if site in self._stored:
             self._segment.write(site, first_row, rows)

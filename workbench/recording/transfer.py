@@ -68,11 +68,11 @@ class ChosenRows(BatchRows):
     def take(self, tensor: Tensor, first: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """Returns the chosen rows of a tensor, and where they belong, as `BatchRows.take` does."""
         positions, key = tensor.shape[1], (first, tensor.shape[1], tensor.device)
-        bounds = [np.searchsorted(one, [first, first + positions]) for one in self.chosen]
+        bounds = [np.searchsorted(rows, [first, first + positions]) for rows in self.chosen]
         if key not in self._indices:
             inside = [
-                one[low:high] - first + i * positions
-                for i, (one, (low, high)) in enumerate(zip(self.chosen, bounds, strict=True))
+                rows[low:high] - first + i * positions
+                for i, (rows, (low, high)) in enumerate(zip(self.chosen, bounds, strict=True))
             ]
             self._indices[key] = torch.from_numpy(np.concatenate(inside).astype(np.int64)).to(tensor.device)
         runs, offset = [], 0
