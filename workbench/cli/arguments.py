@@ -130,7 +130,7 @@ def _divide(arguments: Sequence[str], options: Sequence[Option]) -> dict[Option,
         elif equals or (waiting and not _is_option(waiting[0])):
             placed[option] = [value if equals else waiting.pop(0)]
         else:
-            raise RequestError(f"{name} needs a value: {option.shown}")
+            raise RequestError(f"{name} needs a value: {option.usage}")
     return placed | _placed(free, options)
 
 
@@ -155,7 +155,7 @@ def _check_missing(options: Sequence[Option], placed: dict[Option, list[str]]) -
     missing = [option for option in options if option.required and option not in placed]
     if not missing:
         return
-    text = f"missing {', '.join(option.flag if option.positional else option.shown for option in missing)}"
+    text = f"missing {', '.join(option.flag if option.positional else option.usage for option in missing)}"
     places = [option.flag for option in missing if option.positional]
     greedy = next((option for option, words in placed.items() if option.reader.several and len(words) > 1), None)
     if places and greedy is not None and not greedy.positional:
@@ -192,8 +192,8 @@ def _parts(word: str) -> list[str]:
 
 def texts_of(names: Sequence[str]) -> str | Path | list[str | Path]:
     """Returns the texts of a recording: one source as it is, several as files and documents."""
-    (first, *others) = names
-    if others:
+    (first, *other_names) = names
+    if other_names:
         return [_source(text) for text in names]
     return first if not first or first.startswith("hf:") or any(map(str.isspace, first)) else Path(first)
 
@@ -205,6 +205,6 @@ def _source(text: str) -> str | Path:
     return text if any(map(str.isspace, text)) and not os.path.isfile(text) else Path(text)
 
 
-def docstring(thing: Any) -> str:
+def docstring(owner: Any) -> str:
     """Returns the docstring of a class or module, stripped."""
-    return (thing.__doc__ or "").strip()
+    return (owner.__doc__ or "").strip()

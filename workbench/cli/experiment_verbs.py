@@ -133,7 +133,9 @@ class _RunSweep:
         )
         for outcome in swept.failed:
             print_problem(f"failed  {outcome.run.folder.name}: {outcome.message}")
-        counts = {state: sum(one.state == state for one in swept.outcomes) for state in ("done", "skipped", "failed")}
+        counts = {
+            state: sum(outcome.state == state for outcome in swept.outcomes) for state in ("done", "skipped", "failed")
+        }
         counts |= {"left to other processes": len(swept.pending)} if swept.pending else {}
         print_plain(", ".join(f"{number} {state}" for state, number in counts.items()))
         if swept.result is not None and swept.unwritten is None:

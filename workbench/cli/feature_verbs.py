@@ -239,10 +239,10 @@ class Top:
         if len(table):
             print_frame(table, limit=80)
         active = int(features.counts[self.feature])
-        shown = f", {len(table)} shown" if len(table) < active else ""
+        note = f", {len(table)} shown" if len(table) < active else ""
         if self.feature in features.labels.index:
             print_plain(title_of(self.feature, features.labels))
-        print_plain(f"active on {active:,} of {len(features):,} rows{shown}")
+        print_plain(f"active on {active:,} of {len(features):,} rows{note}")
         if len(features.record.reads) > 1:
             print_plain(f"reads {', '.join(features.sites_of(self.feature))}")
         return 0

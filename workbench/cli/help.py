@@ -19,7 +19,7 @@ def help_text(program: str, options: Sequence[Option], description: str) -> str:
     width = line_width()
     positional = [option for option in options if option.positional]
     required = [option for option in options if option.required and not option.positional]
-    words = [*(_placed(option) for option in positional), *(option.shown for option in required)]
+    words = [*(_placed(option) for option in positional), *(option.usage for option in required)]
     if len(options) > len(positional) + len(required):
         words.append("[OPTIONS]")
     usage = textwrap.wrap(f"usage: {program} {' '.join(words)}", width, subsequent_indent="  ", break_on_hyphens=False)
@@ -50,7 +50,7 @@ def _paragraph(text: str, width: int) -> str:
 
 
 def _lines(option: Option, width: int) -> list[str]:
-    name = f"  {option.shown}"
+    name = f"  {option.usage}"
     choices = f"One of {', '.join(option.reader.choices)}. " if option.positional and option.reader.choices else ""
     meaning = option.meaning if option.default is not None else option.meaning.replace("None:", "Default:")
     text = (choices + meaning.replace("():", "without a word:") + _default_words(option)).strip()

@@ -68,7 +68,7 @@ class Option:
         return self.default is MISSING
 
     @property
-    def shown(self) -> str:
+    def usage(self) -> str:
         """Its spelling with the words that follow: `--out PATH`."""
         if self.positional:
             return f"{self.flag} [...]" if self.reader.several else self.flag
@@ -127,8 +127,8 @@ def _reader(hint: Any) -> Reader | None:
         named = {str(choice): choice for choice in inner}
         return Reader(_chooser(named), "|".join(named), choices=tuple(named))
     if origin is tuple and len(inner) == 2 and inner[1] is ...:
-        one = _reader(inner[0])
-        return one and Reader(one.read, one.metavar, one.choices, several=True)
+        reader = _reader(inner[0])
+        return reader and Reader(reader.read, reader.metavar, reader.choices, several=True)
     if origin in (Union, types.UnionType):
         readers = [_reader(part) for part in inner if part is not type(None)]
         first = readers[0]

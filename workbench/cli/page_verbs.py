@@ -140,8 +140,8 @@ class Index:
         for feature in chosen:
             features.rows_of(feature)  # a wrong number is refused before SAELens is loaded
         sae = None if self.sae is None else load_sae(self.sae, self.sae_id, device="cpu")
-        first, *others = feature_pages(features, self.out, chosen, sae=sae)
-        print_plain(f"index  {first}\npages  {len(others)}")
+        index, *pages = feature_pages(features, self.out, chosen, sae=sae)
+        print_plain(f"index  {index}\npages  {len(pages)}")
         return 0
 
 

@@ -198,15 +198,15 @@ class Match:
         check_fields(self, "k", at_least=1)
         if self.out is not None:
             check_writable_file(self.out)
-        one, other = open_features(self.features), open_features(self.other)
+        first, second = open_features(self.features), open_features(self.other)
         if self.splits:
-            table = feature_splits(one, other)
+            table = feature_splits(first, second)
         else:
             named = ((self.sae, self.sae_id), (self.other_sae, self.other_sae_id))
             saes = [None if name is None else load_sae(name, sae_id, device="cpu") for name, sae_id in named]
-            table = match_features(one, other, *saes).sort_values("correlation", ascending=False, kind="stable")
-        shown = table.head(self.k).astype(object)
-        print_frame(shown.where(shown.notna(), None))
+            table = match_features(first, second, *saes).sort_values("correlation", ascending=False, kind="stable")
+        rows = table.head(self.k).astype(object)
+        print_frame(rows.where(rows.notna(), None))
         print_plain(f"{min(self.k, len(table)):,} of {len(table):,} features")
         if self.out is not None:
             save_text(self.out, csv_text(table))

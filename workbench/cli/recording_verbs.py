@@ -53,18 +53,18 @@ class Generate:
         if self.out.suffix != ".jsonl":
             raise RequestError(f"--out {str(self.out)!r} must end in .jsonl")
         check_writable_file(self.out)
-        if self.out.exists() and any(os.path.exists(one) and self.out.samefile(one) for one in self.prompts):
+        if self.out.exists() and any(os.path.exists(source) and self.out.samefile(source) for source in self.prompts):
             raise RequestError(f"--out {str(self.out)!r} is a file of prompts, which would be lost; choose another")
         model = load_model(self.model, device=self.device)
         settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        made = generate(
+        generations = generate(
             model, texts_of(self.prompts), self.max_new_tokens, **settings, seed=self.seed, samples=self.samples
         )
-        made.save(self.out)
-        texts = made.texts() if model.tokenizer is not None else []
+        generations.save(self.out)
+        texts = generations.texts() if model.tokenizer is not None else []
         for text in texts[:5]:
             print_plain(repr(text))
-        print_plain(f"{len(made):,} continuations in {self.out}; record them with `workbench record`")
+        print_plain(f"{len(generations):,} continuations in {self.out}; record them with `workbench record`")
         return 0
 
 

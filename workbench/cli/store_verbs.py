@@ -64,8 +64,11 @@ class Remove:
             return Info(self.path).run()
         from workbench.features.removal import remove  # seconds: xarray
 
-        left = remove(self.path)
-        print_plain(f"removed  {self.path}" + (f", but {len(left)} entries of others: {left[0]}" if left else ""))
+        foreign_entries = remove(self.path)
+        print_plain(
+            f"removed  {self.path}"
+            + (f", but {len(foreign_entries)} entries of others: {foreign_entries[0]}" if foreign_entries else "")
+        )
         return 0
 
 
@@ -124,11 +127,11 @@ class Query:
         check_fields(self, "limit", at_least=0)
         manifest = read_manifest(self.store)
         total = len(select_rows(self.store, manifest, self.predicate))
-        shown = query_tokens(self.store, manifest, self.predicate, self.limit)
-        if shown.num_rows:
-            print_table(shown.column_names, [list(row.values()) for row in shown.to_pylist()])
+        table = query_tokens(self.store, manifest, self.predicate, self.limit)
+        if table.num_rows:
+            print_table(table.column_names, [list(row.values()) for row in table.to_pylist()])
         print_plain(
-            f"{total:,} of {manifest.rows:,} rows" + (f", {shown.num_rows} shown" if total > shown.num_rows else "")
+            f"{total:,} of {manifest.rows:,} rows" + (f", {table.num_rows} shown" if total > table.num_rows else "")
         )
         return 0
 
@@ -171,11 +174,11 @@ class Compare:
             print_plain("")
             print_frame(comparison.probes)
         several = isinstance(comparison, Comparisons)
-        for one in comparison.each if several else (comparison,):
-            second = Path(one.b).name if several else "the second"
-            models = f"{second} differs: {other}" if (other := one.model_difference) else "the same"
+        for pair in comparison.each if several else (comparison,):
+            second = Path(pair.b).name if several else "the second"
+            models = f"{second} differs: {difference}" if (difference := pair.model_difference) else "the same"
             print_plain(f"models  {models}")
-            for probe, reason in one.not_run.items():
+            for probe, reason in pair.not_run.items():
                 print_plain(f"not run  {probe}: {reason}")
         if self.out is not None:
             print_plain(f"tables  {comparison.save(self.out)}")
