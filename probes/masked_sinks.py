@@ -233,22 +233,22 @@ class MaskedSinks(LayerProbe):
         data, later = result.data, result.provenance["settings"]["later"]
         loss = {kind: float(data["loss"].sel(kind=kind)) for kind in KINDS}
         low, high = (float(data[f"loss_{end}"].sel(kind="sink")) for end in ("low", "high"))
-        interval = interval_text(low, high) if np.isnan(low) else f"95 % CI [{low:.2f}, {high:.2f}]"
+        interval = interval_text(low, high) if np.isnan(low) else f"95 % CI [{low:z.3f}, {high:z.3f}]"
         text = (
             f"Without any head's top key (position 0 in {100 * float(data['at_first'].mean()):.0f} % of cases) for "
-            f"queries from position {later} on, the loss rises by {loss['sink']:.2f} nats, {interval}; without a "
-            f"random early key by {loss['random']:.2f}"
+            f"queries from position {later} on, the loss changes by {loss['sink']:+z.3f} nats, {interval}; without "
+            f"a random early key by {loss['random']:+z.3f}"
         )
         if "loss_layer" in data:
             layer = int(data["loss_layer"].sel(kind="sink").to_numpy().argmax())
             effect = data["loss_layer"].isel(layer=layer)
-            text += f"; most in layer {int(data['layer'][layer])} alone, {float(effect.sel(kind='sink')):.3f} (random "
-            text += f"{float(effect.sel(kind='random')):.3f})"
+            text += f"; most in layer {int(data['layer'][layer])} alone, {float(effect.sel(kind='sink')):+z.3f} "
+            text += f"(random {float(effect.sel(kind='random')):+z.3f})"
         if "loss_head" in data:
             at = np.unravel_index(np.nanargmax(data["loss_head"].sel(kind="sink").to_numpy()), data["alpha"].shape)
             effect = data["loss_head"].isel(layer=at[0], head=at[1])
             text += f"; most of single heads {head_name(int(data['layer'][at[0]]), int(at[1]))}, "
-            text += f"{float(effect.sel(kind='sink')):.4f} (random {float(effect.sel(kind='random')):.4f})"
+            text += f"{float(effect.sel(kind='sink')):+z.4f} (random {float(effect.sel(kind='random')):+z.4f})"
         return with_note(f"{text} ({int(data['rows']):,} tokens).", result)
 
     @staticmethod
@@ -310,7 +310,7 @@ def _by_layer(result: Result) -> go.Figure:
         layers=data["layer"].to_numpy().tolist(),
         title=f"Loss without the sinks of one layer, {label(str(result.provenance['model']), 50)}",
         subtitle=f"hidden from queries at position {later} and later; all layers at once: "
-        f"{float(data['loss'].sel(kind='sink')):+.2f} nats; 95 % intervals over {int(data['documents'])} documents",
+        f"{float(data['loss'].sel(kind='sink')):+z.3f} nats; 95 % intervals over {int(data['documents'])} documents",
         unit="increase of the loss, nats",
     )
 
@@ -318,13 +318,14 @@ def _by_layer(result: Result) -> go.Figure:
 def _heads(result: Result) -> go.Figure:
     data = result.data
     alpha, first = data["alpha"].to_numpy(), data["at_first"].to_numpy()
+    sink, random = (float(data["loss"].sel(kind=kind)) for kind in ("sink", "random"))
     hover = [[f"position 0 in {100 * share:.0f} % of sequences" for share in line] for line in first]
     return head_grid(
         alpha,
         hover=hover,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Attention to each head's top key, {label(str(result.provenance['model']), 50)}",
-        subtitle=f"mean over the queries that see it; hidden from later ones, the loss rises by "
-        f"{float(data['loss'].sel(kind='sink')):.2f} nats (random key {float(data['loss'].sel(kind='random')):.2f})",
+        subtitle="mean over the queries that see it; hidden from later ones, the loss changes by "
+        f"{sink:+z.3f} nats (random key {random:+z.3f})",
         unit="attention",
     )

@@ -83,7 +83,7 @@ CHAT = [{"role": "user", "content": "one two"}]
         ([CHAT, "text"], {}, r"document 1 \(texts\[1\]\) is a text or token ids, and each document before it a chat"),
         (["text", CHAT], {}, r"document 1 \(texts\[1\]\) is a chat, and each document before it a text"),
         ([[{"role": "wizard", "content": "x"}]], {}, r"document 0: the chat template refuses the chat \(no wizard"),
-        (["one two"], {"where": "token = 'zzz'"}, "where: None in the store, token = 'zzz' requested"),
+        (["one two"], {"where": "token = 'zzz'"}, "where: none in the store, token = 'zzz' requested"),
     ],
 )
 def test_refused_texts_leave_the_store_as_it_was(texts, options, message, tiny_models, tiny_tokenizer, tmp_path):

@@ -118,7 +118,7 @@ def test_every_field_is_part_of_the_identity(model, records, tmp_path_factory):
     wanted = wb.Add("resid_post.0", VALUE, 2.0)
     store = record(model, folder, wanted)
     text = refused(RequestError, lambda: record(model, folder, *records))
-    assert "interventions: 1 records (" in text
+    assert "interventions: 1 (" in text
     assert record(model, folder, wanted).manifest.fingerprint == store.manifest.fingerprint
 
 

@@ -110,7 +110,7 @@ def test_chosen_rows_are_appended_and_other_choices_refused(model, texts, tmp_pa
     assert contents(tmp_path / "x") == before
     record(model, texts, tmp_path / "all")
     message = refused(RequestError, lambda: record(model, texts, tmp_path / "all", keep="last"))
-    assert "keep: None in the store, [-1] requested" in message
+    assert "keep: none in the store, [-1] requested" in message
 
 
 @pytest.mark.parametrize(

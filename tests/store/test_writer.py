@@ -338,7 +338,7 @@ def test_a_segment_with_other_token_columns_is_refused(tmp_path):
     ("changed", "difference"),
     [
         ({"recording": Recording(context=16)}, "context: 8 in the store, 16 requested"),
-        ({"recording": Recording(context=8, metadata=())}, "metadata: None in the store, [] requested"),
+        ({"recording": Recording(context=8, metadata=())}, "metadata: none in the store, [] requested"),
         (
             {"model": replace(MODEL, fingerprint="ff" * 32)},
             "the model is not the recorded one: its weights are other ones (ffffffffffff, not a1a1a1a1a1a1)",
@@ -351,7 +351,7 @@ def test_a_segment_with_other_token_columns_is_refused(tmp_path):
             {"model": replace(MODEL, dtype="bfloat16")},
             "the model is not the recorded one: it computes in bfloat16, not in float32",
         ),
-        ({"model": replace(MODEL, tokenizer_fingerprint=None)}, "tokenizer: c3c3c3c3c3c3 in the store, None requested"),
+        ({"model": replace(MODEL, tokenizer_fingerprint=None)}, "tokenizer: c3c3c3c3c3c3 in the store, none requested"),
         (
             {"tokens_added": {"prefix": [], "suffix": [2]}},
             "prefix tokens: [1] in the store, [] requested; suffix tokens: []",

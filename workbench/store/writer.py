@@ -462,7 +462,7 @@ def _settings(manifest: Manifest) -> dict[str, object]:
         "architecture": model.architecture,
         "tokenizer": model.tokenizer_fingerprint and model.tokenizer_fingerprint[:12],
         **recording,
-        "interventions": changes and f"{len(changes.records)} records ({changes.digest[:12]})",
+        "interventions": changes and f"{len(changes.records)} ({changes.digest[:12]})",
         "gradient_of": manifest.gradient_of and metric_name(manifest.gradient_of),
         **{f"{name} tokens": list(ids) for name, ids in manifest.tokens_added.items()},
         **{_site_setting(site): f"{site.axes} {site.shape} {site.dtype}" for site in manifest.sites},
@@ -470,10 +470,11 @@ def _settings(manifest: Manifest) -> dict[str, object]:
 
 
 def _differences(existing: Mapping[str, object], requested: Mapping[str, object]) -> list[str]:
+    values = ((name, existing.get(name), requested.get(name)) for name in dict.fromkeys((*existing, *requested)))
     return [
-        f"{name}: {existing.get(name, 'none')} in the store, {requested.get(name, 'none')} requested"
-        for name in dict.fromkeys((*existing, *requested))
-        if existing.get(name) != requested.get(name)
+        f"{name}: {'none' if stored is None else stored} in the store, {'none' if new is None else new} requested"
+        for name, stored, new in values
+        if stored != new
     ]
 
 
