@@ -71,4 +71,4 @@ def test_of_an_unfinished_extraction(store, sae, monkeypatch, tmp_path):
     warns = logging.getLogger("workbench.features.extraction_folder")
     monkeypatch.setattr(warns, "disabled", True)  # it warns of other library versions
     record.write_bytes((before / record.name).read_bytes())
-    fuzz(resume, record, count=mutations() // 5, same=lambda answer: answer == entries)
+    fuzz(resume, record, count=mutations() // 5, is_original=lambda answer: answer == entries)

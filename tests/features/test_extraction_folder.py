@@ -224,9 +224,11 @@ def test_missing_rows_and_committed_ones_are_all_rows(tmp_path):
             (tmp_path / f"{first:012d}-{first + length + 1:012d}.safetensors").touch()
         cuts = [0, *sorted({int(cut) for cut in random.integers(1, 60, 3)}), 60]
         spans = list(itertools.pairwise(cuts))
-        there, missing = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing_spans(spans)
-        assert sorted(row for some in (there, missing) for span in some for row in range(*span)) == list(range(60))
-        assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in missing)
+        committed_spans, missing_spans = SegmentFolder(tmp_path).spans(), SegmentFolder(tmp_path).missing_spans(spans)
+        assert sorted(
+            row for part in (committed_spans, missing_spans) for span in part for row in range(*span)
+        ) == list(range(60))
+        assert all(any(first <= begun < ended <= stop for first, stop in spans) for begun, ended in missing_spans)
 
 
 def test_features_finished_while_waiting_for_the_lock_are_opened(store, sae, monkeypatch):
@@ -272,7 +274,7 @@ def test_names_that_are_long_or_not_ascii_give_folders_of_their_own():
     site = SITE
     plain = extraction_folder.target_path(Path("s"), site, "my sae")
     assert plain.name == f"{site.label}-my-sae"
-    others = ["x" * 300, "x" * 301, "\u65e5\u672c", "\u4e2d\u56fd"]
-    names = {extraction_folder.target_path(Path("s"), site, name).name for name in others}
-    assert len(names) == len(others)
+    unusual_names = ["x" * 300, "x" * 301, "\u65e5\u672c", "\u4e2d\u56fd"]
+    names = {extraction_folder.target_path(Path("s"), site, name).name for name in unusual_names}
+    assert len(names) == len(unusual_names)
     assert max(map(len, names)) < 230  # the hidden folder has ten more

@@ -137,12 +137,12 @@ def test_enrichment_counts_by_hand(features, example):
     assert sorted(table["feature"]) == list(range(20))
     for line in table.itertuples():
         active = (dense[:, line.feature] != 0) & text
-        hits, wanted = (active & label).sum(), (label & text).sum()
+        hits, positives = (active & label).sum(), (label & text).sum()
         assert (line.active, line.hits) == (active.sum(), hits)
-        assert line.recall == hits / wanted
+        assert line.recall == hits / positives
         assert line.precision == hits / active.sum() if active.any() else np.isnan(line.precision)
-        both = line.precision + line.recall if hits else 1
-        assert line.f1 == pytest.approx(2 * line.precision * line.recall / both if hits else 0, rel=1e-12)
+        denominator = line.precision + line.recall if hits else 1
+        assert line.f1 == pytest.approx(2 * line.precision * line.recall / denominator if hits else 0, rel=1e-12)
     assert (dense[~text] != 0).any()
     order = sorted(range(20), key=lambda i: (-table["f1"][i], table["feature"][i]))
     assert order == list(range(20))

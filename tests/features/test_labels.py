@@ -115,10 +115,10 @@ def test_columns_are_added_and_replaced_only_on_request(copied, tmp_path):
     assert len(copied.labels.columns) == 0  # the object that was there stays as it was
     text = refused(RequestError, lambda: import_labels(labelled, second))
     assert text == "labels: description of these features is there already; give replace=True"
-    both = import_labels(labelled, second, replace=True).labels
-    assert both["description"].dropna().to_dict() == {2: "zwei", 3: "drei"}
-    assert both["f1"].dropna().to_dict() == {1: 0.5, 2: 0.25}
-    assert both.attrs["sources"] == {"f1": "a.csv", "description": "b.csv", "note": "b.csv"}
+    merged_labels = import_labels(labelled, second, replace=True).labels
+    assert merged_labels["description"].dropna().to_dict() == {2: "zwei", 3: "drei"}
+    assert merged_labels["f1"].dropna().to_dict() == {1: 0.5, 2: 0.25}
+    assert merged_labels.attrs["sources"] == {"f1": "a.csv", "description": "b.csv", "note": "b.csv"}
     assert wb.import_labels(labelled, first, replace=True).labels["f1"].tolist() == [0.5, 0.25]
 
 

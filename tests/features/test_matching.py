@@ -18,7 +18,7 @@ from workbench.store.reader import open_store
 
 
 @pytest.fixture(scope="module")
-def other(example, tmp_path_factory):
+def second_extraction(example, tmp_path_factory):
     """Another SAE's features of the same store, and that SAE."""
     folder = tmp_path_factory.mktemp("other")
     sae = loaded(folder / "sae", "jumprelu", d_sae=26, seed=5)
@@ -31,31 +31,31 @@ def dense(features):
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_matches_equal_dense_numpy(small, features, sae, other, monkeypatch):
+def test_matches_equal_dense_numpy(small, features, sae, second_extraction, monkeypatch):
     if small:
         monkeypatch.setattr(matching, "_BYTES", 8 * 26 * 4)
         monkeypatch.setattr(index, "ENTRIES", 30)
         monkeypatch.setattr(matching, "_EXACT", 10)
         monkeypatch.setattr(matching, "_CANDIDATES", 26)
-    table = wb.match_features(features, other[0], sae, other[1])
-    x, y = dense(features), dense(other[0])
+    table = wb.match_features(features, second_extraction[0], sae, second_extraction[1])
+    x, y = dense(features), dense(second_extraction[0])
     left, right = np.flatnonzero(x.any(0)), np.flatnonzero(y.any(0))
     assert table["feature"].tolist() == left.tolist()
-    both = np.corrcoef(x[:, left].T, y[:, right].T)[: len(left), len(left) :]
-    np.testing.assert_allclose(table["correlation"], both.max(1), atol=1e-9)
-    assert table["match"].tolist() == right[both.argmax(1)].tolist()
-    assert table["mutual"].tolist() == (both.argmax(0)[both.argmax(1)] == np.arange(len(left))).tolist()
-    gain = np.maximum(both, 0)
+    correlation = np.corrcoef(x[:, left].T, y[:, right].T)[: len(left), len(left) :]
+    np.testing.assert_allclose(table["correlation"], correlation.max(1), atol=1e-9)
+    assert table["match"].tolist() == right[correlation.argmax(1)].tolist()
+    assert table["mutual"].tolist() == (correlation.argmax(0)[correlation.argmax(1)] == np.arange(len(left))).tolist()
+    gain = np.maximum(correlation, 0)
     rows, partners = linear_sum_assignment(-gain)
     assert table["assigned_correlation"].sum() == pytest.approx(gain[rows, partners].sum())
-    taken = table["assigned"].dropna()
-    assert len(set(taken)) == len(taken)
+    assigned_features = table["assigned"].dropna()
+    assert len(set(assigned_features)) == len(assigned_features)
     shifted = np.roll(y, -(len(y) // 2), axis=0)
     chance = np.corrcoef(x[:, left].T, shifted[:, right].T)[: len(left), len(left) :]
     np.testing.assert_allclose(table["chance"], chance.max(1), atol=1e-9)
     units = [
         encoder.W_dec.numpy() / np.linalg.norm(encoder.W_dec.numpy(), axis=1, keepdims=True)
-        for encoder in (sae, other[1])
+        for encoder in (sae, second_extraction[1])
     ]
     cosine = units[0][left] @ units[1].T
     np.testing.assert_allclose(table["nearest_cosine"], cosine.max(1), atol=1e-5)
@@ -80,11 +80,11 @@ def test_a_permuted_sae_is_found_again(example, tmp_path):
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_splits_equal_dense_numpy(small, features, other, monkeypatch):
+def test_splits_equal_dense_numpy(small, features, second_extraction, monkeypatch):
     if small:
         monkeypatch.setattr(matching, "_BYTES", 8 * 26 * 4)
-    table = wb.feature_splits(features, other[0], precision=0.5, least=3)
-    x, y = dense(features) != 0, dense(other[0]) != 0
+    table = wb.feature_splits(features, second_extraction[0], precision=0.5, least=3)
+    x, y = dense(features) != 0, dense(second_extraction[0]) != 0
     expected = {}
     for feature in np.flatnonzero(x.sum(0) >= 3):
         inside = [
@@ -124,29 +124,33 @@ def test_directions_that_are_nan_are_no_neighbours_and_refused_of_active_feature
     with warned("they are left out of comparisons"):
         table = wb.match_features(features, nan[0], sae, nan[1])
     assert 4 not in table["nearest"].tolist()
-    kept = expected["nearest"] != 4
-    assert table[kept].equals(expected[kept])
+    defined_rows = expected["nearest"] != 4
+    assert table[defined_rows].equals(expected[defined_rows])
     assert np.isfinite(table[["cosine", "nearest_cosine"]].to_numpy()).all()
     undefined[expected["match"].iloc[0]] = np.nan
     damaged = changed("damaged", threshold=silent, W_dec=undefined)
     assert "NaN" in refused(DataError, lambda: wb.match_features(features, damaged[0], sae, damaged[1]))
 
 
-def test_what_cannot_be_matched_is_refused(features, sae, other, tmp_path):
+def test_what_cannot_be_matched_is_refused(features, sae, second_extraction, tmp_path):
     store = open_store(write_store(tmp_path / "y.acts", SEGMENTS[:2], sites=(SITE,)))
     elsewhere = extracted(store, sae)
     assert "are of different stores" in refused(RequestError, lambda: wb.match_features(features, elsewhere))
-    assert refused(RequestError, lambda: wb.match_features(features, other[0], sae)).startswith("other_sae is missing")
-    text = refused(RequestError, lambda: wb.match_features(features, other[0], other[1], sae))
+    assert refused(RequestError, lambda: wb.match_features(features, second_extraction[0], sae)).startswith(
+        "other_sae is missing"
+    )
+    text = refused(RequestError, lambda: wb.match_features(features, second_extraction[0], second_extraction[1], sae))
     assert "were made with SAE" in text
-    assert "precision must be" in refused(RequestError, lambda: wb.feature_splits(features, other[0], precision=0))
+    assert "precision must be" in refused(
+        RequestError, lambda: wb.feature_splits(features, second_extraction[0], precision=0)
+    )
 
 
-def test_matches_on_the_command_line(features, other, tmp_path):
+def test_matches_on_the_command_line(features, second_extraction, tmp_path):
     out = tmp_path / "matches.csv"
-    code, text, err = run("match", str(features.path), str(other[0].path), "--k", "3", "--out", str(out))
+    code, text, err = run("match", str(features.path), str(second_extraction[0].path), "--k", "3", "--out", str(out))
     assert (code, err) == (0, "")
     assert text.startswith("feature")
     assert f"3 of {len(out.read_text().splitlines()) - 1} features" in text
-    code, text, err = run("match", str(features.path), str(other[0].path), "--splits")
+    code, text, err = run("match", str(features.path), str(second_extraction[0].path), "--splits")
     assert (code, err) == (0, "")

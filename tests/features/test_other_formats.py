@@ -41,7 +41,7 @@ LENGTHS = [7, 9, 12, 3, 1, 14, 5]
 
 
 @pytest.fixture(scope="module")
-def made(tiny_models, tmp_path_factory):
+def extraction(tiny_models, tmp_path_factory):
     """Features, their SAE and the unembedding; feature 0 is beyond float16, feature 1 below it."""
     folder, model = tmp_path_factory.mktemp("made"), tiny_models["llama"]
     unembed = replace(
@@ -85,8 +85,8 @@ def delphi_reads(folder: Path) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 @pytest.mark.parametrize("splits", [1, 3, 20])
-def test_delphi_reads_the_same_latents(made, tmp_path, splits):
-    features, _, _ = made
+def test_delphi_reads_the_same_latents(extraction, tmp_path, splits):
+    features, _, _ = extraction
     folder = wb.export_delphi(features, tmp_path / "latents", splits=splits, show_progress=False)
     assert folder == tmp_path / "latents" / SITE.name
     latents, tokens, config = delphi_reads(folder)
@@ -111,8 +111,8 @@ def test_delphi_reads_the_same_latents(made, tmp_path, splits):
     assert (config["model_name"], config["cache_ctx_len"], config["n_splits"]) == ("demo", 14, splits)
 
 
-def test_blocks_and_groups_of_files_change_nothing(made, tmp_path, monkeypatch):
-    features, _, _ = made
+def test_blocks_and_groups_of_files_change_nothing(extraction, tmp_path, monkeypatch):
+    features, _, _ = extraction
     whole = wb.export_delphi(features, tmp_path / "whole", splits=7, show_progress=False)
     monkeypatch.setattr(other_formats, "_BLOCK", 13)
     monkeypatch.setattr(other_formats, "_OPEN_FILES", 3)
@@ -147,8 +147,8 @@ def test_the_export_takes_less_memory_than_the_features(tmp_path, monkeypatch):
     assert peak < sum(file.stat().st_size for file in path.iterdir()) / 2
 
 
-def test_wrong_requests_of_delphi_are_refused(made, tmp_path):
-    features, _, _ = made
+def test_wrong_requests_of_delphi_are_refused(extraction, tmp_path):
+    features, _, _ = extraction
     for splits in (0, 21):
         text = refused(RequestError, lambda n=splits: wb.export_delphi(features, tmp_path, splits=n))
         assert text == f"splits must be a whole number, from 1 to 20, not {splits}"
@@ -157,8 +157,8 @@ def test_wrong_requests_of_delphi_are_refused(made, tmp_path):
     assert text == f"{tmp_path / SITE.name} is not empty; choose another out"
 
 
-def test_neuronpedia_reads_the_same_features(made, tmp_path):
-    features, sae, unembed = made
+def test_neuronpedia_reads_the_same_features(extraction, tmp_path):
+    features, sae, unembed = extraction
     out = wb.export_neuronpedia(features, sae, tmp_path / "np", k=3, context=2, batch=8, show_progress=False)
     active = np.flatnonzero(features.counts).tolist()
     batches = [json.loads((out / f"batch-{n}.json").read_text()) for n in range(-(-len(active) // 8))]
@@ -203,8 +203,8 @@ def test_neuronpedia_reads_the_same_features(made, tmp_path):
     assert entry["decoder_weights_dist"] == []
 
 
-def test_chosen_features_and_a_name_for_neuronpedia(made, tmp_path):
-    features, sae, _ = made
+def test_chosen_features_and_a_name_for_neuronpedia(extraction, tmp_path):
+    features, sae, _ = extraction
     wb.export_neuronpedia(features, sae, tmp_path, ids=[5, 2], sae_set="res-x", show_progress=False)
     (batch,) = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     assert batch["sae_set"] == "res-x"

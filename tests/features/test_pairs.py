@@ -19,19 +19,19 @@ def test_pairs_equal_dense_numpy(by, small, features, monkeypatch):
         monkeypatch.setattr(index, "ENTRIES", 20)
     text = ~features.store.tokens["is_special"].to_numpy(zero_copy_only=False)
     active = (features[:].toarray() != 0)[text].astype(int)
-    both, counts, rows = active.T @ active, active.sum(0), len(active)
+    joint_counts, counts, rows = active.T @ active, active.sum(0), len(active)
     table = wb.coactive_pairs(features, least=2, k=30, by=by, show_progress=False)
-    first, second = np.nonzero(np.triu(both, 1) >= 2)
+    first, second = np.nonzero(np.triu(joint_counts, 1) >= 2)
     assert table.attrs["pairs"] == len(first)
     expected = counts[first] * counts[second] / rows
     order = {
-        "jaccard": both[first, second] / (counts[first] + counts[second] - both[first, second]),
-        "pmi": np.log(both[first, second] / expected),
-        "both": both[first, second],
+        "jaccard": joint_counts[first, second] / (counts[first] + counts[second] - joint_counts[first, second]),
+        "pmi": np.log(joint_counts[first, second] / expected),
+        "both": joint_counts[first, second],
     }
     best = np.lexsort((second, first, -order[by]))[:30]
     assert table[["feature", "other"]].to_numpy().tolist() == np.stack([first, second], axis=1)[best].tolist()
-    for name, values in (order | {"expected": expected, "lift": both[first, second] / expected}).items():
+    for name, values in (order | {"expected": expected, "lift": joint_counts[first, second] / expected}).items():
         np.testing.assert_allclose(table[name], values[best], rtol=1e-12)
     chance = expected[best] / (counts[first] + counts[second] - expected)[best]
     np.testing.assert_allclose(table["jaccard_expected"], chance, rtol=1e-12)

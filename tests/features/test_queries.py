@@ -113,9 +113,9 @@ def test_rows_above_a_threshold_combine_with_sql(features, dense, store):
     for above in (None, 0, float(np.median(activations[activations > 0])), float(activations.max()), -1e9):
         expected = np.flatnonzero((activations != 0) & ((activations > above) if above is not None else True))
         assert wb.active_rows(features, feature, above).ids.tolist() == expected.tolist()
-    both = wb.active_rows(features, feature, 0) & store.where("position > 3")
+    late_rows = wb.active_rows(features, feature, 0) & store.where("position > 3")
     position = store.tokens["position"].to_numpy()
-    assert both.ids.tolist() == np.flatnonzero((activations > 0) & (position > 3)).tolist()
+    assert late_rows.ids.tolist() == np.flatnonzero((activations > 0) & (position > 3)).tolist()
     assert len(wb.active_rows(features, 3)) == 0
 
 
@@ -178,8 +178,8 @@ def test_labels_given_as_values(features, text, store):
     on = features[:].toarray()[:, planted] != 0
     table = wb.best_features(features, {"mine": np.where(on, "yes", None)}, least=1)
     assert table.loc[0, ["label", "value", "feature", "f1"]].tolist() == ["mine", "yes", planted, 1]
-    same = wb.best_features(features, {"mine": pd.Series(np.where(on, 1.0, np.nan))}, least=1)
-    assert same.loc[0, ["value", "feature", "f1"]].tolist() == [1.0, planted, 1]
+    numeric_table = wb.best_features(features, {"mine": pd.Series(np.where(on, 1.0, np.nan))}, least=1)
+    assert numeric_table.loc[0, ["value", "feature", "f1"]].tolist() == [1.0, planted, 1]
 
 
 @pytest.mark.parametrize(

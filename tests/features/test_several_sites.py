@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from features_example import extracted
-from formats_example import D_IN, D_SAE, T, jump, same, tensors, text
+from formats_example import D_IN, D_SAE, T, assert_close, jump, tensors, text
 from refusals import refused
 from sae_example import encode64, save_sae
 from several_sites import MIDS, Z, part_of, stream_store
@@ -53,7 +53,7 @@ def features(store, sae, tmp_path_factory):
 
 def test_features_of_all_layers_have_one_numbering(store, features):
     expected = jump(pre_activations(store), np.tile(T, 2))
-    same(features[:].toarray(), expected)
+    assert_close(features[:].toarray(), expected)
     assert features.record.site == "blocks.0-1.hook_resid_mid"
     assert features.sites.to_dict("list") == {
         "site": ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"],
@@ -65,7 +65,7 @@ def test_features_of_all_layers_have_one_numbering(store, features):
     assert refused(RequestError, lambda: features.sites_of(2 * D_SAE)).endswith("the SAE has features 0 to 59")
     rows, values = features.rows_of(D_SAE + 3)
     assert list(rows) == list(np.argsort(-expected[:, D_SAE + 3], kind="stable")[: len(rows)])
-    same(values, expected[rows, D_SAE + 3])
+    assert_close(values, expected[rows, D_SAE + 3])
     assert len(features.top(D_SAE + 3, k=2, where="position > 0")) == 2
     assert list(feature_statistics(features)["active"]) == list((expected > 0).sum(0))
     assert not (verify(features.path)["severity"] == "error").any()
@@ -101,7 +101,7 @@ def test_rules_over_all_rows_choose_among_the_features_of_all_layers(store, sae,
     pre = np.maximum(pre_activations(store), 0)
     mutual = extracted(store, sae, out=tmp_path / "mutual", sparsity=MutualChoice(3))[:].toarray()
     threshold = np.sort(pre.ravel())[-3 * len(pre)]
-    same(mutual, np.where(pre >= threshold, pre, 0))
+    assert_close(mutual, np.where(pre >= threshold, pre, 0))
     by_feature = extracted(store, sae, out=tmp_path / "feature", sparsity=FeatureChoice(4))[:].toarray()
     assert ((by_feature > 0).sum(0) <= 4 * len(pre) // pre.shape[1]).all()
     assert refused(RequestError, lambda: extracted(store, sae, out=tmp_path / "k", sparsity=TopK(3))).endswith(
@@ -126,8 +126,8 @@ def test_a_set_of_transcoders_knows_its_decoders(tmp_path):
         tensors(tmp_path / "set" / f"layer_{layer}.safetensors", weights)
     sae = load_sae(tmp_path / "set", device="cpu")
     assert (sae.architecture, sae.sites) == ("layers_of_transcoder", ())
-    same(decoder_directions(sae, [3, D_SAE + 3]).numpy(), decoders[:, 3])
-    same(decoder_directions(sae).numpy(), decoders.reshape(-1, D_IN))
+    assert_close(decoder_directions(sae, [3, D_SAE + 3]).numpy(), decoders[:, 3])
+    assert_close(decoder_directions(sae).numpy(), decoders.reshape(-1, D_IN))
     unit = decoders.reshape(-1, D_IN) / np.linalg.norm(decoders.reshape(-1, D_IN), axis=1, keepdims=True)
     cosine = unit @ unit[D_SAE + 3]
     cosine[D_SAE + 3] = -2
@@ -161,7 +161,7 @@ def test_rows_with_fewer_than_k_positive_features_are_counted(store, tmp_path):
 def test_features_of_one_head(store, tmp_path):
     folder = save_sae(tmp_path / "sae", d_in=4, hook_name=Z.name, hook_head_index=1, model_name="demo")
     features = extracted(store, load_sae(folder, device="cpu"), out=tmp_path / "features")
-    same(features[:].toarray(), encode64(folder, store[Z.name][:][:, 1].float().numpy()))
+    assert_close(features[:].toarray(), encode64(folder, store[Z.name][:][:, 1].float().numpy()))
     assert features.record.site == Z.name
     metrics = sae_metrics(store, load_sae(folder, device="cpu"))
     assert 0 < metrics.l0 < 20

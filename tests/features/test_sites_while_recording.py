@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from features_example import RAGGED, TINY
-from formats_example import jump, same, tensors, text
+from formats_example import assert_close, jump, tensors, text
 from pretend_device import PretendDevice
 from refusals import refused
 from sae_example import encode64, save_sae
@@ -96,14 +96,14 @@ def test_features_equal_those_of_the_recorded_sites(make, site, recorded, dtype,
     stored = record(llama, sequences, tmp_path / "s", dtype=dtype, sites=recorded)
     expected = wb.extract_features(stored, sae, site, show_progress=False)
     assert feature_files(passed) == feature_files(stored)
-    found = wb.open_features(passed.path)
-    assert found.record.reads == expected.record.reads
-    assert len(found.by_row["value"]) > sum(RAGGED)
+    features = wb.open_features(passed.path)
+    assert features.record.reads == expected.record.reads
+    assert len(features.by_row["value"]) > sum(RAGGED)
 
 
 def test_features_of_layers_equal_the_encoders_on_the_model(llama, sequences, clt, tmp_path):
     """Against float64 NumPy on what Hugging Face's modules read."""
-    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=clt).path)
+    features = wb.open_features(record(llama, sequences, tmp_path / "p", sae=clt).path)
     module, read = copy.deepcopy(llama.module), {layer: [] for layer in range(3)}
     for layer, block in enumerate(module.model.layers):
         block.post_attention_layernorm.register_forward_pre_hook(
@@ -117,14 +117,14 @@ def test_features_of_layers_equal_the_encoders_on_the_model(llama, sequences, cl
         weights = layer_weights(layer)
         pre = np.concatenate(read[layer]) @ np.float32(weights["W_enc"]).T + np.float32(weights["b_enc"])
         dense.append(jump(pre, np.float32(weights["threshold"])))
-    same(found[:].toarray(), np.concatenate(dense, 1))
-    assert found.sites["layer"].tolist() == [0, 1, 2]
-    found.verify()
+    assert_close(features[:].toarray(), np.concatenate(dense, 1))
+    assert features.sites["layer"].tolist() == [0, 1, 2]
+    features.verify()
 
 
 def test_features_of_a_head_equal_the_autoencoder_on_its_column_of_z(llama, sequences, tmp_path):
     sae = head(tmp_path / "sae")
-    found = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
+    features = wb.open_features(record(llama, sequences, tmp_path / "p", sae=sae).path)
     module, read = copy.deepcopy(llama.module), []
     projection = module.model.layers[1].self_attn.o_proj
     projection.register_forward_pre_hook(lambda _module, args: read.append(args[0][0]))
@@ -132,17 +132,17 @@ def test_features_of_a_head_equal_the_autoencoder_on_its_column_of_z(llama, sequ
         for ids in sequences:
             module(torch.tensor([ids]))
     column = torch.cat(read)[:, 2 * WIDTH // 4 : 3 * WIDTH // 4]
-    same(found[:].toarray(), encode64(tmp_path / "sae", column.double().numpy()))
+    assert_close(features[:].toarray(), encode64(tmp_path / "sae", column.double().numpy()))
 
 
 @pytest.mark.parametrize("sites", [["resid_mid.1", "embed"], ["resid_mid"]])
 def test_sites_that_are_stored_as_well_keep_their_values(sites, llama, sequences, clt, tmp_path):
-    both = record(llama, sequences, tmp_path / "b", sites=sites, sae=clt)
+    store_with_features = record(llama, sequences, tmp_path / "b", sites=sites, sae=clt)
     plain = record(llama, sequences, tmp_path / "p", sites=sites)
-    assert [site.name for site in both.sites] == [site.name for site in plain.sites]
+    assert [site.name for site in store_with_features.sites] == [site.name for site in plain.sites]
     for site in plain.sites:
-        assert torch.equal(both[site.name][:], plain[site.name][:])
-    assert feature_files(both) == feature_files(record(llama, sequences, tmp_path / "f", sae=clt))
+        assert torch.equal(store_with_features[site.name][:], plain[site.name][:])
+    assert feature_files(store_with_features) == feature_files(record(llama, sequences, tmp_path / "f", sae=clt))
 
 
 def test_rows_unlike_those_of_the_training_are_reported(llama, sequences, tmp_path):
@@ -160,9 +160,9 @@ def test_stopped_at_every_commit_it_resumes_to_the_same_bytes(llama, sequences, 
     whole = contents(record(llama, texts, tmp_path / "whole", sites=["resid_mid.1"], sae=clt).path)
     replace, stops = os.replace, 0
 
-    def stop_after(left):
+    def stop_after(replacements):
         def stopping(source, target):
-            if next(left, None) is None:
+            if next(replacements, None) is None:
                 raise KeyboardInterrupt
             replace(source, target)
 
@@ -193,20 +193,20 @@ def test_workers_encode_a_head_to_the_bytes_of_one_process(in_this_process, llam
     llama.module.save_pretrained(tmp_path / "tiny-llama")
     saved, sae = wb.load_model(tmp_path / "tiny-llama", device="cpu"), head(tmp_path / "sae")
     whole = record(saved, sequences, tmp_path / "one", sae=sae)
-    found = record(saved, sequences, tmp_path / "two", sae=sae, workers=wb.RayWorkers(2))
-    assert contents(found.path) == contents(whole.path)
+    from_workers = record(saved, sequences, tmp_path / "two", sae=sae, workers=wb.RayWorkers(2))
+    assert contents(from_workers.path) == contents(whole.path)
 
 
 def test_a_device_that_mixes_with_no_other_gives_the_same(llama, sequences, clt, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
-    here = wb.open_features(record(llama, sequences, tmp_path / "here", sae=clt).path)
+    cpu_features = wb.open_features(record(llama, sequences, tmp_path / "here", sae=clt).path)
     with PretendDevice("xpu"):
         moved = cross_layer(tmp_path / "clt", device="xpu")
         module = copy.deepcopy(llama.module).to("xpu")
-        there = record(Model(module, None, "tiny-llama"), sequences, tmp_path / "there", sae=moved)
-    found = wb.open_features(there.path)
-    assert found.by_row["feature"].tolist() == here.by_row["feature"].tolist()
-    same(found.by_row["value"], here.by_row["value"])
+        moved_store = record(Model(module, None, "tiny-llama"), sequences, tmp_path / "there", sae=moved)
+    moved_features = wb.open_features(moved_store.path)
+    assert moved_features.by_row["feature"].tolist() == cpu_features.by_row["feature"].tolist()
+    assert_close(moved_features.by_row["value"], cpu_features.by_row["value"])
 
 
 # ---- refused ------------------------------------------------------------------------------------------------
@@ -228,8 +228,10 @@ def test_a_site_that_the_model_does_not_offer_is_refused_before_anything_is_writ
         "tiny-neox has LayerNorms, and the SAE's files do not record fold_ln; give sae_site= and sae_force=True for "
         "another one"
     )
-    one = head(tmp_path / "head")
-    text = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=one, sae_site="resid_post.1"))
+    head_sae = head(tmp_path / "head")
+    text = refused(
+        RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=head_sae, sae_site="resid_post.1")
+    )
     assert text == "head 2 of resid_post.1 does not exist: a row has the axes d_model 32"
     few = refused(RequestError, lambda: record(llama, sequences, tmp_path / "p", sae=clt, sae_site="resid_mid.1"))
     assert few == "sae_site: SAE 'clt' reads 3 sites at once; give as many, not 1"

@@ -95,12 +95,12 @@ def test_a_temporal_autoencoder_reads_whole_sequences(llama, sequences, tmp_path
 
 
 def test_a_stored_site_gets_features_too(llama, sequences, sae, tmp_path):
-    both = record(llama, sequences, tmp_path / "b", sites=["embed", "resid_post.1"], sae=sae)
+    store_with_features = record(llama, sequences, tmp_path / "b", sites=["embed", "resid_post.1"], sae=sae)
     plain = record(llama, sequences, tmp_path / "p", sites=["embed", "resid_post.1"])
-    files = contents(both.path)
+    files = contents(store_with_features.path)
     assert {name: part for name, part in files.items() if not name.startswith("features")} == contents(plain.path)
     assert {Path(name).parent.name for name in files if name.startswith("features")} == {"resid_post.1-own"}
-    again = wb.extract_features(both, sae, show_progress=False)
+    again = wb.extract_features(store_with_features, sae, show_progress=False)
     assert arrays(again) == arrays(wb.open_features(record(llama, sequences, tmp_path / "f", sae=sae).path))
 
 
@@ -163,12 +163,12 @@ def test_the_last_share_of_a_recording_finishes_the_features(sites, llama, seque
 
 
 def test_features_of_segments_behind_a_gap_are_kept(llama, sequences, sae, tmp_path, monkeypatch):
-    whole, ran = record(llama, sequences, tmp_path / "one", sae=sae), []
+    whole, captured_rows = record(llama, sequences, tmp_path / "one", sae=sae), []
     assert record(llama, sequences, tmp_path / "two", sae=sae, workers=wb.Share(1, 2)).rows == 0
     capture = segments.capture
-    monkeypatch.setattr(segments, "capture", lambda *args: ran.append(int(args[3].sum())) or capture(*args))
+    monkeypatch.setattr(segments, "capture", lambda *args: captured_rows.append(int(args[3].sum())) or capture(*args))
     record(llama, sequences, tmp_path / "two", sae=sae)
-    assert 0 < sum(ran) < sum(RAGGED)
+    assert 0 < sum(captured_rows) < sum(RAGGED)
     assert contents(tmp_path / "two") == contents(whole.path)
 
 

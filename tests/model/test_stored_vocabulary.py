@@ -84,18 +84,18 @@ def test_probes_of_weights_give_the_same_from_a_store_whose_model_is_not_there(t
     store = recorded(model, tmp_path / "s")
     manifest = store.manifest
     write_manifest(store.path, _renamed(manifest, "somebody/gone"))
-    gone = wb.open_store(store.path)
+    orphan_store = wb.open_store(store.path)
     words = list(single_words(read_vocabulary(model)))[:12]
     pairs = [words[place : place + 2] for place in range(0, 12, 2)]
     (tmp_path / "poles.json").write_text(json.dumps({str(axis): pairs[axis : axis + 2] for axis in (0, 2, 4)}))
     axes = SemanticAxes(poles=str(tmp_path / "poles.json"), strength=0.0)
     for probe in (UnderTrainedTokens(tested=0), axes, FiberBundle(row_limit=20), TokenCharacters(epochs=1)):
-        assert probe.run(gone).data.identical(probe.run(model).data), probe.name
-    verified, moved = UnderTrainedTokens(tested=2).run(gone), replace(axes, strength=0.5).run(gone)
+        assert probe.run(orphan_store).data.identical(probe.run(model).data), probe.name
+    verified, moved = UnderTrainedTokens(tested=2).run(orphan_store), replace(axes, strength=0.5).run(orphan_store)
     assert verified.data["tested"].to_numpy().tolist() == [0, 0]
     for result in (verified, moved):
         assert "'somebody/gone', which the store names, cannot be loaded; give model=" in result.data.attrs["note"]
-    assert UnderTrainedTokens(tested=2).run(gone, model=model).data["tested"].to_numpy().tolist() == [2, 2]
+    assert UnderTrainedTokens(tested=2).run(orphan_store, model=model).data["tested"].to_numpy().tolist() == [2, 2]
 
 
 def _renamed(manifest, name):
@@ -104,25 +104,28 @@ def _renamed(manifest, name):
 
 def test_stores_of_a_folder_share_the_file_and_a_copy_has_its_own(modules, tiny_tokenizer, tmp_path):
     model = Model(modules["narrow"], tiny_tokenizer, "narrow")
-    one, two = (recorded(model, tmp_path / name) for name in ("one", "two"))
-    assert (one.path / "unembed.safetensors").samefile(two.path / "unembed.safetensors")
-    assert one.manifest.unembed_reason == two.manifest.unembed_reason
-    shutil.rmtree(one.path)
-    wb.pack(two, tmp_path / "sent")
+    first, second = (recorded(model, tmp_path / name) for name in ("one", "two"))
+    assert (first.path / "unembed.safetensors").samefile(second.path / "unembed.safetensors")
+    assert first.manifest.unembed_reason == second.manifest.unembed_reason
+    shutil.rmtree(first.path)
+    wb.pack(second, tmp_path / "sent")
     sent = wb.open_store(tmp_path / "sent")
     assert torch.equal(read_vocabulary(sent).embedding, read_vocabulary(model).embedding)
     with pytest.raises(wb.RequestError, match="holds no unembedding: OPTForCausalLM: the head reads"):
         load_unembed(sent.path)
-    merged = wb.merge([two, sent], tmp_path / "merged")
-    assert merged.manifest.unembed_reason == two.manifest.unembed_reason
+    merged = wb.merge([second, sent], tmp_path / "merged")
+    assert merged.manifest.unembed_reason == second.manifest.unembed_reason
     assert read_vocabulary(merged).tied
 
 
 def test_tokenizers_with_other_special_tokens_have_a_file_each(modules, tiny_tokenizer, tmp_path):
     """Their definitions are equal, and so are their fingerprints."""
-    other = copy.deepcopy(tiny_tokenizer)
-    other.bos_token, other.sep_token = "</s>", "<s>"
-    models = [Model(modules["llama"], one, "llama") for one in (tiny_tokenizer, other, copy.deepcopy(other))]
+    other_tokenizer = copy.deepcopy(tiny_tokenizer)
+    other_tokenizer.bos_token, other_tokenizer.sep_token = "</s>", "<s>"
+    models = [
+        Model(modules["llama"], tokenizer, "llama")
+        for tokenizer in (tiny_tokenizer, other_tokenizer, copy.deepcopy(other_tokenizer))
+    ]
     stores = [recorded(model, tmp_path / str(number)) for number, model in enumerate(models)]
     assert len({store.manifest.model.tokenizer_fingerprint for store in stores}) == 1
     files = [store.path / "unembed.safetensors" for store in stores]
@@ -170,7 +173,7 @@ def test_damaged_files_are_refused_in_one_line(modules, tiny_tokenizer, tmp_path
     fuzz(read_sealed, file, parts=safetensors, count=30)
     fuzz(read_sealed, file, parts=facts, seed=1, count=30)
     write_manifest(path, store.manifest)
-    assert fuzz(lambda: read_stored_vocabulary(store), file, count=10, same=lambda _: False)["DataError"] == 10
+    assert fuzz(lambda: read_stored_vocabulary(store), file, count=10, is_original=lambda _: False)["DataError"] == 10
 
 
 def facts(data: bytes):

@@ -64,13 +64,13 @@ def test_a_run_folder_holds_config_environment_log_results_and_figures(tmp_path,
     ]
     assert [path.name for path in run.folder.parent.iterdir()] == ["one"]
     config, environment, again = load_run(run.folder)
-    assert config == {"model": "a", "factor": 2.0, "seed": 3, "shown": [0, 1, 2]}
+    assert config == {"model": "a", "factor": 2.0, "seed": 3, "positions": [0, 1, 2]}
     assert {"commit", "changed", "device", "platform", "python", "seconds", "started", "threads"} < set(environment)
     assert environment["versions"]["numpy"] == np.__version__
     pd.testing.assert_frame_equal(again.table, result.table)
     assert again.table["y"].tolist() == [3.0, 5.0, 7.0]
-    assert list(again.table.columns) == ["model", "factor", "seed", "shown", "x", "y"]
-    assert again.table["shown"].tolist() == ["0 1 2"] * 3
+    assert list(again.table.columns) == ["model", "factor", "seed", "positions", "x", "y"]
+    assert again.table["positions"].tolist() == ["0 1 2"] * 3
     assert again.headline() == "y up to 7"
     assert again.figure("lines").to_json() == result.figure().to_json()
     log = (run.folder / "log.txt").read_text()
@@ -93,8 +93,8 @@ def test_what_is_complete_is_read_and_not_run(tmp_path):
 def test_two_identical_runs_have_identical_results(tmp_path):
     for name in ("one", "two"):
         execute(Run("toy", Config(seed=4), tmp_path / name))
-    one, two = (files(tmp_path / name / "results") for name in ("one", "two"))
-    assert one == two
+    first_files, second_files = (files(tmp_path / name / "results") for name in ("one", "two"))
+    assert first_files == second_files
 
 
 def test_a_run_of_any_device_is_complete_where_the_device_is_left_open(tmp_path):
@@ -121,11 +121,11 @@ def test_nothing_else_is_overwritten(tmp_path):
     assert refused(RequestError, lambda: execute(Run("boy", Config(), folder))) == (
         f"out {str(folder)!r} holds a run of toy, not of boy; choose another folder"
     )
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "notes.txt").write_text("kept")
-    assert refused(RequestError, lambda: execute(Run("toy", Config(), mine))) == (
-        f"out {str(mine)!r} exists and is not a run; choose another folder"
+    users_folder = tmp_path / "mine"
+    users_folder.mkdir()
+    (users_folder / "notes.txt").write_text("kept")
+    assert refused(RequestError, lambda: execute(Run("toy", Config(), users_folder))) == (
+        f"out {str(users_folder)!r} exists and is not a run; choose another folder"
     )
     assert files(tmp_path) == before | {"mine/notes.txt": b"kept"}
     assert len(toy.RAN) == 1
@@ -260,7 +260,9 @@ def test_a_damaged_run_is_named(tmp_path, name):
 
 def test_a_name_is_made_of_the_config_alone():
     assert run_name(Config()).startswith("a-")
-    assert run_name(Config(model="/x/gpt 2", factor=0.5, shown=(1, 2))).startswith("gpt_2,factor=0.5,shown=1+2-")
+    assert run_name(Config(model="/x/gpt 2", factor=0.5, positions=(1, 2))).startswith(
+        "gpt_2,factor=0.5,positions=1+2-"
+    )
     assert run_name(Config(model="/x/m")) != run_name(Config(model="/y/m"))
     assert run_name(Config(recordings=Path("y"))) == run_name(Config())
     assert len(run_name(Config(model="m" * 500))) < 120
@@ -362,8 +364,8 @@ class Backwards(ThisProcess):
 def test_cells_may_end_in_any_order(tmp_path):
     swept(tmp_path / "one")
     swept(tmp_path / "two", workers=Backwards())
-    one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
-    assert one == two
+    first_files, second_files = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
+    assert first_files == second_files
 
 
 def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
@@ -380,8 +382,8 @@ def test_shares_run_their_own_cells_and_the_last_has_them_all(tmp_path):
     last, _ = swept(tmp_path / "two", choices, workers=wb.Share(0, 2))
     assert [outcome.state for outcome in last.outcomes] == ["done", "skipped"] * 4
     assert (last.pending, len(toy.RAN)) == ((), 8)
-    one, two = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
-    assert one == two
+    first_files, second_files = (files(tmp_path / name / "summary", but=("sweep.json",)) for name in ("one", "two"))
+    assert first_files == second_files
 
 
 def test_a_sweep_in_which_all_fails_has_no_table(tmp_path):
@@ -423,11 +425,11 @@ def command(call, *arguments) -> tuple[int, str, str]:
 
 
 def test_the_sweep_command(tmp_path):
-    grid_of = ("--model", "a", "refused", "--factor", 1, 2, "--seed", 0, 1, 2, "--shown", 5, 6, "--out", tmp_path)
+    grid_of = ("--model", "a", "refused", "--factor", 1, 2, "--seed", 0, 1, 2, "--positions", 5, 6, "--out", tmp_path)
     code, out, err = command(cli.main, "sweep", "toy", *grid_of)
     assert code == 1
     assert out.count("already complete") == 0
-    name = run_in(tmp_path, "toy", Config(model="refused", shown=(5, 6))).folder.name
+    name = run_in(tmp_path, "toy", Config(model="refused", positions=(5, 6))).folder.name
     assert f"failed  {name}: model 'refused' is refused; give another\n" in err
     assert err.count("failed  ") == err.count("\n") == 6
     assert out.endswith(
@@ -435,7 +437,7 @@ def test_the_sweep_command(tmp_path):
         f"figure  {tmp_path}/summary/figures/lines.html\n"
     )
     assert pd.read_csv(tmp_path / "summary" / "table.csv")["x"].tolist() == [5, 6] * 6
-    code, out, _ = command(cli.main, "sweep", "toy", "--seed", 0, 1, "--shown", 5, 6, "--out", tmp_path)
+    code, out, _ = command(cli.main, "sweep", "toy", "--seed", 0, 1, "--positions", 5, 6, "--out", tmp_path)
     assert (code, out.count("already complete")) == (0, 2)
 
 

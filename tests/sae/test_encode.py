@@ -236,20 +236,20 @@ def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monke
     tried = []
     plain = screen.Screen.extended
     monkeypatch.setattr(screen.Screen, "extended", lambda self, x, norm: tried.append(len(x)) or plain(self, x, norm))
-    made = encoder(sae, precision="bfloat16")
+    sae_encoder = encoder(sae, precision="bfloat16")
     hopeless, easy = torch.ones(64, 8), torch.full((64, 8), -1.0)  # 200 equal features, or 8
     for expected in [1, 0, 0, 0, 0, 1] + 8 * [0] + [1]:
         tried.clear()
-        encoded = made(hopeless)
+        encoded = sae_encoder(hopeless)
         assert len(tried) == expected
         assert encoded.unsettled == 64
         assert_top(matrix(encoded, 208), np.where(np.arange(208) < 200, 8.0, 0) * np.ones((64, 1)), 7)
     tried.clear()
-    encoded = made(easy.repeat(18, 1))
+    encoded = sae_encoder(easy.repeat(18, 1))
     assert len(tried) == 2  # 16 blocks without
     assert encoded.unsettled == 16 * 64
     assert_top(matrix(encoded, 208), np.where(np.arange(208) < 200, 0, 1.0) * np.ones((18 * 64, 1)), 7)
-    assert made(torch.cat([easy, hopeless, hopeless])).unsettled == 128
+    assert sae_encoder(torch.cat([easy, hopeless, hopeless])).unsettled == 128
 
 
 # ---- other choices ----------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ X = torch.randn(150, 12, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_block_that_does_not_fit_is_halved_until_it_does(precision, tmp_path, monkeypatch):
     sae = load_sae(save_sae(tmp_path / "sae", "topk", d_in=12, d_sae=100), device="cpu")
-    expected, made = encoder(sae, precision=precision)(X), encoder(sae, precision=precision)
+    expected, sae_encoder = encoder(sae, precision=precision)(X), encoder(sae, precision=precision)
     tried, messages = [], []
     limited(monkeypatch, tried, 40)
     monkeypatch.setattr(encode._LOG, "info", messages.append)
-    encoded = made(X)
+    encoded = sae_encoder(X)
     assert tried == [150, 75, 30, 30, 30, 30, 30]
     tried.clear()
-    made(X)
-    made.inexperienced()(X)
+    sae_encoder(X)
+    sae_encoder.inexperienced()(X)
     assert max(tried) <= 40
     assert messages == ["cpu ran out of memory with 150 rows in a block; the blocks are halved"]
     for name in ("indptr", "feature", "value"):

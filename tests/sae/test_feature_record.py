@@ -99,10 +99,10 @@ def test_what_changes_no_activation_changes_no_bit(model, tmp_path):
     dead = int((activations == 0).all(0).nonzero()[0])
     feature = int((activations != 0).sum(0).argmax())
     row = int(activations[:7, feature].argmax())
-    there = torch.zeros(2, 7, dtype=torch.bool)
-    there[0, row] = True
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, row] = True
     present = float(sae.encode(rows[row : row + 1])[0, feature])  # of one row, as products of more rows round otherwise
-    clamped = Feature(sae, feature, "clamp", present, at=there)
+    clamped = Feature(sae, feature, "clamp", present, at=mask)
     for record in (Feature(sae, dead), Feature(sae, feature, "add", 0.0), clamped):
         with intervene(model, record) as run, torch.no_grad():
             assert torch.equal(model.module(input_ids=IDS).logits, plain)

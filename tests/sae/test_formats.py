@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from formats_example import B, C, K, V, W, X, features, largest, relu, same, tensors
+from formats_example import B, C, K, V, W, X, assert_close, features, largest, relu, tensors
 from refusals import refused
 from sae_example import save_sae
 
@@ -66,7 +66,7 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(place, tmp_path):
     subprocess.run([sys.executable, *command[1:]], check=True)
     sae = load_sae(path.with_suffix(".safetensors"), device="cpu")
     x = X - X.mean(1, keepdims=True)
-    same(features(sae), largest(relu((x / (x.std(1, ddof=1, keepdims=True) + 1e-5) - C) @ W + B)))
+    assert_close(features(sae), largest(relu((x / (x.std(1, ddof=1, keepdims=True) + 1e-5) - C) @ W + B)))
 
 
 def test_an_id_finds_the_pickle_of_its_layer(tmp_path):

@@ -17,11 +17,11 @@ from formats_example import (
     V,
     W,
     X,
+    assert_close,
     decoded,
     features,
     largest,
     relu,
-    same,
     tensors,
     text,
 )
@@ -115,7 +115,7 @@ def test_dictionary_learning_saes_encode_as_defined(kind, tmp_path):
 def test_sparsify_saes_encode_as_defined(folder, transcode, site, tmp_path):
     written(tmp_path, {"model": "gpt2"}, {"x": C}, "config.json", "unrelated")
     sae = load_sae(sparsify(tmp_path / folder, transcode=transcode), device="cpu")
-    same(features(sae), largest(relu((X - C * (not transcode)) @ W + B)))
+    assert_close(features(sae), largest(relu((X - C * (not transcode)) @ W + B)))
     assert (sae.site, sae.model_name) == (f"blocks.5.{site}", "gpt2")
     assert sae.reconstructs is not transcode
 
@@ -139,15 +139,17 @@ def test_openai_topk_saes_encode_as_defined(metadata, tmp_path):
     path = openai(tmp_path / PLACE, k=np.array(K), metadata=metadata)
     sae = load_sae(path, device="cpu")
     latents = largest(relu((layer_normed(X.astype(np.float64)) - C) @ W + B))
-    same(features(sae), latents)
-    same(decoded(sae, latents), (latents @ V + C) * X.std(1, ddof=1, keepdims=True) + X.mean(1, keepdims=True), 1e-3)
+    assert_close(features(sae), latents)
+    assert_close(
+        decoded(sae, latents), (latents @ V + C) * X.std(1, ddof=1, keepdims=True) + X.mean(1, keepdims=True), 1e-3
+    )
     assert (sae.site, sae.model_name) == ("blocks.6.hook_mlp_out", "gpt2-small")
     assert sae.name == "autoencoders/6"
 
 
 def test_openai_relu_saes_read_rows_as_they_are(tmp_path):
     sae = load_sae(openai(tmp_path, metadata={"from": "6.pt"}), device="cpu")
-    same(features(sae), relu((X - C) @ W + B))
+    assert_close(features(sae), relu((X - C) @ W + B))
     assert sae.site is None
 
 
@@ -167,8 +169,8 @@ def test_goodfire_saes_encode_as_defined(suffix, tmp_path):
     weights |= {f"decoder{suffix}.weight": V.T, f"decoder{suffix}.bias": C}
     tensors(tmp_path / "Llama-3.1-8B-Instruct-SAE-l19.safetensors", weights)
     sae = load_sae(tmp_path, "Llama-3.1-8B-Instruct-SAE-l19", device="cpu")
-    same(features(sae), relu(X @ W + B))
-    same(decoded(sae, relu(X @ W + B)), relu(X @ W + B) @ V + C, 1e-3)
+    assert_close(features(sae), relu(X @ W + B))
+    assert_close(decoded(sae, relu(X @ W + B)), relu(X @ W + B) @ V + C, 1e-3)
     assert (sae.site, sae.model_name) == ("blocks.19.hook_resid_post", "Llama-3.1-8B-Instruct")
 
 
@@ -177,8 +179,8 @@ def test_qwen_scope_saes_encode_as_defined(tmp_path):
     path = tensors(folder / "layer7.sae.safetensors", {"W_enc": W.T, "b_enc": B + 9, "W_dec": V.T, "b_dec": C})
     sae = load_sae(folder, "layer7", device="cpu")
     pre = X @ W + B + 9  # all of the 4 largest are above 0
-    same(features(sae), largest(pre))
-    same(decoded(sae, largest(pre)), largest(pre) @ V + C, 1e-3)
+    assert_close(features(sae), largest(pre))
+    assert_close(decoded(sae, largest(pre)), largest(pre) @ V + C, 1e-3)
     assert (sae.site, sae.model_name) == ("blocks.7.hook_resid_post", "Qwen/Qwen3-1.7B-Base")
     moved = path.rename(tmp_path / path.name)
     assert refused(RequestError, lambda: load_sae(moved)) == (

@@ -108,12 +108,12 @@ def test_files_from_before_saelens_6_are_read(tmp_path):
 
 def test_the_fingerprint_depends_on_the_mathematics_alone(tmp_path):
     first = load_sae(save_sae(tmp_path / "one", "topk"), device="cpu").fingerprint()
-    same = save_sae(tmp_path / "two", "topk", hook_name="blocks.0.hook_resid_post", model_name="demo")
-    assert load_sae(same, device="cpu").fingerprint() == first
+    second_folder = save_sae(tmp_path / "two", "topk", hook_name="blocks.0.hook_resid_post", model_name="demo")
+    assert load_sae(second_folder, device="cpu").fingerprint() == first
     of_another_seed = load_sae(save_sae(tmp_path / "three", "topk", seed=1), device="cpu").fingerprint()
-    b_dec = load_file(same / "sae_weights.safetensors")["b_dec"]
+    b_dec = load_file(second_folder / "sae_weights.safetensors")["b_dec"]
     b_dec[3] += 1e-6
-    changed = load_sae(set_weights(same, b_dec=b_dec), device="cpu").fingerprint()
+    changed = load_sae(set_weights(second_folder, b_dec=b_dec), device="cpu").fingerprint()
     assert len({first, of_another_seed, changed}) == 3
 
 

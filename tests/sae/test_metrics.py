@@ -93,9 +93,9 @@ def test_equal_rows_have_no_explained_variance(store, tmp_path):
 def identity_sae(folder, d: int, hook_name: str, scale: float = 1.0):
     """Two features an axis, one for each sign: its reconstruction is `scale` times its input."""
     save_sae(folder, d_in=d, d_sae=2 * d, apply_b_dec_to_input=False, hook_name=hook_name)
-    both = np.concatenate([np.eye(d), -np.eye(d)])
+    axes = np.concatenate([np.eye(d), -np.eye(d)])
     return load_sae(
-        set_weights(folder, W_enc=both.T, W_dec=scale * both, b_enc=np.zeros(2 * d), b_dec=np.zeros(d)), device="cpu"
+        set_weights(folder, W_enc=axes.T, W_dec=scale * axes, b_enc=np.zeros(2 * d), b_dec=np.zeros(d)), device="cpu"
     )
 
 
@@ -190,13 +190,13 @@ def test_only_selected_rows_count_but_all_text_is_replaced(model, recorded, tmp_
 
 @pytest.mark.parametrize("site", ["resid_post.0", "resid_pre.1", "mlp_out.0", "z.0"])
 def test_an_identity_recovers_all_of_the_loss_and_zeros_none(site, model, recorded, tmp_path):
-    same = sae_metrics(recorded, identity_sae(tmp_path / "same", 32, site), model=model).loss
-    assert same.spliced == pytest.approx(same.clean, abs=1e-5)
-    assert same.recovered == pytest.approx(1, abs=1e-3)
+    identity = sae_metrics(recorded, identity_sae(tmp_path / "same", 32, site), model=model).loss
+    assert identity.spliced == pytest.approx(identity.clean, abs=1e-5)
+    assert identity.recovered == pytest.approx(1, abs=1e-3)
     none = sae_metrics(recorded, identity_sae(tmp_path / "none", 32, site, scale=0), model=model).loss
     assert none.spliced == pytest.approx(none.zeroed, abs=1e-6)
     assert none.recovered == pytest.approx(0, abs=1e-4)
-    assert abs(same.zeroed - same.clean) > 0.01
+    assert abs(identity.zeroed - identity.clean) > 0.01
 
 
 def test_loss_recovered_of_a_site_without_effect_is_nan():
@@ -206,8 +206,8 @@ def test_loss_recovered_of_a_site_without_effect_is_nan():
 
 def test_the_middle_of_a_block_is_replaced_at_attentions_output(model, recorded, tmp_path):
     """Two modules read it: the norm of the MLP, and the residual stream past the MLP."""
-    same = sae_metrics(recorded, identity_sae(tmp_path / "same", 32, "resid_mid.0"), model=model).loss
-    assert same.spliced == pytest.approx(same.clean, abs=1e-5)
+    identity = sae_metrics(recorded, identity_sae(tmp_path / "same", 32, "resid_mid.0"), model=model).loss
+    assert identity.spliced == pytest.approx(identity.clean, abs=1e-5)
     none = sae_metrics(recorded, identity_sae(tmp_path / "none", 32, "resid_mid.0", scale=0), model=model).loss
     assert none.spliced == pytest.approx(none.zeroed, abs=1e-6)
     assert abs(none.zeroed - none.clean) > 0.01

@@ -196,10 +196,10 @@ def test_metrics_equal_those_of_saelens(architecture, settings, recorded, tmp_pa
     shared = (tokens, ActivationScaler())
     names = ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")
     options = {"n_batches": 1, "eval_batch_size_prompts": 9}
-    theirs, of_features = get_sparsity_and_variance_metrics(
+    saelens_values, of_features = get_sparsity_and_variance_metrics(
         sae.module, model.bridge(), *shared, **options, model_kwargs={}, **{f"compute_{name}": True for name in names}
     )
-    theirs |= get_downstream_reconstruction_metrics(
+    saelens_values |= get_downstream_reconstruction_metrics(
         sae.module, model.bridge(), *shared, **options, compute_kl=True, compute_ce_loss=True
     )
     metrics = sae_metrics(store, sae, model=model)
@@ -221,7 +221,7 @@ def test_metrics_equal_those_of_saelens(architecture, settings, recorded, tmp_pa
         "ce_loss_with_ablation": loss.zeroed,
         "ce_loss_score": loss.recovered,
     }
-    assert {name: pytest.approx(theirs[name], rel=2e-4, abs=1e-6) for name in pairs} == pairs
+    assert {name: pytest.approx(saelens_values[name], rel=2e-4, abs=1e-6) for name in pairs} == pairs
     np.testing.assert_allclose(metrics.density["density"], of_features["feature_density"], rtol=1e-6)
     table = metrics.table.set_index("metric")
     assert {name: table["value"][name] for name in ("kl_score", "loss_recovered")} == {

@@ -13,12 +13,12 @@ from formats_example import (
     V,
     W,
     X,
+    assert_close,
     decoded,
     features,
     jump,
     largest,
     relu,
-    same,
     single,
     tensors,
     text,
@@ -54,8 +54,8 @@ def test_gemma_scope_saes_encode_as_defined(release, site, model, tmp_path):
     arrays(tmp_path / release / inner)
     sae = load_sae(tmp_path / release, inner, device="cpu")
     expected = jump(X.astype(np.float64) @ W + B, T)
-    same(features(sae), expected)
-    same(decoded(sae, expected), expected @ V + C, 1e-3)
+    assert_close(features(sae), expected)
+    assert_close(decoded(sae, expected), expected @ V + C, 1e-3)
     assert (sae.site, sae.model_name, sae.reconstructs) == (site, model, "transcoders" not in release)
     assert sae.name == load_sae(tmp_path / release / inner, device="cpu").name == inner
 
@@ -64,8 +64,8 @@ def test_gemma_scope_embeddings_are_read_after_the_models_scaling(tmp_path):
     folder = arrays(tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6")
     sae = load_sae(folder, device="cpu")
     expected = jump(X @ W + B, T)
-    same(features(sae, X * np.float32(ROOT)), expected)
-    same(decoded(sae, expected), (expected @ V + C) * ROOT, 1e-3)
+    assert_close(features(sae, X * np.float32(ROOT)), expected)
+    assert_close(decoded(sae, expected), (expected @ V + C) * ROOT, 1e-3)
     assert sae.site == "blocks.0.hook_resid_pre"
 
 
@@ -100,8 +100,8 @@ def test_gemma_scope_2_saes_encode_as_defined(kind, with_config, tmp_path):
         text(folder / "config.json", config | {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt"})
     sae = load_sae(folder, device="cpu")
     expected = jump(X.astype(np.float64) @ W + B, T)
-    same(features(sae), expected)
-    same(decoded(sae, expected), expected @ V + C, 1e-3)
+    assert_close(features(sae), expected)
+    assert_close(decoded(sae, expected), expected @ V + C, 1e-3)
     assert (sae.site, sae.reconstructs) == (f"blocks.12.{site}", kind != "transcoder")
     assert sae.model_name == ("google/gemma-3-1b-pt" if with_config else None)
 
@@ -112,8 +112,8 @@ def test_an_affine_connection_is_added_to_the_output(tmp_path):
     tensors(folder / "params.safetensors", GEMMA_2 | {"affine_skip_connection": skip})
     sae = load_sae(folder, device="cpu")
     expected = jump(X @ W + B, T)
-    same(features(sae), expected)
-    same(sae.module(__import__("torch").from_numpy(X)).detach().numpy(), expected @ V + C + X @ skip, 1e-3)
+    assert_close(features(sae), expected)
+    assert_close(sae.module(__import__("torch").from_numpy(X)).detach().numpy(), expected @ V + C + X @ skip, 1e-3)
     text(folder / "config.json", {"architecture": "gated"})
     assert refused(RequestError, lambda: load_sae(folder)).endswith(
         "architecture 'gated' is not supported; only jump_relu is"
@@ -158,8 +158,8 @@ def test_llama_scope_saes_encode_as_their_inference_form(gated, tmp_path):
     sae = load_sae(folder, device="cpu")
     pre, decode = inference_form(X.astype(np.float64), gated)
     expected = np.where(pre > THRESHOLD, pre, 0)
-    same(features(sae), expected)
-    same(decoded(sae, expected), decode(expected), 1e-3)
+    assert_close(features(sae), expected)
+    assert_close(decoded(sae, expected), decode(expected), 1e-3)
     assert (sae.site, sae.model_name) == ("blocks.15.hook_resid_post", "meta-llama/Llama-3.1-8B")
     assert not sae.reconstructs
 
@@ -171,8 +171,8 @@ def test_llama_scope_autoencoders_subtract_the_decoder_bias_where_they_say_so(tm
     )
     sae = load_sae(folder, device="cpu")
     pre, decode = inference_form(X - C / S_IN, output_scale=S_IN)
-    same(features(sae), relu(pre))
-    same(decoded(sae, relu(pre)), decode(relu(pre)), 1e-3)
+    assert_close(features(sae), relu(pre))
+    assert_close(decoded(sae, relu(pre)), decode(relu(pre)), 1e-3)
     assert sae.reconstructs
 
 
@@ -180,7 +180,7 @@ def test_llama_scope_rows_can_be_normalised_one_by_one(tmp_path):
     sae = load_sae(llama(tmp_path / "x", norm_activation="token-wise"), device="cpu")
     x = X / np.linalg.norm(X, axis=1, keepdims=True) * ROOT
     pre = (x @ W + B) * NORM
-    same(features(sae), np.where(pre > THRESHOLD, pre, 0))
+    assert_close(features(sae), np.where(pre > THRESHOLD, pre, 0))
 
 
 def test_llama_scope_settings_that_change_the_features_are_refused(tmp_path):
@@ -222,9 +222,9 @@ def test_lm_saes_dictionaries_encode_as_defined(act, gated, tmp_path):
     norm = NORM if gated else np.ones(D_SAE)
     pre = X.astype(np.float64) * S_IN @ W + B
     scaled = {"jumprelu": pre * (pre * norm > T), "relu": relu(pre), "topk": largest(relu(pre * norm))}[act]
-    same(features(sae), scaled)
+    assert_close(features(sae), scaled)
     latents = scaled / norm if act == "topk" else scaled
-    same(decoded(sae, scaled), (latents @ V + C) / S_OUT, 1e-3)
+    assert_close(decoded(sae, scaled), (latents @ V + C) / S_OUT, 1e-3)
     assert (sae.site, sae.reconstructs) == ("blocks.3.hook_resid_post", False)
 
 

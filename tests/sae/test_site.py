@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from formats_example import D_IN, D_SAE, B, C, T, V, W, features, jump, relu, same, tensors, text
+from formats_example import D_IN, D_SAE, B, C, T, V, W, assert_close, features, jump, relu, tensors, text
 from refusals import refused
 from sae_example import encode64, save_sae
 from several_sites import MIDS, Z, part_of, stream_store
@@ -40,10 +40,10 @@ def test_hook_normalized_is_the_rms_norm_of_the_stream_without_weights(store, tm
     array = matching_site(store, sae)
     x = store[MIDS[1].name][:].double().numpy()
     normed = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5)
-    same(array[:].numpy(), normed, 1e-5)
-    same(array[[3, 1]].numpy(), normed[[3, 1]], 1e-5)
+    assert_close(array[:].numpy(), normed, 1e-5)
+    assert_close(array[[3, 1]].numpy(), normed[[3, 1]], 1e-5)
     assert (array.name, array.dtype, array.shape) == ("blocks.1.ln2.hook_normalized", torch.float32, x.shape)
-    same(features(sae, array[:].numpy()), jump(normed @ W + B, T))
+    assert_close(features(sae, array[:].numpy()), jump(normed @ W + B, T))
     assert "made of recorded arrays" in refused(RequestError, lambda: array.view(0))
     message = refused(RequestError, lambda: matching_site(store, sae, "resid_mid.1"))
     assert "was trained on blocks.1.ln2.hook_normalized, but site is blocks.1.hook_resid_mid; leave" in message
@@ -57,7 +57,8 @@ def test_hook_normalized_times_the_weights_is_what_the_mlp_of_a_model_reads(tmp_
     folder = save_sae(tmp_path / "sae", d_in=store["resid_mid.1"].shape[1], hook_name="blocks.1.ln2.hook_normalized")
     array = matching_site(store, load_sae(folder, device="cpu"))
     weight = demo_model.module.get_submodule("model.layers.1.post_attention_layernorm").weight.detach()
-    same((array[:] * weight).numpy(), store["blocks.1.mlp.hook_in"][:].float().numpy(), 2e-3)  # stored in 16 bits
+    # stored in 16 bits
+    assert_close((array[:] * weight).numpy(), store["blocks.1.mlp.hook_in"][:].float().numpy(), 2e-3)
 
 
 @pytest.mark.parametrize("folded", [True, False, None])
@@ -75,7 +76,7 @@ def test_hook_normalized_of_a_layer_norm_needs_to_know_whether_weights_were_fold
     normed = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
     expected = normed if folded else store["blocks.1.ln2.hook_out"][:].numpy()
     array = matching_site(store, sae)
-    same(array[:].numpy(), expected, 1e-5)
+    assert_close(array[:].numpy(), expected, 1e-5)
     assert array.name == "blocks.1.ln2.hook_normalized"
 
 
@@ -90,7 +91,7 @@ def test_an_sae_of_one_head_reads_that_head(store, tmp_path):
         array = matching_site(store, sae)
         rows = store[Z.name][:][:, head].float()
         assert torch.equal(array[:].float(), rows)
-        same(features(sae, array[:].float().numpy()), encode64(folders[head], rows.numpy()))
+        assert_close(features(sae, array[:].float().numpy()), encode64(folders[head], rows.numpy()))
     assert saes[0].fingerprint() != saes[1].fingerprint()  # the same weights, another head
     beyond = load_sae(save_sae(tmp_path / "9", d_in=d_head, hook_name=Z.name, hook_head_index=9), device="cpu")
     assert refused(RequestError, lambda: matching_site(store, beyond)) == (
@@ -119,11 +120,11 @@ def test_a_cross_layer_transcoder_reads_a_site_of_each_layer(store, tmp_path):
     expected = [
         jump(x[:, layer].double().numpy() @ part_of(layer)["W_enc"].T + part_of(layer)["b_enc"], T) for layer in (0, 1)
     ]
-    same(features(sae, array[:].float().numpy()), np.concatenate(expected, 1))
+    assert_close(features(sae, array[:].float().numpy()), np.concatenate(expected, 1))
     assert (sae.d_sae, sae.n_sites, sae.architecture) == (2 * D_SAE, 2, "cross_layer_transcoder")
     assert repr(sae) == "Sae('clt', cross_layer_transcoder, 16 -> 60, blocks.0-1.hook_resid_mid, cpu)"
     layer_1 = load_sae(tmp_path / "clt", "W_enc_1", device="cpu")
-    same(features(layer_1, x[:, 1].numpy()), expected[1])
+    assert_close(features(layer_1, x[:, 1].numpy()), expected[1])
     assert sae.parts[1].fingerprint() == layer_1.fingerprint()
 
 
@@ -150,7 +151,7 @@ def test_gemma_scope_2_crosscoders_have_features_of_each_layer(store, tmp_path):
     assert sae.sites == ("blocks.1.hook_resid_post", "blocks.7.hook_resid_post")
     x = np.random.default_rng(0).normal(size=(20, 2, D_IN)).astype(np.float32)
     expected = [jump(x[:, layer] @ part_of(layer)["W_enc"].T + part_of(layer)["b_enc"], T) for layer in (0, 1)]
-    same(features(sae, x), np.concatenate(expected, 1))
+    assert_close(features(sae, x), np.concatenate(expected, 1))
 
 
 def test_a_crosscoder_reads_its_sites_together(store, tmp_path):
@@ -166,9 +167,9 @@ def test_a_crosscoder_reads_its_sites_together(store, tmp_path):
     array = matching_site(store, sae, ["resid_mid.0", "resid_mid.1"])
     x = array[:].double().numpy()
     latents = relu(np.einsum("rld,ldf->rf", x, W2) + B)
-    same(features(sae, array[:].float().numpy()), latents)
+    assert_close(features(sae, array[:].float().numpy()), latents)
     decoded = sae.decode(torch.from_numpy(np.float32(latents))).numpy().reshape(-1, 2, D_IN)
-    same(decoded, np.einsum("rf,ldf->rld", latents, V2) + np.stack([C, -C]), 1e-3)
+    assert_close(decoded, np.einsum("rf,ldf->rld", latents, V2) + np.stack([C, -C]), 1e-3)
     metrics = sae_metrics(store, sae, ["resid_mid.0", "resid_mid.1"], rows="position > 2")
     x, latents = (part[store.where("position > 2").ids] for part in (x.reshape(len(x), -1), latents))
     error = x - (latents @ V2.transpose(2, 0, 1).reshape(D_SAE, -1) + np.concatenate([C, -C]))

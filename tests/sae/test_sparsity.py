@@ -155,15 +155,15 @@ def test_a_rule_applies_to_a_store_as_a_whole(sparsity, store, sae, tmp_path, mo
 
 
 def test_another_sparsity_rule_makes_other_features(store, sae, tmp_path):
-    def taken(**settings):
+    def extract(**settings):
         return extract_features(store, sae, show_progress=False, **settings)
 
-    allocated = taken(out=tmp_path / "f", sparsity=MutualChoice(3))
+    allocated = extract(out=tmp_path / "f", sparsity=MutualChoice(3))
     assert allocated.record.sae.name == f"{sae.name}-mutual-choice-3"
     assert allocated.record.sae.config["allocation"] == {"choice": "mutual-choice", "k": 3}
-    assert taken(out=tmp_path / "f", sparsity=MutualChoice(3)).record == allocated.record
+    assert extract(out=tmp_path / "f", sparsity=MutualChoice(3)).record == allocated.record
     for rule in (None, MutualChoice(4), FeatureChoice(3), TopK(3)):
-        text = refused(RequestError, lambda rule=rule: taken(out=tmp_path / "f", sparsity=rule))
+        text = refused(RequestError, lambda rule=rule: extract(out=tmp_path / "f", sparsity=rule))
         assert text.startswith(f"features f exist and differ: SAE is {sae.name}-mutual-choice-3 (")
     assert sparsity_record(TopK(5)) == {"choice": "topk", "k": 5}
 

@@ -73,9 +73,9 @@ def test_metrics_of_centred_weights_are_those_of_the_centred_model(pair, tmp_pat
     plain, centred = pair
     width = plain["resid_post.2"].site.shape[0]
     sae = load_sae(save_sae(tmp_path / "one", d_in=width, hook_name=plain["resid_post.2"].site.name, **CENTRED))
-    here, there = sae_metrics(plain, sae, rows="true"), sae_metrics(centred, sae, rows="true")
-    assert here.explained_variance == pytest.approx(there.explained_variance, rel=1e-4)
-    assert (here.l0, here.dead_share) == (there.l0, there.dead_share)
+    plain_metrics, centred_metrics = sae_metrics(plain, sae, rows="true"), sae_metrics(centred, sae, rows="true")
+    assert plain_metrics.explained_variance == pytest.approx(centred_metrics.explained_variance, rel=1e-4)
+    assert (plain_metrics.l0, plain_metrics.dead_share) == (centred_metrics.l0, centred_metrics.dead_share)
 
 
 def test_a_centring_autoencoder_has_a_fingerprint_of_its_own(tmp_path):

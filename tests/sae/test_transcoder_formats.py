@@ -2,7 +2,24 @@
 
 import numpy as np
 import pytest
-from formats_example import D_IN, B, C, K, T, V, W, X, decoded, features, jump, largest, relu, same, tensors, text
+from formats_example import (
+    D_IN,
+    B,
+    C,
+    K,
+    T,
+    V,
+    W,
+    X,
+    assert_close,
+    decoded,
+    features,
+    jump,
+    largest,
+    relu,
+    tensors,
+    text,
+)
 from refusals import refused
 
 from workbench.io.errors import DataError, RequestError
@@ -34,11 +51,11 @@ def test_transcoders_of_one_layer_encode_as_defined(extra, config, expected, tmp
     folder = folder_of(tmp_path / "plt", {**LAYER, **extra}, MLP + config)
     sae = load_sae(folder, "layer_3", device="cpu")
     latents = expected(X.astype(np.float64) @ W + B)
-    same(features(sae), latents)
+    assert_close(features(sae), latents)
     assert (sae.site, sae.model_name, sae.reconstructs) == ("blocks.3.mlp.hook_in", "google/gemma-2-2b", False)
     assert sae.name == "plt/layer_3"
     if "W_skip" not in extra:
-        same(decoded(sae, latents), latents @ V + C, 1e-3)
+        assert_close(decoded(sae, latents), latents @ V + C, 1e-3)
     assert load_sae(folder / "layer_3.safetensors", device="cpu").fingerprint() == sae.fingerprint()
 
 
@@ -61,7 +78,7 @@ def test_one_layer_of_a_cross_layer_transcoder_encodes_as_defined(tmp_path):
     tensors(tmp_path / "clt" / "W_enc_2.safetensors", encoder)
     text(tmp_path / "clt" / "config.yaml", CONFIG.format("cross_layer_transcoder", "hook_resid_mid"))
     sae = load_sae(tmp_path / "clt", "W_enc_2", device="cpu")
-    same(features(sae), jump(X.astype(np.float64) @ W + B, T))
+    assert_close(features(sae), jump(X.astype(np.float64) @ W + B, T))
     assert (sae.site, sae.reconstructs) == ("blocks.2.hook_resid_mid", False)
 
 

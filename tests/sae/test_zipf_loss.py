@@ -56,12 +56,12 @@ def test_of_dead_features_it_is_saelens_aux_loss_in_relative_units(architecture,
     activations, hidden = sae.encode_with_hidden_pre(rows)
     output = sae.decode(activations)
     loss = sae.calculate_aux_loss(step(sae, rows), activations, hidden, output)["aux_zipf_loss"]
-    theirs = sae.calculate_topk_aux_loss(
+    saelens_loss = sae.calculate_topk_aux_loss(
         sae_in=rows, sae_out=output, hidden_pre=hidden, dead_neuron_mask=sae._below
     ) / min(below / 4, 1)  # its scale for few dead features
     error = (rows - output).square().sum(1).mean()
     variance = (rows - rows.mean(0)).square().sum(1).mean()
-    assert float(loss.detach()) == pytest.approx(float((WEIGHT * variance * theirs / error).detach()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float((WEIGHT * variance * saelens_loss / error).detach()), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, sae.W_dec)
     assert gradient[:below].abs().sum() > 0
     assert gradient[below:].abs().sum() == 0  # the error is not trained through

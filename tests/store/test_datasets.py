@@ -74,8 +74,8 @@ def test_selected_rows_several_layers_and_several_arrays(store):
     layers = store["resid_post", [0, 2]]
     rows_read = torch.cat(list(wb.RowDataset(layers, rows, shuffle=False, batch_rows=50)))
     assert torch.equal(rows_read, rows["resid_post", [0, 2]])
-    both = wb.RowDataset({"z": store["z", 1], "norm": store["resid_norm", 1]}, rows, columns=["token", "is_last"])
-    (batch,) = both
+    dataset = wb.RowDataset({"z": store["z", 1], "norm": store["resid_norm", 1]}, rows, columns=["token", "is_last"])
+    (batch,) = dataset
     assert torch.equal(batch["z"], store["z", 1][batch["row"]])
     assert torch.equal(batch["norm"], store["resid_norm", 1][batch["row"]])
     assert batch["is_last"].dtype == torch.bool
@@ -113,10 +113,10 @@ def test_a_dataset_of_hugging_face_holds_the_same_rows(store):
         read = dataset.with_format("torch")[label][:]
         assert torch.equal(read.float(), store[label][:].float()), label
     rows = store.where("position = 3")
-    some = wb.to_hf_dataset(rows, "z.1", columns=["row", "position"])
-    assert some.column_names == ["row", "position", "z.1"]
-    assert np.array_equal(np.array(some["z.1"][:]), rows["z", 1].float().numpy())
-    assert some["row"][:] == rows.ids.tolist()
+    row_dataset = wb.to_hf_dataset(rows, "z.1", columns=["row", "position"])
+    assert row_dataset.column_names == ["row", "position", "z.1"]
+    assert np.array_equal(np.array(row_dataset["z.1"][:]), rows["z", 1].float().numpy())
+    assert row_dataset["row"][:] == rows.ids.tolist()
 
 
 def test_a_dataset_of_a_whole_store_is_its_files(store):

@@ -44,7 +44,7 @@ def test_damaged_manifests(path):
         return store.manifest, repr(store), store.manifest.fingerprint, verify(path).shape
 
     expected = read()
-    outcomes = fuzz(lambda: read()[0], path / "manifest.json", same=lambda answer: answer == expected[0])
+    outcomes = fuzz(lambda: read()[0], path / "manifest.json", is_original=lambda answer: answer == expected[0])
     assert outcomes["DataError"] > 0.8 * outcomes.total()
     fuzz(read, path / "manifest.json", parts=with_checksum, seed=1)
 
@@ -53,12 +53,12 @@ def test_damaged_records_of_segments(path):
     file = path / "segments" / "00001" / "segment.json"
     fuzz(lambda: parse_segment(file.read_bytes(), file), file)
     expected = answers(path)
-    fuzz(lambda: answers(path), file, seed=1, count=20, same=lambda answer: answer == expected)
+    fuzz(lambda: answers(path), file, seed=1, count=20, is_original=lambda answer: answer == expected)
 
 
 def test_damaged_token_tables(path):
     file, expected = path / "segments" / "00001" / "tokens.parquet", answers(path)
-    fuzz(lambda: answers(path), file, count=20, same=lambda answer: answer == expected)
+    fuzz(lambda: answers(path), file, count=20, is_original=lambda answer: answer == expected)
     assert "error" not in set(verify(path)["severity"])
 
 
@@ -68,7 +68,7 @@ def test_damaged_activations_are_read_or_refused(path):
         lambda: open_store(path)["resid_post", 0][5:9].shape,
         file,
         parts=safetensors,
-        same=lambda shape: shape == (4, 3),
+        is_original=lambda shape: shape == (4, 3),
     )
 
 

@@ -223,17 +223,17 @@ def test_a_long_list_of_sites_is_shortened(tmp_path):
 
 
 def test_stores_and_selections_are_not_iterated_row_by_row(store):
-    for thing in (store, store.where("true")):
+    for source in (store, store.where("true")):
         with pytest.raises(TypeError, match="not iterable"):
-            iter(thing)
+            iter(source)
 
 
 def test_pickles_are_paths(store, monkeypatch, tmp_path):
     rows = store.where("position = 1")
     store.tokens, store["resid_post", 0][[0, 21]]
     monkeypatch.chdir(tmp_path)
-    for thing in (store, store["resid_post", 0], rows):
-        assert len(pickle.dumps(thing)) < 1500
+    for source in (store, store["resid_post", 0], rows):
+        assert len(pickle.dumps(source)) < 1500
     assert np.array_equal(pickle.loads(pickle.dumps(store["resid_post", 0]))[:], values(HALF, 0, ROWS))
     assert np.array_equal(pickle.loads(pickle.dumps(rows))["resid_post", 0], rows["resid_post", 0])
     assert len(pickle.loads(pickle.dumps(rows)) & rows) == len(rows)

@@ -60,14 +60,12 @@ def test_rows_become_a_frame_and_texts(store):
     rows = store.where("position = 1")
     frame = rows.to_pandas()
     assert frame.index.tolist() == frame["row"].tolist() == rows.ids.tolist()
-    everything = store.tokens.to_pandas()
-    assert rows.text() == everything.loc[rows.ids, "token"].astype(str).tolist()
+    tokens = store.tokens.to_pandas()
+    assert rows.text() == tokens.loc[rows.ids, "token"].astype(str).tolist()
     for context in (1, 2, 9):
         expected = []
         for row in rows.ids:
-            inside = everything[everything["sequence"] == everything["sequence"][row]].loc[
-                row - context : row + context
-            ]
+            inside = tokens[tokens["sequence"] == tokens["sequence"][row]].loc[row - context : row + context]
             expected.append("".join(f"⟦{t}⟧" if i == row else t for i, t in inside["token"].astype(str).items()))
         assert rows.text(context) == expected
     assert store.where("false").text(3) == []

@@ -291,9 +291,9 @@ def test_an_unfinished_append_is_resumed_by_the_same_call(tmp_path):
 def test_a_store_from_before_cut_documents_were_counted_is_resumed(tmp_path):
     path = write_store(tmp_path / "x", SEGMENTS)
     with writing(path) as store:
-        same = replace(part_of(SEGMENTS), cut_documents=1)
-        assert store.begin(same, append=False) == len(SEGMENTS)
-        fewer = replace(same, documents=2)
+        current_part = replace(part_of(SEGMENTS), cut_documents=1)
+        assert store.begin(current_part, append=False) == len(SEGMENTS)
+        fewer = replace(current_part, documents=2)
         assert "holds other texts" in refused(RequestError, lambda: store.begin(fewer, append=False))
 
 
@@ -440,8 +440,8 @@ def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.getcwd()]),
     }
     path = tmp_path / "x"
-    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
-    assert ran.stdout == (
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
+    assert result.stdout == (
         f"disk full while writing segment 00001 of {path} (File too large): 32 rows are committed and readable; "
         "free space and run the same command to resume\n"
     )

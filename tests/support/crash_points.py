@@ -45,7 +45,7 @@ _TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _KILLED = 137
 
 
-def _nothing(_folder: Path) -> None:
+def _no_step(_folder: Path) -> None:
     pass
 
 
@@ -54,9 +54,9 @@ class Operation:
     """What is tried. Functions take the folder to work in; each runs in a process of its own."""
 
     work: Callable[[Path], object]
-    begin: Callable[[Path], object] = _nothing
+    begin: Callable[[Path], object] = _no_step
     """Makes the state before it."""
-    check: Callable[[Path], object] = _nothing
+    check: Callable[[Path], object] = _no_step
     """Raises where a reader finds anything wrong after a fault."""
     contents: Callable[[Path], Any] = bytes_of
     """What must equal that of an undisturbed run, once the same call has ended."""
@@ -137,10 +137,10 @@ def _trial(operation: Operation, folder: Path, fault: Fault, point: int, expecte
     ending = _forked(lambda: _disturbed(operation.work, folder, fault, point))
     if ending is not None:
         yield f"it raised {ending}"
-    for what, function in (("a reader", operation.check), ("the same call", operation.work)):
+    for call, function in (("a reader", operation.check), ("the same call", operation.work)):
         after = _forked(lambda function=function: (function(folder), None)[1])
         if after is not None:
-            yield f"{what} then raised {after}"
+            yield f"{call} then raised {after}"
             return
     if (after := operation.contents(folder)) != expected:
         yield f"the same call then left {_difference(after, expected)}"
@@ -285,9 +285,9 @@ class _watched:
     def __exit__(self, *_: object) -> None:
         self._on = False
 
-    def _tell(self, event: str, what: object) -> None:
+    def _tell(self, event: str, target: object) -> None:
         if self._on:
-            self._meet(f"{event} {what}")
+            self._meet(f"{event} {target}")
 
     def _audit(self, event: str, arguments: tuple) -> None:
         if event == "open":  # not that of a descriptor, which was opened before

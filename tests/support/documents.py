@@ -93,8 +93,8 @@ class Block:
 def pages() -> list[Path]:
     """Returns README.md and every page of docs/, in the order in which they are read."""
     known = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("install", "tutorial", "recording"))]
-    others = sorted({*(ROOT / "docs").rglob("*.md")} - {*known})
-    return [*known, *others, ROOT / "notebooks" / "README.md"]
+    other_pages = sorted({*(ROOT / "docs").rglob("*.md")} - {*known})
+    return [*known, *other_pages, ROOT / "notebooks" / "README.md"]
 
 
 def blocks(page: Path) -> list[Block]:

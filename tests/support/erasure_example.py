@@ -26,8 +26,8 @@ def forgetful_words(seed: int = 0) -> dict:
     parts = [one_hot(ids), *before]
     early = np.concatenate(parts, 2).reshape(-1, 3 * VOCAB)
     inside = np.isin(ids, WORD)[..., None]
-    both = [inside & np.roll(inside, n, axis=1) for n in (0, 1, 2)]  # the word is never at the text's end
-    forgotten = [np.where(where, 0, part) for where, part in zip(both, parts, strict=True)]
+    masks = [inside & np.roll(inside, n, axis=1) for n in (0, 1, 2)]  # the word is never at the text's end
+    forgotten = [np.where(where, 0, part) for where, part in zip(masks, parts, strict=True)]
     late = np.concatenate(forgotten, 2).reshape(-1, 3 * VOCAB)
     noise = 1e-3 * draw.normal(size=(4, *early.shape))
     span = [None if number < 0 else int(number) for number in span.ravel()]

@@ -68,5 +68,5 @@ def decoded(sae, activations) -> np.ndarray:
     return sae.decode(torch.from_numpy(np.float32(activations))).numpy()
 
 
-def same(actual, expected, tolerance=1e-4):
+def assert_close(actual, expected, tolerance=1e-4):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)

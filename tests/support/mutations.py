@@ -47,7 +47,7 @@ def fuzz(
     parts: Parts | None = None,
     seed: int = 0,
     count: int | None = None,
-    same: Callable[[Any], bool] | None = None,
+    is_original: Callable[[Any], bool] | None = None,
 ) -> Counter[str]:
     """Calls `read` with `file` damaged in many ways, and puts the file back.
 
@@ -60,7 +60,7 @@ def fuzz(
         parts: How to find JSON in the file. None: `whole` for a file that ends with .json, otherwise bytes alone.
         seed: Seed of the mutations.
         count: Number of mutations. None: `mutations()`.
-        same: Returns True if an answer is that of the undamaged file. None: any answer will do.
+        is_original: Returns True if an answer is that of the undamaged file. None: any answer will do.
 
     Returns:
         Numbers of outcomes: "answer" and the names of the errors.
@@ -82,7 +82,9 @@ def fuzz(
                 error.add_note(f"{file.name}, seed {seed}, mutation {number}: {data[:200]!r}")
                 raise
             else:
-                assert same is None or same(answer), f"{file.name}, seed {seed}, mutation {number}: another answer"
+                assert is_original is None or is_original(answer), (
+                    f"{file.name}, seed {seed}, mutation {number}: another answer"
+                )
                 outcomes["answer"] += 1
     except BaseException:
         note("mutations", file.name, outcomes, 1)

@@ -20,9 +20,9 @@ from workbench.store.manifest import SiteRecord
 
 def linear_unembed(weight: np.ndarray, tokens: Sequence[str] | None = None) -> Unembed:
     """Logits that are `weight @ state`, without norm."""
-    ones = torch.ones(weight.shape[1])
+    gain = torch.ones(weight.shape[1])
     words = None if tokens is None else tuple(tokens)
-    return Unembed(torch.tensor(weight, dtype=torch.float32), None, "none", ones, 0 * ones, 0.0, tokens=words)
+    return Unembed(torch.tensor(weight, dtype=torch.float32), None, "none", gain, 0 * gain, 0.0, tokens=words)
 
 
 def planted_store(

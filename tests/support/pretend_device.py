@@ -46,24 +46,25 @@ class PretendDevice(TorchFunctionMode):
             return func(*args, **kwargs)
         flat = [*args, *kwargs.values()]
         nested = [part for value in flat for part in (value if isinstance(value, list | tuple) else [value])]
-        there = any(isinstance(part, OnDevice) for part in nested)
+        on_device = any(isinstance(part, OnDevice) for part in nested)
         if func == torch.Tensor.device.__get__:  # made anew at each access
-            return torch.device(self.kind) if there else func(*args)
-        if there and func in (torch.Tensor.is_cpu.__get__, torch._has_compatible_shallow_copy_type):
+            return torch.device(self.kind) if on_device else func(*args)
+        if on_device and func in (torch.Tensor.is_cpu.__get__, torch._has_compatible_shallow_copy_type):
             return func is not torch.Tensor.is_cpu.__get__ and all(isinstance(part, OnDevice) for part in nested)
-        if func is torch.Tensor.__deepcopy__ and there:
+        if func is torch.Tensor.__deepcopy__ and on_device:
             copied = args[0].as_subclass(torch.Tensor).detach().clone().as_subclass(OnDevice)
             args[1][id(args[0])] = result = nn.Parameter(copied, False) if isinstance(args[0], nn.Parameter) else copied
             return result
         moved = any(self._named(value, self.kind) for value in flat)
         to_cpu = func is torch.Tensor.cpu or any(self._named(value, "cpu") for value in flat)
-        if there:
+        if on_device:
             self._check(func, args, nested, to_cpu)
         with torch._C.DisableTorchFunctionSubclass():
-            args = tuple(self._here(value) for value in args)
-            kwargs = {name: self._here(value) for name, value in kwargs.items()}
+            args = tuple(self._on_cpu(value) for value in args)
+            kwargs = {name: self._on_cpu(value) for name, value in kwargs.items()}
             result = func(*args, **kwargs)
-        if args and result is args[0] and ((moved and not there) or (to_cpu and there)):  # copied between devices
+        # copied between devices
+        if args and result is args[0] and ((moved and not on_device) or (to_cpu and on_device)):
             result = result.clone()
         if to_cpu and not moved:
             return self._as(result, torch.Tensor)
@@ -71,7 +72,7 @@ class PretendDevice(TorchFunctionMode):
             return self._as(result.detach(), OnDevice).requires_grad_()
         if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
             return self._as(result, OnDevice if isinstance(args[1], OnDevice) else torch.Tensor)
-        return self._as(result, OnDevice) if moved or (there and not self._is_cpu_result(func, args)) else result
+        return self._as(result, OnDevice) if moved or (on_device and not self._is_cpu_result(func, args)) else result
 
     def _check(self, func: Any, args: tuple, nested: list[Any], to_cpu: bool) -> None:
         """Refuses what an accelerator refuses, and counts what it waits for."""
@@ -96,7 +97,7 @@ class PretendDevice(TorchFunctionMode):
             isinstance(value, str) and value.partition(":")[0] == kind
         )
 
-    def _here(self, value: Any) -> Any:
+    def _on_cpu(self, value: Any) -> Any:
         return torch.device("cpu") if self._named(value, self.kind) else value
 
     @staticmethod

@@ -103,15 +103,15 @@ def check_case(case: Case, patch: pytest.MonkeyPatch) -> None:
     bad = case.rows.clone()
     bad[23, 0] = (torch.nan, torch.inf, -torch.inf)[len(case.rows[0]) % 3]
     for precision in ("float32", "bfloat16"):
-        made = encoder(case.sae, precision=precision)
-        assert (made.linear is None) == (case.architecture in WHOLE)
-        for room in (40 << 20, 1) if made.linear else (40 << 20,):
+        sae_encoder = encoder(case.sae, precision=precision)
+        assert (sae_encoder.linear is None) == (case.architecture in WHOLE)
+        for room in (40 << 20, 1) if sae_encoder.linear else (40 << 20,):
             with patch.context() as inner:
                 inner.setattr(encode, "_BLOCK_BYTES", room)
                 inner.setattr(encode, "_LEAST_ROWS", 16)
-                _check_same(case, _dense(made(case.rows), case.sae.d_sae), plain.numpy())
+                _check_same(case, _dense(sae_encoder(case.rows), case.sae.d_sae), plain.numpy())
                 with pytest.raises(NotFinite, match=r"^row 23 is not finite$"):
-                    made(bad)
+                    sae_encoder(bad)
 
 
 def _dense(rows, features: int) -> np.ndarray:

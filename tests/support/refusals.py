@@ -15,9 +15,9 @@ def refused(kind, call) -> str:
 
 def unchecked(kind, **settings):
     """A settings record. Not by its `__init__`, whose arguments beartype checks while the tests run."""
-    one = object.__new__(kind)
+    record = object.__new__(kind)
     for field in fields(kind):
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        object.__setattr__(one, field.name, settings.get(field.name, default))
-    one.__post_init__()
-    return one
+        object.__setattr__(record, field.name, settings.get(field.name, default))
+    record.__post_init__()
+    return record

@@ -34,27 +34,27 @@ def start_test() -> None:
 def _checked(*arguments: Any, typechecker: Callable[..., Any] | None = None, **options: Any) -> Any:
     if arguments or typechecker is None:
         return _WITH_SHAPES(*arguments, **options)
-    return lambda thing: _decorated(thing, typechecker)
+    return lambda target: _decorated(target, typechecker)
 
 
-def _decorated(thing: Any, typechecker: Callable[..., Any]) -> Any:
-    if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
-        thing.__init__ = _decorated(thing.__init__, typechecker)
-        return thing
-    if not inspect.isfunction(thing):
-        return _WITH_SHAPES(thing, typechecker=typechecker)
-    if not thing.__annotations__:
-        return thing
-    key = (thing.__code__, thing.__module__)
+def _decorated(target: Any, typechecker: Callable[..., Any]) -> Any:
+    if dataclasses.is_dataclass(target) and "__init__" in vars(target):
+        target.__init__ = _decorated(target.__init__, typechecker)
+        return target
+    if not inspect.isfunction(target):
+        return _WITH_SHAPES(target, typechecker=typechecker)
+    if not target.__annotations__:
+        return target
+    key = (target.__code__, target.__module__)
     if key in _CHECKS:
         known = _CHECKS[key]
-        return thing if known is None else _check_of(known, thing)
-    written = thing.__annotations__
-    hints = {name: _resolved(hint, thing.__globals__) for name, hint in written.items()}
-    if "<locals>" not in thing.__qualname__:
-        return _at_the_first_call(thing, hints, typechecker)
-    check = _built(thing, hints, typechecker)
-    if check is thing:
+        return target if known is None else _check_of(known, target)
+    written = target.__annotations__
+    hints = {name: _resolved(hint, target.__globals__) for name, hint in written.items()}
+    if "<locals>" not in target.__qualname__:
+        return _at_the_first_call(target, hints, typechecker)
+    check = _built(target, hints, typechecker)
+    if check is target:
         _CHECKS[key] = None
     elif _FUNCTION in (check.__kwdefaults__ or {}):
         _CHECKS[key] = check
@@ -62,20 +62,20 @@ def _decorated(thing: Any, typechecker: Callable[..., Any]) -> Any:
 
 
 def _at_the_first_call(
-    thing: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]
+    function: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The function with a check that is built when it is first called: in one process most functions are not."""
     checks: list[Callable[..., Any]] = []
     shaped = _states_shapes(hints)
 
-    @functools.wraps(thing)
+    @functools.wraps(function)
     def check(*arguments: Any, **options: Any) -> Any:
         if not checks:
-            checks.append(_built(thing, hints, typechecker))
+            checks.append(_built(function, hints, typechecker))
         if shaped:
-            _CALLS[thing] += 1
-            if _CALLS[thing] > _CHECKED_CALLS:
-                return thing(*arguments, **options)
+            _CALLS[function] += 1
+            if _CALLS[function] > _CHECKED_CALLS:
+                return function(*arguments, **options)
         return checks[0](*arguments, **options)
 
     return check
@@ -85,24 +85,24 @@ def _states_shapes(hints: dict[str, Any]) -> bool:
     return any("jaxtyping." in repr(hint) for hint in hints.values())
 
 
-def _built(thing: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]) -> Callable[..., Any]:
+def _built(function: FunctionType, hints: dict[str, Any], typechecker: Callable[..., Any]) -> Callable[..., Any]:
     if _states_shapes(hints):
-        return _WITH_SHAPES(thing, typechecker=typechecker)
-    written = thing.__annotations__
-    thing.__annotations__ = hints
+        return _WITH_SHAPES(function, typechecker=typechecker)
+    written = function.__annotations__
+    function.__annotations__ = hints
     try:
-        return typechecker(thing)
+        return typechecker(function)
     finally:
-        thing.__annotations__ = written
+        function.__annotations__ = written
 
 
-def _check_of(known: FunctionType, thing: FunctionType) -> FunctionType:
+def _check_of(known: FunctionType, function: FunctionType) -> FunctionType:
     """The check of an earlier function of the same code, calling this one."""
-    check = FunctionType(known.__code__, known.__globals__, thing.__name__, known.__defaults__, known.__closure__)
-    check.__kwdefaults__ = {**(known.__kwdefaults__ or {}), _FUNCTION: thing}
-    check.__dict__.update(known.__dict__ | thing.__dict__, __wrapped__=thing)
-    check.__qualname__, check.__module__, check.__doc__ = thing.__qualname__, thing.__module__, thing.__doc__
-    check.__annotations__ = thing.__annotations__
+    check = FunctionType(known.__code__, known.__globals__, function.__name__, known.__defaults__, known.__closure__)
+    check.__kwdefaults__ = {**(known.__kwdefaults__ or {}), _FUNCTION: function}
+    check.__dict__.update(known.__dict__ | function.__dict__, __wrapped__=function)
+    check.__qualname__, check.__module__, check.__doc__ = function.__qualname__, function.__module__, function.__doc__
+    check.__annotations__ = function.__annotations__
     return check
 
 

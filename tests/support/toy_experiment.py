@@ -25,7 +25,7 @@ class Config:
     """Its slope."""
     seed: int = 0
     """Its intercept."""
-    shown: tuple[int, ...] = (0, 1, 2)
+    positions: tuple[int, ...] = (0, 1, 2)
     """Position at which the line is read."""
     recordings: Path = field(default=Path("recordings"), compare=False)
     """Changes no number."""
@@ -42,7 +42,7 @@ def run(config):
         raise RuntimeError("the line\nbroke")
     if config.model == "refused":
         raise RequestError("model 'refused' is refused; give another")
-    table = pd.DataFrame({"x": config.shown, "y": [config.factor * x + config.seed for x in config.shown]})
+    table = pd.DataFrame({"x": config.positions, "y": [config.factor * x + config.seed for x in config.positions]})
     return make_result(NAME, config, table)
 
 

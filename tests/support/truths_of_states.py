@@ -167,9 +167,9 @@ def neurons(stores: PlantedStores) -> None:
     data = Neurons(random=64, top=1).run(stores.corpus, model=stores.model).data
     assert data["prediction"].to_numpy().tolist() == data["suppression"].to_numpy().tolist() == [0, 1 / 64]
     assert float(data["entropy"][1]) == 1 / 64
-    seen = set(stores.corpus.tokens["token_id"].to_pylist())
-    silent = [not seen & set(planted.feature_tokens(name)) for name in planted.FEATURES]
-    silent += [planted.token_id(word) not in seen for word in planted.ORDINALS] + [False, True, True, True]
+    corpus_ids = set(stores.corpus.tokens["token_id"].to_pylist())
+    silent = [not corpus_ids & set(planted.feature_tokens(name)) for name in planted.FEATURES]
+    silent += [planted.token_id(word) not in corpus_ids for word in planted.ORDINALS] + [False, True, True, True]
     np.testing.assert_allclose(data["dead"], [np.mean(silent), 61 / 64])
 
 

@@ -87,10 +87,10 @@ def run_section(name: str, files: list[str], key: dict[str, Any]) -> dict[str, A
     arguments = ["-q", "-p", "no:cacheprovider", "-m", "not torture" if name.startswith("damaged") else "torture"]
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", *arguments, *files]
-    ran = subprocess.run(command, cwd=ROOT, env={**os.environ, **limits, "WORKBENCH_TRIALS": str(trials)})
+    process = subprocess.run(command, cwd=ROOT, env={**os.environ, **limits, "WORKBENCH_TRIALS": str(trials)})
     result = {
         "key": key,
-        "status": ran.returncode,
+        "status": process.returncode,
         "seconds": round(time.monotonic() - start),
         "date": datetime.now(UTC).date().isoformat(),
         "trials": [json.loads(line) for line in trials.read_text().splitlines()],
